@@ -1,0 +1,56 @@
+# Two commands do everything: `make bench` and `make test`. Both set up their own environment first.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# LoadGen has wheels for 3.11 and 3.12; `make PYTHON=...` takes another, for which pip builds it (C++ compiler).
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+TORCH := 2.13.0
+
+# What `make bench` runs: offline for throughput, server for latency, on real data.
+ifeq ($(GPU),0)
+DEFAULTS :=
+else
+DEFAULTS := model=hstu_0p2b engine.cuda_graphs=true scenario.queries=20000
+endif
+ARGS ?=
+
+.PHONY: bench test test-gpu lint typecheck ui report clean setup
+
+bench: $(VENV)/.ready ## measure HSTU ranking MovieLens-100K on this machine
+	$(PY) -m grbench -m scenario=offline,server rerun=true $(DEFAULTS) $(ARGS)
+
+test: $(VENV)/.ready ## lint, type check and run the tests that need no GPU
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest $(ARGS)
+
+test-gpu: $(VENV)/.ready ## the tests that need an NVIDIA GPU
+	$(PY) -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.ready
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+typecheck: $(VENV)/.ready
+	$(PY) -m mypy
+
+ui: $(VENV)/.ready ## MLflow's pages at http://127.0.0.1:5000
+	$(PY) -m grbench.tracking ui $(ARGS)
+
+setup: $(VENV)/.ready ## only install
+
+# torch first: its CPU build on machines without an NVIDIA GPU (some GB less), PyPI's CUDA build on others.
+# A configured index or folder that has the CPU build is preferred to PyTorch's own.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "grbench needs Python 3.11 or 3.12; install one, or name another: make PYTHON=python3.13"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+ifeq ($(GPU),0)
+	@$(PY) -m pip install -q torch==$(TORCH)+cpu 2>/dev/null \
+	  || $(PY) -m pip install -q torch==$(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+	  || $(PY) -m pip install -q torch==$(TORCH)
+else
+	$(PY) -m pip install -q torch==$(TORCH)
+endif
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Engines: each answers the same requests with the same weights, its own way."""

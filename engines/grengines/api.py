@@ -1,0 +1,82 @@
+"""What every engine is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """How many of each there are in a workload: ids run from 0 to count - 1."""
+
+    num_users: int
+    num_items: int
+    num_actions: int  # action bits in use; an event's actions are a bit mask over them
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One user's visit: rank `candidates` given the history so far.
+
+    The four history arrays have one entry an event, oldest first. Events from `num_seen` on came
+    since the user's last request in the trace: the delta. Arrays may be views; they are never written.
+    """
+
+    request_id: int
+    user_id: int
+    history_items: Int64Array  # [events] item ids
+    history_actions: Int64Array  # [events] bit masks over Catalogue.num_actions
+    history_weights: Float32Array  # [events] rating, watch time or the like, scaled to about [0, 1]
+    history_timestamps: Int64Array  # [events] seconds
+    num_seen: int  # events of the history that the user's previous request held; 0 at the first
+    candidates: Int64Array  # [num_candidates] item ids
+    timestamp: int  # when the visit was made, seconds on the clock of the history
+    arrival_s: float  # when it arrives in the trace, seconds from the trace's start
+    deadline_ms: float  # an answer later than this after its arrival is worth nothing
+
+
+@dataclass
+class RankResult:
+    """Scores of one batch and where its time went (host milliseconds, device work synchronised)."""
+
+    scores: list[Float32Array]  # a request: [num_candidates, num_tasks] logits
+    batch_ms: float  # assembling the batch on the host
+    transfer_ms: float  # copies to the device and back
+    compute_ms: float  # everything on the device between the copies
+    tokens: int  # real tokens in the batch
+    padded_tokens: int  # tokens computed on, padding included
+    details: dict[str, float] = field(default_factory=dict)  # further figures, summed over a run by name
+
+
+class UnavailableError(RuntimeError):
+    """This machine can't run what was asked; the message says what is missing and how to get it."""
+
+
+class IncorrectError(RuntimeError):
+    """What ran gave a wrong answer; the message shows the figures."""
+
+
+class Engine(Protocol):
+    """An engine answers batches of requests. It is built, prepared once, used from one thread, closed."""
+
+    num_tasks: int
+
+    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
+        """Load, compile and warm up for requests like `sample` (the whole trace may be passed)."""
+
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        """Score every candidate of every request; at most `max_batch` requests."""
+
+    def actual(self) -> dict[str, Any]:
+        """What really runs: device, precision, kernel variants, graph buckets, library versions."""
+
+    def close(self) -> None:
+        """Release device memory and threads."""

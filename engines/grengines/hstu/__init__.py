@@ -1,0 +1,1 @@
+"""HSTU: configuration, model, weights and the native engine."""

@@ -1,0 +1,216 @@
+"""From requests to the arrays that HSTU is run on: one staging buffer, one copy to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grengines.api import Catalogue, Int64Array, Request
+from grengines.hstu.config import HSTUConfig
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How tokens are numbered: the sizes of the model's tables.
+
+    Nothing that a token is encoded by changes when events are appended after it, so keys and values
+    computed at one visit stay valid at the next:
+
+    token row      item % item_rows; contextual token c of a user: item_rows + (user * C + c) % user_rows
+    position       index of the event in the history, at most max_positions - 1; candidates share the one
+                   after the history; contextual token c has a row of its own, max_positions + c
+    time bucket    floor(log2(1 + gap)), gap in seconds to the event before; 0 for the first event and
+                   contextual tokens; of a candidate, the gap between the last event and the request
+    actions        the event's bit mask; 0 for candidates and contextual tokens. Weight likewise.
+    """
+
+    item_rows: int
+    user_rows: int
+    num_actions: int
+    contextual_seq_len: int
+    max_positions: int
+    time_buckets: int
+
+    @classmethod
+    def of(cls, config: HSTUConfig, catalogue: Catalogue) -> Encoding:
+        return cls(
+            item_rows=max(min(catalogue.num_items, config.embedding_rows), 1),
+            user_rows=min(max(catalogue.num_users, 1) * config.contextual_seq_len, config.embedding_rows),
+            num_actions=catalogue.num_actions,
+            contextual_seq_len=config.contextual_seq_len,
+            max_positions=config.max_positions,
+            time_buckets=config.time_buckets,
+        )
+
+
+class Bucket(NamedTuple):
+    """Padded sizes of a batch: sequences, tokens a sequence, candidates a sequence."""
+
+    batch: int
+    length: int
+    candidates: int
+
+
+@dataclass
+class JaggedBatch:
+    """Tokens of all sequences one after another, as tensors on one device.
+
+    L tokens to encode, B sequences, M candidates. Padding: token rows past q_offsets[B] are encoded and
+    seen by nobody, sequences past the real ones are empty, candidate rows past the real ones repeat row 0.
+    """
+
+    token_rows: Tensor  # int64 [L]
+    actions: Tensor  # int64 [L] bit masks
+    weights: Tensor  # float64 [L]
+    positions: Tensor  # int64 [L]
+    time_buckets: Tensor  # int64 [L]
+    q_offsets: Tensor  # int64 [B + 1]
+    kv_offsets: Tensor  # int64 [B + 1]; the same object where nothing is cached
+    num_targets: Tensor  # int64 [B]
+    candidate_rows: Tensor  # int64 [M], rows of the L tokens
+    # Delta form only, else empty. The keys' stream holds each sequence's cached tokens, then its new ones.
+    cached_places: Tensor  # int64 [cached tokens]: where each goes in the keys' stream
+    new_places: Tensor  # int64 [L]: likewise
+    kept_places: Tensor  # int64: what remains of the keys' stream without candidates
+    kept_offsets: Tensor  # int64 [B + 1]
+    max_q_len: int
+    max_kv_len: int
+
+
+_FIELDS = tuple(name for name in JaggedBatch.__annotations__ if not name.startswith("max_"))
+
+
+@dataclass
+class HostBatch:
+    """A packed batch on the host: every array of a JaggedBatch in one int64 buffer."""
+
+    buffer: Tensor  # int64 [total], pinned where it is to be copied to a GPU
+    sizes: tuple[int, ...]  # of each array, in JaggedBatch's order
+    max_q_len: int
+    max_kv_len: int
+    candidate_counts: list[int]  # of each request
+    tokens: int  # real tokens to encode
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.sizes[0]
+
+    def to(self, device: torch.device, out: Tensor | None = None) -> JaggedBatch:
+        """Copy to the device in one go, without waiting; into `out` (int64 [total]) where it is given."""
+        buffer = self.buffer.to(device, non_blocking=True) if out is None else out.copy_(self.buffer, non_blocking=True)
+        parts = dict(zip(_FIELDS, buffer.split(self.sizes), strict=True))
+        parts["weights"] = parts["weights"].view(torch.float64)
+        if not len(parts["cached_places"]):
+            parts["kv_offsets"] = parts["q_offsets"]  # the same object: attention knows the full form by it
+        return JaggedBatch(**parts, max_q_len=self.max_q_len, max_kv_len=self.max_kv_len)
+
+
+def pack(
+    requests: Sequence[Request],
+    encoding: Encoding,
+    *,
+    cached: Sequence[int] | None = None,
+    candidates: slice = slice(None),
+    bucket: Bucket | None = None,
+    pin: bool = False,
+) -> HostBatch:
+    """Number the tokens of `requests` and lay them out.
+
+    cached: how many tokens of each request (contextual ones and events) have cached keys and values; only
+    the rest is packed. candidates: which of each request's candidates; slice(0) for a prefill. bucket: pad
+    to these sizes (not with `cached`). pin: page-locked memory, for GPUs.
+
+    Raises ValueError for requests that don't fit the bucket, for more cached tokens than there are, and
+    for new events after cached ones in a model with contextual tokens: those see the whole history, so
+    each new event changes them and nothing of them can be kept.
+    """
+    C, B = encoding.contextual_seq_len, len(requests)
+    done = [0] * B if cached is None else list(cached)
+    events = [len(r.history_items) for r in requests]
+    chosen = [r.candidates[candidates] for r in requests]
+    targets = [len(c) for c in chosen]
+    new = [C + e - d + t for e, d, t in zip(events, done, targets, strict=True)]
+    for b, d in enumerate(done):
+        whole = C + events[b]
+        if not 0 <= d <= whole or (C and d not in (0, whole)):
+            allowed = f"0 or {whole}, since contextual tokens see the whole history" if C else f"0 to {whole}"
+            raise ValueError(f"request {requests[b].request_id}: {d} tokens are cached; allowed is {allowed}")
+    longest, longest_kv = max(new, default=0), max(map(sum, zip(new, done, strict=True)), default=0)
+    q_offsets = [0, *accumulate(new)]
+    L, B_padded, M = q_offsets[-1], B, sum(targets)
+    if bucket is not None:
+        if cached is not None or bucket.batch < B or longest > bucket.length or max(targets, default=0) > bucket[2]:
+            raise ValueError(f"{B} requests of at most {longest} tokens don't fit {bucket}; pack them without it")
+        B_padded, longest, longest_kv = bucket.batch, bucket.length, bucket.length
+        L, M = bucket.batch * bucket.length, bucket.batch * bucket.candidates
+    total_cached = sum(done)
+    kv_tokens = L + total_cached if cached is not None else 0
+    sizes = (
+        *[L] * 5,
+        *[B_padded + 1] * 2,
+        B_padded,
+        M,
+        total_cached,
+        L if cached is not None else 0,
+        kv_tokens - M if cached is not None else 0,
+        B_padded + 1 if cached is not None else 0,
+    )
+    buffer = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=pin)
+    bounds = list(accumulate(sizes, initial=0))
+    arrays = dict(zip(_FIELDS, map(buffer.numpy().__getitem__, map(slice, bounds, bounds[1:])), strict=True))
+
+    rows, actions, positions, gaps = (arrays[n] for n in ("token_rows", "actions", "positions", "time_buckets"))
+    weights = arrays["weights"].view(np.float64)
+    candidate_rows = arrays["candidate_rows"]
+    slots = np.arange(C)
+    placed = 0
+    for b, r in enumerate(requests):
+        at, first, h = q_offsets[b], max(done[b] - C, 0), events[b]
+        if C and not done[b]:
+            rows[at : at + C] = encoding.item_rows + (r.user_id * C + slots) % encoding.user_rows
+            positions[at : at + C] = encoding.max_positions + slots
+            at += C
+        end, last = at + h - first, at + h - first + targets[b]
+        rows[at:end] = r.history_items[first:]
+        actions[at:end] = r.history_actions[first:]
+        weights[at:end] = r.history_weights[first:]
+        positions[at:end] = np.arange(first, h)
+        times = r.history_timestamps
+        gaps[at + (first == 0) : end] = times[max(first, 1) :] - times[max(first - 1, 0) : -1]
+        rows[end:last] = chosen[b]
+        positions[end:last] = h
+        gaps[end:last] = r.timestamp - times[-1] if h else 0
+        np.remainder(rows[at:last], encoding.item_rows, out=rows[at:last])
+        np.minimum(positions[at:last], encoding.max_positions - 1, out=positions[at:last])
+        candidate_rows[placed : placed + targets[b]] = np.arange(end, last)
+        placed += targets[b]
+    # frexp's exponent of 1 + gap is floor(log2) + 1, exactly; a clock that ran backwards counts as no gap.
+    exponents = np.frexp(np.maximum(gaps, 0) + 1.0)[1]
+    np.minimum(exponents - 1, encoding.time_buckets - 1, out=gaps)
+
+    arrays["q_offsets"][: B + 1] = q_offsets
+    arrays["q_offsets"][B + 1 :] = q_offsets[-1]
+    arrays["num_targets"][:B] = targets
+    arrays["kv_offsets"][:] = arrays["q_offsets"]
+    if cached is not None:
+        _place(arrays, done, new, targets)
+    return HostBatch(buffer, sizes, longest, longest_kv, targets, q_offsets[-1])
+
+
+def _place(arrays: dict[str, Int64Array], done: list[int], new: list[int], targets: list[int]) -> None:
+    """Fill what the delta form needs: where cached and new tokens go among the keys, and which of them stay."""
+    cached_offsets = np.array([0, *accumulate(done)])
+    q_offsets = arrays["q_offsets"]
+    arrays["kv_offsets"][:] = cached_offsets + q_offsets
+    arrays["cached_places"][:] = np.arange(cached_offsets[-1]) + np.repeat(q_offsets[:-1], done)
+    arrays["new_places"][:] = np.arange(q_offsets[-1]) + np.repeat(cached_offsets[1:], new)
+    kept = np.array(done) + np.array(new) - np.array(targets)
+    before = np.array([0, *accumulate(targets)])
+    arrays["kept_offsets"][:] = arrays["kv_offsets"] - before
+    arrays["kept_places"][:] = np.arange(kept.sum()) + np.repeat(before[:-1], kept)

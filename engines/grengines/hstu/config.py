@@ -1,0 +1,42 @@
+"""Options of the HSTU model and of the native engine. No torch import here: configs compose fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grengines.options import option
+
+
+@dataclass
+class HSTUConfig:
+    """Shape of an HSTU ranking model (Zhai et al., ICML 2024, section 3; docs/ARCHITECTURE.md has the maths)."""
+
+    name: str = "hstu"
+    layers: int = option(2, ge=1, le=256)
+    embedding_dim: int = option(64, ge=8, le=16384)
+    heads: int = option(2, ge=1, le=256)
+    qk_dim: int = option(32, ge=1, le=512)  # of each head
+    v_dim: int = option(32, ge=1, le=512)  # of each head
+    contextual_seq_len: int = option(0, ge=0, le=64)  # user-feature tokens before the history
+    max_attn_len: int = option(0, ge=0)  # sliding window in tokens, 0: unlimited
+    alpha: float | None = option(None, gt=0)  # scale of q k^T; null: 1/sqrt(qk_dim)
+    scaling_seqlen: int = option(1024, ge=1)  # N: attention is divided by it, the same for every batch
+    max_positions: int = option(2048, ge=2)  # rows of the position table; later positions share the last row
+    time_buckets: int = option(64, ge=2, le=4096)  # log2-spaced buckets of the gap before each event
+    embedding_rows: int = option(1_000_000, ge=1)  # most rows of the item table; more items share rows
+    head_dim: int = option(64, ge=1)  # hidden width of the ranking head
+    tasks: list[str] = option(["engagement", "retention", "monetisation"])
+    weights: str | None = None  # safetensors file; null: random weights from the run's seed
+
+
+@dataclass
+class HSTUEngineConfig:
+    """The native engine: HSTU in PyTorch with the kernel variants that the `kernel` group names."""
+
+    name: str = "hstu"
+    device: str = option("auto", choices=["auto", "cpu", "cuda"])  # auto: cuda where there is one
+    precision: str = option("auto", choices=["auto", "fp32", "fp16", "bf16"])  # auto: bf16 on cuda, fp32 on cpu
+    cpu_threads: int = option(0, ge=0, le=1024)  # 0: as many as torch chooses
+    candidate_microbatch: int = option(0, ge=0)  # M-FALCON: prefill once, score this many at a time; 0: all in one pass
+    cuda_graphs: bool = False  # capture one graph for each (batch, length) bucket
+    graph_lengths: list[int] = option([], ge=16)  # length buckets in tokens; empty: 16, 24, 32, 48, ... as needed

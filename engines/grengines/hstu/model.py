@@ -1,0 +1,213 @@
+"""HSTU for ranking: token encoder, layers, multi-task head. Zhai et al., ICML 2024, section 3.
+
+One layer, E the embedding width, H heads of dqk and dv:
+
+    y = LayerNorm(x);  [u|v|q|k] = y W + b;  u = SiLU(u)
+    a = attention(q, k, v);  out = x + [u | a | u * LayerNorm(a)] Wo
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grengines.api import Catalogue
+from grengines.hstu.batch import Encoding, JaggedBatch
+from grengines.hstu.config import HSTUConfig
+
+EPS = 1e-6
+
+Attention = Callable[..., Tensor]  # signature: grkernels.hstu_attention.reference.hstu_attention
+
+
+@dataclass
+class UserState:
+    """Keys and values of what the users did so far: one pair a layer, tokens of all users one after another."""
+
+    k: list[Tensor]  # [tokens, H, dqk], contiguous
+    v: list[Tensor]  # [tokens, H, dv], contiguous
+    offsets: Tensor  # int64 [B + 1]
+
+
+class HSTULayer(nn.Module):
+    """One layer but for its attention, which lies between `project` and `combine`."""
+
+    def __init__(self, config: HSTUConfig) -> None:
+        super().__init__()
+        E, H = config.embedding_dim, config.heads
+        self.heads, self.qk_dim, self.v_dim = H, config.qk_dim, config.v_dim
+        self.widths = [H * config.v_dim, H * config.v_dim, H * config.qk_dim, H * config.qk_dim]
+        self.norm = nn.LayerNorm(E, EPS)
+        self.uvqk = nn.Linear(E, sum(self.widths))
+        self.attention_norm = nn.LayerNorm(H * config.v_dim, EPS)
+        self.out = nn.Linear(3 * H * config.v_dim, E, bias=False)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [L, E] -> u [L, H * dv], q and k [L, H, dqk], v [L, H, dv]: views of one projection but for u."""
+        u, v, q, k = self.uvqk(self.norm(x)).split(self.widths, dim=-1)
+        heads = (self.heads, -1)
+        return F.silu(u), q.unflatten(1, heads), k.unflatten(1, heads), v.unflatten(1, heads)
+
+    def combine(self, x: Tensor, u: Tensor, a: Tensor) -> Tensor:
+        """x [L, E], u [L, H * dv], a [L, H, dv] -> the layer's output [L, E]."""
+        a = a.flatten(1)
+        return x + self.out(torch.cat([u, a, u * self.attention_norm(a)], dim=-1))
+
+
+class HSTURanker(nn.Module):
+    """Scores candidates given a user's history.
+
+    `attention` is any function with the signature of grkernels' hstu_attention family. Built through
+    `build`, which initialises every parameter. In half precision torch's LayerNorm computes its statistics
+    in fp32 by itself (attention's output is small: its squares would vanish in fp16); the head's last
+    product is in fp32, so that logits carry no more rounding than the layers left.
+    """
+
+    def __init__(self, config: HSTUConfig, catalogue: Catalogue, attention: Attention) -> None:
+        super().__init__()
+        self.config, self.attention = config, attention
+        self.encoding = encoding = Encoding.of(config, catalogue)
+        self.alpha = config.alpha if config.alpha is not None else 1.0 / math.sqrt(config.qk_dim)
+        E = config.embedding_dim
+        self.token_table = nn.Parameter(torch.empty(encoding.item_rows + encoding.user_rows, E))
+        self.action_table = nn.Parameter(torch.empty(encoding.num_actions, E))
+        self.weight_vector = nn.Parameter(torch.empty(E))
+        self.position_table = nn.Parameter(torch.empty(config.max_positions + config.contextual_seq_len, E))
+        self.time_table = nn.Parameter(torch.empty(config.time_buckets, E))
+        self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(E, EPS)
+        self.head_hidden = nn.Linear(E, config.head_dim)
+        self.head_out = nn.Linear(config.head_dim, len(config.tasks))
+
+    @classmethod
+    def build(
+        cls,
+        config: HSTUConfig,
+        catalogue: Catalogue,
+        attention: Attention,
+        *,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> HSTURanker:
+        """A model for inference with the weights of `config.weights`, or random ones from `seed`.
+
+        Random weights are the same on every device: they are drawn in fp32 on the CPU, then rounded to
+        `dtype`. Raises ValueError for a weights file that doesn't fit.
+        """
+        with torch.device("meta"):
+            model = cls(config, catalogue, attention)
+        model.to_empty(device="cpu").requires_grad_(False).eval()
+        if config.weights is None:
+            model._initialise(seed)
+        else:
+            from grengines.hstu.weights import load_weights
+
+            load_weights(model, config.weights)
+        return model.to(device=device, dtype=dtype)
+
+    def _initialise(self, seed: int) -> None:
+        """Uniform weights of the standard deviations below.
+
+        They are chosen so that attention matters as it does in a trained model: with LayerNorm before it,
+        W of std 1/sqrt(E) gives q, k and v of unit scale and scores of order 1. Divided by N the result is
+        1e-3 and less, about sqrt(eps) of the LayerNorm that follows, so u * LayerNorm(a) is comparable
+        with u, and so is its share of the output. Norms and biases differ from 1 and 0, so that one left
+        out shows.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            kind, _, leaf = name.rpartition(".")
+            if kind.endswith("norm"):
+                mean, std = (1.0, 0.1) if leaf == "weight" else (0.0, 0.1)
+            elif leaf == "bias":
+                mean, std = 0.0, 0.1
+            elif kind.endswith(".out"):
+                mean, std = 0.0, 1.0 / math.sqrt(p.shape[1] / 3)  # a third of its inputs, a itself, is tiny
+            elif leaf == "weight":
+                mean, std = 0.0, 1.0 / math.sqrt(p.shape[1])
+            else:  # tables: an item weighs most, what surrounds it less
+                mean, std = 0.0, 1.0 if leaf == "token_table" else 0.5
+            p.uniform_(mean - math.sqrt(3) * std, mean + math.sqrt(3) * std, generator=generator)
+
+    def forward(self, batch: JaggedBatch) -> Tensor:
+        """Full form: logits fp32 [M, tasks] of the batch's candidates."""
+        x, _ = self._encode(batch, None, keep=False)
+        return self._score(x, batch)
+
+    def prefill(self, batch: JaggedBatch) -> UserState:
+        """Keys and values of every token of a batch that was packed without candidates."""
+        _, state = self._encode(batch, None, keep=True)
+        assert state is not None
+        return state
+
+    def delta(self, batch: JaggedBatch, state: UserState, *, keep: bool = True) -> tuple[Tensor, UserState | None]:
+        """Encode only what is new, given the state of what came before (`pack(..., cached=...)`).
+
+        Returns logits fp32 [M, tasks] and the state extended by the new events (not by candidates), or
+        None for it with keep=False.
+        """
+        x, extended = self._encode(batch, state, keep)
+        return self._score(x, batch), extended
+
+    def _encode(self, batch: JaggedBatch, state: UserState | None, keep: bool) -> tuple[Tensor, UserState | None]:
+        """x [L, E] after the last layer."""
+        x = self._embed(batch)
+        kept = UserState([], [], batch.q_offsets if state is None else batch.kept_offsets) if keep else None
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, HSTULayer)
+            u, q, k, v = layer.project(x)
+            if state is not None:
+                k, v = _extend(state.k[i], k, batch), _extend(state.v[i], v, batch)
+            if kept is not None:
+                kept.k.append(k.contiguous() if state is None else k[batch.kept_places])
+                kept.v.append(v.contiguous() if state is None else v[batch.kept_places])
+            a = self.attention(
+                q,
+                k,
+                v,
+                q_offsets=batch.q_offsets,
+                kv_offsets=batch.kv_offsets,
+                num_targets=batch.num_targets,
+                max_q_len=batch.max_q_len,
+                max_kv_len=batch.max_kv_len,
+                scaling_seqlen=self.config.scaling_seqlen,
+                alpha=self.alpha,
+                contextual_seq_len=self.config.contextual_seq_len,
+                max_attn_len=self.config.max_attn_len,
+            )
+            x = layer.combine(x, u, a)
+        return x, kept
+
+    def _embed(self, batch: JaggedBatch) -> Tensor:
+        """Tokens -> x [L, E]: see Encoding for what each index is."""
+        dtype = self.token_table.dtype
+        bits = torch.arange(self.encoding.num_actions, device=self.token_table.device)
+        taken = (batch.actions[:, None] >> bits) & 1
+        x = F.embedding(batch.token_rows, self.token_table) + taken.to(dtype) @ self.action_table
+        x = x + batch.weights.to(dtype)[:, None] * self.weight_vector
+        x = x + F.embedding(batch.positions, self.position_table)
+        return x + F.embedding(batch.time_buckets, self.time_table)
+
+    def _score(self, x: Tensor, batch: JaggedBatch) -> Tensor:
+        hidden = F.silu(self.head_hidden(self.norm(x[batch.candidate_rows])))
+        return F.linear(hidden.float(), self.head_out.weight.float(), self.head_out.bias.float())
+
+
+def zero_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """Attention that does nothing: zeros [Lq, H, dv]. For proving that a check of the scores notices."""
+    return v.new_zeros(q.shape[0], *v.shape[1:])
+
+
+def _extend(cached: Tensor, new: Tensor, batch: JaggedBatch) -> Tensor:
+    """Keys or values of cached and new tokens in one stream, each sequence's together: [cached + new, H, d]."""
+    out = new.new_empty(cached.shape[0] + new.shape[0], *new.shape[1:])
+    out[batch.cached_places] = cached
+    out[batch.new_places] = new
+    return out

@@ -1,0 +1,65 @@
+"""Typed options with ranges, shared by every configuration dataclass.
+
+Hydra and OmegaConf check keys and types when a configuration is composed; what they can't
+express (ranges, choices) is declared here beside the field and checked by `violations`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+def option(
+    default: Any,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """A dataclass field with a default and the values it allows (`None` is always allowed by type only)."""
+    allowed = {"ge": ge, "gt": gt, "le": le, "choices": tuple(choices) if choices else None}
+    metadata = {"allowed": {k: v for k, v in allowed.items() if v is not None}}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def describe(field: dataclasses.Field[Any]) -> str:
+    """What the field allows, in words: type, then range or choices."""
+    allowed = field.metadata.get("allowed", {})
+    if "choices" in allowed:
+        return "one of " + ", ".join(allowed["choices"])
+    kind = str(field.type).replace("Optional[", "").replace("]", "").replace("list[", "list of ")
+    bounds = [f"{sign} {allowed[key]}" for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if key in allowed]
+    return " ".join([kind, " and ".join(bounds)]).strip()
+
+
+def violations(config: Any, path: str = "") -> Iterator[str]:
+    """Yield one line for each value outside its range: key, value, what is allowed.
+
+    `config` is an instance of a configuration dataclass; nested dataclasses are followed.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        key = f"{path}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from violations(value, f"{key}.")
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None and not _allows(field.metadata.get("allowed", {}), item):
+                yield f"{key}={item}: allowed is {describe(field)}"
+
+
+def _allows(allowed: dict[str, Any], value: Any) -> bool:
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return (
+        ("choices" not in allowed or value in allowed["choices"])
+        and ("ge" not in allowed or value >= allowed["ge"])
+        and ("gt" not in allowed or value > allowed["gt"])
+        and ("le" not in allowed or value <= allowed["le"])
+    )

@@ -1,0 +1,3 @@
+from grbench.cli import main
+
+main()

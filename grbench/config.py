@@ -1,0 +1,192 @@
+"""The configuration of a run: typed options, their registration with Hydra, and RunSpec.
+
+Keys and types are checked by Hydra when it composes; ranges and choices (`grengines.options`) by
+`to_spec`. Nothing here imports torch, mlflow or an engine: composing stays fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grkernels.config import KernelConfig
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grbench.scenarios.config import (
+    ClosedLoopConfig,
+    MultiStreamConfig,
+    OfflineConfig,
+    ServerConfig,
+    SingleStreamConfig,
+    TraceReplayConfig,
+)
+from grbench.tracking.config import MlflowConfig, NoTrackingConfig
+from grbench.workloads.config import (
+    CsvConfig,
+    Ml100kConfig,
+    RecBoleConfig,
+    SyntheticConfig,
+)
+from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
+from grengines.options import option, violations
+
+
+class ConfigError(ValueError):
+    """The configuration can't be used; one line that names the key and what is allowed."""
+
+
+@dataclass
+class CacheConfig:
+    """User-state cache. `none`: every request is encoded from its whole history."""
+
+    name: str = option("none", choices=["none"])
+
+
+@dataclass
+class GateConfig:
+    """The check that every cell must pass before it is measured: see grbench/gate.py."""
+
+    requests: int = option(4, ge=2, le=64)  # of the trace, the shortest and the longest among them
+    max_error_ratio: float = option(2.0, gt=0)  # error allowed, as a multiple of plain torch's in the same precision
+
+
+@dataclass
+class RunnerConfig:
+    """How cells are run; no part of what is measured."""
+
+    output_root: str = "outputs"  # records, samples, logs and the MLflow database go here
+    timeout_s: float = option(1800.0, gt=0)  # a worker that takes longer is stopped: status TIMEOUT
+    memory_limit_gb: float | None = option(None, gt=0)  # host memory of a worker; past it: status OOM
+
+
+# The schemas that YAML files under conf/ build on: `defaults: [/schema/<group>/<name>@_here_, _self_]`.
+SCHEMAS: dict[str, dict[str, type]] = {
+    "model": {"hstu": HSTUConfig},
+    "engine": {"hstu": HSTUEngineConfig},
+    "kernel": {"kernel": KernelConfig},
+    "cache": {"none": CacheConfig},
+    "workload": {
+        "ml_100k": Ml100kConfig,
+        "recbole": RecBoleConfig,
+        "csv": CsvConfig,
+        "synthetic": SyntheticConfig,
+    },
+    "scenario": {
+        "offline": OfflineConfig,
+        "server": ServerConfig,
+        "single_stream": SingleStreamConfig,
+        "multi_stream": MultiStreamConfig,
+        "trace_replay": TraceReplayConfig,
+        "closed_loop": ClosedLoopConfig,
+    },
+    "tracking": {"mlflow": MlflowConfig, "none": NoTrackingConfig},
+}
+
+
+@dataclass
+class RunConfig:
+    """The root of the configuration: `python -m grbench --cfg job` shows it whole."""
+
+    model: Any = field(default_factory=dict)
+    engine: Any = field(default_factory=dict)
+    kernel: Any = field(default_factory=dict)
+    cache: Any = field(default_factory=dict)
+    workload: Any = field(default_factory=dict)
+    scenario: Any = field(default_factory=dict)
+    tracking: Any = field(default_factory=dict)
+    gate: GateConfig = field(default_factory=GateConfig)
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+    latency_limit_ms: float = option(80.0, gt=0)  # goodput counts answers within it; the server scenario's p99 limit
+    warmup_batches: int = option(8, ge=0, le=10_000)
+    seed: int = option(0, ge=0, le=2**31 - 1)
+    rerun: bool = False  # sweeps: run again the cells that have a record
+    rerun_failed: bool = False  # sweeps: run again the cells whose record is not OK
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What one cell measures. Two cells with the same `hash` are the same measurement."""
+
+    model: Any
+    engine: Any
+    kernel: Any
+    cache: Any
+    workload: Any
+    scenario: Any
+    gate: GateConfig
+    latency_limit_ms: float
+    warmup_batches: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def hash(self) -> str:
+        """12 hex digits over every option, independent of key order and of the process."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def title(self) -> str:
+        """Short name of the cell for tables and run names."""
+        return f"{self.engine.name}-{self.model.name}-{self.workload.name}-{self.scenario.name}"
+
+
+def register_schemas() -> None:
+    """Make the dataclasses above known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    for group, schemas in SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
+    """Turn a composed configuration into a RunSpec and the options that are no part of it.
+
+    Raises ConfigError for a key that no schema knows, a missing value or one outside its range.
+    """
+    try:
+        run = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as e:
+        raise ConfigError(str(e)) from None
+    assert isinstance(run, RunConfig)
+    for group, schemas in SCHEMAS.items():
+        if type(getattr(run, group)) not in schemas.values():
+            raise ConfigError(f"{group}: build it on one of the schemas {', '.join(schemas)} (see conf/{group}/)")
+    if problems := list(violations(run)):
+        raise ConfigError("; ".join(problems))
+    return RunSpec(**{f.name: getattr(run, f.name) for f in dataclasses.fields(RunSpec)}), run
+
+
+def spec_to_json(spec: RunSpec) -> str:
+    """How a cell travels to its worker: its values, and the schema of each group."""
+    names = {g: next(n for n, s in schemas.items() if s is type(getattr(spec, g))) for g, schemas in _spec_groups()}
+    return json.dumps({"values": spec.to_dict(), "schemas": names})
+
+
+def spec_from_json(text: str) -> RunSpec:
+    """The inverse of `spec_to_json`."""
+    data = json.loads(text)
+    values = data["values"]
+    groups = {g: schemas[data["schemas"][g]](**values[g]) for g, schemas in _spec_groups()}
+    return RunSpec(**{**values, **groups, "gate": GateConfig(**values["gate"])})
+
+
+def _spec_groups() -> list[tuple[str, dict[str, type]]]:
+    fields = {f.name for f in dataclasses.fields(RunSpec)}
+    return [(group, schemas) for group, schemas in SCHEMAS.items() if group in fields]
+
+
+def checkout_or_packaged(name: str) -> Path:
+    """A data folder (conf, experiments): the checkout's where there is one, else the installed package's copy."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    return (checkout if (checkout / "pyproject.toml").is_file() else package) / name

@@ -1,0 +1,69 @@
+"""From a scenario's raw samples to the metrics of a record."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from grbench import sizing, stats
+from grbench.config import RunSpec
+from grbench.scenarios import Measurement
+from grengines.api import Request
+
+PARTS = ("queue_ms", "batch_ms", "transfer_ms", "compute_ms")
+
+
+def summarise(measurement: Measurement, spec: RunSpec, requests: list[Request]) -> stats.Summary:
+    """Latency percentiles with intervals, throughput, goodput, where the time went, FLOP rate, padding."""
+    samples = measurement.samples
+    summary = stats.latency_summary(samples["latency_ms"])
+    metrics = summary.metrics
+    for part in PARTS:
+        metrics[f"{part}/p50"] = stats.percentile(samples[part], 50)
+        metrics[f"{part}/p90"] = stats.percentile(samples[part], 90)
+
+    count = len(samples["latency_ms"])
+    ends = samples["arrival_s"] + samples["latency_ms"] / 1e3
+    duration_s = float(ends.max())
+    batches = int(samples["batch_index"].max()) + 1
+    _, first_of_batch = np.unique(samples["batch_index"], return_index=True)
+    compute_s = float(samples["compute_ms"][first_of_batch].sum()) / 1e3
+    metrics |= {
+        "samples": float(count),
+        "duration_s": duration_s,
+        "throughput_rps": stats.throughput(count, duration_s),
+        "goodput_rps": stats.goodput(samples["latency_ms"], spec.latency_limit_ms, duration_s),
+        "throughput_tokens_per_s": measurement.tokens / duration_s,
+        "padding_waste": 1.0 - measurement.tokens / measurement.padded_tokens,
+        "batch_size/mean": count / batches,
+        "engine_busy": compute_s / duration_s,
+    }
+    by_id = {r.request_id: r for r in requests}
+    flops = sum(sizing.request_flops(spec.model, by_id[int(i)]) for i in samples["request_id"])
+    metrics["model_tflops"] = flops / compute_s / 1e12
+    metrics |= measurement.metrics
+    metrics |= {f"engine/{name}": value for name, value in measurement.details.items()}
+    return summary
+
+
+def memory(device: str) -> dict[str, float]:
+    """Peak memory of this process, in MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    peaks = {"host_memory_mib/peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
+    if device == "cuda":
+        import torch
+
+        peaks["gpu_memory_mib/peak"] = torch.cuda.max_memory_allocated() / 2**20
+        peaks["gpu_memory_mib/reserved"] = torch.cuda.max_memory_reserved() / 2**20
+    return peaks
+
+
+def write_samples(samples: dict[str, np.ndarray], path: Path) -> None:
+    """One row a request, parquet. Raises OSError when the disk is full."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(dict(samples)), path)

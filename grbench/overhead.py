@@ -1,0 +1,85 @@
+"""`python -m grbench.overhead`: the latency that the harness itself adds.
+
+An engine that does nothing goes through the whole measuring path (LoadGen, batcher, sample rows), turn
+and turn about with the configured one, in one process. What it takes is overhead; the share is of the
+configured engine's p50. Takes Hydra overrides: `python -m grbench.overhead model=dlrm_v3`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grbench.compose import compose_spec
+from grbench.config import ConfigError
+from grengines.api import RankResult, Request
+
+
+class NullEngine:
+    """Answers at once with no scores. Never reported as an engine: it passes no gate."""
+
+    num_tasks = 0
+
+    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
+        pass
+
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        return RankResult([], 0.0, 0.0, 0.0, tokens=len(requests), padded_tokens=len(requests))
+
+    def actual(self) -> dict[str, Any]:
+        return {"engine": "null"}
+
+    def close(self) -> None:
+        pass
+
+
+def main() -> int:
+    """Print p50 of both and the share."""
+    parser = argparse.ArgumentParser(prog="python -m grbench.overhead", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each engine (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides; default scenario=single_stream")
+    args = parser.parse_args()
+    try:
+        spec, _ = compose_spec(["scenario=single_stream", *args.overrides])
+    except ConfigError as e:
+        print(f"grbench.overhead: {e}", file=sys.stderr)
+        return 2
+    from grbench import workloads
+    from grbench.gate import Gate
+    from grbench.scenarios import run_scenario
+    from grengines import registry
+
+    trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
+    engine = registry.build(spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed)
+    engine.prepare(trace.requests, spec.scenario.max_batch)
+    ran = engine.actual()
+    Gate(spec, trace.catalogue, trace.requests, ran["device"], ran["precision"]).check(engine, spec.scenario.max_batch)
+    p50s: dict[str, list[float]] = {"null": [], spec.engine.name: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(args.repeats):
+            for name, runs in (("null", NullEngine()), (spec.engine.name, engine)):
+                measurement = run_scenario(
+                    spec.scenario,
+                    runs,
+                    trace.requests,
+                    latency_limit_ms=spec.latency_limit_ms,
+                    seed=spec.seed + turn,
+                    folder=Path(folder),
+                )
+                p50s[name].append(float(np.median(measurement.samples["latency_ms"])))
+    null, real = (float(np.median(v)) for v in p50s.values())
+    for name, values in p50s.items():
+        turns = " ".join(f"{v * 1e3:.1f}" for v in values)
+        print(f"{name:>8}: p50 {np.median(values) * 1e3:.1f} us   (turns: {turns})")
+    print(f"overhead: {null * 1e3:.1f} us, {null / real:.1%} of {spec.engine.name} on {spec.model.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

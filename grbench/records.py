@@ -1,0 +1,138 @@
+"""RunRecord: everything that is known of one finished cell, as one JSON file.
+
+A cell's folder holds `record.json`, `samples.parquet` (one row a request), `worker.log` and, for
+LoadGen scenarios, LoadGen's own logs. Whatever happened, there is a record; its status says what.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+RECORD_FILE = "record.json"
+SAMPLES_FILE = "samples.parquet"
+LOG_FILE = "worker.log"
+ARTIFACTS = "mlartifacts"  # folder of MLflow's copies under an output root
+SCHEMA_VERSION = 1
+
+
+class Status(StrEnum):
+    OK = "OK"
+    UNAVAILABLE = "UNAVAILABLE"  # this machine lacks something; nothing was measured
+    INCORRECT = "INCORRECT"  # the gate failed; nothing is reported as a speed
+    OOM = "OOM"  # host or device memory ran out
+    TIMEOUT = "TIMEOUT"  # the worker ran past runner.timeout_s and was stopped
+    KILLED = "KILLED"  # a signal ended the worker
+    DISK_FULL = "DISK_FULL"
+    INTERRUPTED = "INTERRUPTED"  # Ctrl-C while the cell ran
+    ERROR = "ERROR"
+
+
+@dataclass
+class RunRecord:
+    """One cell: what was asked for, what ran, on what, and what came out."""
+
+    spec: dict[str, Any]  # the whole configuration of the cell (RunSpec.to_dict())
+    spec_hash: str
+    status: Status
+    started_at: str  # ISO 8601, UTC
+    duration_s: float
+    error: str | None = None  # one line: what, where, what mends it
+    requested: dict[str, Any] = field(default_factory=dict)  # e.g. device: auto
+    actual: dict[str, Any] = field(default_factory=dict)  # e.g. device: cpu
+    environment: dict[str, Any] = field(default_factory=dict)  # git sha, GPU, driver, versions
+    gate: dict[str, Any] = field(default_factory=dict)  # errors, tolerances, proof that it can fail
+    metrics: dict[str, float] = field(default_factory=dict)  # "latency_ms/p50": 1.23
+    intervals: dict[str, list[float]] = field(default_factory=dict)  # 95% confidence: [low, high], by metric
+    notes: list[str] = field(default_factory=list)  # what a reader must know, e.g. why p99 is absent
+    sweep_id: str | None = None
+    overrides: list[str] = field(default_factory=list)  # what the user typed for this cell
+    tracking: dict[str, str] = field(default_factory=dict)  # run_id and uri once logged
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def ok(self) -> bool:
+        return self.status is Status.OK
+
+    def to_json(self) -> str:
+        return json.dumps(_finite(asdict(self)), indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "record") -> RunRecord:
+        """Raises ValueError, naming `where` and the key, for anything that is not a record."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{where}: not JSON (line {e.lineno}: {e.msg})") from None
+        if not isinstance(data, dict):
+            raise ValueError(f"{where}: not a record (a JSON object is expected)")
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"{where}: schema_version is {data.get('schema_version')!r}, this grbench reads {SCHEMA_VERSION}"
+            )
+        known = {f.name for f in fields(cls)}
+        required = {"spec", "spec_hash", "status", "started_at", "duration_s"}
+        if problem := sorted(required - data.keys()) or sorted(data.keys() - known):
+            raise ValueError(f"{where}: missing or unknown key {problem[0]!r}")
+        try:
+            data["status"] = Status(data["status"])
+        except ValueError:
+            raise ValueError(f"{where}: status {data['status']!r} is not one of {', '.join(Status)}") from None
+        return cls(**data)
+
+
+def save(record: RunRecord, folder: Path) -> Path:
+    """Write `folder/record.json` whole or not at all. A reserve made by `reserve` is used up, so that
+    a disk that filled up meanwhile does not lose the record."""
+    path, spare = folder / RECORD_FILE, folder / f".{RECORD_FILE}.reserve"
+    data = record.to_json().encode()
+    with open(spare, "r+b" if spare.exists() else "wb") as f:  # noqa: PTH123  (r+b keeps the reserved blocks)
+        f.write(data)
+        f.truncate()
+        f.flush()
+        os.fsync(f.fileno())
+    spare.replace(path)
+    return path
+
+
+def reserve(folder: Path, size: int = 256 * 1024) -> None:
+    """Set aside disk space for the record before the work starts. Raises OSError when there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{RECORD_FILE}.reserve").open("wb") as f:
+        os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, "posix_fallocate") else f.write(b"\0" * size)
+
+
+def load(path: Path) -> RunRecord:
+    """Read one record, given its file or its folder. Raises ValueError or OSError, naming the path."""
+    path = path / RECORD_FILE if path.is_dir() else path
+    return RunRecord.from_json(path.read_text(), str(path))
+
+
+def find(root: Path) -> Iterator[tuple[Path, RunRecord]]:
+    """Every readable record under `root` with its folder, oldest first; MLflow's copies are left out."""
+    found = []
+    for path in root.rglob(RECORD_FILE):
+        if ARTIFACTS in path.relative_to(root).parts:
+            continue
+        try:
+            found.append((path.parent, load(path)))
+        except (ValueError, OSError):
+            continue  # a half-written or foreign file is not a record; `load` says why when asked for it
+    yield from sorted(found, key=lambda pair: pair[1].started_at)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities are no JSON and no measurement: they become null."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,32 @@
+"""Reading what runs left behind.
+
+    python -m grbench.report outputs --out report.md
+
+`load_frame` and `load_samples` give records and raw samples as pandas frames; the `plot_*` functions
+draw them. The report page, the terminal table and notebooks/compare_runs.ipynb are built on these.
+"""
+
+from grbench.report.frame import (
+    ReportError,
+    best_within_limit,
+    cells_frame,
+    load_frame,
+    load_samples,
+    time_parts,
+    within_limit,
+)
+from grbench.report.plots import Plot, plot_latency_cdf, plot_throughput_latency, plot_time_shares
+
+__all__ = [
+    "Plot",
+    "ReportError",
+    "best_within_limit",
+    "cells_frame",
+    "load_frame",
+    "load_samples",
+    "plot_latency_cdf",
+    "plot_throughput_latency",
+    "plot_time_shares",
+    "time_parts",
+    "within_limit",
+]

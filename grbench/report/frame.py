@@ -1,0 +1,185 @@
+"""Records and samples as pandas frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grbench import records
+from grbench.report.cells import MISSING, Cell, flatten, knobs, labels, shown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PERCENTILES = ["latency_ms/p50", "latency_ms/p90", "latency_ms/p99", "latency_ms/p99.9"]
+PARTS = ["queue_ms", "batch_ms", "transfer_ms", "compute_ms"]  # of a request's latency, in order of time
+METRICS = [
+    "throughput_rps",
+    "goodput_rps",
+    "latency_ms/mean",
+    *PERCENTILES,
+    *(f"{part}/p50" for part in PARTS),
+]
+SAMPLE_COLUMNS = [
+    "request_id", "user_id", "arrival_s", *PARTS, "latency_ms", "batch_index", "batch_size",
+]  # fmt: skip
+
+
+class ReportError(ValueError):
+    """What was to be read isn't there or isn't readable: one line that says what, where and what mends it."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"grbench: {self}"]  # notebooks show this line in place of a traceback
+
+
+def read_cells(roots: Sequence[Path]) -> list[Cell]:
+    """Every readable record under each of `roots` with its folder, oldest first.
+
+    A record reached twice (overlapping roots, MLflow's copy of it) counts once. Raises ReportError for a
+    root that is missing or holds no record.
+    """
+    found: dict[tuple[str, str, float], Cell] = {}
+    for root in roots:
+        if not root.is_dir():
+            raise ReportError(f"{root}: no such folder; `python -m grbench` makes records under ./outputs")
+        cells = list(records.find(root))
+        if not cells:
+            why = unreadable([root])
+            raise ReportError(
+                why[0]
+                if why
+                else f"no record found under {root}; `python -m grbench runner.output_root={root}` makes one"
+            )
+        for folder, record in sorted(cells, key=lambda cell: len(cell[0].parts)):
+            found.setdefault((record.spec_hash, record.started_at, record.duration_s), (folder, record))
+    return sorted(found.values(), key=lambda cell: cell[1].started_at)
+
+
+def unreadable(roots: Sequence[Path]) -> list[str]:
+    """One line for each record file under `roots` that can't be read: where and why."""
+    problems = []
+    for path in sorted({path for root in roots for path in root.rglob(records.RECORD_FILE)}):
+        try:
+            records.load(path)
+        except (ValueError, OSError) as e:
+            problems.append(f"{e}; remove it or run its cell again")
+    return problems
+
+
+def load_frame(*roots: Path | str) -> pd.DataFrame:
+    """`cells_frame` of every record under `roots`. Raises ReportError where there is none."""
+    return cells_frame(read_cells([Path(root) for root in roots]))
+
+
+def cells_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """One row a cell, numbered from 1 in the order given.
+
+    Columns: `cell` (a short label), the knobs that differ between the cells (named in
+    `frame.attrs["knobs"]`, as they are typed), `status`, every metric of the records by its name with its
+    95% interval in `<metric>/low` and `<metric>/high`, `gate_error`, `gate_tolerance`,
+    `latency_limit_ms`, `error`, `spec_hash`, `started_at` and `folder`. Only OK cells have metrics.
+    """
+    import pandas as pd
+
+    all_records = [record for _, record in cells]
+    keys = knobs(all_records)
+    rows = []
+    for (folder, record), label in zip(cells, labels(all_records), strict=True):
+        spec = flatten(record.spec)
+        row = {
+            "cell": label,
+            **{key: _plain(spec.get(key, MISSING)) for key in keys},
+            "status": str(record.status),
+        }
+        if record.ok:
+            row |= record.metrics
+            row |= {f"{name}/low": low for name, (low, _) in record.intervals.items()}
+            row |= {f"{name}/high": high for name, (_, high) in record.intervals.items()}
+        row |= {
+            "gate_error": record.gate.get("error"),
+            "gate_tolerance": record.gate.get("tolerance"),
+            "latency_limit_ms": spec.get("latency_limit_ms"),
+            "error": record.error or ("" if record.ok else "no reason was recorded"),
+            "spec_hash": record.spec_hash,
+            "started_at": record.started_at,
+            "folder": folder,
+        }
+        rows.append(row)
+    intervals = [f"{name}/{end}" for name in PERCENTILES for end in ("low", "high")]
+    frame = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="#"))
+    absent = [name for name in [*METRICS, *intervals] if name not in frame]
+    frame[absent] = float("nan")
+    numbers = [*METRICS, *intervals, "gate_error", "gate_tolerance", "latency_limit_ms"]
+    frame[numbers] = frame[numbers].astype(float)  # null in a record is NaN here
+    frame.attrs["knobs"] = keys
+    return frame
+
+
+def _plain(value: object) -> object:
+    """Numbers and words stay what they are, so that they sort and pivot; the rest becomes text."""
+    return value if isinstance(value, str | int | float) and not isinstance(value, bool) else shown(value)
+
+
+def load_samples(folder: Path | str) -> pd.DataFrame:
+    """A cell's raw samples, one row a request: times in milliseconds, `arrival_s` in seconds.
+
+    Raises ReportError, naming the file, if they are missing, unreadable or lack a column.
+    """
+    import pandas as pd
+
+    path = Path(folder) / records.SAMPLES_FILE
+    mend = "run the cell again with rerun=true"
+    if not path.is_file():
+        raise ReportError(f"{path}: no such file; {mend}")
+    try:
+        samples = pd.read_parquet(path)
+    except Exception as e:  # pyarrow has its own exceptions for each way in which a file is broken
+        raise ReportError(f"{path}: not readable as parquet ({str(e).splitlines()[0]}); {mend}") from None
+    if missing := [name for name in SAMPLE_COLUMNS if name not in samples]:
+        raise ReportError(f"{path}: column {missing[0]!r} is missing; {mend}")
+    if samples.empty:
+        raise ReportError(f"{path}: holds no rows; {mend}")
+    return samples
+
+
+def time_parts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean milliseconds of each part of a request's latency, one row an OK cell (by label), from raw samples.
+
+    Means add up to the mean latency, medians don't. `other_ms` is what no part accounts for: the
+    engine's own bookkeeping between the timed steps.
+    """
+    import pandas as pd
+
+    ok = frame[frame["status"] == records.Status.OK]
+    means = [load_samples(folder)[[*PARTS, "latency_ms"]].mean() for folder in ok["folder"]]
+    parts = pd.DataFrame(means, index=pd.Index(ok["cell"], name="cell"), columns=[*PARTS, "latency_ms"])
+    parts.insert(len(PARTS), "other_ms", (parts["latency_ms"] - parts[PARTS].sum(axis=1)).clip(lower=0))
+    return parts
+
+
+def within_limit(frame: pd.DataFrame) -> pd.Series:
+    """Whether each cell's p99 keeps within its `latency_limit_ms`, by the p99's 95% interval.
+
+    "yes" if all of it lies within, "no" if none does, "unsure" if the limit is inside the interval,
+    "p99 withheld" if there were too few samples for a p99, "-" for a cell that is not OK.
+    """
+
+    def verdict(row: pd.Series) -> str:
+        p99, limit = row["latency_ms/p99"], row["latency_limit_ms"]
+        low, high = row["latency_ms/p99/low"], row["latency_ms/p99/high"]
+        if row["status"] != records.Status.OK:
+            return MISSING
+        if p99 != p99:
+            return "p99 withheld"
+        if low != low or high != high:
+            low = high = p99
+        return "yes" if high <= limit else "no" if low > limit else "unsure"
+
+    return frame.apply(verdict, axis=1).rename("within_limit")
+
+
+def best_within_limit(frame: pd.DataFrame) -> pd.Series | None:
+    """The row of highest throughput among the cells that are surely `within_limit`; None if there is none."""
+    good = frame[within_limit(frame) == "yes"]
+    return None if good.empty else good.sort_values("throughput_rps").iloc[-1]

@@ -1,0 +1,61 @@
+"""Records out of MLflow: each run's record.json and samples.parquet, downloaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grbench import records
+from grbench.report.cells import Cell
+from grbench.report.frame import ReportError, read_cells
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def download_cells(uri: str, experiment: str, folder: Path) -> list[Cell]:
+    """The cells logged to `experiment` at the tracking `uri`, downloaded to a subfolder of `folder` each.
+
+    Runs without a record (a sweep's parent) are passed over. Raises ReportError for a URI that can't be
+    read, an unknown experiment, or one without a record.
+    """
+    path = uri.removeprefix("sqlite:///")
+    if path != uri and not Path(path).is_file():
+        raise ReportError(f"--mlflow {uri}: no such file {path}; MLflow would make an empty database there")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a wrong address should not take minutes to say so
+    from mlflow import MlflowClient
+
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment)
+        known = [e.name for e in client.search_experiments()]
+        runs = _download(client, found.experiment_id, folder) if found else 0
+    except Exception as e:  # MLflow, SQLAlchemy, requests and OSError: each store has its own
+        why = str(e).splitlines()[0]
+        raise ReportError(
+            f"--mlflow {uri}: can't be read ({why}); like this it can: sqlite:///outputs/mlruns.db, http://host:5000"
+        ) from None
+    if not found:
+        raise ReportError(f"--experiment {experiment}: not at {uri}; there are: {', '.join(known) or 'none'}")
+    if not runs:
+        raise ReportError(f"--experiment {experiment}: none of its runs at {uri} has a {records.RECORD_FILE}")
+    return read_cells([folder])
+
+
+def _download(client: MlflowClient, experiment_id: str, folder: Path) -> int:
+    count, token = 0, None
+    while True:
+        page = client.search_runs([experiment_id], max_results=200, page_token=token)
+        for run in page:
+            names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+            if records.RECORD_FILE not in names:
+                continue
+            target = folder / run.info.run_id
+            target.mkdir(parents=True)
+            for name in {records.RECORD_FILE, records.SAMPLES_FILE} & names:
+                client.download_artifacts(run.info.run_id, name, str(target))
+            count += 1
+        if not (token := page.token):
+            return count

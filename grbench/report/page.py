@@ -1,0 +1,178 @@
+"""The report page: one Markdown file with its figures beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from grbench.records import RunRecord
+from grbench.report import plots
+from grbench.report.cells import MISSING, Cell, command, figure, flatten, labels, shown
+from grbench.report.frame import PARTS, PERCENTILES, best_within_limit, cells_frame, within_limit
+from grbench.report.table import notes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Rows = list[list[str]]
+
+
+def write_page(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence[str] = ()) -> list[Path]:
+    """Write `out` and its figures under `<out's stem>_files/`; returns all paths written, the page first.
+
+    `remarks` are lines for the reader, such as records that could not be read. Raises ReportError for
+    samples that can't be read; then nothing is written but figures.
+    """
+    cells = list(cells)
+    frame = cells_frame(cells)
+    records = [record for _, record in cells]
+    environments = _environments(records)
+    files = out.parent / f"{out.stem}_files"
+    figures = _draw(frame, files)
+    sections = [
+        f"# {title}",
+        _summary(frame),
+        *_bullets(remarks),
+        "## Comparison",
+        _comparison(frame, records, environments),
+        "Times in milliseconds. Percentiles are samples, not interpolated; in brackets their 95% interval.",
+        *_bullets(notes(records)),
+        *_failures(frame),
+        *_figure_section(figures, out),
+        "## Environment",
+        _environment_table(environments),
+        *_asked_and_ran(records),
+        "## Run it again",
+        _table(["#", "cell", "command"], [[str(n), cell, f"`{command(r)}`"] for n, cell, r in _numbered(records)]),
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return [out, *figures]
+
+
+def _numbered(records: Sequence[RunRecord]) -> list[tuple[int, str, RunRecord]]:
+    return [(n, label, r) for n, (label, r) in enumerate(zip(labels(records), records, strict=True), 1)]
+
+
+def _summary(frame: pd.DataFrame) -> str:
+    ok = int((frame["status"] == "OK").sum())
+    days = sorted({started[:10] for started in frame["started_at"]})
+    text = f"{len(frame)} cells, {ok} OK, measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
+    if ok and (frame["latency_limit_ms"].nunique() == 1):
+        limit = frame["latency_limit_ms"].iloc[0]
+        best = best_within_limit(frame)
+        if best is None:
+            text += f" No cell's p99 is surely within the latency limit of {limit:g} ms."
+        else:
+            text += f" Best throughput with p99 within {limit:g} ms: cell {best.name}, {_escape(best['cell'])}"
+            text += f" ({figure(best['throughput_rps'])} rps, p99 {_with_interval(best, 'latency_ms/p99')} ms)."
+    return text
+
+
+def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments: list[dict[str, str]]) -> str:
+    knobs: list[str] = frame.attrs["knobs"]
+    several = len(environments) > 1
+    heads = ["#", *knobs, *(["environment"] if several else []), "status", "throughput rps", "goodput rps"]
+    heads += [name.removeprefix("latency_ms/") for name in PERCENTILES]
+    heads += [f"{part.removesuffix('_ms')} p50" for part in PARTS]
+    heads += ["gate error / allowed", "p99 within limit"]
+    rows = []
+    for (number, row), record, verdict in zip(frame.iterrows(), records, within_limit(frame), strict=True):
+        ok = record.ok
+        cells = [str(number), *(str(row[key]) for key in knobs)]
+        if several:
+            cells.append(_letter(environments.index(_environment(record))))
+        cells += [row["status"], figure(row["throughput_rps"]), figure(row["goodput_rps"])]
+        cells += [_with_interval(row, name) if row[name] == row[name] or not ok else "withheld" for name in PERCENTILES]
+        cells += [figure(row[f"{part}/p50"]) for part in PARTS]
+        gate = [figure(row[name]) for name in ("gate_error", "gate_tolerance")]
+        cells += [MISSING if gate == [MISSING, MISSING] else " / ".join(gate), verdict]
+        rows.append(cells)
+    return _table(heads, rows)
+
+
+def _with_interval(row: pd.Series, name: str) -> str:
+    low, high = row[f"{name}/low"], row[f"{name}/high"]
+    return figure(row[name]) + (f" [{figure(low)}, {figure(high)}]" if low == low else "")
+
+
+def _failures(frame: pd.DataFrame) -> list[str]:
+    failed = frame[frame["status"] != "OK"]
+    if failed.empty:
+        return []
+    rows = [[str(number), row["cell"], row["status"], row["error"]] for number, row in failed.iterrows()]
+    return ["## Cells without a result", _table(["#", "cell", "status", "why"], rows)]
+
+
+def _draw(frame: pd.DataFrame, folder: Path) -> dict[Path, plots.Plot]:
+    if not (frame["status"] == "OK").any():
+        return {}
+    named = {
+        "latency_cdf.png": plots.plot_latency_cdf,
+        "throughput_latency.png": plots.plot_throughput_latency,
+        "time_shares.png": plots.plot_time_shares,
+    }
+    return {folder / name: draw(frame, folder / name) for name, draw in named.items()}
+
+
+def _figure_section(figures: dict[Path, plots.Plot], out: Path) -> list[str]:
+    if not figures:
+        return ["No cell is OK: there is nothing to plot."]
+    parts = ["## Figures"]
+    for path, plot in figures.items():
+        link = quote(Path(os.path.relpath(path, out.parent)).as_posix())
+        parts += [f"![{plot.figure.axes[0].get_title()}]({link})", *_bullets(plot.notes)]
+    return parts
+
+
+def _environment(record: RunRecord) -> dict[str, str]:
+    return {key: "none" if value in ([], {}) else shown(value) for key, value in flatten(record.environment).items()}
+
+
+def _environments(records: Sequence[RunRecord]) -> list[dict[str, str]]:
+    different: list[dict[str, str]] = []
+    for record in records:
+        if (environment := _environment(record)) not in different:
+            different.append(environment)
+    return different
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index) if index < 26 else f"E{index + 1}"
+
+
+def _environment_table(environments: list[dict[str, str]]) -> str:
+    keys = dict.fromkeys(key for environment in environments for key in environment)
+    heads = ["", *(_letter(i) for i in range(len(environments)))] if len(environments) > 1 else ["", "all cells"]
+    return _table(heads, [[key, *(e.get(key, MISSING) for e in environments)] for key in keys])
+
+
+def _asked_and_ran(records: Sequence[RunRecord]) -> list[str]:
+    """What ran under another name than was asked for, such as engine.device=auto on cuda."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for number, _, record in _numbered(records):
+        ran = flatten(record.actual)
+        for key, asked in flatten(record.requested).items():
+            found = ran.get(key, ran.get(key.rpartition(".")[2]))
+            if found is not None and shown(found) != shown(asked):
+                rows.setdefault((key, shown(asked), shown(found)), []).append(str(number))
+    if not rows:
+        return []
+    table = [[*key, "all" if len(who) == len(records) else ", ".join(who)] for key, who in rows.items()]
+    return ["## Asked for and what ran", _table(["option", "asked for", "ran", "cells"], table)]
+
+
+def _table(heads: list[str], rows: Rows) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)
+
+
+def _escape(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")
+
+
+def _bullets(lines: Sequence[str]) -> list[str]:
+    return ["\n".join(f"- {_escape(line)}" for line in lines)] if lines else []

@@ -1,0 +1,238 @@
+"""Figures from cells that are OK. Each `plot_*` takes a frame of `cells_frame` or the cells themselves.
+
+A figure shows itself as the last line of a notebook cell and is written as PNG where a path is given.
+Nothing here touches pyplot's global state or needs a display.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grbench.records import Status
+from grbench.report.cells import Cell
+from grbench.report.cells import figure as in_words
+from grbench.report.frame import PARTS, ReportError, cells_frame, load_samples, time_parts
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_CURVES = 10  # more distribution curves than this can't be told apart
+MAX_LEGEND = 20
+# Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow (too pale for lines).
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+LINES = ["-", "--", ":", "-."]
+GREY = "#767676"
+
+
+@dataclass
+class Plot:
+    """A figure and what its reader must be told."""
+
+    figure: Figure
+    notes: list[str] = field(default_factory=list)
+
+    def png(self) -> bytes:
+        """The figure as PNG, with everything that lies outside the axes."""
+        data = io.BytesIO()
+        self.figure.savefig(data, format="png", dpi=150, bbox_inches="tight", facecolor="white")
+        return data.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+
+def plot_latency_cdf(cells: pd.DataFrame | Sequence[Cell], path: Path | None = None) -> Plot:
+    """Share of requests answered within a time, a curve a cell, from raw samples; latency limits as lines.
+
+    At most 10 cells are drawn, those with the lowest p90; a note says which were left out. Raises
+    ReportError if no cell is OK or samples can't be read.
+    """
+    ok = _ok(cells)
+    drawn = ok if len(ok) <= MAX_CURVES else ok.loc[ok["latency_ms/p90"].nsmallest(MAX_CURVES).index.sort_values()]
+    figure, axes = _figure(7.5, 4.5)
+    for number, row in drawn.iterrows():
+        latencies = np.sort(load_samples(row["folder"])["latency_ms"].to_numpy())
+        shares = np.arange(1, len(latencies) + 1) / len(latencies)
+        keep = _thinned(len(latencies))
+        axes.step(
+            latencies[keep],
+            100 * shares[keep],
+            where="post",
+            label=_legend(number, row),
+            **_style(number),
+            lw=1.6,
+        )
+    for share in (50, 90, 99):
+        axes.axhline(share, color=GREY, lw=0.5, alpha=0.5)
+    _limits(axes, drawn)
+    _log_x(axes)
+    axes.set_ylim(0, 102)
+    axes.set_yticks([0, 25, 50, 75, 90, 99])
+    axes.set_xlabel("latency, ms (log)")
+    axes.set_ylabel("requests answered, %")
+    axes.set_title("Latency distribution")
+    _legend_below(figure, axes)
+    notes = []
+    if left_out := [f"#{number} {row['cell']}" for number, row in ok.iterrows() if number not in drawn.index]:
+        told = f"{len(drawn)} of {len(ok)} cells are drawn, those with the lowest p90"
+        notes.append(f"{told}; left out: {'; '.join(left_out)}")
+    return _done(Plot(figure, notes), path)
+
+
+def plot_throughput_latency(cells: pd.DataFrame | Sequence[Cell], path: Path | None = None) -> Plot:
+    """Throughput against p99 latency, a point a cell, with the p99's 95% interval; best is top left.
+
+    Where any cell's p99 is withheld all are drawn at p90, and a note says so: one axis, one percentile.
+    Raises ReportError if no cell is OK.
+    """
+    ok = _ok(cells)
+    withheld = int(ok["latency_ms/p99"].isna().sum())
+    percent = "p90" if withheld else "p99"
+    name = f"latency_ms/{percent}"
+    figure, axes = _figure(7.5, 4.5)
+    for number, row in ok.iterrows():
+        x, y = row[name], row["throughput_rps"]
+        low, high = (x if end != end else end for end in (row[f"{name}/low"], row[f"{name}/high"]))
+        colour = _style(number)["color"]
+        axes.errorbar(x, y, xerr=[[x - low], [high - x]], fmt="o", color=colour, capsize=3, label=_legend(number, row))
+        axes.annotate(f"{number}", (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9)
+    _limits(axes, ok)
+    _log_x(axes)
+    axes.set_ylim(0, 1.15 * ok["throughput_rps"].max())
+    axes.margins(x=0.15)
+    axes.set_xlabel(f"{percent} latency with 95% interval, ms (log)")
+    axes.set_ylabel("throughput, requests/s")
+    axes.set_title(f"Throughput against {percent} latency")
+    notes = []
+    if withheld:
+        notes.append(f"p90 is drawn for all cells: p99 is withheld for {withheld} of them (fewer than 1000 samples)")
+    if len(ok) <= MAX_LEGEND:
+        _legend_below(figure, axes)
+    else:
+        notes.append("the numbers are the rows of the comparison table")
+    return _done(Plot(figure, notes), path)
+
+
+def plot_time_shares(cells: pd.DataFrame | Sequence[Cell], path: Path | None = None) -> Plot:
+    """Where a request's mean latency goes, a bar a cell: queue, batch, transfer, compute, other.
+
+    Means of the raw samples, because they add up to the mean latency (printed at each bar's end).
+    Raises ReportError if no cell is OK or samples can't be read.
+    """
+    ok = _ok(cells)
+    parts = time_parts(ok)
+    shares = 100 * parts.div(parts["latency_ms"], axis=0)
+    figure, axes = _figure(7.5, 1.3 + 0.45 * len(ok))
+    places = np.arange(len(ok))[::-1]
+    left = np.zeros(len(ok))
+    for part, colour in zip([*PARTS, "other_ms"], [*COLOURS[:4], "#BBBBBB"], strict=True):
+        width = shares[part].to_numpy()
+        axes.barh(places, width, left=left, color=colour, edgecolor="white", lw=0.5, label=part.removesuffix("_ms"))
+        left += width
+    for place, end, total in zip(places, left, parts["latency_ms"], strict=True):
+        axes.text(end + 1, place, f"{in_words(total)} ms", va="center", fontsize=9)
+    names = [_wrapped(f"{number} {row['cell']}", 40) for number, row in ok.iterrows()]
+    axes.set_yticks(places, names)
+    axes.set_xlim(0, 118)
+    axes.set_ylim(-0.6, len(ok) - 0.4)
+    axes.set_xticks([0, 25, 50, 75, 100])
+    axes.set_xlabel("share of the mean latency, %")
+    axes.set_title("Where the time goes")
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncols=5,
+        frameon=False,
+    )
+    return _done(Plot(figure, ["means of the raw samples: unlike medians, they add up to the mean latency"]), path)
+
+
+def _ok(cells: pd.DataFrame | Sequence[Cell]) -> pd.DataFrame:
+    import pandas as pd
+
+    frame = cells if isinstance(cells, pd.DataFrame) else cells_frame(cells)
+    ok = frame[frame["status"] == Status.OK]
+    if ok.empty:
+        raise ReportError(f"nothing to plot: none of {len(frame)} cells is OK")
+    return ok
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")  # Agg: no display, no global state
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _done(plot: Plot, path: Path | None) -> Plot:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(plot.png())
+    return plot
+
+
+def _style(number: object) -> dict[str, Any]:
+    """A cell has the same colour in every figure: that of its row."""
+    i = int(str(number)) - 1
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
+
+
+def _log_x(axes: Axes) -> None:
+    """A log x-axis with plain numbers, as many as there is room for."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    decades = np.log10(high / low)
+    subs = (1.0,) if decades > 4 else (1.0, 2.0, 5.0) if decades > 1 else (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _limits(axes: Axes, frame: pd.DataFrame) -> None:
+    for limit in sorted(frame["latency_limit_ms"].dropna().unique()):
+        axes.axvline(limit, color=GREY, lw=1.2, ls=(0, (6, 3)), label=f"latency limit {limit:g} ms")
+
+
+def _legend(number: object, row: pd.Series) -> str:
+    return _wrapped(f"{number} {row['cell']}", 50)
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    handles, texts = axes.get_legend_handles_labels()
+    columns = 2 if len(texts) > 3 else 1
+    figure.legend(
+        handles,
+        texts,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+    )
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(text, width, break_on_hyphens=False).replace("$", r"\$")  # a pair of $ would be maths
+
+
+def _thinned(count: int, most: int = 4000) -> np.ndarray:
+    """Indices to draw of `count` sorted samples: evenly spaced, and all of the slowest 1000."""
+    if count <= most:
+        return np.arange(count)
+    return np.unique(
+        np.concatenate([np.linspace(0, count - 1, most - 1000).astype(int), np.arange(count - 1000, count)])
+    )

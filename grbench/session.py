@@ -1,0 +1,119 @@
+"""One invocation of grbench: its cells one after another, their records, tracking, progress and table."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from hydra.conf import HydraConf
+from hydra.types import RunMode
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from grbench import records
+from grbench.config import RunConfig, RunSpec
+from grbench.records import RunRecord, Status
+from grbench.runner import Event, Interrupted, run_cell
+
+
+class Session:
+    """Runs cells and keeps what they gave. `close` prints the table and returns the exit code."""
+
+    def __init__(self, run: RunConfig, hydra: HydraConf, total: int) -> None:
+        from grbench.tracking import Tracker
+
+        self._total = total
+        self._cells: list[tuple[Path, RunRecord]] = []
+        self._root = Path(run.runner.output_root).absolute()
+        self._screen = Console(stderr=True)
+        self._sweep_id = Path(hydra.sweep.dir).name if hydra.mode is RunMode.MULTIRUN else None
+        self._tracker = Tracker(run.tracking, self._root)
+        if self._sweep_id:
+            self._tracker.start_sweep(self._sweep_id, {"overrides": " ".join(sys.argv[1:]), "cells": str(total)})
+        self._earlier: dict[str, tuple[Path, RunRecord]] = {}
+        if self._sweep_id and not run.rerun:
+            for folder, record in records.find(self._root):
+                if record.status is not Status.INTERRUPTED and (record.ok or not run.rerun_failed):
+                    self._earlier[record.spec_hash] = (folder, record)
+
+    def run(self, spec: RunSpec, run: RunConfig, hydra: HydraConf) -> None:
+        """Measure one cell, or keep its earlier record; log it. Raises KeyboardInterrupt after keeping the record."""
+        title = f"{len(self._cells) + 1}/{self._total} {spec.title}"
+        if earlier := self._earlier.get(spec.hash):
+            folder, record = earlier
+            self._screen.print(f"{title}: has a record of {record.started_at}, kept (rerun=true measures it again)")
+            self._finish(folder, record)
+            return
+        with CellProgress(self._screen, title, spec.scenario.queries) as progress:
+            try:
+                record, folder = run_cell(
+                    spec,
+                    run.runner,
+                    Path(hydra.runtime.output_dir),
+                    sweep_id=self._sweep_id,
+                    overrides=list(hydra.overrides.task),
+                    on_event=progress.show,
+                )
+            except Interrupted as interruption:
+                self._finish(interruption.folder, interruption.record)
+                raise
+        self._finish(folder, record)
+
+    def _finish(self, folder: Path, record: RunRecord) -> None:
+        self._cells.append((folder, record))
+        if not record.tracking and record.status is not Status.INTERRUPTED:
+            self._tracker.log(record, folder)
+
+    def close(self, interrupted: bool = False) -> int:
+        """Print the table of all cells and end the sweep's tracking. Returns 0 if every cell is OK, else 1."""
+        from grbench.report.table import print_cells
+
+        if self._sweep_id:
+            self._tracker.end_sweep([record for _, record in self._cells])
+        print_cells(Console(), self._cells)
+        if interrupted:
+            left = self._total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)
+            again = "; the same sweep goes on from here" if self._sweep_id else ""
+            self._screen.print(f"interrupted with {left} of {self._total} cells to go{again}")
+        where = os.path.relpath(self._root)
+        self._screen.print(f"records: {where}   compare: python -m grbench.tracking ui {where}", soft_wrap=True)
+        return 0 if all(record.ok for _, record in self._cells) else 1
+
+
+class CellProgress:
+    """One line that says what a cell is at. It is redrawn only when the worker reports, never by a timer:
+    a busy launcher would disturb what is measured."""
+
+    def __init__(self, screen: Console, title: str, queries: int) -> None:
+        self._screen, self._title = screen, title
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=screen,
+            auto_refresh=False,
+            transient=True,
+        )
+        self._task = self._bar.add_task(title, total=queries)
+
+    def __enter__(self) -> CellProgress:
+        if self._screen.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def show(self, event: Event) -> None:
+        """Take one message of the worker."""
+        if "stage" in event:
+            self._bar.update(self._task, description=f"{self._title}: {event['stage']}")
+            if not self._screen.is_terminal:
+                self._screen.print(f"{self._title}: {event['stage']}", soft_wrap=True)
+        else:
+            self._bar.update(self._task, completed=event["answered"])
+        if self._screen.is_terminal:
+            self._bar.refresh()

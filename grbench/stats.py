@@ -1,0 +1,130 @@
+"""Latency percentiles that say how sure they are, throughput and goodput.
+
+A percentile is one of the samples, never interpolated: with n sorted samples, sample number
+floor(q n), counted from zero, as MLPerf LoadGen takes it (performance summary in its results.cc), so
+that our figures and LoadGen's agree to the sample. Of 1000 samples p99 is the tenth from the top.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+CONFIDENCE = 0.95
+PERCENTILES = (50.0, 90.0, 99.0, 99.9)
+# A tail percentile of a handful of samples is their maximum under another name: ten must lie above it.
+SAMPLES_NEEDED = {99.0: 1000, 99.9: 10_000}
+
+
+@dataclass
+class Summary:
+    """Figures of one latency: metrics and 95% intervals [low, high] by name, and what a reader must know."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def latency_summary(latencies_ms: npt.ArrayLike, prefix: str = "latency_ms") -> Summary:
+    """Mean and percentiles of `latencies_ms` ([samples], milliseconds): `<prefix>/mean`, `<prefix>/p50`, ...
+
+    p99 needs 1000 samples and p99.9 needs 10000; with fewer the percentile is left out and a note says
+    so. Each percentile has the interval of `percentile_interval`; the mean has none, because none holds
+    for every distribution. Raises ValueError for no samples, or one that is negative or not finite.
+    """
+    values = np.sort(_checked(latencies_ms, prefix, lowest=0.0))
+    count = len(values)
+    summary = Summary(metrics={f"{prefix}/mean": float(values.mean())})
+    for percent in PERCENTILES:
+        name = f"{prefix}/p{percent:g}"
+        needed = SAMPLES_NEEDED.get(percent, 1)
+        if count < needed:
+            summary.notes.append(f"{name} withheld: it needs {needed} samples, there are {count}")
+            continue
+        summary.metrics[name] = float(values[_rank(count, percent)])
+        if ranks := _interval_ranks(count, percent):
+            low, high = ranks
+            summary.intervals[name] = [float(values[low]), float(values[high])]
+        else:
+            needed = samples_for_interval(percent)
+            summary.notes.append(f"{name} has no 95% interval: it needs {needed} samples, there are {count}")
+    return summary
+
+
+def percentile(samples: npt.ArrayLike, percent: float) -> float:
+    """The sample at `percent` (0 <= percent < 100) of `samples` ([samples], any unit).
+
+    Raises ValueError for no samples or one that is not finite.
+    """
+    if not 0 <= percent < 100:
+        raise ValueError(f"percent={percent}: allowed is 0 <= percent < 100")
+    values = np.sort(_checked(samples, f"p{percent:g}"))
+    return float(values[_rank(len(values), percent)])
+
+
+def percentile_interval(samples: npt.ArrayLike, percent: float) -> tuple[float, float] | None:
+    """A 95% confidence interval of a percentile, whatever the distribution; None for too few samples.
+
+    The number of samples below the true percentile is binomial(n, q), so two order statistics enclose it
+    with a known probability (David and Nagaraja, Order Statistics, section 7.1). It takes the samples for
+    independent: waits in a queue are not quite, so under heavy load the truth is wider.
+    """
+    values = np.sort(_checked(samples, f"p{percent:g}"))
+    ranks = _interval_ranks(len(values), percent)
+    return (float(values[ranks[0]]), float(values[ranks[1]])) if ranks else None
+
+
+def samples_for_interval(percent: float) -> int:
+    """The fewest samples that `percentile_interval` needs: each tail must hold one 97.5% of the time."""
+    q, tail = percent / 100, (1 - CONFIDENCE) / 2
+    return math.ceil(math.log(tail) / math.log(max(q, 1 - q)))
+
+
+def throughput(answered: int, duration_s: float) -> float:
+    """Requests answered a second. Raises ValueError for a duration that is not positive."""
+    if not (math.isfinite(duration_s) and duration_s > 0):
+        raise ValueError(f"duration_s={duration_s}: allowed is a finite number > 0")
+    return answered / duration_s
+
+
+def goodput(latencies_ms: npt.ArrayLike, deadlines_ms: npt.ArrayLike, duration_s: float) -> float:
+    """Requests a second that were answered within their deadline (the deadline itself counts as within).
+
+    `latencies_ms` is [requests], `deadlines_ms` the same shape or one number for all. Raises ValueError.
+    """
+    latencies = _checked(latencies_ms, "latencies_ms", lowest=0.0)
+    deadlines = np.asarray(deadlines_ms, dtype=np.float64)
+    if deadlines.shape not in ((), latencies.shape):
+        raise ValueError(f"deadlines_ms: shape {deadlines.shape}; allowed is one number or {latencies.shape}")
+    return throughput(int((latencies <= deadlines).sum()), duration_s)
+
+
+def _rank(count: int, percent: float) -> int:
+    """floor(count * percent / 100), in whole thousandths of a percent: 0.999 * 1000 must not round to 998."""
+    return count * round(percent * 1000) // 100_000
+
+
+def _interval_ranks(count: int, percent: float) -> tuple[int, int] | None:
+    """Ranks, from zero, of the two samples that enclose the percentile; None if they would lie outside."""
+    from scipy.stats import binom  # slow to import
+
+    tail = (1 - CONFIDENCE) / 2
+    below: Any = binom(count, percent / 100)  # how many samples lie below the true percentile
+    low, high = int(below.ppf(tail)) - 1, int(below.ppf(1 - tail))
+    return (low, high) if low >= 0 and high < count else None
+
+
+def _checked(samples: npt.ArrayLike, name: str, lowest: float = -math.inf) -> npt.NDArray[np.float64]:
+    values = np.asarray(samples, dtype=np.float64).ravel()
+    if not len(values):
+        raise ValueError(f"{name}: no samples, at least one is needed; was any request answered?")
+    bad = ~(np.isfinite(values) & (values >= lowest))
+    if bad.any():
+        row = int(bad.argmax())
+        allowed = "a finite number" if lowest == -math.inf else f"a finite number >= {lowest:g}"
+        raise ValueError(f"{name}: sample {row} is {values[row]:g}; allowed is {allowed}")
+    return values

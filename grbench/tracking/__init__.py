@@ -1,0 +1,109 @@
+"""Logging records to MLflow. Only the parent process does this, one cell at a time.
+
+The record on disk comes first: if MLflow is down, locked or full, nothing is lost, and
+`python -m grbench.tracking import` logs what is missing later.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from grbench import records
+from grbench.records import RunRecord, Status
+from grbench.tracking.config import MlflowConfig, NoTrackingConfig
+
+
+class Tracker:
+    """Logs the cells of one invocation. Never raises for what goes wrong in MLflow: it says so and goes on."""
+
+    def __init__(self, config: MlflowConfig | NoTrackingConfig, output_root: Path) -> None:
+        self._config, self._root = config, output_root.absolute()
+        self._store: Any = None
+        self._sweep: tuple[str, dict[str, str]] | None = None
+        self._parent: str | None = None
+
+    def start_sweep(self, sweep_id: str, facts: dict[str, str]) -> None:
+        """The cells logged from now on are children of one run, made (or found again) with the first of them."""
+        self._sweep = (sweep_id, facts)
+
+    def log(self, record: RunRecord, folder: Path) -> bool:
+        """Log one cell and note its run in its record. False, after saying why, if it could not be logged."""
+        if isinstance(self._config, NoTrackingConfig):
+            return False
+        try:
+            store = self._open()
+            if self._sweep and self._parent is None:
+                self._parent = store.sweep_run(*self._sweep)
+            record.tracking = store.log(record, folder, self._parent)
+        except Exception as e:
+            self._say(f"MLflow did not take the run ({one_line(e)})")
+            self._say(f"its record is kept in {folder}; `python -m grbench.tracking import {self._root}` logs it later")
+            return False
+        try:
+            records.save(record, folder)
+        except OSError as e:
+            self._say(f"{folder}: {e.strerror or e}; an import would log this run a second time")
+        return True
+
+    def end_sweep(self, cells: list[RunRecord]) -> None:
+        """Close the sweep's run with counts of its cells."""
+        if self._parent is None:
+            return
+        try:
+            self._open().end_sweep(self._parent, cells)
+        except Exception as e:
+            self._say(f"MLflow did not close the sweep's run ({one_line(e)})")
+
+    def _open(self) -> Any:
+        if self._store is None:
+            from grbench.tracking.store import Store
+
+            assert isinstance(self._config, MlflowConfig)
+            self._store = Store(self._config.uri, self._config.experiment, self._root)
+        return self._store
+
+    @staticmethod
+    def _say(line: str) -> None:
+        print(f"grbench: {line}", file=sys.stderr)
+
+
+def import_records(root: Path, config: MlflowConfig) -> tuple[int, int, int]:
+    """Log every record under `root` that has no run in that store yet.
+
+    Returns how many were logged, had a run already, and failed. Raises ValueError if there is none.
+    """
+    from grbench.tracking.store import Store, default_uri
+
+    uri = config.uri or default_uri(root.absolute())
+    logged = known = failed = 0
+    parents: dict[str, str] = {}
+    store: Store | None = None
+    for folder, record in records.find(root):
+        if record.status is Status.INTERRUPTED:
+            continue
+        if record.tracking.get("uri") == uri:
+            known += 1
+            continue
+        try:
+            store = store or Store(config.uri, config.experiment, root.absolute())
+            if record.sweep_id and record.sweep_id not in parents:
+                parents[record.sweep_id] = store.sweep_run(record.sweep_id, {})
+            record.tracking = store.log(record, folder, parents.get(record.sweep_id or ""))
+            records.save(record, folder)
+            logged += 1
+        except Exception as e:
+            failed += 1
+            print(f"grbench: {folder}: not logged ({one_line(e)})", file=sys.stderr)
+            if store is None:
+                break  # the store can't be opened: it won't for the others either
+    if not logged + known + failed:
+        raise ValueError(f"{root}: no records found; `python -m grbench` makes some under outputs/")
+    return logged, known, failed
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,171 @@
+"""One MLflow store: a sqlite file or a server. The only module that imports mlflow to write."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from grbench.records import ARTIFACTS, LOG_FILE, RECORD_FILE, SAMPLES_FILE, RunRecord, Status
+
+SWEEP_TAG, HASH_TAG = "sweep_id", "spec_hash"
+MLFLOW_STATUS = {Status.OK: "FINISHED", Status.INTERRUPTED: "KILLED"}  # the others: FAILED
+
+
+def default_uri(root: Path) -> str:
+    """The sqlite database of an output root (an absolute path)."""
+    return f"sqlite:///{root / 'mlruns.db'}"
+
+
+class Store:
+    """An experiment in a tracking store. Every method may raise whatever MLflow raises."""
+
+    def __init__(self, uri: str | None, experiment: str, root: Path) -> None:
+        # A dead server or a locked file must show in seconds: the record is safe on disk.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        self.uri = uri or default_uri(root)
+        if self.uri.startswith(("http://", "https://")):
+            _check_server(self.uri)
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        from mlflow import MlflowClient
+
+        for name in ("alembic", "mlflow"):  # a page of migrations at the first use
+            logging.getLogger(name).setLevel(logging.WARNING)
+        # Processes that open a new sqlite file at once would each create its tables, and break it.
+        with _one_at_a_time(root / ".mlflow.lock") if self.uri.startswith("sqlite") else contextlib.nullcontext():
+            self._client = MlflowClient(self.uri, registry_uri=self.uri)
+            self._experiment = self._find_or_create(experiment, root)
+
+    def _find_or_create(self, name: str, root: Path) -> str:
+        if found := self._client.get_experiment_by_name(name):
+            if found.lifecycle_stage == "deleted":
+                raise ValueError(f"experiment {name!r} is deleted; restore it or set tracking.experiment")
+            return str(found.experiment_id)
+        local = self.uri.startswith("sqlite")
+        return str(self._client.create_experiment(name, (root / ARTIFACTS).as_uri() if local else None))
+
+    def sweep_run(self, sweep_id: str, facts: dict[str, str]) -> str:
+        """The parent run of a sweep: found again when the sweep is resumed, else made."""
+        same = f"tags.{SWEEP_TAG} = '{sweep_id}' and tags.role = 'sweep'"
+        if found := self._client.search_runs([self._experiment], filter_string=same, max_results=1):
+            run_id = str(found[0].info.run_id)
+            self._client.update_run(run_id, status="RUNNING")
+            return run_id
+        run = self._client.create_run(
+            self._experiment, run_name=sweep_id, tags={SWEEP_TAG: sweep_id, "role": "sweep", **facts}
+        )
+        return str(run.info.run_id)
+
+    def end_sweep(self, run_id: str, cells: list[RunRecord]) -> None:
+        """Count the cells and end the parent run: FINISHED if all are OK."""
+        for status in sorted({record.status for record in cells}):
+            self._client.log_metric(run_id, f"cells/{status}", sum(r.status is status for r in cells))
+        self._client.set_terminated(run_id, "FINISHED" if all(r.ok for r in cells) else "FAILED")
+
+    def log(self, record: RunRecord, folder: Path, parent: str | None) -> dict[str, str]:
+        """Log one cell: params, tags, metrics, artifacts. Returns what `RunRecord.tracking` holds."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        begun = int(datetime.datetime.fromisoformat(record.started_at).timestamp() * 1000)
+        ended = begun + int(record.duration_s * 1000)
+        tags = {**_tags(record), **({"mlflow.parentRunId": parent} if parent else {})}
+        run = self._client.create_run(self._experiment, start_time=begun, tags=tags, run_name=run_name(record))
+        run_id = str(run.info.run_id)
+        try:
+            values = {**record.metrics, **_interval_metrics(record)}
+            metrics = [Metric(k, float(v), ended, 0) for k, v in values.items() if v is not None and math.isfinite(v)]
+            params = [Param(key, str(value)[:6000]) for key, value in flatten(record.spec).items()]
+            for start in range(0, max(len(metrics), len(params)), 100):  # a server takes 100 params at a time
+                some = slice(start, start + 100)
+                self._client.log_batch(run_id, metrics=metrics[some], params=params[some])
+            self._client.log_batch(run_id, tags=[RunTag("mlflow.note.content", record.error)] if record.error else [])
+            self._client.log_text(run_id, yaml.safe_dump(record.spec, sort_keys=False), "config.yaml")
+            for path in _artifacts(folder):
+                self._client.log_artifact(run_id, str(path))
+            self._client.set_terminated(run_id, MLFLOW_STATUS.get(record.status, "FAILED"), ended)
+        except BaseException:
+            with contextlib.suppress(Exception):  # half a run would be taken for a whole one
+                self._client.delete_run(run_id)
+            raise
+        return {"run_id": run_id, "uri": self.uri, "experiment_id": self._experiment}
+
+
+def run_name(record: RunRecord) -> str:
+    """Short name of a cell: engine, kernel, cache, workload, scenario."""
+    spec = record.spec
+    return "-".join(
+        str(spec[g]["name"]) for g in ("engine", "kernel", "cache", "model", "workload", "scenario") if g in spec
+    )
+
+
+def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested dicts by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return flat
+
+
+def _tags(record: RunRecord) -> dict[str, str]:
+    env = record.environment
+    tags: dict[str, Any] = {
+        "status": record.status,
+        HASH_TAG: record.spec_hash,
+        "role": "cell",
+        "git_sha": env.get("git_sha"),
+        "cpu": env.get("cpu"),
+        "python": env.get("python"),
+        SWEEP_TAG: record.sweep_id,
+        "overrides": " ".join(record.overrides),
+    }
+    gpus = env.get("gpus") or []
+    if gpus:
+        tags |= {"gpu": gpus[0].get("name"), "driver": gpus[0].get("driver"), "gpus": len(gpus)}
+    tags |= {f"version.{name}": version for name, version in (env.get("versions") or {}).items()}
+    tags |= {f"actual.{key}": value for key, value in flatten(record.actual).items()}
+    tags |= {f"gate.{key}": value for key, value in flatten(record.gate).items()}
+    return {k: (v if isinstance(v, str) else json.dumps(v))[:5000] for k, v in tags.items() if v not in (None, "")}
+
+
+def _interval_metrics(record: RunRecord) -> dict[str, float]:
+    """95% intervals as metrics: latency_ms/p50 -> latency_ms/p50/ci95_low and ci95_high."""
+    return {
+        f"{name}/{end}": value
+        for name, interval in record.intervals.items()
+        for end, value in zip(("ci95_low", "ci95_high"), interval, strict=True)
+    }
+
+
+def _artifacts(folder: Path) -> list[Path]:
+    names = [RECORD_FILE, SAMPLES_FILE, LOG_FILE]
+    return [folder / name for name in names if (folder / name).is_file()] + sorted(folder.glob("*.png"))
+
+
+def _check_server(uri: str) -> None:
+    """Raise in seconds if nothing listens: MLflow's own retries take minutes."""
+    parts = urlsplit(uri)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except OSError as e:
+        raise ConnectionError(f"{uri}: {e.strerror or e}; is the server up?") from None
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield

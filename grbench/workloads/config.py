@@ -1,0 +1,59 @@
+"""Options of the workloads: where events come from and how they become requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grengines.options import option
+
+
+@dataclass
+class WorkloadConfig:
+    """How a user's events become visits, and visits requests; common to all workloads."""
+
+    name: str = "???"
+    num_candidates: int = option(32, ge=1, le=1_000_000)  # items to rank in each request
+    min_history: int = option(1, ge=1)  # events before a visit for it to count
+    max_history: int = option(512, ge=1)  # the last so many are kept
+    max_requests: int = option(0, ge=0)  # the first so many of the trace; 0: all
+    visit_gap_s: float = option(1800.0, gt=0)  # a visit ends after a pause of this length
+    visit_events: int = option(16, ge=1)  # or after so many events
+
+
+@dataclass
+class Ml100kConfig(WorkloadConfig):
+    """MovieLens-100K: 943 users, 1682 items, 100000 ratings with their times."""
+
+
+@dataclass
+class FileConfig(WorkloadConfig):
+    path: str = "???"
+    sort: bool = False  # sort each user's events by time on loading; else a file out of order is refused
+
+
+@dataclass
+class RecBoleConfig(FileConfig):
+    """A RecBole `.inter` file: tab-separated, typed header."""
+
+
+@dataclass
+class CsvConfig(FileConfig):
+    """MovieLens `ratings.csv` or `ratings.dat`, or a KuaiRand log; `auto` tells them apart by the file's start."""
+
+    format: str = option("auto", choices=["auto", "ratings_csv", "ratings_dat", "kuairand"])
+
+
+@dataclass
+class SyntheticConfig(WorkloadConfig):
+    """Users who come back, made up from a seed."""
+
+    users: int = option(500, ge=1, le=100_000_000)
+    items: int = option(10_000, ge=2, le=100_000_000)
+    visits: int = option(2000, ge=1)  # requests of the trace
+    item_zipf: float = option(1.0, ge=0, le=4)  # item popularity falls with rank to this power; 0: uniform
+    user_zipf: float = option(0.8, ge=0, le=4)  # likewise how often a user visits
+    history_median: int = option(128, ge=1)  # of the log-normal history length at a user's first visit
+    history_sigma: float = option(0.8, ge=0, le=4)  # its spread, in natural logarithms
+    delta_mean: float = option(8.0, ge=0)  # new events between a user's visits, on average
+    visits_per_s: float = option(50.0, gt=0)  # mean arrival rate
+    burstiness: float = option(0.0, ge=0, le=0.9)  # of arrivals (Goh and Barabasi): 0 is Poisson

@@ -1,0 +1,252 @@
+"""Behaviour events as columns, and the loaders that read and check them.
+
+The schema: user, item, actions (bit mask), weight, timestamp. Whatever is wrong with a file is one line
+that names the file, row, column and value.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+
+LATEST = 4_102_444_800  # 2100-01-01: a time beyond it is in another unit than seconds
+KUAIRAND_ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
+RATING_ACTIONS = ("rated", "liked")  # liked: at least four fifths of the file's highest rating
+_NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
+
+
+class DataError(ValueError):
+    """The data can't be used; one line that names file, row, column and value, and what mends it."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """Columns of one length, sorted by user, then by time. Ids are dense: 0 to count - 1."""
+
+    users: npt.NDArray[np.int64]
+    items: npt.NDArray[np.int64]
+    actions: npt.NDArray[np.int64]  # bit masks over `action_names`
+    weights: npt.NDArray[np.float32]  # 0 to 1: rating or watched share
+    timestamps: npt.NDArray[np.int64]  # seconds
+    num_users: int
+    num_items: int
+    action_names: tuple[str, ...]
+
+
+def load_recbole(path: Path, sort: bool) -> Events:
+    """A RecBole `.inter` file: tab-separated, header of `name:type`, rating optional. Raises DataError."""
+    table = _Table(path, delimiter="\t")
+    table.rename({name: name.split(":")[0] for name in table.names})
+    return _ratings(table, "user_id", "item_id", "rating" if "rating" in table.names else None, "timestamp", sort)
+
+
+def load_csv(path: Path, format: str, sort: bool) -> Events:
+    """MovieLens ratings.csv or ratings.dat, or a KuaiRand log; `auto` looks at the first line. Raises DataError."""
+    if format == "auto":
+        format = _recognise(path)
+    if format == "ratings_dat":
+        names = ["userId", "movieId", "rating", "timestamp"]
+        return _ratings(_Table(path, delimiter="::", names=names), *names, sort)
+    if format == "ratings_csv":
+        return _ratings(_Table(path), "userId", "movieId", "rating", "timestamp", sort)
+    table = _Table(path)
+    bits = [name for name in KUAIRAND_ACTIONS if name in table.names]
+    actions = np.zeros(table.rows, dtype=np.int64)
+    for bit, name in enumerate(bits):
+        actions |= (table.numbers(name) > 0).astype(np.int64) << bit
+    if {"play_time_ms", "duration_ms"} <= set(table.names):
+        duration = np.maximum(table.numbers("duration_ms"), 1.0)
+        weights = np.clip(table.numbers("play_time_ms") / duration, 0.0, 1.0)
+    else:
+        weights = np.ones(table.rows)
+    seconds = table.times("time_ms", unit=1e-3)
+    return _events(table, "user_id", "video_id", actions, weights, seconds, "time_ms", tuple(bits), sort)
+
+
+def _recognise(path: Path) -> str:
+    first = _bytes(path)[:4096].split(b"\n")[0]
+    if b"::" in first:
+        return "ratings_dat"
+    if b"movieId" in first:
+        return "ratings_csv"
+    if b"video_id" in first:
+        return "kuairand"
+    raise DataError(
+        f"{path}: row 1 is neither of MovieLens nor of KuaiRand ({first[:60].decode(errors='replace')!r}); allowed are "
+        "ratings.csv (userId,movieId,rating,timestamp), ratings.dat (1::1193::5::978300760) and KuaiRand logs "
+        "(user_id,video_id,...,time_ms,...); a RecBole file needs workload=recbole"
+    )
+
+
+def _ratings(table: _Table, user: str, item: str, rating: str | None, time: str, sort: bool) -> Events:
+    actions, weights = np.ones(table.rows, dtype=np.int64), np.ones(table.rows)
+    if rating is not None:
+        values = table.numbers(rating)
+        weights = np.clip(values / max(values.max(), 1e-9), 0.0, 1.0)
+        actions |= (weights >= 0.8).astype(np.int64) << 1
+    return _events(table, user, item, actions, weights, table.times(time), time, RATING_ACTIONS, sort)
+
+
+def _events(
+    table: _Table,
+    user: str,
+    item: str,
+    actions: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.float64],
+    seconds: npt.NDArray[np.int64],
+    time_column: str,
+    action_names: tuple[str, ...],
+    sort: bool,
+) -> Events:
+    users, num_users = table.ids(user)
+    items, num_items = table.ids(item)
+    by_user = np.argsort(users, kind="stable")
+    if not sort:
+        goes_back = (np.diff(users[by_user]) == 0) & (np.diff(seconds[by_user]) < 0)
+        if goes_back.any():
+            row = int(by_user[1:][goes_back].min())
+            raise table.error(
+                row, time_column, "earlier than this user's row before it; workload.sort=true sorts the file on loading"
+            )
+    order = np.lexsort((seconds, users))
+    return Events(
+        users[order],
+        items[order],
+        actions[order],
+        weights[order].astype(np.float32),
+        seconds[order],
+        num_users,
+        num_items,
+        action_names,
+    )
+
+
+class _Table:
+    """A delimited file as columns of strings, with the row numbers that errors name."""
+
+    def __init__(self, path: Path, delimiter: str = ",", names: list[str] | None = None) -> None:
+        self.path = path
+        data = _bytes(path)
+        if len(delimiter) > 1:
+            data = data.replace(delimiter.encode(), b"\x1f")
+        self._first = 1 if names else 2  # the line of the first event, counted from 1
+        bad: list[Any] = []
+        try:
+            header = pa_csv.read_csv(
+                io.BytesIO(data.split(b"\n", 1)[0] + b"\n"), parse_options=_parse(delimiter), read_options=_read(names)
+            ).column_names
+            self._table = pa_csv.read_csv(
+                io.BytesIO(data),
+                read_options=_read(names),
+                parse_options=_parse(delimiter, bad),
+                convert_options=pa_csv.ConvertOptions(
+                    column_types={name: pa.string() for name in header}, strings_can_be_null=False
+                ),
+            )
+        except (pa.ArrowInvalid, UnicodeDecodeError) as e:
+            raise DataError(f"{path}: {self._why(e, data)}") from None
+        if bad:
+            row = bad[0]
+            cut = "; the file looks truncated" if row.number == data.count(b"\n") + (not data.endswith(b"\n")) else ""
+            raise DataError(
+                f"{path}: row {row.number} has {row.actual_columns} fields, {row.expected_columns} are expected: "
+                f"{row.text[:80]!r}{cut}"
+            )
+        if not self._table.num_rows:
+            raise DataError(f"{path}: no events after the header in row 1")
+
+    @staticmethod
+    def _why(error: Exception, data: bytes) -> str:
+        try:
+            data.decode()
+        except UnicodeDecodeError as e:
+            return f"row {data[: e.start].count(10) + 1} is not UTF-8 (byte {data[e.start]:#04x}); convert the file"
+        return " ".join(str(error).split())
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._table.column_names)
+
+    @property
+    def rows(self) -> int:
+        return int(self._table.num_rows)
+
+    def rename(self, names: dict[str, str]) -> None:
+        self._table = self._table.rename_columns([names[name] for name in self._table.column_names])
+
+    def error(self, row: int, column: str, why: str) -> DataError:
+        value = self._column(column)[row].as_py()
+        return DataError(f"{self.path}: row {row + self._first}, column {column}: {value!r} is {why}")
+
+    def numbers(self, column: str) -> npt.NDArray[np.float64]:
+        """A column as finite float64. Raises DataError for the first cell that is none."""
+        strings = self._column(column)
+        try:
+            values = pc.cast(pc.utf8_trim_whitespace(strings), pa.float64()).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid:
+            numeric = pc.match_substring_regex(strings, _NUMBER)
+            row = pc.index(numeric, pa.scalar(False)).as_py()
+            raise self.error(row, column, "not a number") from None
+        if not np.isfinite(values).all():
+            raise self.error(int(np.argmin(np.isfinite(values))), column, "not a finite number")
+        return np.asarray(values, dtype=np.float64)
+
+    def times(self, column: str, unit: float = 1.0) -> npt.NDArray[np.int64]:
+        """A column of times as int64 seconds."""
+        seconds = self.numbers(column) * unit
+        outside = (seconds < 0) | (seconds > LATEST)
+        if outside.any():
+            what = "seconds" if unit == 1.0 else "milliseconds"
+            raise self.error(int(np.argmax(outside)), column, f"no time: allowed are {what} from 1970 to 2100")
+        return seconds.astype(np.int64)
+
+    def ids(self, column: str) -> tuple[npt.NDArray[np.int64], int]:
+        """A column of ids as dense indices in order of first appearance, and how many there are."""
+        strings = self._column(column)
+        empty = pc.equal(pc.utf8_trim_whitespace(strings), "")
+        if pc.any(empty).as_py():
+            raise self.error(pc.index(empty, pa.scalar(True)).as_py(), column, "no id; every event needs one")
+        encoded = strings.combine_chunks().dictionary_encode()
+        if isinstance(encoded, pa.ChunkedArray):
+            encoded = encoded.combine_chunks()
+        return encoded.indices.to_numpy().astype(np.int64), len(encoded.dictionary)
+
+    def _column(self, name: str) -> Any:
+        if name not in self._table.column_names:
+            raise DataError(f"{self.path}: row 1 has no column {name!r}; it has {', '.join(self.names)}")
+        return self._table[name]
+
+
+def _bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; set workload.path")
+    data = path.read_bytes()
+    if not data.strip():
+        raise DataError(f"{path}: the file is empty")
+    return data
+
+
+def _read(names: list[str] | None) -> pa_csv.ReadOptions:
+    return pa_csv.ReadOptions(use_threads=False, column_names=names)  # threads would lose the row numbers
+
+
+def _parse(delimiter: str, bad: list[Any] | None = None) -> pa_csv.ParseOptions:
+    def note(row: Any) -> str:
+        if bad is not None:
+            bad.append(row)
+        return "skip"
+
+    return pa_csv.ParseOptions(
+        delimiter="\x1f" if len(delimiter) > 1 else delimiter,
+        quote_char='"' if delimiter == "," else False,
+        invalid_row_handler=note,
+        ignore_empty_lines=False,
+    )

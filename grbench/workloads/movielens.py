@@ -1,0 +1,64 @@
+"""MovieLens-100K, real and pinned: PyPI's recbole wheel ships it, so that any package index has it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from grbench.workloads.events import DataError
+
+PACKAGE = "recbole==1.2.1"
+MEMBER = "recbole/dataset_example/ml-100k/ml-100k.inter"
+WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
+FILE_SHA256 = "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
+
+
+def ml_100k() -> Path:
+    """The `.inter` file in the cache, fetched on first use. Raises DataError if it can't be had or was changed."""
+    path = cache_folder() / "ml-100k.inter"
+    if not path.is_file():
+        _fetch(path)
+    if _sha256(path) != FILE_SHA256:
+        raise DataError(
+            f"{path}: not the file that grbench pins (sha256 {FILE_SHA256[:12]}...); delete it and try again"
+        )
+    return path
+
+
+def cache_folder() -> Path:
+    """$GRBENCH_CACHE, else $XDG_CACHE_HOME/grbench, else ~/.cache/grbench."""
+    if own := os.environ.get("GRBENCH_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grbench"
+
+
+def _fetch(path: Path) -> None:
+    by_hand = f"put ml-100k.inter of {PACKAGE} at {path}, or use workload=synthetic"
+    if find_spec("pip") is None:
+        raise DataError(
+            f"MovieLens-100K is fetched with pip, which this Python lacks: run python -m ensurepip, {by_hand}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder]
+        done = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
+        wheel = next(Path(folder).glob("*.whl"), None)
+        if done.returncode or wheel is None:
+            why = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise DataError(f"MovieLens-100K could not be fetched ({why}); {by_hand}")
+        if _sha256(wheel) != WHEEL_SHA256:
+            raise DataError(f"{wheel.name}: not the wheel that grbench pins (sha256 {WHEEL_SHA256[:12]}...); {by_hand}")
+        with zipfile.ZipFile(wheel) as archive:
+            unpacked = Path(folder) / "unpacked"
+            unpacked.write_bytes(archive.read(MEMBER))
+        unpacked.replace(path)  # whole or not at all, also when two processes fetch at once
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

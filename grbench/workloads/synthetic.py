@@ -1,0 +1,75 @@
+"""Made-up behaviour: Zipf users and items, log-normal histories, revisits with a delta, bursty arrivals."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from grbench.workloads.config import SyntheticConfig
+from grbench.workloads.events import Events
+from grbench.workloads.trace import Visits
+
+START = 1_700_000_000  # seconds; any fixed time will do
+HISTORY_GAP_S = 3600.0  # mean time between the events of a history
+ACTIONS = ("view", "like", "share", "buy")
+ACTION_RATES = (1.0, 0.2, 0.05, 0.03)
+
+
+def make_events(config: SyntheticConfig, seed: int) -> tuple[Events, Visits]:
+    """Sorted events and the visits between them.
+
+    Each user has a history before the trace starts; at each visit after it they leave a delta of new
+    events. Visits arrive as a renewal process with gamma intervals: Poisson for burstiness 0.
+    """
+    rng = np.random.default_rng(seed)
+    visitor = _zipf(rng, config.users, config.user_zipf, config.visits)
+    spread = (1 + config.burstiness) / (1 - config.burstiness)  # standard deviation over mean of the intervals
+    intervals = rng.gamma(1 / spread**2, spread**2 / config.visits_per_s, config.visits)
+    arrivals = np.cumsum(intervals)
+
+    users = np.unique(visitor)
+    lengths = rng.lognormal(np.log(config.history_median), config.history_sigma, len(users))
+    initial = np.clip(lengths, config.min_history, config.max_history).astype(np.int64)
+    deltas = rng.poisson(config.delta_mean, config.visits)
+
+    # Blocks of events, by user and then by time: a user's initial history, then the delta of each visit.
+    block_user = np.concatenate([users, visitor])
+    block_time = np.concatenate([np.full(len(users), -1.0), arrivals])
+    block_size = np.concatenate([initial, deltas])
+    order = np.lexsort((block_time, block_user))
+    ends = np.empty(len(order), dtype=np.int64)
+    ends[order] = np.cumsum(block_size[order])
+    starts = ends - block_size
+
+    n = int(block_size.sum())
+    times = np.empty(n, dtype=np.int64)
+    blocks = np.repeat(order, block_size[order])  # the block of each event
+    before = rng.exponential(HISTORY_GAP_S, n)
+    is_history = blocks < len(users)
+    elapsed = np.cumsum(np.where(is_history, before, 0.0))
+    block_end = elapsed[np.maximum(ends - 1, 0)]
+    times[:] = START + np.where(is_history, elapsed - block_end[blocks] - 1, np.floor(block_time[blocks]))
+
+    actions = np.zeros(n, dtype=np.int64)
+    for bit, rate in enumerate(ACTION_RATES):
+        actions |= (rng.random(n) < rate).astype(np.int64) << bit
+    events = Events(
+        users=np.repeat(block_user[order], block_size[order]),
+        items=_zipf(rng, config.items, config.item_zipf, n),
+        actions=actions,
+        weights=rng.beta(2.0, 2.0, n).astype(np.float32),
+        timestamps=times,
+        num_users=config.users,
+        num_items=config.items,
+        action_names=ACTIONS,
+    )
+    visit_times = START + np.floor(arrivals).astype(np.int64)
+    return events, Visits(starts[len(users) :], ends[len(users) :], visit_times, arrivals)
+
+
+def _zipf(rng: np.random.Generator, count: int, power: float, draws: int) -> npt.NDArray[np.int64]:
+    """`draws` of 0..count-1; which ids are popular is shuffled, so that neighbouring rows are not hot together."""
+    popularity = np.arange(1, count + 1, dtype=np.float64) ** -power
+    cumulative = np.cumsum(popularity)
+    ranks = np.searchsorted(cumulative, rng.random(draws) * cumulative[-1], side="right")
+    return rng.permutation(count)[np.minimum(ranks, count - 1)].astype(np.int64)

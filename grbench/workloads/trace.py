@@ -1,0 +1,135 @@
+"""From events to a trace: visits become requests, in order of arrival."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from grbench.workloads.config import WorkloadConfig
+from grbench.workloads.events import DataError, Events
+from grengines.api import Catalogue, Request
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Requests in order of arrival. The same options and seed give the same trace."""
+
+    catalogue: Catalogue
+    requests: list[Request]
+
+    def facts(self) -> dict[str, float]:
+        """Figures that describe the trace."""
+        lengths = np.array([len(r.history_items) for r in self.requests])
+        returning = np.array([r.num_seen > 0 for r in self.requests])
+        deltas = lengths - np.array([r.num_seen for r in self.requests])
+        return {
+            "requests": float(len(self.requests)),
+            "users": float(len({r.user_id for r in self.requests})),
+            "items": float(self.catalogue.num_items),
+            "history_p50": float(np.median(lengths)),
+            "history_p90": float(np.percentile(lengths, 90)),
+            "history_max": float(lengths.max()),
+            "returning_share": float(returning.mean()),
+            "delta_mean": float(deltas[returning].mean()) if returning.any() else 0.0,
+        }
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Visits as positions in sorted events: the history is what a user has before `starts`, its own are up to `ends`."""
+
+    starts: Ints
+    ends: Ints
+    times: Ints  # seconds, on the clock of the events
+    arrivals: npt.NDArray[np.float64]  # seconds from the trace's start
+
+
+def find_visits(events: Events, config: WorkloadConfig) -> Visits:
+    """Split each user's events into visits: one ends after a pause, or after so many events."""
+    n = len(events.users)
+    new_user = np.r_[True, np.diff(events.users) != 0]
+    pause = new_user | np.r_[True, np.diff(events.timestamps) > config.visit_gap_s]
+    session_start = np.maximum.accumulate(np.where(pause, np.arange(n), 0))
+    starts = np.flatnonzero((np.arange(n) - session_start) % config.visit_events == 0)
+    ends = np.r_[starts[1:], n]
+    times = events.timestamps[starts]
+    return Visits(starts, ends, times, (times - times.min()).astype(np.float64))
+
+
+def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: int, latency_limit_ms: float) -> Trace:
+    """One request for each visit with at least `min_history` events before it.
+
+    Candidates are the visit's own items first, at most half of them, then others drawn by popularity; all
+    distinct. They depend on the seed and the visit alone, not on `max_requests`. Raises DataError if
+    nothing can be asked.
+    """
+    if config.num_candidates > events.num_items:
+        raise DataError(
+            f"workload.num_candidates={config.num_candidates}: the workload has {events.num_items} items; ask for fewer"
+        )
+    if config.min_history > config.max_history:
+        raise DataError(f"workload.min_history={config.min_history} is above max_history={config.max_history}")
+    owner = _owners(events, visits)
+    first_event = np.searchsorted(events.users, owner)
+    eligible = np.flatnonzero(visits.starts - first_event >= config.min_history)
+    if not len(eligible):
+        longest = int((visits.starts - first_event).max(initial=0))
+        raise DataError(
+            f"no visit has workload.min_history={config.min_history} events before it; the longest history is {longest}"
+        )
+    order = eligible[np.argsort(visits.arrivals[eligible], kind="stable")]
+    if config.max_requests:
+        order = order[: config.max_requests]
+    origin = float(visits.arrivals[order[0]])
+    seen_until: dict[int, int] = {}
+    requests = []
+    for request_id, visit in enumerate(order):
+        user, stop = int(owner[visit]), int(visits.starts[visit])
+        start = max(int(first_event[visit]), stop - config.max_history)
+        own = events.items[stop : int(visits.ends[visit])]
+        requests.append(
+            Request(
+                request_id=request_id,
+                user_id=user,
+                history_items=events.items[start:stop],
+                history_actions=events.actions[start:stop],
+                history_weights=events.weights[start:stop],
+                history_timestamps=events.timestamps[start:stop],
+                num_seen=max(seen_until.get(user, start) - start, 0),
+                candidates=_candidates(own, events, config.num_candidates, np.random.default_rng([seed, int(visit)])),
+                timestamp=int(visits.times[visit]),
+                arrival_s=float(visits.arrivals[visit]) - origin,
+                deadline_ms=latency_limit_ms,
+            )
+        )
+        seen_until[user] = stop
+    catalogue = Catalogue(events.num_users, events.num_items, len(events.action_names))
+    return Trace(catalogue, requests)
+
+
+def _owners(events: Events, visits: Visits) -> Ints:
+    """The user of each visit. A visit without events of its own belongs to the user of the event before it."""
+    has_own = visits.ends > visits.starts
+    return events.users[np.where(has_own, np.minimum(visits.starts, len(events.users) - 1), visits.starts - 1)]
+
+
+def _candidates(own: Ints, events: Events, count: int, rng: np.random.Generator) -> Ints:
+    """`count` distinct items: `own` first (at most half), the others as popular events make them."""
+    chosen = list(dict.fromkeys(own.tolist()))[: max(count // 2, 1)]
+    barred = set(own.tolist())
+    for _ in range(8):
+        if len(chosen) >= count:
+            break
+        for item in events.items[rng.integers(len(events.items), size=2 * (count - len(chosen)) + 8)].tolist():
+            if item not in barred:
+                barred.add(item)
+                chosen.append(item)
+    if len(chosen) < count:  # nearly the whole catalogue is asked for: any other items, then the visit's own
+        rest = np.setdiff1d(rng.permutation(events.num_items), np.fromiter(barred, np.int64), assume_unique=False)
+        chosen += rng.permutation(rest).tolist()
+        chosen += [item for item in own.tolist() if item not in chosen]
+    return np.array(list(dict.fromkeys(chosen))[:count], dtype=np.int64)

@@ -1,0 +1,1 @@
+"""Operators of generative recommenders: one folder a family, one module a variant."""

@@ -1,0 +1,1 @@
+"""HSTU attention: SiLU in the softmax's place, over jagged sequences with candidates at their end."""

@@ -1,0 +1,65 @@
+"""HSTU attention's mask in closed form, and what the operator costs. Plain integers, no torch.
+
+A sequence of n tokens is C contextual tokens, then the history, then T candidates (targets):
+
+    position 0           the C contextual tokens together (the first token of the history where C = 0)
+    positions 1, 2, ...  the history's tokens, one each
+    position m           the T candidates together, m = n - T - C + 1 (n - T where C = 0)
+
+A token sees itself and every token at a smaller position, so never another candidate. A window W > 0
+hides what lies more than W positions back. Contextual tokens, when there are any, see each other and
+the whole history whatever the window. Source: Zhai et al., "Actions Speak Louder than Words", ICML 2024.
+"""
+
+from __future__ import annotations
+
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def visible_pairs(
+    n: int, num_targets: int = 0, contextual_seq_len: int = 0, max_attn_len: int = 0, delta: int | None = None
+) -> int:
+    """How many (row, column) pairs the mask of one sequence lets through: the exact work of attention.
+
+    With `delta`, only the last `delta` rows count (the delta form: queries are the newest tokens).
+    Takes constant time. Raises ValueError for num_targets or delta outside 0..n, or a negative option.
+    """
+    rows = n if delta is None else delta
+    for name, value in (("num_targets", num_targets), ("delta", rows)):
+        if not 0 <= value <= n:
+            raise ValueError(f"{name}={value}: allowed is 0 to n={n}")
+    if contextual_seq_len < 0 or max_attn_len < 0:
+        raise ValueError(
+            f"contextual_seq_len={contextual_seq_len}, max_attn_len={max_attn_len}: neither may be negative"
+        )
+    first = n - rows  # the first row that counts
+    width = max(contextual_seq_len, 1)  # tokens at position 0
+    m = n - num_targets - width + 1
+    if m <= 0:  # no more tokens than contextual ones and candidates: each sees itself only
+        return rows
+    prefix_sees = n - num_targets if contextual_seq_len else 1
+    prefix_rows = max(width - first, 0)
+    candidate_rows = min(num_targets, rows)
+    history = _sum_seen(max(first - width + 1, 1), m - 1, width, max_attn_len)
+    return prefix_rows * prefix_sees + history + candidate_rows * _sum_seen(m, m, width, max_attn_len)
+
+
+def _sum_seen(low: int, high: int, width: int, window: int) -> int:
+    """Sum over positions low..high (low >= 1) of the tokens that one row there sees."""
+    if high < low:
+        return 0
+    unlimited_to = min(high, window) if window else high  # up to there position 0 is within the window
+    count = max(unlimited_to - low + 1, 0)
+    whole = count * width + count * (low + low + count - 1) // 2  # each sees width + position
+    return whole + (high - low + 1 - count) * (window + 1)
+
+
+def flops(pairs: int, heads: int, qk_dim: int, v_dim: int) -> int:
+    """Floating-point operations over `pairs` visible pairs: q k^T and the product with v; a multiply-add is 2."""
+    return pairs * heads * 2 * (qk_dim + v_dim)
+
+
+def bytes_moved(q_rows: int, kv_rows: int, heads: int, qk_dim: int, v_dim: int, dtype: str) -> int:
+    """Least bytes between memory and chip: q, k and v read once, the result written once. dtype as in BYTES."""
+    values = q_rows * (qk_dim + v_dim) + kv_rows * (qk_dim + v_dim)
+    return values * heads * BYTES[dtype]

@@ -1,0 +1,144 @@
+"""HSTU attention in eager PyTorch: padded to [H, B, N, d] and worked off in tiles of query rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grkernels.hstu_attention.reference import hstu_attention as reference
+from grkernels.variant import KernelVariant
+
+# Memory for one tile's scores. Bounds the extra memory whatever the lengths; large enough that the
+# products of one tile fill a GPU.
+TILE_BYTES = 256 * 2**20
+BYTES_A_SCORE = 10  # fp32 scores, their product in the operands' dtype, and the mask
+
+
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    num_targets: Tensor | None,
+    max_q_len: int,
+    max_kv_len: int,
+    scaling_seqlen: int,
+    alpha: float,
+    contextual_seq_len: int = 0,
+    max_attn_len: int = 0,
+) -> Tensor:
+    """As reference.py says, in fp32, fp16 or bf16, with SiLU in fp32.
+
+    Nothing here waits for the device and every shape follows from the arguments' shapes and Python ints,
+    so that it can be captured in a CUDA graph. Lengths beyond max_q_len or max_kv_len are not noticed.
+    """
+    heads, batch = v.shape[1], q_offsets.shape[0] - 1
+    out_shape = (q.shape[0], heads, v.shape[2])
+    if 0 in (q.shape[0], k.shape[0], batch, max_q_len, max_kv_len):
+        return v.new_zeros(out_shape)
+    columns = torch.arange(max_kv_len, device=q.device)
+    k_padded = _pad(k, kv_offsets, columns).transpose(2, 3)  # [H, B, dqk, N]
+    v_padded = _pad(v, kv_offsets, columns)  # [H, B, N, dv]
+
+    lengths = kv_offsets.diff()[:, None]
+    first_row = lengths - q_offsets.diff()[:, None]  # row, in its sequence, of the first query
+    m = lengths - max(contextual_seq_len - 1, 0)
+    if num_targets is not None:
+        m = m - num_targets[:, None]
+    column_positions = _positions(columns, m, contextual_seq_len)  # [B, N]
+
+    # In half precision the small division by N is kept out of the operands: half of its bits (an exact power
+    # of two) go into the weights, so that sums can't overflow fp16, the rest into the fp32 result.
+    pre_scale = 2.0 ** -(scaling_seqlen.bit_length() // 2)
+    tile = _tile_rows(batch * heads * max_kv_len, max_q_len)
+    padded = v.new_empty(heads, batch, max_q_len, v.shape[2])
+    for begin in range(0, max_q_len, tile):
+        end = min(begin + tile, max_q_len)
+        low, high = 0, max_kv_len
+        if q_offsets is kv_offsets:
+            low, high = _columns_seen(begin, end, max_kv_len, num_targets is None, contextual_seq_len, max_attn_len)
+        local = torch.arange(begin, end, device=q.device)
+        rows = first_row + local  # [B, tile]
+        hidden = _hidden(
+            rows,
+            columns[low:high],
+            _positions(rows, m, contextual_seq_len),
+            column_positions[:, low:high],
+            m,
+            contextual_seq_len,
+            max_attn_len,
+        )
+        scores = torch.matmul(_pad(q, q_offsets, local), k_padded[..., low:high]).float().mul_(alpha)
+        weights = F.silu(scores, inplace=True).masked_fill_(hidden, 0.0).mul_(pre_scale).to(v.dtype)
+        summed = torch.matmul(weights, v_padded[:, :, low:high])
+        padded[:, :, begin:end] = summed.float().mul_(1.0 / (scaling_seqlen * pre_scale)).to(v.dtype)
+
+    # Back to the jagged stream: for each of its rows, which sequence and which row of it.
+    stream = torch.arange(q.shape[0], device=q.device)
+    sequence = torch.searchsorted(q_offsets[1:], stream, right=True).clamp(max=batch - 1)
+    row = (stream - q_offsets[sequence]).clamp(max=max_q_len - 1)
+    beyond = (stream >= q_offsets[-1])[:, None, None]
+    return padded[:, sequence, row].transpose(0, 1).masked_fill(beyond, 0.0)
+
+
+def _pad(x: Tensor, offsets: Tensor, local: Tensor) -> Tensor:
+    """[L, H, d] -> [H, B, len(local), d], contiguous: rows `local` of every sequence; past its end, any row."""
+    index = (offsets[:-1, None] + local).clamp(max=x.shape[0] - 1)
+    return x.transpose(0, 1).index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+def _positions(index: Tensor, m: Tensor, contextual_seq_len: int) -> Tensor:
+    """Index in the sequence -> position of the mask (spec.py). m int64 [B, 1]; returns int64 [B, ...]."""
+    return torch.minimum((index - max(contextual_seq_len - 1, 0)).clamp(min=0), m)
+
+
+def _hidden(
+    rows: Tensor,
+    columns: Tensor,
+    row_positions: Tensor,
+    column_positions: Tensor,
+    m: Tensor,
+    contextual_seq_len: int,
+    max_attn_len: int,
+) -> Tensor:
+    """bool [B, rows, columns]: True where the mask is 0.
+
+    A place past the sequence's end is at position m or later, so no row of the sequence sees it.
+    """
+    row, column = row_positions[:, :, None], column_positions[:, None, :]
+    visible = row > column
+    if max_attn_len:
+        visible &= row - column <= max_attn_len
+    visible |= rows[:, :, None] == columns
+    if contextual_seq_len:
+        visible |= (row == 0) & (column < m[:, :, None])
+    return visible.logical_not_()
+
+
+def _tile_rows(scores_a_row: int, max_q_len: int) -> int:
+    """Query rows a tile: as many as TILE_BYTES holds scores for, at least one."""
+    return max(min(TILE_BYTES // (scores_a_row * BYTES_A_SCORE), max_q_len), 1)
+
+
+def _columns_seen(
+    begin: int, end: int, max_kv_len: int, no_targets: bool, contextual_seq_len: int, max_attn_len: int
+) -> tuple[int, int]:
+    """Full form: the range of columns outside which no row of begin..end-1 sees anything."""
+    if begin < contextual_seq_len:  # a contextual token sees the whole history
+        return 0, max_kv_len
+    low = begin - max_attn_len if max_attn_len and no_targets else 0  # a candidate's window starts further back
+    # Where the window reaches a contextual token, it reaches all of them.
+    return (low if low >= max(contextual_seq_len, 1) else 0), min(end, max_kv_len)
+
+
+def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int) -> str | None:
+    """None, or why not. Any head width on any device, in fp32, fp16 and bf16."""
+    if dtype not in ("fp32", "fp16", "bf16"):
+        return f"dtype {dtype} is none of fp32, fp16, bf16"
+    return None
+
+
+VARIANT = KernelVariant("hstu_attention", "torch", hstu_attention, reference, supports)

@@ -1,0 +1,31 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+Grbench = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def grbench(tmp_path: Path) -> Grbench:
+    """Run `python -m grbench ARGS` in an empty directory, as a user would."""
+
+    def run(*args: str, module: str = "grbench", timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", module, *args],
+            cwd=tmp_path,
+            env={**os.environ, "COLUMNS": "200", **env},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run

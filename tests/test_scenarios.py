@@ -1,0 +1,172 @@
+"""Scenarios against an engine whose behaviour is known, through the real LoadGen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grbench.scenarios import Measurement, run_scenario
+from grbench.scenarios.batcher import Batcher, Ticket
+from grbench.scenarios.config import (
+    ClosedLoopConfig,
+    MultiStreamConfig,
+    OfflineConfig,
+    ScenarioConfig,
+    ServerConfig,
+    SingleStreamConfig,
+    TraceReplayConfig,
+)
+from grengines.api import RankResult, Request
+
+EMPTY = np.zeros(0, np.int64)
+
+
+def make_requests(count: int, interval_s: float = 0.01) -> list[Request]:
+    return [
+        Request(i, i % 7, EMPTY, EMPTY, EMPTY.astype(np.float32), EMPTY, 0, EMPTY, 0, i * interval_s, 80.0)
+        for i in range(count)
+    ]
+
+
+class SleepyEngine:
+    """Takes `seconds` a batch and remembers what it was given."""
+
+    num_tasks = 1
+
+    def __init__(self, seconds: float = 0.001, fail_at: int | None = None) -> None:
+        self.seconds, self.fail_at = seconds, fail_at
+        self.batches: list[list[int]] = []
+
+    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
+        pass
+
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        if self.fail_at is not None and len(self.batches) >= self.fail_at:
+            raise RuntimeError("the device fell off the bus")
+        self.batches.append([r.request_id for r in requests])
+        time.sleep(self.seconds)
+        return RankResult([], 0.1, 0.2, self.seconds * 1e3, 3 * len(requests), 4 * len(requests))
+
+    def actual(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def drive(config: ScenarioConfig, engine: SleepyEngine, folder: Path, requests: int = 100) -> Measurement:
+    return run_scenario(config, engine, make_requests(requests), latency_limit_ms=80, seed=3, folder=folder)
+
+
+SCENARIOS = [
+    OfflineConfig("offline", max_batch=16, queries=300),
+    ServerConfig("server", max_batch=16, queries=300, target_qps=600),
+    SingleStreamConfig("single_stream", max_batch=1, queries=150),
+    MultiStreamConfig("multi_stream", max_batch=8, queries=160, samples_per_query=8),
+    TraceReplayConfig("trace_replay", max_batch=8, queries=150, mean_qps=500),
+    ClosedLoopConfig("closed_loop", max_batch=8, queries=150, clients=8),
+]
+
+
+@pytest.mark.parametrize("config", SCENARIOS, ids=lambda c: c.name)
+def test_every_request_is_answered_in_trace_order_and_timed(config: ScenarioConfig, tmp_path: Path) -> None:
+    engine = SleepyEngine()
+    m = drive(config, engine, tmp_path)
+    served = [i for batch in engine.batches for i in batch]
+    assert len(served) == config.queries
+    assert served == [k % 100 for k in range(config.queries)]
+    assert list(m.samples["request_id"]) == served
+    assert max(map(len, engine.batches)) <= config.max_batch
+    parts = m.samples["queue_ms"] + m.samples["compute_ms"]
+    assert (m.samples["latency_ms"] >= parts - 0.01).all()
+    assert (m.samples["compute_ms"] == 1.0).all()
+    assert m.tokens == 3 * config.queries
+    assert m.padded_tokens == 4 * config.queries
+    assert any("times over" in note for note in m.notes)
+
+
+def test_loadgens_own_percentiles_agree_with_ours(tmp_path: Path) -> None:
+    m = drive(ServerConfig("server", max_batch=4, queries=1200, target_qps=400), SleepyEngine(0.002), tmp_path)
+    ours = float(np.percentile(m.samples["latency_ms"], 50))
+    assert m.metrics["loadgen_latency_ms/p50"] == pytest.approx(ours, abs=1.0)
+    assert m.metrics["loadgen_valid"] == 1.0
+    assert (tmp_path / "mlperf_log_summary.txt").exists()
+
+
+def test_server_rate_and_batching_follow_the_load(tmp_path: Path) -> None:
+    engine = SleepyEngine(0.01)  # 100 batches/s: 400 requests/s need batches of 4 and more
+    m = drive(ServerConfig("server", max_batch=32, queries=400, target_qps=400), engine, tmp_path)
+    rate = 400 / m.samples["arrival_s"].max()
+    assert rate == pytest.approx(400, rel=0.25)
+    assert 3 < np.mean([len(b) for b in engine.batches]) < 12
+
+
+def test_a_run_that_misses_the_limit_is_called_invalid(tmp_path: Path) -> None:
+    m = drive(ServerConfig("server", max_batch=1, queries=200, target_qps=400), SleepyEngine(0.01), tmp_path)
+    assert m.metrics["loadgen_valid"] == 0.0
+    assert any("INVALID" in note for note in m.notes)
+
+
+def test_replay_counts_latency_from_the_scheduled_arrival(tmp_path: Path) -> None:
+    # 100 requests/s against 50 answers/s: the backlog grows by 10 ms a request, and must show.
+    config = TraceReplayConfig("trace_replay", max_batch=1, queries=60, mean_qps=100)
+    m = drive(config, SleepyEngine(0.02), tmp_path)
+    assert m.samples["latency_ms"][-1] > 400
+    assert np.diff(m.samples["arrival_s"]) == pytest.approx(0.01, abs=1e-4)
+    assert m.metrics["replay_speedup"] == pytest.approx(1.0)
+
+
+def test_closed_loop_keeps_its_clients_busy_and_no_more(tmp_path: Path) -> None:
+    engine = SleepyEngine()
+    drive(ClosedLoopConfig("closed_loop", max_batch=64, queries=100, clients=5), engine, tmp_path)
+    assert max(map(len, engine.batches)) == 5
+
+
+@pytest.mark.parametrize("wait_ms, expected", [(0.0, 1), (200.0, 4)])
+def test_a_batch_waits_for_company_only_as_long_as_told(wait_ms: float, expected: int) -> None:
+    engine = SleepyEngine(0.0)
+    answered = threading.Semaphore(0)
+    batcher = Batcher(engine, 8, wait_ms / 1e3, lambda tickets: [answered.release() for _ in tickets] and None)
+    requests = make_requests(4)
+    for request in requests:
+        batcher.submit([Ticket(request, time.perf_counter())])
+        time.sleep(0.02)
+    for _ in requests:
+        assert answered.acquire(timeout=5)
+    batcher.close()
+    assert max(map(len, engine.batches)) == expected
+    assert sum(map(len, engine.batches)) == 4
+
+
+@pytest.mark.parametrize("config", SCENARIOS, ids=lambda c: c.name)
+def test_a_failing_engine_ends_the_scenario_at_once(config: ScenarioConfig, tmp_path: Path) -> None:
+    # In a process of its own: LoadGen is left waiting for answers, as it is when a worker fails.
+    code = f"""
+import os, sys
+from pathlib import Path
+from grbench.scenarios.config import *
+from test_scenarios import SleepyEngine, drive
+try:
+    drive({config!r}, SleepyEngine(fail_at=3), Path({str(tmp_path)!r}))
+except RuntimeError as e:
+    print("raised:", e, flush=True)
+os._exit(0)
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.stdout == "raised: the device fell off the bus\n", done.stderr
