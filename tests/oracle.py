@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import numpy as np
+
 from grengines.api import Request
 from grengines.hstu.config import HSTUConfig
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from grengines.api import Catalogue, Request
 
 CATALOGUE = Catalogue(num_users=9, num_items=50, num_actions=3)

@@ -229,6 +229,12 @@ def test_fp16_neither_underflows_nor_overflows() -> None:
     half = [x.half() for x in (small.q, small.k, small.v)]
     exact = ATTENTION.reference(*(x.float() for x in half), **small.options)
     assert relative_error(ATTENTION.fn(*half, **small.options).float(), exact) < 2e-2
+    # Weights of 1e-3 / N alone would lose their bits; with values of 1e3 the result has all of them.
+    faint = problem([30], [4], N=16384, qk_dim=8, v_dim=8, alpha=1e-3)
+    half = [faint.q.half(), faint.k.half(), (1e3 * faint.v).half()]
+    exact = ATTENTION.reference(*(x.float() for x in half), **faint.options)
+    assert 6e-5 < exact.abs().mean()
+    assert relative_error(ATTENTION.fn(*half, **faint.options).float(), exact) < 2e-3
     n = 700
     ones = torch.ones(n, 1, 8)
     offsets = torch.tensor([0, n])

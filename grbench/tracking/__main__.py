@@ -17,7 +17,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m grbench.tracking", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     ui = commands.add_parser("ui", help="open MLflow's pages on this machine (127.0.0.1)")
-    ui.add_argument("root", nargs="?", type=Path, default=Path("outputs"), help="output root (default: %(default)s)")
     ui.add_argument("--port", type=int, default=5000, help="(default: %(default)s)")
     imports = commands.add_parser("import", help="log the records that have no run yet")
     imports.add_argument(

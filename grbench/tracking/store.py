@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
+from omegaconf import OmegaConf
 
 from grbench.records import ARTIFACTS, LOG_FILE, RECORD_FILE, SAMPLES_FILE, RunRecord, Status
+from grbench.report.cells import flatten
 
 SWEEP_TAG, HASH_TAG = "sweep_id", "spec_hash"
 MLFLOW_STATUS = {Status.OK: "FINISHED", Status.INTERRUPTED: "KILLED"}  # the others: FAILED
@@ -91,7 +92,7 @@ class Store:
                 some = slice(start, start + 100)
                 self._client.log_batch(run_id, metrics=metrics[some], params=params[some])
             self._client.log_batch(run_id, tags=[RunTag("mlflow.note.content", record.error)] if record.error else [])
-            self._client.log_text(run_id, yaml.safe_dump(record.spec, sort_keys=False), "config.yaml")
+            self._client.log_text(run_id, OmegaConf.to_yaml(OmegaConf.create(record.spec)), "config.yaml")
             for path in _artifacts(folder):
                 self._client.log_artifact(run_id, str(path))
             self._client.set_terminated(run_id, MLFLOW_STATUS.get(record.status, "FAILED"), ended)
@@ -108,14 +109,6 @@ def run_name(record: RunRecord) -> str:
     return "-".join(
         str(spec[g]["name"]) for g in ("engine", "kernel", "cache", "model", "workload", "scenario") if g in spec
     )
-
-
-def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested dicts by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return flat
 
 
 def _tags(record: RunRecord) -> dict[str, str]:

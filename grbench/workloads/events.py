@@ -53,8 +53,8 @@ def load_csv(path: Path, format: str, sort: bool) -> Events:
     if format == "auto":
         format = _recognise(path)
     if format == "ratings_dat":
-        names = ["userId", "movieId", "rating", "timestamp"]
-        return _ratings(_Table(path, delimiter="::", names=names), *names, sort)
+        names = ["userId", "movieId", "rating", "timestamp"]  # the file has no header
+        return _ratings(_Table(path, "::", names), "userId", "movieId", "rating", "timestamp", sort)
     if format == "ratings_csv":
         return _ratings(_Table(path), "userId", "movieId", "rating", "timestamp", sort)
     table = _Table(path)

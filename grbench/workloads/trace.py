@@ -40,7 +40,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Visits:
-    """Visits as positions in sorted events: the history is what a user has before `starts`, its own are up to `ends`."""
+    """Visits as positions in sorted events: history before `starts`, the visit's own events up to `ends`."""
 
     starts: Ints
     ends: Ints

@@ -83,15 +83,12 @@ class JaggedBatch:
     max_kv_len: int
 
 
-_FIELDS = tuple(name for name in JaggedBatch.__annotations__ if not name.startswith("max_"))
-
-
 @dataclass
 class HostBatch:
     """A packed batch on the host: every array of a JaggedBatch in one int64 buffer."""
 
     buffer: Tensor  # int64 [total], pinned where it is to be copied to a GPU
-    sizes: tuple[int, ...]  # of each array, in JaggedBatch's order
+    sizes: dict[str, int]  # of each array, by its name in JaggedBatch, in the buffer's order
     max_q_len: int
     max_kv_len: int
     candidate_counts: list[int]  # of each request
@@ -99,12 +96,12 @@ class HostBatch:
 
     @property
     def padded_tokens(self) -> int:
-        return self.sizes[0]
+        return self.sizes["token_rows"]
 
     def to(self, device: torch.device, out: Tensor | None = None) -> JaggedBatch:
         """Copy to the device in one go, without waiting; into `out` (int64 [total]) where it is given."""
         buffer = self.buffer.to(device, non_blocking=True) if out is None else out.copy_(self.buffer, non_blocking=True)
-        parts = dict(zip(_FIELDS, buffer.split(self.sizes), strict=True))
+        parts = dict(zip(self.sizes, buffer.split(list(self.sizes.values())), strict=True))
         parts["weights"] = parts["weights"].view(torch.float64)
         if not len(parts["cached_places"]):
             parts["kv_offsets"] = parts["q_offsets"]  # the same object: attention knows the full form by it
@@ -149,21 +146,20 @@ def pack(
             raise ValueError(f"{B} requests of at most {longest} tokens don't fit {bucket}; pack them without it")
         B_padded, longest, longest_kv = bucket.batch, bucket.length, bucket.length
         L, M = bucket.batch * bucket.length, bucket.batch * bucket.candidates
-    total_cached = sum(done)
-    kv_tokens = L + total_cached if cached is not None else 0
-    sizes = (
-        *[L] * 5,
-        *[B_padded + 1] * 2,
-        B_padded,
-        M,
-        total_cached,
-        L if cached is not None else 0,
-        kv_tokens - M if cached is not None else 0,
-        B_padded + 1 if cached is not None else 0,
-    )
-    buffer = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=pin)
-    bounds = list(accumulate(sizes, initial=0))
-    arrays = dict(zip(_FIELDS, map(buffer.numpy().__getitem__, map(slice, bounds, bounds[1:])), strict=True))
+    delta = cached is not None
+    sizes = {
+        **dict.fromkeys(("token_rows", "actions", "weights", "positions", "time_buckets"), L),
+        "q_offsets": B_padded + 1,
+        "kv_offsets": B_padded + 1,
+        "num_targets": B_padded,
+        "candidate_rows": M,
+        "cached_places": sum(done),
+        "new_places": delta * L,
+        "kept_places": delta * (L + sum(done) - M),
+        "kept_offsets": delta * (B_padded + 1),
+    }
+    buffer = torch.zeros(sum(sizes.values()), dtype=torch.int64, pin_memory=pin)
+    arrays = dict(zip(sizes, np.split(buffer.numpy(), list(accumulate(sizes.values()))[:-1]), strict=True))
 
     rows, actions, positions, gaps = (arrays[n] for n in ("token_rows", "actions", "positions", "time_buckets"))
     weights = arrays["weights"].view(np.float64)
@@ -198,7 +194,7 @@ def pack(
     arrays["q_offsets"][B + 1 :] = q_offsets[-1]
     arrays["num_targets"][:B] = targets
     arrays["kv_offsets"][:] = arrays["q_offsets"]
-    if cached is not None:
+    if delta:
         _place(arrays, done, new, targets)
     return HostBatch(buffer, sizes, longest, longest_kv, targets, q_offsets[-1])
 

