@@ -133,6 +133,14 @@ def test_candidates_over_a_prefill_with_contextual_tokens_equal_the_full_form(W:
     assert relative_error(logits.numpy(), full(model, requests)) < 1e-5
 
 
+def test_the_padded_forward_reads_no_value_on_the_host() -> None:
+    """What a CUDA graph needs; see the same test of the attention."""
+    model = build(contextual_seq_len=1)
+    host = pack(requests_of([6, 2], [4, 2]), model.encoding, bucket=Bucket(2, 16, 4))
+    logits = model.to("meta")(host.to(torch.device("meta")))
+    assert logits.shape == (8, 3) and logits.is_meta
+
+
 def test_what_cannot_be_packed_is_refused() -> None:
     contextual = build(contextual_seq_len=2).encoding
     requests = requests_of([6], [4])

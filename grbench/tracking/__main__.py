@@ -19,9 +19,8 @@ def main() -> int:
     ui = commands.add_parser("ui", help="open MLflow's pages on this machine (127.0.0.1)")
     ui.add_argument("--port", type=int, default=5000, help="(default: %(default)s)")
     imports = commands.add_parser("import", help="log the records that have no run yet")
-    imports.add_argument(
-        "root", nargs="?", type=Path, default=Path("outputs"), help="output root (default: %(default)s)"
-    )
+    for command in (ui, imports):
+        command.add_argument("root", nargs="?", type=Path, default=Path("outputs"), help="(default: %(default)s)")
     imports.add_argument("--uri", help="of the store (default: the sqlite file of the output root)")
     imports.add_argument("--experiment", default=MlflowConfig.experiment, help="(default: %(default)s)")
     args = parser.parse_args()
