@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grbench.config import (
-    SCHEMAS,
     ConfigError,
     RunConfig,
     RunSpec,
@@ -83,29 +82,17 @@ def explain(error: BaseException) -> str:
         cause = cause.__cause__
     text = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
     text = re.sub(r"\s*(full_key: \S+|object_type=\w+|reference_type=\S+|Config search path:.*)", "", text)
-    key = getattr(cause, "full_key", None)
-    if key:
-        return f"{key}: {text}{_allowed(key)}"
+    if override := getattr(error, "override", None):
+        return f"{override}: not an override ({text})"
+    if key := getattr(cause, "full_key", None):
+        return f"{key}: {text}{_allowed(key, getattr(cause, 'object_type', None))}"
     return text
 
 
-def _allowed(key: str) -> str:
-    """What may stand at `key`, or near it, from the schemas."""
-    *groups, name = key.split(".")
-    for schema in _schemas_of(groups):
-        fields = {f.name: f for f in dataclasses.fields(schema)}
-        if name in fields:
-            return f"; allowed: {describe(fields[name])}"
-    known = sorted({f.name for schema in _schemas_of(groups) for f in dataclasses.fields(schema)})
-    return f"; known keys: {', '.join(known)}" if known else ""
-
-
-def _schemas_of(groups: list[str]) -> list[type[Any]]:
-    if not groups:
-        return [RunConfig]
-    nested = {"gate": "GateConfig", "runner": "RunnerConfig"}
-    if groups[0] in nested:
-        from grbench import config
-
-        return [getattr(config, nested[groups[0]])]
-    return list(SCHEMAS.get(groups[0], {}).values())
+def _allowed(key: str, schema: Any) -> str:
+    """What may stand at `key`, from the dataclass of its node."""
+    if not dataclasses.is_dataclass(schema):
+        return ""
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    name = key.rpartition(".")[2]
+    return f"; allowed: {describe(fields[name])}" if name in fields else f"; known keys: {', '.join(sorted(fields))}"

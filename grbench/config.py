@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grkernels.config import KernelConfig
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from grbench.scenarios.config import (
     ClosedLoopConfig,
@@ -35,6 +34,7 @@ from grbench.workloads.config import (
 )
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
 from grengines.options import option, violations
+from grkernels.config import KernelConfig
 
 
 class ConfigError(ValueError):
@@ -151,12 +151,12 @@ def register_schemas() -> None:
 def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
     """Turn a composed configuration into a RunSpec and the options that are no part of it.
 
-    Raises ConfigError for a key that no schema knows, a missing value or one outside its range.
+    Raises ConfigError for a key that no schema knows or a value outside its range, OmegaConfBaseException for
+    a value that is missing.
     """
-    try:
-        run = OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as e:
-        raise ConfigError(str(e)) from None
+    if unknown := list(_unknown_keys(cfg)):
+        raise ConfigError("; ".join(unknown))
+    run = OmegaConf.to_object(cfg)
     assert isinstance(run, RunConfig)
     for group, schemas in SCHEMAS.items():
         if type(getattr(run, group)) not in schemas.values():
@@ -164,6 +164,17 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
     if problems := list(violations(run)):
         raise ConfigError("; ".join(problems))
     return RunSpec(**{f.name: getattr(run, f.name) for f in dataclasses.fields(RunSpec)}), run
+
+
+def _unknown_keys(cfg: DictConfig, path: str = "") -> Iterator[str]:
+    """A line for each key that was added (`+key=value`) and that the dataclass of its node doesn't have."""
+    schema = OmegaConf.get_type(cfg)
+    known = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else set(cfg)
+    for key in cfg:
+        if key not in known:
+            yield f"{path}{key}: no such key; known keys: {', '.join(sorted(known))}"
+        elif not OmegaConf.is_missing(cfg, key) and isinstance(node := cfg[key], DictConfig):
+            yield from _unknown_keys(node, f"{path}{key}.")
 
 
 def spec_to_json(spec: RunSpec) -> str:
