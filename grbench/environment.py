@@ -39,7 +39,12 @@ def installed_version(package: str) -> str | None:
 
 
 def git_sha() -> str | None:
-    """Commit of the checkout that this code runs from, with "+dirty" if files differ from it; None outside one."""
+    """Commit of the checkout that this code runs from, with "+dirty" if files differ from it.
+
+    Where there is no checkout, as in an image built from one, $GRBENCH_GIT_SHA can say it; else None.
+    """
+    if told := os.environ.get("GRBENCH_GIT_SHA"):
+        return told
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -63,8 +64,14 @@ class Session:
 
     def _finish(self, folder: Path, record: RunRecord) -> None:
         self._cells.append((folder, record))
-        if not record.tracking and record.status is not Status.INTERRUPTED:
-            self._tracker.log(record, folder)
+        if record.tracking or record.status is Status.INTERRUPTED:
+            return
+        if record.ok:
+            from grbench.report import ReportError, plot_latency_cdf
+
+            with contextlib.suppress(OSError, ReportError):  # a picture is no result; the disk may be full
+                plot_latency_cdf([(folder, record)], folder / "latency_cdf.png")
+        self._tracker.log(record, folder)
 
     def close(self, interrupted: bool = False) -> int:
         """Print the table of all cells and end the sweep's tracking. Returns 0 if every cell is OK, else 1."""

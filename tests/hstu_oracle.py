@@ -118,6 +118,13 @@ def relative_error(out: npt.ArrayLike, expected: npt.ArrayLike) -> float:
     return 0.0 if difference == size == 0 else float(difference / size) if size else math.inf
 
 
+def error_of_order_one(out: npt.ArrayLike, expected: npt.ArrayLike) -> float:
+    """||out - expected|| / (1 + ||expected||): for values of order 1, of which a lone one may be next to 0."""
+    a, b = np.asarray(out, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    assert a.shape == b.shape
+    return float(np.linalg.norm(a - b) / (1 + np.linalg.norm(b)))
+
+
 def make_requests(
     rng: np.random.Generator, catalogue: Catalogue, lengths: Sequence[int], targets: Sequence[int]
 ) -> list[Request]:

@@ -241,7 +241,7 @@ def test_graphs_equal_eager_batch_after_batch(C: int) -> None:
 
 @pytest.mark.gpu
 def test_what_fits_no_bucket_runs_eagerly_and_is_counted() -> None:
-    requests = sample(4, longest=60)
+    requests = sorted(sample(4, longest=60), key=lambda r: len(r.history_items))
     with engine(requests, device="cuda", precision="fp32", cuda_graphs=True, graph_lengths=[48]) as e:
         long, short = e.rank(requests[-1:]), e.rank(requests[:1])
     expected = Reference(MODEL, CATALOGUE, 5, "cuda").scores([requests[-1], requests[0]])
