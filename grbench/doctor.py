@@ -20,25 +20,27 @@ from grkernels import registry as kernels
 class Finding:
     """One line: `reason` and `remedy` are empty when it is ok."""
 
-    kind: str  # engine, kernel, package, device
+    kind: str  # engine, kernel, package, optional, device
     name: str
     ok: bool
     detail: str = ""  # version, or why it can't be used
     remedy: str = ""
 
 
-# Distribution, import name, what it is for, what installs it. Those that grbench itself needs come first.
-PACKAGES = (
+# Distribution, import name, what it is for, what installs it.
+REQUIRED = (
     ("hydra-core", "hydra", "configuration", "pip install -e ."),
     ("torch", "torch", "engine hstu", "pip install 'torch>=2.11'"),
-    (
-        "mlcommons-loadgen",
-        "mlperf_loadgen",
-        "scenarios offline, server, *_stream",
-        "pip install mlcommons-loadgen",
-    ),
+    ("mlcommons-loadgen", "mlperf_loadgen", "MLPerf scenarios", "pip install mlcommons-loadgen"),
     ("mlflow", "mlflow", "tracking", "pip install -e ."),
+    ("pyarrow", "pyarrow", "data and samples", "pip install -e ."),
     ("nvidia-ml-py", "pynvml", "GPU power and memory", "pip install nvidia-ml-py"),
+)
+# The extras of pyproject.toml.
+OPTIONAL = (
+    ("vllm", "vllm", "extra vllm", "pip install -e '.[vllm]'"),
+    ("tensorrt-cu13", "tensorrt", "extra tensorrt", "pip install -e '.[tensorrt]'"),
+    ("nvidia-cutlass-dsl", "cutlass", "extra cutlass", "pip install -e '.[cutlass]'"),
 )
 
 
@@ -51,12 +53,15 @@ def findings() -> list[Finding]:
     for family, variant in kernels.names():
         reason = kernels.availability(family, variant)
         found.append(Finding("kernel", f"{family}={variant}", reason is None, *_split(reason)))
-    for distribution, module, purpose, remedy in PACKAGES:
-        version = installed_version(distribution)
-        ok = find_spec(module) is not None
-        detail = f"{version}, for {purpose}" if ok else f"not installed; for {purpose}"
-        found.append(Finding("package", distribution, ok, detail, "" if ok else remedy))
+    found += [_package("package", *entry) for entry in REQUIRED]
+    found += [_package("optional", *entry) for entry in OPTIONAL]
     return [*found, *_devices()]
+
+
+def _package(kind: str, distribution: str, module: str, purpose: str, remedy: str) -> Finding:
+    if find_spec(module) is None:
+        return Finding(kind, distribution, False, f"not installed ({purpose})", remedy)
+    return Finding(kind, distribution, True, f"{installed_version(distribution) or 'of unknown version'} ({purpose})")
 
 
 def _split(reason: str | None) -> tuple[str, str]:
@@ -99,7 +104,8 @@ def main() -> int:
             table.add_column(column, overflow="fold")
         for f in found:
             table.add_row(f.kind, f.name, "[green]ok" if f.ok else "[yellow]missing", f.detail, f.remedy)
-        Console().print(table)
+        console = Console()
+        console.print(table) if console.is_terminal else Console(width=200).print(table)
     return 0 if all(f.ok for f in found if f.kind == "package") else 1
 
 
