@@ -170,7 +170,7 @@ def _unknown_keys(cfg: DictConfig, path: str = "") -> Iterator[str]:
     """A line for each key that was added (`+key=value`) and that the dataclass of its node doesn't have."""
     schema = OmegaConf.get_type(cfg)
     known = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else set(cfg)
-    for key in cfg:
+    for key in map(str, cfg):
         if key not in known:
             yield f"{path}{key}: no such key; known keys: {', '.join(sorted(known))}"
         elif not OmegaConf.is_missing(cfg, key) and isinstance(node := cfg[key], DictConfig):

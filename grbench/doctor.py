@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from grbench.environment import describe_environment, installed_version
 from grengines import registry as engines
@@ -103,7 +104,8 @@ def main() -> int:
         for column in ("", "name", "", "detail", "to get it"):
             table.add_column(column, overflow="fold")
         for f in found:
-            table.add_row(f.kind, f.name, "[green]ok" if f.ok else "[yellow]missing", f.detail, f.remedy)
+            status = Text("ok", "green") if f.ok else Text("missing", "yellow")
+            table.add_row(f.kind, f.name, status, Text(f.detail), Text(f.remedy))  # Text: "[vllm]" is no markup
         console = Console()
         console.print(table) if console.is_terminal else Console(width=200).print(table)
     return 0 if all(f.ok for f in found if f.kind == "package") else 1

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from conftest import Grbench
+
 from grbench.compose import compose_spec
 from grbench.sizing import flops, kv_bytes, parameters
 from grengines.api import Catalogue

@@ -31,7 +31,6 @@ QUICK = [
     "gate.requests=2",
     "tracking=none",
 ]
-LONG = "scenario.queries=100000000"  # goes on until something ends it
 
 
 def found(root: Path) -> list[RunRecord]:
@@ -60,10 +59,7 @@ def test_one_run_leaves_a_whole_record_and_samples(grbench: Grbench, tmp_path: P
 
 
 def test_a_sweep_resumes_and_goes_on_past_a_cell_that_failed(grbench: Grbench, tmp_path: Path) -> None:
-    missing = "workload.path=missing.csv"
-    sweep = ["-m", *QUICK[2:], "workload=csv,synthetic", "+workload.path=missing.csv"]
     sweep = ["-m", *QUICK, "engine.precision=fp32,bf16", "engine.device=cpu,cuda"]
-    del missing
     first = grbench(*sweep)
     if any(r.actual.get("device") == "cuda" for r in found(tmp_path)):
         pytest.skip("this machine has a GPU: nothing is unavailable")
@@ -133,7 +129,7 @@ def running(tmp_path: Path) -> Iterator[list[Running]]:
 def test_a_killed_and_a_hanging_worker_are_records_and_the_sweep_goes_on(
     tmp_path: Path, running: list[Running]
 ) -> None:
-    args = ["-m", *QUICK, "seed=0,1,2", "scenario.queries=20000", "runner.timeout_s=30"]
+    args = ["-m", *QUICK, "seed=0,1,2", "scenario.queries=5000", "runner.timeout_s=15"]
     running.append(run := Running(tmp_path, *args))
     run.worker(0).send_signal(signal.SIGKILL)
     run.worker(1).send_signal(signal.SIGSTOP)  # hangs until the time limit
@@ -143,7 +139,7 @@ def test_a_killed_and_a_hanging_worker_are_records_and_the_sweep_goes_on(
     assert by_seed[0].status is Status.KILLED
     assert "SIGKILL" in (by_seed[0].error or "")
     assert by_seed[1].status is Status.TIMEOUT
-    assert "runner.timeout_s=30" in (by_seed[1].error or "")
+    assert "runner.timeout_s=15" in (by_seed[1].error or "")
     assert by_seed[2].status is Status.OK, by_seed[2].error
     assert not [p for p in psutil.process_iter() if any(str(tmp_path) in a for a in _command(p))], "a worker is left"
 
@@ -161,8 +157,7 @@ def test_exhausted_memory_is_a_record_and_the_sweep_goes_on(grbench: Grbench, tm
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path, running: list[Running]) -> None:
-    args = ["-m", *QUICK, "seed=0,1,2", "scenario.queries=300000"]
-    args[args.index("scenario.queries=300000")] = "scenario.queries=5000,100000000"
+    args = ["-m", *QUICK, "seed=0,1,2", "scenario.queries=500,100000000"]  # the second goes on until it is stopped
     running.append(run := Running(tmp_path, *args))
     run.worker(1)
     os.kill(run.process.pid, signal.SIGINT)

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from grbench import workloads
 from grbench.workloads import events as loaders
 from grbench.workloads import movielens
-from grbench.workloads.config import CsvConfig, Ml100kConfig, RecBoleConfig, SyntheticConfig, WorkloadConfig
+from grbench.workloads.config import (
+    CsvConfig,
+    Ml100kConfig,
+    RecBoleConfig,
+    RecordedConfig,
+    SyntheticConfig,
+    WorkloadConfig,
+)
 from grbench.workloads.events import DataError, Events
 from grbench.workloads.trace import Trace, build_trace, find_visits
 
@@ -56,7 +63,13 @@ GOOD = ["1,10,4.0,100", "1,11,5.0,200", "1,12,2.5,9000", "2,10,3.0,150"]
         (CSV + "\n".join([*GOOD, "2,11,4,1700000000000"]), "allowed are seconds from 1970 to 2100"),
         (CSV + "\n".join([*GOOD, ",11,4,160"]), "row 6, column userId: '' is no id"),
         (CSV + "\n".join([GOOD[0], GOOD[3], GOOD[2], GOOD[1]]), "row 5, column timestamp: '200' is earlier than"),
+        (CSV + "\n".join([*GOOD, "2,11,4,160,9"]), "row 6 has 5 fields, 4 are expected: '2,11,4,160,9'; correct or"),
+        (CSV + "\n".join([GOOD[0], "1,11,\xa04,200", "1,12,x,300"]), "row 4, column rating: 'x' is not a number"),
+        (CSV.replace("rating", "movieId") + GOOD[0], "row 1 has column 'movieId' twice; rename or remove one"),
         (CSV.encode() + b"1,10,4.0,100\n1,1\xff,4,200\n", "row 3 is not UTF-8"),
+        ("1::10::4::100\n1::11::5\n1::12::3::300\n", "row 2 has 3 fields, 4 are expected: '1::11::5'; correct or"),
+        ("1::10::4::100\n1::11::bad::200\n", "row 2, column rating: 'bad' is not a number"),
+        (KUAI + "7,100,20220408,1200,x,1,0,1,5000,10000,1\n", "row 2, column time_ms: 'x' is not a number"),
         ("name,age\nx,1\n", "row 1 is neither of MovieLens nor of KuaiRand"),
     ],
 )
@@ -80,6 +93,34 @@ def test_a_missing_file_and_what_mends_an_unsorted_one(tmp_path: Path) -> None:
     events = loaders.load_recbole(Path(path), sort=True)
     assert events.timestamps.tolist() == [100, 200, 90000]
     assert events.items.tolist() == [1, 0, 2]  # ids in order of first appearance in the file
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (INTER.rstrip(), "no events after the header in row 1"),
+        (INTER + "u\ta\t4\t100\nu\tb\t4\n", r"row 3 has 3 fields, 4 are expected: 'u\tb\t4'; the file looks truncated"),
+        (INTER.replace("rating", "item_id") + "u\ta\t4\t100\n", "row 1 has column 'item_id' twice"),
+        (INTER.replace("timestamp", "time") + "u\ta\t4\t100\n", "row 1 has no column 'timestamp'"),
+    ],
+)
+def test_a_bad_recbole_file_is_named_with_its_row(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(DataError) as caught:
+        loaders.load_recbole(Path(write(tmp_path, text)), sort=False)
+    assert expected in str(caught.value)
+
+
+def test_what_is_odd_but_whole_is_loaded(tmp_path: Path) -> None:
+    text = CSV + "\n".join([GOOD[0], GOOD[0], "1,11,-2,200", "1,12,99,300"]) + "\n\n"
+    for form in (text, text.replace("\n", "\r\n"), "\ufeff" + text):
+        events = loaders.load_csv(Path(write(tmp_path, form)), "auto", False)
+        assert events.items.tolist() == [0, 0, 1, 2]  # the repeated event is kept
+        assert events.timestamps.tolist() == [100, 100, 200, 300]
+        assert events.weights.min() >= 0 and events.weights.max() <= 1  # ratings of any scale
+    unrated = loaders.load_recbole(
+        Path(write(tmp_path, 'user_id:token\titem_id:token\ttimestamp:float\nal ice\t"x\t1.5\n')), False
+    )
+    assert (unrated.weights.tolist(), unrated.actions.tolist(), unrated.timestamps.tolist()) == ([1.0], [0b01], [1])
 
 
 def test_every_format_gives_the_same_events(tmp_path: Path) -> None:
@@ -107,6 +148,16 @@ def test_kuairand_actions_are_bits_and_weight_is_the_watched_share(tmp_path: Pat
     assert events.timestamps.tolist() == [1649390400, 1649390460]
 
 
+def test_events_of_one_second_keep_their_order(tmp_path: Path) -> None:
+    header = "user_id,video_id,time_ms\n"  # every action column may be absent
+    path = Path(write(tmp_path, header + "7,b,1649390400900\n7,a,1649390400100\n"))
+    with pytest.raises(DataError, match=r"row 3, column time_ms: '1649390400100' is earlier"):
+        loaders.load_csv(path, "auto", sort=False)
+    events = loaders.load_csv(path, "auto", sort=True)
+    assert events.items.tolist() == [1, 0]
+    assert events.timestamps.tolist() == [1649390400, 1649390400]
+
+
 def test_movielens_100k_is_whole() -> None:
     trace = build(Ml100kConfig("ml_100k"))
     events = loaders.load_recbole(movielens.ml_100k(), sort=True)
@@ -126,6 +177,10 @@ def test_a_changed_or_unreachable_movielens_is_refused(tmp_path: Path, monkeypat
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(DataError, match=r"could not be fetched .*workload=synthetic"):
         movielens.ml_100k()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "file"))  # no folder can be made there
+    with pytest.raises(DataError, match="set GRBENCH_CACHE to a folder that can be written"):
+        movielens.ml_100k()
 
 
 def test_a_million_events_load(tmp_path: Path) -> None:
@@ -141,7 +196,11 @@ def test_a_million_events_load(tmp_path: Path) -> None:
     assert len(events.users) == n
     assert events.timestamps.sum() == times.sum()
     assert events.num_users == len(np.unique(users))
-    assert np.bincount(events.items).max() == np.bincount(items).max()
+    assert np.array_equal(np.sort(np.bincount(events.items)), np.sort(np.bincount(items)))
+    with path.open("a") as file:
+        file.write("\n1,2,many,5")
+    with pytest.raises(DataError, match="row 1000002, column rating: 'many'"):
+        loaders.load_csv(path, "ratings_csv", sort=False)
 
 
 # ---- traces ----
@@ -152,14 +211,21 @@ def some_events(draw: st.DrawFn) -> Events:
     n = draw(st.integers(2, 60))
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
     users, items = rng.integers(0, 4, n), rng.integers(0, 12, n)
-    times = rng.integers(0, 20_000, n)
+    times = rng.integers(0, 40, n) * draw(st.sampled_from([1, 500]))  # ties, and pauses of exactly visit_gap_s
     order = np.lexsort((times, users))
     return Events(
-        users[order], items[order], np.ones(n, np.int64), np.ones(n, np.float32), times[order], 4, 12, ("rated",)
+        users[order],
+        items[order],
+        rng.integers(0, 2, n),
+        rng.random(n, np.float32),
+        times[order],
+        4,
+        12,
+        ("rated",),
     )
 
 
-def naive_requests(events: Events, config: WorkloadConfig) -> list[dict[str, Any]]:
+def naive_requests(events: Events, config: RecordedConfig) -> list[dict[str, Any]]:
     """The same trace by one loop a user."""
     found = []
     for user in range(events.num_users):
@@ -179,8 +245,12 @@ def naive_requests(events: Events, config: WorkloadConfig) -> list[dict[str, Any
                 own = [int(events.items[r]) for r in rows[at:end]]
                 found.append(
                     {
+                        "visit": rows[at],
                         "user": user,
-                        "items": [int(events.items[r]) for r in history],
+                        "history": [
+                            [column[r].item() for r in history]
+                            for column in (events.items, events.actions, events.weights, events.timestamps)
+                        ],
                         "seen": len(held & set(history)),
                         "time": int(events.timestamps[rows[at]]),
                         "own": list(dict.fromkeys(own)),
@@ -188,20 +258,20 @@ def naive_requests(events: Events, config: WorkloadConfig) -> list[dict[str, Any
                 )
                 held = set(history)
             at = end
-    return found
+    return sorted(found, key=lambda f: (f["time"], f["visit"]))
 
 
 @settings(max_examples=80, deadline=None)
 @given(
     events=some_events(),
-    gap=st.sampled_from([1.0, 500.0, 5000.0]),
+    gap=st.sampled_from([1.0, 5.0, 500.0, 5000.0]),
     visit_events=st.integers(1, 5),
     history=st.tuples(st.integers(1, 3), st.integers(3, 8)),
 )
 def test_a_trace_is_what_a_plain_loop_finds(
     events: Events, gap: float, visit_events: int, history: tuple[int, int]
 ) -> None:
-    config = WorkloadConfig(
+    config = RecordedConfig(
         "any",
         num_candidates=6,
         min_history=history[0],
@@ -215,19 +285,19 @@ def test_a_trace_is_what_a_plain_loop_finds(
             build_trace(events, find_visits(events, config), config, 0, 80.0)
         return
     trace = build_trace(events, find_visits(events, config), config, 0, 80.0)
-    got = sorted((r.user_id, r.timestamp, r.history_items.tolist(), r.num_seen) for r in trace.requests)
-    assert got == sorted((e["user"], e["time"], e["items"], e["seen"]) for e in expected)
-    own = {(e["user"], e["time"], tuple(e["items"])): e["own"] for e in expected}
-    arrivals = [r.arrival_s for r in trace.requests]
-    assert arrivals == sorted(arrivals)
-    assert arrivals[0] == 0
-    assert [r.request_id for r in trace.requests] == list(range(len(trace.requests)))
-    for r in trace.requests:
+    assert len(trace.requests) == len(expected)
+    for position, (r, e) in enumerate(zip(trace.requests, expected, strict=True)):
+        assert (r.request_id, r.user_id, r.timestamp, r.num_seen) == (position, e["user"], e["time"], e["seen"])
+        columns = (r.history_items, r.history_actions, r.history_weights, r.history_timestamps)
+        assert [column.tolist() for column in columns] == e["history"]
+        assert np.shares_memory(r.history_items, events.items)  # a view: no copy of the history
+        assert (r.arrival_s, r.deadline_ms) == (e["time"] - expected[0]["time"], 80.0)
         candidates = r.candidates.tolist()
         assert len(set(candidates)) == len(candidates) == 6
         assert min(candidates) >= 0 and max(candidates) < 12
-        mine = own[r.user_id, r.timestamp, tuple(r.history_items.tolist())]
-        assert candidates[: min(len(mine), 3)] == mine[:3]
+        first = e["own"][:3]  # at most half of them are the visit's own
+        assert candidates[: len(first)] == first
+        assert not set(candidates[len(first) :]) & set(e["own"])
 
 
 def digest(trace: Trace) -> str:
@@ -272,6 +342,9 @@ def test_synthetic_knobs_do_what_they_say() -> None:
     flat = facts(item_zipf=0.0)[0]
     share = [np.bincount(np.concatenate([r.history_items for r in t.requests])).max() for t in (trace, flat)]
     assert share[0] > 5 * share[1]
+    actions = np.concatenate([r.history_actions for r in trace.requests])
+    shares = [float((actions >> bit & 1).mean()) for bit in range(trace.catalogue.num_actions)]
+    assert shares == pytest.approx([1.0, 0.2, 0.05, 0.03], abs=0.02)  # view, like, share, buy
     for r in trace.requests:
         assert (np.diff(r.history_timestamps) >= 0).all()
         assert r.timestamp >= r.history_timestamps[-1]
@@ -282,4 +355,9 @@ def test_what_cannot_be_asked_is_refused() -> None:
         build(SyntheticConfig(**{**vars(SMALL), "num_candidates": 501}))
     with pytest.raises(DataError, match="is above max_history=64"):
         build(SyntheticConfig(**{**vars(SMALL), "min_history": 65}))
-    assert len(set(build(SyntheticConfig(**{**vars(SMALL), "num_candidates": 500})).requests[0].candidates)) == 500
+
+
+@pytest.mark.parametrize("changes", [{"num_candidates": 500}, {"num_candidates": 200, "items": 2000, "item_zipf": 4.0}])
+def test_candidates_are_distinct_also_where_few_items_are_popular(changes: dict[str, Any]) -> None:
+    for r in build(SyntheticConfig(**{**vars(SMALL), "visits": 20, **changes})).requests:
+        assert len(set(r.candidates.tolist())) == len(r.candidates) == changes["num_candidates"]

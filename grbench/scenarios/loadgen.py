@@ -125,5 +125,6 @@ def _figures(summary: Path, queries: int) -> tuple[dict[str, float], list[str]]:
     metrics["loadgen_valid"] = float(valid)
     if valid:
         return metrics, []
-    reasons = [line.strip(" *") for line in re.findall(r"^ \* .*", text, re.MULTILINE)]
-    return metrics, ["LoadGen calls this run INVALID by MLPerf's rules: " + " ".join(reasons)]
+    reasons = re.findall(r"^ \* (.*(?:\n [^*\s].*)*)", text, re.MULTILINE)  # a reason may go on over lines
+    words = " ".join(" ".join(reasons).split())
+    return metrics, [f"LoadGen calls this run INVALID by MLPerf's rules: {words}"]

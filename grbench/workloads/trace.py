@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from grbench.workloads.config import WorkloadConfig
+from grbench.workloads.config import RecordedConfig, WorkloadConfig
 from grbench.workloads.events import DataError, Events
 from grengines.api import Catalogue, Request
 
@@ -48,7 +48,7 @@ class Visits:
     arrivals: npt.NDArray[np.float64]  # seconds from the trace's start
 
 
-def find_visits(events: Events, config: WorkloadConfig) -> Visits:
+def find_visits(events: Events, config: RecordedConfig) -> Visits:
     """Split each user's events into visits: one ends after a pause, or after so many events."""
     n = len(events.users)
     new_user = np.r_[True, np.diff(events.users) != 0]
@@ -128,8 +128,13 @@ def _candidates(own: Ints, events: Events, count: int, rng: np.random.Generator)
             if item not in barred:
                 barred.add(item)
                 chosen.append(item)
-    if len(chosen) < count:  # nearly the whole catalogue is asked for: any other items, then the visit's own
-        rest = np.setdiff1d(rng.permutation(events.num_items), np.fromiter(barred, np.int64), assume_unique=False)
+    while len(chosen) < count and 2 * (len(barred) + count) < events.num_items:  # few items are popular: any others
+        for item in rng.integers(events.num_items, size=2 * (count - len(chosen))).tolist():
+            if item not in barred:
+                barred.add(item)
+                chosen.append(item)
+    if len(chosen) < count:  # much of the catalogue is asked for: what is left of it, then the visit's own
+        rest = np.setdiff1d(np.arange(events.num_items), np.fromiter(barred, np.int64))
         chosen += rng.permutation(rest).tolist()
         chosen += [item for item in own.tolist() if item not in chosen]
     return np.array(list(dict.fromkeys(chosen))[:count], dtype=np.int64)
