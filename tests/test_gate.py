@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from grbench.workloads.trace import Trace
 
 from grbench import workloads
 from grbench.compose import compose_spec
 from grbench.config import RunSpec
 from grbench.gate import Gate, GateError, pick, relative_error
+from grbench.workloads.trace import Trace
 from grengines import registry
 from grengines.api import Engine, RankResult, Request
 
