@@ -11,7 +11,7 @@ TORCH := 2.13.0
 ifeq ($(GPU),0)
 DEFAULTS :=
 else
-DEFAULTS := model=hstu_0p2b engine.cuda_graphs=true scenario.queries=20000
+DEFAULTS := model=hstu_0p2b engine.cuda_graphs=true scenario.queries=4000
 endif
 ARGS ?=
 

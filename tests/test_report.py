@@ -451,7 +451,9 @@ def test_piped_table_keeps_one_line_a_cell(sweep: Path) -> None:
         ["kernel=cutlass", "max_batch=8", "UNAVAILABLE"],
     ]
     assert lines[7] == "UNAVAILABLE kernel=cutlass max_batch=8: no [GPU] | found; add <one>"
-    assert all(line.startswith("note: ") for line in lines[8:])
+    assert [line for line in lines[8:11] if line.startswith("95% interval, ms: p50 ")] == lines[8:11]
+    assert lines[8].endswith("(kernel=torch max_batch=8)")
+    assert all(line.startswith("note: ") for line in lines[11:])
     assert "\x1b" not in "".join(lines)
     assert screen([], None) == []
 

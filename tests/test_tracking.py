@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -218,7 +219,28 @@ def test_the_import_command_says_what_it_did(grbench: Grbench, tmp_path: Path) -
     assert done.stdout == "1 records logged, 0 were there already, 0 failed\n", done.stderr
 
 
-def test_the_ui_opens_on_localhost_and_says_what_is_missing(grbench: Grbench, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def ui_of(root: Path) -> Iterator[str]:
+    """`python -m grbench.tracking ui`, up and answering; the address that it printed."""
+    command = [sys.executable, "-m", "grbench.tracking", "ui", str(root), "--port", str(free_port())]
+    ui = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    try:
+        assert ui.stdout is not None
+        address = ui.stdout.readline().split()[2]
+        for _ in range(200):
+            with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=2) as page:
+                assert "MLflow" in page.read().decode()
+                break
+            time.sleep(0.2)
+        else:
+            raise AssertionError("the page never came")
+        yield address
+    finally:
+        os.killpg(ui.pid, 9)
+        ui.wait()
+
+
+def test_the_ui_says_what_is_missing(grbench: Grbench, tmp_path: Path) -> None:
     refused = grbench("ui", "nowhere", module="grbench.tracking")
     assert refused.returncode == 2
     assert "no such database; `python -m grbench` makes it with its first run" in refused.stderr
@@ -230,26 +252,30 @@ def test_the_ui_opens_on_localhost_and_says_what_is_missing(grbench: Grbench, tm
         busy = grbench("ui", "--port", str(taken.getsockname()[1]), module="grbench.tracking")
     assert busy.returncode == 2
     assert "choose another with --port" in busy.stderr
-    port = free_port()
-    ui = subprocess.Popen(
-        [sys.executable, "-m", "grbench.tracking", "ui", str(tmp_path / "outputs"), "--port", str(port)],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert ui.stdout is not None
-        assert f"http://127.0.0.1:{port}" in ui.stdout.readline()
-        for _ in range(200):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2) as page:
-                assert "MLflow" in page.read().decode()
-                break
-            time.sleep(0.2)
-        else:
-            raise AssertionError("the page never came")
-    finally:
-        os.killpg(ui.pid, 9)
-        ui.wait()
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+
+
+def test_the_ui_shows_the_runs(tmp_path: Path) -> None:
+    """The page that the command names, on localhost; in a browser, where there is one, the run is on it."""
+    record, folder = cell(tmp_path / "outputs" / "a")
+    assert Tracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
+    with ui_of(tmp_path / "outputs") as address:
+        assert address.startswith("http://127.0.0.1:")
+        assert address.endswith("/#/experiments/1/runs")
+        if BROWSER is None:
+            pytest.skip("no Chromium or Chrome: the page came, what it shows was not looked at")
+        quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+        quiet += ["--disable-component-update", "--disable-sync", "--no-sandbox", f"--user-data-dir={tmp_path}/profile"]
+        page = subprocess.run(
+            [BROWSER, "--headless", *quiet, "--virtual-time-budget=30000", "--dump-dom", address],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).stdout
+    assert "hstu-torch-none-hstu_tiny-ml_100k-server" in page
+    assert "Training runs" in page
 
 
 def test_no_tracking_logs_nothing(tmp_path: Path) -> None:

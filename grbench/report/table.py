@@ -50,8 +50,19 @@ def print_cells(console: Console, cells: list[Cell]) -> None:
         if not record.ok:
             line = f"{record.status} {label}: {record.error or 'no reason was recorded'}"
             console.print(Text(line, style=STYLES.get(record.status, "red")), soft_wrap=True)
-    for note in notes(records):
-        console.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
+    for line in [*intervals(records), *(f"note: {note}" for note in notes(records))]:
+        console.print(Text(line, style="dim"), soft_wrap=True)
+
+
+def intervals(records: list[RunRecord]) -> list[str]:
+    """The 95% interval of each percentile in the table, a line a cell."""
+    lines = []
+    for record, label in zip(records, labels(records), strict=True):
+        ends = {name.rpartition("/")[2]: interval for name, interval in record.intervals.items()}
+        if record.ok and ends:
+            words = "  ".join(f"{name} {figure(low)} to {figure(high)}" for name, (low, high) in ends.items())
+            lines.append(f"95% interval, ms: {words}{f' ({label})' if len(records) > 1 else ''}")
+    return lines
 
 
 def notes(records: list[RunRecord]) -> list[str]:

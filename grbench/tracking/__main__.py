@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -47,9 +49,20 @@ def open_ui(root: Path, port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as e:
             raise ValueError(f"port {port}: {e.strerror}; choose another with --port") from None
-    print(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    page = f"#/experiments/{experiment}/runs" if (experiment := _latest_experiment(database)) else ""
+    print(f"MLflow at http://127.0.0.1:{port}/{page} (Ctrl-C ends it)", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.execv(sys.executable, [*command, "--backend-store-uri", f"sqlite:///{database}"])
+
+
+def _latest_experiment(database: Path) -> str | None:
+    """The experiment of the newest run: its page is the one to open."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=1)) as connection:
+            row = connection.execute("SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1").fetchone()
+    except sqlite3.Error:  # only the link gets less direct
+        return None
+    return str(row[0]) if row else None
 
 
 if __name__ == "__main__":

@@ -55,7 +55,10 @@ class Store:
                 raise ValueError(f"experiment {name!r} is deleted; restore it or set tracking.experiment")
             return str(found.experiment_id)
         local = self.uri.startswith("sqlite")
-        return str(self._client.create_experiment(name, (root / ARTIFACTS).as_uri() if local else None))
+        # Without a kind, MLflow 3 takes an experiment for one of language-model traces and opens an empty page.
+        return self._client.create_experiment(
+            name, (root / ARTIFACTS).as_uri() if local else None, {"mlflow.experimentKind": "custom_model_development"}
+        )
 
     def sweep_run(self, sweep_id: str, facts: dict[str, str]) -> str:
         """The parent run of a sweep: found again when the sweep is resumed, else made."""

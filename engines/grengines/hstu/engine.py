@@ -178,6 +178,8 @@ class HSTUEngine:
             "kernels": {**self._kernels, "hstu_attention": self._variant.name},
             "graph_buckets": [list(b) for b in self._buckets],  # batch, length, candidates
             "candidate_microbatch": self._config.candidate_microbatch,
+            "cache": "none",
+            "timer": "CUDA events, one wait a batch" if cuda else "perf_counter",
             "cpu_threads": torch.get_num_threads(),
             "weights": self._model_config.weights or f"random, seed {self._seed}",
             "parameters": sum(p.numel() for p in self._ranker.parameters()) if self._ranker else 0,
