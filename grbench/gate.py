@@ -47,6 +47,8 @@ class Gate:
         from grengines.hstu.model import zero_attention
 
         self.sample = pick(requests, spec.gate.requests, spec.seed)
+        if len(self.sample) < 2:
+            raise ValueError("the workload has one request; the gate needs two to tell stale scores from right ones")
         model = Reference(spec.model, catalogue, spec.seed, device)
         self._reference = np.concatenate(model.scores(self.sample))
         plain = np.concatenate(model.scores(self.sample, precision))

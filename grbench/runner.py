@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import itertools
 import json
 import os
 import select
@@ -38,10 +39,12 @@ def run_cell(
 ) -> tuple[RunRecord, Path]:
     """Measure one cell and keep its record; returns it and the folder it was kept in.
 
+    That is `folder`, or one beside it where `folder` has a record already: none is ever overwritten.
     `on_event` receives the worker's {"stage": ...} and {"answered": n} messages. Only
     KeyboardInterrupt is raised, after the worker is stopped and its record kept.
     """
     started, begun = datetime.datetime.now(datetime.UTC), time.monotonic()
+    folder = _unused(folder)
     interrupted: KeyboardInterrupt | None = None
     try:
         records.reserve(folder)
@@ -92,6 +95,12 @@ def keep(record: RunRecord, folder: Path) -> Path:
         return spare
 
 
+def _unused(folder: Path) -> Path:
+    """`folder`, or the first of folder.1, folder.2, ... that holds no record."""
+    names = itertools.chain([folder.name], (f"{folder.name}.{i}" for i in itertools.count(1)))
+    return next(path for name in names if not ((path := folder.with_name(name)) / records.RECORD_FILE).exists())
+
+
 def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[[Event], None]) -> Event:
     """Start the worker, pass its messages on, and say how it ended (the fields of a record)."""
     read_end, write_end = os.pipe()
@@ -117,7 +126,7 @@ def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[
         )
     os.close(write_end)
     outcome: Event | None = None
-    timed_out = False
+    timed_out, grace_s = False, 0.0  # Ctrl-C and the time limit stop the worker at once
     try:
         with os.fdopen(read_end, "rb", buffering=0) as channel:
             for event in _messages(channel, time.monotonic() + runner.timeout_s):
@@ -125,10 +134,11 @@ def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[
                     outcome = event["outcome"]
                 else:
                     on_event(event)
+        grace_s = 5.0
     except TimeoutError:
         timed_out = True
     finally:
-        _stop(worker, grace_s=0.0 if timed_out else 5.0)
+        _stop(worker, grace_s)
     if outcome is not None:
         return outcome
     if timed_out:

@@ -215,6 +215,12 @@ def _spares(folder: Path) -> list[RunRecord]:
     return [records.load(p) for p in folder.glob("grbench-*/record.json")]
 
 
+def test_a_sweep_folder_used_again_keeps_the_records_in_it(grbench: Grbench, tmp_path: Path) -> None:
+    for seeds in ("0", "1"):
+        assert grbench("-m", *QUICK, f"seed={seeds}", "hydra.sweep.dir=same").returncode == 0
+    assert sorted(r.spec["seed"] for r in found(tmp_path / "same")) == [0, 1]
+
+
 def test_a_record_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     for text, why in [
         ("{", "not JSON"),
