@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable
@@ -150,7 +151,7 @@ def classify(error: BaseException) -> tuple[Status, str]:
     if any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain):
         return Status.DISK_FULL, f"no space left while the cell ran: {line}; free some and run it again"
     if any(_out_of_memory(e) for e in chain):
-        return Status.OOM, f"memory ran out: {line}; try a smaller batch, history or model"
+        return Status.OOM, f"memory ran out: {textwrap.shorten(line, 160)}; try a smaller batch, history or model"
     if isinstance(error, UnavailableError):
         return Status.UNAVAILABLE, line
     if isinstance(error, IncorrectError):
