@@ -13,10 +13,8 @@ from grbench.config import ConfigError, to_spec
 
 def main() -> None:
     """Entry point. Exit codes: 0 every cell OK, 1 a cell failed, 2 the configuration is wrong, 130 Ctrl-C."""
-    # Hydra then raises its errors instead of printing them over many lines; they are explained below.
-    full_error = os.environ.setdefault("HYDRA_FULL_ERROR", "unset")
-    if full_error == "unset":
-        os.environ["HYDRA_FULL_ERROR"] = "1"
+    as_hydra_shows_it = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors; else it prints them over many lines
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -41,7 +39,7 @@ def main() -> None:
         cells = _check_first()
         app()
     except (ConfigError, HydraException, OmegaConfBaseException) as e:
-        if full_error == "1":
+        if as_hydra_shows_it:
             raise
         print(f"grbench: {e if isinstance(e, ConfigError) else explain(e)}", file=sys.stderr)
         sys.exit(2)

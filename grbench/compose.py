@@ -66,7 +66,8 @@ def _cells(overrides: list[str], extra: list[str], multirun: bool) -> list[list[
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     parser = OverridesParser.create()
-    fixed = [o for o in overrides if not parser.parse_override(o).is_sweep_override()]
+    parsed = parser.parse_overrides(overrides)  # this one names the override that it can't read
+    fixed = [o.input_line for o in parsed if o.input_line and not o.is_sweep_override()]
     hydra = hydra_compose("config", [*fixed, *extra], return_hydra_config=True).hydra
     if not multirun and hydra.mode is not RunMode.MULTIRUN:
         return [overrides]
@@ -83,7 +84,7 @@ def explain(error: BaseException) -> str:
     text = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
     text = re.sub(r"\s*(full_key: \S+|object_type=\w+|reference_type=\S+|Config search path:.*)", "", text)
     if override := getattr(error, "override", None):
-        return f"{override}: not an override ({text})"
+        return f"{override}: not an override, which is key=value ({text.partition(' See https')[0]})"
     if key := getattr(cause, "full_key", None):
         return f"{key}: {text}{_allowed(key, getattr(cause, 'object_type', None))}"
     return text

@@ -25,7 +25,9 @@ def summarise(measurement: Measurement, spec: RunSpec, requests: list[Request]) 
         metrics[f"{part}/p50"] = stats.percentile(samples[part], 50)
         metrics[f"{part}/p90"] = stats.percentile(samples[part], 90)
 
-    count = len(samples["latency_ms"])
+    by_id = {r.request_id: r for r in requests}
+    answered = [by_id[int(i)] for i in samples["request_id"]]
+    count = len(answered)
     ends = samples["arrival_s"] + samples["latency_ms"] / 1e3
     duration_s = float(ends.max())
     batches = int(samples["batch_index"].max()) + 1
@@ -35,15 +37,13 @@ def summarise(measurement: Measurement, spec: RunSpec, requests: list[Request]) 
         "samples": float(count),
         "duration_s": duration_s,
         "throughput_rps": stats.throughput(count, duration_s),
-        "goodput_rps": stats.goodput(samples["latency_ms"], spec.latency_limit_ms, duration_s),
+        "goodput_rps": stats.goodput(samples["latency_ms"], [r.deadline_ms for r in answered], duration_s),
         "throughput_tokens_per_s": measurement.tokens / duration_s,
         "padding_waste": 1.0 - measurement.tokens / measurement.padded_tokens,
         "batch_size/mean": count / batches,
         "engine_busy": compute_s / duration_s,
     }
-    by_id = {r.request_id: r for r in requests}
-    flops = sum(sizing.request_flops(spec.model, by_id[int(i)]) for i in samples["request_id"])
-    metrics["model_tflops"] = flops / compute_s / 1e12
+    metrics["model_tflops"] = sum(sizing.request_flops(spec.model, r) for r in answered) / compute_s / 1e12
     metrics |= measurement.metrics
     metrics |= {f"engine/{name}": value for name, value in measurement.details.items()}
     return summary

@@ -24,8 +24,6 @@ from grengines.api import RankResult, Request
 class NullEngine:
     """Answers at once with no scores. Never reported as an engine: it passes no gate."""
 
-    num_tasks = 0
-
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
         pass
 

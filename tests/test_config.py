@@ -45,6 +45,8 @@ def test_every_option_of_every_group_composes(group: str, name: str) -> None:
         (["nonsense=1"], "nonsense", "latency_limit_ms"),
         (["workload=csv"], "workload.path", "workload.path"),
         (["model.layers=null"], "model.layers", "int"),
+        (["seed=[1,"], "seed=[1,", "key=value"),
+        (["seed"], "seed", "key=value"),
     ],
 )
 def test_a_wrong_value_is_one_line_with_key_and_what_is_allowed(overrides: list[str], key: str, allowed: str) -> None:

@@ -42,8 +42,6 @@ def gate_of(spec: RunSpec, trace: Trace, precision: str = "fp32") -> Gate:
 class Wrong:
     """An engine whose answers are changed on their way out."""
 
-    num_tasks = 3
-
     def __init__(self, engine: Engine, how: str) -> None:
         self.engine, self.how = engine, how
         self.kept: RankResult | None = None

@@ -40,8 +40,6 @@ def make_requests(count: int, interval_s: float = 0.01) -> list[Request]:
 class SleepyEngine:
     """Takes `seconds` a batch and remembers what it was given."""
 
-    num_tasks = 1
-
     def __init__(self, seconds: float = 0.001, fail_at: int | None = None) -> None:
         self.seconds, self.fail_at = seconds, fail_at
         self.batches: list[list[int]] = []

@@ -67,8 +67,6 @@ class IncorrectError(RuntimeError):
 class Engine(Protocol):
     """An engine answers batches of requests. It is built, prepared once, used from one thread, closed."""
 
-    num_tasks: int
-
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
         """Load, compile and warm up for requests like `sample` (the whole trace may be passed)."""
 

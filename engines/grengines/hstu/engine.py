@@ -84,7 +84,6 @@ class HSTUEngine:
                 f"engine.cuda_graphs=true and engine.candidate_microbatch={config.candidate_microbatch}: graphs hold "
                 "the full form only; set cuda_graphs=false or candidate_microbatch=0"
             )
-        self.num_tasks = len(model.tasks)
         self._config, self._model_config, self._kernels = config, model, dict(kernels)
         self._catalogue, self._seed = catalogue, seed
         self._device = _resolve_device(config)
