@@ -63,7 +63,10 @@ class Session:
         self._finish(folder, record)
 
     def _finish(self, folder: Path, record: RunRecord) -> None:
-        self._cells.append((folder, record))
+        if self._sweep_id:
+            self._earlier[record.spec_hash] = (folder, record)  # a sweep may ask for the same cell twice
+        if all(folder != known for known, _ in self._cells):
+            self._cells.append((folder, record))
         if record.tracking or record.status is Status.INTERRUPTED:
             return
         if record.ok:

@@ -91,7 +91,10 @@ def shown(value: Any) -> str:
 
 def command(record: RunRecord) -> str:
     """The command line that measures this cell again."""
-    return shlex.join(["python", "-m", "grbench", *record.overrides])
+    one_cell = (
+        ["hydra.mode=RUN"] if any(o.startswith("study=") for o in record.overrides) else []
+    )  # not the whole study
+    return shlex.join(["python", "-m", "grbench", *one_cell, *record.overrides])
 
 
 def figure(value: float | None) -> str:
