@@ -50,7 +50,8 @@ def compose_cells(
     `multirun` and `config_dir` are Hydra's flags of that name; a study can ask for a sweep as well.
     """
     prepare_hydra()
-    extra = [f"hydra.searchpath=[file://{config_dir},'file://${{grbench_experiments:}}']"] if config_dir else []
+    folders = [config_dir, str(checkout_or_packaged("experiments"))]
+    extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if config_dir else []
     try:
         with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
             for cell in _cells(list(overrides), extra, multirun):

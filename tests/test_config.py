@@ -98,6 +98,16 @@ def test_cfg_job_prints_the_whole_configuration_from_any_directory(grbench: Grbe
     assert "seed=-5: allowed is int >= 0" in refused.stderr
 
 
+def test_a_folder_of_ones_own_configs_works_beside_ours(grbench: Grbench, tmp_path: Path) -> None:
+    own = tmp_path / "own" / "workload" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("defaults: [/schema/workload/synthetic@_here_, _self_]\nname: mine\nusers: 77\n")
+    done = grbench("--config-dir", str(tmp_path / "own"), "workload=mine", "study=batching", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "users: 77" in done.stdout
+
+
 def test_help_lists_the_groups_and_imports_nothing_heavy(grbench: Grbench) -> None:
     done = grbench("--help")
     assert done.returncode == 0

@@ -562,3 +562,9 @@ def test_the_table_needs_neither_pandas_nor_matplotlib() -> None:
     code = f"import sys, grbench.report.table; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_a_cell_of_a_study_is_repeated_alone() -> None:
+    study, other = (RunRecord(SPEC, "0", Status.OK, "2026", 1.0, overrides=o) for o in (["study=batching"], ["seed=1"]))
+    assert command(study) == "python -m grbench hydra.mode=RUN study=batching"
+    assert command(other) == "python -m grbench seed=1"
