@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Cost(NamedTuple):
+    """What an operator must do at least: the roofline's two numbers."""
+
+    flops: int  # mask-exact; a multiply-add is 2
+    bytes: int  # each input read once, each output written once
 
 
 @dataclass(frozen=True)
