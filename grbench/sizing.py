@@ -21,10 +21,11 @@ def parameters(model: HSTUConfig, catalogue: Catalogue) -> dict[str, int]:
     """Parameter counts: embedding tables, layers, and everything else (output norm and head)."""
     import torch
 
-    from grengines.hstu.model import HSTURanker, zero_attention
+    from grengines.hstu.model import HSTURanker
+    from grkernels.operators import Operators
 
     with torch.device("meta"):  # shapes only, no memory
-        ranker = HSTURanker(model, catalogue, zero_attention)
+        ranker = HSTURanker(model, catalogue, Operators.reference())
     counts = {"tables": 0, "layers": 0, "head": 0}
     for name, p in ranker.named_parameters():
         part = "layers" if name.startswith("layers.") else "tables" if "." not in name else "head"

@@ -106,6 +106,16 @@ def scores(w: Mapping[str, Array], c: HSTUConfig, catalogue: Catalogue, r: Reque
         normed = layer_norm(a, w[at + "attention_norm.weight"], w[at + "attention_norm.bias"])
         x = x + np.concatenate([u, a, u * normed], axis=1) @ w[at + "out.weight"].T
     x = layer_norm(x, w["norm.weight"], w["norm.bias"])[len(x) - T :]
+    if c.interaction and T:
+        items = min(catalogue.num_items, c.embedding_rows)
+        gap = r.timestamp - int(r.history_timestamps[-1]) if len(r.history_items) else 0
+        position = w["position_table"][min(len(r.history_items), c.max_positions - 1)]
+        time = w["time_table"][bucket(gap, c.time_buckets)]
+        vectors = [[x[t], w["token_table"][item % items], position, time] for t, item in enumerate(r.candidates)]
+        dots = [[a[i] @ a[j] for i in range(4) for j in range(i + 1, 4)] for a in vectors]
+        x = np.concatenate([x, np.array(dots)], axis=1)
+    elif c.interaction:
+        x = np.zeros((0, c.embedding_dim + 6))
     hidden = silu(x @ w["head_hidden.weight"].T + w["head_hidden.bias"])
     return hidden @ w["head_out.weight"].T + w["head_out.bias"]
 

@@ -276,14 +276,15 @@ def test_the_reference_refuses_wrong_bounds() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown operator family 'conv'; known: hstu_attention"):
+    with pytest.raises(ValueError, match="unknown operator family 'conv'; known: hstu_attention, norm_gate"):
         registry.get("conv", "torch")
-    with pytest.raises(ValueError, match="unknown variant 'tortch' of hstu_attention; known: torch"):
+    with pytest.raises(ValueError, match="unknown variant 'tortch' of hstu_attention; known: torch, compile"):
         registry.get("hstu_attention", "tortch")
-    assert registry.names() == [("hstu_attention", "torch")]
-    assert all(registry.availability(*name) is None for name in registry.names())
+    assert ("hstu_attention", "cutlass") in registry.names()
+    assert all(registry.availability(family, "torch") is None for family in registry.FAMILIES)
+    assert KernelConfig.__annotations__.keys() == {"name", *registry.FAMILIES}
     [problem_line] = violations(KernelConfig(hstu_attention="tortch"))
-    assert problem_line == "hstu_attention=tortch: allowed is one of torch"
+    assert problem_line == "hstu_attention=tortch: allowed is one of torch, compile, triton, cutlass"
 
 
 def test_supports_says_why_not() -> None:

@@ -28,6 +28,8 @@ from grkernels.config import KernelConfig
 torch.set_num_threads(1)
 CONF = Path(__file__).resolve().parent.parent / "conf"
 CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
+KERNELS = dataclasses.asdict(KernelConfig())
+del KERNELS["name"]
 MODEL = HSTUConfig(embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128)
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -108,7 +110,7 @@ def test_actual_says_what_runs_and_close_gives_it_back() -> None:
     with engine(requests, cpu_threads=2) as e:
         ran = json.loads(json.dumps(e.actual()))
         assert ran["device"] == "cpu" and ran["precision"] == "fp32" and ran["cpu_threads"] == 2
-        assert ran["kernels"] == {"hstu_attention": "torch"}
+        assert ran["kernels"] == KERNELS
         assert ran["fp32_products"] == "highest" and ran["weights"] == "random, seed 5"
         assert ran["parameters"] > 300 * 32
     assert torch.get_num_threads() == threads
@@ -126,11 +128,9 @@ def test_wrong_use_is_refused() -> None:
         with pytest.raises(ValueError, match="0 sample requests"):
             e.prepare([], 3)
     with pytest.raises(ValueError, match=r"cuda_graphs=true and engine\.candidate_microbatch=8"):
-        HSTUEngine(
-            HSTUEngineConfig(cuda_graphs=True, candidate_microbatch=8), MODEL, {"hstu_attention": "torch"}, CATALOGUE, 0
-        )
+        HSTUEngine(HSTUEngineConfig(cuda_graphs=True, candidate_microbatch=8), MODEL, KERNELS, CATALOGUE, 0)
     with pytest.raises(ValueError, match="unknown variant 'best' of hstu_attention; known: torch"):
-        HSTUEngine(HSTUEngineConfig(), MODEL, {"hstu_attention": "best"}, CATALOGUE, 0)
+        HSTUEngine(HSTUEngineConfig(), MODEL, {**KERNELS, "hstu_attention": "best"}, CATALOGUE, 0)
     with (
         pytest.raises(ValueError, match=r"no file .*absent\.safetensors"),
         engine(requests, dataclasses.replace(MODEL, weights="absent.safetensors")),
@@ -140,13 +140,13 @@ def test_wrong_use_is_refused() -> None:
 
 def test_graphs_on_a_cpu_are_unavailable() -> None:
     with pytest.raises(UnavailableError, match=r"none on a CPU; set engine\.cuda_graphs=false"):
-        HSTUEngine(HSTUEngineConfig(device="cpu", cuda_graphs=True), MODEL, {"hstu_attention": "torch"}, CATALOGUE, 0)
+        HSTUEngine(HSTUEngineConfig(device="cpu", cuda_graphs=True), MODEL, KERNELS, CATALOGUE, 0)
 
 
 @NO_GPU
 def test_cuda_without_a_gpu_is_unavailable() -> None:
     with pytest.raises(UnavailableError, match=r"engine\.device=cuda: .*; use engine\.device=cpu"):
-        HSTUEngine(HSTUEngineConfig(device="cuda"), MODEL, {"hstu_attention": "torch"}, CATALOGUE, 0)
+        HSTUEngine(HSTUEngineConfig(device="cuda"), MODEL, KERNELS, CATALOGUE, 0)
 
 
 def test_registry() -> None:

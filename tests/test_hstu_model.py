@@ -20,19 +20,18 @@ from grengines.hstu.batch import Bucket, Encoding, HostBatch, pack
 from grengines.hstu.config import HSTUConfig
 from grengines.hstu.model import HSTURanker, UserState, zero_attention
 from grengines.hstu.weights import load_weights, save_weights
-from grkernels import registry
+from grkernels.operators import Operators
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 CATALOGUE = Catalogue(num_users=5, num_items=40, num_actions=3)
-TORCH = registry.get("hstu_attention", "torch")
 SMALL = HSTUConfig(embedding_dim=12, heads=2, qk_dim=4, v_dim=3, scaling_seqlen=32, max_positions=16, head_dim=6)
 
 
-def build(config: HSTUConfig = SMALL, *, seed: int = 0, attention: Any = TORCH.fn, **changes: Any) -> HSTURanker:
+def build(config: HSTUConfig = SMALL, *, seed: int = 0, kernels: Operators | None = None, **changes: Any) -> HSTURanker:
     dtype = changes.pop("dtype", torch.float32)
     config = dataclasses.replace(config, **changes)
-    return HSTURanker.build(config, CATALOGUE, attention, seed=seed, device="cpu", dtype=dtype)
+    return HSTURanker.build(config, CATALOGUE, kernels or Operators.plain(), seed=seed, device="cpu", dtype=dtype)
 
 
 def weights(model: HSTURanker) -> dict[str, Any]:
@@ -68,6 +67,7 @@ configs = st.builds(
     time_buckets=st.sampled_from([3, 32]),
     embedding_rows=st.sampled_from([7, 1000]),  # fewer than items: they share rows
     head_dim=st.just(5),
+    interaction=st.booleans(),
     tasks=st.sampled_from([["a"], ["a", "b"]]),
 )
 visits = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=3)
@@ -79,7 +79,7 @@ def test_equals_the_second_implementation(
     config: HSTUConfig, sizes: list[tuple[int, int]], seed: int, form: str
 ) -> None:
     requests = requests_of([h for h, _ in sizes], [t for _, t in sizes], seed)
-    model = build(config, seed=seed, attention=TORCH.reference if form == "reference" else TORCH.fn)
+    model = build(config, seed=seed, kernels=Operators.reference() if form == "reference" else None)
     expected = np.concatenate([hstu_oracle.scores(weights(model), config, CATALOGUE, r) for r in requests])
     bucket = Bucket(4, 16, 5) if form == "bucket" else None
     host = pack(requests, model.encoding, bucket=bucket)
@@ -230,7 +230,8 @@ def test_attention_matters(shape: dict[str, int]) -> None:
     """A model that ignored its history could not be told from a broken one; half precision must not hide it."""
     config = dataclasses.replace(HSTUConfig(), **shape)
     requests = requests_of([20, 60, 120], [8, 8, 8])
-    right, wrong = (full(build(config, attention=a), requests) for a in (TORCH.fn, zero_attention))
+    blind = Operators.plain()._replace(hstu_attention=zero_attention)
+    right, wrong = (full(build(config, kernels=kernels), requests) for kernels in (Operators.plain(), blind))
     half = full(build(config, dtype=torch.bfloat16), requests)
     assert relative_error(wrong, right) > 0.1
     assert relative_error(wrong, right) > 4 * relative_error(half, right)

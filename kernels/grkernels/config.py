@@ -7,10 +7,21 @@ from dataclasses import dataclass, field
 from grkernels import registry
 
 
+def _variant(family: str) -> str:
+    # The metadata is what a harness shows and checks: the values this key allows.
+    value: str = field(default="torch", metadata={"allowed": {"choices": registry.variants(family)}})
+    return value
+
+
 @dataclass
 class KernelConfig:
     """One field a family (but `name`): the variant to use, one of `grkernels.registry`."""
 
     name: str = "torch"
-    # The metadata is what a harness shows and checks: the values this key allows.
-    hstu_attention: str = field(default="torch", metadata={"allowed": {"choices": registry.variants("hstu_attention")}})
+    hstu_attention: str = _variant("hstu_attention")
+    norm_gate: str = _variant("norm_gate")
+    layer_norm: str = _variant("layer_norm")
+    interaction: str = _variant("interaction")
+    jagged_concat: str = _variant("jagged_concat")
+    jagged_split: str = _variant("jagged_split")
+    token_embedding: str = _variant("token_embedding")

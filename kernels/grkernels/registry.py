@@ -9,48 +9,77 @@ from typing import NamedTuple
 from grkernels.variant import KernelVariant
 
 
-class Entry(NamedTuple):
-    """Where a variant is and what it needs."""
+class Needs(NamedTuple):
+    """What a kind of variant needs."""
 
-    target: str  # "module:attribute" of its KernelVariant
-    package: str  # import name of the package it needs
-    install: str  # the command that installs that package
+    package: str  # import name
+    install: str  # the command that installs it
 
 
-# A new variant is one module in its family's folder and one line here.
-_TABLE: dict[str, dict[str, Entry]] = {
-    "hstu_attention": {
-        "torch": Entry("grkernels.hstu_attention.torch:VARIANT", "torch", "pip install 'torch>=2.11'"),
-    },
+_NEEDS = {
+    "torch": Needs("torch", "pip install 'torch>=2.11'"),
+    "compile": Needs("torch", "pip install 'torch>=2.11'"),
+    "triton": Needs("triton", "pip install 'triton>=3.6'"),
+    "cutlass": Needs("cutlass", "pip install 'nvidia-cutlass-dsl[cu13]>=4.8'"),
 }
+
+# A new variant is one module, grkernels/<family>/<variant>.py with its KernelVariant as VARIANT, and its name here.
+_VARIANTS = {
+    "hstu_attention": ("torch", "compile", "triton", "cutlass"),
+    "norm_gate": ("torch", "compile", "triton"),
+    "layer_norm": ("torch", "compile", "triton"),
+    "interaction": ("torch", "compile", "triton"),
+    "jagged_concat": ("torch", "compile", "triton"),
+    "jagged_split": ("torch", "compile", "triton"),
+    "token_embedding": ("torch", "compile", "triton"),
+}
+FAMILIES = tuple(_VARIANTS)
 
 
 def get(family: str, name: str) -> KernelVariant:
     """Import and return a variant. Raises ValueError, listing the known ones, for an unknown name."""
-    module, _, attribute = _entry(family, name).target.partition(":")
-    variant: KernelVariant = getattr(import_module(module), attribute)
+    _check(family, name)
+    variant: KernelVariant = import_module(f"grkernels.{family}.{name}").VARIANT
     return variant
 
 
 def names() -> list[tuple[str, str]]:
     """Every (family, variant)."""
-    return [(family, name) for family, variants in _TABLE.items() for name in variants]
+    return [(family, name) for family in FAMILIES for name in variants(family)]
 
 
 def variants(family: str) -> tuple[str, ...]:
     """The variants of a family. Raises ValueError, listing the known ones, for an unknown family."""
-    if family not in _TABLE:
-        raise ValueError(f"unknown operator family {family!r}; known: {', '.join(_TABLE)}")
-    return tuple(_TABLE[family])
+    if family not in _VARIANTS:
+        raise ValueError(f"unknown operator family {family!r}; known: {', '.join(FAMILIES)}")
+    return _VARIANTS[family]
 
 
 def availability(family: str, name: str) -> str | None:
     """None if the variant can be imported here, else "why not; command that mends it"."""
-    entry = _entry(family, name)
-    return None if find_spec(entry.package) else f"package {entry.package} is not installed; {entry.install}"
+    _check(family, name)
+    package, install = _NEEDS[name]
+    return None if find_spec(package) else f"package {package} is not installed; {install}"
 
 
-def _entry(family: str, name: str) -> Entry:
+def refusal(family: str, name: str, *, device: str, dtype: str, **dims: int) -> str | None:
+    """None if the variant can run these sizes here, else why not and which variants can.
+
+    dims: what the family's `supports` takes beside device ("cuda" or "cpu") and dtype (fp32, fp16 or bf16).
+    """
+    reason = _reason(family, name, device=device, dtype=dtype, **dims)
+    if reason is None:
+        return None
+    others = [
+        o for o in variants(family) if o != name and _reason(family, o, device=device, dtype=dtype, **dims) is None
+    ]
+    return f"kernel.{family}={name}: {reason}; supported here: {', '.join(others) or 'none'}"
+
+
+def _reason(family: str, name: str, *, device: str, dtype: str, **dims: int) -> str | None:
+    return availability(family, name) or get(family, name).supports(device=device, dtype=dtype, **dims)
+
+
+def _check(family: str, name: str) -> None:
     if name not in variants(family):
-        raise ValueError(f"unknown variant {name!r} of {family}; known: {', '.join(_TABLE[family])}")
-    return _TABLE[family][name]
+        raise ValueError(f"unknown variant {name!r} of {family}; known: {', '.join(variants(family))}")

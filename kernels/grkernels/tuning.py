@@ -9,7 +9,8 @@ every candidate configuration and writes the table. What each kernel ran with, a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,9 @@ def tune(
     """Run `measure` (a time; inf for a configuration that can't run) under each candidate, write the fastest into
     this GPU's table, and return it with its time. Raises RuntimeError where none could run."""
     timed: list[tuple[float, int]] = []
-    try:
-        for i, candidate in enumerate(candidates):
-            _forced[family, variant] = candidate
+    for i, candidate in enumerate(candidates):
+        with forced(family, variant, candidate):
             timed.append((measure(), i))
-    finally:
-        _forced.pop((family, variant), None)
     best, index = min(timed)
     if best == float("inf"):
         raise RuntimeError(f"{family} {variant}: none of {len(candidates)} configurations could run at {key}")
@@ -78,6 +76,16 @@ def tune(
     _table.cache_clear()
     _used.pop((family, variant, key), None)
     return candidates[index], best
+
+
+@contextmanager
+def forced(family: str, variant: str, config: Config) -> Iterator[None]:
+    """Within it, the kernel runs with `config`, whatever the tables say."""
+    _forced[family, variant] = config
+    try:
+        yield
+    finally:
+        del _forced[family, variant]
 
 
 @cache

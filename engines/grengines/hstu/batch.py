@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grengines.api import Catalogue, Int64Array, Request
+from grengines.api import Catalogue, Request
 from grengines.hstu.config import HSTUConfig
 
 
@@ -75,10 +75,7 @@ class JaggedBatch:
     num_targets: Tensor  # int64 [B]
     candidate_rows: Tensor  # int64 [M], rows of the L tokens
     # Delta form only, else empty. The keys' stream holds each sequence's cached tokens, then its new ones.
-    cached_places: Tensor  # int64 [cached tokens]: where each goes in the keys' stream
-    new_places: Tensor  # int64 [L]: likewise
-    kept_places: Tensor  # int64: what remains of the keys' stream without candidates
-    kept_offsets: Tensor  # int64 [B + 1]
+    kept_offsets: Tensor  # int64 [B + 1]: of the keys' stream without candidates
     max_q_len: int
     max_kv_len: int
 
@@ -103,7 +100,7 @@ class HostBatch:
         buffer = self.buffer.to(device, non_blocking=True) if out is None else out.copy_(self.buffer, non_blocking=True)
         parts = dict(zip(self.sizes, buffer.split(list(self.sizes.values())), strict=True))
         parts["weights"] = parts["weights"].view(torch.float64)
-        if not len(parts["cached_places"]):
+        if not len(parts["kept_offsets"]):
             parts["kv_offsets"] = parts["q_offsets"]  # the same object: attention knows the full form by it
         return JaggedBatch(**parts, max_q_len=self.max_q_len, max_kv_len=self.max_kv_len)
 
@@ -153,9 +150,6 @@ def pack(
         "kv_offsets": B_padded + 1,
         "num_targets": B_padded,
         "candidate_rows": M,
-        "cached_places": sum(done),
-        "new_places": delta * L,
-        "kept_places": delta * (L + sum(done) - M),
         "kept_offsets": delta * (B_padded + 1),
     }
     buffer = torch.zeros(sum(sizes.values()), dtype=torch.int64, pin_memory=pin)
@@ -194,19 +188,7 @@ def pack(
     arrays["q_offsets"][B + 1 :] = q_offsets[-1]
     arrays["num_targets"][:B] = targets
     arrays["kv_offsets"][:] = arrays["q_offsets"]
-    if delta:
-        _place(arrays, done, new, targets)
+    if delta:  # never padded
+        arrays["kv_offsets"][:] = arrays["q_offsets"] + np.array([0, *accumulate(done)])
+        arrays["kept_offsets"][:] = arrays["kv_offsets"] - np.array([0, *accumulate(targets)])
     return HostBatch(buffer, sizes, longest, longest_kv, targets, q_offsets[-1])
-
-
-def _place(arrays: dict[str, Int64Array], done: list[int], new: list[int], targets: list[int]) -> None:
-    """Fill what the delta form needs: where cached and new tokens go among the keys, and which of them stay."""
-    cached_offsets = np.array([0, *accumulate(done)])
-    q_offsets = arrays["q_offsets"]
-    arrays["kv_offsets"][:] = cached_offsets + q_offsets
-    arrays["cached_places"][:] = np.arange(cached_offsets[-1]) + np.repeat(q_offsets[:-1], done)
-    arrays["new_places"][:] = np.arange(q_offsets[-1]) + np.repeat(cached_offsets[1:], new)
-    kept = np.array(done) + np.array(new) - np.array(targets)
-    before = np.array([0, *accumulate(targets)])
-    arrays["kept_offsets"][:] = arrays["kv_offsets"] - before
-    arrays["kept_places"][:] = np.arange(kept.sum()) + np.repeat(before[:-1], kept)

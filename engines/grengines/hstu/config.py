@@ -25,6 +25,7 @@ class HSTUConfig:
     time_buckets: int = option(64, ge=2, le=4096)  # log2-spaced buckets of the gap before each event
     embedding_rows: int = option(1_000_000, ge=1)  # most rows of the item table; more items share rows
     head_dim: int = option(64, ge=1)  # hidden width of the ranking head
+    interaction: bool = False  # the head also sees the dot products of a candidate's vectors (DLRM)
     tasks: list[str] = option(["engagement", "retention", "monetisation"])
     weights: str | None = None  # safetensors file; null: random weights from the run's seed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ from grengines.api import Catalogue, Float32Array, RankResult, Request, Unavaila
 from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
 from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
-from grengines.hstu.model import Attention, HSTURanker
+from grengines.hstu.model import INTERACTING, HSTURanker
 from grkernels import registry as kernel_registry
-from grkernels.hstu_attention.reference import hstu_attention as reference_attention
+from grkernels import tuning
+from grkernels.operators import Operators
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -28,12 +29,14 @@ def build_model(
     seed: int,
     device: torch.device | str,
     dtype: torch.dtype,
-    attention: Attention = reference_attention,
+    kernels: Operators | None = None,
 ) -> HSTURanker:
     """The model that every engine serves: weights from `model.weights`, or random ones from the seed, the
-    same on every device. fp32 products are exact from here on (no TF32). Raises ValueError for bad weights."""
+    same on every device. kernels: by default the fp32 references. fp32 products are exact from here on (no TF32).
+    Raises ValueError for bad weights."""
     torch.set_float32_matmul_precision("highest")
-    return HSTURanker.build(model, catalogue, attention, seed=seed, device=device, dtype=dtype)
+    kernels = kernels or Operators.reference()
+    return HSTURanker.build(model, catalogue, kernels, seed=seed, device=device, dtype=dtype)
 
 
 class Reference:
@@ -48,18 +51,17 @@ class Reference:
 
     @torch.inference_mode()
     def scores(
-        self, requests: Sequence[Request], precision: str = "fp32", attention: Attention | None = None
+        self, requests: Sequence[Request], precision: str = "fp32", attention: Callable[..., Tensor] | None = None
     ) -> list[Float32Array]:
         """Logits [candidates, tasks] of each request.
 
-        precision: fp32, fp16 or bf16. attention: by default the fp32 reference, and in half precision plain
-        PyTorch in that precision (the variant `torch`): what tolerances are measured by.
+        precision: fp32, by the kernels' references, or fp16 or bf16, by plain PyTorch in that precision (the
+        variants `torch`): what tolerances are measured by. attention: in place of theirs.
         """
-        if attention is None:
-            plain = kernel_registry.get("hstu_attention", "torch")
-            attention = plain.reference if precision == "fp32" else plain.fn
         model = self._model if precision == "fp32" else copy.deepcopy(self._model).to(DTYPES[precision])
-        model.attention = attention
+        model.kernels = Operators.reference() if precision == "fp32" else Operators.plain()
+        if attention is not None:
+            model.kernels = model.kernels._replace(hstu_attention=attention)
         batches = (pack([r], model.encoding).to(self._device) for r in requests)
         return [model(batch).cpu().numpy() for batch in batches]
 
@@ -84,19 +86,13 @@ class HSTUEngine:
                 f"engine.cuda_graphs=true and engine.candidate_microbatch={config.candidate_microbatch}: graphs hold "
                 "the full form only; set cuda_graphs=false or candidate_microbatch=0"
             )
-        self._config, self._model_config, self._kernels = config, model, dict(kernels)
+        self._config, self._model_config = config, model
         self._catalogue, self._seed = catalogue, seed
         self._device = _resolve_device(config)
         cuda = self._device.type == "cuda"
         self._precision = config.precision if config.precision != "auto" else "bf16" if cuda else "fp32"
-        self._variant = kernel_registry.get("hstu_attention", kernels["hstu_attention"])
-        reason = self._variant.supports(
-            device=self._device.type, dtype=self._precision, qk_dim=model.qk_dim, v_dim=model.v_dim
-        )
-        if reason is not None:
-            raise UnavailableError(
-                f"kernel.hstu_attention={self._variant.name}: {reason}; use kernel.hstu_attention=torch"
-            )
+        self._kernels = {family: kernels[family] for family in kernel_registry.FAMILIES}
+        self._operators = _operators(self._kernels, model, self._device.type, self._precision)
         self._threads_before = torch.get_num_threads()
         self._ranker: HSTURanker | None = None
         self._graphs: GraphRunner | None = None
@@ -120,7 +116,7 @@ class HSTUEngine:
             self._seed,
             self._device,
             DTYPES[self._precision],
-            self._variant.fn,
+            self._operators,
         )
         encoding = self._ranker.encoding
         if self._config.cuda_graphs:
@@ -174,7 +170,8 @@ class HSTUEngine:
             "device_name": torch.cuda.get_device_name(self._device) if cuda else "cpu",
             "precision": self._precision,
             "fp32_products": torch.get_float32_matmul_precision(),
-            "kernels": {**self._kernels, "hstu_attention": self._variant.name},
+            "kernels": self._kernels,
+            "kernel_configs": tuning.provenance(),
             "graph_buckets": [list(b) for b in self._buckets],  # batch, length, candidates
             "candidate_microbatch": self._config.candidate_microbatch,
             "cache": "none",
@@ -256,6 +253,25 @@ def _by_request(logits: Float32Array, hosts: list[HostBatch]) -> list[Float32Arr
             part.append(logits[at : at + count])
             at += count
     return [np.concatenate(part) for part in parts]  # copies: the page-locked buffer is free again
+
+
+def _operators(kernels: dict[str, str], model: HSTUConfig, device: str, precision: str) -> Operators:
+    """The variants that are named. Raises UnavailableError, naming those that would do, where one can't run."""
+    keys, values = model.heads * model.qk_dim, model.heads * model.v_dim
+    dims = {
+        "hstu_attention": {"qk_dim": model.qk_dim, "v_dim": model.v_dim},
+        "norm_gate": {"width": values},
+        "layer_norm": {"width": model.embedding_dim},
+        "interaction": {"features": INTERACTING, "dim": model.embedding_dim},
+        "jagged_concat": {"width": max(keys, values)},
+        "jagged_split": {"width": max(keys, values)},
+        "token_embedding": {"width": model.embedding_dim},
+    }
+    for family, sizes in dims.items():
+        refusal = kernel_registry.refusal(family, kernels[family], device=device, dtype=precision, **sizes)
+        if refusal is not None:
+            raise UnavailableError(refusal)
+    return Operators.of(kernels)
 
 
 def _resolve_device(config: HSTUEngineConfig) -> torch.device:

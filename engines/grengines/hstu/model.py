@@ -9,7 +9,6 @@ One layer, E the embedding width, H heads of dqk and dv:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 from grengines.api import Catalogue
 from grengines.hstu.batch import Encoding, JaggedBatch
 from grengines.hstu.config import HSTUConfig
+from grkernels.operators import Operators
 
 EPS = 1e-6
-
-Attention = Callable[..., Tensor]  # signature: grkernels.hstu_attention.reference.hstu_attention
+INTERACTING = 4  # a candidate's vectors that interact: encoded, item, position, time
 
 
 @dataclass
@@ -48,30 +47,31 @@ class HSTULayer(nn.Module):
         self.attention_norm = nn.LayerNorm(H * config.v_dim, EPS)
         self.out = nn.Linear(3 * H * config.v_dim, E, bias=False)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [L, E] -> u [L, H * dv], q and k [L, H, dqk], v [L, H, dv]: views of one projection but for u."""
-        u, v, q, k = self.uvqk(self.norm(x)).split(self.widths, dim=-1)
+    def project(self, x: Tensor, kernels: Operators) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [L, E] -> u [L, H * dv] before its SiLU, q and k [L, H, dqk], v [L, H, dv]: views of one projection."""
+        y = kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=EPS)
+        u, v, q, k = self.uvqk(y).split(self.widths, dim=-1)
         heads = (self.heads, -1)
-        return F.silu(u), q.unflatten(1, heads), k.unflatten(1, heads), v.unflatten(1, heads)
+        return u, q.unflatten(1, heads), k.unflatten(1, heads), v.unflatten(1, heads)
 
-    def combine(self, x: Tensor, u: Tensor, a: Tensor) -> Tensor:
+    def combine(self, x: Tensor, u: Tensor, a: Tensor, kernels: Operators) -> Tensor:
         """x [L, E], u [L, H * dv], a [L, H, dv] -> the layer's output [L, E]."""
-        a = a.flatten(1)
-        return x + self.out(torch.cat([u, a, u * self.attention_norm(a)], dim=-1))
+        norm = self.attention_norm
+        gated = kernels.norm_gate(u, a, norm.weight, norm.bias, eps=EPS)
+        return torch.addmm(x, gated, self.out.weight.T)
 
 
 class HSTURanker(nn.Module):
     """Scores candidates given a user's history.
 
-    `attention` is any function with the signature of grkernels' hstu_attention family. Built through
-    `build`, which initialises every parameter. In half precision torch's LayerNorm computes its statistics
-    in fp32 by itself (attention's output is small: its squares would vanish in fp16); the head's last
-    product is in fp32, so that logits carry no more rounding than the layers left.
+    `kernels` may be exchanged at any time. Built through `build`, which initialises every parameter. In half
+    precision norms compute their statistics in fp32 (attention's output is small: its squares would vanish in
+    fp16); the head's last product is in fp32, so that logits carry no more rounding than the layers left.
     """
 
-    def __init__(self, config: HSTUConfig, catalogue: Catalogue, attention: Attention) -> None:
+    def __init__(self, config: HSTUConfig, catalogue: Catalogue, kernels: Operators) -> None:
         super().__init__()
-        self.config, self.attention = config, attention
+        self.config, self.kernels = config, kernels
         self.encoding = encoding = Encoding.of(config, catalogue)
         self.alpha = config.alpha if config.alpha is not None else 1.0 / math.sqrt(config.qk_dim)
         E = config.embedding_dim
@@ -82,7 +82,8 @@ class HSTURanker(nn.Module):
         self.time_table = nn.Parameter(torch.empty(config.time_buckets, E))
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(E, EPS)
-        self.head_hidden = nn.Linear(E, config.head_dim)
+        pairs = INTERACTING * (INTERACTING - 1) // 2 if config.interaction else 0
+        self.head_hidden = nn.Linear(E + pairs, config.head_dim)
         self.head_out = nn.Linear(config.head_dim, len(config.tasks))
 
     @classmethod
@@ -90,7 +91,7 @@ class HSTURanker(nn.Module):
         cls,
         config: HSTUConfig,
         catalogue: Catalogue,
-        attention: Attention,
+        kernels: Operators,
         *,
         seed: int,
         device: torch.device | str,
@@ -102,7 +103,7 @@ class HSTURanker(nn.Module):
         `dtype`. Raises ValueError for a weights file that doesn't fit.
         """
         with torch.device("meta"):
-            model = cls(config, catalogue, attention)
+            model = cls(config, catalogue, kernels)
         model.to_empty(device="cpu").requires_grad_(False).eval()
         if config.weights is None:
             model._initialise(seed)
@@ -158,17 +159,18 @@ class HSTURanker(nn.Module):
 
     def _encode(self, batch: JaggedBatch, state: UserState | None, keep: bool) -> tuple[Tensor, UserState | None]:
         """x [L, E] after the last layer."""
+        kernels = self.kernels
         x = self._embed(batch)
         kept = UserState([], [], batch.q_offsets if state is None else batch.kept_offsets) if keep else None
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
-            u, q, k, v = layer.project(x)
+            u, q, k, v = layer.project(x, kernels)
             if state is not None:
-                k, v = _extend(state.k[i], k, batch), _extend(state.v[i], v, batch)
+                k, v = self._extend(state.k[i], k, batch), self._extend(state.v[i], v, batch)
             if kept is not None:
-                kept.k.append(k.contiguous() if state is None else k[batch.kept_places])
-                kept.v.append(v.contiguous() if state is None else v[batch.kept_places])
-            a = self.attention(
+                kept.k.append(k.contiguous() if state is None else self._keep(k, batch))
+                kept.v.append(v.contiguous() if state is None else self._keep(v, batch))
+            a = kernels.hstu_attention(
                 q,
                 k,
                 v,
@@ -182,32 +184,60 @@ class HSTURanker(nn.Module):
                 contextual_seq_len=self.config.contextual_seq_len,
                 max_attn_len=self.config.max_attn_len,
             )
-            x = layer.combine(x, u, a)
+            x = layer.combine(x, u, a, kernels)
         return x, kept
 
     def _embed(self, batch: JaggedBatch) -> Tensor:
         """Tokens -> x [L, E]: see Encoding for what each index is."""
-        dtype = self.token_table.dtype
-        bits = torch.arange(self.encoding.num_actions, device=self.token_table.device)
-        taken = (batch.actions[:, None] >> bits) & 1
-        x = F.embedding(batch.token_rows, self.token_table) + taken.to(dtype) @ self.action_table
-        x = x + batch.weights.to(dtype)[:, None] * self.weight_vector
-        x = x + F.embedding(batch.positions, self.position_table)
-        return x + F.embedding(batch.time_buckets, self.time_table)
+        embedded: Tensor = self.kernels.token_embedding(
+            batch.token_rows,
+            batch.actions,
+            batch.weights,
+            batch.positions,
+            batch.time_buckets,
+            token_table=self.token_table,
+            action_table=self.action_table,
+            weight_vector=self.weight_vector,
+            position_table=self.position_table,
+            time_table=self.time_table,
+        )
+        return embedded
+
+    def _extend(self, cached: Tensor, new: Tensor, batch: JaggedBatch) -> Tensor:
+        """Keys or values of cached and new tokens in one stream, each sequence's together: [cached + new, H, d]."""
+        extended: Tensor = self.kernels.jagged_concat(
+            cached,
+            new,
+            first_offsets=batch.kv_offsets - batch.q_offsets,
+            second_offsets=batch.q_offsets,
+            rows=cached.shape[0] + new.shape[0],
+        )
+        return extended
+
+    def _keep(self, x: Tensor, batch: JaggedBatch) -> Tensor:
+        """Keys or values of a stream without its candidates: [tokens - M, H, d]."""
+        candidates = batch.candidate_rows.shape[0]
+        kept: Tensor = self.kernels.jagged_split(
+            x,
+            first_offsets=batch.kept_offsets,
+            second_offsets=batch.kv_offsets - batch.kept_offsets,
+            first_rows=x.shape[0] - candidates,
+            second_rows=candidates,
+        )[0]
+        return kept
 
     def _score(self, x: Tensor, batch: JaggedBatch) -> Tensor:
-        hidden = F.silu(self.head_hidden(self.norm(x[batch.candidate_rows])))
+        kernels, rows = self.kernels, batch.candidate_rows
+        features = kernels.layer_norm(x[rows], self.norm.weight, self.norm.bias, eps=EPS)
+        if self.config.interaction:
+            item = F.embedding(batch.token_rows[rows], self.token_table)
+            position = F.embedding(batch.positions[rows], self.position_table)
+            gap = F.embedding(batch.time_buckets[rows], self.time_table)
+            features = kernels.interaction(torch.stack([features, item, position, gap], dim=1))
+        hidden = F.silu(self.head_hidden(features))
         return F.linear(hidden.float(), self.head_out.weight.float(), self.head_out.bias.float())
 
 
 def zero_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     """Attention that does nothing: zeros [Lq, H, dv]. For proving that a check of the scores notices."""
     return v.new_zeros(q.shape[0], *v.shape[1:])
-
-
-def _extend(cached: Tensor, new: Tensor, batch: JaggedBatch) -> Tensor:
-    """Keys or values of cached and new tokens in one stream, each sequence's together: [cached + new, H, d]."""
-    out = new.new_empty(cached.shape[0] + new.shape[0], *new.shape[1:])
-    out[batch.cached_places] = cached
-    out[batch.new_places] = new
-    return out

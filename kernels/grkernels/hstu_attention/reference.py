@@ -41,6 +41,10 @@ def hstu_attention(
     alpha: float,
     contextual_seq_len: int = 0,
     max_attn_len: int = 0,
+    k_pages: Tensor | None = None,
+    v_pages: Tensor | None = None,
+    page_table: Tensor | None = None,
+    paged_lengths: Tensor | None = None,
 ) -> Tensor:
     """(SiLU(alpha q k^T) * M / scaling_seqlen) v for every sequence and head; the family's signature.
 
@@ -48,6 +52,10 @@ def hstu_attention(
     strided views of one projection. q_offsets and kv_offsets int64 [B + 1] say where each sequence begins.
     Full form: the two are equal. Delta form: a sequence's queries are its last rows. num_targets int64 [B],
     or None for no candidates. max_q_len and max_kv_len: upper bounds of the lengths, Python ints.
+
+    Paged delta form: a sequence's first paged_lengths[b] keys and values (int64 [B], none of them candidates') lie
+    in pages, k_pages [pages, page size, H, dqk] and v_pages [pages, page size, H, dv], page_table[b, i] (int32
+    [B, most pages]) being its i-th; k, v and kv_offsets hold the rest. max_kv_len bounds both together.
 
     Returns [Lq, H, dv] in v's dtype, computed in fp32; rows past q_offsets[B] are zeros. On a GPU the
     caller sees to it that fp32 products are exact (no TF32). Source: as spec.py. Raises ValueError for a
@@ -58,7 +66,13 @@ def hstu_attention(
     targets = [0] * (len(q_bounds) - 1) if num_targets is None else num_targets.tolist()
     for b, sequence_targets in enumerate(targets):
         rows, columns = slice(q_bounds[b], q_bounds[b + 1]), slice(kv_bounds[b], kv_bounds[b + 1])
-        queries, n = rows.stop - rows.start, columns.stop - columns.start
+        keys, values = k[columns], v[columns]
+        if k_pages is not None and v_pages is not None and page_table is not None and paged_lengths is not None:
+            paged, page = int(paged_lengths[b]), k_pages.shape[1]
+            mine = page_table[b, : -(-paged // page)].long()
+            keys = torch.cat([k_pages[mine].flatten(0, 1)[:paged], keys])
+            values = torch.cat([v_pages[mine].flatten(0, 1)[:paged], values])
+        queries, n = rows.stop - rows.start, keys.shape[0]
         if queries > min(n, max_q_len) or n > max_kv_len:
             raise ValueError(
                 f"sequence {b}: {queries} queries, {n} keys; allowed is queries <= keys, "
@@ -66,7 +80,7 @@ def hstu_attention(
             )
         mask = hstu_mask(n, sequence_targets, contextual_seq_len, max_attn_len, q.device)[n - queries :]
         for h in range(q.shape[1]):
-            scores = alpha * (q[rows, h].float() @ k[columns, h].float().T)
+            scores = alpha * (q[rows, h].float() @ keys[:, h].float().T)
             weights = torch.nn.functional.silu(scores) * mask / scaling_seqlen
-            out[rows, h] = weights @ v[columns, h].float()
+            out[rows, h] = weights @ values[:, h].float()
     return out.to(v.dtype)

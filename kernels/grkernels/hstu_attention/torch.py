@@ -29,6 +29,10 @@ def hstu_attention(
     alpha: float,
     contextual_seq_len: int = 0,
     max_attn_len: int = 0,
+    k_pages: Tensor | None = None,
+    v_pages: Tensor | None = None,
+    page_table: Tensor | None = None,
+    paged_lengths: Tensor | None = None,
 ) -> Tensor:
     """As reference.py says, in fp32, fp16 or bf16, with SiLU in fp32.
 
@@ -37,13 +41,19 @@ def hstu_attention(
     """
     heads, batch = v.shape[1], q_offsets.shape[0] - 1
     out_shape = (q.shape[0], heads, v.shape[2])
-    if 0 in (q.shape[0], k.shape[0], batch, max_q_len, max_kv_len):
+    if 0 in (q.shape[0], batch, max_q_len, max_kv_len) or (k_pages is None and k.shape[0] == 0):
         return v.new_zeros(out_shape)
     columns = torch.arange(max_kv_len, device=q.device)
-    k_padded = _pad(k, kv_offsets, columns).transpose(2, 3)  # [H, B, dqk, N]
-    v_padded = _pad(v, kv_offsets, columns)  # [H, B, N, dv]
-
     lengths = kv_offsets.diff()[:, None]
+    if k_pages is None or v_pages is None or page_table is None or paged_lengths is None:
+        k_padded = _pad(k, kv_offsets, columns)
+        v_padded = _pad(v, kv_offsets, columns)  # [H, B, N, dv]
+    else:
+        k_padded = _pad_paged(k, kv_offsets, k_pages, page_table, paged_lengths, columns)
+        v_padded = _pad_paged(v, kv_offsets, v_pages, page_table, paged_lengths, columns)
+        lengths = lengths + paged_lengths[:, None]
+    k_padded = k_padded.transpose(2, 3)  # [H, B, dqk, N]
+
     first_row = lengths - q_offsets.diff()[:, None]  # row, in its sequence, of the first query
     m = lengths - max(contextual_seq_len - 1, 0)
     if num_targets is not None:
@@ -58,7 +68,7 @@ def hstu_attention(
     for begin in range(0, max_q_len, tile):
         end = min(begin + tile, max_q_len)
         low, high = 0, max_kv_len
-        if q_offsets is kv_offsets:
+        if q_offsets is kv_offsets and k_pages is None:
             low, high = _columns_seen(begin, end, max_kv_len, num_targets is None, contextual_seq_len, max_attn_len)
         local = torch.arange(begin, end, device=q.device)
         rows = first_row + local  # [B, tile]
@@ -88,6 +98,21 @@ def _pad(x: Tensor, offsets: Tensor, local: Tensor) -> Tensor:
     """[L, H, d] -> [H, B, len(local), d], contiguous: rows `local` of every sequence; past its end, any row."""
     index = (offsets[:-1, None] + local).clamp(max=x.shape[0] - 1)
     return x.transpose(0, 1).index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+def _pad_paged(
+    x: Tensor, offsets: Tensor, pages: Tensor, page_table: Tensor, paged_lengths: Tensor, columns: Tensor
+) -> Tensor:
+    """[H, B, len(columns), d] as `_pad`, of sequences whose first paged_lengths[b] rows lie in pages."""
+    page = pages.shape[1]
+    slots = (columns // page).clamp(max=page_table.shape[1] - 1)
+    index = page_table[:, slots].long() * page + columns % page
+    cached = pages.flatten(0, 1).transpose(0, 1).index_select(1, index.flatten()).unflatten(1, index.shape)
+    if x.shape[0] == 0:
+        return cached
+    rest = (offsets[:-1, None] + columns - paged_lengths[:, None]).clamp(0, x.shape[0] - 1)
+    new = x.transpose(0, 1).index_select(1, rest.flatten()).unflatten(1, rest.shape)
+    return torch.where((columns < paged_lengths[:, None])[:, :, None], cached, new)
 
 
 def _positions(index: Tensor, m: Tensor, contextual_seq_len: int) -> Tensor:
@@ -134,7 +159,7 @@ def _columns_seen(
     return (low if low >= max(contextual_seq_len, 1) else 0), min(end, max_kv_len)
 
 
-def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int) -> str | None:
+def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0) -> str | None:
     """None, or why not. Any head width on any device, in fp32, fp16 and bf16."""
     if dtype not in ("fp32", "fp16", "bf16"):
         return f"dtype {dtype} is none of fp32, fp16, bf16"

@@ -1,0 +1,206 @@
+"""HSTU attention in CuTe DSL for Hopper (sm90.py): compiled once for each element type, head size and tile size."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import cuda.bindings.driver as cuda
+import cutlass
+import torch
+from cutlass import Float32, Int32, Int64, cute
+from cutlass.cute.runtime import make_ptr
+from torch import Tensor
+
+from grkernels import tuning
+from grkernels.cute_launch import Launcher
+from grkernels.hstu_attention.keys import tuning_key
+from grkernels.hstu_attention.reference import hstu_attention as reference
+from grkernels.hstu_attention.sm90 import Attention, Tiles
+from grkernels.variant import KernelVariant
+
+ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
+SHARED_BYTES = 227 * 1024
+ARGUMENTS = "PPPPPPPPPPPPiiiiqqqqqqiqqqqqqqiiiffiP"  # of Attention.launch, in struct's letters
+BARRIER_BYTES = 1024  # at most: barriers, then alignment
+
+CANDIDATES = [
+    {"m": m, "n": n, "stages": stages, "take_turns": turns, "dynamic": dynamic}
+    for m, n, stages in ((128, 128, 2), (128, 112, 2), (128, 96, 3), (128, 80, 2), (128, 64, 2), (128, 64, 3))
+    for turns in (0, 1)
+    for dynamic in (0, 1)
+] + [
+    {"m": 64, "n": n, "stages": stages, "take_turns": 0, "dynamic": dynamic}
+    for n, stages in ((128, 2), (96, 3), (80, 2), (64, 2), (64, 3))
+    for dynamic in (0, 1)
+]
+
+
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    num_targets: Tensor | None,
+    max_q_len: int,
+    max_kv_len: int,
+    scaling_seqlen: int,
+    alpha: float,
+    contextual_seq_len: int = 0,
+    max_attn_len: int = 0,
+    k_pages: Tensor | None = None,
+    v_pages: Tensor | None = None,
+    page_table: Tensor | None = None,
+    paged_lengths: Tensor | None = None,
+) -> Tensor:
+    """As reference.py says, in fp16 or bf16 with fp32 scores and sums; can be captured in a CUDA graph.
+
+    Raises ValueError for q, k or v whose rows and heads don't begin at
+    multiples of 16 bytes, which TMA demands.
+    """
+    heads, batch, (qk_dim, v_dim) = q.shape[1], q_offsets.shape[0] - 1, (q.shape[2], v.shape[2])
+    if 0 in (q.shape[0], batch, max_q_len):
+        return v.new_zeros(q.shape[0], heads, v_dim)
+    out = v.new_empty(q.shape[0], heads, v_dim)
+    page: int = 0
+    pointers: tuple[int, ...] = (0,) * 4
+    strides: tuple[int, ...] = (0,) * 8
+    tensors = [("q", q), ("k", k), ("v", v)]
+    if k_pages is not None and v_pages is not None and page_table is not None and paged_lengths is not None:
+        tensors += [("k_pages", k_pages), ("v_pages", v_pages)]
+        page = k_pages.shape[1]
+        pointers = (k_pages.data_ptr(), v_pages.data_ptr(), page_table.data_ptr(), paged_lengths.data_ptr())
+        strides = (k_pages.shape[0], page_table.stride(0), *k_pages.stride()[:3], *v_pages.stride()[:3])
+    for name, x in tensors:
+        if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1]) or x.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: strides {x.stride()} and address {x.data_ptr():#x}; rows and heads must begin at multiples "
+                "of 16 bytes and be contiguous; call .contiguous() or use kernel.hstu_attention=triton"
+            )
+    config = tuning.choose(
+        "hstu_attention",
+        "cutlass",
+        tuning_key(
+            q=q,
+            v=v,
+            q_offsets=q_offsets,
+            num_targets=num_targets,
+            max_q_len=max_q_len,
+            max_kv_len=max_kv_len,
+            contextual_seq_len=contextual_seq_len,
+            max_attn_len=max_attn_len,
+            k_pages=k_pages,
+        ),
+        _default(q, v, batch, max_q_len),
+    )
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device) if config["dynamic"] else None
+    run = _compiled(q.dtype, qk_dim, v_dim, page, **config)
+    items = batch * heads * -(-max_q_len // config["m"])
+    run(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        q_offsets.data_ptr(),
+        kv_offsets.data_ptr(),
+        0 if num_targets is None else num_targets.data_ptr(),
+        *pointers,
+        0 if counter is None else counter.data_ptr(),
+        q.shape[0],
+        k.shape[0],
+        heads,
+        batch,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *strides,
+        contextual_seq_len,
+        max_attn_len,
+        int(num_targets is not None),
+        alpha / 2,
+        1.0 / scaling_seqlen,
+        min(_processors(q.device.index), items),
+        torch.cuda.current_stream().cuda_stream,
+    )
+    return out
+
+
+def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0) -> str | None:
+    """None, or why not: Hopper, half precision, head sizes 16 to 256 in steps of 16."""
+    if dtype not in ("fp16", "bf16"):
+        return f"dtype {dtype} is neither fp16 nor bf16 (variants that support it: torch, triton)"
+    if any(d % 16 or not 16 <= d <= 256 for d in (qk_dim, v_dim)):
+        return f"head sizes {qk_dim} and {v_dim}: allowed are multiples of 16 to 256 (others: torch, triton)"
+    if page and page not in (16, 32, 64, 128):
+        return f"pages of {page} tokens: allowed are 16, 32, 64 and 128 (others: torch, triton)"
+    if device != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return "needs an NVIDIA GPU of compute capability 9.0 (elsewhere: torch, triton)"
+    return None
+
+
+def _default(q: Tensor, v: Tensor, batch: int, max_q_len: int) -> dict[str, int]:
+    """Tiles where nothing was tuned: as many keys as leave room for two stages; 64 rows where that still gives no
+    CTA a second item; work handed out on demand where there is enough of it to pay for clearing the counter."""
+    widest, streams = max(q.shape[2], v.shape[2]), batch * q.shape[1]
+    processors = _processors(q.device.index)
+    small = streams * -(-max_q_len // 64) <= processors
+    return {
+        "m": 64 if small else 128,
+        "n": 128 if widest <= 128 else 64,
+        "stages": 2,
+        "take_turns": int(not small and widest <= 128),
+        "dynamic": int(streams * -(-max_q_len // 128) > 4 * processors),
+    }
+
+
+@cache
+def _compiled(
+    dtype: torch.dtype, qk_dim: int, v_dim: int, page: int, m: int, n: int, stages: int, take_turns: int, dynamic: int
+) -> Any:
+    """Raises ValueError for tiles that don't fit in shared memory, or into pages."""
+    if page and n % page and page % n:
+        raise ValueError(f"n={n}: tiles must be whole pages of {page} tokens, or whole parts of one")
+    shared = 2 * (m * qk_dim + stages * n * (qk_dim + v_dim)) + BARRIER_BYTES
+    if shared > SHARED_BYTES:
+        raise ValueError(f"m={m} n={n} stages={stages} need {shared} bytes of shared memory; there are {SHARED_BYTES}")
+    kernel = Attention(ELEMENTS[dtype], qk_dim, v_dim, Tiles(m, n, stages, bool(take_turns), bool(dynamic)), page)
+    return Launcher(compile_kernel(kernel), ARGUMENTS)
+
+
+def compile_kernel(kernel: Attention, options: str = "") -> Any:
+    """Compile for the GPU here, or without one for that of the environment variable CUTE_DSL_ARCH (sm_90a)."""
+
+    def pointer(dtype: Any) -> Any:
+        return make_ptr(
+            dtype, 0, cute.AddressSpace.gmem, assumed_align=16 if dtype is kernel.dtype else dtype.width // 8
+        )
+
+    return cute.compile(
+        kernel.launch,
+        *(pointer(kernel.dtype) for _ in range(4)),
+        *(pointer(Int64) for _ in range(3)),
+        *(pointer(kernel.dtype) for _ in range(2)),
+        pointer(Int32),
+        pointer(Int64),
+        pointer(Int32),
+        *(Int32(1) for _ in range(4)),
+        *(Int64(8) for _ in range(6)),
+        Int32(1),
+        *(Int64(8) for _ in range(7)),
+        *(Int32(0) for _ in range(3)),
+        Float32(1.0),
+        Float32(1.0),
+        Int32(1),
+        cuda.CUstream(0),
+        options=options,
+    )
+
+
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+VARIANT = KernelVariant("hstu_attention", "cutlass", hstu_attention, reference, supports)

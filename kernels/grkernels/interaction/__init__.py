@@ -1,0 +1,1 @@
+"""DLRM's feature interaction: the dot products of all pairs of a sample's features."""

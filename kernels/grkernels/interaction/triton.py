@@ -1,0 +1,118 @@
+"""Feature interaction in one pass: tensor cores make the products, of which only the triangle leaves the chip.
+
+Memory bounds this operator, so what counts is bytes under way. A few programs an SM run through all blocks of
+samples and fetch the next ones (Triton's pipelining) while they multiply and store these. Samples of few
+features are stacked to fill a tile; products of features of different samples are thrown away. Triton stores
+a tile of products a row a warp, so the ragged rows of the triangle cost few memory transactions although
+they begin anywhere: gathering them into one contiguous store first (tl.gather) took more instructions.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grkernels import triton_common, tuning
+from grkernels.interaction.reference import interaction as reference
+from grkernels.triton_common import INTERPRET, rounded
+from grkernels.variant import KernelVariant
+
+MAX_FEATURES = 128  # a sample's products must fit the registers of one program
+
+# rows: of a tile of products (a sample of more features takes them all); programs: an SM's.
+CANDIDATES = [
+    {"rows": rows, "warps": warps, "stages": stages, "programs": programs}
+    for rows, warps, each in ((32, 1, (8, 12)), (32, 2, (4, 8)), (64, 4, (3, 4)), (128, 4, (1, 2)), (128, 8, (1, 2)))
+    for stages in (2, 3, 4)
+    for programs in each
+]
+
+
+@triton.jit
+def _kernel(
+    x: tl.tensor,
+    out: tl.tensor,
+    B: tl.tensor,
+    sample_stride: tl.tensor,
+    feature_stride: tl.tensor,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Row r of a block of ROWS is feature r % BLOCK_F of sample r // BLOCK_F."""
+    WIDTH: tl.constexpr = D + F * (F - 1) // 2
+    SAMPLES: tl.constexpr = ROWS // BLOCK_F
+    row = tl.arange(0, ROWS)
+    i = (row % BLOCK_F)[:, None]
+    j = (row % BLOCK_F)[None, :]
+    wanted = (i < j) & (j < F) & ((row // BLOCK_F)[:, None] == (row // BLOCK_F)[None, :])
+    place = D + i * (2 * F - 3 - i) // 2 - 1 + j  # row i of the triangle begins at i (2 F - 1 - i) / 2, with j = i + 1
+    column = tl.arange(0, BLOCK_D)[None, :]
+    dense_row = tl.arange(0, SAMPLES)[:, None]
+    for block in tl.range(tl.program_id(0), tl.cdiv(B, SAMPLES), tl.num_programs(0)):
+        sample = (block * SAMPLES + row[:, None] // BLOCK_F).to(tl.int64)
+        dense_sample = (block * SAMPLES + dense_row).to(tl.int64)
+        products = tl.zeros([ROWS, ROWS], tl.float32)
+        for d in tl.range(0, D, BLOCK_D):
+            inside = d + column < D
+            features = x + sample * sample_stride + i * feature_stride + d + column
+            part = tl.load(features, mask=(sample < B) & (i < F) & inside, other=0.0)
+            # The dense part, feature 0, goes through as it is.
+            mask = (dense_sample < B) & inside
+            dense = tl.load(x + dense_sample * sample_stride + d + column, mask=mask, other=0.0)
+            tl.store(out + dense_sample * WIDTH + d + column, dense, mask=mask)
+            if INTERPRET:  # which has no bf16 arithmetic
+                part = part.to(tl.float32)
+            products = tl.dot(part, tl.trans(part), products, input_precision="ieee")
+        values = rounded(products, out.dtype.element_ty)
+        tl.store(out + sample * WIDTH + place, values, mask=wanted & (sample < B))
+
+
+def tuning_key(features: int, dim: int) -> str:
+    """Samples are many in every use that matters; only the size of one decides."""
+    return tuning.key(features=features, dim=dim)
+
+
+def interaction(x: Tensor) -> Tensor:
+    """As reference.py says."""
+    B, F, D = x.shape
+    out = x.new_empty(B, D + F * (F - 1) // 2)
+    if B:
+        x = x if x.stride(2) == 1 else x.contiguous()
+        block_f = max(triton.next_power_of_2(F), 16)  # 16: the least that tl.dot takes
+        default = {"rows": 32, "warps": 1, "stages": 3, "programs": 8}
+        if block_f > 32:
+            default = {"rows": block_f, "warps": block_f // 16, "stages": 3, "programs": 192 // block_f}
+        config = tuning.choose("interaction", "triton", tuning_key(F, D), default)
+        rows = max(config["rows"], block_f)
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+        programs = config["programs"] * processors
+        _kernel[(min(programs, triton.cdiv(B, rows // block_f)),)](
+            x,
+            out,
+            B,
+            x.stride(0),
+            x.stride(1),
+            F=F,
+            D=D,
+            ROWS=rows,
+            BLOCK_F=block_f,
+            BLOCK_D=min(max(triton.next_power_of_2(D), 16), 256 // x.element_size()),
+            num_warps=config["warps"],
+            num_stages=config["stages"],
+        )
+    return out
+
+
+def supports(*, device: str, dtype: str, features: int, dim: int) -> str | None:
+    """None, or why not: any dim."""
+    if features > MAX_FEATURES:
+        return f"{features} features are over {MAX_FEATURES}"
+    return triton_common.supports(device=device, dtype=dtype)
+
+
+VARIANT = KernelVariant("interaction", "triton", interaction, reference, supports)

@@ -1,0 +1,61 @@
+"""Shapes that jagged_concat is measured at, their inputs and their cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grkernels.hstu_attention.spec import BYTES
+from grkernels.variant import Cost
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B users of `first` rows and `second` rows, a row being `width` values."""
+
+    batch: int
+    first: int
+    second: int
+    width: int
+
+
+SHAPES = {
+    "b32_1024+2048_w1024": Shape(32, 1024, 2048, 1024),
+    "b32_8192+1_w512": Shape(32, 8192, 1, 512),
+    "b8_3968+384_w1024": Shape(8, 3968, 384, 1024),
+}
+
+
+def offsets(batch: int, length: int, device: str) -> torch.Tensor:
+    """int64 [batch + 1] of sequences of one length."""
+    return torch.arange(batch + 1, device=device, dtype=torch.int64) * length
+
+
+def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
+    """Keyword arguments of the family's functions; the second stream is a view of a projection, as in the layer."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=dtype)
+
+    B, W = shape.batch, shape.width
+    return {
+        "first": random(B * shape.first, W),
+        "second": random(B * shape.second, 2 * W)[:, W:],
+        "first_offsets": offsets(B, shape.first, device),
+        "second_offsets": offsets(B, shape.second, device),
+        "rows": B * (shape.first + shape.second),
+    }
+
+
+def cost(shape: Shape, dtype: str) -> Cost:
+    """Every row read once and written once; dtype fp32, fp16 or bf16."""
+    rows = shape.batch * (shape.first + shape.second)
+    return Cost(0, 2 * rows * shape.width * BYTES[dtype] + 2 * 8 * (shape.batch + 1))
+
+
+def supports_args(shape: Shape) -> dict[str, int]:
+    """Keyword arguments of `KernelVariant.supports` beside device and dtype."""
+    return {"width": shape.width}

@@ -1,0 +1,120 @@
+"""Concatenation of sequences in one pass: each row of the result finds its sequence by binary search."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grkernels import triton_common, tuning
+from grkernels.jagged_concat.reference import jagged_concat as reference
+from grkernels.variant import KernelVariant
+
+CANDIDATES = [
+    {"rows": rows, "block_w": block_w, "warps": warps}
+    for rows in (1, 2, 4, 8)
+    for block_w in (256, 512, 1024)
+    for warps in (1, 2, 4)
+]
+
+
+@triton.jit
+def sequence_of(
+    row: tl.tensor, offsets: tl.tensor, more_offsets: tl.tensor, B: tl.tensor, STEPS: tl.constexpr
+) -> tl.tensor:
+    """The last b < B with offsets[b] + more_offsets[b] <= row (more_offsets may be None); B <= 2 ** STEPS."""
+    low = tl.zeros_like(row).to(tl.int32)
+    high = low + B
+    for _ in tl.static_range(STEPS):
+        middle = (low + high) // 2
+        begin = tl.load(offsets + middle)
+        if more_offsets is not None:
+            begin += tl.load(more_offsets + middle)
+        low = tl.where(begin <= row, middle, low)
+        high = tl.where(begin <= row, high, middle)
+    return low
+
+
+@triton.jit
+def _kernel(
+    first: tl.tensor,
+    second: tl.tensor,
+    out: tl.tensor,
+    first_offsets: tl.tensor,
+    second_offsets: tl.tensor,
+    rows: tl.tensor,
+    B: tl.tensor,
+    first_stride: tl.tensor,
+    second_stride: tl.tensor,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    STEPS: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
+    b = sequence_of(row, first_offsets, second_offsets, B, STEPS)
+    # Before row `row`, of sequence b, lie all rows of `second` of the sequences before b, and so on.
+    first_end = tl.load(first_offsets + b + 1)
+    second_begin = tl.load(second_offsets + b)
+    from_first = row < first_end + second_begin
+    real = row < tl.load(first_offsets + B) + tl.load(second_offsets + B)
+    at_first = first + ((row - second_begin) * first_stride)[:, None] + column
+    at_second = second + ((row - first_end) * second_stride)[:, None] + column
+    inside = column < W
+    x = tl.load(at_first, mask=(real & from_first)[:, None] & inside, other=0.0)
+    y = tl.load(at_second, mask=(real & ~from_first)[:, None] & inside, other=0.0)
+    values = tl.where(from_first[:, None], x, y)
+    tl.store(out + row[:, None] * W + column, values, mask=(row < rows)[:, None] & inside)
+
+
+def tuning_key(width: int) -> str:
+    """Rows are many in every use that matters; only their width decides."""
+    return tuning.key(width=width)
+
+
+def default_config(width: int) -> tuning.Config:
+    """A few thousand values a program, in rows as whole as possible; one warp, since every warp searches anew."""
+    block_w = min(max(triton.next_power_of_2(width), 16), 1024)
+    return {"rows": 2048 // block_w, "block_w": block_w, "warps": 1}
+
+
+def jagged_concat(first: Tensor, second: Tensor, *, first_offsets: Tensor, second_offsets: Tensor, rows: int) -> Tensor:
+    """As reference.py says."""
+    batch = first_offsets.shape[0] - 1
+    out = first.new_zeros(rows, *first.shape[1:]) if batch == 0 else first.new_empty(rows, *first.shape[1:])
+    if batch and out.numel():
+        first, second = flat_rows(first), flat_rows(second)
+        W = first.shape[1]
+        config = tuning.choose("jagged_concat", "triton", tuning_key(W), default_config(W))
+        _kernel[(triton.cdiv(rows, config["rows"]), triton.cdiv(W, config["block_w"]))](
+            first,
+            second,
+            out,
+            first_offsets,
+            second_offsets,
+            rows,
+            batch,
+            first.stride(0),
+            second.stride(0),
+            W=W,
+            ROWS=config["rows"],
+            BLOCK_W=config["block_w"],
+            STEPS=(batch - 1).bit_length(),
+            num_warps=config["warps"],
+        )
+    return out
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """[rows, ...] -> [rows, W] with the values of a row side by side; a copy only where they aren't already."""
+    x = x.flatten(1)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def supports(*, device: str, dtype: str, width: int) -> str | None:
+    """None, or why not: any width."""
+    return triton_common.supports(device=device, dtype=dtype)
+
+
+VARIANT = KernelVariant("jagged_concat", "triton", jagged_concat, reference, supports)

@@ -1,0 +1,1 @@
+"""One jagged stream to two: the inverse of jagged_concat."""

@@ -1,0 +1,82 @@
+"""LayerNorm in one pass: each program holds whole rows in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grkernels import triton_common, tuning
+from grkernels.layer_norm.reference import layer_norm as reference
+from grkernels.triton_common import rounded
+from grkernels.variant import KernelVariant
+
+MAX_WIDTH = 65536  # a row must fit the registers of one program
+
+CANDIDATES = [{"rows": rows, "warps": warps} for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8, 16)]
+
+
+@triton.jit
+def _kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    L: tl.tensor,
+    x_stride: tl.tensor,
+    eps: tl.tensor,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_E)[None, :]
+    mask = (row < L) & (column < E)
+    w = tl.load(weight + column, mask=column < E, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=column < E, other=0.0).to(tl.float32)
+    values = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    centred = tl.where(column < E, values - tl.sum(values, axis=1, keep_dims=True) / E, 0.0)
+    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / E
+    normed = centred * tl.rsqrt(variance + eps) * w + b
+    tl.store(out + row * E + column, rounded(normed, out.dtype.element_ty), mask=mask)
+
+
+def tuning_key(width: int) -> str:
+    """Rows are many in every use that matters; only their width decides."""
+    return tuning.key(width=width)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    """As reference.py says."""
+    L, E = x.shape
+    out = x.new_empty(L, E)
+    if L:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        block = triton.next_power_of_2(E)
+        # One warp a row where a row is short enough: its sums then need no shared memory.
+        default = {"rows": max(1024 // block, 1), "warps": min(max(block // 1024, 1), 16)}
+        config = tuning.choose("layer_norm", "triton", tuning_key(E), default)
+        _kernel[(triton.cdiv(L, config["rows"]),)](
+            x,
+            weight,
+            bias,
+            out,
+            L,
+            x.stride(0),
+            eps,
+            E=E,
+            ROWS=config["rows"],
+            BLOCK_E=block,
+            num_warps=config["warps"],
+        )
+    return out
+
+
+def supports(*, device: str, dtype: str, width: int) -> str | None:
+    """None, or why not."""
+    if width > MAX_WIDTH:
+        return f"width {width} is over {MAX_WIDTH}"
+    return triton_common.supports(device=device, dtype=dtype)
+
+
+VARIANT = KernelVariant("layer_norm", "triton", layer_norm, reference, supports)

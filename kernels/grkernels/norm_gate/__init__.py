@@ -1,0 +1,1 @@
+"""What lies between HSTU's attention and its output projection: SiLU, LayerNorm, gate and concatenation in one."""

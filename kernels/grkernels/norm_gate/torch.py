@@ -1,0 +1,20 @@
+"""Norm and gate in eager PyTorch: every intermediate is rounded to the inputs' dtype and goes through memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grkernels import support
+from grkernels.norm_gate.reference import norm_gate as reference
+from grkernels.variant import KernelVariant
+
+
+def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    """As reference.py says."""
+    u, a = F.silu(u), a.flatten(1)
+    return torch.cat([u, a, u * F.layer_norm(a, weight.shape, weight, bias, eps)], dim=1)
+
+
+VARIANT = KernelVariant("norm_gate", "torch", norm_gate, reference, support.plain)

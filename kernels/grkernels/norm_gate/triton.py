@@ -1,0 +1,93 @@
+"""Norm and gate in one pass: each program holds whole rows of u and a in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grkernels import triton_common, tuning
+from grkernels.norm_gate.reference import norm_gate as reference
+from grkernels.triton_common import rounded
+from grkernels.variant import KernelVariant
+
+MAX_WIDTH = 32768  # a row must fit the registers of one program
+
+CANDIDATES = [{"rows": rows, "warps": warps} for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8, 16)]
+
+
+@triton.jit
+def _kernel(
+    u: tl.tensor,
+    a: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    L: tl.tensor,
+    u_stride: tl.tensor,
+    a_stride: tl.tensor,
+    eps: tl.tensor,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_W)[None, :]
+    mask = (row < L) & (column < W)
+    w = tl.load(weight + column, mask=column < W, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=column < W, other=0.0).to(tl.float32)
+    gate = tl.load(u + row * u_stride + column, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(a + row * a_stride + column, mask=mask, other=0.0)
+    place = out + row * (3 * W) + column
+    tl.store(place + W, x, mask=mask)
+    x = x.to(tl.float32)
+    # The row is in registers, so the exact variance (of differences to the mean) costs no second read.
+    centred = tl.where(column < W, x - tl.sum(x, axis=1, keep_dims=True) / W, 0.0)
+    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / W
+    normed = centred * tl.rsqrt(variance + eps) * w + b
+    gate = gate / (1.0 + tl.exp(-gate))
+    tl.store(place, rounded(gate, out.dtype.element_ty), mask=mask)
+    tl.store(place + 2 * W, rounded(gate * normed, out.dtype.element_ty), mask=mask)
+
+
+def tuning_key(width: int) -> str:
+    """Rows are many in every use that matters; only their width decides."""
+    return tuning.key(width=width)
+
+
+def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    """As reference.py says."""
+    (L, W), a = u.shape, a.flatten(1)
+    out = a.new_empty(L, 3 * W)
+    if L:
+        u, a = (x if x.stride(1) == 1 else x.contiguous() for x in (u, a))
+        block = triton.next_power_of_2(W)
+        # One warp a row where a row is short enough: its sums then need no shared memory.
+        default = {"rows": max(1024 // block, 1), "warps": min(max(block // 1024, 1), 16)}
+        config = tuning.choose("norm_gate", "triton", tuning_key(W), default)
+        _kernel[(triton.cdiv(L, config["rows"]),)](
+            u,
+            a,
+            weight,
+            bias,
+            out,
+            L,
+            u.stride(0),
+            a.stride(0),
+            eps,
+            W=W,
+            ROWS=config["rows"],
+            BLOCK_W=block,
+            num_warps=config["warps"],
+        )
+    return out
+
+
+def supports(*, device: str, dtype: str, width: int) -> str | None:
+    """None, or why not."""
+    if width > MAX_WIDTH:
+        return f"width {width} is over {MAX_WIDTH}"
+    return triton_common.supports(device=device, dtype=dtype)
+
+
+VARIANT = KernelVariant("norm_gate", "triton", norm_gate, reference, supports)

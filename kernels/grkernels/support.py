@@ -1,0 +1,19 @@
+"""What plain and compiled PyTorch can run, whatever the family: `supports` of many variants."""
+
+from __future__ import annotations
+
+import shutil
+
+DTYPES = ("fp32", "fp16", "bf16")
+
+
+def plain(*, device: str, dtype: str, **dims: int) -> str | None:
+    """None, or why not, for eager PyTorch: any size on any device."""
+    return None if dtype in DTYPES else f"dtype {dtype} is none of {', '.join(DTYPES)}"
+
+
+def compiled(*, device: str, dtype: str, **dims: int) -> str | None:
+    """None, or why not, for torch.compile, which makes C++ on a CPU."""
+    if device.startswith("cpu") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "torch.compile on a CPU needs a C++ compiler; apt-get install g++"
+    return plain(device=device, dtype=dtype)

@@ -1,0 +1,30 @@
+"""What the Triton variants of all families share: the interpreter's flag, rounding, the check of the device."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+from grkernels import support
+
+# Triton reads this when a kernel is defined, so it must be set before Triton variants are imported.
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """fp32 to `dtype`, to the nearest and to even. Triton's interpreter would truncate to bf16."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+def supports(*, device: str, dtype: str, **dims: int) -> str | None:
+    """None, or why not: an NVIDIA GPU, or Triton's interpreter on a CPU; any dims."""
+    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton needs an NVIDIA GPU; TRITON_INTERPRET=1 runs it slowly on a CPU for tests"
+    return support.plain(device=device, dtype=dtype)

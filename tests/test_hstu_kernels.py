@@ -1,0 +1,288 @@
+"""Triton's, CuTe's and the compiled HSTU attention against the fp32 reference, contiguous and paged.
+
+Without a GPU, Triton's interpreter runs the Triton kernel, and the CuTe kernels are compiled for Hopper.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grkernels import registry, tuning
+from grkernels.hstu_attention.reference import hstu_attention as reference
+from grkernels.hstu_attention.torch import hstu_attention as plain
+
+SMALL_TILES = {"m": 16, "n": 16, "warps": 4, "stages": 2}
+SUMMATION = 2e-6  # fp32 sums in another order
+GPU = torch.cuda.is_available()
+
+
+@dataclass
+class Case:
+    """Sequences and sizes of one call; `queries`: the delta form's rows a sequence, None for the full form."""
+
+    lengths: list[int]
+    targets: list[int] | None = None
+    queries: list[int] | None = None
+    heads: int = 2
+    qk_dim: int = 16
+    v_dim: int = 16
+    contextual: int = 0
+    window: int = 0
+    page: int = 0  # tokens a page; the tokens before the queries then lie in pages
+    past: int = 3  # rows after the last sequence
+    options: dict[str, Any] = field(init=False)
+
+    def build(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Case:
+        """Fill `options`: the arguments of a call, with q, k and v as views of one projection."""
+        g = torch.Generator(device).manual_seed(seed)
+        H, dqk, dv = self.heads, self.qk_dim, self.v_dim
+        n = torch.tensor(self.lengths)
+        queries = n if self.queries is None else torch.tensor(self.queries)
+        kept = queries if self.page else n  # of a sequence's keys, those in the stream
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(*size, generator=g, device=device, dtype=torch.float32).to(dtype)
+
+        def offsets(counts: Tensor) -> Tensor:
+            return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(device)
+
+        def views(rows: int) -> list[Tensor]:
+            fused = random(rows, H * (dv + dqk + dqk) + 16)  # rows are strided, and 16-byte aligned for these sizes
+            v, k, q, _ = fused.split([H * dv, H * dqk, H * dqk, 16], dim=1)
+            return [q.unflatten(1, (H, dqk)), k.unflatten(1, (H, dqk)), v.unflatten(1, (H, dv))]
+
+        q, k, v = views(int(kept.sum()) + self.past)
+        kv_offsets = q_offsets = offsets(kept)
+        if self.queries is not None and not self.page:
+            q, q_offsets = views(int(queries.sum()) + self.past)[0], offsets(queries)
+        self.options = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "q_offsets": q_offsets,
+            "kv_offsets": kv_offsets,
+            "num_targets": None if self.targets is None else torch.tensor(self.targets, device=device),
+            "max_q_len": int(queries.max()),
+            "max_kv_len": int(n.max()),
+            "scaling_seqlen": 64,
+            "alpha": dqk**-0.5,
+            "contextual_seq_len": self.contextual,
+            "max_attn_len": self.window,
+        }
+        if self.page:
+            cached = n - queries
+            slots = -(-cached // self.page)
+            pages = int(slots.sum()) + 2
+            order = torch.randperm(pages, generator=g, device=device).to(torch.int32)
+            table = torch.zeros(len(n), int(slots.max()) + 1, dtype=torch.int32, device=device)
+            at = 0
+            for b, count in enumerate(slots.tolist()):
+                table[b, :count] = order[at : at + count]
+                at += count
+            self.options |= {
+                "k_pages": random(pages, self.page, H, dqk),
+                "v_pages": random(pages, self.page, H, dv),
+                "page_table": table,
+                "paged_lengths": cached.to(device),
+            }
+        return self
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    return float((out.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
+
+
+def check(fn: Any, case: Case) -> None:
+    """The family's rule: at most twice the error of plain torch in the same dtype; rows past the end are zeros."""
+    expected = reference(**case.options)
+    plain_error = relative_error(plain(**case.options), expected)
+    out = fn(**case.options)
+    assert out.shape == expected.shape and out.dtype == expected.dtype
+    error = relative_error(out, expected)
+    assert error <= max(2 * plain_error, SUMMATION), f"{error:.2e}, plain {plain_error:.2e}"
+    assert not out[int(case.options["q_offsets"][-1]) :].any()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    lengths = draw(st.lists(st.integers(0, 50), min_size=1, max_size=3))
+    lengths[0] = max(lengths[0], 1)
+    page = draw(st.sampled_from([0, 0, 8, 16]))
+    queries = [draw(st.integers(0, n)) for n in lengths] if page or draw(st.booleans()) else None
+    most = lengths if queries is None or not page else queries  # candidates are never in pages
+    return Case(
+        lengths,
+        [draw(st.integers(0, n)) for n in most] if draw(st.booleans()) else None,
+        queries,
+        heads=draw(st.integers(1, 2)),
+        qk_dim=draw(st.sampled_from([8, 16, 24])),
+        v_dim=draw(st.sampled_from([16, 40])),
+        contextual=draw(st.sampled_from([0, 0, 3, 20])),
+        window=draw(st.sampled_from([0, 0, 1, 20])),
+        page=page,
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), seed=st.integers(0, 2**20))
+def test_paged_plain_torch_equals_the_reference(case: Case, seed: int) -> None:
+    check(plain, case.build(torch.float32, seed))
+
+
+@pytest.mark.skipif(GPU, reason="on a GPU the kernel itself is tested below")
+@settings(max_examples=25, deadline=None)
+@given(case=cases(), seed=st.integers(0, 2**20), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def test_triton_in_the_interpreter(case: Case, seed: int, dtype: torch.dtype) -> None:
+    with tuning.forced("hstu_attention", "triton", SMALL_TILES):
+        check(registry.get("hstu_attention", "triton").fn, case.build(dtype, seed))
+
+
+def test_compiled_on_this_machine() -> None:
+    variant = registry.get("hstu_attention", "compile")
+    reason = variant.supports(device="cpu", dtype="fp32")
+    if reason is not None:
+        pytest.skip(reason)
+    check(variant.fn, Case([30, 0, 9], [4, 0, 2]).build(torch.float32))
+
+
+def test_wrong_outputs_fail_the_check() -> None:
+    case = Case([40, 7], [5, 0]).build(torch.bfloat16)
+
+    def shifted(**options: Any) -> Tensor:
+        return plain(**options).roll(1, 0)
+
+    def stale(**options: Any) -> Tensor:
+        return plain(**Case([40, 7], [5, 0]).build(torch.bfloat16, seed=1).options)
+
+    def unwritten(**options: Any) -> Tensor:
+        return torch.full_like(plain(**options), float("nan"))
+
+    check(plain, case)
+    for wrong in (lambda **o: torch.zeros_like(plain(**o)), shifted, stale, unwritten):
+        with pytest.raises(AssertionError):
+            check(wrong, case)
+    for change in ({"num_targets": None}, {"max_attn_len": 20}, {"contextual_seq_len": 3}):
+        with pytest.raises(AssertionError):
+            check(lambda change=change, **o: plain(**{**o, **change}), case)
+
+
+def test_refusals_name_the_variants_that_would_do() -> None:
+    sizes = {"qk_dim": 40, "v_dim": 16}
+    refused = registry.refusal("hstu_attention", "cutlass", device="cpu", dtype="bf16", **sizes)
+    assert refused is not None and refused.startswith("kernel.hstu_attention=cutlass: ")
+    assert "torch" in refused.rpartition("supported here: ")[2]
+    assert registry.refusal("hstu_attention", "torch", device="cpu", dtype="bf16", **sizes) is None
+    assert "at most 256" in (
+        registry.refusal("hstu_attention", "triton", device="cuda", dtype="bf16", qk_dim=512, v_dim=16) or ""
+    )
+
+
+COMPILE = """
+import sys
+import torch
+from grkernels.hstu_attention.cutlass import ELEMENTS, compile_kernel
+from grkernels.hstu_attention.sm90 import Attention, Tiles
+for dtype, qk_dim, v_dim, tiles, page in (
+    (torch.bfloat16, 128, 128, Tiles(128, 128, 2, True, True), 0),
+    (torch.float16, 256, 256, Tiles(128, 64, 2, False, False), 32),
+    (torch.bfloat16, 64, 48, Tiles(64, 128, 3, False, False), 0),
+):
+    kernel = Attention(ELEMENTS[dtype], qk_dim, v_dim, tiles, page)
+    made = compile_kernel(kernel, options="--keep-ptx --keep-cubin --dump-dir " + sys.argv[1])
+    assert all(wanted in made.__ptx__ for wanted in ("wgmma.mma_async", "cp.async.bulk.tensor", "tanh.approx"))
+    assert len(made.__cubin__) > 10_000
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
+def test_cute_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    env = {**os.environ, "CUTE_DSL_ARCH": "sm_90a"}
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+
+
+# On a GPU.
+
+ON_GPU = [
+    Case([500, 1, 0, 333, 128]),
+    Case([700, 1, 0, 650, 129], [200, 1, 0, 0, 129]),
+    Case([700, 300, 64], [200, 100, 3], contextual=5, window=64),
+    Case([700, 300, 64], contextual=70),
+    Case([700, 300, 2], [5, 300, 1], contextual=2, window=1),
+    Case([900, 800, 1, 0, 300], [300, 20, 1, 0, 10], [350, 100, 1, 0, 300]),
+    Case([900, 640, 77], None, [1, 16, 77]),
+    Case([900, 800, 300, 5], [100, 20, 0, 5], [350, 100, 300, 5], page=64),
+    Case([900, 801, 300], None, [1, 16, 1], page=128),
+    Case([900, 800, 300], [3, 2, 0], [20, 17, 1], page=32, contextual=4, window=100),
+    Case([100] * 300, [10] * 300, heads=1),
+]
+SIZES = [(128, 128), (256, 256), (32, 32), (64, 128), (192, 96), (80, 48)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "cutlass"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_on_a_gpu(name: str, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    variant = registry.get("hstu_attention", name)
+    for i, case in enumerate(ON_GPU):
+        case.qk_dim, case.v_dim = sizes
+        check(variant.fn, case.build(dtype, seed=i, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "cutlass"])
+def test_one_long_sequence_beside_many_short_ones(name: str) -> None:
+    lengths = [300] * 40 + [16384] + [1, 0] * 20
+    case = Case(lengths, [min(n, 50) for n in lengths], heads=1, qk_dim=128, v_dim=128).build(
+        torch.bfloat16, device="cuda"
+    )
+    check(registry.get("hstu_attention", name).fn, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "cutlass"])
+def test_offsets_past_the_int32_range(name: str) -> None:
+    """Views whose last rows lie more than 2^31 elements after the first."""
+    rows, width = 70_000, 32_768
+    fused = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
+    fused[:, :192].normal_()
+    q, k, v = (fused[:, 64 * i : 64 * (i + 1)].unflatten(1, (1, 64)) for i in range(3))
+    ends = torch.tensor([0, rows - 200, rows], device="cuda")
+    options = {"q": q, "k": k, "v": v, "q_offsets": ends, "kv_offsets": ends, "num_targets": None, "max_kv_len": rows}
+    options |= {"max_q_len": rows, "scaling_seqlen": 64, "alpha": 0.125, "max_attn_len": 32}
+    out = registry.get("hstu_attention", name).fn(**options)[-200:]
+    tail = {name: x[-200:].contiguous() for name, x in (("q", q), ("k", k), ("v", v))}
+    own = torch.tensor([0, 200], device="cuda")
+    expected = reference(
+        **{**options, **tail, "q_offsets": own, "kv_offsets": own, "max_q_len": 200, "max_kv_len": 200}
+    )
+    assert relative_error(out, expected) < 8e-3  # bf16 rounds P and the result: 2^-9 each, measured 3e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "cutlass"])
+def test_in_a_graph(name: str) -> None:
+    fn = registry.get("hstu_attention", name).fn
+    case = Case([700, 1, 0, 650], [200, 1, 0, 0], qk_dim=64, v_dim=64).build(torch.bfloat16, device="cuda")
+    eager = fn(**case.options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fn(**case.options)
+    for _ in range(2):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, eager)
