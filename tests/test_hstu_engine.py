@@ -41,10 +41,12 @@ def sample(count: int = 4, longest: int = 40, candidates: int = 6, seed: int = 0
 
 @contextmanager
 def engine(
-    requests: list[Request], model: HSTUConfig = MODEL, *, max_batch: int = 4, **options: Any
+    requests: list[Request], model: HSTUConfig = MODEL, kernel: str = "torch", *, max_batch: int = 4, **options: Any
 ) -> Iterator[Engine]:
     config = HSTUEngineConfig(**{"device": "cpu", **options})
-    made = registry.build(config, model, KernelConfig(), CATALOGUE, seed=5)
+    stated = OmegaConf.to_container(OmegaConf.load(CONF / f"kernel/{kernel}.yaml"))
+    assert isinstance(stated, dict) and stated.pop("defaults")
+    made = registry.build(config, model, KernelConfig(**stated), CATALOGUE, seed=5)
     try:
         made.prepare(requests, max_batch)
         yield made
@@ -191,22 +193,47 @@ def test_engine_and_kernel_files_state_the_defaults() -> None:
         assert stated == dataclasses.asdict(schema())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels themselves are tested below")
+def test_triton_kernels_in_the_interpreter_answer_alike() -> None:
+    model = dataclasses.replace(MODEL, interaction=True, layers=1)
+    requests = sample(2, longest=12, candidates=3)
+    expected = Reference(model, CATALOGUE, 5, "cpu").scores(requests)
+    for options in ({}, {"candidate_microbatch": 2}):
+        with engine(requests, model, "triton", max_batch=2, **options) as e:
+            assert error(e.rank(requests), expected) < 1e-5
+            assert {entry["source"] for entry in e.actual()["kernel_configs"]} == {"default"}
+
+
+def test_kernels_that_cannot_run_are_unavailable_with_those_that_can() -> None:
+    with (
+        pytest.raises(UnavailableError, match=r"kernel\.hstu_attention=cutlass: .*supported here: torch, compile"),
+        engine(sample(), kernel="cutlass"),
+    ):
+        pass
+
+
 # On a GPU.
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["torch", "compile", "triton", "cutlass"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"candidate_microbatch": 4}], ids=str)
-def test_on_a_gpu(precision: str, options: dict[str, Any]) -> None:
+def test_on_a_gpu(kernel: str, precision: str, options: dict[str, Any]) -> None:
+    if kernel == "cutlass" and precision == "fp32":
+        pytest.skip("tensor cores take half precision")
+    if kernel == "compile" and (precision != "bf16" or options):
+        pytest.skip("compiling takes long; one case shows that it runs")
+    model = dataclasses.replace(MODEL, qk_dim=32, v_dim=16, interaction=True)
     requests = sample(8)
-    reference = Reference(MODEL, CATALOGUE, 5, "cuda")
+    reference = Reference(model, CATALOGUE, 5, "cuda")
     exact = np.concatenate(reference.scores(requests))
-    on_cpu = np.concatenate(Reference(MODEL, CATALOGUE, 5, "cpu").scores(requests))
+    on_cpu = np.concatenate(Reference(model, CATALOGUE, 5, "cpu").scores(requests))
     assert relative_error(exact, on_cpu) < 1e-5
     plain = relative_error(np.concatenate(reference.scores(requests, precision)), exact)
-    with engine(requests, device="cuda", precision=precision, max_batch=8, **options) as e:
+    with engine(requests, model, kernel, device="cuda", precision=precision, max_batch=8, **options) as e:
         result = e.rank(requests)
-        assert e.actual()["device"] == "cuda"
+        assert e.actual()["device"] == "cuda" and e.actual()["kernels"]["layer_norm"] in (kernel, "triton")
         assert result.compute_ms > 0 and result.transfer_ms > 0
     allowed = max(2 * plain, 2e-5)
     assert error(result, [exact]) <= allowed

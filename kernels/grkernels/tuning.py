@@ -78,6 +78,11 @@ def tune(
     return candidates[index], best
 
 
+def forget() -> None:
+    """Begin `provenance()` anew."""
+    _used.clear()
+
+
 @contextmanager
 def forced(family: str, variant: str, config: Config) -> Iterator[None]:
     """Within it, the kernel runs with `config`, whatever the tables say."""

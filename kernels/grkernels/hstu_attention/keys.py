@@ -22,14 +22,15 @@ def tuning_key(
     k_pages: Tensor | None = None,
     **_: Any,
 ) -> str:
-    """Head sizes, how many sequences and heads there are to spread over the GPU, lengths (to the next power of
-    two), the kind of mask, the page size. Takes the arguments of the family's functions."""
+    """Element and head sizes, how many sequences and heads there are to spread over the GPU, lengths (to the next
+    power of two), the kind of mask, the page size. Takes the arguments of the family's functions."""
     mask = [
         *(["contextual"] if contextual_seq_len else []),
         *(["window"] if max_attn_len else []),
         *(["targets"] if num_targets is not None else []),
     ]
     return tuning.key(
+        bits=8 * q.element_size(),
         qk=q.shape[2],
         v=v.shape[2],
         spread=tuning.bucket((q_offsets.shape[0] - 1) * q.shape[1]),

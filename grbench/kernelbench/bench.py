@@ -1,0 +1,354 @@
+"""One job: every chosen shape of every chosen family, one after another; of each, all variants side by side.
+
+A shape goes: first calls, gate, timing in turns, gate again. Whatever happens to one variant becomes the status
+of its row and stops no other; only a GPU that answers nothing any more ends the job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from grbench.kernelbench import stack
+from grbench.kernelbench.config import Family, KernelBenchConfig, select
+from grbench.kernelbench.gate import Errors, Gate, IncorrectError
+from grbench.kernelbench.timing import Call, Ceilings, ceilings, interleaved, median_ms
+from grbench.records import Status
+from grbench.stats import percentile
+from grbench.tracking import one_line
+from grkernels import registry, tuning
+from grkernels.variant import Cost, KernelVariant
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What a CPU is asked to do unless a shape is named in full: a second or so a call.
+CPU_LIMIT = Cost(flops=5 * 10**9, bytes=2 * 10**8)
+INPUT_SETS = 2  # timed in turns, so that no variant profits from having just seen its inputs
+ALL_SHAPES = "*"  # the shape of a row that says why a variant can't be used at all
+
+
+@dataclass
+class Row:
+    """One variant at one shape. Rates and shares are in `metrics`; milliseconds of every repetition in `times_ms`."""
+
+    family: str
+    variant: str
+    shape: str
+    dtype: str
+    peer: bool = False
+    status: Status = Status.OK
+    reason: str | None = None
+    flops: int | None = None  # mask-exact
+    bytes: int | None = None  # each input read once, each output written once
+    metrics: dict[str, float] = field(default_factory=dict)
+    times_ms: list[float] = field(default_factory=list)
+    tuning: list[dict[str, Any]] = field(default_factory=list)  # launch configurations and where they came from
+    started_at: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat())
+    duration_s: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.status is Status.OK
+
+    def fail(self, status: Status, reason: str) -> None:
+        """No speed is reported of what failed."""
+        self.status, self.reason, self.times_ms = status, reason, []
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A variant or a peer, ready to be called. `bind(**inputs)` returns the call that is timed; it may raise
+    NotImplementedError with the reason why it can't run them."""
+
+    name: str
+    bind: Callable[..., Call]
+    reference: Callable[..., Any]
+    plain: Callable[..., Any]
+    supports: Callable[..., str | None]
+    max_error_ratio: float
+    peer: bool = False
+    same_operator: bool = True
+    candidates: tuple[Mapping[str, int], ...] = ()  # launch configurations to tune over
+
+
+class DeviceLostError(Exception):
+    """The GPU takes no more work from this process."""
+
+
+class Bench:
+    """Runs one job. `say` takes one line of progress at a time."""
+
+    def __init__(self, config: KernelBenchConfig, device: str, say: Callable[[str], None]) -> None:
+        self._config, self._device, self._say = config, device, say
+        self._dtype = DTYPES[config.dtype]
+        self._tuned: set[tuple[str, str, str]] = set()
+        torch.backends.cuda.matmul.allow_tf32 = False  # the fp32 reference must be exact
+        self.ceilings: Ceilings = ceilings(device, config.dtype, self._dtype)
+
+    def run(self) -> Iterator[list[Row]]:
+        """Yield the rows of each shape when it is done, and before them those of what can't be used at all.
+
+        Raises DeviceLostError after yielding the rows of the shape at which it happened.
+        """
+        for family in select(self._config):
+            contenders, unusable = self._contenders(family)
+            if unusable:
+                yield unusable
+            for name in family.shapes if contenders else ():
+                rows = [Row(family.name, c.name, name, self._config.dtype, c.peer) for c in contenders]
+                begin = time.perf_counter()
+                lost = None
+                try:
+                    self._shape(family, name, contenders, rows)
+                except DeviceLostError as e:
+                    lost = e
+                except Exception as e:  # of what all share: inputs, timing
+                    lost = self._lost(e)
+                    _fail_all(rows, *status_of(e))
+                if lost:
+                    _fail_all(rows, Status.ERROR, f"not finished: {lost}")
+                for row in rows:
+                    row.duration_s = time.perf_counter() - begin
+                gc.collect()
+                yield rows
+                if lost:
+                    raise lost
+
+    def _contenders(self, family: Family) -> tuple[list[Contender], list[Row]]:
+        """Those that can be imported, and a row for each that can't."""
+        contenders: list[Contender] = []
+        unusable: list[Row] = []
+        if family.name == stack.FAMILY:
+            return [_stack(name) for name in family.variants], unusable
+        plain = registry.get(family.name, "torch")
+
+        def attempt(name: str, load: Callable[[], Contender], peer: bool = False) -> None:
+            try:
+                contenders.append(load())
+            except Exception as e:
+                row = Row(family.name, name, ALL_SHAPES, self._config.dtype, peer)
+                row.fail(*(Status.UNAVAILABLE, one_line(e)) if isinstance(e, ImportError) else status_of(e))
+                unusable.append(row)
+
+        for name in family.variants:
+            attempt(name, partial(_variant, family.name, name, plain))
+        if self._config.peers and find_spec(f"grkernels.{family.name}.peers"):
+            for peer in import_module(f"grkernels.{family.name}.peers").PEERS:
+                attempt(peer.name, partial(_peer, peer), peer=True)
+        return contenders, unusable
+
+    def _shape(self, family: Family, name: str, contenders: list[Contender], rows: list[Row]) -> None:
+        bench, shape = family.bench, family.bench.SHAPES[name]
+        cost: Cost = bench.cost(shape, self._config.dtype)
+        for row in rows:
+            row.flops, row.bytes = cost
+        too_much = any(c > limit for c, limit in zip(cost, CPU_LIMIT, strict=True))
+        if self._device == "cpu" and too_much and name not in self._config.shapes:
+            much = f"over {CPU_LIMIT.flops / 1e9:g} GFLOP or {CPU_LIMIT.bytes / 1e9:g} GB"
+            _fail_all(rows, Status.UNAVAILABLE, f"{much} a call: run on a CPU only if named in full, shapes=[NAME]")
+            return
+        able = []
+        for contender, row in zip(contenders, rows, strict=True):
+            with self._guard(row):
+                why = contender.supports(device=self._device, dtype=self._config.dtype, **bench.supports_args(shape))
+                if why:
+                    row.fail(Status.UNAVAILABLE, why)
+                else:
+                    able.append((contender, row))
+        if not able:
+            return
+        self._say(f"{family.name} {name} {self._config.dtype}")
+        seed = self._config.seed
+        make = partial(bench.inputs, dtype=self._dtype, device=self._device)
+        sets = [make(shape, seed=seed + i) for i in range(INPUT_SETS)]
+        small = bench.check_shape(shape) if hasattr(bench, "check_shape") else shape
+        fresh, others = (make(small, seed=seed + INPUT_SETS + i) for i in range(2))
+        gates: dict[Callable[..., Any], Gate] = {}
+        calls: dict[str, list[Call]] = {}
+        checks: dict[str, Callable[[], Errors]] = {}
+        for contender, row in able:
+            with self._guard(row):
+                bound = [contender.bind(**inputs) for inputs in sets]
+                self._first_calls(bound[0], row)
+                if contender.reference not in gates:
+                    gates[contender.reference] = Gate(contender.reference, contender.plain, fresh, others, self._dtype)
+                check = partial(gates[contender.reference].check, contender.bind(**fresh), contender.max_error_ratio)
+                if self._config.tune and contender.candidates:
+                    self._tune(contender, row, bound[0], check)
+                row.metrics |= check().metrics()
+                calls[contender.name], checks[contender.name] = bound, check
+        if not calls:
+            return
+        times = interleaved(
+            calls, self._device, repeats=self._config.repeats, min_time_s=self._config.min_time_s, seed=seed
+        )
+        for contender, row in able:
+            if contender.name in calls:
+                with self._guard(row):
+                    if error := times.failed.get(contender.name):
+                        raise error
+                    checks[contender.name]()  # again: what goes wrong under load must not count either
+                    row.times_ms = times.ms[contender.name]
+                    row.metrics |= rates(row.times_ms, cost, self.ceilings)
+        _compare(able)
+
+    def _first_calls(self, call: Call, row: Row) -> None:
+        """Run twice. The first counts as the cold start, with all that compiles; launch configurations are noted."""
+        begin = time.perf_counter()
+        row.tuning = _configurations(call)
+        self._wait()
+        row.metrics["cold_start_s"] = time.perf_counter() - begin
+        call()
+        self._wait()
+
+    def _tune(self, contender: Contender, row: Row, call: Call, check: Callable[[], Errors]) -> None:
+        """Find the fastest of the right configurations for each key of this call that no shape before it had."""
+
+        def measure() -> float:
+            try:
+                call()
+                check()
+                return median_ms(call, self._device)
+            except Exception as e:
+                if lost := self._lost(e):
+                    raise lost from e
+                return float("inf")
+
+        for entry in row.tuning:
+            key = (entry["family"], entry["variant"], entry["key"])
+            if key[:2] == (row.family, row.variant) and key not in self._tuned:
+                best, ms = tuning.tune(*key, contender.candidates, measure)
+                self._tuned.add(key)
+                words = " ".join(f"{k}={v}" for k, v in best.items())
+                self._say(
+                    f"  {row.variant}: {words} is the fastest of {len(contender.candidates)} ({ms:.4g} ms) at {key[2]}"
+                )
+        row.tuning = _configurations(call)
+
+    def _wait(self) -> None:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+    @contextlib.contextmanager
+    def _guard(self, row: Row) -> Iterator[None]:
+        """What goes wrong inside becomes the status of the row. Raises DeviceLostError only."""
+        try:
+            yield
+        except DeviceLostError as e:
+            row.fail(Status.ERROR, str(e))
+            raise
+        except Exception as e:
+            row.fail(*status_of(e))
+            if isinstance(e, IncorrectError) and e.errors:
+                row.metrics |= e.errors.metrics()
+            if lost := self._lost(e):
+                raise lost from e
+
+    def _lost(self, error: Exception) -> DeviceLostError | None:
+        """After an illegal access CUDA answers every call of this process with an error."""
+        try:
+            self._wait()
+        except Exception:
+            return DeviceLostError(f"the GPU was lost ({one_line(error)})")
+        return None
+
+
+def _fail_all(rows: list[Row], status: Status, reason: str) -> None:
+    for row in rows:
+        if row.ok:
+            row.fail(status, reason)
+
+
+def status_of(error: Exception) -> tuple[Status, str]:
+    """What an exception means for its row, and one line."""
+    text = one_line(error)
+    if isinstance(error, IncorrectError):
+        return Status.INCORRECT, text
+    if isinstance(error, NotImplementedError):
+        return Status.UNAVAILABLE, text
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return Status.OOM, text
+    return Status.ERROR, f"{type(error).__name__}: {text}"
+
+
+def rates(times_ms: list[float], cost: Cost, roofs: Ceilings) -> dict[str, float]:
+    """Percentiles, rates at the median, and shares of what the device can do."""
+    p10, p50, p90 = (percentile(times_ms, p) for p in (10, 50, 90))
+    tflops, tbps = cost.flops / p50 / 1e9, cost.bytes / p50 / 1e9
+    return {
+        "latency_ms/p10": p10,
+        "latency_ms/p50": p50,
+        "latency_ms/p90": p90,
+        "repetitions": len(times_ms),
+        "tflops": tflops,
+        "tbps": tbps,
+        "matmul_share": tflops / roofs.tflops,
+        "copy_share": tbps / roofs.tbps,
+        "roofline_share": 1e3 * roofs.floor_s(*cost) / p50,
+    }
+
+
+def _compare(able: list[tuple[Contender, Row]]) -> None:
+    """How many times as fast as plain torch, and as the fastest peer that computes the same."""
+    done = [(c, row, row.metrics["latency_ms/p50"]) for c, row in able if row.ok]
+    plain = min((ms for c, _, ms in done if c.name == "torch" and not c.peer), default=None)
+    peer = min((ms for c, _, ms in done if c.peer and c.same_operator), default=None)
+    for _, row, ms in done:
+        row.metrics |= {name: other / ms for name, other in (("speedup_torch", plain), ("speedup_peer", peer)) if other}
+
+
+def _variant(family: str, name: str, plain: KernelVariant) -> Contender:
+    if why := registry.availability(family, name):
+        raise ImportError(why)
+    variant = registry.get(family, name)
+    module = sys.modules.get(variant.fn.__module__)
+    return Contender(
+        name,
+        lambda **inputs: partial(variant.fn, **inputs),
+        variant.reference,
+        plain.fn,
+        variant.supports,
+        variant.max_error_ratio,
+        candidates=tuple(getattr(module, "CANDIDATES", ())),
+    )
+
+
+def _stack(name: str) -> Contender:
+    return Contender(
+        name,
+        partial(stack.bind, name),
+        stack.reference,
+        stack.plain,
+        partial(stack.refusal, name),
+        KernelVariant.max_error_ratio,
+    )
+
+
+def _peer(peer: Any) -> Contender:
+    return Contender(
+        peer.name,
+        peer.load(),
+        peer.reference,
+        peer.plain,
+        lambda **_: None,
+        KernelVariant.max_error_ratio,
+        peer=True,
+        same_operator=peer.same_operator,
+    )
+
+
+def _configurations(call: Call) -> list[dict[str, Any]]:
+    """Call, and tell which launch configurations were used."""
+    tuning.forget()  # else those of earlier calls with the same key could not be told from unused ones
+    call()
+    return tuning.provenance()

@@ -1,0 +1,119 @@
+"""The configuration of a kernel benchmark, and the families, variants and shapes that its names stand for.
+
+Nothing here imports torch before the names of shapes are looked up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib import import_module
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from grbench.config import SCHEMAS, ConfigError
+from grengines.options import option, violations
+from grkernels import registry
+
+
+@dataclass
+class KernelBenchConfig:
+    """The root of the configuration: `python -m grbench.kernelbench --cfg job` shows it whole."""
+
+    families: list[str] = field(default_factory=list)  # empty: all
+    variants: list[str] = field(default_factory=list)  # empty: all of each family
+    shapes: list[str] = field(default_factory=list)  # names or patterns such as 4x128_*; empty: all
+    dtype: str = option("bf16", choices=["bf16", "fp16", "fp32"])
+    device: str = option("auto", choices=["auto", "cuda", "cpu"])
+    seed: int = option(0, ge=0, le=2**31 - 1)
+    repeats: int = option(30, ge=3, le=1000)  # of each variant and shape, at least
+    min_time_s: float = option(1.0, gt=0)  # a shape's repetitions go on for about this long
+    tune: bool = False  # first measure every launch configuration and write this GPU's table
+    peers: bool = True  # also measure other projects' kernels, where installed
+    tracking: Any = field(default_factory=dict)
+    output_root: str = "outputs"  # results, plots and the MLflow database go here
+
+
+@dataclass(frozen=True)
+class Family:
+    """An operator family and what was chosen of it."""
+
+    name: str
+    bench: Any  # module grkernels.<family>.bench, or stack
+    variants: tuple[str, ...]
+    shapes: tuple[str, ...]
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra. Safe to call twice."""
+    store = ConfigStore.instance()
+    store.store(name="kernelbench_schema", node=KernelBenchConfig)
+    for name, schema in SCHEMAS["tracking"].items():
+        store.store(group="schema/tracking", name=name, node=schema)
+
+
+def to_config(cfg: DictConfig) -> KernelBenchConfig:
+    """Check a composed configuration, names included. Raises ConfigError."""
+    known = [f.name for f in dataclasses.fields(KernelBenchConfig)]
+    if added := [str(key) for key in cfg if key not in known]:
+        raise ConfigError(f"{added[0]}: no such key; known keys: {', '.join(sorted(known))}")
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, KernelBenchConfig)
+    if problems := list(violations(config)):
+        raise ConfigError("; ".join(problems))
+    select(config)
+    return config
+
+
+def select(config: KernelBenchConfig) -> list[Family]:
+    """The families with their chosen variants and shapes. Raises ConfigError for a name that none of them has."""
+    from grbench.kernelbench import stack
+
+    every = [*registry.FAMILIES, stack.FAMILY]
+    _check("families", config.families, every)
+    families = []
+    for name in config.families or every:
+        bench = stack if name == stack.FAMILY else import_module(f"grkernels.{name}.bench")
+        variants, shapes = variants_of(name), tuple(bench.SHAPES)
+        families.append(
+            Family(
+                name,
+                bench,
+                tuple(v for v in variants if not config.variants or v in config.variants),
+                tuple(s for s in shapes if not config.shapes or any(fnmatchcase(s, p) for p in config.shapes)),
+            )
+        )
+    _check("variants", config.variants, [v for f in families for v in variants_of(f.name)])
+    _check("shapes", config.shapes, [s for f in families for s in f.bench.SHAPES])
+    return [f for f in families if f.variants and f.shapes]
+
+
+def variants_of(family: str) -> tuple[str, ...]:
+    """All variants of a family, or of the stack of layers."""
+    from grbench.kernelbench import stack
+
+    return stack.VARIANTS if family == stack.FAMILY else registry.variants(family)
+
+
+def _check(key: str, asked: Iterable[str], known: Iterable[str]) -> None:
+    known = list(dict.fromkeys(known))
+    for name in asked:
+        if not any(name == k or (key == "shapes" and fnmatchcase(k, name)) for k in known):
+            raise ConfigError(f"{key}: unknown {name!r}; known: {', '.join(known)}")
+
+
+def device_of(config: KernelBenchConfig) -> str:
+    """cuda or cpu. Raises ConfigError for a GPU that isn't there, or for tuning without one."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if config.device == "cuda" and not there:
+        raise ConfigError("device=cuda: PyTorch finds no GPU; `python -m grbench.doctor` says why; allowed here: cpu")
+    device = "cuda" if there and config.device != "cpu" else "cpu"
+    if config.tune and device == "cpu":
+        raise ConfigError("tune=true: launch configurations are tuned on a GPU; allowed here: tune=false")
+    return device

@@ -1,0 +1,159 @@
+"""What a job leaves behind: results.json, a roofline a family, and the tables at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grbench.kernelbench.bench import ALL_SHAPES, Row
+from grbench.kernelbench.timing import Ceilings
+from grbench.records import Status
+from grbench.report.cells import MISSING, figure
+from grbench.report.plots import COLOURS, GREY, Plot
+from grbench.report.table import STYLES
+
+RESULTS = "results.json"
+SCHEMA_VERSION = 1
+COLUMNS = {  # heading: (metric, factor)
+    "ms": ("latency_ms/p50", 1),
+    "p10": ("latency_ms/p10", 1),
+    "p90": ("latency_ms/p90", 1),
+    "TFLOP/s": ("tflops", 1),
+    "TB/s": ("tbps", 1),
+    "matmul\n%": ("matmul_share", 100),
+    "copy\n%": ("copy_share", 100),
+    "roof\n%": ("roofline_share", 100),
+    "x torch": ("speedup_torch", 1),
+    "x peer": ("speedup_peer", 1),
+    "error": ("error", 1),
+    "allowed": ("error_allowed", 1),
+    "cold\ns": ("cold_start_s", 1),
+}
+MARKERS = "osD^vPX*"
+
+
+def save(folder: Path, facts: dict[str, Any], rows: Sequence[Row]) -> Path:
+    """Write results.json whole or not at all; an earlier one, with fewer rows, is replaced."""
+    path, new = folder / RESULTS, folder / f".{RESULTS}.new"
+    content = {"schema_version": SCHEMA_VERSION, **facts, "rows": [dataclasses.asdict(row) for row in rows]}
+    folder.mkdir(parents=True, exist_ok=True)
+    new.write_text(json.dumps(_finite(content), indent=1) + "\n")
+    new.replace(path)
+    return path
+
+
+def line(row: Row) -> str:
+    """A finished row in one line."""
+    name = f"  {row.variant}" if row.shape != ALL_SHAPES else f"{row.family} {row.variant}"
+    if not row.ok:
+        return f"{name}: {row.status}: {row.reason}"
+    m = row.metrics
+    return (
+        f"{name}: {figure(m['latency_ms/p50'])} ms  {figure(m['tflops'])} TFLOP/s  {figure(m['tbps'])} TB/s  "
+        f"{100 * m['roofline_share']:.0f}% of the roofline  error {m['error']:.1e} of {m['error_allowed']:.1e}"
+    )
+
+
+def print_tables(console: Console, rows: Sequence[Row]) -> None:
+    """A table a family of all that ran, then why the rest failed or can't run; piped, nothing is cut or wrapped."""
+    if not console.is_terminal:
+        console = Console(file=console.file, width=1000, color_system=None)
+    dtypes = {row.dtype for row in rows}
+    for family in dict.fromkeys(row.family for row in rows):
+        table = Table(
+            box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, title=family, title_justify="left"
+        )
+        for heading in ("shape", *(["dtype"] if len(dtypes) > 1 else []), "variant", "status"):
+            table.add_column(heading, no_wrap=True)
+        for heading in COLUMNS:
+            table.add_column(heading, justify="right", no_wrap=True)
+        place = None
+        for row in [r for r in rows if r.family == family and r.status is not Status.UNAVAILABLE]:
+            if place not in (None, (row.shape, row.dtype)):
+                table.add_section()
+            first, place = place != (row.shape, row.dtype), (row.shape, row.dtype)
+            cells = [figure(None if (x := row.metrics.get(m)) is None else f * x) for m, f in COLUMNS.values()]
+            table.add_row(
+                row.shape if first else "",
+                *([row.dtype] if len(dtypes) > 1 else []),
+                row.variant,
+                Text(row.status, style=STYLES.get(row.status, "red")),
+                *(cells if any(c != MISSING for c in cells) else [""] * len(cells)),
+            )
+        if table.row_count:
+            console.print(table)
+    for words, style in _reasons(rows):
+        console.print(Text(words, style=style), soft_wrap=True)
+
+
+def _reasons(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    """Why rows are not OK, each reason once with all that it holds for; and the colour of its line."""
+    found: dict[tuple[Status, str, str], list[Row]] = {}
+    for row in rows:
+        if not row.ok:
+            found.setdefault((row.status, row.family, row.reason or ""), []).append(row)
+    for (status, family, reason), those in found.items():
+        variants, shapes = (
+            ", ".join(dict.fromkeys(names)) for names in zip(*((r.variant, r.shape) for r in those), strict=True)
+        )
+        where = "" if shapes == ALL_SHAPES else f" at {shapes}"
+        yield f"{status} {family} {variants}{where}: {reason}", STYLES.get(status, "red")
+
+
+def plot_roofline(family: str, rows: Sequence[Row], roofs: Ceilings, path: Path) -> Path | None:
+    """Arithmetic intensity against achieved TFLOP/s under the two ceilings, a marker a variant; a point a shape.
+
+    None, and no file, where no row of the family is OK or none computes anything.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
+
+    drawn = [row for row in rows if row.family == family and row.ok and row.flops and row.bytes]
+    if not drawn:
+        return None
+    picture = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = picture.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    ridge = roofs.tflops / roofs.tbps
+    intensities = [row.flops / row.bytes for row in drawn if row.flops and row.bytes]
+    low, high = min(*intensities, ridge) / 3, max(*intensities, ridge) * 3
+    roof = f"matmul {figure(roofs.tflops)} TFLOP/s,\ncopy {figure(roofs.tbps)} TB/s"
+    axes.plot([low, ridge, high], [low * roofs.tbps, roofs.tflops, roofs.tflops], color=GREY, lw=1.5, label=roof)
+    for i, variant in enumerate(dict.fromkeys(row.variant for row in drawn)):
+        points = [row for row in drawn if row.variant == variant]
+        axes.plot(
+            [row.flops / row.bytes for row in points if row.flops and row.bytes],
+            [row.metrics["tflops"] for row in points],
+            MARKERS[i % len(MARKERS)],
+            color=COLOURS[i % len(COLOURS)],
+            label=variant,
+            alpha=0.85,
+        )
+    for axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        set_scale("log")
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_ylim(min(row.metrics["tflops"] for row in drawn) / 3, roofs.tflops * 2)
+    axes.set_xlabel("arithmetic intensity, FLOP/byte (log)")
+    axes.set_ylabel("achieved TFLOP/s (log)")
+    axes.set_title(f"{family}, {roofs.dtype}")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(Plot(picture).png())
+    return path
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: a number that is none becomes null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value

@@ -1,0 +1,174 @@
+"""A stack of HSTU layers as one more family of the benchmark: what the operators are worth together.
+
+Its variants are the choices of the `kernel` group, each eager and as a CUDA graph. What is timed is the layers
+alone, from embedded tokens to the last layer's output; weights and inputs are random.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from grbench.compose import CONFIG_DIR
+from grengines.hstu.config import HSTUConfig
+from grengines.hstu.model import HSTULayer
+from grkernels import registry
+from grkernels.hstu_attention import spec
+from grkernels.operators import Operators
+from grkernels.variant import Cost
+
+FAMILY = "hstu_stack"
+VARIANTS = tuple(name + graph for name in ("torch", "compile", "triton", "cutlass") for graph in ("", "+graph"))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B users of `history` events and `targets` candidates each, through `layers` layers; 5 of dlrm_v3's width."""
+
+    batch: int
+    history: int
+    targets: int
+    layers: int = 5
+    embedding_dim: int = 512
+    heads: int = 4
+    qk_dim: int = 128
+    v_dim: int = 128
+
+    @property
+    def length(self) -> int:
+        return self.history + self.targets
+
+
+SHAPES = {
+    "5x512_b1_1024+256": Shape(1, 1024, 256),
+    "5x512_b32_1024+2048": Shape(32, 1024, 2048),
+    "8x1024_4x256_b8_4096+256": Shape(8, 4096, 256, 8, 1024, 4, 256, 256),
+    "tiny": Shape(2, 24, 8, 2, 32, 2, 16, 16),
+}
+
+
+def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
+    """x [L, E], the layers' weights, and the batch's lengths."""
+    generator = torch.Generator(device).manual_seed(seed)
+    config = HSTUConfig(
+        layers=shape.layers,
+        embedding_dim=shape.embedding_dim,
+        heads=shape.heads,
+        qk_dim=shape.qk_dim,
+        v_dim=shape.v_dim,
+    )
+    with torch.device(device):
+        layers = nn.ModuleList(HSTULayer(config) for _ in range(shape.layers)).requires_grad_(False)
+    for name, p in layers.named_parameters():
+        # As HSTURanker initialises them: scores of order 1, and a gate that matters.
+        fan_in = p.shape[-1] / 3 if name.endswith("out.weight") else p.shape[-1]
+        mean, std = (0.0, fan_in**-0.5) if p.dim() == 2 else (float(name.endswith("norm.weight")), 0.1)
+        p.normal_(mean, std, generator=generator)
+    offsets = torch.arange(shape.batch + 1, device=device, dtype=torch.int64) * shape.length
+    return {
+        "x": torch.randn(
+            shape.batch * shape.length, shape.embedding_dim, generator=generator, device=device, dtype=dtype
+        ),
+        "layers": layers.to(dtype),
+        "offsets": offsets,
+        "num_targets": torch.full((shape.batch,), shape.targets, device=device, dtype=torch.int64),
+        "length": shape.length,
+    }
+
+
+def cost(shape: Shape, dtype: str) -> Cost:
+    """Mask-exact FLOPs of products and attention. Bytes: x once in and out of each layer, and the weights."""
+    tokens, E = shape.batch * shape.length, shape.embedding_dim
+    values, keys = shape.heads * shape.v_dim, shape.heads * shape.qk_dim
+    weights = E * (2 * values + 2 * keys) + 3 * values * E
+    pairs = shape.batch * spec.visible_pairs(shape.length, shape.targets)
+    flops = 2 * tokens * weights + spec.flops(pairs, shape.heads, shape.qk_dim, shape.v_dim)
+    return Cost(shape.layers * flops, shape.layers * (weights + 2 * tokens * E) * spec.BYTES[dtype])
+
+
+def supports_args(shape: Shape) -> dict[str, int]:
+    return {"E": shape.embedding_dim, "heads": shape.heads, "qk_dim": shape.qk_dim, "v_dim": shape.v_dim}
+
+
+def reference(*, x: Tensor, layers: nn.Module, **lengths: Any) -> Tensor:
+    """The layers in fp32, by the operators' references."""
+    return _run(Operators.reference(), x.float(), copy.deepcopy(layers).float(), **lengths)
+
+
+def plain(**given: Any) -> Tensor:
+    """The layers in plain PyTorch, in the inputs' dtype."""
+    return _run(Operators.plain(), **given)
+
+
+def operators(variant: str) -> dict[str, str]:
+    """The variant of each family that conf/kernel/<variant>.yaml names."""
+    stated = OmegaConf.to_container(OmegaConf.load(Path(CONFIG_DIR) / "kernel" / f"{variant.partition('+')[0]}.yaml"))
+    assert isinstance(stated, dict)
+    return {family: str(stated[family]) for family in registry.FAMILIES}
+
+
+def refusal(variant: str, *, device: str, dtype: str, E: int, heads: int, qk_dim: int, v_dim: int) -> str | None:
+    """None, or why the variant can't run here."""
+    if "+graph" in variant and device != "cuda":
+        return "CUDA graphs need an NVIDIA GPU"
+    dims = {
+        "hstu_attention": {"qk_dim": qk_dim, "v_dim": v_dim},
+        "norm_gate": {"width": heads * v_dim},
+        "layer_norm": {"width": E},
+    }
+    names = operators(variant)
+    refusals = (registry.refusal(f, names[f], device=device, dtype=dtype, **sizes) for f, sizes in dims.items())
+    return next((r for r in refusals if r), None)
+
+
+def bind(variant: str, **given: Any) -> Callable[[], Tensor]:
+    """The call that is timed: the layers, or one replay of their graph."""
+    kernels = Operators.of(operators(variant))
+
+    def call() -> Tensor:
+        return _run(kernels, **given)
+
+    if not variant.endswith("+graph"):
+        return call
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels compile and libraries set themselves up here, outside the capture
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+@torch.inference_mode()
+def _run(kernels: Operators, x: Tensor, layers: nn.Module, offsets: Tensor, num_targets: Tensor, length: int) -> Tensor:
+    for layer in layers.children():
+        assert isinstance(layer, HSTULayer)
+        u, q, k, v = layer.project(x, kernels)
+        a = kernels.hstu_attention(
+            q,
+            k,
+            v,
+            q_offsets=offsets,
+            kv_offsets=offsets,
+            num_targets=num_targets,
+            max_q_len=length,
+            max_kv_len=length,
+            scaling_seqlen=1024,
+            alpha=layer.qk_dim**-0.5,
+        )
+        x = layer.combine(x, u, a, kernels)
+    return x

@@ -1,0 +1,155 @@
+"""How long calls take, measured turn and turn about, and what the device can do at best.
+
+On a GPU the clock is the device's own (events), and the host must never be the bottleneck: every repetition is
+enqueued without waiting, and before each the second-level cache is overwritten, as often as the host needs to
+enqueue the call's kernels. So the kernels lie ready behind one another when the device gets to them, and none
+finds its inputs in the cache, as in a model whose layers overwrite it. On a CPU nothing is flushed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+Call = Callable[[], Any]
+
+MAX_ROUNDS = 1000
+MAX_FLUSHES = 200
+HOST_MARGIN = 1.5  # flushes last so many times what the host needs to enqueue a call
+
+
+@dataclass
+class Times:
+    """Milliseconds of each repetition by name, and the calls that failed on the way."""
+
+    ms: dict[str, list[float]] = field(default_factory=dict)
+    failed: dict[str, Exception] = field(default_factory=dict)
+
+
+def interleaved(
+    calls: Mapping[str, Sequence[Call]], device: str, *, repeats: int, min_time_s: float, seed: int = 0
+) -> Times:
+    """Time calls that have run before: each round runs every name once, in a new order, on the next of its calls.
+
+    Rounds: at least `repeats`, and more (at most 1000) while they fit into `min_time_s` seconds.
+    """
+    run = _on_gpu if device == "cuda" else _on_cpu
+    return run(calls, repeats, min_time_s, np.random.default_rng(seed))
+
+
+def median_ms(call: Call, device: str, repeats: int = 10) -> float:
+    """Median milliseconds of one call that has run before. Raises what the call raises."""
+    times = interleaved({"call": [call]}, device, repeats=repeats, min_time_s=0.01)
+    for error in times.failed.values():
+        raise error
+    return float(np.median(times.ms["call"]))
+
+
+def _on_gpu(calls: Mapping[str, Sequence[Call]], repeats: int, min_time_s: float, rng: np.random.Generator) -> Times:
+    times = Times()
+    scratch = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
+    flush_s = _host_and_total(scratch.zero_)[1]
+    flushes, round_s = {}, 0.0
+    for name, (call, *_) in calls.items():
+        host, total = _host_and_total(call)
+        flushes[name] = min(1 + math.ceil(HOST_MARGIN * host / flush_s), MAX_FLUSHES)
+        round_s += total + flushes[name] * flush_s
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for i in range(_rounds(repeats, min_time_s, round_s)):
+        for name in _order(calls, times, rng):
+            for _ in range(flushes[name]):
+                scratch.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            try:
+                calls[name][i % len(calls[name])]()
+            except Exception as e:
+                times.failed[name] = e
+                continue
+            end.record()
+            events[name].append((begin, end))
+    torch.cuda.synchronize()
+    times.ms = {name: [begin.elapsed_time(end) for begin, end in pairs] for name, pairs in events.items()}
+    return times
+
+
+def _host_and_total(call: Call) -> tuple[float, float]:
+    """Seconds that the host needs to enqueue the call, and until the device is done: the least of three."""
+    host = total = math.inf
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        host = min(host, time.perf_counter() - begin)
+        torch.cuda.synchronize()
+        total = min(total, time.perf_counter() - begin)
+    return host, total
+
+
+def _on_cpu(calls: Mapping[str, Sequence[Call]], repeats: int, min_time_s: float, rng: np.random.Generator) -> Times:
+    times = Times({name: [] for name in calls})
+    begun, done, rounds = time.perf_counter(), 0, repeats
+    while done < rounds:
+        for name in _order(calls, times, rng):
+            begin = time.perf_counter()
+            try:
+                calls[name][done % len(calls[name])]()
+            except Exception as e:
+                times.failed[name] = e
+                continue
+            times.ms[name].append(1e3 * (time.perf_counter() - begin))
+        done += 1
+        rounds = _rounds(repeats, min_time_s, (time.perf_counter() - begun) / done)
+    return times
+
+
+def _rounds(repeats: int, min_time_s: float, round_s: float) -> int:
+    return min(max(repeats, int(min_time_s / round_s)), max(MAX_ROUNDS, repeats))
+
+
+def _order(calls: Mapping[str, Sequence[Call]], times: Times, rng: np.random.Generator) -> list[str]:
+    """A new order each round: none always runs after the same neighbour, whose heat and traces it would get."""
+    alive = [name for name in calls if name not in times.failed]
+    return [alive[i] for i in rng.permutation(len(alive))]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reaches in this process, in this dtype: the two roofs of the roofline."""
+
+    tflops: float  # of a large square matrix product
+    tbps: float  # of a large copy; bytes read and bytes written both count
+    matmul_size: int
+    copy_bytes: int
+    dtype: str
+
+    def floor_s(self, flops: int, bytes_: int) -> float:
+        """Seconds below which no implementation can stay."""
+        return max(flops / (self.tflops * 1e12), bytes_ / (self.tbps * 1e12))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@cache
+def ceilings(device: str, dtype: str, torch_dtype: torch.dtype) -> Ceilings:
+    """Measure the ceilings, once a process. fp32 products are exact: TF32 stays off, as in the variants."""
+    n, size = (8192, 2 * 2**30) if device == "cuda" else (1024, 256 * 2**20)
+    a, b = (torch.randn(n, n, device=device, dtype=torch_dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    source, target = (torch.ones(size, dtype=torch.int8, device=device) for _ in range(2))
+    calls = {"matmul": lambda: torch.mm(a, b, out=product), "copy": lambda: target.copy_(source)}
+    for call in calls.values():
+        call()
+    times = interleaved({k: [c] for k, c in calls.items()}, device, repeats=20, min_time_s=0.3)
+    for error in times.failed.values():
+        raise error
+    seconds = {name: float(np.median(ms)) / 1e3 for name, ms in times.ms.items()}
+    return Ceilings(2 * n**3 / seconds["matmul"] / 1e12, 2 * size / seconds["copy"] / 1e12, n, size, dtype)
