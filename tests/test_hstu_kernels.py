@@ -244,6 +244,12 @@ def test_on_a_gpu(name: str, dtype: torch.dtype, sizes: tuple[int, int]) -> None
 
 
 @pytest.mark.gpu
+def test_compiled_on_a_gpu() -> None:
+    fn = registry.get("hstu_attention", "compile").fn
+    check(fn, Case([300, 1, 0, 77], [20, 1, 0, 0], qk_dim=64, v_dim=32).build(torch.bfloat16, device="cuda"))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["triton", "cutlass"])
 def test_one_long_sequence_beside_many_short_ones(name: str) -> None:
     lengths = [300] * 40 + [16384] + [1, 0] * 20

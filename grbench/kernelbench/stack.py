@@ -155,6 +155,7 @@ def bind(variant: str, **given: Any) -> Callable[[], Tensor]:
 
 @torch.inference_mode()
 def _run(kernels: Operators, x: Tensor, layers: nn.Module, offsets: Tensor, num_targets: Tensor, length: int) -> Tensor:
+    x = x.clone()  # the layers work in place
     for layer in layers.children():
         assert isinstance(layer, HSTULayer)
         u, q, k, v = layer.project(x, kernels)

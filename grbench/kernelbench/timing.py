@@ -1,9 +1,10 @@
 """How long calls take, measured turn and turn about, and what the device can do at best.
 
 On a GPU the clock is the device's own (events), and the host must never be the bottleneck: every repetition is
-enqueued without waiting, and before each the second-level cache is overwritten, as often as the host needs to
-enqueue the call's kernels. So the kernels lie ready behind one another when the device gets to them, and none
-finds its inputs in the cache, as in a model whose layers overwrite it. On a CPU nothing is flushed.
+enqueued without waiting, and before each the second-level cache is overwritten and the device kept busy for as
+long as the host needs to enqueue the call's kernels. So the kernels lie ready behind one another when the device
+gets to them, and none finds its inputs in the cache, as in a model whose layers overwrite it. On a CPU nothing is
+flushed.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import torch
 Call = Callable[[], Any]
 
 MAX_ROUNDS = 1000
-MAX_FLUSHES = 200
-HOST_MARGIN = 1.5  # flushes last so many times what the host needs to enqueue a call
+HOST_MARGIN = 2.0  # the device is kept busy for so many times what the host needs to enqueue a call,
+EVENTS_S = 1e-4  # and for this long beside, in which the events are enqueued
+CYCLES_A_SECOND = 2.0e9  # of a GPU at its fastest: it is busy for at least as long as asked
 
 
 @dataclass
@@ -55,17 +57,16 @@ def median_ms(call: Call, device: str, repeats: int = 10) -> float:
 def _on_gpu(calls: Mapping[str, Sequence[Call]], repeats: int, min_time_s: float, rng: np.random.Generator) -> Times:
     times = Times()
     scratch = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
-    flush_s = _host_and_total(scratch.zero_)[1]
-    flushes, round_s = {}, 0.0
+    busy, round_s = {}, 0.0
     for name, (call, *_) in calls.items():
         host, total = _host_and_total(call)
-        flushes[name] = min(1 + math.ceil(HOST_MARGIN * host / flush_s), MAX_FLUSHES)
-        round_s += total + flushes[name] * flush_s
+        busy[name] = HOST_MARGIN * host + EVENTS_S
+        round_s += total + busy[name]
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for i in range(_rounds(repeats, min_time_s, round_s)):
         for name in _order(calls, times, rng):
-            for _ in range(flushes[name]):
-                scratch.zero_()
+            scratch.zero_()
+            torch.cuda._sleep(int(busy[name] * CYCLES_A_SECOND))
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any
 
@@ -172,10 +173,15 @@ def _compiled(
 def compile_kernel(kernel: Attention, options: str = "") -> Any:
     """Compile for the GPU here, or without one for that of the environment variable CUTE_DSL_ARCH (sm_90a)."""
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own advice to its caller, such as which loops to unroll
+        return _compile(kernel, options)
+
+
+def _compile(kernel: Attention, options: str) -> Any:
     def pointer(dtype: Any) -> Any:
-        return make_ptr(
-            dtype, 0, cute.AddressSpace.gmem, assumed_align=16 if dtype is kernel.dtype else dtype.width // 8
-        )
+        align = 16 if dtype is kernel.dtype else dtype.width // 8
+        return make_ptr(dtype, 0, cute.AddressSpace.gmem, assumed_align=align)
 
     return cute.compile(
         kernel.launch,

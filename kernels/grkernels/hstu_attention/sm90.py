@@ -22,6 +22,7 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64, cute, pipeline
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cutlass_dsl import T, dsl_user_op, select_
+from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 PRODUCER_THREADS = 128
@@ -210,7 +211,7 @@ class Attention:
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sk_layout)], 1024]
             v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(sv_layout)], 1024]
 
-        shared = cutlass.utils.SmemAllocator().allocate(Shared)
+        shared = SmemAllocator().allocate(Shared)
         producer = pipeline.CooperativeGroup(pipeline.Agent.Thread)
         consumers = pipeline.CooperativeGroup(pipeline.Agent.Thread, t.m // 16)  # one arrival a warp
         q_pipe, k_pipe, v_pipe = (

@@ -88,7 +88,8 @@ def hstu_attention(
 
     # Back to the jagged stream: for each of its rows, which sequence and which row of it.
     stream = torch.arange(q.shape[0], device=q.device)
-    sequence = torch.searchsorted(q_offsets[1:], stream, right=True).clamp(max=batch - 1)
+    # Searched among all offsets, not q_offsets[1:]: compiled for a GPU, a view's first element is overlooked.
+    sequence = (torch.searchsorted(q_offsets, stream, right=True) - 1).clamp(max=batch - 1)
     row = (stream - q_offsets[sequence]).clamp(max=max_q_len - 1)
     beyond = (stream >= q_offsets[-1])[:, None, None]
     return padded[:, sequence, row].transpose(0, 1).masked_fill(beyond, 0.0)

@@ -25,7 +25,8 @@ def jagged_concat(first: Tensor, second: Tensor, *, first_offsets: Tensor, secon
 def sequence_of(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """For each of `rows` rows of a stream: its index, its sequence (any for padding), whether it is in one."""
     row = torch.arange(rows, device=offsets.device)
-    sequence = torch.searchsorted(offsets[1:], row, right=True).clamp(max=offsets.shape[0] - 2)
+    # Of all offsets, not of offsets[1:]: compiled for a GPU, a search in a view begins at the whole tensor.
+    sequence = (torch.searchsorted(offsets, row, right=True) - 1).clamp(max=offsets.shape[0] - 2)
     return row, sequence, row < offsets[-1]
 
 
