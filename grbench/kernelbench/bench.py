@@ -148,6 +148,7 @@ class Bench:
         return contenders, unusable
 
     def _shape(self, family: Family, name: str, contenders: list[Contender], rows: list[Row]) -> None:
+        torch.compiler.reset()  # else it would compile later shapes for any size, and after some of them give up
         bench, shape = family.bench, family.bench.SHAPES[name]
         cost: Cost = bench.cost(shape, self._config.dtype)
         for row in rows:

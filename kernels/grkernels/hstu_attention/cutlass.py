@@ -27,13 +27,18 @@ BARRIER_BYTES = 1024  # at most: barriers, then alignment
 
 CANDIDATES = [
     {"m": m, "n": n, "stages": stages, "take_turns": turns, "dynamic": dynamic}
-    for m, n, stages in ((128, 128, 2), (128, 112, 2), (128, 96, 3), (128, 80, 2), (128, 64, 2), (128, 64, 3))
-    for turns in (0, 1)
-    for dynamic in (0, 1)
-] + [
-    {"m": 64, "n": n, "stages": stages, "take_turns": 0, "dynamic": dynamic}
-    for n, stages in ((128, 2), (96, 3), (80, 2), (64, 2), (64, 3))
-    for dynamic in (0, 1)
+    for m, n, stages, turns in (
+        (128, 128, 2, 0),
+        (128, 128, 2, 1),
+        (128, 96, 3, 1),
+        (128, 80, 2, 0),
+        (128, 64, 3, 1),
+        (128, 64, 2, 0),
+        (64, 128, 2, 0),
+        (64, 64, 3, 0),
+        (64, 64, 2, 0),
+    )
+    for dynamic in ((0, 1) if m == 128 else (0,))
 ]
 
 

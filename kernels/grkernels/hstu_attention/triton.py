@@ -19,9 +19,14 @@ from grkernels.variant import KernelVariant
 
 CANDIDATES = [
     {"m": m, "n": n, "warps": warps, "stages": stages}
-    for m, warps in ((16, 4), (64, 4), (128, 4), (128, 8))
-    for n in (32, 64, 128)
-    for stages in (2, 3, 4)
+    for m, n, warps, stages in (
+        (16, 64, 4, 3),
+        (64, 32, 4, 3),
+        (64, 64, 4, 3),
+        (128, 32, 8, 3),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+    )
 ]
 
 

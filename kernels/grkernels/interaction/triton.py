@@ -24,9 +24,17 @@ MAX_FEATURES = 128  # a sample's products must fit the registers of one program
 # rows: of a tile of products (a sample of more features takes them all); programs: an SM's.
 CANDIDATES = [
     {"rows": rows, "warps": warps, "stages": stages, "programs": programs}
-    for rows, warps, each in ((32, 1, (8, 12)), (32, 2, (4, 8)), (64, 4, (3, 4)), (128, 4, (1, 2)), (128, 8, (1, 2)))
-    for stages in (2, 3, 4)
-    for programs in each
+    for rows, warps, stages, programs in (
+        (32, 1, 2, 12),
+        (32, 1, 3, 8),
+        (32, 1, 3, 12),
+        (32, 1, 4, 8),
+        (32, 2, 3, 4),
+        (32, 2, 3, 8),
+        (64, 4, 3, 3),
+        (64, 4, 4, 4),
+        (128, 8, 3, 2),
+    )
 ]
 
 

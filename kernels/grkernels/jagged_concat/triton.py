@@ -12,9 +12,16 @@ from grkernels.variant import KernelVariant
 
 CANDIDATES = [
     {"rows": rows, "block_w": block_w, "warps": warps}
-    for rows in (1, 2, 4, 8)
-    for block_w in (256, 512, 1024)
-    for warps in (1, 2, 4)
+    for rows, block_w, warps in (
+        (1, 512, 1),
+        (1, 1024, 2),
+        (2, 512, 2),
+        (2, 1024, 4),
+        (4, 512, 4),
+        (4, 1024, 4),
+        (8, 256, 4),
+        (8, 512, 4),
+    )
 ]
 
 

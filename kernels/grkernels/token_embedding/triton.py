@@ -13,9 +13,16 @@ from grkernels.variant import KernelVariant
 
 CANDIDATES = [
     {"rows": rows, "block_e": block_e, "warps": warps}
-    for rows in (1, 2, 4, 8, 16)
-    for block_e in (256, 512, 1024)
-    for warps in (1, 2, 4, 8)
+    for rows, block_e, warps in (
+        (1, 512, 1),
+        (1, 512, 2),
+        (1, 1024, 2),
+        (2, 512, 2),
+        (4, 512, 4),
+        (4, 1024, 8),
+        (8, 256, 4),
+        (8, 512, 8),
+    )
 ]
 
 
