@@ -39,6 +39,7 @@ SHAPES = {
     "4x128_b4_s16384": Shape(4, 16384),
     "4x128_b16_s1024": Shape(16, 1024),
     "4x128_b32_1024+2048": Shape(32, 1024, 2048),
+    "4x128_b32_s3072": Shape(32, 3072),  # the same tokens as above: what a kernel that skips no target tile does
     "4x128_b1_1024+256": Shape(1, 1024, 256),
     "4x256_b32_s4096": Shape(32, 4096, qk_dim=256, v_dim=256),
     "4x256_b16_s1024": Shape(16, 1024, qk_dim=256, v_dim=256),

@@ -25,14 +25,17 @@ MAX_FEATURES = 128  # a sample's products must fit the registers of one program
 CANDIDATES = [
     {"rows": rows, "warps": warps, "stages": stages, "programs": programs}
     for rows, warps, stages, programs in (
-        (32, 1, 2, 12),
         (32, 1, 3, 8),
-        (32, 1, 3, 12),
-        (32, 1, 4, 8),
-        (32, 2, 3, 4),
+        (32, 1, 3, 9),
+        (32, 1, 2, 13),
         (32, 2, 3, 8),
-        (64, 4, 3, 3),
-        (64, 4, 4, 4),
+        (32, 2, 3, 9),
+        (32, 2, 2, 13),
+        (32, 4, 3, 9),
+        (64, 2, 3, 4),
+        (64, 4, 3, 4),
+        (64, 4, 2, 6),
+        (64, 8, 3, 4),
         (128, 8, 3, 2),
     )
 ]
