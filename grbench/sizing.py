@@ -49,7 +49,8 @@ def flops(model: HSTUConfig, history: int, candidates: int, cached: int = 0) -> 
     pairs = visible_pairs(tokens, candidates, model.contextual_seq_len, model.max_attn_len, delta=new)
     widths = 2 * model.heads * (model.qk_dim + model.v_dim) + 3 * model.heads * model.v_dim
     linear = 2 * new * model.embedding_dim * widths
-    head = 2 * candidates * model.head_dim * (model.embedding_dim + len(model.tasks))
+    inputs = model.embedding_dim + model.interactions
+    head = 2 * candidates * (model.head_dim * (inputs + len(model.tasks)) + model.interactions * model.embedding_dim)
     return float(model.layers * (linear + attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)) + head)
 
 

@@ -41,7 +41,8 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
     assert counts["layers"] == model.layers * layer
     tables = 1000 + 3 + 1 + model.max_positions + model.time_buckets
     assert counts["tables"] == tables * e
-    assert counts["head"] == 2 * e + (e + 1) * model.head_dim + (model.head_dim + 1) * 3
+    inputs = e + (6 if name == "dlrm_v3" else 0)  # its head sees 6 dot products of a candidate's 4 vectors
+    assert counts["head"] == 2 * e + (inputs + 1) * model.head_dim + (model.head_dim + 1) * 3
 
 
 def test_the_models_have_the_sizes_their_names_promise() -> None:
@@ -60,6 +61,8 @@ def test_flops_of_a_case_counted_by_hand() -> None:
     # All of the history cached: only the candidates' rows are left.
     layer = 2 * 2 * 8 * (2 * 2 * (4 + 6)) + 2 * 2 * (3 * 2 * 6) * 8 + 2 * 10 * 2 * (4 + 6)
     assert flops(model, 4, 2, cached=4) == 3 * layer + head
+    model.interaction = True  # of each candidate 6 products of 8 numbers, and 6 more inputs of 5 hidden units
+    assert flops(model, 4, 2, cached=4) == 3 * layer + head + 2 * 2 * (6 * 8 + 6 * 5)
     assert kv_bytes(model, 4, "bf16") == 3 * 4 * 2 * (4 + 6) * 2
 
 
@@ -67,7 +70,7 @@ def test_sizing_prints_and_refuses(grbench: Grbench) -> None:
     done = grbench("model=dlrm_v3", "workload=synthetic_long", module="grbench.sizing")
     assert done.returncode == 0, done.stderr
     assert "dlrm_v3: " in done.stdout
-    assert re.search(r"16384 +2048 +2,057\.400", done.stdout)
+    assert re.search(r"16384 +2048 +2,057\.426", done.stdout)
     refused = grbench("model=nope", module="grbench.sizing")
     assert refused.returncode == 2
     assert "Available options in 'model'" in refused.stderr

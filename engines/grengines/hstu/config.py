@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from grengines.options import option
 
+INTERACTING = 4  # a candidate's vectors that interact: encoded, item, position, time
+
 
 @dataclass
 class HSTUConfig:
@@ -28,6 +30,11 @@ class HSTUConfig:
     interaction: bool = False  # the head also sees the dot products of a candidate's vectors (DLRM)
     tasks: list[str] = option(["engagement", "retention", "monetisation"])
     weights: str | None = None  # safetensors file; null: random weights from the run's seed
+
+    @property
+    def interactions(self) -> int:
+        """Dot products that the ranking head sees of each candidate."""
+        return INTERACTING * (INTERACTING - 1) // 2 if self.interaction else 0
 
 
 @dataclass

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from grengines.api import Catalogue, Float32Array, RankResult, Request, UnavailableError
 from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack
-from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
+from grengines.hstu.config import INTERACTING, HSTUConfig, HSTUEngineConfig
 from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
-from grengines.hstu.model import INTERACTING, HSTURanker
+from grengines.hstu.model import HSTURanker
 from grkernels import registry as kernel_registry
 from grkernels import tuning
 from grkernels.operators import Operators

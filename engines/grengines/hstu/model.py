@@ -22,7 +22,6 @@ from grengines.hstu.config import HSTUConfig
 from grkernels.operators import Operators
 
 EPS = 1e-6
-INTERACTING = 4  # a candidate's vectors that interact: encoded, item, position, time
 
 
 @dataclass
@@ -82,8 +81,7 @@ class HSTURanker(nn.Module):
         self.time_table = nn.Parameter(torch.empty(config.time_buckets, E))
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(E, EPS)
-        pairs = INTERACTING * (INTERACTING - 1) // 2 if config.interaction else 0
-        self.head_hidden = nn.Linear(E + pairs, config.head_dim)
+        self.head_hidden = nn.Linear(E + config.interactions, config.head_dim)
         self.head_out = nn.Linear(config.head_dim, len(config.tasks))
 
     @classmethod

@@ -19,7 +19,8 @@ from grkernels.interaction.reference import interaction as reference
 from grkernels.triton_common import INTERPRET, rounded
 from grkernels.variant import KernelVariant
 
-MAX_FEATURES = 128  # a sample's products must fit the registers of one program
+WHOLE = 128  # features: of so many the products of a sample fit the registers of one program
+BLOCK = 64  # rows of the tiles that a sample of more features is cut into
 
 # rows: of a tile of products (a sample of more features takes them all); programs: an SM's.
 CANDIDATES = [
@@ -83,6 +84,39 @@ def _kernel(
         tl.store(out + sample * WIDTH + place, values, mask=wanted & (sample < B))
 
 
+@triton.jit
+def _tiled_kernel(
+    x: tl.tensor,
+    out: tl.tensor,
+    sample_stride: tl.tensor,
+    feature_stride: tl.tensor,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """One tile of a sample's products; tiles below the diagonal return at once."""
+    sample, row_block, column_block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    if column_block < row_block:
+        return
+    out += sample * (D + F * (F - 1) // 2)
+    x += sample * sample_stride
+    row, column = row_block * BLOCK_F + tl.arange(0, BLOCK_F), column_block * BLOCK_F + tl.arange(0, BLOCK_F)
+    products = tl.zeros([BLOCK_F, BLOCK_F], tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        left = tl.load(x + row[:, None] * feature_stride + d, mask=(row < F)[:, None] & (d < D), other=0.0)
+        right = tl.load(x + column[:, None] * feature_stride + d, mask=(column < F)[:, None] & (d < D), other=0.0)
+        if (row_block == 0) & (column_block == 0):
+            tl.store(out + d + row[:, None] * 0, left, mask=(row == 0)[:, None] & (d < D))
+        if INTERPRET:  # which has no bf16 arithmetic
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        products = tl.dot(left, tl.trans(right), products, input_precision="ieee")
+    i, j = row[:, None], column[None, :]
+    place = D + i * (2 * F - 3 - i) // 2 - 1 + j
+    tl.store(out + place, rounded(products, out.dtype.element_ty), mask=(i < j) & (j < F))
+
+
 def tuning_key(features: int, dim: int) -> str:
     """Samples are many in every use that matters; only the size of one decides."""
     return tuning.key(features=features, dim=dim)
@@ -94,6 +128,11 @@ def interaction(x: Tensor) -> Tensor:
     out = x.new_empty(B, D + F * (F - 1) // 2)
     if B:
         x = x if x.stride(2) == 1 else x.contiguous()
+        block_d = min(max(triton.next_power_of_2(D), 16), 256 // x.element_size())
+        if F > WHOLE:
+            blocks = triton.cdiv(F, BLOCK)
+            _tiled_kernel[B, blocks, blocks](x, out, x.stride(0), x.stride(1), F=F, D=D, BLOCK_F=BLOCK, BLOCK_D=block_d)
+            return out
         block_f = max(triton.next_power_of_2(F), 16)  # 16: the least that tl.dot takes
         default = {"rows": 32, "warps": 1, "stages": 3, "programs": 8}
         if block_f > 32:
@@ -112,18 +151,11 @@ def interaction(x: Tensor) -> Tensor:
             D=D,
             ROWS=rows,
             BLOCK_F=block_f,
-            BLOCK_D=min(max(triton.next_power_of_2(D), 16), 256 // x.element_size()),
+            BLOCK_D=block_d,
             num_warps=config["warps"],
             num_stages=config["stages"],
         )
     return out
 
 
-def supports(*, device: str, dtype: str, features: int, dim: int) -> str | None:
-    """None, or why not: any dim."""
-    if features > MAX_FEATURES:
-        return f"{features} features are over {MAX_FEATURES}"
-    return triton_common.supports(device=device, dtype=dtype)
-
-
-VARIANT = KernelVariant("interaction", "triton", interaction, reference, supports)
+VARIANT = KernelVariant("interaction", "triton", interaction, reference, triton_common.supports)

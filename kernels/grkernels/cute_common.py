@@ -1,0 +1,165 @@
+"""What the CuTe DSL variants of the small families share: element types, compiling, rows in 16-byte vectors, sums."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any, Protocol
+
+import cuda.bindings.driver as cuda
+import cutlass
+import torch
+from cutlass import Float32, Int32, Int64, cute
+from cutlass.cute.runtime import make_ptr
+from torch import Tensor
+
+from grkernels.cute_launch import Launcher
+
+ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16, torch.float32: Float32}
+VECTOR_BYTES = 16  # what a thread loads or stores at once
+WARP = 32
+_LETTERS = {Int32: "i", Int64: "q", Float32: "f"}  # of the module struct
+
+
+class Kernel(Protocol):
+    """Sizes and types that a kernel is compiled for; `launch` takes pointers, then numbers, then the stream."""
+
+    @property
+    def launch(self) -> Any: ...
+
+    @property
+    def pointers(self) -> tuple[Any, ...]:
+        """What each pointer points to; a type of ELEMENTS promises multiples of 16 bytes."""
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """Int32, Int64 or Float32 each."""
+
+
+def compile_kernel(kernel: Kernel, options: str = "") -> Any:
+    """Compile for the GPU here, or without one for that of the environment variable CUTE_DSL_ARCH (sm_90a)."""
+
+    def pointer(dtype: Any) -> Any:
+        align = VECTOR_BYTES if dtype in ELEMENTS.values() else dtype.width // 8
+        return make_ptr(dtype, 0, cute.AddressSpace.gmem, assumed_align=align)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own advice to its caller, such as which loops to unroll
+        return cute.compile(
+            kernel.launch,
+            *map(pointer, kernel.pointers),
+            *(number(1) for number in kernel.numbers),
+            cuda.CUstream(0),
+            options=options,
+        )
+
+
+def launcher(kernel: Kernel) -> Launcher:
+    """Compile for the GPU here; call with addresses, numbers and the stream's address."""
+    letters = "P" * len(kernel.pointers) + "".join(_LETTERS[number] for number in kernel.numbers) + "P"
+    return Launcher(compile_kernel(kernel), letters)
+
+
+def stream(device: torch.device) -> int:
+    """Address of the current stream."""
+    address: int = torch.cuda.current_stream(device).cuda_stream
+    return address
+
+
+@cache
+def processors(device: int) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def vector_rows(x: Tensor) -> Tensor:
+    """[rows, ...] -> [rows, W] whose rows are contiguous and begin at multiples of 16 bytes; a copy only if need be."""
+    x = x.flatten(1)
+    aligned = x.data_ptr() % VECTOR_BYTES == 0 and x.stride(0) * x.element_size() % VECTOR_BYTES == 0
+    return x if aligned and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def supports(*, device: str, dtype: str, width: int, others: str = "torch, compile, triton", **dims: int) -> str | None:
+    """None, or why not: Hopper, and rows that are whole 16-byte vectors."""
+    if dtype not in ("fp32", "fp16", "bf16"):
+        return f"dtype {dtype} is none of fp32, fp16, bf16"
+    if width % 8:
+        return f"width {width} is not a multiple of 8 (others: {others})"
+    if not device.startswith("cuda") or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return f"CuTe DSL kernels need an NVIDIA GPU of compute capability 9.0 (elsewhere: {others})"
+    return None
+
+
+def ahead(pointer: cute.Pointer, offset: Any, step: int) -> cute.Pointer:
+    """pointer + offset, which is a multiple of `step` values, so that the compiler knows how it is aligned.
+
+    Pointer.align also tells it, but rounds the address up at run time.
+    """
+    return pointer + cute.assume(offset, divby=step)
+
+
+# On the device. A row is spread over `threads` threads, a vector each, round by round: what a thread holds of it is a
+# Python list of vectors.
+
+
+def rounds(dtype: Any, width: int, threads: int) -> int:
+    """Vectors of a row that a thread holds."""
+    return -(-width // (threads * vector(dtype)))
+
+
+def vector(dtype: Any) -> int:
+    """Values of one vector."""
+    return VECTOR_BYTES * 8 // int(dtype.width)
+
+
+@cute.jit
+def load_row(row: cute.Pointer, width: cutlass.Constexpr[int], thread: Int32, threads: cutlass.Constexpr[int]) -> Any:
+    """This thread's vectors of a row as register tensors; zeros past its end."""
+    dtype = row.dtype
+    size = vector(dtype)
+    parts = []
+    for i in cutlass.range_constexpr(rounds(dtype, width, threads)):
+        column = (thread + i * threads) * size
+        part = cute.make_rmem_tensor(cute.make_layout(size), dtype)
+        if cutlass.const_expr((i + 1) * threads * size <= width):
+            cute.autovec_copy(_vector_at(row, column), part)
+        else:
+            part.fill(dtype(0))
+            if column < width:
+                cute.autovec_copy(_vector_at(row, column), part)
+        parts.append(part)
+    return parts
+
+
+@cute.jit
+def store_row(
+    parts: Any, row: cute.Pointer, width: cutlass.Constexpr[int], thread: Int32, threads: cutlass.Constexpr[int]
+) -> None:
+    """The inverse of load_row."""
+    size = vector(row.dtype)
+    for i in cutlass.range_constexpr(rounds(row.dtype, width, threads)):
+        column = (thread + i * threads) * size
+        if cutlass.const_expr((i + 1) * threads * size <= width):
+            cute.autovec_copy(parts[i], _vector_at(row, column))
+        else:
+            if column < width:
+                cute.autovec_copy(parts[i], _vector_at(row, column))
+
+
+def _vector_at(row: cute.Pointer, column: Int32) -> cute.Tensor:
+    return cute.make_tensor(ahead(row, column, vector(row.dtype)), cute.make_layout(vector(row.dtype)))
+
+
+def wide(parts: Any) -> list[Any]:
+    """Register tensors -> fp32 values."""
+    return [part.load().to(Float32) for part in parts]
+
+
+def rounded(values: list[Any], dtype: Any) -> list[Any]:
+    """fp32 values -> register tensors, rounded to the nearest and to even."""
+    parts = []
+    for value in values:
+        part = cute.make_rmem_tensor(value.shape, dtype)
+        part.store(value.to(dtype))
+        parts.append(part)
+    return parts
