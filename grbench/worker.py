@@ -119,6 +119,7 @@ def _gate_and_measure(spec: RunSpec, folder: Path, engine: Any, trace: Any, outc
         power = sample_gpu() if outcome.actual["device"] == "cuda" else {}
         # Once more, after all that load: a stale buffer or a corrupted state shows now.
         outcome.gate["error_after"] = gate.check(engine, spec.scenario.max_batch).error
+        outcome.actual = engine.actual()  # by now it has used every launch configuration that it needs
     except GateError as e:
         outcome.gate = e.result.to_dict()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from grbench.workloads.config import (
     WorkloadConfig,
 )
 from grbench.workloads.events import DataError, Events
+from grbench.workloads.synthetic import make_events
 from grbench.workloads.trace import Trace, build_trace, find_visits
 
 INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
@@ -318,6 +320,26 @@ def test_a_seed_gives_one_trace_and_max_requests_its_beginning() -> None:
     assert digest(trace) != digest(build(SMALL, 4))
     first = build(SyntheticConfig(**{**vars(SMALL), "max_requests": 50}), 3)
     assert digest(first) == digest(Trace(trace.catalogue, trace.requests[:50]))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("zipf", [0.0, 1.0, 1.5])
+def test_the_revisit_rate_is_what_was_asked_for(rate: float, zipf: float) -> None:
+    config = dataclasses.replace(SMALL, users=2000, visits=2000, revisit_rate=rate, user_zipf=zipf, min_history=1)
+    events, visits = make_events(config, seed=3)
+    trace = build_trace(events, visits, config, 3, 80.0)
+    seen: set[int] = set()
+    returning = 0
+    for request in trace.requests:
+        returning += request.user_id in seen
+        seen.add(request.user_id)
+    assert len(trace.requests) == 2000
+    assert returning / 2000 == pytest.approx(rate, abs=0.035)  # 3 standard deviations of 2000 draws at 0.5
+    if rate == 0.9 and zipf:  # the first to come are those who come back most
+        counts = np.bincount([r.user_id for r in trace.requests])
+        assert counts.max() > 5 * counts[counts > 0].mean()
+    with pytest.raises(DataError, match=r"workload\.users=3: set it to \d+ or more"):
+        make_events(dataclasses.replace(config, users=3, revisit_rate=0.5), seed=3)
 
 
 def test_synthetic_knobs_do_what_they_say() -> None:

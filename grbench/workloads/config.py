@@ -58,6 +58,7 @@ class SyntheticConfig(WorkloadConfig):
     visits: int = option(2000, ge=1)  # requests of the trace
     item_zipf: float = option(1.0, ge=0, le=4)  # item popularity falls with rank to this power; 0: uniform
     user_zipf: float = option(0.8, ge=0, le=4)  # likewise how often a user visits
+    revisit_rate: float | None = option(None, ge=0, le=1)  # share of visits by users seen before; null: as it comes
     history_median: int = option(128, ge=1)  # of the log-normal history length at a user's first visit
     history_sigma: float = option(0.8, ge=0, le=4)  # its spread, in natural logarithms
     delta_mean: float = option(8.0, ge=0)  # new events between a user's visits, on average

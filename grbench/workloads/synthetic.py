@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grbench.workloads.config import SyntheticConfig
-from grbench.workloads.events import Events
+from grbench.workloads.events import DataError, Events
 from grbench.workloads.trace import Visits
 
 START = 1_700_000_000  # seconds; any fixed time will do
@@ -20,9 +20,14 @@ def make_events(config: SyntheticConfig, seed: int) -> tuple[Events, Visits]:
 
     Each user has a history before the trace starts; at each visit after it they leave a delta of new
     events. Visits arrive as a renewal process with gamma intervals: Poisson for burstiness 0.
+
+    Raises DataError where `revisit_rate` asks for more users than there are.
     """
     rng = np.random.default_rng(seed)
-    visitor = _zipf(rng, config.users, config.user_zipf, config.visits)
+    if config.revisit_rate is None:
+        visitor = _zipf(rng, config.users, config.user_zipf, config.visits)
+    else:
+        visitor = _revisits(rng, config, config.revisit_rate)
     spread = (1 + config.burstiness) / (1 - config.burstiness)  # standard deviation over mean of the intervals
     intervals = rng.gamma(1 / spread**2, spread**2 / config.visits_per_s, config.visits)
     arrivals = np.cumsum(intervals)
@@ -65,6 +70,27 @@ def make_events(config: SyntheticConfig, seed: int) -> tuple[Events, Visits]:
     )
     visit_times = START + np.floor(arrivals).astype(np.int64)
     return events, Visits(starts[len(users) :], ends[len(users) :], visit_times, arrivals)
+
+
+def _revisits(rng: np.random.Generator, config: SyntheticConfig, rate: float) -> npt.NDArray[np.int64]:
+    """The user of each visit: with probability `rate` one seen before, else a new one.
+
+    Of k users seen, the one who came i-th comes back with probability falling as i^-user_zipf (its continuous form).
+    """
+    new = rng.random(config.visits) >= rate
+    new[0] = True
+    seen = np.cumsum(new)
+    if seen[-1] > config.users:
+        raise DataError(
+            f"workload.revisit_rate={rate} makes {seen[-1]} different users of {config.visits} visits; "
+            f"workload.users={config.users}: set it to {seen[-1]} or more"
+        )
+    draw, exponent = rng.random(config.visits), 1.0 - config.user_zipf
+    most = seen + 1.0  # ranks lie in [1, k + 1)
+    logarithmic = abs(exponent) < 1e-9
+    rank = most**draw if logarithmic else (1.0 + draw * (most**exponent - 1.0)) ** (1.0 / exponent)
+    back = np.clip(rank.astype(np.int64), 1, seen) - 1
+    return rng.permutation(config.users)[np.where(new, seen - 1, back)].astype(np.int64)
 
 
 def _zipf(rng: np.random.Generator, count: int, power: float, draws: int) -> npt.NDArray[np.int64]:
