@@ -113,19 +113,25 @@ def vector(dtype: Any) -> int:
 
 
 @cute.jit
-def load_row(row: cute.Pointer, width: cutlass.Constexpr[int], thread: Int32, threads: cutlass.Constexpr[int]) -> Any:
-    """This thread's vectors of a row as register tensors; zeros past its end."""
+def load_row(
+    row: cute.Pointer,
+    width: cutlass.Constexpr[int],
+    thread: Int32,
+    threads: cutlass.Constexpr[int],
+    wanted: Any = True,
+) -> Any:
+    """This thread's vectors of a row as register tensors; zeros past its end, or where it isn't wanted."""
     dtype = row.dtype
     size = vector(dtype)
     parts = []
     for i in cutlass.range_constexpr(rounds(dtype, width, threads)):
         column = (thread + i * threads) * size
         part = cute.make_rmem_tensor(cute.make_layout(size), dtype)
-        if cutlass.const_expr((i + 1) * threads * size <= width):
+        if cutlass.const_expr(wanted is True and (i + 1) * threads * size <= width):
             cute.autovec_copy(_vector_at(row, column), part)
         else:
             part.fill(dtype(0))
-            if column < width:
+            if wanted and column < width:
                 cute.autovec_copy(_vector_at(row, column), part)
         parts.append(part)
     return parts

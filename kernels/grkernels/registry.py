@@ -26,12 +26,12 @@ _NEEDS = {
 # A new variant is one module, grkernels/<family>/<variant>.py with its KernelVariant as VARIANT, and its name here.
 _VARIANTS = {
     "hstu_attention": ("torch", "compile", "triton", "cutlass"),
-    "norm_gate": ("torch", "compile", "triton"),
-    "layer_norm": ("torch", "compile", "triton"),
-    "interaction": ("torch", "compile", "triton"),
-    "jagged_concat": ("torch", "compile", "triton"),
-    "jagged_split": ("torch", "compile", "triton"),
-    "token_embedding": ("torch", "compile", "triton"),
+    "norm_gate": ("torch", "compile", "triton", "cutlass"),
+    "layer_norm": ("torch", "compile", "triton", "cutlass"),
+    "interaction": ("torch", "compile", "triton", "cutlass"),
+    "jagged_concat": ("torch", "compile", "triton", "cutlass"),
+    "jagged_split": ("torch", "compile", "triton", "cutlass"),
+    "token_embedding": ("torch", "compile", "triton", "cutlass"),
 }
 FAMILIES = tuple(_VARIANTS)
 

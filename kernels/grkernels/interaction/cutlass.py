@@ -218,7 +218,7 @@ def interaction(x: Tensor) -> Tensor:
     if B:
         if x.data_ptr() % 16 or x.stride(0) % VECTOR or x.stride(1) % VECTOR or x.stride(2) != 1:
             x = x.clone(memory_format=torch.contiguous_format)
-        config = tuning.choose("interaction", "cutlass", tuning_key(F, D), {"warps": 4, "ctas": 3})
+        config = tuning.choose("interaction", "cutlass", tuning_key(F, D), {"warps": 4, "ctas": 4})
         warps = config["warps"]
         _launcher(x.dtype, F, D, warps)(
             x.data_ptr(),

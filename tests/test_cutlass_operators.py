@@ -1,0 +1,192 @@
+"""The small operator families in CuTe DSL: compiled for Hopper without a GPU; on one, held to the check that the
+other variants pass (test_operators.py)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import test_operators as operators
+import torch
+from test_operators import RAGGED, Arguments, agrees, converted
+from torch import Tensor
+
+from grkernels import tuning
+
+poisoned = operators.poisoned
+needs_cutlass = pytest.mark.skipif(find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FAMILIES = ("norm_gate", "layer_norm", "interaction", "jagged_concat", "jagged_split", "token_embedding")
+MANY = (1, 0, 2) * 400, (0, 1, 1) * 400  # sequences that take three steps to search
+
+# Widths that are whole vectors or not whole rounds of a warp's vectors; results that begin anywhere in a vector;
+# samples in several steps, and more of them than warps.
+CASES: dict[str, list[Callable[[], Arguments]]] = {
+    "norm_gate": [
+        lambda: operators.norm_gate(5, 2, 256),
+        lambda: operators.norm_gate(7, 1, 40, scale=1e-5, mean=10.0),
+        lambda: operators.norm_gate(6, 4, 256, scale=1e-5),
+        lambda: operators.norm_gate(3, 1, 3000),
+        lambda: operators.norm_gate(2, 4, 4096),
+        lambda: operators.norm_gate(0, 1, 16),
+    ],
+    "layer_norm": [
+        lambda: operators.layer_norm(5, 512),
+        lambda: operators.layer_norm(3, 104, scale=1e-2, mean=20.0),
+        lambda: operators.layer_norm(9, 1024),
+        lambda: operators.layer_norm(2, 4104),
+        lambda: operators.layer_norm(0, 16),
+    ],
+    "interaction": [
+        lambda: operators.interaction(3000, 32, 128),
+        lambda: operators.interaction(2999, 27, 64),
+        lambda: operators.interaction(33, 4, 512),
+        lambda: operators.interaction(9, 64, 128),
+        lambda: operators.interaction(7, 33, 304),
+        lambda: operators.interaction(11, 2, 8),
+        lambda: operators.interaction(9, 1, 104),
+        lambda: operators.interaction(3, 9, 4096),
+        lambda: operators.interaction(0, 4, 16),
+    ],
+    "jagged_concat": [
+        lambda: operators.jagged_concat(*RAGGED, 2, 256),
+        lambda: operators.jagged_concat(*RAGGED, 1, 1104, padding=3),
+        lambda: operators.jagged_concat(*MANY, 1, 16, padding=3),
+        lambda: operators.jagged_concat((0,), (0,), 1, 16, padding=2),
+        lambda: operators.jagged_concat((), (), 1, 16, padding=2),
+    ],
+    "jagged_split": [
+        lambda: operators.jagged_split(*RAGGED, 2, 256),
+        lambda: operators.jagged_split(*RAGGED, 1, 1104, padding=3),
+        lambda: operators.jagged_split(*MANY, 1, 16, padding=3),
+        lambda: operators.jagged_split((0,), (0,), 1, 16, padding=2),
+        lambda: operators.jagged_split((), (), 1, 16, padding=2),
+    ],
+    "token_embedding": [
+        lambda: operators.token_embedding(7, 512, 4),
+        lambda: operators.token_embedding(33, 1104, 1),
+        lambda: operators.token_embedding(5, 48, 0),
+        lambda: operators.token_embedding(0, 16, 2),
+    ],
+}
+
+COMPILE = """
+import sys
+from cutlass import BFloat16, Float16, Float32
+from grkernels.cute_common import compile_kernel
+from grkernels.interaction.cutlass import Interaction
+from grkernels.jagged_concat.cutlass import Concat
+from grkernels.jagged_split.cutlass import Split
+from grkernels.layer_norm.cutlass import LayerNorm
+from grkernels.norm_gate.cutlass import NormGate
+from grkernels.token_embedding.cutlass import TokenEmbedding
+wide = ("ld.global.v4.b32", "st.global.v4.b32")
+for kernel, wanted in (
+    (NormGate(BFloat16, 512, 1, 4), ("ex2.approx", *wide)),
+    (NormGate(Float32, 3000, 4, 1), ("bar.sync", *wide)),
+    (LayerNorm(Float16, 1024, 1, 4), ("shfl.sync", *wide)),
+    (Interaction(BFloat16, 32, 128, 4), ("mma.sync.aligned.m16n8k16", *wide)),
+    (Interaction(Float16, 27, 64, 4), ("mma.sync.aligned.m16n8k16", *wide)),
+    (Interaction(BFloat16, 64, 4096, 1), ("mma.sync.aligned.m16n8k16", *wide)),
+    (Concat(BFloat16, 1024, 2, 1, 4), ("vote.sync.ballot", *wide)),
+    (Split(Float32, 40, 1, 2, 4), ("vote.sync.ballot", *wide)),
+    (TokenEmbedding(BFloat16, 512, 4, 2, 2, 2), wide),
+):
+    made = compile_kernel(kernel, options="--keep-ptx --keep-cubin --dump-dir " + sys.argv[1])
+    assert all(instruction in made.__ptx__ for instruction in wanted), kernel
+    assert ".local" not in made.__ptx__, kernel  # everything is in registers
+    assert len(made.__cubin__) > 1000
+print("compiled")
+"""
+
+
+@needs_cutlass
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    env = {**os.environ, "CUTE_DSL_ARCH": "sm_90a"}
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+
+
+@needs_cutlass
+@pytest.mark.parametrize("family", FAMILIES)
+def test_supports_says_why_not(family: str) -> None:
+    from grkernels.cute_common import supports
+
+    bench = importlib.import_module(f"grkernels.{family}.bench")
+    refuses = importlib.import_module(f"grkernels.{family}.cutlass").supports
+    sizes = bench.supports_args(next(iter(bench.SHAPES.values())))
+    last = list(sizes)[-1]
+    reasons = {
+        "capability 9.0": refuses(device="cpu", dtype="bf16", **sizes),
+        "not a multiple of 8": refuses(device="cuda", dtype="bf16", **{**sizes, last: 12}),
+        "is over": refuses(device="cuda", dtype="bf16", **{**sizes, last: 2**20}),
+    }
+    if family == "interaction":
+        reasons["65 features are over 64"] = refuses(device="cuda", dtype="bf16", features=65, dim=8)
+        reasons["TF32"] = refuses(device="cuda", dtype="fp32", **sizes)
+    for part, reason in reasons.items():
+        assert reason and part in reason and "torch" in reason
+    assert "fp8 is none of" in refuses(device="cuda", dtype="fp8", **sizes)
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    assert (supports(device="cuda", dtype="bf16", width=8) is None) == hopper
+
+
+def strided(arguments: Arguments) -> Arguments:
+    """The same problem with the rows of every stream a view of wider ones."""
+
+    def widen(x: Tensor) -> Tensor:
+        wider = x.new_full((*x.shape[:-1], x.shape[-1] + 8), torch.nan)
+        wider[..., :-8] = x
+        return wider[..., :-8]
+
+    streams = ("u", "a", "x", "first", "second")
+    return {name: widen(x) if name in streams else x for name, x in arguments.items()}
+
+
+EACH_CASE = [pytest.param(family, case, id=f"{family}{i}") for family in CASES for i, case in enumerate(CASES[family])]
+
+
+@pytest.mark.gpu
+@needs_cutlass
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("family", "case"), EACH_CASE)
+def test_on_a_gpu(
+    family: str, case: Callable[[], Arguments], dtype: str, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    """Under every candidate configuration, since the tuner may pick any of them."""
+    module = importlib.import_module(f"grkernels.{family}.cutlass")
+    if family == "interaction" and dtype == "fp32":
+        pytest.skip("fp32 is refused")
+    torch.set_float32_matmul_precision("highest")
+    torch.manual_seed(1)
+    arguments = converted(case(), DTYPES[dtype], "cuda")
+    for problem in arguments, strided(arguments):
+        assert agrees(family, module.VARIANT.fn(**problem), problem)
+    for config in module.CANDIDATES:
+        with tuning.forced(family, "cutlass", config):
+            assert agrees(family, module.VARIANT.fn(**arguments), arguments), config
+
+
+@pytest.mark.gpu
+@needs_cutlass
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_at_real_sizes_and_in_a_graph(family: str, dtype: str) -> None:
+    variant = importlib.import_module(f"grkernels.{family}.cutlass").VARIANT
+    bench = importlib.import_module(f"grkernels.{family}.bench")
+    for shape in bench.SHAPES.values():
+        arguments = bench.inputs(shape, dtype=DTYPES[dtype], device="cuda", seed=3)
+        assert agrees(family, variant.fn(**arguments), arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = variant.fn(**arguments)
+    for x in captured if isinstance(captured, tuple) else (captured,):
+        x.fill_(torch.nan)
+    graph.replay()
+    assert agrees(family, captured, arguments)
