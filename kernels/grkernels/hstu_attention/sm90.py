@@ -26,7 +26,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 PRODUCER_THREADS = 128
-MASKED_RANGES = 4  # of what `_ranges` returns
+WHOLE_RANGES = 2  # the first of what `_ranges` returns: every row sees all of their tiles
 TURN_BARRIER = 2  # named barriers TURN_BARRIER + warpgroup: whose turn at the tensor cores it is
 REGISTERS = {1: (56, 256), 2: (24, 240), 3: (32, 160)}  # consumer warpgroups -> registers of producer, consumer
 
@@ -400,6 +400,7 @@ class Attention:
         v_fragment = pv.make_fragment_B(pv.partition_B(cute.composition(sv, transposed)))
         p = pv.make_fragment_A(pv.partition_shape_A((t.m, t.n)))
         o = cute.make_rmem_tensor(pv.partition_shape_C((t.m, self.v_dim)), Float32)
+        mmas, operands = (qk_mma, pv_mma), (q_fragment, k_fragment, v_fragment)
 
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, t.stages)
@@ -416,64 +417,57 @@ class Attention:
             head, q_row, _, row, rows, h = _item(t.m, sequence, position, offsets, cached)
             ranges = _ranges(t.n, row, rows, h, limits, cached)
             tiles = sum(ranges[1::2])
-            masked = sum(ranges[1 : 2 * MASKED_RANGES : 2])
+            whole = sum(ranges[1 : 2 * WHOLE_RANGES : 2])
             sees = (_sees(row + own_row, h, limits), _sees(row + own_row + 8, h, limits))
+            top = row + warpgroup_index * 64
+            reach = (_sees(top, h, limits), _sees(top + 63, h, limits))
+            last_row = row + rows - 1
             first_column = lane % 4 * 2
             o.fill(0.0)
+            pending = Int32(0)  # whether P of the last tile waits for its V
 
             q_pipe.consumer_wait(q_state)
-            k_pipe.consumer_wait(k_state)
-            s = cute.make_rmem_tensor(qk.partition_shape_C((t.m, t.n)), Float32)
-            _gemm(qk_mma, s, q_fragment[None, None, None, 0], k_fragment[None, None, None, k_state.index], zero=True)
-            warpgroup.wait_group(0)
-            k_pipe.consumer_release(k_state)
+            column = _column(t.n, ranges, Int32(0))
+            if whole > 0 or self._needs(reach, last_row, column, cached):
+                mask = (*self._seen(sees, column, cached), first_column)
+                self._begin(qk_mma, operands, p, k_pipe, k_state, half_alpha, mask)
+                pending = Int32(1)
+            else:
+                _skip(k_pipe, k_state)
+                _skip(v_pipe, v_state)
+                v_state.advance()
             k_state.advance()
-            _mask(s, *self._seen(sees, _column(t.n, ranges, Int32(0)), cached), first_column)
-            _silu(s, half_alpha)
-            _convert(s, p)
-            for i in cutlass.range(1, masked, unroll=1):
-                self._step(
-                    qk_mma,
-                    pv_mma,
-                    q_fragment,
-                    k_fragment,
-                    v_fragment,
-                    o,
-                    p,
-                    pipes,
-                    k_state,
-                    v_state,
-                    half_alpha,
-                    warpgroup_index,
-                    (*self._seen(sees, _column(t.n, ranges, i), cached), first_column),
-                )
+            for _ in cutlass.range(1, whole, unroll=1):
+                self._step(mmas, operands, o, p, pipes, (k_state, v_state), half_alpha, warpgroup_index, None)
                 k_state.advance()
                 v_state.advance()
-            for _ in cutlass.range(cutlass.max(masked, 1), tiles, unroll=1):
-                self._step(
-                    qk_mma,
-                    pv_mma,
-                    q_fragment,
-                    k_fragment,
-                    v_fragment,
-                    o,
-                    p,
-                    pipes,
-                    k_state,
-                    v_state,
-                    half_alpha,
-                    warpgroup_index,
-                    None,
-                )
+            for i in cutlass.range(cutlass.max(whole, 1), tiles, unroll=1):
+                column = _column(t.n, ranges, i)
+                if self._needs(reach, last_row, column, cached):
+                    mask = (*self._seen(sees, column, cached), first_column)
+                    if pending != 0:
+                        states = (k_state, v_state)
+                        self._step(mmas, operands, o, p, pipes, states, half_alpha, warpgroup_index, mask)
+                        v_state.advance()
+                    else:
+                        self._begin(qk_mma, operands, p, k_pipe, k_state, half_alpha, mask)
+                        pending = Int32(1)
+                        self._pass_turn(warpgroup_index)
+                else:
+                    if pending != 0:
+                        self._finish(pv_mma, operands, o, p, v_pipe, v_state)
+                        v_state.advance()
+                        pending = Int32(0)
+                    _skip(k_pipe, k_state)
+                    _skip(v_pipe, v_state)
+                    v_state.advance()
+                    self._pass_turn(warpgroup_index)
                 k_state.advance()
-                v_state.advance()
             q_pipe.consumer_release(q_state)
             q_state.advance()
-            v_pipe.consumer_wait(v_state)
-            _gemm(pv_mma, o, p, v_fragment[None, None, None, v_state.index], zero=False)
-            warpgroup.wait_group(0)
-            v_pipe.consumer_release(v_state)
-            v_state.advance()
+            if pending != 0:
+                self._finish(pv_mma, operands, o, p, v_pipe, v_state)
+                v_state.advance()
             self._store(o, o_ptr, scale, head, heads, q_row, rows, own_row, lane)
             turn += 1
             item = _fixed_item(turn)
@@ -500,25 +494,54 @@ class Attention:
         return tuple(seen), column if inside else column - begin + cached
 
     @cute.jit
+    def _needs(self, reach: Any, last_row: Int32, column: Int32, cached: Any) -> Any:
+        """Whether a warpgroup's rows see anything of the tile at `column`. reach: `_sees` of its first and last row,
+        between which lows and highs only grow, but for contextual tokens, which see all of the history."""
+        first, last = reach[0][0], reach[1][0]
+        ((_, low, high), (_, _, high_last)), token = self._seen(reach, column, cached)
+        seen = token < cutlass.max(high, high_last) and token + self.tiles.n > low
+        own = token <= last and token + self.tiles.n > first
+        return first <= last_row and (seen or own)
+
+    @cute.jit
+    def _pass_turn(self, warpgroup_index: Int32) -> None:
+        """A turn at the tensor cores that isn't taken."""
+        if cutlass.const_expr(self.tiles.take_turns):
+            cute.arch.barrier(barrier_id=TURN_BARRIER + warpgroup_index, number_of_threads=256)
+            cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + 1 - warpgroup_index, number_of_threads=256)
+
+    @cute.jit
+    def _begin(
+        self, qk_mma: Any, operands: Any, p: cute.Tensor, k_pipe: Any, k_state: Any, half_alpha: Float32, mask: Any
+    ) -> None:
+        """P of a tile before which no other P waits for its V."""
+        q_fragment, k_fragment, _ = operands
+        s = cute.make_rmem_tensor(qk_mma.get_slice(0).partition_shape_C((self.tiles.m, self.tiles.n)), Float32)
+        k_pipe.consumer_wait(k_state)
+        _gemm(qk_mma, s, q_fragment[None, None, None, 0], k_fragment[None, None, None, k_state.index], zero=True)
+        warpgroup.wait_group(0)
+        k_pipe.consumer_release(k_state)
+        _mask(s, *mask)
+        _silu(s, half_alpha)
+        _convert(s, p)
+
+    @cute.jit
     def _step(
         self,
-        qk_mma: cute.TiledMma,
-        pv_mma: cute.TiledMma,
-        q_fragment: cute.Tensor,
-        k_fragment: cute.Tensor,
-        v_fragment: cute.Tensor,
+        mmas: Any,
+        operands: Any,
         o: cute.Tensor,
         p: cute.Tensor,
         pipes: Any,
-        k_state: Any,
-        v_state: Any,
+        states: Any,
         half_alpha: Float32,
         warpgroup_index: Int32,
         mask: Any,
     ) -> None:
         """Start S = Q K^T of one tile, add P V of the one before, then turn S into the next P."""
         t = self.tiles
-        _, k_pipe, v_pipe = pipes
+        (qk_mma, pv_mma), (q_fragment, k_fragment, v_fragment) = mmas, operands
+        (_, k_pipe, v_pipe), (k_state, v_state) = pipes, states
         s = cute.make_rmem_tensor(qk_mma.get_slice(0).partition_shape_C((t.m, t.n)), Float32)
         k_pipe.consumer_wait(k_state)
         if cutlass.const_expr(t.take_turns):
@@ -536,6 +559,14 @@ class Attention:
         warpgroup.wait_group(0)
         v_pipe.consumer_release(v_state)
         _convert(s, p)
+
+    @cute.jit
+    def _finish(self, pv_mma: Any, operands: Any, o: cute.Tensor, p: cute.Tensor, v_pipe: Any, v_state: Any) -> None:
+        """Add P V of the last tile."""
+        v_pipe.consumer_wait(v_state)
+        _gemm(pv_mma, o, p, operands[2][None, None, None, v_state.index], zero=False)
+        warpgroup.wait_group(0)
+        v_pipe.consumer_release(v_state)
 
     @cute.jit
     def _store(
@@ -645,6 +676,13 @@ def _gemm(mma: cute.TiledMma, c: cute.Tensor, a: cute.Tensor, b: cute.Tensor, ze
         cute.gemm(atom, c, a[None, None, i], b[None, None, i], c)
         atom.set(warpgroup.Field.ACCUMULATE, True)
     warpgroup.commit_group()
+
+
+@cute.jit
+def _skip(pipe: Any, state: Any) -> None:
+    """Let go of a tile unread. Waits for it: whoever lets go earlier is counted for the tile before."""
+    pipe.consumer_wait(state)
+    pipe.consumer_release(state)
 
 
 def _flat(x: cute.Tensor) -> cute.Tensor:
@@ -809,9 +847,10 @@ def _sees(row: Int32, h: Int32, limits: Any) -> Any:
 def _ranges(n: cutlass.Constexpr[int], row: Int32, rows: Int32, h: Int32, limits: Any, cached: Any) -> Any:
     """The tiles of n columns that rows row..row+rows-1 need: first column and number of tiles of six ranges.
 
-    In the order in which they are worked off: the candidates' diagonal, the last tiles of the history, its first
-    tiles (of a window), the last tile of pages, all of which need the mask (MASKED_RANGES); then those that every
-    row sees whole, before and after the last tile of pages. Columns are tokens, but for a gap that lets the tokens
+    In the order in which they are worked off: those that every row sees whole (WHOLE_RANGES), before and after the
+    last tile of pages; then, all of which need the mask and of which a warpgroup leaves out what none of its rows sees,
+    the last tile of pages, the first tiles of the history (of a window), its last ones, and the candidates'
+    diagonal. Columns are tokens, but for a gap that lets the tokens
     after the `cached` ones, which lie elsewhere, begin with a tile of their own.
     """
     contextual, _ = limits
@@ -834,18 +873,18 @@ def _ranges(n: cutlass.Constexpr[int], row: Int32, rows: Int32, h: Int32, limits
     split = gap > 0 and ragged >= whole_begin and ragged < whole_stop
     first_stop = ragged if split else whole_stop
     return (
-        diagonal,
-        diagonals,
-        whole_stop * n,
-        stop - whole_stop,
-        begin * n,
-        whole_begin - begin,
-        ragged * n,
-        Int32(1) if split else Int32(0),
         whole_begin * n,
         first_stop - whole_begin,
         (ragged + 1) * n,
         whole_stop - ragged - 1 if split else Int32(0),
+        ragged * n,
+        Int32(1) if split else Int32(0),
+        begin * n,
+        whole_begin - begin,
+        whole_stop * n,
+        stop - whole_stop,
+        diagonal,
+        diagonals,
     )
 
 
