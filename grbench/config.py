@@ -32,6 +32,7 @@ from grbench.workloads.config import (
     RecBoleConfig,
     SyntheticConfig,
 )
+from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
 from grengines.options import option, violations
 from grkernels.config import KernelConfig
@@ -39,13 +40,6 @@ from grkernels.config import KernelConfig
 
 class ConfigError(ValueError):
     """The configuration can't be used; one line that names the key and what is allowed."""
-
-
-@dataclass
-class CacheConfig:
-    """User-state cache. `none`: every request is encoded from its whole history."""
-
-    name: str = option("none", choices=["none"])
 
 
 @dataclass
@@ -70,7 +64,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"hstu": HSTUConfig},
     "engine": {"hstu": HSTUEngineConfig},
     "kernel": {"kernel": KernelConfig},
-    "cache": {"none": CacheConfig},
+    "cache": {"none": CacheConfig, "paged": PagedCacheConfig},
     "workload": {
         "ml_100k": Ml100kConfig,
         "recbole": RecBoleConfig,

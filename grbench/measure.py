@@ -43,9 +43,16 @@ def summarise(measurement: Measurement, spec: RunSpec, requests: list[Request]) 
         "batch_size/mean": count / batches,
         "engine_busy": compute_s / duration_s,
     }
-    metrics["model_tflops"] = sum(sizing.request_flops(spec.model, r) for r in answered) / compute_s / 1e12
     metrics |= measurement.metrics
-    metrics |= {f"engine/{name}": value for name, value in measurement.details.items()}
+    details = measurement.details
+    metrics |= {f"engine/{name}": value for name, value in details.items()}
+    if "cache_hits" in details:
+        lookups = sum(details[f"cache_{how}"] for how in ("hits", "partial_hits", "misses", "bypassed"))
+        metrics["cache/hit_rate"] = (details["cache_hits"] + details["cache_partial_hits"]) / lookups
+        history = sum(len(r.history_items) for r in answered)
+        metrics["cache/token_hit_rate"] = details["cache_cached_tokens"] / max(history, 1)
+    else:  # with a cache, part of the work is not done: a rate of what it would be says nothing
+        metrics["model_tflops"] = sum(sizing.request_flops(spec.model, r) for r in answered) / compute_s / 1e12
     return summary
 
 

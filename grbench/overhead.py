@@ -33,6 +33,9 @@ class NullEngine:
     def actual(self) -> dict[str, Any]:
         return {"engine": "null"}
 
+    def forget(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

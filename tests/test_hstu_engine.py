@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from grengines import registry
 from grengines.api import Catalogue, Engine, RankResult, Request, UnavailableError
+from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hstu.batch import Bucket, Encoding
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine, Reference, build_model
@@ -41,12 +42,18 @@ def sample(count: int = 4, longest: int = 40, candidates: int = 6, seed: int = 0
 
 @contextmanager
 def engine(
-    requests: list[Request], model: HSTUConfig = MODEL, kernel: str = "torch", *, max_batch: int = 4, **options: Any
+    requests: list[Request],
+    model: HSTUConfig = MODEL,
+    kernel: str = "torch",
+    cache: PagedCacheConfig | None = None,
+    *,
+    max_batch: int = 4,
+    **options: Any,
 ) -> Iterator[Engine]:
     config = HSTUEngineConfig(**{"device": "cpu", **options})
     stated = OmegaConf.to_container(OmegaConf.load(CONF / f"kernel/{kernel}.yaml"))
     assert isinstance(stated, dict) and stated.pop("defaults")
-    made = registry.build(config, model, KernelConfig(**stated), CATALOGUE, seed=5)
+    made = registry.build(config, model, KernelConfig(**stated), CATALOGUE, 5, cache)
     try:
         made.prepare(requests, max_batch)
         yield made
@@ -130,9 +137,11 @@ def test_wrong_use_is_refused() -> None:
         with pytest.raises(ValueError, match="0 sample requests"):
             e.prepare([], 3)
     with pytest.raises(ValueError, match=r"cuda_graphs=true and engine\.candidate_microbatch=8"):
-        HSTUEngine(HSTUEngineConfig(cuda_graphs=True, candidate_microbatch=8), MODEL, KERNELS, CATALOGUE, 0)
+        HSTUEngine(
+            HSTUEngineConfig(cuda_graphs=True, candidate_microbatch=8), MODEL, KERNELS, CATALOGUE, 0, CacheConfig()
+        )
     with pytest.raises(ValueError, match="unknown variant 'best' of hstu_attention; known: torch"):
-        HSTUEngine(HSTUEngineConfig(), MODEL, {**KERNELS, "hstu_attention": "best"}, CATALOGUE, 0)
+        HSTUEngine(HSTUEngineConfig(), MODEL, {**KERNELS, "hstu_attention": "best"}, CATALOGUE, 0, CacheConfig())
     with (
         pytest.raises(ValueError, match=r"no file .*absent\.safetensors"),
         engine(requests, dataclasses.replace(MODEL, weights="absent.safetensors")),
@@ -142,13 +151,13 @@ def test_wrong_use_is_refused() -> None:
 
 def test_graphs_on_a_cpu_are_unavailable() -> None:
     with pytest.raises(UnavailableError, match=r"none on a CPU; set engine\.cuda_graphs=false"):
-        HSTUEngine(HSTUEngineConfig(device="cpu", cuda_graphs=True), MODEL, KERNELS, CATALOGUE, 0)
+        HSTUEngine(HSTUEngineConfig(device="cpu", cuda_graphs=True), MODEL, KERNELS, CATALOGUE, 0, CacheConfig())
 
 
 @NO_GPU
 def test_cuda_without_a_gpu_is_unavailable() -> None:
     with pytest.raises(UnavailableError, match=r"engine\.device=cuda: .*; use engine\.device=cpu"):
-        HSTUEngine(HSTUEngineConfig(device="cuda"), MODEL, KERNELS, CATALOGUE, 0)
+        HSTUEngine(HSTUEngineConfig(device="cuda"), MODEL, KERNELS, CATALOGUE, 0, CacheConfig())
 
 
 def test_registry() -> None:
@@ -191,6 +200,63 @@ def test_engine_and_kernel_files_state_the_defaults() -> None:
         stated = OmegaConf.to_container(OmegaConf.load(CONF / f"{path}.yaml"))
         assert isinstance(stated, dict) and stated.pop("defaults")
         assert stated == dataclasses.asdict(schema())
+
+
+def visits(users: int, rounds: int, longest: int, seed: int = 0) -> list[list[Request]]:
+    """Rounds of requests by the same users, whose histories grow in between; some of them come twice a round."""
+    rng = np.random.default_rng(seed)
+    last = make_requests(rng, CATALOGUE, list(rng.integers(longest // 2, longest, users)), [6] * users)
+    names = [f for f in Request.__dataclass_fields__ if f.startswith("history_")]
+    made = []
+    for round_ in range(rounds):
+        requests = []
+        for user in [*range(users), 0]:
+            events = len(last[user].history_items) * (round_ + 1) // rounds
+            history = {f: getattr(last[user], f)[:events] for f in names}
+            requests.append(dataclasses.replace(last[user], user_id=user, request_id=len(requests), **history))
+        made.append(requests)
+    return made
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "gdsf"])
+@pytest.mark.parametrize(("microbatch", "pages"), [(0, 400), (4, 400), (0, 9), (4, 9)])
+def test_answers_through_the_cache_equal_the_reference(policy: str, microbatch: int, pages: int) -> None:
+    """Returning users, growing histories, users who come twice in a batch, and a pool that holds few of them."""
+    rounds = visits(users=5, rounds=4, longest=60)
+    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    page_bytes = MODEL.layers * 16 * MODEL.heads * (MODEL.qk_dim + MODEL.v_dim) * 4
+    cache = PagedCacheConfig(policy, policy, page=16, memory_gb=pages * page_bytes / 1e9)
+    found: dict[str, float] = {}
+    with engine(rounds[-1], cache=cache, max_batch=6, candidate_microbatch=microbatch) as e:
+        for requests in rounds:
+            result = e.rank(requests)
+            assert error(result, reference.scores(requests)) < 1e-5
+            for name, value in result.details.items():
+                found[name] = found.get(name, 0.0) + value
+        assert e.actual()["cache"] == dataclasses.asdict(cache)
+        again = e.rank(rounds[-1])
+        e.forget()
+        anew = e.rank(rounds[-1])
+        assert error(again, anew.scores) < 1e-5
+        assert anew.details["cache_hits"] == 0
+    assert found["cache_bypassed"] == 4  # the user who came twice, once a round
+    assert found["cache_policy_errors"] == 0
+    if pages == 400:
+        assert found["cache_hits"] == 15 and found["cache_misses"] == 5 and found["cache_evictions"] == 0
+    else:
+        assert found["cache_evictions"] + found["cache_refused"] + found["cache_unstored"] > 0
+
+
+def test_what_does_not_fit_the_cache_is_refused_before_anything_runs() -> None:
+    requests = visits(users=2, rounds=1, longest=60)[0]
+    cache = PagedCacheConfig("lru", "lru", page=16, memory_gb=2e-5)
+    with (
+        pytest.raises(ValueError, match=r"cache\.memory_gb=2e-05: the longest history, \d+ tokens, alone takes"),
+        engine(requests, cache=cache),
+    ):
+        pass
+    with pytest.raises(ValueError, match="cuda_graphs=true and cache=lru"):
+        HSTUEngine(HSTUEngineConfig(cuda_graphs=True), MODEL, KERNELS, CATALOGUE, 0, cache)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels themselves are tested below")

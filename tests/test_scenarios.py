@@ -57,6 +57,9 @@ class SleepyEngine:
     def actual(self) -> dict[str, Any]:
         return {}
 
+    def forget(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -76,5 +76,8 @@ class Engine(Protocol):
     def actual(self) -> dict[str, Any]:
         """What really runs: device, precision, kernel variants, graph buckets, library versions."""
 
+    def forget(self) -> None:
+        """Drop what is cached of users: a measurement begins with an empty cache."""
+
     def close(self) -> None:
         """Release device memory and threads."""

@@ -95,6 +95,13 @@ class HostBatch:
     def padded_tokens(self) -> int:
         return self.sizes["token_rows"]
 
+    def first_rows(self) -> list[int]:
+        """Of each sequence, its first row among the packed tokens."""
+        sizes = list(self.sizes)
+        begin = sum(self.sizes[name] for name in sizes[: sizes.index("q_offsets")])
+        offsets: list[int] = self.buffer[begin : begin + self.sizes["q_offsets"] - 1].tolist()
+        return offsets
+
     def to(self, device: torch.device, out: Tensor | None = None) -> JaggedBatch:
         """Copy to the device in one go, without waiting; into `out` (int64 [total]) where it is given."""
         buffer = self.buffer.to(device, non_blocking=True) if out is None else out.copy_(self.buffer, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 
 from grengines.api import Catalogue, Float32Array, RankResult, Request, UnavailableError
+from grengines.cache import policies
+from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.cache.pool import PagePool
+from grengines.cache.states import Plan, UserStates
 from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack
 from grengines.hstu.config import INTERACTING, HSTUConfig, HSTUEngineConfig
 from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
@@ -80,22 +85,30 @@ class HSTUEngine:
         kernels: dict[str, str],
         catalogue: Catalogue,
         seed: int,
+        cache: CacheConfig | PagedCacheConfig,
     ) -> None:
+        if config.cuda_graphs and isinstance(cache, PagedCacheConfig):
+            raise ValueError(
+                f"engine.cuda_graphs=true and cache={cache.name}: graphs hold the full form only; set "
+                "cuda_graphs=false or cache=none"
+            )
         if config.cuda_graphs and config.candidate_microbatch:
             raise ValueError(
                 f"engine.cuda_graphs=true and engine.candidate_microbatch={config.candidate_microbatch}: graphs hold "
                 "the full form only; set cuda_graphs=false or candidate_microbatch=0"
             )
         self._config, self._model_config = config, model
-        self._catalogue, self._seed = catalogue, seed
+        self._catalogue, self._seed, self._cache = catalogue, seed, cache
         self._device = _resolve_device(config)
         cuda = self._device.type == "cuda"
         self._precision = config.precision if config.precision != "auto" else "bf16" if cuda else "fp32"
         self._kernels = {family: kernels[family] for family in kernel_registry.FAMILIES}
-        self._operators = _operators(self._kernels, model, self._device.type, self._precision)
+        page = cache.page if isinstance(cache, PagedCacheConfig) else 0
+        self._operators = _operators(self._kernels, model, self._device.type, self._precision, page)
         self._threads_before = torch.get_num_threads()
         self._ranker: HSTURanker | None = None
         self._graphs: GraphRunner | None = None
+        self._states: UserStates | None = None
         self._buckets: list[Bucket] = []
         self._max_batch = 0
 
@@ -119,10 +132,13 @@ class HSTUEngine:
             self._operators,
         )
         encoding = self._ranker.encoding
+        if isinstance(self._cache, PagedCacheConfig):
+            self._states = self._make_states(self._cache, sample)
         if self._config.cuda_graphs:
             self._buckets = plan_buckets(sample, encoding, max_batch, self._config.graph_lengths)
             self._graphs = GraphRunner(self._ranker, self._buckets, encoding, self._device)
         self.rank(sorted(sample, key=lambda r: token_count(r, encoding))[-max_batch:])
+        self.forget()
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
@@ -132,6 +148,8 @@ class HSTUEngine:
             raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
         if not 0 < len(requests) <= self._max_batch:
             raise ValueError(f"{len(requests)} requests in one batch; allowed is 1 to max_batch={self._max_batch}")
+        if self._states is not None:
+            return self._rank_through_pages(ranker, self._states, requests)
         begun = time.perf_counter()
         bucket = choose_bucket(self._buckets, requests, ranker.encoding)
         hosts = self._pack(requests, bucket)
@@ -174,7 +192,7 @@ class HSTUEngine:
             "kernel_configs": tuning.provenance(),
             "graph_buckets": [list(b) for b in self._buckets],  # batch, length, candidates
             "candidate_microbatch": self._config.candidate_microbatch,
-            "cache": "none",
+            "cache": dataclasses.asdict(self._cache),
             "timer": "CUDA events, one wait a batch" if cuda else "perf_counter",
             "cpu_threads": torch.get_num_threads(),
             "weights": self._model_config.weights or f"random, seed {self._seed}",
@@ -183,9 +201,14 @@ class HSTUEngine:
             "cuda": torch.version.cuda if cuda else None,
         }
 
+    def forget(self) -> None:
+        """Drop every cached user state."""
+        if self._states is not None:
+            self._states.clear()
+
     def close(self) -> None:
         """Release the model, the graphs and their memory; give the thread count back. Safe to call twice."""
-        self._ranker, self._graphs, self._buckets = None, None, []
+        self._ranker, self._graphs, self._states, self._buckets = None, None, None, []
         torch.set_num_threads(self._threads_before)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
@@ -207,6 +230,84 @@ class HSTUEngine:
         return [
             pack(requests, encoding, candidates=slice(0), pin=self._pin),
             *(pack(requests, encoding, cached=cached, candidates=s, pin=self._pin) for s in slices),
+        ]
+
+    def _make_states(self, cache: PagedCacheConfig, sample: Sequence[Request]) -> UserStates:
+        """An empty pool and its index. Raises ValueError where the longest history does not fit into all of it."""
+        model = self._model_config
+        pool = PagePool.within(
+            int(cache.memory_gb * 1e9),
+            device=self._device,
+            layers=model.layers,
+            page=cache.page,
+            heads=model.heads,
+            qk_dim=model.qk_dim,
+            v_dim=model.v_dim,
+            dtype=DTYPES[self._precision],
+        )
+        tokens = model.contextual_seq_len + max(len(r.history_items) for r in sample)
+        if pool.pages_for(tokens) > pool.pages:
+            needed = pool.pages_for(tokens) * pool.page_bytes / 1e9
+            raise ValueError(
+                f"cache.memory_gb={cache.memory_gb:g}: the longest history, {tokens} tokens, alone takes {needed:.3g} "
+                "GB; give the cache more, or keep shorter histories (workload.max_history)"
+            )
+        return UserStates(pool, policies.make(cache.policy), contextual_seq_len=model.contextual_seq_len)
+
+    def _rank_through_pages(self, ranker: HSTURanker, states: UserStates, requests: Sequence[Request]) -> RankResult:
+        """As `rank`: of what is in pages nothing is computed again, and what is new goes there."""
+        begun, before = time.perf_counter(), states.counters()
+        plans = states.lookup(requests, now=max(r.arrival_s for r in requests))
+        try:
+            stored = [states.extend(plan) for plan in plans]
+            hosts = self._pack_cached(requests, plans, all(stored))
+            first_rows = hosts[0].first_rows()
+            places = states.batch(plans, first_rows, pin=self._pin)
+            batch_ms = (time.perf_counter() - begun) * 1e3
+            marks = _Marks(self._device)
+            batches = [host.to(self._device) for host in hosts]
+            marks.add()
+            parts = [ranker.paged(b, states.pool, places, write=i == 0) for i, b in enumerate(batches)]
+            logits = torch.cat(parts)
+            marks.add()
+            on_host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=self._pin)
+            on_host.copy_(logits, non_blocking=True)
+            marks.add()
+            up_ms, compute_ms, down_ms = marks.spans_ms()  # waits for the device
+            for plan in plans:
+                states.commit(plan)
+        finally:
+            for plan in plans:
+                states.abort(plan)  # nothing for those that are committed
+        after = states.counters()
+        return RankResult(
+            scores=_by_request(on_host.numpy(), hosts),
+            batch_ms=batch_ms,
+            transfer_ms=up_ms + down_ms,
+            compute_ms=compute_ms,
+            tokens=sum(host.tokens for host in hosts),
+            padded_tokens=sum(host.padded_tokens for host in hosts),
+            details={
+                f"cache_{f.name}": float(getattr(after, f.name) - getattr(before, f.name))
+                for f in dataclasses.fields(after)
+            },
+        )
+
+    def _pack_cached(self, requests: Sequence[Request], plans: Sequence[Plan], stored: bool) -> list[HostBatch]:
+        """What isn't cached, with the candidates; or with microbatches first the one, then slices of the other.
+
+        Candidates on their own need the whole history in pages: where it is not stored, all go in one pass.
+        """
+        assert self._ranker is not None
+        encoding, size = self._ranker.encoding, self._config.candidate_microbatch
+        cached, whole = [plan.cached for plan in plans], [plan.tokens for plan in plans]
+        most = max(len(r.candidates) for r in requests)
+        if not size or not most or not stored:
+            return [pack(requests, encoding, cached=cached, pin=self._pin)]
+        slices = [slice(begin, begin + size) for begin in range(0, most, size)]
+        return [
+            pack(requests, encoding, cached=cached, candidates=slice(0), pin=self._pin),
+            *(pack(requests, encoding, cached=whole, candidates=s, pin=self._pin) for s in slices),
         ]
 
     @staticmethod
@@ -255,11 +356,11 @@ def _by_request(logits: Float32Array, hosts: list[HostBatch]) -> list[Float32Arr
     return [np.concatenate(part) for part in parts]  # copies: the page-locked buffer is free again
 
 
-def _operators(kernels: dict[str, str], model: HSTUConfig, device: str, precision: str) -> Operators:
+def _operators(kernels: dict[str, str], model: HSTUConfig, device: str, precision: str, page: int) -> Operators:
     """The variants that are named. Raises UnavailableError, naming those that would do, where one can't run."""
     keys, values = model.heads * model.qk_dim, model.heads * model.v_dim
     dims = {
-        "hstu_attention": {"qk_dim": model.qk_dim, "v_dim": model.v_dim},
+        "hstu_attention": {"qk_dim": model.qk_dim, "v_dim": model.v_dim, "page": page},
         "norm_gate": {"width": values},
         "layer_norm": {"width": model.embedding_dim},
         "interaction": {"features": INTERACTING, "dim": model.embedding_dim},

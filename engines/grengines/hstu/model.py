@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grengines.api import Catalogue
+from grengines.cache.pool import PagePool
+from grengines.cache.states import PagedBatch
 from grengines.hstu.batch import Encoding, JaggedBatch
 from grengines.hstu.config import HSTUConfig
 from grkernels.operators import Operators
@@ -155,6 +157,33 @@ class HSTURanker(nn.Module):
         x, extended = self._encode(batch, state, keep)
         return self._score(x, batch), extended
 
+    def paged(self, batch: JaggedBatch, pool: PagePool, places: PagedBatch, *, write: bool = True) -> Tensor:
+        """As `delta`, over a state in pages: logits fp32 [M, tasks].
+
+        batch: packed with the cached tokens of `places`. write: the new events' keys and values go to their pages;
+        without it those are there already, and the batch holds candidates only.
+        """
+        x = self._embed(batch)
+        lengths = places.paged_lengths if write else places.stored_lengths
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, HSTULayer)
+            u, q, k, v = layer.project(x, self.kernels)
+            if write:
+                pool.write(i, places.slots, k[places.rows], v[places.rows])
+            a = self._attend(
+                q,
+                k,
+                v,
+                batch,
+                kv_offsets=batch.q_offsets,  # of the keys beside the pages: those that were just computed
+                k_pages=pool.k[i],
+                v_pages=pool.v[i],
+                page_table=places.page_table,
+                paged_lengths=lengths,
+            )
+            x = layer.combine(x, u, a, self.kernels)
+        return self._score(x, batch)
+
     def _encode(self, batch: JaggedBatch, state: UserState | None, keep: bool) -> tuple[Tensor, UserState | None]:
         """x [L, E] after the last layer."""
         kernels = self.kernels
@@ -168,22 +197,27 @@ class HSTURanker(nn.Module):
             if kept is not None:
                 kept.k.append(k.contiguous() if state is None else self._keep(k, batch))
                 kept.v.append(v.contiguous() if state is None else self._keep(v, batch))
-            a = kernels.hstu_attention(
-                q,
-                k,
-                v,
-                q_offsets=batch.q_offsets,
-                kv_offsets=batch.kv_offsets,
-                num_targets=batch.num_targets,
-                max_q_len=batch.max_q_len,
-                max_kv_len=batch.max_kv_len,
-                scaling_seqlen=self.config.scaling_seqlen,
-                alpha=self.alpha,
-                contextual_seq_len=self.config.contextual_seq_len,
-                max_attn_len=self.config.max_attn_len,
-            )
+            a = self._attend(q, k, v, batch, kv_offsets=batch.kv_offsets)
             x = layer.combine(x, u, a, kernels)
         return x, kept
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: JaggedBatch, **keys: Any) -> Tensor:
+        """Attention of one layer. keys: where the keys are, kv_offsets and, if some are in pages, the pages."""
+        attended: Tensor = self.kernels.hstu_attention(
+            q,
+            k,
+            v,
+            q_offsets=batch.q_offsets,
+            num_targets=batch.num_targets,
+            max_q_len=batch.max_q_len,
+            max_kv_len=batch.max_kv_len,
+            scaling_seqlen=self.config.scaling_seqlen,
+            alpha=self.alpha,
+            contextual_seq_len=self.config.contextual_seq_len,
+            max_attn_len=self.config.max_attn_len,
+            **keys,
+        )
+        return attended
 
     def _embed(self, batch: JaggedBatch) -> Tensor:
         """Tokens -> x [L, E]: see Encoding for what each index is."""

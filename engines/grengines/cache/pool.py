@@ -1,0 +1,115 @@
+"""Memory for keys and values: pages of a fixed number of tokens, all layers, one free list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class PoolFullError(RuntimeError):
+    """There are not as many pages as are asked for; the message shows how many there are."""
+
+
+class PagePool:
+    """Keys and values of every layer in pages. A page id means the same page in each layer.
+
+    A state grows by taking further pages: nothing that is cached is ever copied or moved. Counting is exact:
+    `used + available == pages` at any time. Not thread-safe; UserStates holds its lock around it.
+
+    Pages start as zeros and are not cleared when freed: kernels multiply the values of masked tokens by zero,
+    so whatever is in a page must be finite, and it is, as long as only finite keys and values are written.
+
+    device "meta" makes a pool that counts and holds nothing: for simulations. Raises ValueError for a size
+    below 1, torch.OutOfMemoryError where the device has no room.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        pages: int,
+        page: int,
+        heads: int,
+        qk_dim: int,
+        v_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        sizes = {"layers": layers, "pages": pages, "page": page, "heads": heads, "qk_dim": qk_dim, "v_dim": v_dim}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"every size of a page pool must be at least 1, got {sizes}")
+        self.pages = pages
+        self.page = page  # tokens a page
+        self.page_bytes = page_bytes(  # of all layers together
+            layers=layers, page=page, heads=heads, qk_dim=qk_dim, v_dim=v_dim, dtype=dtype
+        )
+        self.k = [torch.zeros(pages, page, heads, qk_dim, dtype=dtype, device=device) for _ in range(layers)]
+        self.v = [torch.zeros(pages, page, heads, v_dim, dtype=dtype, device=device) for _ in range(layers)]
+        self.high_water = 0  # most pages that were ever in use at once
+        self._free = list(range(pages))[::-1]  # a stack: the page freed last is taken first
+        self._taken = bytearray(pages)
+
+    @classmethod
+    def within(cls, budget_bytes: int, *, device: torch.device | str, **sizes: Any) -> PagePool:
+        """As many pages as fit in `budget_bytes`. sizes: of `page_bytes`. Raises ValueError where not one page fits."""
+        one = page_bytes(**sizes)
+        if budget_bytes < one:
+            raise ValueError(f"a page of {sizes['page']} tokens takes {one} bytes; the pool may have {budget_bytes}")
+        return cls(pages=budget_bytes // one, device=device, **sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages, used or not."""
+        return self.pages * self.page_bytes
+
+    @property
+    def available(self) -> int:
+        """Pages that are free."""
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        """Pages that are taken."""
+        return self.pages - len(self._free)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold so many tokens of one user."""
+        return -(-tokens // self.page)
+
+    def allocate(self, n: int) -> list[int]:
+        """Take n pages. Raises PoolFullError, taking none, where fewer are free, ValueError for n < 0."""
+        if n < 0:
+            raise ValueError(f"{n} pages asked for")
+        if n > len(self._free):
+            raise PoolFullError(f"{n} pages asked for; {len(self._free)} of {self.pages} are free")
+        ids = [self._free.pop() for _ in range(n)]
+        for i in ids:
+            self._taken[i] = 1
+        self.high_water = max(self.high_water, self.used)
+        return ids
+
+    def free(self, ids: Sequence[int]) -> None:
+        """Give pages back. Raises ValueError, freeing none, for a page that isn't taken or is named twice."""
+        wrong = [i for i in ids if not (0 <= i < self.pages and self._taken[i])]
+        if wrong or len(set(ids)) < len(ids):
+            raise ValueError(f"pages {list(ids)} can't be freed: not taken are {wrong}, the others must differ")
+        for i in ids:
+            self._taken[i] = 0
+        self._free.extend(reversed(ids))
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store one layer's keys k [n, H, dqk] and values v [n, H, dv], token i in slot slots[i] (int64 [n]).
+
+        A token's slot is page id * page + its place in the page; slots of all users in one tensor, the same for
+        every layer (PagedBatch makes them). Nothing waits for the device, so a CUDA graph can capture it.
+        """
+        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
+        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+
+
+def page_bytes(*, layers: int, page: int, heads: int, qk_dim: int, v_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one page of `page` tokens: keys and values of every layer."""
+    return layers * page * heads * (qk_dim + v_dim) * dtype.itemsize
