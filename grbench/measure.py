@@ -46,14 +46,31 @@ def summarise(measurement: Measurement, spec: RunSpec, requests: list[Request]) 
     metrics |= measurement.metrics
     details = measurement.details
     metrics |= {f"engine/{name}": value for name, value in details.items()}
+    if "items_tokens" in details:
+        metrics["cache/item_token_hit_rate"] = details["items_token_hits"] / max(details["items_tokens"], 1)
+        metrics["cache/item_hit_rate"] = details["items_hits"] / max(details["items_distinct"], 1)
     if "cache_hits" in details:
-        lookups = sum(details[f"cache_{how}"] for how in ("hits", "partial_hits", "misses", "bypassed"))
-        metrics["cache/hit_rate"] = (details["cache_hits"] + details["cache_partial_hits"]) / lookups
-        history = sum(len(r.history_items) for r in answered)
-        metrics["cache/token_hit_rate"] = details["cache_cached_tokens"] / max(history, 1)
+        metrics |= _cache_metrics(details, sum(len(r.history_items) for r in answered))
     else:  # with a cache, part of the work is not done: a rate of what it would be says nothing
         metrics["model_tflops"] = sum(sizing.request_flops(spec.model, r) for r in answered) / compute_s / 1e12
     return summary
+
+
+def _cache_metrics(details: dict[str, float], events: int) -> dict[str, float]:
+    """Shares of requests that found state on the device, on the host, or none; of `events`, those not computed again;
+    what the host tier cost."""
+    on_device = details["cache_hits"] + details["cache_partial_hits"]
+    lookups = on_device + details["cache_misses"] + details["cache_bypassed"]
+    metrics = {
+        "cache/hit_rate": (on_device + details["cache_host_hits"]) / lookups,
+        "cache/device_hit_rate": on_device / lookups,
+        "cache/host_hit_rate": details["cache_host_hits"] / lookups,
+        "cache/token_hit_rate": (details["cache_cached_tokens"] + details["cache_loaded_tokens"]) / max(events, 1),
+    }
+    if details.get("cache_host_copy_ms"):
+        metrics["cache/host_wait_share"] = details["cache_host_wait_ms"] / details["cache_host_copy_ms"]
+        metrics["cache/host_copy_gb_s"] = details["cache_host_bytes"] / details["cache_host_copy_ms"] / 1e6
+    return metrics
 
 
 def memory(device: str) -> dict[str, float]:

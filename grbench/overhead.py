@@ -33,7 +33,7 @@ class NullEngine:
     def actual(self) -> dict[str, Any]:
         return {"engine": "null"}
 
-    def forget(self) -> None:
+    def forget(self, keep_host: bool = False) -> None:
         pass
 
     def close(self) -> None:

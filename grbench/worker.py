@@ -98,6 +98,8 @@ def _gate_and_measure(spec: RunSpec, folder: Path, engine: Any, trace: Any, outc
         outcome.gate = gate.check(engine, spec.scenario.max_batch).to_dict()
         # The same requests again: with a user-state cache, what it serves now must be as right as what it stored.
         outcome.gate["error_again"] = gate.check(engine, spec.scenario.max_batch).error
+        engine.forget(keep_host=True)
+        outcome.gate["error_from_host"] = gate.check(engine, spec.scenario.max_batch).error
         report({"stage": "warming up"})
         warm_up(engine, trace.requests, spec)
         engine.forget()

@@ -167,6 +167,12 @@ def test_registry() -> None:
         registry.availability("hst")
 
 
+def sizes(requests: list[Request]) -> tuple[list[int], list[int]]:
+    """Of each request its tokens, and its candidates."""
+    candidates = [len(r.candidates) for r in requests]
+    return [len(r.history_items) + c for r, c in zip(requests, candidates, strict=True)], candidates
+
+
 def test_buckets() -> None:
     assert batch_buckets(1) == [1]
     assert batch_buckets(12) == [1, 2, 4, 8, 12]
@@ -176,13 +182,17 @@ def test_buckets() -> None:
     encoding = Encoding.of(MODEL, CATALOGUE)
     buckets = plan_buckets(requests, encoding, 4, [])
     assert set(buckets) == {Bucket(b, n, 6) for b in (1, 2, 4) for n in (16, 48)}
-    assert choose_bucket(buckets, requests, encoding) == Bucket(2, 48, 6)
-    assert choose_bucket(buckets, requests[:1], encoding) == Bucket(1, 16, 6)
-    assert choose_bucket(buckets, [requests[0]] * 3, encoding) == Bucket(4, 16, 6)
+    assert choose_bucket(buckets, *sizes(requests)) == Bucket(2, 48, 6)
+    assert choose_bucket(buckets, *sizes(requests[:1])) == Bucket(1, 16, 6)
+    assert choose_bucket(buckets, *sizes([requests[0]] * 3)) == Bucket(4, 16, 6)
     longer, wider = (make_requests(np.random.default_rng(0), CATALOGUE, [h], [t]) for h, t in [(43, 6), (1, 7)])
     for too_much in ([requests[0]] * 5, longer, wider):
-        assert choose_bucket(buckets, too_much, encoding) is None
+        assert choose_bucket(buckets, *sizes(too_much)) is None
     assert {b.length for b in plan_buckets(requests, encoding, 1, [64, 32, 64])} == {32, 64}
+    with_cache = plan_buckets(requests, encoding, 1, [], cached=40)
+    assert set(with_cache) == {Bucket(1, n, 6, 40) for n in (16, 24, 48)}
+    assert choose_bucket(with_cache, [9], [6], [40]) == Bucket(1, 16, 6, 40)
+    assert choose_bucket(with_cache, [9], [6], [41]) is None
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("model/*.yaml")), ids=lambda p: p.stem)
@@ -255,8 +265,6 @@ def test_what_does_not_fit_the_cache_is_refused_before_anything_runs() -> None:
         engine(requests, cache=cache),
     ):
         pass
-    with pytest.raises(ValueError, match="cuda_graphs=true and cache=lru"):
-        HSTUEngine(HSTUEngineConfig(cuda_graphs=True), MODEL, KERNELS, CATALOGUE, 0, cache)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels themselves are tested below")

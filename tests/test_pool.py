@@ -21,11 +21,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from torch import Tensor
 
 from grengines.api import Catalogue, Request
+from grengines.cache import host
+from grengines.cache.host import HostTier
 from grengines.cache.pool import PagePool, PoolFullError, page_bytes
 from grengines.cache.states import Counters, Plan, UserStates, history_versions
 from grengines.hstu.batch import pack
 from grengines.hstu.config import HSTUConfig
-from grengines.hstu.model import HSTULayer, HSTURanker
+from grengines.hstu.model import HSTURanker
 from grkernels.operators import Operators
 
 torch.set_num_threads(1)
@@ -52,6 +54,9 @@ class Recency:
 
     def admit(self, user: int, size: int, cost: float, now: float) -> bool:
         return self.admitting
+
+    def prefetch(self, now: float, horizon: float) -> list[int]:
+        return [0, 1, 2, 3]
 
 
 def make_pool(pages: int = 8, page: int = 4, device: str = "meta", **sizes: Any) -> PagePool:
@@ -134,14 +139,14 @@ def test_writes_rows_of_several_users_into_their_pages() -> None:
     visit(states, request_of(events_of(3), user=1))
     plans = states.lookup([request_of(events_of(n), user=u) for u, n in ((1, 6), (2, 5), (3, 0))], now=0.0)
     assert [states.extend(plan) for plan in plans] == [True] * 3
-    batch = states.batch(plans, first_rows=[2, 10, 20])
+    batch = states.batch(plans, first_rows=[2, 10, 20], rows=20).to(CPU)
     assert batch.page_table.dtype == torch.int32 and batch.paged_lengths.dtype == torch.int64
     assert batch.page_table.tolist() == [plans[0].pages, plans[1].pages, [0, 0]]
     assert batch.paged_lengths.tolist() == [3, 0, 0]
     assert batch.stored_lengths.tolist() == [6, 5, 0]
-    assert batch.rows.tolist() == [2, 3, 4, 10, 11, 12, 13, 14]
+    assert (batch.slots >= 0).nonzero()[:, 0].tolist() == [2, 3, 4, 10, 11, 12, 13, 14]
     k, v = torch.randn(20, 3, 2), torch.randn(20, 3, 1)
-    pool.write(1, batch.slots, k[batch.rows], v[batch.rows])
+    pool.write(1, batch.slots, k, v)
     assert not pool.k[0].any()
     for mine, rows, tokens in ((plans[0].pages, slice(2, 5), slice(3, 6)), (plans[1].pages, slice(10, 15), slice(5))):
         assert torch.equal(pool.k[1][mine].flatten(0, 1)[tokens], k[rows])
@@ -265,8 +270,8 @@ def test_what_finds_no_room_beside_others_in_flight_is_not_stored(caplog: pytest
     assert states.counters().unstored == 2
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
     assert "request 7: its new tokens are not cached: 1 pages asked for; requests in flight hold 4 of 4" in caplog.text
-    batch = states.batch(plans, first_rows=[0, 12, 16])
-    assert batch.rows.tolist() == list(range(12))
+    batch = states.batch(plans, first_rows=[0, 12, 16], rows=20).to(CPU)
+    assert (batch.slots >= 0).nonzero()[:, 0].tolist() == list(range(12))
     for plan in plans:
         states.commit(plan)
     assert (1 in states, 2 in states, 3 in states) == (True, True, False)
@@ -373,12 +378,14 @@ class PoolMachine(RuleBasedStateMachine):
     """Users visit, histories change, plans stay in flight; a dictionary of histories says what must be where."""
 
     seen: ClassVar[Counters] = Counters()  # by all runs together
+    host_pages: ClassVar[int] = 0
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = make_pool(pages=7, page=2, device="cpu", layers=2)
         self.policy = Recency()
-        self.states = UserStates(self.pool, self.policy)
+        self.tier = HostTier(self.pool, self.host_pages * self.pool.page_bytes) if self.host_pages else None
+        self.states = UserStates(self.pool, self.policy, tier=self.tier, tier_policy=Recency())
         self.histories = {user: events_of(3 + user, seed=user) for user in range(4)}
         self.cached: dict[int, list[Event]] = {}  # what is in pages
         self.open: dict[int, tuple[Plan, list[Event]]] = {}
@@ -428,21 +435,29 @@ class PoolMachine(RuleBasedStateMachine):
             self.cached[user] = history[: plan.cached]
         if extend:
             for user in dict.fromkeys(users):
-                self.extend(user)
+                self.extend(user, 1.0)
 
-    @rule(user=USERS)
-    def extend(self, user: int) -> None:
+    @rule(user=USERS, share=st.sampled_from([0.3, 0.7, 1.0]))
+    def extend(self, user: int, share: float) -> None:
         if user not in self.open:
             return
         plan, history = self.open[user]
+        if plan.load is not None:
+            return
         needed = -(-len(history) // 2)
         if needed > 7:
             with pytest.raises(PoolFullError, match=f"its {len(history)} tokens need {needed} pages"):
-                self.states.extend(plan)
+                self.states.extend(plan, share)
             return
         pinned = sum(len(other.pages) for other, _ in self.open.values())
         fits = needed - len(plan.pages) <= 7 - pinned
-        assert self.states.extend(plan) == fits and plan.stored == (len(history) if fits else plan.cached)
+        assert self.states.extend(plan, share) == fits and plan.stored == (len(history) if fits else plan.cached)
+        onload = self.states.start_loading([plan])
+        assert (onload is not None) == (plan.cached > plan.on_device)
+        if onload is not None:
+            assert plan.on_device < plan.cached <= plan.on_host and (share < 1 or plan.cached == plan.on_host)
+            for layer in range(2):
+                onload.layer(layer)
         # Those who were evicted have nothing that may be served.
         self.cached = {u: h for u, h in self.cached.items() if u in self.states or u in self.open}
 
@@ -452,15 +467,15 @@ class PoolMachine(RuleBasedStateMachine):
             return
         plan, history = self.open.pop(user)
         if commit or write:
-            batch = self.states.batch([plan], first_rows=[plan.cached])
+            batch = self.states.batch([plan], first_rows=[plan.cached], rows=len(history)).to(CPU)
             for layer in range(2):
-                numbers = self.content(history, layer)[batch.rows]
+                numbers = self.content(history, layer)
                 self.pool.write(layer, batch.slots, numbers.expand(-1, 1, 2), numbers)
         self.states.commit(plan) if commit else self.states.abort(plan)
         self.states.abort(plan)
         with pytest.raises(RuntimeError):
             self.states.commit(plan)
-        self.cached[user] = [] if plan.evicted else history[: plan.stored if commit else plan.cached]
+        self.cached[user] = [] if plan.evicted else history[: plan.stored if commit else plan.on_device]
 
     @rule(users=st.lists(USERS, min_size=1, max_size=6), new=st.integers(0, 2))
     def visits(self, users: list[int], new: int) -> None:
@@ -485,10 +500,11 @@ class PoolMachine(RuleBasedStateMachine):
         else:
             assert self.states.evict(user) == bool(self.cached.pop(user, []))
 
-    @rule(rarely=st.integers(0, 9))
-    def clear(self, rarely: int) -> None:
+    @rule(rarely=st.integers(0, 9), keep_host=st.booleans())
+    def clear(self, rarely: int, keep_host: bool) -> None:
         if not rarely:
-            self.states.clear()
+            self.states.clear(keep_host)
+            assert self.tier is None or keep_host or not self.tier.states
             assert all(plan.evicted for plan, _ in self.open.values())
             self.cached = {u: h for u, h in self.cached.items() if u in self.open}
 
@@ -510,11 +526,37 @@ class PoolMachine(RuleBasedStateMachine):
                 assert torch.equal(self.pool.k[layer][pages].flatten(0, 1)[:tokens], expected.expand(-1, 1, 2))
 
 
-def test_any_sequence_of_events_keeps_the_pool_exact() -> None:
-    PoolMachine.seen = Counters()
-    run_state_machine_as_test(PoolMachine, settings=settings(max_examples=200, stateful_step_count=40, deadline=None))
-    seen = dataclasses.asdict(PoolMachine.seen)
-    del seen["refused"], seen["policy_errors"]
+class TieredMachine(PoolMachine):
+    """The same above a host tier with room for fewer states than there are."""
+
+    seen = Counters()
+    host_pages = 9
+
+    @rule()
+    def prefetch(self) -> None:
+        self.states.prefetch(0.0, 1.0)
+
+    @invariant()
+    def host_pages_are_owned_once(self) -> None:
+        assert self.tier is not None
+        runs = [run for state in self.tier.states.values() for run in state.extents] + self.tier.extents._runs
+        assert sorted(page for begin, n in runs for page in range(begin, begin + n)) == list(range(9))
+        assert self.tier.extents.available == sum(n for _, n in self.tier.extents._runs)
+
+
+HOST_COUNTERS = {"host_hits", "loaded_tokens", "offloads", "offloads_refused", "prefetches"}
+
+
+@pytest.mark.parametrize("machine", [PoolMachine, TieredMachine])
+def test_any_sequence_of_events_keeps_the_pool_exact(
+    machine: type[PoolMachine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "STAGED_SHARE", 0.7)
+    machine.seen = Counters()
+    run_state_machine_as_test(machine, settings=settings(max_examples=200, stateful_step_count=40, deadline=None))
+    seen = dataclasses.asdict(machine.seen)
+    for never in ("refused", "policy_errors", "faults", *(() if machine.host_pages else HOST_COUNTERS)):
+        assert seen.pop(never) == 0
     assert min(seen.values()) > 20, seen  # it all happened
 
 
@@ -623,45 +665,17 @@ def rank_through_pages(model: HSTURanker, states: UserStates, requests: list[Req
     assert all(stored) or not microbatch  # candidates on their own need the whole history in pages
     cached, whole = [p.cached for p in plans], [p.tokens for p in plans]
 
-    def run(first: slice, done: list[int], stored: bool) -> list[Tensor]:
-        host = pack(requests, encoding, cached=done, candidates=first)
-        batch = host.to(CPU)
-        places = states.batch(plans, batch.q_offsets.tolist()[:-1])
-        x = model._embed(batch)
-        for i, layer in enumerate(model.layers):
-            assert isinstance(layer, HSTULayer)
-            u, q, k, v = layer.project(x, model.kernels)
-            if not stored:
-                pool.write(i, places.slots, k[places.rows], v[places.rows])
-            a = model.kernels.hstu_attention(
-                q,
-                k,
-                v,
-                q_offsets=batch.q_offsets,
-                kv_offsets=batch.q_offsets,  # the rest of the keys: those that are computed here
-                num_targets=batch.num_targets,
-                max_q_len=batch.max_q_len,
-                max_kv_len=batch.max_kv_len,
-                scaling_seqlen=model.config.scaling_seqlen,
-                alpha=model.alpha,
-                contextual_seq_len=model.config.contextual_seq_len,
-                max_attn_len=model.config.max_attn_len,
-                k_pages=pool.k[i],
-                v_pages=pool.v[i],
-                page_table=places.page_table,
-                paged_lengths=places.stored_lengths if stored else places.paged_lengths,
-            )
-            x = layer.combine(x, u, a, model.kernels)
-        return list(model._score(x, batch).split(host.candidate_counts))
-
+    hosts = [pack(requests, encoding, cached=cached, candidates=slice(0) if microbatch else slice(None))]
     if microbatch:
-        run(slice(0), cached, stored=False)
         most = max(len(r.candidates) for r in requests)
         slices = [slice(i, i + microbatch) for i in range(0, most, microbatch)]
-        parts = [run(s, whole, stored=True) for s in slices]
-        logits = [torch.cat(own) for own in zip(*parts, strict=True)]
-    else:
-        logits = run(slice(None), cached, stored=False)
+        hosts += [pack(requests, encoding, cached=whole, candidates=s) for s in slices]
+    places = states.batch(plans, hosts[0].first_rows(), hosts[0].padded_tokens).to(CPU)
+    parts = [
+        model.paged(host.to(CPU), pool, places, write=i == 0).split(host.candidate_counts)
+        for i, host in enumerate(hosts)
+    ]
+    logits = [torch.cat(own) for own in zip(*parts, strict=True)]
     for plan in plans:
         states.commit(plan)
     return torch.cat(logits)
@@ -722,4 +736,5 @@ def test_requests_that_the_cache_cannot_help_are_answered_all_the_same() -> None
         full = model(pack(requests, model.encoding).to(CPU))
         assert error_of_order_one(logits.numpy(), full.numpy()) < 1e-5
     count = dataclasses.asdict(states.counters())
-    assert count.pop("refused") == 0 < min(count.values()), count
+    assert not any(count.pop(never) for never in ("refused", "faults", *HOST_COUNTERS))
+    assert min(count.values()) > 0, count

@@ -57,7 +57,7 @@ class SleepyEngine:
     def actual(self) -> dict[str, Any]:
         return {}
 
-    def forget(self) -> None:
+    def forget(self, keep_host: bool = False) -> None:
         pass
 
     def close(self) -> None:

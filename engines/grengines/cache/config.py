@@ -1,4 +1,4 @@
-"""Options of the user-state cache. No torch import here: configs compose fast."""
+"""Options of the caches: of users' keys and values, and of item vectors. No torch import here: configs compose fast."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class CacheConfig:
     """No user-state cache: every request is encoded from its whole history."""
 
     name: str = option("none", choices=["none"])
+    item_memory_gb: float = option(0.0, ge=0)  # of token vectors on the device, 10^9 bytes; 0: the whole table
 
 
 @dataclass
@@ -19,6 +20,10 @@ class PagedCacheConfig:
     """Keys and values of users' histories in pages on the device; a returning user's new events alone are encoded."""
 
     name: str = "lru"
-    policy: str = option("lru", choices=["lru", "lfu", "gdsf"])  # who goes when the pages run out
+    policy: str = option("lru", choices=["lru", "lfu", "gdsf", "predictive"])  # who goes when the pages run out
     page: int = option(64, ge=16, le=256)  # tokens of a page
     memory_gb: float = option(1.0, gt=0)  # of all pages, 10^9 bytes
+    host_gb: float = option(0.0, ge=0)  # page-locked host memory for what is evicted; 0: none
+    onload_share: float = option(0.0, ge=0, le=1)  # of a state on the host, to load; 0: as much as computing hides
+    prefetch_s: float = option(0.0, ge=0)  # fetch from the host whom the policy expects within so long; 0: nobody
+    item_memory_gb: float = option(0.0, ge=0)  # of token vectors on the device, 10^9 bytes; 0: the whole table

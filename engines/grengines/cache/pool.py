@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grkernels.paged_write import paged_write
+
 
 class PoolFullError(RuntimeError):
     """There are not as many pages as are asked for; the message shows how many there are."""
@@ -103,11 +105,10 @@ class PagePool:
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store one layer's keys k [n, H, dqk] and values v [n, H, dv], token i in slot slots[i] (int64 [n]).
 
-        A token's slot is page id * page + its place in the page; slots of all users in one tensor, the same for
-        every layer (PagedBatch makes them). Nothing waits for the device, so a CUDA graph can capture it.
+        A token's slot is page id * page + its place in the page, or -1: not stored. Slots of all users in one tensor,
+        the same for every layer (PagedBatch has them). Nothing waits for the device, so a CUDA graph can capture it.
         """
-        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+        paged_write(k, v, slots, self.k[layer], self.v[layer])
 
 
 def page_bytes(*, layers: int, page: int, heads: int, qk_dim: int, v_dim: int, dtype: torch.dtype) -> int:

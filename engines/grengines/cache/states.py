@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,31 +14,14 @@ import torch
 from torch import Tensor
 
 from grengines.api import Request
+from grengines.cache import policies
+from grengines.cache.host import HostTier, Load, Onload, common
+from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool, PoolFullError
 
 logger = logging.getLogger(__name__)
 
 UInt64Array = npt.NDArray[np.uint64]
-
-
-class Policy(Protocol):
-    """Decides what is kept; holds nothing itself. Called under the index's lock: it must not call back.
-
-    size: bytes of the user's pages. cost: of computing the state again, in the unit that UserStates is given.
-    now: seconds on the clock of whoever calls `lookup`.
-    """
-
-    def touch(self, user: int, size: int, cost: float, now: float) -> None:
-        """The user's state was stored, or used and stored again."""
-
-    def victim(self, now: float, exclude: Set[int]) -> int:
-        """Whose state goes: a user that was touched and not forgotten, and isn't in `exclude`. There is one."""
-
-    def forget(self, user: int) -> None:
-        """The user's state is gone."""
-
-    def admit(self, user: int, size: int, cost: float, now: float) -> bool:
-        """Whether to store the state of a user who has none."""
 
 
 @dataclass
@@ -50,11 +33,17 @@ class Counters:
     misses: int = 0  # nothing was cached, or nothing of it is valid
     bypassed: int = 0  # another request of the user was in flight: answered without the cache
     stale: int = 0  # of the partial hits and misses: the history is not a continuation of the cached one
-    cached_tokens: int = 0  # tokens that the lookups found
+    cached_tokens: int = 0  # tokens that the lookups found on the device
+    host_hits: int = 0  # of the misses, those for which tokens came from the host
+    loaded_tokens: int = 0  # tokens that came from the host
     evictions: int = 0  # states that went to make room, or by `evict`
+    offloads: int = 0  # of them, those that the host took
+    offloads_refused: int = 0  # and those that it did not: too many on their way, or no room
+    prefetches: int = 0  # states sent up before they were asked for
     refused: int = 0  # new states that the policy did not admit
     unstored: int = 0  # requests whose new tokens found no room beside those in flight, or whose allocation failed
     policy_errors: int = 0  # the policy raised, or named a victim that can't be one
+    faults: int = 0  # batches that failed with the cache and were answered without it; offloads that failed
 
 
 def history_versions(request: Request) -> UInt64Array:
@@ -86,6 +75,7 @@ class _State:
     tokens: int
     versions: UInt64Array  # [events]; the last one is the state's version
     pages: list[int]  # exactly as many as the tokens need
+    now: float  # of the last visit
 
 
 @dataclass(slots=True, eq=False)
@@ -98,8 +88,11 @@ class Plan:
     tokens: int  # of the history, contextual ones included
     now: float
     bypassed: bool = False  # another request of the user came first: no pages, ever
-    cached: int = 0  # the history's first tokens whose keys and values were in pages at the lookup
+    on_device: int = 0  # the history's first tokens whose keys and values were in pages at the lookup
+    on_host: int = 0  # its first tokens that the host has, if they are more
+    cached: int = 0  # its first tokens that need not be computed: `on_device`, and what is loaded from the host
     stored: int = 0  # its first tokens that are in pages once the batch is computed; at least `cached`
+    load: Load | None = None  # what is to come from the host before
     pages: list[int] = field(default_factory=list)  # page i holds tokens i * page to (i + 1) * page - 1
     known: bool = False  # the policy has heard of the user
     evicted: bool = False  # while in flight: nothing is kept after it
@@ -107,13 +100,28 @@ class Plan:
 
 @dataclass
 class PagedBatch:
-    """Where the keys and values of a batch lie, on its device: B requests, n new tokens to store."""
+    """Where the keys and values of a batch lie, on its device: B sequences, L tokens to encode."""
 
     page_table: Tensor  # int32 [B, most pages], at least one column; 0 past a request's last page
     paged_lengths: Tensor  # int64 [B]: tokens in pages before the batch
     stored_lengths: Tensor  # int64 [B]: the same once its new tokens are written
-    rows: Tensor  # int64 [n]: rows of the batch's keys and values that are to be stored
-    slots: Tensor  # int64 [n]: where, for PagePool.write
+    slots: Tensor  # int64 [L]: where each token's keys and values go, for PagePool.write; -1: nowhere
+
+
+@dataclass
+class HostPlaces:
+    """A PagedBatch on the host, in one int64 buffer."""
+
+    buffer: Tensor  # int64 [total], pinned where it is to be copied to a GPU
+    sizes: list[int]  # of paged_lengths, stored_lengths, slots and page_table
+    pages: int  # columns of the page table
+
+    def to(self, device: torch.device, out: Tensor | None = None) -> PagedBatch:
+        """Copy to the device in one go, without waiting; into `out` (int64 [total]) where it is given."""
+        buffer = self.buffer.to(device, non_blocking=True) if out is None else out.copy_(self.buffer, non_blocking=True)
+        cached, stored, slots, table = buffer.split(self.sizes)
+        B = len(cached)
+        return PagedBatch(table.view(torch.int32)[: B * self.pages].view(B, self.pages), cached, stored, slots)
 
 
 class UserStates:
@@ -137,8 +145,13 @@ class UserStates:
 
     Pages change owners when work is queued, not when it is done: on a GPU all of it goes to one stream.
 
-    Thread-safe: one lock, held while the index changes, never while anything is hashed, copied or computed.
-    cost: of computing so many tokens' state, for the policy.
+    **Host tier.** With a `tier`, a state that is evicted goes there (queued under the lock: its pages are given away
+    after). A lookup that finds more on the host than on the device notes it; `extend` decides how much of it is
+    loaded; `start_loading` starts it. The host's copy stays, so that only what is new goes down again. A policy of
+    its own decides who leaves the host.
+
+    Thread-safe: one lock, held while the index changes and while copies are queued, never while anything is hashed or
+    computed. cost: of computing so many tokens' state, for the policies.
     """
 
     def __init__(
@@ -148,9 +161,12 @@ class UserStates:
         *,
         contextual_seq_len: int = 0,
         cost: Callable[[int], float] = float,
+        tier: HostTier | None = None,
+        tier_policy: Policy | None = None,
     ) -> None:
-        self.pool = pool
+        self.pool, self.tier = pool, tier
         self._policy, self._contextual, self._cost = policy, contextual_seq_len, cost
+        self._tier_policy = tier_policy or policies.LRU()
         self._lock = threading.Lock()
         self._states: dict[int, _State] = {}  # least recently used first; none of them in flight
         self._in_flight: dict[int, Plan] = {}
@@ -180,11 +196,14 @@ class UserStates:
                 self._find(plan)
         return plans
 
-    def extend(self, plan: Plan) -> bool:
+    def extend(self, plan: Plan, share: float = 1.0) -> bool:
         """Make room for the rest of the plan's history, evicting where it must.
 
-        Returns whether it will be stored: not for a bypassed plan, a user whom the policy doesn't admit, or where
-        requests in flight hold too much of the pool. Raises PoolFullError, changing nothing, for a history that
+        share: how much of what only the host has is loaded, in whole pages; the rest is computed again, meanwhile.
+        With contextual tokens, which can't be split, all of it.
+
+        Returns whether the history will be stored: not for a bypassed plan, a user whom the policy doesn't admit, or
+        where requests in flight hold too much of the pool. Raises PoolFullError, changing nothing, for a history that
         would not fit in the pool were it empty; RuntimeError for a plan that is committed or aborted.
         """
         if plan.bypassed:
@@ -198,7 +217,7 @@ class UserStates:
             )
         with self._lock:
             self._check_in_flight(plan)
-            if not plan.pages and needed and not self._admits(plan):
+            if not plan.pages and needed and not plan.on_host and not self._admits(plan):
                 self._counters.refused += 1
                 return False
             try:
@@ -210,7 +229,31 @@ class UserStates:
                 self._report("unstored", f"request {plan.request_id}: its new tokens are not cached: {error}")
                 return False
             plan.stored = plan.tokens
+            self._plan_load(plan, share)
             return True
+
+    def start_loading(self, plans: Sequence[Plan]) -> Onload | None:
+        """Start bringing up what these plans are to have from the host; None where that is nothing."""
+        loads = [plan.load for plan in plans if plan.load is not None]
+        if self.tier is None or not loads:
+            return None
+        with self._lock:
+            return self.tier.load(loads)
+
+    def prefetch(self, now: float, horizon: float) -> None:
+        """Send up whom the policy expects within so many seconds and only the host has, as far as there is room."""
+        if self.tier is None or horizon <= 0:
+            return
+        with self._lock:
+            for user in self._ask("prefetch", now, horizon, otherwise=[]):
+                there = user in self._states or user in self._in_flight
+                if not there and user in self.tier.states and self.tier.prefetch(user):
+                    self._counters.prefetches += 1
+
+    def fault(self, what: str, error: Exception) -> None:
+        """Count and log that something failed that was then done without the cache."""
+        with self._lock:
+            self._fault(what, error)
 
     def commit(self, plan: Plan) -> None:
         """The plan's `stored` tokens are in their pages: they are the user's state from now on.
@@ -227,7 +270,7 @@ class UserStates:
         """The plan's new tokens were not computed: the state is what was cached. Nothing for a settled plan."""
         with self._lock:
             if self._in_flight.get(plan.user) is plan:
-                self._settle(plan, plan.cached)
+                self._settle(plan, plan.on_device)
 
     def evict(self, user: int) -> bool:
         """Drop a user's state, one in flight once it is settled. Returns whether there was any."""
@@ -242,43 +285,52 @@ class UserStates:
                 return True
             return False
 
-    def clear(self) -> None:
-        """Drop every state, those in flight once they are settled. Counters stay; nothing counts as evicted."""
+    def clear(self, keep_host: bool = False) -> None:
+        """Drop every state, those in flight once they are settled. Counters stay; nothing counts as evicted.
+
+        keep_host: what is on the device goes to the host tier, and what is there stays.
+        """
         with self._lock:
             for plan in self._in_flight.values():
                 plan.evicted = True
             for user in list(self._states):
+                if keep_host:
+                    self._offload(user)
                 self._release(user)
+            if self.tier is not None and not keep_host:
+                for user in list(self.tier.states):
+                    self._drop_from_host(user)
 
-    def batch(self, plans: Sequence[Plan], first_rows: Sequence[int], *, pin: bool = False) -> PagedBatch:
-        """Page table, lengths and slots of a batch, built on the host and copied to the pool's device in one go.
+    def batch(
+        self,
+        plans: Sequence[Plan],
+        first_rows: Sequence[int],
+        rows: int,
+        *,
+        sequences: int = 0,
+        pages: int = 0,
+        pin: bool = False,
+    ) -> HostPlaces:
+        """Page table, lengths and slots of a batch of `rows` tokens.
 
-        first_rows: for each plan, which row of the batch's keys holds its first token that is not cached; its
-        further ones follow. pin: page-locked memory, for GPUs.
+        first_rows: for each plan, which row of the batch's keys holds its first token that is not cached; its further
+        ones follow. sequences, pages: the sizes of the page table, at least (a CUDA graph's are fixed). pin:
+        page-locked memory, for GPUs.
         """
-        page, B = self.pool.page, len(plans)
-        new = [plan.stored - plan.cached for plan in plans]
-        width = max([1, *(len(plan.pages) for plan in plans)])
-        sizes = [B, B, sum(new), sum(new), -(-B * width // 2)]
+        page, B = self.pool.page, max(len(plans), sequences)
+        width = max([1, pages, *(len(plan.pages) for plan in plans)])
+        sizes = [B, B, rows, -(-B * width // 2)]
         buffer = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=pin)
-        cached, stored, rows, slots, packed = np.split(buffer.numpy(), np.cumsum(sizes)[:-1])
+        cached, stored, slots, packed = np.split(buffer.numpy(), np.cumsum(sizes)[:-1])
+        slots[:] = -1
         table = packed.view(np.int32)[: B * width].reshape(B, width)
-        at = 0
         for b, plan in enumerate(plans):
             table[b, : len(plan.pages)] = plan.pages
             cached[b], stored[b] = plan.cached, plan.stored
             tokens = np.arange(plan.cached, plan.stored)
-            rows[at : at + new[b]] = first_rows[b] + tokens - plan.cached
-            slots[at : at + new[b]] = table[b, tokens // page].astype(np.int64) * page + tokens % page
-            at += new[b]
-        parts = buffer.to(self.pool.k[0].device, non_blocking=True).split(sizes)
-        return PagedBatch(
-            page_table=parts[4].view(torch.int32)[: B * width].view(B, width),
-            paged_lengths=parts[0],
-            stored_lengths=parts[1],
-            rows=parts[2],
-            slots=parts[3],
-        )
+            places = table[b, tokens // page].astype(np.int64) * page + tokens % page
+            slots[first_rows[b] : first_rows[b] + len(tokens)] = places
+        return HostPlaces(buffer, sizes, width)
 
     # Below, the lock is held (but in `_plan`).
 
@@ -296,11 +348,20 @@ class UserStates:
             return
         self._in_flight[plan.user] = plan
         state = self._states.pop(plan.user, None)
+        self._find_on_device(plan, state)
+        if self.tier is not None and plan.user in self.tier.states:
+            there = self.tier.states[plan.user]
+            valid = self._valid_tokens(there.tokens, there.versions, plan.versions)
+            plan.on_host = valid if valid > plan.on_device else 0
+
+    def _find_on_device(self, plan: Plan, state: _State | None) -> None:
+        count = self._counters
         if state is None:
             count.misses += 1
             return
         plan.known = True
-        plan.cached = plan.stored = self._valid_tokens(state, plan.versions)
+        valid = self._valid_tokens(state.tokens, state.versions, plan.versions)
+        plan.on_device = plan.cached = plan.stored = valid
         kept = self.pool.pages_for(plan.cached)
         plan.pages = state.pages[:kept]
         self.pool.free(state.pages[kept:])
@@ -321,14 +382,26 @@ class UserStates:
             plan.cached,
         )
 
-    def _valid_tokens(self, state: _State, versions: UInt64Array) -> int:
-        """How many of the state's first tokens a history of these versions begins with."""
-        events = min(len(state.versions), len(versions))
-        same = state.versions[:events] == versions[:events]
-        valid = events if same.all() else int(same.argmin())
+    def _valid_tokens(self, tokens: int, had: UInt64Array, versions: UInt64Array) -> int:
+        """How many first tokens of a state (`tokens` of a history `had`) a history of these versions begins with."""
+        valid = common(had, versions)
         if self._contextual:
-            return state.tokens if valid == len(state.versions) == len(versions) else 0
+            return tokens if valid == len(had) == len(versions) else 0
         return valid
+
+    def _plan_load(self, plan: Plan, share: float) -> None:
+        """Have as many of the host's tokens loaded."""
+        if not plan.on_host:
+            return
+        size, wanted = self.pool.page, plan.on_host
+        if share < 1 and not self._contextual:
+            wanted = int(plan.on_device + share * (plan.on_host - plan.on_device)) // size * size
+        if wanted > plan.on_device:
+            first = plan.on_device // size
+            plan.load = Load(plan.user, first, plan.pages[first : self.pool.pages_for(wanted)])
+            plan.cached = wanted
+            self._counters.host_hits += not plan.on_device
+            self._counters.loaded_tokens += wanted - plan.on_device
 
     def _settle(self, plan: Plan, tokens: int) -> None:
         """End a plan: its first `tokens` tokens are the user's state."""
@@ -338,7 +411,7 @@ class UserStates:
         self.pool.free(plan.pages[kept:])
         if tokens:
             versions = plan.versions[: tokens - self._contextual]
-            self._states[plan.user] = _State(tokens, versions, plan.pages[:kept])
+            self._states[plan.user] = _State(tokens, versions, plan.pages[:kept], plan.now)
             self._ask("touch", plan.user, *self._size_and_cost(tokens), plan.now)
         elif plan.known:
             self._ask("forget", plan.user)
@@ -367,6 +440,7 @@ class UserStates:
             self._drop(user)
 
     def _drop(self, user: int) -> None:
+        self._offload(user)
         self._release(user)
         self._counters.evictions += 1
 
@@ -374,18 +448,71 @@ class UserStates:
         self.pool.free(self._states.pop(user).pages)
         self._ask("forget", user)
 
-    def _ask(self, question: str, *args: Any, otherwise: Any = None) -> Any:
-        """The policy's answer; `otherwise` where it raises."""
+    def _offload(self, user: int) -> None:
+        """Have the host take a user's state, if it has room or can make it."""
+        tier, state = self.tier, self._states[user]
+        if tier is None:
+            return
+        there = tier.states.get(user)
+        same = common(there.versions, state.versions) if there is not None else 0
+        if same == len(state.versions):
+            same = state.tokens
+        elif self._contextual:
+            same = 0
         try:
-            answer = getattr(self._policy, question)(*args)
-            if question == "victim" and answer not in self._states:
+            taken = self._make_room_on_host(user, len(state.pages), state.now)
+            taken = taken and tier.store(user, state.tokens, state.versions, state.pages, same)
+        except Exception as error:
+            self._fault(f"the state of user {user} did not reach the host", error)
+            taken = False
+            if there is not None and user not in tier.states:
+                self._ask("forget", user, of=self._tier_policy)
+        if taken:
+            self._counters.offloads += 1
+            self._ask("touch", user, *self._size_and_cost(state.tokens), state.now, of=self._tier_policy)
+        else:
+            self._counters.offloads_refused += 1
+
+    def _make_room_on_host(self, user: int, pages: int, now: float) -> bool:
+        """Whether there is room for a state of so many pages; others leave the host for it, none of those in flight."""
+        assert self.tier is not None
+        stay = self._in_flight.keys() | {user}
+        leaving = self.tier.states.keys() - stay
+        if pages > self.tier.pages:
+            return False
+        while self.tier.lacking(user, pages):
+            if not leaving:
+                return False
+            victim = self._ask("victim", now, stay, of=self._tier_policy)
+            if victim not in leaving:
+                victim = next(iter(leaving))
+            self._drop_from_host(victim)
+            leaving.discard(victim)
+        return True
+
+    def _drop_from_host(self, user: int) -> None:
+        assert self.tier is not None
+        self.tier.drop(user)
+        self._ask("forget", user, of=self._tier_policy)
+
+    def _ask(self, question: str, *args: Any, otherwise: Any = None, of: Policy | None = None) -> Any:
+        """A policy's answer; `otherwise` where it raises. of: by default the device's."""
+        policy = of or self._policy
+        known: Any = self._states if of is None or self.tier is None else self.tier.states
+        try:
+            answer = getattr(policy, question)(*args)
+            if question == "victim" and answer not in known:
                 raise LookupError(f"user {answer!r} has no state that can be evicted")
             return answer
         except Exception as error:
             self._counters.policy_errors += 1
-            message = f"cache policy {type(self._policy).__name__}.{question} failed, going on without its advice"
+            message = f"cache policy {type(policy).__name__}.{question} failed, going on without its advice"
             self._report("policy", message, error)
             return otherwise
+
+    def _fault(self, what: str, error: Exception) -> None:
+        self._counters.faults += 1
+        self._report("fault", f"{what}; going on without it", error)
 
     def _report(self, kind: str, message: str, error: Exception | None = None) -> None:
         """A warning for the first event of a kind; further ones are there for debugging only."""

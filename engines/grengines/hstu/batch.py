@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -50,11 +51,12 @@ class Encoding:
 
 
 class Bucket(NamedTuple):
-    """Padded sizes of a batch: sequences, tokens a sequence, candidates a sequence."""
+    """Padded sizes of a batch: sequences, tokens to encode a sequence, candidates a sequence."""
 
     batch: int
     length: int
     candidates: int
+    cached: int = 0  # tokens a sequence whose keys and values are in pages
 
 
 @dataclass
@@ -95,6 +97,12 @@ class HostBatch:
     def padded_tokens(self) -> int:
         return self.sizes["token_rows"]
 
+    @property
+    def token_rows(self) -> npt.NDArray[np.int64]:
+        """The packed token rows [padded_tokens]: what is written to them is what is copied to the device."""
+        rows: npt.NDArray[np.int64] = self.buffer[: self.padded_tokens].numpy()  # the buffer's first array
+        return rows
+
     def first_rows(self) -> list[int]:
         """Of each sequence, its first row among the packed tokens."""
         sizes = list(self.sizes)
@@ -125,7 +133,7 @@ def pack(
 
     cached: how many tokens of each request (contextual ones and events) have cached keys and values; only
     the rest is packed. candidates: which of each request's candidates; slice(0) for a prefill. bucket: pad
-    to these sizes (not with `cached`). pin: page-locked memory, for GPUs.
+    to these sizes. pin: page-locked memory, for GPUs.
 
     Raises ValueError for requests that don't fit the bucket, for more cached tokens than there are, and
     for new events after cached ones in a model with contextual tokens: those see the whole history, so
@@ -146,9 +154,10 @@ def pack(
     q_offsets = [0, *accumulate(new)]
     L, B_padded, M = q_offsets[-1], B, sum(targets)
     if bucket is not None:
-        if cached is not None or bucket.batch < B or longest > bucket.length or max(targets, default=0) > bucket[2]:
+        sizes_needed = (B, longest, max(targets, default=0), max(done, default=0))
+        if any(needed > there for needed, there in zip(sizes_needed, bucket, strict=True)):
             raise ValueError(f"{B} requests of at most {longest} tokens don't fit {bucket}; pack them without it")
-        B_padded, longest, longest_kv = bucket.batch, bucket.length, bucket.length
+        B_padded, longest, longest_kv = bucket.batch, bucket.length, bucket.length + bucket.cached
         L, M = bucket.batch * bucket.length, bucket.batch * bucket.candidates
     delta = cached is not None
     sizes = {
@@ -195,7 +204,8 @@ def pack(
     arrays["q_offsets"][B + 1 :] = q_offsets[-1]
     arrays["num_targets"][:B] = targets
     arrays["kv_offsets"][:] = arrays["q_offsets"]
-    if delta:  # never padded
-        arrays["kv_offsets"][:] = arrays["q_offsets"] + np.array([0, *accumulate(done)])
-        arrays["kept_offsets"][:] = arrays["kv_offsets"] - np.array([0, *accumulate(targets)])
+    if delta:
+        padding = [0] * (B_padded - B)
+        arrays["kv_offsets"][:] += np.array([0, *accumulate([*done, *padding])])
+        arrays["kept_offsets"][:] = arrays["kv_offsets"] - np.array([0, *accumulate([*targets, *padding])])
     return HostBatch(buffer, sizes, longest, longest_kv, targets, q_offsets[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor
 
 from grengines.api import Catalogue, Float32Array, RankResult, Request, UnavailableError
-from grengines.cache import policies
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.cache.pool import PagePool
-from grengines.cache.states import Plan, UserStates
+from grengines.cache.items import HotRows
 from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack
+from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import INTERACTING, HSTUConfig, HSTUEngineConfig
 from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
 from grengines.hstu.model import HSTURanker
+from grengines.hstu.results import Marks, by_request
 from grkernels import registry as kernel_registry
 from grkernels import tuning
 from grkernels.operators import Operators
@@ -35,24 +36,29 @@ def build_model(
     device: torch.device | str,
     dtype: torch.dtype,
     kernels: Operators | None = None,
+    *,
+    host_table: bool = False,
 ) -> HSTURanker:
     """The model that every engine serves: weights from `model.weights`, or random ones from the seed, the
-    same on every device. kernels: by default the fp32 references. fp32 products are exact from here on (no TF32).
-    Raises ValueError for bad weights."""
+    same on every device. kernels: by default the fp32 references. host_table: as `HSTURanker.build`. fp32
+    products are exact from here on (no TF32). Raises ValueError for bad weights."""
     torch.set_float32_matmul_precision("highest")
     kernels = kernels or Operators.reference()
-    return HSTURanker.build(model, catalogue, kernels, seed=seed, device=device, dtype=dtype)
+    return HSTURanker.build(model, catalogue, kernels, seed=seed, device=device, dtype=dtype, host_table=host_table)
 
 
 class Reference:
     """What the scores should be: one request at a time, nothing cached, padded or captured.
 
-    The fp32 weights are made once; memory is one model's, and for the time of a half-precision call its copy.
+    The fp32 weights are made once; memory is one model's, and for the time of a half-precision call its copy. The
+    token table stays on the host, however large it is: each request brings its own rows.
     """
 
     def __init__(self, model: HSTUConfig, catalogue: Catalogue, seed: int, device: torch.device | str) -> None:
-        self._model = build_model(model, catalogue, seed, device, torch.float32)
+        self._model = build_model(model, catalogue, seed, device, torch.float32, host_table=True)
         self._device = torch.device(device)
+        self._table = self._model.token_table.data
+        self._model.use_table(torch.empty(0))
 
     @torch.inference_mode()
     def scores(
@@ -63,12 +69,18 @@ class Reference:
         precision: fp32, by the kernels' references, or fp16 or bf16, by plain PyTorch in that precision (the
         variants `torch`): what tolerances are measured by. attention: in place of theirs.
         """
-        model = self._model if precision == "fp32" else copy.deepcopy(self._model).to(DTYPES[precision])
+        dtype = DTYPES[precision]
+        model = self._model if precision == "fp32" else copy.deepcopy(self._model).to(dtype)
         model.kernels = Operators.reference() if precision == "fp32" else Operators.plain()
         if attention is not None:
             model.kernels = model.kernels._replace(hstu_attention=attention)
-        batches = (pack([r], model.encoding).to(self._device) for r in requests)
-        return [model(batch).cpu().numpy() for batch in batches]
+        answers = []
+        for request in requests:
+            host = pack([request], model.encoding)
+            rows, host.token_rows[:] = np.unique(host.token_rows, return_inverse=True)
+            model.use_table(self._table[torch.from_numpy(rows)].to(self._device, dtype))
+            answers.append(model(host.to(self._device)).cpu().numpy())
+        return answers
 
 
 class HSTUEngine:
@@ -87,11 +99,6 @@ class HSTUEngine:
         seed: int,
         cache: CacheConfig | PagedCacheConfig,
     ) -> None:
-        if config.cuda_graphs and isinstance(cache, PagedCacheConfig):
-            raise ValueError(
-                f"engine.cuda_graphs=true and cache={cache.name}: graphs hold the full form only; set "
-                "cuda_graphs=false or cache=none"
-            )
         if config.cuda_graphs and config.candidate_microbatch:
             raise ValueError(
                 f"engine.cuda_graphs=true and engine.candidate_microbatch={config.candidate_microbatch}: graphs hold "
@@ -108,8 +115,10 @@ class HSTUEngine:
         self._threads_before = torch.get_num_threads()
         self._ranker: HSTURanker | None = None
         self._graphs: GraphRunner | None = None
-        self._states: UserStates | None = None
-        self._buckets: list[Bucket] = []
+        self._cached: CachedRanking | None = None
+        self._lock = threading.Lock()
+        self._items: HotRows | None = None
+        self.buckets: list[Bucket] = []
         self._max_batch = 0
 
     @torch.inference_mode()
@@ -130,34 +139,72 @@ class HSTUEngine:
             self._device,
             DTYPES[self._precision],
             self._operators,
+            host_table=self._cache.item_memory_gb > 0,
         )
+        if self._cache.item_memory_gb:
+            self._items = HotRows.within(
+                int(self._cache.item_memory_gb * 1e9),
+                self._ranker.token_table.data,
+                device=self._device,
+                dtype=DTYPES[self._precision],
+            )
+            self._ranker.use_table(self._items.table)
         encoding = self._ranker.encoding
+        largest = sorted(sample, key=lambda r: token_count(r, encoding))[-max_batch:]
         if isinstance(self._cache, PagedCacheConfig):
-            self._states = self._make_states(self._cache, sample)
-        if self._config.cuda_graphs:
-            self._buckets = plan_buckets(sample, encoding, max_batch, self._config.graph_lengths)
-            self._graphs = GraphRunner(self._ranker, self._buckets, encoding, self._device)
-        self.rank(sorted(sample, key=lambda r: token_count(r, encoding))[-max_batch:])
+            self._cached = CachedRanking(self._ranker, self._config, self._cache, sample, max_batch, self._place)
+        elif self._config.cuda_graphs:
+            self.buckets = plan_buckets(sample, encoding, max_batch, self._config.graph_lengths)
+            self._graphs = GraphRunner(
+                self._ranker,
+                self.buckets,
+                lambda bucket: [pack([], encoding, bucket=bucket, pin=True)],
+                self._device,
+            )
+        result = self.rank(largest)
+        if self._cached is not None:
+            self.forget()
+            result = self.rank(largest)  # now that everything is compiled
+            self._cached.compute_s = result.compute_ms / result.tokens / 1e3
         self.forget()
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """As grengines.api.Engine. Raises ValueError for more than max_batch requests, RuntimeError unprepared."""
-        ranker = self._ranker
+        """As grengines.api.Engine; calls from several threads take turns. What fails in the cache is counted, logged,
+        and answered without it. Raises ValueError for more than max_batch requests, RuntimeError unprepared."""
+        ranker, cached = self._ranker, self._cached
         if ranker is None:
             raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
         if not 0 < len(requests) <= self._max_batch:
             raise ValueError(f"{len(requests)} requests in one batch; allowed is 1 to max_batch={self._max_batch}")
-        if self._states is not None:
-            return self._rank_through_pages(ranker, self._states, requests)
+        with self._lock:
+            if cached is None:
+                return self._rank_whole(ranker, requests)
+            before = cached.states.counters()
+            try:
+                result = cached.rank(requests)
+            except Exception as error:
+                cached.states.fault(f"{len(requests)} requests failed with the cache", error)
+                if self._pin:
+                    torch.cuda.synchronize()  # what was under way may still write to memory that it gave back
+                result = self._rank_whole(ranker, requests)
+            after = cached.states.counters()
+        changes = {f.name: getattr(after, f.name) - getattr(before, f.name) for f in dataclasses.fields(after)}
+        result.details.update({f"cache_{name}": float(change) for name, change in changes.items()})
+        return result
+
+    def _rank_whole(self, ranker: HSTURanker, requests: Sequence[Request]) -> RankResult:
+        """As `rank`, from the whole histories."""
         begun = time.perf_counter()
-        bucket = choose_bucket(self._buckets, requests, ranker.encoding)
+        counts = [token_count(r, ranker.encoding) for r in requests]
+        bucket = choose_bucket(self.buckets, counts, [len(r.candidates) for r in requests])
         hosts = self._pack(requests, bucket)
         batch_ms = (time.perf_counter() - begun) * 1e3
 
-        marks = _Marks(self._device)
+        marks = Marks(self._device)
+        details = self._place(hosts)
         if self._graphs is not None and bucket is not None:
-            self._graphs.upload(hosts[0], bucket)
+            self._graphs.upload(bucket, hosts[0])
             marks.add()
             logits = self._graphs.replay(bucket)
         else:
@@ -170,13 +217,13 @@ class HSTUEngine:
         marks.add()
         up_ms, compute_ms, down_ms = marks.spans_ms()  # waits for the device
         return RankResult(
-            scores=_by_request(on_host.numpy(), hosts),
+            scores=by_request(on_host.numpy(), hosts),
             batch_ms=batch_ms,
             transfer_ms=up_ms + down_ms,
             compute_ms=compute_ms,
             tokens=sum(host.tokens for host in hosts),
             padded_tokens=sum(host.padded_tokens for host in hosts),
-            details={"eager_batches": float(bucket is None)} if self._config.cuda_graphs else {},
+            details=details | ({"eager_batches": float(bucket is None)} if self._config.cuda_graphs else {}),
         )
 
     def actual(self) -> dict[str, Any]:
@@ -190,25 +237,30 @@ class HSTUEngine:
             "fp32_products": torch.get_float32_matmul_precision(),
             "kernels": self._kernels,
             "kernel_configs": tuning.provenance(),
-            "graph_buckets": [list(b) for b in self._buckets],  # batch, length, candidates
+            "graph_buckets": [list(b) for b in (self._cached or self).buckets],  # batch, length, candidates, cached
             "candidate_microbatch": self._config.candidate_microbatch,
             "cache": dataclasses.asdict(self._cache),
+            **(self._cached.actual() if self._cached else {}),
             "timer": "CUDA events, one wait a batch" if cuda else "perf_counter",
             "cpu_threads": torch.get_num_threads(),
             "weights": self._model_config.weights or f"random, seed {self._seed}",
-            "parameters": sum(p.numel() for p in self._ranker.parameters()) if self._ranker else 0,
+            "parameters": self._parameters(),
+            "item_slots": self._items.slots if self._items else 0,  # rows of the token table on the device; 0: all
             "torch": torch.__version__,
             "cuda": torch.version.cuda if cuda else None,
         }
 
-    def forget(self) -> None:
-        """Drop every cached user state."""
-        if self._states is not None:
-            self._states.clear()
+    def forget(self, keep_host: bool = False) -> None:
+        """Drop every cached user state; keep_host: those on the device go to the host tier, if there is one."""
+        if self._cached is not None:
+            with self._lock:
+                self._cached.states.clear(keep_host)
 
     def close(self) -> None:
         """Release the model, the graphs and their memory; give the thread count back. Safe to call twice."""
-        self._ranker, self._graphs, self._states, self._buckets = None, None, None, []
+        if self._cached is not None:
+            self._cached.close()
+        self._ranker, self._graphs, self._cached, self._items, self.buckets = None, None, None, None, []
         torch.set_num_threads(self._threads_before)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
@@ -232,83 +284,24 @@ class HSTUEngine:
             *(pack(requests, encoding, cached=cached, candidates=s, pin=self._pin) for s in slices),
         ]
 
-    def _make_states(self, cache: PagedCacheConfig, sample: Sequence[Request]) -> UserStates:
-        """An empty pool and its index. Raises ValueError where the longest history does not fit into all of it."""
-        model = self._model_config
-        pool = PagePool.within(
-            int(cache.memory_gb * 1e9),
-            device=self._device,
-            layers=model.layers,
-            page=cache.page,
-            heads=model.heads,
-            qk_dim=model.qk_dim,
-            v_dim=model.v_dim,
-            dtype=DTYPES[self._precision],
-        )
-        tokens = model.contextual_seq_len + max(len(r.history_items) for r in sample)
-        if pool.pages_for(tokens) > pool.pages:
-            needed = pool.pages_for(tokens) * pool.page_bytes / 1e9
-            raise ValueError(
-                f"cache.memory_gb={cache.memory_gb:g}: the longest history, {tokens} tokens, alone takes {needed:.3g} "
-                "GB; give the cache more, or keep shorter histories (workload.max_history)"
-            )
-        return UserStates(pool, policies.make(cache.policy), contextual_seq_len=model.contextual_seq_len)
+    def _place(self, hosts: Sequence[HostBatch]) -> dict[str, float]:
+        """With a token table on the host: the batches' rows to the device, and slots in the place of row numbers.
 
-    def _rank_through_pages(self, ranker: HSTURanker, states: UserStates, requests: Sequence[Request]) -> RankResult:
-        """As `rank`: of what is in pages nothing is computed again, and what is new goes there."""
-        begun, before = time.perf_counter(), states.counters()
-        plans = states.lookup(requests, now=max(r.arrival_s for r in requests))
-        try:
-            stored = [states.extend(plan) for plan in plans]
-            hosts = self._pack_cached(requests, plans, all(stored))
-            first_rows = hosts[0].first_rows()
-            places = states.batch(plans, first_rows, pin=self._pin)
-            batch_ms = (time.perf_counter() - begun) * 1e3
-            marks = _Marks(self._device)
-            batches = [host.to(self._device) for host in hosts]
-            marks.add()
-            parts = [ranker.paged(b, states.pool, places, write=i == 0) for i, b in enumerate(batches)]
-            logits = torch.cat(parts)
-            marks.add()
-            on_host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=self._pin)
-            on_host.copy_(logits, non_blocking=True)
-            marks.add()
-            up_ms, compute_ms, down_ms = marks.spans_ms()  # waits for the device
-            for plan in plans:
-                states.commit(plan)
-        finally:
-            for plan in plans:
-                states.abort(plan)  # nothing for those that are committed
-        after = states.counters()
-        return RankResult(
-            scores=_by_request(on_host.numpy(), hosts),
-            batch_ms=batch_ms,
-            transfer_ms=up_ms + down_ms,
-            compute_ms=compute_ms,
-            tokens=sum(host.tokens for host in hosts),
-            padded_tokens=sum(host.padded_tokens for host in hosts),
-            details={
-                f"cache_{f.name}": float(getattr(after, f.name) - getattr(before, f.name))
-                for f in dataclasses.fields(after)
-            },
-        )
-
-    def _pack_cached(self, requests: Sequence[Request], plans: Sequence[Plan], stored: bool) -> list[HostBatch]:
-        """What isn't cached, with the candidates; or with microbatches first the one, then slices of the other.
-
-        Candidates on their own need the whole history in pages: where it is not stored, all go in one pass.
+        One lookup for all batches of a request batch, since a lookup may evict what the one before fetched. Returns
+        what it counted. Raises RuntimeError, having changed nothing, where they need more rows than the device holds.
         """
-        assert self._ranker is not None
-        encoding, size = self._ranker.encoding, self._config.candidate_microbatch
-        cached, whole = [plan.cached for plan in plans], [plan.tokens for plan in plans]
-        most = max(len(r.candidates) for r in requests)
-        if not size or not most or not stored:
-            return [pack(requests, encoding, cached=cached, pin=self._pin)]
-        slices = [slice(begin, begin + size) for begin in range(0, most, size)]
-        return [
-            pack(requests, encoding, cached=cached, candidates=slice(0), pin=self._pin),
-            *(pack(requests, encoding, cached=whole, candidates=s, pin=self._pin) for s in slices),
-        ]
+        if self._items is None:
+            return {}
+        before = dataclasses.asdict(self._items.counters)
+        self._items.place([host.token_rows for host in hosts])
+        return {f"items_{k}": float(v - before[k]) for k, v in dataclasses.asdict(self._items.counters).items()}
+
+    def _parameters(self) -> int:
+        """Of the whole model, wherever they are."""
+        if self._ranker is None:
+            return 0
+        elsewhere = self._items.host.numel() - self._items.table.numel() if self._items else 0
+        return sum(p.numel() for p in self._ranker.parameters()) + elsewhere
 
     @staticmethod
     def _forward(ranker: HSTURanker, batches: list[JaggedBatch]) -> Tensor:
@@ -318,42 +311,6 @@ class HSTUEngine:
             return logits
         state = ranker.prefill(batches[0])
         return torch.cat([ranker.delta(batch, state, keep=False)[0] for batch in batches[1:]])
-
-
-class _Marks:
-    """Points in time between pieces of work: device events on a GPU, the clock on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[Any] = []
-        self.add()
-
-    def add(self) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def spans_ms(self) -> list[float]:
-        """Milliseconds between marks; waits until the last one is reached."""
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        if not self._cuda:
-            return [(b - a) * 1e3 for a, b in pairs]
-        self._marks[-1].synchronize()
-        return [float(a.elapsed_time(b)) for a, b in pairs]
-
-
-def _by_request(logits: Float32Array, hosts: list[HostBatch]) -> list[Float32Array]:
-    """Cut the batches' logits into each request's [candidates, tasks]; padding at the end is dropped."""
-    parts: list[list[Float32Array]] = [[] for _ in hosts[0].candidate_counts]
-    at = 0
-    for host in hosts:
-        for part, count in zip(parts, host.candidate_counts, strict=True):
-            part.append(logits[at : at + count])
-            at += count
-    return [np.concatenate(part) for part in parts]  # copies: the page-locked buffer is free again
 
 
 def _operators(kernels: dict[str, str], model: HSTUConfig, device: str, precision: str, page: int) -> Operators:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from grengines.api import Request
-from grengines.hstu.batch import Bucket, Encoding, HostBatch, JaggedBatch, pack
+from grengines.cache.states import HostPlaces
+from grengines.hstu.batch import Bucket, Encoding, HostBatch
 
-Forward = Callable[[JaggedBatch], Tensor]
+Input = HostBatch | HostPlaces
 
 
 def batch_buckets(max_batch: int) -> list[int]:
@@ -34,47 +35,62 @@ def token_count(request: Request, encoding: Encoding) -> int:
     return encoding.contextual_seq_len + len(request.history_items) + len(request.candidates)
 
 
-def plan_buckets(sample: Sequence[Request], encoding: Encoding, max_batch: int, lengths: Sequence[int]) -> list[Bucket]:
-    """Every bucket for requests like `sample`, least work first; `lengths` empty: as the sample needs."""
-    chosen = set(lengths) or length_buckets(token_count(r, encoding) for r in sample)
+def plan_buckets(
+    sample: Sequence[Request], encoding: Encoding, max_batch: int, lengths: Sequence[int], cached: int = 0
+) -> list[Bucket]:
+    """Every bucket for requests like `sample`, least work first; `lengths` empty: as the sample needs.
+
+    cached: with a cache, the most tokens of a user that are in it: then also the lengths of a few new events."""
     most = max(len(r.candidates) for r in sample)
-    buckets = [Bucket(b, n, min(most, n)) for n in chosen for b in batch_buckets(max_batch)]
+    needed = [token_count(r, encoding) for r in sample]
+    if cached:
+        needed += [n for n in (most + (1 << i) for i in range(cached.bit_length())) if n < max(needed)]
+    chosen = set(lengths) or length_buckets(needed)
+    buckets = [Bucket(b, n, min(most, n), cached) for n in chosen for b in batch_buckets(max_batch)]
     return sorted(buckets, key=lambda b: (b.batch * b.length, b.batch))
 
 
-def choose_bucket(buckets: Sequence[Bucket], requests: Sequence[Request], encoding: Encoding) -> Bucket | None:
-    """The first bucket that holds the requests; None where none does."""
-    count = len(requests)
-    longest = max(token_count(r, encoding) for r in requests)
-    most = max(len(r.candidates) for r in requests)
-    return next((b for b in buckets if b.batch >= count and b.length >= longest and b.candidates >= most), None)
+def choose_bucket(buckets: Sequence[Bucket], *sizes: Sequence[int]) -> Bucket | None:
+    """The first bucket that holds a batch; None where none does. sizes: of each of its sequences the tokens to encode,
+    candidates and, with a cache, cached tokens."""
+    needed = (len(sizes[0]), *map(max, sizes))
+    return next((b for b in buckets if all(n <= there for n, there in zip(needed, b, strict=False))), None)
 
 
 class GraphRunner:
     """The captured graphs. All share one memory pool: only one runs at a time, and its logits are copied
-    away before the next replay."""
+    away before the next replay.
 
-    def __init__(self, forward: Forward, buckets: Sequence[Bucket], encoding: Encoding, device: torch.device) -> None:
-        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+    forward: the model, given a bucket's inputs on the device. inputs: they, for an empty batch, on the host."""
+
+    def __init__(
+        self,
+        forward: Callable[..., Tensor],
+        buckets: Sequence[Bucket],
+        inputs: Callable[[Bucket], Sequence[Input]],
+        device: torch.device,
+    ) -> None:
+        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
         for bucket in reversed(buckets):  # the largest first: it lays out the pool
-            # The empty batch gives the buffer its layout; what is in it when a graph is captured does not matter.
-            host = pack([], encoding, bucket=bucket, pin=True)
-            buffer = torch.zeros_like(host.buffer, device=device)
-            batch = host.to(device, out=buffer)
+            # The empty batch gives the buffers their layout; what is in them when a graph is captured does not matter.
+            hosts = inputs(bucket)
+            buffers = [torch.zeros_like(host.buffer, device=device) for host in hosts]
+            arguments = [host.to(device, out=buffer) for host, buffer in zip(hosts, buffers, strict=True)]
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # libraries set themselves up here, outside the capture
-                forward(batch)
+                forward(*arguments)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                logits = forward(batch)
-            self._graphs[bucket] = graph, buffer, logits
+                logits = forward(*arguments)
+            self._graphs[bucket] = graph, buffers, logits
 
-    def upload(self, host: HostBatch, bucket: Bucket) -> None:
-        """Copy a batch that was packed for `bucket` to where its graph reads it, without waiting."""
-        self._graphs[bucket][1].copy_(host.buffer, non_blocking=True)
+    def upload(self, bucket: Bucket, *hosts: Input) -> None:
+        """Copy what was packed for `bucket` to where its graph reads it, without waiting."""
+        for buffer, host in zip(self._graphs[bucket][1], hosts, strict=True):
+            buffer.copy_(host.buffer, non_blocking=True)
 
     def replay(self, bucket: Bucket) -> Tensor:
         """Run the bucket's graph: logits fp32 [bucket.batch * bucket.candidates, tasks], good until the next."""

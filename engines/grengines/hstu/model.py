@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grengines.api import Catalogue
+from grengines.cache.host import Onload
 from grengines.cache.pool import PagePool
 from grengines.cache.states import PagedBatch
 from grengines.hstu.batch import Encoding, JaggedBatch
@@ -96,11 +97,15 @@ class HSTURanker(nn.Module):
         seed: int,
         device: torch.device | str,
         dtype: torch.dtype,
+        host_table: bool = False,
     ) -> HSTURanker:
         """A model for inference with the weights of `config.weights`, or random ones from `seed`.
 
         Random weights are the same on every device: they are drawn in fp32 on the CPU, then rounded to
         `dtype`. Raises ValueError for a weights file that doesn't fit.
+
+        host_table: `token_table` stays on the host, a file's memory-mapped and in the file's dtype. Before the model
+        runs, the caller sets it to a table on the device that holds the rows of the batch, and renumbers those.
         """
         with torch.device("meta"):
             model = cls(config, catalogue, kernels)
@@ -110,8 +115,18 @@ class HSTURanker(nn.Module):
         else:
             from grengines.hstu.weights import load_weights
 
-            load_weights(model, config.weights)
-        return model.to(device=device, dtype=dtype)
+            load_weights(model, config.weights, mapped=["token_table"] if host_table else ())
+        if not host_table:
+            return model.to(device=device, dtype=dtype)
+        table = model.token_table
+        model.use_table(torch.empty(0))
+        model.to(device=device, dtype=dtype)
+        model.use_table(table.data if config.weights else table.data.to(dtype))
+        return model
+
+    def use_table(self, table: Tensor) -> None:
+        """Take token vectors from `table` [rows, E], by its own numbering of rows."""
+        self.token_table = nn.Parameter(table, requires_grad=False)
 
     def _initialise(self, seed: int) -> None:
         """Uniform weights of the standard deviations below.
@@ -157,19 +172,29 @@ class HSTURanker(nn.Module):
         x, extended = self._encode(batch, state, keep)
         return self._score(x, batch), extended
 
-    def paged(self, batch: JaggedBatch, pool: PagePool, places: PagedBatch, *, write: bool = True) -> Tensor:
+    def paged(
+        self,
+        batch: JaggedBatch,
+        pool: PagePool,
+        places: PagedBatch,
+        *,
+        write: bool = True,
+        onload: Onload | None = None,
+    ) -> Tensor:
         """As `delta`, over a state in pages: logits fp32 [M, tasks].
 
         batch: packed with the cached tokens of `places`. write: the new events' keys and values go to their pages;
-        without it those are there already, and the batch holds candidates only.
+        without it those are there already, and the batch holds candidates only. onload: what is still on its way there.
         """
         x = self._embed(batch)
         lengths = places.paged_lengths if write else places.stored_lengths
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
             u, q, k, v = layer.project(x, self.kernels)
+            if onload is not None:
+                onload.layer(i)
             if write:
-                pool.write(i, places.slots, k[places.rows], v[places.rows])
+                pool.write(i, places.slots, k, v)
             a = self._attend(
                 q,
                 k,

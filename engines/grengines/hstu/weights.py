@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,8 +27,10 @@ def save_weights(model: HSTURanker, path: str | Path) -> None:
         raise OSError(f"{path}: can't write weights: {e}") from None
 
 
-def load_weights(model: HSTURanker, path: str | Path) -> None:
+def load_weights(model: HSTURanker, path: str | Path, mapped: Collection[str] = ()) -> None:
     """Fill the model's parameters from a file, converting to their dtype.
+
+    mapped: names of those that stay in the file instead, in its dtype: memory-mapped, read where they are used.
 
     Raises ValueError, one line with the file's name, for a file that is missing or not safetensors, that
     was written for another configuration, or whose tensors differ from the model's in name, shape or kind.
@@ -38,7 +41,10 @@ def load_weights(model: HSTURanker, path: str | Path) -> None:
         with safe_open(str(path), framework="pt") as f:
             _check(f, model, path)
             for name, p in model.named_parameters():
-                p.copy_(f.get_tensor(name))
+                if name in mapped:
+                    p.data = f.get_tensor(name)
+                else:
+                    p.copy_(f.get_tensor(name))
     except (SafetensorError, OSError) as e:
         reason = " ".join(str(e).split())
         raise ValueError(f"{path}: not a readable safetensors file ({reason}); save it again") from None

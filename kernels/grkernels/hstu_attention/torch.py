@@ -108,7 +108,9 @@ def _pad_paged(
     page = pages.shape[1]
     slots = (columns // page).clamp(max=page_table.shape[1] - 1)
     index = page_table[:, slots].long() * page + columns % page
-    cached = pages.flatten(0, 1).transpose(0, 1).index_select(1, index.flatten()).unflatten(1, index.shape)
+    # Rows first, then heads: the other way round the whole pool would be copied.
+    rows = pages.flatten(0, 1).index_select(0, index.flatten())
+    cached = rows.unflatten(0, index.shape).permute(2, 0, 1, 3).contiguous()
     if x.shape[0] == 0:
         return cached
     rest = (offsets[:-1, None] + columns - paged_lengths[:, None]).clamp(0, x.shape[0] - 1)

@@ -1,0 +1,367 @@
+"""The host tier: users' keys and values in page-locked memory, for when their pages on the device are needed by others.
+
+A state goes down when it is evicted: its pages are gathered on the device in the order of its work, so that they can
+be given away at once, and the copy to the host goes on beside later work. It comes up a layer ahead of the
+computation, which waits for each layer just before it reads it. Pages that are on the host already are not sent again.
+On a CPU the same code runs without streams: copies are done at once.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from grengines.cache.pool import PagePool, PoolFullError
+
+AHEAD = 2  # layers under way to the device at once
+DOWN_BYTES = 2 << 30  # at most so much gathered memory waits to be copied to the host; further states are let go
+STAGED_SHARE = 0.125  # of the device's pool: bytes of prefetched states, at most
+
+UInt64Array = npt.NDArray[np.uint64]
+Extent = tuple[int, int]  # first page, number of pages
+
+
+class Extents:
+    """Which pages are free, as runs: long ones make few copies. The best fit is taken, or else the longest runs."""
+
+    def __init__(self, pages: int) -> None:
+        self.available = pages
+        self._runs: list[Extent] = [(0, pages)] if pages else []  # by their first pages; no two touch
+
+    def allocate(self, n: int) -> list[Extent]:
+        """n pages in as few runs as there are. Raises PoolFullError, taking none, where fewer are free."""
+        if n > self.available:
+            raise PoolFullError(f"{n} pages of the host asked for; {self.available} are free")
+        taken = []
+        self.available -= n
+        while n:
+            fitting = [run for run in self._runs if run[1] >= n]
+            begin, length = min(fitting, key=lambda run: run[1]) if fitting else max(self._runs, key=lambda run: run[1])
+            self._runs.remove((begin, length))
+            used = min(length, n)
+            if used < length:
+                insort(self._runs, (begin + used, length - used))
+            taken.append((begin, used))
+            n -= used
+        return taken
+
+    def free(self, extents: Sequence[Extent]) -> None:
+        """Give runs back."""
+        for extent in extents:
+            insort(self._runs, extent)
+            self.available += extent[1]
+        merged: list[Extent] = []
+        for begin, length in self._runs:
+            if merged and sum(merged[-1]) == begin:
+                merged[-1] = merged[-1][0], merged[-1][1] + length
+            else:
+                merged.append((begin, length))
+        self._runs = merged
+
+
+def cut(extents: Sequence[Extent], first: int, stop: int) -> Iterator[Extent]:
+    """Pages first to stop - 1 of a state that lies in these runs."""
+    at = 0
+    for begin, length in extents:
+        low, high = max(first, at), min(stop, at + length)
+        if low < high:
+            yield begin + low - at, high - low
+        at += length
+
+
+class Lane:
+    """Work beside the device's main stream; on a CPU nothing is beside anything."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __enter__(self) -> Lane:
+        self._context: Any = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._context.__exit__(*exception)
+
+    def keep(self, x: Tensor) -> None:
+        """x, made on another stream, is not given away before this lane is done with it."""
+        if self._stream is not None:
+            x.record_stream(self._stream)
+
+
+class Mark:
+    """A point in the current stream's work; on a CPU in time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self._time = time.perf_counter()
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """What the current stream is given from now on waits for this point."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+    def reached(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def ms_until(self, other: Mark) -> float:
+        """Milliseconds; waits for the other."""
+        if self._event is None or other._event is None:
+            return (other._time - self._time) * 1e3
+        other._event.synchronize()
+        return float(self._event.elapsed_time(other._event))
+
+
+@dataclass(eq=False)
+class HostState:
+    """What the host has of one user."""
+
+    tokens: int
+    versions: UInt64Array  # [events]
+    extents: list[Extent]
+    written: Mark | None  # once the copy from the device is there
+
+
+@dataclass
+class Load:
+    """What is to come up of one user."""
+
+    user: int
+    first: int  # the state's page that comes first
+    pages: list[int]  # of the device, where it and those after it go
+
+
+@dataclass
+class _Staged:
+    """A state that was prefetched: on the device, beside the pages."""
+
+    state: HostState
+    layers: list[Tensor]  # [pages, elements of one]
+    there: Mark
+
+
+@dataclass
+class HostTier:
+    """Pages of host memory, of which `UserStates` decides who has them. Not thread-safe: it holds its lock around it.
+
+    A page holds the keys of one layer and then its values, so that a state's layer is one copy a run of pages.
+    Raises ValueError where not one page fits, RuntimeError where the memory can't be page-locked.
+    """
+
+    pool: PagePool
+    budget_bytes: int
+    bytes_down: int = 0
+    bytes_up: int = 0
+    states: dict[int, HostState] = field(default_factory=dict)
+    _staged: dict[int, _Staged] = field(default_factory=dict)
+    _last_read: Mark | None = None  # once all copies to the device so far have left
+
+    def __post_init__(self) -> None:
+        pool = self.pool
+        self.device = pool.k[0].device
+        self.pages = self.budget_bytes // pool.page_bytes
+        if self.pages < 1:
+            raise ValueError(f"cache.host_gb: a page takes {pool.page_bytes} bytes; there are {self.budget_bytes}")
+        self.extents = Extents(self.pages)
+        self._widths = [x[0][0].numel() for x in (pool.k, pool.v)]
+        shape = (self.pages, sum(self._widths))
+        with torch.inference_mode(False):  # made in that mode, it could be written to in that mode only
+            self.layers = [torch.empty(shape, dtype=pool.k[0].dtype) for _ in pool.k]
+        self._locked: list[int] = []
+        if self.device.type == "cuda":
+            for x in self.layers:
+                code = int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 0))
+                if code:
+                    self.close()
+                    raise RuntimeError(f"cache.host_gb: {x.nbytes} bytes can't be page-locked (CUDA error {code})")
+                self._locked.append(x.data_ptr())
+        self._down, self._up = Lane(self.device), Lane(self.device)
+        self._going_down: list[tuple[Mark, int]] = []
+
+    def close(self) -> None:
+        """Unlock the memory; the tier can't be used any more."""
+        if self._locked:
+            torch.cuda.synchronize()
+        for address in self._locked:
+            torch.cuda.cudart().cudaHostUnregister(address)
+        self._locked.clear()
+        self.states.clear()
+        self._staged.clear()
+
+    def drop(self, user: int) -> None:
+        """Forget a user who has a state. The pages are free at once: what is written there next waits for readers."""
+        self.extents.free(self.states.pop(user).extents)
+        self._staged.pop(user, None)
+
+    def store(self, user: int, tokens: int, versions: UInt64Array, pages: Sequence[int], same: int) -> bool:
+        """Take a user's state from its pages on the device, of whose tokens the host has the first `same` already.
+
+        There must be room for it (`lacking` is 0). Returns whether it is taken: not while too much is on its way down.
+        """
+        if same == tokens:
+            return True
+        old = self.states.get(user)
+        keep = same // self.pool.page  # pages that need not be sent again
+        moving = (len(pages) - keep) * self.pool.page_bytes
+        self._going_down = [(mark, n) for mark, n in self._going_down if not mark.reached()]
+        if self._going_down and sum(n for _, n in self._going_down) + moving > DOWN_BYTES:
+            return False
+        kept: list[Extent] = []
+        if old is not None:
+            kept = list(cut(old.extents, 0, keep))
+            self.extents.free(list(cut(old.extents, keep, self.pages)))
+            del self.states[user]
+            self._staged.pop(user, None)
+        new: list[Extent] = []
+        try:
+            new = self.extents.allocate(len(pages) - keep)
+            written = self._copy_down(pages[keep:], new)
+        except BaseException:
+            self.extents.free([*kept, *new])
+            raise
+        self._going_down.append((written, moving))
+        self.bytes_down += moving
+        self.states[user] = HostState(tokens, versions, [*kept, *new], written)
+        return True
+
+    def lacking(self, user: int, pages: int) -> int:
+        """How many pages others must give up before `store` has room for a state of so many."""
+        own = sum(n for _, n in self.states[user].extents) if user in self.states else 0
+        return max(pages - own - self.extents.available, 0)
+
+    def _copy_down(self, pages: Sequence[int], extents: Sequence[Extent]) -> Mark:
+        ids = self._ids(pages)
+        if self._last_read is not None:  # what these pages held may still be on its way up
+            with self._down:
+                self._last_read.wait()
+        for host, k, v in zip(self.layers, self.pool.k, self.pool.v, strict=True):
+            block = torch.cat([k.flatten(1).index_select(0, ids), v.flatten(1).index_select(0, ids)], dim=1)
+            gathered = Mark(self.device)
+            with self._down:
+                gathered.wait()
+                at = 0
+                for begin, n in extents:
+                    host[begin : begin + n].copy_(block[at : at + n], non_blocking=True)
+                    at += n
+                self._down.keep(block)
+                written = Mark(self.device)
+        return written
+
+    def load(self, loads: Sequence[Load]) -> Onload:
+        """Start bringing states up into pages of the device."""
+        self.bytes_up += sum(len(load.pages) for load in loads) * self.pool.page_bytes
+        return Onload(self, loads)
+
+    def prefetch(self, user: int) -> bool:
+        """Start bringing a user's state up, beside the pages. Returns whether it is: there is room for some only."""
+        state = self.states[user]
+        pages = sum(n for _, n in state.extents)
+        staged = sum(len(s.layers[0]) for s in self._staged.values())
+        if user in self._staged or staged + pages > STAGED_SHARE * self.pool.pages:
+            return False
+        layers = []
+        with self._up:
+            if state.written is not None:
+                state.written.wait()
+            for host in self.layers:
+                block = torch.empty((pages, sum(self._widths)), dtype=host.dtype, device=self.device)
+                at = 0
+                for begin, n in state.extents:
+                    block[at : at + n].copy_(host[begin : begin + n], non_blocking=True)
+                    at += n
+                layers.append(block)
+            self._last_read = Mark(self.device)
+        self._staged[user] = _Staged(state, layers, self._last_read)
+        self.bytes_up += pages * self.pool.page_bytes
+        return True
+
+    def bytes_a_second(self) -> float:
+        """Of a plain copy of page-locked memory to the device; at most 64 MiB, the best of three."""
+        host = self.layers[0][: max((64 << 20) // self.layers[0][0].nbytes, 1)]
+        there = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        spans = []
+        for _ in range(4):  # the first one warms up
+            begin = Mark(self.device)
+            there.copy_(host, non_blocking=True)
+            spans.append(begin.ms_until(Mark(self.device)))
+        return 1e3 * host.nbytes / max(min(spans[1:]), 1e-6)
+
+    def _ids(self, pages: Sequence[int]) -> Tensor:
+        ids = torch.tensor(pages, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        return ids.to(self.device, non_blocking=True)
+
+
+class Onload:
+    """The states of one batch on their way up. `layer(i)` is called before layer i writes or reads its pages."""
+
+    def __init__(self, tier: HostTier, loads: Sequence[Load]) -> None:
+        self._tier, self._device, self._up = tier, tier.device, tier._up
+        self.bytes = sum(len(load.pages) for load in loads) * tier.pool.page_bytes
+        self._ids = tier._ids([page for load in loads for page in load.pages])
+        shape = (len(self._ids), tier.layers[0].shape[1])
+        self._staging = [torch.empty(shape, dtype=tier.layers[0].dtype, device=self._device) for _ in range(AHEAD)]
+        self._sources = [(load, tier.states[load.user], tier._staged.pop(load.user, None)) for load in loads]
+        self._sent: list[tuple[Mark, Mark]] = []
+        self._waits: list[tuple[Mark, Mark]] = []
+        self._placed = [Mark(self._device)]  # entry i: the staging memory of layer i - 1 is free
+        with self._up:
+            for _, state, staged in self._sources:
+                for there in (state.written, staged and staged.there):
+                    if there:
+                        there.wait()
+        for i in range(min(AHEAD, len(tier.layers))):
+            self._send(i)
+
+    def layer(self, i: int) -> None:
+        """Have the current stream wait for layer i, and put it into its pages."""
+        pool, staging = self._tier.pool, self._staging[i % AHEAD]
+        begin = Mark(self._device)
+        self._sent[i][1].wait()
+        # On a CPU the copy itself is the wait.
+        self._waits.append((begin, Mark(self._device)) if self._device.type == "cuda" else self._sent[i])
+        for pages, part in zip((pool.k[i], pool.v[i]), staging.split(self._tier._widths, dim=1), strict=True):
+            pages.flatten(1).index_copy_(0, self._ids, part)
+        self._placed.append(Mark(self._device))
+        if i + AHEAD < len(pool.k):
+            self._send(i + AHEAD)
+
+    def times_ms(self) -> tuple[float, float]:
+        """(how long the computation waited, how long the copies took); waits until all is done."""
+        waits, copies = (sum(a.ms_until(b) for a, b in spans) for spans in (self._waits, self._sent))
+        return waits, copies
+
+    def _send(self, i: int) -> None:
+        staging = self._staging[i % AHEAD]
+        with self._up:
+            self._placed[max(i - AHEAD + 1, 0)].wait()
+            begin, at = Mark(self._device), 0
+            for load, state, staged in self._sources:
+                stop = load.first + len(load.pages)
+                if staged is not None:
+                    parts = [staged.layers[i][load.first : stop]]
+                else:
+                    parts = [self._tier.layers[i][b : b + n] for b, n in cut(state.extents, load.first, stop)]
+                for part in parts:
+                    staging[at : at + len(part)].copy_(part, non_blocking=True)
+                    at += len(part)
+            self._tier._last_read = Mark(self._device)
+            self._sent.append((begin, self._tier._last_read))
+            self._up.keep(staging)
+
+
+def common(a: UInt64Array, b: UInt64Array) -> int:
+    """How many first entries are the same."""
+    n = min(len(a), len(b))
+    same = a[:n] == b[:n]
+    return n if same.all() else int(same.argmin())

@@ -1,0 +1,212 @@
+"""Ranking through the user-state cache: of what is in pages nothing is computed again, and what is new goes there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from grengines.api import RankResult, Request
+from grengines.cache import policies
+from grengines.cache.config import PagedCacheConfig
+from grengines.cache.host import HostTier
+from grengines.cache.pool import PagePool
+from grengines.cache.states import Plan, UserStates
+from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack
+from grengines.hstu.config import HSTUEngineConfig
+from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets
+from grengines.hstu.model import HSTURanker
+from grengines.hstu.results import Marks, by_request
+
+MOST_PADDING = 2.5  # a graph that encodes more than so many times the batch's tokens is slower than launching kernels
+
+
+class CachedRanking:
+    """The pages, their index, the host tier, and the graphs of the paged form.
+
+    place: renumbers packed tokens for the hot item cache; returns its counts. Raises ValueError where the longest
+    history of the sample does not fit into all of the memory.
+    """
+
+    def __init__(
+        self,
+        ranker: HSTURanker,
+        config: HSTUEngineConfig,
+        cache: PagedCacheConfig,
+        sample: Sequence[Request],
+        max_batch: int,
+        place: Callable[[Sequence[HostBatch]], dict[str, float]],
+    ) -> None:
+        self._ranker, self._microbatch, self._cache, self._place = ranker, config.candidate_microbatch, cache, place
+        self._device = ranker.position_table.device
+        self._pin = self._device.type == "cuda"
+        longest = ranker.encoding.contextual_seq_len + max(len(r.history_items) for r in sample)
+        self.states = _make_states(ranker, cache, longest)
+        self._pages = self.states.pool.pages_for(longest)
+        tier = self.states.tier
+        self.copy_bytes_s = tier.bytes_a_second() if tier else 0.0  # of page-locked memory to the device
+        self.compute_s = 0.0  # of computing one token; 0: not measured yet
+        self.buckets: list[Bucket] = []
+        self._graphs: GraphRunner | None = None
+        if config.cuda_graphs:
+            self.buckets = plan_buckets(sample, ranker.encoding, max_batch, config.graph_lengths, longest)
+            self._graphs = GraphRunner(self._paged, self.buckets, self._empty, self._device)
+
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        """As grengines.api.Engine. Whatever it raises, the index is as before, and no page is lost."""
+        states, ranker = self.states, self._ranker
+        begun = time.perf_counter()
+        now = max(r.arrival_s for r in requests)
+        plans = states.lookup(requests, now)
+        try:
+            share = self._share(requests, plans)
+            stored = [states.extend(plan, share) for plan in plans]
+            onload = states.start_loading(plans)  # as early as can be
+            bucket = None if onload else self._bucket(requests, plans)
+            hosts = self._pack(requests, plans, all(stored), bucket)
+            places = states.batch(
+                plans,
+                hosts[0].first_rows(),
+                hosts[0].padded_tokens,
+                sequences=bucket.batch if bucket else 0,
+                pages=self._pages if bucket else 0,
+                pin=self._pin,
+            )
+            batch_ms = (time.perf_counter() - begun) * 1e3
+            marks = Marks(self._device)
+            details = self._place(hosts)
+            if self._graphs is not None and bucket is not None:
+                self._graphs.upload(bucket, hosts[0], places)
+                marks.add()
+                logits = self._graphs.replay(bucket)
+            else:
+                batches = [host.to(self._device) for host in hosts]
+                there = places.to(self._device)
+                marks.add()
+                parts = [
+                    ranker.paged(b, states.pool, there, write=i == 0, onload=None if i else onload)
+                    for i, b in enumerate(batches)
+                ]
+                logits = torch.cat(parts)
+            marks.add()
+            on_host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=self._pin)
+            on_host.copy_(logits, non_blocking=True)
+            marks.add()
+            up_ms, compute_ms, down_ms = marks.spans_ms()  # waits for the device
+            for plan in plans:
+                states.commit(plan)
+        finally:
+            for plan in plans:
+                states.abort(plan)  # nothing for those that are committed
+        states.prefetch(now, self._cache.prefetch_s)
+        if self._graphs is not None:
+            details["eager_batches"] = float(bucket is None)
+        if onload is not None:
+            details["cache_host_wait_ms"], details["cache_host_copy_ms"] = onload.times_ms()
+            details["cache_host_bytes"] = float(onload.bytes)
+        return RankResult(
+            scores=by_request(on_host.numpy(), hosts),
+            batch_ms=batch_ms,
+            transfer_ms=up_ms + down_ms,
+            compute_ms=compute_ms,
+            tokens=sum(host.tokens for host in hosts),
+            padded_tokens=sum(host.padded_tokens for host in hosts),
+            details=details,
+        )
+
+    def actual(self) -> dict[str, Any]:
+        """What really runs; JSON values."""
+        tier = self.states.tier
+        return {
+            "cache_pages": self.states.pool.pages,
+            "cache_host_pages": tier.pages if tier else 0,
+            "cache_copy_gb_s": self.copy_bytes_s / 1e9,
+            "cache_compute_us_a_token": self.compute_s * 1e6,
+        }
+
+    def close(self) -> None:
+        """Give the host's memory back."""
+        if self.states.tier is not None:
+            self.states.tier.close()
+
+    def _share(self, requests: Sequence[Request], plans: Sequence[Plan]) -> float:
+        """How much to load of what only the host has.
+
+        Loading t seconds a token goes on while what isn't loaded is computed, c seconds a token. Both end together when
+        of the N tokens that would be computed without the host c / (c + t) are loaded.
+        """
+        there = sum(max(plan.on_host - plan.on_device, 0) for plan in plans)
+        if self._cache.onload_share or not there or not self.compute_s:
+            return self._cache.onload_share or 1.0
+        pool = self.states.pool
+        copy_s = pool.page_bytes / pool.page / self.copy_bytes_s
+        tokens = sum(p.tokens - p.on_device + len(r.candidates) for p, r in zip(plans, requests, strict=True))
+        return min(tokens * self.compute_s / (self.compute_s + copy_s) / there, 1.0)
+
+    def _bucket(self, requests: Sequence[Request], plans: Sequence[Plan]) -> Bucket | None:
+        """The graph for a batch; None where there is none, or only one that would mostly encode padding."""
+        candidates = [len(r.candidates) for r in requests]
+        new = [plan.tokens - plan.cached + c for plan, c in zip(plans, candidates, strict=True)]
+        bucket = choose_bucket(self.buckets, new, candidates, [plan.cached for plan in plans])
+        if bucket is None or bucket.batch * bucket.length > MOST_PADDING * sum(new):
+            return None
+        return bucket if all(len(plan.pages) <= self._pages for plan in plans) else None
+
+    def _pack(
+        self, requests: Sequence[Request], plans: Sequence[Plan], stored: bool, bucket: Bucket | None
+    ) -> list[HostBatch]:
+        """What isn't cached, with the candidates; or with microbatches first the one, then slices of the other.
+
+        Candidates on their own need the whole history in pages: where it is not stored, all go in one pass.
+        """
+        encoding, size = self._ranker.encoding, self._microbatch
+        cached, whole = [plan.cached for plan in plans], [plan.tokens for plan in plans]
+        most = max(len(r.candidates) for r in requests)
+        if not size or not most or not stored:
+            return [pack(requests, encoding, cached=cached, bucket=bucket, pin=self._pin)]
+        slices = [slice(begin, begin + size) for begin in range(0, most, size)]
+        return [
+            pack(requests, encoding, cached=cached, candidates=slice(0), pin=self._pin),
+            *(pack(requests, encoding, cached=whole, candidates=s, pin=self._pin) for s in slices),
+        ]
+
+    def _paged(self, batch: JaggedBatch, places: Any) -> torch.Tensor:
+        return self._ranker.paged(batch, self.states.pool, places)
+
+    def _empty(self, bucket: Bucket) -> list[Any]:
+        """The inputs of a graph for a batch of no request."""
+        rows = bucket.batch * bucket.length
+        return [
+            pack([], self._ranker.encoding, cached=[], bucket=bucket, pin=True),
+            self.states.batch([], [], rows, sequences=bucket.batch, pages=self._pages, pin=True),
+        ]
+
+
+def _make_states(ranker: HSTURanker, cache: PagedCacheConfig, longest: int) -> UserStates:
+    """Empty memory and its index."""
+    model = ranker.config
+    pool = PagePool.within(
+        int(cache.memory_gb * 1e9),
+        device=ranker.position_table.device,
+        layers=model.layers,
+        page=cache.page,
+        heads=model.heads,
+        qk_dim=model.qk_dim,
+        v_dim=model.v_dim,
+        dtype=ranker.position_table.dtype,
+    )
+    if pool.pages_for(longest) > pool.pages:
+        needed = pool.pages_for(longest) * pool.page_bytes / 1e9
+        raise ValueError(
+            f"cache.memory_gb={cache.memory_gb:g}: the longest history, {longest} tokens, alone takes {needed:.3g} "
+            "GB; give the cache more, or keep shorter histories (workload.max_history)"
+        )
+    return UserStates(
+        pool,
+        policies.make(cache.policy),
+        contextual_seq_len=model.contextual_seq_len,
+        tier=HostTier(pool, int(cache.host_gb * 1e9)) if cache.host_gb else None,
+        tier_policy=policies.make(cache.policy),
+    )

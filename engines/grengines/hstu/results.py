@@ -1,0 +1,48 @@
+"""What every way of ranking a batch shares: timing its parts, and cutting logits into requests."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from grengines.api import Float32Array
+from grengines.hstu.batch import HostBatch
+
+
+class Marks:
+    """Points in time between pieces of work: device events on a GPU, the clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+        self.add()
+
+    def add(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def spans_ms(self) -> list[float]:
+        """Milliseconds between marks; waits until the last one is reached."""
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if not self._cuda:
+            return [(b - a) * 1e3 for a, b in pairs]
+        self._marks[-1].synchronize()
+        return [float(a.elapsed_time(b)) for a, b in pairs]
+
+
+def by_request(logits: Float32Array, hosts: list[HostBatch]) -> list[Float32Array]:
+    """Cut the batches' logits into each request's [candidates, tasks]; padding at the end is dropped."""
+    parts: list[list[Float32Array]] = [[] for _ in hosts[0].candidate_counts]
+    at = 0
+    for host in hosts:
+        for part, count in zip(parts, host.candidate_counts, strict=True):
+            part.append(logits[at : at + count])
+            at += count
+    return [np.concatenate(part) for part in parts]  # copies: the page-locked buffer is free again
