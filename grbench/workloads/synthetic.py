@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,10 +11,37 @@ from grbench.workloads.config import SyntheticConfig
 from grbench.workloads.events import DataError, Events
 from grbench.workloads.trace import Visits
 
+Ints = npt.NDArray[np.int64]
 START = 1_700_000_000  # seconds; any fixed time will do
 HISTORY_GAP_S = 3600.0  # mean time between the events of a history
 ACTIONS = ("view", "like", "share", "buy")
 ACTION_RATES = (1.0, 0.2, 0.05, 0.03)
+
+
+@dataclass(frozen=True)
+class Visitors:
+    """Who comes when, in order of arrival, and how many events each of them leaves."""
+
+    visitor: Ints  # user of each visit
+    arrivals: npt.NDArray[np.float64]  # seconds
+    deltas: Ints  # events that each visit leaves
+    users: Ints  # who comes at all, in ascending order
+    initial: Ints  # events of each of `users` before the trace
+
+
+def draw_visitors(config: SyntheticConfig, rng: np.random.Generator) -> Visitors:
+    """The part of `make_events` that says who comes when. Raises DataError as it does."""
+    if config.revisit_rate is None:
+        visitor = _zipf(rng, config.users, config.user_zipf, config.visits)
+    else:
+        visitor = _revisits(rng, config, config.revisit_rate)
+    spread = (1 + config.burstiness) / (1 - config.burstiness)  # standard deviation over mean of the intervals
+    intervals = rng.gamma(1 / spread**2, spread**2 / config.visits_per_s, config.visits)
+
+    users = np.unique(visitor)
+    lengths = rng.lognormal(np.log(config.history_median), config.history_sigma, len(users))
+    initial = np.clip(lengths, config.min_history, config.max_history).astype(np.int64)
+    return Visitors(visitor, np.cumsum(intervals), rng.poisson(config.delta_mean, config.visits), users, initial)
 
 
 def make_events(config: SyntheticConfig, seed: int) -> tuple[Events, Visits]:
@@ -24,23 +53,13 @@ def make_events(config: SyntheticConfig, seed: int) -> tuple[Events, Visits]:
     Raises DataError where `revisit_rate` asks for more users than there are.
     """
     rng = np.random.default_rng(seed)
-    if config.revisit_rate is None:
-        visitor = _zipf(rng, config.users, config.user_zipf, config.visits)
-    else:
-        visitor = _revisits(rng, config, config.revisit_rate)
-    spread = (1 + config.burstiness) / (1 - config.burstiness)  # standard deviation over mean of the intervals
-    intervals = rng.gamma(1 / spread**2, spread**2 / config.visits_per_s, config.visits)
-    arrivals = np.cumsum(intervals)
-
-    users = np.unique(visitor)
-    lengths = rng.lognormal(np.log(config.history_median), config.history_sigma, len(users))
-    initial = np.clip(lengths, config.min_history, config.max_history).astype(np.int64)
-    deltas = rng.poisson(config.delta_mean, config.visits)
+    drawn = draw_visitors(config, rng)
+    visitor, arrivals, users = drawn.visitor, drawn.arrivals, drawn.users
 
     # Blocks of events, by user and then by time: a user's initial history, then the delta of each visit.
     block_user = np.concatenate([users, visitor])
     block_time = np.concatenate([np.full(len(users), -1.0), arrivals])
-    block_size = np.concatenate([initial, deltas])
+    block_size = np.concatenate([drawn.initial, drawn.deltas])
     order = np.lexsort((block_time, block_user))
     ends = np.empty(len(order), dtype=np.int64)
     ends[order] = np.cumsum(block_size[order])

@@ -60,17 +60,12 @@ def find_visits(events: Events, config: RecordedConfig) -> Visits:
     return Visits(starts, ends, times, (times - times.min()).astype(np.float64))
 
 
-def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: int, latency_limit_ms: float) -> Trace:
-    """One request for each visit with at least `min_history` events before it.
+def find_requests(events: Events, visits: Visits, config: WorkloadConfig) -> tuple[Ints, Ints, Ints]:
+    """The visits with at least `min_history` events before them, in order of arrival; at most `max_requests`.
 
-    Candidates are the visit's own items first, at most half of them, then others drawn by popularity; all
-    distinct. They depend on the seed and the visit alone, not on `max_requests`. Raises DataError if
-    nothing can be asked.
+    Returns their indices; and for every visit its user and the position of that user's first event. Raises DataError
+    if there are none.
     """
-    if config.num_candidates > events.num_items:
-        raise DataError(
-            f"workload.num_candidates={config.num_candidates}: the workload has {events.num_items} items; ask for fewer"
-        )
     if config.min_history > config.max_history:
         raise DataError(f"workload.min_history={config.min_history} is above max_history={config.max_history}")
     owner = _owners(events, visits)
@@ -82,8 +77,21 @@ def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: in
             f"no visit has workload.min_history={config.min_history} events before it; the longest history is {longest}"
         )
     order = eligible[np.argsort(visits.arrivals[eligible], kind="stable")]
-    if config.max_requests:
-        order = order[: config.max_requests]
+    return order[: config.max_requests or None], owner, first_event
+
+
+def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: int, latency_limit_ms: float) -> Trace:
+    """One request for each visit with at least `min_history` events before it.
+
+    Candidates are the visit's own items first, at most half of them, then others drawn by popularity; all
+    distinct. They depend on the seed and the visit alone, not on `max_requests`. Raises DataError if
+    nothing can be asked.
+    """
+    if config.num_candidates > events.num_items:
+        raise DataError(
+            f"workload.num_candidates={config.num_candidates}: the workload has {events.num_items} items; ask for fewer"
+        )
+    order, owner, first_event = find_requests(events, visits, config)
     origin = float(visits.arrivals[order[0]])
     seen_until: dict[int, int] = {}
     requests = []

@@ -1,0 +1,210 @@
+"""One policy at one size: a trace replayed through a cache that counts pages and holds nothing.
+
+The cache does what `grengines.cache.states.UserStates` does with one request in flight: the cached first tokens of
+a history are reused if its start has not moved, else dropped; a user's state grows at each visit, whole states are
+evicted, never the one in flight, and one that the whole cache can't hold is not kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+import numpy as np
+
+from grbench.cachesim.trace import Columns, Floats
+from grbench.sizing import flops
+from grengines.cache.policies import Policy
+from grengines.hstu.config import HSTUConfig
+
+CHUNK = 1 << 16  # requests turned into Python numbers at a time
+Progress = Callable[[int], None]  # is told how many requests are done
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What histories of 0, 1, 2, ... events cost: pages of their state, and operations."""
+
+    page: int  # tokens
+    exact: bool  # with contextual tokens a state serves the same history only
+    pages: list[int]
+    saved: list[float]  # FLOPs that the cached state saves: those of its rows
+    total: list[float]  # FLOPs of the whole request
+
+    @classmethod
+    def of(cls, model: HSTUConfig, page: int, candidates: int, longest: int) -> Costs:
+        context = model.contextual_seq_len
+        lengths = range(longest + 1)
+        return cls(
+            page,
+            context > 0,
+            [-(-(context + n) // page) for n in lengths],
+            [flops(model, n, 0) - flops(model, n, 0, context + n) for n in lengths],
+            [flops(model, n, candidates) for n in lengths],
+        )
+
+
+@dataclass
+class Outcome:
+    """Counts of one run. `hits` are requests that found usable state."""
+
+    requests: int = 0
+    hits: float = 0
+    tokens: float = 0  # events of the histories whose state was reused
+    flops: float = 0.0  # saved
+    evictions: int = 0
+    refused: int = 0  # states that were not admitted
+    seconds: float = 0.0  # of the simulator
+
+
+class Simulation:
+    """A cache of `capacity` pages under a policy. `outcome` is whole after every chunk."""
+
+    def __init__(self, trace: Columns, costs: Costs, policy: Policy, capacity: int) -> None:
+        self._trace, self._costs, self._policy, self._capacity = trace, costs, policy, capacity
+        self._cached = [0] * trace.num_users  # events of each user's state
+        self._starts = [0] * trace.num_users
+        self._free = capacity
+        self.outcome = Outcome()
+
+    def run(self, progress: Progress = lambda done: None) -> Outcome:
+        """Replay the whole trace."""
+        trace, begin = self._trace, time.perf_counter()
+        for i in range(0, len(trace), CHUNK):
+            chunk = slice(i, i + CHUNK)
+            columns = (trace.users, trace.times, trace.starts, trace.lengths)
+            self._replay(*(column[chunk].tolist() for column in columns))
+            self.outcome.seconds = time.perf_counter() - begin
+            progress(self.outcome.requests)
+        return self.outcome
+
+    def _replay(self, users: list[int], times: list[float], starts: list[int], lengths: list[int]) -> None:
+        # A plain loop over plain numbers: this is where the time goes.
+        policy, cached, cached_starts, capacity = self._policy, self._cached, self._starts, self._capacity
+        pages, saved, exact, free = self._costs.pages, self._costs.saved, self._costs.exact, self._free
+        admit, touch, victim, forget = policy.admit, policy.touch, policy.victim, policy.forget
+        hits = tokens = evictions = refused = 0
+        flops = 0.0
+        for user, now, start, length in zip(users, times, starts, lengths, strict=True):
+            have, need, cost = cached[user], pages[length], saved[length]
+            valid = have and cached_starts[user] == start and not (exact and have != length)
+            if have:
+                if valid:
+                    hits += 1
+                    tokens += have
+                    flops += saved[have]
+                free += pages[have]
+            if need > capacity or not (valid or admit(user, need, cost, now)):
+                refused += 1
+                if have:
+                    cached[user] = 0
+                    forget(user)
+                continue
+            free -= need
+            while free < 0:
+                other = victim(now, {user})
+                free += pages[cached[other]]
+                cached[other] = 0
+                forget(other)
+                evictions += 1
+            cached[user] = length
+            cached_starts[user] = start
+            touch(user, need, cost, now)
+        self._free = free
+        out = self.outcome
+        out.requests += len(users)
+        out.hits += hits
+        out.tokens += tokens
+        out.flops += flops
+        out.evictions += evictions
+        out.refused += refused
+
+
+def belady(trace: Columns, costs: Costs, capacity: int, progress: Progress = lambda done: None) -> Outcome:
+    """Furthest next use, with bypass: knows the future, and keeps whoever comes soonest.
+
+    No policy has more hits where all states have one size (Belady, 1966; Mattson et al., 1970); here a state that
+    will be of no use because the history's start moves is never kept. States of unequal sizes make the optimum
+    NP-hard: there this is a good solution, not a limit, and `bound` is the limit that holds.
+    """
+    outcome, begin = Outcome(requests=len(trace)), time.perf_counter()
+    pages, saved, end = costs.pages, costs.saved, len(trace)
+    following = _useful_next(trace, costs)
+    cached = [0] * trace.num_users
+    expected = [0] * trace.num_users  # the index at which each cached user comes next
+    heap: list[tuple[int, int]] = []  # furthest first; outdated items lie in the past and never surface
+    free = capacity
+    for first in range(0, end, CHUNK):
+        chunk = slice(first, first + CHUNK)
+        columns = (trace.users, trace.lengths, following)
+        for user, length, then in zip(*(column[chunk].tolist() for column in columns), strict=True):
+            if have := cached[user]:  # it was kept because it is valid now
+                outcome.hits += 1
+                outcome.tokens += have
+                outcome.flops += saved[have]
+                free += pages[have]
+                cached[user] = 0
+            if then == end or pages[length] > capacity:
+                outcome.refused += 1
+                continue
+            cached[user], expected[user] = length, then
+            heappush(heap, (-then, user))
+            free -= pages[length]
+            while free < 0:
+                then, other = heappop(heap)
+                if cached[other] and expected[other] == -then:
+                    free += pages[cached[other]]
+                    cached[other] = 0
+                    outcome.evictions += other != user
+                    outcome.refused += other == user
+        progress(min(first + CHUNK, end))
+    outcome.seconds = time.perf_counter() - begin
+    return outcome
+
+
+def bound(trace: Columns, costs: Costs, capacity: int) -> Outcome:
+    """What no policy can exceed, with any sizes: each of hits, tokens and FLOPs has its own bound.
+
+    A hit needs the user's pages from one visit to the next, and the cache offers capacity x requests
+    page-requests in all. The bound takes the hits that need least for what they give until that is used up, and of
+    the last one a part: a fractional knapsack, PFOO-L of Berger, Beckmann and Harchol-Balter (2018). At a cache that
+    holds everything it is the infinite cache's hit rate.
+    """
+    begin = time.perf_counter()
+    then, pages = _useful_next(trace, costs), np.array(costs.pages)[trace.lengths]
+    kept = np.flatnonzero((then < len(trace)) & (pages <= capacity))
+    lengths = trace.lengths[kept]
+    need = (pages * (then - np.arange(len(trace))))[kept].astype(np.float64)
+    there = float(capacity) * len(trace)
+    return Outcome(
+        requests=len(trace),
+        hits=_knapsack(np.ones(len(kept)), need, there),
+        tokens=_knapsack(lengths.astype(np.float64), need, there),
+        flops=_knapsack(np.array(costs.saved)[lengths], need, there),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _useful_next(trace: Columns, costs: Costs) -> np.ndarray:
+    """Index of the user's next request if this one's state is valid then, else len(trace)."""
+    then = trace.next
+    last = then == len(trace)
+    index = np.where(last, 0, then)
+    lost = trace.starts[index] != trace.starts
+    if costs.exact:
+        lost |= trace.lengths[index] != trace.lengths
+    return np.where(last | lost, len(trace), then)
+
+
+def _knapsack(values: Floats, needs: Floats, there: float) -> float:
+    """The most value for `there`, where parts may be taken. values >= 0, needs > 0."""
+    order = np.argsort(needs / np.maximum(values, 1e-300), kind="stable")
+    used = np.cumsum(needs[order])
+    whole = int(np.searchsorted(used, there, side="right"))
+    total = float(values[order[:whole]].sum())
+    if whole < len(order):
+        left = there - (used[whole - 1] if whole else 0.0)
+        total += float(values[order[whole]] * left / needs[order[whole]])
+    return total

@@ -1,0 +1,98 @@
+"""A trace as columns: what a cache sees of each request. No Request objects, so that millions of them fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from grbench.workloads import events, movielens
+from grbench.workloads.config import CsvConfig, Ml100kConfig, RecBoleConfig, RecordedConfig, SyntheticConfig
+from grbench.workloads.events import DataError, Events
+from grbench.workloads.synthetic import draw_visitors
+from grbench.workloads.trace import find_requests, find_visits
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Workload = RecordedConfig | SyntheticConfig
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Requests in order of arrival: those of `grbench.workloads.build`, without items and candidates. 20 bytes each."""
+
+    users: npt.NDArray[np.int32]  # dense: 0 to num_users - 1, in the order of the workload's ids
+    times: Floats  # arrival, seconds
+    starts: npt.NDArray[np.int32]  # first event that the history keeps; where it moves, nothing cached is valid
+    lengths: npt.NDArray[np.int32]  # events of the history
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @cached_property
+    def num_users(self) -> int:
+        return int(self.users.max()) + 1
+
+    @cached_property
+    def next(self) -> Ints:
+        """Index of the same user's next request; len(self) where there is none."""
+        order = np.argsort(self.users, kind="stable")
+        result = np.full(len(self), len(self), dtype=np.int64)
+        same = self.users[order[1:]] == self.users[order[:-1]]
+        result[order[:-1][same]] = order[1:][same]
+        return result
+
+    def last_lengths(self) -> Ints:
+        """Events of each user's history at the user's last request."""
+        return self.lengths[self.next == len(self)].astype(np.int64)
+
+
+def load(config: Workload, seed: int) -> Columns:
+    """The trace that `config` describes. Raises DataError (a ValueError) for data that can't be used."""
+    match config:
+        case SyntheticConfig():
+            return _synthetic(config, seed)
+        case Ml100kConfig():
+            return _recorded(events.load_recbole(movielens.ml_100k(), sort=True), config)
+        case RecBoleConfig():
+            return _recorded(events.load_recbole(Path(config.path).expanduser(), config.sort), config)
+        case CsvConfig():
+            return _recorded(events.load_csv(Path(config.path).expanduser(), config.format, config.sort), config)
+    raise TypeError(f"unknown workload {type(config).__name__}")
+
+
+def _recorded(log: Events, config: RecordedConfig) -> Columns:
+    visits = find_visits(log, config)
+    order, owner, first_event = find_requests(log, visits, config)
+    seen = visits.starts[order] - first_event[order]  # events before each visit
+    return _columns(owner[order], visits.arrivals[order], seen, config.max_history)
+
+
+def _synthetic(config: SyntheticConfig, seed: int) -> Columns:
+    """The visits of `grbench.workloads.synthetic.make_events`, and none of the events."""
+    if config.min_history > config.max_history:
+        raise DataError(f"workload.min_history={config.min_history} is above max_history={config.max_history}")
+    drawn = draw_visitors(config, np.random.default_rng(seed))
+    order = np.argsort(drawn.visitor, kind="stable")  # by user, then by time
+    user = np.searchsorted(drawn.users, drawn.visitor[order])
+    before = np.cumsum(drawn.deltas[order]) - drawn.deltas[order]
+    first = np.searchsorted(user, np.arange(len(drawn.users)))
+    seen = np.empty(config.visits, dtype=np.int64)
+    seen[order] = drawn.initial[user] + before - before[first][user]
+    keep = slice(config.max_requests or None)
+    return _columns(drawn.visitor[keep], drawn.arrivals[keep], seen[keep], config.max_history)
+
+
+def _columns(users: Ints, arrivals: Floats, seen: Ints, max_history: int) -> Columns:
+    """Requests with `seen` events before them, of which the last `max_history` are kept."""
+    _, dense = np.unique(users, return_inverse=True)
+    starts = np.maximum(seen - max_history, 0)
+    return Columns(
+        dense.astype(np.int32),
+        arrivals - arrivals[0],
+        starts.astype(np.int32),
+        (seen - starts).astype(np.int32),
+    )

@@ -1,0 +1,213 @@
+"""Cache policies against naive models of themselves; what the predictive one knows of its users."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grengines.cache import policies, predictive
+from grengines.cache.predictive import Predictive
+
+Entry = dict[str, Any]  # of a user: visits, the time they were touched, priority
+# The least of this and the clock, which is the last victim's, goes; of equals the least recently used.
+WORTH: dict[str, Callable[[int, int, float], float]] = {
+    "lru": lambda visits, size, cost: 0.0,
+    "lfu": lambda visits, size, cost: visits,
+    "gdsf": lambda visits, size, cost: visits * cost / size,
+}
+steps = st.lists(
+    st.tuples(st.sampled_from(["touch", "touch", "touch", "evict", "forget"]), st.integers(0, 5), st.integers(1, 4)),
+    max_size=60,
+)
+
+
+def visit(policy: policies.Policy, user: int, now: float) -> bool:
+    """A visit of a user who has no state; whether it was stored."""
+    stored = policy.admit(user, 1, 1.0, now)
+    if stored:
+        policy.touch(user, 1, 1.0, now)
+    return stored
+
+
+@pytest.mark.parametrize("name", WORTH)
+@settings(max_examples=150, deadline=None)
+@given(steps=steps, excluded=st.sets(st.integers(0, 5), max_size=3))
+def test_the_victim_is_the_naive_one(name: str, steps: list[tuple[str, int, int]], excluded: set[int]) -> None:
+    policy, users, clock = policies.make(name), dict[int, Entry](), 0.0
+    for now, (step, user, size) in enumerate(steps):
+        cost = 10.0 * size + user
+        if step == "touch":
+            assert policy.admit(user, size, cost, now)
+            policy.touch(user, size, cost, now)
+            visits = users.get(user, {"visits": 0})["visits"] + 1
+            users[user] = {"visits": visits, "touched": now, "priority": clock + WORTH[name](visits, size, cost)}
+        elif step == "forget" and user in users:
+            policy.forget(user)
+            del users[user]
+        elif step == "evict" and set(users) - excluded:
+            least = min(set(users) - excluded, key=lambda u: (users[u]["priority"], users[u]["touched"]))
+            assert policy.victim(now, excluded) == least
+            assert policy.victim(now, excluded) == least  # asking changes nothing
+            policy.forget(least)
+            clock = users[least]["priority"]
+            del users[least]
+    assert policy.prefetch(1e9, 1e9) == []
+
+
+@pytest.mark.parametrize("name", [name for name in policies.names() if name != "none"])
+@settings(max_examples=100, deadline=None)
+@given(
+    steps=steps,
+    times=st.lists(st.floats(-1e9, 1e9) | st.sampled_from([0.0, 1.0]), min_size=60, max_size=60),
+    excluded=st.sets(st.integers(0, 5), max_size=3),
+)
+def test_the_victim_is_cached_whatever_the_clock_says(
+    name: str, steps: list[tuple[str, int, int]], times: list[float], excluded: set[int]
+) -> None:
+    policy, cached = policies.make(name), set[int]()
+    for (step, user, size), now in zip(steps, times, strict=False):
+        if step == "touch":
+            if user in cached or policy.admit(user, size, 1.0, now):
+                policy.touch(user, size, 1.0, now)
+                cached.add(user)
+        elif step == "forget":
+            policy.forget(user)  # nothing for a user who has none
+            cached.discard(user)
+        elif cached - excluded:
+            victim = policy.victim(now, excluded)
+            assert victim in cached - excluded
+            policy.forget(victim)
+            cached.remove(victim)
+        else:
+            with pytest.raises(LookupError):
+                policy.victim(now, excluded)
+        assert not set(policy.prefetch(now, 10.0)) & cached
+
+
+def test_none_admits_nobody() -> None:
+    policy = policies.make("none")
+    assert not visit(policy, 7, 0.0)
+    policy.touch(7, 1, 1.0, 0.0)
+    policy.forget(7)
+    assert policy.prefetch(0.0, 1e9) == []
+    with pytest.raises(LookupError):
+        policy.victim(0.0)
+
+
+def hits_of(policy: policies.Policy, visits: list[tuple[int, float]], capacity: int) -> int:
+    """A cache of so many users, all of one size."""
+    cached, hits = set[int](), 0
+    for user, now in visits:
+        if user in cached:
+            hits += 1
+            policy.touch(user, 1, 1.0, now)
+        elif visit(policy, user, now):
+            if len(cached) == capacity:
+                victim = policy.victim(now, {user})
+                policy.forget(victim)
+                cached.remove(victim)
+            cached.add(user)
+    return hits
+
+
+def test_periodic_users_are_kept_over_those_who_come_once() -> None:
+    # 20 users come every 100 s, and between two visits of each 99 come who never do again.
+    visits = [(t // 5 % 20 if t % 5 == 0 else 1000 + t, float(t)) for t in range(20_000)]
+    assert hits_of(policies.make("lru"), visits, 30) == 0
+    assert hits_of(Predictive(), visits, 30) > 0.9 * 20_000 / 5
+
+
+def test_of_users_alike_the_least_recently_seen_goes() -> None:
+    policy = Predictive()
+    for user in range(3000):
+        visit(policy, user, float(user))
+        if user >= 10:
+            assert policy.victim(float(user)) == user - 10
+            policy.forget(user - 10)
+
+
+def test_prefetch_names_each_expected_visit_once_and_soonest_first() -> None:
+    policy = Predictive()
+    periods = {1: 50.0, 2: 30.0, 3: 40.0, 4: 1000.0, 5: 35.0}
+    for user, period in periods.items():
+        for turn in (2, 1, 0):
+            policy.touch(user, 1, 1.0, 1000.0 - turn * period)  # all were last seen at 1000
+    policy.touch(6, 1, 1.0, 1000.0)  # once: nobody knows when again
+    assert policy.prefetch(1000.0, 1e6) == []  # they have their states
+    for user in (1, 2, 3, 4, 6):
+        policy.forget(user)
+    assert policy.prefetch(1000.0, 20.0) == []
+    assert policy.prefetch(1005.0, 40.0) == [2, 3]
+    assert policy.prefetch(1006.0, 60.0) == [1]
+    assert policy.prefetch(1006.0, 60.0) == []
+    visit(policy, 2, 1030.0)
+    policy.forget(2)
+    assert policy.prefetch(1040.0, 60.0) == [2]  # the next visit
+    policy.forget(5)
+    assert policy.prefetch(1041.0, 60.0) == []  # was expected at 1035: overdue
+    visit(policy, 4, 1050.0)  # back earlier, and has a state again
+    assert policy.prefetch(1900.0, 600.0) == []
+
+
+def test_who_returns_to_a_state_that_is_not_valid_is_refused_for_longer_each_time() -> None:
+    policy, admitted = Predictive(), []
+    for turn in range(100):
+        if visit(policy, 1, 10.0 * turn):
+            admitted.append(turn)
+        else:
+            policy.forget(1)
+    assert admitted == [0, 1 + predictive.REFUSALS, 1 + 3 * predictive.REFUSALS + 1]
+    visit(policy, 2, 1000.0)
+    policy.forget(2)  # evicted: no fault of the state
+    assert visit(policy, 2, 1010.0)
+
+
+def test_equal_and_backward_times_teach_nothing() -> None:
+    policy = Predictive()
+    for user in range(100):
+        for now in (5.0, 5.0, 3.0, 3.0, -1e6):
+            policy.touch(user, 1, 1.0, now)
+    for user in range(100):
+        policy.forget(user)
+    assert policy.prefetch(-1e6, 1e9) == []  # no gap is known
+    for user in range(100):
+        policy.touch(user, 1, 1.0, 0.0)  # 10^6 s after the clock's jump
+    assert policy.victim(1.0) == 0
+
+
+def test_memory_is_bounded() -> None:
+    policy = Predictive(remember=1000)
+    for turn in range(3):
+        for user in range(5000):
+            now = 5000.0 * turn + user
+            visit(policy, user % 1500 if turn else user, now)
+            if user % 2:
+                policy.forget(policy.victim(now))
+            if user % 50 == 0:
+                for cached in list(policy._cached)[:40]:
+                    policy.forget(cached)
+    assert len(policy._users) == 1000
+    assert set(policy._panel) <= set(policy._users)
+    assert len(policy._awaited) <= 2 * 1000 + 64
+    assert len(policy._gaps) <= max(predictive.SOON, 1000)
+    assert sum(map(len, policy._queues.values())) == len(policy._cached)
+
+
+def test_a_large_panel_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictive, "PANEL", 100)
+    policy = Predictive()
+    for user in range(10_000):
+        visit(policy, user, float(user))
+        policy.forget(user)
+    assert 20 < len(policy._panel) <= 100
+    assert all(policy._users[user].sampled for user in policy._panel)
+    assert sum(known.sampled for known in policy._users.values()) == len(policy._panel)
+
+
+def test_unknown_policies_list_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown cache policy 'lruu'; known: none, lru, lfu, gdsf, predictive"):
+        policies.make("lruu")
