@@ -22,9 +22,10 @@ from torch import Tensor
 
 from grengines.api import Catalogue, Request
 from grengines.cache import host
+from grengines.cache.history import History
 from grengines.cache.host import HostTier
 from grengines.cache.pool import PagePool, PoolFullError, page_bytes
-from grengines.cache.states import Counters, Plan, UserStates, history_versions
+from grengines.cache.states import Counters, Plan, UserStates
 from grengines.hstu.batch import pack
 from grengines.hstu.config import HSTUConfig
 from grengines.hstu.model import HSTURanker
@@ -205,30 +206,22 @@ def test_serves_only_what_the_history_begins_with(change: Change, valid: int, co
     assert visit(states, request_of(after)).cached == contextual + len(after)
 
 
-def test_swaps_between_events_change_the_version() -> None:
-    """A sum that doesn't mix well would not see fields exchanged between events."""
+def test_histories_agree_exactly_as_far_as_their_events_do() -> None:
+    """Any field of any event, exchanged with another's; whatever the memory layout."""
     before = events_of(40)
-    rng = random.Random(0)
-    seen = {int(history_versions(request_of(before))[-1]): before}
+    rng, first = random.Random(0), History.of(request_of(before))
     for _ in range(1000):
         i, j, column = rng.randrange(40), rng.randrange(40), rng.randrange(4)
         table = [list(event) for event in before]
         table[i][column], table[j][column] = table[j][column], table[i][column]
-        after: Any = [tuple(event) for event in table]
-        assert seen.setdefault(int(history_versions(request_of(after))[-1]), after) == after
-    assert len(seen) > 700
-
-
-def test_versions_are_those_of_each_prefix_whatever_the_memory_layout() -> None:
-    events = events_of(9)
-    whole = history_versions(request_of(events))
-    assert whole.dtype == np.uint64 and len(set(whole.tolist())) == 9
-    for n in range(10):
-        assert np.array_equal(history_versions(request_of(events[:n])), whole[:n])
-    r = request_of([e for e in events for _ in range(2)])
-    columns = {name: getattr(r, name)[::2] for name in ("history_items", "history_actions", "history_timestamps")}
-    strided = dataclasses.replace(r, history_weights=r.history_weights[::2], **columns)
-    assert np.array_equal(history_versions(strided), whole)
+        after: Any = [tuple(event) for event in table][: rng.randrange(41)]
+        same = [a == b for a, b in zip(before, after, strict=False)]
+        expected = same.index(False) if False in same else len(same)
+        r = request_of([e for e in after for _ in range(2)])
+        columns = {f: getattr(r, f)[::2] for f in r.__dataclass_fields__ if f.startswith("history_")}
+        for other in (request_of(after), dataclasses.replace(r, **columns)):
+            assert first.common(History.of(other)) == History.of(other).common(first) == expected
+            assert first.first(7).common(History.of(other)) == min(expected, 7)
 
 
 # Eviction, refusal, faults

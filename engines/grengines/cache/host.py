@@ -15,18 +15,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from grengines.cache.history import History
 from grengines.cache.pool import PagePool, PoolFullError
 
 AHEAD = 2  # layers under way to the device at once
 DOWN_BYTES = 2 << 30  # at most so much gathered memory waits to be copied to the host; further states are let go
 STAGED_SHARE = 0.125  # of the device's pool: bytes of prefetched states, at most
 
-UInt64Array = npt.NDArray[np.uint64]
 Extent = tuple[int, int]  # first page, number of pages
 
 
@@ -128,7 +126,7 @@ class HostState:
     """What the host has of one user."""
 
     tokens: int
-    versions: UInt64Array  # [events]
+    history: History
     extents: list[Extent]
     written: Mark | None  # once the copy from the device is there
 
@@ -204,7 +202,7 @@ class HostTier:
         self.extents.free(self.states.pop(user).extents)
         self._staged.pop(user, None)
 
-    def store(self, user: int, tokens: int, versions: UInt64Array, pages: Sequence[int], same: int) -> bool:
+    def store(self, user: int, tokens: int, history: History, pages: Sequence[int], same: int) -> bool:
         """Take a user's state from its pages on the device, of whose tokens the host has the first `same` already.
 
         There must be room for it (`lacking` is 0). Returns whether it is taken: not while too much is on its way down.
@@ -232,7 +230,7 @@ class HostTier:
             raise
         self._going_down.append((written, moving))
         self.bytes_down += moving
-        self.states[user] = HostState(tokens, versions, [*kept, *new], written)
+        self.states[user] = HostState(tokens, history, [*kept, *new], written)
         return True
 
     def lacking(self, user: int, pages: int) -> int:
@@ -358,10 +356,3 @@ class Onload:
             self._tier._last_read = Mark(self._device)
             self._sent.append((begin, self._tier._last_read))
             self._up.keep(staging)
-
-
-def common(a: UInt64Array, b: UInt64Array) -> int:
-    """How many first entries are the same."""
-    n = min(len(a), len(b))
-    same = a[:n] == b[:n]
-    return n if same.all() else int(same.argmin())

@@ -9,19 +9,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from grengines.api import Request
 from grengines.cache import policies
-from grengines.cache.host import HostTier, Load, Onload, common
+from grengines.cache.history import History
+from grengines.cache.host import HostTier, Load, Onload
 from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool, PoolFullError
 
 logger = logging.getLogger(__name__)
-
-UInt64Array = npt.NDArray[np.uint64]
 
 
 @dataclass
@@ -46,34 +44,12 @@ class Counters:
     faults: int = 0  # batches that failed with the cache and were answered without it; offloads that failed
 
 
-def history_versions(request: Request) -> UInt64Array:
-    """uint64 [events]: entry i is the version of the history's first i + 1 events.
-
-    A version is a sum, modulo 2^64, over the events before: of a hash of the event's position, item, actions, weight
-    and timestamp, all of which decide what its token is. So two histories agree exactly as far as their versions
-    do: a change in one field of one event is certain to show, any other but for about one in 2^64. That is
-    against accidents, not against someone who looks for a collision.
-    """
-    x = _mixed(np.arange(1, len(request.history_items) + 1, dtype=np.uint64))  # positions
-    for column in (request.history_items, request.history_actions, request.history_timestamps):
-        x = _mixed(x + column.astype(np.int64, copy=False).view(np.uint64))
-    # Weights by their bits as float64, exact for whatever float type they come in.
-    x = _mixed(x + request.history_weights.astype(np.float64).view(np.uint64))
-    return np.cumsum(_mixed(x), dtype=np.uint64)
-
-
-def _mixed(x: UInt64Array) -> UInt64Array:
-    """Each bit spread over the others; different x stay different."""
-    x = x * np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
-    return x ^ (x >> np.uint64(29))
-
-
 @dataclass(slots=True)
 class _State:
     """What one user has in the pool while no request of theirs is in flight."""
 
     tokens: int
-    versions: UInt64Array  # [events]; the last one is the state's version
+    history: History
     pages: list[int]  # exactly as many as the tokens need
     now: float  # of the last visit
 
@@ -84,7 +60,7 @@ class Plan:
 
     request_id: int
     user: int
-    versions: UInt64Array  # [events] of the request's history
+    history: History
     tokens: int  # of the history, contextual ones included
     now: float
     bypassed: bool = False  # another request of the user came first: no pages, ever
@@ -150,8 +126,8 @@ class UserStates:
     loaded; `start_loading` starts it. The host's copy stays, so that only what is new goes down again. A policy of
     its own decides who leaves the host.
 
-    Thread-safe: one lock, held while the index changes and while copies are queued, never while anything is hashed or
-    computed. cost: of computing so many tokens' state, for the policies.
+    Thread-safe: one lock, held while the index changes and while copies are queued, never while
+    anything is computed. cost: of computing so many tokens' state, for the policies.
     """
 
     def __init__(
@@ -335,8 +311,8 @@ class UserStates:
     # Below, the lock is held (but in `_plan`).
 
     def _plan(self, request: Request, now: float) -> Plan:
-        versions = history_versions(request)
-        return Plan(request.request_id, request.user_id, versions, self._contextual + len(versions), now)
+        history = History.of(request)
+        return Plan(request.request_id, request.user_id, history, self._contextual + len(history), now)
 
     def _find(self, plan: Plan) -> None:
         """Hand the user's state to the plan, as much of it as is valid."""
@@ -351,7 +327,7 @@ class UserStates:
         self._find_on_device(plan, state)
         if self.tier is not None and plan.user in self.tier.states:
             there = self.tier.states[plan.user]
-            valid = self._valid_tokens(there.tokens, there.versions, plan.versions)
+            valid = self._valid_tokens(there.tokens, there.history, plan.history)
             plan.on_host = valid if valid > plan.on_device else 0
 
     def _find_on_device(self, plan: Plan, state: _State | None) -> None:
@@ -360,7 +336,7 @@ class UserStates:
             count.misses += 1
             return
         plan.known = True
-        valid = self._valid_tokens(state.tokens, state.versions, plan.versions)
+        valid = self._valid_tokens(state.tokens, state.history, plan.history)
         plan.on_device = plan.cached = plan.stored = valid
         kept = self.pool.pages_for(plan.cached)
         plan.pages = state.pages[:kept]
@@ -382,11 +358,11 @@ class UserStates:
             plan.cached,
         )
 
-    def _valid_tokens(self, tokens: int, had: UInt64Array, versions: UInt64Array) -> int:
-        """How many first tokens of a state (`tokens` of a history `had`) a history of these versions begins with."""
-        valid = common(had, versions)
+    def _valid_tokens(self, tokens: int, had: History, history: History) -> int:
+        """How many first tokens of a state (`tokens` of a history `had`) a history begins with."""
+        valid = had.common(history)
         if self._contextual:
-            return tokens if valid == len(had) == len(versions) else 0
+            return tokens if valid == len(had) == len(history) else 0
         return valid
 
     def _plan_load(self, plan: Plan, share: float) -> None:
@@ -410,8 +386,8 @@ class UserStates:
         kept = self.pool.pages_for(tokens)
         self.pool.free(plan.pages[kept:])
         if tokens:
-            versions = plan.versions[: tokens - self._contextual]
-            self._states[plan.user] = _State(tokens, versions, plan.pages[:kept], plan.now)
+            history = plan.history.first(tokens - self._contextual)
+            self._states[plan.user] = _State(tokens, history, plan.pages[:kept], plan.now)
             self._ask("touch", plan.user, *self._size_and_cost(tokens), plan.now)
         elif plan.known:
             self._ask("forget", plan.user)
@@ -454,14 +430,14 @@ class UserStates:
         if tier is None:
             return
         there = tier.states.get(user)
-        same = common(there.versions, state.versions) if there is not None else 0
-        if same == len(state.versions):
+        same = there.history.common(state.history) if there is not None else 0
+        if same == len(state.history):
             same = state.tokens
         elif self._contextual:
             same = 0
         try:
             taken = self._make_room_on_host(user, len(state.pages), state.now)
-            taken = taken and tier.store(user, state.tokens, state.versions, state.pages, same)
+            taken = taken and tier.store(user, state.tokens, state.history, state.pages, same)
         except Exception as error:
             self._fault(f"the state of user {user} did not reach the host", error)
             taken = False

@@ -1,0 +1,53 @@
+"""Which events a user's keys and values were computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from grengines.api import Request
+
+Column = npt.NDArray[Any]
+
+
+@dataclass(slots=True, eq=False)
+class History:
+    """The version of a state: its events themselves, every field that decides what a token is.
+
+    Views of the request's arrays, which are never written (api.Request): nothing is copied or hashed, and two histories
+    agree exactly as far as their events do.
+    """
+
+    items: Column  # [events]
+    actions: Column
+    weights: Column
+    timestamps: Column
+
+    @classmethod
+    def of(cls, request: Request) -> History:
+        r = request
+        return cls(r.history_items, r.history_actions, r.history_weights, r.history_timestamps)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def first(self, events: int) -> History:
+        """The history up to there."""
+        return History(self.items[:events], self.actions[:events], self.weights[:events], self.timestamps[:events])
+
+    def common(self, other: History) -> int:
+        """How many first events are the same. A weight that is no number is like none, itself included."""
+        n = min(len(self), len(other))
+        # Timestamps first: they differ soonest, and what is found bounds the rest.
+        for a, b in (
+            (self.timestamps, other.timestamps),
+            (self.items, other.items),
+            (self.actions, other.actions),
+            (self.weights, other.weights),
+        ):
+            differs = a[:n] != b[:n]
+            if differs.any():
+                n = int(differs.argmax())
+        return n
