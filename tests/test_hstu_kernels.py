@@ -198,6 +198,7 @@ for dtype, qk_dim, v_dim, tiles, page in (
     (torch.bfloat16, 128, 128, Tiles(128, 128, 2, True, True), 0),
     (torch.float16, 256, 256, Tiles(128, 64, 2, False, False), 32),
     (torch.bfloat16, 64, 48, Tiles(64, 128, 3, False, False), 0),
+    (torch.bfloat16, 256, 256, Tiles(64, 64, 2, False, False, True), 64),
 ):
     kernel = Attention(ELEMENTS[dtype], qk_dim, v_dim, tiles, page)
     made = compile_kernel(kernel, options="--keep-ptx --keep-cubin --dump-dir " + sys.argv[1])
@@ -228,6 +229,10 @@ ON_GPU = [
     Case([900, 801, 300], None, [1, 16, 1], page=128),
     Case([900, 800, 300], [3, 2, 0], [20, 17, 1], page=32, contextual=4, window=100),
     Case([100] * 300, [10] * 300, heads=1),
+    # Few rows over many keys: several CTAs share an item.
+    Case([6000, 2100], None, [1, 70]),
+    Case([5000, 3], [130, 0], [200, 3], page=64, heads=1),
+    Case([3000], [40], [700], contextual=3, window=900, heads=1),
 ]
 SIZES = [(128, 128), (256, 256), (32, 32), (64, 128), (192, 96), (80, 48)]
 

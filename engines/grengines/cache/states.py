@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -159,7 +160,7 @@ class UserStates:
     def counters(self) -> Counters:
         """A copy."""
         with self._lock:
-            return Counters(**asdict(self._counters))
+            return copy.copy(self._counters)
 
     def lookup(self, requests: Sequence[Request], now: float) -> list[Plan]:
         """What is cached of each request's history. now: the policy's clock, seconds.

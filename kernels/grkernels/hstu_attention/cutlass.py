@@ -22,7 +22,8 @@ from grkernels.variant import KernelVariant
 
 ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
 SHARED_BYTES = 227 * 1024
-ARGUMENTS = "PPPPPPPPPPPPiiiiqqqqqqiqqqqqqqiiiffiP"  # of Attention.launch, in struct's letters
+ARGUMENTS = "PPPPPPPPPPPPPPiiiiiqqqqqqiqqqqqqqiiiffiP"  # of Attention.launch, in struct's letters
+TILES_A_SPLIT = 4  # at least, of an item that several CTAs share: adding up costs about two
 BARRIER_BYTES = 1024  # at most: barriers, then alignment
 
 CANDIDATES = [
@@ -104,9 +105,14 @@ def hstu_attention(
         ),
         _default(q, v, batch, max_q_len),
     )
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device) if config["dynamic"] else None
-    run = _compiled(q.dtype, qk_dim, v_dim, page, **config)
-    items = batch * heads * -(-max_q_len // config["m"])
+    m, items = config["m"], batch * heads * -(-max_q_len // config["m"])
+    processors = _processors(q.device.index)
+    splits = _splits(items, -(-max_kv_len // config["n"]), processors)
+    # In one allocation, cleared once: the counter of items, then who has arrived at each shared one.
+    counts = splits > 1 and items * m // 16
+    counter = torch.zeros(4 + counts, dtype=torch.int32, device=q.device) if config["dynamic"] or counts else None
+    partials = torch.empty(items * splits * m * v_dim, dtype=torch.float32, device=q.device) if counts else None
+    run = _compiled(q.dtype, qk_dim, v_dim, page, **config, split=splits > 1)
     run(
         q.data_ptr(),
         k.data_ptr(),
@@ -117,6 +123,9 @@ def hstu_attention(
         0 if num_targets is None else num_targets.data_ptr(),
         *pointers,
         0 if counter is None else counter.data_ptr(),
+        0 if partials is None else partials.data_ptr(),
+        0 if counter is None else counter.data_ptr() + 16,
+        splits,
         q.shape[0],
         k.shape[0],
         heads,
@@ -130,7 +139,7 @@ def hstu_attention(
         int(num_targets is not None),
         alpha / 2,
         1.0 / scaling_seqlen,
-        min(_processors(q.device.index), items),
+        min(processors, items * splits),
         torch.cuda.current_stream().cuda_stream,
     )
     return out
@@ -164,9 +173,24 @@ def _default(q: Tensor, v: Tensor, batch: int, max_q_len: int) -> dict[str, int]
     }
 
 
+def _splits(items: int, tiles: int, processors: int) -> int:
+    """How many CTAs share a work item of so many tiles: where there are too few items, as many as there is room for,
+    each with some tiles to itself."""
+    return max(min(processors // max(items, 1), tiles // TILES_A_SPLIT), 1)
+
+
 @cache
 def _compiled(
-    dtype: torch.dtype, qk_dim: int, v_dim: int, page: int, m: int, n: int, stages: int, take_turns: int, dynamic: int
+    dtype: torch.dtype,
+    qk_dim: int,
+    v_dim: int,
+    page: int,
+    m: int,
+    n: int,
+    stages: int,
+    take_turns: int,
+    dynamic: int,
+    split: bool = False,
 ) -> Any:
     """Raises ValueError for tiles that don't fit in shared memory, or into pages."""
     if page and n % page and page % n:
@@ -174,7 +198,9 @@ def _compiled(
     shared = 2 * (m * qk_dim + stages * n * (qk_dim + v_dim)) + BARRIER_BYTES
     if shared > SHARED_BYTES:
         raise ValueError(f"m={m} n={n} stages={stages} need {shared} bytes of shared memory; there are {SHARED_BYTES}")
-    kernel = Attention(ELEMENTS[dtype], qk_dim, v_dim, Tiles(m, n, stages, bool(take_turns), bool(dynamic)), page)
+    kernel = Attention(
+        ELEMENTS[dtype], qk_dim, v_dim, Tiles(m, n, stages, bool(take_turns), bool(dynamic), split), page
+    )
     return Launcher(compile_kernel(kernel), ARGUMENTS)
 
 
@@ -199,7 +225,9 @@ def _compile(kernel: Attention, options: str) -> Any:
         pointer(Int32),
         pointer(Int64),
         pointer(Int32),
-        *(Int32(1) for _ in range(4)),
+        make_ptr(Float32, 0, cute.AddressSpace.gmem, assumed_align=16),
+        pointer(Int32),
+        *(Int32(1) for _ in range(5)),
         *(Int64(8) for _ in range(6)),
         Int32(1),
         *(Int64(8) for _ in range(7)),

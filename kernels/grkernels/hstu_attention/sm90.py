@@ -40,6 +40,7 @@ class Tiles:
     stages: int  # tiles of K and of V in shared memory
     take_turns: bool  # warpgroups take turns at the tensor cores
     dynamic: bool  # CTAs take the next work item when they are free, from a counter; else a fixed share
+    split: bool = False  # several CTAs share an item's tiles, and the last one to end adds up what they found
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class Attention:
         page_table: cute.Pointer,
         paged_lengths: cute.Pointer,
         counter: cute.Pointer,
+        partials: cute.Pointer,
+        arrivals: cute.Pointer,
+        splits: Int32,
         q_rows: Int32,
         kv_rows: Int32,
         heads: Int32,
@@ -143,6 +147,7 @@ class Attention:
             kv_offsets,
             num_targets,
             counter,
+            (partials, arrivals, splits),
             q_rows,
             heads,
             batch,
@@ -178,6 +183,7 @@ class Attention:
         kv_offsets: cute.Pointer,
         num_targets: cute.Pointer,
         counter: cute.Pointer,
+        sharing: Any,
         q_rows: Int32,
         heads: Int32,
         batch: Int32,
@@ -242,7 +248,8 @@ class Attention:
         sk = shared.k.get_tensor(sk_layout.outer, swizzle=sk_layout.inner)
         sv = shared.v.get_tensor(sv_layout.outer, swizzle=sv_layout.inner)
 
-        items = (counter, item_pipe, shared.item.get_tensor(cute.make_layout(1)))
+        splits = sharing[2] if cutlass.const_expr(t.split) else 1
+        items = (counter, item_pipe, shared.item.get_tensor(cute.make_layout(1)), splits)
         limits = (contextual, window)
         offsets = (q_offsets, kv_offsets, num_targets, has_targets)
         paged_lengths = None if cutlass.const_expr(paged is None) else paged[5]
@@ -266,6 +273,7 @@ class Attention:
                 heads,
                 batch,
                 o_ptr,
+                sharing,
                 half_alpha,
                 scale,
             )
@@ -299,10 +307,10 @@ class Attention:
         paged_lengths, k_paged, v_paged = None, None, None
         if cutlass.const_expr(paged is not None):
             paged_lengths, k_paged, v_paged = paged[5], (*paged[:2], *k_source[2:]), (*paged[2:4], *v_source[2:])
-        counter, item_pipe, item_slot = items
+        counter, item_pipe, item_slot, splits = items
         item_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         item, turn = Int32(cute.arch.block_idx()[0]), Int32(0)
-        sequence, position, group, before = _find(t.m, item, Int32(0), Int32(0), offsets[0], heads, batch)
+        sequence, position, group, before = _find(t.m, item, Int32(0), Int32(0), offsets[0], heads, batch, splits)
         while sequence >= 0:
             turn += 1
             item = _fixed_item(turn)
@@ -317,28 +325,29 @@ class Attention:
                 item_pipe.producer_commit(item_state)
                 item_state.advance()
             cached = _cached(paged_lengths, sequence)
-            head, q_row, kv_row, row, rows, h = _item(t.m, sequence, position, offsets, cached)
+            head, q_row, kv_row, row, rows, h = _item(t.m, sequence, position // splits, offsets, cached)
             ranges = _ranges(t.n, row, rows, h, limits, cached)
-            tiles = sum(ranges[1::2])
+            begin, tiles = _share(sum(ranges[1::2]), position, splits)
             k_from = (k_source, k_paged, self.qk_dim, head, kv_row, cached, sequence)
             v_from = (v_source, v_paged, self.v_dim, head, kv_row, cached, sequence)
-            k_pipe.producer_acquire(k_state)
-            self._load_keys(k_from, _column(t.n, ranges, Int32(0)), k_state, paged)
-            k_state.advance()
-            q_pipe.producer_acquire(q_state)
-            _load(q_source, (t.m, self.qk_dim), head, q_row, q_state)
-            q_state.advance()
-            for i in cutlass.range(1, tiles, unroll=1):
+            if tiles > begin:
                 k_pipe.producer_acquire(k_state)
-                self._load_keys(k_from, _column(t.n, ranges, i), k_state, paged)
+                self._load_keys(k_from, _column(t.n, ranges, begin), k_state, paged)
                 k_state.advance()
+                q_pipe.producer_acquire(q_state)
+                _load(q_source, (t.m, self.qk_dim), head, q_row, q_state)
+                q_state.advance()
+                for i in cutlass.range(begin + 1, tiles, unroll=1):
+                    k_pipe.producer_acquire(k_state)
+                    self._load_keys(k_from, _column(t.n, ranges, i), k_state, paged)
+                    k_state.advance()
+                    v_pipe.producer_acquire(v_state)
+                    self._load_keys(v_from, _column(t.n, ranges, i - 1), v_state, paged)
+                    v_state.advance()
                 v_pipe.producer_acquire(v_state)
-                self._load_keys(v_from, _column(t.n, ranges, i - 1), v_state, paged)
+                self._load_keys(v_from, _column(t.n, ranges, tiles - 1), v_state, paged)
                 v_state.advance()
-            v_pipe.producer_acquire(v_state)
-            self._load_keys(v_from, _column(t.n, ranges, tiles - 1), v_state, paged)
-            v_state.advance()
-            sequence, position, group, before = _find(t.m, item, group, before, offsets[0], heads, batch)
+            sequence, position, group, before = _find(t.m, item, group, before, offsets[0], heads, batch, splits)
 
     @cute.jit
     def _load_keys(self, source: Any, column: Int32, state: Any, paged: Any) -> None:
@@ -380,6 +389,7 @@ class Attention:
         heads: Int32,
         batch: Int32,
         o_ptr: cute.Pointer,
+        sharing: Any,
         half_alpha: Float32,
         scale: Float32,
     ) -> None:
@@ -408,16 +418,16 @@ class Attention:
         if cutlass.const_expr(t.take_turns):  # a condition of its own: known when compiling  # noqa: SIM102
             if warpgroup_index == 1:
                 cute.arch.barrier_arrive(barrier_id=TURN_BARRIER, number_of_threads=256)
-        _, item_pipe, item_slot = items
+        _, item_pipe, item_slot, splits = items
         item_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         item, turn = Int32(cute.arch.block_idx()[0]), Int32(0)
-        sequence, position, group, before = _find(t.m, item, Int32(0), Int32(0), offsets[0], heads, batch)
+        sequence, position, group, before = _find(t.m, item, Int32(0), Int32(0), offsets[0], heads, batch, splits)
         while sequence >= 0:
             cached = _cached(paged_lengths, sequence)
-            head, q_row, _, row, rows, h = _item(t.m, sequence, position, offsets, cached)
+            head, q_row, _, row, rows, h = _item(t.m, sequence, position // splits, offsets, cached)
             ranges = _ranges(t.n, row, rows, h, limits, cached)
-            tiles = sum(ranges[1::2])
-            whole = sum(ranges[1 : 2 * WHOLE_RANGES : 2])
+            begin, tiles = _share(sum(ranges[1::2]), position, splits)
+            whole = cutlass.min(sum(ranges[1 : 2 * WHOLE_RANGES : 2]), tiles)
             sees = (_sees(row + own_row, h, limits), _sees(row + own_row + 8, h, limits))
             top = row + warpgroup_index * 64
             reach = (_sees(top, h, limits), _sees(top + 63, h, limits))
@@ -426,22 +436,23 @@ class Attention:
             o.fill(0.0)
             pending = Int32(0)  # whether P of the last tile waits for its V
 
-            q_pipe.consumer_wait(q_state)
-            column = _column(t.n, ranges, Int32(0))
-            if whole > 0 or self._needs(reach, last_row, column, cached):
-                mask = (*self._seen(sees, column, cached), first_column)
-                self._begin(qk_mma, operands, p, k_pipe, k_state, half_alpha, mask)
-                pending = Int32(1)
-            else:
-                _skip(k_pipe, k_state)
-                _skip(v_pipe, v_state)
-                v_state.advance()
-            k_state.advance()
-            for _ in cutlass.range(1, whole, unroll=1):
+            if tiles > begin:
+                q_pipe.consumer_wait(q_state)
+                column = _column(t.n, ranges, begin)
+                if whole > begin or self._needs(reach, last_row, column, cached):
+                    mask = (*self._seen(sees, column, cached), first_column)
+                    self._begin(qk_mma, operands, p, k_pipe, k_state, half_alpha, mask)
+                    pending = Int32(1)
+                else:
+                    _skip(k_pipe, k_state)
+                    _skip(v_pipe, v_state)
+                    v_state.advance()
+                k_state.advance()
+            for _ in cutlass.range(begin + 1, whole, unroll=1):
                 self._step(mmas, operands, o, p, pipes, (k_state, v_state), half_alpha, warpgroup_index, None)
                 k_state.advance()
                 v_state.advance()
-            for i in cutlass.range(cutlass.max(whole, 1), tiles, unroll=1):
+            for i in cutlass.range(cutlass.max(whole, begin + 1), tiles, unroll=1):
                 column = _column(t.n, ranges, i)
                 if self._needs(reach, last_row, column, cached):
                     mask = (*self._seen(sees, column, cached), first_column)
@@ -463,12 +474,17 @@ class Attention:
                     v_state.advance()
                     self._pass_turn(warpgroup_index)
                 k_state.advance()
-            q_pipe.consumer_release(q_state)
-            q_state.advance()
+            if tiles > begin:
+                q_pipe.consumer_release(q_state)
+                q_state.advance()
             if pending != 0:
                 self._finish(pv_mma, operands, o, p, v_pipe, v_state)
                 v_state.advance()
-            self._store(o, o_ptr, scale, head, heads, q_row, rows, own_row, lane)
+            if cutlass.const_expr(t.split):
+                if self._add_up(o, sharing, item, position, thread, lane):
+                    self._store(o, o_ptr, scale, head, heads, q_row, rows, own_row, lane)
+            else:
+                self._store(o, o_ptr, scale, head, heads, q_row, rows, own_row, lane)
             turn += 1
             item = _fixed_item(turn)
             if cutlass.const_expr(t.dynamic):
@@ -476,7 +492,7 @@ class Attention:
                 item = item_slot[0]
                 item_pipe.consumer_release(item_state)
                 item_state.advance()
-            sequence, position, group, before = _find(t.m, item, group, before, offsets[0], heads, batch)
+            sequence, position, group, before = _find(t.m, item, group, before, offsets[0], heads, batch, splits)
 
     @cute.jit
     def _seen(self, sees: Any, column: Int32, cached: Any) -> Any:
@@ -567,6 +583,42 @@ class Attention:
         _gemm(pv_mma, o, p, operands[2][None, None, None, v_state.index], zero=False)
         warpgroup.wait_group(0)
         v_pipe.consumer_release(v_state)
+
+    @cute.jit
+    def _add_up(self, o: cute.Tensor, sharing: Any, item: Int32, position: Int32, thread: Int32, lane: Int32) -> Any:
+        """Put down what this warp found of a shared item. Returns whether it is the last of the warps that share those
+        rows: then `o` is the sum, always in the same order, so that results don't depend on who was last."""
+        partials, arrivals, splits = sharing
+        m, values = self.tiles.m, self.v_dim // 2  # a thread holds two rows of a quad's columns
+        whole = item // splits
+        flat = _flat(o)
+        word = cute.make_rmem_tensor(cute.make_layout(4), Float32)
+        share = 2 * m * values  # elements of one CTA's part
+        base = Int64(whole) * splits
+        mine = partials + (base + item % splits) * share + thread * 4
+        for i in cutlass.range_constexpr(values // 4):
+            for j in cutlass.range_constexpr(4):
+                word[j] = flat[4 * i + j]
+            target = mine + cute.assume(Int64(i) * (8 * m), divby=4)
+            cute.autovec_copy(word, cute.make_tensor(target, cute.make_layout(4)))
+        cute.arch.fence_acq_rel_gpu()
+        cute.arch.sync_warp()
+        before = Int32(0)
+        if lane == 0:
+            arrived = arrivals + whole * (m // 16) + thread // 32
+            before = cute.arch.atomic_add(arrived, Int32(1), sem="acq_rel", scope="gpu")
+        last = cute.arch.shuffle_sync(before, offset=0) == splits - 1
+        if last:
+            cute.arch.fence_acq_rel_gpu()
+            o.fill(0.0)
+            for split in cutlass.range(splits, unroll=1):
+                theirs = partials + (base + split) * share + thread * 4
+                for i in cutlass.range_constexpr(values // 4):
+                    source = theirs + cute.assume(Int64(i) * (8 * m), divby=4)
+                    cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), word)
+                    for j in cutlass.range_constexpr(4):
+                        flat[4 * i + j] = flat[4 * i + j] + word[j]
+        return last
 
     @cute.jit
     def _store(
@@ -763,8 +815,9 @@ def _find(
     q_offsets: cute.Pointer,
     heads: Int32,
     batch: Int32,
+    splits: Any,
 ) -> Any:
-    """Where work item `item` lies: (sequence or -1, item within it, group, before).
+    """Where work item `item` lies: (sequence or -1, item within it, group, before). Of each there are `splits`.
 
     Sequences are searched 32 at a time, one a lane, from `group` on, before which there are `before` items: what
     the last call returned, since a CTA's items only grow.
@@ -776,7 +829,7 @@ def _find(
         items = Int32(0)
         if group + lane < batch:
             length = Int32(offsets[group + lane + 1] - offsets[group + lane])
-            items = (length + m - 1) // m * heads
+            items = (length + m - 1) // m * heads * splits
         upto = items
         for step in cutlass.range_constexpr(5):
             below = cute.arch.shuffle_sync_up(upto, offset=1 << step, mask_and_clamp=0)
@@ -790,6 +843,13 @@ def _find(
             before += total
             group += 32
     return sequence, position, group, before
+
+
+@cute.jit
+def _share(tiles: Int32, position: Int32, splits: Any) -> Any:
+    """The tiles of a work item that one of those who share it works off: from, to."""
+    split = position % splits
+    return tiles * split // splits, tiles * (split + 1) // splits
 
 
 @cute.jit
