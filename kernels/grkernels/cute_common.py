@@ -62,7 +62,7 @@ def launcher(kernel: Kernel) -> Launcher:
 
 def stream(device: torch.device) -> int:
     """Address of the current stream."""
-    address: int = torch.cuda.current_stream(device).cuda_stream
+    address: int = torch.cuda.current_stream(device.index).cuda_stream
     return address
 
 

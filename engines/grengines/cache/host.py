@@ -100,15 +100,16 @@ class Mark:
     """A point in the current stream's work; on a CPU in time."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device.index  # a number: looking it up takes longer than all the rest
         self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
         self._time = time.perf_counter()
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
         """What the current stream is given from now on waits for this point."""
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            torch.cuda.current_stream(self._device).wait_event(self._event)
 
     def reached(self) -> bool:
         return self._event is None or self._event.query()

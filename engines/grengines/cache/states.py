@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -298,7 +299,8 @@ class UserStates:
         width = max([1, pages, *(len(plan.pages) for plan in plans)])
         sizes = [B, B, rows, -(-B * width // 2)]
         buffer = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=pin)
-        cached, stored, slots, packed = np.split(buffer.numpy(), np.cumsum(sizes)[:-1])
+        ends = list(accumulate(sizes))
+        cached, stored, slots, packed = (buffer.numpy()[end - n : end] for n, end in zip(sizes, ends, strict=True))
         slots[:] = -1
         table = packed.view(np.int32)[: B * width].reshape(B, width)
         for b, plan in enumerate(plans):

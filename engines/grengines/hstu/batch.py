@@ -169,7 +169,8 @@ def pack(
         "kept_offsets": delta * (B_padded + 1),
     }
     buffer = torch.zeros(sum(sizes.values()), dtype=torch.int64, pin_memory=pin)
-    arrays = dict(zip(sizes, np.split(buffer.numpy(), list(accumulate(sizes.values()))[:-1]), strict=True))
+    values, ends = buffer.numpy(), accumulate(sizes.values())
+    arrays = {name: values[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
 
     rows, actions, positions, gaps = (arrays[n] for n in ("token_rows", "actions", "positions", "time_buckets"))
     weights = arrays["weights"].view(np.float64)

@@ -26,6 +26,7 @@ from grkernels import registry as kernel_registry
 from grkernels import tuning
 from grkernels.operators import Operators
 
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -340,7 +341,7 @@ def _resolve_device(config: HSTUEngineConfig) -> torch.device:
         raise UnavailableError(
             f"engine.device=cuda: {why}; use engine.device=cpu, or a CUDA build of torch and an NVIDIA GPU"
         )
-    device = torch.device("cuda" if usable and config.device != "cpu" else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if usable and config.device != "cpu" else CPU
     if config.cuda_graphs and device.type != "cuda":
         raise UnavailableError("engine.cuda_graphs=true: there are none on a CPU; set engine.cuda_graphs=false")
     return device

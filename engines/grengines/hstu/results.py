@@ -17,13 +17,14 @@ class Marks:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        self._stream = torch.cuda.current_stream(device.index) if self._cuda else None
         self._marks: list[Any] = []
         self.add()
 
     def add(self) -> None:
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(self._stream)
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())

@@ -140,7 +140,7 @@ def hstu_attention(
         alpha / 2,
         1.0 / scaling_seqlen,
         min(processors, items * splits),
-        torch.cuda.current_stream().cuda_stream,
+        torch.cuda.current_stream(q.device.index).cuda_stream,
     )
     return out
 
