@@ -154,7 +154,8 @@ class Study:
         actual = self.engines["part"].actual()
         print(
             f"\nplain copy of page-locked memory {actual['cache_copy_gb_s']:.1f} GB/s; "
-            f"computing {actual['cache_compute_us_a_token']:.3f} us a token; allowed error {self.allowed:.1e}"
+            f"computing {actual['cache_compute_us_a_token']:.3f} us a token; without a graph at least "
+            f"{actual['cache_launch_ms']:.2f} ms; allowed error {self.allowed:.1e}"
         )
 
     def close(self) -> None:

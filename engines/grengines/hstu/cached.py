@@ -48,6 +48,7 @@ class CachedRanking:
         tier = self.states.tier
         self.copy_bytes_s = tier.bytes_a_second() if tier else 0.0  # of page-locked memory to the device
         self.compute_s = 0.0  # of computing one token; 0: not measured yet
+        self.launch_s = 0.0  # of the smallest batch, its kernels launched one by one
         self.buckets: list[Bucket] = []
         self._graphs: GraphRunner | None = None
         if config.cuda_graphs:
@@ -124,6 +125,7 @@ class CachedRanking:
             "cache_host_pages": tier.pages if tier else 0,
             "cache_copy_gb_s": self.copy_bytes_s / 1e9,
             "cache_compute_us_a_token": self.compute_s * 1e6,
+            "cache_launch_ms": self.launch_s * 1e3,
         }
 
     def close(self) -> None:
@@ -131,11 +133,24 @@ class CachedRanking:
         if self.states.tier is not None:
             self.states.tier.close()
 
+    def measure(self, requests: Sequence[Request]) -> None:
+        """Rank the largest batch until all is compiled, and learn what computing costs here. Forgets every state."""
+        for _ in range(2):
+            self.states.clear()
+            result = self.rank(requests)
+        self.compute_s = result.compute_ms / result.tokens / 1e3
+        buckets, self.buckets = self.buckets, []
+        for _ in range(2):
+            self.launch_s = self.rank(requests[:1]).compute_ms / 1e3
+        self.buckets = buckets
+        self.states.clear()
+
     def _share(self, requests: Sequence[Request], plans: Sequence[Plan]) -> float:
         """How much to load of what only the host has.
 
         Loading t seconds a token goes on while what isn't loaded is computed, c seconds a token. Both end together when
-        of the N tokens that would be computed without the host c / (c + t) are loaded.
+        of the N tokens that would be computed without the host c / (c + t) are loaded. Nothing is loaded where a graph,
+        which can't wait for copies, computes all of it sooner.
         """
         there = sum(max(plan.on_host - plan.on_device, 0) for plan in plans)
         if self._cache.onload_share or not there or not self.compute_s:
@@ -143,7 +158,9 @@ class CachedRanking:
         pool = self.states.pool
         copy_s = pool.page_bytes / pool.page / self.copy_bytes_s
         tokens = sum(p.tokens - p.on_device + len(r.candidates) for p, r in zip(plans, requests, strict=True))
-        return min(tokens * self.compute_s / (self.compute_s + copy_s) / there, 1.0)
+        share = min(tokens * self.compute_s / (self.compute_s + copy_s) / there, 1.0)
+        loading_s, computing_s = max(share * there * copy_s, self.launch_s), tokens * self.compute_s
+        return 0.0 if self._graphs is not None and computing_s < loading_s else share
 
     def _bucket(self, requests: Sequence[Request], plans: Sequence[Plan]) -> Bucket | None:
         """The graph for a batch; None where there is none, or only one that would mostly encode padding."""

@@ -162,12 +162,10 @@ class HSTUEngine:
                 lambda bucket: [pack([], encoding, bucket=bucket, pin=True)],
                 self._device,
             )
-        result = self.rank(largest)
         if self._cached is not None:
-            self.forget()
-            result = self.rank(largest)  # now that everything is compiled
-            self._cached.compute_s = result.compute_ms / result.tokens / 1e3
-        self.forget()
+            self._cached.measure(largest)
+        else:
+            self.rank(largest)
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
