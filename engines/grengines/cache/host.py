@@ -240,22 +240,24 @@ class HostTier:
         return max(pages - own - self.extents.available, 0)
 
     def _copy_down(self, pages: Sequence[int], extents: Sequence[Extent]) -> Mark:
-        ids = self._ids(pages)
+        """Gather pages of all layers at once, and have them copied to these runs."""
+        first = range(0, len(self.layers) * self.pool.pages, self.pool.pages)  # page of each layer
+        ids = self._ids([layer + page for layer in first for page in pages])
         if self._last_read is not None:  # what these pages held may still be on its way up
             with self._down:
                 self._last_read.wait()
-        for host, k, v in zip(self.layers, self.pool.k, self.pool.v, strict=True):
-            block = torch.cat([k.flatten(1).index_select(0, ids), v.flatten(1).index_select(0, ids)], dim=1)
-            gathered = Mark(self.device)
-            with self._down:
-                gathered.wait()
+        parts = [x.flatten(0, 1).flatten(1).index_select(0, ids) for x in (self.pool.all_k, self.pool.all_v)]
+        block = torch.cat(parts, dim=1).unflatten(0, (-1, len(pages)))  # [layers, pages, elements of one]
+        gathered = Mark(self.device)
+        with self._down:
+            gathered.wait()
+            for host, layer in zip(self.layers, block, strict=True):
                 at = 0
                 for begin, n in extents:
-                    host[begin : begin + n].copy_(block[at : at + n], non_blocking=True)
+                    host[begin : begin + n].copy_(layer[at : at + n], non_blocking=True)
                     at += n
-                self._down.keep(block)
-                written = Mark(self.device)
-        return written
+            self._down.keep(block)
+            return Mark(self.device)
 
     def load(self, loads: Sequence[Load]) -> Onload:
         """Start bringing states up into pages of the device."""

@@ -48,8 +48,9 @@ class PagePool:
         self.page_bytes = page_bytes(  # of all layers together
             layers=layers, page=page, heads=heads, qk_dim=qk_dim, v_dim=v_dim, dtype=dtype
         )
-        self.k = [torch.zeros(pages, page, heads, qk_dim, dtype=dtype, device=device) for _ in range(layers)]
-        self.v = [torch.zeros(pages, page, heads, v_dim, dtype=dtype, device=device) for _ in range(layers)]
+        self.all_k = torch.zeros(layers, pages, page, heads, qk_dim, dtype=dtype, device=device)
+        self.all_v = torch.zeros(layers, pages, page, heads, v_dim, dtype=dtype, device=device)
+        self.k, self.v = list(self.all_k.unbind()), list(self.all_v.unbind())  # of each layer
         self.high_water = 0  # most pages that were ever in use at once
         self._free = list(range(pages))[::-1]  # a stack: the page freed last is taken first
         self._taken = bytearray(pages)

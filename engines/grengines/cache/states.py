@@ -302,13 +302,17 @@ class UserStates:
         ends = list(accumulate(sizes))
         cached, stored, slots, packed = (buffer.numpy()[end - n : end] for n, end in zip(sizes, ends, strict=True))
         slots[:] = -1
+        in_page = np.arange(page)
         table = packed.view(np.int32)[: B * width].reshape(B, width)
         for b, plan in enumerate(plans):
             table[b, : len(plan.pages)] = plan.pages
             cached[b], stored[b] = plan.cached, plan.stored
-            tokens = np.arange(plan.cached, plan.stored)
-            places = table[b, tokens // page].astype(np.int64) * page + tokens % page
-            slots[first_rows[b] : first_rows[b] + len(tokens)] = places
+            first = plan.cached // page
+            pages = np.array(plan.pages[first : self.pool.pages_for(plan.stored)], dtype=np.int64)
+            places = (pages[:, None] * page + in_page).reshape(-1)[
+                plan.cached - first * page : plan.stored - first * page
+            ]
+            slots[first_rows[b] : first_rows[b] + len(places)] = places
         return HostPlaces(buffer, sizes, width)
 
     # Below, the lock is held (but in `_plan`).
