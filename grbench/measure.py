@@ -60,7 +60,8 @@ def _cache_metrics(details: dict[str, float], events: int) -> dict[str, float]:
     """Shares of requests that found state on the device, on the host, or none; of `events`, those not computed again;
     what the host tier cost."""
     on_device = details["cache_hits"] + details["cache_partial_hits"]
-    lookups = on_device + details["cache_misses"] + details["cache_bypassed"]
+    # None at all where every lookup failed: such batches are answered without the cache.
+    lookups = max(on_device + details["cache_misses"] + details["cache_bypassed"], 1)
     metrics = {
         "cache/hit_rate": (on_device + details["cache_host_hits"]) / lookups,
         "cache/device_hit_rate": on_device / lookups,

@@ -98,6 +98,17 @@ def test_answers_from_the_host_equal_the_reference(
     engine.close()
 
 
+def test_a_forgotten_past_teaches_the_policy_nothing() -> None:
+    rounds = traffic(4, 2)
+    engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, admit_visit=2), rounds)
+    stored = []
+    for _ in range(2):
+        engine.forget()
+        for requests in rounds:
+            stored.append(len(requests) - engine.rank(requests).details["cache_refused"])
+    assert stored == [0, 4, 0, 4]
+
+
 def test_what_is_loaded_balances_copying_and_computing() -> None:
     rounds = traffic(2, 2, longest=400)
     engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)

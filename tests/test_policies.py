@@ -211,3 +211,13 @@ def test_a_large_panel_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_policies_list_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown cache policy 'lruu'; known: none, lru, lfu, gdsf, predictive"):
         policies.make("lruu")
+
+
+def test_a_doorkeeper_admits_from_the_visit_that_it_is_told() -> None:
+    policy = policies.make("lru", admit_visit=3)
+    assert [policy.admit(1, 1, 1.0, float(t)) for t in range(4)] == [False, False, True, True]
+    policy.touch(1, 1, 1.0, 4.0)
+    assert policy.victim(5.0) == 1
+    forgetful = policies.Doorkeeper(policies.LRU(), 2, remember=2)
+    assert [forgetful.admit(user, 1, 1.0, 0.0) for user in (1, 2, 3, 1, 3)] == [False, False, False, False, True]
+    assert not policies.Doorkeeper(policies.Nothing(), 2).admit(1, 1, 1.0, 0.0)

@@ -154,6 +154,17 @@ def test_page_compares_the_knobs_that_differ(sweep: Path, tmp_path: Path, capsys
     assert [r["p99 within limit"] for r in rows] == ["yes", "yes", "p99 withheld", "-"]
 
 
+def test_page_shows_the_hits_of_cells_with_a_cache(tmp_path: Path) -> None:
+    root = tmp_path / "outputs"
+    write_cell(root / "0", "cache=none")
+    cached = write_cell(root / "1", "cache=lru")
+    cached.metrics |= {"cache/device_hit_rate": 0.316, "cache/host_hit_rate": 0.0}
+    records.save(cached, root / "1")
+    main([str(root), "--out", str(tmp_path / "r.md")])
+    rows = rows_of((tmp_path / "r.md").read_text(), "Comparison")
+    assert [(r["cache"], r["hits on device / host, %"]) for r in rows] == [("none", "-"), ("lru", "31.6 / 0")]
+
+
 def test_page_withholds_p99_and_says_so(sweep: Path, tmp_path: Path) -> None:
     main([str(sweep), "--out", str(tmp_path / "r.md")])
     page = (tmp_path / "r.md").read_text()

@@ -58,6 +58,31 @@ def test_one_run_leaves_a_whole_record_and_samples(grbench: Grbench, tmp_path: P
     assert "closed_loop" in done.stdout
 
 
+def test_a_cache_with_a_host_tier_is_gated_from_both_and_counted(grbench: Grbench, tmp_path: Path) -> None:
+    # 4 pages of 65536 bytes on the device: fewer than users. One request at a time: none is answered without the cache.
+    done = grbench(
+        *QUICK,
+        "engine.device=cpu",
+        "engine.precision=fp32",
+        "workload.revisit_rate=0.8",
+        "scenario.clients=1",
+        "workload.history_median=16",  # below max_history: what is cached of a history that was cut is of no use
+        "cache=lru",
+        "cache.memory_gb=0.00027",
+        "cache.host_gb=0.01",
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    [record] = found(tmp_path)
+    assert record.status is Status.OK
+    for name in ("error", "error_again", "error_from_host", "error_after"):
+        assert record.gate[name] <= record.gate["tolerance"], name
+    metrics = record.metrics
+    assert metrics["cache/device_hit_rate"] > 0 and metrics["cache/host_hit_rate"] > 0
+    assert metrics["engine/cache_offloads"] > 0 and metrics["engine/cache_faults"] == 0
+    assert 0 < metrics["cache/token_hit_rate"] < 1
+    assert record.actual["cache_pages"] == 4
+
+
 def test_a_sweep_resumes_and_goes_on_past_a_cell_that_failed(grbench: Grbench, tmp_path: Path) -> None:
     sweep = ["-m", *QUICK, "engine.precision=fp32,bf16", "engine.device=cpu,cuda"]
     first = grbench(*sweep)

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grbench import stats
+from grbench import measure, stats
+from grbench.compose import compose_spec
+from grbench.scenarios import Measurement
+from grengines.api import Request
 
 latencies = st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=60)
 
@@ -149,3 +152,50 @@ def test_interval_ranks_reach_their_confidence(count: int, percent: float) -> No
         for k in range(low + 1, high + 1)
     ]
     assert math.fsum(math.exp(term) for term in log_terms) >= 0.95 - 1e-9
+
+
+def measured(details: dict[str, float]) -> dict[str, float]:
+    """The metrics of four requests, of 10 history events each, one a batch."""
+    spec, _ = compose_spec([])
+    events, request_ids = np.arange(10), np.arange(4)
+    requests = [Request(i, 0, events, events, events, events, 0, events[:2], 10, 0.0, 80.0) for i in range(4)]
+    times = dict.fromkeys((*measure.PARTS, "latency_ms"), np.full(4, 2.0))
+    samples = {"request_id": request_ids, "arrival_s": request_ids / 1e3, "batch_index": request_ids, **times}
+    return measure.summarise(Measurement(samples, 40, 40, details), spec, requests).metrics
+
+
+def test_cache_metrics_are_shares_of_lookups_and_of_events() -> None:
+    counted = {
+        "cache_hits": 1.0,
+        "cache_partial_hits": 0.0,
+        "cache_misses": 2.0,  # one of them came from the host
+        "cache_bypassed": 1.0,
+        "cache_host_hits": 1.0,
+        "cache_cached_tokens": 10.0,
+        "cache_loaded_tokens": 6.0,
+    }
+    metrics = measured(counted)
+    assert metrics["cache/device_hit_rate"] == metrics["cache/host_hit_rate"] == 0.25
+    assert metrics["cache/hit_rate"] == 0.5
+    assert metrics["cache/token_hit_rate"] == 16 / 40
+    assert metrics["engine/cache_bypassed"] == 1
+    assert "model_tflops" not in metrics  # part of that work was not done
+    assert "cache/host_copy_gb_s" not in metrics  # nothing was measured of it
+
+    copies = {"cache_host_wait_ms": 1.0, "cache_host_copy_ms": 4.0, "cache_host_bytes": 8e6}
+    metrics = measured(counted | copies)
+    assert metrics["cache/host_wait_share"] == 0.25
+    assert metrics["cache/host_copy_gb_s"] == 2.0
+
+    metrics = measured(dict.fromkeys(counted, 0.0))  # every lookup failed
+    assert metrics["cache/hit_rate"] == metrics["cache/token_hit_rate"] == 0
+
+    metrics = measured({})
+    assert metrics["model_tflops"] > 0
+    assert not any(name.startswith("cache/") for name in metrics)
+
+
+def test_item_cache_metrics_count_tokens_and_distinct_rows() -> None:
+    metrics = measured({"items_tokens": 10.0, "items_token_hits": 8.0, "items_distinct": 4.0, "items_hits": 2.0})
+    assert metrics["cache/item_token_hit_rate"] == 0.8
+    assert metrics["cache/item_hit_rate"] == 0.5

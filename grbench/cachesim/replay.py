@@ -86,7 +86,8 @@ class Replay:
                     elif name == LIMIT:
                         known[name] = simulate.bound(trace, costs, size.pages)
                     else:
-                        known[name] = Simulation(trace, costs, policies.make(name), size.pages).run(progress)
+                        policy = policies.make(name, self.config.admit_visit)
+                        known[name] = Simulation(trace, costs, policy, size.pages).run(progress)
                 yield Row(name, size, known[name], self._metrics(name, known), time.perf_counter() - begin)
 
     def facts(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PERCENTILES = ["latency_ms/p50", "latency_ms/p90", "latency_ms/p99", "latency_ms/p99.9"]
 PARTS = ["queue_ms", "batch_ms", "transfer_ms", "compute_ms"]  # of a request's latency, in order of time
+HITS = ["cache/device_hit_rate", "cache/host_hit_rate"]  # shares of requests; of cells with a user-state cache only
 METRICS = [
     "throughput_rps",
     "goodput_rps",

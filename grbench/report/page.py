@@ -11,7 +11,7 @@ from urllib.parse import quote
 from grbench.records import RunRecord
 from grbench.report import plots
 from grbench.report.cells import MISSING, Cell, command, figure, flatten, labels, shown
-from grbench.report.frame import PARTS, PERCENTILES, best_within_limit, cells_frame, within_limit
+from grbench.report.frame import HITS, PARTS, PERCENTILES, best_within_limit, cells_frame, within_limit
 from grbench.report.table import notes
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments:
     heads = ["#", *knobs, *(["environment"] if several else []), "status", "throughput rps", "goodput rps"]
     heads += [name.removeprefix("latency_ms/") for name in PERCENTILES]
     heads += [f"{part.removesuffix('_ms')} p50" for part in PARTS]
+    cached = HITS[0] in frame  # some cell has a user-state cache
+    heads += ["hits on device / host, %"] if cached else []
     heads += ["gate error / allowed", "p99 within limit"]
     rows = []
     for (number, row), record, verdict in zip(frame.iterrows(), records, within_limit(frame), strict=True):
@@ -88,6 +90,8 @@ def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments:
         cells += [row["status"], figure(row["throughput_rps"]), figure(row["goodput_rps"])]
         cells += [_with_interval(row, name) if row[name] == row[name] or not ok else "withheld" for name in PERCENTILES]
         cells += [figure(row[f"{part}/p50"]) for part in PARTS]
+        if cached:
+            cells.append(MISSING if row[HITS[0]] != row[HITS[0]] else " / ".join(figure(100 * row[n]) for n in HITS))
         gate = [figure(row[name]) for name in ("gate_error", "gate_tolerance")]
         cells += [MISSING if gate == [MISSING, MISSING] else " / ".join(gate), verdict]
         rows.append(cells)

@@ -21,9 +21,12 @@ class PagedCacheConfig:
 
     name: str = "lru"
     policy: str = option("lru", choices=["lru", "lfu", "gdsf", "predictive"])  # who goes when the pages run out
+    admit_visit: int = option(1, ge=1)  # the visit from which a user's state is stored; 1: at once
     page: int = option(64, ge=16, le=256)  # tokens of a page
     memory_gb: float = option(1.0, gt=0)  # of all pages, 10^9 bytes
     host_gb: float = option(0.0, ge=0)  # page-locked host memory for what is evicted; 0: none
     onload_share: float = option(0.0, ge=0, le=1)  # of a state on the host, to load; 0: as much as computing hides
-    prefetch_s: float = option(0.0, ge=0)  # fetch from the host whom the policy expects within so long; 0: nobody
+    prefetch_s: float = option(
+        0.0, ge=0
+    )  # fetch whom the policy expects within so long, on the trace's clock; 0: nobody
     item_memory_gb: float = option(0.0, ge=0)  # of token vectors on the device, 10^9 bytes; 0: the whole table

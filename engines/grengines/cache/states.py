@@ -279,6 +279,14 @@ class UserStates:
                 for user in list(self.tier.states):
                     self._drop_from_host(user)
 
+    def restart(self, policy: Policy, tier_policy: Policy) -> None:
+        """Drop every state, and begin anew with policies that have seen nobody."""
+        self.clear()
+        with self._lock:
+            for user in [user for user, plan in self._in_flight.items() if plan.known]:
+                self._in_flight[user].known = False  # the new policy has not heard of them
+            self._policy, self._tier_policy = policy, tier_policy
+
     def batch(
         self,
         plans: Sequence[Plan],
@@ -308,10 +316,9 @@ class UserStates:
             table[b, : len(plan.pages)] = plan.pages
             cached[b], stored[b] = plan.cached, plan.stored
             first = plan.cached // page
-            pages = np.array(plan.pages[first : self.pool.pages_for(plan.stored)], dtype=np.int64)
-            places = (pages[:, None] * page + in_page).reshape(-1)[
-                plan.cached - first * page : plan.stored - first * page
-            ]
+            into = np.array(plan.pages[first : self.pool.pages_for(plan.stored)], dtype=np.int64)
+            begin, end = plan.cached - first * page, plan.stored - first * page
+            places = (into[:, None] * page + in_page).reshape(-1)[begin:end]
             slots[first_rows[b] : first_rows[b] + len(places)] = places
         return HostPlaces(buffer, sizes, width)
 

@@ -12,6 +12,7 @@ from grengines.api import RankResult, Request
 from grengines.cache import policies
 from grengines.cache.config import PagedCacheConfig
 from grengines.cache.host import HostTier
+from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
 from grengines.cache.states import Plan, UserStates
 from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack
@@ -117,6 +118,13 @@ class CachedRanking:
             details=details,
         )
 
+    def forget(self, keep_host: bool = False) -> None:
+        """Drop every state, and what the policies learned; keep_host: only from the device, to the host."""
+        if keep_host:
+            self.states.clear(keep_host=True)
+        else:
+            self.states.restart(*_policies(self._cache))
+
     def actual(self) -> dict[str, Any]:
         """What really runs; JSON values."""
         tier = self.states.tier
@@ -143,7 +151,7 @@ class CachedRanking:
         for _ in range(2):
             self.launch_s = self.rank(requests[:1]).compute_ms / 1e3
         self.buckets = buckets
-        self.states.clear()
+        self.forget()
 
     def _share(self, requests: Sequence[Request], plans: Sequence[Plan]) -> float:
         """How much to load of what only the host has.
@@ -220,10 +228,16 @@ def _make_states(ranker: HSTURanker, cache: PagedCacheConfig, longest: int) -> U
             f"cache.memory_gb={cache.memory_gb:g}: the longest history, {longest} tokens, alone takes {needed:.3g} "
             "GB; give the cache more, or keep shorter histories (workload.max_history)"
         )
+    policy, tier_policy = _policies(cache)
     return UserStates(
         pool,
-        policies.make(cache.policy),
+        policy,
         contextual_seq_len=model.contextual_seq_len,
         tier=HostTier(pool, int(cache.host_gb * 1e9)) if cache.host_gb else None,
-        tier_policy=policies.make(cache.policy),
+        tier_policy=tier_policy,
     )
+
+
+def _policies(cache: PagedCacheConfig) -> tuple[Policy, Policy]:
+    """Of the pages on the device, and of the host tier."""
+    return policies.make(cache.policy, cache.admit_visit), policies.make(cache.policy)

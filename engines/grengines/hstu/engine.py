@@ -253,7 +253,7 @@ class HSTUEngine:
         """Drop every cached user state; keep_host: those on the device go to the host tier, if there is one."""
         if self._cached is not None:
             with self._lock:
-                self._cached.states.clear(keep_host)
+                self._cached.forget(keep_host)
 
     def close(self) -> None:
         """Release the model, the graphs and their memory; give the thread count back. Safe to call twice."""
