@@ -26,7 +26,5 @@ class PagedCacheConfig:
     memory_gb: float = option(1.0, gt=0)  # of all pages, 10^9 bytes
     host_gb: float = option(0.0, ge=0)  # page-locked host memory for what is evicted; 0: none
     onload_share: float = option(0.0, ge=0, le=1)  # of a state on the host, to load; 0: as much as computing hides
-    prefetch_s: float = option(
-        0.0, ge=0
-    )  # fetch whom the policy expects within so long, on the trace's clock; 0: nobody
+    prefetch_s: float = option(0.0, ge=0)  # fetch whom the policy expects so soon (trace time); 0: nobody
     item_memory_gb: float = option(0.0, ge=0)  # of token vectors on the device, 10^9 bytes; 0: the whole table

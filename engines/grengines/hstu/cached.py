@@ -87,8 +87,11 @@ class CachedRanking:
                 batches = [host.to(self._device) for host in hosts]
                 there = places.to(self._device)
                 marks.add()
+                any_cached = any(plan.cached for plan in plans)
                 parts = [
-                    ranker.paged(b, states.pool, there, write=i == 0, onload=None if i else onload)
+                    ranker.paged(
+                        b, states.pool, there, write=i == 0, read=i > 0 or any_cached, onload=None if i else onload
+                    )
                     for i, b in enumerate(batches)
                 ]
                 logits = torch.cat(parts)

@@ -179,15 +179,18 @@ class HSTURanker(nn.Module):
         places: PagedBatch,
         *,
         write: bool = True,
+        read: bool = True,
         onload: Onload | None = None,
     ) -> Tensor:
         """As `delta`, over a state in pages: logits fp32 [M, tasks].
 
         batch: packed with the cached tokens of `places`. write: the new events' keys and values go to their pages;
-        without it those are there already, and the batch holds candidates only. onload: what is still on its way there.
+        without it those are there already, and the batch holds candidates only. read: whether any request has cached
+        tokens; without them attention is the full form's. onload: what is still on its way there.
         """
         x = self._embed(batch)
         lengths = places.paged_lengths if write else places.stored_lengths
+        table = {"page_table": places.page_table, "paged_lengths": lengths}
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
             u, q, k, v = layer.project(x, self.kernels)
@@ -195,17 +198,9 @@ class HSTURanker(nn.Module):
                 onload.layer(i)
             if write:
                 pool.write(i, places.slots, k, v)
-            a = self._attend(
-                q,
-                k,
-                v,
-                batch,
-                kv_offsets=batch.q_offsets,  # of the keys beside the pages: those that were just computed
-                k_pages=pool.k[i],
-                v_pages=pool.v[i],
-                page_table=places.page_table,
-                paged_lengths=lengths,
-            )
+            pages = {"k_pages": pool.k[i], "v_pages": pool.v[i], **table} if read else {}
+            # The keys beside the pages are those that were just computed.
+            a = self._attend(q, k, v, batch, kv_offsets=batch.q_offsets, **pages)
             x = layer.combine(x, u, a, self.kernels)
         return self._score(x, batch)
 
