@@ -12,8 +12,8 @@ load="scenario=server scenario.max_batch=8 scenario.queries=2000 scenario.target
 engine="model=wide_heads kernel=cutlass engine.device=cuda engine.precision=bf16 engine.cuda_graphs=true"
 graphs="engine.graph_lengths=[320,384,512,3072,4096,6144]"
 cache="cache=lru cache.memory_gb=12 cache.host_gb=16"
-run="$python -m grbench runner.output_root=$root $users $load $engine $graphs"
+run="$python -m grbench -m runner.output_root=$root $users $load $engine $graphs"
 $run workload.revisit_rate=0.6 cache=none || failed=1
-$run -m workload.revisit_rate=0,0.6,0.9 $cache || failed=1
+$run workload.revisit_rate=0,0.6,0.9 $cache || failed=1
 $python experiments/item_cache.py --device cuda --rows 2000000 | tee $root/item_cache.txt || failed=1
 exit $failed

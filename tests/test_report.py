@@ -24,6 +24,7 @@ from grbench.report import (
     cells_frame,
     load_frame,
     load_samples,
+    plot_hit_mix,
     plot_latency_cdf,
     plot_throughput_latency,
     plot_time_shares,
@@ -309,6 +310,19 @@ def test_time_shares_add_up(sweep: Path) -> None:
     bars = plot_time_shares(frame).figure.axes[0].patches
     assert len(bars) == 5 * 3
     assert sum(bar.get_width() for bar in bars) == pytest.approx(300)
+
+
+def test_the_hit_mix_is_drawn_by_hit_rate_beside_what_became_of_the_latency(sweep: Path) -> None:
+    frame = load_frame(sweep)
+    frame["cache/device_hit_rate"] = [0.5, float("nan"), 0.25, *[0.0] * (len(frame) - 3)]
+    frame["cache/host_hit_rate"] = [0.1, float("nan"), 0.0, *[0.0] * (len(frame) - 3)]
+    mix, latency, good = plot_hit_mix(frame).figure.axes
+    heights = np.array([bar.get_height() for bar in mix.patches]).reshape(3, -1)  # device, host, nowhere
+    assert heights.T.tolist() == [[0, 0, 100], [25, 0, 75], [50, 10, 40]]
+    cells = [int(text.get_text()) for text in good.get_xticklabels()]
+    assert cells == [2, 3, 1]
+    assert good.lines[0].get_ydata().tolist() == frame.loc[cells, "goodput_rps"].tolist()
+    assert latency.lines[0].get_ydata().tolist() == frame.loc[cells, "latency_ms/p90"].tolist()  # one p99 is withheld
 
 
 def test_labels_with_dollars_and_great_length_are_drawn_whole(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from grbench.report.frame import (
     time_parts,
     within_limit,
 )
-from grbench.report.plots import Plot, plot_latency_cdf, plot_throughput_latency, plot_time_shares
+from grbench.report.plots import Plot, plot_hit_mix, plot_latency_cdf, plot_throughput_latency, plot_time_shares
 
 __all__ = [
     "Plot",
@@ -24,6 +24,7 @@ __all__ = [
     "cells_frame",
     "load_frame",
     "load_samples",
+    "plot_hit_mix",
     "plot_latency_cdf",
     "plot_throughput_latency",
     "plot_time_shares",

@@ -118,6 +118,7 @@ def _draw(frame: pd.DataFrame, folder: Path) -> dict[Path, plots.Plot]:
         "latency_cdf.png": plots.plot_latency_cdf,
         "throughput_latency.png": plots.plot_throughput_latency,
         "time_shares.png": plots.plot_time_shares,
+        **({"hit_mix.png": plots.plot_hit_mix} if HITS[0] in frame else {}),
     }
     return {folder / name: draw(frame, folder / name) for name, draw in named.items()}
 

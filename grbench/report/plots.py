@@ -18,7 +18,7 @@ import numpy as np
 from grbench.records import Status
 from grbench.report.cells import Cell
 from grbench.report.cells import figure as in_words
-from grbench.report.frame import PARTS, ReportError, cells_frame, load_samples, time_parts
+from grbench.report.frame import HITS, PARTS, ReportError, cells_frame, load_samples, time_parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,6 +155,50 @@ def plot_time_shares(cells: pd.DataFrame | Sequence[Cell], path: Path | None = N
         frameon=False,
     )
     return _done(Plot(figure, ["means of the raw samples: unlike medians, they add up to the mean latency"]), path)
+
+
+def plot_hit_mix(cells: pd.DataFrame | Sequence[Cell], path: Path | None = None) -> Plot:
+    """What the user-state cache found, and what became of p99 and goodput: three panels over the cells, by hit rate.
+
+    Shares of requests whose state was on the device, on the host, or nowhere (all, without a cache). p99 with its 95%
+    interval; p90, and a note, where any cell's p99 is withheld. Raises ReportError if no cell is OK.
+    """
+    ok = _ok(cells)
+    shares = ok.reindex(columns=HITS).fillna(0.0)
+    order = shares.sum(axis=1).sort_values(kind="stable").index
+    ok, shares = ok.loc[order], 100 * shares.loc[order]
+    percent = "p90" if ok["latency_ms/p99"].isna().any() else "p99"
+    name = f"latency_ms/{percent}"
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 7.5), layout="constrained")
+    mix, latency, good = figure.subplots(3, sharex=True, gridspec_kw={"height_ratios": [2, 3, 3]})
+    places, bottom = np.arange(len(ok)), np.zeros(len(ok))
+    found = [("on the device", COLOURS[2]), ("on the host", COLOURS[5])]
+    for (label, colour), column in zip(found, HITS, strict=True):
+        mix.bar(places, shares[column], bottom=bottom, color=colour, label=label)
+        bottom += shares[column].to_numpy()
+    mix.bar(places, 100 - bottom, bottom=bottom, color="#DDDDDD", label="nowhere")
+    mix.set_ylabel("requests, %")
+    mix.set_title(f"Where users' state was found, {percent} latency and goodput")
+    mix.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
+    middle = ok[name].to_numpy()
+    ends = ok[[f"{name}/low", f"{name}/high"]].to_numpy()
+    reach = np.nan_to_num(np.abs(ends - middle[:, None])).T
+    latency.errorbar(places, middle, yerr=reach, fmt="o", color=COLOURS[0], capsize=3)
+    for limit in sorted(ok["latency_limit_ms"].dropna().unique()):
+        latency.axhline(limit, color=GREY, lw=1.2, ls=(0, (6, 3)))
+    latency.set_yscale("log")
+    latency.set_ylabel(f"{percent} latency, ms (log)")
+    good.plot(places, ok["goodput_rps"], "o", color=COLOURS[1])
+    good.set_ylim(0, 1.15 * max(ok["goodput_rps"].max(), 1e-9))
+    good.set_ylabel("goodput, requests/s")
+    good.set_xticks(places, [f"{number}" for number in ok.index])
+    good.set_xlabel("cell (rows of the comparison table), by hit rate")
+    for axes in (mix, latency, good):
+        axes.spines[["top", "right"]].set_visible(False)
+    notes = [] if percent == "p99" else ["p90 is drawn: p99 is withheld for some cells (fewer than 1000 samples)"]
+    return _done(Plot(figure, notes), path)
 
 
 def _ok(cells: pd.DataFrame | Sequence[Cell]) -> pd.DataFrame:
