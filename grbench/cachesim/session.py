@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -18,8 +21,9 @@ from grbench.cachesim.config import CacheSimConfig
 from grbench.cachesim.output import line, plot, print_table, save
 from grbench.cachesim.replay import Replay, Row
 from grbench.cachesim.simulate import Progress
-from grbench.cachesim.tracking import SimTracker
 from grbench.environment import describe_environment
+from grbench.records import RunRecord, Status
+from grbench.tracking.rows import RowTracker
 
 
 class Session:
@@ -32,7 +36,10 @@ class Session:
         self._files: list[tuple[Path, str]] = []
         self._sweep = hydra.mode is RunMode.MULTIRUN
         name = Path(hydra.sweep.dir if self._sweep else hydra.runtime.output_dir).name
-        self._tracker = SimTracker(config.tracking, self._root, name, {"overrides": " ".join(sys.argv[1:])})
+        facts = {"overrides": " ".join(sys.argv[1:])}
+        self._tracker = RowTracker(
+            config.tracking, self._root, command="cachesim", suffix="cachesim", name=name, facts=facts
+        )
 
     def run(self, config: CacheSimConfig, hydra: HydraConf) -> None:
         """Simulate one job; its results are on disk after every row. Raises ConfigError before any."""
@@ -51,7 +58,7 @@ class Session:
                 rows.append(row)
                 results = save(folder, known, rows)
                 self._say(line(row))
-                self._tracker.log(row, config, results)
+                self._tracker.log([_record(row, config)], results)
         finally:
             prefix = folder.name if self._sweep else ""
             if rows:
@@ -59,9 +66,9 @@ class Session:
             if path := plot(f"Miss ratio, {config.workload.name}, {config.model.name}", rows, folder / "misses.png"):
                 self._files.append((path, prefix))
 
-    def close(self, ok: bool = True, interrupted: bool = False) -> None:
-        """Print the tables and end the parent run."""
-        self._tracker.finish(self._files, ok)
+    def close(self, failed: bool = False, interrupted: bool = False) -> int:
+        """Print the tables and end the parent run. Returns 0."""
+        self._tracker.finish(self._files, not failed and not interrupted)
         for title, rows in self._tables:
             print_table(Console(), title, rows)
         if interrupted:
@@ -70,6 +77,7 @@ class Session:
             self._say(f"{'results' if path.suffix == '.json' else 'plot'}: {os.path.relpath(path)}")
         if self._files:
             self._say(f"compare: python -m grbench.tracking ui {os.path.relpath(self._root)}")
+        return 0
 
     @contextlib.contextmanager
     def _watch(self, what: str, requests: int) -> Iterator[Progress]:
@@ -80,3 +88,27 @@ class Session:
 
     def _say(self, text: str) -> None:
         self._screen.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _record(row: Row, config: CacheSimConfig) -> RunRecord:
+    """A row in the shape that the store logs: `spec` becomes params."""
+    spec = {
+        "cache": {"name": f"{row.policy}-{100 * row.size.share:.3g}pct"},
+        "policy": row.policy,
+        **dataclasses.asdict(row.size),
+        "page": config.page,
+        "precision": config.precision,
+        "model": dataclasses.asdict(config.model),
+        "workload": dataclasses.asdict(config.workload),
+        "seed": config.seed,
+    }
+    begun = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=row.duration_s)
+    return RunRecord(
+        spec=spec,
+        spec_hash=hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:12],
+        status=Status.OK,
+        started_at=begun.isoformat(),
+        duration_s=row.duration_s,
+        environment=describe_environment(),
+        metrics=row.metrics,
+    )

@@ -1,78 +1,31 @@
-"""Compose with Hydra, run every job, print the tables."""
+"""`python -m grbench.kernelbench`: exit codes 0 done, 1 a row is INCORRECT or ERROR, 2 the configuration is wrong,
+130 Ctrl-C."""
 
 from __future__ import annotations
 
-import os
-import sys
+from typing import Any
 
 from omegaconf import DictConfig
 
-from grbench.compose import CONFIG_DIR, explain
-from grbench.config import ConfigError
-from grbench.kernelbench.config import device_of, register_schemas, to_config
+from grbench import side_command
+from grbench.kernelbench.config import KernelBenchConfig, device_of, register_schemas, to_config
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 a row is INCORRECT or ERROR, 2 the configuration is wrong, 130 Ctrl-C."""
-    as_hydra_shows_it = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors; else it prints them over many lines
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    register_schemas()
-    session = None
-
-    @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="kernelbench")
-    def app(cfg: DictConfig) -> None:
-        nonlocal session
-        from hydra.core.hydra_config import HydraConfig
-
-        from grbench.kernelbench.session import Session
-
-        config = to_config(cfg)
-        session = session or Session(config, HydraConfig.get())
-        session.run(config, HydraConfig.get())
-
-    try:
-        _check_first()
-        app()
-    except (ConfigError, HydraException, OmegaConfBaseException) as e:
-        if as_hydra_shows_it:
-            raise
-        print(f"grbench.kernelbench: {e if isinstance(e, ConfigError) else explain(e)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if session is not None:
-            session.close(interrupted=True)
-        sys.exit(130)
-    if session is not None:
-        sys.exit(session.close())
+    """Entry point. Exits."""
+    side_command.run("kernelbench", register_schemas, _checked, _session)
 
 
-def _check_first() -> None:
-    """Compose every job that this command line asks for, so that a wrong one stops it before the first runs.
+def _checked(cfg: DictConfig) -> KernelBenchConfig:
+    config = to_config(cfg)
+    device_of(config)  # a device that isn't there stops the command before the first job
+    return config
 
-    Raises ConfigError, HydraException or OmegaConfBaseException.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra._internal.utils import get_args_parser
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    args = get_args_parser().parse_args()
-    if args.help or args.hydra_help or args.shell_completion or args.info or args.config_name or args.cfg:
-        return
-    parsed = OverridesParser.create().parse_overrides(args.overrides)
-    jobs = BasicSweeper.split_arguments(parsed, None)[0] if args.multirun else [args.overrides]
-    extra = [f"hydra.searchpath=[file://{args.config_dir}]"] if args.config_dir else []
-    try:
-        with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
-            for job in jobs:
-                device_of(to_config(compose("kernelbench", [*job, *extra])))
-    finally:
-        GlobalHydra.instance().clear()
+def _session(config: Any, hydra: Any) -> side_command.Session:
+    from grbench.kernelbench.session import Session
+
+    return Session(config, hydra)
 
 
 if __name__ == "__main__":

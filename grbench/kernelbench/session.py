@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -16,9 +18,9 @@ from grbench.environment import describe_environment
 from grbench.kernelbench.bench import Bench, DeviceLostError, Row
 from grbench.kernelbench.config import KernelBenchConfig, device_of
 from grbench.kernelbench.output import line, plot_roofline, print_tables, save
-from grbench.kernelbench.tracking import KernelTracker
-from grbench.records import Status
+from grbench.records import RunRecord, Status
 from grbench.tracking import one_line
+from grbench.tracking.rows import RowTracker
 
 
 class Session:
@@ -31,7 +33,10 @@ class Session:
         self._files: list[tuple[Path, str]] = []
         self._sweep = hydra.mode is RunMode.MULTIRUN
         name = Path(hydra.sweep.dir if self._sweep else hydra.runtime.output_dir).name
-        self._tracker = KernelTracker(config.tracking, self._root, name, {"overrides": " ".join(sys.argv[1:])})
+        facts = {"overrides": " ".join(sys.argv[1:])}
+        self._tracker = RowTracker(
+            config.tracking, self._root, command="kernelbench", suffix="kernels", name=name, facts=facts
+        )
         self._lost: DeviceLostError | None = None
 
     def run(self, config: KernelBenchConfig, hydra: HydraConf) -> None:
@@ -60,7 +65,9 @@ class Session:
                 results = save(folder, facts, job)
                 for row in rows:
                     self._say(line(row))
-                self._tracker.log(rows, device, results)
+                # What is UNAVAILABLE would drown the others.
+                done = [_record(row, device) for row in rows if row.status is not Status.UNAVAILABLE]
+                self._tracker.log(done, results)
         except DeviceLostError as e:
             self._lost = e
             self._say(f"{e}; nothing more is run in this process")
@@ -76,18 +83,35 @@ class Session:
             if path := plot_roofline(family, job, bench.ceilings, folder / f"roofline_{family}.png"):
                 self._files.append((path, prefix))
 
-    def close(self, interrupted: bool = False) -> int:
+    def close(self, failed: bool = False, interrupted: bool = False) -> int:
         """Print the tables and end the parent run. Returns 0, or 1 if a row is INCORRECT or ERROR."""
         ok = not any(row.status in (Status.INCORRECT, Status.ERROR) for row in self._rows)
-        self._tracker.finish(self._files, ok and not interrupted)
+        self._tracker.finish(self._files, ok and not failed and not interrupted)
         print_tables(Console(), self._rows)
         if interrupted:
             self._say("interrupted; the shapes above were finished and are kept")
         for path, _ in self._files:
             if path.suffix == ".json":
                 self._say(f"results: {os.path.relpath(path)}")
-        self._say(f"compare: python -m grbench.tracking ui {os.path.relpath(self._root)}")
+        if self._rows:
+            self._say(f"compare: python -m grbench.tracking ui {os.path.relpath(self._root)}")
         return 0 if ok else 1
 
     def _say(self, text: str) -> None:
         self._screen.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _record(row: Row, device: str) -> RunRecord:
+    """A row in the shape that the store logs: `spec` becomes params."""
+    spec = {"family": row.family, "variant": row.variant, "shape": row.shape, "dtype": row.dtype}
+    return RunRecord(
+        spec={"kernel": {"name": "-".join(spec.values())}, **spec, "peer": row.peer},
+        spec_hash=hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:12],
+        status=row.status,
+        started_at=row.started_at,
+        duration_s=row.duration_s,
+        error=row.reason,
+        actual={"device": device, "tuning": [f"{e['key']}: {e['config']} ({e['source']})" for e in row.tuning]},
+        environment=describe_environment(),
+        metrics=row.metrics,
+    )

@@ -1,0 +1,70 @@
+"""MLflow runs of commands beside the harness: one parent a command, below it one run a row of its table.
+
+They are in an experiment of their own, because their metrics are not those of cells.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from grbench.records import RunRecord
+from grbench.tracking import one_line
+from grbench.tracking.config import MlflowConfig, NoTrackingConfig
+from grbench.tracking.store import Store
+
+
+class RowTracker:
+    """Logs the rows of one command into <tracking.experiment>-<suffix>. Never raises for what goes wrong in MLflow: it
+    says so, as `grbench.<command>`, and logs no more."""
+
+    def __init__(
+        self,
+        config: MlflowConfig | NoTrackingConfig,
+        root: Path,
+        *,
+        command: str,
+        suffix: str,
+        name: str,
+        facts: dict[str, str],
+    ) -> None:
+        self._config, self._root, self._name, self._facts = config, root, name, facts
+        self._command, self._suffix = command, suffix
+        self._store: _Store | None = None
+        self._parent = ""
+        self._off = isinstance(config, NoTrackingConfig)
+
+    def log(self, rows: list[RunRecord], results: Path) -> None:
+        """Log finished rows; `results` has them too."""
+        if self._off or not rows:
+            return
+        try:
+            if self._store is None:
+                assert isinstance(self._config, MlflowConfig)
+                self._store = _Store(self._config.uri, f"{self._config.experiment}-{self._suffix}", self._root)
+                self._parent = self._store.sweep_run(self._name, self._facts)
+            for row in rows:  # its files are with the parent: a folder that isn't there has none
+                self._store.log(row, results.parent / "none", self._parent)
+        except Exception as e:
+            self._give_up(e, results)
+
+    def finish(self, files: list[tuple[Path, str]], ok: bool) -> None:
+        """Attach files (with the folder each goes into) to the parent run and end it."""
+        if self._off or self._store is None:
+            return
+        try:
+            self._store.finish(self._parent, files, ok)
+        except Exception as e:
+            self._give_up(e, self._root)
+
+    def _give_up(self, error: Exception, kept: Path) -> None:
+        self._off = True
+        why = f"MLflow did not take the runs ({one_line(error)}); kept in {kept}"
+        print(f"grbench.{self._command}: {why}", file=sys.stderr)
+
+
+class _Store(Store):
+    def finish(self, run_id: str, files: list[tuple[Path, str]], ok: bool) -> None:
+        for path, folder in files:
+            self._client.log_artifact(run_id, str(path), folder or None)
+        self._client.set_terminated(run_id, "FINISHED" if ok else "FAILED")
