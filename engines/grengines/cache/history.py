@@ -47,7 +47,8 @@ class History:
             (self.actions, other.actions),
             (self.weights, other.weights),
         ):
-            differs = a[:n] != b[:n]
-            if differs.any():
-                n = int(differs.argmax())
+            if n:
+                differs = a[:n] != b[:n]
+                first = int(differs.argmax())  # faster than any()
+                n = first if differs[first] else n
         return n

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grengines import staging
 from grengines.api import Request
 from grengines.cache import policies
 from grengines.cache.history import History
@@ -306,7 +307,7 @@ class UserStates:
         page, B = self.pool.page, max(len(plans), sequences)
         width = max([1, pages, *(len(plan.pages) for plan in plans)])
         sizes = [B, B, rows, -(-B * width // 2)]
-        buffer = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=pin)
+        buffer = staging.zeros(sum(sizes), pin)
         ends = list(accumulate(sizes))
         cached, stored, slots, packed = (buffer.numpy()[end - n : end] for n, end in zip(sizes, ends, strict=True))
         slots[:] = -1

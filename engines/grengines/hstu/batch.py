@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from grengines import staging
 from grengines.api import Catalogue, Request
 from grengines.hstu.config import HSTUConfig
 
@@ -168,7 +169,7 @@ def pack(
         "candidate_rows": M,
         "kept_offsets": delta * (B_padded + 1),
     }
-    buffer = torch.zeros(sum(sizes.values()), dtype=torch.int64, pin_memory=pin)
+    buffer = staging.zeros(sum(sizes.values()), pin)
     values, ends = buffer.numpy(), accumulate(sizes.values())
     arrays = {name: values[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
 
@@ -197,9 +198,9 @@ def pack(
         np.minimum(positions[at:last], encoding.max_positions - 1, out=positions[at:last])
         candidate_rows[placed : placed + targets[b]] = np.arange(end, last)
         placed += targets[b]
-    # frexp's exponent of 1 + gap is floor(log2) + 1, exactly; a clock that ran backwards counts as no gap.
-    exponents = np.frexp(np.maximum(gaps, 0) + 1.0)[1]
-    np.minimum(exponents - 1, encoding.time_buckets - 1, out=gaps)
+    # The exponent bits of 1 + gap as a double: floor(log2), exactly. A clock that ran backwards counts as no gap.
+    exponents = (np.maximum(gaps, 0) + 1.0).view(np.int64) >> 52
+    np.minimum(exponents - 1023, encoding.time_buckets - 1, out=gaps)
 
     arrays["q_offsets"][: B + 1] = q_offsets
     arrays["q_offsets"][B + 1 :] = q_offsets[-1]
