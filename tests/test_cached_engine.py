@@ -161,9 +161,14 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
     monkeypatch.setattr(owner, name, failing)
     total: Counter[str] = Counter()
     for requests in rounds:
+        before = engine._cached.states.counters().faults
         result = engine.rank(requests)
         assert error(result, reference.scores(requests)) < 1e-5
         total.update(result.details)
+        ways = ("hits", "partial_hits", "misses", "bypassed")
+        assert sum(result.details[f"cache_{way}"] for way in ways) == len(requests)
+        if what in ("onload", "allocation", "writing") and engine._cached.states.counters().faults > before:
+            assert result.details["cache_misses"] == len(requests) and not result.details["cache_cached_tokens"]
     assert calls > 3
     assert total["cache_policy_errors" if "policy" in what else "cache_faults"] >= calls // 3
     assert "says the test" in caplog.text and any(r.levelno == logging.WARNING for r in caplog.records)

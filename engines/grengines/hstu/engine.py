@@ -179,16 +179,19 @@ class HSTUEngine:
         with self._lock:
             if cached is None:
                 return self._rank_whole(ranker, requests)
-            before = cached.states.counters()
+            before, failed = cached.states.counters(), False
             try:
                 result = cached.rank(requests)
             except Exception as error:
                 cached.states.fault(f"{len(requests)} requests failed with the cache", error)
                 if self._pin:
                     torch.cuda.synchronize()  # what was under way may still write to memory that it gave back
-                result = self._rank_whole(ranker, requests)
+                result, failed = self._rank_whole(ranker, requests), True
             after = cached.states.counters()
         changes = {f.name: getattr(after, f.name) - getattr(before, f.name) for f in dataclasses.fields(after)}
+        if failed:  # whatever was found, it was not used
+            found = ("hits", "partial_hits", "host_hits", "bypassed", "cached_tokens", "loaded_tokens")
+            changes |= {**dict.fromkeys(found, 0), "misses": len(requests)}
         result.details.update({f"cache_{name}": float(change) for name, change in changes.items()})
         return result
 
