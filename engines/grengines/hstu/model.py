@@ -63,6 +63,31 @@ class HSTULayer(nn.Module):
         return x.addmm_(gated, self.out.weight.T)
 
 
+def initialise(model: nn.Module, seed: int) -> None:
+    """Uniform weights of the standard deviations below.
+
+    They are chosen so that attention matters as it does in a trained model: with LayerNorm before it,
+    W of std 1/sqrt(E) gives q, k and v of unit scale and scores of order 1. Divided by N the result is
+    1e-3 and less, about sqrt(eps) of the LayerNorm that follows, so u * LayerNorm(a) is comparable
+    with u, and so is its share of the output. Norms and biases differ from 1 and 0, so that one left
+    out shows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        kind, _, leaf = name.rpartition(".")
+        if kind.endswith("norm"):
+            mean, std = (1.0, 0.1) if leaf == "weight" else (0.0, 0.1)
+        elif leaf == "bias":
+            mean, std = 0.0, 0.1
+        elif kind.endswith(".out"):
+            mean, std = 0.0, 1.0 / math.sqrt(p.shape[1] / 3)  # a third of its inputs, a itself, is tiny
+        elif leaf == "weight":
+            mean, std = 0.0, 1.0 / math.sqrt(p.shape[1])
+        else:  # tables: an item weighs most, what surrounds it less
+            mean, std = 0.0, 1.0 if leaf == "token_table" else 0.5
+        p.uniform_(mean - math.sqrt(3) * std, mean + math.sqrt(3) * std, generator=generator)
+
+
 class HSTURanker(nn.Module):
     """Scores candidates given a user's history.
 
@@ -111,7 +136,7 @@ class HSTURanker(nn.Module):
             model = cls(config, catalogue, kernels)
         model.to_empty(device="cpu").requires_grad_(False).eval()
         if config.weights is None:
-            model._initialise(seed)
+            initialise(model, seed)
         else:
             from grengines.hstu.weights import load_weights
 
@@ -127,30 +152,6 @@ class HSTURanker(nn.Module):
     def use_table(self, table: Tensor) -> None:
         """Take token vectors from `table` [rows, E], by its own numbering of rows."""
         self.token_table = nn.Parameter(table, requires_grad=False)
-
-    def _initialise(self, seed: int) -> None:
-        """Uniform weights of the standard deviations below.
-
-        They are chosen so that attention matters as it does in a trained model: with LayerNorm before it,
-        W of std 1/sqrt(E) gives q, k and v of unit scale and scores of order 1. Divided by N the result is
-        1e-3 and less, about sqrt(eps) of the LayerNorm that follows, so u * LayerNorm(a) is comparable
-        with u, and so is its share of the output. Norms and biases differ from 1 and 0, so that one left
-        out shows.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            kind, _, leaf = name.rpartition(".")
-            if kind.endswith("norm"):
-                mean, std = (1.0, 0.1) if leaf == "weight" else (0.0, 0.1)
-            elif leaf == "bias":
-                mean, std = 0.0, 0.1
-            elif kind.endswith(".out"):
-                mean, std = 0.0, 1.0 / math.sqrt(p.shape[1] / 3)  # a third of its inputs, a itself, is tiny
-            elif leaf == "weight":
-                mean, std = 0.0, 1.0 / math.sqrt(p.shape[1])
-            else:  # tables: an item weighs most, what surrounds it less
-                mean, std = 0.0, 1.0 if leaf == "token_table" else 0.5
-            p.uniform_(mean - math.sqrt(3) * std, mean + math.sqrt(3) * std, generator=generator)
 
     def forward(self, batch: JaggedBatch) -> Tensor:
         """Full form: logits fp32 [M, tasks] of the batch's candidates."""

@@ -1,0 +1,207 @@
+"""Semantic IDs of a catalogue: their tokens, the way back to items, and the file that keeps them with a model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from grengines.semantic.quantise import Float32Array, Int32Array, Int64Array, residual_kmeans
+
+_FORMAT = "grbench-semantic-ids-1"
+_DTYPE = "I32"  # as safetensors calls it
+SPARE = 8  # tuples an item, at least, in what `propose_codes` says
+MAX_TUPLES = 1 << 62  # a tuple is also one int64 number
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticIds:
+    """Every item's tuple of codes. No two items have the same.
+
+    codes: int32 [items, levels], each from 0 to its level's size - 1. sizes: codes of each level.
+
+    In a model's vocabulary every level has its own tokens: token = offset of the level + code.
+    Raises ValueError for codes of another form, outside their level, or given twice. Takes 4 bytes an item and level,
+    and 16 an item to find items by tokens.
+    """
+
+    codes: Int32Array
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        codes, sizes = self.codes, self.sizes
+        if codes.ndim != 2 or codes.dtype != np.int32 or not codes.size:
+            raise ValueError(f"codes must be int32 [items, levels], got {codes.dtype} {list(codes.shape)}")
+        if len(sizes) != codes.shape[1] or min(sizes) < 1 or math.prod(sizes) > MAX_TUPLES:
+            raise ValueError(f"{codes.shape[1]} levels of codes need as many sizes, of 2**62 tuples, got {list(sizes)}")
+        low, high = codes.min(axis=0), codes.max(axis=0)
+        for level, size in enumerate(sizes):
+            if low[level] < 0 or high[level] >= size:
+                raise ValueError(f"level {level} has codes 0 to {size - 1}, got {low[level]} to {high[level]}")
+        same = np.flatnonzero(self._keys[1:] == self._keys[:-1])
+        if same.size:
+            one, other = self.order[same[0]], self.order[same[0] + 1]
+            raise ValueError(f"items {one} and {other} have the same codes {codes[one].tolist()}")
+
+    @property
+    def levels(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of all levels."""
+        return sum(self.sizes)
+
+    @cached_property
+    def offsets(self) -> Int64Array:
+        """int64 [levels]: the first token of each level."""
+        return np.cumsum([0, *self.sizes[:-1]], dtype=np.int64)
+
+    def tokens(self, items: npt.ArrayLike) -> Int64Array:
+        """int64 [n, levels], of item ids [n]. Raises IndexError for an id outside the catalogue."""
+        ids = np.asarray(items, np.int64).reshape(-1)
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(self.codes):
+            raise IndexError(f"items must be 0 to {len(self.codes) - 1}, got {ids.min()} to {ids.max()}")
+        return self.codes[ids] + self.offsets
+
+    def items(self, tokens: npt.ArrayLike) -> Int64Array:
+        """int64 [n] of tokens [n, levels], -1 where no item has them. Raises ValueError for another shape."""
+        codes = np.asarray(tokens, np.int64)
+        if codes.ndim != 2 or codes.shape[1] != self.levels:
+            raise ValueError(f"tokens must be [n, {self.levels}], got {list(codes.shape)}")
+        codes = codes - self.offsets
+        known: npt.NDArray[np.bool_] = np.all((codes >= 0) & (codes < np.array(self.sizes)), axis=1)
+        keys = _keys(np.where(known[:, None], codes, 0), self.sizes)
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self.codes) - 1)
+        return np.where(known & (self._keys[place] == keys), self.order[place], -1)
+
+    @cached_property
+    def order(self) -> Int64Array:
+        """int64 [items]: item ids in the order of their tuples."""
+        return np.argsort(_keys(self.codes, self.sizes), kind="stable")
+
+    @cached_property
+    def _keys(self) -> Int64Array:
+        """Tuples as numbers, ascending."""
+        return _keys(self.codes[self.order], self.sizes)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: `codes`, with its shape and sizes as metadata. Raises OSError."""
+        schema = {"items": len(self.codes), "levels": self.levels, "sizes": self.sizes, "dtype": _DTYPE}
+        metadata = {"format": _FORMAT, "schema": json.dumps(schema)}
+        try:
+            save_file({"codes": np.ascontiguousarray(self.codes)}, str(path), metadata=metadata)
+        except SafetensorError as e:
+            raise OSError(f"{path}: can't write semantic ids: {e}") from None
+
+    @classmethod
+    def load(cls, path: str | Path, items: int | None = None) -> SemanticIds:
+        """Read what `save` wrote. items: how many the catalogue has, if it is known.
+
+        Raises ValueError, one line with the file's name, for a file that is missing or not safetensors, that has
+        something else in it, that contradicts itself, or that was written for another number of items.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file; give a file of semantic ids")
+        try:
+            with safe_open(str(path), framework="np") as f:
+                metadata = f.metadata() or {}
+                if metadata.get("format") != _FORMAT or list(f.keys()) != ["codes"]:
+                    raise ValueError(
+                        f"not a file of semantic ids ({_FORMAT}); it has {', '.join(f.keys()) or 'nothing'}"
+                    )
+                tensor = f.get_slice("codes")
+                sizes = _sizes(metadata, [*tensor.get_shape(), tensor.get_dtype()])
+                codes = f.get_tensor("codes")
+            if items is not None and len(codes) != items:
+                raise ValueError(f"written for {len(codes)} items, the catalogue has {items}; build the ids again")
+            return cls(codes, sizes)
+        except (SafetensorError, OSError) as e:
+            reason = " ".join(str(e).split())
+            raise ValueError(f"{path}: not a readable safetensors file ({reason}); build the ids again") from None
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+
+
+def build(
+    vectors: Float32Array,
+    levels: int = 3,
+    codes: int = 256,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> SemanticIds:
+    """Semantic IDs of items by residual k-means over their vectors, float32 [items, d]: near items share first codes.
+
+    Where vectors would have the same tuple, those nearest to it keep it and the others take the nearest that are free,
+    on the last level first; see `quantise`. `propose_codes` says how many codes suit a catalogue.
+
+    progress: called now and then with (rows assigned, rows in all), counted over all levels.
+    Raises ValueError for vectors of another form or not finite, and where codes ** levels is less than the items.
+    Source: Rajput et al., "Recommender Systems with Generative Retrieval" (TIGER), NeurIPS 2023.
+    """
+    if vectors.ndim != 2 or vectors.dtype != np.float32 or not vectors.size:
+        raise ValueError(f"vectors must be float32 [items, d], got {vectors.dtype} {list(vectors.shape)}")
+    if levels < 1 or codes < 1 or codes**levels > MAX_TUPLES:
+        raise ValueError(f"levels and codes are at least 1, with codes ** levels up to 2**62; got {levels} and {codes}")
+    items = len(vectors)
+    if codes**levels < items:
+        enough = f"at least {_root(items, levels)} codes"
+        if codes > 1:
+            deeper = next(n for n in range(levels, 64) if codes**n >= items)
+            enough += f", or {deeper} levels of {codes} codes"
+        raise ValueError(f"{levels} levels of {codes} codes are {codes**levels} tuples for {items} items; use {enough}")
+    sizes = (codes,) * levels
+    return SemanticIds(residual_kmeans(vectors, sizes, seed, progress)[0], sizes)
+
+
+def propose_codes(items: int, levels: int = 3) -> int:
+    """Codes a level for a catalogue: the power of two that leaves at least `SPARE` tuples an item.
+
+    Items are not spread evenly over tuples: with little to spare many would have to leave their place.
+    Raises ValueError for counts below 1.
+    """
+    if items < 1 or levels < 1:
+        raise ValueError(f"items and levels are at least 1, got {items} and {levels}")
+    return 1 << (_root(SPARE * items, levels) - 1).bit_length()
+
+
+def _root(count: int, levels: int) -> int:
+    """The smallest number whose power `levels` is at least `count`."""
+    root = max(round(count ** (1 / levels)) - 1, 1)
+    while root**levels < count:
+        root += 1
+    return root
+
+
+def _keys(codes: npt.NDArray[np.integer], sizes: tuple[int, ...]) -> Int64Array:
+    """Tuples [n, levels] as int64 [n], in the same order."""
+    keys = np.zeros(len(codes), np.int64)
+    for level, size in enumerate(sizes):
+        keys *= size
+        keys += codes[:, level]
+    return keys
+
+
+def _sizes(metadata: dict[str, str], found: list[object]) -> tuple[int, ...]:
+    """From a file's metadata, which must say of its tensor what is so."""
+    try:
+        schema = json.loads(metadata.get("schema", ""))
+        sizes = tuple(schema["sizes"])
+        declared = [schema["items"], schema["levels"], schema["dtype"]]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("its metadata has no schema of semantic ids; build the ids again") from None
+    if not all(type(size) is int for size in sizes):
+        raise ValueError(f"sizes must be whole numbers, got {list(sizes)}; build the ids again")
+    if declared != found or found[-1] != _DTYPE or len(sizes) != schema["levels"]:
+        raise ValueError(
+            f"its schema says {declared} with sizes {list(sizes)}, its tensor is {found}; build the ids again"
+        )
+    return sizes
