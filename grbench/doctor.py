@@ -14,6 +14,7 @@ from rich.text import Text
 
 from grbench.environment import describe_environment, installed_version
 from grengines import registry as engines
+from grengines.cache import policies
 from grkernels import registry as kernels
 
 
@@ -21,7 +22,7 @@ from grkernels import registry as kernels
 class Finding:
     """One line: `reason` and `remedy` are empty when it is ok."""
 
-    kind: str  # engine, kernel, package, optional, device
+    kind: str  # engine, kernel, cache, package, optional, device
     name: str
     ok: bool
     detail: str = ""  # version, or why it can't be used
@@ -34,6 +35,7 @@ REQUIRED = (
     ("torch", "torch", "engine hstu", "pip install 'torch>=2.11'"),
     ("mlcommons-loadgen", "mlperf_loadgen", "MLPerf scenarios", "pip install mlcommons-loadgen"),
     ("mlflow", "mlflow", "tracking", "pip install -e ."),
+    ("scikit-learn", "sklearn", "semantic IDs", "pip install -e ."),
     ("pyarrow", "pyarrow", "data and samples", "pip install -e ."),
     ("nvidia-ml-py", "pynvml", "GPU power and memory", "pip install nvidia-ml-py"),
 )
@@ -46,7 +48,7 @@ OPTIONAL = (
 
 
 def findings() -> list[Finding]:
-    """Every engine, kernel variant, package and device, in the order they are shown."""
+    """Every engine, kernel variant, cache policy, package and device, in the order they are shown."""
     found = []
     for name in engines.names():
         reason = engines.availability(name)
@@ -54,6 +56,7 @@ def findings() -> list[Finding]:
     for family, variant in kernels.names():
         reason = kernels.availability(family, variant)
         found.append(Finding("kernel", f"{family}={variant}", reason is None, *_split(reason)))
+    found += [Finding("cache", name, True) for name in policies.names()]
     found += [_package("package", *entry) for entry in REQUIRED]
     found += [_package("optional", *entry) for entry in OPTIONAL]
     return [*found, *_devices()]
