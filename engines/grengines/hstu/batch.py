@@ -211,3 +211,25 @@ def pack(
         arrays["kv_offsets"][:] += np.array([0, *accumulate([*done, *padding])])
         arrays["kept_offsets"][:] = arrays["kv_offsets"] - np.array([0, *accumulate([*targets, *padding])])
     return HostBatch(buffer, sizes, longest, longest_kv, targets, q_offsets[-1])
+
+
+def pack_slices(
+    requests: Sequence[Request],
+    encoding: Encoding,
+    microbatch: int,
+    *,
+    cached: Sequence[int] | None = None,
+    bucket: Bucket | None = None,
+    pin: bool = False,
+) -> list[HostBatch]:
+    """One batch of all that isn't cached; or, with microbatches, what isn't cached of the histories, and then slices of
+    so many candidates each, of whose requests the whole history is cached by then."""
+    most = max(len(r.candidates) for r in requests)
+    if not microbatch or not most:
+        return [pack(requests, encoding, cached=cached, bucket=bucket, pin=pin)]
+    whole = [encoding.contextual_seq_len + len(r.history_items) for r in requests]
+    slices = [slice(begin, begin + microbatch) for begin in range(0, most, microbatch)]
+    return [
+        pack(requests, encoding, cached=cached, candidates=slice(0), pin=pin),
+        *(pack(requests, encoding, cached=whole, candidates=s, pin=pin) for s in slices),
+    ]

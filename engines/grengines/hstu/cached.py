@@ -16,11 +16,11 @@ from grengines.cache.host import HostTier
 from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
 from grengines.cache.states import Plan, UserStates
-from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack
+from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets
 from grengines.hstu.model import HSTURanker
-from grengines.hstu.results import Marks, by_request
+from grengines.hstu.results import Marks, collect
 
 MOST_PADDING = 2.5  # a graph that encodes more than so many times the batch's tokens is slower than launching kernels
 
@@ -77,7 +77,9 @@ class CachedRanking:
             stored = [states.extend(plan, share) for plan in plans]
             onload = states.start_loading(plans)  # as early as can be
             bucket = None if onload else self._bucket(requests, plans)
-            hosts = self._pack(requests, plans, all(stored), bucket)
+            # Candidates on their own need the whole history in pages: where it is not stored, all go in one pass.
+            size, cached = self._microbatch if all(stored) else 0, [plan.cached for plan in plans]
+            hosts = pack_slices(requests, ranker.encoding, size, cached=cached, bucket=bucket, pin=self._pin)
             places = states.batch(
                 plans,
                 hosts[0].first_rows(),
@@ -97,7 +99,7 @@ class CachedRanking:
                 batches = [host.to(self._device) for host in hosts]
                 there = places.to(self._device)
                 marks.add()
-                any_cached = any(plan.cached for plan in plans)
+                any_cached = any(cached)
                 parts = [
                     ranker.paged(
                         b, states.pool, there, write=i == 0, read=i > 0 or any_cached, onload=None if i else onload
@@ -105,31 +107,21 @@ class CachedRanking:
                     for i, b in enumerate(batches)
                 ]
                 logits = torch.cat(parts)
-            marks.add()
-            on_host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=self._pin)
-            on_host.copy_(logits, non_blocking=True)
-            marks.add()
-            up_ms, compute_ms, down_ms = marks.spans_ms()  # waits for the device
+            result = collect(logits, hosts, marks, batch_ms)
             for plan in plans:
                 states.commit(plan)
         finally:
             for plan in plans:
                 states.abort(plan)  # nothing for those that are committed
         states.prefetch(now, self._cache.prefetch_s)
+        result.details.update(details)
         if self._graphs is not None:
-            details["eager_batches"] = float(bucket is None)
+            result.details["eager_batches"] = float(bucket is None)
         if onload is not None:
-            details["cache_host_wait_ms"], details["cache_host_copy_ms"] = onload.times_ms()
-            details["cache_host_bytes"] = float(onload.bytes)
-        return RankResult(
-            scores=by_request(on_host.numpy(), hosts),
-            batch_ms=batch_ms,
-            transfer_ms=up_ms + down_ms,
-            compute_ms=compute_ms,
-            tokens=sum(host.tokens for host in hosts),
-            padded_tokens=sum(host.padded_tokens for host in hosts),
-            details=details,
-        )
+            wait_ms, copy_ms = onload.times_ms()
+            result.details |= {"cache_host_wait_ms": wait_ms, "cache_host_copy_ms": copy_ms}
+            result.details["cache_host_bytes"] = float(onload.bytes)
+        return result
 
     def forget(self, keep_host: bool = False) -> None:
         """Drop every state, and what the policies learned; keep_host: only from the device, to the host."""
@@ -191,24 +183,6 @@ class CachedRanking:
         if bucket is None or bucket.batch * bucket.length > MOST_PADDING * sum(new):
             return None
         return bucket if all(len(plan.pages) <= self._pages for plan in plans) else None
-
-    def _pack(
-        self, requests: Sequence[Request], plans: Sequence[Plan], stored: bool, bucket: Bucket | None
-    ) -> list[HostBatch]:
-        """What isn't cached, with the candidates; or with microbatches first the one, then slices of the other.
-
-        Candidates on their own need the whole history in pages: where it is not stored, all go in one pass.
-        """
-        encoding, size = self._ranker.encoding, self._microbatch
-        cached, whole = [plan.cached for plan in plans], [plan.tokens for plan in plans]
-        most = max(len(r.candidates) for r in requests)
-        if not size or not most or not stored:
-            return [pack(requests, encoding, cached=cached, bucket=bucket, pin=self._pin)]
-        slices = [slice(begin, begin + size) for begin in range(0, most, size)]
-        return [
-            pack(requests, encoding, cached=cached, candidates=slice(0), pin=self._pin),
-            *(pack(requests, encoding, cached=whole, candidates=s, pin=self._pin) for s in slices),
-        ]
 
     def _paged(self, batch: JaggedBatch, places: Any) -> torch.Tensor:
         return self._ranker.paged(batch, self.states.pool, places)

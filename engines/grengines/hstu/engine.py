@@ -16,12 +16,12 @@ from torch import Tensor
 from grengines.api import Catalogue, Float32Array, RankResult, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.cache.items import HotRows
-from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack
+from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import INTERACTING, HSTUConfig, HSTUEngineConfig
 from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
 from grengines.hstu.model import HSTURanker
-from grengines.hstu.results import Marks, by_request
+from grengines.hstu.results import Marks, collect
 from grkernels import registry as kernel_registry
 from grkernels import tuning
 from grkernels.operators import Operators
@@ -103,7 +103,7 @@ class HSTUEngine:
         if config.cuda_graphs and config.candidate_microbatch:
             raise ValueError(
                 f"engine.cuda_graphs=true and engine.candidate_microbatch={config.candidate_microbatch}: graphs hold "
-                "the full form only; set cuda_graphs=false or candidate_microbatch=0"
+                "one pass over all candidates; set cuda_graphs=false or candidate_microbatch=0"
             )
         self._config, self._model_config = config, model
         self._catalogue, self._seed, self._cache = catalogue, seed, cache
@@ -200,7 +200,8 @@ class HSTUEngine:
         begun = time.perf_counter()
         counts = [token_count(r, ranker.encoding) for r in requests]
         bucket = choose_bucket(self.buckets, counts, [len(r.candidates) for r in requests])
-        hosts = self._pack(requests, bucket)
+        size = self._config.candidate_microbatch
+        hosts = pack_slices(requests, ranker.encoding, size, bucket=bucket, pin=self._pin)
         batch_ms = (time.perf_counter() - begun) * 1e3
 
         marks = Marks(self._device)
@@ -213,20 +214,11 @@ class HSTUEngine:
             batches = [host.to(self._device) for host in hosts]
             marks.add()
             logits = self._forward(ranker, batches)
-        marks.add()
-        on_host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=self._pin)
-        on_host.copy_(logits, non_blocking=True)
-        marks.add()
-        up_ms, compute_ms, down_ms = marks.spans_ms()  # waits for the device
-        return RankResult(
-            scores=by_request(on_host.numpy(), hosts),
-            batch_ms=batch_ms,
-            transfer_ms=up_ms + down_ms,
-            compute_ms=compute_ms,
-            tokens=sum(host.tokens for host in hosts),
-            padded_tokens=sum(host.padded_tokens for host in hosts),
-            details=details | ({"eager_batches": float(bucket is None)} if self._config.cuda_graphs else {}),
-        )
+        result = collect(logits, hosts, marks, batch_ms)
+        result.details.update(details)
+        if self._config.cuda_graphs:
+            result.details["eager_batches"] = float(bucket is None)
+        return result
 
     def actual(self) -> dict[str, Any]:
         """What really runs; JSON values."""
@@ -272,20 +264,6 @@ class HSTUEngine:
     def _pin(self) -> bool:
         return self._device.type == "cuda"
 
-    def _pack(self, requests: Sequence[Request], bucket: Bucket | None) -> list[HostBatch]:
-        """One batch in the full form; with microbatches the histories, then each slice of the candidates."""
-        assert self._ranker is not None
-        encoding, size = self._ranker.encoding, self._config.candidate_microbatch
-        most = max(len(r.candidates) for r in requests)
-        if not size or not most:
-            return [pack(requests, encoding, bucket=bucket, pin=self._pin)]
-        cached = [encoding.contextual_seq_len + len(r.history_items) for r in requests]
-        slices = [slice(begin, begin + size) for begin in range(0, most, size)]
-        return [
-            pack(requests, encoding, candidates=slice(0), pin=self._pin),
-            *(pack(requests, encoding, cached=cached, candidates=s, pin=self._pin) for s in slices),
-        ]
-
     def _place(self, hosts: Sequence[HostBatch]) -> dict[str, float]:
         """With a token table on the host: the batches' rows to the device, and slots in the place of row numbers.
 
@@ -307,7 +285,7 @@ class HSTUEngine:
 
     @staticmethod
     def _forward(ranker: HSTURanker, batches: list[JaggedBatch]) -> Tensor:
-        """Logits of what `_pack` made, in its order."""
+        """Logits of what `pack_slices` made, in its order."""
         if len(batches) == 1:
             logits: Tensor = ranker(batches[0])
             return logits
