@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -81,6 +83,13 @@ class PagePool:
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many tokens of one user."""
         return -(-tokens // self.page)
+
+    def slots(self, pages: Sequence[int], begin: int, end: int) -> npt.NDArray[np.int64]:
+        """Where tokens begin to end - 1 of one user lie, whose pages these are: page id * page + the place in it."""
+        first = begin // self.page
+        into = np.array(pages[first : self.pages_for(end)], dtype=np.int64)
+        places = (into[:, None] * self.page + np.arange(self.page)).reshape(-1)
+        return places[begin - first * self.page : end - first * self.page]
 
     def allocate(self, n: int) -> list[int]:
         """Take n pages. Raises PoolFullError, taking none, where fewer are free, ValueError for n < 0."""

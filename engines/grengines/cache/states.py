@@ -304,22 +304,18 @@ class UserStates:
         ones follow. sequences, pages: the sizes of the page table, at least (a CUDA graph's are fixed). pin:
         page-locked memory, for GPUs.
         """
-        page, B = self.pool.page, max(len(plans), sequences)
+        B = max(len(plans), sequences)
         width = max([1, pages, *(len(plan.pages) for plan in plans)])
         sizes = [B, B, rows, -(-B * width // 2)]
         buffer = staging.zeros(sum(sizes), pin)
         ends = list(accumulate(sizes))
         cached, stored, slots, packed = (buffer.numpy()[end - n : end] for n, end in zip(sizes, ends, strict=True))
         slots[:] = -1
-        in_page = np.arange(page)
         table = packed.view(np.int32)[: B * width].reshape(B, width)
         for b, plan in enumerate(plans):
             table[b, : len(plan.pages)] = plan.pages
             cached[b], stored[b] = plan.cached, plan.stored
-            first = plan.cached // page
-            into = np.array(plan.pages[first : self.pool.pages_for(plan.stored)], dtype=np.int64)
-            begin, end = plan.cached - first * page, plan.stored - first * page
-            places = (into[:, None] * page + in_page).reshape(-1)[begin:end]
+            places = self.pool.slots(plan.pages, plan.cached, plan.stored)
             slots[first_rows[b] : first_rows[b] + len(places)] = places
         return HostPlaces(buffer, sizes, width)
 

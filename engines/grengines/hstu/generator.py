@@ -88,13 +88,21 @@ class HSTUGenerator(nn.Module):
         kept = tokens[max(len(tokens) - self.config.max_positions // levels * levels, 0) :]
         return kept if len(kept) else np.array([self.begin])
 
-    def full(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """[tokens of all prompts, E], every token encoded from those before it: no cache, no pages."""
-        x, offsets, longest = self._embedded(prompts)
-        for layer in self.layers:
+    def full(self, prompts: Sequence[np.ndarray], pool: PagePool | None = None, slots: Tensor | None = None) -> Tensor:
+        """[tokens of all prompts, E], every token encoded from those before it. pool, slots: where keys and values are
+        kept as well."""
+        device = self.token_table.device
+        lengths = [len(p) for p in prompts]
+        tokens = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(device)
+        positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
+        offsets = torch.tensor([0, *accumulate(lengths)], device=device)
+        x = self._embed(tokens, positions)
+        for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
             u, q, k, v = layer.project(x, self.kernels)
-            a = self._attend(q, k, v, offsets, None, longest, longest)
+            if pool is not None and slots is not None:
+                pool.write(i, slots, k, v)
+            a = self._attend(q, k, v, offsets, None, max(lengths), max(lengths))
             x = layer.combine(x, u, a, self.kernels)
         return x
 
@@ -106,21 +114,12 @@ class HSTUGenerator(nn.Module):
         pages = [taken[end - n : end] for n, end in zip(need, accumulate(need), strict=True)]
         device = self.token_table.device
         table = torch.zeros(len(prompts), max(need), dtype=torch.int32)
-        slots = []
         for b, own in enumerate(pages):
             table[b, : len(own)] = torch.tensor(own)
-            token = np.arange(lengths[b])
-            slots.append(np.array(own)[token // pool.page] * pool.page + token % pool.page)
-        there = torch.from_numpy(np.concatenate(slots)).to(device)
-        x, offsets, longest = self._embedded(prompts)
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, HSTULayer)
-            u, q, k, v = layer.project(x, self.kernels)
-            pool.write(i, there, k, v)
-            a = self._attend(q, k, v, offsets, None, longest, longest)
-            x = layer.combine(x, u, a, self.kernels)
-        count = torch.tensor(lengths, device=device)
-        return Prompts(pool, pages, table.to(device), count, longest, x[offsets[1:] - 1])
+        slots = np.concatenate([pool.slots(own, 0, n) for own, n in zip(pages, lengths, strict=True)])
+        x = self.full(prompts, pool, torch.from_numpy(slots).to(device))
+        last = torch.tensor(lengths, device=device).cumsum(0) - 1
+        return Prompts(pool, pages, table.to(device), torch.tensor(lengths, device=device), max(lengths), x[last])
 
     def step(
         self, prompts: Prompts, level: int, codes: Tensor, before: Sequence[Sequence[Codes]]
@@ -169,15 +168,6 @@ class HSTUGenerator(nn.Module):
         """What an earlier code of each beam adds to its attention: SiLU(alpha q k) v / N; fp32 but for the result."""
         score = (q.float() * k.float()).sum(-1, keepdim=True) * self.alpha
         return (F.silu(score) * v.float() / self.config.scaling_seqlen).to(v.dtype)
-
-    def _embedded(self, prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, int]:
-        """x [tokens, E], offsets int64 [B + 1], longest."""
-        device = self.token_table.device
-        lengths = [len(p) for p in prompts]
-        tokens = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(device)
-        positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
-        offsets = torch.tensor([0, *accumulate(lengths)], device=device)
-        return self._embed(tokens, positions), offsets, max(lengths)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         return self.token_table[tokens] + self.position_table[positions]
