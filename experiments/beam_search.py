@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
+from grbench.compose import compose_spec
 from grengines.cache.pool import PagePool
 from grengines.hstu import beam
-from grengines.hstu.config import HSTUConfig
 from grengines.hstu.generator import HSTUGenerator
 from grengines.semantic.ids import SemanticIds
 from grengines.semantic.trie import Trie
 from grkernels.operators import Operators
 from grkernels.registry import FAMILIES
 
-CONF = Path(__file__).parents[1] / "conf"
 LEVELS, TIE = 3, 0.05  # levels; log-probabilities nearer than this count as equal in half precision
 
 
@@ -67,10 +65,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
 
-    stated: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"model/{args.model}.yaml"))
-    stated.pop("defaults")
-    stated["max_positions"] = LEVELS * max(args.history)
-    config, gpu = HSTUConfig(**stated), args.device == "cuda"
+    model_spec = compose_spec([f"model={args.model}"])[0].model
+    config, gpu = replace(model_spec, max_positions=LEVELS * max(args.history)), args.device == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     torch.set_float32_matmul_precision("highest")
     ids = random_ids(args.items, args.codes)

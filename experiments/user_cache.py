@@ -18,16 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
+from grbench.compose import compose_spec
 from grengines.api import Catalogue, RankResult, Request
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
+from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine, Reference
 from grkernels.registry import FAMILIES
 
 CATALOGUE = Catalogue(num_users=100, num_items=100_000, num_actions=8)
-CONF = Path(__file__).parents[1] / "conf"
 NEW = 128  # events since the last visit
 
 
@@ -59,9 +58,7 @@ def shortened(request: Request, events: int) -> Request:
 
 class Study:
     def __init__(self, args: argparse.Namespace, batch: int) -> None:
-        stated: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"model/{args.model}.yaml"))
-        stated.pop("defaults")
-        self.args, self.model = args, HSTUConfig(**stated)
+        self.args, self.model = args, compose_spec([f"model={args.model}"])[0].model
         self.now = requests_of(batch, args.history, args.candidates)
         self.before = [shortened(r, args.history - NEW) for r in self.now]
         self.gpu = args.device == "cuda"

@@ -51,6 +51,10 @@ def summarise(measurement: Measurement, spec: RunSpec, requests: list[Request]) 
         metrics["cache/item_hit_rate"] = details["items_hits"] / max(details["items_distinct"], 1)
     if "cache_hits" in details:
         metrics |= _cache_metrics(details, sum(len(r.history_items) for r in answered))
+        if faults := details.get("cache_faults"):
+            summary.notes.append(
+                f"the cache failed {faults:.0f} times, and those batches were answered without it; why: worker.log"
+            )
     else:  # with a cache, part of the work is not done: a rate of what it would be says nothing
         metrics["model_tflops"] = sum(sizing.request_flops(spec.model, r) for r in answered) / compute_s / 1e12
     return summary

@@ -88,6 +88,8 @@ def test_answers_from_the_host_equal_the_reference(
         assert total["cache_host_hits"] > 0 and total["cache_loaded_tokens"] > 0 and total["cache_host_bytes"] > 0
     else:
         assert policy == "predictive"
+    assert engine.actual()["cache_write"] == "torch" and engine.actual()["cache_pages_most_used"] <= 9
+    assert total["cache_offloads"] == 0 or total["cache_offloaded_bytes"] > 0
     assert engine.actual()["cache_host_pages"] == 16 and engine.actual()["cache_copy_gb_s"] > 0
     # What is on the device goes to the host on demand; from there it is as right.
     engine.forget(keep_host=True)

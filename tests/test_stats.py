@@ -155,13 +155,17 @@ def test_interval_ranks_reach_their_confidence(count: int, percent: float) -> No
 
 
 def measured(details: dict[str, float]) -> dict[str, float]:
-    """The metrics of four requests, of 10 history events each, one a batch."""
+    return summarised(details).metrics
+
+
+def summarised(details: dict[str, float]) -> stats.Summary:
+    """Of four requests, of 10 history events each, one a batch."""
     spec, _ = compose_spec([])
     events, request_ids = np.arange(10), np.arange(4)
     requests = [Request(i, 0, events, events, events, events, 0, events[:2], 10, 0.0, 80.0) for i in range(4)]
     times = dict.fromkeys((*measure.PARTS, "latency_ms"), np.full(4, 2.0))
     samples = {"request_id": request_ids, "arrival_s": request_ids / 1e3, "batch_index": request_ids, **times}
-    return measure.summarise(Measurement(samples, 40, 40, details), spec, requests).metrics
+    return measure.summarise(Measurement(samples, 40, 40, details), spec, requests)
 
 
 def test_cache_metrics_are_shares_of_lookups_and_of_events() -> None:
@@ -193,6 +197,14 @@ def test_cache_metrics_are_shares_of_lookups_and_of_events() -> None:
     metrics = measured({})
     assert metrics["model_tflops"] > 0
     assert not any(name.startswith("cache/") for name in metrics)
+
+
+def test_a_record_says_that_the_cache_failed() -> None:
+    counted = dict.fromkeys(("hits", "partial_hits", "misses", "bypassed", "host_hits"), 1.0)
+    details = {f"cache_{name}": n for name, n in (counted | {"cached_tokens": 1.0, "loaded_tokens": 1.0}).items()}
+    quiet, told = (summarised(details | {"cache_faults": n}).notes for n in (0.0, 3.0))
+    [note] = set(told) - set(quiet)
+    assert note == "the cache failed 3 times, and those batches were answered without it; why: worker.log"
 
 
 def test_item_cache_metrics_count_tokens_and_distinct_rows() -> None:

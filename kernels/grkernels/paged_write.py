@@ -12,12 +12,17 @@ def paged_write(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: T
     place in the page; k_pages [pages, page, H, dqk] and v_pages [pages, page, H, dv], contiguous. On a GPU nothing
     waits for it, so a CUDA graph can capture it, and Triton does the work; on a CPU PyTorch does.
     """
-    if k.is_cuda:
+    if variant(k.device.type) == "triton":
         on_gpu(k, v, slots, k_pages, v_pages)
     else:
         rows = (slots >= 0).nonzero()[:, 0]
         for x, pages in (k, k_pages), (v, v_pages):
             pages.flatten(0, 1).index_copy_(0, slots[rows], x[rows])
+
+
+def variant(device: str) -> str:
+    """What writes on a device of this type; for records."""
+    return "triton" if device == "cuda" else "torch"
 
 
 def on_gpu(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:

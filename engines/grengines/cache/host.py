@@ -160,8 +160,7 @@ class HostTier:
 
     pool: PagePool
     budget_bytes: int
-    bytes_down: int = 0
-    bytes_up: int = 0
+    bytes_down: int = 0  # sent to the host so far
     states: dict[int, HostState] = field(default_factory=dict)
     _staged: dict[int, _Staged] = field(default_factory=dict)
     _last_read: Mark | None = None  # once all copies to the device so far have left
@@ -261,7 +260,6 @@ class HostTier:
 
     def load(self, loads: Sequence[Load]) -> Onload:
         """Start bringing states up into pages of the device."""
-        self.bytes_up += sum(len(load.pages) for load in loads) * self.pool.page_bytes
         return Onload(self, loads)
 
     def prefetch(self, user: int) -> bool:
@@ -284,7 +282,6 @@ class HostTier:
                 layers.append(block)
             self._last_read = Mark(self.device)
         self._staged[user] = _Staged(state, layers, self._last_read)
-        self.bytes_up += pages * self.pool.page_bytes
         return True
 
     def bytes_a_second(self) -> float:

@@ -21,6 +21,7 @@ from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets
 from grengines.hstu.model import HSTURanker
 from grengines.hstu.results import Marks, collect
+from grkernels import paged_write
 
 MOST_PADDING = 2.5  # a graph that encodes more than so many times the batch's tokens is slower than launching kernels
 
@@ -68,7 +69,8 @@ class CachedRanking:
 
     def _rank(self, requests: Sequence[Request]) -> RankResult:
         """One pass; no user twice."""
-        states, ranker = self.states, self._ranker
+        states, ranker, tier = self.states, self._ranker, self.states.tier
+        sent_down = tier.bytes_down if tier else 0
         begun = time.perf_counter()
         now = max(r.arrival_s for r in requests)
         plans = states.lookup(requests, now)
@@ -117,6 +119,8 @@ class CachedRanking:
         result.details.update(details)
         if self._graphs is not None:
             result.details["eager_batches"] = float(bucket is None)
+        if tier is not None:
+            result.details["cache_offloaded_bytes"] = float(tier.bytes_down - sent_down)
         if onload is not None:
             wait_ms, copy_ms = onload.times_ms()
             result.details |= {"cache_host_wait_ms": wait_ms, "cache_host_copy_ms": copy_ms}
@@ -134,7 +138,9 @@ class CachedRanking:
         """What really runs; JSON values."""
         tier = self.states.tier
         return {
+            "cache_write": paged_write.variant(self._device.type),  # whatever the kernel group says
             "cache_pages": self.states.pool.pages,
+            "cache_pages_most_used": self.states.pool.high_water,
             "cache_host_pages": tier.pages if tier else 0,
             "cache_copy_gb_s": self.copy_bytes_s / 1e9,
             "cache_compute_us_a_token": self.compute_s * 1e6,

@@ -117,7 +117,11 @@ class HSTUGenerator(nn.Module):
         for b, own in enumerate(pages):
             table[b, : len(own)] = torch.tensor(own)
         slots = np.concatenate([pool.slots(own, 0, n) for own, n in zip(pages, lengths, strict=True)])
-        x = self.full(prompts, pool, torch.from_numpy(slots).to(device))
+        try:
+            x = self.full(prompts, pool, torch.from_numpy(slots).to(device))
+        except BaseException:
+            pool.free(taken)
+            raise
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
         return Prompts(pool, pages, table.to(device), torch.tensor(lengths, device=device), max(lengths), x[last])
 
