@@ -8,7 +8,6 @@ On a CPU the same code runs without streams: copies are done at once.
 
 from __future__ import annotations
 
-import time
 from bisect import insort
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from grengines.cache.history import History
 from grengines.cache.pool import PagePool, PoolFullError
+from grengines.marks import Mark
 
 AHEAD = 2  # layers under way to the device at once
 DOWN_BYTES = 2 << 30  # at most so much gathered memory waits to be copied to the host; further states are let go
@@ -94,32 +94,6 @@ class Lane:
         """x, made on another stream, is not given away before this lane is done with it."""
         if self._stream is not None:
             x.record_stream(self._stream)
-
-
-class Mark:
-    """A point in the current stream's work; on a CPU in time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device.index  # a number: looking it up takes longer than all the rest
-        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        self._time = time.perf_counter()
-        if self._event is not None:
-            self._event.record(torch.cuda.current_stream(self._device))
-
-    def wait(self) -> None:
-        """What the current stream is given from now on waits for this point."""
-        if self._event is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._event)
-
-    def reached(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def ms_until(self, other: Mark) -> float:
-        """Milliseconds; waits for the other."""
-        if self._event is None or other._event is None:
-            return (other._time - self._time) * 1e3
-        other._event.synchronize()
-        return float(self._event.elapsed_time(other._event))
 
 
 @dataclass(eq=False)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -11,32 +10,22 @@ from torch import Tensor
 
 from grengines.api import Float32Array, RankResult
 from grengines.hstu.batch import HostBatch
+from grengines.marks import Mark
 
 
 class Marks:
-    """Points in time between pieces of work: device events on a GPU, the clock on a CPU."""
+    """Points in time between pieces of work."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._stream = torch.cuda.current_stream(device.index) if self._cuda else None
-        self._marks: list[Any] = []
-        self.add()
+        self._device = device
+        self._marks = [Mark(device)]
 
     def add(self) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(self._stream)
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
+        self._marks.append(Mark(self._device))
 
     def spans_ms(self) -> list[float]:
         """Milliseconds between marks; waits until the last one is reached."""
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        if not self._cuda:
-            return [(b - a) * 1e3 for a, b in pairs]
-        self._marks[-1].synchronize()
-        return [float(a.elapsed_time(b)) for a, b in pairs]
+        return [a.ms_until(b) for a, b in pairwise(self._marks)]
 
 
 def collect(logits: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float) -> RankResult:
