@@ -156,7 +156,7 @@ class HSTURanker(nn.Module):
     def forward(self, batch: JaggedBatch) -> Tensor:
         """Full form: logits fp32 [M, tasks] of the batch's candidates."""
         x, _ = self._encode(batch, None, keep=False)
-        return self._score(x, batch)
+        return self.score(x, batch)
 
     def prefill(self, batch: JaggedBatch) -> UserState:
         """Keys and values of every token of a batch that was packed without candidates."""
@@ -171,7 +171,7 @@ class HSTURanker(nn.Module):
         None for it with keep=False.
         """
         x, extended = self._encode(batch, state, keep)
-        return self._score(x, batch), extended
+        return self.score(x, batch), extended
 
     def paged(
         self,
@@ -189,7 +189,7 @@ class HSTURanker(nn.Module):
         without it those are there already, and the batch holds candidates only. read: whether any request has cached
         tokens; without them attention is the full form's. onload: what is still on its way there.
         """
-        x = self._embed(batch)
+        x = self.embed(batch)
         lengths = places.paged_lengths if write else places.stored_lengths
         table = {"page_table": places.page_table, "paged_lengths": lengths}
         for i, layer in enumerate(self.layers):
@@ -203,12 +203,12 @@ class HSTURanker(nn.Module):
             # The keys beside the pages are those that were just computed.
             a = self._attend(q, k, v, batch, kv_offsets=batch.q_offsets, **pages)
             x = layer.combine(x, u, a, self.kernels)
-        return self._score(x, batch)
+        return self.score(x, batch)
 
     def _encode(self, batch: JaggedBatch, state: UserState | None, keep: bool) -> tuple[Tensor, UserState | None]:
         """x [L, E] after the last layer."""
         kernels = self.kernels
-        x = self._embed(batch)
+        x = self.embed(batch)
         kept = UserState([], [], batch.q_offsets if state is None else batch.kept_offsets) if keep else None
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
@@ -240,7 +240,7 @@ class HSTURanker(nn.Module):
         )
         return attended
 
-    def _embed(self, batch: JaggedBatch) -> Tensor:
+    def embed(self, batch: JaggedBatch) -> Tensor:
         """Tokens -> x [L, E]: see Encoding for what each index is."""
         embedded: Tensor = self.kernels.token_embedding(
             batch.token_rows,
@@ -279,7 +279,7 @@ class HSTURanker(nn.Module):
         )[0]
         return kept
 
-    def _score(self, x: Tensor, batch: JaggedBatch) -> Tensor:
+    def score(self, x: Tensor, batch: JaggedBatch) -> Tensor:
         kernels, rows = self.kernels, batch.candidate_rows
         features = kernels.layer_norm(x[rows], self.norm.weight, self.norm.bias, eps=EPS)
         if self.config.interaction:
