@@ -1,0 +1,56 @@
+"""HSTU attention as one operator of the exported model: `grbench::hstu_attention`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grkernels.hstu_attention.torch import hstu_attention as plain
+
+
+@torch.library.custom_op("grbench::hstu_attention", mutates_args=())
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    num_targets: Tensor,
+    tiles: Tensor,
+    columns: Tensor,
+    alpha: float,
+    scaling_seqlen: int,
+    contextual_seq_len: int,
+    max_attn_len: int,
+) -> Tensor:
+    """Attention of whole sequences (the full form), by plain PyTorch where this op itself is called.
+
+    q and k [L, H, dqk], v [L, H, dv]: tokens of all sequences one after another. offsets int64 [B + 1] says where each
+    begins, num_targets int64 [B] how many candidates are at its end.
+
+    Two inputs matter by their shapes, so that no shape in the graph depends on a value. tiles int64 [T, R], which is
+    0 .. T * R - 1, has a place for each row of the longest sequence: T tiles of R query rows are worked off one after
+    another. columns int64 [N], 0 .. N - 1, has one for each contextual token and event of the longest history, at least
+    one. Either may be larger than needed.
+
+    Returns [L, H, dv] in v's dtype; rows past offsets[B] hold anything finite.
+    """
+    longest = tiles.numel()
+    return plain(
+        q,
+        k,
+        v,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        num_targets=num_targets,
+        max_q_len=longest,
+        max_kv_len=longest,
+        scaling_seqlen=scaling_seqlen,
+        alpha=alpha,
+        contextual_seq_len=contextual_seq_len,
+        max_attn_len=max_attn_len,
+    )
+
+
+@hstu_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    return v.new_empty(q.shape[0], v.shape[1], v.shape[2])

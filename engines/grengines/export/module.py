@@ -1,0 +1,167 @@
+"""The model as it is exported: plain tensors in, logits out, every length dynamic, attention one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from grengines.api import Request
+from grengines.export.attention import hstu_attention
+from grengines.hstu.batch import Encoding, JaggedBatch
+from grengines.hstu.model import HSTULayer, HSTURanker
+from grkernels.operators import Operators
+
+# Names in the order of `forward`, element types and dimensions: L tokens, B sequences, M candidates, T tiles of R rows,
+# N columns.
+INPUTS = {
+    "token_rows": (torch.int64, ("L",)),
+    "actions": (torch.int64, ("L",)),
+    "weights": (torch.float32, ("L",)),
+    "positions": (torch.int64, ("L",)),
+    "time_buckets": (torch.int64, ("L",)),
+    "offsets": (torch.int64, ("B + 1",)),
+    "num_targets": (torch.int64, ("B",)),
+    "candidate_rows": (torch.int64, ("M",)),
+    "tiles": (torch.int64, ("T", "R")),
+    "columns": (torch.int64, ("N",)),
+}
+OUTPUT = "logits"
+
+
+def inputs_of(batch: JaggedBatch, longest_history: int, tile_rows: int) -> dict[str, Tensor]:
+    """What the exported model is run on, by name and in the order of INPUTS, on the batch's device.
+
+    batch: packed whole, nothing cached. longest_history: most contextual tokens and events of one sequence, or more.
+    tile_rows: most query rows that attention takes at a time; tiles are made about equal.
+    """
+    device = batch.token_rows.device
+    tiles = max(-(-batch.max_q_len // tile_rows), 1)
+    rows = max(-(-batch.max_q_len // tiles), 1)
+    return {
+        "token_rows": batch.token_rows,
+        "actions": batch.actions,
+        "weights": batch.weights.float(),
+        "positions": batch.positions,
+        "time_buckets": batch.time_buckets,
+        "offsets": batch.q_offsets,
+        "num_targets": batch.num_targets,
+        "candidate_rows": batch.candidate_rows,
+        "tiles": torch.arange(tiles * rows, device=device).view(tiles, rows),
+        "columns": torch.arange(max(longest_history, 1), device=device),
+    }
+
+
+def longest_history(requests: Sequence[Request], encoding: Encoding) -> int:
+    """Most contextual tokens and events of one request."""
+    return encoding.contextual_seq_len + max(len(r.history_items) for r in requests)
+
+
+def token_embedding(
+    token_rows: Tensor,
+    actions: Tensor,
+    weights: Tensor,
+    positions: Tensor,
+    time_buckets: Tensor,
+    *,
+    token_table: Tensor,
+    action_table: Tensor,
+    weight_vector: Tensor,
+    position_table: Tensor,
+    time_table: Tensor,
+) -> Tensor:
+    """As grkernels/token_embedding/torch.py, without shifts of signed integers: ONNX has none."""
+    dtype = token_table.dtype
+    bits = 1 << torch.arange(action_table.shape[0], device=action_table.device)
+    taken = actions[:, None] % (2 * bits) >= bits
+    x = F.embedding(token_rows, token_table) + taken.to(dtype) @ action_table
+    x = x + weights.to(dtype)[:, None] * weight_vector
+    x = x + F.embedding(positions, position_table)
+    return x + F.embedding(time_buckets, time_table)
+
+
+class ExportedRanker(nn.Module):
+    """A built HSTURanker in its full form, as a function of the tensors that INPUTS names; the same weights and maths.
+
+    attention: the operator that attends, by default `grbench::hstu_attention`; another must have its signature.
+    kernels: the other operators, by default plain PyTorch that every exporter can translate.
+    """
+
+    def __init__(
+        self,
+        ranker: HSTURanker,
+        attention: Callable[..., Tensor] = hstu_attention,
+        kernels: Operators | None = None,
+    ) -> None:
+        super().__init__()
+        self.ranker, self.attention = ranker, attention
+        ranker.kernels = kernels or Operators.plain()._replace(token_embedding=token_embedding)
+
+    def forward(
+        self,
+        token_rows: Tensor,
+        actions: Tensor,
+        weights: Tensor,
+        positions: Tensor,
+        time_buckets: Tensor,
+        offsets: Tensor,
+        num_targets: Tensor,
+        candidate_rows: Tensor,
+        tiles: Tensor,
+        columns: Tensor,
+    ) -> Tensor:
+        """Logits fp32 [M, tasks]. L tokens, B sequences, M candidates.
+
+        token_rows, actions, positions, time_buckets int64 [L], weights fp32 [L], candidate_rows int64 [M]: as in
+        JaggedBatch. offsets int64 [B + 1], num_targets int64 [B], tiles and columns: as `hstu_attention` says.
+        """
+        ranker, config = self.ranker, self.ranker.config
+        longest = tiles.numel()
+        batch = JaggedBatch(
+            token_rows=token_rows,
+            actions=actions,
+            weights=weights,
+            positions=positions,
+            time_buckets=time_buckets,
+            q_offsets=offsets,
+            kv_offsets=offsets,
+            num_targets=num_targets,
+            candidate_rows=candidate_rows,
+            kept_offsets=offsets,
+            max_q_len=longest,
+            max_kv_len=longest,
+        )
+        x = ranker.embed(batch)
+        for layer in ranker.layers:
+            assert isinstance(layer, HSTULayer)
+            u, q, k, v = layer.project(x, ranker.kernels)
+            a = self.attention(
+                q,
+                k,
+                v,
+                offsets,
+                num_targets,
+                tiles,
+                columns,
+                ranker.alpha,
+                config.scaling_seqlen,
+                config.contextual_seq_len,
+                config.max_attn_len,
+            )
+            x = layer.combine(x, u, a, ranker.kernels)
+        return ranker.score(x, batch)
+
+
+def trace(module: ExportedRanker) -> ExportedProgram:
+    """The module as a torch.export program of dynamic lengths. Its inputs are INPUTS, by name."""
+    L, B, M, T, R, N = (Dim(name, min=1) for name in ("L", "B", "M", "T", "R", "N"))
+    dims = {"L": L, "B": B, "B + 1": B + 1, "M": M, "T": T, "R": R, "N": N}
+    sizes = {"L": 7, "B": 3, "B + 1": 4, "M": 5, "T": 2, "R": 6, "N": 9}  # any, but for 1 and equal ones
+    device = module.ranker.token_table.device
+    inputs = {n: torch.zeros([sizes[d] for d in shape], dtype=t, device=device) for n, (t, shape) in INPUTS.items()}
+    shapes = {n: {i: dims[d] for i, d in enumerate(shape)} for n, (_, shape) in INPUTS.items()}
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.export.export(module, (), inputs, dynamic_shapes=shapes)

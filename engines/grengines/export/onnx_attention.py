@@ -1,0 +1,207 @@
+"""HSTU attention in ONNX: a function, which is a node of our domain with a body of standard operators.
+
+Every runtime can run the body, and one with a plugin of the node's name and domain replaces it. The body does less than
+the mask's square. No row sees a candidate but itself, so the keys are the tokens before the candidates, and what a row
+adds of itself is one product a row:
+
+    a_i = (sum over visible j != i of SiLU(alpha q_i k_j) v_j  +  SiLU(alpha q_i k_i) v_i) / N
+
+It works off tiles of query rows in a loop, so its memory grows with the longest history, not with its square. (A loop,
+not a scan: TensorRT's parser takes loops only.) What is visible: grkernels/hstu_attention/spec.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import onnx.parser
+import onnxscript
+from onnx.defs import OpSchema
+
+DOMAIN = "grbench"
+NAME = "hstu_attention"
+VERSION = 1  # of the domain: another meaning of the operator gets another
+INDICES = ("offsets", "num_targets", "tiles", "columns")
+OPTIONS = ("scaling_seqlen", "contextual_seq_len", "max_attn_len")
+OPSET = 18  # the oldest that has every operator which the exported model needs
+
+
+def register_schema() -> None:
+    """Make the operator known to the onnx package, whose exporter and checker ask for a schema. Safe to call twice."""
+    if onnx.defs.has(NAME, DOMAIN):
+        return
+    kinds = OpSchema.AttrType
+    onnx.defs.register_schema(
+        OpSchema(
+            NAME,
+            DOMAIN,
+            VERSION,
+            "HSTU attention of whole sequences.",
+            inputs=[
+                *(OpSchema.FormalParameter(name, "T") for name in "qkv"),
+                *(OpSchema.FormalParameter(name, "tensor(int64)") for name in INDICES),
+            ],
+            outputs=[OpSchema.FormalParameter("out", "T")],
+            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "fp32, fp16 or bf16")],
+            attributes=[
+                OpSchema.Attribute("alpha", kinds.FLOAT, ""),
+                *(OpSchema.Attribute(name, kinds.INT, "") for name in OPTIONS),
+            ],
+        )
+    )
+
+
+def onnx_node(
+    q: Any, k: Any, v: Any, offsets: Any, num_targets: Any, tiles: Any, columns: Any, alpha: float, *options: int
+) -> Any:
+    """How torch.onnx writes a call of the torch operator: a node of our domain."""
+    op = onnxscript.values.Opset(DOMAIN, VERSION)
+    attributes = dict(zip(OPTIONS, options, strict=True))
+    return op.hstu_attention(q, k, v, offsets, num_targets, tiles, columns, alpha=alpha, **attributes)
+
+
+def onnx_function(scaling_seqlen: int, contextual_seq_len: int, max_attn_len: int) -> onnx.FunctionProto:
+    """The function of one model: what its mask does not have is not in the body.
+
+    Inputs and output are those of the torch operator; attributes are alpha and OPTIONS.
+
+    In half precision scores, SiLU and the row's own share are in fp32, and the division by N is split as in
+    grkernels/hstu_attention/torch.py: half of its bits go into the weights, so that sums can't overflow fp16.
+    """
+    C, W = contextual_seq_len, max_attn_len
+    pre_scale = 2.0 ** -(scaling_seqlen.bit_length() // 2)
+    shift = max(C - 1, 0)
+    # A contextual token sees every token before the candidates, itself among them, when there is history at all.
+    context = """
+        at_start = Equal(row_position, zero)
+        in_history = Less(column_position, history)
+        from_context = And(at_start, in_history)
+        visible = Or(before, from_context)"""
+    window = f"""
+        distance = Sub(row_position, column_position)
+        width = Constant<value_int = {W}>()
+        near = LessOrEqual(distance, width)
+        before = And(earlier, near)"""
+    mask = (window if W else "\n        before = Identity(earlier)") + (
+        context if C else "\n        visible = Identity(before)"
+    )
+    own = """
+        stream_m = Gather(m, sequence)
+        stream_position = Sub(row, shift)
+        not_in_context = Greater(stream_position, zero)
+        no_history = LessOrEqual(stream_m, zero)
+        counts = Or(not_in_context, no_history)
+        counts_3 = Unsqueeze(counts, ends)
+        own_share = Where(counts_3, own_product, nothing)"""
+    if not C:
+        own = "\n        own_share = Identity(own_product)"
+    text = f"""
+    <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
+    {NAME} <alpha, scaling_seqlen, contextual_seq_len, max_attn_len>
+        (q, k, v, offsets, num_targets, tiles, columns) => (out)
+    {{
+        zero = Constant<value_int = 0>()
+        one = Constant<value_int = 1>()
+        nothing = Constant<value_float = 0.0>()
+        alpha = Constant<value_float: float = @alpha>()
+        pre_scale = Constant<value_float = {pre_scale!r}>()
+        post_scale = Constant<value_float = {1.0 / (scaling_seqlen * pre_scale)!r}>()
+        own_scale = Constant<value_float = {1.0 / scaling_seqlen!r}>()
+        shift = Constant<value_int = {shift}>()
+        first = Constant<value_ints = [0]>()
+        second = Constant<value_ints = [1]>()
+        last = Constant<value_ints = [-1]>()
+        end = Constant<value_ints = [{2**62}]>()
+        ends = Constant<value_ints = [1, 2]>()
+
+        begins = Slice(offsets, first, last, first)
+        stops = Slice(offsets, second, end, first)
+        lengths = Sub(stops, begins)
+        tokens_1 = Shape<start = 0, end = 1>(q)
+        tokens = Squeeze(tokens_1)
+        last_token = Sub(tokens, one)
+        begins_2 = Unsqueeze(begins, last)
+        stop_minus = Sub(lengths, shift)
+        m = Sub(stop_minus, num_targets)
+        m_2 = Unsqueeze(m, last)
+
+        any_column = Add(begins_2, columns)
+        column = Min(any_column, last_token)
+        k_rows = Gather(k, column)
+        v_rows = Gather(v, column)
+        keys = Transpose<perm = [0, 2, 3, 1]>(k_rows)
+        values = Transpose<perm = [0, 2, 1, 3]>(v_rows)
+        column_shifted = Sub(columns, shift)
+        column_positive = Max(column_shifted, zero)
+        column_capped = Min(column_positive, m_2)
+        column_position = Unsqueeze(column_capped, second)
+        history = Unsqueeze(m_2, last)
+
+        count_1 = Shape<start = 0, end = 1>(tiles)
+        count = Squeeze(count_1)
+        yes = Cast<to = 9>(one)
+        tiled = Loop<body = attend_tile (int64 i, bool go_on) => (bool goes_on, attended) {{
+            goes_on = Identity(go_on)
+            tile = Gather(tiles, i)
+            any_row = Add(begins_2, tile)
+            row_of_stream = Min(any_row, last_token)
+            q_rows = Gather(q, row_of_stream)
+            queries = Transpose<perm = [0, 2, 1, 3]>(q_rows)
+            row_shifted = Sub(tile, shift)
+            row_positive = Max(row_shifted, zero)
+            row_capped = Min(row_positive, m_2)
+            row_position = Unsqueeze(row_capped, last)
+            earlier = Greater(row_position, column_position){mask}
+            visible_4 = Unsqueeze(visible, second)
+            products = MatMul(queries, keys)
+            products_32 = Cast<to = 1>(products)
+            scores = Mul(products_32, alpha)
+            gates = Sigmoid(scores)
+            activated = Mul(scores, gates)
+            scaled = Mul(activated, pre_scale)
+            weights_32 = Where(visible_4, scaled, nothing)
+            weights = CastLike(weights_32, values)
+            summed = MatMul(weights, values)
+            attended = Transpose<perm = [0, 2, 1, 3]>(summed)
+        }}>(count, yes)
+
+        by_sequence = Transpose<perm = [1, 0, 2, 3, 4]>(tiled)
+        flat_shape = Shape<start = 1>(v)
+        all_rows = Concat<axis = 0>(last, flat_shape)
+        padded = Reshape(by_sequence, all_rows)
+        stream = Range(zero, tokens, one)
+        stream_2 = Unsqueeze(stream, last)
+        over = LessOrEqual(stops, stream_2)
+        over_int = Cast<to = 7>(over)
+        past = ReduceSum<keepdims = 0>(over_int, second)
+        batch_1 = Shape<start = 0, end = 1>(num_targets)
+        batch = Squeeze(batch_1)
+        last_sequence = Sub(batch, one)
+        sequence = Min(past, last_sequence)
+        begin = Gather(begins, sequence)
+        row = Sub(stream, begin)
+        longest_1 = Size(tiles)
+        last_row = Sub(longest_1, one)
+        row_inside = Min(row, last_row)
+        sequence_start = Mul(sequence, longest_1)
+        place = Add(sequence_start, row_inside)
+        of_others = Gather(padded, place)
+        of_others_32 = Cast<to = 1>(of_others)
+        of_others_scaled = Mul(of_others_32, post_scale)
+
+        q_32 = Cast<to = 1>(q)
+        k_32 = Cast<to = 1>(k)
+        v_32 = Cast<to = 1>(v)
+        elementwise = Mul(q_32, k_32)
+        own_dot = ReduceSum<keepdims = 1>(elementwise, last)
+        own_score = Mul(own_dot, alpha)
+        own_gate = Sigmoid(own_score)
+        own_activated = Mul(own_score, own_gate)
+        own_product = Mul(own_activated, own_scale){own}
+        of_itself = Mul(own_share, v_32)
+        both = Add(of_others_scaled, of_itself)
+        out = CastLike(both, v)
+    }}
+    """
+    return onnx.parser.parse_function(text)
