@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from grbench.workloads.events import DataError
+from grengines.files import cache_folder, sha256
 
 PACKAGE = "recbole==1.2.1"
 MEMBER = "recbole/dataset_example/ml-100k/ml-100k.inter"
@@ -25,7 +24,7 @@ def ml_100k() -> Path:
     try:
         if not path.is_file():
             _fetch(path)
-        digest = _sha256(path)
+        digest = sha256(path)
     except OSError as e:
         raise DataError(
             f"{path}: {e.strerror or e}; set GRBENCH_CACHE to a folder that can be written, or use workload=synthetic"
@@ -35,13 +34,6 @@ def ml_100k() -> Path:
             f"{path}: not the file that grbench pins (sha256 {FILE_SHA256[:12]}...); delete it and try again"
         )
     return path
-
-
-def cache_folder() -> Path:
-    """$GRBENCH_CACHE, else $XDG_CACHE_HOME/grbench, else ~/.cache/grbench."""
-    if own := os.environ.get("GRBENCH_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grbench"
 
 
 def _fetch(path: Path) -> None:
@@ -58,13 +50,9 @@ def _fetch(path: Path) -> None:
         if done.returncode or wheel is None:
             why = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
             raise DataError(f"MovieLens-100K could not be fetched ({why}); {by_hand}")
-        if _sha256(wheel) != WHEEL_SHA256:
+        if sha256(wheel) != WHEEL_SHA256:
             raise DataError(f"{wheel.name}: not the wheel that grbench pins (sha256 {WHEEL_SHA256[:12]}...); {by_hand}")
         with zipfile.ZipFile(wheel) as archive:
             unpacked = Path(folder) / "unpacked"
             unpacked.write_bytes(archive.read(MEMBER))
         unpacked.replace(path)  # whole or not at all, also when two processes fetch at once
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

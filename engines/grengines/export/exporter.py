@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from grengines.api import Catalogue
 from grengines.export.module import INPUTS, OUTPUT, ExportedRanker, trace
 from grengines.export.onnx_attention import DOMAIN, OPSET, VERSION, onnx_function, onnx_node, register_schema
+from grengines.files import cache_folder, sha256
 from grengines.hstu.batch import Encoding
 from grengines.hstu.config import HSTUConfig
 from grengines.hstu.engine import DTYPES, build_model
@@ -124,7 +125,7 @@ def export(
             "inputs": {n: {"dtype": str(t).removeprefix("torch."), "shape": s} for n, (t, s) in INPUTS.items()},
             "outputs": {OUTPUT: {"dtype": "float32", "shape": ["M", len(model.tasks)]}},
             "versions": versions(),
-            "files": {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(scratch.iterdir())},
+            "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(scratch.iterdir())},
         }
         (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
         if folder.exists():
@@ -135,20 +136,17 @@ def export(
     return Export(folder, manifest)
 
 
-def cached(
-    model: HSTUConfig, catalogue: Catalogue, seed: int, precision: str, root: Path, file: str = ONNX_FILE
-) -> Export:
-    """The export of this model below `root` in that form, made now if it isn't there or not whole.
+def cached(model: HSTUConfig, catalogue: Catalogue, seed: int, precision: str, file: str = ONNX_FILE) -> Export:
+    """The export of this model in that form from the cache folder, made now if it isn't there or not whole.
 
     Its folder's name says model, precision and versions, so that another of either never finds it.
     """
     digest = model_hash(model, catalogue, seed)
-    folder = root / f"{digest}-{precision}-{Path(file).suffix[1:]}-{_digest(versions())[:8]}"
+    folder = cache_folder() / "exports" / f"{digest}-{precision}-{Path(file).suffix[1:]}-{_digest(versions())[:8]}"
     try:
-        found = load(folder)
+        return load(folder)
     except ValueError:
         return export(model, catalogue, seed, precision, folder, (file,))
-    return found
 
 
 def load(folder: Path) -> Export:
@@ -168,7 +166,7 @@ def load(folder: Path) -> Export:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path}: missing; {again}")
-        if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
+        if path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
             raise ValueError(f"{path}: not as it was written (size or sha256 differ from {MANIFEST_FILE}); {again}")
     return Export(folder, manifest)
 
@@ -184,13 +182,8 @@ def _weights(model: HSTUConfig, seed: int) -> str:
     path = Path(model.weights)
     if not path.is_file():
         raise ValueError(f"model.weights: no file {path}; give a safetensors file, or null for random weights")
-    return f"sha256 {_sha256(path)}"
+    return f"sha256 {sha256(path)}"
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
