@@ -21,6 +21,7 @@ from grengines.cache.pool import PagePool
 from grengines.hstu import beam
 from grengines.hstu.generator import HSTUGenerator
 from grengines.semantic.ids import SemanticIds
+from grengines.semantic.search import Beams
 from grengines.semantic.trie import Trie
 from grkernels.operators import Operators
 from grkernels.registry import FAMILIES
@@ -36,7 +37,7 @@ def random_ids(items: int, codes: int) -> SemanticIds:
     return SemanticIds(np.stack(columns, axis=1).astype(np.int32), (codes,) * LEVELS)
 
 
-def agreement(found: beam.Beams, expected: beam.Beams, tie: float) -> float:
+def agreement(found: Beams, expected: Beams, tie: float) -> float:
     """Share of the expected items that were found, near-ties with the last aside.
 
     Ends the run where it is below 0.95 for a request, or where a best item differs by more than a near-tie."""
@@ -96,7 +97,7 @@ def main() -> None:
                 for width in args.width:
                     k = min(width, 10)
 
-                    def run(width: int = width, k: int = k, prompts: Any = prompts) -> beam.Beams:
+                    def run(width: int = width, k: int = k, prompts: Any = prompts) -> Beams:
                         return beam.search(model, trie, prompts, pool, width=width, k=k)
 
                     wide = PagePool.within(
@@ -111,7 +112,8 @@ def main() -> None:
                     )
                     expected = beam.search(exact, trie, prompts[:1], wide, width=width, k=k)
                     found = run()
-                    share = agreement(beam.Beams(found.items[:1], found.scores[:1]), expected, TIE if gpu else 1e-4)
+                    first = Beams(found.items[:1], found.scores[:1], found.cuts[:1])
+                    share = agreement(first, expected, TIE if gpu else 1e-4)
                     times = []
                     for _ in range(args.rounds):
                         begun = time.perf_counter()

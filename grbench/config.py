@@ -32,7 +32,10 @@ from grbench.workloads.config import (
     RecBoleConfig,
     SyntheticConfig,
 )
+from grengines import registry as engines
 from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.decoder.config import DecoderConfig
+from grengines.hf.config import HFEngineConfig
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
 from grengines.options import option, violations
 from grkernels.config import KernelConfig
@@ -51,6 +54,18 @@ class GateConfig:
 
 
 @dataclass
+class RetrievalConfig:
+    """What tasks that generate search for: see docs/ARCHITECTURE.md, Generation."""
+
+    k: int = option(10, ge=1, le=1000)  # items of an answer
+    beam_width: int = option(32, ge=1, le=1024)  # beams of a search, at least k
+    levels: int = option(3, ge=1, le=8)  # codes of an item's semantic ID
+    codes: int = option(0, ge=0, le=65536)  # of each level; 0: as the catalogue's size needs
+    semantic_ids: str | None = None  # safetensors file of ids; null: made from the workload's items
+    weights: str | None = None  # safetensors file of the generator; null: random weights from the seed
+
+
+@dataclass
 class RunnerConfig:
     """How cells are run; no part of what is measured."""
 
@@ -61,8 +76,8 @@ class RunnerConfig:
 
 # The schemas that YAML files under conf/ build on: `defaults: [/schema/<group>/<name>@_here_, _self_]`.
 SCHEMAS: dict[str, dict[str, type]] = {
-    "model": {"hstu": HSTUConfig},
-    "engine": {"hstu": HSTUEngineConfig},
+    "model": {"hstu": HSTUConfig, "decoder": DecoderConfig},
+    "engine": {"hstu": HSTUEngineConfig, "hf": HFEngineConfig},
     "kernel": {"kernel": KernelConfig},
     "cache": {"none": CacheConfig, "paged": PagedCacheConfig},
     "workload": {
@@ -94,6 +109,8 @@ class RunConfig:
     workload: Any = field(default_factory=dict)
     scenario: Any = field(default_factory=dict)
     tracking: Any = field(default_factory=dict)
+    task: str = option("auto", choices=["auto", *engines.TASKS])  # auto: what the engine is for
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
     latency_limit_ms: float = option(80.0, gt=0)  # goodput counts answers within it; the server scenario's p99 limit
@@ -113,6 +130,8 @@ class RunSpec:
     cache: Any
     workload: Any
     scenario: Any
+    task: str  # rank, generate or recommend
+    retrieval: RetrievalConfig | None  # None: the task does not generate
     gate: GateConfig
     latency_limit_ms: float
     warmup_batches: int
@@ -157,7 +176,19 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
             raise ConfigError(f"{group}: build it on one of the schemas {', '.join(schemas)} (see conf/{group}/)")
     if problems := list(violations(run)):
         raise ConfigError("; ".join(problems))
-    return RunSpec(**{f.name: getattr(run, f.name) for f in dataclasses.fields(RunSpec)}), run
+    able = engines.tasks(run.engine.name)
+    task = able[0] if run.task == "auto" else run.task
+    if task not in able:
+        raise ConfigError(f"task={task}: engine {run.engine.name} can't; allowed: auto, {', '.join(able)}")
+    if problem := engines.mismatch(run.engine.name, run.model):
+        raise ConfigError(problem)
+    if task != "rank" and run.retrieval.beam_width < run.retrieval.k:
+        raise ConfigError(
+            f"retrieval.beam_width={run.retrieval.beam_width}: so many beams can't give "
+            f"retrieval.k={run.retrieval.k} items; widen the beam or ask for fewer"
+        )
+    values = {f.name: getattr(run, f.name) for f in dataclasses.fields(RunSpec)}
+    return RunSpec(**{**values, "task": task, "retrieval": None if task == "rank" else run.retrieval}), run
 
 
 def _unknown_keys(cfg: DictConfig, path: str = "") -> Iterator[str]:
@@ -182,7 +213,8 @@ def spec_from_json(text: str) -> RunSpec:
     data = json.loads(text)
     values = data["values"]
     groups = {g: schemas[data["schemas"][g]](**values[g]) for g, schemas in _spec_groups()}
-    return RunSpec(**{**values, **groups, "gate": GateConfig(**values["gate"])})
+    retrieval = RetrievalConfig(**values["retrieval"]) if values["retrieval"] else None
+    return RunSpec(**{**values, **groups, "retrieval": retrieval, "gate": GateConfig(**values["gate"])})
 
 
 def _spec_groups() -> list[tuple[str, dict[str, type]]]:

@@ -11,16 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from grbench.config import RunSpec
-from grengines.api import Catalogue, Engine, Float32Array, IncorrectError, Request
+from grengines.api import Catalogue, Float32Array, IncorrectError, Ranker, Request
 
 # fp32 sums in another order differ by some tens of ulp (6e-8) over a dozen layers; a wrong mask or a
 # stale row differs by 1e-3 and more.
 SUMMATION_FLOOR = 2e-5
+
+
+class Outcome(Protocol):
+    """What a check found: its error, and all its figures for the record."""
+
+    @property
+    def error(self) -> float: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -57,7 +66,7 @@ class Gate:
         self._zero_error = relative_error(blind, self._reference)
         self._tolerance = max(spec.gate.max_error_ratio * self._plain_error, SUMMATION_FLOOR)
 
-    def check(self, engine: Engine, max_batch: int) -> GateResult:
+    def check(self, engine: Ranker, max_batch: int) -> GateResult:
         """Compare the engine with the reference. Raises IncorrectError when it, or the gate itself, is no good."""
         answers: list[Float32Array] = []
         for start in range(0, len(self.sample), max_batch):
@@ -91,7 +100,7 @@ class Gate:
 class GateError(IncorrectError):
     """The gate failed; `result` has the figures."""
 
-    def __init__(self, message: str, result: GateResult) -> None:
+    def __init__(self, message: str, result: Outcome) -> None:
         super().__init__(message)
         self.result = result
 

@@ -13,6 +13,7 @@ from grbench.config import RunSpec
 from grbench.scenarios import Measurement
 from grengines.api import Request
 
+STAGES = ("retrieve", "rank")  # of tasks that have several
 PARTS = ("queue_ms", "batch_ms", "transfer_ms", "compute_ms")
 
 
@@ -21,7 +22,7 @@ def summarise(measurement: Measurement, spec: RunSpec, requests: list[Request]) 
     samples = measurement.samples
     summary = stats.latency_summary(samples["latency_ms"])
     metrics = summary.metrics
-    for part in PARTS:
+    for part in [*PARTS, *(f"{stage}_ms" for stage in STAGES if f"{stage}_ms" in samples)]:
         metrics[f"{part}/p50"] = stats.percentile(samples[part], 50)
         metrics[f"{part}/p90"] = stats.percentile(samples[part], 90)
 
@@ -30,9 +31,6 @@ def summarise(measurement: Measurement, spec: RunSpec, requests: list[Request]) 
     count = len(answered)
     ends = samples["arrival_s"] + samples["latency_ms"] / 1e3
     duration_s = float(ends.max())
-    batches = int(samples["batch_index"].max()) + 1
-    _, first_of_batch = np.unique(samples["batch_index"], return_index=True)
-    compute_s = float(samples["compute_ms"][first_of_batch].sum()) / 1e3
     metrics |= {
         "samples": float(count),
         "duration_s": duration_s,
@@ -40,8 +38,8 @@ def summarise(measurement: Measurement, spec: RunSpec, requests: list[Request]) 
         "goodput_rps": stats.goodput(samples["latency_ms"], [r.deadline_ms for r in answered], duration_s),
         "throughput_tokens_per_s": measurement.tokens / duration_s,
         "padding_waste": 1.0 - measurement.tokens / measurement.padded_tokens,
-        "batch_size/mean": count / batches,
-        "engine_busy": compute_s / duration_s,
+        "batch_size/mean": measurement.batch_mean,
+        "engine_busy": measurement.busy_s / duration_s,
     }
     metrics |= measurement.metrics
     details = measurement.details
@@ -55,8 +53,9 @@ def summarise(measurement: Measurement, spec: RunSpec, requests: list[Request]) 
             summary.notes.append(
                 f"the cache failed {faults:.0f} times, and those batches were answered without it; why: worker.log"
             )
-    else:  # with a cache, part of the work is not done: a rate of what it would be says nothing
-        metrics["model_tflops"] = sum(sizing.request_flops(spec.model, r) for r in answered) / compute_s / 1e12
+    elif spec.task == "rank":  # with a cache, part of the work is not done: a rate of what it would be says nothing
+        flops = sum(sizing.request_flops(spec.model, r) for r in answered)
+        metrics["model_tflops"] = flops / measurement.busy_s / 1e12
     return summary
 
 

@@ -28,7 +28,9 @@ class NullEngine:
         pass
 
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        return RankResult([], 0.0, 0.0, 0.0, tokens=len(requests), padded_tokens=len(requests))
+        return RankResult(
+            scores=[], batch_ms=0.0, transfer_ms=0.0, compute_ms=0.0, tokens=len(requests), padded_tokens=len(requests)
+        )
 
     def actual(self) -> dict[str, Any]:
         return {"engine": "null"}
@@ -47,12 +49,14 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides; default scenario=single_stream")
     args = parser.parse_args()
     try:
-        spec, _ = compose_spec(["scenario=single_stream", *args.overrides])
+        spec, _ = compose_spec(["engine=hstu", "scenario=single_stream", *args.overrides])
+        if spec.task != "rank":
+            raise ConfigError(f"task={spec.task}: the overhead is measured for task=rank")
     except ConfigError as e:
         print(f"grbench.overhead: {e}", file=sys.stderr)
         return 2
     from grbench import workloads
-    from grbench.gate import Gate
+    from grbench.gates import gate_for
     from grbench.scenarios import run_scenario
     from grengines import registry
 
@@ -60,7 +64,7 @@ def main() -> int:
     engine = registry.build(spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed)
     engine.prepare(trace.requests, spec.scenario.max_batch)
     ran = engine.actual()
-    Gate(spec, trace.catalogue, trace.requests, ran["device"], ran["precision"]).check(engine, spec.scenario.max_batch)
+    gate_for(spec, trace, None, ran).check(engine, spec.scenario.max_batch)
     p50s: dict[str, list[float]] = {"null": [], spec.engine.name: []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.repeats):

@@ -75,25 +75,44 @@ def run(spec: RunSpec, folder: Path, outcome: Outcome, report: Report) -> None:
     report({"stage": "building the engine"})
     from grengines import registry
 
+    retrieval = None
+    if spec.retrieval is not None:
+        from grbench.retrieval import build_retrieval
+
+        report({"stage": "making semantic ids"})
+        retrieval = build_retrieval(spec.retrieval, spec.workload, trace, spec.seed)
+        report({"stage": "building the engine"})
     begun = time.perf_counter()
-    engine = registry.build(spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed, spec.cache)
+    engine = registry.build(
+        spec.engine,
+        spec.model,
+        spec.kernel,
+        trace.catalogue,
+        spec.seed,
+        spec.cache,
+        task=spec.task,
+        retrieval=retrieval,
+    )
     try:
         engine.prepare(trace.requests, spec.scenario.max_batch)
         outcome.metrics["engine_start_s"] = time.perf_counter() - begun
         outcome.actual = engine.actual()
-        _gate_and_measure(spec, folder, engine, trace, outcome, report)
+        _gate_and_measure(spec, folder, engine, trace, retrieval, outcome, report)
     finally:
         engine.close()
 
 
-def _gate_and_measure(spec: RunSpec, folder: Path, engine: Any, trace: Any, outcome: Outcome, report: Report) -> None:
+def _gate_and_measure(
+    spec: RunSpec, folder: Path, engine: Any, trace: Any, retrieval: Any, outcome: Outcome, report: Report
+) -> None:
     from grbench import measure
-    from grbench.gate import Gate, GateError
+    from grbench.gate import GateError
+    from grbench.gates import gate_for
     from grbench.gpu import sample_gpu
     from grbench.scenarios import run_scenario
 
     report({"stage": "checking against the fp32 reference"})
-    gate = Gate(spec, trace.catalogue, trace.requests, outcome.actual["device"], outcome.actual["precision"])
+    gate = gate_for(spec, trace, retrieval, outcome.actual)
     try:
         outcome.gate = gate.check(engine, spec.scenario.max_batch).to_dict()
         if spec.cache.name != "none":  # what the cache serves must be as right as what it stored, from either tier
@@ -116,6 +135,7 @@ def _gate_and_measure(spec: RunSpec, folder: Path, engine: Any, trace: Any, outc
             spec.scenario,
             engine,
             trace.requests,
+            task=spec.task,
             latency_limit_ms=spec.latency_limit_ms,
             seed=spec.seed,
             folder=folder / "loadgen",
@@ -141,7 +161,7 @@ def warm_up(engine: Any, requests: list[Any], spec: RunSpec) -> None:
     size = spec.scenario.max_batch
     for i in range(spec.warmup_batches):
         start = (i * size) % len(requests)
-        engine.rank(requests[start : start + max(size >> (i % 3), 1)])
+        getattr(engine, spec.task)(requests[start : start + max(size >> (i % 3), 1)])
 
 
 def classify(error: BaseException) -> tuple[Status, str]:

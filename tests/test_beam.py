@@ -13,7 +13,7 @@ import torch
 from grengines.cache.pool import PagePool, PoolFullError
 from grengines.hstu import beam
 from grengines.hstu.config import HSTUConfig
-from grengines.hstu.generator import HSTUGenerator
+from grengines.hstu.generator import HSTUGenerator, pack_prompts
 from grengines.semantic.ids import SemanticIds
 from grengines.semantic.trie import Trie
 from grkernels.operators import Operators
@@ -61,6 +61,7 @@ def test_beams_are_those_of_the_reference(width: int, items: int) -> None:
     expected = beam.reference(model, trie, prompts, width=width, k=k)
     assert found.items.tolist() == expected.items.tolist()
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+    np.testing.assert_allclose(found.cuts, expected.cuts, atol=1e-5)
     assert pool.used == 0
     for row in found.items:
         real = row[row >= 0]
@@ -78,10 +79,13 @@ def test_wide_enough_beams_rank_every_item_exactly() -> None:
     scores = np.zeros(70)
     for item, tokens in enumerate(ids.tokens(np.arange(70))):
         for level in range(3):
-            last = model.full([np.concatenate([prompt, tokens[:level]])])[-1:]
+            last = model.full(pack_prompts([np.concatenate([prompt, tokens[:level]])]).to("cpu"))[-1:]
             scores[item] += torch.log_softmax(model.logits(last, level), -1)[0, ids.codes[item, level]].item()
     assert found.items[0].tolist() == np.argsort(-scores).tolist()
     np.testing.assert_allclose(found.scores[0], np.sort(scores)[::-1], atol=1e-5)
+    prefixes = beam.prefix_scores(model, prompt, ids.codes, pool_for(model))
+    np.testing.assert_allclose(prefixes[:, -1], scores, atol=1e-5)
+    assert (prefixes[:, 0] > prefixes[:, 1]).all()
 
 
 @torch.inference_mode()

@@ -52,7 +52,14 @@ class SleepyEngine:
             raise RuntimeError("the device fell off the bus")
         self.batches.append([r.request_id for r in requests])
         time.sleep(self.seconds)
-        return RankResult([], 0.1, 0.2, self.seconds * 1e3, 3 * len(requests), 4 * len(requests))
+        return RankResult(
+            scores=[],
+            batch_ms=0.1,
+            transfer_ms=0.2,
+            compute_ms=self.seconds * 1e3,
+            tokens=3 * len(requests),
+            padded_tokens=4 * len(requests),
+        )
 
     def actual(self) -> dict[str, Any]:
         return {}
@@ -136,7 +143,7 @@ def test_closed_loop_keeps_its_clients_busy_and_no_more(tmp_path: Path) -> None:
 def test_a_batch_waits_for_company_only_as_long_as_told(wait_ms: float, expected: int) -> None:
     engine = SleepyEngine(0.0)
     answered = threading.Semaphore(0)
-    batcher = Batcher(engine, 8, wait_ms / 1e3, lambda tickets: [answered.release() for _ in tickets] and None)
+    batcher = Batcher(engine.rank, 8, wait_ms / 1e3, lambda tickets: [answered.release() for _ in tickets] and None)
     requests = make_requests(4)
     for request in requests:
         batcher.submit([Ticket(request, time.perf_counter())])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from grengines.semantic.ids import SemanticIds
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -43,17 +46,56 @@ class Request:
     deadline_ms: float  # an answer later than this after its arrival is worth nothing
 
 
-@dataclass
-class RankResult:
-    """Scores of one batch and where its time went (host milliseconds, device work synchronised)."""
+@dataclass(frozen=True)
+class Retrieval:
+    """What an engine needs to generate: the items' semantic IDs, and how it searches them."""
 
-    scores: list[Float32Array]  # a request: [num_candidates, num_tasks] logits
+    ids: SemanticIds
+    k: int  # items to return
+    beam_width: int  # at least k
+    weights: str | None = None  # safetensors file of the generator; None: random weights from the seed
+
+
+@dataclass(kw_only=True)
+class BatchResult:
+    """Where one batch's time went (host milliseconds, device work synchronised)."""
+
     batch_ms: float  # assembling the batch on the host
     transfer_ms: float  # copies to the device and back
     compute_ms: float  # everything on the device between the copies
     tokens: int  # real tokens in the batch
     padded_tokens: int  # tokens computed on, padding included
     details: dict[str, float] = field(default_factory=dict)  # further figures, summed over a run by name
+    stages: dict[str, float] = field(default_factory=dict)  # milliseconds of each stage, where there are several
+
+
+@dataclass(kw_only=True)
+class RankResult(BatchResult):
+    scores: list[Float32Array]  # a request: [num_candidates, num_tasks] logits
+
+
+@dataclass(kw_only=True)
+class GenerateResult(BatchResult):
+    items: list[Int64Array]  # a request: [k] item ids, best first; fewer where fewer exist
+    scores: list[Float32Array]  # a request: [k] sums of the codes' log-probabilities
+
+
+@dataclass(kw_only=True)
+class RecommendResult(BatchResult):
+    items: list[Int64Array]  # a request: [k] generated item ids in the order of the first task's score, best first
+    scores: list[Float32Array]  # a request: [k, num_tasks] logits, in that order
+
+
+@dataclass
+class Finished:
+    """One request's end in an engine with continuous batching."""
+
+    key: int
+    items: Int64Array  # as in the task's result
+    scores: Float32Array
+    tokens: int  # of its prompt
+    details: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 class UnavailableError(RuntimeError):
@@ -65,13 +107,14 @@ class IncorrectError(RuntimeError):
 
 
 class Engine(Protocol):
-    """An engine answers batches of requests. It is built, prepared once, used from one thread, closed."""
+    """An engine answers batches of requests. It is built, prepared once, used from one thread, closed.
+
+    It has a method for each task that `grengines.registry` says it has: `rank`, `generate` or `recommend`, which take
+    at most `max_batch` requests and return RankResult, GenerateResult or RecommendResult.
+    """
 
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
         """Load, compile and warm up for requests like `sample` (the whole trace may be passed)."""
-
-    def rank(self, requests: Sequence[Request]) -> RankResult:
-        """Score every candidate of every request; at most `max_batch` requests."""
 
     def actual(self) -> dict[str, Any]:
         """What really runs: device, precision, kernel variants, graph buckets, library versions."""
@@ -82,3 +125,28 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release device memory and threads."""
+
+
+class Ranker(Engine, Protocol):
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        """Score every candidate of every request."""
+
+
+class Generator(Engine, Protocol):
+    def generate(self, requests: Sequence[Request]) -> GenerateResult:
+        """The most likely next items of every request."""
+
+
+@runtime_checkable
+class ContinuousEngine(Engine, Protocol):
+    """Batches by itself, step by step: requests join and leave while others are under way. One thread calls it."""
+
+    @property
+    def unfinished(self) -> int:
+        """Requests under way."""
+
+    def admit(self, key: int, request: Request) -> None:
+        """Begin one request. Raises ValueError for one that can never fit."""
+
+    def step(self) -> list[Finished]:
+        """Go one step on with what is under way; returns what ended with it."""

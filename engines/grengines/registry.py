@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-from grengines.api import Catalogue, Engine
+from grengines.api import Catalogue, Engine, Retrieval, UnavailableError
 from grengines.cache.config import CacheConfig
 
-# An engine is one line here: where its class is.
-_TABLE: dict[str, str] = {"hstu": "grengines.hstu.engine:HSTUEngine"}
+# An engine is one line here: a class for each task it can do; the first task is what it does unless told otherwise.
+_TABLE: dict[str, dict[str, str]] = {
+    "hstu": {"rank": "grengines.hstu.engine:HSTUEngine", "generate": "grengines.hstu.retriever:HSTURetriever"},
+    "hf": {"generate": "grengines.hf.engine:HFEngine"},
+}
+_DECODERS = ("hf",)  # engines that run model=decoder_* too
+# The fp32 reference of generation by the class of the model's options.
+_REFERENCES = {
+    "HSTUConfig": "grengines.hstu.retriever:Reference",
+    "DecoderConfig": "grengines.decoder.reference:Reference",
+}
+TASKS = ("rank", "generate", "recommend")
 
 
 def names() -> list[str]:
@@ -18,25 +29,66 @@ def names() -> list[str]:
     return list(_TABLE)
 
 
+def tasks(name: str) -> list[str]:
+    """What the engine can do, its usual task first. Raises ValueError for an unknown name."""
+    return list(_entry(name))
+
+
 def availability(name: str) -> str | None:
     """None if the engine can run here, else "why not; command that mends it". Raises ValueError for an unknown name."""
-    _target(name)
+    _entry(name)
+    if name == "hf" and find_spec("transformers") is None:
+        return "package transformers is not installed; pip install -e '.[hf]'"
     return None  # hstu needs nothing but torch, which grbench itself depends on
 
 
-def build(config: Any, model: Any, kernel: Any, catalogue: Catalogue, seed: int, cache: Any = None) -> Engine:
-    """Make the engine `config.name` from its options, the model's, the kernel group's (a dataclass whose fields but
-    `name` are operator families) and the cache group's. Raises ValueError for an unknown name, or what the engine
-    raises."""
-    module, _, attribute = _target(config.name).partition(":")
+def mismatch(name: str, model: Any) -> str | None:
+    """None if the engine runs models with these options, else why not and which engines do."""
+    if type(model).__name__ != "DecoderConfig" or name in _DECODERS:
+        return None
+    return f"model={model.name}: engine {name} runs HSTU only; engines that run decoders: {', '.join(_DECODERS)}"
+
+
+def build(
+    config: Any,
+    model: Any,
+    kernel: Any,
+    catalogue: Catalogue,
+    seed: int,
+    cache: Any = None,
+    *,
+    task: str = "rank",
+    retrieval: Retrieval | None = None,
+) -> Engine:
+    """Make the engine `config.name` for a task from its options, the model's, the kernel group's (a dataclass whose
+    fields but `name` are operator families) and the cache group's.
+
+    retrieval: for tasks that generate. Raises ValueError for an unknown name or a task that the engine hasn't, or what
+    the engine raises.
+    """
+    entry = _entry(config.name)
+    if task not in entry:
+        raise ValueError(f"engine {config.name} can't do task {task}; it can {', '.join(entry)}")
+    if problem := mismatch(config.name, model):
+        raise ValueError(problem)
+    if reason := availability(config.name):
+        raise UnavailableError(f"engine {config.name}: {reason}")
+    module, _, attribute = entry[task].partition(":")
     families = {f.name: getattr(kernel, f.name) for f in dataclasses.fields(kernel) if f.name != "name"}
+    extra = {} if task == "rank" else {"retrieval": retrieval}
     engine: Engine = getattr(import_module(module), attribute)(
-        config, model, families, catalogue, seed, cache or CacheConfig()
+        config, model, families, catalogue, seed, cache or CacheConfig(), **extra
     )
     return engine
 
 
-def _target(name: str) -> str:
+def reference(model: Any, seed: int, retrieval: Retrieval, device: str) -> Any:
+    """What engines that generate with this model are held to; has `search` and `prefix_scores`."""
+    module, _, attribute = _REFERENCES[type(model).__name__].partition(":")
+    return getattr(import_module(module), attribute)(model, seed, retrieval, device)
+
+
+def _entry(name: str) -> dict[str, str]:
     if name not in _TABLE:
         raise ValueError(f"unknown engine {name!r}; known: {', '.join(_TABLE)}")
     return _TABLE[name]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from grbench.scenarios.batcher import Batcher, Ticket
+from grbench.scenarios.batcher import Batcher, ContinuousBatcher, RequestLoop, Ticket
 from grbench.scenarios.config import ClosedLoopConfig, LoadGenConfig, ScenarioConfig, TraceReplayConfig
-from grengines.api import Engine, Request
+from grengines.api import ContinuousEngine, Engine, Request
 
 
 @dataclass
@@ -23,6 +23,8 @@ class Measurement:
     details: dict[str, float]
     metrics: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    busy_s: float = 0.0  # that the engine computed
+    batch_mean: float = 0.0  # requests of a batch; with continuous batching, under way in a step
 
 
 def run_scenario(
@@ -30,25 +32,28 @@ def run_scenario(
     engine: Engine,
     requests: list[Request],
     *,
+    task: str = "rank",
     latency_limit_ms: float,
     seed: int,
     folder: Path,
     progress: Callable[[int], None] = lambda answered: None,
 ) -> Measurement:
-    """Drive `engine` with `requests` as `config` says. Raises what the engine raises.
+    """Drive `engine` with `requests` as `config` says, at a task that it has. Raises what the engine raises.
 
     `progress` is called with the number of requests answered, on the engine's thread, after each batch.
     """
     answered = 0
 
-    def start(on_answer: Callable[[list[Ticket]], None]) -> Batcher:
+    def start(on_answer: Callable[[list[Ticket]], None]) -> RequestLoop:
         def after_batch(tickets: list[Ticket]) -> None:
             nonlocal answered
             answered += len(tickets)
             on_answer(tickets)
             progress(answered)
 
-        return Batcher(engine, config.max_batch, config.max_wait_ms / 1e3, after_batch)
+        if isinstance(engine, ContinuousEngine):
+            return ContinuousBatcher(engine, config.max_batch, after_batch)
+        return Batcher(getattr(engine, task), config.max_batch, config.max_wait_ms / 1e3, after_batch)
 
     def request_at(k: int) -> Request:
         return requests[k % len(requests)]
@@ -72,4 +77,13 @@ def run_scenario(
     if len(samples["request_id"]) > len(requests):
         times = len(samples["request_id"]) / len(requests)
         notes.append(f"the trace of {len(requests)} requests was issued {times:.1f} times over")
-    return Measurement(samples, batcher.tokens, batcher.padded_tokens, batcher.details, metrics, notes)
+    return Measurement(
+        samples,
+        batcher.tokens,
+        batcher.padded_tokens,
+        batcher.details,
+        metrics,
+        notes,
+        busy_s=batcher.busy_s,
+        batch_mean=batcher.batched / batcher.batches,
+    )

@@ -1,17 +1,20 @@
-"""Dynamic batching: requests come in one by one, leave in batches, and every step is timed."""
+"""Batching: requests come in one by one, and what becomes of each is timed.
+
+`Batcher` forms batches for engines that answer batches; `ContinuousBatcher` feeds engines that batch by themselves.
+"""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from grengines.api import Engine, Request
+from grengines.api import BatchResult, ContinuousEngine, Request
 
 
 @dataclass(slots=True)
@@ -23,12 +26,11 @@ class Ticket:
     key: int = 0
 
 
-class Batcher:
-    """Runs the engine on its own thread, one batch at a time.
+class RequestLoop:
+    """Answers submitted requests on a thread of its own and keeps a row of each.
 
-    A batch closes when it holds `max_batch` requests or its oldest has waited `max_wait_s`. `answered` is
-    called on that thread with each finished batch. If the engine raises, `failure` holds the exception,
-    `stopped` is set and nothing more is answered.
+    `answered` is called on that thread with requests that ended together. If the engine raises, `failure` holds the
+    exception, `stopped` is set and nothing more is answered.
     """
 
     COLUMNS = (
@@ -36,30 +38,21 @@ class Batcher:
         "latency_ms", "batch_index", "batch_size",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        engine: Engine,
-        max_batch: int,
-        max_wait_s: float,
-        answered: Callable[[list[Ticket]], None],
-    ) -> None:
+    def __init__(self, max_batch: int, answered: Callable[[list[Ticket]], None]) -> None:
         self.failure: BaseException | None = None
         self.stopped = threading.Event()
         self.tokens = 0
         self.padded_tokens = 0
         self.details: dict[str, float] = {}
-        self._engine, self._max_batch, self._max_wait_s, self._answered = (
-            engine,
-            max_batch,
-            max_wait_s,
-            answered,
-        )
+        self.busy_s = 0.0  # that the engine computed
+        self.batches = 0
+        self.batched = 0  # requests of all batches
+        self._max_batch, self._answered = max_batch, answered
         self._queue: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._rows: list[tuple[float, ...]] = []
-        self._batches = 0
-        self.started = time.perf_counter()
+        self._stages: list[dict[str, float]] = []  # of each row
         self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
         self._thread.start()
 
@@ -79,22 +72,66 @@ class Batcher:
             raise self.failure
 
     def samples(self) -> dict[str, np.ndarray]:
-        """One row a request, by column (COLUMNS); times in milliseconds, arrival_s from the first arrival."""
+        """One row a request, by column (COLUMNS, and a column for each stage of an engine that has several); times in
+        milliseconds, arrival_s from the first arrival."""
         table = np.array(self._rows, dtype=np.float64).reshape(-1, len(self.COLUMNS))
         columns = {name: table[:, i] for i, name in enumerate(self.COLUMNS)}
         if len(table):
             columns["arrival_s"] = columns["arrival_s"] - columns["arrival_s"].min()
         integers = ("request_id", "user_id", "batch_index", "batch_size")
-        return {name: c.astype(np.int64) if name in integers else c for name, c in columns.items()}
+        columns = {name: c.astype(np.int64) if name in integers else c for name, c in columns.items()}
+        stages = self._stages[0] if self._stages else {}
+        return columns | {f"{stage}_ms": np.array([row[stage] for row in self._stages]) for stage in stages}
 
     def _loop(self) -> None:
         try:
-            while batch := self._next_batch():
-                self._run(batch)
+            self._work()
         except BaseException as e:
             self.failure = e
         finally:
             self.stopped.set()
+
+    def _work(self) -> None:
+        """Answer until the loop is closing and nothing is left."""
+        raise NotImplementedError
+
+    def _note(self, ticket: Ticket, begun: float, parts: tuple[float, float, float], done: float, size: int) -> None:
+        """A row for a request whose work began and was done then; parts: of it, by COLUMNS."""
+        queued, latency = (begun - ticket.arrived) * 1e3, (done - ticket.arrived) * 1e3
+        request = ticket.request
+        self._rows.append(
+            (request.request_id, request.user_id, ticket.arrived, queued, *parts, latency, self.batches, size)
+        )
+
+    def _count(self, busy_s: float, size: int) -> None:
+        self.busy_s += busy_s
+        self.batches += 1
+        self.batched += size
+
+    def _add(self, details: dict[str, float]) -> None:
+        for name, value in details.items():
+            self.details[name] = self.details.get(name, 0.0) + value
+
+
+class Batcher(RequestLoop):
+    """Forms batches: one closes when it holds `max_batch` requests or its oldest has waited `max_wait_s`.
+
+    answer: the engine's method for the task.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Sequence[Request]], BatchResult],
+        max_batch: int,
+        max_wait_s: float,
+        answered: Callable[[list[Ticket]], None],
+    ) -> None:
+        self._answer, self._max_wait_s = answer, max_wait_s
+        super().__init__(max_batch, answered)
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            self._run(batch)
 
     def _next_batch(self) -> list[Ticket]:
         with self._changed:
@@ -110,29 +147,63 @@ class Batcher:
 
     def _run(self, batch: list[Ticket]) -> None:
         begun = time.perf_counter()
-        result = self._engine.rank([t.request for t in batch])
+        result = self._answer([t.request for t in batch])
         done = time.perf_counter()
+        parts = (result.batch_ms, result.transfer_ms, result.compute_ms)
         for ticket in batch:
-            self._rows.append(
-                (
-                    ticket.request.request_id,
-                    ticket.request.user_id,
-                    ticket.arrived,
-                    (begun - ticket.arrived) * 1e3,
-                    result.batch_ms,
-                    result.transfer_ms,
-                    result.compute_ms,
-                    (done - ticket.arrived) * 1e3,
-                    self._batches,
-                    len(batch),
-                )
-            )
-        self._batches += 1
+            self._note(ticket, begun, parts, done, len(batch))
+            if result.stages:
+                self._stages.append(result.stages)
+        self._count(result.compute_ms / 1e3, len(batch))
         self.tokens += result.tokens
         self.padded_tokens += result.padded_tokens
-        for name, value in result.details.items():
-            self.details[name] = self.details.get(name, 0.0) + value
+        self._add(result.details)
         self._answered(batch)
 
-    def facts(self) -> dict[str, Any]:
-        return {"batches": self._batches, "answered": len(self._rows)}
+
+class ContinuousBatcher(RequestLoop):
+    """Lets requests into an engine that batches by itself, between its steps; at most `max_batch` are under way.
+
+    A row's compute is the time from its admission to its end; its batch is the step that it ended with, and the size
+    how many were under way then. `busy_s` is the time in steps.
+    """
+
+    def __init__(self, engine: ContinuousEngine, max_batch: int, answered: Callable[[list[Ticket]], None]) -> None:
+        self._engine = engine
+        self._under_way: dict[int, tuple[Ticket, float]] = {}
+        super().__init__(max_batch, answered)
+
+    def _work(self) -> None:
+        keys = itertools.count()
+        while True:
+            for ticket in self._arrived():
+                key = next(keys)
+                self._under_way[key] = ticket, time.perf_counter()
+                self._engine.admit(key, ticket.request)
+            size = len(self._under_way)
+            if not size:
+                return
+            begun = time.perf_counter()
+            finished = self._engine.step()
+            done = time.perf_counter()
+            tickets = []
+            for end in finished:
+                ticket, admitted = self._under_way.pop(end.key)
+                self._note(ticket, admitted, (0.0, 0.0, (done - admitted) * 1e3), done, size)
+                if end.stages:
+                    self._stages.append(end.stages)
+                self.tokens += end.tokens
+                self.padded_tokens += end.tokens
+                self._add(end.details)
+                tickets.append(ticket)
+            self._count(done - begun, size)
+            if tickets:
+                self._answered(tickets)
+
+    def _arrived(self) -> list[Ticket]:
+        """Who may join now; waits for somebody only while nothing is under way. Empty then: there is nobody left."""
+        with self._changed:
+            while not self._queue and not self._closing and not self._under_way:
+                self._changed.wait()
+            free = self._max_batch - len(self._under_way)
+            return [self._queue.popleft() for _ in range(min(free, len(self._queue)))]

@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from grbench.scenarios.batcher import Batcher, Ticket
+from grbench.scenarios.batcher import RequestLoop, Ticket
 from grbench.scenarios.config import ClosedLoopConfig, TraceReplayConfig
 
 
 def replay(
     config: TraceReplayConfig,
-    start: Callable[[Callable[[list[Ticket]], None]], Batcher],
+    start: Callable[[Callable[[list[Ticket]], None]], RequestLoop],
     request_at: Callable[[int], Any],
     trace_length: int,
-) -> tuple[Batcher, dict[str, float], list[str]]:
+) -> tuple[RequestLoop, dict[str, float], list[str]]:
     """Issue requests at their arrival times, all divided by one speed-up factor.
 
     Latency counts from the *scheduled* arrival: when the system falls behind, the wait shows. A trace
@@ -40,9 +40,9 @@ def replay(
 
 def closed_loop(
     config: ClosedLoopConfig,
-    start: Callable[[Callable[[list[Ticket]], None]], Batcher],
+    start: Callable[[Callable[[list[Ticket]], None]], RequestLoop],
     request_at: Callable[[int], Any],
-) -> tuple[Batcher, dict[str, float], list[str]]:
+) -> tuple[RequestLoop, dict[str, float], list[str]]:
     """Keep `clients` requests on their way until `queries` have been answered."""
     order = itertools.count()
 

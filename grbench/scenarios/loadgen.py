@@ -15,7 +15,7 @@ from typing import Any
 
 import mlperf_loadgen as lg
 
-from grbench.scenarios.batcher import Batcher, Ticket
+from grbench.scenarios.batcher import RequestLoop, Ticket
 from grbench.scenarios.config import (
     LoadGenConfig,
     MultiStreamConfig,
@@ -30,12 +30,12 @@ _SUMMARY = "mlperf_log_summary.txt"
 
 def run(
     config: LoadGenConfig,
-    start: Callable[[Callable[[list[Ticket]], None]], Batcher],
+    start: Callable[[Callable[[list[Ticket]], None]], RequestLoop],
     request_at: Callable[[int], Any],
     latency_limit_ms: float,
     seed: int,
     folder: Path,
-) -> tuple[Batcher, dict[str, float], list[str]]:
+) -> tuple[RequestLoop, dict[str, float], list[str]]:
     """Run one LoadGen test to its end.
 
     `start` makes the batcher, given what to call with answered tickets; `request_at(k)` is the k-th

@@ -20,6 +20,7 @@ class Trace:
 
     catalogue: Catalogue
     requests: list[Request]
+    events: Events  # all of them, by user and time
 
     def facts(self) -> dict[str, float]:
         """Figures that describe the trace."""
@@ -116,7 +117,7 @@ def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: in
         )
         seen_until[user] = stop
     catalogue = Catalogue(events.num_users, events.num_items, len(events.action_names))
-    return Trace(catalogue, requests)
+    return Trace(catalogue, requests, events)
 
 
 def _owners(events: Events, visits: Visits) -> Ints:

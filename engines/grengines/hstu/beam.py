@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grengines.cache.pool import PagePool
-from grengines.hstu.generator import Codes, HSTUGenerator
+from grengines.hstu.generator import Codes, HSTUGenerator, Prompts, pack_prompts
+from grengines.semantic.search import Beams, check_width, explore
 from grengines.semantic.trie import TensorTrie
-
-
-@dataclass
-class Beams:
-    """The best items of each request, best first."""
-
-    items: np.ndarray  # int64 [B, k]; -1 where there are fewer
-    scores: np.ndarray  # float32 [B, k]: sum of the codes' log-probabilities; -inf where there are fewer
 
 
 def search(
@@ -31,65 +25,85 @@ def search(
     a width of at least the number of prefixes of every level the result is exact. Raises PoolFullError where the
     prompts don't fit the pool, and ValueError for k above the width.
     """
-    if not 1 <= k <= width:
-        raise ValueError(f"k={k} items from {width} beams: allowed is 1 to {width}")
-    state = model.prefill([model.prompt(p) for p in prompts], pool)
+    check_width(width, k)
+    kept = [model.prompt(p) for p in prompts]
+    with borrowed(pool, [len(p) for p in kept]) as pages:
+        batch = pack_prompts(kept, pages, pool).to(model.token_table.device)
+        found = run(model, trie, batch, pool, width=width, k=k)
+    return Beams(*(x.cpu().numpy() for x in found))
+
+
+@contextmanager
+def borrowed(pool: PagePool, lengths: Sequence[int]) -> Iterator[list[list[int]]]:
+    """Pages for prompts of so many tokens, given back at the end. Raises PoolFullError, taking none."""
+    need = [pool.pages_for(n) for n in lengths]
+    taken = pool.allocate(sum(need))
     try:
-        B = len(prompts)
-        nodes = torch.zeros(B, 1, dtype=torch.int64, device=state.last.device)  # the root
-        scores = torch.zeros(B, 1, device=state.last.device)
-        hidden, before = state.last, list[list[Codes]]()
-        for level in range(len(model.sizes)):
-            parents, codes, nodes, scores = _best(model.logits(hidden, level), trie, level, nodes, scores, width)
-            if level + 1 == len(model.sizes):
-                break
-            rows = (torch.arange(B, device=parents.device)[:, None] * _beams(before, B) + parents).reshape(-1)
-            before = [[(keys[rows], values[rows]) for keys, values in layers] for layers in before]
-            hidden, own = model.step(state, level, codes, before)
-            before.append(own)
-        items = trie.items(nodes[:, :k].reshape(-1)).view(B, -1)
-        return Beams(_padded(items, k, -1), _padded(scores[:, :k], k, float("-inf")))
+        yield [taken[end - n : end] for n, end in zip(need, accumulate(need), strict=True)]
     finally:
-        state.free()
+        pool.free(taken)
 
 
-def _beams(before: Sequence[Sequence[Codes]], batch: int) -> int:
-    """Beams a request so far."""
-    return len(before[0][0][0]) // batch if before else 1
+def run(
+    model: HSTUGenerator, trie: TensorTrie, prompts: Prompts, pool: PagePool, *, width: int, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`search` on the device: the fields of Beams. Nothing in it waits for the device: a CUDA graph can hold it."""
+    last = model.full(prompts, pool)[prompts.last_rows]
+    B, beams = len(last), 1
+    before: list[list[Codes]] = []
+
+    def advance(level: int, parents: Tensor | None, codes: Tensor | None) -> Tensor:
+        nonlocal before, beams
+        if parents is None or codes is None:
+            return model.logits(last, level)
+        rows = (torch.arange(B, device=parents.device)[:, None] * beams + parents).reshape(-1)
+        before = [[(keys[rows], values[rows]) for keys, values in layers] for layers in before]
+        hidden, own = model.step(prompts, pool, level - 1, codes, before)
+        before.append(own)
+        beams = codes.shape[1]
+        return model.logits(hidden, level)
+
+    return explore(advance, trie, B, width=width, k=k)
 
 
-def _best(
-    logits: Tensor, trie: TensorTrie, level: int, nodes: Tensor, scores: Tensor, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best continuations of each request's beams: which beam, which code, the node there, the score; [B, W]."""
-    B, beams = nodes.shape
-    flat = nodes.reshape(-1)
-    codes = trie.sizes[level]
-    total = scores.reshape(-1, 1) + torch.log_softmax(logits, dim=-1)
-    total = total.masked_fill(~trie.mask(level, flat), float("-inf")).view(B, beams * codes)
-    scores, chosen = total.topk(min(width, beams * codes), dim=1)
-    parents, code = chosen // codes, chosen % codes
-    there = trie.step(level, nodes.gather(1, parents).reshape(-1), code.reshape(-1)).view_as(code)
-    return parents, code, there, scores
+def prefix_scores(model: HSTUGenerator, prompt: np.ndarray, codes: np.ndarray, pool: PagePool) -> np.ndarray:
+    """float32 [n, levels]: the log-probability of each prefix of these tuples (codes int [n, levels]) after a prompt.
+
+    The last column is what `search` calls an item's score. Raises PoolFullError.
+    """
+    device = model.token_table.device
+    kept = model.prompt(prompt)
+    chosen = torch.from_numpy(codes.astype(np.int64)).to(device)
+    with borrowed(pool, [len(kept)]) as pages:
+        prompts = pack_prompts([kept], pages, pool).to(device)
+        hidden = model.full(prompts, pool)[prompts.last_rows].expand(len(codes), -1)
+        before: list[list[Codes]] = []
+        columns = []
+        for level in range(codes.shape[1]):
+            logs = torch.log_softmax(model.logits(hidden, level), dim=-1)
+            columns.append(logs.gather(1, chosen[:, level, None])[:, 0])
+            if level + 1 < codes.shape[1]:
+                hidden, own = model.step(prompts, pool, level, chosen[None, :, level], before)
+                before.append(own)
+    found: np.ndarray = torch.stack(columns, dim=1).cumsum(1).cpu().numpy()
+    return found
 
 
 def reference(model: HSTUGenerator, trie: TensorTrie, prompts: Sequence[np.ndarray], *, width: int, k: int) -> Beams:
     """What `search` must find: every beam of every request encoded anew, on its own, from its whole sequence."""
-    items, scores = [], []
-    for tokens in prompts:
-        prompt = model.prompt(tokens)
-        beams, best = [prompt], torch.zeros(1, 1, device=model.token_table.device)
-        nodes = torch.zeros(1, 1, dtype=torch.int64, device=best.device)
-        for level in range(len(model.sizes)):
-            last = torch.stack([model.full([beam])[-1] for beam in beams])
-            parents, codes, nodes, best = _best(model.logits(last, level), trie, level, nodes, best, width)
-            chosen = zip(parents[0].tolist(), codes[0].tolist(), strict=True)
-            beams = [np.append(beams[parent], model.offsets[level] + code) for parent, code in chosen]
-        items.append(_padded(trie.items(nodes[0, :k])[None], k, -1)[0])
-        scores.append(_padded(best[:, :k], k, float("-inf"))[0])
-    return Beams(np.stack(items), np.stack(scores))
 
+    def one(tokens: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        beams = [model.prompt(tokens)]
 
-def _padded(x: Tensor, k: int, value: float) -> np.ndarray:
-    found: np.ndarray = torch.nn.functional.pad(x, (0, k - x.shape[1]), value=value).cpu().numpy()
-    return found
+        def advance(level: int, parents: Tensor | None, codes: Tensor | None) -> Tensor:
+            nonlocal beams
+            if parents is not None and codes is not None:
+                chosen = zip(parents[0].tolist(), codes[0].tolist(), strict=True)
+                beams = [np.append(beams[parent], model.offsets[level - 1] + code) for parent, code in chosen]
+            device = model.token_table.device
+            last = torch.stack([model.full(pack_prompts([beam]).to(device))[-1] for beam in beams])
+            return model.logits(last, level)
+
+        return explore(advance, trie, 1, width=width, k=k)
+
+    return Beams(*(torch.cat(parts).cpu().numpy() for parts in zip(*map(one, prompts), strict=True)))

@@ -107,12 +107,12 @@ class HSTUEngine:
             )
         self._config, self._model_config = config, model
         self._catalogue, self._seed, self._cache = catalogue, seed, cache
-        self._device = _resolve_device(config)
+        self._device = resolve_device(config)
         cuda = self._device.type == "cuda"
         self._precision = config.precision if config.precision != "auto" else "bf16" if cuda else "fp32"
         self._kernels = {family: kernels[family] for family in kernel_registry.FAMILIES}
         page = cache.page if isinstance(cache, PagedCacheConfig) else 0
-        self._operators = _operators(self._kernels, model, self._device.type, self._precision, page)
+        self._operators = operators(self._kernels, model, self._device.type, self._precision, page)
         self._threads_before = torch.get_num_threads()
         self._ranker: HSTURanker | None = None
         self._graphs: GraphRunner | None = None
@@ -293,7 +293,7 @@ class HSTUEngine:
         return torch.cat([ranker.delta(batch, state, keep=False)[0] for batch in batches[1:]])
 
 
-def _operators(kernels: dict[str, str], model: HSTUConfig, device: str, precision: str, page: int) -> Operators:
+def operators(kernels: dict[str, str], model: HSTUConfig, device: str, precision: str, page: int) -> Operators:
     """The variants that are named. Raises UnavailableError, naming those that would do, where one can't run."""
     keys, values = model.heads * model.qk_dim, model.heads * model.v_dim
     dims = {
@@ -312,7 +312,7 @@ def _operators(kernels: dict[str, str], model: HSTUConfig, device: str, precisio
     return Operators.of(kernels)
 
 
-def _resolve_device(config: HSTUEngineConfig) -> torch.device:
+def resolve_device(config: HSTUEngineConfig) -> torch.device:
     """Raises UnavailableError where what is asked for needs a GPU that PyTorch can't use."""
     usable = torch.cuda.is_available()
     if config.device == "cuda" and not usable:

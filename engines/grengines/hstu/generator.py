@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grengines import staging
 from grengines.cache.pool import PagePool
+from grengines.hstu.batch import Bucket
 from grengines.hstu.config import HSTUConfig
 from grengines.hstu.model import EPS, HSTULayer, initialise
 from grkernels.operators import Operators
@@ -28,20 +30,77 @@ Codes = tuple[Tensor, Tensor]  # keys [rows, H, dqk] and values [rows, H, dv] of
 
 @dataclass
 class Prompts:
-    """Prompts in pages: B sequences."""
+    """Prompts of B sequences on the device, one after another, and where their keys and values go.
 
-    pool: PagePool
-    pages: list[list[int]]
+    Padding: rows past offsets[B] are encoded, stored nowhere and seen by nobody; further sequences are empty.
+    """
+
+    tokens: Tensor  # int64 [L]
+    positions: Tensor  # int64 [L]
+    slots: Tensor  # int64 [L]: of the pool; -1 for padding
+    offsets: Tensor  # int64 [B + 1]
+    lengths: Tensor  # int64 [B]
+    last_rows: Tensor  # int64 [B]: each one's last token
     page_table: Tensor  # int32 [B, most pages]
-    lengths: Tensor  # int64 [B]: tokens
-    longest: int
-    last: Tensor  # [B, E]: the last token, encoded
+    longest: int  # tokens
 
-    def free(self) -> None:
-        """Give the pages back."""
-        for pages in self.pages:
-            self.pool.free(pages)
-        self.pages = []
+
+@dataclass
+class HostPrompts:
+    """Packed prompts on the host: every array of Prompts in one int64 buffer, one copy to the device."""
+
+    buffer: Tensor
+    sizes: dict[str, int]  # of each array, by its name in Prompts, in the buffer's order
+    longest: int
+    tokens: int  # real ones
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.sizes["tokens"]
+
+    def to(self, device: torch.device | str, out: Tensor | None = None) -> Prompts:
+        """Copy to the device without waiting; into `out` (int64 [total]) where it is given."""
+        buffer = self.buffer.to(device, non_blocking=True) if out is None else out.copy_(self.buffer, non_blocking=True)
+        parts = dict(zip(self.sizes, buffer.split(list(self.sizes.values())), strict=True))
+        table = parts.pop("page_table").view(len(parts["lengths"]), -1).to(torch.int32)
+        return Prompts(**parts, page_table=table, longest=self.longest)
+
+
+def pack_prompts(
+    prompts: Sequence[np.ndarray],
+    pages: Sequence[Sequence[int]] = (),
+    pool: PagePool | None = None,
+    *,
+    bucket: Bucket | None = None,
+    pin: bool = False,
+) -> HostPrompts:
+    """Lay out prompts (int64 [tokens], none empty). pages: of the pool, for the keys and values of each; without a
+    pool they are not kept. bucket: pad to its sizes. Raises ValueError for prompts that don't fit it."""
+    lengths = [len(p) for p in prompts]
+    B, L, longest = len(prompts), sum(lengths), max(lengths, default=1)
+    if bucket is not None:
+        if bucket.batch < B or longest > bucket.length:
+            raise ValueError(f"{B} prompts of at most {longest} tokens don't fit {bucket}; pack them without it")
+        B, L, longest = bucket.batch, bucket.batch * bucket.length, bucket.length
+    width = pool.pages_for(longest) if pool is not None else 0
+    sizes = {"tokens": L, "positions": L, "slots": L, "offsets": B + 1, "lengths": B, "last_rows": B}
+    sizes["page_table"] = B * width
+    buffer = staging.zeros(sum(sizes.values()), pin)
+    values, ends = buffer.numpy(), accumulate(sizes.values())
+    arrays = {name: values[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
+    arrays["slots"][:] = -1
+    arrays["lengths"][: len(lengths)] = lengths
+    np.cumsum(arrays["lengths"], out=arrays["offsets"][1:])
+    table = arrays["page_table"].reshape(B, width)
+    for b, prompt in enumerate(prompts):
+        begin, end = arrays["offsets"][b : b + 2]
+        arrays["tokens"][begin:end] = prompt
+        arrays["positions"][begin:end] = np.arange(len(prompt))
+        arrays["last_rows"][b] = end - 1
+        if pool is not None:
+            arrays["slots"][begin:end] = pool.slots(pages[b], 0, len(prompt))
+            table[b, : len(pages[b])] = pages[b]
+    return HostPrompts(buffer, sizes, longest, sum(lengths))
 
 
 class HSTUGenerator(nn.Module):
@@ -69,12 +128,19 @@ class HSTUGenerator(nn.Module):
         seed: int,
         device: torch.device | str,
         dtype: torch.dtype,
+        weights: str | None = None,
     ) -> HSTUGenerator:
-        """Random weights from `seed`, the same on every device: drawn in fp32 on the CPU, then rounded."""
+        """A model for inference with the weights of a safetensors file, or random ones from `seed`, the same on every
+        device: drawn in fp32 on the CPU, then rounded. Raises ValueError for a file that doesn't fit."""
         with torch.device("meta"):
             model = cls(config, sizes, kernels)
         model.to_empty(device="cpu").requires_grad_(False).eval()
-        initialise(model, seed)
+        if weights is None:
+            initialise(model, seed)
+        else:
+            from grengines.hstu.weights import load_weights
+
+            load_weights(model, weights)
         return model.to(device=device, dtype=dtype)
 
     @property
@@ -88,47 +154,22 @@ class HSTUGenerator(nn.Module):
         kept = tokens[max(len(tokens) - self.config.max_positions // levels * levels, 0) :]
         return kept if len(kept) else np.array([self.begin])
 
-    def full(self, prompts: Sequence[np.ndarray], pool: PagePool | None = None, slots: Tensor | None = None) -> Tensor:
-        """[tokens of all prompts, E], every token encoded from those before it. pool, slots: where keys and values are
-        kept as well."""
-        device = self.token_table.device
-        lengths = [len(p) for p in prompts]
-        tokens = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(device)
-        positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
-        offsets = torch.tensor([0, *accumulate(lengths)], device=device)
-        x = self._embed(tokens, positions)
+    def full(self, prompts: Prompts, pool: PagePool | None = None) -> Tensor:
+        """[L, E], every token encoded from those before it. pool: where keys and values are kept as well."""
+        x = self._embed(prompts.tokens, prompts.positions)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
             u, q, k, v = layer.project(x, self.kernels)
-            if pool is not None and slots is not None:
-                pool.write(i, slots, k, v)
-            a = self._attend(q, k, v, offsets, None, max(lengths), max(lengths))
+            if pool is not None:
+                pool.write(i, prompts.slots, k, v)
+            a = self._attend(q, k, v, prompts.offsets, None, prompts.longest, prompts.longest)
             x = layer.combine(x, u, a, self.kernels)
         return x
 
-    def prefill(self, prompts: Sequence[np.ndarray], pool: PagePool) -> Prompts:
-        """Encode prompts, their keys and values into pages of `pool`. Raises PoolFullError, taking none."""
-        lengths = [len(p) for p in prompts]
-        need = [pool.pages_for(n) for n in lengths]
-        taken = pool.allocate(sum(need))
-        pages = [taken[end - n : end] for n, end in zip(need, accumulate(need), strict=True)]
-        device = self.token_table.device
-        table = torch.zeros(len(prompts), max(need), dtype=torch.int32)
-        for b, own in enumerate(pages):
-            table[b, : len(own)] = torch.tensor(own)
-        slots = np.concatenate([pool.slots(own, 0, n) for own, n in zip(pages, lengths, strict=True)])
-        try:
-            x = self.full(prompts, pool, torch.from_numpy(slots).to(device))
-        except BaseException:
-            pool.free(taken)
-            raise
-        last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        return Prompts(pool, pages, table.to(device), torch.tensor(lengths, device=device), max(lengths), x[last])
-
     def step(
-        self, prompts: Prompts, level: int, codes: Tensor, before: Sequence[Sequence[Codes]]
+        self, prompts: Prompts, pool: PagePool, level: int, codes: Tensor, before: Sequence[Sequence[Codes]]
     ) -> tuple[Tensor, list[Codes]]:
-        """Encode one more code of each beam.
+        """Encode one more code of each beam, the prompts' keys and values in the pool.
 
         codes: int64 [B, W], of `level`. before: for each earlier step, for each layer, the keys and values of the
         beams' own codes, in the order of these beams. Returns [B * W, E] and this step's keys and values.
@@ -142,7 +183,6 @@ class HSTUGenerator(nn.Module):
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
             u, q, k, v = layer.project(x, self.kernels)
-            pool = prompts.pool
             a = self._attend(
                 q,
                 k,

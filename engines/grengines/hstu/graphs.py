@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from grengines.api import Request
-from grengines.cache.states import HostPlaces
-from grengines.hstu.batch import Bucket, Encoding, HostBatch
+from grengines.hstu.batch import Bucket, Encoding
 
-Input = HostBatch | HostPlaces
+
+class Input(Protocol):
+    """What a graph is given: a buffer on the host, and its parts as tensors on the device."""
+
+    @property
+    def buffer(self) -> Tensor: ...
+
+    def to(self, device: torch.device, out: Tensor | None = None) -> Any: ...
 
 
 def batch_buckets(max_batch: int) -> list[int]:

@@ -11,13 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from grengines.hstu.config import HSTUConfig
+from grengines.hstu.generator import HSTUGenerator
 from grengines.hstu.model import HSTURanker
 
 _FORMAT = "grbench-hstu-1"
 _NOT_SHAPE = ("name", "weights")  # every other option of HSTUConfig changes what the weights mean
 
 
-def save_weights(model: HSTURanker, path: str | Path) -> None:
+def save_weights(model: HSTURanker | HSTUGenerator, path: str | Path) -> None:
     """Write the model's parameters in their own dtype, with its configuration as metadata. Raises OSError."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     metadata = {"format": _FORMAT, "model": json.dumps(_shape(model.config))}
@@ -27,7 +28,7 @@ def save_weights(model: HSTURanker, path: str | Path) -> None:
         raise OSError(f"{path}: can't write weights: {e}") from None
 
 
-def load_weights(model: HSTURanker, path: str | Path, mapped: Collection[str] = ()) -> None:
+def load_weights(model: HSTURanker | HSTUGenerator, path: str | Path, mapped: Collection[str] = ()) -> None:
     """Fill the model's parameters from a file, converting to their dtype.
 
     mapped: names of those that stay in the file instead, in its dtype: memory-mapped, read where they are used.
@@ -50,7 +51,7 @@ def load_weights(model: HSTURanker, path: str | Path, mapped: Collection[str] = 
         raise ValueError(f"{path}: not a readable safetensors file ({reason}); save it again") from None
 
 
-def _check(f: safe_open, model: HSTURanker, path: str | Path) -> None:
+def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) -> None:
     saved = json.loads((f.metadata() or {}).get("model", "{}"))
     for key, value in _shape(model.config).items():
         if key in saved and saved[key] != value:

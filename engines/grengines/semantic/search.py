@@ -1,0 +1,76 @@
+"""Beam search over semantic IDs, whatever model gives the logits: only items that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grengines.semantic.trie import TensorTrie
+
+
+@dataclass
+class Beams:
+    """The best items of each request, best first."""
+
+    items: np.ndarray  # int64 [B, k]; -1 where there are fewer
+    scores: np.ndarray  # float32 [B, k]: sum of the codes' log-probabilities; -inf where there are fewer
+    cuts: np.ndarray  # float32 [B, levels]: the last beam's score of each level; -inf where no beam was left out
+
+
+# Given a level, and the beams as (which beam of the level before, which code of that level), both int64 [B, W]: fp32
+# logits [B * W, codes of the level]. At level 0 a request has one beam, its prompt, and the two are None.
+Advance = Callable[[int, Tensor | None, Tensor | None], Tensor]
+
+
+def check_width(width: int, k: int) -> None:
+    """Raises ValueError where so many beams can't give k items."""
+    if not 1 <= k <= width:
+        raise ValueError(f"k={k} items from {width} beams: allowed is 1 to {width}")
+
+
+def explore(advance: Advance, trie: TensorTrie, batch: int, *, width: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k most likely items of each request, as a beam search of this width finds them: the fields of Beams, on the
+    trie's device.
+
+    A code's probability is the softmax over all codes of its level; those that lead to no item are then left out. With
+    a width of at least the number of prefixes of every level the result is exact. Nothing here waits for the device.
+    """
+    device = trie.leaf_items.device
+    nodes = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # the root
+    scores = torch.zeros(batch, 1, device=device)
+    parents = codes = None
+    cuts = []
+    for level in range(len(trie.sizes)):
+        parents, codes, nodes, scores = best(advance(level, parents, codes), trie, level, nodes, scores, width)
+        cuts.append(scores[:, -1] if scores.shape[1] == width else torch.full_like(scores[:, 0], float("-inf")))
+    items = trie.items(nodes[:, :k].reshape(-1)).view(batch, -1)
+    missing = (0, k - items.shape[1])
+    return (
+        F.pad(items, missing, value=-1),
+        F.pad(scores[:, :k], missing, value=float("-inf")),
+        torch.stack(cuts, dim=1),
+    )
+
+
+def best(
+    logits: Tensor, trie: TensorTrie, level: int, nodes: Tensor, scores: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best continuations of each request's beams: which beam, which code, the node there, the score; [B, W].
+
+    logits: fp32 [B * beams, codes of the level]. nodes, scores: int64 and fp32 [B, beams]; a beam that leads nowhere
+    has node -1 and score -inf.
+    """
+    B, beams = nodes.shape
+    flat = nodes.reshape(-1)
+    codes = trie.sizes[level]
+    total = scores.reshape(-1, 1) + torch.log_softmax(logits, dim=-1)
+    total = total.masked_fill(~trie.mask(level, flat), float("-inf")).view(B, beams * codes)
+    scores, chosen = total.topk(min(width, beams * codes), dim=1)
+    parents, code = chosen // codes, chosen % codes
+    there = trie.step(level, nodes.gather(1, parents).reshape(-1), code.reshape(-1)).view_as(code)
+    return parents, code, there, scores
