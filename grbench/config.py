@@ -38,6 +38,7 @@ from grengines.decoder.config import DecoderConfig
 from grengines.hf.config import HFEngineConfig
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
 from grengines.options import option, violations
+from grengines.pipeline.config import STAGES, PipelineConfig
 from grkernels.config import KernelConfig
 
 
@@ -77,7 +78,7 @@ class RunnerConfig:
 # The schemas that YAML files under conf/ build on: `defaults: [/schema/<group>/<name>@_here_, _self_]`.
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"hstu": HSTUConfig, "decoder": DecoderConfig},
-    "engine": {"hstu": HSTUEngineConfig, "hf": HFEngineConfig},
+    "engine": {"hstu": HSTUEngineConfig, "pipeline": PipelineConfig, "hf": HFEngineConfig},
     "kernel": {"kernel": KernelConfig},
     "cache": {"none": CacheConfig, "paged": PagedCacheConfig},
     "workload": {
@@ -177,6 +178,8 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
     if problems := list(violations(run)):
         raise ConfigError("; ".join(problems))
     able = engines.tasks(run.engine.name)
+    if isinstance(run.engine, PipelineConfig):
+        _check_stages(run.engine)
     task = able[0] if run.task == "auto" else run.task
     if task not in able:
         raise ConfigError(f"task={task}: engine {run.engine.name} can't; allowed: auto, {', '.join(able)}")
@@ -189,6 +192,17 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
         )
     values = {f.name: getattr(run, f.name) for f in dataclasses.fields(RunSpec)}
     return RunSpec(**{**values, "task": task, "retrieval": None if task == "rank" else run.retrieval}), run
+
+
+def _check_stages(pipeline: PipelineConfig) -> None:
+    """Raises ConfigError for a stage whose engine can't do its task."""
+    for stage, task in STAGES.items():
+        options = getattr(pipeline, stage)
+        if type(options) not in SCHEMAS["engine"].values():
+            raise ConfigError(f"engine.{stage}: name an engine: engine@engine.{stage}=hstu")
+        if task not in engines.tasks(options.name):
+            able = [name for name in engines.names() if task in engines.tasks(name)]
+            raise ConfigError(f"engine.{stage}={options.name}: it can't {task}; allowed: {', '.join(able)}")
 
 
 def _unknown_keys(cfg: DictConfig, path: str = "") -> Iterator[str]:
@@ -213,6 +227,10 @@ def spec_from_json(text: str) -> RunSpec:
     data = json.loads(text)
     values = data["values"]
     groups = {g: schemas[data["schemas"][g]](**values[g]) for g, schemas in _spec_groups()}
+    if isinstance(pipeline := groups["engine"], PipelineConfig):
+        for stage in STAGES:  # an engine's schema has its name
+            options = getattr(pipeline, stage)
+            setattr(pipeline, stage, SCHEMAS["engine"][options["name"]](**options))
     retrieval = RetrievalConfig(**values["retrieval"]) if values["retrieval"] else None
     return RunSpec(**{**values, **groups, "retrieval": retrieval, "gate": GateConfig(**values["gate"])})
 

@@ -12,6 +12,7 @@ from grbench.config import RunSpec
 from grbench.gate import Gate, GateError, GateResult, Outcome
 from grbench.workloads.trace import Trace
 from grengines.api import Retrieval
+from grengines.pipeline.engine import as_many
 
 
 class AnyGate(Protocol):
@@ -48,7 +49,8 @@ class PipelineGate:
     def __init__(self, spec: RunSpec, trace: Trace, retrieval: Retrieval, actual: dict[str, Any]) -> None:
         first, second = actual["retrieve"], actual["rank"]
         self._retrieve = BeamGate(spec, trace.catalogue, trace.requests, retrieval, first["device"], first["precision"])
-        self._rank = Gate(spec, trace.catalogue, trace.requests, second["device"], second["precision"])
+        requests = [as_many(r, retrieval.k) for r in trace.requests]
+        self._rank = Gate(spec, trace.catalogue, requests, second["device"], second["precision"])
 
     def check(self, engine: Any, max_batch: int) -> PipelineGateResult:
         retrieved = self._retrieve.check(engine.retriever, max_batch)

@@ -152,7 +152,7 @@ def _gate_and_measure(
     summary = measure.summarise(measurement, spec, trace.requests)
     outcome.metrics |= summary.metrics | power | measure.memory(outcome.actual["device"])
     outcome.intervals = summary.intervals
-    outcome.notes = measurement.notes + summary.notes
+    outcome.notes = outcome.actual.get("notes", []) + measurement.notes + summary.notes
     measure.write_samples(measurement.samples, folder / SAMPLES_FILE)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 from grengines.api import Catalogue, Engine, Retrieval, UnavailableError
 from grengines.cache.config import CacheConfig
 
-# An engine is one line here: a class for each task it can do; the first task is what it does unless told otherwise.
+# An engine is one line here: what builds it for each task it has; the first is what it does unless told otherwise.
 _TABLE: dict[str, dict[str, str]] = {
     "hstu": {"rank": "grengines.hstu.engine:HSTUEngine", "generate": "grengines.hstu.retriever:HSTURetriever"},
     "hf": {"generate": "grengines.hf.engine:HFEngine"},
+    "pipeline": {"recommend": "grengines.pipeline.engine:build"},
 }
 _DECODERS = ("hf",)  # engines that run model=decoder_* too
 # The fp32 reference of generation by the class of the model's options.
@@ -66,6 +67,22 @@ def build(
     retrieval: for tasks that generate. Raises ValueError for an unknown name or a task that the engine hasn't, or what
     the engine raises.
     """
+    families = {f.name: getattr(kernel, f.name) for f in dataclasses.fields(kernel) if f.name != "name"}
+    return make(config, model, families, catalogue, seed, cache or CacheConfig(), task=task, retrieval=retrieval)
+
+
+def make(
+    config: Any,
+    model: Any,
+    kernels: dict[str, str],
+    catalogue: Catalogue,
+    seed: int,
+    cache: Any,
+    *,
+    task: str,
+    retrieval: Retrieval | None = None,
+) -> Engine:
+    """As `build`, given the variant of each operator family."""
     entry = _entry(config.name)
     if task not in entry:
         raise ValueError(f"engine {config.name} can't do task {task}; it can {', '.join(entry)}")
@@ -74,11 +91,8 @@ def build(
     if reason := availability(config.name):
         raise UnavailableError(f"engine {config.name}: {reason}")
     module, _, attribute = entry[task].partition(":")
-    families = {f.name: getattr(kernel, f.name) for f in dataclasses.fields(kernel) if f.name != "name"}
     extra = {} if task == "rank" else {"retrieval": retrieval}
-    engine: Engine = getattr(import_module(module), attribute)(
-        config, model, families, catalogue, seed, cache or CacheConfig(), **extra
-    )
+    engine: Engine = getattr(import_module(module), attribute)(config, model, kernels, catalogue, seed, cache, **extra)
     return engine
 
 

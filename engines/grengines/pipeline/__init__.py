@@ -1,0 +1,1 @@
+"""Two engines as one: retrieve, then rank."""

@@ -1,0 +1,167 @@
+"""One request through two engines: what one retrieves, the other ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from grengines import registry
+from grengines.api import (
+    Catalogue,
+    ContinuousEngine,
+    Finished,
+    Float32Array,
+    Generator,
+    Int64Array,
+    Ranker,
+    RankResult,
+    RecommendResult,
+    Request,
+    Retrieval,
+)
+from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
+from grengines.pipeline.config import PipelineConfig
+
+
+def build(
+    config: PipelineConfig,
+    model: HSTUConfig,
+    kernels: dict[str, str],
+    catalogue: Catalogue,
+    seed: int,
+    cache: CacheConfig | PagedCacheConfig,
+    retrieval: Retrieval,
+) -> Pipeline:
+    """The two engines as one, with continuous batching where the first has it. The cache is the ranking engine's.
+
+    Where the retrieving engine's package is missing, `config.if_missing` retrieves, and `actual` says so. Raises what
+    the engines raise.
+    """
+    retrieve, notes = config.retrieve, []
+    missing = registry.availability(retrieve.name)
+    if missing is not None and config.if_missing is not None and config.if_missing != retrieve.name:
+        notes = [f"engine.retrieve={retrieve.name} can't run here ({missing}): {config.if_missing} retrieved instead"]
+        retrieve = HSTUEngineConfig()
+    retriever: Any = registry.make(
+        retrieve, model, kernels, catalogue, seed, CacheConfig(), task="generate", retrieval=retrieval
+    )
+    ranker: Any = registry.make(config.rank, model, kernels, catalogue, seed, cache, task="rank")
+    kind = ContinuousPipeline if isinstance(retriever, ContinuousEngine) else Pipeline
+    return kind(retriever, ranker, retrieval.k, notes)
+
+
+class Pipeline:
+    """Has task recommend. The engines take turns: a batch is retrieved, then ranked."""
+
+    def __init__(self, retriever: Generator, ranker: Ranker, k: int, notes: list[str]) -> None:
+        self.retriever, self.ranker, self._k, self._notes = retriever, ranker, k, notes
+        self._max_batch = 0
+
+    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
+        """As both engines do."""
+        self._max_batch = max_batch
+        self.retriever.prepare(sample, max_batch)
+        self.ranker.prepare([as_many(r, self._k) for r in sample], max_batch)
+
+    def recommend(self, requests: Sequence[Request]) -> RecommendResult:
+        """The items that are retrieved, best first by the ranking engine's first task."""
+        begun = time.perf_counter()
+        retrieved = self.retriever.generate(requests)
+        between = time.perf_counter()
+        items, scores, ranked = self._ranked(requests, retrieved.items)
+        stages = {"retrieve": (between - begun) * 1e3, "rank": (time.perf_counter() - between) * 1e3}
+        return RecommendResult(
+            items=items,
+            scores=scores,
+            batch_ms=retrieved.batch_ms + ranked.batch_ms,
+            transfer_ms=retrieved.transfer_ms + ranked.transfer_ms,
+            compute_ms=retrieved.compute_ms + ranked.compute_ms,
+            tokens=retrieved.tokens + ranked.tokens,
+            padded_tokens=retrieved.padded_tokens + ranked.padded_tokens,
+            details=retrieved.details | ranked.details,
+            stages=stages,
+        )
+
+    def actual(self) -> dict[str, Any]:
+        """What really runs, stage by stage."""
+        retrieve, rank = self.retriever.actual(), self.ranker.actual()
+        devices, precisions = ({s[key] for s in (retrieve, rank)} for key in ("device", "precision"))
+        return {
+            "engine": "pipeline",
+            "device": "cuda" if "cuda" in devices else "cpu",
+            "precision": "/".join(sorted(precisions)),
+            "retrieve": retrieve,
+            "rank": rank,
+            "notes": self._notes,
+        }
+
+    def forget(self, keep_host: bool = False) -> None:
+        """As both engines do."""
+        self.retriever.forget(keep_host)
+        self.ranker.forget(keep_host)
+
+    def close(self) -> None:
+        """Both, whatever the first one raises."""
+        try:
+            self.retriever.close()
+        finally:
+            self.ranker.close()
+
+    def _ranked(
+        self, requests: Sequence[Request], items: Sequence[Int64Array]
+    ) -> tuple[list[Int64Array], list[Float32Array], RankResult]:
+        """The items of each request and their scores, best first, and what the ranking engine says."""
+        result = self.ranker.rank([replace(r, candidates=found) for r, found in zip(requests, items, strict=True)])
+        orders = [np.argsort(-scores[:, 0], kind="stable") for scores in result.scores]
+        return (
+            [found[order] for found, order in zip(items, orders, strict=True)],
+            [scores[order] for scores, order in zip(result.scores, orders, strict=True)],
+            result,
+        )
+
+
+class ContinuousPipeline(Pipeline):
+    """What ends in a step of the retrieving engine is ranked at once, as one batch."""
+
+    retriever: Any  # a Generator that is a ContinuousEngine
+
+    def __init__(self, retriever: Generator, ranker: Ranker, k: int, notes: list[str]) -> None:
+        super().__init__(retriever, ranker, k, notes)
+        self._under_way: dict[int, tuple[Request, float]] = {}
+
+    @property
+    def unfinished(self) -> int:
+        """Requests under way."""
+        return len(self._under_way)
+
+    def admit(self, key: int, request: Request) -> None:
+        """Begin one request. Raises what the retrieving engine raises."""
+        self.retriever.admit(key, request)
+        self._under_way[key] = request, time.perf_counter()
+
+    def step(self) -> list[Finished]:
+        """One step of the retrieving engine, and the ranking of what ended with it."""
+        retrieved: list[Finished] = self.retriever.step()
+        finished = []
+        for begin in range(0, len(retrieved), self._max_batch):
+            part = retrieved[begin : begin + self._max_batch]
+            starts = [self._under_way.pop(end.key) for end in part]
+            begun = time.perf_counter()
+            items, scores, ranked = self._ranked([r for r, _ in starts], [end.items for end in part])
+            rank_ms = (time.perf_counter() - begun) * 1e3
+            details = {name: value / len(part) for name, value in ranked.details.items()}
+            for end, (_, admitted), own, score in zip(part, starts, items, scores, strict=True):
+                stages = {"retrieve": (begun - admitted) * 1e3, "rank": rank_ms}
+                tokens = end.tokens + ranked.tokens // len(part)
+                finished.append(Finished(end.key, own, score, tokens, end.details | details, stages))
+        return finished
+
+
+def as_many(request: Request, count: int) -> Request:
+    """The request with so many candidates: its own, from the start again where they don't suffice."""
+    return replace(request, candidates=np.resize(request.candidates, count))
