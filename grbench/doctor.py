@@ -15,6 +15,7 @@ from rich.text import Text
 from grbench.environment import describe_environment, installed_version
 from grengines import registry as engines
 from grengines.cache import policies
+from grengines.vllm import install as vllm
 from grkernels import registry as kernels
 
 
@@ -39,9 +40,9 @@ REQUIRED = (
     ("pyarrow", "pyarrow", "data and samples", "pip install -e ."),
     ("nvidia-ml-py", "pynvml", "GPU power and memory", "pip install nvidia-ml-py"),
 )
-# The extras of pyproject.toml.
+# What some engines and kernels need.
 OPTIONAL = (
-    ("vllm", "vllm", "extra vllm", "pip install -e '.[vllm]'"),
+    (vllm.distribution(), "vllm", "engine vllm", vllm.command()),
     ("tensorrt-cu13", "tensorrt", "extra tensorrt", "pip install -e '.[tensorrt]'"),
     ("nvidia-cutlass-dsl", "cutlass", "extra cutlass", "pip install -e '.[cutlass]'"),
 )

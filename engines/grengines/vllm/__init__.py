@@ -1,0 +1,1 @@
+"""HSTU inside vLLM: the model, its attention backend, and the engine. No vLLM import here."""
