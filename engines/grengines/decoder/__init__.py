@@ -1,0 +1,1 @@
+"""Decoder-only Transformers over semantic IDs (Qwen3's layers), to hold HSTU against."""

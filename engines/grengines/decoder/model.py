@@ -1,0 +1,91 @@
+"""A decoder over semantic IDs: transformers' Qwen3Model, its tokens, and logits of the next code."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grengines.api import UnavailableError
+from grengines.decoder.config import DecoderConfig
+from grengines.decoder.weights import shape, tensors
+
+if TYPE_CHECKING:
+    from transformers import Qwen3Model
+
+
+class Decoder:
+    """Tokens are HSTUGenerator's: level offset + code, the last one begins an empty prompt. `layers`, called with them,
+    gives vectors after the final norm. Token vectors are the output's weights too."""
+
+    def __init__(self, layers: Qwen3Model, sizes: Sequence[int], max_positions: int) -> None:
+        self.layers, self.sizes, self.max_positions = layers, tuple(sizes), max_positions
+        self.offsets = [0, *accumulate(sizes)]
+
+    @classmethod
+    def build(
+        cls,
+        config: DecoderConfig,
+        sizes: Sequence[int],
+        *,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        weights: str | None = None,
+    ) -> Decoder:
+        """Weights of the safetensors file, or random ones from the seed: see `grengines.decoder.weights`.
+
+        Raises UnavailableError without transformers, ValueError for weights or sizes that don't fit.
+        """
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on a hub
+        try:
+            from transformers import Qwen3Config, Qwen3Model
+        except ImportError as e:
+            raise UnavailableError(f"decoders need transformers ({e}); pip install -e '.[hf]'") from None
+        described = Qwen3Config.from_dict(shape(config, sizes), attn_implementation="sdpa")
+        named = tensors(config, sizes, seed=seed, dtype=dtype, weights=weights)
+        with torch.device("meta"):  # nothing is initialised twice
+            layers = Qwen3Model(described)
+        parameters = {name.removeprefix("model."): tensor.to(device) for name, tensor in named.items()}
+        layers.load_state_dict(parameters, assign=True)
+        layers.rotary_emb = type(layers.rotary_emb)(described).to(device)  # no parameters: fp32, whatever theirs are
+        return cls(layers.requires_grad_(False).eval(), sizes, config.max_positions)
+
+    def to(self, dtype: torch.dtype) -> Decoder:
+        """A copy in this precision; rotary positions stay in fp32, as in `build`."""
+        layers = copy.deepcopy(self.layers).to(dtype)
+        layers.rotary_emb = self.layers.rotary_emb
+        return Decoder(layers, self.sizes, self.max_positions)
+
+    @property
+    def begin(self) -> int:
+        """The token that stands for an empty prompt."""
+        return self.offsets[-1]
+
+    @property
+    def token_table(self) -> Tensor:
+        """[vocabulary, E]"""
+        return self.layers.embed_tokens.weight
+
+    def prompt(self, tokens: np.ndarray) -> np.ndarray:
+        """The last max_positions tokens int64 [n], whole items; the begin token where there are none."""
+        levels = len(self.sizes)
+        kept = tokens[max(len(tokens) - self.max_positions // levels * levels, 0) :]
+        return kept if len(kept) else np.array([self.begin])
+
+    def logits(self, x: Tensor, level: int) -> Tensor:
+        """fp32 [rows, codes of the level], of vectors [rows, E] after the final norm."""
+        return level_logits(x, self.token_table, self.sizes, level)
+
+
+def level_logits(x: Tensor, token_table: Tensor, sizes: Sequence[int], level: int) -> Tensor:
+    """fp32 [rows, codes of the level]. x: [rows, E], after the final norm. token_table: [vocabulary, E]."""
+    first = sum(sizes[:level])
+    return F.linear(x.float(), token_table[first : first + sizes[level]].float())

@@ -1,0 +1,1 @@
+"""The naive baseline: generation as a plain loop over a Transformers-style model does it."""
