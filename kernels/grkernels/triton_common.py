@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -21,6 +23,11 @@ def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+def traceable(kernel: Any) -> Any:
+    """What to launch the kernel by: itself, or, while torch.export traces, what puts the launch into the graph."""
+    return torch.library.wrap_triton(kernel) if torch.compiler.is_exporting() else kernel
 
 
 def supports(*, device: str, dtype: str, **dims: int) -> str | None:

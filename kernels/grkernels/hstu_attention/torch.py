@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,11 +35,15 @@ def hstu_attention(
     v_pages: Tensor | None = None,
     page_table: Tensor | None = None,
     paged_lengths: Tensor | None = None,
+    tiles: int = 0,
 ) -> Tensor:
     """As reference.py says, in fp32, fp16 or bf16, with SiLU in fp32.
 
     Nothing here waits for the device and every shape follows from the arguments' shapes and Python ints,
     so that it can be captured in a CUDA graph. Lengths beyond max_q_len or max_kv_len are not noticed.
+
+    tiles: how many tiles of rows, a divisor of max_q_len: then what is done does not depend on the lengths, and it can
+    be traced with symbolic ones (`tiles_needed` says how many bound the memory). 0: as many as these lengths need.
     """
     heads, batch = v.shape[1], q_offsets.shape[0] - 1
     out_shape = (q.shape[0], heads, v.shape[2])
@@ -63,12 +69,12 @@ def hstu_attention(
     # In half precision the small division by N is kept out of the operands: half of its bits (an exact power
     # of two) go into the weights, so that sums can't overflow fp16, the rest into the fp32 result.
     pre_scale = 2.0 ** -(scaling_seqlen.bit_length() // 2)
-    tile = _tile_rows(batch * heads * max_kv_len, max_q_len)
+    tile = max_q_len // tiles if tiles else _tile_rows(batch * heads * max_kv_len, max_q_len)
+    begins = [i * tile for i in range(tiles)] if tiles else range(0, max_q_len, tile)
     padded = v.new_empty(heads, batch, max_q_len, v.shape[2])
-    for begin in range(0, max_q_len, tile):
-        end = min(begin + tile, max_q_len)
+    for begin, end in pairwise([*begins, max_q_len]):
         low, high = 0, max_kv_len
-        if q_offsets is kv_offsets and k_pages is None:
+        if q_offsets is kv_offsets and k_pages is None and not (tiles and contextual_seq_len):
             low, high = _columns_seen(begin, end, max_kv_len, num_targets is None, contextual_seq_len, max_attn_len)
         local = torch.arange(begin, end, device=q.device)
         rows = first_row + local  # [B, tile]
@@ -151,6 +157,11 @@ def _tile_rows(scores_a_row: int, max_q_len: int) -> int:
     return max(min(TILE_BYTES // (scores_a_row * BYTES_A_SCORE), max_q_len), 1)
 
 
+def tiles_needed(batch: int, heads: int, max_q_len: int, max_kv_len: int) -> int:
+    """How many tiles keep the memory of this call within TILE_BYTES."""
+    return -(-max_q_len // _tile_rows(batch * heads * max_kv_len, max_q_len))
+
+
 def _columns_seen(
     begin: int, end: int, max_kv_len: int, no_targets: bool, contextual_seq_len: int, max_attn_len: int
 ) -> tuple[int, int]:
@@ -159,7 +170,7 @@ def _columns_seen(
         return 0, max_kv_len
     low = begin - max_attn_len if max_attn_len and no_targets else 0  # a candidate's window starts further back
     # Where the window reaches a contextual token, it reaches all of them.
-    return (low if low >= max(contextual_seq_len, 1) else 0), min(end, max_kv_len)
+    return (low if low >= max(contextual_seq_len, 1) else 0), torch.sym_min(end, max_kv_len)
 
 
 def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0) -> str | None:

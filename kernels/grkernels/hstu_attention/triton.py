@@ -14,7 +14,7 @@ from torch import Tensor
 from grkernels import triton_common, tuning
 from grkernels.hstu_attention.keys import tuning_key
 from grkernels.hstu_attention.reference import hstu_attention as reference
-from grkernels.triton_common import INTERPRET, rounded
+from grkernels.triton_common import INTERPRET, rounded, traceable
 from grkernels.variant import KernelVariant
 
 CANDIDATES = [
@@ -65,11 +65,12 @@ def hstu_attention(
         max_attn_len=max_attn_len,
         k_pages=k_pages,
     )
-    config = tuning.choose("hstu_attention", "triton", key, _default(max(qk_dim, v_dim), max_q_len, q.dtype))
+    default = _default(max(qk_dim, v_dim), tuning.example(max_q_len), q.dtype)
+    config = tuning.choose("hstu_attention", "triton", key, default)
     paged = k_pages is not None
     if k_pages is None or v_pages is None or page_table is None:
         k_pages, v_pages, page_table, paged_lengths = k[None], v[None], q_offsets[None], q_offsets  # never read
-    _kernel[triton.cdiv(max_q_len, config["m"]), heads, batch + 1](
+    traceable(_kernel)[triton.cdiv(max_q_len, config["m"]), heads, batch + 1](
         q,
         k,
         v,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.interaction.reference import interaction as reference
-from grkernels.triton_common import INTERPRET, rounded
+from grkernels.triton_common import INTERPRET, rounded, traceable
 from grkernels.variant import KernelVariant
 
 WHOLE = 128  # features: of so many the products of a sample fit the registers of one program
@@ -131,7 +131,8 @@ def interaction(x: Tensor) -> Tensor:
         block_d = min(max(triton.next_power_of_2(D), 16), 256 // x.element_size())
         if F > WHOLE:
             blocks = triton.cdiv(F, BLOCK)
-            _tiled_kernel[B, blocks, blocks](x, out, x.stride(0), x.stride(1), F=F, D=D, BLOCK_F=BLOCK, BLOCK_D=block_d)
+            launch = traceable(_tiled_kernel)[B, blocks, blocks]
+            launch(x, out, x.stride(0), x.stride(1), F=F, D=D, BLOCK_F=BLOCK, BLOCK_D=block_d)
             return out
         block_f = max(triton.next_power_of_2(F), 16)  # 16: the least that tl.dot takes
         default = {"rows": 32, "warps": 1, "stages": 3, "programs": 8}
@@ -141,7 +142,7 @@ def interaction(x: Tensor) -> Tensor:
         rows = max(config["rows"], block_f)
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
         programs = config["programs"] * processors
-        _kernel[(min(programs, triton.cdiv(B, rows // block_f)),)](
+        traceable(_kernel)[(torch.sym_min(programs, triton.cdiv(B, rows // block_f)),)](
             x,
             out,
             B,

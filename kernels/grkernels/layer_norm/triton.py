@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.layer_norm.reference import layer_norm as reference
-from grkernels.triton_common import rounded
+from grkernels.triton_common import rounded, traceable
 from grkernels.variant import KernelVariant
 
 MAX_WIDTH = 65536  # a row must fit the registers of one program
@@ -58,7 +58,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
         # One warp a row where a row is short enough: its sums then need no shared memory.
         default = {"rows": max(1024 // block, 1), "warps": min(max(block // 1024, 1), 16)}
         config = tuning.choose("layer_norm", "triton", tuning_key(E), default)
-        _kernel[(triton.cdiv(L, config["rows"]),)](
+        traceable(_kernel)[(triton.cdiv(L, config["rows"]),)](
             x,
             weight,
             bias,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.norm_gate.reference import norm_gate as reference
-from grkernels.triton_common import rounded
+from grkernels.triton_common import rounded, traceable
 from grkernels.variant import KernelVariant
 
 MAX_WIDTH = 32768  # a row must fit the registers of one program
@@ -67,7 +67,7 @@ def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float)
         # One warp a row where a row is short enough: its sums then need no shared memory.
         default = {"rows": max(1024 // block, 1), "warps": min(max(block // 1024, 1), 16)}
         config = tuning.choose("norm_gate", "triton", tuning_key(W), default)
-        _kernel[(triton.cdiv(L, config["rows"]),)](
+        traceable(_kernel)[(triton.cdiv(L, config["rows"]),)](
             u,
             a,
             weight,

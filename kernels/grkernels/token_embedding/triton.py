@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.token_embedding.reference import token_embedding as reference
-from grkernels.triton_common import rounded
+from grkernels.triton_common import rounded, traceable
 from grkernels.variant import KernelVariant
 
 CANDIDATES = [
@@ -93,7 +93,7 @@ def token_embedding(
         block = max(triton.next_power_of_2(E), 16)
         default = {"rows": max(1024 // block, 1), "block_e": min(block, 1024), "warps": 1}
         config = tuning.choose("token_embedding", "triton", tuning_key(E), default)
-        _kernel[(triton.cdiv(L, config["rows"]), triton.cdiv(E, config["block_e"]))](
+        traceable(_kernel)[(triton.cdiv(L, config["rows"]), triton.cdiv(E, config["block_e"]))](
             token_rows,
             actions,
             weights,
