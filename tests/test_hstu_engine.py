@@ -18,6 +18,8 @@ from omegaconf import OmegaConf
 from grengines import registry
 from grengines.api import Catalogue, Engine, RankResult, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.decoder.config import DecoderConfig
+from grengines.hf.config import HFEngineConfig
 from grengines.hstu.batch import Bucket, Encoding
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine, Reference, build_model
@@ -199,14 +201,16 @@ def test_buckets() -> None:
 def test_model_files_state_every_option(path: Path) -> None:
     stated = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(stated, dict) and stated.pop("defaults")
-    config = HSTUConfig(**stated)
-    assert set(stated) == {f.name for f in dataclasses.fields(HSTUConfig)}
+    schema = DecoderConfig if path.stem.startswith("decoder_") else HSTUConfig
+    config = schema(**stated)
+    assert set(stated) == {f.name for f in dataclasses.fields(schema)}
     assert config.name == path.stem
     assert not list(violations(config))
 
 
 def test_engine_and_kernel_files_state_the_defaults() -> None:
-    for path, schema in (("engine/hstu", HSTUEngineConfig), ("kernel/torch", KernelConfig)):
+    files = {"engine/hstu": HSTUEngineConfig, "engine/hf": HFEngineConfig, "kernel/torch": KernelConfig}
+    for path, schema in files.items():
         stated = OmegaConf.to_container(OmegaConf.load(CONF / f"{path}.yaml"))
         assert isinstance(stated, dict) and stated.pop("defaults")
         assert stated == dataclasses.asdict(schema())

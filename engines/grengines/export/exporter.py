@@ -20,12 +20,13 @@ import torch
 from torch.export import ExportedProgram
 
 from grengines.api import Catalogue
+from grengines.device import DTYPES
 from grengines.export.module import INPUTS, OUTPUT, ExportedRanker, trace
 from grengines.export.onnx_attention import DOMAIN, OPSET, VERSION, onnx_function, onnx_node, register_schema
 from grengines.files import cache_folder, sha256
 from grengines.hstu.batch import Encoding
 from grengines.hstu.config import HSTUConfig
-from grengines.hstu.engine import DTYPES, build_model
+from grengines.hstu.engine import build_model
 
 FORMAT = "grbench-export-1"
 ONNX_FILE, WEIGHTS_FILE, PROGRAM_FILE, MANIFEST_FILE = "model.onnx", "model.onnx.data", "model.pt2", "manifest.json"

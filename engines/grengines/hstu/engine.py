@@ -16,6 +16,7 @@ from torch import Tensor
 from grengines.api import Catalogue, Float32Array, RankResult, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.cache.items import HotRows
+from grengines.device import DTYPES, resolve_device, resolve_precision
 from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import INTERACTING, HSTUConfig, HSTUEngineConfig
@@ -25,9 +26,6 @@ from grengines.hstu.results import Marks, collect
 from grkernels import registry as kernel_registry
 from grkernels import tuning
 from grkernels.operators import Operators
-
-CPU = torch.device("cpu")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build_model(
@@ -107,9 +105,9 @@ class HSTUEngine:
             )
         self._config, self._model_config = config, model
         self._catalogue, self._seed, self._cache = catalogue, seed, cache
-        self._device = resolve_device(config)
-        cuda = self._device.type == "cuda"
-        self._precision = config.precision if config.precision != "auto" else "bf16" if cuda else "fp32"
+        self._device = resolve_device(config.device)
+        check_graphs(config, self._device)
+        self._precision = resolve_precision(config.precision, self._device)
         self._kernels = {family: kernels[family] for family in kernel_registry.FAMILIES}
         page = cache.page if isinstance(cache, PagedCacheConfig) else 0
         self._operators = operators(self._kernels, model, self._device.type, self._precision, page)
@@ -312,15 +310,7 @@ def operators(kernels: dict[str, str], model: HSTUConfig, device: str, precision
     return Operators.of(kernels)
 
 
-def resolve_device(config: HSTUEngineConfig) -> torch.device:
-    """Raises UnavailableError where what is asked for needs a GPU that PyTorch can't use."""
-    usable = torch.cuda.is_available()
-    if config.device == "cuda" and not usable:
-        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no NVIDIA GPU"
-        raise UnavailableError(
-            f"engine.device=cuda: {why}; use engine.device=cpu, or a CUDA build of torch and an NVIDIA GPU"
-        )
-    device = torch.device("cuda", torch.cuda.current_device()) if usable and config.device != "cpu" else CPU
+def check_graphs(config: HSTUEngineConfig, device: torch.device) -> None:
+    """Raises UnavailableError where CUDA graphs are asked for on a CPU."""
     if config.cuda_graphs and device.type != "cuda":
         raise UnavailableError("engine.cuda_graphs=true: there are none on a CPU; set engine.cuda_graphs=false")
-    return device

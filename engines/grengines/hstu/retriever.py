@@ -14,10 +14,11 @@ from torch import Tensor
 from grengines.api import Catalogue, GenerateResult, Request, Retrieval
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.cache.pool import PagePool
+from grengines.device import DTYPES, resolve_device, resolve_precision
 from grengines.hstu import beam
 from grengines.hstu.batch import Bucket
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
-from grengines.hstu.engine import DTYPES, operators, resolve_device
+from grengines.hstu.engine import check_graphs, operators
 from grengines.hstu.generator import HSTUGenerator, Prompts, pack_prompts
 from grengines.hstu.graphs import GraphRunner, batch_buckets, choose_bucket, length_buckets
 from grengines.hstu.model import zero_attention
@@ -59,9 +60,9 @@ class HSTURetriever:
         if config.candidate_microbatch:
             raise ValueError("engine.candidate_microbatch is for ranking; set it to 0")
         self._config, self._model_config, self._seed, self._retrieval = config, model, seed, retrieval
-        self._device = resolve_device(config)
-        cuda = self._device.type == "cuda"
-        self._precision = config.precision if config.precision != "auto" else "bf16" if cuda else "fp32"
+        self._device = resolve_device(config.device)
+        check_graphs(config, self._device)
+        self._precision = resolve_precision(config.precision, self._device)
         self._kernels = {family: kernels[family] for family in kernel_registry.FAMILIES}
         self._operators = operators(self._kernels, model, self._device.type, self._precision, PAGE)
         self._threads_before = torch.get_num_threads()
