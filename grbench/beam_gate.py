@@ -142,8 +142,9 @@ class BeamGate:
                 continue
             expected, best = self._expected[b]
             error = max(error, _difference(scores, exact))
-            # How far each expected item was from being left out: its own score, and every prefix's.
-            margin = np.append(self._prefixes[b][:, :-1] - self._cuts[b, :-1], (best - best[-1])[:, None], axis=1)
+            # By how much each expected item is better than what was returned, and each of its prefixes than what the
+            # search left out.
+            margin = np.append(self._prefixes[b][:, :-1] - self._cuts[b, :-1], (best - exact.min())[:, None], axis=1)
             there = np.isin(expected, items)
             near = ~there & (margin.min(axis=1) <= tie)
             near_ties += int(near.sum()) + int((there & (items != expected)).sum())

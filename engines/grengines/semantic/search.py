@@ -19,7 +19,7 @@ class Beams:
 
     items: np.ndarray  # int64 [B, k]; -1 where there are fewer
     scores: np.ndarray  # float32 [B, k]: sum of the codes' log-probabilities; -inf where there are fewer
-    cuts: np.ndarray  # float32 [B, levels]: the last beam's score of each level; -inf where no beam was left out
+    cuts: np.ndarray  # float32 [B, levels]: the best score that was left out at each level; -inf where none was
 
 
 # Given a level, and the beams as (which beam of the level before, which code of that level), both int64 [B, W]: fp32
@@ -46,8 +46,10 @@ def explore(advance: Advance, trie: TensorTrie, batch: int, *, width: int, k: in
     parents = codes = None
     cuts = []
     for level in range(len(trie.sizes)):
-        parents, codes, nodes, scores = best(advance(level, parents, codes), trie, level, nodes, scores, width)
-        cuts.append(scores[:, -1] if scores.shape[1] == width else torch.full_like(scores[:, 0], float("-inf")))
+        more = best(advance(level, parents, codes), trie, level, nodes, scores, width + 1)
+        parents, codes, nodes, scores = (x[:, :width] for x in more)
+        left_out = more[3][:, width:]
+        cuts.append(F.pad(left_out, (0, 1), value=float("-inf")).amax(1))
     items = trie.items(nodes[:, :k].reshape(-1)).view(batch, -1)
     missing = (0, k - items.shape[1])
     return (
