@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir
 import torch
 from torch.export import ExportedProgram
 
-from grengines.api import Catalogue
+from grengines.api import Catalogue, UnavailableError
 from grengines.device import DTYPES
 from grengines.export.module import INPUTS, OUTPUT, ExportedRanker, trace
 from grengines.export.onnx_attention import DOMAIN, OPSET, VERSION, onnx_function, onnx_node, register_schema
@@ -31,7 +33,8 @@ from grengines.hstu.engine import build_model
 FORMAT = "grbench-export-1"
 ONNX_FILE, WEIGHTS_FILE, PROGRAM_FILE, MANIFEST_FILE = "model.onnx", "model.onnx.data", "model.pt2", "manifest.json"
 EXTERNAL_BYTES = 256 * 2**20  # weights of this size and more get a file of their own; ONNX allows 2 GiB in one
-PACKAGES = ("torch", "onnx", "onnxscript")  # whose versions decide what an export holds
+PRECISIONS = (*DTYPES, "int8")
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")  # whose versions decide what an export holds
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ def model_hash(model: HSTUConfig, catalogue: Catalogue, seed: int) -> str:
     return _digest({"options": options, "encoding": encoding, "weights": _weights(model, seed)})
 
 
-def write_onnx(program: ExportedProgram, model: HSTUConfig, path: Path, metadata: dict[str, str]) -> None:
+def write_onnx(
+    program: ExportedProgram, model: HSTUConfig, path: Path, metadata: dict[str, str], skip_hidden: bool
+) -> None:
     """Write a program of `trace`, whose attention is `grbench::hstu_attention`, as ONNX. Raises OSError."""
     register_schema()
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
@@ -76,14 +81,45 @@ def write_onnx(program: ExportedProgram, model: HSTUConfig, path: Path, metadata
             verbose=False,
         )
     assert result is not None
-    body = onnx_function(model.scaling_seqlen, model.contextual_seq_len, model.max_attn_len)
+    body = onnx_function(model.scaling_seqlen, model.contextual_seq_len, model.max_attn_len, skip_hidden)
     function = onnx_ir.serde.deserialize_function(body)
     result.model.functions[function.identifier()] = function
     result.model.opset_imports[DOMAIN] = VERSION
     result.model.graph.outputs[0].name = OUTPUT
     result.model.metadata_props.update(metadata)
-    large = sum(p.nbytes for p in program.state_dict.values()) >= EXTERNAL_BYTES
-    result.save(str(path), external_data=large)
+    result.save(str(path), external_data=_bytes(program) >= EXTERNAL_BYTES)
+
+
+def quantise(path: Path, large: bool) -> None:
+    """Make an fp32 ONNX file one whose projections have int8 weights, a scale for each output channel, and inputs that
+    are quantised at run time, by ONNX Runtime's quantiser. The tables, the attention and the head's last product stay
+    fp32. Raises UnavailableError without onnxruntime."""
+    try:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError:
+        raise UnavailableError("int8 needs package onnxruntime; pip install -e '.[onnx]'") from None
+    kept = [
+        node.name
+        for node in onnx.load(path, load_external_data=False).graph.node
+        if any(name.endswith(("action_table", "head_out.weight")) for name in node.input)
+    ]
+    whole = path.with_suffix(".fp32.onnx")
+    path.rename(whole)
+    logging.disable(logging.WARNING)  # that it might be preprocessed: the exporter did that
+    try:
+        quantize_dynamic(
+            whole,
+            path,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            nodes_to_exclude=[
+                name + ending for name in kept for ending in ("", "_MatMul")
+            ],  # a Gemm becomes the second
+            use_external_data_format=large,
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    whole.unlink()
 
 
 def export(
@@ -93,30 +129,36 @@ def export(
     precision: str,
     folder: Path,
     files: Collection[str] = (ONNX_FILE, PROGRAM_FILE),
+    skip_hidden: bool = False,
 ) -> Export:
-    """Write the model in fp32, fp16 or bf16 to `folder`, which is made, or replaced where an export is in it.
+    """Write the model in a precision of PRECISIONS to `folder`, which is made, or replaced where an export is in it.
 
-    files: which of the two forms. Whoever reads the folder finds a whole export or none. Raises ValueError for weights
-    that don't fit or a folder with something else in it, OSError where it can't be written.
+    files: which of the two forms; int8 is ONNX only. skip_hidden: as `onnx_function` says. Whoever reads the folder
+    finds a whole export or none. Raises ValueError for weights that don't fit or a folder with something else in it,
+    UnavailableError for int8 without onnxruntime, OSError where it can't be written.
     """
     if folder.exists() and not (folder / MANIFEST_FILE).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder}: is not empty and holds no export; give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     digest = model_hash(model, catalogue, seed)
-    ranker = build_model(model, catalogue, seed, "cpu", DTYPES[precision])
+    ranker = build_model(model, catalogue, seed, "cpu", DTYPES["fp32" if precision == "int8" else precision])
     parameters = sum(p.numel() for p in ranker.parameters())
     program = trace(ExportedRanker(ranker))
     scratch = folder.parent / f".{folder.name}.{os.getpid()}"
     scratch.mkdir()
     try:
         if ONNX_FILE in files:
-            write_onnx(program, model, scratch / ONNX_FILE, {"model_hash": digest, "precision": precision})
-        if PROGRAM_FILE in files:
+            metadata = {"model_hash": digest, "precision": precision}
+            write_onnx(program, model, scratch / ONNX_FILE, metadata, skip_hidden)
+            if precision == "int8":
+                quantise(scratch / ONNX_FILE, _bytes(program) >= EXTERNAL_BYTES)
+        if PROGRAM_FILE in files and precision != "int8":
             torch.export.save(program, scratch / PROGRAM_FILE)
         manifest = {
             "format": FORMAT,
             "model_hash": digest,
             "precision": precision,
+            "skip_hidden": skip_hidden,
             "model": dataclasses.asdict(model),
             "catalogue": dataclasses.asdict(catalogue),
             "weights": _weights(model, seed),
@@ -137,17 +179,24 @@ def export(
     return Export(folder, manifest)
 
 
-def cached(model: HSTUConfig, catalogue: Catalogue, seed: int, precision: str, file: str = ONNX_FILE) -> Export:
+def cached(
+    model: HSTUConfig,
+    catalogue: Catalogue,
+    seed: int,
+    precision: str,
+    file: str = ONNX_FILE,
+    skip_hidden: bool = False,
+) -> Export:
     """The export of this model in that form from the cache folder, made now if it isn't there or not whole.
 
-    Its folder's name says model, precision and versions, so that another of either never finds it.
+    Its folder's name says model, precision and versions, so that another of either never finds it. Raises as `export`.
     """
-    digest = model_hash(model, catalogue, seed)
-    folder = cache_folder() / "exports" / f"{digest}-{precision}-{Path(file).suffix[1:]}-{_digest(versions())[:8]}"
+    facts = {"versions": versions(), "file": file, "skip_hidden": skip_hidden}
+    folder = cache_folder() / "exports" / f"{model_hash(model, catalogue, seed)}-{precision}-{_digest(facts)[:8]}"
     try:
         return load(folder)
     except ValueError:
-        return export(model, catalogue, seed, precision, folder, (file,))
+        return export(model, catalogue, seed, precision, folder, (file,), skip_hidden)
 
 
 def load(folder: Path) -> Export:
@@ -173,8 +222,16 @@ def load(folder: Path) -> Export:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what an export holds."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Of the packages that decide what an export holds, as far as they are installed."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _bytes(program: ExportedProgram) -> int:
+    return sum(p.nbytes for p in program.state_dict.values())
 
 
 def _weights(model: HSTUConfig, seed: int) -> str:

@@ -61,10 +61,14 @@ def onnx_node(
     return op.hstu_attention(q, k, v, offsets, num_targets, tiles, columns, alpha=alpha, **attributes)
 
 
-def onnx_function(scaling_seqlen: int, contextual_seq_len: int, max_attn_len: int) -> onnx.FunctionProto:
+def onnx_function(
+    scaling_seqlen: int, contextual_seq_len: int, max_attn_len: int, skip_hidden: bool = False
+) -> onnx.FunctionProto:
     """The function of one model: what its mask does not have is not in the body.
 
-    Inputs and output are those of the torch operator; attributes are alpha and OPTIONS.
+    Inputs and output are those of the torch operator; attributes are alpha and OPTIONS. skip_hidden: a tile's products
+    end where its last row can see no further, which saves half of a long history's; shapes then differ from tile to
+    tile, which not every runtime allows.
 
     In half precision scores, SiLU and the row's own share are in fp32, and the division by N is split as in
     grkernels/hstu_attention/torch.py: half of its bits go into the weights, so that sums can't overflow fp16.
@@ -75,11 +79,11 @@ def onnx_function(scaling_seqlen: int, contextual_seq_len: int, max_attn_len: in
     # A contextual token sees every token before the candidates, itself among them, when there is history at all.
     context = """
         at_start = Equal(row_position, zero)
-        in_history = Less(column_position, history)
+        in_history = Less(seen_position, history)
         from_context = And(at_start, in_history)
         visible = Or(before, from_context)"""
     window = f"""
-        distance = Sub(row_position, column_position)
+        distance = Sub(row_position, seen_position)
         width = Constant<value_int = {W}>()
         near = LessOrEqual(distance, width)
         before = And(earlier, near)"""
@@ -96,6 +100,22 @@ def onnx_function(scaling_seqlen: int, contextual_seq_len: int, max_attn_len: in
         own_share = Where(counts_3, own_product, nothing)"""
     if not C:
         own = "\n        own_share = Identity(own_product)"
+    seen = """
+            seen_keys = Identity(keys)
+            seen_values = Identity(values)
+            seen_position = Identity(column_position)"""
+    if skip_hidden:
+        seen = f"""
+            last_row = Slice(tile, last, end, first)
+            beyond_row = Add(last_row, one)
+            contextual = Constant<value_int = {C}>()
+            whole = Size(columns)
+            first_row = Gather(tile, zero)
+            is_contextual = Less(first_row, contextual)
+            stop = Where(is_contextual, whole, beyond_row)
+            seen_keys = Slice(keys, first, stop, last)
+            seen_values = Slice(values, first, stop, third)
+            seen_position = Slice(column_position, first, stop, third)"""
     text = f"""
     <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
     {NAME} <alpha, scaling_seqlen, contextual_seq_len, max_attn_len>
@@ -111,6 +131,7 @@ def onnx_function(scaling_seqlen: int, contextual_seq_len: int, max_attn_len: in
         shift = Constant<value_int = {shift}>()
         first = Constant<value_ints = [0]>()
         second = Constant<value_ints = [1]>()
+        third = Constant<value_ints = [2]>()
         last = Constant<value_ints = [-1]>()
         end = Constant<value_ints = [{2**62}]>()
         ends = Constant<value_ints = [1, 2]>()
@@ -143,7 +164,7 @@ def onnx_function(scaling_seqlen: int, contextual_seq_len: int, max_attn_len: in
         yes = Cast<to = 9>(one)
         tiled = Loop<body = attend_tile (int64 i, bool go_on) => (bool goes_on, attended) {{
             goes_on = Identity(go_on)
-            tile = Gather(tiles, i)
+            tile = Gather(tiles, i){seen}
             any_row = Add(begins_2, tile)
             row_of_stream = Min(any_row, last_token)
             q_rows = Gather(q, row_of_stream)
@@ -152,9 +173,9 @@ def onnx_function(scaling_seqlen: int, contextual_seq_len: int, max_attn_len: in
             row_positive = Max(row_shifted, zero)
             row_capped = Min(row_positive, m_2)
             row_position = Unsqueeze(row_capped, last)
-            earlier = Greater(row_position, column_position){mask}
+            earlier = Greater(row_position, seen_position){mask}
             visible_4 = Unsqueeze(visible, second)
-            products = MatMul(queries, keys)
+            products = MatMul(queries, seen_keys)
             products_32 = Cast<to = 1>(products)
             scores = Mul(products_32, alpha)
             gates = Sigmoid(scores)
@@ -162,7 +183,7 @@ def onnx_function(scaling_seqlen: int, contextual_seq_len: int, max_attn_len: in
             scaled = Mul(activated, pre_scale)
             weights_32 = Where(visible_4, scaled, nothing)
             weights = CastLike(weights_32, values)
-            summed = MatMul(weights, values)
+            summed = MatMul(weights, seen_values)
             attended = Transpose<perm = [0, 2, 1, 3]>(summed)
         }}>(count, yes)
 
@@ -182,8 +203,8 @@ def onnx_function(scaling_seqlen: int, contextual_seq_len: int, max_attn_len: in
         begin = Gather(begins, sequence)
         row = Sub(stream, begin)
         longest_1 = Size(tiles)
-        last_row = Sub(longest_1, one)
-        row_inside = Min(row, last_row)
+        longest_row = Sub(longest_1, one)
+        row_inside = Min(row, longest_row)
         sequence_start = Mul(sequence, longest_1)
         place = Add(sequence_start, row_inside)
         of_others = Gather(padded, place)
