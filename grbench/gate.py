@@ -17,10 +17,7 @@ import numpy as np
 
 from grbench.config import RunSpec
 from grengines.api import Catalogue, Float32Array, IncorrectError, Ranker, Request
-
-# fp32 sums in another order differ by some tens of ulp (6e-8) over a dozen layers; a wrong mask or a
-# stale row differs by 1e-3 and more.
-SUMMATION_FLOOR = 2e-5
+from grengines.numerics import SUMMATION_FLOOR, relative_error
 
 
 class Outcome(Protocol):
@@ -112,10 +109,3 @@ def pick(requests: Sequence[Request], count: int, seed: int) -> list[Request]:
     others = np.random.default_rng(seed).permutation(order[1:-1])
     chosen += [int(i) for i in others[: max(count - 2, 0)]]
     return [requests[i] for i in dict.fromkeys(chosen)]
-
-
-def relative_error(out: Float32Array, reference: Float32Array) -> float:
-    """||out - reference|| / ||reference||; NaN in either counts as infinite."""
-    difference = np.linalg.norm(out.astype(np.float64) - reference.astype(np.float64))
-    error = float(difference / np.linalg.norm(reference.astype(np.float64)))
-    return error if np.isfinite(error) else float("inf")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grbench.gate import SUMMATION_FLOOR
+from grengines.numerics import SUMMATION_FLOOR
 
 Inputs = Mapping[str, Any]
 

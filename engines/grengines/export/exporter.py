@@ -199,6 +199,13 @@ def cached(
         return export(model, catalogue, seed, precision, folder, (file,), skip_hidden)
 
 
+def note(found: Export, key: str, value: Any) -> Export:
+    """The export with one more entry in its manifest, on disk too. Raises OSError."""
+    manifest = {**found.manifest, key: value}
+    (found.folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
+    return Export(found.folder, manifest)
+
+
 def load(folder: Path) -> Export:
     """Open an export. Raises ValueError, one line, for a folder without one or whose files are not those written."""
     manifest_file = folder / MANIFEST_FILE
