@@ -1,0 +1,1 @@
+"""The exported model in ONNX Runtime, on a CPU or an NVIDIA GPU."""
