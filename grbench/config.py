@@ -33,6 +33,7 @@ from grbench.workloads.config import (
     SyntheticConfig,
 )
 from grengines import registry as engines
+from grengines.aoti.config import AOTIEngineConfig
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.decoder.config import DecoderConfig
 from grengines.hf.config import HFEngineConfig
@@ -78,7 +79,7 @@ class RunnerConfig:
 # The schemas that YAML files under conf/ build on: `defaults: [/schema/<group>/<name>@_here_, _self_]`.
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"hstu": HSTUConfig, "decoder": DecoderConfig},
-    "engine": {"hstu": HSTUEngineConfig, "pipeline": PipelineConfig, "hf": HFEngineConfig},
+    "engine": {"hstu": HSTUEngineConfig, "aoti": AOTIEngineConfig, "pipeline": PipelineConfig, "hf": HFEngineConfig},
     "kernel": {"kernel": KernelConfig},
     "cache": {"none": CacheConfig, "paged": PagedCacheConfig},
     "workload": {

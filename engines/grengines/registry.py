@@ -9,11 +9,13 @@ from typing import Any
 
 from grengines.api import Catalogue, Engine, Retrieval, UnavailableError
 from grengines.cache.config import CacheConfig
+from grkernels import support
 
 # An engine is one line here: what builds it for each task it has; the first is what it does unless told otherwise.
 _TABLE: dict[str, dict[str, str]] = {
     "hstu": {"rank": "grengines.hstu.engine:HSTUEngine", "generate": "grengines.hstu.retriever:HSTURetriever"},
     "hf": {"generate": "grengines.hf.engine:HFEngine"},
+    "aoti": {"rank": "grengines.aoti.engine:AOTIEngine"},
     "pipeline": {"recommend": "grengines.pipeline.engine:build"},
 }
 _DECODERS = ("hf",)  # engines that run model=decoder_* too
@@ -40,6 +42,8 @@ def availability(name: str) -> str | None:
     _entry(name)
     if name == "hf" and find_spec("transformers") is None:
         return "package transformers is not installed; pip install -e '.[hf]'"
+    if name == "aoti":
+        return support.compiler()
     return None  # hstu needs nothing but torch, which grbench itself depends on
 
 

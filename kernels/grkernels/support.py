@@ -12,8 +12,15 @@ def plain(*, device: str, dtype: str, **dims: int) -> str | None:
     return None if dtype in DTYPES else f"dtype {dtype} is none of {', '.join(DTYPES)}"
 
 
+def compiler() -> str | None:
+    """None, or that there is no C++ compiler; what mends it."""
+    return (
+        None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "there is no C++ compiler; apt-get install g++"
+    )
+
+
 def compiled(*, device: str, dtype: str, **dims: int) -> str | None:
     """None, or why not, for torch.compile, which makes C++ on a CPU."""
-    if device.startswith("cpu") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        return "torch.compile on a CPU needs a C++ compiler; apt-get install g++"
+    if device.startswith("cpu") and (missing := compiler()):
+        return missing
     return plain(device=device, dtype=dtype)

@@ -1,0 +1,280 @@
+"""AOTInductor packages (.pt2): made from the model, kept in a cache, known again by what is written in them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.export import Dim
+
+import grengines
+import grkernels
+from grengines.api import UnavailableError
+from grengines.export.module import INPUTS, ExportedRanker
+from grengines.files import cache_folder
+from grengines.hstu.batch import JaggedBatch
+from grengines.profile import Sizes
+from grkernels import tuning
+from grkernels.hstu_attention.torch import tiles_needed
+
+FORMAT = "grbench-aoti-1"
+VARIANTS = ("torch", "triton")  # of kernels that can be part of a package
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a package is, as it is written in it."""
+
+    model_hash: str
+    precision: str
+    device: str  # of a CPU its instruction set, of a GPU its name
+    threads: int  # on a CPU, which the code is generated for; 0 on a GPU
+    kernels: dict[str, str]  # the variant of each family
+    versions: dict[str, str]  # of torch and Triton
+    source: str  # digest of the code that the package is made from
+    most: Sizes  # what it is built for
+    typical: Sizes  # what its kernels' launch configurations are chosen for
+    tiles: int  # that plain attention works off one after another
+    format: str = FORMAT
+
+    @classmethod
+    def here(
+        cls,
+        model_hash: str,
+        precision: str,
+        device: torch.device,
+        kernels: dict[str, str],
+        heads: int,
+        most: Sizes,
+        typical: Sizes,
+    ) -> Facts:
+        """Of a package for this machine, with the current number of threads."""
+        cuda = device.type == "cuda"
+        plain = kernels["hstu_attention"] == "torch"
+        return cls(
+            model_hash=model_hash,
+            precision=precision,
+            device=torch.cuda.get_device_name(device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}",
+            threads=0 if cuda else torch.get_num_threads(),
+            kernels=kernels,
+            versions={"torch": torch.__version__, "triton": triton.__version__},
+            source=_source(),
+            most=most,
+            typical=typical,
+            tiles=tiles_needed(most.batch, heads, most.longest, most.longest) if plain else 1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Facts:
+        """Raises ValueError, KeyError or TypeError for anything else than `json` gives."""
+        values = json.loads(text)
+        return cls(**{**values, **{name: Sizes(**values[name]) for name in ("most", "typical")}})
+
+    def json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    def path(self) -> Path:
+        """Where the cache keeps this package."""
+        digest = hashlib.sha256(self.json().encode()).hexdigest()[:12]
+        return cache_folder() / "packages" / f"{self.model_hash}-{self.precision}-{digest}.pt2"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that was loaded."""
+
+    path: Path
+    facts: Facts
+    configs: list[dict[str, Any]]  # what its kernels are launched with, as `grkernels.tuning.provenance`
+    run: Callable[[list[Tensor]], list[Tensor]]  # the inputs in the order of INPUTS -> [logits fp32 [M, tasks]]
+
+
+class Inputs:
+    """Makes a package's inputs from a batch, copying nothing."""
+
+    def __init__(self, facts: Facts, device: torch.device) -> None:
+        self._tiles = facts.tiles
+        rows = -(-facts.most.longest // facts.tiles)
+        self._ruler = torch.arange(max(facts.tiles * rows, facts.most.history), device=device)
+
+    def of(self, batch: JaggedBatch) -> list[Tensor]:
+        """In the order of INPUTS, on the batch's device; weights stay fp64."""
+        rows = -(-batch.max_q_len // self._tiles)
+        return [
+            batch.token_rows,
+            batch.actions,
+            batch.weights,
+            batch.positions,
+            batch.time_buckets,
+            batch.q_offsets,
+            batch.num_targets,
+            batch.candidate_rows,
+            self._ruler[: self._tiles * rows].view(self._tiles, rows),
+            self._ruler[:1],
+        ]
+
+
+def attention(kernel: Callable[..., Tensor], tiles: int) -> Callable[..., Tensor]:
+    """A variant's function as ExportedRanker wants it. tiles: of the plain variant; 0 for another."""
+    more = {"tiles": tiles} if tiles else {}
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        offsets: Tensor,
+        num_targets: Tensor,
+        tiles: Tensor,
+        columns: Tensor,
+        alpha: float,
+        scaling_seqlen: int,
+        contextual_seq_len: int,
+        max_attn_len: int,
+    ) -> Tensor:
+        longest = tiles.numel()
+        return kernel(
+            q,
+            k,
+            v,
+            q_offsets=offsets,
+            kv_offsets=offsets,
+            num_targets=num_targets,
+            max_q_len=longest,
+            max_kv_len=longest,
+            scaling_seqlen=scaling_seqlen,
+            alpha=alpha,
+            contextual_seq_len=contextual_seq_len,
+            max_attn_len=max_attn_len,
+            **more,
+        )
+
+    return attend
+
+
+def build(module: ExportedRanker, facts: Facts) -> Path:
+    """Compile the module into the cache. Takes a minute or so.
+
+    Raises UnavailableError where there is no working C++ compiler, OSError.
+    """
+    path = facts.path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tuning.forget()
+    program = _trace(module, facts)
+    metadata = {"grbench": facts.json(), "kernel_configs": json.dumps(tuning.provenance())}
+    scratch = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        with _one_line_errors():
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(scratch), inductor_configs={"aot_inductor.metadata": metadata}
+            )
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def load(path: Path, wanted: Facts, device: torch.device) -> Package:
+    """Load a package. Nothing of it runs before it is known to be what is wanted.
+
+    Raises ValueError, one line, for a file that is missing, damaged or none of ours, or that was made for another
+    model, precision, device, version or kernels.
+    """
+    facts, configs = _read(path)
+    for name in ("model_hash", "precision", "device", "threads", "kernels", "versions"):
+        found, expected = getattr(facts, name), getattr(wanted, name)
+        if found != expected:
+            raise ValueError(f"{path}: made for {name} {found}, this run has {expected}; {_mend(path)}")
+    device_index = -1 if device.type == "cpu" else device.index
+    # Single-threaded: an engine's batches take turns, and what keeps threads apart can't be in a CUDA graph.
+    model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=device_index)
+    return Package(path, facts, configs, model.loader.boxed_run)
+
+
+def _trace(module: ExportedRanker, facts: Facts) -> torch.export.ExportedProgram:
+    """With symbolic lengths, as large as `most`; the example that is traced has the typical sizes."""
+    most, typical, tiles = facts.most, facts.typical, facts.tiles
+    limits = {"L": most.tokens, "B": most.batch, "M": most.candidates, "R": -(-most.longest // tiles)}
+    sizes = {"L": typical.tokens, "B": typical.batch, "M": typical.candidates, "R": -(-typical.longest // tiles)}
+    dims: dict[str, Any] = {d: Dim(d, min=1, max=n) if n > 1 else Dim.STATIC for d, n in limits.items()}
+    dims |= {"B + 1": dims["B"] + 1 if most.batch > 1 else Dim.STATIC, "T": Dim.STATIC, "N": Dim.STATIC}
+    sizes = {d: max(n, min(2, limits[d])) for d, n in sizes.items()}  # 1 would be taken for a constant
+    sizes |= {"B + 1": sizes["B"] + 1, "T": tiles, "N": 1}
+    dtypes = {name: dtype for name, (dtype, _) in INPUTS.items()} | {"weights": torch.float64}
+    device = module.ranker.token_table.device
+    example = tuple(_unaligned([sizes[d] for d in shape], dtypes[name], device) for name, (_, shape) in INPUTS.items())
+    shapes = tuple({i: dims[d] for i, d in enumerate(shape)} for _, shape in INPUTS.values())
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+
+
+def _unaligned(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that begin 8 bytes off a 16-byte boundary, as the arrays of a packed batch may: the code that is generated
+    then expects it, where it would copy each input first."""
+    return torch.zeros(math.prod(shape) + 1, dtype=dtype, device=device)[1:].view(shape)
+
+
+def _read(path: Path) -> tuple[Facts, list[dict[str, Any]]]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such package; {_mend(path)}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if n.endswith("wrapper_metadata.json")]
+            metadata = json.loads(archive.read(names[0]))
+            facts, configs = Facts.from_json(metadata["grbench"]), json.loads(metadata["kernel_configs"])
+            if facts.format != FORMAT:
+                raise ValueError(f"format {facts.format}, expected {FORMAT}")
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, IndexError, TypeError) as e:
+        reason = " ".join(str(e).split())
+        raise ValueError(f"{path}: not a whole package of this engine ({reason}); {_mend(path)}") from None
+    return facts, configs
+
+
+def _mend(path: Path) -> str:
+    if path.is_relative_to(cache_folder()):
+        return f"delete it and it is built again: rm {path}"
+    return "set engine.package=null, and one is built"
+
+
+@functools.cache
+def _source() -> str:
+    """Digest of all code that may become part of a package."""
+    digest = hashlib.sha256()
+    engines = Path(next(iter(grengines.__path__)))
+    files = [
+        *Path(next(iter(grkernels.__path__))).rglob("*.py"),
+        *engines.glob("hstu/*.py"),
+        *engines.glob("aoti/*.py"),
+    ]
+    for file in sorted([*files, engines / "export" / "module.py"]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def _one_line_errors() -> Any:
+    """What a C++ compiler or linker complains of as one line."""
+    try:
+        yield
+    except Exception as e:
+        text = str(e)
+        if "CppCompileError" not in text and type(e).__name__ != "CppCompileError":
+            raise
+        complaints: Sequence[str] = [s.strip() for s in text.splitlines() if "error:" in s or "cannot find" in s]
+        why = complaints[0] if complaints else text.splitlines()[0]
+        raise UnavailableError(
+            f"AOTInductor's C++ code does not compile here ({why}); install g++ and, for a GPU, the CUDA toolkit"
+        ) from e
