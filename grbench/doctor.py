@@ -43,6 +43,8 @@ REQUIRED = (
 # What some engines and kernels need.
 OPTIONAL = (
     (vllm.distribution(), "vllm", "engine vllm", vllm.command()),
+    ("onnxruntime", "onnxruntime", "engine onnxruntime", "pip install -e '.[onnx]'"),
+    ("onnxscript", "onnxscript", "python -m grengines.export", "pip install -e '.[onnx]'"),
     ("tensorrt-cu13", "tensorrt", "extra tensorrt", "pip install -e '.[tensorrt]'"),
     ("nvidia-cutlass-dsl", "cutlass", "extra cutlass", "pip install -e '.[cutlass]'"),
 )

@@ -17,7 +17,7 @@ class OnnxRuntimeConfig:
     precision: str = option("auto", choices=["auto", "fp32", "fp16", "bf16", "int8"])
     onnx: str | None = None  # an exported model.onnx; null: exported on first use, then from the cache folder
     cpu_threads: int = option(0, ge=0, le=1024)  # 0: as many as ONNX Runtime chooses
-    spinning: bool = True  # threads wait for work by spinning: faster alone, slower beside other work
+    spinning: bool = False  # threads wait for work by spinning: faster alone, slower beside other work
     optimisation: str = option("all", choices=["none", "basic", "extended", "all"])  # of the graph, on loading
     tile_rows: int = option(0, ge=0)  # query rows that attention takes at a time; 0: 128 on cpu, what fits on cuda
     fallback: list[str] = option([])  # engines that answer what this one was not built for
