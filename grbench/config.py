@@ -38,6 +38,7 @@ from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.decoder.config import DecoderConfig
 from grengines.hf.config import HFEngineConfig
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
+from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.options import option, violations
 from grengines.pipeline.config import STAGES, PipelineConfig
 from grkernels.config import KernelConfig
@@ -79,7 +80,13 @@ class RunnerConfig:
 # The schemas that YAML files under conf/ build on: `defaults: [/schema/<group>/<name>@_here_, _self_]`.
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"hstu": HSTUConfig, "decoder": DecoderConfig},
-    "engine": {"hstu": HSTUEngineConfig, "aoti": AOTIEngineConfig, "pipeline": PipelineConfig, "hf": HFEngineConfig},
+    "engine": {
+        "hstu": HSTUEngineConfig,
+        "aoti": AOTIEngineConfig,
+        "onnxruntime": OnnxRuntimeConfig,
+        "pipeline": PipelineConfig,
+        "hf": HFEngineConfig,
+    },
     "kernel": {"kernel": KernelConfig},
     "cache": {"none": CacheConfig, "paged": PagedCacheConfig},
     "workload": {

@@ -9,6 +9,7 @@ from typing import Any
 
 from grengines.api import Catalogue, Engine, Retrieval, UnavailableError
 from grengines.cache.config import CacheConfig
+from grengines.fallback import Chain, options_like
 from grkernels import support
 
 # An engine is one line here: what builds it for each task it has; the first is what it does unless told otherwise.
@@ -16,7 +17,14 @@ _TABLE: dict[str, dict[str, str]] = {
     "hstu": {"rank": "grengines.hstu.engine:HSTUEngine", "generate": "grengines.hstu.retriever:HSTURetriever"},
     "hf": {"generate": "grengines.hf.engine:HFEngine"},
     "aoti": {"rank": "grengines.aoti.engine:AOTIEngine"},
+    "onnxruntime": {"rank": "grengines.onnxruntime.engine:OnnxRuntimeEngine"},
     "pipeline": {"recommend": "grengines.pipeline.engine:build"},
+}
+# Engines that may stand in for another (`engine.fallback`), with the class of their options.
+_FALLBACKS = {
+    "hstu": "grengines.hstu.config:HSTUEngineConfig",
+    "aoti": "grengines.aoti.config:AOTIEngineConfig",
+    "onnxruntime": "grengines.onnxruntime.config:OnnxRuntimeConfig",
 }
 _DECODERS = ("hf",)  # engines that run model=decoder_* too
 # The fp32 reference of generation by the class of the model's options.
@@ -44,6 +52,9 @@ def availability(name: str) -> str | None:
         return "package transformers is not installed; pip install -e '.[hf]'"
     if name == "aoti":
         return support.compiler()
+    if name == "onnxruntime":
+        missing = [package for package in ("onnxruntime", "onnx", "onnxscript") if find_spec(package) is None]
+        return f"package {missing[0]} is not installed; pip install -e '.[onnx]'" if missing else None
     return None  # hstu needs nothing but torch, which grbench itself depends on
 
 
@@ -96,8 +107,19 @@ def make(
         raise UnavailableError(f"engine {config.name}: {reason}")
     module, _, attribute = entry[task].partition(":")
     extra = {} if task == "rank" else {"retrieval": retrieval}
-    engine: Engine = getattr(import_module(module), attribute)(config, model, kernels, catalogue, seed, cache, **extra)
-    return engine
+    engine: Any = getattr(import_module(module), attribute)(config, model, kernels, catalogue, seed, cache, **extra)
+    fallback = getattr(config, "fallback", [])
+    if wrong := [name for name in fallback if name not in _FALLBACKS or name == config.name]:
+        raise ValueError(f"engine.fallback={wrong[0]}: allowed are other engines among {', '.join(_FALLBACKS)}")
+    if not fallback:
+        return engine
+
+    def stand_in(name: str) -> Any:
+        module, _, attribute = _FALLBACKS[name].partition(":")
+        options = options_like(getattr(import_module(module), attribute), config)
+        return make(options, model, kernels, catalogue, seed, cache, task=task)
+
+    return Chain(engine, fallback, stand_in)
 
 
 def reference(model: Any, seed: int, retrieval: Retrieval, device: str) -> Any:
