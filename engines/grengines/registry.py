@@ -10,12 +10,14 @@ from typing import Any
 from grengines.api import Catalogue, Engine, Retrieval, UnavailableError
 from grengines.cache.config import CacheConfig
 from grengines.fallback import Chain, options_like
+from grengines.vllm import install as vllm
 from grkernels import support
 
 # An engine is one line here: what builds it for each task it has; the first is what it does unless told otherwise.
 _TABLE: dict[str, dict[str, str]] = {
     "hstu": {"rank": "grengines.hstu.engine:HSTUEngine", "generate": "grengines.hstu.retriever:HSTURetriever"},
     "hf": {"generate": "grengines.hf.engine:HFEngine"},
+    "vllm": {"generate": "grengines.vllm.engine:VLLMEngine"},
     "aoti": {"rank": "grengines.aoti.engine:AOTIEngine"},
     "onnxruntime": {"rank": "grengines.onnxruntime.engine:OnnxRuntimeEngine"},
     "pipeline": {"recommend": "grengines.pipeline.engine:build"},
@@ -26,7 +28,7 @@ _FALLBACKS = {
     "aoti": "grengines.aoti.config:AOTIEngineConfig",
     "onnxruntime": "grengines.onnxruntime.config:OnnxRuntimeConfig",
 }
-_DECODERS = ("hf",)  # engines that run model=decoder_* too
+_DECODERS = ("hf", "vllm")  # engines that run model=decoder_* too
 # The fp32 reference of generation by the class of the model's options.
 _REFERENCES = {
     "HSTUConfig": "grengines.hstu.retriever:Reference",
@@ -48,6 +50,8 @@ def tasks(name: str) -> list[str]:
 def availability(name: str) -> str | None:
     """None if the engine can run here, else "why not; command that mends it". Raises ValueError for an unknown name."""
     _entry(name)
+    if name == "vllm":
+        return vllm.missing()
     if name == "hf" and find_spec("transformers") is None:
         return "package transformers is not installed; pip install -e '.[hf]'"
     if name == "aoti":

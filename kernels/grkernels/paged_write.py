@@ -9,15 +9,16 @@ def paged_write(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: T
     """Store row i of k and v in slot slots[i]; rows whose slot is negative are left out.
 
     k [n, H, dqk] and v [n, H, dv], rows any distance apart; slots int64 [n], no slot twice: page * page size + the
-    place in the page; k_pages [pages, page, H, dqk] and v_pages [pages, page, H, dv], contiguous. On a GPU nothing
-    waits for it, so a CUDA graph can capture it, and Triton does the work; on a CPU PyTorch does.
+    place in the page; k_pages [pages, page, H, dqk] and v_pages [pages, page, H, dv], whose slots lie equally far apart
+    (pages may hold keys and values side by side). On a GPU nothing waits for it, so a CUDA graph can capture it, and
+    Triton does the work; on a CPU PyTorch does.
     """
     if variant(k.device.type) == "triton":
         on_gpu(k, v, slots, k_pages, v_pages)
     else:
         rows = (slots >= 0).nonzero()[:, 0]
         for x, pages in (k, k_pages), (v, v_pages):
-            pages.flatten(0, 1).index_copy_(0, slots[rows], x[rows])
+            slotted(pages).index_copy_(0, slots[rows], x[rows])
 
 
 def variant(device: str) -> str:
@@ -29,4 +30,9 @@ def on_gpu(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor
     """`paged_write` in Triton, which on a CPU runs in its interpreter only."""
     from grkernels.paged_write_triton import launch
 
-    launch(k.flatten(1), v.flatten(1), slots, k_pages.flatten(0, 1).flatten(1), v_pages.flatten(0, 1).flatten(1))
+    launch(k, v, slots, slotted(k_pages), slotted(v_pages))
+
+
+def slotted(pages: Tensor) -> Tensor:
+    """[pages, page, H, d] -> [slots, H, d], a view. Raises RuntimeError where slots don't lie equally far apart."""
+    return pages.view(pages.shape[0] * pages.shape[1], *pages.shape[2:])

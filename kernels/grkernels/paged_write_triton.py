@@ -20,29 +20,38 @@ def _kernel(
     rows: tl.tensor,
     k_stride: tl.tensor,
     v_stride: tl.tensor,
-    K_WIDTH: tl.constexpr,
-    V_WIDTH: tl.constexpr,
+    k_slot_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_slot_stride: tl.tensor,
+    v_head_stride: tl.tensor,
+    HEADS: tl.constexpr,
+    QK: tl.constexpr,
+    V: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slots + row, mask=row < rows, other=-1)[:, None]
-    for begin in tl.static_range(0, K_WIDTH, WIDTH):
+    for begin in tl.static_range(0, HEADS * QK, WIDTH):
         column = begin + tl.arange(0, WIDTH)[None, :]
-        wanted = (slot >= 0) & (column < K_WIDTH)
+        wanted = (slot >= 0) & (column < HEADS * QK)
         x = tl.load(k + row[:, None] * k_stride + column, mask=wanted)
-        tl.store(k_pages + slot * K_WIDTH + column, x, mask=wanted)
-    for begin in tl.static_range(0, V_WIDTH, WIDTH):
+        place = column // QK * k_head_stride + column % QK
+        tl.store(k_pages + slot * k_slot_stride + place, x, mask=wanted)
+    for begin in tl.static_range(0, HEADS * V, WIDTH):
         column = begin + tl.arange(0, WIDTH)[None, :]
-        wanted = (slot >= 0) & (column < V_WIDTH)
+        wanted = (slot >= 0) & (column < HEADS * V)
         x = tl.load(v + row[:, None] * v_stride + column, mask=wanted)
-        tl.store(v_pages + slot * V_WIDTH + column, x, mask=wanted)
+        place = column // V * v_head_stride + column % V
+        tl.store(v_pages + slot * v_slot_stride + place, x, mask=wanted)
 
 
 def launch(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
-    """k [n, wk] and v [n, wv], rows contiguous; k_slots [slots, wk] and v_slots [slots, wv], contiguous."""
-    n = k.shape[0]
+    """k [n, H, dqk] and v [n, H, dv], a row's heads adjacent; k_slots [slots, H, dqk] and v_slots [slots, H, dv]."""
+    n, heads, qk_dim = k.shape
     if n:
+        strides = (k.stride(0), v.stride(0), *k_slots.stride()[:2], *v_slots.stride()[:2])
         grid = (triton.cdiv(n, ROWS),)
-        widths = (k.shape[1], v.shape[1])
-        _kernel[grid](k, v, slots, k_slots, v_slots, n, k.stride(0), v.stride(0), *widths, ROWS, WIDTH, num_warps=4)
+        _kernel[grid](
+            k, v, slots, k_slots, v_slots, n, *strides, heads, qk_dim, v.shape[2], ROWS, WIDTH, num_warps=4
+        )  # fmt: skip

@@ -1,0 +1,148 @@
+"""HSTU attention as a backend of vLLM: keys and values in its pages, chunks and mixed batches in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from grengines.vllm import compat
+from grengines.vllm.rows import BeamRows, Reach
+from grkernels.beam_terms import beam_terms
+from grkernels.paged_write import paged_write
+
+
+@dataclass
+class StepMetadata(compat.AttentionMetadata):
+    """Of one step, for all layers."""
+
+    tokens: int  # without padding
+    starts: Tensor  # int32 [B + 1]
+    block_table: Tensor  # int32 [B, most pages]
+    block_size: int
+    slots: Tensor  # int64 [tokens at least]: where keys and values of this step go
+    max_query_len: int
+    max_seq_len: int
+    cached: bool  # whether any request has tokens in pages from before
+    reach: Reach | None = None  # made from the step's token ids, which vLLM gives to the model alone
+
+    def look(self, beams: BeamRows, ids: Tensor, places: Tensor) -> None:
+        """Find out what each row sees, before the first layer."""
+        n = self.tokens
+        self.reach = Reach.of(beams, ids[:n], places[:n], self.starts, self.block_table, self.block_size)
+
+
+class StepMetadataBuilder(compat.AttentionMetadataBuilder[StepMetadata]):
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._block_size = kv_cache_spec.block_size
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: compat.CommonAttentionMetadata, fast_build: bool = False
+    ) -> StepMetadata:
+        common = common_attn_metadata
+        return StepMetadata(
+            common.num_actual_tokens,
+            common.query_start_loc,
+            common.block_table_tensor,
+            self._block_size,
+            common.slot_mapping,
+            common.max_query_len,
+            common.max_seq_len,
+            compat.has_cached(common),
+        )
+
+
+class HSTUAttentionImpl(compat.AttentionImpl[StepMetadata]):
+    """One layer's attention. hstu_attention: a variant of the operator; scaling_seqlen: as the model's."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        *,
+        hstu_attention: Callable[..., Any],
+        scaling_seqlen: int,
+    ) -> None:
+        self.num_heads, self.head_size, self.scale, self.kv_cache_dtype = num_heads, head_size, scale, kv_cache_dtype
+        self._attention, self._scaling_seqlen = hstu_attention, scaling_seqlen
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: StepMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """query, key, value, output [n, H, d], padded behind the step's tokens. Without metadata (vLLM measures memory,
+        or captures a graph) zeros."""
+        if attn_metadata is None:
+            return output.zero_()
+        step, reach = attn_metadata, attn_metadata.reach
+        if reach is None:
+            raise RuntimeError("attention before the model looked at the step's token ids")
+        n = step.tokens
+        q, k, v = query[:n], key[:n], value[:n]
+        k_pages, v_pages = compat.pages(kv_cache, self.head_size)
+        paged_write(k, v, step.slots[:n], k_pages, v_pages)
+        pages = {}
+        if step.cached:
+            pages = {
+                "k_pages": k_pages,
+                "v_pages": v_pages,
+                "page_table": step.block_table,
+                "paged_lengths": reach.paged_lengths,
+            }
+        a = self._attention(
+            q,
+            k,
+            v,
+            q_offsets=reach.offsets,
+            kv_offsets=reach.offsets,
+            num_targets=reach.num_targets,
+            max_q_len=step.max_query_len,
+            max_kv_len=step.max_seq_len,
+            scaling_seqlen=self._scaling_seqlen,
+            alpha=self.scale,
+            contextual_seq_len=0,
+            max_attn_len=0,
+            **pages,
+        )
+        beam_terms(a, q, k_pages, v_pages, reach.own_slots, alpha=self.scale, scaling_seqlen=self._scaling_seqlen)
+        output[:n] = a
+        output[n:].zero_()
+        return output
+
+
+class HSTUAttentionBackend(compat.LayoutMixin, compat.AttentionBackend):
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
+    forward_includes_kv_cache_update: bool = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[HSTUAttentionImpl]:
+        return HSTUAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[StepMetadataBuilder]:
+        return StepMetadataBuilder

@@ -1,0 +1,438 @@
+"""The engine that generates through vLLM: its scheduler, pages and prefix cache; the search over them is ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grengines.api import Catalogue, Finished, GenerateResult, Request, Retrieval, UnavailableError
+from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.decoder.config import DecoderConfig
+from grengines.device import DTYPES, resolve_device, resolve_precision
+from grengines.hstu.config import HSTUConfig
+from grengines.semantic.search import best, check_width
+from grengines.semantic.trie import TensorTrie, Trie
+from grengines.vllm.config import VLLMEngineConfig
+from grkernels import registry as kernel_registry
+
+
+@dataclass
+class Search:
+    """One request under way: a beam search of as many vLLM requests, or rounds of them, as there are levels."""
+
+    key: int
+    number: int
+    prompt: np.ndarray  # int64 [tokens]
+    nodes: Tensor  # int64 [beams] of the trie
+    scores: Tensor  # fp32 [beams]
+    paths: np.ndarray  # int64 [beams, level]: tokens of each beam so far
+    hidden: Tensor | None = None  # where the pooler puts rows
+    waiting: int = 0  # vLLM requests of this level that haven't ended
+    details: dict[str, float] = field(default_factory=lambda: {"prefix_hit_tokens": 0.0, "reread_tokens": 0.0})
+
+    @property
+    def level(self) -> int:
+        return self.paths.shape[1]
+
+
+class VLLMEngine:
+    """HSTU or a decoder in vLLM, in this process. Satisfies grengines.api.Generator and ContinuousEngine.
+
+    HSTU: a search is one vLLM request a level, whose last rows are the beams (grengines.vllm.rows). A decoder: one vLLM
+    request a beam. Either way the prompt's keys and values come from the prefix cache after the first level.
+
+    Raises UnavailableError where vLLM, a device or a kernel can't be had, ValueError for options that don't fit.
+    """
+
+    def __init__(
+        self,
+        config: VLLMEngineConfig,
+        model: HSTUConfig | DecoderConfig,
+        kernels: dict[str, str],
+        catalogue: Catalogue,
+        seed: int,
+        cache: CacheConfig | PagedCacheConfig,
+        retrieval: Retrieval,
+    ) -> None:
+        check_width(retrieval.beam_width, retrieval.k)
+        if isinstance(cache, PagedCacheConfig) or cache.item_memory_gb:
+            raise ValueError(f"cache={cache.name}: engine vllm has its own (engine.prefix_caching); set cache=none")
+        if config.block_size & (config.block_size - 1):
+            raise ValueError(f"engine.block_size={config.block_size}: must be a power of two")
+        self._config, self._model_config, self._seed, self._retrieval = config, model, seed, retrieval
+        self._device = resolve_device(config.device)
+        self._precision = resolve_precision(config.precision, self._device)
+        self._hstu = isinstance(model, HSTUConfig)
+        self._kernels = kernels if self._hstu else {}
+        if config.cuda_graphs and self._device.type != "cuda":
+            raise UnavailableError("engine.cuda_graphs=true: there are none on a CPU; set engine.cuda_graphs=false")
+        if isinstance(model, HSTUConfig):
+            if model.qk_dim != model.v_dim:
+                raise ValueError(
+                    f"model.qk_dim={model.qk_dim}, model.v_dim={model.v_dim}: engine vllm needs them equal, "
+                    "a page holds both in rows of one size"
+                )
+            from grengines.hstu.engine import operators
+
+            operators(self._kernels, model, self._device.type, self._precision, config.block_size)
+        self._core: Any = None
+        self._vllm: Any = None  # its configuration
+        self._model: Any = None
+        self._trie: TensorTrie | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._searches: dict[str, Search] = {}  # by vLLM request
+        self._under_way = self._number = self._longest = self._steps = 0
+        self._process = (torch.set_num_threads, torch.get_num_threads(), os.environ.get("LD_PRELOAD"))
+
+    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
+        """Start vLLM with the model, and answer the longest requests once.
+
+        Raises ValueError for an empty sample, bad weights, and where the pages can't hold the longest search; out of
+        memory shows here.
+        """
+        if not sample or max_batch < 1:
+            raise ValueError(f"{len(sample)} sample requests, max_batch={max_batch}: both must be at least 1")
+        if self._config.cpu_threads:
+            torch.set_num_threads(self._config.cpu_threads)
+        torch.set_float32_matmul_precision("highest")
+        self._longest = max(len(self._prompt(r)) for r in sample)
+        self._trie = Trie.of(self._retrieval.ids).on(self._device)
+        self._start()
+        longest = sorted(sample, key=lambda r: len(r.history_items))[-max_batch:]
+        self.generate(longest)
+        self.forget()
+
+    def generate(self, requests: Sequence[Request]) -> GenerateResult:
+        """As grengines.api.Generator, by `admit` and `step`. Raises RuntimeError unprepared or with others begun."""
+        if self._core is None or self._under_way:
+            raise RuntimeError("the engine is not prepared, is closed, or has requests under way")
+        begun = time.perf_counter()
+        for i, request in enumerate(requests):
+            self.admit(i, request)
+        admitted = time.perf_counter()
+        steps = self._steps
+        done: dict[int, Finished] = {}
+        while self.unfinished:
+            done |= {f.key: f for f in self.step()}
+        ended = time.perf_counter()
+        answers = [done[i] for i in range(len(requests))]
+        details = {name: sum(a.details[name] for a in answers) for name in answers[0].details}
+        tokens = sum(a.tokens for a in answers)
+        return GenerateResult(
+            items=[a.items for a in answers],
+            scores=[a.scores for a in answers],
+            batch_ms=(admitted - begun) * 1e3,
+            transfer_ms=0.0,  # within vLLM's steps
+            compute_ms=(ended - admitted) * 1e3,
+            tokens=tokens,
+            padded_tokens=tokens,
+            details={**details, "vllm_steps": float(self._steps - steps)},
+        )
+
+    @property
+    def unfinished(self) -> int:
+        """Requests under way."""
+        return self._under_way
+
+    def admit(self, key: int, request: Request) -> None:
+        """Begin one request. Raises ValueError for a prompt longer than those that the engine was prepared for."""
+        if self._trie is None:
+            raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
+        prompt = self._prompt(request)
+        if len(prompt) > self._longest:
+            raise ValueError(f"a prompt of {len(prompt)} tokens; the engine was prepared for up to {self._longest}")
+        root = torch.zeros(1, dtype=torch.int64, device=self._device)
+        scores = torch.zeros(1, device=self._device)
+        search = Search(key, self._number, prompt, root, scores, np.zeros((1, 0), np.int64))
+        self._number += 1
+        self._under_way += 1
+        self._submit(search)
+
+    @torch.inference_mode()
+    def step(self) -> list[Finished]:
+        """One step of vLLM's scheduler, and the next level of every search that it brought to the end of one.
+
+        Raises RuntimeError with vLLM's own error; the engine is of no use then.
+        """
+        if not self._under_way:
+            return []
+        try:
+            outputs = self._core.get_output().outputs
+        except Exception as e:
+            reason = " ".join(str(e).split()) or "no message"
+            if isinstance(e, torch.OutOfMemoryError | MemoryError):
+                raise
+            raise RuntimeError(f"vLLM's engine core died: {type(e).__name__}: {reason}; worker.log has the rest") from e
+        self._steps += 1
+        levelled: dict[int, list[Search]] = {}
+        for output in outputs:
+            if not output.finished:
+                continue
+            search = self._searches.pop(output.request_id)
+            del self._model.pooler.sinks[output.request_id]
+            self._count(search, output)
+            search.waiting -= 1
+            if not search.waiting:
+                levelled.setdefault(search.level, []).append(search)
+        finished: list[Finished] = []
+        for level, searches in levelled.items():
+            finished += self._advance(level, searches)
+        return finished
+
+    def actual(self) -> dict[str, Any]:
+        """What really runs; JSON values."""
+        cuda = self._device.type == "cuda"
+        return {
+            "engine": "vllm",
+            "task": "generate",
+            "device": self._device.type,
+            "device_name": torch.cuda.get_device_name(self._device) if cuda else "cpu",
+            "precision": self._precision,
+            "fp32_products": torch.get_float32_matmul_precision(),
+            "beams": "rows of one vLLM request" if self._hstu else "one vLLM request a beam",
+            "beam_width": self._retrieval.beam_width,
+            "k": self._retrieval.k,
+            "semantic_ids": list(self._retrieval.ids.sizes),
+            "timer": "perf_counter; vLLM waits for the device every step",
+            "cpu_threads": torch.get_num_threads(),
+            "weights": self._retrieval.weights or f"random, seed {self._seed}",
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda if cuda else None,
+            **self._actual_vllm(),
+        }
+
+    def forget(self, keep_host: bool = False) -> None:
+        """Empty the prefix cache. Raises RuntimeError with requests under way."""
+        if self._core is not None and self._config.prefix_caching and not self._core.reset_prefix_cache():
+            raise RuntimeError("vLLM didn't empty its prefix cache: requests are under way")
+
+    def close(self) -> None:
+        """End vLLM and give all memory back; what it changed in the process is put back. Safe to call twice."""
+        core, self._core, self._vllm, self._model, self._trie = self._core, None, None, None, None
+        self._searches, self._under_way = {}, 0
+        if core is not None:
+            from grengines.vllm import compat
+
+            compat.close(core)
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+        torch.set_num_threads, threads, preload = self._process
+        torch.set_num_threads(threads)
+        if preload is None:
+            os.environ.pop("LD_PRELOAD", None)
+        else:
+            os.environ["LD_PRELOAD"] = preload
+
+    def _prompt(self, request: Request) -> np.ndarray:
+        """int64 [tokens]: the last whole items within max_positions tokens; the begin token where there are none."""
+        ids = self._retrieval.ids
+        tokens = ids.tokens(request.history_items).reshape(-1)
+        kept = tokens[max(len(tokens) - self._model_config.max_positions // ids.levels * ids.levels, 0) :]
+        return kept if len(kept) else np.array([ids.vocabulary])
+
+    def _max_rows(self) -> int:
+        """Most tokens after a prompt in one vLLM request."""
+        levels = self._retrieval.ids.levels
+        return (self._retrieval.beam_width if self._hstu else 1) * (levels - 1)
+
+    def _submit(self, search: Search) -> None:
+        """The vLLM requests of the search's next level."""
+        from grengines.vllm import compat
+        from grengines.vllm.model import Sink
+
+        prompt, paths, level = search.prompt, search.paths, search.level
+        if level == 0:
+            sequences, wanted = [prompt], 1
+        elif self._hstu:
+            tokens = np.ascontiguousarray(paths).reshape(-1)
+            sequences, wanted = [np.concatenate([prompt, self._beams.ids(tokens, search.number)])], len(tokens)
+        else:
+            sequences, wanted = [np.concatenate([prompt, path]) for path in paths], 1
+        hidden = torch.empty(len(sequences) * wanted, self._width, dtype=DTYPES[self._precision], device=self._device)
+        search.hidden, search.waiting = hidden, len(sequences)
+        for i, sequence in enumerate(sequences):
+            name = f"{search.number}.{level}.{i}"
+            sink = Sink(hidden[i * wanted : (i + 1) * wanted], len(sequence) - wanted)
+            self._searches[name] = search
+            self._model.pooler.sinks[name] = sink
+            request = compat.core_request(name, sequence.tolist(), name, self._config.prefix_caching)
+            self._core.add_request(request)
+
+    def _count(self, search: Search, output: Any) -> None:
+        """Tokens of the prompt that a returning user's first level found, and that later levels didn't."""
+        from grengines.vllm import compat
+
+        hit = min(compat.cached_tokens(output), len(search.prompt))
+        if search.level == 0:
+            search.details["prefix_hit_tokens"] += hit
+        else:
+            search.details["reread_tokens"] += len(search.prompt) - hit
+
+    def _advance(self, level: int, searches: Sequence[Search]) -> list[Finished]:
+        """Take the next code of searches that have all rows of this level: submit them again, or end them."""
+        assert self._trie is not None
+        rows = []
+        for search in searches:
+            assert search.hidden is not None
+            # A beam's own rows are adjacent, and its last is the one that says what follows.
+            rows.append(search.hidden[level - 1 :: level] if self._hstu and level else search.hidden)
+        logits = self._model.level_logits(torch.cat(rows), level)
+        nodes, scores = (torch.stack([getattr(s, name) for s in searches]) for name in ("nodes", "scores"))
+        width = self._retrieval.beam_width
+        parents, codes, nodes, scores = best(logits, self._trie, level, nodes, scores, width)
+        if level + 1 < self._retrieval.ids.levels:
+            chosen = torch.stack([parents, codes + int(self._retrieval.ids.offsets[level])]).cpu().numpy()
+            for i, search in enumerate(searches):
+                search.nodes, search.scores = nodes[i], scores[i]
+                search.paths = np.column_stack([search.paths[chosen[0, i]], chosen[1, i]])
+                self._submit(search)
+            return []
+        k = self._retrieval.k
+        items = self._trie.items(nodes[:, :k].reshape(-1)).view(len(searches), -1)
+        found = torch.stack([items.double(), scores[:, :k].double()]).cpu().numpy()  # one copy, exact up to 2**53
+        ended = []
+        for i, search in enumerate(searches):
+            real = found[0, i] >= 0
+            one = found[0, i, real].astype(np.int64), found[1, i, real].astype(np.float32)
+            ended.append(Finished(search.key, *one, tokens=len(search.prompt), details=search.details))
+        self._under_way -= len(searches)
+        return ended
+
+    def _start(self) -> None:
+        """vLLM over a folder with the model's configuration and weights."""
+        # vLLM's own models are compiled and captured its own way; ours are captured between attention and attention.
+        os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] = "1" if self._hstu else "0"
+        from grengines.vllm import compat, model, plugin
+
+        del model  # imported before the plugin registers it
+        plugin.register()
+        config = self._config
+        self._folder = tempfile.TemporaryDirectory(prefix="grbench-vllm-")
+        self._write(Path(self._folder.name))
+        limit = self._longest + self._max_rows()
+        if not config.chunked_prefill and config.max_num_batched_tokens < limit:
+            raise ValueError(
+                f"engine.chunked_prefill=false: a search of {limit} tokens needs "
+                f"engine.max_num_batched_tokens={limit} or more"
+            )
+        arguments: dict[str, Any] = {
+            "model": self._folder.name,
+            "runner": "pooling",
+            "skip_tokenizer_init": True,
+            "dtype": str(DTYPES[self._precision]).removeprefix("torch."),
+            "seed": self._seed,
+            "max_model_len": limit + 1,
+            "max_num_seqs": min(config.max_num_seqs, config.max_num_batched_tokens),
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "block_size": config.block_size,
+            "enable_prefix_caching": config.prefix_caching,
+            "enable_chunked_prefill": config.chunked_prefill,
+            "enforce_eager": not config.cuda_graphs,
+            "async_scheduling": False,
+            "disable_log_stats": True,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+        }
+        if config.kv_blocks:
+            arguments["num_gpu_blocks_override"] = config.kv_blocks
+        if self._device.type == "cpu":
+            arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 2**30)
+        if config.cuda_graphs:
+            graphs: dict[str, Any] = {"cudagraph_mode": "PIECEWISE"} if self._hstu else {}
+            if config.graph_tokens:
+                graphs["cudagraph_capture_sizes"] = sorted(config.graph_tokens)
+            arguments["compilation_config"] = graphs
+        try:
+            self._core, self._vllm = compat.start(arguments)
+        except ValueError as e:
+            raise ValueError(f"vLLM refuses: {' '.join(str(e).split())}") from e
+        self._model = compat.model_of(self._core)
+        blocks = self._vllm.cache_config.num_gpu_blocks
+        if self._hstu and blocks > self._beams.numbers:
+            raise ValueError(
+                f"{blocks} pages for {self._beams.numbers} different searches: rows of beams might hit the prefix "
+                f"cache; set engine.kv_blocks={self._beams.numbers} or less"
+            )
+
+    def _write(self, folder: Path) -> None:
+        """config.json and weights, as vLLM loads them."""
+        ids, dtype = self._retrieval.ids, DTYPES[self._precision]
+        model = self._model_config
+        self._width = model.embedding_dim
+        if isinstance(model, DecoderConfig):
+            from grengines.decoder.weights import write
+
+            write(model, ids.sizes, folder, seed=self._seed, dtype=dtype, weights=self._retrieval.weights)
+            described = json.loads((folder / "config.json").read_text())
+            described |= {"architectures": ["DecoderForRetrieval"], "sizes": list(ids.sizes)}
+        else:
+            from grengines.hstu.generator import HSTUGenerator
+            from grengines.hstu.weights import save_weights
+            from grengines.vllm.rows import BeamRows
+            from grkernels.operators import Operators
+
+            self._beams = BeamRows(ids.sizes, self._max_rows())
+            generator = HSTUGenerator.build(
+                model,
+                ids.sizes,
+                Operators.plain(),
+                seed=self._seed,
+                device="cpu",
+                dtype=dtype,
+                weights=self._retrieval.weights,
+            )
+            save_weights(generator, folder / "model.safetensors")
+            described = {
+                "architectures": ["HSTUForRetrieval"],
+                "model_type": "grbench_hstu",
+                "dtype": str(dtype).removeprefix("torch."),
+                "vocab_size": self._beams.vocabulary,
+                "hidden_size": model.embedding_dim,
+                "num_hidden_layers": model.layers,
+                "num_attention_heads": model.heads,
+                "num_key_value_heads": model.heads,
+                "head_dim": model.qk_dim,
+                "max_position_embeddings": self._longest + self._max_rows() + 1,
+                "hstu": dataclasses.asdict(model),
+                "sizes": list(ids.sizes),
+                "max_rows": self._max_rows(),
+                "kernels": {family: self._kernels[family] for family in kernel_registry.FAMILIES},
+            }
+        (folder / "config.json").write_text(json.dumps(described, indent=1))
+
+    def _actual_vllm(self) -> dict[str, Any]:
+        """What vLLM says of itself."""
+        if self._vllm is None:
+            return {}
+        from grengines.vllm import compat
+
+        config = self._vllm
+        layer = next(m for m in self._model.modules() if isinstance(m, compat.Attention))
+        graphs = config.compilation_config
+        return {
+            "vllm": compat.VERSION,
+            "attention_backend": layer.attn_backend.__name__,
+            "kernels": self._kernels or "vLLM's",
+            "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+            "chunked_prefill": bool(config.scheduler_config.enable_chunked_prefill),
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+            "max_model_len": config.model_config.max_model_len,
+            "block_size": config.cache_config.block_size,
+            "kv_blocks": config.cache_config.num_gpu_blocks,
+            "compilation": graphs.mode.name,
+            "cuda_graphs": graphs.cudagraph_mode.name,
+            "graph_tokens": list(graphs.cudagraph_capture_sizes or []),
+            "parameters": sum(p.numel() for p in self._model.parameters()),
+        }

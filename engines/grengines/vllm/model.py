@@ -1,0 +1,158 @@
+"""The models that vLLM loads: HSTU over semantic IDs, and Qwen3 as a decoder over them. Both hand hidden rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.v1.pool.metadata import PoolingMetadata
+
+from grengines.hstu.config import HSTUConfig
+from grengines.hstu.generator import HSTUGenerator
+from grengines.hstu.model import EPS, HSTULayer
+from grengines.vllm import compat
+from grengines.vllm.attention import HSTUAttentionBackend
+from grengines.vllm.rows import BeamRows, Step
+from grkernels.operators import Operators
+
+
+@dataclass
+class Sink:
+    """Where hidden rows of one vLLM request go: the row at place p of its sequence to rows[p - first]."""
+
+    rows: Tensor  # [wanted, E]
+    first: int
+
+
+class RowPooler(compat.Pooler):
+    """Copies the hidden rows that are wanted into the sinks that requests name; returns nothing.
+
+    Chunks may come in any cut, and after a preemption again: a row's place decides where it goes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks: dict[str, Sink] = {}
+
+    def get_supported_tasks(self) -> Set[Any]:
+        return {"plugin"}
+
+    def forward(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> list[Tensor]:
+        cursor = pooling_metadata.get_pooling_cursor()
+        scheduled, ends = cursor.num_scheduled_tokens_cpu.tolist(), cursor.seq_lens_cpu.tolist()
+        at = 0
+        for params, n, end in zip(pooling_metadata.pooling_params, scheduled, ends, strict=True):
+            if params.extra_kwargs is not None:  # without: vLLM measures memory
+                sink = self.sinks[params.extra_kwargs["sink"]]
+                begin = max(end - n, sink.first)
+                if begin < end:
+                    rows = hidden_states[at + begin - (end - n) : at + n]
+                    sink.rows[begin - sink.first : end - sink.first] = rows
+            at += n
+        nothing = hidden_states.new_empty(0)
+        return [nothing] * len(scheduled)
+
+
+class HSTUForRetrieval(nn.Module):
+    """grengines.hstu.generator's model with vLLM's paged attention between its layers.
+
+    The folder's config.json holds HSTUConfig (`hstu`), the codes of each level (`sizes`), the most rows of beams after
+    a prompt (`max_rows`) and the variant of each operator family (`kernels`); its safetensors are HSTUGenerator's.
+    Serves ordinary generation too: without rows of beams every token sees those before it.
+    """
+
+    is_pooling_model: ClassVar[Literal[True]] = True
+
+    def __init__(self, *, vllm_config: compat.VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        described = vllm_config.model_config.hf_config
+        config = HSTUConfig(**described.hstu)
+        sizes = tuple(described.sizes)
+        self.beams = BeamRows(sizes, described.max_rows)
+        kernels = Operators.of(described.kernels)
+        self.generator = HSTUGenerator(config, sizes, kernels).requires_grad_(False)
+        self.attention = nn.ModuleList(
+            compat.Attention(
+                config.heads,
+                config.qk_dim,
+                self.generator.alpha,
+                cache_config=vllm_config.cache_config,
+                prefix=f"{prefix}.layers.{i}.attention" if prefix else f"layers.{i}.attention",
+                attn_backend=HSTUAttentionBackend,
+                hstu_attention=kernels.hstu_attention,
+                scaling_seqlen=config.scaling_seqlen,
+            )
+            for i in range(config.layers)
+        )
+        self.first_layer = str(self.attention[0].layer_name)
+        self.pooler = RowPooler()
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """[n, E]: of tokens alone; `forward` adds the positions."""
+        return self.generator.token_table[input_ids.long() % self.beams.vocabulary]
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
+    ) -> Tensor:
+        """[n, E]: every row encoded from what it sees."""
+        self._look(input_ids, positions)
+        generator, step = self.generator, Step.of(self.beams, input_ids, positions)
+        # While vLLM measures memory places go up to its own limit.
+        place = step.positions.clamp(max=generator.position_table.shape[0] - 1)
+        x = generator.token_table[step.tokens] + generator.position_table[place]
+        for layer, attention in zip(generator.layers, self.attention, strict=True):
+            assert isinstance(layer, HSTULayer)
+            u, q, k, v = layer.project(x, generator.kernels)
+            a = attention(q, k, v).unflatten(1, (layer.heads, -1))
+            x = layer.combine(x, u, a, generator.kernels)
+        return x
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """fp32 [rows, V]: of every token."""
+        generator = self.generator
+        y = generator.kernels.layer_norm(hidden_states, generator.norm.weight, generator.norm.bias, eps=EPS)
+        return nn.functional.linear(y.float(), generator.token_table.float())
+
+    def level_logits(self, hidden: Tensor, level: int) -> Tensor:
+        """fp32 [rows, codes of the level]."""
+        return self.generator.logits(hidden, level)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Names loaded. Raises ValueError for a tensor that the model hasn't."""
+        parameters = dict(self.generator.named_parameters())
+        loaded = set()
+        with torch.no_grad():
+            for name, tensor in weights:
+                if name not in parameters:
+                    raise ValueError(f"unexpected tensor {name}; the model has {', '.join(sorted(parameters))}")
+                parameters[name].copy_(tensor)
+                loaded.add(f"generator.{name}")
+        return loaded
+
+    @compat.eager_break_during_capture
+    def _look(self, input_ids: Tensor, positions: Tensor) -> None:
+        """Once a step, before the layers; never part of a captured graph."""
+        metadata = compat.metadata_of_step(self.first_layer)
+        if metadata is not None:
+            metadata.look(self.beams, input_ids, positions)
+
+
+class DecoderForRetrieval(Qwen3ForCausalLM):
+    """vLLM's own Qwen3 and attention; what is ours is that hidden rows go to sinks."""
+
+    is_pooling_model: ClassVar[Literal[True]] = True
+
+    def __init__(self, *, vllm_config: compat.VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.sizes = tuple(vllm_config.model_config.hf_config.sizes)
+        self.pooler = RowPooler()
+
+    def level_logits(self, hidden: Tensor, level: int) -> Tensor:
+        """fp32 [rows, codes of the level]."""
+        from grengines.decoder.model import level_logits
+
+        return level_logits(hidden, self.model.embed_tokens.weight, self.sizes, level)

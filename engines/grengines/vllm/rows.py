@@ -1,0 +1,104 @@
+"""Beams as rows of one vLLM request: token ids that say of themselves what they are.
+
+A search is a few requests, one a level: the prompt, then the codes of all beams so far, a beam's own codes adjacent.
+With V real tokens, the r-th row after the prompt has the id V * (1 + r) + token. So from an id and its place in the
+sequence alone follow the token, the level, the length of the prompt, the position, and the rows of the same beam before
+it: prefills may be cut into chunks anywhere, and vLLM's scheduler needs to know nothing.
+
+vLLM keeps rows of beams in its prefix cache like any others. They must never be hit: a row that isn't computed gives no
+hidden state. So the first row's id also holds the number of the search: V * (1 + max_rows + number) + token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_IDS = 2**31  # vLLM's token ids are int32
+
+
+@dataclass(frozen=True)
+class BeamRows:
+    """sizes: codes of each level. max_rows: most rows that follow a prompt."""
+
+    sizes: tuple[int, ...]
+    max_rows: int
+
+    @property
+    def vocabulary(self) -> int:
+        """V: the tokens of all levels, and the one that begins an empty prompt."""
+        return sum(self.sizes) + 1
+
+    @property
+    def numbers(self) -> int:
+        """How many searches have different ids; then they repeat."""
+        return _IDS // self.vocabulary - 1 - self.max_rows
+
+    def ids(self, tokens: np.ndarray, search: int) -> np.ndarray:
+        """int64 [rows]: ids of the rows of these tokens, int64 [rows], for the search of this number."""
+        rows = np.arange(len(tokens))
+        rows[:1] += self.max_rows + search % self.numbers
+        return self.vocabulary * (1 + rows) + tokens
+
+
+@dataclass
+class Step:
+    """What ids [n] and their places in their sequences say of the tokens of one step."""
+
+    tokens: Tensor  # int64 [n]
+    rows: Tensor  # int64 [n]: number of the row after the prompt, -1 for the prompt's own
+    levels: Tensor  # int64 [n]: of rows; 0 for the prompt's own
+    positions: Tensor  # int64 [n]: of the position table
+
+    @classmethod
+    def of(cls, beams: BeamRows, ids: Tensor, places: Tensor) -> Step:
+        """ids and places: integers [n]. Nothing waits for the device."""
+        ids, places = ids.long(), places.long()
+        V = beams.vocabulary
+        tokens, rows = ids % V, ids // V - 1
+        rows = torch.where(rows >= beams.max_rows, 0, rows)
+        levels = torch.zeros_like(tokens)
+        for end in list(accumulate(beams.sizes))[:-1]:
+            levels += tokens >= end
+        levels = torch.where(rows >= 0, levels, 0)
+        return cls(tokens, rows, levels, torch.where(rows >= 0, places - rows + levels, places))
+
+
+@dataclass
+class Reach:
+    """Which keys the rows of one step see: the arguments of paged attention, and of the beams' own terms."""
+
+    offsets: Tensor  # int64 [B + 1]
+    num_targets: Tensor  # int64 [B]: rows of beams among each request's
+    paged_lengths: Tensor  # int64 [B]: of the prompt, in pages
+    own_slots: Tensor  # int64 [n, levels - 2 at most]: where the earlier codes of each row's beam lie, -1: none
+
+    @classmethod
+    def of(
+        cls, beams: BeamRows, ids: Tensor, places: Tensor, starts: Tensor, block_table: Tensor, block_size: int
+    ) -> Reach:
+        """ids and places: integers [n], of requests that begin at starts, int32 [B + 1]. block_table: int32 [B, most].
+        Nothing waits for the device."""
+        starts = starts.long()
+        step = Step.of(beams, ids, places)
+        last = starts[1:] - 1
+        ends = places.long()[last] + 1  # of each sequence, with this step
+        prompts = ends - 1 - step.rows[last]  # for a prompt whose end isn't reached: as far as it is read
+        lengths = starts.diff()
+        targets = torch.minimum(step.rows[last] + 1, lengths)
+        paged = torch.minimum(ends - lengths, prompts)
+        terms = len(beams.sizes) - 2  # rows are of levels 0 to levels - 2
+        n = len(ids)
+        if terms <= 0:
+            return cls(starts, targets, paged, places.new_full((n, 0), -1, dtype=torch.int64))
+        request = torch.searchsorted(starts, torch.arange(n, device=ids.device), right=True) - 1
+        back = torch.arange(1, terms + 1, device=ids.device)
+        there = back <= step.levels[:, None]
+        place = torch.where(there, places.long()[:, None] - back, 0)
+        block = block_table[request[:, None].clamp(max=len(starts) - 2), place // block_size].long()
+        slots = torch.where(there, block * block_size + place % block_size, -1)
+        return cls(starts, targets, paged, slots)
