@@ -276,7 +276,9 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
     rounds = [requests[i : i + 3] for requests in traffic(9, 8, longest=300) for i in (0, 3, 6)]
     reference = Reference(model, CATALOGUE, 5, "cuda")
     page_gb = model.layers * 16 * model.heads * 64 * (4 if precision == "fp32" else 2) / 1e9
-    cache = PagedCacheConfig("lru", "predictive", 16, 60 * page_gb, host_gb=100 * page_gb, prefetch_s=9.0)
+    cache = PagedCacheConfig(
+        "lru", "predictive", page=16, memory_gb=60 * page_gb, host_gb=100 * page_gb, prefetch_s=9.0
+    )
     options = {"device": "cuda", "precision": precision, "cuda_graphs": graphs, "kernel": kernel}
     engine = started(cache, rounds, model, **options)
     total: Counter[str] = Counter()

@@ -47,10 +47,12 @@ class Prompts:
 
 @dataclass
 class HostPrompts:
-    """Packed prompts on the host: every array of Prompts in one int64 buffer, one copy to the device."""
+    """Packed prompts on the host: every array of Prompts in one int64 buffer, one copy to the device. Of the copy every
+    array is a view, so that a CUDA graph reads what is copied there later."""
 
     buffer: Tensor
     sizes: dict[str, int]  # of each array, by its name in Prompts, in the buffer's order
+    width: int  # of the page table, whose int32 numbers lie two in a place
     longest: int
     tokens: int  # real ones
 
@@ -62,7 +64,8 @@ class HostPrompts:
         """Copy to the device without waiting; into `out` (int64 [total]) where it is given."""
         buffer = self.buffer.to(device, non_blocking=True) if out is None else out.copy_(self.buffer, non_blocking=True)
         parts = dict(zip(self.sizes, buffer.split(list(self.sizes.values())), strict=True))
-        table = parts.pop("page_table").view(len(parts["lengths"]), -1).to(torch.int32)
+        B = len(parts["lengths"])
+        table = parts.pop("page_table").view(torch.int32)[: B * self.width].view(B, self.width)
         return Prompts(**parts, page_table=table, longest=self.longest)
 
 
@@ -84,14 +87,14 @@ def pack_prompts(
         B, L, longest = bucket.batch, bucket.batch * bucket.length, bucket.length
     width = pool.pages_for(longest) if pool is not None else 0
     sizes = {"tokens": L, "positions": L, "slots": L, "offsets": B + 1, "lengths": B, "last_rows": B}
-    sizes["page_table"] = B * width
+    sizes["page_table"] = -(-B * width // 2)
     buffer = staging.zeros(sum(sizes.values()), pin)
     values, ends = buffer.numpy(), accumulate(sizes.values())
     arrays = {name: values[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
     arrays["slots"][:] = -1
     arrays["lengths"][: len(lengths)] = lengths
     np.cumsum(arrays["lengths"], out=arrays["offsets"][1:])
-    table = arrays["page_table"].reshape(B, width)
+    table = arrays["page_table"].view(np.int32)[: B * width].reshape(B, width)
     for b, prompt in enumerate(prompts):
         begin, end = arrays["offsets"][b : b + 2]
         arrays["tokens"][begin:end] = prompt
@@ -100,7 +103,7 @@ def pack_prompts(
         if pool is not None:
             arrays["slots"][begin:end] = pool.slots(pages[b], 0, len(prompt))
             table[b, : len(pages[b])] = pages[b]
-    return HostPrompts(buffer, sizes, longest, sum(lengths))
+    return HostPrompts(buffer, sizes, width, longest, sum(lengths))
 
 
 class HSTUGenerator(nn.Module):

@@ -169,8 +169,10 @@ def _columns_seen(
     if begin < contextual_seq_len:  # a contextual token sees the whole history
         return 0, max_kv_len
     low = begin - max_attn_len if max_attn_len and no_targets else 0  # a candidate's window starts further back
+    # torch.compile of torch 2.11 can't trace sym_min, torch.export can't compare symbolic lengths.
+    high = torch.sym_min(end, max_kv_len) if isinstance(end, torch.SymInt) else min(end, max_kv_len)
     # Where the window reaches a contextual token, it reaches all of them.
-    return (low if low >= max(contextual_seq_len, 1) else 0), torch.sym_min(end, max_kv_len)
+    return (low if low >= max(contextual_seq_len, 1) else 0), high
 
 
 def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0) -> str | None:
