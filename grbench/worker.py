@@ -80,7 +80,8 @@ def run(spec: RunSpec, folder: Path, outcome: Outcome, report: Report) -> None:
         from grbench.retrieval import build_retrieval
 
         report({"stage": "making semantic ids"})
-        retrieval = build_retrieval(spec.retrieval, spec.workload, trace, spec.seed)
+        tell = lambda text: report({"stage": text})  # noqa: E731
+        retrieval = build_retrieval(spec.retrieval, spec.workload, trace, spec.seed, tell)
         report({"stage": "building the engine"})
     begun = time.perf_counter()
     engine = registry.build(

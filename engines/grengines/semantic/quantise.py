@@ -12,11 +12,14 @@ RQ-VAE); the room is ours. TIGER appends a code to tuples that collide instead: 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.cluster import MiniBatchKMeans  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -27,7 +30,7 @@ SAMPLE = 200_000  # rows that k-means sees
 BATCH = 4096  # rows of one of its steps
 STEPS, EPOCHS = 100, 10  # it takes at least so many steps, and passes over the sample
 NEAR = 16  # codes that an item without room tries before distances are taken again
-DISTANCES = 1 << 23  # numbers in one block of distances
+DISTANCES = 1 << 20  # numbers in one block of distances: about what a core's cache holds
 CROWDED = 1 << 24  # numbers in a table of room, unless a single node's children have more items
 
 
@@ -61,16 +64,19 @@ def residual_kmeans(
     books: list[Float32Array] = []
     prefix = np.zeros(items, np.int64)
     room = int(np.prod(sizes, dtype=object))
-    for level, size in enumerate(sizes):
-        room //= size
-        book = _centres(residual[sample], size, int(rng.integers(1 << 31)))
-        done = level * items
-        tick = None if progress is None else lambda n, done=done: progress(done + n, items * len(sizes))
-        codes[:, level] = code = _assign(residual, book, prefix, room, tick)
-        for part in _blocks(items, residual.shape[1]):
-            residual[part] -= book[code[part]]
-        prefix = prefix * size + code
-        books.append(book * scale if scale > 0 else book)
+    # BLAS and OpenMP get one thread: theirs wait for each other after every block, and for long where other work has a
+    # core. Blocks go to threads of our own instead.
+    with threadpool_limits(1):
+        for level, size in enumerate(sizes):
+            room //= size
+            book = _centres(residual[sample], size, int(rng.integers(1 << 31)))
+            done = level * items
+            tick = None if progress is None else lambda n, done=done: progress(done + n, items * len(sizes))
+            codes[:, level] = code = _assign(residual, book, prefix, room, tick)
+            for part in _blocks(items, residual.shape[1]):
+                residual[part] -= book[code[part]]
+            prefix = prefix * size + code
+            books.append(book * scale if scale > 0 else book)
     books[0] = books[0] + mean
     return codes, books
 
@@ -99,12 +105,16 @@ def _assign(
     """int32 [items]: the nearest row of `book` for each item, with at most `room` items for one prefix and code."""
     items, size = len(residual), len(book)
     code, gap = np.empty(items, np.int32), np.empty(items, np.float32)
-    for part in _blocks(items, size):
-        distances = _distances(residual[part], book)
-        code[part] = distances.argmin(axis=1)
-        gap[part] = np.take_along_axis(distances, code[part, None].astype(np.int64), axis=1)[:, 0]
+
+    def nearest(part: slice) -> None:
+        distances, squares = _distances(residual[part], book)
+        best = distances.argmin(axis=1)
+        code[part] = best
+        gap[part] = np.take_along_axis(distances, best[:, None], axis=1)[:, 0] + squares
+
+    for done in _in_threads(nearest, items, size):
         if tick is not None:
-            tick(part.stop)
+            tick(done)
     if room >= items:
         return code
 
@@ -173,23 +183,36 @@ def _nearest_open(
     size = len(book)
     count = min(NEAR, size)
     near, gap = np.empty((len(items), count), np.int32), np.empty((len(items), count), np.float32)
-    for part in _blocks(len(items), size):
-        distances = _distances(residual[items[part]], book)
+
+    def search(part: slice) -> None:
+        distances, squares = _distances(residual[items[part]], book)
         distances[free[parent[part]] <= 0] = np.inf
         best = np.argpartition(distances, count - 1, axis=1)[:, :count]
         values = np.take_along_axis(distances, best, axis=1)
         by_distance = np.lexsort((best, values), axis=1)  # ties in the order of codes, however they were partitioned
         near[part] = np.take_along_axis(best, by_distance, axis=1)
-        gap[part] = np.take_along_axis(values, by_distance, axis=1)
+        gap[part] = np.take_along_axis(values, by_distance, axis=1) + squares[:, None]
+
+    for _ in _in_threads(search, len(items), size):
+        pass
     return near, gap
 
 
-def _distances(rows: Float32Array, book: Float32Array) -> Float32Array:
-    """Squared, [rows, size]."""
-    distances: Float32Array = rows @ (-2 * book.T)
-    distances += np.einsum("kd,kd->k", book, book)
-    distances += np.einsum("nd,nd->n", rows, rows)[:, None]
-    return distances
+def _distances(rows: Float32Array, book: Float32Array) -> tuple[Float32Array, Float32Array]:
+    """Squared distances [rows, size] but for the rows' own squares, and those [rows]: one product, and no second pass
+    over a block of that size."""
+    weights = np.concatenate([-2 * book.T, np.einsum("kd,kd->k", book, book)[None]])
+    ones = np.ones((len(rows), 1), np.float32)
+    return np.concatenate([rows, ones], axis=1) @ weights, np.einsum("nd,nd->n", rows, rows)
+
+
+def _in_threads(work: Callable[[slice], None], rows: int, width: int) -> Iterator[int]:
+    """Call it for blocks of rows, one thread a core; yields how many rows are done."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(cores, 32)) as pool:
+        parts = list(_blocks(rows, width))
+        for part, _ in zip(parts, pool.map(work, parts), strict=True):
+            yield part.stop
 
 
 def _blocks(rows: int, width: int) -> Iterator[slice]:

@@ -1,0 +1,83 @@
+"""Semantic IDs of a catalogue, made once and kept in the cache folder: 10 million items take a minute or two."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from grengines.files import cache_folder
+from grengines.semantic import vectors
+from grengines.semantic.ids import SemanticIds, build
+from grengines.semantic.quantise import Float32Array, Int64Array, Progress
+
+_MADE = 1  # to be raised when the same input is given other ids than before
+
+
+def of_interactions(
+    users: Int64Array,
+    items: Int64Array,
+    num_items: int,
+    *,
+    levels: int,
+    codes: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> SemanticIds:
+    """IDs of items that have no features, by who touched them: `vectors.from_interactions`, then `ids.build`.
+
+    users, items: int64 [n], pair by pair. progress: as `ids.build`. Raises ValueError as they do, or where the cache
+    folder can't be written.
+    """
+    pairs = hashlib.sha256()
+    for column in (users, items):
+        pairs.update(column.tobytes())
+    key = {"pairs": pairs.hexdigest(), "items": num_items}
+    return _kept(
+        key, lambda: vectors.from_interactions(users, items, num_items, seed=seed), levels, codes, seed, progress
+    )
+
+
+def of_made_up(num_items: int, *, levels: int, codes: int, seed: int, progress: Progress | None = None) -> SemanticIds:
+    """As `of_interactions` for a made-up catalogue, whose items lie in made-up clusters: `vectors.clustered`."""
+    clusters = min(1024, num_items)
+    key = {"clusters": clusters, "items": num_items}
+    return _kept(key, lambda: vectors.clustered(num_items, clusters=clusters, seed=seed), levels, codes, seed, progress)
+
+
+def _kept(
+    source: dict[str, Any],
+    vectors_of: Callable[[], Float32Array],
+    levels: int,
+    codes: int,
+    seed: int,
+    progress: Progress | None,
+) -> SemanticIds:
+    """What is there under this key, if it is whole; else made, and kept."""
+    made = {"version": _MADE, "scikit-learn": version("scikit-learn"), "numpy": version("numpy")}
+    key = {**source, **made, "levels": levels, "codes": codes, "seed": seed}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    path = cache_folder() / "semantic_ids" / f"{digest}.safetensors"
+    try:
+        return SemanticIds.load(path, source["items"])
+    except ValueError:  # none there, or not whole
+        ids = build(vectors_of(), levels, codes, seed, progress)
+    try:
+        _save(ids, path)
+    except OSError as e:
+        reason = f"{path}: {e.strerror or e}"
+        raise ValueError(f"{reason}; set GRBENCH_CACHE to a folder that can be written and has room") from e
+    return ids
+
+
+def _save(ids: SemanticIds, path: Path) -> None:
+    """Whole or not at all, also when two processes make them at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unnamed = Path(folder) / "ids"
+        ids.save(unnamed)
+        unnamed.replace(path)
