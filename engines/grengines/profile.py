@@ -67,7 +67,7 @@ def check(requests: Sequence[Request], encoding: Encoding, most: Sizes, mend: st
     for field in fields(Sizes):
         n, allowed = getattr(needed, field.name), getattr(most, field.name)
         if n > allowed:
-            what = "requests" if field.name == "batch" else f"{field.name}"
+            what = "requests" if field.name == "batch" else field.name
             ids = ", ".join(str(r.request_id) for r in requests[:4]) + (", ..." if len(requests) > 4 else "")
             raise OutsideError(f"requests {ids}: {what}={n}, the engine is built for at most {allowed}; {mend}")
     return needed

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -173,7 +174,9 @@ def build(module: ExportedRanker, facts: Facts) -> Path:
     tuning.forget()
     program = _trace(module, facts)
     metadata = {"grbench": facts.json(), "kernel_configs": json.dumps(tuning.provenance())}
-    scratch = path.with_name(f".{os.getpid()}-{path.name}")
+    folder = path.parent / f".{os.getpid()}"
+    scratch = folder / path.name  # its name is also that of a folder in it
+    folder.mkdir(exist_ok=True)
     try:
         with _one_line_errors():
             torch._inductor.aoti_compile_and_package(
@@ -181,7 +184,7 @@ def build(module: ExportedRanker, facts: Facts) -> Path:
             )
         scratch.replace(path)
     finally:
-        scratch.unlink(missing_ok=True)
+        shutil.rmtree(folder)
     return path
 
 
