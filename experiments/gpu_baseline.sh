@@ -4,7 +4,7 @@
 set -uo pipefail
 root=${1:-outputs/gpu_baseline}
 python=${PYTHON:-python3}
-long="workload=synthetic_long engine.device=cuda engine.precision=bf16 kernel=torch runner.output_root=$root"
+long="engine=hstu workload=synthetic_long engine.device=cuda engine.precision=bf16 kernel=torch runner.output_root=$root"
 # One request a batch: eager attention pads a batch to its longest sequence, which at these lengths costs more
 # than batching gains.
 dlrm="model=dlrm_v3 $long scenario.max_batch=1 scenario.queries=1000"

@@ -5,7 +5,7 @@ set -uo pipefail
 root=${1:-outputs/gpu_kernels}
 kernel=${KERNEL:-cutlass}
 python=${PYTHON:-python3}
-long="workload=synthetic_long engine.device=cuda engine.precision=bf16 kernel=$kernel runner.output_root=$root"
+long="engine=hstu workload=synthetic_long engine.device=cuda engine.precision=bf16 kernel=$kernel runner.output_root=$root"
 dlrm="model=dlrm_v3 $long scenario.max_batch=1 scenario.queries=1000"
 wide="model=wide_heads $long workload.max_history=4096 workload.num_candidates=256 scenario.max_batch=8 scenario.queries=2000"
 failed=0

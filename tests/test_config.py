@@ -34,10 +34,10 @@ def test_every_option_of_every_group_composes(group: str, name: str) -> None:
     "overrides, key, allowed",
     [
         (["scenario.max_bach=3"], "max_bach", "max_batch"),  # a typo lists the known keys
-        (["+engine.turbo=true"], "turbo", "precision"),
+        (["engine=hstu", "+engine.turbo=true"], "turbo", "precision"),
         (["scenario.max_batch=many"], "scenario.max_batch", "int"),
         (["scenario.max_batch=0"], "scenario.max_batch", ">= 1"),
-        (["engine.precision=fp8"], "engine.precision", "bf16"),
+        (["engine=hstu", "engine.precision=fp8"], "engine.precision", "bf16"),
         (["latency_limit_ms=-1"], "latency_limit_ms", "> 0"),
         (["latency_limit_ms=.inf"], "latency_limit_ms", "> 0"),
         (["latency_limit_ms=.nan"], "latency_limit_ms", "> 0"),
@@ -148,4 +148,4 @@ def test_the_wheel_has_configs_and_types_and_composes_outside_the_checkout(tmp_p
         "print(c.CONFIG_DIR); print(c.compose_spec([])[0].title)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert done.stdout.splitlines() == [str(site / "grbench" / "conf"), "hstu-hstu_tiny-ml_100k-server"], done.stderr
+    assert done.stdout.splitlines() == [str(site / "grbench" / "conf"), "pipeline-hstu_tiny-ml_100k-server"], done.stderr

@@ -16,7 +16,7 @@ from grbench.workloads.trace import Trace
 from grengines import registry
 from grengines.api import Engine, RankResult, Request
 
-OVERRIDES = ["workload=synthetic", "workload.max_requests=40", "workload.max_history=96", "engine.device=cpu"]
+OVERRIDES = ["engine=hstu", "workload=synthetic", "workload.max_requests=40", "workload.max_history=96", "engine.device=cpu"]
 
 
 @pytest.fixture(scope="module")

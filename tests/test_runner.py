@@ -21,6 +21,7 @@ from grbench.records import RunRecord, Status
 
 # Small and quick: what matters here is how cells end, not how fast they are.
 QUICK = [
+    "engine=hstu",
     "workload=synthetic",
     "workload.max_requests=64",
     "workload.max_history=64",

@@ -160,12 +160,12 @@ def measured(details: dict[str, float]) -> dict[str, float]:
 
 def summarised(details: dict[str, float]) -> stats.Summary:
     """Of four requests, of 10 history events each, one a batch."""
-    spec, _ = compose_spec([])
+    spec, _ = compose_spec(["engine=hstu"])
     events, request_ids = np.arange(10), np.arange(4)
     requests = [Request(i, 0, events, events, events, events, 0, events[:2], 10, 0.0, 80.0) for i in range(4)]
     times = dict.fromkeys((*measure.PARTS, "latency_ms"), np.full(4, 2.0))
     samples = {"request_id": request_ids, "arrival_s": request_ids / 1e3, "batch_index": request_ids, **times}
-    return measure.summarise(Measurement(samples, 40, 40, details), spec, requests)
+    return measure.summarise(Measurement(samples, 40, 40, details, busy_s=0.008, batch_mean=1.0), spec, requests)
 
 
 def test_cache_metrics_are_shares_of_lookups_and_of_events() -> None:
