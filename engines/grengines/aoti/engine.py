@@ -16,7 +16,7 @@ from grengines.aoti.package import Facts, Inputs, Package
 from grengines.api import Catalogue, RankResult, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.device import DTYPES, resolve_device, resolve_precision
-from grengines.export.exporter import model_hash
+from grengines.export.identity import model_hash
 from grengines.export.module import ExportedRanker
 from grengines.hstu.batch import Bucket, Encoding, JaggedBatch, pack
 from grengines.hstu.config import HSTUConfig

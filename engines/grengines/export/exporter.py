@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -23,10 +22,10 @@ from torch.export import ExportedProgram
 
 from grengines.api import Catalogue, UnavailableError
 from grengines.device import DTYPES
+from grengines.export.identity import digest_of, model_hash, weights_of
 from grengines.export.module import INPUTS, OUTPUT, ExportedRanker, trace
 from grengines.export.onnx_attention import DOMAIN, OPSET, VERSION, onnx_function, onnx_node, register_schema
 from grengines.files import cache_folder, sha256
-from grengines.hstu.batch import Encoding
 from grengines.hstu.config import HSTUConfig
 from grengines.hstu.engine import build_model
 
@@ -51,16 +50,6 @@ class Export:
     @property
     def program(self) -> Path:
         return self.folder / PROGRAM_FILE
-
-
-def model_hash(model: HSTUConfig, catalogue: Catalogue, seed: int) -> str:
-    """16 hex digits over all that decides what the model computes: its options, its tables' sizes, its weights.
-
-    Raises ValueError for a weights file that can't be read.
-    """
-    options = {k: v for k, v in dataclasses.asdict(model).items() if k not in ("name", "weights")}
-    encoding = dataclasses.asdict(Encoding.of(model, catalogue))
-    return _digest({"options": options, "encoding": encoding, "weights": _weights(model, seed)})
 
 
 def write_onnx(
@@ -161,7 +150,7 @@ def export(
             "skip_hidden": skip_hidden,
             "model": dataclasses.asdict(model),
             "catalogue": dataclasses.asdict(catalogue),
-            "weights": _weights(model, seed),
+            "weights": weights_of(model, seed),
             "parameters": parameters,
             "opset": OPSET,
             "domain": {DOMAIN: VERSION},
@@ -192,7 +181,7 @@ def cached(
     Its folder's name says model, precision and versions, so that another of either never finds it. Raises as `export`.
     """
     facts = {"versions": versions(), "file": file, "skip_hidden": skip_hidden}
-    folder = cache_folder() / "exports" / f"{model_hash(model, catalogue, seed)}-{precision}-{_digest(facts)[:8]}"
+    folder = cache_folder() / "exports" / f"{model_hash(model, catalogue, seed)}-{precision}-{digest_of(facts)[:8]}"
     try:
         return load(folder)
     except ValueError:
@@ -254,16 +243,3 @@ def versions() -> dict[str, str]:
 
 def _bytes(program: ExportedProgram) -> int:
     return sum(p.nbytes for p in program.state_dict.values())
-
-
-def _weights(model: HSTUConfig, seed: int) -> str:
-    if model.weights is None:
-        return f"random, seed {seed}"
-    path = Path(model.weights)
-    if not path.is_file():
-        raise ValueError(f"model.weights: no file {path}; give a safetensors file, or null for random weights")
-    return f"sha256 {sha256(path)}"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
