@@ -55,6 +55,8 @@ class GateConfig:
 
     requests: int = option(4, ge=2, le=64)  # of the trace, the shortest and the longest among them
     max_error_ratio: float = option(2.0, gt=0)  # error allowed, as a multiple of plain torch's in the same precision
+    quality_requests: int = option(512, ge=0)  # last of the trace, ranked for AUC where there are labels: quality.py
+    allow_loss: list[str] = option([], choices=["fp16", "bf16", "int8", "fp8"])  # that may lose more than 0.1% of it
 
 
 @dataclass

@@ -106,7 +106,7 @@ def run(spec: RunSpec, folder: Path, outcome: Outcome, report: Report) -> None:
 def _gate_and_measure(
     spec: RunSpec, folder: Path, engine: Any, trace: Any, retrieval: Any, outcome: Outcome, report: Report
 ) -> None:
-    from grbench import measure
+    from grbench import measure, quality
     from grbench.gate import GateError
     from grbench.gates import gate_for
     from grbench.gpu import sample_gpu
@@ -120,6 +120,11 @@ def _gate_and_measure(
             outcome.gate["error_again"] = gate.check(engine, spec.scenario.max_batch).error
             engine.forget(keep_host=True)
             outcome.gate["error_from_host"] = gate.check(engine, spec.scenario.max_batch).error
+        if spec.task == "rank":
+            found = quality.measure(spec, trace, engine, outcome.actual["precision"], outcome.actual["device"])
+            if found is not None:
+                outcome.gate["quality"] = found.to_dict()
+                found.check(spec.gate.allow_loss)
         report({"stage": "warming up"})
         warm_up(engine, trace.requests, spec)
         engine.forget()

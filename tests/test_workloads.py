@@ -319,7 +319,7 @@ def test_a_seed_gives_one_trace_and_max_requests_its_beginning() -> None:
     assert digest(trace) == digest(build(SMALL, 3))
     assert digest(trace) != digest(build(SMALL, 4))
     first = build(SyntheticConfig(**{**vars(SMALL), "max_requests": 50}), 3)
-    assert digest(first) == digest(Trace(trace.catalogue, trace.requests[:50], trace.events))
+    assert digest(first) == digest(Trace(trace.catalogue, trace.requests[:50], trace.events, trace.own[:50]))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.9, 1.0])

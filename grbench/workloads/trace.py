@@ -21,6 +21,7 @@ class Trace:
     catalogue: Catalogue
     requests: list[Request]
     events: Events  # all of them, by user and time
+    own: Ints  # [requests, 2]: where among the events the visit's own begin and end
 
     def facts(self) -> dict[str, float]:
         """Figures that describe the trace."""
@@ -117,7 +118,7 @@ def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: in
         )
         seen_until[user] = stop
     catalogue = Catalogue(events.num_users, events.num_items, len(events.action_names))
-    return Trace(catalogue, requests, events)
+    return Trace(catalogue, requests, events, np.stack([visits.starts[order], visits.ends[order]], axis=1))
 
 
 def _owners(events: Events, visits: Visits) -> Ints:
