@@ -6,8 +6,10 @@ listening but on localhost, the engine core in this process.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +67,7 @@ __all__ = [
     "core_request",
     "eager_break_during_capture",
     "has_cached",
+    "last_log_lines",
     "metadata_of_step",
     "model_of",
     "pages",
@@ -102,10 +105,36 @@ def pages(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     return kv_cache[..., :head_size], kv_cache[..., head_size:]
 
 
+running: InprocClient | None = None  # vLLM keeps its process groups in globals: one core at a time
+
+
 def start(arguments: dict[str, Any]) -> tuple[InprocClient, VllmConfig]:
     """An engine core in this process. arguments: of EngineArgs."""
+    global running
+    _last.lines.clear()
     config = EngineArgs(**arguments).create_engine_config()
-    return InprocClient(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False), config
+    logging.getLogger("vllm").addHandler(_last)  # again: vLLM sets its handlers when it makes a configuration
+    running = InprocClient(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False)
+    return running, config
+
+
+class _LastLines(logging.Handler):
+    """Keeps the last few lines of vLLM's log from warnings up."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: deque[str] = deque(maxlen=3)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(" ".join(record.getMessage().split())[:300])
+
+
+_last = _LastLines()
+
+
+def last_log_lines() -> list[str]:
+    """What vLLM's log said last, oldest first: warnings and errors."""
+    return list(_last.lines)
 
 
 def model_of(core: InprocClient) -> Any:
@@ -151,14 +180,11 @@ def metadata_of_step(layer: str) -> Any:
 
 def close(core: InprocClient) -> None:
     """End the core and give its memory back, with what vLLM keeps in the process for the next one."""
-    core.shutdown()
+    global running
+    running = None
+    core.shutdown()  # also unfreezes what the garbage collector was told to leave alone, the model among it
+    core.engine_core = None
     cleanup_dist_env_and_memory()
-    import gc
-
-    gc.unfreeze()  # vLLM froze what lived when the engine started, the model among it
-    gc.collect()
-    from vllm import envs
-
-    envs.disable_envs_cache()
     if torch.cuda.is_available():
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -32,7 +32,6 @@ class Search:
     """One request under way: a beam search of as many vLLM requests, or rounds of them, as there are levels."""
 
     key: int
-    number: int
     prompt: np.ndarray  # int64 [tokens]
     nodes: Tensor  # int64 [beams] of the trie
     scores: Tensor  # fp32 [beams]
@@ -92,7 +91,8 @@ class VLLMEngine:
         self._trie: TensorTrie | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._searches: dict[str, Search] = {}  # by vLLM request
-        self._under_way = self._number = self._longest = self._steps = 0
+        self._under_way = self._longest = self._steps = 0
+        self._number = 0  # of the next vLLM request
         self._process = (torch.set_num_threads, torch.get_num_threads(), os.environ.get("LD_PRELOAD"))
 
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
@@ -154,8 +154,7 @@ class VLLMEngine:
             raise ValueError(f"a prompt of {len(prompt)} tokens; the engine was prepared for up to {self._longest}")
         root = torch.zeros(1, dtype=torch.int64, device=self._device)
         scores = torch.zeros(1, device=self._device)
-        search = Search(key, self._number, prompt, root, scores, np.zeros((1, 0), np.int64))
-        self._number += 1
+        search = Search(key, prompt, root, scores, np.zeros((1, 0), np.int64))
         self._under_way += 1
         self._submit(search)
 
@@ -165,6 +164,8 @@ class VLLMEngine:
 
         Raises RuntimeError with vLLM's own error; the engine is of no use then.
         """
+        from grengines.vllm import compat
+
         if not self._under_way:
             return []
         try:
@@ -173,7 +174,8 @@ class VLLMEngine:
             reason = " ".join(str(e).split()) or "no message"
             if isinstance(e, torch.OutOfMemoryError | MemoryError):
                 raise
-            raise RuntimeError(f"vLLM's engine core died: {type(e).__name__}: {reason}; worker.log has the rest") from e
+            told = "; ".join([f"{type(e).__name__}: {reason}", *compat.last_log_lines()])
+            raise RuntimeError(f"vLLM's engine core died: {told}; the log has the rest") from e
         self._steps += 1
         levelled: dict[int, list[Search]] = {}
         for output in outputs:
@@ -257,13 +259,14 @@ class VLLMEngine:
             sequences, wanted = [prompt], 1
         elif self._hstu:
             tokens = np.ascontiguousarray(paths).reshape(-1)
-            sequences, wanted = [np.concatenate([prompt, self._beams.ids(tokens, search.number)])], len(tokens)
+            sequences, wanted = [np.concatenate([prompt, self._beams.ids(tokens, self._number)])], len(tokens)
         else:
             sequences, wanted = [np.concatenate([prompt, path]) for path in paths], 1
         hidden = torch.empty(len(sequences) * wanted, self._width, dtype=DTYPES[self._precision], device=self._device)
         search.hidden, search.waiting = hidden, len(sequences)
         for i, sequence in enumerate(sequences):
-            name = f"{search.number}.{level}.{i}"
+            name = str(self._number)
+            self._number += 1
             sink = Sink(hidden[i * wanted : (i + 1) * wanted], len(sequence) - wanted)
             self._searches[name] = search
             self._model.pooler.sinks[name] = sink
@@ -274,11 +277,14 @@ class VLLMEngine:
         """Tokens of the prompt that a returning user's first level found, and that later levels didn't."""
         from grengines.vllm import compat
 
-        hit = min(compat.cached_tokens(output), len(search.prompt))
+        cached, prompt = compat.cached_tokens(output), len(search.prompt)
+        if self._hstu and cached > prompt:  # those rows were not computed, and their hidden states are missing
+            raise RuntimeError(f"{cached - prompt} rows of beams hit the prefix cache: they must all be different")
+        hit = min(cached, prompt)
         if search.level == 0:
             search.details["prefix_hit_tokens"] += hit
         else:
-            search.details["reread_tokens"] += len(search.prompt) - hit
+            search.details["reread_tokens"] += prompt - hit
 
     def _advance(self, level: int, searches: Sequence[Search]) -> list[Finished]:
         """Take the next code of searches that have all rows of this level: submit them again, or end them."""
@@ -319,6 +325,8 @@ class VLLMEngine:
         del model  # imported before the plugin registers it
         plugin.register()
         config = self._config
+        if compat.running is not None:
+            raise RuntimeError("another engine of this process runs vLLM, which can't be there twice; close it first")
         self._folder = tempfile.TemporaryDirectory(prefix="grbench-vllm-")
         self._write(Path(self._folder.name))
         limit = self._longest + self._max_rows()
@@ -361,7 +369,7 @@ class VLLMEngine:
         blocks = self._vllm.cache_config.num_gpu_blocks
         if self._hstu and blocks > self._beams.numbers:
             raise ValueError(
-                f"{blocks} pages for {self._beams.numbers} different searches: rows of beams might hit the prefix "
+                f"{blocks} pages for {self._beams.numbers} different requests: rows of beams might hit the prefix "
                 f"cache; set engine.kv_blocks={self._beams.numbers} or less"
             )
 

@@ -6,7 +6,7 @@ sequence alone follow the token, the level, the length of the prompt, the positi
 it: prefills may be cut into chunks anywhere, and vLLM's scheduler needs to know nothing.
 
 vLLM keeps rows of beams in its prefix cache like any others. They must never be hit: a row that isn't computed gives no
-hidden state. So the first row's id also holds the number of the search: V * (1 + max_rows + number) + token.
+hidden state. So the first row's id also holds the number of the request: V * (1 + max_rows + number) + token.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class BeamRows:
 
     @property
     def numbers(self) -> int:
-        """How many searches have different ids; then they repeat."""
+        """How many requests have different ids; then they repeat."""
         return _IDS // self.vocabulary - 1 - self.max_rows
 
-    def ids(self, tokens: np.ndarray, search: int) -> np.ndarray:
-        """int64 [rows]: ids of the rows of these tokens, int64 [rows], for the search of this number."""
+    def ids(self, tokens: np.ndarray, number: int) -> np.ndarray:
+        """int64 [rows]: ids of the rows of these tokens, int64 [rows], in the request of this number."""
         rows = np.arange(len(tokens))
-        rows[:1] += self.max_rows + search % self.numbers
+        rows[:1] += self.max_rows + number % self.numbers
         return self.vocabulary * (1 + rows) + tokens
 
 
