@@ -35,7 +35,7 @@ from grbench.workloads.config import (
 from grengines import registry as engines
 from grengines.aoti.config import AOTIEngineConfig
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.decoder.config import DecoderConfig
+from grengines.decoder.config import DecoderConfig, contradiction
 from grengines.hf.config import HFEngineConfig
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
 from grengines.onnxruntime.config import OnnxRuntimeConfig
@@ -196,6 +196,8 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
     if task not in able:
         raise ConfigError(f"task={task}: engine {run.engine.name} can't; allowed: auto, {', '.join(able)}")
     if problem := engines.mismatch(run.engine.name, run.model):
+        raise ConfigError(problem)
+    if isinstance(run.model, DecoderConfig) and (problem := contradiction(run.model)):
         raise ConfigError(problem)
     if task != "rank" and run.retrieval.beam_width < run.retrieval.k:
         raise ConfigError(

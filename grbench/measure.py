@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,13 @@ STAGES = ("retrieve", "rank")  # of tasks that have several
 PARTS = ("queue_ms", "batch_ms", "transfer_ms", "compute_ms")
 
 
-def summarise(measurement: Measurement, spec: RunSpec, requests: list[Request]) -> stats.Summary:
-    """Latency percentiles with intervals, throughput, goodput, where the time went, FLOP rate, padding."""
+def summarise(
+    measurement: Measurement, spec: RunSpec, requests: list[Request], sizes: Sequence[int] = ()
+) -> stats.Summary:
+    """Latency percentiles with intervals, throughput, goodput, where the time went, FLOP rate, padding.
+
+    sizes: codes of each level, of tasks that generate.
+    """
     samples = measurement.samples
     summary = stats.latency_summary(samples["latency_ms"])
     metrics = summary.metrics
@@ -53,10 +59,19 @@ def summarise(measurement: Measurement, spec: RunSpec, requests: list[Request]) 
             summary.notes.append(
                 f"the cache failed {faults:.0f} times, and those batches were answered without it; why: worker.log"
             )
-    elif spec.task == "rank":  # with a cache, part of the work is not done: a rate of what it would be says nothing
-        flops = sum(sizing.request_flops(spec.model, r) for r in answered)
+    elif flops := _flops(spec, answered, sizes, details):
         metrics["model_tflops"] = flops / measurement.busy_s / 1e12
     return summary
+
+
+def _flops(spec: RunSpec, answered: list[Request], sizes: Sequence[int], details: dict[str, float]) -> float:
+    """Of all answers; 0 where part of that work was not done, found in a cache: its rate would say nothing."""
+    if spec.task == "rank":
+        return sum(sizing.request_flops(spec.model, r) for r in answered)
+    if spec.task != "generate" or spec.retrieval is None or details.get("prefix_hit_tokens"):
+        return 0.0
+    width = spec.retrieval.beam_width
+    return sum(sizing.search_flops(spec.model, len(r.history_items), sizes, width) for r in answered)
 
 
 def _cache_metrics(details: dict[str, float], events: int) -> dict[str, float]:

@@ -155,7 +155,7 @@ def _gate_and_measure(
         outcome.gate = e.result.to_dict()
         raise
     report({"stage": "writing"})
-    summary = measure.summarise(measurement, spec, trace.requests)
+    summary = measure.summarise(measurement, spec, trace.requests, retrieval.ids.sizes if retrieval else ())
     outcome.metrics |= summary.metrics | power | measure.memory(outcome.actual["device"])
     outcome.intervals = summary.intervals
     outcome.notes = outcome.actual.get("notes", []) + measurement.notes + summary.notes

@@ -169,6 +169,7 @@ def test_bad_combinations_are_one_line(grbench: Any) -> None:
         "task=rank": "task=rank: engine hf can't; allowed: auto, generate",
         "engine.precision=fp8": "engine.precision=fp8: allowed is one of auto, fp32, fp16, bf16",
         "engine.cuda_graphs=true": "cuda_graphs",
+        "model.kv_heads=3": "model.kv_heads=3: must divide model.heads=2",
     }
     for override, expected in cases.items():
         done = grbench("engine=hf", "model=decoder_tiny", override)

@@ -24,3 +24,12 @@ class DecoderConfig:
     mlp_dim: int = option(128, ge=8, le=65536)
     rope_theta: float = option(1e6, gt=1)
     max_positions: int = option(4096, ge=8)  # tokens of a prompt; the last so many are kept, whole items
+
+
+def contradiction(config: DecoderConfig) -> str | None:
+    """None, or which options don't fit together."""
+    if config.heads % config.kv_heads:
+        return f"model.kv_heads={config.kv_heads}: must divide model.heads={config.heads}"
+    if config.head_dim % 2:
+        return f"model.head_dim={config.head_dim}: must be even, rotary positions turn pairs"
+    return None

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grengines.decoder.config import DecoderConfig
+from grengines.decoder.config import DecoderConfig, contradiction
 
 EPS = 1e-6
 EMBEDDING = "model.embed_tokens.weight"
@@ -49,10 +49,8 @@ def write(
 
 def shape(config: DecoderConfig, sizes: Sequence[int]) -> dict[str, Any]:
     """What config.json says of the model, in transformers' names. Raises ValueError where sizes don't fit together."""
-    if config.heads % config.kv_heads:
-        raise ValueError(f"model.kv_heads={config.kv_heads}: must divide model.heads={config.heads}")
-    if config.head_dim % 2:
-        raise ValueError(f"model.head_dim={config.head_dim}: must be even, rotary positions turn pairs")
+    if problem := contradiction(config):
+        raise ValueError(problem)
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
