@@ -126,7 +126,8 @@ class HSTUAttentionImpl(compat.AttentionImpl[StepMetadata]):
         )
         beam_terms(a, q, k_pages, v_pages, reach.own_slots, alpha=self.scale, scaling_seqlen=self._scaling_seqlen)
         output[:n] = a
-        output[n:].zero_()
+        if n < len(output):
+            output[n:].zero_()
         return output
 
 
