@@ -16,6 +16,7 @@ from torch import Tensor
 from grengines.api import UnavailableError
 from grengines.decoder.config import DecoderConfig
 from grengines.decoder.weights import shape, tensors
+from grengines.semantic.ids import prompt_of
 
 if TYPE_CHECKING:
     from transformers import Qwen3Model
@@ -65,20 +66,13 @@ class Decoder:
         return Decoder(layers, self.sizes, self.max_positions)
 
     @property
-    def begin(self) -> int:
-        """The token that stands for an empty prompt."""
-        return self.offsets[-1]
-
-    @property
     def token_table(self) -> Tensor:
         """[vocabulary, E]"""
         return self.layers.embed_tokens.weight
 
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         """The last max_positions tokens int64 [n], whole items; the begin token where there are none."""
-        levels = len(self.sizes)
-        kept = tokens[max(len(tokens) - self.max_positions // levels * levels, 0) :]
-        return kept if len(kept) else np.array([self.begin])
+        return prompt_of(tokens, self.sizes, self.max_positions)
 
     def logits(self, x: Tensor, level: int) -> Tensor:
         """fp32 [rows, codes of the level], of vectors [rows, E] after the final norm."""

@@ -23,6 +23,7 @@ from grengines.cache.pool import PagePool
 from grengines.hstu.batch import Bucket
 from grengines.hstu.config import HSTUConfig
 from grengines.hstu.model import EPS, HSTULayer, initialise
+from grengines.semantic.ids import prompt_of
 from grkernels.operators import Operators
 
 Codes = tuple[Tensor, Tensor]  # keys [rows, H, dqk] and values [rows, H, dv] of one step's codes in one layer
@@ -146,16 +147,9 @@ class HSTUGenerator(nn.Module):
             load_weights(model, weights)
         return model.to(device=device, dtype=dtype)
 
-    @property
-    def begin(self) -> int:
-        """The token that stands for an empty prompt."""
-        return self.offsets[-1]
-
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         """The last max_positions tokens int64 [n], whole items; the begin token where there are none."""
-        levels = len(self.sizes)
-        kept = tokens[max(len(tokens) - self.config.max_positions // levels * levels, 0) :]
-        return kept if len(kept) else np.array([self.begin])
+        return prompt_of(tokens, self.sizes, self.config.max_positions)
 
     def full(self, prompts: Prompts, pool: PagePool | None = None) -> Tensor:
         """[L, E], every token encoded from those before it. pool: where keys and values are kept as well."""

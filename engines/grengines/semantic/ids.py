@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,6 +160,14 @@ def build(
         raise ValueError(f"{levels} levels of {codes} codes are {codes**levels} tuples for {items} items; use {enough}")
     sizes = (codes,) * levels
     return SemanticIds(residual_kmeans(vectors, sizes, seed, progress)[0], sizes)
+
+
+def prompt_of(tokens: Int64Array, sizes: Sequence[int], most: int) -> Int64Array:
+    """What a model reads of a history's tokens int64 [n]: the last whole items within `most` tokens; where there are
+    none, the token after all levels', which begins."""
+    levels = len(sizes)
+    kept = tokens[max(len(tokens) - most // levels * levels, 0) :]
+    return kept if len(kept) else np.array([sum(sizes)])
 
 
 def propose_codes(items: int, levels: int = 3) -> int:

@@ -21,6 +21,7 @@ from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.decoder.config import DecoderConfig
 from grengines.device import DTYPES, resolve_device, resolve_precision
 from grengines.hstu.config import HSTUConfig
+from grengines.semantic.ids import prompt_of
 from grengines.semantic.search import best, check_width
 from grengines.semantic.trie import TensorTrie, Trie
 from grengines.vllm.config import VLLMEngineConfig
@@ -241,8 +242,7 @@ class VLLMEngine:
         """int64 [tokens]: the last whole items within max_positions tokens; the begin token where there are none."""
         ids = self._retrieval.ids
         tokens = ids.tokens(request.history_items).reshape(-1)
-        kept = tokens[max(len(tokens) - self._model_config.max_positions // ids.levels * ids.levels, 0) :]
-        return kept if len(kept) else np.array([ids.vocabulary])
+        return prompt_of(tokens, ids.sizes, self._model_config.max_positions)
 
     def _max_rows(self) -> int:
         """Most tokens after a prompt in one vLLM request."""
