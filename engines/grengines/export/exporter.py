@@ -101,6 +101,7 @@ def quantise(path: Path, large: bool) -> None:
             path,
             weight_type=QuantType.QInt8,
             per_channel=True,
+            op_types_to_quantize=["MatMul"],  # and what was a Gemm; not Gather, which the tables are read by
             nodes_to_exclude=[
                 name + ending for name in kept for ending in ("", "_MatMul")
             ],  # a Gemm becomes the second
