@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -52,16 +51,14 @@ class Decoder:
             raise UnavailableError(f"decoders need transformers ({e}); pip install -e '.[hf]'") from None
         described = Qwen3Config.from_dict(shape(config, sizes), attn_implementation="sdpa")
         named = tensors(config, sizes, seed=seed, dtype=dtype, weights=weights)
-        with torch.device("meta"):  # nothing is initialised twice
-            layers = Qwen3Model(described)
-        parameters = {name.removeprefix("model."): tensor.to(device) for name, tensor in named.items()}
-        layers.load_state_dict(parameters, assign=True)
-        layers.rotary_emb = type(layers.rotary_emb)(described).to(device)  # no parameters: fp32, whatever theirs are
-        return cls(layers.requires_grad_(False).eval(), sizes, config.max_positions)
+        layers = _assembled(Qwen3Model, described, {n.removeprefix("model."): t.to(device) for n, t in named.items()})
+        layers.rotary_emb = type(layers.rotary_emb)(described).to(device)
+        return cls(layers, sizes, config.max_positions)
 
     def to(self, dtype: torch.dtype) -> Decoder:
-        """A copy in this precision; rotary positions stay in fp32, as in `build`."""
-        layers = copy.deepcopy(self.layers).to(dtype)
+        """A copy in this precision."""
+        named = {name: tensor.to(dtype) for name, tensor in self.layers.state_dict().items()}
+        layers = _assembled(type(self.layers), self.layers.config, named)
         layers.rotary_emb = self.layers.rotary_emb
         return Decoder(layers, self.sizes, self.max_positions)
 
@@ -77,6 +74,14 @@ class Decoder:
     def logits(self, x: Tensor, level: int) -> Tensor:
         """fp32 [rows, codes of the level], of vectors [rows, E] after the final norm."""
         return level_logits(x, self.token_table, self.sizes, level)
+
+
+def _assembled(kind: Any, described: Any, named: dict[str, Tensor]) -> Qwen3Model:
+    """A Qwen3Model of these very tensors, but for its rotary positions: they are no parameters, and stay in fp32."""
+    with torch.device("meta"):  # nothing is initialised twice
+        layers = kind(described)
+    layers.load_state_dict(named, assign=True)
+    return layers.requires_grad_(False).eval()
 
 
 def level_logits(x: Tensor, token_table: Tensor, sizes: Sequence[int], level: int) -> Tensor:

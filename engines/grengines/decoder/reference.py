@@ -6,7 +6,8 @@ itself: a tree in the attention's mask. A softmax over a row that doesn't see th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -76,14 +77,10 @@ class Reference:
     ) -> Beams:
         """The k best items of each request. precision: of the weights and all products, by PyTorch. blind: with
         attention that returns zeros. width, k: in place of the configured ones."""
-        decoder = self._exact
-        if precision != "fp32" or blind:
-            decoder = decoder.to(DTYPES[precision])
-        if blind:
-            for layer in decoder.layers.layers:
-                layer.self_attn.o_proj.weight.zero_()  # attention is seen through it alone
+        decoder = self._exact if precision == "fp32" else self._exact.to(DTYPES[precision])
         width, k = width or self._retrieval.beam_width, k or self._retrieval.k
-        found = [search(decoder, self._trie, prompt_tokens(self._retrieval, r), width=width, k=k) for r in requests]
+        with zero_attention(decoder) if blind else nullcontext():
+            found = [search(decoder, self._trie, prompt_tokens(self._retrieval, r), width=width, k=k) for r in requests]
         return Beams(*(np.concatenate([getattr(f, name) for f in found]) for name in ("items", "scores", "cuts")))
 
     @torch.inference_mode()
@@ -102,6 +99,18 @@ class Reference:
                 parents = torch.arange(len(items), device=self._device)
         scores: np.ndarray = torch.stack(columns, dim=1).cumsum(1).cpu().numpy()
         return scores
+
+
+@contextmanager
+def zero_attention(decoder: Decoder) -> Iterator[None]:
+    """While it lasts, attention returns zeros: what it returns goes to `o_proj` and nowhere else."""
+    outputs = [layer.self_attn.o_proj for layer in decoder.layers.layers]
+    hooks = [o.register_forward_pre_hook(lambda _, given: (torch.zeros_like(given[0]),)) for o in outputs]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def search(decoder: Decoder, trie: TensorTrie, tokens: np.ndarray, *, width: int, k: int) -> Beams:
