@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Retrieval on one GPU: by engine under load, with wide beams, for returning users, and HSTU against a Transformer.
+# Usage: experiments/gpu_retrieval.sh [OUTPUT_ROOT]   (about 9 minutes on one H100; answer: reports/retrieval.md)
+set -uo pipefail
+root=${1:-outputs/gpu_retrieval}
+run="${PYTHON:-python3} experiments/gpu_retrieval.py"
+mkdir -p $root
+failed=0
+$run load --graphs --engines hstu vllm hf --history 1024 4096 --beams 1 32 256 --batch 16 --set gate.requests=2 \
+    2> $root/load.log | tee $root/load.md || failed=1
+$run wide --model decoder_1p7b --engines vllm --kernel torch --history 333 --beam 256 --batch 1 8 --rounds 6 \
+    --set gate.requests=2 engine.max_num_seqs=2048 2> $root/wide.log | tee $root/wide.md || failed=1
+$run returning --engines vllm --history 1024 4096 --beam 32 --rounds 8 --set gate.requests=2 \
+    2> $root/returning.log | tee $root/returning.md || failed=1
+$run load --graphs --models hstu_0p2b decoder_0p2b --engines vllm hf --history 2730 --beams 32 --batch 4 \
+    --set gate.requests=2 2> $root/transformer.log | tee $root/transformer.md || failed=1
+exit $failed
