@@ -279,7 +279,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
     cache = PagedCacheConfig(
         "lru", "predictive", page=16, memory_gb=60 * page_gb, host_gb=100 * page_gb, prefetch_s=9.0
     )
-    if graphs:  # so small a model is computed anew sooner than anything is loaded, if that were for the engine to decide
+    if graphs:  # so small a model is computed anew sooner than anything is loaded, were it for the engine to decide
         cache.onload_share = 1.0
     options = {"device": "cuda", "precision": precision, "cuda_graphs": graphs, "kernel": kernel}
     engine = started(cache, rounds, model, **options)
