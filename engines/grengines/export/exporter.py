@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
@@ -179,9 +180,10 @@ def cached(
 ) -> Export:
     """The export of this model in that form from the cache folder, made now if it isn't there or not whole.
 
-    Its folder's name says model, precision and versions, so that another of either never finds it. Raises as `export`.
+    Its folder's name says model, precision, versions and the code that is exported, so that another of either never
+    finds it. Raises as `export`.
     """
-    facts = {"versions": versions(), "file": file, "skip_hidden": skip_hidden}
+    facts = {"versions": versions(), "source": _source(), "file": file, "skip_hidden": skip_hidden}
     folder = cache_folder() / "exports" / f"{model_hash(model, catalogue, seed)}-{precision}-{digest_of(facts)[:8]}"
     try:
         return load(folder)
@@ -240,6 +242,13 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+@functools.cache
+def _source() -> str:
+    """Digest of the code that an export is made by and of."""
+    here = Path(__file__).parent
+    return digest_of([sha256(file) for file in (*sorted(here.glob("*.py")), here.parent / "hstu" / "model.py")])
 
 
 def _bytes(program: ExportedProgram) -> int:
