@@ -467,7 +467,11 @@ def test_wrong_options_are_one_line() -> None:
     with pytest.raises(ValueError, match=r"a search of 130 tokens needs engine.max_num_batched_tokens=130 or more"):
         engine.prepare(REQUESTS, 1)
     engine.close()
-    engine = make(kv_blocks=3, kv_cache_gb=0.01)
+    engine = make(kv_blocks=3, block_size=16, kv_cache_gb=0.01)
+    with pytest.raises(ValueError, match=r"^engine.kv_blocks=3: a search of 130 tokens needs 10$"):
+        engine.prepare(REQUESTS, 1)
+    engine.close()
+    engine = make(kv_cache_gb=0.00001)
     with pytest.raises(ValueError, match=r"^vLLM refuses: [^\n]*$"):
         engine.prepare(REQUESTS, 1)
     engine.close()

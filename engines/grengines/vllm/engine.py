@@ -183,7 +183,9 @@ class VLLMEngine:
             if not output.finished:
                 continue
             search = self._searches.pop(output.request_id)
-            del self._model.pooler.sinks[output.request_id]
+            missing = int((~self._model.pooler.sinks.pop(output.request_id).arrived).sum())
+            if missing:  # those rows were in the prefix cache, so that nobody computed them
+                raise RuntimeError(f"{missing} rows of beams hit the prefix cache: they must all be different")
             self._count(search, output)
             search.waiting -= 1
             if not search.waiting:
@@ -267,7 +269,8 @@ class VLLMEngine:
         for i, sequence in enumerate(sequences):
             name = str(self._number)
             self._number += 1
-            sink = Sink(hidden[i * wanted : (i + 1) * wanted], len(sequence) - wanted)
+            rows = hidden[i * wanted : (i + 1) * wanted]
+            sink = Sink(rows, len(sequence) - wanted, np.zeros(wanted, np.bool_))
             self._searches[name] = search
             self._model.pooler.sinks[name] = sink
             request = compat.core_request(name, sequence.tolist(), name, self._config.prefix_caching)
@@ -277,14 +280,11 @@ class VLLMEngine:
         """Tokens of the prompt that a returning user's first level found, and that later levels didn't."""
         from grengines.vllm import compat
 
-        cached, prompt = compat.cached_tokens(output), len(search.prompt)
-        if self._hstu and cached > prompt:  # those rows were not computed, and their hidden states are missing
-            raise RuntimeError(f"{cached - prompt} rows of beams hit the prefix cache: they must all be different")
-        hit = min(cached, prompt)
+        hit = min(compat.cached_tokens(output), len(search.prompt))
         if search.level == 0:
             search.details["prefix_hit_tokens"] += hit
         else:
-            search.details["reread_tokens"] += prompt - hit
+            search.details["reread_tokens"] += len(search.prompt) - hit
 
     def _advance(self, level: int, searches: Sequence[Search]) -> list[Finished]:
         """Take the next code of searches that have all rows of this level: submit them again, or end them."""
@@ -335,6 +335,9 @@ class VLLMEngine:
                 f"engine.chunked_prefill=false: a search of {limit} tokens needs "
                 f"engine.max_num_batched_tokens={limit} or more"
             )
+        needed = -(-limit // config.block_size) + 1  # vLLM keeps one for itself
+        if 0 < config.kv_blocks < needed:
+            raise ValueError(f"engine.kv_blocks={config.kv_blocks}: a search of {limit} tokens needs {needed}")
         arguments: dict[str, Any] = {
             "model": self._folder.name,
             "runner": "pooling",
@@ -367,6 +370,8 @@ class VLLMEngine:
             raise ValueError(f"vLLM refuses: {' '.join(str(e).split())}") from e
         self._model = compat.model_of(self._core)
         blocks = self._vllm.cache_config.num_gpu_blocks
+        if blocks < needed:
+            raise ValueError(f"memory for {blocks} pages: a search of {limit} tokens needs {needed}; give vLLM more")
         if self._hstu and blocks > self._beams.numbers:
             raise ValueError(
                 f"{blocks} pages for {self._beams.numbers} different requests: rows of beams might hit the prefix "

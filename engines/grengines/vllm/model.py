@@ -6,6 +6,7 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
@@ -26,6 +27,7 @@ class Sink:
 
     rows: Tensor  # [wanted, E]
     first: int
+    arrived: np.ndarray  # bool [wanted]
 
 
 class RowPooler(compat.Pooler):
@@ -51,7 +53,9 @@ class RowPooler(compat.Pooler):
                 begin = max(end - n, sink.first)
                 if begin < end:
                     rows = hidden_states[at + begin - (end - n) : at + n]
-                    sink.rows[begin - sink.first : end - sink.first] = rows
+                    place = slice(begin - sink.first, end - sink.first)
+                    sink.rows[place] = rows
+                    sink.arrived[place] = True
             at += n
         nothing = hidden_states.new_empty(0)
         return [nothing] * len(scheduled)
