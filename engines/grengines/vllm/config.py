@@ -24,4 +24,4 @@ class VLLMEngineConfig:
     prefix_caching: bool = True  # without it every code of a search reads the prompt again
     chunked_prefill: bool = True
     cuda_graphs: bool = False  # cuda only: what lies between attention and attention is captured and replayed
-    graph_tokens: list[int] = option([], ge=1)  # sizes of steps to capture, in tokens; empty: vLLM's choice
+    graph_tokens: list[int] = option([], ge=1)  # sizes of steps to capture, in tokens; empty: 16 to 2048

@@ -27,6 +27,9 @@ from grengines.semantic.trie import TensorTrie, Trie
 from grengines.vllm.config import VLLMEngineConfig
 from grkernels import registry as kernel_registry
 
+# Steps of this many tokens are captured unless told otherwise: beams of one or a few searches.
+GRAPH_TOKENS = [16, 32, 64, 128, 192, 256, 320, 384, 512, 576, 768, 1024, 1280, 1536, 2048]
+
 
 @dataclass
 class Search:
@@ -360,7 +363,9 @@ class VLLMEngine:
         if self._device.type == "cpu":
             arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 2**30)
         if config.cuda_graphs:
-            graphs: dict[str, Any] = {"cudagraph_mode": "PIECEWISE"} if self._hstu else {}
+            graphs: dict[str, Any] = {}
+            if self._hstu:
+                graphs = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": GRAPH_TOKENS}
             if config.graph_tokens:
                 graphs["cudagraph_capture_sizes"] = sorted(config.graph_tokens)
             arguments["compilation_config"] = graphs
