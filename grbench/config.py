@@ -41,6 +41,7 @@ from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
 from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.options import option, violations
 from grengines.pipeline.config import STAGES, PipelineConfig
+from grengines.tensorrt.config import TensorRTConfig
 from grengines.vllm.config import VLLMEngineConfig
 from grkernels.config import KernelConfig
 
@@ -86,6 +87,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "engine": {
         "hstu": HSTUEngineConfig,
         "aoti": AOTIEngineConfig,
+        "tensorrt": TensorRTConfig,
         "onnxruntime": OnnxRuntimeConfig,
         "pipeline": PipelineConfig,
         "hf": HFEngineConfig,

@@ -45,7 +45,13 @@ OPTIONAL = (
     (vllm.distribution(), "vllm", "engine vllm", vllm.command()),
     ("onnxruntime", "onnxruntime", "engine onnxruntime", "pip install -e '.[onnx]'"),
     ("onnxscript", "onnxscript", "python -m grengines.export", "pip install -e '.[onnx]'"),
-    ("tensorrt-cu13", "tensorrt", "extra tensorrt", "pip install -e '.[tensorrt]'"),
+    ("tensorrt-cu13", "tensorrt", "engine tensorrt", "pip install -e '.[tensorrt]'"),
+    (
+        "tensorrt-rtx-cu13-bindings",
+        "tensorrt_rtx_bindings",
+        "engine tensorrt",
+        "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
+    ),
     ("nvidia-cutlass-dsl", "cutlass", "extra cutlass", "pip install -e '.[cutlass]'"),
 )
 

@@ -10,6 +10,7 @@ from typing import Any
 from grengines.api import Catalogue, Engine, Retrieval, UnavailableError
 from grengines.cache.config import CacheConfig
 from grengines.fallback import Chain, options_like
+from grengines.tensorrt import library as tensorrt
 from grengines.vllm import install as vllm
 from grkernels import support
 
@@ -19,6 +20,7 @@ _TABLE: dict[str, dict[str, str]] = {
     "hf": {"generate": "grengines.hf.engine:HFEngine"},
     "vllm": {"generate": "grengines.vllm.engine:VLLMEngine"},
     "aoti": {"rank": "grengines.aoti.engine:AOTIEngine"},
+    "tensorrt": {"rank": "grengines.tensorrt.engine:TensorRTEngine"},
     "onnxruntime": {"rank": "grengines.onnxruntime.engine:OnnxRuntimeEngine"},
     "pipeline": {"recommend": "grengines.pipeline.engine:build"},
 }
@@ -26,6 +28,7 @@ _TABLE: dict[str, dict[str, str]] = {
 _FALLBACKS = {
     "hstu": "grengines.hstu.config:HSTUEngineConfig",
     "aoti": "grengines.aoti.config:AOTIEngineConfig",
+    "tensorrt": "grengines.tensorrt.config:TensorRTConfig",
     "onnxruntime": "grengines.onnxruntime.config:OnnxRuntimeConfig",
 }
 _DECODERS = ("hf", "vllm")  # engines that run model=decoder_* too
@@ -56,6 +59,8 @@ def availability(name: str) -> str | None:
         return "package transformers is not installed; pip install -e '.[hf]'"
     if name == "aoti":
         return support.compiler()
+    if name == "tensorrt":
+        return tensorrt.missing() or tensorrt.no_gpu()
     if name == "onnxruntime":
         missing = [package for package in ("onnxruntime", "onnx", "onnxscript") if find_spec(package) is None]
         return f"package {missing[0]} is not installed; pip install -e '.[onnx]'" if missing else None

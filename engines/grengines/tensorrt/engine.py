@@ -1,0 +1,373 @@
+"""engine=tensorrt: executes plans. Written against the documented API of TensorRT 10.13+ and TensorRT for RTX.
+
+Not yet run: the project has had no machine with a GPU that the libraries it can install execute on. Building plans is
+tested (plan.py); what is here is gated by availability, and every cell by the fp32 reference as always.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grengines import staging
+from grengines.api import Catalogue, RankResult, Request, UnavailableError
+from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.export import exporter
+from grengines.export.module import INPUTS, OUTPUT
+from grengines.files import cache_folder
+from grengines.hstu.batch import Bucket, Encoding, HostBatch, pack
+from grengines.hstu.config import HSTUConfig
+from grengines.hstu.graphs import choose_bucket, plan_buckets, token_count
+from grengines.hstu.results import Marks, collect
+from grengines.profile import Sizes, check, profiles
+from grengines.tensorrt import plan as plans
+from grengines.tensorrt import sample as samples
+from grengines.tensorrt.config import TensorRTConfig
+from grengines.tensorrt.library import find, logger
+
+ALIGNMENT = 256  # bytes, of every tensor that TensorRT is given
+
+
+class Graph(NamedTuple):
+    """One bucket's captured graph, and what it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    context: Any  # kept: a graph is good as long as the context that it was captured from stays as it was
+    buffer: Tensor
+    logits: Tensor
+
+
+class Execution:
+    """A plan on the device: an execution context for each profile, a stream of its own, buffers bound in place."""
+
+    def __init__(self, plan: plans.Plan, library: Any, tasks: int, device: torch.device, graphs: bool) -> None:
+        """Raises UnavailableError, with the library's words, where the plan can't be loaded here."""
+        trt, log = library.module, logger(library)
+        log.take()
+        self.facts, self._library, self._device = plan.facts, library, device
+        self.stream = torch.cuda.Stream(device)
+        self._runtime = trt.Runtime(log)
+        self.engine = self._runtime.deserialize_cuda_engine(plan.read())
+        if self.engine is None:
+            raise UnavailableError(f"{library.name} {library.version} can't load {plan.folder}: {log.take()}")
+        self._config = self._runtime_config(plan, graphs) if library.rtx else None
+        self._contexts = [self._context(i) for i in range(len(self.facts.profiles))]
+        most = self.facts.profiles[-1]
+        longest = max(-(-most.longest // self.facts.tile_rows) * self.facts.tile_rows, most.history)
+        self._ruler = torch.arange(longest, device=device)
+        self.capacity = sum(_padded(n) for n in _counts(most).values())
+        self._buffer = torch.zeros(self.capacity, dtype=torch.int64, device=device)
+        self._logits = torch.empty(most.candidates, tasks, device=device)
+
+    def run(self, host: Staged, needed: Sizes) -> Tensor:
+        """Copy a batch up and enqueue it on the current stream: logits [M, tasks], good until the next run."""
+        self._buffer[: host.words].copy_(host.buffer[: host.words], non_blocking=True)
+        profile = next(i for i, sizes in enumerate(self.facts.profiles) if needed.fits(sizes))
+        self._enqueue(self._contexts[profile], host, self._buffer, self._logits)
+        return self._logits[: host.candidates]
+
+    def capture(self, host: Staged, needed: Sizes, tasks: int) -> Graph:
+        """A graph of a batch of exactly these sizes. TensorRT wants a context for each graph, and one run before."""
+        profile = next(i for i, sizes in enumerate(self.facts.profiles) if needed.fits(sizes))
+        context = self._context(profile)
+        buffer = torch.zeros(host.words, dtype=torch.int64, device=self._device)
+        buffer.copy_(host.buffer[: host.words])
+        logits = torch.empty(host.candidates, tasks, device=self._device)
+        self._enqueue(context, host, buffer, logits)
+        self.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self._check(context.execute_async_v3(self.stream.cuda_stream), "capture the plan in a CUDA graph")
+        return Graph(graph, context, buffer, logits)
+
+    def refit(self, onnx: str) -> None:
+        """Put the weights of an exported model into the plan that is loaded."""
+        trt, log = self._library.module, logger(self._library)
+        refitter = trt.Refitter(self.engine, log)
+        parser = trt.OnnxParserRefitter(refitter, log)
+        self._check(parser.refit_from_file(onnx) and refitter.refit_cuda_engine(), f"take the weights of {onnx}")
+
+    def save_runtime_cache(self) -> None:
+        """Keep what TensorRT for RTX compiled on this GPU for the next start."""
+        if self._config is not None:
+            compiled = self._config.get_runtime_cache().serialize()
+            self._cache_file.parent.mkdir(parents=True, exist_ok=True)
+            self._cache_file.write_bytes(bytes(compiled))
+
+    def _enqueue(self, context: Any, host: Staged, buffer: Tensor, logits: Tensor) -> None:
+        begin = buffer.data_ptr()
+        for name, (offset, shape) in host.places.items():
+            self._check(context.set_input_shape(name, shape), f"take {name} {list(shape)}")
+            self._check(context.set_tensor_address(name, begin + offset), f"bind {name}")
+        for name in ("tiles", "columns"):  # both count from 0
+            self._check(context.set_input_shape(name, host.rulers[name]), f"take {name} {list(host.rulers[name])}")
+            self._check(context.set_tensor_address(name, self._ruler.data_ptr()), f"bind {name}")
+        self._check(context.set_tensor_address(OUTPUT, logits.data_ptr()), f"bind {OUTPUT}")
+        if unknown := context.infer_shapes():
+            raise RuntimeError(f"TensorRT can't infer shapes without {', '.join(unknown)}")
+        self._check(context.execute_async_v3(self.stream.cuda_stream), "run the plan")
+
+    def _context(self, profile: int) -> Any:
+        context = self.engine.create_execution_context(self._config) if self._config is not None else None
+        context = context or self.engine.create_execution_context()
+        if context is None:
+            raise torch.cuda.OutOfMemoryError(f"no execution context for profile {profile}: {self._said()}")
+        self._check(context.set_optimization_profile_async(profile, self.stream.cuda_stream), f"use profile {profile}")
+        self.stream.synchronize()
+        return context
+
+    def _runtime_config(self, plan: plans.Plan, graphs: bool) -> Any:
+        """TensorRT for RTX only: its cache of kernels compiled on this GPU, and its own CUDA graphs."""
+        trt = self._library.module
+        config = self.engine.create_runtime_config()
+        cache = config.create_runtime_cache()
+        self._cache_file = cache_folder() / "plans" / f"runtime-{self._library.version}-sm{plan.facts.target}"
+        if self._cache_file.is_file():
+            cache.deserialize(self._cache_file.read_bytes())  # False: of another driver or GPU, so it stays empty
+        self._check(config.set_runtime_cache(cache), "use its runtime cache")
+        if graphs:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return config
+
+    def _check(self, done: bool, what: str) -> None:
+        if not done:
+            raise RuntimeError(f"{self._library.name} can't {what}: {self._said()}")
+
+    def _said(self) -> str:
+        said: str = logger(self._library).take()
+        return said
+
+
+class Staged:
+    """A packed batch as TensorRT wants it: each tensor at an aligned place of one page-locked buffer."""
+
+    def __init__(self, capacity: int, pin: bool) -> None:
+        self.buffer = staging.zeros(capacity, pin)
+        self.places: dict[str, tuple[int, tuple[int, ...]]] = {}  # byte offset and shape, by name
+        self.rulers: dict[str, tuple[int, ...]] = {}
+        self.words = 0  # of the buffer in use
+        self.candidates = 0
+
+    def fill(self, host: HostBatch, history: int, tile_rows: int) -> None:
+        """Lay the batch out. history: contextual tokens and events of the longest, as in `Sizes`."""
+        arrays = dict(zip(host.sizes, host.buffer.split(list(host.sizes.values())), strict=True))
+        arrays["offsets"] = arrays["q_offsets"]
+        values, at = self.buffer.numpy(), 0
+        self.places.clear()
+        for name, (dtype, _) in INPUTS.items():
+            if name in ("tiles", "columns"):
+                continue
+            array = arrays[name].numpy()
+            n = len(array)
+            if dtype == torch.float32:
+                values[at : at + -(-n // 2)].view(np.float32)[:n] = array.view(np.float64)
+            else:
+                values[at : at + n] = array
+            self.places[name] = at * 8, (n,)
+            at += _padded(n)
+        tiles = max(-(-host.max_q_len // tile_rows), 1)
+        self.rulers = {"tiles": (tiles, max(-(-host.max_q_len // tiles), 1)), "columns": (history,)}
+        self.words, self.candidates = at, host.sizes["candidate_rows"]
+
+
+class TensorRTEngine:
+    """Satisfies grengines.api.Ranker.
+
+    Raises UnavailableError where the library or a GPU that it executes on is missing, and ValueError for options that
+    contradict each other.
+    """
+
+    def __init__(
+        self,
+        config: TensorRTConfig,
+        model: HSTUConfig,
+        kernels: dict[str, str],
+        catalogue: Catalogue,
+        seed: int,
+        cache: CacheConfig | PagedCacheConfig,
+    ) -> None:
+        if cache.name != "none" or cache.item_memory_gb:
+            raise ValueError("engine=tensorrt computes whole histories with the whole model; set cache=none")
+        if other := {name for name in kernels.values() if name != "torch"}:
+            raise ValueError(
+                f"engine=tensorrt runs its own kernels, not {', '.join(sorted(other))}; set kernel=torch "
+                "(engine.plugin has attention in Triton)"
+            )
+        self._precision = config.precision if config.precision != "auto" else "bf16"
+        if config.refit and plans.BASE[self._precision] != self._precision:
+            raise ValueError(
+                f"engine.refit=true and engine.precision={self._precision}: scales belong to one set of weights; "
+                "set engine.refit=false"
+            )
+        self._config, self._model, self._catalogue, self._seed = config, model, catalogue, seed
+        self._library = find(config.library)
+        if not torch.cuda.is_available():
+            raise UnavailableError(
+                "engine=tensorrt executes on an NVIDIA GPU, and PyTorch finds none; plans can be built here: "
+                "python -m grengines.tensorrt.build"
+            )
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._target = "{}.{}".format(*torch.cuda.get_device_capability(self._device))
+        if reason := self._library.refusal(self._target):
+            raise UnavailableError(f"{reason}; use engine=aoti here")
+        self._encoding = Encoding.of(model, catalogue)
+        self._lock = threading.Lock()
+        self._plan: plans.Plan | None = None
+        self._execution: Execution | None = None
+        self._staged: Staged | None = None
+        self._graphs: dict[Bucket, Graph] = {}
+        self._seconds = {"build_s": 0.0, "load_s": 0.0}
+        self._max_batch = 0
+
+    @torch.inference_mode()
+    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
+        """Load the plan, after building it where there is none yet, capture the graphs, run the largest batch once.
+
+        Raises ValueError for an empty sample, bad weights or a plan that does not belong here, UnavailableError.
+        """
+        facts, feeds = self._facts(sample, max_batch)
+        begun = time.perf_counter()
+        self._plan = self._find(facts, feeds)
+        loading = time.perf_counter()
+        tasks, graphs = len(self._model.tasks), self._config.cuda_graphs
+        self._execution = Execution(self._plan, self._library, tasks, self._device, graphs)
+        if self._plan.facts.model_hash != facts.model_hash:
+            base = exporter.cached(self._model, self._catalogue, self._seed, plans.BASE[self._precision])
+            self._execution.refit(str(base.onnx))
+        self._staged = Staged(self._execution.capacity, pin=True)
+        self._max_batch = max_batch
+        if graphs and not self._library.rtx:  # which captures by itself
+            for bucket in reversed(plan_buckets(sample, self._encoding, max_batch, [])):
+                self._capture(bucket, tasks)
+        self._seconds = {"build_s": loading - begun, "load_s": time.perf_counter() - loading}
+        self.rank(sorted(sample, key=lambda r: token_count(r, self._encoding))[-max_batch:])
+        self._execution.save_runtime_cache()
+
+    @torch.inference_mode()
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        """As grengines.api.Ranker; calls from several threads take turns. Raises OutsideError for a batch that no
+        profile of the plan holds, RuntimeError unprepared."""
+        execution, staged = self._execution, self._staged
+        if execution is None or staged is None:
+            raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
+        with self._lock, torch.cuda.stream(execution.stream):
+            begun = time.perf_counter()
+            needed = check(requests, self._encoding, execution.facts.profiles[-1], _mend(self._config))
+            counts = [token_count(r, self._encoding) for r in requests]
+            bucket = choose_bucket(list(self._graphs), counts, [len(r.candidates) for r in requests])
+            host = pack(requests, self._encoding, bucket=bucket)
+            staged.fill(host, bucket.length if bucket else needed.history, execution.facts.tile_rows)
+            batch_ms = (time.perf_counter() - begun) * 1e3
+            marks = Marks(self._device)
+            if bucket is not None:
+                graph = self._graphs[bucket]
+                graph.buffer.copy_(staged.buffer[: staged.words], non_blocking=True)
+                marks.add()
+                graph.graph.replay()
+                logits = graph.logits
+            else:
+                marks.add()  # the copy up is part of what `run` enqueues
+                logits = execution.run(staged, needed)
+            result = collect(logits, [host], marks, batch_ms)
+        if self._config.cuda_graphs and not self._library.rtx:
+            result.details["eager_batches"] = float(bucket is None)
+        return result
+
+    def actual(self) -> dict[str, Any]:
+        """What really runs; JSON values."""
+        plan = self._plan
+        return {
+            "engine": "tensorrt",
+            "library": f"{self._library.name} {self._library.version}",
+            "device": "cuda",
+            "device_name": torch.cuda.get_device_name(self._device),
+            "compute_capability": self._target,
+            "precision": self._precision,
+            "kernels": {},
+            "plan": str(plan.folder) if plan else None,
+            "plan_bytes": plan.manifest["bytes"] if plan else 0,
+            "facts": asdict(plan.facts) if plan else {},
+            "graph_buckets": [list(b) for b in self._graphs],
+            "cuda_graphs": "by TensorRT for RTX"
+            if self._config.cuda_graphs and self._library.rtx
+            else len(self._graphs),
+            **self._seconds,
+            "cache": {"name": "none"},
+            "timer": "CUDA events, one wait a batch",
+            "weights": self._model.weights or f"random, seed {self._seed}",
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        }
+
+    def forget(self, keep_host: bool = False) -> None:
+        """Nothing is cached."""
+
+    def close(self) -> None:
+        """Release the plan, its contexts and memory. Safe to call twice."""
+        if self._execution is not None:
+            self._execution.stream.synchronize()
+        self._graphs, self._execution, self._staged, self._plan = {}, None, None, None
+        torch.cuda.empty_cache()
+
+    def _facts(self, sample: Sequence[Request], max_batch: int) -> tuple[plans.Facts, list[dict[str, Any]]]:
+        """What the plan must be, and the calibration set that it is built with."""
+        sizes = profiles(sample, self._encoding, max_batch, self._config.profiles)
+        options = {
+            "precision": self._precision,
+            "target": self._target,
+            "profiles": sizes,
+            "refit": self._config.refit,
+            "plugin": self._config.plugin,
+        }
+        facts = plans.Facts.of(self._library, self._model, self._catalogue, self._seed, **options)  # type: ignore[arg-type]
+        if plans.BASE[self._precision] == self._precision:
+            return facts, []
+        feeds = samples.feeds(sample, self._encoding, self._config.calibration, facts.tile_rows)
+        digest = samples.digest(feeds)
+        return plans.replace(facts, calibration=digest), feeds
+
+    def _find(self, facts: plans.Facts, feeds: list[dict[str, Any]]) -> plans.Plan:
+        structure = plans.structure_of(self._model, self._catalogue)
+        folder = plans.Path(self._config.plan) if self._config.plan else facts.folder(structure)
+        if self._config.plan is None and not folder.exists():
+            return plans.build(self._library, facts, self._model, self._catalogue, self._seed, folder, feeds)
+        mend = (
+            "set engine.plan=null, and one is built" if self._config.plan else f"delete it, it is built again: {folder}"
+        )
+        return plans.load(folder, facts, mend)
+
+    def _capture(self, bucket: Bucket, tasks: int) -> None:
+        """Capture the bucket's graph, unless the plan was not built for so large a batch."""
+        assert self._execution is not None and self._staged is not None
+        length = bucket.length
+        needed = Sizes(bucket.batch, bucket.batch * length, length, length, bucket.batch * bucket.candidates)
+        if not needed.fits(self._execution.facts.profiles[-1]):
+            return
+        self._staged.fill(pack([], self._encoding, bucket=bucket), length, self._execution.facts.tile_rows)
+        with torch.cuda.stream(self._execution.stream):
+            self._graphs[bucket] = self._execution.capture(self._staged, needed, tasks)
+
+
+def _mend(config: TensorRTConfig) -> str:
+    if config.plan is not None:
+        return "build a larger one (python -m grengines.tensorrt.build), or set engine.fallback=[hstu]"
+    return "prepare it with requests as large, or set engine.fallback=[hstu]"
+
+
+def _counts(sizes: Sizes) -> dict[str, int]:
+    """Words of each input of the largest batch."""
+    most = {"L": sizes.tokens, "B": sizes.batch, "B + 1": sizes.batch + 1, "M": sizes.candidates}
+    return {name: most[dims[0]] for name, (_, dims) in INPUTS.items() if dims[0] in most}
+
+
+def _padded(words: int) -> int:
+    """Words that keep what comes next aligned."""
+    step = ALIGNMENT // 8
+    return -(-words // step) * step

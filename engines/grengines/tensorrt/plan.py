@@ -1,0 +1,299 @@
+"""Plans: built from an export for one kind of GPU, kept in a cache, known again by the manifest beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from grengines.api import Catalogue, UnavailableError
+from grengines.export import exporter
+from grengines.export.identity import digest_of, model_hash
+from grengines.export.module import INPUTS
+from grengines.files import cache_folder, sha256
+from grengines.hstu.config import HSTUConfig
+from grengines.profile import Sizes
+from grengines.tensorrt.library import Library, logger
+
+FORMAT = "grbench-tensorrt-1"
+PLAN_FILE, MANIFEST_FILE = "model.plan", "manifest.json"
+BASE = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}  # the export that is built from
+TILE_BYTES = 256 * 2**20  # of one tile's scores and what is made of them; large enough that a tile fills a GPU
+BYTES_A_SCORE = 14  # fp32 scores, gates and weights, and their copy in the operands' type
+Progress = Callable[[str, float], None]  # what is done, and how much of it: 0 to 1
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan is."""
+
+    model_hash: str
+    precision: str
+    library: str
+    version: str
+    target: str  # compute capability, for instance 8.9
+    profiles: list[Sizes]  # the largest batch of each
+    tile_rows: int  # most query rows that attention's body takes at a time
+    calibration: str  # digest of the requests that 8-bit scales come from; empty for other precisions
+    refit: bool
+    plugin: bool
+    format: str = FORMAT
+
+    @classmethod
+    def of(
+        cls,
+        library: Library,
+        model: HSTUConfig,
+        catalogue: Catalogue,
+        seed: int,
+        *,
+        precision: str,
+        target: str,
+        profiles: list[Sizes],
+        calibration: str = "",
+        refit: bool = False,
+        plugin: bool = False,
+    ) -> Facts:
+        most = profiles[-1]
+        rows = TILE_BYTES // (most.batch * model.heads * most.history * BYTES_A_SCORE)
+        return cls(
+            model_hash=model_hash(model, catalogue, seed),
+            precision=precision,
+            library=library.name,
+            version=library.version,
+            target=target,
+            profiles=profiles,
+            tile_rows=max(min(rows, most.longest), 1),
+            calibration=calibration if BASE[precision] != precision else "",
+            refit=refit,
+            plugin=plugin and not library.rtx,
+        )
+
+    def folder(self, structure: str) -> Path:
+        """Where the cache keeps this plan. structure: names the model without its weights, all that a plan which takes
+        other weights depends on."""
+        facts = asdict(self)
+        if self.refit:
+            facts["model_hash"] = structure
+        return (
+            cache_folder() / "plans" / f"{facts['model_hash']}-{self.precision}-sm{self.target}-{digest_of(facts)[:8]}"
+        )
+
+    def shapes(self, profile: Sizes) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Of each input the smallest, the best and the largest shape: a profile is tuned for its largest batch."""
+        rows = min(self.tile_rows, profile.longest)
+        most = {
+            "L": profile.tokens,
+            "B": profile.batch,
+            "B + 1": profile.batch + 1,
+            "M": profile.candidates,
+            "T": -(-profile.longest // rows),
+            "R": rows,
+            "N": profile.history,
+        }
+        shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
+        for name, (_, dims) in INPUTS.items():
+            largest = tuple(most[d] for d in dims)
+            smallest = tuple(2 if d == "B + 1" else 1 for d in dims)
+            shapes[name] = smallest, largest, largest
+        return shapes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan that was built or loaded. manifest: facts, tensors, sizes, how long it took."""
+
+    folder: Path
+    facts: Facts
+    manifest: dict[str, Any]
+
+    def read(self) -> bytes:
+        return (self.folder / PLAN_FILE).read_bytes()
+
+
+def build(
+    library: Library,
+    facts: Facts,
+    model: HSTUConfig,
+    catalogue: Catalogue,
+    seed: int,
+    folder: Path,
+    feeds: Sequence[Any] = (),
+    progress: Progress | None = None,
+) -> Plan:
+    """Build a plan into `folder`, replacing a plan that is there; its export comes from the cache or is made.
+
+    feeds: the calibration set of int8 and fp8, inputs of the exported model. Takes seconds (TensorRT for RTX) to
+    minutes. Raises ValueError for a missing calibration set, UnavailableError, with the library's words, for what it
+    refuses.
+    """
+    if folder.exists() and not (folder / MANIFEST_FILE).is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty and holds no plan; give another folder")
+    begun = time.perf_counter()
+    found = exporter.cached(model, catalogue, seed, BASE[facts.precision])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.parent / f".{folder.name}.{os.getpid()}"
+    scratch.mkdir()
+    try:
+        onnx = found.onnx
+        if BASE[facts.precision] != facts.precision:
+            from grengines.tensorrt.quantise import quantise
+
+            onnx = scratch / "quantised.onnx"
+            quantise(found.onnx, onnx, facts.precision, feeds)
+        if facts.plugin:
+            from grengines.tensorrt import plugin
+
+            onnx = plugin.substitute(onnx, scratch / "plugin.onnx")
+            plugin.register(model, facts.profiles[-1], facts.target)
+        exported = time.perf_counter()
+        serialized, tensors = _compile(library, facts, onnx, progress)
+        built = time.perf_counter()
+        for file in scratch.glob("*.onnx*"):
+            file.unlink()
+        (scratch / PLAN_FILE).write_bytes(serialized)
+        manifest = {
+            "facts": asdict(facts),
+            "tensors": tensors,
+            "bytes": len(serialized),
+            "sha256": sha256(scratch / PLAN_FILE),
+            "export_s": exported - begun,
+            "build_s": built - exported,
+        }
+        (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        scratch.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Plan(folder, facts, manifest)
+
+
+def load(folder: Path, wanted: Facts, mend: str) -> Plan:
+    """Open a plan. mend: the command that makes the one that is wanted.
+
+    Raises ValueError, one line, for a folder without a whole plan, or one of another model, precision, library, version
+    or GPU.
+    """
+    manifest_file = folder / MANIFEST_FILE
+    if not manifest_file.is_file():
+        raise ValueError(f"{folder}: no plan there; {mend}")
+    try:
+        manifest = json.loads(manifest_file.read_text())
+        values = manifest["facts"]
+        facts = Facts(**{**values, "profiles": [Sizes(**sizes) for sizes in values["profiles"]]})
+        if facts.format != FORMAT:
+            raise ValueError(f"format {facts.format}, expected {FORMAT}")
+        expected = manifest["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{manifest_file}: not the manifest of a plan of this version ({e}); {mend}") from None
+    plan = folder / PLAN_FILE
+    if not plan.is_file() or sha256(plan) != expected:
+        raise ValueError(f"{plan}: missing, or not as it was written (sha256 differs from {MANIFEST_FILE}); {mend}")
+    ours = ("precision", "library", "version", "target", "plugin")
+    for name in (*ours, *(() if facts.refit else ("model_hash",))):
+        got, want = getattr(facts, name), getattr(wanted, name)
+        if got != want:
+            raise ValueError(f"{folder}: built for {name} {got}, this run has {want}; {mend}")
+    return Plan(folder, facts, manifest)
+
+
+def structure_of(model: HSTUConfig, catalogue: Catalogue) -> str:
+    """Names a model without its weights."""
+    return model_hash(replace(model, weights=None), catalogue, -1)
+
+
+def _compile(library: Library, facts: Facts, onnx: Path, progress: Progress | None) -> tuple[bytes, dict[str, Any]]:
+    trt, log = library.module, logger(library)
+    log.take()
+    builder = trt.Builder(log)
+    typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(typed)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(onnx)):
+        reasons = [" ".join(parser.get_error(i).desc().split()) for i in range(parser.num_errors)]
+        raise UnavailableError(f"{facts.library} {facts.version} can't parse the {facts.precision} model: {reasons[0]}")
+    config = builder.create_builder_config()
+    if facts.refit:
+        # One by one: TensorRT for RTX can't compile the graph's scalar constants as weights that may change.
+        config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+        for name in _weight_names(onnx):
+            if not network.mark_weights_refittable(name):
+                raise UnavailableError(f"{facts.library} {facts.version} can't make {name} exchangeable: {log.take()}")
+    if library.rtx:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(_capability(trt, facts.target), 0)
+    for sizes in facts.profiles:
+        profile = builder.create_optimization_profile()
+        for name, shapes in facts.shapes(sizes).items():
+            profile.set_shape(name, *shapes)
+        if config.add_optimization_profile(profile) < 0:
+            raise UnavailableError(f"{facts.library} refuses the profile {sizes}: {log.take()}")
+    if progress is not None:
+        monitor = _monitor(trt, progress)  # kept until the build is over
+        config.progress_monitor = monitor
+    timings = _timing_cache(library, facts, config)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        what = f"{facts.precision}{' with refit' if facts.refit else ''} for compute capability {facts.target}"
+        raise UnavailableError(f"{facts.library} {facts.version} can't build {what}: {log.take()}")
+    if timings is not None:
+        timings.write_bytes(bytes(config.get_timing_cache().serialize()))
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    tensors += [network.get_output(i) for i in range(network.num_outputs)]
+    described = {t.name: {"dtype": str(t.dtype).split(".")[-1], "shape": list(t.shape)} for t in tensors}
+    return bytes(serialized), described
+
+
+def _weight_names(onnx: Path) -> list[str]:
+    """The model's weights in an ONNX file: tensors of floating point with more than one number."""
+    from onnx import TensorProto, load
+
+    kinds = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    weights = load(str(onnx), load_external_data=False).graph.initializer
+    return [w.name for w in weights if w.data_type in kinds and max(w.dims, default=1) > 1]
+
+
+def _capability(trt: Any, target: str) -> Any:
+    name = f"SM{target.replace('.', '')}"
+    known = [n for n in dir(trt.ComputeCapability) if n.startswith("SM")]
+    if name not in known:
+        allowed = ", ".join(f"{n[2:-1]}.{n[-1]}" for n in known)
+        raise UnavailableError(f"TensorRT for RTX has no target {target}; it has {allowed}")
+    return getattr(trt.ComputeCapability, name)
+
+
+def _timing_cache(library: Library, facts: Facts, config: Any) -> Path | None:
+    """Attach what earlier builds on this GPU measured; where it is to be written back. TensorRT for RTX measures
+    nothing when it builds."""
+    if library.rtx:
+        return None
+    path = cache_folder() / "plans" / f"timings-{facts.version}-sm{facts.target}"
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return path
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = steps
+            progress(phase, 0.0)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            progress(phase, (step + 1) / max(self.steps[phase], 1))
+            return True  # go on
+
+        def phase_finish(self, phase: str) -> None:
+            progress(phase, 1.0)
+
+    return Monitor()

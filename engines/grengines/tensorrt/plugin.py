@@ -1,0 +1,227 @@
+"""HSTU attention as a TensorRT plugin: the Triton kernel, compiled ahead of time into the plan (TensorRT only).
+
+It stands in for the function `grbench::hstu_attention` of an exported model. Written against the documented API of
+`tensorrt.plugin` (register, autotune, aot_impl; TensorRT 10.13) and not yet run: there was no TensorRT to run it with.
+What can be checked without one is: that the kernel compiles, and that its parameters come in the order in which
+TensorRT passes them, inputs, integers, outputs.
+"""
+
+# No `from __future__ import annotations`: tensorrt.plugin reads the annotations themselves.
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from grengines.export.onnx_attention import DOMAIN, NAME
+from grengines.hstu.config import HSTUConfig
+from grengines.profile import Sizes
+from grkernels import tuning
+from grkernels.hstu_attention.triton import _default, _kernel
+
+TYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}  # Triton's names of the element types
+POINTERS = ("q", "k", "v", "offsets", "num_targets", "tiles", "columns")
+
+
+class Compiled(NamedTuple):
+    """A kernel and how it is launched."""
+
+    name: str
+    ptx: str
+    threads: int  # a block
+    shared: int  # bytes a block
+    rows: int  # query rows a block
+
+
+@triton.jit
+def hstu_attention_plugin(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    offsets: tl.tensor,
+    num_targets: tl.tensor,
+    tiles: tl.tensor,
+    columns: tl.tensor,
+    total_rows: tl.tensor,
+    out: tl.tensor,
+    HEADS: tl.constexpr,
+    CONTEXT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HALF_ALPHA: tl.constexpr,
+    SCALE: tl.constexpr,
+    QK: tl.constexpr,
+    V: tl.constexpr,
+    QK_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+) -> None:
+    """The kernel with its parameters in TensorRT's order: tensors are contiguous there, all options are the model's."""
+    _kernel(
+        q, k, v, out, offsets, offsets, num_targets, k, v, offsets, offsets,
+        HEADS * QK, QK, HEADS * QK, QK, HEADS * V, V, 0, 0, 0, 0, 0, 0, 0,
+        total_rows, HEADS, CONTEXT, WINDOW, HALF_ALPHA, SCALE,
+        True, CONTEXT > 0, WINDOW > 0, 0, QK, V, QK_BLOCK, V_BLOCK, M, N,
+    )  # fmt: skip
+
+
+def compile_kernel(model: HSTUConfig, dtype: str, target: str, most: Sizes) -> Compiled:
+    """The plugin's kernel for a compute capability ("9.0"); dtype fp32, fp16 or bf16. Needs no GPU."""
+    mask = [
+        *(["contextual"] if model.contextual_seq_len else []),
+        *(["window"] if model.max_attn_len else []),
+        "targets",
+    ]
+    key = tuning.key(  # as grkernels.hstu_attention.keys has it for these sizes
+        bits=32 if dtype == "fp32" else 16,
+        qk=model.qk_dim,
+        v=model.v_dim,
+        spread=tuning.bucket(most.batch * model.heads),
+        q=tuning.bucket(most.longest),
+        kv=tuning.bucket(most.longest),
+        mask="+".join(mask),
+        page=0,
+    )
+    import torch
+
+    element = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    config = tuning.choose(
+        "hstu_attention", "triton", key, _default(max(model.qk_dim, model.v_dim), most.longest, element)
+    )
+    constants = {
+        "HEADS": model.heads,
+        "CONTEXT": model.contextual_seq_len,
+        "WINDOW": model.max_attn_len,
+        "HALF_ALPHA": (model.alpha if model.alpha is not None else model.qk_dim**-0.5) / 2,
+        "SCALE": 1.0 / model.scaling_seqlen,
+        "QK": model.qk_dim,
+        "V": model.v_dim,
+        "QK_BLOCK": triton.next_power_of_2(max(model.qk_dim, 16)),
+        "V_BLOCK": triton.next_power_of_2(max(model.v_dim, 16)),
+        "M": config["m"],
+        "N": config["n"],
+    }
+    kinds = dict.fromkeys(POINTERS, "*i64") | dict.fromkeys(("q", "k", "v", "out"), f"*{TYPES[dtype]}")
+    signature = {name: kinds.get(name, "i32" if name == "total_rows" else "constexpr") for name in _parameters()}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in kinds}
+    source = ASTSource(hstu_attention_plugin, signature, constants, attributes)
+    capability = int(target.replace(".", ""))
+    options = {"num_warps": config["warps"], "num_stages": config["stages"]}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = _without_unused(made.asm["ptx"], made.metadata.name, 9)
+    return Compiled(made.metadata.name, ptx, made.metadata.num_warps * 32, made.metadata.shared, config["m"])
+
+
+def substitute(onnx: Path, out: Path) -> Path:
+    """Write the model to `out` with nodes of the plugin in the place of the function's. Returns `out`."""
+    from onnx import helper, load, save
+
+    model = load(str(onnx))
+    for node in model.graph.node:
+        if (node.domain, node.op_type) == (DOMAIN, NAME):
+            node.domain = ""  # the parser looks for a plugin of the operator's name in the namespace that is given
+            node.attribute.extend(
+                helper.make_attribute(key, value)
+                for key, value in (("plugin_namespace", DOMAIN), ("plugin_version", "1"), ("aot", 1))
+            )
+    functions = [f for f in model.functions if (f.domain, f.name) != (DOMAIN, NAME)]
+    del model.functions[:]
+    model.functions.extend(functions)
+    save(model, str(out), save_as_external_data=model.ByteSize() >= 2**30)
+    return out
+
+
+def register(model: HSTUConfig, most: Sizes, target: str) -> None:
+    """Make `grbench::hstu_attention` known to TensorRT, for this model from now on."""
+    _current.update(model=model, most=most, target=target)
+    if "registered" in _current:
+        return
+    import tensorrt as trt
+    import tensorrt.plugin as trtp
+
+    names = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
+
+    @trtp.register(f"{DOMAIN}::{NAME}")
+    def describe(
+        q: trtp.TensorDesc,
+        k: trtp.TensorDesc,
+        v: trtp.TensorDesc,
+        offsets: trtp.TensorDesc,
+        num_targets: trtp.TensorDesc,
+        tiles: trtp.TensorDesc,
+        columns: trtp.TensorDesc,
+        alpha: float,
+        scaling_seqlen: int,
+        contextual_seq_len: int,
+        max_attn_len: int,
+    ) -> trtp.TensorDesc:
+        return v.like()
+
+    @trtp.autotune(f"{DOMAIN}::{NAME}")
+    def formats(
+        q: trtp.TensorDesc,
+        k: trtp.TensorDesc,
+        v: trtp.TensorDesc,
+        offsets: trtp.TensorDesc,
+        num_targets: trtp.TensorDesc,
+        tiles: trtp.TensorDesc,
+        columns: trtp.TensorDesc,
+        outputs: tuple[trtp.TensorDesc],
+    ) -> list[trtp.AutoTuneCombination]:
+        return [
+            trtp.AutoTuneCombination(", ".join([t, t, t, "INT64", "INT64", "INT64", "INT64", t]), "LINEAR")
+            for t in ("FP32", "FP16", "BF16")
+        ]
+
+    @trtp.aot_impl(f"{DOMAIN}::{NAME}")
+    def compiled(
+        q: trtp.TensorDesc,
+        k: trtp.TensorDesc,
+        v: trtp.TensorDesc,
+        offsets: trtp.TensorDesc,
+        num_targets: trtp.TensorDesc,
+        tiles: trtp.TensorDesc,
+        columns: trtp.TensorDesc,
+        outputs: tuple[trtp.TensorDesc],
+        tactic: int,
+    ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]:
+        made = compile_kernel(_current["model"], names[q.dtype], _current["target"], _current["most"])
+        launch = trtp.KernelLaunchParams()
+        launch.grid_x = trtp.cdiv(tiles.shape_expr.numel(), made.rows)
+        launch.grid_y = _current["model"].heads
+        launch.grid_z = offsets.shape_expr[0]  # the last zeroes what comes after the sequences
+        launch.block_x = made.threads
+        launch.shared_mem = made.shared
+        integers = trtp.SymIntExprs(1)
+        integers[0] = trtp.SymInt32(q.shape_expr[0])
+        return made.name, made.ptx, launch, integers
+
+    _current["registered"] = True
+
+
+_current: dict[
+    str, Any
+] = {}  # what the plugin is compiled for: an attribute of TensorRT's call would be copied into it
+
+
+def _parameters() -> list[str]:
+    return list(hstu_attention_plugin.arg_names)
+
+
+def _without_unused(ptx: str, kernel: str, count: int) -> str:
+    """The PTX whose entry has its first `count` parameters only. Triton adds pointers to scratch memory, which TensorRT
+    does not pass; this kernel uses none. Raises RuntimeError where it does."""
+    head = re.search(rf"\.entry {kernel}\((.*?)\)", ptx, re.DOTALL)
+    if head is None:
+        raise RuntimeError(f"Triton's PTX has no entry {kernel}")
+    parameters = [p.strip() for p in head.group(1).split(",")]
+    kept = parameters[:count]
+    for parameter in parameters[count:]:
+        name = parameter.split()[-1]
+        if len(re.findall(rf"\b{name}\b", ptx)) > 1:
+            raise RuntimeError(f"Triton's kernel {kernel} uses {name}, which TensorRT does not pass")
+    return ptx[: head.start(1)] + "\n\t" + ",\n\t".join(kept) + "\n" + ptx[head.end(1) :]

@@ -1,0 +1,122 @@
+"""Explicit Q/DQ: the layers' products of an exported model in int8 or fp8, with scales from real requests.
+
+Both operands of every product x W (a layer's input and output projection) get a QuantizeLinear and a DequantizeLinear,
+in which a runtime finds a product of 8-bit numbers; nothing else changes. Scales are symmetric: the largest magnitude
+over the calibration set for x, one for the tensor; for W in int8 one for each output, in fp8 one for the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 21  # the first whose Q/DQ take fp16 scales and 8-bit floats
+KINDS = {"int8": (TensorProto.INT8, 127.0), "fp8": (TensorProto.FLOAT8E4M3FN, 448.0)}
+Feed = dict[str, npt.NDArray[Any]]
+
+
+def quantise(source: Path, target: Path, kind: str, feeds: Sequence[Feed]) -> None:
+    """Write the model of `source` with Q/DQ to `target`. feeds: inputs of the model that scales are taken from.
+
+    Raises ValueError for an empty calibration set or a model without such products.
+    """
+    if not feeds:
+        raise ValueError(f"{kind} needs a calibration set; give requests: engine.calibration=16, or --requests FILE")
+    model = onnx.load(str(source))
+    products = _products(model)
+    if not products:
+        raise ValueError(f"{source}: no layer's product in it to quantise; export the model again")
+    largest = _largest(source, [node.input[0] for node in products], feeds)
+    dtype, top = KINDS[kind]
+    weights = {w.name: w for w in model.graph.initializer}
+    float_type = weights[products[0].input[1]].data_type
+    nodes = []
+    for node in model.graph.node:
+        if node in products:
+            x, w = node.input[:2]
+            scale = max(largest[x], 1e-6) / top
+            name = f"{node.name}_x"
+            model.graph.initializer.extend(
+                [
+                    helper.make_tensor(f"{name}_scale", float_type, [], [scale]),
+                    helper.make_tensor(f"{name}_zero", dtype, [], [0]),
+                ]
+            )
+            of_x = [f"{name}_scale", f"{name}_zero"]
+            nodes.append(helper.make_node("QuantizeLinear", [x, *of_x], [f"{name}_q"], f"{name}_q"))
+            nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", *of_x], [f"{name}_dq"], f"{name}_dq"))
+            transposed = any(a.name == "transB" and a.i for a in node.attribute)
+            nodes.append(_weight(model, weights[w], f"{node.name}_w", dtype, top, axis=0 if transposed else 1))
+            node.input[0], node.input[1] = f"{name}_dq", f"{node.name}_w_dq"
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    kept = [w for w in model.graph.initializer if w.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    for imports in (model.opset_import, *(f.opset_import for f in model.functions)):
+        for entry in imports:
+            entry.version = OPSET if entry.domain == "" else entry.version
+    onnx.save(model, str(target), save_as_external_data=model.ByteSize() >= 2**30)
+
+
+def _products(model: Any) -> list[Any]:
+    """Gemms of a layer's projections: their weight is constant and a residual or bias of the same type is added."""
+    constants = {w.name: w for w in model.graph.initializer}
+    layers = [n for n in model.graph.node if n.op_type == "Gemm" and n.input[1] in constants]
+    # The head stays as it is: it is small, and what it rounds nothing evens out.
+    return [n for n in layers if ".head_" not in n.input[1] and n.output[0] != "logits"]
+
+
+def _largest(source: Path, names: Sequence[str], feeds: Sequence[Feed]) -> dict[str, float]:
+    """The largest magnitude of each tensor over the feeds, by ONNX Runtime on the CPU."""
+    model = onnx.load(str(source))
+    wanted = list(dict.fromkeys(names))
+    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    path = source.with_name(".calibrated.onnx")  # beside the source: large weights are in a file there
+    try:
+        onnx.save(model, str(path), save_as_external_data=model.ByteSize() >= 2**30)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        most = np.zeros(len(wanted))
+        for feed in feeds:
+            found = session.run(wanted, feed)
+            most = np.maximum(most, [float(np.abs(x.astype(np.float32)).max()) for x in found])
+    finally:
+        for file in source.parent.glob(".calibrated.onnx*"):
+            file.unlink()
+    return dict(zip(wanted, most.tolist(), strict=True))
+
+
+def _weight(model: Any, weight: Any, name: str, dtype: int, top: float, axis: int) -> Any:
+    """Store the weight in 8 bits; the node that gives its values back."""
+    values = numpy_helper.to_array(weight).astype(np.float32)
+    each = dtype == TensorProto.INT8
+    magnitude = np.abs(values).max(axis=1 - axis) if each else np.abs(values).max()
+    scale = np.maximum(magnitude, 1e-6) / top
+    scale = scale.astype(helper.tensor_dtype_to_np_dtype(weight.data_type)).astype(np.float32)
+    ratio = values / (np.expand_dims(scale, 1 - axis) if each else scale)
+    if each:
+        stored = np.clip(np.rint(ratio), -top, top).astype(np.int8)
+    else:
+        stored = np.clip(ratio, -top, top).astype(ml_dtypes.float8_e4m3fn)
+    model.graph.initializer.extend(
+        [
+            helper.make_tensor(f"{name}_q", dtype, values.shape, stored.tobytes(), raw=True),
+            helper.make_tensor(f"{name}_scale", weight.data_type, scale.shape, scale.flatten().tolist()),
+            helper.make_tensor(f"{name}_zero", dtype, scale.shape, [0] * max(scale.size, 1)),
+        ]
+    )
+    inputs = [f"{name}_q", f"{name}_scale", f"{name}_zero"]
+    by_output: dict[str, Any] = {"axis": axis} if each else {}
+    return helper.make_node("DequantizeLinear", inputs, [f"{name}_dq"], f"{name}_dq", **by_output)
