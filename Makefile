@@ -12,13 +12,13 @@ VLLM := 0.32.0
 ifeq ($(GPU),0)
 DEFAULTS :=
 else
-DEFAULTS := model=hstu_0p2b engine.cuda_graphs=true scenario.queries=4000
+DEFAULTS := model=hstu_0p2b engine.retrieve.cuda_graphs=true engine.rank.cuda_graphs=true scenario.queries=4000
 endif
 ARGS ?=
 
 .PHONY: bench test test-gpu lint typecheck ui report clean setup
 
-bench: $(VENV)/.ready ## measure HSTU ranking MovieLens-100K on this machine
+bench: $(VENV)/.ready ## retrieve and rank for MovieLens-100K users on this machine
 	$(PY) -m grbench -m scenario=offline,server rerun=true $(DEFAULTS) $(ARGS)
 
 test: $(VENV)/.ready ## lint, type check and run the tests that need no GPU

@@ -9,8 +9,8 @@ failed=0
 $run load --graphs --engines hstu vllm hf --history 1024 4096 --beams 1 32 256 --batch 16 --set gate.requests=2 \
     2> $root/load.log | tee $root/load.md || failed=1
 $run wide --model decoder_1p7b --engines vllm --kernel torch --history 333 --beam 256 --batch 1 8 --rounds 6 \
-    --set gate.requests=2 engine.max_num_seqs=2048 2> $root/wide.log | tee $root/wide.md || failed=1
-$run returning --engines vllm --history 1024 4096 --beam 32 --rounds 8 --set gate.requests=2 \
+    --set gate.requests=2 engine.max_num_seqs=2048 engine.gpu_memory_utilization=0.5 2> $root/wide.log | tee $root/wide.md || failed=1
+$run returning --engines vllm --history 1024 4096 --beam 32 --rounds 8 --set gate.requests=2 engine.gpu_memory_utilization=0.5 \
     2> $root/returning.log | tee $root/returning.md || failed=1
 $run load --graphs --models hstu_0p2b decoder_0p2b --engines vllm hf --history 2730 --beams 32 --batch 4 \
     --set gate.requests=2 2> $root/transformer.log | tee $root/transformer.md || failed=1

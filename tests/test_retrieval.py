@@ -21,7 +21,7 @@ from grbench.scenarios import run_scenario
 from grbench.scenarios.config import ClosedLoopConfig, OfflineConfig, ServerConfig
 from grbench.workloads.trace import Trace
 from grengines import registry
-from grengines.api import Finished, GenerateResult, Request, Retrieval
+from grengines.api import Finished, GenerateResult, Request, Retrieval, UnavailableError
 
 SMALL = [
     "model=hstu_tiny",
@@ -315,3 +315,19 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
     if graphs == "true":
         assert engine.generate(trace.requests[:3]).details == {"eager_batches": 0.0}
     engine.close()
+
+
+def test_where_vllm_is_missing_the_native_engine_retrieves_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = registry.availability
+    why = "package vllm is not installed; pip install vllm"
+    monkeypatch.setattr(registry, "availability", lambda name: why if name == "vllm" else available(name))
+    asked = [*SMALL, "engine=pipeline", "engine@engine.retrieve=vllm"]
+    spec, trace, retrieval = of(*asked)
+    engine = engine_of(spec, trace, retrieval)
+    actual = engine.actual()
+    assert actual["retrieve"]["engine"] == "hstu"
+    assert actual["notes"] == [f"engine.retrieve=vllm can't run here ({why}): hstu retrieved instead"]
+    assert gate_for(spec, trace, retrieval, actual).check(engine, 4).to_dict()["passed"]
+    spec, trace, retrieval = of(*asked, "engine.if_missing=null")
+    with pytest.raises(UnavailableError, match="package vllm is not installed"):
+        engine_of(spec, trace, retrieval)

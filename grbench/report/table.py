@@ -20,19 +20,21 @@ COLUMNS = {  # heading: metric
     "queue\np50": "queue_ms/p50",
     "comp.\np50": "compute_ms/p50",
 }
+STAGES = {"retr.\np50": "retrieve_ms/p50", "rank\np50": "rank_ms/p50"}  # of pipelines
 STYLES = {Status.OK: "green", Status.UNAVAILABLE: "yellow", Status.INTERRUPTED: "yellow"}  # the others: red
 
 
 def cells_table(cells: list[Cell]) -> Table:
-    """One row a cell: what differs, status, rates, percentiles ("-" where withheld), gate error."""
+    """One row a cell: what differs, status, rates, percentiles ("-" where withheld), pipelines' stages, gate error."""
     records = [record for _, record in cells]
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("cell", overflow="fold", min_width=8)
     table.add_column("status", no_wrap=True)
-    for heading in [*COLUMNS, "gate\nerror"]:
+    columns = COLUMNS | {h: name for h, name in STAGES.items() if any(name in r.metrics for r in records)}
+    for heading in [*columns, "gate\nerror"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for record, label in zip(records, labels(records), strict=True):
-        metrics = [figure(record.metrics.get(name)) if record.ok else MISSING for name in COLUMNS.values()]
+        metrics = [figure(record.metrics.get(name)) if record.ok else MISSING for name in columns.values()]
         status = Text(record.status, style=STYLES.get(record.status, "red"))
         table.add_row(Text(label), status, *metrics, figure(record.gate.get("error")))
     return table
