@@ -203,6 +203,22 @@ class TestOneEngine:
         engine.forget()
         expect_equal(engine.generate([REQUESTS[i] for i in order]), expected, order)
 
+    def test_one_call_for_all_requests(
+        self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on a GPU: prompts and beams of mixed steps in one call of the operator."""
+        from grengines.vllm.attention import HSTUAttentionImpl
+
+        monkeypatch.setattr(HSTUAttentionImpl, "_one_by_one", HSTUAttentionImpl._together)
+        engine.forget()
+        done = {}
+        for key, request in enumerate(REQUESTS):  # a new prompt in every step
+            engine.admit(key, request)
+            done |= {f.key: f for f in engine.step()}
+        while engine.unfinished:
+            done |= {f.key: f for f in engine.step()}
+        assert [done[key].items.tolist() for key in range(len(REQUESTS))] == expected.items.tolist()
+
     def test_arrival_order_changes_nothing(self, engine: VLLMEngine, expected: Beams) -> None:
         """Requests join between steps: prompts and beams of different levels share steps."""
         rng = np.random.default_rng(2)

@@ -101,34 +101,66 @@ class HSTUAttentionImpl(compat.AttentionImpl[StepMetadata]):
         q, k, v = query[:n], key[:n], value[:n]
         k_pages, v_pages = compat.pages(kv_cache, self.head_size)
         paged_write(k, v, step.slots[:n], k_pages, v_pages)
+        attend = self._one_by_one if q.device.type == "cpu" else self._together
+        a = attend(q, k, v, step, reach, k_pages, v_pages)
+        beam_terms(a, q, k_pages, v_pages, reach.own_slots, alpha=self.scale, scaling_seqlen=self._scaling_seqlen)
+        output[:n] = a
+        if n < len(output):
+            output[n:].zero_()
+        return output
+
+    def _together(
+        self, q: Tensor, k: Tensor, v: Tensor, step: StepMetadata, reach: Reach, k_pages: Tensor, v_pages: Tensor
+    ) -> Tensor:
+        """All requests in one call."""
         pages = {}
         if step.cached:
-            pages = {
-                "k_pages": k_pages,
-                "v_pages": v_pages,
-                "page_table": step.block_table,
-                "paged_lengths": reach.paged_lengths,
-            }
-        a = self._attention(
+            pages = {"k_pages": k_pages, "v_pages": v_pages, "page_table": step.block_table}
+            pages["paged_lengths"] = reach.paged_lengths
+        return self._attend(q, k, v, reach.offsets, reach.num_targets, step.max_query_len, step.max_seq_len, **pages)
+
+    def _one_by_one(
+        self, q: Tensor, k: Tensor, v: Tensor, step: StepMetadata, reach: Reach, k_pages: Tensor, v_pages: Tensor
+    ) -> Tensor:
+        """A request a call, on a CPU: the plain kernels there pad all to the longest, and nothing has to be awaited."""
+        starts, targets, paged = (x.tolist() for x in (reach.offsets, reach.num_targets, reach.paged_lengths))
+        parts = []
+        for b, n in enumerate(reach.offsets.diff().tolist()):
+            rows, pages = slice(starts[b], starts[b] + n), {}
+            if paged[b]:
+                pages = {"k_pages": k_pages, "v_pages": v_pages, "page_table": step.block_table[b : b + 1]}
+                pages["paged_lengths"] = reach.paged_lengths[b : b + 1]
+            offsets, beams = torch.tensor([0, n]), reach.num_targets[b : b + 1] if targets[b] else None
+            parts.append(self._attend(q[rows], k[rows], v[rows], offsets, beams, n, n + paged[b], **pages))
+        return torch.cat(parts)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        offsets: Tensor,
+        num_targets: Tensor | None,
+        max_q_len: int,
+        max_kv_len: int,
+        **pages: Tensor,
+    ) -> Tensor:
+        attended: Tensor = self._attention(
             q,
             k,
             v,
-            q_offsets=reach.offsets,
-            kv_offsets=reach.offsets,
-            num_targets=reach.num_targets,
-            max_q_len=step.max_query_len,
-            max_kv_len=step.max_seq_len,
+            q_offsets=offsets,
+            kv_offsets=offsets,
+            num_targets=num_targets,
+            max_q_len=max_q_len,
+            max_kv_len=max_kv_len,
             scaling_seqlen=self._scaling_seqlen,
             alpha=self.scale,
             contextual_seq_len=0,
             max_attn_len=0,
             **pages,
         )
-        beam_terms(a, q, k_pages, v_pages, reach.own_slots, alpha=self.scale, scaling_seqlen=self._scaling_seqlen)
-        output[:n] = a
-        if n < len(output):
-            output[n:].zero_()
-        return output
+        return attended
 
 
 class HSTUAttentionBackend(compat.LayoutMixin, compat.AttentionBackend):
