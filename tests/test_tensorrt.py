@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from hstu_oracle import make_requests, relative_error
 
 from grengines import registry
@@ -23,6 +24,8 @@ from grengines.api import Catalogue, Request, UnavailableError
 from grengines.export import exporter
 from grengines.hstu.batch import Encoding, pack
 from grengines.hstu.config import HSTUConfig
+from grengines.hstu.engine import Reference
+from grengines.hstu.quantised import round_fp8
 from grengines.profile import Sizes, profiles
 from grengines.tensorrt import library as libraries
 from grengines.tensorrt import plan as plans
@@ -166,6 +169,20 @@ def test_eight_bits_cost_what_eight_bits_cost(kind: str, most: float, tmp_path: 
     assert sum(n.op_type == "DequantizeLinear" for n in nodes) == 4 * MODEL.layers
 
 
+def test_the_reference_knows_what_eight_bits_cost() -> None:
+    """The tolerance of a cell in int8 or fp8: more than half precision's, and of the size that Q/DQ costs."""
+    reference = Reference(MODEL, CATALOGUE, 0, "cpu")
+    exact = np.concatenate(reference.scores(REQUESTS))
+
+    def cost(precision: str) -> float:
+        return relative_error(np.concatenate(reference.scores(REQUESTS, precision)), exact)
+
+    assert 2 * cost("fp16") < cost("int8") < cost("fp8") < 0.08
+    x = torch.tensor([0.0, 1.0, -3.0, 448.0])
+    assert round_fp8(x).tolist() == x.tolist()  # e4m3 holds these as they are
+    assert round_fp8(torch.tensor([448.0, 17.0])).tolist() == [448.0, 16.0]  # three bits after the first
+
+
 def test_eight_bits_need_a_calibration_set(tmp_path: Path) -> None:
     half = exporter.cached(MODEL, CATALOGUE, 0, "fp16").onnx
     with pytest.raises(ValueError, match=r"int8 needs a calibration set; give requests: engine\.calibration=16"):
@@ -228,7 +245,6 @@ def test_a_batch_is_laid_out_aligned() -> None:
         staged.fill(host, 46, 24)
     whole = samples.feeds(REQUESTS[:3], ENCODING, 3, 24)
     assert whole  # what follows compares with the exporter's own inputs
-    import torch
 
     from grengines.export.module import inputs_of
 

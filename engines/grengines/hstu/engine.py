@@ -17,12 +17,12 @@ from grengines.api import Catalogue, Float32Array, RankResult, Request, Unavaila
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.cache.items import HotRows
 from grengines.device import DTYPES, resolve_device, resolve_precision
+from grengines.hstu import quantised
 from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import INTERACTING, HSTUConfig, HSTUEngineConfig
 from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
 from grengines.hstu.model import HSTURanker
-from grengines.hstu.quantised import quantise
 from grengines.hstu.results import Marks, collect
 from grkernels import registry as kernel_registry
 from grkernels import tuning
@@ -66,15 +66,15 @@ class Reference:
     ) -> list[Float32Array]:
         """Logits [candidates, tasks] of each request.
 
-        precision: fp32, by the kernels' references, or fp16, bf16 or int8, by plain PyTorch in that precision (the
-        variants `torch`; int8 as grengines/hstu/quantised.py says): what tolerances are measured by. attention: in
+        precision: fp32, by the kernels' references, or fp16, bf16, int8 or fp8, by plain PyTorch in that precision (the
+        variants `torch`; 8 bits as grengines/hstu/quantised.py says): what tolerances are measured by. attention: in
         place of theirs.
         """
-        dtype = DTYPES["fp32" if precision == "int8" else precision]
+        dtype = DTYPES["fp32" if precision in quantised.KINDS else precision]
         model = self._model if precision == "fp32" else copy.deepcopy(self._model).to(dtype)
         model.kernels = Operators.reference() if precision == "fp32" else Operators.plain()
-        if precision == "int8":
-            quantise(model)
+        if precision in quantised.KINDS:
+            quantised.quantise(model, precision)
         if attention is not None:
             model.kernels = model.kernels._replace(hstu_attention=attention)
         answers = []
