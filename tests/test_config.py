@@ -148,4 +148,5 @@ def test_the_wheel_has_configs_and_types_and_composes_outside_the_checkout(tmp_p
         "print(c.CONFIG_DIR); print(c.compose_spec([])[0].title)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert done.stdout.splitlines() == [str(site / "grbench" / "conf"), "pipeline-hstu_tiny-ml_100k-server"], done.stderr
+    title = "pipeline-hstu_tiny-ml_100k-server"
+    assert done.stdout.splitlines() == [str(site / "grbench" / "conf"), title], done.stderr

@@ -16,7 +16,8 @@ from grbench.workloads.trace import Trace
 from grengines import registry
 from grengines.api import Engine, RankResult, Request
 
-OVERRIDES = ["engine=hstu", "workload=synthetic", "workload.max_requests=40", "workload.max_history=96", "engine.device=cpu"]
+SMALL = ["workload=synthetic", "workload.max_requests=40", "workload.max_history=96"]
+OVERRIDES = [*SMALL, "engine=hstu", "engine.device=cpu"]
 
 
 @pytest.fixture(scope="module")
