@@ -520,13 +520,23 @@ def gpu_engine(kernel: str, model: Any = GPU_MODEL, **options: Any) -> VLLMEngin
     return engine
 
 
-def expect_near(found: GenerateResult, expected: Beams, reference: Any, tie: float) -> None:
+def expect_near(found: GenerateResult, expected: Beams, reference: Any, tolerance: float) -> None:
     """The best item or a near-tie of it, every item that is above the cut by more than a tie, and scores."""
+    tie = 2 * tolerance
     for i, (ours, scores) in enumerate(zip(found.items, found.scores, strict=True)):
         theirs, exact = expected.items[i], expected.scores[i]
         assert ours[0] in theirs[exact >= exact[0] - tie]
         assert set(theirs[exact > exact[-1] + tie].tolist()) <= set(ours.tolist())
-        np.testing.assert_allclose(scores, reference.prefix_scores(GPU_REQUESTS[i], ours)[:, -1], atol=tie)
+        np.testing.assert_allclose(scores, reference.prefix_scores(GPU_REQUESTS[i], ours)[:, -1], atol=tolerance)
+
+
+def allowed(reference: Any, precision: str) -> float:
+    """As the gate: twice the error that plain PyTorch makes in the same precision, over more items than k."""
+    plain = reference.search(GPU_REQUESTS, precision, width=64, k=32)
+    exact = [reference.prefix_scores(r, items)[:, -1] for r, items in zip(GPU_REQUESTS, plain.items, strict=True)]
+    tolerance = max(2 * float(np.abs(plain.scores - np.stack(exact)).max()), CLOSE)
+    assert tolerance < 2  # log-probabilities of other requests differ by some tens
+    return tolerance
 
 
 @pytest.mark.gpu
@@ -546,11 +556,11 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
         actual = engine.actual()
         assert actual["attention_backend"] == "HSTUAttentionBackend" and actual["device"] == "cuda"
         assert actual["cuda_graphs"] == ("PIECEWISE" if graphs else "NONE")
-        tie = CLOSE if precision == "fp32" else 0.1
-        expect_near(engine.generate(GPU_REQUESTS), expected, reference, tie)
+        tolerance = allowed(reference, precision)
+        expect_near(engine.generate(GPU_REQUESTS), expected, reference, tolerance)
         warm = engine.generate(GPU_REQUESTS)
         assert warm.details["prefix_hit_tokens"] > 3000
-        expect_near(warm, expected, reference, tie)
+        expect_near(warm, expected, reference, tolerance)
         for key, request in enumerate(GPU_REQUESTS):
             engine.admit(key, request)
             engine.step()
@@ -571,7 +581,7 @@ def test_a_decoder_on_a_gpu(graphs: bool) -> None:
     expected = reference.search(GPU_REQUESTS)
     engine = gpu_engine("torch", model, precision="bf16", cuda_graphs=graphs, max_num_seqs=512)
     try:
-        expect_near(engine.generate(GPU_REQUESTS), expected, reference, 0.2)
+        expect_near(engine.generate(GPU_REQUESTS), expected, reference, allowed(reference, "bf16"))
     finally:
         engine.close()
 

@@ -10,7 +10,6 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 SETTINGS = {
@@ -142,12 +141,12 @@ def model_of(core: InprocClient) -> Any:
     return core.engine_core.model_executor.driver_worker.worker.get_model()
 
 
-def core_request(request_id: str, tokens: Sequence[int], sink: str, read_cache: bool) -> EngineCoreRequest:
+def core_request(request_id: str, tokens: list[int], sink: str, read_cache: bool) -> EngineCoreRequest:
     """A pooling request. sink: where the pooler puts its rows. read_cache: whether it may hit the prefix cache."""
     params = PoolingParams(task="plugin", skip_reading_prefix_cache=not read_cache, extra_kwargs={"sink": sink})
     return EngineCoreRequest(
         request_id=request_id,
-        prompt_token_ids=list(tokens),
+        prompt_token_ids=tokens,
         mm_features=None,
         sampling_params=None,
         pooling_params=params,

@@ -112,6 +112,8 @@ class VLLMEngine:
         torch.set_float32_matmul_precision("highest")
         self._longest = max(len(self._prompt(r)) for r in sample)
         self._trie = Trie.of(self._retrieval.ids).on(self._device)
+        # Of every search: the trie's root, and its score.
+        self._root = torch.zeros(1, dtype=torch.int64, device=self._device), torch.zeros(1, device=self._device)
         self._start()
         longest = sorted(sample, key=lambda r: len(r.history_items))[-max_batch:]
         self.generate(longest)
@@ -156,9 +158,7 @@ class VLLMEngine:
         prompt = self._prompt(request)
         if len(prompt) > self._longest:
             raise ValueError(f"a prompt of {len(prompt)} tokens; the engine was prepared for up to {self._longest}")
-        root = torch.zeros(1, dtype=torch.int64, device=self._device)
-        scores = torch.zeros(1, device=self._device)
-        search = Search(key, prompt, root, scores, np.zeros((1, 0), np.int64))
+        search = Search(key, prompt, *self._root, np.zeros((1, 0), np.int64))
         self._under_way += 1
         self._submit(search)
 
