@@ -60,7 +60,7 @@ def forward(model: HSTURanker, batch: JaggedBatch) -> Tensor:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32, help="requests a step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="of learning (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="of the model and the workload, such as model.layers=3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from grengines import registry
 from grengines.api import Catalogue, IncorrectError, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.export import exporter
+from grengines.export.identity import model_hash
 from grengines.fallback import Chain, OutsideError, options_like
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
 from grengines.hstu.engine import Reference, build_model
@@ -132,9 +134,7 @@ def test_bad_files_are_one_line_with_the_command_that_mends(tmp_path: Path) -> N
     for name, key, changed in (("other", "model_hash", "0123456789abcdef"), ("half", "precision", "fp16")):
         for entry in model.metadata_props:
             entry.value = (
-                changed
-                if entry.key == key
-                else {"model_hash": exporter.model_hash(MODEL, CATALOGUE, 5)}.get(entry.key, "fp32")
+                changed if entry.key == key else {"model_hash": model_hash(MODEL, CATALOGUE, 5)}.get(entry.key, "fp32")
             )
         onnx.save(model, files[name])
     messages = {
@@ -197,8 +197,12 @@ def _native_kernels() -> dict[str, str]:
 
 
 def test_the_registry_builds_the_chain_that_the_config_names() -> None:
+    @dataclasses.dataclass
+    class Config(OnnxRuntimeConfig):
+        fallback: list[str] = dataclasses.field(default_factory=list)
+
     def make(**options: Any) -> Any:
-        config = OnnxRuntimeConfig(device="cpu", precision="int8", **options)
+        config = Config(device="cpu", precision="int8", **options)
         return registry.make(config, MODEL, _native_kernels(), CATALOGUE, 5, CacheConfig(), task="rank")
 
     assert isinstance(make(), OnnxRuntimeEngine)
@@ -210,6 +214,17 @@ def test_the_registry_builds_the_chain_that_the_config_names() -> None:
             make(fallback=[name])
     like = options_like(HSTUEngineConfig, OnnxRuntimeConfig(device="cpu", precision="fp16"))
     assert (like.device, like.precision) == ("cpu", "fp16")
+
+
+def test_without_the_exporters_packages_a_file_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = exporter.cached(MODEL, CATALOGUE, 5, "fp32", skip_hidden=True)
+    monkeypatch.delattr("grengines.export.exporter")
+    for name in ("grengines.export.exporter", "grengines.export.onnx_attention"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert prepared(precision="fp32", onnx=str(good.onnx)).rank(SAMPLE).scores
+    with pytest.raises(UnavailableError, match=r"onnxscript is not installed; pip install .*engine\.onnx=FILE"):
+        prepared(precision="fp32")
 
 
 TRACE = workloads.build(SyntheticConfig("synthetic", users=30, items=200, visits=60, max_history=40), 0, 80.0)

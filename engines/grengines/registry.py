@@ -62,8 +62,8 @@ def availability(name: str) -> str | None:
     if name == "tensorrt":
         return tensorrt.missing() or tensorrt.no_gpu()
     if name == "onnxruntime":
-        missing = [package for package in ("onnxruntime", "onnx", "onnxscript") if find_spec(package) is None]
-        return f"package {missing[0]} is not installed; pip install -e '.[onnx]'" if missing else None
+        missing = find_spec("onnxruntime") is None
+        return "package onnxruntime is not installed; pip install -e '.[onnx]'" if missing else None
     return None  # hstu needs nothing but torch, which grbench itself depends on
 
 

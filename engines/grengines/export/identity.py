@@ -37,3 +37,18 @@ def weights_of(model: HSTUConfig, seed: int) -> str:
 def digest_of(value: Any) -> str:
     """16 hex digits of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def command(model: HSTUConfig, catalogue: Catalogue, seed: int, precision: str, folder: Path) -> str:
+    """The command line that exports this model to `folder`."""
+    defaults = HSTUConfig()
+    changed = {k: v for k, v in dataclasses.asdict(model).items() if v != getattr(defaults, k) and k != "name"}
+    weights = changed.pop("weights", None)
+    words = [
+        f"python -m grengines.export --out {folder}",
+        f"--items {catalogue.num_items} --users {catalogue.num_users} --actions {catalogue.num_actions}",
+        *([f"--weights {weights}"] if weights else [f"--seed {seed}"] if seed else []),
+        *([f"--precision {precision}"] if precision != "fp32" else []),
+        *(f"{k}={json.dumps(v).replace(chr(34), '').replace(' ', '')}" for k, v in changed.items()),
+    ]
+    return " ".join(words)

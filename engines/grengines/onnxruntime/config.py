@@ -20,4 +20,3 @@ class OnnxRuntimeConfig:
     spinning: bool = False  # threads wait for work by spinning: faster alone, slower beside other work
     optimisation: str = option("all", choices=["none", "basic", "extended", "all"])  # of the graph, on loading
     tile_rows: int = option(0, ge=0)  # query rows that attention takes at a time; 0: 128 on cpu, what fits on cuda
-    fallback: list[str] = option([])  # engines that answer what this one was not built for

@@ -7,16 +7,16 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor
 
-from grengines.api import Catalogue, RankResult, Request
+from grengines.api import Catalogue, RankResult, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.export import exporter
+from grengines.export.identity import command, model_hash
 from grengines.export.module import OUTPUT, inputs_of, longest_history
 from grengines.hstu.batch import Encoding, pack
 from grengines.hstu.config import HSTUConfig
@@ -24,6 +24,9 @@ from grengines.hstu.graphs import token_count
 from grengines.hstu.results import Marks, collect
 from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.onnxruntime.session import PROVIDERS, open_session, resolve_device, resolve_precision
+
+if TYPE_CHECKING:
+    from grengines.export.exporter import Export
 
 CPU_TILE_ROWS = 128  # one tile's scores stay in the processor's cache
 CUDA_TILE_BYTES = 256 * 2**20  # of scores and what is made of them; large enough that one tile fills a GPU
@@ -71,22 +74,32 @@ class OnnxRuntimeEngine:
         if not sample or max_batch < 1:
             raise ValueError(f"{len(sample)} sample requests, max_batch={max_batch}: both must be at least 1")
         begun = time.perf_counter()
-        digest = exporter.model_hash(self._model, self._catalogue, self._seed)
+        digest = model_hash(self._model, self._catalogue, self._seed)
         if self._config.onnx is None:
-            # A GPU would have to wait for the host to learn each tile's shape.
-            skip_hidden = self._device.type == "cpu"
-            found = exporter.cached(self._model, self._catalogue, self._seed, self._precision, skip_hidden=skip_hidden)
+            found = self._exported()
             path, mend = found.onnx, f"delete {found.folder}, it is then exported again"
         else:
             path = Path(self._config.onnx)
-            command = exporter.command(self._model, self._catalogue, self._seed, self._precision, path.parent)
-            mend = f"export this model: {command}"
+            words = command(self._model, self._catalogue, self._seed, self._precision, path.parent)
+            mend = f"export this model: {words}"
         exported = time.perf_counter()
         stream = self._stream.cuda_stream if self._stream else 0
         self._session = open_session(path, self._config, self._device, stream, digest, self._precision, mend)
         self._seconds = {"export_s": exported - begun, "load_s": time.perf_counter() - exported}
         self._path, self._max_batch = path, max_batch
         self.rank(sorted(sample, key=lambda r: token_count(r, self._encoding))[-max_batch:])
+
+    def _exported(self) -> Export:
+        """The model's own export. Raises UnavailableError without the packages that make one."""
+        try:
+            from grengines.export import exporter
+        except ImportError as e:
+            raise UnavailableError(
+                f"package {e.name} is not installed; pip install -e '.[onnx]', or name an export: engine.onnx=FILE"
+            ) from None
+        # Not on a GPU, which would have to wait for the host to learn each tile's shape.
+        skip_hidden = self._device.type == "cpu"
+        return exporter.cached(self._model, self._catalogue, self._seed, self._precision, skip_hidden=skip_hidden)
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
@@ -145,7 +158,7 @@ class OnnxRuntimeEngine:
             "tile_rows": self._config.tile_rows or ("by memory" if cuda else CPU_TILE_ROWS),
             "onnx": str(self._path),
             "onnx_bytes": sum(file.stat().st_size for file in files),
-            "model_hash": exporter.model_hash(self._model, self._catalogue, self._seed),
+            "model_hash": model_hash(self._model, self._catalogue, self._seed),
             **self._seconds,
             "timer": "CUDA events, one wait a batch" if cuda else "perf_counter",
             "weights": self._model.weights or f"random, seed {self._seed}",
