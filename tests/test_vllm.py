@@ -136,9 +136,13 @@ def test_reach_of_chunks() -> None:
         torch.tensor(np.stack(tables)).int(),
         page,
     )
+    assert reach.num_targets is not None
     assert reach.num_targets.tolist() == [max(end - max(begin, prompt), 0) for prompt, _, begin, end in cuts]
     assert reach.paged_lengths.tolist() == [min(begin, prompt) for prompt, _, begin, _ in cuts]
     assert reach.own_slots[:, 0].tolist() == slots
+    ids = torch.randint(0, 15, (5,))
+    alone = Reach.of(beams, ids, torch.tensor([2, 3, 0, 1, 2]), torch.tensor([0, 2, 5]), torch.zeros(2, 3), page, True)
+    assert alone.num_targets is None and alone.paged_lengths.tolist() == [2, 0] and alone.own_slots.numel() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -265,7 +269,7 @@ class TestOneEngine:
             engine.generate([REQUESTS[2]])
         while engine._core.engine_core.scheduler.has_unfinished_requests():
             engine._core.get_output()
-        engine._searches, engine._under_way = {}, 0
+        engine._searches, engine._under_way, engine._model.rows_under_way = {}, 0, 0
         monkeypatch.undo()
 
 

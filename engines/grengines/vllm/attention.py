@@ -29,10 +29,10 @@ class StepMetadata(compat.AttentionMetadata):
     cached: bool  # whether any request has tokens in pages from before
     reach: Reach | None = None  # made from the step's token ids, which vLLM gives to the model alone
 
-    def look(self, beams: BeamRows, ids: Tensor, places: Tensor) -> None:
+    def look(self, beams: BeamRows, ids: Tensor, places: Tensor, prompts_only: bool) -> None:
         """Find out what each row sees, before the first layer."""
-        n = self.tokens
-        self.reach = Reach.of(beams, ids[:n], places[:n], self.starts, self.block_table, self.block_size)
+        n, table = self.tokens, self.block_table
+        self.reach = Reach.of(beams, ids[:n], places[:n], self.starts, table, self.block_size, prompts_only)
 
 
 class StepMetadataBuilder(compat.AttentionMetadataBuilder[StepMetadata]):
@@ -123,14 +123,15 @@ class HSTUAttentionImpl(compat.AttentionImpl[StepMetadata]):
         self, q: Tensor, k: Tensor, v: Tensor, step: StepMetadata, reach: Reach, k_pages: Tensor, v_pages: Tensor
     ) -> Tensor:
         """A request a call, on a CPU: the plain kernels there pad all to the longest, and nothing has to be awaited."""
-        starts, targets, paged = (x.tolist() for x in (reach.offsets, reach.num_targets, reach.paged_lengths))
+        starts, paged = reach.offsets.tolist(), reach.paged_lengths.tolist()
         parts = []
         for b, n in enumerate(reach.offsets.diff().tolist()):
             rows, pages = slice(starts[b], starts[b] + n), {}
             if paged[b]:
                 pages = {"k_pages": k_pages, "v_pages": v_pages, "page_table": step.block_table[b : b + 1]}
                 pages["paged_lengths"] = reach.paged_lengths[b : b + 1]
-            offsets, beams = torch.tensor([0, n]), reach.num_targets[b : b + 1] if targets[b] else None
+            beams = None if reach.num_targets is None else reach.num_targets[b : b + 1]
+            offsets = torch.tensor([0, n])
             parts.append(self._attend(q[rows], k[rows], v[rows], offsets, beams, n, n + paged[b], **pages))
         return torch.cat(parts)
 

@@ -190,6 +190,8 @@ class VLLMEngine:
             if missing:  # those rows were in the prefix cache, so that nobody computed them
                 raise RuntimeError(f"{missing} rows of beams hit the prefix cache: they must all be different")
             self._count(search, output)
+            if self._hstu and search.level:
+                self._model.rows_under_way -= 1
             search.waiting -= 1
             if not search.waiting:
                 levelled.setdefault(search.level, []).append(search)
@@ -278,6 +280,8 @@ class VLLMEngine:
             self._model.pooler.sinks[name] = sink
             request = compat.core_request(name, sequence.tolist(), name, self._config.prefix_caching)
             self._core.add_request(request)
+        if self._hstu and level:
+            self._model.rows_under_way += 1
 
     def _count(self, search: Search, output: Any) -> None:
         """Tokens of the prompt that a returning user's first level found, and that later levels didn't."""

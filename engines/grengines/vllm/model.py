@@ -93,6 +93,7 @@ class HSTUForRetrieval(nn.Module):
             for i in range(config.layers)
         )
         self.first_layer = str(self.attention[0].layer_name)
+        self.rows_under_way = 0  # requests with rows of beams: the engine says so
         self.pooler = RowPooler()
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class HSTUForRetrieval(nn.Module):
         """Once a step, before the layers; never part of a captured graph."""
         metadata = compat.metadata_of_step(self.first_layer)
         if metadata is not None:
-            metadata.look(self.beams, input_ids, positions)
+            metadata.look(self.beams, input_ids, positions, self.rows_under_way == 0)
 
 
 class DecoderForRetrieval(Qwen3ForCausalLM):

@@ -73,19 +73,29 @@ class Reach:
     """Which keys the rows of one step see: the arguments of paged attention, and of the beams' own terms."""
 
     offsets: Tensor  # int64 [B + 1]
-    num_targets: Tensor  # int64 [B]: rows of beams among each request's
+    num_targets: Tensor | None  # int64 [B]: rows of beams among each request's; None: there are none
     paged_lengths: Tensor  # int64 [B]: of the prompt, in pages
     own_slots: Tensor  # int64 [n, levels - 2 at most]: where the earlier codes of each row's beam lie, -1: none
 
     @classmethod
     def of(
-        cls, beams: BeamRows, ids: Tensor, places: Tensor, starts: Tensor, block_table: Tensor, block_size: int
+        cls,
+        beams: BeamRows,
+        ids: Tensor,
+        places: Tensor,
+        starts: Tensor,
+        block_table: Tensor,
+        block_size: int,
+        prompts_only: bool = False,
     ) -> Reach:
         """ids and places: integers [n], of requests that begin at starts, int32 [B + 1]. block_table: int32 [B, most].
-        Nothing waits for the device."""
+        prompts_only: there are no rows of beams. Nothing waits for the device."""
         starts = starts.long()
-        step = Step.of(beams, ids, places)
         last = starts[1:] - 1
+        if prompts_only:
+            before = places.long()[last] + 1 - starts.diff()
+            return cls(starts, None, before, places.new_full((len(ids), 0), -1, dtype=torch.int64))
+        step = Step.of(beams, ids, places)
         ends = places.long()[last] + 1  # of each sequence, with this step
         prompts = ends - 1 - step.rows[last]  # for a prompt whose end isn't reached: as far as it is read
         lengths = starts.diff()
