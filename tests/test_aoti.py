@@ -133,6 +133,19 @@ def test_a_batch_that_the_package_was_not_built_for_is_refused_before_it_runs(re
 
 
 @NO_COMPILER
+def test_the_next_engine_of_a_chain_answers_what_the_package_was_not_built_for(ready: AOTIEngine) -> None:
+    config = AOTIEngineConfig(device="cpu", cpu_threads=1, fallback=["hstu"])
+    chain = registry.build(config, MODEL, KernelConfig(), CATALOGUE, 5)
+    chain.prepare(SAMPLE, 4)
+    outside = requests_of([80], [3])
+    expected = Reference(MODEL, CATALOGUE, 5, "cpu").scores(outside)
+    assert error(chain.rank(outside), expected) < 1e-5  # type: ignore[attr-defined]
+    assert chain.rank(SAMPLE[:1]).details["fallback_requests"] == 0  # type: ignore[attr-defined]
+    assert chain.actual()["fallback"]["hstu"]["answered"] == 1
+    chain.close()
+
+
+@NO_COMPILER
 def test_a_package_that_does_not_belong_here_is_one_line_that_says_what_to_do(
     ready: AOTIEngine, tmp_path: Path
 ) -> None:

@@ -226,6 +226,39 @@ def test_the_command_builds_and_refuses(
         assert code == expected and said in error and error.count("\n") == 1, error
 
 
+@needs_rtx
+def test_what_execution_calls_is_in_the_library() -> None:
+    """Nothing here can execute a plan: that every name which engine.py uses is there is as far as it goes."""
+    trt = libraries.find("tensorrt_rtx").module
+    for owner, names in (
+        (trt.Runtime, ("deserialize_cuda_engine",)),
+        (trt.ICudaEngine, ("create_execution_context", "create_runtime_config")),
+        (
+            trt.IExecutionContext,
+            (
+                "set_optimization_profile_async",
+                "set_input_shape",
+                "set_tensor_address",
+                "infer_shapes",
+                "execute_async_v3",
+            ),
+        ),
+        (trt.IRuntimeConfig, ("create_runtime_cache", "set_runtime_cache", "get_runtime_cache", "cuda_graph_strategy")),
+        (trt.IRuntimeCache, ("serialize", "deserialize")),
+        (trt.CudaGraphStrategy, ("WHOLE_GRAPH_CAPTURE",)),
+        (trt.OnnxParserRefitter, ("refit_from_file",)),
+        (trt.Refitter, ("refit_cuda_engine",)),
+        (trt.ITimingCache, ("serialize",)),
+        (trt.IBuilderConfig, ("create_timing_cache", "set_timing_cache", "get_timing_cache")),
+    ):
+        for name in names:
+            assert hasattr(owner, name), f"{owner.__name__}.{name}"
+    takes = trt.ICudaEngine.create_execution_context.__doc__
+    assert takes is not None and "runtime_config" in takes
+    assert "ignore_mismatch: bool" in trt.IBuilderConfig.set_timing_cache.__doc__
+    assert "profile_index" in trt.IExecutionContext.set_optimization_profile_async.__doc__
+
+
 def test_shapes_of_profiles_hold_what_they_are_for() -> None:
     sizes = profiles(REQUESTS, ENCODING, 4, 2)
     facts = plans.Facts("m", "bf16", "tensorrt", "10.13", "9.0", sizes, 24, "", False, False)

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -178,7 +178,7 @@ def build(module: ExportedRanker, facts: Facts) -> Path:
     scratch = folder / path.name  # its name is also that of a folder in it
     folder.mkdir(exist_ok=True)
     try:
-        with _one_line_errors():
+        with _one_line_errors(), _cuda_toolkit(module.ranker.token_table.device, folder):
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(scratch), inductor_configs={"aot_inductor.metadata": metadata}
             )
@@ -268,7 +268,34 @@ def _source() -> str:
 
 
 @contextmanager
-def _one_line_errors() -> Any:
+def _cuda_toolkit(device: torch.device, folder: Path) -> Iterator[None]:
+    """For a GPU: what a C++ compiler must find, which Inductor looks for beside nvcc only. CUDA's headers, where they
+    are installed, and the driver that this process has loaded, under the name that linkers want."""
+    found: dict[str, list[str]] = {"CPATH": [], "LIBRARY_PATH": []}
+    if device.type == "cuda":
+        local = Path("/usr/local")
+        homes = [Path(os.environ.get("CUDA_HOME", "")), local / "cuda", *sorted(local.glob("cuda-*"), reverse=True)]
+        found["CPATH"] = [str(home / "include") for home in homes if (home / "include" / "cuda.h").is_file()][:1]
+        loaded = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+        if driver := next((path for path in loaded if path.rpartition("/")[2].startswith("libcuda.so")), None):
+            (folder / "libcuda.so").symlink_to(driver)
+            found["LIBRARY_PATH"] = [str(folder)]
+    before = {name: os.environ.get(name) for name in found}
+    try:
+        for name, paths in found.items():
+            if paths:
+                os.environ[name] = os.pathsep.join([*paths, *filter(None, [before[name]])])
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
     """What a C++ compiler or linker complains of as one line."""
     try:
         yield
@@ -279,5 +306,6 @@ def _one_line_errors() -> Any:
         complaints: Sequence[str] = [s.strip() for s in text.splitlines() if "error:" in s or "cannot find" in s]
         why = complaints[0] if complaints else text.splitlines()[0]
         raise UnavailableError(
-            f"AOTInductor's C++ code does not compile here ({why}); install g++ and, for a GPU, the CUDA toolkit"
+            f"AOTInductor's C++ code does not compile here ({why}); "
+            "install g++ and, for a GPU, the CUDA toolkit (CUDA_HOME)"
         ) from e

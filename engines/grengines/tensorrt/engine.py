@@ -65,6 +65,7 @@ class Execution:
         self.capacity = sum(_padded(n) for n in _counts(most).values())
         self._buffer = torch.zeros(self.capacity, dtype=torch.int64, device=device)
         self._logits = torch.empty(most.candidates, tasks, device=device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))  # on which these were made
 
     def run(self, host: Staged, needed: Sizes) -> Tensor:
         """Copy a batch up and enqueue it on the current stream: logits [M, tasks], good until the next run."""
@@ -115,8 +116,10 @@ class Execution:
         self._check(context.execute_async_v3(self.stream.cuda_stream), "run the plan")
 
     def _context(self, profile: int) -> Any:
-        context = self.engine.create_execution_context(self._config) if self._config is not None else None
-        context = context or self.engine.create_execution_context()
+        if self._config is None:
+            context = self.engine.create_execution_context()
+        else:
+            context = self.engine.create_execution_context(self._config)
         if context is None:
             raise torch.cuda.OutOfMemoryError(f"no execution context for profile {profile}: {self._said()}")
         self._check(context.set_optimization_profile_async(profile, self.stream.cuda_stream), f"use profile {profile}")
@@ -263,7 +266,7 @@ class TensorRTEngine:
             counts = [token_count(r, self._encoding) for r in requests]
             bucket = choose_bucket(list(self._graphs), counts, [len(r.candidates) for r in requests])
             host = pack(requests, self._encoding, bucket=bucket)
-            staged.fill(host, bucket.length if bucket else needed.history, execution.facts.tile_rows)
+            staged.fill(host, self._columns(bucket, needed), execution.facts.tile_rows)
             batch_ms = (time.perf_counter() - begun) * 1e3
             marks = Marks(self._device)
             if bucket is not None:
@@ -343,14 +346,22 @@ class TensorRTEngine:
         )
         return plans.load(folder, facts, mend)
 
+    def _columns(self, bucket: Bucket | None, needed: Sizes | None = None) -> int:
+        """How far attention pads its keys: as the batch needs, in a bucket as any batch of it may."""
+        assert self._execution is not None
+        if bucket is None:
+            assert needed is not None
+            return needed.history
+        return min(bucket.length, self._execution.facts.profiles[-1].history)
+
     def _capture(self, bucket: Bucket, tasks: int) -> None:
         """Capture the bucket's graph, unless the plan was not built for so large a batch."""
         assert self._execution is not None and self._staged is not None
-        length = bucket.length
-        needed = Sizes(bucket.batch, bucket.batch * length, length, length, bucket.batch * bucket.candidates)
+        length, columns = bucket.length, self._columns(bucket)
+        needed = Sizes(bucket.batch, bucket.batch * length, length, columns, bucket.batch * bucket.candidates)
         if not needed.fits(self._execution.facts.profiles[-1]):
             return
-        self._staged.fill(pack([], self._encoding, bucket=bucket), length, self._execution.facts.tile_rows)
+        self._staged.fill(pack([], self._encoding, bucket=bucket), columns, self._execution.facts.tile_rows)
         with torch.cuda.stream(self._execution.stream):
             self._graphs[bucket] = self._execution.capture(self._staged, needed, tasks)
 
