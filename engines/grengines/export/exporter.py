@@ -80,21 +80,21 @@ def write_onnx(
     result.save(str(path), external_data=_bytes(program) >= EXTERNAL_BYTES)
 
 
-def quantise(path: Path, large: bool) -> None:
-    """Make an fp32 ONNX file one whose projections have int8 weights, a scale for each output channel, and inputs that
-    are quantised at run time, by ONNX Runtime's quantiser. The tables, the attention and the head's last product stay
-    fp32. Raises UnavailableError without onnxruntime."""
+def quantise(whole: Path, path: Path, large: bool) -> None:
+    """From the fp32 ONNX file `whole`, in a folder of its own, make one whose projections have int8 weights, a scale a
+    channel, and inputs that are quantised at run time, by ONNX Runtime's quantiser.
+
+    The tables, the attention and the head's last product stay fp32. Raises UnavailableError without onnxruntime.
+    """
     try:
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError:
         raise UnavailableError("int8 needs package onnxruntime; pip install -e '.[onnx]'") from None
     kept = [
         node.name
-        for node in onnx.load(path, load_external_data=False).graph.node
+        for node in onnx.load(whole, load_external_data=False).graph.node
         if any(name.endswith(("action_table", "head_out.weight")) for name in node.input)
     ]
-    whole = path.with_suffix(".fp32.onnx")
-    path.rename(whole)
     logging.disable(logging.WARNING)  # that it might be preprocessed: the exporter did that
     try:
         quantize_dynamic(
@@ -103,14 +103,11 @@ def quantise(path: Path, large: bool) -> None:
             weight_type=QuantType.QInt8,
             per_channel=True,
             op_types_to_quantize=["MatMul"],  # and what was a Gemm; not Gather, which the tables are read by
-            nodes_to_exclude=[
-                name + ending for name in kept for ending in ("", "_MatMul")
-            ],  # a Gemm becomes the second
+            nodes_to_exclude=[*kept, *(f"{name}_MatMul" for name in kept)],  # the second is what a Gemm becomes
             use_external_data_format=large,
         )
     finally:
         logging.disable(logging.NOTSET)
-    whole.unlink()
 
 
 def export(
@@ -140,9 +137,14 @@ def export(
     try:
         if ONNX_FILE in files:
             metadata = {"model_hash": digest, "precision": precision}
-            write_onnx(program, model, scratch / ONNX_FILE, metadata, skip_hidden)
             if precision == "int8":
-                quantise(scratch / ONNX_FILE, _bytes(program) >= EXTERNAL_BYTES)
+                whole = scratch / "fp32" / ONNX_FILE
+                whole.parent.mkdir()
+                write_onnx(program, model, whole, metadata, skip_hidden)
+                quantise(whole, scratch / ONNX_FILE, _bytes(program) >= EXTERNAL_BYTES)
+                shutil.rmtree(whole.parent)
+            else:
+                write_onnx(program, model, scratch / ONNX_FILE, metadata, skip_hidden)
         if PROGRAM_FILE in files and precision != "int8":
             torch.export.save(program, scratch / PROGRAM_FILE)
         manifest = {
