@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 
 from grengines.api import Catalogue, GenerateResult, Request, Retrieval
@@ -20,7 +19,7 @@ from grengines.hf.models import PaddedDecoder, PaddedHSTU, PaddedModel
 from grengines.hf.search import pad, search
 from grengines.hstu.config import HSTUConfig
 from grengines.hstu.generator import HSTUGenerator
-from grengines.hstu.results import Marks
+from grengines.hstu.results import Marks, collect_items, one_tensor
 from grengines.hstu.retriever import prompt_tokens
 from grengines.semantic.search import check_width
 from grengines.semantic.trie import TensorTrie, Trie
@@ -92,19 +91,11 @@ class HFEngine:
         marks.add()
         width, k = self._retrieval.beam_width, self._retrieval.k
         items, scores, _ = search(model, trie, padded, width=width, k=k)
-        found = torch.stack([items.double(), scores.double()])  # one copy; items are exact up to 2**53
-        marks.add()
-        there = torch.empty(found.shape, dtype=found.dtype, pin_memory=pin).copy_(found, non_blocking=True)
-        marks.add()
-        up_ms, compute_ms, down_ms = marks.spans_ms()
-        item_rows, score_rows = there.numpy()
-        real = item_rows >= 0
-        return GenerateResult(
-            items=[row[known].astype(np.int64) for row, known in zip(item_rows, real, strict=True)],
-            scores=[row[known].astype(np.float32) for row, known in zip(score_rows, real, strict=True)],
+        return collect_items(
+            one_tensor(items, scores),
+            len(requests),
+            marks,
             batch_ms=batch_ms,
-            transfer_ms=up_ms + down_ms,
-            compute_ms=compute_ms,
             tokens=sum(map(len, prompts)),
             padded_tokens=host.numel(),
         )

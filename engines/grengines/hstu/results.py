@@ -1,4 +1,4 @@
-"""What every way of ranking a batch shares: timing its parts, and its end, from logits to a result."""
+"""What every way of answering a batch shares: timing its parts, and its end, from tensors to a result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grengines.api import Float32Array, RankResult
+from grengines.api import Float32Array, GenerateResult, RankResult
 from grengines.hstu.batch import HostBatch
 from grengines.marks import Mark
 
@@ -30,19 +30,48 @@ class Marks:
 
 def collect(logits: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float) -> RankResult:
     """Bring the logits of these batches to the host, and wait. marks: set before the copies to the device and after."""
-    marks.add()
-    on_host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=logits.is_cuda)
-    on_host.copy_(logits, non_blocking=True)
-    marks.add()
-    up_ms, compute_ms, down_ms = marks.spans_ms()
+    on_host, transfer_ms, compute_ms = _fetch(logits, marks)
     return RankResult(
-        scores=_by_request(on_host.numpy(), hosts),
+        scores=_by_request(on_host, hosts),
         batch_ms=batch_ms,
-        transfer_ms=up_ms + down_ms,
+        transfer_ms=transfer_ms,
         compute_ms=compute_ms,
         tokens=sum(host.tokens for host in hosts),
         padded_tokens=sum(host.padded_tokens for host in hosts),
     )
+
+
+def one_tensor(items: Tensor, scores: Tensor) -> Tensor:
+    """float64 [B, k, 2] of items int64 [B, k] (exact up to 2**53) and scores, for one copy to the host."""
+    return torch.stack([items.double(), scores.double()], dim=-1)
+
+
+def collect_items(
+    found: Tensor, requests: int, marks: Marks, *, batch_ms: float, tokens: int, padded_tokens: int
+) -> GenerateResult:
+    """As `collect`, of what `one_tensor` made for so many requests and padding; items of -1 are none."""
+    on_host, transfer_ms, compute_ms = _fetch(found, marks)
+    items, scores = on_host[:requests].transpose(2, 0, 1)
+    real = items >= 0
+    return GenerateResult(
+        items=[row[known].astype(np.int64) for row, known in zip(items, real, strict=True)],
+        scores=[row[known].astype(np.float32) for row, known in zip(scores, real, strict=True)],
+        batch_ms=batch_ms,
+        transfer_ms=transfer_ms,
+        compute_ms=compute_ms,
+        tokens=tokens,
+        padded_tokens=padded_tokens,
+    )
+
+
+def _fetch(found: Tensor, marks: Marks) -> tuple[np.ndarray, float, float]:
+    """The tensor on the host; milliseconds of all copies, and of the computation between them."""
+    marks.add()
+    on_host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
+    on_host.copy_(found, non_blocking=True)
+    marks.add()
+    up_ms, compute_ms, down_ms = marks.spans_ms()
+    return on_host.numpy(), up_ms + down_ms, compute_ms
 
 
 def _by_request(logits: Float32Array, hosts: list[HostBatch]) -> list[Float32Array]:

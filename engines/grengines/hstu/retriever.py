@@ -22,7 +22,7 @@ from grengines.hstu.engine import check_graphs, operators
 from grengines.hstu.generator import HSTUGenerator, Prompts, pack_prompts
 from grengines.hstu.graphs import GraphRunner, batch_buckets, choose_bucket, length_buckets
 from grengines.hstu.model import zero_attention
-from grengines.hstu.results import Marks
+from grengines.hstu.results import Marks, collect_items, one_tensor
 from grengines.semantic.search import Beams, check_width
 from grengines.semantic.trie import Trie
 from grkernels import registry as kernel_registry
@@ -140,22 +140,17 @@ class HSTURetriever:
                 batch = host.to(self._device)
                 marks.add()
                 found = self._search(batch)
-            marks.add()
-            there = torch.empty(found.shape, dtype=found.dtype, pin_memory=pin).copy_(found, non_blocking=True)
-            marks.add()
-            up_ms, compute_ms, down_ms = marks.spans_ms()
-        items, scores = there.numpy()[: len(requests)].transpose(2, 0, 1)
-        real = items >= 0
-        return GenerateResult(
-            items=[row[known].astype(np.int64) for row, known in zip(items, real, strict=True)],
-            scores=[row[known].astype(np.float32) for row, known in zip(scores, real, strict=True)],
-            batch_ms=batch_ms,
-            transfer_ms=up_ms + down_ms,
-            compute_ms=compute_ms,
-            tokens=host.tokens,
-            padded_tokens=host.padded_tokens,
-            details={"eager_batches": float(bucket is None)} if self._config.cuda_graphs else {},
-        )
+            result = collect_items(
+                found,
+                len(requests),
+                marks,
+                batch_ms=batch_ms,
+                tokens=host.tokens,
+                padded_tokens=host.padded_tokens,
+            )
+        if self._config.cuda_graphs:
+            result.details["eager_batches"] = float(bucket is None)
+        return result
 
     def actual(self) -> dict[str, Any]:
         """What really runs; JSON values."""
@@ -193,11 +188,11 @@ class HSTURetriever:
             torch.cuda.empty_cache()
 
     def _search(self, batch: Prompts) -> Tensor:
-        """float64 [B, k, 2]: items (exact up to 2**53) and scores, in one tensor for one copy to the host."""
+        """What is found, as `one_tensor` makes it."""
         assert self._model is not None and self._pool is not None
         width, k = self._retrieval.beam_width, self._retrieval.k
         items, scores, _ = beam.run(self._model, self._trie, batch, self._pool, width=width, k=k)
-        return torch.stack([items.double(), scores.double()], dim=-1)
+        return one_tensor(items, scores)
 
 
 class Reference:
