@@ -7,16 +7,17 @@ Keys and types are checked by Hydra when it composes; ranges and choices (`greng
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from grbench.records import spec_hash
 from grbench.scenarios.config import (
     ClosedLoopConfig,
     MultiStreamConfig,
@@ -44,6 +45,8 @@ from grengines.pipeline.config import STAGES, PipelineConfig
 from grengines.tensorrt.config import TensorRTConfig
 from grengines.vllm.config import VLLMEngineConfig
 from grkernels.config import KernelConfig
+
+Root = TypeVar("Root")
 
 
 class ConfigError(ValueError):
@@ -157,13 +160,12 @@ class RunSpec:
 
     @property
     def hash(self) -> str:
-        """12 hex digits over every option, independent of key order and of the process."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """`spec_hash` over every option."""
+        return spec_hash(self.to_dict())
 
     @property
     def title(self) -> str:
-        """Short name of the cell for tables and run names."""
+        """Short name of the cell, for its lines of progress."""
         return f"{self.engine.name}-{self.model.name}-{self.workload.name}-{self.scenario.name}"
 
 
@@ -176,21 +178,28 @@ def register_schemas() -> None:
             store.store(group=f"schema/{group}", name=name, node=schema)
 
 
-def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
-    """Turn a composed configuration into a RunSpec and the options that are no part of it.
+def checked(cfg: DictConfig, root: type[Root]) -> Root:
+    """The `root` dataclass that a composed configuration describes.
 
-    Raises ConfigError for a key that no schema knows or a value outside its range, OmegaConfBaseException for
-    a value that is missing.
+    Raises ConfigError for a key that no schema knows, a group that is built on none of its schemas or a value outside
+    its range, OmegaConfBaseException for a value that is missing.
     """
     if unknown := list(_unknown_keys(cfg)):
         raise ConfigError("; ".join(unknown))
-    run = OmegaConf.to_object(cfg)
-    assert isinstance(run, RunConfig)
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, root)
     for group, schemas in SCHEMAS.items():
-        if type(getattr(run, group)) not in schemas.values():
+        if hasattr(config, group) and type(getattr(config, group)) not in schemas.values():
             raise ConfigError(f"{group}: build it on one of the schemas {', '.join(schemas)} (see conf/{group}/)")
-    if problems := list(violations(run)):
+    if problems := list(violations(config)):
         raise ConfigError("; ".join(problems))
+    return config
+
+
+def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
+    """Turn a composed configuration into a RunSpec and the options that are no part of it. Raises as `checked`, and
+    ConfigError for options that contradict each other."""
+    run = checked(cfg, RunConfig)
     able = engines.tasks(run.engine.name)
     if isinstance(run.engine, PipelineConfig):
         _check_stages(run.engine)
@@ -227,9 +236,16 @@ def _unknown_keys(cfg: DictConfig, path: str = "") -> Iterator[str]:
     known = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else set(cfg)
     for key in map(str, cfg):
         if key not in known:
-            yield f"{path}{key}: no such key; known keys: {', '.join(sorted(known))}"
+            yield no_such_key(f"{path}{key}", known)
         elif not OmegaConf.is_missing(cfg, key) and isinstance(node := cfg[key], DictConfig):
             yield from _unknown_keys(node, f"{path}{key}.")
+
+
+def no_such_key(key: str, known: Iterable[str]) -> str:
+    """What is wrong with a key that its node doesn't have, and the nearest that it has."""
+    path, _, name = key.rpartition(".")
+    near = [f"{path}.{other}".lstrip(".") for other in difflib.get_close_matches(name, known, n=1)]
+    return f"{key}: no such key; {''.join(f'nearest: {n}; ' for n in near)}known keys: {', '.join(sorted(known))}"
 
 
 def spec_to_json(spec: RunSpec) -> str:

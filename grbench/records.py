@@ -6,6 +6,7 @@ LoadGen scenarios, LoadGen's own logs. Whatever happened, there is a record; its
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -61,7 +62,7 @@ class RunRecord:
         return self.status is Status.OK
 
     def to_json(self) -> str:
-        return json.dumps(_finite(asdict(self)), indent=1, sort_keys=True)
+        return json.dumps(finite(asdict(self)), indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str, where: str = "record") -> RunRecord:
@@ -127,12 +128,23 @@ def find(root: Path) -> Iterator[tuple[Path, RunRecord]]:
     yield from sorted(found, key=lambda pair: pair[1].started_at)
 
 
-def _finite(value: Any) -> Any:
-    """NaN and infinities are no JSON and no measurement: they become null."""
+def spec_hash(spec: dict[str, Any]) -> str:
+    """12 hex digits over every value, independent of key order and of the process."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def finite(value: Any) -> Any:
+    """`value` for JSON: NaN and infinities are no JSON and no measurement, they become null."""
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """An exception's message as one line of at most so many characters; its type's name where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 3] + "..."

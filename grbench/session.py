@@ -17,19 +17,19 @@ from grbench import records
 from grbench.config import RunConfig, RunSpec
 from grbench.records import RunRecord, Status
 from grbench.runner import Event, Interrupted, run_cell
+from grbench.tracking import Tracker, where_to_look
 
 
 class Session:
     """Runs cells and keeps what they gave. `close` prints the table and returns the exit code."""
 
     def __init__(self, run: RunConfig, hydra: HydraConf, total: int) -> None:
-        from grbench.tracking import Tracker
-
         self._total = total
         self._cells: list[tuple[Path, RunRecord]] = []
         self._root = Path(run.runner.output_root).absolute()
         self._screen = Console(stderr=True)
         self._sweep_id = Path(hydra.sweep.dir).name if hydra.mode is RunMode.MULTIRUN else None
+        self._tracking = run.tracking
         self._tracker = Tracker(run.tracking, self._root)
         if self._sweep_id:
             self._tracker.start_sweep(self._sweep_id, {"overrides": " ".join(sys.argv[1:]), "cells": str(total)})
@@ -39,8 +39,9 @@ class Session:
                 if record.status is not Status.INTERRUPTED and (record.ok or not run.rerun_failed):
                     self._earlier[record.spec_hash] = (folder, record)
 
-    def run(self, spec: RunSpec, run: RunConfig, hydra: HydraConf) -> None:
+    def run(self, cell: tuple[RunSpec, RunConfig], hydra: HydraConf) -> None:
         """Measure one cell, or keep its earlier record; log it. Raises KeyboardInterrupt after keeping the record."""
+        spec, run = cell
         title = f"{len(self._cells) + 1}/{self._total} {spec.title}"
         if earlier := self._earlier.get(spec.hash):
             folder, record = earlier
@@ -76,19 +77,23 @@ class Session:
                 plot_latency_cdf([(folder, record)], folder / "latency_cdf.png")
         self._tracker.log(record, folder)
 
-    def close(self, interrupted: bool = False) -> int:
-        """Print the table of all cells and end the sweep's tracking. Returns 0 if every cell is OK, else 1."""
+    def close(self, cut_short: str = "") -> int:
+        """Print the table of all cells and end the sweep's tracking. Returns 0 if every cell is OK, else 1.
+
+        cut_short: what ended the session before its last cell, in a word.
+        """
         from grbench.report.table import print_cells
 
         if self._sweep_id:
             self._tracker.end_sweep([record for _, record in self._cells])
         print_cells(Console(), self._cells)
-        if interrupted:
+        if cut_short:
             left = self._total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)
             again = "; the same sweep goes on from here" if self._sweep_id else ""
-            self._screen.print(f"interrupted with {left} of {self._total} cells to go{again}")
+            self._screen.print(f"{cut_short} with {left} of {self._total} cells to go{again}")
         where = os.path.relpath(self._root)
-        self._screen.print(f"records: {where}   compare: python -m grbench.tracking ui {where}", soft_wrap=True)
+        compare = where_to_look(self._tracking, self._root) or f"python -m grbench.report {where}"
+        self._screen.print(f"records: {where}   compare: {compare}", soft_wrap=True, highlight=False)
         return 0 if all(record.ok for _, record in self._cells) else 1
 
 

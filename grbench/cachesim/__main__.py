@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from hydra.conf import HydraConf
 
-from grbench import side_command
-from grbench.cachesim.config import register_schemas, to_config
+from grbench import command
+from grbench.cachesim.config import CacheSimConfig, register_schemas, to_config
 
 
 def main() -> None:
     """Entry point. Exits."""
-    side_command.run("cachesim", register_schemas, to_config, _session)
+    command.run("grbench.cachesim", "cachesim", register_schemas, to_config, _session)
 
 
-def _session(config: Any, hydra: Any) -> side_command.Session:
+def _session(config: CacheSimConfig, hydra: HydraConf, total: int) -> command.Session:
     from grbench.cachesim.session import Session
 
     return Session(config, hydra)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from grbench.config import SCHEMAS, ConfigError
+from grbench.config import ConfigError, checked
 from grbench.config import register_schemas as register_groups
 from grengines.cache import policies
-from grengines.options import option, violations
-
-GROUPS = ("model", "workload", "tracking")
+from grengines.options import option
 
 
 @dataclass
@@ -46,27 +43,11 @@ def register_schemas() -> None:
 
 
 def to_config(cfg: DictConfig) -> CacheSimConfig:
-    """Check a composed configuration. Raises ConfigError, or OmegaConfBaseException for a value that is missing."""
-    _check_keys(map(str, cfg), CacheSimConfig, "")
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, CacheSimConfig)
-    for group in GROUPS:
-        node, schemas = getattr(config, group), SCHEMAS[group]
-        if type(node) not in schemas.values():
-            raise ConfigError(f"{group}: build it on one of the schemas {', '.join(schemas)} (see conf/{group}/)")
-        _check_keys(vars(node), type(node), f"{group}.")
-    if problems := list(violations(config)):
-        raise ConfigError("; ".join(problems))
+    """Check a composed configuration. Raises as `checked`, and ConfigError for an unknown policy or no size."""
+    config = checked(cfg, CacheSimConfig)
     for name in config.policies:
         if name not in policies.names():
             raise ConfigError(f"policies: unknown {name!r}; known: {', '.join(policies.names())}")
     if not config.shares and not config.sizes_gb:
         raise ConfigError("shares=[]: allowed is at least one size, here or in sizes_gb")
     return config
-
-
-def _check_keys(keys: Any, schema: type, path: str) -> None:
-    known = [f.name for f in dataclasses.fields(schema)]
-    for key in keys:
-        if key not in known:
-            raise ConfigError(f"{path}{key}: no such key; known keys: {', '.join(sorted(known))}")

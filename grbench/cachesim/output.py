@@ -1,8 +1,7 @@
-"""What a job leaves behind: results.json, the miss-ratio curves, and the table at the end."""
+"""What a job shows: a line a row, the miss-ratio curves, and the table at the end."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from grbench.cachesim.replay import BELADY, LIMIT, Row, to_dict
+from grbench.cachesim.replay import BELADY, LIMIT, Row
 from grbench.report.cells import figure
-from grbench.report.plots import COLOURS, GREY, Plot
+from grbench.report.plots import COLOURS, GREY, MARKERS, Plot
 
-RESULTS = "results.json"
-SCHEMA_VERSION = 1
 COLUMNS = {  # heading: (metric, factor, format)
     "hits\n%": ("hit_rate", 100, ".2f"),
     "bytes\n%": ("byte_hit_rate", 100, ".2f"),
@@ -26,18 +23,6 @@ COLUMNS = {  # heading: (metric, factor, format)
     "over lru\npoints": ("over_lru", 100, "+.2f"),
     "thousand\nrequests/s": ("requests_per_s", 1e-3, ".0f"),
 }
-MARKERS = "osD^vPX*"
-
-
-def save(folder: Path, facts: dict[str, Any], rows: Sequence[Row]) -> Path:
-    """Write results.json whole or not at all; an earlier one, with fewer rows, is replaced."""
-    path, new = folder / RESULTS, folder / f".{RESULTS}.new"
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"schema_version": SCHEMA_VERSION, **facts, "rows": [to_dict(row) for row in rows]}
-    text = json.dumps(_finite(content), indent=1)
-    new.write_text(text + "\n")
-    new.replace(path)
-    return path
 
 
 def line(row: Row) -> str:
@@ -106,12 +91,3 @@ def plot(title: str, rows: Sequence[Row], path: Path) -> Path | None:
 
 def _cell(value: float | None, factor: float, form: str) -> str:
     return figure(None) if value is None or value != value else format(factor * value, form)
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN: it becomes null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value

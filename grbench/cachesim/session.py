@@ -5,41 +5,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import hashlib
-import json
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from hydra.conf import HydraConf
-from hydra.types import RunMode
 from rich.console import Console
 from rich.progress import Progress as Bar
 
 from grbench.cachesim.config import CacheSimConfig
-from grbench.cachesim.output import line, plot, print_table, save
-from grbench.cachesim.replay import Replay, Row
+from grbench.cachesim.output import line, plot, print_table
+from grbench.cachesim.replay import Replay, Row, to_dict
 from grbench.cachesim.simulate import Progress
 from grbench.environment import describe_environment
-from grbench.records import RunRecord, Status
-from grbench.tracking.rows import RowTracker
+from grbench.records import RunRecord, Status, spec_hash
+from grbench.side_session import SideSession, save_results
 
 
-class Session:
-    """Runs jobs and keeps what they gave. `close` prints the tables."""
+class Session(SideSession):
+    """Runs jobs and keeps what they gave."""
 
     def __init__(self, config: CacheSimConfig, hydra: HydraConf) -> None:
-        self._root = Path(config.output_root).absolute()
-        self._screen = Console(stderr=True)
+        super().__init__(config, hydra, command="cachesim", suffix="cachesim")
         self._tables: list[tuple[str, list[Row]]] = []
-        self._files: list[tuple[Path, str]] = []
-        self._sweep = hydra.mode is RunMode.MULTIRUN
-        name = Path(hydra.sweep.dir if self._sweep else hydra.runtime.output_dir).name
-        facts = {"overrides": " ".join(sys.argv[1:])}
-        self._tracker = RowTracker(
-            config.tracking, self._root, command="cachesim", suffix="cachesim", name=name, facts=facts
-        )
+
+    @property
+    def ok(self) -> bool:
+        return True  # a simulation that can't be run is refused before its first row
+
+    def print_tables(self) -> None:
+        for title, rows in self._tables:
+            print_table(Console(), title, rows)
 
     def run(self, config: CacheSimConfig, hydra: HydraConf) -> None:
         """Simulate one job; its results are on disk after every row. Raises ConfigError before any."""
@@ -49,35 +44,21 @@ class Session:
             f"{config.workload.name}, {config.model.name}: {facts['requests']:,} requests of {facts['users']:,} users, "
             f"whose last states take {facts['footprint_gb']:.3g} GB; seed {config.seed}"
         )
-        self._say(title)
+        self.say(title)
         folder, rows = Path(hydra.runtime.output_dir).absolute(), list[Row]()
         self._tables.append((title, rows))
         known = {"config": dataclasses.asdict(config), "trace": facts, "environment": describe_environment()}
         try:
             for row in replay.run(self._watch):
                 rows.append(row)
-                results = save(folder, known, rows)
-                self._say(line(row))
+                results = save_results(folder, known, [to_dict(done) for done in rows])
+                self.say(line(row))
                 self._tracker.log([_record(row, config)], results)
         finally:
-            prefix = folder.name if self._sweep else ""
             if rows:
-                self._files.append((results, prefix))
+                self.keep(results)
             if path := plot(f"Miss ratio, {config.workload.name}, {config.model.name}", rows, folder / "misses.png"):
-                self._files.append((path, prefix))
-
-    def close(self, failed: bool = False, interrupted: bool = False) -> int:
-        """Print the tables and end the parent run. Returns 0."""
-        self._tracker.finish(self._files, not failed and not interrupted)
-        for title, rows in self._tables:
-            print_table(Console(), title, rows)
-        if interrupted:
-            self._say("interrupted; the rows above were finished and are kept")
-        for path, _ in self._files:
-            self._say(f"{'results' if path.suffix == '.json' else 'plot'}: {os.path.relpath(path)}")
-        if self._files:
-            self._say(f"compare: python -m grbench.tracking ui {os.path.relpath(self._root)}")
-        return 0
+                self.keep(path)
 
     @contextlib.contextmanager
     def _watch(self, what: str, requests: int) -> Iterator[Progress]:
@@ -85,9 +66,6 @@ class Session:
         with Bar(console=self._screen, transient=True, disable=not self._screen.is_terminal) as bar:
             task = bar.add_task(what, total=requests)
             yield lambda done: bar.update(task, completed=done)
-
-    def _say(self, text: str) -> None:
-        self._screen.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _record(row: Row, config: CacheSimConfig) -> RunRecord:
@@ -105,7 +83,7 @@ def _record(row: Row, config: CacheSimConfig) -> RunRecord:
     begun = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=row.duration_s)
     return RunRecord(
         spec=spec,
-        spec_hash=hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:12],
+        spec_hash=spec_hash(spec),
         status=Status.OK,
         started_at=begun.isoformat(),
         duration_s=row.duration_s,

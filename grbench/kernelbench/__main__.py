@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from hydra.conf import HydraConf
 from omegaconf import DictConfig
 
-from grbench import side_command
+from grbench import command
 from grbench.kernelbench.config import KernelBenchConfig, device_of, register_schemas, to_config
 
 
 def main() -> None:
     """Entry point. Exits."""
-    side_command.run("kernelbench", register_schemas, _checked, _session)
+    command.run("grbench.kernelbench", "kernelbench", register_schemas, _checked, _session)
 
 
 def _checked(cfg: DictConfig) -> KernelBenchConfig:
@@ -22,7 +21,7 @@ def _checked(cfg: DictConfig) -> KernelBenchConfig:
     return config
 
 
-def _session(config: Any, hydra: Any) -> side_command.Session:
+def _session(config: KernelBenchConfig, hydra: HydraConf, total: int) -> command.Session:
     from grbench.kernelbench.session import Session
 
     return Session(config, hydra)

@@ -24,9 +24,8 @@ from grbench.kernelbench import stack
 from grbench.kernelbench.config import Family, KernelBenchConfig, select
 from grbench.kernelbench.gate import Errors, Gate, IncorrectError
 from grbench.kernelbench.timing import Call, Ceilings, ceilings, interleaved, median_ms
-from grbench.records import Status
+from grbench.records import Status, one_line
 from grbench.stats import percentile
-from grbench.tracking import one_line
 from grkernels import registry, tuning
 from grkernels.variant import Cost, KernelVariant
 

@@ -5,7 +5,6 @@ Nothing here imports torch before the names of shapes are looked up.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -13,10 +12,10 @@ from importlib import import_module
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from grbench.config import SCHEMAS, ConfigError
-from grengines.options import option, violations
+from grbench.config import SCHEMAS, ConfigError, checked
+from grengines.options import option
 from grkernels import registry
 
 
@@ -57,14 +56,8 @@ def register_schemas() -> None:
 
 
 def to_config(cfg: DictConfig) -> KernelBenchConfig:
-    """Check a composed configuration, names included. Raises ConfigError."""
-    known = [f.name for f in dataclasses.fields(KernelBenchConfig)]
-    if added := [str(key) for key in cfg if key not in known]:
-        raise ConfigError(f"{added[0]}: no such key; known keys: {', '.join(sorted(known))}")
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, KernelBenchConfig)
-    if problems := list(violations(config)):
-        raise ConfigError("; ".join(problems))
+    """Check a composed configuration, names included. Raises as `checked` and `select`."""
+    config = checked(cfg, KernelBenchConfig)
     select(config)
     return config
 

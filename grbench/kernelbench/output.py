@@ -1,12 +1,9 @@
-"""What a job leaves behind: results.json, a roofline a family, and the tables at the end."""
+"""What a job shows: a line a row, a roofline a family, and the tables at the end."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -17,11 +14,9 @@ from grbench.kernelbench.bench import ALL_SHAPES, Row
 from grbench.kernelbench.timing import Ceilings
 from grbench.records import Status
 from grbench.report.cells import MISSING, figure
-from grbench.report.plots import COLOURS, GREY, Plot
+from grbench.report.plots import COLOURS, GREY, MARKERS, Plot
 from grbench.report.table import STYLES
 
-RESULTS = "results.json"
-SCHEMA_VERSION = 1
 COLUMNS = {  # heading: (metric, factor)
     "ms": ("latency_ms/p50", 1),
     "p10": ("latency_ms/p10", 1),
@@ -37,17 +32,6 @@ COLUMNS = {  # heading: (metric, factor)
     "allowed": ("error_allowed", 1),
     "cold\ns": ("cold_start_s", 1),
 }
-MARKERS = "osD^vPX*"
-
-
-def save(folder: Path, facts: dict[str, Any], rows: Sequence[Row]) -> Path:
-    """Write results.json whole or not at all; an earlier one, with fewer rows, is replaced."""
-    path, new = folder / RESULTS, folder / f".{RESULTS}.new"
-    content = {"schema_version": SCHEMA_VERSION, **facts, "rows": [dataclasses.asdict(row) for row in rows]}
-    folder.mkdir(parents=True, exist_ok=True)
-    new.write_text(json.dumps(_finite(content), indent=1) + "\n")
-    new.replace(path)
-    return path
 
 
 def line(row: Row) -> str:
@@ -148,12 +132,3 @@ def plot_roofline(family: str, rows: Sequence[Row], roofs: Ceilings, path: Path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(Plot(picture).png())
     return path
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity: a number that is none becomes null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value

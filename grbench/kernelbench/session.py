@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
-import sys
 from pathlib import Path
 
 from hydra.conf import HydraConf
-from hydra.types import RunMode
 from rich.console import Console
 
 from grbench.config import ConfigError
 from grbench.environment import describe_environment
 from grbench.kernelbench.bench import Bench, DeviceLostError, Row
 from grbench.kernelbench.config import KernelBenchConfig, device_of
-from grbench.kernelbench.output import line, plot_roofline, print_tables, save
-from grbench.records import RunRecord, Status
-from grbench.tracking import one_line
-from grbench.tracking.rows import RowTracker
+from grbench.kernelbench.output import line, plot_roofline, print_tables
+from grbench.records import RunRecord, Status, one_line, spec_hash
+from grbench.side_session import SideSession, save_results
 
 
-class Session:
-    """Runs jobs and keeps what they gave. `close` prints the tables and returns the exit code."""
+class Session(SideSession):
+    """Runs jobs and keeps what they gave."""
 
     def __init__(self, config: KernelBenchConfig, hydra: HydraConf) -> None:
-        self._root = Path(config.output_root).absolute()
-        self._screen = Console(stderr=True)
+        super().__init__(config, hydra, command="kernelbench", suffix="kernels")
         self._rows: list[Row] = []
-        self._files: list[tuple[Path, str]] = []
-        self._sweep = hydra.mode is RunMode.MULTIRUN
-        name = Path(hydra.sweep.dir if self._sweep else hydra.runtime.output_dir).name
-        facts = {"overrides": " ".join(sys.argv[1:])}
-        self._tracker = RowTracker(
-            config.tracking, self._root, command="kernelbench", suffix="kernels", name=name, facts=facts
-        )
         self._lost: DeviceLostError | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not any(row.status in (Status.INCORRECT, Status.ERROR) for row in self._rows)
+
+    def print_tables(self) -> None:
+        print_tables(Console(), self._rows)
 
     def run(self, config: KernelBenchConfig, hydra: HydraConf) -> None:
         """Measure one job; its results are on disk after every shape. Raises ConfigError before measuring anything."""
@@ -47,11 +40,11 @@ class Session:
         folder = Path(hydra.runtime.output_dir).absolute()
         job: list[Row] = []
         try:
-            bench = Bench(config, device, self._say)
+            bench = Bench(config, device, self.say)
         except Exception as e:
             raise ConfigError(f"device={device}: its ceilings can't be measured ({one_line(e)})") from e
         roofs = bench.ceilings
-        self._say(f"{config.dtype} on {device}: matmul {roofs.tflops:.4g} TFLOP/s, copy {roofs.tbps:.3g} TB/s")
+        self.say(f"{config.dtype} on {device}: matmul {roofs.tflops:.4g} TFLOP/s, copy {roofs.tbps:.3g} TB/s")
         facts = {
             "config": dataclasses.asdict(config),
             "device": device,
@@ -62,43 +55,21 @@ class Session:
             for rows in bench.run():
                 job += rows
                 self._rows += rows
-                results = save(folder, facts, job)
+                results = save_results(folder, facts, [dataclasses.asdict(row) for row in job])
                 for row in rows:
-                    self._say(line(row))
+                    self.say(line(row))
                 # What is UNAVAILABLE would drown the others.
                 done = [_record(row, device) for row in rows if row.status is not Status.UNAVAILABLE]
                 self._tracker.log(done, results)
         except DeviceLostError as e:
             self._lost = e
-            self._say(f"{e}; nothing more is run in this process")
+            self.say(f"{e}; nothing more is run in this process")
         finally:
-            self._keep(folder, job, bench)
-
-    def _keep(self, folder: Path, job: list[Row], bench: Bench) -> None:
-        """Plots, and the list of files for MLflow."""
-        prefix = folder.name if self._sweep else ""
-        if job:
-            self._files.append((folder / "results.json", prefix))
-        for family in dict.fromkeys(row.family for row in job):
-            if path := plot_roofline(family, job, bench.ceilings, folder / f"roofline_{family}.png"):
-                self._files.append((path, prefix))
-
-    def close(self, failed: bool = False, interrupted: bool = False) -> int:
-        """Print the tables and end the parent run. Returns 0, or 1 if a row is INCORRECT or ERROR."""
-        ok = not any(row.status in (Status.INCORRECT, Status.ERROR) for row in self._rows)
-        self._tracker.finish(self._files, ok and not failed and not interrupted)
-        print_tables(Console(), self._rows)
-        if interrupted:
-            self._say("interrupted; the shapes above were finished and are kept")
-        for path, _ in self._files:
-            if path.suffix == ".json":
-                self._say(f"results: {os.path.relpath(path)}")
-        if self._rows:
-            self._say(f"compare: python -m grbench.tracking ui {os.path.relpath(self._root)}")
-        return 0 if ok else 1
-
-    def _say(self, text: str) -> None:
-        self._screen.print(text, soft_wrap=True, markup=False, highlight=False)
+            if job:
+                self.keep(results)
+            for family in dict.fromkeys(row.family for row in job):
+                if path := plot_roofline(family, job, roofs, folder / f"roofline_{family}.png"):
+                    self.keep(path)
 
 
 def _record(row: Row, device: str) -> RunRecord:
@@ -106,7 +77,7 @@ def _record(row: Row, device: str) -> RunRecord:
     spec = {"family": row.family, "variant": row.variant, "shape": row.shape, "dtype": row.dtype}
     return RunRecord(
         spec={"kernel": {"name": "-".join(spec.values())}, **spec, "peer": row.peer},
-        spec_hash=hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:12],
+        spec_hash=spec_hash(spec),
         status=row.status,
         started_at=row.started_at,
         duration_s=row.duration_s,

@@ -29,6 +29,7 @@ MAX_CURVES = 10  # more distribution curves than this can't be told apart
 MAX_LEGEND = 20
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow (too pale for lines).
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = "osD^vPX*"
 LINES = ["-", "--", ":", "-."]
 GREY = "#767676"
 

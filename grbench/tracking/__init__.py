@@ -6,12 +6,13 @@ The record on disk comes first: if MLflow is down, locked or full, nothing is lo
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from grbench import records
-from grbench.records import RunRecord, Status
+from grbench.records import RunRecord, Status, one_line
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig
 
 
@@ -103,7 +104,10 @@ def import_records(root: Path, config: MlflowConfig) -> tuple[int, int, int]:
     return logged, known, failed
 
 
-def one_line(error: BaseException) -> str:
-    """An exception as one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+def where_to_look(config: MlflowConfig | NoTrackingConfig, root: Path) -> str | None:
+    """The page of what was logged, or the command that opens it; None where nothing is logged."""
+    if isinstance(config, NoTrackingConfig):
+        return None
+    if config.uri is None:
+        return f"python -m grbench.tracking ui {os.path.relpath(root)}"
+    return config.uri if config.uri.startswith("http") else f"mlflow ui --backend-store-uri {config.uri}"

@@ -10,7 +10,8 @@ import sqlite3
 import sys
 from pathlib import Path
 
-from grbench.tracking import import_records, one_line
+from grbench.records import one_line
+from grbench.tracking import import_records
 from grbench.tracking.config import MlflowConfig
 
 

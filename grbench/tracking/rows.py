@@ -8,8 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from grbench.records import RunRecord
-from grbench.tracking import one_line
+from grbench.records import RunRecord, one_line
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig
 from grbench.tracking.store import Store
 
