@@ -18,6 +18,7 @@ import torch
 from hstu_oracle import make_requests, relative_error
 
 from grengines import registry
+from grengines.aoti import package
 from grengines.aoti.config import AOTIEngineConfig
 from grengines.aoti.engine import AOTIEngine
 from grengines.aoti.package import Facts
@@ -202,6 +203,21 @@ def test_without_a_compiler_the_engine_is_unavailable(monkeypatch: pytest.Monkey
         registry.build(AOTIEngineConfig(device="cpu"), MODEL, KernelConfig(), CATALOGUE, 5)
 
 
+@NO_COMPILER
+@pytest.mark.skipif(sys.platform != "linux", reason="about ELF libraries")
+def test_packages_share_the_c_plus_plus_library_of_the_process(tmp_path: Path) -> None:
+    """Where only a static one is installed (here: asked for), a package with its own would crash when it is loaded."""
+    source, library = tmp_path / "a.cc", tmp_path / "a.so"
+    source.write_text('#include <iostream>\nextern "C" void f() { std::cout << 1; }\n')
+    command = ["g++", "-static-libstdc++", "-shared", "-fPIC", str(source), "-o", str(library)]
+    needed = {}
+    with package._toolchain(torch.device("cpu"), tmp_path) as libraries:
+        for more in ([], [f"-l{name}" for name in libraries]):
+            subprocess.run([*command, *more], check=True)
+            needed[bool(more)] = b"libstdc++.so.6" in library.read_bytes()
+    assert needed == {False: False, True: True}
+
+
 def test_profiles_follow_the_lengths_and_hold_every_request() -> None:
     encoding = Encoding.of(MODEL, CATALOGUE)
     requests = requests_of([10] * 30 + [100] * 10, [4] * 40)
@@ -256,7 +272,7 @@ def test_triton_kernels_are_traced_with_symbolic_lengths() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_triton_kernels_in_a_package_on_a_gpu(precision: str, graphs: bool) -> None:
+def test_triton_kernels_in_a_package_on_a_gpu(cache: Path, precision: str, graphs: bool) -> None:
     made = engine(kernel="triton", device="cuda", precision=precision, cuda_graphs=graphs, cpu_threads=0)
     reference = Reference(MODEL, CATALOGUE, 5, "cuda")
     made.prepare(SAMPLE, 4)

@@ -178,10 +178,9 @@ def build(module: ExportedRanker, facts: Facts) -> Path:
     scratch = folder / path.name  # its name is also that of a folder in it
     folder.mkdir(exist_ok=True)
     try:
-        with _one_line_errors(), _cuda_toolkit(module.ranker.token_table.device, folder):
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(scratch), inductor_configs={"aot_inductor.metadata": metadata}
-            )
+        with _one_line_errors(), _toolchain(module.ranker.token_table.device, folder) as libraries:
+            configs = {"aot_inductor.metadata": metadata, "aot_inductor.custom_op_libs": libraries}
+            torch._inductor.aoti_compile_and_package(program, package_path=str(scratch), inductor_configs=configs)
         scratch.replace(path)
     finally:
         shutil.rmtree(folder)
@@ -268,30 +267,43 @@ def _source() -> str:
 
 
 @contextmanager
-def _cuda_toolkit(device: torch.device, folder: Path) -> Iterator[None]:
-    """For a GPU: what a C++ compiler must find, which Inductor looks for beside nvcc only. CUDA's headers, where they
-    are installed, and the driver that this process has loaded, under the name that linkers want."""
-    found: dict[str, list[str]] = {"CPATH": [], "LIBRARY_PATH": []}
+def _toolchain(device: torch.device, folder: Path) -> Iterator[list[str]]:
+    """What a C++ compiler and linker must find: in the environment where to look, and the libraries to name.
+
+    The C++ library is the one that this process has loaded: where only the static one is installed for development, a
+    package would bring its own, and two in one process crash. For a GPU, CUDA's headers where they are installed, which
+    Inductor looks for beside nvcc only, and the driver.
+    """
+    found: dict[str, list[str]] = {"CPATH": [], "LIBRARY_PATH": [str(folder)]}
+    libraries = []
+    if runtime := _loaded("libstdc++.so.6"):
+        (folder / "libstdc++.so.6").symlink_to(runtime)
+        libraries.append(":libstdc++.so.6")
     if device.type == "cuda":
         local = Path("/usr/local")
         homes = [Path(os.environ.get("CUDA_HOME", "")), local / "cuda", *sorted(local.glob("cuda-*"), reverse=True)]
         found["CPATH"] = [str(home / "include") for home in homes if (home / "include" / "cuda.h").is_file()][:1]
-        loaded = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
-        if driver := next((path for path in loaded if path.rpartition("/")[2].startswith("libcuda.so")), None):
+        if driver := _loaded("libcuda.so"):
             (folder / "libcuda.so").symlink_to(driver)
-            found["LIBRARY_PATH"] = [str(folder)]
     before = {name: os.environ.get(name) for name in found}
     try:
         for name, paths in found.items():
             if paths:
                 os.environ[name] = os.pathsep.join([*paths, *filter(None, [before[name]])])
-        yield
+        yield libraries
     finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _loaded(name: str) -> str | None:
+    """The file of a library that this process has loaded; None where it has none of that name, or can't tell."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    return next((path for line in lines if Path(path := line.split()[-1]).name.startswith(name)), None)
 
 
 @contextmanager
