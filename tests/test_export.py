@@ -250,6 +250,62 @@ def test_the_cache_folder_knows_models_apart_and_mends_itself(tmp_path: Path, mo
         exporter.export(small, CATALOGUE, 0, "fp32", tmp_path / "mine")
 
 
+MEETING = """
+import sys, time
+from pathlib import Path
+from grengines.export import folders
+sys.path.insert(0, {tests!r})
+others, own = Path(sys.argv[1]), sys.argv[2]
+
+def meet_after(module, name):
+    function = getattr(module, name)
+    def both(*args, **options):
+        result = function(*args, **options)
+        (others / own).touch()
+        end = time.monotonic() + 120
+        while len(list(others.iterdir())) < 2:
+            assert time.monotonic() < end, "the other process never came"
+            time.sleep(0.01)
+        return result
+    setattr(module, name, both)
+
+published = []
+publish = folders.publish
+folders.publish = lambda made, folder: published.append((folder.parent.name, publish(made, folder))) or published[-1][1]
+"""
+
+
+def race(code: str, folder: Path) -> list[str]:
+    """What two processes print that run the code at the same time: `meet_after(module, name)` makes both wait for each
+    other behind that function, `published` says what became of their folders."""
+    others = folder / "others"
+    others.mkdir()
+    script = MEETING.format(tests=str(Path(__file__).parent)) + code
+    command = [sys.executable, "-c", script, str(others)]
+    both = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in ("first", "second")]
+    printed = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    return printed
+
+
+def test_of_two_processes_that_export_one_model_the_second_takes_the_firsts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "cache"))
+    code = """
+from test_export import CATALOGUE, MODEL
+from grengines.export import exporter
+meet_after(exporter, "write_onnx")
+found = exporter.cached(MODEL, CATALOGUE, 0, "fp32")
+exporter.load(found.folder)
+print(published, found.onnx, found.onnx.stat().st_ino)
+"""
+    first, second = sorted(race(code, tmp_path))
+    assert first.startswith("[('exports', False)]") and second.startswith("[('exports', True)]")
+    assert first.split()[2:] == second.split()[2:]  # one file, whoever made it
+    assert len(list((tmp_path / "cache" / "exports").iterdir())) == 1
+
+
 def test_the_command_exports_and_checks(grbench: Grbench, tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text("defaults: [x]\nlayers: 1\nembedding_dim: 16\nheads: 1\nqk_dim: 8\nv_dim: 8\n")
     options = ["--out", "out", "--model", "small.yaml", "--items", "50", "--actions", "2", "max_attn_len=7"]

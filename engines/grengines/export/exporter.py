@@ -8,7 +8,6 @@ import functools
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Collection
@@ -23,6 +22,7 @@ from torch.export import ExportedProgram
 
 from grengines.api import Catalogue, UnavailableError
 from grengines.device import DTYPES
+from grengines.export import folders
 from grengines.export.identity import digest_of, model_hash, weights_of
 from grengines.export.module import INPUTS, OUTPUT, ExportedRanker, trace
 from grengines.export.onnx_attention import DOMAIN, OPSET, VERSION, onnx_function, onnx_node, register_schema
@@ -118,23 +118,21 @@ def export(
     folder: Path,
     files: Collection[str] = (ONNX_FILE, PROGRAM_FILE),
     skip_hidden: bool = False,
+    keep: bool = False,
 ) -> Export:
     """Write the model in a precision of PRECISIONS to `folder`, which is made, or replaced where an export is in it.
 
-    files: which of the two forms; int8 is ONNX only. skip_hidden: as `onnx_function` says. Whoever reads the folder
-    finds a whole export or none. Raises ValueError for weights that don't fit or a folder with something else in it,
-    UnavailableError for int8 without onnxruntime, OSError where it can't be written.
+    files: which of the two forms; int8 is ONNX only. skip_hidden: as `onnx_function` says. keep: where another process
+    was faster, its export stays, and is the result. Whoever reads the folder finds a whole export or none. Raises
+    ValueError for weights that don't fit or a folder with something else in it, UnavailableError for int8 without
+    onnxruntime, OSError where it can't be written.
     """
-    if folder.exists() and not (folder / MANIFEST_FILE).is_file() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: is not empty and holds no export; give another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folders.check(folder, MANIFEST_FILE, "export")
     digest = model_hash(model, catalogue, seed)
     ranker = build_model(model, catalogue, seed, "cpu", DTYPES["fp32" if precision == "int8" else precision])
     parameters = sum(p.numel() for p in ranker.parameters())
     program = trace(ExportedRanker(ranker))
-    scratch = folder.parent / f".{folder.name}.{os.getpid()}"
-    scratch.mkdir()
-    try:
+    with folders.scratch(folder) as scratch:
         if ONNX_FILE in files:
             metadata = {"model_hash": digest, "precision": precision}
             if precision == "int8":
@@ -164,11 +162,11 @@ def export(
             "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(scratch.iterdir())},
         }
         (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        scratch.replace(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        while not folders.publish(scratch, folder):
+            if keep:
+                with contextlib.suppress(ValueError):
+                    return load(folder)
+            folders.discard(folder)
     return Export(folder, manifest)
 
 
@@ -190,13 +188,13 @@ def cached(
     try:
         return load(folder)
     except ValueError:
-        return export(model, catalogue, seed, precision, folder, (file,), skip_hidden)
+        return export(model, catalogue, seed, precision, folder, (file,), skip_hidden, keep=True)
 
 
 def note(found: Export, key: str, value: Any) -> Export:
     """The export with one more entry in its manifest, on disk too. Raises OSError."""
     manifest = {**found.manifest, key: value}
-    (found.folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
+    folders.write(found.folder / MANIFEST_FILE, (json.dumps(manifest, indent=1) + "\n").encode())
     return Export(found.folder, manifest)
 
 

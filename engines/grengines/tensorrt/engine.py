@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch import Tensor
 from grengines import staging
 from grengines.api import Catalogue, RankResult, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.export import exporter
+from grengines.export import exporter, folders
 from grengines.export.module import INPUTS, OUTPUT
+from grengines.fallback import OutsideError
 from grengines.files import cache_folder
 from grengines.hstu.batch import Bucket, Encoding, HostBatch, pack
 from grengines.hstu.config import HSTUConfig
@@ -30,34 +32,39 @@ from grengines.profile import Sizes, check, profiles
 from grengines.tensorrt import plan as plans
 from grengines.tensorrt import sample as samples
 from grengines.tensorrt.config import TensorRTConfig
-from grengines.tensorrt.library import find, logger
+from grengines.tensorrt.library import Library, find, logger
 
 ALIGNMENT = 256  # bytes, of every tensor that TensorRT is given
 
 
 class Graph(NamedTuple):
-    """One bucket's captured graph, and what it reads and writes."""
+    """One bucket's captured graph: it reads the batch where every batch is put."""
 
     graph: torch.cuda.CUDAGraph
     context: Any  # kept: a graph is good as long as the context that it was captured from stays as it was
-    buffer: Tensor
     logits: Tensor
 
 
 class Execution:
-    """A plan on the device: an execution context for each profile, a stream of its own, buffers bound in place."""
+    """A plan on the device: an execution context for each profile, a stream of its own, buffers bound in place.
 
-    def __init__(self, plan: plans.Plan, library: Any, tasks: int, device: torch.device, graphs: bool) -> None:
+    Everything runs on that stream, one batch after another: all contexts work in the same memory, and all batches are
+    put in the same place.
+    """
+
+    def __init__(self, plan: plans.Plan, library: Library, tasks: int, device: torch.device, graphs: bool) -> None:
         """Raises UnavailableError, with the library's words, where the plan can't be loaded here."""
         trt, log = library.module, logger(library)
         log.take()
         self.facts, self._library, self._device = plan.facts, library, device
         self.stream = torch.cuda.Stream(device)
+        # The order matters: what is made of another is released before it.
         self._runtime = trt.Runtime(log)
-        self.engine = self._runtime.deserialize_cuda_engine(plan.read())
-        if self.engine is None:
+        self._engine = self._runtime.deserialize_cuda_engine(plan.read())
+        if self._engine is None:
             raise UnavailableError(f"{library.name} {library.version} can't load {plan.folder}: {log.take()}")
-        self._config = self._runtime_config(plan, graphs) if library.rtx else None
+        self._config = self._runtime_config(graphs)
+        self._scratch = torch.empty(self._engine.device_memory_size_v2, dtype=torch.uint8, device=device)
         self._contexts = [self._context(i) for i in range(len(self.facts.profiles))]
         most = self.facts.profiles[-1]
         longest = max(-(-most.longest // self.facts.tile_rows) * self.facts.tile_rows, most.history)
@@ -67,77 +74,99 @@ class Execution:
         self._logits = torch.empty(most.candidates, tasks, device=device)
         self.stream.wait_stream(torch.cuda.current_stream(device))  # on which these were made
 
-    def run(self, host: Staged, needed: Sizes) -> Tensor:
-        """Copy a batch up and enqueue it on the current stream: logits [M, tasks], good until the next run."""
+    def upload(self, host: Staged) -> None:
+        """Copy a batch to where it is read, on the current stream, without waiting."""
         self._buffer[: host.words].copy_(host.buffer[: host.words], non_blocking=True)
-        profile = next(i for i, sizes in enumerate(self.facts.profiles) if needed.fits(sizes))
-        self._enqueue(self._contexts[profile], host, self._buffer, self._logits)
-        return self._logits[: host.candidates]
 
-    def capture(self, host: Staged, needed: Sizes, tasks: int) -> Graph:
-        """A graph of a batch of exactly these sizes. TensorRT wants a context for each graph, and one run before."""
-        profile = next(i for i, sizes in enumerate(self.facts.profiles) if needed.fits(sizes))
-        context = self._context(profile)
-        buffer = torch.zeros(host.words, dtype=torch.int64, device=self._device)
-        buffer.copy_(host.buffer[: host.words])
-        logits = torch.empty(host.candidates, tasks, device=self._device)
-        self._enqueue(context, host, buffer, logits)
+    def run(self, host: Staged, needed: Sizes) -> Tensor:
+        """Enqueue the batch that was uploaded: logits [M, tasks], good until the next run."""
+        return self._enqueue(self._contexts[self._profile(needed)], host)
+
+    def capture(self, host: Staged, needed: Sizes) -> Graph:
+        """A graph of batches of exactly these sizes. TensorRT wants a context of its own for each, and a run of it
+        before. Raises UnavailableError where the plan can't be captured: one whose attention is a loop."""
+        context = self._context(self._profile(needed))
+        self.upload(host)
+        logits = self._enqueue(context, host)
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            self._check(context.execute_async_v3(self.stream.cuda_stream), "capture the plan in a CUDA graph")
-        return Graph(graph, context, buffer, logits)
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                done = context.execute_async_v3(self.stream.cuda_stream)
+        except RuntimeError:  # PyTorch's: the capture has been invalidated
+            done = False
+        if not done:
+            raise UnavailableError(self._uncapturable())
+        return Graph(graph, context, logits)
 
-    def refit(self, onnx: str) -> None:
-        """Put the weights of an exported model into the plan that is loaded."""
+    def check_captured(self, needed: Sizes) -> None:
+        """Raises UnavailableError where TensorRT for RTX, which captures by itself, could not capture a batch of these
+        sizes, after one was run: it would go on without a word."""
+        if not self._contexts[self._profile(needed)].is_stream_capturable(self.stream.cuda_stream):
+            raise UnavailableError(self._uncapturable())
+
+    def refit(self, onnx: Path) -> None:
+        """Put the weights of an exported model into the plan that is loaded; nothing may be running."""
         trt, log = self._library.module, logger(self._library)
-        refitter = trt.Refitter(self.engine, log)
+        refitter = trt.Refitter(self._engine, log)
         parser = trt.OnnxParserRefitter(refitter, log)
-        self._check(parser.refit_from_file(onnx) and refitter.refit_cuda_engine(), f"take the weights of {onnx}")
+        self._check(parser.refit_from_file(str(onnx)) and refitter.refit_cuda_engine(), f"take the weights of {onnx}")
 
     def save_runtime_cache(self) -> None:
         """Keep what TensorRT for RTX compiled on this GPU for the next start."""
-        if self._config is not None:
-            compiled = self._config.get_runtime_cache().serialize()
-            self._cache_file.parent.mkdir(parents=True, exist_ok=True)
-            self._cache_file.write_bytes(bytes(compiled))
+        if self._library.rtx:
+            folders.write(self._runtime_file(), bytes(self._compiled.serialize()))
 
-    def _enqueue(self, context: Any, host: Staged, buffer: Tensor, logits: Tensor) -> None:
-        begin = buffer.data_ptr()
+    def _enqueue(self, context: Any, host: Staged) -> Tensor:
+        begin = self._buffer.data_ptr()
         for name, (offset, shape) in host.places.items():
-            self._check(context.set_input_shape(name, shape), f"take {name} {list(shape)}")
-            self._check(context.set_tensor_address(name, begin + offset), f"bind {name}")
-        for name in ("tiles", "columns"):  # both count from 0
-            self._check(context.set_input_shape(name, host.rulers[name]), f"take {name} {list(host.rulers[name])}")
-            self._check(context.set_tensor_address(name, self._ruler.data_ptr()), f"bind {name}")
-        self._check(context.set_tensor_address(OUTPUT, logits.data_ptr()), f"bind {OUTPUT}")
+            self._bind(context, name, shape, begin + offset)
+        for name, shape in host.rulers.items():  # both count from 0
+            self._bind(context, name, shape, self._ruler.data_ptr())
+        self._check(context.set_tensor_address(OUTPUT, self._logits.data_ptr()), f"bind {OUTPUT}")
         if unknown := context.infer_shapes():
-            raise RuntimeError(f"TensorRT can't infer shapes without {', '.join(unknown)}")
+            raise RuntimeError(f"{self._library.name} can't infer shapes without {', '.join(unknown)}")
         self._check(context.execute_async_v3(self.stream.cuda_stream), "run the plan")
+        return self._logits[: host.candidates]
+
+    def _bind(self, context: Any, name: str, shape: tuple[int, ...], address: int) -> None:
+        self._check(context.set_input_shape(name, shape), f"take {name} {list(shape)}")
+        self._check(context.set_tensor_address(name, address), f"bind {name}")
+
+    def _profile(self, needed: Sizes) -> int:
+        """The smallest profile that holds such a batch."""
+        return next(i for i, sizes in enumerate(self.facts.profiles) if needed.fits(sizes))
 
     def _context(self, profile: int) -> Any:
-        if self._config is None:
-            context = self.engine.create_execution_context()
-        else:
-            context = self.engine.create_execution_context(self._config)
+        context = self._engine.create_execution_context(self._config)
         if context is None:
             raise torch.cuda.OutOfMemoryError(f"no execution context for profile {profile}: {self._said()}")
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         self._check(context.set_optimization_profile_async(profile, self.stream.cuda_stream), f"use profile {profile}")
         self.stream.synchronize()
         return context
 
-    def _runtime_config(self, plan: plans.Plan, graphs: bool) -> Any:
-        """TensorRT for RTX only: its cache of kernels compiled on this GPU, and its own CUDA graphs."""
+    def _runtime_config(self, graphs: bool) -> Any:
+        """Contexts work in memory that they are given. TensorRT for RTX: its cache of kernels that were compiled on
+        this GPU, and its own CUDA graphs."""
         trt = self._library.module
-        config = self.engine.create_runtime_config()
-        cache = config.create_runtime_cache()
-        self._cache_file = cache_folder() / "plans" / f"runtime-{self._library.version}-sm{plan.facts.target}"
-        if self._cache_file.is_file():
-            cache.deserialize(self._cache_file.read_bytes())  # False: of another driver or GPU, so it stays empty
-        self._check(config.set_runtime_cache(cache), "use its runtime cache")
-        if graphs:
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._library.rtx:
+            self._compiled = config.create_runtime_cache()
+            if self._runtime_file().is_file():  # False: of another driver or GPU; the cache stays empty
+                self._compiled.deserialize(self._runtime_file().read_bytes())
+            self._check(config.set_runtime_cache(self._compiled), "use its runtime cache")
+            if graphs:
+                config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return config
+
+    def _runtime_file(self) -> Path:
+        return cache_folder() / "plans" / f"runtime-{self._library.version}-sm{self.facts.target}"
+
+    def _uncapturable(self) -> str:
+        mend = "engine.cuda_graphs=false" if self._library.rtx or self.facts.plugin else "engine.plugin=true"
+        return f"{self._library.name} can't run this plan in a CUDA graph: {self._said()}; set {mend}"
 
     def _check(self, done: bool, what: str) -> None:
         if not done:
@@ -226,8 +255,8 @@ class TensorRTEngine:
         self._execution: Execution | None = None
         self._staged: Staged | None = None
         self._graphs: dict[Bucket, Graph] = {}
+        self._refitted = False  # the plan was built with other weights
         self._seconds = {"build_s": 0.0, "load_s": 0.0}
-        self._max_batch = 0
 
     @torch.inference_mode()
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
@@ -239,18 +268,25 @@ class TensorRTEngine:
         begun = time.perf_counter()
         self._plan = self._find(facts, feeds)
         loading = time.perf_counter()
-        tasks, graphs = len(self._model.tasks), self._config.cuda_graphs
-        self._execution = Execution(self._plan, self._library, tasks, self._device, graphs)
-        if self._plan.facts.model_hash != facts.model_hash:
+        graphs = self._config.cuda_graphs
+        self._execution = Execution(self._plan, self._library, len(self._model.tasks), self._device, graphs)
+        self._refitted = self._plan.facts.model_hash != facts.model_hash
+        if self._refitted:
             base = exporter.cached(self._model, self._catalogue, self._seed, plans.BASE[self._precision])
-            self._execution.refit(str(base.onnx))
+            self._execution.refit(base.onnx)
         self._staged = Staged(self._execution.capacity, pin=True)
-        self._max_batch = max_batch
         if graphs and not self._library.rtx:  # which captures by itself
-            for bucket in reversed(plan_buckets(sample, self._encoding, max_batch, [])):
-                self._capture(bucket, tasks)
+            for bucket in plan_buckets(sample, self._encoding, max_batch, []):
+                self._capture(bucket)
         self._seconds = {"build_s": loading - begun, "load_s": time.perf_counter() - loading}
-        self.rank(sorted(sample, key=lambda r: token_count(r, self._encoding))[-max_batch:])
+        largest = sorted(sample, key=lambda r: token_count(r, self._encoding))[-max_batch:]
+        try:
+            self.rank(largest)
+            if graphs and self._library.rtx:
+                self._execution.check_captured(Sizes.of(largest, self._encoding))
+        except OutsideError:  # of a plan that was given
+            if not self._config.fallback:
+                raise
         self._execution.save_runtime_cache()
 
     @torch.inference_mode()
@@ -266,18 +302,16 @@ class TensorRTEngine:
             counts = [token_count(r, self._encoding) for r in requests]
             bucket = choose_bucket(list(self._graphs), counts, [len(r.candidates) for r in requests])
             host = pack(requests, self._encoding, bucket=bucket)
-            staged.fill(host, self._columns(bucket, needed), execution.facts.tile_rows)
+            staged.fill(host, needed.history if bucket is None else self._columns(bucket), execution.facts.tile_rows)
             batch_ms = (time.perf_counter() - begun) * 1e3
             marks = Marks(self._device)
-            if bucket is not None:
-                graph = self._graphs[bucket]
-                graph.buffer.copy_(staged.buffer[: staged.words], non_blocking=True)
-                marks.add()
-                graph.graph.replay()
-                logits = graph.logits
-            else:
-                marks.add()  # the copy up is part of what `run` enqueues
+            execution.upload(staged)
+            marks.add()
+            if bucket is None:
                 logits = execution.run(staged, needed)
+            else:
+                self._graphs[bucket].graph.replay()
+                logits = self._graphs[bucket].logits
             result = collect(logits, [host], marks, batch_ms)
         if self._config.cuda_graphs and not self._library.rtx:
             result.details["eager_batches"] = float(bucket is None)
@@ -297,6 +331,7 @@ class TensorRTEngine:
             "plan": str(plan.folder) if plan else None,
             "plan_bytes": plan.manifest["bytes"] if plan else 0,
             "facts": asdict(plan.facts) if plan else {},
+            "refitted": self._refitted,
             "graph_buckets": [list(b) for b in self._graphs],
             "cuda_graphs": "by TensorRT for RTX"
             if self._config.cuda_graphs and self._library.rtx
@@ -337,24 +372,17 @@ class TensorRTEngine:
         return plans.replace(facts, calibration=digest), feeds
 
     def _find(self, facts: plans.Facts, feeds: list[dict[str, Any]]) -> plans.Plan:
-        structure = plans.structure_of(self._model, self._catalogue)
-        folder = plans.Path(self._config.plan) if self._config.plan else facts.folder(structure)
-        if self._config.plan is None and not folder.exists():
-            return plans.build(self._library, facts, self._model, self._catalogue, self._seed, folder, feeds)
-        mend = (
-            "set engine.plan=null, and one is built" if self._config.plan else f"delete it, it is built again: {folder}"
-        )
-        return plans.load(folder, facts, mend)
+        if self._config.plan is None:
+            return plans.cached(self._library, facts, self._model, self._catalogue, self._seed, feeds)
+        mend = "set engine.plan=null, and one is built, or build it: python -m grengines.tensorrt.build"
+        return plans.load(Path(self._config.plan), facts, mend)
 
-    def _columns(self, bucket: Bucket | None, needed: Sizes | None = None) -> int:
-        """How far attention pads its keys: as the batch needs, in a bucket as any batch of it may."""
+    def _columns(self, bucket: Bucket) -> int:
+        """How far attention pads its keys in a bucket: as any batch of it may need."""
         assert self._execution is not None
-        if bucket is None:
-            assert needed is not None
-            return needed.history
         return min(bucket.length, self._execution.facts.profiles[-1].history)
 
-    def _capture(self, bucket: Bucket, tasks: int) -> None:
+    def _capture(self, bucket: Bucket) -> None:
         """Capture the bucket's graph, unless the plan was not built for so large a batch."""
         assert self._execution is not None and self._staged is not None
         length, columns = bucket.length, self._columns(bucket)
@@ -363,7 +391,7 @@ class TensorRTEngine:
             return
         self._staged.fill(pack([], self._encoding, bucket=bucket), columns, self._execution.facts.tile_rows)
         with torch.cuda.stream(self._execution.stream):
-            self._graphs[bucket] = self._execution.capture(self._staged, needed, tasks)
+            self._graphs[bucket] = self._execution.capture(self._staged, needed)
 
 
 def _mend(config: TensorRTConfig) -> str:

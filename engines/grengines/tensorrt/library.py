@@ -33,6 +33,18 @@ class Library:
         """Compiles ahead of time for GPUs that aren't there, and finishes on the GPU (a runtime cache keeps that)."""
         return self.name == "tensorrt_rtx"
 
+    def elsewhere(self, target: str) -> str | None:
+        """None, or why plans for this compute capability can't be built on this machine, and the command that can."""
+        if self.rtx:
+            return None  # it compiles for any GPU that it executes on
+        import torch
+
+        here = "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+        if here == target:
+            return None
+        mend = f"--target {here} or --library tensorrt_rtx" if here else "--library tensorrt_rtx"
+        return f"tensorrt builds for the GPU that it builds on, here {here or 'none'}, not for {target}; give {mend}"
+
     def refusal(self, target: str) -> str | None:
         """None, or why a GPU of this compute capability ("8.9") can't execute its plans."""
         if self.rtx and target not in RTX_CAPABILITIES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grengines.api import Catalogue, UnavailableError
-from grengines.export import exporter
+from grengines.export import exporter, folders
 from grengines.export.identity import digest_of, model_hash
 from grengines.export.module import INPUTS
 from grengines.files import cache_folder, sha256
@@ -20,7 +19,7 @@ from grengines.hstu.config import HSTUConfig
 from grengines.profile import Sizes
 from grengines.tensorrt.library import Library, logger
 
-FORMAT = "grbench-tensorrt-1"
+FORMAT = "grbench-tensorrt-2"
 PLAN_FILE, MANIFEST_FILE = "model.plan", "manifest.json"
 BASE = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}  # the export that is built from
 TILE_BYTES = 256 * 2**20  # of one tile's scores and what is made of them; large enough that a tile fills a GPU
@@ -125,37 +124,36 @@ def build(
     folder: Path,
     feeds: Sequence[Any] = (),
     progress: Progress | None = None,
+    keep: bool = False,
 ) -> Plan:
     """Build a plan into `folder`, replacing a plan that is there; its export comes from the cache or is made.
 
-    feeds: the calibration set of int8 and fp8, inputs of the exported model. Takes seconds (TensorRT for RTX) to
-    minutes. Raises ValueError for a missing calibration set, UnavailableError, with the library's words, for what it
-    refuses.
+    feeds: the calibration set of int8 and fp8, inputs of the exported model. keep: where another process was faster,
+    its plan stays, and is the result. Takes seconds (TensorRT for RTX) to minutes. Raises ValueError for a missing
+    calibration set or a target that TensorRT can't build for here, UnavailableError, with the library's words, for what
+    it refuses.
     """
-    if folder.exists() and not (folder / MANIFEST_FILE).is_file() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: is not empty and holds no plan; give another folder")
+    folders.check(folder, MANIFEST_FILE, "plan")
+    if reason := library.elsewhere(facts.target):
+        raise ValueError(reason)
     begun = time.perf_counter()
     found = exporter.cached(model, catalogue, seed, BASE[facts.precision])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.parent / f".{folder.name}.{os.getpid()}"
-    scratch.mkdir()
-    try:
-        onnx = found.onnx
+    with folders.scratch(folder) as scratch:
+        onnx, made = found.onnx, scratch / "onnx"
+        made.mkdir()
         if BASE[facts.precision] != facts.precision:
             from grengines.tensorrt.quantise import quantise
 
-            onnx = scratch / "quantised.onnx"
-            quantise(found.onnx, onnx, facts.precision, feeds)
+            onnx = quantise(onnx, made / "quantised.onnx", facts.precision, feeds)
         if facts.plugin:
             from grengines.tensorrt import plugin
 
-            onnx = plugin.substitute(onnx, scratch / "plugin.onnx")
+            onnx = plugin.substitute(onnx, made / "plugin.onnx")
             plugin.register(model, facts.profiles[-1], facts.target)
         exported = time.perf_counter()
         serialized, tensors = _compile(library, facts, onnx, progress)
         built = time.perf_counter()
-        for file in scratch.glob("*.onnx*"):
-            file.unlink()
+        shutil.rmtree(made)
         (scratch / PLAN_FILE).write_bytes(serialized)
         manifest = {
             "facts": asdict(facts),
@@ -166,12 +164,26 @@ def build(
             "build_s": built - exported,
         }
         (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        scratch.replace(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        while not folders.publish(scratch, folder):
+            if keep:
+                return load(folder, facts, _again(folder))
+            folders.discard(folder)
     return Plan(folder, facts, manifest)
+
+
+def cached(
+    library: Library, facts: Facts, model: HSTUConfig, catalogue: Catalogue, seed: int, feeds: Sequence[Any] = ()
+) -> Plan:
+    """The plan from the cache folder, built now if it isn't there. Raises as `build` and, for one that is damaged, as
+    `load`."""
+    folder = facts.folder(structure_of(model, catalogue))
+    if folder.exists():
+        return load(folder, facts, _again(folder))
+    return build(library, facts, model, catalogue, seed, folder, feeds, keep=True)
+
+
+def _again(folder: Path) -> str:
+    return f"rm -r {folder}, and it is built again"
 
 
 def load(folder: Path, wanted: Facts, mend: str) -> Plan:
@@ -212,13 +224,15 @@ def _compile(library: Library, facts: Facts, onnx: Path, progress: Progress | No
     trt, log = library.module, logger(library)
     log.take()
     builder = trt.Builder(log)
-    typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(typed)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx)):
-        reasons = [" ".join(parser.get_error(i).desc().split()) for i in range(parser.num_errors)]
-        raise UnavailableError(f"{facts.library} {facts.version} can't parse the {facts.precision} model: {reasons[0]}")
+        reason = parser.get_error(0).desc() if parser.num_errors else log.take()
+        raise UnavailableError(
+            f"{facts.library} {facts.version} can't parse the {facts.precision} model: {' '.join(reason.split())}"
+        )
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # what the network has in fp32 is computed in fp32
     if facts.refit:
         # One by one: TensorRT for RTX can't compile the graph's scalar constants as weights that may change.
         config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
@@ -226,8 +240,10 @@ def _compile(library: Library, facts: Facts, onnx: Path, progress: Progress | No
             if not network.mark_weights_refittable(name):
                 raise UnavailableError(f"{facts.library} {facts.version} can't make {name} exchangeable: {log.take()}")
     if library.rtx:
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else it may allocate within a CUDA graph
         config.num_compute_capabilities = 1
-        config.set_compute_capability(_capability(trt, facts.target), 0)
+        if not config.set_compute_capability(_capability(trt, facts.target), 0):
+            raise UnavailableError(f"{facts.library} refuses compute capability {facts.target}: {log.take()}")
     for sizes in facts.profiles:
         profile = builder.create_optimization_profile()
         for name, shapes in facts.shapes(sizes).items():
@@ -237,13 +253,14 @@ def _compile(library: Library, facts: Facts, onnx: Path, progress: Progress | No
     if progress is not None:
         monitor = _monitor(trt, progress)  # kept until the build is over
         config.progress_monitor = monitor
-    timings = _timing_cache(library, facts, config)
+    # What earlier builds on this GPU measured. TensorRT for RTX measures nothing when it builds.
+    timings = None if library.rtx else _timings(config, _timings_file(facts))
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         what = f"{facts.precision}{' with refit' if facts.refit else ''} for compute capability {facts.target}"
         raise UnavailableError(f"{facts.library} {facts.version} can't build {what}: {log.take()}")
     if timings is not None:
-        timings.write_bytes(bytes(config.get_timing_cache().serialize()))
+        folders.write(_timings_file(facts), bytes(timings.serialize()))
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     tensors += [network.get_output(i) for i in range(network.num_outputs)]
     described = {t.name: {"dtype": str(t.dtype).split(".")[-1], "shape": list(t.shape)} for t in tensors}
@@ -268,15 +285,17 @@ def _capability(trt: Any, target: str) -> Any:
     return getattr(trt.ComputeCapability, name)
 
 
-def _timing_cache(library: Library, facts: Facts, config: Any) -> Path | None:
-    """Attach what earlier builds on this GPU measured; where it is to be written back. TensorRT for RTX measures
-    nothing when it builds."""
-    if library.rtx:
-        return None
-    path = cache_folder() / "plans" / f"timings-{facts.version}-sm{facts.target}"
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return path
+def _timings_file(facts: Facts) -> Path:
+    return cache_folder() / "plans" / f"timings-{facts.version}-sm{facts.target}"
+
+
+def _timings(config: Any, file: Path) -> Any:
+    """The timing cache that the build now uses: the file's or, where that is another GPU's or damaged, a new one."""
+    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:

@@ -4,6 +4,9 @@ It stands in for the function `grbench::hstu_attention` of an exported model. Wr
 `tensorrt.plugin` (register, autotune, aot_impl; TensorRT 10.13) and not yet run: there was no TensorRT to run it with.
 What can be checked without one is: that the kernel compiles, and that its parameters come in the order in which
 TensorRT passes them, inputs, integers, outputs.
+
+All options of the model are constants of the kernel, so the plugin has no attributes: aot_impl would have to take all
+of them, in register's order, and a parser may hand a float over as a double.
 """
 
 # No `from __future__ import annotations`: tensorrt.plugin reads the annotations themselves.
@@ -23,7 +26,6 @@ from grengines.profile import Sizes
 from grkernels import tuning
 from grkernels.hstu_attention.triton import _default, _kernel
 
-TYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}  # Triton's names of the element types
 POINTERS = ("q", "k", "v", "offsets", "num_targets", "tiles", "columns")
 
 
@@ -105,8 +107,9 @@ def compile_kernel(model: HSTUConfig, dtype: str, target: str, most: Sizes) -> C
         "M": config["m"],
         "N": config["n"],
     }
-    kinds = dict.fromkeys(POINTERS, "*i64") | dict.fromkeys(("q", "k", "v", "out"), f"*{TYPES[dtype]}")
-    signature = {name: kinds.get(name, "i32" if name == "total_rows" else "constexpr") for name in _parameters()}
+    kinds = dict.fromkeys(POINTERS, "*i64") | dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}")
+    names = hstu_attention_plugin.arg_names
+    signature = {name: kinds.get(name, "i32" if name == "total_rows" else "constexpr") for name in names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in kinds}
     source = ASTSource(hstu_attention_plugin, signature, constants, attributes)
     capability = int(target.replace(".", ""))
@@ -124,14 +127,12 @@ def substitute(onnx: Path, out: Path) -> Path:
     for node in model.graph.node:
         if (node.domain, node.op_type) == (DOMAIN, NAME):
             node.domain = ""  # the parser looks for a plugin of the operator's name in the namespace that is given
-            node.attribute.extend(
-                helper.make_attribute(key, value)
-                for key, value in (("plugin_namespace", DOMAIN), ("plugin_version", "1"), ("aot", 1))
-            )
+            del node.attribute[:]
+            node.attribute.extend([helper.make_attribute("plugin_namespace", DOMAIN), helper.make_attribute("aot", 1)])
     functions = [f for f in model.functions if (f.domain, f.name) != (DOMAIN, NAME)]
     del model.functions[:]
     model.functions.extend(functions)
-    save(model, str(out), save_as_external_data=model.ByteSize() >= 2**30)
+    save(model, str(out), save_as_external_data=True, location=f"{out.name}.data")
     return out
 
 
@@ -143,7 +144,7 @@ def register(model: HSTUConfig, most: Sizes, target: str) -> None:
     import tensorrt as trt
     import tensorrt.plugin as trtp
 
-    names = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
+    names = {trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
 
     @trtp.register(f"{DOMAIN}::{NAME}")
     def describe(
@@ -154,10 +155,6 @@ def register(model: HSTUConfig, most: Sizes, target: str) -> None:
         num_targets: trtp.TensorDesc,
         tiles: trtp.TensorDesc,
         columns: trtp.TensorDesc,
-        alpha: float,
-        scaling_seqlen: int,
-        contextual_seq_len: int,
-        max_attn_len: int,
     ) -> trtp.TensorDesc:
         return v.like()
 
@@ -203,13 +200,7 @@ def register(model: HSTUConfig, most: Sizes, target: str) -> None:
     _current["registered"] = True
 
 
-_current: dict[
-    str, Any
-] = {}  # what the plugin is compiled for: an attribute of TensorRT's call would be copied into it
-
-
-def _parameters() -> list[str]:
-    return list(hstu_attention_plugin.arg_names)
+_current: dict[str, Any] = {}  # what the plugin is compiled for, from the last call of `register`
 
 
 def _without_unused(ptx: str, kernel: str, count: int) -> str:

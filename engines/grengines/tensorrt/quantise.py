@@ -7,6 +7,7 @@ over the calibration set for x, one for the tensor; for W in int8 one for each o
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 21  # the first whose Q/DQ take fp16 scales and 8-bit floats
 KINDS = {"int8": (TensorProto.INT8, 127.0), "fp8": (TensorProto.FLOAT8E4M3FN, 448.0)}
+LEAST_SCALE = 2.0**-24  # the smallest number above 0 in fp16: zeros need a scale too
 Feed = dict[str, npt.NDArray[Any]]
 
 
-def quantise(source: Path, target: Path, kind: str, feeds: Sequence[Feed]) -> None:
-    """Write the model of `source` with Q/DQ to `target`. feeds: inputs of the model that scales are taken from.
+def quantise(source: Path, target: Path, kind: str, feeds: Sequence[Feed]) -> Path:
+    """Write the model of `source` with Q/DQ to `target`, in kind int8 or fp8. Returns `target`.
 
-    Raises ValueError for an empty calibration set or a model without such products.
+    feeds: inputs of the model that scales are taken from. Raises ValueError for an empty calibration set or a model
+    without such products.
     """
     if not feeds:
         raise ValueError(f"{kind} needs a calibration set; give requests: engine.calibration=16, or --requests FILE")
@@ -34,7 +37,7 @@ def quantise(source: Path, target: Path, kind: str, feeds: Sequence[Feed]) -> No
     products = _products(model)
     if not products:
         raise ValueError(f"{source}: no layer's product in it to quantise; export the model again")
-    largest = _largest(source, [node.input[0] for node in products], feeds)
+    largest = _largest(source, [node.input[0] for node in products], feeds, target.parent)
     dtype, top = KINDS[kind]
     weights = {w.name: w for w in model.graph.initializer}
     float_type = weights[products[0].input[1]].data_type
@@ -42,7 +45,7 @@ def quantise(source: Path, target: Path, kind: str, feeds: Sequence[Feed]) -> No
     for node in model.graph.node:
         if node in products:
             x, w = node.input[:2]
-            scale = max(largest[x], 1e-6) / top
+            scale = max(largest[x] / top, LEAST_SCALE)
             name = f"{node.name}_x"
             model.graph.initializer.extend(
                 [
@@ -66,7 +69,13 @@ def quantise(source: Path, target: Path, kind: str, feeds: Sequence[Feed]) -> No
     for imports in (model.opset_import, *(f.opset_import for f in model.functions)):
         for entry in imports:
             entry.version = OPSET if entry.domain == "" else entry.version
-    onnx.save(model, str(target), save_as_external_data=model.ByteSize() >= 2**30)
+    save(model, target)
+    return target
+
+
+def save(model: Any, path: Path) -> None:
+    """Write a model, its weights to a file beside it: ONNX allows 2 GiB in one."""
+    onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
 
 
 def _products(model: Any) -> list[Any]:
@@ -77,24 +86,21 @@ def _products(model: Any) -> list[Any]:
     return [n for n in layers if ".head_" not in n.input[1] and n.output[0] != "logits"]
 
 
-def _largest(source: Path, names: Sequence[str], feeds: Sequence[Feed]) -> dict[str, float]:
-    """The largest magnitude of each tensor over the feeds, by ONNX Runtime on the CPU."""
+def _largest(source: Path, names: Sequence[str], feeds: Sequence[Feed], folder: Path) -> dict[str, float]:
+    """The largest magnitude of each tensor over the feeds, by ONNX Runtime on the CPU. folder: for its copy."""
     model = onnx.load(str(source))
     wanted = list(dict.fromkeys(names))
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    path = source.with_name(".calibrated.onnx")  # beside the source: large weights are in a file there
-    try:
-        onnx.save(model, str(path), save_as_external_data=model.ByteSize() >= 2**30)
+    most = np.zeros(len(wanted))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        path = Path(scratch) / "model.onnx"
+        save(model, path)
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        most = np.zeros(len(wanted))
         for feed in feeds:
             found = session.run(wanted, feed)
             most = np.maximum(most, [float(np.abs(x.astype(np.float32)).max()) for x in found])
-    finally:
-        for file in source.parent.glob(".calibrated.onnx*"):
-            file.unlink()
     return dict(zip(wanted, most.tolist(), strict=True))
 
 
@@ -103,7 +109,7 @@ def _weight(model: Any, weight: Any, name: str, dtype: int, top: float, axis: in
     values = numpy_helper.to_array(weight).astype(np.float32)
     each = dtype == TensorProto.INT8
     magnitude = np.abs(values).max(axis=1 - axis) if each else np.abs(values).max()
-    scale = np.maximum(magnitude, 1e-6) / top
+    scale = np.maximum(magnitude / top, LEAST_SCALE)
     scale = scale.astype(helper.tensor_dtype_to_np_dtype(weight.data_type)).astype(np.float32)
     ratio = values / (np.expand_dims(scale, 1 - axis) if each else scale)
     if each:

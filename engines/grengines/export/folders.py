@@ -1,0 +1,62 @@
+"""Files and folders that appear whole or not at all, whoever else writes, reads or replaces them at the same time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file, in the place of one that is there. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = _beside(path)
+    try:
+        scratch.write_bytes(data)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def check(folder: Path, sign: str, what: str) -> None:
+    """Raises ValueError where a folder holds something that is none of ours: what is known by the file `sign` in it."""
+    if folder.exists() and not (folder / sign).is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty and holds no {what}; give another folder")
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, to be filled and published; what was not published is deleted. Raises OSError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = _beside(folder)
+    made.mkdir()
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def publish(made: Path, folder: Path) -> bool:
+    """Rename `made` to `folder`. False, with nothing changed, where that holds something already. Raises OSError."""
+    try:
+        made.replace(folder)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder, if it is there; nobody finds a part of it. Raises OSError."""
+    aside = _beside(folder)
+    with contextlib.suppress(FileNotFoundError):
+        folder.replace(aside)
+        shutil.rmtree(aside)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
