@@ -20,8 +20,6 @@ from test_beam import SIZES, catalogue
 from grbench.doctor import findings
 from grengines.api import Catalogue, GenerateResult, Request, Retrieval, UnavailableError
 from grengines.cache.config import CacheConfig
-from grengines.decoder.config import DecoderConfig
-from grengines.decoder.reference import Reference as DecoderReference
 from grengines.hstu.config import HSTUConfig
 from grengines.hstu.generator import HSTUGenerator, pack_prompts
 from grengines.hstu.retriever import Reference
@@ -39,7 +37,6 @@ RETRIEVAL = Retrieval(IDS, k=10, beam_width=20)
 MODEL = HSTUConfig(
     embedding_dim=24, layers=2, heads=2, qk_dim=8, v_dim=8, scaling_seqlen=16, max_positions=90, head_dim=4
 )
-DECODER = DecoderConfig(layers=2, embedding_dim=64, heads=2, kv_heads=1, head_dim=32, mlp_dim=64, max_positions=90)
 CATALOGUE = Catalogue(num_items=110, num_users=1, num_actions=1)
 LENGTHS = (5, 0, 9, 1, 40, 30, 13, 22)  # items: an empty prompt, one that is cut, ragged ones
 CLOSE = 1e-4  # fp32 in another order of summation; a wrong key shows at 1e-2
@@ -348,18 +345,6 @@ def test_half_precision_differs_among_near_ties_only(reference: Reference, expec
         np.testing.assert_allclose(scores, own, atol=tie)
 
 
-def test_a_decoder_with_one_request_a_beam() -> None:
-    """vLLM's own attention under the same search."""
-    engine = engine_of(model=DECODER, block_size=32, max_num_seqs=64)
-    try:
-        expect_equal(engine.generate(REQUESTS), DecoderReference(DECODER, 3, RETRIEVAL, "cpu").search(REQUESTS))
-        again = engine.generate(REQUESTS)
-        assert again.details["prefix_hit_tokens"] > 0
-        assert engine.actual()["attention_backend"] != "HSTUAttentionBackend"
-    finally:
-        engine.close()
-
-
 def test_the_model_serves_ordinary_generation(tmp_path: Path) -> None:
     """Through vLLM's own LLM.generate: greedy tokens are those of the model itself over the whole sequence."""
     engine = engine_of()
@@ -570,22 +555,6 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
             engine.step()
         while engine.unfinished:
             engine.step()
-    finally:
-        engine.close()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("graphs", [False, True])
-def test_a_decoder_on_a_gpu(graphs: bool) -> None:
-    model = DecoderConfig(
-        layers=3, embedding_dim=256, heads=4, kv_heads=2, head_dim=64, mlp_dim=512, max_positions=1500
-    )
-    retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
-    reference = DecoderReference(model, 3, retrieval, "cuda")
-    expected = reference.search(GPU_REQUESTS)
-    engine = gpu_engine("torch", model, precision="bf16", cuda_graphs=graphs, max_num_seqs=512)
-    try:
-        expect_near(engine.generate(GPU_REQUESTS), expected, reference, allowed(reference, "bf16"))
     finally:
         engine.close()
 

@@ -1,16 +1,19 @@
-"""HSTU attention as a backend of vLLM: keys and values in its pages, chunks and mixed batches in one call."""
+"""HSTU attention as a backend of vLLM: keys and values in its pages, chunks and mixed batches in one call.
+
+What one step tells all layers, and how vLLM asks for it, is a decoder's too (grengines.vllm.softmax).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grengines.vllm import compat
-from grengines.vllm.rows import BeamRows, Reach
+from grengines.vllm.rows import BeamRows, Reach, Sight
 from grkernels.beam_terms import beam_terms
 from grkernels.paged_write import paged_write
 
@@ -21,18 +24,26 @@ class StepMetadata(compat.AttentionMetadata):
 
     tokens: int  # without padding
     starts: Tensor  # int32 [B + 1]
+    lengths: Tensor  # int32 [B]: of the sequences, with this step
     block_table: Tensor  # int32 [B, most pages]
     block_size: int
     slots: Tensor  # int64 [tokens at least]: where keys and values of this step go
     max_query_len: int
     max_seq_len: int
     cached: bool  # whether any request has tokens in pages from before
-    reach: Reach | None = None  # made from the step's token ids, which vLLM gives to the model alone
+    # What each row sees. The model finds it out before its first layer: vLLM gives the token ids to it alone.
+    reach: Reach | None = None
+    sight: Sight | None = None
 
-    def look(self, beams: BeamRows, ids: Tensor, places: Tensor, prompts_only: bool) -> None:
-        """Find out what each row sees, before the first layer."""
+    def find_reach(self, beams: BeamRows, ids: Tensor, places: Tensor, prompts_only: bool) -> None:
+        """For HSTU."""
         n, table = self.tokens, self.block_table
         self.reach = Reach.of(beams, ids[:n], places[:n], self.starts, table, self.block_size, prompts_only)
+
+    def find_sight(self, beams: BeamRows, ids: Tensor, places: Tensor) -> None:
+        """For a decoder."""
+        n = self.tokens
+        self.sight = Sight.of(beams, ids[:n], places[:n], self.starts, self.block_table, self.block_size)
 
 
 class StepMetadataBuilder(compat.AttentionMetadataBuilder[StepMetadata]):
@@ -47,6 +58,7 @@ class StepMetadataBuilder(compat.AttentionMetadataBuilder[StepMetadata]):
         return StepMetadata(
             common.num_actual_tokens,
             common.query_start_loc,
+            common.seq_lens,
             common.block_table_tensor,
             self._block_size,
             common.slot_mapping,
@@ -164,15 +176,7 @@ class HSTUAttentionImpl(compat.AttentionImpl[StepMetadata]):
         return attended
 
 
-class HSTUAttentionBackend(compat.LayoutMixin, compat.AttentionBackend):
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
-    forward_includes_kv_cache_update: bool = True
-
-    @staticmethod
-    def get_name() -> str:
-        return "CUSTOM"
-
+class HSTUAttentionBackend(compat.OurBackend):
     @staticmethod
     def get_impl_cls() -> type[HSTUAttentionImpl]:
         return HSTUAttentionImpl

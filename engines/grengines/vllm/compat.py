@@ -10,7 +10,10 @@ import logging
 import os
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
 
 SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -23,8 +26,8 @@ SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 os.environ.update(SETTINGS)
-# Piecewise CUDA graphs by breaking the capture at attention, without torch.compile: our kernels stay what they are.
-# Read when vLLM is imported; the engine says otherwise for vLLM's own models.
+# CUDA graphs without torch.compile, so that our kernels stay what they are; piecewise ones break the capture at
+# attention. Read when vLLM is imported.
 os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
 
 import torch  # noqa: E402
@@ -36,8 +39,11 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # noqa:
 from vllm.forward_context import get_forward_context  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
 from vllm.model_executor.layers.pooler.abstract import Pooler  # noqa: E402
+from vllm.model_executor.models import qwen3  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -51,25 +57,27 @@ from vllm.version import __version__ as VERSION  # noqa: E402
 __all__ = [
     "VERSION",
     "Attention",
-    "AttentionBackend",
+    "AttentionCGSupport",
     "AttentionImpl",
     "AttentionMetadata",
     "AttentionMetadataBuilder",
     "CommonAttentionMetadata",
     "EngineArgs",
     "InprocClient",
-    "LayoutMixin",
+    "OurBackend",
     "Pooler",
     "VllmConfig",
     "cached_tokens",
     "close",
     "core_request",
     "eager_break_during_capture",
+    "flash_attention",
     "has_cached",
     "last_log_lines",
     "metadata_of_step",
     "model_of",
     "pages",
+    "qwen3_with",
     "start",
 ]
 
@@ -79,8 +87,17 @@ except ImportError:
     KVCacheLayout = None
 
 
-class LayoutMixin:
-    """Pages as [blocks, tokens, heads, keys then values] in memory, whichever way the version asks."""
+class OurBackend(AttentionBackend):
+    """What our attention backends share. Pages are [blocks, tokens, heads, keys then values] in memory, whichever way
+    the version asks."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
+    forward_includes_kv_cache_update: bool = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
@@ -102,6 +119,30 @@ def pages(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     if KVCacheLayout is not None:
         kv_cache = kv_cache.transpose(1, 2)
     return kv_cache[..., :head_size], kv_cache[..., head_size:]
+
+
+@contextmanager
+def qwen3_with(backend: type[AttentionBackend]) -> Iterator[None]:
+    """While it lasts, vLLM's Qwen3 is built with this attention. On CPUs vLLM has no option for it."""
+    own = qwen3.Attention
+    qwen3.Attention = partial(Attention, attn_backend=backend)
+    try:
+        yield
+    finally:
+        qwen3.Attention = own
+
+
+def flash_attention(head_size: int, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """vLLM's FlashAttention, of the version for this GPU; None on CPUs, in fp32, and for head sizes that it lacks."""
+    if not current_platform.is_cuda() or dtype == torch.float32:
+        return None
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    version = get_flash_attn_version(head_size=head_size)
+    if version is None or not FlashAttentionBackend.supports_head_size(head_size):
+        return None
+    return partial(flash_attn_varlen_func, fa_version=version)
 
 
 running: InprocClient | None = None  # vLLM keeps its process groups in globals: one core at a time

@@ -33,7 +33,7 @@ GRAPH_TOKENS = [16, 32, 64, 128, 192, 256, 320, 384, 512, 576, 768, 1024, 1280, 
 
 @dataclass
 class Search:
-    """One request under way: a beam search of as many vLLM requests, or rounds of them, as there are levels."""
+    """One request under way: a beam search of as many vLLM requests as there are levels."""
 
     key: int
     prompt: np.ndarray  # int64 [tokens]
@@ -41,7 +41,6 @@ class Search:
     scores: Tensor  # fp32 [beams]
     paths: np.ndarray  # int64 [beams, level]: tokens of each beam so far
     hidden: Tensor | None = None  # where the pooler puts rows
-    waiting: int = 0  # vLLM requests of this level that haven't ended
     details: dict[str, float] = field(default_factory=lambda: {"prefix_hit_tokens": 0.0, "reread_tokens": 0.0})
 
     @property
@@ -52,8 +51,8 @@ class Search:
 class VLLMEngine:
     """HSTU or a decoder in vLLM, in this process. Satisfies grengines.api.Generator and ContinuousEngine.
 
-    HSTU: a search is one vLLM request a level, whose last rows are the beams (grengines.vllm.rows). A decoder: one vLLM
-    request a beam. Either way the prompt's keys and values come from the prefix cache after the first level.
+    A search is one vLLM request a level, whose last rows are the beams (grengines.vllm.rows). The prompt's keys and
+    values come from the prefix cache after the first level.
 
     Raises UnavailableError where vLLM, a device or a kernel can't be had, ValueError for options that don't fit.
     """
@@ -76,8 +75,7 @@ class VLLMEngine:
         self._config, self._model_config, self._seed, self._retrieval = config, model, seed, retrieval
         self._device = resolve_device(config.device)
         self._precision = resolve_precision(config.precision, self._device)
-        self._hstu = isinstance(model, HSTUConfig)
-        self._kernels = kernels if self._hstu else {}
+        self._kernels = kernels  # of HSTU; a decoder has vLLM's
         if config.cuda_graphs and self._device.type != "cuda":
             raise UnavailableError("engine.cuda_graphs=true: there are none on a CPU; set engine.cuda_graphs=false")
         if isinstance(model, HSTUConfig):
@@ -190,11 +188,9 @@ class VLLMEngine:
             if missing:  # those rows were in the prefix cache, so that nobody computed them
                 raise RuntimeError(f"{missing} rows of beams hit the prefix cache: they must all be different")
             self._count(search, output)
-            if self._hstu and search.level:
+            if search.level:
                 self._model.rows_under_way -= 1
-            search.waiting -= 1
-            if not search.waiting:
-                levelled.setdefault(search.level, []).append(search)
+            levelled.setdefault(search.level, []).append(search)
         finished: list[Finished] = []
         for level, searches in levelled.items():
             finished += self._advance(level, searches)
@@ -210,7 +206,7 @@ class VLLMEngine:
             "device_name": torch.cuda.get_device_name(self._device) if cuda else "cpu",
             "precision": self._precision,
             "fp32_products": torch.get_float32_matmul_precision(),
-            "beams": "rows of one vLLM request" if self._hstu else "one vLLM request a beam",
+            "beams": "rows of one vLLM request",
             "beam_width": self._retrieval.beam_width,
             "k": self._retrieval.k,
             "semantic_ids": list(self._retrieval.ids.sizes),
@@ -253,35 +249,23 @@ class VLLMEngine:
 
     def _max_rows(self) -> int:
         """Most tokens after a prompt in one vLLM request."""
-        levels = self._retrieval.ids.levels
-        return (self._retrieval.beam_width if self._hstu else 1) * (levels - 1)
+        return self._retrieval.beam_width * (self._retrieval.ids.levels - 1)
 
     def _submit(self, search: Search) -> None:
-        """The vLLM requests of the search's next level."""
+        """The vLLM request of the search's next level."""
         from grengines.vllm import compat
         from grengines.vllm.model import Sink
 
-        prompt, paths, level = search.prompt, search.paths, search.level
-        if level == 0:
-            sequences, wanted = [prompt], 1
-        elif self._hstu:
-            tokens = np.ascontiguousarray(paths).reshape(-1)
-            sequences, wanted = [np.concatenate([prompt, self._beams.ids(tokens, self._number)])], len(tokens)
-        else:
-            sequences, wanted = [np.concatenate([prompt, path]) for path in paths], 1
-        hidden = torch.empty(len(sequences) * wanted, self._width, dtype=DTYPES[self._precision], device=self._device)
-        search.hidden, search.waiting = hidden, len(sequences)
-        for i, sequence in enumerate(sequences):
-            name = str(self._number)
-            self._number += 1
-            rows = hidden[i * wanted : (i + 1) * wanted]
-            sink = Sink(rows, len(sequence) - wanted, np.zeros(wanted, np.bool_))
-            self._searches[name] = search
-            self._model.pooler.sinks[name] = sink
-            request = compat.core_request(name, sequence.tolist(), name, self._config.prefix_caching)
-            self._core.add_request(request)
-        if self._hstu and level:
+        sequence, wanted, name = search.prompt, 1, str(self._number)
+        if search.level:
+            rows = self._beams.ids(search.paths.reshape(-1), self._number)
+            sequence, wanted = np.concatenate([sequence, rows]), len(rows)
             self._model.rows_under_way += 1
+        self._number += 1
+        search.hidden = torch.empty(wanted, self._width, dtype=DTYPES[self._precision], device=self._device)
+        self._searches[name] = search
+        self._model.pooler.sinks[name] = Sink(search.hidden, len(sequence) - wanted, np.zeros(wanted, np.bool_))
+        self._core.add_request(compat.core_request(name, sequence.tolist(), name, self._config.prefix_caching))
 
     def _count(self, search: Search, output: Any) -> None:
         """Tokens of the prompt that a returning user's first level found, and that later levels didn't."""
@@ -300,7 +284,7 @@ class VLLMEngine:
         for search in searches:
             assert search.hidden is not None
             # A beam's own rows are adjacent, and its last is the one that says what follows.
-            rows.append(search.hidden[level - 1 :: level] if self._hstu and level else search.hidden)
+            rows.append(search.hidden[level - 1 :: level] if level else search.hidden)
         logits = self._model.level_logits(torch.cat(rows), level)
         nodes, scores = (torch.stack([getattr(s, name) for s in searches]) for name in ("nodes", "scores"))
         width = self._retrieval.beam_width
@@ -325,8 +309,6 @@ class VLLMEngine:
 
     def _start(self) -> None:
         """vLLM over a folder with the model's configuration and weights."""
-        # vLLM's own models are compiled and captured its own way; ours are captured between attention and attention.
-        os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] = "1" if self._hstu else "0"
         from grengines.vllm import compat, model, plugin
 
         del model  # imported before the plugin registers it
@@ -367,21 +349,20 @@ class VLLMEngine:
         if self._device.type == "cpu":
             arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 2**30)
         if config.cuda_graphs:
-            graphs: dict[str, Any] = {}
-            if self._hstu:
-                graphs = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": GRAPH_TOKENS}
-            if config.graph_tokens:
-                graphs["cudagraph_capture_sizes"] = sorted(config.graph_tokens)
-            arguments["compilation_config"] = graphs
+            # HSTU's attention is launched by the lengths of a step's requests: captured is what lies between.
+            mode = "PIECEWISE" if isinstance(self._model_config, HSTUConfig) else "FULL"
+            sizes = sorted(config.graph_tokens) or GRAPH_TOKENS
+            arguments["compilation_config"] = {"cudagraph_mode": mode, "cudagraph_capture_sizes": sizes}
         try:
             self._core, self._vllm = compat.start(arguments)
         except ValueError as e:
             raise ValueError(f"vLLM refuses: {' '.join(str(e).split())}") from e
         self._model = compat.model_of(self._core)
+        self._model.rows_under_way = 0
         blocks = self._vllm.cache_config.num_gpu_blocks
         if blocks < needed:
             raise ValueError(f"memory for {blocks} pages: a search of {limit} tokens needs {needed}; give vLLM more")
-        if self._hstu and blocks > self._beams.numbers:
+        if blocks > self._beams.numbers:
             raise ValueError(
                 f"{blocks} pages for {self._beams.numbers} different requests: rows of beams might hit the prefix "
                 f"cache; set engine.kv_blocks={self._beams.numbers} or less"
@@ -389,22 +370,29 @@ class VLLMEngine:
 
     def _write(self, folder: Path) -> None:
         """config.json and weights, as vLLM loads them."""
+        from grengines.vllm.rows import BeamRows
+
         ids, dtype = self._retrieval.ids, DTYPES[self._precision]
         model = self._model_config
         self._width = model.embedding_dim
+        self._beams = BeamRows(ids.sizes, self._max_rows())
+        # Places go up to here while vLLM measures memory; positions never do.
+        ours = {
+            "sizes": list(ids.sizes),
+            "max_rows": self._max_rows(),
+            "max_position_embeddings": self._longest + self._max_rows() + 1,
+        }
         if isinstance(model, DecoderConfig):
             from grengines.decoder.weights import write
 
             write(model, ids.sizes, folder, seed=self._seed, dtype=dtype, weights=self._retrieval.weights)
             described = json.loads((folder / "config.json").read_text())
-            described |= {"architectures": ["DecoderForRetrieval"], "sizes": list(ids.sizes)}
+            described |= {"architectures": ["DecoderForRetrieval"], **ours}
         else:
             from grengines.hstu.generator import HSTUGenerator
             from grengines.hstu.weights import save_weights
-            from grengines.vllm.rows import BeamRows
             from grkernels.operators import Operators
 
-            self._beams = BeamRows(ids.sizes, self._max_rows())
             generator = HSTUGenerator.build(
                 model,
                 ids.sizes,
@@ -425,11 +413,9 @@ class VLLMEngine:
                 "num_attention_heads": model.heads,
                 "num_key_value_heads": model.heads,
                 "head_dim": model.qk_dim,
-                "max_position_embeddings": self._longest + self._max_rows() + 1,
                 "hstu": dataclasses.asdict(model),
-                "sizes": list(ids.sizes),
-                "max_rows": self._max_rows(),
                 "kernels": {family: self._kernels[family] for family in kernel_registry.FAMILIES},
+                **ours,
             }
         (folder / "config.json").write_text(json.dumps(described, indent=1))
 
@@ -445,7 +431,7 @@ class VLLMEngine:
         return {
             "vllm": compat.VERSION,
             "attention_backend": layer.attn_backend.__name__,
-            "kernels": self._kernels or "vLLM's",
+            "kernels": self._model.kernels,
             "prefix_caching": bool(config.cache_config.enable_prefix_caching),
             "chunked_prefill": bool(config.scheduler_config.enable_chunked_prefill),
             "max_num_seqs": config.scheduler_config.max_num_seqs,

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from grengines.decoder.model import level_logits
 from grengines.hstu.config import HSTUConfig
 from grengines.hstu.generator import HSTUGenerator
 from grengines.hstu.model import EPS, HSTULayer
 from grengines.vllm import compat
 from grengines.vllm.attention import HSTUAttentionBackend
+from grengines.vllm.beam_attention import variant
 from grengines.vllm.rows import BeamRows, Step
+from grengines.vllm.softmax import SoftmaxAttentionBackend
 from grkernels.operators import Operators
 
 
@@ -78,6 +81,7 @@ class HSTUForRetrieval(nn.Module):
         sizes = tuple(described.sizes)
         self.beams = BeamRows(sizes, described.max_rows)
         kernels = Operators.of(described.kernels)
+        self.kernels = dict(described.kernels)  # for records
         self.generator = HSTUGenerator(config, sizes, kernels).requires_grad_(False)
         self.attention = nn.ModuleList(
             compat.Attention(
@@ -93,7 +97,8 @@ class HSTUForRetrieval(nn.Module):
             for i in range(config.layers)
         )
         self.first_layer = str(self.attention[0].layer_name)
-        self.rows_under_way = 0  # requests with rows of beams: the engine says so
+        # vLLM requests under way with rows of beams: the engine says so. None: nobody has, for vLLM is warming up.
+        self.rows_under_way: int | None = None
         self.pooler = RowPooler()
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -143,21 +148,47 @@ class HSTUForRetrieval(nn.Module):
         """Once a step, before the layers; never part of a captured graph."""
         metadata = compat.metadata_of_step(self.first_layer)
         if metadata is not None:
-            metadata.look(self.beams, input_ids, positions, self.rows_under_way == 0)
+            metadata.find_reach(self.beams, input_ids, positions, self.rows_under_way == 0)
 
 
 class DecoderForRetrieval(Qwen3ForCausalLM):
-    """vLLM's own Qwen3 and attention; what is ours is that hidden rows go to sinks."""
+    """vLLM's Qwen3 with attention over rows of beams.
+
+    The folder's config.json is transformers' for Qwen3, with the codes of each level (`sizes`) and the most rows of
+    beams after a prompt (`max_rows`).
+    """
 
     is_pooling_model: ClassVar[Literal[True]] = True
 
     def __init__(self, *, vllm_config: compat.VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.sizes = tuple(vllm_config.model_config.hf_config.sizes)
+        with compat.qwen3_with(SoftmaxAttentionBackend):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        described = vllm_config.model_config.hf_config
+        self.beams = BeamRows(tuple(described.sizes), described.max_rows)
+        first = next(m for m in self.modules() if isinstance(m, compat.Attention))
+        self.first_layer, self.flash = str(first.layer_name), first.impl.flash
+        ours = variant(self.model.embed_tokens.weight.device.type)
+        alone = f"FlashAttention {self.flash.keywords['fa_version']}" if self.flash else ours
+        self.kernels = {"attention": ours, "attention of prompts alone": alone, "others": "vLLM's"}  # for records
+        self.rows_under_way: int | None = None  # as HSTUForRetrieval's
         self.pooler = RowPooler()
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
+    ) -> Tensor:
+        """[n, E]: every row encoded from what it sees, after the final norm."""
+        self._look(input_ids, positions)
+        step = Step.of(self.beams, input_ids, positions)
+        encoded: Tensor = self.model(step.tokens, step.positions)
+        return encoded
 
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
         """fp32 [rows, codes of the level]."""
-        from grengines.decoder.model import level_logits
+        return level_logits(hidden, self.model.embed_tokens.weight, self.beams.sizes, level)
 
-        return level_logits(hidden, self.model.embed_tokens.weight, self.sizes, level)
+    @compat.eager_break_during_capture
+    def _look(self, input_ids: Tensor, positions: Tensor) -> None:
+        """Once a step, before the layers. FlashAttention needs nothing of it for prompts alone."""
+        metadata = compat.metadata_of_step(self.first_layer)
+        if metadata is not None and not (self.flash is not None and self.rows_under_way == 0):
+            metadata.find_sight(self.beams, input_ids, positions)

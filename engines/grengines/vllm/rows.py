@@ -70,7 +70,7 @@ class Step:
 
 @dataclass
 class Reach:
-    """Which keys the rows of one step see: the arguments of paged attention, and of the beams' own terms."""
+    """Which keys the rows of one step see under SiLU: the arguments of paged attention, and of the beams' own terms."""
 
     offsets: Tensor  # int64 [B + 1]
     num_targets: Tensor | None  # int64 [B]: rows of beams among each request's; None: there are none
@@ -90,25 +90,52 @@ class Reach:
     ) -> Reach:
         """ids and places: integers [n], of requests that begin at starts, int32 [B + 1]. block_table: int32 [B, most].
         prompts_only: there are no rows of beams. Nothing waits for the device."""
-        starts = starts.long()
+        starts, places = starts.long(), places.long()
         last = starts[1:] - 1
         if prompts_only:
-            before = places.long()[last] + 1 - starts.diff()
-            return cls(starts, None, before, places.new_full((len(ids), 0), -1, dtype=torch.int64))
+            before = places[last] + 1 - starts.diff()
+            return cls(starts, None, before, places.new_full((len(ids), 0), -1))
         step = Step.of(beams, ids, places)
-        ends = places.long()[last] + 1  # of each sequence, with this step
+        ends = places[last] + 1  # of each sequence, with this step
         prompts = ends - 1 - step.rows[last]  # for a prompt whose end isn't reached: as far as it is read
         lengths = starts.diff()
         targets = torch.minimum(step.rows[last] + 1, lengths)
         paged = torch.minimum(ends - lengths, prompts)
-        terms = len(beams.sizes) - 2  # rows are of levels 0 to levels - 2
-        n = len(ids)
-        if terms <= 0:
-            return cls(starts, targets, paged, places.new_full((n, 0), -1, dtype=torch.int64))
-        request = torch.searchsorted(starts, torch.arange(n, device=ids.device), right=True) - 1
-        back = torch.arange(1, terms + 1, device=ids.device)
-        there = back <= step.levels[:, None]
-        place = torch.where(there, places.long()[:, None] - back, 0)
-        block = block_table[request[:, None].clamp(max=len(starts) - 2), place // block_size].long()
-        slots = torch.where(there, block * block_size + place % block_size, -1)
+        earlier = range(1, len(beams.sizes) - 1)  # rows are of levels 0 to levels - 2
+        slots = _slots_back(step, earlier, places, starts, block_table, block_size)
         return cls(starts, targets, paged, slots)
+
+
+@dataclass
+class Sight:
+    """Which keys the rows of one step see under a softmax, all of them in pages: the arguments of beam_attention."""
+
+    starts: Tensor  # int32 [B + 1]
+    limits: Tensor  # int32 [n]: how many of its sequence's first tokens: a beam's row the prompt, others up to itself
+    own_slots: Tensor  # int64 [n, levels - 1 at most]: where its beam's codes lie, itself first and back; -1: none
+
+    @classmethod
+    def of(
+        cls, beams: BeamRows, ids: Tensor, places: Tensor, starts: Tensor, block_table: Tensor, block_size: int
+    ) -> Sight:
+        """As `Reach.of`."""
+        step, places = Step.of(beams, ids, places), places.long()
+        limits = torch.where(step.rows >= 0, places - step.rows, places + 1)
+        back = range(len(beams.sizes) - 1)
+        return cls(starts, limits.int(), _slots_back(step, back, places, starts.long(), block_table, block_size))
+
+
+def _slots_back(
+    step: Step, back: range, places: Tensor, starts: Tensor, block_table: Tensor, block_size: int
+) -> Tensor:
+    """int64 [n, len(back)]: slots of the rows of the same beam that lie so many rows back; -1 where there is none."""
+    n, device = len(places), places.device
+    if not back:
+        return places.new_full((n, 0), -1)
+    request = torch.searchsorted(starts, torch.arange(n, device=device), right=True) - 1
+    request = request.clamp(max=len(starts) - 2)  # of padding behind the last request: any
+    ago = torch.arange(back.start, back.stop, device=device)
+    there = (ago <= step.levels[:, None]) & (step.rows >= 0)[:, None]
+    place = torch.where(there, places[:, None] - ago, 0)
+    block = block_table[request[:, None], place // block_size].long()
+    return torch.where(there, block * block_size + place % block_size, -1)

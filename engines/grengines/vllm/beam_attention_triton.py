@@ -1,0 +1,133 @@
+"""The kernel of beam_attention.py."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grkernels.triton_common import INTERPRET, rounded
+
+
+@triton.jit(do_not_specialize=["requests"])
+def _kernel(
+    out: tl.tensor,
+    q: tl.tensor,
+    k_slots: tl.tensor,
+    v_slots: tl.tensor,
+    starts: tl.tensor,
+    table: tl.tensor,
+    limits: tl.tensor,
+    own_slots: tl.tensor,
+    requests: tl.tensor,
+    out_stride: tl.tensor,
+    out_head_stride: tl.tensor,
+    q_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    k_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_stride: tl.tensor,
+    v_head_stride: tl.tensor,
+    table_stride: tl.tensor,
+    scale: tl.tensor,
+    TERMS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+) -> None:
+    # Tiles of request b begin at starts[b] // ROWS + b: enough for each, wherever requests end. Whose is this one?
+    tile, head = tl.program_id(0), tl.program_id(1)
+    request, beyond = 0, requests
+    while beyond - request > 1:
+        middle = (request + beyond) // 2
+        if tl.load(starts + middle) // ROWS + middle <= tile:
+            request = middle
+        else:
+            beyond = middle
+    begin, end = tl.load(starts + request), tl.load(starts + request + 1)
+    begin += (tile - begin // ROWS - request) * ROWS
+    if begin < end:
+        rows = begin + tl.arange(0, ROWS)
+        inside = rows < end
+        rows = rows.to(tl.int64)
+        dims = tl.arange(0, DIM_BLOCK)
+        there = inside[:, None] & (dims < DIM)[None, :]
+        query = tl.load(q + rows[:, None] * q_stride + head * q_head_stride + dims[None, :], mask=there, other=0.0)
+        if INTERPRET:  # its products take no bf16
+            query = query.to(tl.float32)
+        k_slots += head // GROUP * k_head_stride
+        v_slots += head // GROUP * v_head_stride
+        table += request * table_stride
+        limit = tl.load(limits + rows, mask=inside, other=1)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
+
+        # The request's first tokens, of which every row sees at least one.
+        last = tl.max(limit)
+        for first in range(0, last, KEYS):
+            place = first + tl.arange(0, KEYS)
+            slot = tl.load(table + place // PAGE, mask=place < last, other=0).to(tl.int64) * PAGE + place % PAGE
+            wanted = (place < last)[:, None] & (dims < DIM)[None, :]
+            key = tl.load(k_slots + slot[:, None] * k_stride + dims[None, :], mask=wanted, other=0.0)
+            value = tl.load(v_slots + slot[:, None] * v_stride + dims[None, :], mask=wanted, other=0.0)
+            if INTERPRET:
+                key, value = key.to(tl.float32), value.to(tl.float32)
+            s = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+            s = tl.where(place[None, :] < limit[:, None], s, float("-inf"))
+            above = tl.maximum(top, tl.max(s, axis=1))
+            weight, kept = tl.exp2(s - above[:, None]), tl.exp2(top - above)
+            total = total * kept + tl.sum(weight, axis=1)
+            acc = acc * kept[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+            top = above
+
+        # Its beam's codes, of which rows of prompts have none.
+        for j in tl.static_range(TERMS):
+            own = tl.load(own_slots + rows * TERMS + j, mask=inside, other=-1)
+            if tl.max(own) >= 0:
+                used = tl.maximum(own, 0)[:, None]  # slot 0 holds something finite, which counts for nothing
+                own_key = tl.load(k_slots + used * k_stride + dims[None, :], mask=there, other=0.0)
+                own_value = tl.load(v_slots + used * v_stride + dims[None, :], mask=there, other=0.0)
+                t = tl.sum(query.to(tl.float32) * own_key.to(tl.float32), axis=1) * scale
+                t = tl.where(own >= 0, t, float("-inf"))
+                higher = tl.maximum(top, t)
+                share, left = tl.exp2(t - higher), tl.exp2(top - higher)
+                total = total * left + share
+                acc = acc * left[:, None] + share[:, None] * own_value.to(tl.float32)
+                top = higher
+
+        made = rounded(acc / total[:, None], out.dtype.element_ty)
+        tl.store(out + rows[:, None] * out_stride + head * out_head_stride + dims[None, :], made, mask=there)
+
+
+def launch(
+    out: Tensor,
+    q: Tensor,
+    k_slots: Tensor,
+    v_slots: Tensor,
+    starts: Tensor,
+    block_table: Tensor,
+    limits: Tensor,
+    own_slots: Tensor,
+    page: int,
+    scale: float,
+) -> None:
+    """As `beam_attention`, with k_slots and v_slots [slots, Hkv, d]; limits and own_slots contiguous."""
+    n, heads, dim = len(limits), q.shape[1], q.shape[2]
+    if not n:
+        return
+    dim_block = max(16, triton.next_power_of_2(dim))
+    # 16 KiB a tile of keys: two stages of keys and values fit beside the queries, and the sums in registers.
+    tile = max(16, min(64, 16384 // (dim_block * q.element_size())))
+    requests, strides = len(starts) - 1, [s for x in (out, q, k_slots, v_slots) for s in x.stride()[:2]]
+    grid = (n // tile + requests, heads)
+    _kernel[grid](
+        out, q, k_slots, v_slots, starts, block_table, limits, own_slots, requests, *strides, block_table.stride(0),
+        scale * math.log2(math.e), own_slots.shape[1], heads // k_slots.shape[1], dim, page, tile, tile, dim_block,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
