@@ -21,9 +21,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from torch import Tensor
 
 from grengines.api import Catalogue, Request
-from grengines.cache import host
+from grengines.cache import host, policies
 from grengines.cache.history import History
 from grengines.cache.host import HostTier
+from grengines.cache.policies import Doorkeeper
 from grengines.cache.pool import PagePool, PoolFullError, page_bytes
 from grengines.cache.states import Counters, Plan, UserStates
 from grengines.hstu.batch import pack
@@ -361,6 +362,52 @@ def test_a_policy_that_fails_costs_only_its_advice(victim: str, caplog: pytest.L
     assert "cache policy SimpleNamespace.admit failed, going on without its advice" in caplog.text
 
 
+# What goes to the host
+
+
+def tiered(host_admit_visit: int) -> UserStates:
+    """Room for two users of ten events on the device and for ten on the host."""
+    pool = make_pool(pages=6, page=4, device="cpu")
+    tier_policy = policies.make("lru", host_admit_visit)
+    return UserStates(pool, Recency(), tier=HostTier(pool, 30 * pool.page_bytes), tier_policy=tier_policy)
+
+
+def test_the_host_takes_nobody_who_came_once_and_everyone_who_came_back() -> None:
+    once, back = tiered(2), tiered(2)
+    for user in range(100):
+        visit(once, request_of(events_of(10, seed=user), user=user))
+        visit(back, request_of(events_of(10, seed=user % 10), user=user % 10))
+    assert once.tier is not None and back.tier is not None
+    count = once.counters()
+    assert (once.tier.bytes_down, count.offloads, count.offloads_refused) == (0, 0, 0)
+    assert count.host_refused == count.evictions == 98
+    count = back.counters()
+    assert set(back.tier.states) == set(range(10)) and back.tier.bytes_down == 30 * back.pool.page_bytes
+    assert count.host_refused == 10  # evicted before their second visit
+    assert count.offloads + count.host_refused == count.evictions and count.policy_errors == 0
+
+
+def test_visits_count_for_the_host_and_not_evictions() -> None:
+    states = tiered(3)
+    assert states.tier is not None
+    one, other = (request_of(events_of(10, seed=u), user=u) for u in (1, 2))
+    visit(states, one)
+    for _ in range(3):
+        visit(states, other)
+        states.evict(2)
+    assert 2 in states.tier.states
+    states.evict(1)
+    assert 1 not in states.tier.states
+    visit(states, one)
+    visit(states, one)  # found on the device: a visit all the same
+    states.evict(1)
+    assert 1 in states.tier.states
+    # On demand everyone goes.
+    visit(states, request_of(events_of(10, seed=3), user=3))
+    states.clear(keep_host=True)
+    assert 3 in states.tier.states
+
+
 # Everything at once
 
 
@@ -378,7 +425,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = make_pool(pages=7, page=2, device="cpu", layers=2)
         self.policy = Recency()
         self.tier = HostTier(self.pool, self.host_pages * self.pool.page_bytes) if self.host_pages else None
-        self.states = UserStates(self.pool, self.policy, tier=self.tier, tier_policy=Recency())
+        tier_policy = Doorkeeper(Recency(), 2)
+        self.states = UserStates(self.pool, self.policy, tier=self.tier, tier_policy=tier_policy)
         self.histories = {user: events_of(3 + user, seed=user) for user in range(4)}
         self.cached: dict[int, list[Event]] = {}  # what is in pages
         self.open: dict[int, tuple[Plan, list[Event]]] = {}
@@ -537,7 +585,7 @@ class TieredMachine(PoolMachine):
         assert self.tier.extents.available == sum(n for _, n in self.tier.extents._runs)
 
 
-HOST_COUNTERS = {"host_hits", "loaded_tokens", "offloads", "offloads_refused", "prefetches"}
+HOST_COUNTERS = {"host_hits", "loaded_tokens", "offloads", "offloads_refused", "host_refused", "prefetches"}
 
 
 @pytest.mark.parametrize("machine", [PoolMachine, TieredMachine])

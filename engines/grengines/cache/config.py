@@ -25,6 +25,7 @@ class PagedCacheConfig:
     page: int = option(64, ge=16, le=256)  # tokens of a page
     memory_gb: float = option(1.0, gt=0)  # of all pages, 10^9 bytes
     host_gb: float = option(0.0, ge=0)  # page-locked host memory for what is evicted; 0: none
+    host_admit_visit: int = option(2, ge=1)  # the visit from which it takes a user's evicted state; 1: at once
     onload_share: float = option(0.0, ge=0, le=1)  # of a state on the host, to load; 0: as much as computing hides
     prefetch_s: float = option(0.0, ge=0)  # fetch whom the policy expects so soon (trace time); 0: nobody
     item_memory_gb: float = option(0.0, ge=0)  # of token vectors on the device, 10^9 bytes; 0: the whole table

@@ -39,7 +39,8 @@ class Counters:
     loaded_tokens: int = 0  # tokens that came from the host
     evictions: int = 0  # states that went to make room, or by `evict`
     offloads: int = 0  # of them, those that the host took
-    offloads_refused: int = 0  # and those that it did not: too many on their way, or no room
+    offloads_refused: int = 0  # those that it did not: too many on their way, or no room
+    host_refused: int = 0  # and those that it was not offered: the host's policy did not admit the user
     prefetches: int = 0  # states sent up before they were asked for
     refused: int = 0  # new states that the policy did not admit
     unstored: int = 0  # requests whose new tokens found no room beside those in flight, or whose allocation failed
@@ -55,6 +56,7 @@ class _State:
     history: History
     pages: list[int]  # exactly as many as the tokens need
     now: float  # of the last visit
+    host_admits: bool  # an eviction sends it to the host
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +76,7 @@ class Plan:
     load: Load | None = None  # what is to come from the host before
     pages: list[int] = field(default_factory=list)  # page i holds tokens i * page to (i + 1) * page - 1
     known: bool = False  # the policy has heard of the user
+    host_admits: bool = False  # the host has some of the history already, or its policy admits the user at this visit
     evicted: bool = False  # while in flight: nothing is kept after it
 
 
@@ -127,7 +130,8 @@ class UserStates:
     **Host tier.** With a `tier`, a state that is evicted goes there (queued under the lock: its pages are given away
     after). A lookup that finds more on the host than on the device notes it; `extend` decides how much of it is
     loaded; `start_loading` starts it. The host's copy stays, so that only what is new goes down again. A policy of
-    its own decides who leaves the host.
+    its own decides who leaves the host, and at each visit of a user of whom it has nothing valid whether it would take
+    them: visits count, whatever is evicted when.
 
     Thread-safe: one lock, held while the index changes and while copies are queued, never while
     anything is computed. cost: of computing so many tokens' state, for the policies.
@@ -336,10 +340,11 @@ class UserStates:
         self._in_flight[plan.user] = plan
         state = self._states.pop(plan.user, None)
         self._find_on_device(plan, state)
-        if self.tier is not None and plan.user in self.tier.states:
-            there = self.tier.states[plan.user]
-            valid = self._valid_tokens(there.tokens, there.history, plan.history)
+        if self.tier is not None:
+            there = self.tier.states.get(plan.user)
+            valid = self._valid_tokens(there.tokens, there.history, plan.history) if there is not None else 0
             plan.on_host = valid if valid > plan.on_device else 0
+            plan.host_admits = valid > 0 or self._admits(plan, self._tier_policy)
 
     def _find_on_device(self, plan: Plan, state: _State | None) -> None:
         count = self._counters
@@ -398,7 +403,7 @@ class UserStates:
         self.pool.free(plan.pages[kept:])
         if tokens:
             history = plan.history.first(tokens - self._contextual)
-            self._states[plan.user] = _State(tokens, history, plan.pages[:kept], plan.now)
+            self._states[plan.user] = _State(tokens, history, plan.pages[:kept], plan.now, plan.host_admits)
             self._ask("touch", plan.user, *self._size_and_cost(tokens), plan.now)
         elif plan.known:
             self._ask("forget", plan.user)
@@ -407,8 +412,9 @@ class UserStates:
         if self._in_flight.get(plan.user) is not plan:
             raise RuntimeError(f"request {plan.request_id}: the plan is committed or aborted already")
 
-    def _admits(self, plan: Plan) -> bool:
-        return bool(self._ask("admit", plan.user, *self._size_and_cost(plan.tokens), plan.now, otherwise=True))
+    def _admits(self, plan: Plan, policy: Policy | None = None) -> bool:
+        size, cost = self._size_and_cost(plan.tokens)
+        return bool(self._ask("admit", plan.user, size, cost, plan.now, otherwise=True, of=policy))
 
     def _size_and_cost(self, tokens: int) -> tuple[int, float]:
         return self.pool.pages_for(tokens) * self.pool.page_bytes, self._cost(tokens)
@@ -427,7 +433,10 @@ class UserStates:
             self._drop(user)
 
     def _drop(self, user: int) -> None:
-        self._offload(user)
+        if self._states[user].host_admits:
+            self._offload(user)
+        elif self.tier is not None:
+            self._counters.host_refused += 1
         self._release(user)
         self._counters.evictions += 1
 

@@ -258,4 +258,4 @@ def _make_states(ranker: HSTURanker, cache: PagedCacheConfig, longest: int) -> U
 
 def _policies(cache: PagedCacheConfig) -> tuple[Policy, Policy]:
     """Of the pages on the device, and of the host tier."""
-    return policies.make(cache.policy, cache.admit_visit), policies.make(cache.policy)
+    return policies.make(cache.policy, cache.admit_visit), policies.make(cache.policy, cache.host_admit_visit)
