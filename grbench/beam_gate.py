@@ -21,7 +21,7 @@ from grengines import registry
 from grengines.api import Catalogue, Float32Array, Generator, Int64Array, Request, Retrieval
 
 # Sums of three log-probabilities of size up to some tens, in another order: some tens of ulp.
-SUMMATION_FLOOR = 1e-4
+SCORE_FLOOR = 1e-4
 OVERLAP = 0.95  # of the k best items, in half precision; in fp32 all
 PROBES = 32  # of a request's best items: where plain PyTorch's error is measured
 
@@ -82,7 +82,7 @@ class BeamGate:
         wide = max(retrieval.beam_width, PROBES)
         plain = reference.search(self.sample, precision, width=wide, k=max(retrieval.k, PROBES))
         self._plain_error = self._error(_answers(plain))
-        self._tolerance = max(spec.gate.max_error_ratio * self._plain_error, SUMMATION_FLOOR)
+        self._tolerance = max(spec.gate.max_error_ratio * self._plain_error, SCORE_FLOOR)
         self._zero_error = self._error(_answers(reference.search(self.sample, blind=True)))
 
     def check(self, engine: Generator, max_batch: int) -> BeamGateResult:

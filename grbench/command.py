@@ -74,6 +74,13 @@ def run(
         if as_hydra_shows_it:
             raise
         refuse(e)
+    except OSError as e:  # of a job's folder, which Hydra makes, or of what a session writes there
+        if as_hydra_shows_it:
+            raise
+        if session is not None:
+            session.close(cut_short="stopped")
+        mend = "set output_root (of grbench itself: runner.output_root) to a folder with room that can be written"
+        refuse(ConfigError(f"{e.filename}: {e.strerror}; {mend}"))
     except KeyboardInterrupt:
         if session is not None:
             session.close(cut_short="interrupted")

@@ -43,6 +43,7 @@ REQUIRED = (
 # What some engines and kernels need.
 OPTIONAL = (
     (vllm.distribution(), "vllm", "engine vllm", vllm.command()),
+    ("transformers", "transformers", "engine hf", "pip install -e '.[hf]'"),
     ("onnxruntime", "onnxruntime", "engine onnxruntime", "pip install -e '.[onnx]'"),
     ("onnxscript", "onnxscript", "python -m grengines.export", "pip install -e '.[onnx]'"),
     ("tensorrt-cu13", "tensorrt", "engine tensorrt", "pip install -e '.[tensorrt]'"),
@@ -52,7 +53,7 @@ OPTIONAL = (
         "engine tensorrt",
         "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
     ),
-    ("nvidia-cutlass-dsl", "cutlass", "extra cutlass", "pip install -e '.[cutlass]'"),
+    ("nvidia-cutlass-dsl", "cutlass", "kernel cutlass", "pip install -e '.[cutlass]'"),
 )
 
 

@@ -20,8 +20,8 @@ from grengines.api import Catalogue, Float32Array, IncorrectError, Ranker, Reque
 from grengines.numerics import SUMMATION_FLOOR, relative_error
 
 
-class Outcome(Protocol):
-    """What a check found: its error, and all its figures for the record."""
+class GateFigures(Protocol):
+    """What a check found: its error, and all figures for the record."""
 
     @property
     def error(self) -> float: ...
@@ -97,7 +97,7 @@ class Gate:
 class GateError(IncorrectError):
     """The gate failed; `result` has the figures."""
 
-    def __init__(self, message: str, result: Outcome) -> None:
+    def __init__(self, message: str, result: GateFigures) -> None:
         super().__init__(message)
         self.result = result
 

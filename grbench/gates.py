@@ -9,14 +9,14 @@ import numpy as np
 
 from grbench.beam_gate import BeamGate, BeamGateResult
 from grbench.config import RunSpec
-from grbench.gate import Gate, GateError, GateResult, Outcome
+from grbench.gate import Gate, GateError, GateFigures, GateResult
 from grbench.workloads.trace import Trace
 from grengines.api import Retrieval
 from grengines.pipeline.engine import as_many
 
 
 class AnyGate(Protocol):
-    def check(self, engine: Any, max_batch: int) -> Outcome:
+    def check(self, engine: Any, max_batch: int) -> GateFigures:
         """Compare the engine with the reference. Raises GateError when it, or the gate itself, is no good."""
 
 

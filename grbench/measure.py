@@ -11,11 +11,10 @@ import numpy as np
 
 from grbench import sizing, stats
 from grbench.config import RunSpec
+from grbench.records import PARTS
 from grbench.scenarios import Measurement
 from grengines.api import Request
-
-STAGES = ("retrieve", "rank")  # of tasks that have several
-PARTS = ("queue_ms", "batch_ms", "transfer_ms", "compute_ms")
+from grengines.pipeline.config import STAGES
 
 
 def summarise(

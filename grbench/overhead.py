@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from grbench.compose import compose_spec
-from grbench.config import ConfigError
-from grengines.api import RankResult, Request
+from grbench.config import ConfigError, RunSpec
+from grbench.records import one_line
+from grengines.api import IncorrectError, RankResult, Request, UnavailableError
 
 
 class NullEngine:
@@ -43,18 +44,35 @@ class NullEngine:
 
 
 def main() -> int:
-    """Print p50 of both and the share."""
+    """Entry point. Exit codes: 0 done, 1 the engine can't run, 2 the configuration is wrong, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m grbench.overhead", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each engine (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides; default scenario=single_stream")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, on top of engine=hstu scenario=single_stream")
     args = parser.parse_args()
     try:
         spec, _ = compose_spec(["engine=hstu", "scenario=single_stream", *args.overrides])
         if spec.task != "rank":
-            raise ConfigError(f"task={spec.task}: the overhead is measured for task=rank")
+            raise ConfigError(f"task={spec.task}: the overhead is measured of engines that rank; allowed: rank")
+        if args.repeats < 1:
+            raise ConfigError(f"--repeats {args.repeats}: allowed is >= 1")
     except ConfigError as e:
         print(f"grbench.overhead: {e}", file=sys.stderr)
         return 2
+    try:
+        compare(spec, args.repeats)
+    except (ValueError, UnavailableError, IncorrectError) as e:
+        print(f"grbench.overhead: {one_line(e, most=1000)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def compare(spec: RunSpec, repeats: int) -> None:
+    """Measure both engines `repeats` times each and print their p50, microseconds, and the share.
+
+    Raises ValueError for data that can't be used, UnavailableError or IncorrectError.
+    """
     from grbench import workloads
     from grbench.gates import gate_for
     from grbench.scenarios import run_scenario
@@ -67,7 +85,7 @@ def main() -> int:
     gate_for(spec, trace, None, ran).check(engine, spec.scenario.max_batch)
     p50s: dict[str, list[float]] = {"null": [], spec.engine.name: []}
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(args.repeats):
+        for turn in range(repeats):
             for name, runs in (("null", NullEngine()), (spec.engine.name, engine)):
                 measurement = run_scenario(
                     spec.scenario,
@@ -83,7 +101,6 @@ def main() -> int:
         turns = " ".join(f"{v * 1e3:.1f}" for v in values)
         print(f"{name:>8}: p50 {np.median(values) * 1e3:.1f} us   (turns: {turns})")
     print(f"overhead: {null * 1e3:.1f} us, {null / real:.1%} of {spec.engine.name} on {spec.model.name}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Quality:
 
 
 def labels_of(trace: Trace, index: int, tasks: Sequence[str]) -> Labels | None:
-    """bool [candidates, tasks] of a request; None where the workload labels none of the tasks, or not all."""
+    """bool [candidates, tasks] of a request; None where the workload does not label every task."""
     if not set(tasks) <= set(trace.events.action_names):
         return None
     candidates, (start, stop) = trace.requests[index].candidates, trace.own[index]

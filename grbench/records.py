@@ -21,6 +21,8 @@ SAMPLES_FILE = "samples.parquet"
 LOG_FILE = "worker.log"
 ARTIFACTS = "mlartifacts"  # folder of MLflow's copies under an output root
 SCHEMA_VERSION = 1
+PARTS = ("queue_ms", "batch_ms", "transfer_ms", "compute_ms")  # of a request's latency, in order of time
+SAMPLE_COLUMNS = ("request_id", "user_id", "arrival_s", *PARTS, "latency_ms", "batch_index", "batch_size")
 
 
 class Status(StrEnum):

@@ -134,7 +134,7 @@ def kv_bytes(model: HSTUConfig | DecoderConfig, history: int, precision: str) ->
 
 
 def main() -> int:
-    """Print two tables: the model, and what requests of several history lengths cost."""
+    """Print the parameters and what requests of several history lengths cost; of a pipeline, both stages."""
     parser = argparse.ArgumentParser(prog="python -m grbench.sizing", description=__doc__)
     parser.add_argument("--precision", choices=BYTES, default="bf16", help="of weights and KV (default: %(default)s)")
     parser.add_argument("--memory-gib", type=float, default=80.0, help="of the card (default: %(default)s)")
@@ -152,8 +152,11 @@ def main() -> int:
         print(f"grbench.sizing: --items {args.items} --memory-gib {args.memory_gib}: allowed is > 0", file=sys.stderr)
         return 2
     console = Console()
-    tell = _generating if spec.task == "generate" else _ranking
-    tell(console, spec, args.items, args.precision, args.memory_gib * 2**30)
+    for task, tell in (("generate", _generating), ("rank", _ranking)):
+        if spec.task == "recommend":
+            console.print(f"to {task}", style="bold")
+        if spec.task in (task, "recommend"):
+            tell(console, spec, args.items, args.precision, args.memory_gib * 2**30)
     return 0
 
 
@@ -163,10 +166,7 @@ def _ranking(console: Console, spec: RunSpec, items: int, precision: str, memory
     weights = _tell_parameters(console, model.name, counts, precision, items)
     table = _table("history", "candidates", "GFLOP", "of it attention", "all cached", "KV MiB a user", "users a card")
     for history in _histories(spec.workload.max_history):
-        total, cached = (
-            flops(model, history, candidates),
-            flops(model, history, candidates, model.contextual_seq_len + history),
-        )
+        total, cached = (flops(model, history, candidates, done) for done in (0, model.contextual_seq_len + history))
         tokens = model.contextual_seq_len + history + candidates
         pairs = visible_pairs(tokens, candidates, model.contextual_seq_len, model.max_attn_len)
         attention = model.layers * attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from grbench.config import RunSpec, spec_from_json
-from grbench.records import SAMPLES_FILE, Status
+from grbench.records import SAMPLES_FILE, Status, one_line
 
 
 @dataclass
@@ -72,17 +72,17 @@ def run(spec: RunSpec, folder: Path, outcome: Outcome, report: Report) -> None:
     trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
     outcome.metrics |= {f"workload/{name}": float(value) for name, value in trace.facts().items()}
 
-    report({"stage": "building the engine"})
     from grengines import registry
 
     retrieval = None
     if spec.retrieval is not None:
         from grbench.retrieval import build_retrieval
 
-        report({"stage": "making semantic ids"})
-        tell = lambda text: report({"stage": text})  # noqa: E731
-        retrieval = build_retrieval(spec.retrieval, spec.workload, trace, spec.seed, tell)
-        report({"stage": "building the engine"})
+        report({"stage": "making semantic IDs"})
+        retrieval = build_retrieval(
+            spec.retrieval, spec.workload, trace, spec.seed, lambda text: report({"stage": text})
+        )
+    report({"stage": "building the engine"})
     begun = time.perf_counter()
     engine = registry.build(
         spec.engine,
@@ -163,7 +163,7 @@ def _gate_and_measure(
 
 
 def warm_up(engine: Any, requests: list[Any], spec: RunSpec) -> None:
-    """Run batches of every size that dynamic batching may form most, so that no first-time cost is measured."""
+    """Run full, half and quarter batches in turn, so that first-time costs of the common sizes are not measured."""
     size = spec.scenario.max_batch
     for i in range(spec.warmup_batches):
         start = (i * size) % len(requests)
@@ -174,7 +174,7 @@ def classify(error: BaseException) -> tuple[Status, str]:
     """The status that an exception means, and one line about it."""
     from grengines.api import IncorrectError, UnavailableError
 
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = one_line(error, most=5000)
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -182,7 +182,7 @@ def classify(error: BaseException) -> tuple[Status, str]:
         link = link.__cause__ or link.__context__
     if any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in chain):
         return Status.DISK_FULL, f"no space left while the cell ran: {line}; free some and run it again"
-    if any(_out_of_memory(e) for e in chain):
+    if any(out_of_memory(e) for e in chain):
         return Status.OOM, f"memory ran out: {textwrap.shorten(line, 160)}; try a smaller batch, history or model"
     if isinstance(error, UnavailableError):
         return Status.UNAVAILABLE, line
@@ -193,7 +193,8 @@ def classify(error: BaseException) -> tuple[Status, str]:
     return Status.ERROR, f"{type(error).__name__}: {line}"
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the host's or the device's memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)

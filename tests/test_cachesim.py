@@ -317,6 +317,7 @@ def test_a_run_leaves_table_results_plot_and_mlflow_runs(grbench: Grbench, tmp_p
         ("+nonsense=1", "shares"),
         ("workload=csv", "workload.path"),
         ("model=nope", "nope"),
+        ("model=decoder_tiny", "model=hstu_tiny"),
     ],
 )
 def test_wrong_options_are_one_line(

@@ -73,10 +73,33 @@ def test_sizing_prints_and_refuses(grbench: Grbench) -> None:
     assert re.search(r"16384 +2048 +2,057\.426", done.stdout)
     refused = grbench("model=nope", module="grbench.sizing")
     assert refused.returncode == 2
-    assert "Available options in 'model'" in refused.stderr
+    assert refused.stderr.startswith("grbench.sizing: model=nope: no such option; allowed: decoder_0p2b, ")
     assert "Traceback" not in refused.stderr
     refused = grbench("--items", "0", module="grbench.sizing")
     assert "allowed is > 0" in refused.stderr
+
+
+def test_sizing_of_a_pipeline_tells_both_stages(grbench: Grbench) -> None:
+    done = grbench(module="grbench.sizing")
+    assert done.returncode == 0, done.stderr
+    searched, ranked = done.stdout.split("to rank\n")
+    assert searched.startswith("to generate\n") and "beams" in searched
+    assert "candidates" in ranked
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        ("--repeats 0", 2, "--repeats 0: allowed is >= 1"),
+        ("engine=hf", 2, "task=generate: "),
+        ("workload=csv workload.path=missing.csv", 1, "missing.csv: no such file; set workload.path"),
+    ],
+)
+def test_what_overhead_can_not_measure_is_one_line(grbench: Grbench, arguments: str, code: int, message: str) -> None:
+    done = grbench(*arguments.split(), module="grbench.overhead")
+    assert done.returncode == code
+    [told] = done.stderr.splitlines()
+    assert told.startswith(f"grbench.overhead: {message}")
 
 
 def test_overhead_is_small_beside_the_engine(grbench: Grbench) -> None:

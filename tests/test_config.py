@@ -48,6 +48,10 @@ def test_every_option_of_every_group_composes(group: str, name: str) -> None:
         (["model.layers=null"], "model.layers", "int"),
         (["seed=[1,"], "seed=[1,", "key=value"),
         (["seed"], "seed", "key=value"),
+        (["engin=hstu"], "engin", "nearest: engine;"),
+        (["engine=null"], "engine=null", "one option"),
+        (["gate=none"], "gate=none", "gate.KEY="),
+        (["scenario=server,offline"], "scenario=server,offline", "-m sweeps"),
     ],
 )
 def test_a_wrong_value_is_one_line_with_key_and_what_is_allowed(overrides: list[str], key: str, allowed: str) -> None:
@@ -64,6 +68,31 @@ def test_every_cell_of_a_sweep_is_checked_before_the_first_runs(grbench: Grbench
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["grbench: scenario.max_batch=0: allowed is int >= 1 and <= 65536"], done.stderr
     assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        ("--nope", "--nope: no such flag; python -m {} --hydra-help lists them"),
+        ("--cfg everything", "argument --cfg/-c: invalid choice"),
+        ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
+        ("--config-name other", "Cannot find primary config 'other'"),
+    ],
+)
+@pytest.mark.parametrize("program", ["grbench", "grbench.cachesim"])
+def test_a_wrong_flag_is_one_line(grbench: Grbench, program: str, arguments: str, line: str) -> None:
+    done = grbench(*arguments.split(), module=program)
+    assert done.returncode == 2
+    [told] = done.stderr.splitlines()
+    assert told.startswith(f"{program}: {line.format(program)}")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(grbench: Grbench, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    done = grbench("engine=hstu", "workload=synthetic", "runner.output_root=taken")
+    assert done.returncode == 2
+    [told] = done.stderr.splitlines()
+    assert told.startswith("grbench: taken/runs/") and "runner.output_root" in told
 
 
 def test_a_sweep_is_expanded_as_hydra_does() -> None:

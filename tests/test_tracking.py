@@ -169,6 +169,9 @@ def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
         assert Tracker(MlflowConfig(uri=uri), root).log(live, folder)
         found = runs(uri)
         assert sorted(r.data.tags["role"] for r in found) == ["cell", "cell", "sweep"]
+        [parent] = [r for r in found if r.data.tags["role"] == "sweep"]
+        assert parent.info.status == "FINISHED"
+        assert parent.data.metrics == {"cells/OK": 1}
         [mine] = [r for r in found if r.info.run_id == records.load(folder).tracking["run_id"]]
         assert {f.path for f in client(uri).list_artifacts(mine.info.run_id)} >= {"record.json", "samples.parquet"}
         # The same records into another store: that one has not seen them.

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from grbench.config import ConfigError, checked
 from grbench.config import register_schemas as register_groups
 from grengines.cache import policies
+from grengines.hstu.config import HSTUConfig
 from grengines.options import option
 
 
@@ -43,8 +44,13 @@ def register_schemas() -> None:
 
 
 def to_config(cfg: DictConfig) -> CacheSimConfig:
-    """Check a composed configuration. Raises as `checked`, and ConfigError for an unknown policy or no size."""
+    """Check a composed configuration.
+
+    Raises as `checked`, and ConfigError for another model than HSTU, an unknown policy or no size.
+    """
     config = checked(cfg, CacheSimConfig)
+    if not isinstance(config.model, HSTUConfig):
+        raise ConfigError(f"model={config.model.name}: states of HSTU are simulated; allowed: its models, such as model=hstu_tiny")
     for name in config.policies:
         if name not in policies.names():
             raise ConfigError(f"policies: unknown {name!r}; known: {', '.join(policies.names())}")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from grbench.workloads import events, movielens
-from grbench.workloads.config import CsvConfig, Ml100kConfig, RecBoleConfig, RecordedConfig, SyntheticConfig
-from grbench.workloads.events import DataError, Events
+from grbench.workloads import load_events
+from grbench.workloads.config import RecordedConfig, SyntheticConfig
+from grbench.workloads.events import DataError
 from grbench.workloads.synthetic import draw_visitors
 from grbench.workloads.trace import find_requests, find_visits
 
@@ -52,19 +51,11 @@ class Columns:
 
 def load(config: Workload, seed: int) -> Columns:
     """The trace that `config` describes. Raises DataError (a ValueError) for data that can't be used."""
-    match config:
-        case SyntheticConfig():
-            return _synthetic(config, seed)
-        case Ml100kConfig():
-            return _recorded(events.load_recbole(movielens.ml_100k(), sort=True), config)
-        case RecBoleConfig():
-            return _recorded(events.load_recbole(Path(config.path).expanduser(), config.sort), config)
-        case CsvConfig():
-            return _recorded(events.load_csv(Path(config.path).expanduser(), config.format, config.sort), config)
-    raise TypeError(f"unknown workload {type(config).__name__}")
+    return _synthetic(config, seed) if isinstance(config, SyntheticConfig) else _recorded(config)
 
 
-def _recorded(log: Events, config: RecordedConfig) -> Columns:
+def _recorded(config: RecordedConfig) -> Columns:
+    log = load_events(config)
     visits = find_visits(log, config)
     order, owner, first_event = find_requests(log, visits, config)
     seen = visits.starts[order] - first_event[order]  # events before each visit

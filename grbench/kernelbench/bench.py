@@ -26,6 +26,7 @@ from grbench.kernelbench.gate import Errors, Gate, IncorrectError
 from grbench.kernelbench.timing import Call, Ceilings, ceilings, interleaved, median_ms
 from grbench.records import Status, one_line
 from grbench.stats import percentile
+from grbench.worker import out_of_memory
 from grkernels import registry, tuning
 from grkernels.variant import Cost, KernelVariant
 
@@ -276,7 +277,7 @@ def status_of(error: Exception) -> tuple[Status, str]:
         return Status.INCORRECT, text
     if isinstance(error, NotImplementedError):
         return Status.UNAVAILABLE, text
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if out_of_memory(error):
         return Status.OOM, text
     return Status.ERROR, f"{type(error).__name__}: {text}"
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PERCENTILES = ["latency_ms/p50", "latency_ms/p90", "latency_ms/p99", "latency_ms/p99.9"]
-PARTS = ["queue_ms", "batch_ms", "transfer_ms", "compute_ms"]  # of a request's latency, in order of time
+PARTS = list(records.PARTS)  # as pandas takes columns
 HITS = ["cache/device_hit_rate", "cache/host_hit_rate"]  # shares of requests; of cells with a user-state cache only
 METRICS = [
     "throughput_rps",
@@ -22,9 +22,6 @@ METRICS = [
     *PERCENTILES,
     *(f"{part}/p50" for part in PARTS),
 ]
-SAMPLE_COLUMNS = [
-    "request_id", "user_id", "arrival_s", *PARTS, "latency_ms", "batch_index", "batch_size",
-]  # fmt: skip
 
 
 class ReportError(ValueError):
@@ -136,8 +133,8 @@ def load_samples(folder: Path | str) -> pd.DataFrame:
     try:
         samples = pd.read_parquet(path)
     except Exception as e:  # pyarrow has its own exceptions for each way in which a file is broken
-        raise ReportError(f"{path}: not readable as parquet ({str(e).splitlines()[0]}); {mend}") from None
-    if missing := [name for name in SAMPLE_COLUMNS if name not in samples]:
+        raise ReportError(f"{path}: not readable as parquet ({records.one_line(e)}); {mend}") from None
+    if missing := [name for name in records.SAMPLE_COLUMNS if name not in samples]:
         raise ReportError(f"{path}: column {missing[0]!r} is missing; {mend}")
     if samples.empty:
         raise ReportError(f"{path}: holds no rows; {mend}")

@@ -33,9 +33,8 @@ def download_cells(uri: str, experiment: str, folder: Path) -> list[Cell]:
         known = [e.name for e in client.search_experiments()]
         runs = _download(client, found.experiment_id, folder) if found else 0
     except Exception as e:  # MLflow, SQLAlchemy, requests and OSError: each store has its own
-        why = str(e).splitlines()[0]
         raise ReportError(
-            f"--mlflow {uri}: can't be read ({why}); like this it can: sqlite:///outputs/mlruns.db, http://host:5000"
+            f"--mlflow {uri}: can't be read ({records.one_line(e)}); like this it can: sqlite:///outputs/mlruns.db, http://host:5000"
         ) from None
     if not found:
         raise ReportError(f"--experiment {experiment}: not at {uri}; there are: {', '.join(known) or 'none'}")

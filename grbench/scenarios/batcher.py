@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from grbench.records import SAMPLE_COLUMNS
 from grengines.api import BatchResult, ContinuousEngine, Request
 
 
@@ -32,11 +33,6 @@ class RequestLoop:
     `answered` is called on that thread with requests that ended together. If the engine raises, `failure` holds the
     exception, `stopped` is set and nothing more is answered.
     """
-
-    COLUMNS = (
-        "request_id", "user_id", "arrival_s", "queue_ms", "batch_ms", "transfer_ms", "compute_ms",
-        "latency_ms", "batch_index", "batch_size",
-    )  # fmt: skip
 
     def __init__(self, max_batch: int, answered: Callable[[list[Ticket]], None]) -> None:
         self.failure: BaseException | None = None
@@ -72,10 +68,12 @@ class RequestLoop:
             raise self.failure
 
     def samples(self) -> dict[str, np.ndarray]:
-        """One row a request, by column (COLUMNS, and a column for each stage of an engine that has several); times in
-        milliseconds, arrival_s from the first arrival."""
-        table = np.array(self._rows, dtype=np.float64).reshape(-1, len(self.COLUMNS))
-        columns = {name: table[:, i] for i, name in enumerate(self.COLUMNS)}
+        """One row a request, by column: SAMPLE_COLUMNS, and one for each stage of an engine that has several.
+
+        Times are in milliseconds; arrival_s, in seconds, counts from the first arrival.
+        """
+        table = np.array(self._rows, dtype=np.float64).reshape(-1, len(SAMPLE_COLUMNS))
+        columns = {name: table[:, i] for i, name in enumerate(SAMPLE_COLUMNS)}
         if len(table):
             columns["arrival_s"] = columns["arrival_s"] - columns["arrival_s"].min()
         integers = ("request_id", "user_id", "batch_index", "batch_size")
@@ -96,7 +94,7 @@ class RequestLoop:
         raise NotImplementedError
 
     def _note(self, ticket: Ticket, begun: float, parts: tuple[float, float, float], done: float, size: int) -> None:
-        """A row for a request whose work began and was done then; parts: of it, by COLUMNS."""
+        """A row for a request whose work began and was done then; parts: batch, transfer and compute, milliseconds."""
         queued, latency = (begun - ticket.arrived) * 1e3, (done - ticket.arrived) * 1e3
         request = ticket.request
         self._rows.append(

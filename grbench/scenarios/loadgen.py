@@ -68,17 +68,20 @@ def run(
     if batcher.failure is None:
         loadgen.join()
     batcher.close()
-    queries = config.queries // config.samples_per_query if isinstance(config, MultiStreamConfig) else config.queries
-    return batcher, *_figures(folder / _SUMMARY, queries)
+    return batcher, *_figures(folder / _SUMMARY, _queries(config))
+
+
+def _queries(config: LoadGenConfig) -> int:
+    """What LoadGen calls queries: in multi stream each is of several requests."""
+    return -(-config.queries // config.samples_per_query) if isinstance(config, MultiStreamConfig) else config.queries
 
 
 def _settings(config: LoadGenConfig, latency_limit_ms: float, seed: int) -> lg.TestSettings:
     s = lg.TestSettings()
     s.mode = lg.TestMode.PerformanceOnly
-    s.min_query_count = s.max_query_count = config.queries
+    s.min_query_count = _queries(config)
+    s.max_query_count = 0 if config.min_duration_s else s.min_query_count  # 0: no upper bound, the duration decides
     s.min_duration_ms = int(config.min_duration_s * 1000)
-    if config.min_duration_s:
-        s.max_query_count = 0  # no upper bound: the duration decides
     s.qsl_rng_seed, s.sample_index_rng_seed, s.schedule_rng_seed = seed + 1, seed + 2, seed + 3
     limit_ns = int(latency_limit_ms * 1e6)
     match config:
@@ -95,9 +98,6 @@ def _settings(config: LoadGenConfig, latency_limit_ms: float, seed: int) -> lg.T
         case MultiStreamConfig():
             s.scenario = lg.TestScenario.MultiStream
             s.multi_stream_samples_per_query = config.samples_per_query
-            s.min_query_count = -(-config.queries // config.samples_per_query)
-            if s.max_query_count:
-                s.max_query_count = s.min_query_count
         case _:
             raise TypeError(f"not a LoadGen scenario: {type(config).__name__}")
     return s

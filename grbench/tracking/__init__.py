@@ -80,10 +80,13 @@ def import_records(root: Path, config: MlflowConfig) -> tuple[int, int, int]:
     uri = config.uri or default_uri(root.absolute())
     logged = known = failed = 0
     parents: dict[str, str] = {}
-    store: Store | None = None
+    sweeps: dict[str, list[RunRecord]] = {}
+    store: Any = None
     for folder, record in records.find(root):
         if record.status is Status.INTERRUPTED:
             continue
+        if record.sweep_id:
+            sweeps.setdefault(record.sweep_id, []).append(record)
         if record.tracking.get("uri") == uri:
             known += 1
             continue
@@ -99,6 +102,11 @@ def import_records(root: Path, config: MlflowConfig) -> tuple[int, int, int]:
             print(f"grbench: {folder}: not logged ({one_line(e)})", file=sys.stderr)
             if store is None:
                 break  # the store can't be opened: it won't for the others either
+    for sweep_id, run in parents.items():
+        try:
+            store.end_sweep(run, sweeps[sweep_id])
+        except Exception as e:
+            print(f"grbench: MLflow did not close the run of sweep {sweep_id} ({one_line(e)})", file=sys.stderr)
     if not logged + known + failed:
         raise ValueError(f"{root}: no records found; `python -m grbench` makes some under outputs/")
     return logged, known, failed

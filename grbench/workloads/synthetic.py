@@ -66,13 +66,12 @@ def make_events(config: SyntheticConfig, seed: int) -> tuple[Events, Visits]:
     starts = ends - block_size
 
     n = int(block_size.sum())
-    times = np.empty(n, dtype=np.int64)
     blocks = np.repeat(order, block_size[order])  # the block of each event
     before = rng.exponential(HISTORY_GAP_S, n)
     is_history = blocks < len(users)
     elapsed = np.cumsum(np.where(is_history, before, 0.0))
     block_end = elapsed[np.maximum(ends - 1, 0)]
-    times[:] = START + np.where(is_history, elapsed - block_end[blocks] - 1, np.floor(block_time[blocks]))
+    since_start = np.where(is_history, elapsed - block_end[blocks] - 1, np.floor(block_time[blocks]))
 
     actions = np.zeros(n, dtype=np.int64)
     for bit, rate in enumerate(ACTION_RATES):
@@ -82,7 +81,7 @@ def make_events(config: SyntheticConfig, seed: int) -> tuple[Events, Visits]:
         items=_zipf(rng, config.items, config.item_zipf, n),
         actions=actions,
         weights=rng.beta(2.0, 2.0, n).astype(np.float32),
-        timestamps=times,
+        timestamps=(START + since_start).astype(np.int64),
         num_users=config.users,
         num_items=config.items,
         action_names=ACTIONS,
