@@ -28,9 +28,12 @@ from test_vllm import (
 from torch import Tensor
 
 from grengines.decoder.config import DecoderConfig
+from grengines.decoder.model import level_logits
 from grengines.decoder.reference import Reference
 from grengines.semantic.search import Beams
+from grengines.semantic.trie import Trie
 from grengines.vllm import beam_attention
+from grengines.vllm.choice import Choice
 from grengines.vllm.engine import VLLMEngine
 from grengines.vllm.rows import BeamRows, Sight, Step
 
@@ -327,6 +330,31 @@ def test_without_prefix_caching_nor_chunks(expected: Beams) -> None:
 
 
 # On a GPU
+
+
+@pytest.mark.gpu
+def test_captured_choices() -> None:
+    """Graphs for up to 3 searches, of 1 to 7: what they choose is what the same operations choose without them."""
+    trie, W = Trie.of(RETRIEVAL.ids).on("cuda"), 20
+    torch.manual_seed(0)
+    table = torch.randn(sum(trie.sizes), 16, device="cuda")
+
+    class Model:
+        def level_logits(self, hidden: Tensor, level: int) -> Tensor:
+            return level_logits(hidden, table, trie.sizes, level)
+
+    eager = Choice(Model(), trie, width=W, k=10)
+    graphs = Choice(Model(), trie, width=W, k=10, graphs=3, embedding_dim=16)
+    for count in (1, 2, 3, 7, 1):
+        root = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.zeros(1, device="cuda")
+        nodes, scores = ([x] * count for x in root)
+        for level in range(len(trie.sizes)):
+            hidden = [torch.randn(len(n), 16, device="cuda") for n in nodes]
+            expected, found = eager(level, hidden, nodes, scores), graphs(level, hidden, nodes, scores)
+            for a, b in zip(found, expected, strict=True):
+                assert a.dtype == b.dtype
+                torch.testing.assert_close(a, b)
+            nodes, scores = list(found[1]), list(found[2])
 
 
 @pytest.mark.gpu

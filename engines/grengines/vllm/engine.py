@@ -22,8 +22,9 @@ from grengines.decoder.config import DecoderConfig
 from grengines.device import DTYPES, resolve_device, resolve_precision
 from grengines.hstu.config import HSTUConfig
 from grengines.semantic.ids import prompt_of
-from grengines.semantic.search import best, check_width
-from grengines.semantic.trie import TensorTrie, Trie
+from grengines.semantic.search import check_width
+from grengines.semantic.trie import Trie
+from grengines.vllm.choice import Choice
 from grengines.vllm.config import VLLMEngineConfig
 from grkernels import registry as kernel_registry
 
@@ -90,7 +91,7 @@ class VLLMEngine:
         self._core: Any = None
         self._vllm: Any = None  # its configuration
         self._model: Any = None
-        self._trie: TensorTrie | None = None
+        self._choice: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._searches: dict[str, Search] = {}  # by vLLM request
         self._under_way = self._longest = self._steps = 0
@@ -109,10 +110,10 @@ class VLLMEngine:
             torch.set_num_threads(self._config.cpu_threads)
         torch.set_float32_matmul_precision("highest")
         self._longest = max(len(self._prompt(r)) for r in sample)
-        self._trie = Trie.of(self._retrieval.ids).on(self._device)
         # Of every search: the trie's root, and its score.
         self._root = torch.zeros(1, dtype=torch.int64, device=self._device), torch.zeros(1, device=self._device)
         self._start()
+        self._choice = self._choices(max_batch)
         longest = sorted(sample, key=lambda r: len(r.history_items))[-max_batch:]
         self.generate(longest)
         self.forget()
@@ -151,7 +152,7 @@ class VLLMEngine:
 
     def admit(self, key: int, request: Request) -> None:
         """Begin one request. Raises ValueError for a prompt longer than those that the engine was prepared for."""
-        if self._trie is None:
+        if self._choice is None:
             raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
         prompt = self._prompt(request)
         if len(prompt) > self._longest:
@@ -225,7 +226,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         """End vLLM and give all memory back; what it changed in the process is put back. Safe to call twice."""
-        core, self._core, self._vllm, self._model, self._trie = self._core, None, None, None, None
+        core, self._core, self._vllm, self._model, self._choice = self._core, None, None, None, None
         self._searches, self._under_way = {}, 0
         if core is not None:
             from grengines.vllm import compat
@@ -279,26 +280,17 @@ class VLLMEngine:
 
     def _advance(self, level: int, searches: Sequence[Search]) -> list[Finished]:
         """Take the next code of searches that have all rows of this level: submit them again, or end them."""
-        assert self._trie is not None
-        rows = []
-        for search in searches:
-            assert search.hidden is not None
-            # A beam's own rows are adjacent, and its last is the one that says what follows.
-            rows.append(search.hidden[level - 1 :: level] if level else search.hidden)
-        logits = self._model.level_logits(torch.cat(rows), level)
-        nodes, scores = (torch.stack([getattr(s, name) for s in searches]) for name in ("nodes", "scores"))
-        width = self._retrieval.beam_width
-        parents, codes, nodes, scores = best(logits, self._trie, level, nodes, scores, width)
+        # A beam's own rows are adjacent, and its last is the one that says what follows.
+        hidden = [s.hidden[level - 1 :: level] if level else s.hidden for s in searches if s.hidden is not None]
+        nodes, scores = ([getattr(s, name) for s in searches] for name in ("nodes", "scores"))
+        told, nodes, scores = self._choice(level, hidden, nodes, scores)
+        found = told.cpu().numpy()
         if level + 1 < self._retrieval.ids.levels:
-            chosen = torch.stack([parents, codes + int(self._retrieval.ids.offsets[level])]).cpu().numpy()
             for i, search in enumerate(searches):
                 search.nodes, search.scores = nodes[i], scores[i]
-                search.paths = np.column_stack([search.paths[chosen[0, i]], chosen[1, i]])
+                search.paths = np.column_stack([search.paths[found[0, i]], found[1, i]])
                 self._submit(search)
             return []
-        k = self._retrieval.k
-        items = self._trie.items(nodes[:, :k].reshape(-1)).view(len(searches), -1)
-        found = torch.stack([items.double(), scores[:, :k].double()]).cpu().numpy()  # one copy, exact up to 2**53
         ended = []
         for i, search in enumerate(searches):
             real = found[0, i] >= 0
@@ -306,6 +298,20 @@ class VLLMEngine:
             ended.append(Finished(search.key, *one, tokens=len(search.prompt), details=search.details))
         self._under_way -= len(searches)
         return ended
+
+    @torch.inference_mode()
+    def _choices(self, most: int) -> Choice:
+        """most: how many searches are under way at once, as a rule."""
+        trie, retrieval = Trie.of(self._retrieval.ids).on(self._device), self._retrieval
+        return Choice(
+            self._model,
+            trie,
+            width=retrieval.beam_width,
+            k=retrieval.k,
+            graphs=most if self._config.cuda_graphs else 0,
+            embedding_dim=self._width,
+            dtype=DTYPES[self._precision],
+        )
 
     def _start(self) -> None:
         """vLLM over a folder with the model's configuration and weights."""
