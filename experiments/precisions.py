@@ -3,14 +3,17 @@
 Engines side by side in one process, in turns, with the same weights and requests. Times are wall clock around `rank`:
 packing, copies, computation, scores on the host. A cell whose scores fail the rule of the gate (twice the error of
 plain PyTorch in its precision) has no time. --weights adds what each precision costs in ranking quality
-(grbench/quality.py) with a model that experiments/train_ranker.py made. GPUs: experiments/compiled.py.
+(grbench/quality.py) with a model that experiments/train_ranker.py made, TensorRT's int8 and fp8 among them: their Q/DQ
+models run in ONNX Runtime. GPUs: experiments/compiled.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import platform
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,16 +26,24 @@ from grbench import quality, workloads
 from grbench.compose import compose_spec
 from grbench.environment import describe_environment
 from grengines import registry
-from grengines.api import Catalogue, Request
+from grengines.api import Catalogue, Request, UnavailableError
+from grengines.export import exporter
+from grengines.hstu.batch import Encoding
 from grengines.hstu.config import HSTUConfig
 from grengines.hstu.engine import Reference
 from grengines.numerics import SUMMATION_FLOOR, relative_error
+from grengines.tensorrt import sample as samples
+from grengines.tensorrt.quantise import quantise
 
 CATALOGUE = Catalogue(num_users=100, num_items=20_000, num_actions=4)
 MID = ["layers=4", "embedding_dim=256", "heads=4", "qk_dim=64", "v_dim=64", "scaling_seqlen=2048", "head_dim=256"]
 MODELS = {"mid": ["model=hstu_tiny", *(f"model.{option}" for option in MID)]}  # any other is a name of conf/model/
 TRAINED = ["workload=ml_100k", "workload.max_history=128", "model=hstu_tiny", "model.tasks=[rated,liked]"]
-CELLS = ["hstu fp32", "hstu bf16", "onnxruntime fp32", "onnxruntime fp16", "onnxruntime int8"]
+CELLS = ["hstu fp32", "hstu fp16", "hstu bf16", "onnxruntime fp32", "onnxruntime fp16", "onnxruntime int8"]
+UNAVAILABLE = ["onnxruntime bf16"]  # the page has their reasons
+SECONDS = 20.0  # no cell is timed longer
+QUIET = 0.5  # load average below which nothing else runs
+CALIBRATION = 16  # requests, as engine.calibration
 
 
 def requests_of(batch: int, history: int, candidates: int, seed: int) -> list[Request]:
@@ -58,11 +69,20 @@ def requests_of(batch: int, history: int, candidates: int, seed: int) -> list[Re
     return made
 
 
-def build(cell: str, model: HSTUConfig, catalogue: Catalogue, threads: int) -> Any:
+def build(cell: str, model: HSTUConfig, catalogue: Catalogue, threads: int, *more: str) -> Any:
     name, precision = cell.split()
     options = [f"engine={name}", f"engine.precision={precision}", "engine.device=cpu", f"engine.cpu_threads={threads}"]
-    spec, _ = compose_spec([*options, "workload=synthetic"])
+    spec, _ = compose_spec([*options, *more, "workload=synthetic"])
     return registry.build(spec.engine, model, spec.kernel, catalogue, 0)
+
+
+def refusal(cell: str, args: argparse.Namespace) -> str:
+    """Why the cell can't be measured here, in the engine's words."""
+    try:
+        build(cell, HSTUConfig(), CATALOGUE, args.threads)
+    except UnavailableError as e:
+        return f"{cell} is UNAVAILABLE: {e}."
+    raise AssertionError(f"{cell} can be measured here: list it in CELLS")
 
 
 def speed(name: str, args: argparse.Namespace) -> list[str]:
@@ -74,6 +94,10 @@ def speed(name: str, args: argparse.Namespace) -> list[str]:
         for batch in args.batches:
             batches = [requests_of(batch, history, candidates, seed) for seed in range(4)]
             expected = np.concatenate(reference.scores(batches[0]))
+            plain = {
+                precision: relative_error(np.concatenate(reference.scores(batches[0], precision)), expected)
+                for precision in {cell.split()[1] for cell in CELLS}
+            }
             engines: dict[str, Any] = {}
             facts: dict[str, list[str]] = {}
             for cell in CELLS:
@@ -81,17 +105,17 @@ def speed(name: str, args: argparse.Namespace) -> list[str]:
                 engine = build(cell, spec.model, CATALOGUE, args.threads)
                 engine.prepare([r for one in batches for r in one], batch)
                 start_s = time.perf_counter() - begun
-                plain = relative_error(np.concatenate(reference.scores(batches[0], cell.split()[1])), expected)
                 error = relative_error(np.concatenate(engine.rank(batches[0]).scores), expected)
-                if error <= max(2 * plain, SUMMATION_FLOOR):
+                usual = plain[cell.split()[1]]
+                if error <= max(2 * usual, SUMMATION_FLOOR):
                     engines[cell], facts[cell] = engine, [f"{error:.0e}", f"{start_s:.1f}"]
                 else:
-                    facts[cell] = [f"INCORRECT: error {error:.1e}, plain PyTorch's {plain:.1e}", "", "", "", "", ""]
+                    facts[cell] = [f"INCORRECT: error {error:.1e}, plain PyTorch's {usual:.1e}", "", "", "", "", ""]
                     engine.close()
             taken = measure(engines, batches, args.repeats)
             for cell, engine in engines.items():
                 p50, least = float(np.median(taken[cell])), min(taken[cell])
-                times = [f"{p50:.2f}", f"{least:.2f}", f"{batch / p50 * 1e3:,.0f}"]
+                times = [f"{p50:.2f}", f"{least:.2f}", f"{batch / p50 * 1e3:,.1f}"]
                 facts[cell] = [*times, f"{min(taken[CELLS[0]]) / least:.2f}x", *facts[cell]]
                 engine.close()
             gc.collect()
@@ -106,6 +130,8 @@ def measure(engines: dict[str, Any], batches: list[list[Request]], repeats: int)
     taken: dict[str, list[float]] = {cell: [] for cell in engines}
     for turn in range(repeats + 2):
         for cell, engine in engines.items():
+            if sum(taken[cell]) > SECONDS * 1e3:
+                continue
             begun = time.perf_counter()
             engine.rank(batches[turn % len(batches)])
             if turn > 1:
@@ -117,16 +143,28 @@ def costs(args: argparse.Namespace) -> list[str]:
     """The section on what each precision costs in quality with the trained model."""
     spec, _ = compose_spec([*TRAINED, f"model.weights={args.weights}"])
     trace, lines = workloads.build(spec.workload, 0, 80.0), []
-    for cell in ["hstu fp16", *CELLS]:
-        engine = build(cell, spec.model, trace.catalogue, args.threads)
+    model, seen = spec.model, trace.requests[: -spec.gate.quality_requests]
+
+    def row(name: str, engine: Any, precision: str) -> quality.Quality:
         engine.prepare(trace.requests[-spec.gate.quality_requests :], spec.scenario.max_batch)
-        found = quality.measure(spec, trace, engine, cell.split()[1], "cpu")
+        found = quality.measure(spec, trace, engine, precision, "cpu")
         engine.close()
         assert found is not None  # the model has weights and the workload labels
         losses = [f"{loss:+.3%}" for t in found.tasks.values() for loss in (t.auc_loss, t.ne_loss)]
         verdict = "passes" if found.worst_loss <= quality.MAX_LOSS else "INCORRECT unless allowed"
-        lines.append(f"| {cell} | {' | '.join(losses)} | {found.top_k_overlap:.1%} | {verdict} |")
+        lines.append(f"| {name} | {' | '.join(losses)} | {found.top_k_overlap:.1%} | {verdict} |")
         print(lines[-1], flush=True)
+        return found
+
+    for cell in CELLS:
+        found = row(cell, build(cell, model, trace.catalogue, args.threads), cell.split()[1])
+    half = exporter.cached(model, trace.catalogue, 0, "fp16").onnx
+    feeds = samples.feeds(seen, Encoding.of(model, trace.catalogue), CALIBRATION, tile_rows=128)
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in ("int8", "fp8"):
+            onnx = quantise(half, Path(folder) / f"{precision}.onnx", precision, feeds)
+            engine = build("onnxruntime fp16", model, trace.catalogue, args.threads, f"engine.onnx={onnx}")
+            row(f"Q/DQ {precision}", engine, precision)
     reference = ", ".join(f"{name} {t.auc_reference:.4f} / {t.ne_reference:.4f}" for name, t in found.tasks.items())
     heads = [f"{task} {what}" for task in found.tasks for what in ("AUC loss", "NE loss")]
     return [
@@ -136,6 +174,9 @@ def costs(args: argparse.Namespace) -> list[str]:
         f"{found.requests} requests, held out, {found.candidates:,} labelled candidates.",
         f"AUC / normalised entropy of the fp32 reference: {reference}.",
         f"Losses are shares of these, below 0 a gain; allowed is {quality.MAX_LOSS:.1%} of either.",
+        "Q/DQ: what TensorRT's plans of that precision are built from, fp16 with the layers' projections in 8 bits,",
+        f"scales from {CALIBRATION} earlier requests; run by ONNX Runtime in wider types, so with the plan's rounding "
+        "and not with its kernels.",
         "",
         f"| engine | {' | '.join(heads)} | top-{quality.TOP_K} overlap | gate |",
         "|" + "---|" * (len(heads) + 3),
@@ -153,28 +194,30 @@ def main() -> None:
     parser.add_argument("--weights", help="safetensors file of experiments/train_ranker.py")
     parser.add_argument("--out", type=Path, help="page to write")
     args = parser.parse_args()
-    begun, load = time.strftime("%Y-%m-%d"), [Path("/proc/loadavg").read_text().split()[0]]
+    begun, loads = time.strftime("%Y-%m-%d"), [os.getloadavg()[0]]
     tables = [line for name in args.models for line in speed(name, args)]
-    load.append(Path("/proc/loadavg").read_text().split()[0])
+    loads.append(os.getloadavg()[0])
+    shared = "other work shared the machine" if loads[0] > QUIET else "nothing else ran when it began"
     env = describe_environment()
     page = [
         "# Compiled engines on a CPU",
         "",
         f"`python experiments/precisions.py`, {begun}, {env['cpu']}, {env['cpu_cores']} cores, torch "
         f"{torch.__version__}, onnxruntime {onnxruntime.__version__},",
-        f"Python {platform.python_version()}, {args.threads} thread(s) an engine, {args.repeats} calls a cell, engines "
-        f"in turns; load average {' to '.join(load)}: other work shared the machine.",
+        f"Python {platform.python_version()}, {args.threads} thread(s) an engine, {args.repeats} calls a cell "
+        f"(fewer past {SECONDS:.0f} s),",
+        f"engines in turns; load average {loads[0]:.1f} to {loads[1]:.1f}: {shared}.",
         "",
         "The first history of a batch has the length given, the others a quarter of it and more. "
         f"`mid`: {', '.join(MID)}.",
-        "ms are wall clock around `rank`: p50, and the least, by which speed is compared. requests/s is by p50. error "
-        "is",
-        "relative to the fp32 reference. start s is building the engine, with the export where the cache folder lacked "
-        "it.",
+        "ms are wall clock around `rank`: p50, and the least, by which speed is compared. requests/s is by p50.",
+        "error is relative to the fp32 reference. start s is building the engine, with the export where none was kept.",
         "",
         "| model | history | candidates | batch | engine | p50 ms | least ms | requests/s | speed | error | start s |",
         "|" + "---|" * 11,
         *tables,
+        "",
+        *(refusal(cell, args) for cell in UNAVAILABLE),
         *(["", *costs(args)] if args.weights else []),
     ]
     text = "\n".join(page) + "\n"

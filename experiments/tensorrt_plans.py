@@ -8,7 +8,9 @@ plan is run. Prints a Markdown page; --out writes it.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
+import time
 from pathlib import Path
 
 from grbench import workloads
@@ -34,7 +36,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="builds of each plan, of which the fastest counts")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    library = find("tensorrt_rtx")
+    library, loads = find("tensorrt_rtx"), [os.getloadavg()[0]]
     rows, shapes = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
@@ -62,14 +64,16 @@ def main() -> None:
                         figures = f"- | - | {e}"
                     rows.append(f"| {name} | {precision} | {target} | {figures} |")
                     print(rows[-1], flush=True)
+    loads.append(os.getloadavg()[0])
     env = describe_environment()
     page = [
         "# TensorRT plans",
         "",
-        f"`python experiments/tensorrt_plans.py --out reports/tensorrt_plans.md`: {library.name} {library.version} on "
-        f"{env['cpu']}, {env['cpu_cores']} cores, no GPU. Workload {args.workload}, batches of at most {args.batch}, "
-        f"two profiles ({'; '.join(shapes)}). Built and read back; none was run. Time is the compiler's alone, "
-        f"the least of {args.repeats} builds, without the export; a plan holds the weights.",
+        f"`python experiments/tensorrt_plans.py --out reports/tensorrt_plans.md`, {time.strftime('%Y-%m-%d')}: "
+        f"{library.name} {library.version} on {env['cpu']}, {env['cpu_cores']} cores, no GPU, load average "
+        f"{loads[0]:.1f} to {loads[1]:.1f}. Workload {args.workload}, batches of at most {args.batch}, two profiles "
+        f"({'; '.join(shapes)}). Built and read back; none was run. Time is the compiler's alone, the least of "
+        f"{args.repeats} builds, without the export; a plan holds the weights.",
         "",
         "| model | precision | compute capability | build, s | MB | |",
         "|---|---|---|---|---|---|",
