@@ -513,6 +513,7 @@ class PoolMachine(RuleBasedStateMachine):
                 numbers = self.content(history, layer)
                 self.pool.write(layer, batch.slots, numbers.expand(-1, 1, 2), numbers)
         self.states.commit(plan) if commit else self.states.abort(plan)
+        assert not plan.cleared or self.tier is None or user not in self.tier.states
         self.states.abort(plan)
         with pytest.raises(RuntimeError):
             self.states.commit(plan)
@@ -545,7 +546,7 @@ class PoolMachine(RuleBasedStateMachine):
     def clear(self, rarely: int, keep_host: bool) -> None:
         if not rarely:
             self.states.clear(keep_host)
-            assert self.tier is None or keep_host or not self.tier.states
+            assert self.tier is None or keep_host or self.tier.states.keys() <= self.open.keys()
             assert all(plan.evicted for plan, _ in self.open.values())
             self.cached = {u: h for u, h in self.cached.items() if u in self.open}
 

@@ -56,6 +56,7 @@ class PagePool:
         self.high_water = 0  # most pages that were ever in use at once
         self._free = list(range(pages))[::-1]  # a stack: the page freed last is taken first
         self._taken = bytearray(pages)
+        self._slots = np.arange(pages * page).reshape(pages, page)  # of each page
 
     @classmethod
     def within(cls, budget_bytes: int, *, device: torch.device | str, **sizes: Any) -> PagePool:
@@ -87,8 +88,7 @@ class PagePool:
     def slots(self, pages: Sequence[int], begin: int, end: int) -> npt.NDArray[np.int64]:
         """Where tokens begin to end - 1 of one user lie, whose pages these are: page id * page + the place in it."""
         first = begin // self.page
-        into = np.array(pages[first : self.pages_for(end)], dtype=np.int64)
-        places = (into[:, None] * self.page + np.arange(self.page)).reshape(-1)
+        places = self._slots.take(np.array(pages[first : self.pages_for(end)], np.int64), axis=0).reshape(-1)
         return places[begin - first * self.page : end - first * self.page]
 
     def allocate(self, n: int) -> list[int]:

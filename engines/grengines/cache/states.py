@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -78,6 +77,7 @@ class Plan:
     known: bool = False  # the policy has heard of the user
     host_admits: bool = False  # the host has some of the history already, or its policy admits the user at this visit
     evicted: bool = False  # while in flight: nothing is kept after it
+    cleared: bool = False  # while in flight: the host keeps nothing after it either
 
 
 @dataclass
@@ -166,7 +166,7 @@ class UserStates:
     def counters(self) -> Counters:
         """A copy."""
         with self._lock:
-            return copy.copy(self._counters)
+            return Counters(**vars(self._counters))
 
     def lookup(self, requests: Sequence[Request], now: float) -> list[Plan]:
         """What is cached of each request's history. now: the policy's clock, seconds.
@@ -204,9 +204,9 @@ class UserStates:
                 self._counters.refused += 1
                 return False
             try:
-                growth = needed - len(plan.pages)
-                self._make_room(growth, plan.now)
-                plan.pages.extend(self.pool.allocate(growth))
+                if growth := needed - len(plan.pages):
+                    self._make_room(growth, plan.now)
+                    plan.pages.extend(self.pool.allocate(growth))
             except PoolFullError as error:
                 self._counters.unstored += 1
                 self._report("unstored", f"request {plan.request_id}: its new tokens are not cached: {error}")
@@ -275,13 +275,13 @@ class UserStates:
         """
         with self._lock:
             for plan in self._in_flight.values():
-                plan.evicted = True
+                plan.evicted, plan.cleared = True, plan.cleared or not keep_host
             for user in list(self._states):
                 if keep_host:
                     self._offload(user)
                 self._release(user)
             if self.tier is not None and not keep_host:
-                for user in list(self.tier.states):
+                for user in self.tier.states.keys() - self._in_flight.keys():
                     self._drop_from_host(user)
 
     def restart(self, policy: Policy, tier_policy: Policy) -> None:
@@ -319,8 +319,8 @@ class UserStates:
         for b, plan in enumerate(plans):
             table[b, : len(plan.pages)] = plan.pages
             cached[b], stored[b] = plan.cached, plan.stored
-            places = self.pool.slots(plan.pages, plan.cached, plan.stored)
-            slots[first_rows[b] : first_rows[b] + len(places)] = places
+            first, new = first_rows[b], plan.stored - plan.cached
+            slots[first : first + new] = self.pool.slots(plan.pages, plan.cached, plan.stored)
         return HostPlaces(buffer, sizes, width)
 
     # Below, the lock is held (but in `_plan`).
@@ -354,9 +354,7 @@ class UserStates:
         plan.known = True
         valid = self._valid_tokens(state.tokens, state.history, plan.history)
         plan.on_device = plan.cached = plan.stored = valid
-        kept = self.pool.pages_for(plan.cached)
-        plan.pages = state.pages[:kept]
-        self.pool.free(state.pages[kept:])
+        plan.pages = self._cut(state.pages, valid)
         count.cached_tokens += plan.cached
         if plan.cached == state.tokens:
             count.hits += 1
@@ -399,14 +397,22 @@ class UserStates:
         """End a plan: its first `tokens` tokens are the user's state."""
         del self._in_flight[plan.user]
         tokens = 0 if plan.evicted else tokens
-        kept = self.pool.pages_for(tokens)
-        self.pool.free(plan.pages[kept:])
+        pages = self._cut(plan.pages, tokens)
         if tokens:
             history = plan.history.first(tokens - self._contextual)
-            self._states[plan.user] = _State(tokens, history, plan.pages[:kept], plan.now, plan.host_admits)
+            self._states[plan.user] = _State(tokens, history, pages, plan.now, plan.host_admits)
             self._ask("touch", plan.user, *self._size_and_cost(tokens), plan.now)
         elif plan.known:
             self._ask("forget", plan.user)
+        if plan.cleared and self.tier is not None and plan.user in self.tier.states:
+            self._drop_from_host(plan.user)
+
+    def _cut(self, pages: list[int], tokens: int) -> list[int]:
+        """Those of a user's pages that so many tokens take; the others are free."""
+        kept = self.pool.pages_for(tokens)
+        if kept < len(pages):
+            self.pool.free(pages[kept:])
+        return pages[:kept]
 
     def _check_in_flight(self, plan: Plan) -> None:
         if self._in_flight.get(plan.user) is not plan:
@@ -421,6 +427,8 @@ class UserStates:
 
     def _make_room(self, pages: int, now: float) -> None:
         """Evict until so many pages are free. Raises PoolFullError, evicting nobody, where that can't be had."""
+        if pages <= self.pool.available:
+            return
         pinned = sum(len(plan.pages) for plan in self._in_flight.values())
         if pages > self.pool.pages - pinned:
             raise PoolFullError(

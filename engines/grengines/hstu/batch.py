@@ -145,13 +145,14 @@ def pack(
     events = [len(r.history_items) for r in requests]
     chosen = [r.candidates[candidates] for r in requests]
     targets = [len(c) for c in chosen]
-    new = [C + e - d + t for e, d, t in zip(events, done, targets, strict=True)]
-    for b, d in enumerate(done):
-        whole = C + events[b]
-        if not 0 <= d <= whole or (C and d not in (0, whole)):
-            allowed = f"0 or {whole}, since contextual tokens see the whole history" if C else f"0 to {whole}"
-            raise ValueError(f"request {requests[b].request_id}: {d} tokens are cached; allowed is {allowed}")
-    longest, longest_kv = max(new, default=0), max(map(sum, zip(new, done, strict=True)), default=0)
+    whole = [C + e for e in events]
+    new = [n - d + t for n, d, t in zip(whole, done, targets, strict=True)]
+    for r, n, d in zip(requests, whole, done, strict=True):
+        if not 0 <= d <= n or (C and d not in (0, n)):
+            allowed = f"0 or {n}, since contextual tokens see the whole history" if C else f"0 to {n}"
+            raise ValueError(f"request {r.request_id}: {d} tokens are cached; allowed is {allowed}")
+    with_targets = [n + t for n, t in zip(whole, targets, strict=True)]
+    longest, longest_kv = max(new, default=0), max(with_targets, default=0)
     q_offsets = [0, *accumulate(new)]
     L, B_padded, M = q_offsets[-1], B, sum(targets)
     if bucket is not None:
@@ -170,46 +171,49 @@ def pack(
         "kept_offsets": delta * (B_padded + 1),
     }
     buffer = staging.zeros(sum(sizes.values()), pin)
-    values, ends = buffer.numpy(), accumulate(sizes.values())
-    arrays = {name: values[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
+    packed, ends = buffer.numpy(), accumulate(sizes.values())
+    arrays = {name: packed[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
 
     rows, actions, positions, gaps = (arrays[n] for n in ("token_rows", "actions", "positions", "time_buckets"))
     weights = arrays["weights"].view(np.float64)
     candidate_rows = arrays["candidate_rows"]
-    slots = np.arange(C)
+    count = np.arange(max(L, *events, 0))
+    position = np.minimum(count, encoding.max_positions - 1)
     placed = 0
+    # As little as can be for each request, and the rest for all of them at once: NumPy's calls are what takes time.
     for b, r in enumerate(requests):
-        at, first, h = q_offsets[b], max(done[b] - C, 0), events[b]
-        if C and not done[b]:
-            rows[at : at + C] = encoding.item_rows + (r.user_id * C + slots) % encoding.user_rows
-            positions[at : at + C] = encoding.max_positions + slots
-            at += C
-        end, last = at + h - first, at + h - first + targets[b]
+        h, times = events[b], r.history_timestamps
+        first, after_first = max(done[b] - C, 0), max(done[b] - C, 1)
+        last = q_offsets[b + 1]
+        end = last - targets[b]
+        at = end - (h - first)
         rows[at:end] = r.history_items[first:]
         actions[at:end] = r.history_actions[first:]
         weights[at:end] = r.history_weights[first:]
-        positions[at:end] = np.arange(first, h)
-        times = r.history_timestamps
-        gaps[at + (first == 0) : end] = times[max(first, 1) :] - times[max(first - 1, 0) : -1]
+        positions[at:end] = position[first:h]
+        gaps[end - (h - after_first) : end] = times[after_first:] - times[after_first - 1 : -1]
         rows[end:last] = chosen[b]
-        positions[end:last] = h
+        positions[end:last] = min(h, encoding.max_positions - 1)
         gaps[end:last] = r.timestamp - times[-1] if h else 0
-        np.remainder(rows[at:last], encoding.item_rows, out=rows[at:last])
-        np.minimum(positions[at:last], encoding.max_positions - 1, out=positions[at:last])
-        candidate_rows[placed : placed + targets[b]] = np.arange(end, last)
+        candidate_rows[placed : placed + targets[b]] = count[end:last]
         placed += targets[b]
+    if rows.view(np.uint64).max(initial=0) >= encoding.item_rows:  # dividing takes ten times as long as looking
+        np.remainder(rows, encoding.item_rows, out=rows)
+    for at, d, r in zip(q_offsets[:-1], done, requests, strict=True) if C else ():
+        if not d:
+            rows[at : at + C] = encoding.item_rows + (r.user_id * C + count[:C]) % encoding.user_rows
+            positions[at : at + C] = encoding.max_positions + count[:C]
     # The exponent bits of 1 + gap as a double: floor(log2), exactly. A clock that ran backwards counts as no gap.
     exponents = (np.maximum(gaps, 0) + 1.0).view(np.int64) >> 52
     np.minimum(exponents - 1023, encoding.time_buckets - 1, out=gaps)
 
-    arrays["q_offsets"][: B + 1] = q_offsets
-    arrays["q_offsets"][B + 1 :] = q_offsets[-1]
     arrays["num_targets"][:B] = targets
-    arrays["kv_offsets"][:] = arrays["q_offsets"]
+    offsets = {"q_offsets": q_offsets, "kv_offsets": q_offsets}
     if delta:
-        padding = [0] * (B_padded - B)
-        arrays["kv_offsets"][:] += np.array([0, *accumulate([*done, *padding])])
-        arrays["kept_offsets"][:] = arrays["kv_offsets"] - np.array([0, *accumulate([*targets, *padding])])
+        offsets |= {"kv_offsets": [0, *accumulate(with_targets)], "kept_offsets": [0, *accumulate(whole)]}
+    for name, values in offsets.items():
+        arrays[name][: B + 1] = values
+        arrays[name][B + 1 :] = values[-1]
     return HostBatch(buffer, sizes, longest, longest_kv, targets, q_offsets[-1])
 
 
