@@ -32,10 +32,10 @@ from grengines.decoder.model import level_logits
 from grengines.decoder.reference import Reference
 from grengines.semantic.search import Beams
 from grengines.semantic.trie import Trie
-from grengines.vllm import beam_attention
+from grengines.vllm import beam_attention, rows_triton
 from grengines.vllm.choice import Choice
 from grengines.vllm.engine import VLLMEngine
-from grengines.vllm.rows import BeamRows, Sight, Step
+from grengines.vllm.rows import BeamRows, Sight, Step, sight
 
 # Every key serves two queries.
 DECODER = DecoderConfig(layers=2, embedding_dim=64, heads=4, kv_heads=2, head_dim=16, mlp_dim=64, max_positions=90)
@@ -126,8 +126,8 @@ COMPILE_FOR_HOPPER = """
 import torch, triton
 from types import SimpleNamespace
 from triton.backends.compiler import GPUTarget
-from test_vllm_decoder import case, converted
-from grengines.vllm import beam_attention
+from test_vllm_decoder import BeamRows, case, converted
+from grengines.vllm import beam_attention, rows_triton
 
 here = {"get_current_target": GPUTarget("cuda", 90, 32), "get_current_device": 0, "get_current_stream": 0}
 triton.runtime.driver.set_active(SimpleNamespace(**{k: lambda *_, v=v: v for k, v in here.items()}))
@@ -136,10 +136,13 @@ triton.JITFunction.run = lambda self, *args, **options: run(self, *args, **{**op
 for dtype in (torch.bfloat16, torch.float32):
     arguments = converted(case([70, 1], heads=16, kv_heads=8, dim=128, page=64), dtype, "cpu")
     beam_attention.on_gpu(torch.empty_like(arguments["q"]), **arguments)
+beams, n = BeamRows((40, 50, 60), 300), torch.zeros(9, dtype=torch.int64)
+rows_triton.step(beams, n.int(), n)
+rows_triton.sight(beams, n.int(), n, torch.tensor([0, 9]).int(), torch.zeros(1, 9).int(), 64, range(1, 2))
 """
 
 
-def test_the_kernel_compiles_for_hopper() -> None:
+def test_kernels_compile_for_hopper() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     code = [sys.executable, "-c", COMPILE_FOR_HOPPER]
     subprocess.run(code, check=True, cwd=Path(__file__).parent, env=environment, timeout=240)
@@ -167,7 +170,7 @@ def test_sight_of_chunks() -> None:
             mine = [] if p < prompt else [p] if (p - prompt) % 2 == 0 else [p, p - 1]
             slots.append([slot[m] for m in mine] + [-1] * (2 - len(mine)))
     padding = [np.array([3, 99])]
-    sight = Sight.of(
+    seen = Sight.of(
         beams,
         torch.tensor(np.concatenate(ids + padding)).int(),
         torch.tensor(np.concatenate([*places, np.array([1, 0])])),
@@ -175,9 +178,38 @@ def test_sight_of_chunks() -> None:
         torch.tensor(np.stack([*tables, np.zeros(3)])).int(),
         page,
     )
-    assert sight.limits[:-2].tolist() == limits
-    assert sight.own_slots[:-2].tolist() == slots
-    assert sight.starts.tolist() == [*starts, starts[-1]]
+    assert seen.limits[:-2].tolist() == limits
+    assert seen.own_slots[:-2].tolist() == slots
+    assert seen.starts.tolist() == [*starts, starts[-1]]
+
+
+@pytest.mark.parametrize("levels", [1, 3, 4])
+def test_rows_of_both_kernels(levels: int) -> None:
+    """Triton's against PyTorch's, for both models, over requests with and without rows of beams, and padding."""
+    beams, page, rng = BeamRows((40, 50, 60, 70)[:levels], max_rows=300), 16, np.random.default_rng(levels)
+    ids, places, starts = [], [], [0]
+    for b, prompt in enumerate((40, 1, 90, 33, 20)):
+        tokens = rng.integers(0, 40, (30, levels - 1)) + np.cumsum([0, *beams.sizes])[: levels - 1]
+        whole = np.concatenate([rng.integers(0, beams.vocabulary, prompt), beams.ids(tokens.reshape(-1), b)])
+        begin = int(rng.integers(0, len(whole)))
+        ids.append(whole[begin:])
+        places.append(np.arange(begin, len(whole)))
+        starts.append(starts[-1] + len(whole) - begin)
+    given = [torch.tensor(np.concatenate([*x, [3, 4, 5]])) for x in (ids, places)]
+    given = [given[0].int(), given[1], torch.tensor([*starts, starts[-1]]).int()]
+    table = torch.tensor(rng.permutation(6 * 20).reshape(6, 20)).int()
+    n = starts[-1]
+    expected = Step.of(beams, *given[:2])
+    moved = [x.to(DEVICE) for x in (*given, table)]
+    for name, found in zip(
+        ("tokens", "rows", "levels", "positions"), rows_triton.step(beams, *moved[:2]).cpu(), strict=True
+    ):
+        assert torch.equal(found, getattr(expected, name))
+    for back in (range(levels - 1), range(1, max(levels - 1, 1))):
+        for one, other in zip(
+            sight(beams, *given, table, page, back), rows_triton.sight(beams, *moved, page, back), strict=True
+        ):
+            assert one.dtype == other.dtype and torch.equal(one[:n], other[:n].cpu())
 
 
 # Agreement

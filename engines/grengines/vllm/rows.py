@@ -56,7 +56,11 @@ class Step:
 
     @classmethod
     def of(cls, beams: BeamRows, ids: Tensor, places: Tensor) -> Step:
-        """ids and places: integers [n]. Nothing waits for the device."""
+        """ids and places: integers [n]. Nothing waits for the device; on a GPU it is one launch."""
+        if ids.device.type == "cuda":
+            from grengines.vllm import rows_triton
+
+            return cls(*rows_triton.step(beams, ids, places))
         ids, places = ids.long(), places.long()
         V = beams.vocabulary
         tokens, rows = ids % V, ids // V - 1
@@ -95,15 +99,12 @@ class Reach:
         if prompts_only:
             before = places[last] + 1 - starts.diff()
             return cls(starts, None, before, places.new_full((len(ids), 0), -1))
-        step = Step.of(beams, ids, places)
-        ends = places[last] + 1  # of each sequence, with this step
-        prompts = ends - 1 - step.rows[last]  # for a prompt whose end isn't reached: as far as it is read
-        lengths = starts.diff()
-        targets = torch.minimum(step.rows[last] + 1, lengths)
-        paged = torch.minimum(ends - lengths, prompts)
         earlier = range(1, len(beams.sizes) - 1)  # rows are of levels 0 to levels - 2
-        slots = _slots_back(step, earlier, places, starts, block_table, block_size)
-        return cls(starts, targets, paged, slots)
+        limits, slots = sight(beams, ids, places, starts, block_table, block_size, earlier)
+        ends = places[last] + 1  # of each sequence, with this step
+        prompts = limits[last]  # where a prompt's end isn't reached: as far as it is read
+        lengths = starts.diff()
+        return cls(starts, torch.minimum(ends - prompts, lengths), torch.minimum(ends - lengths, prompts), slots)
 
 
 @dataclass
@@ -111,7 +112,7 @@ class Sight:
     """Which keys the rows of one step see under a softmax, all of them in pages: the arguments of beam_attention."""
 
     starts: Tensor  # int32 [B + 1]
-    limits: Tensor  # int32 [n]: how many of its sequence's first tokens: a beam's row the prompt, others up to itself
+    limits: Tensor  # int32 [n]
     own_slots: Tensor  # int64 [n, levels - 1 at most]: where its beam's codes lie, itself first and back; -1: none
 
     @classmethod
@@ -119,23 +120,28 @@ class Sight:
         cls, beams: BeamRows, ids: Tensor, places: Tensor, starts: Tensor, block_table: Tensor, block_size: int
     ) -> Sight:
         """As `Reach.of`."""
-        step, places = Step.of(beams, ids, places), places.long()
-        limits = torch.where(step.rows >= 0, places - step.rows, places + 1)
         back = range(len(beams.sizes) - 1)
-        return cls(starts, limits.int(), _slots_back(step, back, places, starts.long(), block_table, block_size))
+        return cls(starts, *sight(beams, ids, places, starts, block_table, block_size, back))
 
 
-def _slots_back(
-    step: Step, back: range, places: Tensor, starts: Tensor, block_table: Tensor, block_size: int
-) -> Tensor:
-    """int64 [n, len(back)]: slots of the rows of the same beam that lie so many rows back; -1 where there is none."""
-    n, device = len(places), places.device
-    if not back:
-        return places.new_full((n, 0), -1)
-    request = torch.searchsorted(starts, torch.arange(n, device=device), right=True) - 1
-    request = request.clamp(max=len(starts) - 2)  # of padding behind the last request: any
-    ago = torch.arange(back.start, back.stop, device=device)
+def sight(
+    beams: BeamRows, ids: Tensor, places: Tensor, starts: Tensor, block_table: Tensor, block_size: int, back: range
+) -> tuple[Tensor, Tensor]:
+    """limits int32 [n]: how many of its sequence's first tokens a row sees: a beam's the prompt, others up to
+    themselves. slots int64 [n, len(back)]: of the rows of its beam that lie so many rows back; -1 where there is none.
+
+    Arguments as of `Reach.of`. Rows behind the last request, a captured graph's padding, may come out as anything.
+    """
+    if ids.device.type == "cuda":
+        from grengines.vllm import rows_triton
+
+        return rows_triton.sight(beams, ids, places, starts, block_table, block_size, back)
+    step, places = Step.of(beams, ids, places), places.long()
+    limits = torch.where(step.rows >= 0, places - step.rows, places + 1).int()
+    request = torch.searchsorted(starts.long(), torch.arange(len(ids)), right=True) - 1
+    request = request.clamp(max=len(starts) - 2)
+    ago = torch.arange(back.start, back.stop)
     there = (ago <= step.levels[:, None]) & (step.rows >= 0)[:, None]
     place = torch.where(there, places[:, None] - ago, 0)
     block = block_table[request[:, None], place // block_size].long()
-    return torch.where(there, block * block_size + place % block_size, -1)
+    return limits, torch.where(there, block * block_size + place % block_size, -1)
