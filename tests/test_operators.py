@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grkernels import registry, tuning
+from grkernels import registry, triton_launch, tuning
 
 torch.set_num_threads(1)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -327,7 +327,7 @@ def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = registry.get("norm_gate", "triton").supports
     assert "fp8" in (triton(device="cuda", dtype="fp8", width=8) or "")
     assert "width 40000 is over 32768" in (triton(device="cuda", dtype="bf16", width=40000) or "")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("grkernels.triton_common.INTERPRETED", False)
     assert "needs an NVIDIA GPU" in (triton(device="cpu", dtype="bf16", width=8) or "")
     monkeypatch.setitem(os.environ, "PATH", "")
     assert "C++ compiler" in (registry.get("norm_gate", "compile").supports(device="cpu", dtype="bf16", width=8) or "")
@@ -367,3 +367,42 @@ def test_on_a_gpu_at_real_sizes_and_in_a_graph(family: str, name: str, dtype: st
         x.fill_(torch.nan)
     graph.replay()
     assert agrees(family, captured, arguments)
+
+
+BY_LENGTH: dict[str, Callable[[int], Arguments]] = {
+    "norm_gate": lambda n: norm_gate(n, 2, 32),
+    "layer_norm": lambda n: layer_norm(n, 64),
+    "interaction": lambda n: interaction(n, 5, 28),
+    "jagged_concat": lambda n: jagged_concat((3, 0, n), (0, 0, 4), 2, 16),
+    "jagged_split": lambda n: jagged_split((3, 0, n), (0, 0, 4), 2, 16),
+    "token_embedding": lambda n: token_embedding(n, 64, 3),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", BY_LENGTH)
+def test_triton_compiles_nothing_anew_for_other_lengths(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one call, other numbers of rows, and index tensors that begin elsewhere, find the same kernel."""
+    from triton import knobs
+
+    fn, events = registry.get(family, "triton").fn, []
+    fn(**converted(BY_LENGTH[family](5), torch.bfloat16, "cuda"))
+    before = triton_launch.compiled()
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda *_, **event: events.append(event))
+    for rows in (1, 16, 17, 64):
+        arguments = converted(BY_LENGTH[family](rows), torch.bfloat16, "cuda")
+        moved = {name: shifted(x) for name, x in arguments.items()}
+        for result, again in zip(tensors(fn(**arguments)), tensors(fn(**moved)), strict=True):
+            assert torch.equal(result, again)
+    assert triton_launch.compiled() == before and not events
+
+
+def shifted(x: Any) -> Any:
+    """An index tensor's values, beginning 8 bytes past a multiple of 16; anything else as it is."""
+    if not isinstance(x, Tensor) or x.dtype != torch.int64:
+        return x
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)

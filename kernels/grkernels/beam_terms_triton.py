@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from grkernels import tuning
 from grkernels.triton_common import rounded
+from grkernels.triton_launch import launched
 
 
-@triton.jit
+@launched(tensors=["out", "q", "k_slots", "v_slots"], indices=["slots"], numbers=["alpha", "scale"])
 def _kernel(
     out: tl.tensor,
     q: tl.tensor,
@@ -60,10 +61,8 @@ def launch(
     """As `beam_terms`, with k_slots [slots, H, dqk] and v_slots [slots, H, dv]; slots contiguous, a row's -1 last."""
     n, heads, qk_dim = q.shape
     if n and slots.shape[1]:
-        strides = [s for x in (out, q, k_slots, v_slots) for s in x.stride()[:2]]
+        strides = out.stride()[:2] + q.stride()[:2] + k_slots.stride()[:2] + v_slots.stride()[:2]
         sizes = (heads, qk_dim, out.shape[2])
-        blocks = map(triton.next_power_of_2, sizes)
-        scale = 1.0 / scaling_seqlen
-        _kernel[(n,)](
-            out, q, k_slots, v_slots, slots, *strides, alpha, scale, slots.shape[1], *sizes, *blocks, num_warps=4
-        )  # fmt: skip
+        constants = slots.shape[1], *sizes, *map(tuning.bucket, sizes)
+        numbers = alpha, 1.0 / scaling_seqlen
+        _kernel((n, 1, 1), (out, q, k_slots, v_slots, slots), strides, numbers, constants, num_warps=4)

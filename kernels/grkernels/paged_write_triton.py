@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from grkernels.triton_launch import launched
 
 # A program's share: with 4 warps 64 bytes a thread, several loads under way each.
 ROWS, WIDTH = 4, 1024
 
 
-@triton.jit
+@launched(tensors=["k", "v", "k_pages", "v_pages"], indices=["slots"], numbers=["rows"])
 def _kernel(
     k: tl.tensor,
     v: tl.tensor,
-    slots: tl.tensor,
     k_pages: tl.tensor,
     v_pages: tl.tensor,
-    rows: tl.tensor,
+    slots: tl.tensor,
     k_stride: tl.tensor,
     v_stride: tl.tensor,
     k_slot_stride: tl.tensor,
     k_head_stride: tl.tensor,
     v_slot_stride: tl.tensor,
     v_head_stride: tl.tensor,
+    rows: tl.tensor,
     HEADS: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
@@ -51,7 +52,5 @@ def launch(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor
     n, heads, qk_dim = k.shape
     if n:
         strides = (k.stride(0), v.stride(0), *k_slots.stride()[:2], *v_slots.stride()[:2])
-        grid = (triton.cdiv(n, ROWS),)
-        _kernel[grid](
-            k, v, slots, k_slots, v_slots, n, *strides, heads, qk_dim, v.shape[2], ROWS, WIDTH, num_warps=4
-        )  # fmt: skip
+        constants = heads, qk_dim, v.shape[2], ROWS, WIDTH
+        _kernel((-(-n // ROWS), 1, 1), (k, v, k_slots, v_slots, slots), strides, (n,), constants, num_warps=4)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
 from grkernels import support
+from grkernels.triton_launch import INTERPRETED
 
-# Triton reads this when a kernel is defined, so it must be set before Triton variants are imported.
-INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRET = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -25,13 +21,8 @@ def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     return x.to(dtype)
 
 
-def traceable(kernel: Any) -> Any:
-    """What to launch the kernel by: itself, or, while torch.export traces, what puts the launch into the graph."""
-    return torch.library.wrap_triton(kernel) if torch.compiler.is_exporting() else kernel
-
-
 def supports(*, device: str, dtype: str, **dims: int) -> str | None:
     """None, or why not: an NVIDIA GPU, or Triton's interpreter on a CPU; any dims."""
-    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
+    if not device.startswith("cuda") and not INTERPRETED:
         return "Triton needs an NVIDIA GPU; TRITON_INTERPRET=1 runs it slowly on a CPU for tests"
     return support.plain(device=device, dtype=dtype)

@@ -26,6 +26,7 @@ from grengines.profile import Sizes
 from grkernels import tuning
 from grkernels.hstu_attention.triton import _default, _kernel
 
+_attention = _kernel.kernel
 POINTERS = ("q", "k", "v", "offsets", "num_targets", "tiles", "columns")
 
 
@@ -63,10 +64,10 @@ def hstu_attention_plugin(
     N: tl.constexpr,
 ) -> None:
     """The kernel with its parameters in TensorRT's order: tensors are contiguous there, all options are the model's."""
-    _kernel(
-        q, k, v, out, offsets, offsets, num_targets, k, v, offsets, offsets,
-        HEADS * QK, QK, HEADS * QK, QK, HEADS * V, V, 0, 0, 0, 0, 0, 0, 0,
-        total_rows, HEADS, CONTEXT, WINDOW, HALF_ALPHA, SCALE,
+    _attention(
+        q, k, v, out, k, v, offsets, offsets, num_targets, offsets, offsets,
+        HEADS * QK, QK, HEADS * QK, QK, HEADS * V, V, 0, 0, 0, 0, 0, 0, HEADS, CONTEXT, WINDOW,
+        0, total_rows, HALF_ALPHA, SCALE,
         True, CONTEXT > 0, WINDOW > 0, 0, QK, V, QK_BLOCK, V_BLOCK, M, N,
     )  # fmt: skip
 

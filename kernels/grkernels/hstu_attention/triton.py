@@ -14,7 +14,8 @@ from torch import Tensor
 from grkernels import triton_common, tuning
 from grkernels.hstu_attention.keys import tuning_key
 from grkernels.hstu_attention.reference import hstu_attention as reference
-from grkernels.triton_common import INTERPRET, rounded, traceable
+from grkernels.triton_common import INTERPRET, rounded
+from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
 
 CANDIDATES = [
@@ -67,60 +68,43 @@ def hstu_attention(
     )
     default = _default(max(qk_dim, v_dim), tuning.example(max_q_len), q.dtype)
     config = tuning.choose("hstu_attention", "triton", key, default)
-    paged = k_pages is not None
-    if k_pages is None or v_pages is None or page_table is None:
-        k_pages, v_pages, page_table, paged_lengths = k[None], v[None], q_offsets[None], q_offsets  # never read
-    traceable(_kernel)[triton.cdiv(max_q_len, config["m"]), heads, batch + 1](
-        q,
-        k,
-        v,
-        out,
-        q_offsets,
-        kv_offsets,
-        q_offsets if num_targets is None else num_targets,
-        k_pages,
-        v_pages,
-        page_table,
-        paged_lengths,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *k_pages.stride()[:3],
-        *v_pages.stride()[:3],
-        page_table.stride(0),
-        q.shape[0],
-        heads,
-        contextual_seq_len,
-        max_attn_len,
-        alpha / 2,
-        1.0 / scaling_seqlen,
-        TARGETS=num_targets is not None,
-        CONTEXTUAL=contextual_seq_len > 0,
-        WINDOW=max_attn_len > 0,
-        PAGE=k_pages.shape[1] if paged else 0,
-        QK=qk_dim,
-        V=v_dim,
-        QK_BLOCK=triton.next_power_of_2(max(qk_dim, 16)),
-        V_BLOCK=triton.next_power_of_2(max(v_dim, 16)),
-        M=config["m"],
-        N=config["n"],
-        num_warps=config["warps"],
-        num_stages=config["stages"],
+    page, table_stride = 0, 0
+    page_strides: tuple[int, ...] = (0,) * 6
+    if k_pages is None or v_pages is None or page_table is None or paged_lengths is None:
+        k_pages, v_pages, page_table, paged_lengths = k, v, q_offsets, q_offsets  # never read
+    else:
+        page, table_stride = k_pages.shape[1], page_table.stride(0)
+        page_strides = k_pages.stride()[:3] + v_pages.stride()[:3]
+    targets = q_offsets if num_targets is None else num_targets
+    masks = num_targets is not None, contextual_seq_len > 0, max_attn_len > 0
+    blocks = tuning.bucket(max(qk_dim, 16)), tuning.bucket(max(v_dim, 16)), config["m"], config["n"]
+    _kernel(
+        (-(-max_q_len // config["m"]), heads, batch + 1),
+        (q, k, v, out, k_pages, v_pages, q_offsets, kv_offsets, targets, page_table, paged_lengths),
+        (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *page_strides, heads, contextual_seq_len, max_attn_len),
+        (table_stride, q.shape[0], alpha / 2, 1.0 / scaling_seqlen),
+        (*masks, page, qk_dim, v_dim, *blocks),
+        config["warps"],
+        config["stages"],
     )
     return out
 
 
-@triton.jit
+@launched(
+    tensors=["q", "k", "v", "out", "k_pages", "v_pages"],
+    indices=["q_offsets", "kv_offsets", "num_targets", "page_table", "paged_lengths"],
+    numbers=["table_stride", "total_rows", "half_alpha", "scale"],
+)
 def _kernel(
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
     out: tl.tensor,
+    k_pages: tl.tensor,
+    v_pages: tl.tensor,
     q_offsets: tl.tensor,
     kv_offsets: tl.tensor,
     num_targets: tl.tensor,
-    k_pages: tl.tensor,
-    v_pages: tl.tensor,
     page_table: tl.tensor,
     paged_lengths: tl.tensor,
     q_stride: tl.int64,
@@ -135,11 +119,11 @@ def _kernel(
     v_page_stride: tl.int64,
     v_slot_stride: tl.int64,
     v_pages_head_stride: tl.int64,
-    table_stride: tl.int64,
-    total_rows: tl.tensor,
     heads: tl.tensor,
     contextual: tl.tensor,
     window: tl.tensor,
+    table_stride: tl.int64,
+    total_rows: tl.tensor,
     half_alpha: tl.tensor,
     scale: tl.tensor,
     TARGETS: tl.constexpr,

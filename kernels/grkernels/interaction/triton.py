@@ -10,13 +10,13 @@ they begin anywhere: gathering them into one contiguous store first (tl.gather) 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.interaction.reference import interaction as reference
-from grkernels.triton_common import INTERPRET, rounded, traceable
+from grkernels.triton_common import INTERPRET, rounded
+from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
 
 WHOLE = 128  # features: of so many the products of a sample fit the registers of one program
@@ -42,13 +42,13 @@ CANDIDATES = [
 ]
 
 
-@triton.jit
+@launched(tensors=["x", "out"], numbers=["B"])
 def _kernel(
     x: tl.tensor,
     out: tl.tensor,
-    B: tl.tensor,
     sample_stride: tl.tensor,
     feature_stride: tl.tensor,
+    B: tl.tensor,
     F: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -84,7 +84,7 @@ def _kernel(
         tl.store(out + sample * WIDTH + place, values, mask=wanted & (sample < B))
 
 
-@triton.jit
+@launched(tensors=["x", "out"])
 def _tiled_kernel(
     x: tl.tensor,
     out: tl.tensor,
@@ -128,13 +128,12 @@ def interaction(x: Tensor) -> Tensor:
     out = x.new_empty(B, D + F * (F - 1) // 2)
     if B:
         x = x if x.stride(2) == 1 else x.contiguous()
-        block_d = min(max(triton.next_power_of_2(D), 16), 256 // x.element_size())
+        block_d = min(max(tuning.bucket(D), 16), 256 // x.element_size())
         if F > WHOLE:
-            blocks = triton.cdiv(F, BLOCK)
-            launch = traceable(_tiled_kernel)[B, blocks, blocks]
-            launch(x, out, x.stride(0), x.stride(1), F=F, D=D, BLOCK_F=BLOCK, BLOCK_D=block_d)
+            blocks = -(-F // BLOCK)
+            _tiled_kernel((B, blocks, blocks), (x, out), x.stride()[:2], (), (F, D, BLOCK, block_d), 4)
             return out
-        block_f = max(triton.next_power_of_2(F), 16)  # 16: the least that tl.dot takes
+        block_f = max(tuning.bucket(F), 16)  # 16: the least that tl.dot takes
         default = {"rows": 32, "warps": 1, "stages": 3, "programs": 8}
         if block_f > 32:
             default = {"rows": block_f, "warps": block_f // 16, "stages": 3, "programs": 192 // block_f}
@@ -142,20 +141,9 @@ def interaction(x: Tensor) -> Tensor:
         rows = max(config["rows"], block_f)
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
         programs = config["programs"] * processors
-        traceable(_kernel)[(torch.sym_min(programs, triton.cdiv(B, rows // block_f)),)](
-            x,
-            out,
-            B,
-            x.stride(0),
-            x.stride(1),
-            F=F,
-            D=D,
-            ROWS=rows,
-            BLOCK_F=block_f,
-            BLOCK_D=block_d,
-            num_warps=config["warps"],
-            num_stages=config["stages"],
-        )
+        grid = torch.sym_min(programs, -(-B // (rows // block_f))), 1, 1
+        constants = F, D, rows, block_f, block_d
+        _kernel(grid, (x, out), x.stride()[:2], (B,), constants, config["warps"], config["stages"])
     return out
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.jagged_concat.reference import jagged_concat as reference
+from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
 
 CANDIDATES = [
@@ -42,17 +43,17 @@ def sequence_of(
     return low
 
 
-@triton.jit
+@launched(tensors=["first", "second", "out"], indices=["first_offsets", "second_offsets"], numbers=["rows", "B"])
 def _kernel(
     first: tl.tensor,
     second: tl.tensor,
     out: tl.tensor,
     first_offsets: tl.tensor,
     second_offsets: tl.tensor,
-    rows: tl.tensor,
-    B: tl.tensor,
     first_stride: tl.tensor,
     second_stride: tl.tensor,
+    rows: tl.tensor,
+    B: tl.tensor,
     W: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -82,7 +83,7 @@ def tuning_key(width: int) -> str:
 
 def default_config(width: int) -> tuning.Config:
     """A few thousand values a program, in rows as whole as possible; one warp, since every warp searches anew."""
-    block_w = min(max(triton.next_power_of_2(width), 16), 1024)
+    block_w = min(max(tuning.bucket(width), 16), 1024)
     return {"rows": 2048 // block_w, "block_w": block_w, "warps": 1}
 
 
@@ -94,22 +95,10 @@ def jagged_concat(first: Tensor, second: Tensor, *, first_offsets: Tensor, secon
         first, second = flat_rows(first), flat_rows(second)
         W = first.shape[1]
         config = tuning.choose("jagged_concat", "triton", tuning_key(W), default_config(W))
-        _kernel[(triton.cdiv(rows, config["rows"]), triton.cdiv(W, config["block_w"]))](
-            first,
-            second,
-            out,
-            first_offsets,
-            second_offsets,
-            rows,
-            batch,
-            first.stride(0),
-            second.stride(0),
-            W=W,
-            ROWS=config["rows"],
-            BLOCK_W=config["block_w"],
-            STEPS=(batch - 1).bit_length(),
-            num_warps=config["warps"],
-        )
+        grid = -(-rows // config["rows"]), -(-W // config["block_w"]), 1
+        constants = W, config["rows"], config["block_w"], (batch - 1).bit_length()
+        tensors, strides = (first, second, out, first_offsets, second_offsets), (first.stride(0), second.stride(0))
+        _kernel(grid, tensors, strides, (rows, batch), constants, config["warps"])
     return out
 
 

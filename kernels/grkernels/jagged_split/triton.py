@@ -10,6 +10,7 @@ from grkernels import tuning
 from grkernels.jagged_concat.triton import CANDIDATES as CANDIDATES
 from grkernels.jagged_concat.triton import default_config, flat_rows, sequence_of, supports, tuning_key
 from grkernels.jagged_split.reference import jagged_split as reference
+from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
 
 
@@ -38,17 +39,21 @@ def _take(
     tl.store(out + row[:, None] * W + column, values, mask=(row < rows)[:, None] & (column < W))
 
 
-@triton.jit
+@launched(
+    tensors=["x", "first", "second"],
+    indices=["first_offsets", "second_offsets"],
+    numbers=["first_rows", "second_rows", "B"],
+)
 def _kernel(
     x: tl.tensor,
     first: tl.tensor,
     second: tl.tensor,
     first_offsets: tl.tensor,
     second_offsets: tl.tensor,
+    x_stride: tl.tensor,
     first_rows: tl.tensor,
     second_rows: tl.tensor,
     B: tl.tensor,
-    x_stride: tl.tensor,
     W: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -75,23 +80,11 @@ def jagged_split(
         x = flat_rows(x)
         W = x.shape[1]
         config = tuning.choose("jagged_split", "triton", tuning_key(W), default_config(W))
-        blocks = triton.cdiv(first_rows, config["rows"]) + triton.cdiv(second_rows, config["rows"])
-        _kernel[(blocks, triton.cdiv(W, config["block_w"]))](
-            x,
-            first,
-            second,
-            first_offsets,
-            second_offsets,
-            first_rows,
-            second_rows,
-            batch,
-            x.stride(0),
-            W=W,
-            ROWS=config["rows"],
-            BLOCK_W=config["block_w"],
-            STEPS=(batch - 1).bit_length(),
-            num_warps=config["warps"],
-        )
+        blocks = -(-first_rows // config["rows"]) - (-second_rows // config["rows"])
+        grid = blocks, -(-W // config["block_w"]), 1
+        constants = W, config["rows"], config["block_w"], (batch - 1).bit_length()
+        tensors, numbers = (x, first, second, first_offsets, second_offsets), (first_rows, second_rows, batch)
+        _kernel(grid, tensors, (x.stride(0),), numbers, constants, config["warps"])
     return first, second
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.layer_norm.reference import layer_norm as reference
-from grkernels.triton_common import rounded, traceable
+from grkernels.triton_common import rounded
+from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
 
 MAX_WIDTH = 65536  # a row must fit the registers of one program
@@ -18,14 +18,14 @@ CANDIDATES = [
 ]
 
 
-@triton.jit
+@launched(tensors=["x", "weight", "bias", "out"], numbers=["L", "eps"])
 def _kernel(
     x: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
-    L: tl.tensor,
     x_stride: tl.tensor,
+    L: tl.tensor,
     eps: tl.tensor,
     E: tl.constexpr,
     ROWS: tl.constexpr,
@@ -54,23 +54,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
     out = x.new_empty(L, E)
     if L:
         x = x if x.stride(1) == 1 else x.contiguous()
-        block = triton.next_power_of_2(E)
+        block = tuning.bucket(E)
         # One warp a row where a row is short enough: its sums then need no shared memory.
         default = {"rows": max(1024 // block, 1), "warps": min(max(block // 1024, 1), 16)}
         config = tuning.choose("layer_norm", "triton", tuning_key(E), default)
-        traceable(_kernel)[(triton.cdiv(L, config["rows"]),)](
-            x,
-            weight,
-            bias,
-            out,
-            L,
-            x.stride(0),
-            eps,
-            E=E,
-            ROWS=config["rows"],
-            BLOCK_E=block,
-            num_warps=config["warps"],
-        )
+        rows = config["rows"]
+        grid = -(-L // rows), 1, 1
+        _kernel(grid, (x, weight, bias, out), (x.stride(0),), (L, eps), (E, rows, block), config["warps"])
     return out
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.norm_gate.reference import norm_gate as reference
-from grkernels.triton_common import rounded, traceable
+from grkernels.triton_common import rounded
+from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
 
 MAX_WIDTH = 32768  # a row must fit the registers of one program
@@ -18,16 +18,16 @@ CANDIDATES = [
 ]
 
 
-@triton.jit
+@launched(tensors=["u", "a", "weight", "bias", "out"], numbers=["L", "eps"])
 def _kernel(
     u: tl.tensor,
     a: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
-    L: tl.tensor,
     u_stride: tl.tensor,
     a_stride: tl.tensor,
+    L: tl.tensor,
     eps: tl.tensor,
     W: tl.constexpr,
     ROWS: tl.constexpr,
@@ -63,25 +63,13 @@ def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float)
     out = a.new_empty(L, 3 * W)
     if L:
         u, a = (x if x.stride(1) == 1 else x.contiguous() for x in (u, a))
-        block = triton.next_power_of_2(W)
+        block = tuning.bucket(W)
         # One warp a row where a row is short enough: its sums then need no shared memory.
         default = {"rows": max(1024 // block, 1), "warps": min(max(block // 1024, 1), 16)}
         config = tuning.choose("norm_gate", "triton", tuning_key(W), default)
-        traceable(_kernel)[(triton.cdiv(L, config["rows"]),)](
-            u,
-            a,
-            weight,
-            bias,
-            out,
-            L,
-            u.stride(0),
-            a.stride(0),
-            eps,
-            W=W,
-            ROWS=config["rows"],
-            BLOCK_W=block,
-            num_warps=config["warps"],
-        )
+        rows = config["rows"]
+        grid, strides = (-(-L // rows), 1, 1), (u.stride(0), a.stride(0))
+        _kernel(grid, (u, a, weight, bias, out), strides, (L, eps), (W, rows, block), config["warps"])
     return out
 
 

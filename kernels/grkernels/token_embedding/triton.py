@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.token_embedding.reference import token_embedding as reference
-from grkernels.triton_common import rounded, traceable
+from grkernels.triton_common import rounded
+from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
 
 CANDIDATES = [
@@ -26,19 +26,23 @@ CANDIDATES = [
 ]
 
 
-@triton.jit
+@launched(
+    tensors=["token_table", "action_table", "weight_vector", "position_table", "time_table", "out"],
+    indices=["token_rows", "actions", "weights", "positions", "time_buckets"],
+    numbers=["L"],
+)
 def _kernel(
-    token_rows: tl.tensor,
-    actions: tl.tensor,
-    weights: tl.tensor,
-    positions: tl.tensor,
-    time_buckets: tl.tensor,
     token_table: tl.tensor,
     action_table: tl.tensor,
     weight_vector: tl.tensor,
     position_table: tl.tensor,
     time_table: tl.tensor,
     out: tl.tensor,
+    token_rows: tl.tensor,
+    actions: tl.tensor,
+    weights: tl.tensor,
+    positions: tl.tensor,
+    time_buckets: tl.tensor,
     L: tl.tensor,
     E: tl.constexpr,
     NUM_ACTIONS: tl.constexpr,
@@ -90,24 +94,14 @@ def token_embedding(
         raise ValueError("token_embedding: every table must be contiguous")
     out = token_table.new_empty(L, E)
     if L:
-        block = max(triton.next_power_of_2(E), 16)
+        block = max(tuning.bucket(E), 16)
         default = {"rows": max(1024 // block, 1), "block_e": min(block, 1024), "warps": 1}
         config = tuning.choose("token_embedding", "triton", tuning_key(E), default)
-        traceable(_kernel)[(triton.cdiv(L, config["rows"]), triton.cdiv(E, config["block_e"]))](
-            token_rows,
-            actions,
-            weights,
-            positions,
-            time_buckets,
-            *tables,
-            out,
-            L,
-            E=E,
-            NUM_ACTIONS=action_table.shape[0],
-            ROWS=config["rows"],
-            BLOCK_E=config["block_e"],
-            num_warps=config["warps"],
-        )
+        rows, block_e = config["rows"], config["block_e"]
+        grid = -(-L // rows), -(-E // block_e), 1
+        indices = token_rows, actions, weights, positions, time_buckets
+        constants = E, action_table.shape[0], rows, block_e
+        _kernel(grid, (*tables, out, *indices), (), (L,), constants, config["warps"])
     return out
 
 
