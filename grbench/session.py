@@ -11,6 +11,7 @@ from types import TracebackType
 from hydra.conf import HydraConf
 from hydra.types import RunMode
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from grbench import records
@@ -42,10 +43,14 @@ class Session:
     def run(self, cell: tuple[RunSpec, RunConfig], hydra: HydraConf) -> None:
         """Measure one cell, or keep its earlier record; log it. Raises KeyboardInterrupt after keeping the record."""
         spec, run = cell
-        title = f"{len(self._cells) + 1}/{self._total} {spec.title}"
+        typed = [word.lower() for word in sys.argv[1:]]  # Hydra writes True; what else a cell has, the sweep gave it
+        swept = " ".join(o for o in hydra.overrides.task if o.lower() not in typed) if self._sweep_id else ""
+        title = f"{len(self._cells) + 1}/{self._total} {swept or spec.title}"
         if earlier := self._earlier.get(spec.hash):
             folder, record = earlier
-            self._screen.print(f"{title}: has a record of {record.started_at}, kept (rerun=true measures it again)")
+            again = "rerun=true" if record.ok else "rerun_failed=true"
+            told = f"{title}: {record.status} in a record of {record.started_at}, kept ({again} measures it again)"
+            self._screen.print(told, soft_wrap=True, markup=False, highlight=False)
             self._finish(folder, record)
             return
         with CellProgress(self._screen, title, spec.scenario.queries) as progress:
@@ -112,7 +117,7 @@ class CellProgress:
             auto_refresh=False,
             transient=True,
         )
-        self._task = self._bar.add_task(title, total=queries)
+        self._task = self._bar.add_task(escape(title), total=queries)
 
     def __enter__(self) -> CellProgress:
         if self._screen.is_terminal:
@@ -120,14 +125,15 @@ class CellProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
+        if self._screen.is_terminal:
+            self._bar.stop()
 
     def show(self, event: Event) -> None:
         """Take one message of the worker."""
         if "stage" in event:
-            self._bar.update(self._task, description=f"{self._title}: {event['stage']}")
+            self._bar.update(self._task, description=escape(f"{self._title}: {event['stage']}"))
             if not self._screen.is_terminal:
-                self._screen.print(f"{self._title}: {event['stage']}", soft_wrap=True)
+                self._screen.print(f"{self._title}: {event['stage']}", soft_wrap=True, markup=False, highlight=False)
         else:
             self._bar.update(self._task, completed=event["answered"])
         if self._screen.is_terminal:

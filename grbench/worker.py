@@ -111,6 +111,7 @@ def _gate_and_measure(
     from grbench.gates import gate_for
     from grbench.gpu import sample_gpu
     from grbench.scenarios import run_scenario
+    from grkernels import tuning
 
     report({"stage": "checking against the fp32 reference"})
     gate = gate_for(spec, trace, retrieval, outcome.actual)
@@ -129,7 +130,7 @@ def _gate_and_measure(
         warm_up(engine, trace.requests, spec)
         engine.forget()
         report({"stage": "measuring"})
-        told = time.monotonic()
+        told, compiled = time.monotonic(), len(tuning.compiled())
 
         def progress(answered: int) -> None:
             nonlocal told
@@ -147,6 +148,7 @@ def _gate_and_measure(
             folder=folder / "loadgen",
             progress=progress,
         )
+        late = tuning.compiled()[compiled:]
         power = sample_gpu() if outcome.actual["device"] == "cuda" else {}
         # Once more, after all that load: a stale buffer or a corrupted state shows now.
         outcome.gate["error_after"] = gate.check(engine, spec.scenario.max_batch).error
@@ -159,6 +161,11 @@ def _gate_and_measure(
     outcome.metrics |= summary.metrics | power | measure.memory(outcome.actual["device"])
     outcome.intervals = summary.intervals
     outcome.notes = outcome.actual.get("notes", []) + measurement.notes + summary.notes
+    if late:
+        outcome.notes.append(
+            f"{len(late)} kernels were compiled while latencies were taken, which are longer for it "
+            f"({', '.join(sorted(set(late)))}); raise warmup_batches={spec.warmup_batches}"
+        )
     measure.write_samples(measurement.samples, folder / SAMPLES_FILE)
 
 

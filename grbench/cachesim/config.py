@@ -50,7 +50,8 @@ def to_config(cfg: DictConfig) -> CacheSimConfig:
     """
     config = checked(cfg, CacheSimConfig)
     if not isinstance(config.model, HSTUConfig):
-        raise ConfigError(f"model={config.model.name}: states of HSTU are simulated; allowed: its models, such as model=hstu_tiny")
+        told = "states of HSTU are simulated; allowed: its models, such as model=hstu_tiny"
+        raise ConfigError(f"model={config.model.name}: {told}")
     for name in config.policies:
         if name not in policies.names():
             raise ConfigError(f"policies: unknown {name!r}; known: {', '.join(policies.names())}")
