@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grkernels import registry, triton_launch, tuning
+from grkernels import registry, tuning
 
 torch.set_num_threads(1)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -387,14 +387,14 @@ def test_triton_compiles_nothing_anew_for_other_lengths(family: str, monkeypatch
 
     fn, events = registry.get(family, "triton").fn, []
     fn(**converted(BY_LENGTH[family](5), torch.bfloat16, "cuda"))
-    before = triton_launch.compiled()
+    before = tuning.compiled()
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda *_, **event: events.append(event))
     for rows in (1, 16, 17, 64):
         arguments = converted(BY_LENGTH[family](rows), torch.bfloat16, "cuda")
         moved = {name: shifted(x) for name, x in arguments.items()}
         for result, again in zip(tensors(fn(**arguments)), tensors(fn(**moved)), strict=True):
             assert torch.equal(result, again)
-    assert triton_launch.compiled() == before and not events
+    assert tuning.compiled() == before and not events
 
 
 def shifted(x: Any) -> Any:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -258,3 +259,22 @@ def test_a_record_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=why) as caught:
             records.load(tmp_path)
         assert str(tmp_path) in str(caught.value)
+
+
+def test_kernels_that_are_compiled_while_measuring_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grbench import scenarios, worker
+    from grbench.compose import compose_spec
+    from grkernels import tuning
+
+    spec, _ = compose_spec(QUICK)
+    run, outcome = scenarios.run_scenario, worker.Outcome()
+
+    def compiling(*args: Any, **options: Any) -> Any:
+        tuning.note_compiled("grkernels.layer_norm.triton")
+        return run(*args, **options)
+
+    monkeypatch.setattr(scenarios, "run_scenario", compiling)
+    tuning.note_compiled("grkernels.norm_gate.triton")  # before: no note
+    worker.run(spec, tmp_path, outcome, lambda message: None)
+    (note,) = [n for n in outcome.notes if "compiled" in n]
+    assert note.startswith("1 kernels were compiled while latencies were taken") and "(layer_norm.triton)" in note

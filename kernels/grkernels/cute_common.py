@@ -13,6 +13,7 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
+from grkernels import tuning
 from grkernels.cute_launch import Launcher
 
 ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16, torch.float32: Float32}
@@ -56,6 +57,7 @@ def compile_kernel(kernel: Kernel, options: str = "") -> Any:
 
 def launcher(kernel: Kernel) -> Launcher:
     """Compile for the GPU here; call with addresses, numbers and the stream's address."""
+    tuning.note_compiled(type(kernel).__module__)
     letters = "P" * len(kernel.pointers) + "".join(_LETTERS[number] for number in kernel.numbers) + "P"
     return Launcher(compile_kernel(kernel), letters)
 

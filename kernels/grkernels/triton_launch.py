@@ -10,15 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
+from grkernels import tuning
+
 # Triton reads this when a kernel is defined, so it must be set before Triton variants are imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-_compiled: list[str] = []
-
-
-def compiled() -> list[str]:
-    """Names of the kernels that were compiled, or loaded from Triton's cache, in this process so far, in order."""
-    return list(_compiled)
 
 
 class Launcher:
@@ -60,7 +55,7 @@ class Launcher:
         found = self._found.get(key)
         if found is None:
             self._found[key] = self._launch(grid, arguments, num_warps, num_stages)
-            _compiled.append(self.kernel.fn.__module__.removeprefix("grkernels."))
+            tuning.note_compiled(self.kernel.fn.__module__)
         else:
             found[grid](*arguments)
 

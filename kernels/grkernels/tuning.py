@@ -19,6 +19,7 @@ Config = Mapping[str, int]  # what a kernel is launched with: tile sizes, warps,
 
 _used: dict[tuple[str, str, str], dict[str, Any]] = {}
 _forced: dict[tuple[str, str], Config] = {}
+_compiled: list[str] = []
 
 
 def key(**parts: int | str) -> str:
@@ -60,6 +61,17 @@ def provenance() -> list[dict[str, Any]]:
         {"family": family, "variant": variant, "key": key, **entry, "gpu": gpu()}
         for (family, variant, key), entry in _used.items()
     ]
+
+
+def note_compiled(module: str) -> None:
+    """Say that a kernel of this module was compiled, or came from its compiler's cache."""
+    _compiled.append(module.removeprefix("grkernels."))
+
+
+def compiled() -> list[str]:
+    """Modules of all kernels that this process compiled so far, in order: ["hstu_attention.triton", ...]. What grows
+    while latencies are taken is part of them."""
+    return list(_compiled)
 
 
 def tune(

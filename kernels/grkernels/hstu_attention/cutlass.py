@@ -201,6 +201,7 @@ def _compiled(
     kernel = Attention(
         ELEMENTS[dtype], qk_dim, v_dim, Tiles(m, n, stages, bool(take_turns), bool(dynamic), split), page
     )
+    tuning.note_compiled(__name__)
     return Launcher(compile_kernel(kernel), ARGUMENTS)
 
 
