@@ -32,7 +32,6 @@ from grkernels.operators import Operators
 
 CPU = torch.device("cpu")
 DEFAULTS = ["workload=ml_100k", "workload.max_history=128", "model=hstu_tiny", "model.tasks=[rated,liked]"]
-HELD_OUT = 512  # requests
 
 
 def forward(model: HSTURanker, batch: JaggedBatch) -> Tensor:
@@ -83,7 +82,7 @@ def main() -> int:
     ).requires_grad_()
     torch.nn.init.normal_(model.token_table, std=0.1)  # random vectors of unit size would take long to forget
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=0.05)
-    train = len(trace.requests) - HELD_OUT
+    train = len(trace.requests) - spec.gate.quality_requests
     steps = args.epochs * -(-train // args.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, args.rate, total_steps=steps, pct_start=0.1)
     rng = np.random.default_rng(spec.seed)

@@ -205,6 +205,18 @@ def test_eight_bits_cost_what_eight_bits_cost(kind: str, most: float, tmp_path: 
     assert sum(n.op_type == "DequantizeLinear" for n in nodes) == 4 * MODEL.layers
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_weights_of_zeros_have_a_scale(kind: str, tmp_path: Path) -> None:
+    model = onnx.load(str(exporter.cached(MODEL, CATALOGUE, 0, "fp16").onnx))
+    product = next(n for n in model.graph.node if n.op_type == "Gemm")
+    weight = next(w for w in model.graph.initializer if w.name == product.input[1])
+    weight.raw_data = bytes(len(weight.raw_data))
+    onnx.save(model, str(tmp_path / "zeros.onnx"))
+    path = quantise(tmp_path / "zeros.onnx", tmp_path / "quantised.onnx", kind, feeds())
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert np.isfinite(session.run(None, feeds()[0])[0]).all()
+
+
 def test_the_reference_knows_what_eight_bits_cost() -> None:
     """The tolerance of a cell in int8 or fp8: more than half precision's, and of the size that Q/DQ costs."""
     reference = Reference(MODEL, CATALOGUE, 0, "cpu")

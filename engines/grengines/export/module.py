@@ -55,6 +55,14 @@ def inputs_of(batch: JaggedBatch, longest_history: int, tile_rows: int) -> dict[
     }
 
 
+def gpu_tile_rows(batch: int, heads: int, columns: int) -> int:
+    """Query rows that attention takes at a time on a GPU: one tile then takes 256 MiB, which is enough to fill it.
+
+    A tile has, for each score, three numbers in fp32 (scores, gates, weights) and a copy in the operands' type.
+    """
+    return max(256 * 2**20 // (batch * heads * max(columns, 1) * 14), 1)
+
+
 def longest_history(requests: Sequence[Request], encoding: Encoding) -> int:
     """Most contextual tokens and events of one request."""
     return encoding.contextual_seq_len + max(len(r.history_items) for r in requests)

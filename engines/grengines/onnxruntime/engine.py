@@ -17,7 +17,7 @@ from torch import Tensor
 from grengines.api import Catalogue, RankResult, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.export.identity import command, model_hash
-from grengines.export.module import OUTPUT, inputs_of, longest_history
+from grengines.export.module import OUTPUT, gpu_tile_rows, inputs_of, longest_history
 from grengines.hstu.batch import Encoding, pack
 from grengines.hstu.config import HSTUConfig
 from grengines.hstu.graphs import token_count
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from grengines.export.exporter import Export
 
 CPU_TILE_ROWS = 128  # one tile's scores stay in the processor's cache
-CUDA_TILE_BYTES = 256 * 2**20  # of scores and what is made of them; large enough that one tile fills a GPU
-BYTES_A_SCORE = 14  # fp32 scores, gates and weights, and their copy in the operands' type
 
 
 class OnnxRuntimeEngine:
@@ -140,7 +138,7 @@ class OnnxRuntimeEngine:
     def _tile_rows(self, batch: int, rows: int, columns: int) -> int:
         if self._config.tile_rows or self._device.type == "cpu":
             return self._config.tile_rows or CPU_TILE_ROWS
-        return max(min(CUDA_TILE_BYTES // (batch * self._model.heads * max(columns, 1) * BYTES_A_SCORE), rows), 1)
+        return min(gpu_tile_rows(batch, self._model.heads, columns), max(rows, 1))
 
     def actual(self) -> dict[str, Any]:
         """What really runs; JSON values."""

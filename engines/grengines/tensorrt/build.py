@@ -6,8 +6,9 @@
         --precision int8 --requests sample.npz
 
 What the plan is built for is either one size (--history and --candidates) or follows from requests that were saved
-(--requests), which int8 and fp8 need too: their scales are taken from them. Exit codes: 0 built, 2 what was given can't
-be used, 3 the library is missing or refuses.
+(--requests; `python experiments/tensorrt_plans.py --requests FILE` saves a workload's), which int8 and fp8 need too:
+their scales are taken from them. Exit codes: 0 built, 2 what was given can't be used, 3 the library is missing or
+refuses.
 """
 
 from __future__ import annotations

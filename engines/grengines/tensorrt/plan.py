@@ -13,7 +13,7 @@ from typing import Any
 from grengines.api import Catalogue, UnavailableError
 from grengines.export import exporter, folders
 from grengines.export.identity import digest_of, model_hash
-from grengines.export.module import INPUTS
+from grengines.export.module import INPUTS, gpu_tile_rows
 from grengines.files import cache_folder, sha256
 from grengines.hstu.config import HSTUConfig
 from grengines.profile import Sizes
@@ -22,8 +22,6 @@ from grengines.tensorrt.library import Library, logger
 FORMAT = "grbench-tensorrt-2"
 PLAN_FILE, MANIFEST_FILE = "model.plan", "manifest.json"
 BASE = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}  # the export that is built from
-TILE_BYTES = 256 * 2**20  # of one tile's scores and what is made of them; large enough that a tile fills a GPU
-BYTES_A_SCORE = 14  # fp32 scores, gates and weights, and their copy in the operands' type
 Progress = Callable[[str, float], None]  # what is done, and how much of it: 0 to 1
 
 
@@ -59,7 +57,6 @@ class Facts:
         plugin: bool = False,
     ) -> Facts:
         most = profiles[-1]
-        rows = TILE_BYTES // (most.batch * model.heads * most.history * BYTES_A_SCORE)
         return cls(
             model_hash=model_hash(model, catalogue, seed),
             precision=precision,
@@ -67,7 +64,7 @@ class Facts:
             version=library.version,
             target=target,
             profiles=profiles,
-            tile_rows=max(min(rows, most.longest), 1),
+            tile_rows=min(gpu_tile_rows(most.batch, model.heads, most.history), most.longest),
             calibration=calibration if BASE[precision] != precision else "",
             refit=refit,
             plugin=plugin and not library.rtx,

@@ -15,6 +15,7 @@ from grengines.api import Request
 from grengines.export.module import inputs_of, longest_history
 from grengines.hstu.batch import Encoding, pack
 
+SAVE = "python experiments/tensorrt_plans.py --requests FILE"
 _ARRAYS = ("history_items", "history_actions", "history_weights", "history_timestamps", "candidates")
 _FIELDS = [f.name for f in dataclasses.fields(Request)]
 
@@ -48,7 +49,7 @@ def read(path: Path) -> list[Request]:
         return [Request(**{name: parts[name][i] for name in _FIELDS}) for i in range(count)]
     except (OSError, ValueError, KeyError, IndexError, EOFError) as e:
         reason = " ".join(str(e).split())
-        raise ValueError(f"{path}: no saved requests ({reason}); grengines.tensorrt.sample.save writes them") from None
+        raise ValueError(f"{path}: no saved requests ({reason}); to save some: {SAVE}") from None
 
 
 def feeds(requests: Sequence[Request], encoding: Encoding, count: int, tile_rows: int) -> list[dict[str, Any]]:
