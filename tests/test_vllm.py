@@ -528,33 +528,49 @@ def allowed(reference: Any, precision: str) -> float:
     return tolerance
 
 
+def expect_mixed(engine: VLLMEngine, reference: Any, tolerance: float) -> None:
+    """A new prompt in every step, beside beams of all levels: scores are those of the items found."""
+    engine.forget()
+    done = {}
+    for key, request in enumerate(GPU_REQUESTS):
+        engine.admit(key, request)
+        done |= {f.key: f for f in engine.step()}
+    while engine.unfinished:
+        done |= {f.key: f for f in engine.step()}
+    for key, request in enumerate(GPU_REQUESTS):
+        own = reference.prefix_scores(request, done[key].items)[:, -1]
+        np.testing.assert_allclose(done[key].scores, own, atol=tolerance)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("kernel", "precision", "graphs"),
-    [("torch", "fp32", False), ("triton", "bf16", False), ("triton", "bf16", True), ("cutlass", "bf16", False)],
+    [
+        ("torch", "fp32", ""),
+        ("triton", "bf16", ""),
+        ("triton", "bf16", "FULL"),
+        ("cutlass", "bf16", ""),
+        ("cutlass", "bf16", "PIECEWISE"),
+    ],
 )
-def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
-    """Cold, from the prefix cache, and in another order of arrival."""
+def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
+    """Cold, from the prefix cache, and in an order of arrival that mixes prompts and beams."""
     retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
     reference = Reference(GPU_MODEL, 3, retrieval, "cuda")
     expected = reference.search(GPU_REQUESTS)
     engine = gpu_engine(
-        kernel, precision=precision, cuda_graphs=graphs, graph_tokens=[16, 64, 128, 256, 512] if graphs else []
+        kernel, precision=precision, cuda_graphs=bool(graphs), graph_tokens=[16, 64, 128, 256, 512] if graphs else []
     )
     try:
         actual = engine.actual()
         assert actual["attention_backend"] == "HSTUAttentionBackend" and actual["device"] == "cuda"
-        assert actual["cuda_graphs"] == ("PIECEWISE" if graphs else "NONE")
+        assert actual["cuda_graphs"] == (graphs or "NONE")
         tolerance = allowed(reference, precision)
         expect_near(engine.generate(GPU_REQUESTS), expected, reference, tolerance)
         warm = engine.generate(GPU_REQUESTS)
         assert warm.details["prefix_hit_tokens"] > 3000
         expect_near(warm, expected, reference, tolerance)
-        for key, request in enumerate(GPU_REQUESTS):
-            engine.admit(key, request)
-            engine.step()
-        while engine.unfinished:
-            engine.step()
+        expect_mixed(engine, reference, tolerance)
     finally:
         engine.close()
 

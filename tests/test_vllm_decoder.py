@@ -20,6 +20,7 @@ from test_vllm import (
     allowed,
     engine_of,
     expect_equal,
+    expect_mixed,
     expect_near,
     gpu_engine,
     request_of,
@@ -46,12 +47,20 @@ Arguments = dict[str, Any]
 
 
 def case(
-    lengths: Sequence[int], *, heads: int = 4, kv_heads: int = 2, dim: int = 16, page: int = 16, terms: int = 2
+    lengths: Sequence[int],
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 16,
+    page: int = 16,
+    terms: int = 2,
+    padding: int = 0,
 ) -> Arguments:
-    """Requests of so many rows, cut anywhere; keys and values side by side in pages, in an order of their own."""
+    """Requests of so many rows, cut anywhere; keys and values side by side in pages, in an order of their own. padding:
+    rows behind the last request, as in a captured graph."""
     torch.manual_seed(sum(lengths))
     starts = torch.tensor([0, *np.cumsum(lengths)]).int()
-    n, most = int(starts[-1]), 9
+    n, most = int(starts[-1]) + padding, 9
     pages = torch.randn(len(lengths) * most, page, kv_heads, 2 * dim)
     own = torch.randint(0, len(pages) * page, (n, terms))
     own[torch.arange(terms) >= torch.randint(0, terms + 1, (n, 1))] = -1
@@ -71,14 +80,15 @@ CASES = {
     "ragged": lambda: case([70, 1, 0, 150, 3]),
     "one head, large pages": lambda: case([65], heads=1, kv_heads=1, dim=8, page=64, terms=1),
     "no codes before": lambda: case([5, 9], terms=0),
+    "padding": lambda: case([20, 80, 0, 0], padding=40),
     "wide": lambda: case([40, 33], heads=6, kv_heads=2, dim=72, terms=3),
 }
 
 
 def naive(q: Tensor, k_pages: Tensor, v_pages: Tensor, **a: Any) -> Tensor:
     """fp64, a row and a head at a time."""
-    out, page, group = torch.zeros(q.shape, dtype=torch.float64), k_pages.shape[1], q.shape[1] // k_pages.shape[2]
-    starts = a["starts"].tolist()
+    starts, page, group = a["starts"].tolist(), k_pages.shape[1], q.shape[1] // k_pages.shape[2]
+    out = torch.zeros(starts[-1], *q.shape[1:], dtype=torch.float64)
     for b in range(len(starts) - 1):
         for i in range(starts[b], starts[b + 1]):
             seen = [(int(a["block_table"][b, p // page]), p % page) for p in range(int(a["limits"][i]))]
@@ -112,10 +122,10 @@ def test_both_kernels(name: str, dtype: torch.dtype) -> None:
     expected = naive(**on_cpu)
     tolerance = {torch.float32: 5e-6, torch.bfloat16: 1e-2}[dtype]
     for fn in KERNELS:
-        padded = torch.full((len(expected) + 3, *expected.shape[1:]), 7.0, dtype=dtype, device=DEVICE)
-        fn(padded[: len(expected)], **arguments)
-        torch.testing.assert_close(padded[: len(expected)].double().cpu(), expected, atol=tolerance, rtol=0)
-        assert (padded[len(expected) :] == 7).all()
+        out = torch.full_like(arguments["q"], 7.0)
+        fn(out, **arguments)
+        torch.testing.assert_close(out[: len(expected)].double().cpu(), expected, atol=tolerance, rtol=0)
+        assert (out[len(expected) :] == 7).all()
         if arguments["own_slots"].numel():
             assert expected.abs().max() > 10 * tolerance  # zeros would fail, and so would rows without their codes:
             blind = naive(**on_cpu | {"own_slots": torch.full_like(on_cpu["own_slots"], -1)})
@@ -412,16 +422,6 @@ def test_on_a_gpu(precision: str, graphs: bool) -> None:
         warm = engine.generate(GPU_REQUESTS)
         assert warm.details["prefix_hit_tokens"] > 3000
         expect_near(warm, expected, reference, tolerance)
-        engine.forget()
-        done = {}
-        for key, request in enumerate(GPU_REQUESTS):
-            engine.admit(key, request)
-            done |= {f.key: f for f in engine.step()}
-        while engine.unfinished:
-            done |= {f.key: f for f in engine.step()}
-        mixed = [done[key] for key in range(len(GPU_REQUESTS))]
-        for one, request in zip(mixed, GPU_REQUESTS, strict=True):
-            own = reference.prefix_scores(request, one.items)[:, -1]
-            np.testing.assert_allclose(one.scores, own, atol=tolerance)
+        expect_mixed(engine, reference, tolerance)
     finally:
         engine.close()

@@ -47,6 +47,10 @@ class StepMetadata(compat.AttentionMetadata):
 
 
 class StepMetadataBuilder(compat.AttentionMetadataBuilder[StepMetadata]):
+    # Launches of Triton kernels follow from the step's tokens and most requests, and from limits that don't change: a
+    # graph of a whole step serves any requests of as many tokens.
+    _cudagraph_support = compat.AttentionCGSupport.ALWAYS
+
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._block_size = kv_cache_spec.block_size
@@ -126,7 +130,7 @@ class HSTUAttentionImpl(compat.AttentionImpl[StepMetadata]):
     ) -> Tensor:
         """All requests in one call."""
         pages = {}
-        if step.cached:
+        if step.cached or reach.num_targets is not None:  # with beams always: a captured step must be ready for either
             pages = {"k_pages": k_pages, "v_pages": v_pages, "page_table": step.block_table}
             pages["paged_lengths"] = reach.paged_lengths
         return self._attend(q, k, v, reach.offsets, reach.num_targets, step.max_query_len, step.max_seq_len, **pages)

@@ -23,5 +23,5 @@ class VLLMEngineConfig:
     max_num_batched_tokens: int = option(8192, ge=1)  # of one step; longer prompts are read in chunks
     prefix_caching: bool = True  # without it every code of a search reads the prompt again
     chunked_prefill: bool = True
-    cuda_graphs: bool = False  # cuda only: HSTU's steps but for attention, a decoder's whole, are captured and replayed
+    cuda_graphs: bool = False  # cuda only: steps are captured; HSTU's attention, unless Triton's, is not
     graph_tokens: list[int] = option([], ge=1)  # sizes of steps to capture, in tokens; empty: 16 to 2048

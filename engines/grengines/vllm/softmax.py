@@ -13,11 +13,6 @@ from grengines.vllm.beam_attention import beam_attention
 from grkernels.paged_write import paged_write
 
 
-class SoftmaxMetadataBuilder(StepMetadataBuilder):
-    # No launch depends on a length, so a graph of the whole step serves any requests of as many tokens.
-    _cudagraph_support = compat.AttentionCGSupport.ALWAYS
-
-
 class SoftmaxAttentionImpl(compat.AttentionImpl[StepMetadata]):
     """One layer's attention. Steps without rows of beams may go to vLLM's FlashAttention, where it can be had: it is
     faster over long prompts."""
@@ -97,5 +92,5 @@ class SoftmaxAttentionBackend(compat.OurBackend):
         return SoftmaxAttentionImpl
 
     @staticmethod
-    def get_builder_cls() -> type[SoftmaxMetadataBuilder]:
-        return SoftmaxMetadataBuilder
+    def get_builder_cls() -> type[StepMetadataBuilder]:
+        return StepMetadataBuilder
