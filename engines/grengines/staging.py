@@ -8,8 +8,10 @@ from torch import Tensor
 
 
 def zeros(n: int, pin: bool) -> Tensor:
-    """int64 [n]. pin: page-locked, for copies to a GPU. Else from the allocator that gives zeros for nothing:
-    PyTorch would fill them with all its threads, which other work holds up."""
-    if pin:
-        return torch.zeros(n, dtype=torch.int64, pin_memory=True)
-    return torch.from_numpy(np.zeros(n, np.int64))
+    """int64 [n]. pin: page-locked, for copies to a GPU. Zeros come from NumPy: PyTorch would fill them with all its
+    threads, which other work holds up."""
+    if not pin:
+        return torch.from_numpy(np.zeros(n, np.int64))  # from the allocator that gives them for nothing
+    buffer = torch.empty(n, dtype=torch.int64, pin_memory=True)
+    buffer.numpy().fill(0)
+    return buffer

@@ -20,7 +20,7 @@ from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slic
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets
 from grengines.hstu.model import HSTURanker
-from grengines.hstu.results import Marks, collect
+from grengines.hstu.results import Marks, fetch, wait
 from grkernels import paged_write
 
 MOST_PADDING = 2.5  # a graph that encodes more than so many times the batch's tokens is slower than launching kernels
@@ -59,7 +59,8 @@ class CachedRanking:
             self._graphs = GraphRunner(self._paged, self.buckets, self._empty, self._device)
 
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """As grengines.api.Engine. Whatever it raises, the index is as before, and no page is lost.
+        """As grengines.api.Engine. Whatever it raises, no page is lost, and the index is as before, unless all was
+        queued and the device failed then.
 
         A user's second request in a batch goes after the first, in a pass of its own: it finds what that one stored.
         """
@@ -109,13 +110,15 @@ class CachedRanking:
                     for i, b in enumerate(batches)
                 ]
                 logits = torch.cat(parts)
-            result = collect(logits, hosts, marks, batch_ms)
+            on_host = fetch(logits, marks)
+            # All is queued, and the device has work: what else the host has to do it does beside it.
             for plan in plans:
                 states.commit(plan)
         finally:
             for plan in plans:
                 states.abort(plan)  # nothing for those that are committed
         states.prefetch(now, self._cache.prefetch_s)
+        result = wait(on_host, hosts, marks, batch_ms)
         result.details.update(details)
         if self._graphs is not None:
             result.details["eager_batches"] = float(bucket is None)
@@ -204,6 +207,8 @@ class CachedRanking:
 
 def _waves(users: Sequence[int]) -> list[list[int]]:
     """Places in the batch: everyone's first, then everyone's second, ..."""
+    if len(set(users)) == len(users):
+        return [list(range(len(users)))]
     waves: list[list[int]] = []
     seen: Counter[int] = Counter()
     for i, user in enumerate(users):

@@ -190,7 +190,8 @@ class HSTUEngine:
                     torch.cuda.synchronize()  # what was under way may still write to memory that it gave back
                 result, failed = self._rank_whole(ranker, requests), True
             after = cached.states.counters()
-        changes = {f.name: getattr(after, f.name) - getattr(before, f.name) for f in dataclasses.fields(after)}
+        earlier = vars(before)
+        changes = {name: count - earlier[name] for name, count in vars(after).items()}
         if failed:  # whatever was found, it was not used
             found = ("hits", "partial_hits", "host_hits", "bypassed", "cached_tokens", "loaded_tokens")
             changes |= {**dict.fromkeys(found, 0), "misses": len(requests)}

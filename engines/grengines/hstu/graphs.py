@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from operator import ge
 from typing import Any, Protocol
 
 import torch
@@ -61,7 +62,7 @@ def choose_bucket(buckets: Sequence[Bucket], *sizes: Sequence[int]) -> Bucket | 
     """The first bucket that holds a batch; None where none does. sizes: of each of its sequences the tokens to encode,
     candidates and, with a cache, cached tokens."""
     needed = (len(sizes[0]), *map(max, sizes))
-    return next((b for b in buckets if all(n <= there for n, there in zip(needed, b, strict=False))), None)
+    return next((b for b in buckets if all(map(ge, b, needed))), None)
 
 
 class GraphRunner:

@@ -30,11 +30,25 @@ class Marks:
 
 def collect(logits: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float) -> RankResult:
     """Bring the logits of these batches to the host, and wait. marks: set before the copies to the device and after."""
-    on_host, transfer_ms, compute_ms = _fetch(logits, marks)
+    return wait(fetch(logits, marks), hosts, marks, batch_ms)
+
+
+def fetch(found: Tensor, marks: Marks) -> Tensor:
+    """Queue the copy to the host, without waiting for it. marks: as for `collect`; ends them."""
+    marks.add()
+    on_host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
+    on_host.copy_(found, non_blocking=True)
+    marks.add()
+    return on_host
+
+
+def wait(on_host: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float) -> RankResult:
+    """The result, once what `fetch` queued is there."""
+    up_ms, compute_ms, down_ms = marks.spans_ms()
     return RankResult(
-        scores=_by_request(on_host, hosts),
+        scores=_by_request(on_host.numpy(), hosts),
         batch_ms=batch_ms,
-        transfer_ms=transfer_ms,
+        transfer_ms=up_ms + down_ms,
         compute_ms=compute_ms,
         tokens=sum(host.tokens for host in hosts),
         padded_tokens=sum(host.padded_tokens for host in hosts),
@@ -50,36 +64,28 @@ def collect_items(
     found: Tensor, requests: int, marks: Marks, *, batch_ms: float, tokens: int, padded_tokens: int
 ) -> GenerateResult:
     """As `collect`, of what `one_tensor` made for so many requests and padding; items of -1 are none."""
-    on_host, transfer_ms, compute_ms = _fetch(found, marks)
-    items, scores = on_host[:requests].transpose(2, 0, 1)
+    on_host = fetch(found, marks)
+    up_ms, compute_ms, down_ms = marks.spans_ms()
+    items, scores = on_host.numpy()[:requests].transpose(2, 0, 1)
     real = items >= 0
     return GenerateResult(
         items=[row[known].astype(np.int64) for row, known in zip(items, real, strict=True)],
         scores=[row[known].astype(np.float32) for row, known in zip(scores, real, strict=True)],
         batch_ms=batch_ms,
-        transfer_ms=transfer_ms,
+        transfer_ms=up_ms + down_ms,
         compute_ms=compute_ms,
         tokens=tokens,
         padded_tokens=padded_tokens,
     )
 
 
-def _fetch(found: Tensor, marks: Marks) -> tuple[np.ndarray, float, float]:
-    """The tensor on the host; milliseconds of all copies, and of the computation between them."""
-    marks.add()
-    on_host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
-    on_host.copy_(found, non_blocking=True)
-    marks.add()
-    up_ms, compute_ms, down_ms = marks.spans_ms()
-    return on_host.numpy(), up_ms + down_ms, compute_ms
-
-
 def _by_request(logits: Float32Array, hosts: list[HostBatch]) -> list[Float32Array]:
     """Cut the batches' logits into each request's [candidates, tasks]; padding at the end is dropped."""
+    logits = logits.copy()  # the page-locked buffer is free again
     parts: list[list[Float32Array]] = [[] for _ in hosts[0].candidate_counts]
     at = 0
     for host in hosts:
         for part, count in zip(parts, host.candidate_counts, strict=True):
             part.append(logits[at : at + count])
             at += count
-    return [np.concatenate(part) for part in parts]  # copies: the page-locked buffer is free again
+    return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
