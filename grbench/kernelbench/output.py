@@ -36,12 +36,12 @@ COLUMNS = {  # heading: (metric, factor)
 
 def line(row: Row) -> str:
     """A finished row in one line."""
-    name = f"  {row.variant}" if row.shape != ALL_SHAPES else f"{row.family} {row.variant}"
     if not row.ok:
-        return f"{name}: {row.status}: {row.reason}"
+        where = "" if row.shape == ALL_SHAPES else f" at {row.shape}"
+        return f"{row.family} {row.variant}{where}: {row.status}: {row.reason}"
     m = row.metrics
     return (
-        f"{name}: {figure(m['latency_ms/p50'])} ms  {figure(m['tflops'])} TFLOP/s  {figure(m['tbps'])} TB/s  "
+        f"  {row.variant}: {figure(m['latency_ms/p50'])} ms  {figure(m['tflops'])} TFLOP/s  {figure(m['tbps'])} TB/s  "
         f"{100 * m['roofline_share']:.0f}% of the roofline  error {m['error']:.1e} of {m['error_allowed']:.1e}"
     )
 
