@@ -225,6 +225,28 @@ def test_histories_agree_exactly_as_far_as_their_events_do() -> None:
             assert first.first(7).common(History.of(other)) == min(expected, 7)
 
 
+def test_histories_over_one_memory_agree_without_a_look_and_only_those() -> None:
+    whole = request_of(events_of(40))
+    columns = {f: getattr(whole, f) for f in whole.__dataclass_fields__ if f.startswith("history_")}
+
+    def over(**changed: np.ndarray) -> History:
+        return History.of(dataclasses.replace(whole, **{**columns, **changed}))
+
+    def cut(cut_to: slice) -> History:
+        return over(**{name: column[cut_to] for name, column in columns.items()})
+
+    columns["history_weights"][20] = np.nan  # unlike itself: comparing would end there
+    first = over()
+    assert [first.common(cut(slice(n))) for n in (0, 7, 40)] == [0, 7, 40]
+    assert first.first(30).common(cut(slice(35))) == 30
+    copied = {name: column.copy() for name, column in columns.items()}
+    assert first.common(over(**copied)) == first.common(over(history_items=copied["history_items"])) == 20
+    # The same address is not yet the same column.
+    assert first.common(cut(slice(None, None, 2))) == 1 and first.common(cut(slice(1, None))) == 0
+    doubled = columns["history_items"].view(np.int32)[:40]
+    assert first.common(over(history_items=doubled)) <= 1
+
+
 # Eviction, refusal, faults
 
 
