@@ -21,10 +21,18 @@ def describe_gpus() -> list[dict[str, Any]]:
             {
                 "name": nvml.nvmlDeviceGetName(h),
                 "driver": driver,
-                "memory_mib": nvml.nvmlDeviceGetMemoryInfo(h).total // 2**20,
+                "memory_mib": _memory_mib(nvml, h),
             }
             for h in handles
         ]
+
+
+def _memory_mib(nvml: Any, handle: Any) -> int | None:
+    """None where the card does not tell, such as one that shares the host's memory."""
+    try:
+        return int(nvml.nvmlDeviceGetMemoryInfo(handle).total // 2**20)
+    except nvml.NVMLError_NotSupported:
+        return None
 
 
 def sample_gpu(index: int = 0) -> dict[str, float]:
