@@ -109,7 +109,7 @@ def test_ids_say_what_rows_are() -> None:
 
 
 def test_reach_of_chunks() -> None:
-    """Requests cut anywhere: what each sees is the prompt, its beam's own codes and itself."""
+    """Requests cut anywhere, and a captured graph's padding: each sees the prompt, its beam's own codes and itself."""
     beams, page = BeamRows((4, 5, 6), max_rows=40), 4
     rng = np.random.default_rng(0)
     cuts = [(5, 6, 0, 5), (5, 6, 3, 9), (5, 6, 5, 11), (5, 6, 8, 9), (7, 0, 2, 7), (3, 2, 4, 5)]
@@ -127,16 +127,17 @@ def test_reach_of_chunks() -> None:
             slots.append(-1 if before is None else table[before // page] * page + before % page)
     reach = Reach.of(
         beams,
-        torch.tensor(np.concatenate(ids)).int(),
-        torch.tensor(np.concatenate(places)),
-        torch.tensor(starts).int(),
-        torch.tensor(np.stack(tables)).int(),
+        torch.tensor(np.concatenate([*ids, [3, 99]])).int(),
+        torch.tensor(np.concatenate([*places, [1, 0]])),
+        torch.tensor([*starts, starts[-1]]).int(),
+        torch.tensor(np.stack([*tables, np.zeros(3)])).int(),
         page,
     )
     assert reach.num_targets is not None
-    assert reach.num_targets.tolist() == [max(end - max(begin, prompt), 0) for prompt, _, begin, end in cuts]
-    assert reach.paged_lengths.tolist() == [min(begin, prompt) for prompt, _, begin, _ in cuts]
-    assert reach.own_slots[:, 0].tolist() == slots
+    assert reach.offsets.tolist() == [*starts, starts[-1]]
+    assert reach.num_targets.tolist() == [max(end - max(begin, prompt), 0) for prompt, _, begin, end in cuts] + [0]
+    assert reach.paged_lengths[:-1].tolist() == [min(begin, prompt) for prompt, _, begin, _ in cuts]
+    assert reach.own_slots[:-2, 0].tolist() == slots
     ids = torch.randint(0, 15, (5,))
     alone = Reach.of(beams, ids, torch.tensor([2, 3, 0, 1, 2]), torch.tensor([0, 2, 5]), torch.zeros(2, 3), page, True)
     assert alone.num_targets is None and alone.paged_lengths.tolist() == [2, 0] and alone.own_slots.numel() == 0

@@ -34,7 +34,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from vllm import EngineArgs, PoolingParams  # noqa: E402
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture  # noqa: E402
-from vllm.config import VllmConfig  # noqa: E402
+from vllm.config import CUDAGraphMode, VllmConfig  # noqa: E402
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.forward_context import get_forward_context  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
@@ -153,6 +153,9 @@ def start(arguments: dict[str, Any]) -> tuple[InprocClient, VllmConfig]:
     global running
     _last.lines.clear()
     config = EngineArgs(**arguments).create_engine_config()
+    if arguments.get("compilation_config", {}).get("cudagraph_mode") == "FULL":
+        # Of pooling models vLLM makes that PIECEWISE, for the attention that they have as a rule. Ours can be captured.
+        config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
     logging.getLogger("vllm").addHandler(_last)  # again: vLLM sets its handlers when it makes a configuration
     running = InprocClient(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False)
     return running, config
