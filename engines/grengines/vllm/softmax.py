@@ -15,7 +15,7 @@ from grkernels.paged_write import paged_write
 
 class SoftmaxAttentionImpl(compat.AttentionImpl[StepMetadata]):
     """One layer's attention. Steps without rows of beams may go to vLLM's FlashAttention, where it can be had: it is
-    faster over long prompts."""
+    made for long prompts, `beam_attention` for rows of beams."""
 
     def __init__(
         self,
