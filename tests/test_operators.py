@@ -308,6 +308,48 @@ def test_kernels_compile_for_hopper() -> None:
     )
 
 
+COMPILE_WITH_DOUBLES = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from grkernels.hstu_attention.triton import _kernel as attention
+from grkernels.layer_norm.triton import _kernel as layer_norm
+from grkernels.norm_gate.triton import _kernel as norm_gate
+sizes = dict(TARGETS=True, CONTEXTUAL=False, WINDOW=False, PAGE=0, QK=32, V=32, QK_BLOCK=32, V_BLOCK=32, M=64, N=64)
+sizes |= dict(E=64, W=64, ROWS=4, BLOCK_E=64, BLOCK_W=64)
+indices = ("q_offsets", "kv_offsets", "num_targets", "page_table", "paged_lengths")
+for kernel in (attention.kernel, layer_norm.kernel, norm_gate.kernel):
+    kinds = {}
+    for name in kernel.arg_names:
+        kinds[name] = "*i64" if name in indices else "*bf16"
+        if name.endswith("stride") or name in ("L", "heads", "contextual", "window", "total_rows"):
+            kinds[name] = "i32"
+        if name in ("eps", "half_alpha", "scale"):
+            kinds[name] = "fp64"
+        if name.isupper() and name != "L":
+            kinds[name] = "constexpr"
+    constants = {name: sizes[name] for name, kind in kinds.items() if kind == "constexpr"}
+    made = triton.compile(ASTSource(kernel, kinds, constants), target=GPUTarget("cuda", 90, 32))
+    print(*sorted({line.split()[0] for line in made.asm["ptx"].splitlines() if ".f64" in line and ";" in line}))
+"""
+
+
+def test_numbers_that_come_in_fp64_are_not_computed_with_in_fp64() -> None:
+    """AOTInductor passes Python's numbers so; attention's inline assembly would read half of one."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_WITH_DOUBLES],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 3
+    for instructions in done.stdout.splitlines():
+        assert "cvt.rn.f32.f64" in instructions
+        assert all(i.startswith(("cvt", "ld", "mov")) for i in instructions.split()), instructions
+
+
 @pytest.mark.parametrize("family", CASES)
 def test_benchmark_shapes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs of every benchmark are what the family takes, and the cost counts their bytes."""

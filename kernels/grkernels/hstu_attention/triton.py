@@ -139,6 +139,7 @@ def _kernel(
 ) -> None:
     """One tile of M query rows of one head of one sequence; the longest first. What comes after the sequences is
     zeros."""
+    half_alpha, scale = tl.cast(half_alpha, tl.float32), tl.cast(scale, tl.float32)  # AOTInductor passes them in fp64
     sequence, head = tl.program_id(2), tl.program_id(1)
     q_begin = tl.load(q_offsets + sequence)
     if sequence == tl.num_programs(2) - 1:

@@ -39,7 +39,8 @@ def _kernel(
     values = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     centred = tl.where(column < E, values - tl.sum(values, axis=1, keep_dims=True) / E, 0.0)
     variance = tl.sum(centred * centred, axis=1, keep_dims=True) / E
-    normed = centred * tl.rsqrt(variance + eps) * w + b
+    # AOTInductor passes eps in fp64.
+    normed = centred * tl.rsqrt(variance + tl.cast(eps, tl.float32)) * w + b
     tl.store(out + row * E + column, rounded(normed, out.dtype.element_ty), mask=mask)
 
 

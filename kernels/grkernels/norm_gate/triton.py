@@ -46,7 +46,8 @@ def _kernel(
     # The row is in registers, so the exact variance (of differences to the mean) costs no second read.
     centred = tl.where(column < W, x - tl.sum(x, axis=1, keep_dims=True) / W, 0.0)
     variance = tl.sum(centred * centred, axis=1, keep_dims=True) / W
-    normed = centred * tl.rsqrt(variance + eps) * w + b
+    # AOTInductor passes eps in fp64.
+    normed = centred * tl.rsqrt(variance + tl.cast(eps, tl.float32)) * w + b
     gate = gate / (1.0 + tl.exp(-gate))
     tl.store(place, rounded(gate, out.dtype.element_ty), mask=mask)
     tl.store(place + 2 * W, rounded(gate * normed, out.dtype.element_ty), mask=mask)
