@@ -149,7 +149,8 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
     rounds = [[r] for requests in traffic(6, 4) for r in requests]
     reference = Reference(MODEL, CATALOGUE, 5, "cpu")
     memory = {"memory_gb": 9 * PAGE_GB, "host_gb": 30 * PAGE_GB}
-    engine = started(PagedCacheConfig(page=16, prefetch_s=1.0, onload_share=1.0, **memory), rounds)
+    at_once = {"admit_visit": 1, "host_admit_visit": 1}  # both policies as they are
+    engine = started(PagedCacheConfig(page=16, prefetch_s=1.0, onload_share=1.0, **memory, **at_once), rounds)
     owner, name = FAULTS[what]
     original, calls = getattr(owner, name), 0
 

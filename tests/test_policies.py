@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -221,3 +223,47 @@ def test_a_doorkeeper_admits_from_the_visit_that_it_is_told() -> None:
     forgetful = policies.Doorkeeper(policies.LRU(), 2, remember=2)
     assert [forgetful.admit(user, 1, 1.0, 0.0) for user in (1, 2, 3, 1, 3)] == [False, False, False, False, True]
     assert not policies.Doorkeeper(policies.Nothing(), 2).admit(1, 1, 1.0, 0.0)
+
+
+def test_first_visits_are_stored_only_while_enough_of_them_return() -> None:
+    policy, rng = policies.make("lru", admit_visit=0), random.Random(0)
+    capacity, now, users = 50, 0.0, itertools.count()
+
+    def share_stored(visits: int, returning: float) -> float:
+        """Newcomers, of whom a share come back at once, to a cache that holds few."""
+        nonlocal now
+        stored = 0
+        for user in itertools.islice(users, visits):
+            now += 1
+            if visit(policy, user, now):
+                stored += 1
+                cached.append(user)
+                if rng.random() < returning:
+                    policy.touch(user, 1, 1.0, now + 0.5)
+            if len(cached) > capacity:
+                assert policy.victim(now) == cached[0]
+                policy.forget(cached.pop(0))
+        return stored / visits
+
+    cached: list[int] = []
+    assert share_stored(100, returning=0.0) == 1  # until the first have gone nothing is known
+    share_stored(300, returning=0.0)
+    assert share_stored(3200, returning=0.0) == 1 / policies.WhileItPays.SAMPLE
+    share_stored(2000, returning=0.5)  # now they do
+    assert share_stored(1000, returning=0.5) == 1
+    share_stored(3000, returning=0.02)
+    assert share_stored(1600, returning=0.02) < 0.15
+    for user in range(3):
+        assert visit(policy, user, now) and policy.admit(user, 1, 1.0, now + 1)  # not newcomers any more
+    assert set(policy._on_trial) <= set(cached)  # type: ignore[attr-defined]
+
+
+def test_a_state_that_is_not_valid_on_return_was_of_no_use() -> None:
+    policy = policies.make("lru", admit_visit=0)
+    for user in range(1000):
+        policy.admit(user, 1, 1.0, 2.0 * user)
+        policy.touch(user, 1, 1.0, 2.0 * user)
+        assert policy.admit(user, 1, 1.0, 2.0 * user + 1)  # the second visit
+        policy.touch(user, 1, 1.0, 2.0 * user + 1)
+    assert not policy.admit(5000, 1, 1.0, 5000.0)
+    assert not policies.WhileItPays(policies.Nothing()).admit(1, 1, 1.0, 0.0)

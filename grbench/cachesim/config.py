@@ -24,7 +24,7 @@ class CacheSimConfig:
     policies: list[str] = field(default_factory=list)  # empty: all
     shares: list[float] = option([0.01, 0.03, 0.1, 0.3, 0.6], gt=0, le=1)  # sizes, of all users' last states together
     sizes_gb: list[float] = option([], gt=0)  # sizes in 10^9 bytes, in place of shares
-    admit_visit: int = option(1, ge=1)  # the visit from which a user's state is stored
+    admit_visit: int = option(1, ge=0)  # the visit from which a user's state is stored; 0: as in `cache`
     page: int = option(64, ge=16, le=256)  # tokens of a page
     precision: str = option("bf16", choices=["bf16", "fp16", "fp32"])  # of keys and values
     seed: int = option(0, ge=0, le=2**31 - 1)

@@ -21,7 +21,7 @@ class PagedCacheConfig:
 
     name: str = "lru"
     policy: str = option("lru", choices=["lru", "lfu", "gdsf", "predictive"])  # who goes when the pages run out
-    admit_visit: int = option(1, ge=1)  # the visit from which a user's state is stored; 1: at once
+    admit_visit: int = option(0, ge=0)  # the visit from which a state is stored; 0: the first while that pays, else 2
     page: int = option(64, ge=16, le=256)  # tokens of a page
     memory_gb: float = option(1.0, gt=0)  # of all pages, 10^9 bytes
     host_gb: float = option(0.0, ge=0)  # page-locked host memory for what is evicted; 0: none
