@@ -21,7 +21,7 @@ from grengines.hstu import quantised
 from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import INTERACTING, HSTUConfig, HSTUEngineConfig
-from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
+from grengines.hstu.graphs import GraphRunner, choose_bucket, first_batches, plan_buckets, token_count
 from grengines.hstu.model import HSTURanker
 from grengines.hstu.results import Marks, collect
 from grkernels import registry as kernel_registry
@@ -167,7 +167,8 @@ class HSTUEngine:
         if self._cached is not None:
             self._cached.measure(largest)
         else:
-            self.rank(largest)
+            for n in first_batches(max_batch, self._device):
+                self.rank(largest[-n:])
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:

@@ -28,6 +28,12 @@ def batch_buckets(max_batch: int) -> list[int]:
     return [*(1 << i for i in range((max_batch - 1).bit_length())), max_batch]
 
 
+def first_batches(max_batch: int, device: torch.device) -> list[int]:
+    """Sizes of the batches to run before any is measured: on a GPU all buckets', since kernels are compiled for what
+    suits a size, on a CPU the largest alone."""
+    return batch_buckets(max_batch) if device.type == "cuda" else [max_batch]
+
+
 def length_buckets(lengths: Iterable[int]) -> list[int]:
     """16, 24, 32, 48, 64, ...: those that the given lengths (tokens) need, shortest first."""
     wanted = sorted(set(lengths))

@@ -20,7 +20,7 @@ from grengines.hstu.batch import Bucket
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
 from grengines.hstu.engine import check_graphs, operators
 from grengines.hstu.generator import HSTUGenerator, Prompts, pack_prompts
-from grengines.hstu.graphs import GraphRunner, batch_buckets, choose_bucket, length_buckets
+from grengines.hstu.graphs import GraphRunner, batch_buckets, choose_bucket, first_batches, length_buckets
 from grengines.hstu.model import zero_attention
 from grengines.hstu.results import Marks, collect_items, one_tensor
 from grengines.semantic.search import Beams, check_width
@@ -109,8 +109,9 @@ class HSTURetriever:
                 lambda bucket: [pack_prompts([], [], pool, bucket=bucket, pin=True)],
                 self._device,
             )
-        longest = sorted(range(len(sample)), key=lengths.__getitem__)[-max_batch:]
-        self.generate([sample[i] for i in longest])
+        longest = [sample[i] for i in sorted(range(len(sample)), key=lengths.__getitem__)[-max_batch:]]
+        for n in first_batches(max_batch, self._device):
+            self.generate(longest[-n:])
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> GenerateResult:

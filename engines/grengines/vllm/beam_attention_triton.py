@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from grkernels import tuning
 from grkernels.triton_common import INTERPRET, rounded
+from grkernels.triton_launch import launched
 
 
-@triton.jit(do_not_specialize=["requests"])
+@launched(
+    tensors=["out", "q", "k_slots", "v_slots"],
+    indices=["starts", "table", "limits", "own_slots"],
+    numbers=["requests", "table_stride", "scale"],
+)
 def _kernel(
     out: tl.tensor,
     q: tl.tensor,
@@ -21,7 +26,6 @@ def _kernel(
     table: tl.tensor,
     limits: tl.tensor,
     own_slots: tl.tensor,
-    requests: tl.tensor,
     out_stride: tl.tensor,
     out_head_stride: tl.tensor,
     q_stride: tl.tensor,
@@ -30,6 +34,7 @@ def _kernel(
     k_head_stride: tl.tensor,
     v_stride: tl.tensor,
     v_head_stride: tl.tensor,
+    requests: tl.tensor,
     table_stride: tl.tensor,
     scale: tl.tensor,
     TERMS: tl.constexpr,
@@ -121,13 +126,16 @@ def launch(
     n, heads, dim = len(limits), q.shape[1], q.shape[2]
     if not n:
         return
-    dim_block = max(16, triton.next_power_of_2(dim))
+    dim_block = max(16, tuning.bucket(dim))
     # 16 KiB a tile of keys: two stages of keys and values fit beside the queries, and the sums in registers.
     tile = max(16, min(64, 16384 // (dim_block * q.element_size())))
-    requests, strides = len(starts) - 1, [s for x in (out, q, k_slots, v_slots) for s in x.stride()[:2]]
-    grid = (n // tile + requests, heads)
-    _kernel[grid](
-        out, q, k_slots, v_slots, starts, block_table, limits, own_slots, requests, *strides, block_table.stride(0),
-        scale * math.log2(math.e), own_slots.shape[1], heads // k_slots.shape[1], dim, page, tile, tile, dim_block,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+    requests = len(starts) - 1
+    _kernel(
+        (n // tile + requests, heads, 1),
+        (out, q, k_slots, v_slots, starts, block_table, limits, own_slots),
+        out.stride()[:2] + q.stride()[:2] + k_slots.stride()[:2] + v_slots.stride()[:2],
+        (requests, block_table.stride(0), scale * math.log2(math.e)),
+        (own_slots.shape[1], heads // k_slots.shape[1], dim, page, tile, tile, dim_block),
+        num_warps=4,
+        num_stages=2,
+    )

@@ -21,6 +21,7 @@ from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.decoder.config import DecoderConfig
 from grengines.device import DTYPES, resolve_device, resolve_precision
 from grengines.hstu.config import HSTUConfig
+from grengines.hstu.graphs import first_batches
 from grengines.semantic.ids import prompt_of
 from grengines.semantic.search import check_width
 from grengines.semantic.trie import Trie
@@ -115,8 +116,9 @@ class VLLMEngine:
         self._start()
         self._choice = self._choices(max_batch)
         longest = sorted(sample, key=lambda r: len(r.history_items))[-max_batch:]
-        self.generate(longest)
-        self.forget()
+        for n in first_batches(max_batch, self._device):
+            self.generate(longest[-n:])
+            self.forget()
 
     def generate(self, requests: Sequence[Request]) -> GenerateResult:
         """As grengines.api.Generator, by `admit` and `step`. Raises RuntimeError unprepared or with others begun."""

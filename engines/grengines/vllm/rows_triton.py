@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grkernels.triton_launch import launched
+
 if TYPE_CHECKING:
     from grengines.vllm.rows import BeamRows
 
@@ -28,7 +30,7 @@ def _token_row_level(
     return token, row, tl.where(row >= 0, level, 0)
 
 
-@triton.jit(do_not_specialize=["n"])
+@launched(tensors=[], indices=["ids", "places", "made"], numbers=["n"])
 def _step(
     ids: tl.tensor,
     places: tl.tensor,
@@ -50,7 +52,11 @@ def _step(
     tl.store(made + 3 * n, tl.where(row >= 0, place - row + level, place), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "requests", "halvings"])
+@launched(
+    tensors=[],
+    indices=["ids", "places", "starts", "table", "limits", "slots"],
+    numbers=["n", "requests", "halvings", "table_stride"],
+)
 def _sight(
     ids: tl.tensor,
     places: tl.tensor,
@@ -92,7 +98,7 @@ def step(beams: BeamRows, ids: Tensor, places: Tensor) -> Tensor:
     n = len(ids)
     made = torch.empty(4, n, dtype=torch.int64, device=ids.device)
     if n:
-        _step[(triton.cdiv(n, BLOCK),)](ids, places, made, n, *_constants(beams), BLOCK)
+        _step((-(-n // BLOCK), 1, 1), (ids, places, made), (), (n,), (*_constants(beams), BLOCK), num_warps=4)
     return made
 
 
@@ -104,11 +110,14 @@ def sight(
     limits = torch.empty(n, dtype=torch.int32, device=ids.device)
     slots = torch.empty(n, len(back), dtype=torch.int64, device=ids.device)
     if n:
-        halvings, stride = (requests - 1).bit_length(), block_table.stride(0)
-        _sight[(triton.cdiv(n, BLOCK),)](
-            ids, places, starts, block_table, limits, slots, n, requests, halvings, stride, *_constants(beams),
-            back.start, len(back), block_size, BLOCK,
-        )  # fmt: skip
+        _sight(
+            (-(-n // BLOCK), 1, 1),
+            (ids, places, starts, block_table, limits, slots),
+            (),
+            (n, requests, (requests - 1).bit_length(), block_table.stride(0)),
+            (*_constants(beams), back.start, len(back), block_size, BLOCK),
+            num_warps=4,
+        )
     return limits, slots
 
 
