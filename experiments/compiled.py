@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, nargs="+", default=[256, 2048])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--onnx", help="folder with <model>/model.onnx, where onnxscript is not there to export one")
+    parser.add_argument("--build-only", action="store_true", help="build what is kept: measuring later takes less time")
     parser.add_argument("--tiny", action="store_true", help="hstu_tiny and short batches: to try the script")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -246,7 +247,7 @@ def main() -> None:
     for name in args.models:
         study = Study(args, name)
         study.prepare()
-        for shape in study.batches:
+        for shape in [] if args.build_only else study.batches:
             try:
                 study.measure(shape)
             except Exception as e:  # the next shape may still fit
