@@ -204,8 +204,11 @@ def pack(
             rows[at : at + C] = encoding.item_rows + (r.user_id * C + count[:C]) % encoding.user_rows
             positions[at : at + C] = encoding.max_positions + count[:C]
     # The exponent bits of 1 + gap as a double: floor(log2), exactly. A clock that ran backwards counts as no gap.
-    exponents = (np.maximum(gaps, 0) + 1.0).view(np.int64) >> 52
-    np.minimum(exponents - 1023, encoding.time_buckets - 1, out=gaps)
+    np.maximum(gaps, 0, out=gaps)
+    exponents = (gaps + 1.0).view(np.int64)
+    exponents >>= 52
+    exponents -= 1023
+    np.minimum(exponents, encoding.time_buckets - 1, out=gaps)
 
     arrays["num_targets"][:B] = targets
     offsets = {"q_offsets": q_offsets, "kv_offsets": q_offsets}
