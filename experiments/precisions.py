@@ -198,12 +198,14 @@ def main() -> None:
     tables = [line for name in args.models for line in speed(name, args)]
     loads.append(os.getloadavg()[0])
     shared = "other work shared the machine" if loads[0] > QUIET else "nothing else ran when it began"
+    weights = f" --weights {Path(args.weights).name}" if args.weights else ""
+    command = f"python experiments/precisions.py --threads {args.threads} --repeats {args.repeats}{weights}"
     env = describe_environment()
     page = [
         "# Compiled engines on a CPU",
         "",
-        f"`python experiments/precisions.py`, {begun}, {env['cpu']}, {env['cpu_cores']} cores, torch "
-        f"{torch.__version__}, onnxruntime {onnxruntime.__version__},",
+        f"`{command}`, {begun},",
+        f"{env['cpu']}, {env['cpu_cores']} cores, torch {torch.__version__}, onnxruntime {onnxruntime.__version__},",
         f"Python {platform.python_version()}, {args.threads} thread(s) an engine, {args.repeats} calls a cell "
         f"(fewer past {SECONDS:.0f} s),",
         f"engines in turns; load average {loads[0]:.1f} to {loads[1]:.1f}: {shared}.",

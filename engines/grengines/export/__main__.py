@@ -29,17 +29,11 @@ def main() -> int:
         prog=f"python -m {PROG}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; an export in it is replaced")
-    parser.add_argument("--model", type=Path, help="YAML file with the model's options")
-    parser.add_argument("--weights", type=Path, help="safetensors file; without it weights are random, from --seed")
-    parser.add_argument("--items", type=int, help="in the catalogue (with --weights: as its table has)")
-    parser.add_argument("--users", type=int, default=1, help="in the catalogue (default: %(default)s)")
-    parser.add_argument("--actions", type=int, help="action bits of an event (with --weights: as its table has)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the check (default: %(default)s)")
+    model_arguments(parser)
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16", "int8"], default="fp32")
     parser.add_argument(
         "--skip-hidden", action="store_true", help="attention for runtimes whose shapes may change within a loop"
     )
-    parser.add_argument("options", nargs="*", metavar="key=value", help="options of the model")
     args = parser.parse_args()
     try:
         model, catalogue = described(args)
@@ -72,6 +66,17 @@ def run(model: HSTUConfig, catalogue: Catalogue, args: argparse.Namespace) -> in
         f"allowed {result.tolerance:.1e}, without attention {result.zero_attention_error:.1e}"
     )
     return 0
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `described` reads."""
+    parser.add_argument("--model", type=Path, help="YAML file with the model's options")
+    parser.add_argument("--weights", type=Path, help="safetensors file; without it weights are random, from --seed")
+    parser.add_argument("--items", type=int, help="in the catalogue (with --weights: as its table has)")
+    parser.add_argument("--users", type=int, default=1, help="in the catalogue (default: %(default)s)")
+    parser.add_argument("--actions", type=int, help="action bits of an event (with --weights: as its table has)")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="options of the model")
 
 
 def described(args: argparse.Namespace) -> tuple[HSTUConfig, Catalogue]:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from grengines.api import UnavailableError
-from grengines.export.__main__ import described
+from grengines.export.__main__ import described, model_arguments
 from grengines.tensorrt.config import PRECISIONS
 
 PROG = "grengines.tensorrt.build"
@@ -30,12 +30,7 @@ def main() -> int:
         prog=f"python -m {PROG}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; a plan in it is replaced")
-    parser.add_argument("--model", type=Path, help="YAML file with the model's options")
-    parser.add_argument("--weights", type=Path, help="safetensors file; without it weights are random, from --seed")
-    parser.add_argument("--items", type=int, help="in the catalogue (with --weights: as its table has)")
-    parser.add_argument("--users", type=int, default=1, help="in the catalogue (default: %(default)s)")
-    parser.add_argument("--actions", type=int, help="action bits of an event (with --weights: as its table has)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
+    model_arguments(parser)
     parser.add_argument("--library", choices=["auto", "tensorrt", "tensorrt_rtx"], default="auto")
     parser.add_argument("--target", default="8.9", help="compute capability (default: %(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="default: %(default)s")
@@ -47,7 +42,6 @@ def main() -> int:
     parser.add_argument("--calibration", type=int, default=16, help="requests to take scales from (default: 16)")
     parser.add_argument("--refit", action="store_true", help="a plan that takes other weights later")
     parser.add_argument("--no-plugin", action="store_true", help="attention by the body in ONNX (tensorrt only)")
-    parser.add_argument("options", nargs="*", metavar="key=value", help="options of the model")
     args = parser.parse_args()
     try:
         return run(args)

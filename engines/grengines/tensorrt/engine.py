@@ -58,11 +58,11 @@ class Execution:
         log.take()
         self.facts, self._library, self._device = plan.facts, library, device
         self.stream = torch.cuda.Stream(device)
-        # The order matters: what is made of another is released before it.
         self._runtime = trt.Runtime(log)
         self._engine = self._runtime.deserialize_cuda_engine(plan.read())
         if self._engine is None:
             raise UnavailableError(f"{library.name} {library.version} can't load {plan.folder}: {log.take()}")
+        self._kernels: Any = None  # TensorRT for RTX: what it compiled on this GPU
         self._config = self._runtime_config(graphs)
         self._scratch = torch.empty(self._engine.device_memory_size_v2, dtype=torch.uint8, device=device)
         self._contexts = [self._context(i) for i in range(len(self.facts.profiles))]
@@ -115,7 +115,13 @@ class Execution:
     def save_runtime_cache(self) -> None:
         """Keep what TensorRT for RTX compiled on this GPU for the next start."""
         if self._library.rtx:
-            folders.write(self._runtime_file(), bytes(self._compiled.serialize()))
+            folders.write(self._runtime_file(), bytes(self._kernels.serialize()))
+
+    def close(self) -> None:
+        """Wait for what runs, and release everything, captured graphs being gone already: contexts before the
+        configuration, which must not outlive the engine."""
+        self.stream.synchronize()
+        del self._contexts, self._config, self._kernels, self._engine, self._runtime
 
     def _enqueue(self, context: Any, host: Staged) -> Tensor:
         begin = self._buffer.data_ptr()
@@ -153,10 +159,10 @@ class Execution:
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._library.rtx:
-            self._compiled = config.create_runtime_cache()
+            self._kernels = config.create_runtime_cache()
             if self._runtime_file().is_file():  # False: of another driver or GPU; the cache stays empty
-                self._compiled.deserialize(self._runtime_file().read_bytes())
-            self._check(config.set_runtime_cache(self._compiled), "use its runtime cache")
+                self._kernels.deserialize(self._runtime_file().read_bytes())
+            self._check(config.set_runtime_cache(self._kernels), "use its runtime cache")
             if graphs:
                 config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return config
@@ -349,9 +355,10 @@ class TensorRTEngine:
 
     def close(self) -> None:
         """Release the plan, its contexts and memory. Safe to call twice."""
+        self._graphs = {}
         if self._execution is not None:
-            self._execution.stream.synchronize()
-        self._graphs, self._execution, self._staged, self._plan = {}, None, None, None
+            self._execution.close()
+        self._execution, self._staged, self._plan = None, None, None
         torch.cuda.empty_cache()
 
     def _facts(self, sample: Sequence[Request], max_batch: int) -> tuple[plans.Facts, list[dict[str, Any]]]:
