@@ -208,24 +208,50 @@ def distance(scores: Any, expected: Any) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each engine and shape, against the first engine of that shape."""
-    lines = [
-        "| model | batch | history | candidates | engine | p50, ms | of native | requests/s | ready, s | MB | error |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    failures = []
-    first: dict[Any, float] = {}
-    for row in rows:
-        shape = tuple(row.get(k) for k in ("model", "batch", "history", "candidates"))
-        if row["status"] != "OK":
-            failures.append(f"- {' '.join(str(s) for s in shape if s)}, {row['engine']}: {row['status']}")
-            continue
-        first.setdefault(shape, row["p50_ms"])
-        size = f"{row['bytes'] / 1e6:.0f}" if row["bytes"] else "-"
-        figures = [f"{row['p50_ms']:.3f}", f"{first[shape] / row['p50_ms']:.2f}x", f"{row['rps']:.0f}"]
-        cells = [*shape, row["engine"], *figures, f"{row['build_s']:.1f}", size, f"{row['error']:.1e}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, *(["", "Not measured:", "", *failures] if failures else [])])
+    """Markdown: the median latency of each shape by engine, the throughput, and what each engine took to be ready."""
+    done = [row for row in rows if row["status"] == "OK"]
+    engines = list(dict.fromkeys(row["engine"] for row in done))
+    parts = [_by_shape(done, engines, f"p50 in ms, and times as fast as {engines[0]}", _latency)] if done else []
+    parts += [_by_shape(done, engines, "Requests a second", lambda row, _: f"{row['rps']:.0f}")] if done else []
+    ready = ["| model | engine | ready, s | MB | largest error | of allowed |", "|---|---|---|---|---|---|"]
+    for model, engine in dict.fromkeys((row["model"], row["engine"]) for row in done):
+        of = [row for row in done if (row["model"], row["engine"]) == (model, engine)]
+        worst = max(of, key=lambda row: row["error"] / row["allowed"])
+        size = f"{of[0]['bytes'] / 1e6:.0f}" if of[0]["bytes"] else "-"
+        error = f"{worst['error']:.1e} | {worst['error'] / worst['allowed']:.0%}"
+        ready.append(f"| {model} | {engine} | {of[0]['build_s']:.1f} | {size} | {error} |")
+    parts.append("\n".join(ready))
+    if failures := [row for row in rows if row["status"] != "OK"]:
+        lines = [
+            f"- {' '.join(map(str, [row['model'], *_shape(row)]))}, {row['engine']}: {row['status']}"
+            for row in failures
+        ]
+        parts.append("\n".join(["Not measured:", "", *lines]))
+    return "\n\n".join(parts)
+
+
+def _by_shape(
+    rows: list[dict[str, Any]], engines: list[str], title: str, cell: Callable[[dict[str, Any], dict[str, Any]], str]
+) -> str:
+    """A table with a row a shape and a column an engine; cell: what to say of a row beside the first engine's."""
+    lines = [f"{title}:", "", f"| model | batch | history | candidates | {' | '.join(engines)} |"]
+    lines.append("|" + "---|" * (4 + len(engines)))
+    for place in dict.fromkeys((row["model"], *_shape(row)) for row in rows):
+        of = {row["engine"]: row for row in rows if (row["model"], *_shape(row)) == place}
+        first = next(iter(of.values()))
+        cells = [cell(of[engine], first) if engine in of else "-" for engine in engines]
+        lines.append(f"| {' | '.join(map(str, [*place, *cells]))} |")
+    return "\n".join(lines)
+
+
+def _latency(row: dict[str, Any], first: dict[str, Any]) -> str:
+    ratio = "" if row is first else f", {first['p50_ms'] / row['p50_ms']:.2f}x"
+    return f"{row['p50_ms']:.3f}{ratio}"
+
+
+def _shape(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Nothing for an engine that wasn't built."""
+    return tuple(row[key] for key in ("batch", "history", "candidates") if key in row)
 
 
 def main() -> None:
