@@ -15,6 +15,6 @@ cache="cache=lru cache.memory_gb=12 cache.host_gb=16"
 run="$python -m grbench -m runner.output_root=$root $users $load $engine $graphs"
 $run workload.revisit_rate=0,0.6 cache=none || failed=1
 $run workload.revisit_rate=0,0.6,0.9 $cache || failed=1
-$run workload.revisit_rate=0 $cache cache.admit_visit=2 || failed=1
+$run workload.revisit_rate=0,0.6 $cache cache.admit_visit=1 cache.host_admit_visit=1 || failed=1
 $python experiments/item_cache.py --device cuda --rows 2000000 | tee $root/item_cache.txt || failed=1
 exit $failed

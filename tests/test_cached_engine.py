@@ -22,6 +22,7 @@ from grengines.cache.pool import PagePool, PoolFullError
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine, Reference
+from grengines.hstu.graphs import plan_buckets
 from grkernels.paged_write import on_gpu, paged_write
 from grkernels.registry import FAMILIES
 
@@ -126,6 +127,51 @@ def test_what_is_loaded_balances_copying_and_computing() -> None:
     engine.forget(keep_host=True)
     cached.compute_s = 1.0  # computing takes for ever: all is loaded
     assert engine.rank(rounds[-1]).details["cache_loaded_tokens"] == events
+
+
+class Replays:
+    """GraphRunner's part on a CPU, which has no graphs: what was uploaded is computed at the replay."""
+
+    def __init__(self, forward: Any) -> None:
+        self._forward, self.count = forward, 0
+
+    def upload(self, bucket: Any, *hosts: Any) -> None:
+        self._hosts = hosts
+
+    def replay(self, bucket: Any) -> Any:
+        self.count += 1
+        return self._forward(*(host.to(torch.device("cpu")) for host in self._hosts))
+
+
+def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grengines.hstu.cached.MOST_PADDING", 10.0)  # six candidates take a graph of sixteen
+    rounds = traffic(2, 2, longest=400)
+    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)
+    cached: CachedRanking = engine._cached
+    sample = [r for requests in rounds for r in requests]
+    cached.buckets = plan_buckets(sample, cached._ranker.encoding, 2, [], 400)
+    cached._graphs = Replays(cached._paged)
+    tier = cached.states.tier
+    assert tier is not None
+    requests = rounds[-1]
+    tokens = sum(len(r.history_items) for r in requests)
+    for prefetched, launch_s, replays, eager in (
+        (True, 1.0, 2, 0.0),  # nothing to wait for, and kernels are slow to launch: all is loaded, a graph is sooner
+        (True, 0.0, 1, 1.0),  # kernels cost nothing to launch: what there is to compute goes on beside the copies
+        (False, 1e-9, 2, 0.0),  # copying takes longer than computing all again: nothing is loaded
+    ):
+        engine.forget()
+        cached._graphs.count = 0
+        engine.rank(requests)
+        engine.forget(keep_host=True)
+        if prefetched:
+            assert all(tier.prefetch(r.user_id) for r in requests)
+        cached.copy_bytes_s, cached.compute_s, cached.launch_s = 1.0, 1e-6, launch_s
+        result = engine.rank(requests)
+        assert error(result, reference.scores(requests)) < 1e-5
+        assert result.details["cache_loaded_tokens"] == tokens * prefetched
+        assert (cached._graphs.count, result.details["eager_batches"]) == (replays, eager)
 
 
 FAULTS = {

@@ -258,6 +258,10 @@ class HostTier:
         self._staged[user] = _Staged(state, layers, self._last_read)
         return True
 
+    def prefetched(self, user: int) -> bool:
+        """Whether the user's state is beside the pages, or on its way there."""
+        return user in self._staged
+
     def bytes_a_second(self) -> float:
         """Of a plain copy of page-locked memory to the device; at most 64 MiB, the best of three."""
         host = self.layers[0][: max((64 << 20) // self.layers[0][0].nbytes, 1)]
@@ -275,7 +279,8 @@ class HostTier:
 
 
 class Onload:
-    """The states of one batch on their way up. `layer(i)` is called before layer i writes or reads its pages."""
+    """The states of one batch on their way up. `layer(i)` is called before layer i writes or reads its pages, or
+    `all_layers` before any does. bytes: of all; host_bytes: of those that were not prefetched."""
 
     def __init__(self, tier: HostTier, loads: Sequence[Load]) -> None:
         self._tier, self._device, self._up = tier, tier.device, tier._up
@@ -284,6 +289,8 @@ class Onload:
         shape = (len(self._ids), tier.layers[0].shape[1])
         self._staging = [torch.empty(shape, dtype=tier.layers[0].dtype, device=self._device) for _ in range(AHEAD)]
         self._sources = [(load, tier.states[load.user], tier._staged.pop(load.user, None)) for load in loads]
+        from_host = sum(len(load.pages) for load, _, staged in self._sources if staged is None)
+        self.host_bytes = from_host * tier.pool.page_bytes
         self._sent: list[tuple[Mark, Mark]] = []
         self._waits: list[tuple[Mark, Mark]] = []
         self._placed = [Mark(self._device)]  # entry i: the staging memory of layer i - 1 is free
@@ -307,6 +314,11 @@ class Onload:
         self._placed.append(Mark(self._device))
         if i + AHEAD < len(pool.k):
             self._send(i + AHEAD)
+
+    def all_layers(self) -> None:
+        """Put every layer into its pages before anything is computed: what a CUDA graph needs."""
+        for i in range(len(self._tier.pool.k)):
+            self.layer(i)
 
     def times_ms(self) -> tuple[float, float]:
         """(how long the computation waited, how long the copies took); waits until all is done."""

@@ -223,6 +223,12 @@ class UserStates:
         with self._lock:
             return self.tier.load(loads)
 
+    def prefetched(self, plan: Plan) -> bool:
+        """Whether what only the host has of the plan's history was sent up already: loading that costs little."""
+        with self._lock:
+            more = plan.on_host > plan.on_device
+            return more and self.tier is not None and self.tier.prefetched(plan.user)
+
     def prefetch(self, now: float, horizon: float) -> None:
         """Send up whom the policy expects within so many seconds and only the host has, as far as there is room."""
         if self.tier is None or horizon <= 0:

@@ -12,7 +12,7 @@ import torch
 from grengines.api import RankResult, Request
 from grengines.cache import policies
 from grengines.cache.config import PagedCacheConfig
-from grengines.cache.host import HostTier
+from grengines.cache.host import HostTier, Onload
 from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
 from grengines.cache.states import Plan, UserStates
@@ -76,10 +76,12 @@ class CachedRanking:
         now = max(r.arrival_s for r in requests)
         plans = states.lookup(requests, now)
         try:
-            share = self._share(requests, plans)
-            stored = [states.extend(plan, share) for plan in plans]
+            shares = self._shares(requests, plans)
+            stored = [states.extend(plan, share) for plan, share in zip(plans, shares, strict=True)]
             onload = states.start_loading(plans)  # as early as can be
-            bucket = None if onload else self._bucket(requests, plans)
+            bucket = self._bucket(requests, plans)
+            if bucket is not None and onload is not None and not self._replays_sooner(bucket, onload):
+                bucket = None
             # Candidates on their own need the whole history in pages: where it is not stored, all go in one pass.
             size, cached = self._microbatch if all(stored) else 0, [plan.cached for plan in plans]
             hosts = pack_slices(requests, ranker.encoding, size, cached=cached, bucket=bucket, pin=self._pin)
@@ -97,6 +99,8 @@ class CachedRanking:
             if self._graphs is not None and bucket is not None:
                 self._graphs.upload(bucket, hosts[0], places)
                 marks.add()
+                if onload is not None:
+                    onload.all_layers()
                 logits = self._graphs.replay(bucket)
             else:
                 batches = [host.to(self._device) for host in hosts]
@@ -167,22 +171,33 @@ class CachedRanking:
         self.buckets = buckets
         self.forget()
 
-    def _share(self, requests: Sequence[Request], plans: Sequence[Plan]) -> float:
-        """How much to load of what only the host has.
+    def _shares(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[float]:
+        """How much to load of what only the host has of each.
 
-        Loading t seconds a token goes on while what isn't loaded is computed, c seconds a token. Both end together when
-        of the N tokens that would be computed without the host c / (c + t) are loaded. Nothing is loaded where a graph,
-        which can't wait for copies, computes all of it sooner.
+        What was prefetched is loaded whole. Of the rest, loading t seconds a token goes on while what isn't loaded is
+        computed, c seconds a token. Both end together when of the N tokens that would be computed without the host
+        c / (c + t) are loaded. Nothing is loaded where a graph, which can't wait for single copies, computes all of it
+        sooner.
         """
-        there = sum(max(plan.on_host - plan.on_device, 0) for plan in plans)
-        if self._cache.onload_share or not there or not self.compute_s:
-            return self._cache.onload_share or 1.0
-        pool = self.states.pool
+        states, pool = self.states, self.states.pool
+        more = [max(plan.on_host - plan.on_device, 0) for plan in plans]
+        if self._cache.onload_share or not any(more) or not self.compute_s:
+            return [self._cache.onload_share or 1.0] * len(plans)
+        here = [states.prefetched(plan) for plan in plans]
+        there = sum(n for n, prefetched in zip(more, here, strict=True) if not prefetched)
+        free = sum(more) - there
         copy_s = pool.page_bytes / pool.page / self.copy_bytes_s
-        tokens = sum(p.tokens - p.on_device + len(r.candidates) for p, r in zip(plans, requests, strict=True))
-        share = min(tokens * self.compute_s / (self.compute_s + copy_s) / there, 1.0)
+        tokens = sum(p.tokens - p.on_device + len(r.candidates) for p, r in zip(plans, requests, strict=True)) - free
+        share = min(tokens * self.compute_s / (self.compute_s + copy_s) / there, 1.0) if there else 1.0
         loading_s, computing_s = max(share * there * copy_s, self.launch_s), tokens * self.compute_s
-        return 0.0 if self._graphs is not None and computing_s < loading_s else share
+        if self._graphs is not None and computing_s < loading_s:
+            share = 0.0
+        return [1.0 if prefetched else share for prefetched in here]
+
+    def _replays_sooner(self, bucket: Bucket, onload: Onload) -> bool:
+        """Whether all copies and then a graph take less than kernels launched one by one beside the copies."""
+        loading_s, computing_s = onload.host_bytes / self.copy_bytes_s, bucket.batch * bucket.length * self.compute_s
+        return loading_s + computing_s < max(loading_s, computing_s, self.launch_s)
 
     def _bucket(self, requests: Sequence[Request], plans: Sequence[Plan]) -> Bucket | None:
         """The graph for a batch; None where there is none, or only one that would mostly encode padding."""
