@@ -147,6 +147,21 @@ def test_the_next_engine_of_a_chain_answers_what_the_package_was_not_built_for(r
 
 
 @NO_COMPILER
+def test_a_chain_is_prepared_with_a_package_that_is_too_small_for_its_largest_batch(ready: AOTIEngine) -> None:
+    assert ready._package is not None
+    outside = requests_of([80], [3])
+    given: dict[str, Any] = {"device": "cpu", "cpu_threads": 1, "package": str(ready._package.path)}
+    alone = registry.build(AOTIEngineConfig(**given), MODEL, KernelConfig(), CATALOGUE, 5)
+    with pytest.raises(OutsideError, match="longest=85, the engine is built for at most 64"):
+        alone.prepare(outside, 4)
+    alone.close()
+    chain = registry.build(AOTIEngineConfig(**given, fallback=["hstu"]), MODEL, KernelConfig(), CATALOGUE, 5)
+    chain.prepare(outside, 4)
+    assert chain.rank(outside).details["fallback_requests"] == 1  # type: ignore[attr-defined]
+    chain.close()
+
+
+@NO_COMPILER
 def test_a_package_that_does_not_belong_here_is_one_line_that_says_what_to_do(
     ready: AOTIEngine, tmp_path: Path
 ) -> None:

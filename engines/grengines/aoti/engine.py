@@ -18,6 +18,7 @@ from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.device import DTYPES, resolve_device, resolve_precision
 from grengines.export.identity import model_hash
 from grengines.export.module import ExportedRanker
+from grengines.fallback import OutsideError
 from grengines.hstu.batch import Bucket, Encoding, JaggedBatch, pack
 from grengines.hstu.config import HSTUConfig
 from grengines.hstu.engine import build_model, operators
@@ -92,7 +93,11 @@ class AOTIEngine:
                 lambda bucket: [pack([], self._encoding, bucket=bucket, pin=True)],
                 self._device,
             )
-        self.rank(sorted(sample, key=lambda r: token_count(r, self._encoding))[-max_batch:])
+        try:
+            self.rank(sorted(sample, key=lambda r: token_count(r, self._encoding))[-max_batch:])
+        except OutsideError:  # of a package that was given
+            if not self._config.fallback:
+                raise
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:

@@ -18,9 +18,9 @@ from grengines.hstu.generator import HSTUGenerator
 from grengines.hstu.model import EPS, HSTULayer
 from grengines.vllm import compat
 from grengines.vllm.attention import HSTUAttentionBackend
-from grengines.vllm.beam_attention import variant
 from grengines.vllm.rows import BeamRows, Step
 from grengines.vllm.softmax import SoftmaxAttentionBackend
+from grkernels.beam_attention import variant
 from grkernels.operators import Operators
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grengines.vllm import compat
 from grengines.vllm.attention import StepMetadata, StepMetadataBuilder
-from grengines.vllm.beam_attention import beam_attention
+from grkernels.beam_attention import beam_attention
 from grkernels.paged_write import paged_write
 
 

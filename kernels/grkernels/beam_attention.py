@@ -84,7 +84,7 @@ def on_gpu(
     scale: float,
 ) -> None:
     """`beam_attention` in Triton, which on a CPU runs in its interpreter only."""
-    from grengines.vllm.beam_attention_triton import launch
+    from grkernels.beam_attention_triton import launch
 
     page = k_pages.shape[1]
     launch(out, q, slotted(k_pages), slotted(v_pages), starts, block_table, limits, own_slots, page, scale)
