@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=256)
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 32, 256], help="of load")
     parser.add_argument("--graphs", action="store_true", help="of load: CUDA graphs where an engine has them")
-    parser.add_argument("--graph-tokens", default="[64,256,512,1024,2048,4096]", help="of load: vLLM's, in tokens")
+    parser.add_argument("--graph-tokens", default="[64,256,512,1024,2048,4096,8192]", help="of load: vLLM's, in tokens")
     parser.add_argument("--hf-rows", type=int, default=16_384, help="of load: more items x beams go one by one in hf")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=20)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import vllm_checks
 from conftest import Grbench
 from test_beam import SIZES, catalogue
 
@@ -58,7 +59,7 @@ REQUESTS = requests_of()
 def engine_of(
     sample: Sequence[Request] = REQUESTS, model: Any = MODEL, retrieval: Retrieval = RETRIEVAL, **options: Any
 ) -> VLLMEngine:
-    config = VLLMEngineConfig(**{"kv_cache_gb": 0.02, "block_size": 16, **options})
+    config = VLLMEngineConfig(**{"kv_cache_gb": 0.02, "block_size": 16, "max_num_seqs": 64, **options})
     kernels = dict.fromkeys(FAMILIES, "torch")
     engine = VLLMEngine(config, model, kernels, CATALOGUE, 3, CacheConfig(), retrieval)
     engine.prepare(sample, 4)
@@ -282,48 +283,17 @@ def test_a_prompt_that_is_too_long_never_reaches_vllm() -> None:
 
 
 def test_chunks_of_any_size_change_nothing(expected: Beams) -> None:
-    """Steps of at most 19 tokens: chunks end within prompts, within beams, and between a beam's codes."""
-    engine = engine_of(max_num_batched_tokens=19, max_num_seqs=4)
-    try:
-        found = engine.generate(REQUESTS)
-        expect_equal(found, expected)
-        assert found.details["vllm_steps"] > 25
-    finally:
-        engine.close()
+    vllm_checks.chunks_of_any_size_change_nothing(engine_of, REQUESTS, lambda found: expect_equal(found, expected))
 
 
 def test_preemption_changes_nothing(expected: Beams, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few pages that vLLM takes requests back and begins them again. It reads one prompt at a time and admits none
-    that doesn't fit; only with both put aside does it come to that."""
-    from grengines.vllm import compat
-
-    start = compat.start
-    loose = {"long_prefill_token_threshold": 16, "scheduler_reserve_full_isl": False}
-    monkeypatch.setattr(compat, "start", lambda arguments: start(arguments | loose))
-    engine = engine_of(kv_blocks=12, max_num_batched_tokens=128)
-    try:
-        scheduler = engine._core.engine_core.scheduler
-        preempted = []
-        preempt = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *a, **k: (preempted.append(request), preempt(request, *a, **k))[1]
-        expect_equal(engine.generate(REQUESTS), expected)
-        assert preempted
-        assert engine.actual()["kv_blocks"] == 12
-    finally:
-        engine.close()
+    vllm_checks.preemption_changes_nothing(
+        engine_of, REQUESTS, lambda found: expect_equal(found, expected), monkeypatch
+    )
 
 
 def test_without_prefix_caching_nor_chunks(expected: Beams) -> None:
-    engine = engine_of(prefix_caching=False, chunked_prefill=False, max_num_batched_tokens=256)
-    try:
-        found = engine.generate(REQUESTS)
-        expect_equal(found, expected)
-        assert found.details["prefix_hit_tokens"] == 0
-        assert found.details["reread_tokens"] == 2 * found.tokens
-        actual = engine.actual()
-        assert not actual["prefix_caching"] and not actual["chunked_prefill"]
-    finally:
-        engine.close()
+    vllm_checks.prefix_caching_and_chunks_can_be_off(engine_of, REQUESTS, lambda found: expect_equal(found, expected))
 
 
 def test_half_precision_differs_among_near_ties_only(reference: Reference, expected: Beams) -> None:

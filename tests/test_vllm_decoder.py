@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import vllm_checks
 from test_vllm import (
     GPU_REQUESTS,
     REQUESTS,
@@ -333,44 +334,19 @@ class TestOneEngine:
 
 
 def test_chunks_of_any_size_change_nothing(expected: Beams) -> None:
-    """Steps of at most 19 tokens: chunks end within prompts, within beams, and between a beam's codes."""
-    engine = decoder_engine(max_num_batched_tokens=19, max_num_seqs=4)
-    try:
-        found = engine.generate(REQUESTS)
-        expect_equal(found, expected)
-        assert found.details["vllm_steps"] > 25
-    finally:
-        engine.close()
+    vllm_checks.chunks_of_any_size_change_nothing(decoder_engine, REQUESTS, lambda found: expect_equal(found, expected))
 
 
 def test_preemption_changes_nothing(expected: Beams, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with HSTU in test_vllm.py: so few pages that vLLM takes requests back and begins them again."""
-    from grengines.vllm import compat
-
-    start = compat.start
-    loose = {"long_prefill_token_threshold": 16, "scheduler_reserve_full_isl": False}
-    monkeypatch.setattr(compat, "start", lambda arguments: start(arguments | loose))
-    engine = decoder_engine(kv_blocks=12, max_num_batched_tokens=128)
-    try:
-        scheduler = engine._core.engine_core.scheduler
-        preempted = []
-        preempt = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *a, **k: (preempted.append(request), preempt(request, *a, **k))[1]
-        expect_equal(engine.generate(REQUESTS), expected)
-        assert preempted
-    finally:
-        engine.close()
+    vllm_checks.preemption_changes_nothing(
+        decoder_engine, REQUESTS, lambda found: expect_equal(found, expected), monkeypatch
+    )
 
 
 def test_without_prefix_caching_nor_chunks(expected: Beams) -> None:
-    engine = decoder_engine(prefix_caching=False, chunked_prefill=False, max_num_batched_tokens=256)
-    try:
-        found = engine.generate(REQUESTS)
-        expect_equal(found, expected)
-        assert found.details["prefix_hit_tokens"] == 0
-        assert found.details["reread_tokens"] == 2 * found.tokens
-    finally:
-        engine.close()
+    vllm_checks.prefix_caching_and_chunks_can_be_off(
+        decoder_engine, REQUESTS, lambda found: expect_equal(found, expected)
+    )
 
 
 # On a GPU

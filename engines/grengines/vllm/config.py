@@ -19,7 +19,7 @@ class VLLMEngineConfig:
     kv_cache_gb: float = option(1.0, gt=0)  # memory for pages on a CPU
     kv_blocks: int = option(0, ge=0)  # pages; 0: as many as memory allows
     block_size: int = option(64, ge=16, le=256)  # tokens of a page, a power of two; a prefix hits in whole pages
-    max_num_seqs: int = option(256, ge=1)  # searches under way
+    max_num_seqs: int = option(0, ge=0)  # searches under way; 0: as many as a batch has, at most
     max_num_batched_tokens: int = option(8192, ge=1)  # of one step; longer prompts are read in chunks
     prefix_caching: bool = True  # without it every code of a search reads the prompt again
     chunked_prefill: bool = True

@@ -95,7 +95,7 @@ class VLLMEngine:
         self._choice: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._searches: dict[str, Search] = {}  # by vLLM request
-        self._under_way = self._longest = self._steps = 0
+        self._under_way = self._longest = self._max_batch = self._steps = 0
         self._number = 0  # of the next vLLM request
         self._process = (torch.set_num_threads, torch.get_num_threads(), os.environ.get("LD_PRELOAD"))
 
@@ -110,7 +110,7 @@ class VLLMEngine:
         if self._config.cpu_threads:
             torch.set_num_threads(self._config.cpu_threads)
         torch.set_float32_matmul_precision("highest")
-        self._longest = max(len(self._prompt(r)) for r in sample)
+        self._longest, self._max_batch = max(len(self._prompt(r)) for r in sample), max_batch
         # Of every search: the trie's root, and its score.
         self._root = torch.zeros(1, dtype=torch.int64, device=self._device), torch.zeros(1, device=self._device)
         self._start()
@@ -342,7 +342,7 @@ class VLLMEngine:
             "dtype": str(DTYPES[self._precision]).removeprefix("torch."),
             "seed": self._seed,
             "max_model_len": limit + 1,
-            "max_num_seqs": min(config.max_num_seqs, config.max_num_batched_tokens),
+            "max_num_seqs": min(config.max_num_seqs or self._max_batch, config.max_num_batched_tokens),
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "block_size": config.block_size,
             "enable_prefix_caching": config.prefix_caching,
