@@ -42,7 +42,7 @@ TRAINED = ["workload=ml_100k", "workload.max_history=128", "model=hstu_tiny", "m
 CELLS = ["hstu fp32", "hstu fp16", "hstu bf16", "onnxruntime fp32", "onnxruntime fp16", "onnxruntime int8"]
 UNAVAILABLE = ["onnxruntime bf16"]  # the page has their reasons
 SECONDS = 20.0  # no cell is timed longer
-QUIET = 1.5  # load averages up to here: the machine was its own, an engine of one thread and what came before apart
+QUIET = 1.5  # load average up to which nothing else ran; what came just before counts in it
 CALIBRATION = 16  # requests, as engine.calibration
 
 
