@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grkernels import registry, tuning
+from grkernels import registry, triton_launch, tuning
 
 torch.set_num_threads(1)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -409,6 +409,41 @@ def test_on_a_gpu_at_real_sizes_and_in_a_graph(family: str, name: str, dtype: st
         x.fill_(torch.nan)
     graph.replay()
     assert agrees(family, captured, arguments)
+
+
+class Kernel:
+    """As much of Triton's as `Launcher` calls: says whether a launch went through Triton's own call, or the compiled
+    kernel that this returned."""
+
+    fn = interaction
+
+    def __init__(self) -> None:
+        self.launches: list[str] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Any]:
+        return lambda *arguments, num_warps: (self.launches.append("own"), {grid: self.again})[1]
+
+    def again(self, *arguments: Any) -> None:
+        self.launches.append("compiled")
+
+
+def test_launches_find_their_kernel_by_what_it_was_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU test_triton_compiles_nothing_anew_for_other_lengths sees the real thing."""
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)
+    kernel, before = Kernel(), len(tuning.compiled())
+    launcher = triton_launch.Launcher(kernel, aligned=1)
+    memory, index = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(9, dtype=torch.int64)
+
+    def launch(x: Tensor = memory, at: Tensor = index, stride: int = 8, rows: int = 5, block: int = 16) -> str:
+        launcher((1, 1, 1), (x, at), (stride,), (rows, 1e-6), (block,), num_warps=4)
+        return kernel.launches[-1]
+
+    assert launch() == "own" and launch() == "compiled"
+    assert launch(rows=16) == launch(rows=1) == launch(at=index[1:]) == launch(memory[8:]) == "compiled"
+    assert launch(memory[1:]) == launch(memory[1:]) == "own"  # not aligned: as Triton finds it, every time
+    for other in ({"stride": 16}, {"block": 32}, {"x": memory.float()}, {"at": index.int()}):
+        assert launch(**other) == "own" and launch(**other) == "compiled"  # type: ignore[arg-type]
+    assert launch() == "compiled" and tuning.compiled()[before:] == ["test_operators"] * 5
 
 
 BY_LENGTH: dict[str, Callable[[int], Arguments]] = {
