@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -383,3 +386,30 @@ def test_what_cannot_be_asked_is_refused() -> None:
 def test_candidates_are_distinct_also_where_few_items_are_popular(changes: dict[str, Any]) -> None:
     for r in build(SyntheticConfig(**{**vars(SMALL), "visits": 20, **changes})).requests:
         assert len(set(r.candidates.tolist())) == len(r.candidates) == changes["num_candidates"]
+
+
+FETCHING_FAILS = """
+from grbench.workloads.events import DataError
+from grbench.workloads.movielens import ml_100k
+
+try:
+    ml_100k()
+except DataError as e:
+    print(e)
+import setuptools  # as vLLM and torch.compile do, in the process that fetched
+"""
+
+
+def test_fetching_movielens_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    env = os.environ | {"GRBENCH_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FETCHING_FAILS], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "MovieLens-100K could not be fetched" in done.stdout and "workload=synthetic" in done.stdout
+
+
+def test_a_python_without_pip_is_told_of_ensurepip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path))
+    with pytest.raises(DataError, match="this Python lacks pip, which fetches it: run python -m ensurepip"):
+        movielens.ml_100k()
