@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grkernels.paged_write import slotted
+from grkernels.paged_write import slotted, variant
 
 _ROWS = 256  # on a CPU so many at once: bounds the memory of the scores
 
@@ -64,11 +64,6 @@ def beam_attention(
             seen = torch.einsum("nhgk,khd->nhgd", of_prompt, values[slots].float())
             seen += torch.einsum("nhgk,nkhd->nhgd", of_codes, values[mine].float())
             out[rows] = seen.flatten(1, 2).to(out.dtype)
-
-
-def variant(device: str) -> str:
-    """What attends on a device of this type; for records."""
-    return "triton" if device == "cuda" else "torch"
 
 
 def on_gpu(

@@ -22,7 +22,7 @@ def paged_write(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: T
 
 
 def variant(device: str) -> str:
-    """What writes on a device of this type; for records."""
+    """What works on pages on a device of this type, here and in beam_attention.py; for records."""
     return "triton" if device == "cuda" else "torch"
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch.export import Dim
 import grengines
 import grkernels
 from grengines.api import UnavailableError
+from grengines.export import folders
 from grengines.export.module import INPUTS, ExportedRanker
 from grengines.files import cache_folder
 from grengines.hstu.batch import JaggedBatch
@@ -170,20 +170,15 @@ def build(module: ExportedRanker, facts: Facts) -> Path:
     Raises UnavailableError where there is no working C++ compiler, OSError.
     """
     path = facts.path()
-    path.parent.mkdir(parents=True, exist_ok=True)
     tuning.forget()
     program = _trace(module, facts)
     metadata = {"grbench": facts.json(), "kernel_configs": json.dumps(tuning.provenance())}
-    folder = path.parent / f".{os.getpid()}"
-    scratch = folder / path.name  # its name is also that of a folder in it
-    folder.mkdir(exist_ok=True)
-    try:
+    with folders.scratch(path) as folder:
+        scratch = folder / path.name  # its name is also that of a folder in it
         with _one_line_errors(), _toolchain(module.ranker.token_table.device, folder) as libraries:
             configs = {"aot_inductor.metadata": metadata, "aot_inductor.custom_op_libs": libraries}
             torch._inductor.aoti_compile_and_package(program, package_path=str(scratch), inductor_configs=configs)
         scratch.replace(path)
-    finally:
-        shutil.rmtree(folder)
     return path
 
 

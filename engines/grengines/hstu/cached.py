@@ -197,7 +197,7 @@ class CachedRanking:
     def _replays_sooner(self, bucket: Bucket, onload: Onload) -> bool:
         """Whether all copies and then a graph take less than kernels launched one by one beside the copies."""
         loading_s, computing_s = onload.host_bytes / self.copy_bytes_s, bucket.batch * bucket.length * self.compute_s
-        return loading_s + computing_s < max(loading_s, computing_s, self.launch_s)
+        return loading_s + computing_s < self.launch_s
 
     def _bucket(self, requests: Sequence[Request], plans: Sequence[Plan]) -> Bucket | None:
         """The graph for a batch; None where there is none, or only one that would mostly encode padding."""

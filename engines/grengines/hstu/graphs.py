@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from operator import ge
 from typing import Any, Protocol
 
@@ -71,6 +72,19 @@ def choose_bucket(buckets: Sequence[Bucket], *sizes: Sequence[int]) -> Bucket | 
     return next((b for b in buckets if all(map(ge, b, needed))), None)
 
 
+def capture(work: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of what `work` launches, in this memory pool, and what it returned: written anew by every replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries set themselves up here, outside the capture
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        made = work()
+    return graph, made
+
+
 class GraphRunner:
     """The captured graphs. All share one memory pool: only one runs at a time, and its logits are copied
     away before the next replay.
@@ -91,14 +105,7 @@ class GraphRunner:
             hosts = inputs(bucket)
             buffers = [torch.zeros_like(host.buffer, device=device) for host in hosts]
             arguments = [host.to(device, out=buffer) for host, buffer in zip(hosts, buffers, strict=True)]
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries set themselves up here, outside the capture
-                forward(*arguments)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits = forward(*arguments)
+            graph, logits = capture(partial(forward, *arguments), pool)
             self._graphs[bucket] = graph, buffers, logits
 
     def upload(self, bucket: Bucket, *hosts: Input) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grengines.hstu.graphs import batch_buckets
+from grengines.hstu.graphs import batch_buckets, capture
 from grengines.semantic.search import best
 from grengines.semantic.trie import TensorTrie
 
@@ -45,7 +46,9 @@ class Choice:
             for count in reversed(self._buckets):
                 hidden = torch.zeros(count * beams, embedding_dim, dtype=dtype, device=trie.leaf_items.device)
                 nodes = torch.zeros(count, beams, dtype=torch.int64, device=hidden.device)
-                self._graphs[level, count] = self._captured(level, (hidden, nodes, nodes.float()), pool)
+                given = hidden, nodes, nodes.float()
+                graph, made = capture(partial(self._choose, level, *given), pool)
+                self._graphs[level, count] = _Graph(graph, given, made)
             beams = min(width, beams * codes)
 
     def __call__(
@@ -75,17 +78,6 @@ class Choice:
             return torch.stack([parents, codes + self._first_tokens[level]]), nodes, scores
         items = self._trie.items(nodes[:, : self._k].reshape(-1)).view(len(nodes), -1)
         return torch.stack([items.double(), scores[:, : self._k].double()]), nodes, scores
-
-    def _captured(self, level: int, given: tuple[Tensor, Tensor, Tensor], pool: Any) -> _Graph:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up here, outside the capture
-            self._choose(level, *given)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            made = self._choose(level, *given)
-        return _Graph(graph, given, made)
 
     def _replay(
         self, level: int, hidden: Sequence[Tensor], nodes: Sequence[Tensor], scores: Sequence[Tensor]

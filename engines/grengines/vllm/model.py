@@ -20,8 +20,8 @@ from grengines.vllm import compat
 from grengines.vllm.attention import HSTUAttentionBackend
 from grengines.vllm.rows import BeamRows, Step
 from grengines.vllm.softmax import SoftmaxAttentionBackend
-from grkernels.beam_attention import variant
 from grkernels.operators import Operators
+from grkernels.paged_write import variant
 
 
 @dataclass
