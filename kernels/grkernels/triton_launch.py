@@ -19,9 +19,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 class Launcher:
     """A kernel, and what to launch it by.
 
-    Triton's own call works out what every argument's type, alignment and divisibility mean, which takes the host 20 to
-    70 us, and compiles again, for seconds, where they differ from all calls before: a batch of another length in the
-    middle of a measurement. Here a call finds its kernel by what it was compiled for, and lengths are not part of that.
+    Triton's own call works out each time what every argument's type, alignment and divisibility mean, and compiles
+    again, for seconds, where they differ from all calls before: a batch of another length in the middle of a
+    measurement. Here a call finds its kernel by what it was compiled for, and lengths are not part of that.
     """
 
     def __init__(self, kernel: Any, aligned: int) -> None:
