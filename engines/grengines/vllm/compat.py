@@ -73,6 +73,8 @@ __all__ = [
     "eager_break_during_capture",
     "flash_attention",
     "has_cached",
+    "hashes_of",
+    "known_hashes",
     "last_log_lines",
     "metadata_of_step",
     "model_of",
@@ -183,6 +185,27 @@ def last_log_lines() -> list[str]:
 def model_of(core: InprocClient) -> Any:
     """The model that the core's worker runs."""
     return core.engine_core.model_executor.driver_worker.worker.get_model()
+
+
+def known_hashes(core: InprocClient) -> dict[str, list[Any]]:
+    """Of requests to come, by id, the hashes of the blocks that they begin with: what is put here isn't computed
+    again. A request takes its own away."""
+    known: dict[str, list[Any]] = {}
+    compute = core.engine_core.request_block_hasher  # None: without prefix caching
+
+    def hashes(request: Any) -> list[Any]:
+        if not request.block_hashes:
+            request.block_hashes.extend(known.pop(request.request_id, ()))
+        return compute(request)  # of the blocks behind those
+
+    if compute is not None:
+        core.engine_core.request_block_hasher = hashes
+    return known
+
+
+def hashes_of(core: InprocClient, request_id: str) -> list[Any]:
+    """The hashes of a request's whole blocks; none without prefix caching."""
+    return list(core.engine_core.scheduler.requests[request_id].block_hashes)
 
 
 def core_request(request_id: str, tokens: list[int], sink: str, read_cache: bool) -> EngineCoreRequest:

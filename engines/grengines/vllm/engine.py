@@ -43,6 +43,7 @@ class Search:
     scores: Tensor  # fp32 [beams]
     paths: np.ndarray  # int64 [beams, level]: tokens of each beam so far
     hidden: Tensor | None = None  # where the pooler puts rows
+    hashes: list[Any] = field(default_factory=list)  # of the prompt's whole blocks; empty at the first level
     details: dict[str, float] = field(default_factory=lambda: {"prefix_hit_tokens": 0.0, "reread_tokens": 0.0})
 
     @property
@@ -90,6 +91,7 @@ class VLLMEngine:
 
             operators(self._kernels, model, self._device.type, self._precision, config.block_size)
         self._core: Any = None
+        self._hashes: dict[str, list[Any]] = {}  # of the blocks that vLLM requests to come begin with
         self._vllm: Any = None  # its configuration
         self._model: Any = None
         self._choice: Any = None
@@ -268,7 +270,11 @@ class VLLMEngine:
         search.hidden = torch.empty(wanted, self._width, dtype=DTYPES[self._precision], device=self._device)
         self._searches[name] = search
         self._model.pooler.sinks[name] = Sink(search.hidden, len(sequence) - wanted, np.zeros(wanted, np.bool_))
-        self._core.add_request(compat.core_request(name, sequence.tolist(), name, self._config.prefix_caching))
+        if caching := self._config.prefix_caching:  # hashed once for all levels
+            self._hashes[name] = search.hashes
+        self._core.add_request(compat.core_request(name, sequence.tolist(), name, caching))
+        if caching and not search.level:
+            search.hashes = compat.hashes_of(self._core, name)
 
     def _count(self, search: Search, output: Any) -> None:
         """Tokens of the prompt that a returning user's first level found, and that later levels didn't."""
@@ -366,6 +372,7 @@ class VLLMEngine:
             self._core, self._vllm = compat.start(arguments)
         except ValueError as e:
             raise ValueError(f"vLLM refuses: {' '.join(str(e).split())}") from e
+        self._hashes = compat.known_hashes(self._core)
         self._model = compat.model_of(self._core)
         self._model.rows_under_way = 0
         blocks = self._vllm.cache_config.num_gpu_blocks
