@@ -215,6 +215,10 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
             f"retrieval.beam_width={run.retrieval.beam_width}: so many beams can't give "
             f"retrieval.k={run.retrieval.k} items; widen the beam or ask for fewer"
         )
+    if run.scenario.in_flight > 1:
+        stages = [getattr(run.engine, s) for s in STAGES] if isinstance(run.engine, PipelineConfig) else [run.engine]
+        if problem := next(filter(None, (engines.one_at_a_time(engine.name) for engine in stages)), None):
+            raise ConfigError(f"scenario.in_flight={run.scenario.in_flight}: {problem}; set scenario.in_flight=1")
     values = {f.name: getattr(run, f.name) for f in dataclasses.fields(RunSpec)}
     return RunSpec(**{**values, "task": task, "retrieval": None if task == "rank" else run.retrieval}), run
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ from hstu_oracle import make_requests
 
 from grengines.api import Catalogue, RankResult, Request
 from grengines.cache import host, policies
-from grengines.cache.config import PagedCacheConfig
+from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.cache.host import Extents, HostTier, cut
 from grengines.cache.pool import PagePool, PoolFullError
 from grengines.hstu.cached import CachedRanking
@@ -50,7 +51,9 @@ def traffic(users: int, rounds: int, seed: int = 0, longest: int = 60) -> list[l
     return made
 
 
-def started(cache: PagedCacheConfig, rounds: list[list[Request]], model: HSTUConfig = MODEL, **options: Any) -> Any:
+def started(
+    cache: CacheConfig | PagedCacheConfig, rounds: list[list[Request]], model: HSTUConfig = MODEL, **options: Any
+) -> Any:
     kernels = dict.fromkeys(FAMILIES, options.pop("kernel", "torch"))
     config = HSTUEngineConfig(**{"device": "cpu", "precision": "fp32", **options})
     engine = HSTUEngine(config, model, kernels, CATALOGUE, 5, cache)
@@ -344,4 +347,22 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
     assert not graphs or total["eager_batches"] < len(rounds) * 3
     engine.forget(keep_host=True)
     assert engine.rank(rounds[-1]).details["cache_hits"] == 0
+    engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_batches_queued_behind_each_other_on_a_gpu(cached: bool, graphs: bool) -> None:
+    """Four threads: the next batch is packed and queued while the device computes one. Answers are as ever."""
+    rounds = [requests[i : i + 3] for requests in traffic(9, 8, longest=300) for i in (0, 3, 6)]
+    page_gb = MODEL.layers * 16 * MODEL.heads * (MODEL.qk_dim + MODEL.v_dim) * 4 / 1e9
+    cache = PagedCacheConfig(page=16, memory_gb=60 * page_gb, host_gb=100 * page_gb) if cached else CacheConfig()
+    engine = started(cache, rounds, device="cuda", cuda_graphs=graphs, kernel="torch")
+    expected = [Reference(MODEL, CATALOGUE, 5, "cuda").scores(requests) for requests in rounds]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(4):
+            for result, scores in zip(threads.map(engine.rank, rounds), expected, strict=True):
+                assert error(result, scores) < 2e-5
+                assert result.compute_ms > 0
     engine.close()

@@ -42,6 +42,8 @@ def test_every_option_of_every_group_composes(group: str, name: str) -> None:
         (["latency_limit_ms=.inf"], "latency_limit_ms", "> 0"),
         (["latency_limit_ms=.nan"], "latency_limit_ms", "> 0"),
         (["gate.requests=1"], "gate.requests", ">= 2"),
+        (["engine=hf", "task=generate", "scenario.in_flight=2"], "scenario.in_flight=2", "hstu, aoti"),
+        (["engine=pipeline", "scenario.in_flight=2"], "scenario.in_flight=2", "vllm batches by itself"),
         (["engine=warp"], "engine", "hstu"),
         (["nonsense=1"], "nonsense", "latency_limit_ms"),
         (["workload=csv"], "workload.path", "workload.path"),

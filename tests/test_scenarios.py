@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -178,3 +179,87 @@ os._exit(0)
         env={**os.environ, "PYTHONPATH": path},
     )
     assert done.stdout == "raised: the device fell off the bus\n", done.stderr
+
+
+class QueueingEngine(SleepyEngine):
+    """As grengines.api.Engine allows: one batch at a time on the device, packed while the one before computes."""
+
+    def __init__(self, packing_s: float, seconds: float, fail_at: int | None = None) -> None:
+        super().__init__(seconds, fail_at)
+        self.packing_s = packing_s
+        self._packing, self._device = threading.Lock(), threading.Lock()
+        self.most = self._under_way = 0
+
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        self._under_way += 1
+        self.most = max(self.most, self._under_way)
+        with self._packing:
+            time.sleep(self.packing_s)
+            self._device.acquire()
+        try:
+            return super().rank(requests)
+        finally:
+            self._device.release()
+            self._under_way -= 1
+
+
+@pytest.mark.parametrize("config", SCENARIOS, ids=lambda c: c.name)
+def test_batches_in_flight_answer_every_request_once(config: ScenarioConfig, tmp_path: Path) -> None:
+    engine = QueueingEngine(0.0005, 0.001)
+    m = drive(dataclasses.replace(config, in_flight=3), engine, tmp_path)
+    served = sorted(i for batch in engine.batches for i in batch)
+    assert served == sorted(k % 100 for k in range(config.queries))
+    assert sorted(m.samples["request_id"]) == served
+    assert m.tokens == 3 * config.queries
+    assert m.batch_mean * len(engine.batches) == pytest.approx(config.queries)
+    assert engine.most <= 3
+
+
+def test_packing_goes_on_beside_the_device(tmp_path: Path) -> None:
+    """As long to pack as to compute: two in flight take little more than half the time. Both are sleeps."""
+    config = OfflineConfig("offline", max_batch=8, queries=160)
+    took = {}
+    for in_flight in (1, 2):
+        m = drive(dataclasses.replace(config, in_flight=in_flight), QueueingEngine(0.02, 0.02), tmp_path)
+        took[in_flight] = m.samples["latency_ms"].max()
+    assert took[2] < 0.7 * took[1]
+
+
+def test_a_batch_behind_another_begins_only_when_it_is_full() -> None:
+    begun, go_on = threading.Semaphore(0), threading.Semaphore(0)
+    sizes: list[int] = []
+
+    def answer(requests: Sequence[Request]) -> RankResult:
+        sizes.append(len(requests))
+        begun.release()
+        assert go_on.acquire(timeout=5)
+        return SleepyEngine(0.0).rank(requests)
+
+    batcher = Batcher(answer, 4, 0.0, lambda tickets: None, in_flight=2)
+    tickets = [Ticket(request, time.perf_counter()) for request in make_requests(10)]
+    batcher.submit(tickets[:1])
+    assert begun.acquire(timeout=5)
+    batcher.submit(tickets[1:4])
+    assert not begun.acquire(timeout=0.1)  # three wait for the device, or for a fourth
+    batcher.submit(tickets[4:6])
+    assert begun.acquire(timeout=5)  # four of the five
+    go_on.release()
+    go_on.release()
+    assert begun.acquire(timeout=5)  # nothing is under way: the last one need not wait
+    go_on.release()
+    batcher.submit(tickets[6:])
+    for _ in range(2):
+        go_on.release()
+    batcher.close()
+    assert sizes[:3] == [1, 4, 1]
+    assert sum(sizes) == 10
+
+
+def test_one_of_two_batches_fails() -> None:
+    requests = make_requests(40)
+    batcher = Batcher(QueueingEngine(0.0, 0.01, fail_at=2).rank, 4, 0.0, lambda tickets: None, in_flight=2)
+    batcher.submit([Ticket(r, time.perf_counter()) for r in requests])
+    assert batcher.stopped.wait(5)
+    with pytest.raises(RuntimeError, match="fell off the bus"):
+        batcher.close()
+    assert batcher.batches <= 3

@@ -256,6 +256,38 @@ class TestOneEngine:
         engine.forget()
         assert engine.generate([first]).details["prefix_hit_tokens"] == 0
 
+    def test_a_prompt_is_hashed_once_for_all_levels(self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Later levels take its blocks' hashes over; they are what vLLM computes itself."""
+        from vllm.v1.core import kv_cache_utils
+        from vllm.v1.request import Request as VLLMRequest
+
+        from grengines.vllm import compat
+
+        engine.forget()
+        computed, blocks, hashes = 0, [], []
+        compute, add = kv_cache_utils.hash_block_tokens, engine._core.add_request
+
+        def counting(*args: Any) -> Any:
+            nonlocal computed
+            computed += 1
+            return compute(*args)
+
+        def adding(request: Any) -> None:
+            nonlocal computed
+            add(request)
+            ours, before = compat.hashes_of(engine._core, request.request_id), computed
+            anew = VLLMRequest.from_engine_core_request(request, engine._core.engine_core.request_block_hasher)
+            blocks.append(len(request.prompt_token_ids) // 16)
+            hashes.append((ours, anew.block_hashes))
+            computed = before
+
+        monkeypatch.setattr(kv_cache_utils, "hash_block_tokens", counting)
+        monkeypatch.setattr(engine._core, "add_request", adding)
+        engine.generate([request_of(0, np.arange(12))])
+        assert [len(ours) for ours, _ in hashes] == blocks and blocks[0] == 2  # of 36 tokens
+        assert all(ours == anew for ours, anew in hashes)
+        assert computed == sum(blocks) - 2 * 2
+
     def test_rows_of_beams_that_hit_the_cache_are_an_error(
         self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:

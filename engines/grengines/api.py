@@ -107,10 +107,11 @@ class IncorrectError(RuntimeError):
 
 
 class Engine(Protocol):
-    """An engine answers batches of requests. It is built, prepared once, used from one thread, closed.
+    """An engine answers batches of requests. It is built, prepared once, used, closed.
 
     It has a method for each task that `grengines.registry` says it has: `rank`, `generate` or `recommend`, which take
-    at most `max_batch` requests and return RankResult, GenerateResult or RecommendResult.
+    at most `max_batch` requests and return RankResult, GenerateResult or RecommendResult. Several threads may call them
+    at once: what is not queued on a device by one is not begun by the next.
     """
 
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:

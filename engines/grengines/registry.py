@@ -31,6 +31,7 @@ _FALLBACKS = {
     "tensorrt": "grengines.tensorrt.config:TensorRTConfig",
     "onnxruntime": "grengines.onnxruntime.config:OnnxRuntimeConfig",
 }
+_QUEUEING = ("hstu", "aoti")  # engines that take the next batch while the device computes one
 _DECODERS = ("hf", "vllm")  # engines that run model=decoder_* too
 # The fp32 reference of generation by the class of the model's options.
 _REFERENCES = {
@@ -72,6 +73,14 @@ def mismatch(name: str, model: Any) -> str | None:
     if type(model).__name__ != "DecoderConfig" or name in _DECODERS:
         return None
     return f"model={model.name}: engine {name} runs HSTU only; engines that run decoders: {', '.join(_DECODERS)}"
+
+
+def one_at_a_time(name: str) -> str | None:
+    """None if the engine takes a batch while another is under way, else why not."""
+    if name in _QUEUEING:
+        return None
+    how = "batches by itself" if name == "vllm" else "ends a batch before it takes the next"
+    return f"engine {name} {how}; those that don't: {', '.join(_QUEUEING)}"
 
 
 def build(

@@ -40,7 +40,7 @@ def run_scenario(
 ) -> Measurement:
     """Drive `engine` with `requests` as `config` says, at a task that it has. Raises what the engine raises.
 
-    `progress` is called with the number of requests answered, on the engine's thread, after each batch.
+    `progress` is called with the number of requests answered, on a thread of the engine's, after each batch.
     """
     answered = 0
 
@@ -53,7 +53,7 @@ def run_scenario(
 
         if isinstance(engine, ContinuousEngine):
             return ContinuousBatcher(engine, config.max_batch, after_batch)
-        return Batcher(getattr(engine, task), config.max_batch, config.max_wait_ms / 1e3, after_batch)
+        return Batcher(getattr(engine, task), config.max_batch, config.max_wait_ms / 1e3, after_batch, config.in_flight)
 
     def request_at(k: int) -> Request:
         return requests[k % len(requests)]

@@ -28,13 +28,13 @@ class Ticket:
 
 
 class RequestLoop:
-    """Answers submitted requests on a thread of its own and keeps a row of each.
+    """Answers submitted requests on threads of its own and keeps a row of each.
 
-    `answered` is called on that thread with requests that ended together. If the engine raises, `failure` holds the
-    exception, `stopped` is set and nothing more is answered.
+    `answered` is called on one of them at a time with requests that ended together. If the engine raises, `failure`
+    holds the exception, `stopped` is set and nothing more is begun.
     """
 
-    def __init__(self, max_batch: int, answered: Callable[[list[Ticket]], None]) -> None:
+    def __init__(self, max_batch: int, answered: Callable[[list[Ticket]], None], threads: int = 1) -> None:
         self.failure: BaseException | None = None
         self.stopped = threading.Event()
         self.tokens = 0
@@ -49,21 +49,23 @@ class RequestLoop:
         self._closing = False
         self._rows: list[tuple[float, ...]] = []
         self._stages: list[dict[str, float]] = []  # of each row
-        self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._loop, name="batcher", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, tickets: Iterable[Ticket]) -> None:
         """Queue requests; those of one call can share a batch at once."""
         with self._changed:
             self._queue.extend(tickets)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Answer what is queued, then stop. Raises what the engine raised, if it did."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
         if self.failure is not None:
             raise self.failure
 
@@ -85,7 +87,9 @@ class RequestLoop:
         try:
             self._work()
         except BaseException as e:
-            self.failure = e
+            with self._changed:
+                self.failure = self.failure or e
+                self._changed.notify_all()
         finally:
             self.stopped.set()
 
@@ -114,7 +118,8 @@ class RequestLoop:
 class Batcher(RequestLoop):
     """Forms batches: one closes when it holds `max_batch` requests or its oldest has waited `max_wait_s`.
 
-    answer: the engine's method for the task.
+    answer: the engine's method for the task. in_flight: so many batches may be under way. One that would begin behind
+    another closes only when it is full: until the device is free it can still grow.
     """
 
     def __init__(
@@ -123,40 +128,56 @@ class Batcher(RequestLoop):
         max_batch: int,
         max_wait_s: float,
         answered: Callable[[list[Ticket]], None],
+        in_flight: int = 1,
     ) -> None:
-        self._answer, self._max_wait_s = answer, max_wait_s
-        super().__init__(max_batch, answered)
+        self._answer, self._max_wait_s, self._under_way = answer, max_wait_s, 0
+        self._noting = threading.Lock()
+        super().__init__(max_batch, answered, in_flight)
 
     def _work(self) -> None:
         while batch := self._next_batch():
             self._run(batch)
 
     def _next_batch(self) -> list[Ticket]:
+        """Empty: the loop is closing and nothing is left, or the engine failed."""
         with self._changed:
-            while not self._queue and not self._closing:
-                self._changed.wait()
-            if self._max_wait_s and self._queue:
-                closes = self._queue[0].arrived + self._max_wait_s
-                while len(self._queue) < self._max_batch and not self._closing:
-                    if (left := closes - time.perf_counter()) <= 0:
-                        break
-                    self._changed.wait(left)
-            return [self._queue.popleft() for _ in range(min(self._max_batch, len(self._queue)))]
+            while not self._closing and self.failure is None:
+                left = self._closes_in_s()
+                if left is not None and left <= 0:
+                    break
+                self._changed.wait(left)
+            if self.failure is not None:
+                return []
+            batch = [self._queue.popleft() for _ in range(min(self._max_batch, len(self._queue)))]
+            self._under_way += bool(batch)
+            return batch
+
+    def _closes_in_s(self) -> float | None:
+        """Seconds until the next batch closes; None: not before a request comes or a batch ends."""
+        if len(self._queue) >= self._max_batch:
+            return 0.0
+        if not self._queue or self._under_way:
+            return None
+        return self._queue[0].arrived + self._max_wait_s - time.perf_counter()
 
     def _run(self, batch: list[Ticket]) -> None:
         begun = time.perf_counter()
         result = self._answer([t.request for t in batch])
         done = time.perf_counter()
+        with self._changed:
+            self._under_way -= 1
+            self._changed.notify_all()
         parts = (result.batch_ms, result.transfer_ms, result.compute_ms)
-        for ticket in batch:
-            self._note(ticket, begun, parts, done, len(batch))
-            if result.stages:
-                self._stages.append(result.stages)
-        self._count(result.compute_ms / 1e3, len(batch))
-        self.tokens += result.tokens
-        self.padded_tokens += result.padded_tokens
-        self._add(result.details)
-        self._answered(batch)
+        with self._noting:
+            for ticket in batch:
+                self._note(ticket, begun, parts, done, len(batch))
+                if result.stages:
+                    self._stages.append(result.stages)
+            self._count(result.compute_ms / 1e3, len(batch))
+            self.tokens += result.tokens
+            self.padded_tokens += result.padded_tokens
+            self._add(result.details)
+            self._answered(batch)
 
 
 class ContinuousBatcher(RequestLoop):

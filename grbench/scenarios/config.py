@@ -15,6 +15,7 @@ class ScenarioConfig:
     max_batch: int = option(8, ge=1, le=65536)
     max_wait_ms: float = option(0.0, ge=0, le=60_000)  # 0: take what is there
     queries: int = option(1024, ge=1)  # at least this many requests are answered
+    in_flight: int = option(1, ge=1, le=16)  # batches under way; one behind another begins once it is full
 
 
 @dataclass

@@ -101,8 +101,8 @@ class AOTIEngine:
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """As grengines.api.Ranker; calls from several threads take turns. Raises OutsideError for a batch that the
-        package was not built for, RuntimeError unprepared."""
+        """As grengines.api.Ranker; calls from several threads take turns until a batch's work is queued. Raises
+        OutsideError for a batch that the package was not built for, RuntimeError unprepared."""
         if self._package is None:
             raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
         begun = time.perf_counter()
@@ -121,10 +121,9 @@ class AOTIEngine:
                 batch = host.to(self._device)
                 marks.add()
                 logits = self._run(batch)
-            result = collect(logits, [host], marks, batch_ms)
-        if self._config.cuda_graphs:
-            result.details["eager_batches"] = float(bucket is None)
-        return result
+            details = {"eager_batches": float(bucket is None)} if self._config.cuda_graphs else {}
+            queued = collect(logits, [host], marks, batch_ms, details)
+        return queued()
 
     def actual(self) -> dict[str, Any]:
         """What really runs; JSON values."""

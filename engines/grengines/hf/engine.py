@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -56,6 +57,7 @@ class HFEngine:
         self._model: PaddedModel | None = None
         self._trie: TensorTrie | None = None
         self._max_batch = self._parameters = 0
+        self._lock = threading.Lock()
 
     @torch.inference_mode()
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
@@ -86,19 +88,21 @@ class HFEngine:
         prompts = [model.prompt(prompt_tokens(self._retrieval, r)) for r in requests]
         host = pad(prompts, pin)
         batch_ms = (time.perf_counter() - begun) * 1e3
-        marks = Marks(self._device)
-        padded = host.to(self._device, non_blocking=True)
-        marks.add()
-        width, k = self._retrieval.beam_width, self._retrieval.k
-        items, scores, _ = search(model, trie, padded, width=width, k=k)
-        return collect_items(
-            one_tensor(items, scores),
-            len(requests),
-            marks,
-            batch_ms=batch_ms,
-            tokens=sum(map(len, prompts)),
-            padded_tokens=host.numel(),
-        )
+        with self._lock:
+            marks = Marks(self._device)
+            padded = host.to(self._device, non_blocking=True)
+            marks.add()
+            width, k = self._retrieval.beam_width, self._retrieval.k
+            items, scores, _ = search(model, trie, padded, width=width, k=k)
+            return collect_items(
+                one_tensor(items, scores),
+                len(requests),
+                marks,
+                batch_ms=batch_ms,
+                tokens=sum(map(len, prompts)),
+                padded_tokens=host.numel(),
+                details={},
+            )()
 
     def actual(self) -> dict[str, Any]:
         """What really runs; JSON values."""

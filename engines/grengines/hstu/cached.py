@@ -20,7 +20,7 @@ from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slic
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets
 from grengines.hstu.model import HSTURanker
-from grengines.hstu.results import Marks, fetch, wait
+from grengines.hstu.results import Marks, collect
 from grkernels import paged_write
 
 MOST_PADDING = 2.5  # a graph that encodes more than so many times the batch's tokens is slower than launching kernels
@@ -58,17 +58,17 @@ class CachedRanking:
             self.buckets = plan_buckets(sample, ranker.encoding, max_batch, config.graph_lengths, longest)
             self._graphs = GraphRunner(self._paged, self.buckets, self._empty, self._device)
 
-    def rank(self, requests: Sequence[Request]) -> RankResult:
-        """As grengines.api.Engine. Whatever it raises, no page is lost, and the index is as before, unless all was
-        queued and the device failed then.
+    def queue(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
+        """As grengines.api.Ranker's rank, but what is returned waits for the device. Whatever it raises, no page is
+        lost, and the index is as before.
 
         A user's second request in a batch goes after the first, in a pass of its own: it finds what that one stored.
         """
         waves = _waves([r.user_id for r in requests])
-        results = [self._rank([requests[i] for i in wave]) for wave in waves]
-        return results[0] if len(results) == 1 else _merged(results, waves)
+        queued = [self._queue([requests[i] for i in wave]) for wave in waves]
+        return queued[0] if len(queued) == 1 else lambda: _merged([answer() for answer in queued], waves)
 
-    def _rank(self, requests: Sequence[Request]) -> RankResult:
+    def _queue(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """One pass; no user twice."""
         states, ranker, tier = self.states, self._ranker, self.states.tier
         sent_down = tier.bytes_down if tier else 0
@@ -114,7 +114,9 @@ class CachedRanking:
                     for i, b in enumerate(batches)
                 ]
                 logits = torch.cat(parts)
-            on_host = fetch(logits, marks)
+            if self._graphs is not None:
+                details["eager_batches"] = float(bucket is None)
+            queued = collect(logits, hosts, marks, batch_ms, details)
             # All is queued, and the device has work: what else the host has to do it does beside it.
             for plan in plans:
                 states.commit(plan)
@@ -122,17 +124,18 @@ class CachedRanking:
             for plan in plans:
                 states.abort(plan)  # nothing for those that are committed
         states.prefetch(now, self._cache.prefetch_s)
-        result = wait(on_host, hosts, marks, batch_ms)
-        result.details.update(details)
-        if self._graphs is not None:
-            result.details["eager_batches"] = float(bucket is None)
         if tier is not None:
-            result.details["cache_offloaded_bytes"] = float(tier.bytes_down - sent_down)
-        if onload is not None:
-            wait_ms, copy_ms = onload.times_ms()
-            result.details |= {"cache_host_wait_ms": wait_ms, "cache_host_copy_ms": copy_ms}
-            result.details["cache_host_bytes"] = float(onload.bytes)
-        return result
+            details["cache_offloaded_bytes"] = float(tier.bytes_down - sent_down)
+        if onload is None:
+            return queued
+        details["cache_host_bytes"] = float(onload.bytes)
+
+        def answer() -> RankResult:
+            result = queued()
+            result.details["cache_host_wait_ms"], result.details["cache_host_copy_ms"] = onload.times_ms()
+            return result
+
+        return answer
 
     def forget(self, keep_host: bool = False) -> None:
         """Drop every state, and what the policies learned; keep_host: only from the device, to the host."""
@@ -163,11 +166,11 @@ class CachedRanking:
         """Rank the largest batch until all is compiled, and learn what computing costs here. Forgets every state."""
         for _ in range(2):
             self.states.clear()
-            result = self.rank(requests)
+            result = self.queue(requests)()
         self.compute_s = result.compute_ms / result.tokens / 1e3
         buckets, self.buckets = self.buckets, []
         for _ in range(2):
-            self.launch_s = self.rank(requests[:1]).compute_ms / 1e3
+            self.launch_s = self.queue(requests[:1])().compute_ms / 1e3
         self.buckets = buckets
         self.forget()
 

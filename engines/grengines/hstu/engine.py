@@ -172,35 +172,45 @@ class HSTUEngine:
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """As grengines.api.Engine; calls from several threads take turns. What fails in the cache is counted, logged,
-        and answered without it. Raises ValueError for more than max_batch requests, RuntimeError unprepared."""
+        """As grengines.api.Engine. Calls from several threads take turns until a batch's work is queued, then wait
+        for it side by side. What fails in the cache is counted, logged, and answered without it. Raises ValueError for
+        more than max_batch requests, RuntimeError unprepared."""
         ranker, cached = self._ranker, self._cached
         if ranker is None:
             raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
         if not 0 < len(requests) <= self._max_batch:
             raise ValueError(f"{len(requests)} requests in one batch; allowed is 1 to max_batch={self._max_batch}")
         with self._lock:
-            if cached is None:
-                return self._rank_whole(ranker, requests)
-            before, failed = cached.states.counters(), False
-            try:
-                result = cached.rank(requests)
-            except Exception as error:
-                cached.states.fault(f"{len(requests)} requests failed with the cache", error)
-                if self._pin:
-                    torch.cuda.synchronize()  # what was under way may still write to memory that it gave back
-                result, failed = self._rank_whole(ranker, requests), True
-            after = cached.states.counters()
-        earlier = vars(before)
-        changes = {name: count - earlier[name] for name, count in vars(after).items()}
+            queued = self._queue_cached(ranker, cached, requests) if cached else self._queue_whole(ranker, requests)
+        return queued()
+
+    def _queue_cached(
+        self, ranker: HSTURanker, cached: CachedRanking, requests: Sequence[Request]
+    ) -> Callable[[], RankResult]:
+        """As `rank`, through the user-state cache. What is returned waits for the device."""
+        before, failed = vars(cached.states.counters()), False
+        try:
+            queued = cached.queue(requests)
+        except Exception as error:
+            cached.states.fault(f"{len(requests)} requests failed with the cache", error)
+            if self._pin:
+                torch.cuda.synchronize()  # what was under way may still write to memory that it gave back
+            queued, failed = self._queue_whole(ranker, requests), True
+        changes = {name: count - before[name] for name, count in vars(cached.states.counters()).items()}
         if failed:  # whatever was found, it was not used
             found = ("hits", "partial_hits", "host_hits", "bypassed", "cached_tokens", "loaded_tokens")
             changes |= {**dict.fromkeys(found, 0), "misses": len(requests)}
-        result.details.update({f"cache_{name}": float(change) for name, change in changes.items()})
-        return result
+        counted = {f"cache_{name}": float(change) for name, change in changes.items()}
 
-    def _rank_whole(self, ranker: HSTURanker, requests: Sequence[Request]) -> RankResult:
-        """As `rank`, from the whole histories."""
+        def answer() -> RankResult:
+            result = queued()
+            result.details.update(counted)
+            return result
+
+        return answer
+
+    def _queue_whole(self, ranker: HSTURanker, requests: Sequence[Request]) -> Callable[[], RankResult]:
+        """As `rank`, from the whole histories. What is returned waits for the device."""
         begun = time.perf_counter()
         counts = [token_count(r, ranker.encoding) for r in requests]
         bucket = choose_bucket(self.buckets, counts, [len(r.candidates) for r in requests])
@@ -218,11 +228,9 @@ class HSTUEngine:
             batches = [host.to(self._device) for host in hosts]
             marks.add()
             logits = self._forward(ranker, batches)
-        result = collect(logits, hosts, marks, batch_ms)
-        result.details.update(details)
         if self._config.cuda_graphs:
-            result.details["eager_batches"] = float(bucket is None)
-        return result
+            details["eager_batches"] = float(bucket is None)
+        return collect(logits, hosts, marks, batch_ms, details)
 
     def actual(self) -> dict[str, Any]:
         """What really runs; JSON values."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -28,12 +30,15 @@ class Marks:
         return [a.ms_until(b) for a, b in pairwise(self._marks)]
 
 
-def collect(logits: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float) -> RankResult:
-    """Bring the logits of these batches to the host, and wait. marks: set before the copies to the device and after."""
-    return wait(fetch(logits, marks), hosts, marks, batch_ms)
+def collect(
+    logits: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float, details: dict[str, float]
+) -> Callable[[], RankResult]:
+    """Queue the copy of these batches' logits to the host. What is returned waits for it and makes the result; other
+    batches may be queued before. marks: set before the copies to the device and after."""
+    return partial(_rank_result, _fetch(logits, marks), hosts, marks, batch_ms, details)
 
 
-def fetch(found: Tensor, marks: Marks) -> Tensor:
+def _fetch(found: Tensor, marks: Marks) -> Tensor:
     """Queue the copy to the host, without waiting for it. marks: as for `collect`; ends them."""
     marks.add()
     on_host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
@@ -42,8 +47,9 @@ def fetch(found: Tensor, marks: Marks) -> Tensor:
     return on_host
 
 
-def wait(on_host: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float) -> RankResult:
-    """The result, once what `fetch` queued is there."""
+def _rank_result(
+    on_host: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float, details: dict[str, float]
+) -> RankResult:
     up_ms, compute_ms, down_ms = marks.spans_ms()
     return RankResult(
         scores=_by_request(on_host.numpy(), hosts),
@@ -52,6 +58,7 @@ def wait(on_host: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float)
         compute_ms=compute_ms,
         tokens=sum(host.tokens for host in hosts),
         padded_tokens=sum(host.padded_tokens for host in hosts),
+        details=details,
     )
 
 
@@ -61,10 +68,29 @@ def one_tensor(items: Tensor, scores: Tensor) -> Tensor:
 
 
 def collect_items(
-    found: Tensor, requests: int, marks: Marks, *, batch_ms: float, tokens: int, padded_tokens: int
-) -> GenerateResult:
+    found: Tensor,
+    requests: int,
+    marks: Marks,
+    *,
+    batch_ms: float,
+    tokens: int,
+    padded_tokens: int,
+    details: dict[str, float],
+) -> Callable[[], GenerateResult]:
     """As `collect`, of what `one_tensor` made for so many requests and padding; items of -1 are none."""
-    on_host = fetch(found, marks)
+    on_host = _fetch(found, marks)
+    return partial(_generate_result, on_host, requests, marks, batch_ms, tokens, padded_tokens, details)
+
+
+def _generate_result(
+    on_host: Tensor,
+    requests: int,
+    marks: Marks,
+    batch_ms: float,
+    tokens: int,
+    padded_tokens: int,
+    details: dict[str, float],
+) -> GenerateResult:
     up_ms, compute_ms, down_ms = marks.spans_ms()
     items, scores = on_host.numpy()[:requests].transpose(2, 0, 1)
     real = items >= 0
@@ -76,6 +102,7 @@ def collect_items(
         compute_ms=compute_ms,
         tokens=tokens,
         padded_tokens=padded_tokens,
+        details=details,
     )
 
 

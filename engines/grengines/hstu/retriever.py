@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -68,6 +69,7 @@ class HSTURetriever:
         self._threads_before = torch.get_num_threads()
         self._model: HSTUGenerator | None = None
         self._pool: PagePool | None = None
+        self._lock = threading.Lock()
         self._graphs: GraphRunner | None = None
         self.buckets: list[Bucket] = []
         self._max_batch = self._longest = 0
@@ -115,7 +117,8 @@ class HSTURetriever:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> GenerateResult:
-        """As grengines.api.Generator. Raises ValueError for more than max_batch requests or a longer prompt than it
+        """As grengines.api.Generator. Calls from several threads take turns until a batch's work is queued, then wait
+        for it side by side. Raises ValueError for more than max_batch requests or a longer prompt than it
         was prepared for, RuntimeError unprepared."""
         model, pool = self._model, self._pool
         if model is None or pool is None:
@@ -129,7 +132,8 @@ class HSTURetriever:
             raise ValueError(f"a prompt of {max(lengths)} tokens; the engine was prepared for up to {self._longest}")
         bucket = choose_bucket(self.buckets, lengths)
         pin = self._device.type == "cuda"
-        with beam.borrowed(pool, lengths) as pages:
+        # The pages are the next batch's once this one's work is queued, since all of it goes to one stream.
+        with self._lock, beam.borrowed(pool, lengths) as pages:
             host = pack_prompts(prompts, pages, pool, bucket=bucket, pin=pin)
             batch_ms = (time.perf_counter() - begun) * 1e3
             marks = Marks(self._device)
@@ -141,17 +145,16 @@ class HSTURetriever:
                 batch = host.to(self._device)
                 marks.add()
                 found = self._search(batch)
-            result = collect_items(
+            queued = collect_items(
                 found,
                 len(requests),
                 marks,
                 batch_ms=batch_ms,
                 tokens=host.tokens,
                 padded_tokens=host.padded_tokens,
+                details={"eager_batches": float(bucket is None)} if self._config.cuda_graphs else {},
             )
-        if self._config.cuda_graphs:
-            result.details["eager_batches"] = float(bucket is None)
-        return result
+        return queued()
 
     def actual(self) -> dict[str, Any]:
         """What really runs; JSON values."""

@@ -117,7 +117,7 @@ class OnnxRuntimeEngine:
             inputs = inputs_of(host.to(self._device), columns, rows)
             marks.add()
             logits = self._run(inputs)
-            return collect(logits, [host], marks, batch_ms)
+            return collect(logits, [host], marks, batch_ms, {})()
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits fp32 [M, tasks] of the exported model's inputs, on the device."""

@@ -318,10 +318,9 @@ class TensorRTEngine:
             else:
                 self._graphs[bucket].graph.replay()
                 logits = self._graphs[bucket].logits
-            result = collect(logits, [host], marks, batch_ms)
-        if self._config.cuda_graphs and not self._library.rtx:
-            result.details["eager_batches"] = float(bucket is None)
-        return result
+            graphs = self._config.cuda_graphs and not self._library.rtx
+            details = {"eager_batches": float(bucket is None)} if graphs else {}
+            return collect(logits, [host], marks, batch_ms, details)()
 
     def actual(self) -> dict[str, Any]:
         """What really runs; JSON values."""
