@@ -30,6 +30,7 @@ os.environ.update(SETTINGS)
 # attention. Read when vLLM is imported.
 os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from vllm import EngineArgs, PoolingParams  # noqa: E402
@@ -66,6 +67,7 @@ __all__ = [
     "InprocClient",
     "OurBackend",
     "Pooler",
+    "TokenIds",
     "VllmConfig",
     "cached_tokens",
     "close",
@@ -208,7 +210,19 @@ def hashes_of(core: InprocClient, request_id: str) -> list[Any]:
     return list(core.engine_core.scheduler.requests[request_id].block_hashes)
 
 
-def core_request(request_id: str, tokens: list[int], sink: str, read_cache: bool) -> EngineCoreRequest:
+class TokenIds(list[int]):
+    """A list, as vLLM wants it, that NumPy copies like the array of the same ids, int64 [tokens], that comes with it:
+    vLLM's runner does that, and of thousands of objects it takes as long as all the rest of a request."""
+
+    def __init__(self, ids: list[int], array: np.ndarray) -> None:
+        super().__init__(ids)
+        self._array = array
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._array if dtype is None else self._array.astype(dtype)
+
+
+def core_request(request_id: str, tokens: TokenIds, sink: str, read_cache: bool) -> EngineCoreRequest:
     """A pooling request. sink: where the pooler puts its rows. read_cache: whether it may hit the prefix cache."""
     params = PoolingParams(task="plugin", skip_reading_prefix_cache=not read_cache, extra_kwargs={"sink": sink})
     return EngineCoreRequest(

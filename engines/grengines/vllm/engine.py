@@ -39,6 +39,7 @@ class Search:
 
     key: int
     prompt: np.ndarray  # int64 [tokens]
+    ids: list[int]  # the same
     nodes: Tensor  # int64 [beams] of the trie
     scores: Tensor  # fp32 [beams]
     paths: np.ndarray  # int64 [beams, level]: tokens of each beam so far
@@ -161,7 +162,7 @@ class VLLMEngine:
         prompt = self._prompt(request)
         if len(prompt) > self._longest:
             raise ValueError(f"a prompt of {len(prompt)} tokens; the engine was prepared for up to {self._longest}")
-        search = Search(key, prompt, *self._root, np.zeros((1, 0), np.int64))
+        search = Search(key, prompt, prompt.tolist(), *self._root, np.zeros((1, 0), np.int64))
         self._under_way += 1
         self._submit(search)
 
@@ -261,10 +262,10 @@ class VLLMEngine:
         from grengines.vllm import compat
         from grengines.vllm.model import Sink
 
-        sequence, wanted, name = search.prompt, 1, str(self._number)
+        sequence, ids, wanted, name = search.prompt, search.ids, 1, str(self._number)
         if search.level:
             rows = self._beams.ids(search.paths.reshape(-1), self._number)
-            sequence, wanted = np.concatenate([sequence, rows]), len(rows)
+            sequence, ids, wanted = np.concatenate([sequence, rows]), ids + rows.tolist(), len(rows)
             self._model.rows_under_way += 1
         self._number += 1
         search.hidden = torch.empty(wanted, self._width, dtype=DTYPES[self._precision], device=self._device)
@@ -272,7 +273,7 @@ class VLLMEngine:
         self._model.pooler.sinks[name] = Sink(search.hidden, len(sequence) - wanted, np.zeros(wanted, np.bool_))
         if caching := self._config.prefix_caching:  # hashed once for all levels
             self._hashes[name] = search.hashes
-        self._core.add_request(compat.core_request(name, sequence.tolist(), name, caching))
+        self._core.add_request(compat.core_request(name, compat.TokenIds(ids, sequence), name, caching))
         if caching and not search.level:
             search.hashes = compat.hashes_of(self._core, name)
 
