@@ -132,19 +132,19 @@ def load(args: argparse.Namespace) -> None:
             if args.graphs and name == "hstu":
                 overrides += ["engine.cuda_graphs=true", f"engine.graph_lengths=[{LEVELS * history}]"]
             if args.graphs and name == "vllm":
-                overrides += ["engine.cuda_graphs=true", f"engine.graph_tokens={args.graph_tokens}"]
-                overrides += ["engine.gpu_memory_utilization=0.6"]
+                overrides += ["engine.cuda_graphs=true", "engine.gpu_memory_utilization=0.6"]
             overrides += args.set
             told = f"| {model} | {name} | {LEVELS * history} | {beam} | {batch} "
             try:
                 with engine_of(name, model, overrides, retrieval, sample, batch, gates) as (engine, checked):
                     batch_s = min(milliseconds(engine, sample[:batch]) for _ in range(2)) / 1e3
                     count = int(min(max(SECONDS / batch_s, 2), len(sample) // batch)) * batch
-                    offline, _ = drive(OfflineConfig("offline", max_batch=batch, queries=count), engine, sample)
+                    flying = {"max_batch": batch, "in_flight": args.in_flight if name == "hstu" else 1}
+                    offline, _ = drive(OfflineConfig("offline", queries=count, **flying), engine, sample)
                     enough = stats.SAMPLES_NEEDED[99.0]
                     patient = enough / (offline / 2) <= P99_SECONDS
                     count = enough if patient else int(max(2 * SECONDS * offline / 2, 16))
-                    server = ServerConfig("server", max_batch=batch, queries=count, target_qps=offline / 2)
+                    server = ServerConfig("server", queries=count, target_qps=offline / 2, **flying)
                     rate, found = drive(server, engine, more)
                 p = {n: figure(found.metrics.get(f"latency_ms/p{n}")) for n in (50, 90, 99)}
                 gate = f"{checked.error:.2g} of {checked.tolerance:.2g} | {checked.overlap:.2f}"
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=256)
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 32, 256], help="of load")
     parser.add_argument("--graphs", action="store_true", help="of load: CUDA graphs where an engine has them")
-    parser.add_argument("--graph-tokens", default="[64,256,512,1024,2048,4096,8192]", help="of load: vLLM's, in tokens")
+    parser.add_argument("--in-flight", type=int, default=1, help="of load: engine hstu's scenario.in_flight")
     parser.add_argument("--hf-rows", type=int, default=16_384, help="of load: more items x beams go one by one in hf")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=20)

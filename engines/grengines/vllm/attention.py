@@ -47,8 +47,8 @@ class StepMetadata(compat.AttentionMetadata):
 
 
 class StepMetadataBuilder(compat.AttentionMetadataBuilder[StepMetadata]):
-    # Launches of Triton kernels follow from the step's tokens and most requests, and from limits that don't change: a
-    # graph of a whole step serves any requests of as many tokens.
+    # Launches of Triton's and CUTLASS kernels follow from the step's tokens and most requests, and from limits that
+    # don't change: a graph of a whole step serves any requests of as many tokens.
     _cudagraph_support = compat.AttentionCGSupport.ALWAYS
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:

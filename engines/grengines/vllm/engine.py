@@ -29,8 +29,8 @@ from grengines.vllm.choice import Choice
 from grengines.vllm.config import VLLMEngineConfig
 from grkernels import registry as kernel_registry
 
-# Steps of this many tokens are captured unless told otherwise: beams of one or a few searches.
-GRAPH_TOKENS = [16, 32, 64, 128, 192, 256, 320, 384, 512, 576, 768, 1024, 1280, 1536, 2048]
+# Steps of this many tokens are captured unless told otherwise: beams of one or a few searches, and prompts.
+GRAPH_TOKENS = [16, 32, 64, 128, 192, 256, 320, 384, 512, 576, 768, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192]
 
 
 @dataclass
@@ -364,10 +364,11 @@ class VLLMEngine:
         if self._device.type == "cpu":
             arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 2**30)
         if config.cuda_graphs:
-            # Attention that isn't Triton's is launched by the lengths of a step's requests, so it can't be captured.
+            # PyTorch's attention is launched by the lengths of a step's requests, so it can't be captured.
             hstu = isinstance(self._model_config, HSTUConfig)
-            mode = "PIECEWISE" if hstu and self._kernels["hstu_attention"] != "triton" else "FULL"
-            sizes = sorted(config.graph_tokens) or GRAPH_TOKENS
+            mode = "PIECEWISE" if hstu and self._kernels["hstu_attention"] == "torch" else "FULL"
+            most = config.max_num_batched_tokens
+            sizes = sorted(config.graph_tokens) or [n for n in GRAPH_TOKENS if n <= most] or [most]
             arguments["compilation_config"] = {"cudagraph_mode": mode, "cudagraph_capture_sizes": sizes}
         try:
             self._core, self._vllm = compat.start(arguments)
