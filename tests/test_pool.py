@@ -240,7 +240,8 @@ def test_histories_over_one_memory_agree_without_a_look_and_only_those() -> None
     assert [first.common(cut(slice(n))) for n in (0, 7, 40)] == [0, 7, 40]
     assert first.first(30).common(cut(slice(35))) == 30
     copied = {name: column.copy() for name, column in columns.items()}
-    assert first.common(over(**copied)) == first.common(over(history_items=copied["history_items"])) == 20
+    assert first.common(over(**copied)) == first.common(over(history_weights=copied["history_weights"])) == 20
+    assert first.common(over(history_items=copied["history_items"])) == 40
     # The same address is not yet the same column.
     assert first.common(cut(slice(None, None, 2))) == 1 and first.common(cut(slice(1, None))) == 0
     doubled = columns["history_items"].view(np.int32)[:40]
@@ -734,7 +735,7 @@ def rank_through_pages(model: HSTURanker, states: UserStates, requests: list[Req
         most = max(len(r.candidates) for r in requests)
         slices = [slice(i, i + microbatch) for i in range(0, most, microbatch)]
         hosts += [pack(requests, encoding, cached=whole, candidates=s) for s in slices]
-    places = states.batch(plans, hosts[0].first_rows(), hosts[0].padded_tokens).to(CPU)
+    places = states.batch(plans, hosts[0].first_rows, hosts[0].padded_tokens).to(CPU)
     parts = [
         model.paged(host.to(CPU), pool, places, write=i == 0).split(host.candidate_counts)
         for i, host in enumerate(hosts)

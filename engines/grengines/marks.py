@@ -10,12 +10,13 @@ import torch
 class Mark:
     """A point in the current stream's work; on a CPU in time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device.index  # a number: looking it up takes longer than all the rest
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
+        """stream: the current one, if it is at hand: looking it up takes longer than all the rest."""
+        self._device = device.index  # a number, for the same reason
         self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
         self._time = time.perf_counter()
         if self._event is not None:
-            self._event.record(torch.cuda.current_stream(self._device))
+            self._event.record(stream or torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
         """What the current stream is given from now on waits for this point."""

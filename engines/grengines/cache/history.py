@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from grengines.api import Request
@@ -24,13 +25,10 @@ class History:
     actions: Column
     weights: Column
     timestamps: Column
-    places: tuple[Any, ...]  # of each column: its address, strides and dtype
 
     @classmethod
     def of(cls, request: Request) -> History:
-        r = request
-        columns = r.history_items, r.history_actions, r.history_weights, r.history_timestamps
-        return cls(*columns, tuple([(x.__array_interface__["data"][0], x.strides, x.dtype) for x in columns]))
+        return cls(request.history_items, request.history_actions, request.history_weights, request.history_timestamps)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -39,14 +37,11 @@ class History:
         """The history up to there."""
         if events == len(self):
             return self
-        columns = self.items[:events], self.actions[:events], self.weights[:events], self.timestamps[:events]
-        return History(*columns, self.places)
+        return History(self.items[:events], self.actions[:events], self.weights[:events], self.timestamps[:events])
 
     def common(self, other: History) -> int:
         """How many first events are the same. Of two copies, a weight that is no number is like none."""
         n = min(len(self), len(other))
-        if self.places == other.places:
-            return n
         # Timestamps first: they differ soonest, and what is found bounds the rest.
         for a, b in (
             (self.timestamps, other.timestamps),
@@ -54,8 +49,14 @@ class History:
             (self.actions, other.actions),
             (self.weights, other.weights),
         ):
-            if n:
+            if n and not _same_memory(a, b):
                 differs = a[:n] != b[:n]
                 first = int(differs.argmax())  # faster than any()
                 n = first if differs[first] else n
         return n
+
+
+def _same_memory(a: Column, b: Column) -> bool:
+    """Whether two columns begin at one address and go on alike. Of single aligned elements the bounds tell that."""
+    alike = a.strides == b.strides and a.dtype == b.dtype and a.flags.aligned and b.flags.aligned
+    return alike and np.may_share_memory(a[:1], b[:1])

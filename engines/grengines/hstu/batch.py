@@ -93,6 +93,7 @@ class HostBatch:
     max_kv_len: int
     candidate_counts: list[int]  # of each request
     tokens: int  # real tokens to encode
+    first_rows: list[int]  # of each request, its first row among the packed tokens
 
     @property
     def padded_tokens(self) -> int:
@@ -103,13 +104,6 @@ class HostBatch:
         """The packed token rows [padded_tokens]: what is written to them is what is copied to the device."""
         rows: npt.NDArray[np.int64] = self.buffer[: self.padded_tokens].numpy()  # the buffer's first array
         return rows
-
-    def first_rows(self) -> list[int]:
-        """Of each sequence, its first row among the packed tokens."""
-        sizes = list(self.sizes)
-        begin = sum(self.sizes[name] for name in sizes[: sizes.index("q_offsets")])
-        offsets: list[int] = self.buffer[begin : begin + self.sizes["q_offsets"] - 1].tolist()
-        return offsets
 
     def to(self, device: torch.device, out: Tensor | None = None) -> JaggedBatch:
         """Copy to the device in one go, without waiting; into `out` (int64 [total]) where it is given."""
@@ -183,15 +177,15 @@ def pack(
     # As little as can be for each request, and the rest for all of them at once: NumPy's calls are what takes time.
     for b, r in enumerate(requests):
         h, times = events[b], r.history_timestamps
-        first, after_first = max(done[b] - C, 0), max(done[b] - C, 1)
-        last = q_offsets[b + 1]
+        first, last = max(done[b] - C, 0), q_offsets[b + 1]
         end = last - targets[b]
-        at = end - (h - first)
-        rows[at:end] = r.history_items[first:]
-        actions[at:end] = r.history_actions[first:]
-        weights[at:end] = r.history_weights[first:]
-        positions[at:end] = position[first:h]
-        gaps[end - (h - after_first) : end] = times[after_first:] - times[after_first - 1 : -1]
+        if first < h:
+            at, after_first = end - (h - first), max(first, 1)
+            rows[at:end] = r.history_items[first:]
+            actions[at:end] = r.history_actions[first:]
+            weights[at:end] = r.history_weights[first:]
+            positions[at:end] = position[first:h]
+            gaps[end - (h - after_first) : end] = times[after_first:] - times[after_first - 1 : -1]
         rows[end:last] = chosen[b]
         positions[end:last] = min(h, encoding.max_positions - 1)
         gaps[end:last] = r.timestamp - times[-1] if h else 0
@@ -217,7 +211,7 @@ def pack(
     for name, values in offsets.items():
         arrays[name][: B + 1] = values
         arrays[name][B + 1 :] = values[-1]
-    return HostBatch(buffer, sizes, longest, longest_kv, targets, q_offsets[-1])
+    return HostBatch(buffer, sizes, longest, longest_kv, targets, q_offsets[-1], q_offsets[:-1])
 
 
 def pack_slices(

@@ -87,7 +87,7 @@ class CachedRanking:
             hosts = pack_slices(requests, ranker.encoding, size, cached=cached, bucket=bucket, pin=self._pin)
             places = states.batch(
                 plans,
-                hosts[0].first_rows(),
+                hosts[0].first_rows,
                 hosts[0].padded_tokens,
                 sequences=bucket.batch if bucket else 0,
                 pages=self._pages if bucket else 0,

@@ -16,14 +16,15 @@ from grengines.marks import Mark
 
 
 class Marks:
-    """Points in time between pieces of work."""
+    """Points in time between pieces of work on the stream that is the current one at first."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._marks = [Mark(device)]
+        self._stream = torch.cuda.current_stream(device.index) if device.type == "cuda" else None
+        self._marks = [Mark(device, self._stream)]
 
     def add(self) -> None:
-        self._marks.append(Mark(self._device))
+        self._marks.append(Mark(self._device, self._stream))
 
     def spans_ms(self) -> list[float]:
         """Milliseconds between marks; waits until the last one is reached."""
