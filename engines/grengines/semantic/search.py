@@ -64,15 +64,15 @@ def best(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best continuations of each request's beams: which beam, which code, the node there, the score; [B, W].
 
-    logits: fp32 [B * beams, codes of the level]. nodes, scores: int64 and fp32 [B, beams]; a beam that leads nowhere
-    has node -1 and score -inf.
+    W: width, or fewer where so many can't follow. logits: fp32 [B * beams, codes of the level]. nodes, scores: int64
+    and fp32 [B, beams]; a beam that leads nowhere has node -1 and score -inf.
     """
     B, beams = nodes.shape
-    flat = nodes.reshape(-1)
-    codes = trie.sizes[level]
-    total = scores.reshape(-1, 1) + torch.log_softmax(logits, dim=-1)
-    total = total.masked_fill(~trie.mask(level, flat), float("-inf")).view(B, beams * codes)
-    scores, chosen = total.topk(min(width, beams * codes), dim=1)
-    parents, code = chosen // codes, chosen % codes
-    there = trie.step(level, nodes.gather(1, parents).reshape(-1), code.reshape(-1)).view_as(code)
-    return parents, code, there, scores
+    first, codes, there = trie.children(level, nodes.reshape(-1))
+    children = trie.widths[level]
+    total = scores.reshape(-1, 1) + torch.log_softmax(logits, dim=-1).gather(1, codes)
+    total = total.masked_fill_(~there, float("-inf")).view(B, beams * children)
+    scores, chosen = total.topk(min(width, beams * children), dim=1)
+    parents, child = chosen // children, chosen % children
+    nodes = (first.view(B, beams).gather(1, parents) + child).masked_fill_(scores == float("-inf"), -1)
+    return parents, codes.view(B, -1).gather(1, chosen), nodes, scores

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from grengines.semantic.quantise import Int32Array, Int64Array
 
 @dataclass(frozen=True, eq=False)
 class Trie:
-    """Valid tuples in CSR form, as numpy arrays; `on` gives the same as tensors.
+    """Valid tuples in CSR form, as numpy arrays; `on` gives them as tensors, which searches use.
 
     child_offsets: for each level int64 [nodes + 1]. child_codes: for each level int32 [nodes of the next level],
     ascending within a node. leaf_items: int32 [items], by leaf. sizes: codes of each level.
@@ -63,81 +62,38 @@ class Trie:
             return torch.tensor(x, device=device)
 
         offsets, codes = tuple(map(put, self.child_offsets)), tuple(map(put, self.child_codes))
-        return TensorTrie(offsets, codes, put(self.leaf_items), self.sizes)
-
-    def mask(self, level: int, nodes: Int64Array) -> npt.NDArray[np.bool_]:
-        """bool [n, codes of the level]: what may follow these nodes of the level, int64 [n], -1 allowed."""
-        begin, end = self._children(level, nodes)
-        width = self.sizes[level]
-        place = begin[:, None] + np.arange(width)
-        child_codes = self.child_codes[level]
-        # A node has up to `width` children; those it doesn't have go to a column that is cut off.
-        codes = np.where(place < end[:, None], child_codes[np.minimum(place, len(child_codes) - 1)], width)
-        mask = np.zeros((len(nodes), width + 1), np.bool_)
-        np.put_along_axis(mask, codes.astype(np.int64), True, axis=1)
-        return mask[:, :width]
-
-    def step(self, level: int, nodes: Int64Array, codes: Int32Array | Int64Array) -> Int64Array:
-        """int64 [n]: nodes of the next level (after the last: leaves), -1 where the code may not follow.
-
-        nodes: int64 [n], of this level; codes: integers [n]. Nodes of -1 and codes outside the level lead to -1.
-        """
-        low, end = self._children(level, nodes)
-        high, child_codes = end, self.child_codes[level]
-        last = len(child_codes) - 1
-        for _ in range(self.sizes[level].bit_length()):  # bisect all at once
-            middle = (low + high) // 2
-            right = (low < high) & (child_codes[np.minimum(middle, last)] < codes)
-            low, high = np.where(right, middle + 1, low), np.where(right, high, middle)
-        return np.where((low < end) & (child_codes[np.minimum(low, last)] == codes), low, -1)
-
-    def items(self, leaves: Int64Array) -> Int64Array:
-        """int64 [n]: items of leaves [n], -1 for -1."""
-        return np.where(leaves < 0, -1, self.leaf_items[np.maximum(leaves, 0)].astype(np.int64))
-
-    def _children(self, level: int, nodes: Int64Array) -> tuple[Int64Array, Int64Array]:
-        offsets, real = self.child_offsets[level], np.maximum(nodes, 0)
-        begin = offsets[real]
-        return begin, np.where(nodes < 0, begin, offsets[real + 1])
+        widths = tuple(int(np.diff(x).max()) for x in self.child_offsets)
+        return TensorTrie(offsets, codes, put(self.leaf_items), self.sizes, widths)
 
 
 @dataclass(frozen=True, eq=False)
 class TensorTrie:
-    """`Trie` as tensors of one device. Shapes never depend on values: nothing waits for the device, and CUDA graphs can
-    hold these operations. `mask` needs 9 bytes a row and code while it runs."""
+    """`Trie` as tensors of one device, to search with. Shapes never depend on values: nothing waits for the device, and
+    CUDA graphs can hold these operations.
+
+    widths: of each level the most children that one of its nodes has.
+    """
 
     child_offsets: tuple[Tensor, ...]
     child_codes: tuple[Tensor, ...]
     leaf_items: Tensor
     sizes: tuple[int, ...]
+    widths: tuple[int, ...]
 
-    def mask(self, level: int, nodes: Tensor) -> Tensor:
-        """bool [n, codes of the level]: what may follow these nodes of the level, int64 [n], -1 allowed."""
-        begin, end = self._children(level, nodes)
-        width = self.sizes[level]
-        place = begin[:, None] + torch.arange(width, device=nodes.device)
+    def children(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What may follow these nodes of the level, int64 [n], -1 allowed.
+
+        Returns first int64 [n], codes int64 [n, w] and there bool [n, w], w being the level's width: the j-th child of
+        a node has code codes[:, j] and is node first + j of the next level (after the last: a leaf), if it is there.
+        Codes ascend; those of children that aren't there may be any of the level.
+        """
+        offsets, real = self.child_offsets[level], nodes.clamp(min=0)
+        first, end = offsets[real], offsets[real + 1]
+        place = first[:, None] + torch.arange(self.widths[level], device=nodes.device)
+        there = (place < end[:, None]) & (nodes >= 0)[:, None]
         child_codes = self.child_codes[level]
-        codes = child_codes[place.clamp(max=len(child_codes) - 1)].long()
-        codes = codes.masked_fill_(place >= end[:, None], width)
-        mask = torch.zeros(len(nodes), width + 1, dtype=torch.bool, device=nodes.device)
-        return mask.scatter_(1, codes, True)[:, :width]
-
-    def step(self, level: int, nodes: Tensor, codes: Tensor) -> Tensor:
-        """int64 [n]: nodes of the next level (after the last: leaves), -1 where the code may not follow."""
-        low, end = self._children(level, nodes)
-        high, child_codes = end, self.child_codes[level]
-        last = len(child_codes) - 1
-        for _ in range(self.sizes[level].bit_length()):
-            middle = (low + high) // 2
-            right = (low < high) & (child_codes[middle.clamp(max=last)] < codes)
-            low, high = torch.where(right, middle + 1, low), torch.where(right, high, middle)
-        return torch.where((low < end) & (child_codes[low.clamp(max=last)] == codes), low, -1)
+        return first, child_codes[place.clamp_(max=len(child_codes) - 1)].long(), there
 
     def items(self, leaves: Tensor) -> Tensor:
         """int64 [n]: items of leaves [n], -1 for -1."""
         return self.leaf_items[leaves.clamp(min=0)].long().masked_fill(leaves < 0, -1)
-
-    def _children(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        offsets, real = self.child_offsets[level], nodes.clamp(min=0)
-        begin = offsets[real]
-        return begin, torch.where(nodes < 0, begin, offsets[real + 1])

@@ -1,4 +1,4 @@
-"""The next codes of searches that have all rows of a level: some eighty small kernels, or one CUDA graph."""
+"""The next codes of searches that have all rows of a level: some thirty small kernels, or one CUDA graph."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Choice:
         self._graphs: dict[tuple[int, int], _Graph] = {}  # by level and searches
         self._buckets = batch_buckets(graphs) if graphs else []
         pool, beams = torch.cuda.graph_pool_handle() if graphs else None, 1
-        for level, codes in enumerate(trie.sizes):
+        for level, children in enumerate(trie.widths):
             for count in reversed(self._buckets):
                 hidden = torch.zeros(count * beams, embedding_dim, dtype=dtype, device=trie.leaf_items.device)
                 nodes = torch.zeros(count, beams, dtype=torch.int64, device=hidden.device)
                 given = hidden, nodes, nodes.float()
                 graph, made = capture(partial(self._choose, level, *given), pool)
                 self._graphs[level, count] = _Graph(graph, given, made)
-            beams = min(width, beams * codes)
+            beams = min(width, beams * children)
 
     def __call__(
         self, level: int, hidden: Sequence[Tensor], nodes: Sequence[Tensor], scores: Sequence[Tensor]
