@@ -1,4 +1,4 @@
-"""The next codes of searches that have all rows of a level: some thirty small kernels, or one CUDA graph."""
+"""The next codes of searches that have all rows of a level: dozens of small kernels, or one CUDA graph."""
 
 from __future__ import annotations
 
