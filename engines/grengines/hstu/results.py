@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -36,31 +35,21 @@ def collect(
 ) -> Callable[[], RankResult]:
     """Queue the copy of these batches' logits to the host. What is returned waits for it and makes the result; other
     batches may be queued before. marks: set before the copies to the device and after."""
-    return partial(_rank_result, _fetch(logits, marks), hosts, marks, batch_ms, details)
+    on_host = _fetch(logits, marks)
 
+    def answer() -> RankResult:
+        up_ms, compute_ms, down_ms = marks.spans_ms()
+        return RankResult(
+            scores=_by_request(on_host.numpy(), hosts),
+            batch_ms=batch_ms,
+            transfer_ms=up_ms + down_ms,
+            compute_ms=compute_ms,
+            tokens=sum(host.tokens for host in hosts),
+            padded_tokens=sum(host.padded_tokens for host in hosts),
+            details=details,
+        )
 
-def _fetch(found: Tensor, marks: Marks) -> Tensor:
-    """Queue the copy to the host, without waiting for it. marks: as for `collect`; ends them."""
-    marks.add()
-    on_host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
-    on_host.copy_(found, non_blocking=True)
-    marks.add()
-    return on_host
-
-
-def _rank_result(
-    on_host: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float, details: dict[str, float]
-) -> RankResult:
-    up_ms, compute_ms, down_ms = marks.spans_ms()
-    return RankResult(
-        scores=_by_request(on_host.numpy(), hosts),
-        batch_ms=batch_ms,
-        transfer_ms=up_ms + down_ms,
-        compute_ms=compute_ms,
-        tokens=sum(host.tokens for host in hosts),
-        padded_tokens=sum(host.padded_tokens for host in hosts),
-        details=details,
-    )
+    return answer
 
 
 def one_tensor(items: Tensor, scores: Tensor) -> Tensor:
@@ -80,31 +69,32 @@ def collect_items(
 ) -> Callable[[], GenerateResult]:
     """As `collect`, of what `one_tensor` made for so many requests and padding; items of -1 are none."""
     on_host = _fetch(found, marks)
-    return partial(_generate_result, on_host, requests, marks, batch_ms, tokens, padded_tokens, details)
+
+    def answer() -> GenerateResult:
+        up_ms, compute_ms, down_ms = marks.spans_ms()
+        items, scores = on_host.numpy()[:requests].transpose(2, 0, 1)
+        real = items >= 0
+        return GenerateResult(
+            items=[row[known].astype(np.int64) for row, known in zip(items, real, strict=True)],
+            scores=[row[known].astype(np.float32) for row, known in zip(scores, real, strict=True)],
+            batch_ms=batch_ms,
+            transfer_ms=up_ms + down_ms,
+            compute_ms=compute_ms,
+            tokens=tokens,
+            padded_tokens=padded_tokens,
+            details=details,
+        )
+
+    return answer
 
 
-def _generate_result(
-    on_host: Tensor,
-    requests: int,
-    marks: Marks,
-    batch_ms: float,
-    tokens: int,
-    padded_tokens: int,
-    details: dict[str, float],
-) -> GenerateResult:
-    up_ms, compute_ms, down_ms = marks.spans_ms()
-    items, scores = on_host.numpy()[:requests].transpose(2, 0, 1)
-    real = items >= 0
-    return GenerateResult(
-        items=[row[known].astype(np.int64) for row, known in zip(items, real, strict=True)],
-        scores=[row[known].astype(np.float32) for row, known in zip(scores, real, strict=True)],
-        batch_ms=batch_ms,
-        transfer_ms=up_ms + down_ms,
-        compute_ms=compute_ms,
-        tokens=tokens,
-        padded_tokens=padded_tokens,
-        details=details,
-    )
+def _fetch(found: Tensor, marks: Marks) -> Tensor:
+    """Queue the copy to the host, without waiting for it. marks: as for `collect`; ends them."""
+    marks.add()
+    on_host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
+    on_host.copy_(found, non_blocking=True)
+    marks.add()
+    return on_host
 
 
 def _by_request(logits: Float32Array, hosts: list[HostBatch]) -> list[Float32Array]:
