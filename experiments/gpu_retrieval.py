@@ -133,6 +133,7 @@ def load(args: argparse.Namespace) -> None:
                 overrides += ["engine.cuda_graphs=true", f"engine.graph_lengths=[{LEVELS * history}]"]
             if args.graphs and name == "vllm":
                 overrides += ["engine.cuda_graphs=true", "engine.gpu_memory_utilization=0.6"]
+                overrides += [f"engine.graph_tokens={args.graph_tokens}"]
             overrides += args.set
             told = f"| {model} | {name} | {LEVELS * history} | {beam} | {batch} "
             try:
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=256)
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 32, 256], help="of load")
     parser.add_argument("--graphs", action="store_true", help="of load: CUDA graphs where an engine has them")
+    parser.add_argument("--graph-tokens", default="[]", help="of load: steps that vLLM captures; default: the engine's")
     parser.add_argument("--in-flight", type=int, default=1, help="of load: engine hstu's scenario.in_flight")
     parser.add_argument("--hf-rows", type=int, default=16_384, help="of load: more items x beams go one by one in hf")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])

@@ -24,4 +24,4 @@ class VLLMEngineConfig:
     prefix_caching: bool = True  # without it every code of a search reads the prompt again
     chunked_prefill: bool = True
     cuda_graphs: bool = False  # cuda only: steps are captured; HSTU's attention, unless Triton's, is not
-    graph_tokens: list[int] = option([], ge=1)  # sizes of steps to capture, in tokens; empty: 16 to 8192
+    graph_tokens: list[int] = option([], ge=1)  # sizes of steps to capture, in tokens; empty: 16 to 2048

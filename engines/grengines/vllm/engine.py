@@ -29,8 +29,9 @@ from grengines.vllm.choice import Choice
 from grengines.vllm.config import VLLMEngineConfig
 from grkernels import registry as kernel_registry
 
-# Steps of this many tokens are captured unless told otherwise: beams of one or a few searches, and prompts.
-GRAPH_TOKENS = [16, 32, 64, 128, 192, 256, 320, 384, 512, 576, 768, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192]
+# Steps of this many tokens are captured unless told otherwise: beams of one or a few searches. Not prompts: to measure
+# memory vLLM 0.25 takes, for a moment, as many pages as the largest of them has tokens.
+GRAPH_TOKENS = [16, 32, 64, 128, 192, 256, 320, 384, 512, 576, 768, 1024, 1280, 1536, 2048]
 
 
 @dataclass
@@ -367,8 +368,7 @@ class VLLMEngine:
             # PyTorch's attention is launched by the lengths of a step's requests, so it can't be captured.
             hstu = isinstance(self._model_config, HSTUConfig)
             mode = "PIECEWISE" if hstu and self._kernels["hstu_attention"] == "torch" else "FULL"
-            most = config.max_num_batched_tokens
-            sizes = sorted(config.graph_tokens) or [n for n in GRAPH_TOKENS if n <= most] or [most]
+            sizes = sorted(config.graph_tokens) or GRAPH_TOKENS
             arguments["compilation_config"] = {"cudagraph_mode": mode, "cudagraph_capture_sizes": sizes}
         try:
             self._core, self._vllm = compat.start(arguments)
