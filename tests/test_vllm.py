@@ -304,6 +304,17 @@ class TestOneEngine:
         monkeypatch.undo()
 
 
+def test_token_ids_are_a_list_that_numpy_takes_as_an_array() -> None:
+    from grengines.vllm import compat
+
+    array = np.arange(5, 9)
+    ids = compat.TokenIds(array.tolist(), array + 100)  # unlike the list, to see which one is taken
+    assert isinstance(ids, list) and ids == [5, 6, 7, 8] and type(ids.copy()) is type(ids[1:]) is list
+    there = np.zeros((2, 6), np.int32)
+    there[1, :4] = ids
+    assert there.tolist() == [[0] * 6, [105, 106, 107, 108, 0, 0]]
+
+
 def test_a_prompt_that_is_too_long_never_reaches_vllm() -> None:
     engine = engine_of(requests_of([3, 5]))
     try:
