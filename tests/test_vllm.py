@@ -359,7 +359,7 @@ def test_half_precision_differs_among_near_ties_only(reference: Reference, expec
         np.testing.assert_allclose(scores, own, atol=tie)
 
 
-def test_the_model_serves_ordinary_generation(tmp_path: Path) -> None:
+def test_the_model_serves_ordinary_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through vLLM's own LLM.generate: greedy tokens are those of the model itself over the whole sequence."""
     engine = engine_of()
     folder = engine._folder
@@ -369,6 +369,9 @@ def test_the_model_serves_ordinary_generation(tmp_path: Path) -> None:
     engine.close()
     from vllm import LLM, SamplingParams
 
+    # What vLLM changes in the process for good.
+    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)
+    monkeypatch.setenv("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
     prompts = [IDS.tokens(r.history_items).reshape(-1) for r in REQUESTS if 0 < len(r.history_items) < 20]
     llm = LLM(
         str(tmp_path),
