@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the user-state cache changes on one GPU: hits one by one, then p99 and goodput under load as users return.
-# Usage: experiments/gpu_cache.sh [OUTPUT_ROOT]   (about 8 minutes on one GPU; answer: reports/user_cache.md)
+# Usage: experiments/gpu_cache.sh [OUTPUT_ROOT]   (about 10 minutes on one GPU; answer: reports/user_cache.md)
 set -uo pipefail
 root=${1:-outputs/gpu_cache}
 python=${PYTHON:-python3}
@@ -17,6 +17,7 @@ server="$run scenario=server scenario.target_qps=400"
 $server workload.revisit_rate=0,0.6 cache=none || failed=1
 $server workload.revisit_rate=0,0.6,0.9 $cache || failed=1
 $run scenario=offline scenario.in_flight=1,2 workload.revisit_rate=0.9 $cache || failed=1
+${run/queries=2000/queries=3000} scenario=offline scenario.in_flight=1,2 cache=none || failed=1
 $server workload.revisit_rate=0,0.6 $cache cache.admit_visit=1 cache.host_admit_visit=1 || failed=1
 $python experiments/item_cache.py --device cuda --rows 2000000 | tee $root/item_cache.txt || failed=1
 exit $failed

@@ -111,7 +111,7 @@ class Engine(Protocol):
 
     It has a method for each task that `grengines.registry` says it has: `rank`, `generate` or `recommend`, which take
     at most `max_batch` requests and return RankResult, GenerateResult or RecommendResult. Several threads may call them
-    at once: what is not queued on a device by one is not begun by the next.
+    at once, but for a ContinuousEngine's: what is not queued on a device by one is not begun by the next.
     """
 
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:

@@ -6,6 +6,7 @@ Only where the configuration names the chain (`engine.fallback=[hstu]`); without
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ class Chain:
     def __init__(self, first: Ranker, fallback: Sequence[str], build: Callable[[str], Ranker]) -> None:
         self._engines, self._fallback, self._build = [first], list(fallback), build
         self._answered = [0] * (1 + len(fallback))  # requests, by each engine
+        self._counting = threading.Lock()
 
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
         """Prepare every engine of the chain. Raises what they raise."""
@@ -43,7 +45,8 @@ class Chain:
                 if i == len(self._engines) - 1:
                     raise
                 continue
-            self._answered[i] += len(requests)
+            with self._counting:
+                self._answered[i] += len(requests)
             result.details["fallback_requests"] = float(len(requests) if i else 0)
             return result
         raise AssertionError("a chain has an engine")

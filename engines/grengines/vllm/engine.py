@@ -365,9 +365,9 @@ class VLLMEngine:
         if self._device.type == "cpu":
             arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 2**30)
         if config.cuda_graphs:
-            # PyTorch's attention is launched by the lengths of a step's requests, so it can't be captured.
+            # Other attention is launched by the lengths of a step's requests, so it can't be captured.
             hstu = isinstance(self._model_config, HSTUConfig)
-            mode = "PIECEWISE" if hstu and self._kernels["hstu_attention"] == "torch" else "FULL"
+            mode = "PIECEWISE" if hstu and self._kernels["hstu_attention"] not in ("triton", "cutlass") else "FULL"
             sizes = sorted(config.graph_tokens) or GRAPH_TOKENS
             arguments["compilation_config"] = {"cudagraph_mode": mode, "cudagraph_capture_sizes": sizes}
         try:
