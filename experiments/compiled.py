@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from user_cache import requests_of
 
-from grbench.compose import compose_spec
+from grbench.config.compose import compose_spec
 from grengines import registry
 from grengines.aoti import package as packages
 from grengines.aoti.config import AOTIEngineConfig
@@ -29,12 +29,13 @@ from grengines.aoti.engine import AOTIEngine
 from grengines.aoti.package import Facts, Inputs, Package
 from grengines.api import Catalogue, Request
 from grengines.cache.config import CacheConfig
-from grengines.device import DTYPES
 from grengines.export.module import ExportedRanker
-from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
+from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import Reference, build_model
+from grengines.models.hstu.config import HSTUConfig
 from grengines.onnxruntime.config import OnnxRuntimeConfig
-from grengines.profile import profiles
+from grengines.runtime.device import DTYPES
+from grengines.runtime.profile import profiles
 from grkernels.config import KernelConfig
 from grkernels.operators import Operators
 from grkernels.registry import FAMILIES

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from grbench import stats
-from grbench.beam_gate import BeamGate, BeamGateResult
-from grbench.compose import compose_spec
+from grbench.config.compose import compose_spec
+from grbench.gate.generate import BeamGate, BeamGateResult
 from grbench.report.cells import figure
+from grbench.run import stats
 from grbench.scenarios import Measurement, run_scenario
 from grbench.scenarios.config import OfflineConfig, ScenarioConfig, ServerConfig
 from grengines import registry

@@ -3,8 +3,8 @@
 Engines side by side in one process, in turns, with the same weights and requests. Times are wall clock around `rank`:
 packing, copies, computation, scores on the host. A cell whose scores fail the rule of the gate (twice the error of
 plain PyTorch in its precision) has no time. --weights adds what each precision costs in ranking quality
-(grbench/quality.py) with a model that experiments/train_ranker.py made, TensorRT's int8 and fp8 among them: their Q/DQ
-models run in ONNX Runtime. GPUs: experiments/compiled.py.
+(grbench/gate/quality.py) with a model that experiments/train_ranker.py made, TensorRT's int8 and fp8 among them: their
+Q/DQ models run in ONNX Runtime. GPUs: experiments/compiled.py.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ import numpy as np
 import onnxruntime
 import torch
 
-from grbench import quality, workloads
-from grbench.compose import compose_spec
-from grbench.environment import describe_environment
+from grbench import workloads
+from grbench.config.compose import compose_spec
+from grbench.gate import quality
+from grbench.run.environment import describe_environment
 from grengines import registry
 from grengines.api import Catalogue, Request, UnavailableError
 from grengines.export import exporter
-from grengines.hstu.batch import Encoding
-from grengines.hstu.config import HSTUConfig
 from grengines.hstu.engine import Reference
+from grengines.models.hstu.config import HSTUConfig
 from grengines.numerics import SUMMATION_FLOOR, relative_error
+from grengines.runtime.batch import Encoding
 from grengines.tensorrt import sample as samples
 from grengines.tensorrt.quantise import quantise
 

@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 from grbench import workloads
-from grbench.compose import compose_spec
-from grbench.environment import describe_environment
+from grbench.config.compose import compose_spec
+from grbench.run.environment import describe_environment
 from grengines.api import UnavailableError
-from grengines.hstu.batch import Encoding
-from grengines.profile import profiles
+from grengines.runtime.batch import Encoding
+from grengines.runtime.profile import profiles
 from grengines.tensorrt import plan as plans
 from grengines.tensorrt import sample as samples
 from grengines.tensorrt.config import PRECISIONS

@@ -4,7 +4,7 @@
 
 Plain PyTorch and autograd, a few minutes on two cores. Tasks are the workload's actions: rated (did the user rate the
 candidate in this visit) and liked (with at least four of five stars). The last requests of the trace, those that
-`grbench/quality.py` looks at, are held out. The file is then given to runs as
+`grbench/gate/quality.py` looks at, are held out. The file is then given to runs as
 
     python -m grbench workload.max_history=128 'model.tasks=[rated,liked]' model.weights=outputs/ml_100k.safetensors
 """
@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grbench import quality, workloads
-from grbench.compose import compose_spec
-from grbench.config import ConfigError
-from grengines.hstu.batch import JaggedBatch, pack
-from grengines.hstu.model import HSTULayer, HSTURanker
-from grengines.hstu.weights import save_weights
+from grbench import workloads
+from grbench.config.compose import compose_spec
+from grbench.config.schema import ConfigError
+from grbench.gate import quality
+from grengines.models.hstu.model import HSTULayer, HSTURanker
+from grengines.models.hstu.weights import save_weights
+from grengines.runtime.batch import JaggedBatch, pack
 from grkernels.hstu_attention.reference import hstu_mask
 from grkernels.operators import Operators
 

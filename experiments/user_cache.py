@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grbench.compose import compose_spec
+from grbench.config.compose import compose_spec
 from grengines.api import Catalogue, RankResult, Request
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hstu.config import HSTUEngineConfig

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hydra.conf import HydraConf
 
-from grbench import command
-from grbench.compose import prepare_hydra
-from grbench.config import RunConfig, RunSpec, to_spec
+from grbench.config import command
+from grbench.config.compose import prepare_hydra
+from grbench.config.schema import RunConfig, RunSpec, to_spec
 
 
 def main() -> None:
@@ -15,6 +15,6 @@ def main() -> None:
 
 
 def _session(cell: tuple[RunSpec, RunConfig], hydra: HydraConf, total: int) -> command.Session:
-    from grbench.session import Session  # rich, runner and records: --help needs none of them
+    from grbench.run.session import Session  # rich, runner and records: --help needs none of them
 
     return Session(cell[1], hydra, total)

@@ -36,7 +36,7 @@ _DECODERS = ("hf", "vllm")  # engines that run model=decoder_* too
 # The fp32 reference of generation by the class of the model's options.
 _REFERENCES = {
     "HSTUConfig": "grengines.hstu.retriever:Reference",
-    "DecoderConfig": "grengines.decoder.reference:Reference",
+    "DecoderConfig": "grengines.models.decoder.reference:Reference",
 }
 TASKS = ("rank", "generate", "recommend")
 

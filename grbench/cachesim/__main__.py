@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hydra.conf import HydraConf
 
-from grbench import command
 from grbench.cachesim.config import CacheSimConfig, register_schemas, to_config
+from grbench.config import command
 
 
 def main() -> None:

@@ -8,10 +8,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from grbench.config import ConfigError, checked
-from grbench.config import register_schemas as register_groups
+from grbench.config.schema import ConfigError, checked
+from grbench.config.schema import register_schemas as register_groups
 from grengines.cache import policies
-from grengines.hstu.config import HSTUConfig
+from grengines.models.hstu.config import HSTUConfig
 from grengines.options import option
 
 

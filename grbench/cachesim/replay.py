@@ -14,8 +14,8 @@ from grbench.cachesim import simulate
 from grbench.cachesim.config import CacheSimConfig
 from grbench.cachesim.simulate import Costs, Outcome, Progress, Simulation
 from grbench.cachesim.trace import Columns, load
-from grbench.config import ConfigError
-from grbench.sizing import kv_bytes
+from grbench.config.schema import ConfigError
+from grbench.tools.sizing import kv_bytes
 from grbench.workloads.events import DataError
 from grengines.cache import policies
 

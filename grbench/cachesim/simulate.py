@@ -15,9 +15,9 @@ from heapq import heappop, heappush
 import numpy as np
 
 from grbench.cachesim.trace import Columns, Floats
-from grbench.sizing import flops
+from grbench.tools.sizing import flops
 from grengines.cache.policies import Policy
-from grengines.hstu.config import HSTUConfig
+from grengines.models.hstu.config import HSTUConfig
 
 CHUNK = 1 << 16  # requests turned into Python numbers at a time
 Progress = Callable[[int], None]  # is told how many requests are done

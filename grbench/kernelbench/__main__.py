@@ -6,7 +6,7 @@ from __future__ import annotations
 from hydra.conf import HydraConf
 from omegaconf import DictConfig
 
-from grbench import command
+from grbench.config import command
 from grbench.kernelbench.config import KernelBenchConfig, device_of, register_schemas, to_config
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from grbench.config import SCHEMAS, ConfigError, checked
+from grbench.config.schema import SCHEMAS, ConfigError, checked
 from grengines.options import option
 from grkernels import registry
 
@@ -105,7 +105,9 @@ def device_of(config: KernelBenchConfig) -> str:
 
     there = torch.cuda.is_available()
     if config.device == "cuda" and not there:
-        raise ConfigError("device=cuda: PyTorch finds no GPU; `python -m grbench.doctor` says why; allowed here: cpu")
+        raise ConfigError(
+            "device=cuda: PyTorch finds no GPU; `python -m grbench.tools.doctor` says why; allowed here: cpu"
+        )
     device = "cuda" if there and config.device != "cpu" else "cpu"
     if config.tune and device == "cpu":
         raise ConfigError("tune=true: launch configurations are tuned on a GPU; allowed here: tune=false")

@@ -12,10 +12,10 @@ from rich.text import Text
 
 from grbench.kernelbench.bench import ALL_SHAPES, Row
 from grbench.kernelbench.timing import Ceilings
-from grbench.records import Status
 from grbench.report.cells import MISSING, figure
 from grbench.report.plots import COLOURS, GREY, MARKERS, Plot
 from grbench.report.table import STYLES
+from grbench.run.records import Status
 
 COLUMNS = {  # heading: (metric, factor)
     "ms": ("latency_ms/p50", 1),

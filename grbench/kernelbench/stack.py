@@ -16,9 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from grbench.compose import CONFIG_DIR
-from grengines.hstu.config import HSTUConfig
-from grengines.hstu.model import HSTULayer
+from grbench.config.compose import CONFIG_DIR
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.model import HSTULayer
 from grkernels import registry
 from grkernels.hstu_attention import spec
 from grkernels.operators import Operators

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlperf_loadgen as lg
 
+from grbench.run.stats import PERCENTILES, SAMPLES_NEEDED
 from grbench.scenarios.batcher import RequestLoop, Ticket
 from grbench.scenarios.config import (
     LoadGenConfig,
@@ -23,7 +24,6 @@ from grbench.scenarios.config import (
     ServerConfig,
     SingleStreamConfig,
 )
-from grbench.stats import PERCENTILES, SAMPLES_NEEDED
 
 _SUMMARY = "mlperf_log_summary.txt"
 

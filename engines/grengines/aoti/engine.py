@@ -15,16 +15,16 @@ from grengines.aoti.config import AOTIEngineConfig
 from grengines.aoti.package import Facts, Inputs, Package
 from grengines.api import Catalogue, RankResult, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.device import DTYPES, resolve_device, resolve_precision
 from grengines.export.identity import model_hash
 from grengines.export.module import ExportedRanker
 from grengines.fallback import OutsideError
-from grengines.hstu.batch import Bucket, Encoding, JaggedBatch, pack
-from grengines.hstu.config import HSTUConfig
 from grengines.hstu.engine import build_model, operators
-from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
-from grengines.hstu.results import Marks, collect
-from grengines.profile import check, profiles
+from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime.batch import Bucket, Encoding, JaggedBatch, pack
+from grengines.runtime.device import DTYPES, resolve_device, resolve_precision
+from grengines.runtime.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
+from grengines.runtime.profile import check, profiles
+from grengines.runtime.results import Marks, collect
 from grkernels import registry as kernel_registry
 
 

@@ -24,9 +24,9 @@ import grkernels
 from grengines.api import UnavailableError
 from grengines.export import folders
 from grengines.export.module import INPUTS, ExportedRanker
-from grengines.files import cache_folder
-from grengines.hstu.batch import JaggedBatch
-from grengines.profile import Sizes
+from grengines.runtime.batch import JaggedBatch
+from grengines.runtime.files import cache_folder
+from grengines.runtime.profile import Sizes
 from grkernels import tuning
 from grkernels.hstu_attention.torch import tiles_needed
 

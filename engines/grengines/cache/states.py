@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grengines import staging
 from grengines.api import Request
 from grengines.cache import policies
 from grengines.cache.history import History
 from grengines.cache.host import HostTier, Load, Onload
 from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool, PoolFullError
+from grengines.runtime import staging
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grengines.api import Catalogue, UnavailableError
-from grengines.hstu.config import HSTUConfig
+from grengines.models.hstu.config import HSTUConfig
 from grengines.options import describe, violations
 
 PROG = "grengines.export"

@@ -10,11 +10,11 @@ import torch
 from grengines.api import Catalogue, IncorrectError, Request
 from grengines.export.exporter import Export
 from grengines.export.module import inputs_of, longest_history
-from grengines.hstu.batch import Encoding, pack
-from grengines.hstu.config import HSTUConfig
 from grengines.hstu.engine import Reference
-from grengines.hstu.model import zero_attention
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.model import zero_attention
 from grengines.numerics import SUMMATION_FLOOR, relative_error
+from grengines.runtime.batch import Encoding, pack
 
 BATCHES = 6
 

@@ -21,14 +21,14 @@ import torch
 from torch.export import ExportedProgram
 
 from grengines.api import Catalogue, UnavailableError
-from grengines.device import DTYPES
 from grengines.export import folders
 from grengines.export.identity import digest_of, model_hash, weights_of
 from grengines.export.module import INPUTS, OUTPUT, ExportedRanker, trace
 from grengines.export.onnx_attention import DOMAIN, OPSET, VERSION, onnx_function, onnx_node, register_schema
-from grengines.files import cache_folder, sha256
-from grengines.hstu.config import HSTUConfig
 from grengines.hstu.engine import build_model
+from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime.device import DTYPES
+from grengines.runtime.files import cache_folder, sha256
 
 FORMAT = "grbench-export-1"
 ONNX_FILE, WEIGHTS_FILE, PROGRAM_FILE, MANIFEST_FILE = "model.onnx", "model.onnx.data", "model.pt2", "manifest.json"

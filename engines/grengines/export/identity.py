@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from grengines.api import Catalogue
-from grengines.files import sha256
-from grengines.hstu.batch import Encoding
-from grengines.hstu.config import HSTUConfig
+from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime.batch import Encoding
+from grengines.runtime.files import sha256
 
 
 def model_hash(model: HSTUConfig, catalogue: Catalogue, seed: int) -> str:

@@ -11,8 +11,8 @@ from torch.export import Dim, ExportedProgram
 
 from grengines.api import Request
 from grengines.export.attention import hstu_attention
-from grengines.hstu.batch import Encoding, JaggedBatch
-from grengines.hstu.model import HSTULayer, HSTURanker
+from grengines.models.hstu.model import HSTULayer, HSTURanker
+from grengines.runtime.batch import Encoding, JaggedBatch
 from grkernels.operators import Operators
 
 # Names in the order of `forward`, element types and dimensions: L tokens, B sequences, M candidates, T tiles of R rows,

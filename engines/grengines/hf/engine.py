@@ -12,16 +12,16 @@ import torch
 
 from grengines.api import Catalogue, GenerateResult, Request, Retrieval
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.decoder.config import DecoderConfig
-from grengines.decoder.model import Decoder
-from grengines.device import DTYPES, resolve_device, resolve_precision
 from grengines.hf.config import HFEngineConfig
 from grengines.hf.models import PaddedDecoder, PaddedHSTU, PaddedModel
 from grengines.hf.search import pad, search
-from grengines.hstu.config import HSTUConfig
-from grengines.hstu.generator import HSTUGenerator
-from grengines.hstu.results import Marks, collect_items, one_tensor
 from grengines.hstu.retriever import prompt_tokens
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.decoder.model import Decoder
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.generator import HSTUGenerator
+from grengines.runtime.device import DTYPES, resolve_device, resolve_precision
+from grengines.runtime.results import Marks, collect_items, one_tensor
 from grengines.semantic.search import check_width
 from grengines.semantic.trie import TensorTrie, Trie
 from grkernels.operators import Operators

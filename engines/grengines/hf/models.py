@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grengines.decoder.model import Decoder
-from grengines.hstu.generator import HSTUGenerator
-from grengines.hstu.model import HSTULayer
+from grengines.models.decoder.model import Decoder
+from grengines.models.hstu.generator import HSTUGenerator
+from grengines.models.hstu.model import HSTULayer
 
 if TYPE_CHECKING:
     from transformers import Cache

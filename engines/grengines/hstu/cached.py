@@ -16,11 +16,11 @@ from grengines.cache.host import HostTier, Onload
 from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
 from grengines.cache.states import Plan, UserStates
-from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.hstu.config import HSTUEngineConfig
-from grengines.hstu.graphs import GraphRunner, choose_bucket, plan_buckets
-from grengines.hstu.model import HSTURanker
-from grengines.hstu.results import Marks, collect
+from grengines.models.hstu.model import HSTURanker
+from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
+from grengines.runtime.graphs import GraphRunner, choose_bucket, plan_buckets
+from grengines.runtime.results import Marks, collect
 from grkernels import paged_write
 
 MOST_PADDING = 2.5  # a graph that encodes more than so many times the batch's tokens is slower than launching kernels

@@ -16,14 +16,15 @@ from torch import Tensor
 from grengines.api import Catalogue, Float32Array, RankResult, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.cache.items import HotRows
-from grengines.device import DTYPES, resolve_device, resolve_precision
-from grengines.hstu import quantised
-from grengines.hstu.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.hstu.cached import CachedRanking
-from grengines.hstu.config import INTERACTING, HSTUConfig, HSTUEngineConfig
-from grengines.hstu.graphs import GraphRunner, choose_bucket, first_batches, plan_buckets, token_count
-from grengines.hstu.model import HSTURanker
-from grengines.hstu.results import Marks, collect
+from grengines.hstu.config import HSTUEngineConfig
+from grengines.models.hstu import quantised
+from grengines.models.hstu.config import INTERACTING, HSTUConfig
+from grengines.models.hstu.model import HSTURanker
+from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
+from grengines.runtime.device import DTYPES, resolve_device, resolve_precision
+from grengines.runtime.graphs import GraphRunner, choose_bucket, first_batches, plan_buckets, token_count
+from grengines.runtime.results import Marks, collect
 from grkernels import registry as kernel_registry
 from grkernels import tuning
 from grkernels.operators import Operators
@@ -67,8 +68,8 @@ class Reference:
         """Logits [candidates, tasks] of each request.
 
         precision: fp32, by the kernels' references, or fp16, bf16, int8 or fp8, by plain PyTorch in that precision (the
-        variants `torch`; 8 bits as grengines/hstu/quantised.py says): what tolerances are measured by. attention: in
-        place of theirs.
+        variants `torch`; 8 bits as grengines/models/hstu/quantised.py says): what tolerances are measured by.
+        attention: in place of theirs.
         """
         dtype = DTYPES["fp32" if precision in quantised.KINDS else precision]
         model = self._model if precision == "fp32" else copy.deepcopy(self._model).to(dtype)

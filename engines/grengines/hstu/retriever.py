@@ -15,15 +15,16 @@ from torch import Tensor
 from grengines.api import Catalogue, GenerateResult, Request, Retrieval
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.cache.pool import PagePool
-from grengines.device import DTYPES, resolve_device, resolve_precision
-from grengines.hstu import beam
-from grengines.hstu.batch import Bucket
-from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
+from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import check_graphs, operators
-from grengines.hstu.generator import HSTUGenerator, Prompts, pack_prompts
-from grengines.hstu.graphs import GraphRunner, batch_buckets, choose_bucket, first_batches, length_buckets
-from grengines.hstu.model import zero_attention
-from grengines.hstu.results import Marks, collect_items, one_tensor
+from grengines.models.hstu import beam
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.generator import HSTUGenerator, Prompts, pack_prompts
+from grengines.models.hstu.model import zero_attention
+from grengines.runtime.batch import Bucket
+from grengines.runtime.device import DTYPES, resolve_device, resolve_precision
+from grengines.runtime.graphs import GraphRunner, batch_buckets, choose_bucket, first_batches, length_buckets
+from grengines.runtime.results import Marks, collect_items, one_tensor
 from grengines.semantic.search import Beams, check_width
 from grengines.semantic.trie import Trie
 from grkernels import registry as kernel_registry

@@ -18,12 +18,12 @@ from grengines.api import Catalogue, RankResult, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.export.identity import command, model_hash
 from grengines.export.module import OUTPUT, gpu_tile_rows, inputs_of, longest_history
-from grengines.hstu.batch import Encoding, pack
-from grengines.hstu.config import HSTUConfig
-from grengines.hstu.graphs import token_count
-from grengines.hstu.results import Marks, collect
+from grengines.models.hstu.config import HSTUConfig
 from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.onnxruntime.session import PROVIDERS, open_session, resolve_device, resolve_precision
+from grengines.runtime.batch import Encoding, pack
+from grengines.runtime.graphs import token_count
+from grengines.runtime.results import Marks, collect
 
 if TYPE_CHECKING:
     from grengines.export.exporter import Export

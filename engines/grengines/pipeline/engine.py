@@ -24,7 +24,8 @@ from grengines.api import (
     Retrieval,
 )
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.hstu.config import HSTUConfig, HSTUEngineConfig
+from grengines.hstu.config import HSTUEngineConfig
+from grengines.models.hstu.config import HSTUConfig
 from grengines.pipeline.config import PipelineConfig
 
 

@@ -56,8 +56,8 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     """Build what the command line asks for. Raises ValueError, UnavailableError, OSError."""
     model, catalogue = described(args)
-    from grengines.hstu.batch import Encoding
-    from grengines.profile import Sizes, profiles
+    from grengines.runtime.batch import Encoding
+    from grengines.runtime.profile import Sizes, profiles
     from grengines.tensorrt import plan as plans
     from grengines.tensorrt import sample
     from grengines.tensorrt.library import find

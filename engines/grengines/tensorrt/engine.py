@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grengines import staging
 from grengines.api import Catalogue, RankResult, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.export import exporter, folders
 from grengines.export.module import INPUTS, OUTPUT
 from grengines.fallback import OutsideError
-from grengines.files import cache_folder
-from grengines.hstu.batch import Bucket, Encoding, HostBatch, pack
-from grengines.hstu.config import HSTUConfig
-from grengines.hstu.graphs import choose_bucket, plan_buckets, token_count
-from grengines.hstu.results import Marks, collect
-from grengines.profile import Sizes, check, profiles
+from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime import staging
+from grengines.runtime.batch import Bucket, Encoding, HostBatch, pack
+from grengines.runtime.files import cache_folder
+from grengines.runtime.graphs import choose_bucket, plan_buckets, token_count
+from grengines.runtime.profile import Sizes, check, profiles
+from grengines.runtime.results import Marks, collect
 from grengines.tensorrt import plan as plans
 from grengines.tensorrt import sample as samples
 from grengines.tensorrt.config import TensorRTConfig

@@ -14,9 +14,9 @@ from grengines.api import Catalogue, UnavailableError
 from grengines.export import exporter, folders
 from grengines.export.identity import digest_of, model_hash
 from grengines.export.module import INPUTS, gpu_tile_rows
-from grengines.files import cache_folder, sha256
-from grengines.hstu.config import HSTUConfig
-from grengines.profile import Sizes
+from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime.files import cache_folder, sha256
+from grengines.runtime.profile import Sizes
 from grengines.tensorrt.library import Library, logger
 
 FORMAT = "grbench-tensorrt-2"

@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grengines.export.onnx_attention import DOMAIN, NAME
-from grengines.hstu.config import HSTUConfig
-from grengines.profile import Sizes
+from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime.profile import Sizes
 from grkernels import tuning
 from grkernels.hstu_attention.triton import _default, _kernel
 

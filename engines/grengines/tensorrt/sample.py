@@ -13,7 +13,7 @@ import torch
 
 from grengines.api import Request
 from grengines.export.module import inputs_of, longest_history
-from grengines.hstu.batch import Encoding, pack
+from grengines.runtime.batch import Encoding, pack
 
 SAVE = "python experiments/tensorrt_plans.py --requests FILE"
 _ARRAYS = ("history_items", "history_actions", "history_weights", "history_timestamps", "candidates")

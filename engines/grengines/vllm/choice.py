@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grengines.hstu.graphs import batch_buckets, capture
+from grengines.runtime.graphs import batch_buckets, capture
 from grengines.semantic.search import best
 from grengines.semantic.trie import TensorTrie
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from grengines.api import Catalogue, Finished, GenerateResult, Request, Retrieval, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.decoder.config import DecoderConfig
-from grengines.device import DTYPES, resolve_device, resolve_precision
-from grengines.hstu.config import HSTUConfig
-from grengines.hstu.graphs import first_batches
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime.device import DTYPES, resolve_device, resolve_precision
+from grengines.runtime.graphs import first_batches
 from grengines.semantic.ids import prompt_of
 from grengines.semantic.search import check_width
 from grengines.semantic.trie import Trie
@@ -401,14 +401,14 @@ class VLLMEngine:
             "max_position_embeddings": self._longest + self._max_rows() + 1,
         }
         if isinstance(model, DecoderConfig):
-            from grengines.decoder.weights import write
+            from grengines.models.decoder.weights import write
 
             write(model, ids.sizes, folder, seed=self._seed, dtype=dtype, weights=self._retrieval.weights)
             described = json.loads((folder / "config.json").read_text())
             described |= {"architectures": ["DecoderForRetrieval"], **ours}
         else:
-            from grengines.hstu.generator import HSTUGenerator
-            from grengines.hstu.weights import save_weights
+            from grengines.models.hstu.generator import HSTUGenerator
+            from grengines.models.hstu.weights import save_weights
             from grkernels.operators import Operators
 
             generator = HSTUGenerator.build(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.v1.pool.metadata import PoolingMetadata
 
-from grengines.decoder.model import level_logits
-from grengines.hstu.config import HSTUConfig
-from grengines.hstu.generator import HSTUGenerator
-from grengines.hstu.model import EPS, HSTULayer
+from grengines.models.decoder.model import level_logits
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.generator import HSTUGenerator
+from grengines.models.hstu.model import EPS, HSTULayer
 from grengines.vllm import compat
 from grengines.vllm.attention import HSTUAttentionBackend
 from grengines.vllm.rows import BeamRows, Step
@@ -65,7 +65,7 @@ class RowPooler(compat.Pooler):
 
 
 class HSTUForRetrieval(nn.Module):
-    """grengines.hstu.generator's model with vLLM's paged attention between its layers.
+    """grengines.models.hstu.generator's model with vLLM's paged attention between its layers.
 
     The folder's config.json holds HSTUConfig (`hstu`), the codes of each level (`sizes`), the most rows of beams after
     a prompt (`max_rows`) and the variant of each operator family (`kernels`); its safetensors are HSTUGenerator's.

@@ -1,0 +1,1 @@
+"""Models: options, weights and PyTorch modules, without an engine."""

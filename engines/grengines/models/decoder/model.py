@@ -1,0 +1,90 @@
+"""A decoder over semantic IDs: transformers' Qwen3Model, its tokens, and logits of the next code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grengines.api import UnavailableError
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.decoder.weights import shape, tensors
+from grengines.semantic.ids import prompt_of
+
+if TYPE_CHECKING:
+    from transformers import Qwen3Model
+
+
+class Decoder:
+    """Tokens are HSTUGenerator's: level offset + code, the last one begins an empty prompt. `layers`, called with them,
+    gives vectors after the final norm. Token vectors are the output's weights too."""
+
+    def __init__(self, layers: Qwen3Model, sizes: Sequence[int], max_positions: int) -> None:
+        self.layers, self.sizes, self.max_positions = layers, tuple(sizes), max_positions
+        self.offsets = [0, *accumulate(sizes)]
+
+    @classmethod
+    def build(
+        cls,
+        config: DecoderConfig,
+        sizes: Sequence[int],
+        *,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        weights: str | None = None,
+    ) -> Decoder:
+        """Weights of the safetensors file, or random ones from the seed: see `grengines.models.decoder.weights`.
+
+        Raises UnavailableError without transformers, ValueError for weights or sizes that don't fit.
+        """
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on a hub
+        try:
+            from transformers import Qwen3Config, Qwen3Model
+        except ImportError as e:
+            raise UnavailableError(f"decoders need transformers ({e}); pip install -e '.[hf]'") from None
+        described = Qwen3Config.from_dict(shape(config, sizes), attn_implementation="sdpa")
+        named = tensors(config, sizes, seed=seed, dtype=dtype, weights=weights)
+        layers = _assembled(Qwen3Model, described, {n.removeprefix("model."): t.to(device) for n, t in named.items()})
+        layers.rotary_emb = type(layers.rotary_emb)(described).to(device)
+        return cls(layers, sizes, config.max_positions)
+
+    def to(self, dtype: torch.dtype) -> Decoder:
+        """A copy in this precision."""
+        named = {name: tensor.to(dtype) for name, tensor in self.layers.state_dict().items()}
+        layers = _assembled(type(self.layers), self.layers.config, named)
+        layers.rotary_emb = self.layers.rotary_emb
+        return Decoder(layers, self.sizes, self.max_positions)
+
+    @property
+    def token_table(self) -> Tensor:
+        """[vocabulary, E]"""
+        return self.layers.embed_tokens.weight
+
+    def prompt(self, tokens: np.ndarray) -> np.ndarray:
+        """The last max_positions tokens int64 [n], whole items; the begin token where there are none."""
+        return prompt_of(tokens, self.sizes, self.max_positions)
+
+    def logits(self, x: Tensor, level: int) -> Tensor:
+        """fp32 [rows, codes of the level], of vectors [rows, E] after the final norm."""
+        return level_logits(x, self.token_table, self.sizes, level)
+
+
+def _assembled(kind: Any, described: Any, named: dict[str, Tensor]) -> Qwen3Model:
+    """A Qwen3Model of these very tensors, but for its rotary positions: they are no parameters, and stay in fp32."""
+    with torch.device("meta"):  # nothing is initialised twice
+        layers = kind(described)
+    layers.load_state_dict(named, assign=True)
+    return layers.requires_grad_(False).eval()
+
+
+def level_logits(x: Tensor, token_table: Tensor, sizes: Sequence[int], level: int) -> Tensor:
+    """fp32 [rows, codes of the level]. x: [rows, E], after the final norm. token_table: [vocabulary, E]."""
+    first = sum(sizes[:level])
+    return F.linear(x.float(), token_table[first : first + sizes[level]].float())

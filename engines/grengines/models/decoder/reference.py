@@ -1,0 +1,126 @@
+"""What a decoder's beam search should find: one request at a time, its prompt encoded once, nothing padded or copied.
+
+Beams are one sequence after the prompt, in which every code sees the prompt, the codes before it in its own beam and
+itself: a tree in the attention's mask. A softmax over a row that doesn't see the others is what it is without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grengines.api import Request, Retrieval
+from grengines.hstu.retriever import prompt_tokens
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.decoder.model import Decoder
+from grengines.runtime.device import DTYPES
+from grengines.semantic.search import Beams, check_width, explore
+from grengines.semantic.trie import TensorTrie, Trie
+
+CHUNK = 1024  # tokens of a prompt encoded at once: bounds the memory of attention's scores
+
+
+class Tree:
+    """A prompt and the beams after it, in one cache."""
+
+    def __init__(self, decoder: Decoder, prompt: np.ndarray) -> None:
+        from transformers import DynamicCache
+
+        self._decoder, self._length = decoder, len(prompt)
+        self._cache = DynamicCache(config=decoder.layers.config)
+        device = decoder.token_table.device
+        tokens = torch.from_numpy(prompt).to(device)[None]
+        for begin in range(0, len(prompt), CHUNK):
+            chunk = tokens[:, begin : begin + CHUNK]
+            out = decoder.layers(input_ids=chunk, past_key_values=self._cache, use_cache=True)
+        self.hidden = out.last_hidden_state[:, -1]  # [beams, E]: one beam, the prompt
+        self._seen = torch.zeros(1, 0, dtype=torch.bool, device=device)  # [beams, codes so far]: those of each beam
+
+    def grow(self, parents: Tensor, codes: Tensor, level: int) -> None:
+        """One more code: the beams are now parents[i] followed by codes[i] of the level, int64 [W]."""
+        W, decoder = len(codes), self._decoder
+        self._seen = torch.cat([self._seen[parents], torch.eye(W, dtype=torch.bool, device=codes.device)], dim=1)
+        visible = torch.nn.functional.pad(self._seen, (self._length, 0), value=True)
+        out = decoder.layers(
+            input_ids=(codes + decoder.offsets[level])[None],
+            position_ids=torch.full((1, W), self._length + level, device=codes.device),
+            attention_mask={"full_attention": visible[None, None]},
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self.hidden = out.last_hidden_state[0]
+
+
+class Reference:
+    """As grengines.hstu.retriever.Reference, for decoders."""
+
+    def __init__(self, model: DecoderConfig, seed: int, retrieval: Retrieval, device: torch.device | str) -> None:
+        torch.set_float32_matmul_precision("highest")
+        self._retrieval, self._device = retrieval, device
+        self._trie = Trie.of(retrieval.ids).on(device)
+        sizes, weights = retrieval.ids.sizes, retrieval.weights
+        self._exact = Decoder.build(model, sizes, seed=seed, device=device, dtype=torch.float32, weights=weights)
+
+    @torch.inference_mode()
+    def search(
+        self,
+        requests: Sequence[Request],
+        precision: str = "fp32",
+        *,
+        blind: bool = False,
+        width: int | None = None,
+        k: int | None = None,
+    ) -> Beams:
+        """The k best items of each request. precision: of the weights and all products, by PyTorch. blind: with
+        attention that returns zeros. width, k: in place of the configured ones."""
+        decoder = self._exact if precision == "fp32" else self._exact.to(DTYPES[precision])
+        width, k = width or self._retrieval.beam_width, k or self._retrieval.k
+        with zero_attention(decoder) if blind else nullcontext():
+            found = [search(decoder, self._trie, prompt_tokens(self._retrieval, r), width=width, k=k) for r in requests]
+        return Beams(*(np.concatenate([getattr(f, name) for f in found]) for name in ("items", "scores", "cuts")))
+
+    @torch.inference_mode()
+    def prefix_scores(self, request: Request, items: np.ndarray) -> np.ndarray:
+        """float32 [n, levels]: fp32 log-probability of each prefix of the codes of these items (int64 [n])."""
+        decoder, ids = self._exact, self._retrieval.ids
+        codes = torch.from_numpy(ids.codes[items].astype(np.int64)).to(self._device)
+        tree = Tree(decoder, decoder.prompt(prompt_tokens(self._retrieval, request)))
+        parents = torch.zeros(len(items), dtype=torch.int64, device=self._device)
+        columns = []
+        for level in range(ids.levels):
+            logs = torch.log_softmax(decoder.logits(tree.hidden, level), dim=-1)[parents]
+            columns.append(logs.gather(1, codes[:, level, None])[:, 0])
+            if level + 1 < ids.levels:
+                tree.grow(parents, codes[:, level], level)
+                parents = torch.arange(len(items), device=self._device)
+        scores: np.ndarray = torch.stack(columns, dim=1).cumsum(1).cpu().numpy()
+        return scores
+
+
+@contextmanager
+def zero_attention(decoder: Decoder) -> Iterator[None]:
+    """While it lasts, attention returns zeros: what it returns goes to `o_proj` and nowhere else."""
+    outputs = [layer.self_attn.o_proj for layer in decoder.layers.layers]
+    hooks = [o.register_forward_pre_hook(lambda _, given: (torch.zeros_like(given[0]),)) for o in outputs]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def search(decoder: Decoder, trie: TensorTrie, tokens: np.ndarray, *, width: int, k: int) -> Beams:
+    """The k most likely items after one prompt (int64 [tokens])."""
+    check_width(width, k)
+    tree = Tree(decoder, decoder.prompt(tokens))
+
+    def advance(level: int, parents: Tensor | None, codes: Tensor | None) -> Tensor:
+        if parents is not None and codes is not None:
+            tree.grow(parents[0], codes[0], level - 1)
+        return decoder.logits(tree.hidden, level)
+
+    return Beams(*(x.cpu().numpy() for x in explore(advance, trie, 1, width=width, k=k)))

@@ -1,0 +1,1 @@
+"""HSTU: options, weights, ranking model and generator."""

@@ -1,0 +1,296 @@
+"""HSTU for ranking: token encoder, layers, multi-task head. Zhai et al., ICML 2024, section 3.
+
+One layer, E the embedding width, H heads of dqk and dv:
+
+    y = LayerNorm(x);  [u|v|q|k] = y W + b;  u = SiLU(u)
+    a = attention(q, k, v);  out = x + [u | a | u * LayerNorm(a)] Wo
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grengines.api import Catalogue
+from grengines.cache.host import Onload
+from grengines.cache.pool import PagePool
+from grengines.cache.states import PagedBatch
+from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime.batch import Encoding, JaggedBatch
+from grkernels.operators import Operators
+
+EPS = 1e-6
+
+
+@dataclass
+class UserState:
+    """Keys and values of what the users did so far: one pair a layer, tokens of all users one after another."""
+
+    k: list[Tensor]  # [tokens, H, dqk], contiguous
+    v: list[Tensor]  # [tokens, H, dv], contiguous
+    offsets: Tensor  # int64 [B + 1]
+
+
+class HSTULayer(nn.Module):
+    """One layer but for its attention, which lies between `project` and `combine`."""
+
+    def __init__(self, config: HSTUConfig) -> None:
+        super().__init__()
+        E, H = config.embedding_dim, config.heads
+        self.heads, self.qk_dim, self.v_dim = H, config.qk_dim, config.v_dim
+        self.widths = [H * config.v_dim, H * config.v_dim, H * config.qk_dim, H * config.qk_dim]
+        self.norm = nn.LayerNorm(E, EPS)
+        self.uvqk = nn.Linear(E, sum(self.widths))
+        self.attention_norm = nn.LayerNorm(H * config.v_dim, EPS)
+        self.out = nn.Linear(3 * H * config.v_dim, E, bias=False)
+
+    def project(self, x: Tensor, kernels: Operators) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [L, E] -> u [L, H * dv] before its SiLU, q and k [L, H, dqk], v [L, H, dv]: views of one projection."""
+        y = kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=EPS)
+        u, v, q, k = self.uvqk(y).split(self.widths, dim=-1)
+        heads = (self.heads, -1)
+        return u, q.unflatten(1, heads), k.unflatten(1, heads), v.unflatten(1, heads)
+
+    def combine(self, x: Tensor, u: Tensor, a: Tensor, kernels: Operators) -> Tensor:
+        """x [L, E], u [L, H * dv], a [L, H, dv] -> the layer's output [L, E], in the place of x (a copy less)."""
+        norm = self.attention_norm
+        gated = kernels.norm_gate(u, a, norm.weight, norm.bias, eps=EPS)
+        return x.addmm_(gated, self.out.weight.T)
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Uniform weights of the standard deviations below.
+
+    They are chosen so that attention matters as it does in a trained model: with LayerNorm before it,
+    W of std 1/sqrt(E) gives q, k and v of unit scale and scores of order 1. Divided by N the result is
+    1e-3 and less, about sqrt(eps) of the LayerNorm that follows, so u * LayerNorm(a) is comparable
+    with u, and so is its share of the output. Norms and biases differ from 1 and 0, so that one left
+    out shows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        kind, _, leaf = name.rpartition(".")
+        if kind.endswith("norm"):
+            mean, std = (1.0, 0.1) if leaf == "weight" else (0.0, 0.1)
+        elif leaf == "bias":
+            mean, std = 0.0, 0.1
+        elif kind.endswith(".out"):
+            mean, std = 0.0, 1.0 / math.sqrt(p.shape[1] / 3)  # a third of its inputs, a itself, is tiny
+        elif leaf == "weight":
+            mean, std = 0.0, 1.0 / math.sqrt(p.shape[1])
+        else:  # tables: an item weighs most, what surrounds it less
+            mean, std = 0.0, 1.0 if leaf == "token_table" else 0.5
+        p.uniform_(mean - math.sqrt(3) * std, mean + math.sqrt(3) * std, generator=generator)
+
+
+class HSTURanker(nn.Module):
+    """Scores candidates given a user's history.
+
+    `kernels` may be exchanged at any time. Built through `build`, which initialises every parameter. In half
+    precision norms compute their statistics in fp32 (attention's output is small: its squares would vanish in
+    fp16); the head's last product is in fp32, so that logits carry no more rounding than the layers left.
+    """
+
+    def __init__(self, config: HSTUConfig, catalogue: Catalogue, kernels: Operators) -> None:
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.encoding = encoding = Encoding.of(config, catalogue)
+        self.alpha = config.alpha if config.alpha is not None else 1.0 / math.sqrt(config.qk_dim)
+        E = config.embedding_dim
+        self.token_table = nn.Parameter(torch.empty(encoding.item_rows + encoding.user_rows, E))
+        self.action_table = nn.Parameter(torch.empty(encoding.num_actions, E))
+        self.weight_vector = nn.Parameter(torch.empty(E))
+        self.position_table = nn.Parameter(torch.empty(config.max_positions + config.contextual_seq_len, E))
+        self.time_table = nn.Parameter(torch.empty(config.time_buckets, E))
+        self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(E, EPS)
+        self.head_hidden = nn.Linear(E + config.interactions, config.head_dim)
+        self.head_out = nn.Linear(config.head_dim, len(config.tasks))
+
+    @classmethod
+    def build(
+        cls,
+        config: HSTUConfig,
+        catalogue: Catalogue,
+        kernels: Operators,
+        *,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        host_table: bool = False,
+    ) -> HSTURanker:
+        """A model for inference with the weights of `config.weights`, or random ones from `seed`.
+
+        Random weights are the same on every device: they are drawn in fp32 on the CPU, then rounded to
+        `dtype`. Raises ValueError for a weights file that doesn't fit.
+
+        host_table: `token_table` stays on the host, a file's memory-mapped and in the file's dtype. Before the model
+        runs, the caller sets it to a table on the device that holds the rows of the batch, and renumbers those.
+        """
+        with torch.device("meta"):
+            model = cls(config, catalogue, kernels)
+        model.to_empty(device="cpu").requires_grad_(False).eval()
+        if config.weights is None:
+            initialise(model, seed)
+        else:
+            from grengines.models.hstu.weights import load_weights
+
+            load_weights(model, config.weights, mapped=["token_table"] if host_table else ())
+        if not host_table:
+            return model.to(device=device, dtype=dtype)
+        table = model.token_table
+        model.use_table(torch.empty(0))
+        model.to(device=device, dtype=dtype)
+        model.use_table(table.data if config.weights else table.data.to(dtype))
+        return model
+
+    def use_table(self, table: Tensor) -> None:
+        """Take token vectors from `table` [rows, E], by its own numbering of rows."""
+        self.token_table = nn.Parameter(table, requires_grad=False)
+
+    def forward(self, batch: JaggedBatch) -> Tensor:
+        """Full form: logits fp32 [M, tasks] of the batch's candidates."""
+        x, _ = self._encode(batch, None, keep=False)
+        return self.score(x, batch)
+
+    def prefill(self, batch: JaggedBatch) -> UserState:
+        """Keys and values of every token of a batch that was packed without candidates."""
+        _, state = self._encode(batch, None, keep=True)
+        assert state is not None
+        return state
+
+    def delta(self, batch: JaggedBatch, state: UserState, *, keep: bool = True) -> tuple[Tensor, UserState | None]:
+        """Encode only what is new, given the state of what came before (`pack(..., cached=...)`).
+
+        Returns logits fp32 [M, tasks] and the state extended by the new events (not by candidates), or
+        None for it with keep=False.
+        """
+        x, extended = self._encode(batch, state, keep)
+        return self.score(x, batch), extended
+
+    def paged(
+        self,
+        batch: JaggedBatch,
+        pool: PagePool,
+        places: PagedBatch,
+        *,
+        write: bool = True,
+        read: bool = True,
+        onload: Onload | None = None,
+    ) -> Tensor:
+        """As `delta`, over a state in pages: logits fp32 [M, tasks].
+
+        batch: packed with the cached tokens of `places`. write: the new events' keys and values go to their pages;
+        without it those are there already, and the batch holds candidates only. read: whether any request has cached
+        tokens; without them attention is the full form's. onload: what is still on its way there.
+        """
+        x = self.embed(batch)
+        lengths = places.paged_lengths if write else places.stored_lengths
+        table = {"page_table": places.page_table, "paged_lengths": lengths}
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, HSTULayer)
+            u, q, k, v = layer.project(x, self.kernels)
+            if onload is not None:
+                onload.layer(i)
+            if write:
+                pool.write(i, places.slots, k, v)
+            pages = {"k_pages": pool.k[i], "v_pages": pool.v[i], **table} if read else {}
+            # The keys beside the pages are those that were just computed.
+            a = self._attend(q, k, v, batch, kv_offsets=batch.q_offsets, **pages)
+            x = layer.combine(x, u, a, self.kernels)
+        return self.score(x, batch)
+
+    def _encode(self, batch: JaggedBatch, state: UserState | None, keep: bool) -> tuple[Tensor, UserState | None]:
+        """x [L, E] after the last layer."""
+        kernels = self.kernels
+        x = self.embed(batch)
+        kept = UserState([], [], batch.q_offsets if state is None else batch.kept_offsets) if keep else None
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, HSTULayer)
+            u, q, k, v = layer.project(x, kernels)
+            if state is not None:
+                k, v = self._extend(state.k[i], k, batch), self._extend(state.v[i], v, batch)
+            if kept is not None:
+                kept.k.append(k.contiguous() if state is None else self._keep(k, batch))
+                kept.v.append(v.contiguous() if state is None else self._keep(v, batch))
+            a = self._attend(q, k, v, batch, kv_offsets=batch.kv_offsets)
+            x = layer.combine(x, u, a, kernels)
+        return x, kept
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: JaggedBatch, **keys: Any) -> Tensor:
+        """Attention of one layer. keys: where the keys are, kv_offsets and, if some are in pages, the pages."""
+        attended: Tensor = self.kernels.hstu_attention(
+            q,
+            k,
+            v,
+            q_offsets=batch.q_offsets,
+            num_targets=batch.num_targets,
+            max_q_len=batch.max_q_len,
+            max_kv_len=batch.max_kv_len,
+            scaling_seqlen=self.config.scaling_seqlen,
+            alpha=self.alpha,
+            contextual_seq_len=self.config.contextual_seq_len,
+            max_attn_len=self.config.max_attn_len,
+            **keys,
+        )
+        return attended
+
+    def embed(self, batch: JaggedBatch) -> Tensor:
+        """Tokens -> x [L, E]: see Encoding for what each index is."""
+        embedded: Tensor = self.kernels.token_embedding(
+            batch.token_rows,
+            batch.actions,
+            batch.weights,
+            batch.positions,
+            batch.time_buckets,
+            token_table=self.token_table,
+            action_table=self.action_table,
+            weight_vector=self.weight_vector,
+            position_table=self.position_table,
+            time_table=self.time_table,
+        )
+        return embedded
+
+    def _extend(self, cached: Tensor, new: Tensor, batch: JaggedBatch) -> Tensor:
+        """Keys or values of cached and new tokens in one stream, each sequence's together: [cached + new, H, d]."""
+        extended: Tensor = self.kernels.jagged_concat(
+            cached,
+            new,
+            first_offsets=batch.kv_offsets - batch.q_offsets,
+            second_offsets=batch.q_offsets,
+            rows=cached.shape[0] + new.shape[0],
+        )
+        return extended
+
+    def _keep(self, x: Tensor, batch: JaggedBatch) -> Tensor:
+        """Keys or values of a stream without its candidates: [tokens - M, H, d]."""
+        candidates = batch.candidate_rows.shape[0]
+        kept: Tensor = self.kernels.jagged_split(
+            x,
+            first_offsets=batch.kept_offsets,
+            second_offsets=batch.kv_offsets - batch.kept_offsets,
+            first_rows=x.shape[0] - candidates,
+            second_rows=candidates,
+        )[0]
+        return kept
+
+    def score(self, x: Tensor, batch: JaggedBatch) -> Tensor:
+        kernels, rows = self.kernels, batch.candidate_rows
+        features = kernels.layer_norm(x[rows], self.norm.weight, self.norm.bias, eps=EPS)
+        if self.config.interaction:
+            item = F.embedding(batch.token_rows[rows], self.token_table)
+            position = F.embedding(batch.positions[rows], self.position_table)
+            gap = F.embedding(batch.time_buckets[rows], self.time_table)
+            features = kernels.interaction(torch.stack([features, item, position, gap], dim=1))
+        hidden = F.silu(self.head_hidden(features))
+        return F.linear(hidden.float(), self.head_out.weight.float(), self.head_out.bias.float())
+
+
+def zero_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """Attention that does nothing: zeros [Lq, H, dv]. For proving that a check of the scores notices."""
+    return v.new_zeros(q.shape[0], *v.shape[1:])

@@ -1,0 +1,60 @@
+"""What int8 and fp8 products cost, in plain PyTorch: operands rounded as 8 bits hold them, products in fp32.
+
+The same matrices that the compiled engines quantise: a layer's two projections and the head's hidden one. Weights are
+rounded symmetrically with a scale for each output channel, inputs with one scale and zero point for the tensor, found
+at run time (dynamic quantisation). In fp8 (e4m3) each tensor has one scale, which takes its largest value to that of
+the type. Tables, norms, attention and the last product keep fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grengines.models.hstu.model import HSTULayer, HSTURanker
+
+KINDS = ("int8", "fp8")
+
+
+def quantise(model: HSTURanker, kind: str) -> None:
+    """Round the model's weights in place, and its inputs from now on. kind: one of KINDS."""
+    of_weight, of_input = (round_weight, round_input) if kind == "int8" else (round_fp8, round_fp8)
+    layers = [layer for layer in model.layers if isinstance(layer, HSTULayer)]
+    for linear in [model.head_hidden, *(layer.uvqk for layer in layers)]:
+        linear.register_forward_pre_hook(partial(_round_inputs, of_input))
+    norm_gate = model.kernels.norm_gate
+    model.kernels = model.kernels._replace(norm_gate=lambda *args, **options: of_input(norm_gate(*args, **options)))
+    for linear in [model.head_hidden, *(layer.uvqk for layer in layers), *(layer.out for layer in layers)]:
+        linear.weight.data = of_weight(linear.weight.data)
+
+
+def round_weight(weight: Tensor) -> Tensor:
+    """[out, in] -> the same, each row rounded to 127 steps of its largest value."""
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / 127
+    return (weight / scale).round() * scale
+
+
+def round_input(x: Tensor) -> Tensor:
+    """Rounded to the 256 steps between its least and largest value, 0 among them."""
+    if not x.numel():
+        return x
+    low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(x.dtype).tiny)
+    zero = (-low / scale).round()
+    return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
+
+
+def round_fp8(x: Tensor) -> Tensor:
+    """Rounded to what e4m3 holds of it, scaled to its largest value."""
+    if not x.numel():
+        return x
+    scale = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny) / torch.finfo(torch.float8_e4m3fn).max
+    return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+def _round_inputs(of_input: Callable[[Tensor], Tensor], _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (of_input(args[0]), *args[1:])

@@ -1,0 +1,86 @@
+"""Weights as safetensors files: nothing in them is ever executed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.generator import HSTUGenerator
+from grengines.models.hstu.model import HSTURanker
+
+_FORMAT = "grbench-hstu-1"
+_NOT_SHAPE = ("name", "weights")  # every other option of HSTUConfig changes what the weights mean
+
+
+def save_weights(model: HSTURanker | HSTUGenerator, path: str | Path) -> None:
+    """Write the model's parameters in their own dtype, with its configuration as metadata. Raises OSError."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    metadata = {"format": _FORMAT, "model": json.dumps(_shape(model.config))}
+    try:
+        save_file(tensors, str(path), metadata=metadata)
+    except SafetensorError as e:
+        raise OSError(f"{path}: can't write weights: {e}") from None
+
+
+def load_weights(model: HSTURanker | HSTUGenerator, path: str | Path, mapped: Collection[str] = ()) -> None:
+    """Fill the model's parameters from a file, converting to their dtype.
+
+    mapped: names of those that stay in the file instead, in its dtype: memory-mapped, read where they are used.
+
+    Raises ValueError, one line with the file's name, for a file that is missing or not safetensors, that
+    was written for another configuration, or whose tensors differ from the model's in name, shape or kind.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"model.weights: no file {path}; give a safetensors file, or null for random weights")
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            _check(f, model, path)
+            for name, p in model.named_parameters():
+                if name in mapped:
+                    p.data = f.get_tensor(name)
+                else:
+                    p.copy_(f.get_tensor(name))
+    except (SafetensorError, OSError) as e:
+        reason = " ".join(str(e).split())
+        raise ValueError(f"{path}: not a readable safetensors file ({reason}); save it again") from None
+
+
+def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) -> None:
+    saved = json.loads((f.metadata() or {}).get("model", "{}"))
+    for key, value in _shape(model.config).items():
+        if key in saved and saved[key] != value:
+            raise ValueError(
+                f"{path}: written for {key}={_text(saved[key])}, the model has {_text(value)}; "
+                f"set model.{key}={_text(saved[key])} or give other weights"
+            )
+    expected = dict(model.named_parameters())
+    found = set(f.keys())
+    for name, p in expected.items():
+        if name not in found:
+            raise ValueError(f"{path}: tensor {name} {list(p.shape)} is missing; give weights of this model")
+    if unexpected := sorted(found - expected.keys()):
+        raise ValueError(f"{path}: unexpected tensor {unexpected[0]}; the model has {', '.join(sorted(expected))}")
+    for name, p in expected.items():
+        tensor = f.get_slice(name)
+        if tensor.get_shape() != list(p.shape):
+            hint = "rows follow the workload's catalogue and model.embedding_rows" if name.endswith("_table") else ""
+            raise ValueError(
+                f"{path}: tensor {name} is {tensor.get_shape()}, expected {list(p.shape)}; "
+                + (hint or "give weights of this model")
+            )
+        if not tensor.get_dtype().startswith(("F", "BF")):
+            raise ValueError(f"{path}: tensor {name} is {tensor.get_dtype()}, expected floating point")
+
+
+def _shape(config: HSTUConfig) -> dict[str, object]:
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_SHAPE}
+
+
+def _text(value: object) -> str:
+    return json.dumps(value).replace('"', "")

@@ -1,0 +1,1 @@
+"""Parts that every engine shares: batches, CUDA graphs, results, timing, devices, files."""

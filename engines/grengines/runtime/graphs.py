@@ -1,0 +1,120 @@
+"""CUDA graphs of the model, one for each (batch, length) bucket: a replay costs one launch."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import ge
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from grengines.api import Request
+from grengines.runtime.batch import Bucket, Encoding
+
+
+class Input(Protocol):
+    """What a graph is given: a buffer on the host, and its parts as tensors on the device."""
+
+    @property
+    def buffer(self) -> Tensor: ...
+
+    def to(self, device: torch.device, out: Tensor | None = None) -> Any: ...
+
+
+def batch_buckets(max_batch: int) -> list[int]:
+    """1, 2, 4, 8, ... and max_batch."""
+    return [*(1 << i for i in range((max_batch - 1).bit_length())), max_batch]
+
+
+def first_batches(max_batch: int, device: torch.device) -> list[int]:
+    """Sizes of the batches to run before any is measured: on a GPU all buckets', since kernels are compiled for what
+    suits a size, on a CPU the largest alone."""
+    return batch_buckets(max_batch) if device.type == "cuda" else [max_batch]
+
+
+def length_buckets(lengths: Iterable[int]) -> list[int]:
+    """16, 24, 32, 48, 64, ...: those that the given lengths (tokens) need, shortest first."""
+    wanted = sorted(set(lengths))
+    steps = [16]
+    while steps[-1] < wanted[-1]:
+        power = 1 << (steps[-1].bit_length() - 1)
+        steps.append(power * 3 // 2 if steps[-1] == power else power * 2)
+    return sorted({steps[bisect_left(steps, n)] for n in wanted})
+
+
+def token_count(request: Request, encoding: Encoding) -> int:
+    """Tokens of a request: contextual, history and candidates."""
+    return encoding.contextual_seq_len + len(request.history_items) + len(request.candidates)
+
+
+def plan_buckets(
+    sample: Sequence[Request], encoding: Encoding, max_batch: int, lengths: Sequence[int], cached: int = 0
+) -> list[Bucket]:
+    """Every bucket for requests like `sample`, least work first; `lengths` empty: as the sample needs.
+
+    cached: with a cache, the most tokens of a user that are in it: then also the lengths of a few new events."""
+    most = max(len(r.candidates) for r in sample)
+    needed = [token_count(r, encoding) for r in sample]
+    if cached:
+        needed += [n for n in (most + (1 << i) for i in range(cached.bit_length())) if n < max(needed)]
+    chosen = set(lengths) or length_buckets(needed)
+    buckets = [Bucket(b, n, min(most, n), cached) for n in chosen for b in batch_buckets(max_batch)]
+    return sorted(buckets, key=lambda b: (b.batch * b.length, b.batch))
+
+
+def choose_bucket(buckets: Sequence[Bucket], *sizes: Sequence[int]) -> Bucket | None:
+    """The first bucket that holds a batch; None where none does. sizes: of each of its sequences the tokens to encode,
+    candidates and, with a cache, cached tokens."""
+    needed = (len(sizes[0]), *map(max, sizes))
+    return next((b for b in buckets if all(map(ge, b, needed))), None)
+
+
+def capture(work: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of what `work` launches, in this memory pool, and what it returned: written anew by every replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries set themselves up here, outside the capture
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        made = work()
+    return graph, made
+
+
+class GraphRunner:
+    """The captured graphs. All share one memory pool: only one runs at a time, and its logits are copied
+    away before the next replay.
+
+    forward: the model, given a bucket's inputs on the device. inputs: they, for an empty batch, on the host."""
+
+    def __init__(
+        self,
+        forward: Callable[..., Tensor],
+        buckets: Sequence[Bucket],
+        inputs: Callable[[Bucket], Sequence[Input]],
+        device: torch.device,
+    ) -> None:
+        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        pool = torch.cuda.graph_pool_handle()
+        for bucket in reversed(buckets):  # the largest first: it lays out the pool
+            # The empty batch gives the buffers their layout; what is in them when a graph is captured does not matter.
+            hosts = inputs(bucket)
+            buffers = [torch.zeros_like(host.buffer, device=device) for host in hosts]
+            arguments = [host.to(device, out=buffer) for host, buffer in zip(hosts, buffers, strict=True)]
+            graph, logits = capture(partial(forward, *arguments), pool)
+            self._graphs[bucket] = graph, buffers, logits
+
+    def upload(self, bucket: Bucket, *hosts: Input) -> None:
+        """Copy what was packed for `bucket` to where its graph reads it, without waiting."""
+        for buffer, host in zip(self._graphs[bucket][1], hosts, strict=True):
+            buffer.copy_(host.buffer, non_blocking=True)
+
+    def replay(self, bucket: Bucket) -> Tensor:
+        """Run the bucket's graph: logits fp32 [bucket.batch * bucket.candidates, tasks], good until the next."""
+        graph, _, logits = self._graphs[bucket]
+        graph.replay()
+        return logits

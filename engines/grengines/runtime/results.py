@@ -1,0 +1,109 @@
+"""What every way of answering a batch shares: timing its parts, and its end, from tensors to a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grengines.api import Float32Array, GenerateResult, RankResult
+from grengines.runtime.batch import HostBatch
+from grengines.runtime.marks import Mark
+
+
+class Marks:
+    """Points in time between pieces of work on the stream that is the current one at first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.current_stream(device.index) if device.type == "cuda" else None
+        self._marks = [Mark(device, self._stream)]
+
+    def add(self) -> None:
+        self._marks.append(Mark(self._device, self._stream))
+
+    def spans_ms(self) -> list[float]:
+        """Milliseconds between marks; waits until the last one is reached."""
+        return [a.ms_until(b) for a, b in pairwise(self._marks)]
+
+
+def collect(
+    logits: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float, details: dict[str, float]
+) -> Callable[[], RankResult]:
+    """Queue the copy of these batches' logits to the host. What is returned waits for it and makes the result; other
+    batches may be queued before. marks: set before the copies to the device and after."""
+    on_host = _fetch(logits, marks)
+
+    def answer() -> RankResult:
+        up_ms, compute_ms, down_ms = marks.spans_ms()
+        return RankResult(
+            scores=_by_request(on_host.numpy(), hosts),
+            batch_ms=batch_ms,
+            transfer_ms=up_ms + down_ms,
+            compute_ms=compute_ms,
+            tokens=sum(host.tokens for host in hosts),
+            padded_tokens=sum(host.padded_tokens for host in hosts),
+            details=details,
+        )
+
+    return answer
+
+
+def one_tensor(items: Tensor, scores: Tensor) -> Tensor:
+    """float64 [B, k, 2] of items int64 [B, k] (exact up to 2**53) and scores, for one copy to the host."""
+    return torch.stack([items.double(), scores.double()], dim=-1)
+
+
+def collect_items(
+    found: Tensor,
+    requests: int,
+    marks: Marks,
+    *,
+    batch_ms: float,
+    tokens: int,
+    padded_tokens: int,
+    details: dict[str, float],
+) -> Callable[[], GenerateResult]:
+    """As `collect`, of what `one_tensor` made for so many requests and padding; items of -1 are none."""
+    on_host = _fetch(found, marks)
+
+    def answer() -> GenerateResult:
+        up_ms, compute_ms, down_ms = marks.spans_ms()
+        items, scores = on_host.numpy()[:requests].transpose(2, 0, 1)
+        real = items >= 0
+        return GenerateResult(
+            items=[row[known].astype(np.int64) for row, known in zip(items, real, strict=True)],
+            scores=[row[known].astype(np.float32) for row, known in zip(scores, real, strict=True)],
+            batch_ms=batch_ms,
+            transfer_ms=up_ms + down_ms,
+            compute_ms=compute_ms,
+            tokens=tokens,
+            padded_tokens=padded_tokens,
+            details=details,
+        )
+
+    return answer
+
+
+def _fetch(found: Tensor, marks: Marks) -> Tensor:
+    """Queue the copy to the host, without waiting for it. marks: as for `collect`; ends them."""
+    marks.add()
+    on_host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
+    on_host.copy_(found, non_blocking=True)
+    marks.add()
+    return on_host
+
+
+def _by_request(logits: Float32Array, hosts: list[HostBatch]) -> list[Float32Array]:
+    """Cut the batches' logits into each request's [candidates, tasks]; padding at the end is dropped."""
+    logits = logits.copy()  # the page-locked buffer is free again
+    parts: list[list[Float32Array]] = [[] for _ in hosts[0].candidate_counts]
+    at = 0
+    for host in hosts:
+        for part, count in zip(parts, host.candidate_counts, strict=True):
+            part.append(logits[at : at + count])
+            at += count
+    return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]

@@ -1,0 +1,1 @@
+"""Configuration of a run: schemas, composing with Hydra, commands."""

@@ -1,0 +1,134 @@
+"""Composing configurations with Hydra, and saying in one line what is wrong with one."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from grbench.config.schema import (
+    ConfigError,
+    RunConfig,
+    RunSpec,
+    checkout_or_packaged,
+    no_such_key,
+    register_schemas,
+    to_spec,
+)
+from grengines.options import describe
+
+CONFIG_DIR = str(checkout_or_packaged("conf"))
+Job = TypeVar("Job")
+
+
+def prepare_hydra() -> None:
+    """Register the schemas and the resolver that conf/config.yaml uses. Safe to call twice."""
+    register_schemas()
+    OmegaConf.register_new_resolver(
+        "grbench_experiments", lambda: str(checkout_or_packaged("experiments")), replace=True
+    )
+
+
+def compose_spec(overrides: Sequence[str]) -> tuple[RunSpec, RunConfig]:
+    """Compose one cell from Hydra overrides. Raises ConfigError."""
+    return next(compose_cells(overrides))
+
+
+def compose_cells(overrides: Sequence[str], multirun: bool = False) -> Iterator[tuple[RunSpec, RunConfig]]:
+    """Compose and check every cell that a command line describes, without running any. Raises ConfigError."""
+    prepare_hydra()
+    return compose_jobs("config", to_spec, overrides, multirun)
+
+
+def compose_jobs(
+    config_name: str,
+    check: Callable[[DictConfig], Job],
+    overrides: Sequence[str],
+    multirun: bool = False,
+    config_dir: str | None = None,
+) -> Iterator[Job]:
+    """What `check` makes of every job that a command line describes. Raises ConfigError.
+
+    The configuration is conf/<config_name>.yaml. `multirun` and `config_dir` are Hydra's flags of that name; a study
+    can ask for a sweep as well.
+    """
+    # This option replaces conf/config.yaml's, so that the studies' folder must be in it too.
+    folders = [config_dir, str(checkout_or_packaged("experiments"))]
+    extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if config_dir else []
+    try:
+        with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+            for job in _jobs(config_name, list(overrides), extra, multirun):
+                yield check(_compose(config_name, [*job, *extra]))
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(explain(e)) from None
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _jobs(config_name: str, overrides: list[str], extra: list[str], multirun: bool) -> list[list[str]]:
+    """The overrides of each job, as Hydra's basic sweeper would make them."""
+    parser = OverridesParser.create()
+    parsed = parser.parse_overrides(overrides)  # this one names the override that it can't read
+    fixed = [o.input_line for o in parsed if o.input_line and not o.is_sweep_override()]
+    hydra = _compose(config_name, [*fixed, *extra], return_hydra_config=True).hydra
+    if not multirun and hydra.mode is not RunMode.MULTIRUN:
+        return [overrides]
+    swept = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
+    batches = BasicSweeper.split_arguments(parser.parse_overrides(swept + overrides), None)
+    return [list(job) for batch in batches for job in batch]
+
+
+def _compose(config_name: str, overrides: list[str], return_hydra_config: bool = False) -> DictConfig:
+    try:
+        return hydra_compose(config_name, overrides, return_hydra_config)
+    except ValueError as e:  # a group set to null, of which Hydra doesn't say the name
+        raise ConfigError(f"{' '.join(overrides)}: {' '.join(str(e).split())}; every group needs one option") from None
+
+
+def explain(error: BaseException) -> str:
+    """One line for any error that composing raises: the key, what is wrong, what is allowed."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    cause = error
+    while cause.__cause__ is not None and isinstance(cause.__cause__, OmegaConfBaseException | HydraException):
+        cause = cause.__cause__
+    text = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
+    text = re.sub(r"\s*(full_key: \S+|object_type=\w+|reference_type=\S+|Config search path:.*)", "", text)
+    if isinstance(error, OverrideParseException):
+        why = text.removeprefix(f"Error parsing override '{error.override}' ").partition(" See https")[0]
+        return f"{error.override}: not an override, which is key=value ({why})"
+    if isinstance(cause, MissingConfigException) and cause.options:
+        group, _, name = str(cause.missing_cfg_file).rpartition("/")
+        return f"{group}={name}: no such option; allowed: {', '.join(cause.options)}"
+    if ambiguous := re.match(r"Ambiguous value for argument '([^=]+)=(.*?)' 1\.", text):
+        key, values = ambiguous.groups()
+        return f"{key}={values}: several values; -m sweeps over them, {key}=[{values}] is a list"
+    if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
+        return text
+    return _explain_key(cause, cause.full_key, text)
+
+
+def _explain_key(cause: OmegaConfBaseException, key: str, text: str) -> str:
+    """What is wrong with the key of a node, by the dataclass of the node."""
+    if not dataclasses.is_dataclass(cause.object_type):
+        return f"{key}: {text}"
+    fields = {f.name: f for f in dataclasses.fields(cause.object_type)}
+    name = key.rpartition(".")[2]
+    if name not in fields:
+        return no_such_key(key, fields)
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{key}: a value is needed, {key}=...; allowed is {describe(fields[name])}"
+    if dataclasses.is_dataclass(fields[name].default_factory):
+        return f"{key}={cause.value}: a group of options, not one value; {key}.KEY=... sets one of them"
+    return f"{key}={cause.value}: allowed is {describe(fields[name])}"

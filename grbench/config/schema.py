@@ -1,0 +1,284 @@
+"""The configuration of a run: typed options, their registration with Hydra, and RunSpec.
+
+Keys and types are checked by Hydra when it composes; ranges and choices (`grengines.options`) by
+`to_spec`. Nothing here imports torch, mlflow or an engine: composing stays fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from grbench.run.records import spec_hash
+from grbench.scenarios.config import (
+    ClosedLoopConfig,
+    MultiStreamConfig,
+    OfflineConfig,
+    ServerConfig,
+    SingleStreamConfig,
+    TraceReplayConfig,
+)
+from grbench.tracking.config import MlflowConfig, NoTrackingConfig
+from grbench.workloads.config import (
+    CsvConfig,
+    Ml100kConfig,
+    RecBoleConfig,
+    SyntheticConfig,
+)
+from grengines import registry as engines
+from grengines.aoti.config import AOTIEngineConfig
+from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.hf.config import HFEngineConfig
+from grengines.hstu.config import HSTUEngineConfig
+from grengines.models.decoder.config import DecoderConfig, contradiction
+from grengines.models.hstu.config import HSTUConfig
+from grengines.onnxruntime.config import OnnxRuntimeConfig
+from grengines.options import option, violations
+from grengines.pipeline.config import STAGES, PipelineConfig
+from grengines.tensorrt.config import TensorRTConfig
+from grengines.vllm.config import VLLMEngineConfig
+from grkernels.config import KernelConfig
+
+Root = TypeVar("Root")
+
+
+class ConfigError(ValueError):
+    """The configuration can't be used; one line that names the key and what is allowed."""
+
+
+@dataclass
+class GateConfig:
+    """The check that every cell must pass before it is measured: see grbench/gate/rank.py."""
+
+    requests: int = option(4, ge=2, le=64)  # of the trace, the shortest and the longest among them
+    max_error_ratio: float = option(2.0, gt=0)  # error allowed, as a multiple of plain torch's in the same precision
+    quality_requests: int = option(512, ge=0)  # last of the trace, ranked for AUC where there are labels: quality.py
+    allow_loss: list[str] = option([], choices=["fp16", "bf16", "int8", "fp8"])  # that may lose more than 0.1% of it
+
+
+@dataclass
+class RetrievalConfig:
+    """What tasks that generate search for: see docs/ARCHITECTURE.md, Generation."""
+
+    k: int = option(10, ge=1, le=1000)  # items of an answer
+    beam_width: int = option(32, ge=1, le=1024)  # beams of a search, at least k
+    levels: int = option(3, ge=1, le=8)  # codes of an item's semantic ID
+    codes: int = option(0, ge=0, le=65536)  # of each level; 0: as the catalogue's size needs
+    semantic_ids: str | None = None  # safetensors file of ids; null: made from the workload's items
+    weights: str | None = None  # safetensors file of the generator; null: random weights from the seed
+
+
+@dataclass
+class RunnerConfig:
+    """How cells are run; no part of what is measured."""
+
+    output_root: str = "outputs"  # records, samples, logs and the MLflow database go here
+    timeout_s: float = option(1800.0, gt=0)  # a worker that takes longer is stopped: status TIMEOUT
+    memory_limit_gb: float | None = option(None, gt=0)  # host memory of a worker; past it: status OOM
+
+
+# The schemas that YAML files under conf/ build on: `defaults: [/schema/<group>/<name>@_here_, _self_]`.
+SCHEMAS: dict[str, dict[str, type]] = {
+    "model": {"hstu": HSTUConfig, "decoder": DecoderConfig},
+    "engine": {
+        "hstu": HSTUEngineConfig,
+        "aoti": AOTIEngineConfig,
+        "tensorrt": TensorRTConfig,
+        "onnxruntime": OnnxRuntimeConfig,
+        "pipeline": PipelineConfig,
+        "hf": HFEngineConfig,
+        "vllm": VLLMEngineConfig,
+    },
+    "kernel": {"kernel": KernelConfig},
+    "cache": {"none": CacheConfig, "paged": PagedCacheConfig},
+    "workload": {
+        "ml_100k": Ml100kConfig,
+        "recbole": RecBoleConfig,
+        "csv": CsvConfig,
+        "synthetic": SyntheticConfig,
+    },
+    "scenario": {
+        "offline": OfflineConfig,
+        "server": ServerConfig,
+        "single_stream": SingleStreamConfig,
+        "multi_stream": MultiStreamConfig,
+        "trace_replay": TraceReplayConfig,
+        "closed_loop": ClosedLoopConfig,
+    },
+    "tracking": {"mlflow": MlflowConfig, "none": NoTrackingConfig},
+}
+
+
+@dataclass
+class RunConfig:
+    """The root of the configuration: `python -m grbench --cfg job` shows it whole."""
+
+    model: Any = field(default_factory=dict)
+    engine: Any = field(default_factory=dict)
+    kernel: Any = field(default_factory=dict)
+    cache: Any = field(default_factory=dict)
+    workload: Any = field(default_factory=dict)
+    scenario: Any = field(default_factory=dict)
+    tracking: Any = field(default_factory=dict)
+    task: str = option("auto", choices=["auto", *engines.TASKS])  # auto: what the engine is for
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+    latency_limit_ms: float = option(80.0, gt=0)  # goodput counts answers within it; the server scenario's p99 limit
+    warmup_batches: int = option(8, ge=0, le=10_000)
+    seed: int = option(0, ge=0, le=2**31 - 1)
+    rerun: bool = False  # sweeps: run again the cells that have a record
+    rerun_failed: bool = False  # sweeps: run again the cells whose record is not OK
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What one cell measures. Two cells with the same `hash` are the same measurement."""
+
+    model: Any
+    engine: Any
+    kernel: Any
+    cache: Any
+    workload: Any
+    scenario: Any
+    task: str  # rank, generate or recommend
+    retrieval: RetrievalConfig | None  # None: the task does not generate
+    gate: GateConfig
+    latency_limit_ms: float
+    warmup_batches: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def hash(self) -> str:
+        """`spec_hash` over every option."""
+        return spec_hash(self.to_dict())
+
+    @property
+    def title(self) -> str:
+        """Short name of the cell, for its lines of progress."""
+        return f"{self.engine.name}-{self.model.name}-{self.workload.name}-{self.scenario.name}"
+
+
+def register_schemas() -> None:
+    """Make the dataclasses above known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    for group, schemas in SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def checked(cfg: DictConfig, root: type[Root]) -> Root:
+    """The `root` dataclass that a composed configuration describes.
+
+    Raises ConfigError for a key that no schema knows, a group that is built on none of its schemas or a value outside
+    its range, OmegaConfBaseException for a value that is missing.
+    """
+    if unknown := list(_unknown_keys(cfg)):
+        raise ConfigError("; ".join(unknown))
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, root)
+    for group, schemas in SCHEMAS.items():
+        if hasattr(config, group) and type(getattr(config, group)) not in schemas.values():
+            raise ConfigError(f"{group}: build it on one of the schemas {', '.join(schemas)} (see conf/{group}/)")
+    if problems := list(violations(config)):
+        raise ConfigError("; ".join(problems))
+    return config
+
+
+def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
+    """Turn a composed configuration into a RunSpec and the options that are no part of it. Raises as `checked`, and
+    ConfigError for options that contradict each other."""
+    run = checked(cfg, RunConfig)
+    able = engines.tasks(run.engine.name)
+    if isinstance(run.engine, PipelineConfig):
+        _check_stages(run.engine)
+    task = able[0] if run.task == "auto" else run.task
+    if task not in able:
+        raise ConfigError(f"task={task}: engine {run.engine.name} can't; allowed: auto, {', '.join(able)}")
+    if problem := engines.mismatch(run.engine.name, run.model):
+        raise ConfigError(problem)
+    if isinstance(run.model, DecoderConfig) and (problem := contradiction(run.model)):
+        raise ConfigError(problem)
+    if task != "rank" and run.retrieval.beam_width < run.retrieval.k:
+        raise ConfigError(
+            f"retrieval.beam_width={run.retrieval.beam_width}: so many beams can't give "
+            f"retrieval.k={run.retrieval.k} items; widen the beam or ask for fewer"
+        )
+    if run.scenario.in_flight > 1:
+        stages = [getattr(run.engine, s) for s in STAGES] if isinstance(run.engine, PipelineConfig) else [run.engine]
+        if problem := next(filter(None, (engines.one_at_a_time(engine.name) for engine in stages)), None):
+            raise ConfigError(f"scenario.in_flight={run.scenario.in_flight}: {problem}; set scenario.in_flight=1")
+    values = {f.name: getattr(run, f.name) for f in dataclasses.fields(RunSpec)}
+    return RunSpec(**{**values, "task": task, "retrieval": None if task == "rank" else run.retrieval}), run
+
+
+def _check_stages(pipeline: PipelineConfig) -> None:
+    """Raises ConfigError for a stage whose engine can't do its task."""
+    for stage, task in STAGES.items():
+        options = getattr(pipeline, stage)
+        if type(options) not in SCHEMAS["engine"].values():
+            raise ConfigError(f"engine.{stage}: name an engine: engine@engine.{stage}=hstu")
+        if task not in engines.tasks(options.name):
+            able = [name for name in engines.names() if task in engines.tasks(name)]
+            raise ConfigError(f"engine.{stage}={options.name}: it can't {task}; allowed: {', '.join(able)}")
+
+
+def _unknown_keys(cfg: DictConfig, path: str = "") -> Iterator[str]:
+    """A line for each key that was added (`+key=value`) and that the dataclass of its node doesn't have."""
+    schema = OmegaConf.get_type(cfg)
+    known = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else set(cfg)
+    for key in map(str, cfg):
+        if key not in known:
+            yield no_such_key(f"{path}{key}", known)
+        elif not OmegaConf.is_missing(cfg, key) and isinstance(node := cfg[key], DictConfig):
+            yield from _unknown_keys(node, f"{path}{key}.")
+
+
+def no_such_key(key: str, known: Iterable[str]) -> str:
+    """What is wrong with a key that its node doesn't have, and the nearest that it has."""
+    path, _, name = key.rpartition(".")
+    near = [f"{path}.{other}".lstrip(".") for other in difflib.get_close_matches(name, known, n=1)]
+    return f"{key}: no such key; {''.join(f'nearest: {n}; ' for n in near)}known keys: {', '.join(sorted(known))}"
+
+
+def spec_to_json(spec: RunSpec) -> str:
+    """How a cell travels to its worker: its values, and the schema of each group."""
+    names = {g: next(n for n, s in schemas.items() if s is type(getattr(spec, g))) for g, schemas in _spec_groups()}
+    return json.dumps({"values": spec.to_dict(), "schemas": names})
+
+
+def spec_from_json(text: str) -> RunSpec:
+    """The inverse of `spec_to_json`."""
+    data = json.loads(text)
+    values = data["values"]
+    groups = {g: schemas[data["schemas"][g]](**values[g]) for g, schemas in _spec_groups()}
+    if isinstance(pipeline := groups["engine"], PipelineConfig):
+        for stage in STAGES:  # an engine's schema has its name
+            options = getattr(pipeline, stage)
+            setattr(pipeline, stage, SCHEMAS["engine"][options["name"]](**options))
+    retrieval = RetrievalConfig(**values["retrieval"]) if values["retrieval"] else None
+    return RunSpec(**{**values, **groups, "retrieval": retrieval, "gate": GateConfig(**values["gate"])})
+
+
+def _spec_groups() -> list[tuple[str, dict[str, type]]]:
+    fields = {f.name for f in dataclasses.fields(RunSpec)}
+    return [(group, schemas) for group, schemas in SCHEMAS.items() if group in fields]
+
+
+def checkout_or_packaged(name: str) -> Path:
+    """A data folder (conf, experiments): the checkout's where there is one, else the installed package's copy."""
+    package = Path(__file__).resolve().parent.parent
+    checkout = package.parent
+    return (checkout if (checkout / "pyproject.toml").is_file() else package) / name

@@ -1,0 +1,1 @@
+"""Running cells: session, runner, worker, records."""

@@ -1,0 +1,69 @@
+"""What a result was measured on and with: machine, driver, versions, code."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from grbench.run.gpu import describe_gpus
+
+PACKAGES = ("grbench", "torch", "triton", "numpy", "mlcommons-loadgen", "hydra-core", "mlflow")
+
+
+@functools.cache
+def describe_environment() -> dict[str, Any]:
+    """Machine, GPUs, versions and git state, gathered once a process, without importing torch."""
+    return {
+        "git_sha": git_sha(),
+        "cpu": cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "gpus": describe_gpus(),
+        "versions": {name: version for name in PACKAGES if (version := installed_version(name))},
+    }
+
+
+def installed_version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_sha() -> str | None:
+    """Commit of the checkout that this code runs from, with "+dirty" if files differ from it.
+
+    Where there is no checkout, as in an image built from one, $GRBENCH_GIT_SHA can say it; else None.
+    """
+    if told := os.environ.get("GRBENCH_GIT_SHA"):
+        return told
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        sha = _git(root, "rev-parse", "HEAD")
+        return sha + ("+dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *args: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def cpu_name() -> str:
+    """The processor's model name where the system tells, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,112 @@
+"""From a scenario's raw samples to the metrics of a record."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from grbench.config.schema import RunSpec
+from grbench.run import stats
+from grbench.run.records import PARTS
+from grbench.scenarios import Measurement
+from grbench.tools import sizing
+from grengines.api import Request
+from grengines.pipeline.config import STAGES
+
+
+def summarise(
+    measurement: Measurement, spec: RunSpec, requests: list[Request], sizes: Sequence[int] = ()
+) -> stats.Summary:
+    """Latency percentiles with intervals, throughput, goodput, where the time went, FLOP rate, padding.
+
+    sizes: codes of each level, of tasks that generate.
+    """
+    samples = measurement.samples
+    summary = stats.latency_summary(samples["latency_ms"])
+    metrics = summary.metrics
+    for part in [*PARTS, *(f"{stage}_ms" for stage in STAGES if f"{stage}_ms" in samples)]:
+        metrics[f"{part}/p50"] = stats.percentile(samples[part], 50)
+        metrics[f"{part}/p90"] = stats.percentile(samples[part], 90)
+
+    by_id = {r.request_id: r for r in requests}
+    answered = [by_id[int(i)] for i in samples["request_id"]]
+    count = len(answered)
+    ends = samples["arrival_s"] + samples["latency_ms"] / 1e3
+    duration_s = float(ends.max())
+    metrics |= {
+        "samples": float(count),
+        "duration_s": duration_s,
+        "throughput_rps": stats.throughput(count, duration_s),
+        "goodput_rps": stats.goodput(samples["latency_ms"], [r.deadline_ms for r in answered], duration_s),
+        "throughput_tokens_per_s": measurement.tokens / duration_s,
+        "padding_waste": 1.0 - measurement.tokens / measurement.padded_tokens,
+        "batch_size/mean": measurement.batch_mean,
+        "engine_busy": measurement.busy_s / duration_s,
+    }
+    metrics |= measurement.metrics
+    details = measurement.details
+    metrics |= {f"engine/{name}": value for name, value in details.items()}
+    if "items_tokens" in details:
+        metrics["cache/item_token_hit_rate"] = details["items_token_hits"] / max(details["items_tokens"], 1)
+        metrics["cache/item_hit_rate"] = details["items_hits"] / max(details["items_distinct"], 1)
+    if "cache_hits" in details:
+        metrics |= _cache_metrics(details, sum(len(r.history_items) for r in answered))
+        if faults := details.get("cache_faults"):
+            summary.notes.append(
+                f"the cache failed {faults:.0f} times, and those batches were answered without it; why: worker.log"
+            )
+    elif flops := _flops(spec, answered, sizes, details):
+        metrics["model_tflops"] = flops / measurement.busy_s / 1e12
+    return summary
+
+
+def _flops(spec: RunSpec, answered: list[Request], sizes: Sequence[int], details: dict[str, float]) -> float:
+    """Of all answers; 0 where part of that work was not done, found in a cache: its rate would say nothing."""
+    if spec.task == "rank":
+        return sum(sizing.request_flops(spec.model, r) for r in answered)
+    if spec.task != "generate" or spec.retrieval is None or details.get("prefix_hit_tokens"):
+        return 0.0
+    width = spec.retrieval.beam_width
+    return sum(sizing.search_flops(spec.model, len(r.history_items), sizes, width) for r in answered)
+
+
+def _cache_metrics(details: dict[str, float], events: int) -> dict[str, float]:
+    """Shares of requests that found state on the device, on the host, or none; of `events`, those not computed again;
+    what the host tier cost."""
+    on_device = details["cache_hits"] + details["cache_partial_hits"]
+    # None at all where every lookup failed: such batches are answered without the cache.
+    lookups = max(on_device + details["cache_misses"] + details["cache_bypassed"], 1)
+    metrics = {
+        "cache/hit_rate": (on_device + details["cache_host_hits"]) / lookups,
+        "cache/device_hit_rate": on_device / lookups,
+        "cache/host_hit_rate": details["cache_host_hits"] / lookups,
+        "cache/token_hit_rate": (details["cache_cached_tokens"] + details["cache_loaded_tokens"]) / max(events, 1),
+    }
+    if details.get("cache_host_copy_ms"):
+        metrics["cache/host_wait_share"] = details["cache_host_wait_ms"] / details["cache_host_copy_ms"]
+        metrics["cache/host_copy_gb_s"] = details["cache_host_bytes"] / details["cache_host_copy_ms"] / 1e6
+    return metrics
+
+
+def memory(device: str) -> dict[str, float]:
+    """Peak memory of this process, in MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    peaks = {"host_memory_mib/peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
+    if device == "cuda":
+        import torch
+
+        peaks["gpu_memory_mib/peak"] = torch.cuda.max_memory_allocated() / 2**20
+        peaks["gpu_memory_mib/reserved"] = torch.cuda.max_memory_reserved() / 2**20
+    return peaks
+
+
+def write_samples(samples: dict[str, np.ndarray], path: Path) -> None:
+    """One row a request, parquet. Raises OSError when the disk is full."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(dict(samples)), path)

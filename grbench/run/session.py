@@ -1,0 +1,140 @@
+"""One invocation of grbench: its cells one after another, their records, tracking, progress and table."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from hydra.conf import HydraConf
+from hydra.types import RunMode
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from grbench.config.schema import RunConfig, RunSpec
+from grbench.run import records
+from grbench.run.records import RunRecord, Status
+from grbench.run.runner import Event, Interrupted, run_cell
+from grbench.tracking import Tracker, where_to_look
+
+
+class Session:
+    """Runs cells and keeps what they gave. `close` prints the table and returns the exit code."""
+
+    def __init__(self, run: RunConfig, hydra: HydraConf, total: int) -> None:
+        self._total = total
+        self._cells: list[tuple[Path, RunRecord]] = []
+        self._root = Path(run.runner.output_root).absolute()
+        self._screen = Console(stderr=True)
+        self._sweep_id = Path(hydra.sweep.dir).name if hydra.mode is RunMode.MULTIRUN else None
+        self._tracking = run.tracking
+        self._tracker = Tracker(run.tracking, self._root)
+        if self._sweep_id:
+            self._tracker.start_sweep(self._sweep_id, {"overrides": " ".join(sys.argv[1:]), "cells": str(total)})
+        self._earlier: dict[str, tuple[Path, RunRecord]] = {}
+        if self._sweep_id and not run.rerun:
+            for folder, record in records.find(self._root):
+                if record.status is not Status.INTERRUPTED and (record.ok or not run.rerun_failed):
+                    self._earlier[record.spec_hash] = (folder, record)
+
+    def run(self, cell: tuple[RunSpec, RunConfig], hydra: HydraConf) -> None:
+        """Measure one cell, or keep its earlier record; log it. Raises KeyboardInterrupt after keeping the record."""
+        spec, run = cell
+        typed = [word.lower() for word in sys.argv[1:]]  # Hydra writes True; what else a cell has, the sweep gave it
+        swept = " ".join(o for o in hydra.overrides.task if o.lower() not in typed) if self._sweep_id else ""
+        title = f"{len(self._cells) + 1}/{self._total} {swept or spec.title}"
+        if earlier := self._earlier.get(spec.hash):
+            folder, record = earlier
+            again = "rerun=true" if record.ok else "rerun_failed=true"
+            told = f"{title}: {record.status} in a record of {record.started_at}, kept ({again} measures it again)"
+            self._screen.print(told, soft_wrap=True, markup=False, highlight=False)
+            self._finish(folder, record)
+            return
+        with CellProgress(self._screen, title, spec.scenario.queries) as progress:
+            try:
+                record, folder = run_cell(
+                    spec,
+                    run.runner,
+                    Path(hydra.runtime.output_dir),
+                    sweep_id=self._sweep_id,
+                    overrides=list(hydra.overrides.task),
+                    on_event=progress.show,
+                )
+            except Interrupted as interruption:
+                self._finish(interruption.folder, interruption.record)
+                raise
+        self._finish(folder, record)
+
+    def _finish(self, folder: Path, record: RunRecord) -> None:
+        if self._sweep_id:
+            self._earlier[record.spec_hash] = (folder, record)  # a sweep may ask for the same cell twice
+        if all(folder != known for known, _ in self._cells):
+            self._cells.append((folder, record))
+        if record.tracking or record.status is Status.INTERRUPTED:
+            return
+        if record.ok:
+            from grbench.report import ReportError, plot_latency_cdf
+
+            with contextlib.suppress(OSError, ReportError):  # a picture is no result; the disk may be full
+                plot_latency_cdf([(folder, record)], folder / "latency_cdf.png")
+        self._tracker.log(record, folder)
+
+    def close(self, cut_short: str = "") -> int:
+        """Print the table of all cells and end the sweep's tracking. Returns 0 if every cell is OK, else 1.
+
+        cut_short: what ended the session before its last cell, in a word.
+        """
+        from grbench.report.table import print_cells
+
+        if self._sweep_id:
+            self._tracker.end_sweep([record for _, record in self._cells])
+        print_cells(Console(), self._cells)
+        if cut_short:
+            left = self._total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)
+            again = "; the same sweep goes on from here" if self._sweep_id else ""
+            self._screen.print(f"{cut_short} with {left} of {self._total} cells to go{again}")
+        where = os.path.relpath(self._root)
+        compare = where_to_look(self._tracking, self._root) or f"python -m grbench.report {where}"
+        self._screen.print(f"records: {where}   compare: {compare}", soft_wrap=True, highlight=False)
+        return 0 if all(record.ok for _, record in self._cells) else 1
+
+
+class CellProgress:
+    """One line that says what a cell is at. It is redrawn only when the worker reports, never by a timer:
+    a busy launcher would disturb what is measured."""
+
+    def __init__(self, screen: Console, title: str, queries: int) -> None:
+        self._screen, self._title = screen, title
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=screen,
+            auto_refresh=False,
+            transient=True,
+        )
+        self._task = self._bar.add_task(escape(title), total=queries)
+
+    def __enter__(self) -> CellProgress:
+        if self._screen.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._screen.is_terminal:
+            self._bar.stop()
+
+    def show(self, event: Event) -> None:
+        """Take one message of the worker."""
+        if "stage" in event:
+            self._bar.update(self._task, description=escape(f"{self._title}: {event['stage']}"))
+            if not self._screen.is_terminal:
+                self._screen.print(f"{self._title}: {event['stage']}", soft_wrap=True, markup=False, highlight=False)
+        else:
+            self._bar.update(self._task, completed=event["answered"])
+        if self._screen.is_terminal:
+            self._bar.refresh()

@@ -1,0 +1,128 @@
+"""`python -m grbench.tools.doctor`: what this machine can run, what is missing, why, and the command that mends it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grbench.run.environment import describe_environment, installed_version
+from grengines import registry as engines
+from grengines.cache import policies
+from grengines.vllm import install as vllm
+from grkernels import registry as kernels
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: `reason` and `remedy` are empty when it is ok."""
+
+    kind: str  # engine, kernel, cache, package, optional, device
+    name: str
+    ok: bool
+    detail: str = ""  # version, or why it can't be used
+    remedy: str = ""
+
+
+# Distribution, import name, what it is for, what installs it.
+REQUIRED = (
+    ("hydra-core", "hydra", "configuration", "pip install -e ."),
+    ("torch", "torch", "engine hstu", "pip install 'torch>=2.11'"),
+    ("mlcommons-loadgen", "mlperf_loadgen", "MLPerf scenarios", "pip install mlcommons-loadgen"),
+    ("mlflow", "mlflow", "tracking", "pip install -e ."),
+    ("scikit-learn", "sklearn", "semantic IDs", "pip install -e ."),
+    ("pyarrow", "pyarrow", "data and samples", "pip install -e ."),
+    ("nvidia-ml-py", "pynvml", "GPU power and memory", "pip install nvidia-ml-py"),
+)
+# What some engines and kernels need.
+OPTIONAL = (
+    (vllm.distribution(), "vllm", "engine vllm", vllm.command()),
+    ("transformers", "transformers", "engine hf", "pip install -e '.[hf]'"),
+    ("onnxruntime", "onnxruntime", "engine onnxruntime", "pip install -e '.[onnx]'"),
+    ("onnxscript", "onnxscript", "python -m grengines.export", "pip install -e '.[onnx]'"),
+    ("tensorrt-cu13", "tensorrt", "engine tensorrt", "pip install -e '.[tensorrt]'"),
+    (
+        "tensorrt-rtx-cu13-bindings",
+        "tensorrt_rtx_bindings",
+        "engine tensorrt",
+        "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
+    ),
+    ("nvidia-cutlass-dsl", "cutlass", "kernel cutlass", "pip install -e '.[cutlass]'"),
+)
+
+
+def findings() -> list[Finding]:
+    """Every engine, kernel variant, cache policy, package and device, in the order they are shown."""
+    found = []
+    for name in engines.names():
+        reason = engines.availability(name)
+        found.append(Finding("engine", name, reason is None, *_split(reason)))
+    for family, variant in kernels.names():
+        reason = kernels.availability(family, variant)
+        found.append(Finding("kernel", f"{family}={variant}", reason is None, *_split(reason)))
+    found += [Finding("cache", name, True) for name in policies.names()]
+    found += [_package("package", *entry) for entry in REQUIRED]
+    found += [_package("optional", *entry) for entry in OPTIONAL]
+    return [*found, *_devices()]
+
+
+def _package(kind: str, distribution: str, module: str, purpose: str, remedy: str) -> Finding:
+    if find_spec(module) is None:
+        return Finding(kind, distribution, False, f"not installed ({purpose})", remedy)
+    return Finding(kind, distribution, True, f"{installed_version(distribution) or 'of unknown version'} ({purpose})")
+
+
+def _split(reason: str | None) -> tuple[str, str]:
+    """An availability reason is "why; how to mend it"."""
+    if reason is None:
+        return "", ""
+    why, _, remedy = reason.partition("; ")
+    return why, remedy
+
+
+def _devices() -> list[Finding]:
+    env = describe_environment()
+    cpu = Finding("device", "cpu", True, f"{env['cpu']}, {env['cpu_cores']} cores, {env['memory_gib']} GiB")
+    import torch
+
+    gpus = [
+        Finding("device", f"cuda:{i}", torch.cuda.is_available(), f"{gpu['name']}, driver {gpu['driver']}")
+        for i, gpu in enumerate(env["gpus"])
+    ]
+    if gpus and not torch.cuda.is_available():
+        return [
+            cpu,
+            *gpus,
+            Finding("device", "torch", False, "this torch has no CUDA", "make clean && make setup"),
+        ]
+    return [cpu, *(gpus or [Finding("device", "cuda", False, "no NVIDIA GPU or driver on this machine")])]
+
+
+def main() -> int:
+    """Print the findings; 0 if all that the default run needs is there, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m grbench.tools.doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+    args = parser.parse_args()
+    found = findings()
+    if args.json:
+        print(json.dumps([asdict(f) for f in found], indent=1))
+    else:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in ("", "name", "", "detail", "to get it"):
+            table.add_column(column, overflow="fold")
+        for f in found:
+            status = Text("ok", "green") if f.ok else Text("missing", "yellow")
+            table.add_row(f.kind, f.name, status, Text(f.detail), Text(f.remedy))  # Text: "[vllm]" is no markup
+        console = Console()
+        console.print(table) if console.is_terminal else Console(width=200).print(table)
+    return 0 if all(f.ok for f in found if f.kind == "package") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

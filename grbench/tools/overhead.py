@@ -1,0 +1,107 @@
+"""`python -m grbench.tools.overhead`: the latency that the harness itself adds.
+
+An engine that does nothing goes through the whole measuring path (LoadGen, batcher, sample rows), turn
+and turn about with the configured one, in one process. What it takes is overhead; the share is of the
+configured engine's p50. Takes Hydra overrides: `python -m grbench.tools.overhead model=dlrm_v3`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grbench.config.compose import compose_spec
+from grbench.config.schema import ConfigError, RunSpec
+from grbench.run.records import one_line
+from grengines.api import IncorrectError, RankResult, Request, UnavailableError
+
+
+class NullEngine:
+    """Answers at once with no scores. Never reported as an engine: it passes no gate."""
+
+    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
+        pass
+
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        return RankResult(
+            scores=[], batch_ms=0.0, transfer_ms=0.0, compute_ms=0.0, tokens=len(requests), padded_tokens=len(requests)
+        )
+
+    def actual(self) -> dict[str, Any]:
+        return {"engine": "null"}
+
+    def forget(self, keep_host: bool = False) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def main() -> int:
+    """Entry point. Exit codes: 0 done, 1 the engine can't run, 2 the configuration is wrong, 130 Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m grbench.tools.overhead", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each engine (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, on top of engine=hstu scenario=single_stream")
+    args = parser.parse_args()
+    try:
+        spec, _ = compose_spec(["engine=hstu", "scenario=single_stream", *args.overrides])
+        if spec.task != "rank":
+            raise ConfigError(f"task={spec.task}: the overhead is measured of engines that rank; allowed: rank")
+        if args.repeats < 1:
+            raise ConfigError(f"--repeats {args.repeats}: allowed is >= 1")
+    except ConfigError as e:
+        print(f"grbench.tools.overhead: {e}", file=sys.stderr)
+        return 2
+    try:
+        compare(spec, args.repeats)
+    except (ValueError, UnavailableError, IncorrectError) as e:
+        print(f"grbench.tools.overhead: {one_line(e, most=1000)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def compare(spec: RunSpec, repeats: int) -> None:
+    """Measure both engines `repeats` times each and print their p50, microseconds, and the share.
+
+    Raises ValueError for data that can't be used, UnavailableError or IncorrectError.
+    """
+    from grbench import workloads
+    from grbench.gate.pipeline import gate_for
+    from grbench.scenarios import run_scenario
+    from grengines import registry
+
+    trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
+    engine = registry.build(spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed)
+    engine.prepare(trace.requests, spec.scenario.max_batch)
+    ran = engine.actual()
+    gate_for(spec, trace, None, ran).check(engine, spec.scenario.max_batch)
+    p50s: dict[str, list[float]] = {"null": [], spec.engine.name: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(repeats):
+            for name, runs in (("null", NullEngine()), (spec.engine.name, engine)):
+                measurement = run_scenario(
+                    spec.scenario,
+                    runs,
+                    trace.requests,
+                    latency_limit_ms=spec.latency_limit_ms,
+                    seed=spec.seed + turn,
+                    folder=Path(folder),
+                )
+                p50s[name].append(float(np.median(measurement.samples["latency_ms"])))
+    null, real = (float(np.median(v)) for v in p50s.values())
+    for name, values in p50s.items():
+        turns = " ".join(f"{v * 1e3:.1f}" for v in values)
+        print(f"{name:>8}: p50 {np.median(values) * 1e3:.1f} us   (turns: {turns})")
+    print(f"overhead: {null * 1e3:.1f} us, {null / real:.1%} of {spec.engine.name} on {spec.model.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

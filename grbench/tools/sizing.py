@@ -1,0 +1,248 @@
+"""What a model costs before anything runs: parameters, mask-exact FLOPs, KV bytes, users that a card holds.
+
+python -m grbench.tools.sizing model=dlrm_v3 workload=synthetic_long
+python -m grbench.tools.sizing model=decoder_1p7b engine=hf retrieval.beam_width=256
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from grbench.config.schema import ConfigError, RunSpec
+from grengines.api import Catalogue, Request
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.hstu.config import HSTUConfig
+from grkernels.hstu_attention.spec import BYTES, visible_pairs
+from grkernels.hstu_attention.spec import flops as attention_flops
+
+
+def parameters(model: HSTUConfig, catalogue: Catalogue) -> dict[str, int]:
+    """Parameter counts of a model that ranks: embedding tables, layers, and everything else (output norm and head)."""
+    import torch
+
+    from grengines.models.hstu.model import HSTURanker
+    from grkernels.operators import Operators
+
+    with torch.device("meta"):  # shapes only, no memory
+        ranker = HSTURanker(model, catalogue, Operators.reference())
+    return _by_part({name: p.numel() for name, p in ranker.named_parameters()})
+
+
+def generator_parameters(model: HSTUConfig | DecoderConfig, sizes: Sequence[int]) -> dict[str, int]:
+    """As `parameters`, of a model that generates semantic IDs with so many codes on each level."""
+    import torch
+
+    if isinstance(model, DecoderConfig):
+        from grengines.models.decoder.weights import shapes
+
+        return _by_part({name: math.prod(shape) for name, shape in shapes(model, sizes).items()})
+    from grengines.models.hstu.generator import HSTUGenerator
+    from grkernels.operators import Operators
+
+    with torch.device("meta"):
+        generator = HSTUGenerator(model, sizes, Operators.reference())
+    return _by_part({name: p.numel() for name, p in generator.named_parameters()})
+
+
+def _by_part(counts: Mapping[str, int]) -> dict[str, int]:
+    parts = {"tables": 0, "layers": 0, "head": 0}
+    for name, count in counts.items():
+        is_table = name.endswith(("_table", "embed_tokens.weight", "weight_vector"))
+        parts["layers" if "layers." in name else "tables" if is_table else "head"] += count
+    return parts
+
+
+def request_flops(model: HSTUConfig, request: Request) -> float:
+    """Floating-point operations that ranking one request needs; see `flops`."""
+    return flops(model, len(request.history_items), len(request.candidates))
+
+
+def flops(model: HSTUConfig, history: int, candidates: int, cached: int = 0) -> float:
+    """Operations of one request with the exact mask and no padding; a multiply-add is 2.
+
+    Counts the layers' two projections, attention over the visible (row, column) pairs, and the head. Look-ups,
+    norms and activations are left out: under 1%. The keys and values of the first `cached` tokens are there already.
+    """
+    tokens = model.contextual_seq_len + history + candidates
+    new = tokens - cached
+    pairs = visible_pairs(tokens, candidates, model.contextual_seq_len, model.max_attn_len, delta=new)
+    widths = 2 * model.heads * (model.qk_dim + model.v_dim) + 3 * model.heads * model.v_dim
+    linear = 2 * new * model.embedding_dim * widths
+    inputs = model.embedding_dim + model.interactions
+    head = 2 * candidates * (model.head_dim * (inputs + len(model.tasks)) + model.interactions * model.embedding_dim)
+    return float(model.layers * (linear + attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)) + head)
+
+
+def search_flops(
+    model: HSTUConfig | DecoderConfig, history: int, sizes: Sequence[int], width: int, cached: int = 0
+) -> float:
+    """Operations of one beam search with the exact mask and no padding; a multiply-add is 2.
+
+    history: items. sizes: codes of each level. width: beams. The prompt's tokens are encoded once, but for the first
+    `cached`; then every beam's code but the last, which sees the prompt, its beam's codes and itself. Counts the
+    layers' matrices, attention over the visible pairs, and the logits of every beam.
+    """
+    prompt, beams = prompt_tokens(model, history, len(sizes)), _beams(sizes, width)
+    if isinstance(model, DecoderConfig):
+        widths = 2 * (model.heads + model.kv_heads) * model.head_dim + 3 * model.mlp_dim
+    else:
+        widths = model.heads * (2 * model.qk_dim + 5 * model.v_dim)
+    linear = 2 * (prompt - cached + sum(beams[1:])) * model.embedding_dim * widths
+    attention = attention_flops(_search_pairs(prompt, beams, cached), model.heads, *_head_dims(model))
+    logits = sum(2 * rows * model.embedding_dim * size for rows, size in zip(beams, sizes, strict=True))
+    return float(model.layers * (linear + attention) + logits)
+
+
+def _beams(sizes: Sequence[int], width: int) -> list[int]:
+    """Beams before each level: the prompt alone, then at most `width`."""
+    beams = [1]
+    for size in sizes[:-1]:
+        beams.append(min(width, beams[-1] * size))
+    return beams
+
+
+def _search_pairs(prompt: int, beams: Sequence[int], cached: int = 0) -> int:
+    """(row, column) pairs that a search's mask lets through."""
+    codes = sum(rows * (prompt + level) for level, rows in enumerate(beams) if level)
+    return visible_pairs(prompt, delta=prompt - cached) + codes
+
+
+def _head_dims(model: HSTUConfig | DecoderConfig) -> tuple[int, int]:
+    """Of a head's keys and of its values."""
+    if isinstance(model, DecoderConfig):
+        return model.head_dim, model.head_dim
+    return model.qk_dim, model.v_dim
+
+
+def prompt_tokens(model: HSTUConfig | DecoderConfig, history: int, levels: int) -> int:
+    """Tokens of the prompt that so many items make: whole items within max_positions; one where there are none."""
+    return min(history, model.max_positions // levels) * levels or 1
+
+
+def kv_bytes(model: HSTUConfig | DecoderConfig, history: int, precision: str) -> int:
+    """Bytes of one user's keys and values over all layers. history: tokens, contextual ones not counted."""
+    if isinstance(model, DecoderConfig):
+        return model.layers * history * model.kv_heads * 2 * model.head_dim * BYTES[precision]
+    tokens = model.contextual_seq_len + history
+    return model.layers * tokens * model.heads * (model.qk_dim + model.v_dim) * BYTES[precision]
+
+
+def main() -> int:
+    """Print the parameters and what requests of several history lengths cost; of a pipeline, both stages."""
+    parser = argparse.ArgumentParser(prog="python -m grbench.tools.sizing", description=__doc__)
+    parser.add_argument("--precision", choices=BYTES, default="bf16", help="of weights and KV (default: %(default)s)")
+    parser.add_argument("--memory-gib", type=float, default=80.0, help="of the card (default: %(default)s)")
+    parser.add_argument("--items", type=int, default=1_000_000, help="in the catalogue (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as model=dlrm_v3")
+    args = parser.parse_args()
+    from grbench.config.compose import compose_spec
+
+    try:
+        spec, _ = compose_spec(args.overrides)
+    except ConfigError as e:
+        print(f"grbench.tools.sizing: {e}", file=sys.stderr)
+        return 2
+    if args.items < 1 or not args.memory_gib > 0:
+        print(
+            f"grbench.tools.sizing: --items {args.items} --memory-gib {args.memory_gib}: allowed is > 0",
+            file=sys.stderr,
+        )
+        return 2
+    console = Console()
+    for task, tell in (("generate", _generating), ("rank", _ranking)):
+        if spec.task == "recommend":
+            console.print(f"to {task}", style="bold")
+        if spec.task in (task, "recommend"):
+            tell(console, spec, args.items, args.precision, args.memory_gib * 2**30)
+    return 0
+
+
+def _ranking(console: Console, spec: RunSpec, items: int, precision: str, memory: float) -> None:
+    model, candidates = spec.model, spec.workload.num_candidates
+    counts = parameters(model, Catalogue(num_users=1, num_items=items, num_actions=1))
+    weights = _tell_parameters(console, model.name, counts, precision, items)
+    table = _table("history", "candidates", "GFLOP", "of it attention", "all cached", "KV MiB a user", "users a card")
+    for history in _histories(spec.workload.max_history):
+        total, cached = (flops(model, history, candidates, done) for done in (0, model.contextual_seq_len + history))
+        tokens = model.contextual_seq_len + history + candidates
+        pairs = visible_pairs(tokens, candidates, model.contextual_seq_len, model.max_attn_len)
+        attention = model.layers * attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)
+        kv = kv_bytes(model, history, precision)
+        _add_row(table, [history, candidates], total, attention, cached, kv, memory - weights)
+    console.print(table)
+    _tell_units(console, "request", memory)
+
+
+def _generating(console: Console, spec: RunSpec, items: int, precision: str, memory: float) -> None:
+    from grengines.semantic.ids import propose_codes
+
+    assert spec.retrieval is not None
+    model, levels, width = spec.model, spec.retrieval.levels, spec.retrieval.beam_width
+    sizes = [spec.retrieval.codes or propose_codes(items, levels)] * levels
+    weights = _tell_parameters(console, model.name, generator_parameters(model, sizes), precision, items)
+    heads, dims = model.heads, _head_dims(model)
+    table = _table(
+        "items", "tokens", "beams", "GFLOP", "of it attention", "all cached", "KV MiB a user", "users a card"
+    )
+    for history in _histories(min(spec.workload.max_history, model.max_positions // levels)):
+        tokens = prompt_tokens(model, history, levels)
+        total, cached = (search_flops(model, history, sizes, width, done) for done in (0, tokens))
+        attention = model.layers * attention_flops(_search_pairs(tokens, _beams(sizes, width)), heads, *dims)
+        kv = kv_bytes(model, tokens, precision)
+        _add_row(table, [history, tokens, width], total, attention, cached, kv, memory - weights)
+    console.print(table)
+    _tell_units(console, "search", memory)
+
+
+def _tell_parameters(console: Console, name: str, counts: dict[str, int], precision: str, items: int) -> int:
+    """Returns the weights' bytes."""
+    total = sum(counts.values())
+    weights = total * BYTES[precision]
+    parts = ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in counts.items())
+    told = f"{name}: {total / 1e6:,.1f} M parameters ({parts}), {weights / 2**30:.2f} GiB in {precision}"
+    console.print(f"{told}; {items:,} items", soft_wrap=True)
+    return weights
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _add_row(
+    table: Table, sizes: Sequence[int], total: float, attention: float, cached: float, kv: int, free: float
+) -> None:
+    table.add_row(
+        *map(str, sizes),
+        f"{total / 1e9:,.3f}",
+        f"{attention / total:.0%}",
+        f"{cached / 1e9:,.3f}",
+        f"{kv / 2**20:,.2f}",
+        f"{max(int(free // kv), 0):,}",
+    )
+
+
+def _tell_units(console: Console, unit: str, memory: float) -> None:
+    console.print(
+        f"GFLOP: operations of one {unit}, exact mask, no padding; all cached: with the history's KV there; "
+        f"users a card: whole KV caches beside the weights in {memory / 2**30:g} GiB.",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def _histories(longest: int) -> list[int]:
+    """A few lengths up to the workload's longest."""
+    return sorted({max(longest >> k, 1) for k in (0, 1, 2, 4, 6)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""doctor, sizing and overhead as a user runs them, and the numbers that sizing prints."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from conftest import Grbench
+
+from grbench.config.compose import compose_spec
+from grbench.tools.sizing import flops, kv_bytes, parameters
+from grengines.api import Catalogue
+from grengines.models.hstu.config import HSTUConfig
+
+
+def test_doctor_lists_everything_with_reason_and_remedy(grbench: Grbench) -> None:
+    done = grbench("--json", module="grbench.tools.doctor")
+    assert done.returncode == 0, done.stderr
+    found = {(f["kind"], f["name"]): f for f in json.loads(done.stdout)}
+    assert found["engine", "hstu"]["ok"]
+    assert found["kernel", "hstu_attention=torch"]["ok"]
+    assert found["package", "mlcommons-loadgen"]["ok"]
+    for (kind, name), finding in found.items():
+        if not finding["ok"]:
+            assert finding["detail"], (kind, name)
+            assert finding["remedy"] or kind == "device", (kind, name)
+    table = grbench(module="grbench.tools.doctor")
+    assert table.returncode == 0
+    for _, name in found:
+        assert name in table.stdout
+
+
+@pytest.mark.parametrize("name", ["hstu_tiny", "hstu_0p2b", "dlrm_v3", "wide_heads"])
+def test_parameters_are_those_of_the_model(name: str) -> None:
+    model = compose_spec([f"model={name}"])[0].model
+    e, h = model.embedding_dim, model.heads
+    widths = 2 * h * (model.qk_dim + model.v_dim)
+    layer = 2 * e + (e + 1) * widths + 2 * h * model.v_dim + 3 * h * model.v_dim * e
+    counts = parameters(model, Catalogue(num_users=7, num_items=1000, num_actions=3))
+    assert counts["layers"] == model.layers * layer
+    tables = 1000 + 3 + 1 + model.max_positions + model.time_buckets
+    assert counts["tables"] == tables * e
+    inputs = e + (6 if name == "dlrm_v3" else 0)  # its head sees 6 dot products of a candidate's 4 vectors
+    assert counts["head"] == 2 * e + (inputs + 1) * model.head_dim + (model.head_dim + 1) * 3
+
+
+def test_the_models_have_the_sizes_their_names_promise() -> None:
+    model = compose_spec(["model=hstu_0p2b"])[0].model
+    total = sum(parameters(model, Catalogue(1, 100_000, 4)).values())
+    assert total == pytest.approx(0.2e9, rel=0.05)
+
+
+def test_flops_of_a_case_counted_by_hand() -> None:
+    model = HSTUConfig(layers=3, embedding_dim=8, heads=2, qk_dim=4, v_dim=6, head_dim=5, tasks=["a", "b"])
+    # 4 history tokens and 2 candidates: rows see 1, 2, 3, 4 and twice 5 columns.
+    pairs = 1 + 2 + 3 + 4 + 5 + 5
+    layer = 2 * 6 * 8 * (2 * 2 * (4 + 6)) + 2 * 6 * (3 * 2 * 6) * 8 + 2 * pairs * 2 * (4 + 6)
+    head = 2 * 2 * (8 * 5 + 5 * 2)
+    assert flops(model, 4, 2) == 3 * layer + head
+    # All of the history cached: only the candidates' rows are left.
+    layer = 2 * 2 * 8 * (2 * 2 * (4 + 6)) + 2 * 2 * (3 * 2 * 6) * 8 + 2 * 10 * 2 * (4 + 6)
+    assert flops(model, 4, 2, cached=4) == 3 * layer + head
+    model.interaction = True  # of each candidate 6 products of 8 numbers, and 6 more inputs of 5 hidden units
+    assert flops(model, 4, 2, cached=4) == 3 * layer + head + 2 * 2 * (6 * 8 + 6 * 5)
+    assert kv_bytes(model, 4, "bf16") == 3 * 4 * 2 * (4 + 6) * 2
+
+
+def test_sizing_prints_and_refuses(grbench: Grbench) -> None:
+    done = grbench("model=dlrm_v3", "workload=synthetic_long", module="grbench.tools.sizing")
+    assert done.returncode == 0, done.stderr
+    assert "dlrm_v3: " in done.stdout
+    assert re.search(r"16384 +2048 +2,057\.426", done.stdout)
+    refused = grbench("model=nope", module="grbench.tools.sizing")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("grbench.tools.sizing: model=nope: no such option; allowed: decoder_0p2b, ")
+    assert "Traceback" not in refused.stderr
+    refused = grbench("--items", "0", module="grbench.tools.sizing")
+    assert "allowed is > 0" in refused.stderr
+
+
+def test_sizing_of_a_pipeline_tells_both_stages(grbench: Grbench) -> None:
+    done = grbench(module="grbench.tools.sizing")
+    assert done.returncode == 0, done.stderr
+    searched, ranked = done.stdout.split("to rank\n")
+    assert searched.startswith("to generate\n") and "beams" in searched
+    assert "candidates" in ranked
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        ("--repeats 0", 2, "--repeats 0: allowed is >= 1"),
+        ("engine=hf", 2, "task=generate: "),
+        ("workload=csv workload.path=missing.csv", 1, "missing.csv: no such file; set workload.path"),
+    ],
+)
+def test_what_overhead_can_not_measure_is_one_line(grbench: Grbench, arguments: str, code: int, message: str) -> None:
+    done = grbench(*arguments.split(), module="grbench.tools.overhead")
+    assert done.returncode == code
+    [told] = done.stderr.splitlines()
+    assert told.startswith(f"grbench.tools.overhead: {message}")
+
+
+def test_overhead_is_small_beside_the_engine(grbench: Grbench) -> None:
+    done = grbench(
+        "--repeats", "1", "workload=synthetic", "workload.max_requests=50", "scenario.queries=100",
+        module="grbench.tools.overhead",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"overhead: ([\d.]+) us, ([\d.]+)% of hstu on hstu_tiny", done.stdout)
+    assert found, done.stdout
+    assert 0 < float(found[1]) < 5000

@@ -1,0 +1,183 @@
+"""Configurations: every group composes, wrong ones are refused in one line, from anywhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Grbench
+
+from grbench.config.compose import compose_cells, compose_spec
+from grbench.config.schema import ConfigError, spec_from_json, spec_to_json
+
+GROUPS = ["model", "engine", "kernel", "cache", "workload", "scenario", "tracking"]
+OPTIONS = [
+    (group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("group, name", OPTIONS)
+def test_every_option_of_every_group_composes(group: str, name: str) -> None:
+    needs = ["workload.path=x.csv"] if name in ("csv", "recbole") else []
+    needs += ["engine=hf"] if name.startswith("decoder_") else []
+    spec, run = compose_spec([f"{group}={name}", *needs])
+    chosen = getattr(run, group)
+    assert chosen.name == name
+    assert spec_from_json(spec_to_json(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    "overrides, key, allowed",
+    [
+        (["scenario.max_bach=3"], "max_bach", "max_batch"),  # a typo lists the known keys
+        (["engine=hstu", "+engine.turbo=true"], "turbo", "precision"),
+        (["scenario.max_batch=many"], "scenario.max_batch", "int"),
+        (["scenario.max_batch=0"], "scenario.max_batch", ">= 1"),
+        (["engine=hstu", "engine.precision=fp8"], "engine.precision", "bf16"),
+        (["latency_limit_ms=-1"], "latency_limit_ms", "> 0"),
+        (["latency_limit_ms=.inf"], "latency_limit_ms", "> 0"),
+        (["latency_limit_ms=.nan"], "latency_limit_ms", "> 0"),
+        (["gate.requests=1"], "gate.requests", ">= 2"),
+        (["engine=hf", "task=generate", "scenario.in_flight=2"], "scenario.in_flight=2", "hstu, aoti"),
+        (["engine=pipeline", "scenario.in_flight=2"], "scenario.in_flight=2", "vllm batches by itself"),
+        (["engine=warp"], "engine", "hstu"),
+        (["nonsense=1"], "nonsense", "latency_limit_ms"),
+        (["workload=csv"], "workload.path", "workload.path"),
+        (["model.layers=null"], "model.layers", "int"),
+        (["seed=[1,"], "seed=[1,", "key=value"),
+        (["seed"], "seed", "key=value"),
+        (["engin=hstu"], "engin", "nearest: engine;"),
+        (["engine=null"], "engine=null", "one option"),
+        (["gate=none"], "gate=none", "gate.KEY="),
+        (["scenario=server,offline"], "scenario=server,offline", "-m sweeps"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_key_and_what_is_allowed(overrides: list[str], key: str, allowed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_spec(overrides)
+    message = str(caught.value)
+    assert key in message
+    assert allowed in message
+    assert "\n" not in message
+
+
+def test_every_cell_of_a_sweep_is_checked_before_the_first_runs(grbench: Grbench) -> None:
+    done = grbench("-m", "workload=synthetic", "scenario.max_batch=1,2,0")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["grbench: scenario.max_batch=0: allowed is int >= 1 and <= 65536"], done.stderr
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        ("--nope", "--nope: no such flag; python -m {} --hydra-help lists them"),
+        ("--cfg everything", "argument --cfg/-c: invalid choice"),
+        ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
+        ("--config-name other", "Cannot find primary config 'other'"),
+    ],
+)
+@pytest.mark.parametrize("program", ["grbench", "grbench.cachesim"])
+def test_a_wrong_flag_is_one_line(grbench: Grbench, program: str, arguments: str, line: str) -> None:
+    done = grbench(*arguments.split(), module=program)
+    assert done.returncode == 2
+    [told] = done.stderr.splitlines()
+    assert told.startswith(f"{program}: {line.format(program)}")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(grbench: Grbench, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    done = grbench("engine=hstu", "workload=synthetic", "runner.output_root=taken")
+    assert done.returncode == 2
+    [told] = done.stderr.splitlines()
+    assert told.startswith("grbench: taken/runs/") and "runner.output_root" in told
+
+
+def test_a_sweep_is_expanded_as_hydra_does() -> None:
+    cells = list(compose_cells(["scenario=offline,server", "seed=range(0,3)"], multirun=True))
+    assert [(spec.scenario.name, spec.seed) for spec, _ in cells] == [
+        (name, seed) for name in ("offline", "server") for seed in range(3)
+    ]
+
+
+def test_studies_compose_and_are_sweeps() -> None:
+    for path in sorted((ROOT / "experiments" / "study").glob("*.yaml")):
+        cells = list(compose_cells([f"study={path.stem}"]))
+        assert len({spec.hash for spec, _ in cells}) == len(cells) > 1
+
+
+def test_the_hash_tells_measurements_apart_and_nothing_else() -> None:
+    base = compose_spec([])[0].hash
+    assert compose_spec(["runner.timeout_s=5", "tracking=none", "rerun=true"])[0].hash == base
+    assert compose_spec(["seed=1"])[0].hash != base
+    assert compose_spec(["scenario.max_batch=3"])[0].hash != base
+    code = "from grbench.config.compose import compose_spec; print(compose_spec([])[0].hash)"
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert again.stdout.strip() == base  # another process, another hash seed
+
+
+def test_cfg_job_prints_the_whole_configuration_from_any_directory(grbench: Grbench) -> None:
+    done = grbench("--cfg", "job", "model=dlrm_v3", "seed=5")
+    assert done.returncode == 0, done.stderr
+    assert "seed: 5" in done.stdout
+    assert "name: dlrm_v3" in done.stdout
+    refused = grbench("--cfg", "job", "seed=-5")
+    assert refused.returncode == 2
+    assert "seed=-5: allowed is int >= 0" in refused.stderr
+
+
+def test_a_folder_of_ones_own_configs_works_beside_ours(grbench: Grbench, tmp_path: Path) -> None:
+    own = tmp_path / "own" / "workload" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("defaults: [/schema/workload/synthetic@_here_, _self_]\nname: mine\nusers: 77\n")
+    done = grbench("--config-dir", str(tmp_path / "own"), "workload=mine", "study=batching", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "users: 77" in done.stdout
+
+
+def test_help_lists_the_groups_and_imports_nothing_heavy(grbench: Grbench) -> None:
+    done = grbench("--help")
+    assert done.returncode == 0
+    for group in GROUPS:
+        assert f"\n{group}: " in done.stdout
+    code = (
+        "import sys, json; import grbench.cli, grbench.config.compose as c; c.compose_spec([]);"
+        "print(json.dumps([m for m in ('torch', 'mlflow', 'vllm', 'tensorrt', 'pandas') if m in sys.modules]))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(loaded.stdout) == []
+
+
+def test_shell_completion_knows_the_groups(grbench: Grbench) -> None:
+    done = grbench("-sc", "install=bash")
+    assert done.returncode == 0
+    assert "complete" in done.stdout
+
+
+def test_the_wheel_has_configs_and_types_and_composes_outside_the_checkout(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip"]
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)], check=True, timeout=120)
+    wheel = next(tmp_path.glob("grbench-*.whl"))
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as z:
+        names = set(z.namelist())
+        z.extractall(site)
+    assert {
+        "grbench/py.typed",
+        "grkernels/py.typed",
+        "grengines/py.typed",
+        "grbench/conf/config.yaml",
+    } <= names
+    assert "grbench/experiments/study/batching.yaml" in names
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import grbench.config.compose as c;"
+        "print(c.CONFIG_DIR); print(c.compose_spec([])[0].title)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    title = "pipeline-hstu_tiny-ml_100k-server"
+    assert done.stdout.splitlines() == [str(site / "grbench" / "conf"), title], done.stderr

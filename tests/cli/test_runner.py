@@ -1,0 +1,283 @@
+"""Whole runs through the command line, and every way in which a worker can end. Each is caused for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+from conftest import Grbench
+
+from grbench.run import records
+from grbench.run.records import RunRecord, Status
+
+# Small and quick: what matters here is how cells end, not how fast they are.
+QUICK = [
+    "engine=hstu",
+    "workload=synthetic",
+    "workload.max_requests=64",
+    "workload.max_history=64",
+    "scenario=closed_loop",
+    "scenario.queries=64",
+    "engine.cpu_threads=1",
+    "warmup_batches=1",
+    "gate.requests=2",
+    "tracking=none",
+]
+
+
+def found(root: Path) -> list[RunRecord]:
+    return [record for _, record in records.find(root)]
+
+
+def test_one_run_leaves_a_whole_record_and_samples(grbench: Grbench, tmp_path: Path) -> None:
+    done = grbench(*QUICK)
+    assert done.returncode == 0, done.stderr + done.stdout
+    [(folder, record)] = list(records.find(tmp_path / "outputs"))
+    assert record.status is Status.OK
+    assert record.requested["engine.device"] == "auto"
+    assert record.actual["device"] in ("cpu", "cuda")
+    assert record.gate["passed"] and 0 <= record.gate["error"] <= record.gate["tolerance"]
+    assert min(record.gate["zero_attention_error"], record.gate["stale_error"]) > 2 * record.gate["tolerance"]
+    assert record.environment["versions"]["torch"]
+    samples = pd.read_parquet(folder / "samples.parquet")
+    assert len(samples) == record.metrics["samples"] == 64
+    assert (samples.latency_ms > 0).all()
+    assert record.metrics["latency_ms/p50"] in set(samples.latency_ms)
+    assert "latency_ms/p99" not in record.metrics  # 64 samples say nothing of p99
+    assert any("p99" in note for note in record.notes)
+    assert record.metrics["throughput_rps"] == pytest.approx(64 / record.metrics["duration_s"])
+    assert "OK" in done.stdout
+    assert "closed_loop" in done.stdout
+
+
+def test_a_cache_with_a_host_tier_is_gated_from_both_and_counted(grbench: Grbench, tmp_path: Path) -> None:
+    # 4 pages of 65536 bytes on the device: fewer than users. One request at a time: none is answered without the cache.
+    done = grbench(
+        *QUICK,
+        "engine.device=cpu",
+        "engine.precision=fp32",
+        "workload.revisit_rate=0.8",
+        "scenario.clients=1",
+        "workload.history_median=16",  # below max_history: what is cached of a history that was cut is of no use
+        "cache=lru",
+        "cache.memory_gb=0.00027",
+        "cache.host_gb=0.01",
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    [record] = found(tmp_path)
+    assert record.status is Status.OK
+    for name in ("error", "error_again", "error_from_host", "error_after"):
+        assert record.gate[name] <= record.gate["tolerance"], name
+    metrics = record.metrics
+    assert metrics["cache/device_hit_rate"] > 0 and metrics["cache/host_hit_rate"] > 0
+    assert metrics["engine/cache_offloads"] > 0 and metrics["engine/cache_faults"] == 0
+    assert 0 < metrics["cache/token_hit_rate"] < 1
+    assert record.actual["cache_pages"] == 4
+
+
+def test_a_sweep_resumes_and_goes_on_past_a_cell_that_failed(grbench: Grbench, tmp_path: Path) -> None:
+    sweep = ["-m", *QUICK, "engine.precision=fp32,bf16", "engine.device=cpu,cuda"]
+    first = grbench(*sweep)
+    if any(r.actual.get("device") == "cuda" for r in found(tmp_path)):
+        pytest.skip("this machine has a GPU: nothing is unavailable")
+    assert first.returncode == 1
+    statuses = sorted(r.status for r in found(tmp_path))
+    assert statuses == ["OK", "OK", "UNAVAILABLE", "UNAVAILABLE"]
+    unavailable = next(r for r in found(tmp_path) if r.status is Status.UNAVAILABLE)
+    assert "cuda" in (unavailable.error or "").lower()
+    assert not any(name.startswith(("latency", "throughput")) for name in unavailable.metrics)
+    again = grbench(*sweep)
+    assert again.returncode == 1
+    assert again.stderr.count("kept") == 4
+    assert again.stderr.count("rerun_failed=true measures it again") == 2
+    assert "engine.precision=bf16 engine.device=cuda: UNAVAILABLE in a record of " in again.stderr
+    assert len(found(tmp_path)) == 4
+    failed_again = grbench(*sweep, "rerun_failed=true")
+    assert failed_again.stderr.count("kept") == 2
+    assert len(found(tmp_path)) == 6
+    assert grbench(*QUICK).returncode == 0  # a single run is never skipped
+    assert len(found(tmp_path)) == 7
+
+
+class Running:
+    """grbench as a background process, whose workers can be got at."""
+
+    def __init__(self, folder: Path, *args: str) -> None:
+        self.root = folder / "outputs"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "grbench", *args],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def worker(self, cell: int) -> psutil.Process:
+        """The worker of a sweep's cell, once it is measuring."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children():
+                job = next((a for a in _command(child) if a.endswith(f"/{cell}/job.json")), None)
+                if job and child.num_threads() > 1 and (Path(job).parent / "worker.log").exists():
+                    return child
+            time.sleep(0.05)
+        raise AssertionError(f"cell {cell} never ran: {self.process.stderr.read() if self.process.stderr else ''}")
+
+    def end(self) -> tuple[int, str]:
+        out, err = self.process.communicate(timeout=120)
+        return self.process.returncode, out + err
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[list[Running]]:
+    started: list[Running] = []
+    yield started
+    for r in started:
+        for child in psutil.Process(r.process.pid).children(recursive=True) if r.process.poll() is None else []:
+            child.kill()
+        r.process.kill()
+
+
+def test_a_killed_and_a_hanging_worker_are_records_and_the_sweep_goes_on(
+    tmp_path: Path, running: list[Running]
+) -> None:
+    args = ["-m", *QUICK, "seed=0,1,2", "scenario.queries=1000", "runner.timeout_s=20"]
+    running.append(run := Running(tmp_path, *args))
+    run.worker(0).send_signal(signal.SIGKILL)
+    run.worker(1).send_signal(signal.SIGSTOP)  # hangs until the time limit
+    code, output = run.end()
+    assert code == 1, output
+    by_seed = {r.spec["seed"]: r for r in found(run.root)}
+    assert by_seed[0].status is Status.KILLED
+    assert "SIGKILL" in (by_seed[0].error or "")
+    assert by_seed[1].status is Status.TIMEOUT
+    assert "runner.timeout_s=20" in (by_seed[1].error or "")
+    assert by_seed[2].status is Status.OK, by_seed[2].error
+    assert not [p for p in psutil.process_iter() if any(str(tmp_path) in a for a in _command(p))], "a worker is left"
+
+
+def test_exhausted_memory_is_a_record_and_the_sweep_goes_on(grbench: Grbench, tmp_path: Path) -> None:
+    # A position table of 2e6 x 1024 floats is 8 GB; the worker may have 2.
+    done = grbench(
+        "-m", *QUICK, "model.embedding_dim=1024,64", "model.max_positions=2000000", "runner.memory_limit_gb=2"
+    )
+    assert done.returncode == 1
+    statuses = {r.spec["model"]["embedding_dim"]: r for r in found(tmp_path)}
+    assert statuses[1024].status is Status.OOM, statuses[1024].error
+    assert "memory" in (statuses[1024].error or "")
+    assert statuses[64].status is Status.OK, statuses[64].error
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path, running: list[Running]) -> None:
+    args = ["-m", *QUICK, "seed=0,1,2", "scenario.queries=500,100000000"]  # the second goes on until it is stopped
+    running.append(run := Running(tmp_path, *args))
+    run.worker(1)
+    os.kill(run.process.pid, signal.SIGINT)
+    code, output = run.end()
+    assert code == 130, output
+    assert "Traceback" not in output
+    assert sorted(r.status for r in found(run.root)) == ["INTERRUPTED", "OK"]
+    assert "5 of 6 cells to go" in output
+
+
+def test_a_full_disk_is_a_record_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    """The output root is a small file system of its own, filled by the test while the first cell measures."""
+    inside = f"""
+set -e
+mkdir -p {tmp_path}/disk && mount -t tmpfs -o size=4m tmpfs {tmp_path}/disk
+cd {tmp_path}
+( while [ ! -s disk/root/sweeps/s/0/worker.log ] && ! ls disk/root/sweeps/s/0/loadgen 2>/dev/null; do sleep 0.05; done
+  dd if=/dev/zero of=disk/filler bs=64k 2>/dev/null; true ) &
+code=0
+"$PYTHON" -m grbench "$@" > out.txt 2> err.txt || code=$?
+wait; rm -f disk/filler
+"$PYTHON" -m grbench "$@" > out2.txt 2> err2.txt || true
+cp -r disk/root kept; echo $code > code
+"""
+    args = [
+        "-m",
+        *[a for a in QUICK if not a.startswith("scenario")],
+        "scenario=server",
+        "scenario.queries=1500",
+        "scenario.target_qps=500",
+        "seed=0,1",
+        "runner.output_root=disk/root",
+        "hydra.sweep.dir=disk/root/sweeps/s",
+    ]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", inside, "sh", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path)},
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no private mounts here: {done.stderr.strip()}")
+    assert (tmp_path / "code").read_text().strip() == "1", done.stderr
+    kept = {r.spec["seed"]: r for r in [*found(tmp_path / "kept"), *_spares(tmp_path)]}
+    first = kept[0]
+    assert first.status is Status.DISK_FULL
+    assert kept[1].status in (Status.DISK_FULL, Status.OK)
+    output = (tmp_path / "out.txt").read_text()
+    assert output.count("DISK_FULL") >= 2
+
+
+def _spares(folder: Path) -> list[RunRecord]:
+    """Records that found no room in their own folder."""
+    return [records.load(p) for p in folder.glob("grbench-*/record.json")]
+
+
+def test_a_sweep_folder_used_again_keeps_the_records_in_it(grbench: Grbench, tmp_path: Path) -> None:
+    for seeds in ("0,0", "1"):  # and a cell that is asked for twice is measured once
+        assert grbench("-m", *QUICK, f"seed={seeds}", "hydra.sweep.dir=same").returncode == 0
+    assert sorted(r.spec["seed"] for r in found(tmp_path / "same")) == [0, 1]
+
+
+def test_a_record_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
+    for text, why in [
+        ("{", "not JSON"),
+        ("[]", "JSON object"),
+        (json.dumps({"schema_version": 99}), "schema_version"),
+        (json.dumps({"schema_version": 1}), "duration_s"),
+    ]:
+        (tmp_path / "record.json").write_text(text)
+        with pytest.raises(ValueError, match=why) as caught:
+            records.load(tmp_path)
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_kernels_that_are_compiled_while_measuring_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grbench import scenarios
+    from grbench.config.compose import compose_spec
+    from grbench.run import worker
+    from grkernels import tuning
+
+    spec, _ = compose_spec(QUICK)
+    run, outcome = scenarios.run_scenario, worker.Outcome()
+
+    def compiling(*args: Any, **options: Any) -> Any:
+        tuning.note_compiled("grkernels.layer_norm.triton")
+        return run(*args, **options)
+
+    monkeypatch.setattr(scenarios, "run_scenario", compiling)
+    tuning.note_compiled("grkernels.norm_gate.triton")  # before: no note
+    worker.run(spec, tmp_path, outcome, lambda message: None)
+    (note,) = [n for n in outcome.notes if "compiled" in n]
+    assert note.startswith("1 kernels were compiled while latencies were taken") and "(layer_norm.triton)" in note

@@ -1,0 +1,287 @@
+"""Tracking with the real MLflow: sqlite, a server, a server that is down, a database that is locked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import Grbench
+
+from grbench.run import records
+from grbench.run.records import RunRecord, Status
+from grbench.tracking import Tracker, import_records
+from grbench.tracking.config import MlflowConfig, NoTrackingConfig
+
+SPEC = {
+    "model": {"name": "hstu_tiny", "layers": 2},
+    "engine": {"name": "hstu", "device": "auto"},
+    "kernel": {"name": "torch"},
+    "cache": {"name": "none"},
+    "workload": {"name": "ml_100k"},
+    "scenario": {"name": "server", "max_batch": 16},
+    "seed": 0,
+}
+
+
+def cell(folder: Path, **changes: Any) -> tuple[RunRecord, Path]:
+    """A finished cell on disk."""
+    fields: dict[str, Any] = {
+        "spec": SPEC,
+        "spec_hash": "0123456789ab",
+        "status": Status.OK,
+        "started_at": "2026-01-02T03:04:05+00:00",
+        "duration_s": 2.5,
+        "actual": {"device": "cpu", "kernels": {"hstu_attention": "torch"}},
+        "environment": {"git_sha": "abc", "gpus": [], "versions": {"torch": "2.13.0"}},
+        "metrics": {"latency_ms/p50": 1.5, "latency_ms/p99.9": 9.0, "throughput_rps": 100.0},
+        "intervals": {"latency_ms/p50": [1.4, 1.6]},
+    }
+    record = RunRecord(**{**fields, **changes})
+    folder.mkdir(parents=True, exist_ok=True)
+    records.save(record, folder)
+    pd.DataFrame({"latency_ms": [1.0, 2.0]}).to_parquet(folder / "samples.parquet")
+    (folder / "worker.log").write_text("hello\n")
+    return record, folder
+
+
+def client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def runs(uri: str, experiment: str = "grbench") -> list[Any]:
+    c = client(uri)
+    found = c.get_experiment_by_name(experiment)
+    return list(c.search_runs([found.experiment_id])) if found else []
+
+
+def sqlite_uri(root: Path) -> str:
+    return f"sqlite:///{root}/mlruns.db"
+
+
+def test_a_cell_is_logged_whole(tmp_path: Path) -> None:
+    record, folder = cell(tmp_path / "runs" / "a", overrides=["seed=0"])
+    record.metrics["broken"] = float("nan")
+    assert Tracker(MlflowConfig(), tmp_path).log(record, folder)
+    [run] = runs(sqlite_uri(tmp_path))
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "hstu-torch-none-hstu_tiny-ml_100k-server"
+    assert run.info.end_time - run.info.start_time == 2500
+    assert run.data.params == {
+        "model": "hstu_tiny", "model.layers": "2", "engine": "hstu", "engine.device": "auto", "kernel": "torch",
+        "cache": "none", "workload": "ml_100k", "scenario": "server", "scenario.max_batch": "16", "seed": "0",
+    }  # fmt: skip
+    assert run.data.metrics == {
+        "latency_ms/p50": 1.5, "latency_ms/p50/ci95_low": 1.4, "latency_ms/p50/ci95_high": 1.6,
+        "latency_ms/p99.9": 9.0, "throughput_rps": 100.0,
+    }  # fmt: skip
+    expected = {"status": "OK", "git_sha": "abc", "version.torch": "2.13.0", "actual.device": "cpu", "role": "cell"}
+    assert expected.items() <= run.data.tags.items()
+    names = {f.path for f in client(sqlite_uri(tmp_path)).list_artifacts(run.info.run_id)}
+    assert names == {"record.json", "samples.parquet", "worker.log", "config.yaml"}
+    kept = records.load(folder)
+    assert kept.tracking["run_id"] == run.info.run_id
+    assert [f for f, _ in records.find(tmp_path)] == [folder]  # MLflow's copy of the record is not a second one
+
+
+def test_a_sweep_is_a_parent_with_a_child_for_each_cell_and_is_found_again(tmp_path: Path) -> None:
+    for attempt in ("first", "resumed"):
+        tracker = Tracker(MlflowConfig(), tmp_path)
+        tracker.start_sweep("s1", {"overrides": "seed=0,1"})
+        good, folder = cell(tmp_path / attempt / "0", sweep_id="s1")
+        tracker.log(good, folder)
+        bad, folder = cell(tmp_path / attempt / "1", sweep_id="s1", status=Status.OOM, error="no memory", metrics={})
+        tracker.log(bad, folder)
+        tracker.end_sweep([good, bad])
+    found = runs(sqlite_uri(tmp_path))
+    [parent] = [r for r in found if r.data.tags["role"] == "sweep"]
+    cells = [r for r in found if r.data.tags["role"] == "cell"]
+    assert len(cells) == 4
+    assert {r.data.tags["mlflow.parentRunId"] for r in cells} == {parent.info.run_id}
+    assert parent.info.status == "FAILED"
+    assert parent.data.metrics == {"cells/OK": 1, "cells/OOM": 1}
+    failed = next(r for r in cells if r.data.tags["status"] == "OOM")
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["mlflow.note.content"] == "no memory"
+    assert "latency_ms/p50" not in failed.data.metrics
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "art")]
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+        try:
+            uri = f"http://127.0.0.1:{port}"
+            for _ in range(300):
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=2) as answer:
+                    if answer.status == 200:
+                        break
+                assert server.poll() is None, (folder / "server.log").read_text()
+                time.sleep(0.2)
+            yield uri
+        finally:
+            os.killpg(server.pid, 9)
+            server.wait()
+
+
+def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "root"
+    record, folder = cell(root / "0", sweep_id="s")
+    dead = f"http://127.0.0.1:{free_port()}"
+    begun = time.monotonic()
+    tracker = Tracker(MlflowConfig(uri=dead), root)
+    tracker.start_sweep("s", {})
+    assert not tracker.log(record, folder)
+    tracker.end_sweep([record])
+    assert time.monotonic() - begun < 30
+    said = capsys.readouterr().err
+    assert f"{dead}: Connection refused" in said
+    assert "python -m grbench.tracking import" in said
+    assert records.load(folder).tracking == {}
+    with mlflow_server(tmp_path) as uri:
+        assert import_records(root, MlflowConfig(uri=uri)) == (1, 0, 0)
+        assert import_records(root, MlflowConfig(uri=uri)) == (0, 1, 0)  # nothing is logged twice
+        live, folder = cell(root / "1")
+        assert Tracker(MlflowConfig(uri=uri), root).log(live, folder)
+        found = runs(uri)
+        assert sorted(r.data.tags["role"] for r in found) == ["cell", "cell", "sweep"]
+        [parent] = [r for r in found if r.data.tags["role"] == "sweep"]
+        assert parent.info.status == "FINISHED"
+        assert parent.data.metrics == {"cells/OK": 1}
+        [mine] = [r for r in found if r.info.run_id == records.load(folder).tracking["run_id"]]
+        assert {f.path for f in client(uri).list_artifacts(mine.info.run_id)} >= {"record.json", "samples.parquet"}
+        # The same records into another store: that one has not seen them.
+        assert import_records(root, MlflowConfig(uri=sqlite_uri(tmp_path))) == (2, 0, 0)
+
+
+def test_a_locked_database_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, folder = cell(tmp_path / "0")
+    assert Tracker(MlflowConfig(), tmp_path).log(first, folder)
+    second, folder = cell(tmp_path / "1")
+    holder = sqlite3.connect(tmp_path / "mlruns.db", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    begun = time.monotonic()
+    assert not Tracker(MlflowConfig(), tmp_path).log(second, folder)
+    assert time.monotonic() - begun < 60
+    holder.execute("ROLLBACK")
+    holder.close()
+    assert "database is locked" in capsys.readouterr().err
+    assert import_records(tmp_path, MlflowConfig()) == (1, 1, 0)
+    assert len(runs(sqlite_uri(tmp_path))) == 2
+
+
+def test_processes_that_start_at_once_share_one_new_database(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from grbench.run import records
+from grbench.tracking import Tracker
+from grbench.tracking.config import MlflowConfig
+folder = Path(sys.argv[1])
+sys.exit(not Tracker(MlflowConfig(), folder.parent).log(records.load(folder), folder))
+"""
+    folders = [cell(tmp_path / str(i))[1] for i in range(4)]
+    started = [subprocess.Popen([sys.executable, "-c", code, str(f)]) for f in folders]
+    assert [p.wait(timeout=120) for p in started] == [0, 0, 0, 0]
+    assert len(runs(sqlite_uri(tmp_path))) == 4
+
+
+def test_the_import_command_says_what_it_did(grbench: Grbench, tmp_path: Path) -> None:
+    refused = grbench("import", "nowhere", module="grbench.tracking")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [
+        "grbench.tracking: nowhere: no records found; `python -m grbench` makes some under outputs/"
+    ]
+    cell(tmp_path / "outputs" / "a")
+    cell(tmp_path / "outputs" / "b", status=Status.INTERRUPTED)
+    done = grbench("import", module="grbench.tracking")
+    assert done.stdout == "1 records logged, 0 were there already, 0 failed\n", done.stderr
+
+
+@contextlib.contextmanager
+def ui_of(root: Path) -> Iterator[str]:
+    """`python -m grbench.tracking ui`, up and answering; the address that it printed."""
+    command = [sys.executable, "-m", "grbench.tracking", "ui", str(root), "--port", str(free_port())]
+    ui = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    try:
+        assert ui.stdout is not None
+        address = ui.stdout.readline().split()[2]
+        for _ in range(200):
+            with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=2) as page:
+                assert "MLflow" in page.read().decode()
+                break
+            time.sleep(0.2)
+        else:
+            raise AssertionError("the page never came")
+        yield address
+    finally:
+        os.killpg(ui.pid, 9)
+        ui.wait()
+
+
+def test_the_ui_says_what_is_missing(grbench: Grbench, tmp_path: Path) -> None:
+    refused = grbench("ui", "nowhere", module="grbench.tracking")
+    assert refused.returncode == 2
+    assert "no such database; `python -m grbench` makes it with its first run" in refused.stderr
+    record, folder = cell(tmp_path / "outputs" / "a")
+    assert Tracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        busy = grbench("ui", "--port", str(taken.getsockname()[1]), module="grbench.tracking")
+    assert busy.returncode == 2
+    assert "choose another with --port" in busy.stderr
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+
+
+def test_the_ui_shows_the_runs(tmp_path: Path) -> None:
+    """The page that the command names, on localhost; in a browser, where there is one, the run is on it."""
+    record, folder = cell(tmp_path / "outputs" / "a")
+    assert Tracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
+    with ui_of(tmp_path / "outputs") as address:
+        assert address.startswith("http://127.0.0.1:")
+        assert address.endswith("/#/experiments/1/runs")
+        if BROWSER is None:
+            pytest.skip("no Chromium or Chrome: the page came, what it shows was not looked at")
+        quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+        quiet += ["--disable-component-update", "--disable-sync", "--no-sandbox", f"--user-data-dir={tmp_path}/profile"]
+        page = subprocess.run(
+            [BROWSER, "--headless", *quiet, "--virtual-time-budget=30000", "--dump-dom", address],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).stdout
+    assert "hstu-torch-none-hstu_tiny-ml_100k-server" in page
+    assert "Training runs" in page
+
+
+def test_no_tracking_logs_nothing(tmp_path: Path) -> None:
+    record, folder = cell(tmp_path / "a")
+    assert not Tracker(NoTrackingConfig(), tmp_path).log(record, folder)
+    assert not (tmp_path / "mlruns.db").exists()

@@ -1,0 +1,308 @@
+"""The AOTInductor engine: its package's answers, what it refuses, its errors; with Triton inside on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.hstu_oracle import make_requests, relative_error
+
+from grengines import registry
+from grengines.aoti import package
+from grengines.aoti.config import AOTIEngineConfig
+from grengines.aoti.engine import AOTIEngine
+from grengines.aoti.package import Facts
+from grengines.api import Catalogue, RankResult, Request, UnavailableError
+from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.fallback import OutsideError
+from grengines.hstu.engine import Reference
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.model import zero_attention
+from grengines.runtime.batch import Encoding
+from grengines.runtime.profile import Sizes, check, profiles
+from grkernels import support
+from grkernels.config import KernelConfig
+from grkernels.hstu_attention import torch as plain_attention
+
+CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
+# Every option of the model that changes what is traced.
+MODEL = HSTUConfig(
+    layers=2, embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128, contextual_seq_len=2,
+    max_attn_len=20, interaction=True,
+)  # fmt: skip
+NO_COMPILER = pytest.mark.skipif(support.compiler() is not None, reason="AOTInductor needs a C++ compiler")
+
+
+def requests_of(lengths: list[int], candidates: list[int], seed: int = 0) -> list[Request]:
+    return make_requests(np.random.default_rng(seed), CATALOGUE, lengths, candidates)
+
+
+def engine(model: HSTUConfig = MODEL, seed: int = 5, kernel: str = "torch", **options: Any) -> AOTIEngine:
+    families = [f.name for f in dataclasses.fields(KernelConfig) if f.name != "name"]
+    config = AOTIEngineConfig(**{"device": "cpu", "cpu_threads": 1, **options})
+    return AOTIEngine(config, model, dict.fromkeys(families, kernel), CATALOGUE, seed, CacheConfig())
+
+
+def error(result: RankResult, expected: list[Any]) -> float:
+    return relative_error(np.concatenate(result.scores), np.concatenate(expected))
+
+
+SAMPLE = requests_of([3, 37, 12, 44, 20], [6, 1, 9, 8, 5])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache folder of this file's tests, and attention in several tiles, so that loops over them are compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("GRBENCH_CACHE", str(folder))
+        patch.setattr(plain_attention, "TILE_BYTES", 20 * 4 * 2 * 64 * plain_attention.BYTES_A_SCORE)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def ready(cache: Path) -> Iterator[AOTIEngine]:
+    """An engine with the one package that these tests compile."""
+    made = engine()
+    made.prepare(SAMPLE, 4)
+    yield made
+    made.close()
+
+
+@NO_COMPILER
+def test_answers_equal_the_reference_at_any_lengths(ready: AOTIEngine) -> None:
+    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    assert ready._package is not None and ready._package.facts.tiles == 4
+    for requests in (
+        SAMPLE[:4],
+        SAMPLE[:1],  # one sequence, as no example was
+        requests_of([0, 1, 45, 0], [1, 1, 9, 2], seed=1),
+        requests_of([0], [1], seed=2),  # contextual tokens and a candidate, fewer than tiles
+    ):
+        result = ready.rank(requests)
+        expected = reference.scores(requests)
+        assert error(result, expected) < 1e-5
+        assert [s.shape for s in result.scores] == [s.shape for s in expected]
+        blind = reference.scores(requests, attention=zero_attention)
+        assert relative_error(np.concatenate(blind), np.concatenate(expected)) > 1e-3  # the check can fail
+
+
+@NO_COMPILER
+def test_a_second_engine_loads_the_package_without_the_model(
+    ready: AOTIEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("built again")
+
+    monkeypatch.setattr("grengines.aoti.engine.build_model", never)
+    assert ready._package is not None
+    second = engine(package=str(ready._package.path))
+    for made in (engine(), second):
+        made.prepare(SAMPLE, 4)
+        assert error(made.rank(SAMPLE[:3]), ready.rank(SAMPLE[:3]).scores) == 0.0
+        actual = made.actual()
+        assert actual["package_build_s"] == 0 and actual["package_bytes"] > 10_000
+        assert actual["kernels"]["hstu_attention"] == "torch" and actual["built_for"]["batch"] == 4
+        made.close()
+    with pytest.raises(RuntimeError, match="not prepared"):
+        second.rank(SAMPLE[:1])
+
+
+@NO_COMPILER
+def test_a_batch_that_the_package_was_not_built_for_is_refused_before_it_runs(ready: AOTIEngine) -> None:
+    for requests, what in (
+        (SAMPLE, "requests=5, the engine is built for at most 4"),
+        (requests_of([80], [3]), "longest=85, the engine is built for at most 64"),
+        (requests_of([3], [17]), ""),
+        (requests_of([3], [0]), "no candidates"),
+    ):
+        if what:
+            with pytest.raises(OutsideError, match=what):
+                ready.rank(requests)
+        else:
+            ready.rank(requests)  # more candidates than any request had, but no more than a batch may have
+
+
+@NO_COMPILER
+def test_the_next_engine_of_a_chain_answers_what_the_package_was_not_built_for(ready: AOTIEngine) -> None:
+    config = AOTIEngineConfig(device="cpu", cpu_threads=1, fallback=["hstu"])
+    chain = registry.build(config, MODEL, KernelConfig(), CATALOGUE, 5)
+    chain.prepare(SAMPLE, 4)
+    outside = requests_of([80], [3])
+    expected = Reference(MODEL, CATALOGUE, 5, "cpu").scores(outside)
+    assert error(chain.rank(outside), expected) < 1e-5  # type: ignore[attr-defined]
+    assert chain.rank(SAMPLE[:1]).details["fallback_requests"] == 0  # type: ignore[attr-defined]
+    assert chain.actual()["fallback"]["hstu"]["answered"] == 1
+    chain.close()
+
+
+@NO_COMPILER
+def test_a_chain_is_prepared_with_a_package_that_is_too_small_for_its_largest_batch(ready: AOTIEngine) -> None:
+    assert ready._package is not None
+    outside = requests_of([80], [3])
+    given: dict[str, Any] = {"device": "cpu", "cpu_threads": 1, "package": str(ready._package.path)}
+    alone = registry.build(AOTIEngineConfig(**given), MODEL, KernelConfig(), CATALOGUE, 5)
+    with pytest.raises(OutsideError, match="longest=85, the engine is built for at most 64"):
+        alone.prepare(outside, 4)
+    alone.close()
+    chain = registry.build(AOTIEngineConfig(**given, fallback=["hstu"]), MODEL, KernelConfig(), CATALOGUE, 5)
+    chain.prepare(outside, 4)
+    assert chain.rank(outside).details["fallback_requests"] == 1  # type: ignore[attr-defined]
+    chain.close()
+
+
+@NO_COMPILER
+def test_a_package_that_does_not_belong_here_is_one_line_that_says_what_to_do(
+    ready: AOTIEngine, tmp_path: Path
+) -> None:
+    assert ready._package is not None
+    good = ready._package.path
+    cut, foreign, flipped = (tmp_path / name for name in ("cut.pt2", "foreign.pt2", "flipped.pt2"))
+    cut.write_bytes(good.read_bytes()[:-5000])
+    with zipfile.ZipFile(foreign, "w") as archive:
+        archive.writestr("x/wrapper_metadata.json", "{}")
+    shutil.copy(good, flipped)
+    with zipfile.ZipFile(good) as archive:
+        code = next(i for i in archive.infolist() if i.filename.endswith(".so"))
+    with flipped.open("r+b") as f:
+        f.seek(code.header_offset + code.file_size // 2)
+        f.write(bytes(16))
+
+    def complaint(made: AOTIEngine) -> str:
+        with pytest.raises(ValueError) as e:
+            made.prepare(SAMPLE, 4)
+        made.close()
+        assert "\n" not in str(e.value)
+        return str(e.value)
+
+    assert "no such package; set engine.package=null" in complaint(engine(package=str(tmp_path / "none.pt2")))
+    for bad in (cut, foreign, flipped):
+        assert f"{bad}: not a whole package" in complaint(engine(package=str(bad)))
+    assert "made for model_hash" in complaint(engine(seed=6, package=str(good)))
+    assert "made for precision fp32, this run has bf16" in complaint(engine(precision="bf16", package=str(good)))
+    assert "made for threads 1" in complaint(engine(cpu_threads=2, package=str(good)))
+    kept = good.read_bytes()
+    try:
+        good.write_bytes(kept[:1000])
+        assert complaint(engine()).endswith(f"delete it and it is built again: rm {good}")
+    finally:
+        good.write_bytes(kept)
+
+
+def test_what_cannot_be_part_of_a_package_is_refused() -> None:
+    with pytest.raises(UnavailableError, match=r"kernel\.hstu_attention=cutlass can't be part of a package; .*triton"):
+        engine(kernel="cutlass")
+    config = AOTIEngineConfig(device="cpu")
+    with pytest.raises(ValueError, match="set cache=none"):
+        registry.build(config, MODEL, KernelConfig(), CATALOGUE, 5, PagedCacheConfig())
+    if not torch.cuda.is_available():
+        with pytest.raises(UnavailableError, match="cuda_graphs=true: there are none on a CPU"):
+            engine(cuda_graphs=True)
+
+
+def test_without_a_compiler_the_engine_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    reason = registry.availability("aoti")
+    assert reason == "there is no C++ compiler; apt-get install g++"
+    with pytest.raises(UnavailableError, match=r"engine aoti: there is no C\+\+ compiler"):
+        registry.build(AOTIEngineConfig(device="cpu"), MODEL, KernelConfig(), CATALOGUE, 5)
+
+
+@NO_COMPILER
+@pytest.mark.skipif(sys.platform != "linux", reason="about ELF libraries")
+def test_packages_share_the_c_plus_plus_library_of_the_process(tmp_path: Path) -> None:
+    """Where only a static one is installed (here: asked for), a package with its own would crash when it is loaded."""
+    source, library = tmp_path / "a.cc", tmp_path / "a.so"
+    source.write_text('#include <iostream>\nextern "C" void f() { std::cout << 1; }\n')
+    command = ["g++", "-static-libstdc++", "-shared", "-fPIC", str(source), "-o", str(library)]
+    needed = {}
+    with package._toolchain(torch.device("cpu"), tmp_path) as libraries:
+        for more in ([], [f"-l{name}" for name in libraries]):
+            subprocess.run([*command, *more], check=True)
+            needed[bool(more)] = b"libstdc++.so.6" in library.read_bytes()
+    assert needed == {False: False, True: True}
+
+
+def test_profiles_follow_the_lengths_and_hold_every_request() -> None:
+    encoding = Encoding.of(MODEL, CATALOGUE)
+    requests = requests_of([10] * 30 + [100] * 10, [4] * 40)
+    small, large = profiles(requests, encoding, 8, count=2)
+    assert small == Sizes(8, 8 * 16, 16, 16, 8 * 16)
+    assert large == Sizes(8, 8 * 128, 128, 128, 8 * 16)
+    assert profiles(requests, encoding, 8) == [large]
+    for request in requests:
+        assert check([request] * 8, encoding, large, "").fits(large)
+    with pytest.raises(OutsideError, match=r"requests 130: longest=106, the engine is built for at most 16; mend it"):
+        check(requests[30:31], encoding, small, "mend it")
+    with pytest.raises(ValueError, match="0 sample requests"):
+        profiles([], encoding, 8)
+
+
+TRACE_TRITON = """
+import torch
+from test_aoti import CATALOGUE, MODEL
+from grengines.aoti import package
+from grengines.export.module import ExportedRanker
+from grengines.hstu.engine import build_model
+from grengines.runtime.profile import Sizes
+from grkernels.operators import Operators
+
+kernels = Operators.of(dict.fromkeys(Operators._fields, "triton"))
+ranker = build_model(MODEL, CATALOGUE, 0, "cpu", torch.bfloat16, kernels)
+sizes, families = Sizes(8, 512, 64, 64, 64), dict.fromkeys(Operators._fields, "triton")
+facts = package.Facts.here("0", "bf16", torch.device("cpu"), families, 2, sizes, sizes)
+program = package._trace(ExportedRanker(ranker, package.attention(kernels.hstu_attention, 0), kernels), facts)
+code = program.graph_module.code
+print(code.count("triton_kernel_wrapper_mutation("), sorted(str(v) for v in program.range_constraints.values()))
+"""
+
+
+def test_triton_kernels_are_traced_with_symbolic_lengths() -> None:
+    """Without a GPU as far as the graph: its launches are in it, with grids that follow the lengths."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRACE_TRITON],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    # Embedding; norm, attention and gate of each layer; last norm; interaction.
+    assert done.stdout.startswith(f"{1 + 3 * MODEL.layers + 2} "), done.stdout
+    for most in ("512", "64", "8"):
+        assert f"VR[1, {most}]" in done.stdout, done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_triton_kernels_in_a_package_on_a_gpu(cache: Path, precision: str, graphs: bool) -> None:
+    made = engine(kernel="triton", device="cuda", precision=precision, cuda_graphs=graphs, cpu_threads=0)
+    reference = Reference(MODEL, CATALOGUE, 5, "cuda")
+    made.prepare(SAMPLE, 4)
+    for requests in (SAMPLE[:4], SAMPLE[:1], requests_of([0, 1, 45, 0], [1, 1, 9, 2], seed=1)):
+        expected = reference.scores(requests)
+        rounding = relative_error(np.concatenate(reference.scores(requests, precision)), np.concatenate(expected))
+        assert error(made.rank(requests), expected) < max(2 * rounding, 2e-5)
+    actual = made.actual()
+    assert {c["family"] for c in actual["kernel_configs"]} >= {"hstu_attention", "norm_gate", "layer_norm"}
+    made.close()
+
+
+def test_facts_say_what_a_package_is() -> None:
+    sizes = Sizes(1, 2, 3, 4, 5)
+    facts = Facts.here("abc", "fp32", torch.device("cpu"), {"hstu_attention": "torch"}, 2, sizes, sizes)
+    assert Facts.from_json(facts.json()) == facts
+    other = dataclasses.replace(facts, most=Sizes(1, 2, 3, 4, 6))
+    assert other.path() != facts.path() and facts.path().name.startswith("abc-fp32-")

@@ -1,0 +1,158 @@
+"""Generation in the native engine: beams over one read of the prompt find what encoding every beam anew finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from grengines.cache.pool import PagePool, PoolFullError
+from grengines.models.hstu import beam
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.generator import HSTUGenerator, pack_prompts
+from grengines.semantic.ids import SemanticIds
+from grengines.semantic.trie import Trie
+from grkernels.operators import Operators
+from grkernels.registry import FAMILIES
+
+torch.set_num_threads(1)
+CONFIG = HSTUConfig(
+    embedding_dim=24, layers=2, heads=2, qk_dim=8, v_dim=12, scaling_seqlen=16, max_positions=30, head_dim=4
+)
+SIZES = (4, 5, 6)
+
+
+def catalogue(items: int, seed: int = 0) -> SemanticIds:
+    rng = np.random.default_rng(seed)
+    every = np.array(list(itertools.product(*map(range, SIZES))), dtype=np.int32)
+    return SemanticIds(every[rng.permutation(len(every))[:items]], SIZES)
+
+
+def model_of(seed: int = 1, dtype: torch.dtype = torch.float32, **changes: Any) -> HSTUGenerator:
+    config = dataclasses.replace(CONFIG, **changes)
+    return HSTUGenerator.build(config, SIZES, Operators.plain(), seed=seed, device="cpu", dtype=dtype)
+
+
+def pool_for(model: HSTUGenerator, pages: int = 60, page: int = 4) -> PagePool:
+    c = model.config
+    sizes = {"layers": c.layers, "heads": c.heads, "qk_dim": c.qk_dim, "v_dim": c.v_dim}
+    return PagePool(pages=pages, page=page, dtype=model.token_table.dtype, device="cpu", **sizes)
+
+
+def prompts_of(ids: SemanticIds, lengths: list[int], seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [ids.tokens(rng.integers(0, len(ids.codes), n)).reshape(-1) for n in lengths]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("width", [1, 3, 20, 200])
+@pytest.mark.parametrize("items", [120, 40, 3])
+def test_beams_are_those_of_the_reference(width: int, items: int) -> None:
+    """Ragged prompts, an empty one, one that is cut; fewer items than beams; no item that doesn't exist."""
+    ids, model = catalogue(items), model_of()
+    trie, pool = Trie.of(ids).on("cpu"), pool_for(model)
+    prompts = prompts_of(ids, [5, 0, 9, 1, 25])
+    k = min(width, 10)
+    found = beam.search(model, trie, prompts, pool, width=width, k=k)
+    expected = beam.reference(model, trie, prompts, width=width, k=k)
+    assert found.items.tolist() == expected.items.tolist()
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+    np.testing.assert_allclose(found.cuts, expected.cuts, atol=1e-5)
+    assert pool.used == 0
+    for row in found.items:
+        real = row[row >= 0]
+        assert len(set(real.tolist())) == len(real) and (real < items).all()
+    if width >= 20:
+        assert ((found.items >= 0).sum(1) == min(k, items)).all()
+
+
+@torch.inference_mode()
+def test_wide_enough_beams_rank_every_item_exactly() -> None:
+    ids, model = catalogue(70), model_of(seed=2)
+    trie = Trie.of(ids).on("cpu")
+    (prompt,) = prompts_of(ids, [6])
+    found = beam.search(model, trie, [prompt], pool_for(model), width=120, k=70)
+    scores = np.zeros(70)
+    for item, tokens in enumerate(ids.tokens(np.arange(70))):
+        for level in range(3):
+            last = model.full(pack_prompts([np.concatenate([prompt, tokens[:level]])]).to("cpu"))[-1:]
+            scores[item] += torch.log_softmax(model.logits(last, level), -1)[0, ids.codes[item, level]].item()
+    assert found.items[0].tolist() == np.argsort(-scores).tolist()
+    np.testing.assert_allclose(found.scores[0], np.sort(scores)[::-1], atol=1e-5)
+    prefixes = beam.prefix_scores(model, prompt, ids.codes, pool_for(model))
+    np.testing.assert_allclose(prefixes[:, -1], scores, atol=1e-5)
+    assert (prefixes[:, 0] > prefixes[:, 1]).all()
+
+
+@torch.inference_mode()
+def test_neither_batch_nor_pages_change_the_answer() -> None:
+    ids, model = catalogue(100), model_of(seed=3)
+    trie, prompts = Trie.of(ids).on("cpu"), prompts_of(ids, [4, 8, 2, 7])
+    together = beam.search(model, trie, prompts, pool_for(model), width=12, k=12)
+    for page, order in ((1, [3, 1, 0, 2]), (16, [2, 0]), (7, [1])):
+        pool = pool_for(model, pages=200, page=page)
+        pool.allocate(3)  # what others have
+        again = beam.search(model, trie, [prompts[i] for i in order], pool, width=12, k=12)
+        assert again.items.tolist() == together.items[order].tolist()
+
+
+@torch.inference_mode()
+def test_own_codes_and_prompt_matter() -> None:
+    """The check against the reference can fail: without the beams' own codes, and with another's prompt, it does."""
+    ids, model = catalogue(120), model_of(seed=4)
+    trie, prompts = Trie.of(ids).on("cpu"), prompts_of(ids, [6, 6])
+    expected = beam.reference(model, trie, prompts, width=30, k=30)
+    swapped = beam.search(model, trie, prompts[::-1], pool_for(model), width=30, k=30)
+    assert np.abs(swapped.scores - expected.scores).max() > 1e-3
+    model._own_term = lambda q, k, v: torch.zeros_like(v)  # type: ignore[method-assign]
+    blind = beam.search(model, trie, prompts, pool_for(model), width=30, k=30)
+    assert np.abs(blind.scores - expected.scores).max() > 1e-3
+
+
+@torch.inference_mode()
+def test_wrong_use_is_refused_and_takes_nothing() -> None:
+    ids, model = catalogue(20), model_of()
+    trie, pool = Trie.of(ids).on("cpu"), pool_for(model, pages=2)
+    with pytest.raises(ValueError, match="k=5 items from 4 beams: allowed is 1 to 4"):
+        beam.search(model, trie, prompts_of(ids, [1]), pool, width=4, k=5)
+    with pytest.raises(PoolFullError, match="7 pages asked for; 2 of 2 are free"):
+        beam.search(model, trie, prompts_of(ids, [9]), pool, width=4, k=4)
+    assert pool.used == 0
+
+
+@torch.inference_mode()
+def test_half_precision_finds_nearly_the_same() -> None:
+    ids = catalogue(120)
+    exact, half = model_of(seed=5), model_of(seed=5, dtype=torch.bfloat16)
+    trie, prompts = Trie.of(ids).on("cpu"), prompts_of(ids, [6, 3, 8, 1])
+    expected = beam.reference(exact, trie, prompts, width=20, k=10)
+    found = beam.search(half, trie, prompts, pool_for(half), width=20, k=10)
+    overlap = [len(set(a) & set(b)) / 10 for a, b in zip(found.items.tolist(), expected.items.tolist(), strict=True)]
+    assert np.mean(overlap) >= 0.9
+    np.testing.assert_allclose(found.scores[:, 0], expected.scores[:, 0], atol=0.1)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("kernel", ["torch", "triton", "cutlass"])
+def test_on_a_gpu(kernel: str) -> None:
+    """In half precision against the fp32 search: the best item or a near-tie of it, and nearly all of the ten best."""
+    ids = catalogue(120)
+    changes = {"embedding_dim": 64, "qk_dim": 32, "v_dim": 32, "max_positions": 3000, "scaling_seqlen": 512}
+    config = dataclasses.replace(CONFIG, **changes)
+    kernels = Operators.of(dict.fromkeys(FAMILIES, kernel))
+    half = HSTUGenerator.build(config, SIZES, kernels, seed=6, device="cuda", dtype=torch.bfloat16)
+    exact = HSTUGenerator.build(config, SIZES, Operators.plain(), seed=6, device="cuda", dtype=torch.float32)
+    trie, prompts = Trie.of(ids).on("cuda"), prompts_of(ids, [600, 0, 70, 1])
+    sizes = {"layers": 2, "pages": 60, "page": 64, "heads": 2, "qk_dim": 32, "v_dim": 32, "device": "cuda"}
+    pool = PagePool(dtype=torch.bfloat16, **sizes)
+    expected = beam.search(exact, trie, prompts, PagePool(dtype=torch.float32, **sizes), width=64, k=10)
+    found = beam.search(half, trie, prompts, pool, width=64, k=10)
+    assert pool.used == 0
+    for ours, theirs, scores in zip(found.items, expected.items, expected.scores, strict=True):
+        assert ours[0] in theirs[scores >= scores[0] - 0.05]
+        assert set(theirs[scores > scores[-1] + 0.05]) <= set(ours)

@@ -1,0 +1,369 @@
+"""The engine above its user-state cache: whatever the tiers, policies and faults, answers equal the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.hstu_oracle import make_requests
+
+from grengines.api import Catalogue, RankResult, Request
+from grengines.cache import host, policies
+from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.cache.host import Extents, HostTier, cut
+from grengines.cache.pool import PagePool, PoolFullError
+from grengines.hstu.cached import CachedRanking
+from grengines.hstu.config import HSTUEngineConfig
+from grengines.hstu.engine import HSTUEngine, Reference
+from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime.graphs import plan_buckets
+from grkernels.paged_write import on_gpu, paged_write
+from grkernels.registry import FAMILIES
+
+torch.set_num_threads(1)
+CATALOGUE = Catalogue(num_users=30, num_items=400, num_actions=4)
+MODEL = HSTUConfig(embedding_dim=32, layers=3, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128)
+CONTEXT = dataclasses.replace(MODEL, contextual_seq_len=2)
+PAGE_GB = MODEL.layers * 16 * MODEL.heads * (MODEL.qk_dim + MODEL.v_dim) * 4 / 1e9  # of 16 tokens
+HISTORY = [f for f in Request.__dataclass_fields__ if f.startswith("history_")]
+
+
+def traffic(users: int, rounds: int, seed: int = 0, longest: int = 60) -> list[list[Request]]:
+    """Rounds of requests by all users in a new order, whose histories grow in between."""
+    rng = np.random.default_rng(seed)
+    last = make_requests(rng, CATALOGUE, list(rng.integers(longest // 2, longest, users)), [6] * users)
+    made = []
+    for round_ in range(rounds):
+        requests = []
+        for i, user in enumerate(rng.permutation(users)):
+            events = len(last[user].history_items) * (round_ + 1) // rounds
+            history = {f: getattr(last[user], f)[:events] for f in HISTORY}
+            arrival = float(round_ * users + i)
+            requests.append(dataclasses.replace(last[user], user_id=int(user), arrival_s=arrival, **history))
+        made.append(requests)
+    return made
+
+
+def started(
+    cache: CacheConfig | PagedCacheConfig, rounds: list[list[Request]], model: HSTUConfig = MODEL, **options: Any
+) -> Any:
+    kernels = dict.fromkeys(FAMILIES, options.pop("kernel", "torch"))
+    config = HSTUEngineConfig(**{"device": "cpu", "precision": "fp32", **options})
+    engine = HSTUEngine(config, model, kernels, CATALOGUE, 5, cache)
+    engine.prepare([r for requests in rounds for r in requests], max(map(len, rounds)))
+    return engine
+
+
+def error(result: RankResult, expected: list[Any]) -> float:
+    ours, theirs = np.concatenate(result.scores), np.concatenate(expected)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "gdsf", "predictive"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("model", "microbatch"), [(MODEL, 0), (MODEL, 4), (CONTEXT, 0)], ids=["", "micro", "context"])
+def test_answers_from_the_host_equal_the_reference(
+    policy: str, share: float, model: HSTUConfig, microbatch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages for two of six users, host memory for four: all of hits, host hits and misses happen."""
+    monkeypatch.setattr(host, "STAGED_SHARE", 0.5)
+    rounds = [[r] for requests in traffic(6, 5) for r in requests]
+    rounds += [[r] for requests in traffic(6, 5)[-1:] for r in requests] * 2
+    reference = Reference(model, CATALOGUE, 5, "cpu")
+    cache = PagedCacheConfig(
+        policy, policy, page=16, memory_gb=9 * PAGE_GB, host_gb=16 * PAGE_GB, onload_share=share, prefetch_s=3.0
+    )
+    engine = started(cache, rounds, model, candidate_microbatch=microbatch)
+    total: Counter[str] = Counter()
+    for requests in rounds:
+        result = engine.rank(requests)
+        assert error(result, reference.scores(requests)) < 1e-5
+        total.update(result.details)
+    assert total["cache_faults"] == total["cache_policy_errors"] == 0
+    if total["cache_refused"] == 0:  # `predictive` sees that states that must be whole are of no use here
+        assert total["cache_offloads"] > 0 and total["cache_evictions"] > 0
+        assert total["cache_host_hits"] > 0 and total["cache_loaded_tokens"] > 0 and total["cache_host_bytes"] > 0
+    else:
+        assert policy == "predictive"
+    assert engine.actual()["cache_write"] == "torch" and engine.actual()["cache_pages_most_used"] <= 9
+    assert total["cache_offloads"] == 0 or total["cache_offloaded_bytes"] > 0
+    assert engine.actual()["cache_host_pages"] == 16 and engine.actual()["cache_copy_gb_s"] > 0
+    # What is on the device goes to the host on demand; from there it is as right.
+    engine.forget(keep_host=True)
+    result = engine.rank(rounds[-1])
+    assert result.details["cache_hits"] == 0 and error(result, reference.scores(rounds[-1])) < 1e-5
+    engine.forget()
+    assert engine.rank(rounds[-1]).details["cache_host_hits"] == 0
+    engine.close()
+
+
+def test_a_forgotten_past_teaches_the_policy_nothing() -> None:
+    rounds = traffic(4, 2)
+    engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, admit_visit=2), rounds)
+    stored = []
+    for _ in range(2):
+        engine.forget()
+        for requests in rounds:
+            stored.append(len(requests) - engine.rank(requests).details["cache_refused"])
+    assert stored == [0, 4, 0, 4]
+
+
+def test_what_is_loaded_balances_copying_and_computing() -> None:
+    rounds = traffic(2, 2, longest=400)
+    engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)
+    cached: CachedRanking = engine._cached
+    pool = cached.states.pool
+    engine.rank(rounds[-1])
+    engine.forget(keep_host=True)
+    cached.copy_bytes_s, cached.compute_s = pool.page_bytes / pool.page / 3e-6, 1e-6  # copying takes thrice as long
+    details = engine.rank(rounds[-1]).details
+    events = sum(len(r.history_items) for r in rounds[-1])
+    tokens = events + sum(len(r.candidates) for r in rounds[-1])
+    assert 0.6 * tokens / 4 < details["cache_loaded_tokens"] <= tokens / 4  # whole pages, rounded down
+    engine.forget(keep_host=True)
+    cached.compute_s = 1.0  # computing takes for ever: all is loaded
+    assert engine.rank(rounds[-1]).details["cache_loaded_tokens"] == events
+
+
+class Replays:
+    """GraphRunner's part on a CPU, which has no graphs: what was uploaded is computed at the replay."""
+
+    def __init__(self, forward: Any) -> None:
+        self._forward, self.count = forward, 0
+
+    def upload(self, bucket: Any, *hosts: Any) -> None:
+        self._hosts = hosts
+
+    def replay(self, bucket: Any) -> Any:
+        self.count += 1
+        return self._forward(*(host.to(torch.device("cpu")) for host in self._hosts))
+
+
+def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grengines.hstu.cached.MOST_PADDING", 10.0)  # six candidates take a graph of sixteen
+    rounds = traffic(2, 2, longest=400)
+    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)
+    cached: CachedRanking = engine._cached
+    sample = [r for requests in rounds for r in requests]
+    cached.buckets = plan_buckets(sample, cached._ranker.encoding, 2, [], 400)
+    cached._graphs = Replays(cached._paged)
+    tier = cached.states.tier
+    assert tier is not None
+    requests = rounds[-1]
+    tokens = sum(len(r.history_items) for r in requests)
+    for prefetched, launch_s, replays, eager in (
+        (True, 1.0, 2, 0.0),  # nothing to wait for, and kernels are slow to launch: all is loaded, a graph is sooner
+        (True, 0.0, 1, 1.0),  # kernels cost nothing to launch: what there is to compute goes on beside the copies
+        (False, 1e-9, 2, 0.0),  # copying takes longer than computing all again: nothing is loaded
+    ):
+        engine.forget()
+        cached._graphs.count = 0
+        engine.rank(requests)
+        engine.forget(keep_host=True)
+        if prefetched:
+            assert all(tier.prefetch(r.user_id) for r in requests)
+        cached.copy_bytes_s, cached.compute_s, cached.launch_s = 1.0, 1e-6, launch_s
+        result = engine.rank(requests)
+        assert error(result, reference.scores(requests)) < 1e-5
+        assert result.details["cache_loaded_tokens"] == tokens * prefetched
+        assert (cached._graphs.count, result.details["eager_batches"]) == (replays, eager)
+
+
+FAULTS = {
+    "onload": (host.Onload, "layer"),
+    "starting to load": (HostTier, "load"),
+    "offload": (HostTier, "store"),
+    "allocation": (PagePool, "allocate"),
+    "writing": (PagePool, "write"),
+    "policy: victim": (policies.LRU, "victim"),
+    "policy: touch": (policies.LRU, "touch"),
+    "policy: admit": (policies.LRU, "admit"),
+    "policy: prefetch": (policies.LRU, "prefetch"),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_faults_are_counted_and_logged_and_the_answer_is_right(
+    what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every third call fails, with what a GPU out of memory raises."""
+    rounds = [[r] for requests in traffic(6, 4) for r in requests]
+    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    memory = {"memory_gb": 9 * PAGE_GB, "host_gb": 30 * PAGE_GB}
+    at_once = {"admit_visit": 1, "host_admit_visit": 1}  # both policies as they are
+    engine = started(PagedCacheConfig(page=16, prefetch_s=1.0, onload_share=1.0, **memory, **at_once), rounds)
+    owner, name = FAULTS[what]
+    original, calls = getattr(owner, name), 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0:
+            raise torch.OutOfMemoryError("no memory left, says the test")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+    total: Counter[str] = Counter()
+    for requests in rounds:
+        before = engine._cached.states.counters().faults
+        result = engine.rank(requests)
+        assert error(result, reference.scores(requests)) < 1e-5
+        total.update(result.details)
+        ways = ("hits", "partial_hits", "misses", "bypassed")
+        assert sum(result.details[f"cache_{way}"] for way in ways) == len(requests)
+        if what in ("onload", "allocation", "writing") and engine._cached.states.counters().faults > before:
+            assert result.details["cache_misses"] == len(requests) and not result.details["cache_cached_tokens"]
+    assert calls > 3
+    assert total["cache_policy_errors" if "policy" in what else "cache_faults"] >= calls // 3
+    assert "says the test" in caplog.text and any(r.levelno == logging.WARNING for r in caplog.records)
+    # Nothing is lost: once all goes well again, everyone is served from the cache, and no page is missing.
+    monkeypatch.undo()
+    engine.forget()
+    states = engine._cached.states
+    assert states.pool.used == 0 and states.tier.extents.available == states.tier.pages
+    engine.rank(rounds[-1])
+    assert engine.rank(rounds[-1]).details["cache_hits"] == 1
+    engine.close()
+
+
+def test_many_threads_get_right_answers_and_lose_nothing() -> None:
+    """Eight threads, users in common, evictions from another thread in between."""
+    rounds = traffic(8, 6, seed=1)
+    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    expected = {id(r): s for requests in rounds for r, s in zip(requests, reference.scores(requests), strict=True)}
+    cache = PagedCacheConfig(page=16, memory_gb=14 * PAGE_GB, host_gb=20 * PAGE_GB)
+    engine = started(cache, rounds)
+    states, wrong, done = engine._cached.states, [], threading.Event()
+
+    def client(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(25):
+            requests = [rounds[rng.integers(6)][rng.integers(8)] for _ in range(rng.integers(1, 5))]
+            result = engine.rank(requests)
+            if error(result, [expected[id(r)] for r in requests]) > 1e-5:
+                wrong.append(requests)
+
+    def evicting() -> None:
+        while not done.wait(0.002):
+            for user in range(8):
+                states.evict(user)
+
+    threads = [threading.Thread(target=client, args=[seed]) for seed in range(8)]
+    saboteur = threading.Thread(target=evicting)
+    for thread in (*threads, saboteur):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    saboteur.join()
+    assert not wrong
+    counts = states.counters()
+    assert counts.faults == counts.policy_errors == counts.bypassed == 0 < counts.hits
+    assert not states._in_flight
+    engine.forget()
+    assert states.pool.used == 0 and states.tier is not None and states.tier.extents.available == states.tier.pages
+    engine.close()
+
+
+def test_extents_are_few_and_exact() -> None:
+    rng, extents, held = np.random.default_rng(0), Extents(50), []
+    for _ in range(3000):
+        if held and rng.random() < 0.5:
+            extents.free(held.pop(rng.integers(len(held))))
+        else:
+            n = int(rng.integers(1, 20))
+            if n > extents.available:
+                with pytest.raises(PoolFullError, match=f"{n} pages of the host asked for"):
+                    extents.allocate(n)
+                continue
+            held.append(extents.allocate(n))
+            assert sum(length for _, length in held[-1]) == n
+        pages = [p for runs in (*held, extents._runs) for begin, n in runs for p in range(begin, begin + n)]
+        assert sorted(pages) == list(range(50))
+        free = sorted(extents._runs)
+        assert all(a + n < b for (a, n), (b, _) in pairwise(free))  # merged
+    assert list(cut([(10, 3), (20, 5)], 1, 6)) == [(11, 2), (20, 3)]
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_kernel_that_writes_pages_does_what_pytorch_does(strided: bool) -> None:
+    """In Triton's interpreter, on a GPU for real."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    projected = torch.randn(13, 300, device=device)
+    k, v = (projected[:, a : a + w].unflatten(1, (2, -1)) for a, w in ((20, 80), (150, 48)))
+    if not strided:
+        k, v = k.contiguous(), v.contiguous()
+    slots = torch.randperm(20, device=device)[:13]
+    slots[[0, 5]] = -1
+    made = []
+    for write in (paged_write, on_gpu):
+        pages = torch.zeros(5, 4, 2, 40, device=device), torch.zeros(5, 4, 2, 24, device=device)
+        write(k, v, slots, *pages)
+        made.append(pages)
+    for ours, theirs in zip(*made, strict=True):
+        assert torch.equal(ours, theirs)
+    kept = slots >= 0
+    assert torch.equal(made[1][0].flatten(0, 1)[slots[kept]], k[kept])
+    assert torch.equal(made[1][1].flatten(0, 1)[slots[kept]], v[kept])
+    assert int((made[1][0].flatten(0, 1).abs().sum((1, 2)) > 0).sum()) == 11
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(("kernel", "precision"), [("torch", "fp32"), ("triton", "bf16"), ("cutlass", "bf16")])
+def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
+    """Hits, host hits (with transfers beside the computation), evictions and prefetches, with graphs and without."""
+    model = dataclasses.replace(MODEL, qk_dim=32, v_dim=32, embedding_dim=64)
+    rounds = [requests[i : i + 3] for requests in traffic(9, 8, longest=300) for i in (0, 3, 6)]
+    reference = Reference(model, CATALOGUE, 5, "cuda")
+    page_gb = model.layers * 16 * model.heads * 64 * (4 if precision == "fp32" else 2) / 1e9
+    cache = PagedCacheConfig(
+        "lru", "predictive", page=16, memory_gb=60 * page_gb, host_gb=100 * page_gb, prefetch_s=9.0
+    )
+    if graphs:  # so small a model is computed anew sooner than anything is loaded, were it for the engine to decide
+        cache.onload_share = 1.0
+    options = {"device": "cuda", "precision": precision, "cuda_graphs": graphs, "kernel": kernel}
+    engine = started(cache, rounds, model, **options)
+    total: Counter[str] = Counter()
+    for requests in rounds * 3:
+        expected = reference.scores(requests)
+        half = np.concatenate(reference.scores(requests, precision))
+        whole = np.concatenate(expected)
+        allowed = 2 * float(np.linalg.norm(half - whole) / np.linalg.norm(whole)) + 2e-5
+        result = engine.rank(requests)
+        assert error(result, expected) < allowed
+        total.update(result.details)
+    assert total["cache_faults"] == total["cache_policy_errors"] == 0
+    assert min(total[f"cache_{name}"] for name in ("hits", "misses", "host_hits", "offloads", "evictions")) > 0
+    assert not graphs or total["eager_batches"] < len(rounds) * 3
+    engine.forget(keep_host=True)
+    assert engine.rank(rounds[-1]).details["cache_hits"] == 0
+    engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_batches_queued_behind_each_other_on_a_gpu(cached: bool, graphs: bool) -> None:
+    """Four threads: the next batch is packed and queued while the device computes one. Answers are as ever."""
+    rounds = [requests[i : i + 3] for requests in traffic(9, 8, longest=300) for i in (0, 3, 6)]
+    page_gb = MODEL.layers * 16 * MODEL.heads * (MODEL.qk_dim + MODEL.v_dim) * 4 / 1e9
+    cache = PagedCacheConfig(page=16, memory_gb=60 * page_gb, host_gb=100 * page_gb) if cached else CacheConfig()
+    engine = started(cache, rounds, device="cuda", cuda_graphs=graphs, kernel="torch")
+    expected = [Reference(MODEL, CATALOGUE, 5, "cuda").scores(requests) for requests in rounds]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(4):
+            for result, scores in zip(threads.map(engine.rank, rounds), expected, strict=True):
+                assert error(result, scores) < 2e-5
+                assert result.compute_ms > 0
+    engine.close()

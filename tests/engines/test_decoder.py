@@ -1,0 +1,222 @@
+"""Decoders over semantic IDs: their weights, the folder that vLLM loads, and the search that engines are held to."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grbench.config.compose import compose_spec
+from grbench.tools import sizing
+from grengines.api import Request, Retrieval, UnavailableError
+from grengines.models.decoder import reference as reference_module
+from grengines.models.decoder import weights
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.decoder.model import Decoder, level_logits
+from grengines.models.decoder.reference import Reference, search
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.generator import HSTUGenerator
+from grengines.semantic.ids import SemanticIds
+from grengines.semantic.search import Beams, explore
+from grengines.semantic.trie import Trie
+from grkernels.operators import Operators
+
+torch.set_num_threads(1)
+CONFIG = DecoderConfig(embedding_dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=48, max_positions=30)
+SIZES = (4, 5, 6)
+
+
+def catalogue(items: int, seed: int = 0) -> SemanticIds:
+    rng = np.random.default_rng(seed)
+    every = np.array(list(itertools.product(*map(range, SIZES))), dtype=np.int32)
+    return SemanticIds(every[rng.permutation(len(every))[:items]], SIZES)
+
+
+def decoder_of(seed: int = 1, dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
+    config = dataclasses.replace(CONFIG, **changes)
+    return Decoder.build(config, SIZES, seed=seed, device="cpu", dtype=dtype)
+
+
+def request_of(items: list[int] | np.ndarray, number: int = 0) -> Request:
+    n = len(items)
+    none = np.zeros(n, np.int64)
+    history = np.asarray(items, np.int64)
+    return Request(number, number, history, none, none.astype(np.float32), none, 0, none[:0], 0, 0.0, 1000.0)
+
+
+def anew(decoder: Decoder, trie: Any, prompt: np.ndarray, width: int, k: int) -> Beams:
+    """Every beam encoded on its own, from its whole sequence."""
+    beams = [prompt]
+
+    def advance(level: int, parents: Any, codes: Any) -> torch.Tensor:
+        nonlocal beams
+        if parents is not None:
+            chosen = zip(parents[0].tolist(), codes[0].tolist(), strict=True)
+            beams = [np.append(beams[parent], decoder.offsets[level - 1] + code) for parent, code in chosen]
+        last = [decoder.layers(input_ids=torch.from_numpy(b)[None]).last_hidden_state[0, -1] for b in beams]
+        return decoder.logits(torch.stack(last), level)
+
+    return Beams(*(x.numpy() for x in explore(advance, trie, 1, width=width, k=k)))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("width", [1, 3, 20, 200])
+@pytest.mark.parametrize("items", [120, 3])
+def test_a_tree_in_the_mask_is_every_beam_anew(width: int, items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_module, "CHUNK", 7)  # a prompt in several parts, the last one shorter
+    ids, decoder = catalogue(items), decoder_of()
+    trie, rng = Trie.of(ids).on("cpu"), np.random.default_rng(0)
+    for n in (5, 0, 25):  # with no history, and with one that is cut
+        tokens = ids.tokens(rng.integers(0, items, n)).reshape(-1)
+        k = min(width, 10)
+        found = search(decoder, trie, tokens, width=width, k=k)
+        expected = anew(decoder, trie, decoder.prompt(tokens), width, k)
+        assert found.items.tolist() == expected.items.tolist()
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+        np.testing.assert_allclose(found.cuts, expected.cuts, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_reference_scores_every_item() -> None:
+    ids = catalogue(70)
+    retrieval = Retrieval(ids, k=70, beam_width=120)
+    reference, decoder = Reference(CONFIG, 2, retrieval, "cpu"), decoder_of(seed=2)
+    request = request_of([1, 5, 69])
+    prompt, scores = ids.tokens(request.history_items).reshape(-1), np.zeros((70, 3))
+    for item, tokens in enumerate(ids.tokens(np.arange(70))):
+        for level in range(3):
+            whole = torch.from_numpy(np.concatenate([prompt, tokens[:level]]))[None]
+            logits = decoder.logits(decoder.layers(input_ids=whole).last_hidden_state[0, -1:], level)
+            scores[item, level] = torch.log_softmax(logits, -1)[0, ids.codes[item, level]].item()
+    found, prefixes = reference.search([request]), reference.prefix_scores(request, np.arange(70))
+    np.testing.assert_allclose(prefixes, scores.cumsum(1), atol=1e-5)
+    assert found.items[0].tolist() == np.argsort(-scores.sum(1)).tolist()
+    few = reference.search([request], width=3, k=2)
+    assert few.items.shape == (1, 2) and (few.cuts > -np.inf).all()
+
+
+@torch.inference_mode()
+def test_history_and_attention_matter() -> None:
+    """What the gate's proofs need: other histories, and no attention, give other scores; the reference stays exact."""
+    ids = catalogue(120)
+    reference = Reference(CONFIG, 3, Retrieval(ids, 10, 30), "cpu")
+    one, other = request_of([1, 2, 3, 4]), request_of([4, 2, 3, 9])
+    expected, stale, blind = reference.search([one]), reference.search([other]), reference.search([one], blind=True)
+    exact = reference.prefix_scores(one, expected.items[0])[:, -1]
+    np.testing.assert_allclose(expected.scores[0], exact, atol=1e-5)
+    half = reference.search([one], "bf16")
+    error = np.abs(half.scores[0] - reference.prefix_scores(one, half.items[0])[:, -1]).max()
+    for wrong in (stale, blind):
+        assert np.abs(wrong.scores[0] - reference.prefix_scores(one, wrong.items[0])[:, -1]).max() > 5 * error
+    assert reference.search([one]).scores.tolist() == expected.scores.tolist()
+
+
+@torch.inference_mode()
+def test_the_folder_is_a_model_for_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    weights.write(CONFIG, SIZES, tmp_path / "new", seed=4, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert type(loaded).__name__ == "Qwen3ForCausalLM" and loaded.dtype == torch.float32
+    assert loaded.config.vocab_size == 64 and loaded.config.max_position_embeddings == 33
+    tokens, decoder = torch.tensor([[3, 5, 9, 15]]), decoder_of(seed=4)
+    logits = loaded(input_ids=tokens).logits[0, -1:]
+    hidden = decoder.layers(input_ids=tokens).last_hidden_state[0, -1:]
+    table = load_file(tmp_path / "new" / "model.safetensors")[weights.EMBEDDING]
+    for level, (begin, end) in enumerate(itertools.pairwise(decoder.offsets)):
+        np.testing.assert_allclose(logits[:, begin:end], decoder.logits(hidden, level), atol=1e-5)
+        torch.testing.assert_close(level_logits(hidden, table, SIZES, level), decoder.logits(hidden, level))
+    assert (loaded.config.rope_parameters["rope_theta"], loaded.config.rms_norm_eps) == (1e6, 1e-6)
+
+
+def test_a_seed_is_a_model(tmp_path: Path) -> None:
+    one, again, other = decoder_of(), decoder_of(), decoder_of(seed=2)
+    half, rounded = decoder_of(dtype=torch.bfloat16), one.to(torch.bfloat16)
+    weights.write(CONFIG, SIZES, tmp_path, seed=1, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    stored = load_file(tmp_path / "model.safetensors")
+    tokens = torch.arange(12)[None]
+    for name, p in one.layers.state_dict().items():
+        assert torch.equal(p, again.layers.state_dict()[name])
+        assert not torch.equal(p, other.layers.state_dict()[name])
+        assert torch.equal(half.layers.state_dict()[name], p.bfloat16())
+        assert torch.equal(stored[f"model.{name}"], p.bfloat16())
+    with torch.inference_mode():  # positions are not rounded with the weights
+        exact, copied = (d.layers(input_ids=tokens).last_hidden_state for d in (half, rounded))
+    assert torch.equal(exact, copied) and rounded.layers.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_weights_of_a_file(tmp_path: Path) -> None:
+    weights.write(CONFIG, SIZES, tmp_path, seed=5, dtype=torch.float32)
+    path = tmp_path / "model.safetensors"
+    found = weights.tensors(CONFIG, SIZES, seed=0, dtype=torch.float16, weights=str(path))
+    drawn = weights.tensors(CONFIG, SIZES, seed=5, dtype=torch.float16)
+    assert found.keys() == drawn.keys() and all(torch.equal(found[n], drawn[n]) for n in found)
+
+    good, norm = load_file(path), "model.norm.weight"
+    bad: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+        "missing": ({n: t for n, t in good.items() if n != norm}, "tensor model.norm.weight is missing"),
+        "more": ({**good, "lm_head.weight": torch.ones(2)}, "unexpected tensor lm_head.weight"),
+        "shape": ({**good, weights.EMBEDDING: torch.ones(3, 3)}, r"is F32 \[3, 3\].*rows follow the semantic IDs"),
+        "kind": ({**good, norm: torch.ones(32, dtype=torch.int32)}, "is I32"),
+    }
+    for name, (content, expected) in bad.items():
+        save_file(content, tmp_path / name)
+        with pytest.raises(ValueError, match=expected):
+            weights.tensors(CONFIG, SIZES, seed=0, dtype=torch.float32, weights=str(tmp_path / name))
+    (tmp_path / "pickle").write_bytes(b"\x80\x04K\x01.")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        weights.tensors(CONFIG, SIZES, seed=0, dtype=torch.float32, weights=str(tmp_path / "pickle"))
+    with pytest.raises(ValueError, match=r"retrieval.weights: no file .*nowhere"):
+        weights.tensors(CONFIG, SIZES, seed=0, dtype=torch.float32, weights=str(tmp_path / "nowhere"))
+
+
+def test_shapes_that_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model.kv_heads=3: must divide model.heads=4"):
+        decoder_of(kv_heads=3)
+    with pytest.raises(ValueError, match=r"model.head_dim=7: must be even"):
+        decoder_of(head_dim=7)
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UnavailableError, match=r"decoders need transformers .*; pip install -e '.\[hf\]'"):
+        decoder_of()
+
+
+def test_the_shapes_that_are_compared() -> None:
+    names = ("hstu_0p2b", "decoder_0p2b", "decoder_1p7b")
+    models = [compose_spec([f"model={name}", "engine=hf"])[0].model for name in names]
+    hstu, same, large = (sizing.generator_parameters(m, (256,) * 3)["layers"] for m in models)
+    assert (hstu, same, large) == (88_178_688, 88_108_032, 1_409_408_000)  # as their YAML files say
+    assert sizing.kv_bytes(models[0], 1000, "bf16") == sizing.kv_bytes(models[1], 1000, "bf16")
+
+
+@pytest.mark.parametrize(
+    "model", [CONFIG, HSTUConfig(layers=2, embedding_dim=24, qk_dim=8, v_dim=12, max_positions=30)]
+)
+def test_flops_of_a_search_are_counted_one_by_one(model: DecoderConfig | HSTUConfig) -> None:
+    """By the matrices of the model itself, and the rows and columns of the mask of every token."""
+    if isinstance(model, DecoderConfig):
+        matrices = [s for name, s in weights.shapes(model, SIZES).items() if "layers." in name and len(s) == 2]
+        each = model.heads * 2 * (model.head_dim + model.head_dim)
+    else:
+        layers = HSTUGenerator(model, SIZES, Operators.plain()).layers
+        matrices = [p.shape for p in layers.parameters() if p.ndim == 2]
+        each = model.heads * 2 * (model.qk_dim + model.v_dim)
+    for history, width, cached in ((0, 1, 0), (4, 3, 0), (4, 100, 5), (25, 7, 30)):
+        prompt = min(3 * history, 30) or 1
+        rows = [i + 1 for i in range(cached, prompt)]  # how many keys each token sees
+        first, second = min(width, 4), min(width, min(width, 4) * 5)
+        rows += [prompt + 1] * first + [prompt + 2] * second
+        expected = len(rows) * sum(2 * m * n for m, n in matrices) + model.layers * each * sum(rows)
+        expected += 2 * model.embedding_dim * (1 * 4 + first * 5 + second * 6)
+        assert sizing.search_flops(model, history, SIZES, width, cached) == expected

@@ -1,0 +1,349 @@
+"""The export: its attention against the reference, its files, the check, which can fail, the command and its errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import Grbench
+from helpers.hstu_oracle import make_requests
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from grengines.api import Catalogue
+from grengines.export import exporter
+from grengines.export.__main__ import described
+from grengines.export.check import CheckError, check
+from grengines.export.identity import command, model_hash
+from grengines.export.module import INPUTS, inputs_of, longest_history
+from grengines.export.onnx_attention import DOMAIN, INDICES, NAME, OPSET, VERSION, onnx_function, register_schema
+from grengines.hstu.engine import Reference
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.quantised import round_input, round_weight
+from grengines.numerics import relative_error
+from grengines.runtime.batch import Bucket, Encoding, pack
+from grkernels.hstu_attention.reference import hstu_attention as reference_attention
+
+CPU = torch.device("cpu")
+CATALOGUE = Catalogue(num_users=9, num_items=60, num_actions=3)
+# Every option of the model that changes what is exported.
+MODEL = HSTUConfig(
+    layers=2, embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128, contextual_seq_len=2,
+    max_attn_len=12, max_positions=20, interaction=True, head_dim=16,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> exporter.Export:
+    return exporter.export(MODEL, CATALOGUE, 0, "fp32", tmp_path_factory.mktemp("export") / "fp32", skip_hidden=True)
+
+
+def attention_session(
+    H: int, dqk: int, dv: int, N: int, C: int, W: int, alpha: float, skip_hidden: bool
+) -> onnxruntime.InferenceSession:
+    """A model that is the attention function alone."""
+    kinds = {"q": ["L", H, dqk], "k": ["L", H, dqk], "v": ["L", H, dv]}
+    shapes: dict[str, list[str]] = {"offsets": ["P"], "num_targets": ["B"], "tiles": ["T", "R"], "columns": ["N"]}
+    register_schema()
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                NAME, [*kinds, *INDICES], ["out"], domain=DOMAIN, alpha=alpha, scaling_seqlen=N,
+                contextual_seq_len=C, max_attn_len=W,
+            )
+        ],
+        "attention",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in kinds.items()]
+        + [helper.make_tensor_value_info(n, TensorProto.INT64, s) for n, s in shapes.items()],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["L", H, dv])],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(graph, opset_imports=opsets, functions=[onnx_function(N, C, W, skip_hidden)])
+    model.ir_version = 10
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=4),
+    context=st.integers(0, 3),
+    window=st.sampled_from([0, 0, 1, 4]),
+    tile=st.integers(1, 20),
+    spare=st.integers(0, 3),
+    skip_hidden=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_the_onnx_attention_equals_the_reference(
+    sizes: list[tuple[int, int]], context: int, window: int, tile: int, spare: int, skip_hidden: bool, seed: int
+) -> None:
+    lengths = [context + history + targets for history, targets in sizes]
+    if not sum(lengths):
+        return
+    rng, H, dqk, dv, N = np.random.default_rng(seed), 2, 3, 4, 16
+    q, k, v = (rng.standard_normal((sum(lengths) + spare, H, d)).astype(np.float32) for d in (dqk, dqk, dv))
+    offsets, targets = np.cumsum([0, *lengths]), np.array([t for _, t in sizes])
+    tiles = -(-max(lengths) // tile)
+    session = attention_session(H, dqk, dv, N, context, window, 0.4, skip_hidden)
+    out = session.run(
+        None,
+        {
+            "q": q, "k": k, "v": v, "offsets": offsets, "num_targets": targets,
+            "tiles": np.arange(tiles * tile).reshape(tiles, tile),
+            "columns": np.arange(max(context + max(h for h, _ in sizes), 1) + spare),
+        },
+    )[0]  # fmt: skip
+    bounds = torch.from_numpy(offsets)
+    expected = reference_attention(
+        *(torch.from_numpy(x) for x in (q, k, v)), q_offsets=bounds, kv_offsets=bounds,
+        num_targets=torch.from_numpy(targets), max_q_len=max(lengths), max_kv_len=max(lengths), scaling_seqlen=N,
+        alpha=0.4, contextual_seq_len=context, max_attn_len=window,
+    ).numpy()  # fmt: skip
+    assert np.isfinite(out).all()  # rows past the sequences hold anything, but nothing that would spread
+    np.testing.assert_allclose(out[: offsets[-1]], expected[: offsets[-1]], rtol=1e-5, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_history() -> None:
+    n = 8192  # whose square is 256 MiB of fp32 scores
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import numpy as np
+from test_export import attention_session
+session = attention_session(1, 4, 4, 64, 0, 0, 0.5, True)
+def peak(length, tile):
+    x = np.ones((length, 1, 4), np.float32)
+    session.run(None, dict(q=x, k=x, v=x, offsets=np.array([0, length]), num_targets=np.array([0]),
+                           tiles=np.arange(length).reshape(-1, tile), columns=np.arange(length)))
+    with open("/proc/self/status") as status:  # what getrusage says begins with the parent's
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) // 1024
+print(peak(256, 128), peak({n}, 128), peak({n}, {n}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    small, tiled, whole = map(int, done.stdout.split())  # MiB at most so far
+    assert tiled - small < 100 < 250 < whole - tiled
+
+
+def test_the_files_say_what_they_are(made: exporter.Export) -> None:
+    manifest = json.loads((made.folder / "manifest.json").read_text())
+    assert manifest["model_hash"] == model_hash(MODEL, CATALOGUE, 0)
+    assert set(manifest["files"]) == {"model.onnx", "model.pt2"} and manifest["precision"] == "fp32"
+    model = onnx.load(made.onnx)
+    assert [f.name for f in model.functions] == [NAME] and {f.domain for f in model.functions} == {DOMAIN}
+    calls = [n for n in model.graph.node if n.domain == DOMAIN]
+    assert len(calls) == MODEL.layers and all(n.op_type == NAME for n in calls)
+    attributes = {a.name: helper.get_attribute_value(a) for a in calls[0].attribute}
+    assert attributes == pytest.approx(
+        {"alpha": 0.25, "scaling_seqlen": 128, "contextual_seq_len": 2, "max_attn_len": 12}
+    )
+    assert [i.name for i in model.graph.input] == list(INPUTS) == list(manifest["inputs"])
+    assert {p.key: p.value for p in model.metadata_props} == {
+        "model_hash": manifest["model_hash"], "precision": "fp32",
+    }  # fmt: skip
+    onnx.checker.check_model(model, full_check=True)
+
+
+@pytest.mark.parametrize("lengths, candidates", [([4, 31, 0], [3, 0, 9]), ([0], [1]), ([25], [6])])
+def test_the_program_and_the_onnx_file_equal_the_reference(
+    made: exporter.Export, lengths: list[int], candidates: list[int]
+) -> None:
+    requests = make_requests(np.random.default_rng(2), CATALOGUE, lengths, candidates)
+    encoding = Encoding.of(MODEL, CATALOGUE)
+    expected = np.concatenate(Reference(MODEL, CATALOGUE, 0, "cpu").scores(requests))
+    session = onnxruntime.InferenceSession(str(made.onnx), providers=["CPUExecutionProvider"])
+    program = torch.export.load(made.program).module()
+    padded = Bucket(len(requests) + 1, max(lengths) + max(candidates) + 4, max(candidates) + 1)
+    for bucket in (None, padded):
+        batch = pack(requests, encoding, bucket=bucket).to(CPU)
+        inputs = inputs_of(batch, longest_history(requests, encoding), tile_rows=8)
+        answers = [session.run(None, {n: t.numpy() for n, t in inputs.items()})[0], program(**inputs).numpy()]
+        for answer in answers:
+            assert relative_error(answer[: len(expected)], expected) < 1e-5
+
+
+def test_the_check_passes_what_is_right_and_fails_what_is_not(made: exporter.Export, tmp_path: Path) -> None:
+    result = check(made, MODEL, CATALOGUE, 0)
+    assert result.passed and result.error < 1e-5 < 0.01 < result.zero_attention_error
+    assert result.longest > MODEL.max_attn_len + MODEL.contextual_seq_len
+    for change in ({"max_attn_len": 11}, {"contextual_seq_len": 2, "scaling_seqlen": 120}, {"alpha": 0.2}):
+        with pytest.raises(CheckError, match="differ from the fp32 reference by"):
+            check(made, HSTUConfig(**{**vars(MODEL), **change}), CATALOGUE, 0)
+    with pytest.raises(CheckError):
+        check(made, MODEL, CATALOGUE, seed=1)  # other weights
+    broken = onnx.load(made.onnx)
+    for node in broken.functions[0].node:
+        if node.op_type == "Loop":
+            body = node.attribute[0].g
+            greater = next(n for n in body.node if n.op_type == "Greater")
+            greater.op_type = "GreaterOrEqual"  # then candidates and events see themselves twice
+    (tmp_path / "broken").mkdir()
+    onnx.save(broken, tmp_path / "broken" / exporter.ONNX_FILE)
+    with pytest.raises(CheckError):
+        check(exporter.Export(tmp_path / "broken", made.manifest), MODEL, CATALOGUE, 0)
+
+
+def test_int8_and_large_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "EXTERNAL_BYTES", 0)
+    made = exporter.export(MODEL, CATALOGUE, 0, "int8", tmp_path / "int8")
+    assert set(made.manifest["files"]) == {"model.onnx", "model.onnx.data"}
+    whole = 4 * made.manifest["parameters"]
+    assert 10_000 < made.manifest["files"]["model.onnx.data"]["bytes"] < 0.75 * whole
+    result = check(made, MODEL, CATALOGUE, 0)
+    assert 1e-4 < result.error <= result.tolerance < result.zero_attention_error
+    eight_bits = (TensorProto.INT8, TensorProto.UINT8)
+    tensors = [t for t in onnx.load(made.onnx).graph.initializer if t.data_type in eight_bits and len(t.dims) > 1]
+    weights = [t.name for t in tensors]
+    assert len(weights) == 2 * MODEL.layers + 1, weights  # each layer's two projections, the head's hidden one
+    assert not any("table" in name or "head_out" in name for name in weights)
+
+
+def test_plain_int8_rounds_as_int8_does() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(5, 300), torch.randn(7, 300) + 1.0
+    steps = (round_weight(weight) / weight.abs().amax(1, keepdim=True) * 127).round(decimals=3)
+    assert torch.equal(steps, steps.round()) and steps.abs().max() == 127
+    assert len(round_input(x).unique()) <= 256 and (round_input(x) - x).abs().max() <= (x.max() - x.min()) / 255
+    assert torch.equal(round_input(torch.zeros(3)), torch.zeros(3)) and not round_input(torch.zeros(0)).numel()
+
+
+def test_the_cache_folder_knows_models_apart_and_mends_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(exporter, "write_onnx", lambda program, model, path, *_: calls.append(path.write_text("x")))
+    small = HSTUConfig(layers=1, embedding_dim=8, heads=1, qk_dim=2, v_dim=2, max_positions=4, head_dim=2)
+
+    def cached(model: HSTUConfig = small, catalogue: Catalogue = CATALOGUE, seed: int = 0, **options: Any) -> Path:
+        return exporter.cached(model, catalogue, seed, "fp32", **options).folder
+
+    first = cached()
+    assert cached() == first and len(calls) == 1
+    others = [
+        cached(seed=1),
+        cached(HSTUConfig(**{**vars(small), "alpha": 0.5})),
+        cached(catalogue=Catalogue(9, 61, 3)),
+        cached(skip_hidden=True),
+    ]
+    assert len({first, *others}) == 5 and len(calls) == 5
+    assert cached(HSTUConfig(**{**vars(small), "name": "other"})) == first  # a name is no part of what is computed
+    (first / exporter.ONNX_FILE).write_text("y")
+    with pytest.raises(ValueError, match="not as it was written"):
+        exporter.load(first)
+    assert cached() == first and len(calls) == 6 and exporter.load(first).onnx.read_text() == "x"
+    (first / exporter.MANIFEST_FILE).write_text("{")
+    with pytest.raises(ValueError, match="not a manifest"):
+        exporter.load(first)
+    with pytest.raises(ValueError, match=r"no manifest\.json there"):
+        exporter.load(tmp_path / "nothing")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds no export"):
+        exporter.export(small, CATALOGUE, 0, "fp32", tmp_path / "mine")
+
+
+MEETING = """
+import sys, time
+from pathlib import Path
+from grengines.export import folders
+sys.path.insert(0, {tests!r})
+others, own = Path(sys.argv[1]), sys.argv[2]
+
+def meet_after(module, name):
+    function = getattr(module, name)
+    def both(*args, **options):
+        result = function(*args, **options)
+        (others / own).touch()
+        end = time.monotonic() + 120
+        while len(list(others.iterdir())) < 2:
+            assert time.monotonic() < end, "the other process never came"
+            time.sleep(0.01)
+        return result
+    setattr(module, name, both)
+
+published = []
+publish = folders.publish
+folders.publish = lambda made, folder: published.append((folder.parent.name, publish(made, folder))) or published[-1][1]
+"""
+
+
+def race(code: str, folder: Path) -> list[str]:
+    """What two processes print that run the code at the same time: `meet_after(module, name)` makes both wait for each
+    other behind that function, `published` says what became of their folders."""
+    others = folder / "others"
+    others.mkdir()
+    script = MEETING.format(tests=str(Path(__file__).parent)) + code
+    command = [sys.executable, "-c", script, str(others)]
+    both = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in ("first", "second")]
+    printed = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    return printed
+
+
+def test_of_two_processes_that_export_one_model_the_second_takes_the_firsts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "cache"))
+    code = """
+from test_export import CATALOGUE, MODEL
+from grengines.export import exporter
+meet_after(exporter, "write_onnx")
+found = exporter.cached(MODEL, CATALOGUE, 0, "fp32")
+exporter.load(found.folder)
+print(published, found.onnx, found.onnx.stat().st_ino)
+"""
+    first, second = sorted(race(code, tmp_path))
+    assert first.startswith("[('exports', False)]") and second.startswith("[('exports', True)]")
+    assert first.split()[2:] == second.split()[2:]  # one file, whoever made it
+    assert len(list((tmp_path / "cache" / "exports").iterdir())) == 1
+
+
+def test_the_command_exports_and_checks(grbench: Grbench, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text("defaults: [x]\nlayers: 1\nembedding_dim: 16\nheads: 1\nqk_dim: 8\nv_dim: 8\n")
+    options = ["--out", "out", "--model", "small.yaml", "--items", "50", "--actions", "2", "max_attn_len=7"]
+    done = grbench(*options, module="grengines.export")
+    assert done.returncode == 0, done.stderr
+    assert "checked: onnxruntime" in done.stdout and "model.pt2" in done.stdout
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["check"]["passed"] and manifest["model"]["max_attn_len"] == 7 and manifest["model"]["layers"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("layer=2", "layer: Key 'layer' not in 'HSTUConfig'; known are name, layers"),
+        ("layers=two", "layers: Value 'two' of type 'str' could not be converted to Integer; int >= 1"),
+        ("layers=0", "layers=0: allowed is int >= 1"),
+        ("layers", "layers: not an option, which is key=value"),
+        ("--items 0", "--items 0: allowed is >= 1"),
+        ("--model nothing.yaml", "nothing.yaml: can't be read"),
+        ("--weights nothing.safetensors", "nothing.safetensors: no weights of a ranking model"),
+    ],
+)
+def test_the_commands_errors_are_one_line(grbench: Grbench, arguments: str, message: str) -> None:
+    done = grbench("--out", "out", "--items", "5", "--actions", "1", *arguments.split(), module="grengines.export")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"grengines.export: {message}") and done.stderr.count("\n") == 1
+
+
+def test_the_command_that_errors_name_gives_the_same_model() -> None:
+    import argparse
+    import shlex
+
+    words = shlex.split(command(MODEL, CATALOGUE, 0, "fp32", Path("out")))
+    parser = argparse.ArgumentParser()
+    for name, kind in (("out", str), ("items", int), ("users", int), ("actions", int), ("model", Path)):
+        parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--weights")
+    parser.add_argument("options", nargs="*")
+    model, catalogue = described(parser.parse_args(words[3:]))
+    assert model_hash(model, catalogue, 0) == model_hash(MODEL, CATALOGUE, 0)

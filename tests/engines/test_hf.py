@@ -1,0 +1,215 @@
+"""The baseline engine: padding, copied caches and static batches find what one request at a time finds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from grbench import workloads
+from grbench.config.compose import compose_spec
+from grbench.gate.pipeline import gate_for
+from grbench.gate.rank import GateError
+from grbench.run.retrieval import build_retrieval
+from grengines import registry
+from grengines.api import Catalogue, Request, Retrieval, UnavailableError
+from grengines.cache.config import PagedCacheConfig
+from grengines.hf import engine as hf_engine
+from grengines.hf.config import HFEngineConfig
+from grengines.hf.engine import HFEngine
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.hstu.config import HSTUConfig
+from grengines.semantic.ids import SemanticIds
+from grkernels.config import KernelConfig
+from grkernels.registry import FAMILIES
+
+torch.set_num_threads(1)
+MODELS = {
+    "hstu": HSTUConfig(embedding_dim=24, qk_dim=8, v_dim=12, scaling_seqlen=16, max_positions=30),
+    "decoder": DecoderConfig(embedding_dim=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48, max_positions=30),
+}
+SIZES = (4, 5, 6)
+LENGTHS = [5, 0, 9, 1, 25]  # items: one history is empty, and one is cut
+KERNELS = dict.fromkeys(FAMILIES, "torch")
+
+
+def catalogue(items: int) -> SemanticIds:
+    every = np.array(list(itertools.product(*map(range, SIZES))), dtype=np.int32)
+    return SemanticIds(every[np.random.default_rng(0).permutation(len(every))[:items]], SIZES)
+
+
+def requests_of(items: int, lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for number, n in enumerate(lengths):
+        history, none = rng.integers(0, items, n), np.zeros(n, np.int64)
+        floats = none.astype(np.float32)
+        made.append(Request(number, number, history, none, floats, none, 0, history[:0], 0, 0.0, 1000.0))
+    return made
+
+
+def engine_of(model: Any, retrieval: Retrieval, requests: list[Request], **options: Any) -> HFEngine:
+    config = HFEngineConfig(**{"device": "cpu", **options})
+    engine = registry.build(config, model, KernelConfig(), Catalogue(1, 1, 1), 3, task="generate", retrieval=retrieval)
+    assert isinstance(engine, HFEngine)
+    engine.prepare(requests, len(requests))
+    return engine
+
+
+def lists(arrays: list[np.ndarray]) -> list[list[Any]]:
+    return [a.tolist() for a in arrays]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("width, items", [(1, 120), (20, 120), (200, 120), (20, 3)])
+def test_a_batch_finds_what_the_reference_finds(model: str, width: int, items: int) -> None:
+    """Ragged prompts, an empty one, one that is cut; fewer items than beams; no item that doesn't exist."""
+    retrieval, requests = Retrieval(catalogue(items), min(width, 10), width), requests_of(items)
+    result = engine_of(MODELS[model], retrieval, requests).generate(requests)
+    expected = registry.reference(MODELS[model], 3, retrieval, "cpu").search(requests)
+    for ours, scores, theirs, exact in zip(result.items, result.scores, expected.items, expected.scores, strict=True):
+        assert ours.tolist() == theirs[theirs >= 0].tolist()
+        np.testing.assert_allclose(scores, exact[theirs >= 0], atol=2e-5)
+        assert (np.diff(scores) <= 0).all() and len(ours) == (min(width, 10, items) if width >= 20 else len(ours))
+    tokens = [min(3 * n, 30) or 1 for n in LENGTHS]
+    assert (result.tokens, result.padded_tokens) == (sum(tokens), len(tokens) * max(tokens))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_neither_batch_nor_padding_changes_the_answer(model: str) -> None:
+    retrieval, requests = Retrieval(catalogue(120), 20, 20), requests_of(120)
+    engine = engine_of(MODELS[model], retrieval, requests)
+    together = engine.generate(requests)
+    for chosen in ([4, 2, 0, 3, 1], [1], [3, 1], [0]):
+        again = engine.generate([requests[i] for i in chosen])
+        assert lists(again.items) == [together.items[i].tolist() for i in chosen]
+        for ours, i in zip(again.scores, chosen, strict=True):
+            np.testing.assert_allclose(ours, together.scores[i], atol=2e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_gate_passes_it(model: str, precision: str) -> None:
+    spec, trace, retrieval = cell(model, precision)
+    engine = build(spec, trace, retrieval)
+    result = gate_for(spec, trace, retrieval, engine.actual()).check(engine, 4).to_dict()
+    assert result["passed"] and engine.actual()["precision"] == precision
+    if precision == "fp32":
+        assert result["overlap"] == 1.0 and result["near_ties"] == 0
+    engine.close()
+    with pytest.raises(RuntimeError, match="not prepared, or closed"):
+        engine.generate(trace.requests[:1])
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("wrong", ["padding is seen", "beams keep their order", "the prompt is not seen"])
+def test_the_gate_fails_a_loop_that_is_wrong(model: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    spec, trace, retrieval = cell(model, "fp32")
+    engine = build(spec, trace, retrieval)
+    padded = engine._model
+    assert padded is not None
+    encode = padded.encode
+    if wrong == "padding is seen":
+        monkeypatch.setattr(padded, "encode", lambda t, real, cache: encode(t, torch.ones_like(real), cache))
+    elif wrong == "beams keep their order":
+        reorder = transformers.DynamicCache.reorder_cache
+        monkeypatch.setattr(transformers.DynamicCache, "reorder_cache", lambda c, rows: reorder(c, rows.sort()[0]))
+    else:
+        monkeypatch.setattr(padded, "encode", lambda t, real, cache: encode(t, _only_last(real, t.shape[1]), cache))
+    with pytest.raises(GateError, match=r"differ from the fp32 reference|out of order|fp32 reference's is"):
+        gate_for(spec, trace, retrieval, engine.actual()).check(engine, 4)
+
+
+def _only_last(real: torch.Tensor, new: int) -> torch.Tensor:
+    """Once codes are generated, nothing but the newest is seen."""
+    if new > 1:
+        return real
+    seen = torch.zeros_like(real)
+    seen[:, -1] = True
+    return seen
+
+
+def test_what_it_refuses() -> None:
+    retrieval, model = Retrieval(catalogue(20), 5, 10), MODELS["hstu"]
+
+    def made(kernels: dict[str, str] = KERNELS, cache: Any = None, retrieval: Retrieval = retrieval) -> HFEngine:
+        cache = cache or hf_engine.CacheConfig()
+        return HFEngine(HFEngineConfig(device="cpu"), model, kernels, Catalogue(1, 1, 1), 0, cache, retrieval)
+
+    with pytest.raises(ValueError, match="cache=lru: engine hf keeps nothing between batches; set cache=none"):
+        made(cache=PagedCacheConfig(name="lru"))
+    with pytest.raises(ValueError, match=r"kernel.layer_norm=triton: engine hf is plain PyTorch; set kernel=torch"):
+        made({**KERNELS, "layer_norm": "triton"})
+    with pytest.raises(ValueError, match="k=11 items from 10 beams"):
+        made(retrieval=Retrieval(catalogue(20), 11, 10))
+    engine = made()
+    with pytest.raises(ValueError, match="0 sample requests"):
+        engine.prepare([], 1)
+    with pytest.raises(RuntimeError, match="not prepared"):
+        engine.generate(requests_of(20, [1]))
+    engine.prepare(requests_of(20, [1, 2]), 2)
+    for batch in ([], requests_of(20, [1, 1, 1])):
+        with pytest.raises(ValueError, match="allowed is 1 to max_batch=2"):
+            engine.generate(batch)
+    with pytest.raises(ValueError, match="engine hf can't do task rank; it can generate"):
+        registry.build(HFEngineConfig(), model, KernelConfig(), Catalogue(1, 1, 1), 0)
+    if not torch.cuda.is_available():
+        with pytest.raises(UnavailableError, match=r"engine\.device=cuda: .*; use engine\.device=cpu"):
+            engine_of(model, retrieval, requests_of(20, [1]), device="cuda")
+
+
+def test_bad_combinations_are_one_line(grbench: Any) -> None:
+    cases = {
+        "task=rank": "task=rank: engine hf can't; allowed: auto, generate",
+        "engine.precision=fp8": "engine.precision=fp8: allowed is one of auto, fp32, fp16, bf16",
+        "engine.cuda_graphs=true": "cuda_graphs",
+        "model.kv_heads=3": "model.kv_heads=3: must divide model.heads=2",
+    }
+    for override, expected in cases.items():
+        done = grbench("engine=hf", "model=decoder_tiny", override)
+        assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    done = grbench("model=decoder_tiny", "engine=hstu")
+    assert done.returncode == 2 and "engine hstu runs HSTU only; engines that run decoders: hf" in done.stderr
+
+
+def test_without_transformers_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    reason = "package transformers is not installed; pip install -e '.[hf]'"
+    assert registry.availability("hf") == reason
+    with pytest.raises(UnavailableError, match="engine hf: package transformers"):
+        engine_of(MODELS["hstu"], Retrieval(catalogue(20), 5, 10), requests_of(20, [1]))
+
+
+def cell(model: str, precision: str) -> tuple[Any, Any, Retrieval]:
+    small = ["workload=synthetic", "workload.max_requests=40", "workload.max_history=48", "workload.items=500"]
+    small += ["retrieval.k=5", "retrieval.beam_width=12", "engine=hf", "engine.device=cpu"]
+    spec = compose_spec([*small, f"model={model}_tiny", f"engine.precision={precision}"])[0]
+    trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
+    assert spec.retrieval is not None
+    return spec, trace, build_retrieval(spec.retrieval, spec.workload, trace, spec.seed)
+
+
+def build(spec: Any, trace: Any, retrieval: Retrieval) -> HFEngine:
+    engine = registry.build(
+        spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed, task=spec.task, retrieval=retrieval
+    )
+    assert isinstance(engine, HFEngine)
+    engine.prepare(trace.requests, 4)
+    return engine
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", MODELS)
+def test_on_a_gpu(model: str) -> None:
+    spec, trace, retrieval = cell(model, "bf16")
+    spec.engine.device = "cuda"
+    engine = build(spec, trace, retrieval)
+    result = gate_for(spec, trace, retrieval, engine.actual()).check(engine, 4).to_dict()
+    assert result["passed"] and engine.actual()["device"] == "cuda"
+    engine.close()

@@ -1,0 +1,355 @@
+"""The native engine: its answers, its bookkeeping, its refusals, its options' files; graphs on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.hstu_oracle import make_requests, relative_error, scores
+from omegaconf import OmegaConf
+
+from grengines import registry
+from grengines.api import Catalogue, Engine, RankResult, Request, UnavailableError
+from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.hf.config import HFEngineConfig
+from grengines.hstu.config import HSTUEngineConfig
+from grengines.hstu.engine import HSTUEngine, Reference, build_model
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.model import zero_attention
+from grengines.options import violations
+from grengines.runtime.batch import Bucket, Encoding
+from grengines.runtime.graphs import batch_buckets, choose_bucket, length_buckets, plan_buckets
+from grkernels.config import KernelConfig
+
+torch.set_num_threads(1)
+CONF = Path(__file__).resolve().parents[2] / "conf"
+CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
+KERNELS = dataclasses.asdict(KernelConfig())
+del KERNELS["name"]
+MODEL = HSTUConfig(embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128)
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+def sample(count: int = 4, longest: int = 40, candidates: int = 6, seed: int = 0) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    return make_requests(rng, CATALOGUE, [*rng.integers(1, longest, count - 1), longest], [candidates] * count)
+
+
+@contextmanager
+def engine(
+    requests: list[Request],
+    model: HSTUConfig = MODEL,
+    kernel: str = "torch",
+    cache: PagedCacheConfig | None = None,
+    *,
+    max_batch: int = 4,
+    **options: Any,
+) -> Iterator[Engine]:
+    config = HSTUEngineConfig(**{"device": "cpu", **options})
+    stated = OmegaConf.to_container(OmegaConf.load(CONF / f"kernel/{kernel}.yaml"))
+    assert isinstance(stated, dict) and stated.pop("defaults")
+    made = registry.build(config, model, KernelConfig(**stated), CATALOGUE, 5, cache)
+    try:
+        made.prepare(requests, max_batch)
+        yield made
+    finally:
+        made.close()
+
+
+def error(result: RankResult, expected: list[Any]) -> float:
+    return relative_error(np.concatenate(result.scores), np.concatenate(expected))
+
+
+def test_answers_equal_the_second_implementation_and_the_reference() -> None:
+    requests = sample()
+    reference = Reference(MODEL, CATALOGUE, 5, "cpu").scores(requests)
+    model = build_model(MODEL, CATALOGUE, 5, "cpu", torch.float32)
+    weights = {name: p.double().numpy() for name, p in model.named_parameters()}
+    with engine(requests) as e:
+        result = e.rank(requests)
+    assert error(result, [scores(weights, MODEL, CATALOGUE, r) for r in requests]) < 1e-5
+    assert error(result, reference) < 1e-5
+    assert [s.shape for s in result.scores] == [(6, 3)] * 4
+    assert all(s.dtype == np.float32 for s in result.scores)
+    assert result.tokens == result.padded_tokens == sum(len(r.history_items) + 6 for r in requests)
+    assert min(result.batch_ms, result.compute_ms) > 0 and result.transfer_ms >= 0
+    assert result.details == {}
+
+
+@pytest.mark.parametrize("microbatch", [1, 4, 100])
+@pytest.mark.parametrize("C", [0, 2])
+def test_candidates_in_microbatches_score_the_same(microbatch: int, C: int) -> None:
+    """Also where requests have different numbers of candidates, or none."""
+    model = dataclasses.replace(MODEL, contextual_seq_len=C)
+    requests = make_requests(np.random.default_rng(1), CATALOGUE, [9, 0, 30, 4], [7, 3, 0, 5])
+    with engine(requests, model) as whole, engine(requests, model, candidate_microbatch=microbatch) as parts:
+        expected, result = whole.rank(requests), parts.rank(requests)
+        assert error(result, expected.scores) < 1e-5
+        assert result.tokens == expected.tokens
+        assert [s.shape for s in result.scores] == [(7, 3), (3, 3), (0, 3), (5, 3)]
+        nothing = parts.rank(requests[2:3])
+        assert nothing.scores[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_is_within_twice_plain_torch(precision: str) -> None:
+    requests = sample()
+    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    exact, plain = reference.scores(requests), reference.scores(requests, precision)
+    with engine(requests, precision=precision) as e:
+        result = e.rank(requests)
+        assert e.actual()["precision"] == precision
+    allowed = 2 * relative_error(np.concatenate(plain), np.concatenate(exact))
+    assert 1e-5 < allowed < 0.1
+    assert error(result, exact) <= allowed
+    without = reference.scores(requests, attention=zero_attention)
+    assert relative_error(np.concatenate(without), np.concatenate(exact)) > 2 * allowed
+    again = reference.scores(requests)  # the calls above left the reference as it was
+    assert all((a == b).all() for a, b in zip(again, exact, strict=True))
+
+
+def test_actual_says_what_runs_and_close_gives_it_back() -> None:
+    threads = torch.get_num_threads()
+    requests = sample()
+    with engine(requests, cpu_threads=2) as e:
+        ran = json.loads(json.dumps(e.actual()))
+        assert ran["device"] == "cpu" and ran["precision"] == "fp32" and ran["cpu_threads"] == 2
+        assert ran["kernels"] == KERNELS
+        assert ran["fp32_products"] == "highest" and ran["weights"] == "random, seed 5"
+        assert ran["parameters"] > 300 * 32
+    assert torch.get_num_threads() == threads
+    with pytest.raises(RuntimeError, match="not prepared, or closed"):
+        e.rank(requests)
+    e.close()
+
+
+def test_wrong_use_is_refused() -> None:
+    requests = sample()
+    with engine(requests, max_batch=3) as e:
+        for wrong in (requests, []):
+            with pytest.raises(ValueError, match=rf"{len(wrong)} requests in one batch; allowed is 1 to max_batch=3"):
+                e.rank(wrong)
+        with pytest.raises(ValueError, match="0 sample requests"):
+            e.prepare([], 3)
+    with pytest.raises(ValueError, match=r"cuda_graphs=true and engine\.candidate_microbatch=8"):
+        HSTUEngine(
+            HSTUEngineConfig(cuda_graphs=True, candidate_microbatch=8), MODEL, KERNELS, CATALOGUE, 0, CacheConfig()
+        )
+    with pytest.raises(ValueError, match="unknown variant 'best' of hstu_attention; known: torch"):
+        HSTUEngine(HSTUEngineConfig(), MODEL, {**KERNELS, "hstu_attention": "best"}, CATALOGUE, 0, CacheConfig())
+    with (
+        pytest.raises(ValueError, match=r"no file .*absent\.safetensors"),
+        engine(requests, dataclasses.replace(MODEL, weights="absent.safetensors")),
+    ):
+        pass
+
+
+def test_graphs_on_a_cpu_are_unavailable() -> None:
+    with pytest.raises(UnavailableError, match=r"none on a CPU; set engine\.cuda_graphs=false"):
+        HSTUEngine(HSTUEngineConfig(device="cpu", cuda_graphs=True), MODEL, KERNELS, CATALOGUE, 0, CacheConfig())
+
+
+@NO_GPU
+def test_cuda_without_a_gpu_is_unavailable() -> None:
+    with pytest.raises(UnavailableError, match=r"engine\.device=cuda: .*; use engine\.device=cpu"):
+        HSTUEngine(HSTUEngineConfig(device="cuda"), MODEL, KERNELS, CATALOGUE, 0, CacheConfig())
+
+
+def test_registry() -> None:
+    assert {"hstu", "hf"} <= set(registry.names())
+    assert registry.availability("hstu") is None
+    with pytest.raises(ValueError, match="unknown engine 'hst'; known: hstu"):
+        registry.availability("hst")
+
+
+def sizes(requests: list[Request]) -> tuple[list[int], list[int]]:
+    """Of each request its tokens, and its candidates."""
+    candidates = [len(r.candidates) for r in requests]
+    return [len(r.history_items) + c for r, c in zip(requests, candidates, strict=True)], candidates
+
+
+def test_buckets() -> None:
+    assert batch_buckets(1) == [1]
+    assert batch_buckets(12) == [1, 2, 4, 8, 12]
+    assert batch_buckets(16) == [1, 2, 4, 8, 16]
+    assert length_buckets([3, 17, 24, 25, 700]) == [16, 24, 32, 768]
+    requests = make_requests(np.random.default_rng(0), CATALOGUE, [10, 40], [6, 6])
+    encoding = Encoding.of(MODEL, CATALOGUE)
+    buckets = plan_buckets(requests, encoding, 4, [])
+    assert set(buckets) == {Bucket(b, n, 6) for b in (1, 2, 4) for n in (16, 48)}
+    assert choose_bucket(buckets, *sizes(requests)) == Bucket(2, 48, 6)
+    assert choose_bucket(buckets, *sizes(requests[:1])) == Bucket(1, 16, 6)
+    assert choose_bucket(buckets, *sizes([requests[0]] * 3)) == Bucket(4, 16, 6)
+    longer, wider = (make_requests(np.random.default_rng(0), CATALOGUE, [h], [t]) for h, t in [(43, 6), (1, 7)])
+    for too_much in ([requests[0]] * 5, longer, wider):
+        assert choose_bucket(buckets, *sizes(too_much)) is None
+    assert {b.length for b in plan_buckets(requests, encoding, 1, [64, 32, 64])} == {32, 64}
+    with_cache = plan_buckets(requests, encoding, 1, [], cached=40)
+    assert set(with_cache) == {Bucket(1, n, 6, 40) for n in (16, 24, 48)}
+    assert choose_bucket(with_cache, [9], [6], [40]) == Bucket(1, 16, 6, 40)
+    assert choose_bucket(with_cache, [9], [6], [41]) is None
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("model/*.yaml")), ids=lambda p: p.stem)
+def test_model_files_state_every_option(path: Path) -> None:
+    stated = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(stated, dict) and stated.pop("defaults")
+    schema = DecoderConfig if path.stem.startswith("decoder_") else HSTUConfig
+    config = schema(**stated)
+    assert set(stated) == {f.name for f in dataclasses.fields(schema)}
+    assert config.name == path.stem
+    assert not list(violations(config))
+
+
+def test_engine_and_kernel_files_state_the_defaults() -> None:
+    files = {"engine/hstu": HSTUEngineConfig, "engine/hf": HFEngineConfig, "kernel/torch": KernelConfig}
+    for path, schema in files.items():
+        stated = OmegaConf.to_container(OmegaConf.load(CONF / f"{path}.yaml"))
+        assert isinstance(stated, dict) and stated.pop("defaults")
+        assert stated == dataclasses.asdict(schema())
+
+
+def visits(users: int, rounds: int, longest: int, seed: int = 0) -> list[list[Request]]:
+    """Rounds of requests by the same users, whose histories grow in between; some of them come twice a round."""
+    rng = np.random.default_rng(seed)
+    last = make_requests(rng, CATALOGUE, list(rng.integers(longest // 2, longest, users)), [6] * users)
+    names = [f for f in Request.__dataclass_fields__ if f.startswith("history_")]
+    made = []
+    for round_ in range(rounds):
+        requests = []
+        for user in [*range(users), 0]:
+            events = len(last[user].history_items) * (round_ + 1) // rounds
+            history = {f: getattr(last[user], f)[:events] for f in names}
+            requests.append(dataclasses.replace(last[user], user_id=user, request_id=len(requests), **history))
+        made.append(requests)
+    return made
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "gdsf"])
+@pytest.mark.parametrize(("microbatch", "pages"), [(0, 400), (4, 400), (0, 9), (4, 9)])
+def test_answers_through_the_cache_equal_the_reference(policy: str, microbatch: int, pages: int) -> None:
+    """Returning users, growing histories, users who come twice in a batch, and a pool that holds few of them."""
+    rounds = visits(users=5, rounds=4, longest=60)
+    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    page_bytes = MODEL.layers * 16 * MODEL.heads * (MODEL.qk_dim + MODEL.v_dim) * 4
+    cache = PagedCacheConfig(policy, policy, page=16, memory_gb=pages * page_bytes / 1e9)
+    found: dict[str, float] = {}
+    with engine(rounds[-1], cache=cache, max_batch=6, candidate_microbatch=microbatch) as e:
+        for requests in rounds:
+            result = e.rank(requests)
+            assert error(result, reference.scores(requests)) < 1e-5
+            for name, value in result.details.items():
+                found[name] = found.get(name, 0.0) + value
+        assert e.actual()["cache"] == dataclasses.asdict(cache)
+        again = e.rank(rounds[-1])
+        e.forget()
+        anew = e.rank(rounds[-1])
+        assert error(again, anew.scores) < 1e-5
+        assert anew.details["cache_hits"] == 1  # of the user who comes twice
+    assert found["cache_bypassed"] == 0  # who comes twice in a batch is served twice, one after the other
+    assert found["cache_policy_errors"] == 0
+    if pages == 400:
+        assert found["cache_hits"] == 15 + 4 and found["cache_misses"] == 5 and found["cache_evictions"] == 0
+    else:
+        assert found["cache_evictions"] + found["cache_refused"] + found["cache_unstored"] > 0
+
+
+def test_what_does_not_fit_the_cache_is_refused_before_anything_runs() -> None:
+    requests = visits(users=2, rounds=1, longest=60)[0]
+    cache = PagedCacheConfig("lru", "lru", page=16, memory_gb=2e-5)
+    with (
+        pytest.raises(ValueError, match=r"cache\.memory_gb=2e-05: the longest history, \d+ tokens, alone takes"),
+        engine(requests, cache=cache),
+    ):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels themselves are tested below")
+def test_triton_kernels_in_the_interpreter_answer_alike() -> None:
+    model = dataclasses.replace(MODEL, interaction=True, layers=1)
+    requests = sample(2, longest=12, candidates=3)
+    expected = Reference(model, CATALOGUE, 5, "cpu").scores(requests)
+    for options in ({}, {"candidate_microbatch": 2}):
+        with engine(requests, model, "triton", max_batch=2, **options) as e:
+            assert error(e.rank(requests), expected) < 1e-5
+            assert {entry["source"] for entry in e.actual()["kernel_configs"]} == {"default"}
+
+
+def test_kernels_that_cannot_run_are_unavailable_with_those_that_can() -> None:
+    with (
+        pytest.raises(UnavailableError, match=r"kernel\.hstu_attention=cutlass: .*supported here: torch, compile"),
+        engine(sample(), kernel="cutlass"),
+    ):
+        pass
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["torch", "compile", "triton", "cutlass"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"candidate_microbatch": 4}], ids=str)
+def test_on_a_gpu(kernel: str, precision: str, options: dict[str, Any]) -> None:
+    if kernel == "cutlass" and precision == "fp32":
+        pytest.skip("tensor cores take half precision")
+    if kernel == "compile" and (precision != "bf16" or options):
+        pytest.skip("compiling takes long; one case shows that it runs")
+    model = dataclasses.replace(MODEL, qk_dim=32, v_dim=16, interaction=True)
+    requests = sample(8)
+    reference = Reference(model, CATALOGUE, 5, "cuda")
+    exact = np.concatenate(reference.scores(requests))
+    on_cpu = np.concatenate(Reference(model, CATALOGUE, 5, "cpu").scores(requests))
+    assert relative_error(exact, on_cpu) < 1e-5
+    plain = relative_error(np.concatenate(reference.scores(requests, precision)), exact)
+    with engine(requests, model, kernel, device="cuda", precision=precision, max_batch=8, **options) as e:
+        result = e.rank(requests)
+        assert e.actual()["device"] == "cuda" and e.actual()["kernels"]["layer_norm"] in (kernel, "triton")
+        assert result.compute_ms > 0 and result.transfer_ms > 0
+    allowed = max(2 * plain, 2e-5)
+    assert error(result, [exact]) <= allowed
+    without = np.concatenate(reference.scores(requests, attention=zero_attention))
+    assert relative_error(without, exact) > 2 * allowed
+
+
+@pytest.mark.gpu
+def test_auto_is_bf16_on_a_gpu() -> None:
+    with engine(sample(), device="auto") as e:
+        assert e.actual()["device"] == "cuda" and e.actual()["precision"] == "bf16"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("C", [0, 2])
+def test_graphs_equal_eager_batch_after_batch(C: int) -> None:
+    """Batches of other sizes and contents one after another: nothing of one is left in the next."""
+    model = dataclasses.replace(MODEL, contextual_seq_len=C)
+    requests = sample(40, longest=100, seed=3)
+    with (
+        engine(requests, model, device="cuda", precision="fp32", max_batch=8) as eager,
+        engine(requests, model, device="cuda", precision="fp32", max_batch=8, cuda_graphs=True) as graphs,
+    ):
+        for begin, end in [(0, 8), (8, 9), (9, 12), (12, 20), (20, 25), (39, 40), (0, 8)]:
+            expected, result = eager.rank(requests[begin:end]), graphs.rank(requests[begin:end])
+            assert error(result, expected.scores) < 1e-5
+            assert result.details == {"eager_batches": 0.0}
+            assert result.tokens == expected.tokens <= result.padded_tokens
+        assert len(graphs.actual()["graph_buckets"]) >= 4
+
+
+@pytest.mark.gpu
+def test_what_fits_no_bucket_runs_eagerly_and_is_counted() -> None:
+    requests = sorted(sample(4, longest=60), key=lambda r: len(r.history_items))
+    with engine(requests, device="cuda", precision="fp32", cuda_graphs=True, graph_lengths=[48]) as e:
+        long, short = e.rank(requests[-1:]), e.rank(requests[:1])
+    expected = Reference(MODEL, CATALOGUE, 5, "cuda").scores([requests[-1], requests[0]])
+    assert long.details == {"eager_batches": 1.0} and short.details == {"eager_batches": 0.0}
+    assert long.padded_tokens == long.tokens == 66 and short.padded_tokens == 48
+    assert error(long, expected[:1]) < 1e-5 and error(short, expected[1:]) < 1e-5

@@ -1,0 +1,413 @@
+"""TensorRT: plans that its compiler for RTX builds here, what is refused, the plugin's kernel. No plan is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers.hstu_oracle import make_requests, relative_error
+from test_export import race
+
+from grengines import registry
+from grengines.api import Catalogue, Request, UnavailableError
+from grengines.export import exporter
+from grengines.hstu.engine import Reference
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.quantised import round_fp8
+from grengines.runtime.batch import Encoding, pack
+from grengines.runtime.profile import Sizes, profiles
+from grengines.tensorrt import library as libraries
+from grengines.tensorrt import plan as plans
+from grengines.tensorrt import sample as samples
+from grengines.tensorrt.config import PRECISIONS, TensorRTConfig
+from grengines.tensorrt.quantise import quantise
+from grkernels.config import KernelConfig
+
+CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
+MODEL = HSTUConfig(
+    layers=2, embedding_dim=32, heads=2, qk_dim=16, v_dim=16, scaling_seqlen=128, contextual_seq_len=2, max_attn_len=20
+)
+ENCODING = Encoding.of(MODEL, CATALOGUE)
+REQUESTS = make_requests(np.random.default_rng(0), CATALOGUE, [3, 37, 12, 44, 20, 8], [6, 1, 9, 8, 5, 4])
+needs_rtx = pytest.mark.skipif(
+    libraries.missing("tensorrt_rtx") is not None,
+    reason="tensorrt_rtx has wheels for Linux on x86-64 only" if sys.platform != "linux" else "make setup installs it",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("GRBENCH_CACHE", str(folder))
+        yield folder
+
+
+def feeds() -> list[dict[str, Any]]:
+    return samples.feeds(REQUESTS, ENCODING, 3, 64)
+
+
+def facts_of(precision: str, target: str, **options: Any) -> tuple[plans.Facts, list[dict[str, Any]]]:
+    """What such a plan is, and its calibration set."""
+    calibration = feeds() if plans.BASE[precision] != precision else []
+    facts = plans.Facts.of(
+        libraries.find("tensorrt_rtx"), MODEL, CATALOGUE, 0, precision=precision, target=target,
+        profiles=profiles(REQUESTS, ENCODING, 4, 2), calibration=samples.digest(calibration), **options,
+    )  # fmt: skip
+    return facts, calibration
+
+
+def made(
+    precision: str, target: str, folder: Path, progress: plans.Progress | None = None, **options: Any
+) -> plans.Plan:
+    facts, calibration = facts_of(precision, target, **options)
+    library = libraries.find("tensorrt_rtx")
+    return plans.build(library, facts, MODEL, CATALOGUE, 0, folder, calibration, progress)
+
+
+@needs_rtx
+@pytest.mark.parametrize("target", ["8.9", "12.0"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_is_built_for_gpus_that_are_not_here(precision: str, target: str, tmp_path: Path) -> None:
+    told: list[tuple[str, float]] = []
+    library = libraries.find("tensorrt_rtx")
+    built = made(precision, target, tmp_path / "plan", lambda phase, share: told.append((phase, share)))
+    again = plans.load(tmp_path / "plan", built.facts, "mend it")
+    assert again.facts == built.facts and again.read() == built.read()
+    assert again.manifest["bytes"] == len(built.read()) > 100_000
+    assert (again.facts.library, again.facts.version) == ("tensorrt_rtx", library.version)
+    assert len(again.facts.profiles) == 2
+    tensors = again.manifest["tensors"]
+    assert tensors["token_rows"] == {"dtype": "INT64", "shape": [-1]}
+    assert tensors["tiles"] == {"dtype": "INT64", "shape": [-1, -1]}
+    assert tensors["logits"]["dtype"] == "FLOAT" and tensors["logits"]["shape"][1] == len(MODEL.tasks)
+    assert len({phase for phase, _ in told}) > 1 and {0.0, 1.0} <= {share for _, share in told}
+    assert [file.name for file in tmp_path.iterdir()] == ["plan"]
+    assert sorted(file.name for file in (tmp_path / "plan").iterdir()) == ["manifest.json", "model.plan"]
+
+
+@needs_rtx
+def test_of_two_processes_that_build_one_plan_the_second_takes_the_firsts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do they disturb each other before: both export the model, and both take scales from it."""
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "cache"))
+    code = """
+from test_tensorrt import CATALOGUE, MODEL, facts_of
+from grengines.tensorrt import library, plan
+meet_after(plan, "_compile")
+facts, feeds = facts_of("int8", "8.9")
+found = plan.cached(library.find("tensorrt_rtx"), facts, MODEL, CATALOGUE, 0, feeds)
+plan.load(found.folder, facts, "")
+print(published[-1], found.folder, (found.folder / "model.plan").stat().st_ino, found.manifest["sha256"])
+"""
+    first, second = sorted(race(code, tmp_path))
+    assert first.startswith("('plans', False)") and second.startswith("('plans', True)")
+    assert first.split()[2:] == second.split()[2:]
+    assert len(list((tmp_path / "cache" / "plans").iterdir())) == 1
+    folder = Path(first.split()[2])
+    (folder / "model.plan").write_bytes(b"nonsense")
+    facts, calibration = facts_of("int8", "8.9")
+    with pytest.raises(ValueError, match=rf"not as it was written .*; rm -r {folder}, and it is built again"):
+        plans.cached(libraries.find("tensorrt_rtx"), facts, MODEL, CATALOGUE, 0, calibration)
+
+
+@needs_rtx
+def test_the_network_is_in_the_precision_that_was_asked_for(tmp_path: Path) -> None:
+    """Eight bits make the plan smaller, and the plans differ: nothing is built in another precision without a word."""
+    wide = dataclasses.replace(MODEL, embedding_dim=512, heads=8, qk_dim=64, v_dim=64, contextual_seq_len=0)
+    encoding = Encoding.of(wide, CATALOGUE)
+    library, sizes = libraries.find("tensorrt_rtx"), profiles(REQUESTS, encoding, 4)
+    given = samples.feeds(REQUESTS, encoding, 1, 64)
+    size = {}
+    for precision in ("fp32", "fp16", "int8"):
+        facts = plans.Facts.of(
+            library, wide, CATALOGUE, 0, precision=precision, target="8.9", profiles=sizes, calibration="x"
+        )
+        size[precision] = plans.build(library, facts, wide, CATALOGUE, 0, tmp_path / precision, given).manifest["bytes"]
+    parameters = 2 * (512 * 4 * 512 + 3 * 512 * 512)
+    assert size["fp32"] - size["fp16"] > parameters  # two bytes less of each, nearly
+    assert size["fp16"] - size["int8"] > parameters / 2  # one byte less
+
+
+@needs_rtx
+def test_what_the_compiler_refuses_is_said_in_its_words(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match=r"TensorRT for RTX has no target 9\.0; it has .*8\.9"):
+        made("fp16", "9.0", tmp_path / "plan")
+    # Preparing weights that may be exchanged takes a GPU.
+    with pytest.raises(
+        UnavailableError, match=r"can't build fp16 with refit for compute capability 8\.9: .*CUDA_SUCCESS"
+    ):
+        made("fp16", "8.9", tmp_path / "plan", refit=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+def test_a_plan_that_does_not_belong_here_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    good = made("fp16", "8.9", tmp_path / "plan")
+
+    def complaint(folder: Path, wanted: plans.Facts = good.facts) -> str:
+        with pytest.raises(ValueError) as e:
+            plans.load(folder, wanted, "mend it")
+        assert "\n" not in str(e.value) and str(e.value).endswith("; mend it")
+        return str(e.value)
+
+    assert "no plan there" in complaint(tmp_path / "none")
+    for name, value, what in (
+        ("model_hash", "another", "built for model_hash"),
+        ("precision", "bf16", "built for precision fp16, this run has bf16"),
+        ("target", "12.0", "built for target 8.9"),
+        ("version", "99", "built for version"),
+    ):
+        assert what in complaint(good.folder, dataclasses.replace(good.facts, **{name: value}))
+    broken = tmp_path / "broken"
+    shutil.copytree(good.folder, broken)
+    with (broken / "model.plan").open("r+b") as f:
+        f.seek(5000)
+        f.write(b"nonsense")
+    assert "not as it was written" in complaint(broken)
+    (broken / "manifest.json").write_text(json.dumps({"facts": {"model_hash": 1}}))
+    assert "not the manifest of a plan" in complaint(broken)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").touch()
+    with pytest.raises(ValueError, match="holds no plan"):
+        made("fp16", "8.9", other)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.03), ("fp8", 0.08)])
+def test_eight_bits_cost_what_eight_bits_cost(kind: str, most: float, tmp_path: Path) -> None:
+    """The Q/DQ model in ONNX Runtime against the fp32 model: 8-bit rounding, and no more than that."""
+    whole, half = (exporter.cached(MODEL, CATALOGUE, 0, precision).onnx for precision in ("fp32", "fp16"))
+    quantise(half, tmp_path / "model.onnx", kind, feeds())
+    feed = samples.feeds(REQUESTS[1:2], ENCODING, 1, 64)[0]
+
+    def logits(path: Path) -> Any:
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feed)[0]
+
+    expected = logits(whole)
+    error = relative_error(logits(tmp_path / "model.onnx"), expected)
+    assert 5 * relative_error(logits(half), expected) < error < most
+    nodes = onnx.load(str(tmp_path / "model.onnx")).graph.node
+    assert sum(n.op_type == "QuantizeLinear" for n in nodes) == 2 * MODEL.layers
+    assert sum(n.op_type == "DequantizeLinear" for n in nodes) == 4 * MODEL.layers
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_weights_of_zeros_have_a_scale(kind: str, tmp_path: Path) -> None:
+    model = onnx.load(str(exporter.cached(MODEL, CATALOGUE, 0, "fp16").onnx))
+    product = next(n for n in model.graph.node if n.op_type == "Gemm")
+    weight = next(w for w in model.graph.initializer if w.name == product.input[1])
+    weight.raw_data = bytes(len(weight.raw_data))
+    onnx.save(model, str(tmp_path / "zeros.onnx"))
+    path = quantise(tmp_path / "zeros.onnx", tmp_path / "quantised.onnx", kind, feeds())
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert np.isfinite(session.run(None, feeds()[0])[0]).all()
+
+
+def test_the_reference_knows_what_eight_bits_cost() -> None:
+    """The tolerance of a cell in int8 or fp8: more than half precision's, and of the size that Q/DQ costs."""
+    reference = Reference(MODEL, CATALOGUE, 0, "cpu")
+    exact = np.concatenate(reference.scores(REQUESTS))
+
+    def cost(precision: str) -> float:
+        return relative_error(np.concatenate(reference.scores(REQUESTS, precision)), exact)
+
+    assert 2 * cost("fp16") < cost("int8") < cost("fp8") < 0.08
+    x = torch.tensor([0.0, 1.0, -3.0, 448.0])
+    assert round_fp8(x).tolist() == x.tolist()  # e4m3 holds these as they are
+    assert round_fp8(torch.tensor([448.0, 17.0])).tolist() == [448.0, 16.0]  # three bits after the first
+
+
+def test_eight_bits_need_a_calibration_set(tmp_path: Path) -> None:
+    half = exporter.cached(MODEL, CATALOGUE, 0, "fp16").onnx
+    with pytest.raises(ValueError, match=r"int8 needs a calibration set; give requests: engine\.calibration=16"):
+        quantise(half, tmp_path / "model.onnx", "int8", [])
+
+
+def test_saved_requests_come_back(tmp_path: Path) -> None:
+    samples.save(REQUESTS, tmp_path / "requests.npz")
+    for saved, read in zip(REQUESTS, samples.read(tmp_path / "requests.npz"), strict=True):
+        for f in dataclasses.fields(Request):
+            assert np.array_equal(getattr(saved, f.name), getattr(read, f.name)), f.name
+    (tmp_path / "bad.npz").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"bad\.npz: no saved requests"):
+        samples.read(tmp_path / "bad.npz")
+
+
+@needs_rtx
+def test_the_command_builds_and_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from grengines.tensorrt import build
+
+    def run(*args: str) -> tuple[int, str, str]:
+        model = ["layers=1", "embedding_dim=16", "heads=1", "qk_dim=16", "v_dim=16", "--items", "50", "--actions", "2"]
+        monkeypatch.setattr(sys, "argv", ["build", "--out", str(tmp_path / "plan"), *args, *model])
+        code = build.main()
+        return code, *capsys.readouterr()
+
+    samples.save(REQUESTS, tmp_path / "requests.npz")
+    code, out, error = run("--precision", "int8", "--target", "12.0", "--requests", str(tmp_path / "requests.npz"))
+    assert code == 0, error
+    assert "built in" in out and (tmp_path / "plan" / "model.plan").stat().st_size > 10_000
+    for args, expected, said in (
+        (("--precision", "fp8", "--history", "20", "--candidates", "4"), 2, "fp8 needs a calibration set"),
+        (("--history", "20"), 2, "give --history and --candidates, or --requests FILE"),
+        (("--history", "20", "--candidates", "0"), 2, "--candidates 0: allowed is >= 1"),
+        (("--history", "20", "--candidates", "4", "--target", "9.0"), 3, "has no target 9.0"),
+        (("--requests", str(tmp_path / "none.npz")), 2, "no saved requests"),
+    ):
+        code, _, error = run(*args)
+        assert code == expected and said in error and error.count("\n") == 1, error
+
+
+@needs_rtx
+def test_what_execution_calls_is_in_the_library() -> None:
+    """Nothing here can execute a plan: that every name which engine.py uses is there is as far as it goes."""
+    trt = libraries.find("tensorrt_rtx").module
+    for owner, names in (
+        (trt.Runtime, ("deserialize_cuda_engine",)),
+        (trt.ICudaEngine, ("create_execution_context", "create_runtime_config", "device_memory_size_v2")),
+        (
+            trt.IExecutionContext,
+            (
+                "set_optimization_profile_async",
+                "set_input_shape",
+                "set_tensor_address",
+                "infer_shapes",
+                "execute_async_v3",
+                "set_device_memory",
+                "is_stream_capturable",
+            ),
+        ),
+        (
+            trt.IRuntimeConfig,
+            (
+                "create_runtime_cache",
+                "set_runtime_cache",
+                "cuda_graph_strategy",
+                "set_execution_context_allocation_strategy",
+            ),
+        ),
+        (trt.ExecutionContextAllocationStrategy, ("USER_MANAGED",)),
+        (trt.IRuntimeCache, ("serialize", "deserialize")),
+        (trt.CudaGraphStrategy, ("WHOLE_GRAPH_CAPTURE",)),
+        (trt.OnnxParserRefitter, ("refit_from_file",)),
+        (trt.Refitter, ("refit_cuda_engine",)),
+        (trt.ITimingCache, ("serialize",)),
+        (trt.IBuilderConfig, ("create_timing_cache", "set_timing_cache")),
+    ):
+        for name in names:
+            assert hasattr(owner, name), f"{owner.__name__}.{name}"
+    takes = trt.ICudaEngine.create_execution_context.__doc__
+    assert takes is not None and "runtime_config" in takes
+    assert "ignore_mismatch: bool" in trt.IBuilderConfig.set_timing_cache.__doc__
+    assert "profile_index" in trt.IExecutionContext.set_optimization_profile_async.__doc__
+    assert "memory: typing.SupportsInt, size" in trt.IExecutionContext.set_device_memory.__doc__
+
+
+def test_shapes_of_profiles_hold_what_they_are_for() -> None:
+    sizes = profiles(REQUESTS, ENCODING, 4, 2)
+    facts = plans.Facts("m", "bf16", "tensorrt", "10.13", "9.0", sizes, 24, "", False, False)
+    small, large = (facts.shapes(s) for s in sizes)
+    assert large["token_rows"] == ((1,), (256,), (256,)) and large["offsets"] == ((2,), (5,), (5,))
+    assert large["tiles"] == ((1, 1), (3, 24), (3, 24)) and large["columns"][2] == (48,)
+    assert small["token_rows"][2] < large["token_rows"][2]
+
+
+def test_a_batch_is_laid_out_aligned() -> None:
+    from grengines.tensorrt.engine import ALIGNMENT, Staged, _counts, _padded
+
+    most = Sizes(4, 256, 64, 48, 64)
+    staged = Staged(sum(_padded(n) for n in _counts(most).values()), pin=False)
+    host = pack(REQUESTS[:3], ENCODING)
+    for _ in range(2):  # the second time over what the first left
+        staged.fill(host, 46, 24)
+    whole = samples.feeds(REQUESTS[:3], ENCODING, 3, 24)
+    assert whole  # what follows compares with the exporter's own inputs
+
+    from grengines.export.module import inputs_of
+
+    expected = inputs_of(host.to(torch.device("cpu")), 46, 24)
+    raw = staged.buffer.numpy().tobytes()
+    for name, (offset, shape) in staged.places.items():
+        tensor = expected[name].numpy()
+        assert offset % ALIGNMENT == 0 and shape == tensor.shape
+        assert raw[offset : offset + tensor.nbytes] == tensor.tobytes(), name
+    assert staged.rulers == {name: tuple(expected[name].shape) for name in ("tiles", "columns")}
+
+
+def test_where_nothing_can_be_executed_the_cell_is_unavailable_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grengines.tensorrt import engine as module
+
+    def build(**options: Any) -> Any:
+        return registry.build(TensorRTConfig(**options), MODEL, KernelConfig(), CATALOGUE, 0)
+
+    monkeypatch.setattr(libraries, "_found", lambda name: None)
+    with pytest.raises(
+        UnavailableError, match=r"tensorrt or tensorrt_rtx is not installed; pip install -e '\.\[tensorrt\]'"
+    ):
+        build()
+    monkeypatch.undo()
+    if libraries.missing("tensorrt_rtx") is None:
+        if libraries.no_gpu() is not None:
+            with pytest.raises(UnavailableError, match="this machine has not; build them"):
+                build()
+        rtx = libraries.find("tensorrt_rtx")
+        assert rtx.refusal("8.9") is None
+        refusal = r"TensorRT for RTX does not support compute capability 9\.0 \(supported: 8\.0, .*12\.1\)"
+        monkeypatch.setattr(libraries, "no_gpu", lambda: None)
+        monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(module.torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(module.torch.cuda, "get_device_capability", lambda device: (9, 0))
+        with pytest.raises(UnavailableError, match=refusal + "; use engine=aoti here"):
+            build(library="tensorrt_rtx")
+    with pytest.raises(UnavailableError, match="tensorrt is not installed"):
+        libraries.find("tensorrt") if libraries.missing("tensorrt") else pytest.skip("TensorRT is here")
+
+
+PLUGIN = """
+from test_tensorrt import MODEL
+from grengines.runtime.profile import Sizes
+from grengines.tensorrt import plugin
+for target, dtype in (("9.0", "fp32"), ("9.0", "bf16"), ("12.0", "fp16")):
+    made = plugin.compile_kernel(MODEL, dtype, target, Sizes(4, 256, 64, 48, 64))
+    entry = made.ptx[made.ptx.index(".entry " + made.name):].split(")")[0]
+    kinds = [p.split()[1] for p in entry.split("(")[1].split(",")]
+    print(target, dtype, *kinds, made.threads % 32, made.shared > 0)
+"""
+
+
+def test_the_plugins_kernel_compiles_with_the_parameters_that_tensorrt_passes() -> None:
+    """Inputs, one integer, the output; nothing that only Triton's own launcher would pass."""
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", PLUGIN], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert line.split()[2:11] == [".u64"] * 7 + [".u32", ".u64"] and line.endswith("0 True")
+
+
+def test_the_plugins_node_stands_in_for_the_function(tmp_path: Path) -> None:
+    from grengines.tensorrt.plugin import substitute
+
+    model = onnx.load(str(substitute(exporter.cached(MODEL, CATALOGUE, 0, "fp16").onnx, tmp_path / "model.onnx")))
+    nodes = [n for n in model.graph.node if n.op_type == "hstu_attention"]
+    assert len(nodes) == MODEL.layers and not model.functions
+    for node in nodes:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert (attributes, node.domain) == ({"plugin_namespace": b"grbench", "aot": 1}, "")

@@ -1,0 +1,606 @@
+"""Engine vllm, with the real vLLM: its answers are the fp32 reference's, whatever its scheduler does on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Grbench
+from helpers import vllm_checks
+from test_beam import SIZES, catalogue
+
+from grbench.tools.doctor import findings
+from grengines.api import Catalogue, GenerateResult, Request, Retrieval, UnavailableError
+from grengines.cache.config import CacheConfig
+from grengines.hstu.retriever import Reference
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.generator import HSTUGenerator, pack_prompts
+from grengines.semantic.search import Beams
+from grengines.vllm import install
+from grengines.vllm.config import VLLMEngineConfig
+from grengines.vllm.engine import VLLMEngine
+from grengines.vllm.rows import BeamRows, Reach, Step
+from grkernels import beam_terms
+from grkernels.operators import Operators
+from grkernels.registry import FAMILIES
+
+IDS = catalogue(110)
+RETRIEVAL = Retrieval(IDS, k=10, beam_width=20)
+MODEL = HSTUConfig(
+    embedding_dim=24, layers=2, heads=2, qk_dim=8, v_dim=8, scaling_seqlen=16, max_positions=90, head_dim=4
+)
+CATALOGUE = Catalogue(num_items=110, num_users=1, num_actions=1)
+LENGTHS = (5, 0, 9, 1, 40, 30, 13, 22)  # items: an empty prompt, one that is cut, ragged ones
+CLOSE = 1e-4  # fp32 in another order of summation; a wrong key shows at 1e-2
+
+
+def requests_of(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    return [request_of(i, rng.integers(0, len(IDS.codes), n)) for i, n in enumerate(lengths)]
+
+
+def request_of(number: int, items: np.ndarray) -> Request:
+    none, floats = np.zeros(len(items), np.int64), np.zeros(len(items), np.float32)
+    return Request(number, number, items, none, floats, none, 0, items[:0], 0, 0.0, 1000.0)
+
+
+REQUESTS = requests_of()
+
+
+def engine_of(
+    sample: Sequence[Request] = REQUESTS, model: Any = MODEL, retrieval: Retrieval = RETRIEVAL, **options: Any
+) -> VLLMEngine:
+    config = VLLMEngineConfig(**{"kv_cache_gb": 0.02, "block_size": 16, "max_num_seqs": 64, **options})
+    kernels = dict.fromkeys(FAMILIES, "torch")
+    engine = VLLMEngine(config, model, kernels, CATALOGUE, 3, CacheConfig(), retrieval)
+    engine.prepare(sample, 4)
+    return engine
+
+
+def expect_equal(found: GenerateResult, expected: Beams, order: Sequence[int] | None = None) -> None:
+    for i, (items, scores) in enumerate(zip(found.items, found.scores, strict=True)):
+        place = order[i] if order is not None else i
+        assert items.tolist() == expected.items[place].tolist()
+        np.testing.assert_allclose(scores, expected.scores[place], atol=CLOSE)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference(MODEL, 3, RETRIEVAL, "cpu")
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Reference) -> Beams:
+    return reference.search(REQUESTS)
+
+
+@pytest.fixture(scope="class")
+def engine() -> Iterator[VLLMEngine]:
+    """One for the tests of a class: a process has room for one vLLM at a time."""
+    made = engine_of()
+    yield made
+    made.close()
+
+
+# Rows of beams
+
+
+def test_ids_say_what_rows_are() -> None:
+    beams = BeamRows((4, 5, 6), max_rows=40)
+    prompt = np.array([3, 8, 14, 15])
+    tokens = np.array([2, 7, 0, 4])  # two beams of two codes
+    for search in (0, 1, beams.numbers - 1, beams.numbers + 5):
+        ids = torch.tensor(np.concatenate([prompt, beams.ids(tokens, search)]))
+        assert ids.max() < 2**31
+        step = Step.of(beams, ids.int(), torch.arange(8))
+        assert step.tokens.tolist() == [*prompt, *tokens]
+        assert step.rows.tolist() == [-1, -1, -1, -1, 0, 1, 2, 3]
+        assert step.levels.tolist() == [0, 0, 0, 0, 0, 1, 0, 1]
+        assert step.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5]
+    assert beams.ids(tokens, 0)[0] != beams.ids(tokens, 1)[0]
+
+
+def test_reach_of_chunks() -> None:
+    """Requests cut anywhere, and a captured graph's padding: each sees the prompt, its beam's own codes and itself."""
+    beams, page = BeamRows((4, 5, 6), max_rows=40), 4
+    rng = np.random.default_rng(0)
+    cuts = [(5, 6, 0, 5), (5, 6, 3, 9), (5, 6, 5, 11), (5, 6, 8, 9), (7, 0, 2, 7), (3, 2, 4, 5)]
+    ids, places, starts, tables, slots = [], [], [0], [], []
+    for b, (prompt, rows, begin, end) in enumerate(cuts):
+        tokens = np.stack([rng.integers(0, 4, rows // 2), 4 + rng.integers(0, 5, rows // 2)], 1).reshape(-1)
+        whole = np.concatenate([rng.integers(0, 15, prompt), beams.ids(tokens, b)])
+        table = rng.permutation(20)[:3]
+        ids.append(whole[begin:end])
+        places.append(np.arange(begin, end))
+        starts.append(starts[-1] + end - begin)
+        tables.append(table)
+        for p in range(begin, end):
+            before = p - 1 if p >= prompt and (p - prompt) % 2 == 1 else None
+            slots.append(-1 if before is None else table[before // page] * page + before % page)
+    reach = Reach.of(
+        beams,
+        torch.tensor(np.concatenate([*ids, [3, 99]])).int(),
+        torch.tensor(np.concatenate([*places, [1, 0]])),
+        torch.tensor([*starts, starts[-1]]).int(),
+        torch.tensor(np.stack([*tables, np.zeros(3)])).int(),
+        page,
+    )
+    assert reach.num_targets is not None
+    assert reach.offsets.tolist() == [*starts, starts[-1]]
+    assert reach.num_targets.tolist() == [max(end - max(begin, prompt), 0) for prompt, _, begin, end in cuts] + [0]
+    assert reach.paged_lengths[:-1].tolist() == [min(begin, prompt) for prompt, _, begin, _ in cuts]
+    assert reach.own_slots[:-2, 0].tolist() == slots
+    ids = torch.randint(0, 15, (5,))
+    alone = Reach.of(beams, ids, torch.tensor([2, 3, 0, 1, 2]), torch.tensor([0, 2, 5]), torch.zeros(2, 3), page, True)
+    assert alone.num_targets is None and alone.paged_lengths.tolist() == [2, 0] and alone.own_slots.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_terms_of_both_kernels(dtype: torch.dtype) -> None:
+    """PyTorch's against a loop, and Triton's against PyTorch's, over pages that hold keys and values side by side."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    pages = torch.randn(5, 4, 3, 20).to(device, dtype)
+    k_pages, v_pages = pages[..., :8], pages[..., 8:]
+    q, out = torch.randn(9, 3, 8).to(device, dtype), torch.randn(9, 3, 12).to(device, dtype)
+    slots = torch.randint(0, 20, (9, 2), device=device)
+    slots[2], slots[4, 1] = -1, -1
+    naive = out.float().clone()
+    for i, row in enumerate(slots.tolist()):
+        for slot in (s for s in row if s >= 0):
+            k, v = k_pages[slot // 4, slot % 4].float(), v_pages[slot // 4, slot % 4].float()
+            naive[i] += torch.nn.functional.silu(0.3 * (q[i].float() * k).sum(-1, keepdim=True)) * v / 2
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    for fn in (beam_terms.on_gpu,) if device == "cuda" else (beam_terms.beam_terms, beam_terms.on_gpu):
+        made = out.clone()
+        fn(made, q, k_pages, v_pages, slots, alpha=0.3, scaling_seqlen=2)
+        torch.testing.assert_close(made.float(), naive, atol=tolerance, rtol=tolerance)
+        assert torch.equal(made[2], out[2])
+
+
+# Agreement
+
+
+class TestOneEngine:
+    def test_items_and_order_are_the_references(self, engine: VLLMEngine, expected: Beams) -> None:
+        found = engine.generate(REQUESTS)
+        expect_equal(found, expected)
+        assert all(items.min() >= 0 and items.max() < 110 for items in found.items)
+        assert found.tokens == sum(min(max(3 * n, 1), 90) for n in LENGTHS)
+
+    def test_the_check_can_fail(self, engine: VLLMEngine, reference: Reference) -> None:
+        """Attention that returns zeros, and another request's answers, lie far outside."""
+        found = engine.generate(REQUESTS)
+        blind = reference.search(REQUESTS, blind=True)
+        for i in (0, 2, 4):
+            assert np.abs(found.scores[i] - blind.scores[i]).max() > 100 * CLOSE
+            assert np.abs(found.scores[i] - found.scores[i + 1]).max() > 100 * CLOSE
+
+    def test_a_blind_engine_fails(self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without the beams' own terms, and without the prompt in pages, the engine's own answers are wrong."""
+        from grengines.vllm import attention
+
+        monkeypatch.setattr(attention, "beam_terms", lambda *_, **__: None)
+        with pytest.raises(AssertionError):
+            expect_equal(engine.generate(REQUESTS), expected)
+        monkeypatch.undo()
+        monkeypatch.setattr(attention, "paged_write", lambda *_: None)
+        engine.forget()
+        with pytest.raises(AssertionError):
+            expect_equal(engine.generate(REQUESTS), expected)
+        monkeypatch.undo()
+        engine.forget()
+        expect_equal(engine.generate(REQUESTS), expected)
+
+    @pytest.mark.parametrize("order", [[4], [7, 2, 0, 5], [3, 3, 1, 6, 4, 0, 2, 5, 7, 3]])
+    def test_batch_composition_changes_nothing(self, engine: VLLMEngine, expected: Beams, order: list[int]) -> None:
+        engine.forget()
+        expect_equal(engine.generate([REQUESTS[i] for i in order]), expected, order)
+
+    def test_one_call_for_all_requests(
+        self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on a GPU: prompts and beams of mixed steps in one call of the operator."""
+        from grengines.vllm.attention import HSTUAttentionImpl
+
+        monkeypatch.setattr(HSTUAttentionImpl, "_one_by_one", HSTUAttentionImpl._together)
+        engine.forget()
+        done = {}
+        for key, request in enumerate(REQUESTS):  # a new prompt in every step
+            engine.admit(key, request)
+            done |= {f.key: f for f in engine.step()}
+        while engine.unfinished:
+            done |= {f.key: f for f in engine.step()}
+        assert [done[key].items.tolist() for key in range(len(REQUESTS))] == expected.items.tolist()
+
+    def test_arrival_order_changes_nothing(self, engine: VLLMEngine, expected: Beams) -> None:
+        """Requests join between steps: prompts and beams of different levels share steps."""
+        rng = np.random.default_rng(2)
+        for _ in range(3):
+            engine.forget()
+            waiting, done = list(rng.permutation(len(REQUESTS))), {}
+            while waiting or engine.unfinished:
+                for _ in range(min(int(rng.integers(0, 3)), len(waiting))):
+                    key = int(waiting.pop())
+                    engine.admit(key, REQUESTS[key])
+                for finished in engine.step():
+                    done[finished.key] = finished
+            assert sorted(done) == list(range(len(REQUESTS)))
+            for key, finished in done.items():
+                assert finished.items.tolist() == expected.items[key].tolist()
+                np.testing.assert_allclose(finished.scores, expected.scores[key], atol=CLOSE)
+
+    def test_a_returning_user_hits_the_prefix_cache(self, engine: VLLMEngine, reference: Reference) -> None:
+        """The same history, and one with new events: whole pages of what was read are found, and answers stay right."""
+        engine.forget()
+        items = requests_of([20], seed=5)[0].history_items
+        first, grown = request_of(0, items[:12]), request_of(1, items)
+        cold = engine.generate([first])
+        assert cold.details["prefix_hit_tokens"] == 0
+        warm, longer = engine.generate([first]), engine.generate([grown])
+        assert warm.details["prefix_hit_tokens"] == 32  # of 36 tokens two whole pages of 16
+        assert longer.details["prefix_hit_tokens"] == 32
+        assert warm.details["reread_tokens"] == 2 * (36 - 32)
+        expected = reference.search([first, grown])
+        for found, i in ((cold, 0), (warm, 0), (longer, 1)):
+            expect_equal(found, expected, [i])
+        engine.forget()
+        assert engine.generate([first]).details["prefix_hit_tokens"] == 0
+
+    def test_a_prompt_is_hashed_once_for_all_levels(self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Later levels take its blocks' hashes over; they are what vLLM computes itself."""
+        from vllm.v1.core import kv_cache_utils
+        from vllm.v1.request import Request as VLLMRequest
+
+        from grengines.vllm import compat
+
+        engine.forget()
+        computed, blocks, hashes = 0, [], []
+        compute, add = kv_cache_utils.hash_block_tokens, engine._core.add_request
+
+        def counting(*args: Any) -> Any:
+            nonlocal computed
+            computed += 1
+            return compute(*args)
+
+        def adding(request: Any) -> None:
+            nonlocal computed
+            add(request)
+            ours, before = compat.hashes_of(engine._core, request.request_id), computed
+            anew = VLLMRequest.from_engine_core_request(request, engine._core.engine_core.request_block_hasher)
+            blocks.append(len(request.prompt_token_ids) // 16)
+            hashes.append((ours, anew.block_hashes))
+            computed = before
+
+        monkeypatch.setattr(kv_cache_utils, "hash_block_tokens", counting)
+        monkeypatch.setattr(engine._core, "add_request", adding)
+        engine.generate([request_of(0, np.arange(12))])
+        assert [len(ours) for ours, _ in hashes] == blocks and blocks[0] == 2  # of 36 tokens
+        assert all(ours == anew for ours, anew in hashes)
+        assert computed == sum(blocks) - 2 * 2
+
+    def test_rows_of_beams_that_hit_the_cache_are_an_error(
+        self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The same user at once again has the same beams; only the search's number in their ids keeps them apart."""
+        engine.forget()
+        monkeypatch.setattr(engine, "_number", 7)
+        engine.generate([REQUESTS[2]])
+        monkeypatch.setattr(engine, "_number", 7)
+        with pytest.raises(RuntimeError, match="rows of beams hit the prefix cache"):
+            engine.generate([REQUESTS[2]])
+        while engine._core.engine_core.scheduler.has_unfinished_requests():
+            engine._core.get_output()
+        engine._searches, engine._under_way, engine._model.rows_under_way = {}, 0, 0
+        monkeypatch.undo()
+
+
+def test_token_ids_are_a_list_that_numpy_takes_as_an_array() -> None:
+    from grengines.vllm import compat
+
+    array = np.arange(5, 9)
+    ids = compat.TokenIds(array.tolist(), array + 100)  # unlike the list, to see which one is taken
+    assert isinstance(ids, list) and ids == [5, 6, 7, 8] and type(ids.copy()) is type(ids[1:]) is list
+    there = np.zeros((2, 6), np.int32)
+    there[1, :4] = ids
+    assert there.tolist() == [[0] * 6, [105, 106, 107, 108, 0, 0]]
+
+
+def test_a_prompt_that_is_too_long_never_reaches_vllm() -> None:
+    engine = engine_of(requests_of([3, 5]))
+    try:
+        with pytest.raises(ValueError, match=r"a prompt of 18 tokens; the engine was prepared for up to 15$"):
+            engine.admit(0, requests_of([6])[0])
+        assert engine.unfinished == 0
+    finally:
+        engine.close()
+
+
+def test_chunks_of_any_size_change_nothing(expected: Beams) -> None:
+    vllm_checks.chunks_of_any_size_change_nothing(engine_of, REQUESTS, lambda found: expect_equal(found, expected))
+
+
+def test_preemption_changes_nothing(expected: Beams, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm_checks.preemption_changes_nothing(
+        engine_of, REQUESTS, lambda found: expect_equal(found, expected), monkeypatch
+    )
+
+
+def test_without_prefix_caching_nor_chunks(expected: Beams) -> None:
+    vllm_checks.prefix_caching_and_chunks_can_be_off(engine_of, REQUESTS, lambda found: expect_equal(found, expected))
+
+
+def test_half_precision_differs_among_near_ties_only(reference: Reference, expected: Beams) -> None:
+    engine = engine_of(precision="bf16")
+    try:
+        found = engine.generate(REQUESTS)
+    finally:
+        engine.close()
+    plain = reference.search(REQUESTS, "bf16")
+    moved = [
+        np.abs(plain.scores[i] - reference.prefix_scores(r, plain.items[i])[:, -1]) for i, r in enumerate(REQUESTS)
+    ]
+    tie = 2 * float(np.max(moved))  # twice what rounding costs plain PyTorch
+    assert tie < 0.5
+    for i, (ours, scores) in enumerate(zip(found.items, found.scores, strict=True)):
+        theirs, exact = expected.items[i], expected.scores[i]
+        assert ours[0] in theirs[exact >= exact[0] - tie]
+        assert set(theirs[exact > exact[-1] + tie].tolist()) <= set(ours.tolist())
+        own = reference.prefix_scores(REQUESTS[i], ours)[:, -1]
+        np.testing.assert_allclose(scores, own, atol=tie)
+
+
+def test_the_model_serves_ordinary_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through vLLM's own LLM.generate: greedy tokens are those of the model itself over the whole sequence."""
+    engine = engine_of()
+    folder = engine._folder
+    assert folder is not None
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((Path(folder.name) / name).read_bytes())
+    engine.close()
+    from vllm import LLM, SamplingParams
+
+    # What vLLM changes in the process for good.
+    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)
+    monkeypatch.setenv("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
+    prompts = [IDS.tokens(r.history_items).reshape(-1) for r in REQUESTS if 0 < len(r.history_items) < 20]
+    llm = LLM(
+        str(tmp_path),
+        runner="generate",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        kv_cache_memory_bytes=2**24,
+        max_model_len=70,
+    )
+    try:
+        outputs = llm.generate(
+            [{"prompt_token_ids": p.tolist()} for p in prompts],
+            SamplingParams(temperature=0.0, max_tokens=5, detokenize=False),
+            use_tqdm=False,
+        )
+        found = [list(o.outputs[0].token_ids) for o in outputs]
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    model = HSTUGenerator.build(MODEL, SIZES, Operators.reference(), seed=3, device="cpu", dtype=torch.float32)
+    with torch.inference_mode():
+        for prompt, tokens in zip(prompts, found, strict=True):
+            sequence = prompt
+            for token in tokens:
+                x = model.full(pack_prompts([sequence]).to("cpu"))[-1:]
+                y = model.kernels.layer_norm(x, model.norm.weight, model.norm.bias, eps=1e-6)
+                assert int((y @ model.token_table.T).argmax()) == token
+                sequence = np.append(sequence, token)
+
+
+# Long-lived operation
+
+
+def test_close_leaves_nothing() -> None:
+    """The model, the folder of its weights, and what vLLM changed in the process are gone; another engine starts."""
+    before = torch.set_num_threads, torch.get_num_threads(), os.environ.get("LD_PRELOAD")
+    for _ in range(2):
+        engine = engine_of(REQUESTS[:3])
+        model, folder = weakref.ref(engine._model), engine._folder
+        assert folder is not None and (Path(folder.name) / "model.safetensors").is_file()
+        engine.close()
+        engine.close()
+        gc.collect()
+        assert model() is None
+        assert not Path(folder.name).exists()
+        assert before == (torch.set_num_threads, torch.get_num_threads(), os.environ.get("LD_PRELOAD"))
+    with pytest.raises(RuntimeError, match="not prepared, or closed"):
+        engine.admit(0, REQUESTS[0])
+
+
+def test_a_dead_core_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(REQUESTS[:3])
+    try:
+
+        def fail(*_: Any, **__: Any) -> None:
+            import logging
+
+            logging.getLogger("vllm.worker").error("the device fell off\nthe bus")
+            raise RuntimeError("an illegal memory access")
+
+        monkeypatch.setattr(type(engine._model), "forward", fail)
+        engine.admit(0, REQUESTS[0])
+        with pytest.raises(RuntimeError) as caught:
+            while engine.unfinished:
+                engine.step()
+        message = str(caught.value)
+        assert message.startswith("vLLM's engine core died: RuntimeError: an illegal memory access; ")
+        assert "the device fell off the bus" in message and "\n" not in message
+    finally:
+        engine.close()
+
+
+def test_vllm_tells_nobody() -> None:
+    """No usage reports, no downloads, nothing but localhost."""
+    engine = engine_of(REQUESTS[:2])
+    try:
+        from vllm.usage.usage_lib import is_usage_stats_enabled
+
+        assert not is_usage_stats_enabled()
+        assert os.environ["HF_HUB_OFFLINE"] == "1" and os.environ["VLLM_HOST_IP"] == "127.0.0.1"
+        actual = json.loads(json.dumps(engine.actual()))
+        assert actual["vllm"] and actual["attention_backend"] == "HSTUAttentionBackend"
+        assert actual["prefix_caching"] and actual["chunked_prefill"] and actual["cuda_graphs"] == "NONE"
+    finally:
+        engine.close()
+
+
+def test_a_whole_run(grbench: Grbench, tmp_path: Path) -> None:
+    """Through the harness, continuous batching under a load: the gate passes, and vLLM's log is the worker's."""
+    done = grbench("engine=vllm", "engine.kv_cache_gb=0.1", "scenario.queries=64", "scenario=closed_loop")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = (json.loads(p.read_text()) for p in tmp_path.glob("outputs/runs/*/record.json"))
+    assert record["status"] == "OK" and record["gate"]["overlap"] == 1.0
+    assert record["actual"]["vllm"] and record["metrics"]["engine/prefix_hit_tokens"] > 0
+    (log,) = tmp_path.glob("outputs/runs/*/worker.log")
+    assert "Initializing a V1 LLM engine" in log.read_text()
+
+
+# Refusals
+
+
+def test_wrong_options_are_one_line() -> None:
+    kernels = dict.fromkeys(FAMILIES, "torch")
+
+    def make(model: Any = MODEL, **options: Any) -> VLLMEngine:
+        return VLLMEngine(VLLMEngineConfig(**options), model, kernels, CATALOGUE, 0, CacheConfig(), RETRIEVAL)
+
+    with pytest.raises(ValueError, match=r"qk_dim=8, model\.v_dim=12: engine vllm needs them equal"):
+        make(dataclasses.replace(MODEL, v_dim=12))
+    with pytest.raises(ValueError, match="block_size=48: must be a power of two"):
+        make(block_size=48)
+    if not torch.cuda.is_available():
+        with pytest.raises(UnavailableError, match="cuda_graphs=true: there are none on a CPU"):
+            make(cuda_graphs=True)
+    engine = make(chunked_prefill=False, max_num_batched_tokens=32, kv_cache_gb=0.01)
+    with pytest.raises(ValueError, match=r"a search of 130 tokens needs engine.max_num_batched_tokens=130 or more"):
+        engine.prepare(REQUESTS, 1)
+    engine.close()
+    engine = make(kv_blocks=3, block_size=16, kv_cache_gb=0.01)
+    with pytest.raises(ValueError, match=r"^engine.kv_blocks=3: a search of 130 tokens needs 10$"):
+        engine.prepare(REQUESTS, 1)
+    engine.close()
+    engine = make(kv_cache_gb=0.00001)
+    with pytest.raises(ValueError, match=r"^vLLM refuses: [^\n]*$"):
+        engine.prepare(REQUESTS, 1)
+    engine.close()
+
+
+def test_doctor_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "find_spec", lambda name: None)
+    monkeypatch.setattr(install.shutil, "which", lambda name: None)
+    found = next(f for f in findings() if (f.kind, f.name) == ("engine", "vllm"))
+    assert not found.ok and found.remedy == install.CPU_COMMAND
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert f"VLLM := {install.CPU_VERSION}\n" in makefile
+    for package in ("torchvision", "torchaudio", "torchcodec"):
+        assert package in install.CPU_COMMAND and package in makefile
+
+
+# On a GPU
+
+GPU_MODEL = HSTUConfig(
+    embedding_dim=128, layers=3, heads=2, qk_dim=64, v_dim=64, scaling_seqlen=512, max_positions=1500, head_dim=4
+)
+GPU_REQUESTS = requests_of([400, 0, 70, 1, 250, 499, 33, 600], seed=7)
+
+
+def gpu_engine(kernel: str, model: Any = GPU_MODEL, **options: Any) -> VLLMEngine:
+    config = VLLMEngineConfig(**{"gpu_memory_utilization": 0.3, "max_num_batched_tokens": 2048, **options})
+    retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
+    engine = VLLMEngine(config, model, dict.fromkeys(FAMILIES, kernel), CATALOGUE, 3, CacheConfig(), retrieval)
+    engine.prepare(GPU_REQUESTS, 4)
+    return engine
+
+
+def expect_near(found: GenerateResult, expected: Beams, reference: Any, tolerance: float) -> None:
+    """The best item or a near-tie of it, every item that is above the cut by more than a tie, and scores."""
+    tie = 2 * tolerance
+    for i, (ours, scores) in enumerate(zip(found.items, found.scores, strict=True)):
+        theirs, exact = expected.items[i], expected.scores[i]
+        assert ours[0] in theirs[exact >= exact[0] - tie]
+        assert set(theirs[exact > exact[-1] + tie].tolist()) <= set(ours.tolist())
+        np.testing.assert_allclose(scores, reference.prefix_scores(GPU_REQUESTS[i], ours)[:, -1], atol=tolerance)
+
+
+def allowed(reference: Any, precision: str) -> float:
+    """As the gate: twice the error that plain PyTorch makes in the same precision, over more items than k."""
+    plain = reference.search(GPU_REQUESTS, precision, width=64, k=32)
+    exact = [reference.prefix_scores(r, items)[:, -1] for r, items in zip(GPU_REQUESTS, plain.items, strict=True)]
+    tolerance = max(2 * float(np.abs(plain.scores - np.stack(exact)).max()), CLOSE)
+    assert tolerance < 2  # log-probabilities of other requests differ by some tens
+    return tolerance
+
+
+def expect_mixed(engine: VLLMEngine, reference: Any, tolerance: float) -> None:
+    """A new prompt in every step, beside beams of all levels: scores are those of the items found."""
+    engine.forget()
+    done = {}
+    for key, request in enumerate(GPU_REQUESTS):
+        engine.admit(key, request)
+        done |= {f.key: f for f in engine.step()}
+    while engine.unfinished:
+        done |= {f.key: f for f in engine.step()}
+    for key, request in enumerate(GPU_REQUESTS):
+        own = reference.prefix_scores(request, done[key].items)[:, -1]
+        np.testing.assert_allclose(done[key].scores, own, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kernel", "precision", "graphs"),
+    [
+        ("torch", "fp32", ""),
+        ("triton", "bf16", ""),
+        ("triton", "bf16", "FULL"),
+        ("cutlass", "bf16", ""),
+        ("cutlass", "bf16", "FULL"),
+        ("torch", "bf16", "PIECEWISE"),
+    ],
+)
+def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
+    """Cold, from the prefix cache, and in an order of arrival that mixes prompts and beams."""
+    retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
+    reference = Reference(GPU_MODEL, 3, retrieval, "cuda")
+    expected = reference.search(GPU_REQUESTS)
+    engine = gpu_engine(
+        kernel, precision=precision, cuda_graphs=bool(graphs), graph_tokens=[16, 64, 128, 256, 512] if graphs else []
+    )
+    try:
+        actual = engine.actual()
+        assert actual["attention_backend"] == "HSTUAttentionBackend" and actual["device"] == "cuda"
+        assert actual["cuda_graphs"] == (graphs or "NONE")
+        tolerance = allowed(reference, precision)
+        expect_near(engine.generate(GPU_REQUESTS), expected, reference, tolerance)
+        warm = engine.generate(GPU_REQUESTS)
+        assert warm.details["prefix_hit_tokens"] > 3000
+        expect_near(warm, expected, reference, tolerance)
+        expect_mixed(engine, reference, tolerance)
+    finally:
+        engine.close()
+
+
+@pytest.mark.gpu
+def test_close_gives_gpu_memory_back() -> None:
+    """Once the process has its context and library workspaces, an engine more or less leaves no trace."""
+    free = []
+    for graphs in (True, True, False):
+        gpu_engine("triton", cuda_graphs=graphs, graph_tokens=[64, 256] if graphs else []).close()
+        gc.collect()
+        torch.cuda.empty_cache()
+        free.append(torch.cuda.mem_get_info()[0])
+    assert min(free[1:]) >= free[0] - 32 * 2**20
+    assert torch.cuda.memory_allocated() < 64 * 2**20

@@ -1,0 +1,112 @@
+"""The gate passes what is right and fails what is wrong, on the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from grbench import workloads
+from grbench.config.compose import compose_spec
+from grbench.config.schema import RunSpec
+from grbench.gate.rank import Gate, GateError, pick, relative_error
+from grbench.workloads.trace import Trace
+from grengines import registry
+from grengines.api import Engine, RankResult, Request
+
+SMALL = ["workload=synthetic", "workload.max_requests=40", "workload.max_history=96"]
+OVERRIDES = [*SMALL, "engine=hstu", "engine.device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def spec() -> RunSpec:
+    return compose_spec(OVERRIDES)[0]
+
+
+@pytest.fixture(scope="module")
+def trace(spec: RunSpec) -> Trace:
+    return workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
+
+
+def engine_of(spec: RunSpec, trace: Trace) -> Engine:
+    engine = registry.build(spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed)
+    engine.prepare(trace.requests, 4)
+    return engine
+
+
+def gate_of(spec: RunSpec, trace: Trace, precision: str = "fp32") -> Gate:
+    return Gate(spec, trace.catalogue, trace.requests, "cpu", precision)
+
+
+class Wrong:
+    """An engine whose answers are changed on their way out."""
+
+    def __init__(self, engine: Engine, how: str) -> None:
+        self.engine, self.how = engine, how
+        self.kept: RankResult | None = None
+
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        result = self.engine.rank(requests)
+        scores = result.scores
+        if self.how == "zeros":
+            scores = [np.zeros_like(s) for s in scores]
+        elif self.how == "stale":
+            scores = scores[-1:] + scores[:-1]
+        elif self.how == "one candidate off":
+            scores = [np.roll(s, 1, axis=0) for s in scores]
+        elif self.how == "nan":
+            scores = [s.copy() for s in scores]
+            scores[0][0, 0] = np.nan
+        elif self.how == "history ignored":
+            short = [replace(r, **{f: getattr(r, f)[-1:] for f in HISTORY}) for r in requests]
+            scores = self.engine.rank(short).scores
+        return replace(result, scores=scores)
+
+
+HISTORY = ("history_items", "history_actions", "history_weights", "history_timestamps")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_native_engine_passes_in_every_precision(trace: Trace, precision: str) -> None:
+    spec = compose_spec([*OVERRIDES, f"engine.precision={precision}"])[0]
+    result = gate_of(spec, trace, precision).check(engine_of(spec, trace), 4)
+    assert result.passed
+    assert result.error <= result.tolerance
+    assert result.zero_attention_error > 2 * result.tolerance
+    assert (result.error == 0) is False or precision == "fp32"
+
+
+@pytest.mark.parametrize("how", ["zeros", "stale", "one candidate off", "nan", "history ignored"])
+def test_a_wrong_answer_fails(spec: RunSpec, trace: Trace, how: str) -> None:
+    with pytest.raises(GateError, match="differ from the fp32 reference") as caught:
+        gate_of(spec, trace).check(Wrong(engine_of(spec, trace), how), 4)  # type: ignore[arg-type]
+    assert caught.value.result.passed is False
+
+
+def test_another_seeds_weights_fail(spec: RunSpec, trace: Trace) -> None:
+    other = registry.build(spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed + 1)
+    other.prepare(trace.requests, 4)
+    with pytest.raises(GateError):
+        gate_of(spec, trace).check(other, 4)
+
+
+def test_a_gate_that_could_not_fail_is_refused(spec: RunSpec, trace: Trace) -> None:
+    blind = gate_of(spec, trace)
+    blind._tolerance = 1.0
+    with pytest.raises(GateError, match="can't tell right from wrong"):
+        blind.check(engine_of(spec, trace), 4)
+
+
+def test_the_sample_has_the_shortest_and_the_longest_history(trace: Trace) -> None:
+    lengths = [len(r.history_items) for r in trace.requests]
+    sample = pick(trace.requests, 4, seed=1)
+    assert {min(lengths), max(lengths)} <= {len(r.history_items) for r in sample}
+    assert len({r.request_id for r in sample}) == 4
+
+
+def test_relative_error_of_nan_is_infinite() -> None:
+    one = np.ones(3, np.float32)
+    assert relative_error(np.array([1, np.nan, 1], np.float32), one) == float("inf")
+    assert relative_error(2 * one, one) == pytest.approx(1.0)

@@ -1,0 +1,213 @@
+"""grbench.run.stats against brute force, and its intervals against simulation."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grbench.config.compose import compose_spec
+from grbench.run import measure, stats
+from grbench.scenarios import Measurement
+from grengines.api import Request
+
+latencies = st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(latencies, st.sampled_from([0.0, 1.0, 50.0, 75.0, 90.0, 99.0, 99.9]))
+def test_percentile_is_the_sample_that_loadgen_takes(samples: list[float], percent: float) -> None:
+    index = math.floor(len(samples) * Fraction(str(percent)) / 100)
+    assert stats.percentile(samples, percent) == sorted(samples)[index]
+
+
+@pytest.mark.parametrize("count", [1000, 2000, 10_000, 100_000])
+@pytest.mark.parametrize(("percent", "share_above"), [(99.0, 100), (99.9, 1000), (90.0, 10)])
+def test_rank_does_not_suffer_from_binary_fractions(count: int, percent: float, share_above: int) -> None:
+    assert stats.percentile(np.arange(count), percent) == count - count // share_above
+
+
+@settings(deadline=None)
+@given(latencies)
+def test_summary_is_monotone_within_range_and_independent_of_order(samples: list[float]) -> None:
+    summary = stats.latency_summary(samples)
+    p50, p90, mean = (summary.metrics[f"latency_ms/{k}"] for k in ("p50", "p90", "mean"))
+    assert min(samples) <= p50 <= p90 <= max(samples)
+    assert p50 in samples
+    assert p90 in samples
+    assert mean == pytest.approx(math.fsum(samples) / len(samples))
+    shuffled = np.random.default_rng(0).permutation(samples)
+    assert stats.latency_summary(shuffled).metrics == pytest.approx(summary.metrics)
+
+
+@settings(deadline=None)
+@given(latencies, st.sampled_from(stats.PERCENTILES))
+def test_interval_holds_the_percentile_and_exists_from_a_stated_count(samples: list[float], percent: float) -> None:
+    interval = stats.percentile_interval(samples, percent)
+    assert (interval is not None) == (len(samples) >= stats.samples_for_interval(percent))
+    if interval:
+        assert interval[0] <= stats.percentile(samples, percent) <= interval[1]
+
+
+def test_exact_on_a_small_array() -> None:
+    summary = stats.latency_summary([4.0, 1.0, 3.0, 2.0], prefix="queue_ms")
+    assert summary.metrics == {"queue_ms/mean": 2.5, "queue_ms/p50": 3.0, "queue_ms/p90": 4.0}
+    assert summary.intervals == {}
+    assert summary.notes == [
+        "queue_ms/p50 has no 95% interval: it needs 6 samples, there are 4",
+        "queue_ms/p90 has no 95% interval: it needs 36 samples, there are 4",
+        "queue_ms/p99 withheld: it needs 1000 samples, there are 4",
+        "queue_ms/p99.9 withheld: it needs 10000 samples, there are 4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [
+        (999, {"mean", "p50", "p90"}),
+        (1000, {"mean", "p50", "p90", "p99"}),
+        (9999, {"mean", "p50", "p90", "p99"}),
+        (10_000, {"mean", "p50", "p90", "p99", "p99.9"}),
+    ],
+)
+def test_tail_percentiles_only_from_enough_samples(count: int, names: set[str]) -> None:
+    summary = stats.latency_summary(np.arange(count, dtype=float))
+    assert {name.removeprefix("latency_ms/") for name in summary.metrics} == names
+    withheld = {"p99", "p99.9"} - names
+    assert {note.split(" withheld")[0].removeprefix("latency_ms/") for note in summary.notes} == withheld
+    assert summary.intervals.keys() == summary.metrics.keys() - {"latency_ms/mean"}
+
+
+def test_interval_of_a_known_case() -> None:
+    # n=100, q=0.5: ranks 40 and 61 (from one) are the textbook 95% interval of the median.
+    assert stats.percentile_interval(np.arange(1, 101), 50.0) == (40.0, 61.0)
+
+
+@pytest.mark.parametrize(("count", "percent"), [(50, 50.0), (200, 90.0), (1000, 99.0), (10_000, 99.9)])
+def test_interval_covers_the_truth(count: int, percent: float) -> None:
+    """Heavy-tailed samples with a known quantile: 95% must be covered (0.93 leaves room for luck)."""
+    rng = np.random.default_rng(7)
+    truth = (1 - percent / 100) ** (-1 / 1.5)  # Pareto, shape 1.5
+    runs = 400
+    covered = 0
+    for _ in range(runs):
+        interval = stats.percentile_interval(1 + rng.pareto(1.5, count), percent)
+        assert interval is not None
+        covered += interval[0] <= truth <= interval[1]
+    assert covered / runs >= 0.93
+    assert covered < runs  # an interval that is always right is too wide to be of use
+
+
+@settings(deadline=None)
+@given(latencies, st.floats(0, 1e6), st.floats(0.01, 100))
+def test_goodput_counts_answers_in_time(samples: list[float], deadline: float, duration_s: float) -> None:
+    expected = sum(s <= deadline for s in samples) / duration_s
+    assert stats.goodput(samples, deadline, duration_s) == pytest.approx(expected)
+    assert stats.goodput(samples, [deadline] * len(samples), duration_s) == pytest.approx(expected)
+    assert stats.goodput(samples, deadline, duration_s) <= stats.throughput(len(samples), duration_s)
+
+
+def test_goodput_takes_each_request_at_its_own_deadline() -> None:
+    assert stats.goodput([10.0, 10.0, 10.0], [9.0, 10.0, 11.0], duration_s=2.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: stats.latency_summary([]), "latency_ms: no samples"),
+        (lambda: stats.percentile([], 50), "p50: no samples"),
+        (lambda: stats.latency_summary([1.0, float("nan")]), "latency_ms: sample 1 is nan"),
+        (lambda: stats.percentile([float("inf")], 50), "p50: sample 0 is inf"),
+        (lambda: stats.latency_summary([-1.0]), "latency_ms: sample 0 is -1"),
+        (lambda: stats.percentile([1.0], 100), "percent=100: allowed is 0 <= percent < 100"),
+        (lambda: stats.throughput(3, 0.0), "duration_s=0.0: allowed is"),
+        (lambda: stats.goodput([1.0, 2.0], [1.0], 1.0), r"deadlines_ms: shape \(1,\)"),
+    ],
+)
+def test_bad_input_is_named(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 3000), st.sampled_from(stats.PERCENTILES))
+def test_interval_ranks_reach_their_confidence(count: int, percent: float) -> None:
+    """The chance that the two order statistics enclose the percentile, summed term by term."""
+    interval = stats.percentile_interval(np.arange(count), percent)
+    if interval is None:
+        return
+    low, high = int(interval[0]), int(interval[1])
+    q = percent / 100
+    log_terms = [
+        math.lgamma(count + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(count - k + 1)
+        + k * math.log(q)
+        + (count - k) * math.log1p(-q)
+        for k in range(low + 1, high + 1)
+    ]
+    assert math.fsum(math.exp(term) for term in log_terms) >= 0.95 - 1e-9
+
+
+def measured(details: dict[str, float]) -> dict[str, float]:
+    return summarised(details).metrics
+
+
+def summarised(details: dict[str, float]) -> stats.Summary:
+    """Of four requests, of 10 history events each, one a batch."""
+    spec, _ = compose_spec(["engine=hstu"])
+    events, request_ids = np.arange(10), np.arange(4)
+    requests = [Request(i, 0, events, events, events, events, 0, events[:2], 10, 0.0, 80.0) for i in range(4)]
+    times = dict.fromkeys((*measure.PARTS, "latency_ms"), np.full(4, 2.0))
+    samples = {"request_id": request_ids, "arrival_s": request_ids / 1e3, "batch_index": request_ids, **times}
+    return measure.summarise(Measurement(samples, 40, 40, details, busy_s=0.008, batch_mean=1.0), spec, requests)
+
+
+def test_cache_metrics_are_shares_of_lookups_and_of_events() -> None:
+    counted = {
+        "cache_hits": 1.0,
+        "cache_partial_hits": 0.0,
+        "cache_misses": 2.0,  # one of them came from the host
+        "cache_bypassed": 1.0,
+        "cache_host_hits": 1.0,
+        "cache_cached_tokens": 10.0,
+        "cache_loaded_tokens": 6.0,
+    }
+    metrics = measured(counted)
+    assert metrics["cache/device_hit_rate"] == metrics["cache/host_hit_rate"] == 0.25
+    assert metrics["cache/hit_rate"] == 0.5
+    assert metrics["cache/token_hit_rate"] == 16 / 40
+    assert metrics["engine/cache_bypassed"] == 1
+    assert "model_tflops" not in metrics  # part of that work was not done
+    assert "cache/host_copy_gb_s" not in metrics  # nothing was measured of it
+
+    copies = {"cache_host_wait_ms": 1.0, "cache_host_copy_ms": 4.0, "cache_host_bytes": 8e6}
+    metrics = measured(counted | copies)
+    assert metrics["cache/host_wait_share"] == 0.25
+    assert metrics["cache/host_copy_gb_s"] == 2.0
+
+    metrics = measured(dict.fromkeys(counted, 0.0))  # every lookup failed
+    assert metrics["cache/hit_rate"] == metrics["cache/token_hit_rate"] == 0
+
+    metrics = measured({})
+    assert metrics["model_tflops"] > 0
+    assert not any(name.startswith("cache/") for name in metrics)
+
+
+def test_a_record_says_that_the_cache_failed() -> None:
+    counted = dict.fromkeys(("hits", "partial_hits", "misses", "bypassed", "host_hits"), 1.0)
+    details = {f"cache_{name}": n for name, n in (counted | {"cached_tokens": 1.0, "loaded_tokens": 1.0}).items()}
+    quiet, told = (summarised(details | {"cache_faults": n}).notes for n in (0.0, 3.0))
+    [note] = set(told) - set(quiet)
+    assert note == "the cache failed 3 times, and those batches were answered without it; why: worker.log"
+
+
+def test_item_cache_metrics_count_tokens_and_distinct_rows() -> None:
+    metrics = measured({"items_tokens": 10.0, "items_token_hits": 8.0, "items_distinct": 4.0, "items_hits": 2.0})
+    assert metrics["cache/item_token_hit_rate"] == 0.8
+    assert metrics["cache/item_hit_rate"] == 0.5
