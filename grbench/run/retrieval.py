@@ -9,7 +9,7 @@ from grbench.config.schema import RetrievalConfig
 from grbench.workloads.config import SyntheticConfig, WorkloadConfig
 from grbench.workloads.trace import Trace
 from grengines.api import Retrieval
-from grengines.semantic import kept
+from grengines.semantic import id_cache
 from grengines.semantic.ids import SemanticIds, propose_codes
 
 TELL_S = 5.0  # between two tellings of how far the ids are
@@ -41,10 +41,10 @@ def build_retrieval(
                 tell(f"making semantic IDs of {items:,} items, {done / rows:.0%}")
 
         if isinstance(workload, SyntheticConfig):
-            ids = kept.of_made_up(items, levels=config.levels, codes=codes, seed=seed, progress=progress)
+            ids = id_cache.of_made_up(items, levels=config.levels, codes=codes, seed=seed, progress=progress)
         else:
             users, touched = trace.events.users, trace.events.items
-            ids = kept.of_interactions(
+            ids = id_cache.of_interactions(
                 users, touched, items, levels=config.levels, codes=codes, seed=seed, progress=progress
             )
     return Retrieval(ids, config.k, config.beam_width, config.weights)

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 from grbench.workloads.events import DataError
-from grengines.runtime.files import cache_folder, sha256
+from grengines.runtime.cache_dir import cache_folder, sha256
 
 PACKAGE = "recbole==1.2.1"
 MEMBER = "recbole/dataset_example/ml-100k/ml-100k.inter"

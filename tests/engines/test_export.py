@@ -254,7 +254,7 @@ def test_the_cache_folder_knows_models_apart_and_mends_itself(tmp_path: Path, mo
 MEETING = """
 import sys, time
 from pathlib import Path
-from grengines.export import folders
+from grengines.runtime import atomic_io
 sys.path.insert(0, {tests!r})
 others, own = Path(sys.argv[1]), sys.argv[2]
 
@@ -271,8 +271,11 @@ def meet_after(module, name):
     setattr(module, name, both)
 
 published = []
-publish = folders.publish
-folders.publish = lambda made, folder: published.append((folder.parent.name, publish(made, folder))) or published[-1][1]
+publish = atomic_io.publish
+def publishing(made, folder):
+    published.append((folder.parent.name, publish(made, folder)))
+    return published[-1][1]
+atomic_io.publish = publishing
 """
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from grbench.workloads import events as loaders
 from grbench.workloads import movielens
-from grengines.semantic import kept
+from grengines.semantic import id_cache
 from grengines.semantic.ids import SPARE, SemanticIds, build, propose_codes
 from grengines.semantic.quantise import residual_kmeans
 from grengines.semantic.trie import TensorTrie, Trie
@@ -399,7 +399,7 @@ def test_ids_are_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rng = np.random.default_rng(0)
     users, items = rng.integers(0, 20, 300), rng.integers(0, 50, 300)
     options = {"levels": 3, "codes": 4, "seed": 1}
-    made = kept.of_interactions(users, items, 50, **options)
+    made = id_cache.of_interactions(users, items, 50, **options)
     assert (made.codes == build(from_interactions(users, items, 50, seed=1), 3, 4, 1).codes).all()
     (path,) = (tmp_path / "semantic_ids").iterdir()
 
@@ -407,27 +407,27 @@ def test_ids_are_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("made again")
 
     with monkeypatch.context() as kept_ones:
-        kept_ones.setattr(kept, "build", refuse)
-        assert (kept.of_interactions(users, items, 50, **options).codes == made.codes).all()
+        kept_ones.setattr(id_cache, "build", refuse)
+        assert (id_cache.of_interactions(users, items, 50, **options).codes == made.codes).all()
         for other in (
             (users[::-1], items, 50, options),
             (users, items, 51, options),
             (users, items, 50, {**options, "seed": 2}),
         ):
             with pytest.raises(AssertionError, match="made again"):
-                kept.of_interactions(*other[:3], **other[3])
+                id_cache.of_interactions(*other[:3], **other[3])
         with pytest.raises(AssertionError, match="made again"):
-            kept.of_made_up(50, **options)
+            id_cache.of_made_up(50, **options)
     path.write_bytes(path.read_bytes()[:-3])  # not whole: made again, and whole again
-    assert (kept.of_interactions(users, items, 50, **options).codes == made.codes).all()
+    assert (id_cache.of_interactions(users, items, 50, **options).codes == made.codes).all()
     assert (SemanticIds.load(path).codes == made.codes).all()
     seen: list[tuple[int, int]] = []
-    assert len(kept.of_made_up(50, **options, progress=lambda done, rows: seen.append((done, rows))).codes) == 50
+    assert len(id_cache.of_made_up(50, **options, progress=lambda done, rows: seen.append((done, rows))).codes) == 50
     assert seen[-1] == (150, 150) and len(list((tmp_path / "semantic_ids").iterdir())) == 2
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "file"))
     with pytest.raises(ValueError, match=r"file/semantic_ids.*Not a directory; set GRBENCH_CACHE"):
-        kept.of_made_up(50, **options)
+        id_cache.of_made_up(50, **options)
 
 
 def test_a_hundred_thousand_items_in_seconds() -> None:

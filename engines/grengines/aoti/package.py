@@ -22,10 +22,10 @@ from torch.export import Dim
 import grengines
 import grkernels
 from grengines.api import UnavailableError
-from grengines.export import folders
 from grengines.export.module import INPUTS, ExportedRanker
+from grengines.runtime import atomic_io
 from grengines.runtime.batch import JaggedBatch
-from grengines.runtime.files import cache_folder
+from grengines.runtime.cache_dir import cache_folder
 from grengines.runtime.profile import Sizes
 from grkernels import tuning
 from grkernels.hstu_attention.torch import tiles_needed
@@ -173,7 +173,7 @@ def build(module: ExportedRanker, facts: Facts) -> Path:
     tuning.forget()
     program = _trace(module, facts)
     metadata = {"grbench": facts.json(), "kernel_configs": json.dumps(tuning.provenance())}
-    with folders.scratch(path) as folder:
+    with atomic_io.scratch(path) as folder:
         scratch = folder / path.name  # its name is also that of a folder in it
         with _one_line_errors(), _toolchain(module.ranker.token_table.device, folder) as libraries:
             configs = {"aot_inductor.metadata": metadata, "aot_inductor.custom_op_libs": libraries}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grengines.cache.history import History
 from grengines.cache.pool import PagePool, PoolFullError
-from grengines.runtime.marks import Mark
+from grengines.runtime.timing import Mark
 
 AHEAD = 2  # layers under way to the device at once
 DOWN_BYTES = 2 << 30  # at most so much gathered memory waits to be copied to the host; further states are let go

@@ -21,14 +21,14 @@ import torch
 from torch.export import ExportedProgram
 
 from grengines.api import Catalogue, UnavailableError
-from grengines.export import folders
 from grengines.export.identity import digest_of, model_hash, weights_of
 from grengines.export.module import INPUTS, OUTPUT, ExportedRanker, trace
 from grengines.export.onnx_attention import DOMAIN, OPSET, VERSION, onnx_function, onnx_node, register_schema
 from grengines.hstu.engine import build_model
 from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime import atomic_io
+from grengines.runtime.cache_dir import cache_folder, sha256
 from grengines.runtime.device import DTYPES
-from grengines.runtime.files import cache_folder, sha256
 
 FORMAT = "grbench-export-1"
 ONNX_FILE, WEIGHTS_FILE, PROGRAM_FILE, MANIFEST_FILE = "model.onnx", "model.onnx.data", "model.pt2", "manifest.json"
@@ -127,12 +127,12 @@ def export(
     ValueError for weights that don't fit or a folder with something else in it, UnavailableError for int8 without
     onnxruntime, OSError where it can't be written.
     """
-    folders.check(folder, MANIFEST_FILE, "export")
+    atomic_io.check(folder, MANIFEST_FILE, "export")
     digest = model_hash(model, catalogue, seed)
     ranker = build_model(model, catalogue, seed, "cpu", DTYPES["fp32" if precision == "int8" else precision])
     parameters = sum(p.numel() for p in ranker.parameters())
     program = trace(ExportedRanker(ranker))
-    with folders.scratch(folder) as scratch:
+    with atomic_io.scratch(folder) as scratch:
         if ONNX_FILE in files:
             metadata = {"model_hash": digest, "precision": precision}
             if precision == "int8":
@@ -162,11 +162,11 @@ def export(
             "files": {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(scratch.iterdir())},
         }
         (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
-        while not folders.publish(scratch, folder):
+        while not atomic_io.publish(scratch, folder):
             if keep:
                 with contextlib.suppress(ValueError):
                     return load(folder)
-            folders.discard(folder)
+            atomic_io.discard(folder)
     return Export(folder, manifest)
 
 
@@ -194,7 +194,7 @@ def cached(
 def note(found: Export, key: str, value: Any) -> Export:
     """The export with one more entry in its manifest, on disk too. Raises OSError."""
     manifest = {**found.manifest, key: value}
-    folders.write(found.folder / MANIFEST_FILE, (json.dumps(manifest, indent=1) + "\n").encode())
+    atomic_io.write(found.folder / MANIFEST_FILE, (json.dumps(manifest, indent=1) + "\n").encode())
     return Export(found.folder, manifest)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from grengines.api import Catalogue
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding
-from grengines.runtime.files import sha256
+from grengines.runtime.cache_dir import sha256
 
 
 def model_hash(model: HSTUConfig, catalogue: Catalogue, seed: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grengines.api import Float32Array, GenerateResult, RankResult
 from grengines.runtime.batch import HostBatch
-from grengines.runtime.marks import Mark
+from grengines.runtime.timing import Mark
 
 
 class Marks:

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from grengines.api import Catalogue, RankResult, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.export import exporter, folders
+from grengines.export import exporter
 from grengines.export.module import INPUTS, OUTPUT
 from grengines.fallback import OutsideError
 from grengines.models.hstu.config import HSTUConfig
-from grengines.runtime import staging
+from grengines.runtime import atomic_io, staging
 from grengines.runtime.batch import Bucket, Encoding, HostBatch, pack
-from grengines.runtime.files import cache_folder
+from grengines.runtime.cache_dir import cache_folder
 from grengines.runtime.graphs import choose_bucket, plan_buckets, token_count
 from grengines.runtime.profile import Sizes, check, profiles
 from grengines.runtime.results import Marks, collect
@@ -115,7 +115,7 @@ class Execution:
     def save_runtime_cache(self) -> None:
         """Keep what TensorRT for RTX compiled on this GPU for the next start."""
         if self._library.rtx:
-            folders.write(self._runtime_file(), bytes(self._kernels.serialize()))
+            atomic_io.write(self._runtime_file(), bytes(self._kernels.serialize()))
 
     def close(self) -> None:
         """Wait for what runs, and release everything, captured graphs being gone already: contexts before the

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from grengines.api import Catalogue, UnavailableError
-from grengines.export import exporter, folders
+from grengines.export import exporter
 from grengines.export.identity import digest_of, model_hash
 from grengines.export.module import INPUTS, gpu_tile_rows
 from grengines.models.hstu.config import HSTUConfig
-from grengines.runtime.files import cache_folder, sha256
+from grengines.runtime import atomic_io
+from grengines.runtime.cache_dir import cache_folder, sha256
 from grengines.runtime.profile import Sizes
 from grengines.tensorrt.library import Library, logger
 
@@ -130,12 +131,12 @@ def build(
     calibration set or a target that TensorRT can't build for here, UnavailableError, with the library's words, for what
     it refuses.
     """
-    folders.check(folder, MANIFEST_FILE, "plan")
+    atomic_io.check(folder, MANIFEST_FILE, "plan")
     if reason := library.elsewhere(facts.target):
         raise ValueError(reason)
     begun = time.perf_counter()
     found = exporter.cached(model, catalogue, seed, BASE[facts.precision])
-    with folders.scratch(folder) as scratch:
+    with atomic_io.scratch(folder) as scratch:
         onnx, made = found.onnx, scratch / "onnx"
         made.mkdir()
         if BASE[facts.precision] != facts.precision:
@@ -161,10 +162,10 @@ def build(
             "build_s": built - exported,
         }
         (scratch / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
-        while not folders.publish(scratch, folder):
+        while not atomic_io.publish(scratch, folder):
             if keep:
                 return load(folder, facts, _again(folder))
-            folders.discard(folder)
+            atomic_io.discard(folder)
     return Plan(folder, facts, manifest)
 
 
@@ -257,7 +258,7 @@ def _compile(library: Library, facts: Facts, onnx: Path, progress: Progress | No
         what = f"{facts.precision}{' with refit' if facts.refit else ''} for compute capability {facts.target}"
         raise UnavailableError(f"{facts.library} {facts.version} can't build {what}: {log.take()}")
     if timings is not None:
-        folders.write(_timings_file(facts), bytes(timings.serialize()))
+        atomic_io.write(_timings_file(facts), bytes(timings.serialize()))
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     tensors += [network.get_output(i) for i in range(network.num_outputs)]
     described = {t.name: {"dtype": str(t.dtype).split(".")[-1], "shape": list(t.shape)} for t in tensors}

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grengines.runtime.files import cache_folder
+from grengines.runtime.cache_dir import cache_folder
 from grengines.semantic import vectors
 from grengines.semantic.ids import SemanticIds, build
 from grengines.semantic.quantise import Float32Array, Int64Array, Progress
