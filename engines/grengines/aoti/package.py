@@ -253,7 +253,8 @@ def _source() -> str:
     engines = Path(next(iter(grengines.__path__)))
     files = [
         *Path(next(iter(grkernels.__path__))).rglob("*.py"),
-        *engines.glob("hstu/*.py"),
+        *engines.glob("models/hstu/*.py"),
+        *engines.glob("runtime/*.py"),
         *engines.glob("aoti/*.py"),
     ]
     for file in sorted([*files, engines / "export" / "module.py"]):

@@ -233,7 +233,7 @@ def versions() -> dict[str, str]:
 def _source() -> str:
     """Digest of the code that an export is made by and of."""
     here = Path(__file__).parent
-    return digest_of([sha256(file) for file in (*sorted(here.glob("*.py")), here.parent / "hstu" / "model.py")])
+    return digest_of([sha256(file) for file in (*sorted(here.glob("*.py")), here.parent / "models/hstu/model.py")])
 
 
 def _bytes(program: ExportedProgram) -> int:
