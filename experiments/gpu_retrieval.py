@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from grbench.config.compose import compose_spec
+from grbench.execution import stats
 from grbench.gate.generate import BeamGate, BeamGateResult
 from grbench.report.cells import figure
-from grbench.run import stats
 from grbench.scenarios import Measurement, run_scenario
 from grbench.scenarios.config import OfflineConfig, ScenarioConfig, ServerConfig
 from grengines import registry

@@ -24,8 +24,8 @@ import torch
 
 from grbench import workloads
 from grbench.config.compose import compose_spec
+from grbench.execution.environment import describe_environment
 from grbench.gate import quality
-from grbench.run.environment import describe_environment
 from grengines import registry
 from grengines.api import Catalogue, Request, UnavailableError
 from grengines.export import exporter

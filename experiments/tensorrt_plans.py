@@ -18,7 +18,7 @@ from pathlib import Path
 
 from grbench import workloads
 from grbench.config.compose import compose_spec
-from grbench.run.environment import describe_environment
+from grbench.execution.environment import describe_environment
 from grengines.api import UnavailableError
 from grengines.runtime.batch import Encoding
 from grengines.runtime.profile import profiles

@@ -15,6 +15,6 @@ def main() -> None:
 
 
 def _session(cell: tuple[RunSpec, RunConfig], hydra: HydraConf, total: int) -> command.Session:
-    from grbench.run.session import Session  # rich, runner and records: --help needs none of them
+    from grbench.execution.session import Session  # rich, runner and records: --help needs none of them
 
     return Session(cell[1], hydra, total)

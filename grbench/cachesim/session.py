@@ -16,9 +16,9 @@ from grbench.cachesim.config import CacheSimConfig
 from grbench.cachesim.output import line, plot, print_table
 from grbench.cachesim.replay import Replay, Row, to_dict
 from grbench.cachesim.simulate import Progress
-from grbench.run.environment import describe_environment
-from grbench.run.records import RunRecord, Status, spec_hash
-from grbench.run.side_session import SideSession, save_results
+from grbench.execution.environment import describe_environment
+from grbench.execution.records import RunRecord, Status, spec_hash
+from grbench.execution.side_session import SideSession, save_results
 
 
 class Session(SideSession):

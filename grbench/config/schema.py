@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from grbench.run.records import spec_hash
+from grbench.execution.records import spec_hash
 from grbench.scenarios.config import (
     ClosedLoopConfig,
     MultiStreamConfig,

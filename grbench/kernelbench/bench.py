@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
+from grbench.execution.records import Status, one_line
+from grbench.execution.stats import percentile
+from grbench.execution.worker import out_of_memory
 from grbench.gate.kernel import Errors, Gate, IncorrectError
 from grbench.kernelbench import stack
 from grbench.kernelbench.config import Family, KernelBenchConfig, select
 from grbench.kernelbench.timing import Call, Ceilings, ceilings, interleaved, median_ms
-from grbench.run.records import Status, one_line
-from grbench.run.stats import percentile
-from grbench.run.worker import out_of_memory
 from grkernels import registry, tuning
 from grkernels.variant import Cost, KernelVariant
 

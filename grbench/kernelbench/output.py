@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grbench.execution.records import Status
 from grbench.kernelbench.bench import ALL_SHAPES, Row
 from grbench.kernelbench.timing import Ceilings
 from grbench.report.cells import MISSING, figure
 from grbench.report.plots import COLOURS, GREY, MARKERS, Plot
 from grbench.report.table import STYLES
-from grbench.run.records import Status
 
 COLUMNS = {  # heading: (metric, factor)
     "ms": ("latency_ms/p50", 1),

@@ -9,12 +9,12 @@ from hydra.conf import HydraConf
 from rich.console import Console
 
 from grbench.config.schema import ConfigError
+from grbench.execution.environment import describe_environment
+from grbench.execution.records import RunRecord, Status, one_line, spec_hash
+from grbench.execution.side_session import SideSession, save_results
 from grbench.kernelbench.bench import Bench, DeviceLostError, Row
 from grbench.kernelbench.config import KernelBenchConfig, device_of
 from grbench.kernelbench.output import line, plot_roofline, print_tables
-from grbench.run.environment import describe_environment
-from grbench.run.records import RunRecord, Status, one_line, spec_hash
-from grbench.run.side_session import SideSession, save_results
 
 
 class Session(SideSession):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grbench.run.records import RunRecord
+from grbench.execution.records import RunRecord
 
 Cell = tuple[Path, RunRecord]  # a cell's folder and its record
 

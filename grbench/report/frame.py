@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grbench.execution import records
 from grbench.report.cells import MISSING, Cell, flatten, knobs, labels, shown
-from grbench.run import records
 
 if TYPE_CHECKING:
     import pandas as pd

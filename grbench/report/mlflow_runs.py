@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grbench.execution import records
 from grbench.report.cells import Cell
 from grbench.report.frame import ReportError, read_cells
-from grbench.run import records
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

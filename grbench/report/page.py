@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from grbench.execution.records import RunRecord
 from grbench.report import plots
 from grbench.report.cells import MISSING, Cell, command, figure, flatten, labels, shown
 from grbench.report.frame import HITS, PARTS, PERCENTILES, best_within_limit, cells_frame, within_limit
 from grbench.report.table import notes
-from grbench.run.records import RunRecord
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grbench.execution.records import Status
 from grbench.report.cells import Cell
 from grbench.report.cells import figure as in_words
 from grbench.report.frame import HITS, PARTS, ReportError, cells_frame, load_samples, time_parts
-from grbench.run.records import Status
 
 if TYPE_CHECKING:
     import pandas as pd

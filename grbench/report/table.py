@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grbench.execution.records import RunRecord, Status
 from grbench.report.cells import MISSING, Cell, figure, labels
-from grbench.run.records import RunRecord, Status
 
 COLUMNS = {  # heading: metric
     "rps": "throughput_rps",

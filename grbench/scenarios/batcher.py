@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grbench.run.records import SAMPLE_COLUMNS
+from grbench.execution.records import SAMPLE_COLUMNS
 from grengines.api import BatchResult, ContinuousEngine, Request
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlperf_loadgen as lg
 
-from grbench.run.stats import PERCENTILES, SAMPLES_NEEDED
+from grbench.execution.stats import PERCENTILES, SAMPLES_NEEDED
 from grbench.scenarios.batcher import RequestLoop, Ticket
 from grbench.scenarios.config import (
     LoadGenConfig,

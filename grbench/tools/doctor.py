@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grbench.run.environment import describe_environment, installed_version
+from grbench.execution.environment import describe_environment, installed_version
 from grengines import registry as engines
 from grengines.cache import policies
 from grengines.vllm import install as vllm

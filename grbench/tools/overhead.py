@@ -18,7 +18,7 @@ import numpy as np
 
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec
-from grbench.run.records import one_line
+from grbench.execution.records import one_line
 from grengines.api import IncorrectError, RankResult, Request, UnavailableError
 
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grbench.run import records
-from grbench.run.records import RunRecord, Status, one_line
+from grbench.execution import records
+from grbench.execution.records import RunRecord, Status, one_line
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig
 
 

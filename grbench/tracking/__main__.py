@@ -10,7 +10,7 @@ import sqlite3
 import sys
 from pathlib import Path
 
-from grbench.run.records import one_line
+from grbench.execution.records import one_line
 from grbench.tracking import import_records
 from grbench.tracking.config import MlflowConfig
 

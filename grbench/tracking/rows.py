@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from grbench.run.records import RunRecord, one_line
+from grbench.execution.records import RunRecord, one_line
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig
 from grbench.tracking.store import Store
 

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 
+from grbench.execution.records import ARTIFACTS, LOG_FILE, RECORD_FILE, SAMPLES_FILE, RunRecord, Status
 from grbench.report.cells import flatten
-from grbench.run.records import ARTIFACTS, LOG_FILE, RECORD_FILE, SAMPLES_FILE, RunRecord, Status
 
 SWEEP_TAG, HASH_TAG = "sweep_id", "spec_hash"
 MLFLOW_STATUS = {Status.OK: "FINISHED", Status.INTERRUPTED: "KILLED"}  # the others: FAILED

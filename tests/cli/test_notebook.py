@@ -14,8 +14,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from test_report import ink, log_to_mlflow, write_cell
 
-from grbench.run import records
-from grbench.run.records import Status
+from grbench.execution import records
+from grbench.execution.records import Status
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "compare_runs.ipynb"
 PROBE = """

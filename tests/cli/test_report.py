@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from grbench.execution import records, stats
+from grbench.execution.records import RunRecord, Status
 from grbench.report import (
     ReportError,
     best_within_limit,
@@ -33,8 +35,6 @@ from grbench.report.__main__ import main
 from grbench.report.cells import command, figure, flatten, knobs, labels
 from grbench.report.frame import PARTS, read_cells
 from grbench.report.table import print_cells
-from grbench.run import records, stats
-from grbench.run.records import RunRecord, Status
 
 Capture = pytest.CaptureFixture[str]
 

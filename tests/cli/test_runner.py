@@ -17,8 +17,8 @@ import psutil
 import pytest
 from conftest import Grbench
 
-from grbench.run import records
-from grbench.run.records import RunRecord, Status
+from grbench.execution import records
+from grbench.execution.records import RunRecord, Status
 
 # Small and quick: what matters here is how cells end, not how fast they are.
 QUICK = [
@@ -266,7 +266,7 @@ def test_a_record_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
 def test_kernels_that_are_compiled_while_measuring_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from grbench import scenarios
     from grbench.config.compose import compose_spec
-    from grbench.run import worker
+    from grbench.execution import worker
     from grkernels import tuning
 
     spec, _ = compose_spec(QUICK)

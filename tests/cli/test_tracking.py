@@ -19,8 +19,8 @@ import pandas as pd
 import pytest
 from conftest import Grbench
 
-from grbench.run import records
-from grbench.run.records import RunRecord, Status
+from grbench.execution import records
+from grbench.execution.records import RunRecord, Status
 from grbench.tracking import Tracker, import_records
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig
 
@@ -198,7 +198,7 @@ def test_processes_that_start_at_once_share_one_new_database(tmp_path: Path) -> 
     code = """
 import sys
 from pathlib import Path
-from grbench.run import records
+from grbench.execution import records
 from grbench.tracking import Tracker
 from grbench.tracking.config import MlflowConfig
 folder = Path(sys.argv[1])

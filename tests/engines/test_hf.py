@@ -12,9 +12,9 @@ import torch
 
 from grbench import workloads
 from grbench.config.compose import compose_spec
+from grbench.execution.retrieval import build_retrieval
 from grbench.gate.pipeline import gate_for
 from grbench.gate.rank import GateError
-from grbench.run.retrieval import build_retrieval
 from grengines import registry
 from grengines.api import Catalogue, Request, Retrieval, UnavailableError
 from grengines.cache.config import PagedCacheConfig

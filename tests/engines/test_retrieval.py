@@ -13,10 +13,10 @@ import pytest
 from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec, spec_from_json, spec_to_json
+from grbench.execution.retrieval import build_retrieval
 from grbench.gate.generate import BeamGate
 from grbench.gate.pipeline import gate_for
 from grbench.gate.rank import GateError
-from grbench.run.retrieval import build_retrieval
 from grbench.scenarios import run_scenario
 from grbench.scenarios.config import ClosedLoopConfig, OfflineConfig, ServerConfig
 from grbench.workloads.trace import Trace
@@ -222,7 +222,7 @@ def test_a_pipeline_run_keeps_stage_times(grbench: Any, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     import pandas as pd
 
-    from grbench.run import records
+    from grbench.execution import records
 
     ((folder, record),) = records.find(tmp_path / "out")
     samples = pd.read_parquet(folder / "samples.parquet")

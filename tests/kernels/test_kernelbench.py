@@ -19,12 +19,12 @@ import torch
 from conftest import Grbench
 from torch import Tensor
 
+from grbench.execution.records import Status
 from grbench.gate.kernel import Gate, IncorrectError
 from grbench.kernelbench import bench as kernelbench
 from grbench.kernelbench.bench import ALL_SHAPES, Bench, Row, status_of
 from grbench.kernelbench.config import KernelBenchConfig, select
 from grbench.kernelbench.timing import Ceilings, interleaved
-from grbench.run.records import Status
 from grkernels import registry, tuning
 from grkernels.hstu_attention import bench, peers, spec
 from grkernels.hstu_attention.reference import hstu_attention as reference

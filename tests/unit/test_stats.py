@@ -1,4 +1,4 @@
-"""grbench.run.stats against brute force, and its intervals against simulation."""
+"""grbench.execution.stats against brute force, and its intervals against simulation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grbench.config.compose import compose_spec
-from grbench.run import measure, stats
+from grbench.execution import measure, stats
 from grbench.scenarios import Measurement
 from grengines.api import Request
 

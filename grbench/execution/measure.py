@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from grbench.config.schema import RunSpec
-from grbench.run import stats
-from grbench.run.records import PARTS
+from grbench.execution import stats
+from grbench.execution.records import PARTS
 from grbench.scenarios import Measurement
 from grbench.tools import sizing
 from grengines.api import Request

@@ -13,7 +13,7 @@ from hydra.conf import HydraConf
 from hydra.types import RunMode
 from rich.console import Console
 
-from grbench.run.records import finite
+from grbench.execution.records import finite
 from grbench.tracking import where_to_look
 from grbench.tracking.rows import RowTracker
 

@@ -1,6 +1,6 @@
 """The worker: one fresh process for one cell. Only workers touch engines and devices.
 
-    python -m grbench.run.worker JOB.json
+    python -m grbench.execution.worker JOB.json
 
 It reads the cell from the job file and reports on file descriptor `report_fd`, one JSON object a line:
 {"stage": ...}, {"answered": n}, and at the end {"outcome": {...}}. What it prints goes to the cell's log.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from grbench.config.schema import RunSpec, spec_from_json
-from grbench.run.records import SAMPLES_FILE, Status, one_line
+from grbench.execution.records import SAMPLES_FILE, Status, one_line
 
 
 @dataclass
@@ -76,7 +76,7 @@ def run(spec: RunSpec, folder: Path, outcome: Outcome, report: Report) -> None:
 
     retrieval = None
     if spec.retrieval is not None:
-        from grbench.run.retrieval import build_retrieval
+        from grbench.execution.retrieval import build_retrieval
 
         report({"stage": "making semantic IDs"})
         retrieval = build_retrieval(
@@ -106,11 +106,11 @@ def run(spec: RunSpec, folder: Path, outcome: Outcome, report: Report) -> None:
 def _gate_and_measure(
     spec: RunSpec, folder: Path, engine: Any, trace: Any, retrieval: Any, outcome: Outcome, report: Report
 ) -> None:
+    from grbench.execution import measure
+    from grbench.execution.gpu import sample_gpu
     from grbench.gate import quality
     from grbench.gate.pipeline import gate_for
     from grbench.gate.rank import GateError
-    from grbench.run import measure
-    from grbench.run.gpu import sample_gpu
     from grbench.scenarios import run_scenario
     from grkernels import tuning
 

@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from grbench.config.schema import RunConfig, RunSpec
-from grbench.run import records
-from grbench.run.records import RunRecord, Status
-from grbench.run.runner import Event, Interrupted, run_cell
+from grbench.execution import records
+from grbench.execution.records import RunRecord, Status
+from grbench.execution.runner import Event, Interrupted, run_cell
 from grbench.tracking import Tracker, where_to_look
 
 

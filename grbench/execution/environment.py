@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from grbench.run.gpu import describe_gpus
+from grbench.execution.gpu import describe_gpus
 
 PACKAGES = ("grbench", "torch", "triton", "numpy", "mlcommons-loadgen", "hydra-core", "mlflow")
 

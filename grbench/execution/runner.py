@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from grbench.config.schema import RunnerConfig, RunSpec, spec_to_json
-from grbench.run import records
-from grbench.run.environment import describe_environment
-from grbench.run.records import LOG_FILE, RunRecord, Status
+from grbench.execution import records
+from grbench.execution.environment import describe_environment
+from grbench.execution.records import LOG_FILE, RunRecord, Status
 
 JOB_FILE = "job.json"
 Event = dict[str, Any]
@@ -116,7 +116,7 @@ def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[
     kills_before = _oom_kills()
     with log.open("wb") as log_file:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "grbench.run.worker", str(job)],
+            [sys.executable, "-m", "grbench.execution.worker", str(job)],
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,
