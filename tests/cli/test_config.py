@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -157,27 +156,3 @@ def test_shell_completion_knows_the_groups(grbench: Grbench) -> None:
     done = grbench("-sc", "install=bash")
     assert done.returncode == 0
     assert "complete" in done.stdout
-
-
-def test_the_wheel_has_configs_and_types_and_composes_outside_the_checkout(tmp_path: Path) -> None:
-    pip = [sys.executable, "-m", "pip"]
-    subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)], check=True, timeout=120)
-    wheel = next(tmp_path.glob("grbench-*.whl"))
-    site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as z:
-        names = set(z.namelist())
-        z.extractall(site)
-    assert {
-        "grbench/py.typed",
-        "grkernels/py.typed",
-        "grengines/py.typed",
-        "grbench/conf/config.yaml",
-    } <= names
-    assert "grbench/experiments/study/batching.yaml" in names
-    code = (
-        f"import sys; sys.path.insert(0, {str(site)!r}); import grbench.config.compose as c;"
-        "print(c.CONFIG_DIR); print(c.compose_spec([])[0].title)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    title = "pipeline-hstu_tiny-ml_100k-server"
-    assert done.stdout.splitlines() == [str(site / "grbench" / "conf"), title], done.stderr
