@@ -12,7 +12,7 @@ from grengines.cache.config import CacheConfig
 from grengines.fallback import Chain, options_like
 from grengines.tensorrt import library as tensorrt
 from grengines.vllm import install as vllm
-from grkernels import support
+from grkernels import capabilities
 
 # An engine is one line here: what builds it for each task it has; the first is what it does unless told otherwise.
 _TABLE: dict[str, dict[str, str]] = {
@@ -59,7 +59,7 @@ def availability(name: str) -> str | None:
     if name == "hf" and find_spec("transformers") is None:
         return "package transformers is not installed; pip install -e '.[hf]'"
     if name == "aoti":
-        return support.compiler()
+        return capabilities.compiler()
     if name == "tensorrt":
         return tensorrt.missing() or tensorrt.no_gpu()
     if name == "onnxruntime":

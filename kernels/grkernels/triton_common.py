@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grkernels import support
+from grkernels import capabilities
 from grkernels.triton_launch import INTERPRETED
 
 INTERPRET = tl.constexpr(INTERPRETED)
@@ -25,4 +25,4 @@ def supports(*, device: str, dtype: str, **dims: int) -> str | None:
     """None, or why not: an NVIDIA GPU, or Triton's interpreter on a CPU; any dims."""
     if not device.startswith("cuda") and not INTERPRETED:
         return "Triton needs an NVIDIA GPU; TRITON_INTERPRET=1 runs it slowly on a CPU for tests"
-    return support.plain(device=device, dtype=dtype)
+    return capabilities.eager(device=device, dtype=dtype)

@@ -30,7 +30,7 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import zero_attention
 from grengines.runtime.batch import Encoding
 from grengines.runtime.profile import Sizes, check, profiles
-from grkernels import support
+from grkernels import capabilities
 from grkernels.config import KernelConfig
 from grkernels.hstu_attention import torch as plain_attention
 
@@ -40,7 +40,7 @@ MODEL = HSTUConfig(
     layers=2, embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128, contextual_seq_len=2,
     max_attn_len=20, interaction=True,
 )  # fmt: skip
-NO_COMPILER = pytest.mark.skipif(support.compiler() is not None, reason="AOTInductor needs a C++ compiler")
+NO_COMPILER = pytest.mark.skipif(capabilities.compiler() is not None, reason="AOTInductor needs a C++ compiler")
 
 
 def requests_of(lengths: list[int], candidates: list[int], seed: int = 0) -> list[Request]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grkernels import support
+from grkernels import capabilities
 from grkernels.interaction.reference import interaction as reference
 from grkernels.variant import KernelVariant
 
@@ -19,4 +19,4 @@ def interaction(x: Tensor) -> Tensor:
     return torch.cat([x[:, 0], products.index_select(1, row * F + column)], dim=1)
 
 
-VARIANT = KernelVariant("interaction", "torch", interaction, reference, support.plain)
+VARIANT = KernelVariant("interaction", "torch", interaction, reference, capabilities.eager)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grkernels import support
+from grkernels import capabilities
 from grkernels.jagged_concat.reference import jagged_concat as reference
 from grkernels.variant import KernelVariant
 
@@ -30,4 +30,4 @@ def sequence_of(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return row, sequence, row < offsets[-1]
 
 
-VARIANT = KernelVariant("jagged_concat", "torch", jagged_concat, reference, support.plain)
+VARIANT = KernelVariant("jagged_concat", "torch", jagged_concat, reference, capabilities.eager)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from grkernels import support
+from grkernels import capabilities
 from grkernels.jagged_split.reference import jagged_split as reference
 from grkernels.jagged_split.torch import jagged_split as plain
 from grkernels.variant import KernelVariant
@@ -12,4 +12,4 @@ from grkernels.variant import KernelVariant
 # fullgraph: too many shapes raise an error, rather than silently run the plain version.
 jagged_split = torch.compile(plain, fullgraph=True)
 
-VARIANT = KernelVariant("jagged_split", "compile", jagged_split, reference, support.compiled)
+VARIANT = KernelVariant("jagged_split", "compile", jagged_split, reference, capabilities.compiled)

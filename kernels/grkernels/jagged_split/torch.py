@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grkernels import support
+from grkernels import capabilities
 from grkernels.jagged_concat.torch import sequence_of
 from grkernels.jagged_split.reference import jagged_split as reference
 from grkernels.variant import KernelVariant
@@ -30,4 +30,4 @@ def _take(x: Tensor, index: Tensor, real: Tensor) -> Tensor:
     return taken.masked_fill_(~real.view(-1, *(1,) * (x.dim() - 1)), 0.0)
 
 
-VARIANT = KernelVariant("jagged_split", "torch", jagged_split, reference, support.plain)
+VARIANT = KernelVariant("jagged_split", "torch", jagged_split, reference, capabilities.eager)

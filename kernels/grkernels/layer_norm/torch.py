@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from grkernels import support
+from grkernels import capabilities
 from grkernels.layer_norm.reference import layer_norm as reference
 from grkernels.variant import KernelVariant
 
@@ -15,4 +15,4 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-VARIANT = KernelVariant("layer_norm", "torch", layer_norm, reference, support.plain)
+VARIANT = KernelVariant("layer_norm", "torch", layer_norm, reference, capabilities.eager)

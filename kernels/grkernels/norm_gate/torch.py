@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grkernels import support
+from grkernels import capabilities
 from grkernels.norm_gate.reference import norm_gate as reference
 from grkernels.variant import KernelVariant
 
@@ -17,4 +17,4 @@ def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float)
     return torch.cat([u, a, u * F.layer_norm(a, weight.shape, weight, bias, eps)], dim=1)
 
 
-VARIANT = KernelVariant("norm_gate", "torch", norm_gate, reference, support.plain)
+VARIANT = KernelVariant("norm_gate", "torch", norm_gate, reference, capabilities.eager)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grkernels import support
+from grkernels import capabilities
 from grkernels.token_embedding.reference import token_embedding as reference
 from grkernels.variant import KernelVariant
 
@@ -34,4 +34,4 @@ def token_embedding(
     return x + F.embedding(time_buckets, time_table)
 
 
-VARIANT = KernelVariant("token_embedding", "torch", token_embedding, reference, support.plain)
+VARIANT = KernelVariant("token_embedding", "torch", token_embedding, reference, capabilities.eager)

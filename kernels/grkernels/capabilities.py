@@ -7,7 +7,7 @@ import shutil
 DTYPES = ("fp32", "fp16", "bf16")
 
 
-def plain(*, device: str, dtype: str, **dims: int) -> str | None:
+def eager(*, device: str, dtype: str, **dims: int) -> str | None:
     """None, or why not, for eager PyTorch: any size on any device."""
     return None if dtype in DTYPES else f"dtype {dtype} is none of {', '.join(DTYPES)}"
 
@@ -23,4 +23,4 @@ def compiled(*, device: str, dtype: str, **dims: int) -> str | None:
     """None, or why not, for torch.compile, which makes C++ on a CPU."""
     if device.startswith("cpu") and (missing := compiler()):
         return missing
-    return plain(device=device, dtype=dtype)
+    return eager(device=device, dtype=dtype)
