@@ -88,7 +88,7 @@ def engine_of(
             gates[key] = BeamGate(spec, catalogue, sample[:4], retrieval, actual["device"], actual["precision"])
         checked = gates[key].check(engine, batch)
         print(f"<!-- {name} {model}: {checked.to_dict()}; {actual} -->", flush=True)
-        engine.forget()
+        engine.reset_cache()
         yield engine, checked
     finally:
         engine.close()
@@ -105,7 +105,7 @@ def milliseconds(engine: Any, requests: Sequence[Request]) -> float:
 
 def drive(config: ScenarioConfig, engine: Any, requests: list[Request]) -> tuple[float, stats.Summary]:
     """Requests a second, and latencies."""
-    engine.forget()
+    engine.reset_cache()
     with tempfile.TemporaryDirectory() as folder:
         found: Measurement = run_scenario(
             config, engine, requests, task="generate", latency_limit_ms=1000.0, seed=0, folder=Path(folder)
@@ -167,7 +167,7 @@ def wide(args: argparse.Namespace) -> None:
             with engine_of(name, args.model, overrides, retrieval, rounds[0], max(args.batch), {}) as (engine, _):
                 for batch in args.batch:
                     engine.generate(rounds[0][:batch])  # shapes seen once
-                    engine.forget()
+                    engine.reset_cache()
                     new = [milliseconds(engine, r[:batch]) for r in rounds[1:]]
                     known = [milliseconds(engine, rounds[-1][:batch]) for _ in rounds[1:]]
                     p50, p90 = np.percentile(new, [50, 90])
@@ -192,7 +192,7 @@ def returning(args: argparse.Namespace) -> None:
                 for user in users:
                     visits = {d: request_of(user.request_id, user.history_items[: history + d]) for d in deltas}
                     for delta, visit in visits.items():
-                        engine.forget()
+                        engine.reset_cache()
                         first.append(milliseconds(engine, [visits[0]]))
                         again[delta].append(milliseconds(engine, [visit]))
                         hits = engine.generate([visit]).details.get("prefix_hit_tokens", 0.0)

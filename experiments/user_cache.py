@@ -94,7 +94,7 @@ class Study:
         device, part, whole = (self.engines[name] for name in ("device", "part", "whole"))
 
         def on_host(engine: HSTUEngine) -> Callable[[], Any]:
-            return lambda: (engine.rank(self.now), engine.forget(keep_host=True))
+            return lambda: (engine.rank(self.now), engine.reset_cache(keep_host=True))
 
         def prefetched() -> None:
             on_host(whole)()
@@ -107,7 +107,7 @@ class Study:
         history = self.args.history
         return {
             "no cache": ("none", lambda: None),
-            "nothing cached": ("device", device.forget),
+            "nothing cached": ("device", device.reset_cache),
             f"{history - NEW} of {history} on the device": ("device", lambda: device.rank(self.before)),
             f"{history} of {history} on the device": ("device", lambda: device.rank(self.now)),
             "on the host, all loaded": ("whole", on_host(whole)),

@@ -120,7 +120,7 @@ class Engine(Protocol):
     def actual(self) -> dict[str, Any]:
         """What really runs: device, precision, kernel variants, graph buckets, library versions."""
 
-    def forget(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep_host: bool = False) -> None:
         """Drop what is cached of users: a measurement begins with an empty cache. keep_host: what is on the device goes
         to the host tier, where there is one, and what is there stays."""
 

@@ -58,9 +58,9 @@ class Chain:
         fallback = {name: engine.actual() | {"answered": n} for name, engine, n in others}
         return self._engines[0].actual() | {"fallback": fallback}
 
-    def forget(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep_host: bool = False) -> None:
         for engine in self._engines:
-            engine.forget(keep_host)
+            engine.reset_cache(keep_host)
 
     def close(self) -> None:
         for engine in self._engines:

@@ -120,7 +120,7 @@ def _gate_and_measure(
         outcome.gate = gate.check(engine, spec.scenario.max_batch).to_dict()
         if spec.cache.name != "none":  # what the cache serves must be as right as what it stored, from either tier
             outcome.gate["error_again"] = gate.check(engine, spec.scenario.max_batch).error
-            engine.forget(keep_host=True)
+            engine.reset_cache(keep_host=True)
             outcome.gate["error_from_host"] = gate.check(engine, spec.scenario.max_batch).error
         if spec.task == "rank":
             found = quality.measure(spec, trace, engine, outcome.actual["precision"], outcome.actual["device"])
@@ -129,7 +129,7 @@ def _gate_and_measure(
                 found.check(spec.gate.allow_loss)
         report({"stage": "warming up"})
         warm_up(engine, trace.requests, spec)
-        engine.forget()
+        engine.reset_cache()
         report({"stage": "measuring"})
         told, compiled = time.monotonic(), len(tuning.compiled())
 

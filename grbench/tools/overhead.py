@@ -36,7 +36,7 @@ class NullEngine:
     def actual(self) -> dict[str, Any]:
         return {"engine": "null"}
 
-    def forget(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep_host: bool = False) -> None:
         pass
 
     def close(self) -> None:

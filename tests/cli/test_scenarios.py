@@ -65,7 +65,7 @@ class SleepyEngine:
     def actual(self) -> dict[str, Any]:
         return {}
 
-    def forget(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep_host: bool = False) -> None:
         pass
 
     def close(self) -> None:

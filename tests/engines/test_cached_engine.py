@@ -97,10 +97,10 @@ def test_answers_from_the_host_equal_the_reference(
     assert total["cache_offloads"] == 0 or total["cache_offloaded_bytes"] > 0
     assert engine.actual()["cache_host_pages"] == 16 and engine.actual()["cache_copy_gb_s"] > 0
     # What is on the device goes to the host on demand; from there it is as right.
-    engine.forget(keep_host=True)
+    engine.reset_cache(keep_host=True)
     result = engine.rank(rounds[-1])
     assert result.details["cache_hits"] == 0 and error(result, reference.scores(rounds[-1])) < 1e-5
-    engine.forget()
+    engine.reset_cache()
     assert engine.rank(rounds[-1]).details["cache_host_hits"] == 0
     engine.close()
 
@@ -110,7 +110,7 @@ def test_a_forgotten_past_teaches_the_policy_nothing() -> None:
     engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, admit_visit=2), rounds)
     stored = []
     for _ in range(2):
-        engine.forget()
+        engine.reset_cache()
         for requests in rounds:
             stored.append(len(requests) - engine.rank(requests).details["cache_refused"])
     assert stored == [0, 4, 0, 4]
@@ -122,13 +122,13 @@ def test_what_is_loaded_balances_copying_and_computing() -> None:
     cached: CachedRanking = engine._cached
     pool = cached.states.pool
     engine.rank(rounds[-1])
-    engine.forget(keep_host=True)
+    engine.reset_cache(keep_host=True)
     cached.copy_bytes_s, cached.compute_s = pool.page_bytes / pool.page / 3e-6, 1e-6  # copying takes thrice as long
     details = engine.rank(rounds[-1]).details
     events = sum(len(r.history_items) for r in rounds[-1])
     tokens = events + sum(len(r.candidates) for r in rounds[-1])
     assert 0.6 * tokens / 4 < details["cache_loaded_tokens"] <= tokens / 4  # whole pages, rounded down
-    engine.forget(keep_host=True)
+    engine.reset_cache(keep_host=True)
     cached.compute_s = 1.0  # computing takes for ever: all is loaded
     assert engine.rank(rounds[-1]).details["cache_loaded_tokens"] == events
 
@@ -165,10 +165,10 @@ def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeyp
         (True, 0.0, 1, 1.0),  # kernels cost nothing to launch: what there is to compute goes on beside the copies
         (False, 1e-9, 2, 0.0),  # copying takes longer than computing all again: nothing is loaded
     ):
-        engine.forget()
+        engine.reset_cache()
         cached._graphs.count = 0
         engine.rank(requests)
-        engine.forget(keep_host=True)
+        engine.reset_cache(keep_host=True)
         if prefetched:
             assert all(tier.prefetch(r.user_id) for r in requests)
         cached.copy_bytes_s, cached.compute_s, cached.launch_s = 1.0, 1e-6, launch_s
@@ -227,7 +227,7 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
     assert "says the test" in caplog.text and any(r.levelno == logging.WARNING for r in caplog.records)
     # Nothing is lost: once all goes well again, everyone is served from the cache, and no page is missing.
     monkeypatch.undo()
-    engine.forget()
+    engine.reset_cache()
     states = engine._cached.states
     assert states.pool.used == 0 and states.tier.extents.available == states.tier.pages
     engine.rank(rounds[-1])
@@ -269,7 +269,7 @@ def test_many_threads_get_right_answers_and_lose_nothing() -> None:
     counts = states.counters()
     assert counts.faults == counts.policy_errors == counts.bypassed == 0 < counts.hits
     assert not states._in_flight
-    engine.forget()
+    engine.reset_cache()
     assert states.pool.used == 0 and states.tier is not None and states.tier.extents.available == states.tier.pages
     engine.close()
 
@@ -346,7 +346,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
     assert total["cache_faults"] == total["cache_policy_errors"] == 0
     assert min(total[f"cache_{name}"] for name in ("hits", "misses", "host_hits", "offloads", "evictions")) > 0
     assert not graphs or total["eager_batches"] < len(rounds) * 3
-    engine.forget(keep_host=True)
+    engine.reset_cache(keep_host=True)
     assert engine.rank(rounds[-1]).details["cache_hits"] == 0
     engine.close()
 

@@ -250,7 +250,7 @@ def test_answers_through_the_cache_equal_the_reference(policy: str, microbatch: 
                 found[name] = found.get(name, 0.0) + value
         assert e.actual()["cache"] == dataclasses.asdict(cache)
         again = e.rank(rounds[-1])
-        e.forget()
+        e.reset_cache()
         anew = e.rank(rounds[-1])
         assert error(again, anew.scores) < 1e-5
         assert anew.details["cache_hits"] == 1  # of the user who comes twice

@@ -161,7 +161,8 @@ class Narrow:
 
     def __init__(self) -> None:
         self._engine = engine(precision="fp32")
-        self.prepare, self.actual, self.forget = self._engine.prepare, self._engine.actual, self._engine.forget
+        self.prepare, self.actual = self._engine.prepare, self._engine.actual
+        self.reset_cache = self._engine.reset_cache
         self.closed = False
 
     def rank(self, requests: Sequence[Request]) -> Any:

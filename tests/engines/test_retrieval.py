@@ -240,7 +240,7 @@ class Steps:
         self.most = self.steps = 0
         self.admitted: list[int] = []
 
-    prepare = forget = actual = close = lambda self, *_: None
+    prepare = reset_cache = actual = close = lambda self, *_: None
 
     @property
     def unfinished(self) -> int:

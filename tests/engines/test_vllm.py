@@ -194,16 +194,16 @@ class TestOneEngine:
             expect_equal(engine.generate(REQUESTS), expected)
         monkeypatch.undo()
         monkeypatch.setattr(attention, "paged_write", lambda *_: None)
-        engine.forget()
+        engine.reset_cache()
         with pytest.raises(AssertionError):
             expect_equal(engine.generate(REQUESTS), expected)
         monkeypatch.undo()
-        engine.forget()
+        engine.reset_cache()
         expect_equal(engine.generate(REQUESTS), expected)
 
     @pytest.mark.parametrize("order", [[4], [7, 2, 0, 5], [3, 3, 1, 6, 4, 0, 2, 5, 7, 3]])
     def test_batch_composition_changes_nothing(self, engine: VLLMEngine, expected: Beams, order: list[int]) -> None:
-        engine.forget()
+        engine.reset_cache()
         expect_equal(engine.generate([REQUESTS[i] for i in order]), expected, order)
 
     def test_one_call_for_all_requests(
@@ -213,7 +213,7 @@ class TestOneEngine:
         from grengines.vllm.attention import HSTUAttentionImpl
 
         monkeypatch.setattr(HSTUAttentionImpl, "_one_by_one", HSTUAttentionImpl._together)
-        engine.forget()
+        engine.reset_cache()
         done = {}
         for key, request in enumerate(REQUESTS):  # a new prompt in every step
             engine.admit(key, request)
@@ -226,7 +226,7 @@ class TestOneEngine:
         """Requests join between steps: prompts and beams of different levels share steps."""
         rng = np.random.default_rng(2)
         for _ in range(3):
-            engine.forget()
+            engine.reset_cache()
             waiting, done = list(rng.permutation(len(REQUESTS))), {}
             while waiting or engine.unfinished:
                 for _ in range(min(int(rng.integers(0, 3)), len(waiting))):
@@ -241,7 +241,7 @@ class TestOneEngine:
 
     def test_a_returning_user_hits_the_prefix_cache(self, engine: VLLMEngine, reference: Reference) -> None:
         """The same history, and one with new events: whole pages of what was read are found, and answers stay right."""
-        engine.forget()
+        engine.reset_cache()
         items = requests_of([20], seed=5)[0].history_items
         first, grown = request_of(0, items[:12]), request_of(1, items)
         cold = engine.generate([first])
@@ -253,7 +253,7 @@ class TestOneEngine:
         expected = reference.search([first, grown])
         for found, i in ((cold, 0), (warm, 0), (longer, 1)):
             expect_equal(found, expected, [i])
-        engine.forget()
+        engine.reset_cache()
         assert engine.generate([first]).details["prefix_hit_tokens"] == 0
 
     def test_a_prompt_is_hashed_once_for_all_levels(self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +263,7 @@ class TestOneEngine:
 
         from grengines.vllm import compat
 
-        engine.forget()
+        engine.reset_cache()
         computed, blocks, hashes = 0, [], []
         compute, add = kv_cache_utils.hash_block_tokens, engine._core.add_request
 
@@ -292,7 +292,7 @@ class TestOneEngine:
         self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The same user at once again has the same beams; only the search's number in their ids keeps them apart."""
-        engine.forget()
+        engine.reset_cache()
         monkeypatch.setattr(engine, "_number", 7)
         engine.generate([REQUESTS[2]])
         monkeypatch.setattr(engine, "_number", 7)
@@ -547,7 +547,7 @@ def allowed(reference: Any, precision: str) -> float:
 
 def expect_mixed(engine: VLLMEngine, reference: Any, tolerance: float) -> None:
     """A new prompt in every step, beside beams of all levels: scores are those of the items found."""
-    engine.forget()
+    engine.reset_cache()
     done = {}
     for key, request in enumerate(GPU_REQUESTS):
         engine.admit(key, request)

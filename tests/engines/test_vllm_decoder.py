@@ -250,7 +250,7 @@ def engine() -> Iterator[VLLMEngine]:
 
 
 def failing(engine: VLLMEngine, expected: Beams) -> None:
-    engine.forget()
+    engine.reset_cache()
     with pytest.raises(AssertionError):
         expect_equal(engine.generate(REQUESTS), expected)
 
@@ -273,13 +273,13 @@ class TestOneEngine:
 
     @pytest.mark.parametrize("order", [[4], [7, 2, 0, 5], [3, 3, 1, 6, 4, 0, 2, 5, 7, 3]])
     def test_batch_composition_changes_nothing(self, engine: VLLMEngine, expected: Beams, order: list[int]) -> None:
-        engine.forget()
+        engine.reset_cache()
         expect_equal(engine.generate([REQUESTS[i] for i in order]), expected, order)
 
     def test_arrival_order_changes_nothing(self, engine: VLLMEngine, expected: Beams) -> None:
         """Requests join between steps: prompts and beams of different levels share steps."""
         rng = np.random.default_rng(2)
-        engine.forget()
+        engine.reset_cache()
         waiting, done = list(rng.permutation(len(REQUESTS))), {}
         while waiting or engine.unfinished:
             for _ in range(min(int(rng.integers(0, 3)), len(waiting))):
@@ -289,7 +289,7 @@ class TestOneEngine:
         assert [done[key].items.tolist() for key in range(len(REQUESTS))] == expected.items.tolist()
 
     def test_a_returning_user_hits_the_prefix_cache(self, engine: VLLMEngine, reference: Reference) -> None:
-        engine.forget()
+        engine.reset_cache()
         items = requests_of([20], seed=5)[0].history_items
         first, grown = request_of(0, items[:12]), request_of(1, items)
         found = [engine.generate([r]) for r in (first, first, grown)]
@@ -329,7 +329,7 @@ class TestOneEngine:
         monkeypatch.setattr(Step, "of", by_place)
         failing(engine, expected)
         monkeypatch.undo()
-        engine.forget()
+        engine.reset_cache()
         expect_equal(engine.generate(REQUESTS), expected)
 
 

@@ -405,7 +405,7 @@ def test_a_failed_lookup_leaves_the_engine_usable(cache: Any, monkeypatch: pytes
     with pytest.raises(OSError, match="read error"):
         engine.rank(batches[1])
     monkeypatch.setattr(items, "_gather", gather)
-    engine.forget()
+    engine.reset_cache()
     for batch, scores in zip(batches, expected, strict=True):
         assert np.array_equal(np.concatenate(engine.rank(batch).scores), scores)
     engine.close()

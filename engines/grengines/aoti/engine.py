@@ -150,7 +150,7 @@ class AOTIEngine:
             "cuda": torch.version.cuda if cuda else None,
         }
 
-    def forget(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep_host: bool = False) -> None:
         """Nothing is cached."""
 
     def close(self) -> None:

@@ -137,7 +137,7 @@ class CachedRanking:
 
         return answer
 
-    def forget(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep_host: bool = False) -> None:
         """Drop every state, and what the policies learned; keep_host: only from the device, to the host."""
         if keep_host:
             self.states.clear(keep_host=True)
@@ -172,7 +172,7 @@ class CachedRanking:
         for _ in range(2):
             self.launch_s = self.queue(requests[:1])().compute_ms / 1e3
         self.buckets = buckets
-        self.forget()
+        self.reset_cache()
 
     def _shares(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[float]:
         """How much to load of what only the host has of each.

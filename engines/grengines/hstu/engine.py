@@ -257,11 +257,11 @@ class HSTUEngine:
             "cuda": torch.version.cuda if cuda else None,
         }
 
-    def forget(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep_host: bool = False) -> None:
         """Drop every cached user state; keep_host: those on the device go to the host tier, if there is one."""
         if self._cached is not None:
             with self._lock:
-                self._cached.forget(keep_host)
+                self._cached.reset_cache(keep_host)
 
     def close(self) -> None:
         """Release the model, the graphs and their memory; give the thread count back. Safe to call twice."""

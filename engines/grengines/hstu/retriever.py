@@ -181,7 +181,7 @@ class HSTURetriever:
             "cuda": torch.version.cuda if cuda else None,
         }
 
-    def forget(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep_host: bool = False) -> None:
         """Nothing is kept of users."""
 
     def close(self) -> None:

@@ -165,7 +165,7 @@ class OnnxRuntimeEngine:
             "cuda": torch.version.cuda if cuda else None,
         }
 
-    def forget(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep_host: bool = False) -> None:
         """Nothing is cached of users."""
 
     def close(self) -> None:

@@ -101,10 +101,10 @@ class Pipeline:
             "notes": self._notes,
         }
 
-    def forget(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep_host: bool = False) -> None:
         """As both engines do."""
-        self.retriever.forget(keep_host)
-        self.ranker.forget(keep_host)
+        self.retriever.reset_cache(keep_host)
+        self.ranker.reset_cache(keep_host)
 
     def close(self) -> None:
         """Both, whatever the first one raises."""

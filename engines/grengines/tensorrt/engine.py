@@ -349,7 +349,7 @@ class TensorRTEngine:
             "cuda": torch.version.cuda,
         }
 
-    def forget(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep_host: bool = False) -> None:
         """Nothing is cached."""
 
     def close(self) -> None:

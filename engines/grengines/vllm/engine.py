@@ -122,7 +122,7 @@ class VLLMEngine:
         longest = sorted(sample, key=lambda r: len(r.history_items))[-max_batch:]
         for n in first_batches(max_batch, self._device):
             self.generate(longest[-n:])
-            self.forget()
+            self.reset_cache()
 
     def generate(self, requests: Sequence[Request]) -> GenerateResult:
         """As grengines.api.Generator, by `admit` and `step`. Raises RuntimeError unprepared or with others begun."""
@@ -225,7 +225,7 @@ class VLLMEngine:
             **self._actual_vllm(),
         }
 
-    def forget(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep_host: bool = False) -> None:
         """Empty the prefix cache. Raises RuntimeError with requests under way."""
         if self._core is not None and self._config.prefix_caching and not self._core.reset_prefix_cache():
             raise RuntimeError("vLLM didn't empty its prefix cache: requests are under way")
