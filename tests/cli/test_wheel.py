@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT
 
 import grbench
-from grbench.run import records
-from grbench.run.records import Status
+from grbench.execution import records
+from grbench.execution.records import Status
 
 PIP = [sys.executable, "-m", "pip"]
 
