@@ -84,7 +84,7 @@ class Simulation:
         # A plain loop over plain numbers: this is where the time goes.
         policy, cached, cached_starts, capacity = self._policy, self._cached, self._starts, self._capacity
         pages, saved, exact, free = self._costs.pages, self._costs.saved, self._costs.exact, self._free
-        admit, touch, victim, forget = policy.admit, policy.touch, policy.victim, policy.forget
+        admit, touch, victim, remove = policy.admit, policy.touch, policy.victim, policy.remove
         hits = tokens = evictions = refused = 0
         flops = 0.0
         for user, now, start, length in zip(users, times, starts, lengths, strict=True):
@@ -100,14 +100,14 @@ class Simulation:
                 refused += 1
                 if have:
                     cached[user] = 0
-                    forget(user)
+                    remove(user)
                 continue
             free -= need
             while free < 0:
                 other = victim(now, {user})
                 free += pages[cached[other]]
                 cached[other] = 0
-                forget(other)
+                remove(other)
                 evictions += 1
             cached[user] = length
             cached_starts[user] = start

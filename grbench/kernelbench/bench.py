@@ -350,6 +350,6 @@ def _peer(peer: Any) -> Contender:
 
 def _configurations(call: Call) -> list[dict[str, Any]]:
     """Call, and tell which launch configurations were used."""
-    tuning.forget()  # else those of earlier calls with the same key could not be told from unused ones
+    tuning.reset()  # else those of earlier calls with the same key could not be told from unused ones
     call()
     return tuning.provenance()

@@ -96,7 +96,7 @@ def tune(
     return candidates[index], best
 
 
-def forget() -> None:
+def reset() -> None:
     """Begin `provenance()` anew."""
     _used.clear()
 

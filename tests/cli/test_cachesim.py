@@ -116,11 +116,11 @@ def test_a_simulation_is_the_naive_one(
         cost = flops(model, length, 0) - flops(model, length, 0, context + length)
         if pages(length) > capacity or not (valid or policy.admit(user, pages(length), cost, now)):
             naive.refused += 1
-            policy.forget(user)
+            policy.remove(user)
             continue
         while pages(length) + sum(pages(n) for _, n in states.values()) > capacity:
             victim = policy.victim(now, {user})
-            policy.forget(victim)
+            policy.remove(victim)
             del states[victim]
             naive.evictions += 1
         states[user] = start, length

@@ -22,7 +22,7 @@ WORTH: dict[str, Callable[[int, int, float], float]] = {
     "gdsf": lambda visits, size, cost: visits * cost / size,
 }
 steps = st.lists(
-    st.tuples(st.sampled_from(["touch", "touch", "touch", "evict", "forget"]), st.integers(0, 5), st.integers(1, 4)),
+    st.tuples(st.sampled_from(["touch", "touch", "touch", "evict", "remove"]), st.integers(0, 5), st.integers(1, 4)),
     max_size=60,
 )
 
@@ -47,14 +47,14 @@ def test_the_victim_is_the_naive_one(name: str, steps: list[tuple[str, int, int]
             policy.touch(user, size, cost, now)
             visits = users.get(user, {"visits": 0})["visits"] + 1
             users[user] = {"visits": visits, "touched": now, "priority": clock + WORTH[name](visits, size, cost)}
-        elif step == "forget" and user in users:
-            policy.forget(user)
+        elif step == "remove" and user in users:
+            policy.remove(user)
             del users[user]
         elif step == "evict" and set(users) - excluded:
             least = min(set(users) - excluded, key=lambda u: (users[u]["priority"], users[u]["touched"]))
             assert policy.victim(now, excluded) == least
             assert policy.victim(now, excluded) == least  # asking changes nothing
-            policy.forget(least)
+            policy.remove(least)
             clock = users[least]["priority"]
             del users[least]
     assert policy.prefetch(1e9, 1e9) == []
@@ -76,13 +76,13 @@ def test_the_victim_is_cached_whatever_the_clock_says(
             if user in cached or policy.admit(user, size, 1.0, now):
                 policy.touch(user, size, 1.0, now)
                 cached.add(user)
-        elif step == "forget":
-            policy.forget(user)  # nothing for a user who has none
+        elif step == "remove":
+            policy.remove(user)  # nothing for a user who has none
             cached.discard(user)
         elif cached - excluded:
             victim = policy.victim(now, excluded)
             assert victim in cached - excluded
-            policy.forget(victim)
+            policy.remove(victim)
             cached.remove(victim)
         else:
             with pytest.raises(LookupError):
@@ -94,7 +94,7 @@ def test_none_admits_nobody() -> None:
     policy = policies.make("none")
     assert not visit(policy, 7, 0.0)
     policy.touch(7, 1, 1.0, 0.0)
-    policy.forget(7)
+    policy.remove(7)
     assert policy.prefetch(0.0, 1e9) == []
     with pytest.raises(LookupError):
         policy.victim(0.0)
@@ -110,7 +110,7 @@ def hits_of(policy: policies.Policy, visits: list[tuple[int, float]], capacity: 
         elif visit(policy, user, now):
             if len(cached) == capacity:
                 victim = policy.victim(now, {user})
-                policy.forget(victim)
+                policy.remove(victim)
                 cached.remove(victim)
             cached.add(user)
     return hits
@@ -129,7 +129,7 @@ def test_of_users_alike_the_least_recently_seen_goes() -> None:
         visit(policy, user, float(user))
         if user >= 10:
             assert policy.victim(float(user)) == user - 10
-            policy.forget(user - 10)
+            policy.remove(user - 10)
 
 
 def test_prefetch_names_each_expected_visit_once_and_soonest_first() -> None:
@@ -141,15 +141,15 @@ def test_prefetch_names_each_expected_visit_once_and_soonest_first() -> None:
     policy.touch(6, 1, 1.0, 1000.0)  # once: nobody knows when again
     assert policy.prefetch(1000.0, 1e6) == []  # they have their states
     for user in (1, 2, 3, 4, 6):
-        policy.forget(user)
+        policy.remove(user)
     assert policy.prefetch(1000.0, 20.0) == []
     assert policy.prefetch(1005.0, 40.0) == [2, 3]
     assert policy.prefetch(1006.0, 60.0) == [1]
     assert policy.prefetch(1006.0, 60.0) == []
     visit(policy, 2, 1030.0)
-    policy.forget(2)
+    policy.remove(2)
     assert policy.prefetch(1040.0, 60.0) == [2]  # the next visit
-    policy.forget(5)
+    policy.remove(5)
     assert policy.prefetch(1041.0, 60.0) == []  # was expected at 1035: overdue
     visit(policy, 4, 1050.0)  # back earlier, and has a state again
     assert policy.prefetch(1900.0, 600.0) == []
@@ -161,10 +161,10 @@ def test_who_returns_to_a_state_that_is_not_valid_is_refused_for_longer_each_tim
         if visit(policy, 1, 10.0 * turn):
             admitted.append(turn)
         else:
-            policy.forget(1)
+            policy.remove(1)
     assert admitted == [0, 1 + predictive.REFUSALS, 1 + 3 * predictive.REFUSALS + 1]
     visit(policy, 2, 1000.0)
-    policy.forget(2)  # evicted: no fault of the state
+    policy.remove(2)  # evicted: no fault of the state
     assert visit(policy, 2, 1010.0)
 
 
@@ -174,7 +174,7 @@ def test_equal_and_backward_times_teach_nothing() -> None:
         for now in (5.0, 5.0, 3.0, 3.0, -1e6):
             policy.touch(user, 1, 1.0, now)
     for user in range(100):
-        policy.forget(user)
+        policy.remove(user)
     assert policy.prefetch(-1e6, 1e9) == []  # no gap is known
     for user in range(100):
         policy.touch(user, 1, 1.0, 0.0)  # 10^6 s after the clock's jump
@@ -188,10 +188,10 @@ def test_memory_is_bounded() -> None:
             now = 5000.0 * turn + user
             visit(policy, user % 1500 if turn else user, now)
             if user % 2:
-                policy.forget(policy.victim(now))
+                policy.remove(policy.victim(now))
             if user % 50 == 0:
                 for cached in list(policy._cached)[:40]:
-                    policy.forget(cached)
+                    policy.remove(cached)
     assert len(policy._users) == 1000
     assert set(policy._panel) <= set(policy._users)
     assert len(policy._awaited) <= 2 * 1000 + 64
@@ -204,7 +204,7 @@ def test_a_large_panel_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Predictive()
     for user in range(10_000):
         visit(policy, user, float(user))
-        policy.forget(user)
+        policy.remove(user)
     assert 20 < len(policy._panel) <= 100
     assert all(policy._users[user].sampled for user in policy._panel)
     assert sum(known.sampled for known in policy._users.values()) == len(policy._panel)
@@ -242,7 +242,7 @@ def test_first_visits_are_stored_only_while_enough_of_them_return() -> None:
                     policy.touch(user, 1, 1.0, now + 0.5)
             if len(cached) > capacity:
                 assert policy.victim(now) == cached[0]
-                policy.forget(cached.pop(0))
+                policy.remove(cached.pop(0))
         return stored / visits
 
     cached: list[int] = []

@@ -51,7 +51,7 @@ class Recency:
     def victim(self, now: float, exclude: Set[int]) -> int:
         return next(user for user in self.users if user not in exclude)
 
-    def forget(self, user: int) -> None:
+    def remove(self, user: int) -> None:
         del self.users[user]  # raises, and so is counted, for one who is not known
 
     def admit(self, user: int, size: int, cost: float, now: float) -> bool:
@@ -371,7 +371,7 @@ def test_a_policy_that_fails_costs_only_its_advice(victim: str, caplog: pytest.L
         raise ZeroDivisionError("no such luck")
 
     answers = {"in flight": lambda now, exclude: 1, "unknown": lambda now, exclude: 77, "unhashable": lambda *_: []}
-    policy: Any = SimpleNamespace(touch=raising, forget=raising, admit=raising, victim=answers.get(victim, raising))
+    policy: Any = SimpleNamespace(touch=raising, remove=raising, admit=raising, victim=answers.get(victim, raising))
     states = make_states(pages=4, policy=policy)
     for user in (1, 2):
         assert visit(states, request_of(events_of(8), user=user)).stored == 8
@@ -379,7 +379,7 @@ def test_a_policy_that_fails_costs_only_its_advice(victim: str, caplog: pytest.L
     assert visit(states, request_of(events_of(8), user=3)).stored == 8
     states.commit(plan)
     assert (1 in states, 2 in states, 3 in states) == (True, False, True)
-    assert states.counters().policy_errors == 3 + 4 + 1 + 1  # admit, touch; victim and forget once
+    assert states.counters().policy_errors == 3 + 4 + 1 + 1  # admit, touch; victim and remove once
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1 and warnings[0].exc_info
     assert "cache policy SimpleNamespace.admit failed, going on without its advice" in caplog.text
@@ -670,9 +670,9 @@ def test_threads_share_the_index() -> None:
     class Interrupted(Recency):
         """Hands the processor to another thread wherever the index is being changed."""
 
-        def forget(self, user: int) -> None:
+        def remove(self, user: int) -> None:
             time.sleep(0)
-            super().forget(user)
+            super().remove(user)
 
         def victim(self, now: float, exclude: Set[int]) -> int:
             user = super().victim(now, exclude)

@@ -170,7 +170,7 @@ def build(module: ExportedRanker, facts: Facts) -> Path:
     Raises UnavailableError where there is no working C++ compiler, OSError.
     """
     path = facts.path()
-    tuning.forget()
+    tuning.reset()
     program = _trace(module, facts)
     metadata = {"grbench": facts.json(), "kernel_configs": json.dumps(tuning.provenance())}
     with atomic_io.scratch(path) as folder:

@@ -25,10 +25,10 @@ class Policy(Protocol):
         """The user's state was stored, or used and stored again."""
 
     def victim(self, now: float, exclude: Set[int] = frozenset()) -> int:
-        """Whose state goes: a user who was touched and not forgotten, and isn't in `exclude`; an entry until it is
-        forgotten. Raises LookupError where there is none."""
+        """Whose state goes: a user who was touched and not removed, and isn't in `exclude`; an entry until it is
+        removed. Raises LookupError where there is none."""
 
-    def forget(self, user: int) -> None:
+    def remove(self, user: int) -> None:
         """The user's state is gone. Nothing for a user who has none."""
 
     def prefetch(self, now: float, horizon: float) -> list[int]:
@@ -58,7 +58,7 @@ class Nothing(_Everyone):
     def victim(self, now: float, exclude: Set[int] = frozenset()) -> int:
         raise LookupError("nobody is cached")
 
-    def forget(self, user: int) -> None:
+    def remove(self, user: int) -> None:
         pass
 
 
@@ -78,7 +78,7 @@ class LRU(_Everyone):
                 return user
         raise LookupError("every user is excluded")
 
-    def forget(self, user: int) -> None:
+    def remove(self, user: int) -> None:
         self._users.pop(user, None)
 
 
@@ -125,7 +125,7 @@ class GDSF(_Everyone):
                 heapq.heappush(heap, item)
         raise LookupError("every user is excluded")
 
-    def forget(self, user: int) -> None:
+    def remove(self, user: int) -> None:
         self._visits.pop(user, None)
         self._live.pop(user, None)
 
@@ -165,7 +165,7 @@ class Doorkeeper:
     def __init__(self, policy: Policy, visits: int, remember: int = 1 << 20) -> None:
         self._policy, self._least, self._knocks = policy, visits, _Visits(remember)
         self.touch, self.victim = policy.touch, policy.victim
-        self.forget, self.prefetch = policy.forget, policy.prefetch
+        self.remove, self.prefetch = policy.remove, policy.prefetch
 
     def admit(self, user: int, size: int, cost: float, now: float) -> bool:
         willing = self._policy.admit(user, size, cost, now)  # it hears of every visit
@@ -207,8 +207,8 @@ class WhileItPays:
         elif self._visits.of(user) == 1:
             self._on_trial[user] = now
 
-    def forget(self, user: int) -> None:
-        self._policy.forget(user)
+    def remove(self, user: int) -> None:
+        self._policy.remove(user)
         self._end_trial(user, of_use=False)
 
     def _end_trial(self, user: int, of_use: bool) -> None:

@@ -128,7 +128,7 @@ class Predictive:
             raise LookupError("every user is excluded")
         return worst if its > MARGIN * least else oldest
 
-    def forget(self, user: int) -> None:
+    def remove(self, user: int) -> None:
         known = self._take_out(user)
         if known is None or known.due == inf or known.retry:
             return

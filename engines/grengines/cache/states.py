@@ -409,7 +409,7 @@ class UserStates:
             self._states[plan.user] = _State(tokens, history, pages, plan.now, plan.host_admits)
             self._ask("touch", plan.user, *self._size_and_cost(tokens), plan.now)
         elif plan.known:
-            self._ask("forget", plan.user)
+            self._ask("remove", plan.user)
         if plan.cleared and self.tier is not None and plan.user in self.tier.states:
             self._drop_from_host(plan.user)
 
@@ -456,7 +456,7 @@ class UserStates:
 
     def _release(self, user: int) -> None:
         self.pool.free(self._states.pop(user).pages)
-        self._ask("forget", user)
+        self._ask("remove", user)
 
     def _offload(self, user: int) -> None:
         """Have the host take a user's state, if it has room or can make it."""
@@ -476,7 +476,7 @@ class UserStates:
             self._fault(f"the state of user {user} did not reach the host", error)
             taken = False
             if there is not None and user not in tier.states:
-                self._ask("forget", user, of=self._tier_policy)
+                self._ask("remove", user, of=self._tier_policy)
         if taken:
             self._counters.offloads += 1
             self._ask("touch", user, *self._size_and_cost(state.tokens), state.now, of=self._tier_policy)
@@ -503,7 +503,7 @@ class UserStates:
     def _drop_from_host(self, user: int) -> None:
         assert self.tier is not None
         self.tier.drop(user)
-        self._ask("forget", user, of=self._tier_policy)
+        self._ask("remove", user, of=self._tier_policy)
 
     def _ask(self, question: str, *args: Any, otherwise: Any = None, of: Policy | None = None) -> Any:
         """A policy's answer; `otherwise` where it raises. of: by default the device's."""
