@@ -1,0 +1,57 @@
+"""Links of Markdown files: every relative one names a file of the checkout, and every anchor a heading."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+from helpers.checkout import ROOT, files
+
+_LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(<?([^)\s>]+)>?[^)]*\)|(?:src|href)=\"([^\"]+)\"")
+_CODE = re.compile(r"^(```|~~~).*?^\1|^    .*?$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors that GitHub gives the headings of a page."""
+    found: dict[str, int] = {}
+    names = set()
+    for heading in re.findall(r"^#+ +(.*?) *#*$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        count = found[slug] = found.get(slug, -1) + 1
+        names.add(f"{slug}-{count}" if count else slug)
+    return names
+
+
+def broken_links(page: Path) -> list[str]:
+    faults = []
+    for link, reference in _LINK.findall(_CODE.sub("", page.read_text())):
+        target, _, anchor = unquote(link or reference).partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        if not file.exists():
+            faults.append(f"{link or reference}: no such file")
+        elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text()):
+            faults.append(f"{link or reference}: no such heading")
+    return faults
+
+
+def test_relative_links_resolve() -> None:
+    faults = [f"{path}: {fault}" for path in files("*.md") for fault in broken_links(ROOT / path)]
+    assert not faults, "\n".join(faults)
+
+
+def test_the_check_finds_broken_links(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# A title, with `code`\n\n## Twice\n\n## Twice\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[a](other.md) [b](other.md#a-title-with-code) [c](other.md#twice-1) [d](https://a.org/x) ![e](none.png)\n"
+        '[f](other.md#nowhere) `[g](code.md)` <img src="none.svg">\n\n    [h](code.md)\n\n[i](#here)\n'
+    )
+    assert broken_links(page) == [
+        "none.png: no such file",
+        "other.md#nowhere: no such heading",
+        "none.svg: no such file",
+        "#here: no such heading",
+    ]
