@@ -15,8 +15,11 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
-# For processes that tests start, as pyproject.toml's pythonpath is for the tests themselves.
-_FOLDERS = [str(ROOT / "tests" / name) for name in ("", "unit", "kernels", "engines", "cli")]
+# Processes that tests start, in whatever folder, import this checkout, as the tests do.
+_FOLDERS = [
+    str(ROOT / name)
+    for name in (".", "kernels", "engines", *(f"tests/{n}" for n in ("", "unit", "kernels", "engines", "cli")))
+]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 Grbench = Callable[..., subprocess.CompletedProcess[str]]
 
