@@ -6,28 +6,31 @@
 draw them. The report page, the terminal table and notebooks/compare_runs.ipynb are built on these.
 """
 
+from grbench.report.findings import Finding, findings
 from grbench.report.frame import (
     ReportError,
-    best_within_limit,
     cells_frame,
     load_frame,
     load_samples,
+    read_cells,
     time_parts,
     within_limit,
 )
 from grbench.report.plots import Plot, plot_hit_mix, plot_latency_cdf, plot_throughput_latency, plot_time_shares
 
 __all__ = [
+    "Finding",
     "Plot",
     "ReportError",
-    "best_within_limit",
     "cells_frame",
+    "findings",
     "load_frame",
     "load_samples",
     "plot_hit_mix",
     "plot_latency_cdf",
     "plot_throughput_latency",
     "plot_time_shares",
+    "read_cells",
     "time_parts",
     "within_limit",
 ]

@@ -37,7 +37,7 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
     return leaves
 
 
-def knobs(records: Sequence[RunRecord]) -> list[str]:
+def knobs(records: Sequence[RunRecord], ignore: Sequence[str] = ()) -> list[str]:
     """The dotted keys by which the specs differ, groups first; `IDENTITY` where nothing differs.
 
     A key whose value comes with its group's name (a model's layers, a scenario's own options) is told by
@@ -45,7 +45,7 @@ def knobs(records: Sequence[RunRecord]) -> list[str]:
     """
     specs = [flatten(record.spec) for record in records]
     typed = {text.lstrip("+~").split("=", 1)[0] for record in records for text in record.overrides}
-    keys = dict.fromkeys(key for spec in specs for key in spec)
+    keys = dict.fromkeys(key for spec in specs for key in spec if key not in ignore)
     chosen = [key for key in keys if _differs(specs, key) and (key in typed or not _implied(specs, key))]
     if not chosen:
         return IDENTITY
@@ -67,9 +67,12 @@ def _implied(specs: Sequence[dict[str, Any]], key: str) -> bool:
     return all(len(seen) == 1 for seen in values.values())
 
 
-def labels(records: Sequence[RunRecord]) -> list[str]:
-    """A short name for each cell, such as "kernel=triton max_batch=8"; repeats are numbered."""
-    keys = knobs(records)
+def labels(records: Sequence[RunRecord], ignore: Sequence[str] = ()) -> list[str]:
+    """Return a short name for each cell, such as "kernel=triton max_batch=8". Repeats are numbered.
+
+    ignore: keys that are no part of a name.
+    """
+    keys = knobs(records, ignore)
     leaves = Counter(key.rpartition(".")[2] for key in keys)
     names = {key: leaf if leaves[leaf := key.rpartition(".")[2]] == 1 else key for key in keys}
     texts = []

@@ -175,9 +175,3 @@ def within_limit(frame: pd.DataFrame) -> pd.Series:
         return "yes" if high <= limit else "no" if low > limit else "unsure"
 
     return frame.apply(verdict, axis=1).rename("within_limit")
-
-
-def best_within_limit(frame: pd.DataFrame) -> pd.Series | None:
-    """The row of highest throughput among the cells that are surely `within_limit`; None if there is none."""
-    good = frame[within_limit(frame) == "yes"]
-    return None if good.empty else good.sort_values("throughput_rps").iloc[-1]

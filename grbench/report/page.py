@@ -11,7 +11,8 @@ from urllib.parse import quote
 from grbench.execution.records import RunRecord
 from grbench.report import plots
 from grbench.report.cells import MISSING, Cell, command, figure, flatten, labels, shown
-from grbench.report.frame import HITS, PARTS, PERCENTILES, best_within_limit, cells_frame, within_limit
+from grbench.report.findings import findings
+from grbench.report.frame import HITS, PARTS, PERCENTILES, cells_frame, within_limit
 from grbench.report.table import notes
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def write_page(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence[s
     sections = [
         f"# {title}",
         _summary(frame),
+        *_bullets([finding.sentence for finding in findings(records)]),
         *_bullets(remarks),
         "## Comparison",
         _comparison(frame, records, environments),
@@ -60,16 +62,7 @@ def _numbered(records: Sequence[RunRecord]) -> list[tuple[int, str, RunRecord]]:
 def _summary(frame: pd.DataFrame) -> str:
     ok = int((frame["status"] == "OK").sum())
     days = sorted({started[:10] for started in frame["started_at"]})
-    text = f"{len(frame)} cells, {ok} OK, measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
-    if ok and (frame["latency_limit_ms"].nunique() == 1):
-        limit = frame["latency_limit_ms"].iloc[0]
-        best = best_within_limit(frame)
-        if best is None:
-            text += f" No cell's p99 is surely within the latency limit of {limit:g} ms."
-        else:
-            text += f" Best throughput with p99 within {limit:g} ms: cell {best.name}, {_escape(best['cell'])}"
-            text += f" ({figure(best['throughput_rps'])} rps, p99 {_with_interval(best, 'latency_ms/p99')} ms)."
-    return text
+    return f"{len(frame)} cells, {ok} OK, measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
 
 
 def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments: list[dict[str, str]]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -9,62 +12,135 @@ from rich.text import Text
 
 from grbench.execution.records import RunRecord, Status
 from grbench.report.cells import MISSING, Cell, figure, labels
+from grbench.report.findings import findings, limit_verdict
 
-COLUMNS = {  # heading: metric
-    "rps": "throughput_rps",
-    "good\nrps": "goodput_rps",
-    "p50\nms": "latency_ms/p50",
-    "p90\nms": "latency_ms/p90",
-    "p99\nms": "latency_ms/p99",
-    "p99.9\nms": "latency_ms/p99.9",
-    "queue\np50": "queue_ms/p50",
-    "comp.\np50": "compute_ms/p50",
-}
-STAGES = {"retr.\np50": "retrieve_ms/p50", "rank\np50": "rank_ms/p50"}  # of pipelines
+MOST_COLUMNS = 10
+NARROWEST_CELL, GAP = 8, 2  # characters; of the gap one is the divider
 STYLES = {Status.OK: "green", Status.UNAVAILABLE: "yellow", Status.INTERRUPTED: "yellow"}  # the others: red
 
 
-def cells_table(cells: list[Cell]) -> Table:
-    """One row a cell: what differs, status, rates, percentiles ("-" where withheld), pipelines' stages, gate error."""
+class Column(NamedTuple):
+    """One column of figures: its heading, a line of legend, the text of a cell and whether any cell has it."""
+
+    heading: str
+    legend: str
+    text: Callable[[RunRecord], str]
+    always: bool = True
+
+
+def _metric(name: str, percent: bool = False) -> Callable[[RunRecord], str]:
+    def text(record: RunRecord) -> str:
+        value = record.metrics.get(name)
+        return figure(100 * value if percent and value is not None else value)
+
+    return text
+
+
+def _of_latency(name: str, interval: bool = False) -> Callable[[RunRecord], str]:
+    """Leave `offline` out: there a latency is the time in a queue of all requests."""
+
+    def text(record: RunRecord) -> str:
+        if record.spec["scenario"]["name"] == "offline":
+            return MISSING
+        value = figure(record.metrics.get(name))
+        ends = record.intervals.get(name)
+        return f"{value} [{figure(ends[0])}, {figure(ends[1])}]" if interval and ends and value != MISSING else value
+
+    return text
+
+
+def _stages(record: RunRecord) -> str:
+    values = [record.metrics.get(f"{stage}_ms/p50") for stage in ("retrieve", "rank")]
+    return MISSING if None in values else " + ".join(figure(value) for value in values)
+
+
+def _auc(record: RunRecord) -> str:
+    tasks = (record.gate.get("quality") or {}).get("tasks") or {}
+    return " ".join(f"{task['auc']:.4f}" for task in tasks.values()) or MISSING
+
+
+def gate_share(record: RunRecord) -> float | None:
+    """Error against the fp32 reference as a share of what is allowed. None where no gate ran."""
+    error, allowed = record.gate.get("error"), record.gate.get("tolerance")
+    return None if error is None or not allowed else error / allowed
+
+
+def _gate(record: RunRecord) -> str:
+    return figure(gate_share(record))
+
+
+COLUMNS = [  # in the order of the table
+    Column("requests/s", "requests/s: answers a second over the whole run", _metric("throughput_rps")),
+    Column("p50 ms", "p50: median latency from arrival to answer", _of_latency("latency_ms/p50")),
+    Column(
+        "p99 ms",
+        "p99: the latency that 99% keep, and its 95% interval",
+        _of_latency("latency_ms/p99", True),
+    ),
+    Column("in limit", "in limit: p99 keeps latency_limit_ms (unsure: the limit is in its interval)", limit_verdict),
+    Column("queue", "queue: median milliseconds of waiting", _of_latency("queue_ms/p50")),
+    Column("compute", "compute: median milliseconds on the device", _metric("compute_ms/p50")),
+    Column("retrieve + rank", "retrieve + rank: median milliseconds of the pipeline's stages", _stages, always=False),
+    Column("hits %", "hits: requests that found cached state", _metric("cache/hit_rate", percent=True), always=False),
+    Column("AUC", "AUC: by the engine's scores, one a task", _auc, always=False),
+    Column("gate", "gate: error against the fp32 reference, as a share of the tolerance", _gate),
+]
+LEAST_NEEDED = ["queue", "compute", "p50 ms", "in limit", "hits %", "retrieve + rank"]  # dropped first to last
+UNSEEN = "latency_ms/p99.9 withheld"  # begins a note on a percentile that the table has no column for
+
+
+def columns_for(records: list[RunRecord]) -> list[Column]:
+    """Return the columns that these records fill."""
+    ok = [record for record in records if record.ok]
+    return [c for c in COLUMNS if c.always or any(c.text(record) != MISSING for record in ok)]
+
+
+def fitting(columns: list[Column], records: list[RunRecord], width: int) -> list[Column]:
+    """Return as many of `columns` as MOST_COLUMNS and `width` characters hold, the least needed dropped first."""
+    status = max(len(record.status) for record in records)
+    widths = {c.heading: max(len(c.heading), *(len(c.text(record)) for record in records)) for c in columns}
+    for heading in LEAST_NEEDED:
+        needed = NARROWEST_CELL + GAP + status + sum(GAP + widths[c.heading] for c in columns)
+        if needed <= width and len(columns) + 2 <= MOST_COLUMNS:
+            break
+        columns = [column for column in columns if column.heading != heading]
+    return columns
+
+
+def cells_table(cells: list[Cell], columns: list[Column]) -> Table:
+    """Return one row a cell: its label, its status and `columns`."""
     records = [record for _, record in cells]
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.add_column("cell", overflow="fold", min_width=8)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("cell", overflow="fold", min_width=NARROWEST_CELL)
     table.add_column("status", no_wrap=True)
-    columns = COLUMNS | {h: name for h, name in STAGES.items() if any(name in r.metrics for r in records)}
-    for heading in [*columns, "gate\nerror"]:
-        table.add_column(heading, justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column.heading, justify="right", no_wrap=True)
     for record, label in zip(records, labels(records), strict=True):
-        metrics = [figure(record.metrics.get(name)) if record.ok else MISSING for name in columns.values()]
-        status = Text(record.status, style=STYLES.get(record.status, "red"))
-        table.add_row(Text(label), status, *metrics, figure(record.gate.get("error")))
+        figures = [column.text(record) if record.ok else MISSING for column in columns]
+        table.add_row(Text(label), Text(record.status, style=STYLES.get(record.status, "red")), *figures)
     return table
 
 
 def print_cells(console: Console, cells: list[Cell]) -> None:
-    """Print the table of `cells`, then errors and notes, one line each; piped, nothing is cut or wrapped."""
+    """Print the table of `cells`, its legend, errors and notes, and last what was found; piped, nothing is wrapped."""
     if not cells:
         return
     if not console.is_terminal:
         console = Console(file=console.file, width=1000, color_system=None)
-    console.print(cells_table(cells))
     records = [record for _, record in cells]
+    columns = fitting(columns_for(records), records, console.width)
+    console.print(cells_table(cells, columns))
+    if any(record.ok for record in records):
+        legend = "; ".join(column.legend for column in columns if column.legend)
+        console.print(Text(f"{legend}; {MISSING}: does not apply", style="dim"), soft_wrap=True)
     for record, label in zip(records, labels(records), strict=True):
         if not record.ok:
             line = f"{record.status} {label}: {record.error or 'no reason was recorded'}"
             console.print(Text(line, style=STYLES.get(record.status, "red")), soft_wrap=True)
-    for line in [*intervals(records), *(f"note: {note}" for note in notes(records))]:
-        console.print(Text(line, style="dim"), soft_wrap=True)
-
-
-def intervals(records: list[RunRecord]) -> list[str]:
-    """The 95% interval of each percentile in the table, a line a cell."""
-    lines = []
-    for record, label in zip(records, labels(records), strict=True):
-        ends = {name.rpartition("/")[2]: interval for name, interval in record.intervals.items()}
-        if record.ok and ends:
-            words = "  ".join(f"{name} {figure(low)} to {figure(high)}" for name, (low, high) in ends.items())
-            lines.append(f"95% interval, ms: {words}{f' ({label})' if len(records) > 1 else ''}")
-    return lines
+    for note in (note for note in notes(records) if not note.startswith(UNSEEN)):
+        console.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
+    for finding in findings(records):
+        console.print(Text(finding.sentence, style="bold"), soft_wrap=True)
 
 
 def notes(records: list[RunRecord]) -> list[str]:

@@ -21,7 +21,7 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "compare_runs.ipy
 PROBE = """
 import json
 print(json.dumps({
-    "best": None if best is None else best["cell"],
+    "found": [finding.sentence for finding in found],
     "knobs": knobs,
     "comparison": comparison["status"].tolist(),
     "failures": failures["error"].tolist(),
@@ -86,7 +86,8 @@ def test_compares_cells_and_picks_the_best_within_the_limit(execute: Any, tmp_pa
 
     assert "failed" not in notebook.metadata, outputs(notebook, "error")
     found = json.loads(notebook.cells[-1].outputs[-1].text)
-    assert found["best"] == "kernel=triton max_batch=8"
+    (sentence,) = found["found"]
+    assert sentence.startswith("At 100 requests/s, kernel=triton max_batch=8 has the lowest p99: ")
     assert found["knobs"] == ["kernel", "scenario.max_batch"]
     assert found["comparison"] == ["OK", "OK", "OK", "OK", "OOM"]
     assert found["failures"] == ["memory ran out"]
@@ -118,5 +119,5 @@ def test_a_single_untracked_cell_is_enough(execute: Any, tmp_path: Path) -> None
     assert "failed" not in notebook.metadata, outputs(notebook, "error")
     text = "".join(output.text for output in outputs(notebook, "stream"))
     assert "named by: engine, kernel, workload, scenario" in text
-    assert "No cell's p99 is surely within its latency limit." in text
+    assert "At 100 requests/s, hstu has a p90 of " in text
     assert "these runs were not tracked" in text

@@ -20,7 +20,6 @@ from grbench.execution import records, stats
 from grbench.execution.records import RunRecord, Status
 from grbench.report import (
     ReportError,
-    best_within_limit,
     cells_frame,
     load_frame,
     load_samples,
@@ -136,8 +135,9 @@ def test_page_compares_the_knobs_that_differ(sweep: Path, tmp_path: Path, capsys
     assert main([str(sweep), "--out", str(out), "--title", "Kernels"]) == 0
     assert capsys.readouterr().out == f"{out}: 4 cells, 3 figures\n"
     page = out.read_text()
-    assert page.startswith("# Kernels\n\n4 cells, 3 OK, measured 2026-01-02. Best throughput")
-    assert "with p99 within 80 ms: cell 2, kernel=triton max_batch=8 (200 rps, p99 " in page
+    assert page.startswith(
+        "# Kernels\n\n4 cells, 3 OK, measured 2026-01-02.\n\n- At 100 requests/s, kernel=triton max_batch=8"
+    )
     rows = rows_of(page, "Comparison")
     assert list(rows[0])[:4] == ["#", "kernel", "scenario.max_batch", "status"]
     assert [(r["kernel"], r["scenario.max_batch"], r["status"]) for r in rows] == [
@@ -370,7 +370,7 @@ def test_frame_has_knobs_metrics_and_intervals(sweep: Path) -> None:
     assert pivot.loc["triton", 32] == 30
 
 
-def test_best_within_limit_needs_the_whole_interval_within() -> None:
+def test_within_limit_needs_the_whole_interval_within() -> None:
     def row(p99: float, low: float, high: float, rps: float, status: str = "OK") -> dict[str, Any]:
         names = ("latency_ms/p99", "latency_ms/p99/low", "latency_ms/p99/high", "throughput_rps", "status")
         return dict(zip(names, (p99, low, high, rps, status), strict=True)) | {"latency_limit_ms": 80.0}
@@ -388,10 +388,6 @@ def test_best_within_limit_needs_the_whole_interval_within() -> None:
         ]
     )
     assert within_limit(frame).tolist() == ["yes", "yes", "unsure", "no", "p99 withheld", "yes", "-"]
-    best = best_within_limit(frame)
-    assert best is not None
-    assert best["throughput_rps"] == 100
-    assert best_within_limit(frame[2:5]) is None
 
 
 def specs(*changes: dict[str, Any], overrides: list[str] | None = None) -> list[RunRecord]:
@@ -453,41 +449,63 @@ def screen(cells: list[tuple[Path, RunRecord]], width: int | None) -> list[str]:
     return file.getvalue().splitlines()
 
 
-@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("width", [80, 120])
 def test_terminal_table_fits_and_cuts_no_number(sweep: Path, width: int) -> None:
     lines = screen(read_cells([sweep]), width)
-    table = lines[: next(i for i, line in enumerate(lines) if line.startswith("UNAVAILABLE"))]
+    table = lines[: next(i for i, line in enumerate(lines) if line.startswith("requests/s: "))]
     assert max(map(len, table)) <= width
     assert "…" not in "".join(table)
     record = records.load(sweep / "1")
     row = next(line for line in table if figure(record.metrics["latency_ms/p99"]) in line.split())
-    expected = ["throughput_rps", "goodput_rps", "latency_ms/p50", "latency_ms/p90", "latency_ms/p99"]
-    numbers = [figure(record.metrics[name]) for name in expected]
-    numbers += ["-", *(figure(record.metrics[f"{part}_ms/p50"]) for part in ("queue", "compute")), "1.2e-07"]
-    assert row.split()[-10:] == ["OK", *numbers]
+    low, high = (figure(end) for end in record.intervals["latency_ms/p99"])
+    expected = ["OK", "200", figure(record.metrics["latency_ms/p50"]), figure(record.metrics["latency_ms/p99"])]
+    expected += [f"[{low},", f"{high}]", "yes"]
+    if width > 100:
+        expected += [figure(record.metrics[f"{part}_ms/p50"]) for part in ("queue", "compute")]
+    assert row.split()[row.split().index("OK") :] == [*expected, "0.0062"]
 
 
-def test_piped_table_keeps_one_line_a_cell(sweep: Path) -> None:
+def test_piped_table_keeps_one_line_a_cell_and_ends_with_what_was_found(sweep: Path) -> None:
     lines = screen(read_cells([sweep]), None)
-    assert [line.split()[:3] for line in lines[3:7]] == [
+    assert [line.split()[:3] for line in lines[2:6]] == [
         ["kernel=torch", "max_batch=8", "OK"],
         ["kernel=triton", "max_batch=8", "OK"],
         ["kernel=triton", "max_batch=32", "OK"],
         ["kernel=cutlass", "max_batch=8", "UNAVAILABLE"],
     ]
-    assert lines[7] == "UNAVAILABLE kernel=cutlass max_batch=8: no [GPU] | found; add <one>"
-    assert [line for line in lines[8:11] if line.startswith("95% interval, ms: p50 ")] == lines[8:11]
-    assert lines[8].endswith("(kernel=torch max_batch=8)")
-    assert all(line.startswith("note: ") for line in lines[11:])
+    legend = next(i for i, line in enumerate(lines) if line.startswith("requests/s: "))
+    assert lines[legend + 1] == "UNAVAILABLE kernel=cutlass max_batch=8: no [GPU] | found; add <one>"
+    assert all(line.startswith("note: ") for line in lines[legend + 2 : -1])
+    assert lines[-1].startswith("At 100 requests/s, kernel=triton max_batch=8 ")
     assert "\x1b" not in "".join(lines)
     assert screen([], None) == []
+
+
+def test_offline_cells_show_no_latency(tmp_path: Path) -> None:
+    write_cell(tmp_path / "o" / "0", "scenario=offline")
+    row = screen(read_cells([tmp_path / "o"]), None)[2].split()
+    assert row[row.index("OK") :] == ["OK", "150", "-", "-", "-", "-", row[-2], "0.0062"]
+
+
+def test_columns_appear_where_cells_have_their_figures(tmp_path: Path) -> None:
+    """Hit rates with a cache, stages of a pipeline, AUC with labels; never more than ten columns."""
+    record = write_cell(tmp_path / "o" / "0", "cache=lru")
+    record.metrics |= {"cache/hit_rate": 0.4, "retrieve_ms/p50": 25.0, "rank_ms/p50": 2.0}
+    record.gate["quality"] = {"tasks": {"rated": {"auc": 0.8123}}}
+    records.save(record, tmp_path / "o" / "0")
+    lines = screen(read_cells([tmp_path / "o"]), None)
+    heads = re.split(r"  +", lines[0].strip())
+    assert len(heads) == 10
+    assert {"hits %", "retrieve + rank", "AUC", "gate"} <= set(heads)
+    assert "queue" not in heads
+    assert "25.0 + 2.00" in lines[2] and "0.8123" in lines[2] and " 40.0 " in lines[2]
 
 
 def test_notes_are_said_once(tmp_path: Path) -> None:
     for i in range(6):
         write_cell(tmp_path / "o" / str(i), f"seed={i}", notes=["shared", *(["of most"] if i else [])])
     lines = screen(read_cells([tmp_path / "o"]), None)
-    assert lines[-2:] == ["note: shared", "note: of most (5 of 6 cells)"]
+    assert lines[-3:-1] == ["note: shared", "note: of most (5 of 6 cells)"]
 
 
 def test_a_record_reached_twice_counts_once(sweep: Path, tmp_path: Path) -> None:

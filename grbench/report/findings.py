@@ -1,0 +1,213 @@
+"""Rank the cells that can be compared, and say in one sentence each what was found.
+
+Two cells can be compared when they did the same work on the same machine: one task, one trace, one scenario, one
+latency limit. Among them
+
+- `offline` cells are ranked by throughput;
+- cells of another scenario at one offered load are ranked by the highest percentile that all of them have;
+- cells at several loads are ranked by the highest load at which the upper end of p99's 95% interval keeps the limit.
+
+Cells that differ in nothing but their seed are repeats of one strategy: the interval spans those of all repeats.
+A difference counts only where the intervals do not overlap.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grbench.execution.records import RunRecord
+from grbench.report.cells import figure, flatten, labels, shown
+from grengines.pipeline.config import STAGES
+
+LOADS = {  # scenario: the option that says how much load is offered, and its unit
+    "server": ("target_qps", "requests/s"),
+    "trace_replay": ("mean_qps", "requests/s"),
+    "closed_loop": ("clients", "clients"),
+    "multi_stream": ("samples_per_query", "requests a query"),
+    "single_stream": ("", ""),
+}
+PERCENTILES = ("p99", "p90", "p50")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One strategy at one load: the middle of its repeats and the interval that spans theirs."""
+
+    label: str
+    records: tuple[RunRecord, ...]
+    value: float  # requests/s, or milliseconds
+    low: float
+    high: float
+
+    @property
+    def known(self) -> bool:
+        """True where there is an interval: a single offline run has none."""
+        return self.low < self.high
+
+    def __str__(self) -> str:
+        return f"{figure(self.value)} [{figure(self.low)}, {figure(self.high)}]" if self.known else figure(self.value)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One group of comparable cells: the best first, and the sentence that a reader needs."""
+
+    best: tuple[RunRecord, ...]  # repeats of the best strategy
+    sentence: str
+
+
+def findings(records: Sequence[RunRecord]) -> list[Finding]:
+    """One finding for each group of comparable OK cells, in the order of the records."""
+    ok = [record for record in records if record.ok and record.metrics.get("throughput_rps")]
+    groups: dict[str, list[RunRecord]] = {}
+    for record in ok:
+        groups.setdefault(_work(record), []).append(record)
+    return [_finding(group) for group in groups.values()]
+
+
+def limit_verdict(record: RunRecord) -> str:
+    """Say if p99 keeps `latency_limit_ms`: "yes", "no", "unsure" (the limit lies in its interval), "-" where there is
+    no limit to keep or no p99."""
+    limit = record.spec.get("latency_limit_ms")
+    p99 = record.metrics.get("latency_ms/p99") if record.ok else None
+    if _scenario(record) == "offline" or limit is None or p99 is None:
+        return "-"
+    low, high = record.intervals.get("latency_ms/p99", [p99, p99])
+    return "yes" if high <= limit else "no" if low > limit else "unsure"
+
+
+def _finding(group: list[RunRecord]) -> Finding:
+    if _scenario(group[0]) == "offline":
+        return _highest_throughput(group)
+    return _lowest_latency(group) if len({_load(record) for record in group}) == 1 else _highest_load(group)
+
+
+def _highest_throughput(group: list[RunRecord]) -> Finding:
+    ranked = [_estimate(label, runs, "throughput_rps") for label, runs in _strategies(group).items()]
+    best, *others = sorted(ranked, key=lambda e: -e.value)
+    if not others:
+        return Finding(best.records, f"Offline, {best.label} answers {best} requests/s.")
+    first = _ties(best, others) or f"{best.label} is fastest"
+    return Finding(best.records, f"Offline, {first}: {best} requests/s{_next(others, best)}.")
+
+
+def _lowest_latency(group: list[RunRecord]) -> Finding:
+    percentile = next((p for p in PERCENTILES if all(f"latency_ms/{p}" in r.metrics for r in group)), "p50")
+    metric = f"latency_ms/{percentile}"
+    ranked = [_estimate(label, runs, metric) for label, runs in _strategies(group).items()]
+    best, *others = sorted(ranked, key=lambda e: e.value)
+    where = f"In {_scenario(group[0])}" if (load := _load(group[0])) is None else f"At {figure(load)} {_unit(group[0])}"
+    limit = _against_limit(best, group[0].spec.get("latency_limit_ms"))
+    if not others:
+        return Finding(best.records, f"{where}, {best.label} has a {percentile} of {best} ms{limit}.")
+    first = _ties(best, others) or f"{best.label} has the lowest {percentile}"
+    return Finding(best.records, f"{where}, {first}: {best} ms{limit}{_next(others, best, ' ms')}.")
+
+
+def _highest_load(group: list[RunRecord]) -> Finding:
+    limit = group[0].spec.get("latency_limit_ms")
+    limit_ms = float("inf") if limit is None else float(limit)
+    kept: list[tuple[float, Estimate]] = []  # of each strategy the highest load that keeps the limit
+    for label, runs in _strategies(group).items():
+        loads: dict[float, list[RunRecord]] = {}
+        for run in runs:
+            loads.setdefault(_load(run) or 0.0, []).append(run)
+        for load in sorted(loads, reverse=True):
+            if all("latency_ms/p99" in run.metrics for run in loads[load]):
+                estimate = _estimate(label, loads[load], "latency_ms/p99")
+                if estimate.high <= limit_ms:
+                    kept.append((load, estimate))
+                    break
+    within = f"p99 within {limit_ms:g} ms" if limit is not None else "a p99"
+    if not kept:
+        return Finding((), f"In {_scenario(group[0])}, no cell has {within} for certain.")
+    kept.sort(key=lambda pair: (-pair[0], pair[1].value))
+    (load, best), *others = kept
+    equal = [estimate for other, estimate in others if other == load]
+    lower = [(other, estimate) for other, estimate in others if other < load]
+    text = f"{_ties(best, equal) or best.label}: the highest load with {within} is {figure(load)} {_unit(group[0])}"
+    text += f" (p99 {best} ms)"
+    if lower:
+        text += f"; next is {lower[0][1].label} with {figure(lower[0][0])}"
+    return Finding(best.records, f"In {_scenario(group[0])}, {text}.")
+
+
+def _strategies(group: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """The records of a group by strategy: all that differs but seed and load. The keys are short labels."""
+    strategies: dict[str, list[RunRecord]] = {}
+    for record in group:
+        strategies.setdefault(_strategy(record), []).append(record)
+    ignore = ["seed", *(f"scenario.{option}" for option, _ in LOADS.values() if option)]
+    first = [runs[0] for runs in strategies.values()]
+    names = labels(first, ignore=ignore) if len(first) > 1 else [_engine(first[0])]
+    return dict(zip(names, strategies.values(), strict=True))
+
+
+def _estimate(label: str, runs: Sequence[RunRecord], metric: str) -> Estimate:
+    values = sorted(run.metrics[metric] for run in runs)
+    ends = [run.intervals.get(metric, [run.metrics[metric]] * 2) for run in runs]
+    middle = values[len(values) // 2]
+    return Estimate(label, tuple(runs), middle, min(low for low, _ in ends), max(high for _, high in ends))
+
+
+def _ties(best: Estimate, others: Sequence[Estimate]) -> str:
+    """Words for the strategies that the intervals do not separate from the best; "" where the best stands alone."""
+    tied = [e for e in others if best.known and e.known and e.low <= best.high and best.low <= e.high]
+    if not tied:
+        return ""
+    names = ", ".join(e.label for e in tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
+    return f"{best.label} leads, but not beyond the 95% intervals of {names}"
+
+
+def _next(others: Sequence[Estimate], best: Estimate, unit: str = "") -> str:
+    clear = [e for e in others if not (best.known and e.known and e.low <= best.high and best.low <= e.high)]
+    return f"; next is {clear[0].label} with {clear[0]}{unit}" if clear else ""
+
+
+def _against_limit(best: Estimate, limit: float | None) -> str:
+    if limit is None:
+        return ""
+    if best.high <= limit:
+        return f", within the limit of {limit:g} ms"
+    return (
+        f", over the limit of {limit:g} ms" if best.low > limit else f"; the limit of {limit:g} ms is in its interval"
+    )
+
+
+def _scenario(record: RunRecord) -> str:
+    return str(record.spec["scenario"]["name"])
+
+
+def _engine(record: RunRecord) -> str:
+    engine = record.spec["engine"]
+    stages = [engine[stage]["name"] for stage in STAGES if stage in engine]
+    return f"{engine['name']} ({' + '.join(stages)})" if stages else str(engine["name"])
+
+
+def _unit(record: RunRecord) -> str:
+    return LOADS[_scenario(record)][1]
+
+
+def _load(record: RunRecord) -> float | None:
+    option, _ = LOADS.get(_scenario(record), ("", ""))
+    value = record.spec["scenario"].get(option) if option else None
+    return float(value) if value is not None else None
+
+
+def _work(record: RunRecord) -> str:
+    """Equal for cells that can be compared."""
+    spec, environment = record.spec, record.environment
+    retrieval = spec.get("retrieval") or {}
+    gpus = [gpu.get("name") for gpu in environment.get("gpus") or []]
+    machine = [environment.get("cpu"), environment.get("cpu_cores"), gpus]
+    work = [spec.get("task"), spec.get("workload"), retrieval.get("k"), _scenario(record), spec.get("latency_limit_ms")]
+    return json.dumps([work, machine], sort_keys=True)
+
+
+def _strategy(record: RunRecord) -> str:
+    """Equal for repeats of one strategy at any load."""
+    option = LOADS.get(_scenario(record), ("", ""))[0]
+    leaves = {k: shown(v) for k, v in flatten(record.spec).items() if k not in ("seed", f"scenario.{option}")}
+    return json.dumps(leaves, sort_keys=True)

@@ -1,0 +1,134 @@
+"""The sentences that say what was found: only cells that can be compared are, and noise decides nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from grbench.execution.records import RunRecord, Status
+from grbench.report.findings import findings, limit_verdict
+
+P99 = "latency_ms/p99"
+
+
+def cell(
+    p99: float | None = None,
+    *,
+    rps: float = 40.0,
+    spread: float = 0.1,
+    load: float = 40.0,
+    scenario: str = "server",
+    engine: str = "hstu",
+    seed: int = 0,
+    cpu: str = "A",
+    status: Status = Status.OK,
+    **spec: Any,
+) -> RunRecord:
+    """A record with one p99 and an interval of +- `spread` of it."""
+    options = {"server": {"target_qps": load}, "closed_loop": {"clients": load}}.get(scenario, {})
+    content = {
+        "task": "rank",
+        "workload": {"name": "ml_100k"},
+        "scenario": {"name": scenario, "max_batch": 8, **options},
+        "engine": {"name": engine, "precision": "fp32"},
+        "latency_limit_ms": 80.0,
+        "seed": seed,
+        **spec,
+    }
+    record = RunRecord(content, f"{hash(str(content))}", status, "2026-01-01T00:00:00+00:00", 1.0)
+    record.environment = {"cpu": cpu, "cpu_cores": 2, "gpus": []}
+    record.gate = {"passed": True, "error": 0.0, "tolerance": 1.0}
+    if status is Status.OK:
+        record.metrics = {"throughput_rps": rps}
+        if p99 is not None:
+            record.metrics |= {P99: p99, "latency_ms/p90": p99 / 2, "latency_ms/p50": p99 / 4}
+            record.intervals = {P99: [p99 * (1 - spread), p99 * (1 + spread)]}
+    return record
+
+
+def sentences(*records: RunRecord) -> list[str]:
+    return [finding.sentence for finding in findings(records)]
+
+
+def test_at_one_load_the_lowest_p99_leads_whatever_the_throughput() -> None:
+    """In `server` the rate is what was offered: its last digits say nothing."""
+    fast, slow = cell(6.25, rps=40.0252), cell(9.28, rps=40.0254, engine="onnxruntime")
+    (found,) = findings([slow, fast])
+    assert found.best == (fast,)
+    assert found.sentence == (
+        "At 40.0 requests/s, engine=hstu has the lowest p99: 6.25 [5.62, 6.88] ms, within the limit of 80 ms; "
+        "next is engine=onnxruntime with 9.28 [8.35, 10.2] ms."
+    )
+
+
+def test_overlapping_intervals_decide_nothing() -> None:
+    (said,) = sentences(cell(6.25), cell(6.5, engine="onnxruntime"), cell(20, engine="aoti"))
+    assert "engine=hstu leads, but not beyond the 95% intervals of engine=onnxruntime: 6.25" in said
+    assert said.endswith("; next is engine=aoti with 20.0 [18.0, 22.0] ms.")
+
+
+def test_a_limit_is_kept_only_by_the_whole_interval() -> None:
+    assert limit_verdict(cell(60)) == "yes"
+    assert limit_verdict(cell(79)) == "unsure"
+    assert limit_verdict(cell(100)) == "no"
+    assert limit_verdict(cell(scenario="offline")) == limit_verdict(cell(60, status=Status.OOM)) == "-"
+    assert sentences(cell(79))[0].endswith("; the limit of 80 ms is in its interval.")
+    assert sentences(cell(100))[0].endswith(", over the limit of 80 ms.")
+
+
+def test_over_several_loads_the_highest_that_keeps_the_limit_leads() -> None:
+    cells = [cell(p99, load=load, engine=e) for e, rows in
+             {"hstu": [(20, 50), (60, 100), (300, 200)], "aoti": [(30, 50), (35, 100), (70, 200)]}.items()
+             for p99, load in rows]  # fmt: skip
+    (found,) = findings(cells)
+    assert [r.spec["scenario"]["target_qps"] for r in found.best] == [200]
+    assert found.sentence == (
+        "In server, engine=aoti: the highest load with p99 within 80 ms is 200 requests/s (p99 70.0 [63.0, 77.0] ms); "
+        "next is engine=hstu with 100."
+    )
+    late = [cell(p99, load=load) for p99, load in ((100, 50), (90, 20))]
+    assert findings(late)[0].best == ()
+    assert sentences(*late) == ["In server, no cell has p99 within 80 ms for certain."]
+
+
+def test_offline_cells_are_ranked_by_throughput() -> None:
+    assert sentences(cell(scenario="offline", rps=111)) == ["Offline, hstu answers 111 requests/s."]
+    (said,) = sentences(cell(scenario="offline", rps=111), cell(scenario="offline", rps=294, engine="aoti"))
+    assert said == "Offline, engine=aoti is fastest: 294 requests/s; next is engine=hstu with 111."
+
+
+def test_seeds_are_repeats_whose_spread_counts() -> None:
+    """Three seeds of one cell had intervals that did not overlap: one run's interval understates the spread."""
+    mine = [cell(p99, seed=i, spread=0.01) for i, p99 in enumerate((4.6, 5.0, 7.3))]
+    (found,) = findings([*mine, cell(6.0, engine="aoti", spread=0.01)])
+    assert found.best == tuple(mine)
+    assert "engine=hstu leads, but not beyond the 95% intervals of engine=aoti: 5.00 [4.55, 7.37] ms" in found.sentence
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"workload": {"name": "synthetic"}},
+        {"task": "generate"},
+        {"scenario": "closed_loop"},
+        {"latency_limit_ms": 50.0},
+        {"cpu": "B"},
+    ],
+)
+def test_different_work_is_not_compared(other: dict[str, Any]) -> None:
+    found = findings([cell(6.0), cell(9.0, **other)])
+    assert [len(f.best) for f in found] == [1, 1]
+    assert not any("next" in f.sentence for f in found)
+
+
+def test_cells_without_a_result_are_left_out() -> None:
+    assert findings([cell(status=Status.OOM)]) == []
+    assert len(findings([cell(6.0), cell(status=Status.ERROR, engine="aoti")])) == 1
+
+
+def test_a_withheld_p99_moves_the_ranking_to_p90() -> None:
+    short = cell(6.0, engine="aoti")
+    del short.metrics[P99], short.intervals[P99]
+    (said,) = sentences(short, cell(20.0))
+    assert said.startswith("At 40.0 requests/s, engine=aoti has the lowest p90: 3.00 ms")
