@@ -28,7 +28,7 @@ import torch
 
 from grbench.config.compose import compose_spec
 from grbench.execution import stats
-from grbench.gate.generate import BeamGate, BeamGateResult
+from grbench.gate.generate import GenerateGate, GenerateGateResult
 from grbench.report.cells import figure
 from grbench.scenarios import Measurement, run_scenario
 from grbench.scenarios.config import OfflineConfig, ScenarioConfig, ServerConfig
@@ -39,7 +39,7 @@ from grengines.semantic.ids import SemanticIds
 LEVELS = 3
 SECONDS = 2.0  # about what a measurement of `load` takes
 P99_SECONDS = 16.0  # and what the 1000 requests that a p99 needs may take; else there is none
-Gates = dict[Any, BeamGate]
+Gates = dict[Any, GenerateGate]
 
 
 def random_ids(items: int, codes: int) -> SemanticIds:
@@ -70,7 +70,7 @@ def engine_of(
     sample: Sequence[Request],
     batch: int,
     gates: Gates,
-) -> Iterator[tuple[Any, BeamGateResult]]:
+) -> Iterator[tuple[Any, GenerateGateResult]]:
     """A prepared engine that passed the gate on a few requests of the sample, and what the gate found. gates: those
     that engines of the same model, in the same precision, were held to before."""
     chosen = [f"engine={name}", f"model={model}", "task=generate", f"retrieval.beam_width={retrieval.beam_width}"]
@@ -85,7 +85,7 @@ def engine_of(
         key = model, retrieval.beam_width, sample[0].request_id, len(sample[0].history_items), actual["precision"]
         if key not in gates:
             gates.clear()  # a reference holds a model in fp32
-            gates[key] = BeamGate(spec, catalogue, sample[:4], retrieval, actual["device"], actual["precision"])
+            gates[key] = GenerateGate(spec, catalogue, sample[:4], retrieval, actual["device"], actual["precision"])
         checked = gates[key].check(engine, batch)
         print(f"<!-- {name} {model}: {checked.to_dict()}; {actual} -->", flush=True)
         engine.reset_cache()

@@ -102,10 +102,6 @@ class UnavailableError(RuntimeError):
     """This machine can't run what was asked; the message says what is missing and how to get it."""
 
 
-class IncorrectError(RuntimeError):
-    """What ran gave a wrong answer; the message shows the figures."""
-
-
 class Engine(Protocol):
     """An engine answers batches of requests. It is built, prepared once, used, closed.
 

@@ -1,18 +1,85 @@
-"""How an answer is compared with the reference."""
+"""Comparison with the fp32 reference: the error, what is allowed, and proof that the comparison can fail."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from grengines.api import Float32Array
-
-# fp32 sums in another order differ by some tens of ulp (6e-8) over a dozen layers; a wrong mask or a
+# fp32 sums in another order differ by some tens of ulp (6e-8) over a dozen layers. A wrong mask or a
 # stale row differs by 1e-3 and more.
 SUMMATION_FLOOR = 2e-5
 
+Array = Tensor | npt.NDArray[np.floating[Any]]
 
-def relative_error(out: Float32Array, reference: Float32Array) -> float:
-    """||out - reference|| / ||reference||; NaN in either counts as infinite."""
-    difference = np.linalg.norm(out.astype(np.float64) - reference.astype(np.float64))
-    error = float(difference / np.linalg.norm(reference.astype(np.float64)))
-    return error if np.isfinite(error) else float("inf")
+
+@dataclass(kw_only=True)
+class Comparison:
+    """Figures of one comparison with the reference. Each gate adds its own."""
+
+    passed: bool
+    error: float
+    tolerance: float  # the largest error that passes
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class IncorrectError(RuntimeError):
+    """An answer is wrong, or a comparison could not have failed. `result` has the figures where there are any."""
+
+    def __init__(self, message: str, result: Comparison | None = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def relative_error(out: Array, reference: Array) -> float:
+    """Return ||out - reference|| / ||reference||.
+
+    It is 0 for equal zeros and empty arrays, and infinite for NaN, for different shapes, and where only the reference
+    is zero.
+    """
+    a, b = torch.as_tensor(out), torch.as_tensor(reference)
+    if a.shape != b.shape:
+        return float("inf")
+    # Half precision is compared in fp32. fp64 copies of a kernel's outputs might not fit beside them on a device.
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    norm = torch.linalg.vector_norm
+    difference = float(norm(a.to(dtype) - b.to(dtype), dtype=torch.float64))
+    size = float(norm(b, dtype=torch.float64))
+    if difference == 0:
+        return 0.0
+    return difference / size if size and math.isfinite(difference / size) else float("inf")
+
+
+def allowed_error(eager_error: float, ratio: float, floor: float = SUMMATION_FLOOR) -> float:
+    """Return `ratio` times what eager PyTorch loses in the same precision, at least `floor`."""
+    return max(ratio * eager_error, floor)
+
+
+def require_contrast(
+    wrong: Mapping[str, float],
+    tolerance: float,
+    result: Comparison | None = None,
+    *,
+    subject: str = "the gate",
+    advice: str = "use a higher precision or other requests",
+) -> None:
+    """Raise IncorrectError unless every wrong answer's error is more than twice the tolerance.
+
+    wrong: the errors of answers that are known to be wrong, by what they are. A comparison that would pass one of them
+    proves nothing.
+    """
+    for name, error in wrong.items():
+        if not error > 2 * tolerance:
+            raise IncorrectError(
+                f"{subject} can't tell right from wrong here: the error of {name} is {error:.2g}, "
+                f"allowed is {tolerance:.2g}; {advice}",
+                result,
+            )

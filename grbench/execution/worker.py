@@ -108,10 +108,9 @@ def _gate_and_measure(
 ) -> None:
     from grbench.execution import measure
     from grbench.execution.gpu import sample_gpu
-    from grbench.gate import quality
-    from grbench.gate.pipeline import gate_for
-    from grbench.gate.rank import GateError
+    from grbench.gate import gate_for, quality
     from grbench.scenarios import run_scenario
+    from grengines.numerics import IncorrectError
     from grkernels import tuning
 
     report({"stage": "checking against the fp32 reference"})
@@ -154,8 +153,9 @@ def _gate_and_measure(
         # Once more, after all that load: a stale buffer or a corrupted state shows now.
         outcome.gate["error_after"] = gate.check(engine, spec.scenario.max_batch).error
         outcome.actual = engine.actual()  # by now it has used every launch configuration that it needs
-    except GateError as e:
-        outcome.gate = e.result.to_dict()
+    except IncorrectError as e:
+        if e.result is not None:
+            outcome.gate = e.result.to_dict()
         raise
     report({"stage": "writing"})
     summary = measure.summarise(measurement, spec, trace.requests, retrieval.ids.sizes if retrieval else ())
@@ -180,7 +180,8 @@ def warm_up(engine: Any, requests: list[Any], spec: RunSpec) -> None:
 
 def classify(error: BaseException) -> tuple[Status, str]:
     """The status that an exception means, and one line about it."""
-    from grengines.api import IncorrectError, UnavailableError
+    from grengines.api import UnavailableError
+    from grengines.numerics import IncorrectError
 
     line = one_line(error, most=5000)
     chain: list[BaseException] = []

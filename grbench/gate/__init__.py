@@ -1,1 +1,28 @@
-"""Correctness gates: nothing is timed before it agrees with the fp32 reference."""
+"""Correctness gates: nothing is timed before it agrees with the fp32 reference.
+
+`base` has the idea that all gates share, the other modules a gate each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grbench.config.schema import RunSpec
+from grbench.gate.base import Gate
+from grbench.workloads.trace import Trace
+from grengines.api import Retrieval
+
+
+def gate_for(spec: RunSpec, trace: Trace, retrieval: Retrieval | None, actual: dict[str, Any]) -> Gate:
+    """Return the gate of a cell's task. actual: what the engine reports; its device and precision are used."""
+    if retrieval is None:
+        from grbench.gate.rank import RankGate
+
+        return RankGate(spec, trace.catalogue, trace.requests, actual["device"], actual["precision"])
+    if spec.task == "generate":
+        from grbench.gate.generate import GenerateGate
+
+        return GenerateGate(spec, trace.catalogue, trace.requests, retrieval, actual["device"], actual["precision"])
+    from grbench.gate.pipeline import PipelineGate
+
+    return PipelineGate(spec, trace, retrieval, actual)

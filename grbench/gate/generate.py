@@ -1,61 +1,52 @@
-"""The gate of tasks that generate: the engine's items are those of the fp32 reference search.
+"""The gate of generation: the engine's items are those of the fp32 reference search.
 
-Held to account are the scores, the order, the best item and how many of the k best items were found. A score is checked
-on its own, against the fp32 log-probability of the very item that was returned. Allowed is a small multiple of the
-error that plain PyTorch makes in the same precision. Scores that differ by less than twice that are a near-tie: they
-may change places, and an expected item may be missing where its score, or a prefix's, was that near to the last beam's.
-The gate must be able to fail: a search without attention and stale answers must both lie outside.
+The gate checks the scores, the order, the best item, and how many of the k best items were found. Errors are absolute
+differences of log-probabilities: a score is compared with the fp32 log-probability of the very item that was returned.
+
+Scores that differ by less than twice the tolerance are a near-tie. The items of a near-tie may change places. An
+expected item may be missing where its score, or the score of one of its prefixes, is a near-tie with the last beam's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from grbench.config.schema import RunSpec
-from grbench.gate.rank import GateError, pick
+from grbench.gate.base import GateResult, batches, sample
 from grengines import registry
 from grengines.api import Catalogue, Float32Array, Generator, Int64Array, Request, Retrieval
+from grengines.numerics import allowed_error
+from grengines.semantic.search import Beams
 
 # Sums of three log-probabilities of size up to some tens, in another order: some tens of ulp.
 SCORE_FLOOR = 1e-4
-OVERLAP = 0.95  # of the k best items, in half precision; in fp32 all
-PROBES = 32  # of a request's best items: where plain PyTorch's error is measured
+OVERLAP = 0.95  # least share of the k best items in half precision; in fp32 all
+PROBES = 32  # best items of a request at which the error of eager PyTorch is measured
 
-Answers = list[tuple[Int64Array, Float32Array]]  # of each request items and scores, best first
+Answers = list[tuple[Int64Array, Float32Array]]  # items and scores of each request, best first
 
 
-@dataclass
-class BeamGateResult:
+@dataclass(kw_only=True)
+class GenerateGateResult(GateResult):
     """Errors are of scores: log-probabilities, absolute."""
 
-    passed: bool
-    error: float
-    tolerance: float
-    plain_error: float  # of plain torch in the engine's precision
     overlap: float  # mean share of the expected items that were found
     near_ties: int  # expected items that are missing or out of place by less than the tolerance
-    zero_attention_error: float
-    stale_error: float
-    requests: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass
 class _Verdict:
-    problem: str | None  # what no rounding explains
+    problem: str | None  # a difference that rounding does not explain
     error: float = float("inf")
     overlap: float = 0.0
     near_ties: int = 0
 
 
-class BeamGate:
-    """Holds the reference's answers for a sample of a trace, so that an engine can be checked more than once."""
+class GenerateGate:
+    """The reference's items and scores for a sample."""
 
     def __init__(
         self,
@@ -66,58 +57,44 @@ class BeamGate:
         device: str,
         precision: str,
     ) -> None:
-        self.sample = pick(requests, spec.gate.requests, spec.seed)
-        if len(self.sample) < 2:
-            raise ValueError("the workload has one request; the gate needs two to tell stale answers from right ones")
+        self.sample = sample(requests, spec.gate.requests, spec.seed)
         self._items, self._exactly = catalogue.num_items, precision == "fp32"
-        self._reference = reference = registry.reference(spec.model, spec.seed, retrieval, device)
+        self.reference = reference = registry.reference(spec.model, spec.seed, retrieval, device)
         found = reference.search(self.sample)
-        self._expected: Answers = [
-            (items[items >= 0], scores[items >= 0]) for items, scores in zip(found.items, found.scores, strict=True)
-        ]
-        self._cuts = found.cuts
+        self._expected, self._cuts = _answers(found), found.cuts
         self._prefixes = [
             reference.prefix_scores(r, items) for r, (items, _) in zip(self.sample, self._expected, strict=True)
         ]
         wide = max(retrieval.beam_width, PROBES)
-        plain = reference.search(self.sample, precision, width=wide, k=max(retrieval.k, PROBES))
-        self._plain_error = self._error(_answers(plain))
-        self._tolerance = max(spec.gate.max_error_ratio * self._plain_error, SCORE_FLOOR)
+        eager = reference.search(self.sample, precision, width=wide, k=max(retrieval.k, PROBES))
+        self._eager_error = self._error(_answers(eager))
         self._zero_error = self._error(_answers(reference.search(self.sample, blind=True)))
+        self.tolerance = allowed_error(self._eager_error, spec.gate.max_error_ratio, SCORE_FLOOR)
 
-    def check(self, engine: Generator, max_batch: int) -> BeamGateResult:
-        """Compare the engine with the reference. Raises GateError when it, or the gate itself, is no good."""
+    def check(self, engine: Generator, max_batch: int) -> GenerateGateResult:
+        """Compare the engine's items and scores. Raises IncorrectError."""
         answers: Answers = []
-        for start in range(0, len(self.sample), max_batch):
-            result = engine.generate(self.sample[start : start + max_batch])
+        for batch in batches(self.sample, max_batch):
+            result = engine.generate(batch)
             answers += zip(result.items, result.scores, strict=True)
-        verdict = self._judge(answers)
-        outcome = BeamGateResult(
+        verdict = self._verdict(answers)
+        stale = self._error(answers[1:] + answers[:1]) if verdict.problem is None else float("inf")
+        return GenerateGateResult(
             passed=verdict.problem is None,
             error=verdict.error,
-            tolerance=self._tolerance,
-            plain_error=self._plain_error,
+            tolerance=self.tolerance,
+            eager_error=self._eager_error,
+            zero_attention_error=self._zero_error,
+            stale_error=stale,
+            requests=len(self.sample),
             overlap=verdict.overlap,
             near_ties=verdict.near_ties,
-            zero_attention_error=self._zero_error,
-            stale_error=self._error(answers[1:] + answers[:1]) if verdict.problem is None else float("inf"),
-            requests=len(self.sample),
-        )
-        if verdict.problem is not None:
-            raise GateError(verdict.problem, outcome)
-        if min(outcome.zero_attention_error, outcome.stale_error) <= 2 * self._tolerance:
-            raise GateError(
-                f"the gate can't tell right from wrong here: without attention scores are off by "
-                f"{outcome.zero_attention_error:.2g}, stale ones by {outcome.stale_error:.2g}, "
-                f"allowed is {self._tolerance:.2g}; use a higher precision or other requests",
-                outcome,
-            )
-        return outcome
+        ).judge(verdict.problem)
 
     def _exact(self, answers: Answers) -> list[Float32Array]:
-        """The fp32 scores of the items that were returned."""
+        """Return the fp32 scores of the items that were returned."""
         return [
-            self._reference.prefix_scores(request, items)[:, -1]
+            self.reference.prefix_scores(request, items)[:, -1]
             for request, (items, _) in zip(self.sample, answers, strict=True)
         ]
 
@@ -125,16 +102,22 @@ class BeamGate:
         pairs = zip(answers, self._exact(answers), strict=True)
         return max(_difference(scores, exact) for (_, scores), exact in pairs)
 
-    def _judge(self, answers: Answers) -> _Verdict:
+    def _malformed(self, answers: Answers) -> str | None:
+        """Return the first answer's problem that shows without the reference's scores: length, items."""
         for request, (items, _), (expected, _) in zip(self.sample, answers, self._expected, strict=True):
             which = f"request {request.request_id}"
             if len(items) != len(expected):
-                return _Verdict(f"{which}: {len(items)} items, the fp32 reference finds {len(expected)}")
+                return f"{which}: {len(items)} items, the fp32 reference finds {len(expected)}"
             if len(set(items.tolist())) < len(items):
-                return _Verdict(f"{which}: an item was returned twice")
+                return f"{which}: an item was returned twice"
             if len(items) and not 0 <= items.min() <= items.max() < self._items:
-                return _Verdict(f"{which}: an item that is not in the catalogue was returned")
-        tolerance, tie = self._tolerance, 2 * self._tolerance
+                return f"{which}: an item that is not in the catalogue was returned"
+        return None
+
+    def _verdict(self, answers: Answers) -> _Verdict:
+        if problem := self._malformed(answers):
+            return _Verdict(problem)
+        tolerance, tie = self.tolerance, 2 * self.tolerance
         error, near_ties = 0.0, 0
         found, sure = [], []
         for b, ((items, scores), exact) in enumerate(zip(answers, self._exact(answers), strict=True)):
@@ -142,8 +125,8 @@ class BeamGate:
                 continue
             expected, best = self._expected[b]
             error = max(error, _difference(scores, exact))
-            # By how much each expected item is better than what was returned, and each of its prefixes than what the
-            # search left out.
+            # How much better each expected item is than the worst returned one, and each of its prefixes than the
+            # best that the search left out.
             margin = np.append(self._prefixes[b][:, :-1] - self._cuts[b, :-1], (best - exact.min())[:, None], axis=1)
             there = np.isin(expected, items)
             near = ~there & (margin.min(axis=1) <= tie)
@@ -171,10 +154,10 @@ class BeamGate:
 
 
 def _difference(scores: Float32Array, exact: Float32Array) -> float:
-    """The largest; NaN counts as infinite."""
+    """Return the largest difference; NaN counts as infinite."""
     largest = float(np.abs(scores - exact).max(initial=0.0))
     return largest if np.isfinite(largest) else float("inf")
 
 
-def _answers(found: Any) -> Answers:
+def _answers(found: Beams) -> Answers:
     return [(i[i >= 0], s[i >= 0]) for i, s in zip(found.items, found.scores, strict=True)]

@@ -18,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from grbench.config.schema import RunSpec
+from grbench.gate.base import batches
 from grbench.workloads.trace import Trace
-from grengines.api import Float32Array, IncorrectError, Ranker
+from grengines.api import Float32Array, Ranker
+from grengines.numerics import IncorrectError
 
 MAX_LOSS = 1e-3  # share of the reference's AUC or normalised entropy
 TOP_K = 10
@@ -91,8 +93,8 @@ def measure(spec: RunSpec, trace: Trace, engine: Ranker, precision: str, device:
     requests = [trace.requests[i] for i in indices]
     expected = Reference(spec.model, trace.catalogue, spec.seed, device).scores(requests)
     found: list[Float32Array] = []
-    for start in range(0, len(requests), spec.scenario.max_batch):
-        found += engine.rank(requests[start : start + spec.scenario.max_batch]).scores
+    for batch in batches(requests, spec.scenario.max_batch):
+        found += engine.rank(batch).scores
     return compare(found, expected, [one for one in labels if one is not None], spec.model.tasks, precision)
 
 

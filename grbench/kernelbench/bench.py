@@ -23,10 +23,11 @@ import torch
 from grbench.execution.records import Status, one_line
 from grbench.execution.stats import percentile
 from grbench.execution.worker import out_of_memory
-from grbench.gate.kernel import Errors, Gate, IncorrectError
+from grbench.gate.kernel import KernelGate, KernelGateResult
 from grbench.kernelbench import stack
 from grbench.kernelbench.config import Family, KernelBenchConfig, select
 from grbench.kernelbench.timing import Call, Ceilings, ceilings, interleaved, median_ms
+from grengines.numerics import IncorrectError
 from grkernels import registry, tuning
 from grkernels.variant import Cost, KernelVariant
 
@@ -174,15 +175,17 @@ class Bench:
         sets = [make(shape, seed=seed + i) for i in range(INPUT_SETS)]
         small = bench.check_shape(shape) if hasattr(bench, "check_shape") else shape
         fresh, others = (make(small, seed=seed + INPUT_SETS + i) for i in range(2))
-        gates: dict[Callable[..., Any], Gate] = {}
+        gates: dict[Callable[..., Any], KernelGate] = {}
         calls: dict[str, list[Call]] = {}
-        checks: dict[str, Callable[[], Errors]] = {}
+        checks: dict[str, Callable[[], KernelGateResult]] = {}
         for contender, row in able:
             with self._guard(row):
                 bound = [contender.bind(**inputs) for inputs in sets]
                 self._first_calls(bound[0], row)
                 if contender.reference not in gates:
-                    gates[contender.reference] = Gate(contender.reference, contender.plain, fresh, others, self._dtype)
+                    gates[contender.reference] = KernelGate(
+                        contender.reference, contender.plain, fresh, others, self._dtype
+                    )
                 check = partial(gates[contender.reference].check, contender.bind(**fresh), contender.max_error_ratio)
                 if self._config.tune and contender.candidates:
                     self._tune(contender, row, bound[0], check)
@@ -212,7 +215,7 @@ class Bench:
         call()
         self._wait()
 
-    def _tune(self, contender: Contender, row: Row, call: Call, check: Callable[[], Errors]) -> None:
+    def _tune(self, contender: Contender, row: Row, call: Call, check: Callable[[], KernelGateResult]) -> None:
         """Find the fastest of the right configurations for each key of this call that no shape before it had."""
 
         def measure() -> float:
@@ -250,8 +253,8 @@ class Bench:
             raise
         except Exception as e:
             row.fail(*status_of(e))
-            if isinstance(e, IncorrectError) and e.errors:
-                row.metrics |= e.errors.metrics()
+            if isinstance(e, IncorrectError) and isinstance(e.result, KernelGateResult):
+                row.metrics |= e.result.metrics()
             if lost := self._lost(e):
                 raise lost from e
 

@@ -19,7 +19,8 @@ import numpy as np
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec
 from grbench.execution.records import one_line
-from grengines.api import IncorrectError, RankResult, Request, UnavailableError
+from grengines.api import RankResult, Request, UnavailableError
+from grengines.numerics import IncorrectError
 
 
 class NullEngine:
@@ -74,7 +75,7 @@ def compare(spec: RunSpec, repeats: int) -> None:
     Raises ValueError for data that can't be used, UnavailableError or IncorrectError.
     """
     from grbench import workloads
-    from grbench.gate.pipeline import gate_for
+    from grbench.gate import gate_for
     from grbench.scenarios import run_scenario
     from grengines import registry
 

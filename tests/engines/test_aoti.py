@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.hstu_oracle import make_requests, relative_error
+from helpers.hstu_oracle import make_requests
 
 from grengines import registry
 from grengines.aoti import package
@@ -28,6 +28,7 @@ from grengines.fallback import OutsideError
 from grengines.hstu.engine import Reference
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import zero_attention
+from grengines.numerics import relative_error
 from grengines.runtime.batch import Encoding
 from grengines.runtime.profile import Sizes, check, profiles
 from grkernels import capabilities

@@ -22,14 +22,14 @@ from onnx import TensorProto, helper
 from grengines.api import Catalogue
 from grengines.export import exporter
 from grengines.export.__main__ import described
-from grengines.export.check import CheckError, check
+from grengines.export.check import check
 from grengines.export.identity import command, model_hash
 from grengines.export.module import INPUTS, inputs_of, longest_history
 from grengines.export.onnx_attention import DOMAIN, INDICES, NAME, OPSET, VERSION, onnx_function, register_schema
 from grengines.hstu.engine import Reference
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.quantised import round_input, round_weight
-from grengines.numerics import relative_error
+from grengines.numerics import IncorrectError, relative_error
 from grengines.runtime.batch import Bucket, Encoding, pack
 from grkernels.hstu_attention.reference import hstu_attention as reference_attention
 
@@ -177,9 +177,9 @@ def test_the_check_passes_what_is_right_and_fails_what_is_not(made: exporter.Exp
     assert result.passed and result.error < 1e-5 < 0.01 < result.zero_attention_error
     assert result.longest > MODEL.max_attn_len + MODEL.contextual_seq_len
     for change in ({"max_attn_len": 11}, {"contextual_seq_len": 2, "scaling_seqlen": 120}, {"alpha": 0.2}):
-        with pytest.raises(CheckError, match="differ from the fp32 reference by"):
+        with pytest.raises(IncorrectError, match="differ from the fp32 reference by"):
             check(made, HSTUConfig(**{**vars(MODEL), **change}), CATALOGUE, 0)
-    with pytest.raises(CheckError):
+    with pytest.raises(IncorrectError):
         check(made, MODEL, CATALOGUE, seed=1)  # other weights
     broken = onnx.load(made.onnx)
     for node in broken.functions[0].node:
@@ -189,7 +189,7 @@ def test_the_check_passes_what_is_right_and_fails_what_is_not(made: exporter.Exp
             greater.op_type = "GreaterOrEqual"  # then candidates and events see themselves twice
     (tmp_path / "broken").mkdir()
     onnx.save(broken, tmp_path / "broken" / exporter.ONNX_FILE)
-    with pytest.raises(CheckError):
+    with pytest.raises(IncorrectError):
         check(exporter.Export(tmp_path / "broken", made.manifest), MODEL, CATALOGUE, 0)
 
 

@@ -13,8 +13,7 @@ import torch
 from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.execution.retrieval import build_retrieval
-from grbench.gate.pipeline import gate_for
-from grbench.gate.rank import GateError
+from grbench.gate import gate_for
 from grengines import registry
 from grengines.api import Catalogue, Request, Retrieval, UnavailableError
 from grengines.cache.config import PagedCacheConfig
@@ -23,6 +22,7 @@ from grengines.hf.config import HFEngineConfig
 from grengines.hf.engine import HFEngine
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
+from grengines.numerics import IncorrectError
 from grengines.semantic.ids import SemanticIds
 from grkernels.config import KernelConfig
 from grkernels.registry import FAMILIES
@@ -122,7 +122,7 @@ def test_the_gate_fails_a_loop_that_is_wrong(model: str, wrong: str, monkeypatch
         monkeypatch.setattr(transformers.DynamicCache, "reorder_cache", lambda c, rows: reorder(c, rows.sort()[0]))
     else:
         monkeypatch.setattr(padded, "encode", lambda t, real, cache: encode(t, _only_last(real, t.shape[1]), cache))
-    with pytest.raises(GateError, match=r"differ from the fp32 reference|out of order|fp32 reference's is"):
+    with pytest.raises(IncorrectError, match=r"differ from the fp32 reference|out of order|fp32 reference's is"):
         gate_for(spec, trace, retrieval, engine.actual()).check(engine, 4)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.hstu_oracle import make_requests, relative_error, scores
+from helpers.hstu_oracle import make_requests, scores
 from omegaconf import OmegaConf
 
 from grengines import registry
@@ -24,6 +24,7 @@ from grengines.hstu.engine import HSTUEngine, Reference, build_model
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import zero_attention
+from grengines.numerics import relative_error
 from grengines.options import violations
 from grengines.runtime.batch import Bucket, Encoding
 from grengines.runtime.graphs import batch_buckets, choose_bucket, length_buckets, plan_buckets

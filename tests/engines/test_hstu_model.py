@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import hstu_oracle
-from helpers.hstu_oracle import error_of_order_one, make_requests, relative_error
+from helpers.hstu_oracle import error_of_order_one, make_requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -19,6 +19,7 @@ from grengines.api import Catalogue, Request
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import HSTURanker, UserState, zero_attention
 from grengines.models.hstu.weights import load_weights, save_weights
+from grengines.numerics import relative_error
 from grengines.runtime.batch import Bucket, Encoding, HostBatch, pack
 from grkernels.operators import Operators
 

@@ -22,7 +22,7 @@ from grbench import workloads
 from grbench.gate import quality
 from grbench.workloads.config import SyntheticConfig
 from grengines import registry
-from grengines.api import Catalogue, IncorrectError, Request, UnavailableError
+from grengines.api import Catalogue, Request, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.export import exporter
 from grengines.export.identity import model_hash
@@ -32,7 +32,7 @@ from grengines.hstu.engine import Reference, build_model
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import zero_attention
 from grengines.models.hstu.weights import save_weights
-from grengines.numerics import SUMMATION_FLOOR, relative_error
+from grengines.numerics import SUMMATION_FLOOR, IncorrectError, relative_error
 from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.onnxruntime.engine import OnnxRuntimeEngine
 from grkernels.config import KernelConfig

@@ -14,14 +14,14 @@ from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec, spec_from_json, spec_to_json
 from grbench.execution.retrieval import build_retrieval
-from grbench.gate.generate import BeamGate
-from grbench.gate.pipeline import gate_for
-from grbench.gate.rank import GateError
+from grbench.gate import gate_for
+from grbench.gate.generate import GenerateGate
 from grbench.scenarios import run_scenario
 from grbench.scenarios.config import ClosedLoopConfig, OfflineConfig, ServerConfig
 from grbench.workloads.trace import Trace
 from grengines import registry
 from grengines.api import Finished, GenerateResult, Request, Retrieval, UnavailableError
+from grengines.numerics import IncorrectError
 
 SMALL = [
     "model=hstu_tiny",
@@ -119,10 +119,10 @@ def test_half_precision_passes_with_its_own_tolerance(precision: str) -> None:
 def test_a_wrong_answer_fails(generating: tuple[RunSpec, Trace, Retrieval, Any], how: str) -> None:
     spec, trace, retrieval, engine = generating
     gate = gate_for(spec, trace, retrieval, engine.actual())
-    assert isinstance(gate, BeamGate)
+    assert isinstance(gate, GenerateGate)
     wrong = Wrong(engine, how)
-    wrong.reference = gate._reference
-    with pytest.raises(GateError) as caught:
+    wrong.reference = gate.reference
+    with pytest.raises(IncorrectError) as caught:
         gate.check(wrong, 4)
     assert not caught.value.result.to_dict()["passed"]
 
@@ -130,8 +130,8 @@ def test_a_wrong_answer_fails(generating: tuple[RunSpec, Trace, Retrieval, Any],
 def test_a_gate_that_could_not_fail_is_refused(generating: tuple[RunSpec, Trace, Retrieval, Any]) -> None:
     spec, trace, retrieval, engine = generating
     gate = gate_for(spec, trace, retrieval, engine.actual())
-    gate._tolerance = 1e3  # type: ignore[attr-defined]
-    with pytest.raises(GateError, match="can't tell right from wrong"):
+    gate.tolerance = 1e3
+    with pytest.raises(IncorrectError, match="can't tell right from wrong"):
         gate.check(engine, 4)
 
 
@@ -213,7 +213,7 @@ def test_a_pipeline_in_the_wrong_order_fails() -> None:
         return dataclasses.replace(result, scores=[s[::-1] for s in result.scores])
 
     engine.recommend = reversed_order
-    with pytest.raises(GateError, match="best first"):
+    with pytest.raises(IncorrectError, match="best first"):
         gate_for(spec, trace, retrieval, engine.actual()).check(engine, 4)
 
 

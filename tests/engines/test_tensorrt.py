@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers.hstu_oracle import make_requests, relative_error
+from helpers.hstu_oracle import make_requests
 from test_export import race
 
 from grengines import registry
@@ -26,6 +26,7 @@ from grengines.export import exporter
 from grengines.hstu.engine import Reference
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.quantised import round_fp8
+from grengines.numerics import relative_error
 from grengines.runtime.batch import Encoding, pack
 from grengines.runtime.profile import Sizes, profiles
 from grengines.tensorrt import library as libraries

@@ -120,14 +120,6 @@ def scores(w: Mapping[str, Array], c: HSTUConfig, catalogue: Catalogue, r: Reque
     return hidden @ w["head_out.weight"].T + w["head_out.bias"]
 
 
-def relative_error(out: npt.ArrayLike, expected: npt.ArrayLike) -> float:
-    """||out - expected|| / ||expected||; 0 for two that are empty or zero."""
-    a, b = np.asarray(out, dtype=np.float64), np.asarray(expected, dtype=np.float64)
-    assert a.shape == b.shape
-    difference, size = np.linalg.norm(a - b), np.linalg.norm(b)
-    return 0.0 if difference == size == 0 else float(difference / size) if size else math.inf
-
-
 def error_of_order_one(out: npt.ArrayLike, expected: npt.ArrayLike) -> float:
     """||out - expected|| / (1 + ||expected||): for values of order 1, of which a lone one may be next to 0."""
     a, b = np.asarray(out, dtype=np.float64), np.asarray(expected, dtype=np.float64)

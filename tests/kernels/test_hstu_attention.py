@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.hstu_oracle import attend, relative_error, visible
+from helpers.hstu_oracle import attend, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from grengines.numerics import relative_error
 from grengines.options import violations
 from grkernels import registry
 from grkernels.config import KernelConfig

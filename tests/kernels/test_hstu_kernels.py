@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from grengines.numerics import relative_error
 from grkernels import registry, tuning
 from grkernels.hstu_attention.reference import hstu_attention as reference
 from grkernels.hstu_attention.torch import hstu_attention as plain
@@ -98,10 +99,6 @@ class Case:
                 "paged_lengths": cached.to(device),
             }
         return self
-
-
-def relative_error(out: Tensor, expected: Tensor) -> float:
-    return float((out.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
 
 
 def check(fn: Any, case: Case) -> None:

@@ -20,11 +20,12 @@ from conftest import Grbench
 from torch import Tensor
 
 from grbench.execution.records import Status
-from grbench.gate.kernel import Gate, IncorrectError
+from grbench.gate.kernel import KernelGate
 from grbench.kernelbench import bench as kernelbench
 from grbench.kernelbench.bench import ALL_SHAPES, Bench, Row, status_of
 from grbench.kernelbench.config import KernelBenchConfig, select
 from grbench.kernelbench.timing import Ceilings, interleaved
+from grengines.numerics import IncorrectError
 from grkernels import registry, tuning
 from grkernels.hstu_attention import bench, peers, spec
 from grkernels.hstu_attention.reference import hstu_attention as reference
@@ -108,7 +109,7 @@ def test_a_run_leaves_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: P
     assert child.data.params["shape"] == SMALL
     assert child.data.tags["status"] == "OK"
     assert child.data.metrics["latency_ms/p50"] == pytest.approx(p50)
-    assert {"tflops", "tbps", "roofline_share", "error", "error_allowed", "error_plain"} <= child.data.metrics.keys()
+    assert {"tflops", "tbps", "roofline_share", "error", "error_allowed", "error_eager"} <= child.data.metrics.keys()
     assert parent.info.status == "FINISHED"
     attached = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert attached == {"results.json", "roofline_hstu_attention.png"}
@@ -214,10 +215,10 @@ def test_the_gate_must_be_able_to_fail() -> None:
         return x
 
     for value, other in ((0.0, 1.0), (1.0, 1.0)):  # zeros are right; another's answer is right
-        gate = Gate(same, same, inputs(value), inputs(other), torch.float32)
-        with pytest.raises(IncorrectError, match="the gate can't fail"):
+        gate = KernelGate(same, same, inputs(value), inputs(other), torch.float32)
+        with pytest.raises(IncorrectError, match="the gate can't tell right from wrong"):
             gate.check(lambda v=value: torch.full((8,), v), 2.0)  # type: ignore[misc]
-    gate = Gate(same, same, inputs(1.0), inputs(2.0), torch.float32)
+    gate = KernelGate(same, same, inputs(1.0), inputs(2.0), torch.float32)
     assert gate.check(lambda: torch.ones(8), 2.0).error == 0
     with pytest.raises(IncorrectError):
         gate.check(lambda: torch.ones(8).half(), 2.0)  # another dtype than plain torch's
@@ -228,7 +229,7 @@ def test_several_outputs_are_held_to_account_one_by_one() -> None:
         return 1e6 * x, x
 
     x = {"x": torch.arange(1.0, 9.0)}
-    gate = Gate(pair, pair, x, {"x": -x["x"]}, torch.float32)
+    gate = KernelGate(pair, pair, x, {"x": -x["x"]}, torch.float32)
     gate.check(lambda: pair(**x), 2.0)
     with pytest.raises(IncorrectError):
         gate.check(lambda: (1e6 * x["x"], torch.zeros(8)), 2.0)  # small beside the first, but wrong

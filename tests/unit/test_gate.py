@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.config.schema import RunSpec
-from grbench.gate.rank import Gate, GateError, pick, relative_error
+from grbench.gate.base import sample
+from grbench.gate.rank import RankGate
 from grbench.workloads.trace import Trace
 from grengines import registry
 from grengines.api import Engine, RankResult, Request
+from grengines.numerics import IncorrectError, relative_error, require_contrast
 
 SMALL = ["workload=synthetic", "workload.max_requests=40", "workload.max_history=96"]
 OVERRIDES = [*SMALL, "engine=hstu", "engine.device=cpu"]
@@ -36,8 +39,8 @@ def engine_of(spec: RunSpec, trace: Trace) -> Engine:
     return engine
 
 
-def gate_of(spec: RunSpec, trace: Trace, precision: str = "fp32") -> Gate:
-    return Gate(spec, trace.catalogue, trace.requests, "cpu", precision)
+def gate_of(spec: RunSpec, trace: Trace, precision: str = "fp32") -> RankGate:
+    return RankGate(spec, trace.catalogue, trace.requests, "cpu", precision)
 
 
 class Wrong:
@@ -80,33 +83,62 @@ def test_the_native_engine_passes_in_every_precision(trace: Trace, precision: st
 
 @pytest.mark.parametrize("how", ["zeros", "stale", "one candidate off", "nan", "history ignored"])
 def test_a_wrong_answer_fails(spec: RunSpec, trace: Trace, how: str) -> None:
-    with pytest.raises(GateError, match="differ from the fp32 reference") as caught:
+    with pytest.raises(IncorrectError, match="differ from the fp32 reference") as caught:
         gate_of(spec, trace).check(Wrong(engine_of(spec, trace), how), 4)  # type: ignore[arg-type]
-    assert caught.value.result.passed is False
+    assert caught.value.result is not None and caught.value.result.passed is False
 
 
 def test_another_seeds_weights_fail(spec: RunSpec, trace: Trace) -> None:
     other = registry.build(spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed + 1)
     other.prepare(trace.requests, 4)
-    with pytest.raises(GateError):
+    with pytest.raises(IncorrectError):
         gate_of(spec, trace).check(other, 4)
 
 
 def test_a_gate_that_could_not_fail_is_refused(spec: RunSpec, trace: Trace) -> None:
     blind = gate_of(spec, trace)
-    blind._tolerance = 1.0
-    with pytest.raises(GateError, match="can't tell right from wrong"):
+    blind.tolerance = 1.0
+    with pytest.raises(IncorrectError, match="can't tell right from wrong"):
         blind.check(engine_of(spec, trace), 4)
 
 
 def test_the_sample_has_the_shortest_and_the_longest_history(trace: Trace) -> None:
     lengths = [len(r.history_items) for r in trace.requests]
-    sample = pick(trace.requests, 4, seed=1)
-    assert {min(lengths), max(lengths)} <= {len(r.history_items) for r in sample}
-    assert len({r.request_id for r in sample}) == 4
+    chosen = sample(trace.requests, 4, seed=1)
+    assert {min(lengths), max(lengths)} <= {len(r.history_items) for r in chosen}
+    assert len({r.request_id for r in chosen}) == 4
 
 
 def test_relative_error_of_nan_is_infinite() -> None:
     one = np.ones(3, np.float32)
     assert relative_error(np.array([1, np.nan, 1], np.float32), one) == float("inf")
     assert relative_error(2 * one, one) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_relative_error_is_not_rounded_to_the_type_of_the_outputs(dtype: torch.dtype) -> None:
+    exact = torch.linspace(1, 2, 1000, dtype=torch.float64)
+    out = (exact * (1 + 2**-6)).to(dtype)
+    expected = float((out.double() - exact).norm() / exact.norm())
+    assert expected == pytest.approx(2**-6, rel=0.05)
+    assert relative_error(out, exact) == pytest.approx(expected, rel=1e-12)
+    assert relative_error(out, exact.float()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_relative_error_of_what_cannot_be_compared_is_infinite() -> None:
+    one, zero = np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32)
+    infinite = float("inf")
+    assert relative_error(one.T, one) == infinite
+    assert relative_error(one[:1], one) == infinite  # NumPy would broadcast
+    assert relative_error(one, zero) == infinite
+    assert relative_error(one * np.float32(np.inf), one) == infinite
+    assert relative_error(one, one * np.float32(np.nan)) == infinite
+    assert relative_error(zero, zero) == 0.0
+    assert relative_error(one[:0], one[:0]) == 0.0
+
+
+def test_wrong_answers_must_lie_outside_twice_the_tolerance() -> None:
+    require_contrast({"zeros": 1.0, "stale answers": 0.21}, 0.1)
+    for error in (0.2, float("nan")):
+        with pytest.raises(IncorrectError, match="can't tell right from wrong here: the error of stale answers is"):
+            require_contrast({"zeros": 1.0, "stale answers": error}, 0.1)

@@ -45,7 +45,8 @@ def main() -> int:
 
 def run(model: HSTUConfig, catalogue: Catalogue, args: argparse.Namespace) -> int:
     from grengines.export import exporter
-    from grengines.export.check import CheckError, check
+    from grengines.export.check import check
+    from grengines.numerics import IncorrectError
 
     made = exporter.export(model, catalogue, args.seed, args.precision, args.out, skip_hidden=args.skip_hidden)
     for name, facts in made.manifest["files"].items():
@@ -56,11 +57,11 @@ def run(model: HSTUConfig, catalogue: Catalogue, args: argparse.Namespace) -> in
         return 0
     try:
         result = check(made, model, catalogue, args.seed)
-    except CheckError as e:
-        exporter.note(made, "check", dataclasses.asdict(e.result))
+    except IncorrectError as e:
+        exporter.note(made, "check", e.result.to_dict() if e.result else {"passed": False})
         print(f"{PROG}: {e}", file=sys.stderr)
         return 1
-    exporter.note(made, "check", dataclasses.asdict(result))
+    exporter.note(made, "check", result.to_dict())
     print(
         f"checked: {result.runtime}, {result.batches} random batches, error {result.error:.1e}, "
         f"allowed {result.tolerance:.1e}, without attention {result.zero_attention_error:.1e}"

@@ -1,4 +1,4 @@
-"""Does an export compute what the model does? ONNX Runtime on the CPU against the fp32 reference."""
+"""Comparison of an export, run by ONNX Runtime on the CPU, with the fp32 reference."""
 
 from __future__ import annotations
 
@@ -7,36 +7,34 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from grengines.api import Catalogue, IncorrectError, Request
+from grengines.api import Catalogue, Request
 from grengines.export.exporter import Export
 from grengines.export.module import inputs_of, longest_history
 from grengines.hstu.engine import Reference
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import zero_attention
-from grengines.numerics import SUMMATION_FLOOR, relative_error
+from grengines.numerics import Comparison, IncorrectError, allowed_error, relative_error, require_contrast
 from grengines.runtime.batch import Encoding, pack
 
 BATCHES = 6
+MAX_ERROR_RATIO = 2.0  # of the error of eager PyTorch in the same precision
 
 
-@dataclass
-class Check:
+@dataclass(kw_only=True)
+class Check(Comparison):
     """Relative errors ||logits - reference|| / ||reference|| over all batches together."""
 
-    passed: bool
-    error: float
-    tolerance: float  # twice the error of plain PyTorch in the same precision
-    zero_attention_error: float  # the reference's own, without attention: what must fail
+    zero_attention_error: float  # of the reference without attention, which must not pass
     batches: int
     longest: int  # tokens of the longest sequence
     runtime: str
 
 
 def check(export: Export, model: HSTUConfig, catalogue: Catalogue, seed: int) -> Check:
-    """Run random jagged batches through the ONNX file: empty and long histories, none and many candidates, users whose
-    history is longer than the window, tiles of all sizes.
+    """Run random jagged batches through the ONNX file and compare the logits.
 
-    Raises IncorrectError where it differs, or where the check itself could not tell.
+    The batches have empty and long histories, none and many candidates, histories longer than the window, and tiles of
+    all sizes. Raises IncorrectError, with a Check, where the logits differ or where the check could not have failed.
     """
     import onnxruntime
 
@@ -53,9 +51,9 @@ def check(export: Export, model: HSTUConfig, catalogue: Catalogue, seed: int) ->
         requests += batch
     reference = Reference(model, catalogue, seed, "cpu")
     expected = np.concatenate(reference.scores(requests))
-    plain = np.concatenate(reference.scores(requests, precision))
+    eager = np.concatenate(reference.scores(requests, precision))
     blind = np.concatenate(reference.scores(requests, attention=zero_attention))
-    tolerance = max(2 * relative_error(plain, expected), SUMMATION_FLOOR)
+    tolerance = allowed_error(relative_error(eager, expected), MAX_ERROR_RATIO)
     found = relative_error(np.concatenate(answers), expected)
     result = Check(
         passed=found <= tolerance,
@@ -67,24 +65,19 @@ def check(export: Export, model: HSTUConfig, catalogue: Catalogue, seed: int) ->
         runtime=f"onnxruntime {onnxruntime.__version__}, CPUExecutionProvider",
     )
     if not result.passed:
-        raise CheckError(f"{export.onnx}: logits differ from the fp32 reference by {found:.2e}", result)
-    if result.zero_attention_error <= 2 * tolerance:
-        raise CheckError(
-            f"{export.onnx}: the check can't tell right from wrong in {precision}, attention matters too little to "
-            "this model; check its fp32 export",
+        raise IncorrectError(
+            f"{export.onnx}: logits differ from the fp32 reference by {found:.2e} "
+            f"(relative; allowed {tolerance:.2e}, without attention {result.zero_attention_error:.2e})",
             result,
         )
+    require_contrast(
+        {"a model without attention": result.zero_attention_error},
+        tolerance,
+        result,
+        subject=f"{export.onnx}: the check",
+        advice=f"attention matters too little to this model in {precision}; check its fp32 export",
+    )
     return result
-
-
-class CheckError(IncorrectError):
-    """The export is wrong, or can't be told from one that is; `result` has the figures."""
-
-    def __init__(self, why: str, result: Check) -> None:
-        super().__init__(
-            f"{why} (relative; allowed {result.tolerance:.2e}, without attention {result.zero_attention_error:.2e})"
-        )
-        self.result = result
 
 
 def random_batch(rng: np.random.Generator, catalogue: Catalogue, longest: int) -> list[Request]:
