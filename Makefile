@@ -16,7 +16,7 @@ DEFAULTS := model=hstu_0p2b engine.retrieve.cuda_graphs=true engine.rank.cuda_gr
 endif
 ARGS ?=
 
-.PHONY: bench test test-gpu lint typecheck ui report clean setup
+.PHONY: bench test test-gpu lint typecheck ui reports clean setup
 
 bench: $(VENV)/.ready ## retrieve and rank for MovieLens-100K users on this machine
 	$(PY) -m grbench -m scenario=offline,server rerun=true $(DEFAULTS) $(ARGS)
@@ -35,6 +35,9 @@ typecheck: $(VENV)/.ready
 
 ui: $(VENV)/.ready ## MLflow's pages at http://127.0.0.1:5000
 	$(PY) -m grbench.tracking ui $(ARGS)
+
+reports: $(VENV)/.ready ## rebuild the pages under reports/ from their records
+	$(PY) -m grbench.report.studies $(ARGS)
 
 setup: $(VENV)/.ready ## only install
 

@@ -16,9 +16,10 @@ from grbench.cachesim.config import CacheSimConfig
 from grbench.cachesim.output import line, plot, print_table
 from grbench.cachesim.replay import Replay, Row, to_dict
 from grbench.cachesim.simulate import Progress
+from grbench.execution import results
 from grbench.execution.environment import describe_environment
 from grbench.execution.records import RunRecord, Status, spec_hash
-from grbench.execution.side_session import SideSession, save_results
+from grbench.execution.side_session import SideSession
 
 
 class Session(SideSession):
@@ -47,16 +48,22 @@ class Session(SideSession):
         self.say(title)
         folder, rows = Path(hydra.runtime.output_dir).absolute(), list[Row]()
         self._tables.append((title, rows))
-        known = {"config": dataclasses.asdict(config), "trace": facts, "environment": describe_environment()}
+        known = {
+            "kind": "cachesim",
+            **self.facts(),
+            "title": title,
+            "config": dataclasses.asdict(config),
+            "trace": facts,
+        }
         try:
             for row in replay.run(self._watch):
                 rows.append(row)
-                results = save_results(folder, known, [to_dict(done) for done in rows])
+                file = results.save(folder, known, [to_dict(done) for done in rows])
                 self.say(line(row))
-                self._tracker.log([_record(row, config)], results)
+                self._tracker.log([_record(row, config)], file)
         finally:
             if rows:
-                self.keep(results)
+                self.keep(file)
             if path := plot(f"Miss ratio, {config.workload.name}, {config.model.name}", rows, folder / "misses.png"):
                 self.keep(path)
 

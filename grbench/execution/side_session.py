@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,9 @@ from hydra.conf import HydraConf
 from hydra.types import RunMode
 from rich.console import Console
 
-from grbench.execution.records import finite
+from grbench.execution import results
 from grbench.tracking import where_to_look
 from grbench.tracking.rows import RowTracker
-
-RESULTS_FILE = "results.json"
-SCHEMA_VERSION = 1
 
 
 class SideSession:
@@ -28,6 +23,7 @@ class SideSession:
     """
 
     def __init__(self, config: Any, hydra: HydraConf, *, command: str, suffix: str) -> None:
+        self._command = command
         self._root = Path(config.output_root).absolute()
         self._screen = Console(stderr=True)
         self._files: list[tuple[Path, str]] = []  # of all jobs, and where in the MLflow run each goes
@@ -46,6 +42,10 @@ class SideSession:
     def ok(self) -> bool:
         """Whether no row went wrong."""
         raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """The origin of a job that begins now, for its results file."""
+        return results.origin(["python", "-m", f"grbench.{self._command}", *sys.argv[1:]])
 
     def print_tables(self) -> None:
         """What the rows come to, on standard output."""
@@ -72,13 +72,3 @@ class SideSession:
             if there := where_to_look(self._tracking, self._root):
                 self.say(f"compare: {there}")
         return 0 if self.ok else 1
-
-
-def save_results(folder: Path, facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Path:
-    """Write results.json whole or not at all; an earlier one, with fewer rows, is replaced."""
-    path, new = folder / RESULTS_FILE, folder / f".{RESULTS_FILE}.new"
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"schema_version": SCHEMA_VERSION, **facts, "rows": list(rows)}
-    new.write_text(json.dumps(finite(content), indent=1) + "\n")
-    new.replace(path)
-    return path

@@ -9,9 +9,10 @@ from hydra.conf import HydraConf
 from rich.console import Console
 
 from grbench.config.schema import ConfigError
+from grbench.execution import results
 from grbench.execution.environment import describe_environment
 from grbench.execution.records import RunRecord, Status, one_line, spec_hash
-from grbench.execution.side_session import SideSession, save_results
+from grbench.execution.side_session import SideSession
 from grbench.kernelbench.bench import Bench, DeviceLostError, Row
 from grbench.kernelbench.config import KernelBenchConfig, device_of
 from grbench.kernelbench.output import line, plot_roofline, print_tables
@@ -46,27 +47,28 @@ class Session(SideSession):
         roofs = bench.ceilings
         self.say(f"{config.dtype} on {device}: matmul {roofs.tflops:.4g} TFLOP/s, copy {roofs.tbps:.3g} TB/s")
         facts = {
+            "kind": "kernels",
+            **self.facts(),
             "config": dataclasses.asdict(config),
             "device": device,
-            "environment": describe_environment(),
             "ceilings": roofs.to_dict(),
         }
         try:
             for rows in bench.run():
                 job += rows
                 self._rows += rows
-                results = save_results(folder, facts, [dataclasses.asdict(row) for row in job])
+                file = results.save(folder, facts, [dataclasses.asdict(row) for row in job])
                 for row in rows:
                     self.say(line(row))
                 # What is UNAVAILABLE would drown the others.
                 done = [_record(row, device) for row in rows if row.status is not Status.UNAVAILABLE]
-                self._tracker.log(done, results)
+                self._tracker.log(done, file)
         except DeviceLostError as e:
             self._lost = e
             self.say(f"{e}; nothing more is run in this process")
         finally:
             if job:
-                self.keep(results)
+                self.keep(file)
             for family in dict.fromkeys(row.family for row in job):
                 if path := plot_roofline(family, job, roofs, folder / f"roofline_{family}.png"):
                     self.keep(path)

@@ -119,6 +119,11 @@ def _plain(value: object) -> object:
     return value if isinstance(value, str | int | float) and not isinstance(value, bool) else shown(value)
 
 
+def has_samples(folder: Path | str) -> bool:
+    """True where a cell's raw samples are beside its record."""
+    return (Path(folder) / records.SAMPLES_FILE).is_file()
+
+
 def load_samples(folder: Path | str) -> pd.DataFrame:
     """A cell's raw samples, one row a request: times in milliseconds, `arrival_s` in seconds.
 

@@ -12,13 +12,13 @@ from grbench.execution.records import RunRecord
 from grbench.report import plots
 from grbench.report.cells import MISSING, Cell, command, figure, flatten, labels, shown
 from grbench.report.findings import findings
-from grbench.report.frame import HITS, PARTS, PERCENTILES, cells_frame, within_limit
+from grbench.report.frame import HITS, PARTS, PERCENTILES, cells_frame, has_samples, within_limit
+from grbench.report.markdown import bullets, table
+from grbench.report.provenance import origin_line
 from grbench.report.table import notes
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Rows = list[list[str]]
 
 
 def write_page(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence[str] = ()) -> list[Path]:
@@ -27,32 +27,54 @@ def write_page(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence[s
     `remarks` are lines for the reader, such as records that could not be read. Raises ReportError for
     samples that can't be read; then nothing is written but figures.
     """
-    cells = list(cells)
+    figures = draw(cells, out.parent / f"{out.stem}_files")
+    remarks = [origin_line([record.environment for _, record in cells]), *remarks]
+    sections = [f"# {title}", *cell_sections(cells, remarks, _figure_section(figures, out))]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return [out, *figures]
+
+
+def cell_sections(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: Sequence[str] = ()) -> list[str]:
+    """The sections of a page about `cells`, from the summary to the commands. figures: the section of figures."""
     frame = cells_frame(cells)
     records = [record for _, record in cells]
     environments = _environments(records)
-    files = out.parent / f"{out.stem}_files"
-    figures = _draw(frame, files)
-    sections = [
-        f"# {title}",
+    return [
         _summary(frame),
-        *_bullets([finding.sentence for finding in findings(records)]),
-        *_bullets(remarks),
+        *bullets([finding.sentence for finding in findings(records)]),
+        *bullets(remarks),
         "## Comparison",
         _comparison(frame, records, environments),
         "Times in milliseconds. Percentiles are samples, not interpolated; in brackets their 95% interval.",
-        *_bullets(notes(records)),
+        *bullets(notes(records)),
         *_failures(frame),
-        *_figure_section(figures, out),
+        *figures,
         "## Environment",
         _environment_table(environments),
         *_asked_and_ran(records),
         "## Run it again",
-        _table(["#", "cell", "command"], [[str(n), cell, f"`{command(r)}`"] for n, cell, r in _numbered(records)]),
+        table(["#", "cell", "command"], [[str(n), cell, f"`{command(r)}`"] for n, cell, r in _numbered(records)]),
     ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    return [out, *figures]
+
+
+def draw(cells: Sequence[Cell], folder: Path) -> dict[Path, plots.Plot]:
+    """Draw the figures of `cells` into `folder`; those that need samples only where some cell has samples.
+
+    Raises ReportError for samples that can't be read.
+    """
+    frame = cells_frame(cells)
+    ok = frame[frame["status"] == "OK"]
+    if ok.empty:
+        return {}
+    sampled = any(has_samples(path) for path in ok["folder"])
+    named = {
+        **({"latency_cdf.png": plots.plot_latency_cdf} if sampled else {}),
+        "throughput_latency.png": plots.plot_throughput_latency,
+        **({"time_shares.png": plots.plot_time_shares} if sampled else {}),
+        **({"hit_mix.png": plots.plot_hit_mix} if HITS[0] in frame else {}),
+    }
+    return {folder / name: plot(frame, folder / name) for name, plot in named.items()}
 
 
 def _numbered(records: Sequence[RunRecord]) -> list[tuple[int, str, RunRecord]]:
@@ -88,7 +110,7 @@ def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments:
         gate = [figure(row[name]) for name in ("gate_error", "gate_tolerance")]
         cells += [MISSING if gate == [MISSING, MISSING] else " / ".join(gate), verdict]
         rows.append(cells)
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _with_interval(row: pd.Series, name: str) -> str:
@@ -101,19 +123,7 @@ def _failures(frame: pd.DataFrame) -> list[str]:
     if failed.empty:
         return []
     rows = [[str(number), row["cell"], row["status"], row["error"]] for number, row in failed.iterrows()]
-    return ["## Cells without a result", _table(["#", "cell", "status", "why"], rows)]
-
-
-def _draw(frame: pd.DataFrame, folder: Path) -> dict[Path, plots.Plot]:
-    if not (frame["status"] == "OK").any():
-        return {}
-    named = {
-        "latency_cdf.png": plots.plot_latency_cdf,
-        "throughput_latency.png": plots.plot_throughput_latency,
-        "time_shares.png": plots.plot_time_shares,
-        **({"hit_mix.png": plots.plot_hit_mix} if HITS[0] in frame else {}),
-    }
-    return {folder / name: draw(frame, folder / name) for name, draw in named.items()}
+    return ["## Cells without a result", table(["#", "cell", "status", "why"], rows)]
 
 
 def _figure_section(figures: dict[Path, plots.Plot], out: Path) -> list[str]:
@@ -122,7 +132,9 @@ def _figure_section(figures: dict[Path, plots.Plot], out: Path) -> list[str]:
     parts = ["## Figures"]
     for path, plot in figures.items():
         link = quote(Path(os.path.relpath(path, out.parent)).as_posix())
-        parts += [f"![{plot.figure.axes[0].get_title()}]({link})", *_bullets(plot.notes)]
+        parts += [f"![{plot.figure.axes[0].get_title()}]({link})", *bullets(plot.notes)]
+    if "latency_cdf.png" not in {path.name for path in figures}:
+        parts.append("No samples are beside the records: latency distributions and shares of time are not drawn.")
     return parts
 
 
@@ -145,7 +157,7 @@ def _letter(index: int) -> str:
 def _environment_table(environments: list[dict[str, str]]) -> str:
     keys = dict.fromkeys(key for environment in environments for key in environment)
     heads = ["", *(_letter(i) for i in range(len(environments)))] if len(environments) > 1 else ["", "all cells"]
-    return _table(heads, [[key, *(e.get(key, MISSING) for e in environments)] for key in keys])
+    return table(heads, [[key, *(e.get(key, MISSING) for e in environments)] for key in keys])
 
 
 def _asked_and_ran(records: Sequence[RunRecord]) -> list[str]:
@@ -159,18 +171,5 @@ def _asked_and_ran(records: Sequence[RunRecord]) -> list[str]:
                 rows.setdefault((key, shown(asked), shown(found)), []).append(str(number))
     if not rows:
         return []
-    table = [[*key, "all" if len(who) == len(records) else ", ".join(who)] for key, who in rows.items()]
-    return ["## Asked for and what ran", _table(["option", "asked for", "ran", "cells"], table)]
-
-
-def _table(heads: list[str], rows: Rows) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)
-
-
-def _escape(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")
-
-
-def _bullets(lines: Sequence[str]) -> list[str]:
-    return ["\n".join(f"- {_escape(line)}" for line in lines)] if lines else []
+    lines = [[*key, "all" if len(who) == len(records) else ", ".join(who)] for key, who in rows.items()]
+    return ["## Asked for and what ran", table(["option", "asked for", "ran", "cells"], lines)]

@@ -20,11 +20,14 @@ from conftest import Grbench
 from torch import Tensor
 
 from grbench.execution.records import Status
+from grbench.execution.results import load as load_results
 from grbench.gate.kernel import KernelGate
 from grbench.kernelbench import bench as kernelbench
 from grbench.kernelbench.bench import ALL_SHAPES, Bench, Row, status_of
 from grbench.kernelbench.config import KernelBenchConfig, select
 from grbench.kernelbench.timing import Ceilings, interleaved
+from grbench.report.cells import figure
+from grbench.report.results import results_sections
 from grengines.numerics import IncorrectError
 from grkernels import registry, tuning
 from grkernels.hstu_attention import bench, peers, spec
@@ -92,6 +95,9 @@ def test_a_run_leaves_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: P
     assert rows["meta_triton"]["status"] == "UNAVAILABLE"
     assert rows["meta_triton"]["shape"] == ALL_SHAPES
     assert (path.parent / "roofline_hstu_attention.png").read_bytes().startswith(b"\x89PNG")
+    page = "\n\n".join(results_sections("job", load_results(path)))
+    assert f"| {SMALL} | fp32 | torch | {figure(p50)} |" in page
+    assert f"UNAVAILABLE: {rows['meta_triton']['reason']}" in page
 
     from mlflow import MlflowClient
 

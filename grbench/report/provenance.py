@@ -1,0 +1,62 @@
+"""Where records come from: commit, machine and day, as a page has to name them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grbench.report.frame import ReportError
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The commit and the machine of one record or results file."""
+
+    commit: str  # 40 hex digits, "+dirty" after them where files differed from the commit; "" where unknown
+    machine: str  # the GPUs by name, or the CPU where there is none
+
+    @classmethod
+    def of(cls, environment: dict[str, Any]) -> Origin:
+        """The origin that `describe_environment` recorded."""
+        gpus = dict.fromkeys(gpu["name"] for gpu in environment.get("gpus") or [])
+        cores = f", {environment['cpu_cores']} cores" if "cpu_cores" in environment else ""
+        machine = " and ".join(gpus) or f"{environment.get('cpu') or 'unknown CPU'}{cores}, no GPU"
+        return cls(environment.get("git_sha") or "", machine)
+
+    def __str__(self) -> str:
+        sha, plus, dirty = self.commit.partition("+")
+        return f"commit {sha[:12] + plus + dirty or 'unknown'}, {self.machine}"
+
+
+def origin_line(environments: Sequence[dict[str, Any]]) -> str:
+    """One line that names every commit and machine, and says where they differ which rows (from 1) have which."""
+    rows: dict[Origin, list[str]] = {}
+    for number, environment in enumerate(environments, 1):
+        rows.setdefault(Origin.of(environment), []).append(str(number))
+    if len(rows) == 1:
+        [origin] = rows
+        text = str(origin)
+        return f"{text[0].upper()}{text[1:]}."
+    each = "; ".join(f"rows {', '.join(numbers)}: {origin}" for origin, numbers in rows.items())
+    return f"**Rows of different origin are not comparable.** {each}."
+
+
+def check_origin(environments: dict[str, dict[str, Any]]) -> Origin:
+    """The one clean commit and the one machine that all records have. environments: by the record's file.
+
+    Raises ReportError, naming the files, where a commit is unknown or dirty, or where two records differ.
+    """
+    origins = {name: Origin.of(environment) for name, environment in environments.items()}
+    for name, origin in origins.items():
+        if not origin.commit:
+            raise ReportError(f"{name}: git_sha is missing; measure again in a checkout, or set GRBENCH_GIT_SHA")
+        if "+dirty" in origin.commit:
+            raise ReportError(f"{name}: git_sha is {origin.commit}; commit the changes, then measure again")
+    (first, one), *others = origins.items()
+    for name, origin in others:
+        if origin != one:
+            raise ReportError(
+                f"{first} is of {one}, {name} is of {origin}; a report has records of one commit and one machine"
+            )
+    return one

@@ -1,0 +1,160 @@
+"""Reports that are kept: reports/<study>/ with a page that is rebuilt from its records.
+
+    python -m grbench.report.studies                                rebuild every page and draw its figures
+    python -m grbench.report.studies --check                        exit 1 where a page is not what its records give
+    python -m grbench.report.studies NAME --keep outputs/NAME       replace the records of reports/NAME, then rebuild it
+
+A report's folder holds
+
+    notes.md                     a title and what people wrote
+    records/<cell>/record.json   as a run leaves it, and samples.parquet where all are small
+    records/<job>/results.json   as `grbench.kernelbench`, `grbench.cachesim` and the programs in experiments/ leave it
+    README.md                    the page: rebuilt, never edited
+
+All records of a report have one commit, which is clean, and one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from grbench.execution import results
+from grbench.execution.records import RECORD_FILE, SAMPLES_FILE
+from grbench.report.cells import Cell, labels
+from grbench.report.frame import ReportError, has_samples, read_cells, unreadable
+from grbench.report.page import cell_sections, draw
+from grbench.report.provenance import Origin, check_origin
+from grbench.report.results import results_sections
+
+NOTES, PAGE, RECORDS, FIGURES = "notes.md", "README.md", "records", "figures"
+SMALL = 512 * 1024  # bytes: samples are kept where those of all cells take no more
+HEADER = (
+    "<!-- Rebuilt by `make reports` from records/ and notes.md: edit those. -->\n\n"
+    "*Notes* was written by people. All other sections are generated from [records/](records)."
+)
+
+
+def study_page(folder: Path) -> str:
+    """The page of a report, from its notes and records alone.
+
+    Raises ReportError where notes or records are missing or unreadable, where a record has a dirty or unknown commit,
+    and where two differ in commit or machine.
+    """
+    notes = folder / NOTES
+    title, _, prose = notes.read_text(encoding="utf-8").partition("\n") if notes.is_file() else ("", "", "")
+    if not title.startswith("# "):
+        raise ReportError(f"{notes}: needed, with a title as its first line (# TITLE)")
+    cells, tables, origin = _read(folder / RECORDS)
+    days = sorted({record.started_at[:10] for _, record in cells} | {data["started_at"][:10] for _, data in tables})
+    sections = [title, HEADER, f"Measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}: {origin}."]
+    sections += [f"The study: [{path}](../../{path})." for path in _definition(folder)]
+    sections += ["## Notes", prose.strip()] if prose.strip() else []
+    sections += ["## Summary", *cell_sections(cells)] if cells else []
+    for path, data in tables:
+        sections += results_sections(path.parent.name, data)
+    return "\n\n".join(sections) + "\n"
+
+
+def rebuild(folder: Path) -> Path:
+    """Write a report's page and draw its figures into figures/, which git ignores. Raises ReportError."""
+    page = folder / PAGE
+    page.write_text(study_page(folder), encoding="utf-8")
+    shutil.rmtree(folder / FIGURES, ignore_errors=True)
+    if cells := _read(folder / RECORDS)[0]:
+        draw(cells, folder / FIGURES)
+    return page
+
+
+def stale(folder: Path) -> str | None:
+    """Why a report's page is not what its records give; None where it is. Raises ReportError."""
+    page = folder / PAGE
+    if not page.is_file():
+        return f"{page}: missing; `make reports` writes it"
+    if page.read_text(encoding="utf-8") != study_page(folder):
+        return f"{page}: not what its records and notes give; `make reports` rebuilds it"
+    return None
+
+
+def keep(source: Path, folder: Path) -> None:
+    """Replace a report's records by those under `source`. Raises ReportError before anything is removed."""
+    cells, tables, _ = _read(source)
+    samples = [path / SAMPLES_FILE for path, _ in cells if has_samples(path)]
+    small = sum(file.stat().st_size for file in samples) <= SMALL
+    shutil.rmtree(folder / RECORDS, ignore_errors=True)
+    for (path, _), label in zip(cells, labels([record for _, record in cells]), strict=True):
+        target = folder / RECORDS / re.sub(r"[^\w=.,-]+", "_", label)
+        target.mkdir(parents=True)
+        shutil.copy(path / RECORD_FILE, target)
+        if small and has_samples(path):
+            shutil.copy(path / SAMPLES_FILE, target)
+    for path, _ in tables:
+        target = folder / RECORDS / (path.parent.name if path.parent != source else folder.name)
+        target.mkdir(parents=True)
+        shutil.copy(path, target)
+
+
+def folders(root: Path) -> Iterator[Path]:
+    """The folders of reports under `root`, by name."""
+    yield from sorted(path.parent for path in root.glob(f"*/{NOTES}"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 1 a page is not what its records give, 2 something can't be read or written."""
+    parser = argparse.ArgumentParser(
+        prog="python -m grbench.report.studies",
+        description="Rebuild the pages under reports/ from their records.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="reports, by folder name (default: all)")
+    parser.add_argument("--root", type=Path, default=Path("reports"), help="their folder (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="first take the records under FOLDER (one NAME)")
+    options = parser.parse_args(arguments)
+    if options.keep and len(options.names) != 1:
+        parser.error("--keep takes the records of one report: give its NAME")
+    chosen = [options.root / name for name in options.names] or list(folders(options.root))
+    try:
+        if options.keep:
+            keep(options.keep, chosen[0])
+        if options.check:
+            problems = [problem for folder in chosen if (problem := stale(folder))]
+            print("\n".join(problems) or f"{len(chosen)} pages are what their records give")
+            return 1 if problems else 0
+        for folder in chosen:
+            print(rebuild(folder))
+    except (ReportError, OSError) as e:
+        print(f"grbench.report.studies: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _read(root: Path) -> tuple[list[Cell], list[tuple[Path, dict[str, Any]]], Origin]:
+    """The cells and the results files (with their paths) under `root`, and the one origin of all of them."""
+    if problems := unreadable([root]):
+        raise ReportError(problems[0])
+    cells = read_cells([root]) if any(root.rglob(RECORD_FILE)) else []
+    try:
+        tables = [(path, results.load(path)) for path in sorted(root.rglob(results.RESULTS_FILE))]
+    except ValueError as e:
+        raise ReportError(str(e)) from None
+    environments = {str(path / RECORD_FILE): record.environment for path, record in cells}
+    environments |= {str(path): data["environment"] for path, data in tables}
+    if not environments:
+        raise ReportError(f"{root}: no {RECORD_FILE} and no {results.RESULTS_FILE} below it")
+    return cells, tables, check_origin(environments)
+
+
+def _definition(folder: Path) -> list[str]:
+    """The file of the study that has the report's name, relative to the repository."""
+    root = folder.parent.parent
+    candidates = [f"experiments/study/{folder.name}.yaml", f"experiments/{folder.name}.py"]
+    return [path for path in candidates if (root / path).is_file()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Reports that are kept: each page is what its records give, and records of doubtful origin are refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from grbench.execution import results
+from grbench.execution.records import RECORD_FILE, SAMPLES_FILE
+from grbench.report import ReportError
+from grbench.report.results import results_sections
+from grbench.report.studies import PAGE, folders, keep, main, rebuild, stale, study_page
+
+REPORTS = ROOT / "reports"
+KEPT = list(folders(REPORTS))
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
+def test_each_page_is_what_its_records_give(folder: Path) -> None:
+    assert stale(folder) is None
+    commits = {json.loads(path.read_text())["environment"]["git_sha"] for path in folder.rglob("re*.json")}
+    assert [commit[:12] for commit in commits] == re.findall(r"\bcommit ([0-9a-f]+)", (folder / PAGE).read_text())
+
+
+def test_the_folder_holds_reports_and_nothing_else() -> None:
+    assert KEPT
+    kept = {"README.md", "notes.md", RECORD_FILE, results.RESULTS_FILE, SAMPLES_FILE}
+    for path in (path for path in REPORTS.rglob("*") if path.is_file() and path.parent.name != "figures"):
+        assert path.name in kept, path
+        assert path.parent == REPORTS or path.relative_to(REPORTS).parts[0] in {folder.name for folder in KEPT}, path
+
+
+def test_the_commits_are_in_the_history() -> None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+
+    if git("rev-parse", "--is-shallow-repository") != "false":
+        pytest.skip("no checkout with its whole history")
+    for path in REPORTS.rglob("re*.json"):
+        commit = json.loads(path.read_text())["environment"]["git_sha"]
+        assert git("cat-file", "-t", commit) == "commit", path
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    """A copy of a kept report, to damage."""
+    folder = tmp_path / "reports" / "gpu_graphs"
+    shutil.copytree(REPORTS / "gpu_graphs", folder, ignore=shutil.ignore_patterns("figures"))
+    return folder
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    """Edit one of the records; returns its path."""
+    path = min(folder.rglob(RECORD_FILE))
+    record = json.loads(path.read_text())
+    edit(record)
+    path.write_text(json.dumps(record))
+    return path
+
+
+@pytest.mark.parametrize("file", [PAGE, "notes.md", "record"])
+def test_a_page_that_says_something_else_is_found(report: Path, file: str, capsys: Capture) -> None:
+    if file == "record":
+        change(report, lambda record: record["metrics"].update(throughput_rps=1e6))
+    else:
+        (report / file).write_text((report / file).read_text() + "\nIt is ten times as fast.\n")
+    assert main(["--root", str(report.parent), "--check"]) == 1
+    assert "not what its records and notes give; `make reports` rebuilds it" in capsys.readouterr().out
+    assert main(["--root", str(report.parent)]) == 0
+    assert main(["--root", str(report.parent), "--check"]) == 0
+    assert ("ten times" in (report / PAGE).read_text()) == (file == "notes.md")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda e: e.update(git_sha=e["git_sha"] + "+dirty"), "+dirty; commit the changes, then measure again"),
+        (lambda e: e.update(git_sha=None), "git_sha is missing; measure again in a checkout"),
+        (lambda e: e.update(git_sha="0" * 40), "a report has records of one commit and one machine"),
+        (lambda e: e["gpus"][0].update(name="NVIDIA H200"), "is of commit af11fa46828c, NVIDIA H200; "),
+    ],
+    ids=["dirty", "unknown", "two commits", "two machines"],
+)
+def test_records_of_doubtful_origin_make_no_page(
+    report: Path, edit: Callable[[dict[str, Any]], Any], message: str, capsys: Capture
+) -> None:
+    path, before = change(report, lambda record: edit(record["environment"])), (report / PAGE).read_text()
+    assert main(["--root", str(report.parent)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and message in error and error.count("\n") == 1
+    with pytest.raises(ReportError):
+        stale(report)
+    assert (report / PAGE).read_text() == before
+    with pytest.raises(ReportError):
+        keep(report / "records", report.parent / "other")
+    assert not (report.parent / "other").exists()
+
+
+def test_what_is_missing_is_named(report: Path) -> None:
+    change(report, lambda record: record.pop("spec"))
+    with pytest.raises(ReportError, match=r"record\.json: missing or unknown key 'spec'"):
+        study_page(report)
+    shutil.rmtree(report / "records")
+    with pytest.raises(ReportError, match=r"records: no record\.json and no results\.json below it"):
+        study_page(report)
+    (report / "notes.md").write_text("no title\n")
+    with pytest.raises(ReportError, match=r"notes\.md: needed, with a title as its first line"):
+        study_page(report)
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_records_are_kept_under_the_names_of_their_cells(report: Path, tmp_path: Path, size: int) -> None:
+    runs = tmp_path / "outputs"
+    for number, path in enumerate(sorted(report.glob("records/*"))):
+        shutil.copytree(path, runs / str(number))
+        (runs / str(number) / SAMPLES_FILE).write_bytes(bytes(size))
+        (runs / str(number) / "worker.log").write_text("a log\n")
+    results.save(runs / "job", {**results.origin(["a", "command"]), **origin_of(report)}, [{"variant": "a"}])
+    before = {str(path.relative_to(report)) for path in report.rglob("*") if path.is_file()}
+    keep(runs, report)
+    added = {str(path.relative_to(report)) for path in report.rglob("*") if path.is_file()} - before
+    samples = {name for name in added if name.endswith(SAMPLES_FILE)}
+    assert added - samples == {"records/job/results.json"}
+    assert len(samples) == (6 if size == 1000 else 0)  # small ones are kept, large ones are not
+
+
+def origin_of(report: Path) -> dict[str, Any]:
+    return {"environment": json.loads(min(report.rglob(RECORD_FILE)).read_text())["environment"]}
+
+
+def test_rows_of_any_program_become_a_table(report: Path) -> None:
+    rows = [
+        {"engine": "hstu", "status": "OK", "batch": 8, "p50_ms": 1.23456, "graphs": True, "samples_ms": [1.0, 2.0]},
+        {"engine": "aoti", "status": "UNAVAILABLE", "batch": 8, "reason": "no C++ compiler"},
+        {"engine": "onnxruntime", "status": "UNAVAILABLE", "batch": 8, "reason": "no C++ compiler"},
+    ]
+    shutil.rmtree(report / "records")
+    results.save(report / "records" / "job", {**results.origin(["python", "x y"]), **origin_of(REPORTS)}, rows)
+    rebuild(report)
+    page = (report / PAGE).read_text()
+    assert "## job\n\n`python 'x y'`\n\n| engine | batch | p50 ms | graphs |\n" in page
+    assert "\n| hstu | 8 | 1.23 | yes |\n" in page
+    assert page.endswith("- UNAVAILABLE: no C++ compiler (aoti 8; onnxruntime 8)\n")
+    (report / "records" / "job" / "results.json").write_text('{"schema_version": 1}')
+    with pytest.raises(ReportError, match=r"results\.json: missing key 'command'"):
+        study_page(report)
+
+
+def test_rows_without_a_result_have_no_table() -> None:
+    row = {"family": "layer_norm", "variant": "a", "status": "INCORRECT", "reason": "zeros", "p50_ms": 9.0}
+    assert results_sections("job", {"command": "c", "rows": [row]})[2:] == ["- INCORRECT: zeros (layer_norm a)"]
