@@ -18,7 +18,8 @@ from helpers.hstu_oracle import make_requests
 from grengines.api import Catalogue, RankResult, Request
 from grengines.cache import host, policies
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.cache.host import Extents, HostTier, cut
+from grengines.cache.extents import Extents, cut
+from grengines.cache.host import HostTier
 from grengines.cache.pool import PagePool, PoolFullError
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import HSTUEngineConfig
@@ -268,7 +269,7 @@ def test_many_threads_get_right_answers_and_lose_nothing() -> None:
     assert not wrong
     counts = states.counters()
     assert counts.faults == counts.policy_errors == counts.bypassed == 0 < counts.hits
-    assert not states._in_flight
+    assert not states.snapshot().in_flight
     engine.reset_cache()
     assert states.pool.used == 0 and states.tier is not None and states.tier.extents.available == states.tier.pages
     engine.close()
@@ -287,9 +288,9 @@ def test_extents_are_few_and_exact() -> None:
                 continue
             held.append(extents.allocate(n))
             assert sum(length for _, length in held[-1]) == n
-        pages = [p for runs in (*held, extents._runs) for begin, n in runs for p in range(begin, begin + n)]
+        pages = [p for runs in (*held, extents.free_runs) for begin, n in runs for p in range(begin, begin + n)]
         assert sorted(pages) == list(range(50))
-        free = sorted(extents._runs)
+        free = sorted(extents.free_runs)
         assert all(a + n < b for (a, n), (b, _) in pairwise(free))  # merged
     assert list(cut([(10, 3), (20, 5)], 1, 6)) == [(11, 2), (20, 3)]
 

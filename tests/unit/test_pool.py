@@ -22,11 +22,14 @@ from torch import Tensor
 
 from grengines.api import Catalogue, Request
 from grengines.cache import host, policies
+from grengines.cache.events import Counters
 from grengines.cache.history import History
 from grengines.cache.host import HostTier
+from grengines.cache.index import Plan
+from grengines.cache.places import HostPlaces
 from grengines.cache.policies import Doorkeeper
 from grengines.cache.pool import PagePool, PoolFullError, page_bytes
-from grengines.cache.states import Counters, Plan, UserStates
+from grengines.cache.states import UserStates
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import HSTURanker
 from grengines.runtime.batch import pack
@@ -141,7 +144,7 @@ def test_writes_rows_of_several_users_into_their_pages() -> None:
     visit(states, request_of(events_of(3), user=1))
     plans = states.lookup([request_of(events_of(n), user=u) for u, n in ((1, 6), (2, 5), (3, 0))], now=0.0)
     assert [states.extend(plan) for plan in plans] == [True] * 3
-    batch = states.batch(plans, first_rows=[2, 10, 20], rows=20).to(CPU)
+    batch = HostPlaces.of(states.pool, plans, first_rows=[2, 10, 20], rows=20).to(CPU)
     assert batch.page_table.dtype == torch.int32 and batch.paged_lengths.dtype == torch.int64
     assert batch.page_table.tolist() == [plans[0].pages, plans[1].pages, [0, 0]]
     assert batch.paged_lengths.tolist() == [3, 0, 0]
@@ -287,7 +290,7 @@ def test_what_finds_no_room_beside_others_in_flight_is_not_stored(caplog: pytest
     assert states.counters().unstored == 2
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
     assert "request 7: its new tokens are not cached: 1 pages asked for; requests in flight hold 4 of 4" in caplog.text
-    batch = states.batch(plans, first_rows=[0, 12, 16], rows=20).to(CPU)
+    batch = HostPlaces.of(states.pool, plans, first_rows=[0, 12, 16], rows=20).to(CPU)
     assert (batch.slots >= 0).nonzero()[:, 0].tolist() == list(range(12))
     for plan in plans:
         states.commit(plan)
@@ -531,7 +534,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         plan, history = self.open.pop(user)
         if commit or write:
-            batch = self.states.batch([plan], first_rows=[plan.cached], rows=len(history)).to(CPU)
+            batch = HostPlaces.of(self.pool, [plan], first_rows=[plan.cached], rows=len(history)).to(CPU)
             for layer in range(2):
                 numbers = self.content(history, layer)
                 self.pool.write(layer, batch.slots, numbers.expand(-1, 1, 2), numbers)
@@ -575,7 +578,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def pages_are_owned_once_and_hold_what_was_written(self) -> None:
-        idle = self.states._states
+        idle = self.states.snapshot().states
         held = [(s.pages, s.tokens, self.cached[u]) for u, s in idle.items()]
         held += [(plan.pages, plan.cached, history) for plan, history in self.open.values()]
         owned = [i for pages, *_ in held for i in pages]
@@ -604,9 +607,9 @@ class TieredMachine(PoolMachine):
     @invariant()
     def host_pages_are_owned_once(self) -> None:
         assert self.tier is not None
-        runs = [run for state in self.tier.states.values() for run in state.extents] + self.tier.extents._runs
+        runs = [run for state in self.tier.states.values() for run in state.extents] + self.tier.extents.free_runs
         assert sorted(page for begin, n in runs for page in range(begin, begin + n)) == list(range(9))
-        assert self.tier.extents.available == sum(n for _, n in self.tier.extents._runs)
+        assert self.tier.extents.available == sum(n for _, n in self.tier.extents.free_runs)
 
 
 HOST_COUNTERS = {"host_hits", "loaded_tokens", "offloads", "offloads_refused", "host_refused", "prefetches"}
@@ -658,7 +661,7 @@ def test_the_index_leaks_nothing_under_pressure() -> None:
             states.commit(plan) if rng.random() < 0.8 else states.abort(plan)
     count = states.counters()
     assert min(count.hits, count.partial_hits, count.misses, count.bypassed, count.stale, count.evictions) > 50
-    assert states.pool.used == sum(len(s.pages) for s in states._states.values()) > 0
+    assert states.pool.used == sum(len(s.pages) for s in states.snapshot().states.values()) > 0
     assert count.policy_errors == 0
     states.clear()
     assert (states.pool.used, len(states)) == (0, 0)
@@ -711,7 +714,7 @@ def test_threads_share_the_index() -> None:
     count = states.counters()
     assert count.evictions > 100
     assert count.hits + count.partial_hits + count.misses + count.bypassed == 8 * 300 * 2
-    assert count.policy_errors == 0 and states.pool.used == sum(len(s.pages) for s in states._states.values())
+    assert count.policy_errors == 0 and states.pool.used == sum(len(s.pages) for s in states.snapshot().states.values())
 
 
 # With the model
@@ -735,7 +738,7 @@ def rank_through_pages(model: HSTURanker, states: UserStates, requests: list[Req
         most = max(len(r.candidates) for r in requests)
         slices = [slice(i, i + microbatch) for i in range(0, most, microbatch)]
         hosts += [pack(requests, encoding, cached=whole, candidates=s) for s in slices]
-    places = states.batch(plans, hosts[0].first_rows, hosts[0].padded_tokens).to(CPU)
+    places = HostPlaces.of(pool, plans, hosts[0].first_rows, hosts[0].padded_tokens).to(CPU)
     parts = [
         model.paged(host.to(CPU), pool, places, write=i == 0).split(host.candidate_counts)
         for i, host in enumerate(hosts)

@@ -8,8 +8,7 @@ On a CPU the same code runs without streams: copies are done at once.
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,72 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grengines.cache.extents import Extent, Extents, cut
 from grengines.cache.history import History
-from grengines.cache.pool import PagePool, PoolFullError
+from grengines.cache.pool import PagePool
 from grengines.runtime.timing import Mark
 
 AHEAD = 2  # layers under way to the device at once
 DOWN_BYTES = 2 << 30  # at most so much gathered memory waits to be copied to the host; further states are let go
 STAGED_SHARE = 0.125  # of the device's pool: bytes of prefetched states, at most
 
-Extent = tuple[int, int]  # first page, number of pages
 
-
-class Extents:
-    """Which pages are free, as runs: long ones make few copies. The best fit is taken, or else the longest runs."""
-
-    def __init__(self, pages: int) -> None:
-        self.available = pages
-        self._runs: list[Extent] = [(0, pages)] if pages else []  # by their first pages; no two touch
-
-    def allocate(self, n: int) -> list[Extent]:
-        """n pages in as few runs as there are. Raises PoolFullError, taking none, where fewer are free."""
-        if n > self.available:
-            raise PoolFullError(f"{n} pages of the host asked for; {self.available} are free")
-        taken = []
-        self.available -= n
-        while n:
-            fitting = [run for run in self._runs if run[1] >= n]
-            begin, length = min(fitting, key=lambda run: run[1]) if fitting else max(self._runs, key=lambda run: run[1])
-            self._runs.remove((begin, length))
-            used = min(length, n)
-            if used < length:
-                insort(self._runs, (begin + used, length - used))
-            taken.append((begin, used))
-            n -= used
-        return taken
-
-    def free(self, extents: Sequence[Extent]) -> None:
-        """Give runs back."""
-        for extent in extents:
-            insort(self._runs, extent)
-            self.available += extent[1]
-        merged: list[Extent] = []
-        for begin, length in self._runs:
-            if merged and sum(merged[-1]) == begin:
-                merged[-1] = merged[-1][0], merged[-1][1] + length
-            else:
-                merged.append((begin, length))
-        self._runs = merged
-
-
-def cut(extents: Sequence[Extent], first: int, stop: int) -> Iterator[Extent]:
-    """Pages first to stop - 1 of a state that lies in these runs."""
-    at = 0
-    for begin, length in extents:
-        low, high = max(first, at), min(stop, at + length)
-        if low < high:
-            yield begin + low - at, high - low
-        at += length
-
-
-class Lane:
+class SideStream:
     """Work beside the device's main stream; on a CPU nothing is beside anything."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __enter__(self) -> Lane:
+    def __enter__(self) -> SideStream:
         self._context: Any = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         self._context.__enter__()
         return self
@@ -91,7 +41,7 @@ class Lane:
         self._context.__exit__(*exception)
 
     def keep(self, x: Tensor) -> None:
-        """x, made on another stream, is not given away before this lane is done with it."""
+        """x, made on another stream, is not given away before this stream is done with it."""
         if self._stream is not None:
             x.record_stream(self._stream)
 
@@ -158,7 +108,7 @@ class HostTier:
                     self.close()
                     raise RuntimeError(f"cache.host_gb: {x.nbytes} bytes can't be page-locked (CUDA error {code})")
                 self._locked.append(x.data_ptr())
-        self._down, self._up = Lane(self.device), Lane(self.device)
+        self._down, self._up = SideStream(self.device), SideStream(self.device)
         self._going_down: list[tuple[Mark, int]] = []
 
     def close(self) -> None:

@@ -13,9 +13,11 @@ from grengines.api import RankResult, Request
 from grengines.cache import policies
 from grengines.cache.config import PagedCacheConfig
 from grengines.cache.host import HostTier, Onload
+from grengines.cache.index import Plan
+from grengines.cache.places import HostPlaces
 from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
-from grengines.cache.states import Plan, UserStates
+from grengines.cache.states import UserStates
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.models.hstu.model import HSTURanker
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
@@ -85,7 +87,8 @@ class CachedRanking:
             # Candidates on their own need the whole history in pages: where it is not stored, all go in one pass.
             size, cached = self._microbatch if all(stored) else 0, [plan.cached for plan in plans]
             hosts = pack_slices(requests, ranker.encoding, size, cached=cached, bucket=bucket, pin=self._pin)
-            places = states.batch(
+            places = HostPlaces.of(
+                states.pool,
                 plans,
                 hosts[0].first_rows,
                 hosts[0].padded_tokens,
@@ -219,7 +222,7 @@ class CachedRanking:
         rows = bucket.batch * bucket.length
         return [
             pack([], self._ranker.encoding, cached=[], bucket=bucket, pin=True),
-            self.states.batch([], [], rows, sequences=bucket.batch, pages=self._pages, pin=True),
+            HostPlaces.of(self.states.pool, [], [], rows, sequences=bucket.batch, pages=self._pages, pin=True),
         ]
 
 

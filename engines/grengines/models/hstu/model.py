@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from grengines.api import Catalogue
 from grengines.cache.host import Onload
+from grengines.cache.places import PagedBatch
 from grengines.cache.pool import PagePool
-from grengines.cache.states import PagedBatch
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding, JaggedBatch
 from grkernels.operators import Operators

@@ -1,0 +1,116 @@
+"""The index from users to pages: the pages of each user, the events in them, and the requests that use them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from grengines.api import Request
+from grengines.cache.history import History
+from grengines.cache.host import Load
+from grengines.cache.pool import PagePool
+
+
+@dataclass(slots=True)
+class State:
+    """Tokens of one user in the pool, while no request of the user is in flight."""
+
+    tokens: int
+    history: History
+    pages: list[int]  # exactly as many as the tokens need
+    now: float  # time of the last visit
+    host_admits: bool  # an eviction sends the state to the host
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """One request in flight, and the part of its history that is in pages.
+
+    The user's pages belong to the plan until it is committed or aborted.
+    """
+
+    request_id: int
+    user: int
+    history: History
+    tokens: int  # of the history, contextual ones included
+    now: float
+    bypassed: bool = False  # another request of the user came first: this one never has pages
+    on_device: int = 0  # the history's first tokens whose keys and values were in pages at the lookup
+    on_host: int = 0  # its first tokens that the host has, if they are more
+    cached: int = 0  # its first tokens that need not be computed: `on_device`, and those loaded from the host
+    stored: int = 0  # its first tokens that are in pages once the batch is computed; at least `cached`
+    load: Load | None = None  # the part to load from the host before the batch is computed
+    pages: list[int] = field(default_factory=list)  # page i holds tokens i * page to (i + 1) * page - 1
+    known: bool = False  # the policy has a record of the user
+    host_admits: bool = False  # the host has some of the history already, or its policy admits the user at this visit
+    evicted: bool = False  # while in flight: no state is kept after the plan
+    cleared: bool = False  # while in flight: the host keeps no state after the plan either
+
+
+class StateIndex:
+    """States of users, and plans of requests in flight. Every page that is taken belongs to one of them.
+
+    **Validity.** Keys and values depend on the events before them only, and positions count from the start of the kept
+    history. So a cached history is valid up to the first event in which the request's history differs, to the token.
+    The rest of a state that was truncated, changed or reordered is dropped at the lookup and computed again. Nothing is
+    valid where the start of the history moved. Contextual tokens see the whole history: with any of them a state serves
+    the same history only.
+
+    Not thread-safe: `UserStates` holds its lock around it.
+    """
+
+    def __init__(self, pool: PagePool, contextual_seq_len: int) -> None:
+        self.pool, self.contextual = pool, contextual_seq_len
+        self.states: dict[int, State] = {}  # by user, least recently used first; none of them in flight
+        self.in_flight: dict[int, Plan] = {}  # by user
+
+    def plan(self, request: Request, now: float) -> Plan:
+        """Return a plan that is not in flight yet. Needs no lock."""
+        history = History.of(request)
+        return Plan(request.request_id, request.user_id, history, self.contextual + len(history), now)
+
+    def pin(self, plan: Plan) -> State | None:
+        """Hand the valid part of the user's state to the plan, and free the rest. Return the state that there was."""
+        self.in_flight[plan.user] = plan
+        state = self.states.pop(plan.user, None)
+        if state is not None:
+            plan.known = True
+            plan.on_device = plan.cached = plan.stored = self.valid(state.tokens, state.history, plan.history)
+            plan.pages = self._cut(state.pages, plan.cached)
+        return state
+
+    def unpin(self, plan: Plan, tokens: int) -> bool:
+        """End a plan: its first `tokens` tokens become the user's state. Return whether there is one."""
+        del self.in_flight[plan.user]
+        pages = self._cut(plan.pages, tokens)
+        if not tokens:
+            return False
+        history = plan.history.first(tokens - self.contextual)
+        self.states[plan.user] = State(tokens, history, pages, plan.now, plan.host_admits)
+        return True
+
+    def remove(self, user: int) -> None:
+        """Free the pages of a user who has a state."""
+        self.pool.free(self.states.pop(user).pages)
+
+    def valid(self, tokens: int, had: History, history: History) -> int:
+        """Return the number of first tokens that are valid for `history`, of a state of `tokens` of a history `had`."""
+        same = had.common(history)
+        if self.contextual:
+            return tokens if same == len(had) == len(history) else 0
+        return same
+
+    def check_in_flight(self, plan: Plan) -> None:
+        """Raise RuntimeError for a plan that is committed or aborted."""
+        if self.in_flight.get(plan.user) is not plan:
+            raise RuntimeError(f"request {plan.request_id}: the plan is committed or aborted already")
+
+    def pinned_pages(self) -> int:
+        """Return the number of pages of requests in flight."""
+        return sum(len(plan.pages) for plan in self.in_flight.values())
+
+    def _cut(self, pages: list[int], tokens: int) -> list[int]:
+        """Return a user's pages that `tokens` tokens take, and free the others."""
+        kept = self.pool.pages_for(tokens)
+        if kept < len(pages):
+            self.pool.free(pages[kept:])
+        return pages[:kept]

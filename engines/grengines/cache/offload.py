@@ -1,0 +1,102 @@
+"""The way to the host tier and back: which states it takes, what is loaded of them, and which of them it drops."""
+
+from __future__ import annotations
+
+from grengines.cache.events import EventLog
+from grengines.cache.guarded_policy import GuardedPolicy
+from grengines.cache.host import HostTier, Load
+from grengines.cache.index import Plan, StateIndex
+
+
+class Offloader:
+    """The host tier with a policy of its own.
+
+    A state that is evicted from the device is copied to the host. A lookup that finds more on the host than on the
+    device has it loaded. The copy on the host stays, so only new pages are sent at the next eviction.
+
+    The policy chooses the states that leave the host. At each visit of a user of whom the host has nothing valid, it
+    also decides whether the host takes the user's state at its next eviction. So visits count, not evictions.
+
+    Not thread-safe: `UserStates` holds its lock around it.
+    """
+
+    def __init__(self, tier: HostTier, policy: GuardedPolicy, index: StateIndex, log: EventLog) -> None:
+        self.tier, self.policy = tier, policy
+        self._index, self._log = index, log
+
+    def find(self, plan: Plan) -> None:
+        """Note in the plan what the host has of its history, and whether the host takes the user's state."""
+        there = self.tier.states.get(plan.user)
+        valid = self._index.valid(there.tokens, there.history, plan.history) if there is not None else 0
+        plan.on_host = valid if valid > plan.on_device else 0
+        plan.host_admits = valid > 0 or self.policy.admit(plan.user, plan.tokens, plan.now)
+
+    def plan_load(self, plan: Plan, share: float) -> None:
+        """Have this share of the tokens that only the host has loaded, in whole pages.
+
+        With contextual tokens all of them: such a state cannot be split.
+        """
+        if not plan.on_host:
+            return
+        pool, wanted = self._index.pool, plan.on_host
+        if share < 1 and not self._index.contextual:
+            wanted = int(plan.on_device + share * (plan.on_host - plan.on_device)) // pool.page * pool.page
+        if wanted > plan.on_device:
+            first = plan.on_device // pool.page
+            plan.load = Load(plan.user, first, plan.pages[first : pool.pages_for(wanted)])
+            plan.cached = wanted
+            if not plan.on_device:
+                self._log.counters.host_hits += 1
+            self._log.counters.loaded_tokens += wanted - plan.on_device
+
+    def store(self, user: int) -> None:
+        """Have the host take the state of a user, if it has room or can make it."""
+        state, there = self._index.states[user], self.tier.states.get(user)
+        same = there.history.common(state.history) if there is not None else 0
+        if same == len(state.history):
+            same = state.tokens
+        elif self._index.contextual:
+            same = 0
+        try:
+            taken = self._make_room(user, len(state.pages), state.now)
+            taken = taken and self.tier.store(user, state.tokens, state.history, state.pages, same)
+        except Exception as error:
+            self._log.fault(f"the state of user {user} did not reach the host", error)
+            taken = False
+            if there is not None and user not in self.tier.states:
+                self.policy.remove(user)
+        if taken:
+            self._log.counters.offloads += 1
+            self.policy.touch(user, state.tokens, state.now)
+        else:
+            self._log.counters.offloads_refused += 1
+
+    def prefetch(self, user: int) -> None:
+        """Start to copy the state of a user to the device, if only the host has it and there is room."""
+        on_device = user in self._index.states or user in self._index.in_flight
+        if not on_device and user in self.tier.states and self.tier.prefetch(user):
+            self._log.counters.prefetches += 1
+
+    def drop(self, user: int) -> None:
+        """Drop the copy of a user who has one on the host."""
+        self.tier.drop(user)
+        self.policy.remove(user)
+
+    def clear(self) -> None:
+        """Drop all copies but those of users in flight."""
+        for user in self.tier.states.keys() - self._index.in_flight.keys():
+            self.drop(user)
+
+    def _make_room(self, user: int, pages: int, now: float) -> bool:
+        """Drop states, none of them in flight, until a user's state of `pages` pages fits. Return whether it does."""
+        stay = self._index.in_flight.keys() | {user}
+        leaving = self.tier.states.keys() - stay
+        if pages > self.tier.pages:
+            return False
+        while self.tier.lacking(user, pages):
+            if not leaving:
+                return False
+            victim = self.policy.victim(now, stay, leaving)
+            self.drop(victim)
+            leaving.discard(victim)
+        return True

@@ -1,0 +1,74 @@
+"""Page table, lengths and slots of a batch: the places of its keys and values in the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grengines.cache.index import Plan
+from grengines.cache.pool import PagePool
+from grengines.runtime import staging
+
+
+@dataclass
+class PagedBatch:
+    """Places of the keys and values of a batch, on its device: B sequences, L tokens to encode."""
+
+    page_table: Tensor  # int32 [B, most pages], at least one column; 0 past a request's last page
+    paged_lengths: Tensor  # int64 [B]: tokens in pages before the batch
+    stored_lengths: Tensor  # int64 [B]: the same once its new tokens are written
+    slots: Tensor  # int64 [L]: the slot of each token's keys and values, for PagePool.write; -1: not stored
+
+
+@dataclass
+class HostPlaces:
+    """A PagedBatch on the host, in one int64 buffer."""
+
+    buffer: Tensor  # int64 [total], pinned if it is to be copied to a GPU
+    sizes: list[int]  # of paged_lengths, stored_lengths, slots and page_table
+    pages: int  # columns of the page table
+
+    @classmethod
+    def of(
+        cls,
+        pool: PagePool,
+        plans: Sequence[Plan],
+        first_rows: Sequence[int],
+        rows: int,
+        *,
+        sequences: int = 0,
+        pages: int = 0,
+        pin: bool = False,
+    ) -> HostPlaces:
+        """Lay out the places of a batch of `rows` tokens.
+
+        first_rows: for each plan, the row of the batch's keys that holds its first token that is not cached; its
+        further ones follow. sequences, pages: least sizes of the page table (a CUDA graph's are fixed). pin:
+        page-locked memory, for GPUs.
+        """
+        B = max(len(plans), sequences)
+        width = max([1, pages, *(len(plan.pages) for plan in plans)])
+        sizes = [B, B, rows, -(-B * width // 2)]
+        buffer = staging.zeros(sum(sizes), pin)
+        ends = list(accumulate(sizes))
+        cached, stored, slots, packed = (buffer.numpy()[end - n : end] for n, end in zip(sizes, ends, strict=True))
+        slots[:] = -1
+        table = packed.view(np.int32)[: B * width].reshape(B, width)
+        for b, plan in enumerate(plans):
+            table[b, : len(plan.pages)] = plan.pages
+            cached[b], stored[b] = plan.cached, plan.stored
+            first, new = first_rows[b], plan.stored - plan.cached
+            slots[first : first + new] = pool.slots(plan.pages, plan.cached, plan.stored)
+        return cls(buffer, sizes, width)
+
+    def to(self, device: torch.device, out: Tensor | None = None) -> PagedBatch:
+        """Copy to the device in one go, without waiting; into `out` (int64 [total]) if it is given."""
+        buffer = self.buffer.to(device, non_blocking=True) if out is None else out.copy_(self.buffer, non_blocking=True)
+        cached, stored, slots, table = buffer.split(self.sizes)
+        B = len(cached)
+        return PagedBatch(table.view(torch.int32)[: B * self.pages].view(B, self.pages), cached, stored, slots)
