@@ -36,9 +36,8 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.runtime.device import DTYPES
 from grengines.runtime.profile import profiles
-from grkernels.config import KernelConfig
+from grkernels.config import KernelConfig, KernelGroup
 from grkernels.operators import Operators
-from grkernels.registry import FAMILIES
 
 CATALOGUE = Catalogue(num_users=100, num_items=20_000, num_actions=8)
 Shape = tuple[int, int, int]  # requests of a batch, history, candidates
@@ -81,7 +80,7 @@ class TorchCompile(AOTIEngine):
         facts = replace(facts, tiles=1)
         _ATTENTION["now"] = packages.attention(self._operators.hstu_attention, 0)
         ranker = build_model(self._model, self._catalogue, 0, self._device, DTYPES[self._precision])
-        module = ExportedRanker(ranker, opaque_attention, Operators.plain())
+        module = ExportedRanker(ranker, opaque_attention, Operators.eager())
         compiled = torch.compile(module, dynamic=True, fullgraph=True)
         self._package = Package(Path(), facts, [], lambda inputs: [compiled(*inputs)])
         self._inputs = Inputs(facts, self._device)
@@ -89,8 +88,8 @@ class TorchCompile(AOTIEngine):
         self.rank(sample[:1])
 
 
-def kernels(name: str) -> KernelConfig:
-    return KernelConfig(name=name, **dict.fromkeys(FAMILIES, name))
+def kernels(name: str) -> KernelGroup:
+    return KernelConfig(name=name)
 
 
 class Study:
@@ -129,8 +128,7 @@ class Study:
         return registry.build(config, self.model, kernels(kernel), CATALOGUE, 0)
 
     def compiled(self, config: AOTIEngineConfig, kernel: str) -> Any:
-        families = dict.fromkeys(FAMILIES, kernel)
-        return TorchCompile(config, self.model, families, CATALOGUE, 0, CacheConfig())
+        return TorchCompile(config, self.model, kernels(kernel).requested(), CATALOGUE, 0, CacheConfig())
 
     def onnx(self) -> str | None:
         found = Path(self.args.onnx) / self.name / "model.onnx" if self.args.onnx else None

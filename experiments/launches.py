@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from triton import knobs
 
 from grkernels.operators import Operators
+from grkernels.registry import FAMILIES
 
 EMBEDDING, HEADS, DIM, ROWS = 512, 4, 128, 64
 
@@ -64,11 +65,11 @@ def main() -> None:
     print(f"| PyTorch: x + x | {host_us(lambda: x + x):.1f} |")
     print(f"| PyTorch: linear | {host_us(lambda: F.linear(x, weight)):.1f} |")
     for name in ("triton", "cutlass"):
-        for family, call in calls(Operators.of(dict.fromkeys(Operators._fields, name))).items():
+        for family, call in calls(Operators.of(dict.fromkeys(FAMILIES, name))).items():
             print(f"| {name}: {family} | {host_us(call):.1f} |")
     compiled: list[Any] = []
     knobs.runtime.jit_post_compile_hook = lambda *_, **event: compiled.append(event)
-    triton = Operators.of(dict.fromkeys(Operators._fields, "triton"))
+    triton = Operators.of(dict.fromkeys(FAMILIES, "triton"))
     for rows, shift in ((64, 0), (65, 0), (64, 1), (65, 1), (128, 0), (96, 3)):
         begun = time.perf_counter()
         for call in calls(triton, rows, shift).values():

@@ -79,7 +79,7 @@ def main() -> int:
         return 2
     torch.manual_seed(spec.seed)
     model = HSTURanker.build(
-        spec.model, trace.catalogue, Operators.plain(), seed=spec.seed, device="cpu", dtype=torch.float32
+        spec.model, trace.catalogue, Operators.eager(), seed=spec.seed, device="cpu", dtype=torch.float32
     ).requires_grad_()
     torch.nn.init.normal_(model.token_table, std=0.1)  # random vectors of unit size would take long to forget
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=0.05)

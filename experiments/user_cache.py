@@ -24,7 +24,7 @@ from grengines.api import Catalogue, RankResult, Request
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine, Reference
-from grkernels.registry import FAMILIES
+from grkernels.registry import requested
 
 CATALOGUE = Catalogue(num_users=100, num_items=100_000, num_actions=8)
 NEW = 128  # events since the last visit
@@ -82,7 +82,7 @@ class Study:
         config = HSTUEngineConfig(
             device=args.device, precision="auto", cuda_graphs=bool(args.graphs) and self.gpu, graph_lengths=lengths
         )
-        engine = HSTUEngine(config, self.model, dict.fromkeys(FAMILIES, args.kernel), CATALOGUE, 0, cache)
+        engine = HSTUEngine(config, self.model, requested(args.kernel), CATALOGUE, 0, cache)
         engine.prepare(self.now, len(self.now))
         return engine
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -94,14 +93,15 @@ def build(
     task: str = "rank",
     retrieval: Retrieval | None = None,
 ) -> Engine:
-    """Make the engine `config.name` for a task from its options, the model's, the kernel group's (a dataclass whose
-    fields but `name` are operator families) and the cache group's.
+    """Make the engine `config.name` for a task from its options, the model's, the kernel group's
+    (grkernels.config.KernelConfig) and the cache group's.
 
     retrieval: for tasks that generate. Raises ValueError for an unknown name or a task that the engine hasn't, or what
     the engine raises.
     """
-    families = {f.name: getattr(kernel, f.name) for f in dataclasses.fields(kernel) if f.name != "name"}
-    return make(config, model, families, catalogue, seed, cache or CacheConfig(), task=task, retrieval=retrieval)
+    return make(
+        config, model, kernel.requested(), catalogue, seed, cache or CacheConfig(), task=task, retrieval=retrieval
+    )
 
 
 def make(

@@ -202,4 +202,4 @@ def _oom_kills() -> int:
 def _requested(spec: RunSpec) -> dict[str, Any]:
     """What the user asked of the machine, to stand beside what ran (`actual`)."""
     asked = {f"engine.{k}": v for k, v in dataclasses.asdict(spec.engine).items()}
-    return asked | {f"kernel.{k}": v for k, v in dataclasses.asdict(spec.kernel).items()}
+    return asked | {f"kernel.{family}": name for family, name in spec.kernel.requested().items()}

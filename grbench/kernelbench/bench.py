@@ -143,8 +143,9 @@ class Bench:
 
         for name in family.variants:
             attempt(name, partial(_variant, family.name, name, plain))
-        if self._config.peers and find_spec(f"grkernels.{family.name}.peers"):
-            for peer in import_module(f"grkernels.{family.name}.peers").PEERS:
+        peers = f"{registry.family(family.name).folder()}.peers"
+        if self._config.peers and find_spec(peers):
+            for peer in import_module(peers).PEERS:
                 attempt(peer.name, partial(_peer, peer), peer=True)
         return contenders, unusable
 

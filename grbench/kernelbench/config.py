@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from importlib import import_module
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -70,7 +69,7 @@ def select(config: KernelBenchConfig) -> list[Family]:
     _check("families", config.families, every)
     families = []
     for name in config.families or every:
-        bench = stack if name == stack.FAMILY else import_module(f"grkernels.{name}.bench")
+        bench = stack if name == stack.FAMILY else registry.bench(name)
         variants, shapes = variants_of(name), tuple(bench.SHAPES)
         families.append(
             Family(

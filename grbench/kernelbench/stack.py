@@ -1,6 +1,6 @@
 """A stack of HSTU layers as one more family of the benchmark: what the operators are worth together.
 
-Its variants are the choices of the `kernel` group, each eager and as a CUDA graph. What is timed is the layers
+Its variants are those that every operator of a layer has, each eager and as a CUDA graph. What is timed is the layers
 alone, from embedded tokens to the last layer's output; weights and inputs are random.
 """
 
@@ -9,23 +9,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from grbench.config.compose import CONFIG_DIR
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import HSTULayer
 from grkernels import registry
+from grkernels.families import Sizes
 from grkernels.hstu_attention import spec
 from grkernels.operators import Operators
 from grkernels.variant import Cost
 
 FAMILY = "hstu_stack"
-VARIANTS = tuple(name + graph for name in ("torch", "compile", "triton", "cutlass") for graph in ("", "+graph"))
+LAYER = ("hstu_attention", "norm_gate", "layer_norm")  # the families that a layer calls
+VARIANTS = tuple(
+    name + graph
+    for name in registry.variant_names()
+    if all(name in registry.variants(family) for family in LAYER)
+    for graph in ("", "+graph")
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def cost(shape: Shape, dtype: str) -> Cost:
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
-    return {"E": shape.embedding_dim, "heads": shape.heads, "qk_dim": shape.qk_dim, "v_dim": shape.v_dim}
+    sizes = ("embedding_dim", "heads", "qk_dim", "v_dim")
+    return {name: getattr(shape, name) for name in sizes}
 
 
 def reference(*, x: Tensor, layers: nn.Module, **lengths: Any) -> Tensor:
@@ -104,38 +109,30 @@ def reference(*, x: Tensor, layers: nn.Module, **lengths: Any) -> Tensor:
 
 def plain(**given: Any) -> Tensor:
     """The layers in plain PyTorch, in the inputs' dtype."""
-    return _run(Operators.plain(), **given)
+    return _run(Operators.eager(), **given)
 
 
-def operators(variant: str) -> dict[str, str]:
-    """The variant of each family that conf/kernel/<variant>.yaml names."""
-    stated = OmegaConf.to_container(OmegaConf.load(Path(CONFIG_DIR) / "kernel" / f"{variant.partition('+')[0]}.yaml"))
-    assert isinstance(stated, dict)
-    return {family: str(stated[family]) for family in registry.FAMILIES}
-
-
-def refusal(variant: str, *, device: str, dtype: str, E: int, heads: int, qk_dim: int, v_dim: int) -> str | None:
+def refusal(variant: str, *, device: str, dtype: str, **sizes: int) -> str | None:
     """None, or why the variant can't run here."""
-    if "+graph" in variant and device != "cuda":
+    name, graph, _ = variant.partition("+")
+    if graph and device != "cuda":
         return "CUDA graphs need an NVIDIA GPU"
-    dims = {
-        "hstu_attention": {"qk_dim": qk_dim, "v_dim": v_dim},
-        "norm_gate": {"width": heads * v_dim},
-        "layer_norm": {"width": E},
-    }
-    names = operators(variant)
-    refusals = (registry.refusal(f, names[f], device=device, dtype=dtype, **sizes) for f, sizes in dims.items())
-    return next((r for r in refusals if r), None)
+    for family in LAYER:
+        dims = registry.family(family).dims(Sizes(**sizes))
+        if why := registry.refusal(family, name, device=device, dtype=dtype, **dims):
+            return why
+    return None
 
 
 def bind(variant: str, **given: Any) -> Callable[[], Tensor]:
     """The call that is timed: the layers, or one replay of their graph."""
-    kernels = Operators.of(operators(variant))
+    name, captured, _ = variant.partition("+")
+    kernels = Operators.of(dict.fromkeys(LAYER, name))
 
     def call() -> Tensor:
         return _run(kernels, **given)
 
-    if not variant.endswith("+graph"):
+    if not captured:
         return call
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

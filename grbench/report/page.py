@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from grbench.execution.records import RunRecord
@@ -161,15 +161,29 @@ def _environment_table(environments: list[dict[str, str]]) -> str:
 
 
 def _asked_and_ran(records: Sequence[RunRecord]) -> list[str]:
-    """What ran under another name than was asked for, such as engine.device=auto on cuda."""
-    rows: dict[tuple[str, str, str], list[str]] = {}
+    """Options that ran under another name than was asked for, such as engine.device=auto on cuda; alike ones in a
+    row."""
+    cells: dict[tuple[str, str, str], list[str]] = {}
     for number, _, record in _numbered(records):
         ran = flatten(record.actual)
         for key, asked in flatten(record.requested).items():
-            found = ran.get(key, ran.get(key.rpartition(".")[2]))
-            if found is not None and shown(found) != shown(asked):
-                rows.setdefault((key, shown(asked), shown(found)), []).append(str(number))
+            found = _ran(key, ran)
+            if found is not None and found != shown(asked):
+                cells.setdefault((key, shown(asked), found), []).append(str(number))
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for (key, asked, found), who in cells.items():
+        where = "all" if len(who) == len(records) else ", ".join(who)
+        rows.setdefault((asked, found, where), []).append(key)
     if not rows:
         return []
-    lines = [[*key, "all" if len(who) == len(records) else ", ".join(who)] for key, who in rows.items()]
+    lines = [[", ".join(keys), *rest] for rest, keys in rows.items()]
     return ["## Asked for and what ran", table(["option", "asked for", "ran", "cells"], lines)]
+
+
+def _ran(key: str, ran: dict[str, Any]) -> str | None:
+    """What ran of an option that was asked for; of a kernel in several stages each variant once."""
+    group, _, name = key.rpartition(".")
+    if group == "kernel":
+        return ", ".join(sorted({str(v) for k, v in ran.items() if k.endswith(f"kernels.{name}")})) or None
+    found = ran.get(key, ran.get(name))
+    return None if found is None else shown(found)

@@ -59,12 +59,15 @@ OPTIONAL = (
 
 def findings() -> list[Finding]:
     """Every engine, kernel variant, cache policy, package and device, in the order they are shown."""
+    import torch
+
     found = []
     for name in engines.names():
         reason = engines.availability(name)
         found.append(Finding("engine", name, reason is None, *_split(reason)))
+    kind = kernels.device_kind("cuda" if torch.cuda.is_available() else "cpu")
     for family, variant in kernels.names():
-        reason = kernels.availability(family, variant)
+        reason = kernels.misplaced(family, variant, kind) or kernels.availability(family, variant)
         found.append(Finding("kernel", f"{family}={variant}", reason is None, *_split(reason)))
     found += [Finding("cache", name, True) for name in policies.names()]
     found += [_package("package", *entry) for entry in REQUIRED]

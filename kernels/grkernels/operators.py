@@ -1,35 +1,37 @@
-"""One implementation of every operator family: what a model is built with."""
+"""One implementation of every operator family: the functions that a model is built with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from grkernels import registry
 
 
-class Operators(NamedTuple):
-    """A function for each family of `grkernels.registry`, with the signature that its reference.py documents."""
+class Operators:
+    """Functions by the name of their family, as attributes; reference.py of a family documents the signature."""
 
-    hstu_attention: Callable[..., Any]
-    norm_gate: Callable[..., Any]
-    layer_norm: Callable[..., Any]
-    interaction: Callable[..., Any]
-    jagged_concat: Callable[..., Any]
-    jagged_split: Callable[..., Any]
-    token_embedding: Callable[..., Any]
+    def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
+        vars(self).update(functions)
+
+    def __getattr__(self, family: str) -> Callable[..., Any]:  # only of what __init__ didn't set
+        raise AttributeError(f"no implementation of {family} was chosen; there are {', '.join(vars(self))}")
+
+    def replace(self, **functions: Callable[..., Any]) -> Operators:
+        """The same with these functions instead."""
+        return Operators(vars(self) | functions)
 
     @classmethod
     def of(cls, variants: Mapping[str, str]) -> Operators:
-        """The variant that is named for each family. Raises ValueError for an unknown name."""
-        return cls(**{family: registry.get(family, variants[family]).fn for family in cls._fields})
+        """The variant named for each family. Raises ValueError for an unknown name."""
+        return cls({family: registry.get(family, name).fn for family, name in variants.items()})
 
     @classmethod
-    def plain(cls) -> Operators:
-        """Plain PyTorch in the inputs' dtype: what tolerances are measured by."""
-        return cls.of(dict.fromkeys(cls._fields, "torch"))
+    def eager(cls) -> Operators:
+        """Eager PyTorch in the inputs' dtype: the measure of tolerances."""
+        return cls.of(dict.fromkeys(registry.FAMILIES, "torch"))
 
     @classmethod
     def reference(cls) -> Operators:
         """The fp32 references."""
-        return cls(**{family: registry.get(family, "torch").reference for family in cls._fields})
+        return cls({family: registry.get(family, "torch").reference for family in registry.FAMILIES})

@@ -78,8 +78,17 @@ def write_cell(
         started_at=f"2026-01-02T03:04:{len(list(folder.parent.glob('*'))):02d}+00:00",
         duration_s=1.5,
         overrides=list(overrides),
-        requested={"engine.device": "auto", "kernel.attention": spec["kernel"]["attention"]},
-        actual={"device": "cpu", "attention": spec["kernel"]["attention"], "precision": "fp32"},
+        requested={
+            "engine.device": "auto",
+            "kernel.attention": spec["kernel"]["attention"],
+            "kernel.layer_norm": "auto",
+            "kernel.norm_gate": "auto",
+        },
+        actual={
+            "device": "cpu",
+            "kernels": {"attention": spec["kernel"]["attention"], "layer_norm": "triton", "norm_gate": "triton"},
+            "precision": "fp32",
+        },
         environment={"git_sha": "abc1234", "cpu": "Some CPU", "gpus": [], "versions": {"torch": "2.13.0"}},
         gate={"passed": True, "error": 1.25e-7, "tolerance": 2e-5},
     )
@@ -197,7 +206,8 @@ def test_page_says_what_ran_where_and_how_to_repeat_it(sweep: Path, tmp_path: Pa
     main([str(sweep), "--out", str(tmp_path / "r.md")])
     page = (tmp_path / "r.md").read_text()
     assert rows_of(page, "Asked for and what ran") == [
-        {"option": "engine.device", "asked for": "auto", "ran": "cpu", "cells": "all"}
+        {"option": "engine.device", "asked for": "auto", "ran": "cpu", "cells": "all"},
+        {"option": "kernel.layer_norm, kernel.norm_gate", "asked for": "auto", "ran": "triton", "cells": "all"},
     ]
     environment = {row[""]: row["all cells"] for row in rows_of(page, "Environment")}
     assert environment == {

@@ -49,9 +49,8 @@ def requests_of(lengths: list[int], candidates: list[int], seed: int = 0) -> lis
 
 
 def engine(model: HSTUConfig = MODEL, seed: int = 5, kernel: str = "torch", **options: Any) -> AOTIEngine:
-    families = [f.name for f in dataclasses.fields(KernelConfig) if f.name != "name"]
     config = AOTIEngineConfig(**{"device": "cpu", "cpu_threads": 1, **options})
-    return AOTIEngine(config, model, dict.fromkeys(families, kernel), CATALOGUE, seed, CacheConfig())
+    return AOTIEngine(config, model, KernelConfig(kernel).requested(), CATALOGUE, seed, CacheConfig())
 
 
 def error(result: RankResult, expected: list[Any]) -> float:
@@ -257,10 +256,11 @@ from grengines.export.module import ExportedRanker
 from grengines.hstu.engine import build_model
 from grengines.runtime.profile import Sizes
 from grkernels.operators import Operators
+from grkernels.registry import FAMILIES
 
-kernels = Operators.of(dict.fromkeys(Operators._fields, "triton"))
+kernels = Operators.of(dict.fromkeys(FAMILIES, "triton"))
 ranker = build_model(MODEL, CATALOGUE, 0, "cpu", torch.bfloat16, kernels)
-sizes, families = Sizes(8, 512, 64, 64, 64), dict.fromkeys(Operators._fields, "triton")
+sizes, families = Sizes(8, 512, 64, 64, 64), dict.fromkeys(FAMILIES, "triton")
 facts = package.Facts.here("0", "bf16", torch.device("cpu"), families, 2, sizes, sizes)
 program = package._trace(ExportedRanker(ranker, package.attention(kernels.hstu_attention, 0), kernels), facts)
 code = program.graph_module.code

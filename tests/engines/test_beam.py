@@ -34,7 +34,7 @@ def catalogue(items: int, seed: int = 0) -> SemanticIds:
 
 def model_of(seed: int = 1, dtype: torch.dtype = torch.float32, **changes: Any) -> HSTUGenerator:
     config = dataclasses.replace(CONFIG, **changes)
-    return HSTUGenerator.build(config, SIZES, Operators.plain(), seed=seed, device="cpu", dtype=dtype)
+    return HSTUGenerator.build(config, SIZES, Operators.eager(), seed=seed, device="cpu", dtype=dtype)
 
 
 def pool_for(model: HSTUGenerator, pages: int = 60, page: int = 4) -> PagePool:
@@ -146,7 +146,7 @@ def test_on_a_gpu(kernel: str) -> None:
     config = dataclasses.replace(CONFIG, **changes)
     kernels = Operators.of(dict.fromkeys(FAMILIES, kernel))
     half = HSTUGenerator.build(config, SIZES, kernels, seed=6, device="cuda", dtype=torch.bfloat16)
-    exact = HSTUGenerator.build(config, SIZES, Operators.plain(), seed=6, device="cuda", dtype=torch.float32)
+    exact = HSTUGenerator.build(config, SIZES, Operators.eager(), seed=6, device="cuda", dtype=torch.float32)
     trie, prompts = Trie.of(ids).on("cuda"), prompts_of(ids, [600, 0, 70, 1])
     sizes = {"layers": 2, "pages": 60, "page": 64, "heads": 2, "qk_dim": 32, "v_dim": 32, "device": "cuda"}
     pool = PagePool(dtype=torch.bfloat16, **sizes)

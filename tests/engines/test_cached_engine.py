@@ -27,7 +27,7 @@ from grengines.hstu.engine import HSTUEngine, Reference
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.graphs import plan_buckets
 from grkernels.paged_write import on_gpu, paged_write
-from grkernels.registry import FAMILIES
+from grkernels.registry import requested
 
 torch.set_num_threads(1)
 CATALOGUE = Catalogue(num_users=30, num_items=400, num_actions=4)
@@ -56,7 +56,7 @@ def traffic(users: int, rounds: int, seed: int = 0, longest: int = 60) -> list[l
 def started(
     cache: CacheConfig | PagedCacheConfig, rounds: list[list[Request]], model: HSTUConfig = MODEL, **options: Any
 ) -> Any:
-    kernels = dict.fromkeys(FAMILIES, options.pop("kernel", "torch"))
+    kernels = requested(options.pop("kernel", "torch"))
     config = HSTUEngineConfig(**{"device": "cpu", "precision": "fp32", **options})
     engine = HSTUEngine(config, model, kernels, CATALOGUE, 5, cache)
     engine.prepare([r for requests in rounds for r in requests], max(map(len, rounds)))

@@ -209,7 +209,7 @@ def test_flops_of_a_search_are_counted_one_by_one(model: DecoderConfig | HSTUCon
         matrices = [s for name, s in weights.shapes(model, SIZES).items() if "layers." in name and len(s) == 2]
         each = model.heads * 2 * (model.head_dim + model.head_dim)
     else:
-        layers = HSTUGenerator(model, SIZES, Operators.plain()).layers
+        layers = HSTUGenerator(model, SIZES, Operators.eager()).layers
         matrices = [p.shape for p in layers.parameters() if p.ndim == 2]
         each = model.heads * 2 * (model.qk_dim + model.v_dim)
     for history, width, cached in ((0, 1, 0), (4, 3, 0), (4, 100, 5), (25, 7, 30)):

@@ -25,7 +25,7 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.numerics import IncorrectError
 from grengines.semantic.ids import SemanticIds
 from grkernels.config import KernelConfig
-from grkernels.registry import FAMILIES
+from grkernels.registry import requested
 
 torch.set_num_threads(1)
 MODELS = {
@@ -34,7 +34,7 @@ MODELS = {
 }
 SIZES = (4, 5, 6)
 LENGTHS = [5, 0, 9, 1, 25]  # items: one history is empty, and one is cut
-KERNELS = dict.fromkeys(FAMILIES, "torch")
+KERNELS = requested("torch")
 
 
 def catalogue(items: int) -> SemanticIds:
@@ -144,7 +144,7 @@ def test_what_it_refuses() -> None:
 
     with pytest.raises(ValueError, match="cache=lru: engine hf keeps nothing between batches; set cache=none"):
         made(cache=PagedCacheConfig(name="lru"))
-    with pytest.raises(ValueError, match=r"kernel.layer_norm=triton: engine hf is plain PyTorch; set kernel=torch"):
+    with pytest.raises(ValueError, match=r"kernel.layer_norm=triton: engine hf is eager PyTorch; set kernel=auto"):
         made({**KERNELS, "layer_norm": "triton"})
     with pytest.raises(ValueError, match="k=11 items from 10 beams"):
         made(retrieval=Retrieval(catalogue(20), 11, 10))

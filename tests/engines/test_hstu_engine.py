@@ -29,12 +29,12 @@ from grengines.options import violations
 from grengines.runtime.batch import Bucket, Encoding
 from grengines.runtime.graphs import batch_buckets, choose_bucket, length_buckets, plan_buckets
 from grkernels.config import KernelConfig
+from grkernels.registry import requested
 
 torch.set_num_threads(1)
 CONF = Path(__file__).resolve().parents[2] / "conf"
 CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
-KERNELS = dataclasses.asdict(KernelConfig())
-del KERNELS["name"]
+KERNELS = requested("torch")
 MODEL = HSTUConfig(embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128)
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -55,9 +55,7 @@ def engine(
     **options: Any,
 ) -> Iterator[Engine]:
     config = HSTUEngineConfig(**{"device": "cpu", **options})
-    stated = OmegaConf.to_container(OmegaConf.load(CONF / f"kernel/{kernel}.yaml"))
-    assert isinstance(stated, dict) and stated.pop("defaults")
-    made = registry.build(config, model, KernelConfig(**stated), CATALOGUE, 5, cache)
+    made = registry.build(config, model, KernelConfig(kernel), CATALOGUE, 5, cache)
     try:
         made.prepare(requests, max_batch)
         yield made
@@ -210,8 +208,8 @@ def test_model_files_state_every_option(path: Path) -> None:
     assert not list(violations(config))
 
 
-def test_engine_and_kernel_files_state_the_defaults() -> None:
-    files = {"engine/hstu": HSTUEngineConfig, "engine/hf": HFEngineConfig, "kernel/torch": KernelConfig}
+def test_engine_files_state_the_defaults() -> None:
+    files = {"engine/hstu": HSTUEngineConfig, "engine/hf": HFEngineConfig}
     for path, schema in files.items():
         stated = OmegaConf.to_container(OmegaConf.load(CONF / f"{path}.yaml"))
         assert isinstance(stated, dict) and stated.pop("defaults")

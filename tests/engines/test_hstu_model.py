@@ -32,7 +32,7 @@ SMALL = HSTUConfig(embedding_dim=12, heads=2, qk_dim=4, v_dim=3, scaling_seqlen=
 def build(config: HSTUConfig = SMALL, *, seed: int = 0, kernels: Operators | None = None, **changes: Any) -> HSTURanker:
     dtype = changes.pop("dtype", torch.float32)
     config = dataclasses.replace(config, **changes)
-    return HSTURanker.build(config, CATALOGUE, kernels or Operators.plain(), seed=seed, device="cpu", dtype=dtype)
+    return HSTURanker.build(config, CATALOGUE, kernels or Operators.eager(), seed=seed, device="cpu", dtype=dtype)
 
 
 def weights(model: HSTURanker) -> dict[str, Any]:
@@ -231,8 +231,8 @@ def test_attention_matters(shape: dict[str, int]) -> None:
     """A model that ignored its history could not be told from a broken one; half precision must not hide it."""
     config = dataclasses.replace(HSTUConfig(), **shape)
     requests = requests_of([20, 60, 120], [8, 8, 8])
-    blind = Operators.plain()._replace(hstu_attention=zero_attention)
-    right, wrong = (full(build(config, kernels=kernels), requests) for kernels in (Operators.plain(), blind))
+    blind = Operators.eager().replace(hstu_attention=zero_attention)
+    right, wrong = (full(build(config, kernels=kernels), requests) for kernels in (Operators.eager(), blind))
     half = full(build(config, dtype=torch.bfloat16), requests)
     assert relative_error(wrong, right) > 0.1
     assert relative_error(wrong, right) > 4 * relative_error(half, right)

@@ -101,7 +101,7 @@ def test_tiles_of_any_size_give_the_same_answer() -> None:
         ({"device": "cuda"}, UnavailableError, "engine.device=cuda: .*; use engine.device=cpu"),
         ({"cache": PagedCacheConfig()}, ValueError, "whole histories with the whole model; set cache=none"),
         ({"cache": CacheConfig(item_memory_gb=1.0)}, ValueError, "set cache=none"),
-        ({"kernel": "triton"}, ValueError, "its own kernels, not triton; set kernel=torch"),
+        ({"kernel": "triton"}, ValueError, "its own kernels, not triton; set kernel=auto"),
     ],
 )
 def test_what_it_can_not_do_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -196,7 +196,7 @@ def test_a_chain_answers_what_the_first_was_not_built_for_and_says_so() -> None:
 
 
 def _native_kernels() -> dict[str, str]:
-    return {f.name: "torch" for f in dataclasses.fields(KernelConfig) if f.name != "name"}
+    return KernelConfig("torch").requested()
 
 
 def test_the_registry_builds_the_chain_that_the_config_names() -> None:

@@ -31,7 +31,7 @@ from grengines.vllm.engine import VLLMEngine
 from grengines.vllm.rows import BeamRows, Reach, Step
 from grkernels import beam_terms
 from grkernels.operators import Operators
-from grkernels.registry import FAMILIES
+from grkernels.registry import requested
 
 IDS = catalogue(110)
 RETRIEVAL = Retrieval(IDS, k=10, beam_width=20)
@@ -60,7 +60,7 @@ def engine_of(
     sample: Sequence[Request] = REQUESTS, model: Any = MODEL, retrieval: Retrieval = RETRIEVAL, **options: Any
 ) -> VLLMEngine:
     config = VLLMEngineConfig(**{"kv_cache_gb": 0.02, "block_size": 16, "max_num_seqs": 64, **options})
-    kernels = dict.fromkeys(FAMILIES, "torch")
+    kernels = requested("torch")
     engine = VLLMEngine(config, model, kernels, CATALOGUE, 3, CacheConfig(), retrieval)
     engine.prepare(sample, 4)
     return engine
@@ -473,7 +473,7 @@ def test_a_whole_run(grbench: Grbench, tmp_path: Path) -> None:
 
 
 def test_wrong_options_are_one_line() -> None:
-    kernels = dict.fromkeys(FAMILIES, "torch")
+    kernels = requested("torch")
 
     def make(model: Any = MODEL, **options: Any) -> VLLMEngine:
         return VLLMEngine(VLLMEngineConfig(**options), model, kernels, CATALOGUE, 0, CacheConfig(), RETRIEVAL)
@@ -521,7 +521,7 @@ GPU_REQUESTS = requests_of([400, 0, 70, 1, 250, 499, 33, 600], seed=7)
 def gpu_engine(kernel: str, model: Any = GPU_MODEL, **options: Any) -> VLLMEngine:
     config = VLLMEngineConfig(**{"gpu_memory_utilization": 0.3, "max_num_batched_tokens": 2048, **options})
     retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
-    engine = VLLMEngine(config, model, dict.fromkeys(FAMILIES, kernel), CATALOGUE, 3, CacheConfig(), retrieval)
+    engine = VLLMEngine(config, model, requested(kernel), CATALOGUE, 3, CacheConfig(), retrieval)
     engine.prepare(GPU_REQUESTS, 4)
     return engine
 

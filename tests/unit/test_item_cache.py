@@ -25,7 +25,7 @@ from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine, build_model
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.weights import save_weights
-from grkernels.registry import FAMILIES
+from grkernels.registry import requested
 
 torch.set_num_threads(1)
 WIDTH = 6
@@ -327,7 +327,7 @@ def test_a_cuda_graph_reads_what_later_lookups_fetched() -> None:
 CATALOGUE = Catalogue(num_users=30, num_items=400, num_actions=4)
 MODEL = HSTUConfig(embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128, interaction=True)
 CONTEXT = dataclasses.replace(MODEL, contextual_seq_len=2, interaction=False)
-KERNELS = dict.fromkeys(FAMILIES, "torch")
+KERNELS = requested("torch")
 ROW_GB = 32 * 4 / 1e9
 
 

@@ -752,7 +752,7 @@ def rank_through_pages(model: HSTURanker, states: UserStates, requests: list[Req
 def model_and_states(pages: int = 20, policy: Any = None, **shape: Any) -> tuple[HSTURanker, UserStates]:
     config = HSTUConfig(embedding_dim=12, heads=2, qk_dim=4, v_dim=3, scaling_seqlen=32, max_positions=24, head_dim=6)
     config = dataclasses.replace(config, **shape)
-    model = HSTURanker.build(config, CATALOGUE, Operators.plain(), seed=0, device="cpu", dtype=torch.float32)
+    model = HSTURanker.build(config, CATALOGUE, Operators.eager(), seed=0, device="cpu", dtype=torch.float32)
     sizes = {"layers": config.layers, "heads": config.heads, "qk_dim": config.qk_dim, "v_dim": config.v_dim}
     pool = make_pool(pages=pages, device="cpu", **sizes)
     return model, UserStates(pool, policy or Recency(), contextual_seq_len=config.contextual_seq_len)

@@ -18,14 +18,16 @@ from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.export.identity import model_hash
 from grengines.export.module import ExportedRanker
 from grengines.fallback import OutsideError
-from grengines.hstu.engine import build_model, operators
+from grengines.hstu.engine import build_model
 from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket, Encoding, JaggedBatch, pack
 from grengines.runtime.device import DTYPES, resolve_device, resolve_precision
 from grengines.runtime.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
 from grengines.runtime.profile import check, profiles
 from grengines.runtime.results import Marks, collect
-from grkernels import registry as kernel_registry
+from grkernels.families import AUTO
+from grkernels.operators import Operators
 
 
 class AOTIEngine:
@@ -48,14 +50,17 @@ class AOTIEngine:
         if config.cuda_graphs and self._device.type != "cuda":
             raise UnavailableError("engine.cuda_graphs=true: there are none on a CPU; set engine.cuda_graphs=false")
         self._precision = resolve_precision(config.precision, self._device)
-        self._kernels = {family: kernels[family] for family in kernel_registry.FAMILIES}
-        for family, variant in self._kernels.items():
-            if variant not in packages.VARIANTS:
+        for family, variant in kernels.items():
+            if variant not in (AUTO, *packages.VARIANTS):
                 raise UnavailableError(
                     f"kernel.{family}={variant} can't be part of a package; those that can: "
                     f"{', '.join(packages.VARIANTS)}"
                 )
-        self._operators = operators(self._kernels, model, self._device.type, self._precision, 0)
+        self._choice = kernel_choice.choose(
+            kernels, model, self._device.type, self._precision, allowed=packages.VARIANTS
+        )
+        self._kernels = self._choice.variants
+        self._operators = Operators.of(self._kernels)
         self._encoding = Encoding.of(model, catalogue)
         self._threads_before = torch.get_num_threads()
         self._lock = threading.Lock()
@@ -135,7 +140,7 @@ class AOTIEngine:
             "device_name": torch.cuda.get_device_name(self._device) if cuda else "cpu",
             "precision": self._precision,
             "fp32_products": torch.get_float32_matmul_precision(),
-            "kernels": self._kernels,
+            **self._choice.actual(),
             "kernel_configs": package.configs if package else [],
             "graph_buckets": [list(b) for b in self.buckets],
             "package": str(package.path) if package else None,

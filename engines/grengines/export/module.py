@@ -95,7 +95,7 @@ class ExportedRanker(nn.Module):
     """A built HSTURanker in its full form, as a function of the tensors that INPUTS names; the same weights and maths.
 
     attention: the operator that attends, by default `grbench::hstu_attention`; another must have its signature.
-    kernels: the other operators, by default plain PyTorch that every exporter can translate.
+    kernels: the other operators, by default eager PyTorch that every exporter can translate.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ExportedRanker(nn.Module):
     ) -> None:
         super().__init__()
         self.ranker, self.attention = ranker, attention
-        ranker.kernels = kernels or Operators.plain()._replace(token_embedding=token_embedding)
+        ranker.kernels = kernels or Operators.eager().replace(token_embedding=token_embedding)
 
     def forward(
         self,

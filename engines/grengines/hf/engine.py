@@ -24,6 +24,7 @@ from grengines.runtime.device import DTYPES, resolve_device, resolve_precision
 from grengines.runtime.results import Marks, collect_items, one_tensor
 from grengines.semantic.search import check_width
 from grengines.semantic.trie import TensorTrie, Trie
+from grkernels.families import AUTO
 from grkernels.operators import Operators
 
 
@@ -48,8 +49,8 @@ class HFEngine:
         if isinstance(cache, PagedCacheConfig) or cache.item_memory_gb:
             raise ValueError(f"cache={cache.name}: engine hf keeps nothing between batches; set cache=none")
         for family, variant in kernels.items():
-            if variant != "torch":
-                raise ValueError(f"kernel.{family}={variant}: engine hf is plain PyTorch; set kernel=torch")
+            if variant not in (AUTO, "torch"):
+                raise ValueError(f"kernel.{family}={variant}: engine hf is eager PyTorch; set kernel=auto")
         self._config, self._model_config, self._seed, self._retrieval = config, model, seed, retrieval
         self._device = resolve_device(config.device)
         self._precision = resolve_precision(config.precision, self._device)
@@ -147,6 +148,6 @@ class HFEngine:
         if isinstance(config, DecoderConfig):
             decoder = Decoder.build(config, sizes, seed=seed, device=device, dtype=dtype, weights=weights)
             return PaddedDecoder(decoder), sum(p.numel() for p in decoder.layers.parameters())
-        plain = Operators.plain()
-        generator = HSTUGenerator.build(config, sizes, plain, seed=seed, device=device, dtype=dtype, weights=weights)
+        eager = Operators.eager()
+        generator = HSTUGenerator.build(config, sizes, eager, seed=seed, device=device, dtype=dtype, weights=weights)
         return PaddedHSTU(generator), sum(p.numel() for p in generator.parameters())

@@ -19,13 +19,13 @@ from grengines.cache.items import HotRows
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.models.hstu import quantised
-from grengines.models.hstu.config import INTERACTING, HSTUConfig
+from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import HSTURanker
+from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.runtime.device import DTYPES, resolve_device, resolve_precision
 from grengines.runtime.graphs import GraphRunner, choose_bucket, first_batches, plan_buckets, token_count
 from grengines.runtime.results import Marks, collect
-from grkernels import registry as kernel_registry
 from grkernels import tuning
 from grkernels.operators import Operators
 
@@ -73,11 +73,11 @@ class Reference:
         """
         dtype = DTYPES["fp32" if precision in quantised.KINDS else precision]
         model = self._model if precision == "fp32" else copy.deepcopy(self._model).to(dtype)
-        model.kernels = Operators.reference() if precision == "fp32" else Operators.plain()
+        model.kernels = Operators.reference() if precision == "fp32" else Operators.eager()
         if precision in quantised.KINDS:
             quantised.quantise(model, precision)
         if attention is not None:
-            model.kernels = model.kernels._replace(hstu_attention=attention)
+            model.kernels = model.kernels.replace(hstu_attention=attention)
         answers = []
         for request in requests:
             host = pack([request], model.encoding)
@@ -113,9 +113,9 @@ class HSTUEngine:
         self._device = resolve_device(config.device)
         check_graphs(config, self._device)
         self._precision = resolve_precision(config.precision, self._device)
-        self._kernels = {family: kernels[family] for family in kernel_registry.FAMILIES}
         page = cache.page if isinstance(cache, PagedCacheConfig) else 0
-        self._operators = operators(self._kernels, model, self._device.type, self._precision, page)
+        self._kernels = kernel_choice.choose(kernels, model, self._device.type, self._precision, page=page)
+        self._operators = Operators.of(self._kernels.variants)
         self._threads_before = torch.get_num_threads()
         self._ranker: HSTURanker | None = None
         self._graphs: GraphRunner | None = None
@@ -242,7 +242,7 @@ class HSTUEngine:
             "device_name": torch.cuda.get_device_name(self._device) if cuda else "cpu",
             "precision": self._precision,
             "fp32_products": torch.get_float32_matmul_precision(),
-            "kernels": self._kernels,
+            **self._kernels.actual(),
             "kernel_configs": tuning.provenance(),
             "graph_buckets": [list(b) for b in (self._cached or self).buckets],  # batch, length, candidates, cached
             "candidate_microbatch": self._config.candidate_microbatch,
@@ -304,25 +304,6 @@ class HSTUEngine:
             return logits
         state = ranker.prefill(batches[0])
         return torch.cat([ranker.delta(batch, state, keep=False)[0] for batch in batches[1:]])
-
-
-def operators(kernels: dict[str, str], model: HSTUConfig, device: str, precision: str, page: int) -> Operators:
-    """The variants that are named. Raises UnavailableError, naming those that would do, where one can't run."""
-    keys, values = model.heads * model.qk_dim, model.heads * model.v_dim
-    dims = {
-        "hstu_attention": {"qk_dim": model.qk_dim, "v_dim": model.v_dim, "page": page},
-        "norm_gate": {"width": values},
-        "layer_norm": {"width": model.embedding_dim},
-        "interaction": {"features": INTERACTING, "dim": model.embedding_dim},
-        "jagged_concat": {"width": max(keys, values)},
-        "jagged_split": {"width": max(keys, values)},
-        "token_embedding": {"width": model.embedding_dim},
-    }
-    for family, sizes in dims.items():
-        refusal = kernel_registry.refusal(family, kernels[family], device=device, dtype=precision, **sizes)
-        if refusal is not None:
-            raise UnavailableError(refusal)
-    return Operators.of(kernels)
 
 
 def check_graphs(config: HSTUEngineConfig, device: torch.device) -> None:

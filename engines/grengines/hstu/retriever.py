@@ -16,18 +16,18 @@ from grengines.api import Catalogue, GenerateResult, Request, Retrieval
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.cache.pool import PagePool
 from grengines.hstu.config import HSTUEngineConfig
-from grengines.hstu.engine import check_graphs, operators
+from grengines.hstu.engine import check_graphs
 from grengines.models.hstu import beam
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator, Prompts, pack_prompts
 from grengines.models.hstu.model import zero_attention
+from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket
 from grengines.runtime.device import DTYPES, resolve_device, resolve_precision
 from grengines.runtime.graphs import GraphRunner, batch_buckets, choose_bucket, first_batches, length_buckets
 from grengines.runtime.results import Marks, collect_items, one_tensor
 from grengines.semantic.search import Beams, check_width
 from grengines.semantic.trie import Trie
-from grkernels import registry as kernel_registry
 from grkernels import tuning
 from grkernels.operators import Operators
 
@@ -65,8 +65,8 @@ class HSTURetriever:
         self._device = resolve_device(config.device)
         check_graphs(config, self._device)
         self._precision = resolve_precision(config.precision, self._device)
-        self._kernels = {family: kernels[family] for family in kernel_registry.FAMILIES}
-        self._operators = operators(self._kernels, model, self._device.type, self._precision, PAGE)
+        self._kernels = kernel_choice.choose(kernels, model, self._device.type, self._precision, page=PAGE)
+        self._operators = Operators.of(self._kernels.variants)
         self._threads_before = torch.get_num_threads()
         self._model: HSTUGenerator | None = None
         self._pool: PagePool | None = None
@@ -167,7 +167,7 @@ class HSTURetriever:
             "device_name": torch.cuda.get_device_name(self._device) if cuda else "cpu",
             "precision": self._precision,
             "fp32_products": torch.get_float32_matmul_precision(),
-            "kernels": self._kernels,
+            **self._kernels.actual(),
             "kernel_configs": tuning.provenance(),
             "graph_buckets": [list(b)[:2] for b in self.buckets],  # batch, length
             "beam_width": self._retrieval.beam_width,
@@ -233,10 +233,10 @@ class Reference:
         model = self._exact
         if precision != "fp32":
             model = copy.deepcopy(model).to(DTYPES[precision])
-            model.kernels = Operators.plain()
+            model.kernels = Operators.eager()
         kernels = model.kernels
         if blind:
-            model.kernels = kernels._replace(hstu_attention=zero_attention)
+            model.kernels = kernels.replace(hstu_attention=zero_attention)
         width, k = width or self._retrieval.beam_width, k or self._retrieval.k
         found = []
         for request in requests:

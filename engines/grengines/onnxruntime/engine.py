@@ -24,6 +24,7 @@ from grengines.onnxruntime.session import PROVIDERS, open_session, resolve_devic
 from grengines.runtime.batch import Encoding, pack
 from grengines.runtime.graphs import token_count
 from grengines.runtime.results import Marks, collect
+from grkernels.families import AUTO
 
 if TYPE_CHECKING:
     from grengines.export.exporter import Export
@@ -49,9 +50,9 @@ class OnnxRuntimeEngine:
     ) -> None:
         if cache.name != "none" or cache.item_memory_gb:
             raise ValueError("engine=onnxruntime computes whole histories with the whole model; set cache=none")
-        if other := {name for name in kernels.values() if name != "torch"}:
+        if other := set(kernels.values()) - {AUTO, "torch"}:
             raise ValueError(
-                f"engine=onnxruntime runs its own kernels, not {', '.join(sorted(other))}; set kernel=torch"
+                f"engine=onnxruntime runs its own kernels, not {', '.join(sorted(other))}; set kernel=auto"
             )
         self._config, self._model, self._catalogue, self._seed = config, model, catalogue, seed
         self._device = resolve_device(config.device)

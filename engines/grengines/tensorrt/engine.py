@@ -33,6 +33,7 @@ from grengines.tensorrt import plan as plans
 from grengines.tensorrt import sample as samples
 from grengines.tensorrt.config import TensorRTConfig
 from grengines.tensorrt.library import Library, find, logger
+from grkernels.families import AUTO
 
 ALIGNMENT = 256  # bytes, of every tensor that TensorRT is given
 
@@ -233,9 +234,9 @@ class TensorRTEngine:
     ) -> None:
         if cache.name != "none" or cache.item_memory_gb:
             raise ValueError("engine=tensorrt computes whole histories with the whole model; set cache=none")
-        if other := {name for name in kernels.values() if name != "torch"}:
+        if other := set(kernels.values()) - {AUTO, "torch"}:
             raise ValueError(
-                f"engine=tensorrt runs its own kernels, not {', '.join(sorted(other))}; set kernel=torch "
+                f"engine=tensorrt runs its own kernels, not {', '.join(sorted(other))}; set kernel=auto "
                 "(engine.plugin has attention in Triton)"
             )
         self._precision = config.precision if config.precision != "auto" else "bf16"

@@ -20,6 +20,7 @@ from grengines.api import Catalogue, Finished, GenerateResult, Request, Retrieva
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.device import DTYPES, resolve_device, resolve_precision
 from grengines.runtime.graphs import first_batches
 from grengines.semantic.ids import prompt_of
@@ -27,7 +28,6 @@ from grengines.semantic.search import check_width
 from grengines.semantic.trie import Trie
 from grengines.vllm.choice import Choice
 from grengines.vllm.config import VLLMEngineConfig
-from grkernels import registry as kernel_registry
 
 # Steps of this many tokens are captured unless told otherwise: beams of one or a few searches. Not prompts: to measure
 # memory vLLM 0.25 takes, for a moment, as many pages as the largest of them has tokens.
@@ -80,7 +80,7 @@ class VLLMEngine:
         self._config, self._model_config, self._seed, self._retrieval = config, model, seed, retrieval
         self._device = resolve_device(config.device)
         self._precision = resolve_precision(config.precision, self._device)
-        self._kernels = kernels  # of HSTU; a decoder has vLLM's
+        self._kernels = kernel_choice.KernelChoice({}, [])  # of HSTU; a decoder has vLLM's
         if config.cuda_graphs and self._device.type != "cuda":
             raise UnavailableError("engine.cuda_graphs=true: there are none on a CPU; set engine.cuda_graphs=false")
         if isinstance(model, HSTUConfig):
@@ -89,9 +89,9 @@ class VLLMEngine:
                     f"model.qk_dim={model.qk_dim}, model.v_dim={model.v_dim}: engine vllm needs them equal, "
                     "a page holds both in rows of one size"
                 )
-            from grengines.hstu.engine import operators
-
-            operators(self._kernels, model, self._device.type, self._precision, config.block_size)
+            self._kernels = kernel_choice.choose(
+                kernels, model, self._device.type, self._precision, page=config.block_size
+            )
         self._core: Any = None
         self._hashes: dict[str, list[Any]] = {}  # of the blocks that vLLM requests to come begin with
         self._vllm: Any = None  # its configuration
@@ -366,8 +366,8 @@ class VLLMEngine:
             arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gb * 2**30)
         if config.cuda_graphs:
             # Other attention is launched by the lengths of a step's requests, so it can't be captured.
-            hstu = isinstance(self._model_config, HSTUConfig)
-            mode = "PIECEWISE" if hstu and self._kernels["hstu_attention"] not in ("triton", "cutlass") else "FULL"
+            attention = self._kernels.variants.get("hstu_attention", "triton")  # a decoder's is Triton's
+            mode = "FULL" if attention in ("triton", "cutlass") else "PIECEWISE"
             sizes = sorted(config.graph_tokens) or GRAPH_TOKENS
             arguments["compilation_config"] = {"cudagraph_mode": mode, "cudagraph_capture_sizes": sizes}
         try:
@@ -414,7 +414,7 @@ class VLLMEngine:
             generator = HSTUGenerator.build(
                 model,
                 ids.sizes,
-                Operators.plain(),
+                Operators.eager(),
                 seed=self._seed,
                 device="cpu",
                 dtype=dtype,
@@ -432,7 +432,7 @@ class VLLMEngine:
                 "num_key_value_heads": model.heads,
                 "head_dim": model.qk_dim,
                 "hstu": dataclasses.asdict(model),
-                "kernels": {family: self._kernels[family] for family in kernel_registry.FAMILIES},
+                "kernels": self._kernels.variants,
                 **ours,
             }
         (folder / "config.json").write_text(json.dumps(described, indent=1))
@@ -450,6 +450,7 @@ class VLLMEngine:
             "vllm": compat.VERSION,
             "attention_backend": layer.attn_backend.__name__,
             "kernels": self._model.kernels,
+            "kernel_choice": self._kernels.passed_over,
             "prefix_caching": bool(config.cache_config.enable_prefix_caching),
             "chunked_prefill": bool(config.scheduler_config.enable_chunked_prefill),
             "max_num_seqs": config.scheduler_config.max_num_seqs,

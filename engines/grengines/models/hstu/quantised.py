@@ -27,7 +27,7 @@ def quantise(model: HSTURanker, kind: str) -> None:
     for linear in [model.head_hidden, *(layer.uvqk for layer in layers)]:
         linear.register_forward_pre_hook(partial(_round_inputs, of_input))
     norm_gate = model.kernels.norm_gate
-    model.kernels = model.kernels._replace(norm_gate=lambda *args, **options: of_input(norm_gate(*args, **options)))
+    model.kernels = model.kernels.replace(norm_gate=lambda *args, **options: of_input(norm_gate(*args, **options)))
     for linear in [model.head_hidden, *(layer.uvqk for layer in layers), *(layer.out for layer in layers)]:
         linear.weight.data = of_weight(linear.weight.data)
 

@@ -1,0 +1,32 @@
+"""Kernel variants of an engine, chosen for its model, device and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from grengines.api import UnavailableError
+from grengines.models.hstu.config import INTERACTING, HSTUConfig
+from grkernels import registry
+from grkernels.families import Sizes
+from grkernels.registry import KernelChoice
+
+
+def choose(
+    kernels: Mapping[str, str],
+    model: HSTUConfig,
+    device: str,
+    precision: str,
+    *,
+    page: int = 0,
+    allowed: Collection[str] | None = None,
+) -> KernelChoice:
+    """The variant of each family: the one that is named, or for auto the fastest that runs here.
+
+    page: tokens of a page of the KV cache, 0 without one. allowed: the only variants that auto may take. Raises
+    UnavailableError, naming the variants that would do, where a named one can't run.
+    """
+    sizes = Sizes(model.embedding_dim, model.heads, model.qk_dim, model.v_dim, INTERACTING, page)
+    try:
+        return registry.choose(kernels, device=device, dtype=precision, sizes=sizes, allowed=allowed)
+    except registry.RefusedError as e:
+        raise UnavailableError(str(e)) from None

@@ -1,0 +1,129 @@
+"""The operator families: one row each. A family is a folder, a variant is a module in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+
+AUTO = "auto"  # in the place of a variant: the fastest one that runs here
+GROUP = "grbench.kernels"  # entry points of packages that bring families or variants
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Requirements of a variant: a package, and a device of one of these kinds.
+
+    cpu: a CPU. sm90: an NVIDIA GPU of compute capability 9.0. cuda: any other NVIDIA GPU.
+    """
+
+    package: str  # import name
+    install: str  # the command that installs it
+    devices: tuple[str, ...] = ("cpu", "cuda", "sm90")
+
+
+TORCH = Needs("torch", "pip install 'torch>=2.11'")
+TRITON = Needs("triton", "pip install 'triton>=3.6'", ("cuda", "sm90"))
+CUTLASS = Needs("cutlass", "pip install 'nvidia-cutlass-dsl[cu13]>=4.8'", ("sm90",))
+EVERY = {"torch": TORCH, "compile": TORCH, "triton": TRITON, "cutlass": CUTLASS}
+
+# The order in which `auto` tries variants, by kind of device. A variant that is in no order is used by name only.
+FASTEST = {"sm90": ("cutlass", "triton", "torch"), "cuda": ("triton", "torch"), "cpu": ("torch",)}
+# reports/kernels.md (H200, bf16): layer_norm 35.1 us in Triton and 35.6 us in CuTe at 34816x1024, token_embedding
+# 6.5 and 6.8 us at 1280x512; equal elsewhere.
+TRITON_FIRST = FASTEST | {"sm90": ("triton", "cutlass", "torch")}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model by which variants say whether they can run it."""
+
+    embedding_dim: int = 512
+    heads: int = 4
+    qk_dim: int = 128  # of a head
+    v_dim: int = 128
+    features: int = 4  # vectors of a candidate that interact
+    page: int = 0  # tokens of a page of the KV cache; 0: no pages
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """One operator family.
+
+    The folder `package` (by default grkernels.<name>) holds reference.py with the fp32 reference, bench.py with the
+    shapes it is measured at, and a module for each variant with its KernelVariant as VARIANT.
+    """
+
+    name: str
+    summary: str
+    variants: Mapping[str, Needs] = field(default_factory=lambda: EVERY)
+    dims: Callable[[Sizes], dict[str, int]] = lambda sizes: {}  # arguments of `supports` beside device and dtype
+    fastest: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FASTEST)
+    package: str = ""
+    modules: Mapping[str, str] = field(default_factory=dict)  # of variants that are not in the folder
+
+    def folder(self) -> str:
+        """Import name of the package with the reference and the bench."""
+        return self.package or f"grkernels.{self.name}"
+
+    def module(self, variant: str) -> str:
+        """Import name of a variant's module."""
+        return self.modules.get(variant, f"{self.folder()}.{variant}")
+
+
+def _heads(sizes: Sizes) -> dict[str, int]:
+    return {"width": sizes.heads * max(sizes.qk_dim, sizes.v_dim)}
+
+
+def _embedding(sizes: Sizes) -> dict[str, int]:
+    return {"width": sizes.embedding_dim}
+
+
+_ROWS = (
+    FamilySpec(
+        "hstu_attention",
+        "SiLU attention over jagged and paged sequences",
+        dims=lambda s: {"qk_dim": s.qk_dim, "v_dim": s.v_dim, "page": s.page},
+    ),
+    FamilySpec(
+        "norm_gate",
+        "SiLU, LayerNorm, gate and concatenation between attention and the output projection",
+        dims=lambda s: {"width": s.heads * s.v_dim},
+    ),
+    FamilySpec("layer_norm", "LayerNorm over the last dimension", dims=_embedding, fastest=TRITON_FIRST),
+    FamilySpec(
+        "interaction",
+        "pairwise dot products of a candidate's feature vectors",
+        dims=lambda s: {"features": s.features, "dim": s.embedding_dim},
+    ),
+    FamilySpec("jagged_concat", "two jagged tensors into one, sequence by sequence", dims=_heads),
+    FamilySpec("jagged_split", "a jagged tensor into two, sequence by sequence", dims=_heads),
+    FamilySpec("token_embedding", "sum of a token's embeddings", dims=_embedding, fastest=TRITON_FIRST),
+)
+
+
+def load() -> dict[str, FamilySpec]:
+    """Every family by its name: the rows above, and those of installed packages.
+
+    An entry point of the group grbench.kernels named FAMILY refers to a FamilySpec. One named FAMILY.VARIANT refers to
+    the module of a further variant of that family. Raises ValueError for a name that exists or a family that doesn't.
+    """
+    families = {row.name: row for row in _ROWS}
+    found = sorted(entry_points(group=GROUP), key=lambda point: ("." in point.name, point.name))
+    for point in found:
+        name, _, variant = point.name.partition(".")
+        known = families.get(name)
+        if variant and known and variant not in known.variants:
+            needs = Needs(point.value.partition(".")[0], f"pip install {point.dist.name if point.dist else name}")
+            families[name] = dataclasses.replace(
+                known,
+                variants={**known.variants, variant: needs},
+                modules={**known.modules, variant: point.value},
+            )
+        elif not variant and not known:
+            families[name] = point.load()
+        else:
+            why = "there is no such family" if not known else "the name is taken"
+            raise ValueError(f"entry point {point.name} of group {GROUP} ({point.value}): {why}")
+    return families

@@ -1,0 +1,208 @@
+"""The rows of the operator families: what they drive, and that a family or a variant is one row and one module."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Grbench
+
+from grbench.config.compose import CONFIG_DIR
+from grkernels import families, registry
+from grkernels.config import KernelConfig
+from grkernels.families import Sizes
+from grkernels.registry import RefusedError, choose, requested
+
+BF16 = {"dtype": "bf16", "sizes": Sizes()}
+
+
+def test_every_row_has_its_modules() -> None:
+    for name, spec in registry.FAMILIES.items():
+        folder = Path(*(importlib.import_module(spec.folder()).__path__))
+        modules = {path.stem for path in folder.glob("*.py")}
+        assert {*spec.variants, "reference", "bench"} <= modules
+        assert spec.summary and set(spec.fastest) == {"cpu", "cuda", "sm90"}
+        for kind, order in spec.fastest.items():
+            assert all(kind in spec.variants[variant].devices for variant in order if variant in spec.variants)
+            assert order[-1] == "torch"
+        shape = next(iter(registry.bench(name).SHAPES.values()))
+        assert registry.bench(name).supports_args(shape).keys() <= spec.dims(Sizes()).keys()
+
+
+def test_each_variant_is_one_line_of_yaml() -> None:
+    folder = Path(CONFIG_DIR) / "kernel"
+    assert {path.stem for path in folder.glob("*.yaml")} == {"auto", *registry.variant_names()}
+    for path in folder.glob("*.yaml"):
+        comment, schema, *own = path.read_text().splitlines()
+        assert comment.startswith("# ") and schema.startswith("defaults:")
+        assert own == ([] if path.stem == "auto" else [f"name: {path.stem}"])
+
+
+def test_the_group_names_every_family_that_does_not_name_itself() -> None:
+    asked = KernelConfig(name="triton", hstu_attention="cutlass", norm_gate="auto").requested()  # type: ignore[call-arg]
+    assert asked["hstu_attention"] == "cutlass" and asked["norm_gate"] == "auto"
+    assert {asked[f] for f in asked if f not in ("hstu_attention", "norm_gate")} == {"triton"}
+    assert set(KernelConfig().requested().values()) == {"auto"}
+    with pytest.raises(ValueError, match=r"unknown variant 'best'; known: auto, torch, compile, triton, cutlass"):
+        requested("best")
+
+
+# The choice
+
+
+def test_a_cpu_gets_torch_even_where_triton_is_interpreted() -> None:
+    made = choose(requested("auto"), device="cpu", **BF16)
+    assert made.variants == dict.fromkeys(registry.FAMILIES, "torch")
+    cutlass, triton = sorted(made.passed_over, key=lambda line: "triton" in line)
+    assert cutlass.startswith("cutlass passed over for hstu_attention, norm_gate, layer_norm,")
+    assert cutlass.endswith(": needs an NVIDIA GPU of compute capability 9.0") and triton.endswith("an NVIDIA GPU")
+
+
+def test_any_nvidia_gpu_gets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "device_kind", lambda device: "cuda")
+    made = choose(requested("auto"), device="cuda", **BF16)
+    assert made.variants == dict.fromkeys(registry.FAMILIES, "triton")
+    [line] = made.passed_over
+    assert line.startswith("cutlass passed over for hstu_attention,")
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cutlass")
+    monkeypatch.setattr(registry, "device_kind", lambda device: "sm90")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+def test_hopper_gets_the_fastest_of_each_family(hopper: None) -> None:
+    made = choose(requested("auto"), device="cuda", **BF16)
+    triton = [family for family, variant in made.variants.items() if variant == "triton"]
+    assert triton == ["layer_norm", "token_embedding"]  # reports/kernels.md
+    assert {made.variants[f] for f in made.variants if f not in triton} == {"cutlass"}
+    assert made.passed_over == []
+
+
+def test_what_does_not_support_the_model_is_passed_over(hopper: None) -> None:
+    made = choose(requested("auto"), device="cuda", dtype="bf16", sizes=Sizes(features=65, page=10))
+    assert made.variants["interaction"] == "triton" and made.variants["norm_gate"] == "cutlass"
+    assert any(line.startswith("cutlass passed over for interaction: 65 features") for line in made.passed_over)
+    exact = choose(requested("auto"), device="cuda", dtype="fp32", sizes=Sizes())
+    assert exact.variants["hstu_attention"] == "triton"
+
+
+def test_an_engine_may_allow_fewer(hopper: None) -> None:
+    made = choose(requested("auto"), device="cuda", allowed=("torch", "triton"), **BF16)
+    assert set(made.variants.values()) == {"triton"}
+    assert all(line.endswith("this engine takes torch, triton only") for line in made.passed_over)
+
+
+def test_what_is_named_is_refused_and_not_replaced() -> None:
+    with pytest.raises(RefusedError, match=r"kernel\.norm_gate=cutlass: .*supported here: torch, compile, triton"):
+        choose(requested("auto", {"norm_gate": "cutlass"}), device="cpu", **BF16)
+
+
+def test_a_missing_package_is_passed_over(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if name == "cutlass" else name)
+    made = choose(requested("auto"), device="cuda", **BF16)
+    assert set(made.variants.values()) == {"triton"}
+    assert any("package cutlass is not installed; pip install" in line for line in made.passed_over)
+
+
+# Adding one
+
+TOY = '''
+"""LayerNorm, a toy."""
+import torch
+from grkernels import capabilities
+from grkernels.variant import KernelVariant
+from grkernels.layer_norm.reference import layer_norm as reference
+
+def layer_norm(x, weight, bias, *, eps):
+    return torch.native_layer_norm(x, weight.shape, weight, bias, eps)[0]
+
+VARIANT = KernelVariant("layer_norm", "toy", layer_norm, reference, capabilities.eager)
+'''
+FAMILY = {
+    "__init__.py": """
+from grkernels.families import TORCH, FamilySpec
+SPEC = FamilySpec(
+    "twice", "twice a tensor", {"torch": TORCH}, lambda s: {"width": s.embedding_dim}, package="toys.twice"
+)
+""",
+    "reference.py": "def twice(x):\n    return (2 * x.float()).to(x.dtype)\n",
+    "torch.py": """
+from grkernels import capabilities
+from grkernels.variant import KernelVariant
+from toys.twice.reference import twice as reference
+VARIANT = KernelVariant("twice", "torch", lambda x: x + x, reference, capabilities.eager)
+""",
+    "bench.py": """
+import torch
+from grkernels.variant import Cost
+SHAPES = {"8": 8}
+def inputs(shape, *, dtype, device, seed):
+    generator = torch.Generator(device).manual_seed(seed)
+    return {"x": torch.randn(shape, shape, generator=generator, device=device, dtype=dtype)}
+def cost(shape, dtype):
+    return Cost(shape**2, 4 * shape**2)
+def supports_args(shape):
+    return {"width": shape}
+""",
+}
+
+
+@pytest.fixture
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package outside the repository with a variant of layer_norm and a family, installed as pip would."""
+    root = tmp_path / "site"
+    files = {"__init__.py": "", "layer_norm.py": TOY, **{f"twice/{name}": text for name, text in FAMILY.items()}}
+    for name, text in files.items():
+        (root / "toys" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "toys" / name).write_text(text)
+    metadata = root / "toys-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1\n")
+    points = f"[{families.GROUP}]\nlayer_norm.toy = toys.layer_norm\ntwice = toys.twice:SPEC\n"
+    (metadata / "entry_points.txt").write_text(points)
+    monkeypatch.setenv("PYTHONPATH", str(root), prepend=":")
+    return root
+
+
+def test_a_package_brings_a_family_and_a_variant(toys: Path, grbench: Grbench, tmp_path: Path) -> None:
+    """They are in the doctor's list, in the benchmark behind its gate, and in a run by name."""
+    done = grbench("--json", module="grbench.tools.doctor")
+    rows = {row["name"]: row["ok"] for row in json.loads(done.stdout) if row["kind"] == "kernel"}
+    assert rows["layer_norm=toy"] and rows["twice=torch"]
+    options = ["variants=[torch,toy]", "shapes=[8,1280x512]", "dtype=fp32", "device=cpu", "repeats=3", "min_time_s=0.1"]
+    done = grbench("families=[layer_norm,twice]", *options, "tracking=none", module="grbench.kernelbench")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = tmp_path.glob("outputs/kernels/*/results.json")
+    statuses = {(r["family"], r["variant"]): r["status"] for r in json.loads(path.read_text())["rows"]}
+    assert statuses == {("layer_norm", "torch"): "OK", ("layer_norm", "toy"): "OK", ("twice", "torch"): "OK"}
+    cell = ["engine=hstu", "engine.device=cpu", "workload=synthetic", "workload.visits=60", "scenario=offline"]
+    done = grbench(*cell, "scenario.queries=8", "kernel.layer_norm=toy", "tracking=none", "warmup_batches=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = tmp_path.glob("outputs/runs/*/record.json")
+    record = json.loads(path.read_text())
+    assert record["spec"]["kernel"]["name"] == "auto" and record["spec"]["kernel"]["layer_norm"] == "toy"
+    assert record["requested"]["kernel.layer_norm"] == "toy" and record["requested"]["kernel.norm_gate"] == "auto"
+    assert record["actual"]["kernels"]["layer_norm"] == "toy" and record["actual"]["kernels"]["twice"] == "torch"
+    assert any("cutlass passed over" in line for line in record["actual"]["kernel_choice"])
+
+
+def point(name: str, value: str) -> EntryPoint:
+    return EntryPoint(name, value, families.GROUP)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("layer_norm.torch", "the name is taken"), ("nothing.toy", "there is no such family"), ("norm_gate", "taken")],
+)
+def test_entry_points_that_fit_nothing(name: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "entry_points", lambda group: [point(name, "toys.module")])
+    with pytest.raises(ValueError, match=rf"entry point {name} of group grbench\.kernels \(toys\.module\): .*{why}"):
+        families.load()
