@@ -16,7 +16,7 @@ DEFAULTS := model=hstu_0p2b engine.retrieve.cuda_graphs=true engine.rank.cuda_gr
 endif
 ARGS ?=
 
-.PHONY: bench test test-gpu lint typecheck ui reports clean setup
+.PHONY: bench test test-gpu lint typecheck ui reports docs help clean setup
 
 bench: $(VENV)/.ready ## retrieve and rank for MovieLens-100K users on this machine
 	$(PY) -m grbench -m scenario=offline,server rerun=true $(DEFAULTS) $(ARGS)
@@ -39,7 +39,17 @@ ui: $(VENV)/.ready ## MLflow's pages at http://127.0.0.1:5000
 reports: $(VENV)/.ready ## rebuild the pages under reports/ from their records
 	$(PY) -m grbench.report.studies $(ARGS)
 
+docs: $(VENV)/.docs ## the documentation site in build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -d build/site $(ARGS)
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(PY) -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 setup: $(VENV)/.ready ## only install
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # torch first: its CPU build on machines without an NVIDIA GPU (some GB less), PyPI's CUDA build on others.
 # A configured index or folder that has the CPU build is preferred to PyTorch's own.
