@@ -9,17 +9,13 @@ TORCH := 2.13.0
 VLLM := 0.32.0
 
 # What `make bench` runs: offline for throughput, server for latency, on real data.
-ifeq ($(GPU),0)
-DEFAULTS :=
-else
-DEFAULTS := model=hstu_0p2b engine.retrieve.cuda_graphs=true engine.rank.cuda_graphs=true scenario.queries=4000
-endif
+STUDY := $(if $(filter 0,$(GPU)),first_run,first_run_gpu)
 ARGS ?=
 
 .PHONY: bench test test-gpu lint typecheck ui reports docs help clean setup
 
 bench: $(VENV)/.ready ## retrieve and rank for MovieLens-100K users on this machine
-	$(PY) -m grbench -m scenario=offline,server rerun=true $(DEFAULTS) $(ARGS)
+	$(PY) -m grbench study=$(STUDY) $(ARGS)
 
 test: $(VENV)/.ready ## lint, type check and run the tests that need no GPU
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest $(ARGS)

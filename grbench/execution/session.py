@@ -90,7 +90,7 @@ class Session:
         from grbench.report.table import print_cells
 
         if self._sweep_id:
-            self._tracker.end_sweep([record for _, record in self._cells])
+            self._tracker.end_sweep(self._cells)
         print_cells(Console(), self._cells)
         if cut_short:
             left = self._total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)

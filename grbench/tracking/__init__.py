@@ -13,6 +13,7 @@ from typing import Any
 
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status, one_line
+from grbench.report.cells import Cell
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig
 
 
@@ -48,8 +49,8 @@ class Tracker:
             self._say(f"{folder}: {e.strerror or e}; an import would log this run a second time")
         return True
 
-    def end_sweep(self, cells: list[RunRecord]) -> None:
-        """Close the sweep's run with counts of its cells."""
+    def end_sweep(self, cells: list[Cell]) -> None:
+        """Close the sweep's run with counts of its cells and the page that compares them."""
         if self._parent is None:
             return
         try:
@@ -80,13 +81,13 @@ def import_records(root: Path, config: MlflowConfig) -> tuple[int, int, int]:
     uri = config.uri or default_uri(root.absolute())
     logged = known = failed = 0
     parents: dict[str, str] = {}
-    sweeps: dict[str, list[RunRecord]] = {}
+    sweeps: dict[str, list[Cell]] = {}
     store: Any = None
     for folder, record in records.find(root):
         if record.status is Status.INTERRUPTED:
             continue
         if record.sweep_id:
-            sweeps.setdefault(record.sweep_id, []).append(record)
+            sweeps.setdefault(record.sweep_id, []).append((folder, record))
         if record.tracking.get("uri") == uri:
             known += 1
             continue

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 
-from grbench.execution.records import ARTIFACTS, LOG_FILE, RECORD_FILE, SAMPLES_FILE, RunRecord, Status
-from grbench.report.cells import flatten
+from grbench.execution.records import ARTIFACTS, LOG_FILE, RECORD_FILE, SAMPLES_FILE, RunRecord, Status, one_line
+from grbench.report.cells import Cell, flatten
+from grbench.tracking.describe import describe_cell, describe_sweep
 
-SWEEP_TAG, HASH_TAG = "sweep_id", "spec_hash"
+SWEEP_TAG, HASH_TAG, NOTE_TAG = "sweep_id", "spec_hash", "mlflow.note.content"
+MOST_NOTE, MOST_NAME = 5000, 80  # characters that a server takes, and that its tables show
+FIRST_METRICS = ["throughput_rps", "latency_ms/p99", "latency_ms/p50", "goodput_rps", "cache/hit_rate"]
+UNNAMED = ("engine", "scenario", "study", "rerun", "rerun_failed", "warmup_batches")  # no part of a run's name
+UNNAMED_GROUPS = ("runner", "tracking", "hydra", "gate")
 MLFLOW_STATUS = {Status.OK: "FINISHED", Status.INTERRUPTED: "KILLED"}  # the others: FAILED
 
 
@@ -72,11 +78,32 @@ class Store:
         )
         return str(run.info.run_id)
 
-    def end_sweep(self, run_id: str, cells: list[RunRecord]) -> None:
-        """Count the cells and end the parent run: FINISHED if all are OK."""
-        for status in sorted({record.status for record in cells}):
-            self._client.log_metric(run_id, f"cells/{status}", sum(r.status is status for r in cells))
-        self._client.set_terminated(run_id, "FINISHED" if all(r.ok for r in cells) else "FAILED")
+    def end_sweep(self, run_id: str, cells: list[Cell]) -> None:
+        """Count the cells, attach the page that compares them, describe the run and end it.
+
+        The run is FINISHED if all cells are OK, else FAILED.
+        """
+        records = [record for _, record in cells]
+        for status in sorted({record.status for record in records}):
+            self._client.log_metric(run_id, f"cells/{status}", sum(r.status is status for r in records))
+        pictures = self._log_comparison(run_id, cells)
+        self._client.set_tag(run_id, NOTE_TAG, describe_sweep(records, run_id, pictures)[:MOST_NOTE])
+        self._client.set_terminated(run_id, "FINISHED" if all(r.ok for r in records) else "FAILED")
+
+    def _log_comparison(self, run_id: str, cells: list[Cell]) -> list[str]:
+        """Attach the report page of the cells. Returns the artifact paths of its pictures."""
+        from grbench.report.frame import ReportError
+        from grbench.report.page import write_page
+
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "comparison.md"
+            try:
+                written = write_page(cells, out, "Comparison")
+            except (ReportError, OSError) as e:  # one damaged samples file costs the page, not the sweep's run
+                self._client.set_tag(run_id, "comparison", f"not written: {one_line(e)}")
+                return []
+            self._client.log_artifacts(run_id, folder)
+            return [path.relative_to(folder).as_posix() for path in written if path.suffix == ".png"]
 
     def log(self, record: RunRecord, folder: Path, parent: str | None) -> dict[str, str]:
         """Log one cell: params, tags, metrics, artifacts. Returns what `RunRecord.tracking` holds."""
@@ -84,17 +111,19 @@ class Store:
 
         begun = int(datetime.datetime.fromisoformat(record.started_at).timestamp() * 1000)
         ended = begun + int(record.duration_s * 1000)
+        pictures = [path.name for path in _artifacts(folder) if path.suffix == ".png"]
         tags = {**_tags(record), **({"mlflow.parentRunId": parent} if parent else {})}
         run = self._client.create_run(self._experiment, start_time=begun, tags=tags, run_name=run_name(record))
         run_id = str(run.info.run_id)
         try:
-            values = {**record.metrics, **_interval_metrics(record)}
+            values = _metrics(record)
             metrics = [Metric(k, float(v), ended, 0) for k, v in values.items() if v is not None and math.isfinite(v)]
             params = [Param(key, str(value)[:6000]) for key, value in flatten(record.spec).items()]
             for start in range(0, max(len(metrics), len(params)), 100):  # a server takes 100 params at a time
                 some = slice(start, start + 100)
                 self._client.log_batch(run_id, metrics=metrics[some], params=params[some])
-            self._client.log_batch(run_id, tags=[RunTag("mlflow.note.content", record.error)] if record.error else [])
+            note = describe_cell(record, run_id, pictures)
+            self._client.log_batch(run_id, tags=[RunTag(NOTE_TAG, note[:MOST_NOTE])])
             self._client.log_text(run_id, OmegaConf.to_yaml(OmegaConf.create(record.spec)), "config.yaml")
             for path in _artifacts(folder):
                 self._client.log_artifact(run_id, str(path))
@@ -107,32 +136,50 @@ class Store:
 
 
 def run_name(record: RunRecord) -> str:
-    """Short name of a cell: engine, kernel, cache, workload, scenario."""
+    """Return a short name of a cell: its engine and scenario, then what the user chose, as in "hstu server bf16"."""
     spec = record.spec
-    return "-".join(
-        str(spec[g]["name"]) for g in ("engine", "kernel", "cache", "model", "workload", "scenario") if g in spec
-    )
+    if "engine" not in spec:
+        return str(spec["kernel"]["name"])
+    typed = dict(text.lstrip("+~").split("=", 1) for text in record.overrides if "=" in text)
+    chosen = [
+        f"{key.rpartition('.')[2]}={value}"
+        for key, value in typed.items()
+        if key not in UNNAMED and key.split(".")[0] not in UNNAMED_GROUPS
+    ]
+    return " ".join([spec["engine"]["name"], spec["scenario"]["name"], *chosen])[:MOST_NAME]
 
 
 def _tags(record: RunRecord) -> dict[str, str]:
-    env = record.environment
+    """What runs are filtered by. Everything else that is known of a cell is in its record.json."""
+    env, actual = record.environment, record.actual
+    gpus = env.get("gpus") or []
     tags: dict[str, Any] = {
         "status": record.status,
         HASH_TAG: record.spec_hash,
         "role": "cell",
-        "git_sha": env.get("git_sha"),
-        "cpu": env.get("cpu"),
-        "python": env.get("python"),
         SWEEP_TAG: record.sweep_id,
         "overrides": " ".join(record.overrides),
+        "git_sha": env.get("git_sha"),
+        "machine": gpus[0].get("name") if gpus else env.get("cpu"),
+        "python": env.get("python"),
+        "torch": (env.get("versions") or {}).get("torch"),
+        "device": actual.get("device"),
+        "precision": actual.get("precision"),
+        "fallback": actual.get("fallback"),
     }
-    gpus = env.get("gpus") or []
-    if gpus:
-        tags |= {"gpu": gpus[0].get("name"), "driver": gpus[0].get("driver"), "gpus": len(gpus)}
-    tags |= {f"version.{name}": version for name, version in (env.get("versions") or {}).items()}
-    tags |= {f"actual.{key}": value for key, value in flatten(record.actual).items()}
-    tags |= {f"gate.{key}": value for key, value in flatten(record.gate).items()}
     return {k: (v if isinstance(v, str) else json.dumps(v))[:5000] for k, v in tags.items() if v not in (None, "")}
+
+
+def _metrics(record: RunRecord) -> dict[str, float | None]:
+    """Return all figures, those that matter first: MLflow's comparison opens on the first metric."""
+    quality = (record.gate.get("quality") or {}).get("tasks") or {}
+    figures: dict[str, float | None] = {name: record.metrics.get(name) for name in FIRST_METRICS}
+    figures |= record.metrics
+    figures |= _interval_metrics(record)
+    figures |= {f"gate/{name}": record.gate.get(name) for name in ("error", "tolerance")}
+    for task, values in quality.items():
+        figures |= {f"quality/{task}/{name}": value for name, value in values.items()}
+    return figures
 
 
 def _interval_metrics(record: RunRecord) -> dict[str, float]:

@@ -47,6 +47,7 @@ def cell(folder: Path, **changes: Any) -> tuple[RunRecord, Path]:
         "environment": {"git_sha": "abc", "gpus": [], "versions": {"torch": "2.13.0"}},
         "metrics": {"latency_ms/p50": 1.5, "latency_ms/p99.9": 9.0, "throughput_rps": 100.0},
         "intervals": {"latency_ms/p50": [1.4, 1.6]},
+        "gate": {"passed": True, "error": 1e-7, "tolerance": 2e-5},
     }
     record = RunRecord(**{**fields, **changes})
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def test_a_cell_is_logged_whole(tmp_path: Path) -> None:
     assert Tracker(MlflowConfig(), tmp_path).log(record, folder)
     [run] = runs(sqlite_uri(tmp_path))
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == "hstu-torch-none-hstu_tiny-ml_100k-server"
+    assert run.info.run_name == "hstu server seed=0"
     assert run.info.end_time - run.info.start_time == 2500
     assert run.data.params == {
         "model": "hstu_tiny", "model.layers": "2", "engine": "hstu", "engine.device": "auto", "kernel": "torch",
@@ -86,10 +87,11 @@ def test_a_cell_is_logged_whole(tmp_path: Path) -> None:
     }  # fmt: skip
     assert run.data.metrics == {
         "latency_ms/p50": 1.5, "latency_ms/p50/ci95_low": 1.4, "latency_ms/p50/ci95_high": 1.6,
-        "latency_ms/p99.9": 9.0, "throughput_rps": 100.0,
+        "latency_ms/p99.9": 9.0, "throughput_rps": 100.0, "gate/error": 1e-7, "gate/tolerance": 2e-5,
     }  # fmt: skip
-    expected = {"status": "OK", "git_sha": "abc", "version.torch": "2.13.0", "actual.device": "cpu", "role": "cell"}
+    expected = {"status": "OK", "git_sha": "abc", "torch": "2.13.0", "device": "cpu", "role": "cell"}
     assert expected.items() <= run.data.tags.items()
+    assert len(run.data.tags) <= 25
     names = {f.path for f in client(sqlite_uri(tmp_path)).list_artifacts(run.info.run_id)}
     assert names == {"record.json", "samples.parquet", "worker.log", "config.yaml"}
     kept = records.load(folder)
@@ -101,11 +103,11 @@ def test_a_sweep_is_a_parent_with_a_child_for_each_cell_and_is_found_again(tmp_p
     for attempt in ("first", "resumed"):
         tracker = Tracker(MlflowConfig(), tmp_path)
         tracker.start_sweep("s1", {"overrides": "seed=0,1"})
-        good, folder = cell(tmp_path / attempt / "0", sweep_id="s1")
-        tracker.log(good, folder)
+        good, kept = cell(tmp_path / attempt / "0", sweep_id="s1")
+        tracker.log(good, kept)
         bad, folder = cell(tmp_path / attempt / "1", sweep_id="s1", status=Status.OOM, error="no memory", metrics={})
         tracker.log(bad, folder)
-        tracker.end_sweep([good, bad])
+        tracker.end_sweep([(kept, good), (folder, bad)])
     found = runs(sqlite_uri(tmp_path))
     [parent] = [r for r in found if r.data.tags["role"] == "sweep"]
     cells = [r for r in found if r.data.tags["role"] == "cell"]
@@ -115,7 +117,7 @@ def test_a_sweep_is_a_parent_with_a_child_for_each_cell_and_is_found_again(tmp_p
     assert parent.data.metrics == {"cells/OK": 1, "cells/OOM": 1}
     failed = next(r for r in cells if r.data.tags["status"] == "OOM")
     assert failed.info.status == "FAILED"
-    assert failed.data.tags["mlflow.note.content"] == "no memory"
+    assert failed.data.tags["mlflow.note.content"] == "**OOM**: no memory"
     assert "latency_ms/p50" not in failed.data.metrics
 
 
@@ -156,7 +158,7 @@ def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
     tracker = Tracker(MlflowConfig(uri=dead), root)
     tracker.start_sweep("s", {})
     assert not tracker.log(record, folder)
-    tracker.end_sweep([record])
+    tracker.end_sweep([(folder, record)])
     assert time.monotonic() - begun < 30
     said = capsys.readouterr().err
     assert f"{dead}: Connection refused" in said
@@ -277,7 +279,7 @@ def test_the_ui_shows_the_runs(tmp_path: Path) -> None:
             text=True,
             timeout=120,
         ).stdout
-    assert "hstu-torch-none-hstu_tiny-ml_100k-server" in page
+    assert "hstu server seed=0" in page
     assert "Training runs" in page
 
 

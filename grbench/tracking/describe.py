@@ -1,0 +1,53 @@
+"""Descriptions that MLflow shows first on the page of a run: the result in a table, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from urllib.parse import quote
+
+from grbench.execution.records import RunRecord
+from grbench.report.cells import MISSING, labels
+from grbench.report.findings import findings
+from grbench.report.markdown import escape, table
+from grbench.report.table import columns_for
+
+
+def describe_cell(record: RunRecord, run_id: str, pictures: Sequence[str]) -> str:
+    """Return Markdown for one cell: what was found, its figures with their meaning, notes. Failed cells say why.
+
+    pictures: artifact paths of the run.
+    """
+    if not record.ok:
+        return f"**{record.status}**: {escape(record.error or 'no reason was recorded')}"
+    columns = columns_for([record])
+    rows = [[column.heading, column.text(record), column.legend.partition(": ")[2]] for column in columns]
+    parts = [
+        *(finding.sentence for finding in findings([record])),
+        table(["figure", "value", "meaning"], [row for row in rows if row[1] != MISSING]),
+        *_pictures(run_id, pictures),
+        "\n".join(f"- {escape(note)}" for note in record.notes),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def describe_sweep(records: Sequence[RunRecord], run_id: str, pictures: Sequence[str]) -> str:
+    """Return Markdown for a sweep: what was found, a row for each cell, pictures of the comparison.
+
+    pictures: artifact paths of the sweep's run.
+    """
+    columns = columns_for(list(records))
+    rows = [
+        [label, record.status, *(column.text(record) if record.ok else MISSING for column in columns)]
+        for record, label in zip(records, labels(records), strict=True)
+    ]
+    parts = [
+        "\n".join(f"- {escape(finding.sentence)}" for finding in findings(records)),
+        table(["cell", "status", *(column.heading for column in columns)], rows),
+        *_pictures(run_id, pictures),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _pictures(run_id: str, paths: Sequence[str]) -> list[str]:
+    """Images by the address at which MLflow's server has a run's artifacts."""
+    return [f"![{path}](get-artifact?path={quote(path)}&run_uuid={run_id})" for path in paths]
