@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ SWEEP_TAG, HASH_TAG, NOTE_TAG = "sweep_id", "spec_hash", "mlflow.note.content"
 MOST_NOTE, MOST_NAME = 5000, 80  # characters that a server takes, and that its tables show
 FIRST_METRICS = ["throughput_rps", "latency_ms/p99", "latency_ms/p50", "goodput_rps", "cache/hit_rate"]
 UNNAMED = ("engine", "scenario", "study", "rerun", "rerun_failed", "warmup_batches")  # no part of a run's name
-UNNAMED_GROUPS = ("runner", "tracking", "hydra", "gate")
+UNNAMED_GROUPS = ("runner", "tracking", "hydra", "gate", "study")
 MLFLOW_STATUS = {Status.OK: "FINISHED", Status.INTERRUPTED: "KILLED"}  # the others: FAILED
 
 
@@ -144,7 +145,7 @@ def run_name(record: RunRecord) -> str:
     chosen = [
         f"{key.rpartition('.')[2]}={value}"
         for key, value in typed.items()
-        if key not in UNNAMED and key.split(".")[0] not in UNNAMED_GROUPS
+        if key not in UNNAMED and re.split(r"[./@]", key)[0] not in UNNAMED_GROUPS
     ]
     return " ".join([spec["engine"]["name"], spec["scenario"]["name"], *chosen])[:MOST_NAME]
 
