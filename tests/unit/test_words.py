@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,6 @@ PENDING: tuple[str, ...] = (
     "grbench/tracking/",
     "grbench/workloads/",
     "kernels/",
-    "notebooks/",
     "reports/",
     "tests/",
 )
@@ -82,6 +82,7 @@ BANNED = {
     r"worked off|works? off": "process",
     r"unto|thereof|whence|hence|whereby|wherein": "reword in everyday words",
     r"issue #?\d+": "link the public issue by its URL",
+    r"<<<<<<<|>>>>>>>": "resolve the conflict",
 }
 _BANNED = [
     (re.compile(rf"(?<![a-z])({pattern})(?![a-z])", re.IGNORECASE), better) for pattern, better in BANNED.items()
@@ -96,6 +97,14 @@ _ABBREVIATION = re.compile(r"\b(e\.g|i\.e|et al|vs|cf|approx|Fig|Sec|No)\. +")
 
 def checked(*suffixes: str) -> list[str]:
     return [path for path in files() if Path(path).suffix in suffixes and not path.startswith(PENDING)]
+
+
+def markdown(path: str) -> str:
+    """Text of a Markdown file, or of the Markdown cells of a notebook."""
+    text = (ROOT / path).read_text()
+    if not path.endswith(".ipynb"):
+        return text
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:
@@ -167,8 +176,8 @@ def test_words() -> None:
 
 def test_markdown_has_one_sentence_a_line() -> None:
     faults = []
-    for path in checked(".md"):
-        text = (ROOT / path).read_text()
+    for path in checked(".md", ".ipynb"):
+        text = markdown(path)
         found = long_lines(text) if path.startswith("reports/") else [*long_lines(text), *broken_sentences(text)]
         faults += [f"{path}:{fault}" for fault in found]
     assert not faults, "\n".join(faults)
