@@ -1,1 +1,1 @@
-"""What several test files use: oracles, requests, checks."""
+"""Helpers of several test files: oracles, requests, checks."""

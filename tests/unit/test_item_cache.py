@@ -354,7 +354,7 @@ def answers(
 @pytest.mark.parametrize("options", [{}, {"candidate_microbatch": 2}, {"precision": "bf16"}], ids=["", "micro", "bf16"])
 def test_scores_are_those_of_the_whole_table(model: HSTUConfig, cache: Any, options: dict[str, Any]) -> None:
     batches = traffic()
-    expected, plain, whole = answers(batches, cache, model, **options)
+    expected, without, whole = answers(batches, cache, model, **options)
     gb = 80 * ROW_GB / (2 if "precision" in options else 1)
     scores, results, actual = answers(batches, dataclasses.replace(cache, item_memory_gb=gb), model, **options)
     for ours, theirs in zip(scores, expected, strict=True):
@@ -362,7 +362,7 @@ def test_scores_are_those_of_the_whole_table(model: HSTUConfig, cache: Any, opti
     total = {k: sum(r.details[k] for r in results) for k in results[0].details if k.startswith("items_")}
     assert total["items_evictions"] > 100 and total["items_tokens"] == sum(r.padded_tokens for r in results)
     assert total["items_distinct"] == total["items_hits"] + total["items_misses"]
-    assert not any(k.startswith("items_") for k in plain[0].details)
+    assert not any(k.startswith("items_") for k in without[0].details)
     assert actual["item_slots"] == 80 and whole["item_slots"] == 0 and actual["parameters"] == whole["parameters"]
 
 

@@ -101,7 +101,7 @@ def test_none_admits_nobody() -> None:
 
 
 def hits_of(policy: policies.Policy, visits: list[tuple[int, float]], capacity: int) -> int:
-    """A cache of so many users, all of one size."""
+    """Count the hits of a cache that holds `capacity` users, all of one size."""
     cached, hits = set[int](), 0
     for user, now in visits:
         if user in cached:
@@ -215,7 +215,7 @@ def test_unknown_policies_list_the_known_ones() -> None:
         policies.make("lruu")
 
 
-def test_a_doorkeeper_admits_from_the_visit_that_it_is_told() -> None:
+def test_a_doorkeeper_admits_from_the_configured_visit() -> None:
     policy = policies.make("lru", admit_visit=3)
     assert [policy.admit(1, 1, 1.0, float(t)) for t in range(4)] == [False, False, True, True]
     policy.touch(1, 1, 1.0, 4.0)
@@ -230,7 +230,7 @@ def test_first_visits_are_stored_only_while_enough_of_them_return() -> None:
     capacity, now, users = 50, 0.0, itertools.count()
 
     def share_stored(visits: int, returning: float) -> float:
-        """Newcomers, of whom a share come back at once, to a cache that holds few."""
+        """Send newcomers, a share of which return at once, to a cache that holds few; return the share stored."""
         nonlocal now
         stored = 0
         for user in itertools.islice(users, visits):

@@ -1,4 +1,4 @@
-"""The paged pool and the index from users to pages, against plain models of them and the real model."""
+"""The paged pool and the index from users to pages, against naive models of them and the real model."""
 
 from __future__ import annotations
 
@@ -357,7 +357,7 @@ def test_what_is_evicted_in_flight_is_gone_when_it_lands() -> None:
     assert states.counters().policy_errors == 0
 
 
-def test_a_user_whom_the_policy_does_not_admit_is_not_stored() -> None:
+def test_a_user_that_the_policy_does_not_admit_is_not_stored() -> None:
     policy = Recency()
     states = make_states(policy=policy, cost=lambda tokens: tokens**2)
     visit(states, request_of(events_of(5), user=1))
@@ -463,7 +463,7 @@ class PoolMachine(RuleBasedStateMachine):
             setattr(self.seen, name, getattr(self.seen, name) + n)
 
     def content(self, events: list[Event], layer: int) -> Tensor:
-        """A number for each token that tells the events up to it, as keys and values do."""
+        """Return a number for each token that depends on the events up to it, as keys and values do."""
         numbers = [hash((layer, *events[: i + 1])) % 2**20 for i in range(len(events))]
         return torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1)
 
@@ -725,7 +725,7 @@ CATALOGUE = Catalogue(num_users=50, num_items=40, num_actions=3)
 def rank_through_pages(model: HSTURanker, states: UserStates, requests: list[Request], microbatch: int = 0) -> Tensor:
     """Logits [candidates, tasks], request by request: a prefill or delta of what isn't cached, then the candidates.
 
-    microbatch 0: new events and candidates in one pass. Else candidates follow, so many of each request at a time.
+    microbatch 0: new events and candidates in one pass. Otherwise `microbatch` candidates per request follow at a time.
     """
     pool, encoding = states.pool, model.encoding
     plans = states.lookup(requests, now=0.0)

@@ -1,4 +1,4 @@
-"""Semantic IDs against plain sets and dictionaries of tuples: unique, found again, and exactly what the trie allows."""
+"""Semantic IDs against sets and dictionaries of tuples: unique, found again, and exactly those that the trie allows."""
 
 from __future__ import annotations
 

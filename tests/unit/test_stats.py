@@ -159,7 +159,7 @@ def measured(details: dict[str, float]) -> dict[str, float]:
 
 
 def summarised(details: dict[str, float]) -> stats.Summary:
-    """Of four requests, of 10 history events each, one a batch."""
+    """Summary of four requests with 10 history events each, one per batch."""
     spec, _ = compose_spec(["engine=hstu"])
     events, request_ids = np.arange(10), np.arange(4)
     requests = [Request(i, 0, events, events, events, events, 0, events[:2], 10, 0.0, 80.0) for i in range(4)]
@@ -202,8 +202,8 @@ def test_cache_metrics_are_shares_of_lookups_and_of_events() -> None:
 def test_a_record_says_that_the_cache_failed() -> None:
     counted = dict.fromkeys(("hits", "partial_hits", "misses", "bypassed", "host_hits"), 1.0)
     details = {f"cache_{name}": n for name, n in (counted | {"cached_tokens": 1.0, "loaded_tokens": 1.0}).items()}
-    quiet, told = (summarised(details | {"cache_faults": n}).notes for n in (0.0, 3.0))
-    [note] = set(told) - set(quiet)
+    quiet, warned = (summarised(details | {"cache_faults": n}).notes for n in (0.0, 3.0))
+    [note] = set(warned) - set(quiet)
     assert note == "the cache failed 3 times, and those batches were answered without it; why: worker.log"
 
 

@@ -1,4 +1,4 @@
-"""Loaders and what they refuse; traces against a plain loop over events."""
+"""Loaders and their refusals; traces against a naive loop over events."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_bad_file_is_named_with_row_column_and_value(tmp_path: Path, text: str
     assert "\n" not in message
 
 
-def test_a_missing_file_and_what_mends_an_unsorted_one(tmp_path: Path) -> None:
+def test_a_missing_file_and_the_fix_of_an_unsorted_one(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such file; set workload\.path"):
         build(RecBoleConfig("recbole", path=str(tmp_path / "none.inter")))
     path = write(tmp_path, INTER + "u\ta\t4\t200\nu\tb\t5\t100\nu\tc\t3\t90000\n")
@@ -273,7 +273,7 @@ def naive_requests(events: Events, config: RecordedConfig) -> list[dict[str, Any
     visit_events=st.integers(1, 5),
     history=st.tuples(st.integers(1, 3), st.integers(3, 8)),
 )
-def test_a_trace_is_what_a_plain_loop_finds(
+def test_a_trace_equals_that_of_a_naive_loop(
     events: Events, gap: float, visit_events: int, history: tuple[int, int]
 ) -> None:
     config = RecordedConfig(
@@ -407,7 +407,7 @@ def test_fetching_movielens_leaves_the_process_as_it_was(tmp_path: Path) -> None
     assert "MovieLens-100K could not be fetched" in done.stdout and "workload=synthetic" in done.stdout
 
 
-def test_a_python_without_pip_is_told_of_ensurepip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_python_without_pip_names_ensurepip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
     monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path))
