@@ -30,7 +30,7 @@ typecheck: $(VENV)/.ready
 	$(PY) -m mypy
 
 ui: $(VENV)/.ready ## MLflow's pages at http://127.0.0.1:5000
-	$(PY) -m grbench.tracking ui $(ARGS)
+	$(PY) -m grbench ui $(ARGS)
 
 reports: $(VENV)/.ready ## rebuild the pages under reports/ from their records
 	$(PY) -m grbench.report.studies $(ARGS)
@@ -63,7 +63,7 @@ else
 endif
 	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
 	@$(PY) -m pip freeze | grep -qx '$(VLLM_WHEEL)' || $(PY) -m pip install -q -c constraints.txt $(VLLM_WHEEL) \
-	  || echo "Set up without vLLM: $(VLLM_WHEEL) can't be had here (why: above). python -m grbench.tools.doctor has the command that adds it."
+	  || echo "Set up without vLLM: $(VLLM_WHEEL) can't be had here (why: above). python -m grbench doctor has the command that adds it."
 ifeq ($(GPU),0)
 	@$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
 endif

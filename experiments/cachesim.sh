@@ -3,7 +3,7 @@
 # Usage: experiments/cachesim.sh [OUTPUT_ROOT]   (about 15 minutes on one core; answer: reports/cachesim.md)
 set -euo pipefail
 root=${1:-outputs}
-simulate() { ${PYTHON:-python3} -m grbench.cachesim "$@" output_root=$root; }
+simulate() { ${PYTHON:-python3} -m grbench cachesim "$@" output_root=$root; }
 synthetic="workload=synthetic workload.visits=2000000 workload.users=2000000"
 simulate
 simulate $synthetic workload.revisit_rate=0.3

@@ -6,7 +6,7 @@ root=${1:-outputs/kernels}
 python=${PYTHON:-python3}
 quick="repeats=5 min_time_s=0.02 peers=false tracking=none tune=true"
 compile() { # the Triton kernels of a family at these shapes; Triton keeps them on disk
-    $python -m grbench.kernelbench families=[$1] variants=[triton] shapes=[$2] $quick \
+    $python -m grbench kernels families=[$1] variants=[triton] shapes=[$2] $quick \
         output_root=$root/compiled > $root/compile_$1_${2//[^a-z0-9]/}.log 2>&1 &
 }
 mkdir -p $root
@@ -18,11 +18,11 @@ for family in norm_gate layer_norm interaction jagged_concat jagged_split token_
 wait
 # ... then find the fastest, one after another, and write this GPU's tables.
 operators=[hstu_attention,norm_gate,layer_norm,interaction,jagged_concat,jagged_split,token_embedding]
-$python -m grbench.kernelbench families=$operators variants=[triton,cutlass] $quick output_root=$root/tuned || exit 1
-$python -m grbench.kernelbench variants=[torch,triton,cutlass,triton+graph,cutlass+graph] repeats=10 min_time_s=0.3 \
+$python -m grbench kernels families=$operators variants=[triton,cutlass] $quick output_root=$root/tuned || exit 1
+$python -m grbench kernels variants=[torch,triton,cutlass,triton+graph,cutlass+graph] repeats=10 min_time_s=0.3 \
     output_root=$root
 status=$?
 # torch.compile takes long to compile: one shape of each kind.
-$python -m grbench.kernelbench families=[hstu_attention,norm_gate,interaction] variants=[torch,compile] peers=false \
+$python -m grbench kernels families=[hstu_attention,norm_gate,interaction] variants=[torch,compile] peers=false \
     shapes=[4x128_b16_s1024,99328x512,16384x32x128] repeats=10 min_time_s=0.3 output_root=$root
 exit $status

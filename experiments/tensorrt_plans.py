@@ -3,9 +3,6 @@
 Plans of the chosen models in every precision, for GPUs that need not be there, by TensorRT for RTX's compiler on this
 machine's CPU. Profiles and 8-bit scales come from the workload. Every plan is loaded back and its checksum compared. No
 plan is run. Prints a Markdown page; --out writes it.
-
---requests FILE builds nothing, but writes the workload's requests: what `python -m grengines.tensorrt.build --requests`
-reads.
 """
 
 from __future__ import annotations
@@ -38,14 +35,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3, help="builds of each plan, of which the fastest counts")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--requests", type=Path, help="file to write, .npz")
     args = parser.parse_args()
-    if args.requests:
-        spec = compose_spec([f"workload={args.workload}"])[0]
-        requests = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms).requests
-        samples.save(requests, args.requests)
-        print(f"{args.requests}: {len(requests)} requests of {args.workload}")
-        return
     library, loads = find("tensorrt_rtx"), [os.getloadavg()[0]]
     rows, shapes = [], []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,3 +1,7 @@
+"""`python -m grbench`."""
+
+import sys
+
 from grbench.cli import main
 
-main()
+sys.exit(main())

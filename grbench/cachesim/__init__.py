@@ -1,1 +1,1 @@
-"""`python -m grbench.cachesim`: cache policies on traces of millions of requests, beside the offline optimum."""
+"""`grbench cachesim`: cache policies on traces of millions of requests, beside the offline optimum."""

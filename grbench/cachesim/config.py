@@ -17,7 +17,7 @@ from grengines.options import option
 
 @dataclass
 class CacheSimConfig:
-    """The root of the configuration: `python -m grbench.cachesim --cfg job` shows it whole."""
+    """The root of the configuration: `python -m grbench cachesim --cfg job` shows it whole."""
 
     model: Any = field(default_factory=dict)
     workload: Any = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""One command: its jobs one after another, their results on disk, in MLflow and on the screen."""
+"""The jobs of one invocation, one after another: their results on disk, in MLflow and on the screen."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 from collections.abc import Iterator
-from pathlib import Path
 
-from hydra.conf import HydraConf
 from rich.console import Console
 from rich.progress import Progress as Bar
 
@@ -16,17 +14,18 @@ from grbench.cachesim.config import CacheSimConfig
 from grbench.cachesim.output import line, plot, print_table
 from grbench.cachesim.replay import Replay, Row, to_dict
 from grbench.cachesim.simulate import Progress
+from grbench.config.command import Invocation, Job
 from grbench.execution import results
 from grbench.execution.environment import describe_environment
 from grbench.execution.records import RunRecord, Status, spec_hash
-from grbench.execution.side_session import SideSession
+from grbench.execution.row_session import RowSession
 
 
-class Session(SideSession):
-    """Runs jobs and keeps what they gave."""
+class CacheSession(RowSession):
+    """Runs jobs and keeps their rows."""
 
-    def __init__(self, config: CacheSimConfig, hydra: HydraConf) -> None:
-        super().__init__(config, hydra, command="cachesim", suffix="cachesim")
+    def __init__(self, first: Job, invocation: Invocation) -> None:
+        super().__init__(first, invocation, command="cachesim", suffix="cachesim")
         self._tables: list[tuple[str, list[Row]]] = []
 
     @property
@@ -37,16 +36,17 @@ class Session(SideSession):
         for title, rows in self._tables:
             print_table(Console(), title, rows)
 
-    def run(self, config: CacheSimConfig, hydra: HydraConf) -> None:
+    def run(self, job: Job) -> None:
         """Simulate one job; its results are on disk after every row. Raises ConfigError before any."""
+        config: CacheSimConfig = job.config
         replay = Replay(config)
         facts = replay.facts()
         title = (
             f"{config.workload.name}, {config.model.name}: {facts['requests']:,} requests of {facts['users']:,} users, "
             f"whose last states take {facts['footprint_gb']:.3g} GB; seed {config.seed}"
         )
-        self.say(title)
-        folder, rows = Path(hydra.runtime.output_dir).absolute(), list[Row]()
+        self.show(title)
+        folder, rows = job.folder.absolute(), list[Row]()
         self._tables.append((title, rows))
         known = {
             "kind": "cachesim",
@@ -59,7 +59,7 @@ class Session(SideSession):
             for row in replay.run(self._watch):
                 rows.append(row)
                 file = results.save(folder, known, [to_dict(done) for done in rows])
-                self.say(line(row))
+                self.show(line(row))
                 self._tracker.log([_record(row, config)], file)
         finally:
             if rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from hydra import compose as hydra_compose
@@ -33,22 +34,27 @@ Job = TypeVar("Job")
 
 
 def prepare_hydra() -> None:
-    """Register the schemas and the resolver that conf/config.yaml uses. Safe to call twice."""
+    """Register the schemas and the resolvers that files in conf/ use. Safe to call twice."""
     register_schemas()
+    from grbench.cli import summaries
+
+    OmegaConf.register_new_resolver("grbench_subcommands", summaries, replace=True)
     OmegaConf.register_new_resolver(
         "grbench_experiments", lambda: str(checkout_or_packaged("experiments")), replace=True
     )
 
 
-def compose_spec(overrides: Sequence[str]) -> tuple[RunSpec, RunConfig]:
-    """Compose one cell from Hydra overrides. Raises ConfigError."""
-    return next(compose_cells(overrides))
+def compose_spec(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunSpec, RunConfig]:
+    """Compose one cell from Hydra overrides, with a folder of the user's own YAML files. Raises ConfigError."""
+    return next(compose_cells(overrides, config_dir=config_dir))
 
 
-def compose_cells(overrides: Sequence[str], multirun: bool = False) -> Iterator[tuple[RunSpec, RunConfig]]:
+def compose_cells(
+    overrides: Sequence[str], multirun: bool = False, config_dir: str | None = None
+) -> Iterator[tuple[RunSpec, RunConfig]]:
     """Compose and check every cell that a command line describes, without running any. Raises ConfigError."""
     prepare_hydra()
-    return compose_jobs("config", to_spec, overrides, multirun)
+    return compose_jobs("config", to_spec, overrides, multirun, config_dir)
 
 
 def compose_jobs(
@@ -63,8 +69,10 @@ def compose_jobs(
     The configuration is conf/<config_name>.yaml. `multirun` and `config_dir` are Hydra's flags of that name; a study
     can ask for a sweep as well.
     """
+    if config_dir and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: no such folder")
     # This option replaces conf/config.yaml's, so that the studies' folder must be in it too.
-    folders = [config_dir, str(checkout_or_packaged("experiments"))]
+    folders = [str(Path(config_dir or "").absolute()), str(checkout_or_packaged("experiments"))]
     extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if config_dir else []
     try:
         with initialize_config_dir(CONFIG_DIR, version_base="1.3"):

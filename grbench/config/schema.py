@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from grbench.config.arguments import CommandError
 from grbench.execution.records import spec_hash
 from grbench.scenarios.config import (
     ClosedLoopConfig,
@@ -50,8 +51,8 @@ from grkernels.config import KernelConfig
 Root = TypeVar("Root")
 
 
-class ConfigError(ValueError):
-    """The configuration can't be used; one line that names the key and what is allowed."""
+class ConfigError(CommandError):
+    """The configuration cannot be used. The message is one line that names the key and the allowed values."""
 
 
 @dataclass

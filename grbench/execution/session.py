@@ -1,19 +1,17 @@
-"""One invocation of grbench: its cells one after another, their records, tracking, progress and table."""
+"""The cells of one invocation, one after another: their records, tracking, progress and table."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 from types import TracebackType
 
-from hydra.conf import HydraConf
-from hydra.types import RunMode
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from grbench.config.command import Invocation, Job
 from grbench.config.schema import RunConfig, RunSpec
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status
@@ -21,31 +19,33 @@ from grbench.execution.runner import Event, Interrupted, run_cell
 from grbench.tracking import Tracker, where_to_look
 
 
-class Session:
-    """Runs cells and keeps what they gave. `close` prints the table and returns the exit code."""
+class CellSession:
+    """Runs cells and keeps their records. `close` prints the table and returns the exit code."""
 
-    def __init__(self, run: RunConfig, hydra: HydraConf, total: int) -> None:
-        self._total = total
+    def __init__(self, run: RunConfig, invocation: Invocation) -> None:
+        self._invocation = invocation
         self._cells: list[tuple[Path, RunRecord]] = []
         self._root = Path(run.runner.output_root).absolute()
         self._screen = Console(stderr=True)
-        self._sweep_id = Path(hydra.sweep.dir).name if hydra.mode is RunMode.MULTIRUN else None
+        self._sweep_id = invocation.sweep.name if invocation.sweep else None
         self._tracking = run.tracking
         self._tracker = Tracker(run.tracking, self._root)
         if self._sweep_id:
-            self._tracker.start_sweep(self._sweep_id, {"overrides": " ".join(sys.argv[1:]), "cells": str(total)})
+            facts = {"overrides": " ".join(invocation.words), "cells": str(invocation.total)}
+            self._tracker.start_sweep(self._sweep_id, facts)
         self._earlier: dict[str, tuple[Path, RunRecord]] = {}
         if self._sweep_id and not run.rerun:
             for folder, record in records.find(self._root):
                 if record.status is not Status.INTERRUPTED and (record.ok or not run.rerun_failed):
                     self._earlier[record.spec_hash] = (folder, record)
 
-    def run(self, cell: tuple[RunSpec, RunConfig], hydra: HydraConf) -> None:
+    def run(self, job: Job) -> None:
         """Measure one cell, or keep its earlier record; log it. Raises KeyboardInterrupt after keeping the record."""
-        spec, run = cell
-        typed = [word.lower() for word in sys.argv[1:]]  # Hydra writes True; what else a cell has, the sweep gave it
-        swept = " ".join(o for o in hydra.overrides.task if o.lower() not in typed) if self._sweep_id else ""
-        title = f"{len(self._cells) + 1}/{self._total} {swept or spec.title}"
+        spec: RunSpec = job.config[0]
+        run: RunConfig = job.config[1]
+        typed = [word.lower() for word in self._invocation.words]  # Hydra writes True for true
+        swept = " ".join(o for o in job.overrides if o.lower() not in typed) if self._sweep_id else ""
+        title = f"{len(self._cells) + 1}/{self._invocation.total} {swept or spec.title}"
         if earlier := self._earlier.get(spec.hash):
             folder, record = earlier
             again = "rerun=true" if record.ok else "rerun_failed=true"
@@ -58,9 +58,9 @@ class Session:
                 record, folder = run_cell(
                     spec,
                     run.runner,
-                    Path(hydra.runtime.output_dir),
+                    job.folder,
                     sweep_id=self._sweep_id,
-                    overrides=list(hydra.overrides.task),
+                    overrides=list(job.overrides),
                     on_event=progress.show,
                 )
             except Interrupted as interruption:
@@ -93,11 +93,11 @@ class Session:
             self._tracker.end_sweep(self._cells)
         print_cells(Console(), self._cells)
         if cut_short:
-            left = self._total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)
+            left = self._invocation.total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)
             again = "; the same sweep goes on from here" if self._sweep_id else ""
-            self._screen.print(f"{cut_short} with {left} of {self._total} cells to go{again}")
+            self._screen.print(f"{cut_short} with {left} of {self._invocation.total} cells to go{again}")
         where = os.path.relpath(self._root)
-        compare = where_to_look(self._tracking, self._root) or f"python -m grbench.report {where}"
+        compare = where_to_look(self._tracking, self._root) or f"python -m grbench report {where}"
         self._screen.print(f"records: {where}   compare: {compare}", soft_wrap=True, highlight=False)
         return 0 if all(record.ok for _, record in self._cells) else 1
 

@@ -20,7 +20,7 @@ from grkernels import registry
 
 @dataclass
 class KernelBenchConfig:
-    """The root of the configuration: `python -m grbench.kernelbench --cfg job` shows it whole."""
+    """The root of the configuration: `python -m grbench kernels --cfg job` shows it whole."""
 
     families: list[str] = field(default_factory=list)  # empty: all
     variants: list[str] = field(default_factory=list)  # empty: all of each family
@@ -104,9 +104,7 @@ def device_of(config: KernelBenchConfig) -> str:
 
     there = torch.cuda.is_available()
     if config.device == "cuda" and not there:
-        raise ConfigError(
-            "device=cuda: PyTorch finds no GPU; `python -m grbench.tools.doctor` says why; allowed here: cpu"
-        )
+        raise ConfigError("device=cuda: PyTorch finds no GPU; `python -m grbench doctor` says why; allowed here: cpu")
     device = "cuda" if there and config.device != "cpu" else "cpu"
     if config.tune and device == "cpu":
         raise ConfigError("tune=true: launch configurations are tuned on a GPU; allowed here: tune=false")

@@ -1,28 +1,27 @@
-"""One command: its jobs one after another, their results on disk, in MLflow and on the screen."""
+"""The jobs of one invocation, one after another: their results on disk, in MLflow and on the screen."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
-from hydra.conf import HydraConf
 from rich.console import Console
 
+from grbench.config.command import Invocation, Job
 from grbench.config.schema import ConfigError
 from grbench.execution import results
 from grbench.execution.environment import describe_environment
 from grbench.execution.records import RunRecord, Status, one_line, spec_hash
-from grbench.execution.side_session import SideSession
+from grbench.execution.row_session import RowSession
 from grbench.kernelbench.bench import Bench, DeviceLostError, Row
 from grbench.kernelbench.config import KernelBenchConfig, device_of
 from grbench.kernelbench.output import line, plot_roofline, print_tables
 
 
-class Session(SideSession):
-    """Runs jobs and keeps what they gave."""
+class KernelSession(RowSession):
+    """Runs jobs and keeps their rows."""
 
-    def __init__(self, config: KernelBenchConfig, hydra: HydraConf) -> None:
-        super().__init__(config, hydra, command="kernelbench", suffix="kernels")
+    def __init__(self, first: Job, invocation: Invocation) -> None:
+        super().__init__(first, invocation, command="kernels", suffix="kernels")
         self._rows: list[Row] = []
         self._lost: DeviceLostError | None = None
 
@@ -33,19 +32,20 @@ class Session(SideSession):
     def print_tables(self) -> None:
         print_tables(Console(), self._rows)
 
-    def run(self, config: KernelBenchConfig, hydra: HydraConf) -> None:
+    def run(self, job: Job) -> None:
         """Measure one job; its results are on disk after every shape. Raises ConfigError before measuring anything."""
         if self._lost:
             return
+        config: KernelBenchConfig = job.config
         device = device_of(config)
-        folder = Path(hydra.runtime.output_dir).absolute()
-        job: list[Row] = []
+        folder = job.folder.absolute()
+        done: list[Row] = []
         try:
-            bench = Bench(config, device, self.say)
+            bench = Bench(config, device, self.show)
         except Exception as e:
             raise ConfigError(f"device={device}: its ceilings can't be measured ({one_line(e)})") from e
         roofs = bench.ceilings
-        self.say(f"{config.dtype} on {device}: matmul {roofs.tflops:.4g} TFLOP/s, copy {roofs.tbps:.3g} TB/s")
+        self.show(f"{config.dtype} on {device}: matmul {roofs.tflops:.4g} TFLOP/s, copy {roofs.tbps:.3g} TB/s")
         facts = {
             "kind": "kernels",
             **self.facts(),
@@ -55,22 +55,22 @@ class Session(SideSession):
         }
         try:
             for rows in bench.run():
-                job += rows
+                done += rows
                 self._rows += rows
-                file = results.save(folder, facts, [dataclasses.asdict(row) for row in job])
+                file = results.save(folder, facts, [dataclasses.asdict(row) for row in done])
                 for row in rows:
-                    self.say(line(row))
+                    self.show(line(row))
                 # What is UNAVAILABLE would drown the others.
-                done = [_record(row, device) for row in rows if row.status is not Status.UNAVAILABLE]
-                self._tracker.log(done, file)
+                ran = [_record(row, device) for row in rows if row.status is not Status.UNAVAILABLE]
+                self._tracker.log(ran, file)
         except DeviceLostError as e:
             self._lost = e
-            self.say(f"{e}; nothing more is run in this process")
+            self.show(f"{e}; nothing more is run in this process")
         finally:
-            if job:
+            if done:
                 self.keep(file)
-            for family in dict.fromkeys(row.family for row in job):
-                if path := plot_roofline(family, job, roofs, folder / f"roofline_{family}.png"):
+            for family in dict.fromkeys(row.family for row in done):
+                if path := plot_roofline(family, done, roofs, folder / f"roofline_{family}.png"):
                     self.keep(path)
 
 

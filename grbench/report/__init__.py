@@ -1,6 +1,6 @@
 """Reading what runs left behind.
 
-    python -m grbench.report outputs --out report.md
+    python -m grbench report outputs --out report.md
 
 `load_frame` and `load_samples` give records and raw samples as pandas frames; the `plot_*` functions
 draw them. The report page, the terminal table and notebooks/compare_runs.ipynb are built on these.

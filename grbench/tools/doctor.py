@@ -1,10 +1,10 @@
-"""`python -m grbench.tools.doctor`: what this machine can run, what is missing, why, and the command that mends it."""
+"""`grbench doctor`: what this machine can run, what is missing, why, and the command that installs it."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grbench.config.arguments import Arguments
 from grbench.execution.environment import describe_environment, installed_version
 from grengines import registry as engines
 from grengines.cache import policies
@@ -45,7 +46,7 @@ OPTIONAL = (
     (vllm.distribution(), "vllm", "engine vllm", vllm.command()),
     ("transformers", "transformers", "engine hf", "pip install -e '.[hf]'"),
     ("onnxruntime", "onnxruntime", "engine onnxruntime", "pip install -e '.[onnx]'"),
-    ("onnxscript", "onnxscript", "python -m grengines.export", "pip install -e '.[onnx]'"),
+    ("onnxscript", "onnxscript", "grbench export", "pip install -e '.[onnx]'"),
     ("tensorrt-cu13", "tensorrt", "engine tensorrt", "pip install -e '.[tensorrt]'"),
     (
         "tensorrt-rtx-cu13-bindings",
@@ -107,11 +108,17 @@ def _devices() -> list[Finding]:
     return [cpu, *(gpus or [Finding("device", "cuda", False, "no NVIDIA GPU or driver on this machine")])]
 
 
-def main() -> int:
-    """Print the findings; 0 if all that the default run needs is there, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m grbench.tools.doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
-    args = parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    about = "List the engines, kernels, cache policies, packages and devices of this machine, and what is missing."
+    parser = Arguments("doctor", about, ["doctor", "doctor --json"])
+    parser.add_argument("--json", action="store_true", help="one JSON list in place of the table")
+    return parser
+
+
+def main(words: Sequence[str]) -> int:
+    """Print the findings. Returns 0 if everything that the default run needs is there, else 1."""
+    args = parser().parse_args(words)
     found = findings()
     if args.json:
         print(json.dumps([asdict(f) for f in found], indent=1))
@@ -125,7 +132,3 @@ def main() -> int:
         console = Console()
         console.print(table) if console.is_terminal else Console(width=200).print(table)
     return 0 if all(f.ok for f in found if f.kind == "package") else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,14 +1,13 @@
-"""`python -m grbench.tools.overhead`: the latency that the harness itself adds.
+"""`grbench overhead`: the latency that the harness itself adds.
 
 An engine that does nothing goes through the whole measuring path (LoadGen, batcher, sample rows), turn
 and turn about with the configured one, in one process. What it takes is overhead; the share is of the
-configured engine's p50. Takes Hydra overrides: `python -m grbench.tools.overhead model=dlrm_v3`.
+configured engine's p50.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from grbench.config.arguments import Arguments, CommandError
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec
 from grbench.execution.records import one_line
 from grengines.api import RankResult, Request, UnavailableError
-from grengines.numerics import IncorrectError
 
 
 class NullEngine:
@@ -44,28 +43,29 @@ class NullEngine:
         pass
 
 
-def main() -> int:
-    """Entry point. Exit codes: 0 done, 1 the engine can't run, 2 the configuration is wrong, 130 Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m grbench.tools.overhead", description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    about = "Measure the latency that the harness itself adds, and its share of an engine's p50."
+    examples = ["overhead", "overhead model=dlrm_v3 workload=synthetic_long --repeats 3"]
+    parser = Arguments("overhead", about, examples, "as of `grbench`, on top of engine=hstu scenario=single_stream")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each engine (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, on top of engine=hstu scenario=single_stream")
-    args = parser.parse_args()
-    try:
-        spec, _ = compose_spec(["engine=hstu", "scenario=single_stream", *args.overrides])
-        if spec.task != "rank":
-            raise ConfigError(f"task={spec.task}: the overhead is measured of engines that rank; allowed: rank")
-        if args.repeats < 1:
-            raise ConfigError(f"--repeats {args.repeats}: allowed is >= 1")
-    except ConfigError as e:
-        print(f"grbench.tools.overhead: {e}", file=sys.stderr)
-        return 2
+    return parser
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command. Exit codes: 0 done, 1 the engine cannot run, 2 the configuration is wrong, 130 Ctrl-C."""
+    args = parser().parse_intermixed_args(words)
+    spec, _ = compose_spec(["engine=hstu", "scenario=single_stream", *args.overrides], args.config_dir)
+    if spec.task != "rank":
+        raise ConfigError(f"task={spec.task}: the overhead is measured with engines that rank; allowed: rank")
+    if args.repeats < 1:
+        raise ConfigError(f"--repeats {args.repeats}: allowed is >= 1")
+    from grengines.numerics import IncorrectError  # imports torch: --help does not
+
     try:
         compare(spec, args.repeats)
     except (ValueError, UnavailableError, IncorrectError) as e:
-        print(f"grbench.tools.overhead: {one_line(e, most=1000)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        raise CommandError(one_line(e, most=1000), code=1) from e
     return 0
 
 
@@ -102,7 +102,3 @@ def compare(spec: RunSpec, repeats: int) -> None:
         turns = " ".join(f"{v * 1e3:.1f}" for v in values)
         print(f"{name:>8}: p50 {np.median(values) * 1e3:.1f} us   (turns: {turns})")
     print(f"overhead: {null * 1e3:.1f} us, {null / real:.1%} of {spec.engine.name} on {spec.model.name}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,19 +1,15 @@
-"""What a model costs before anything runs: parameters, mask-exact FLOPs, KV bytes, users that a card holds.
-
-python -m grbench.tools.sizing model=dlrm_v3 workload=synthetic_long
-python -m grbench.tools.sizing model=decoder_1p7b engine=hf retrieval.beam_width=256
-"""
+"""`grbench sizing`: what a model costs before anything runs: parameters, FLOPs, KV bytes, users that a card holds."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from grbench.config.arguments import Arguments
 from grbench.config.schema import ConfigError, RunSpec
 from grengines.api import Catalogue, Request
 from grengines.models.decoder.config import DecoderConfig
@@ -133,27 +129,28 @@ def kv_bytes(model: HSTUConfig | DecoderConfig, history: int, precision: str) ->
     return model.layers * tokens * model.heads * (model.qk_dim + model.v_dim) * BYTES[precision]
 
 
-def main() -> int:
-    """Print the parameters and what requests of several history lengths cost; of a pipeline, both stages."""
-    parser = argparse.ArgumentParser(prog="python -m grbench.tools.sizing", description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    about = "Print a model's parameters, mask-exact FLOPs and KV bytes, and how many users' KV caches a card holds."
+    examples = [
+        "sizing model=dlrm_v3 workload=synthetic_long",
+        "sizing model=decoder_1p7b engine=hf retrieval.beam_width=256",
+    ]
+    parser = Arguments("sizing", about, examples, "as of `grbench`: the model, the workload and the search")
     parser.add_argument("--precision", choices=BYTES, default="bf16", help="of weights and KV (default: %(default)s)")
     parser.add_argument("--memory-gib", type=float, default=80.0, help="of the card (default: %(default)s)")
     parser.add_argument("--items", type=int, default=1_000_000, help="in the catalogue (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as model=dlrm_v3")
-    args = parser.parse_args()
+    return parser
+
+
+def main(words: Sequence[str]) -> int:
+    """Print the parameters and what requests of several history lengths cost; for a pipeline, of both stages."""
     from grbench.config.compose import compose_spec
 
-    try:
-        spec, _ = compose_spec(args.overrides)
-    except ConfigError as e:
-        print(f"grbench.tools.sizing: {e}", file=sys.stderr)
-        return 2
+    args = parser().parse_intermixed_args(words)
+    spec, _ = compose_spec(args.overrides, args.config_dir)
     if args.items < 1 or not args.memory_gib > 0:
-        print(
-            f"grbench.tools.sizing: --items {args.items} --memory-gib {args.memory_gib}: allowed is > 0",
-            file=sys.stderr,
-        )
-        return 2
+        raise ConfigError(f"--items {args.items} --memory-gib {args.memory_gib}: allowed is > 0")
     console = Console()
     for task, tell in (("generate", _generating), ("rank", _ranking)):
         if spec.task == "recommend":
@@ -242,7 +239,3 @@ def _tell_units(console: Console, unit: str, memory: float) -> None:
 def _histories(longest: int) -> list[int]:
     """A few lengths up to the workload's longest."""
     return sorted({max(longest >> k, 1) for k in (0, 1, 2, 4, 6)})
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Logging records to MLflow. Only the parent process does this, one cell at a time.
 
 The record on disk comes first: if MLflow is down, locked or full, nothing is lost, and
-`python -m grbench.tracking import` logs what is missing later.
+`python -m grbench import` logs what is missing later.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Tracker:
             record.tracking = store.log(record, folder, self._parent)
         except Exception as e:
             self._say(f"MLflow did not take the run ({one_line(e)})")
-            self._say(f"its record is kept in {folder}; `python -m grbench.tracking import {self._root}` logs it later")
+            self._say(f"its record is kept in {folder}; `python -m grbench import {self._root}` logs it later")
             return False
         try:
             records.save(record, folder)
@@ -118,5 +118,5 @@ def where_to_look(config: MlflowConfig | NoTrackingConfig, root: Path) -> str | 
     if isinstance(config, NoTrackingConfig):
         return None
     if config.uri is None:
-        return f"python -m grbench.tracking ui {os.path.relpath(root)}"
+        return f"python -m grbench ui {os.path.relpath(root)}"
     return config.uri if config.uri.startswith("http") else f"mlflow ui --backend-store-uri {config.uri}"

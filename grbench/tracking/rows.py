@@ -15,7 +15,7 @@ from grbench.tracking.store import Store
 
 class RowTracker:
     """Logs the rows of one command into <tracking.experiment>-<suffix>. Never raises for what goes wrong in MLflow: it
-    says so, as `grbench.<command>`, and logs no more."""
+    says so, as `grbench <command>`, and logs no more."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class RowTracker:
     def _give_up(self, error: Exception, kept: Path) -> None:
         self._off = True
         why = f"MLflow did not take the runs ({one_line(error)}); kept in {kept}"
-        print(f"grbench.{self._command}: {why}", file=sys.stderr)
+        print(f"grbench {self._command}: {why}", file=sys.stderr)
 
 
 class _Store(Store):

@@ -1,7 +1,7 @@
 """Launch configurations by GPU and shape: read from checked-in tables, so that no process tunes by surprise.
 
 A family's table for one GPU is `<family>/tuned/<GPU>.json`: {variant: {key: configuration}}. A key names
-what the best configuration depends on (`key()` makes one). `python -m grbench.kernelbench tune=true` measures
+what the best configuration depends on (`key()` makes one). `python -m grbench kernels tune=true` measures
 every candidate configuration and writes the table. What each kernel ran with, and where that came from, is in
 `provenance()`, which engines put into their records.
 """

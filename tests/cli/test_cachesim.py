@@ -24,6 +24,7 @@ from grbench.cachesim.config import CacheSimConfig
 from grbench.cachesim.replay import BELADY, LIMIT, Replay
 from grbench.cachesim.simulate import Costs, Outcome, Simulation
 from grbench.cachesim.trace import Columns, Workload, load
+from grbench.cli import main
 from grbench.execution.results import load as load_results
 from grbench.report.results import results_sections
 from grbench.tools.sizing import flops
@@ -267,7 +268,7 @@ RUN = ["workload=synthetic", "workload.visits=3000", "shares=[0.05,0.5]"]
 
 
 def test_a_run_leaves_table_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: Path) -> None:
-    done = grbench(*RUN, module="grbench.cachesim")
+    done = grbench("cachesim", *RUN)
     assert done.returncode == 0, done.stderr
     names = [LIMIT, BELADY, *policies.names()]
     for name in names:
@@ -288,7 +289,7 @@ def test_a_run_leaves_table_results_plot_and_mlflow_runs(grbench: Grbench, tmp_p
         assert rows["predictive", share]["metrics"]["over_lru"] == pytest.approx(rates["predictive"] - rates["lru"])
     assert (path.parent / "misses.png").read_bytes().startswith(b"\x89PNG")
     page = "\n\n".join(results_sections("job", load_results(path)))
-    assert page.startswith("## job\n\n`python -m grbench.cachesim workload=synthetic ")
+    assert page.startswith("## job\n\n`python -m grbench cachesim workload=synthetic ")
     for (name, share), row in rows.items():
         cells = f"| {row['gb']:.3g} | {100 * row['share']:.3g} | {name} | {100 * row['metrics']['hit_rate']:.2f} |"
         assert cells in page, share
@@ -358,14 +359,10 @@ def test_wrong_data_is_one_line(
 def fails(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> str:
-    from grbench.cachesim.__main__ import main
-
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(sys, "argv", ["cachesim", *overrides])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
+    monkeypatch.setattr(sys, "argv", ["grbench"])
+    assert main(["cachesim", *overrides]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     return lines[0]
@@ -373,7 +370,7 @@ def fails(
 
 def test_ctrl_c_keeps_the_rows_that_are_done(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "grbench.cachesim", *RUN, "workload.visits=300000", "workload.users=30000"],
+        [sys.executable, "-m", "grbench", "cachesim", *RUN, "workload.visits=300000", "workload.users=30000"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

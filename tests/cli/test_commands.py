@@ -15,7 +15,7 @@ from grengines.models.hstu.config import HSTUConfig
 
 
 def test_doctor_lists_everything_with_reason_and_remedy(grbench: Grbench) -> None:
-    done = grbench("--json", module="grbench.tools.doctor")
+    done = grbench("doctor", "--json")
     assert done.returncode == 0, done.stderr
     found = {(f["kind"], f["name"]): f for f in json.loads(done.stdout)}
     assert found["engine", "hstu"]["ok"]
@@ -25,7 +25,7 @@ def test_doctor_lists_everything_with_reason_and_remedy(grbench: Grbench) -> Non
         if not finding["ok"]:
             assert finding["detail"], (kind, name)
             assert finding["remedy"] or kind == "device", (kind, name)
-    table = grbench(module="grbench.tools.doctor")
+    table = grbench("doctor")
     assert table.returncode == 0
     for _, name in found:
         assert name in table.stdout
@@ -67,20 +67,20 @@ def test_flops_of_a_case_counted_by_hand() -> None:
 
 
 def test_sizing_prints_and_refuses(grbench: Grbench) -> None:
-    done = grbench("model=dlrm_v3", "workload=synthetic_long", module="grbench.tools.sizing")
+    done = grbench("sizing", "model=dlrm_v3", "workload=synthetic_long")
     assert done.returncode == 0, done.stderr
     assert "dlrm_v3: " in done.stdout
     assert re.search(r"16384 +2048 +2,057\.426", done.stdout)
-    refused = grbench("model=nope", module="grbench.tools.sizing")
+    refused = grbench("sizing", "model=nope")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("grbench.tools.sizing: model=nope: no such option; allowed: decoder_0p2b, ")
+    assert refused.stderr.startswith("grbench sizing: model=nope: no such option; allowed: decoder_0p2b, ")
     assert "Traceback" not in refused.stderr
-    refused = grbench("--items", "0", module="grbench.tools.sizing")
+    refused = grbench("sizing", "--items", "0")
     assert "allowed is > 0" in refused.stderr
 
 
 def test_sizing_of_a_pipeline_tells_both_stages(grbench: Grbench) -> None:
-    done = grbench(module="grbench.tools.sizing")
+    done = grbench("sizing")
     assert done.returncode == 0, done.stderr
     searched, ranked = done.stdout.split("to rank\n")
     assert searched.startswith("to generate\n") and "beams" in searched
@@ -96,16 +96,15 @@ def test_sizing_of_a_pipeline_tells_both_stages(grbench: Grbench) -> None:
     ],
 )
 def test_what_overhead_can_not_measure_is_one_line(grbench: Grbench, arguments: str, code: int, message: str) -> None:
-    done = grbench(*arguments.split(), module="grbench.tools.overhead")
+    done = grbench("overhead", *arguments.split())
     assert done.returncode == code
     [told] = done.stderr.splitlines()
-    assert told.startswith(f"grbench.tools.overhead: {message}")
+    assert told.startswith(f"grbench overhead: {message}")
 
 
 def test_overhead_is_small_beside_the_engine(grbench: Grbench) -> None:
     done = grbench(
-        "--repeats", "1", "workload=synthetic", "workload.max_requests=50", "scenario.queries=100",
-        module="grbench.tools.overhead",
+        "overhead", "workload=synthetic", "--repeats", "1", "workload.max_requests=50", "scenario.queries=100"
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = re.search(r"overhead: ([\d.]+) us, ([\d.]+)% of hstu on hstu_tiny", done.stdout)

@@ -80,9 +80,9 @@ def test_every_cell_of_a_sweep_is_checked_before_the_first_runs(grbench: Grbench
         ("--config-name other", "Cannot find primary config 'other'"),
     ],
 )
-@pytest.mark.parametrize("program", ["grbench", "grbench.cachesim"])
+@pytest.mark.parametrize("program", ["grbench", "grbench cachesim"])
 def test_a_wrong_flag_is_one_line(grbench: Grbench, program: str, arguments: str, line: str) -> None:
-    done = grbench(*arguments.split(), module=program)
+    done = grbench(*program.split()[1:], *arguments.split())
     assert done.returncode == 2
     [told] = done.stderr.splitlines()
     assert told.startswith(f"{program}: {line.format(program)}")

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from grbench.cli import main
 from grbench.execution import records, stats
 from grbench.execution.records import RunRecord, Status
 from grbench.report import (
@@ -30,7 +31,6 @@ from grbench.report import (
     time_parts,
     within_limit,
 )
-from grbench.report.__main__ import main
 from grbench.report.cells import command, figure, flatten, knobs, labels
 from grbench.report.frame import PARTS, read_cells
 from grbench.report.table import print_cells
@@ -141,7 +141,7 @@ def rows_of(page: str, heading: str) -> list[dict[str, str]]:
 
 def test_page_compares_the_knobs_that_differ(sweep: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "reports" / "kernels of today.md"
-    assert main([str(sweep), "--out", str(out), "--title", "Kernels"]) == 0
+    assert main(["report", str(sweep), "--out", str(out), "--title", "Kernels"]) == 0
     assert capsys.readouterr().out == f"{out}: 4 cells, 3 figures\n"
     page = out.read_text()
     assert page.startswith(
@@ -170,13 +170,13 @@ def test_page_shows_the_hits_of_cells_with_a_cache(tmp_path: Path) -> None:
     cached = write_cell(root / "1", "cache=lru")
     cached.metrics |= {"cache/device_hit_rate": 0.316, "cache/host_hit_rate": 0.0}
     records.save(cached, root / "1")
-    main([str(root), "--out", str(tmp_path / "r.md")])
+    main(["report", str(root), "--out", str(tmp_path / "r.md")])
     rows = rows_of((tmp_path / "r.md").read_text(), "Comparison")
     assert [(r["cache"], r["hits on device / host, %"]) for r in rows] == [("none", "-"), ("lru", "31.6 / 0")]
 
 
 def test_page_withholds_p99_and_says_so(sweep: Path, tmp_path: Path) -> None:
-    main([str(sweep), "--out", str(tmp_path / "r.md")])
+    main(["report", str(sweep), "--out", str(tmp_path / "r.md")])
     page = (tmp_path / "r.md").read_text()
     rows = rows_of(page, "Comparison")
     assert rows[2]["p99"] == rows[2]["p99.9"] == "withheld"
@@ -187,7 +187,7 @@ def test_page_withholds_p99_and_says_so(sweep: Path, tmp_path: Path) -> None:
 
 
 def test_page_lists_a_failed_cell_and_gives_it_no_speed(sweep: Path, tmp_path: Path) -> None:
-    main([str(sweep), "--out", str(tmp_path / "r.md")])
+    main(["report", str(sweep), "--out", str(tmp_path / "r.md")])
     page = (tmp_path / "r.md").read_text()
     failed = rows_of(page, "Cells without a result")
     assert failed == [
@@ -203,7 +203,7 @@ def test_page_lists_a_failed_cell_and_gives_it_no_speed(sweep: Path, tmp_path: P
 
 
 def test_page_says_what_ran_where_and_how_to_repeat_it(sweep: Path, tmp_path: Path) -> None:
-    main([str(sweep), "--out", str(tmp_path / "r.md")])
+    main(["report", str(sweep), "--out", str(tmp_path / "r.md")])
     page = (tmp_path / "r.md").read_text()
     assert rows_of(page, "Asked for and what ran") == [
         {"option": "engine.device", "asked for": "auto", "ran": "cpu", "cells": "all"},
@@ -223,7 +223,7 @@ def test_page_says_what_ran_where_and_how_to_repeat_it(sweep: Path, tmp_path: Pa
 def test_page_tells_environments_apart(tmp_path: Path) -> None:
     write_cell(tmp_path / "o" / "0", "seed=1")
     write_cell(tmp_path / "o" / "1", "seed=2", environment={"cpu": "Other", "gpus": [{"name": "H100"}]})
-    main([str(tmp_path / "o"), "--out", str(tmp_path / "r.md")])
+    main(["report", str(tmp_path / "o"), "--out", str(tmp_path / "r.md")])
     page = (tmp_path / "r.md").read_text()
     assert [row["environment"] for row in rows_of(page, "Comparison")] == ["A", "B"]
     assert {"": "gpus.0.name", "A": "-", "B": "H100"} in rows_of(page, "Environment")
@@ -231,7 +231,7 @@ def test_page_tells_environments_apart(tmp_path: Path) -> None:
 
 def test_figures_are_real_and_linked(sweep: Path, tmp_path: Path) -> None:
     out = tmp_path / "a page.md"
-    main([str(sweep), "--out", str(out)])
+    main(["report", str(sweep), "--out", str(out)])
     links = re.findall(r"!\[.*?\]\((.*?)\)", out.read_text())
     assert [Path(link).name for link in links] == [
         "latency_cdf.png",
@@ -346,7 +346,7 @@ def test_labels_with_dollars_and_great_length_are_drawn_whole(tmp_path: Path) ->
 def test_nothing_is_plotted_when_no_cell_is_ok(tmp_path: Path) -> None:
     write_cell(tmp_path / "o" / "0", status=Status.INCORRECT, metrics={"throughput_rps": 1e9}, gate={"error": 0.5})
     out = tmp_path / "r.md"
-    assert main([str(tmp_path / "o"), "--out", str(out)]) == 0
+    assert main(["report", str(tmp_path / "o"), "--out", str(out)]) == 0
     assert "No cell is OK: there is nothing to plot." in out.read_text()
     assert "1000000000" not in out.read_text()
     assert not (tmp_path / "r_files").exists()
@@ -359,7 +359,7 @@ def test_a_failure_without_a_reason_says_so(tmp_path: Path) -> None:
     write_cell(tmp_path / "o" / "1", "seed=2", status=Status.KILLED, error=None)
     write_cell(tmp_path / "o" / "2", "seed=3", status=Status.ERROR, error="broken")
     assert load_frame(tmp_path / "o")["error"].tolist() == ["", "no reason was recorded", "broken"]
-    main([str(tmp_path / "o"), "--out", str(tmp_path / "r.md")])
+    main(["report", str(tmp_path / "o"), "--out", str(tmp_path / "r.md")])
     failed = rows_of((tmp_path / "r.md").read_text(), "Cells without a result")
     assert [row["why"] for row in failed] == ["no reason was recorded", "broken"]
 
@@ -527,9 +527,9 @@ def test_a_record_reached_twice_counts_once(sweep: Path, tmp_path: Path) -> None
 
 
 def fails(capsys: Capture, *arguments: str) -> str:
-    assert main(arguments) == 2
+    assert main(["report", *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("grbench.report: ")
+    assert error.startswith("grbench report: ")
     assert error.count("\n") == 1
     return error
 
@@ -562,7 +562,7 @@ def test_errors_are_one_line(sweep: Path, tmp_path: Path, capsys: Capture) -> No
 
 def test_a_broken_record_beside_good_ones_is_named(sweep: Path, tmp_path: Path) -> None:
     (sweep / "3" / records.RECORD_FILE).write_text("[]")
-    assert main([str(sweep), "--out", str(tmp_path / "r.md")]) == 0
+    assert main(["report", str(sweep), "--out", str(tmp_path / "r.md")]) == 0
     page = (tmp_path / "r.md").read_text()
     assert f"- {sweep}/3/record.json: not a record (a JSON object is expected); remove it or run its cell again" in page
     assert page.startswith("# grbench report\n\n3 cells, 3 OK")
@@ -574,7 +574,7 @@ def test_runs_come_out_of_mlflow_as_they_went_in(sweep: Path, tmp_path: Path, ca
         ("files.md", [str(sweep)]),
         ("mlflow.md", ["--mlflow", uri, "--experiment", "grbench"]),
     ):
-        assert main([*source, "--out", str(tmp_path / name)]) == 0
+        assert main(["report", *source, "--out", str(tmp_path / name)]) == 0
     from_files, from_mlflow = ((tmp_path / name).read_text() for name in ("files.md", "mlflow.md"))
     assert from_mlflow.replace("mlflow_files", "files_files") == from_files
     assert ink((tmp_path / "mlflow_files" / "latency_cdf.png").read_bytes()) > 0.01
@@ -605,7 +605,7 @@ def log_to_mlflow(root: Path, folder: Path) -> str:
 
 
 def test_module_runs_and_explains_itself(sweep: Path, tmp_path: Path) -> None:
-    command_line = [sys.executable, "-m", "grbench.report", str(sweep), "--out", "r.md"]
+    command_line = [sys.executable, "-m", "grbench", "report", str(sweep), "--out", "r.md"]
     done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "r.md: 4 cells, 3 figures\n", "")
 

@@ -162,7 +162,7 @@ def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
     assert time.monotonic() - begun < 30
     said = capsys.readouterr().err
     assert f"{dead}: Connection refused" in said
-    assert "python -m grbench.tracking import" in said
+    assert "python -m grbench import" in said
     assert records.load(folder).tracking == {}
     with mlflow_server(tmp_path) as uri:
         assert import_records(root, MlflowConfig(uri=uri)) == (1, 0, 0)
@@ -213,21 +213,21 @@ sys.exit(not Tracker(MlflowConfig(), folder.parent).log(records.load(folder), fo
 
 
 def test_the_import_command_says_what_it_did(grbench: Grbench, tmp_path: Path) -> None:
-    refused = grbench("import", "nowhere", module="grbench.tracking")
+    refused = grbench("import", "nowhere")
     assert refused.returncode == 2
     assert refused.stderr.splitlines() == [
-        "grbench.tracking: nowhere: no records found; `python -m grbench` makes some under outputs/"
+        "grbench import: nowhere: no records found; `python -m grbench` makes some under outputs/"
     ]
     cell(tmp_path / "outputs" / "a")
     cell(tmp_path / "outputs" / "b", status=Status.INTERRUPTED)
-    done = grbench("import", module="grbench.tracking")
+    done = grbench("import")
     assert done.stdout == "1 records logged, 0 were there already, 0 failed\n", done.stderr
 
 
 @contextlib.contextmanager
 def ui_of(root: Path) -> Iterator[str]:
-    """`python -m grbench.tracking ui`, up and answering; the address that it printed."""
-    command = [sys.executable, "-m", "grbench.tracking", "ui", str(root), "--port", str(free_port())]
+    """`python -m grbench ui`, up and answering; the address that it printed."""
+    command = [sys.executable, "-m", "grbench", "ui", str(root), "--port", str(free_port())]
     ui = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
     try:
         assert ui.stdout is not None
@@ -246,7 +246,7 @@ def ui_of(root: Path) -> Iterator[str]:
 
 
 def test_the_ui_says_what_is_missing(grbench: Grbench, tmp_path: Path) -> None:
-    refused = grbench("ui", "nowhere", module="grbench.tracking")
+    refused = grbench("ui", "nowhere")
     assert refused.returncode == 2
     assert "no such database; `python -m grbench` makes it with its first run" in refused.stderr
     record, folder = cell(tmp_path / "outputs" / "a")
@@ -254,7 +254,7 @@ def test_the_ui_says_what_is_missing(grbench: Grbench, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        busy = grbench("ui", "--port", str(taken.getsockname()[1]), module="grbench.tracking")
+        busy = grbench("ui", "--port", str(taken.getsockname()[1]))
     assert busy.returncode == 2
     assert "choose another with --port" in busy.stderr
 

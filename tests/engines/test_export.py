@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from grbench.tools.export import parser
+from grbench.tools.ranking_model import compose_ranking
 from grengines.api import Catalogue
 from grengines.export import exporter
-from grengines.export.__main__ import described
 from grengines.export.check import check
 from grengines.export.identity import command, model_hash
 from grengines.export.module import INPUTS, inputs_of, longest_history
@@ -311,9 +313,12 @@ print(published, found.onnx, found.onnx.stat().st_ino)
 
 
 def test_the_command_exports_and_checks(grbench: Grbench, tmp_path: Path) -> None:
-    (tmp_path / "small.yaml").write_text("defaults: [x]\nlayers: 1\nembedding_dim: 16\nheads: 1\nqk_dim: 8\nv_dim: 8\n")
-    options = ["--out", "out", "--model", "small.yaml", "--items", "50", "--actions", "2", "max_attn_len=7"]
-    done = grbench(*options, module="grengines.export")
+    own = tmp_path / "own" / "model" / "small.yaml"
+    own.parent.mkdir(parents=True)
+    sizes = "layers: 1\nembedding_dim: 16\nheads: 1\nqk_dim: 8\nv_dim: 8\n"
+    own.write_text(f"defaults: [/schema/model/hstu@_here_, _self_]\n{sizes}")
+    options = ["--config-dir", "own", "model=small", "--items", "50", "model.max_attn_len=7", "--actions", "2"]
+    done = grbench("export", "--out", "out", *options)
     assert done.returncode == 0, done.stderr
     assert "checked: onnxruntime" in done.stdout and "model.pt2" in done.stdout
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -323,30 +328,27 @@ def test_the_command_exports_and_checks(grbench: Grbench, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("layer=2", "layer: Key 'layer' not in 'HSTUConfig'; known are name, layers"),
-        ("layers=two", "layers: Value 'two' of type 'str' could not be converted to Integer; int >= 1"),
-        ("layers=0", "layers=0: allowed is int >= 1"),
-        ("layers", "layers: not an option, which is key=value"),
+        ("model.layer=2", "model.layer: no such key; nearest: model.layers; known keys: "),
+        ("model.layers=two", "model.layers=two: allowed is int >= 1"),
+        ("model.layers=0", "model.layers=0: allowed is int >= 1"),
+        ("model.layers", "model.layers: not an override, which is key=value"),
+        ("model=nothing", "model=nothing: no such option; allowed: decoder_0p2b, "),
+        ("model=decoder_tiny", "model=decoder_tiny: engine hstu runs HSTU only"),
         ("--items 0", "--items 0: allowed is >= 1"),
-        ("--model nothing.yaml", "nothing.yaml: can't be read"),
-        ("--weights nothing.safetensors", "nothing.safetensors: no weights of a ranking model"),
+        ("--items", "argument --items: expected one argument; `python -m grbench export --help` lists the flags"),
+        ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
+        ("model.weights=nothing.safetensors", "nothing.safetensors: no weights of a ranking model"),
     ],
 )
 def test_the_commands_errors_are_one_line(grbench: Grbench, arguments: str, message: str) -> None:
-    done = grbench("--out", "out", "--items", "5", "--actions", "1", *arguments.split(), module="grengines.export")
+    done = grbench("export", "--out", "out", "--items", "5", "--actions", "1", *arguments.split())
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"grengines.export: {message}") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"grbench export: {message}") and done.stderr.count("\n") == 1
 
 
 def test_the_command_that_errors_name_gives_the_same_model() -> None:
-    import argparse
-    import shlex
-
-    words = shlex.split(command(MODEL, CATALOGUE, 0, "fp32", Path("out")))
-    parser = argparse.ArgumentParser()
-    for name, kind in (("out", str), ("items", int), ("users", int), ("actions", int), ("model", Path)):
-        parser.add_argument(f"--{name}", type=kind)
-    parser.add_argument("--weights")
-    parser.add_argument("options", nargs="*")
-    model, catalogue = described(parser.parse_args(words[3:]))
-    assert model_hash(model, catalogue, 0) == model_hash(MODEL, CATALOGUE, 0)
+    words = shlex.split(command(MODEL, CATALOGUE, 5, "fp32", Path("out")))
+    assert words[:4] == ["python", "-m", "grbench", "export"]
+    spec, catalogue = compose_ranking(parser().parse_intermixed_args(words[4:]))
+    assert spec.seed == 5
+    assert model_hash(spec.model, catalogue, 0) == model_hash(MODEL, CATALOGUE, 0)

@@ -152,7 +152,7 @@ def test_bad_files_are_one_line_with_the_command_that_mends(tmp_path: Path) -> N
             prepared(precision="fp32", onnx=str(files[name]))
         text = str(caught.value)
         assert "\n" not in text and text.startswith(str(files[name]))
-        assert f"python -m grengines.export --out {tmp_path} --items 300 --users 20 --actions 2 --seed 5" in text
+        assert f"python -m grbench export --out {tmp_path} --items 300 --users 20 --actions 2 seed=5" in text
     assert prepared(precision="fp32", onnx=str(good.onnx)).rank(SAMPLE).scores
 
 

@@ -20,8 +20,9 @@ import torch
 from helpers.hstu_oracle import make_requests
 from test_export import race
 
+from grbench.cli import main
 from grengines import registry
-from grengines.api import Catalogue, Request, UnavailableError
+from grengines.api import Catalogue, UnavailableError
 from grengines.export import exporter
 from grengines.hstu.engine import Reference
 from grengines.models.hstu.config import HSTUConfig
@@ -238,38 +239,24 @@ def test_eight_bits_need_a_calibration_set(tmp_path: Path) -> None:
         quantise(half, tmp_path / "model.onnx", "int8", [])
 
 
-def test_saved_requests_come_back(tmp_path: Path) -> None:
-    samples.save(REQUESTS, tmp_path / "requests.npz")
-    for saved, read in zip(REQUESTS, samples.read(tmp_path / "requests.npz"), strict=True):
-        for f in dataclasses.fields(Request):
-            assert np.array_equal(getattr(saved, f.name), getattr(read, f.name)), f.name
-    (tmp_path / "bad.npz").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"bad\.npz: no saved requests"):
-        samples.read(tmp_path / "bad.npz")
-
-
 @needs_rtx
-def test_the_command_builds_and_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from grengines.tensorrt import build
-
+def test_the_command_builds_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*args: str) -> tuple[int, str, str]:
-        model = ["layers=1", "embedding_dim=16", "heads=1", "qk_dim=16", "v_dim=16", "--items", "50", "--actions", "2"]
-        monkeypatch.setattr(sys, "argv", ["build", "--out", str(tmp_path / "plan"), *args, *model])
-        code = build.main()
+        sizes = ("layers=1", "embedding_dim=16", "heads=1", "qk_dim=16", "v_dim=16")
+        model = [*(f"model.{size}" for size in sizes), "--items", "50", "--actions", "2"]
+        code = main(["build-plan", "--out", str(tmp_path / "plan"), *args, *model])
         return code, *capsys.readouterr()
 
-    samples.save(REQUESTS, tmp_path / "requests.npz")
-    code, out, error = run("--precision", "int8", "--target", "12.0", "--requests", str(tmp_path / "requests.npz"))
+    workload = ["workload=synthetic", "workload.items=50", "workload.users=20", "workload.visits=40"]
+    code, out, error = run("--precision", "int8", "--target", "12.0", *workload)
     assert code == 0, error
     assert "built in" in out and (tmp_path / "plan" / "model.plan").stat().st_size > 10_000
     for args, expected, said in (
         (("--precision", "fp8", "--history", "20", "--candidates", "4"), 2, "fp8 needs a calibration set"),
-        (("--history", "20"), 2, "give --history and --candidates, or --requests FILE"),
+        (("--history", "20"), 2, "--history and --candidates: give both, or none"),
         (("--history", "20", "--candidates", "0"), 2, "--candidates 0: allowed is >= 1"),
         (("--history", "20", "--candidates", "4", "--target", "9.0"), 3, "has no target 9.0"),
-        (("--requests", str(tmp_path / "none.npz")), 2, "no saved requests"),
+        (("workload=csv", "workload.path=none.csv"), 2, "none.csv: no such file"),
     ):
         code, _, error = run(*args)
         assert code == expected and said in error and error.count("\n") == 1, error
@@ -365,7 +352,7 @@ def test_where_nothing_can_be_executed_the_cell_is_unavailable_with_the_reason(m
     monkeypatch.undo()
     if libraries.missing("tensorrt_rtx") is None:
         if libraries.no_gpu() is not None:
-            with pytest.raises(UnavailableError, match="this machine has not; build them"):
+            with pytest.raises(UnavailableError, match="this machine lacks; build one"):
                 build()
         rtx = libraries.find("tensorrt_rtx")
         assert rtx.refusal("8.9") is None

@@ -19,6 +19,7 @@ import torch
 from conftest import Grbench
 from torch import Tensor
 
+from grbench.cli import main
 from grbench.execution.records import Status
 from grbench.execution.results import load as load_results
 from grbench.gate.kernel import KernelGate
@@ -73,7 +74,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
 
 def test_a_run_leaves_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: Path) -> None:
     chosen = ["families=[hstu_attention]", "variants=[torch]", f"shapes=[{SMALL}]", "dtype=fp32"]
-    done = grbench(*chosen, *FAST, module="grbench.kernelbench")
+    done = grbench("kernels", *chosen, *FAST)
     assert done.returncode == 0, done.stderr
     assert re.search(rf"{re.escape(SMALL)} +torch +OK", done.stdout)
     assert done.stdout.count("generative-recommenders") <= 2  # once a peer, not once a shape
@@ -134,14 +135,10 @@ def test_a_run_leaves_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: P
 def test_unknown_names_are_one_line(
     override: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from grbench.kernelbench.__main__ import main
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(sys, "argv", ["kernelbench", "-m", "dtype=fp32", "seed=0,1", override])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
+    monkeypatch.setattr(sys, "argv", ["grbench"])
+    assert main(["kernels", "-m", "dtype=fp32", "seed=0,1", override]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert override.split("=")[0].lstrip("+") in line
     assert told in line
@@ -327,7 +324,7 @@ def test_tuning_keeps_the_fastest_right_configuration(
 
 
 def test_ctrl_c_keeps_the_shapes_that_are_done(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "grbench.kernelbench", "families=[interaction]", "variants=[torch]", "dtype=fp32"]
+    command = [sys.executable, "-m", "grbench", "kernels", "families=[interaction]", "variants=[torch]", "dtype=fp32"]
     process = subprocess.Popen(
         [*command, "shapes=[2048x4x512,4096x27x64]", "device=cpu", "repeats=300", "tracking=none"],
         cwd=tmp_path,

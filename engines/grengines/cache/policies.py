@@ -1,4 +1,4 @@
-"""Cache policies: small objects that only decide who is kept. The engine and `python -m grbench.cachesim` run them.
+"""Cache policies: small objects that only decide who is kept. The engine and `grbench cachesim` run them.
 
 A policy hears of every visit and names victims; it holds no state and moves no bytes. An entry is a user with a size
 (any unit above 0, the same for all), a cost (of computing the state again, any unit, the same for all) and the time of

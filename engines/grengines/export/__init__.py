@@ -1,1 +1,1 @@
-"""One export of the ranking model, for every compiled engine: `python -m grengines.export`."""
+"""One export of the ranking model, for every compiled engine: `grbench export`."""

@@ -201,7 +201,7 @@ def note(found: Export, key: str, value: Any) -> Export:
 def load(folder: Path) -> Export:
     """Open an export. Raises ValueError, one line, for a folder without one or whose files are not those written."""
     manifest_file = folder / MANIFEST_FILE
-    again = "export the model again: python -m grengines.export"
+    again = f"export the model again: python -m grbench export --out {folder}"
     if not manifest_file.is_file():
         raise ValueError(f"{folder}: no {MANIFEST_FILE} there; {again}")
     try:

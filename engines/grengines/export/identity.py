@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ def command(model: HSTUConfig, catalogue: Catalogue, seed: int, precision: str, 
     changed = {k: v for k, v in dataclasses.asdict(model).items() if v != getattr(defaults, k) and k != "name"}
     weights = changed.pop("weights", None)
     words = [
-        f"python -m grengines.export --out {folder}",
-        f"--items {catalogue.num_items} --users {catalogue.num_users} --actions {catalogue.num_actions}",
-        *([f"--weights {weights}"] if weights else [f"--seed {seed}"] if seed else []),
-        *([f"--precision {precision}"] if precision != "fp32" else []),
-        *(f"{k}={json.dumps(v).replace(chr(34), '').replace(' ', '')}" for k, v in changed.items()),
+        *("python", "-m", "grbench", "export", "--out", str(folder), "--items", str(catalogue.num_items)),
+        *("--users", str(catalogue.num_users), "--actions", str(catalogue.num_actions)),
+        *(["--precision", precision] if precision != "fp32" else []),
+        *([f"model.weights={weights}"] if weights else [f"seed={seed}"] if seed else []),
+        *(f"model.{k}={json.dumps(v).replace(chr(34), '').replace(' ', '')}" for k, v in changed.items()),
     ]
-    return " ".join(words)
+    return shlex.join(words)

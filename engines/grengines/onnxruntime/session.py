@@ -78,7 +78,7 @@ def open_session(
     if session.get_providers()[0] != PROVIDERS[device.type]:  # it goes on without a provider that it can't start
         raise UnavailableError(
             f"engine.device={device.type}: ONNX Runtime could not start its {PROVIDERS[device.type]}; "
-            "python -m grbench.tools.doctor shows the versions, engine.device=cpu needs none of its libraries"
+            "python -m grbench doctor shows the versions, engine.device=cpu needs none of its libraries"
         )
     facts = session.get_modelmeta().custom_metadata_map
     if [i.name for i in session.get_inputs()] != list(INPUTS) or [o.name for o in session.get_outputs()] != [OUTPUT]:

@@ -22,5 +22,5 @@ class TensorRTConfig:
     refit: bool = False  # a plan of one shape serves any weights: new ones are put into it
     plugin: bool = True  # attention by the project's Triton kernel (tensorrt only); false: by the body in ONNX
     cuda_graphs: bool = False  # one captured graph for each (batch, length) bucket
-    plan: str | None = None  # a folder that `python -m grengines.tensorrt.build` wrote; null: from the cache, or built
+    plan: str | None = None  # a folder that `grbench build-plan` wrote; null: from the cache, or built
     fallback: list[str] = option([])  # engines that answer what the plan was not built for

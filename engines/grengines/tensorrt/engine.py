@@ -250,7 +250,7 @@ class TensorRTEngine:
         if not torch.cuda.is_available():
             raise UnavailableError(
                 "engine=tensorrt executes on an NVIDIA GPU, and PyTorch finds none; plans can be built here: "
-                "python -m grengines.tensorrt.build"
+                "python -m grbench build-plan --out PLAN"
             )
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._target = "{}.{}".format(*torch.cuda.get_device_capability(self._device))
@@ -381,7 +381,8 @@ class TensorRTEngine:
     def _find(self, facts: plans.Facts, feeds: list[dict[str, Any]]) -> plans.Plan:
         if self._config.plan is None:
             return plans.cached(self._library, facts, self._model, self._catalogue, self._seed, feeds)
-        mend = "set engine.plan=null, and one is built, or build it: python -m grengines.tensorrt.build"
+        build = f"python -m grbench build-plan --out {self._config.plan}"
+        mend = f"set engine.plan=null, and one is built, or build it: {build}"
         return plans.load(Path(self._config.plan), facts, mend)
 
     def _columns(self, bucket: Bucket) -> int:
@@ -403,7 +404,7 @@ class TensorRTEngine:
 
 def _mend(config: TensorRTConfig) -> str:
     if config.plan is not None:
-        return "build a larger one (python -m grengines.tensorrt.build), or set engine.fallback=[hstu]"
+        return f"build a larger one (python -m grbench build-plan --out {config.plan}), or set engine.fallback=[hstu]"
     return "prepare it with requests as large, or set engine.fallback=[hstu]"
 
 

@@ -65,7 +65,9 @@ def no_gpu() -> str | None:
     """None if there is an NVIDIA driver, else that plans can only be built here."""
     if ctypes.util.find_library("cuda"):
         return None
-    return "plans execute on an NVIDIA GPU, which this machine has not; build them: python -m grengines.tensorrt.build"
+    return (
+        "plans execute on an NVIDIA GPU, which this machine lacks; build one: python -m grbench build-plan --out PLAN"
+    )
 
 
 def find(choice: str = "auto") -> Library:

@@ -19,8 +19,6 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from grengines.tensorrt.sample import SAVE
-
 OPSET = 21  # the first whose Q/DQ take fp16 scales and 8-bit floats
 KINDS = {"int8": (TensorProto.INT8, 127.0), "fp8": (TensorProto.FLOAT8E4M3FN, 448.0)}
 LEAST_SCALE = 2.0**-24  # the smallest number above 0 in fp16: zeros need a scale too
@@ -35,7 +33,7 @@ def quantise(source: Path, target: Path, kind: str, feeds: Sequence[Feed]) -> Pa
     """
     if not feeds:
         raise ValueError(
-            f"{kind} needs a calibration set; give requests: engine.calibration=16, or --requests FILE, from {SAVE}"
+            f"{kind} needs a calibration set; give requests: engine.calibration=16, or build for a workload's requests"
         )
     model = onnx.load(str(source))
     products = _products(model)

@@ -1,74 +1,73 @@
-"""What the sessions of kernelbench and cachesim share: rows as files, in MLflow and on the screen."""
+"""Sessions whose results are rows of a table: as files, in MLflow and on the screen."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from hydra.conf import HydraConf
-from hydra.types import RunMode
 from rich.console import Console
 
+from grbench.config.command import Invocation, Job
 from grbench.execution import results
 from grbench.tracking import where_to_look
 from grbench.tracking.rows import RowTracker
 
 
-class SideSession:
-    """One command's jobs. A subclass runs them, and says what `ok` is and what the tables are.
+class RowSession:
+    """The jobs of one invocation. A subclass runs them and defines `ok` and the tables.
 
-    config: has `output_root` and `tracking`. suffix: of the MLflow experiment's name.
+    first: the first job, whose `config` has `output_root` and `tracking`. command: as a user types it. suffix: appended
+    to the name of the MLflow experiment.
     """
 
-    def __init__(self, config: Any, hydra: HydraConf, *, command: str, suffix: str) -> None:
-        self._command = command
-        self._root = Path(config.output_root).absolute()
+    def __init__(self, first: Job, invocation: Invocation, *, command: str, suffix: str) -> None:
+        self._command = ["python", "-m", "grbench", command, *invocation.words]
+        self._root = Path(first.config.output_root).absolute()
         self._screen = Console(stderr=True)
-        self._files: list[tuple[Path, str]] = []  # of all jobs, and where in the MLflow run each goes
-        self._sweep = hydra.mode is RunMode.MULTIRUN
-        self._tracking = config.tracking
+        self._files: list[tuple[Path, str]] = []  # of all jobs, each with its folder in the MLflow run
+        self._sweep = invocation.sweep is not None
+        self._tracking = first.config.tracking
         self._tracker = RowTracker(
-            config.tracking,
+            self._tracking,
             self._root,
             command=command,
             suffix=suffix,
-            name=Path(hydra.sweep.dir if self._sweep else hydra.runtime.output_dir).name,
-            facts={"overrides": " ".join(sys.argv[1:])},
+            name=(invocation.sweep or first.folder).name,
+            facts={"overrides": " ".join(invocation.words)},
         )
 
     @property
     def ok(self) -> bool:
-        """Whether no row went wrong."""
+        """True if no row is wrong."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
         """The origin of a job that begins now, for its results file."""
-        return results.origin(["python", "-m", f"grbench.{self._command}", *sys.argv[1:]])
+        return results.origin(self._command)
 
     def print_tables(self) -> None:
-        """What the rows come to, on standard output."""
+        """Print the results on standard output."""
         raise NotImplementedError
 
     def keep(self, path: Path) -> None:
         """Attach a file of a job's folder to the MLflow run at the end."""
         self._files.append((path, path.parent.name if self._sweep else ""))
 
-    def say(self, text: str) -> None:
-        """One line of progress."""
+    def show(self, text: str) -> None:
+        """Print one line of progress."""
         self._screen.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def close(self, cut_short: str = "") -> int:
         """Print the tables and end the parent run. Returns 0, or 1 if a row is wrong. cut_short: what ended the jobs
-        early, in a word."""
+        early, in one word."""
         self._tracker.finish(self._files, self.ok and not cut_short)
         self.print_tables()
         if self._files:
             if cut_short:
-                self.say(f"{cut_short}; the rows above were finished and are kept")
+                self.show(f"{cut_short}; the rows above were finished and are kept")
             for folder in dict.fromkeys(path.parent for path, _ in self._files):
-                self.say(f"results and plots: {os.path.relpath(folder)}")
+                self.show(f"results and plots: {os.path.relpath(folder)}")
             if there := where_to_look(self._tracking, self._root):
-                self.say(f"compare: {there}")
+                self.show(f"compare: {there}")
         return 0 if self.ok else 1

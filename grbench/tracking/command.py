@@ -1,4 +1,4 @@
-"""`python -m grbench.tracking`: the MLflow UI of an output root, and records that MLflow has not seen."""
+"""`grbench ui` and `grbench import`: MLflow's pages of an output root, and records that MLflow does not have."""
 
 from __future__ import annotations
 
@@ -8,35 +8,57 @@ import os
 import socket
 import sqlite3
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from grbench.config.arguments import Arguments, CommandError
 from grbench.execution.records import one_line
 from grbench.tracking import import_records
 from grbench.tracking.config import MlflowConfig
 
 
-def main() -> int:
-    """Entry point. Exit codes: 0 done, 1 some records could not be logged, 2 what was asked for can't be done."""
-    parser = argparse.ArgumentParser(prog="python -m grbench.tracking", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    ui = commands.add_parser("ui", help="open MLflow's pages on this machine (127.0.0.1)")
-    ui.add_argument("--port", type=int, default=5000, help="(default: %(default)s)")
-    imports = commands.add_parser("import", help="log the records that have no run yet")
-    for command in (ui, imports):
-        command.add_argument("root", nargs="?", type=Path, default=Path("outputs"), help="(default: %(default)s)")
-    imports.add_argument("--uri", help="of the store (default: the sqlite file of the output root)")
-    imports.add_argument("--experiment", default=MlflowConfig.experiment, help="(default: %(default)s)")
-    args = parser.parse_args()
+def ui_parser() -> argparse.ArgumentParser:
+    """The flags of `grbench ui`."""
+    parser = Arguments("ui", "Open MLflow's pages on this machine (127.0.0.1).", ["ui", "ui outputs --port 5001"])
+    _add_root(parser)
+    parser.add_argument("--port", type=int, default=5000, help="(default: %(default)s)")
+    return parser
+
+
+def ui(words: Sequence[str]) -> int:
+    """Run `grbench ui`; the process becomes MLflow's server. Exit code 2: no database, or a port that is taken."""
+    args = ui_parser().parse_args(words)
     try:
-        if args.command == "ui":
-            open_ui(args.root, args.port)
-            return 0
+        open_ui(args.root, args.port)
+    except (ValueError, OSError) as e:
+        raise CommandError(one_line(e)) from e
+    return 0
+
+
+def import_parser() -> argparse.ArgumentParser:
+    """The flags of `grbench import`."""
+    about = "Log every record under a folder that has no MLflow run yet."
+    parser = Arguments("import", about, ["import outputs", "import outputs --uri http://127.0.0.1:5000"])
+    _add_root(parser)
+    parser.add_argument("--uri", help="of the store (default: the sqlite file of the output root)")
+    parser.add_argument("--experiment", default=MlflowConfig.experiment, help="(default: %(default)s)")
+    return parser
+
+
+def import_(words: Sequence[str]) -> int:
+    """Run `grbench import`. Exit codes: 0 done, 1 some records could not be logged, 2 there are no records."""
+    args = import_parser().parse_args(words)
+    try:
         logged, known, failed = import_records(args.root, MlflowConfig(uri=args.uri, experiment=args.experiment))
     except (ValueError, OSError) as e:
-        print(f"grbench.tracking: {one_line(e)}", file=sys.stderr)
-        return 2
+        raise CommandError(one_line(e)) from e
     print(f"{logged} records logged, {known} were there already, {failed} failed")
     return 1 if failed else 0
+
+
+def _add_root(parser: argparse.ArgumentParser) -> None:
+    where = "folder with records (default: %(default)s)"
+    parser.add_argument("root", nargs="?", type=Path, default=Path("outputs"), metavar="ROOT", help=where)
 
 
 def open_ui(root: Path, port: int) -> None:
@@ -64,7 +86,3 @@ def _latest_experiment(database: Path) -> str | None:
     except sqlite3.Error:  # only the link gets less direct
         return None
     return str(row[0]) if row else None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Flags of a subcommand, and the error that ends a command with one line."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+
+class CommandError(ValueError):
+    """A command cannot do what it was asked to. The message is one line; `code` is the exit code of the command."""
+
+    def __init__(self, message: object, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Arguments(argparse.ArgumentParser):
+    """The flags of `grbench NAME`, before, behind and between its overrides. A wrong flag raises CommandError.
+
+    name: the subcommand. about: what it does. examples: command lines for --help, without `python -m grbench`.
+    overrides: the Hydra overrides that it takes, in words; empty: none.
+    """
+
+    def __init__(self, name: str, about: str, examples: list[str], overrides: str = "") -> None:
+        super().__init__(
+            prog=f"grbench {name}",
+            description=about,
+            epilog="\n".join(["examples:", *(f"  python -m grbench {example}" for example in examples)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if overrides:
+            self.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides)
+            own = "folder with YAML files of your own, as conf/ has them"
+            self.add_argument("--config-dir", "-cd", metavar="FOLDER", help=own)
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message}; `python -m {self.prog} --help` lists the flags")

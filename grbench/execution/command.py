@@ -1,0 +1,21 @@
+"""`grbench run`: compose with Hydra, measure every cell, print one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grbench.config import command
+from grbench.config.command import Invocation, Job
+from grbench.config.compose import prepare_hydra
+from grbench.config.schema import to_spec
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command. Exit codes: 0 every cell is OK, 1 a cell failed, 2 the configuration is wrong, 130 Ctrl-C."""
+    return command.run("grbench", words, "config", prepare_hydra, to_spec, _session)
+
+
+def _session(first: Job, invocation: Invocation) -> command.Session:
+    from grbench.execution.session import CellSession  # imports rich, the runner and records: --help needs none of them
+
+    return CellSession(first.config[1], invocation)

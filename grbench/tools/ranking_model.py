@@ -1,0 +1,76 @@
+"""The ranking model and the catalogue that a command line names: by overrides, a weights file and flags."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from grbench import workloads
+from grbench.config.compose import compose_spec
+from grbench.config.schema import ConfigError, RunSpec
+from grengines.api import Catalogue
+
+OVERRIDES = "as of `grbench`: the model and its weights, the seed, the workload"
+
+
+def add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `compose_ranking` reads."""
+    source = "in the catalogue (default: the table in model.weights, else the workload)"
+    parser.add_argument("--items", type=int, help=source)
+    parser.add_argument("--actions", type=int, help=f"action bits of an event {source}")
+    parser.add_argument("--users", type=int, help="in the catalogue (default: 1 if the others are known)")
+
+
+def compose_ranking(args: argparse.Namespace) -> tuple[RunSpec, Catalogue]:
+    """The cell of `args.overrides`, whose model ranks, and its catalogue. Raises ConfigError.
+
+    The weights file records the options that it was trained with. They apply where no `model=` is given, and
+    `model.KEY=VALUE` still overrides them.
+    """
+    overrides = ["engine=hstu", *args.overrides]
+    spec, _ = compose_spec(overrides, args.config_dir)
+    shapes: dict[str, list[int]] = {}
+    if spec.model.weights:
+        path = Path(spec.model.weights)
+        trained, shapes = _read_weights(path)
+        if not any(override.startswith("model=") for override in args.overrides):
+            recorded = [f"model.{key}={json.dumps(value)}" for key, value in trained.items()]
+            spec, _ = compose_spec([*recorded, *overrides], args.config_dir)
+    return spec, _catalogue(args, spec, shapes)
+
+
+def _catalogue(args: argparse.Namespace, spec: RunSpec, shapes: dict[str, list[int]]) -> Catalogue:
+    items, users, actions = args.items, args.users, args.actions
+    for name, value, least in (("items", items, 1), ("users", users, 1), ("actions", actions, 0)):
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value}: allowed is >= {least}")
+    if shapes:
+        context_rows = min((users or 1) * spec.model.contextual_seq_len, spec.model.embedding_rows)
+        items = shapes["token_table"][0] - context_rows if items is None else items
+        actions = shapes["action_table"][0] if actions is None else actions
+    if items is not None and actions is not None:
+        return Catalogue(num_users=users or 1, num_items=items, num_actions=actions)
+    try:
+        known = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms).catalogue
+    except ValueError as e:
+        raise ConfigError(f"{e}; or give the catalogue: --items 1682 --users 943 --actions 2") from None
+    return Catalogue(
+        num_users=users or known.num_users,
+        num_items=items or known.num_items,
+        num_actions=known.num_actions if actions is None else actions,
+    )
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """The model's options in a weights file, and the shapes of its tables. Raises ConfigError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            model = json.loads((f.metadata() or {}).get("model", "{}"))
+            shapes = {name: f.get_slice(name).get_shape() for name in ("token_table", "action_table")}
+    except (OSError, SafetensorError, ValueError) as e:
+        raise ConfigError(f"{path}: no weights of a ranking model ({' '.join(str(e).split())})") from None
+    return dict(model), shapes

@@ -1,0 +1,113 @@
+"""The `grbench` command: its subcommands, their help, unknown words, shell completion."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Grbench
+
+import grbench
+from grbench.cli import SUBCOMMANDS, main
+
+Capture = pytest.CaptureFixture[str]
+COMPLETED = {  # typed: some of what it becomes, and what it must not become
+    "grbench ": ("doctor build-plan engine= seed=", "--help"),
+    "grbench si": ("sizing", "doctor seed="),
+    "grbench engine=": ("engine=hstu engine=vllm", "doctor"),
+    "grbench scenario=offline model=hstu_t": ("model=hstu_tiny", "model=dlrm_v3"),
+    "grbench run cache=l": ("cache=lru cache=lfu", "cache=none"),
+    "grbench kernels dty": ("dtype=", "kernels latency_limit_ms="),
+    "grbench cachesim polic": ("policies.", "kernels"),
+    "grbench sizing --": ("--items --precision", "--repeats"),
+    "grbench sizing --items 5 model=d": ("model=dlrm_v3", "model=hstu_tiny --items"),
+    "grbench export --precision int8 model.lay": ("model.layers=", "--precision"),
+    "grbench ui --p": ("--port", "--uri"),
+    "grbench import --": ("--uri --experiment", "--port"),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run in this process leave it as it was."""
+    monkeypatch.setattr(sys, "argv", ["grbench"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+
+def output(capsys: Capture, *words: str) -> str:
+    """What a command line that ends well prints."""
+    try:
+        code = main(words)
+    except SystemExit as ended:  # of --help
+        code = int(ended.code or 0)
+    printed = capsys.readouterr()
+    assert (code, printed.err) == (0, "")
+    return printed.out
+
+
+def test_help_lists_every_subcommand_on_one_screen(capsys: Capture) -> None:
+    lines = output(capsys, "--help").splitlines()
+    assert len(lines) < 50 and max(map(len, lines)) < 120
+    for name, command in SUBCOMMANDS.items():
+        assert f"  grbench {name:<11} {command.summary}" in lines
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_subcommand_has_help_with_an_example(capsys: Capture, name: str) -> None:
+    text = output(capsys, name, "--help")
+    assert f"python -m grbench {'' if name == 'run' else name}".rstrip() in text
+
+
+@pytest.mark.parametrize(
+    "word, line",
+    [
+        ("sizng", "sizng: no such command; nearest: sizing; commands: run, doctor, "),
+        ("kernelbench", "kernelbench: no such command; nearest: kernels; commands: run, "),
+        ("seed", "seed: no such command; commands: run, doctor, "),
+    ],
+)
+def test_an_unknown_word_is_one_line_with_the_nearest_commands(capsys: Capture, word: str, line: str) -> None:
+    assert main([word, "model=hstu_tiny"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(f"grbench: {line}") and printed.err.count("\n") == 1
+
+
+def test_the_version_is_the_packages(capsys: Capture) -> None:
+    assert output(capsys, "--version") == f"grbench {grbench.__version__}\n"
+
+
+def test_run_is_the_name_of_the_default(capsys: Capture) -> None:
+    named, default = (output(capsys, *words, "--cfg", "job", "seed=3") for words in ([], ["run"]))
+    assert named == default and "seed: 3" in named
+
+
+@pytest.mark.parametrize("typed", COMPLETED)
+def test_a_typed_line_is_completed(capsys: Capture, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    monkeypatch.setenv("COMP_LINE", typed)
+    found = set(output(capsys, "-sc", "query=bash").split())
+    some, none = (set(words.split()) for words in COMPLETED[typed])
+    assert some <= found and not none & found
+
+
+def test_bash_completes_subcommands(tmp_path: Path) -> None:
+    program = tmp_path / "grbench"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.argv[0] = \'grbench\'\n'
+                       'from grbench.cli import main; sys.exit(main())" "$@"\n')  # fmt: skip
+    program.chmod(0o755)
+    script = f"""
+PATH={tmp_path}:$PATH
+eval "$(grbench -sc install=bash)"
+COMP_LINE="grbench over" COMP_POINT=12 COMP_CWORD=1
+hydra_bash_completion
+echo "${{COMPREPLY[@]}}"
+"""
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "overhead\n", done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error(grbench: Grbench, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m grbench kernels --help | true"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
