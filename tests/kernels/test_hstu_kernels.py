@@ -190,7 +190,7 @@ COMPILE = """
 import sys
 import torch
 from grkernels.hstu_attention.cutlass import ELEMENTS, compile_kernel
-from grkernels.hstu_attention.sm90 import Attention, Tiles
+from grkernels.hstu_attention.sm90.kernel import Attention, Tiles
 for dtype, qk_dim, v_dim, tiles, page in (
     (torch.bfloat16, 128, 128, Tiles(128, 128, 2, True, True), 0),
     (torch.float16, 256, 256, Tiles(128, 64, 2, False, False), 32),

@@ -1,4 +1,4 @@
-"""HSTU attention in CuTe DSL for Hopper (sm90.py): compiled once for each element type, head size and tile size."""
+"""HSTU attention in CuTe DSL for Hopper (sm90/): compiled once for each element type, head size and tile size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grkernels import tuning
 from grkernels.cute_launch import Launcher
 from grkernels.hstu_attention.keys import tuning_key
 from grkernels.hstu_attention.reference import hstu_attention as reference
-from grkernels.hstu_attention.sm90 import Attention, Tiles
+from grkernels.hstu_attention.sm90.kernel import Attention, Tiles
 from grkernels.variant import KernelVariant
 
 ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}

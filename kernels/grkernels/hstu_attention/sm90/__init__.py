@@ -1,0 +1,1 @@
+"""HSTU attention for Hopper in CuTe DSL."""
