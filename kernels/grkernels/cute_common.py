@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, get_origin, get_type_hints
 
 import cuda.bindings.driver as cuda
 import cutlass
 import torch
-from cutlass import Float32, Int32, Int64, cute
+from cutlass import Float32, Float64, Int32, Int64, cute
 from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
@@ -22,44 +22,62 @@ WARP = 32
 _LETTERS = {Int32: "i", Int64: "q", Float32: "f"}  # of the module struct
 
 
+# Pointers of a kernel's signature, by the type of the values.
+ElementPointer = Annotated[cute.Pointer, None]  # the kernel's own element type, at a multiple of 16 bytes
+Float32Pointer = Annotated[cute.Pointer, Float32]  # at a multiple of 16 bytes
+Float64Pointer = Annotated[cute.Pointer, Float64]
+Int32Pointer = Annotated[cute.Pointer, Int32]
+Int64Pointer = Annotated[cute.Pointer, Int64]
+
+
 class Kernel(Protocol):
-    """Sizes and types that a kernel is compiled for; `launch` takes pointers, then numbers, then the stream."""
+    """A kernel and the sizes that it is compiled for."""
 
     @property
-    def launch(self) -> Any: ...
+    def dtype(self) -> Any:
+        """Element type."""
 
     @property
-    def pointers(self) -> tuple[Any, ...]:
-        """What each pointer points to; a type of ELEMENTS promises multiples of 16 bytes."""
+    def signature(self) -> type[tuple[Any, ...]]:
+        """Named tuple of the arguments: pointers as above, Int32, Int64 and Float32, and named tuples of these."""
 
     @property
-    def numbers(self) -> tuple[Any, ...]:
-        """Int32, Int64 or Float32 each."""
+    def launch(self) -> Any:
+        """Function of the arguments, as one named tuple, and of the stream."""
 
 
 def compile_kernel(kernel: Kernel, options: str = "") -> Any:
-    """Compile for the GPU here, or without one for that of the environment variable CUTE_DSL_ARCH (sm_90a)."""
-
-    def pointer(dtype: Any) -> Any:
-        align = VECTOR_BYTES if dtype in ELEMENTS.values() else dtype.width // 8
-        return make_ptr(dtype, 0, cute.AddressSpace.gmem, assumed_align=align)
-
+    """Compile for this machine's GPU, or without a GPU for that of the environment variable CUTE_DSL_ARCH (sm_90a)."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own advice to its caller, such as which loops to unroll
-        return cute.compile(
-            kernel.launch,
-            *map(pointer, kernel.pointers),
-            *(number(1) for number in kernel.numbers),
-            cuda.CUstream(0),
-            options=options,
-        )
+        warnings.simplefilter("ignore")  # the compiler's advice to its caller, such as which loops to unroll
+        return cute.compile(kernel.launch, _example(kernel.signature, kernel.dtype), cuda.CUstream(0), options=options)
 
 
 def launcher(kernel: Kernel) -> Launcher:
-    """Compile for the GPU here; call with addresses, numbers and the stream's address."""
+    """Compile for this machine's GPU. Call the result with the arguments' values, flattened, and the stream's address:
+    addresses for pointers."""
     tuning.note_compiled(type(kernel).__module__)
-    letters = "P" * len(kernel.pointers) + "".join(_LETTERS[number] for number in kernel.numbers) + "P"
-    return Launcher(compile_kernel(kernel), letters)
+    return Launcher(compile_kernel(kernel), _letters(kernel.signature) + "P")
+
+
+def _fields(signature: Any) -> list[Any]:
+    return list(get_type_hints(signature, include_extras=True).values())
+
+
+def _example(kind: Any, element: Any) -> Any:
+    """Return an argument to compile with."""
+    if hasattr(kind, "_fields"):
+        return kind(*(_example(field, element) for field in _fields(kind)))
+    if get_origin(kind) is Annotated:
+        values = kind.__metadata__[0] or element
+        align = VECTOR_BYTES if values in ELEMENTS.values() else values.width // 8
+        return make_ptr(values, 0, cute.AddressSpace.gmem, assumed_align=align)
+    return kind(1)
+
+
+def _letters(kind: Any) -> str:
+    """Return the types of the values of an argument, as the module struct writes them."""
+    return "".join(map(_letters, _fields(kind))) if hasattr(kind, "_fields") else _LETTERS.get(kind, "P")
 
 
 def stream(device: torch.device) -> int:

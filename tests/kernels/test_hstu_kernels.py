@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -189,8 +189,9 @@ def test_refusals_name_the_variants_that_would_do() -> None:
 COMPILE = """
 import sys
 import torch
-from grkernels.hstu_attention.cutlass import ELEMENTS, compile_kernel
-from grkernels.hstu_attention.sm90.kernel import Attention, Tiles
+from grkernels.cute_common import ELEMENTS, compile_kernel
+from grkernels.hstu_attention.sm90.kernel import Attention
+from grkernels.hstu_attention.sm90.sizes import Tiles
 for dtype, qk_dim, v_dim, tiles, page in (
     (torch.bfloat16, 128, 128, Tiles(128, 128, 2, True, True), 0),
     (torch.float16, 256, 256, Tiles(128, 64, 2, False, False), 32),
@@ -210,6 +211,62 @@ def test_cute_kernels_compile_for_hopper(tmp_path: Path) -> None:
     env = {**os.environ, "CUTE_DSL_ARCH": "sm_90a"}
     done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+
+
+def names(signature: Any, prefix: str = "") -> list[str]:
+    """Fields of nested named tuples, flattened as the launcher takes them: "q.data", ..."""
+    if not hasattr(signature, "_fields"):
+        return [prefix]
+    fields = get_type_hints(signature).items()
+    return [name for field, kind in fields for name in names(kind, f"{prefix}.{field}".strip("."))]
+
+
+@pytest.mark.skipif(find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
+def test_cute_launches_with_the_values_that_its_signature_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are positional, for speed. On a GPU the results depend on them; here each is compared with its name."""
+    from grkernels import cute_common
+    from grkernels.hstu_attention import cutlass
+    from grkernels.hstu_attention.sm90.kernel import Arguments
+
+    launches: list[tuple[float, ...]] = []
+    monkeypatch.setattr(cute_common, "launcher", lambda kernel: lambda *values: launches.append(values))
+    monkeypatch.setattr(cute_common, "processors", lambda device: 132)
+    monkeypatch.setattr(cute_common, "stream", lambda device: 99)
+    cutlass._compiled.cache_clear()
+    case = Case([900, 800, 300], [3, 2, 0], [20, 17, 1], page=32, contextual=4, window=100).build(torch.bfloat16)
+    o = case.options
+    with tuning.forced("hstu_attention", "cutlass", {**cutlass.CANDIDATES[0], "m": 64, "n": 64}):
+        out = cutlass.hstu_attention(**o)
+    cutlass._compiled.cache_clear()
+    *values, stream = launches[0]
+    launched = dict(zip(names(Arguments), values, strict=True))
+    assert stream == 99 and launched.pop("counter") + 16 == launched.pop("sharing.arrivals") > 16
+    assert launched.pop("sharing.partials") and launched == {
+        **{f"{x}.data": o[x].data_ptr() for x in ("q", "k", "v", "k_pages", "v_pages")},
+        **{f"{x}.stride": o[x].stride(0) for x in ("q", "k", "v")},
+        **{f"{x}.head_stride": o[x].stride(-2) for x in ("q", "k", "v", "k_pages", "v_pages")},
+        **{f"{x}.page_stride": o[x].stride(0) for x in ("k_pages", "v_pages")},
+        **{f"{x}.slot_stride": o[x].stride(1) for x in ("k_pages", "v_pages")},
+        "kv_rows": o["k"].shape[0],
+        "output.data": out.data_ptr(),
+        "output.scale": 1 / 64,
+        "batch.q_offsets": o["q_offsets"].data_ptr(),
+        "batch.kv_offsets": o["kv_offsets"].data_ptr(),
+        "batch.num_targets": o["num_targets"].data_ptr(),
+        "batch.q_rows": o["q"].shape[0],
+        "batch.heads": 2,
+        "batch.sequences": 3,
+        "batch.limits.contextual": 4,
+        "batch.limits.window": 100,
+        "batch.has_targets": 1,
+        "pages": o["k_pages"].shape[0],
+        "page_table.pages": o["page_table"].data_ptr(),
+        "page_table.stride": o["page_table"].stride(0),
+        "page_table.lengths": o["paged_lengths"].data_ptr(),
+        "sharing.splits": 3,  # 15 tiles of 64 keys, at least 4 each
+        "half_alpha": o["alpha"] / 2,
+        "ctas": 18,  # 3 sequences, 2 heads, 3 shares
+    }
 
 
 # On a GPU.

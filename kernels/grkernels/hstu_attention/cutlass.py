@@ -1,30 +1,24 @@
-"""HSTU attention in CuTe DSL for Hopper (sm90/): compiled once for each element type, head size and tile size."""
+"""HSTU attention in CuTe DSL for Hopper (sm90/), compiled once for each element type, head size and tile size."""
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
-from typing import Any
+from math import gcd
 
-import cuda.bindings.driver as cuda
-import cutlass
 import torch
-from cutlass import Float32, Int32, Int64, cute
-from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
-from grkernels import tuning
+from grkernels import cute_common, tuning
+from grkernels.cute_common import ELEMENTS
 from grkernels.cute_launch import Launcher
 from grkernels.hstu_attention.keys import tuning_key
 from grkernels.hstu_attention.reference import hstu_attention as reference
-from grkernels.hstu_attention.sm90.kernel import Attention, Tiles
+from grkernels.hstu_attention.sm90.kernel import Attention
+from grkernels.hstu_attention.sm90.sizes import Tiles
 from grkernels.variant import KernelVariant
 
-ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
-SHARED_BYTES = 227 * 1024
-ARGUMENTS = "PPPPPPPPPPPPPPiiiiiqqqqqqiqqqqqqqiiiffiP"  # of Attention.launch, in struct's letters
 TILES_A_SPLIT = 4  # at least, of an item that several CTAs share: adding up costs about two
-BARRIER_BYTES = 1024  # at most: barriers, then alignment
+NO_PAGES: tuple[int, ...] = (0,) * 12  # values of the fields k_pages to page_table of sm90.kernel.Arguments
 
 CANDIDATES = [
     {"m": m, "n": n, "stages": stages, "take_turns": turns, "dynamic": dynamic}
@@ -70,25 +64,24 @@ def hstu_attention(
     Raises ValueError for q, k or v whose rows and heads don't begin at
     multiples of 16 bytes, which TMA demands.
     """
-    heads, batch, (qk_dim, v_dim) = q.shape[1], q_offsets.shape[0] - 1, (q.shape[2], v.shape[2])
+    heads, batch = q.shape[1], q_offsets.shape[0] - 1
     if 0 in (q.shape[0], batch, max_q_len):
-        return v.new_zeros(q.shape[0], heads, v_dim)
-    out = v.new_empty(q.shape[0], heads, v_dim)
-    page: int = 0
-    pointers: tuple[int, ...] = (0,) * 4
-    strides: tuple[int, ...] = (0,) * 8
-    tensors = [("q", q), ("k", k), ("v", v)]
+        return v.new_zeros(q.shape[0], heads, v.shape[2])
+    out = v.new_empty(q.shape[0], heads, v.shape[2])
+    _check_rows("q", q)
+    _check_rows("k", k)
+    _check_rows("v", v)
+    page, pages = 0, NO_PAGES
     if k_pages is not None and v_pages is not None and page_table is not None and paged_lengths is not None:
-        tensors += [("k_pages", k_pages), ("v_pages", v_pages)]
+        _check_rows("k_pages", k_pages)
+        _check_rows("v_pages", v_pages)
         page = k_pages.shape[1]
-        pointers = (k_pages.data_ptr(), v_pages.data_ptr(), page_table.data_ptr(), paged_lengths.data_ptr())
-        strides = (k_pages.shape[0], page_table.stride(0), *k_pages.stride()[:3], *v_pages.stride()[:3])
-    for name, x in tensors:
-        if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:-1]) or x.stride(-1) != 1:
-            raise ValueError(
-                f"{name}: strides {x.stride()} and address {x.data_ptr():#x}; rows and heads must begin at multiples "
-                "of 16 bytes and be contiguous; call .contiguous() or use kernel.hstu_attention=triton"
-            )
+        pages = (
+            *(k_pages.data_ptr(), *k_pages.stride()[:3]),
+            *(v_pages.data_ptr(), *v_pages.stride()[:3]),
+            k_pages.shape[0],
+            *(page_table.data_ptr(), page_table.stride(0), paged_lengths.data_ptr()),
+        )
     config = tuning.choose(
         "hstu_attention",
         "cutlass",
@@ -106,43 +99,49 @@ def hstu_attention(
         _default(q, v, batch, max_q_len),
     )
     m, items = config["m"], batch * heads * -(-max_q_len // config["m"])
-    processors = _processors(q.device.index)
+    processors = cute_common.processors(q.device.index)
     splits = _splits(items, -(-max_kv_len // config["n"]), processors)
-    # In one allocation, cleared once: the counter of items, then who has arrived at each shared one.
-    counts = splits > 1 and items * m // 16
-    counter = torch.zeros(4 + counts, dtype=torch.int32, device=q.device) if config["dynamic"] or counts else None
-    partials = torch.empty(items * splits * m * v_dim, dtype=torch.float32, device=q.device) if counts else None
-    run = _compiled(q.dtype, qk_dim, v_dim, page, **config, split=splits > 1)
-    run(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
+    counter, partials = None, None
+    if splits > 1:
+        partials = torch.empty(items * splits * m * v.shape[2], dtype=torch.float32, device=q.device)
+    if splits > 1 or config["dynamic"]:
+        # One allocation, cleared once: the counter of items, then 16 bytes on the arrivals of each item's warps.
+        arrivals = items * m // 16 if splits > 1 else 0
+        counter = torch.zeros(4 + arrivals, dtype=torch.int32, device=q.device)
+    run = _compiled(q.dtype, q.shape[2], v.shape[2], page, **config, split=splits > 1)
+    run(  # the fields of sm90.kernel.Arguments, then the stream
+        *(q.data_ptr(), *q.stride()[:2]),
+        *(k.data_ptr(), *k.stride()[:2]),
+        *(v.data_ptr(), *v.stride()[:2]),
+        k.shape[0],
         out.data_ptr(),
+        1.0 / scaling_seqlen,
         q_offsets.data_ptr(),
         kv_offsets.data_ptr(),
         0 if num_targets is None else num_targets.data_ptr(),
-        *pointers,
+        *(q.shape[0], heads, batch),
+        *(contextual_seq_len, max_attn_len),
+        int(num_targets is not None),
+        *pages,
         0 if counter is None else counter.data_ptr(),
         0 if partials is None else partials.data_ptr(),
         0 if counter is None else counter.data_ptr() + 16,
         splits,
-        q.shape[0],
-        k.shape[0],
-        heads,
-        batch,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *strides,
-        contextual_seq_len,
-        max_attn_len,
-        int(num_targets is not None),
         alpha / 2,
-        1.0 / scaling_seqlen,
         min(processors, items * splits),
-        torch.cuda.current_stream(q.device.index).cuda_stream,
+        cute_common.stream(q.device),
     )
     return out
+
+
+def _check_rows(name: str, x: Tensor) -> None:
+    """Raise ValueError unless rows and heads begin at multiples of 16 bytes and are contiguous."""
+    *strides, last = x.stride()
+    if x.data_ptr() % 16 or gcd(8, *strides) != 8 or last != 1:
+        raise ValueError(
+            f"{name}: strides {x.stride()} and address {x.data_ptr():#x}; rows and heads must begin at multiples "
+            "of 16 bytes and be contiguous; call .contiguous() or use kernel.hstu_attention=triton"
+        )
 
 
 def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0) -> str | None:
@@ -162,7 +161,7 @@ def _default(q: Tensor, v: Tensor, batch: int, max_q_len: int) -> dict[str, int]
     """Tiles where nothing was tuned: as many keys as leave room for two stages; 64 rows where that still gives no
     CTA a second item; work handed out on demand where there is enough of it to pay for clearing the counter."""
     widest, streams = max(q.shape[2], v.shape[2]), batch * q.shape[1]
-    processors = _processors(q.device.index)
+    processors = cute_common.processors(q.device.index)
     small = streams * -(-max_q_len // 64) <= processors
     return {
         "m": 64 if small else 128,
@@ -191,59 +190,10 @@ def _compiled(
     take_turns: int,
     dynamic: int,
     split: bool = False,
-) -> Any:
-    """Raises ValueError for tiles that don't fit in shared memory, or into pages."""
-    if page and n % page and page % n:
-        raise ValueError(f"n={n}: tiles must be whole pages of {page} tokens, or whole parts of one")
-    shared = 2 * (m * qk_dim + stages * n * (qk_dim + v_dim)) + BARRIER_BYTES
-    if shared > SHARED_BYTES:
-        raise ValueError(f"m={m} n={n} stages={stages} need {shared} bytes of shared memory; there are {SHARED_BYTES}")
-    kernel = Attention(
-        ELEMENTS[dtype], qk_dim, v_dim, Tiles(m, n, stages, bool(take_turns), bool(dynamic), split), page
-    )
-    tuning.note_compiled(__name__)
-    return Launcher(compile_kernel(kernel), ARGUMENTS)
-
-
-def compile_kernel(kernel: Attention, options: str = "") -> Any:
-    """Compile for the GPU here, or without one for that of the environment variable CUTE_DSL_ARCH (sm_90a)."""
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own advice to its caller, such as which loops to unroll
-        return _compile(kernel, options)
-
-
-def _compile(kernel: Attention, options: str) -> Any:
-    def pointer(dtype: Any) -> Any:
-        align = 16 if dtype is kernel.dtype else dtype.width // 8
-        return make_ptr(dtype, 0, cute.AddressSpace.gmem, assumed_align=align)
-
-    return cute.compile(
-        kernel.launch,
-        *(pointer(kernel.dtype) for _ in range(4)),
-        *(pointer(Int64) for _ in range(3)),
-        *(pointer(kernel.dtype) for _ in range(2)),
-        pointer(Int32),
-        pointer(Int64),
-        pointer(Int32),
-        make_ptr(Float32, 0, cute.AddressSpace.gmem, assumed_align=16),
-        pointer(Int32),
-        *(Int32(1) for _ in range(5)),
-        *(Int64(8) for _ in range(6)),
-        Int32(1),
-        *(Int64(8) for _ in range(7)),
-        *(Int32(0) for _ in range(3)),
-        Float32(1.0),
-        Float32(1.0),
-        Int32(1),
-        cuda.CUstream(0),
-        options=options,
-    )
-
-
-@cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+) -> Launcher:
+    """Compile, or raise ValueError for tiles that don't fit in shared memory or into pages."""
+    tiles = Tiles(m, n, stages, bool(take_turns), bool(dynamic), split)
+    return cute_common.launcher(Attention(ELEMENTS[dtype], qk_dim, v_dim, tiles, page))
 
 
 VARIANT = KernelVariant("hstu_attention", "cutlass", hstu_attention, reference, supports)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -24,7 +24,7 @@ from cutlass.memory import SmemAllocator
 from torch import Tensor
 
 from grkernels import cute_common, tuning
-from grkernels.cute_common import ELEMENTS, WARP, ahead
+from grkernels.cute_common import ELEMENTS, WARP, ElementPointer, ahead
 from grkernels.cute_launch import Launcher
 from grkernels.interaction.reference import interaction as reference
 from grkernels.variant import KernelVariant
@@ -40,6 +40,17 @@ CANDIDATES = [
 ]
 
 
+class Arguments(NamedTuple):
+    """Arguments of a launch, in order."""
+
+    x: ElementPointer  # [B, features, dim]
+    out: ElementPointer  # [B, width]
+    B: Int32
+    sample_stride: Int64
+    feature_stride: Int64
+    ctas: Int32
+
+
 @dataclass(frozen=True)
 class Interaction:
     """The kernel for one element type, size of samples and CTA."""
@@ -49,11 +60,7 @@ class Interaction:
     dim: int
     warps: int
 
-    numbers = (Int32, Int64, Int64, Int32)
-
-    @property
-    def pointers(self) -> tuple[Any, ...]:
-        return (self.dtype,) * 2
+    signature = Arguments
 
     @property
     def width(self) -> int:
@@ -87,24 +94,11 @@ class Interaction:
         return [(i, j) for i in range(self.groups // 2) for j in range(2 * i, columns)]
 
     @cute.jit
-    def launch(
-        self,
-        x: cute.Pointer,
-        out: cute.Pointer,
-        B: Int32,
-        sample_stride: Int64,
-        feature_stride: Int64,
-        ctas: Int32,
-        stream: cuda.CUstream,
-    ) -> None:
-        self._kernel(x, out, B, sample_stride, feature_stride).launch(
-            grid=(ctas, 1, 1), block=(WARP, self.warps, 1), stream=stream
-        )
+    def launch(self, args: Arguments, stream: cuda.CUstream) -> None:
+        self._kernel(args).launch(grid=(args.ctas, 1, 1), block=(WARP, self.warps, 1), stream=stream)
 
     @cute.kernel
-    def _kernel(
-        self, x: cute.Pointer, out: cute.Pointer, B: Int32, sample_stride: Int64, feature_stride: Int64
-    ) -> None:
+    def _kernel(self, args: Arguments) -> None:
         lane, own, _ = cute.arch.thread_idx()
         own = cute.arch.make_warp_uniform(own)
         sample = cute.arch.block_idx()[0] * self.warps + own
@@ -118,22 +112,22 @@ class Interaction:
         products.fill(0.0)
 
         step = Int32(0)
-        if sample < B:
-            self._load(part, ahead(x, sample * sample_stride, VECTOR), feature_stride, lane, step)
-        while sample < B:
+        if sample < args.B:
+            self._load(part, ahead(args.x, sample * args.sample_stride, VECTOR), args.feature_stride, lane, step)
+        while sample < args.B:
             shift = Int64(sample) * self.width % VECTOR
             to = ahead(staged, Int32(shift), gcd(self.width, VECTOR))
             self._stage_dense(part, to, lane, step)
             self._multiply(part, products)
             now, last = sample, step == self.steps - 1
             sample, step = (sample + spread, Int32(0)) if last else (sample, step + 1)
-            if sample < B:
-                self._load(part, ahead(x, sample * sample_stride, VECTOR), feature_stride, lane, step)
+            if sample < args.B:
+                self._load(part, ahead(args.x, sample * args.sample_stride, VECTOR), args.feature_stride, lane, step)
             if last:
                 self._stage_products(products, to, lane)
                 products.fill(0.0)
                 cute.arch.sync_warp()
-                self._store(staged, ahead(out, Int64(now) * self.width - shift, VECTOR), Int32(shift), lane)
+                self._store(staged, ahead(args.out, Int64(now) * self.width - shift, VECTOR), Int32(shift), lane)
                 cute.arch.sync_warp()
 
     @cute.jit

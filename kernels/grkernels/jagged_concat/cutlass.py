@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -13,7 +13,7 @@ from cutlass import Int32, Int64, cute
 from torch import Tensor
 
 from grkernels import cute_common, tuning
-from grkernels.cute_common import ELEMENTS, WARP, ahead, load_row, store_row
+from grkernels.cute_common import ELEMENTS, WARP, ElementPointer, Int64Pointer, ahead, load_row, store_row
 from grkernels.cute_launch import Launcher
 from grkernels.jagged_concat.reference import jagged_concat as reference
 from grkernels.variant import KernelVariant
@@ -22,6 +22,20 @@ MAX_WIDTH = 4096  # a row must fit the registers of one warp
 
 # rows: of a warp, all under way at once; warps: of a CTA.
 CANDIDATES = [{"rows": rows, "warps": warps} for rows in (1, 2, 4) for warps in (1, 2, 4, 8)]
+
+
+class Arguments(NamedTuple):
+    """Arguments of a launch, in order."""
+
+    first: ElementPointer
+    second: ElementPointer
+    out: ElementPointer  # [rows, width]
+    first_offsets: Int64Pointer  # [B + 1]
+    second_offsets: Int64Pointer  # [B + 1]
+    rows: Int32  # of out
+    B: Int32
+    first_stride: Int64
+    second_stride: Int64
 
 
 @dataclass(frozen=True)
@@ -34,59 +48,30 @@ class Concat:
     rows: int
     warps: int
 
-    numbers = (Int32, Int32, Int64, Int64)
-
-    @property
-    def pointers(self) -> tuple[Any, ...]:
-        return (self.dtype, self.dtype, self.dtype, Int64, Int64)
+    signature = Arguments
 
     @cute.jit
-    def launch(
-        self,
-        first: cute.Pointer,
-        second: cute.Pointer,
-        out: cute.Pointer,
-        first_offsets: cute.Pointer,
-        second_offsets: cute.Pointer,
-        rows: Int32,
-        B: Int32,
-        first_stride: Int64,
-        second_stride: Int64,
-        stream: cuda.CUstream,
-    ) -> None:
+    def launch(self, args: Arguments, stream: cuda.CUstream) -> None:
         own = self.rows * self.warps
-        self._kernel(first, second, out, first_offsets, second_offsets, rows, B, first_stride, second_stride).launch(
-            grid=((rows + own - 1) // own, 1, 1), block=(WARP, self.warps, 1), stream=stream
-        )
+        self._kernel(args).launch(grid=((args.rows + own - 1) // own, 1, 1), block=(WARP, self.warps, 1), stream=stream)
 
     @cute.kernel
-    def _kernel(
-        self,
-        first: cute.Pointer,
-        second: cute.Pointer,
-        out: cute.Pointer,
-        first_offsets: cute.Pointer,
-        second_offsets: cute.Pointer,
-        rows: Int32,
-        B: Int32,
-        first_stride: Int64,
-        second_stride: Int64,
-    ) -> None:
+    def _kernel(self, args: Arguments) -> None:
         lane, begin = place_of(self.rows, self.warps)
-        end = first_offsets[B] + second_offsets[B]
+        end = args.first_offsets[args.B] + args.second_offsets[args.B]
         sources, targets, real = [], [], []
         for i in cutlass.range_constexpr(self.rows):
             row = Int64(begin + i)
-            b = sequence_of(row, (first_offsets, second_offsets), B, lane, self.steps)
+            b = sequence_of(row, (args.first_offsets, args.second_offsets), args.B, lane, self.steps)
             # Before row `row`, of sequence b, lie all rows of `second` of the sequences before b, and so on.
-            first_end, second_begin = first_offsets[b + 1], second_offsets[b]
-            source = ahead(second, (row - first_end) * second_stride, cute_common.vector(self.dtype))
+            first_end, second_begin = args.first_offsets[b + 1], args.second_offsets[b]
+            source = ahead(args.second, (row - first_end) * args.second_stride, cute_common.vector(self.dtype))
             if row < first_end + second_begin:
-                source = ahead(first, (row - second_begin) * first_stride, cute_common.vector(self.dtype))
+                source = ahead(args.first, (row - second_begin) * args.first_stride, cute_common.vector(self.dtype))
             sources.append(source)
-            targets.append(ahead(out, row * self.width, 8))
+            targets.append(ahead(args.out, row * self.width, 8))
             real.append(row < end)
-        copy_rows(sources, targets, real, self.width, lane, rows - begin)
+        copy_rows(sources, targets, real, self.width, lane, args.rows - begin)
 
 
 @cute.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -13,7 +13,7 @@ from cutlass import Int32, Int64, cute
 from torch import Tensor
 
 from grkernels import cute_common, tuning
-from grkernels.cute_common import ELEMENTS, WARP, ahead
+from grkernels.cute_common import ELEMENTS, WARP, ElementPointer, Int64Pointer, ahead
 from grkernels.cute_launch import Launcher
 from grkernels.jagged_concat.cutlass import CANDIDATES as CANDIDATES
 from grkernels.jagged_concat.cutlass import (
@@ -29,6 +29,20 @@ from grkernels.jagged_split.reference import jagged_split as reference
 from grkernels.variant import KernelVariant
 
 
+class Arguments(NamedTuple):
+    """Arguments of a launch, in order."""
+
+    x: ElementPointer
+    first: ElementPointer  # [first_rows, width]
+    second: ElementPointer  # [second_rows, width]
+    first_offsets: Int64Pointer  # [B + 1]
+    second_offsets: Int64Pointer  # [B + 1]
+    first_rows: Int32
+    second_rows: Int32
+    B: Int32
+    stride: Int64  # of x
+
+
 @dataclass(frozen=True)
 class Split:
     """The kernel for one element type, width, launch configuration and number of search steps."""
@@ -39,56 +53,31 @@ class Split:
     rows: int
     warps: int
 
-    numbers = (Int32, Int32, Int32, Int64)
-
-    @property
-    def pointers(self) -> tuple[Any, ...]:
-        return (self.dtype, self.dtype, self.dtype, Int64, Int64)
+    signature = Arguments
 
     @cute.jit
-    def launch(
-        self,
-        x: cute.Pointer,
-        first: cute.Pointer,
-        second: cute.Pointer,
-        first_offsets: cute.Pointer,
-        second_offsets: cute.Pointer,
-        first_rows: Int32,
-        second_rows: Int32,
-        B: Int32,
-        stride: Int64,
-        stream: cuda.CUstream,
-    ) -> None:
+    def launch(self, args: Arguments, stream: cuda.CUstream) -> None:
         own = self.rows * self.warps
-        self._kernel(x, first, second, first_offsets, second_offsets, first_rows, second_rows, B, stride).launch(
-            grid=((first_rows + second_rows + own - 1) // own, 1, 1), block=(WARP, self.warps, 1), stream=stream
+        self._kernel(args).launch(
+            grid=((args.first_rows + args.second_rows + own - 1) // own, 1, 1),
+            block=(WARP, self.warps, 1),
+            stream=stream,
         )
 
     @cute.kernel
-    def _kernel(
-        self,
-        x: cute.Pointer,
-        first: cute.Pointer,
-        second: cute.Pointer,
-        first_offsets: cute.Pointer,
-        second_offsets: cute.Pointer,
-        first_rows: Int32,
-        second_rows: Int32,
-        B: Int32,
-        stride: Int64,
-    ) -> None:
+    def _kernel(self, args: Arguments) -> None:
         lane, begin = place_of(self.rows, self.warps)
         sources, targets, real = [], [], []
         for i in cutlass.range_constexpr(self.rows):
             # In x, the first part of sequence b comes before its second part: b + 1 of them in all.
-            row, own, other, out = Int64(begin + i), first_offsets, second_offsets, first
-            if begin + i >= first_rows:
-                row, own, other, out = row - first_rows, second_offsets, first_offsets + 1, second
-            source = row + other[sequence_of(row, (own,), B, lane, self.steps)]
-            sources.append(ahead(x, source * stride, cute_common.vector(self.dtype)))
+            row, own, other, out = Int64(begin + i), args.first_offsets, args.second_offsets, args.first
+            if begin + i >= args.first_rows:
+                row, own, other, out = row - args.first_rows, args.second_offsets, args.first_offsets + 1, args.second
+            source = row + other[sequence_of(row, (own,), args.B, lane, self.steps)]
+            sources.append(ahead(args.x, source * args.stride, cute_common.vector(self.dtype)))
             targets.append(ahead(out, row * self.width, 8))
-            real.append(row < own[B])
-        copy_rows(sources, targets, real, self.width, lane, first_rows + second_rows - begin)
+            real.append(row < own[args.B])
+        copy_rows(sources, targets, real, self.width, lane, args.first_rows + args.second_rows - begin)
 
 
 def jagged_split(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -14,7 +14,7 @@ from cutlass.memory import SmemAllocator
 from torch import Tensor
 
 from grkernels import cute_common, tuning
-from grkernels.cute_common import ELEMENTS, WARP, ahead, load_row, rounded, store_row, wide
+from grkernels.cute_common import ELEMENTS, WARP, ElementPointer, ahead, load_row, rounded, store_row, wide
 from grkernels.cute_launch import Launcher
 from grkernels.layer_norm.reference import layer_norm as reference
 from grkernels.variant import KernelVariant
@@ -29,6 +29,18 @@ CANDIDATES = [
 ]
 
 
+class Arguments(NamedTuple):
+    """Arguments of a launch, in order."""
+
+    x: ElementPointer  # [L, width], rows `stride` elements apart
+    weight: ElementPointer  # [width]
+    bias: ElementPointer  # [width]
+    out: ElementPointer  # [L, width]
+    L: Int32
+    stride: Int64
+    eps: Float32
+
+
 @dataclass(frozen=True)
 class LayerNorm:
     """The kernel for one element type, width and launch configuration."""
@@ -38,44 +50,21 @@ class LayerNorm:
     warps: int
     rows: int
 
-    numbers = (Int32, Int64, Float32)
-
-    @property
-    def pointers(self) -> tuple[Any, ...]:
-        return (self.dtype,) * 4
+    signature = Arguments
 
     @cute.jit
-    def launch(
-        self,
-        x: cute.Pointer,
-        weight: cute.Pointer,
-        bias: cute.Pointer,
-        out: cute.Pointer,
-        L: Int32,
-        stride: Int64,
-        eps: Float32,
-        stream: cuda.CUstream,
-    ) -> None:
-        self._kernel(x, weight, bias, out, L, stride, eps).launch(
-            grid=((L + self.rows - 1) // self.rows, 1, 1), block=(WARP * self.warps, self.rows, 1), stream=stream
+    def launch(self, args: Arguments, stream: cuda.CUstream) -> None:
+        self._kernel(args).launch(
+            grid=((args.L + self.rows - 1) // self.rows, 1, 1), block=(WARP * self.warps, self.rows, 1), stream=stream
         )
 
     @cute.kernel
-    def _kernel(
-        self,
-        x: cute.Pointer,
-        weight: cute.Pointer,
-        bias: cute.Pointer,
-        out: cute.Pointer,
-        L: Int32,
-        stride: Int64,
-        eps: Float32,
-    ) -> None:
-        row, place = place_of(self.width, self.warps, self.rows, L)
+    def _kernel(self, args: Arguments) -> None:
+        row, place = place_of(self.width, self.warps, self.rows, args.L)
         size = cute_common.vector(self.dtype)
-        values = wide(load_row(ahead(x, row * stride, size), *place))
-        y = normed(values, weight, bias, eps, *place)
-        store_row(rounded(y, self.dtype), ahead(out, row * self.width, 8), *place)
+        values = wide(load_row(ahead(args.x, row * args.stride, size), *place))
+        y = normed(values, args.weight, args.bias, args.eps, *place)
+        store_row(rounded(y, self.dtype), ahead(args.out, row * self.width, 8), *place)
 
 
 @cute.jit

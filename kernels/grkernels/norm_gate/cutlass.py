@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import torch
@@ -12,7 +12,7 @@ from cutlass import Float32, Int32, Int64, cute
 from torch import Tensor
 
 from grkernels import cute_common, tuning
-from grkernels.cute_common import ELEMENTS, WARP, ahead, load_row, rounded, store_row, wide
+from grkernels.cute_common import ELEMENTS, WARP, ElementPointer, ahead, load_row, rounded, store_row, wide
 from grkernels.cute_launch import Launcher
 from grkernels.layer_norm.cutlass import CANDIDATES as CANDIDATES
 from grkernels.layer_norm.cutlass import default_config, normed, place_of, supports, tuning_key
@@ -20,6 +20,20 @@ from grkernels.norm_gate.reference import norm_gate as reference
 from grkernels.variant import KernelVariant
 
 LOG2_E = 1.4426950408889634
+
+
+class Arguments(NamedTuple):
+    """Arguments of a launch, in order."""
+
+    u: ElementPointer  # [L, width], as a
+    a: ElementPointer
+    weight: ElementPointer  # [width]
+    bias: ElementPointer  # [width]
+    out: ElementPointer  # [L, 3 width]
+    L: Int32
+    u_stride: Int64
+    a_stride: Int64
+    eps: Float32
 
 
 @dataclass(frozen=True)
@@ -31,54 +45,27 @@ class NormGate:
     warps: int  # of a row
     rows: int  # of a CTA
 
-    @property
-    def pointers(self) -> tuple[Any, ...]:
-        return (self.dtype,) * 5
-
-    numbers = (Int32, Int64, Int64, Float32)
+    signature = Arguments
 
     @cute.jit
-    def launch(
-        self,
-        u: cute.Pointer,
-        a: cute.Pointer,
-        weight: cute.Pointer,
-        bias: cute.Pointer,
-        out: cute.Pointer,
-        L: Int32,
-        u_stride: Int64,
-        a_stride: Int64,
-        eps: Float32,
-        stream: cuda.CUstream,
-    ) -> None:
-        self._kernel(u, a, weight, bias, out, L, u_stride, a_stride, eps).launch(
-            grid=((L + self.rows - 1) // self.rows, 1, 1),
+    def launch(self, args: Arguments, stream: cuda.CUstream) -> None:
+        self._kernel(args).launch(
+            grid=((args.L + self.rows - 1) // self.rows, 1, 1),
             block=(WARP * self.warps, self.rows, 1),
             stream=stream,
         )
 
     @cute.kernel
-    def _kernel(
-        self,
-        u: cute.Pointer,
-        a: cute.Pointer,
-        weight: cute.Pointer,
-        bias: cute.Pointer,
-        out: cute.Pointer,
-        L: Int32,
-        u_stride: Int64,
-        a_stride: Int64,
-        eps: Float32,
-    ) -> None:
-        row, place = place_of(self.width, self.warps, self.rows, L)
+    def _kernel(self, args: Arguments) -> None:
+        row, place = place_of(self.width, self.warps, self.rows, args.L)
         W, size = self.width, cute_common.vector(self.dtype)
-        a_parts = load_row(ahead(a, row * a_stride, size), *place)
-        u_parts = load_row(ahead(u, row * u_stride, size), *place)
-        to = ahead(out, row * (3 * W), 8)
+        a_parts = load_row(ahead(args.a, row * args.a_stride, size), *place)
+        u_parts = load_row(ahead(args.u, row * args.u_stride, size), *place)
+        to = ahead(args.out, row * (3 * W), 8)
         store_row(a_parts, to + W, *place)
         gate = [_silu(x) for x in wide(u_parts)]
         store_row(rounded(gate, self.dtype), to, *place)
-        y = normed(wide(a_parts), weight, bias, eps, *place)
+        y = normed(wide(a_parts), args.weight, args.bias, args.eps, *place)
         store_row(rounded([g * n for g, n in zip(gate, y, strict=True)], self.dtype), to + 2 * W, *place)
 
 

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
 import torch
-from cutlass import Float32, Float64, Int32, Int64, cute
+from cutlass import Float32, Int32, Int64, cute
 from torch import Tensor
 
 from grkernels import cute_common, tuning
-from grkernels.cute_common import ELEMENTS, WARP, ahead, load_row, rounded, store_row, wide
+from grkernels.cute_common import (
+    ELEMENTS,
+    WARP,
+    ElementPointer,
+    Float64Pointer,
+    Int64Pointer,
+    ahead,
+    load_row,
+    rounded,
+    store_row,
+    wide,
+)
 from grkernels.cute_launch import Launcher
 from grkernels.token_embedding.reference import token_embedding as reference
 from grkernels.variant import KernelVariant
@@ -40,6 +51,23 @@ CANDIDATES = [
 ]
 
 
+class Arguments(NamedTuple):
+    """Arguments of a launch, in order."""
+
+    token_rows: Int64Pointer  # [L], as the next four
+    actions: Int64Pointer
+    weights: Float64Pointer
+    positions: Int64Pointer
+    time_buckets: Int64Pointer
+    token_table: ElementPointer  # [rows, width], as the other tables
+    action_table: ElementPointer
+    weight_vector: ElementPointer  # [width]
+    position_table: ElementPointer
+    time_table: ElementPointer
+    out: ElementPointer  # [L, width]
+    L: Int32
+
+
 @dataclass(frozen=True)
 class TokenEmbedding:
     """The kernel for one element type, width, number of actions and launch configuration."""
@@ -51,61 +79,39 @@ class TokenEmbedding:
     tokens: int
     groups: int
 
-    numbers = (Int32,)
-
-    @property
-    def pointers(self) -> tuple[Any, ...]:
-        return (Int64, Int64, Float64, Int64, Int64, *(self.dtype,) * 6)
+    signature = Arguments
 
     @cute.jit
-    def launch(
-        self,
-        token_rows: cute.Pointer,
-        actions: cute.Pointer,
-        weights: cute.Pointer,
-        positions: cute.Pointer,
-        time_buckets: cute.Pointer,
-        token_table: cute.Pointer,
-        action_table: cute.Pointer,
-        weight_vector: cute.Pointer,
-        position_table: cute.Pointer,
-        time_table: cute.Pointer,
-        out: cute.Pointer,
-        L: Int32,
-        stream: cuda.CUstream,
-    ) -> None:
+    def launch(self, args: Arguments, stream: cuda.CUstream) -> None:
         own = self.tokens * self.groups
-        self._kernel(
-            (token_rows, positions, time_buckets),
-            (token_table, position_table, time_table),
-            (actions, action_table),
-            (weights, weight_vector),
-            out,
-            L,
-        ).launch(grid=((L + own - 1) // own, 1, 1), block=(WARP * self.warps, self.groups, 1), stream=stream)
+        self._kernel(args).launch(
+            grid=((args.L + own - 1) // own, 1, 1), block=(WARP * self.warps, self.groups, 1), stream=stream
+        )
 
     @cute.kernel
-    def _kernel(self, indices: Any, tables: Any, action: Any, weight: Any, out: cute.Pointer, L: Int32) -> None:
+    def _kernel(self, args: Arguments) -> None:
         thread, group, _ = cute.arch.thread_idx()
         begin = (cute.arch.block_idx()[0] * self.groups + group) * self.tokens
+        indices = (args.token_rows, args.positions, args.time_buckets)
+        tables = (args.token_table, args.position_table, args.time_table)
         E, place = self.width, (self.width, thread, WARP * self.warps)
         # Every index before the first gather, so that the gathers are under way together. Tokens that a warp has too
         # many are the last one again.
-        tokens = [cutlass.min(begin + i, L - 1) for i in range(self.tokens)]
+        tokens = [cutlass.min(begin + i, args.L - 1) for i in range(self.tokens)]
         rows = [[index[token] for index in indices] for token in tokens]
-        bits, scales = ([x[0][token] for token in tokens] for x in (action, weight))
+        bits, scales = ([x[token] for token in tokens] for x in (args.actions, args.weights))
         gathered = [
             [wide(load_row(ahead(table, row * E, 8), *place)) for table, row in zip(tables, own_rows, strict=True)]
             for own_rows in rows
         ]
         sums = [[sum(parts[1:], parts[0]) for parts in zip(*x, strict=True)] for x in gathered]
-        vector = wide(load_row(weight[1], *place))
+        vector = wide(load_row(args.weight_vector, *place))
         sums = [_added(x, vector, scale.to(Float32)) for x, scale in zip(sums, scales, strict=True)]
         for bit in cutlass.range_constexpr(self.num_actions):
-            vector = wide(load_row(ahead(action[1], bit * E, 8), *place))
+            vector = wide(load_row(ahead(args.action_table, bit * E, 8), *place))
             sums = [_added(x, vector, Float32(Int32(b >> bit) & 1)) for x, b in zip(sums, bits, strict=True)]
         for token, x in zip(tokens, sums, strict=True):
-            store_row(rounded(x, self.dtype), ahead(out, Int64(token) * E, 8), *place)
+            store_row(rounded(x, self.dtype), ahead(args.out, Int64(token) * E, 8), *place)
 
 
 def _added(x: list[Any], vector: list[Any], scale: Float32) -> list[Any]:

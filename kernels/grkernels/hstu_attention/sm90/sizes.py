@@ -1,0 +1,63 @@
+"""Sizes that the kernel is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cutlass import BFloat16, Float16
+
+SHARED_BYTES = 227 * 1024  # of a CTA on Hopper
+BARRIER_BYTES = 1024  # at most: barriers, then alignment
+WARPGROUP = 128  # threads
+PRODUCER_THREADS = 128  # one warp loads; a whole warpgroup gives its registers away
+REGISTERS = {1: (56, 256), 2: (24, 240), 3: (32, 160)}  # consumer warpgroups -> registers of producer, consumer
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes and the order of work: what tuning chooses."""
+
+    m: int  # query rows of a work item: 64 for each consumer warpgroup
+    n: int  # keys of a tile
+    stages: int  # tiles of K and of V in shared memory
+    take_turns: bool  # warpgroups take turns at the tensor cores
+    dynamic: bool  # CTAs take the next work item from a counter when they are free; else each has a fixed share
+    split: bool = False  # several CTAs share the tiles of an item, and the last one to finish adds up their sums
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Element type, head sizes, tiles and page size.
+
+    Raises ValueError for tiles that don't fit in shared memory or into pages, and for turns of other than two
+    warpgroups.
+    """
+
+    dtype: type[BFloat16] | type[Float16]
+    qk_dim: int
+    v_dim: int
+    tiles: Tiles
+    page: int = 0  # tokens of a page; 0 if no keys are in pages
+
+    def __post_init__(self) -> None:
+        t = self.tiles
+        if t.take_turns and t.m != 128:
+            raise ValueError(f"m={t.m} take_turns=1: turns are for two warpgroups, m=128")
+        if self.page and t.n % self.page and self.page % t.n:
+            raise ValueError(f"n={t.n}: tiles must be whole pages of {self.page} tokens, or whole parts of one")
+        values = t.m * self.qk_dim + t.stages * t.n * (self.qk_dim + self.v_dim)
+        shared = values * self.dtype.width // 8 + BARRIER_BYTES
+        if shared > SHARED_BYTES:
+            raise ValueError(
+                f"m={t.m} n={t.n} stages={t.stages} need {shared} bytes of shared memory; there are {SHARED_BYTES}"
+            )
+
+    @property
+    def warpgroups(self) -> int:
+        """Consumer warpgroups."""
+        return self.tiles.m // 64
+
+    @property
+    def page_rows(self) -> int:
+        """Rows of a tile that one load takes from a page."""
+        return min(self.page, self.tiles.n)
