@@ -38,6 +38,19 @@ class Status(StrEnum):
 
 
 @dataclass
+class Outcome:
+    """A worker's part of the record of its cell."""
+
+    status: Status = Status.ERROR
+    error: str | None = None
+    actual: dict[str, Any] = field(default_factory=dict)
+    gate: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
 class RunRecord:
     """One cell: what was asked for, what ran, on what, and what came out."""
 

@@ -12,7 +12,7 @@ import torch
 
 from grbench import workloads
 from grbench.config.compose import compose_spec
-from grbench.execution.retrieval import build_retrieval
+from grbench.execution.cell import build_retrieval
 from grbench.gate import gate_for
 from grengines import registry
 from grengines.api import Catalogue, Request, Retrieval, UnavailableError

@@ -13,7 +13,7 @@ import pytest
 from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec, spec_from_json, spec_to_json
-from grbench.execution.retrieval import build_retrieval
+from grbench.execution.cell import build_retrieval
 from grbench.gate import gate_for
 from grbench.gate.generate import GenerateGate
 from grbench.scenarios import run_scenario

@@ -1,0 +1,210 @@
+"""The measurement of one cell: build, check, warm up, drive the scenario, check again."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, cast
+
+from grbench import scenarios, workloads
+from grbench.config.schema import RetrievalConfig, RunSpec
+from grbench.execution import measure
+from grbench.execution.gpu import sample_gpu
+from grbench.execution.records import SAMPLES_FILE, Outcome
+from grbench.gate import gate_for, quality
+from grbench.gate.base import Gate
+from grbench.scenarios import Measurement
+from grbench.workloads.config import SyntheticConfig, WorkloadConfig
+from grbench.workloads.trace import Trace
+from grengines import registry
+from grengines.api import Engine, Ranker, Request, Retrieval
+from grengines.numerics import IncorrectError
+from grengines.semantic.ids import SemanticIds, propose_codes
+from grkernels import tuning
+
+Report = Callable[[dict[str, Any]], None]
+P = ParamSpec("P")
+
+
+@dataclass
+class Cell:
+    """One cell and its outcome. The steps fill it one after another, so one that fails leaves the earlier figures."""
+
+    spec: RunSpec
+    folder: Path
+    outcome: Outcome
+    report: Report  # takes one message for the parent process
+
+    def run(self) -> None:
+        """Take every step. Raises what a step raises."""
+        trace = self._load()
+        retrieval = self._retrieval(trace)
+        with self._engine(trace, retrieval) as engine:
+            self._stage("checking against the fp32 reference")
+            gate = gate_for(self.spec, trace, retrieval, self.outcome.actual)
+            with self._figures_of_failure():
+                self._check(engine, gate)
+                self._check_quality(engine, trace)
+                self._warm_up(engine, trace.requests)
+                measurement = self._measure(engine, trace.requests)
+                self._check_again(engine, gate)
+            self._write(measurement, trace, retrieval)
+
+    def _stage(self, text: str) -> None:
+        self.report({"stage": text})
+
+    def _load(self) -> Trace:
+        self._stage("loading the workload")
+        trace = workloads.build(self.spec.workload, self.spec.seed, self.spec.latency_limit_ms)
+        self.outcome.metrics |= {f"workload/{name}": float(value) for name, value in trace.facts().items()}
+        return trace
+
+    def _retrieval(self, trace: Trace) -> Retrieval | None:
+        if self.spec.retrieval is None:
+            return None
+        self._stage("making semantic IDs")
+        return build_retrieval(self.spec.retrieval, self.spec.workload, trace, self.spec.seed, self._stage)
+
+    @contextlib.contextmanager
+    def _engine(self, trace: Trace, retrieval: Retrieval | None) -> Iterator[Engine]:
+        """A prepared engine, which is closed at the end."""
+        self._stage("building the engine")
+        spec, begun = self.spec, time.perf_counter()
+        engine = registry.build(
+            spec.engine,
+            spec.model,
+            spec.kernel,
+            trace.catalogue,
+            spec.seed,
+            spec.cache,
+            task=spec.task,
+            retrieval=retrieval,
+        )
+        try:
+            engine.prepare(trace.requests, spec.scenario.max_batch)
+            self.outcome.metrics["engine_start_s"] = time.perf_counter() - begun
+            self.outcome.actual = engine.actual()
+            yield engine
+        finally:
+            engine.close()
+
+    @contextlib.contextmanager
+    def _figures_of_failure(self) -> Iterator[None]:
+        """Keep the figures of a check that fails: they replace those of the check that passed before."""
+        try:
+            yield
+        except IncorrectError as e:
+            if e.result is not None:
+                self.outcome.gate = e.result.to_dict()
+            raise
+
+    def _check(self, engine: Engine, gate: Gate) -> None:
+        """Check the engine and, where there is a cache, what either tier of it serves."""
+        max_batch = self.spec.scenario.max_batch
+        self.outcome.gate = gate.check(engine, max_batch).to_dict()
+        if self.spec.cache.name != "none":
+            self.outcome.gate["error_again"] = gate.check(engine, max_batch).error
+            engine.reset_cache(keep_host=True)
+            self.outcome.gate["error_from_host"] = gate.check(engine, max_batch).error
+
+    def _check_quality(self, engine: Engine, trace: Trace) -> None:
+        if self.spec.task != "rank":
+            return
+        actual = self.outcome.actual
+        found = quality.measure(self.spec, trace, cast(Ranker, engine), actual["precision"], actual["device"])
+        if found is not None:
+            self.outcome.gate["quality"] = found.to_dict()
+            found.check(self.spec.gate.allow_loss)
+
+    def _warm_up(self, engine: Engine, requests: list[Request]) -> None:
+        """Run full, half and quarter batches in turn, so that first-time costs of the common sizes are not measured."""
+        self._stage("warming up")
+        size = self.spec.scenario.max_batch
+        for i in range(self.spec.warmup_batches):
+            start = (i * size) % len(requests)
+            getattr(engine, self.spec.task)(requests[start : start + max(size >> (i % 3), 1)])
+        engine.reset_cache()
+
+    def _measure(self, engine: Engine, requests: list[Request]) -> Measurement:
+        self._stage("measuring")
+        compiled = len(tuning.compiled())
+        measurement = scenarios.run_scenario(
+            self.spec.scenario,
+            engine,
+            requests,
+            task=self.spec.task,
+            latency_limit_ms=self.spec.latency_limit_ms,
+            seed=self.spec.seed,
+            folder=self.folder / "loadgen",
+            progress=at_most_every(0.5, lambda answered: self.report({"answered": answered})),
+        )
+        if self.outcome.actual["device"] == "cuda":
+            measurement.metrics |= sample_gpu()
+        if late := tuning.compiled()[compiled:]:
+            measurement.notes.append(
+                f"{len(late)} kernels were compiled while latencies were taken, which made some longer "
+                f"({', '.join(sorted(set(late)))}); raise warmup_batches={self.spec.warmup_batches}"
+            )
+        return measurement
+
+    def _check_again(self, engine: Engine, gate: Gate) -> None:
+        """Check once more: after all that load a stale buffer or a corrupted state shows."""
+        self.outcome.gate["error_after"] = gate.check(engine, self.spec.scenario.max_batch).error
+        self.outcome.actual = engine.actual()  # by now it has used every launch configuration that it needs
+
+    def _write(self, measurement: Measurement, trace: Trace, retrieval: Retrieval | None) -> None:
+        self._stage("writing")
+        outcome, sizes = self.outcome, retrieval.ids.sizes if retrieval else ()
+        summary = measure.summarise(measurement, self.spec, trace.requests, sizes)
+        outcome.metrics |= summary.metrics | measure.memory(outcome.actual["device"])
+        outcome.intervals = summary.intervals
+        outcome.notes = outcome.actual.get("notes", []) + measurement.notes + summary.notes
+        measure.write_samples(measurement.samples, self.folder / SAMPLES_FILE)
+
+
+def build_retrieval(
+    config: RetrievalConfig,
+    workload: WorkloadConfig,
+    trace: Trace,
+    seed: int,
+    report: Callable[[str], None] = lambda text: None,
+) -> Retrieval:
+    """Return the semantic IDs that an engine searches, from a file or made from the workload.
+
+    Items of recorded events are near each other where the same users touched them. A synthetic workload has no such
+    signal, so its items lie in random clusters. report: takes a line of progress now and then.
+    Raises ValueError for a file that does not fit the catalogue, or for too few codes.
+    """
+    items = trace.catalogue.num_items
+    if config.semantic_ids is not None:
+        return Retrieval(SemanticIds.load(config.semantic_ids, items), config.k, config.beam_width, config.weights)
+    from grengines.semantic import id_cache  # imports scikit-learn, which takes seconds
+
+    codes = config.codes or propose_codes(items, config.levels)
+    progress = at_most_every(
+        5.0, lambda done, rows: report(f"making semantic IDs of {items:,} items, {done / rows:.0%}")
+    )
+    if isinstance(workload, SyntheticConfig):
+        ids = id_cache.of_made_up(items, levels=config.levels, codes=codes, seed=seed, progress=progress)
+    else:
+        users, touched = trace.events.users, trace.events.items
+        ids = id_cache.of_interactions(
+            users, touched, items, levels=config.levels, codes=codes, seed=seed, progress=progress
+        )
+    return Retrieval(ids, config.k, config.beam_width, config.weights)
+
+
+def at_most_every(seconds: float, call: Callable[P, None]) -> Callable[P, None]:
+    """Return `call` so that it is skipped within `seconds` of the last call, and at the very start."""
+    last = time.monotonic()
+
+    def limited(*args: P.args, **kwargs: P.kwargs) -> None:
+        nonlocal last
+        if time.monotonic() - last > seconds:
+            last = time.monotonic()
+            call(*args, **kwargs)
+
+    return limited
