@@ -17,7 +17,7 @@ from grbench.cachesim.simulate import Progress
 from grbench.config.command import Invocation, Job
 from grbench.execution import results
 from grbench.execution.environment import describe_environment
-from grbench.execution.records import RunRecord, Status, spec_hash
+from grbench.execution.records import LoggedRow, Status, spec_hash
 from grbench.execution.row_session import RowSession
 
 
@@ -75,7 +75,7 @@ class CacheSession(RowSession):
             yield lambda done: bar.update(task, completed=done)
 
 
-def _record(row: Row, config: CacheSimConfig) -> RunRecord:
+def _record(row: Row, config: CacheSimConfig) -> LoggedRow:
     """A row in the shape that the store logs: `spec` becomes params."""
     spec = {
         "cache": {"name": f"{row.policy}-{100 * row.size.share:.3g}pct"},
@@ -88,7 +88,7 @@ def _record(row: Row, config: CacheSimConfig) -> RunRecord:
         "seed": config.seed,
     }
     begun = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=row.duration_s)
-    return RunRecord(
+    return LoggedRow(
         spec=spec,
         spec_hash=spec_hash(spec),
         status=Status.OK,

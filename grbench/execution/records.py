@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ ARTIFACTS = "mlartifacts"  # folder of MLflow's copies under an output root
 SCHEMA_VERSION = 1
 PARTS = ("queue_ms", "batch_ms", "transfer_ms", "compute_ms")  # of a request's latency, in order of time
 SAMPLE_COLUMNS = ("request_id", "user_id", "arrival_s", *PARTS, "latency_ms", "batch_index", "batch_size")
+
+
+BEFORE_GATE = ("workload/", "engine_start_s")  # names of the metrics that are known before the gate
+# Types of fields, by their annotation, and what JSON may hold for them.
+_JSON_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "float": (float, int), "dict": (dict,), "list": (list,)}
 
 
 class Status(StrEnum):
@@ -51,32 +56,57 @@ class Outcome:
 
 
 @dataclass
-class RunRecord:
-    """One cell: what was asked for, what ran, on what, and what came out."""
+class LoggedRow:
+    """One finished piece of work as MLflow logs it: what was asked for, what ran, on what, and what came out.
 
-    spec: dict[str, Any]  # the whole configuration of the cell (RunSpec.to_dict())
+    A row of kernelbench or cachesim has no more than this; a cell's record is a RunRecord.
+    """
+
+    spec: dict[str, Any]  # the whole configuration; of a cell RunSpec.to_dict()
     spec_hash: str
     status: Status
     started_at: str  # ISO 8601, UTC
     duration_s: float
-    error: str | None = None  # one line: what, where, what mends it
-    requested: dict[str, Any] = field(default_factory=dict)  # e.g. device: auto
-    actual: dict[str, Any] = field(default_factory=dict)  # e.g. device: cpu
+    error: str | None = None  # one line: what, where, and the fix
+    actual: dict[str, Any] = field(default_factory=dict)  # what ran, e.g. device: cpu
     environment: dict[str, Any] = field(default_factory=dict)  # git sha, GPU, driver, versions
     gate: dict[str, Any] = field(default_factory=dict)  # errors, tolerances, proof that it can fail
     metrics: dict[str, float] = field(default_factory=dict)  # "latency_ms/p50": 1.23
     intervals: dict[str, list[float]] = field(default_factory=dict)  # 95% confidence: [low, high], by metric
-    notes: list[str] = field(default_factory=list)  # what a reader must know, e.g. why p99 is absent
     sweep_id: str | None = None
     overrides: list[str] = field(default_factory=list)  # what the user typed for this cell
-    tracking: dict[str, str] = field(default_factory=dict)  # run_id and uri once logged
-    schema_version: int = SCHEMA_VERSION
 
     @property
     def ok(self) -> bool:
         return self.status is Status.OK
 
+
+@dataclass
+class RunRecord(LoggedRow):
+    """One cell.
+
+    There is no record with latencies or rates and without a passed gate: the constructor and `to_json` raise
+    ValueError.
+    """
+
+    requested: dict[str, Any] = field(default_factory=dict)  # what was asked of the machine, e.g. device: auto
+    notes: list[str] = field(default_factory=list)  # what a reader must know, e.g. why p99 is absent
+    tracking: dict[str, str] = field(default_factory=dict)  # run_id and uri once logged
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        self._require_gate()
+
+    def _require_gate(self) -> None:
+        measured = [name for name in (*self.metrics, *self.intervals) if not name.startswith(BEFORE_GATE)]
+        if measured and (passed := self.gate.get("passed")) is not True:
+            raise ValueError(
+                f"metrics: {measured[0]!r} needs a passed gate, gate.passed is {passed!r}; "
+                f"without one only {' and '.join(BEFORE_GATE)} are allowed"
+            )
+
     def to_json(self) -> str:
+        self._require_gate()  # metrics may have been added since
         return json.dumps(finite(asdict(self)), indent=1, sort_keys=True)
 
     @classmethod
@@ -93,14 +123,21 @@ class RunRecord:
                 f"{where}: schema_version is {data.get('schema_version')!r}, this grbench reads {SCHEMA_VERSION}"
             )
         known = {f.name for f in fields(cls)}
-        required = {"spec", "spec_hash", "status", "started_at", "duration_s"}
+        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
         if problem := sorted(required - data.keys()) or sorted(data.keys() - known):
             raise ValueError(f"{where}: missing or unknown key {problem[0]!r}")
+        for f in fields(cls):
+            name, kind = str(f.type).partition("[")[0], type(data.get(f.name))
+            if f.name in data and kind not in _JSON_TYPES.get(name, (kind,)):
+                raise ValueError(f"{where}: {f.name} is a {kind.__name__}, expected is a {name}")
         try:
             data["status"] = Status(data["status"])
         except ValueError:
             raise ValueError(f"{where}: status {data['status']!r} is not one of {', '.join(Status)}") from None
-        return cls(**data)
+        try:
+            return cls(**data)
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
 
 
 def save(record: RunRecord, folder: Path) -> Path:

@@ -10,7 +10,7 @@ from grbench.config.command import Invocation, Job
 from grbench.config.schema import ConfigError
 from grbench.execution import results
 from grbench.execution.environment import describe_environment
-from grbench.execution.records import RunRecord, Status, one_line, spec_hash
+from grbench.execution.records import LoggedRow, Status, one_line, spec_hash
 from grbench.execution.row_session import RowSession
 from grbench.kernelbench.bench import Bench, DeviceLostError, Row
 from grbench.kernelbench.config import KernelBenchConfig, device_of
@@ -74,10 +74,10 @@ class KernelSession(RowSession):
                     self.keep(path)
 
 
-def _record(row: Row, device: str) -> RunRecord:
+def _record(row: Row, device: str) -> LoggedRow:
     """A row in the shape that the store logs: `spec` becomes params."""
     spec = {"family": row.family, "variant": row.variant, "shape": row.shape, "dtype": row.dtype}
-    return RunRecord(
+    return LoggedRow(
         spec={"kernel": {"name": "-".join(spec.values())}, **spec, "peer": row.peer},
         spec_hash=spec_hash(spec),
         status=row.status,

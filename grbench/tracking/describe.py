@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from grbench.execution.records import RunRecord
-from grbench.report.cells import MISSING, labels
+from grbench.execution.records import LoggedRow, RunRecord
+from grbench.report.cells import MISSING, figure, labels
 from grbench.report.findings import findings
 from grbench.report.markdown import escape, table
 from grbench.report.table import columns_for
@@ -28,6 +28,13 @@ def describe_cell(record: RunRecord, run_id: str, pictures: Sequence[str]) -> st
         "\n".join(f"- {escape(note)}" for note in record.notes),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def describe_row(row: LoggedRow) -> str:
+    """Return Markdown for one row of kernelbench or cachesim: its figures, or why it failed."""
+    if not row.ok:
+        return f"**{row.status}**: {escape(row.error or 'no reason was recorded')}"
+    return table(["figure", "value"], [[name, figure(value)] for name, value in row.metrics.items()])
 
 
 def describe_sweep(records: Sequence[RunRecord], run_id: str, pictures: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from grbench.execution.records import RunRecord, one_line
+from grbench.execution.records import LoggedRow, one_line
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig
 from grbench.tracking.store import Store
 
@@ -33,7 +33,7 @@ class RowTracker:
         self._parent = ""
         self._off = isinstance(config, NoTrackingConfig)
 
-    def log(self, rows: list[RunRecord], results: Path) -> None:
+    def log(self, rows: list[LoggedRow], results: Path) -> None:
         """Log finished rows; `results` has them too."""
         if self._off or not rows:
             return

@@ -19,9 +19,18 @@ from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 
-from grbench.execution.records import ARTIFACTS, LOG_FILE, RECORD_FILE, SAMPLES_FILE, RunRecord, Status, one_line
+from grbench.execution.records import (
+    ARTIFACTS,
+    LOG_FILE,
+    RECORD_FILE,
+    SAMPLES_FILE,
+    LoggedRow,
+    RunRecord,
+    Status,
+    one_line,
+)
 from grbench.report.cells import Cell, flatten
-from grbench.tracking.describe import describe_cell, describe_sweep
+from grbench.tracking.describe import describe_cell, describe_row, describe_sweep
 
 SWEEP_TAG, HASH_TAG, NOTE_TAG = "sweep_id", "spec_hash", "mlflow.note.content"
 MOST_NOTE, MOST_NAME = 5000, 80  # characters that a server takes, and that its tables show
@@ -106,8 +115,8 @@ class Store:
             self._client.log_artifacts(run_id, folder)
             return [path.relative_to(folder).as_posix() for path in written if path.suffix == ".png"]
 
-    def log(self, record: RunRecord, folder: Path, parent: str | None) -> dict[str, str]:
-        """Log one cell: params, tags, metrics, artifacts. Returns what `RunRecord.tracking` holds."""
+    def log(self, record: LoggedRow, folder: Path, parent: str | None) -> dict[str, str]:
+        """Log one row: params, tags, metrics, artifacts. Returns what `RunRecord.tracking` holds."""
         from mlflow.entities import Metric, Param, RunTag
 
         begun = int(datetime.datetime.fromisoformat(record.started_at).timestamp() * 1000)
@@ -123,7 +132,7 @@ class Store:
             for start in range(0, max(len(metrics), len(params)), 100):  # a server takes 100 params at a time
                 some = slice(start, start + 100)
                 self._client.log_batch(run_id, metrics=metrics[some], params=params[some])
-            note = describe_cell(record, run_id, pictures)
+            note = describe_cell(record, run_id, pictures) if isinstance(record, RunRecord) else describe_row(record)
             self._client.log_batch(run_id, tags=[RunTag(NOTE_TAG, note[:MOST_NOTE])])
             self._client.log_text(run_id, OmegaConf.to_yaml(OmegaConf.create(record.spec)), "config.yaml")
             for path in _artifacts(folder):
@@ -136,7 +145,7 @@ class Store:
         return {"run_id": run_id, "uri": self.uri, "experiment_id": self._experiment}
 
 
-def run_name(record: RunRecord) -> str:
+def run_name(record: LoggedRow) -> str:
     """Return a short name of a cell: its engine and scenario, then what the user chose, as in "hstu server bf16"."""
     spec = record.spec
     if "engine" not in spec:
@@ -150,7 +159,7 @@ def run_name(record: RunRecord) -> str:
     return " ".join([spec["engine"]["name"], spec["scenario"]["name"], *chosen])[:MOST_NAME]
 
 
-def _tags(record: RunRecord) -> dict[str, str]:
+def _tags(record: LoggedRow) -> dict[str, str]:
     """What runs are filtered by. Everything else that is known of a cell is in its record.json."""
     env, actual = record.environment, record.actual
     gpus = env.get("gpus") or []
@@ -171,7 +180,7 @@ def _tags(record: RunRecord) -> dict[str, str]:
     return {k: (v if isinstance(v, str) else json.dumps(v))[:5000] for k, v in tags.items() if v not in (None, "")}
 
 
-def _metrics(record: RunRecord) -> dict[str, float | None]:
+def _metrics(record: LoggedRow) -> dict[str, float | None]:
     """Return all figures, those that matter first: MLflow's comparison opens on the first metric."""
     quality = (record.gate.get("quality") or {}).get("tasks") or {}
     figures: dict[str, float | None] = {name: record.metrics.get(name) for name in FIRST_METRICS}
@@ -183,7 +192,7 @@ def _metrics(record: RunRecord) -> dict[str, float | None]:
     return figures
 
 
-def _interval_metrics(record: RunRecord) -> dict[str, float]:
+def _interval_metrics(record: LoggedRow) -> dict[str, float]:
     """95% intervals as metrics: latency_ms/p50 -> latency_ms/p50/ci95_low and ci95_high."""
     return {
         f"{name}/{end}": value

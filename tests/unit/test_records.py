@@ -1,0 +1,100 @@
+"""Records: no speed without a passed gate, and one line for a file that is not a record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grbench.execution import records
+from grbench.execution.records import LoggedRow, RunRecord, Status
+from grbench.report.frame import ReportError, read_cells, unreadable
+
+PASSED = {"passed": True, "error": 1e-6, "tolerance": 2e-5}
+FAILED = {"passed": False, "error": 1.0, "tolerance": 2e-5}
+EARLY = {"workload/requests": 64.0, "engine_start_s": 1.5}  # known before the gate
+WHOLE: dict[str, Any] = {
+    "spec": {"engine": {"name": "hstu"}},
+    "spec_hash": "0123456789ab",
+    "status": Status.OK,
+    "started_at": "2026-01-02T03:04:05+00:00",
+    "duration_s": 1.5,
+    "gate": PASSED,
+    "metrics": {**EARLY, "latency_ms/p50": 1.0, "throughput_rps": 5.0},
+    "intervals": {"latency_ms/p50": [0.9, 1.1]},
+}
+
+
+def test_a_record_comes_back_from_its_file(tmp_path: Path) -> None:
+    record = RunRecord(**WHOLE, notes=["a note"], overrides=["seed=1"])
+    records.save(record, tmp_path)
+    assert records.load(tmp_path) == record
+    assert [folder for folder, _ in records.find(tmp_path)] == [tmp_path]
+
+
+@pytest.mark.parametrize("gate", [{}, FAILED, {"passed": 1}, {"passed": "true"}])
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("metrics", {"latency_ms/p50": 1.0}),
+        ("metrics", {"throughput_rps": 5.0}),
+        ("metrics", {**EARLY, "a_new_figure": 1.0}),
+        ("intervals", {"latency_ms/p50": [0.9, 1.1]}),
+    ],
+)
+def test_no_speed_without_a_passed_gate(gate: dict[str, Any], field: str, values: dict[str, Any]) -> None:
+    incorrect = {**WHOLE, "status": Status.INCORRECT, "gate": gate, "metrics": EARLY, "intervals": {}}
+    record = RunRecord(**incorrect)  # what is known before the gate is no speed
+    name = list(values)[-1]
+    with pytest.raises(ValueError, match=f"metrics: '{name}' needs a passed gate, gate.passed is "):
+        RunRecord(**{**incorrect, field: values})
+    setattr(record, field, values)
+    with pytest.raises(ValueError, match=name):
+        record.to_json()
+
+
+def test_a_row_of_another_command_has_no_gate_block() -> None:
+    row = LoggedRow(**{**WHOLE, "gate": {}})
+    assert row.ok and row.metrics["latency_ms/p50"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("{", "not JSON"),
+        ("[]", "JSON object"),
+        ({"schema_version": 99}, "schema_version"),
+        ({"duration_s": None}, "duration_s is a NoneType, expected is a float"),
+        ({"duration_s": ...}, "missing or unknown key 'duration_s'"),
+        ({"speed": 1}, "missing or unknown key 'speed'"),
+        ({"status": "FINE"}, "status 'FINE' is not one of OK, "),
+        ({"status": []}, "status"),
+        ({"started_at": 5}, "started_at is a int"),
+        ({"metrics": None}, "metrics is a NoneType, expected is a dict"),
+        ({"gate": []}, "gate is a list"),
+        ({"notes": {}}, "notes is a dict"),
+        ({"gate": FAILED}, "'latency_ms/p50' needs a passed gate, gate.passed is False"),
+        ({"gate": ...}, "gate.passed is None"),
+    ],
+)
+def test_a_file_that_is_not_a_record_gives_one_line(tmp_path: Path, change: Any, why: str) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for folder in (good, bad):
+        folder.mkdir()
+        records.save(RunRecord(**WHOLE), folder)
+    path = bad / records.RECORD_FILE
+    if isinstance(change, str):
+        path.write_text(change)
+    else:
+        data = {**json.loads(path.read_text()), **change}
+        path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+    with pytest.raises(ValueError, match=why) as caught:
+        records.load(bad)
+    assert str(path) in str(caught.value)
+    assert [folder for folder, _ in read_cells([tmp_path])] == [good]
+    [line] = unreadable([tmp_path])
+    assert line.startswith(str(path)) and "\n" not in line
+    with pytest.raises(ReportError, match=why):
+        read_cells([bad])
