@@ -28,9 +28,9 @@ Grbench = Callable[..., subprocess.CompletedProcess[str]]
 def grbench(tmp_path: Path) -> Grbench:
     """Run `python -m grbench ARGS` in an empty directory, as a user would."""
 
-    def run(*args: str, module: str = "grbench", timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(*args: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", module, *args],
+            [sys.executable, "-m", "grbench", *args],
             cwd=tmp_path,
             env={**os.environ, "COLUMNS": "200", **env},
             capture_output=True,

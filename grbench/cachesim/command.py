@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from grbench.cachesim.config import register_schemas, to_config
 from grbench.config import command
-from grbench.config.command import Invocation, Job
+from grbench.config.jobs import Invocation, Job, Session
 
 
 def main(words: Sequence[str]) -> int:
@@ -14,7 +14,7 @@ def main(words: Sequence[str]) -> int:
     return command.run("grbench cachesim", words, "cachesim", register_schemas, to_config, _session)
 
 
-def _session(first: Job, invocation: Invocation) -> command.Session:
+def _session(first: Job, invocation: Invocation) -> Session:
     from grbench.cachesim.session import CacheSession
 
     return CacheSession(first, invocation)

@@ -14,7 +14,7 @@ from grbench.cachesim.config import CacheSimConfig
 from grbench.cachesim.output import line, plot, print_table
 from grbench.cachesim.replay import Replay, Row, to_dict
 from grbench.cachesim.simulate import Progress
-from grbench.config.command import Invocation, Job
+from grbench.config.jobs import Invocation, Job
 from grbench.execution import results
 from grbench.execution.environment import describe_environment
 from grbench.execution.records import LoggedRow, Status, spec_hash

@@ -6,9 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import hydra
 
@@ -21,35 +20,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from grbench.config.compose import CONFIG_DIR, compose_jobs, explain
+from grbench.config.jobs import Invocation, Job, Session
 from grbench.config.schema import ConfigError
-
-
-@dataclass(frozen=True)
-class Invocation:
-    """One call of a command: what was typed, how many jobs that makes, and the sweep's folder (None: no sweep)."""
-
-    words: tuple[str, ...]
-    total: int
-    sweep: Path | None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job of a command: its checked configuration, the folder for its results, and the overrides that made it."""
-
-    config: Any
-    folder: Path
-    overrides: tuple[str, ...]
-
-
-class Session(Protocol):
-    """The jobs of one invocation and their results. Every command has one class of this kind."""
-
-    def run(self, job: Job) -> None:
-        """Run one job; finished results are on disk whatever happens. Raises ConfigError for unusable data."""
-
-    def close(self, cut_short: str = "") -> int:
-        """Print the tables and end the tracking. Returns the exit code. cut_short: what ended the jobs early."""
 
 
 def run(

@@ -15,9 +15,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import (
     ConfigError,
     RunConfig,
@@ -30,7 +31,7 @@ from grbench.config.schema import (
 from grengines.options import describe
 
 CONFIG_DIR = str(checkout_or_packaged("conf"))
-Job = TypeVar("Job")
+Checked = TypeVar("Checked")
 
 
 def prepare_hydra() -> None:
@@ -57,17 +58,43 @@ def compose_cells(
     return compose_jobs("config", to_spec, overrides, multirun, config_dir)
 
 
+def plan_cells(overrides: Sequence[str], sweep: bool = False) -> tuple[Invocation, list[Job]]:
+    """Compose and check the cells of `python -m grbench <overrides>` (sweep: with -m) as the jobs that Hydra would run.
+
+    A job's `config` is its RunSpec and RunConfig. Raises ConfigError.
+    """
+    prepare_hydra()
+    root: Path | None = None
+    swept = sweep
+    jobs: list[Job] = []
+
+    def plan(cfg: DictConfig) -> Job:
+        nonlocal root, swept
+        if root is None:  # Hydra's folders carry the time, so they are read once
+            swept = sweep or cfg.hydra.mode is RunMode.MULTIRUN  # a study sets the mode
+            root = Path(cfg.hydra.sweep.dir if swept else cfg.hydra.run.dir).absolute()
+        typed = tuple(cfg.hydra.overrides.task)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return Job(to_spec(cfg), root / str(len(jobs)) if swept else root, typed)
+
+    for job in compose_jobs("config", plan, overrides, sweep, keep_hydra=True):
+        jobs.append(job)
+    return Invocation(tuple(overrides), len(jobs), root if swept else None), jobs
+
+
 def compose_jobs(
     config_name: str,
-    check: Callable[[DictConfig], Job],
+    check: Callable[[DictConfig], Checked],
     overrides: Sequence[str],
     multirun: bool = False,
     config_dir: str | None = None,
-) -> Iterator[Job]:
-    """What `check` makes of every job that a command line describes. Raises ConfigError.
+    keep_hydra: bool = False,
+) -> Iterator[Checked]:
+    """Yield `check(cfg)` for every job of a command line. Raises ConfigError.
 
     The configuration is conf/<config_name>.yaml. `multirun` and `config_dir` are Hydra's flags of that name; a study
-    can ask for a sweep as well.
+    can ask for a sweep as well. keep_hydra: leave Hydra's own configuration in `cfg.hydra`.
     """
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
@@ -77,7 +104,7 @@ def compose_jobs(
     try:
         with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
             for job in _jobs(config_name, list(overrides), extra, multirun):
-                yield check(_compose(config_name, [*job, *extra]))
+                yield check(_compose(config_name, [*job, *extra], keep_hydra))
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(explain(e)) from None
     finally:

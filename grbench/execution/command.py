@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from grbench.config import command
-from grbench.config.command import Invocation, Job
 from grbench.config.compose import prepare_hydra
+from grbench.config.jobs import Invocation, Job, Session
 from grbench.config.schema import to_spec
 
 
@@ -15,7 +15,7 @@ def main(words: Sequence[str]) -> int:
     return command.run("grbench", words, "config", prepare_hydra, to_spec, _session)
 
 
-def _session(first: Job, invocation: Invocation) -> command.Session:
+def _session(first: Job, invocation: Invocation) -> Session:
     from grbench.execution.session import CellSession  # imports rich, the runner and records: --help needs none of them
 
     return CellSession(first.config[1], invocation)

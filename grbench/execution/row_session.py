@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from grbench.config.command import Invocation, Job
+from grbench.config.jobs import Invocation, Job
 from grbench.execution import results
 from grbench.tracking import where_to_look
 from grbench.tracking.rows import RowTracker

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from grbench.config.command import Invocation, Job
+from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import RunConfig, RunSpec
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status
@@ -20,13 +20,16 @@ from grbench.tracking import Tracker, where_to_look
 
 
 class CellSession:
-    """Runs cells and keeps their records. `close` prints the table and returns the exit code."""
+    """Runs cells and keeps their records. `end` ends it; `close` also prints the table.
 
-    def __init__(self, run: RunConfig, invocation: Invocation) -> None:
+    run: the options of the first cell. quiet: print no progress.
+    """
+
+    def __init__(self, run: RunConfig, invocation: Invocation, quiet: bool = False) -> None:
         self._invocation = invocation
         self._cells: list[tuple[Path, RunRecord]] = []
         self._root = Path(run.runner.output_root).absolute()
-        self._screen = Console(stderr=True)
+        self._screen = Console(stderr=True, quiet=quiet)
         self._sweep_id = invocation.sweep.name if invocation.sweep else None
         self._tracking = run.tracking
         self._tracker = Tracker(run.tracking, self._root)
@@ -82,15 +85,24 @@ class CellSession:
                 plot_latency_cdf([(folder, record)], folder / "latency_cdf.png")
         self._tracker.log(record, folder)
 
+    @property
+    def records(self) -> list[RunRecord]:
+        """The record of each cell, in the order in which the cells ran."""
+        return [record for _, record in self._cells]
+
+    def end(self) -> None:
+        """End the sweep's tracking."""
+        if self._sweep_id:
+            self._tracker.end_sweep(self._cells)
+
     def close(self, cut_short: str = "") -> int:
-        """Print the table of all cells and end the sweep's tracking. Returns 0 if every cell is OK, else 1.
+        """End the session and print the table of all cells. Returns 0 if every cell is OK, else 1.
 
         cut_short: what ended the session before its last cell, in a word.
         """
         from grbench.report.table import print_cells
 
-        if self._sweep_id:
-            self._tracker.end_sweep(self._cells)
+        self.end()
         print_cells(Console(), self._cells)
         if cut_short:
             left = self._invocation.total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)
@@ -103,8 +115,8 @@ class CellSession:
 
 
 class CellProgress:
-    """One line that says what a cell is at. It is redrawn only when the worker reports, never by a timer:
-    a busy launcher would disturb what is measured."""
+    """One line with the state of a cell. It is redrawn only when the worker reports, never by a timer:
+    a busy launcher would disturb the measurement."""
 
     def __init__(self, screen: Console, title: str, queries: int) -> None:
         self._screen, self._title = screen, title

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from grbench.config import command
-from grbench.config.command import Invocation, Job
+from grbench.config.jobs import Invocation, Job, Session
 from grbench.kernelbench.config import KernelBenchConfig, device_of, register_schemas, to_config
 
 
@@ -22,7 +22,7 @@ def _checked(cfg: DictConfig) -> KernelBenchConfig:
     return config
 
 
-def _session(first: Job, invocation: Invocation) -> command.Session:
+def _session(first: Job, invocation: Invocation) -> Session:
     from grbench.kernelbench.session import KernelSession
 
     return KernelSession(first, invocation)

@@ -6,7 +6,7 @@ import dataclasses
 
 from rich.console import Console
 
-from grbench.config.command import Invocation, Job
+from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import ConfigError
 from grbench.execution import results
 from grbench.execution.environment import describe_environment

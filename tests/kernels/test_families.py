@@ -174,11 +174,11 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_package_brings_a_family_and_a_variant(toys: Path, grbench: Grbench, tmp_path: Path) -> None:
     """They are in the doctor's list, in the benchmark behind its gate, and in a run by name."""
-    done = grbench("--json", module="grbench.tools.doctor")
+    done = grbench("doctor", "--json")
     rows = {row["name"]: row["ok"] for row in json.loads(done.stdout) if row["kind"] == "kernel"}
     assert rows["layer_norm=toy"] and rows["twice=torch"]
     options = ["variants=[torch,toy]", "shapes=[8,1280x512]", "dtype=fp32", "device=cpu", "repeats=3", "min_time_s=0.1"]
-    done = grbench("families=[layer_norm,twice]", *options, "tracking=none", module="grbench.kernelbench")
+    done = grbench("kernels", "families=[layer_norm,twice]", *options, "tracking=none")
     assert done.returncode == 0, done.stdout + done.stderr
     [path] = tmp_path.glob("outputs/kernels/*/results.json")
     statuses = {(r["family"], r["variant"]): r["status"] for r in json.loads(path.read_text())["rows"]}

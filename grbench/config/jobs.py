@@ -1,0 +1,35 @@
+"""The jobs of a command line, and the session that runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """One call of a command: what was typed, how many jobs that makes, and the sweep's folder (None: no sweep)."""
+
+    words: tuple[str, ...]
+    total: int
+    sweep: Path | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a command: its checked configuration, the folder for its results, and the overrides that made it."""
+
+    config: Any
+    folder: Path
+    overrides: tuple[str, ...]
+
+
+class Session(Protocol):
+    """The jobs of one invocation and their results. Every command that Hydra configures has one class of this kind."""
+
+    def run(self, job: Job) -> None:
+        """Run one job; finished results are on disk whatever happens. Raises ConfigError for unusable data."""
+
+    def close(self, cut_short: str = "") -> int:
+        """Print the tables and end the tracking. Returns the exit code. cut_short: what ended the jobs early."""
