@@ -344,7 +344,7 @@ def _peer(peer: Any) -> Contender:
         peer.name,
         peer.load(),
         peer.reference,
-        peer.plain,
+        peer.eager,
         lambda **_: None,
         KernelVariant.max_error_ratio,
         peer=True,

@@ -1,4 +1,4 @@
-"""What the CuTe DSL variants of the small families share: element types, compiling, rows in 16-byte vectors, sums."""
+"""Common parts of the CuTe DSL variants: signatures, compiling, rows in 16-byte vectors."""
 
 from __future__ import annotations
 
@@ -54,8 +54,11 @@ def compile_kernel(kernel: Kernel, options: str = "") -> Any:
 
 
 def launcher(kernel: Kernel) -> Launcher:
-    """Compile for this machine's GPU. Call the result with the arguments' values, flattened, and the stream's address:
-    addresses for pointers."""
+    """Compile for this machine's GPU.
+
+    The result takes the values of the arguments, nested ones flattened, then the stream's address. A pointer's value
+    is its address.
+    """
     tuning.note_compiled(type(kernel).__module__)
     return Launcher(compile_kernel(kernel), _letters(kernel.signature) + "P")
 
@@ -81,26 +84,26 @@ def _letters(kind: Any) -> str:
 
 
 def stream(device: torch.device) -> int:
-    """Address of the current stream."""
+    """Return the address of the current stream."""
     address: int = torch.cuda.current_stream(device.index).cuda_stream
     return address
 
 
 @cache
 def processors(device: int) -> int:
-    """Streaming multiprocessors of a GPU."""
+    """Return the number of streaming multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def vector_rows(x: Tensor) -> Tensor:
-    """[rows, ...] -> [rows, W] whose rows are contiguous and begin at multiples of 16 bytes; a copy only if need be."""
+    """Return [rows, ...] as [rows, W], with contiguous rows at multiples of 16 bytes. Copies only if necessary."""
     x = x.flatten(1)
     aligned = x.data_ptr() % VECTOR_BYTES == 0 and x.stride(0) * x.element_size() % VECTOR_BYTES == 0
     return x if aligned and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def supports(*, device: str, dtype: str, width: int, others: str = "torch, compile, triton", **dims: int) -> str | None:
-    """None, or why not: Hopper, and rows that are whole 16-byte vectors."""
+    """Return None if rows are whole 16-byte vectors and the GPU is a Hopper, else the reason."""
     if dtype not in ("fp32", "fp16", "bf16"):
         return f"dtype {dtype} is none of fp32, fp16, bf16"
     if width % 8:
@@ -111,24 +114,23 @@ def supports(*, device: str, dtype: str, width: int, others: str = "torch, compi
 
 
 def ahead(pointer: cute.Pointer, offset: Any, step: int) -> cute.Pointer:
-    """pointer + offset, which is a multiple of `step` values, so that the compiler knows how it is aligned.
+    """Return pointer + offset. The compiler learns that the offset is a multiple of `step` values.
 
-    Pointer.align also tells it, but rounds the address up at run time.
+    Pointer.align would do that too, but it rounds the address up at run time.
     """
     return pointer + cute.assume(offset, divby=step)
 
 
-# On the device. A row is spread over `threads` threads, a vector each, round by round: what a thread holds of it is a
-# Python list of vectors.
+# On the device. Vector i of a row belongs to thread i % threads. A thread holds its vectors of a row as a Python list.
 
 
 def rounds(dtype: Any, width: int, threads: int) -> int:
-    """Vectors of a row that a thread holds."""
+    """Return the number of vectors of a row that a thread holds."""
     return -(-width // (threads * vector(dtype)))
 
 
 def vector(dtype: Any) -> int:
-    """Values of one vector."""
+    """Return the number of values in a vector."""
     return VECTOR_BYTES * 8 // int(dtype.width)
 
 
@@ -140,7 +142,7 @@ def load_row(
     threads: cutlass.Constexpr[int],
     wanted: Any = True,
 ) -> Any:
-    """This thread's vectors of a row as register tensors; zeros past its end, or where it isn't wanted."""
+    """Return this thread's vectors of a row as register tensors: zeros past its end, or if it isn't wanted."""
     dtype = row.dtype
     size = vector(dtype)
     parts = []
@@ -161,7 +163,7 @@ def load_row(
 def store_row(
     parts: Any, row: cute.Pointer, width: cutlass.Constexpr[int], thread: Int32, threads: cutlass.Constexpr[int]
 ) -> None:
-    """The inverse of load_row."""
+    """Store what load_row returned."""
     size = vector(row.dtype)
     for i in cutlass.range_constexpr(rounds(row.dtype, width, threads)):
         column = (thread + i * threads) * size
@@ -177,12 +179,12 @@ def _vector_at(row: cute.Pointer, column: Int32) -> cute.Tensor:
 
 
 def wide(parts: Any) -> list[Any]:
-    """Register tensors -> fp32 values."""
+    """Convert register tensors to fp32 values."""
     return [part.load().to(Float32) for part in parts]
 
 
 def rounded(values: list[Any], dtype: Any) -> list[Any]:
-    """fp32 values -> register tensors, rounded to the nearest and to even."""
+    """Convert fp32 values to register tensors, rounded to nearest, ties to even."""
     parts = []
     for value in values:
         part = cute.make_rmem_tensor(value.shape, dtype)

@@ -1,4 +1,4 @@
-"""Compiling CuTe DSL kernels and calling them with little host time."""
+"""Launches of CuTe DSL kernels that take little host time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class Launcher:
-    """A compiled kernel that takes plain Python numbers.
+    """A compiled kernel that takes Python numbers.
 
-    The package's own call wraps each argument in an object, 5 us apiece. This one writes all of them into one
-    buffer, whose addresses were marshalled once.
+    The package's own call wraps each argument in an object, which takes 5 us each. This one writes all of them into
+    one buffer, whose addresses are marshalled once.
 
-    compiled: what `cute.compile` returned for a function of a named tuple and a stream. letters: the types of the
-    named tuple's values and of the stream, as the module struct writes them: P for pointers and the stream, i and q
-    for Int32 and Int64, f for Float32.
+    compiled: what `cute.compile` returned for a function of a named tuple and a stream.
+    letters: types of the named tuple's values and of the stream, in the code of the module struct. P stands for
+    pointers and the stream, i and q for Int32 and Int64, f for Float32.
     """
 
     def __init__(self, compiled: Any, letters: str) -> None:

@@ -1,4 +1,4 @@
-"""Shapes that hstu_attention is measured at, their inputs and their cost."""
+"""Benchmark shapes of hstu_attention, their inputs and their cost."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from grkernels.variant import Cost
 
 @dataclass(frozen=True)
 class Shape:
-    """B users of `cached + new + targets` tokens each; only the last new + targets are queries.
+    """B users of `cached + new + targets` tokens each. Only the last new + targets are queries.
 
-    page > 0: the cached tokens' keys and values lie in pages of that many tokens.
+    page > 0: the keys and values of the cached tokens are in pages of `page` tokens.
     """
 
     batch: int
@@ -53,8 +53,10 @@ SHAPES = {
 
 
 def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
-    """Keyword arguments of the family's functions. q, k and v are strided views of one projection, as in the
-    layer; values of unit scale, so that scores are of order 1."""
+    """Return keyword arguments of the family's functions.
+
+    q, k and v are strided views of one projection, as in the layer. Values have unit scale, so scores are of order 1.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     H, dqk, dv, B = shape.heads, shape.qk_dim, shape.v_dim, shape.batch
     rows = shape.new + shape.targets
@@ -93,7 +95,7 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Mask-exact FLOPs and least bytes; dtype fp32, fp16 or bf16."""
+    """Return mask-exact FLOPs and least bytes. dtype: fp32, fp16 or bf16."""
     rows = shape.new + shape.targets
     pairs = shape.batch * spec.visible_pairs(shape.length, shape.targets, delta=rows)
     heads = (shape.heads, shape.qk_dim, shape.v_dim)
@@ -103,5 +105,5 @@ def cost(shape: Shape, dtype: str) -> Cost:
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
-    """Keyword arguments of `KernelVariant.supports` beside device and dtype."""
+    """Return keyword arguments of `KernelVariant.supports` besides device and dtype."""
     return {"qk_dim": shape.qk_dim, "v_dim": shape.v_dim, "page": shape.page}

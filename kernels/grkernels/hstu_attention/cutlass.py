@@ -17,7 +17,7 @@ from grkernels.hstu_attention.sm90.kernel import Attention
 from grkernels.hstu_attention.sm90.sizes import Tiles
 from grkernels.variant import KernelVariant
 
-TILES_A_SPLIT = 4  # at least, of an item that several CTAs share: adding up costs about two
+TILES_A_SPLIT = 4  # least tiles of a CTA that shares an item: adding up costs as much as about two tiles
 NO_PAGES: tuple[int, ...] = (0,) * 12  # values of the fields k_pages to page_table of sm90.kernel.Arguments
 
 CANDIDATES = [
@@ -59,10 +59,10 @@ def hstu_attention(
     page_table: Tensor | None = None,
     paged_lengths: Tensor | None = None,
 ) -> Tensor:
-    """As reference.py says, in fp16 or bf16 with fp32 scores and sums; can be captured in a CUDA graph.
+    """Compute what reference.py specifies, in fp16 or bf16 with fp32 scores and sums.
 
-    Raises ValueError for q, k or v whose rows and heads don't begin at
-    multiples of 16 bytes, which TMA demands.
+    The call can be captured in a CUDA graph. Raises ValueError for q, k, v or pages whose rows and heads don't begin
+    at multiples of 16 bytes, which TMA requires.
     """
     heads, batch = q.shape[1], q_offsets.shape[0] - 1
     if 0 in (q.shape[0], batch, max_q_len):
@@ -105,7 +105,7 @@ def hstu_attention(
     if splits > 1:
         partials = torch.empty(items * splits * m * v.shape[2], dtype=torch.float32, device=q.device)
     if splits > 1 or config["dynamic"]:
-        # One allocation, cleared once: the counter of items, then 16 bytes on the arrivals of each item's warps.
+        # One allocation, cleared once: the counter of items, and after 16 bytes the arrivals of each item's warps.
         arrivals = items * m // 16 if splits > 1 else 0
         counter = torch.zeros(4 + arrivals, dtype=torch.int32, device=q.device)
     run = _compiled(q.dtype, q.shape[2], v.shape[2], page, **config, split=splits > 1)
@@ -145,7 +145,7 @@ def _check_rows(name: str, x: Tensor) -> None:
 
 
 def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0) -> str | None:
-    """None, or why not: Hopper, half precision, head sizes 16 to 256 in steps of 16."""
+    """Return None for Hopper, half precision and head sizes 16 to 256 in steps of 16, else the reason."""
     if dtype not in ("fp16", "bf16"):
         return f"dtype {dtype} is neither fp16 nor bf16 (variants that support it: torch, triton)"
     if any(d % 16 or not 16 <= d <= 256 for d in (qk_dim, v_dim)):
@@ -158,8 +158,11 @@ def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0)
 
 
 def _default(q: Tensor, v: Tensor, batch: int, max_q_len: int) -> dict[str, int]:
-    """Tiles where nothing was tuned: as many keys as leave room for two stages; 64 rows where that still gives no
-    CTA a second item; work handed out on demand where there is enough of it to pay for clearing the counter."""
+    """Return the tiles for sizes that are not in the table.
+
+    Two stages of n keys fit. Tiles have 64 rows if no CTA then gets a second item. CTAs take items from a counter if
+    there are enough items to pay for clearing it.
+    """
     widest, streams = max(q.shape[2], v.shape[2]), batch * q.shape[1]
     processors = cute_common.processors(q.device.index)
     small = streams * -(-max_q_len // 64) <= processors
@@ -173,8 +176,10 @@ def _default(q: Tensor, v: Tensor, batch: int, max_q_len: int) -> dict[str, int]
 
 
 def _splits(items: int, tiles: int, processors: int) -> int:
-    """How many CTAs share a work item of so many tiles: where there are too few items, as many as there is room for,
-    each with some tiles to itself."""
+    """Return the number of CTAs that share a work item of `tiles` tiles.
+
+    Items are shared if there are fewer than processors. Each CTA gets at least TILES_A_SPLIT tiles.
+    """
     return max(min(processors // max(items, 1), tiles // TILES_A_SPLIT), 1)
 
 

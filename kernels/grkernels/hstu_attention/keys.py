@@ -1,4 +1,4 @@
-"""What the best launch configuration of attention depends on."""
+"""Key of the table of launch configurations."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ def tuning_key(
     k_pages: Tensor | None = None,
     **_: Any,
 ) -> str:
-    """Element and head sizes, how many sequences and heads there are to spread over the GPU, lengths (to the next
-    power of two), the kind of mask, the page size. Takes the arguments of the family's functions."""
+    """Return all that the best launch configuration depends on. Takes the arguments of the family's functions.
+
+    These are the element and head sizes, the number of sequences times heads and the lengths (to the next power of
+    two), the kind of mask and the page size.
+    """
     mask = [
         *(["contextual"] if contextual_seq_len else []),
         *(["window"] if max_attn_len else []),

@@ -1,8 +1,8 @@
-"""Other projects' attention, for the kernel benchmark to measure beside the variants where it is installed.
+"""Attention of other projects, which the kernel benchmark measures if they are installed.
 
-No code of theirs is here. Their interfaces differ between releases, so that each call is made of those of its
-arguments that the installed release knows by name. What a peer needs in another layout is converted before the
-timed call, at no cost to it. `sdpa_softmax` is another operator, a yardstick only: PyTorch's softmax attention.
+None of their code is here. Their interfaces differ between releases, so a call passes only the arguments that the
+installed release has. Inputs are converted to a peer's layout before the timed call. `sdpa_softmax` is another
+operator and only a yardstick: PyTorch's softmax attention.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grkernels.hstu_attention.reference import hstu_attention as hstu_reference
-from grkernels.hstu_attention.torch import hstu_attention as hstu_plain
+from grkernels.hstu_attention.torch import hstu_attention as hstu_eager
 
 Call = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One implementation elsewhere. `load` imports it (ImportError says what is missing and the command that adds
-    it) and returns `bind`, which takes the family's arguments and returns the call to time, or raises
-    NotImplementedError with the reason why these arguments are beyond it."""
+    """An implementation of another project.
+
+    `load` imports it and returns `bind`. Its ImportError says what is missing and which command installs it.
+    `bind` takes the family's arguments and returns the call to time. It raises NotImplementedError, with the reason,
+    for arguments that the peer does not support.
+    """
 
     name: str
     load: Callable[[], Callable[..., Call]]
     reference: Callable[..., Tensor] = hstu_reference
-    plain: Callable[..., Tensor] = hstu_plain
+    eager: Callable[..., Tensor] = hstu_eager
     same_operator: bool = True
 
 
@@ -52,7 +55,7 @@ def _meta(tma: bool) -> Callable[..., Call]:
         delta = inputs["q_offsets"] is not inputs["kv_offsets"]
         function = getattr(module, "triton_cached_hstu_mha" if delta else "triton_hstu_mha", None)
         if function is None:
-            raise NotImplementedError("this release has no delta form")
+            raise NotImplementedError("this release has no attention with a cache")
         if tma and "enable_tma" not in inspect.signature(function).parameters:
             raise NotImplementedError("this release has no option enable_tma")
         q, n = inputs["q"].contiguous(), inputs["scaling_seqlen"]
@@ -127,7 +130,7 @@ def _fbgemm() -> Callable[..., Call]:
 
 
 def _sdpa() -> Callable[..., Call]:
-    """PyTorch's scaled_dot_product_attention, with whichever kernel it picks."""
+    """PyTorch's scaled_dot_product_attention, with the kernel that it picks."""
 
     def bind(**inputs: Any) -> Call:
         q, k, v = (_padded(inputs, name) for name in "qkv")
@@ -142,7 +145,10 @@ def _sdpa() -> Callable[..., Call]:
 
 
 def softmax_attention(**inputs: Any) -> Tensor:
-    """Causal softmax attention of full sequences of one length, in the inputs' dtype with fp32 softmax: [L, H, dv]."""
+    """Compute causal softmax attention of full sequences of one length: [L, H, dv].
+
+    Products are in the inputs' dtype, the softmax in fp32.
+    """
     q, k, v = (_padded(inputs, name) for name in "qkv")
     n = q.shape[2]
     hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
@@ -155,24 +161,30 @@ def softmax_attention(**inputs: Any) -> Tensor:
 
 
 def _padded(inputs: dict[str, Any], name: str) -> Tensor:
-    """[L, H, d] -> a view [B, H, N, d]. Raises NotImplementedError unless all sequences are full and whole."""
+    """Return [L, H, d] as a view [B, H, N, d].
+
+    Raises NotImplementedError unless all sequences have the same length and no cache.
+    """
     batch, n = inputs["q_offsets"].shape[0] - 1, inputs["max_q_len"]
     x: Tensor = inputs[name]
     if inputs["q_offsets"] is not inputs["kv_offsets"] or inputs.get("k_pages") is not None or x.shape[0] != batch * n:
         raise NotImplementedError("softmax yardstick: full sequences of one length only")
     if inputs["num_targets"] is not None or inputs.get("max_attn_len", 0) or inputs.get("contextual_seq_len", 0):
-        raise NotImplementedError("softmax yardstick: plain causal masks only")
+        raise NotImplementedError("softmax yardstick: causal masks only")
     return x.unflatten(0, (batch, n)).transpose(1, 2)
 
 
 def _known(function: Callable[..., Tensor], **arguments: Any) -> Call:
-    """The call with those arguments that this release of the function has."""
+    """Return a call with the arguments that this release of the function has."""
     names = inspect.signature(function).parameters
     return partial(function, **{name: value for name, value in arguments.items() if name in names})
 
 
 def _module(names: list[str], install: str) -> Any:
-    """The first of these modules that can be imported. Raises ImportError with the command that installs one."""
+    """Return the first of these modules that can be imported.
+
+    Raises ImportError with the command that installs one.
+    """
     why = f"package {names[0].partition('.')[0]} is not installed"
     for name in names:
         if not find_spec(name.partition(".")[0]):

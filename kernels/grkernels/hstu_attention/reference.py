@@ -1,4 +1,4 @@
-"""HSTU attention, obviously right: fp32, one sequence and one head at a time, a plain dense mask."""
+"""Reference of HSTU attention: fp32, one sequence and one head at a time, a dense mask."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def hstu_mask(
     n: int, num_targets: int, contextual_seq_len: int, max_attn_len: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """bool [n, n]: True where row i may see column j. spec.py says it in words."""
+    """Return bool [n, n]: True if row i may see column j. spec.py describes the mask in words."""
     i = torch.arange(n, device=device)
     m = n
     if contextual_seq_len > 0:
@@ -46,20 +46,24 @@ def hstu_attention(
     page_table: Tensor | None = None,
     paged_lengths: Tensor | None = None,
 ) -> Tensor:
-    """(SiLU(alpha q k^T) * M / scaling_seqlen) v for every sequence and head; the family's signature.
+    """Compute (SiLU(alpha q k^T) * M / scaling_seqlen) v for every sequence and head. The family's signature.
 
-    q [Lq, H, dqk], k [Lkv, H, dqk], v [Lkv, H, dv]: tokens of all sequences one after another, possibly
-    strided views of one projection. q_offsets and kv_offsets int64 [B + 1] say where each sequence begins.
-    Full form: the two are equal. Delta form: a sequence's queries are its last rows. num_targets int64 [B],
-    or None for no candidates. max_q_len and max_kv_len: upper bounds of the lengths, Python ints.
+    q [Lq, H, dqk], k [Lkv, H, dqk], v [Lkv, H, dv]: tokens of all sequences one after another. They may be strided
+    views of one projection.
+    q_offsets, kv_offsets: int64 [B + 1], the first row of each sequence. They are equal in a prefill. In an append,
+    the queries of a sequence are its last rows.
+    num_targets: int64 [B], or None for no candidates.
+    max_q_len, max_kv_len: upper bounds of the lengths, Python ints.
 
-    Paged delta form: a sequence's first paged_lengths[b] keys and values (int64 [B], none of them candidates') lie
-    in pages, k_pages [pages, page size, H, dqk] and v_pages [pages, page size, H, dv], page_table[b, i] (int32
-    [B, most pages]) being its i-th; k, v and kv_offsets hold the rest. max_kv_len bounds both together.
+    Append to pages: the first paged_lengths[b] keys and values of a sequence are in pages. None of them are
+    candidates.
+    k_pages [pages, page size, H, dqk], v_pages [pages, page size, H, dv], paged_lengths int64 [B].
+    page_table: int32 [B, most pages], the i-th page of sequence b.
+    k, v and kv_offsets hold the other tokens. max_kv_len bounds both together.
 
-    Returns [Lq, H, dv] in v's dtype, computed in fp32; rows past q_offsets[B] are zeros. On a GPU the
-    caller sees to it that fp32 products are exact (no TF32). Source: as spec.py. Raises ValueError for a
-    sequence longer than the bounds or with more queries than keys.
+    Returns [Lq, H, dv] in v's dtype, computed in fp32. Rows after q_offsets[B] are zeros. On a GPU the caller must
+    make fp32 products exact (no TF32). Raises ValueError for a sequence that is longer than the bounds or has more
+    queries than keys. Source: as spec.py.
     """
     out = torch.zeros(q.shape[0], v.shape[1], v.shape[2], dtype=torch.float32, device=v.device)
     q_bounds, kv_bounds = q_offsets.tolist(), kv_offsets.tolist()

@@ -1,4 +1,4 @@
-"""HSTU attention's mask in closed form, and what the operator costs. Plain integers, no torch.
+"""Mask of HSTU attention in closed form, and the cost of the operator, in Python integers.
 
 A sequence of n tokens is C contextual tokens, then the history, then T candidates (targets):
 
@@ -7,8 +7,8 @@ A sequence of n tokens is C contextual tokens, then the history, then T candidat
     position m           the T candidates together, m = n - T - C + 1 (n - T where C = 0)
 
 A token sees itself and every token at a smaller position, so never another candidate. A window W > 0
-hides what lies more than W positions back. Contextual tokens, when there are any, see each other and
-the whole history whatever the window. Source: Zhai et al., "Actions Speak Louder than Words", ICML 2024.
+hides tokens more than W positions back. Contextual tokens see each other and the whole history, with
+any window. Source: Zhai et al., "Actions Speak Louder than Words", ICML 2024.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 def visible_pairs(
     n: int, num_targets: int = 0, contextual_seq_len: int = 0, max_attn_len: int = 0, delta: int | None = None
 ) -> int:
-    """How many (row, column) pairs the mask of one sequence lets through: the exact work of attention.
+    """Return the number of (row, column) pairs that the mask of one sequence admits: the exact work.
 
-    With `delta`, only the last `delta` rows count (the delta form: queries are the newest tokens).
+    With `delta`, only the last `delta` rows count: in an append the queries are the newest tokens.
     Takes constant time. Raises ValueError for num_targets or delta outside 0..n, or a negative option.
     """
     rows = n if delta is None else delta
@@ -45,7 +45,7 @@ def visible_pairs(
 
 
 def _sum_seen(low: int, high: int, width: int, window: int) -> int:
-    """Sum over positions low..high (low >= 1) of the tokens that one row there sees."""
+    """Return the sum over positions low..high (low >= 1) of the tokens that one row there sees."""
     if high < low:
         return 0
     unlimited_to = min(high, window) if window else high  # up to there position 0 is within the window
@@ -55,11 +55,17 @@ def _sum_seen(low: int, high: int, width: int, window: int) -> int:
 
 
 def flops(pairs: int, heads: int, qk_dim: int, v_dim: int) -> int:
-    """Floating-point operations over `pairs` visible pairs: q k^T and the product with v; a multiply-add is 2."""
+    """Return the floating-point operations of `pairs` visible pairs: q k^T and the product with v.
+
+    A multiply-add counts as 2.
+    """
     return pairs * heads * 2 * (qk_dim + v_dim)
 
 
 def bytes_moved(q_rows: int, kv_rows: int, heads: int, qk_dim: int, v_dim: int, dtype: str) -> int:
-    """Least bytes between memory and chip: q, k and v read once, the result written once. dtype as in BYTES."""
+    """Return the least bytes between memory and chip: q, k and v read once, the result written once.
+
+    dtype: as in BYTES.
+    """
     values = q_rows * (qk_dim + v_dim) + kv_rows * (qk_dim + v_dim)
     return values * heads * BYTES[dtype]

@@ -1,4 +1,4 @@
-"""HSTU attention in eager PyTorch: padded to [H, B, N, d] and worked off in tiles of query rows."""
+"""HSTU attention in eager PyTorch: padded to [H, B, N, d] and computed in tiles of query rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor
 from grkernels.hstu_attention.reference import hstu_attention as reference
 from grkernels.variant import KernelVariant
 
-# Memory for one tile's scores. Bounds the extra memory whatever the lengths; large enough that the
-# products of one tile fill a GPU.
+# Memory for one tile's scores. It bounds the extra memory for any lengths, and the products of one tile fill a GPU.
 TILE_BYTES = 256 * 2**20
 BYTES_A_SCORE = 10  # fp32 scores, their product in the operands' dtype, and the mask
 
@@ -37,13 +36,14 @@ def hstu_attention(
     paged_lengths: Tensor | None = None,
     tiles: int = 0,
 ) -> Tensor:
-    """As reference.py says, in fp32, fp16 or bf16, with SiLU in fp32.
+    """Compute what reference.py specifies, in fp32, fp16 or bf16, with SiLU in fp32.
 
-    Nothing here waits for the device and every shape follows from the arguments' shapes and Python ints,
-    so that it can be captured in a CUDA graph. Lengths beyond max_q_len or max_kv_len are not noticed.
+    Nothing waits for the device, and every shape follows from the arguments' shapes and Python ints. So the call can
+    be captured in a CUDA graph. It does not notice lengths beyond max_q_len or max_kv_len.
 
-    tiles: how many tiles of rows, a divisor of max_q_len: then what is done does not depend on the lengths, and it can
-    be traced with symbolic ones (`tiles_needed` says how many bound the memory). 0: as many as these lengths need.
+    tiles: number of tiles of rows, a divisor of max_q_len. The operations then do not depend on the lengths and can be
+    traced with symbolic ones. `tiles_needed` returns the number that bounds the memory. 0: the number that these
+    lengths need.
     """
     heads, batch = v.shape[1], q_offsets.shape[0] - 1
     out_shape = (q.shape[0], heads, v.shape[2])
@@ -66,8 +66,8 @@ def hstu_attention(
         m = m - num_targets[:, None]
     column_positions = _positions(columns, m, contextual_seq_len)  # [B, N]
 
-    # In half precision the small division by N is kept out of the operands: half of its bits (an exact power
-    # of two) go into the weights, so that sums can't overflow fp16, the rest into the fp32 result.
+    # In half precision, dividing the weights by N would lose bits. The weights get half of the bits of N (an exact
+    # power of two), so sums can't overflow fp16. The fp32 result gets the rest.
     pre_scale = 2.0 ** -(scaling_seqlen.bit_length() // 2)
     tile = max_q_len // tiles if tiles else _tile_rows(batch * heads * max_kv_len, max_q_len)
     begins = [i * tile for i in range(tiles)] if tiles else range(0, max_q_len, tile)
@@ -92,7 +92,7 @@ def hstu_attention(
         summed = torch.matmul(weights, v_padded[:, :, low:high])
         padded[:, :, begin:end] = summed.float().mul_(1.0 / (scaling_seqlen * pre_scale)).to(v.dtype)
 
-    # Back to the jagged stream: for each of its rows, which sequence and which row of it.
+    # Back to the jagged stream: the sequence of each row, and the row within it.
     stream = torch.arange(q.shape[0], device=q.device)
     # Searched among all offsets, not q_offsets[1:]: compiled for a GPU, a view's first element is overlooked.
     sequence = (torch.searchsorted(q_offsets, stream, right=True) - 1).clamp(max=batch - 1)
@@ -102,7 +102,10 @@ def hstu_attention(
 
 
 def _pad(x: Tensor, offsets: Tensor, local: Tensor) -> Tensor:
-    """[L, H, d] -> [H, B, len(local), d], contiguous: rows `local` of every sequence; past its end, any row."""
+    """Return rows `local` of every sequence: [L, H, d] -> [H, B, len(local), d], contiguous.
+
+    Past the end of a sequence the result holds any row.
+    """
     index = (offsets[:-1, None] + local).clamp(max=x.shape[0] - 1)
     return x.transpose(0, 1).index_select(1, index.flatten()).unflatten(1, index.shape)
 
@@ -110,11 +113,11 @@ def _pad(x: Tensor, offsets: Tensor, local: Tensor) -> Tensor:
 def _pad_paged(
     x: Tensor, offsets: Tensor, pages: Tensor, page_table: Tensor, paged_lengths: Tensor, columns: Tensor
 ) -> Tensor:
-    """[H, B, len(columns), d] as `_pad`, of sequences whose first paged_lengths[b] rows lie in pages."""
+    """Return [H, B, len(columns), d] as `_pad` does, of sequences with their first paged_lengths[b] rows in pages."""
     page = pages.shape[1]
     slots = (columns // page).clamp(max=page_table.shape[1] - 1)
     index = page_table[:, slots].long() * page + columns % page
-    # Rows first, then heads: the other way round the whole pool would be copied.
+    # Rows first, then heads: the reverse order would copy the whole pool.
     rows = pages.flatten(0, 1).index_select(0, index.flatten())
     cached = rows.unflatten(0, index.shape).permute(2, 0, 1, 3).contiguous()
     if x.shape[0] == 0:
@@ -125,7 +128,7 @@ def _pad_paged(
 
 
 def _positions(index: Tensor, m: Tensor, contextual_seq_len: int) -> Tensor:
-    """Index in the sequence -> position of the mask (spec.py). m int64 [B, 1]; returns int64 [B, ...]."""
+    """Convert an index in the sequence to a position of the mask (spec.py). m: int64 [B, 1]. Returns int64 [B, ...]."""
     return torch.minimum((index - max(contextual_seq_len - 1, 0)).clamp(min=0), m)
 
 
@@ -138,7 +141,7 @@ def _hidden(
     contextual_seq_len: int,
     max_attn_len: int,
 ) -> Tensor:
-    """bool [B, rows, columns]: True where the mask is 0.
+    """Return bool [B, rows, columns]: True if the mask is 0.
 
     A place past the sequence's end is at position m or later, so no row of the sequence sees it.
     """
@@ -153,30 +156,30 @@ def _hidden(
 
 
 def _tile_rows(scores_a_row: int, max_q_len: int) -> int:
-    """Query rows a tile: as many as TILE_BYTES holds scores for, at least one."""
+    """Return the query rows of a tile: TILE_BYTES holds their scores. At least one."""
     return max(min(TILE_BYTES // (scores_a_row * BYTES_A_SCORE), max_q_len), 1)
 
 
 def tiles_needed(batch: int, heads: int, max_q_len: int, max_kv_len: int) -> int:
-    """How many tiles keep the memory of this call within TILE_BYTES."""
+    """Return the number of tiles that keep the memory of this call within TILE_BYTES."""
     return -(-max_q_len // _tile_rows(batch * heads * max_kv_len, max_q_len))
 
 
 def _columns_seen(
     begin: int, end: int, max_kv_len: int, no_targets: bool, contextual_seq_len: int, max_attn_len: int
 ) -> tuple[int, int]:
-    """Full form: the range of columns outside which no row of begin..end-1 sees anything."""
+    """Return the range of columns that rows begin..end-1 of a prefill see: no row sees any column outside it."""
     if begin < contextual_seq_len:  # a contextual token sees the whole history
         return 0, max_kv_len
     low = begin - max_attn_len if max_attn_len and no_targets else 0  # a candidate's window starts further back
     # torch.compile of torch 2.11 can't trace sym_min, torch.export can't compare symbolic lengths.
     high = torch.sym_min(end, max_kv_len) if isinstance(end, torch.SymInt) else min(end, max_kv_len)
-    # Where the window reaches a contextual token, it reaches all of them.
+    # A window that reaches a contextual token reaches all of them.
     return (low if low >= max(contextual_seq_len, 1) else 0), high
 
 
 def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0) -> str | None:
-    """None, or why not. Any head width on any device, in fp32, fp16 and bf16."""
+    """Return None for fp32, fp16 and bf16, else the reason. Any head size and device will do."""
     if dtype not in ("fp32", "fp16", "bf16"):
         return f"dtype {dtype} is none of fp32, fp16, bf16"
     return None

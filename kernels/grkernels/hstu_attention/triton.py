@@ -1,7 +1,7 @@
-"""HSTU attention in Triton: one program a tile of query rows, two loops over tiles of keys.
+"""HSTU attention in Triton: one program for each tile of query rows, two loops over tiles of keys.
 
-The first loop takes the tiles that need the mask (the candidates' diagonal, the ends of the history), the second
-those that every row sees whole; tiles that nothing sees are in neither. SiLU(s) = t tanh(t) + t with t = s / 2.
+The first loop takes the tiles that need the mask: the candidates' diagonal and the ends of the history. The second
+takes those that every row sees whole. Tiles that no row sees are in neither. SiLU(s) = t tanh(t) + t with t = s / 2.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def hstu_attention(
     page_table: Tensor | None = None,
     paged_lengths: Tensor | None = None,
 ) -> Tensor:
-    """As reference.py says, in fp32, fp16 or bf16 with fp32 scores and sums; can be captured in a CUDA graph."""
+    """Compute what reference.py specifies, in fp32, fp16 or bf16 with fp32 scores and sums.
+
+    The call can be captured in a CUDA graph.
+    """
     heads, batch, qk_dim, v_dim = q.shape[1], q_offsets.shape[0] - 1, q.shape[2], v.shape[2]
     if 0 in (q.shape[0], batch, max_q_len):
         return v.new_zeros(q.shape[0], heads, v_dim)
@@ -137,8 +140,10 @@ def _kernel(
     M: tl.constexpr,
     N: tl.constexpr,
 ) -> None:
-    """One tile of M query rows of one head of one sequence; the longest first. What comes after the sequences is
-    zeros."""
+    """Compute one tile of M query rows of one head of one sequence, the longest tiles first.
+
+    The last program along the sequences writes zeros into the rows after them.
+    """
     half_alpha, scale = tl.cast(half_alpha, tl.float32), tl.cast(scale, tl.float32)  # AOTInductor passes them in fp64
     sequence, head = tl.program_id(2), tl.program_id(1)
     q_begin = tl.load(q_offsets + sequence)
@@ -165,7 +170,7 @@ def _kernel(
     row = n - queries + skipped
     end = tl.minimum(row + M, n)
 
-    # What each row sees beside itself, columns low <= j < high: reference.py's mask in closed form.
+    # Each row sees itself and the columns low <= j < high: reference.py's mask in closed form.
     rows = row + tl.arange(0, M)
     low = tl.zeros([M], tl.int32)
     high = rows + 1
@@ -196,7 +201,7 @@ def _kernel(
         if (end - 1 >= contextual) & (last - shift > window):
             whole_begin = tl.minimum(tl.cdiv(last - window, N), stop)
     whole_stop = tl.maximum(tl.minimum(whole_stop, stop), whole_begin)
-    # The candidates see themselves: the diagonal, as far as the history's last tile does not reach it.
+    # The candidates see themselves: the part of the diagonal that the history's last tile does not reach.
     diagonal = tl.maximum(row, stop * N)
     diagonals = 0
     if TARGETS:  # noqa: SIM102
@@ -274,7 +279,7 @@ def _load(
     QK_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """K [N, QK_BLOCK] and V [N, V_BLOCK] of some columns: pages hold the first `paged` of a sequence's n keys."""
+    """Return K [N, QK_BLOCK] and V [N, V_BLOCK] of some columns. Pages hold the first `paged` of n keys."""
     qk_dims, v_dims = tl.arange(0, QK_BLOCK), tl.arange(0, V_BLOCK)
     k_rows = k + (columns - paged) * k_stride
     v_rows = v + (columns - paged) * v_stride
@@ -299,7 +304,7 @@ def _load(
 
 @triton.jit
 def _silu(t: tl.tensor) -> tl.tensor:
-    """SiLU(2 t) = t tanh(t) + t, with the GPU's own tanh (relative error 2^-11)."""
+    """Return SiLU(2 t) = t tanh(t) + t, with the GPU's own tanh (relative error 2^-11)."""
     if INTERPRET:
         return t * (1.0 - 2.0 / (tl.exp(2.0 * t) + 1.0)) + t
     tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [t], tl.float32, is_pure=True, pack=1)
@@ -307,14 +312,14 @@ def _silu(t: tl.tensor) -> tl.tensor:
 
 
 def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0) -> str | None:
-    """None, or why not: any GPU (or the interpreter), head sizes up to 256, pages that are powers of two."""
+    """Return None for a GPU (or the interpreter) and head sizes up to 256, else the reason."""
     if max(qk_dim, v_dim) > 256:
         return f"head sizes {qk_dim} and {v_dim}: at most 256 (any size: torch)"
     return triton_common.supports(device=device, dtype=dtype)
 
 
 def _default(widest: int, max_q_len: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles where nothing was tuned."""
+    """Return the tiles for sizes that are not in the table."""
     if max_q_len <= 16:
         return {"m": 16, "n": 64, "warps": 4, "stages": 3}
     if dtype == torch.float32:

@@ -1,6 +1,6 @@
 """HSTU attention for Hopper in CuTe DSL: TMA loads, WGMMA, one producer warp and m / 64 consumer warpgroups.
 
-kernel.py: arguments, TMA descriptors, the roles of the warps; its class `Attention` describes the whole.
+kernel.py: arguments, TMA descriptors, roles of the warps. Its class `Attention` describes the whole.
 sizes.py: what the kernel is compiled for. schedule.py: work items. visible.py: the mask and the tiles that it leaves.
 pipes.py: shared memory. producer.py: loads. consumer.py, mainloop.py, epilogue.py: products, SiLU, stores.
 registers.py: values in registers.

@@ -1,4 +1,4 @@
-"""The kernel: its launch arguments, TMA descriptors, and which warp does what."""
+"""The kernel: launch arguments, TMA descriptors, roles of the warps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Arguments(NamedTuple):
     v_pages: PagedRows
     pages: Int32  # in k_pages and v_pages
     page_table: PageTable
-    counter: Int32Pointer  # zero at first; read only by kernels with `Tiles.dynamic`
+    counter: Int32Pointer  # zero at first. Only kernels with `Tiles.dynamic` use it.
     sharing: Sharing
     half_alpha: Float32
     ctas: Int32
@@ -63,19 +63,19 @@ class Arguments(NamedTuple):
 class Attention(Sizes):
     """HSTU attention on Hopper: O = scale SiLU(alpha Q K^T) V under a mask, over the batch's ragged sequences.
 
-    Work. A work item is m query rows of one head of one sequence. CTAs are persistent, one on an SM, and each works
-    through several items. Fixed shares run forwards and backwards in turn (`fixed_item`); with `Tiles.dynamic` a CTA
-    takes its next item from a counter. With `Tiles.split` several CTAs share the tiles of an item, and the last one
-    adds up their sums (`add_up`). Of an item's columns only the tiles that some row sees are loaded, and most of
-    these need no mask (`ranges_of`).
+    Work. A work item is m query rows of one head of one sequence. CTAs are persistent, one on an SM, and each
+    processes several items. With fixed shares a CTA's rounds run forwards and backwards alternately (`fixed_item`).
+    With `Tiles.dynamic` a CTA takes its next item from a counter. With `Tiles.split` several CTAs share the tiles of
+    an item, and the last one adds up their sums (`add_up`). Only tiles that some row of the item sees are loaded, and
+    most of them need no mask (`ranges_of`).
 
     Warps. One producer warp loads by TMA. The three other warps of its warpgroup only give their registers away, for
     the consumers to take (REGISTERS). Each of the m / 64 consumer warpgroups owns 64 rows of the item and holds their
     fp32 sums.
 
-    Pipes. Q has one stage, K and V have `Tiles.stages` each. The producer waits for a free stage, and TMA arrives at
-    its barrier; consumers arrive once per warp when WGMMA has read it. K runs one tile ahead of V, and the producer
-    runs ahead into the next item. A fourth pipe passes the number of the next item to the consumers.
+    Pipes. Q has one stage. K and V have `Tiles.stages` each. The producer waits for a free stage, and TMA arrives at
+    its barrier. Each consumer warp arrives when WGMMA has read the stage. K runs one tile ahead of V, and the producer
+    runs ahead into the next item. With `Tiles.dynamic` a fourth pipe passes the next item to the consumers.
 
     Main loop. S = Q K^T of the next tile is started before P V of this one, where P = SiLU(alpha S). So the tensor
     cores work while SiLU is computed. Time runs to the right:
@@ -84,20 +84,28 @@ class Attention(Sizes):
         tensor cores       | S0    | S1, P0V0 | S2, P1V1 | S3, P2V2 | P3V3
         SiLU               |   P0  |    P1    |    P2    |    P3    |      store O
 
-    SiLU(s) = t tanh(t) + t with t = s / 2 costs one multiply, one tanh and one fused multiply-add, and needs neither
-    a row maximum nor a row sum. With `Tiles.take_turns` two warpgroups alternate at the tensor cores: one computes
-    SiLU while the other multiplies. A warpgroup skips masked tiles that only the other warpgroups need.
+    SiLU(s) = t tanh(t) + t with t = s / 2 costs one multiply, one tanh and one fused multiply-add. It needs neither a
+    row maximum nor a row sum. With `Tiles.take_turns` two warpgroups alternate at the tensor cores: one computes SiLU
+    while the other multiplies. A warpgroup skips masked tiles that only the other warpgroups need.
 
-    Shared memory. Q: m x qk_dim, K: stages x n x qk_dim, V: stages x n x v_dim elements, then up to 1 KiB of
-    barriers and alignment; 227 KiB at most. With 128 x 128 tiles, 2 stages and head size 128 this is
-    32 + 64 + 64 = 160 KiB; with 128 x 64 tiles and head size 256 it is 64 + 64 + 64 = 192 KiB.
+    Shared memory, at most 227 KiB in all:
+
+        Q           m x qk_dim elements
+        K           stages x n x qk_dim
+        V           stages x n x v_dim
+        barriers    up to 1 KiB with alignment
+
+    128 x 128 tiles, 2 stages and head size 128 take 32 + 64 + 64 = 160 KiB. 128 x 64 tiles, 2 stages and head size
+    256 take 64 + 64 + 64 = 192 KiB.
 
     Constraints:
 
-    - compute capability 9.0 (TMA, WGMMA, setmaxnreg), bf16 or fp16, fp32 scores and sums;
-    - head sizes are multiples of 16 from 16 to 256;
-    - m is 64, 128 or 192, n a multiple of 16; n is a multiple of the page size or divides it;
-    - rows and heads of Q, K, V and of pages begin at multiples of 16 bytes, the result is contiguous;
+    - Compute capability 9.0 (TMA, WGMMA, setmaxnreg). bf16 or fp16, with fp32 scores and sums.
+    - Head sizes are multiples of 16 from 16 to 256.
+    - m is 64, 128 or 192. n is a multiple of 16, and it divides the page size or is a multiple of it.
+    - Turns are for m = 128, since two warpgroups take them.
+    - Rows and heads of Q, K, V and pages begin at multiples of 16 bytes. The result is contiguous.
+    - Rows, pages and items times splits fit in 32 bits. Strides and addresses have 64 bits.
     - `Arguments.counter` and `Sharing.arrivals` are zero before each launch.
     """
 

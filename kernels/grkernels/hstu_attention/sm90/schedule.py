@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     q_offsets: Int64Pointer  # [sequences + 1]
     kv_offsets: Int64Pointer  # [sequences + 1], of keys that are not in pages
     num_targets: Int64Pointer  # [sequences], read only if has_targets
-    q_rows: Int32  # rows of the stream of queries; those after the last sequence are set to zero
+    q_rows: Int32  # of the stream of queries, with padding after the last sequence
     heads: Int32
     sequences: Int32
     limits: Limits

@@ -9,8 +9,8 @@ from cutlass import BFloat16, Float16
 SHARED_BYTES = 227 * 1024  # of a CTA on Hopper
 BARRIER_BYTES = 1024  # at most: barriers, then alignment
 WARPGROUP = 128  # threads
-PRODUCER_THREADS = 128  # one warp loads; a whole warpgroup gives its registers away
-REGISTERS = {1: (56, 256), 2: (24, 240), 3: (32, 160)}  # consumer warpgroups -> registers of producer, consumer
+PRODUCER_THREADS = 128  # one warp loads, a whole warpgroup gives its registers away
+REGISTERS = {1: (56, 256), 2: (24, 240), 3: (32, 160)}  # consumer warpgroups -> a producer's, a consumer's
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Tiles:
     n: int  # keys of a tile
     stages: int  # tiles of K and of V in shared memory
     take_turns: bool  # warpgroups take turns at the tensor cores
-    dynamic: bool  # CTAs take the next work item from a counter when they are free; else each has a fixed share
+    dynamic: bool  # CTAs take work items from a counter when they are free, instead of fixed shares
     split: bool = False  # several CTAs share the tiles of an item, and the last one to finish adds up their sums
 
 
@@ -37,7 +37,7 @@ class Sizes:
     qk_dim: int
     v_dim: int
     tiles: Tiles
-    page: int = 0  # tokens of a page; 0 if no keys are in pages
+    page: int = 0  # tokens of a page, 0 if no keys are in pages
 
     def __post_init__(self) -> None:
         t = self.tiles

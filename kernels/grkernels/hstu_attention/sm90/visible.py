@@ -67,9 +67,9 @@ class TileRanges(NamedTuple):
 
 @cute.jit
 def interval(row: Int32, history: Int32, limits: Limits) -> Interval:
-    """Return what a row sees. `history`: tokens before the first candidate.
+    """Return the columns that a row sees. `history`: tokens before the first candidate.
 
-    The closed form of reference.py's mask. History rows see what is before them; candidates and contextual tokens
+    The closed form of reference.py's mask. History rows see the columns before them. Candidates and contextual tokens
     see the whole history. A window raises `low` unless it reaches the contextual tokens.
     """
     shift = cutlass.max(limits.contextual - 1, 0)
@@ -119,7 +119,7 @@ def ranges_of(
 
 
 class TileView(NamedTuple):
-    """What two rows see of a tile."""
+    """Columns of a tile that two rows see."""
 
     upper: Interval
     lower: Interval
@@ -135,7 +135,10 @@ def view_of(
     column: Int32,
     cached: Int32 | int,
 ) -> TileView:
-    """Return what two rows see of the tile at `column`. The columns after the last cached token hold no token."""
+    """Return the columns of the tile at `column` that two rows see.
+
+    Between the last cached token and the next tile, columns hold no token and no row sees them.
+    """
     if cutlass.const_expr(not paged):
         return TileView(upper, lower, column)
     begin = (cached + n - 1) // n * n  # where the columns of the tokens after the cached ones begin
