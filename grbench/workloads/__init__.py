@@ -1,4 +1,4 @@
-"""Workloads: seeded traces of requests, from real behaviour or made up."""
+"""Workloads: seeded traces of requests, from recorded or synthetic behaviour."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grbench.workloads.trace import Trace
 
 
 def build(config: RecordedConfig | SyntheticConfig, seed: int, latency_limit_ms: float) -> Trace:
-    """The trace that `config` describes. Raises DataError (a ValueError) for data that can't be used."""
+    """Return the trace that `config` describes. Raises DataError (a ValueError) for unusable data."""
     from grbench.workloads import synthetic, trace
 
     if isinstance(config, SyntheticConfig):
@@ -22,12 +22,12 @@ def build(config: RecordedConfig | SyntheticConfig, seed: int, latency_limit_ms:
 
 
 def load_events(config: RecordedConfig) -> Events:
-    """The recorded events that `config` describes. Raises DataError (a ValueError) for data that can't be used."""
+    """Return the recorded events that `config` describes. Raises DataError (a ValueError) for unusable data."""
     from grbench.workloads import events, movielens
 
     match config:
         case Ml100kConfig():
-            return events.load_recbole(movielens.ml_100k(), sort=True)  # the file is in no order of time
+            return events.load_recbole(movielens.ml_100k(), sort=True)  # the file is not sorted by time
         case RecBoleConfig():
             return events.load_recbole(Path(config.path).expanduser(), config.sort)
         case CsvConfig():

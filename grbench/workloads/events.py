@@ -1,7 +1,7 @@
 """Behaviour events as columns, and the loaders that read and check them.
 
-The schema: user, item, actions (bit mask), weight, timestamp. Whatever is wrong with a file is one line
-that names the file, row, column and value.
+The schema is user, item, actions (bit mask), weight, timestamp. An error in a file is one line that names the
+file, row, column and value.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-LATEST = 4_102_444_800  # 2100-01-01: a time beyond it is in another unit than seconds
+LATEST = 4_102_444_800  # 2100-01-01: a later time is not in seconds
 KUAIRAND_ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
 RATING_ACTIONS = ("rated", "liked")  # liked: at least four fifths of the file's highest rating
-MEND = "correct or remove the row"
+FIX = "correct or remove the row"
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 
 
 class DataError(ValueError):
-    """The data can't be used; one line that names file, row, column and value, and what mends it."""
+    """Data that cannot be used. The message is one line with file, row, column, value and the fix."""
 
 
 @dataclass(frozen=True)
 class Events:
-    """Columns of one length, sorted by user, then by time. Ids are dense: 0 to count - 1."""
+    """Events as columns of equal length, sorted by user, then by time. Ids are dense: 0 to count - 1."""
 
     users: npt.NDArray[np.int64]
     items: npt.NDArray[np.int64]
@@ -43,14 +43,17 @@ class Events:
 
 
 def load_recbole(path: Path, sort: bool) -> Events:
-    """A RecBole `.inter` file: tab-separated, header of `name:type`, rating optional. Raises DataError."""
+    """Read a RecBole `.inter` file: tab-separated, header of `name:type`, optional rating. Raises DataError."""
     table = _Table(path, delimiter="\t")
     table.rename({name: name.split(":")[0] for name in table.names})
     return _ratings(table, "user_id", "item_id", "rating" if "rating" in table.names else None, "timestamp", sort)
 
 
 def load_csv(path: Path, format: str, sort: bool) -> Events:
-    """MovieLens ratings.csv or ratings.dat, or a KuaiRand log; `auto` looks at the first line. Raises DataError."""
+    """Read MovieLens ratings.csv or ratings.dat, or a KuaiRand log. Raises DataError.
+
+    `format="auto"` recognises the format by the first line.
+    """
     if format == "auto":
         format = _recognise(path)
     if format == "ratings_dat":
@@ -81,7 +84,7 @@ def _recognise(path: Path) -> str:
     if b"video_id" in first:
         return "kuairand"
     raise DataError(
-        f"{path}: row 1 is neither of MovieLens nor of KuaiRand ({first[:60].decode(errors='replace')!r}); allowed are "
+        f"{path}: row 1 is not from MovieLens or KuaiRand ({first[:60].decode(errors='replace')!r}); allowed are "
         "ratings.csv (userId,movieId,rating,timestamp), ratings.dat (1::1193::5::978300760) and KuaiRand logs "
         "(user_id,video_id,...,time_ms,...); a RecBole file needs workload=recbole"
     )
@@ -115,7 +118,7 @@ def _events(
         if goes_back.any():
             row = int(by_user[1:][goes_back].min())
             raise table.error(
-                row, time_column, "earlier than this user's row before it; workload.sort=true sorts the file on loading"
+                row, time_column, "earlier than this user's previous row; workload.sort=true sorts the file on loading"
             )
     order = np.lexsort((seconds, users))
     return Events(
@@ -161,9 +164,9 @@ class _Table:
             row = bad[0]
             cut = row.number == data.count(b"\n") and row.actual_columns < row.expected_columns
             raise DataError(
-                f"{path}: row {row.number} has {row.actual_columns} fields, {row.expected_columns} are expected: "
+                f"{path}: row {row.number} has {row.actual_columns} fields instead of {row.expected_columns}: "
                 f"{self._as_written(row.text)[:80]!r}; "
-                + ("the file looks truncated, fetch it again or remove the row" if cut else MEND)
+                + ("the file looks truncated, fetch it again or remove the row" if cut else FIX)
             )
         if not self._table.num_rows:
             raise DataError(f"{path}: no events after the header in row 1; set workload.path to a file with some")
@@ -198,33 +201,33 @@ class _Table:
         return DataError(f"{self.path}: row {row + self._first}, column {column}: {value!r} is {why}")
 
     def numbers(self, column: str) -> npt.NDArray[np.float64]:
-        """A column as finite float64. Raises DataError for the first cell that is none."""
+        """Return a column as finite float64. Raises DataError for the first other value."""
         strings = pc.utf8_trim_whitespace(self._column(column))
         try:
             values = pc.cast(strings, pa.float64()).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid:
             numeric = pc.match_substring_regex(strings, _NUMBER)
             row = pc.index(numeric, pa.scalar(False)).as_py()
-            raise self.error(row, column, f"not a number; {MEND}") from None
+            raise self.error(row, column, f"not a number; {FIX}") from None
         if not np.isfinite(values).all():
-            raise self.error(int(np.argmin(np.isfinite(values))), column, f"not a finite number; {MEND}")
+            raise self.error(int(np.argmin(np.isfinite(values))), column, f"not a finite number; {FIX}")
         return np.asarray(values, dtype=np.float64)
 
     def times(self, column: str, per_second: int = 1) -> npt.NDArray[np.float64]:
-        """A column of times as float64 seconds, fractions kept."""
+        """Return a column of times as float64 seconds, with fractions."""
         seconds = self.numbers(column) / per_second
         outside = (seconds < 0) | (seconds > LATEST)
         if outside.any():
             what = "seconds" if per_second == 1 else "milliseconds"
-            raise self.error(int(np.argmax(outside)), column, f"no time: allowed are {what} from 1970 to 2100")
+            raise self.error(int(np.argmax(outside)), column, f"not a time: allowed are {what} from 1970 to 2100")
         return seconds
 
     def ids(self, column: str) -> tuple[npt.NDArray[np.int64], int]:
-        """A column of ids as dense indices in order of first appearance, and how many there are."""
+        """Return a column of ids as dense indices in order of first appearance, and their number."""
         strings = self._column(column)
         empty = pc.equal(pc.utf8_trim_whitespace(strings), "")
         if pc.any(empty).as_py():
-            raise self.error(pc.index(empty, pa.scalar(True)).as_py(), column, f"no id; {MEND}")
+            raise self.error(pc.index(empty, pa.scalar(True)).as_py(), column, f"no id; {FIX}")
         encoded = strings.combine_chunks().dictionary_encode()
         if isinstance(encoded, pa.ChunkedArray):
             encoded = encoded.combine_chunks()

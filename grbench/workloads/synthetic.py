@@ -1,4 +1,4 @@
-"""Made-up behaviour: Zipf users and items, log-normal histories, revisits with a delta, bursty arrivals."""
+"""Synthetic behaviour: Zipf users and items, log-normal histories, revisits with new events, bursty arrivals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grbench.workloads.events import DataError, Events
 from grbench.workloads.trace import Visits
 
 Ints = npt.NDArray[np.int64]
-START = 1_700_000_000  # seconds; any fixed time will do
+START = 1_700_000_000  # seconds since 1970; an arbitrary fixed time
 HISTORY_GAP_S = 3600.0  # mean time between the events of a history
 ACTIONS = ("view", "like", "share", "buy")
 ACTION_RATES = (1.0, 0.2, 0.05, 0.03)
@@ -20,17 +20,17 @@ ACTION_RATES = (1.0, 0.2, 0.05, 0.03)
 
 @dataclass(frozen=True)
 class Visitors:
-    """Who comes when, in order of arrival, and how many events each of them leaves."""
+    """Visits in order of arrival: their users, times and numbers of events."""
 
     visitor: Ints  # user of each visit
     arrivals: npt.NDArray[np.float64]  # seconds
-    deltas: Ints  # events that each visit leaves
-    users: Ints  # who comes at all, in ascending order
+    deltas: Ints  # events that each visit adds
+    users: Ints  # users with at least one visit, ascending
     initial: Ints  # events of each of `users` before the trace
 
 
 def draw_visitors(config: SyntheticConfig, rng: np.random.Generator) -> Visitors:
-    """The part of `make_events` that says who comes when. Raises DataError as it does."""
+    """Draw the visits of `make_events`. Raises DataError as it does."""
     if config.revisit_rate is None:
         visitor = _zipf(rng, config.users, config.user_zipf, config.visits)
     else:
@@ -45,12 +45,12 @@ def draw_visitors(config: SyntheticConfig, rng: np.random.Generator) -> Visitors
 
 
 def make_events(config: SyntheticConfig, seed: int) -> tuple[Events, Visits]:
-    """Sorted events and the visits between them.
+    """Return sorted events and the visits between them.
 
-    Each user has a history before the trace starts; at each visit after it they leave a delta of new
-    events. Visits arrive as a renewal process with gamma intervals: Poisson for burstiness 0.
+    Each user has a history before the trace starts, and each visit adds new events. Visits arrive as a renewal
+    process with gamma intervals, which is Poisson for burstiness 0.
 
-    Raises DataError where `revisit_rate` asks for more users than there are.
+    Raises DataError if `revisit_rate` needs more users than `users`.
     """
     rng = np.random.default_rng(seed)
     drawn = draw_visitors(config, rng)
@@ -91,16 +91,16 @@ def make_events(config: SyntheticConfig, seed: int) -> tuple[Events, Visits]:
 
 
 def _revisits(rng: np.random.Generator, config: SyntheticConfig, rate: float) -> npt.NDArray[np.int64]:
-    """The user of each visit: with probability `rate` one seen before, else a new one.
+    """Return the user of each visit: with probability `rate` one seen before, otherwise a new one.
 
-    Of k users seen, the one who came i-th comes back with probability falling as i^-user_zipf (its continuous form).
+    Of k users seen, the i-th returns with a probability that falls as i^-user_zipf (its continuous form).
     """
     new = rng.random(config.visits) >= rate
     new[0] = True
     seen = np.cumsum(new)
     if seen[-1] > config.users:
         raise DataError(
-            f"workload.revisit_rate={rate} makes {seen[-1]} different users of {config.visits} visits; "
+            f"workload.revisit_rate={rate} needs {seen[-1]} users for {config.visits} visits; "
             f"workload.users={config.users}: set it to {seen[-1]} or more"
         )
     draw, exponent = rng.random(config.visits), 1.0 - config.user_zipf
@@ -112,7 +112,7 @@ def _revisits(rng: np.random.Generator, config: SyntheticConfig, rate: float) ->
 
 
 def _zipf(rng: np.random.Generator, count: int, power: float, draws: int) -> npt.NDArray[np.int64]:
-    """`draws` of 0..count-1; which ids are popular is shuffled, so that neighbouring rows are not hot together."""
+    """Return `draws` ids of 0..count-1. Popularity is shuffled, so that hot rows are not neighbours."""
     popularity = np.arange(1, count + 1, dtype=np.float64) ** -power
     cumulative = np.cumsum(popularity)
     ranks = np.searchsorted(cumulative, rng.random(draws) * cumulative[-1], side="right")

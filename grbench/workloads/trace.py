@@ -1,4 +1,4 @@
-"""From events to a trace: visits become requests, in order of arrival."""
+"""Traces: visits of users as requests, in order of arrival."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Trace:
 
     catalogue: Catalogue
     requests: list[Request]
-    events: Events  # all of them, by user and time
-    own: Ints  # [requests, 2]: where among the events the visit's own begin and end
+    events: Events  # all events, by user and time
+    own: Ints  # [requests, 2]: start and end of the visit's own events
 
     def facts(self) -> dict[str, float]:
-        """Figures that describe the trace."""
+        """Return figures that describe the trace."""
         lengths = np.array([len(r.history_items) for r in self.requests])
         returning = np.array([r.num_seen > 0 for r in self.requests])
         deltas = lengths - np.array([r.num_seen for r in self.requests])
@@ -51,7 +51,7 @@ class Visits:
 
 
 def find_visits(events: Events, config: RecordedConfig) -> Visits:
-    """Split each user's events into visits: one ends after a pause, or after so many events."""
+    """Split each user's events into visits. A pause ends a visit, and so do `visit_events` events."""
     n = len(events.users)
     new_user = np.r_[True, np.diff(events.users) != 0]
     pause = new_user | np.r_[True, np.diff(events.timestamps) > config.visit_gap_s]
@@ -63,10 +63,10 @@ def find_visits(events: Events, config: RecordedConfig) -> Visits:
 
 
 def find_requests(events: Events, visits: Visits, config: WorkloadConfig) -> tuple[Ints, Ints, Ints]:
-    """The visits with at least `min_history` events before them, in order of arrival; at most `max_requests`.
+    """Select visits with at least `min_history` earlier events, in order of arrival, at most `max_requests`.
 
-    Returns their indices; and for every visit its user and the position of that user's first event. Raises DataError
-    if there are none.
+    Returns their indices, the user of every visit, and the position of that user's first event. Raises DataError if
+    no visit qualifies.
     """
     if config.min_history > config.max_history:
         raise DataError(f"workload.min_history={config.min_history} is above max_history={config.max_history}")
@@ -83,11 +83,10 @@ def find_requests(events: Events, visits: Visits, config: WorkloadConfig) -> tup
 
 
 def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: int, latency_limit_ms: float) -> Trace:
-    """One request for each visit with at least `min_history` events before it.
+    """Return a trace with one request per visit that has at least `min_history` earlier events.
 
-    Candidates are the visit's own items first, at most half of them, then others drawn by popularity; all
-    distinct. They depend on the seed and the visit alone, not on `max_requests`. Raises DataError if
-    nothing can be asked.
+    Candidates are distinct: first the visit's own items, at most half of all, then others drawn by popularity. They
+    depend only on the seed and the visit, and not on `max_requests`. Raises DataError if there is no request.
     """
     if config.num_candidates > events.num_items:
         raise DataError(
@@ -122,13 +121,13 @@ def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: in
 
 
 def _owners(events: Events, visits: Visits) -> Ints:
-    """The user of each visit. A visit without events of its own belongs to the user of the event before it."""
+    """Return the user of each visit. A visit without own events belongs to the user of the event before it."""
     has_own = visits.ends > visits.starts
     return events.users[np.where(has_own, np.minimum(visits.starts, len(events.users) - 1), visits.starts - 1)]
 
 
 def _candidates(own: Ints, events: Events, count: int, rng: np.random.Generator) -> Ints:
-    """`count` distinct items: `own` first (at most half), the others as popular events make them."""
+    """Return `count` distinct items: `own` first (at most half), then others drawn from the events."""
     chosen = list(dict.fromkeys(own.tolist()))[: max(count // 2, 1)]
     barred = set(own.tolist())
     for _ in range(8):
@@ -138,12 +137,12 @@ def _candidates(own: Ints, events: Events, count: int, rng: np.random.Generator)
             if item not in barred:
                 barred.add(item)
                 chosen.append(item)
-    while len(chosen) < count and 2 * (len(barred) + count) < events.num_items:  # few items are popular: any others
+    while len(chosen) < count and 2 * (len(barred) + count) < events.num_items:  # few items are popular: draw uniformly
         for item in rng.integers(events.num_items, size=2 * (count - len(chosen))).tolist():
             if item not in barred:
                 barred.add(item)
                 chosen.append(item)
-    if len(chosen) < count:  # much of the catalogue is asked for: what is left of it, then the visit's own
+    if len(chosen) < count:  # a large share of the catalogue: the remaining items, then the visit's own
         rest = np.setdiff1d(np.arange(events.num_items), np.fromiter(barred, np.int64))
         chosen += rng.permutation(rest).tolist()
         chosen += [item for item in own.tolist() if item not in chosen]

@@ -58,7 +58,6 @@ PENDING: tuple[str, ...] = (
     "grbench/scenarios/",
     "grbench/tools/",
     "grbench/tracking/",
-    "grbench/workloads/",
     "kernels/",
     "reports/",
     "tests/cli/",
