@@ -1,10 +1,11 @@
-"""From requests to the arrays that HSTU is run on: one staging buffer, one copy to the device."""
+"""Packing of requests into the arrays that HSTU runs on: one staging buffer, one copy to the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import add, gt
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +17,15 @@ from grengines.api import Catalogue, Request
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import staging
 
+Int64Array = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Encoding:
-    """How tokens are numbered: the sizes of the model's tables.
+    """Numbering of tokens: the sizes of the model's tables.
 
-    Nothing that a token is encoded by changes when events are appended after it, so keys and values
-    computed at one visit stay valid at the next:
+    The encoding of a token does not change when events are appended after it, so keys and values computed at one visit
+    stay valid at the next:
 
     token row      item % item_rows; contextual token c of a user: item_rows + (user * C + c) % user_rows
     position       index of the event in the history, at most max_positions - 1; candidates share the one
@@ -64,8 +67,11 @@ class Bucket(NamedTuple):
 class JaggedBatch:
     """Tokens of all sequences one after another, as tensors on one device.
 
-    L tokens to encode, B sequences, M candidates. Padding: token rows past q_offsets[B] are encoded and
-    seen by nobody, sequences past the real ones are empty, candidate rows past the real ones repeat row 0.
+    L tokens to encode, B sequences, M candidates. Padding: token rows past q_offsets[B] are encoded and seen by nobody,
+    sequences past the real ones are empty, candidate rows past the real ones repeat row 0.
+
+    In a full batch every key belongs to a token of the batch: the three offsets are one tensor. In an append batch
+    cached keys come first in each sequence.
     """
 
     token_rows: Tensor  # int64 [L]
@@ -74,11 +80,10 @@ class JaggedBatch:
     positions: Tensor  # int64 [L]
     time_buckets: Tensor  # int64 [L]
     q_offsets: Tensor  # int64 [B + 1]
-    kv_offsets: Tensor  # int64 [B + 1]; the same object where nothing is cached
+    kv_offsets: Tensor  # int64 [B + 1]: of the keys, cached ones included
     num_targets: Tensor  # int64 [B]
     candidate_rows: Tensor  # int64 [M], rows of the L tokens
-    # Delta form only, else empty. The keys' stream holds each sequence's cached tokens, then its new ones.
-    kept_offsets: Tensor  # int64 [B + 1]: of the keys' stream without candidates
+    kept_offsets: Tensor  # int64 [B + 1]: of the keys without candidates'
     max_q_len: int
     max_kv_len: int
 
@@ -87,8 +92,9 @@ class JaggedBatch:
 class HostBatch:
     """A packed batch on the host: every array of a JaggedBatch in one int64 buffer."""
 
-    buffer: Tensor  # int64 [total], pinned where it is to be copied to a GPU
+    buffer: Tensor  # int64 [total], pinned if it is to be copied to a GPU
     sizes: dict[str, int]  # of each array, by its name in JaggedBatch, in the buffer's order
+    appends: bool  # keys of cached tokens precede the batch's own; otherwise only q_offsets is in the buffer
     max_q_len: int
     max_kv_len: int
     candidate_counts: list[int]  # of each request
@@ -100,18 +106,18 @@ class HostBatch:
         return self.sizes["token_rows"]
 
     @property
-    def token_rows(self) -> npt.NDArray[np.int64]:
-        """The packed token rows [padded_tokens]: what is written to them is what is copied to the device."""
-        rows: npt.NDArray[np.int64] = self.buffer[: self.padded_tokens].numpy()  # the buffer's first array
+    def token_rows(self) -> Int64Array:
+        """The packed token rows [padded_tokens], a view: changes are copied to the device."""
+        rows: Int64Array = self.buffer[: self.padded_tokens].numpy()  # the buffer's first array
         return rows
 
     def to(self, device: torch.device, out: Tensor | None = None) -> JaggedBatch:
-        """Copy to the device in one go, without waiting; into `out` (int64 [total]) where it is given."""
+        """Copy to the device in one go, without waiting; into `out` (int64 [total]) if it is given."""
         buffer = self.buffer.to(device, non_blocking=True) if out is None else out.copy_(self.buffer, non_blocking=True)
         parts = dict(zip(self.sizes, buffer.split(list(self.sizes.values())), strict=True))
         parts["weights"] = parts["weights"].view(torch.float64)
-        if not len(parts["kept_offsets"]):
-            parts["kv_offsets"] = parts["q_offsets"]  # the same object: attention knows the full form by it
+        if not self.appends:
+            parts["kv_offsets"] = parts["kept_offsets"] = parts["q_offsets"]
         return JaggedBatch(**parts, max_q_len=self.max_q_len, max_kv_len=self.max_kv_len)
 
 
@@ -126,92 +132,155 @@ def pack(
 ) -> HostBatch:
     """Number the tokens of `requests` and lay them out.
 
-    cached: how many tokens of each request (contextual ones and events) have cached keys and values; only
-    the rest is packed. candidates: which of each request's candidates; slice(0) for a prefill. bucket: pad
-    to these sizes. pin: page-locked memory, for GPUs.
+    cached: makes an append batch; the number of each request's first tokens (contextual ones and events) whose keys and
+    values are cached, so that only the rest is packed. candidates: the slice of each request's candidates; slice(0) for
+    a prefill. bucket: pad to these sizes. pin: page-locked memory, for GPUs.
 
-    Raises ValueError for requests that don't fit the bucket, for more cached tokens than there are, and
-    for new events after cached ones in a model with contextual tokens: those see the whole history, so
-    each new event changes them and nothing of them can be kept.
+    Raises ValueError for requests that don't fit the bucket, for more cached tokens than there are, and for new events
+    after cached ones in a model with contextual tokens: those see the whole history, so each new event changes them and
+    nothing of them can be kept.
     """
-    C, B = encoding.contextual_seq_len, len(requests)
-    done = [0] * B if cached is None else list(cached)
-    events = [len(r.history_items) for r in requests]
-    chosen = [r.candidates[candidates] for r in requests]
-    targets = [len(c) for c in chosen]
-    whole = [C + e for e in events]
-    new = [n - d + t for n, d, t in zip(whole, done, targets, strict=True)]
-    for r, n, d in zip(requests, whole, done, strict=True):
-        if not 0 <= d <= n or (C and d not in (0, n)):
-            allowed = f"0 or {n}, since contextual tokens see the whole history" if C else f"0 to {n}"
-            raise ValueError(f"request {r.request_id}: {d} tokens are cached; allowed is {allowed}")
-    with_targets = [n + t for n, t in zip(whole, targets, strict=True)]
-    longest, longest_kv = max(new, default=0), max(with_targets, default=0)
-    q_offsets = [0, *accumulate(new)]
-    L, B_padded, M = q_offsets[-1], B, sum(targets)
-    if bucket is not None:
-        sizes_needed = (B, longest, max(targets, default=0), max(done, default=0))
-        if any(needed > there for needed, there in zip(sizes_needed, bucket, strict=True)):
-            raise ValueError(f"{B} requests of at most {longest} tokens don't fit {bucket}; pack them without it")
-        B_padded, longest, longest_kv = bucket.batch, bucket.length, bucket.length + bucket.cached
-        L, M = bucket.batch * bucket.length, bucket.batch * bucket.candidates
-    delta = cached is not None
+    layout = _Layout.of(requests, encoding, cached, candidates)
+    padded = layout.padded(bucket)
     sizes = {
-        **dict.fromkeys(("token_rows", "actions", "weights", "positions", "time_buckets"), L),
-        "q_offsets": B_padded + 1,
-        "kv_offsets": B_padded + 1,
-        "num_targets": B_padded,
-        "candidate_rows": M,
-        "kept_offsets": delta * (B_padded + 1),
+        **dict.fromkeys(("token_rows", "actions", "weights", "positions", "time_buckets"), padded.tokens),
+        "q_offsets": padded.sequences + 1,
+        "num_targets": padded.sequences,
+        "candidate_rows": padded.candidates,
     }
+    if cached is not None:
+        sizes |= dict.fromkeys(("kv_offsets", "kept_offsets"), padded.sequences + 1)
     buffer = staging.zeros(sum(sizes.values()), pin)
     packed, ends = buffer.numpy(), accumulate(sizes.values())
     arrays = {name: packed[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
 
+    _write_tokens(arrays, requests, layout, encoding)
+    _to_time_buckets(arrays["time_buckets"], encoding.time_buckets)
+    _write_offsets(arrays, layout)
+    return HostBatch(
+        buffer,
+        sizes,
+        appends=cached is not None,
+        max_q_len=padded.longest,
+        max_kv_len=padded.longest_keys,
+        candidate_counts=layout.targets,
+        tokens=layout.q_offsets[-1],
+        first_rows=layout.q_offsets[:-1],
+    )
+
+
+class _Padded(NamedTuple):
+    """Sizes of a batch, padding included."""
+
+    sequences: int
+    tokens: int
+    candidates: int
+    longest: int  # most tokens to encode of a sequence
+    longest_keys: int
+
+
+@dataclass(slots=True)
+class _Layout:
+    """Tokens of each request. A history is the contextual tokens and the events."""
+
+    candidates: list[Int64Array]
+    targets: list[int]  # candidates of each
+    events: list[int]
+    histories: list[int]  # tokens of each
+    cached: list[int]  # first tokens of each history that are not packed
+    new: list[int]  # tokens of each that are packed
+    q_offsets: list[int]  # of these
+
+    @classmethod
+    def of(
+        cls, requests: Sequence[Request], encoding: Encoding, cached: Sequence[int] | None, candidates: slice
+    ) -> _Layout:
+        C = encoding.contextual_seq_len
+        chosen = [r.candidates[candidates] for r in requests]
+        targets = [len(c) for c in chosen]
+        events = [len(r.history_items) for r in requests]
+        histories = [C + n for n in events]
+        done = [0] * len(requests) if cached is None else list(cached)
+        for r, n, d in zip(requests, histories, done, strict=True):
+            if not 0 <= d <= n or (C and d not in (0, n)):
+                allowed = f"0 or {n}, since contextual tokens see the whole history" if C else f"0 to {n}"
+                raise ValueError(f"request {r.request_id}: {d} tokens are cached; allowed is {allowed}")
+        new = [n - d + t for n, d, t in zip(histories, done, targets, strict=True)]
+        return cls(chosen, targets, events, histories, done, new, [0, *accumulate(new)])
+
+    def padded(self, bucket: Bucket | None) -> _Padded:
+        """Return the sizes in a bucket. Raises ValueError where it is too small."""
+        B, tokens, longest = len(self.targets), self.q_offsets[-1], max(self.new, default=0)
+        if bucket is None:
+            return _Padded(
+                B, tokens, sum(self.targets), longest, max(map(add, self.histories, self.targets), default=0)
+            )
+        needed = (B, longest, max(self.targets, default=0), max(self.cached, default=0))
+        if any(map(gt, needed, bucket)):
+            raise ValueError(f"{B} requests of at most {longest} tokens don't fit {bucket}; pack them without it")
+        rows, candidates = bucket.batch * bucket.length, bucket.batch * bucket.candidates
+        return _Padded(bucket.batch, rows, candidates, bucket.length, bucket.length + bucket.cached)
+
+
+Arrays = dict[str, Int64Array]  # of a HostBatch, by name
+
+
+def _write_tokens(arrays: Arrays, requests: Sequence[Request], layout: _Layout, encoding: Encoding) -> None:
+    """Write each token's row, actions, weight and position, the gap before it in seconds, and candidate_rows.
+
+    NumPy's calls are what takes time, so each request makes few, and the rest is done for all of them at once.
+    """
+    C = encoding.contextual_seq_len
     rows, actions, positions, gaps = (arrays[n] for n in ("token_rows", "actions", "positions", "time_buckets"))
-    weights = arrays["weights"].view(np.float64)
-    candidate_rows = arrays["candidate_rows"]
-    count = np.arange(max(L, *events, 0))
+    weights, candidate_rows = arrays["weights"].view(np.float64), arrays["candidate_rows"]
+    count = np.arange(max(len(rows), *layout.events, 0))
     position = np.minimum(count, encoding.max_positions - 1)
     placed = 0
-    # As little as can be for each request, and the rest for all of them at once: NumPy's calls are what takes time.
-    for b, r in enumerate(requests):
-        h, times = events[b], r.history_timestamps
-        first, last = max(done[b] - C, 0), q_offsets[b + 1]
-        end = last - targets[b]
-        if first < h:
-            at, after_first = end - (h - first), max(first, 1)
+    for r, candidates, events, cached, last in zip(
+        requests, layout.candidates, layout.events, layout.cached, layout.q_offsets[1:], strict=True
+    ):
+        targets, times = len(candidates), r.history_timestamps
+        first, end = max(cached - C, 0), last - targets
+        if first < events:
+            at, after_first = end - (events - first), max(first, 1)
             rows[at:end] = r.history_items[first:]
             actions[at:end] = r.history_actions[first:]
             weights[at:end] = r.history_weights[first:]
-            positions[at:end] = position[first:h]
-            gaps[end - (h - after_first) : end] = times[after_first:] - times[after_first - 1 : -1]
-        rows[end:last] = chosen[b]
-        positions[end:last] = min(h, encoding.max_positions - 1)
-        gaps[end:last] = r.timestamp - times[-1] if h else 0
-        candidate_rows[placed : placed + targets[b]] = count[end:last]
-        placed += targets[b]
+            positions[at:end] = position[first:events]
+            gaps[end - (events - after_first) : end] = times[after_first:] - times[after_first - 1 : -1]
+        rows[end:last] = candidates
+        positions[end:last] = min(events, encoding.max_positions - 1)
+        gaps[end:last] = r.timestamp - times[-1] if events else 0
+        candidate_rows[placed : placed + targets] = count[end:last]
+        placed += targets
     if rows.view(np.uint64).max(initial=0) >= encoding.item_rows:  # dividing takes ten times as long as looking
         np.remainder(rows, encoding.item_rows, out=rows)
-    for at, d, r in zip(q_offsets[:-1], done, requests, strict=True) if C else ():
-        if not d:
+    for at, cached, r in zip(layout.q_offsets[:-1], layout.cached, requests, strict=True) if C else ():
+        if not cached:
             rows[at : at + C] = encoding.item_rows + (r.user_id * C + count[:C]) % encoding.user_rows
             positions[at : at + C] = encoding.max_positions + count[:C]
-    # The exponent bits of 1 + gap as a double: floor(log2), exactly. A clock that ran backwards counts as no gap.
+
+
+def _to_time_buckets(gaps: Int64Array, buckets: int) -> None:
+    """Turn gaps in seconds into time buckets, in place. A clock that ran backwards counts as no gap."""
     np.maximum(gaps, 0, out=gaps)
-    exponents = (gaps + 1.0).view(np.int64)
+    exponents = (gaps + 1.0).view(np.int64)  # the exponent bits of 1 + gap as a double: floor(log2), exactly
     exponents >>= 52
     exponents -= 1023
-    np.minimum(exponents, encoding.time_buckets - 1, out=gaps)
+    np.minimum(exponents, buckets - 1, out=gaps)
 
-    arrays["num_targets"][:B] = targets
-    offsets = {"q_offsets": q_offsets, "kv_offsets": q_offsets}
-    if delta:
-        offsets |= {"kv_offsets": [0, *accumulate(with_targets)], "kept_offsets": [0, *accumulate(whole)]}
+
+def _write_offsets(arrays: Arrays, layout: _Layout) -> None:
+    """Write num_targets and those offsets that the batch has. Sequences of padding are empty."""
+    B = len(layout.targets)
+    arrays["num_targets"][:B] = layout.targets
+    offsets = {"q_offsets": layout.q_offsets}
+    if "kv_offsets" in arrays:
+        offsets["kv_offsets"] = [0, *accumulate(map(add, layout.histories, layout.targets))]
+        offsets["kept_offsets"] = [0, *accumulate(layout.histories)]
     for name, values in offsets.items():
         arrays[name][: B + 1] = values
         arrays[name][B + 1 :] = values[-1]
-    return HostBatch(buffer, sizes, longest, longest_kv, targets, q_offsets[-1], q_offsets[:-1])
 
 
 def pack_slices(
@@ -223,8 +292,11 @@ def pack_slices(
     bucket: Bucket | None = None,
     pin: bool = False,
 ) -> list[HostBatch]:
-    """One batch of all that isn't cached; or, with microbatches, what isn't cached of the histories, and then slices of
-    so many candidates each, of whose requests the whole history is cached by then."""
+    """Pack all uncached tokens in one batch, or with `microbatch` > 0 in several.
+
+    Then the first batch has the uncached tokens of the histories. Each further one has up to `microbatch` candidates of
+    each request, over the whole history, which is cached by then.
+    """
     most = max(len(r.candidates) for r in requests)
     if not microbatch or not most:
         return [pack(requests, encoding, cached=cached, bucket=bucket, pin=pin)]

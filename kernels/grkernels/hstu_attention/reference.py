@@ -50,8 +50,8 @@ def hstu_attention(
 
     q [Lq, H, dqk], k [Lkv, H, dqk], v [Lkv, H, dv]: tokens of all sequences one after another. They may be strided
     views of one projection.
-    q_offsets, kv_offsets: int64 [B + 1], the first row of each sequence. They are equal in a prefill. In an append,
-    the queries of a sequence are its last rows.
+    q_offsets, kv_offsets: int64 [B + 1], the first row of each sequence. A prefill passes one tensor for both, which
+    variants may rely on. In an append, the queries of a sequence are its last rows.
     num_targets: int64 [B], or None for no candidates.
     max_q_len, max_kv_len: upper bounds of the lengths, Python ints.
 

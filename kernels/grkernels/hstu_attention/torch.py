@@ -69,12 +69,13 @@ def hstu_attention(
     # In half precision, dividing the weights by N would lose bits. The weights get half of the bits of N (an exact
     # power of two), so sums can't overflow fp16. The fp32 result gets the rest.
     pre_scale = 2.0 ** -(scaling_seqlen.bit_length() // 2)
+    full = q_offsets is kv_offsets and k_pages is None  # one tensor for both: row i of a sequence is also its key i
     tile = max_q_len // tiles if tiles else _tile_rows(batch * heads * max_kv_len, max_q_len)
     begins = [i * tile for i in range(tiles)] if tiles else range(0, max_q_len, tile)
     padded = v.new_empty(heads, batch, max_q_len, v.shape[2])
     for begin, end in pairwise([*begins, max_q_len]):
         low, high = 0, max_kv_len
-        if q_offsets is kv_offsets and k_pages is None and not (tiles and contextual_seq_len):
+        if full and not (tiles and contextual_seq_len):
             low, high = _columns_seen(begin, end, max_kv_len, num_targets is None, contextual_seq_len, max_attn_len)
         local = torch.arange(begin, end, device=q.device)
         rows = first_row + local  # [B, tile]

@@ -209,7 +209,7 @@ class HSTURanker(nn.Module):
         """x [L, E] after the last layer."""
         kernels = self.kernels
         x = self.embed(batch)
-        kept = UserState([], [], batch.q_offsets if state is None else batch.kept_offsets) if keep else None
+        kept = UserState([], [], batch.kept_offsets) if keep else None
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
             u, q, k, v = layer.project(x, kernels)
