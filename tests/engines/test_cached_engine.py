@@ -25,6 +25,7 @@ from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine, Reference
 from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime.batch import Encoding
 from grengines.runtime.graphs import plan_buckets
 from grkernels.paged_write import on_gpu, paged_write
 from grkernels.registry import requested
@@ -155,8 +156,8 @@ def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeyp
     engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)
     cached: CachedRanking = engine._cached
     sample = [r for requests in rounds for r in requests]
-    cached.buckets = plan_buckets(sample, cached._ranker.encoding, 2, [], 400)
-    cached._graphs = Replays(cached._paged)
+    cached.buckets = plan_buckets(sample, Encoding.of(MODEL, CATALOGUE), 2, [], 400)
+    cached.graphs = Replays(cached.forward)
     tier = cached.states.tier
     assert tier is not None
     requests = rounds[-1]
@@ -167,7 +168,7 @@ def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeyp
         (False, 1e-9, 2, 0.0),  # copying takes longer than computing all again: nothing is loaded
     ):
         engine.reset_cache()
-        cached._graphs.count = 0
+        cached.graphs.count = 0
         engine.rank(requests)
         engine.reset_cache(keep_host=True)
         if prefetched:
@@ -176,7 +177,7 @@ def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeyp
         result = engine.rank(requests)
         assert error(result, reference.scores(requests)) < 1e-5
         assert result.details["cache_loaded_tokens"] == tokens * prefetched
-        assert (cached._graphs.count, result.details["eager_batches"]) == (replays, eager)
+        assert (cached.graphs.count, result.details["eager_batches"]) == (replays, eager)
 
 
 FAULTS = {

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grengines.api import RankResult, Request
 from grengines.cache import policies
 from grengines.cache.config import PagedCacheConfig
 from grengines.cache.host import HostTier, Onload
 from grengines.cache.index import Plan
-from grengines.cache.places import HostPlaces
+from grengines.cache.places import HostPlaces, PagedBatch
 from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
 from grengines.cache.states import UserStates
@@ -55,10 +57,10 @@ class CachedRanking:
         self.compute_s = 0.0  # of computing one token; 0: not measured yet
         self.launch_s = 0.0  # of the smallest batch, its kernels launched one by one
         self.buckets: list[Bucket] = []
-        self._graphs: GraphRunner | None = None
+        self.graphs: GraphRunner | None = None
         if config.cuda_graphs:
             self.buckets = plan_buckets(sample, ranker.encoding, max_batch, config.graph_lengths, longest)
-            self._graphs = GraphRunner(self._paged, self.buckets, self._empty, self._device)
+            self.graphs = GraphRunner(self.forward, self.buckets, self._empty, self._device)
 
     def queue(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """As grengines.api.Ranker's rank, but what is returned waits for the device. Whatever it raises, no page is
@@ -71,74 +73,97 @@ class CachedRanking:
         return queued[0] if len(queued) == 1 else lambda: _merged([answer() for answer in queued], waves)
 
     def _queue(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
-        """One pass; no user twice."""
-        states, ranker, tier = self.states, self._ranker, self.states.tier
+        """Queue one pass over requests of different users."""
+        states, tier = self.states, self.states.tier
         sent_down = tier.bytes_down if tier else 0
         begun = time.perf_counter()
         now = max(r.arrival_s for r in requests)
         plans = states.lookup(requests, now)
         try:
-            shares = self._shares(requests, plans)
-            stored = [states.extend(plan, share) for plan, share in zip(plans, shares, strict=True)]
-            onload = states.start_loading(plans)  # as early as can be
-            bucket = self._bucket(requests, plans)
-            if bucket is not None and onload is not None and not self._replays_sooner(bucket, onload):
-                bucket = None
-            # Candidates on their own need the whole history in pages: where it is not stored, all go in one pass.
-            size, cached = self._microbatch if all(stored) else 0, [plan.cached for plan in plans]
-            hosts = pack_slices(requests, ranker.encoding, size, cached=cached, bucket=bucket, pin=self._pin)
-            places = HostPlaces.of(
-                states.pool,
-                plans,
-                hosts[0].first_rows,
-                hosts[0].padded_tokens,
-                sequences=bucket.batch if bucket else 0,
-                pages=self._pages if bucket else 0,
-                pin=self._pin,
-            )
+            whole = self._extend(requests, plans)
+            onload = states.start_loading(plans)  # as early as possible
+            bucket = self._bucket(requests, plans, onload)
+            hosts, places = self._pack(requests, plans, bucket, whole)
             batch_ms = (time.perf_counter() - begun) * 1e3
             marks = Marks(self._device)
             details = self._place(hosts)
-            if self._graphs is not None and bucket is not None:
-                self._graphs.upload(bucket, hosts[0], places)
-                marks.add()
-                if onload is not None:
-                    onload.all_layers()
-                logits = self._graphs.replay(bucket)
+            if self.graphs is not None and bucket is not None:
+                logits = self._replay(self.graphs, bucket, hosts[0], places, onload, marks)
             else:
-                batches = [host.to(self._device) for host in hosts]
-                there = places.to(self._device)
-                marks.add()
-                any_cached = any(cached)
-                parts = [
-                    ranker.paged(
-                        b, states.pool, there, write=i == 0, read=i > 0 or any_cached, onload=None if i else onload
-                    )
-                    for i, b in enumerate(batches)
-                ]
-                logits = torch.cat(parts)
-            if self._graphs is not None:
+                logits = self._launch(hosts, places, any(plan.cached for plan in plans), onload, marks)
+            if self.graphs is not None:
                 details["eager_batches"] = float(bucket is None)
             queued = collect(logits, hosts, marks, batch_ms, details)
-            # All is queued, and the device has work: what else the host has to do it does beside it.
+            # All is queued, so the device is busy while the host does the rest.
             for plan in plans:
                 states.commit(plan)
         finally:
             for plan in plans:
-                states.abort(plan)  # nothing for those that are committed
+                states.abort(plan)  # does nothing for those that are committed
         states.prefetch(now, self._cache.prefetch_s)
         if tier is not None:
             details["cache_offloaded_bytes"] = float(tier.bytes_down - sent_down)
         if onload is None:
             return queued
         details["cache_host_bytes"] = float(onload.bytes)
+        return partial(_with_copy_times, queued, onload)
 
-        def answer() -> RankResult:
-            result = queued()
-            result.details["cache_host_wait_ms"], result.details["cache_host_copy_ms"] = onload.times_ms()
-            return result
+    def _extend(self, requests: Sequence[Request], plans: Sequence[Plan]) -> bool:
+        """Make room for what is new. Return whether every request's whole history will be in pages."""
+        shares = self._shares(requests, plans)
+        stored = [self.states.extend(plan, share) for plan, share in zip(plans, shares, strict=True)]
+        return all(stored)
 
-        return answer
+    def _pack(
+        self, requests: Sequence[Request], plans: Sequence[Plan], bucket: Bucket | None, whole: bool
+    ) -> tuple[list[HostBatch], HostPlaces]:
+        """Lay out the uncached tokens, in slices of candidates if `whole`, and their places in the pool.
+
+        Candidates on their own need the whole history in pages. Where it is not stored, all go in one pass.
+        """
+        size, cached = self._microbatch if whole else 0, [plan.cached for plan in plans]
+        hosts = pack_slices(requests, self._ranker.encoding, size, cached=cached, bucket=bucket, pin=self._pin)
+        places = HostPlaces.of(
+            self.states.pool,
+            plans,
+            hosts[0].first_rows,
+            hosts[0].padded_tokens,
+            sequences=bucket.batch if bucket else 0,
+            pages=self._pages if bucket else 0,
+            pin=self._pin,
+        )
+        return hosts, places
+
+    def _replay(
+        self,
+        graphs: GraphRunner,
+        bucket: Bucket,
+        host: HostBatch,
+        places: HostPlaces,
+        onload: Onload | None,
+        marks: Marks,
+    ) -> Tensor:
+        """Queue a graph, behind all copies from the host. Return the logits."""
+        graphs.upload(bucket, host, places)
+        marks.add()
+        if onload is not None:
+            onload.all_layers()
+        return graphs.replay(bucket)
+
+    def _launch(
+        self, hosts: Sequence[HostBatch], places: HostPlaces, cached: bool, onload: Onload | None, marks: Marks
+    ) -> Tensor:
+        """Queue kernels one by one, beside the copies from the host. Return the logits.
+
+        cached: whether any request has cached tokens. The first batch writes to pages, and further ones read them.
+        """
+        batches = [host.to(self._device) for host in hosts]
+        there = places.to(self._device)
+        marks.add()
+        pool, paged = self.states.pool, self._ranker.paged
+        parts = [paged(batches[0], pool, there, write=True, read=cached, onload=onload)]
+        parts += [paged(batch, pool, there, write=False, read=True) for batch in batches[1:]]
+        return torch.cat(parts)
 
     def reset_cache(self, keep_host: bool = False) -> None:
         """Drop every state, and what the policies learned; keep_host: only from the device, to the host."""
@@ -196,25 +221,32 @@ class CachedRanking:
         tokens = sum(p.tokens - p.on_device + len(r.candidates) for p, r in zip(plans, requests, strict=True)) - free
         share = min(tokens * self.compute_s / (self.compute_s + copy_s) / there, 1.0) if there else 1.0
         loading_s, computing_s = max(share * there * copy_s, self.launch_s), tokens * self.compute_s
-        if self._graphs is not None and computing_s < loading_s:
+        if self.graphs is not None and computing_s < loading_s:
             share = 0.0
         return [1.0 if prefetched else share for prefetched in here]
 
     def _replays_sooner(self, bucket: Bucket, onload: Onload) -> bool:
-        """Whether all copies and then a graph take less than kernels launched one by one beside the copies."""
+        """Return whether all copies and then a graph take less time than kernels launched one by one."""
         loading_s, computing_s = onload.host_bytes / self.copy_bytes_s, bucket.batch * bucket.length * self.compute_s
         return loading_s + computing_s < self.launch_s
 
-    def _bucket(self, requests: Sequence[Request], plans: Sequence[Plan]) -> Bucket | None:
-        """The graph for a batch; None where there is none, or only one that would mostly encode padding."""
+    def _bucket(self, requests: Sequence[Request], plans: Sequence[Plan], onload: Onload | None) -> Bucket | None:
+        """Return the sizes of the graph for a batch, or None to launch its kernels one by one.
+
+        They are launched where no graph holds the batch, where the graph would mostly encode padding, and where kernels
+        beside the copies from the host are done sooner than a graph behind the copies.
+        """
         candidates = [len(r.candidates) for r in requests]
         new = [plan.tokens - plan.cached + c for plan, c in zip(plans, candidates, strict=True)]
         bucket = choose_bucket(self.buckets, new, candidates, [plan.cached for plan in plans])
         if bucket is None or bucket.batch * bucket.length > MOST_PADDING * sum(new):
             return None
-        return bucket if all(len(plan.pages) <= self._pages for plan in plans) else None
+        if any(len(plan.pages) > self._pages for plan in plans):
+            return None
+        return bucket if onload is None or self._replays_sooner(bucket, onload) else None
 
-    def _paged(self, batch: JaggedBatch, places: Any) -> torch.Tensor:
+    def forward(self, batch: JaggedBatch, places: PagedBatch) -> Tensor:
+        """Encode a batch over its pages. Return logits fp32 [M, tasks]."""
         return self._ranker.paged(batch, self.states.pool, places)
 
     def _empty(self, bucket: Bucket) -> list[Any]:
@@ -238,6 +270,13 @@ def _waves(users: Sequence[int]) -> list[list[int]]:
         waves[seen[user]].append(i)
         seen[user] += 1
     return waves
+
+
+def _with_copy_times(queued: Callable[[], RankResult], onload: Onload) -> RankResult:
+    """Wait for a result, and add the times of the copies from the host."""
+    result = queued()
+    result.details["cache_host_wait_ms"], result.details["cache_host_copy_ms"] = onload.times_ms()
+    return result
 
 
 def _merged(results: Sequence[RankResult], waves: Sequence[Sequence[int]]) -> RankResult:
