@@ -16,8 +16,11 @@ from grbench.config.arguments import CommandError
 
 @dataclass(frozen=True)
 class Subcommand:
-    """One word behind `grbench`. `target`: the function, as "module:function", that takes the words behind it and
-    returns the exit code; it is imported when the subcommand is called."""
+    """One word behind `grbench`.
+
+    `target` is a function, as "module:function". It takes the words behind the subcommand and returns the exit code,
+    and is imported when the subcommand is called.
+    """
 
     target: str
     summary: str

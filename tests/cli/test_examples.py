@@ -1,0 +1,31 @@
+"""The programs of examples/, as a user runs them, on less work."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def example(name: str, *arguments: str, folder: Path) -> str:
+    """Run a program of examples/ in a folder, and return its output."""
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+def test_the_examples_measure_and_read_what_they_measured(tmp_path: Path) -> None:
+    less = ["scenario.queries=32", "gate.requests=2", "warmup_batches=1"]
+    compared = example("01_compare_engines.py", "workload=synthetic", "workload.visits=64", *less, folder=tmp_path)
+    assert re.findall(r"^(\S+) +p50 \d", compared, re.MULTILINE) == ["hstu", "onnxruntime"]
+
+    own = example("02_custom_workload.py", *less, folder=tmp_path)
+    assert "the trace: requests 185, users 30, items 60" in own
+    assert re.search(r"^\d+ requests/s on (cpu|cuda)$", own, re.MULTILINE)
+
+    read = example("03_read_records.py", folder=tmp_path)
+    assert read.count("engine=hstu") == 2 and read.count("engine=onnxruntime") == 1
