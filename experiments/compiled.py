@@ -27,14 +27,14 @@ from grengines.aoti import package as packages
 from grengines.aoti.config import AOTIEngineConfig
 from grengines.aoti.engine import AOTIEngine
 from grengines.aoti.package import Facts, Inputs, Package
-from grengines.api import Catalogue, Request
+from grengines.api import Catalogue, Request, Setup
 from grengines.cache.config import CacheConfig
 from grengines.export.module import ExportedRanker
 from grengines.hstu.config import HSTUEngineConfig
-from grengines.hstu.engine import Reference, build_model
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.model import build_model
+from grengines.models.hstu.reference import RankingReference
 from grengines.onnxruntime.config import OnnxRuntimeConfig
-from grengines.runtime.device import DTYPES
 from grengines.runtime.profile import profiles
 from grkernels.config import KernelConfig, KernelGroup
 from grkernels.operators import Operators
@@ -74,16 +74,18 @@ class TorchCompile(AOTIEngine):
     """torch.compile of the whole model, attention by the project's kernel, the rest by what Inductor makes of plain
     PyTorch."""
 
-    def prepare(self, sample: Any, max_batch: int) -> None:
-        sizes = profiles(sample, self._encoding, max_batch, 2)
-        facts = Facts.here("", self._precision, self._device, self._kernels, self._model.heads, sizes[-1], sizes[0])
+    def _load(self, sample: Any, max_batch: int) -> None:
+        sizes, heads = profiles(sample, self._encoding, max_batch, 2), self._model_config.heads
+        facts = Facts.here("", self._precision, self._device, self._kernels, heads, sizes[-1], sizes[0])
         facts = replace(facts, tiles=1)
         _ATTENTION["now"] = packages.attention(self._operators.hstu_attention, 0)
-        ranker = build_model(self._model, self._catalogue, 0, self._device, DTYPES[self._precision])
+        ranker = build_model(self._model_config, CATALOGUE, 0, self._device, self._dtype)
         module = ExportedRanker(ranker, opaque_attention, Operators.eager())
         compiled = torch.compile(module, dynamic=True, fullgraph=True)
         self._package = Package(Path(), facts, [], lambda inputs: [compiled(*inputs)])
         self._inputs = Inputs(facts, self._device)
+
+    def _warm_up(self, sample: Any, max_batch: int) -> None:
         self.rank(sample[-max_batch:])
         self.rank(sample[:1])
 
@@ -120,7 +122,7 @@ class Study:
                 "native cutlass, graphs": lambda: self.build(HSTUEngineConfig(**native, **graphs), "cutlass"),
                 "aoti triton, graphs": lambda: self.build(AOTIEngineConfig(**native, **graphs), "triton"),
             }
-        self.reference = Reference(self.model, CATALOGUE, 0, args.device)
+        self.reference = RankingReference(self.model, CATALOGUE, 0, args.device)
         self.engines: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
 
@@ -128,7 +130,7 @@ class Study:
         return registry.build(config, self.model, kernels(kernel), CATALOGUE, 0)
 
     def compiled(self, config: AOTIEngineConfig, kernel: str) -> Any:
-        return TorchCompile(config, self.model, kernels(kernel).requested(), CATALOGUE, 0, CacheConfig())
+        return TorchCompile(config, Setup(self.model, kernels(kernel).requested(), CATALOGUE, 0, CacheConfig()))
 
     def onnx(self) -> str | None:
         found = Path(self.args.onnx) / self.name / "model.onnx" if self.args.onnx else None

@@ -29,8 +29,8 @@ from grbench.gate import quality
 from grengines import registry
 from grengines.api import Catalogue, Request, UnavailableError
 from grengines.export import exporter
-from grengines.hstu.engine import Reference
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.reference import RankingReference
 from grengines.numerics import SUMMATION_FLOOR, relative_error
 from grengines.runtime.batch import Encoding
 from grengines.tensorrt import sample as samples
@@ -89,7 +89,7 @@ def refusal(cell: str, args: argparse.Namespace) -> str:
 def speed(name: str, args: argparse.Namespace) -> list[str]:
     """A row of the first table for each cell at each shape and batch."""
     spec, _ = compose_spec([*MODELS.get(name, [f"model={name}"]), "workload=synthetic"])
-    reference, lines = Reference(spec.model, CATALOGUE, 0, "cpu"), []
+    reference, lines = RankingReference(spec.model, CATALOGUE, 0, "cpu"), []
     for shape in args.shapes:
         history, candidates = map(int, shape.split("x"))
         for batch in args.batches:

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from grbench.config.compose import compose_spec
-from grengines.api import Catalogue, RankResult, Request
+from grengines.api import Catalogue, RankResult, Request, Setup
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hstu.config import HSTUEngineConfig
-from grengines.hstu.engine import HSTUEngine, Reference
+from grengines.hstu.engine import HSTUEngine
+from grengines.models.hstu.reference import RankingReference
 from grkernels.registry import requested
 
 CATALOGUE = Catalogue(num_users=100, num_items=100_000, num_actions=8)
@@ -62,7 +63,7 @@ class Study:
         self.now = requests_of(batch, args.history, args.candidates)
         self.before = [shortened(r, args.history - NEW) for r in self.now]
         self.gpu = args.device == "cuda"
-        reference = Reference(self.model, CATALOGUE, 0, args.device)
+        reference = RankingReference(self.model, CATALOGUE, 0, args.device)
         self.expected = np.concatenate(reference.scores(self.now))
         plain = np.concatenate(reference.scores(self.now, "bf16" if self.gpu else "fp32"))
         self.allowed = max(2 * self.error(plain), 2e-5)
@@ -82,7 +83,7 @@ class Study:
         config = HSTUEngineConfig(
             device=args.device, precision="auto", cuda_graphs=bool(args.graphs) and self.gpu, graph_lengths=lengths
         )
-        engine = HSTUEngine(config, self.model, requested(args.kernel), CATALOGUE, 0, cache)
+        engine = HSTUEngine(config, Setup(self.model, requested(args.kernel), CATALOGUE, 0, cache))
         engine.prepare(self.now, len(self.now))
         return engine
 

@@ -1,4 +1,4 @@
-"""What every engine is given and what it gives back."""
+"""The contract of an engine: the requests and the setup it is given, and the results it returns."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from grengines.cache.config import CacheConfig, PagedCacheConfig
+    from grengines.models.decoder.config import DecoderConfig
+    from grengines.models.hstu.config import HSTUConfig
     from grengines.semantic.ids import SemanticIds
 
 Int64Array = npt.NDArray[np.int64]
@@ -54,6 +57,22 @@ class Retrieval:
     k: int  # items to return
     beam_width: int  # at least k
     weights: str | None = None  # safetensors file of the generator; None: random weights from the seed
+
+    def prompt(self, request: Request) -> Int64Array:
+        """Return the codes of the items of the history, level by level, oldest item first: int64 [tokens]."""
+        return self.ids.tokens(request.history_items).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model that an engine serves and its surroundings: everything but the engine's own options."""
+
+    model: HSTUConfig | DecoderConfig
+    kernels: dict[str, str]  # the variant of each operator family
+    catalogue: Catalogue
+    seed: int  # of random weights
+    cache: CacheConfig | PagedCacheConfig
+    retrieval: Retrieval | None = None  # for the tasks that generate
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ class OutsideError(ValueError):
     """These requests are none that the engine was built for: which, what it was built for, what mends it."""
 
 
-class Chain:
+class FallbackEngine:
     """The first engine, and those that `fallback` names. Satisfies grengines.api.Ranker.
 
     build: makes the engine of a name; it is called once for each, at `prepare`. Only OutsideError goes on to the next

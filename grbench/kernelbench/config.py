@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from grbench.config.schema import SCHEMAS, ConfigError, checked
+from grbench.config.schema import ConfigError, checked, schemas
 from grengines.options import option
 from grkernels import registry
 
@@ -50,7 +50,7 @@ def register_schemas() -> None:
     """Make the dataclasses known to Hydra. Safe to call twice."""
     store = ConfigStore.instance()
     store.store(name="kernelbench_schema", node=KernelBenchConfig)
-    for name, schema in SCHEMAS["tracking"].items():
+    for name, schema in schemas()["tracking"].items():
         store.store(group="schema/tracking", name=name, node=schema)
 
 

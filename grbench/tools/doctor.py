@@ -16,7 +16,6 @@ from grbench.config.arguments import Arguments
 from grbench.execution.environment import describe_environment, installed_version
 from grengines import registry as engines
 from grengines.cache import policies
-from grengines.vllm import install as vllm
 from grkernels import registry as kernels
 
 
@@ -41,19 +40,9 @@ REQUIRED = (
     ("pyarrow", "pyarrow", "data and samples", "pip install -e ."),
     ("nvidia-ml-py", "pynvml", "GPU power and memory", "pip install nvidia-ml-py"),
 )
-# What some engines and kernels need.
+# What else some features need; engines name their own packages.
 OPTIONAL = (
-    (vllm.distribution(), "vllm", "engine vllm", vllm.command()),
-    ("transformers", "transformers", "engine hf", "pip install -e '.[hf]'"),
-    ("onnxruntime", "onnxruntime", "engine onnxruntime", "pip install -e '.[onnx]'"),
     ("onnxscript", "onnxscript", "grbench export", "pip install -e '.[onnx]'"),
-    ("tensorrt-cu13", "tensorrt", "engine tensorrt", "pip install -e '.[tensorrt]'"),
-    (
-        "tensorrt-rtx-cu13-bindings",
-        "tensorrt_rtx_bindings",
-        "engine tensorrt",
-        "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
-    ),
     ("nvidia-cutlass-dsl", "cutlass", "kernel cutlass", "pip install -e '.[cutlass]'"),
 )
 
@@ -72,6 +61,10 @@ def findings() -> list[Finding]:
         found.append(Finding("kernel", f"{family}={variant}", reason is None, *_split(reason)))
     found += [Finding("cache", name, True) for name in policies.names()]
     found += [_package("package", *entry) for entry in REQUIRED]
+    for spec in engines.specs():
+        for package in spec.packages:
+            name = next(filter(installed_version, package.distributions), package.distributions[0])
+            found.append(_package("optional", name, package.module, f"engine {spec.name}", package.install))
     found += [_package("optional", *entry) for entry in OPTIONAL]
     return [*found, *_devices()]
 

@@ -22,12 +22,11 @@ from grengines.aoti import package
 from grengines.aoti.config import AOTIEngineConfig
 from grengines.aoti.engine import AOTIEngine
 from grengines.aoti.package import Facts
-from grengines.api import Catalogue, RankResult, Request, UnavailableError
+from grengines.api import Catalogue, RankResult, Request, Setup, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.fallback import OutsideError
-from grengines.hstu.engine import Reference
 from grengines.models.hstu.config import HSTUConfig
-from grengines.models.hstu.model import zero_attention
+from grengines.models.hstu.reference import RankingReference, zero_attention
 from grengines.numerics import relative_error
 from grengines.runtime.batch import Encoding
 from grengines.runtime.profile import Sizes, check, profiles
@@ -50,7 +49,7 @@ def requests_of(lengths: list[int], candidates: list[int], seed: int = 0) -> lis
 
 def engine(model: HSTUConfig = MODEL, seed: int = 5, kernel: str = "torch", **options: Any) -> AOTIEngine:
     config = AOTIEngineConfig(**{"device": "cpu", "cpu_threads": 1, **options})
-    return AOTIEngine(config, model, KernelConfig(kernel).requested(), CATALOGUE, seed, CacheConfig())
+    return AOTIEngine(config, Setup(model, KernelConfig(kernel).requested(), CATALOGUE, seed, CacheConfig()))
 
 
 def error(result: RankResult, expected: list[Any]) -> float:
@@ -81,7 +80,7 @@ def ready(cache: Path) -> Iterator[AOTIEngine]:
 
 @NO_COMPILER
 def test_answers_equal_the_reference_at_any_lengths(ready: AOTIEngine) -> None:
-    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     assert ready._package is not None and ready._package.facts.tiles == 4
     for requests in (
         SAMPLE[:4],
@@ -139,7 +138,7 @@ def test_the_next_engine_of_a_chain_answers_what_the_package_was_not_built_for(r
     chain = registry.build(config, MODEL, KernelConfig(), CATALOGUE, 5)
     chain.prepare(SAMPLE, 4)
     outside = requests_of([80], [3])
-    expected = Reference(MODEL, CATALOGUE, 5, "cpu").scores(outside)
+    expected = RankingReference(MODEL, CATALOGUE, 5, "cpu").scores(outside)
     assert error(chain.rank(outside), expected) < 1e-5  # type: ignore[attr-defined]
     assert chain.rank(SAMPLE[:1]).details["fallback_requests"] == 0  # type: ignore[attr-defined]
     assert chain.actual()["fallback"]["hstu"]["answered"] == 1
@@ -206,7 +205,7 @@ def test_what_cannot_be_part_of_a_package_is_refused() -> None:
     with pytest.raises(ValueError, match="set cache=none"):
         registry.build(config, MODEL, KernelConfig(), CATALOGUE, 5, PagedCacheConfig())
     if not torch.cuda.is_available():
-        with pytest.raises(UnavailableError, match="cuda_graphs=true: there are none on a CPU"):
+        with pytest.raises(UnavailableError, match="cuda_graphs=true: a CPU has no CUDA graphs"):
             engine(cuda_graphs=True)
 
 
@@ -253,7 +252,7 @@ import torch
 from test_aoti import CATALOGUE, MODEL
 from grengines.aoti import package
 from grengines.export.module import ExportedRanker
-from grengines.hstu.engine import build_model
+from grengines.models.hstu.model import build_model
 from grengines.runtime.profile import Sizes
 from grkernels.operators import Operators
 from grkernels.registry import FAMILIES
@@ -290,7 +289,7 @@ def test_triton_kernels_are_traced_with_symbolic_lengths() -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_triton_kernels_in_a_package_on_a_gpu(cache: Path, precision: str, graphs: bool) -> None:
     made = engine(kernel="triton", device="cuda", precision=precision, cuda_graphs=graphs, cpu_threads=0)
-    reference = Reference(MODEL, CATALOGUE, 5, "cuda")
+    reference = RankingReference(MODEL, CATALOGUE, 5, "cuda")
     made.prepare(SAMPLE, 4)
     for requests in (SAMPLE[:4], SAMPLE[:1], requests_of([0, 1, 45, 0], [1, 1, 9, 2], seed=1)):
         expected = reference.scores(requests)

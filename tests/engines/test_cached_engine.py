@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.hstu_oracle import make_requests
 
-from grengines.api import Catalogue, RankResult, Request
+from grengines.api import Catalogue, RankResult, Request, Setup
 from grengines.cache import host, policies
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.cache.extents import Extents, cut
@@ -23,8 +23,9 @@ from grengines.cache.host import HostTier
 from grengines.cache.pool import PagePool, PoolFullError
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import HSTUEngineConfig
-from grengines.hstu.engine import HSTUEngine, Reference
+from grengines.hstu.engine import HSTUEngine
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.reference import RankingReference
 from grengines.runtime.batch import Encoding
 from grengines.runtime.graphs import plan_buckets
 from grkernels.paged_write import on_gpu, paged_write
@@ -59,7 +60,7 @@ def started(
 ) -> Any:
     kernels = requested(options.pop("kernel", "torch"))
     config = HSTUEngineConfig(**{"device": "cpu", "precision": "fp32", **options})
-    engine = HSTUEngine(config, model, kernels, CATALOGUE, 5, cache)
+    engine = HSTUEngine(config, Setup(model, kernels, CATALOGUE, 5, cache))
     engine.prepare([r for requests in rounds for r in requests], max(map(len, rounds)))
     return engine
 
@@ -79,7 +80,7 @@ def test_answers_from_the_host_equal_the_reference(
     monkeypatch.setattr(host, "STAGED_SHARE", 0.5)
     rounds = [[r] for requests in traffic(6, 5) for r in requests]
     rounds += [[r] for requests in traffic(6, 5)[-1:] for r in requests] * 2
-    reference = Reference(model, CATALOGUE, 5, "cpu")
+    reference = RankingReference(model, CATALOGUE, 5, "cpu")
     cache = PagedCacheConfig(
         policy, policy, page=16, memory_gb=9 * PAGE_GB, host_gb=16 * PAGE_GB, onload_share=share, prefetch_s=3.0
     )
@@ -152,7 +153,7 @@ class Replays:
 def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grengines.hstu.cached.MOST_PADDING", 10.0)  # six candidates take a graph of sixteen
     rounds = traffic(2, 2, longest=400)
-    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)
     cached: CachedRanking = engine._cached
     sample = [r for requests in rounds for r in requests]
@@ -199,7 +200,7 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
 ) -> None:
     """Every third call fails, with what a GPU out of memory raises."""
     rounds = [[r] for requests in traffic(6, 4) for r in requests]
-    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     memory = {"memory_gb": 9 * PAGE_GB, "host_gb": 30 * PAGE_GB}
     at_once = {"admit_visit": 1, "host_admit_visit": 1}  # both policies as they are
     engine = started(PagedCacheConfig(page=16, prefetch_s=1.0, onload_share=1.0, **memory, **at_once), rounds)
@@ -240,7 +241,7 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
 def test_many_threads_get_right_answers_and_lose_nothing() -> None:
     """Eight threads, users in common, evictions from another thread in between."""
     rounds = traffic(8, 6, seed=1)
-    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     expected = {id(r): s for requests in rounds for r, s in zip(requests, reference.scores(requests), strict=True)}
     cache = PagedCacheConfig(page=16, memory_gb=14 * PAGE_GB, host_gb=20 * PAGE_GB)
     engine = started(cache, rounds)
@@ -327,7 +328,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
     """Hits, host hits (with transfers beside the computation), evictions and prefetches, with graphs and without."""
     model = dataclasses.replace(MODEL, qk_dim=32, v_dim=32, embedding_dim=64)
     rounds = [requests[i : i + 3] for requests in traffic(9, 8, longest=300) for i in (0, 3, 6)]
-    reference = Reference(model, CATALOGUE, 5, "cuda")
+    reference = RankingReference(model, CATALOGUE, 5, "cuda")
     page_gb = model.layers * 16 * model.heads * 64 * (4 if precision == "fp32" else 2) / 1e9
     cache = PagedCacheConfig(
         "lru", "predictive", page=16, memory_gb=60 * page_gb, host_gb=100 * page_gb, prefetch_s=9.0
@@ -362,7 +363,7 @@ def test_batches_queued_behind_each_other_on_a_gpu(cached: bool, graphs: bool) -
     page_gb = MODEL.layers * 16 * MODEL.heads * (MODEL.qk_dim + MODEL.v_dim) * 4 / 1e9
     cache = PagedCacheConfig(page=16, memory_gb=60 * page_gb, host_gb=100 * page_gb) if cached else CacheConfig()
     engine = started(cache, rounds, device="cuda", cuda_graphs=graphs, kernel="torch")
-    expected = [Reference(MODEL, CATALOGUE, 5, "cuda").scores(requests) for requests in rounds]
+    expected = [RankingReference(MODEL, CATALOGUE, 5, "cuda").scores(requests) for requests in rounds]
     with ThreadPoolExecutor(4) as threads:
         for _ in range(4):
             for result, scores in zip(threads.map(engine.rank, rounds), expected, strict=True):

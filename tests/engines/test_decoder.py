@@ -21,7 +21,7 @@ from grengines.models.decoder import reference as reference_module
 from grengines.models.decoder import weights
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.model import Decoder, level_logits
-from grengines.models.decoder.reference import Reference, search
+from grengines.models.decoder.reference import DecoderReference, search
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator
 from grengines.semantic.ids import SemanticIds
@@ -88,7 +88,7 @@ def test_a_tree_in_the_mask_is_every_beam_anew(width: int, items: int, monkeypat
 def test_the_reference_scores_every_item() -> None:
     ids = catalogue(70)
     retrieval = Retrieval(ids, k=70, beam_width=120)
-    reference, decoder = Reference(CONFIG, 2, retrieval, "cpu"), decoder_of(seed=2)
+    reference, decoder = DecoderReference(CONFIG, 2, retrieval, "cpu"), decoder_of(seed=2)
     request = request_of([1, 5, 69])
     prompt, scores = ids.tokens(request.history_items).reshape(-1), np.zeros((70, 3))
     for item, tokens in enumerate(ids.tokens(np.arange(70))):
@@ -107,7 +107,7 @@ def test_the_reference_scores_every_item() -> None:
 def test_history_and_attention_matter() -> None:
     """What the gate's proofs need: other histories, and no attention, give other scores; the reference stays exact."""
     ids = catalogue(120)
-    reference = Reference(CONFIG, 3, Retrieval(ids, 10, 30), "cpu")
+    reference = DecoderReference(CONFIG, 3, Retrieval(ids, 10, 30), "cpu")
     one, other = request_of([1, 2, 3, 4]), request_of([4, 2, 3, 9])
     expected, stale, blind = reference.search([one]), reference.search([other]), reference.search([one], blind=True)
     exact = reference.prefix_scores(one, expected.items[0])[:, -1]

@@ -28,9 +28,9 @@ from grengines.export.check import check
 from grengines.export.identity import command, model_hash
 from grengines.export.module import INPUTS, inputs_of, longest_history
 from grengines.export.onnx_attention import DOMAIN, INDICES, NAME, OPSET, VERSION, onnx_function, register_schema
-from grengines.hstu.engine import Reference
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.quantised import round_input, round_weight
+from grengines.models.hstu.reference import RankingReference
 from grengines.numerics import IncorrectError, relative_error
 from grengines.runtime.batch import Bucket, Encoding, pack
 from grkernels.hstu_attention.reference import hstu_attention as reference_attention
@@ -162,7 +162,7 @@ def test_the_program_and_the_onnx_file_equal_the_reference(
 ) -> None:
     requests = make_requests(np.random.default_rng(2), CATALOGUE, lengths, candidates)
     encoding = Encoding.of(MODEL, CATALOGUE)
-    expected = np.concatenate(Reference(MODEL, CATALOGUE, 0, "cpu").scores(requests))
+    expected = np.concatenate(RankingReference(MODEL, CATALOGUE, 0, "cpu").scores(requests))
     session = onnxruntime.InferenceSession(str(made.onnx), providers=["CPUExecutionProvider"])
     program = torch.export.load(made.program).module()
     padded = Bucket(len(requests) + 1, max(lengths) + max(candidates) + 4, max(candidates) + 1)

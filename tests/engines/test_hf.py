@@ -15,9 +15,8 @@ from grbench.config.compose import compose_spec
 from grbench.execution.cell import build_retrieval
 from grbench.gate import gate_for
 from grengines import registry
-from grengines.api import Catalogue, Request, Retrieval, UnavailableError
-from grengines.cache.config import PagedCacheConfig
-from grengines.hf import engine as hf_engine
+from grengines.api import Catalogue, Request, Retrieval, Setup, UnavailableError
+from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hf.config import HFEngineConfig
 from grengines.hf.engine import HFEngine
 from grengines.models.decoder.config import DecoderConfig
@@ -139,10 +138,10 @@ def test_what_it_refuses() -> None:
     retrieval, model = Retrieval(catalogue(20), 5, 10), MODELS["hstu"]
 
     def made(kernels: dict[str, str] = KERNELS, cache: Any = None, retrieval: Retrieval = retrieval) -> HFEngine:
-        cache = cache or hf_engine.CacheConfig()
-        return HFEngine(HFEngineConfig(device="cpu"), model, kernels, Catalogue(1, 1, 1), 0, cache, retrieval)
+        cache = cache or CacheConfig()
+        return HFEngine(HFEngineConfig(device="cpu"), Setup(model, kernels, Catalogue(1, 1, 1), 0, cache, retrieval))
 
-    with pytest.raises(ValueError, match="cache=lru: engine hf keeps nothing between batches; set cache=none"):
+    with pytest.raises(ValueError, match="cache=lru: the cache group serves ranking only; set cache=none"):
         made(cache=PagedCacheConfig(name="lru"))
     with pytest.raises(ValueError, match=r"kernel.layer_norm=triton: engine hf is eager PyTorch; set kernel=auto"):
         made({**KERNELS, "layer_norm": "triton"})
@@ -175,11 +174,11 @@ def test_bad_combinations_are_one_line(grbench: Any) -> None:
         done = grbench("engine=hf", "model=decoder_tiny", override)
         assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     done = grbench("model=decoder_tiny", "engine=hstu")
-    assert done.returncode == 2 and "engine hstu runs HSTU only; engines that run decoders: hf" in done.stderr
+    assert done.returncode == 2 and "engine hstu runs hstu models only; hf, vllm run decoder models" in done.stderr
 
 
 def test_without_transformers_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    monkeypatch.setattr("grengines.spec.find_spec", lambda name: None)
     reason = "package transformers is not installed; pip install -e '.[hf]'"
     assert registry.availability("hf") == reason
     with pytest.raises(UnavailableError, match="engine hf: package transformers"):

@@ -16,14 +16,15 @@ from helpers.hstu_oracle import make_requests, scores
 from omegaconf import OmegaConf
 
 from grengines import registry
-from grengines.api import Catalogue, Engine, RankResult, Request, UnavailableError
+from grengines.api import Catalogue, Engine, RankResult, Request, Setup, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hf.config import HFEngineConfig
 from grengines.hstu.config import HSTUEngineConfig
-from grengines.hstu.engine import HSTUEngine, Reference, build_model
+from grengines.hstu.engine import HSTUEngine
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
-from grengines.models.hstu.model import zero_attention
+from grengines.models.hstu.model import build_model
+from grengines.models.hstu.reference import RankingReference, zero_attention
 from grengines.numerics import relative_error
 from grengines.options import violations
 from grengines.runtime.batch import Bucket, Encoding
@@ -36,6 +37,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
 KERNELS = requested("torch")
 MODEL = HSTUConfig(embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128)
+SETUP = Setup(MODEL, KERNELS, CATALOGUE, 0, CacheConfig())
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
@@ -69,7 +71,7 @@ def error(result: RankResult, expected: list[Any]) -> float:
 
 def test_answers_equal_the_second_implementation_and_the_reference() -> None:
     requests = sample()
-    reference = Reference(MODEL, CATALOGUE, 5, "cpu").scores(requests)
+    reference = RankingReference(MODEL, CATALOGUE, 5, "cpu").scores(requests)
     model = build_model(MODEL, CATALOGUE, 5, "cpu", torch.float32)
     weights = {name: p.double().numpy() for name, p in model.named_parameters()}
     with engine(requests) as e:
@@ -101,7 +103,7 @@ def test_candidates_in_microbatches_score_the_same(microbatch: int, C: int) -> N
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_is_within_twice_plain_torch(precision: str) -> None:
     requests = sample()
-    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     exact, plain = reference.scores(requests), reference.scores(requests, precision)
     with engine(requests, precision=precision) as e:
         result = e.rank(requests)
@@ -139,11 +141,9 @@ def test_wrong_use_is_refused() -> None:
         with pytest.raises(ValueError, match="0 sample requests"):
             e.prepare([], 3)
     with pytest.raises(ValueError, match=r"cuda_graphs=true and engine\.candidate_microbatch=8"):
-        HSTUEngine(
-            HSTUEngineConfig(cuda_graphs=True, candidate_microbatch=8), MODEL, KERNELS, CATALOGUE, 0, CacheConfig()
-        )
+        HSTUEngine(HSTUEngineConfig(cuda_graphs=True, candidate_microbatch=8), SETUP)
     with pytest.raises(ValueError, match="unknown variant 'best' of hstu_attention; known: torch"):
-        HSTUEngine(HSTUEngineConfig(), MODEL, {**KERNELS, "hstu_attention": "best"}, CATALOGUE, 0, CacheConfig())
+        HSTUEngine(HSTUEngineConfig(), dataclasses.replace(SETUP, kernels={**KERNELS, "hstu_attention": "best"}))
     with (
         pytest.raises(ValueError, match=r"no file .*absent\.safetensors"),
         engine(requests, dataclasses.replace(MODEL, weights="absent.safetensors")),
@@ -152,14 +152,14 @@ def test_wrong_use_is_refused() -> None:
 
 
 def test_graphs_on_a_cpu_are_unavailable() -> None:
-    with pytest.raises(UnavailableError, match=r"none on a CPU; set engine\.cuda_graphs=false"):
-        HSTUEngine(HSTUEngineConfig(device="cpu", cuda_graphs=True), MODEL, KERNELS, CATALOGUE, 0, CacheConfig())
+    with pytest.raises(UnavailableError, match=r"a CPU has no CUDA graphs; set engine\.cuda_graphs=false"):
+        HSTUEngine(HSTUEngineConfig(device="cpu", cuda_graphs=True), SETUP)
 
 
 @NO_GPU
 def test_cuda_without_a_gpu_is_unavailable() -> None:
     with pytest.raises(UnavailableError, match=r"engine\.device=cuda: .*; use engine\.device=cpu"):
-        HSTUEngine(HSTUEngineConfig(device="cuda"), MODEL, KERNELS, CATALOGUE, 0, CacheConfig())
+        HSTUEngine(HSTUEngineConfig(device="cuda"), SETUP)
 
 
 def test_registry() -> None:
@@ -237,7 +237,7 @@ def visits(users: int, rounds: int, longest: int, seed: int = 0) -> list[list[Re
 def test_answers_through_the_cache_equal_the_reference(policy: str, microbatch: int, pages: int) -> None:
     """Returning users, growing histories, users who come twice in a batch, and a pool that holds few of them."""
     rounds = visits(users=5, rounds=4, longest=60)
-    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     page_bytes = MODEL.layers * 16 * MODEL.heads * (MODEL.qk_dim + MODEL.v_dim) * 4
     cache = PagedCacheConfig(policy, policy, page=16, memory_gb=pages * page_bytes / 1e9)
     found: dict[str, float] = {}
@@ -275,7 +275,7 @@ def test_what_does_not_fit_the_cache_is_refused_before_anything_runs() -> None:
 def test_triton_kernels_in_the_interpreter_answer_alike() -> None:
     model = dataclasses.replace(MODEL, interaction=True, layers=1)
     requests = sample(2, longest=12, candidates=3)
-    expected = Reference(model, CATALOGUE, 5, "cpu").scores(requests)
+    expected = RankingReference(model, CATALOGUE, 5, "cpu").scores(requests)
     for options in ({}, {"candidate_microbatch": 2}):
         with engine(requests, model, "triton", max_batch=2, **options) as e:
             assert error(e.rank(requests), expected) < 1e-5
@@ -304,9 +304,9 @@ def test_on_a_gpu(kernel: str, precision: str, options: dict[str, Any]) -> None:
         pytest.skip("compiling takes long; one case shows that it runs")
     model = dataclasses.replace(MODEL, qk_dim=32, v_dim=16, interaction=True)
     requests = sample(8)
-    reference = Reference(model, CATALOGUE, 5, "cuda")
+    reference = RankingReference(model, CATALOGUE, 5, "cuda")
     exact = np.concatenate(reference.scores(requests))
-    on_cpu = np.concatenate(Reference(model, CATALOGUE, 5, "cpu").scores(requests))
+    on_cpu = np.concatenate(RankingReference(model, CATALOGUE, 5, "cpu").scores(requests))
     assert relative_error(exact, on_cpu) < 1e-5
     plain = relative_error(np.concatenate(reference.scores(requests, precision)), exact)
     with engine(requests, model, kernel, device="cuda", precision=precision, max_batch=8, **options) as e:
@@ -348,7 +348,7 @@ def test_what_fits_no_bucket_runs_eagerly_and_is_counted() -> None:
     requests = sorted(sample(4, longest=60), key=lambda r: len(r.history_items))
     with engine(requests, device="cuda", precision="fp32", cuda_graphs=True, graph_lengths=[48]) as e:
         long, short = e.rank(requests[-1:]), e.rank(requests[:1])
-    expected = Reference(MODEL, CATALOGUE, 5, "cuda").scores([requests[-1], requests[0]])
+    expected = RankingReference(MODEL, CATALOGUE, 5, "cuda").scores([requests[-1], requests[0]])
     assert long.details == {"eager_batches": 1.0} and short.details == {"eager_batches": 0.0}
     assert long.padded_tokens == long.tokens == 66 and short.padded_tokens == 48
     assert error(long, expected[:1]) < 1e-5 and error(short, expected[1:]) < 1e-5

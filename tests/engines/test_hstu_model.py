@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from grengines.api import Catalogue, Request
 from grengines.models.hstu.config import HSTUConfig
-from grengines.models.hstu.model import HSTURanker, UserState, zero_attention
+from grengines.models.hstu.model import HSTURanker, UserState
+from grengines.models.hstu.reference import zero_attention
 from grengines.models.hstu.weights import load_weights, save_weights
 from grengines.numerics import relative_error
 from grengines.runtime.batch import Bucket, Encoding, HostBatch, pack

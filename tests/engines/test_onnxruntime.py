@@ -22,15 +22,15 @@ from grbench import workloads
 from grbench.gate import quality
 from grbench.workloads.config import SyntheticConfig
 from grengines import registry
-from grengines.api import Catalogue, Request, UnavailableError
+from grengines.api import Catalogue, Request, Setup, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.export import exporter
 from grengines.export.identity import model_hash
-from grengines.fallback import Chain, OutsideError, options_like
+from grengines.fallback import FallbackEngine, OutsideError, options_like
 from grengines.hstu.config import HSTUEngineConfig
-from grengines.hstu.engine import Reference, build_model
 from grengines.models.hstu.config import HSTUConfig
-from grengines.models.hstu.model import zero_attention
+from grengines.models.hstu.model import build_model
+from grengines.models.hstu.reference import RankingReference, zero_attention
 from grengines.models.hstu.weights import save_weights
 from grengines.numerics import SUMMATION_FLOOR, IncorrectError, relative_error
 from grengines.onnxruntime.config import OnnxRuntimeConfig
@@ -56,7 +56,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def engine(cache: Any = None, kernel: str = "torch", seed: int = 5, **options: Any) -> OnnxRuntimeEngine:
     config = OnnxRuntimeConfig(**{"device": "cpu", "cpu_threads": 1, **options})
-    return OnnxRuntimeEngine(config, MODEL, {"hstu_attention": kernel}, CATALOGUE, seed, cache or CacheConfig())
+    return OnnxRuntimeEngine(config, Setup(MODEL, {"hstu_attention": kernel}, CATALOGUE, seed, cache or CacheConfig()))
 
 
 def prepared(**options: Any) -> OnnxRuntimeEngine:
@@ -67,7 +67,7 @@ def prepared(**options: Any) -> OnnxRuntimeEngine:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_answers_equal_the_reference(precision: str) -> None:
-    reference = Reference(MODEL, CATALOGUE, 5, "cpu")
+    reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     expected = np.concatenate(reference.scores(SAMPLE))
     plain = np.concatenate(reference.scores(SAMPLE, precision))
     tolerance = max(2 * relative_error(plain, expected), SUMMATION_FLOOR)
@@ -176,19 +176,18 @@ class Narrow:
 
 def test_a_chain_answers_what_the_first_was_not_built_for_and_says_so() -> None:
     narrow = Narrow()
-    native = registry.make(
-        HSTUEngineConfig(device="cpu"), MODEL, _native_kernels(), CATALOGUE, 5, CacheConfig(), task="rank"
-    )
-    chain = Chain(narrow, ["hstu"], lambda name: native)  # type: ignore[arg-type,return-value]
+    setup = Setup(MODEL, _native_kernels(), CATALOGUE, 5, CacheConfig())
+    native = registry.make(HSTUEngineConfig(device="cpu"), setup, "rank")
+    chain = FallbackEngine(narrow, ["hstu"], lambda name: native)  # type: ignore[arg-type,return-value]
     chain.prepare([r for r in SAMPLE if len(r.history_items) <= 30], 5)
     inside, outside = chain.rank(SAMPLE[:1]), chain.rank(SAMPLE[:2])
     assert (inside.details["fallback_requests"], outside.details["fallback_requests"]) == (0, 2)
-    expected = Reference(MODEL, CATALOGUE, 5, "cpu").scores(SAMPLE[:2])
+    expected = RankingReference(MODEL, CATALOGUE, 5, "cpu").scores(SAMPLE[:2])
     assert relative_error(np.concatenate(outside.scores), np.concatenate(expected)) < SUMMATION_FLOOR
     actual = chain.actual()
     assert actual["engine"] == "onnxruntime" and actual["fallback"]["hstu"]["engine"] == "hstu"
     assert actual["fallback"]["hstu"]["answered"] == 2
-    alone = Chain(narrow, [], lambda name: native)  # type: ignore[arg-type,return-value]
+    alone = FallbackEngine(narrow, [], lambda name: native)  # type: ignore[arg-type,return-value]
     with pytest.raises(OutsideError, match="a history of 37 events"):
         alone.rank(SAMPLE[:2])
     chain.close()
@@ -206,14 +205,14 @@ def test_the_registry_builds_the_chain_that_the_config_names() -> None:
 
     def make(**options: Any) -> Any:
         config = Config(device="cpu", precision="int8", **options)
-        return registry.make(config, MODEL, _native_kernels(), CATALOGUE, 5, CacheConfig(), task="rank")
+        return registry.make(config, Setup(MODEL, _native_kernels(), CATALOGUE, 5, CacheConfig()), "rank")
 
     assert isinstance(make(), OnnxRuntimeEngine)
     chain = make(fallback=["hstu"])
     chain.prepare(SAMPLE, 5)
-    assert isinstance(chain, Chain) and chain.actual()["fallback"]["hstu"]["precision"] == "fp32"
+    assert isinstance(chain, FallbackEngine) and chain.actual()["fallback"]["hstu"]["precision"] == "fp32"
     for name in ("onnxruntime", "vllm", "nothing"):
-        with pytest.raises(ValueError, match=f"engine.fallback={name}: allowed are other engines among hstu"):
+        with pytest.raises(ValueError, match=f"engine.fallback={name}: allowed are hstu"):
             make(fallback=[name])
     like = options_like(HSTUEngineConfig, OnnxRuntimeConfig(device="cpu", precision="fp16"))
     assert (like.device, like.precision) == ("cpu", "fp16")

@@ -24,9 +24,9 @@ from grbench.cli import main
 from grengines import registry
 from grengines.api import Catalogue, UnavailableError
 from grengines.export import exporter
-from grengines.hstu.engine import Reference
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.quantised import round_fp8
+from grengines.models.hstu.reference import RankingReference
 from grengines.numerics import relative_error
 from grengines.runtime.batch import Encoding, pack
 from grengines.runtime.profile import Sizes, profiles
@@ -221,7 +221,7 @@ def test_weights_of_zeros_have_a_scale(kind: str, tmp_path: Path) -> None:
 
 def test_the_reference_knows_what_eight_bits_cost() -> None:
     """The tolerance of a cell in int8 or fp8: more than half precision's, and of the size that Q/DQ costs."""
-    reference = Reference(MODEL, CATALOGUE, 0, "cpu")
+    reference = RankingReference(MODEL, CATALOGUE, 0, "cpu")
     exact = np.concatenate(reference.scores(REQUESTS))
 
     def cost(precision: str) -> float:

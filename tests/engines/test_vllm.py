@@ -19,11 +19,11 @@ from helpers import vllm_checks
 from test_beam import SIZES, catalogue
 
 from grbench.tools.doctor import findings
-from grengines.api import Catalogue, GenerateResult, Request, Retrieval, UnavailableError
+from grengines.api import Catalogue, GenerateResult, Request, Retrieval, Setup, UnavailableError
 from grengines.cache.config import CacheConfig
-from grengines.hstu.retriever import Reference
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator, pack_prompts
+from grengines.models.hstu.reference import HSTUReference
 from grengines.semantic.search import Beams
 from grengines.vllm import install
 from grengines.vllm.config import VLLMEngineConfig
@@ -61,7 +61,7 @@ def engine_of(
 ) -> VLLMEngine:
     config = VLLMEngineConfig(**{"kv_cache_gb": 0.02, "block_size": 16, "max_num_seqs": 64, **options})
     kernels = requested("torch")
-    engine = VLLMEngine(config, model, kernels, CATALOGUE, 3, CacheConfig(), retrieval)
+    engine = VLLMEngine(config, Setup(model, kernels, CATALOGUE, 3, CacheConfig(), retrieval))
     engine.prepare(sample, 4)
     return engine
 
@@ -74,12 +74,12 @@ def expect_equal(found: GenerateResult, expected: Beams, order: Sequence[int] | 
 
 
 @pytest.fixture(scope="module")
-def reference() -> Reference:
-    return Reference(MODEL, 3, RETRIEVAL, "cpu")
+def reference() -> HSTUReference:
+    return HSTUReference(MODEL, 3, RETRIEVAL, "cpu")
 
 
 @pytest.fixture(scope="module")
-def expected(reference: Reference) -> Beams:
+def expected(reference: HSTUReference) -> Beams:
     return reference.search(REQUESTS)
 
 
@@ -177,7 +177,7 @@ class TestOneEngine:
         assert all(items.min() >= 0 and items.max() < 110 for items in found.items)
         assert found.tokens == sum(min(max(3 * n, 1), 90) for n in LENGTHS)
 
-    def test_the_check_can_fail(self, engine: VLLMEngine, reference: Reference) -> None:
+    def test_the_check_can_fail(self, engine: VLLMEngine, reference: HSTUReference) -> None:
         """Attention that returns zeros, and another request's answers, lie far outside."""
         found = engine.generate(REQUESTS)
         blind = reference.search(REQUESTS, blind=True)
@@ -239,7 +239,7 @@ class TestOneEngine:
                 assert finished.items.tolist() == expected.items[key].tolist()
                 np.testing.assert_allclose(finished.scores, expected.scores[key], atol=CLOSE)
 
-    def test_a_returning_user_hits_the_prefix_cache(self, engine: VLLMEngine, reference: Reference) -> None:
+    def test_a_returning_user_hits_the_prefix_cache(self, engine: VLLMEngine, reference: HSTUReference) -> None:
         """The same history, and one with new events: whole pages of what was read are found, and answers stay right."""
         engine.reset_cache()
         items = requests_of([20], seed=5)[0].history_items
@@ -339,7 +339,7 @@ def test_without_prefix_caching_nor_chunks(expected: Beams) -> None:
     vllm_checks.prefix_caching_and_chunks_can_be_off(engine_of, REQUESTS, lambda found: expect_equal(found, expected))
 
 
-def test_half_precision_differs_among_near_ties_only(reference: Reference, expected: Beams) -> None:
+def test_half_precision_differs_among_near_ties_only(reference: HSTUReference, expected: Beams) -> None:
     engine = engine_of(precision="bf16")
     try:
         found = engine.generate(REQUESTS)
@@ -476,14 +476,14 @@ def test_wrong_options_are_one_line() -> None:
     kernels = requested("torch")
 
     def make(model: Any = MODEL, **options: Any) -> VLLMEngine:
-        return VLLMEngine(VLLMEngineConfig(**options), model, kernels, CATALOGUE, 0, CacheConfig(), RETRIEVAL)
+        return VLLMEngine(VLLMEngineConfig(**options), Setup(model, kernels, CATALOGUE, 0, CacheConfig(), RETRIEVAL))
 
     with pytest.raises(ValueError, match=r"qk_dim=8, model\.v_dim=12: engine vllm needs them equal"):
         make(dataclasses.replace(MODEL, v_dim=12))
     with pytest.raises(ValueError, match="block_size=48: must be a power of two"):
         make(block_size=48)
     if not torch.cuda.is_available():
-        with pytest.raises(UnavailableError, match="cuda_graphs=true: there are none on a CPU"):
+        with pytest.raises(UnavailableError, match="cuda_graphs=true: a CPU has no CUDA graphs"):
             make(cuda_graphs=True)
     engine = make(chunked_prefill=False, max_num_batched_tokens=32, kv_cache_gb=0.01)
     with pytest.raises(ValueError, match=r"a search of 130 tokens needs engine.max_num_batched_tokens=130 or more"):
@@ -500,7 +500,7 @@ def test_wrong_options_are_one_line() -> None:
 
 
 def test_doctor_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(install, "find_spec", lambda name: None)
+    monkeypatch.setattr("grengines.spec.find_spec", lambda name: None)
     monkeypatch.setattr(install.shutil, "which", lambda name: None)
     found = next(f for f in findings() if (f.kind, f.name) == ("engine", "vllm"))
     assert not found.ok and found.remedy == install.CPU_COMMAND
@@ -521,7 +521,7 @@ GPU_REQUESTS = requests_of([400, 0, 70, 1, 250, 499, 33, 600], seed=7)
 def gpu_engine(kernel: str, model: Any = GPU_MODEL, **options: Any) -> VLLMEngine:
     config = VLLMEngineConfig(**{"gpu_memory_utilization": 0.3, "max_num_batched_tokens": 2048, **options})
     retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
-    engine = VLLMEngine(config, model, requested(kernel), CATALOGUE, 3, CacheConfig(), retrieval)
+    engine = VLLMEngine(config, Setup(model, requested(kernel), CATALOGUE, 3, CacheConfig(), retrieval))
     engine.prepare(GPU_REQUESTS, 4)
     return engine
 
@@ -574,7 +574,7 @@ def expect_mixed(engine: VLLMEngine, reference: Any, tolerance: float) -> None:
 def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
     """Cold, from the prefix cache, and in an order of arrival that mixes prompts and beams."""
     retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
-    reference = Reference(GPU_MODEL, 3, retrieval, "cuda")
+    reference = HSTUReference(GPU_MODEL, 3, retrieval, "cuda")
     expected = reference.search(GPU_REQUESTS)
     engine = gpu_engine(
         kernel, precision=precision, cuda_graphs=bool(graphs), graph_tokens=[16, 64, 128, 256, 512] if graphs else []

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.model import level_logits
-from grengines.models.decoder.reference import Reference
+from grengines.models.decoder.reference import DecoderReference
 from grengines.semantic.search import Beams
 from grengines.semantic.trie import Trie
 from grengines.vllm import rows_triton
@@ -229,12 +229,12 @@ def test_rows_of_both_kernels(levels: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference() -> Reference:
-    return Reference(DECODER, 3, RETRIEVAL, "cpu")
+def reference() -> DecoderReference:
+    return DecoderReference(DECODER, 3, RETRIEVAL, "cpu")
 
 
 @pytest.fixture(scope="module")
-def expected(reference: Reference) -> Beams:
+def expected(reference: DecoderReference) -> Beams:
     return reference.search(REQUESTS)
 
 
@@ -288,7 +288,7 @@ class TestOneEngine:
             done |= {f.key: f for f in engine.step()}
         assert [done[key].items.tolist() for key in range(len(REQUESTS))] == expected.items.tolist()
 
-    def test_a_returning_user_hits_the_prefix_cache(self, engine: VLLMEngine, reference: Reference) -> None:
+    def test_a_returning_user_hits_the_prefix_cache(self, engine: VLLMEngine, reference: DecoderReference) -> None:
         engine.reset_cache()
         items = requests_of([20], seed=5)[0].history_items
         first, grown = request_of(0, items[:12]), request_of(1, items)
@@ -385,7 +385,7 @@ def test_on_a_gpu(precision: str, graphs: bool) -> None:
     model = DecoderConfig(
         layers=3, embedding_dim=256, heads=4, kv_heads=2, head_dim=64, mlp_dim=512, max_positions=1500
     )
-    reference = Reference(model, 3, dataclasses.replace(RETRIEVAL, beam_width=64), "cuda")
+    reference = DecoderReference(model, 3, dataclasses.replace(RETRIEVAL, beam_width=64), "cuda")
     expected = reference.search(GPU_REQUESTS)
     tokens = [16, 64, 128, 256, 512] if graphs else []
     engine = gpu_engine("torch", model, precision=precision, cuda_graphs=graphs, graph_tokens=tokens, max_num_seqs=16)

@@ -17,13 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grengines.api import Catalogue, RankResult, Request
+from grengines.api import Catalogue, RankResult, Request, Setup
 from grengines.cache import items
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.cache.items import HotRows, Int64Array, RowCounters
 from grengines.hstu.config import HSTUEngineConfig
-from grengines.hstu.engine import HSTUEngine, build_model
+from grengines.hstu.engine import HSTUEngine
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.model import build_model
 from grengines.models.hstu.weights import save_weights
 from grkernels.registry import requested
 
@@ -340,7 +341,7 @@ def answers(
     batches: list[list[Request]], cache: CacheConfig | PagedCacheConfig, model: HSTUConfig, **options: Any
 ) -> tuple[list[Any], list[RankResult], dict[str, Any]]:
     config = HSTUEngineConfig(**{"device": "cpu", "precision": "fp32", **options})
-    engine = HSTUEngine(config, model, KERNELS, CATALOGUE, 5, cache)
+    engine = HSTUEngine(config, Setup(model, KERNELS, CATALOGUE, 5, cache))
     try:
         engine.prepare([r for batch in batches for r in batch], 3)
         results = [engine.rank(batch) for batch in batches]
@@ -393,7 +394,7 @@ def test_a_failed_lookup_leaves_the_engine_usable(cache: Any, monkeypatch: pytes
     batches = traffic(4)
     expected, *_ = answers(batches, cache, MODEL)
     small = dataclasses.replace(cache, item_memory_gb=80 * ROW_GB)
-    engine = HSTUEngine(HSTUEngineConfig(device="cpu", precision="fp32"), MODEL, KERNELS, CATALOGUE, 5, small)
+    engine = HSTUEngine(HSTUEngineConfig(device="cpu", precision="fp32"), Setup(MODEL, KERNELS, CATALOGUE, 5, small))
     engine.prepare([r for batch in batches for r in batch], 3)
     engine.rank(batches[0])
     gather = items._gather

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +13,15 @@ from torch import Tensor
 from grengines.aoti import package as packages
 from grengines.aoti.config import AOTIEngineConfig
 from grengines.aoti.package import Facts, Inputs, Package
-from grengines.api import Catalogue, RankResult, Request, UnavailableError
-from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.api import RankResult, Request, Setup, UnavailableError
+from grengines.base import RankingEngine, refuse_cache
 from grengines.export.identity import model_hash
 from grengines.export.module import ExportedRanker
 from grengines.fallback import OutsideError
-from grengines.hstu.engine import build_model
-from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.model import build_model
 from grengines.runtime import kernels as kernel_choice
-from grengines.runtime.batch import Bucket, Encoding, JaggedBatch, pack
-from grengines.runtime.device import DTYPES, resolve_device, resolve_precision
+from grengines.runtime.batch import Bucket, JaggedBatch, pack
+from grengines.runtime.device import Placement
 from grengines.runtime.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
 from grengines.runtime.profile import check, profiles
 from grengines.runtime.results import Marks, collect
@@ -30,40 +29,30 @@ from grkernels.families import AUTO
 from grkernels.operators import Operators
 
 
-class AOTIEngine:
-    """Satisfies grengines.api.Ranker. Raises UnavailableError for a device, precision or variant that can't be had
-    here, and ValueError for options that contradict each other."""
+class AOTIEngine(RankingEngine):
+    """HSTU compiled by AOTInductor.
 
-    def __init__(
-        self,
-        config: AOTIEngineConfig,
-        model: HSTUConfig,
-        kernels: dict[str, str],
-        catalogue: Catalogue,
-        seed: int,
-        cache: CacheConfig | PagedCacheConfig,
-    ) -> None:
-        if cache.name != "none" or cache.item_memory_gb:
-            raise ValueError("engine=aoti computes whole histories with the whole model; set cache=none")
-        self._config, self._model, self._catalogue, self._seed = config, model, catalogue, seed
-        self._device = resolve_device(config.device)
-        if config.cuda_graphs and self._device.type != "cuda":
-            raise UnavailableError("engine.cuda_graphs=true: there are none on a CPU; set engine.cuda_graphs=false")
-        self._precision = resolve_precision(config.precision, self._device)
-        for family, variant in kernels.items():
+    Raises UnavailableError for a device or a variant that this machine lacks, and ValueError for options that
+    contradict each other.
+    """
+
+    name = "aoti"
+
+    def __init__(self, options: AOTIEngineConfig, setup: Setup) -> None:
+        refuse_cache(setup, self.name)
+        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs)
+        self._options = options
+        for family, variant in setup.kernels.items():
             if variant not in (AUTO, *packages.VARIANTS):
                 raise UnavailableError(
                     f"kernel.{family}={variant} can't be part of a package; those that can: "
                     f"{', '.join(packages.VARIANTS)}"
                 )
         self._choice = kernel_choice.choose(
-            kernels, model, self._device.type, self._precision, allowed=packages.VARIANTS
+            setup.kernels, self._model_config, self._device.type, self._precision, allowed=packages.VARIANTS
         )
         self._kernels = self._choice.variants
         self._operators = Operators.of(self._kernels)
-        self._encoding = Encoding.of(model, catalogue)
-        self._threads_before = torch.get_num_threads()
-        self._lock = threading.Lock()
         self._package: Package | None = None
         self._inputs: Inputs | None = None
         self._graphs: GraphRunner | None = None
@@ -71,50 +60,40 @@ class AOTIEngine:
         self._build_s = 0.0
 
     @torch.inference_mode()
-    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
-        """Load the package, after building it where there is none yet, capture the graphs, run the largest batch.
+    def _load(self, sample: Sequence[Request], max_batch: int) -> None:
+        """Load the package, after building it where there is none yet, and capture the graphs.
 
-        Raises ValueError for an empty sample, bad weights or a package that does not belong here, UnavailableError.
+        Raises ValueError for a package that does not belong here.
         """
-        if self._config.cpu_threads:
-            torch.set_num_threads(self._config.cpu_threads)
-        sizes = profiles(sample, self._encoding, max_batch, 2)
-        digest = model_hash(self._model, self._catalogue, self._seed)
-        facts = Facts.here(digest, self._precision, self._device, self._kernels, self._model.heads, sizes[-1], sizes[0])
-        path = facts.path()
-        if self._config.package is not None:
-            path = packages.Path(self._config.package)
-        elif not path.exists():
-            begun = time.perf_counter()
-            self._build(facts)
-            self._build_s = time.perf_counter() - begun
-        self._package = packages.load(path, facts, self._device)
+        self._package = self._make_package(sample, max_batch)
         self._inputs = Inputs(self._package.facts, self._device)
-        if self._config.cuda_graphs:
-            self.buckets = plan_buckets(sample, self._encoding, max_batch, self._config.graph_lengths)
+        if self._options.cuda_graphs:
+            self.buckets = plan_buckets(sample, self._encoding, max_batch, self._options.graph_lengths)
             self._graphs = GraphRunner(
                 self._run,
                 self.buckets,
                 lambda bucket: [pack([], self._encoding, bucket=bucket, pin=True)],
                 self._device,
             )
+
+    @torch.inference_mode()
+    def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
         try:
-            self.rank(sorted(sample, key=lambda r: token_count(r, self._encoding))[-max_batch:])
+            self.rank(self._largest(sample, max_batch))
         except OutsideError:  # of a package that was given
-            if not self._config.fallback:
+            if not self._options.fallback:
                 raise
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """As grengines.api.Ranker; calls from several threads take turns until a batch's work is queued. Raises
-        OutsideError for a batch that the package was not built for, RuntimeError unprepared."""
-        if self._package is None:
-            raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
+        """As grengines.api.Ranker. Calls from several threads take turns until a batch's work is queued. Raises
+        OutsideError for a batch that the package was not built for, RuntimeError before `prepare`."""
+        package = self._ready(self._package)
         begun = time.perf_counter()
-        check(requests, self._encoding, self._package.facts.most, _mend(self._config.package))
+        check(requests, self._encoding, package.facts.most, _hint(self._options.package))
         counts = [token_count(r, self._encoding) for r in requests]
         bucket = choose_bucket(self.buckets, counts, [len(r.candidates) for r in requests])
-        host = pack(requests, self._encoding, bucket=bucket, pin=self._device.type == "cuda")
+        host = pack(requests, self._encoding, bucket=bucket, pin=self._cuda)
         batch_ms = (time.perf_counter() - begun) * 1e3
         with self._lock:
             marks = Marks(self._device)
@@ -126,20 +105,13 @@ class AOTIEngine:
                 batch = host.to(self._device)
                 marks.add()
                 logits = self._run(batch)
-            details = {"eager_batches": float(bucket is None)} if self._config.cuda_graphs else {}
+            details = {"eager_batches": float(bucket is None)} if self._options.cuda_graphs else {}
             queued = collect(logits, [host], marks, batch_ms, details)
         return queued()
 
-    def actual(self) -> dict[str, Any]:
-        """What really runs; JSON values."""
-        cuda = self._device.type == "cuda"
+    def _describe(self) -> dict[str, Any]:
         package = self._package
         return {
-            "engine": "aoti",
-            "device": self._device.type,
-            "device_name": torch.cuda.get_device_name(self._device) if cuda else "cpu",
-            "precision": self._precision,
-            "fp32_products": torch.get_float32_matmul_precision(),
             **self._choice.actual(),
             "kernel_configs": package.configs if package else [],
             "graph_buckets": [list(b) for b in self.buckets],
@@ -148,30 +120,31 @@ class AOTIEngine:
             "package_build_s": self._build_s,  # 0: it was there
             "built_for": package.facts.most.__dict__ if package else {},
             "cache": {"name": "none"},
-            "timer": "CUDA events, one wait a batch" if cuda else "perf_counter",
-            "cpu_threads": torch.get_num_threads(),
-            "weights": self._model.weights or f"random, seed {self._seed}",
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda if cuda else None,
         }
 
-    def reset_cache(self, keep_host: bool = False) -> None:
-        """Nothing is cached."""
-
-    def close(self) -> None:
-        """Release the package, the graphs and their memory; give the thread count back. Safe to call twice."""
+    def _unload(self) -> None:
         self._package, self._inputs, self._graphs, self.buckets = None, None, None, []
-        torch.set_num_threads(self._threads_before)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+
+    def _make_package(self, sample: Sequence[Request], max_batch: int) -> Package:
+        """Load the package that `engine.package` names, else the cache's, built now if it is not there."""
+        model = self._model_config
+        sizes = profiles(sample, self._encoding, max_batch, 2)
+        digest = model_hash(model, self._setup.catalogue, self._setup.seed)
+        facts = Facts.here(digest, self._precision, self._device, self._kernels, model.heads, sizes[-1], sizes[0])
+        path = Path(self._options.package) if self._options.package is not None else facts.path()
+        if self._options.package is None and not path.exists():
+            begun = time.perf_counter()
+            self._build(facts)
+            self._build_s = time.perf_counter() - begun
+        return packages.load(path, facts, self._device)
 
     def _build(self, facts: Facts) -> None:
+        setup = self._setup
         ranker = build_model(
-            self._model, self._catalogue, self._seed, self._device, DTYPES[self._precision], self._operators
+            self._model_config, setup.catalogue, setup.seed, self._device, self._dtype, self._operators
         )
-        plain = self._kernels["hstu_attention"] == "torch"
-        attend = packages.attention(self._operators.hstu_attention, facts.tiles if plain else 0)
+        eager = self._kernels["hstu_attention"] == "torch"
+        attend = packages.attention(self._operators.hstu_attention, facts.tiles if eager else 0)
         packages.build(ExportedRanker(ranker, attend, self._operators), facts)
 
     def _run(self, batch: JaggedBatch) -> Tensor:
@@ -180,7 +153,7 @@ class AOTIEngine:
         return self._package.run(self._inputs.of(batch))[0]
 
 
-def _mend(package: str | None) -> str:
+def _hint(package: str | None) -> str:
     if package is not None:
         return "set engine.package=null, or engine.fallback=[hstu]"
     return "prepare it with requests as large, or set engine.fallback=[hstu]"

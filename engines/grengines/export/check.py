@@ -10,9 +10,8 @@ import torch
 from grengines.api import Catalogue, Request
 from grengines.export.exporter import Export
 from grengines.export.module import inputs_of, longest_history
-from grengines.hstu.engine import Reference
 from grengines.models.hstu.config import HSTUConfig
-from grengines.models.hstu.model import zero_attention
+from grengines.models.hstu.reference import RankingReference, zero_attention
 from grengines.numerics import Comparison, IncorrectError, allowed_error, relative_error, require_contrast
 from grengines.runtime.batch import Encoding, pack
 
@@ -49,7 +48,7 @@ def check(export: Export, model: HSTUConfig, catalogue: Catalogue, seed: int) ->
         inputs = inputs_of(packed, columns, tile_rows=int(rng.integers(1, packed.max_q_len + 2)))
         answers.append(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
         requests += batch
-    reference = Reference(model, catalogue, seed, "cpu")
+    reference = RankingReference(model, catalogue, seed, "cpu")
     expected = np.concatenate(reference.scores(requests))
     eager = np.concatenate(reference.scores(requests, precision))
     blind = np.concatenate(reference.scores(requests, attention=zero_attention))

@@ -24,8 +24,8 @@ from grengines.api import Catalogue, UnavailableError
 from grengines.export.identity import digest_of, model_hash, weights_of
 from grengines.export.module import INPUTS, OUTPUT, ExportedRanker, trace
 from grengines.export.onnx_attention import DOMAIN, OPSET, VERSION, onnx_function, onnx_node, register_schema
-from grengines.hstu.engine import build_model
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.model import build_model
 from grengines.runtime import atomic_io
 from grengines.runtime.cache_dir import cache_folder, sha256
 from grengines.runtime.device import DTYPES

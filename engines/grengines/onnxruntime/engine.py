@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +13,14 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from grengines.api import Catalogue, RankResult, Request, UnavailableError
-from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.api import RankResult, Request, Setup, UnavailableError
+from grengines.base import RankingEngine, refuse_cache, refuse_kernels
 from grengines.export.identity import command, model_hash
 from grengines.export.module import OUTPUT, gpu_tile_rows, inputs_of, longest_history
-from grengines.models.hstu.config import HSTUConfig
 from grengines.onnxruntime.config import OnnxRuntimeConfig
-from grengines.onnxruntime.session import PROVIDERS, open_session, resolve_device, resolve_precision
-from grengines.runtime.batch import Encoding, pack
-from grengines.runtime.graphs import token_count
+from grengines.onnxruntime.session import PROVIDERS, open_session, placement_of
+from grengines.runtime.batch import pack
 from grengines.runtime.results import Marks, collect
-from grkernels.families import AUTO
 
 if TYPE_CHECKING:
     from grengines.export.exporter import Export
@@ -32,61 +28,47 @@ if TYPE_CHECKING:
 CPU_TILE_ROWS = 128  # one tile's scores stay in the processor's cache
 
 
-class OnnxRuntimeEngine:
-    """Satisfies grengines.api.Ranker.
+class OnnxRuntimeEngine(RankingEngine):
+    """The exported model in a session of ONNX Runtime.
 
-    Raises UnavailableError for a device or precision that ONNX Runtime hasn't here, and ValueError for options that
-    mean nothing to it.
+    Raises UnavailableError for a device or precision that ONNX Runtime lacks here, and ValueError for options that it
+    would not use.
     """
 
-    def __init__(
-        self,
-        config: OnnxRuntimeConfig,
-        model: HSTUConfig,
-        kernels: dict[str, str],
-        catalogue: Catalogue,
-        seed: int,
-        cache: CacheConfig | PagedCacheConfig,
-    ) -> None:
-        if cache.name != "none" or cache.item_memory_gb:
-            raise ValueError("engine=onnxruntime computes whole histories with the whole model; set cache=none")
-        if other := set(kernels.values()) - {AUTO, "torch"}:
-            raise ValueError(
-                f"engine=onnxruntime runs its own kernels, not {', '.join(sorted(other))}; set kernel=auto"
-            )
-        self._config, self._model, self._catalogue, self._seed = config, model, catalogue, seed
-        self._device = resolve_device(config.device)
-        self._precision = resolve_precision(config.precision, self._device)
-        self._encoding = Encoding.of(model, catalogue)
-        self._lock = threading.Lock()
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+    name = "onnxruntime"
+
+    def __init__(self, options: OnnxRuntimeConfig, setup: Setup) -> None:
+        refuse_cache(setup, self.name)
+        refuse_kernels(setup, self.name)
+        super().__init__(setup, placement_of(options))
+        self._options = options
+        self._stream = torch.cuda.Stream(self._device) if self._cuda else None
         self._session: Any = None
         self._path: Path | None = None
-        self._max_batch = 0
         self._seconds = {"export_s": 0.0, "load_s": 0.0}
 
-    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
-        """Export the model, unless that was done before or a file is given, load it, and run the largest batch once.
+    def _load(self, sample: Sequence[Request], max_batch: int) -> None:
+        """Export the model, unless that was done before or a file is given, and load it.
 
-        Raises ValueError for an empty sample, bad weights or a bad file, UnavailableError.
+        Raises ValueError for a bad file.
         """
-        if not sample or max_batch < 1:
-            raise ValueError(f"{len(sample)} sample requests, max_batch={max_batch}: both must be at least 1")
         begun = time.perf_counter()
-        digest = model_hash(self._model, self._catalogue, self._seed)
-        if self._config.onnx is None:
+        model, catalogue, seed = self._model_config, self._setup.catalogue, self._setup.seed
+        if self._options.onnx is None:
             found = self._exported()
-            path, mend = found.onnx, f"delete {found.folder}, it is then exported again"
+            path, hint = found.onnx, f"delete {found.folder}, it is then exported again"
         else:
-            path = Path(self._config.onnx)
-            words = command(self._model, self._catalogue, self._seed, self._precision, path.parent)
-            mend = f"export this model: {words}"
+            path = Path(self._options.onnx)
+            hint = f"export this model: {command(model, catalogue, seed, self._precision, path.parent)}"
         exported = time.perf_counter()
         stream = self._stream.cuda_stream if self._stream else 0
-        self._session = open_session(path, self._config, self._device, stream, digest, self._precision, mend)
+        digest = model_hash(model, catalogue, seed)
+        self._session = open_session(path, self._options, self._device, stream, digest, self._precision, hint)
         self._seconds = {"export_s": exported - begun, "load_s": time.perf_counter() - exported}
-        self._path, self._max_batch = path, max_batch
-        self.rank(sorted(sample, key=lambda r: token_count(r, self._encoding))[-max_batch:])
+        self._path = path
+
+    def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
+        self.rank(self._largest(sample, max_batch))
 
     def _exported(self) -> Export:
         """The model's own export. Raises UnavailableError without the packages that make one."""
@@ -97,17 +79,17 @@ class OnnxRuntimeEngine:
                 f"package {e.name} is not installed; pip install -e '.[onnx]', or name an export: engine.onnx=FILE"
             ) from None
         # Not on a GPU, which would have to wait for the host to learn each tile's shape.
-        skip_hidden = self._device.type == "cpu"
-        return exporter.cached(self._model, self._catalogue, self._seed, self._precision, skip_hidden=skip_hidden)
+        setup, skip_hidden = self._setup, not self._cuda
+        return exporter.cached(
+            self._model_config, setup.catalogue, setup.seed, self._precision, skip_hidden=skip_hidden
+        )
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """As grengines.api.Ranker; calls from several threads take turns. Raises ValueError for more than max_batch
-        requests, RuntimeError unprepared."""
-        if self._session is None:
-            raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
-        if not 0 < len(requests) <= self._max_batch:
-            raise ValueError(f"{len(requests)} requests in one batch; allowed is 1 to max_batch={self._max_batch}")
+        """As grengines.api.Ranker. Calls from several threads take turns. Raises ValueError for more than max_batch
+        requests, RuntimeError before `prepare`."""
+        self._ready(self._session)
+        self._check_size(requests)
         with self._lock, torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             begun = time.perf_counter()
             host = pack(requests, self._encoding, pin=self._stream is not None)
@@ -123,7 +105,7 @@ class OnnxRuntimeEngine:
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits fp32 [M, tasks] of the exported model's inputs, on the device."""
         candidates = inputs["candidate_rows"].shape[0]
-        logits = torch.empty(candidates, len(self._model.tasks), device=self._device)
+        logits = torch.empty(candidates, len(self._model_config.tasks), device=self._device)
         if not candidates:
             return logits
         binding, kind, index = self._session.io_binding(), self._device.type, self._device.index or 0
@@ -137,38 +119,25 @@ class OnnxRuntimeEngine:
         return logits
 
     def _tile_rows(self, batch: int, rows: int, columns: int) -> int:
-        if self._config.tile_rows or self._device.type == "cpu":
-            return self._config.tile_rows or CPU_TILE_ROWS
-        return min(gpu_tile_rows(batch, self._model.heads, columns), max(rows, 1))
+        if self._options.tile_rows or not self._cuda:
+            return self._options.tile_rows or CPU_TILE_ROWS
+        return min(gpu_tile_rows(batch, self._model_config.heads, columns), max(rows, 1))
 
-    def actual(self) -> dict[str, Any]:
-        """What really runs; JSON values."""
-        cuda = self._device.type == "cuda"
+    def _describe(self) -> dict[str, Any]:
+        setup = self._setup
         files = list(self._path.parent.glob(f"{self._path.name}*")) if self._path else []
         return {
-            "engine": "onnxruntime",
-            "device": self._device.type,
-            "device_name": torch.cuda.get_device_name(self._device) if cuda else "cpu",
-            "precision": self._precision,
             "providers": self._session.get_providers() if self._session else [PROVIDERS[self._device.type]],
             "kernels": {},
-            "optimisation": self._config.optimisation,
-            "cpu_threads": self._config.cpu_threads,
-            "tile_rows": self._config.tile_rows or ("by memory" if cuda else CPU_TILE_ROWS),
+            "optimisation": self._options.optimisation,
+            "cpu_threads": self._options.cpu_threads,  # of ONNX Runtime, not of PyTorch
+            "tile_rows": self._options.tile_rows or ("by memory" if self._cuda else CPU_TILE_ROWS),
             "onnx": str(self._path),
             "onnx_bytes": sum(file.stat().st_size for file in files),
-            "model_hash": model_hash(self._model, self._catalogue, self._seed),
+            "model_hash": model_hash(self._model_config, setup.catalogue, setup.seed),
             **self._seconds,
-            "timer": "CUDA events, one wait a batch" if cuda else "perf_counter",
-            "weights": self._model.weights or f"random, seed {self._seed}",
             "onnxruntime": onnxruntime.__version__,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda if cuda else None,
         }
 
-    def reset_cache(self, keep_host: bool = False) -> None:
-        """Nothing is cached of users."""
-
-    def close(self) -> None:
-        """Release the session and its memory. Safe to call twice."""
+    def _unload(self) -> None:
         self._session = None

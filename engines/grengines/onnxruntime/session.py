@@ -11,6 +11,7 @@ import torch
 from grengines.api import UnavailableError
 from grengines.export.module import INPUTS, OUTPUT
 from grengines.onnxruntime.config import OnnxRuntimeConfig
+from grengines.runtime.device import CPU, Placement
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LEVELS = {
@@ -21,32 +22,29 @@ _LEVELS = {
 }
 
 
-def resolve_device(choice: str) -> torch.device:
-    """auto, cpu or cuda -> a device. Raises UnavailableError where ONNX Runtime or PyTorch, which holds the inputs,
-    can't use a GPU."""
+def placement_of(options: OnnxRuntimeConfig) -> Placement:
+    """Resolve `auto`: cuda and fp16 where ONNX Runtime and PyTorch, which holds the inputs, can use a GPU, else fp32.
+
+    PyTorch's threads stay as they are. Raises UnavailableError for a device or a precision that ONNX Runtime lacks.
+    """
     provider = PROVIDERS["cuda"] in onnxruntime.get_available_providers()
     usable = provider and torch.cuda.is_available()
-    if choice == "cuda" and not usable:
+    if options.device == "cuda" and not usable:
         why = "PyTorch finds no NVIDIA GPU" if provider else "this ONNX Runtime has no CUDA provider"
         raise UnavailableError(
             f"engine.device=cuda: {why}; use engine.device=cpu, or pip install onnxruntime-gpu on a machine with a GPU"
         )
-    return torch.device("cuda", torch.cuda.current_device()) if usable and choice != "cpu" else torch.device("cpu")
-
-
-def resolve_precision(choice: str, device: torch.device) -> str:
-    """auto -> fp16 on a GPU, fp32 on a CPU. Raises UnavailableError for one that ONNX Runtime has no kernels for."""
-    if choice == "auto":
-        return "fp16" if device.type == "cuda" else "fp32"
-    if choice == "bf16" and device.type == "cpu":
+    on_gpu = usable and options.device != "cpu"
+    precision = options.precision if options.precision != "auto" else "fp16" if on_gpu else "fp32"
+    if precision == "bf16" and not on_gpu:
         raise UnavailableError(
             "engine.precision=bf16: ONNX Runtime's CPU provider has no bf16 kernels; use fp32, fp16 or int8"
         )
-    if choice == "int8" and device.type == "cuda":
+    if precision == "int8" and on_gpu:
         raise UnavailableError(
             "engine.precision=int8: ONNX Runtime quantises at run time on the CPU only; use fp16, or engine.device=cpu"
         )
-    return choice
+    return Placement(torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU, precision)
 
 
 def open_session(

@@ -11,7 +11,6 @@ import numpy as np
 
 from grengines import registry
 from grengines.api import (
-    Catalogue,
     ContinuousEngine,
     Finished,
     Float32Array,
@@ -21,39 +20,28 @@ from grengines.api import (
     RankResult,
     RecommendResult,
     Request,
-    Retrieval,
+    Setup,
 )
-from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.hstu.config import HSTUEngineConfig
-from grengines.models.hstu.config import HSTUConfig
+from grengines.cache.config import CacheConfig
 from grengines.pipeline.config import PipelineConfig
 
 
-def build(
-    config: PipelineConfig,
-    model: HSTUConfig,
-    kernels: dict[str, str],
-    catalogue: Catalogue,
-    seed: int,
-    cache: CacheConfig | PagedCacheConfig,
-    retrieval: Retrieval,
-) -> Pipeline:
-    """The two engines as one, with continuous batching where the first has it. The cache is the ranking engine's.
+def build(options: PipelineConfig, setup: Setup) -> Pipeline:
+    """Make the two engines one, with continuous batching where the first has it. The cache is the ranking engine's.
 
-    Where the retrieving engine's package is missing, `config.if_missing` retrieves, and `actual` says so. Raises what
-    the engines raise.
+    Where the retrieving engine's package is missing, `options.if_missing` retrieves, and `actual` reports it. Raises
+    what the engines raise.
     """
-    retrieve, notes = config.retrieve, []
+    retrieve, notes = options.retrieve, []
     missing = registry.availability(retrieve.name)
-    if missing is not None and config.if_missing is not None and config.if_missing != retrieve.name:
-        notes = [f"engine.retrieve={retrieve.name} can't run here ({missing}): {config.if_missing} retrieved instead"]
-        retrieve = HSTUEngineConfig()
-    retriever: Any = registry.make(
-        retrieve, model, kernels, catalogue, seed, CacheConfig(), task="generate", retrieval=retrieval
-    )
-    ranker: Any = registry.make(config.rank, model, kernels, catalogue, seed, cache, task="rank")
+    if missing is not None and options.if_missing is not None and options.if_missing != retrieve.name:
+        notes = [f"engine.retrieve={retrieve.name} can't run here ({missing}): {options.if_missing} retrieved instead"]
+        retrieve = registry.get(options.if_missing).options()
+    assert setup.retrieval is not None, "a task that generates has semantic IDs"
+    retriever: Any = registry.make(retrieve, replace(setup, cache=CacheConfig()), "generate")
+    ranker: Any = registry.make(options.rank, setup, "rank")
     kind = ContinuousPipeline if isinstance(retriever, ContinuousEngine) else Pipeline
-    return kind(retriever, ranker, retrieval.k, notes)
+    return kind(retriever, ranker, setup.retrieval.k, notes)
 
 
 class Pipeline:

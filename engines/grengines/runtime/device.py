@@ -1,26 +1,39 @@
-"""Where an engine runs and in what precision, from its options."""
+"""The device, the precision and the threads that an engine's options ask for."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from grengines.api import UnavailableError
+from grengines.options import DeviceOptions
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def resolve_device(choice: str) -> torch.device:
-    """auto, cpu or cuda -> a device. Raises UnavailableError where that needs a GPU that PyTorch can't use."""
-    usable = torch.cuda.is_available()
-    if choice == "cuda" and not usable:
-        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no NVIDIA GPU"
-        raise UnavailableError(
-            f"engine.device=cuda: {why}; use engine.device=cpu, or a CUDA build of torch and an NVIDIA GPU"
-        )
-    return torch.device("cuda", torch.cuda.current_device()) if usable and choice != "cpu" else CPU
+@dataclass(frozen=True)
+class Placement:
+    """The device and the precision of an engine, and PyTorch's threads on a CPU (0: PyTorch's own choice)."""
 
+    device: torch.device
+    precision: str
+    cpu_threads: int = 0
 
-def resolve_precision(choice: str, device: torch.device) -> str:
-    """auto -> bf16 on a GPU, fp32 on a CPU."""
-    return choice if choice != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    @classmethod
+    def of(cls, options: DeviceOptions) -> Placement:
+        """Resolve `auto`: cuda where there is a GPU, bf16 on a GPU, fp32 on a CPU.
+
+        Raises UnavailableError for cuda where PyTorch can't use a GPU.
+        """
+        usable = torch.cuda.is_available()
+        if options.device == "cuda" and not usable:
+            why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no NVIDIA GPU"
+            raise UnavailableError(
+                f"engine.device=cuda: {why}; use engine.device=cpu, or a CUDA build of torch and an NVIDIA GPU"
+            )
+        on_gpu = usable and options.device != "cpu"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU
+        precision = options.precision if options.precision != "auto" else "bf16" if on_gpu else "fp32"
+        return cls(device, precision, options.cpu_threads)

@@ -6,10 +6,9 @@ tested (plan.py); what is here is gated by availability, and every cell by the f
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grengines.api import Catalogue, RankResult, Request, UnavailableError
-from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.api import RankResult, Request, Setup, UnavailableError
+from grengines.base import RankingEngine, refuse_cache, refuse_kernels
 from grengines.export import exporter
 from grengines.export.module import INPUTS, OUTPUT
 from grengines.fallback import OutsideError
-from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import atomic_io, staging
-from grengines.runtime.batch import Bucket, Encoding, HostBatch, pack
+from grengines.runtime.batch import Bucket, HostBatch, pack
 from grengines.runtime.cache_dir import cache_folder
+from grengines.runtime.device import Placement
 from grengines.runtime.graphs import choose_bucket, plan_buckets, token_count
 from grengines.runtime.profile import Sizes, check, profiles
 from grengines.runtime.results import Marks, collect
@@ -33,7 +32,6 @@ from grengines.tensorrt import plan as plans
 from grengines.tensorrt import sample as samples
 from grengines.tensorrt.config import TensorRTConfig
 from grengines.tensorrt.library import Library, find, logger
-from grkernels.families import AUTO
 
 ALIGNMENT = 256  # bytes, of every tensor that TensorRT is given
 
@@ -216,48 +214,35 @@ class Staged:
         self.words, self.candidates = at, host.sizes["candidate_rows"]
 
 
-class TensorRTEngine:
-    """Satisfies grengines.api.Ranker.
+class TensorRTEngine(RankingEngine):
+    """The exported model as a TensorRT plan.
 
     Raises UnavailableError where the library or a GPU that it executes on is missing, and ValueError for options that
     contradict each other.
     """
 
-    def __init__(
-        self,
-        config: TensorRTConfig,
-        model: HSTUConfig,
-        kernels: dict[str, str],
-        catalogue: Catalogue,
-        seed: int,
-        cache: CacheConfig | PagedCacheConfig,
-    ) -> None:
-        if cache.name != "none" or cache.item_memory_gb:
-            raise ValueError("engine=tensorrt computes whole histories with the whole model; set cache=none")
-        if other := set(kernels.values()) - {AUTO, "torch"}:
+    name = "tensorrt"
+
+    def __init__(self, options: TensorRTConfig, setup: Setup) -> None:
+        refuse_cache(setup, self.name)
+        refuse_kernels(setup, self.name, " (engine.plugin has attention in Triton)")
+        precision = options.precision if options.precision != "auto" else "bf16"
+        if options.refit and plans.BASE[precision] != precision:
             raise ValueError(
-                f"engine=tensorrt runs its own kernels, not {', '.join(sorted(other))}; set kernel=auto "
-                "(engine.plugin has attention in Triton)"
-            )
-        self._precision = config.precision if config.precision != "auto" else "bf16"
-        if config.refit and plans.BASE[self._precision] != self._precision:
-            raise ValueError(
-                f"engine.refit=true and engine.precision={self._precision}: scales belong to one set of weights; "
+                f"engine.refit=true and engine.precision={precision}: scales belong to one set of weights; "
                 "set engine.refit=false"
             )
-        self._config, self._model, self._catalogue, self._seed = config, model, catalogue, seed
-        self._library = find(config.library)
+        self._options = options
+        self._library = find(options.library)
         if not torch.cuda.is_available():
             raise UnavailableError(
                 "engine=tensorrt executes on an NVIDIA GPU, and PyTorch finds none; plans can be built here: "
                 "python -m grbench build-plan --out PLAN"
             )
-        self._device = torch.device("cuda", torch.cuda.current_device())
+        super().__init__(setup, Placement(torch.device("cuda", torch.cuda.current_device()), precision))
         self._target = "{}.{}".format(*torch.cuda.get_device_capability(self._device))
         if reason := self._library.refusal(self._target):
             raise UnavailableError(f"{reason}; use engine=aoti here")
-        self._encoding = Encoding.of(model, catalogue)
-        self._lock = threading.Lock()
         self._plan: plans.Plan | None = None
         self._execution: Execution | None = None
         self._staged: Staged | None = None
@@ -266,46 +251,47 @@ class TensorRTEngine:
         self._seconds = {"build_s": 0.0, "load_s": 0.0}
 
     @torch.inference_mode()
-    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
-        """Load the plan, after building it where there is none yet, capture the graphs, run the largest batch once.
+    def _load(self, sample: Sequence[Request], max_batch: int) -> None:
+        """Load the plan, after building it where there is none yet, and capture the graphs.
 
-        Raises ValueError for an empty sample, bad weights or a plan that does not belong here, UnavailableError.
+        Raises ValueError for a plan that does not belong here.
         """
         facts, feeds = self._facts(sample, max_batch)
         begun = time.perf_counter()
         self._plan = self._find(facts, feeds)
         loading = time.perf_counter()
-        graphs = self._config.cuda_graphs
-        self._execution = Execution(self._plan, self._library, len(self._model.tasks), self._device, graphs)
+        graphs, setup = self._options.cuda_graphs, self._setup
+        self._execution = Execution(self._plan, self._library, len(self._model_config.tasks), self._device, graphs)
         self._refitted = self._plan.facts.model_hash != facts.model_hash
         if self._refitted:
-            base = exporter.cached(self._model, self._catalogue, self._seed, plans.BASE[self._precision])
+            base = exporter.cached(self._model_config, setup.catalogue, setup.seed, plans.BASE[self._precision])
             self._execution.refit(base.onnx)
         self._staged = Staged(self._execution.capacity, pin=True)
         if graphs and not self._library.rtx:  # which captures by itself
             for bucket in plan_buckets(sample, self._encoding, max_batch, []):
                 self._capture(bucket)
         self._seconds = {"build_s": loading - begun, "load_s": time.perf_counter() - loading}
-        largest = sorted(sample, key=lambda r: token_count(r, self._encoding))[-max_batch:]
+
+    @torch.inference_mode()
+    def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
+        execution, largest = self._ready(self._execution), self._largest(sample, max_batch)
         try:
             self.rank(largest)
-            if graphs and self._library.rtx:
-                self._execution.check_captured(Sizes.of(largest, self._encoding))
+            if self._options.cuda_graphs and self._library.rtx:
+                execution.check_captured(Sizes.of(largest, self._encoding))
         except OutsideError:  # of a plan that was given
-            if not self._config.fallback:
+            if not self._options.fallback:
                 raise
-        self._execution.save_runtime_cache()
+        execution.save_runtime_cache()
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """As grengines.api.Ranker; calls from several threads take turns. Raises OutsideError for a batch that no
-        profile of the plan holds, RuntimeError unprepared."""
-        execution, staged = self._execution, self._staged
-        if execution is None or staged is None:
-            raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
+        """As grengines.api.Ranker. Calls from several threads take turns. Raises OutsideError for a batch that no
+        profile of the plan holds, RuntimeError before `prepare`."""
+        execution, staged = self._ready(self._execution), self._ready(self._staged)
         with self._lock, torch.cuda.stream(execution.stream):
             begun = time.perf_counter()
-            needed = check(requests, self._encoding, execution.facts.profiles[-1], _mend(self._config))
+            needed = check(requests, self._encoding, execution.facts.profiles[-1], _hint(self._options))
             counts = [token_count(r, self._encoding) for r in requests]
             bucket = choose_bucket(list(self._graphs), counts, [len(r.candidates) for r in requests])
             host = pack(requests, self._encoding, bucket=bucket)
@@ -319,71 +305,57 @@ class TensorRTEngine:
             else:
                 self._graphs[bucket].graph.replay()
                 logits = self._graphs[bucket].logits
-            graphs = self._config.cuda_graphs and not self._library.rtx
+            graphs = self._options.cuda_graphs and not self._library.rtx
             details = {"eager_batches": float(bucket is None)} if graphs else {}
             return collect(logits, [host], marks, batch_ms, details)()
 
-    def actual(self) -> dict[str, Any]:
-        """What really runs; JSON values."""
-        plan = self._plan
+    def _describe(self) -> dict[str, Any]:
+        plan, graphs = self._plan, self._options.cuda_graphs
         return {
-            "engine": "tensorrt",
             "library": f"{self._library.name} {self._library.version}",
-            "device": "cuda",
-            "device_name": torch.cuda.get_device_name(self._device),
             "compute_capability": self._target,
-            "precision": self._precision,
             "kernels": {},
             "plan": str(plan.folder) if plan else None,
             "plan_bytes": plan.manifest["bytes"] if plan else 0,
             "facts": asdict(plan.facts) if plan else {},
             "refitted": self._refitted,
             "graph_buckets": [list(b) for b in self._graphs],
-            "cuda_graphs": "by TensorRT for RTX"
-            if self._config.cuda_graphs and self._library.rtx
-            else len(self._graphs),
+            "cuda_graphs": "by TensorRT for RTX" if graphs and self._library.rtx else len(self._graphs),
             **self._seconds,
             "cache": {"name": "none"},
-            "timer": "CUDA events, one wait a batch",
-            "weights": self._model.weights or f"random, seed {self._seed}",
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
         }
 
-    def reset_cache(self, keep_host: bool = False) -> None:
-        """Nothing is cached."""
-
-    def close(self) -> None:
-        """Release the plan, its contexts and memory. Safe to call twice."""
+    def _unload(self) -> None:
         self._graphs = {}
         if self._execution is not None:
             self._execution.close()
         self._execution, self._staged, self._plan = None, None, None
-        torch.cuda.empty_cache()
 
     def _facts(self, sample: Sequence[Request], max_batch: int) -> tuple[plans.Facts, list[dict[str, Any]]]:
         """What the plan must be, and the calibration set that it is built with."""
-        sizes = profiles(sample, self._encoding, max_batch, self._config.profiles)
+        sizes = profiles(sample, self._encoding, max_batch, self._options.profiles)
         options = {
             "precision": self._precision,
             "target": self._target,
             "profiles": sizes,
-            "refit": self._config.refit,
-            "plugin": self._config.plugin,
+            "refit": self._options.refit,
+            "plugin": self._options.plugin,
         }
-        facts = plans.Facts.of(self._library, self._model, self._catalogue, self._seed, **options)  # type: ignore[arg-type]
+        setup = self._setup
+        facts = plans.Facts.of(self._library, self._model_config, setup.catalogue, setup.seed, **options)  # type: ignore[arg-type]
         if plans.BASE[self._precision] == self._precision:
             return facts, []
-        feeds = samples.feeds(sample, self._encoding, self._config.calibration, facts.tile_rows)
-        digest = samples.digest(feeds)
-        return plans.replace(facts, calibration=digest), feeds
+        feeds = samples.feeds(sample, self._encoding, self._options.calibration, facts.tile_rows)
+        return replace(facts, calibration=samples.digest(feeds)), feeds
 
     def _find(self, facts: plans.Facts, feeds: list[dict[str, Any]]) -> plans.Plan:
-        if self._config.plan is None:
-            return plans.cached(self._library, facts, self._model, self._catalogue, self._seed, feeds)
-        build = f"python -m grbench build-plan --out {self._config.plan}"
-        mend = f"set engine.plan=null, and one is built, or build it: {build}"
-        return plans.load(Path(self._config.plan), facts, mend)
+        if self._options.plan is None:
+            setup = self._setup
+            return plans.cached(self._library, facts, self._model_config, setup.catalogue, setup.seed, feeds)
+        build = f"python -m grbench build-plan --out {self._options.plan}"
+        return plans.load(
+            Path(self._options.plan), facts, f"set engine.plan=null, and one is built, or build it: {build}"
+        )
 
     def _columns(self, bucket: Bucket) -> int:
         """How far attention pads its keys in a bucket: as any batch of it may need."""
@@ -402,7 +374,7 @@ class TensorRTEngine:
             self._graphs[bucket] = self._execution.capture(self._staged, needed)
 
 
-def _mend(config: TensorRTConfig) -> str:
+def _hint(config: TensorRTConfig) -> str:
     if config.plan is not None:
         return f"build a larger one (python -m grbench build-plan --out {config.plan}), or set engine.fallback=[hstu]"
     return "prepare it with requests as large, or set engine.fallback=[hstu]"

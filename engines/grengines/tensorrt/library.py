@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from grengines.api import UnavailableError
+from grengines.spec import Package
 
 # Import names in the order in which they are tried, and what installs them.
 _NAMES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
@@ -17,6 +18,10 @@ _INSTALL = {
     "tensorrt": "pip install -e '.[tensorrt]'",
     "tensorrt_rtx": "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
 }
+PACKAGES = (
+    Package("tensorrt", ("tensorrt-cu13",), _INSTALL["tensorrt"]),
+    Package("tensorrt_rtx_bindings", ("tensorrt-rtx-cu13-bindings",), _INSTALL["tensorrt_rtx"]),
+)
 _LEAST = (10, 13)  # of TensorRT: strongly typed networks with plugins compiled ahead of time
 # What TensorRT for RTX executes on, as it says itself when it refuses another GPU.
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
@@ -68,6 +73,11 @@ def no_gpu() -> str | None:
     return (
         "plans execute on an NVIDIA GPU, which this machine lacks; build one: python -m grbench build-plan --out PLAN"
     )
+
+
+def unavailable() -> str | None:
+    """Return None if plans can execute here, else "reason; command that fixes it"."""
+    return missing() or no_gpu()
 
 
 def find(choice: str = "auto") -> Library:

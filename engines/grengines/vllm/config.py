@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grengines.options import option
+from grengines.options import DeviceOptions, option
 
 
 @dataclass
-class VLLMEngineConfig:
+class VLLMEngineConfig(DeviceOptions):
     """vLLM's scheduler, paged cache and prefix caching over HSTU or a decoder; in the worker's own process."""
 
     name: str = "vllm"
-    device: str = option("auto", choices=["auto", "cpu", "cuda"])  # auto: cuda where there is one
-    precision: str = option("auto", choices=["auto", "fp32", "fp16", "bf16"])  # auto: bf16 on cuda, fp32 on cpu
-    cpu_threads: int = option(0, ge=0, le=1024)  # 0: as many as torch chooses
     gpu_memory_utilization: float = option(0.9, gt=0, le=1)  # share of the GPU that weights and pages may have
     kv_cache_gb: float = option(1.0, gt=0)  # memory for pages on a CPU
     kv_blocks: int = option(0, ge=0)  # pages; 0: as many as memory allows

@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grengines.api import Catalogue, Finished, GenerateResult, Request, Retrieval, UnavailableError
-from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.api import Finished, GenerateResult, Request, Setup
+from grengines.base import GeneratingEngine
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import kernels as kernel_choice
-from grengines.runtime.device import DTYPES, resolve_device, resolve_precision
+from grengines.runtime.device import Placement
 from grengines.runtime.graphs import first_batches
 from grengines.semantic.ids import prompt_of
-from grengines.semantic.search import check_width
 from grengines.semantic.trie import Trie
 from grengines.vllm.choice import Choice
 from grengines.vllm.config import VLLMEngineConfig
@@ -53,36 +52,23 @@ class Search:
         return self.paths.shape[1]
 
 
-class VLLMEngine:
-    """HSTU or a decoder in vLLM, in this process. Satisfies grengines.api.Generator and ContinuousEngine.
+class VLLMEngine(GeneratingEngine):
+    """HSTU or a decoder in vLLM, in this process. Satisfies grengines.api.ContinuousEngine.
 
     A search is one vLLM request a level, whose last rows are the beams (grengines.vllm.rows). The prompt's keys and
     values come from the prefix cache after the first level.
 
-    Raises UnavailableError where vLLM, a device or a kernel can't be had, ValueError for options that don't fit.
+    Raises UnavailableError for a device or a kernel that this machine lacks, ValueError for options that don't fit.
     """
 
-    def __init__(
-        self,
-        config: VLLMEngineConfig,
-        model: HSTUConfig | DecoderConfig,
-        kernels: dict[str, str],
-        catalogue: Catalogue,
-        seed: int,
-        cache: CacheConfig | PagedCacheConfig,
-        retrieval: Retrieval,
-    ) -> None:
-        check_width(retrieval.beam_width, retrieval.k)
-        if isinstance(cache, PagedCacheConfig) or cache.item_memory_gb:
-            raise ValueError(f"cache={cache.name}: engine vllm has its own (engine.prefix_caching); set cache=none")
-        if config.block_size & (config.block_size - 1):
-            raise ValueError(f"engine.block_size={config.block_size}: must be a power of two")
-        self._config, self._model_config, self._seed, self._retrieval = config, model, seed, retrieval
-        self._device = resolve_device(config.device)
-        self._precision = resolve_precision(config.precision, self._device)
+    name = "vllm"
+
+    def __init__(self, options: VLLMEngineConfig, setup: Setup) -> None:
+        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs)
+        if options.block_size & (options.block_size - 1):
+            raise ValueError(f"engine.block_size={options.block_size}: must be a power of two")
+        self._options, model = options, setup.model
         self._kernels = kernel_choice.KernelChoice({}, [])  # of HSTU; a decoder has vLLM's
-        if config.cuda_graphs and self._device.type != "cuda":
-            raise UnavailableError("engine.cuda_graphs=true: there are none on a CPU; set engine.cuda_graphs=false")
         if isinstance(model, HSTUConfig):
             if model.qk_dim != model.v_dim:
                 raise ValueError(
@@ -90,7 +76,7 @@ class VLLMEngine:
                     "a page holds both in rows of one size"
                 )
             self._kernels = kernel_choice.choose(
-                kernels, model, self._device.type, self._precision, page=config.block_size
+                setup.kernels, model, self._device.type, self._precision, page=options.block_size
             )
         self._core: Any = None
         self._hashes: dict[str, list[Any]] = {}  # of the blocks that vLLM requests to come begin with
@@ -99,27 +85,20 @@ class VLLMEngine:
         self._choice: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._searches: dict[str, Search] = {}  # by vLLM request
-        self._under_way = self._longest = self._max_batch = self._steps = 0
+        self._under_way = self._longest_prompt = self._steps = 0
         self._number = 0  # of the next vLLM request
-        self._process = (torch.set_num_threads, torch.get_num_threads(), os.environ.get("LD_PRELOAD"))
+        self._process = (torch.set_num_threads, os.environ.get("LD_PRELOAD"))
 
-    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
-        """Start vLLM with the model, and answer the longest requests once.
-
-        Raises ValueError for an empty sample, bad weights, and where the pages can't hold the longest search; out of
-        memory shows here.
-        """
-        if not sample or max_batch < 1:
-            raise ValueError(f"{len(sample)} sample requests, max_batch={max_batch}: both must be at least 1")
-        if self._config.cpu_threads:
-            torch.set_num_threads(self._config.cpu_threads)
-        torch.set_float32_matmul_precision("highest")
-        self._longest, self._max_batch = max(len(self._prompt(r)) for r in sample), max_batch
+    def _load(self, sample: Sequence[Request], max_batch: int) -> None:
+        """Start vLLM with the model. Raises ValueError where the pages can't hold the longest search."""
+        self._longest_prompt = max(len(self._prompt(r)) for r in sample)
         # Of every search: the trie's root, and its score.
         self._root = torch.zeros(1, dtype=torch.int64, device=self._device), torch.zeros(1, device=self._device)
         self._start()
         self._choice = self._choices(max_batch)
-        longest = sorted(sample, key=lambda r: len(r.history_items))[-max_batch:]
+
+    def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
+        longest = self._longest(sample, max_batch)
         for n in first_batches(max_batch, self._device):
             self.generate(longest[-n:])
             self.reset_cache()
@@ -158,11 +137,12 @@ class VLLMEngine:
 
     def admit(self, key: int, request: Request) -> None:
         """Begin one request. Raises ValueError for a prompt longer than those that the engine was prepared for."""
-        if self._choice is None:
-            raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
+        self._ready(self._choice)
         prompt = self._prompt(request)
-        if len(prompt) > self._longest:
-            raise ValueError(f"a prompt of {len(prompt)} tokens; the engine was prepared for up to {self._longest}")
+        if len(prompt) > self._longest_prompt:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens; the engine was prepared for up to {self._longest_prompt}"
+            )
         search = Search(key, prompt, prompt.tolist(), *self._root, np.zeros((1, 0), np.int64))
         self._under_way += 1
         self._submit(search)
@@ -203,35 +183,20 @@ class VLLMEngine:
             finished += self._advance(level, searches)
         return finished
 
-    def actual(self) -> dict[str, Any]:
-        """What really runs; JSON values."""
-        cuda = self._device.type == "cuda"
+    def reset_cache(self, keep_host: bool = False) -> None:
+        """Empty the prefix cache. Raises RuntimeError with requests under way."""
+        if self._core is not None and self._options.prefix_caching and not self._core.reset_prefix_cache():
+            raise RuntimeError("vLLM didn't empty its prefix cache: requests are under way")
+
+    def _describe(self) -> dict[str, Any]:
         return {
-            "engine": "vllm",
-            "task": "generate",
-            "device": self._device.type,
-            "device_name": torch.cuda.get_device_name(self._device) if cuda else "cpu",
-            "precision": self._precision,
-            "fp32_products": torch.get_float32_matmul_precision(),
             "beams": "rows of one vLLM request",
-            "beam_width": self._retrieval.beam_width,
-            "k": self._retrieval.k,
-            "semantic_ids": list(self._retrieval.ids.sizes),
             "timer": "perf_counter; vLLM waits for the device every step",
-            "cpu_threads": torch.get_num_threads(),
-            "weights": self._retrieval.weights or f"random, seed {self._seed}",
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda if cuda else None,
             **self._actual_vllm(),
         }
 
-    def reset_cache(self, keep_host: bool = False) -> None:
-        """Empty the prefix cache. Raises RuntimeError with requests under way."""
-        if self._core is not None and self._config.prefix_caching and not self._core.reset_prefix_cache():
-            raise RuntimeError("vLLM didn't empty its prefix cache: requests are under way")
-
-    def close(self) -> None:
-        """End vLLM and give all memory back; what it changed in the process is put back. Safe to call twice."""
+    def _unload(self) -> None:
+        """End vLLM and put back what it changed in the process."""
         core, self._core, self._vllm, self._model, self._choice = self._core, None, None, None, None
         self._searches, self._under_way = {}, 0
         if core is not None:
@@ -241,8 +206,7 @@ class VLLMEngine:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
-        torch.set_num_threads, threads, preload = self._process
-        torch.set_num_threads(threads)
+        torch.set_num_threads, preload = self._process
         if preload is None:
             os.environ.pop("LD_PRELOAD", None)
         else:
@@ -250,9 +214,8 @@ class VLLMEngine:
 
     def _prompt(self, request: Request) -> np.ndarray:
         """int64 [tokens]: the last whole items within max_positions tokens; the begin token where there are none."""
-        ids = self._retrieval.ids
-        tokens = ids.tokens(request.history_items).reshape(-1)
-        return prompt_of(tokens, ids.sizes, self._model_config.max_positions)
+        sizes = self._retrieval.ids.sizes
+        return prompt_of(self._retrieval.prompt(request), sizes, self._model_config.max_positions)
 
     def _max_rows(self) -> int:
         """Most tokens after a prompt in one vLLM request."""
@@ -269,10 +232,10 @@ class VLLMEngine:
             sequence, ids, wanted = np.concatenate([sequence, rows]), ids + rows.tolist(), len(rows)
             self._model.rows_under_way += 1
         self._number += 1
-        search.hidden = torch.empty(wanted, self._width, dtype=DTYPES[self._precision], device=self._device)
+        search.hidden = torch.empty(wanted, self._width, dtype=self._dtype, device=self._device)
         self._searches[name] = search
         self._model.pooler.sinks[name] = Sink(search.hidden, len(sequence) - wanted, np.zeros(wanted, np.bool_))
-        if caching := self._config.prefix_caching:  # hashed once for all levels
+        if caching := self._options.prefix_caching:  # hashed once for all levels
             self._hashes[name] = search.hashes
         self._core.add_request(compat.core_request(name, compat.TokenIds(ids, sequence), name, caching))
         if caching and not search.level:
@@ -318,9 +281,9 @@ class VLLMEngine:
             trie,
             width=retrieval.beam_width,
             k=retrieval.k,
-            graphs=most if self._config.cuda_graphs else 0,
+            graphs=most if self._options.cuda_graphs else 0,
             embedding_dim=self._width,
-            dtype=DTYPES[self._precision],
+            dtype=self._dtype,
         )
 
     def _start(self) -> None:
@@ -329,12 +292,12 @@ class VLLMEngine:
 
         del model  # imported before the plugin registers it
         plugin.register()
-        config = self._config
+        config = self._options
         if compat.running is not None:
             raise RuntimeError("another engine of this process runs vLLM, which can't be there twice; close it first")
         self._folder = tempfile.TemporaryDirectory(prefix="grbench-vllm-")
         self._write(Path(self._folder.name))
-        limit = self._longest + self._max_rows()
+        limit = self._longest_prompt + self._max_rows()
         if not config.chunked_prefill and config.max_num_batched_tokens < limit:
             raise ValueError(
                 f"engine.chunked_prefill=false: a search of {limit} tokens needs "
@@ -347,8 +310,8 @@ class VLLMEngine:
             "model": self._folder.name,
             "runner": "pooling",
             "skip_tokenizer_init": True,
-            "dtype": str(DTYPES[self._precision]).removeprefix("torch."),
-            "seed": self._seed,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "seed": self._setup.seed,
             "max_model_len": limit + 1,
             "max_num_seqs": min(config.max_num_seqs or self._max_batch, config.max_num_batched_tokens),
             "max_num_batched_tokens": config.max_num_batched_tokens,
@@ -390,7 +353,7 @@ class VLLMEngine:
         """config.json and weights, as vLLM loads them."""
         from grengines.vllm.rows import BeamRows
 
-        ids, dtype = self._retrieval.ids, DTYPES[self._precision]
+        ids, dtype = self._retrieval.ids, self._dtype
         model = self._model_config
         self._width = model.embedding_dim
         self._beams = BeamRows(ids.sizes, self._max_rows())
@@ -398,12 +361,12 @@ class VLLMEngine:
         ours = {
             "sizes": list(ids.sizes),
             "max_rows": self._max_rows(),
-            "max_position_embeddings": self._longest + self._max_rows() + 1,
+            "max_position_embeddings": self._longest_prompt + self._max_rows() + 1,
         }
         if isinstance(model, DecoderConfig):
             from grengines.models.decoder.weights import write
 
-            write(model, ids.sizes, folder, seed=self._seed, dtype=dtype, weights=self._retrieval.weights)
+            write(model, ids.sizes, folder, seed=self._setup.seed, dtype=dtype, weights=self._retrieval.weights)
             described = json.loads((folder / "config.json").read_text())
             described |= {"architectures": ["DecoderForRetrieval"], **ours}
         else:
@@ -415,7 +378,7 @@ class VLLMEngine:
                 model,
                 ids.sizes,
                 Operators.eager(),
-                seed=self._seed,
+                seed=self._setup.seed,
                 device="cpu",
                 dtype=dtype,
                 weights=self._retrieval.weights,

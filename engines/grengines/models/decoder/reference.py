@@ -6,7 +6,7 @@ itself: a tree in the attention's mask. A softmax over a row that doesn't see th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from grengines.api import Request, Retrieval
-from grengines.hstu.retriever import prompt_tokens
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.model import Decoder
+from grengines.models.reference import GenerationReference
 from grengines.runtime.device import DTYPES
 from grengines.semantic.search import Beams, check_width, explore
-from grengines.semantic.trie import TensorTrie, Trie
+from grengines.semantic.trie import TensorTrie
 
 CHUNK = 1024  # tokens of a prompt encoded at once: bounds the memory of attention's scores
 
@@ -55,40 +55,19 @@ class Tree:
         self.hidden = out.last_hidden_state[0]
 
 
-class Reference:
-    """As grengines.hstu.retriever.Reference, for decoders."""
+class DecoderReference(GenerationReference[Decoder]):
+    """Items that a decoder should find, by PyTorch in any precision."""
 
     def __init__(self, model: DecoderConfig, seed: int, retrieval: Retrieval, device: torch.device | str) -> None:
-        torch.set_float32_matmul_precision("highest")
-        self._retrieval, self._device = retrieval, device
-        self._trie = Trie.of(retrieval.ids).on(device)
+        super().__init__(retrieval, device)
         sizes, weights = retrieval.ids.sizes, retrieval.weights
         self._exact = Decoder.build(model, sizes, seed=seed, device=device, dtype=torch.float32, weights=weights)
 
     @torch.inference_mode()
-    def search(
-        self,
-        requests: Sequence[Request],
-        precision: str = "fp32",
-        *,
-        blind: bool = False,
-        width: int | None = None,
-        k: int | None = None,
-    ) -> Beams:
-        """The k best items of each request. precision: of the weights and all products, by PyTorch. blind: with
-        attention that returns zeros. width, k: in place of the configured ones."""
-        decoder = self._exact if precision == "fp32" else self._exact.to(DTYPES[precision])
-        width, k = width or self._retrieval.beam_width, k or self._retrieval.k
-        with zero_attention(decoder) if blind else nullcontext():
-            found = [search(decoder, self._trie, prompt_tokens(self._retrieval, r), width=width, k=k) for r in requests]
-        return Beams(*(np.concatenate([getattr(f, name) for f in found]) for name in ("items", "scores", "cuts")))
-
-    @torch.inference_mode()
     def prefix_scores(self, request: Request, items: np.ndarray) -> np.ndarray:
-        """float32 [n, levels]: fp32 log-probability of each prefix of the codes of these items (int64 [n])."""
         decoder, ids = self._exact, self._retrieval.ids
         codes = torch.from_numpy(ids.codes[items].astype(np.int64)).to(self._device)
-        tree = Tree(decoder, decoder.prompt(prompt_tokens(self._retrieval, request)))
+        tree = Tree(decoder, decoder.prompt(self._retrieval.prompt(request)))
         parents = torch.zeros(len(items), dtype=torch.int64, device=self._device)
         columns = []
         for level in range(ids.levels):
@@ -99,6 +78,15 @@ class Reference:
                 parents = torch.arange(len(items), device=self._device)
         scores: np.ndarray = torch.stack(columns, dim=1).cumsum(1).cpu().numpy()
         return scores
+
+    @contextmanager
+    def _variant(self, precision: str, blind: bool) -> Iterator[Decoder]:
+        decoder = self._exact if precision == "fp32" else self._exact.to(DTYPES[precision])
+        with zero_attention(decoder) if blind else nullcontext():
+            yield decoder
+
+    def _search(self, model: Decoder, tokens: np.ndarray, width: int, k: int) -> Beams:
+        return search(model, self._trie, tokens, width=width, k=k)
 
 
 @contextmanager

@@ -15,6 +15,23 @@ from grengines.models.hstu.generator import Codes, HSTUGenerator, Prompts, pack_
 from grengines.semantic.search import Beams, check_width, explore
 from grengines.semantic.trie import TensorTrie
 
+PAGE = 64  # tokens
+
+
+def pool_for(model: HSTUGenerator, tokens: int, batch: int) -> PagePool:
+    """Make pages for `batch` prompts of at most `tokens` tokens each."""
+    config = model.config
+    return PagePool(
+        layers=config.layers,
+        pages=batch * -(-tokens // PAGE),
+        page=PAGE,
+        heads=config.heads,
+        qk_dim=config.qk_dim,
+        v_dim=config.v_dim,
+        dtype=model.token_table.dtype,
+        device=model.token_table.device,
+    )
+
 
 def search(
     model: HSTUGenerator, trie: TensorTrie, prompts: Sequence[np.ndarray], pool: PagePool, *, width: int, k: int

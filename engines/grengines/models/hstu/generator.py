@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from grengines.cache.pool import PagePool
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import EPS, HSTULayer, initialise
+from grengines.models.hstu.weights import load_weights
 from grengines.runtime import staging
 from grengines.runtime.batch import Bucket
 from grengines.semantic.ids import prompt_of
@@ -142,8 +143,6 @@ class HSTUGenerator(nn.Module):
         if weights is None:
             initialise(model, seed)
         else:
-            from grengines.models.hstu.weights import load_weights
-
             load_weights(model, weights)
         return model.to(device=device, dtype=dtype)
 

@@ -21,6 +21,7 @@ from grengines.cache.host import Onload
 from grengines.cache.places import PagedBatch
 from grengines.cache.pool import PagePool
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.weights import load_weights
 from grengines.runtime.batch import Encoding, JaggedBatch
 from grkernels.operators import Operators
 
@@ -138,8 +139,6 @@ class HSTURanker(nn.Module):
         if config.weights is None:
             initialise(model, seed)
         else:
-            from grengines.models.hstu.weights import load_weights
-
             load_weights(model, config.weights, mapped=["token_table"] if host_table else ())
         if not host_table:
             return model.to(device=device, dtype=dtype)
@@ -291,6 +290,22 @@ class HSTURanker(nn.Module):
         return F.linear(hidden.float(), self.head_out.weight.float(), self.head_out.bias.float())
 
 
-def zero_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    """Attention that does nothing: zeros [Lq, H, dv]. For proving that a check of the scores notices."""
-    return v.new_zeros(q.shape[0], *v.shape[1:])
+def build_model(
+    model: HSTUConfig,
+    catalogue: Catalogue,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    kernels: Operators | None = None,
+    *,
+    host_table: bool = False,
+) -> HSTURanker:
+    """Build the model that every ranking engine serves: weights from `model.weights`, or random ones from the seed, the
+    same on every device.
+
+    kernels: by default the fp32 references. host_table: as `HSTURanker.build`. From here on this process computes fp32
+    products without TF32. Raises ValueError for bad weights.
+    """
+    torch.set_float32_matmul_precision("highest")
+    kernels = kernels or Operators.reference()
+    return HSTURanker.build(model, catalogue, kernels, seed=seed, device=device, dtype=dtype, host_table=host_table)

@@ -6,13 +6,16 @@ import dataclasses
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from grengines.models.hstu.config import HSTUConfig
-from grengines.models.hstu.generator import HSTUGenerator
-from grengines.models.hstu.model import HSTURanker
+
+if TYPE_CHECKING:
+    from grengines.models.hstu.generator import HSTUGenerator
+    from grengines.models.hstu.model import HSTURanker
 
 _FORMAT = "grbench-hstu-1"
 _NOT_SHAPE = ("name", "weights")  # every other option of HSTUConfig changes what the weights mean

@@ -1,0 +1,198 @@
+"""Base classes of the engines: device, threads, checks, common facts and close, each stated once."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from grengines.api import GenerateResult, RankResult, Request, Setup, UnavailableError
+from grengines.cache.config import PagedCacheConfig
+from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime.batch import Encoding
+from grengines.runtime.device import DTYPES, Placement
+from grengines.runtime.graphs import token_count
+from grengines.semantic.search import check_width
+from grkernels.families import AUTO
+
+Part = TypeVar("Part")
+
+
+class EngineBase(ABC):
+    """An engine on one device. Satisfies grengines.api.Engine.
+
+    A subclass implements `_load`, `_warm_up`, `_describe` and `_unload`, and the method of its task. cuda_graphs:
+    whether its options ask for them. Raises UnavailableError for CUDA graphs on a CPU.
+    """
+
+    name: ClassVar[str]  # in grengines.registry
+    task: ClassVar[str]
+
+    def __init__(self, setup: Setup, placement: Placement, *, cuda_graphs: bool = False) -> None:
+        if cuda_graphs and placement.device.type != "cuda":
+            raise UnavailableError("engine.cuda_graphs=true: a CPU has no CUDA graphs; set engine.cuda_graphs=false")
+        self._setup = setup
+        self._device, self._precision, self._cpu_threads = placement.device, placement.precision, placement.cpu_threads
+        self._cuda = self._device.type == "cuda"
+        self._lock = threading.Lock()  # held until a batch's work is queued
+        self._max_batch = 0
+        self._threads_before: int | None = None  # PyTorch's, from `prepare` until `close`
+
+    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
+        """Load the engine for requests like `sample` and batches of at most `max_batch`, then warm it up.
+
+        Raises ValueError for an empty sample or bad weights, UnavailableError for what this machine lacks, and
+        PyTorch's OutOfMemoryError.
+        """
+        if not sample or max_batch < 1:
+            raise ValueError(f"{len(sample)} sample requests, max_batch={max_batch}: both must be at least 1")
+        if self._threads_before is None:
+            self._threads_before = torch.get_num_threads()
+        if self._cpu_threads:
+            torch.set_num_threads(self._cpu_threads)
+        torch.set_float32_matmul_precision("highest")  # no TF32
+        self._max_batch = max_batch
+        self._load(sample, max_batch)
+        self._warm_up(sample, max_batch)
+
+    def actual(self) -> dict[str, Any]:
+        """Return what really runs, as JSON values."""
+        common = {
+            "engine": self.name,
+            "task": self.task,
+            "device": self._device.type,
+            "device_name": torch.cuda.get_device_name(self._device) if self._cuda else "cpu",
+            "precision": self._precision,
+            "fp32_products": torch.get_float32_matmul_precision(),
+            "cpu_threads": torch.get_num_threads(),
+            "timer": "CUDA events, one wait a batch" if self._cuda else "perf_counter",
+            "weights": self._weights() or f"random, seed {self._setup.seed}",
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda if self._cuda else None,
+        }
+        return common | self._describe()
+
+    def reset_cache(self, keep_host: bool = False) -> None:  # noqa: B027
+        """Drop cached user states. This engine caches none."""
+
+    def close(self) -> None:
+        """Release the model and its device memory, and restore PyTorch's threads. A second call does nothing more."""
+        self._unload()
+        self._max_batch = 0
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
+            self._threads_before = None
+        if self._cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    @abstractmethod
+    def _load(self, sample: Sequence[Request], max_batch: int) -> None:
+        """Make everything that answers batches: model, memory, graphs."""
+
+    @abstractmethod
+    def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
+        """Answer the largest batches once."""
+
+    @abstractmethod
+    def _describe(self) -> dict[str, Any]:
+        """Return the engine's own facts; they win over the common ones of `actual`."""
+
+    @abstractmethod
+    def _unload(self) -> None:
+        """Drop what `_load` made, as far as it came."""
+
+    @abstractmethod
+    def _weights(self) -> str | None:
+        """Return the weights file; None for random weights."""
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return DTYPES[self._precision]
+
+    @staticmethod
+    def _ready(part: Part | None) -> Part:
+        """Return something that `_load` made. Raises RuntimeError before `prepare` and after `close`."""
+        if part is None:
+            raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
+        return part
+
+    def _check_size(self, requests: Sequence[Request]) -> None:
+        """Raise ValueError for an empty batch or one of more than max_batch requests."""
+        if not 0 < len(requests) <= self._max_batch:
+            raise ValueError(f"{len(requests)} requests in one batch; allowed is 1 to max_batch={self._max_batch}")
+
+
+class RankingEngine(EngineBase):
+    """An engine that ranks with HSTU. Satisfies grengines.api.Ranker."""
+
+    task = "rank"
+
+    def __init__(self, setup: Setup, placement: Placement, *, cuda_graphs: bool = False) -> None:
+        super().__init__(setup, placement, cuda_graphs=cuda_graphs)
+        assert isinstance(setup.model, HSTUConfig), "the registry refuses other models"
+        self._model_config = setup.model
+        self._encoding = Encoding.of(setup.model, setup.catalogue)
+
+    @abstractmethod
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        """Score every candidate of every request."""
+
+    def _largest(self, sample: Sequence[Request], max_batch: int) -> list[Request]:
+        """Return the `max_batch` requests of most tokens, the largest last."""
+        return sorted(sample, key=lambda r: token_count(r, self._encoding))[-max_batch:]
+
+    def _weights(self) -> str | None:
+        return self._model_config.weights
+
+
+class GeneratingEngine(EngineBase):
+    """An engine that generates items by beam search. Satisfies grengines.api.Generator.
+
+    Raises ValueError for a beam narrower than k, and for a cache: the cache group serves ranking only.
+    """
+
+    task = "generate"
+
+    def __init__(self, setup: Setup, placement: Placement, *, cuda_graphs: bool = False) -> None:
+        assert setup.retrieval is not None, "a task that generates has semantic IDs"
+        self._retrieval, self._model_config = setup.retrieval, setup.model
+        check_width(self._retrieval.beam_width, self._retrieval.k)
+        if isinstance(setup.cache, PagedCacheConfig) or setup.cache.item_memory_gb:
+            raise ValueError(f"cache={setup.cache.name}: the cache group serves ranking only; set cache=none")
+        super().__init__(setup, placement, cuda_graphs=cuda_graphs)
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request]) -> GenerateResult:
+        """Find the most likely next items of every request."""
+
+    def actual(self) -> dict[str, Any]:
+        """Return what really runs, as JSON values."""
+        search = {
+            "beam_width": self._retrieval.beam_width,
+            "k": self._retrieval.k,
+            "semantic_ids": list(self._retrieval.ids.sizes),
+        }
+        return super().actual() | search
+
+    def _longest(self, sample: Sequence[Request], max_batch: int) -> list[Request]:
+        """Return the `max_batch` requests of the longest histories, the longest last."""
+        return sorted(sample, key=lambda r: len(r.history_items))[-max_batch:]
+
+    def _weights(self) -> str | None:
+        return self._retrieval.weights
+
+
+def refuse_cache(setup: Setup, engine: str) -> None:
+    """Raise ValueError for a cache that an engine of whole histories would not use."""
+    if setup.cache.name != "none" or setup.cache.item_memory_gb:
+        raise ValueError(f"engine={engine} computes whole histories with the whole model; set cache=none")
+
+
+def refuse_kernels(setup: Setup, engine: str, hint: str = "") -> None:
+    """Raise ValueError for kernel variants that an engine with kernels of its own would not use."""
+    if other := sorted(set(setup.kernels.values()) - {AUTO, "torch"}):
+        raise ValueError(f"engine={engine} runs its own kernels, not {', '.join(other)}; set kernel=auto{hint}")

@@ -1,0 +1,107 @@
+"""The fp32 references of HSTU: the scores and the items that engines are compared with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grengines.api import Catalogue, Float32Array, Request, Retrieval
+from grengines.models.hstu import beam, quantised
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.generator import HSTUGenerator
+from grengines.models.hstu.model import build_model
+from grengines.models.reference import GenerationReference
+from grengines.runtime.batch import pack
+from grengines.runtime.device import DTYPES
+from grengines.semantic.search import Beams
+from grkernels.operators import Operators
+
+
+def zero_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """Return zeros [Lq, H, dv] for attention: a comparison with the reference must notice it."""
+    return v.new_zeros(q.shape[0], *v.shape[1:])
+
+
+class RankingReference:
+    """Scores of one request at a time: nothing is cached, padded or captured.
+
+    The fp32 weights are made once; memory is one model's, and during a half-precision call its copy. The token table
+    stays on the host, however large it is: each request brings its own rows.
+    """
+
+    def __init__(self, model: HSTUConfig, catalogue: Catalogue, seed: int, device: torch.device | str) -> None:
+        self._model = build_model(model, catalogue, seed, device, torch.float32, host_table=True)
+        self._device = torch.device(device)
+        self._table = self._model.token_table.data
+        self._model.use_table(torch.empty(0))
+
+    @torch.inference_mode()
+    def scores(
+        self, requests: Sequence[Request], precision: str = "fp32", attention: Callable[..., Tensor] | None = None
+    ) -> list[Float32Array]:
+        """Return the logits [candidates, tasks] of each request.
+
+        precision: fp32, by the kernels' references, or fp16, bf16, int8 or fp8, by the variants `torch` in that
+        precision (8 bits as grengines/models/hstu/quantised.py defines it): these give the tolerances. attention:
+        instead of theirs.
+        """
+        dtype = DTYPES["fp32" if precision in quantised.KINDS else precision]
+        model = self._model if precision == "fp32" else copy.deepcopy(self._model).to(dtype)
+        model.kernels = Operators.reference() if precision == "fp32" else Operators.eager()
+        if precision in quantised.KINDS:
+            quantised.quantise(model, precision)
+        if attention is not None:
+            model.kernels = model.kernels.replace(hstu_attention=attention)
+        answers = []
+        for request in requests:
+            host = pack([request], model.encoding)
+            rows, host.token_rows[:] = np.unique(host.token_rows, return_inverse=True)
+            model.use_table(self._table[torch.from_numpy(rows)].to(self._device, dtype))
+            answers.append(model(host.to(self._device)).cpu().numpy())
+        return answers
+
+
+class HSTUReference(GenerationReference[HSTUGenerator]):
+    """Items that HSTU should find: by the kernels' fp32 references, or by eager PyTorch in another precision."""
+
+    def __init__(self, model: HSTUConfig, seed: int, retrieval: Retrieval, device: torch.device | str) -> None:
+        super().__init__(retrieval, device)
+        self._exact = HSTUGenerator.build(
+            model,
+            retrieval.ids.sizes,
+            Operators.reference(),
+            seed=seed,
+            device=device,
+            dtype=torch.float32,
+            weights=retrieval.weights,
+        )
+
+    @torch.inference_mode()
+    def prefix_scores(self, request: Request, items: np.ndarray) -> np.ndarray:
+        tokens = self._retrieval.prompt(request)
+        pool = beam.pool_for(self._exact, len(self._exact.prompt(tokens)), 1)
+        return beam.prefix_scores(self._exact, tokens, self._retrieval.ids.codes[items], pool)
+
+    @contextmanager
+    def _variant(self, precision: str, blind: bool) -> Iterator[HSTUGenerator]:
+        model = self._exact
+        if precision != "fp32":
+            model = copy.deepcopy(model).to(DTYPES[precision])
+            model.kernels = Operators.eager()
+        kernels = model.kernels
+        if blind:
+            model.kernels = kernels.replace(hstu_attention=zero_attention)
+        try:
+            yield model
+        finally:
+            model.kernels = kernels
+
+    def _search(self, model: HSTUGenerator, tokens: np.ndarray, width: int, k: int) -> Beams:
+        pool = beam.pool_for(model, len(model.prompt(tokens)), 1)
+        return beam.search(model, self._trie, [tokens], pool, width=width, k=k)

@@ -1,0 +1,61 @@
+"""The fp32 reference of generation: the items that an engine should find, whatever the model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from grengines.api import Request, Retrieval
+from grengines.semantic.search import Beams
+from grengines.semantic.trie import Trie
+
+Model = TypeVar("Model")
+
+
+class GenerationReference(ABC, Generic[Model]):
+    """Beam search for one request at a time, in fp32 by default.
+
+    A subclass builds the model, and implements `_variant`, `_search` and `prefix_scores`.
+    """
+
+    def __init__(self, retrieval: Retrieval, device: torch.device | str) -> None:
+        torch.set_float32_matmul_precision("highest")
+        self._retrieval, self._device = retrieval, device
+        self._trie = Trie.of(retrieval.ids).on(device)
+
+    @torch.inference_mode()
+    def search(
+        self,
+        requests: Sequence[Request],
+        precision: str = "fp32",
+        *,
+        blind: bool = False,
+        width: int | None = None,
+        k: int | None = None,
+    ) -> Beams:
+        """Return the k best items of each request.
+
+        precision: of the weights and all products. blind: attention returns zeros. width, k: instead of the configured
+        beam width and k.
+        """
+        width, k = width or self._retrieval.beam_width, k or self._retrieval.k
+        with self._variant(precision, blind) as model:
+            found = [self._search(model, self._retrieval.prompt(request), width, k) for request in requests]
+        return Beams(*(np.concatenate([getattr(f, name) for f in found]) for name in ("items", "scores", "cuts")))
+
+    @abstractmethod
+    def prefix_scores(self, request: Request, items: np.ndarray) -> np.ndarray:
+        """Return the fp32 log-probability of each prefix of the codes of `items` (int64 [n]): float32 [n, levels]."""
+
+    @abstractmethod
+    def _variant(self, precision: str, blind: bool) -> AbstractContextManager[Model]:
+        """Give the model in this precision, by eager PyTorch unless fp32; blind: with attention that returns zeros."""
+
+    @abstractmethod
+    def _search(self, model: Model, tokens: np.ndarray, width: int, k: int) -> Beams:
+        """Return the k best items after one prompt (int64 [tokens])."""

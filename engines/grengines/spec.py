@@ -1,0 +1,51 @@
+"""The row that describes an engine, and the row that describes a kind of model, to everything outside their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+TASKS = ("rank", "generate", "recommend")
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional package that an engine needs."""
+
+    module: str  # its import name
+    distributions: tuple[str, ...]  # the names that pip may know it by
+    install: str  # the command that installs it
+
+    def missing(self) -> str | None:
+        """Return None if it can be imported here, else "reason; command"."""
+        return None if find_spec(self.module) else f"package {self.module} is not installed; {self.install}"
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One engine. Nothing here imports it: its modules are named as "module:attribute"."""
+
+    name: str
+    options: type  # the dataclass of its options; its field `name` is the engine's name
+    tasks: Mapping[str, str]  # of TASKS, each with what builds it from (options, Setup); the first is the default
+    models: tuple[str, ...] = ("hstu",)  # the kinds that it runs
+    packages: tuple[Package, ...] = ()
+    # Returns None if the engine can run here, else "reason; command". By default it needs all of `packages`.
+    requires: Callable[[], str | None] | None = None
+    # None: it takes a batch while the device computes another. Else why it does not.
+    one_at_a_time: str | None = "ends a batch before it takes the next"
+    can_stand_in: bool = False  # other engines may name it in engine.fallback
+    stages: Mapping[str, str] = field(default_factory=dict)  # its options that are another engine's: the task of each
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One kind of model."""
+
+    kind: str
+    options: type  # the dataclass of its options
+    reference: str  # "module:attribute" of its grengines.models.reference.GenerationReference
+    # Returns None, or which of its options do not fit together.
+    contradiction: Callable[[Any], str | None] = lambda options: None
