@@ -1,4 +1,4 @@
-"""Runs one cell in a fresh worker process and returns its record, whatever happens to the worker."""
+"""One cell in a fresh worker process. There is a record, whatever happens to the worker."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import io
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any
 from grbench.config.schema import RunnerConfig, RunSpec, spec_to_json
 from grbench.execution import records
 from grbench.execution.environment import describe_environment
-from grbench.execution.records import LOG_FILE, RunRecord, Status
+from grbench.execution.records import LOG_FILE, Outcome, RunRecord, Status
 
 JOB_FILE = "job.json"
 Event = dict[str, Any]
@@ -37,11 +38,11 @@ def run_cell(
     overrides: list[str] | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> tuple[RunRecord, Path]:
-    """Measure one cell and keep its record; returns it and the folder it was kept in.
+    """Measure one cell and keep its record. Returns the record and the folder that has it.
 
-    That is `folder`, or one beside it where `folder` has a record already: none is ever overwritten.
-    `on_event` receives the worker's {"stage": ...} and {"answered": n} messages. Only
-    KeyboardInterrupt is raised, after the worker is stopped and its record kept.
+    A record is never overwritten: where `folder` has one already, the new one is kept in a folder beside it.
+    `on_event` receives the worker's {"stage": ...} and {"answered": n} messages. Only Interrupted is raised, after the
+    worker has been stopped and its record kept.
     """
     started, begun = datetime.datetime.now(datetime.UTC), time.monotonic()
     folder = _unused(folder)
@@ -51,13 +52,10 @@ def run_cell(
         outcome = _work(spec, runner, folder, on_event)
     except OSError as e:
         status = Status.DISK_FULL if e.errno in (errno.ENOSPC, errno.EDQUOT) else Status.ERROR
-        outcome = {
-            "status": status,
-            "error": f"{folder}: {e.strerror or e}; free some space or set runner.output_root",
-        }
+        outcome = Outcome(status, f"{folder}: {e.strerror or e}; free some space or set runner.output_root")
     except KeyboardInterrupt as e:
         interrupted = e
-        outcome = {"status": Status.INTERRUPTED, "error": "interrupted while it ran"}
+        outcome = Outcome(Status.INTERRUPTED, "interrupted while it ran")
     record = RunRecord(
         spec=spec.to_dict(),
         spec_hash=spec.hash,
@@ -67,7 +65,7 @@ def run_cell(
         environment=describe_environment(),
         sweep_id=sweep_id,
         overrides=overrides or [],
-        **{**outcome, "status": Status(outcome["status"])},
+        **vars(outcome),
     )
     folder = keep(record, folder)
     if interrupted is not None:
@@ -76,7 +74,7 @@ def run_cell(
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while a cell ran; carries the cell's record and folder."""
+    """Ctrl-C while a cell ran. Carries the cell's record and folder."""
 
     def __init__(self, record: RunRecord, folder: Path) -> None:
         super().__init__()
@@ -96,42 +94,24 @@ def keep(record: RunRecord, folder: Path) -> Path:
 
 
 def _unused(folder: Path) -> Path:
-    """`folder`, or the first of folder.1, folder.2, ... that holds no record."""
+    """Return `folder`, or the first of folder.1, folder.2, ... that holds no record."""
     names = itertools.chain([folder.name], (f"{folder.name}.{i}" for i in itertools.count(1)))
     return next(path for name in names if not ((path := folder.with_name(name)) / records.RECORD_FILE).exists())
 
 
-def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[[Event], None]) -> Event:
-    """Start the worker, pass its messages on, and say how it ended (the fields of a record)."""
+def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[[Event], None]) -> Outcome:
+    """Run the cell in a worker and pass its messages on. Returns the worker's outcome, or how the worker ended."""
     read_end, write_end = os.pipe()
-    job, log = folder / JOB_FILE, folder / LOG_FILE
-    limit = int(runner.memory_limit_gb * 1e9) if runner.memory_limit_gb else None
-    parameters = {
-        "spec": spec_to_json(spec),
-        "folder": str(folder),
-        "report_fd": write_end,
-        "memory_limit_bytes": limit,
-    }
-    job.write_text(json.dumps(parameters))
     kills_before = _oom_kills()
-    with log.open("wb") as log_file:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "grbench.execution.worker", str(job)],
-            stdin=subprocess.DEVNULL,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            pass_fds=[write_end],
-            start_new_session=True,  # Ctrl-C is the parent's to handle, and the whole group can be stopped
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+    worker = _start(spec, runner, folder, write_end)
     os.close(write_end)
-    outcome: Event | None = None
+    outcome: Outcome | None = None
     timed_out, grace_s = False, 0.0  # Ctrl-C and the time limit stop the worker at once
     try:
-        with os.fdopen(read_end, "rb", buffering=0) as channel:
+        with open(read_end, "rb", buffering=0) as channel:  # noqa: PTH123  (a file descriptor)
             for event in _messages(channel, time.monotonic() + runner.timeout_s):
                 if "outcome" in event:
-                    outcome = event["outcome"]
+                    outcome = Outcome(**{**event["outcome"], "status": Status(event["outcome"]["status"])})
                 else:
                     on_event(event)
         grace_s = 5.0
@@ -141,22 +121,40 @@ def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[
         _stop(worker, grace_s)
     if outcome is not None:
         return outcome
+    log_ends = f"its log ends: {last_line(folder / LOG_FILE)}"
     if timed_out:
-        error = f"stopped after runner.timeout_s={runner.timeout_s:g} s; its log ends: {last_line(log)}"
-        return {"status": Status.TIMEOUT, "error": error}
+        return Outcome(Status.TIMEOUT, f"stopped after runner.timeout_s={runner.timeout_s:g} s; {log_ends}")
     if _oom_kills() > kills_before:
-        return {
-            "status": Status.OOM,
-            "error": "the kernel's out-of-memory killer ended the worker; use a smaller cell",
-        }
+        return Outcome(Status.OOM, "the kernel's out-of-memory killer ended the worker; use a smaller cell")
     if worker.returncode < 0:
-        name = signal.Signals(-worker.returncode).name
-        return {"status": Status.KILLED, "error": f"{name} ended the worker; its log ends: {last_line(log)}"}
-    error = f"the worker exited with {worker.returncode} and no result; its log ends: {last_line(log)}"
-    return {"status": Status.ERROR, "error": error}
+        return Outcome(Status.KILLED, f"{signal.Signals(-worker.returncode).name} ended the worker; {log_ends}")
+    return Outcome(Status.ERROR, f"the worker exited with {worker.returncode} and no result; {log_ends}")
 
 
-def _messages(channel: Any, deadline: float) -> Iterator[Event]:
+def _start(spec: RunSpec, runner: RunnerConfig, folder: Path, report_fd: int) -> subprocess.Popen[bytes]:
+    """Start the worker, which reports on `report_fd`. Raises OSError."""
+    job = folder / JOB_FILE
+    limit = int(runner.memory_limit_gb * 1e9) if runner.memory_limit_gb else None
+    parameters = {
+        "spec": spec_to_json(spec),
+        "folder": str(folder),
+        "report_fd": report_fd,
+        "memory_limit_bytes": limit,
+    }
+    job.write_text(json.dumps(parameters))
+    with (folder / LOG_FILE).open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "grbench.execution.worker", str(job)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[report_fd],
+            start_new_session=True,  # Ctrl-C is the parent's to handle, and the whole group can be stopped
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+
+
+def _messages(channel: io.FileIO, deadline: float) -> Iterator[Event]:
     """Yield the worker's messages until it closes its end. Raises TimeoutError at the deadline (monotonic seconds)."""
     pending = b""
     while True:
@@ -182,7 +180,7 @@ def _stop(worker: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+    """Return the last line of a log that is not empty."""
     try:
         lines = log.read_text(errors="replace").split("\n")
     except OSError:
@@ -191,7 +189,7 @@ def last_line(log: Path) -> str:
 
 
 def _oom_kills() -> int:
-    """How many processes the kernel's out-of-memory killer has ended so far; 0 where it doesn't say."""
+    """Return the number of processes that the kernel's out-of-memory killer has ended; 0 where it is not known."""
     try:
         pairs = (line.split() for line in Path("/proc/vmstat").read_text().splitlines())
         return next((int(value) for name, value in pairs if name == "oom_kill"), 0)
@@ -200,6 +198,6 @@ def _oom_kills() -> int:
 
 
 def _requested(spec: RunSpec) -> dict[str, Any]:
-    """What the user asked of the machine, to stand beside what ran (`actual`)."""
+    """Return the options of the engine and its kernels as asked for, beside those that ran (`actual`)."""
     asked = {f"engine.{k}": v for k, v in dataclasses.asdict(spec.engine).items()}
     return asked | {f"kernel.{family}": name for family, name in spec.kernel.requested().items()}

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from grbench.scenarios.batcher import Batcher, ContinuousBatcher, RequestLoop, Ticket
+from grbench.scenarios.batcher import Answered, Batcher, ContinuousBatcher, Driven, RequestLoop, Start, Ticket
 from grbench.scenarios.config import ClosedLoopConfig, LoadGenConfig, ScenarioConfig, TraceReplayConfig
 from grengines.api import ContinuousEngine, Engine, Request
 
 
 @dataclass
 class Measurement:
-    """Raw outcome of one scenario: a row a request, sums over batches, the load generator's own figures."""
+    """Raw results of one scenario: a row per request, sums over batches, the load generator's own figures."""
 
     samples: dict[str, np.ndarray]
     tokens: int
@@ -23,8 +23,8 @@ class Measurement:
     details: dict[str, float]
     metrics: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    busy_s: float = 0.0  # that the engine computed
-    batch_mean: float = 0.0  # requests of a batch; with continuous batching, under way in a step
+    busy_s: float = 0.0  # seconds in which the engine computed
+    batch_mean: float = 0.0  # requests of a batch; with continuous batching, requests in a step
 
 
 def run_scenario(
@@ -38,13 +38,39 @@ def run_scenario(
     folder: Path,
     progress: Callable[[int], None] = lambda answered: None,
 ) -> Measurement:
-    """Drive `engine` with `requests` as `config` says, at a task that it has. Raises what the engine raises.
+    """Drive `engine` with `requests` as `config` says, at one of the engine's tasks. Raises what the engine raises.
 
-    `progress` is called with the number of requests answered, on a thread of the engine's, after each batch.
+    folder: for the load generator's logs. progress: called after each batch with the number of requests answered so
+    far, on a thread of the request loop.
     """
+    start = _starter(config, engine, task, progress)
+
+    def request_at(k: int) -> Request:
+        return requests[k % len(requests)]
+
+    match config:
+        case LoadGenConfig():
+            from grbench.scenarios import loadgen
+
+            driven = loadgen.run(config, start, request_at, latency_limit_ms, seed, folder)
+        case TraceReplayConfig():
+            from grbench.scenarios import direct
+
+            driven = direct.replay(config, start, request_at, len(requests))
+        case ClosedLoopConfig():
+            from grbench.scenarios import direct
+
+            driven = direct.closed_loop(config, start, request_at)
+        case _:
+            raise TypeError(f"unknown scenario {type(config).__name__}")
+    return _measurement(driven, len(requests))
+
+
+def _starter(config: ScenarioConfig, engine: Engine, task: str, progress: Callable[[int], None]) -> Start:
+    """Return the function that starts the request loop of this engine, and counts answers for `progress`."""
     answered = 0
 
-    def start(on_answer: Callable[[list[Ticket]], None]) -> RequestLoop:
+    def start(on_answer: Answered) -> RequestLoop:
         def after_batch(tickets: list[Ticket]) -> None:
             nonlocal answered
             answered += len(tickets)
@@ -55,35 +81,20 @@ def run_scenario(
             return ContinuousBatcher(engine, config.max_batch, after_batch)
         return Batcher(getattr(engine, task), config.max_batch, config.max_wait_ms / 1e3, after_batch, config.in_flight)
 
-    def request_at(k: int) -> Request:
-        return requests[k % len(requests)]
+    return start
 
-    match config:
-        case LoadGenConfig():
-            from grbench.scenarios import loadgen
 
-            batcher, metrics, notes = loadgen.run(config, start, request_at, latency_limit_ms, seed, folder)
-        case TraceReplayConfig():
-            from grbench.scenarios import direct
-
-            batcher, metrics, notes = direct.replay(config, start, request_at, len(requests))
-        case ClosedLoopConfig():
-            from grbench.scenarios import direct
-
-            batcher, metrics, notes = direct.closed_loop(config, start, request_at)
-        case _:
-            raise TypeError(f"unknown scenario {type(config).__name__}")
-    samples = batcher.samples()
-    if len(samples["request_id"]) > len(requests):
-        times = len(samples["request_id"]) / len(requests)
-        notes.append(f"the trace of {len(requests)} requests was issued {times:.1f} times over")
+def _measurement(driven: Driven, trace_length: int) -> Measurement:
+    loop, samples, notes = driven.loop, driven.loop.samples(), list(driven.notes)
+    if (issued := len(samples["request_id"])) > trace_length:
+        notes.append(f"the trace of {trace_length} requests was issued {issued / trace_length:.1f} times over")
     return Measurement(
         samples,
-        batcher.tokens,
-        batcher.padded_tokens,
-        batcher.details,
-        metrics,
+        loop.tokens,
+        loop.padded_tokens,
+        loop.details,
+        driven.metrics,
         notes,
-        busy_s=batcher.busy_s,
-        batch_mean=batcher.batched / batcher.batches,
+        busy_s=loop.busy_s,
+        batch_mean=loop.batched / loop.batches,
     )

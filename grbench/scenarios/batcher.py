@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,9 @@ class Ticket:
     key: int = 0
 
 
+Answered = Callable[[list[Ticket]], None]  # takes requests that ended together
+
+
 class RequestLoop:
     """Answers submitted requests on threads of its own and keeps a row of each.
 
@@ -34,7 +38,7 @@ class RequestLoop:
     holds the exception, `stopped` is set and nothing more is begun.
     """
 
-    def __init__(self, max_batch: int, answered: Callable[[list[Ticket]], None], threads: int = 1) -> None:
+    def __init__(self, max_batch: int, answered: Answered, threads: int = 1) -> None:
         self.failure: BaseException | None = None
         self.stopped = threading.Event()
         self.tokens = 0
@@ -127,7 +131,7 @@ class Batcher(RequestLoop):
         answer: Callable[[Sequence[Request]], BatchResult],
         max_batch: int,
         max_wait_s: float,
-        answered: Callable[[list[Ticket]], None],
+        answered: Answered,
         in_flight: int = 1,
     ) -> None:
         self._answer, self._max_wait_s, self._under_way = answer, max_wait_s, 0
@@ -187,7 +191,7 @@ class ContinuousBatcher(RequestLoop):
     how many were under way then. `busy_s` is the time in steps.
     """
 
-    def __init__(self, engine: ContinuousEngine, max_batch: int, answered: Callable[[list[Ticket]], None]) -> None:
+    def __init__(self, engine: ContinuousEngine, max_batch: int, answered: Answered) -> None:
         self._engine = engine
         self._under_way: dict[int, tuple[Ticket, float]] = {}
         super().__init__(max_batch, answered)
@@ -226,3 +230,15 @@ class ContinuousBatcher(RequestLoop):
                 self._changed.wait()
             free = self._max_batch - len(self._under_way)
             return [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
+
+
+Start = Callable[[Answered], RequestLoop]  # starts the request loop; it passes on answered requests
+RequestAt = Callable[[int], Request]  # the k-th request of the trace, from the start again when it ends
+
+
+class Driven(NamedTuple):
+    """A scenario that has ended: the request loop, the scenario's own figures, and notes for the reader."""
+
+    loop: RequestLoop
+    metrics: dict[str, float]
+    notes: list[str]

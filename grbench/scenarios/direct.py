@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
-from typing import Any
 
-from grbench.scenarios.batcher import RequestLoop, Ticket
+from grbench.scenarios.batcher import Driven, RequestAt, Start, Ticket
 from grbench.scenarios.config import ClosedLoopConfig, TraceReplayConfig
 
 
 def replay(
     config: TraceReplayConfig,
-    start: Callable[[Callable[[list[Ticket]], None]], RequestLoop],
-    request_at: Callable[[int], Any],
+    start: Start,
+    request_at: RequestAt,
     trace_length: int,
-) -> tuple[RequestLoop, dict[str, float], list[str]]:
+) -> Driven:
     """Issue requests at their arrival times, all divided by one speed-up factor.
 
     Latency counts from the *scheduled* arrival: when the system falls behind, the wait shows. A trace
@@ -35,14 +33,14 @@ def replay(
             break
         batcher.submit([Ticket(request, due)])
     batcher.close()
-    return batcher, {"replay_speedup": speedup}, []
+    return Driven(batcher, {"replay_speedup": speedup}, [])
 
 
 def closed_loop(
     config: ClosedLoopConfig,
-    start: Callable[[Callable[[list[Ticket]], None]], RequestLoop],
-    request_at: Callable[[int], Any],
-) -> tuple[RequestLoop, dict[str, float], list[str]]:
+    start: Start,
+    request_at: RequestAt,
+) -> Driven:
     """Keep `clients` requests on their way until `queries` have been answered."""
     order = itertools.count()
 
@@ -65,4 +63,4 @@ def closed_loop(
     send(config.clients)
     batcher.stopped.wait()
     batcher.close()
-    return batcher, {}, []
+    return Driven(batcher, {}, [])

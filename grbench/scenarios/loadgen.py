@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import mlperf_loadgen as lg
 
 from grbench.execution.stats import PERCENTILES, SAMPLES_NEEDED
-from grbench.scenarios.batcher import RequestLoop, Ticket
+from grbench.scenarios.batcher import Driven, RequestAt, Start, Ticket
 from grbench.scenarios.config import (
     LoadGenConfig,
     MultiStreamConfig,
@@ -30,12 +28,12 @@ _SUMMARY = "mlperf_log_summary.txt"
 
 def run(
     config: LoadGenConfig,
-    start: Callable[[Callable[[list[Ticket]], None]], RequestLoop],
-    request_at: Callable[[int], Any],
+    start: Start,
+    request_at: RequestAt,
     latency_limit_ms: float,
     seed: int,
     folder: Path,
-) -> tuple[RequestLoop, dict[str, float], list[str]]:
+) -> Driven:
     """Run one LoadGen test to its end.
 
     `start` makes the batcher, given what to call with answered tickets; `request_at(k)` is the k-th
@@ -46,7 +44,7 @@ def run(
     batcher = start(lambda tickets: lg.QuerySamplesComplete([lg.QuerySampleResponse(t.key, 0, 0) for t in tickets]))
     issued = 0
 
-    def issue(samples: list[Any]) -> None:
+    def issue(samples: list[lg.QuerySample]) -> None:
         nonlocal issued
         now = perf_counter()
         first, issued = issued, issued + len(samples)
@@ -68,7 +66,7 @@ def run(
     if batcher.failure is None:
         loadgen.join()
     batcher.close()
-    return batcher, *_figures(folder / _SUMMARY, _queries(config))
+    return Driven(batcher, *_figures(folder / _SUMMARY, _queries(config)))
 
 
 def _queries(config: LoadGenConfig) -> int:
