@@ -46,7 +46,8 @@ class Columns:
 
     def last_lengths(self) -> Ints:
         """Events of each user's history at the user's last request."""
-        return self.lengths[self.next == len(self)].astype(np.int64)
+        lengths: Ints = self.lengths[self.next == len(self)].astype(np.int64)
+        return lengths
 
 
 def load(config: Workload, seed: int) -> Columns:

@@ -6,7 +6,7 @@ Called outside timed regions only. Without a GPU, driver or nvidia-ml-py there i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -41,7 +41,7 @@ def sample_gpu(index: int = 0) -> dict[str, float]:
         if nvml is None or index >= nvml.nvmlDeviceGetCount():
             return {}
         h = nvml.nvmlDeviceGetHandleByIndex(index)
-        readings = {
+        readings: dict[str, Callable[[], float]] = {
             "gpu/power_w": lambda: nvml.nvmlDeviceGetPowerUsage(h) / 1e3,
             "gpu/memory_mib": lambda: nvml.nvmlDeviceGetMemoryInfo(h).used / 2**20,
             "gpu/utilisation_percent": lambda: float(nvml.nvmlDeviceGetUtilizationRates(h).gpu),
@@ -51,7 +51,7 @@ def sample_gpu(index: int = 0) -> dict[str, float]:
         sampled = {}
         for name, read in readings.items():
             with contextlib.suppress(nvml.NVMLError):  # some cards do not tell some of them
-                sampled[name] = float(read())
+                sampled[name] = read()
         return sampled
 
 

@@ -146,7 +146,7 @@ def ceilings(device: str, dtype: str, torch_dtype: torch.dtype) -> Ceilings:
     a, b = (torch.randn(n, n, device=device, dtype=torch_dtype) for _ in range(2))
     product = torch.empty_like(a)
     source, target = (torch.ones(size, dtype=torch.int8, device=device) for _ in range(2))
-    calls = {"matmul": lambda: torch.mm(a, b, out=product), "copy": lambda: target.copy_(source)}
+    calls: dict[str, Call] = {"matmul": lambda: torch.mm(a, b, out=product), "copy": lambda: target.copy_(source)}
     for call in calls.values():
         call()
     times = interleaved({k: [c] for k, c in calls.items()}, device, repeats=20, min_time_s=0.3)

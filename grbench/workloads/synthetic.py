@@ -108,7 +108,8 @@ def _revisits(rng: np.random.Generator, config: SyntheticConfig, rate: float) ->
     logarithmic = abs(exponent) < 1e-9
     rank = most**draw if logarithmic else (1.0 + draw * (most**exponent - 1.0)) ** (1.0 / exponent)
     back = np.clip(rank.astype(np.int64), 1, seen) - 1
-    return rng.permutation(config.users)[np.where(new, seen - 1, back)].astype(np.int64)
+    users: npt.NDArray[np.int64] = rng.permutation(config.users)[np.where(new, seen - 1, back)].astype(np.int64)
+    return users
 
 
 def _zipf(rng: np.random.Generator, count: int, power: float, draws: int) -> npt.NDArray[np.int64]:
@@ -116,4 +117,5 @@ def _zipf(rng: np.random.Generator, count: int, power: float, draws: int) -> npt
     popularity = np.arange(1, count + 1, dtype=np.float64) ** -power
     cumulative = np.cumsum(popularity)
     ranks = np.searchsorted(cumulative, rng.random(draws) * cumulative[-1], side="right")
-    return rng.permutation(count)[np.minimum(ranks, count - 1)].astype(np.int64)
+    items: npt.NDArray[np.int64] = rng.permutation(count)[np.minimum(ranks, count - 1)].astype(np.int64)
+    return items

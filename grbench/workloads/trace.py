@@ -123,7 +123,8 @@ def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: in
 def _owners(events: Events, visits: Visits) -> Ints:
     """Return the user of each visit. A visit without own events belongs to the user of the event before it."""
     has_own = visits.ends > visits.starts
-    return events.users[np.where(has_own, np.minimum(visits.starts, len(events.users) - 1), visits.starts - 1)]
+    owners: Ints = events.users[np.where(has_own, np.minimum(visits.starts, len(events.users) - 1), visits.starts - 1)]
+    return owners
 
 
 def _candidates(own: Ints, events: Events, count: int, rng: np.random.Generator) -> Ints:
