@@ -22,7 +22,6 @@ from grbench.workloads.trace import Trace
 from grengines import registry
 from grengines.api import Engine, Ranker, Request, Retrieval
 from grengines.numerics import IncorrectError
-from grengines.semantic.ids import SemanticIds, propose_codes
 from grkernels import tuning
 
 Report = Callable[[dict[str, Any]], None]
@@ -178,11 +177,12 @@ def build_retrieval(
     signal, so its items lie in random clusters. report: takes a line of progress now and then.
     Raises ValueError for a file that does not fit the catalogue, or for too few codes.
     """
+    from grengines.semantic import id_cache  # imports scikit-learn, which takes seconds
+    from grengines.semantic.ids import SemanticIds, propose_codes
+
     items = trace.catalogue.num_items
     if config.semantic_ids is not None:
         return Retrieval(SemanticIds.load(config.semantic_ids, items), config.k, config.beam_width, config.weights)
-    from grengines.semantic import id_cache  # imports scikit-learn, which takes seconds
-
     codes = config.codes or propose_codes(items, config.levels)
     progress = at_most_every(
         5.0, lambda done, rows: report(f"making semantic IDs of {items:,} items, {done / rows:.0%}")
