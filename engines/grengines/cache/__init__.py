@@ -1,1 +1,1 @@
-"""Users' keys and values between their visits: pages, the index of who has which, and who goes."""
+"""The user-state cache: pages, index, policies and host tier; and the cache of item vectors."""

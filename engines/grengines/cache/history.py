@@ -1,4 +1,4 @@
-"""Which events a user's keys and values were computed from."""
+"""The events that a user's keys and values were computed from."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Column = npt.NDArray[Any]
 
 @dataclass(slots=True, eq=False)
 class History:
-    """The version of a state: its events themselves, every field that decides what a token is.
+    """The version of a state: its events, in every field that determines a token.
 
-    Views of the request's arrays, which are never written (api.Request): nothing is copied or hashed, and two histories
-    agree exactly as far as their events do. Of two over the same memory that is known without a look at it.
+    The columns are views of the request's arrays, which are never written (api.Request). Nothing is copied or hashed.
+    Two histories agree exactly as far as their events do. Two over the same memory agree without a comparison.
     """
 
     items: Column  # [events]
@@ -34,15 +34,15 @@ class History:
         return len(self.items)
 
     def first(self, events: int) -> History:
-        """The history up to there."""
+        """Return the history of the first `events` events."""
         if events == len(self):
             return self
         return History(self.items[:events], self.actions[:events], self.weights[:events], self.timestamps[:events])
 
     def common(self, other: History) -> int:
-        """How many first events are the same. Of two copies, a weight that is no number is like none."""
+        """Return the number of first events that are the same. In two copies a NaN weight equals none."""
         n = min(len(self), len(other))
-        # Timestamps first: they differ soonest, and what is found bounds the rest.
+        # Timestamps first: they differ soonest, and bound the comparison of the others.
         for a, b in (
             (self.timestamps, other.timestamps),
             (self.items, other.items),
@@ -57,6 +57,6 @@ class History:
 
 
 def _same_memory(a: Column, b: Column) -> bool:
-    """Whether two columns begin at one address and go on alike. Of single aligned elements the bounds tell that."""
+    """Return whether two columns have one address, type and stride. For one aligned element its bounds are exact."""
     alike = a.strides == b.strides and a.dtype == b.dtype and a.flags.aligned and b.flags.aligned
     return alike and np.may_share_memory(a[:1], b[:1])

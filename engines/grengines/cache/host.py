@@ -1,9 +1,9 @@
-"""The host tier: users' keys and values in page-locked memory, for when their pages on the device are needed by others.
+"""The host tier: KV caches of evicted users in page-locked memory.
 
-A state goes down when it is evicted: its pages are gathered on the device in the order of its work, so that they can
-be given away at once, and the copy to the host goes on beside later work. It comes up a layer ahead of the
-computation, which waits for each layer just before it reads it. Pages that are on the host already are not sent again.
-On a CPU the same code runs without streams: copies are done at once.
+A state is offloaded when it is evicted. Its pages are gathered on the device in stream order, so they can be reused at
+once, and the copy to the host overlaps later work. A state is loaded one layer ahead of the computation, which waits
+for each layer just before it reads it. Pages that the host already has are not sent again. On a CPU the same code runs
+without streams: copies are done at once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from grengines.cache.history import History
 from grengines.cache.pool import PagePool
 from grengines.runtime.timing import Mark
 
-AHEAD = 2  # layers under way to the device at once
-DOWN_BYTES = 2 << 30  # at most so much gathered memory waits to be copied to the host; further states are let go
-STAGED_SHARE = 0.125  # of the device's pool: bytes of prefetched states, at most
+AHEAD = 2  # layers in flight to the device at once
+DOWN_BYTES = 2 << 30  # most gathered memory that waits for its copy to the host; further states are dropped
+STAGED_SHARE = 0.125  # most bytes of prefetched states, as a share of the device's pool
 
 
 class SideStream:
-    """Work beside the device's main stream; on a CPU nothing is beside anything."""
+    """A stream for copies beside the device's main stream; on a CPU no stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -41,33 +41,33 @@ class SideStream:
         self._context.__exit__(*exception)
 
     def keep(self, x: Tensor) -> None:
-        """x, made on another stream, is not given away before this stream is done with it."""
+        """Keep the memory of `x`, made on another stream, until this stream is done with it."""
         if self._stream is not None:
             x.record_stream(self._stream)
 
 
 @dataclass(eq=False)
 class HostState:
-    """What the host has of one user."""
+    """State of one user on the host."""
 
     tokens: int
     history: History
     extents: list[Extent]
-    written: Mark | None  # once the copy from the device is there
+    written: Mark | None  # end of the copy from the device
 
 
 @dataclass
 class Load:
-    """What is to come up of one user."""
+    """Pages of one user to load from the host."""
 
     user: int
-    first: int  # the state's page that comes first
-    pages: list[int]  # of the device, where it and those after it go
+    first: int  # first page of the state to load
+    pages: list[int]  # of the device, for this page and those after it
 
 
 @dataclass
 class _Staged:
-    """A state that was prefetched: on the device, beside the pages."""
+    """A prefetched state: on the device, beside the pages."""
 
     state: HostState
     layers: list[Tensor]  # [pages, elements of one]
@@ -76,9 +76,9 @@ class _Staged:
 
 @dataclass
 class HostTier:
-    """Pages of host memory, of which `UserStates` decides who has them. Not thread-safe: it holds its lock around it.
+    """Pages of host memory, and the states in them. Not thread-safe: `UserStates` holds its lock around it.
 
-    A page holds the keys of one layer and then its values, so that a state's layer is one copy a run of pages.
+    A page holds the keys of one layer and then its values, so a state's layer is one copy for each run of pages.
     Raises ValueError where not one page fits, RuntimeError where the memory can't be page-locked.
     """
 
@@ -87,7 +87,7 @@ class HostTier:
     bytes_down: int = 0  # sent to the host so far
     states: dict[int, HostState] = field(default_factory=dict)
     _staged: dict[int, _Staged] = field(default_factory=dict)
-    _last_read: Mark | None = None  # once all copies to the device so far have left
+    _last_read: Mark | None = None  # end of all copies to the device so far
 
     def __post_init__(self) -> None:
         pool = self.pool
@@ -122,14 +122,14 @@ class HostTier:
         self._staged.clear()
 
     def drop(self, user: int) -> None:
-        """Forget a user who has a state. The pages are free at once: what is written there next waits for readers."""
+        """Drop the state of a user who has one. Its pages are free at once: later writes to them wait for readers."""
         self.extents.free(self.states.pop(user).extents)
         self._staged.pop(user, None)
 
     def store(self, user: int, tokens: int, history: History, pages: Sequence[int], same: int) -> bool:
-        """Take a user's state from its pages on the device, of whose tokens the host has the first `same` already.
+        """Copy a user's state from its pages on the device. The host already has its first `same` tokens.
 
-        There must be room for it (`lacking` is 0). Returns whether it is taken: not while too much is on its way down.
+        There must be room for it (`lacking` is 0). Returns whether it is taken: not while too many copies wait.
         """
         if same == tokens:
             return True
@@ -158,15 +158,15 @@ class HostTier:
         return True
 
     def lacking(self, user: int, pages: int) -> int:
-        """How many pages others must give up before `store` has room for a state of so many."""
+        """Return the number of pages that must be freed before `store` has room for a state of `pages` pages."""
         own = sum(n for _, n in self.states[user].extents) if user in self.states else 0
         return max(pages - own - self.extents.available, 0)
 
     def _copy_down(self, pages: Sequence[int], extents: Sequence[Extent]) -> Mark:
-        """Gather pages of all layers at once, and have them copied to these runs."""
+        """Gather pages of all layers at once, and queue their copy to these runs."""
         first = range(0, len(self.layers) * self.pool.pages, self.pool.pages)  # page of each layer
         ids = self._ids([layer + page for layer in first for page in pages])
-        if self._last_read is not None:  # what these pages held may still be on its way up
+        if self._last_read is not None:  # earlier contents of these pages may still be read
             with self._down:
                 self._last_read.wait()
         parts = [x.flatten(0, 1).flatten(1).index_select(0, ids) for x in (self.pool.all_k, self.pool.all_v)]
@@ -183,11 +183,11 @@ class HostTier:
             return Mark(self.device)
 
     def load(self, loads: Sequence[Load]) -> Onload:
-        """Start bringing states up into pages of the device."""
+        """Start to load states into pages of the device."""
         return Onload(self, loads)
 
     def prefetch(self, user: int) -> bool:
-        """Start bringing a user's state up, beside the pages. Returns whether it is: there is room for some only."""
+        """Start to load a user's state beside the pages. Return whether there is room for it."""
         state = self.states[user]
         pages = sum(n for _, n in state.extents)
         staged = sum(len(s.layers[0]) for s in self._staged.values())
@@ -209,11 +209,11 @@ class HostTier:
         return True
 
     def prefetched(self, user: int) -> bool:
-        """Whether the user's state is beside the pages, or on its way there."""
+        """Return whether the user's state was prefetched. The copy may not have ended."""
         return user in self._staged
 
     def bytes_a_second(self) -> float:
-        """Of a plain copy of page-locked memory to the device; at most 64 MiB, the best of three."""
+        """Measure the bandwidth of copies from page-locked memory to the device: at most 64 MiB, the best of three."""
         host = self.layers[0][: max((64 << 20) // self.layers[0][0].nbytes, 1)]
         there = torch.empty(host.shape, dtype=host.dtype, device=self.device)
         spans = []
@@ -229,8 +229,11 @@ class HostTier:
 
 
 class Onload:
-    """The states of one batch on their way up. `layer(i)` is called before layer i writes or reads its pages, or
-    `all_layers` before any does. bytes: of all; host_bytes: of those that were not prefetched."""
+    """States of one batch that are being loaded.
+
+    Call `layer(i)` before layer i writes or reads its pages, or `all_layers` before any does. bytes: of all states;
+    host_bytes: of those that were not prefetched.
+    """
 
     def __init__(self, tier: HostTier, loads: Sequence[Load]) -> None:
         self._tier, self._device, self._up = tier, tier.device, tier._up
@@ -243,7 +246,7 @@ class Onload:
         self.host_bytes = from_host * tier.pool.page_bytes
         self._sent: list[tuple[Mark, Mark]] = []
         self._waits: list[tuple[Mark, Mark]] = []
-        self._placed = [Mark(self._device)]  # entry i: the staging memory of layer i - 1 is free
+        self._placed = [Mark(self._device)]  # entry i: from here on the staging memory of layer i - 1 is free
         with self._up:
             for _, state, staged in self._sources:
                 for there in (state.written, staged and staged.there):
@@ -253,7 +256,7 @@ class Onload:
             self._send(i)
 
     def layer(self, i: int) -> None:
-        """Have the current stream wait for layer i, and put it into its pages."""
+        """Make the current stream wait for layer i, and put the layer into its pages."""
         pool, staging = self._tier.pool, self._staging[i % AHEAD]
         begin = Mark(self._device)
         self._sent[i][1].wait()
@@ -266,12 +269,12 @@ class Onload:
             self._send(i + AHEAD)
 
     def all_layers(self) -> None:
-        """Put every layer into its pages before anything is computed: what a CUDA graph needs."""
+        """Put every layer into its pages before anything is computed, as a CUDA graph needs."""
         for i in range(len(self._tier.pool.k)):
             self.layer(i)
 
     def times_ms(self) -> tuple[float, float]:
-        """(how long the computation waited, how long the copies took); waits until all is done."""
+        """Return (time that the computation waited, time of the copies); waits until all is done."""
         waits, copies = (sum(a.ms_until(b) for a, b in spans) for spans in (self._waits, self._sent))
         return waits, copies
 

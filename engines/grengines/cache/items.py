@@ -1,10 +1,10 @@
-"""The embedding hot cache: a table of vectors too large for the device, with the rows that traffic wants on it.
+"""The cache of item vectors: a table too large for the device, with its hot rows on the device.
 
-A lookup turns table rows into slots of a smaller table on the device, and fetches the rows that aren't there. Items
-are skewed, so a small share of the rows serves most tokens; and each batch asks for a row once, however often it
-shows it. Who goes: the row whose decayed count of batches is least among the slots that a clock hand passes. With
-independent draws the best set never changes and is the most frequent rows; counts find it, recency alone doesn't
-(reports/item_cache.md), and the decay follows a drift.
+A lookup turns table rows into slots of a smaller table on the device, and fetches missing rows. Traffic is skewed, so a
+small share of the rows serves most tokens. A batch asks for each distinct row once. The evicted row is the one with the
+least decayed count of batches among the slots that a clock hand passes. With independent draws the best set never
+changes: it is the most frequent rows. Counts find it, recency alone does not (reports/item_cache.md). The decay follows
+a drift.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from torch import Tensor
 
 Int64Array = npt.NDArray[np.int64]
 
-WINDOW = 8  # slots the hand passes for each row that has to go
+WINDOW = 8  # slots that the hand passes for each row to evict
 HALF_LIFE = 16  # a count halves while this many times `slots` distinct rows are looked up
-STAGING_BYTES = 8 << 20  # each of two buffers: one is filled while the other is on its way
-FREE, IN_USE = -np.inf, np.inf  # counts: slots without a row go first, rows of the lookup under way never
+STAGING_BYTES = 8 << 20  # of each of two buffers: one is filled while the other is copied
+FREE, IN_USE = -np.inf, np.inf  # counts: slots without a row are taken first, rows of the current lookup never
 _SCALE = 2.0**60  # counts are divided by it once a single use counts more
 
 
 @dataclass
 class RowCounters:
-    """Since the cache was made. distinct == hits + misses."""
+    """Counts since the cache was made. distinct == hits + misses."""
 
     tokens: int = 0  # rows asked for, repeats included
-    token_hits: int = 0  # of them, whose row was on the device before its lookup
+    token_hits: int = 0  # those whose row was on the device before its lookup
     distinct: int = 0  # different rows of each lookup
-    hits: int = 0  # of them, on the device before
-    misses: int = 0  # of them, fetched
-    evictions: int = 0  # rows that went to make room
+    hits: int = 0  # distinct rows that were on the device before
+    misses: int = 0  # distinct rows that were fetched
+    evictions: int = 0  # rows that made room for others
     bytes: int = 0  # of vectors, from the host to the device
 
 
 class HotRows:
-    """Rows of a host table on the device, as many as `slots`.
+    """Rows of a host table on the device, at most `slots` of them.
 
-    host: [R, E] on the CPU, contiguous; pageable, page-locked or memory-mapped. It is read whenever a row is missed
-    and must not change. slots: rows on the device. dtype: of the device's rows; values are rounded as `Tensor.to` does.
+    host: [R, E] on the CPU, contiguous; pageable, page-locked or memory-mapped. It is read at every miss and must not
+    change. slots: rows on the device. dtype: of the device's rows; values are rounded as `Tensor.to` does.
 
-    `table` [slots, E] is what kernels read. It keeps its address, so captured CUDA graphs go on reading it. It begins
-    as zeros. Rows of a lookup stay where they are until the next lookup.
+    Kernels read `table` [slots, E]. It keeps its address, so captured CUDA graphs can read it. It starts as zeros. Rows
+    of a lookup keep their slots until the next lookup.
 
-    Beside the host table this takes 8 bytes a row and 12 a slot on the host. Not thread-safe.
+    Besides the host table this takes 8 bytes a row and 12 a slot on the host. Not thread-safe.
 
     Raises ValueError for a host table of another form or slots below 1, torch.OutOfMemoryError for no room.
     """
@@ -62,37 +62,38 @@ class HotRows:
         self.table = torch.zeros(slots, host.shape[1], dtype=dtype, device=device)
         self.counters = RowCounters()
         rows = len(host)
-        # Row number `rows` stands for no row: its place in the maps is written when a free slot is taken, never read.
+        # Row number `rows` means no row: its entry in the maps is written when a free slot is taken, never read.
         self._slot_of = np.full(rows + 1, -1, np.int32)
         self._row_of = np.full(slots, rows, np.int64)
         self._filled = 0  # slots from here on were never used
         self._hand = 0
-        # Counts of lookups. Instead of all counts falling, what one use counts rises.
+        # Counts of lookups. All counts decay in relation: the weight of one use rises.
         self._unit = 1.0
         self._count = np.full(slots, FREE, np.float32)
-        self._left_with = np.zeros(rows + 1, np.float32)  # a row's count when it went: it comes back with that
+        self._left_with = np.zeros(rows + 1, np.float32)  # a row's count when it was evicted, restored when it returns
         self._staging = [_Staging(self.table) for _ in range(2)]
         self._next_staging = 0
 
     @classmethod
     def within(cls, budget_bytes: int, host: Tensor, *, device: torch.device | str, dtype: torch.dtype) -> HotRows:
-        """As many rows as fit in `budget_bytes` on the device. Raises ValueError where not one does."""
+        """Make a cache of as many rows as fit in `budget_bytes`. Raises ValueError where not one does."""
         one = host.shape[1] * dtype.itemsize
         if budget_bytes < one:
             raise ValueError(f"cache.item_memory_gb: a row takes {one} bytes, the budget has {budget_bytes}")
         return cls(host, slots=min(budget_bytes // one, len(host)), device=device, dtype=dtype)
 
     def lookup(self, rows: Int64Array) -> Int64Array:
-        """Slots int64 [n] of table rows int64 [n], repeats allowed. All are in `table` for whatever is queued on the
-        device's current stream from now on, until the next lookup.
+        """Return slots int64 [n] of table rows int64 [n], repeats allowed.
 
-        Waits for the device only where both staging buffers are still on their way. Raises IndexError for a row that
-        the table lacks, and RuntimeError for more distinct rows than slots; nothing has changed then. If fetching
-        fails, rows that should have been fetched are absent, and the error is passed on.
+        The rows are in `table` for all work that is queued on the device's current stream from now on, until the next
+        lookup. Waits for the device only where both staging buffers are still being copied.
+
+        Raises IndexError for a row that the table lacks, and RuntimeError for more distinct rows than slots. Neither
+        changes anything. If fetching fails, the missing rows stay absent, and the error is passed on.
         """
         if not len(rows):
             return np.empty(0, np.int64)
-        # Sorting is the fastest way to tell them apart, and reads the maps and the host table in order.
+        # Sorting is the fastest way to find distinct rows, and reads the maps and the host table in order.
         ordered = np.sort(rows)
         first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
         distinct = ordered[first]
@@ -119,7 +120,7 @@ class HotRows:
         return self._slot_of.take(rows, mode="clip").astype(np.int64)
 
     def place(self, parts: Sequence[Int64Array]) -> None:
-        """Write slots in the place of the table rows in `parts`, int64 arrays. One lookup: errors are its errors."""
+        """Replace the table rows in `parts`, int64 arrays, by their slots. One lookup, with its errors."""
         slots = self.lookup(np.concatenate(parts))
         for part, placed in zip(parts, np.split(slots, np.cumsum([len(part) for part in parts])[:-1]), strict=True):
             part[:] = placed
@@ -136,7 +137,7 @@ class HotRows:
             )
 
     def _fetch(self, rows: Int64Array) -> None:
-        """Put distinct rows that are absent into slots. They count as present once their copies are queued."""
+        """Put distinct missing rows into slots. They count as present once their copies are queued."""
         slots = self._take(len(rows))
         gone = self._row_of[slots]
         self._slot_of[gone] = -1
@@ -154,7 +155,7 @@ class HotRows:
         self._count[slots] = self._left_with[rows] + np.float32(self._unit)
 
     def _take(self, count: int) -> Int64Array:
-        """Slots for new rows: fresh ones, then those whose rows go. None that this lookup uses."""
+        """Return slots for new rows: fresh ones, then those of evicted rows. None that this lookup uses."""
         fresh = np.arange(self._filled, min(self._filled + count, self.slots))
         self._filled += len(fresh)
         self._count[fresh] = IN_USE
@@ -181,7 +182,7 @@ class HotRows:
 
 
 class _Staging:
-    """Host memory for slots and rows on their way: one copy to the device brings both."""
+    """Host memory for slots and rows: one copy to the device moves both."""
 
     def __init__(self, table: Tensor) -> None:
         self._row_bytes = table.shape[1] * table.itemsize
@@ -191,9 +192,9 @@ class _Staging:
         self._copied = torch.cuda.Event() if cuda else None
 
     def write(self, host: Tensor, rows: Int64Array, slots: Int64Array, table: Tensor) -> None:
-        """table[slots] = host[rows], queued on the current stream."""
+        """Queue table[slots] = host[rows] on the current stream."""
         if self._copied is not None:
-            self._copied.synchronize()  # the copy before from this buffer
+            self._copied.synchronize()  # the earlier copy from this buffer
         n = len(rows)
         part = self._buffer[: n * (8 + self._row_bytes)]
         self._views(part, n, table)[0].copy_(torch.from_numpy(slots))
@@ -205,12 +206,12 @@ class _Staging:
 
     @staticmethod
     def _views(buffer: Tensor, n: int, table: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots int64 [n] and the rows [n, E] in a buffer."""
+        """Return the slots int64 [n] and the rows [n, E] in a buffer."""
         return buffer[: 8 * n].view(torch.int64), buffer[8 * n :].view(table.dtype).view(n, -1)
 
 
 def _gather(table: Tensor, rows: Tensor, *, out: Tensor) -> None:
-    """out = table[rows], rounded to out's dtype."""
+    """Write table[rows] to `out`, rounded to its dtype."""
     if out.dtype == table.dtype:
         torch.index_select(table, 0, rows, out=out)
     else:

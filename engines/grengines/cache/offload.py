@@ -14,8 +14,8 @@ class Offloader:
     A state that is evicted from the device is copied to the host. A lookup that finds more on the host than on the
     device has it loaded. The copy on the host stays, so only new pages are sent at the next eviction.
 
-    The policy chooses the states that leave the host. At each visit of a user of whom the host has nothing valid, it
-    also decides whether the host takes the user's state at its next eviction. So visits count, not evictions.
+    The policy chooses the states that leave the host. At each visit of a user without a valid state on the host,
+    it also decides whether the host takes the user's state at its next eviction. So visits count, not evictions.
 
     Not thread-safe: `UserStates` holds its lock around it.
     """

@@ -1,8 +1,9 @@
-"""Cache policies: small objects that only decide who is kept. The engine and `grbench cachesim` run them.
+"""Cache policies: small objects that decide which states are kept. The engine and `grbench cachesim` run them.
 
-A policy hears of every visit and names victims; it holds no state and moves no bytes. An entry is a user with a size
-(any unit above 0, the same for all), a cost (of computing the state again, any unit, the same for all) and the time of
-the visit (seconds on the caller's clock). Not thread-safe: the cache asks under its own lock. No torch import here.
+A policy is notified of every visit and names victims. It holds no state and moves no bytes. An entry is a user with a
+size (above 0), a cost of computing the state again, and the time of the visit (seconds on the caller's clock). Sizes
+and costs have any unit, the same for all users. Not thread-safe: the cache asks under its own lock. No torch import
+here.
 """
 
 from __future__ import annotations
@@ -16,28 +17,32 @@ from grengines.cache.predictive import Predictive
 
 
 class Policy(Protocol):
-    """What a cache asks. A visit is one `touch`, or `admit` and then, if it is stored, `touch` at the same time."""
+    """The questions of a cache. A visit is one `touch`, or `admit` and then, if stored, `touch` at the same time."""
 
     def admit(self, user: int, size: int, cost: float, now: float) -> bool:
-        """Whether to store the state of a user of whom nothing valid is cached."""
+        """Return whether to store the state of a user who has no valid state."""
 
     def touch(self, user: int, size: int, cost: float, now: float) -> None:
-        """The user's state was stored, or used and stored again."""
+        """Note that the user's state was stored, or used and stored again."""
 
     def victim(self, now: float, exclude: Set[int] = frozenset()) -> int:
-        """Whose state goes: a user who was touched and not removed, and isn't in `exclude`; an entry until it is
-        removed. Raises LookupError where there is none."""
+        """Return the user to evict: one that was touched, not removed, and is not in `exclude`.
+
+        The entry stays until `remove`. Raises LookupError where there is none.
+        """
 
     def remove(self, user: int) -> None:
-        """The user's state is gone. Nothing for a user who has none."""
+        """Note that the user's state is gone. Does nothing for a user who has none."""
 
     def prefetch(self, now: float, horizon: float) -> list[int]:
-        """Users without a state who are expected within `horizon` seconds, soonest first, for a cache that can fetch
-        it from a lower tier. Each expected visit is named once."""
+        """Return users without a state who are expected within `horizon` seconds, soonest first.
+
+        A cache can fetch their states from a lower tier. Each expected visit is returned once.
+        """
 
 
 class _Everyone:
-    """Admits everyone, expects no one."""
+    """A policy that admits everyone and expects nobody."""
 
     def admit(self, user: int, size: int, cost: float, now: float) -> bool:
         return True
@@ -47,7 +52,7 @@ class _Everyone:
 
 
 class Nothing(_Everyone):
-    """No cache: nobody is admitted."""
+    """A policy that admits nobody: no cache."""
 
     def admit(self, user: int, size: int, cost: float, now: float) -> bool:
         return False
@@ -63,7 +68,7 @@ class Nothing(_Everyone):
 
 
 class LRU(_Everyone):
-    """Who was last seen longest ago goes. Constant time."""
+    """A policy that evicts the least recently used state. Constant time."""
 
     def __init__(self) -> None:
         self._users: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -83,11 +88,11 @@ class LRU(_Everyone):
 
 
 class GDSF(_Everyone):
-    """Greedy dual, size and frequency (Cherkasova, HP Labs 1998): the least of clock + visits * cost / size goes.
+    """Greedy dual, size and frequency (Cherkasova, HP Labs 1998): evicts the least clock + visits * cost / size.
 
-    The clock is that value of the last victim, so that whoever isn't seen any more is overtaken in the end. Visits
-    count since the state was stored. Of equals the least recently used goes. O(log n): a heap whose outdated items
-    are dropped when they surface, or all at once when they are most of it.
+    The clock is that value of the last victim, so users who stop visiting are overtaken in the end. Visits count since
+    the state was stored. Among equals the least recently used is evicted. O(log n): a heap whose outdated items are
+    dropped when they surface, or all at once when they are most of it.
     """
 
     def __init__(self) -> None:
@@ -131,14 +136,14 @@ class GDSF(_Everyone):
 
 
 class LFU(GDSF):
-    """Who was seen least often goes, with dynamic ageing: GDSF with all costs and sizes alike."""
+    """A policy that evicts the least often used state, with dynamic ageing: GDSF with equal costs and sizes."""
 
     def _worth(self, visits: int, size: int, cost: float) -> float:
         return visits
 
 
 class _Visits:
-    """How often users came, of the last `remember` who did."""
+    """Visit counts of the last `remember` users."""
 
     def __init__(self, remember: int) -> None:
         self._remember = remember
@@ -148,7 +153,7 @@ class _Visits:
         return self._counts.get(user, 0)
 
     def count(self, user: int) -> int:
-        """With one more."""
+        """Add a visit, and return the count."""
         n = self._counts[user] = self._counts.pop(user, 0) + 1
         if len(self._counts) > self._remember:
             self._counts.popitem(last=False)
@@ -156,10 +161,10 @@ class _Visits:
 
 
 class Doorkeeper:
-    """Another policy, which admits nobody before their n-th visit: storing what is never used again costs time.
+    """Another policy that admits nobody before their n-th visit: storing a state that is never used costs time.
 
-    The idea is TinyLFU's (Einziger, Friedman, Manes, ACM Transactions on Storage 2017), with exact counts of the last
-    `remember` users who knock instead of a filter.
+    The idea is from TinyLFU (Einziger, Friedman, Manes, ACM Transactions on Storage 2017). Exact counts of the last
+    `remember` users replace its filter.
     """
 
     def __init__(self, policy: Policy, visits: int, remember: int = 1 << 20) -> None:
@@ -168,16 +173,16 @@ class Doorkeeper:
         self.remove, self.prefetch = policy.remove, policy.prefetch
 
     def admit(self, user: int, size: int, cost: float, now: float) -> bool:
-        willing = self._policy.admit(user, size, cost, now)  # it hears of every visit
+        willing = self._policy.admit(user, size, cost, now)  # it must count every visit
         return self._knocks.count(user) >= self._least and willing
 
 
 class WhileItPays:
-    """Another policy, which admits users at their first visit only while that pays, and from the second on always.
+    """Another policy that admits users at their first visit only while that pays, and always from the second on.
 
-    It pays while of the users whose first visit was stored a share of PAYS or more come back to a state that is of use
-    before it goes: storing costs 12 to 15% of a batch on a GPU, and a hit saves some 80% (reports/user_cache.md). At
-    first it is taken to pay. One newcomer of SAMPLE is stored in any case, so that a change shows.
+    It pays while a share of PAYS or more of the users stored at their first visit return to a valid state. Storing
+    costs 12 to 15% of a batch on a GPU, and a hit saves some 80% (reports/user_cache.md). The policy starts as if it
+    paid. One newcomer in SAMPLE is always stored, so that a change is noticed.
     """
 
     PAYS = 1 / 8
@@ -186,14 +191,14 @@ class WhileItPays:
 
     def __init__(self, policy: Policy, remember: int = 1 << 20) -> None:
         self._policy, self._visits = policy, _Visits(remember)
-        self._on_trial: dict[int, float] = {}  # users whose first visit was stored, and its time
+        self._on_trial: dict[int, float] = {}  # users stored at their first visit, and its time
         self._newcomers = 0
         self._share = 1.0
         self.victim, self.prefetch = policy.victim, policy.prefetch
 
     def admit(self, user: int, size: int, cost: float, now: float) -> bool:
-        willing = self._policy.admit(user, size, cost, now)  # it hears of every visit
-        self._end_trial(user, of_use=False)  # back, and nothing of the state is valid
+        willing = self._policy.admit(user, size, cost, now)  # it must count every visit
+        self._end_trial(user, of_use=False)  # the user is back, and nothing of the state is valid
         if self._visits.count(user) > 1 or not willing:
             return willing
         self._newcomers += 1
@@ -226,13 +231,16 @@ _TABLE: dict[str, type[Policy]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Every policy."""
+    """Return the names of all policies."""
     return tuple(_TABLE)
 
 
 def make(name: str, admit_visit: int = 1) -> Policy:
-    """A policy that has seen nobody yet. admit_visit: the visit from which a user is admitted, if the policy does; 0:
-    the first while that pays, else the second. Raises ValueError, listing the known ones, for an unknown name."""
+    """Return a policy that has seen nobody yet.
+
+    admit_visit: the visit from which a user is admitted, if the policy agrees; 0: the first while that pays, else the
+    second. Raises ValueError, listing the known names, for an unknown one.
+    """
     if name not in _TABLE:
         raise ValueError(f"unknown cache policy {name!r}; known: {', '.join(_TABLE)}")
     policy = _TABLE[name]()

@@ -1,4 +1,4 @@
-"""Memory for keys and values: pages of a fixed number of tokens, all layers, one free list."""
+"""Memory of the KV cache: pages of a fixed number of tokens in all layers, and one free list."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from grkernels.paged_write import paged_write
 
 
 class PoolFullError(RuntimeError):
-    """There are not as many pages as are asked for; the message shows how many there are."""
+    """Fewer pages are free than requested; the message shows the number."""
 
 
 class PagePool:
-    """Keys and values of every layer in pages. A page id means the same page in each layer.
+    """Pages of the KV cache of every layer, and a free list. A page id means the same page in each layer.
 
-    A state grows by taking further pages: nothing that is cached is ever copied or moved. Counting is exact:
-    `used + available == pages` at any time. Not thread-safe; UserStates holds its lock around it.
+    A state grows by taking more pages: cached data is never copied or moved. Counting is exact: `used + available ==
+    pages` at any time. Not thread-safe; UserStates holds its lock around it.
 
-    Pages start as zeros and are not cleared when freed: kernels multiply the values of masked tokens by zero,
-    so whatever is in a page must be finite, and it is, as long as only finite keys and values are written.
+    Pages start as zeros and are not cleared when freed. Kernels multiply the values of masked tokens by zero, so the
+    contents of a page must be finite: they are, as long as only finite keys and values are written.
 
-    device "meta" makes a pool that counts and holds nothing: for simulations. Raises ValueError for a size
-    below 1, torch.OutOfMemoryError where the device has no room.
+    device "meta" makes a pool that counts pages and holds no data: for simulations. Raises ValueError for a size below
+    1, torch.OutOfMemoryError where the device has no room.
     """
 
     def __init__(
@@ -53,14 +53,17 @@ class PagePool:
         self.all_k = torch.zeros(layers, pages, page, heads, qk_dim, dtype=dtype, device=device)
         self.all_v = torch.zeros(layers, pages, page, heads, v_dim, dtype=dtype, device=device)
         self.k, self.v = list(self.all_k.unbind()), list(self.all_v.unbind())  # of each layer
-        self.high_water = 0  # most pages that were ever in use at once
+        self.high_water = 0  # most pages in use at once so far
         self._free = list(range(pages))[::-1]  # a stack: the page freed last is taken first
         self._taken = bytearray(pages)
         self._slots = np.arange(pages * page).reshape(pages, page)  # of each page
 
     @classmethod
     def within(cls, budget_bytes: int, *, device: torch.device | str, **sizes: Any) -> PagePool:
-        """As many pages as fit in `budget_bytes`. sizes: of `page_bytes`. Raises ValueError where not one page fits."""
+        """Make a pool of as many pages as fit in `budget_bytes`. sizes: arguments of `page_bytes`.
+
+        Raises ValueError where not one page fits.
+        """
         one = page_bytes(**sizes)
         if budget_bytes < one:
             raise ValueError(f"a page of {sizes['page']} tokens takes {one} bytes; the pool may have {budget_bytes}")
@@ -68,25 +71,25 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages, used or not."""
+        """Return the bytes of all pages, used or not."""
         return self.pages * self.page_bytes
 
     @property
     def available(self) -> int:
-        """Pages that are free."""
+        """Return the number of free pages."""
         return len(self._free)
 
     @property
     def used(self) -> int:
-        """Pages that are taken."""
+        """Return the number of pages in use."""
         return self.pages - len(self._free)
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that hold so many tokens of one user."""
+        """Return the number of pages that `tokens` tokens of one user take."""
         return -(-tokens // self.page)
 
     def slots(self, pages: Sequence[int], begin: int, end: int) -> npt.NDArray[np.int64]:
-        """Where tokens begin to end - 1 of one user lie, whose pages these are: page id * page + the place in it."""
+        """Return the slots of tokens begin to end - 1 of the user with these pages: page id * page + place in it."""
         first = begin // self.page
         places = self._slots.take(np.array(pages[first : self.pages_for(end)], np.int64), axis=0).reshape(-1)
         return places[begin - first * self.page : end - first * self.page]
@@ -122,5 +125,5 @@ class PagePool:
 
 
 def page_bytes(*, layers: int, page: int, heads: int, qk_dim: int, v_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one page of `page` tokens: keys and values of every layer."""
+    """Return the bytes of one page of `page` tokens: keys and values of every layer."""
     return layers * page * heads * (qk_dim + v_dim) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""The policy that keeps whoever is expected soonest."""
+"""The policy that keeps the users who are expected soonest."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-# Ages, that is times since a user's last visit, in octaves: below 2^-10 s, then up to 2^30 s (34 years).
+# Ages (times since a user's last visit) in octaves: below 2^-10 s, then up to 2^30 s (34 years).
 LOWEST, AGES = -10, 41
 EDGES = np.concatenate([[0.0], 2.0 ** np.arange(LOWEST, LOWEST + AGES)])
 LOW, WIDTH = EDGES[:-1], np.diff(EDGES)
 CLASSES = 1 + 2 * (AGES // 2 + 1)  # see `_User.visited`
 
-# Chosen on MovieLens-100K and on synthetic traces: half or double of any changes hit rates by about a point at most.
+# Chosen on MovieLens-100K and on synthetic traces. Half or double of any changes hit rates by at most a point or so.
 RECENT = 0.3  # weight of the newest gap in a user's mean, once there are a few
-KEPT = 0.9  # weight of all that was learned before, each time that the tables are made anew
-PRIOR = 2.0  # visits that the whole population's rate counts for in the rate of a class
-SOON, LATE = 256, 4096  # visits of the panel between two makings of the tables: one for each user on it, within these
-PANEL = 16384  # most users that the tables are learned from: making them takes some 10 ms, however many there are
-MARGIN = 1.25  # the least recently seen user goes unless worth more than this many times what the least worthy is
-REFUSALS, MOST_REFUSALS = 16, 1024  # of a user whose state turned out of no use, the first time and at most
+KEPT = 0.9  # weight of older observations, each time the tables are rebuilt
+PRIOR = 2.0  # weight of the whole population's rate in the rate of a class, in visits
+SOON, LATE = 256, 4096  # the tables are rebuilt after one visit for each user on the panel, within these limits
+PANEL = 16384  # most users that the tables are learned from: a rebuild takes some 10 ms
+MARGIN = 1.25  # the least recently seen user is evicted unless worth more than this times the least worth
+REFUSALS, MOST_REFUSALS = 16, 1024  # visits without a state after one that was of no use: first and most
 
 
 class _User:
-    """What is remembered of a user; times in seconds."""
+    """Record of a user; times in seconds."""
 
     __slots__ = ("due", "gaps", "group", "last", "mean", "refusals", "retry", "sampled")
 
@@ -39,9 +39,9 @@ class _User:
         self.gaps = 0  # between visits, so far
         self.mean = 0.0  # of log2 of the gaps, the newest weighing most
         self.group = 0  # class
-        self.due = inf  # when the next visit is expected, if that can be told and was not named for prefetching
+        self.due = inf  # expected time of the next visit; inf: unknown, or already returned by `prefetch`
         self.retry = 0  # visits before a state is admitted again
-        self.refusals = REFUSALS  # how many it will be after the next state of no use
+        self.refusals = REFUSALS  # visits without a state after the next one that is of no use
         self.sampled = sampled  # is on the panel
 
     def visited(self, now: float, gap: float) -> None:
@@ -49,30 +49,30 @@ class _User:
         self.gaps += 1
         self.mean += (log2(gap) - self.mean) * max(1 / self.gaps, RECENT)
         self.due = now + 2.0**self.mean
-        # Class 0: one visit. Then two for each factor of 4 of the mean gap, by whether one gap is known or more.
+        # Class 0: one visit. Then two for each factor of 4 of the mean gap: one gap known, or more.
         octave = min(max(int(self.mean - LOWEST), 0), AGES - 1)
         self.group = 1 + 2 * (octave // 2) + (self.gaps > 1)
 
 
 class Predictive:
-    """Belady's rule with an estimate in place of the future: who is expected last goes.
+    """Belady's rule with an estimate of the future: evicts the user who is expected last.
 
-    **Estimate.** Users are classed by the mean gap between their visits. For each class a table is learned of the
-    rate at which its users come back at every age (time since the last visit): returns over time at risk, visits
-    still awaited included, with the whole population's rate as a prior and older observations fading. From it
-    follows what a state is worth at every age: the chance of a visit within t over the expected time that the state
-    takes up room until then, at the best t. That is the hit density of Beckmann, Chen and Cidon (LHD, NSDI 2018).
-    It is kept from rising with age, so that within a class the least recently seen user goes, and of two classes
-    that are worth about the same too: where gaps tell nothing, what is left is LRU.
+    **Estimate.** Users are classed by the mean gap between their visits. For each class a table holds the rate of
+    return at every age (time since the last visit): returns over time at risk. Visits still awaited count as time at
+    risk, the whole population's rate is a prior, and older observations fade. A state's worth at an age is the chance
+    of a visit within t over the expected time that the state takes up room until then, at the best t. This is the hit
+    density of Beckmann, Chen and Cidon (LHD, NSDI 2018). Worth never rises with age, so within a class the least
+    recently seen user is evicted. The same holds for two classes of about the same worth: where gaps carry no
+    information, the policy is LRU.
 
-    **Admission.** A user whose state was not valid when they came back (the history's start had moved) is refused for
-    the next visits, and for twice as many each time that it happens again.
+    **Admission.** A user whose state was not valid on return (the history's start had moved) is refused for the next
+    visits, and for twice as many each time it happens again.
 
     **Prefetch.** A user is expected one (geometric) mean gap after the last visit.
 
-    Bounded: the last `remember` users seen are remembered (350 bytes each) beside those who are cached, and the tables
-    are learned from a panel of at most PANEL of them, chosen by hash. Constant time: `victim` compares the first of at
-    most CLASSES queues; `prefetch` is O(log n) for each user named. Equal times are one visit, and a clock that runs
+    **Cost.** The last `remember` users are remembered (350 bytes each), beside those that are cached. The tables are
+    learned from a panel of at most PANEL of them, chosen by hash. `victim` compares the first of at most CLASSES queues
+    and takes constant time. `prefetch` is O(log n) for each user. Equal times are one visit, and a clock that runs
     backwards teaches nothing.
     """
 
@@ -80,11 +80,11 @@ class Predictive:
         self._remember = remember
         self._users: OrderedDict[int, _User] = OrderedDict()  # least recently seen first
         self._cached: dict[int, int] = {}  # class
-        self._queues: dict[int, OrderedDict[int, _User]] = {}  # class: cached users, least recently seen first
-        self._awaited: list[tuple[float, int]] = []  # heap of (due, user) of those who lost their states
+        self._queues: dict[int, OrderedDict[int, _User]] = {}  # by class: cached users, least recently seen first
+        self._awaited: list[tuple[float, int]] = []  # heap of (due, user) of users who lost their states
         self._panel: dict[int, _User] = {}
-        self._thinned = 0  # those whose hash ends in so many zero bits are on the panel
-        self._gaps: list[tuple[int, float]] = []  # of the panel, since the tables were made: class before it, seconds
+        self._thinned = 0  # users on the panel have a hash that ends in this many zero bits
+        self._gaps: list[tuple[int, float]] = []  # of the panel, since the last rebuild: class before, seconds
         self._visits = 0  # likewise
         self._tables = _Tables()
         self._worth = self._tables.learn([], np.zeros(0), np.zeros(0, np.int64))  # [class][age], 1/s
@@ -143,7 +143,7 @@ class Predictive:
             due, user = heapq.heappop(self._awaited)
             if self._is_awaited(due, user):
                 self._users[user].due = inf
-                if due >= now:  # who is overdue may never come
+                if due >= now:  # an overdue user may never come
                     named.append(user)
         return named
 
@@ -151,7 +151,7 @@ class Predictive:
         return user not in self._cached and user in self._users and self._users[user].due == due
 
     def _take_out(self, user: int) -> _User | None:
-        """Remove a cached user; None if there is no such."""
+        """Remove and return a cached user; None if there is no such user."""
         group = self._cached.pop(user, None)
         if group is None:
             return None
@@ -162,7 +162,7 @@ class Predictive:
         return known
 
     def _seen(self, user: int, now: float) -> _User:
-        """What is known of a user who is here now. A second call at the same time changes nothing."""
+        """Return the record of a user who visits now. A second call at the same time changes nothing."""
         known = self._users.get(user)
         if known is None:
             known = self._users[user] = _User(now, self._is_chosen(user))
@@ -214,23 +214,23 @@ class _Tables:
         self._risk = np.zeros((CLASSES, AGES))  # seconds
 
     def learn(self, gaps: list[tuple[int, float]], ages: Floats, groups: Ints) -> list[list[float]]:
-        """What a state is worth, [class][age] in 1/s, from all gaps so far and the ages at present.
+        """Return the worth of a state, [class][age] in 1/s, from all gaps so far and the current ages.
 
-        gaps: class and seconds of those that ended; ages: seconds, and groups: classes, of those that go on.
+        gaps: class and seconds of gaps that ended. ages, groups: seconds and classes of gaps that go on.
         """
         ended = np.array(gaps).reshape(-1, 2)
         returns, risk = _exposure(ended[:, 0].astype(np.int64), ended[:, 1])
         self._returns = KEPT * self._returns + returns
         self._risk = KEPT * self._risk + risk
         risk = self._risk + _exposure(groups, ages)[1]
-        common = (self._returns.sum(0) + 1) / (risk.sum(0) + EDGES[1:])  # where nothing is known: one over the age
+        common = (self._returns.sum(0) + 1) / (risk.sum(0) + EDGES[1:])  # without any observation: one over the age
         rates = (self._returns + PRIOR) / (risk + PRIOR / common)
         worth: list[list[float]] = np.minimum.accumulate(_density(rates), axis=1).tolist()
         return worth
 
 
 def _exposure(groups: Ints, ages: Floats) -> tuple[Floats, Floats]:
-    """How many end at each age, and the seconds that they spend at it on the way, [CLASSES, AGES] each."""
+    """Return the number of gaps that end at each age, and the seconds spent at each, [CLASSES, AGES] both."""
     at = np.clip(np.searchsorted(EDGES, ages, side="right") - 1, 0, AGES - 1)
     cells, count, shape = groups * AGES + at, CLASSES * AGES, (CLASSES, AGES)
     ends = np.bincount(cells, minlength=count).reshape(shape).astype(np.float64)
@@ -240,7 +240,7 @@ def _exposure(groups: Ints, ages: Floats) -> tuple[Floats, Floats]:
 
 
 def _density(rates: Floats) -> Floats:
-    """For each class and age the most, over all t, of P(a visit within t) / E[time until the visit or t], 1/s."""
+    """Return the maximum over t of P(a visit within t) / E[time until the visit or t] for each class and age, 1/s."""
     worth = np.empty_like(rates)
     for age in range(AGES):
         width = WIDTH[age:].copy()

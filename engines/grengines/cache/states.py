@@ -105,8 +105,8 @@ class UserStates:
         share: the part of the tokens that only the host has which is loaded, in whole pages; the rest is computed again
         meanwhile. With contextual tokens, which cannot be split, all of it.
 
-        Returns whether the history will be stored. It is not for a bypassed plan, for a user whom the policy does not
-        admit, and where requests in flight hold too much of the pool. Raises PoolFullError, changing nothing, for a
+        Returns whether the history will be stored. It is not for a bypassed plan, for a user that the policy does
+        not admit, and where requests in flight hold too much of the pool. Raises PoolFullError, changing nothing, for a
         history that would not fit in the empty pool; RuntimeError for a plan that is committed or aborted.
         """
         if plan.bypassed:
@@ -152,7 +152,7 @@ class UserStates:
             return more and self.tier is not None and self.tier.prefetched(plan.user)
 
     def prefetch(self, now: float, horizon: float) -> None:
-        """Start to copy from the host the states of users whom the policy expects within `horizon` seconds."""
+        """Start to copy from the host the states of users that the policy expects within `horizon` seconds."""
         if self._offloader is None or horizon <= 0:
             return
         with self._lock:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whoever else writes, reads or replaces them at the same time."""
+"""Files and folders that appear whole or not at all, also while other processes read, write or replace them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file, in the place of one that is there. Raises OSError."""
+    """Write a file, replacing an existing one. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = _beside(path)
     try:
@@ -22,14 +22,14 @@ def write(path: Path, data: bytes) -> None:
 
 
 def check(folder: Path, sign: str, what: str) -> None:
-    """Raises ValueError where a folder holds something that is none of ours: what is known by the file `sign` in it."""
+    """Raise ValueError for a folder with other contents: it is not empty and lacks the file `sign`."""
     if folder.exists() and not (folder / sign).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder}: is not empty and holds no {what}; give another folder")
 
 
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, to be filled and published; what was not published is deleted. Raises OSError."""
+    """Make a folder beside `folder`, to be filled and published. It is deleted unless published. Raises OSError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = _beside(folder)
     made.mkdir()
@@ -40,7 +40,7 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 
 def publish(made: Path, folder: Path) -> bool:
-    """Rename `made` to `folder`. False, with nothing changed, where that holds something already. Raises OSError."""
+    """Rename `made` to `folder`. Return False, changing nothing, where `folder` has contents. Raises OSError."""
     try:
         made.replace(folder)
     except OSError as e:
@@ -51,7 +51,7 @@ def publish(made: Path, folder: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder, if it is there; nobody finds a part of it. Raises OSError."""
+    """Delete a folder if it exists, in one step for readers. Raises OSError."""
     aside = _beside(folder)
     with contextlib.suppress(FileNotFoundError):
         folder.replace(aside)

@@ -1,4 +1,4 @@
-"""Where files that can be made again are kept, and how a file is known again."""
+"""The folder of files that can be made again, and digests of files."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """$GRBENCH_CACHE, else $XDG_CACHE_HOME/grbench, else ~/.cache/grbench."""
+    """Return $GRBENCH_CACHE, else $XDG_CACHE_HOME/grbench, else ~/.cache/grbench."""
     if own := os.environ.get("GRBENCH_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grbench"
 
 
 def sha256(path: Path) -> str:
-    """64 hex digits. Raises OSError."""
+    """Return the SHA-256 of a file, 64 hex digits. Raises OSError."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from grengines.runtime.batch import Bucket, Encoding
 
 
 class Input(Protocol):
-    """What a graph is given: a buffer on the host, and its parts as tensors on the device."""
+    """An input of a graph: a buffer on the host, and its parts as tensors on the device."""
 
     @property
     def buffer(self) -> Tensor: ...
@@ -25,18 +25,17 @@ class Input(Protocol):
 
 
 def batch_buckets(max_batch: int) -> list[int]:
-    """1, 2, 4, 8, ... and max_batch."""
+    """Return 1, 2, 4, 8, ... and max_batch."""
     return [*(1 << i for i in range((max_batch - 1).bit_length())), max_batch]
 
 
 def first_batches(max_batch: int, device: torch.device) -> list[int]:
-    """Sizes of the batches to run before any is measured: on a GPU all buckets', since kernels are compiled for what
-    suits a size, on a CPU the largest alone."""
+    """Return the sizes of warm-up batches: all buckets' on a GPU, which compiles for a size, else the largest."""
     return batch_buckets(max_batch) if device.type == "cuda" else [max_batch]
 
 
 def length_buckets(lengths: Iterable[int]) -> list[int]:
-    """16, 24, 32, 48, 64, ...: those that the given lengths (tokens) need, shortest first."""
+    """Return those of 16, 24, 32, 48, 64, ... that the given lengths (tokens) need, shortest first."""
     wanted = sorted(set(lengths))
     steps = [16]
     while steps[-1] < wanted[-1]:
@@ -46,16 +45,17 @@ def length_buckets(lengths: Iterable[int]) -> list[int]:
 
 
 def token_count(request: Request, encoding: Encoding) -> int:
-    """Tokens of a request: contextual, history and candidates."""
+    """Return the tokens of a request: contextual, history and candidates."""
     return encoding.contextual_seq_len + len(request.history_items) + len(request.candidates)
 
 
 def plan_buckets(
     sample: Sequence[Request], encoding: Encoding, max_batch: int, lengths: Sequence[int], cached: int = 0
 ) -> list[Bucket]:
-    """Every bucket for requests like `sample`, least work first; `lengths` empty: as the sample needs.
+    """Return all buckets for requests like `sample`, least work first. lengths: empty for those that the sample needs.
 
-    cached: with a cache, the most tokens of a user that are in it: then also the lengths of a few new events."""
+    cached: with a cache, the most tokens of a user in it. Then the lengths of a few new events are added.
+    """
     most = max(len(r.candidates) for r in sample)
     needed = [token_count(r, encoding) for r in sample]
     if cached:
@@ -66,14 +66,16 @@ def plan_buckets(
 
 
 def choose_bucket(buckets: Sequence[Bucket], *sizes: Sequence[int]) -> Bucket | None:
-    """The first bucket that holds a batch; None where none does. sizes: of each of its sequences the tokens to encode,
-    candidates and, with a cache, cached tokens."""
+    """Return the first bucket that holds a batch, or None.
+
+    sizes: the tokens to encode of each sequence, its candidates and, with a cache, its cached tokens.
+    """
     needed = (len(sizes[0]), *map(max, sizes))
     return next((b for b in buckets if all(map(ge, b, needed))), None)
 
 
 def capture(work: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of what `work` launches, in this memory pool, and what it returned: written anew by every replay."""
+    """Capture what `work` launches, in this memory pool. Return it and the result, which replays rewrite."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries set themselves up here, outside the capture
@@ -86,10 +88,11 @@ def capture(work: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, A
 
 
 class GraphRunner:
-    """The captured graphs. All share one memory pool: only one runs at a time, and its logits are copied
-    away before the next replay.
+    """The captured graphs of a model, one for each bucket.
 
-    forward: the model, given a bucket's inputs on the device. inputs: they, for an empty batch, on the host."""
+    All share one memory pool: only one runs at a time, and its logits are copied before the next replay. forward: the
+    model, given a bucket's inputs on the device. inputs: returns those of an empty batch, on the host.
+    """
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class GraphRunner:
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
         for bucket in reversed(buckets):  # the largest first: it lays out the pool
-            # The empty batch gives the buffers their layout; what is in them when a graph is captured does not matter.
+            # The empty batch gives the buffers their layout. Their contents do not matter to the capture.
             hosts = inputs(bucket)
             buffers = [torch.zeros_like(host.buffer, device=device) for host in hosts]
             arguments = [host.to(device, out=buffer) for host, buffer in zip(hosts, buffers, strict=True)]
@@ -109,12 +112,12 @@ class GraphRunner:
             self._graphs[bucket] = graph, buffers, logits
 
     def upload(self, bucket: Bucket, *hosts: Input) -> None:
-        """Copy what was packed for `bucket` to where its graph reads it, without waiting."""
+        """Copy inputs that were packed for `bucket` to the buffers that its graph reads, without waiting."""
         for buffer, host in zip(self._graphs[bucket][1], hosts, strict=True):
             buffer.copy_(host.buffer, non_blocking=True)
 
     def replay(self, bucket: Bucket) -> Tensor:
-        """Run the bucket's graph: logits fp32 [bucket.batch * bucket.candidates, tasks], good until the next."""
+        """Run the bucket's graph. Return fp32 [bucket.batch * bucket.candidates, tasks], valid until the next run."""
         graph, _, logits = self._graphs[bucket]
         graph.replay()
         return logits

@@ -1,4 +1,4 @@
-"""What a compiled engine is built for: sizes of batches, from the requests that it will see."""
+"""Batch sizes that a compiled engine is built for, from a sample of its requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grengines.runtime.graphs import length_buckets, token_count
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a batch is, or may be."""
+    """Sizes of a batch, or its limits."""
 
     batch: int  # sequences
     tokens: int  # of all sequences
@@ -24,23 +24,23 @@ class Sizes:
 
     @classmethod
     def of(cls, requests: Sequence[Request], encoding: Encoding) -> Sizes:
-        """What these requests need as one batch."""
+        """Return the sizes of these requests as one batch."""
         counts = [token_count(r, encoding) for r in requests]
         candidates = [len(r.candidates) for r in requests]
         history = max(n - c for n, c in zip(counts, candidates, strict=True))
         return cls(len(requests), sum(counts), max(counts), max(history, 1), sum(candidates))
 
     def fits(self, other: Sizes) -> bool:
-        """Whether a batch of these sizes is none too large for the other's."""
+        """Return whether no size exceeds the other's."""
         return all(a <= b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True))
 
 
 def profiles(sample: Sequence[Request], encoding: Encoding, max_batch: int, count: int = 1) -> list[Sizes]:
-    """Largest batches of `max_batch` requests like `sample`, the smallest profile first, the last for all of them.
+    """Return the largest sizes of batches of `max_batch` requests like `sample`, smallest first. The last fits all.
 
     With count > 1 the others are for batches of requests no longer than the count-quantiles of the sample's lengths
-    (2: the median). Lengths are rounded up to 16, 24, 32, 48, ..., so that another draw of the same requests has the
-    same profiles. Raises ValueError for an empty sample.
+    (2: the median). Lengths are rounded up to 16, 24, 32, 48, ..., so another sample of the same requests has the same
+    profiles. Raises ValueError for an empty sample.
     """
     if not sample or max_batch < 1:
         raise ValueError(f"{len(sample)} sample requests, max_batch={max_batch}: both must be at least 1")
@@ -56,10 +56,10 @@ def profiles(sample: Sequence[Request], encoding: Encoding, max_batch: int, coun
     return sorted(set(made), key=lambda s: s.tokens)
 
 
-def check(requests: Sequence[Request], encoding: Encoding, most: Sizes, mend: str) -> Sizes:
-    """What the requests need. Raises OutsideError where it is more than `most`, or there is no candidate among them.
+def check(requests: Sequence[Request], encoding: Encoding, most: Sizes, hint: str) -> Sizes:
+    """Return the sizes of the requests. Raises OutsideError where they exceed `most`, or there is no candidate.
 
-    mend: what makes the engine take them.
+    hint: the command or option that makes the engine take them.
     """
     needed = Sizes.of(requests, encoding)
     if not needed.candidates:
@@ -69,5 +69,5 @@ def check(requests: Sequence[Request], encoding: Encoding, most: Sizes, mend: st
         if n > allowed:
             what = "requests" if field.name == "batch" else field.name
             ids = ", ".join(str(r.request_id) for r in requests[:4]) + (", ..." if len(requests) > 4 else "")
-            raise OutsideError(f"requests {ids}: {what}={n}, the engine is built for at most {allowed}; {mend}")
+            raise OutsideError(f"requests {ids}: {what}={n}, the engine is built for at most {allowed}; {hint}")
     return needed

@@ -1,4 +1,4 @@
-"""What every way of answering a batch shares: timing its parts, and its end, from tensors to a result."""
+"""The end of every batch: times of its parts, and the copy of its tensors into a result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grengines.runtime.timing import Mark
 
 
 class Marks:
-    """Points in time between pieces of work on the stream that is the current one at first."""
+    """Points in time between pieces of work, on the stream that was current at the first."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -23,18 +23,21 @@ class Marks:
         self._marks = [Mark(device, self._stream)]
 
     def add(self) -> None:
+        """Mark this point."""
         self._marks.append(Mark(self._device, self._stream))
 
     def spans_ms(self) -> list[float]:
-        """Milliseconds between marks; waits until the last one is reached."""
+        """Return the milliseconds between marks, once the last one is reached."""
         return [a.ms_until(b) for a, b in pairwise(self._marks)]
 
 
 def collect(
     logits: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float, details: dict[str, float]
 ) -> Callable[[], RankResult]:
-    """Queue the copy of these batches' logits to the host. What is returned waits for it and makes the result; other
-    batches may be queued before. marks: set before the copies to the device and after."""
+    """Queue the copy of these batches' logits to the host. The returned function waits for it and makes the result.
+
+    Other batches may be queued before that. marks: set before the copies to the device and after.
+    """
     on_host = _fetch(logits, marks)
 
     def answer() -> RankResult:
@@ -53,7 +56,7 @@ def collect(
 
 
 def one_tensor(items: Tensor, scores: Tensor) -> Tensor:
-    """float64 [B, k, 2] of items int64 [B, k] (exact up to 2**53) and scores, for one copy to the host."""
+    """Join items int64 [B, k] (exact up to 2**53) and scores to float64 [B, k, 2], for one copy to the host."""
     return torch.stack([items.double(), scores.double()], dim=-1)
 
 
@@ -67,7 +70,7 @@ def collect_items(
     padded_tokens: int,
     details: dict[str, float],
 ) -> Callable[[], GenerateResult]:
-    """As `collect`, of what `one_tensor` made for so many requests and padding; items of -1 are none."""
+    """As `collect`, for what `one_tensor` made of these requests and padding. An item of -1 is none."""
     on_host = _fetch(found, marks)
 
     def answer() -> GenerateResult:
@@ -89,7 +92,7 @@ def collect_items(
 
 
 def _fetch(found: Tensor, marks: Marks) -> Tensor:
-    """Queue the copy to the host, without waiting for it. marks: as for `collect`; ends them."""
+    """Queue the copy to the host, and set the last marks."""
     marks.add()
     on_host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
     on_host.copy_(found, non_blocking=True)
@@ -99,7 +102,7 @@ def _fetch(found: Tensor, marks: Marks) -> Tensor:
 
 def _by_request(logits: Float32Array, hosts: list[HostBatch]) -> list[Float32Array]:
     """Cut the batches' logits into each request's [candidates, tasks]; padding at the end is dropped."""
-    logits = logits.copy()  # the page-locked buffer is free again
+    logits = logits.copy()  # frees the page-locked buffer
     parts: list[list[Float32Array]] = [[] for _ in hosts[0].candidate_counts]
     at = 0
     for host in hosts:

@@ -1,4 +1,4 @@
-"""Points in time, on the device's clock where the work is there."""
+"""Points in time: on the device's clock for work on a GPU, on the host's for work on a CPU."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 class Mark:
-    """A point in the current stream's work; on a CPU in time."""
+    """A point in the work of the current stream; on a CPU, a point in time."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
-        """stream: the current one, if it is at hand: looking it up takes longer than all the rest."""
+        """Mark this point. stream: the current stream, if the caller has it: the look-up takes most of the time."""
         self._device = device.index  # a number, for the same reason
         self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
         self._time = time.perf_counter()
@@ -19,15 +19,16 @@ class Mark:
             self._event.record(stream or torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
-        """What the current stream is given from now on waits for this point."""
+        """Make work that is queued on the current stream from now on wait for this point."""
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
 
     def reached(self) -> bool:
+        """Return whether the work before this point is done."""
         return self._event is None or self._event.query()
 
     def ms_until(self, other: Mark) -> float:
-        """Milliseconds; waits for the other."""
+        """Return the milliseconds to a later mark, and wait for it."""
         if self._event is None or other._event is None:
             return (other._time - self._time) * 1e3
         other._event.synchronize()
