@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from importlib import import_module
 
-from grbench.cli import SUBCOMMANDS, call
+from grbench.subcommands import SUBCOMMANDS, call
 
 HYDRA = ("run", "kernels", "cachesim")  # with a configuration of their own
 WITH_OVERRIDES = ("sizing", "overhead", "export", "build-plan")  # take the overrides of `run` between their flags

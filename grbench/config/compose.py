@@ -28,6 +28,7 @@ from grbench.config.schema import (
     register_schemas,
     to_spec,
 )
+from grbench.subcommands import summaries
 from grengines.options import describe
 
 CONFIG_DIR = str(checkout_or_packaged("conf"))
@@ -37,8 +38,6 @@ Checked = TypeVar("Checked")
 def prepare_hydra() -> None:
     """Register the schemas and the resolvers that files in conf/ use. Safe to call twice."""
     register_schemas()
-    from grbench.cli import summaries
-
     OmegaConf.register_new_resolver("grbench_subcommands", summaries, replace=True)
     OmegaConf.register_new_resolver(
         "grbench_experiments", lambda: str(checkout_or_packaged("experiments")), replace=True

@@ -10,7 +10,8 @@ import pytest
 from conftest import Grbench
 
 import grbench
-from grbench.cli import SUBCOMMANDS, main
+from grbench.cli import main
+from grbench.subcommands import SUBCOMMANDS
 
 Capture = pytest.CaptureFixture[str]
 COMPLETED = {  # typed: some of what it becomes, and what it must not become

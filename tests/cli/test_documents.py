@@ -12,6 +12,7 @@ from grbench import cli
 from grbench.cachesim import config as cachesim
 from grbench.config.compose import compose_cells, compose_jobs
 from grbench.kernelbench import config as kernels
+from grbench.subcommands import SUBCOMMANDS
 
 PAGES = [
     "README.md",
@@ -33,7 +34,7 @@ def commands(text: str) -> list[tuple[str, ...]]:
 
 def check(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     """Raise an error unless grbench accepts the command: of a sweep, its first cell is composed."""
-    name, rest = (words[0], words[1:]) if words and words[0] in cli.SUBCOMMANDS else ("", words)
+    name, rest = (words[0], words[1:]) if words and words[0] in SUBCOMMANDS else ("", words)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     flags = {word for word in rest if re.match(r"-+[a-z]", word)}
     if name in CONFIGS:

@@ -1,0 +1,111 @@
+"""Checks of the structure: layers, import cycles, and modules that must stay light."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+
+import pytest
+from helpers.checkout import ROOT, files
+
+LAYERS = ("grkernels", "grengines", "grbench")  # each imports itself and those before it
+FOLDERS = {"grkernels": "kernels/", "grengines": "engines/", "grbench": ""}
+
+
+def modules() -> dict[str, ast.Module]:
+    """The modules of the three packages, parsed, by their import names."""
+    found = {}
+    for layer in LAYERS:
+        for path in files(f"{FOLDERS[layer]}{layer}/*.py"):
+            name = path.removeprefix(FOLDERS[layer]).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+            found[name] = ast.parse((ROOT / path).read_text(), path)
+    return found
+
+
+def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements anywhere in a module, also within functions, but for those that only type checkers run."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        else:
+            yield from statements(child)
+
+
+def imports(trees: Mapping[str, ast.Module]) -> dict[str, set[str]]:
+    """Of each module those of the others that it imports."""
+    graph = {}
+    for name, tree in trees.items():
+        named: set[str] = set()
+        for statement in statements(tree):
+            if isinstance(statement, ast.Import):
+                named |= {alias.name for alias in statement.names}
+            else:
+                module = statement.module or ""
+                inner = {f"{module}.{alias.name}" for alias in statement.names}
+                named |= inner & trees.keys() or {module}
+        graph[name] = named & trees.keys() - {name}
+    return graph
+
+
+def cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other."""
+    reach = {name: {name} for name in graph}
+    changed = True
+    while changed:
+        changed = False
+        for name, targets in graph.items():
+            more = set[str]().union(*(reach[t] for t in targets)) - reach[name]
+            reach[name] |= more
+            changed = changed or bool(more)
+    groups = {frozenset(m for m in reach[name] if name in reach[m]) for name in graph}
+    return sorted(sorted(group) for group in groups if len(group) > 1)
+
+
+GRAPH = imports(modules())
+
+
+def test_no_import_cycles() -> None:
+    assert len(GRAPH) > 100
+    assert not cycles(GRAPH)
+
+
+def test_packages_import_downwards_only() -> None:
+    upward = [
+        f"{name} imports {target}"
+        for name, targets in GRAPH.items()
+        for target in targets
+        if LAYERS.index(target.partition(".")[0]) > LAYERS.index(name.partition(".")[0])
+    ]
+    assert not upward, "\n".join(upward)
+
+
+@pytest.mark.parametrize("module", ["grbench.config", "grengines.registry", "grkernels.registry"])
+def test_composing_stays_light(module: str) -> None:
+    """Composing and --help import no framework and no engine."""
+    every = [name for name in GRAPH if name == module or name.startswith(f"{module}.")]
+    code = f"import sys, json, {', '.join(every)}; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = json.loads(done.stdout)
+    heavy = {"torch", "mlflow", "vllm", "transformers", "onnxruntime", "tensorrt", "triton", "pandas"}
+    assert module in loaded
+    assert not [name for name in loaded if name in heavy or name.endswith(".engine") or name == "grengines.base"]
+
+
+def test_the_checks_find_faults() -> None:
+    trees = {
+        "grengines.a": ast.parse("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import grengines.c"),
+        "grengines.b": ast.parse("def f():\n    from grengines import c"),
+        "grengines.c": ast.parse("from grengines.b import f\nimport grengines.a"),
+    }
+    graph = imports(trees)
+    assert graph == {
+        "grengines.a": set(),
+        "grengines.b": {"grengines.c"},
+        "grengines.c": {"grengines.a", "grengines.b"},
+    }
+    assert cycles(graph) == [["grengines.b", "grengines.c"]]
