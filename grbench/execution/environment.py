@@ -1,4 +1,4 @@
-"""What a result was measured on and with: machine, driver, versions, code."""
+"""The environment of a result: machine, driver, versions, code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("grbench", "torch", "triton", "numpy", "mlcommons-loadgen", "hydra-c
 
 @functools.cache
 def describe_environment() -> dict[str, Any]:
-    """Machine, GPUs, versions and git state, gathered once a process, without importing torch."""
+    """Return the machine, GPUs, versions and git state. They are gathered once per process, without importing torch."""
     return {
         "git_sha": git_sha(),
         "cpu": cpu_name(),
@@ -31,7 +31,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def installed_version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -39,12 +39,12 @@ def installed_version(package: str) -> str | None:
 
 
 def git_sha() -> str | None:
-    """Commit of the checkout that this code runs from, with "+dirty" if files differ from it.
+    """Return the commit of the checkout that this code runs from, with "+dirty" if files differ from it.
 
-    Where there is no checkout, as in an image built from one, $GRBENCH_GIT_SHA can say it; else None.
+    $GRBENCH_GIT_SHA takes precedence, for an image without its checkout. Without either the result is None.
     """
-    if told := os.environ.get("GRBENCH_GIT_SHA"):
-        return told
+    if given := os.environ.get("GRBENCH_GIT_SHA"):
+        return given
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -61,7 +61,7 @@ def _git(root: Path, *args: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model name where the system tells, else its architecture."""
+    """Return the processor's model name where the system has it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,6 +1,6 @@
-"""What NVML says of the GPUs: names for the record, power and memory beside a measurement.
+"""NVML's view of the GPUs: names for the record, power and memory beside a measurement.
 
-Called outside timed regions only. Without a GPU, driver or nvidia-ml-py there is nothing to say, and no error.
+Nothing here runs in a timed region. Without a GPU, its driver or nvidia-ml-py the results are empty, without an error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def describe_gpus() -> list[dict[str, Any]]:
-    """Name, driver and memory of each GPU; empty where NVML finds none."""
+    """Return the name, driver and memory of each GPU."""
     with _nvml() as nvml:
         if nvml is None:
             return []
@@ -28,7 +28,7 @@ def describe_gpus() -> list[dict[str, Any]]:
 
 
 def _memory_mib(nvml: Any, handle: Any) -> int | None:
-    """None where the card does not tell, such as one that shares the host's memory."""
+    """Return None for a card that does not report it, such as one that shares the host's memory."""
     try:
         return int(nvml.nvmlDeviceGetMemoryInfo(handle).total // 2**20)
     except nvml.NVMLError_NotSupported:
@@ -36,7 +36,7 @@ def _memory_mib(nvml: Any, handle: Any) -> int | None:
 
 
 def sample_gpu(index: int = 0) -> dict[str, float]:
-    """Metrics of one GPU now: power, memory in use, utilisation, clock, temperature; empty where there is none."""
+    """Return metrics of one GPU now: power, memory in use, utilisation, clock, temperature."""
     with _nvml() as nvml:
         if nvml is None or index >= nvml.nvmlDeviceGetCount():
             return {}
@@ -50,19 +50,19 @@ def sample_gpu(index: int = 0) -> dict[str, float]:
         }
         sampled = {}
         for name, read in readings.items():
-            with contextlib.suppress(nvml.NVMLError):  # some cards do not tell some of them
+            with contextlib.suppress(nvml.NVMLError):  # not every card reports all of them
                 sampled[name] = read()
         return sampled
 
 
 @contextlib.contextmanager
 def _nvml() -> Iterator[Any]:
-    """pynvml, initialised; None where there is nothing to ask."""
+    """Yield pynvml, initialised, or None where it is not available."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no package, no driver, no permission: all mean that there is no GPU to describe
+    except Exception:  # no package, driver or permission: there is no GPU to describe
         yield None
         return
     try:

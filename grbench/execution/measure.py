@@ -1,4 +1,4 @@
-"""From a scenario's raw samples to the metrics of a record."""
+"""The metrics of a record from a scenario's raw samples."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from grengines.pipeline.config import STAGES
 def summarise(
     measurement: Measurement, spec: RunSpec, requests: list[Request], sizes: Sequence[int] = ()
 ) -> stats.Summary:
-    """Latency percentiles with intervals, throughput, goodput, where the time went, FLOP rate, padding.
+    """Return latency percentiles with intervals, throughput, goodput, parts of the latency, FLOP rate and padding.
 
-    sizes: codes of each level, of tasks that generate.
+    sizes: codes of each level, for tasks that generate.
     """
     samples = measurement.samples
     summary = stats.latency_summary(samples["latency_ms"])
@@ -57,7 +57,7 @@ def summarise(
         metrics |= _cache_metrics(details, sum(len(r.history_items) for r in answered))
         if faults := details.get("cache_faults"):
             summary.notes.append(
-                f"the cache failed {faults:.0f} times, and those batches were answered without it; why: worker.log"
+                f"the cache failed {faults:.0f} times, and those batches were answered without it; see worker.log"
             )
     elif flops := _flops(spec, answered, sizes, details):
         metrics["model_tflops"] = flops / measurement.busy_s / 1e12
@@ -65,7 +65,7 @@ def summarise(
 
 
 def _flops(spec: RunSpec, answered: list[Request], sizes: Sequence[int], details: dict[str, float]) -> float:
-    """Of all answers; 0 where part of that work was not done, found in a cache: its rate would say nothing."""
+    """Return the FLOPs of all answers, or 0 where a cache saved part of the work: a rate would be meaningless."""
     if spec.task == "rank":
         return sum(sizing.request_flops(spec.model, r) for r in answered)
     if spec.task != "generate" or spec.retrieval is None or details.get("prefix_hit_tokens"):
@@ -75,10 +75,12 @@ def _flops(spec: RunSpec, answered: list[Request], sizes: Sequence[int], details
 
 
 def _cache_metrics(details: dict[str, float], events: int) -> dict[str, float]:
-    """Shares of requests that found state on the device, on the host, or none; of `events`, those not computed again;
-    what the host tier cost."""
+    """Return hit rates of requests and tokens, and the cost of the host tier.
+
+    events: events of all histories. The token hit rate is the share of them that was not computed again.
+    """
     on_device = details["cache_hits"] + details["cache_partial_hits"]
-    # None at all where every lookup failed: such batches are answered without the cache.
+    # There are none where every lookup failed: such batches are answered without the cache.
     lookups = max(on_device + details["cache_misses"] + details["cache_bypassed"], 1)
     metrics = {
         "cache/hit_rate": (on_device + details["cache_host_hits"]) / lookups,
@@ -93,7 +95,7 @@ def _cache_metrics(details: dict[str, float], events: int) -> dict[str, float]:
 
 
 def memory(device: str) -> dict[str, float]:
-    """Peak memory of this process, in MiB."""
+    """Return the peak memory of this process, in MiB."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     peaks = {"host_memory_mib/peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
     if device == "cuda":
@@ -105,7 +107,7 @@ def memory(device: str) -> dict[str, float]:
 
 
 def write_samples(samples: dict[str, np.ndarray], path: Path) -> None:
-    """One row a request, parquet. Raises OSError when the disk is full."""
+    """Write one row per request as parquet. Raises OSError when the disk is full."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,7 +1,7 @@
-"""RunRecord: everything that is known of one finished cell, as one JSON file.
+"""RunRecord: the facts and figures of one finished cell, as one JSON file.
 
-A cell's folder holds `record.json`, `samples.parquet` (one row a request), `worker.log` and, for
-LoadGen scenarios, LoadGen's own logs. Whatever happened, there is a record; its status says what.
+A cell's folder holds `record.json`, `samples.parquet` (one row per request), `worker.log` and, for LoadGen scenarios,
+LoadGen's own logs. Every cell ends in a record. Its status says how the cell ended.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "float": (float, int)
 
 
 class Status(StrEnum):
+    """The end of a cell or a row. Only OK ones have figures to compare."""
+
     OK = "OK"
     UNAVAILABLE = "UNAVAILABLE"  # this machine lacks something; nothing was measured
     INCORRECT = "INCORRECT"  # the gate failed; nothing is reported as a speed
@@ -70,7 +72,7 @@ class LoggedRow:
     error: str | None = None  # one line: what, where, and the fix
     actual: dict[str, Any] = field(default_factory=dict)  # what ran, e.g. device: cpu
     environment: dict[str, Any] = field(default_factory=dict)  # git sha, GPU, driver, versions
-    gate: dict[str, Any] = field(default_factory=dict)  # errors, tolerances, proof that it can fail
+    gate: dict[str, Any] = field(default_factory=dict)  # errors, tolerance, errors of wrong answers
     metrics: dict[str, float] = field(default_factory=dict)  # "latency_ms/p50": 1.23
     intervals: dict[str, list[float]] = field(default_factory=dict)  # 95% confidence: [low, high], by metric
     sweep_id: str | None = None
@@ -90,7 +92,7 @@ class RunRecord(LoggedRow):
     """
 
     requested: dict[str, Any] = field(default_factory=dict)  # what was asked of the machine, e.g. device: auto
-    notes: list[str] = field(default_factory=list)  # what a reader must know, e.g. why p99 is absent
+    notes: list[str] = field(default_factory=list)  # for the reader, e.g. why p99 is absent
     tracking: dict[str, str] = field(default_factory=dict)  # run_id and uri once logged
     schema_version: int = SCHEMA_VERSION
 
@@ -111,7 +113,7 @@ class RunRecord(LoggedRow):
 
     @classmethod
     def from_json(cls, text: str, where: str = "record") -> RunRecord:
-        """Raises ValueError, naming `where` and the key, for anything that is not a record."""
+        """Read a record. Raises ValueError, with `where` and the key, for anything that is not one."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as e:
@@ -141,8 +143,10 @@ class RunRecord(LoggedRow):
 
 
 def save(record: RunRecord, folder: Path) -> Path:
-    """Write `folder/record.json` whole or not at all. A reserve made by `reserve` is used up, so that
-    a disk that filled up meanwhile does not lose the record."""
+    """Write `folder/record.json`, whole or not at all.
+
+    It takes the space that `reserve` set aside, so that a disk that has filled up since does not lose the record.
+    """
     path, spare = folder / RECORD_FILE, folder / f".{RECORD_FILE}.reserve"
     data = record.to_json().encode()
     with open(spare, "r+b" if spare.exists() else "wb") as f:  # noqa: PTH123  (r+b keeps the reserved blocks)
@@ -155,20 +159,20 @@ def save(record: RunRecord, folder: Path) -> Path:
 
 
 def reserve(folder: Path, size: int = 256 * 1024) -> None:
-    """Set aside disk space for the record before the work starts. Raises OSError when there is none."""
+    """Set aside disk space for the record before the work starts. Raises OSError where there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{RECORD_FILE}.reserve").open("wb") as f:
         os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, "posix_fallocate") else f.write(b"\0" * size)
 
 
 def load(path: Path) -> RunRecord:
-    """Read one record, given its file or its folder. Raises ValueError or OSError, naming the path."""
+    """Read one record, given its file or its folder. Raises ValueError or OSError, with the path."""
     path = path / RECORD_FILE if path.is_dir() else path
     return RunRecord.from_json(path.read_text(), str(path))
 
 
 def find(root: Path) -> Iterator[tuple[Path, RunRecord]]:
-    """Every readable record under `root` with its folder, oldest first; MLflow's copies are left out."""
+    """Yield every readable record under `root` with its folder, oldest first, without MLflow's copies."""
     found = []
     for path in root.rglob(RECORD_FILE):
         if ARTIFACTS in path.relative_to(root).parts:
@@ -176,17 +180,17 @@ def find(root: Path) -> Iterator[tuple[Path, RunRecord]]:
         try:
             found.append((path.parent, load(path)))
         except (ValueError, OSError):
-            continue  # a half-written or foreign file is not a record; `load` says why when asked for it
+            continue  # a half-written or foreign file is not a record; `load` gives the reason
     yield from sorted(found, key=lambda pair: pair[1].started_at)
 
 
 def spec_hash(spec: dict[str, Any]) -> str:
-    """12 hex digits over every value, independent of key order and of the process."""
+    """Return 12 hex digits over every value. They depend neither on the order of keys nor on the process."""
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def finite(value: Any) -> Any:
-    """`value` for JSON: NaN and infinities are no JSON and no measurement, they become null."""
+    """Return `value` for JSON. NaN and infinities, which are no JSON and no measurement, become null."""
     if isinstance(value, dict):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -197,6 +201,6 @@ def finite(value: Any) -> Any:
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """An exception's message as one line of at most so many characters; its type's name where it has none."""
+    """Return an exception's message as one line of at most `most` characters, or its type's name."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[: most - 3] + "..."

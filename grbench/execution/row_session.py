@@ -59,8 +59,10 @@ class RowSession:
         self._screen.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def close(self, cut_short: str = "") -> int:
-        """Print the tables and end the parent run. Returns 0, or 1 if a row is wrong. cut_short: what ended the jobs
-        early, in one word."""
+        """Print the tables and end the parent run. Returns 0, or 1 if a row is wrong.
+
+        cut_short: what ended the jobs early, in one word.
+        """
         self._tracker.finish(self._files, self.ok and not cut_short)
         self.print_tables()
         if self._files:

@@ -82,7 +82,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def keep(record: RunRecord, folder: Path) -> Path:
-    """Save the record in `folder`, or, where the disk refuses, in a temporary folder that the record names."""
+    """Save the record in `folder`, or in a temporary folder where the disk refuses. Returns the folder."""
     try:
         records.save(record, folder)
         return folder

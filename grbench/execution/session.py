@@ -52,8 +52,8 @@ class CellSession:
         if earlier := self._earlier.get(spec.hash):
             folder, record = earlier
             again = "rerun=true" if record.ok else "rerun_failed=true"
-            told = f"{title}: {record.status} in a record of {record.started_at}, kept ({again} measures it again)"
-            self._screen.print(told, soft_wrap=True, markup=False, highlight=False)
+            line = f"{title}: {record.status} in a record of {record.started_at}, kept ({again} measures it again)"
+            self._screen.print(line, soft_wrap=True, markup=False, highlight=False)
             self._finish(folder, record)
             return
         with CellProgress(self._screen, title, spec.scenario.queries) as progress:

@@ -1,8 +1,8 @@
-"""Latency percentiles that say how sure they are, throughput and goodput.
+"""Latency percentiles with confidence intervals, throughput and goodput.
 
-A percentile is one of the samples, never interpolated: with n sorted samples, sample number
-floor(q n), counted from zero, as MLPerf LoadGen takes it (performance summary in its results.cc), so
-that our figures and LoadGen's agree to the sample. Of 1000 samples p99 is the tenth from the top.
+A percentile is one of the samples, never interpolated: of n sorted samples the one with number floor(q n), counted from
+zero. MLPerf LoadGen takes the same (performance summary in its results.cc), so that both agree to the sample. Of 1000
+samples p99 is the tenth from the top.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy.typing as npt
 
 CONFIDENCE = 0.95
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-# A tail percentile of a handful of samples is their maximum under another name: ten must lie above it.
+# A tail percentile of a few samples is their maximum under another name. Ten samples must lie above it.
 SAMPLES_NEEDED = {99.0: 1000, 99.9: 10_000}
 
 
 @dataclass
 class Summary:
-    """Figures of one latency: metrics and 95% intervals [low, high] by name, and what a reader must know."""
+    """Figures of one latency: metrics and 95% intervals [low, high] by name, and notes for the reader."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, list[float]] = field(default_factory=dict)
@@ -30,11 +30,11 @@ class Summary:
 
 
 def latency_summary(latencies_ms: npt.ArrayLike, prefix: str = "latency_ms") -> Summary:
-    """Mean and percentiles of `latencies_ms` ([samples], milliseconds): `<prefix>/mean`, `<prefix>/p50`, ...
+    """Return the mean and percentiles of `latencies_ms` ([samples], milliseconds): `<prefix>/mean`, `<prefix>/p50`, ...
 
-    p99 needs 1000 samples and p99.9 needs 10000; with fewer the percentile is left out and a note says
-    so. Each percentile has the interval of `percentile_interval`; the mean has none, because none holds
-    for every distribution. Raises ValueError for no samples, or one that is negative or not finite.
+    p99 needs 1000 samples and p99.9 needs 10000. With fewer the percentile is left out, and a note says so.
+    Each percentile has the interval of `percentile_interval`. The mean has none, because none holds for every
+    distribution. Raises ValueError for no samples, or one that is negative or not finite.
     """
     values = np.sort(_checked(latencies_ms, prefix, lowest=0.0))
     count = len(values)
@@ -56,7 +56,7 @@ def latency_summary(latencies_ms: npt.ArrayLike, prefix: str = "latency_ms") -> 
 
 
 def percentile(samples: npt.ArrayLike, percent: float) -> float:
-    """The sample at `percent` (0 <= percent < 100) of `samples` ([samples], any unit).
+    """Return the sample at `percent` (0 <= percent < 100) of `samples` ([samples], any unit).
 
     Raises ValueError for no samples or one that is not finite.
     """
@@ -67,11 +67,11 @@ def percentile(samples: npt.ArrayLike, percent: float) -> float:
 
 
 def percentile_interval(samples: npt.ArrayLike, percent: float) -> tuple[float, float] | None:
-    """A 95% confidence interval of a percentile, whatever the distribution; None for too few samples.
+    """Return a 95% confidence interval of a percentile, for any distribution; None for too few samples.
 
     The number of samples below the true percentile is binomial(n, q), so two order statistics enclose it
-    with a known probability (David and Nagaraja, Order Statistics, section 7.1). It takes the samples for
-    independent: waits in a queue are not quite, so under heavy load the truth is wider.
+    with a known probability (David and Nagaraja, Order Statistics, section 7.1). This assumes independent samples.
+    Waits in a queue are not quite independent, so under heavy load the true interval is wider.
     """
     values = np.sort(_checked(samples, f"p{percent:g}"))
     ranks = _interval_ranks(len(values), percent)
@@ -79,20 +79,20 @@ def percentile_interval(samples: npt.ArrayLike, percent: float) -> tuple[float, 
 
 
 def samples_for_interval(percent: float) -> int:
-    """The fewest samples that `percentile_interval` needs: each tail must hold one 97.5% of the time."""
+    """Return the fewest samples that `percentile_interval` needs: each tail must hold one 97.5% of the time."""
     q, tail = percent / 100, (1 - CONFIDENCE) / 2
     return math.ceil(math.log(tail) / math.log(max(q, 1 - q)))
 
 
 def throughput(answered: int, duration_s: float) -> float:
-    """Requests answered a second. Raises ValueError for a duration that is not positive."""
+    """Return the requests answered per second. Raises ValueError for a duration that is not positive."""
     if not (math.isfinite(duration_s) and duration_s > 0):
         raise ValueError(f"duration_s={duration_s}: allowed is a finite number > 0")
     return answered / duration_s
 
 
 def goodput(latencies_ms: npt.ArrayLike, deadlines_ms: npt.ArrayLike, duration_s: float) -> float:
-    """Requests a second that were answered within their deadline (the deadline itself counts as within).
+    """Return the requests per second that were answered within their deadline, or at it.
 
     `latencies_ms` is [requests], `deadlines_ms` the same shape or one number for all. Raises ValueError.
     """
@@ -104,16 +104,16 @@ def goodput(latencies_ms: npt.ArrayLike, deadlines_ms: npt.ArrayLike, duration_s
 
 
 def _rank(count: int, percent: float) -> int:
-    """floor(count * percent / 100), in whole thousandths of a percent: 0.999 * 1000 must not round to 998."""
+    """Return floor(count * percent / 100), in whole thousandths of a percent: 0.999 * 1000 must not round to 998."""
     return count * round(percent * 1000) // 100_000
 
 
 def _interval_ranks(count: int, percent: float) -> tuple[int, int] | None:
-    """Ranks, from zero, of the two samples that enclose the percentile; None if they would lie outside."""
+    """Return the ranks, from zero, of the two samples that enclose the percentile; None if they would lie outside."""
     from scipy.stats import binom  # slow to import
 
     tail = (1 - CONFIDENCE) / 2
-    below: Any = binom(count, percent / 100)  # how many samples lie below the true percentile
+    below: Any = binom(count, percent / 100)  # the number of samples below the true percentile
     low, high = int(below.ppf(tail)) - 1, int(below.ppf(1 - tail))
     return (low, high) if low >= 0 and high < count else None
 

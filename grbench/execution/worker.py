@@ -25,6 +25,7 @@ from grbench.execution.records import Outcome, Status, one_line
 
 
 def main() -> None:
+    """Measure the cell of the job file and report its outcome."""
     job = json.loads(Path(sys.argv[1]).read_text())
     channel = os.fdopen(job["report_fd"], "w", buffering=1)
 

@@ -1,11 +1,11 @@
-"""What a precision costs in ranking quality: AUC and normalised entropy on labelled requests, engine against reference.
+"""The gate of ranking quality: a precision may cost little AUC and normalised entropy on labelled requests.
 
-A small error of the scores may still change what users see. Where the workload has labels for the model's tasks and the
-model has weights of its own, the last requests of the trace are ranked by the engine and by the fp32 reference, and
-neither figure of any task may be worse by more than 0.1%, unless `gate.allow_loss` names the precision.
+A small error of the scores may still change the order that users see. The engine and the fp32 reference rank the last
+requests of the trace, where the workload has labels for the model's tasks and the model has trained weights. Neither
+figure of any task may be worse by more than 0.1%, unless `gate.allow_loss` has the precision.
 
-Labels: a task has them where it is named as one of the workload's actions (MovieLens: rated, liked). A candidate is
-positive where the user did that to it in the very visit; the others are drawn (grbench/workloads/trace.py).
+A task has labels where one of the workload's actions has its name (MovieLens: rated, liked). A candidate is positive
+where the user took that action on it in the same visit. The other candidates are drawn (grbench/workloads/trace.py).
 """
 
 from __future__ import annotations
@@ -30,23 +30,25 @@ Labels = npt.NDArray[np.bool_]
 
 @dataclass
 class TaskQuality:
-    """One task's figures by the engine's scores and by the reference's. Losses are shares; below 0 is a gain."""
+    """Figures of one task, by the engine's scores and by the reference's. Losses are shares; below 0 is a gain."""
 
     positives: float  # share of the candidates
     auc: float
     auc_reference: float
     auc_loss: float
-    ne: float  # normalised entropy: log loss over that of always saying the share of positives
+    ne: float  # normalised entropy: log loss over that of always predicting the share of positives
     ne_reference: float
     ne_loss: float
 
 
 @dataclass
 class Quality:
+    """Figures of all tasks, by the engine and by the reference."""
+
     precision: str
     requests: int
     candidates: int
-    top_k_overlap: float  # of the TOP_K best by the first task, how many are so by the reference too
+    top_k_overlap: float  # share of the TOP_K best by the first task that the reference has among its TOP_K
     tasks: dict[str, TaskQuality]
 
     @property
@@ -57,17 +59,18 @@ class Quality:
         return asdict(self) | {"worst_loss": self.worst_loss, "max_loss": MAX_LOSS}
 
     def check(self, allow_loss: Sequence[str]) -> None:
-        """Raises IncorrectError where the precision loses more than MAX_LOSS and the configuration doesn't allow it."""
+        """Raise IncorrectError for a loss above MAX_LOSS, unless `allow_loss` has the precision."""
         if self.worst_loss > MAX_LOSS and self.precision not in allow_loss:
             task, figures = max(self.tasks.items(), key=lambda item: max(item[1].auc_loss, item[1].ne_loss))
             raise IncorrectError(
                 f"{self.precision} loses {figures.auc_loss:.2%} of AUC and {figures.ne_loss:.2%} of normalised entropy "
-                f"on task {task}, allowed is {MAX_LOSS:.1%}; use another, or gate.allow_loss=[{self.precision}]"
+                f"on task {task}, allowed is {MAX_LOSS:.1%}; use another precision or set "
+                f"gate.allow_loss=[{self.precision}]"
             )
 
 
 def labels_of(trace: Trace, index: int, tasks: Sequence[str]) -> Labels | None:
-    """bool [candidates, tasks] of a request; None where the workload does not label every task."""
+    """Return bool [candidates, tasks] of a request; None where the workload does not label every task."""
     if not set(tasks) <= set(trace.events.action_names):
         return None
     candidates, (start, stop) = trace.requests[index].candidates, trace.own[index]
@@ -80,8 +83,10 @@ def labels_of(trace: Trace, index: int, tasks: Sequence[str]) -> Labels | None:
 
 
 def measure(spec: RunSpec, trace: Trace, engine: Ranker, precision: str, device: str) -> Quality | None:
-    """The engine's quality beside the reference's; None where nothing says what is right: random weights, no labels, or
-    gate.quality_requests=0."""
+    """Return the quality of the engine's scores and of the reference's.
+
+    The result is None without a ground truth: for random weights, without labels, or with gate.quality_requests=0.
+    """
     if spec.model.weights is None or not spec.gate.quality_requests:
         return None
     indices = range(max(len(trace.requests) - spec.gate.quality_requests, 0), len(trace.requests))
@@ -105,7 +110,7 @@ def compare(
     tasks: Sequence[str],
     precision: str,
 ) -> Quality:
-    """found, expected: logits [candidates, tasks] of each request."""
+    """Return the quality of `found` and `expected`: logits [candidates, tasks] of each request."""
     overlaps = [np.isin(best(f), best(e)).mean() for f, e in zip(found, expected, strict=True) if len(e)]
     all_found, all_expected, truth = np.concatenate(found), np.concatenate(expected), np.concatenate(labels)
     figures = {}
@@ -126,12 +131,12 @@ def compare(
 
 
 def best(scores: Float32Array) -> npt.NDArray[np.int64]:
-    """Indices of the TOP_K best candidates by the first task."""
+    """Return the indices of the TOP_K best candidates by the first task."""
     return np.argsort(-scores[:, 0], kind="stable")[:TOP_K]
 
 
 def area_under_curve(logits: Float32Array, positive: npt.NDArray[np.bool_]) -> float:
-    """The chance that a positive stands above a negative, half for a tie; 0.5 where all labels are the same."""
+    """Return the chance that a positive ranks above a negative, half for a tie; 0.5 where all labels are the same."""
     from scipy.stats import rankdata
 
     p, n = int(positive.sum()), int((~positive).sum())
@@ -141,8 +146,10 @@ def area_under_curve(logits: Float32Array, positive: npt.NDArray[np.bool_]) -> f
 
 
 def entropy(logits: Float32Array, positive: npt.NDArray[np.bool_]) -> float:
-    """Normalised entropy (He et al., ADKDD 2014): log loss over the entropy of the share of positives; 1 where all
-    labels are the same."""
+    """Return the normalised entropy (He et al., ADKDD 2014): log loss over the entropy of the share of positives.
+
+    It is 1 where all labels are the same.
+    """
     share = float(positive.mean())
     if share in (0.0, 1.0):
         return 1.0

@@ -1,6 +1,6 @@
-"""Batching: requests come in one by one, and what becomes of each is timed.
+"""Batching: requests arrive one by one, and each is timed to its end.
 
-`Batcher` forms batches for engines that answer batches; `ContinuousBatcher` feeds engines that batch by themselves.
+`Batcher` forms batches for engines that answer batches. `ContinuousBatcher` feeds engines that batch by themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grengines.api import BatchResult, ContinuousEngine, Request
 
 @dataclass(slots=True)
 class Ticket:
-    """One request on its way: when it arrived, and what the load generator knows it by."""
+    """One request in the system, with its arrival and the load generator's key."""
 
     request: Request
     arrived: float  # seconds, time.perf_counter
@@ -32,10 +32,10 @@ Answered = Callable[[list[Ticket]], None]  # takes requests that ended together
 
 
 class RequestLoop:
-    """Answers submitted requests on threads of its own and keeps a row of each.
+    """Threads that answer submitted requests and keep a row of each.
 
-    `answered` is called on one of them at a time with requests that ended together. If the engine raises, `failure`
-    holds the exception, `stopped` is set and nothing more is begun.
+    `answered` is called on one of the threads at a time, with requests that ended together. If the engine raises,
+    `failure` holds the exception, `stopped` is set and no further batch begins.
     """
 
     def __init__(self, max_batch: int, answered: Answered, threads: int = 1) -> None:
@@ -44,7 +44,7 @@ class RequestLoop:
         self.tokens = 0
         self.padded_tokens = 0
         self.details: dict[str, float] = {}
-        self.busy_s = 0.0  # that the engine computed
+        self.busy_s = 0.0  # seconds in which the engine computed
         self.batches = 0
         self.batched = 0  # requests of all batches
         self._max_batch, self._answered = max_batch, answered
@@ -58,13 +58,13 @@ class RequestLoop:
             thread.start()
 
     def submit(self, tickets: Iterable[Ticket]) -> None:
-        """Queue requests; those of one call can share a batch at once."""
+        """Queue requests. Those of one call can share a batch at once."""
         with self._changed:
             self._queue.extend(tickets)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Answer what is queued, then stop. Raises what the engine raised, if it did."""
+        """Answer the queued requests, then stop. Raises what the engine raised."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -74,9 +74,9 @@ class RequestLoop:
             raise self.failure
 
     def samples(self) -> dict[str, np.ndarray]:
-        """One row a request, by column: SAMPLE_COLUMNS, and one for each stage of an engine that has several.
+        """Return one row per request, by column: SAMPLE_COLUMNS, and one for each stage of an engine with several.
 
-        Times are in milliseconds; arrival_s, in seconds, counts from the first arrival.
+        Times are in milliseconds, but arrival_s is in seconds from the first arrival.
         """
         table = np.array(self._rows, dtype=np.float64).reshape(-1, len(SAMPLE_COLUMNS))
         columns = {name: table[:, i] for i, name in enumerate(SAMPLE_COLUMNS)}
@@ -98,11 +98,11 @@ class RequestLoop:
             self.stopped.set()
 
     def _work(self) -> None:
-        """Answer until the loop is closing and nothing is left."""
+        """Answer requests until the loop is closing and the queue is empty."""
         raise NotImplementedError
 
     def _note(self, ticket: Ticket, begun: float, parts: tuple[float, float, float], done: float, size: int) -> None:
-        """A row for a request whose work began and was done then; parts: batch, transfer and compute, milliseconds."""
+        """Add the row of a request. parts: batch, transfer and compute, milliseconds."""
         queued, latency = (begun - ticket.arrived) * 1e3, (done - ticket.arrived) * 1e3
         request = ticket.request
         self._rows.append(
@@ -120,10 +120,10 @@ class RequestLoop:
 
 
 class Batcher(RequestLoop):
-    """Forms batches: one closes when it holds `max_batch` requests or its oldest has waited `max_wait_s`.
+    """A loop that forms batches. One closes when it holds `max_batch` requests or its oldest has waited `max_wait_s`.
 
-    answer: the engine's method for the task. in_flight: so many batches may be under way. One that would begin behind
-    another closes only when it is full: until the device is free it can still grow.
+    answer: the engine's method for the task. in_flight: the most batches at the same time. A batch behind another one
+    closes only when it is full, because it can still grow until the device is free.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Batcher(RequestLoop):
             self._run(batch)
 
     def _next_batch(self) -> list[Ticket]:
-        """Empty: the loop is closing and nothing is left, or the engine failed."""
+        """Return the next batch. It is empty when the loop has ended or the engine has failed."""
         with self._changed:
             while not self._closing and self.failure is None:
                 left = self._closes_in_s()
@@ -157,7 +157,7 @@ class Batcher(RequestLoop):
             return batch
 
     def _closes_in_s(self) -> float | None:
-        """Seconds until the next batch closes; None: not before a request comes or a batch ends."""
+        """Return the seconds until the next batch closes; None: not before a request arrives or a batch ends."""
         if len(self._queue) >= self._max_batch:
             return 0.0
         if not self._queue or self._under_way:
@@ -185,10 +185,10 @@ class Batcher(RequestLoop):
 
 
 class ContinuousBatcher(RequestLoop):
-    """Lets requests into an engine that batches by itself, between its steps; at most `max_batch` are under way.
+    """A loop that admits at most `max_batch` requests to an engine that batches by itself, between the engine's steps.
 
-    A row's compute is the time from its admission to its end; its batch is the step that it ended with, and the size
-    how many were under way then. `busy_s` is the time in steps.
+    A row's compute is the time from its admission to its end. Its batch is the step in which it ended, and its batch
+    size the number of requests in that step. `busy_s` is the time in steps.
     """
 
     def __init__(self, engine: ContinuousEngine, max_batch: int, answered: Answered) -> None:
@@ -224,7 +224,7 @@ class ContinuousBatcher(RequestLoop):
                 self._answered(tickets)
 
     def _arrived(self) -> list[Ticket]:
-        """Who may join now; waits for somebody only while nothing is under way. Empty then: there is nobody left."""
+        """Return the requests that may join now. Waits only while the engine is idle; empty then means the end."""
         with self._changed:
             while not self._queue and not self._closing and not self._under_way:
                 self._changed.wait()

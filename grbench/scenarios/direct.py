@@ -17,8 +17,8 @@ def replay(
 ) -> Driven:
     """Issue requests at their arrival times, all divided by one speed-up factor.
 
-    Latency counts from the *scheduled* arrival: when the system falls behind, the wait shows. A trace
-    shorter than `queries` is repeated, one mean interval after its end.
+    Latency counts from the *scheduled* arrival, so that a wait shows when the system falls behind. A trace shorter than
+    `queries` is repeated, one mean interval after its end.
     """
     span = request_at(trace_length - 1).arrival_s
     period = span * trace_length / max(trace_length - 1, 1)
@@ -41,7 +41,7 @@ def closed_loop(
     start: Start,
     request_at: RequestAt,
 ) -> Driven:
-    """Keep `clients` requests on their way until `queries` have been answered."""
+    """Keep `clients` requests in the system until `queries` have been answered."""
     order = itertools.count()
 
     def send(count: int) -> None:

@@ -1,7 +1,7 @@
 """MLPerf's four scenarios, driven by MLPerf LoadGen.
 
-LoadGen decides *when* a request is issued; the trace decides *which*: the k-th request issued is the
-trace's k-th (from the start again when it ends), so that users revisit in their real order.
+LoadGen decides *when* a request is issued, and the trace decides *which*: the k-th request issued is the trace's k-th,
+so that users return in their real order. A trace that ends begins again.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ def run(
 ) -> Driven:
     """Run one LoadGen test to its end.
 
-    `start` makes the batcher, given what to call with answered tickets; `request_at(k)` is the k-th
-    request of the trace. LoadGen's logs go to `folder`. Returns the batcher, LoadGen's own figures and
-    notes. Raises what the engine raised.
+    folder: for LoadGen's logs. Returns the request loop with LoadGen's own figures and notes. Raises what the engine
+    raised.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batcher = start(lambda tickets: lg.QuerySamplesComplete([lg.QuerySampleResponse(t.key, 0, 0) for t in tickets]))
@@ -59,7 +58,7 @@ def run(
         lg.DestroySUT(sut)
         batcher.stopped.set()
 
-    # On a thread of its own: if the engine fails, LoadGen would wait for its answers for ever.
+    # LoadGen has a thread of its own: it would wait for ever for the answers of an engine that fails.
     loadgen = threading.Thread(target=test, name="loadgen", daemon=True)
     loadgen.start()
     batcher.stopped.wait()
@@ -70,7 +69,7 @@ def run(
 
 
 def _queries(config: LoadGenConfig) -> int:
-    """What LoadGen calls queries: in multi stream each is of several requests."""
+    """Return the number of LoadGen's queries. In multi stream each has several requests."""
     return -(-config.queries // config.samples_per_query) if isinstance(config, MultiStreamConfig) else config.queries
 
 
@@ -110,9 +109,9 @@ def _logs(folder: Path) -> lg.LogSettings:
 
 
 def _figures(summary: Path, queries: int) -> tuple[dict[str, float], list[str]]:
-    """LoadGen's own percentiles, as a check on ours, and what it says against the run's validity.
+    """Return LoadGen's own percentiles, as a check on ours, and a note with its reasons if the run is INVALID.
 
-    In multi stream they are of queries, not of requests. The same number of samples is asked for as of ours.
+    In multi stream the percentiles are of queries, not of requests. They need as many samples as ours.
     """
     text = summary.read_text()
     metrics = {}
@@ -123,6 +122,6 @@ def _figures(summary: Path, queries: int) -> tuple[dict[str, float], list[str]]:
     metrics["loadgen_valid"] = float(valid)
     if valid:
         return metrics, []
-    reasons = re.findall(r"^ \* (.*(?:\n [^*\s].*)*)", text, re.MULTILINE)  # a reason may go on over lines
+    reasons = re.findall(r"^ \* (.*(?:\n [^*\s].*)*)", text, re.MULTILINE)  # a reason may span lines
     words = " ".join(" ".join(reasons).split())
     return metrics, [f"LoadGen calls this run INVALID by MLPerf's rules: {words}"]

@@ -109,7 +109,7 @@ def test_a_sweep_resumes_and_goes_on_past_a_cell_that_failed(grbench: Grbench, t
 
 
 class Running:
-    """grbench as a background process, whose workers can be got at."""
+    """grbench as a background process, with access to its workers."""
 
     def __init__(self, folder: Path, *args: str) -> None:
         self.root = folder / "outputs"
@@ -249,7 +249,7 @@ def test_a_sweep_folder_used_again_keeps_the_records_in_it(grbench: Grbench, tmp
     assert sorted(r.spec["seed"] for r in found(tmp_path / "same")) == [0, 1]
 
 
-def test_kernels_that_are_compiled_while_measuring_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compiled_while_measuring_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from grbench import scenarios
     from grbench.config.compose import compose_spec
     from grbench.execution.cell import Cell

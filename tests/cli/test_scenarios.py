@@ -39,7 +39,7 @@ def make_requests(count: int, interval_s: float = 0.01) -> list[Request]:
 
 
 class SleepyEngine:
-    """Takes `seconds` a batch and remembers what it was given."""
+    """Takes `seconds` a batch and remembers its batches."""
 
     def __init__(self, seconds: float = 0.001, fail_at: int | None = None) -> None:
         self.seconds, self.fail_at = seconds, fail_at
@@ -141,7 +141,7 @@ def test_closed_loop_keeps_its_clients_busy_and_no_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wait_ms, expected", [(0.0, 1), (200.0, 4)])
-def test_a_batch_waits_for_company_only_as_long_as_told(wait_ms: float, expected: int) -> None:
+def test_a_batch_waits_for_company_only_as_long_as_allowed(wait_ms: float, expected: int) -> None:
     engine = SleepyEngine(0.0)
     answered = threading.Semaphore(0)
     batcher = Batcher(engine.rank, 8, wait_ms / 1e3, lambda tickets: [answered.release() for _ in tickets] and None)

@@ -204,7 +204,7 @@ def test_a_record_says_that_the_cache_failed() -> None:
     details = {f"cache_{name}": n for name, n in (counted | {"cached_tokens": 1.0, "loaded_tokens": 1.0}).items()}
     quiet, warned = (summarised(details | {"cache_faults": n}).notes for n in (0.0, 3.0))
     [note] = set(warned) - set(quiet)
-    assert note == "the cache failed 3 times, and those batches were answered without it; why: worker.log"
+    assert note == "the cache failed 3 times, and those batches were answered without it; see worker.log"
 
 
 def test_item_cache_metrics_count_tokens_and_distinct_rows() -> None:
