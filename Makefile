@@ -33,7 +33,7 @@ ui: $(VENV)/.ready ## MLflow's pages at http://127.0.0.1:5000
 	$(PY) -m grbench ui $(ARGS)
 
 reports: $(VENV)/.ready ## rebuild the pages under reports/ from their records
-	$(PY) -m grbench.report.studies $(ARGS)
+	$(PY) -m grbench reports $(ARGS)
 
 docs: $(VENV)/.docs ## the documentation site in build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -d build/site $(ARGS)

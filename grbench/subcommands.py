@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "sizing": Subcommand("grbench.tools.sizing:main", "parameters, FLOPs and KV bytes of a model and a workload"),
     "overhead": Subcommand("grbench.tools.overhead:main", "latency that the harness itself adds"),
     "report": Subcommand("grbench.report.command:main", "a Markdown page with tables and plots, from records"),
+    "reports": Subcommand("grbench.report.studies_command:main", "pages of kept reports, rebuilt from their records"),
     "ui": Subcommand("grbench.tracking.command:ui", "open MLflow's pages on this machine"),
     "import": Subcommand("grbench.tracking.command:import_", "log the records that MLflow does not have yet"),
     "export": Subcommand("grbench.tools.export:main", "a ranking model as ONNX and torch.export files, checked"),

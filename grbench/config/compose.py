@@ -36,12 +36,9 @@ Checked = TypeVar("Checked")
 
 
 def prepare_hydra() -> None:
-    """Register the schemas and the resolvers that files in conf/ use. Safe to call twice."""
+    """Register the schemas, the folder of studies and the resolvers that files in conf/ use. Safe to call twice."""
     register_schemas()
     OmegaConf.register_new_resolver("grbench_subcommands", summaries, replace=True)
-    OmegaConf.register_new_resolver(
-        "grbench_experiments", lambda: str(checkout_or_packaged("experiments")), replace=True
-    )
 
 
 def compose_spec(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunSpec, RunConfig]:

@@ -160,7 +160,8 @@ class RunSpec:
 
 
 def register_schemas() -> None:
-    """Make the dataclasses above known to Hydra."""
+    """Make the dataclasses above and the folder of studies known to Hydra. Safe to call twice."""
+    register_studies()
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     for group, options in schemas().items():
@@ -266,6 +267,13 @@ def spec_from_json(text: str) -> RunSpec:
 def _spec_groups() -> list[tuple[str, dict[str, type]]]:
     fields = {f.name for f in dataclasses.fields(RunSpec)}
     return [(group, options) for group, options in schemas().items() if group in fields]
+
+
+def register_studies() -> None:
+    """Make the resolver known that Hydra's search path finds the studies by. Safe to call twice."""
+    OmegaConf.register_new_resolver(
+        "grbench_experiments", lambda: str(checkout_or_packaged("experiments")), replace=True
+    )
 
 
 def checkout_or_packaged(name: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from grbench.config.schema import ConfigError, checked, schemas
+from grbench.config.schema import ConfigError, checked, register_studies, schemas
 from grengines.options import option
 from grkernels import registry
 
@@ -49,6 +49,7 @@ class Family:
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra. Safe to call twice."""
     store = ConfigStore.instance()
+    register_studies()
     store.store(name="kernelbench_schema", node=KernelBenchConfig)
     for name, schema in schemas()["tracking"].items():
         store.store(group="schema/tracking", name=name, node=schema)

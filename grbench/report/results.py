@@ -5,30 +5,46 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grbench.report.cells import MISSING, figure
+from grbench.report.cells import MISSING, figure, flatten, shown
 from grbench.report.markdown import bullets, table
 
-Row = dict[str, Any]  # of a results file
+Results = dict[str, Any]  # what a results file holds
+Row = dict[str, Any]
 
 
-def results_sections(name: str, results: dict[str, Any]) -> list[str]:
-    """The sections of one results file: its command, its rows as tables, why rows have no result. name: its heading."""
-    kind = KINDS.get(results.get("kind", ""), _any_rows)
-    title = [results["title"] + "."] if "title" in results else []
-    return [f"## {name}", f"`{results['command']}`", *title, *kind(results)]
+def results_sections(files: Sequence[tuple[str, Results]]) -> list[str]:
+    """The sections of a page about results files, given with their names: commands, tables, rows without a result."""
+    commands = dict.fromkeys(results["command"] for _, results in files)
+    sections = ["## Commands", "\n".join(f"    {command}" for command in commands)]
+    jobs = [results for _, results in files if results.get("kind") == "cachesim"]
+    if len(jobs) > 1:
+        sections += ["## Policies by job", *_jobs(jobs)]
+    for name, results in files:
+        if results.get("kind") == "cachesim" and len(jobs) > 1:
+            continue
+        title = [results["title"] + "."] if "title" in results else []
+        sections += [f"## {name}", *title, *KINDS.get(results.get("kind", ""), _other_rows)(results)]
+    return sections
 
 
-def _any_rows(results: dict[str, Any]) -> list[str]:
-    """A column for each scalar of the rows, headed by its key."""
-    rows = results["rows"]
+def rows_table(rows: Sequence[Row], notes: Sequence[str] = ()) -> list[str]:
+    """A table with a column for each scalar of the rows, headed by its key; then notes, and rows without a result."""
     done = [row for row in rows if row.get("status", "OK") == "OK"]
     keys = dict.fromkeys(key for row in done for key, value in row.items() if not isinstance(value, list | dict))
     keys.pop("status", None)
-    cells = [[_shown(row.get(key)) for key in keys] for row in done]
-    return [*([table([key.replace("_", " ") for key in keys], cells)] if done else []), *_failures(rows)]
+    cells = [[row_cell(row.get(key)) for key in keys] for row in done]
+    return [
+        *([table([key.replace("_", " ") for key in keys], cells)] if done else []),
+        *bullets(notes),
+        *_failures(rows),
+    ]
 
 
-def _kernel_rows(results: dict[str, Any]) -> list[str]:
+def _other_rows(results: Results) -> list[str]:
+    return rows_table(results["rows"], results.get("notes", []))
+
+
+def _kernel_rows(results: Results) -> list[str]:
     """A table for each family, under the ceilings that shares refer to."""
     from grbench.kernelbench.output import COLUMNS
 
@@ -49,8 +65,8 @@ def _kernel_rows(results: dict[str, Any]) -> list[str]:
     return sections + _failures(rows)
 
 
-def _policy_rows(results: dict[str, Any]) -> list[str]:
-    """A row for each policy at each cache size."""
+def _policy_rows(results: Results) -> list[str]:
+    """A row for each policy at each cache size of one job."""
     from grbench.cachesim.output import COLUMNS
 
     heads = ["size, GB", "of all states, %", "policy", *(heading.replace("\n", " ") for heading in COLUMNS)]
@@ -65,7 +81,31 @@ def _policy_rows(results: dict[str, Any]) -> list[str]:
     return [table(heads, cells)]
 
 
-KINDS: dict[str, Callable[[dict[str, Any]], list[str]]] = {"kernels": _kernel_rows, "cachesim": _policy_rows}
+def _jobs(jobs: Sequence[Results]) -> list[str]:
+    """Jobs of a simulation side by side: a row for each job and policy, a column for each size."""
+    configs = [flatten(job["config"]) for job in jobs]
+    knobs = [key for key in configs[0] if len({shown(config.get(key)) for config in configs}) > 1]
+    names = [key.rpartition(".")[2].replace("_", " ") for key in knobs]
+    sizes = sorted({f"{100 * row['share']:.2g}%" for job in jobs for row in job["rows"]}, key=lambda s: float(s[:-1]))
+    sections = []
+    for title, metric, form in (
+        ("Hit rate, %", "hit_rate", ".2f"),
+        ("Points of hit rate over lru", "over_lru", "+.2f"),
+    ):
+        lines = []
+        for job, config in zip(jobs, configs, strict=True):
+            found: dict[str, dict[str, float]] = {}
+            for row in job["rows"]:
+                if (value := row["metrics"].get(metric)) is not None and (metric, row["policy"]) != ("over_lru", "lru"):
+                    found.setdefault(row["policy"], {})[f"{100 * row['share']:.2g}%"] = 100 * value
+            for policy, values in found.items():
+                cells = [MISSING if size not in values else format(values[size], form) for size in sizes]
+                lines.append([*(shown(config.get(key)) for key in knobs), policy, *cells])
+        sections += [f"### {title}", table([*names, "policy", *sizes], lines)] if lines else []
+    return sections
+
+
+KINDS: dict[str, Callable[[Results], list[str]]] = {"kernels": _kernel_rows, "cachesim": _policy_rows}
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:
@@ -84,7 +124,8 @@ def _scaled(value: float | None, factor: float, shown: Callable[[float], str]) -
     return MISSING if value is None else shown(factor * value)
 
 
-def _shown(value: object) -> str:
+def row_cell(value: object) -> str:
+    """A scalar of a row as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return figure(value) if isinstance(value, float) or value is None else str(value)

@@ -1,14 +1,10 @@
 """Reports that are kept: reports/<study>/ with a page that is rebuilt from its records.
 
-    python -m grbench.report.studies                                rebuild every page and draw its figures
-    python -m grbench.report.studies --check                        exit 1 where a page is not what its records give
-    python -m grbench.report.studies NAME --keep outputs/NAME       replace the records of reports/NAME, then rebuild it
-
 A report's folder holds
 
     notes.md                     a title and what people wrote
     records/<cell>/record.json   as a run leaves it, and samples.parquet where all are small
-    records/<job>/results.json   as `grbench.kernelbench`, `grbench.cachesim` and the programs in experiments/ leave it
+    records/<job>/results.json   as `grbench kernels`, `grbench cachesim` and the programs in experiments/ leave it
     README.md                    the page: rebuilt, never edited
 
 All records of a report have one commit, which is clean, and one machine.
@@ -16,11 +12,9 @@ All records of a report have one commit, which is clean, and one machine.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +50,7 @@ def study_page(folder: Path) -> str:
     sections += [f"The study: [{path}](../../{path})." for path in _definition(folder)]
     sections += ["## Notes", prose.strip()] if prose.strip() else []
     sections += ["## Summary", *cell_sections(cells)] if cells else []
-    for path, data in tables:
-        sections += results_sections(path.parent.name, data)
+    sections += results_sections([(path.parent.name, data) for path, data in tables]) if tables else []
     return "\n\n".join(sections) + "\n"
 
 
@@ -104,35 +97,6 @@ def folders(root: Path) -> Iterator[Path]:
     yield from sorted(path.parent for path in root.glob(f"*/{NOTES}"))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 1 a page is not what its records give, 2 something can't be read or written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m grbench.report.studies",
-        description="Rebuild the pages under reports/ from their records.",
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="reports, by folder name (default: all)")
-    parser.add_argument("--root", type=Path, default=Path("reports"), help="their folder (default: %(default)s)")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="first take the records under FOLDER (one NAME)")
-    options = parser.parse_args(arguments)
-    if options.keep and len(options.names) != 1:
-        parser.error("--keep takes the records of one report: give its NAME")
-    chosen = [options.root / name for name in options.names] or list(folders(options.root))
-    try:
-        if options.keep:
-            keep(options.keep, chosen[0])
-        if options.check:
-            problems = [problem for folder in chosen if (problem := stale(folder))]
-            print("\n".join(problems) or f"{len(chosen)} pages are what their records give")
-            return 1 if problems else 0
-        for folder in chosen:
-            print(rebuild(folder))
-    except (ReportError, OSError) as e:
-        print(f"grbench.report.studies: {e}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def _read(root: Path) -> tuple[list[Cell], list[tuple[Path, dict[str, Any]]], Origin]:
     """The cells and the results files (with their paths) under `root`, and the one origin of all of them."""
     if problems := unreadable([root]):
@@ -154,7 +118,3 @@ def _definition(folder: Path) -> list[str]:
     root = folder.parent.parent
     candidates = [f"experiments/study/{folder.name}.yaml", f"experiments/{folder.name}.py"]
     return [path for path in candidates if (root / path).is_file()]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

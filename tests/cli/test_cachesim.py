@@ -288,8 +288,8 @@ def test_a_run_leaves_table_results_plot_and_mlflow_runs(grbench: Grbench, tmp_p
         assert lru["gb"] == pytest.approx(share * results["trace"]["footprint_gb"], rel=0.01)
         assert rows["predictive", share]["metrics"]["over_lru"] == pytest.approx(rates["predictive"] - rates["lru"])
     assert (path.parent / "misses.png").read_bytes().startswith(b"\x89PNG")
-    page = "\n\n".join(results_sections("job", load_results(path)))
-    assert page.startswith("## job\n\n`python -m grbench cachesim workload=synthetic ")
+    page = "\n\n".join(results_sections([("job", load_results(path))]))
+    assert page.startswith("## Commands\n\n    python -m grbench cachesim workload=synthetic ")
     for (name, share), row in rows.items():
         cells = f"| {row['gb']:.3g} | {100 * row['share']:.3g} | {name} | {100 * row['metrics']['hit_rate']:.2f} |"
         assert cells in page, share

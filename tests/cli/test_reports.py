@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from grbench.cli import main
 from grbench.execution import results
 from grbench.execution.records import RECORD_FILE, SAMPLES_FILE
 from grbench.report import ReportError
 from grbench.report.results import results_sections
-from grbench.report.studies import PAGE, folders, keep, main, rebuild, stale, study_page
+from grbench.report.studies import PAGE, folders, keep, rebuild, stale, study_page
 
 REPORTS = ROOT / "reports"
 KEPT = list(folders(REPORTS))
@@ -73,10 +74,10 @@ def test_a_page_that_says_something_else_is_found(report: Path, file: str, capsy
         change(report, lambda record: record["metrics"].update(throughput_rps=1e6))
     else:
         (report / file).write_text((report / file).read_text() + "\nIt is ten times as fast.\n")
-    assert main(["--root", str(report.parent), "--check"]) == 1
+    assert main(["reports", "--root", str(report.parent), "--check"]) == 1
     assert "not what its records and notes give; `make reports` rebuilds it" in capsys.readouterr().out
-    assert main(["--root", str(report.parent)]) == 0
-    assert main(["--root", str(report.parent), "--check"]) == 0
+    assert main(["reports", "--root", str(report.parent)]) == 0
+    assert main(["reports", "--root", str(report.parent), "--check"]) == 0
     assert ("ten times" in (report / PAGE).read_text()) == (file == "notes.md")
 
 
@@ -94,7 +95,7 @@ def test_records_of_doubtful_origin_make_no_page(
     report: Path, edit: Callable[[dict[str, Any]], Any], message: str, capsys: Capture
 ) -> None:
     path, before = change(report, lambda record: edit(record["environment"])), (report / PAGE).read_text()
-    assert main(["--root", str(report.parent)]) == 2
+    assert main(["reports", "--root", str(report.parent)]) == 2
     error = capsys.readouterr().err
     assert str(path) in error and message in error and error.count("\n") == 1
     with pytest.raises(ReportError):
@@ -147,7 +148,7 @@ def test_rows_of_any_program_become_a_table(report: Path) -> None:
     results.save(report / "records" / "job", {**results.origin(["python", "x y"]), **origin_of(REPORTS)}, rows)
     rebuild(report)
     page = (report / PAGE).read_text()
-    assert "## job\n\n`python 'x y'`\n\n| engine | batch | p50 ms | graphs |\n" in page
+    assert "## Commands\n\n    python 'x y'\n\n## job\n\n| engine | batch | p50 ms | graphs |\n" in page
     assert "\n| hstu | 8 | 1.23 | yes |\n" in page
     assert page.endswith("- UNAVAILABLE: no C++ compiler (aoti 8; onnxruntime 8)\n")
     (report / "records" / "job" / "results.json").write_text('{"schema_version": 1}')
@@ -157,4 +158,4 @@ def test_rows_of_any_program_become_a_table(report: Path) -> None:
 
 def test_rows_without_a_result_have_no_table() -> None:
     row = {"family": "layer_norm", "variant": "a", "status": "INCORRECT", "reason": "zeros", "p50_ms": 9.0}
-    assert results_sections("job", {"command": "c", "rows": [row]})[2:] == ["- INCORRECT: zeros (layer_norm a)"]
+    assert results_sections([("job", {"command": "c", "rows": [row]})])[3:] == ["- INCORRECT: zeros (layer_norm a)"]

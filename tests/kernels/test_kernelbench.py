@@ -96,7 +96,7 @@ def test_a_run_leaves_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: P
     assert rows["meta_triton"]["status"] == "UNAVAILABLE"
     assert rows["meta_triton"]["shape"] == ALL_SHAPES
     assert (path.parent / "roofline_hstu_attention.png").read_bytes().startswith(b"\x89PNG")
-    page = "\n\n".join(results_sections("job", load_results(path)))
+    page = "\n\n".join(results_sections([("job", load_results(path))]))
     assert f"| {SMALL} | fp32 | torch | {figure(p50)} |" in page
     assert f"UNAVAILABLE: {rows['meta_triton']['reason']}" in page
 
