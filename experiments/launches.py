@@ -1,53 +1,65 @@
-"""What a call costs the host, and what another length costs: python experiments/launches.py   (seconds, one GPU)
+"""Host time of a launch, and of a length that was not seen before.
 
-Calls with tensors so small that the device keeps up: the least mean of five times 200 calls, without waiting for the
-device. Then attention and LayerNorm with lengths and beginnings of index tensors that they have not seen; what is
-compiled for them is told.
+    python experiments/launches.py
+
+Calls have tensors so small that the device keeps up: the least mean of five times 200 calls, without waiting for the
+device. On a GPU, attention and LayerNorm then run with lengths and index tensors that they have not seen, and the rows
+say how many kernels were compiled for them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import common
 import torch
 import torch.nn.functional as F
-from triton import knobs
+from torch import Tensor
 
 from grkernels.operators import Operators
 from grkernels.registry import FAMILIES
 
 EMBEDDING, HEADS, DIM, ROWS = 512, 4, 128, 64
+LENGTHS = [(64, 0), (65, 0), (64, 1), (65, 1), (128, 0), (96, 3)]  # rows, and where index tensors begin
 
 
-def host_us(call: Callable[[], Any], calls: int = 200) -> float:
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def host_us(call: Callable[[], Any], device: str, calls: int) -> float:
     """Microseconds a call, on the host."""
     least = float("inf")
     for _ in range(5):
         call()
-        torch.cuda.synchronize()
+        synchronize(device)
         begun = time.perf_counter()
         for _ in range(calls):
             call()
         least = min(least, (time.perf_counter() - begun) / calls)
-        torch.cuda.synchronize()
+        synchronize(device)
     return 1e6 * least
 
 
-def layer(rows: int, shift: int) -> tuple[Any, ...]:
-    """u, v, q and k as views of a layer's projection; offsets and targets of one sequence, `shift` numbers into a
-    buffer."""
-    made = torch.randn(rows, 4 * HEADS * DIM, device="cuda", dtype=torch.bfloat16)
+def layer(rows: int, shift: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """u, v, q and k as views of a layer's projection; offsets and targets of one sequence.
+
+    The last two begin `shift` numbers into a buffer, as a batch's index tensors do.
+    """
+    made = torch.randn(rows, 4 * HEADS * DIM, device=device, dtype=torch.bfloat16)
     u, v, q, k = (part.unflatten(1, (HEADS, DIM)) for part in made.split(HEADS * DIM, dim=1))
-    packed = torch.zeros(16, dtype=torch.int64, device="cuda")
-    packed[shift + 1 : shift + 3] = torch.tensor([rows, rows // 4], device="cuda")
+    packed = torch.zeros(16, dtype=torch.int64, device=device)
+    packed[shift + 1 : shift + 3] = torch.tensor([rows, rows // 4], device=device)
     return u.flatten(1), v, q, k, packed[shift : shift + 2], packed[shift + 2 : shift + 3]
 
 
-def calls(operators: Operators, rows: int = ROWS, shift: int = 0) -> dict[str, Callable[[], Any]]:
-    u, v, q, k, offsets, targets = layer(rows, shift)
-    weight = torch.ones(HEADS * DIM, device="cuda", dtype=torch.bfloat16)
+def calls_of(operators: Operators, device: str, rows: int = ROWS, shift: int = 0) -> dict[str, Callable[[], Any]]:
+    """One call of each operator of a layer."""
+    u, v, q, k, offsets, targets = layer(rows, shift, device)
+    weight = torch.ones(HEADS * DIM, device=device, dtype=torch.bfloat16)
     sizes = {"max_q_len": rows, "max_kv_len": rows, "scaling_seqlen": 1024, "alpha": 0.1}
     where = {"q_offsets": offsets, "kv_offsets": offsets, "num_targets": targets}
     return {
@@ -57,27 +69,44 @@ def calls(operators: Operators, rows: int = ROWS, shift: int = 0) -> dict[str, C
     }
 
 
-@torch.inference_mode()
-def main() -> None:
-    x = torch.randn(ROWS, EMBEDDING, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(4 * HEADS * DIM, EMBEDDING, device="cuda", dtype=torch.bfloat16)
-    print("| call | us |\n|---|---|")
-    print(f"| PyTorch: x + x | {host_us(lambda: x + x):.1f} |")
-    print(f"| PyTorch: linear | {host_us(lambda: F.linear(x, weight)):.1f} |")
-    for name in ("triton", "cutlass"):
-        for family, call in calls(Operators.of(dict.fromkeys(FAMILIES, name))).items():
-            print(f"| {name}: {family} | {host_us(call):.1f} |")
+def of(variant: str) -> Operators:
+    """Every operator in one variant."""
+    return Operators.of(dict.fromkeys(FAMILIES, variant))
+
+
+def unseen(rows: common.Rows) -> None:
+    """A row for each length and beginning that Triton's kernels have not seen."""
+    from triton import knobs
+
     compiled: list[Any] = []
     knobs.runtime.jit_post_compile_hook = lambda *_, **event: compiled.append(event)
-    triton = Operators.of(dict.fromkeys(FAMILIES, "triton"))
-    for rows, shift in ((64, 0), (65, 0), (64, 1), (65, 1), (128, 0), (96, 3)):
+    for count, shift in LENGTHS:
         begun = time.perf_counter()
-        for call in calls(triton, rows, shift).values():
+        for call in calls_of(of("triton"), "cuda", count, shift).values():
             call()
         torch.cuda.synchronize()
-        took = (time.perf_counter() - begun) * 1e3
-        print(f"{rows} rows, index tensors from number {shift}: {took:.1f} ms, {len(compiled)} kernels compiled")
+        took = (time.perf_counter() - begun) * 1e6
+        rows.add(variant="triton", call=f"{count} rows, index from {shift}", host_us=took, compiled=len(compiled))
         compiled.clear()
+
+
+@torch.inference_mode()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__ or "", overrides=False)
+    parser.add_argument("--calls", type=int, default=200, help="in a row (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = common.Rows(args, __file__, arguments)
+    x = torch.randn(ROWS, EMBEDDING, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(4 * HEADS * DIM, EMBEDDING, device=device, dtype=torch.bfloat16)
+    for name, call in {"x + x": lambda: x + x, "linear": lambda: F.linear(x, weight)}.items():
+        rows.add(variant="PyTorch", call=name, host_us=host_us(call, device, args.calls))
+    for variant in ("triton", "cutlass") if device == "cuda" else ("torch",):
+        for family, call in calls_of(of(variant), device).items():
+            rows.add(variant=variant, call=family, host_us=host_us(call, device, args.calls))
+    if device == "cuda":
+        unseen(rows)
+    rows.close()
 
 
 if __name__ == "__main__":

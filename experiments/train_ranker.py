@@ -1,10 +1,10 @@
-"""Train a small ranking model on MovieLens-100K, so that precisions can be compared by what they cost in AUC.
+"""Train a small ranking model on MovieLens-100K, so that the AUC of precisions can be compared.
 
     python experiments/train_ranker.py --out outputs/ml_100k.safetensors [model=hstu_tiny ...]
 
-Plain PyTorch and autograd, a few minutes on two cores. Tasks are the workload's actions: rated (did the user rate the
-candidate in this visit) and liked (with at least four of five stars). The last requests of the trace, those that
-`grbench/gate/quality.py` looks at, are held out. The file is then given to runs as
+PyTorch and autograd, a few minutes on two cores. Tasks are the workload's actions: rated (did the user rate the
+candidate in this visit) and liked (with at least four of five stars). The last requests of the trace are held out:
+`grbench/gate/quality.py` ranks them. A run takes the file as
 
     python -m grbench workload.max_history=128 'model.tasks=[rated,liked]' model.weights=outputs/ml_100k.safetensors
 """
@@ -12,18 +12,17 @@ candidate in this visit) and liked (with at least four of five stars). The last 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from grbench import workloads
-from grbench.config.compose import compose_spec
-from grbench.config.schema import ConfigError
 from grbench.gate import quality
 from grengines.models.hstu.model import HSTULayer, HSTURanker
 from grengines.models.hstu.weights import save_weights
@@ -36,7 +35,7 @@ DEFAULTS = ["workload=ml_100k", "workload.max_history=128", "model=hstu_tiny", "
 
 
 def forward(model: HSTURanker, batch: JaggedBatch) -> Tensor:
-    """As HSTURanker.forward, for autograd: nothing is changed in place; attention is over padded sequences."""
+    """Logits as HSTURanker.forward gives them, for autograd: nothing changes in place, attention pads sequences."""
     config, kernels = model.config, model.kernels
     n, offsets = batch.max_q_len, batch.q_offsets
     lengths, targets = offsets.diff().tolist(), batch.num_targets.tolist()
@@ -57,26 +56,21 @@ def forward(model: HSTURanker, batch: JaggedBatch) -> Tensor:
     return model.score(x, batch)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32, help="requests a step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="of learning (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="of the model and the workload, such as model.layers=3")
-    args = parser.parse_args()
-    try:
-        spec, _ = compose_spec([*DEFAULTS, *args.overrides])
-    except ConfigError as e:
-        print(f"train_ranker: {e}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(arguments)
+    [spec] = common.specs_of(parser, DEFAULTS, args.overrides, multirun=False)
     trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
     tasks = spec.model.tasks
     labels = [quality.labels_of(trace, i, tasks) for i in range(len(trace.requests))]
     if labels[0] is None:
         known = ", ".join(trace.events.action_names)
-        print(f"train_ranker: model.tasks={tasks}: the workload labels {known}", file=sys.stderr)
-        return 2
+        parser.error(f"model.tasks={tasks}: allowed are the actions that the workload labels: {known}")
     torch.manual_seed(spec.seed)
     model = HSTURanker.build(
         spec.model, trace.catalogue, Operators.eager(), seed=spec.seed, device="cpu", dtype=torch.float32
@@ -113,8 +107,7 @@ def main() -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_weights(model, args.out)
     print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,187 +1,151 @@
-"""What the user-state cache saves, end to end in the engine: python experiments/user_cache.py [--device cpu]
+"""Latency of a hit in the KV cache of the native engine, by where the user's state is.
 
-Requests of returning users, ranked by engines side by side in one process, in turns: without a cache, with all or most
-of the history in pages on the device, with all of it on the host, and with nothing cached (what the cache costs).
-Times are wall clock around `rank`: packing, copies, computation, scores on the host. Every case's scores are first
-checked against the fp32 reference; one that is wrong ends the run. Prints a table; --output writes every sample.
+    python experiments/user_cache.py
+    python experiments/user_cache.py model=hstu_tiny engine.cuda_graphs=false --history 256 --candidates 32
+
+Requests of returning users are ranked by engines side by side in one process, interleaved: without a cache, with all or
+most of the history in pages on the device, with all of it on the host, and with an empty cache (the cost of storing).
+Times are wall clock around `rank`: packing, copies, computation, scores on the host. Every case passes the harness's
+gate first, in the very state in which it is timed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import common
 import numpy as np
 import torch
 
-from grbench.config.compose import compose_spec
-from grengines.api import Catalogue, RankResult, Request, Setup
-from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.hstu.config import HSTUEngineConfig
-from grengines.hstu.engine import HSTUEngine
-from grengines.models.hstu.reference import RankingReference
-from grkernels.registry import requested
+from grbench.config.schema import RunSpec
+from grbench.gate.rank import RankGate
+from grengines.api import Request
 
-CATALOGUE = Catalogue(num_users=100, num_items=100_000, num_actions=8)
+DEFAULTS = ["workload=synthetic", "model=wide_heads", "engine=hstu"]
 NEW = 128  # events since the last visit
+Case = tuple[str, Callable[[], object]]  # the engine, and what brings it into the state that the requests find
 
 
-def requests_of(users: int, history: int, candidates: int) -> list[Request]:
-    rng, made = np.random.default_rng(0), []
-    for user in range(users):
-        made.append(
-            Request(
-                request_id=user,
-                user_id=user,
-                history_items=rng.integers(0, CATALOGUE.num_items, history),
-                history_actions=rng.integers(1, 2**CATALOGUE.num_actions, history),
-                history_weights=rng.random(history, dtype=np.float32),
-                history_timestamps=np.cumsum(rng.integers(1, 1000, history)),
-                num_seen=history - NEW,
-                candidates=rng.integers(0, CATALOGUE.num_items, candidates),
-                timestamp=history * 1000,
-                arrival_s=0.0,
-                deadline_ms=80.0,
-            )
+def state_gb(spec: RunSpec, history: int, precision: str) -> float:
+    """Size of a user's state in 10^9 bytes."""
+    model = spec.model
+    numbers = model.layers * model.heads * (model.qk_dim + model.v_dim) * history
+    return numbers * (4 if precision == "fp32" else 2) / 1e9
+
+
+def engines_of(spec: RunSpec, parse: Callable[[list[str]], RunSpec], users: Sequence[Request]) -> dict[str, Any]:
+    """The engine without a cache and three with one. parse: a cell with further overrides."""
+    history, candidates = len(users[0].history_items), len(users[0].candidates)
+    whole, new = history + candidates, candidates + min(NEW, history // 2)
+    none = common.engine_of(parse(["cache=none", f"engine.graph_lengths={[whole]}"]), users, len(users))
+    state = len(users) * state_gb(spec, history, none.actual()["precision"])
+    lengths = f"engine.graph_lengths={[max(candidates, 16), new, whole]}"
+    host = f"cache.host_gb={2 * state}"
+    overrides = {
+        "device": ["cache=lru", f"cache.memory_gb={3 * state}", lengths],
+        "part": ["cache=lru", f"cache.memory_gb={3 * state}", host, lengths],
+        "whole": ["cache=lru", f"cache.memory_gb={20 * state}", host, "cache.onload_share=1", lengths],
+    }
+    others = {name: common.engine_of(parse(more), users, len(users)) for name, more in overrides.items()}
+    return {"none": none, **others}
+
+
+def cases_of(engines: dict[str, Any], users: Sequence[Request]) -> dict[str, Case]:
+    """The cases by name."""
+    history = len(users[0].history_items)
+    new = min(NEW, history // 2)
+    earlier = [common.first_events(user, history - new) for user in users]
+    device, part, whole = (engines[name] for name in ("device", "part", "whole"))
+
+    def on_host(engine: Any) -> None:
+        engine.rank(users)
+        engine.reset_cache(keep_host=True)
+
+    def prefetched() -> None:
+        on_host(whole)
+        for user in users:
+            whole._cached.states.tier.prefetch(user.user_id)
+
+    return {
+        "no cache": ("none", lambda: None),
+        "nothing cached": ("device", device.reset_cache),
+        f"{history - new} of {history} on the device": ("device", lambda: device.rank(earlier)),
+        f"{history} of {history} on the device": ("device", lambda: device.rank(users)),
+        "on the host, all loaded": ("whole", lambda: on_host(whole)),
+        "on the host, part loaded, the rest computed meanwhile": ("part", lambda: on_host(part)),
+        "on the host, prefetched": ("whole", prefetched),
+    }
+
+
+def measure(rows: common.Rows, spec: RunSpec, parse: Callable[[list[str]], RunSpec], batch: int, args: Any) -> None:
+    """Check and time every case with one batch size."""
+    pool = common.requests_of(max(batch, 2), args.history, args.candidates)  # the gate needs two requests
+    engines = engines_of(spec, parse, pool)
+    actual = engines["none"].actual()
+    gate = RankGate(spec, common.CATALOGUE, pool, actual["device"], actual["precision"])
+    cases, users = cases_of(engines, pool), pool[:batch]
+    errors = {}
+    for name, (engine, before) in cases.items():
+        before()
+        errors[name] = gate.check(engines[engine], len(pool)).error
+    calls = common.interleaved(
+        {name: partial(engines[engine].rank, users) for name, (engine, _) in cases.items()},
+        args.rounds,
+        {name: before for name, (_, before) in cases.items()},
+    )
+    first = next(iter(cases))
+    for name in cases:
+        details = [call.result.details | {"compute_ms": call.result.compute_ms} for call in calls[name]]
+
+        def median(key: str, details: list[dict[str, float]] = details) -> float:
+            return float(np.median([found[key] for found in details if key in found] or [0.0]))
+
+        times = common.latency(calls[name])
+        copied_ms, gigabytes = median("cache_host_copy_ms"), median("cache_host_bytes") / 1e9
+        rows.add(
+            model=spec.model.name,
+            batch=batch,
+            history=args.history,
+            candidates=args.candidates,
+            cached=name,
+            p50_ms=times["p50_ms"],
+            times_as_fast=common.latency(calls[first])["p50_ms"] / times["p50_ms"],
+            compute_ms=median("compute_ms"),
+            copied_ms=copied_ms or None,
+            waited_ms=median("cache_host_wait_ms") if copied_ms else None,
+            copy_gb_per_s=1e3 * gigabytes / copied_ms if copied_ms else None,
+            error=errors[name],
+            allowed=gate.tolerance,
+            samples_ms=[call.ms for call in calls[name]],
         )
-    return made
+    facts = engines["part"].actual()
+    rows.note(
+        f"Batch {batch}: copies of page-locked memory reach {facts['cache_copy_gb_s']:.1f} GB/s. "
+        f"A token takes {facts['cache_compute_us_a_token']:.3f} us to compute. "
+        f"A batch without a graph takes at least {facts['cache_launch_ms']:.2f} ms."
+    )
+    for engine in engines.values():
+        engine.close()
 
 
-def shortened(request: Request, events: int) -> Request:
-    columns = [f for f in Request.__dataclass_fields__ if f.startswith("history_")]
-    return replace(request, **{f: getattr(request, f)[:events] for f in columns})
-
-
-class Study:
-    def __init__(self, args: argparse.Namespace, batch: int) -> None:
-        self.args, self.model = args, compose_spec([f"model={args.model}"])[0].model
-        self.now = requests_of(batch, args.history, args.candidates)
-        self.before = [shortened(r, args.history - NEW) for r in self.now]
-        self.gpu = args.device == "cuda"
-        reference = RankingReference(self.model, CATALOGUE, 0, args.device)
-        self.expected = np.concatenate(reference.scores(self.now))
-        plain = np.concatenate(reference.scores(self.now, "bf16" if self.gpu else "fp32"))
-        self.allowed = max(2 * self.error(plain), 2e-5)
-        state_gb = self.model.layers * self.model.heads * (self.model.qk_dim + self.model.v_dim) * args.history
-        state_gb *= (2 if self.gpu else 4) / 1e9
-        room, host = 3 * batch * state_gb, 2 * batch * state_gb
-        self.engines = {
-            "none": self.engine(CacheConfig()),
-            "device": self.engine(PagedCacheConfig(memory_gb=room)),
-            "part": self.engine(PagedCacheConfig(memory_gb=room, host_gb=host)),
-            "whole": self.engine(PagedCacheConfig(memory_gb=20 * batch * state_gb, host_gb=host, onload_share=1.0)),
-        }
-
-    def engine(self, cache: CacheConfig | PagedCacheConfig) -> HSTUEngine:
-        args, whole = self.args, self.args.history + self.args.candidates
-        lengths = [args.candidates, args.candidates + NEW, whole] if isinstance(cache, PagedCacheConfig) else [whole]
-        config = HSTUEngineConfig(
-            device=args.device, precision="auto", cuda_graphs=bool(args.graphs) and self.gpu, graph_lengths=lengths
-        )
-        engine = HSTUEngine(config, Setup(self.model, requested(args.kernel), CATALOGUE, 0, cache))
-        engine.prepare(self.now, len(self.now))
-        return engine
-
-    def error(self, scores: np.ndarray) -> float:
-        return float(np.linalg.norm(scores - self.expected) / np.linalg.norm(self.expected))
-
-    def cases(self) -> dict[str, tuple[str, Callable[[], Any]]]:
-        """Of each case its engine, and what brings that into the state in which the requests find it."""
-        device, part, whole = (self.engines[name] for name in ("device", "part", "whole"))
-
-        def on_host(engine: HSTUEngine) -> Callable[[], Any]:
-            return lambda: (engine.rank(self.now), engine.reset_cache(keep_host=True))
-
-        def prefetched() -> None:
-            on_host(whole)()
-            assert whole._cached is not None and whole._cached.states.tier is not None
-            for request in self.now:
-                assert whole._cached.states.tier.prefetch(request.user_id)
-            if self.gpu:
-                torch.cuda.synchronize()
-
-        history = self.args.history
-        return {
-            "no cache": ("none", lambda: None),
-            "nothing cached": ("device", device.reset_cache),
-            f"{history - NEW} of {history} on the device": ("device", lambda: device.rank(self.before)),
-            f"{history} of {history} on the device": ("device", lambda: device.rank(self.now)),
-            "on the host, all loaded": ("whole", on_host(whole)),
-            "on the host, part loaded, the rest computed meanwhile": ("part", on_host(part)),
-            "on the host, prefetched": ("whole", prefetched),
-        }
-
-    def run(self) -> dict[str, list[dict[str, float]]]:
-        cases, samples = self.cases(), {}
-        for name, (engine, ready) in cases.items():
-            ready()
-            error = self.error(np.concatenate(self.engines[engine].rank(self.now).scores))
-            if not error <= self.allowed:
-                raise SystemExit(f"{name}: scores differ from the fp32 reference by {error:.2e} > {self.allowed:.2e}")
-            samples[name] = [{"error": error}]
-        rng = np.random.default_rng(0)
-        for _ in range(self.args.rounds):
-            for name in rng.permutation(list(cases)):
-                engine, ready = cases[name]
-                ready()
-                begun = time.perf_counter()
-                result: RankResult = self.engines[engine].rank(self.now)
-                wall_ms = (time.perf_counter() - begun) * 1e3
-                samples[name].append({"wall_ms": wall_ms, "compute_ms": result.compute_ms, **result.details})
-        return samples
-
-    def report(self, samples: dict[str, list[dict[str, float]]]) -> None:
-        def median(name: str, key: str) -> float:
-            return float(np.median([s[key] for s in samples[name][1:] if key in s] or [0.0]))
-
-        base = median("no cache", "wall_ms")
-        print("\n| what is cached | p50 ms | times as fast | on the device ms | waited of copied ms | GB/s | error |")
-        print("|---|---|---|---|---|---|---|")
-        for name in samples:
-            wall, compute = median(name, "wall_ms"), median(name, "compute_ms")
-            wait, copy = median(name, "cache_host_wait_ms"), median(name, "cache_host_copy_ms")
-            rate = f"{median(name, 'cache_host_bytes') / copy / 1e6:.1f}" if copy else ""
-            waited = f"{wait:.2f} of {copy:.2f} ({100 * wait / copy:.0f}%)" if copy else ""
-            error = samples[name][0]["error"]
-            print(f"| {name} | {wall:.3f} | {base / wall:.2f} | {compute:.3f} | {waited} | {rate} | {error:.1e} |")
-        actual = self.engines["part"].actual()
-        print(
-            f"\nplain copy of page-locked memory {actual['cache_copy_gb_s']:.1f} GB/s; "
-            f"computing {actual['cache_compute_us_a_token']:.3f} us a token; without a graph at least "
-            f"{actual['cache_launch_ms']:.2f} ms; allowed error {self.allowed:.1e}"
-        )
-
-    def close(self) -> None:
-        for engine in self.engines.values():
-            engine.close()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="wide_heads", help="a file of conf/model")
-    parser.add_argument("--kernel", default="cutlass", help="variant of every operator")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--history", type=int, default=4096)
-    parser.add_argument("--candidates", type=int, default=256)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__ or "", rounds=40)
+    parser.add_argument("--history", type=int, default=4096, help="events (default: %(default)s)")
+    parser.add_argument("--candidates", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 1])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--graphs", type=int, default=1, help="0: without CUDA graphs")
-    parser.add_argument("--output", type=Path, help="JSON of every sample")
-    args = parser.parse_args()
-    samples = {}
+    args = parser.parse_args(arguments)
+    defaults = [*DEFAULTS, f"engine.cuda_graphs={torch.cuda.is_available()}"]
+
+    def parse(more: list[str]) -> RunSpec:
+        return common.specs_of(parser, defaults, [*args.overrides, *more], multirun=False)[0]
+
+    spec = parse([])
+    rows = common.Rows(args, __file__, arguments)
     for batch in args.batches:
-        print(f"\n{args.model}, {args.kernel}, {batch} x ({args.history} + {args.candidates} candidates)", flush=True)
-        study = Study(args, batch)
-        samples[batch] = study.run()
-        study.report(samples[batch])
-        study.close()
-        if args.output:
-            args.output.write_text(json.dumps(samples))
+        measure(rows, spec, parse, batch, args)
+    rows.close()
 
 
 if __name__ == "__main__":

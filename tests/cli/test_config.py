@@ -103,12 +103,6 @@ def test_a_sweep_is_expanded_as_hydra_does() -> None:
     ]
 
 
-def test_studies_compose_and_are_sweeps() -> None:
-    for path in sorted((ROOT / "experiments" / "study").glob("*.yaml")):
-        cells = list(compose_cells([f"study={path.stem}"]))
-        assert len({spec.hash for spec, _ in cells}) == len(cells) > 1
-
-
 def test_the_hash_tells_measurements_apart_and_nothing_else() -> None:
     base = compose_spec([])[0].hash
     assert compose_spec(["runner.timeout_s=5", "tracking=none", "rerun=true"])[0].hash == base

@@ -1,0 +1,168 @@
+"""The parts that the programs in this folder share: overrides, requests, engines, interleaved timing, results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grbench.config.compose import compose_cells
+from grbench.config.schema import ConfigError, RunSpec
+from grbench.execution import results
+from grbench.execution.records import one_line
+from grbench.execution.worker import classify
+from grbench.report.results import row_cell, rows_table
+from grengines import registry
+from grengines.api import Catalogue, Request, Retrieval
+
+CATALOGUE = Catalogue(num_users=100, num_items=100_000, num_actions=8)
+
+
+def parser(description: str, rounds: int | None = None, overrides: bool = True) -> argparse.ArgumentParser:
+    """A parser with --out and, where the program has a use for them, overrides and --rounds with this default."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if overrides:
+        made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for grbench, such as model=hstu_tiny")
+    made.add_argument("--out", type=Path, metavar="FOLDER", help="write results.json there")
+    if rounds is not None:
+        made.add_argument("--rounds", type=int, default=rounds, help="timed calls of each case (default: %(default)s)")
+    return made
+
+
+def specs_of(
+    arguments: argparse.ArgumentParser, defaults: Sequence[str], overrides: Sequence[str], multirun: bool = True
+) -> list[RunSpec]:
+    """The cells that the overrides describe, which may sweep. Exits with 2 and one line for a wrong override."""
+    try:
+        return [spec for spec, _ in compose_cells([*defaults, *overrides], multirun)]
+    except ConfigError as e:
+        arguments.error(str(e))
+
+
+def requests_of(
+    count: int, history: int, candidates: int, *, shortest: float = 1.0, seed: int = 0, catalogue: Catalogue = CATALOGUE
+) -> list[Request]:
+    """Random requests of different users. The first history has `history` events, the others at least this share."""
+    rng, made = np.random.default_rng(seed), []
+    for user in range(count):
+        events = history if user == 0 else int(rng.integers(int(shortest * history), history + 1))
+        made.append(
+            Request(
+                request_id=user,
+                user_id=user,
+                history_items=rng.integers(0, catalogue.num_items, events),
+                history_actions=rng.integers(1, 2**catalogue.num_actions, events),
+                history_weights=rng.random(events, dtype=np.float32),
+                history_timestamps=np.cumsum(rng.integers(1, 1000, events)),
+                num_seen=0,
+                candidates=rng.integers(0, catalogue.num_items, candidates),
+                timestamp=events * 1000,
+                arrival_s=0.0,
+                deadline_ms=80.0,
+            )
+        )
+    return made
+
+
+def first_events(request: Request, count: int) -> Request:
+    """The request with the first `count` events of its history."""
+    columns = [name for name in Request.__dataclass_fields__ if name.startswith("history_")]
+    return replace(request, **{name: getattr(request, name)[:count] for name in columns})
+
+
+def engine_of(
+    spec: RunSpec,
+    sample: Sequence[Request],
+    max_batch: int,
+    catalogue: Catalogue = CATALOGUE,
+    *,
+    task: str = "rank",
+    retrieval: Retrieval | None = None,
+) -> Any:
+    """The prepared engine of a cell."""
+    engine = registry.build(
+        spec.engine, spec.model, spec.kernel, catalogue, spec.seed, spec.cache, task=task, retrieval=retrieval
+    )
+    engine.prepare(sample, max_batch)
+    return engine
+
+
+class Call(NamedTuple):
+    """One timed call: wall-clock milliseconds and the result."""
+
+    ms: float
+    result: Any
+
+
+def timed(call: Callable[[], Any]) -> Call:
+    """Call and take the time."""
+    begun = time.perf_counter()
+    result = call()
+    return Call((time.perf_counter() - begun) * 1e3, result)
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], Any]], rounds: int, before: Mapping[str, Callable[[], object]] | None = None
+) -> dict[str, list[Call]]:
+    """Time every case once a round, in a new order each round, so that all see the same clocks.
+
+    before: brings a case into its state, untimed, ahead of each of its calls.
+    """
+    calls: dict[str, list[Call]] = {name: [] for name in cases}
+    order = np.random.default_rng(0)
+    for _ in range(rounds):
+        for name in order.permutation(list(cases)):
+            if before and name in before:
+                before[name]()
+            calls[name].append(timed(cases[name]))
+    return calls
+
+
+def latency(calls: Sequence[Call]) -> dict[str, float]:
+    """The median and the least of calls, in milliseconds."""
+    ms = [call.ms for call in calls]
+    return {"p50_ms": float(np.median(ms)), "least_ms": min(ms)}
+
+
+class Rows:
+    """The rows of a program: printed as a table at the end and, with --out, written after every row."""
+
+    def __init__(self, args: argparse.Namespace, program: str, words: Sequence[str] | None) -> None:
+        words = sys.argv[1:] if words is None else words
+        self._out: Path | None = args.out
+        self._facts = results.origin(["python", f"experiments/{Path(program).name}", *words])
+        self._rows: list[dict[str, Any]] = []
+        self._notes: list[str] = []
+
+    def add(self, **row: Any) -> None:
+        """Take one row of scalars; a list, such as samples, is written and not printed."""
+        self._rows.append(row)
+        shown = (f"{key}={row_cell(value)}" for key, value in row.items() if not isinstance(value, list))
+        print("  ".join(shown), file=sys.stderr, flush=True)
+        self._save()
+
+    def note(self, text: str) -> None:
+        """Take a line that readers of the table need."""
+        self._notes.append(text)
+        self._save()
+
+    def _save(self) -> None:
+        if self._out:
+            results.save(self._out, {**self._facts, "notes": self._notes}, self._rows)
+
+    def fail(self, error: Exception, **row: Any) -> None:
+        """Take a row without a result and the reason."""
+        status, reason = classify(error)
+        self.add(**row, status=str(status), reason=one_line(ValueError(reason)))
+
+    def close(self) -> None:
+        """Print the table and the reasons of rows without a result."""
+        print("\n\n".join(rows_table(self._rows, self._notes)))
+        if self._out:
+            print(f"\nresults: {self._out / results.RESULTS_FILE}", file=sys.stderr)

@@ -1,0 +1,218 @@
+"""The studies of experiments/README.md: each command composes or explains itself, and each program runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+from grbench import workloads
+from grbench.cachesim import config as cachesim
+from grbench.config.compose import compose_jobs, compose_spec
+from grbench.execution import results
+from grbench.kernelbench import config as kernelbench
+from grengines.tensorrt import library
+
+EXPERIMENTS = ROOT / "experiments"
+COMMANDS = re.findall(r"^\| `(python [^`]+)`", (EXPERIMENTS / "README.md").read_text(), re.MULTILINE)
+PROGRAMS = sorted(path.stem for path in EXPERIMENTS.glob("*.py") if path.stem != "common")
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a program of experiments/ as running it does."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return importlib.import_module
+
+
+def job(words: list[str]) -> Any:
+    """The one job of a command line of grbench."""
+    if words[0] == "cachesim":
+        cachesim.register_schemas()
+        return next(compose_jobs("cachesim", cachesim.to_config, words[1:]))
+    if words[0] == "kernels":
+        kernelbench.register_schemas()
+        return next(compose_jobs("kernelbench", kernelbench.to_config, words[1:]))
+    return compose_spec(words)[0]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m grbench ")])
+def test_every_value_of_a_study_composes_into_another_job(command: str) -> None:
+    words = shlex.split(command)[3:]
+    study = yaml.safe_load((EXPERIMENTS / "study" / f"{words[-1].removeprefix('study=')}.yaml").read_text())
+    assert study["hydra"]["mode"] == "MULTIRUN"
+    values = {key: str(swept).split(",") for key, swept in study["hydra"]["sweeper"]["params"].items()}
+    first = {key: each[0] for key, each in values.items()}
+    chosen = [first, *(first | {key: value} for key, each in values.items() for value in each[1:])]
+    found = [job([*words, "hydra.mode=RUN", *(f"{key}={value}" for key, value in one.items())]) for one in chosen]
+    assert len(found) > 1
+    assert all(one not in found[i + 1 :] for i, one in enumerate(found))
+
+
+class BeganError(Exception):
+    """A program began to work."""
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python experiments/")])
+def test_every_program_knows_the_arguments_of_its_command(
+    command: str, program: Any, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def begin(*_: object, **__: object) -> None:
+        raise BeganError
+
+    path, *words = shlex.split(command)[1:]
+    module = program(Path(path).stem)
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0
+    assert f"python {path}" in capsys.readouterr().out
+    common = program("common")
+    for target, name in (
+        (common, "Rows"),
+        (workloads, "build"),
+        (subprocess, "Popen"),
+        (torch.cuda, "get_device_name"),
+    ):
+        monkeypatch.setattr(target, name, begin)
+    with pytest.raises(BeganError):
+        module.main(words)
+
+
+def test_every_study_and_program_has_a_command() -> None:
+    studies = {path.stem for path in (EXPERIMENTS / "study").glob("*.yaml")}
+    assert {found for command in COMMANDS for found in re.findall(r"study=(\w+)", command)} == studies
+    assert {found for command in COMMANDS for found in re.findall(r"experiments/(\w+)\.py", command)} == set(PROGRAMS)
+
+
+def rows_of(module: ModuleType, out: Path, capsys: Capture, *words: str) -> list[dict[str, Any]]:
+    """The rows that a program writes, all of them in the table that it prints."""
+    torch.set_num_threads(1)
+    module.main([*words, "--out", str(out)])
+    printed = capsys.readouterr().out
+    data = results.load(out / results.RESULTS_FILE)
+    assert data["command"].startswith(f"python experiments/{module.__name__}.py {shlex.join(words)}")
+    done = [row for row in data["rows"] if row.get("status", "OK") == "OK"]
+    assert sum(line.startswith("| ") for line in printed.splitlines()) == len(done) + 2
+    rows: list[dict[str, Any]] = data["rows"]
+    return rows
+
+
+def test_engines_are_gated_and_compared(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    cases = ["engine=hstu kernel=torch", "engine=hstu kernel=torch engine.precision=bf16", "engine=hstu kernel=cutlass"]
+    words = [word for case in cases for word in ("--case", case)]
+    sizes = ["--histories", "40", "--candidates", "8", "--batches", "1", "2", "--rounds", "2"]
+    rows = rows_of(program("engines"), tmp_path, capsys, "model=hstu_tiny", *words, *sizes)
+    done = [row for row in rows if "p50_ms" in row]
+    assert [(row["case"], row["batch"]) for row in done] == [(case, batch) for batch in (1, 2) for case in cases[:2]]
+    assert all(row["error"] <= row["allowed"] and len(row["samples_ms"]) == 2 for row in done)
+    assert [row["times_as_fast"] for row in done if row["case"] == cases[0]] == [1.0, 1.0]
+    [refused] = [row for row in rows if row["case"] == cases[2]]
+    assert refused["status"] == "UNAVAILABLE" and refused["reason"]
+
+
+def test_hits_are_timed_in_the_state_of_their_case(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    sizes = ["--history", "64", "--candidates", "8", "--batches", "1", "--rounds", "1"]
+    rows = rows_of(program("user_cache"), tmp_path, capsys, "model=hstu_tiny", "kernel=torch", *sizes)
+    assert [row["cached"] for row in rows][1:4] == [
+        "nothing cached",
+        "32 of 64 on the device",
+        "64 of 64 on the device",
+    ]
+    assert all(row["error"] <= row["allowed"] for row in rows)
+    assert [bool(row["copied_ms"]) for row in rows][:4] == [False] * 4
+    assert rows[4]["copied_ms"] > 0  # all loaded from the host
+
+
+def test_visits_of_a_search_are_timed(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    engine = ["engine=hstu", "model=hstu_tiny", "kernel=torch", "retrieval.beam_width=10"]
+    sizes = ["--items", "200", "--codes", "8", "--history", "8", "--new", "0", "2", "--batches", "1", "--rounds", "1"]
+    rows = rows_of(program("retrieval_visits"), tmp_path, capsys, *engine, *sizes)
+    assert [row["visit"] for row in rows] == ["first", "returns with 0 new items", "returns with 2 new items"]
+    assert all(row["error"] <= row["allowed"] for row in rows)
+
+
+def test_precisions_are_compared_with_a_trained_model(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    small = ["workload.max_requests=96", "gate.quality_requests=32"]
+    weights = tmp_path / "weights.safetensors"
+    program("train_ranker").main(["--out", str(weights), "--epochs", "1", *small])
+    assert "epoch 1: loss 0." in capsys.readouterr().out
+    case = ["--case", "engine=hstu kernel=torch engine.precision=bf16"]
+    rows = rows_of(program("precisions"), tmp_path, capsys, f"model.weights={weights}", *small, *case)
+    assert [row["task"] for row in rows] == ["rated", "liked"]
+    assert all(0 < row["auc"] < 1 and abs(row["auc_loss"]) < 0.1 for row in rows)
+    with pytest.raises(SystemExit):
+        program("precisions").main([])
+    assert "model.weights=FILE is needed" in capsys.readouterr().err
+
+
+def test_rows_of_items_are_looked_up(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    sizes = ["--rows", "2000", "--width", "8", "--tokens", "100", "--warmup", "20", "--lookups", "5"]
+    rows = rows_of(program("item_cache"), tmp_path, capsys, *sizes, "--zipf", "1", "--budget", "5", "25")
+    assert [row["budget_%"] for row in rows] == [5, 25]
+    assert rows[0]["token_hits_%"] < rows[1]["token_hits_%"]
+    assert rows[0]["moved_mb"] > rows[1]["moved_mb"] > 0
+
+
+def test_launches_are_timed(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    rows = rows_of(program("launches"), tmp_path, capsys, "--calls", "2")
+    assert [row["call"] for row in rows][:3] == ["x + x", "linear", "layer_norm"]
+    assert all(row["host_us"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(library.missing("tensorrt_rtx") is not None, reason=library.missing("tensorrt_rtx") or "")
+def test_plans_are_built_and_weighed(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    one = ["--targets", "8.9", "--precisions", "fp16", "--rounds", "1"]
+    [row] = rows_of(program("tensorrt_plans"), tmp_path, capsys, "model=hstu_tiny", "model.layers=1", *one)
+    assert row["build_s"] > 0 and row["size_mb"] > 1
+
+
+def test_tuning_covers_every_family_once_and_all_shapes_of_attention(program: Any, capsys: Capture) -> None:
+    from grbench.kernelbench.config import select
+    from grkernels.registry import FAMILIES
+
+    module = program("tune_kernels")
+    assert module.main(["--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    *compiling, tuning = [shlex.split(line.replace("'", "\\'"))[3:] for line in lines]
+    assert len(compiling) == len(FAMILIES) + len(module.SHAPES["hstu_attention"]) - 1
+    found: dict[str, list[str]] = {}
+    kernelbench.register_schemas()
+    for words in compiling:
+        [config] = compose_jobs("kernelbench", kernelbench.to_config, words)
+        assert config.tune
+        for family in select(config):
+            found.setdefault(family.name, []).extend(family.shapes)
+    [config] = compose_jobs("kernelbench", kernelbench.to_config, tuning)
+    assert {family.name: sorted(family.shapes) for family in select(config)} == {
+        name: sorted(set(shapes)) for name, shapes in found.items()
+    }
+
+
+def test_a_wrong_override_is_one_line(program: Any, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        program("engines").main(["model=nope", "--case", "engine=hstu"])
+    assert ended.value.code == 2
+    assert "error: model=nope: no such option; allowed: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_results_are_written_after_every_row(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    common = program("common")
+    args = common.parser("about").parse_args(["--out", str(tmp_path)])
+    rows = common.Rows(args, "experiments/x.py", ["a b"])
+    rows.add(a=1)
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == [{"a": 1}]
+    rows.fail(MemoryError("full"), a=2)
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert data["command"] == "python experiments/x.py 'a b'"
+    assert data["rows"][1]["status"] == "OOM"
