@@ -1,9 +1,9 @@
-"""Reading what runs left behind.
+"""Records, samples and figures of earlier runs.
 
     python -m grbench report outputs --out report.md
 
-`load_frame` and `load_samples` give records and raw samples as pandas frames; the `plot_*` functions
-draw them. The report page, the terminal table and notebooks/compare_runs.ipynb are built on these.
+`load_frame` and `load_samples` return records and raw samples as pandas frames, and the `plot_*` functions draw them.
+The report page, the terminal table and notebooks/compare_runs.ipynb use these functions.
 """
 
 from grbench.report.findings import Finding, findings

@@ -1,6 +1,6 @@
-"""What tells one cell from another: flattened specs, the knobs that differ, labels, commands.
+"""Labels and commands of cells: flattened specs, and the options in which cells differ.
 
-Plain Python, so that the table at the end of a run costs no import of pandas.
+The module does without pandas, so that the table at the end of a run imports none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MISSING = "-"
 
 
 def flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    """Leaves of nested dicts and lists of dicts by dotted key; a group's own name is under the group's key.
+    """Return the leaves of nested dicts and lists of dicts by dotted key. A group's name has the group's key.
 
     {"engine": {"name": "hstu", "device": "cpu"}, "seed": 0} gives engine, engine.device and seed.
     """
@@ -38,10 +38,10 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def knobs(records: Sequence[RunRecord], ignore: Sequence[str] = ()) -> list[str]:
-    """The dotted keys by which the specs differ, groups first; `IDENTITY` where nothing differs.
+    """Return the dotted keys in which the specs differ, groups first, or `IDENTITY` if nothing differs.
 
-    A key whose value comes with its group's name (a model's layers, a scenario's own options) is told by
-    that name: it counts as a knob only if one name has two values of it, or if somebody typed it.
+    The value of some keys follows from the group's name, such as a model's layers. Such a key counts only if one name
+    has two values of it, or if the user typed it.
     """
     specs = [flatten(record.spec) for record in records]
     typed = {text.lstrip("+~").split("=", 1)[0] for record in records for text in record.overrides}
@@ -88,12 +88,12 @@ def labels(records: Sequence[RunRecord], ignore: Sequence[str] = ()) -> list[str
 
 
 def shown(value: Any) -> str:
-    """A value as one would type it: null, true, 0.5, [16,32]."""
+    """Return a value as a user types it: null, true, 0.5, [16,32]."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def command(record: RunRecord) -> str:
-    """The command line that measures this cell again."""
+    """Return the command line that measures this cell again."""
     one_cell = (
         ["hydra.mode=RUN"] if any(o.startswith("study=") for o in record.overrides) else []
     )  # not the whole study
@@ -101,7 +101,7 @@ def command(record: RunRecord) -> str:
 
 
 def figure(value: float | None) -> str:
-    """A number for a table: at least three significant digits, two below 0.1; "-" for None and NaN."""
+    """Format a number for a table: at least three significant digits, two below 0.1; "-" for None and NaN."""
     if value is None or value != value:
         return MISSING
     if abs(value) >= 100 or value == 0:

@@ -12,7 +12,7 @@ from grbench.report.frame import ReportError, read_cells, unreadable
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Return the parser of the command's flags."""
     about = "Write one Markdown page with tables and figures of measured cells."
     examples = ["report outputs --out report.md", "report --mlflow http://127.0.0.1:5000 --experiment grbench"]
     parser = Arguments("report", about, examples)

@@ -1,14 +1,14 @@
-"""Rank the cells that can be compared, and say in one sentence each what was found.
+"""Rankings of comparable cells, with one sentence for each.
 
-Two cells can be compared when they did the same work on the same machine: one task, one trace, one scenario, one
+Two cells are comparable if they did the same work on the same machine: one task, one trace, one scenario, one
 latency limit. Among them
 
 - `offline` cells are ranked by throughput;
 - cells of another scenario at one offered load are ranked by the highest percentile that all of them have;
 - cells at several loads are ranked by the highest load at which the upper end of p99's 95% interval keeps the limit.
 
-Cells that differ in nothing but their seed are repeats of one strategy: the interval spans those of all repeats.
-A difference counts only where the intervals do not overlap.
+Cells that differ only in their seed are repeats of one strategy, and its interval spans those of all repeats.
+A difference counts only if the intervals do not overlap.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grbench.execution.records import RunRecord
 from grbench.report.cells import figure, flatten, labels, shown
 from grengines.pipeline.config import STAGES
 
-LOADS = {  # scenario: the option that says how much load is offered, and its unit
+LOADS = {  # scenario: the option of its offered load, and the unit
     "server": ("target_qps", "requests/s"),
     "trace_replay": ("mean_qps", "requests/s"),
     "closed_loop": ("clients", "clients"),
@@ -43,7 +43,7 @@ class Estimate:
 
     @property
     def known(self) -> bool:
-        """True where there is an interval: a single offline run has none."""
+        """True if there is an interval; a single offline run has none."""
         return self.low < self.high
 
     def __str__(self) -> str:
@@ -52,14 +52,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Finding:
-    """One group of comparable cells: the best first, and the sentence that a reader needs."""
+    """Result of one group of comparable cells: the best strategy and one sentence."""
 
     best: tuple[RunRecord, ...]  # repeats of the best strategy
     sentence: str
 
 
 def findings(records: Sequence[RunRecord]) -> list[Finding]:
-    """One finding for each group of comparable OK cells, in the order of the records."""
+    """Return one finding for each group of comparable OK cells, in the order of the records."""
     ok = [record for record in records if record.ok and record.metrics.get("throughput_rps")]
     groups: dict[str, list[RunRecord]] = {}
     for record in ok:
@@ -68,8 +68,10 @@ def findings(records: Sequence[RunRecord]) -> list[Finding]:
 
 
 def limit_verdict(record: RunRecord) -> str:
-    """Say if p99 keeps `latency_limit_ms`: "yes", "no", "unsure" (the limit lies in its interval), "-" where there is
-    no limit to keep or no p99."""
+    """Return "yes" if p99 keeps `latency_limit_ms`, "no" if not, or "unsure" if the limit lies in its interval.
+
+    Without a limit or a p99 the verdict is "-".
+    """
     limit = record.spec.get("latency_limit_ms")
     p99 = record.metrics.get("latency_ms/p99") if record.ok else None
     if _scenario(record) == "offline" or limit is None or p99 is None:
@@ -109,7 +111,7 @@ def _lowest_latency(group: list[RunRecord]) -> Finding:
 def _highest_load(group: list[RunRecord]) -> Finding:
     limit = group[0].spec.get("latency_limit_ms")
     limit_ms = float("inf") if limit is None else float(limit)
-    kept: list[tuple[float, Estimate]] = []  # of each strategy the highest load that keeps the limit
+    kept: list[tuple[float, Estimate]] = []  # for each strategy: the highest load that keeps the limit
     for label, runs in _strategies(group).items():
         loads: dict[float, list[RunRecord]] = {}
         for run in runs:
@@ -135,7 +137,7 @@ def _highest_load(group: list[RunRecord]) -> Finding:
 
 
 def _strategies(group: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """The records of a group by strategy: all that differs but seed and load. The keys are short labels."""
+    """Group records by strategy, which is everything except seed and load. The keys are short labels."""
     strategies: dict[str, list[RunRecord]] = {}
     for record in group:
         strategies.setdefault(_strategy(record), []).append(record)
@@ -153,7 +155,7 @@ def _estimate(label: str, runs: Sequence[RunRecord], metric: str) -> Estimate:
 
 
 def _ties(best: Estimate, others: Sequence[Estimate]) -> str:
-    """Words for the strategies that the intervals do not separate from the best; "" where the best stands alone."""
+    """Name the strategies that the intervals do not separate from the best; "" if there are none."""
     tied = [e for e in others if best.known and e.known and e.low <= best.high and best.low <= e.high]
     if not tied:
         return ""
@@ -197,7 +199,7 @@ def _load(record: RunRecord) -> float | None:
 
 
 def _work(record: RunRecord) -> str:
-    """Equal for cells that can be compared."""
+    """Return a key that is equal for comparable cells."""
     spec, environment = record.spec, record.environment
     retrieval = spec.get("retrieval") or {}
     gpus = [gpu.get("name") for gpu in environment.get("gpus") or []]
@@ -207,7 +209,7 @@ def _work(record: RunRecord) -> str:
 
 
 def _strategy(record: RunRecord) -> str:
-    """Equal for repeats of one strategy at any load."""
+    """Return a key that is equal for repeats of one strategy at any load."""
     option = LOADS.get(_scenario(record), ("", ""))[0]
     leaves = {k: shown(v) for k, v in flatten(record.spec).items() if k not in ("seed", f"scenario.{option}")}
     return json.dumps(leaves, sort_keys=True)

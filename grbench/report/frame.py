@@ -25,17 +25,17 @@ METRICS = [
 
 
 class ReportError(ValueError):
-    """What was to be read isn't there or isn't readable: one line that says what, where and what mends it."""
+    """Missing or unreadable records or samples. The message is one line: what, where and the fix."""
 
     def _render_traceback_(self) -> list[str]:
-        return [f"grbench: {self}"]  # notebooks show this line in place of a traceback
+        return [f"grbench: {self}"]  # notebooks show this line instead of a traceback
 
 
 def read_cells(roots: Sequence[Path]) -> list[Cell]:
-    """Every readable record under each of `roots` with its folder, oldest first.
+    """Read every record under `roots`, with its folder, oldest first.
 
-    A record reached twice (overlapping roots, MLflow's copy of it) counts once. Raises ReportError for a
-    root that is missing or holds no record.
+    A record that is found twice (overlapping roots, MLflow's copy) counts once. Raises ReportError for a root that is
+    missing or holds no record.
     """
     found: dict[tuple[str, str, float], Cell] = {}
     for root in roots:
@@ -55,7 +55,7 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
 
 
 def unreadable(roots: Sequence[Path]) -> list[str]:
-    """One line for each record file under `roots` that can't be read: where and why."""
+    """Return one line for each record file under `roots` that cannot be read: the file and the reason."""
     problems = []
     for path in sorted({path for root in roots for path in root.rglob(records.RECORD_FILE)}):
         try:
@@ -66,15 +66,15 @@ def unreadable(roots: Sequence[Path]) -> list[str]:
 
 
 def load_frame(*roots: Path | str) -> pd.DataFrame:
-    """`cells_frame` of every record under `roots`. Raises ReportError where there is none."""
+    """Return `cells_frame` of every record under `roots`. Raises ReportError if there is none."""
     return cells_frame(read_cells([Path(root) for root in roots]))
 
 
 def cells_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """One row a cell, numbered from 1 in the order given.
+    """Return a frame with one row per cell, numbered from 1 in the given order.
 
-    Columns: `cell` (a short label), the knobs that differ between the cells (named in
-    `frame.attrs["knobs"]`, as they are typed), `status`, every metric of the records by its name with its
+    Columns: `cell` (a short label), the options in which the cells differ (their keys are in
+    `frame.attrs["knobs"]`), `status`, every metric of the records by its name with its
     95% interval in `<metric>/low` and `<metric>/high`, `gate_error`, `gate_tolerance`,
     `latency_limit_ms`, `error`, `spec_hash`, `started_at` and `folder`. Only OK cells have metrics.
     """
@@ -87,7 +87,7 @@ def cells_frame(cells: Sequence[Cell]) -> pd.DataFrame:
         spec = flatten(record.spec)
         row = {
             "cell": label,
-            **{key: _plain(spec.get(key, MISSING)) for key in keys},
+            **{key: _sortable(spec.get(key, MISSING)) for key in keys},
             "status": str(record.status),
         }
         if record.ok:
@@ -114,43 +114,43 @@ def cells_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     return frame
 
 
-def _plain(value: object) -> object:
-    """Numbers and words stay what they are, so that they sort and pivot; the rest becomes text."""
+def _sortable(value: object) -> object:
+    """Keep numbers and words, so that they sort and pivot, and turn everything else into text."""
     return value if isinstance(value, str | int | float) and not isinstance(value, bool) else shown(value)
 
 
 def has_samples(folder: Path | str) -> bool:
-    """True where a cell's raw samples are beside its record."""
+    """Return True if a cell's raw samples are beside its record."""
     return (Path(folder) / records.SAMPLES_FILE).is_file()
 
 
 def load_samples(folder: Path | str) -> pd.DataFrame:
-    """A cell's raw samples, one row a request: times in milliseconds, `arrival_s` in seconds.
+    """Read a cell's raw samples, one row per request: times in milliseconds, `arrival_s` in seconds.
 
     Raises ReportError, naming the file, if they are missing, unreadable or lack a column.
     """
     import pandas as pd
 
     path = Path(folder) / records.SAMPLES_FILE
-    mend = "run the cell again with rerun=true"
+    fix = "run the cell again with rerun=true"
     if not path.is_file():
-        raise ReportError(f"{path}: no such file; {mend}")
+        raise ReportError(f"{path}: no such file; {fix}")
     try:
         samples = pd.read_parquet(path)
-    except Exception as e:  # pyarrow has its own exceptions for each way in which a file is broken
-        raise ReportError(f"{path}: not readable as parquet ({records.one_line(e)}); {mend}") from None
+    except Exception as e:  # pyarrow has an exception of its own for each kind of damage
+        raise ReportError(f"{path}: not readable as parquet ({records.one_line(e)}); {fix}") from None
     if missing := [name for name in records.SAMPLE_COLUMNS if name not in samples]:
-        raise ReportError(f"{path}: column {missing[0]!r} is missing; {mend}")
+        raise ReportError(f"{path}: column {missing[0]!r} is missing; {fix}")
     if samples.empty:
-        raise ReportError(f"{path}: holds no rows; {mend}")
+        raise ReportError(f"{path}: holds no rows; {fix}")
     return samples
 
 
 def time_parts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean milliseconds of each part of a request's latency, one row an OK cell (by label), from raw samples.
+    """Return the mean milliseconds of each part of the latency, one row per OK cell (by label), from raw samples.
 
-    Means add up to the mean latency, medians don't. `other_ms` is what no part accounts for: the
-    engine's own bookkeeping between the timed steps.
+    Means add up to the mean latency, medians do not. `other_ms` is the remainder: the engine's own bookkeeping between
+    the timed steps.
     """
     import pandas as pd
 
@@ -162,9 +162,9 @@ def time_parts(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def within_limit(frame: pd.DataFrame) -> pd.Series:
-    """Whether each cell's p99 keeps within its `latency_limit_ms`, by the p99's 95% interval.
+    """Compare each cell's p99 with its `latency_limit_ms`, by the p99's 95% interval.
 
-    "yes" if all of it lies within, "no" if none does, "unsure" if the limit is inside the interval,
+    "yes" if the whole interval lies within the limit, "no" if none of it does, "unsure" if the limit is inside,
     "p99 withheld" if there were too few samples for a p99, "-" for a cell that is not OK.
     """
 

@@ -1,4 +1,4 @@
-"""Records out of MLflow: each run's record.json and samples.parquet, downloaded."""
+"""Records from MLflow: record.json and samples.parquet of each run, downloaded."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def download_cells(uri: str, experiment: str, folder: Path) -> list[Cell]:
-    """The cells logged to `experiment` at the tracking `uri`, downloaded to a subfolder of `folder` each.
+    """Download the cells of `experiment` at the tracking `uri`, each to a subfolder of `folder`.
 
-    Runs without a record (a sweep's parent) are passed over. Raises ReportError for a URI that can't be
-    read, an unknown experiment, or one without a record.
+    Runs without a record (a sweep's parent) are skipped. Raises ReportError for an unreadable URI, an unknown
+    experiment, or one without a record.
     """
     path = uri.removeprefix("sqlite:///")
     if path != uri and not Path(path).is_file():
-        raise ReportError(f"--mlflow {uri}: no such file {path}; MLflow would make an empty database there")
+        raise ReportError(f"--mlflow {uri}: no such file {path}; MLflow would create an empty database there")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a wrong address should not take minutes to say so
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a wrong address must fail in seconds
     from mlflow import MlflowClient
 
     try:
@@ -34,10 +34,10 @@ def download_cells(uri: str, experiment: str, folder: Path) -> list[Cell]:
         runs = _download(client, found.experiment_id, folder) if found else 0
     except Exception as e:  # MLflow, SQLAlchemy, requests and OSError: each store has its own
         raise ReportError(
-            f"--mlflow {uri}: can't be read ({records.one_line(e)}); like this it can: sqlite:///outputs/mlruns.db, http://host:5000"
+            f"--mlflow {uri}: cannot be read ({records.one_line(e)}); valid URIs: sqlite:///outputs/mlruns.db, http://host:5000"
         ) from None
     if not found:
-        raise ReportError(f"--experiment {experiment}: not at {uri}; there are: {', '.join(known) or 'none'}")
+        raise ReportError(f"--experiment {experiment}: unknown at {uri}; known: {', '.join(known) or 'none'}")
     if not runs:
         raise ReportError(f"--experiment {experiment}: none of its runs at {uri} has a {records.RECORD_FILE}")
     return read_cells([folder])

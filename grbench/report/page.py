@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def write_page(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence[str] = ()) -> list[Path]:
-    """Write `out` and its figures under `<out's stem>_files/`; returns all paths written, the page first.
+    """Write `out` and its figures under `<out's stem>_files/`. Returns all written paths, the page first.
 
-    `remarks` are lines for the reader, such as records that could not be read. Raises ReportError for
-    samples that can't be read; then nothing is written but figures.
+    `remarks` are lines for the reader, such as records that could not be read. Raises ReportError for unreadable
+    samples; then only figures have been written.
     """
     figures = draw(cells, out.parent / f"{out.stem}_files")
     remarks = [origin_line([record.environment for _, record in cells]), *remarks]
@@ -36,7 +36,7 @@ def write_page(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence[s
 
 
 def cell_sections(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: Sequence[str] = ()) -> list[str]:
-    """The sections of a page about `cells`, from the summary to the commands. figures: the section of figures."""
+    """Return the sections of a page, from the summary to the commands. figures: the section of figures."""
     frame = cells_frame(cells)
     records = [record for _, record in cells]
     environments = _environments(records)
@@ -52,16 +52,16 @@ def cell_sections(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: S
         *figures,
         "## Environment",
         _environment_table(environments),
-        *_asked_and_ran(records),
+        *_requested_and_actual(records),
         "## Run it again",
         table(["#", "cell", "command"], [[str(n), cell, f"`{command(r)}`"] for n, cell, r in _numbered(records)]),
     ]
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> dict[Path, plots.Plot]:
-    """Draw the figures of `cells` into `folder`; those that need samples only where some cell has samples.
+    """Draw the figures of `cells` into `folder`. Some figures need a cell with samples.
 
-    Raises ReportError for samples that can't be read.
+    Raises ReportError for unreadable samples.
     """
     frame = cells_frame(cells)
     ok = frame[frame["status"] == "OK"]
@@ -123,7 +123,7 @@ def _failures(frame: pd.DataFrame) -> list[str]:
     if failed.empty:
         return []
     rows = [[str(number), row["cell"], row["status"], row["error"]] for number, row in failed.iterrows()]
-    return ["## Cells without a result", table(["#", "cell", "status", "why"], rows)]
+    return ["## Cells without a result", table(["#", "cell", "status", "reason"], rows)]
 
 
 def _figure_section(figures: dict[Path, plots.Plot], out: Path) -> list[str]:
@@ -160,9 +160,11 @@ def _environment_table(environments: list[dict[str, str]]) -> str:
     return table(heads, [[key, *(e.get(key, MISSING) for e in environments)] for key in keys])
 
 
-def _asked_and_ran(records: Sequence[RunRecord]) -> list[str]:
-    """Options that ran under another name than was asked for, such as engine.device=auto on cuda; alike ones in a
-    row."""
+def _requested_and_actual(records: Sequence[RunRecord]) -> list[str]:
+    """List options whose actual value differs from the requested one, such as engine.device=auto on cuda.
+
+    Options with equal values share a row.
+    """
     cells: dict[tuple[str, str, str], list[str]] = {}
     for number, _, record in _numbered(records):
         ran = flatten(record.actual)
@@ -177,11 +179,11 @@ def _asked_and_ran(records: Sequence[RunRecord]) -> list[str]:
     if not rows:
         return []
     lines = [[", ".join(keys), *rest] for rest, keys in rows.items()]
-    return ["## Asked for and what ran", table(["option", "asked for", "ran", "cells"], lines)]
+    return ["## Requested and actual", table(["option", "requested", "actual", "cells"], lines)]
 
 
 def _ran(key: str, ran: dict[str, Any]) -> str | None:
-    """What ran of an option that was asked for; of a kernel in several stages each variant once."""
+    """Return the actual value of a requested option; for a kernel in several stages each variant once."""
     group, _, name = key.rpartition(".")
     if group == "kernel":
         return ", ".join(sorted({str(v) for k, v in ran.items() if k.endswith(f"kernels.{name}")})) or None

@@ -1,7 +1,7 @@
-"""Figures from cells that are OK. Each `plot_*` takes a frame of `cells_frame` or the cells themselves.
+"""Figures of OK cells. Each `plot_*` takes a frame of `cells_frame`, or the cells themselves.
 
-A figure shows itself as the last line of a notebook cell and is written as PNG where a path is given.
-Nothing here touches pyplot's global state or needs a display.
+A notebook shows a figure that is the last line of a cell. With a path, it is also written as PNG.
+Nothing here uses pyplot's global state or needs a display.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_CURVES = 10  # more distribution curves than this can't be told apart
+MAX_CURVES = 10  # more distribution curves are hard to distinguish
 MAX_LEGEND = 20
-# Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow (too pale for lines).
+# Okabe and Ito's palette for colour-blind readers, without its yellow (too pale for lines).
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX*"
 LINES = ["-", "--", ":", "-."]
@@ -36,13 +36,13 @@ GREY = "#767676"
 
 @dataclass
 class Plot:
-    """A figure and what its reader must be told."""
+    """A figure and notes for its reader."""
 
     figure: Figure
     notes: list[str] = field(default_factory=list)
 
     def png(self) -> bytes:
-        """The figure as PNG, with everything that lies outside the axes."""
+        """Return the figure as PNG, including everything outside the axes."""
         data = io.BytesIO()
         self.figure.savefig(data, format="png", dpi=150, bbox_inches="tight", facecolor="white")
         return data.getvalue()
@@ -52,10 +52,10 @@ class Plot:
 
 
 def plot_latency_cdf(cells: pd.DataFrame | Sequence[Cell], path: Path | None = None) -> Plot:
-    """Share of requests answered within a time, a curve a cell, from raw samples; latency limits as lines.
+    """Plot the share of requests answered within a time: one curve per cell, latency limits as lines.
 
-    At most 10 cells are drawn, those with the lowest p90; a note says which were left out. Raises
-    ReportError if no cell is OK or samples can't be read.
+    Curves are from raw samples. At most 10 cells are drawn, those with the lowest p90, and a note names the others.
+    Raises ReportError if no cell is OK or samples cannot be read.
     """
     ok = _ok(cells)
     drawn = ok if len(ok) <= MAX_CURVES else ok.loc[ok["latency_ms/p90"].nsmallest(MAX_CURVES).index.sort_values()]
@@ -84,15 +84,15 @@ def plot_latency_cdf(cells: pd.DataFrame | Sequence[Cell], path: Path | None = N
     _legend_below(figure, axes)
     notes = []
     if left_out := [f"#{number} {row['cell']}" for number, row in ok.iterrows() if number not in drawn.index]:
-        told = f"{len(drawn)} of {len(ok)} cells are drawn, those with the lowest p90"
-        notes.append(f"{told}; left out: {'; '.join(left_out)}")
+        drawn_note = f"{len(drawn)} of {len(ok)} cells are drawn, those with the lowest p90"
+        notes.append(f"{drawn_note}; left out: {'; '.join(left_out)}")
     return _done(Plot(figure, notes), path)
 
 
 def plot_throughput_latency(cells: pd.DataFrame | Sequence[Cell], path: Path | None = None) -> Plot:
-    """Throughput against p99 latency, a point a cell, with the p99's 95% interval; best is top left.
+    """Plot throughput against p99 latency with its 95% interval: one point per cell, best is top left.
 
-    Where any cell's p99 is withheld all are drawn at p90, and a note says so: one axis, one percentile.
+    If any cell's p99 is withheld, all cells are drawn at p90, and a note says so.
     Raises ReportError if no cell is OK.
     """
     ok = _ok(cells)
@@ -124,10 +124,10 @@ def plot_throughput_latency(cells: pd.DataFrame | Sequence[Cell], path: Path | N
 
 
 def plot_time_shares(cells: pd.DataFrame | Sequence[Cell], path: Path | None = None) -> Plot:
-    """Where a request's mean latency goes, a bar a cell: queue, batch, transfer, compute, other.
+    """Plot the parts of the mean latency, one bar per cell: queue, batch, transfer, compute, other.
 
-    Means of the raw samples, because they add up to the mean latency (printed at each bar's end).
-    Raises ReportError if no cell is OK or samples can't be read.
+    The parts are means of the raw samples, which add up to the mean latency (printed at each bar's end).
+    Raises ReportError if no cell is OK or samples cannot be read.
     """
     ok = _ok(cells)
     parts = time_parts(ok)
@@ -159,10 +159,10 @@ def plot_time_shares(cells: pd.DataFrame | Sequence[Cell], path: Path | None = N
 
 
 def plot_hit_mix(cells: pd.DataFrame | Sequence[Cell], path: Path | None = None) -> Plot:
-    """What the user-state cache found, and what became of p99 and goodput: three panels over the cells, by hit rate.
+    """Plot hits of the user-state cache, p99 and goodput: three panels over the cells, by hit rate.
 
-    Shares of requests whose state was on the device, on the host, or nowhere (all, without a cache). p99 with its 95%
-    interval; p90, and a note, where any cell's p99 is withheld. Raises ReportError if no cell is OK.
+    Hits are shares of requests whose state was on the device, on the host, or nowhere (all, without a cache). p99 has
+    its 95% interval. If any cell's p99 is withheld, p90 is drawn, with a note. Raises ReportError if no cell is OK.
     """
     ok = _ok(cells)
     shares = ok.reindex(columns=HITS).fillna(0.0)
@@ -229,13 +229,13 @@ def _done(plot: Plot, path: Path | None) -> Plot:
 
 
 def _style(number: object) -> dict[str, Any]:
-    """A cell has the same colour in every figure: that of its row."""
+    """Return the line style of a cell. It depends on the row, so a cell has one colour in every figure."""
     i = int(str(number)) - 1
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
 
 
 def _log_x(axes: Axes) -> None:
-    """A log x-axis with plain numbers, as many as there is room for."""
+    """Give the x-axis a log scale with decimal numbers, as many as fit."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_xscale("log")
@@ -275,7 +275,7 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def _thinned(count: int, most: int = 4000) -> np.ndarray:
-    """Indices to draw of `count` sorted samples: evenly spaced, and all of the slowest 1000."""
+    """Return indices of `count` sorted samples to draw: evenly spaced, and all of the slowest 1000."""
     if count <= most:
         return np.arange(count)
     return np.unique(

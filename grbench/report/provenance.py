@@ -1,4 +1,4 @@
-"""Where records come from: commit, machine and day, as a page has to name them."""
+"""Origin of records: commit, machine and day, as a page names them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from grbench.report.frame import ReportError
 class Origin:
     """The commit and the machine of one record or results file."""
 
-    commit: str  # 40 hex digits, "+dirty" after them where files differed from the commit; "" where unknown
-    machine: str  # the GPUs by name, or the CPU where there is none
+    commit: str  # 40 hex digits, then "+dirty" if files differed from the commit; "" if unknown
+    machine: str  # names of the GPUs, or of the CPU
 
     @classmethod
     def of(cls, environment: dict[str, Any]) -> Origin:
-        """The origin that `describe_environment` recorded."""
+        """Return the origin that `describe_environment` recorded."""
         gpus = dict.fromkeys(gpu["name"] for gpu in environment.get("gpus") or [])
         cores = f", {environment['cpu_cores']} cores" if "cpu_cores" in environment else ""
         machine = " and ".join(gpus) or f"{environment.get('cpu') or 'unknown CPU'}{cores}, no GPU"
@@ -30,7 +30,7 @@ class Origin:
 
 
 def origin_line(environments: Sequence[dict[str, Any]]) -> str:
-    """One line that names every commit and machine, and says where they differ which rows (from 1) have which."""
+    """Return one line with every commit and machine. If they differ, it lists the rows (from 1) of each."""
     rows: dict[Origin, list[str]] = {}
     for number, environment in enumerate(environments, 1):
         rows.setdefault(Origin.of(environment), []).append(str(number))
@@ -43,9 +43,9 @@ def origin_line(environments: Sequence[dict[str, Any]]) -> str:
 
 
 def check_origin(environments: dict[str, dict[str, Any]]) -> Origin:
-    """The one clean commit and the one machine that all records have. environments: by the record's file.
+    """Return the one clean commit and machine of all records. environments: by the record's file.
 
-    Raises ReportError, naming the files, where a commit is unknown or dirty, or where two records differ.
+    Raises ReportError, which names the files, if a commit is unknown or dirty, or if two records differ.
     """
     origins = {name: Origin.of(environment) for name, environment in environments.items()}
     for name, origin in origins.items():
@@ -57,6 +57,6 @@ def check_origin(environments: dict[str, dict[str, Any]]) -> Origin:
     for name, origin in others:
         if origin != one:
             raise ReportError(
-                f"{first} is of {one}, {name} is of {origin}; a report has records of one commit and one machine"
+                f"{first} has {one}, {name} has {origin}; a report has records of one commit and one machine"
             )
     return one

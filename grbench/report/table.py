@@ -1,4 +1,4 @@
-"""The table that a run or a sweep ends with."""
+"""Table at the end of a run or a sweep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STYLES = {Status.OK: "green", Status.UNAVAILABLE: "yellow", Status.INTERRUPTED: 
 
 
 class Column(NamedTuple):
-    """One column of figures: its heading, a line of legend, the text of a cell and whether any cell has it."""
+    """Column of figures: heading, legend, the function that formats a record, and if it is always shown."""
 
     heading: str
     legend: str
@@ -37,7 +37,7 @@ def _metric(name: str, percent: bool = False) -> Callable[[RunRecord], str]:
 
 
 def _of_latency(name: str, interval: bool = False) -> Callable[[RunRecord], str]:
-    """Leave `offline` out: there a latency is the time in a queue of all requests."""
+    """Format a latency, except for `offline`: there it is the time in a queue of all requests."""
 
     def text(record: RunRecord) -> str:
         if record.spec["scenario"]["name"] == "offline":
@@ -60,7 +60,7 @@ def _auc(record: RunRecord) -> str:
 
 
 def gate_share(record: RunRecord) -> float | None:
-    """Error against the fp32 reference as a share of what is allowed. None where no gate ran."""
+    """Return the error against the fp32 reference as a share of the tolerance, or None if no gate ran."""
     error, allowed = record.gate.get("error"), record.gate.get("tolerance")
     return None if error is None or not allowed else error / allowed
 
@@ -74,7 +74,7 @@ COLUMNS = [  # in the order of the table
     Column("p50 ms", "p50: median latency from arrival to answer", _of_latency("latency_ms/p50")),
     Column(
         "p99 ms",
-        "p99: the latency that 99% keep, and its 95% interval",
+        "p99: 99% of answers are faster; its 95% interval",
         _of_latency("latency_ms/p99", True),
     ),
     Column("in limit", "in limit: p99 keeps latency_limit_ms (unsure: the limit is in its interval)", limit_verdict),
@@ -96,7 +96,7 @@ def columns_for(records: list[RunRecord]) -> list[Column]:
 
 
 def fitting(columns: list[Column], records: list[RunRecord], width: int) -> list[Column]:
-    """Return as many of `columns` as MOST_COLUMNS and `width` characters hold, the least needed dropped first."""
+    """Drop the least needed of `columns` until they fit MOST_COLUMNS and `width` characters."""
     status = max(len(record.status) for record in records)
     widths = {c.heading: max(len(c.heading), *(len(c.text(record)) for record in records)) for c in columns}
     for heading in LEAST_NEEDED:
@@ -108,7 +108,7 @@ def fitting(columns: list[Column], records: list[RunRecord], width: int) -> list
 
 
 def cells_table(cells: list[Cell], columns: list[Column]) -> Table:
-    """Return one row a cell: its label, its status and `columns`."""
+    """Return a table with one row per cell: its label, its status and `columns`."""
     records = [record for _, record in cells]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("cell", overflow="fold", min_width=NARROWEST_CELL)
@@ -122,7 +122,7 @@ def cells_table(cells: list[Cell], columns: list[Column]) -> Table:
 
 
 def print_cells(console: Console, cells: list[Cell]) -> None:
-    """Print the table of `cells`, its legend, errors and notes, and last what was found; piped, nothing is wrapped."""
+    """Print the table of `cells`, its legend, errors, notes and findings. Nothing is wrapped in a pipe."""
     if not cells:
         return
     if not console.is_terminal:
@@ -144,7 +144,7 @@ def print_cells(console: Console, cells: list[Cell]) -> None:
 
 
 def notes(records: list[RunRecord]) -> list[str]:
-    """Each different note of the records once, followed by the cells that carry it unless all do."""
+    """Return each note once, followed by the cells that have it, unless all have it."""
 
     def of(who: list[str]) -> str:
         if len(who) == len(records):

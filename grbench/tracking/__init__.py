@@ -1,7 +1,7 @@
-"""Logging records to MLflow. Only the parent process does this, one cell at a time.
+"""MLflow runs of records. Only the parent process logs, one cell at a time.
 
-The record on disk comes first: if MLflow is down, locked or full, nothing is lost, and
-`python -m grbench import` logs what is missing later.
+The record on disk comes first. If MLflow is down, locked or full, nothing is lost, and `python -m grbench import`
+logs the missing records later.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grbench.tracking.config import MlflowConfig, NoTrackingConfig
 
 
 class Tracker:
-    """Logs the cells of one invocation. Never raises for what goes wrong in MLflow: it says so and goes on."""
+    """Logger of the cells of one invocation. It reports errors of MLflow on stderr and never raises them."""
 
     def __init__(self, config: MlflowConfig | NoTrackingConfig, output_root: Path) -> None:
         self._config, self._root = config, output_root.absolute()
@@ -27,11 +27,11 @@ class Tracker:
         self._parent: str | None = None
 
     def start_sweep(self, sweep_id: str, facts: dict[str, str]) -> None:
-        """The cells logged from now on are children of one run, made (or found again) with the first of them."""
+        """Make further cells children of one run, which the first of them creates or finds."""
         self._sweep = (sweep_id, facts)
 
     def log(self, record: RunRecord, folder: Path) -> bool:
-        """Log one cell and note its run in its record. False, after saying why, if it could not be logged."""
+        """Log one cell and store its run in the record. Return False, after printing the reason, if that fails."""
         if isinstance(self._config, NoTrackingConfig):
             return False
         try:
@@ -74,7 +74,7 @@ class Tracker:
 def import_records(root: Path, config: MlflowConfig) -> tuple[int, int, int]:
     """Log every record under `root` that has no run in that store yet.
 
-    Returns how many were logged, had a run already, and failed. Raises ValueError if there is none.
+    Returns the numbers of records that were logged, had a run already, and failed. Raises ValueError if there is none.
     """
     from grbench.tracking.store import Store, default_uri
 
@@ -102,19 +102,19 @@ def import_records(root: Path, config: MlflowConfig) -> tuple[int, int, int]:
             failed += 1
             print(f"grbench: {folder}: not logged ({one_line(e)})", file=sys.stderr)
             if store is None:
-                break  # the store can't be opened: it won't for the others either
+                break  # the store cannot be opened, for the others neither
     for sweep_id, run in parents.items():
         try:
             store.end_sweep(run, sweeps[sweep_id])
         except Exception as e:
             print(f"grbench: MLflow did not close the run of sweep {sweep_id} ({one_line(e)})", file=sys.stderr)
     if not logged + known + failed:
-        raise ValueError(f"{root}: no records found; `python -m grbench` makes some under outputs/")
+        raise ValueError(f"{root}: no records found; `python -m grbench` writes them under outputs/")
     return logged, known, failed
 
 
 def where_to_look(config: MlflowConfig | NoTrackingConfig, root: Path) -> str | None:
-    """The page of what was logged, or the command that opens it; None where nothing is logged."""
+    """Return the address of the logged runs, or the command that opens it, or None without tracking."""
     if isinstance(config, NoTrackingConfig):
         return None
     if config.uri is None:

@@ -18,7 +18,7 @@ from grbench.tracking.config import MlflowConfig
 
 
 def ui_parser() -> argparse.ArgumentParser:
-    """The flags of `grbench ui`."""
+    """Return the parser of `grbench ui`."""
     parser = Arguments("ui", "Open MLflow's pages on this machine (127.0.0.1).", ["ui", "ui outputs --port 5001"])
     _add_root(parser)
     parser.add_argument("--port", type=int, default=5000, help="(default: %(default)s)")
@@ -36,7 +36,7 @@ def ui(words: Sequence[str]) -> int:
 
 
 def import_parser() -> argparse.ArgumentParser:
-    """The flags of `grbench import`."""
+    """Return the parser of `grbench import`."""
     about = "Log every record under a folder that has no MLflow run yet."
     parser = Arguments("import", about, ["import outputs", "import outputs --uri http://127.0.0.1:5000"])
     _add_root(parser)
@@ -65,7 +65,7 @@ def open_ui(root: Path, port: int) -> None:
     """Become `mlflow ui` for the root's database, on localhost only. Raises ValueError if there is none."""
     database = root.absolute() / "mlruns.db"
     if not database.is_file():
-        raise ValueError(f"{database}: no such database; `python -m grbench` makes it with its first run")
+        raise ValueError(f"{database}: no such database; the first run of `python -m grbench` creates it")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -79,10 +79,10 @@ def open_ui(root: Path, port: int) -> None:
 
 
 def _latest_experiment(database: Path) -> str | None:
-    """The experiment of the newest run: its page is the one to open."""
+    """Return the experiment of the newest run, whose page is opened."""
     try:
         with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=1)) as connection:
             row = connection.execute("SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1").fetchone()
-    except sqlite3.Error:  # only the link gets less direct
+    except sqlite3.Error:  # the link then leads to the start page
         return None
     return str(row[0]) if row else None

@@ -1,4 +1,4 @@
-"""Where runs are logged."""
+"""Options of tracking."""
 
 from __future__ import annotations
 

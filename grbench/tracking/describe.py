@@ -1,4 +1,4 @@
-"""Descriptions that MLflow shows first on the page of a run: the result in a table, and a picture."""
+"""Descriptions at the top of a run's page in MLflow: the result as a table, and pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grbench.report.table import columns_for
 
 
 def describe_cell(record: RunRecord, run_id: str, pictures: Sequence[str]) -> str:
-    """Return Markdown for one cell: what was found, its figures with their meaning, notes. Failed cells say why.
+    """Return Markdown for one cell: findings, figures with their meaning, notes, or the reason of a failure.
 
     pictures: artifact paths of the run.
     """
@@ -38,7 +38,7 @@ def describe_row(row: LoggedRow) -> str:
 
 
 def describe_sweep(records: Sequence[RunRecord], run_id: str, pictures: Sequence[str]) -> str:
-    """Return Markdown for a sweep: what was found, a row for each cell, pictures of the comparison.
+    """Return Markdown for a sweep: findings, a row for each cell, pictures of the comparison.
 
     pictures: artifact paths of the sweep's run.
     """
@@ -56,5 +56,5 @@ def describe_sweep(records: Sequence[RunRecord], run_id: str, pictures: Sequence
 
 
 def _pictures(run_id: str, paths: Sequence[str]) -> list[str]:
-    """Images by the address at which MLflow's server has a run's artifacts."""
+    """Return images with the address of a run's artifacts on MLflow's server."""
     return [f"![{path}](get-artifact?path={quote(path)}&run_uuid={run_id})" for path in paths]

@@ -1,6 +1,6 @@
-"""MLflow runs of commands beside the harness: one parent a command, below it one run a row of its table.
+"""MLflow runs of `grbench kernels` and `grbench cachesim`: a parent per command, and a run per row of its table.
 
-They are in an experiment of their own, because their metrics are not those of cells.
+They have an experiment of their own, because their metrics differ from those of cells.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from grbench.tracking.store import Store
 
 
 class RowTracker:
-    """Logs the rows of one command into <tracking.experiment>-<suffix>. Never raises for what goes wrong in MLflow: it
-    says so, as `grbench <command>`, and logs no more."""
+    """Logger of one command's rows, in the experiment <tracking.experiment>-<suffix>.
+
+    It never raises an error of MLflow. It prints the error once, as `grbench <command>`, and then logs no more.
+    """
 
     def __init__(
         self,
@@ -42,13 +44,13 @@ class RowTracker:
                 assert isinstance(self._config, MlflowConfig)
                 self._store = _Store(self._config.uri, f"{self._config.experiment}-{self._suffix}", self._root)
                 self._parent = self._store.sweep_run(self._name, self._facts)
-            for row in rows:  # its files are with the parent: a folder that isn't there has none
+            for row in rows:  # the parent has the files, so this folder does not exist
                 self._store.log(row, results.parent / "none", self._parent)
         except Exception as e:
             self._give_up(e, results)
 
     def finish(self, files: list[tuple[Path, str]], ok: bool) -> None:
-        """Attach files (with the folder each goes into) to the parent run and end it."""
+        """Attach files, each with its folder, to the parent run and end it."""
         if self._off or self._store is None:
             return
         try:

@@ -33,15 +33,15 @@ from grbench.report.cells import Cell, flatten
 from grbench.tracking.describe import describe_cell, describe_row, describe_sweep
 
 SWEEP_TAG, HASH_TAG, NOTE_TAG = "sweep_id", "spec_hash", "mlflow.note.content"
-MOST_NOTE, MOST_NAME = 5000, 80  # characters that a server takes, and that its tables show
+MOST_NOTE, MOST_NAME = 5000, 80  # characters that a server accepts, and that its tables show
 FIRST_METRICS = ["throughput_rps", "latency_ms/p99", "latency_ms/p50", "goodput_rps", "cache/hit_rate"]
-UNNAMED = ("engine", "scenario", "study", "rerun", "rerun_failed", "warmup_batches")  # no part of a run's name
+UNNAMED = ("engine", "scenario", "study", "rerun", "rerun_failed", "warmup_batches")  # left out of a run's name
 UNNAMED_GROUPS = ("runner", "tracking", "hydra", "gate", "study")
 MLFLOW_STATUS = {Status.OK: "FINISHED", Status.INTERRUPTED: "KILLED"}  # the others: FAILED
 
 
 def default_uri(root: Path) -> str:
-    """The sqlite database of an output root (an absolute path)."""
+    """Return the URI of the sqlite database of an output root (an absolute path)."""
     return f"sqlite:///{root / 'mlruns.db'}"
 
 
@@ -49,7 +49,7 @@ class Store:
     """An experiment in a tracking store. Every method may raise whatever MLflow raises."""
 
     def __init__(self, uri: str | None, experiment: str, root: Path) -> None:
-        # A dead server or a locked file must show in seconds: the record is safe on disk.
+        # A dead server or a locked file must fail in seconds; the record is safe on disk.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self.uri = uri or default_uri(root)
@@ -58,7 +58,7 @@ class Store:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         from mlflow import MlflowClient
 
-        for name in ("alembic", "mlflow"):  # a page of migrations at the first use
+        for name in ("alembic", "mlflow"):  # they print a page of migrations on first use
             logging.getLogger(name).setLevel(logging.WARNING)
         # Processes that open a new sqlite file at once would each create its tables, and break it.
         with _one_at_a_time(root / ".mlflow.lock") if self.uri.startswith("sqlite") else contextlib.nullcontext():
@@ -71,13 +71,13 @@ class Store:
                 raise ValueError(f"experiment {name!r} is deleted; restore it or set tracking.experiment")
             return str(found.experiment_id)
         local = self.uri.startswith("sqlite")
-        # Without a kind, MLflow 3 takes an experiment for one of language-model traces and opens an empty page.
+        # Without a kind, MLflow 3 assumes language-model traces and opens an empty page.
         return self._client.create_experiment(
             name, (root / ARTIFACTS).as_uri() if local else None, {"mlflow.experimentKind": "custom_model_development"}
         )
 
     def sweep_run(self, sweep_id: str, facts: dict[str, str]) -> str:
-        """The parent run of a sweep: found again when the sweep is resumed, else made."""
+        """Return the parent run of a sweep. A resumed sweep finds its earlier one."""
         same = f"tags.{SWEEP_TAG} = '{sweep_id}' and tags.role = 'sweep'"
         if found := self._client.search_runs([self._experiment], filter_string=same, max_results=1):
             run_id = str(found[0].info.run_id)
@@ -109,7 +109,7 @@ class Store:
             out = Path(folder) / "comparison.md"
             try:
                 written = write_page(cells, out, "Comparison")
-            except (ReportError, OSError) as e:  # one damaged samples file costs the page, not the sweep's run
+            except (ReportError, OSError) as e:  # a damaged samples file costs only the page
                 self._client.set_tag(run_id, "comparison", f"not written: {one_line(e)}")
                 return []
             self._client.log_artifacts(run_id, folder)
@@ -139,7 +139,7 @@ class Store:
                 self._client.log_artifact(run_id, str(path))
             self._client.set_terminated(run_id, MLFLOW_STATUS.get(record.status, "FAILED"), ended)
         except BaseException:
-            with contextlib.suppress(Exception):  # half a run would be taken for a whole one
+            with contextlib.suppress(Exception):  # an incomplete run would look complete
                 self._client.delete_run(run_id)
             raise
         return {"run_id": run_id, "uri": self.uri, "experiment_id": self._experiment}
@@ -160,7 +160,7 @@ def run_name(record: LoggedRow) -> str:
 
 
 def _tags(record: LoggedRow) -> dict[str, str]:
-    """What runs are filtered by. Everything else that is known of a cell is in its record.json."""
+    """Return the tags by which users filter runs. Everything else about a cell is in its record.json."""
     env, actual = record.environment, record.actual
     gpus = env.get("gpus") or []
     tags: dict[str, Any] = {
@@ -181,7 +181,7 @@ def _tags(record: LoggedRow) -> dict[str, str]:
 
 
 def _metrics(record: LoggedRow) -> dict[str, float | None]:
-    """Return all figures, those that matter first: MLflow's comparison opens on the first metric."""
+    """Return all figures, main ones first, because MLflow's comparison opens on the first metric."""
     quality = (record.gate.get("quality") or {}).get("tasks") or {}
     figures: dict[str, float | None] = {name: record.metrics.get(name) for name in FIRST_METRICS}
     figures |= record.metrics
@@ -193,7 +193,7 @@ def _metrics(record: LoggedRow) -> dict[str, float | None]:
 
 
 def _interval_metrics(record: LoggedRow) -> dict[str, float]:
-    """95% intervals as metrics: latency_ms/p50 -> latency_ms/p50/ci95_low and ci95_high."""
+    """Return 95% intervals as metrics: latency_ms/p50 -> latency_ms/p50/ci95_low and ci95_high."""
     return {
         f"{name}/{end}": value
         for name, interval in record.intervals.items()
@@ -207,7 +207,7 @@ def _artifacts(folder: Path) -> list[Path]:
 
 
 def _check_server(uri: str) -> None:
-    """Raise in seconds if nothing listens: MLflow's own retries take minutes."""
+    """Raise ConnectionError in seconds if nothing listens; MLflow's own retries take minutes."""
     parts = urlsplit(uri)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:

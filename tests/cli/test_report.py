@@ -195,7 +195,7 @@ def test_page_lists_a_failed_cell_and_gives_it_no_speed(sweep: Path, tmp_path: P
             "#": "4",
             "cell": "kernel=cutlass max_batch=8",
             "status": "UNAVAILABLE",
-            "why": r"no [GPU] \| found; add &lt;one>",
+            "reason": r"no [GPU] \| found; add &lt;one>",
         }
     ]
     row = rows_of(page, "Comparison")[3]
@@ -205,9 +205,9 @@ def test_page_lists_a_failed_cell_and_gives_it_no_speed(sweep: Path, tmp_path: P
 def test_page_says_what_ran_where_and_how_to_repeat_it(sweep: Path, tmp_path: Path) -> None:
     main(["report", str(sweep), "--out", str(tmp_path / "r.md")])
     page = (tmp_path / "r.md").read_text()
-    assert rows_of(page, "Asked for and what ran") == [
-        {"option": "engine.device", "asked for": "auto", "ran": "cpu", "cells": "all"},
-        {"option": "kernel.layer_norm, kernel.norm_gate", "asked for": "auto", "ran": "triton", "cells": "all"},
+    assert rows_of(page, "Requested and actual") == [
+        {"option": "engine.device", "requested": "auto", "actual": "cpu", "cells": "all"},
+        {"option": "kernel.layer_norm, kernel.norm_gate", "requested": "auto", "actual": "triton", "cells": "all"},
     ]
     environment = {row[""]: row["all cells"] for row in rows_of(page, "Environment")}
     assert environment == {
@@ -362,7 +362,7 @@ def test_a_failure_without_a_reason_says_so(tmp_path: Path) -> None:
     assert load_frame(tmp_path / "o")["error"].tolist() == ["", "no reason was recorded", "broken"]
     main(["report", str(tmp_path / "o"), "--out", str(tmp_path / "r.md")])
     failed = rows_of((tmp_path / "r.md").read_text(), "Cells without a result")
-    assert [row["why"] for row in failed] == ["no reason was recorded", "broken"]
+    assert [row["reason"] for row in failed] == ["no reason was recorded", "broken"]
 
 
 def test_frame_has_knobs_metrics_and_intervals(sweep: Path) -> None:
@@ -545,7 +545,7 @@ def test_errors_are_one_line(sweep: Path, tmp_path: Path, capsys: Capture) -> No
     assert "nowhere: no such folder" in fails(capsys, str(tmp_path / "nowhere"), *out)
     (empty / records.RECORD_FILE).write_text("{")
     assert f"{empty}/record.json: not JSON" in fails(capsys, str(empty), *out)
-    assert "can't be read" in fails(capsys, "--mlflow", "nosuchscheme://x", *out)
+    assert "cannot be read" in fails(capsys, "--mlflow", "nosuchscheme://x", *out)
     assert "no such file" in fails(capsys, "--mlflow", f"sqlite:///{tmp_path}/none.db", *out)
     assert not (tmp_path / "none.db").exists()
     for damage, message in (
@@ -581,8 +581,8 @@ def test_runs_come_out_of_mlflow_as_they_went_in(sweep: Path, tmp_path: Path, ca
     assert ink((tmp_path / "mlflow_files" / "latency_cdf.png").read_bytes()) > 0.01
     capsys.readouterr()
     error = fails(capsys, "--mlflow", uri, "--experiment", "other", "--out", str(tmp_path / "r.md"))
-    assert f"--experiment other: not at {uri}; there are: " in error
-    assert "grbench" in error.split("there are: ")[1]
+    assert f"--experiment other: unknown at {uri}; known: " in error
+    assert "grbench" in error.split("known: ")[1]
 
 
 def log_to_mlflow(root: Path, folder: Path) -> str:

@@ -216,7 +216,7 @@ def test_the_import_command_says_what_it_did(grbench: Grbench, tmp_path: Path) -
     refused = grbench("import", "nowhere")
     assert refused.returncode == 2
     assert refused.stderr.splitlines() == [
-        "grbench import: nowhere: no records found; `python -m grbench` makes some under outputs/"
+        "grbench import: nowhere: no records found; `python -m grbench` writes them under outputs/"
     ]
     cell(tmp_path / "outputs" / "a")
     cell(tmp_path / "outputs" / "b", status=Status.INTERRUPTED)
@@ -248,7 +248,7 @@ def ui_of(root: Path) -> Iterator[str]:
 def test_the_ui_says_what_is_missing(grbench: Grbench, tmp_path: Path) -> None:
     refused = grbench("ui", "nowhere")
     assert refused.returncode == 2
-    assert "no such database; `python -m grbench` makes it with its first run" in refused.stderr
+    assert "no such database; the first run of `python -m grbench` creates it" in refused.stderr
     record, folder = cell(tmp_path / "outputs" / "a")
     assert Tracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
     with socket.socket() as taken:
