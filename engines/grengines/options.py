@@ -34,7 +34,8 @@ def describe(field: dataclasses.Field[Any]) -> str:
     allowed = field.metadata.get("allowed", {})
     if "choices" in allowed:
         return "one of " + ", ".join(allowed["choices"])
-    kind = str(field.type).replace("Optional[", "").replace("]", "").replace("list[", "list of ")
+    kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)  # str: of postponed annotations
+    kind = kind.replace("Optional[", "").replace("]", "").replace("list[", "list of ")
     bounds = [f"{sign} {allowed[key]}" for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if key in allowed]
     return " ".join([kind, " and ".join(bounds)]).strip()
 

@@ -27,7 +27,7 @@ from grengines.vllm import install as vllm
 from grengines.vllm.config import VLLMEngineConfig
 from grkernels import capabilities
 
-_ENGINES = {
+ENGINES = {
     spec.name: spec
     for spec in (
         EngineSpec(
@@ -83,7 +83,7 @@ _ENGINES = {
         ),
     )
 }
-_MODELS = (
+MODELS = (
     ModelSpec("hstu", HSTUConfig, "grengines.models.hstu.reference:HSTUReference"),
     ModelSpec("decoder", DecoderConfig, "grengines.models.decoder.reference:DecoderReference", contradiction),
 )
@@ -91,15 +91,15 @@ _MODELS = (
 
 def register(spec: EngineSpec) -> None:
     """Add an engine to this process. Raises ValueError for a name that is taken."""
-    if spec.name in _ENGINES:
+    if spec.name in ENGINES:
         raise ValueError(f"engine {spec.name!r} is registered already; give the new one another name")
-    _ENGINES[spec.name] = spec
+    ENGINES[spec.name] = spec
 
 
 def specs() -> list[EngineSpec]:
     """Return every engine."""
     _register_installed()
-    return list(_ENGINES.values())
+    return list(ENGINES.values())
 
 
 def names() -> list[str]:
@@ -117,14 +117,14 @@ def get(name: str) -> EngineSpec:
 
 def model_specs() -> list[ModelSpec]:
     """Return every kind of model."""
-    return list(_MODELS)
+    return list(MODELS)
 
 
 def model_spec(options: Any) -> ModelSpec:
     """Return the kind of model that has these options. Raises ValueError for options of no model."""
-    found = next((spec for spec in _MODELS if type(options) is spec.options), None)
+    found = next((spec for spec in MODELS if type(options) is spec.options), None)
     if found is None:
-        raise ValueError(f"{type(options).__name__} has no model; known: {', '.join(spec.kind for spec in _MODELS)}")
+        raise ValueError(f"{type(options).__name__} has no model; known: {', '.join(spec.kind for spec in MODELS)}")
     return found
 
 
