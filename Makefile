@@ -12,13 +12,23 @@ VLLM := 0.32.0
 STUDY := $(if $(filter 0,$(GPU)),first_run,first_run_gpu)
 ARGS ?=
 
-.PHONY: bench test test-gpu lint typecheck ui reports docs help clean setup
+# Tests of wall-clock time run alone, after the others. Exit code 5: ARGS selects no test of that part.
+WORKERS ?= 2
+PYTEST = $(PY) -m pytest --durations=10
+TESTS = $(PYTEST) -m "not gpu and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS); beside=$$?; \
+	$(PYTEST) -m "serial and not gpu" $(ARGS); alone=$$?; \
+	case $$beside$$alone in 00|05|50) ;; *) exit 1;; esac
+
+.PHONY: bench test test-all test-gpu lint typecheck ui reports docs help clean setup
 
 bench: $(VENV)/.ready ## retrieve and rank for MovieLens-100K users on this machine
 	$(PY) -m grbench study=$(STUDY) $(ARGS)
 
-test: $(VENV)/.ready ## lint, type check and run the tests that need no GPU
-	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy && $(PY) -m pytest $(ARGS)
+test: lint typecheck ## lint, type check and run the tests that need no GPU
+	@$(TESTS)
+
+test-all: lint typecheck ## the same with the long hypothesis profile
+	@HYPOTHESIS_PROFILE=long; export HYPOTHESIS_PROFILE; $(TESTS)
 
 test-gpu: $(VENV)/.ready ## the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu $(ARGS)

@@ -14,6 +14,10 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton, which reads it then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+torch.set_num_threads(1)  # the tensors are small
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that tests start share the cores with the other worker
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 # Processes that tests start, in whatever folder, import this checkout, as the tests do.
 _FOLDERS = [
@@ -21,6 +25,15 @@ _FOLDERS = [
     for name in (".", "kernels", "engines", *(f"tests/{n}" for n in ("", "unit", "kernels", "engines", "cli")))
 ]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Skip files without a serial test when only those are asked for: their imports take longer than the tests."""
+    if config.option.markexpr.startswith("serial") and collection_path.match("test_*.py"):
+        return "mark.serial" not in collection_path.read_text() or None
+    return None
+
+
 Grbench = Callable[..., subprocess.CompletedProcess[str]]
 
 

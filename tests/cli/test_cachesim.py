@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Grbench
-from hypothesis import given, settings
+from helpers.properties import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from grbench import workloads
@@ -93,7 +94,7 @@ traces = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 40), st.sampled_fr
 
 @pytest.mark.parametrize("context", [0, 3])
 @pytest.mark.parametrize("name", policies.names())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(requests=traces.filter(bool), capacity=st.integers(1, 8))
 def test_a_simulation_is_the_naive_one(
     name: str, context: int, requests: list[tuple[int, int, int]], capacity: int
@@ -194,7 +195,7 @@ def most(trace: Columns, costs: Costs, capacity: int, value: list[float]) -> flo
 tiny = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40), st.sampled_from([0, 0, 0, 1])), min_size=1, max_size=9)
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(requests=tiny, capacity=st.integers(1, 3))
 def test_belady_is_the_best_of_all_where_sizes_are_equal(requests: list[tuple[int, int, int]], capacity: int) -> None:
     trace = columns([(user, 1 + length % 16) for user, length, _ in requests], [start for *_, start in requests])
@@ -204,7 +205,7 @@ def test_belady_is_the_best_of_all_where_sizes_are_equal(requests: list[tuple[in
     assert found.evictions + found.refused <= len(trace)
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(requests=tiny, capacity=st.integers(1, 5))
 def test_nothing_is_above_the_limit(requests: list[tuple[int, int, int]], capacity: int) -> None:
     trace = columns([(user, length) for user, length, _ in requests], [start for *_, start in requests])
@@ -381,7 +382,7 @@ def test_ctrl_c_keeps_the_rows_that_are_done(tmp_path: Path) -> None:
         if "lru:" in line:
             break
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     assert re.search(r" lru +\d+\.\d\d ", out)
     [path] = tmp_path.glob("outputs/cachesim/*/results.json")

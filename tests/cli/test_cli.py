@@ -104,11 +104,11 @@ COMP_LINE="grbench over" COMP_POINT=12 COMP_CWORD=1
 hydra_bash_completion
 echo "${{COMPREPLY[@]}}"
 """
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout == "overhead\n", done.stderr
 
 
 def test_a_reader_that_leaves_is_no_error(grbench: Grbench, tmp_path: Path) -> None:
     command = f"{sys.executable} -m grbench kernels --help | true"
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

@@ -102,6 +102,7 @@ def test_what_overhead_can_not_measure_is_one_line(grbench: Grbench, arguments: 
     assert told.startswith(f"grbench overhead: {message}")
 
 
+@pytest.mark.serial
 def test_overhead_is_small_beside_the_engine(grbench: Grbench) -> None:
     done = grbench(
         "overhead", "workload=synthetic", "--repeats", "1", "workload.max_requests=50", "scenario.queries=100"

@@ -607,14 +607,14 @@ def log_to_mlflow(root: Path, folder: Path) -> str:
 
 def test_module_runs_and_explains_itself(sweep: Path, tmp_path: Path) -> None:
     command_line = [sys.executable, "-m", "grbench", "report", str(sweep), "--out", "r.md"]
-    done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "r.md: 4 cells, 3 figures\n", "")
 
 
 def test_the_table_needs_neither_pandas_nor_matplotlib() -> None:
     heavy = {"pandas", "matplotlib", "mlflow", "torch"}
     code = f"import sys, grbench.report.table; print({heavy} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "set()\n", done.stderr
 
 

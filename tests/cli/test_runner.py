@@ -123,7 +123,7 @@ class Running:
 
     def worker(self, cell: int) -> psutil.Process:
         """The worker of a sweep's cell, once it is measuring."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.process.poll() is None:
             for child in psutil.Process(self.process.pid).children():
                 job = next((a for a in _command(child) if a.endswith(f"/{cell}/job.json")), None)

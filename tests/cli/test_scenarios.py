@@ -28,6 +28,7 @@ from grbench.scenarios.config import (
 )
 from grengines.api import RankResult, Request
 
+pytestmark = pytest.mark.serial
 EMPTY = np.zeros(0, np.int64)
 
 

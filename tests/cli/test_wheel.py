@@ -34,10 +34,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Environment with the wheel installed. It borrows the dependencies of the environment that runs the tests."""
     folder = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=120)
     python = str(folder / "bin" / "python")
     install = ["install", "-q", "--no-index", "--no-deps", str(wheel)]
-    subprocess.run([*PIP, "--python", python, *install], check=True, timeout=60)
+    subprocess.run([*PIP, "--python", python, *install], check=True, timeout=120)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
     # A .pth file in the borrowed folder is not read, so an editable grbench there stays out of sight.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -69,7 +69,7 @@ def test_the_wheel_composes_outside_the_checkout(venv: Path, tmp_path: Path) -> 
     code = "import grbench.config.compose as c; print(c.CONFIG_DIR); print(c.compose_spec([])[0].title)"
     python = str(venv / "bin" / "python")
     done = subprocess.run(
-        [python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=without_checkout(), timeout=60
+        [python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=without_checkout(), timeout=120
     )
     config_dir, title = done.stdout.splitlines()
     assert Path(config_dir).is_relative_to(venv), done.stderr

@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import hstu_oracle
 from helpers.hstu_oracle import error_of_order_one, make_requests
-from hypothesis import given, settings
+from helpers.properties import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -75,7 +76,7 @@ configs = st.builds(
 visits = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(config=configs, sizes=visits, seed=st.integers(0, 2**20), form=st.sampled_from(["torch", "reference", "bucket"]))
 def test_equals_the_second_implementation(
     config: HSTUConfig, sizes: list[tuple[int, int]], seed: int, form: str
@@ -92,7 +93,7 @@ def test_equals_the_second_implementation(
     assert error_of_order_one(logits[: len(expected)], expected) < 1e-4
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     config=configs.filter(lambda c: c.contextual_seq_len == 0),
     sizes=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=3),

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.hstu_oracle import attend, visible
-from hypothesis import given, settings
+from helpers.properties import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -118,7 +119,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 @pytest.mark.parametrize("name", FNS)
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(p=problems(), tile=st.integers(1, 4), slack=st.integers(0, 3), past=st.integers(0, 3))
 def test_every_mask_and_form_equals_the_loops(name: str, p: Problem, tile: int, slack: int, past: int) -> None:
     """Also with tiles of a few rows, with bounds longer than the sequences and rows past the last of them."""
@@ -157,7 +158,7 @@ def test_the_mask_and_its_count_equal_the_formula() -> None:
                         assert spec.visible_pairs(n, T, C, W, delta=delta) == seen[n - delta :].sum()
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.data())
 def test_the_count_of_longer_sequences(data: st.DataObject) -> None:
     n = data.draw(st.integers(0, 300))
@@ -177,7 +178,7 @@ def test_cost() -> None:
         spec.visible_pairs(4, max_attn_len=-1)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.data())
 def test_skipped_columns_are_hidden(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 24))

@@ -15,7 +15,8 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.properties import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -132,14 +133,14 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(case=cases(), seed=st.integers(0, 2**20))
 def test_paged_plain_torch_equals_the_reference(case: Case, seed: int) -> None:
     check(plain, case.build(torch.float32, seed))
 
 
 @pytest.mark.skipif(GPU, reason="on a GPU the kernel itself is tested below")
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(case=cases(), seed=st.integers(0, 2**20), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_triton_in_the_interpreter(case: Case, seed: int, dtype: torch.dtype) -> None:
     with tuning.forced("hstu_attention", "triton", SMALL_TILES):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.hstu_oracle import make_requests
-from hypothesis import given, settings
+from helpers.properties import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -63,7 +64,7 @@ def zipf(rows: int, power: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
 # -- what a lookup promises
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(data=st.data())
 def test_slots_hold_the_rows_and_counters_count(data: st.DataObject) -> None:
     rows, slots = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12))

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from helpers.properties import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from grengines.cache import policies, predictive
@@ -36,7 +37,7 @@ def visit(policy: policies.Policy, user: int, now: float) -> bool:
 
 
 @pytest.mark.parametrize("name", WORTH)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(steps=steps, excluded=st.sets(st.integers(0, 5), max_size=3))
 def test_the_victim_is_the_naive_one(name: str, steps: list[tuple[str, int, int]], excluded: set[int]) -> None:
     policy, users, clock = policies.make(name), dict[int, Entry](), 0.0
@@ -61,7 +62,7 @@ def test_the_victim_is_the_naive_one(name: str, steps: list[tuple[str, int, int]
 
 
 @pytest.mark.parametrize("name", [name for name in policies.names() if name != "none"])
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     steps=steps,
     times=st.lists(st.floats(-1e9, 1e9) | st.sampled_from([0.0, 1.0]), min_size=60, max_size=60),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.hstu_oracle import error_of_order_one, make_requests
+from helpers.properties import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -621,7 +622,7 @@ def test_any_sequence_of_events_keeps_the_pool_exact(
 ) -> None:
     monkeypatch.setattr(host, "STAGED_SHARE", 0.7)
     machine.seen = Counters()
-    run_state_machine_as_test(machine, settings=settings(max_examples=200, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(examples(200, at_least=60), stateful_step_count=40))
     seen = dataclasses.asdict(machine.seen)
     for never in ("refused", "policy_errors", "faults", *(() if machine.host_pages else HOST_COUNTERS)):
         assert seen.pop(never) == 0

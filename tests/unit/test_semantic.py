@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.properties import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -24,7 +25,7 @@ from grengines.semantic.trie import TensorTrie, Trie
 from grengines.semantic.vectors import UNTOUCHED, clustered, from_interactions
 
 torch.set_num_threads(1)
-FEW = settings(max_examples=25, deadline=None)  # k-means takes a fixed number of steps: about 0.1 s a build
+FEW = examples(25)  # k-means takes a fixed number of steps: about 0.1 s a build
 
 
 @st.composite
@@ -273,7 +274,7 @@ def test_items_and_tokens_of_other_forms() -> None:
 
 
 @given(catalogues())
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_saved_ids_come_back(tmp_path_factory: pytest.TempPathFactory, ids: SemanticIds) -> None:
     path = tmp_path_factory.mktemp("ids") / "ids.safetensors"
     ids.save(path)

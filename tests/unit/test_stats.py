@@ -7,7 +7,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from helpers.properties import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from grbench.config.compose import compose_spec
@@ -18,7 +19,7 @@ from grengines.api import Request
 latencies = st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=60)
 
 
-@settings(deadline=None)
+@examples(100)
 @given(latencies, st.sampled_from([0.0, 1.0, 50.0, 75.0, 90.0, 99.0, 99.9]))
 def test_percentile_is_the_sample_that_loadgen_takes(samples: list[float], percent: float) -> None:
     index = math.floor(len(samples) * Fraction(str(percent)) / 100)
@@ -31,7 +32,7 @@ def test_rank_does_not_suffer_from_binary_fractions(count: int, percent: float, 
     assert stats.percentile(np.arange(count), percent) == count - count // share_above
 
 
-@settings(deadline=None)
+@examples(100)
 @given(latencies)
 def test_summary_is_monotone_within_range_and_independent_of_order(samples: list[float]) -> None:
     summary = stats.latency_summary(samples)
@@ -44,7 +45,7 @@ def test_summary_is_monotone_within_range_and_independent_of_order(samples: list
     assert stats.latency_summary(shuffled).metrics == pytest.approx(summary.metrics)
 
 
-@settings(deadline=None)
+@examples(100)
 @given(latencies, st.sampled_from(stats.PERCENTILES))
 def test_interval_holds_the_percentile_and_exists_from_a_stated_count(samples: list[float], percent: float) -> None:
     interval = stats.percentile_interval(samples, percent)
@@ -102,7 +103,7 @@ def test_interval_covers_the_truth(count: int, percent: float) -> None:
     assert covered < runs  # an interval that is always right is too wide to be of use
 
 
-@settings(deadline=None)
+@examples(100)
 @given(latencies, st.floats(0, 1e6), st.floats(0.01, 100))
 def test_goodput_counts_answers_in_time(samples: list[float], deadline: float, duration_s: float) -> None:
     expected = sum(s <= deadline for s in samples) / duration_s
@@ -134,7 +135,7 @@ def test_bad_input_is_named(call, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@settings(deadline=None, max_examples=20)
+@examples(20)
 @given(st.integers(1, 3000), st.sampled_from(stats.PERCENTILES))
 def test_interval_ranks_reach_their_confidence(count: int, percent: float) -> None:
     """The chance that the two order statistics enclose the percentile, summed term by term."""

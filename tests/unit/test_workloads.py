@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from helpers.properties import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from grbench import workloads
@@ -266,7 +267,7 @@ def naive_requests(events: Events, config: RecordedConfig) -> list[dict[str, Any
     return sorted(found, key=lambda f: (f["time"], f["visit"]))
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     events=some_events(),
     gap=st.sampled_from([1.0, 5.0, 500.0, 5000.0]),
@@ -402,7 +403,7 @@ import setuptools  # as vLLM and torch.compile do, in the process that fetched
 
 def test_fetching_movielens_leaves_the_process_as_it_was(tmp_path: Path) -> None:
     env = os.environ | {"GRBENCH_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", FETCHING_FAILS], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FETCHING_FAILS], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "MovieLens-100K could not be fetched" in done.stdout and "workload=synthetic" in done.stdout
 
