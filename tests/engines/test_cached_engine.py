@@ -28,7 +28,7 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.reference import RankingReference
 from grengines.runtime.batch import Encoding
 from grengines.runtime.graphs import plan_buckets
-from grkernels.paged_write import on_gpu, paged_write
+from grkernels.paged_write.torch import on_gpu, paged_write
 from grkernels.registry import requested
 
 torch.set_num_threads(1)

@@ -29,7 +29,7 @@ from grengines.vllm import install
 from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.engine import VLLMEngine
 from grengines.vllm.rows import BeamRows, Reach, Step
-from grkernels import beam_terms
+from grkernels.beam_terms import torch as beam_terms
 from grkernels.operators import Operators
 from grkernels.registry import requested
 

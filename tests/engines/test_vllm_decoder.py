@@ -38,7 +38,7 @@ from grengines.vllm import rows_triton
 from grengines.vllm.choice import Choice
 from grengines.vllm.engine import VLLMEngine
 from grengines.vllm.rows import BeamRows, Sight, Step, sight
-from grkernels import beam_attention
+from grkernels.beam_attention import torch as beam_attention
 
 # Every key serves two queries.
 DECODER = DecoderConfig(layers=2, embedding_dim=64, heads=4, kv_heads=2, head_dim=16, mlp_dim=64, max_positions=90)
@@ -140,7 +140,7 @@ from types import SimpleNamespace
 from triton.backends.compiler import GPUTarget
 from test_vllm_decoder import BeamRows, case, converted
 from grengines.vllm import rows_triton
-from grkernels import beam_attention
+from grkernels.beam_attention import torch as beam_attention
 
 here = {"get_current_target": GPUTarget("cuda", 90, 32), "get_current_device": 0, "get_current_stream": 0}
 triton.runtime.driver.set_active(SimpleNamespace(**{k: lambda *_, v=v: v for k, v in here.items()}))

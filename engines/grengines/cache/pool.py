@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from grkernels.paged_write import paged_write
+from grkernels.paged_write.torch import paged_write
 
 
 class PoolFullError(RuntimeError):

@@ -25,7 +25,7 @@ from grengines.models.hstu.model import HSTURanker
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.runtime.graphs import GraphRunner, choose_bucket, plan_buckets
 from grengines.runtime.results import Marks, collect
-from grkernels import paged_write
+from grkernels.paged_write import torch as paged_write
 
 MOST_PADDING = 2.5  # a graph that encodes more than so many times the batch's tokens is slower than launching kernels
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from grengines.vllm import compat
 from grengines.vllm.rows import BeamRows, Reach, Sight
-from grkernels.beam_terms import beam_terms
-from grkernels.paged_write import paged_write
+from grkernels.beam_terms.torch import beam_terms
+from grkernels.paged_write.torch import paged_write
 
 
 @dataclass

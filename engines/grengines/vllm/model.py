@@ -21,7 +21,7 @@ from grengines.vllm.attention import HSTUAttentionBackend
 from grengines.vllm.rows import BeamRows, Step
 from grengines.vllm.softmax import SoftmaxAttentionBackend
 from grkernels.operators import Operators
-from grkernels.paged_write import variant
+from grkernels.paged_write.torch import variant
 
 
 @dataclass

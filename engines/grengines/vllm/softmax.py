@@ -9,8 +9,8 @@ from torch import Tensor
 
 from grengines.vllm import compat
 from grengines.vllm.attention import StepMetadata, StepMetadataBuilder
-from grkernels.beam_attention import beam_attention
-from grkernels.paged_write import paged_write
+from grkernels.beam_attention.torch import beam_attention
+from grkernels.paged_write.torch import paged_write
 
 
 class SoftmaxAttentionImpl(compat.AttentionImpl[StepMetadata]):

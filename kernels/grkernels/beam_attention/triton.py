@@ -1,4 +1,4 @@
-"""The kernel of beam_attention.py."""
+"""Attention of rows of beams over pages, in Triton."""
 
 from __future__ import annotations
 

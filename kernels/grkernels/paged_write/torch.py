@@ -28,7 +28,7 @@ def variant(device: str) -> str:
 
 def on_gpu(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
     """`paged_write` in Triton, which on a CPU runs in its interpreter only."""
-    from grkernels.paged_write_triton import launch
+    from grkernels.paged_write.triton import launch
 
     launch(k, v, slots, slotted(k_pages), slotted(v_pages))
 

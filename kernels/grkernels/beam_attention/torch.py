@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grkernels.paged_write import slotted, variant
+from grkernels.paged_write.torch import slotted, variant
 
 _ROWS = 256  # on a CPU so many at once: bounds the memory of the scores
 
@@ -79,7 +79,7 @@ def on_gpu(
     scale: float,
 ) -> None:
     """`beam_attention` in Triton, which on a CPU runs in its interpreter only."""
-    from grkernels.beam_attention_triton import launch
+    from grkernels.beam_attention.triton import launch
 
     page = k_pages.shape[1]
     launch(out, q, slotted(k_pages), slotted(v_pages), starts, block_table, limits, own_slots, page, scale)

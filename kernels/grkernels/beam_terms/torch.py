@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from grkernels.paged_write import slotted
+from grkernels.paged_write.torch import slotted
 
 
 def beam_terms(
@@ -42,6 +42,6 @@ def on_gpu(
     out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, *, alpha: float, scaling_seqlen: int
 ) -> None:
     """`beam_terms` in Triton, which on a CPU runs in its interpreter only."""
-    from grkernels.beam_terms_triton import launch
+    from grkernels.beam_terms.triton import launch
 
     launch(out, q, slotted(k_pages), slotted(v_pages), slots, alpha, scaling_seqlen)

@@ -1,4 +1,4 @@
-"""The kernel of beam_terms.py."""
+"""Terms of a beam's earlier codes, in Triton."""
 
 from __future__ import annotations
 

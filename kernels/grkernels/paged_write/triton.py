@@ -1,4 +1,4 @@
-"""The kernel of paged_write.py."""
+"""New keys and values into their pages, in Triton."""
 
 from __future__ import annotations
 
