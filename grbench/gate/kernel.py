@@ -38,25 +38,38 @@ class KernelGate:
         inputs: Inputs,
         others: Inputs,
         dtype: torch.dtype,
+        writes: tuple[str, ...] = (),
     ) -> None:
-        """others: inputs of the same shape from another seed."""
-        self.inputs = inputs
+        """others: inputs of the same shape from another seed.
+
+        writes: names of the inputs that the kernel writes, which are then its outputs; (): it returns its outputs.
+        """
+        self.inputs, self._writes = inputs, writes
+        self._before = {name: inputs[name].clone() for name in writes}
         exact = {k: x.float() if isinstance(x, Tensor) and x.dtype == dtype else x for k, x in inputs.items()}
-        self._reference = outputs(reference(**exact))
+        self._reference = self._answer(reference, exact)
         del exact
-        answer = outputs(eager(**inputs))
+        answer = self._answer(eager, inputs)
         self._like = [(x.shape, x.dtype) for x in answer]
         self._eager = self._errors(answer)
-        self._zeros = self._errors([torch.zeros_like(x) for x in answer])
-        self._stale = self._errors(outputs(eager(**others)))
+        self._wrong = {
+            "zeros": self._errors([torch.zeros_like(x) for x in answer]),
+            "stale outputs": self._errors(self._answer(eager, others)),
+        }
+        if writes:
+            self._wrong["untouched outputs"] = self._errors(list(self._before.values()))
 
     def check(self, call: Callable[[], Any], max_error_ratio: float) -> KernelGateResult:
         """Compare the outputs of `call`. Raises IncorrectError."""
         allowed = [allowed_error(eager, max_error_ratio) for eager in self._eager]
-        for tolerance, zeros, stale in zip(allowed, self._zeros, self._stale, strict=True):
-            require_contrast({"zeros": zeros, "stale outputs": stale}, tolerance, advice="use other inputs")
+        for i, tolerance in enumerate(allowed):
+            wrong = {name: errors[i] for name, errors in self._wrong.items()}
+            require_contrast(wrong, tolerance, advice="use other inputs")
+        for name, x in self._before.items():
+            self.inputs[name].copy_(x)
         self._poison()
-        out = outputs(call())
+        result = call()
+        out = [self.inputs[name] for name in self._writes] or outputs(result)
         if [(x.shape, x.dtype) for x in out] != self._like:
             raise IncorrectError(f"outputs are {_described(out)}, eager PyTorch's are {_words(self._like)}")
         results = [
@@ -71,23 +84,37 @@ class KernelGate:
             )
         return worst
 
+    def _answer(self, fn: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
+        """Return the outputs for inputs that stay as they are."""
+        given = {**inputs, **{name: inputs[name].clone() for name in self._writes}}
+        result = fn(**given)
+        return [given[name] for name in self._writes] or outputs(result)
+
     def _errors(self, out: list[Tensor]) -> list[float]:
-        return [relative_error(x, reference) for x, reference in zip(out, self._reference, strict=True)]
+        pairs = zip(out, self._reference, strict=True)
+        return [relative_error(_numbers(x), _numbers(reference)) for x, reference in pairs]
 
     def _poison(self) -> None:
         """Fill and free memory of the outputs' sizes.
 
-        The allocator hands it out again next. What a kernel leaves unwritten is then NaN and not, by luck, the right
-        answer of the variant before it.
+        The allocator hands it out again next. What a kernel leaves unwritten is then NaN (of integers the largest) and
+        not, by luck, the right answer of the variant before it.
         """
-        blocks = [torch.full(shape, torch.nan, dtype=dtype, device=x.device)
-                  for (shape, dtype), x in zip(self._like, self._reference, strict=True) for _ in range(2)]  # fmt: skip
+        blocks = []
+        for (shape, dtype), x in zip(self._like, self._reference, strict=True):
+            poison = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max
+            blocks += [torch.full(shape, poison, dtype=dtype, device=x.device) for _ in range(2)]
         del blocks
 
 
 def outputs(result: Any) -> list[Tensor]:
     """Return one tensor or several as a list."""
     return list(result) if isinstance(result, tuple | list) else [result]
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """Return integers as floating-point numbers."""
+    return x if x.is_floating_point() else x.double()
 
 
 def _described(tensors: list[Tensor]) -> str:

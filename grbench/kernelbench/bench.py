@@ -185,7 +185,7 @@ class Bench:
                 self._first_calls(bound[0], row)
                 if contender.reference not in gates:
                     gates[contender.reference] = KernelGate(
-                        contender.reference, contender.plain, fresh, others, self._dtype
+                        contender.reference, contender.plain, fresh, others, self._dtype, family.writes
                     )
                 check = partial(gates[contender.reference].check, contender.bind(**fresh), contender.max_error_ratio)
                 if self._config.tune and contender.candidates:

@@ -44,6 +44,7 @@ class Family:
     bench: Any  # module grkernels.<family>.bench, or stack
     variants: tuple[str, ...]
     shapes: tuple[str, ...]
+    writes: tuple[str, ...] = ()  # as in grkernels.families.FamilySpec
 
 
 def register_schemas() -> None:
@@ -78,6 +79,7 @@ def select(config: KernelBenchConfig) -> list[Family]:
                 bench,
                 tuple(v for v in variants if not config.variants or v in config.variants),
                 tuple(s for s in shapes if not config.shapes or any(fnmatchcase(s, p) for p in config.shapes)),
+                () if name == stack.FAMILY else registry.family(name).writes,
             )
         )
     _check("variants", config.variants, [v for f in families for v in variants_of(f.name)])

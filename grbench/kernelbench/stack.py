@@ -112,7 +112,7 @@ def plain(**given: Any) -> Tensor:
     return _run(Operators.eager(), **given)
 
 
-def refusal(variant: str, *, device: str, dtype: str, **sizes: int) -> str | None:
+def refusal(variant: str, *, device: str, dtype: str, **sizes: Any) -> str | None:
     """None, or why the variant can't run here."""
     name, graph, _ = variant.partition("+")
     if graph and device != "cuda":

@@ -24,3 +24,8 @@ def compiled(*, device: str, dtype: str, **dims: int) -> str | None:
     if device.startswith("cpu") and (missing := compiler()):
         return missing
     return eager(device=device, dtype=dtype)
+
+
+def eager_waiting(*, device: str, dtype: str, captured: int = 0, **dims: int) -> str | None:
+    """None, or why not, for eager PyTorch that reads values on the host: not in a CUDA graph."""
+    return "waits for the device, so a CUDA graph can't hold it" if captured else eager(device=device, dtype=dtype)

@@ -45,6 +45,7 @@ class Sizes:
     v_dim: int = 128
     features: int = 4  # vectors of a candidate that interact
     page: int = 0  # tokens of a page of the KV cache; 0: no pages
+    captured: bool = False  # in a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class FamilySpec:
     variants: Mapping[str, Needs] = field(default_factory=lambda: EVERY)
     dims: Callable[[Sizes], dict[str, int]] = lambda sizes: {}  # arguments of `supports` beside device and dtype
     fastest: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FASTEST)
+    of_model: bool = True  # kernel=NAME sets it; False: auto chooses, unless kernel.<family> names a variant
+    writes: tuple[str, ...] = ()  # arguments that are the outputs, written in place; (): what is returned
     package: str = ""
     modules: Mapping[str, str] = field(default_factory=dict)  # of variants that are not in the folder
 
@@ -78,6 +81,12 @@ def _heads(sizes: Sizes) -> dict[str, int]:
 
 def _embedding(sizes: Sizes) -> dict[str, int]:
     return {"width": sizes.embedding_dim}
+
+
+def _of_pages(name: str, summary: str, *writes: str) -> FamilySpec:
+    """A row for what serves the KV cache's pages and beams, whatever operators of the model are compared."""
+    variants = {"torch": TORCH, "triton": TRITON}
+    return FamilySpec(name, summary, variants, lambda s: {"captured": s.captured}, of_model=False, writes=writes)
 
 
 _ROWS = (
@@ -100,6 +109,11 @@ _ROWS = (
     FamilySpec("jagged_concat", "two jagged tensors into one, sequence by sequence", dims=_heads),
     FamilySpec("jagged_split", "a jagged tensor into two, sequence by sequence", dims=_heads),
     FamilySpec("token_embedding", "sum of a token's embeddings", dims=_embedding, fastest=TRITON_FIRST),
+    _of_pages("paged_write", "new keys and values into their pages", "k_pages", "v_pages"),
+    _of_pages("beam_terms", "terms of a beam's earlier codes in HSTU attention", "out"),
+    _of_pages("beam_attention", "softmax attention of beams and prompts over pages", "out"),
+    _of_pages("beam_rows", "token, row, level and position of each token of a step"),
+    _of_pages("beam_keys", "keys that each token of a step sees"),
 )
 
 

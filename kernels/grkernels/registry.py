@@ -104,14 +104,17 @@ def refusal(family: str, name: str, *, device: str, dtype: str, **dims: int) -> 
 
 
 def requested(name: str, named: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """The variant asked for of each family: its own of `named`, else `name`, or auto for a family that has no such one.
+    """The variant asked for of each family: its own of `named`, else `name` if it is the model's and has it, else auto.
 
     Raises ValueError for a name that no family has.
     """
     if name != AUTO and name not in variant_names():
         raise ValueError(f"unknown variant {name!r}; known: {', '.join((AUTO, *variant_names()))}")
     named = named or {}
-    return {f: named.get(f) or (name if name in spec.variants else AUTO) for f, spec in FAMILIES.items()}
+    return {
+        family: named.get(family) or (name if spec.of_model and name in spec.variants else AUTO)
+        for family, spec in FAMILIES.items()
+    }
 
 
 def choose(

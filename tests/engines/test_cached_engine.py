@@ -28,7 +28,6 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.reference import RankingReference
 from grengines.runtime.batch import Encoding
 from grengines.runtime.graphs import plan_buckets
-from grkernels.paged_write.torch import on_gpu, paged_write
 from grkernels.registry import requested
 
 torch.set_num_threads(1)
@@ -96,7 +95,7 @@ def test_answers_from_the_host_equal_the_reference(
         assert total["cache_host_hits"] > 0 and total["cache_loaded_tokens"] > 0 and total["cache_host_bytes"] > 0
     else:
         assert policy == "predictive"
-    assert engine.actual()["cache_write"] == "torch" and engine.actual()["cache_pages_most_used"] <= 9
+    assert engine.actual()["kernels"]["paged_write"] == "torch" and engine.actual()["cache_pages_most_used"] <= 9
     assert total["cache_offloads"] == 0 or total["cache_offloaded_bytes"] > 0
     assert engine.actual()["cache_host_pages"] == 16 and engine.actual()["cache_copy_gb_s"] > 0
     # What is on the device goes to the host on demand; from there it is as right.
@@ -186,7 +185,7 @@ FAULTS = {
     "starting to load": (HostTier, "load"),
     "offload": (HostTier, "store"),
     "allocation": (PagePool, "allocate"),
-    "writing": (PagePool, "write"),
+    "writing": (None, "paged_write"),  # None: the engine's operators
     "policy: victim": (policies.LRU, "victim"),
     "policy: touch": (policies.LRU, "touch"),
     "policy: admit": (policies.LRU, "admit"),
@@ -205,6 +204,7 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
     at_once = {"admit_visit": 1, "host_admit_visit": 1}  # both policies as they are
     engine = started(PagedCacheConfig(page=16, prefetch_s=1.0, onload_share=1.0, **memory, **at_once), rounds)
     owner, name = FAULTS[what]
+    owner = owner or engine._operators
     original, calls = getattr(owner, name), 0
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -295,30 +295,6 @@ def test_extents_are_few_and_exact() -> None:
         free = sorted(extents.free_runs)
         assert all(a + n < b for (a, n), (b, _) in pairwise(free))  # merged
     assert list(cut([(10, 3), (20, 5)], 1, 6)) == [(11, 2), (20, 3)]
-
-
-@pytest.mark.parametrize("strided", [False, True])
-def test_the_kernel_that_writes_pages_does_what_pytorch_does(strided: bool) -> None:
-    """In Triton's interpreter, on a GPU for real."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    projected = torch.randn(13, 300, device=device)
-    k, v = (projected[:, a : a + w].unflatten(1, (2, -1)) for a, w in ((20, 80), (150, 48)))
-    if not strided:
-        k, v = k.contiguous(), v.contiguous()
-    slots = torch.randperm(20, device=device)[:13]
-    slots[[0, 5]] = -1
-    made = []
-    for write in (paged_write, on_gpu):
-        pages = torch.zeros(5, 4, 2, 40, device=device), torch.zeros(5, 4, 2, 24, device=device)
-        write(k, v, slots, *pages)
-        made.append(pages)
-    for ours, theirs in zip(*made, strict=True):
-        assert torch.equal(ours, theirs)
-    kept = slots >= 0
-    assert torch.equal(made[1][0].flatten(0, 1)[slots[kept]], k[kept])
-    assert torch.equal(made[1][1].flatten(0, 1)[slots[kept]], v[kept])
-    assert int((made[1][0].flatten(0, 1).abs().sum((1, 2)) > 0).sum()) == 11
 
 
 @pytest.mark.gpu

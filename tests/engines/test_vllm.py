@@ -29,7 +29,6 @@ from grengines.vllm import install
 from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.engine import VLLMEngine
 from grengines.vllm.rows import BeamRows, Reach, Step
-from grkernels.beam_terms import torch as beam_terms
 from grkernels.operators import Operators
 from grkernels.registry import requested
 
@@ -101,7 +100,7 @@ def test_ids_say_what_rows_are() -> None:
     for search in (0, 1, beams.numbers - 1, beams.numbers + 5):
         ids = torch.tensor(np.concatenate([prompt, beams.ids(tokens, search)]))
         assert ids.max() < 2**31
-        step = Step.of(beams, ids.int(), torch.arange(8))
+        step = Step.of(beams, Operators.eager(), ids.int(), torch.arange(8))
         assert step.tokens.tolist() == [*prompt, *tokens]
         assert step.rows.tolist() == [-1, -1, -1, -1, 0, 1, 2, 3]
         assert step.levels.tolist() == [0, 0, 0, 0, 0, 1, 0, 1]
@@ -111,7 +110,7 @@ def test_ids_say_what_rows_are() -> None:
 
 def test_reach_of_chunks() -> None:
     """Requests cut anywhere, and a captured graph's padding: each sees the prompt, its beam's own codes and itself."""
-    beams, page = BeamRows((4, 5, 6), max_rows=40), 4
+    beams, page, kernels = BeamRows((4, 5, 6), max_rows=40), 4, Operators.eager()
     rng = np.random.default_rng(0)
     cuts = [(5, 6, 0, 5), (5, 6, 3, 9), (5, 6, 5, 11), (5, 6, 8, 9), (7, 0, 2, 7), (3, 2, 4, 5)]
     ids, places, starts, tables, slots = [], [], [0], [], []
@@ -128,6 +127,7 @@ def test_reach_of_chunks() -> None:
             slots.append(-1 if before is None else table[before // page] * page + before % page)
     reach = Reach.of(
         beams,
+        kernels,
         torch.tensor(np.concatenate([*ids, [3, 99]])).int(),
         torch.tensor(np.concatenate([*places, [1, 0]])),
         torch.tensor([*starts, starts[-1]]).int(),
@@ -140,31 +140,9 @@ def test_reach_of_chunks() -> None:
     assert reach.paged_lengths[:-1].tolist() == [min(begin, prompt) for prompt, _, begin, _ in cuts]
     assert reach.own_slots[:-2, 0].tolist() == slots
     ids = torch.randint(0, 15, (5,))
-    alone = Reach.of(beams, ids, torch.tensor([2, 3, 0, 1, 2]), torch.tensor([0, 2, 5]), torch.zeros(2, 3), page, True)
+    places, starts = torch.tensor([2, 3, 0, 1, 2]), torch.tensor([0, 2, 5])
+    alone = Reach.of(beams, kernels, ids, places, starts, torch.zeros(2, 3), page, True)
     assert alone.num_targets is None and alone.paged_lengths.tolist() == [2, 0] and alone.own_slots.numel() == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_own_terms_of_both_kernels(dtype: torch.dtype) -> None:
-    """PyTorch's against a loop, and Triton's against PyTorch's, over pages that hold keys and values side by side."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    pages = torch.randn(5, 4, 3, 20).to(device, dtype)
-    k_pages, v_pages = pages[..., :8], pages[..., 8:]
-    q, out = torch.randn(9, 3, 8).to(device, dtype), torch.randn(9, 3, 12).to(device, dtype)
-    slots = torch.randint(0, 20, (9, 2), device=device)
-    slots[2], slots[4, 1] = -1, -1
-    naive = out.float().clone()
-    for i, row in enumerate(slots.tolist()):
-        for slot in (s for s in row if s >= 0):
-            k, v = k_pages[slot // 4, slot % 4].float(), v_pages[slot // 4, slot % 4].float()
-            naive[i] += torch.nn.functional.silu(0.3 * (q[i].float() * k).sum(-1, keepdim=True)) * v / 2
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
-    for fn in (beam_terms.on_gpu,) if device == "cuda" else (beam_terms.beam_terms, beam_terms.on_gpu):
-        made = out.clone()
-        fn(made, q, k_pages, v_pages, slots, alpha=0.3, scaling_seqlen=2)
-        torch.testing.assert_close(made.float(), naive, atol=tolerance, rtol=tolerance)
-        assert torch.equal(made[2], out[2])
 
 
 # Agreement
@@ -187,13 +165,12 @@ class TestOneEngine:
 
     def test_a_blind_engine_fails(self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without the beams' own terms, and without the prompt in pages, the engine's own answers are wrong."""
-        from grengines.vllm import attention
-
-        monkeypatch.setattr(attention, "beam_terms", lambda *_, **__: None)
+        operators = engine._model.operators
+        monkeypatch.setattr(operators, "beam_terms", lambda *_, **__: None)
         with pytest.raises(AssertionError):
             expect_equal(engine.generate(REQUESTS), expected)
         monkeypatch.undo()
-        monkeypatch.setattr(attention, "paged_write", lambda *_: None)
+        monkeypatch.setattr(operators, "paged_write", lambda *_: None)
         engine.reset_cache()
         with pytest.raises(AssertionError):
             expect_equal(engine.generate(REQUESTS), expected)

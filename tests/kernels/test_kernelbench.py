@@ -227,6 +227,26 @@ def test_the_gate_must_be_able_to_fail() -> None:
         gate.check(lambda: torch.ones(8).half(), 2.0)  # another dtype than plain torch's
 
 
+def test_outputs_that_are_written_in_place_are_restored_before_each_check() -> None:
+    def add(out: Tensor, x: Tensor) -> None:
+        out += x
+
+    def inputs(seed: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(8, generator=generator) for name in ("out", "x")}
+
+    given = inputs(0)
+    gate = KernelGate(add, add, given, inputs(1), torch.float32, writes=("out",))
+    for _ in range(3):
+        assert gate.check(lambda: add(**given), 2.0).error == 0
+    with pytest.raises(IncorrectError):
+        gate.check(lambda: None, 2.0)  # nothing is written
+    still = {"out": given["out"], "x": torch.zeros(8)}
+    gate = KernelGate(add, add, still, inputs(1), torch.float32, writes=("out",))
+    with pytest.raises(IncorrectError, match="untouched outputs"):
+        gate.check(lambda: add(**still), 2.0)  # what was there is right
+
+
 def test_several_outputs_are_held_to_account_one_by_one() -> None:
     def pair(x: Tensor) -> tuple[Tensor, Tensor]:
         return 1e6 * x, x

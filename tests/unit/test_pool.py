@@ -35,6 +35,7 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import HSTURanker
 from grengines.runtime.batch import pack
 from grkernels.operators import Operators
+from grkernels.paged_write.torch import paged_write
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -152,7 +153,7 @@ def test_writes_rows_of_several_users_into_their_pages() -> None:
     assert batch.stored_lengths.tolist() == [6, 5, 0]
     assert (batch.slots >= 0).nonzero()[:, 0].tolist() == [2, 3, 4, 10, 11, 12, 13, 14]
     k, v = torch.randn(20, 3, 2), torch.randn(20, 3, 1)
-    pool.write(1, batch.slots, k, v)
+    paged_write(k, v, batch.slots, pool.k[1], pool.v[1])
     assert not pool.k[0].any()
     for mine, rows, tokens in ((plans[0].pages, slice(2, 5), slice(3, 6)), (plans[1].pages, slice(10, 15), slice(5))):
         assert torch.equal(pool.k[1][mine].flatten(0, 1)[tokens], k[rows])
@@ -538,7 +539,8 @@ class PoolMachine(RuleBasedStateMachine):
             batch = HostPlaces.of(self.pool, [plan], first_rows=[plan.cached], rows=len(history)).to(CPU)
             for layer in range(2):
                 numbers = self.content(history, layer)
-                self.pool.write(layer, batch.slots, numbers.expand(-1, 1, 2), numbers)
+                pages = self.pool.k[layer], self.pool.v[layer]
+                paged_write(numbers.expand(-1, 1, 2), numbers, batch.slots, *pages)
         self.states.commit(plan) if commit else self.states.abort(plan)
         assert not plan.cleared or self.tier is None or user not in self.tier.states
         self.states.abort(plan)

@@ -25,6 +25,7 @@ from grengines.runtime.device import Placement
 from grengines.runtime.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
 from grengines.runtime.profile import check, profiles
 from grengines.runtime.results import Marks, collect
+from grkernels import registry as kernel_registry
 from grkernels.families import AUTO
 from grkernels.operators import Operators
 
@@ -48,8 +49,9 @@ class AOTIEngine(RankingEngine):
                     f"kernel.{family}={variant} can't be part of a package; those that can: "
                     f"{', '.join(packages.VARIANTS)}"
                 )
+        operators = {f: name for f, name in setup.kernels.items() if kernel_registry.family(f).of_model}
         self._choice = kernel_choice.choose(
-            setup.kernels, self._model_config, self._device.type, self._precision, allowed=packages.VARIANTS
+            operators, self._model_config, self._device.type, self._precision, allowed=packages.VARIANTS
         )
         self._kernels = self._choice.variants
         self._operators = Operators.of(self._kernels)

@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-
-from grkernels.paged_write.torch import paged_write
 
 
 class PoolFullError(RuntimeError):
@@ -114,14 +111,6 @@ class PagePool:
         for i in ids:
             self._taken[i] = 0
         self._free.extend(reversed(ids))
-
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store one layer's keys k [n, H, dqk] and values v [n, H, dv], token i in slot slots[i] (int64 [n]).
-
-        A token's slot is page id * page + its place in the page, or -1: not stored. Slots of all users in one tensor,
-        the same for every layer (PagedBatch has them). Nothing waits for the device, so a CUDA graph can capture it.
-        """
-        paged_write(k, v, slots, self.k[layer], self.v[layer])
 
 
 def page_bytes(*, layers: int, page: int, heads: int, qk_dim: int, v_dim: int, dtype: torch.dtype) -> int:

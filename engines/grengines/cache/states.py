@@ -32,7 +32,7 @@ class Snapshot:
 class UserStates:
     """The cached states of users: an index of pages, a policy that evicts, and a host tier below.
 
-    For each batch: `lookup`, `extend` every plan, lay out `HostPlaces`, compute and `pool.write`, then `commit` each
+    For each batch: `lookup`, `extend` every plan, lay out `HostPlaces`, compute and `paged_write`, then `commit` each
     plan, or `abort` those that are not committed. A plan stays true until then, whatever else happens.
     `grengines.cache.index` says which cached tokens are valid, `grengines.cache.offload` how the host tier works.
 

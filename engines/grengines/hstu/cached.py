@@ -25,7 +25,6 @@ from grengines.models.hstu.model import HSTURanker
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.runtime.graphs import GraphRunner, choose_bucket, plan_buckets
 from grengines.runtime.results import Marks, collect
-from grkernels.paged_write import torch as paged_write
 
 MOST_PADDING = 2.5  # a graph that encodes more than so many times the batch's tokens is slower than launching kernels
 
@@ -176,7 +175,6 @@ class CachedRanking:
         """What really runs; JSON values."""
         tier = self.states.tier
         return {
-            "cache_write": paged_write.variant(self._device.type),  # whatever the kernel group says
             "cache_pages": self.states.pool.pages,
             "cache_pages_most_used": self.states.pool.high_water,
             "cache_host_pages": tier.pages if tier else 0,

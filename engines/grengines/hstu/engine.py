@@ -45,7 +45,12 @@ class HSTUEngine(RankingEngine):
         self._options, self._cache = options, setup.cache
         page = self._cache.page if isinstance(self._cache, PagedCacheConfig) else 0
         self._kernels = kernel_choice.choose(
-            setup.kernels, self._model_config, self._device.type, self._precision, page=page
+            setup.kernels,
+            self._model_config,
+            self._device.type,
+            self._precision,
+            page=page,
+            captured=options.cuda_graphs,
         )
         self._operators = Operators.of(self._kernels.variants)
         self._ranker: HSTURanker | None = None

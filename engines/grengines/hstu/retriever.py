@@ -45,7 +45,12 @@ class HSTURetriever(GeneratingEngine):
         assert isinstance(setup.model, HSTUConfig), "the registry refuses other models"
         self._options, self._hstu = options, setup.model
         self._kernels = kernel_choice.choose(
-            setup.kernels, self._hstu, self._device.type, self._precision, page=beam.PAGE
+            setup.kernels,
+            self._hstu,
+            self._device.type,
+            self._precision,
+            page=beam.PAGE,
+            captured=options.cuda_graphs,
         )
         self._operators = Operators.of(self._kernels.variants)
         self._model: HSTUGenerator | None = None

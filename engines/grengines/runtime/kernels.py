@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from grengines.api import UnavailableError
+from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import INTERACTING, HSTUConfig
 from grkernels import registry
 from grkernels.families import Sizes
@@ -13,19 +14,21 @@ from grkernels.registry import KernelChoice
 
 def choose(
     kernels: Mapping[str, str],
-    model: HSTUConfig,
+    model: HSTUConfig | DecoderConfig,
     device: str,
     precision: str,
     *,
     page: int = 0,
+    captured: bool = False,
     allowed: Collection[str] | None = None,
 ) -> KernelChoice:
     """The variant of each family: the one that is named, or for auto the fastest that runs here.
 
-    page: tokens of a page of the KV cache, 0 without one. allowed: the only variants that auto may take. Raises
-    UnavailableError, naming the variants that would do, where a named one can't run.
+    page: tokens of a page of the KV cache, 0 without one. captured: in a CUDA graph. allowed: the only variants that
+    auto may take. Raises UnavailableError, naming the variants that would do, where a named one can't run.
     """
-    sizes = Sizes(model.embedding_dim, model.heads, model.qk_dim, model.v_dim, INTERACTING, page)
+    qk_dim, v_dim = (model.qk_dim, model.v_dim) if isinstance(model, HSTUConfig) else (model.head_dim, model.head_dim)
+    sizes = Sizes(model.embedding_dim, model.heads, qk_dim, v_dim, INTERACTING, page, captured)
     try:
         return registry.choose(kernels, device=device, dtype=precision, sizes=sizes, allowed=allowed)
     except registry.RefusedError as e:

@@ -5,7 +5,6 @@ What one step tells all layers, and how vLLM asks for it, is a decoder's too (gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from grengines.vllm import compat
 from grengines.vllm.rows import BeamRows, Reach, Sight
-from grkernels.beam_terms.torch import beam_terms
-from grkernels.paged_write.torch import paged_write
+from grkernels.operators import Operators
 
 
 @dataclass
@@ -35,15 +33,15 @@ class StepMetadata(compat.AttentionMetadata):
     reach: Reach | None = None
     sight: Sight | None = None
 
-    def find_reach(self, beams: BeamRows, ids: Tensor, places: Tensor, prompts_only: bool) -> None:
+    def find_reach(self, beams: BeamRows, kernels: Operators, ids: Tensor, places: Tensor, prompts_only: bool) -> None:
         """For HSTU."""
         n, table = self.tokens, self.block_table
-        self.reach = Reach.of(beams, ids[:n], places[:n], self.starts, table, self.block_size, prompts_only)
+        self.reach = Reach.of(beams, kernels, ids[:n], places[:n], self.starts, table, self.block_size, prompts_only)
 
-    def find_sight(self, beams: BeamRows, ids: Tensor, places: Tensor) -> None:
+    def find_sight(self, beams: BeamRows, kernels: Operators, ids: Tensor, places: Tensor) -> None:
         """For a decoder."""
         n = self.tokens
-        self.sight = Sight.of(beams, ids[:n], places[:n], self.starts, self.block_table, self.block_size)
+        self.sight = Sight.of(beams, kernels, ids[:n], places[:n], self.starts, self.block_table, self.block_size)
 
 
 class StepMetadataBuilder(compat.AttentionMetadataBuilder[StepMetadata]):
@@ -73,7 +71,7 @@ class StepMetadataBuilder(compat.AttentionMetadataBuilder[StepMetadata]):
 
 
 class HSTUAttentionImpl(compat.AttentionImpl[StepMetadata]):
-    """One layer's attention. hstu_attention: a variant of the operator; scaling_seqlen: as the model's."""
+    """One layer's attention. scaling_seqlen: as the model's."""
 
     def __init__(
         self,
@@ -88,11 +86,11 @@ class HSTUAttentionImpl(compat.AttentionImpl[StepMetadata]):
         attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None,
         *,
-        hstu_attention: Callable[..., Any],
+        kernels: Operators,
         scaling_seqlen: int,
     ) -> None:
         self.num_heads, self.head_size, self.scale, self.kv_cache_dtype = num_heads, head_size, scale, kv_cache_dtype
-        self._attention, self._scaling_seqlen = hstu_attention, scaling_seqlen
+        self._kernels, self._scaling_seqlen = kernels, scaling_seqlen
 
     def forward(
         self,
@@ -116,10 +114,12 @@ class HSTUAttentionImpl(compat.AttentionImpl[StepMetadata]):
         n = step.tokens
         q, k, v = query[:n], key[:n], value[:n]
         k_pages, v_pages = compat.pages(kv_cache, self.head_size)
-        paged_write(k, v, step.slots[:n], k_pages, v_pages)
+        self._kernels.paged_write(k, v, step.slots[:n], k_pages, v_pages)
         attend = self._one_by_one if q.device.type == "cpu" else self._together
         a = attend(q, k, v, step, reach, k_pages, v_pages)
-        beam_terms(a, q, k_pages, v_pages, reach.own_slots, alpha=self.scale, scaling_seqlen=self._scaling_seqlen)
+        self._kernels.beam_terms(
+            a, q, k_pages, v_pages, reach.own_slots, alpha=self.scale, scaling_seqlen=self._scaling_seqlen
+        )
         output[:n] = a
         if n < len(output):
             output[n:].zero_()
@@ -162,7 +162,7 @@ class HSTUAttentionImpl(compat.AttentionImpl[StepMetadata]):
         max_kv_len: int,
         **pages: Tensor,
     ) -> Tensor:
-        attended: Tensor = self._attention(
+        attended: Tensor = self._kernels.hstu_attention(
             q,
             k,
             v,

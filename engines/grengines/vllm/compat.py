@@ -126,10 +126,11 @@ def pages(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def qwen3_with(backend: type[AttentionBackend]) -> Iterator[None]:
-    """While it lasts, vLLM's Qwen3 is built with this attention. On CPUs vLLM has no option for it."""
+def qwen3_with(backend: type[AttentionBackend], **options: Any) -> Iterator[None]:
+    """While it lasts, vLLM's Qwen3 is built with this attention, its implementations with these further arguments. On
+    CPUs vLLM has no option for it."""
     own = qwen3.Attention
-    qwen3.Attention = partial(Attention, attn_backend=backend)
+    qwen3.Attention = partial(Attention, attn_backend=backend, **options)
     try:
         yield
     finally:

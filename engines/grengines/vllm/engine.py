@@ -33,6 +33,9 @@ from grengines.vllm.config import VLLMEngineConfig
 GRAPH_TOKENS = [16, 32, 64, 128, 192, 256, 320, 384, 512, 576, 768, 1024, 1280, 1536, 2048]
 
 
+DECODER_FAMILIES = ("paged_write", "beam_attention", "beam_rows", "beam_keys")  # a decoder's other kernels are vLLM's
+
+
 @dataclass
 class Search:
     """One request under way: a beam search of as many vLLM requests as there are levels."""
@@ -68,16 +71,20 @@ class VLLMEngine(GeneratingEngine):
         if options.block_size & (options.block_size - 1):
             raise ValueError(f"engine.block_size={options.block_size}: must be a power of two")
         self._options, model = options, setup.model
-        self._kernels = kernel_choice.KernelChoice({}, [])  # of HSTU; a decoder has vLLM's
-        if isinstance(model, HSTUConfig):
-            if model.qk_dim != model.v_dim:
-                raise ValueError(
-                    f"model.qk_dim={model.qk_dim}, model.v_dim={model.v_dim}: engine vllm needs them equal, "
-                    "a page holds both in rows of one size"
-                )
-            self._kernels = kernel_choice.choose(
-                setup.kernels, model, self._device.type, self._precision, page=options.block_size
+        if isinstance(model, HSTUConfig) and model.qk_dim != model.v_dim:
+            raise ValueError(
+                f"model.qk_dim={model.qk_dim}, model.v_dim={model.v_dim}: engine vllm needs them equal, "
+                "a page holds both in rows of one size"
             )
+        families = setup.kernels if isinstance(model, HSTUConfig) else DECODER_FAMILIES
+        self._kernels = kernel_choice.choose(
+            {family: setup.kernels[family] for family in families},
+            model,
+            self._device.type,
+            self._precision,
+            page=options.block_size,
+            captured=options.cuda_graphs,
+        )
         self._core: Any = None
         self._hashes: dict[str, list[Any]] = {}  # of the blocks that vLLM requests to come begin with
         self._vllm: Any = None  # its configuration
@@ -362,6 +369,7 @@ class VLLMEngine(GeneratingEngine):
             "sizes": list(ids.sizes),
             "max_rows": self._max_rows(),
             "max_position_embeddings": self._longest_prompt + self._max_rows() + 1,
+            "kernels": self._kernels.variants,
         }
         if isinstance(model, DecoderConfig):
             from grengines.models.decoder.weights import write
@@ -395,7 +403,6 @@ class VLLMEngine(GeneratingEngine):
                 "num_key_value_heads": model.heads,
                 "head_dim": model.qk_dim,
                 "hstu": dataclasses.asdict(model),
-                "kernels": self._kernels.variants,
                 **ours,
             }
         (folder / "config.json").write_text(json.dumps(described, indent=1))

@@ -21,7 +21,6 @@ from grengines.vllm.attention import HSTUAttentionBackend
 from grengines.vllm.rows import BeamRows, Step
 from grengines.vllm.softmax import SoftmaxAttentionBackend
 from grkernels.operators import Operators
-from grkernels.paged_write.torch import variant
 
 
 @dataclass
@@ -80,9 +79,9 @@ class HSTUForRetrieval(nn.Module):
         config = HSTUConfig(**described.hstu)
         sizes = tuple(described.sizes)
         self.beams = BeamRows(sizes, described.max_rows)
-        kernels = Operators.of(described.kernels)
+        self.operators = Operators.of(described.kernels)
         self.kernels = dict(described.kernels)  # for records
-        self.generator = HSTUGenerator(config, sizes, kernels).requires_grad_(False)
+        self.generator = HSTUGenerator(config, sizes, self.operators).requires_grad_(False)
         self.attention = nn.ModuleList(
             compat.Attention(
                 config.heads,
@@ -91,7 +90,7 @@ class HSTUForRetrieval(nn.Module):
                 cache_config=vllm_config.cache_config,
                 prefix=f"{prefix}.layers.{i}.attention" if prefix else f"layers.{i}.attention",
                 attn_backend=HSTUAttentionBackend,
-                hstu_attention=kernels.hstu_attention,
+                kernels=self.operators,
                 scaling_seqlen=config.scaling_seqlen,
             )
             for i in range(config.layers)
@@ -110,7 +109,7 @@ class HSTUForRetrieval(nn.Module):
     ) -> Tensor:
         """[n, E]: every row encoded from what it sees."""
         self._look(input_ids, positions)
-        generator, step = self.generator, Step.of(self.beams, input_ids, positions)
+        generator, step = self.generator, Step.of(self.beams, self.operators, input_ids, positions)
         # While vLLM measures memory places go up to its own limit.
         place = step.positions.clamp(max=generator.position_table.shape[0] - 1)
         x = generator.token_table[step.tokens] + generator.position_table[place]
@@ -148,28 +147,30 @@ class HSTUForRetrieval(nn.Module):
         """Once a step, before the layers; never part of a captured graph."""
         metadata = compat.metadata_of_step(self.first_layer)
         if metadata is not None:
-            metadata.find_reach(self.beams, input_ids, positions, self.rows_under_way == 0)
+            metadata.find_reach(self.beams, self.operators, input_ids, positions, self.rows_under_way == 0)
 
 
 class DecoderForRetrieval(Qwen3ForCausalLM):
     """vLLM's Qwen3 with attention over rows of beams.
 
-    The folder's config.json is transformers' for Qwen3, with the codes of each level (`sizes`) and the most rows of
-    beams after a prompt (`max_rows`).
+    The folder's config.json is transformers' for Qwen3, with the codes of each level (`sizes`), the most rows of beams
+    after a prompt (`max_rows`) and the variant of each operator family that serves them (`kernels`).
     """
 
     is_pooling_model: ClassVar[Literal[True]] = True
 
     def __init__(self, *, vllm_config: compat.VllmConfig, prefix: str = "") -> None:
-        with compat.qwen3_with(SoftmaxAttentionBackend):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
         described = vllm_config.model_config.hf_config
+        operators = Operators.of(described.kernels)
+        with compat.qwen3_with(SoftmaxAttentionBackend, kernels=operators):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.operators = operators
         self.beams = BeamRows(tuple(described.sizes), described.max_rows)
         first = next(m for m in self.modules() if isinstance(m, compat.Attention))
         self.first_layer, self.flash = str(first.layer_name), first.impl.flash
-        ours = variant(self.model.embed_tokens.weight.device.type)
-        alone = f"FlashAttention {self.flash.keywords['fa_version']}" if self.flash else ours
-        self.kernels = {"attention": ours, "attention of prompts alone": alone, "others": "vLLM's"}  # for records
+        ours = dict(described.kernels)
+        alone = f"FlashAttention {self.flash.keywords['fa_version']}" if self.flash else ours["beam_attention"]
+        self.kernels = ours | {"attention of prompts alone": alone, "others": "vLLM's"}  # for records
         self.rows_under_way: int | None = None  # as HSTUForRetrieval's
         self.pooler = RowPooler()
 
@@ -178,7 +179,7 @@ class DecoderForRetrieval(Qwen3ForCausalLM):
     ) -> Tensor:
         """[n, E]: every row encoded from what it sees, after the final norm."""
         self._look(input_ids, positions)
-        step = Step.of(self.beams, input_ids, positions)
+        step = Step.of(self.beams, self.operators, input_ids, positions)
         encoded: Tensor = self.model(step.tokens, step.positions)
         return encoded
 
@@ -191,4 +192,4 @@ class DecoderForRetrieval(Qwen3ForCausalLM):
         """Once a step, before the layers. FlashAttention needs nothing of it for prompts alone."""
         metadata = compat.metadata_of_step(self.first_layer)
         if metadata is not None and not (self.flash is not None and self.rows_under_way == 0):
-            metadata.find_sight(self.beams, input_ids, positions)
+            metadata.find_sight(self.beams, self.operators, input_ids, positions)

@@ -12,11 +12,12 @@ hidden state. So the first row's id also holds the number of the request: V * (1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from grkernels.operators import Operators
 
 _IDS = 2**31  # vLLM's token ids are int32
 
@@ -55,21 +56,9 @@ class Step:
     positions: Tensor  # int64 [n]: of the position table
 
     @classmethod
-    def of(cls, beams: BeamRows, ids: Tensor, places: Tensor) -> Step:
-        """ids and places: integers [n]. Nothing waits for the device; on a GPU it is one launch."""
-        if ids.device.type == "cuda":
-            from grengines.vllm import rows_triton
-
-            return cls(*rows_triton.step(beams, ids, places))
-        ids, places = ids.long(), places.long()
-        V = beams.vocabulary
-        tokens, rows = ids % V, ids // V - 1
-        rows = torch.where(rows >= beams.max_rows, 0, rows)
-        levels = torch.zeros_like(tokens)
-        for end in list(accumulate(beams.sizes))[:-1]:
-            levels += tokens >= end
-        levels = torch.where(rows >= 0, levels, 0)
-        return cls(tokens, rows, levels, torch.where(rows >= 0, places - rows + levels, places))
+    def of(cls, beams: BeamRows, kernels: Operators, ids: Tensor, places: Tensor) -> Step:
+        """ids and places: integers [n]. Nothing waits for the device."""
+        return cls(*kernels.beam_rows(ids, places, sizes=beams.sizes, max_rows=beams.max_rows))
 
 
 @dataclass
@@ -85,6 +74,7 @@ class Reach:
     def of(
         cls,
         beams: BeamRows,
+        kernels: Operators,
         ids: Tensor,
         places: Tensor,
         starts: Tensor,
@@ -100,7 +90,7 @@ class Reach:
             before = places[last] + 1 - starts.diff()
             return cls(starts, None, before, places.new_full((len(ids), 0), -1))
         earlier = range(1, len(beams.sizes) - 1)  # rows are of levels 0 to levels - 2
-        limits, slots = sight(beams, ids, places, starts, block_table, block_size, earlier)
+        limits, slots = sight(beams, kernels, ids, places, starts, block_table, block_size, earlier)
         ends = places[last] + 1  # of each sequence, with this step
         prompts = limits[last]  # where a prompt's end isn't reached: as far as it is read
         lengths = starts.diff()
@@ -117,31 +107,40 @@ class Sight:
 
     @classmethod
     def of(
-        cls, beams: BeamRows, ids: Tensor, places: Tensor, starts: Tensor, block_table: Tensor, block_size: int
+        cls,
+        beams: BeamRows,
+        kernels: Operators,
+        ids: Tensor,
+        places: Tensor,
+        starts: Tensor,
+        block_table: Tensor,
+        block_size: int,
     ) -> Sight:
         """As `Reach.of`."""
         back = range(len(beams.sizes) - 1)
-        return cls(starts, *sight(beams, ids, places, starts, block_table, block_size, back))
+        return cls(starts, *sight(beams, kernels, ids, places, starts, block_table, block_size, back))
 
 
 def sight(
-    beams: BeamRows, ids: Tensor, places: Tensor, starts: Tensor, block_table: Tensor, block_size: int, back: range
+    beams: BeamRows,
+    kernels: Operators,
+    ids: Tensor,
+    places: Tensor,
+    starts: Tensor,
+    block_table: Tensor,
+    block_size: int,
+    back: range,
 ) -> tuple[Tensor, Tensor]:
-    """limits int32 [n]: how many of its sequence's first tokens a row sees: a beam's the prompt, others up to
-    themselves. slots int64 [n, len(back)]: of the rows of its beam that lie so many rows back; -1 where there is none.
-
-    Arguments as of `Reach.of`. Rows behind the last request, a captured graph's padding, may come out as anything.
-    """
-    if ids.device.type == "cuda":
-        from grengines.vllm import rows_triton
-
-        return rows_triton.sight(beams, ids, places, starts, block_table, block_size, back)
-    step, places = Step.of(beams, ids, places), places.long()
-    limits = torch.where(step.rows >= 0, places - step.rows, places + 1).int()
-    request = torch.searchsorted(starts.long(), torch.arange(len(ids)), right=True) - 1
-    request = request.clamp(max=len(starts) - 2)
-    ago = torch.arange(back.start, back.stop)
-    there = (ago <= step.levels[:, None]) & (step.rows >= 0)[:, None]
-    place = torch.where(there, places[:, None] - ago, 0)
-    block = block_table[request[:, None], place // block_size].long()
-    return limits, torch.where(there, block * block_size + place % block_size, -1)
+    """limits int32 [n] and slots int64 [n, len(back)] of grkernels.beam_keys. Arguments as of `Reach.of`."""
+    made: tuple[Tensor, Tensor] = kernels.beam_keys(
+        ids,
+        places,
+        starts,
+        block_table,
+        sizes=beams.sizes,
+        max_rows=beams.max_rows,
+        page=block_size,
+        first=back.start,
+        terms=len(back),
+    )
+    return made

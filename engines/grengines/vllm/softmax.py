@@ -9,8 +9,7 @@ from torch import Tensor
 
 from grengines.vllm import compat
 from grengines.vllm.attention import StepMetadata, StepMetadataBuilder
-from grkernels.beam_attention.torch import beam_attention
-from grkernels.paged_write.torch import paged_write
+from grkernels.operators import Operators
 
 
 class SoftmaxAttentionImpl(compat.AttentionImpl[StepMetadata]):
@@ -29,9 +28,11 @@ class SoftmaxAttentionImpl(compat.AttentionImpl[StepMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None,
+        *,
+        kernels: Operators,
     ) -> None:
         self.num_heads, self.head_size, self.scale, self.kv_cache_dtype = num_heads, head_size, scale, kv_cache_dtype
-        self.num_kv_heads = num_kv_heads or num_heads
+        self.num_kv_heads, self._kernels = num_kv_heads or num_heads, kernels
         self.flash = compat.flash_attention(head_size, torch.get_default_dtype())
 
     def forward(
@@ -52,9 +53,9 @@ class SoftmaxAttentionImpl(compat.AttentionImpl[StepMetadata]):
             return output.zero_()
         step, n = attn_metadata, attn_metadata.tokens
         k_pages, v_pages = compat.pages(kv_cache, self.head_size)
-        paged_write(key[:n], value[:n], step.slots[:n], k_pages, v_pages)
+        self._kernels.paged_write(key[:n], value[:n], step.slots[:n], k_pages, v_pages)
         if step.sight is not None:
-            beam_attention(
+            self._kernels.beam_attention(
                 output[:n],
                 query[:n],
                 k_pages,

@@ -1,13 +1,16 @@
-"""Softmax attention of a decoder's rows, prompts and beams alike, over keys that all lie in pages."""
+"""Attention of rows of beams and prompts in eager PyTorch: a request at a time, some of its rows at once."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from grkernels.paged_write.torch import slotted, variant
+from grkernels import capabilities
+from grkernels.beam_attention.reference import beam_attention as reference
+from grkernels.pages import slotted
+from grkernels.variant import KernelVariant
 
-_ROWS = 256  # on a CPU so many at once: bounds the memory of the scores
+_ROWS = 256  # at once: bounds the memory of the scores
 
 
 def beam_attention(
@@ -22,36 +25,14 @@ def beam_attention(
     own_slots: Tensor,
     scale: float,
 ) -> None:
-    """out[i] = softmax over what row i sees of scale q[i] k, times v, for each head, in place.
-
-    Row i of request b, starts[b] <= i < starts[b + 1], sees the first limits[i] tokens of its request, by the pages
-    block_table[b], and the slots own_slots[i]: two sets that share nothing, under one normaliser.
-
-    out and q [n, H, d], rows any distance apart; k_pages and v_pages [pages, page, Hkv, d] as for `paged_write`, Hkv
-    divides H; starts int32 [B + 1], block_table int32 [B, most], limits int32 [n], at least 1; own_slots int64
-    [n, terms], -1 for none. Rows from starts[B] on are left alone. Scores and sums in fp32. On a GPU Triton
-    does it in one launch whose size follows from shapes alone, so a CUDA graph can capture it; on a CPU PyTorch does.
-    """
-    if variant(q.device.type) == "triton":
-        on_gpu(
-            out,
-            q,
-            k_pages,
-            v_pages,
-            starts=starts,
-            block_table=block_table,
-            limits=limits,
-            own_slots=own_slots,
-            scale=scale,
-        )
-        return
+    """As reference.py says; waits for the device."""
     keys, values = slotted(k_pages), slotted(v_pages)
     heads, page = keys.shape[1], k_pages.shape[1]
     ends = starts.tolist()
     for b, pages in enumerate(block_table.long()):
         for begin in range(ends[b], ends[b + 1], _ROWS):
             rows = slice(begin, min(begin + _ROWS, ends[b + 1]))
-            place = torch.arange(int(limits[rows].max()))
+            place = torch.arange(int(limits[rows].max()), device=q.device)
             slots, own = pages[place // page] * page + place % page, own_slots[rows]
             mine = own.clamp(min=0)
             query = q[rows].unflatten(1, (heads, -1)).float()  # [rows, Hkv, group, d]
@@ -66,20 +47,4 @@ def beam_attention(
             out[rows] = seen.flatten(1, 2).to(out.dtype)
 
 
-def on_gpu(
-    out: Tensor,
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    *,
-    starts: Tensor,
-    block_table: Tensor,
-    limits: Tensor,
-    own_slots: Tensor,
-    scale: float,
-) -> None:
-    """`beam_attention` in Triton, which on a CPU runs in its interpreter only."""
-    from grkernels.beam_attention.triton import launch
-
-    page = k_pages.shape[1]
-    launch(out, q, slotted(k_pages), slotted(v_pages), starts, block_table, limits, own_slots, page, scale)
+VARIANT = KernelVariant("beam_attention", "torch", beam_attention, reference, capabilities.eager_waiting)

@@ -1,4 +1,4 @@
-"""Attention of rows of beams over pages, in Triton."""
+"""Attention of rows of beams and prompts over pages: one launch, whose size follows from shapes alone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,30 @@ import math
 import triton.language as tl
 from torch import Tensor
 
-from grkernels import tuning
+from grkernels import triton_common, tuning
+from grkernels.beam_attention.reference import beam_attention as reference
+from grkernels.pages import slotted
 from grkernels.triton_common import INTERPRET, rounded
 from grkernels.triton_launch import launched
+from grkernels.variant import KernelVariant
+
+# rows: queries of a tile. keys: of a step.
+CANDIDATES = [
+    {"rows": rows, "keys": keys, "warps": warps, "stages": stages}
+    for rows, keys, warps, stages in (
+        (16, 32, 2, 2),
+        (16, 64, 4, 2),
+        (16, 64, 4, 3),
+        (32, 32, 4, 2),
+        (32, 64, 4, 2),
+        (32, 64, 4, 3),
+        (64, 32, 4, 2),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 8, 2),
+        (128, 64, 8, 2),
+    )
+]
 
 
 @launched(
@@ -110,32 +131,47 @@ def _kernel(
         tl.store(out + rows[:, None] * out_stride + head * out_head_stride + dims[None, :], made, mask=there)
 
 
-def launch(
+def tuning_key(dim: int, page: int, itemsize: int) -> str:
+    """Rows are many or few in one workload; the size of a key and of a page decide."""
+    return tuning.key(dim=dim, page=page, itemsize=itemsize)
+
+
+def default_config(dim_block: int, itemsize: int) -> tuning.Config:
+    """16 KiB a tile of keys: two stages of keys and values fit beside the queries, and the sums in registers."""
+    tile = max(16, min(64, 16384 // (dim_block * itemsize)))
+    return {"rows": tile, "keys": tile, "warps": 4, "stages": 2}
+
+
+def beam_attention(
     out: Tensor,
     q: Tensor,
-    k_slots: Tensor,
-    v_slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    *,
     starts: Tensor,
     block_table: Tensor,
     limits: Tensor,
     own_slots: Tensor,
-    page: int,
     scale: float,
 ) -> None:
-    """As `beam_attention`, with k_slots and v_slots [slots, Hkv, d]; limits and own_slots contiguous."""
+    """As reference.py says; a CUDA graph can hold it."""
     n, heads, dim = len(limits), q.shape[1], q.shape[2]
     if not n:
         return
-    dim_block = max(16, tuning.bucket(dim))
-    # 16 KiB a tile of keys: two stages of keys and values fit beside the queries, and the sums in registers.
-    tile = max(16, min(64, 16384 // (dim_block * q.element_size())))
-    requests = len(starts) - 1
+    k_slots, v_slots, page = slotted(k_pages), slotted(v_pages), k_pages.shape[1]
+    dim_block, itemsize = max(16, tuning.bucket(dim)), q.element_size()
+    key, default = tuning_key(dim, page, itemsize), default_config(dim_block, itemsize)
+    config = tuning.choose("beam_attention", "triton", key, default)
+    rows, keys, requests = config["rows"], config["keys"], len(starts) - 1
     _kernel(
-        (n // tile + requests, heads, 1),
+        (n // rows + requests, heads, 1),
         (out, q, k_slots, v_slots, starts, block_table, limits, own_slots),
         out.stride()[:2] + q.stride()[:2] + k_slots.stride()[:2] + v_slots.stride()[:2],
         (requests, block_table.stride(0), scale * math.log2(math.e)),
-        (own_slots.shape[1], heads // k_slots.shape[1], dim, page, tile, tile, dim_block),
-        num_warps=4,
-        num_stages=2,
+        (own_slots.shape[1], heads // k_slots.shape[1], dim, page, rows, keys, dim_block),
+        config["warps"],
+        config["stages"],
     )
+
+
+VARIANT = KernelVariant("beam_attention", "triton", beam_attention, reference, triton_common.supports)

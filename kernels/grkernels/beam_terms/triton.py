@@ -1,13 +1,19 @@
-"""Terms of a beam's earlier codes, in Triton."""
+"""Terms of a beam's earlier codes: a program a row, which ends at once where the row has none."""
 
 from __future__ import annotations
 
 import triton.language as tl
 from torch import Tensor
 
-from grkernels import tuning
+from grkernels import triton_common, tuning
+from grkernels.beam_terms.reference import beam_terms as reference
+from grkernels.pages import slotted
 from grkernels.triton_common import rounded
 from grkernels.triton_launch import launched
+from grkernels.variant import KernelVariant
+
+DEFAULT = {"warps": 4}
+CANDIDATES = [{"warps": warps} for warps in (1, 2, 4, 8)]
 
 
 @launched(tensors=["out", "q", "k_slots", "v_slots"], indices=["slots"], numbers=["alpha", "scale"])
@@ -55,14 +61,24 @@ def _kernel(
         tl.store(place, rounded(acc, out.dtype.element_ty), mask=v_inside)
 
 
-def launch(
-    out: Tensor, q: Tensor, k_slots: Tensor, v_slots: Tensor, slots: Tensor, alpha: float, scaling_seqlen: int
+def tuning_key(width: int) -> str:
+    """Only the width of a row decides."""
+    return tuning.key(width=width)
+
+
+def beam_terms(
+    out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, *, alpha: float, scaling_seqlen: int
 ) -> None:
-    """As `beam_terms`, with k_slots [slots, H, dqk] and v_slots [slots, H, dv]; slots contiguous, a row's -1 last."""
+    """As reference.py says. Nothing waits for the device, and rows without terms cost next to nothing."""
     n, heads, qk_dim = q.shape
     if n and slots.shape[1]:
+        v_dim, k_slots, v_slots = out.shape[2], slotted(k_pages), slotted(v_pages)
+        config = tuning.choose("beam_terms", "triton", tuning_key(heads * max(qk_dim, v_dim)), DEFAULT)
         strides = out.stride()[:2] + q.stride()[:2] + k_slots.stride()[:2] + v_slots.stride()[:2]
-        sizes = (heads, qk_dim, out.shape[2])
+        sizes = (heads, qk_dim, v_dim)
         constants = slots.shape[1], *sizes, *map(tuning.bucket, sizes)
         numbers = alpha, 1.0 / scaling_seqlen
-        _kernel((n, 1, 1), (out, q, k_slots, v_slots, slots), strides, numbers, constants, num_warps=4)
+        _kernel((n, 1, 1), (out, q, k_slots, v_slots, slots), strides, numbers, constants, config["warps"])
+
+
+VARIANT = KernelVariant("beam_terms", "triton", beam_terms, reference, triton_common.supports)

@@ -1,14 +1,33 @@
-"""New keys and values into their pages, in Triton."""
+"""Keys and values into their pages in one pass over both, straight from the views of the layer's projection."""
 
 from __future__ import annotations
 
 import triton.language as tl
 from torch import Tensor
 
+from grkernels import triton_common, tuning
+from grkernels.paged_write.reference import paged_write as reference
+from grkernels.pages import slotted
 from grkernels.triton_launch import launched
+from grkernels.variant import KernelVariant
 
-# A program's share: with 4 warps 64 bytes a thread, several loads under way each.
-ROWS, WIDTH = 4, 1024
+# rows and columns of a step of a program. The default gives each thread 64 bytes, several loads under way.
+DEFAULT = {"rows": 4, "width": 1024, "warps": 4}
+CANDIDATES = [
+    DEFAULT,
+    *(
+        {"rows": rows, "width": width, "warps": warps}
+        for rows, width, warps in (
+            (1, 512, 1),
+            (1, 1024, 2),
+            (2, 512, 2),
+            (2, 1024, 4),
+            (4, 512, 4),
+            (8, 512, 4),
+            (8, 1024, 8),
+        )
+    ),
+]
 
 
 @launched(tensors=["k", "v", "k_pages", "v_pages"], indices=["slots"], numbers=["rows"])
@@ -47,10 +66,21 @@ def _kernel(
         tl.store(v_pages + slot * v_slot_stride + place, x, mask=wanted)
 
 
-def launch(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
-    """k [n, H, dqk] and v [n, H, dv], a row's heads adjacent; k_slots [slots, H, dqk] and v_slots [slots, H, dv]."""
+def tuning_key(width: int) -> str:
+    """Rows are many in every use that matters; only the width of a row decides."""
+    return tuning.key(width=width)
+
+
+def paged_write(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
+    """As reference.py says. Nothing waits for the device, so a CUDA graph can hold it."""
     n, heads, qk_dim = k.shape
     if n:
+        v_dim, k_slots, v_slots = v.shape[2], slotted(k_pages), slotted(v_pages)
+        config = tuning.choose("paged_write", "triton", tuning_key(heads * max(qk_dim, v_dim)), DEFAULT)
+        rows = config["rows"]
         strides = (k.stride(0), v.stride(0), *k_slots.stride()[:2], *v_slots.stride()[:2])
-        constants = heads, qk_dim, v.shape[2], ROWS, WIDTH
-        _kernel((-(-n // ROWS), 1, 1), (k, v, k_slots, v_slots, slots), strides, (n,), constants, num_warps=4)
+        constants = heads, qk_dim, v_dim, rows, config["width"]
+        _kernel((-(-n // rows), 1, 1), (k, v, k_slots, v_slots, slots), strides, (n,), constants, config["warps"])
+
+
+VARIANT = KernelVariant("paged_write", "triton", paged_write, reference, triton_common.supports)

@@ -157,7 +157,7 @@ class HSTUGenerator(nn.Module):
             assert isinstance(layer, HSTULayer)
             u, q, k, v = layer.project(x, self.kernels)
             if pool is not None:
-                pool.write(i, prompts.slots, k, v)
+                self.kernels.paged_write(k, v, prompts.slots, pool.k[i], pool.v[i])
             a = self._attend(q, k, v, prompts.offsets, None, prompts.longest, prompts.longest)
             x = layer.combine(x, u, a, self.kernels)
         return x

@@ -197,7 +197,7 @@ class HSTURanker(nn.Module):
             if onload is not None:
                 onload.layer(i)
             if write:
-                pool.write(i, places.slots, k, v)
+                self.kernels.paged_write(k, v, places.slots, pool.k[i], pool.v[i])
             pages = {"k_pages": pool.k[i], "v_pages": pool.v[i], **table} if read else {}
             # The keys beside the pages are those that were just computed.
             a = self._attend(q, k, v, batch, kv_offsets=batch.q_offsets, **pages)
