@@ -70,8 +70,10 @@ def _implied(specs: Sequence[dict[str, Any]], key: str) -> bool:
 def labels(records: Sequence[RunRecord], ignore: Sequence[str] = ()) -> list[str]:
     """Return a short name for each cell, such as "kernel=triton max_batch=8". Repeats are numbered.
 
-    ignore: keys that are no part of a name.
+    Cells that a study names, one file each, keep those names. ignore: keys that are no part of a name.
     """
+    if named := study_names(records):
+        return named
     keys = knobs(records, ignore)
     leaves = Counter(key.rpartition(".")[2] for key in keys)
     names = {key: leaf if leaves[leaf := key.rpartition(".")[2]] == 1 else key for key in keys}
@@ -85,6 +87,15 @@ def labels(records: Sequence[RunRecord], ignore: Sequence[str] = ()) -> list[str
         if total[text] > 1:
             texts[i] = f"{text} #{seen[text]}"
     return texts
+
+
+def study_names(records: Sequence[RunRecord]) -> list[str]:
+    """Return the names that a study gives its cells, as in study/reference@_global_=rank_offline.
+
+    Empty where some cell has none, or where two share one.
+    """
+    names = [next((o.partition("=")[2] for o in r.overrides if o.startswith("study/")), "") for r in records]
+    return names if all(names) and len(set(names)) == len(names) > 1 else []
 
 
 def shown(value: Any) -> str:

@@ -64,7 +64,11 @@ def findings(records: Sequence[RunRecord]) -> list[Finding]:
     groups: dict[str, list[RunRecord]] = {}
     for record in ok:
         groups.setdefault(_work(record), []).append(record)
-    return [_finding(group) for group in groups.values()]
+    found = [_finding(group) for group in groups.values()]
+    work = [f"{group[0].spec['model']['name']} on {group[0].spec['workload']['name']}" for group in groups.values()]
+    if len(set(work)) > 1:  # a reader must know which trace a sentence is about
+        return [Finding(one.best, f"{name}: {one.sentence}") for one, name in zip(found, work, strict=True)]
+    return found
 
 
 def limit_verdict(record: RunRecord) -> str:
@@ -100,7 +104,7 @@ def _lowest_latency(group: list[RunRecord]) -> Finding:
     metric = f"latency_ms/{percentile}"
     ranked = [_estimate(label, runs, metric) for label, runs in _strategies(group).items()]
     best, *others = sorted(ranked, key=lambda e: e.value)
-    where = f"In {_scenario(group[0])}" if (load := _load(group[0])) is None else f"At {figure(load)} {_unit(group[0])}"
+    where = f"In {_scenario(group[0])}" if (load := _load(group[0])) is None else f"At {load:g} {_unit(group[0])}"
     limit = _against_limit(best, group[0].spec.get("latency_limit_ms"))
     if not others:
         return Finding(best.records, f"{where}, {best.label} has a {percentile} of {best} ms{limit}.")
@@ -129,10 +133,10 @@ def _highest_load(group: list[RunRecord]) -> Finding:
     (load, best), *others = kept
     equal = [estimate for other, estimate in others if other == load]
     lower = [(other, estimate) for other, estimate in others if other < load]
-    text = f"{_ties(best, equal) or best.label}: the highest load with {within} is {figure(load)} {_unit(group[0])}"
+    text = f"{_ties(best, equal) or best.label}: the highest load with {within} is {load:g} {_unit(group[0])}"
     text += f" (p99 {best} ms)"
     if lower:
-        text += f"; next is {lower[0][1].label} with {figure(lower[0][0])}"
+        text += f"; next is {lower[0][1].label} with {lower[0][0]:g}"
     return Finding(best.records, f"In {_scenario(group[0])}, {text}.")
 
 

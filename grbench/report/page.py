@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from grbench.execution.records import RunRecord
 from grbench.report import plots
-from grbench.report.cells import MISSING, Cell, command, figure, flatten, labels, shown
+from grbench.report.cells import MISSING, Cell, command, figure, flatten, labels, shown, study_names
 from grbench.report.findings import findings
 from grbench.report.frame import HITS, PARTS, PERCENTILES, cells_frame, has_samples, within_limit
 from grbench.report.markdown import bullets, table
@@ -88,7 +88,7 @@ def _summary(frame: pd.DataFrame) -> str:
 
 
 def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments: list[dict[str, str]]) -> str:
-    knobs: list[str] = frame.attrs["knobs"]
+    knobs: list[str] = ["cell"] if study_names(records) else frame.attrs["knobs"]
     several = len(environments) > 1
     heads = ["#", *knobs, *(["environment"] if several else []), "status", "throughput rps", "goodput rps"]
     heads += [name.removeprefix("latency_ms/") for name in PERCENTILES]
@@ -102,13 +102,15 @@ def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments:
         cells = [str(number), *(str(row[key]) for key in knobs)]
         if several:
             cells.append(_letter(environments.index(_environment(record))))
-        cells += [row["status"], figure(row["throughput_rps"]), figure(row["goodput_rps"])]
-        cells += [_with_interval(row, name) if row[name] == row[name] or not ok else "withheld" for name in PERCENTILES]
-        cells += [figure(row[f"{part}/p50"]) for part in PARTS]
+        offline = record.spec["scenario"]["name"] == "offline"  # its latency is the time in a queue of all requests
+        late = [figure(row["goodput_rps"])]
+        late += [_with_interval(row, name) if row[name] == row[name] or not ok else "withheld" for name in PERCENTILES]
+        cells += [row["status"], figure(row["throughput_rps"]), *([MISSING] * len(late) if offline else late)]
+        cells += [MISSING if offline and part == "queue_ms" else figure(row[f"{part}/p50"]) for part in PARTS]
         if cached:
             cells.append(MISSING if row[HITS[0]] != row[HITS[0]] else " / ".join(figure(100 * row[n]) for n in HITS))
         gate = [figure(row[name]) for name in ("gate_error", "gate_tolerance")]
-        cells += [MISSING if gate == [MISSING, MISSING] else " / ".join(gate), verdict]
+        cells += [MISSING if gate == [MISSING, MISSING] else " / ".join(gate), MISSING if offline else verdict]
         rows.append(cells)
     return table(heads, rows)
 

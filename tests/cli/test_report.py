@@ -418,6 +418,15 @@ def test_what_comes_with_a_name_is_no_knob_of_its_own() -> None:
     assert knobs(specs({"latency_limit_ms": 80.0}, {"latency_limit_ms": 50.0}, {})) == ["latency_limit_ms"]
 
 
+def test_cells_keep_the_names_that_their_study_gives_them() -> None:
+    two = specs({"seed": 1}, {"seed": 2})
+    for record, name in zip(two, ("slow", "fast"), strict=True):
+        record.overrides = ["study=reference", f"study/reference@_global_={name}"]
+    assert labels(two) == ["slow", "fast"]
+    two[1].overrides[1] = "study/reference@_global_=slow"  # swept over something else as well
+    assert labels(two) == ["seed=1", "seed=2"]
+
+
 def test_labels_are_short_and_unique() -> None:
     assert labels(specs({})) == ["engine=hstu kernel=torch workload=ml_100k scenario=server"]
     assert labels(specs({"seed": 1}, {"seed": 2}, {"seed": 2})) == ["seed=1", "seed=2 #1", "seed=2 #2"]

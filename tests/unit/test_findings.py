@@ -29,6 +29,7 @@ def cell(
     options = {"server": {"target_qps": load}, "closed_loop": {"clients": load}}.get(scenario, {})
     content = {
         "task": "rank",
+        "model": {"name": "hstu_tiny"},
         "workload": {"name": "ml_100k"},
         "scenario": {"name": scenario, "max_batch": 8, **options},
         "engine": {"name": engine, "precision": "fp32"},
@@ -57,7 +58,7 @@ def test_at_one_load_the_lowest_p99_leads_whatever_the_throughput() -> None:
     (found,) = findings([slow, fast])
     assert found.best == (fast,)
     assert found.sentence == (
-        "At 40.0 requests/s, engine=hstu has the lowest p99: 6.25 [5.62, 6.88] ms, within the limit of 80 ms; "
+        "At 40 requests/s, engine=hstu has the lowest p99: 6.25 [5.62, 6.88] ms, within the limit of 80 ms; "
         "next is engine=onnxruntime with 9.28 [8.35, 10.2] ms."
     )
 
@@ -120,6 +121,8 @@ def test_different_work_is_not_compared(other: dict[str, Any]) -> None:
     found = findings([cell(6.0), cell(9.0, **other)])
     assert [len(f.best) for f in found] == [1, 1]
     assert not any("next" in f.sentence for f in found)
+    if "workload" in other:
+        assert [f.sentence.partition(":")[0] for f in found] == ["hstu_tiny on ml_100k", "hstu_tiny on synthetic"]
 
 
 def test_cells_without_a_result_are_left_out() -> None:
@@ -131,4 +134,4 @@ def test_a_withheld_p99_moves_the_ranking_to_p90() -> None:
     short = cell(6.0, engine="aoti")
     del short.metrics[P99], short.intervals[P99]
     (said,) = sentences(short, cell(20.0))
-    assert said.startswith("At 40.0 requests/s, engine=aoti has the lowest p90: 3.00 ms")
+    assert said.startswith("At 40 requests/s, engine=aoti has the lowest p90: 3.00 ms")
