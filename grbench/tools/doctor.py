@@ -57,8 +57,13 @@ def findings() -> list[Finding]:
         found.append(Finding("engine", name, reason is None, *_split(reason)))
     kind = kernels.device_kind("cuda" if torch.cuda.is_available() else "cpu")
     for family, variant in kernels.names():
-        reason = kernels.misplaced(family, variant, kind) or kernels.availability(family, variant)
-        found.append(Finding("kernel", f"{family}={variant}", reason is None, *_split(reason)))
+        name = f"{family}={variant}"
+        if elsewhere := kernels.misplaced(family, variant, kind):
+            why, _, remedy = elsewhere.partition("; ")
+            found.append(Finding("kernel", name, False, why, remedy or "kernel=auto takes one that runs here"))
+        else:
+            reason = kernels.availability(family, variant)
+            found.append(Finding("kernel", name, reason is None, *_split(reason)))
     found += [Finding("cache", name, True) for name in policies.names()]
     found += [_package("package", *entry) for entry in REQUIRED]
     for spec in engines.specs():

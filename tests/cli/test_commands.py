@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import Grbench
 
 from grbench.config.compose import compose_spec
@@ -20,6 +21,9 @@ def test_doctor_lists_everything_with_reason_and_remedy(grbench: Grbench) -> Non
     found = {(f["kind"], f["name"]): f for f in json.loads(done.stdout)}
     assert found["engine", "hstu"]["ok"]
     assert found["kernel", "hstu_attention=torch"]["ok"]
+    if not torch.cuda.is_available():  # a kernel that imports and can't run is not ok
+        for name in ("hstu_attention=triton", "hstu_attention=cutlass", "paged_write=triton"):
+            assert not found["kernel", name]["ok"] and "needs an NVIDIA GPU" in found["kernel", name]["detail"]
     assert found["package", "mlcommons-loadgen"]["ok"]
     for (kind, name), finding in found.items():
         if not finding["ok"]:
