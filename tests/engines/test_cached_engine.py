@@ -172,7 +172,8 @@ def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeyp
         engine.rank(requests)
         engine.reset_cache(keep_host=True)
         if prefetched:
-            assert all(tier.prefetch(r.user_id) for r in requests)
+            engine.prefetch(r.user_id for r in requests)
+            assert all(tier.prefetched(r.user_id) for r in requests)
         cached.copy_bytes_s, cached.compute_s, cached.launch_s = 1.0, 1e-6, launch_s
         result = engine.rank(requests)
         assert error(result, reference.scores(requests)) < 1e-5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from grengines.api import Request
@@ -157,6 +157,14 @@ class UserStates:
             return
         with self._lock:
             for user in self._policy.prefetch(now, horizon):
+                self._offloader.prefetch(user)
+
+    def prefetch_users(self, users: Iterable[int]) -> None:
+        """Start to copy from the host the states of these users, as far as only the host has them and there is room."""
+        if self._offloader is None:
+            return
+        with self._lock:
+            for user in users:
                 self._offloader.prefetch(user)
 
     def fault(self, what: str, error: Exception) -> None:

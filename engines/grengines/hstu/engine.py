@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -158,6 +158,11 @@ class HSTUEngine(RankingEngine):
         if self._cached is not None:
             with self._lock:
                 self._cached.reset_cache(keep_host)
+
+    def prefetch(self, users: Iterable[int]) -> None:
+        """Start to copy the states of users from the host tier to the device, ahead of their requests."""
+        if self._cached is not None:
+            self._cached.states.prefetch_users(users)
 
     def _describe(self) -> dict[str, Any]:
         return {
