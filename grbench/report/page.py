@@ -47,7 +47,7 @@ def cell_sections(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: S
         "## Comparison",
         _comparison(frame, records, environments),
         "Times in milliseconds. Percentiles are samples, not interpolated; in brackets their 95% interval.",
-        *bullets(notes(records)),
+        *bullets(notes(records, [f"row {number}" for number in frame.index])),
         *_failures(frame),
         *figures,
         "## Environment",

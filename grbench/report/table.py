@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich import box
@@ -143,8 +143,8 @@ def print_cells(console: Console, cells: list[Cell]) -> None:
         console.print(Text(finding.sentence, style="bold"), soft_wrap=True)
 
 
-def notes(records: list[RunRecord]) -> list[str]:
-    """Return each note once, followed by the cells that have it, unless all have it."""
+def notes(records: list[RunRecord], names: Sequence[str] = ()) -> list[str]:
+    """Return each note once, followed by the cells that have it, unless all have it. names: their labels by default."""
 
     def of(who: list[str]) -> str:
         if len(who) == len(records):
@@ -152,7 +152,7 @@ def notes(records: list[RunRecord]) -> list[str]:
         return f" ({'; '.join(who)})" if len(who) <= 3 else f" ({len(who)} of {len(records)} cells)"
 
     carriers: dict[str, list[str]] = {}
-    for record, label in zip(records, labels(records), strict=True):
+    for record, label in zip(records, names or labels(records), strict=True):
         for note in dict.fromkeys(record.notes):
             carriers.setdefault(note, []).append(label)
     return [note + of(who) for note, who in carriers.items()]

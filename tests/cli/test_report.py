@@ -181,7 +181,7 @@ def test_page_withholds_p99_and_says_so(sweep: Path, tmp_path: Path) -> None:
     rows = rows_of(page, "Comparison")
     assert rows[2]["p99"] == rows[2]["p99.9"] == "withheld"
     assert rows[2]["p90"].startswith(figure(records.load(sweep / "2").metrics["latency_ms/p90"]) + " [")
-    assert "- latency_ms/p99 withheld: it needs 1000 samples, there are 300 (kernel=triton max_batch=32)" in page
+    assert "- latency_ms/p99 withheld: it needs 1000 samples, there are 300 (row 3)" in page
     assert "p90 is drawn for all cells: p99 is withheld for 1 of them" in page
     assert "![Throughput against p90 latency]" in page
 

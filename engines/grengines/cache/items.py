@@ -3,8 +3,8 @@
 A lookup turns table rows into slots of a smaller table on the device, and fetches missing rows. Traffic is skewed, so a
 small share of the rows serves most tokens. A batch asks for each distinct row once. The evicted row is the one with the
 least decayed count of batches among the slots that a clock hand passes. With independent draws the best set never
-changes: it is the most frequent rows. Counts find it, recency alone does not (reports/item_cache.md). The decay follows
-a drift.
+changes: it is the most frequent rows. Counts find it, recency alone does not (experiments/item_cache.py). The decay
+follows a drift.
 """
 
 from __future__ import annotations

@@ -181,8 +181,8 @@ class WhileItPays:
     """Another policy that admits users at their first visit only while that pays, and always from the second on.
 
     It pays while a share of PAYS or more of the users stored at their first visit return to a valid state. Storing
-    costs 12 to 15% of a batch on a GPU, and a hit saves some 80% (reports/user_cache.md). The policy starts as if it
-    paid. One newcomer in SAMPLE is always stored, so that a change is noticed.
+    costs 12 to 15% of a batch on a GPU, and a hit saves some 80% (experiments/user_cache.py). The policy starts as if
+    it paid. One newcomer in SAMPLE is always stored, so that a change is noticed.
     """
 
     PAYS = 1 / 8
