@@ -187,7 +187,7 @@ class TestOneEngine:
         self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As on a GPU: prompts and beams of mixed steps in one call of the operator."""
-        from grengines.vllm.attention import HSTUAttentionImpl
+        from grengines.vllm.hstu_attention import HSTUAttentionImpl
 
         monkeypatch.setattr(HSTUAttentionImpl, "_one_by_one", HSTUAttentionImpl._together)
         engine.reset_cache()

@@ -30,7 +30,7 @@ from grengines.models.decoder.model import level_logits
 from grengines.models.decoder.reference import DecoderReference
 from grengines.semantic.search import Beams
 from grengines.semantic.trie import Trie
-from grengines.vllm.choice import Choice
+from grengines.vllm.beam_selector import Choice
 from grengines.vllm.engine import VLLMEngine
 from grengines.vllm.rows import BeamRows, Sight, Step
 from grkernels.operators import Operators

@@ -25,7 +25,7 @@ from grengines.runtime.device import Placement
 from grengines.runtime.graphs import first_batches
 from grengines.semantic.ids import prompt_of
 from grengines.semantic.trie import Trie
-from grengines.vllm.choice import Choice
+from grengines.vllm.beam_selector import Choice
 from grengines.vllm.config import VLLMEngineConfig
 
 # Steps of this many tokens are captured unless told otherwise: beams of one or a few searches. Not prompts: to measure

@@ -17,9 +17,9 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator
 from grengines.models.hstu.model import EPS, HSTULayer
 from grengines.vllm import compat
-from grengines.vllm.attention import HSTUAttentionBackend
+from grengines.vllm.hstu_attention import HSTUAttentionBackend
 from grengines.vllm.rows import BeamRows, Step
-from grengines.vllm.softmax import SoftmaxAttentionBackend
+from grengines.vllm.softmax_attention import SoftmaxAttentionBackend
 from grkernels.operators import Operators
 
 

@@ -18,4 +18,4 @@ def register() -> None:
     ours = sys.modules.get("grengines.vllm.model")  # imported by our engine; otherwise vLLM does it if it must
     for name in ("HSTUForRetrieval", "DecoderForRetrieval"):
         ModelRegistry.register_model(name, getattr(ours, name) if ours else f"grengines.vllm.model:{name}")
-    register_backend(AttentionBackendEnum.CUSTOM, "grengines.vllm.attention.HSTUAttentionBackend")
+    register_backend(AttentionBackendEnum.CUSTOM, "grengines.vllm.hstu_attention.HSTUAttentionBackend")

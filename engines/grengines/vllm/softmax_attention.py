@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grengines.vllm import compat
-from grengines.vllm.attention import StepMetadata, StepMetadataBuilder
+from grengines.vllm.hstu_attention import StepMetadata, StepMetadataBuilder
 from grkernels.operators import Operators
 
 

@@ -1,6 +1,6 @@
 """HSTU attention as a backend of vLLM: keys and values in its pages, chunks and mixed batches in one call.
 
-What one step tells all layers, and how vLLM asks for it, is a decoder's too (grengines.vllm.softmax).
+What one step tells all layers, and how vLLM asks for it, is a decoder's too (grengines.vllm.softmax_attention).
 """
 
 from __future__ import annotations
