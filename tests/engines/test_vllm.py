@@ -28,7 +28,8 @@ from grengines.semantic.search import Beams
 from grengines.vllm import install
 from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.engine import VLLMEngine
-from grengines.vllm.rows import BeamRows, Reach, Step
+from grengines.vllm.environment import unchanged_process
+from grengines.vllm.rows import BeamRows, HSTUAttentionMetadata, StepRequests, StepRows
 from grkernels.operators import Operators
 from grkernels.registry import requested
 
@@ -100,7 +101,7 @@ def test_ids_say_what_rows_are() -> None:
     for search in (0, 1, beams.numbers - 1, beams.numbers + 5):
         ids = torch.tensor(np.concatenate([prompt, beams.ids(tokens, search)]))
         assert ids.max() < 2**31
-        step = Step.of(beams, Operators.eager(), ids.int(), torch.arange(8))
+        step = StepRows.of(beams, Operators.eager(), ids.int(), torch.arange(8))
         assert step.tokens.tolist() == [*prompt, *tokens]
         assert step.rows.tolist() == [-1, -1, -1, -1, 0, 1, 2, 3]
         assert step.levels.tolist() == [0, 0, 0, 0, 0, 1, 0, 1]
@@ -108,7 +109,7 @@ def test_ids_say_what_rows_are() -> None:
     assert beams.ids(tokens, 0)[0] != beams.ids(tokens, 1)[0]
 
 
-def test_reach_of_chunks() -> None:
+def test_hstu_metadata_of_chunks() -> None:
     """Requests cut anywhere, and a captured graph's padding: each sees the prompt, its beam's own codes and itself."""
     beams, page, kernels = BeamRows((4, 5, 6), max_rows=40), 4, Operators.eager()
     rng = np.random.default_rng(0)
@@ -125,23 +126,23 @@ def test_reach_of_chunks() -> None:
         for p in range(begin, end):
             before = p - 1 if p >= prompt and (p - prompt) % 2 == 1 else None
             slots.append(-1 if before is None else table[before // page] * page + before % page)
-    reach = Reach.of(
-        beams,
-        kernels,
+    requests = StepRequests(
         torch.tensor(np.concatenate([*ids, [3, 99]])).int(),
         torch.tensor(np.concatenate([*places, [1, 0]])),
         torch.tensor([*starts, starts[-1]]).int(),
         torch.tensor(np.stack([*tables, np.zeros(3)])).int(),
         page,
     )
-    assert reach.num_targets is not None
-    assert reach.offsets.tolist() == [*starts, starts[-1]]
-    assert reach.num_targets.tolist() == [max(end - max(begin, prompt), 0) for prompt, _, begin, end in cuts] + [0]
-    assert reach.paged_lengths[:-1].tolist() == [min(begin, prompt) for prompt, _, begin, _ in cuts]
-    assert reach.own_slots[:-2, 0].tolist() == slots
+    keys = HSTUAttentionMetadata.of(beams, kernels, requests)
+    assert keys.num_targets is not None
+    assert keys.offsets.tolist() == [*starts, starts[-1]]
+    assert keys.num_targets.tolist() == [max(end - max(begin, prompt), 0) for prompt, _, begin, end in cuts] + [0]
+    assert keys.paged_lengths[:-1].tolist() == [min(begin, prompt) for prompt, _, begin, _ in cuts]
+    assert keys.own_slots[:-2, 0].tolist() == slots
     ids = torch.randint(0, 15, (5,))
     places, starts = torch.tensor([2, 3, 0, 1, 2]), torch.tensor([0, 2, 5])
-    alone = Reach.of(beams, kernels, ids, places, starts, torch.zeros(2, 3), page, True)
+    requests = StepRequests(ids, places, starts, torch.zeros(2, 3), page)
+    alone = HSTUAttentionMetadata.of(beams, kernels, requests, prompts_only=True)
     assert alone.num_targets is None and alone.paged_lengths.tolist() == [2, 0] and alone.own_slots.numel() == 0
 
 
@@ -165,7 +166,7 @@ class TestOneEngine:
 
     def test_a_blind_engine_fails(self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without the beams' own terms, and without the prompt in pages, the engine's own answers are wrong."""
-        operators = engine._model.operators
+        operators = engine.core.model.operators
         monkeypatch.setattr(operators, "beam_terms", lambda *_, **__: None)
         with pytest.raises(AssertionError):
             expect_equal(engine.generate(REQUESTS), expected)
@@ -187,9 +188,9 @@ class TestOneEngine:
         self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As on a GPU: prompts and beams of mixed steps in one call of the operator."""
-        from grengines.vllm.hstu_attention import HSTUAttentionImpl
+        from grengines.vllm.hstu_attention import HSTUAttention
 
-        monkeypatch.setattr(HSTUAttentionImpl, "_one_by_one", HSTUAttentionImpl._together)
+        monkeypatch.setattr(HSTUAttention, "one_by_one", HSTUAttention.together)
         engine.reset_cache()
         done = {}
         for key, request in enumerate(REQUESTS):  # a new prompt in every step
@@ -241,8 +242,8 @@ class TestOneEngine:
         from grengines.vllm import compat
 
         engine.reset_cache()
-        computed, blocks, hashes = 0, [], []
-        compute, add = kv_cache_utils.hash_block_tokens, engine._core.add_request
+        computed, blocks, hashes, client = 0, [], [], engine.core.client
+        compute, add = kv_cache_utils.hash_block_tokens, client.add_request
 
         def counting(*args: Any) -> Any:
             nonlocal computed
@@ -252,14 +253,14 @@ class TestOneEngine:
         def adding(request: Any) -> None:
             nonlocal computed
             add(request)
-            ours, before = compat.hashes_of(engine._core, request.request_id), computed
-            anew = VLLMRequest.from_engine_core_request(request, engine._core.engine_core.request_block_hasher)
+            ours, before = compat.hashes_of(client, request.request_id), computed
+            anew = VLLMRequest.from_engine_core_request(request, client.engine_core.request_block_hasher)
             blocks.append(len(request.prompt_token_ids) // 16)
             hashes.append((ours, anew.block_hashes))
             computed = before
 
         monkeypatch.setattr(kv_cache_utils, "hash_block_tokens", counting)
-        monkeypatch.setattr(engine._core, "add_request", adding)
+        monkeypatch.setattr(client, "add_request", adding)
         engine.generate([request_of(0, np.arange(12))])
         assert [len(ours) for ours, _ in hashes] == blocks and blocks[0] == 2  # of 36 tokens
         assert all(ours == anew for ours, anew in hashes)
@@ -270,14 +271,14 @@ class TestOneEngine:
     ) -> None:
         """The same user at once again has the same beams; only the search's number in their ids keeps them apart."""
         engine.reset_cache()
-        monkeypatch.setattr(engine, "_number", 7)
+        monkeypatch.setattr(engine.scheduler, "next_number", 7)
         engine.generate([REQUESTS[2]])
-        monkeypatch.setattr(engine, "_number", 7)
+        monkeypatch.setattr(engine.scheduler, "next_number", 7)
         with pytest.raises(RuntimeError, match="rows of beams hit the prefix cache"):
             engine.generate([REQUESTS[2]])
-        while engine._core.engine_core.scheduler.has_unfinished_requests():
-            engine._core.get_output()
-        engine._searches, engine._under_way, engine._model.rows_under_way = {}, 0, 0
+        while engine.core.client.engine_core.scheduler.has_unfinished_requests():
+            engine.core.client.get_output()
+        engine.scheduler.abandon()
         monkeypatch.undo()
 
 
@@ -336,37 +337,33 @@ def test_half_precision_differs_among_near_ties_only(reference: HSTUReference, e
         np.testing.assert_allclose(scores, own, atol=tie)
 
 
-def test_the_model_serves_ordinary_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_serves_ordinary_generation(tmp_path: Path) -> None:
     """Through vLLM's own LLM.generate: greedy tokens are those of the model itself over the whole sequence."""
     engine = engine_of()
-    folder = engine._folder
-    assert folder is not None
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((Path(folder.name) / name).read_bytes())
+        (tmp_path / name).write_bytes((engine.folder.path / name).read_bytes())
     engine.close()
-    from vllm import LLM, SamplingParams
-
-    # What vLLM changes in the process for good.
-    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)
-    monkeypatch.setenv("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
     prompts = [IDS.tokens(r.history_items).reshape(-1) for r in REQUESTS if 0 < len(r.history_items) < 20]
-    llm = LLM(
-        str(tmp_path),
-        runner="generate",
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        kv_cache_memory_bytes=2**24,
-        max_model_len=70,
-    )
-    try:
-        outputs = llm.generate(
-            [{"prompt_token_ids": p.tolist()} for p in prompts],
-            SamplingParams(temperature=0.0, max_tokens=5, detokenize=False),
-            use_tqdm=False,
+    with unchanged_process():
+        from vllm import LLM, SamplingParams
+
+        llm = LLM(
+            str(tmp_path),
+            runner="generate",
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            kv_cache_memory_bytes=2**24,
+            max_model_len=70,
         )
-        found = [list(o.outputs[0].token_ids) for o in outputs]
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+        try:
+            outputs = llm.generate(
+                [{"prompt_token_ids": p.tolist()} for p in prompts],
+                SamplingParams(temperature=0.0, max_tokens=5, detokenize=False),
+                use_tqdm=False,
+            )
+            found = [list(o.outputs[0].token_ids) for o in outputs]
+        finally:
+            llm.llm_engine.engine_core.shutdown()
     model = HSTUGenerator.build(MODEL, SIZES, Operators.reference(), seed=3, device="cpu", dtype=torch.float32)
     with torch.inference_mode():
         for prompt, tokens in zip(prompts, found, strict=True):
@@ -383,17 +380,17 @@ def test_the_model_serves_ordinary_generation(tmp_path: Path, monkeypatch: pytes
 
 def test_close_leaves_nothing() -> None:
     """The model, the folder of its weights, and what vLLM changed in the process are gone; another engine starts."""
-    before = torch.set_num_threads, torch.get_num_threads(), os.environ.get("LD_PRELOAD")
+    before = torch.set_num_threads, torch.get_num_threads(), dict(os.environ)
     for _ in range(2):
         engine = engine_of(REQUESTS[:3])
-        model, folder = weakref.ref(engine._model), engine._folder
-        assert folder is not None and (Path(folder.name) / "model.safetensors").is_file()
+        model, folder = weakref.ref(engine.core.model), engine.folder.path
+        assert (folder / "model.safetensors").is_file()
         engine.close()
         engine.close()
         gc.collect()
         assert model() is None
-        assert not Path(folder.name).exists()
-        assert before == (torch.set_num_threads, torch.get_num_threads(), os.environ.get("LD_PRELOAD"))
+        assert not folder.exists()
+        assert before == (torch.set_num_threads, torch.get_num_threads(), dict(os.environ))
     with pytest.raises(RuntimeError, match="not prepared, or closed"):
         engine.admit(0, REQUESTS[0])
 
@@ -408,7 +405,7 @@ def test_a_dead_core_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
             logging.getLogger("vllm.worker").error("the device fell off\nthe bus")
             raise RuntimeError("an illegal memory access")
 
-        monkeypatch.setattr(type(engine._model), "forward", fail)
+        monkeypatch.setattr(type(engine.core.model), "forward", fail)
         engine.admit(0, REQUESTS[0])
         with pytest.raises(RuntimeError) as caught:
             while engine.unfinished:

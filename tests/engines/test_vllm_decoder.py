@@ -30,9 +30,9 @@ from grengines.models.decoder.model import level_logits
 from grengines.models.decoder.reference import DecoderReference
 from grengines.semantic.search import Beams
 from grengines.semantic.trie import Trie
-from grengines.vllm.beam_selector import Choice
+from grengines.vllm.beam_selector import BeamSelector
 from grengines.vllm.engine import VLLMEngine
-from grengines.vllm.rows import BeamRows, Sight, Step
+from grengines.vllm.rows import BeamAttentionMetadata, BeamRows, StepRequests, StepRows
 from grkernels.operators import Operators
 
 # Every key serves two queries.
@@ -41,7 +41,7 @@ DECODER = DecoderConfig(layers=2, embedding_dim=64, heads=4, kv_heads=2, head_di
 # What rows see
 
 
-def test_sight_of_chunks() -> None:
+def test_beam_metadata_of_chunks() -> None:
     """Requests cut anywhere, and padding behind them, as in a captured graph."""
     beams, page = BeamRows((4, 5, 6), max_rows=40), 4
     rng = np.random.default_rng(0)
@@ -60,15 +60,14 @@ def test_sight_of_chunks() -> None:
             mine = [] if p < prompt else [p] if (p - prompt) % 2 == 0 else [p, p - 1]
             slots.append([slot[m] for m in mine] + [-1] * (2 - len(mine)))
     padding = [np.array([3, 99])]
-    seen = Sight.of(
-        beams,
-        Operators.eager(),
+    requests = StepRequests(
         torch.tensor(np.concatenate(ids + padding)).int(),
         torch.tensor(np.concatenate([*places, np.array([1, 0])])),
         torch.tensor([*starts, starts[-1]]).int(),
         torch.tensor(np.stack([*tables, np.zeros(3)])).int(),
         page,
     )
+    seen = BeamAttentionMetadata.of(beams, Operators.eager(), requests)
     assert seen.limits[:-2].tolist() == limits
     assert seen.own_slots[:-2].tolist() == slots
     assert seen.starts.tolist() == [*starts, starts[-1]]
@@ -114,9 +113,9 @@ class TestOneEngine:
         assert actual["kernels"]["beam_attention"] == actual["kernels"]["attention of prompts alone"] == "torch"
 
     def test_a_search_is_one_vllm_request_a_level(self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-        core, added = engine._core, []
-        add = core.add_request
-        monkeypatch.setattr(core, "add_request", lambda request: (added.append(request), add(request))[1])
+        client, added = engine.core.client, []
+        add = client.add_request
+        monkeypatch.setattr(client, "add_request", lambda request: (added.append(request), add(request))[1])
         engine.generate(REQUESTS[:2])
         assert len(added) == 2 * 3
 
@@ -150,7 +149,7 @@ class TestOneEngine:
     def test_a_wrong_engine_fails(self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch) -> None:
         """Zeros; stale keys; a normaliser for each of the two sets of keys; beams without their own codes; positions by
         the place in the sequence."""
-        operators = engine._model.operators
+        operators = engine.core.model.operators
         right = operators.beam_attention
 
         def split(out: Tensor, *a: Any, own_slots: Tensor, **k: Any) -> None:
@@ -169,12 +168,12 @@ class TestOneEngine:
         monkeypatch.setattr(operators, "paged_write", lambda *_: None)
         failing(engine, expected)
         monkeypatch.undo()
-        of = Step.of
+        of = StepRows.of
 
-        def by_place(beams: BeamRows, kernels: Operators, ids: Tensor, places: Tensor) -> Step:
+        def by_place(beams: BeamRows, kernels: Operators, ids: Tensor, places: Tensor) -> StepRows:
             return dataclasses.replace(of(beams, kernels, ids, places), positions=places)
 
-        monkeypatch.setattr(Step, "of", by_place)
+        monkeypatch.setattr(StepRows, "of", by_place)
         failing(engine, expected)
         monkeypatch.undo()
         engine.reset_cache()
@@ -211,8 +210,8 @@ def test_captured_choices() -> None:
         def level_logits(self, hidden: Tensor, level: int) -> Tensor:
             return level_logits(hidden, table, trie.sizes, level)
 
-    eager = Choice(Model(), trie, width=W, k=10)
-    graphs = Choice(Model(), trie, width=W, k=10, graphs=3, embedding_dim=16)
+    eager = BeamSelector(Model(), trie, width=W, k=10)
+    graphs = BeamSelector(Model(), trie, width=W, k=10, graphs=3, embedding_dim=16)
     for count in (1, 2, 3, 7, 1):
         root = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.zeros(1, device="cuda")
         nodes, scores = ([x] * count for x in root)

@@ -1,4 +1,4 @@
-"""What holds for every model inside vLLM: how its scheduler cuts a search up changes nothing."""
+"""Checks for every model inside vLLM: chunks, preemption and options of its scheduler do not change answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-Found = Callable[[Any], None]  # holds a result to the reference's items and order
+from grengines.vllm.engine import VLLMEngine
+
+Found = Callable[[Any], None]  # compares a result with the reference's items and order
 
 
 def chunks_of_any_size_change_nothing(engine_of: Callable[..., Any], requests: Any, expect: Found) -> None:
@@ -24,19 +26,24 @@ def chunks_of_any_size_change_nothing(engine_of: Callable[..., Any], requests: A
 def preemption_changes_nothing(
     engine_of: Callable[..., Any], requests: Any, expect: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So few pages that vLLM takes requests back and begins them again. It reads one prompt at a time and admits none
-    that doesn't fit; only with both put aside does it come to that."""
-    from grengines.vllm import compat
+    """Pages are so few that vLLM preempts requests.
 
-    start = compat.start
+    It reads one prompt at a time and admits none that does not fit. Requests are preempted only without both rules.
+    """
+    arguments = VLLMEngine.core_arguments
     loose = {"long_prefill_token_threshold": 16, "scheduler_reserve_full_isl": False}
-    monkeypatch.setattr(compat, "start", lambda arguments: start(arguments | loose))
+    monkeypatch.setattr(VLLMEngine, "core_arguments", lambda *given: arguments(*given) | loose)
     engine = engine_of(kv_blocks=12, max_num_batched_tokens=128)
     try:
-        scheduler = engine._core.engine_core.scheduler
-        preempted = []
-        preempt = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *a, **k: (preempted.append(request), preempt(request, *a, **k))[1]
+        scheduler, step = engine.core.client.engine_core.scheduler, engine.step
+        preempted: set[str] = set()
+
+        def watched() -> Any:
+            finished = step()
+            preempted.update(name for name, request in scheduler.requests.items() if request.num_preemptions)
+            return finished
+
+        monkeypatch.setattr(engine, "step", watched)
         expect(engine.generate(requests))
         assert preempted
         assert engine.actual()["kv_blocks"] == 12

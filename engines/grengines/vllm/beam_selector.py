@@ -1,4 +1,4 @@
-"""The next codes of searches that have all rows of a level: dozens of small kernels, or one CUDA graph."""
+"""The choice of the next codes of searches at the end of a level: dozens of small kernels, or one CUDA graph."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from grengines.semantic.trie import TensorTrie
 @dataclass
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    given: tuple[Tensor, Tensor, Tensor]  # as Choice._choose's arguments
-    made: tuple[Tensor, Tensor, Tensor]  # and its result
+    given: tuple[Tensor, Tensor, Tensor]  # arguments of BeamSelector._choose
+    made: tuple[Tensor, Tensor, Tensor]  # its result
 
 
-class Choice:
-    """model: has `level_logits`. width, k: of the search. graphs: up to so many searches at once are captured, for
-    hidden rows of this embedding width and dtype; 0: none."""
+class BeamSelector:
+    """The next codes of beam searches.
+
+    model: has `level_logits`. width, k: of the search. graphs: up to this number of searches at once are captured, for
+    hidden rows of this embedding width and dtype; 0: none.
+    """
 
     def __init__(
         self,
@@ -54,11 +57,12 @@ class Choice:
     def __call__(
         self, level: int, hidden: Sequence[Tensor], nodes: Sequence[Tensor], scores: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each search: hidden [beams, E], nodes int64 [beams] and fp32 scores [beams], of this level.
+        """Choose the next code of every beam.
 
-        Returns what the host needs to know, and nodes and scores of the next level, [searches, beams]. It needs to know
-        int64 [2, searches, beams], each new beam's parent and token; at the last level float64 [2, searches, k], items
-        (exact up to 2^53, -1 for none) and scores.
+        hidden [beams, E], nodes int64 [beams] and scores fp32 [beams], of each search at this level. Returns a tensor
+        for the host, and nodes and scores of the next level, [searches, beams]. The first is int64 [2, searches,
+        beams], each new beam's parent and token. At the last level it is float64 [2, searches, k], items (exact up to
+        2^53, -1 for none) and scores.
         """
         if not self._buckets:
             return self._choose(level, torch.cat(list(hidden)), torch.stack(list(nodes)), torch.stack(list(scores)))
@@ -66,10 +70,10 @@ class Choice:
         for begin in range(0, len(hidden), most):
             some = slice(begin, begin + most)
             parts.append(self._replay(level, hidden[some], nodes[some], scores[some]))
-        told, found, best_scores = zip(*parts, strict=True)
+        for_host, found, best_scores = zip(*parts, strict=True)
         if len(parts) == 1:
-            return told[0], found[0], best_scores[0]
-        return torch.cat(told, dim=1), torch.cat(found), torch.cat(best_scores)
+            return for_host[0], found[0], best_scores[0]
+        return torch.cat(for_host, dim=1), torch.cat(found), torch.cat(best_scores)
 
     def _choose(self, level: int, hidden: Tensor, nodes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = self._model.level_logits(hidden, level)
@@ -82,11 +86,11 @@ class Choice:
     def _replay(
         self, level: int, hidden: Sequence[Tensor], nodes: Sequence[Tensor], scores: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """By the smallest graph that has room. What is in its other places does not matter: no search sees another."""
+        """Replay the smallest graph that has room. Its other places may hold anything: searches are independent."""
         count = len(hidden)
         one = self._graphs[level, next(b for b in self._buckets if b >= count)]
         for place, parts in zip(one.given, (hidden, nodes, scores), strict=True):
             torch.cat(list(parts), out=place.view(-1, *parts[0].shape[1:])[: count * len(parts[0])])
         one.graph.replay()
-        told, found, best_scores = one.made
-        return told[:, :count].clone(), found[:count].clone(), best_scores[:count].clone()
+        for_host, found, best_scores = one.made
+        return for_host[:, :count].clone(), found[:count].clone(), best_scores[:count].clone()

@@ -1,59 +1,54 @@
-"""Everything that depends on vLLM's version. Tested with 0.32 on a CPU and 0.25 on a GPU.
+"""The parts of vLLM that change between its versions, one class or function a hook. The rest of the engine uses these.
 
-Importing this module imports vLLM, once its environment is set: no usage reports, nothing downloaded, nothing
-listening but on localhost, the engine core in this process.
+Tested with vLLM 0.32 on a CPU and 0.25 on a GPU. Each hook names the versions in which it is needed, and the behaviour
+of vLLM that it works around. Importing this module imports vLLM, and restores the environment afterwards.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-SETTINGS = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core in this process: hidden states stay on the device
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner that pools in both versions
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
-os.environ.update(SETTINGS)
-# CUDA graphs without torch.compile, so that our kernels stay what they are; piecewise ones break the capture at
-# attention. Read when vLLM is imported.
-os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+import numpy as np
+import torch
+from torch import Tensor
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from vllm import EngineArgs, PoolingParams  # noqa: E402
-from vllm.compilation.breakable_cudagraph import eager_break_during_capture  # noqa: E402
-from vllm.config import CUDAGraphMode, VllmConfig  # noqa: E402
-from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # noqa: E402
-from vllm.forward_context import get_forward_context  # noqa: E402
-from vllm.model_executor.layers.attention import Attention  # noqa: E402
-from vllm.model_executor.layers.pooler.abstract import Pooler  # noqa: E402
-from vllm.model_executor.models import qwen3  # noqa: E402
-from vllm.platforms import current_platform  # noqa: E402
-from vllm.v1.attention.backend import (  # noqa: E402
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionImpl,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
-from vllm.v1.engine import EngineCoreRequest  # noqa: E402
-from vllm.v1.engine.core_client import InprocClient  # noqa: E402
-from vllm.v1.executor import Executor  # noqa: E402
-from vllm.version import __version__ as VERSION  # noqa: E402
+from grengines.vllm.environment import environment
+
+with environment():  # some variables are read when vLLM is imported, and it sets others
+    from vllm import EngineArgs, PoolingParams
+    from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+    from vllm.config import CUDAGraphMode, VllmConfig
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.forward_context import get_forward_context
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.pooler.abstract import Pooler
+    from vllm.model_executor.models import qwen3
+    from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backend import (
+        AttentionBackend,
+        AttentionCGSupport,
+        AttentionImpl,
+        AttentionMetadata,
+        AttentionMetadataBuilder,
+        CommonAttentionMetadata,
+    )
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.core_client import InprocClient
+    from vllm.v1.executor import Executor
+    from vllm.v1.pool.metadata import PoolingMetadata
+    from vllm.version import __version__ as VERSION
+
+    try:
+        from vllm.v1.kv_cache_interface import KVCacheLayout
+    except ImportError:
+        KVCacheLayout = None
 
 __all__ = [
     "VERSION",
@@ -62,38 +57,42 @@ __all__ = [
     "AttentionImpl",
     "AttentionMetadata",
     "AttentionMetadataBuilder",
+    "BlockHashes",
     "CommonAttentionMetadata",
-    "EngineArgs",
-    "InprocClient",
-    "OurBackend",
+    "LastLogLines",
+    "PageBackend",
     "Pooler",
+    "PoolingMetadata",
+    "Qwen3Attention",
+    "Qwen3ForCausalLM",
     "TokenIds",
     "VllmConfig",
+    "break_capture",
     "cached_tokens",
-    "close",
+    "client",
     "core_request",
-    "eager_break_during_capture",
+    "engine_config",
     "flash_attention",
     "has_cached",
     "hashes_of",
-    "known_hashes",
-    "last_log_lines",
     "metadata_of_step",
     "model_of",
-    "pages",
-    "qwen3_with",
-    "start",
+    "release_memory",
+    "shut_down",
 ]
 
-try:  # since 0.30 vLLM lays pages out by itself, and a backend names the orders that it takes
-    from vllm.v1.kv_cache_interface import KVCacheLayout
-except ImportError:
-    KVCacheLayout = None
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class OurBackend(AttentionBackend):
-    """What our attention backends share. Pages are [blocks, tokens, heads, keys then values] in memory, whichever way
-    the version asks."""
+# Attention
+
+
+class PageBackend(AttentionBackend):
+    """Layout of the pages: [blocks, tokens, heads, keys then values] in memory, for all attention backends here.
+
+    Versions: until 0.29 a backend returns a shape and a stride order. Since 0.30 vLLM lays pages out itself, a backend
+    names the layouts that it takes, and the tensor that it gets has heads before tokens.
+    """
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
@@ -117,28 +116,37 @@ class OurBackend(AttentionBackend):
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
         return tuple(range(5 if include_num_layers_dimension else 4))
 
+    @staticmethod
+    def split(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [blocks, tokens, H, d] of one layer, as views."""
+        if KVCacheLayout is not None:
+            kv_cache = kv_cache.transpose(1, 2)
+        return kv_cache[..., :head_size], kv_cache[..., head_size:]
 
-def pages(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [blocks, tokens, H, d] of one layer: views of what vLLM allocated."""
-    if KVCacheLayout is not None:
-        kv_cache = kv_cache.transpose(1, 2)
-    return kv_cache[..., :head_size], kv_cache[..., head_size:]
 
+class Qwen3Attention:
+    """Within it, vLLM's Qwen3 is built with another attention backend.
 
-@contextmanager
-def qwen3_with(backend: type[AttentionBackend], **options: Any) -> Iterator[None]:
-    """While it lasts, vLLM's Qwen3 is built with this attention, its implementations with these further arguments. On
-    CPUs vLLM has no option for it."""
-    own = qwen3.Attention
-    qwen3.Attention = partial(Attention, attn_backend=backend, **options)
-    try:
-        yield
-    finally:
-        qwen3.Attention = own
+    Versions: 0.25 to 0.32. vLLM's Qwen3 passes no backend to `Attention`, and the option for one has no effect on CPUs.
+    So the name that the module `qwen3` calls is replaced while a model is built. options: further arguments of the
+    backend's implementation.
+    """
+
+    def __init__(self, backend: type[AttentionBackend], **options: Any) -> None:
+        self._replacement = partial(Attention, attn_backend=backend, **options)
+
+    def __enter__(self) -> None:
+        self._original, qwen3.Attention = qwen3.Attention, self._replacement
+
+    def __exit__(self, *exception: object) -> None:
+        qwen3.Attention = self._original
 
 
 def flash_attention(head_size: int, dtype: torch.dtype) -> Callable[..., Any] | None:
-    """vLLM's FlashAttention, of the version for this GPU; None on CPUs, in fp32, and for head sizes that it lacks."""
+    """Return vLLM's FlashAttention for this GPU; None on CPUs, in fp32, and for head sizes that it lacks.
+
+    Versions: 0.25 to 0.32. The version of FlashAttention depends on the GPU, and both functions are internal to vLLM.
+    """
     if not current_platform.is_cuda() or dtype == torch.float32:
         return None
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
@@ -150,24 +158,87 @@ def flash_attention(head_size: int, dtype: torch.dtype) -> Callable[..., Any] | 
     return partial(flash_attn_varlen_func, fa_version=version)
 
 
-running: InprocClient | None = None  # vLLM keeps its process groups in globals: one core at a time
+def has_cached(common: CommonAttentionMetadata) -> bool:
+    """Return whether any request of this step has tokens in pages, without waiting for the device.
+
+    Versions: 0.25 to 0.32. The exact lengths are on the device. vLLM keeps upper bounds on the host, or None.
+    """
+    ends = common.seq_lens_cpu_upper_bound
+    if ends is None:
+        return True
+    starts = common.query_start_loc_cpu
+    return bool((ends[: len(starts) - 1] > starts.diff()).any())
 
 
-def start(arguments: dict[str, Any]) -> tuple[InprocClient, VllmConfig]:
-    """An engine core in this process. arguments: of EngineArgs."""
-    global running
-    _last.lines.clear()
+def metadata_of_step(layer: str) -> Any:
+    """Return the metadata that the builder made for this step and layer; None while vLLM profiles or captures.
+
+    Versions: 0.25 to 0.32. vLLM passes metadata to attention layers only; a model finds it in the forward context.
+    """
+    made = get_forward_context().attn_metadata
+    return made.get(layer) if isinstance(made, dict) else None
+
+
+# CUDA graphs
+
+
+def break_capture(function: Function) -> Function:
+    """Decorate a function that a piecewise CUDA graph must not capture: it runs between two graphs.
+
+    Versions: 0.25 to 0.32. vLLM's decorator returns the function unchanged unless VLLM_USE_BREAKABLE_CUDAGRAPH is set
+    when the function is defined.
+    """
+    with environment():
+        decorated: Function = eager_break_during_capture(function)
+        return decorated
+
+
+def engine_config(arguments: dict[str, Any]) -> VllmConfig:
+    """Return the configuration of an engine. arguments: of EngineArgs.
+
+    Versions: 0.25 to 0.32. For pooling models vLLM turns the mode FULL into PIECEWISE ("Pooling models do not support
+    full cudagraphs"). The attention here can be captured, so FULL is set again.
+    """
     config = EngineArgs(**arguments).create_engine_config()
     if arguments.get("compilation_config", {}).get("cudagraph_mode") == "FULL":
-        # Of pooling models vLLM makes that PIECEWISE, for the attention that they have as a rule. Ours can be captured.
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
-    logging.getLogger("vllm").addHandler(_last)  # again: vLLM sets its handlers when it makes a configuration
-    running = InprocClient(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False)
-    return running, config
+    return config
 
 
-class _LastLines(logging.Handler):
-    """Keeps the last few lines of vLLM's log from warnings up."""
+# The core
+
+
+def client(config: VllmConfig) -> InprocClient:
+    """Start an engine core in this process.
+
+    Versions: 0.25 to 0.32. The public LLM class copies pooled rows to the host. The core's own client does not, and
+    gives access to its model.
+    """
+    return InprocClient(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False)
+
+
+def model_of(core: InprocClient) -> Any:
+    """Return the model that the core's worker runs. Versions: 0.25 to 0.32; there is no public path to it."""
+    return core.engine_core.model_executor.driver_worker.worker.get_model()
+
+
+def shut_down(core: InprocClient) -> None:
+    """End the core, and cut the client's link to it: in 0.32 `shutdown` leaves the core reachable from its client."""
+    core.shutdown()  # also unfreezes the objects, the model among them, that vLLM hides from the garbage collector
+    core.engine_core = None
+
+
+def release_memory() -> None:
+    """Free memory and process groups. Versions: 0.25 to 0.32. vLLM keeps the groups in globals."""
+    cleanup_dist_env_and_memory()
+
+
+class LastLogLines(logging.Handler):
+    """The last few warnings and errors of vLLM's log, oldest first.
+
+    Versions: 0.25 to 0.32. An error of the core often names only a symptom, and the log has the cause. vLLM replaces
+    its handlers whenever it makes a configuration, so this one is attached afterwards.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -176,44 +247,53 @@ class _LastLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(" ".join(record.getMessage().split())[:300])
 
-
-_last = _LastLines()
-
-
-def last_log_lines() -> list[str]:
-    """What vLLM's log said last, oldest first: warnings and errors."""
-    return list(_last.lines)
-
-
-def model_of(core: InprocClient) -> Any:
-    """The model that the core's worker runs."""
-    return core.engine_core.model_executor.driver_worker.worker.get_model()
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Collect lines within it."""
+        logger = logging.getLogger("vllm")
+        logger.addHandler(self)
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)
 
 
-def known_hashes(core: InprocClient) -> dict[str, list[Any]]:
-    """Of requests to come, by id, the hashes of the blocks that they begin with: what is put here isn't computed
-    again. A request takes its own away."""
-    known: dict[str, list[Any]] = {}
-    compute = core.engine_core.request_block_hasher  # None: without prefix caching
+# Requests
 
-    def hashes(request: Any) -> list[Any]:
+
+class BlockHashes:
+    """Hashes of a request's blocks, given to vLLM where they are known.
+
+    Versions: 0.25 to 0.32. vLLM hashes each block of every new request for its prefix cache. The levels of a search
+    begin with the same prompt, whose hashes are known after the first level. `known` has them by request. Each request
+    takes its own entry.
+    """
+
+    def __init__(self, core: InprocClient) -> None:
+        self.known: dict[str, Sequence[Any]] = {}
+        self._compute = core.engine_core.request_block_hasher  # None: without prefix caching
+        if self._compute is not None:
+            core.engine_core.request_block_hasher = self._hash
+
+    def _hash(self, request: Any) -> list[Any]:
+        """Return the hashes of blocks behind those that the request has."""
         if not request.block_hashes:
-            request.block_hashes.extend(known.pop(request.request_id, ()))
-        return compute(request)  # of the blocks behind those
-
-    if compute is not None:
-        core.engine_core.request_block_hasher = hashes
-    return known
+            request.block_hashes.extend(self.known.pop(request.request_id, ()))
+        computed: list[Any] = self._compute(request)
+        return computed
 
 
 def hashes_of(core: InprocClient, request_id: str) -> list[Any]:
-    """The hashes of a request's whole blocks; none without prefix caching."""
+    """Return the hashes of a request's whole blocks; none without prefix caching. Versions: 0.25 to 0.32."""
     return list(core.engine_core.scheduler.requests[request_id].block_hashes)
 
 
 class TokenIds(list[int]):
-    """A list, as vLLM wants it, that NumPy copies like the array of the same ids, int64 [tokens], that comes with it:
-    vLLM's runner does that, and of thousands of objects it takes as long as all the rest of a request."""
+    """A list of ids that NumPy copies like the array of the same ids, int64 [tokens], that comes with it.
+
+    Versions: 0.25 to 0.32. vLLM's runner copies a request's list of ids to an array. For thousands of Python integers
+    this takes as long as the rest of a request. vLLM requires a list, so this is one.
+    """
 
     def __init__(self, ids: list[int], array: np.ndarray) -> None:
         super().__init__(ids)
@@ -223,11 +303,15 @@ class TokenIds(list[int]):
         return self._array if dtype is None else self._array.astype(dtype)
 
 
-def core_request(request_id: str, tokens: TokenIds, sink: str, read_cache: bool) -> EngineCoreRequest:
-    """A pooling request. sink: where the pooler puts its rows. read_cache: whether it may hit the prefix cache."""
-    params = PoolingParams(task="plugin", skip_reading_prefix_cache=not read_cache, extra_kwargs={"sink": sink})
+def core_request(name: str, tokens: TokenIds, read_cache: bool) -> EngineCoreRequest:
+    """Make a pooling request. name: its id, and the name of the pooler's buffer for its rows.
+
+    read_cache: whether it may hit the prefix cache. Versions: 0.25 to 0.32. The task `plugin` leaves the output to the
+    pooler, and `extra_kwargs` is passed to it unchanged.
+    """
+    params = PoolingParams(task="plugin", skip_reading_prefix_cache=not read_cache, extra_kwargs={"buffer": name})
     return EngineCoreRequest(
-        request_id=request_id,
+        request_id=name,
         prompt_token_ids=tokens,
         mm_features=None,
         sampling_params=None,
@@ -240,32 +324,5 @@ def core_request(request_id: str, tokens: TokenIds, sink: str, read_cache: bool)
 
 
 def cached_tokens(output: Any) -> int:
-    """Tokens of a finished request that the prefix cache held when it began."""
+    """Return the tokens of a finished request that the prefix cache held when it began. Versions: 0.25 to 0.32."""
     return int(output.prefill_stats.num_cached_tokens) if output.prefill_stats else 0
-
-
-def has_cached(common: CommonAttentionMetadata) -> bool:
-    """Whether any request of this step has tokens in pages already; told without waiting for the device."""
-    ends = common.seq_lens_cpu_upper_bound
-    if ends is None:
-        return True
-    starts = common.query_start_loc_cpu
-    return bool((ends[: len(starts) - 1] > starts.diff()).any())
-
-
-def metadata_of_step(layer: str) -> Any:
-    """What the builder made for this step and layer; None while vLLM profiles or captures."""
-    made = get_forward_context().attn_metadata
-    return made.get(layer) if isinstance(made, dict) else None
-
-
-def close(core: InprocClient) -> None:
-    """End the core and give its memory back, with what vLLM keeps in the process for the next one."""
-    global running
-    running = None
-    core.shutdown()  # also unfreezes what the garbage collector was told to leave alone, the model among it
-    core.engine_core = None
-    cleanup_dist_env_and_memory()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()

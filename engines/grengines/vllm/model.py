@@ -1,4 +1,4 @@
-"""The models that vLLM loads: HSTU over semantic IDs, and Qwen3 as a decoder over them. Both hand hidden rows out."""
+"""The models that vLLM loads: HSTU over semantic IDs, and Qwen3 as a decoder over them. Both return hidden rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
-from vllm.v1.pool.metadata import PoolingMetadata
 
 from grengines.models.decoder.model import level_logits
 from grengines.models.hstu.config import HSTUConfig
@@ -18,14 +16,14 @@ from grengines.models.hstu.generator import HSTUGenerator
 from grengines.models.hstu.model import EPS, HSTULayer
 from grengines.vllm import compat
 from grengines.vllm.hstu_attention import HSTUAttentionBackend
-from grengines.vllm.rows import BeamRows, Step
+from grengines.vllm.rows import BeamRows, StepRows
 from grengines.vllm.softmax_attention import SoftmaxAttentionBackend
 from grkernels.operators import Operators
 
 
 @dataclass
-class Sink:
-    """Where hidden rows of one vLLM request go: the row at place p of its sequence to rows[p - first]."""
+class OutputBuffer:
+    """Hidden rows of one vLLM request: the row at place p of its sequence is copied to rows[p - first]."""
 
     rows: Tensor  # [wanted, E]
     first: int
@@ -33,38 +31,38 @@ class Sink:
 
 
 class RowPooler(compat.Pooler):
-    """Copies the hidden rows that are wanted into the sinks that requests name; returns nothing.
+    """A pooler that copies the wanted hidden rows to the buffers that requests name. It returns nothing.
 
-    Chunks may come in any cut, and after a preemption again: a row's place decides where it goes.
+    Chunks may end anywhere, and rows come again after a preemption: the place of a row determines where it is copied.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.sinks: dict[str, Sink] = {}
+        self.buffers: dict[str, OutputBuffer] = {}
 
     def get_supported_tasks(self) -> Set[Any]:
         return {"plugin"}
 
-    def forward(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> list[Tensor]:
+    def forward(self, hidden_states: Tensor, pooling_metadata: compat.PoolingMetadata) -> list[Tensor]:
+        """Copy the rows of one step. hidden_states: [n, E]."""
         cursor = pooling_metadata.get_pooling_cursor()
         scheduled, ends = cursor.num_scheduled_tokens_cpu.tolist(), cursor.seq_lens_cpu.tolist()
         at = 0
         for params, n, end in zip(pooling_metadata.pooling_params, scheduled, ends, strict=True):
-            if params.extra_kwargs is not None:  # without: vLLM measures memory
-                sink = self.sinks[params.extra_kwargs["sink"]]
-                begin = max(end - n, sink.first)
+            if params.extra_kwargs is not None:  # None while vLLM measures memory
+                buffer = self.buffers[params.extra_kwargs["buffer"]]
+                begin = max(end - n, buffer.first)
                 if begin < end:
-                    rows = hidden_states[at + begin - (end - n) : at + n]
-                    place = slice(begin - sink.first, end - sink.first)
-                    sink.rows[place] = rows
-                    sink.arrived[place] = True
+                    place = slice(begin - buffer.first, end - buffer.first)
+                    buffer.rows[place] = hidden_states[at + begin - (end - n) : at + n]
+                    buffer.arrived[place] = True
             at += n
         nothing = hidden_states.new_empty(0)
         return [nothing] * len(scheduled)
 
 
 class HSTUForRetrieval(nn.Module):
-    """grengines.models.hstu.generator's model with vLLM's paged attention between its layers.
+    """The model of grengines.models.hstu.generator, with vLLM's paged attention in its layers.
 
     The folder's config.json holds HSTUConfig (`hstu`), the codes of each level (`sizes`), the most rows of beams after
     a prompt (`max_rows`) and the variant of each operator family (`kernels`); its safetensors are HSTUGenerator's.
@@ -96,21 +94,21 @@ class HSTUForRetrieval(nn.Module):
             for i in range(config.layers)
         )
         self.first_layer = str(self.attention[0].layer_name)
-        # vLLM requests under way with rows of beams: the engine says so. None: nobody has, for vLLM is warming up.
-        self.rows_under_way: int | None = None
+        # Requests in flight that have rows of beams, as the scheduler sets it. None: unknown, while vLLM warms up.
+        self.beam_requests: int | None = None
         self.pooler = RowPooler()
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """[n, E]: of tokens alone; `forward` adds the positions."""
+        """Return [n, E], the vectors of tokens alone; `forward` adds the positions."""
         return self.generator.token_table[input_ids.long() % self.beams.vocabulary]
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
     ) -> Tensor:
-        """[n, E]: every row encoded from what it sees."""
-        self._look(input_ids, positions)
-        generator, step = self.generator, Step.of(self.beams, self.operators, input_ids, positions)
-        # While vLLM measures memory places go up to its own limit.
+        """Encode every row from the keys that it sees. Return [n, E]."""
+        self._find_keys(input_ids, positions)
+        generator, step = self.generator, StepRows.of(self.beams, self.operators, input_ids, positions)
+        # While vLLM measures memory positions go up to its own limit.
         place = step.positions.clamp(max=generator.position_table.shape[0] - 1)
         x = generator.token_table[step.tokens] + generator.position_table[place]
         for layer, attention in zip(generator.layers, self.attention, strict=True):
@@ -121,17 +119,17 @@ class HSTUForRetrieval(nn.Module):
         return x
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """fp32 [rows, V]: of every token."""
+        """Return the logits of every token, fp32 [rows, V]."""
         generator = self.generator
         y = generator.kernels.layer_norm(hidden_states, generator.norm.weight, generator.norm.bias, eps=EPS)
         return nn.functional.linear(y.float(), generator.token_table.float())
 
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
-        """fp32 [rows, codes of the level]."""
+        """Return the logits of the codes of a level, fp32 [rows, codes]."""
         return self.generator.logits(hidden, level)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Names loaded. Raises ValueError for a tensor that the model hasn't."""
+        """Load tensors, and return their names. Raises ValueError for a tensor that the model lacks."""
         parameters = dict(self.generator.named_parameters())
         loaded = set()
         with torch.no_grad():
@@ -142,15 +140,15 @@ class HSTUForRetrieval(nn.Module):
                 loaded.add(f"generator.{name}")
         return loaded
 
-    @compat.eager_break_during_capture
-    def _look(self, input_ids: Tensor, positions: Tensor) -> None:
-        """Once a step, before the layers; never part of a captured graph."""
+    @compat.break_capture
+    def _find_keys(self, input_ids: Tensor, positions: Tensor) -> None:
+        """Add the keys that rows see to the step's metadata. Never part of a captured graph."""
         metadata = compat.metadata_of_step(self.first_layer)
         if metadata is not None:
-            metadata.find_reach(self.beams, self.operators, input_ids, positions, self.rows_under_way == 0)
+            metadata.find_hstu_keys(self.beams, self.operators, input_ids, positions, self.beam_requests == 0)
 
 
-class DecoderForRetrieval(Qwen3ForCausalLM):
+class DecoderForRetrieval(compat.Qwen3ForCausalLM):
     """vLLM's Qwen3 with attention over rows of beams.
 
     The folder's config.json is transformers' for Qwen3, with the codes of each level (`sizes`), the most rows of beams
@@ -162,7 +160,7 @@ class DecoderForRetrieval(Qwen3ForCausalLM):
     def __init__(self, *, vllm_config: compat.VllmConfig, prefix: str = "") -> None:
         described = vllm_config.model_config.hf_config
         operators = Operators.of(described.kernels)
-        with compat.qwen3_with(SoftmaxAttentionBackend, kernels=operators):
+        with compat.Qwen3Attention(SoftmaxAttentionBackend, kernels=operators):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.operators = operators
         self.beams = BeamRows(tuple(described.sizes), described.max_rows)
@@ -171,25 +169,25 @@ class DecoderForRetrieval(Qwen3ForCausalLM):
         ours = dict(described.kernels)
         alone = f"FlashAttention {self.flash.keywords['fa_version']}" if self.flash else ours["beam_attention"]
         self.kernels = ours | {"attention of prompts alone": alone, "others": "vLLM's"}  # for records
-        self.rows_under_way: int | None = None  # as HSTUForRetrieval's
+        self.beam_requests: int | None = None  # as HSTUForRetrieval's
         self.pooler = RowPooler()
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
     ) -> Tensor:
-        """[n, E]: every row encoded from what it sees, after the final norm."""
-        self._look(input_ids, positions)
-        step = Step.of(self.beams, self.operators, input_ids, positions)
+        """Encode every row from the keys that it sees. Return [n, E] after the final norm."""
+        self._find_keys(input_ids, positions)
+        step = StepRows.of(self.beams, self.operators, input_ids, positions)
         encoded: Tensor = self.model(step.tokens, step.positions)
         return encoded
 
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
-        """fp32 [rows, codes of the level]."""
+        """Return the logits of the codes of a level, fp32 [rows, codes]."""
         return level_logits(hidden, self.model.embed_tokens.weight, self.beams.sizes, level)
 
-    @compat.eager_break_during_capture
-    def _look(self, input_ids: Tensor, positions: Tensor) -> None:
-        """Once a step, before the layers. FlashAttention needs nothing of it for prompts alone."""
+    @compat.break_capture
+    def _find_keys(self, input_ids: Tensor, positions: Tensor) -> None:
+        """Add the keys that rows see to the step's metadata. FlashAttention does not need them for prompts alone."""
         metadata = compat.metadata_of_step(self.first_layer)
-        if metadata is not None and not (self.flash is not None and self.rows_under_way == 0):
-            metadata.find_sight(self.beams, self.operators, input_ids, positions)
+        if metadata is not None and not (self.flash is not None and self.beam_requests == 0):
+            metadata.find_beam_keys(self.beams, self.operators, input_ids, positions)

@@ -8,70 +8,42 @@ import torch
 from torch import Tensor
 
 from grengines.vllm import compat
-from grengines.vllm.hstu_attention import StepMetadata, StepMetadataBuilder
-from grkernels.operators import Operators
+from grengines.vllm.attention import MISSING, PagedAttention, StepMetadata, StepMetadataBuilder
 
 
-class SoftmaxAttentionImpl(compat.AttentionImpl[StepMetadata]):
-    """One layer's attention. Steps without rows of beams may go to vLLM's FlashAttention, where it can be had: it is
-    made for long prompts, `beam_attention` for rows of beams."""
+class SoftmaxAttention(PagedAttention):
+    """Softmax attention of one layer.
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int | None = None,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        kv_sharing_target_layer_name: str | None = None,
-        *,
-        kernels: Operators,
+    Steps without rows of beams go to vLLM's FlashAttention if it is available: it is made for long prompts, and
+    `beam_attention` for rows of beams.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.flash = compat.flash_attention(self.head_size, torch.get_default_dtype())
+
+    def attend(
+        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepMetadata
     ) -> None:
-        self.num_heads, self.head_size, self.scale, self.kv_cache_dtype = num_heads, head_size, scale, kv_cache_dtype
-        self.num_kv_heads, self._kernels = num_kv_heads or num_heads, kernels
-        self.flash = compat.flash_attention(head_size, torch.get_default_dtype())
-
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: StepMetadata | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """query and output [n, H, d], key and value [n, Hkv, d], padded behind the step's tokens. Without metadata
-        (vLLM measures memory) zeros."""
-        if attn_metadata is None:
-            return output.zero_()
-        step, n = attn_metadata, attn_metadata.tokens
-        k_pages, v_pages = compat.pages(kv_cache, self.head_size)
-        self._kernels.paged_write(key[:n], value[:n], step.slots[:n], k_pages, v_pages)
-        if step.sight is not None:
-            self._kernels.beam_attention(
-                output[:n],
-                query[:n],
+        """Attend to keys in pages, those of this step included."""
+        if step.beams is not None:
+            self.kernels.beam_attention(
+                out,
+                q,
                 k_pages,
                 v_pages,
-                starts=step.sight.starts,
+                starts=step.beams.starts,
                 block_table=step.block_table,
-                limits=step.sight.limits,
-                own_slots=step.sight.own_slots,
+                limits=step.beams.limits,
+                own_slots=step.beams.own_slots,
                 scale=self.scale,
             )
         elif self.flash is not None:
             self.flash(
-                query[:n],
+                q,
                 k_pages,
                 v_pages,
-                out=output[:n],
+                out=out,
                 cu_seqlens_q=step.starts,
                 max_seqlen_q=step.max_query_len,
                 seqused_k=step.lengths,
@@ -81,16 +53,15 @@ class SoftmaxAttentionImpl(compat.AttentionImpl[StepMetadata]):
                 block_table=step.block_table,
             )
         else:
-            raise RuntimeError("attention before the model looked at the step's token ids")
-        if n < len(output):
-            output[n:].zero_()
-        return output
+            raise RuntimeError(MISSING)
 
 
-class SoftmaxAttentionBackend(compat.OurBackend):
+class SoftmaxAttentionBackend(compat.PageBackend):
+    """The backend of SoftmaxAttention."""
+
     @staticmethod
-    def get_impl_cls() -> type[SoftmaxAttentionImpl]:
-        return SoftmaxAttentionImpl
+    def get_impl_cls() -> type[SoftmaxAttention]:
+        return SoftmaxAttention
 
     @staticmethod
     def get_builder_cls() -> type[StepMetadataBuilder]:

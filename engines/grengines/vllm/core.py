@@ -1,0 +1,136 @@
+"""vLLM's engine core in this process: start, requests, steps, and an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grengines.vllm import compat, plugin
+from grengines.vllm.environment import unchanged_process
+from grengines.vllm.model import OutputBuffer
+
+_running = False
+
+
+class VLLMCore:
+    """A running engine core, until `close`. The process has one at a time, since vLLM keeps its groups in globals.
+
+    arguments: of vLLM's EngineArgs. Raises RuntimeError while another core runs, and ValueError with vLLM's own words
+    for arguments that it refuses. What vLLM changes in the process is restored by `close`, and after a failed start.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        with ExitStack() as opened:
+            opened.enter_context(_one_a_process())
+            opened.enter_context(unchanged_process())
+            plugin.register()
+            self._log = compat.LastLogLines()
+            opened.callback(compat.release_memory)
+            try:
+                self.config = compat.engine_config(arguments)
+                opened.enter_context(self._log.attached())
+                self.client: Any = compat.client(self.config)
+            except ValueError as e:
+                raise ValueError(f"vLLM refuses: {' '.join(str(e).split())}") from e
+            opened.callback(self._shut_down)
+            self._hashes = compat.BlockHashes(self.client)
+            self.model = compat.model_of(self.client)
+            self.model.beam_requests = 0
+            self._opened = opened.pop_all()
+
+    @property
+    def blocks(self) -> int:
+        """Return the number of pages of the KV cache."""
+        return int(self.config.cache_config.num_gpu_blocks)
+
+    @property
+    def prefix_caching(self) -> bool:
+        return bool(self.config.cache_config.enable_prefix_caching)
+
+    def submit(self, name: str, ids: list[int], sequence: np.ndarray, rows: Tensor, hashes: Sequence[Any]) -> None:
+        """Add a request whose last hidden rows are copied to `rows` [wanted, E].
+
+        ids: its tokens; sequence: the same, int64 [tokens]. hashes: of the blocks that it begins with, if known.
+        """
+        wanted = len(rows)
+        self.model.pooler.buffers[name] = OutputBuffer(rows, len(sequence) - wanted, np.zeros(wanted, np.bool_))
+        if self.prefix_caching:
+            self._hashes.known[name] = hashes
+        self.client.add_request(compat.core_request(name, compat.TokenIds(ids, sequence), self.prefix_caching))
+
+    def hashes_of(self, name: str) -> list[Any]:
+        """Return the hashes of a request's whole blocks; none without prefix caching."""
+        return compat.hashes_of(self.client, name)
+
+    def step(self) -> list[Any]:
+        """Run one step of the scheduler. Return the outputs of the requests that it finished.
+
+        Raises RuntimeError with vLLM's own error, and torch.OutOfMemoryError unchanged. The core is of no use then.
+        Raises RuntimeError for rows that never arrived: they were in the prefix cache, so they were not computed.
+        """
+        try:
+            outputs = self.client.get_output().outputs
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as e:
+            reason = " ".join(str(e).split()) or "no message"
+            causes = "; ".join([f"{type(e).__name__}: {reason}", *self._log.lines])
+            raise RuntimeError(f"vLLM's engine core died: {causes}; the log has the rest") from e
+        finished = [output for output in outputs if output.finished]
+        for output in finished:
+            missing = int((~self.model.pooler.buffers.pop(output.request_id).arrived).sum())
+            if missing:
+                raise RuntimeError(f"{missing} rows of beams hit the prefix cache: they must all be different")
+        return finished
+
+    def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache. Raises RuntimeError while requests are in flight."""
+        if self.prefix_caching and not self.client.reset_prefix_cache():
+            raise RuntimeError("vLLM didn't empty its prefix cache: requests are in flight")
+
+    def describe(self) -> dict[str, Any]:
+        """Return vLLM's resolved configuration, as JSON values."""
+        config, graphs = self.config, self.config.compilation_config
+        layer = next(m for m in self.model.modules() if isinstance(m, compat.Attention))
+        return {
+            "vllm": compat.VERSION,
+            "attention_backend": layer.attn_backend.__name__,
+            "kernels": self.model.kernels,
+            "prefix_caching": self.prefix_caching,
+            "chunked_prefill": bool(config.scheduler_config.enable_chunked_prefill),
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+            "max_model_len": config.model_config.max_model_len,
+            "block_size": config.cache_config.block_size,
+            "kv_blocks": self.blocks,
+            "compilation": graphs.mode.name,
+            "cuda_graphs": graphs.cudagraph_mode.name,
+            "graph_tokens": list(graphs.cudagraph_capture_sizes or []),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+
+    def close(self) -> None:
+        """End the core, give its memory back, and restore the process. A second call does nothing."""
+        self._opened.close()
+
+    def _shut_down(self) -> None:
+        client, self.client, self.model, self.config = self.client, None, None, None
+        compat.shut_down(client)
+
+
+@contextmanager
+def _one_a_process() -> Iterator[None]:
+    """Count the core of this process. Raises RuntimeError where there is one."""
+    global _running
+    if _running:
+        raise RuntimeError("another engine of this process runs vLLM, which can run once in a process; close it first")
+    _running = True
+    try:
+        yield
+    finally:
+        _running = False
