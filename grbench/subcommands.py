@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "doctor": Subcommand("grbench.tools.doctor:main", "what this machine can run, what is missing, how to install it"),
     "kernels": Subcommand("grbench.kernelbench.command:main", "operators one by one: gated, timed, with the roofline"),
     "cachesim": Subcommand("grbench.cachesim.command:main", "cache policies on a long trace, with the offline optimum"),
+    "config": Subcommand("grbench.config.reference:main", "every key with its allowed values, default and meaning"),
     "sizing": Subcommand("grbench.tools.sizing:main", "parameters, FLOPs and KV bytes of a model and a workload"),
     "overhead": Subcommand("grbench.tools.overhead:main", "latency that the harness itself adds"),
     "report": Subcommand("grbench.report.command:main", "a Markdown page with tables and plots, from records"),

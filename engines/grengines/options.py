@@ -15,15 +15,16 @@ from typing import Any
 
 def option(
     default: Any,
+    help: str = "",
     *,
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
     choices: Sequence[str] | None = None,
 ) -> Any:
-    """A dataclass field with a default and the values it allows (`None` is always allowed by type only)."""
+    """A dataclass field with a default, its meaning in words, and the values it allows (None: as its type says)."""
     allowed = {"ge": ge, "gt": gt, "le": le, "choices": tuple(choices) if choices else None}
-    metadata = {"allowed": {k: v for k, v in allowed.items() if v is not None}}
+    metadata = {"help": help, "allowed": {k: v for k, v in allowed.items() if v is not None}}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -33,9 +34,10 @@ def describe(field: dataclasses.Field[Any]) -> str:
     """What the field allows, in words: type, then range or choices."""
     allowed = field.metadata.get("allowed", {})
     if "choices" in allowed:
-        return "one of " + ", ".join(allowed["choices"])
+        some = "any of" if str(field.type).startswith("list[") else "one of"
+        return f"{some} {', '.join(allowed['choices'])}"
     kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)  # str: of postponed annotations
-    kind = kind.replace("Optional[", "").replace("]", "").replace("list[", "list of ")
+    kind = kind.replace("]", "").replace("list[", "list of ").replace(" | None", " or null")
     bounds = [f"{sign} {allowed[key]}" for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if key in allowed]
     return " ".join([kind, " and ".join(bounds)]).strip()
 
@@ -71,7 +73,7 @@ def _allows(allowed: dict[str, Any], value: Any) -> bool:
 class DeviceOptions:
     """Options of every engine that computes on a device of its choice."""
 
-    name: str = "engine"
-    device: str = option("auto", choices=["auto", "cpu", "cuda"])  # auto: cuda where there is one
-    precision: str = option("auto", choices=["auto", "fp32", "fp16", "bf16"])  # auto: bf16 on cuda, fp32 on cpu
-    cpu_threads: int = option(0, ge=0, le=1024)  # 0: PyTorch's own choice
+    name: str = option("engine", "name of the engine")
+    device: str = option("auto", "auto: cuda if the engine can use a GPU here", choices=["auto", "cpu", "cuda"])
+    precision: str = option("auto", "auto: bf16 on cuda, fp32 on cpu", choices=["auto", "fp32", "fp16", "bf16"])
+    cpu_threads: int = option(0, "0: the choice of the library that computes", ge=0, le=1024)

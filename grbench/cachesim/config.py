@@ -21,15 +21,19 @@ class CacheSimConfig:
 
     model: Any = field(default_factory=dict)
     workload: Any = field(default_factory=dict)
-    policies: list[str] = field(default_factory=list)  # empty: all
-    shares: list[float] = option([0.01, 0.03, 0.1, 0.3, 0.6], gt=0, le=1)  # sizes, of all users' last states together
-    sizes_gb: list[float] = option([], gt=0)  # sizes in 10^9 bytes, in place of shares
-    admit_visit: int = option(1, ge=0)  # the visit from which a user's state is stored; 0: as in `cache`
-    page: int = option(64, ge=16, le=256)  # tokens of a page
-    precision: str = option("bf16", choices=["bf16", "fp16", "fp32"])  # of keys and values
-    seed: int = option(0, ge=0, le=2**31 - 1)
+    policies: list[str] = option([], "cache policies to simulate (lru, lfu, gdsf, predictive, none); empty: all")
+    shares: list[float] = option(
+        [0.01, 0.03, 0.1, 0.3, 0.6], "cache sizes, as shares of the last states of all users together", gt=0, le=1
+    )
+    sizes_gb: list[float] = option([], "cache sizes in 10^9 bytes; they replace `shares`", gt=0)
+    admit_visit: int = option(
+        1, "visit from which a user's state is stored; 0: the first while enough users return, else the second", ge=0
+    )
+    page: int = option(64, "tokens of a page", ge=16, le=256)
+    precision: str = option("bf16", "precision of keys and values", choices=["bf16", "fp16", "fp32"])
+    seed: int = option(0, "seed of the trace", ge=0, le=2**31 - 1)
     tracking: Any = field(default_factory=dict)
-    output_root: str = "outputs"  # results, plot and the MLflow database go here
+    output_root: str = option("outputs", "folder for results, plots and the MLflow database")
 
     @property
     def chosen(self) -> list[str]:

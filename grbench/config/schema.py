@@ -51,31 +51,42 @@ class ConfigError(CommandError):
 class GateConfig:
     """The check that every cell must pass before it is measured: see grbench/gate/rank.py."""
 
-    requests: int = option(4, ge=2, le=64)  # of the trace, the shortest and the longest among them
-    max_error_ratio: float = option(2.0, gt=0)  # error allowed, as a multiple of plain torch's in the same precision
-    quality_requests: int = option(512, ge=0)  # last of the trace, ranked for AUC where there are labels: quality.py
-    allow_loss: list[str] = option([], choices=["fp16", "bf16", "int8", "fp8"])  # that may lose more than 0.1% of it
+    requests: int = option(
+        4, "requests compared with the fp32 reference before and after measuring, the shortest and longest among them",
+        ge=2, le=64,
+    )  # fmt: skip
+    max_error_ratio: float = option(
+        2.0, "largest error that passes, as a multiple of the error of eager PyTorch in the same precision", gt=0
+    )
+    quality_requests: int = option(
+        512, "with weights and labelled tasks: last requests of the trace, ranked for AUC and normalised entropy", ge=0
+    )
+    allow_loss: list[str] = option(
+        [], "precisions that may lose more than 0.1% of either", choices=["fp16", "bf16", "int8", "fp8"]
+    )
 
 
 @dataclass
 class RetrievalConfig:
     """What tasks that generate search for: see docs/ARCHITECTURE.md, Generation."""
 
-    k: int = option(10, ge=1, le=1000)  # items of an answer
-    beam_width: int = option(32, ge=1, le=1024)  # beams of a search, at least k
-    levels: int = option(3, ge=1, le=8)  # codes of an item's semantic ID
-    codes: int = option(0, ge=0, le=65536)  # of each level; 0: as the catalogue's size needs
-    semantic_ids: str | None = None  # safetensors file of ids; null: made from the workload's items
-    weights: str | None = None  # safetensors file of the generator; null: random weights from the seed
+    k: int = option(10, "items of an answer", ge=1, le=1000)
+    beam_width: int = option(32, "beams of a search, at least `k`", ge=1, le=1024)
+    levels: int = option(3, "codes of an item's semantic ID", ge=1, le=8)
+    codes: int = option(0, "codes of a level; 0: as many as the size of the catalogue needs", ge=0, le=65536)
+    semantic_ids: str | None = option(None, "safetensors file of semantic IDs; null: made from the workload's items")
+    weights: str | None = option(None, "safetensors file of the generator; null: random weights from `seed`")
 
 
 @dataclass
 class RunnerConfig:
     """How cells are run; no part of what is measured."""
 
-    output_root: str = "outputs"  # records, samples, logs and the MLflow database go here
-    timeout_s: float = option(1800.0, gt=0)  # a worker that takes longer is stopped: status TIMEOUT
-    memory_limit_gb: float | None = option(None, gt=0)  # host memory of a worker; past it: status OOM
+    output_root: str = option("outputs", "folder for records, samples, logs and the MLflow database")
+    timeout_s: float = option(1800.0, "time limit of a worker; beyond it: status TIMEOUT", gt=0)
+    memory_limit_gb: float | None = option(
+        None, "host memory of a worker, 10^9 bytes; beyond it: status OOM; null: no limit", gt=0
+    )
 
 
 def schemas() -> dict[str, dict[str, type]]:
@@ -117,15 +128,19 @@ class RunConfig:
     workload: Any = field(default_factory=dict)
     scenario: Any = field(default_factory=dict)
     tracking: Any = field(default_factory=dict)
-    task: str = option("auto", choices=["auto", *TASKS])  # auto: what the engine is for
+    task: str = option(
+        "auto", "work of each request; auto: the first task that the engine has", choices=["auto", *TASKS]
+    )
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
-    latency_limit_ms: float = option(80.0, gt=0)  # goodput counts answers within it; the server scenario's p99 limit
-    warmup_batches: int = option(8, ge=0, le=10_000)
-    seed: int = option(0, ge=0, le=2**31 - 1)
-    rerun: bool = False  # sweeps: run again the cells that have a record
-    rerun_failed: bool = False  # sweeps: run again the cells whose record is not OK
+    latency_limit_ms: float = option(
+        80.0, "goodput counts the answers within it; limit of p99 in the server scenario", gt=0
+    )
+    warmup_batches: int = option(8, "batches before measuring begins", ge=0, le=10_000)
+    seed: int = option(0, "seed of the weights, the trace and the arrivals", ge=0, le=2**31 - 1)
+    rerun: bool = option(False, "sweeps: measure again the cells that have a record")
+    rerun_failed: bool = option(False, "sweeps: measure again the cells whose record is not OK")
 
 
 @dataclass(frozen=True)

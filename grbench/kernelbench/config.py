@@ -22,18 +22,20 @@ from grkernels import registry
 class KernelBenchConfig:
     """The root of the configuration: `python -m grbench kernels --cfg job` shows it whole."""
 
-    families: list[str] = field(default_factory=list)  # empty: all
-    variants: list[str] = field(default_factory=list)  # empty: all of each family
-    shapes: list[str] = field(default_factory=list)  # names or patterns such as 4x128_*; empty: all
-    dtype: str = option("bf16", choices=["bf16", "fp16", "fp32"])
-    device: str = option("auto", choices=["auto", "cuda", "cpu"])
-    seed: int = option(0, ge=0, le=2**31 - 1)
-    repeats: int = option(30, ge=3, le=1000)  # of each variant and shape, at least
-    min_time_s: float = option(1.0, gt=0)  # a shape's repetitions go on for about this long
-    tune: bool = False  # first measure every launch configuration and write this GPU's table
-    peers: bool = True  # also measure other projects' kernels, where installed
+    families: list[str] = option([], "operator families; empty: all")
+    variants: list[str] = option([], "variants of each family; empty: all")
+    shapes: list[str] = option(
+        [], "names of shapes or patterns such as 4x128_*; empty: all, on a CPU without those that need a full name"
+    )
+    dtype: str = option("bf16", "type of the operands", choices=["bf16", "fp16", "fp32"])
+    device: str = option("auto", "auto: a GPU if there is one", choices=["auto", "cuda", "cpu"])
+    seed: int = option(0, "seed of the operands", ge=0, le=2**31 - 1)
+    repeats: int = option(30, "fewest repetitions of a variant and shape", ge=3, le=1000)
+    min_time_s: float = option(1.0, "time that the repetitions of a shape take, about", gt=0)
+    tune: bool = option(False, "first measure every launch configuration and write the table of this GPU")
+    peers: bool = option(True, "also measure kernels of other projects that are installed")
     tracking: Any = field(default_factory=dict)
-    output_root: str = "outputs"  # results, plots and the MLflow database go here
+    output_root: str = option("outputs", "folder for results, plots and the MLflow database")
 
 
 @dataclass(frozen=True)

@@ -9,57 +9,67 @@ from grengines.options import option
 
 @dataclass
 class ScenarioConfig:
-    """Dynamic batching, for every scenario. A batch closes when it is full or its oldest request has waited enough."""
+    """Dynamic batching: a batch closes when it is full or its oldest request has waited long enough."""
 
-    name: str = "???"
-    max_batch: int = option(8, ge=1, le=65536)
-    max_wait_ms: float = option(0.0, ge=0, le=60_000)  # 0: a batch closes at once
-    queries: int = option(1024, ge=1)  # at least this many requests are answered
-    in_flight: int = option(1, ge=1, le=16)  # batches at the same time; one behind another begins once it is full
+    name: str = option("???", "name of the scenario in records")
+    max_batch: int = option(8, "most requests of a batch", ge=1, le=65536)
+    max_wait_ms: float = option(0.0, "longest wait for more requests; 0: take those that are there", ge=0, le=60_000)
+    queries: int = option(1024, "fewest requests to answer", ge=1)
+    in_flight: int = option(1, "batches in flight; one behind another starts once it is full", ge=1, le=16)
 
 
 @dataclass
 class LoadGenConfig(ScenarioConfig):
-    """Options that MLPerf's scenarios share."""
+    """A scenario of MLPerf LoadGen."""
 
-    min_duration_s: float = option(0.0, ge=0)  # and for at least this long
+    min_duration_s: float = option(0.0, "shortest measurement", ge=0)
 
 
 @dataclass
 class OfflineConfig(LoadGenConfig):
     """MLPerf offline: every request arrives at the start. Throughput counts."""
 
-    expected_qps: float = option(1000.0, gt=0)  # sizes the one big query when min_duration_s is set
+    name: str = option("offline", "name of the scenario in records")
+    expected_qps: float = option(1000.0, "sizes the one query for `min_duration_s`", gt=0)
 
 
 @dataclass
 class ServerConfig(LoadGenConfig):
-    """MLPerf server: Poisson arrivals at a fixed mean rate. p99 counts, against latency_limit_ms."""
+    """MLPerf server: Poisson arrivals at a fixed mean rate; p99 counts, against `latency_limit_ms`."""
 
-    target_qps: float = option(100.0, gt=0)
+    name: str = option("server", "name of the scenario in records")
+    target_qps: float = option(100.0, "mean arrival rate", gt=0)
 
 
 @dataclass
 class SingleStreamConfig(LoadGenConfig):
     """MLPerf single stream: the next request is sent when the last is answered. Latency counts."""
 
+    name: str = option("single_stream", "name of the scenario in records")
+
 
 @dataclass
 class MultiStreamConfig(LoadGenConfig):
-    """MLPerf multi stream: queries of several requests each, one query at a time. `queries` counts requests."""
+    """MLPerf multi stream: queries of several requests each, one query at a time.
 
-    samples_per_query: int = option(8, ge=1, le=65536)
+    `queries` counts requests. MLPerf's rules need at least 662 queries.
+    """
+
+    name: str = option("multi_stream", "name of the scenario in records")
+    samples_per_query: int = option(8, "requests of a query", ge=1, le=65536)
 
 
 @dataclass
 class TraceReplayConfig(ScenarioConfig):
-    """Requests arrive at the trace's own times. One factor scales all intervals to reach a mean rate."""
+    """Requests arrive at the trace's own times, all intervals scaled by one factor."""
 
-    mean_qps: float | None = option(None, gt=0)  # null: the trace's own clock, unscaled
+    name: str = option("trace_replay", "name of the scenario in records")
+    mean_qps: float | None = option(None, "mean rate to scale to; null: the trace's own clock", gt=0)
 
 
 @dataclass
 class ClosedLoopConfig(ScenarioConfig):
-    """N clients: each sends its next request as soon as its last is answered."""
+    """Clients that each send their next request when their last is answered."""
 
-    clients: int = option(16, ge=1, le=1_000_000)
+    name: str = option("closed_loop", "name of the scenario in records")
+    clients: int = option(16, "clients", ge=1, le=1_000_000)

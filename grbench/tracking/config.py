@@ -1,21 +1,23 @@
-"""Options of tracking."""
+"""Options of tracking: the store that runs are logged to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from grengines.options import option
 
 
 @dataclass
 class MlflowConfig:
     """MLflow, in a local sqlite file or on a server."""
 
-    name: str = "mlflow"
-    uri: str | None = None  # null: sqlite in <runner.output_root>/mlruns.db; or http://host:port
-    experiment: str = "grbench"
+    name: str = option("mlflow", "name of the tracking in records")
+    uri: str | None = option(None, "tracking URI, such as http://host:port; null: mlruns.db under the output root")
+    experiment: str = option("grbench", "MLflow experiment of the runs")
 
 
 @dataclass
 class NoTrackingConfig:
     """Records on disk only."""
 
-    name: str = "none"
+    name: str = option("none", "name of the tracking in records")

@@ -9,16 +9,18 @@ from grkernels import registry
 from grkernels.families import AUTO
 
 
-def _option(default: Any, *choices: str) -> Any:
-    # The metadata is what a harness shows and checks: the values this key allows.
-    return field(default=default, metadata={"allowed": {"choices": (AUTO, *choices)}})
+def _option(default: Any, help: str, *choices: str) -> Any:
+    # The metadata is for the harness: it shows the meaning, and checks the allowed values.
+    return field(default=default, metadata={"help": help, "allowed": {"choices": (AUTO, *choices)}})
 
 
 @dataclass
 class KernelGroup:
     """`name`: the variant of every family that has it and whose own field is None; the others choose by auto."""
 
-    name: str = _option(AUTO, *registry.variant_names())
+    name: str = _option(
+        AUTO, "variant of every family that has it; auto: the fastest that runs", *registry.variant_names()
+    )
 
     def requested(self) -> dict[str, str]:
         """The variant asked for of each family; auto: the fastest that runs."""
@@ -27,7 +29,13 @@ class KernelGroup:
 
 KernelConfig: type[KernelGroup] = make_dataclass(
     "KernelConfig",
-    [(name, str | None, _option(None, *registry.variants(name))) for name in registry.FAMILIES],
+    [
+        (name, str | None, _option(None, f"variant of: {spec.summary}; null: as `name`", *spec.variants))
+        for name, spec in registry.FAMILIES.items()
+    ],
     bases=(KernelGroup,),
-    namespace={"__module__": __name__, "__doc__": "KernelGroup with a field a family: its own variant."},
+    namespace={
+        "__module__": __name__,
+        "__doc__": "Variants of the operators: one for all families, or one for each.",
+    },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Grbench
+from omegaconf import DictConfig, OmegaConf
 
+from grbench.cli import main
 from grbench.config.compose import compose_cells, compose_spec
-from grbench.config.schema import ConfigError, spec_from_json, spec_to_json
+from grbench.config.reference import ROOTS, reference
+from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json
 
 GROUPS = ["model", "engine", "kernel", "cache", "workload", "scenario", "tracking"]
 OPTIONS = [
@@ -27,6 +31,53 @@ def test_every_option_of_every_group_composes(group: str, name: str) -> None:
     chosen = getattr(run, group)
     assert chosen.name == name
     assert spec_from_json(spec_to_json(spec)) == spec
+
+
+@pytest.mark.parametrize("group, name", OPTIONS)
+def test_a_file_holds_only_values_that_differ_from_its_schema(group: str, name: str) -> None:
+    path = ROOT / "conf" / group / f"{name}.yaml"
+    assert path.read_text().startswith("# ")  # docs/CONFIG.md shows the comment
+    stated = OmegaConf.load(path)
+    assert isinstance(stated, DictConfig)
+    base, *_ = stated.pop("defaults")
+    schema = OmegaConf.structured(schemas()[group][base.removeprefix(f"/schema/{group}/").removesuffix("@_here_")])
+    restated = [key for key in stated if OmegaConf.merge(schema, {key: stated[key]})[key] == schema._get_node(key)]
+    assert not restated, f"{path}: {restated} are the schema's own defaults: remove them"
+
+
+@pytest.mark.parametrize("name", ["config", "cachesim", "kernelbench"])
+def test_a_root_file_holds_the_groups_and_hydras_settings_alone(name: str) -> None:
+    stated = OmegaConf.load(ROOT / "conf" / f"{name}.yaml")
+    assert set(stated) == {"defaults", "hydra"}
+
+
+def test_the_reference_page_is_current() -> None:
+    page = (ROOT / "docs" / "CONFIG.md").read_text()
+    assert page == reference(), "write it again: python -m grbench config > docs/CONFIG.md"
+
+
+DOCUMENTED = [*(s for group in schemas().values() for s in group.values()), *(s for _, s in ROOTS.values())]
+
+
+@pytest.mark.parametrize("schema", DOCUMENTED, ids=lambda schema: schema.__name__)
+def test_every_key_has_a_meaning(schema: type) -> None:
+    for field in dataclasses.fields(schema):
+        if field.default_factory is dict or dataclasses.is_dataclass(field.default_factory):
+            continue  # a group
+        meaning = field.metadata["help"]
+        assert meaning and not meaning.endswith(".") and "|" not in meaning, field.name
+
+
+def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "gate", "runner"]) == 0
+    printed = capsys.readouterr().out
+    assert "| `max_error_ratio` | float > 0 | `2.0` |" in printed and "| `timeout_s` |" in printed
+    assert printed in reference() and "| `latency_limit_ms` |" not in printed
+    assert main(["config", "gates"]) == 2
+    assert capsys.readouterr().err == (
+        "grbench config: gates: no such group; groups: run, retrieval, gate, runner, model, engine, kernel, cache, "
+        "workload, scenario, tracking, kernels, cachesim\n"
+    )
 
 
 @pytest.mark.parametrize(

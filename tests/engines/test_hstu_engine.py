@@ -6,34 +6,28 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.hstu_oracle import make_requests, scores
-from omegaconf import OmegaConf
 
 from grengines import registry
 from grengines.api import Catalogue, Engine, RankResult, Request, Setup, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.hf.config import HFEngineConfig
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine
-from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import build_model
 from grengines.models.hstu.reference import RankingReference, zero_attention
 from grengines.numerics import relative_error
-from grengines.options import violations
 from grengines.runtime.batch import Bucket, Encoding
 from grengines.runtime.graphs import batch_buckets, choose_bucket, length_buckets, plan_buckets
 from grkernels.config import KernelConfig
 from grkernels.registry import requested
 
 torch.set_num_threads(1)
-CONF = Path(__file__).resolve().parents[2] / "conf"
 CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
 KERNELS = requested("torch")
 MODEL = HSTUConfig(embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128)
@@ -195,25 +189,6 @@ def test_buckets() -> None:
     assert set(with_cache) == {Bucket(1, n, 6, 40) for n in (16, 24, 48)}
     assert choose_bucket(with_cache, [9], [6], [40]) == Bucket(1, 16, 6, 40)
     assert choose_bucket(with_cache, [9], [6], [41]) is None
-
-
-@pytest.mark.parametrize("path", sorted(CONF.glob("model/*.yaml")), ids=lambda p: p.stem)
-def test_model_files_state_every_option(path: Path) -> None:
-    stated = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(stated, dict) and stated.pop("defaults")
-    schema = DecoderConfig if path.stem.startswith("decoder_") else HSTUConfig
-    config = schema(**stated)
-    assert set(stated) == {f.name for f in dataclasses.fields(schema)}
-    assert config.name == path.stem
-    assert not list(violations(config))
-
-
-def test_engine_files_state_the_defaults() -> None:
-    files = {"engine/hstu": HSTUEngineConfig, "engine/hf": HFEngineConfig}
-    for path, schema in files.items():
-        stated = OmegaConf.to_container(OmegaConf.load(CONF / f"{path}.yaml"))
-        assert isinstance(stated, dict) and stated.pop("defaults")
-        assert stated == dataclasses.asdict(schema())
 
 
 def visits(users: int, rounds: int, longest: int, seed: int = 0) -> list[list[Request]]:

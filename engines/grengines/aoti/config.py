@@ -11,8 +11,12 @@ from grengines.options import DeviceOptions, option
 class AOTIEngineConfig(DeviceOptions):
     """HSTU compiled ahead of time, with the kernel variants `torch` and `triton` of the `kernel` group."""
 
-    name: str = "aoti"
-    cuda_graphs: bool = False  # capture one graph for each (batch, length) bucket
-    graph_lengths: list[int] = option([], ge=16)  # length buckets in tokens; empty: 16, 24, 32, 48, ... as needed
-    package: str | None = None  # run this package, which holds machine code; null: from the cache, built if need be
-    fallback: list[str] = option([])  # engines that answer what the package was not built for
+    name: str = option("aoti", "name of the engine")
+    cuda_graphs: bool = option(False, "on cuda: capture a graph for each bucket of batch and length")
+    graph_lengths: list[int] = option(
+        [], "length buckets in tokens; empty: 16, 24, 32, 48, ... up to the longest", ge=16
+    )
+    package: str | None = option(
+        None, "a .pt2 of this engine, which contains machine code; null: from the cache, or built"
+    )
+    fallback: list[str] = option([], "engines for requests that the package was not built for")

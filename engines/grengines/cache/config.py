@@ -6,26 +6,40 @@ from dataclasses import dataclass
 
 from grengines.options import option
 
+ITEM_MEMORY = (
+    "device memory of token vectors, 10^9 bytes: the hot rows of an item table on the host; 0: the whole table"
+)
+
 
 @dataclass
 class CacheConfig:
     """No user-state cache: every request is encoded from its whole history."""
 
-    name: str = option("none", choices=["none"])
-    item_memory_gb: float = option(0.0, ge=0)  # of token vectors on the device, 10^9 bytes; 0: the whole table
+    name: str = option("none", "name of the cache in records", choices=["none"])
+    item_memory_gb: float = option(0.0, ITEM_MEMORY, ge=0)
 
 
 @dataclass
 class PagedCacheConfig:
     """KV cache of users' histories, in pages on the device. For a returning user only new events are encoded."""
 
-    name: str = "lru"
-    policy: str = option("lru", choices=["lru", "lfu", "gdsf", "predictive"])  # evicts when the pages run out
-    admit_visit: int = option(0, ge=0)  # visit from which a state is stored; 0: the first while that pays, else 2
-    page: int = option(64, ge=16, le=256)  # tokens of a page
-    memory_gb: float = option(1.0, gt=0)  # of all pages, 10^9 bytes
-    host_gb: float = option(0.0, ge=0)  # page-locked host memory for evicted states; 0: none
-    host_admit_visit: int = option(2, ge=1)  # visit from which it takes a user's evicted state
-    onload_share: float = option(0.0, ge=0, le=1)  # share of a state on the host to load; 0: as computing hides
-    prefetch_s: float = option(0.0, ge=0)  # prefetch users expected within this trace time; 0: none
-    item_memory_gb: float = option(0.0, ge=0)  # of token vectors on the device, 10^9 bytes; 0: the whole table
+    name: str = option("lru", "name of the cache in records")
+    policy: str = option(
+        "lru", "rule that picks the state to evict when the pages run out", choices=["lru", "lfu", "gdsf", "predictive"]
+    )
+    admit_visit: int = option(
+        0, "visit from which a user's state is stored; 0: the first while enough users return, else the second", ge=0
+    )
+    page: int = option(64, "tokens of a page", ge=16, le=256)
+    memory_gb: float = option(1.0, "device memory of all pages, 10^9 bytes", gt=0)
+    host_gb: float = option(0.0, "page-locked host memory for evicted states, 10^9 bytes; 0: none", ge=0)
+    host_admit_visit: int = option(
+        2, "visit from which the host takes a user's evicted state; most one-time visitors never return", ge=1
+    )
+    onload_share: float = option(
+        0.0, "share of a host state to load, the rest is computed meanwhile; 0: as much as computing hides", ge=0, le=1
+    )
+    prefetch_s: float = option(
+        0.0, "load the states of users expected within this many seconds of the trace; 0: none", ge=0
+    )
+    item_memory_gb: float = option(0.0, ITEM_MEMORY, ge=0)

@@ -11,7 +11,11 @@ from grengines.options import DeviceOptions, option
 class HSTUEngineConfig(DeviceOptions):
     """The native engine: HSTU in PyTorch with the kernel variants that the `kernel` group names."""
 
-    name: str = "hstu"
-    candidate_microbatch: int = option(0, ge=0)  # M-FALCON: prefill once, score this many at a time; 0: all in one pass
-    cuda_graphs: bool = False  # capture one graph for each (batch, length) bucket
-    graph_lengths: list[int] = option([], ge=16)  # length buckets in tokens; empty: 16, 24, 32, 48, ... as needed
+    name: str = option("hstu", "name of the engine")
+    candidate_microbatch: int = option(
+        0, "M-FALCON: prefill once, then rank this many candidates at a time; 0: all in one pass", ge=0
+    )
+    cuda_graphs: bool = option(False, "on cuda: capture a graph for each bucket of batch and length")
+    graph_lengths: list[int] = option(
+        [], "length buckets in tokens; empty: 16, 24, 32, 48, ... up to the longest", ge=16
+    )

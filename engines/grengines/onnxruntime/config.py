@@ -11,10 +11,14 @@ from grengines.options import DeviceOptions, option
 class OnnxRuntimeConfig(DeviceOptions):
     """The exported ranking model in ONNX Runtime, whose own threads `cpu_threads` counts."""
 
-    name: str = "onnxruntime"
-    # auto: fp16 on cuda, fp32 on cpu. int8: quantised at run time, cpu only. bf16: cuda only.
-    precision: str = option("auto", choices=["auto", "fp32", "fp16", "bf16", "int8"])
-    onnx: str | None = None  # an exported model.onnx; null: exported on first use, then from the cache folder
-    spinning: bool = False  # threads wait for work by spinning: faster alone, slower beside other work
-    optimisation: str = option("all", choices=["none", "basic", "extended", "all"])  # of the graph, on loading
-    tile_rows: int = option(0, ge=0)  # query rows that attention takes at a time; 0: 128 on cpu, what fits on cuda
+    name: str = option("onnxruntime", "name of the engine")
+    precision: str = option(
+        "auto", "auto: fp16 on cuda, fp32 on cpu; bf16 needs cuda; int8, quantised at run time, needs a cpu",
+        choices=["auto", "fp32", "fp16", "bf16", "int8"],
+    )  # fmt: skip
+    onnx: str | None = option(None, "an exported model.onnx; null: exported on first use, then from the cache")
+    spinning: bool = option(False, "threads wait for work by spinning: faster alone, slower next to other work")
+    optimisation: str = option(
+        "all", "optimisation of the graph on loading", choices=["none", "basic", "extended", "all"]
+    )
+    tile_rows: int = option(0, "query rows of one attention step; 0: 128 on cpu, as many as fit on cuda", ge=0)

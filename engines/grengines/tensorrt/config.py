@@ -13,14 +13,21 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 class TensorRTConfig:
     """The exported ranking model in TensorRT, or in TensorRT for RTX."""
 
-    name: str = "tensorrt"
-    library: str = option("auto", choices=["auto", "tensorrt", "tensorrt_rtx"])  # auto: the first that is installed
-    # auto: bf16. int8 and fp8: the layers' products, with scales from the workload; the rest is fp16.
-    precision: str = option("auto", choices=["auto", *PRECISIONS])
-    profiles: int = option(2, ge=1, le=8)  # of batches up to so many quantiles of the workload's lengths
-    calibration: int = option(16, ge=0, le=4096)  # requests that int8's and fp8's scales are taken from
-    refit: bool = False  # a plan of one shape serves any weights: new ones are put into it
-    plugin: bool = True  # attention by the project's Triton kernel (tensorrt only); false: by the body in ONNX
-    cuda_graphs: bool = False  # one captured graph for each (batch, length) bucket
-    plan: str | None = None  # a folder that `grbench build-plan` wrote; null: from the cache, or built
-    fallback: list[str] = option([])  # engines that answer what the plan was not built for
+    name: str = option("tensorrt", "name of the engine")
+    library: str = option(
+        "auto", "auto: the first that is installed, tensorrt before tensorrt_rtx",
+        choices=["auto", "tensorrt", "tensorrt_rtx"],
+    )  # fmt: skip
+    precision: str = option(
+        "auto", "auto: bf16; int8 and fp8: the products of the layers, with scales from the workload, the rest in fp16",
+        choices=["auto", *PRECISIONS],
+    )  # fmt: skip
+    profiles: int = option(
+        2, "optimisation profiles, for batches up to this many quantiles of the workload's lengths", ge=1, le=8
+    )
+    calibration: int = option(16, "requests that the scales of int8 and fp8 come from", ge=0, le=4096)
+    refit: bool = option(False, "one plan for any weights of this shape")
+    plugin: bool = option(True, "attention by the project's Triton kernel (tensorrt only); false: by the body in ONNX")
+    cuda_graphs: bool = option(False, "capture a graph for each bucket of batch and length")
+    plan: str | None = option(None, "a folder of `grbench build-plan`; null: from the cache, or built")
+    fallback: list[str] = option([], "engines for requests that the plan was not built for")

@@ -15,15 +15,15 @@ class DecoderConfig:
     Source: Qwen Team, "Qwen3 Technical Report", 2025.
     """
 
-    name: str = "decoder"
-    layers: int = option(2, ge=1, le=256)
-    embedding_dim: int = option(64, ge=8, le=16384)
-    heads: int = option(2, ge=1, le=256)
-    kv_heads: int = option(1, ge=1, le=256)  # heads of keys and values; divides `heads`
-    head_dim: int = option(32, ge=2, le=512)  # even: rotary positions turn pairs
-    mlp_dim: int = option(128, ge=8, le=65536)
-    rope_theta: float = option(1e6, gt=1)
-    max_positions: int = option(4096, ge=8)  # tokens of a prompt; the last so many are kept, whole items
+    name: str = option("decoder", "name of the model in records")
+    layers: int = option(2, "layers", ge=1, le=256)
+    embedding_dim: int = option(64, "width of a token's vector", ge=8, le=16384)
+    heads: int = option(2, "query heads", ge=1, le=256)
+    kv_heads: int = option(1, "heads of keys and values; divides `heads`", ge=1, le=256)
+    head_dim: int = option(32, "width of a head; even, because rotary positions turn pairs", ge=2, le=512)
+    mlp_dim: int = option(128, "hidden width of the MLP", ge=8, le=65536)
+    rope_theta: float = option(1e6, "base of the rotary positions", gt=1)
+    max_positions: int = option(4096, "most tokens of a prompt; the last whole items are kept", ge=8)
 
 
 def contradiction(config: DecoderConfig) -> str | None:

@@ -11,25 +11,28 @@ INTERACTING = 4  # a candidate's vectors that interact: encoded, item, position,
 
 @dataclass
 class HSTUConfig:
-    """Shape of an HSTU ranking model (Zhai et al., ICML 2024, section 3; docs/ARCHITECTURE.md has the maths)."""
+    """Shape of an HSTU ranking model.
 
-    name: str = "hstu"
-    layers: int = option(2, ge=1, le=256)
-    embedding_dim: int = option(64, ge=8, le=16384)
-    heads: int = option(2, ge=1, le=256)
-    qk_dim: int = option(32, ge=1, le=512)  # of each head
-    v_dim: int = option(32, ge=1, le=512)  # of each head
-    contextual_seq_len: int = option(0, ge=0, le=64)  # user-feature tokens before the history
-    max_attn_len: int = option(0, ge=0)  # sliding window in tokens, 0: unlimited
-    alpha: float | None = option(None, gt=0)  # scale of q k^T; null: 1/sqrt(qk_dim)
-    scaling_seqlen: int = option(1024, ge=1)  # N: attention is divided by it, the same for every batch
-    max_positions: int = option(2048, ge=2)  # rows of the position table; later positions share the last row
-    time_buckets: int = option(64, ge=2, le=4096)  # log2-spaced buckets of the gap before each event
-    embedding_rows: int = option(1_000_000, ge=1)  # most rows of the item table; more items share rows
-    head_dim: int = option(64, ge=1)  # hidden width of the ranking head
-    interaction: bool = False  # the head also sees the dot products of a candidate's vectors (DLRM)
-    tasks: list[str] = option(["engagement", "retention", "monetisation"])
-    weights: str | None = None  # safetensors file; null: random weights from the run's seed
+    Source: Zhai et al., ICML 2024, section 3. docs/ARCHITECTURE.md has the maths.
+    """
+
+    name: str = option("hstu", "name of the model in records")
+    layers: int = option(2, "layers", ge=1, le=256)
+    embedding_dim: int = option(64, "width of a token's vector", ge=8, le=16384)
+    heads: int = option(2, "attention heads", ge=1, le=256)
+    qk_dim: int = option(32, "width of a head's queries and keys", ge=1, le=512)
+    v_dim: int = option(32, "width of a head's values", ge=1, le=512)
+    contextual_seq_len: int = option(0, "user-feature tokens before the history", ge=0, le=64)
+    max_attn_len: int = option(0, "sliding window in tokens; 0: unlimited", ge=0)
+    alpha: float | None = option(None, "scale of q k^T; null: 1/sqrt(qk_dim)", gt=0)
+    scaling_seqlen: int = option(1024, "N, by which attention is divided; the same for every batch", ge=1)
+    max_positions: int = option(1024, "rows of the position table; later positions share the last row", ge=2)
+    time_buckets: int = option(64, "log2-spaced buckets of the gap before each event, in seconds", ge=2, le=4096)
+    embedding_rows: int = option(1_000_000, "most rows of the item table; more items share rows", ge=1)
+    head_dim: int = option(64, "hidden width of the ranking head", ge=1)
+    interaction: bool = option(False, "the head also gets the dot products of a candidate's vectors (DLRM)")
+    tasks: list[str] = option(["engagement", "retention", "monetisation"], "outputs of the ranking head")
+    weights: str | None = option(None, "safetensors file; null: random weights from `seed`")
 
     @property
     def interactions(self) -> int:
