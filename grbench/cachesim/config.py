@@ -1,4 +1,4 @@
-"""The configuration of a cache simulation. Nothing here imports torch."""
+"""Configuration of a cache simulation. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grengines.options import option
 
 @dataclass
 class CacheSimConfig:
-    """The root of the configuration: `python -m grbench cachesim --cfg job` shows it whole."""
+    """Root of the configuration. `python -m grbench cachesim --cfg job` prints it."""
 
     model: Any = field(default_factory=dict)
     workload: Any = field(default_factory=dict)
@@ -37,12 +37,12 @@ class CacheSimConfig:
 
     @property
     def chosen(self) -> list[str]:
-        """The policies to simulate, in the registry's order: lru comes before those that are compared with it."""
+        """Policies to simulate, in the registry's order: lru precedes those that are compared with it."""
         return [name for name in policies.names() if not self.policies or name in self.policies]
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra. Safe to call twice."""
+    """Register the dataclasses with Hydra. Safe to call twice."""
     register_groups()
     ConfigStore.instance().store(name="cachesim_schema", node=CacheSimConfig)
 
@@ -54,8 +54,8 @@ def to_config(cfg: DictConfig) -> CacheSimConfig:
     """
     config = checked(cfg, CacheSimConfig)
     if not isinstance(config.model, HSTUConfig):
-        told = "states of HSTU are simulated; allowed: its models, such as model=hstu_tiny"
-        raise ConfigError(f"model={config.model.name}: {told}")
+        allowed = "the simulator has states of HSTU only; allowed are its models, such as model=hstu_tiny"
+        raise ConfigError(f"model={config.model.name}: {allowed}")
     for name in config.policies:
         if name not in policies.names():
             raise ConfigError(f"policies: unknown {name!r}; known: {', '.join(policies.names())}")

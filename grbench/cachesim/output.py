@@ -1,4 +1,4 @@
-"""What a job shows: a line a row, the miss-ratio curves, and the table at the end."""
+"""Output of a job: a line per row, miss-ratio curves, and the table at the end."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ COLUMNS = {  # heading: (metric, factor, format)
 
 
 def line(row: Row) -> str:
-    """A finished row in one line."""
+    """Describe a finished row in one line."""
     return f"{row.size.gb:.3g} GB  {row.policy}: {100 * row.metrics['hit_rate']:.2f}% hits"
 
 
 def print_table(console: Console, title: str, rows: Sequence[Row]) -> None:
-    """A row for each policy, size after size; piped, nothing is cut or wrapped."""
+    """Print a row for each policy, size after size. Nothing is cut or wrapped in a pipe."""
     if not rows:
         return
     if not console.is_terminal:
@@ -55,7 +55,7 @@ def print_table(console: Console, title: str, rows: Sequence[Row]) -> None:
 
 
 def plot(title: str, rows: Sequence[Row], path: Path) -> Path | None:
-    """Miss ratio against size, a curve a policy; no file, and None, for one size."""
+    """Plot the miss ratio against size, a curve per policy. A single size gives no file and None."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
 

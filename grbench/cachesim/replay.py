@@ -20,7 +20,7 @@ from grbench.workloads.events import DataError
 from grengines.cache import policies
 
 BELADY, LIMIT = "belady", "limit"
-# Told what begins and of how many requests, gives what is to be told how many are done.
+# Takes the name of a simulation and its number of requests, and returns the function that reports progress.
 Watch = Callable[[str, int], AbstractContextManager[Progress]]
 
 
@@ -28,14 +28,14 @@ Watch = Callable[[str, int], AbstractContextManager[Progress]]
 class Size:
     """A cache size."""
 
-    share: float  # of what every user's last state takes together
+    share: float  # of the total size of every user's last state
     pages: int
     gb: float  # 10^9 bytes
 
 
 @dataclass(frozen=True)
 class Row:
-    """A policy at a size, and what came out."""
+    """Result of a policy at a size."""
 
     policy: str
     size: Size
@@ -45,12 +45,12 @@ class Row:
 
 
 def unwatched(what: str, requests: int) -> AbstractContextManager[Progress]:
-    """A Watch that shows nothing."""
+    """Return a Watch that shows nothing."""
     return nullcontext(lambda done: None)
 
 
 class Replay:
-    """The trace, the sizes, and `run`. Raises ConfigError for data that can't be used or a size below one page."""
+    """A trace and cache sizes to simulate. Raises ConfigError for unusable data or a size below one page."""
 
     def __init__(self, config: CacheSimConfig) -> None:
         self.config = config
@@ -74,7 +74,7 @@ class Replay:
         return [Size(n / self.footprint, n, n * one) for n in sorted(set(pages))]
 
     def run(self, watch: Watch = unwatched) -> Iterator[Row]:
-        """Simulate, size by size. Rows of Belady's rule and the limit come first: the others are held against them."""
+        """Simulate, size by size. Rows of the limit and of Belady's rule come first, as the others refer to them."""
         trace, costs = self.trace, self.costs
         for size in self.sizes:
             known: dict[str, Outcome] = {}
@@ -91,7 +91,7 @@ class Replay:
                 yield Row(name, size, known[name], self._metrics(name, known), time.perf_counter() - begin)
 
     def facts(self) -> dict[str, float]:
-        """Figures that describe the trace. footprint: what every user's last state takes together."""
+        """Return figures of the trace. footprint: the total size of every user's last state."""
         return {
             "requests": len(self.trace),
             "users": self.trace.num_users,
@@ -122,7 +122,7 @@ class Replay:
 
 
 def to_dict(row: Row) -> dict[str, object]:
-    """For results.json."""
+    """Return a row as results.json has it."""
     size = dataclasses.asdict(row.size)
     return {"policy": row.policy, **size, "metrics": row.metrics, "outcome": dataclasses.asdict(row.outcome)}
 

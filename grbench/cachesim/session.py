@@ -1,4 +1,4 @@
-"""The jobs of one invocation, one after another: their results on disk, in MLflow and on the screen."""
+"""Jobs of one invocation, one after another, with results on disk, in MLflow and on the screen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from grbench.execution.row_session import RowSession
 
 
 class CacheSession(RowSession):
-    """Runs jobs and keeps their rows."""
+    """Session that runs jobs and keeps their rows."""
 
     def __init__(self, first: Job, invocation: Invocation) -> None:
         super().__init__(first, invocation, command="cachesim", suffix="cachesim")
@@ -30,14 +30,14 @@ class CacheSession(RowSession):
 
     @property
     def ok(self) -> bool:
-        return True  # a simulation that can't be run is refused before its first row
+        return True  # a wrong simulation is refused before its first row
 
     def print_tables(self) -> None:
         for title, rows in self._tables:
             print_table(Console(), title, rows)
 
     def run(self, job: Job) -> None:
-        """Simulate one job; its results are on disk after every row. Raises ConfigError before any."""
+        """Simulate one job. Results are on disk after every row. Raises ConfigError before the first."""
         config: CacheSimConfig = job.config
         replay = Replay(config)
         facts = replay.facts()
@@ -69,14 +69,14 @@ class CacheSession(RowSession):
 
     @contextlib.contextmanager
     def _watch(self, what: str, requests: int) -> Iterator[Progress]:
-        """A progress bar while a simulation runs, on a terminal."""
+        """Show a progress bar on a terminal while a simulation runs."""
         with Bar(console=self._screen, transient=True, disable=not self._screen.is_terminal) as bar:
             task = bar.add_task(what, total=requests)
             yield lambda done: bar.update(task, completed=done)
 
 
 def _record(row: Row, config: CacheSimConfig) -> LoggedRow:
-    """A row in the shape that the store logs: `spec` becomes params."""
+    """Return a row as the store logs it: `spec` becomes params."""
     spec = {
         "cache": {"name": f"{row.policy}-{100 * row.size.share:.3g}pct"},
         "policy": row.policy,

@@ -1,8 +1,8 @@
-"""One policy at one size: a trace replayed through a cache that counts pages and holds nothing.
+"""Simulation of one policy at one size: a replay of a trace through a cache that only counts pages.
 
-The cache does what `grengines.cache.states.UserStates` does with one request in flight: the cached first tokens of
-a history are reused if its start has not moved, else dropped; a user's state grows at each visit, whole states are
-evicted, never the one in flight, and one that the whole cache can't hold is not kept.
+The cache behaves as `grengines.cache.states.UserStates` does with one request in flight. The cached prefix of a
+history is reused if the history's start has not moved, and dropped otherwise. A user's state grows at each visit.
+Whole states are evicted, except the one in flight, and a state that exceeds the whole cache is not kept.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from grengines.cache.policies import Policy
 from grengines.models.hstu.config import HSTUConfig
 
 CHUNK = 1 << 16  # requests turned into Python numbers at a time
-Progress = Callable[[int], None]  # is told how many requests are done
+Progress = Callable[[int], None]  # called with the number of requests done
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What histories of 0, 1, 2, ... events cost: pages of their state, and operations."""
+    """Costs of histories of 0, 1, 2, ... events: pages of their state, and operations."""
 
     page: int  # tokens
     exact: bool  # with contextual tokens a state serves the same history only
     pages: list[int]
-    saved: list[float]  # FLOPs that the cached state saves: those of its rows
+    saved: list[float]  # FLOPs of the rows that the cached state saves
     total: list[float]  # FLOPs of the whole request
 
     @classmethod
@@ -60,7 +60,7 @@ class Outcome:
 
 
 class Simulation:
-    """A cache of `capacity` pages under a policy. `outcome` is whole after every chunk."""
+    """A cache of `capacity` pages under a policy. `outcome` is complete after every chunk."""
 
     def __init__(self, trace: Columns, costs: Costs, policy: Policy, capacity: int) -> None:
         self._trace, self._costs, self._policy, self._capacity = trace, costs, policy, capacity
@@ -81,7 +81,7 @@ class Simulation:
         return self.outcome
 
     def _replay(self, users: list[int], times: list[float], starts: list[int], lengths: list[int]) -> None:
-        # A plain loop over plain numbers: this is where the time goes.
+        # A loop over Python numbers, because it takes nearly all of the time.
         policy, cached, cached_starts, capacity = self._policy, self._cached, self._starts, self._capacity
         pages, saved, exact, free = self._costs.pages, self._costs.saved, self._costs.exact, self._free
         admit, touch, victim, remove = policy.admit, policy.touch, policy.victim, policy.remove
@@ -123,18 +123,18 @@ class Simulation:
 
 
 def belady(trace: Columns, costs: Costs, capacity: int, progress: Progress = lambda done: None) -> Outcome:
-    """Furthest next use, with bypass: knows the future, and keeps whoever comes soonest.
+    """Simulate Belady's rule with bypass, which knows the future and evicts the furthest next use.
 
-    No policy has more hits where all states have one size (Belady, 1966; Mattson et al., 1970); here a state that
-    will be of no use because the history's start moves is never kept. States of unequal sizes make the optimum
-    NP-hard: there this is a good solution, not a limit, and `bound` is the limit that holds.
+    No policy has more hits if all states have one size (Belady, 1966; Mattson et al., 1970). A state that will be
+    invalid, because the history's start moves, is never kept. With unequal sizes the optimum is NP-hard: the result
+    is then a good solution, and `bound` is the limit.
     """
     outcome, begin = Outcome(requests=len(trace)), time.perf_counter()
     pages, saved, end = costs.pages, costs.saved, len(trace)
     following = _useful_next(trace, costs)
     cached = [0] * trace.num_users
-    expected = [0] * trace.num_users  # the index at which each cached user comes next
-    heap: list[tuple[int, int]] = []  # furthest first; outdated items lie in the past and never surface
+    expected = [0] * trace.num_users  # index of each cached user's next request
+    heap: list[tuple[int, int]] = []  # furthest first; outdated items lie in the past and are never popped
     free = capacity
     for first in range(0, end, CHUNK):
         chunk = slice(first, first + CHUNK)
@@ -165,12 +165,12 @@ def belady(trace: Columns, costs: Costs, capacity: int, progress: Progress = lam
 
 
 def bound(trace: Columns, costs: Costs, capacity: int) -> Outcome:
-    """What no policy can exceed, with any sizes: each of hits, tokens and FLOPs has its own bound.
+    """Return an upper bound for every policy and any sizes. Hits, tokens and FLOPs each have their own bound.
 
-    A hit needs the user's pages from one visit to the next, and the cache offers capacity x requests
-    page-requests in all. The bound takes the hits that need least for what they give until that is used up, and of
-    the last one a part: a fractional knapsack, PFOO-L of Berger, Beckmann and Harchol-Balter (2018). At a cache that
-    holds everything it is the infinite cache's hit rate.
+    A hit needs the user's pages from one visit to the next, and the cache offers capacity x requests page-requests.
+    The bound takes the hits with the best ratio of value to need until these are used up, and a part of the last
+    one: a fractional knapsack, PFOO-L of Berger, Beckmann and Harchol-Balter (2018). For a cache that holds
+    everything it is the infinite cache's hit rate.
     """
     begin = time.perf_counter()
     then, pages = _useful_next(trace, costs), np.array(costs.pages)[trace.lengths]
@@ -188,7 +188,7 @@ def bound(trace: Columns, costs: Costs, capacity: int) -> Outcome:
 
 
 def _useful_next(trace: Columns, costs: Costs) -> np.ndarray:
-    """Index of the user's next request if this one's state is valid then, else len(trace)."""
+    """Return the index of the user's next request if this state is valid then, else len(trace)."""
     then = trace.next
     last = then == len(trace)
     index = np.where(last, 0, then)
@@ -199,7 +199,7 @@ def _useful_next(trace: Columns, costs: Costs) -> np.ndarray:
 
 
 def _knapsack(values: Floats, needs: Floats, there: float) -> float:
-    """The most value for `there`, where parts may be taken. values >= 0, needs > 0."""
+    """Return the largest value for a total need of `there`, with fractions. values >= 0, needs > 0."""
     order = np.argsort(needs / np.maximum(values, 1e-300), kind="stable")
     used = np.cumsum(needs[order])
     whole = int(np.searchsorted(used, there, side="right"))

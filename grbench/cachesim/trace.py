@@ -1,4 +1,4 @@
-"""A trace as columns: what a cache sees of each request. No Request objects, so that millions of them fit."""
+"""Traces as columns: the part of a request that a cache sees. Millions of requests fit into memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Workload = RecordedConfig | SyntheticConfig
 
 @dataclass(frozen=True)
 class Columns:
-    """Requests in order of arrival: those of `grbench.workloads.build`, without items and candidates. 20 bytes each."""
+    """Requests of `grbench.workloads.build` in order of arrival, without items and candidates. 20 bytes each."""
 
     users: npt.NDArray[np.int32]  # dense: 0 to num_users - 1, in the order of the workload's ids
     times: Floats  # arrival, seconds
-    starts: npt.NDArray[np.int32]  # first event that the history keeps; where it moves, nothing cached is valid
+    starts: npt.NDArray[np.int32]  # first event that the history keeps; if it moves, nothing cached is valid
     lengths: npt.NDArray[np.int32]  # events of the history
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class Columns:
 
     @cached_property
     def next(self) -> Ints:
-        """Index of the same user's next request; len(self) where there is none."""
+        """Index of the same user's next request, or len(self) if there is none."""
         order = np.argsort(self.users, kind="stable")
         result = np.full(len(self), len(self), dtype=np.int64)
         same = self.users[order[1:]] == self.users[order[:-1]]
@@ -45,13 +45,13 @@ class Columns:
         return result
 
     def last_lengths(self) -> Ints:
-        """Events of each user's history at the user's last request."""
+        """Return the number of events of each user's history at the user's last request."""
         lengths: Ints = self.lengths[self.next == len(self)].astype(np.int64)
         return lengths
 
 
 def load(config: Workload, seed: int) -> Columns:
-    """The trace that `config` describes. Raises DataError (a ValueError) for data that can't be used."""
+    """Return the trace that `config` describes. Raises DataError (a ValueError) for unusable data."""
     return _synthetic(config, seed) if isinstance(config, SyntheticConfig) else _recorded(config)
 
 
@@ -64,7 +64,7 @@ def _recorded(config: RecordedConfig) -> Columns:
 
 
 def _synthetic(config: SyntheticConfig, seed: int) -> Columns:
-    """The visits of `grbench.workloads.synthetic.make_events`, and none of the events."""
+    """Draw the visits of `grbench.workloads.synthetic.make_events`, without the events."""
     if config.min_history > config.max_history:
         raise DataError(f"workload.min_history={config.min_history} is above max_history={config.max_history}")
     drawn = draw_visitors(config, np.random.default_rng(seed))
@@ -79,7 +79,7 @@ def _synthetic(config: SyntheticConfig, seed: int) -> Columns:
 
 
 def _columns(users: Ints, arrivals: Floats, seen: Ints, max_history: int) -> Columns:
-    """Requests with `seen` events before them, of which the last `max_history` are kept."""
+    """Return requests with `seen` earlier events, of which the last `max_history` are kept."""
     _, dense = np.unique(users, return_inverse=True)
     starts = np.maximum(seen - max_history, 0)
     return Columns(

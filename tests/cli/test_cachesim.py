@@ -236,16 +236,16 @@ def test_a_cache_for_everything_misses_first_visits_only() -> None:
         assert Simulation(trace, costs, policies.make(name), everything).run().hits == returning
 
 
-def test_progress_is_told_after_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_reported_after_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "CHUNK", 100)
     trace, costs = load(SMALL, 0), Costs.of(MODEL, 16, 8, 100)
     for run in (
-        lambda told: Simulation(trace, costs, policies.make("lru"), 50).run(told),
-        lambda told: simulate.belady(trace, costs, 50, told),
+        lambda report: Simulation(trace, costs, policies.make("lru"), 50).run(report),
+        lambda report: simulate.belady(trace, costs, 50, report),
     ):
-        told: list[int] = []
-        run(told.append)
-        assert told == [100, 200, 300, 400, 500, 600]
+        report: list[int] = []
+        run(report.append)
+        assert report == [100, 200, 300, 400, 500, 600]
 
 
 SYNTHETIC = [SyntheticConfig("synthetic", users=20_000, visits=20_000, revisit_rate=rate) for rate in (0.3, 0.6, 0.8)]
@@ -313,7 +313,7 @@ def test_a_run_leaves_table_results_plot_and_mlflow_runs(grbench: Grbench, tmp_p
 
 
 @pytest.mark.parametrize(
-    "override, told",
+    "override, expected",
     [
         ("policies=[nope]", "known: none, lru, lfu, gdsf, predictive"),
         ("shares=[1.5]", "> 0 and <= 1"),
@@ -330,15 +330,15 @@ def test_a_run_leaves_table_results_plot_and_mlflow_runs(grbench: Grbench, tmp_p
     ],
 )
 def test_wrong_options_are_one_line(
-    override: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    override: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     line = fails(["-m", "seed=0,1", "workload=synthetic", override], monkeypatch, capsys, tmp_path)
-    assert told in line
+    assert expected in line
     assert not list(tmp_path.iterdir())  # a wrong job stops the command before the first one runs
 
 
 @pytest.mark.parametrize(
-    "overrides, told",
+    "overrides, expected",
     [
         (["sizes_gb=[1e-6]"], "sizes_gb=1e-06: a page takes"),
         (["workload.min_history=600"], "workload.min_history=600 is above max_history=512"),
@@ -348,13 +348,13 @@ def test_wrong_options_are_one_line(
 )
 def test_wrong_data_is_one_line(
     overrides: list[str],
-    told: str,
+    expected: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     workload = [] if overrides[0] == "workload=csv" else ["workload=synthetic"]
-    assert told in fails([*workload, *overrides, "tracking=none"], monkeypatch, capsys, tmp_path)
+    assert expected in fails([*workload, *overrides, "tracking=none"], monkeypatch, capsys, tmp_path)
 
 
 def fails(

@@ -38,7 +38,7 @@ def as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def output(capsys: Capture, *words: str) -> str:
-    """What a command line that ends well prints."""
+    """Return the output of a command line that succeeds."""
     try:
         code = main(words)
     except SystemExit as ended:  # of --help

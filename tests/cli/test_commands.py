@@ -83,7 +83,7 @@ def test_sizing_prints_and_refuses(grbench: Grbench) -> None:
     assert "allowed is > 0" in refused.stderr
 
 
-def test_sizing_of_a_pipeline_tells_both_stages(grbench: Grbench) -> None:
+def test_sizing_of_a_pipeline_lists_both_stages(grbench: Grbench) -> None:
     done = grbench("sizing")
     assert done.returncode == 0, done.stderr
     searched, ranked = done.stdout.split("to rank\n")
@@ -102,8 +102,8 @@ def test_sizing_of_a_pipeline_tells_both_stages(grbench: Grbench) -> None:
 def test_what_overhead_can_not_measure_is_one_line(grbench: Grbench, arguments: str, code: int, message: str) -> None:
     done = grbench("overhead", *arguments.split())
     assert done.returncode == code
-    [told] = done.stderr.splitlines()
-    assert told.startswith(f"grbench overhead: {message}")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"grbench overhead: {message}")
 
 
 @pytest.mark.serial

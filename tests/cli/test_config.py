@@ -135,16 +135,16 @@ def test_every_cell_of_a_sweep_is_checked_before_the_first_runs(grbench: Grbench
 def test_a_wrong_flag_is_one_line(grbench: Grbench, program: str, arguments: str, line: str) -> None:
     done = grbench(*program.split()[1:], *arguments.split())
     assert done.returncode == 2
-    [told] = done.stderr.splitlines()
-    assert told.startswith(f"{program}: {line.format(program)}")
+    [error] = done.stderr.splitlines()
+    assert error.startswith(f"{program}: {line.format(program)}")
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(grbench: Grbench, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     done = grbench("engine=hstu", "workload=synthetic", "runner.output_root=taken")
     assert done.returncode == 2
-    [told] = done.stderr.splitlines()
-    assert told.startswith("grbench: taken/runs/") and "runner.output_root" in told
+    [error] = done.stderr.splitlines()
+    assert error.startswith("grbench: taken/runs/") and "runner.output_root" in error
 
 
 def test_a_sweep_is_expanded_as_hydra_does() -> None:
@@ -154,7 +154,7 @@ def test_a_sweep_is_expanded_as_hydra_does() -> None:
     ]
 
 
-def test_the_hash_tells_measurements_apart_and_nothing_else() -> None:
+def test_the_hash_distinguishes_measurements_and_nothing_else() -> None:
     base = compose_spec([])[0].hash
     assert compose_spec(["runner.timeout_s=5", "tracking=none", "rerun=true"])[0].hash == base
     assert compose_spec(["seed=1"])[0].hash != base

@@ -220,7 +220,7 @@ def test_page_says_what_ran_where_and_how_to_repeat_it(sweep: Path, tmp_path: Pa
     assert commands[2] == "`python -m grbench kernel=triton scenario.max_batch=32`"
 
 
-def test_page_tells_environments_apart(tmp_path: Path) -> None:
+def test_a_page_distinguishes_environments(tmp_path: Path) -> None:
     write_cell(tmp_path / "o" / "0", "seed=1")
     write_cell(tmp_path / "o" / "1", "seed=2", environment={"cpu": "Other", "gpus": [{"name": "H100"}]})
     main(["report", str(tmp_path / "o"), "--out", str(tmp_path / "r.md")])
@@ -253,7 +253,7 @@ def ink(png: bytes) -> float:
 
 
 def drawn(plot: Any) -> list[str]:
-    """What the legend of a figure names."""
+    """Return the texts of a figure's legend."""
     return [text.get_text().replace("\n", " ") for text in plot.figure.legends[0].get_texts()]
 
 

@@ -37,7 +37,7 @@ def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def imports(trees: Mapping[str, ast.Module]) -> dict[str, set[str]]:
-    """Of each module those of the others that it imports."""
+    """Return for each module the others that it imports."""
     graph = {}
     for name, tree in trees.items():
         named: set[str] = set()

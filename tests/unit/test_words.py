@@ -20,7 +20,6 @@ PACKAGES = ("grbench/", "engines/grengines/", "kernels/grkernels/")
 
 # Folders and files that are not rewritten yet. Remove a line once its files pass; the list ends empty.
 PENDING: tuple[str, ...] = (
-    "Makefile",
     "conf/",
     "engines/grengines/aoti/",
     "engines/grengines/api.py",
@@ -32,18 +31,14 @@ PENDING: tuple[str, ...] = (
     "engines/grengines/onnxruntime/",
     "engines/grengines/options.py",
     "engines/grengines/pipeline/",
-    "engines/grengines/registry.py",
     "engines/grengines/runtime/device.py",
     "engines/grengines/semantic/",
     "engines/grengines/tensorrt/",
     "engines/grengines/vllm/",
-    "grbench/cachesim/",
     "grbench/config/",
     "grbench/kernelbench/",
     "grbench/tools/",
-    "grbench/tracking/",
     "kernels/",
-    "tests/cli/",
     "tests/engines/",
     "tests/helpers/vllm_checks.py",
     "tests/kernels/",
@@ -162,9 +157,10 @@ def test_words() -> None:
 def test_markdown_has_one_sentence_a_line() -> None:
     faults = []
     for path in checked(".md", ".ipynb"):
+        if re.fullmatch(r"reports/[^/]+/README\.md", path):
+            continue  # rebuilt from records
         text = markdown(path)
-        found = long_lines(text) if path.startswith("reports/") else [*long_lines(text), *broken_sentences(text)]
-        faults += [f"{path}:{fault}" for fault in found]
+        faults += [f"{path}:{fault}" for fault in [*long_lines(text), *broken_sentences(text)]]
     assert not faults, "\n".join(faults)
 
 
