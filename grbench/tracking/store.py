@@ -149,7 +149,7 @@ def run_name(record: LoggedRow) -> str:
     """Return a short name of a cell: its engine and scenario, then what the user chose, as in "hstu server bf16"."""
     spec = record.spec
     if "engine" not in spec:
-        return str(spec["kernel"]["name"])
+        return str(spec["kernel" if "kernel" in spec else "cache"]["name"])  # of grbench kernels, of grbench cachesim
     typed = dict(text.lstrip("+~").split("=", 1) for text in record.overrides if "=" in text)
     chosen = [
         f"{key.rpartition('.')[2]}={value}"
