@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Grbench
+from helpers.command import Grbench
 from helpers.properties import examples
 from hypothesis import given
 from hypothesis import strategies as st

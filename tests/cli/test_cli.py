@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Grbench
+from helpers.command import Grbench
 
 import grbench
 from grbench.cli import main

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import Grbench
+from helpers.command import Grbench
 
 from grbench.config.compose import compose_spec
 from grbench.tools.sizing import flops, kv_bytes, parameters

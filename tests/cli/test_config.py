@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Grbench
+from helpers.checkout import ROOT
+from helpers.command import Grbench
 from omegaconf import DictConfig, OmegaConf
 
 from grbench.cli import main

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
+from helpers.checkout import ROOT
 
 
 def example(name: str, *arguments: str, folder: Path) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 import nbformat
 import pytest
+from helpers.cells import ink, log_to_mlflow, write_cell
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from test_report import ink, log_to_mlflow, write_cell
 
 from grbench.execution import records
 from grbench.execution.records import Status

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from helpers.checkout import ROOT
 
 from grbench.cli import main
 from grbench.execution import results

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import psutil
 import pytest
-from conftest import Grbench
+from helpers.command import Grbench
 
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from helpers.checkout import ROOT
 
 from grbench import workloads
 from grbench.cachesim import config as cachesim

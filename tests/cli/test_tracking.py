@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import Grbench
+from helpers.command import Grbench
 
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status

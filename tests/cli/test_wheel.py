@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.checkout import ROOT
 
 import grbench
 from grbench.execution import records

@@ -247,9 +247,10 @@ def test_profiles_follow_the_lengths_and_hold_every_request() -> None:
         profiles([], encoding, 8)
 
 
-TRACE_TRITON = """
+TRACE_TRITON = f"""
 import torch
-from test_aoti import CATALOGUE, MODEL
+from grengines.api import Catalogue
+from grengines.models.hstu.config import HSTUConfig
 from grengines.aoti import package
 from grengines.export.module import ExportedRanker
 from grengines.models.hstu.model import build_model
@@ -258,7 +259,7 @@ from grkernels.operators import Operators
 from grkernels.registry import FAMILIES
 
 kernels = Operators.of(dict.fromkeys(FAMILIES, "triton"))
-ranker = build_model(MODEL, CATALOGUE, 0, "cpu", torch.bfloat16, kernels)
+ranker = build_model({MODEL!r}, {CATALOGUE!r}, 0, "cpu", torch.bfloat16, kernels)
 sizes, families = Sizes(8, 512, 64, 64, 64), dict.fromkeys(FAMILIES, "triton")
 facts = package.Facts.here("0", "bf16", torch.device("cpu"), families, 2, sizes, sizes)
 program = package._trace(ExportedRanker(ranker, package.attention(kernels.hstu_attention, 0), kernels), facts)

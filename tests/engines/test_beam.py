@@ -19,7 +19,6 @@ from grengines.semantic.trie import Trie
 from grkernels.operators import Operators
 from grkernels.registry import FAMILIES
 
-torch.set_num_threads(1)
 CONFIG = HSTUConfig(
     embedding_dim=24, layers=2, heads=2, qk_dim=8, v_dim=12, scaling_seqlen=16, max_positions=30, head_dim=4
 )

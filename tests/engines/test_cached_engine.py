@@ -30,7 +30,6 @@ from grengines.runtime.batch import Encoding
 from grengines.runtime.graphs import plan_buckets
 from grkernels.registry import requested
 
-torch.set_num_threads(1)
 CATALOGUE = Catalogue(num_users=30, num_items=400, num_actions=4)
 MODEL = HSTUConfig(embedding_dim=32, layers=3, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128)
 CONTEXT = dataclasses.replace(MODEL, contextual_seq_len=2)

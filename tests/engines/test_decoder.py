@@ -29,7 +29,6 @@ from grengines.semantic.search import Beams, explore
 from grengines.semantic.trie import Trie
 from grkernels.operators import Operators
 
-torch.set_num_threads(1)
 CONFIG = DecoderConfig(embedding_dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=48, max_positions=30)
 SIZES = (4, 5, 6)
 

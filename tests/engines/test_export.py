@@ -14,9 +14,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import Grbench
+from helpers.command import Grbench
 from helpers.hstu_oracle import make_requests
+from helpers.onnx_attention import attention_session
 from helpers.properties import examples
+from helpers.race import race
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -28,7 +30,7 @@ from grengines.export import exporter
 from grengines.export.check import check
 from grengines.export.identity import command, model_hash
 from grengines.export.module import INPUTS, inputs_of, longest_history
-from grengines.export.onnx_attention import DOMAIN, INDICES, NAME, OPSET, VERSION, onnx_function, register_schema
+from grengines.export.onnx_attention import DOMAIN, NAME
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.quantised import round_input, round_weight
 from grengines.models.hstu.reference import RankingReference
@@ -48,33 +50,6 @@ MODEL = HSTUConfig(
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> exporter.Export:
     return exporter.export(MODEL, CATALOGUE, 0, "fp32", tmp_path_factory.mktemp("export") / "fp32", skip_hidden=True)
-
-
-def attention_session(
-    H: int, dqk: int, dv: int, N: int, C: int, W: int, alpha: float, skip_hidden: bool
-) -> onnxruntime.InferenceSession:
-    """A model that is the attention function alone."""
-    kinds = {"q": ["L", H, dqk], "k": ["L", H, dqk], "v": ["L", H, dv]}
-    shapes: dict[str, list[str]] = {"offsets": ["P"], "num_targets": ["B"], "tiles": ["T", "R"], "columns": ["N"]}
-    register_schema()
-    graph = helper.make_graph(
-        [
-            helper.make_node(
-                NAME, [*kinds, *INDICES], ["out"], domain=DOMAIN, alpha=alpha, scaling_seqlen=N,
-                contextual_seq_len=C, max_attn_len=W,
-            )
-        ],
-        "attention",
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in kinds.items()]
-        + [helper.make_tensor_value_info(n, TensorProto.INT64, s) for n, s in shapes.items()],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["L", H, dv])],
-    )  # fmt: skip
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    model = helper.make_model(graph, opset_imports=opsets, functions=[onnx_function(N, C, W, skip_hidden)])
-    model.ir_version = 10
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 @examples(60)
@@ -119,10 +94,8 @@ def test_the_onnx_attention_equals_the_reference(
 def test_memory_does_not_grow_with_the_square_of_the_history() -> None:
     n = 8192  # whose square is 256 MiB of fp32 scores
     code = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 import numpy as np
-from test_export import attention_session
+from helpers.onnx_attention import attention_session
 session = attention_session(1, 4, 4, 64, 0, 0, 0.5, True)
 def peak(length, tile):
     x = np.ones((length, 1, 4), np.float32)
@@ -254,56 +227,16 @@ def test_the_cache_folder_knows_models_apart_and_mends_itself(tmp_path: Path, mo
         exporter.export(small, CATALOGUE, 0, "fp32", tmp_path / "mine")
 
 
-MEETING = """
-import sys, time
-from pathlib import Path
-from grengines.runtime import atomic_io
-sys.path.insert(0, {tests!r})
-others, own = Path(sys.argv[1]), sys.argv[2]
-
-def meet_after(module, name):
-    function = getattr(module, name)
-    def both(*args, **options):
-        result = function(*args, **options)
-        (others / own).touch()
-        end = time.monotonic() + 120
-        while len(list(others.iterdir())) < 2:
-            assert time.monotonic() < end, "the other process never came"
-            time.sleep(0.01)
-        return result
-    setattr(module, name, both)
-
-published = []
-publish = atomic_io.publish
-def publishing(made, folder):
-    published.append((folder.parent.name, publish(made, folder)))
-    return published[-1][1]
-atomic_io.publish = publishing
-"""
-
-
-def race(code: str, folder: Path) -> list[str]:
-    """What two processes print that run the code at the same time: `meet_after(module, name)` makes both wait for each
-    other behind that function, `published` says what became of their folders."""
-    others = folder / "others"
-    others.mkdir()
-    script = MEETING.format(tests=str(Path(__file__).parent)) + code
-    command = [sys.executable, "-c", script, str(others)]
-    both = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in ("first", "second")]
-    printed = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    return printed
-
-
 def test_of_two_processes_that_export_one_model_the_second_takes_the_firsts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "cache"))
-    code = """
-from test_export import CATALOGUE, MODEL
+    code = f"""
+from grengines.api import Catalogue
 from grengines.export import exporter
+from grengines.models.hstu.config import HSTUConfig
 meet_after(exporter, "write_onnx")
-found = exporter.cached(MODEL, CATALOGUE, 0, "fp32")
+found = exporter.cached({MODEL!r}, {CATALOGUE!r}, 0, "fp32")
 exporter.load(found.folder)
 print(published, found.onnx, found.onnx.stat().st_ino)
 """

@@ -26,7 +26,6 @@ from grengines.semantic.ids import SemanticIds
 from grkernels.config import KernelConfig
 from grkernels.registry import requested
 
-torch.set_num_threads(1)
 MODELS = {
     "hstu": HSTUConfig(embedding_dim=24, qk_dim=8, v_dim=12, scaling_seqlen=16, max_positions=30),
     "decoder": DecoderConfig(embedding_dim=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48, max_positions=30),

@@ -27,7 +27,6 @@ from grengines.runtime.graphs import batch_buckets, choose_bucket, length_bucket
 from grkernels.config import KernelConfig
 from grkernels.registry import requested
 
-torch.set_num_threads(1)
 CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
 KERNELS = requested("torch")
 MODEL = HSTUConfig(embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128)

@@ -25,7 +25,6 @@ from grengines.numerics import relative_error
 from grengines.runtime.batch import Bucket, Encoding, HostBatch, pack
 from grkernels.operators import Operators
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
 CATALOGUE = Catalogue(num_users=5, num_items=40, num_actions=3)
 SMALL = HSTUConfig(embedding_dim=12, heads=2, qk_dim=4, v_dim=3, scaling_seqlen=32, max_positions=16, head_dim=6)

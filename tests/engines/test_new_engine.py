@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Grbench
+from helpers.command import Grbench
 
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json

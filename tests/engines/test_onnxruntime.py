@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import Grbench
+from helpers.command import Grbench
 from helpers.hstu_oracle import make_requests
 from onnx import TensorProto, helper
 from sklearn.metrics import log_loss, roc_auc_score

@@ -17,14 +17,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers.hstu_oracle import make_requests
-from test_export import race
+from helpers.plans import CATALOGUE, ENCODING, MODEL, REQUESTS, facts_of, feeds, made
+from helpers.race import race
 
 from grbench.cli import main
 from grengines import registry
-from grengines.api import Catalogue, UnavailableError
+from grengines.api import UnavailableError
 from grengines.export import exporter
-from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.quantised import round_fp8
 from grengines.models.hstu.reference import RankingReference
 from grengines.numerics import relative_error
@@ -37,12 +36,6 @@ from grengines.tensorrt.config import PRECISIONS, TensorRTConfig
 from grengines.tensorrt.quantise import quantise
 from grkernels.config import KernelConfig
 
-CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
-MODEL = HSTUConfig(
-    layers=2, embedding_dim=32, heads=2, qk_dim=16, v_dim=16, scaling_seqlen=128, contextual_seq_len=2, max_attn_len=20
-)
-ENCODING = Encoding.of(MODEL, CATALOGUE)
-REQUESTS = make_requests(np.random.default_rng(0), CATALOGUE, [3, 37, 12, 44, 20, 8], [6, 1, 9, 8, 5, 4])
 needs_rtx = pytest.mark.skipif(
     libraries.missing("tensorrt_rtx") is not None,
     reason="tensorrt_rtx has wheels for Linux on x86-64 only" if sys.platform != "linux" else "make setup installs it",
@@ -55,28 +48,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("GRBENCH_CACHE", str(folder))
         yield folder
-
-
-def feeds() -> list[dict[str, Any]]:
-    return samples.feeds(REQUESTS, ENCODING, 3, 64)
-
-
-def facts_of(precision: str, target: str, **options: Any) -> tuple[plans.Facts, list[dict[str, Any]]]:
-    """What such a plan is, and its calibration set."""
-    calibration = feeds() if plans.BASE[precision] != precision else []
-    facts = plans.Facts.of(
-        libraries.find("tensorrt_rtx"), MODEL, CATALOGUE, 0, precision=precision, target=target,
-        profiles=profiles(REQUESTS, ENCODING, 4, 2), calibration=samples.digest(calibration), **options,
-    )  # fmt: skip
-    return facts, calibration
-
-
-def made(
-    precision: str, target: str, folder: Path, progress: plans.Progress | None = None, **options: Any
-) -> plans.Plan:
-    facts, calibration = facts_of(precision, target, **options)
-    library = libraries.find("tensorrt_rtx")
-    return plans.build(library, facts, MODEL, CATALOGUE, 0, folder, calibration, progress)
 
 
 @needs_rtx
@@ -107,7 +78,7 @@ def test_of_two_processes_that_build_one_plan_the_second_takes_the_firsts(
     """Nor do they disturb each other before: both export the model, and both take scales from it."""
     monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "cache"))
     code = """
-from test_tensorrt import CATALOGUE, MODEL, facts_of
+from helpers.plans import CATALOGUE, MODEL, facts_of
 from grengines.tensorrt import library, plan
 meet_after(plan, "_compile")
 facts, feeds = facts_of("int8", "8.9")
@@ -368,7 +339,7 @@ def test_where_nothing_can_be_executed_the_cell_is_unavailable_with_the_reason(m
 
 
 PLUGIN = """
-from test_tensorrt import MODEL
+from helpers.plans import MODEL
 from grengines.runtime.profile import Sizes
 from grengines.tensorrt import plugin
 for target, dtype in (("9.0", "fp32"), ("9.0", "bf16"), ("12.0", "fp16")):

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Grbench
 from helpers import vllm_checks
+from helpers.command import Grbench
 from test_beam import SIZES, catalogue
 
 from grbench.tools.doctor import findings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Grbench
+from helpers.command import Grbench
 
 from grbench.config.compose import CONFIG_DIR
 from grkernels import families, registry

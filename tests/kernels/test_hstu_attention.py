@@ -25,7 +25,6 @@ from grkernels.hstu_attention import spec
 from grkernels.hstu_attention import torch as variant
 from grkernels.hstu_attention.reference import hstu_mask
 
-torch.set_num_threads(1)
 ATTENTION = registry.get("hstu_attention", "torch")
 FNS = {"torch": ATTENTION.fn, "reference": ATTENTION.reference}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Grbench
+from helpers.command import Grbench
 from torch import Tensor
 
 from grbench.cli import main
@@ -36,7 +36,6 @@ from grkernels.hstu_attention.reference import hstu_attention as reference
 from grkernels.hstu_attention.torch import hstu_attention as plain
 from grkernels.variant import KernelVariant
 
-torch.set_num_threads(1)
 SMALL = "4x128_b1_1024+256"  # the smallest shape of hstu_attention
 FAST = ["device=cpu", "repeats=3", "min_time_s=0.01"]
 TINY = bench.Shape(batch=2, new=24, targets=4, heads=2, qk_dim=16, v_dim=16)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from grkernels import registry, triton_launch, tuning
 
-torch.set_num_threads(1)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PLAIN = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 2e-2}  # what plain PyTorch may be wrong by
 FLOOR = 4 * 2.0**-23  # a few roundings of fp32: where plain PyTorch happens to be exact

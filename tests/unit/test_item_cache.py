@@ -29,7 +29,6 @@ from grengines.models.hstu.model import build_model
 from grengines.models.hstu.weights import save_weights
 from grkernels.registry import requested
 
-torch.set_num_threads(1)
 WIDTH = 6
 GPU = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]

@@ -37,7 +37,6 @@ from grengines.runtime.batch import pack
 from grkernels.operators import Operators
 from grkernels.paged_write.torch import paged_write
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
 Event = tuple[int, int, float, int]  # item, actions, weight, timestamp
 

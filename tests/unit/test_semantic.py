@@ -24,7 +24,6 @@ from grengines.semantic.quantise import residual_kmeans
 from grengines.semantic.trie import TensorTrie, Trie
 from grengines.semantic.vectors import UNTOUCHED, clustered, from_interactions
 
-torch.set_num_threads(1)
 FEW = examples(25)  # k-means takes a fixed number of steps: about 0.1 s a build
 
 
