@@ -120,7 +120,7 @@ def test_a_forgotten_past_teaches_the_policy_nothing() -> None:
 def test_what_is_loaded_balances_copying_and_computing() -> None:
     rounds = traffic(2, 2, longest=400)
     engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)
-    cached: CachedRanking = engine._cached
+    cached: CachedRanking = engine.user_cache
     pool = cached.states.pool
     engine.rank(rounds[-1])
     engine.reset_cache(keep_host=True)
@@ -153,7 +153,7 @@ def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeyp
     rounds = traffic(2, 2, longest=400)
     reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)
-    cached: CachedRanking = engine._cached
+    cached: CachedRanking = engine.user_cache
     sample = [r for requests in rounds for r in requests]
     cached.buckets = plan_buckets(sample, Encoding.of(MODEL, CATALOGUE), 2, [], 400)
     cached.graphs = Replays(cached.forward)
@@ -217,13 +217,13 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
     monkeypatch.setattr(owner, name, failing)
     total: Counter[str] = Counter()
     for requests in rounds:
-        before = engine._cached.states.counters().faults
+        before = engine.user_cache.states.counters().faults
         result = engine.rank(requests)
         assert error(result, reference.scores(requests)) < 1e-5
         total.update(result.details)
         ways = ("hits", "partial_hits", "misses", "bypassed")
         assert sum(result.details[f"cache_{way}"] for way in ways) == len(requests)
-        if what in ("onload", "allocation", "writing") and engine._cached.states.counters().faults > before:
+        if what in ("onload", "allocation", "writing") and engine.user_cache.states.counters().faults > before:
             assert result.details["cache_misses"] == len(requests) and not result.details["cache_cached_tokens"]
     assert calls > 3
     assert total["cache_policy_errors" if "policy" in what else "cache_faults"] >= calls // 3
@@ -231,7 +231,7 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
     # Nothing is lost: once all goes well again, everyone is served from the cache, and no page is missing.
     monkeypatch.undo()
     engine.reset_cache()
-    states = engine._cached.states
+    states = engine.user_cache.states
     assert states.pool.used == 0 and states.tier.extents.available == states.tier.pages
     engine.rank(rounds[-1])
     assert engine.rank(rounds[-1]).details["cache_hits"] == 1
@@ -245,7 +245,7 @@ def test_many_threads_get_right_answers_and_lose_nothing() -> None:
     expected = {id(r): s for requests in rounds for r, s in zip(requests, reference.scores(requests), strict=True)}
     cache = PagedCacheConfig(page=16, memory_gb=14 * PAGE_GB, host_gb=20 * PAGE_GB)
     engine = started(cache, rounds)
-    states, wrong, done = engine._cached.states, [], threading.Event()
+    states, wrong, done = engine.user_cache.states, [], threading.Event()
 
     def client(seed: int) -> None:
         rng = np.random.default_rng(seed)

@@ -191,13 +191,14 @@ def test_memory_is_bounded() -> None:
             if user % 2:
                 policy.remove(policy.victim(now))
             if user % 50 == 0:
-                for cached in list(policy._cached)[:40]:
+                for cached in sorted(policy.snapshot().cached)[:40]:
                     policy.remove(cached)
-    assert len(policy._users) == 1000
-    assert set(policy._panel) <= set(policy._users)
-    assert len(policy._awaited) <= 2 * 1000 + 64
-    assert len(policy._gaps) <= max(predictive.SOON, 1000)
-    assert sum(map(len, policy._queues.values())) == len(policy._cached)
+    now_known = policy.snapshot()
+    assert len(now_known.users) == 1000
+    assert now_known.panel <= now_known.users
+    assert now_known.awaited <= 2 * 1000 + 64
+    assert now_known.gaps <= max(predictive.SOON, 1000)
+    assert now_known.queued == len(now_known.cached)
 
 
 def test_a_large_panel_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,9 +207,9 @@ def test_a_large_panel_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
     for user in range(10_000):
         visit(policy, user, float(user))
         policy.remove(user)
-    assert 20 < len(policy._panel) <= 100
-    assert all(policy._users[user].sampled for user in policy._panel)
-    assert sum(known.sampled for known in policy._users.values()) == len(policy._panel)
+    now_known = policy.snapshot()
+    assert 20 < len(now_known.panel) <= 100
+    assert now_known.sampled == now_known.panel
 
 
 def test_unknown_policies_list_the_known_ones() -> None:
@@ -256,7 +257,7 @@ def test_first_visits_are_stored_only_while_enough_of_them_return() -> None:
     assert share_stored(1600, returning=0.02) < 0.15
     for user in range(3):
         assert visit(policy, user, now) and policy.admit(user, 1, 1.0, now + 1)  # not newcomers any more
-    assert set(policy._on_trial) <= set(cached)  # type: ignore[attr-defined]
+    assert set(policy.on_trial) <= set(cached)  # type: ignore[attr-defined]
 
 
 def test_a_state_that_is_not_valid_on_return_was_of_no_use() -> None:

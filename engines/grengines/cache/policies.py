@@ -191,7 +191,7 @@ class WhileItPays:
 
     def __init__(self, policy: Policy, remember: int = 1 << 20) -> None:
         self._policy, self._visits = policy, _Visits(remember)
-        self._on_trial: dict[int, float] = {}  # users stored at their first visit, and its time
+        self.on_trial: dict[int, float] = {}  # users stored at their first visit, and its time
         self._newcomers = 0
         self._share = 1.0
         self.victim, self.prefetch = policy.victim, policy.prefetch
@@ -206,18 +206,18 @@ class WhileItPays:
 
     def touch(self, user: int, size: int, cost: float, now: float) -> None:
         self._policy.touch(user, size, cost, now)
-        if self._on_trial.get(user, now) != now:
+        if self.on_trial.get(user, now) != now:
             self._visits.count(user)
             self._end_trial(user, of_use=True)
         elif self._visits.of(user) == 1:
-            self._on_trial[user] = now
+            self.on_trial[user] = now
 
     def remove(self, user: int) -> None:
         self._policy.remove(user)
         self._end_trial(user, of_use=False)
 
     def _end_trial(self, user: int, of_use: bool) -> None:
-        if self._on_trial.pop(user, None) is not None:
+        if self.on_trial.pop(user, None) is not None:
             self._share += (of_use - self._share) / self.RECENT
 
 

@@ -6,6 +6,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Set
 from math import frexp, inf, log2
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,18 @@ class _User:
         # Class 0: one visit. Then two for each factor of 4 of the mean gap: one gap known, or more.
         octave = min(max(int(self.mean - LOWEST), 0), AGES - 1)
         self.group = 1 + 2 * (octave // 2) + (self.gaps > 1)
+
+
+class Snapshot(NamedTuple):
+    """Users and sizes of the policy's tables at one moment."""
+
+    users: frozenset[int]  # remembered
+    sampled: frozenset[int]  # marked as on the panel
+    panel: frozenset[int]
+    cached: frozenset[int]
+    queued: int  # users in the queues of all classes
+    awaited: int
+    gaps: int
 
 
 class Predictive:
@@ -146,6 +159,18 @@ class Predictive:
                 if due >= now:  # an overdue user may never come
                     named.append(user)
         return named
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of what the policy remembers, without the tables."""
+        return Snapshot(
+            users=frozenset(self._users),
+            sampled=frozenset(user for user, known in self._users.items() if known.sampled),
+            panel=frozenset(self._panel),
+            cached=frozenset(self._cached),
+            queued=sum(map(len, self._queues.values())),
+            awaited=len(self._awaited),
+            gaps=len(self._gaps),
+        )
 
     def _is_awaited(self, due: float, user: int) -> bool:
         return user not in self._cached and user in self._users and self._users[user].due == due

@@ -55,7 +55,7 @@ class HSTUEngine(RankingEngine):
         self._operators = Operators.of(self._kernels.variants)
         self._ranker: HSTURanker | None = None
         self._graphs: GraphRunner | None = None
-        self._cached: CachedRanking | None = None
+        self.user_cache: CachedRanking | None = None  # from `prepare` on, if the options ask for it
         self._items: HotRows | None = None
         self.buckets: list[Bucket] = []
 
@@ -78,7 +78,7 @@ class HSTUEngine(RankingEngine):
             self._items = HotRows.within(memory, table, device=self._device, dtype=self._dtype)
             ranker.use_table(self._items.table)
         if isinstance(self._cache, PagedCacheConfig):
-            self._cached = CachedRanking(ranker, self._options, self._cache, sample, max_batch, self._place)
+            self.user_cache = CachedRanking(ranker, self._options, self._cache, sample, max_batch, self._place)
         elif self._options.cuda_graphs:
             self.buckets = plan_buckets(sample, ranker.encoding, max_batch, self._options.graph_lengths)
             self._graphs = GraphRunner(
@@ -88,8 +88,8 @@ class HSTUEngine(RankingEngine):
     @torch.inference_mode()
     def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
         largest = self._largest(sample, max_batch)
-        if self._cached is not None:
-            self._cached.measure(largest)
+        if self.user_cache is not None:
+            self.user_cache.measure(largest)
         else:
             for n in first_batches(max_batch, self._device):
                 self.rank(largest[-n:])
@@ -99,7 +99,7 @@ class HSTUEngine(RankingEngine):
         """As grengines.api.Ranker. Calls from several threads take turns until a batch's work is queued, then wait
         for it side by side. A batch that fails in the cache is counted, logged, and answered without it. Raises
         ValueError for more than max_batch requests, RuntimeError before `prepare`."""
-        ranker, cached = self._ready(self._ranker), self._cached
+        ranker, cached = self._ready(self._ranker), self.user_cache
         self._check_size(requests)
         with self._lock:
             queued = self._queue_cached(ranker, cached, requests) if cached else self._queue_whole(ranker, requests)
@@ -155,31 +155,31 @@ class HSTUEngine(RankingEngine):
 
     def reset_cache(self, keep_host: bool = False) -> None:
         """Drop every cached user state; keep_host: those on the device go to the host tier, if there is one."""
-        if self._cached is not None:
+        if self.user_cache is not None:
             with self._lock:
-                self._cached.reset_cache(keep_host)
+                self.user_cache.reset_cache(keep_host)
 
     def prefetch(self, users: Iterable[int]) -> None:
         """Start to copy the states of users from the host tier to the device, ahead of their requests."""
-        if self._cached is not None:
-            self._cached.states.prefetch_users(users)
+        if self.user_cache is not None:
+            self.user_cache.states.prefetch_users(users)
 
     def _describe(self) -> dict[str, Any]:
         return {
             **self._kernels.actual(),
             "kernel_configs": tuning.provenance(),
-            "graph_buckets": [list(b) for b in (self._cached or self).buckets],  # batch, length, candidates, cached
+            "graph_buckets": [list(b) for b in (self.user_cache or self).buckets],  # batch, length, candidates, cached
             "candidate_microbatch": self._options.candidate_microbatch,
             "cache": dataclasses.asdict(self._cache),
-            **(self._cached.actual() if self._cached else {}),
+            **(self.user_cache.actual() if self.user_cache else {}),
             "parameters": self._parameters(),
             "item_slots": self._items.slots if self._items else 0,  # rows of the token table on the device; 0: all
         }
 
     def _unload(self) -> None:
-        if self._cached is not None:
-            self._cached.close()
-        self._ranker, self._graphs, self._cached, self._items, self.buckets = None, None, None, None, []
+        if self.user_cache is not None:
+            self.user_cache.close()
+        self._ranker, self._graphs, self.user_cache, self._items, self.buckets = None, None, None, None, []
 
     def _place(self, hosts: Sequence[HostBatch]) -> dict[str, float]:
         """With a token table on the host: the batches' rows to the device, and slots in the place of row numbers.
