@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -34,3 +35,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def grbench(tmp_path: Path) -> Grbench:
     """Run `python -m grbench ARGS` in an empty directory."""
     return partial(run_in, tmp_path)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that a variant allocates is NaN until it writes it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

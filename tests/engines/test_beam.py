@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.items import SIZES, catalogue
 
 from grengines.cache.pool import PagePool, PoolFullError
 from grengines.models.hstu import beam
@@ -22,13 +22,6 @@ from grkernels.registry import FAMILIES
 CONFIG = HSTUConfig(
     embedding_dim=24, layers=2, heads=2, qk_dim=8, v_dim=12, scaling_seqlen=16, max_positions=30, head_dim=4
 )
-SIZES = (4, 5, 6)
-
-
-def catalogue(items: int, seed: int = 0) -> SemanticIds:
-    rng = np.random.default_rng(seed)
-    every = np.array(list(itertools.product(*map(range, SIZES))), dtype=np.int32)
-    return SemanticIds(every[rng.permutation(len(every))[:items]], SIZES)
 
 
 def model_of(seed: int = 1, dtype: torch.dtype = torch.float32, **changes: Any) -> HSTUGenerator:

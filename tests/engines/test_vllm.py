@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,30 @@ import pytest
 import torch
 from helpers import vllm_checks
 from helpers.command import Grbench
-from test_beam import SIZES, catalogue
+from helpers.items import SIZES
+from helpers.vllm_engines import (
+    CATALOGUE,
+    CLOSE,
+    GPU_MODEL,
+    GPU_REQUESTS,
+    IDS,
+    LENGTHS,
+    MODEL,
+    REQUESTS,
+    RETRIEVAL,
+    allowed,
+    engine_of,
+    expect_equal,
+    expect_mixed,
+    expect_near,
+    gpu_engine,
+    request_of,
+    requests_of,
+)
 
 from grbench.tools.doctor import findings
-from grengines.api import Catalogue, GenerateResult, Request, Retrieval, Setup, UnavailableError
+from grengines.api import Setup, UnavailableError
 from grengines.cache.config import CacheConfig
-from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator, pack_prompts
 from grengines.models.hstu.reference import HSTUReference
 from grengines.semantic.search import Beams
@@ -32,45 +50,6 @@ from grengines.vllm.environment import unchanged_process
 from grengines.vllm.rows import BeamRows, HSTUAttentionMetadata, StepRequests, StepRows
 from grkernels.operators import Operators
 from grkernels.registry import requested
-
-IDS = catalogue(110)
-RETRIEVAL = Retrieval(IDS, k=10, beam_width=20)
-MODEL = HSTUConfig(
-    embedding_dim=24, layers=2, heads=2, qk_dim=8, v_dim=8, scaling_seqlen=16, max_positions=90, head_dim=4
-)
-CATALOGUE = Catalogue(num_items=110, num_users=1, num_actions=1)
-LENGTHS = (5, 0, 9, 1, 40, 30, 13, 22)  # items: an empty prompt, one that is cut, ragged ones
-CLOSE = 1e-4  # fp32 in another order of summation; a wrong key shows at 1e-2
-
-
-def requests_of(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[Request]:
-    rng = np.random.default_rng(seed)
-    return [request_of(i, rng.integers(0, len(IDS.codes), n)) for i, n in enumerate(lengths)]
-
-
-def request_of(number: int, items: np.ndarray) -> Request:
-    none, floats = np.zeros(len(items), np.int64), np.zeros(len(items), np.float32)
-    return Request(number, number, items, none, floats, none, 0, items[:0], 0, 0.0, 1000.0)
-
-
-REQUESTS = requests_of()
-
-
-def engine_of(
-    sample: Sequence[Request] = REQUESTS, model: Any = MODEL, retrieval: Retrieval = RETRIEVAL, **options: Any
-) -> VLLMEngine:
-    config = VLLMEngineConfig(**{"kv_cache_gb": 0.02, "block_size": 16, "max_num_seqs": 64, **options})
-    kernels = requested("torch")
-    engine = VLLMEngine(config, Setup(model, kernels, CATALOGUE, 3, CacheConfig(), retrieval))
-    engine.prepare(sample, 4)
-    return engine
-
-
-def expect_equal(found: GenerateResult, expected: Beams, order: Sequence[int] | None = None) -> None:
-    for i, (items, scores) in enumerate(zip(found.items, found.scores, strict=True)):
-        place = order[i] if order is not None else i
-        assert items.tolist() == expected.items[place].tolist()
-        np.testing.assert_allclose(scores, expected.scores[place], atol=CLOSE)
 
 
 @pytest.fixture(scope="module")
@@ -485,52 +464,6 @@ def test_doctor_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # On a GPU
-
-GPU_MODEL = HSTUConfig(
-    embedding_dim=128, layers=3, heads=2, qk_dim=64, v_dim=64, scaling_seqlen=512, max_positions=1500, head_dim=4
-)
-GPU_REQUESTS = requests_of([400, 0, 70, 1, 250, 499, 33, 600], seed=7)
-
-
-def gpu_engine(kernel: str, model: Any = GPU_MODEL, **options: Any) -> VLLMEngine:
-    config = VLLMEngineConfig(**{"gpu_memory_utilization": 0.3, "max_num_batched_tokens": 2048, **options})
-    retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
-    engine = VLLMEngine(config, Setup(model, requested(kernel), CATALOGUE, 3, CacheConfig(), retrieval))
-    engine.prepare(GPU_REQUESTS, 4)
-    return engine
-
-
-def expect_near(found: GenerateResult, expected: Beams, reference: Any, tolerance: float) -> None:
-    """The best item or a near-tie of it, every item that is above the cut by more than a tie, and scores."""
-    tie = 2 * tolerance
-    for i, (ours, scores) in enumerate(zip(found.items, found.scores, strict=True)):
-        theirs, exact = expected.items[i], expected.scores[i]
-        assert ours[0] in theirs[exact >= exact[0] - tie]
-        assert set(theirs[exact > exact[-1] + tie].tolist()) <= set(ours.tolist())
-        np.testing.assert_allclose(scores, reference.prefix_scores(GPU_REQUESTS[i], ours)[:, -1], atol=tolerance)
-
-
-def allowed(reference: Any, precision: str) -> float:
-    """As the gate: twice the error that plain PyTorch makes in the same precision, over more items than k."""
-    plain = reference.search(GPU_REQUESTS, precision, width=64, k=32)
-    exact = [reference.prefix_scores(r, items)[:, -1] for r, items in zip(GPU_REQUESTS, plain.items, strict=True)]
-    tolerance = max(2 * float(np.abs(plain.scores - np.stack(exact)).max()), CLOSE)
-    assert tolerance < 2  # log-probabilities of other requests differ by some tens
-    return tolerance
-
-
-def expect_mixed(engine: VLLMEngine, reference: Any, tolerance: float) -> None:
-    """A new prompt in every step, beside beams of all levels: scores are those of the items found."""
-    engine.reset_cache()
-    done = {}
-    for key, request in enumerate(GPU_REQUESTS):
-        engine.admit(key, request)
-        done |= {f.key: f for f in engine.step()}
-    while engine.unfinished:
-        done |= {f.key: f for f in engine.step()}
-    for key, request in enumerate(GPU_REQUESTS):
-        own = reference.prefix_scores(request, done[key].items)[:, -1]
-        np.testing.assert_allclose(done[key].scores, own, atol=tolerance)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import vllm_checks
-from test_vllm import (
+from helpers.vllm_engines import (
     GPU_REQUESTS,
     REQUESTS,
     RETRIEVAL,

@@ -1,5 +1,4 @@
-"""The small operator families in CuTe DSL: compiled for Hopper without a GPU; on one, held to the check that the
-other variants pass (test_operators.py)."""
+"""The small operator families in CuTe DSL: compiled for Hopper without a GPU, and checked as the others on one."""
 
 from __future__ import annotations
 
@@ -12,16 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import test_operators as operators
 import torch
-from test_operators import RAGGED, Arguments, agrees, converted
+from helpers import kernel_cases as operators
+from helpers.kernel_cases import DTYPES, RAGGED, Arguments, agrees, converted
 from torch import Tensor
 
 from grkernels import tuning
 
-poisoned = operators.poisoned
 needs_cutlass = pytest.mark.skipif(find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FAMILIES = ("norm_gate", "layer_norm", "interaction", "jagged_concat", "jagged_split", "token_embedding")
 MANY = (1, 0, 2) * 400, (0, 1, 1) * 400  # sequences that take three steps to search
 
