@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -94,6 +95,14 @@ def test_composing_stays_light(module: str) -> None:
     heavy = {"torch", "mlflow", "vllm", "transformers", "onnxruntime", "tensorrt", "triton", "pandas"}
     assert module in loaded
     assert not [name for name in loaded if name in heavy or name.endswith(".engine") or name == "grengines.base"]
+
+
+def test_tests_share_helpers_only() -> None:
+    """No test file imports another, nor does code that a test runs in a process."""
+    found = {path: re.findall(r"^ *(?:from|import) (?:test_|conftest).*", (ROOT / path).read_text(), re.M)
+             for path in files("tests/*.py")}  # fmt: skip
+    assert len(found) > 40
+    assert not {path: lines for path, lines in found.items() if lines}
 
 
 def test_the_checks_find_faults() -> None:
