@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def measure(rows: common.Rows, spec: RunSpec, args: Any) -> None:
                 feeds: list[dict[str, Any]] = []
                 if plans.BASE[precision] != precision:
                     feeds = samples.feeds(trace.requests, encoding, args.calibration, facts.tile_rows)
-                    facts = plans.replace(facts, calibration=samples.digest(feeds))
+                    facts = replace(facts, calibration=samples.digest(feeds))
                 row = {"model": model.name, "precision": precision, "compute_capability": target}
                 try:
                     for _ in range(args.rounds):

@@ -150,7 +150,7 @@ COMPILE_WITH_DOUBLES = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from grkernels.hstu_attention.triton import _kernel as attention
+from grkernels.hstu_attention.triton import attention_kernel as attention
 from grkernels.layer_norm.triton import _kernel as layer_norm
 from grkernels.norm_gate.triton import _kernel as norm_gate
 sizes = dict(TARGETS=True, CONTEXTUAL=False, WINDOW=False, PAGE=0, QK=32, V=32, QK_BLOCK=32, V_BLOCK=32, M=64, N=64)

@@ -11,10 +11,12 @@ of them, in register's order, and a parser may hand a float over as a double.
 
 # No `from __future__ import annotations`: tensorrt.plugin reads the annotations themselves.
 
+import functools
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -22,11 +24,13 @@ from triton.compiler import ASTSource
 
 from grengines.export.onnx_attention import DOMAIN, NAME
 from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime.device import DTYPES
 from grengines.runtime.profile import Sizes
 from grkernels import tuning
-from grkernels.hstu_attention.triton import _default, _kernel
+from grkernels.hstu_attention.keys import tuning_key
+from grkernels.hstu_attention.triton import attention_kernel, default_config
 
-_attention = _kernel.kernel
+_attention = attention_kernel.kernel
 POINTERS = ("q", "k", "v", "offsets", "num_targets", "tiles", "columns")
 
 
@@ -38,6 +42,17 @@ class Compiled(NamedTuple):
     threads: int  # a block
     shared: int  # bytes a block
     rows: int  # query rows a block
+
+
+class Target(NamedTuple):
+    """The model, the largest batch and the GPU that the kernel is compiled for."""
+
+    model: HSTUConfig
+    most: Sizes
+    capability: str  # for instance 9.0
+
+
+_target: Target | None = None  # of the last call of `register`
 
 
 @triton.jit
@@ -74,27 +89,7 @@ def hstu_attention_plugin(
 
 def compile_kernel(model: HSTUConfig, dtype: str, target: str, most: Sizes) -> Compiled:
     """The plugin's kernel for a compute capability ("9.0"); dtype fp32, fp16 or bf16. Needs no GPU."""
-    mask = [
-        *(["contextual"] if model.contextual_seq_len else []),
-        *(["window"] if model.max_attn_len else []),
-        "targets",
-    ]
-    key = tuning.key(  # as grkernels.hstu_attention.keys has it for these sizes
-        bits=32 if dtype == "fp32" else 16,
-        qk=model.qk_dim,
-        v=model.v_dim,
-        spread=tuning.bucket(most.batch * model.heads),
-        q=tuning.bucket(most.longest),
-        kv=tuning.bucket(most.longest),
-        mask="+".join(mask),
-        page=0,
-    )
-    import torch
-
-    element = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    config = tuning.choose(
-        "hstu_attention", "triton", key, _default(max(model.qk_dim, model.v_dim), most.longest, element)
-    )
+    config = _launch_configuration(model, DTYPES[dtype], most)
     constants = {
         "HEADS": model.heads,
         "CONTEXT": model.contextual_seq_len,
@@ -120,6 +115,26 @@ def compile_kernel(model: HSTUConfig, dtype: str, target: str, most: Sizes) -> C
     return Compiled(made.metadata.name, ptx, made.metadata.num_warps * 32, made.metadata.shared, config["m"])
 
 
+def _launch_configuration(model: HSTUConfig, dtype: torch.dtype, most: Sizes) -> dict[str, int]:
+    """Return the kernel's tiles, warps and stages for batches of these sizes."""
+    with torch.device("meta"):  # the key takes a call's arguments
+        q = torch.empty(most.tokens, model.heads, model.qk_dim, dtype=dtype)
+        v = torch.empty(most.tokens, model.heads, model.v_dim, dtype=dtype)
+        offsets, targets = torch.empty(most.batch + 1), torch.empty(most.batch)
+    key = tuning_key(
+        q=q,
+        v=v,
+        q_offsets=offsets,
+        num_targets=targets,
+        max_q_len=most.longest,
+        max_kv_len=most.longest,
+        contextual_seq_len=model.contextual_seq_len,
+        max_attn_len=model.max_attn_len,
+    )
+    default = default_config(max(model.qk_dim, model.v_dim), most.longest, dtype)
+    return tuning.choose("hstu_attention", "triton", key, default)
+
+
 def substitute(onnx: Path, out: Path) -> Path:
     """Write the model to `out` with nodes of the plugin in the place of the function's. Returns `out`."""
     from onnx import helper, load, save
@@ -138,10 +153,15 @@ def substitute(onnx: Path, out: Path) -> Path:
 
 
 def register(model: HSTUConfig, most: Sizes, target: str) -> None:
-    """Make `grbench::hstu_attention` known to TensorRT, for this model from now on."""
-    _current.update(model=model, most=most, target=target)
-    if "registered" in _current:
-        return
+    """Register `grbench::hstu_attention` with TensorRT; plans that are built from now on have this model's kernel."""
+    global _target
+    _target = Target(model, most, target)
+    _register_once()
+
+
+@functools.cache
+def _register_once() -> None:
+    """Register the plugin, which TensorRT accepts once in a process."""
     import tensorrt as trt
     import tensorrt.plugin as trtp
 
@@ -187,21 +207,17 @@ def register(model: HSTUConfig, most: Sizes, target: str) -> None:
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        made = compile_kernel(_current["model"], names[q.dtype], _current["target"], _current["most"])
+        assert _target is not None
+        made = compile_kernel(_target.model, names[q.dtype], _target.capability, _target.most)
         launch = trtp.KernelLaunchParams()
         launch.grid_x = trtp.cdiv(tiles.shape_expr.numel(), made.rows)
-        launch.grid_y = _current["model"].heads
+        launch.grid_y = _target.model.heads
         launch.grid_z = offsets.shape_expr[0]  # the last zeroes what comes after the sequences
         launch.block_x = made.threads
         launch.shared_mem = made.shared
         integers = trtp.SymIntExprs(1)
         integers[0] = trtp.SymInt32(q.shape_expr[0])
         return made.name, made.ptx, launch, integers
-
-    _current["registered"] = True
-
-
-_current: dict[str, Any] = {}  # what the plugin is compiled for, from the last call of `register`
 
 
 def _without_unused(ptx: str, kernel: str, count: int) -> str:

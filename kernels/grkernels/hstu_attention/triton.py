@@ -69,7 +69,7 @@ def hstu_attention(
         max_attn_len=max_attn_len,
         k_pages=k_pages,
     )
-    default = _default(max(qk_dim, v_dim), tuning.example(max_q_len), q.dtype)
+    default = default_config(max(qk_dim, v_dim), tuning.example(max_q_len), q.dtype)
     config = tuning.choose("hstu_attention", "triton", key, default)
     page, table_stride = 0, 0
     page_strides: tuple[int, ...] = (0,) * 6
@@ -81,7 +81,7 @@ def hstu_attention(
     targets = q_offsets if num_targets is None else num_targets
     masks = num_targets is not None, contextual_seq_len > 0, max_attn_len > 0
     blocks = tuning.bucket(max(qk_dim, 16)), tuning.bucket(max(v_dim, 16)), config["m"], config["n"]
-    _kernel(
+    attention_kernel(
         (-(-max_q_len // config["m"]), heads, batch + 1),
         (q, k, v, out, k_pages, v_pages, q_offsets, kv_offsets, targets, page_table, paged_lengths),
         (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *page_strides, heads, contextual_seq_len, max_attn_len),
@@ -98,7 +98,7 @@ def hstu_attention(
     indices=["q_offsets", "kv_offsets", "num_targets", "page_table", "paged_lengths"],
     numbers=["table_stride", "total_rows", "half_alpha", "scale"],
 )
-def _kernel(
+def attention_kernel(
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
@@ -318,7 +318,7 @@ def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0)
     return triton_common.supports(device=device, dtype=dtype)
 
 
-def _default(widest: int, max_q_len: int, dtype: torch.dtype) -> dict[str, int]:
+def default_config(widest: int, max_q_len: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the tiles for sizes that are not in the table."""
     if max_q_len <= 16:
         return {"m": 16, "n": 64, "warps": 4, "stages": 3}
