@@ -288,7 +288,7 @@ def test_shapes_of_profiles_hold_what_they_are_for() -> None:
 
 
 def test_a_batch_is_laid_out_aligned() -> None:
-    from grengines.tensorrt.engine import ALIGNMENT, Staged, _counts, _padded
+    from grengines.tensorrt.execution import ALIGNMENT, Staged, _counts, _padded
 
     most = Sizes(4, 256, 64, 48, 64)
     staged = Staged(sum(_padded(n) for n in _counts(most).values()), pin=False)

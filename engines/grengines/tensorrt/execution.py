@@ -1,0 +1,211 @@
+"""Execution of a plan: contexts, a stream, buffers in place, captured graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grengines.api import UnavailableError
+from grengines.export.module import INPUTS, OUTPUT
+from grengines.runtime import atomic_io, staging
+from grengines.runtime.batch import HostBatch
+from grengines.runtime.cache_dir import cache_folder
+from grengines.runtime.profile import Sizes
+from grengines.tensorrt import plan as plans
+from grengines.tensorrt.library import Library, logger
+
+ALIGNMENT = 256  # bytes, of every tensor that TensorRT is given
+
+
+class Graph(NamedTuple):
+    """One bucket's captured graph: it reads the batch where every batch is put."""
+
+    graph: torch.cuda.CUDAGraph
+    context: Any  # kept: a graph is good as long as the context that it was captured from stays as it was
+    logits: Tensor
+
+
+class Execution:
+    """A plan on the device: an execution context for each profile, a stream of its own, buffers bound in place.
+
+    Everything runs on that stream, one batch after another: all contexts work in the same memory, and all batches are
+    put in the same place.
+    """
+
+    def __init__(self, plan: plans.Plan, library: Library, tasks: int, device: torch.device, graphs: bool) -> None:
+        """Raises UnavailableError, with the library's words, where the plan can't be loaded here."""
+        trt, log = library.module, logger(library)
+        log.take()
+        self.facts, self._library, self._device = plan.facts, library, device
+        self.stream = torch.cuda.Stream(device)
+        self._runtime = trt.Runtime(log)
+        self._engine = self._runtime.deserialize_cuda_engine(plan.read())
+        if self._engine is None:
+            raise UnavailableError(f"{library.name} {library.version} can't load {plan.folder}: {log.take()}")
+        self._kernels: Any = None  # TensorRT for RTX: what it compiled on this GPU
+        self._config = self._runtime_config(graphs)
+        self._scratch = torch.empty(self._engine.device_memory_size_v2, dtype=torch.uint8, device=device)
+        self._contexts = [self._context(i) for i in range(len(self.facts.profiles))]
+        most = self.facts.profiles[-1]
+        longest = max(-(-most.longest // self.facts.tile_rows) * self.facts.tile_rows, most.history)
+        self._ruler = torch.arange(longest, device=device)
+        self.capacity = sum(_padded(n) for n in _counts(most).values())
+        self._buffer = torch.zeros(self.capacity, dtype=torch.int64, device=device)
+        self._logits = torch.empty(most.candidates, tasks, device=device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))  # on which these were made
+
+    def upload(self, host: Staged) -> None:
+        """Copy a batch to where it is read, on the current stream, without waiting."""
+        self._buffer[: host.words].copy_(host.buffer[: host.words], non_blocking=True)
+
+    def run(self, host: Staged, needed: Sizes) -> Tensor:
+        """Enqueue the batch that was uploaded: logits [M, tasks], good until the next run."""
+        return self._enqueue(self._contexts[self._profile(needed)], host)
+
+    def capture(self, host: Staged, needed: Sizes) -> Graph:
+        """A graph of batches of exactly these sizes. TensorRT wants a context of its own for each, and a run of it
+        before. Raises UnavailableError where the plan can't be captured: one whose attention is a loop."""
+        context = self._context(self._profile(needed))
+        self.upload(host)
+        logits = self._enqueue(context, host)
+        self.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                done = context.execute_async_v3(self.stream.cuda_stream)
+        except RuntimeError:  # PyTorch's: the capture has been invalidated
+            done = False
+        if not done:
+            raise UnavailableError(self._uncapturable())
+        return Graph(graph, context, logits)
+
+    def check_captured(self, needed: Sizes) -> None:
+        """Raises UnavailableError where TensorRT for RTX, which captures by itself, could not capture a batch of these
+        sizes, after one was run: it would go on without a word."""
+        if not self._contexts[self._profile(needed)].is_stream_capturable(self.stream.cuda_stream):
+            raise UnavailableError(self._uncapturable())
+
+    def refit(self, onnx: Path) -> None:
+        """Put the weights of an exported model into the plan that is loaded; nothing may be running."""
+        trt, log = self._library.module, logger(self._library)
+        refitter = trt.Refitter(self._engine, log)
+        parser = trt.OnnxParserRefitter(refitter, log)
+        self._check(parser.refit_from_file(str(onnx)) and refitter.refit_cuda_engine(), f"take the weights of {onnx}")
+
+    def save_runtime_cache(self) -> None:
+        """Keep what TensorRT for RTX compiled on this GPU for the next start."""
+        if self._library.rtx:
+            atomic_io.write(self._runtime_file(), bytes(self._kernels.serialize()))
+
+    def close(self) -> None:
+        """Wait for what runs, and release everything, captured graphs being gone already: contexts before the
+        configuration, which must not outlive the engine."""
+        self.stream.synchronize()
+        del self._contexts, self._config, self._kernels, self._engine, self._runtime
+
+    def _enqueue(self, context: Any, host: Staged) -> Tensor:
+        begin = self._buffer.data_ptr()
+        for name, (offset, shape) in host.places.items():
+            self._bind(context, name, shape, begin + offset)
+        for name, shape in host.rulers.items():  # both count from 0
+            self._bind(context, name, shape, self._ruler.data_ptr())
+        self._check(context.set_tensor_address(OUTPUT, self._logits.data_ptr()), f"bind {OUTPUT}")
+        if unknown := context.infer_shapes():
+            raise RuntimeError(f"{self._library.name} can't infer shapes without {', '.join(unknown)}")
+        self._check(context.execute_async_v3(self.stream.cuda_stream), "run the plan")
+        return self._logits[: host.candidates]
+
+    def _bind(self, context: Any, name: str, shape: tuple[int, ...], address: int) -> None:
+        self._check(context.set_input_shape(name, shape), f"take {name} {list(shape)}")
+        self._check(context.set_tensor_address(name, address), f"bind {name}")
+
+    def _profile(self, needed: Sizes) -> int:
+        """The smallest profile that holds such a batch."""
+        return next(i for i, sizes in enumerate(self.facts.profiles) if needed.fits(sizes))
+
+    def _context(self, profile: int) -> Any:
+        context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise torch.cuda.OutOfMemoryError(f"no execution context for profile {profile}: {self._said()}")
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
+        self._check(context.set_optimization_profile_async(profile, self.stream.cuda_stream), f"use profile {profile}")
+        self.stream.synchronize()
+        return context
+
+    def _runtime_config(self, graphs: bool) -> Any:
+        """Contexts work in memory that they are given. TensorRT for RTX: its cache of kernels that were compiled on
+        this GPU, and its own CUDA graphs."""
+        trt = self._library.module
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._library.rtx:
+            self._kernels = config.create_runtime_cache()
+            if self._runtime_file().is_file():  # False: of another driver or GPU; the cache stays empty
+                self._kernels.deserialize(self._runtime_file().read_bytes())
+            self._check(config.set_runtime_cache(self._kernels), "use its runtime cache")
+            if graphs:
+                config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return config
+
+    def _runtime_file(self) -> Path:
+        return cache_folder() / "plans" / f"runtime-{self._library.version}-sm{self.facts.target}"
+
+    def _uncapturable(self) -> str:
+        mend = "engine.cuda_graphs=false" if self._library.rtx or self.facts.plugin else "engine.plugin=true"
+        return f"{self._library.name} can't run this plan in a CUDA graph: {self._said()}; set {mend}"
+
+    def _check(self, done: bool, what: str) -> None:
+        if not done:
+            raise RuntimeError(f"{self._library.name} can't {what}: {self._said()}")
+
+    def _said(self) -> str:
+        said: str = logger(self._library).take()
+        return said
+
+
+class Staged:
+    """A packed batch as TensorRT wants it: each tensor at an aligned place of one page-locked buffer."""
+
+    def __init__(self, capacity: int, pin: bool) -> None:
+        self.buffer = staging.zeros(capacity, pin)
+        self.places: dict[str, tuple[int, tuple[int, ...]]] = {}  # byte offset and shape, by name
+        self.rulers: dict[str, tuple[int, ...]] = {}
+        self.words = 0  # of the buffer in use
+        self.candidates = 0
+
+    def fill(self, host: HostBatch, history: int, tile_rows: int) -> None:
+        """Lay the batch out. history: contextual tokens and events of the longest, as in `Sizes`."""
+        arrays = dict(zip(host.sizes, host.buffer.split(list(host.sizes.values())), strict=True))
+        arrays["offsets"] = arrays["q_offsets"]
+        values, at = self.buffer.numpy(), 0
+        self.places.clear()
+        for name, (dtype, _) in INPUTS.items():
+            if name in ("tiles", "columns"):
+                continue
+            array = arrays[name].numpy()
+            n = len(array)
+            if dtype == torch.float32:
+                values[at : at + -(-n // 2)].view(np.float32)[:n] = array.view(np.float64)
+            else:
+                values[at : at + n] = array
+            self.places[name] = at * 8, (n,)
+            at += _padded(n)
+        tiles = max(-(-host.max_q_len // tile_rows), 1)
+        self.rulers = {"tiles": (tiles, max(-(-host.max_q_len // tiles), 1)), "columns": (history,)}
+        self.words, self.candidates = at, host.sizes["candidate_rows"]
+
+
+def _counts(sizes: Sizes) -> dict[str, int]:
+    """Words of each input of the largest batch."""
+    most = {"L": sizes.tokens, "B": sizes.batch, "B + 1": sizes.batch + 1, "M": sizes.candidates}
+    return {name: most[dims[0]] for name, (_, dims) in INPUTS.items() if dims[0] in most}
+
+
+def _padded(words: int) -> int:
+    """Words that keep what comes next aligned."""
+    step = ALIGNMENT // 8
+    return -(-words // step) * step
