@@ -252,6 +252,7 @@ import torch
 from grengines.api import Catalogue
 from grengines.models.hstu.config import HSTUConfig
 from grengines.aoti import package
+from grengines.export.attention import adapted
 from grengines.export.module import ExportedRanker
 from grengines.models.hstu.model import build_model
 from grengines.runtime.profile import Sizes
@@ -262,7 +263,7 @@ kernels = Operators.of(dict.fromkeys(FAMILIES, "triton"))
 ranker = build_model({MODEL!r}, {CATALOGUE!r}, 0, "cpu", torch.bfloat16, kernels)
 sizes, families = Sizes(8, 512, 64, 64, 64), dict.fromkeys(FAMILIES, "triton")
 facts = package.Facts.here("0", "bf16", torch.device("cpu"), families, 2, sizes, sizes)
-program = package._trace(ExportedRanker(ranker, package.attention(kernels.hstu_attention, 0), kernels), facts)
+program = package._trace(ExportedRanker(ranker, adapted(kernels.hstu_attention), kernels), facts)
 code = program.graph_module.code
 print(code.count("triton_kernel_wrapper_mutation("), sorted(str(v) for v in program.range_constraints.values()))
 """

@@ -15,6 +15,7 @@ from grengines.aoti.config import AOTIEngineConfig
 from grengines.aoti.package import Facts, Inputs, Package
 from grengines.api import RankResult, Request, Setup, UnavailableError
 from grengines.base import RankingEngine, refuse_cache
+from grengines.export.attention import adapted
 from grengines.export.identity import model_hash
 from grengines.export.module import ExportedRanker
 from grengines.fallback import OutsideError
@@ -145,8 +146,9 @@ class AOTIEngine(RankingEngine):
         ranker = build_model(
             self._model_config, setup.catalogue, setup.seed, self._device, self._dtype, self._operators
         )
-        eager = self._kernels["hstu_attention"] == "torch"
-        attend = packages.attention(self._operators.hstu_attention, facts.tiles if eager else 0)
+        # Only the eager variant processes its query rows in tiles.
+        options = {"tiles": facts.tiles} if self._kernels["hstu_attention"] == "torch" else {}
+        attend = adapted(self._operators.hstu_attention, **options)
         packages.build(ExportedRanker(ranker, attend, self._operators), facts)
 
     def _run(self, batch: JaggedBatch) -> Tensor:

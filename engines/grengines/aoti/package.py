@@ -127,43 +127,6 @@ class Inputs:
         ]
 
 
-def attention(kernel: Callable[..., Tensor], tiles: int) -> Callable[..., Tensor]:
-    """A variant's function as ExportedRanker wants it. tiles: of the plain variant; 0 for another."""
-    more = {"tiles": tiles} if tiles else {}
-
-    def attend(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        offsets: Tensor,
-        num_targets: Tensor,
-        tiles: Tensor,
-        columns: Tensor,
-        alpha: float,
-        scaling_seqlen: int,
-        contextual_seq_len: int,
-        max_attn_len: int,
-    ) -> Tensor:
-        longest = tiles.numel()
-        return kernel(
-            q,
-            k,
-            v,
-            q_offsets=offsets,
-            kv_offsets=offsets,
-            num_targets=num_targets,
-            max_q_len=longest,
-            max_kv_len=longest,
-            scaling_seqlen=scaling_seqlen,
-            alpha=alpha,
-            contextual_seq_len=contextual_seq_len,
-            max_attn_len=max_attn_len,
-            **more,
-        )
-
-    return attend
-
-
 def build(module: ExportedRanker, facts: Facts) -> Path:
     """Compile the module into the cache. Takes a minute or so.
 
@@ -257,7 +220,7 @@ def _source() -> str:
         *engines.glob("runtime/*.py"),
         *engines.glob("aoti/*.py"),
     ]
-    for file in sorted([*files, engines / "export" / "module.py"]):
+    for file in sorted([*files, engines / "export" / "attention.py", engines / "export" / "module.py"]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 

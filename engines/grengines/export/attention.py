@@ -2,10 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from grkernels.hstu_attention.torch import hstu_attention as plain
+from grkernels.hstu_attention.torch import hstu_attention as eager
+
+
+def adapted(kernel: Callable[..., Tensor], **options: int) -> Callable[..., Tensor]:
+    """Give a variant of the family the signature of the operator below. options: further arguments of the variant."""
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        offsets: Tensor,
+        num_targets: Tensor,
+        tiles: Tensor,
+        columns: Tensor,
+        alpha: float,
+        scaling_seqlen: int,
+        contextual_seq_len: int,
+        max_attn_len: int,
+    ) -> Tensor:
+        longest = tiles.numel()
+        return kernel(
+            q,
+            k,
+            v,
+            q_offsets=offsets,
+            kv_offsets=offsets,
+            num_targets=num_targets,
+            max_q_len=longest,
+            max_kv_len=longest,
+            scaling_seqlen=scaling_seqlen,
+            alpha=alpha,
+            contextual_seq_len=contextual_seq_len,
+            max_attn_len=max_attn_len,
+            **options,
+        )
+
+    return attend
+
+
+_eager = adapted(eager)
 
 
 @torch.library.custom_op("grbench::hstu_attention", mutates_args=())
@@ -22,33 +63,20 @@ def hstu_attention(
     contextual_seq_len: int,
     max_attn_len: int,
 ) -> Tensor:
-    """Attention of whole sequences (the full form), by plain PyTorch where this op itself is called.
+    """Compute the attention of whole sequences. The operator itself runs eager PyTorch.
 
-    q and k [L, H, dqk], v [L, H, dv]: tokens of all sequences one after another. offsets int64 [B + 1] says where each
-    begins, num_targets int64 [B] how many candidates are at its end.
+    q and k [L, H, dqk], v [L, H, dv]: tokens of all sequences one after another. offsets int64 [B + 1]: where each
+    sequence begins. num_targets int64 [B]: the candidates at its end.
 
-    Two inputs matter by their shapes, so that no shape in the graph depends on a value. tiles int64 [T, R], which is
-    0 .. T * R - 1, has a place for each row of the longest sequence: T tiles of R query rows are worked off one after
-    another. columns int64 [N], 0 .. N - 1, has one for each contextual token and event of the longest history, at least
-    one. Either may be larger than needed.
+    Only the shapes of two inputs matter, so that no shape in the graph depends on a value. tiles int64 [T, R], which is
+    0 .. T * R - 1, has a place for each row of the longest sequence: attention processes T tiles of R query rows, one
+    after another. columns int64 [N], 0 .. N - 1, has one for each contextual token and event of the longest history, at
+    least one. Either may be larger than needed.
 
-    Returns [L, H, dv] in v's dtype; rows past offsets[B] hold anything finite.
+    Returns [L, H, dv] in v's dtype. Rows past offsets[B] hold any finite value.
     """
-    longest = tiles.numel()
-    return plain(
-        q,
-        k,
-        v,
-        q_offsets=offsets,
-        kv_offsets=offsets,
-        num_targets=num_targets,
-        max_q_len=longest,
-        max_kv_len=longest,
-        scaling_seqlen=scaling_seqlen,
-        alpha=alpha,
-        contextual_seq_len=contextual_seq_len,
-        max_attn_len=max_attn_len,
-    )
+    shapes = scaling_seqlen, contextual_seq_len, max_attn_len
+    return _eager(q, k, v, offsets, num_targets, tiles, columns, alpha, *shapes)
 
 
 @hstu_attention.register_fake

@@ -19,7 +19,7 @@ from grengines.models.hstu.generator import HSTUGenerator, Prompts, pack_prompts
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket
 from grengines.runtime.device import Placement
-from grengines.runtime.graphs import GraphRunner, batch_buckets, choose_bucket, first_batches, length_buckets
+from grengines.runtime.graphs import GraphRunner, bucket_grid, choose_bucket, first_batches, length_buckets
 from grengines.runtime.results import Marks, collect_items, one_tensor
 from grengines.semantic.trie import Trie
 from grkernels import tuning
@@ -76,9 +76,7 @@ class HSTURetriever(GeneratingEngine):
         self._most_tokens = max(lengths)
         self._pool = pool = beam.pool_for(self._model, self._most_tokens, max_batch)
         if self._options.cuda_graphs:
-            chosen = self._options.graph_lengths or length_buckets(lengths)
-            found = [Bucket(b, n, 0) for n in chosen for b in batch_buckets(max_batch)]
-            self.buckets = sorted(found, key=lambda b: (b.batch * b.length, b.batch))
+            self.buckets = bucket_grid(self._options.graph_lengths or length_buckets(lengths), max_batch)
             self._graphs = GraphRunner(
                 self._search,
                 self.buckets,

@@ -61,7 +61,12 @@ def plan_buckets(
     if cached:
         needed += [n for n in (most + (1 << i) for i in range(cached.bit_length())) if n < max(needed)]
     chosen = set(lengths) or length_buckets(needed)
-    buckets = [Bucket(b, n, min(most, n), cached) for n in chosen for b in batch_buckets(max_batch)]
+    return bucket_grid(chosen, max_batch, most, cached)
+
+
+def bucket_grid(lengths: Iterable[int], max_batch: int, candidates: int = 0, cached: int = 0) -> list[Bucket]:
+    """Return a bucket for each of the lengths and each size of a batch, least work first."""
+    buckets = [Bucket(b, n, min(candidates, n), cached) for n in lengths for b in batch_buckets(max_batch)]
     return sorted(buckets, key=lambda b: (b.batch * b.length, b.batch))
 
 

@@ -115,7 +115,7 @@ def compile_kernel(model: HSTUConfig, dtype: str, target: str, most: Sizes) -> C
     return Compiled(made.metadata.name, ptx, made.metadata.num_warps * 32, made.metadata.shared, config["m"])
 
 
-def _launch_configuration(model: HSTUConfig, dtype: torch.dtype, most: Sizes) -> dict[str, int]:
+def _launch_configuration(model: HSTUConfig, dtype: torch.dtype, most: Sizes) -> tuning.Config:
     """Return the kernel's tiles, warps and stages for batches of these sizes."""
     with torch.device("meta"):  # the key takes a call's arguments
         q = torch.empty(most.tokens, model.heads, model.qk_dim, dtype=dtype)
