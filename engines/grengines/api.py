@@ -21,7 +21,7 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Catalogue:
-    """How many of each there are in a workload: ids run from 0 to count - 1."""
+    """Counts of a workload's users, items and actions. Ids run from 0 to count - 1."""
 
     num_users: int
     num_items: int
@@ -32,8 +32,8 @@ class Catalogue:
 class Request:
     """One user's visit: rank `candidates` given the history so far.
 
-    The four history arrays have one entry an event, oldest first. Events from `num_seen` on came
-    since the user's last request in the trace: the delta. Arrays may be views; they are never written.
+    The four history arrays have one entry for each event, oldest first. Events from `num_seen` on are new since the
+    user's last request in the trace. Arrays may be views. They are never written.
     """
 
     request_id: int
@@ -42,16 +42,16 @@ class Request:
     history_actions: Int64Array  # [events] bit masks over Catalogue.num_actions
     history_weights: Float32Array  # [events] rating, watch time or the like, scaled to about [0, 1]
     history_timestamps: Int64Array  # [events] seconds
-    num_seen: int  # events of the history that the user's previous request held; 0 at the first
+    num_seen: int  # events of the history that the user's previous request had; 0 for the first request
     candidates: Int64Array  # [num_candidates] item ids
-    timestamp: int  # when the visit was made, seconds on the clock of the history
-    arrival_s: float  # when it arrives in the trace, seconds from the trace's start
-    deadline_ms: float  # an answer later than this after its arrival is worth nothing
+    timestamp: int  # time of the visit, seconds on the clock of the history
+    arrival_s: float  # arrival in the trace, seconds from the trace's start
+    deadline_ms: float  # after its arrival; a later answer is useless
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What an engine needs to generate: the items' semantic IDs, and how it searches them."""
+    """Semantic IDs of the items, and the beam search over them."""
 
     ids: SemanticIds
     k: int  # items to return
@@ -77,37 +77,37 @@ class Setup:
 
 @dataclass(kw_only=True)
 class BatchResult:
-    """Where one batch's time went (host milliseconds, device work synchronised)."""
+    """Times of one batch in host milliseconds, with device work synchronised."""
 
     batch_ms: float  # assembling the batch on the host
     transfer_ms: float  # copies to the device and back
     compute_ms: float  # everything on the device between the copies
     tokens: int  # real tokens in the batch
-    padded_tokens: int  # tokens computed on, padding included
-    details: dict[str, float] = field(default_factory=dict)  # further figures, summed over a run by name
-    stages: dict[str, float] = field(default_factory=dict)  # milliseconds of each stage, where there are several
+    padded_tokens: int  # tokens computed, padding included
+    details: dict[str, float] = field(default_factory=dict)  # further figures; a run sums them by name
+    stages: dict[str, float] = field(default_factory=dict)  # milliseconds of each stage of a pipeline
 
 
 @dataclass(kw_only=True)
 class RankResult(BatchResult):
-    scores: list[Float32Array]  # a request: [num_candidates, num_tasks] logits
+    scores: list[Float32Array]  # for each request [num_candidates, num_tasks] logits
 
 
 @dataclass(kw_only=True)
 class GenerateResult(BatchResult):
-    items: list[Int64Array]  # a request: [k] item ids, best first; fewer where fewer exist
-    scores: list[Float32Array]  # a request: [k] sums of the codes' log-probabilities
+    items: list[Int64Array]  # for each request [k] item ids, best first; fewer where fewer exist
+    scores: list[Float32Array]  # for each request [k] sums of the codes' log-probabilities
 
 
 @dataclass(kw_only=True)
 class RecommendResult(BatchResult):
-    items: list[Int64Array]  # a request: [k] generated item ids in the order of the first task's score, best first
-    scores: list[Float32Array]  # a request: [k, num_tasks] logits, in that order
+    items: list[Int64Array]  # for each request [k] generated item ids, by the first task's score, best first
+    scores: list[Float32Array]  # for each request [k, num_tasks] logits, in that order
 
 
 @dataclass
 class Finished:
-    """One request's end in an engine with continuous batching."""
+    """The answer to one request of an engine with continuous batching."""
 
     key: int
     items: Int64Array  # as in the task's result
@@ -118,26 +118,28 @@ class Finished:
 
 
 class UnavailableError(RuntimeError):
-    """This machine can't run what was asked; the message says what is missing and how to get it."""
+    """This machine can't run the configuration. The message names what is missing and the command that installs it."""
 
 
 class Engine(Protocol):
-    """An engine answers batches of requests. It is built, prepared once, used, closed.
+    """An engine answers batches of requests. It is built, prepared, used and closed.
 
-    It has a method for each task that `grengines.registry` says it has: `rank`, `generate` or `recommend`, which take
-    at most `max_batch` requests and return RankResult, GenerateResult or RecommendResult. Several threads may call them
-    at once, but for a ContinuousEngine's: what is not queued on a device by one is not begun by the next.
+    It has a method for each task of its row in `grengines.registry`: `rank`, `generate` or `recommend`. They take at
+    most `max_batch` requests and return RankResult, GenerateResult or RecommendResult. Several threads may call them at
+    once, except those of a ContinuousEngine. A call waits until the work of the call before it is queued on the device.
     """
 
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
-        """Load, compile and warm up for requests like `sample` (the whole trace may be passed)."""
+        """Load, compile and warm up for requests like `sample`, which may be the whole trace."""
 
     def actual(self) -> dict[str, Any]:
-        """What really runs: device, precision, kernel variants, graph buckets, library versions."""
+        """Return what really runs: device, precision, kernel variants, graph buckets, library versions. JSON values."""
 
     def reset_cache(self, keep_host: bool = False) -> None:
-        """Drop what is cached of users: a measurement begins with an empty cache. keep_host: what is on the device goes
-        to the host tier, where there is one, and what is there stays."""
+        """Drop cached user states: a measurement begins with an empty cache.
+
+        keep_host: move the states on the device to the host tier, and keep that.
+        """
 
     def close(self) -> None:
         """Release device memory and threads."""
@@ -150,19 +152,19 @@ class Ranker(Engine, Protocol):
 
 class Generator(Engine, Protocol):
     def generate(self, requests: Sequence[Request]) -> GenerateResult:
-        """The most likely next items of every request."""
+        """Find the most likely next items of every request."""
 
 
 @runtime_checkable
 class ContinuousEngine(Engine, Protocol):
-    """Batches by itself, step by step: requests join and leave while others are under way. One thread calls it."""
+    """An engine that batches by itself, step by step: requests join and leave at any step. One thread calls it."""
 
     @property
     def unfinished(self) -> int:
-        """Requests under way."""
+        """Number of admitted requests without an answer."""
 
     def admit(self, key: int, request: Request) -> None:
-        """Begin one request. Raises ValueError for one that can never fit."""
+        """Begin one request. Raises ValueError for a request that can never fit."""
 
     def step(self) -> list[Finished]:
-        """Go one step on with what is under way; returns what ended with it."""
+        """Advance all requests by one step. Returns the answers that are complete."""

@@ -1,6 +1,6 @@
-"""A chain of engines: what the first can't answer, because it was not built for it, the next one does.
+"""Fallback engines: another engine answers the batches that the first one was not built for.
 
-Only where the configuration names the chain (`engine.fallback=[hstu]`); without it the error stands.
+The configuration names them, `engine.fallback=[hstu]`. Without it such a batch is an error.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
 
 
 class OutsideError(ValueError):
-    """These requests are none that the engine was built for: which, what it was built for, what mends it."""
+    """The engine was not built for these requests. The message names them, the engine's limits and a fix."""
 
 
 class FallbackEngine:
-    """The first engine, and those that `fallback` names. Satisfies grengines.api.Ranker.
+    """An engine with others behind it. Satisfies grengines.api.Ranker.
 
-    build: makes the engine of a name; it is called once for each, at `prepare`. Only OutsideError goes on to the next
-    engine: one that is unavailable, or wrong, stops the run as it would alone.
+    build: makes an engine by its name. It is called once for each name in `fallback`, at `prepare`. Only an
+    OutsideError goes to the next engine: any other error stops the run.
     """
 
     def __init__(self, first: Ranker, fallback: Sequence[str], build: Callable[[str], Ranker]) -> None:
         self._engines, self._fallback, self._build = [first], list(fallback), build
-        self._answered = [0] * (1 + len(fallback))  # requests, by each engine
+        self._answered = [0] * (1 + len(fallback))  # requests, for each engine
         self._counting = threading.Lock()
 
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
-        """Prepare every engine of the chain. Raises what they raise."""
+        """Prepare every engine. Raises what they raise."""
         self._engines[1:] = [self._build(name) for name in self._fallback]
         for engine in self._engines:
             engine.prepare(sample, max_batch)
 
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """The answer of the first engine that was built for this batch. Raises OutsideError where none was."""
+        """Return the answer of the first engine that was built for this batch. Raises OutsideError where none was."""
         for i, engine in enumerate(self._engines):
             try:
                 result = engine.rank(requests)
@@ -49,11 +49,10 @@ class FallbackEngine:
                 self._answered[i] += len(requests)
             result.details["fallback_requests"] = float(len(requests) if i else 0)
             return result
-        raise AssertionError("a chain has an engine")
+        raise AssertionError("there is at least one engine")
 
     def actual(self) -> dict[str, Any]:
-        """What the first engine says, and of the others under `fallback` what they say and how many requests each
-        answered."""
+        """Return the first engine's facts. `fallback` has those of the others and how many requests each answered."""
         others = zip(self._fallback, self._engines[1:], self._answered[1:], strict=False)
         fallback = {name: engine.actual() | {"answered": n} for name, engine, n in others}
         return self._engines[0].actual() | {"fallback": fallback}
@@ -68,8 +67,8 @@ class FallbackEngine:
 
 
 def options_like(schema: type, first: Any) -> Any:
-    """The options of a fallback engine: its defaults, on the first engine's device and in its precision where the
-    engine has that."""
+    """Return the default options of a fallback engine, with the first engine's device and precision if it allows
+    them."""
     options = schema()
     for name in ("device", "precision"):
         field = next((f for f in dataclasses.fields(schema) if f.name == name), None)

@@ -1,6 +1,6 @@
 """Every engine and every kind of model, one row each. An engine is imported when it is built.
 
-A package of its own adds an engine by the entry point group `grbench.engines`, whose entries name an EngineSpec.
+Other packages add engines through entry points of the group `grbench.engines`, which name an EngineSpec.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def make(options: Any, setup: Setup, task: str) -> Engine:
 
 
 def reference(model: Any, seed: int, retrieval: Retrieval, device: str) -> Any:
-    """Make the GenerationReference of a model: engines that generate with it must find the same items."""
+    """Make the GenerationReference of a model, whose items every engine must find."""
     return _load(model_spec(model).reference)(model, seed, retrieval, device)
 
 

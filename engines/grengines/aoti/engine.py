@@ -1,4 +1,4 @@
-"""engine=aoti: HSTU as a package of machine code, with the project's kernels in it; no Python runs between them."""
+"""engine=aoti: HSTU as a package of machine code with the project's kernels. No Python runs between them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from grkernels.operators import Operators
 
 
 class AOTIEngine(RankingEngine):
-    """HSTU compiled by AOTInductor.
+    """Ranking with HSTU, compiled ahead of time by AOTInductor.
 
     Raises UnavailableError for a device or a variant that this machine lacks, and ValueError for options that
     contradict each other.
@@ -66,7 +66,7 @@ class AOTIEngine(RankingEngine):
     def _load(self, sample: Sequence[Request], max_batch: int) -> None:
         """Load the package, after building it where there is none yet, and capture the graphs.
 
-        Raises ValueError for a package that does not belong here.
+        Raises ValueError for a package of another model, precision, device or version.
         """
         self._package = self._make_package(sample, max_batch)
         self._inputs = Inputs(self._package.facts, self._device)
@@ -83,14 +83,16 @@ class AOTIEngine(RankingEngine):
     def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
         try:
             self.rank(self._largest(sample, max_batch))
-        except OutsideError:  # of a package that was given
+        except OutsideError:  # engine.package may hold less than the sample
             if not self._options.fallback:
                 raise
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """As grengines.api.Ranker. Calls from several threads take turns until a batch's work is queued. Raises
-        OutsideError for a batch that the package was not built for, RuntimeError before `prepare`."""
+        """Score every candidate of every request. Threads take turns until a batch's work is queued.
+
+        Raises OutsideError for a batch that the package was not built for, RuntimeError before `prepare`.
+        """
         package = self._ready(self._package)
         begun = time.perf_counter()
         check(requests, self._encoding, package.facts.most, _hint(self._options.package))
@@ -120,7 +122,7 @@ class AOTIEngine(RankingEngine):
             "graph_buckets": [list(b) for b in self.buckets],
             "package": str(package.path) if package else None,
             "package_bytes": package.path.stat().st_size if package else 0,
-            "package_build_s": self._build_s,  # 0: it was there
+            "package_build_s": self._build_s,  # 0: it existed
             "built_for": package.facts.most.__dict__ if package else {},
             "cache": {"name": "none"},
         }
@@ -129,7 +131,7 @@ class AOTIEngine(RankingEngine):
         self._package, self._inputs, self._graphs, self.buckets = None, None, None, []
 
     def _make_package(self, sample: Sequence[Request], max_batch: int) -> Package:
-        """Load the package that `engine.package` names, else the cache's, built now if it is not there."""
+        """Load the package that `engine.package` names, else the one in the cache, which is built if it is missing."""
         model = self._model_config
         sizes = profiles(sample, self._encoding, max_batch, 2)
         digest = model_hash(model, self._setup.catalogue, self._setup.seed)
@@ -152,7 +154,7 @@ class AOTIEngine(RankingEngine):
         packages.build(ExportedRanker(ranker, attend, self._operators), facts)
 
     def _run(self, batch: JaggedBatch) -> Tensor:
-        """Logits fp32 [M, tasks]."""
+        """Return the logits fp32 [M, tasks]."""
         assert self._package is not None and self._inputs is not None
         return self._package.run(self._inputs.of(batch))[0]
 

@@ -1,4 +1,4 @@
-"""AOTInductor packages (.pt2): made from the model, kept in a cache, known again by what is written in them."""
+"""AOTInductor packages (.pt2): built from the model, kept in a cache, identified by the metadata in them."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from grkernels import tuning
 from grkernels.hstu_attention.torch import tiles_needed
 
 FORMAT = "grbench-aoti-1"
-VARIANTS = ("torch", "triton")  # of kernels that can be part of a package
+VARIANTS = ("torch", "triton")  # kernel variants that can be part of a package
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a package is, as it is written in it."""
+    """Metadata of a package: everything that decides whether an engine can use it."""
 
     model_hash: str
     precision: str
-    device: str  # of a CPU its instruction set, of a GPU its name
-    threads: int  # on a CPU, which the code is generated for; 0 on a GPU
+    device: str  # a CPU's instruction set, a GPU's name
+    threads: int  # of a CPU, for which the code is generated; 0 on a GPU
     kernels: dict[str, str]  # the variant of each family
     versions: dict[str, str]  # of torch and Triton
     source: str  # digest of the code that the package is made from
-    most: Sizes  # what it is built for
-    typical: Sizes  # what its kernels' launch configurations are chosen for
-    tiles: int  # that plain attention works off one after another
+    most: Sizes  # the largest batch
+    typical: Sizes  # the batch that its kernels' launch configurations are chosen for
+    tiles: int  # that eager attention processes one after another
     format: str = FORMAT
 
     @classmethod
@@ -61,7 +61,7 @@ class Facts:
         most: Sizes,
         typical: Sizes,
     ) -> Facts:
-        """Of a package for this machine, with the current number of threads."""
+        """Describe a package for this machine, with the current number of threads."""
         cuda = device.type == "cuda"
         plain = kernels["hstu_attention"] == "torch"
         return cls(
@@ -79,7 +79,7 @@ class Facts:
 
     @classmethod
     def from_json(cls, text: str) -> Facts:
-        """Raises ValueError, KeyError or TypeError for anything else than `json` gives."""
+        """Parse what `json` returned. Raises ValueError, KeyError or TypeError for anything else."""
         values = json.loads(text)
         return cls(**{**values, **{name: Sizes(**values[name]) for name in ("most", "typical")}})
 
@@ -87,23 +87,23 @@ class Facts:
         return json.dumps(asdict(self), sort_keys=True)
 
     def path(self) -> Path:
-        """Where the cache keeps this package."""
+        """Return the package's path in the cache."""
         digest = hashlib.sha256(self.json().encode()).hexdigest()[:12]
         return cache_folder() / "packages" / f"{self.model_hash}-{self.precision}-{digest}.pt2"
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package that was loaded."""
+    """A loaded package."""
 
     path: Path
     facts: Facts
-    configs: list[dict[str, Any]]  # what its kernels are launched with, as `grkernels.tuning.provenance`
+    configs: list[dict[str, Any]]  # launch configurations of its kernels, as in `grkernels.tuning.provenance`
     run: Callable[[list[Tensor]], list[Tensor]]  # the inputs in the order of INPUTS -> [logits fp32 [M, tasks]]
 
 
 class Inputs:
-    """Makes a package's inputs from a batch, copying nothing."""
+    """The inputs of a package, made from a batch without copies."""
 
     def __init__(self, facts: Facts, device: torch.device) -> None:
         self._tiles = facts.tiles
@@ -111,7 +111,7 @@ class Inputs:
         self._ruler = torch.arange(max(facts.tiles * rows, facts.most.history), device=device)
 
     def of(self, batch: JaggedBatch) -> list[Tensor]:
-        """In the order of INPUTS, on the batch's device; weights stay fp64."""
+        """Return the inputs in the order of INPUTS, on the batch's device. Weights stay fp64."""
         rows = -(-batch.max_q_len // self._tiles)
         return [
             batch.token_rows,
@@ -128,16 +128,16 @@ class Inputs:
 
 
 def build(module: ExportedRanker, facts: Facts) -> Path:
-    """Compile the module into the cache. Takes a minute or so.
+    """Compile the module into the cache, which takes about a minute.
 
-    Raises UnavailableError where there is no working C++ compiler, OSError.
+    Raises UnavailableError where there is no working C++ compiler, and OSError.
     """
     path = facts.path()
     tuning.reset()
     program = _trace(module, facts)
     metadata = {"grbench": facts.json(), "kernel_configs": json.dumps(tuning.provenance())}
     with atomic_io.scratch(path) as folder:
-        scratch = folder / path.name  # its name is also that of a folder in it
+        scratch = folder / path.name  # AOTInductor names a folder in the package after the file
         with _one_line_errors(), _toolchain(module.ranker.token_table.device, folder) as libraries:
             configs = {"aot_inductor.metadata": metadata, "aot_inductor.custom_op_libs": libraries}
             torch._inductor.aoti_compile_and_package(program, package_path=str(scratch), inductor_configs=configs)
@@ -146,30 +146,30 @@ def build(module: ExportedRanker, facts: Facts) -> Path:
 
 
 def load(path: Path, wanted: Facts, device: torch.device) -> Package:
-    """Load a package. Nothing of it runs before it is known to be what is wanted.
+    """Load a package. Its code runs only after its metadata is checked.
 
-    Raises ValueError, one line, for a file that is missing, damaged or none of ours, or that was made for another
+    Raises ValueError, one line, for a file that is missing, damaged or not a package, or that was built for another
     model, precision, device, version or kernels.
     """
     facts, configs = _read(path)
     for name in ("model_hash", "precision", "device", "threads", "kernels", "versions"):
         found, expected = getattr(facts, name), getattr(wanted, name)
         if found != expected:
-            raise ValueError(f"{path}: made for {name} {found}, this run has {expected}; {_mend(path)}")
+            raise ValueError(f"{path}: made for {name} {found}, this run has {expected}; {_hint(path)}")
     device_index = -1 if device.type == "cpu" else device.index
-    # Single-threaded: an engine's batches take turns, and what keeps threads apart can't be in a CUDA graph.
+    # Single-threaded: an engine's batches take turns, and the runtime's locks can't be in a CUDA graph.
     model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=device_index)
     return Package(path, facts, configs, model.loader.boxed_run)
 
 
 def _trace(module: ExportedRanker, facts: Facts) -> torch.export.ExportedProgram:
-    """With symbolic lengths, as large as `most`; the example that is traced has the typical sizes."""
+    """Export the module with symbolic lengths up to `most`, from an example of the typical sizes."""
     most, typical, tiles = facts.most, facts.typical, facts.tiles
     limits = {"L": most.tokens, "B": most.batch, "M": most.candidates, "R": -(-most.longest // tiles)}
     sizes = {"L": typical.tokens, "B": typical.batch, "M": typical.candidates, "R": -(-typical.longest // tiles)}
     dims: dict[str, Any] = {d: Dim(d, min=1, max=n) if n > 1 else Dim.STATIC for d, n in limits.items()}
     dims |= {"B + 1": dims["B"] + 1 if most.batch > 1 else Dim.STATIC, "T": Dim.STATIC, "N": Dim.STATIC}
-    sizes = {d: max(n, min(2, limits[d])) for d, n in sizes.items()}  # 1 would be taken for a constant
+    sizes = {d: max(n, min(2, limits[d])) for d, n in sizes.items()}  # export takes 1 for a constant
     sizes |= {"B + 1": sizes["B"] + 1, "T": tiles, "N": 1}
     dtypes = {name: dtype for name, (dtype, _) in INPUTS.items()} | {"weights": torch.float64}
     device = module.ranker.token_table.device
@@ -180,14 +180,16 @@ def _trace(module: ExportedRanker, facts: Facts) -> torch.export.ExportedProgram
 
 
 def _unaligned(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that begin 8 bytes off a 16-byte boundary, as the arrays of a packed batch may: the code that is generated
-    then expects it, where it would copy each input first."""
+    """Return zeros that begin 8 bytes off a 16-byte boundary, as the arrays of a packed batch may.
+
+    The generated code then expects such arrays. Otherwise it would copy each input first.
+    """
     return torch.zeros(math.prod(shape) + 1, dtype=dtype, device=device)[1:].view(shape)
 
 
 def _read(path: Path) -> tuple[Facts, list[dict[str, Any]]]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such package; {_mend(path)}")
+        raise ValueError(f"{path}: no such package; {_hint(path)}")
     try:
         with zipfile.ZipFile(path) as archive:
             names = [n for n in archive.namelist() if n.endswith("wrapper_metadata.json")]
@@ -199,11 +201,11 @@ def _read(path: Path) -> tuple[Facts, list[dict[str, Any]]]:
                 raise ValueError(f"{damaged} is damaged")
     except (OSError, zipfile.BadZipFile, ValueError, KeyError, IndexError, TypeError) as e:
         reason = " ".join(str(e).split())
-        raise ValueError(f"{path}: not a whole package of this engine ({reason}); {_mend(path)}") from None
+        raise ValueError(f"{path}: not a complete package of this engine ({reason}); {_hint(path)}") from None
     return facts, configs
 
 
-def _mend(path: Path) -> str:
+def _hint(path: Path) -> str:
     if path.is_relative_to(cache_folder()):
         return f"delete it and it is built again: rm {path}"
     return "set engine.package=null, and one is built"
@@ -211,7 +213,7 @@ def _mend(path: Path) -> str:
 
 @functools.cache
 def _source() -> str:
-    """Digest of all code that may become part of a package."""
+    """Return a digest of all code that may become part of a package."""
     digest = hashlib.sha256()
     engines = Path(next(iter(grengines.__path__)))
     files = [
@@ -227,11 +229,11 @@ def _source() -> str:
 
 @contextmanager
 def _toolchain(device: torch.device, folder: Path) -> Iterator[list[str]]:
-    """What a C++ compiler and linker must find: in the environment where to look, and the libraries to name.
+    """Set the search paths of the C++ compiler and linker in the environment. Gives the libraries to link.
 
-    The C++ library is the one that this process has loaded: where only the static one is installed for development, a
-    package would bring its own, and two in one process crash. For a GPU, CUDA's headers where they are installed, which
-    Inductor looks for beside nvcc only, and the driver.
+    A package links the C++ library that this process has loaded. Where only the static library is installed for
+    development, the package would bring its own, and two C++ libraries in one process crash. For a GPU it finds the
+    driver and CUDA's headers, which Inductor looks for beside nvcc only.
     """
     found: dict[str, list[str]] = {"CPATH": [], "LIBRARY_PATH": [str(folder)]}
     libraries = []
@@ -259,7 +261,7 @@ def _toolchain(device: torch.device, folder: Path) -> Iterator[list[str]]:
 
 
 def _loaded(name: str) -> str | None:
-    """The file of a library that this process has loaded; None where it has none of that name, or can't tell."""
+    """Return the file of a loaded library. None where the process has none of that name, or there is no /proc."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
     return next((path for line in lines if Path(path := line.split()[-1]).name.startswith(name)), None)
@@ -267,7 +269,7 @@ def _loaded(name: str) -> str | None:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """What a C++ compiler or linker complains of as one line."""
+    """Turn the errors of a C++ compiler or linker into one line."""
     try:
         yield
     except Exception as e:

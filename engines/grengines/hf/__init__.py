@@ -1,1 +1,1 @@
-"""The naive baseline: generation as a plain loop over a Transformers-style model does it."""
+"""The baseline engine: a naive generate loop with Hugging Face transformers."""

@@ -1,4 +1,4 @@
-"""The baseline engine for task generate: HSTU and decoders in a plain generate loop."""
+"""The baseline engine for task generate: HSTU and decoders in a naive generate loop."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from grkernels.operators import Operators
 
 
 class HFEngine(GeneratingEngine):
-    """Generates with a static batch, padding and a contiguous cache that is copied to every beam.
+    """Generation with a static batch, padding, and a contiguous cache that is copied to every beam.
 
-    A cache too large for the device is an error of the allocator: the record says OOM. Raises UnavailableError for a
-    device that this machine lacks, and ValueError for kernels that are not PyTorch's.
+    A cache too large for the device is an error of the allocator, and the record's status is OOM. Raises
+    UnavailableError for a device that this machine lacks, and ValueError for kernels that are not PyTorch's.
     """
 
     name = "hf"
@@ -53,8 +53,10 @@ class HFEngine(GeneratingEngine):
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> GenerateResult:
-        """As grengines.api.Generator. Raises ValueError for more than max_batch requests, RuntimeError before
-        `prepare`."""
+        """Find the most likely next items of every request.
+
+        Raises ValueError for more than max_batch requests, RuntimeError before `prepare`.
+        """
         model, trie = self._ready(self._model), self._ready(self._trie)
         self._check_size(requests)
         begun = time.perf_counter()
@@ -90,7 +92,7 @@ class HFEngine(GeneratingEngine):
         self._model = self._trie = None
 
     def _build(self) -> tuple[PaddedModel, int]:
-        """The model and how many parameters it has."""
+        """Build the model. Returns it with its number of parameters."""
         config, sizes, weights = self._model_config, self._retrieval.ids.sizes, self._retrieval.weights
         seed, device, dtype = self._setup.seed, self._device, self._dtype
         if isinstance(config, DecoderConfig):

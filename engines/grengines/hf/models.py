@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 
 
 class PaddedModel(ABC):
-    """What the loop asks of a model."""
+    """A model as the generate loop uses it."""
 
     def __init__(self, model: Decoder | HSTUGenerator) -> None:
         self.offsets, self.prompt, self.logits = model.offsets, model.prompt, model.logits
 
     @abstractmethod
     def encode(self, tokens: Tensor, real: Tensor, cache: Cache) -> Tensor:
-        """[rows, E]: the last token of each row. tokens: int64 [rows, n], appended to the cache. real: bool
-        [rows, cached + n], False for padding."""
+        """Return the vector of each row's last token [rows, E].
+
+        tokens: int64 [rows, n], appended to the cache. real: bool [rows, cached + n], False for padding.
+        """
 
 
 class PaddedDecoder(PaddedModel):
-    """Qwen3Model with its own attention (PyTorch's SDPA) and cache."""
+    """Qwen3Model with its own cache and attention, PyTorch's SDPA."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
@@ -49,7 +51,7 @@ class PaddedDecoder(PaddedModel):
 
 
 class PaddedHSTU(PaddedModel):
-    """HSTU's layers with dense attention over [rows, heads, n, cached + n], as eager PyTorch has it."""
+    """HSTU's layers with dense attention over [rows, heads, n, cached + n] in eager PyTorch."""
 
     def __init__(self, generator: HSTUGenerator) -> None:
         super().__init__(generator)
@@ -74,10 +76,10 @@ class PaddedHSTU(PaddedModel):
 
 
 def _silu_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, alpha: float, scaling_seqlen: int) -> Tensor:
-    """(SiLU(alpha q k^T) / N) v [rows, H, n, dv], zero where `hidden` is set.
+    """Return (SiLU(alpha q k^T) / N) v [rows, H, n, dv], where a score is zero if `hidden` is set.
 
-    SiLU in fp32. Half of N's bits, an exact power of two, are divided by before the sum, the rest after it in fp32:
-    neither overflows fp16.
+    SiLU is computed in fp32. One factor of N, a power of two of half its bits, divides before the sum. The rest divides
+    after it, in fp32. So neither overflows fp16.
     """
     before = 2.0 ** -(scaling_seqlen.bit_length() // 2)
     scores = (q @ k.transpose(2, 3)).float() * alpha
@@ -86,5 +88,5 @@ def _silu_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, alpha: floa
 
 
 def _positions(real: Tensor, n: int) -> Tensor:
-    """int64 [rows, n]: of the last n tokens, counted from each row's first real one."""
+    """Return the positions of the last n tokens, counted from each row's first real token: int64 [rows, n]."""
     return (real.cumsum(1) - 1).clamp(min=0)[:, -n:]

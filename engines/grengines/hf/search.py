@@ -1,7 +1,7 @@
-"""Beam search as a plain generate loop does it: one static batch, prompts padded on the left, the cache copied to every
-beam and put in the beams' order after every code.
+"""Beam search as a naive generate loop.
 
-transformers' own `generate(num_beams=W)` also encodes the prompt once for each of the W beams; here it is encoded once.
+The batch is static and prompts are padded on the left. The cache is copied to every beam, and reordered after every
+code. transformers' own `generate(num_beams=W)` encodes the prompt W times, once for each beam. Here it is encoded once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from grengines.semantic.trie import TensorTrie
 
 
 def pad(prompts: Sequence[np.ndarray], pin: bool = False) -> Tensor:
-    """int64 [B, longest]: tokens, with -1 on the left of shorter prompts. pin: page-locked, for copies to a GPU."""
+    """Pad prompts with -1 on the left: int64 [B, longest]. pin: page-locked memory, for copies to a GPU."""
     longest = max(map(len, prompts))
     padded = torch.full((len(prompts), longest), -1, dtype=torch.int64, pin_memory=pin)
     for row, prompt in zip(padded, prompts, strict=True):
@@ -30,7 +30,7 @@ def pad(prompts: Sequence[np.ndarray], pin: bool = False) -> Tensor:
 def search(
     model: PaddedModel, trie: TensorTrie, padded: Tensor, *, width: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of grengines.semantic.search.Beams for prompts as `pad` lays them out."""
+    """Return the fields of grengines.semantic.search.Beams for prompts that `pad` made."""
     from transformers import DynamicCache
 
     batch = len(padded)

@@ -1,1 +1,1 @@
-"""HSTU: configuration, model, weights and the native engine."""
+"""The native engine: HSTU in PyTorch with the project's kernels."""

@@ -27,7 +27,7 @@ from grkernels.operators import Operators
 
 
 class HSTUEngine(RankingEngine):
-    """HSTU with the kernel variants that were asked for.
+    """Ranking with HSTU and the kernel variants of the configuration.
 
     Raises UnavailableError for a device or a variant that this machine lacks, and ValueError for options that
     contradict each other.
@@ -96,9 +96,12 @@ class HSTUEngine(RankingEngine):
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """As grengines.api.Ranker. Calls from several threads take turns until a batch's work is queued, then wait
-        for it side by side. A batch that fails in the cache is counted, logged, and answered without it. Raises
-        ValueError for more than max_batch requests, RuntimeError before `prepare`."""
+        """Score every candidate of every request.
+
+        Threads take turns until a batch's work is queued, and wait for the device together. A batch that fails in the
+        cache is counted, logged, and answered without it. Raises ValueError for more than max_batch requests,
+        RuntimeError before `prepare`.
+        """
         ranker, cached = self._ready(self._ranker), self.user_cache
         self._check_size(requests)
         with self._lock:
@@ -108,17 +111,17 @@ class HSTUEngine(RankingEngine):
     def _queue_cached(
         self, ranker: HSTURanker, cached: CachedRanking, requests: Sequence[Request]
     ) -> Callable[[], RankResult]:
-        """As `rank`, through the user-state cache. What is returned waits for the device."""
+        """Queue a batch that uses cached states. The returned function waits for the device."""
         before, failed = vars(cached.states.counters()), False
         try:
             queued = cached.queue(requests)
         except Exception as error:
             cached.states.fault(f"{len(requests)} requests failed with the cache", error)
             if self._cuda:
-                torch.cuda.synchronize()  # what was under way may still write to memory that it gave back
+                torch.cuda.synchronize()  # queued work may still write to memory that was freed
             queued, failed = self._queue_whole(ranker, requests), True
         changes = {name: count - before[name] for name, count in vars(cached.states.counters()).items()}
-        if failed:  # whatever was found, it was not used
+        if failed:  # the states that were found were not used
             found = ("hits", "partial_hits", "host_hits", "bypassed", "cached_tokens", "loaded_tokens")
             changes |= {**dict.fromkeys(found, 0), "misses": len(requests)}
         counted = {f"cache_{name}": float(change) for name, change in changes.items()}
@@ -131,7 +134,7 @@ class HSTUEngine(RankingEngine):
         return answer
 
     def _queue_whole(self, ranker: HSTURanker, requests: Sequence[Request]) -> Callable[[], RankResult]:
-        """As `rank`, from the whole histories. What is returned waits for the device."""
+        """Queue a batch of whole histories. The returned function waits for the device."""
         begun = time.perf_counter()
         counts = [token_count(r, ranker.encoding) for r in requests]
         bucket = choose_bucket(self.buckets, counts, [len(r.candidates) for r in requests])
@@ -154,7 +157,7 @@ class HSTUEngine(RankingEngine):
         return collect(logits, hosts, marks, batch_ms, details)
 
     def reset_cache(self, keep_host: bool = False) -> None:
-        """Drop every cached user state; keep_host: those on the device go to the host tier, if there is one."""
+        """Drop every cached user state. keep_host: move those on the device to the host tier, if there is one."""
         if self.user_cache is not None:
             with self._lock:
                 self.user_cache.reset_cache(keep_host)
@@ -182,10 +185,10 @@ class HSTUEngine(RankingEngine):
         self._ranker, self._graphs, self.user_cache, self._items, self.buckets = None, None, None, None, []
 
     def _place(self, hosts: Sequence[HostBatch]) -> dict[str, float]:
-        """With a token table on the host: the batches' rows to the device, and slots in the place of row numbers.
+        """Copy the batches' rows of a token table on the host to the device, and replace row numbers by slots.
 
-        One lookup for all batches of a request batch, since a lookup may evict what the one before fetched. Returns
-        what it counted. Raises RuntimeError, having changed nothing, where they need more rows than the device holds.
+        All parts of a batch share one lookup, since a lookup may evict the rows of the one before. Returns the item
+        cache's counts. Raises RuntimeError, and changes nothing, where they need more rows than the device holds.
         """
         if self._items is None:
             return {}
@@ -194,7 +197,7 @@ class HSTUEngine(RankingEngine):
         return {f"items_{k}": float(v - before[k]) for k, v in dataclasses.asdict(self._items.counters).items()}
 
     def _parameters(self) -> int:
-        """Of the whole model, wherever they are."""
+        """Count the parameters of the whole model, on the device and on the host."""
         if self._ranker is None:
             return 0
         elsewhere = self._items.host.numel() - self._items.table.numel() if self._items else 0
@@ -202,7 +205,7 @@ class HSTUEngine(RankingEngine):
 
     @staticmethod
     def _forward(ranker: HSTURanker, batches: list[JaggedBatch]) -> Tensor:
-        """Logits of what `pack_slices` made, in its order."""
+        """Return the logits of the batches that `pack_slices` made, in its order."""
         if len(batches) == 1:
             logits: Tensor = ranker(batches[0])
             return logits

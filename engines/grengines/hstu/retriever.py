@@ -27,13 +27,12 @@ from grkernels.operators import Operators
 
 
 class HSTURetriever(GeneratingEngine):
-    """HSTU generates.
+    """Generation with HSTU.
 
-    A batch's prompts are encoded, and every code of every beam reads their keys and values once, from pages that last
-    for the batch. With CUDA graphs one graph holds all of that for a (batch, length) bucket.
+    The prompts of a batch are encoded into pages that last for the batch. Each level of the search reads these keys and
+    values once for all beams. With CUDA graphs, one graph has all of that for a (batch, length) bucket.
 
-    Raises UnavailableError for a device or a variant that this machine lacks, and ValueError for options that
-    generating has no use for.
+    Raises UnavailableError for a device or a variant that this machine lacks, and ValueError for options of ranking.
     """
 
     name = "hstu"
@@ -92,9 +91,11 @@ class HSTURetriever(GeneratingEngine):
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> GenerateResult:
-        """As grengines.api.Generator. Calls from several threads take turns until a batch's work is queued, then wait
-        for it side by side. Raises ValueError for more than max_batch requests or a longer prompt than it
-        was prepared for, RuntimeError before `prepare`."""
+        """Find the most likely next items of every request.
+
+        Threads take turns until a batch's work is queued, and wait for the device together. Raises ValueError for more
+        than max_batch requests or a prompt longer than those of `prepare`, RuntimeError before `prepare`.
+        """
         model, pool = self._ready(self._model), self._ready(self._pool)
         self._check_size(requests)
         begun = time.perf_counter()
@@ -105,7 +106,7 @@ class HSTURetriever(GeneratingEngine):
                 f"a prompt of {max(lengths)} tokens; the engine was prepared for up to {self._most_tokens}"
             )
         bucket = choose_bucket(self.buckets, lengths)
-        # The pages are the next batch's once this one's work is queued, since all of it goes to one stream.
+        # The next batch may have the pages once this one's work is queued: all work goes to one stream.
         with self._lock, beam.borrowed(pool, lengths) as pages:
             host = pack_prompts(prompts, pages, pool, bucket=bucket, pin=self._cuda)
             batch_ms = (time.perf_counter() - begun) * 1e3
@@ -141,7 +142,7 @@ class HSTURetriever(GeneratingEngine):
         self._model, self._pool, self._graphs, self.buckets = None, None, None, []
 
     def _search(self, batch: Prompts) -> Tensor:
-        """What is found, as `one_tensor` makes it."""
+        """Return the items and scores that the search finds, as `one_tensor` packs them."""
         assert self._model is not None and self._pool is not None
         width, k = self._retrieval.beam_width, self._retrieval.k
         items, scores, _ = beam.run(self._model, self._trie, batch, self._pool, width=width, k=k)

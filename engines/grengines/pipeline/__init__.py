@@ -1,1 +1,1 @@
-"""Two engines as one: retrieve, then rank."""
+"""The pipeline engine: retrieve, then rank."""

@@ -1,4 +1,4 @@
-"""One request through two engines: what one retrieves, the other ranks."""
+"""Two engines in a row: the first one retrieves items, the second one ranks them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from grengines.pipeline.config import PipelineConfig
 
 
 def build(options: PipelineConfig, setup: Setup) -> Pipeline:
-    """Make the two engines one, with continuous batching where the first has it. The cache is the ranking engine's.
+    """Build the pipeline, with continuous batching if the first engine has it. The second engine has the cache.
 
-    Where the retrieving engine's package is missing, `options.if_missing` retrieves, and `actual` reports it. Raises
-    what the engines raise.
+    Where the package of the retrieving engine is missing, `options.if_missing` retrieves, and `actual` reports it.
+    Raises what the engines raise.
     """
     retrieve, notes = options.retrieve, []
     missing = registry.availability(retrieve.name)
@@ -45,20 +45,20 @@ def build(options: PipelineConfig, setup: Setup) -> Pipeline:
 
 
 class Pipeline:
-    """Has task recommend. The engines take turns: a batch is retrieved, then ranked."""
+    """The task recommend: each batch is retrieved, then ranked."""
 
     def __init__(self, retriever: Generator, ranker: Ranker, k: int, notes: list[str]) -> None:
         self.retriever, self.ranker, self._k, self._notes = retriever, ranker, k, notes
         self._max_batch = 0
 
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
-        """As both engines do."""
+        """Prepare both engines."""
         self._max_batch = max_batch
         self.retriever.prepare(sample, max_batch)
         self.ranker.prepare([as_many(r, self._k) for r in sample], max_batch)
 
     def recommend(self, requests: Sequence[Request]) -> RecommendResult:
-        """The items that are retrieved, best first by the ranking engine's first task."""
+        """Retrieve items for every request, and order them by the ranking engine's first task."""
         begun = time.perf_counter()
         retrieved = self.retriever.generate(requests)
         between = time.perf_counter()
@@ -77,7 +77,7 @@ class Pipeline:
         )
 
     def actual(self) -> dict[str, Any]:
-        """What really runs, stage by stage."""
+        """Return what really runs, stage by stage."""
         retrieve, rank = self.retriever.actual(), self.ranker.actual()
         devices, precisions = ({s[key] for s in (retrieve, rank)} for key in ("device", "precision"))
         return {
@@ -90,12 +90,12 @@ class Pipeline:
         }
 
     def reset_cache(self, keep_host: bool = False) -> None:
-        """As both engines do."""
+        """Reset both engines' caches."""
         self.retriever.reset_cache(keep_host)
         self.ranker.reset_cache(keep_host)
 
     def close(self) -> None:
-        """Both, whatever the first one raises."""
+        """Close both, whatever the first one raises."""
         try:
             self.retriever.close()
         finally:
@@ -104,7 +104,7 @@ class Pipeline:
     def _ranked(
         self, requests: Sequence[Request], items: Sequence[Int64Array]
     ) -> tuple[list[Int64Array], list[Float32Array], RankResult]:
-        """The items of each request and their scores, best first, and what the ranking engine says."""
+        """Rank the items of each request. Returns items and scores, best first, and the ranking engine's result."""
         result = self.ranker.rank([replace(r, candidates=found) for r, found in zip(requests, items, strict=True)])
         orders = [np.argsort(-scores[:, 0], kind="stable") for scores in result.scores]
         return (
@@ -115,7 +115,7 @@ class Pipeline:
 
 
 class ContinuousPipeline(Pipeline):
-    """What ends in a step of the retrieving engine is ranked at once, as one batch."""
+    """A pipeline with continuous batching: the answers of each retrieval step are ranked at once, as one batch."""
 
     retriever: Any  # a Generator that is a ContinuousEngine
 
@@ -125,7 +125,7 @@ class ContinuousPipeline(Pipeline):
 
     @property
     def unfinished(self) -> int:
-        """Requests under way."""
+        """Number of admitted requests without an answer."""
         return len(self._under_way)
 
     def admit(self, key: int, request: Request) -> None:
@@ -134,7 +134,7 @@ class ContinuousPipeline(Pipeline):
         self._under_way[key] = request, time.perf_counter()
 
     def step(self) -> list[Finished]:
-        """One step of the retrieving engine, and the ranking of what ended with it."""
+        """Advance the retrieving engine by one step, and rank its answers."""
         retrieved: list[Finished] = self.retriever.step()
         finished = []
         for begin in range(0, len(retrieved), self._max_batch):
@@ -152,5 +152,5 @@ class ContinuousPipeline(Pipeline):
 
 
 def as_many(request: Request, count: int) -> Request:
-    """The request with so many candidates: its own, from the start again where they don't suffice."""
+    """Return the request with `count` candidates: its own, repeated from the first where it has fewer."""
     return replace(request, candidates=np.resize(request.candidates, count))
