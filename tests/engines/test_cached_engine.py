@@ -204,7 +204,7 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
     at_once = {"admit_visit": 1, "host_admit_visit": 1}  # both policies as they are
     engine = started(PagedCacheConfig(page=16, prefetch_s=1.0, onload_share=1.0, **memory, **at_once), rounds)
     owner, name = FAULTS[what]
-    owner = owner or engine._operators
+    owner = owner or engine.operators
     original, calls = getattr(owner, name), 0
 
     def failing(*args: Any, **kwargs: Any) -> Any:

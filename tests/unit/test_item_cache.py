@@ -82,13 +82,14 @@ def test_slots_hold_the_rows_and_counters_count(data: st.DataObject) -> None:
         expected.distinct += len(distinct)
         expected.hits += len(distinct & present)
         expected.misses += len(distinct - present)
-        now = {int(row) for row in np.flatnonzero(hot._slot_of[:-1] >= 0)}
+        slot_of = hot.snapshot().slot_of
+        now = {int(row) for row in np.flatnonzero(slot_of >= 0)}
         assert distinct <= now and len(now) <= slots
         assert len(now) == min(slots, len(present | distinct))  # nobody goes while a slot is free
         expected.evictions += len((present | distinct) - now)
         present = now
         for row in now:  # not only the batch's: the map and the table agree
-            assert torch.equal(hot.table[hot._slot_of[row]], hot.host[row])
+            assert torch.equal(hot.table[slot_of[row]], hot.host[row])
     expected.bytes = expected.misses * WIDTH * 4
     assert hot.counters == expected
 
@@ -100,10 +101,10 @@ def test_as_many_distinct_rows_as_slots_fit_and_one_more_does_not(device: str) -
         rows = np.arange(begin, begin + 8).repeat(3)
         check(hot, rows, hot.lookup(rows))
     before, slots = RowCounters(**vars(hot.counters)), hot.lookup(np.arange(8))
-    counts, age = hot._count.copy(), hot._unit
+    counts = hot.snapshot()
     with pytest.raises(RuntimeError, match=r"9 different rows .* cache\.item_memory_gb holds 8; give it more"):
         hot.lookup(np.arange(9))
-    assert np.array_equal(hot._count, counts) and hot._unit == age
+    assert np.array_equal(hot.snapshot().count, counts.count) and hot.snapshot().unit == counts.unit
     assert np.array_equal(hot.lookup(np.arange(8)), slots)
     assert hot.counters.misses == before.misses and hot.counters.bytes == before.bytes
 
@@ -122,7 +123,7 @@ def test_no_rows_need_no_slots() -> None:
 def test_a_copy_that_fails_leaves_no_row_behind_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(items, "STAGING_BYTES", 3 * WIDTH * 4)  # three rows a copy
     hot, rng = cache(), np.random.default_rng(0)
-    copy, calls = items._gather, 0
+    copy, calls = items.gather_rows, 0
 
     def failing(*args: Any, **options: Any) -> None:
         nonlocal calls
@@ -131,7 +132,7 @@ def test_a_copy_that_fails_leaves_no_row_behind_that_is_not_there(monkeypatch: p
             raise OSError("read error")
         copy(*args, **options)
 
-    monkeypatch.setattr(items, "_gather", failing)
+    monkeypatch.setattr(items, "gather_rows", failing)
     failures = 0
     for _ in range(200):
         rows = rng.integers(0, 40, rng.integers(1, 9))
@@ -141,11 +142,12 @@ def test_a_copy_that_fails_leaves_no_row_behind_that_is_not_there(monkeypatch: p
         except OSError:
             failures += 1
             assert hot.counters.misses == before.misses and hot.counters.bytes == before.bytes
-        for row in np.flatnonzero(hot._slot_of[:-1] >= 0):
-            assert torch.equal(hot.table[hot._slot_of[row]], hot.host[row])
-        assert np.isfinite(hot._count[hot._row_of < 40]).all()  # nothing is held for a lookup that is over
+        now = hot.snapshot()
+        for row in np.flatnonzero(now.slot_of >= 0):
+            assert torch.equal(hot.table[now.slot_of[row]], hot.host[row])
+        assert np.isfinite(now.count[now.row_of < 40]).all()  # nothing is held for a lookup that is over
     assert failures > 20
-    monkeypatch.setattr(items, "_gather", copy)
+    monkeypatch.setattr(items, "gather_rows", copy)
     check(hot, np.arange(8), hot.lookup(np.arange(8)))  # no slot is lost
 
 
@@ -154,11 +156,13 @@ def test_counts_stay_finite_and_ordered_for_ever() -> None:
     hot.lookup(array(7, 8, 9))
     for _ in range(6000):  # 125 half-lives, past the rescaling
         hot.lookup(array(7, 8))
-    often = hot._count[hot._slot_of[[7, 8]]]
-    assert hot._unit <= 2.0**60 and np.isfinite(hot._count).all()
-    assert (often >= hot._unit).all() and (often < 40 * hot._unit).all()  # 1 / (1 - 2^(-1/24)) = 35
+    now = hot.snapshot()
+    often = now.count[now.slot_of[[7, 8]]]
+    assert now.unit <= 2.0**60 and np.isfinite(now.count).all()
+    assert (often >= now.unit).all() and (often < 40 * now.unit).all()  # 1 / (1 - 2^(-1/24)) = 35
     hot.lookup(array(1, 2))
-    assert hot._slot_of[9] < 0 and (hot._slot_of[[7, 8]] >= 0).any()
+    slot_of = hot.snapshot().slot_of
+    assert slot_of[9] < 0 and (slot_of[[7, 8]] >= 0).any()
 
 
 def test_a_row_comes_back_with_its_count() -> None:
@@ -169,7 +173,7 @@ def test_a_row_comes_back_with_its_count() -> None:
     hot.lookup(array(0))
     for row in range(100, 140):
         hot.lookup(array(row))
-    assert hot._slot_of[0] >= 0
+    assert hot.snapshot().slot_of[0] >= 0
 
 
 def test_the_hand_comes_by_every_slot() -> None:
@@ -177,7 +181,7 @@ def test_the_hand_comes_by_every_slot() -> None:
     hot.lookup(np.arange(100))
     for row in range(100, 500):
         hot.lookup(array(row))
-    assert (hot._slot_of[:100] < 0).all()
+    assert (hot.snapshot().slot_of[:100] < 0).all()
 
 
 # -- host tables
@@ -397,15 +401,15 @@ def test_a_failed_lookup_leaves_the_engine_usable(cache: Any, monkeypatch: pytes
     engine = HSTUEngine(HSTUEngineConfig(device="cpu", precision="fp32"), Setup(MODEL, KERNELS, CATALOGUE, 5, small))
     engine.prepare([r for batch in batches for r in batch], 3)
     engine.rank(batches[0])
-    gather = items._gather
+    gather = items.gather_rows
 
     def broken(*args: Any, **options: Any) -> None:
         raise OSError("read error")
 
-    monkeypatch.setattr(items, "_gather", broken)
+    monkeypatch.setattr(items, "gather_rows", broken)
     with pytest.raises(OSError, match="read error"):
         engine.rank(batches[1])
-    monkeypatch.setattr(items, "_gather", gather)
+    monkeypatch.setattr(items, "gather_rows", gather)
     engine.reset_cache()
     for batch, scores in zip(batches, expected, strict=True):
         assert np.array_equal(np.concatenate(engine.rank(batch).scores), scores)

@@ -105,6 +105,20 @@ def test_tests_share_helpers_only() -> None:
     assert not {path: lines for path, lines in found.items() if lines}
 
 
+def test_importing_a_module_changes_no_environment_variable() -> None:
+    """PyTorch's compiler and scikit-learn set variables when they are imported; so does vLLM, which is undone."""
+    every = [name for name in GRAPH if not name.endswith("__main__")]
+    code = f"""
+import importlib, os, sklearn, torch._inductor.compile_fx
+before = dict(os.environ)
+for name in {every}:
+    importlib.import_module(name)
+    assert dict(os.environ) == before, name
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_the_checks_find_faults() -> None:
     trees = {
         "grengines.a": ast.parse("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import grengines.c"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,15 @@ class RowCounters:
     misses: int = 0  # distinct rows that were fetched
     evictions: int = 0  # rows that made room for others
     bytes: int = 0  # of vectors, from the host to the device
+
+
+class Snapshot(NamedTuple):
+    """Maps and counts of the cache at one moment."""
+
+    slot_of: npt.NDArray[np.int32]  # [R]: slot of each table row, -1: not on the device
+    row_of: Int64Array  # [slots]: row in each slot, R: none
+    count: npt.NDArray[np.float32]  # [slots]: decayed count of the row in each slot
+    unit: float  # count of one use now
 
 
 class HotRows:
@@ -125,6 +135,10 @@ class HotRows:
         for part, placed in zip(parts, np.split(slots, np.cumsum([len(part) for part in parts])[:-1]), strict=True):
             part[:] = placed
 
+    def snapshot(self) -> Snapshot:
+        """Return copies of the maps and counts."""
+        return Snapshot(self._slot_of[:-1].copy(), self._row_of.copy(), self._count.copy(), self._unit)
+
     def _check(self, distinct: Int64Array) -> None:
         if distinct[0] < 0 or distinct[-1] >= len(self.host):
             wrong = distinct[0] if distinct[0] < 0 else distinct[-1]
@@ -198,7 +212,7 @@ class _Staging:
         n = len(rows)
         part = self._buffer[: n * (8 + self._row_bytes)]
         self._views(part, n, table)[0].copy_(torch.from_numpy(slots))
-        _gather(host, torch.from_numpy(rows), out=self._views(part, n, table)[1])
+        gather_rows(host, torch.from_numpy(rows), out=self._views(part, n, table)[1])
         moved = part.to(table.device, non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(table.device))
@@ -210,7 +224,7 @@ class _Staging:
         return buffer[: 8 * n].view(torch.int64), buffer[8 * n :].view(table.dtype).view(n, -1)
 
 
-def _gather(table: Tensor, rows: Tensor, *, out: Tensor) -> None:
+def gather_rows(table: Tensor, rows: Tensor, *, out: Tensor) -> None:
     """Write table[rows] to `out`, rounded to its dtype."""
     if out.dtype == table.dtype:
         torch.index_select(table, 0, rows, out=out)

@@ -52,7 +52,7 @@ class HSTUEngine(RankingEngine):
             page=page,
             captured=options.cuda_graphs,
         )
-        self._operators = Operators.of(self._kernels.variants)
+        self.operators = Operators.of(self._kernels.variants)
         self._ranker: HSTURanker | None = None
         self._graphs: GraphRunner | None = None
         self.user_cache: CachedRanking | None = None  # from `prepare` on, if the options ask for it
@@ -70,7 +70,7 @@ class HSTUEngine(RankingEngine):
             setup.seed,
             self._device,
             self._dtype,
-            self._operators,
+            self.operators,
             host_table=in_host_memory,
         )
         if in_host_memory:
