@@ -10,6 +10,9 @@ from typing import TypeVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+
+# Hydra's own sweeper, which is not public: no other code expands a sweep exactly as Hydra does. hydra-core is pinned to
+# 1.3.8, so this import cannot break unnoticed.
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -16,7 +16,7 @@ from grbench.config.schema import RunConfig, RunSpec
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status
 from grbench.execution.runner import Event, Interrupted, run_cell
-from grbench.tracking import Tracker, where_to_look
+from grbench.tracking import CellTracker, where_to_look
 
 
 class CellSession:
@@ -32,7 +32,7 @@ class CellSession:
         self._screen = Console(stderr=True, quiet=quiet)
         self._sweep_id = invocation.sweep.name if invocation.sweep else None
         self._tracking = run.tracking
-        self._tracker = Tracker(run.tracking, self._root)
+        self._tracker = CellTracker(run.tracking, self._root)
         if self._sweep_id:
             facts = {"overrides": " ".join(invocation.words), "cells": str(invocation.total)}
             self._tracker.start_sweep(self._sweep_id, facts)

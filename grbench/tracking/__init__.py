@@ -17,7 +17,7 @@ from grbench.report.cells import Cell
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig
 
 
-class Tracker:
+class CellTracker:
     """Logger of the cells of one invocation. It reports errors of MLflow on stderr and never raises them."""
 
     def __init__(self, config: MlflowConfig | NoTrackingConfig, output_root: Path) -> None:

@@ -31,7 +31,7 @@ class RowTracker:
     ) -> None:
         self._config, self._root, self._name, self._facts = config, root, name, facts
         self._command, self._suffix = command, suffix
-        self._store: _Store | None = None
+        self._store: Store | None = None
         self._parent = ""
         self._off = isinstance(config, NoTrackingConfig)
 
@@ -42,7 +42,7 @@ class RowTracker:
         try:
             if self._store is None:
                 assert isinstance(self._config, MlflowConfig)
-                self._store = _Store(self._config.uri, f"{self._config.experiment}-{self._suffix}", self._root)
+                self._store = Store(self._config.uri, f"{self._config.experiment}-{self._suffix}", self._root)
                 self._parent = self._store.sweep_run(self._name, self._facts)
             for row in rows:  # the parent has the files, so this folder does not exist
                 self._store.log(row, results.parent / "none", self._parent)
@@ -54,7 +54,7 @@ class RowTracker:
         if self._off or self._store is None:
             return
         try:
-            self._store.finish(self._parent, files, ok)
+            self._store.end_rows(self._parent, files, ok)
         except Exception as e:
             self._give_up(e, self._root)
 
@@ -62,10 +62,3 @@ class RowTracker:
         self._off = True
         why = f"MLflow did not take the runs ({one_line(error)}); kept in {kept}"
         print(f"grbench {self._command}: {why}", file=sys.stderr)
-
-
-class _Store(Store):
-    def finish(self, run_id: str, files: list[tuple[Path, str]], ok: bool) -> None:
-        for path, folder in files:
-            self._client.log_artifact(run_id, str(path), folder or None)
-        self._client.set_terminated(run_id, "FINISHED" if ok else "FAILED")

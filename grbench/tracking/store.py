@@ -115,6 +115,12 @@ class Store:
             self._client.log_artifacts(run_id, folder)
             return [path.relative_to(folder).as_posix() for path in written if path.suffix == ".png"]
 
+    def end_rows(self, run_id: str, files: list[tuple[Path, str]], ok: bool) -> None:
+        """Attach files, each with its folder, to a parent run of rows and end it: FINISHED if `ok`."""
+        for path, folder in files:
+            self._client.log_artifact(run_id, str(path), folder or None)
+        self._client.set_terminated(run_id, "FINISHED" if ok else "FAILED")
+
     def log(self, record: LoggedRow, folder: Path, parent: str | None) -> dict[str, str]:
         """Log one row: params, tags, metrics, artifacts. Returns what `RunRecord.tracking` holds."""
         from mlflow.entities import Metric, Param, RunTag

@@ -21,7 +21,7 @@ from helpers.command import Grbench
 
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status
-from grbench.tracking import Tracker, import_records
+from grbench.tracking import CellTracker, import_records
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig
 
 SPEC = {
@@ -76,7 +76,7 @@ def sqlite_uri(root: Path) -> str:
 def test_a_cell_is_logged_whole(tmp_path: Path) -> None:
     record, folder = cell(tmp_path / "runs" / "a", overrides=["seed=0"])
     record.metrics["broken"] = float("nan")
-    assert Tracker(MlflowConfig(), tmp_path).log(record, folder)
+    assert CellTracker(MlflowConfig(), tmp_path).log(record, folder)
     [run] = runs(sqlite_uri(tmp_path))
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "hstu server seed=0"
@@ -101,7 +101,7 @@ def test_a_cell_is_logged_whole(tmp_path: Path) -> None:
 
 def test_a_sweep_is_a_parent_with_a_child_for_each_cell_and_is_found_again(tmp_path: Path) -> None:
     for attempt in ("first", "resumed"):
-        tracker = Tracker(MlflowConfig(), tmp_path)
+        tracker = CellTracker(MlflowConfig(), tmp_path)
         tracker.start_sweep("s1", {"overrides": "seed=0,1"})
         good, kept = cell(tmp_path / attempt / "0", sweep_id="s1")
         tracker.log(good, kept)
@@ -155,7 +155,7 @@ def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
     record, folder = cell(root / "0", sweep_id="s")
     dead = f"http://127.0.0.1:{free_port()}"
     begun = time.monotonic()
-    tracker = Tracker(MlflowConfig(uri=dead), root)
+    tracker = CellTracker(MlflowConfig(uri=dead), root)
     tracker.start_sweep("s", {})
     assert not tracker.log(record, folder)
     tracker.end_sweep([(folder, record)])
@@ -168,7 +168,7 @@ def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
         assert import_records(root, MlflowConfig(uri=uri)) == (1, 0, 0)
         assert import_records(root, MlflowConfig(uri=uri)) == (0, 1, 0)  # nothing is logged twice
         live, folder = cell(root / "1")
-        assert Tracker(MlflowConfig(uri=uri), root).log(live, folder)
+        assert CellTracker(MlflowConfig(uri=uri), root).log(live, folder)
         found = runs(uri)
         assert sorted(r.data.tags["role"] for r in found) == ["cell", "cell", "sweep"]
         [parent] = [r for r in found if r.data.tags["role"] == "sweep"]
@@ -182,12 +182,12 @@ def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
 
 def test_a_locked_database_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, folder = cell(tmp_path / "0")
-    assert Tracker(MlflowConfig(), tmp_path).log(first, folder)
+    assert CellTracker(MlflowConfig(), tmp_path).log(first, folder)
     second, folder = cell(tmp_path / "1")
     holder = sqlite3.connect(tmp_path / "mlruns.db", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     begun = time.monotonic()
-    assert not Tracker(MlflowConfig(), tmp_path).log(second, folder)
+    assert not CellTracker(MlflowConfig(), tmp_path).log(second, folder)
     assert time.monotonic() - begun < 60
     holder.execute("ROLLBACK")
     holder.close()
@@ -201,10 +201,10 @@ def test_processes_that_start_at_once_share_one_new_database(tmp_path: Path) -> 
 import sys
 from pathlib import Path
 from grbench.execution import records
-from grbench.tracking import Tracker
+from grbench.tracking import CellTracker
 from grbench.tracking.config import MlflowConfig
 folder = Path(sys.argv[1])
-sys.exit(not Tracker(MlflowConfig(), folder.parent).log(records.load(folder), folder))
+sys.exit(not CellTracker(MlflowConfig(), folder.parent).log(records.load(folder), folder))
 """
     folders = [cell(tmp_path / str(i))[1] for i in range(4)]
     started = [subprocess.Popen([sys.executable, "-c", code, str(f)]) for f in folders]
@@ -250,7 +250,7 @@ def test_the_ui_says_what_is_missing(grbench: Grbench, tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "no such database; the first run of `python -m grbench` creates it" in refused.stderr
     record, folder = cell(tmp_path / "outputs" / "a")
-    assert Tracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
+    assert CellTracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -265,7 +265,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chr
 def test_the_ui_shows_the_runs(tmp_path: Path) -> None:
     """The page that the command names, on localhost; in a browser, where there is one, the run is on it."""
     record, folder = cell(tmp_path / "outputs" / "a")
-    assert Tracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
+    assert CellTracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
     with ui_of(tmp_path / "outputs") as address:
         assert address.startswith("http://127.0.0.1:")
         assert address.endswith("/#/experiments/1/runs")
@@ -285,5 +285,5 @@ def test_the_ui_shows_the_runs(tmp_path: Path) -> None:
 
 def test_no_tracking_logs_nothing(tmp_path: Path) -> None:
     record, folder = cell(tmp_path / "a")
-    assert not Tracker(NoTrackingConfig(), tmp_path).log(record, folder)
+    assert not CellTracker(NoTrackingConfig(), tmp_path).log(record, folder)
     assert not (tmp_path / "mlruns.db").exists()

@@ -267,7 +267,7 @@ def test_the_command_exports_and_checks(grbench: Grbench, tmp_path: Path) -> Non
         ("model.layers=0", "model.layers=0: allowed is int >= 1"),
         ("model.layers", "model.layers: not an override, which is key=value"),
         ("model=nothing", "model=nothing: no such option; allowed: decoder_0p2b, "),
-        ("model=decoder_tiny", "model=decoder_tiny: engine hstu runs HSTU only"),
+        ("model=decoder_tiny", "model=decoder_tiny: engine hstu runs hstu models only"),
         ("--items 0", "--items 0: allowed is >= 1"),
         ("--items", "argument --items: expected one argument; `python -m grbench export --help` lists the flags"),
         ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
@@ -280,9 +280,10 @@ def test_the_commands_errors_are_one_line(grbench: Grbench, arguments: str, mess
     assert done.stderr.startswith(f"grbench export: {message}") and done.stderr.count("\n") == 1
 
 
-def test_the_command_that_errors_name_gives_the_same_model() -> None:
-    words = shlex.split(command(MODEL, CATALOGUE, 5, "fp32", Path("out")))
+@pytest.mark.parametrize("model", [MODEL, HSTUConfig(), HSTUConfig(layers=3, max_positions=2048, alpha=0.5)])
+def test_the_command_that_errors_name_gives_the_same_model(model: HSTUConfig) -> None:
+    words = shlex.split(command(model, CATALOGUE, 5, "fp32", Path("out")))
     assert words[:4] == ["python", "-m", "grbench", "export"]
     spec, catalogue = compose_ranking(parser().parse_intermixed_args(words[4:]))
     assert spec.seed == 5
-    assert model_hash(spec.model, catalogue, 0) == model_hash(MODEL, CATALOGUE, 0)
+    assert model_hash(spec.model, catalogue, 0) == model_hash(model, CATALOGUE, 0)
