@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from grengines.aoti.config import AOTIEngineConfig
-from grengines.api import Catalogue, Engine, Retrieval, Setup, UnavailableError
+from grengines.api import Catalogue, Engine, Ranker, Retrieval, Setup, UnavailableError
 from grengines.cache.config import CacheConfig
 from grengines.fallback import FallbackEngine, options_like
 from grengines.hf.config import HFEngineConfig
@@ -20,12 +20,16 @@ from grengines.models.decoder.config import DecoderConfig, contradiction
 from grengines.models.hstu.config import HSTUConfig
 from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.pipeline.config import STAGES, PipelineConfig
-from grengines.spec import EngineSpec, ModelSpec, Package
+from grengines.spec import CacheOptions, EngineOptions, EngineSpec, ModelOptions, ModelSpec, Package
 from grengines.tensorrt import library as tensorrt
 from grengines.tensorrt.config import TensorRTConfig
 from grengines.vllm import install as vllm
 from grengines.vllm.config import VLLMEngineConfig
 from grkernels import capabilities
+from grkernels.config import KernelGroup
+
+if TYPE_CHECKING:
+    from grengines.models.reference import GenerationReference
 
 ENGINES = {
     spec.name: spec
@@ -120,7 +124,7 @@ def model_specs() -> list[ModelSpec]:
     return list(MODELS)
 
 
-def model_spec(options: Any) -> ModelSpec:
+def model_spec(options: ModelOptions) -> ModelSpec:
     """Return the kind of model that has these options. Raises ValueError for options of no model."""
     found = next((spec for spec in MODELS if type(options) is spec.options), None)
     if found is None:
@@ -139,7 +143,7 @@ def availability(name: str) -> str | None:
     return next(filter(None, (package.missing() for package in spec.packages)), None)
 
 
-def mismatch(name: str, model: Any) -> str | None:
+def mismatch(name: str, model: ModelOptions) -> str | None:
     """Return None if the engine runs a model with these options, else the reason and the engines that do."""
     spec, kind = get(name), model_spec(model).kind
     if kind in spec.models:
@@ -158,24 +162,24 @@ def one_at_a_time(name: str) -> str | None:
 
 
 def build(
-    options: Any,
-    model: Any,
-    kernel: Any,
+    options: EngineOptions,
+    model: ModelOptions,
+    kernel: KernelGroup,
     catalogue: Catalogue,
     seed: int,
-    cache: Any = None,
+    cache: CacheOptions | None = None,
     *,
     task: str = "rank",
     retrieval: Retrieval | None = None,
 ) -> Engine:
     """Make the engine `options.name` for a task, from the options of the groups engine, model, kernel and cache.
 
-    kernel: a grkernels.config.KernelConfig. retrieval: for tasks that generate. Raises as `make`.
+    retrieval: for tasks that generate. Raises as `make`.
     """
     return make(options, Setup(model, kernel.requested(), catalogue, seed, cache or CacheConfig(), retrieval), task)
 
 
-def make(options: Any, setup: Setup, task: str) -> Engine:
+def make(options: EngineOptions, setup: Setup, task: str) -> Engine:
     """Make the engine `options.name` for a task.
 
     Raises ValueError for an unknown name, a task or a model that the engine does not have, or a fallback that can't
@@ -188,7 +192,7 @@ def make(options: Any, setup: Setup, task: str) -> Engine:
         raise ValueError(problem)
     if reason := availability(spec.name):
         raise UnavailableError(f"engine {spec.name}: {reason}")
-    engine: Any = _load(spec.tasks[task])(options, setup)
+    engine: Engine = _load(spec.tasks[task])(options, setup)
     fallback = getattr(options, "fallback", [])
     others = [other.name for other in specs() if other.can_stand_in and other.name != spec.name]
     if wrong := [name for name in fallback if name not in others]:
@@ -196,15 +200,16 @@ def make(options: Any, setup: Setup, task: str) -> Engine:
     if not fallback:
         return engine
 
-    def stand_in(name: str) -> Any:
-        return make(options_like(get(name).options, options), setup, task)
+    def stand_in(name: str) -> Ranker:
+        return cast(Ranker, make(options_like(get(name).options, options), setup, task))
 
-    return FallbackEngine(engine, fallback, stand_in)
+    return FallbackEngine(cast(Ranker, engine), fallback, stand_in)
 
 
-def reference(model: Any, seed: int, retrieval: Retrieval, device: str) -> Any:
+def reference(model: ModelOptions, seed: int, retrieval: Retrieval, device: str) -> GenerationReference[Any]:
     """Make the GenerationReference of a model, whose items every engine must find."""
-    return _load(model_spec(model).reference)(model, seed, retrieval, device)
+    made: GenerationReference[Any] = _load(model_spec(model).reference)(model, seed, retrieval, device)
+    return made
 
 
 def _load(path: str) -> Any:

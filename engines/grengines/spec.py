@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
+from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.hstu.config import HSTUConfig
+
+ModelOptions = HSTUConfig | DecoderConfig
+CacheOptions = CacheConfig | PagedCacheConfig
 TASKS = ("rank", "generate", "recommend")
+
+
+class EngineOptions(Protocol):
+    """The options of an engine, a dataclass. Their name is the engine's."""
+
+    name: str
 
 
 @dataclass(frozen=True)

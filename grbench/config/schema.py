@@ -23,6 +23,7 @@ from grbench.scenarios.config import (
     ClosedLoopConfig,
     MultiStreamConfig,
     OfflineConfig,
+    ScenarioConfig,
     ServerConfig,
     SingleStreamConfig,
     TraceReplayConfig,
@@ -33,12 +34,14 @@ from grbench.workloads.config import (
     Ml100kConfig,
     RecBoleConfig,
     SyntheticConfig,
+    WorkloadOptions,
 )
 from grengines import registry as engines
 from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.models.hstu.config import HSTUConfig
 from grengines.options import option, violations
-from grengines.spec import TASKS, EngineSpec
-from grkernels.config import KernelConfig
+from grengines.spec import TASKS, CacheOptions, EngineOptions, EngineSpec, ModelOptions
+from grkernels.config import KernelConfig, KernelGroup
 
 Root = TypeVar("Root")
 
@@ -147,12 +150,12 @@ class RunConfig:
 class RunSpec:
     """What one cell measures. Two cells with the same `hash` are the same measurement."""
 
-    model: Any
-    engine: Any
-    kernel: Any
-    cache: Any
-    workload: Any
-    scenario: Any
+    model: ModelOptions
+    engine: EngineOptions
+    kernel: KernelGroup
+    cache: CacheOptions
+    workload: WorkloadOptions
+    scenario: ScenarioConfig
     task: str  # rank, generate or recommend
     retrieval: RetrievalConfig | None  # None: the task does not generate
     gate: GateConfig
@@ -167,6 +170,13 @@ class RunSpec:
     def hash(self) -> str:
         """`spec_hash` over every option."""
         return spec_hash(self.to_dict())
+
+    @property
+    def ranking_model(self) -> HSTUConfig:
+        """The model's options, for tasks and tools that rank. Raises ConfigError for a model that does not rank."""
+        if not isinstance(self.model, HSTUConfig):
+            raise ConfigError(f"model={self.model.name}: it can't rank; name an HSTU model, such as model=hstu_tiny")
+        return self.model
 
     @property
     def title(self) -> str:

@@ -67,7 +67,8 @@ def summarise(
 def _flops(spec: RunSpec, answered: list[Request], sizes: Sequence[int], details: dict[str, float]) -> float:
     """Return the FLOPs of all answers, or 0 where a cache saved part of the work: a rate would be meaningless."""
     if spec.task == "rank":
-        return sum(sizing.request_flops(spec.model, r) for r in answered)
+        model = spec.ranking_model
+        return sum(sizing.request_flops(model, r) for r in answered)
     if spec.task != "generate" or spec.retrieval is None or details.get("prefix_hit_tokens"):
         return 0.0
     width = spec.retrieval.beam_width

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import errno
 import io
@@ -199,5 +198,5 @@ def _oom_kills() -> int:
 
 def _requested(spec: RunSpec) -> dict[str, Any]:
     """Return the options of the engine and its kernels as asked for, beside those that ran (`actual`)."""
-    asked = {f"engine.{k}": v for k, v in dataclasses.asdict(spec.engine).items()}
+    asked = {f"engine.{k}": v for k, v in spec.to_dict()["engine"].items()}
     return asked | {f"kernel.{family}": name for family, name in spec.kernel.requested().items()}

@@ -87,20 +87,21 @@ def measure(spec: RunSpec, trace: Trace, engine: Ranker, precision: str, device:
 
     The result is None without a ground truth: for random weights, without labels, or with gate.quality_requests=0.
     """
-    if spec.model.weights is None or not spec.gate.quality_requests:
+    model = spec.ranking_model
+    if model.weights is None or not spec.gate.quality_requests:
         return None
     indices = range(max(len(trace.requests) - spec.gate.quality_requests, 0), len(trace.requests))
-    labels = [labels_of(trace, i, spec.model.tasks) for i in indices]
+    labels = [labels_of(trace, i, model.tasks) for i in indices]
     if any(one is None for one in labels):
         return None
     from grengines.models.hstu.reference import RankingReference
 
     requests = [trace.requests[i] for i in indices]
-    expected = RankingReference(spec.model, trace.catalogue, spec.seed, device).scores(requests)
+    expected = RankingReference(model, trace.catalogue, spec.seed, device).scores(requests)
     found: list[Float32Array] = []
     for batch in batches(requests, spec.scenario.max_batch):
         found += engine.rank(batch).scores
-    return compare(found, expected, [one for one in labels if one is not None], spec.model.tasks, precision)
+    return compare(found, expected, [one for one in labels if one is not None], model.tasks, precision)
 
 
 def compare(

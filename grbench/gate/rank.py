@@ -25,7 +25,7 @@ class RankGate:
         from grengines.models.hstu.reference import RankingReference, zero_attention
 
         self.sample = sample(requests, spec.gate.requests, spec.seed)
-        model = RankingReference(spec.model, catalogue, spec.seed, device)
+        model = RankingReference(spec.ranking_model, catalogue, spec.seed, device)
         self._reference = np.concatenate(model.scores(self.sample))
         eager = np.concatenate(model.scores(self.sample, precision))
         blind = np.concatenate(model.scores(self.sample, attention=zero_attention))

@@ -67,7 +67,8 @@ def build(args: argparse.Namespace, spec: RunSpec, catalogue: Catalogue) -> None
             raise ValueError(f"--{name} {value}: allowed is >= 1")
     if (args.history is None) != (args.candidates is None):
         raise ValueError("--history and --candidates: give both, or none to build for the requests of the workload")
-    library, encoding = find(args.library), Encoding.of(spec.model, catalogue)
+    model = spec.ranking_model
+    library, encoding = find(args.library), Encoding.of(model, catalogue)
     requests: Sequence[Request] = []
     if args.history is None:
         requests = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms).requests
@@ -83,15 +84,15 @@ def build(args: argparse.Namespace, spec: RunSpec, catalogue: Catalogue) -> None
         "refit": args.refit,
         "plugin": not args.no_plugin,
     }
-    facts, feeds = plans.Facts.of(library, spec.model, catalogue, spec.seed, **options), []
+    facts, feeds = plans.Facts.of(library, model, catalogue, spec.seed, **options), []
     if plans.BASE[args.precision] != args.precision:
         feeds = sample.feeds(requests, encoding, args.calibration, facts.tile_rows)
         digest = sample.digest(feeds)
-        facts = plans.Facts.of(library, spec.model, catalogue, spec.seed, calibration=digest, **options)
+        facts = plans.Facts.of(library, model, catalogue, spec.seed, calibration=digest, **options)
     print(
         f"{library.name} {library.version}, {args.precision}, compute capability {args.target}, {len(sizes)} profiles"
     )
-    made = plans.build(library, facts, spec.model, catalogue, spec.seed, args.out, feeds, Bar())
+    made = plans.build(library, facts, model, catalogue, spec.seed, args.out, feeds, Bar())
     print(f"{made.folder}: {made.manifest['bytes']:,} bytes, built in {made.manifest['build_s']:.1f} s")
 
 

@@ -32,19 +32,20 @@ def main(words: Sequence[str]) -> int:
     """Run the command. Exit codes: 0 exported and checked, 1 the check failed, 2 the input cannot be used."""
     args = parser().parse_intermixed_args(words)
     spec, catalogue = compose_ranking(args)
+    model = spec.ranking_model
     from grengines.export import exporter
     from grengines.export.check import check
     from grengines.numerics import IncorrectError
 
     try:
-        made = exporter.export(spec.model, catalogue, spec.seed, args.precision, args.out, skip_hidden=args.skip_hidden)
+        made = exporter.export(model, catalogue, spec.seed, args.precision, args.out, skip_hidden=args.skip_hidden)
         for name, facts in made.manifest["files"].items():
             print(f"{made.folder / name}: {facts['bytes']:,} bytes")
         if args.precision == "bf16":
             exporter.note(made, "check", {"passed": None, "why": "ONNX Runtime's CPU provider has no bf16 kernels"})
             print("not checked: ONNX Runtime's CPU provider has no bf16 kernels; export fp32 to check the model")
             return 0
-        result = check(made, spec.model, catalogue, spec.seed)
+        result = check(made, model, catalogue, spec.seed)
     except IncorrectError as e:
         exporter.note(made, "check", e.result.to_dict() if e.result else {"passed": False})
         raise CommandError(e, code=1) from e

@@ -32,8 +32,8 @@ def compose_ranking(args: argparse.Namespace) -> tuple[RunSpec, Catalogue]:
     overrides = ["engine=hstu", *args.overrides]
     spec, _ = compose_spec(overrides, args.config_dir)
     shapes: dict[str, list[int]] = {}
-    if spec.model.weights:
-        path = Path(spec.model.weights)
+    if spec.ranking_model.weights:
+        path = Path(spec.ranking_model.weights)
         trained, shapes = _read_weights(path)
         if not any(override.startswith("model=") for override in args.overrides):
             recorded = [f"model.{key}={json.dumps(value)}" for key, value in trained.items()]
@@ -47,7 +47,8 @@ def _catalogue(args: argparse.Namespace, spec: RunSpec, shapes: dict[str, list[i
         if value is not None and value < least:
             raise ConfigError(f"--{name} {value}: allowed is >= {least}")
     if shapes:
-        context_rows = min((users or 1) * spec.model.contextual_seq_len, spec.model.embedding_rows)
+        model = spec.ranking_model
+        context_rows = min((users or 1) * model.contextual_seq_len, model.embedding_rows)
         items = shapes["token_table"][0] - context_rows if items is None else items
         actions = shapes["action_table"][0] if actions is None else actions
     if items is not None and actions is not None:

@@ -161,7 +161,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _ranking(console: Console, spec: RunSpec, items: int, precision: str, memory: float) -> None:
-    model, candidates = spec.model, spec.workload.num_candidates
+    model, candidates = spec.ranking_model, spec.workload.num_candidates
     counts = parameters(model, Catalogue(num_users=1, num_items=items, num_actions=1))
     weights = _tell_parameters(console, model.name, counts, precision, items)
     table = _table("history", "candidates", "GFLOP", "of it attention", "all cached", "KV MiB a user", "users a card")

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grbench.workloads.config import CsvConfig, Ml100kConfig, RecBoleConfig, RecordedConfig, SyntheticConfig
+from grbench.workloads.config import (
+    CsvConfig,
+    Ml100kConfig,
+    RecBoleConfig,
+    RecordedConfig,
+    SyntheticConfig,
+    WorkloadOptions,
+)
 from grbench.workloads.events import Events
 from grbench.workloads.trace import Trace
 
 
-def build(config: RecordedConfig | SyntheticConfig, seed: int, latency_limit_ms: float) -> Trace:
+def build(config: WorkloadOptions, seed: int, latency_limit_ms: float) -> Trace:
     """Return the trace that `config` describes. Raises DataError (a ValueError) for unusable data."""
     from grbench.workloads import synthetic, trace
 

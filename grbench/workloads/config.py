@@ -76,3 +76,6 @@ class SyntheticConfig(WorkloadConfig):
     delta_mean: float = option(8.0, "mean number of new events between two visits of a user", ge=0)
     visits_per_s: float = option(50.0, "mean arrival rate", gt=0)
     burstiness: float = option(0.0, "of arrivals (Goh and Barabasi); 0: Poisson", ge=0, le=0.9)
+
+
+WorkloadOptions = RecordedConfig | SyntheticConfig

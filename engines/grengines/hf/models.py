@@ -72,7 +72,8 @@ class PaddedHSTU(PaddedModel):
             k, v = cache.update(k, v, i)
             a = _silu_attention(q, k, v, hidden, model.alpha, model.config.scaling_seqlen)
             x = layer.combine(x, u, a.transpose(1, 2).flatten(0, 1), model.kernels)
-        return x.unflatten(0, (rows, n))[:, -1]
+        last: Tensor = x.unflatten(0, (rows, n))[:, -1]
+        return last
 
 
 def _silu_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, alpha: float, scaling_seqlen: int) -> Tensor:

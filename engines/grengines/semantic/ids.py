@@ -183,7 +183,7 @@ def propose_codes(items: int, levels: int = 3) -> int:
 
 def _root(count: int, levels: int) -> int:
     """The smallest number whose power `levels` is at least `count`."""
-    root = max(round(count ** (1 / levels)) - 1, 1)
+    root: int = max(round(count ** (1 / levels)) - 1, 1)
     while root**levels < count:
         root += 1
     return root

@@ -34,7 +34,7 @@ class Search:
     @property
     def level(self) -> int:
         """Return the number of codes that are chosen."""
-        return self.paths.shape[1]
+        return int(self.paths.shape[1])
 
 
 class BeamScheduler:

@@ -44,7 +44,8 @@ class BeamRows:
         """Return ids int64 [rows] of the rows of these tokens, int64 [rows], in the request of this number."""
         rows = np.arange(len(tokens))
         rows[:1] += self.max_rows + number % self.numbers
-        return self.vocabulary * (1 + rows) + tokens
+        ids: np.ndarray = self.vocabulary * (1 + rows) + tokens
+        return ids
 
 
 @dataclass

@@ -171,7 +171,8 @@ def _padded(inputs: dict[str, Any], name: str) -> Tensor:
         raise NotImplementedError("softmax yardstick: full sequences of one length only")
     if inputs["num_targets"] is not None or inputs.get("max_attn_len", 0) or inputs.get("contextual_seq_len", 0):
         raise NotImplementedError("softmax yardstick: causal masks only")
-    return x.unflatten(0, (batch, n)).transpose(1, 2)
+    sequences: Tensor = x.unflatten(0, (batch, n))
+    return sequences.transpose(1, 2)
 
 
 def _known(function: Callable[..., Tensor], **arguments: Any) -> Call:

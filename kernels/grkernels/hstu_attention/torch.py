@@ -108,7 +108,8 @@ def _pad(x: Tensor, offsets: Tensor, local: Tensor) -> Tensor:
     Past the end of a sequence the result holds any row.
     """
     index = (offsets[:-1, None] + local).clamp(max=x.shape[0] - 1)
-    return x.transpose(0, 1).index_select(1, index.flatten()).unflatten(1, index.shape)
+    padded: Tensor = x.transpose(0, 1).index_select(1, index.flatten()).unflatten(1, index.shape)
+    return padded
 
 
 def _pad_paged(
@@ -120,7 +121,7 @@ def _pad_paged(
     index = page_table[:, slots].long() * page + columns % page
     # Rows first, then heads: the reverse order would copy the whole pool.
     rows = pages.flatten(0, 1).index_select(0, index.flatten())
-    cached = rows.unflatten(0, index.shape).permute(2, 0, 1, 3).contiguous()
+    cached: Tensor = rows.unflatten(0, index.shape).permute(2, 0, 1, 3).contiguous()
     if x.shape[0] == 0:
         return cached
     rest = (offsets[:-1, None] + columns - paged_lengths[:, None]).clamp(0, x.shape[0] - 1)

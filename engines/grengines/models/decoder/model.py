@@ -65,7 +65,8 @@ class Decoder:
     @property
     def token_table(self) -> Tensor:
         """[vocabulary, E]"""
-        return self.layers.embed_tokens.weight
+        table: Tensor = self.layers.embed_tokens.weight
+        return table
 
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         """The last max_positions tokens int64 [n], whole items; the begin token where there are none."""
