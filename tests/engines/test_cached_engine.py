@@ -1,4 +1,4 @@
-"""The engine above its user-state cache: whatever the tiers, policies and faults, answers equal the reference."""
+"""The engine with its user-state cache: for all tiers, policies and faults, answers equal the reference."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HISTORY = [f for f in Request.__dataclass_fields__ if f.startswith("history_")]
 
 
 def traffic(users: int, rounds: int, seed: int = 0, longest: int = 60) -> list[list[Request]]:
-    """Rounds of requests by all users in a new order, whose histories grow in between."""
+    """Return rounds of requests by all users, in a new order each, with histories that grow in between."""
     rng = np.random.default_rng(seed)
     last = make_requests(rng, CATALOGUE, list(rng.integers(longest // 2, longest, users)), [6] * users)
     made = []
@@ -74,7 +74,7 @@ def error(result: RankResult, expected: list[Any]) -> float:
 def test_answers_from_the_host_equal_the_reference(
     policy: str, share: float, model: HSTUConfig, microbatch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pages for two of six users, host memory for four: all of hits, host hits and misses happen."""
+    """With pages for two of six users and host memory for four, there are hits, host hits and misses."""
     monkeypatch.setattr(host, "STAGED_SHARE", 0.5)
     rounds = [[r] for requests in traffic(6, 5) for r in requests]
     rounds += [[r] for requests in traffic(6, 5)[-1:] for r in requests] * 2
@@ -89,7 +89,7 @@ def test_answers_from_the_host_equal_the_reference(
         assert error(result, reference.scores(requests)) < 1e-5
         total.update(result.details)
     assert total["cache_faults"] == total["cache_policy_errors"] == 0
-    if total["cache_refused"] == 0:  # `predictive` sees that states that must be whole are of no use here
+    if total["cache_refused"] == 0:  # `predictive` learns that states that must be whole are of no use here
         assert total["cache_offloads"] > 0 and total["cache_evictions"] > 0
         assert total["cache_host_hits"] > 0 and total["cache_loaded_tokens"] > 0 and total["cache_host_bytes"] > 0
     else:
@@ -97,7 +97,7 @@ def test_answers_from_the_host_equal_the_reference(
     assert engine.actual()["kernels"]["paged_write"] == "torch" and engine.actual()["cache_pages_most_used"] <= 9
     assert total["cache_offloads"] == 0 or total["cache_offloaded_bytes"] > 0
     assert engine.actual()["cache_host_pages"] == 16 and engine.actual()["cache_copy_gb_s"] > 0
-    # What is on the device goes to the host on demand; from there it is as right.
+    # States on the device move to the host on demand, and answers from there are as right.
     engine.reset_cache(keep_host=True)
     result = engine.rank(rounds[-1])
     assert result.details["cache_hits"] == 0 and error(result, reference.scores(rounds[-1])) < 1e-5
@@ -124,18 +124,21 @@ def test_what_is_loaded_balances_copying_and_computing() -> None:
     pool = cached.states.pool
     engine.rank(rounds[-1])
     engine.reset_cache(keep_host=True)
-    cached.copy_bytes_s, cached.compute_s = pool.page_bytes / pool.page / 3e-6, 1e-6  # copying takes thrice as long
+    cached.copy_bytes_s, cached.compute_s = (
+        pool.page_bytes / pool.page / 3e-6,
+        1e-6,
+    )  # copying takes three times as long
     details = engine.rank(rounds[-1]).details
     events = sum(len(r.history_items) for r in rounds[-1])
     tokens = events + sum(len(r.candidates) for r in rounds[-1])
     assert 0.6 * tokens / 4 < details["cache_loaded_tokens"] <= tokens / 4  # whole pages, rounded down
     engine.reset_cache(keep_host=True)
-    cached.compute_s = 1.0  # computing takes for ever: all is loaded
+    cached.compute_s = 1.0  # computing is slow: all is loaded
     assert engine.rank(rounds[-1]).details["cache_loaded_tokens"] == events
 
 
 class Replays:
-    """GraphRunner's part on a CPU, which has no graphs: what was uploaded is computed at the replay."""
+    """A GraphRunner for CPUs, which have no graphs: it computes uploaded inputs at the replay."""
 
     def __init__(self, forward: Any) -> None:
         self._forward, self.count = forward, 0
@@ -162,9 +165,9 @@ def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeyp
     requests = rounds[-1]
     tokens = sum(len(r.history_items) for r in requests)
     for prefetched, launch_s, replays, eager in (
-        (True, 1.0, 2, 0.0),  # nothing to wait for, and kernels are slow to launch: all is loaded, a graph is sooner
-        (True, 0.0, 1, 1.0),  # kernels cost nothing to launch: what there is to compute goes on beside the copies
-        (False, 1e-9, 2, 0.0),  # copying takes longer than computing all again: nothing is loaded
+        (True, 1.0, 2, 0.0),  # no wait, and slow launches: all is loaded, and a graph is sooner
+        (True, 0.0, 1, 1.0),  # free launches: computing overlaps the copies
+        (False, 1e-9, 2, 0.0),  # copies are slower than computing: nothing is loaded
     ):
         engine.reset_cache()
         cached.graphs.count = 0
@@ -197,7 +200,7 @@ FAULTS = {
 def test_faults_are_counted_and_logged_and_the_answer_is_right(
     what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every third call fails, with what a GPU out of memory raises."""
+    """Every third call raises the error of a GPU that is out of memory."""
     rounds = [[r] for requests in traffic(6, 4) for r in requests]
     reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     memory = {"memory_gb": 9 * PAGE_GB, "host_gb": 30 * PAGE_GB}
@@ -228,7 +231,7 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
     assert calls > 3
     assert total["cache_policy_errors" if "policy" in what else "cache_faults"] >= calls // 3
     assert "says the test" in caplog.text and any(r.levelno == logging.WARNING for r in caplog.records)
-    # Nothing is lost: once all goes well again, everyone is served from the cache, and no page is missing.
+    # Without further faults everyone is served from the cache again, and no page is missing.
     monkeypatch.undo()
     engine.reset_cache()
     states = engine.user_cache.states
@@ -239,7 +242,7 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
 
 
 def test_many_threads_get_right_answers_and_lose_nothing() -> None:
-    """Eight threads, users in common, evictions from another thread in between."""
+    """Eight threads share users, and another thread evicts them in between."""
     rounds = traffic(8, 6, seed=1)
     reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     expected = {id(r): s for requests in rounds for r, s in zip(requests, reference.scores(requests), strict=True)}
@@ -301,7 +304,7 @@ def test_extents_are_few_and_exact() -> None:
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(("kernel", "precision"), [("torch", "fp32"), ("triton", "bf16"), ("cutlass", "bf16")])
 def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
-    """Hits, host hits (with transfers beside the computation), evictions and prefetches, with graphs and without."""
+    """There are hits, host hits (copies beside the computation), evictions and prefetches, with and without graphs."""
     model = dataclasses.replace(MODEL, qk_dim=32, v_dim=32, embedding_dim=64)
     rounds = [requests[i : i + 3] for requests in traffic(9, 8, longest=300) for i in (0, 3, 6)]
     reference = RankingReference(model, CATALOGUE, 5, "cuda")
@@ -309,7 +312,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
     cache = PagedCacheConfig(
         "lru", "predictive", page=16, memory_gb=60 * page_gb, host_gb=100 * page_gb, prefetch_s=9.0
     )
-    if graphs:  # so small a model is computed anew sooner than anything is loaded, were it for the engine to decide
+    if graphs:  # otherwise the engine would compute so small a model anew
         cache.onload_share = 1.0
     options = {"device": "cuda", "precision": precision, "cuda_graphs": graphs, "kernel": kernel}
     engine = started(cache, rounds, model, **options)
@@ -334,7 +337,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
 def test_batches_queued_behind_each_other_on_a_gpu(cached: bool, graphs: bool) -> None:
-    """Four threads: the next batch is packed and queued while the device computes one. Answers are as ever."""
+    """With four threads the next batch is packed and queued while the device computes one. Answers are right."""
     rounds = [requests[i : i + 3] for requests in traffic(9, 8, longest=300) for i in (0, 3, 6)]
     page_gb = MODEL.layers * 16 * MODEL.heads * (MODEL.qk_dim + MODEL.v_dim) * 4 / 1e9
     cache = PagedCacheConfig(page=16, memory_gb=60 * page_gb, host_gb=100 * page_gb) if cached else CacheConfig()

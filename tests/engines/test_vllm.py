@@ -1,4 +1,4 @@
-"""Engine vllm, with the real vLLM: its answers are the fp32 reference's, whatever its scheduler does on the way."""
+"""The engine vllm with the real vLLM: answers equal the fp32 reference's, whatever the scheduler does."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_ids_say_what_rows_are() -> None:
 
 
 def test_hstu_metadata_of_chunks() -> None:
-    """Requests cut anywhere, and a captured graph's padding: each sees the prompt, its beam's own codes and itself."""
+    """Chunks end anywhere, and a graph adds padding: each row sees the prompt, its beam's own codes and itself."""
     beams, page, kernels = BeamRows((4, 5, 6), max_rows=40), 4, Operators.eager()
     rng = np.random.default_rng(0)
     cuts = [(5, 6, 0, 5), (5, 6, 3, 9), (5, 6, 5, 11), (5, 6, 8, 9), (7, 0, 2, 7), (3, 2, 4, 5)]
@@ -197,7 +197,7 @@ class TestOneEngine:
                 np.testing.assert_allclose(finished.scores, expected.scores[key], atol=CLOSE)
 
     def test_a_returning_user_hits_the_prefix_cache(self, engine: VLLMEngine, reference: HSTUReference) -> None:
-        """The same history, and one with new events: whole pages of what was read are found, and answers stay right."""
+        """The same history, and one with new events, hit whole pages, and answers stay right."""
         engine.reset_cache()
         items = requests_of([20], seed=5)[0].history_items
         first, grown = request_of(0, items[:12]), request_of(1, items)
@@ -214,7 +214,7 @@ class TestOneEngine:
         assert engine.generate([first]).details["prefix_hit_tokens"] == 0
 
     def test_a_prompt_is_hashed_once_for_all_levels(self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Later levels take its blocks' hashes over; they are what vLLM computes itself."""
+        """Later levels reuse the hashes of its blocks, which equal those that vLLM computes."""
         from vllm.v1.core import kv_cache_utils
         from vllm.v1.request import Request as VLLMRequest
 
@@ -248,7 +248,7 @@ class TestOneEngine:
     def test_rows_of_beams_that_hit_the_cache_are_an_error(
         self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The same user at once again has the same beams; only the search's number in their ids keeps them apart."""
+        """A repeated request has the same beams; only the number of the vLLM request in their ids differs."""
         engine.reset_cache()
         monkeypatch.setattr(engine.scheduler, "next_number", 7)
         engine.generate([REQUESTS[2]])
@@ -302,11 +302,11 @@ def test_half_precision_differs_among_near_ties_only(reference: HSTUReference, e
         found = engine.generate(REQUESTS)
     finally:
         engine.close()
-    plain = reference.search(REQUESTS, "bf16")
+    eager = reference.search(REQUESTS, "bf16")
     moved = [
-        np.abs(plain.scores[i] - reference.prefix_scores(r, plain.items[i])[:, -1]) for i, r in enumerate(REQUESTS)
+        np.abs(eager.scores[i] - reference.prefix_scores(r, eager.items[i])[:, -1]) for i, r in enumerate(REQUESTS)
     ]
-    tie = 2 * float(np.max(moved))  # twice what rounding costs plain PyTorch
+    tie = 2 * float(np.max(moved))  # twice what rounding costs eager PyTorch
     assert tie < 0.5
     for i, (ours, scores) in enumerate(zip(found.items, found.scores, strict=True)):
         theirs, exact = expected.items[i], expected.scores[i]
@@ -358,7 +358,7 @@ def test_the_model_serves_ordinary_generation(tmp_path: Path) -> None:
 
 
 def test_close_leaves_nothing() -> None:
-    """The model, the folder of its weights, and what vLLM changed in the process are gone; another engine starts."""
+    """The model and its folder are gone, the process is as before, and another engine starts."""
     before = torch.set_num_threads, torch.get_num_threads(), dict(os.environ)
     for _ in range(2):
         engine = engine_of(REQUESTS[:3])
@@ -396,7 +396,7 @@ def test_a_dead_core_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.close()
 
 
-def test_vllm_tells_nobody() -> None:
+def test_vllm_stays_on_this_host() -> None:
     """No usage reports, no downloads, nothing but localhost."""
     engine = engine_of(REQUESTS[:2])
     try:
@@ -412,7 +412,7 @@ def test_vllm_tells_nobody() -> None:
 
 
 def test_a_whole_run(grbench: Grbench, tmp_path: Path) -> None:
-    """Through the harness, continuous batching under a load: the gate passes, and vLLM's log is the worker's."""
+    """A cell with continuous batching under load: the gate passes, and vLLM logs to the worker's log."""
     done = grbench("engine=vllm", "engine.kv_cache_gb=0.1", "scenario.queries=64", "scenario=closed_loop")
     assert done.returncode == 0, done.stdout + done.stderr
     (record,) = (json.loads(p.read_text()) for p in tmp_path.glob("outputs/runs/*/record.json"))
@@ -479,7 +479,7 @@ def test_doctor_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
-    """Cold, from the prefix cache, and in an order of arrival that mixes prompts and beams."""
+    """Answers are right cold, from the prefix cache, and when prompts and beams share steps."""
     retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
     reference = HSTUReference(GPU_MODEL, 3, retrieval, "cuda")
     expected = reference.search(GPU_REQUESTS)
@@ -502,7 +502,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
 
 @pytest.mark.gpu
 def test_close_gives_gpu_memory_back() -> None:
-    """Once the process has its context and library workspaces, an engine more or less leaves no trace."""
+    """After the first engine, which leaves a context and library workspaces, others leave nothing."""
     free = []
     for graphs in (True, True, False):
         gpu_engine("triton", cuda_graphs=graphs, graph_tokens=[64, 256] if graphs else []).close()

@@ -147,8 +147,11 @@ class TestOneEngine:
             expect_equal(made, expected, [i])
 
     def test_a_wrong_engine_fails(self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Zeros; stale keys; a normaliser for each of the two sets of keys; beams without their own codes; positions by
-        the place in the sequence."""
+        """Check that faults show.
+
+        They are zeros, a normaliser for each of the two sets of keys, beams without their own codes, stale keys, and
+        positions by the place in the sequence.
+        """
         operators = engine.core.model.operators
         right = operators.beam_attention
 
@@ -227,8 +230,10 @@ def test_captured_choices() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "graphs"), [("bf16", False), ("bf16", True), ("fp32", False), ("fp32", True)])
 def test_on_a_gpu(precision: str, graphs: bool) -> None:
-    """Cold, from the prefix cache, and in an order of arrival that mixes prompts and beams. FlashAttention reads
-    prompts alone where it can, which is never in fp32."""
+    """Answers are right cold, from the prefix cache, and when prompts and beams share steps.
+
+    FlashAttention reads prompts alone, except in fp32.
+    """
     model = DecoderConfig(
         layers=3, embedding_dim=256, heads=4, kv_heads=2, head_dim=64, mlp_dim=512, max_positions=1500
     )

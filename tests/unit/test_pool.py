@@ -56,7 +56,7 @@ class Recency:
         return next(user for user in self.users if user not in exclude)
 
     def remove(self, user: int) -> None:
-        del self.users[user]  # raises, and so is counted, for one who is not known
+        del self.users[user]  # raises for an unknown user, which is counted
 
     def admit(self, user: int, size: int, cost: float, now: float) -> bool:
         return self.admitting
@@ -97,7 +97,7 @@ def events_of(n: int, seed: int = 0) -> list[Event]:
 
 
 def visit(states: UserStates, request: Request) -> Plan:
-    """One request from lookup to commit."""
+    """Run one request from lookup to commit."""
     (plan,) = states.lookup([request], now=0.0)
     states.extend(plan)
     states.commit(plan)
@@ -159,7 +159,7 @@ def test_writes_rows_of_several_users_into_their_pages() -> None:
         assert torch.equal(pool.v[1][mine].flatten(0, 1)[tokens], v[rows])
 
 
-# What is valid
+# Validity
 
 Change = Callable[[list[Event]], list[Event]]
 
@@ -212,7 +212,7 @@ def test_serves_only_what_the_history_begins_with(change: Change, valid: int, co
 
 
 def test_histories_agree_exactly_as_far_as_their_events_do() -> None:
-    """Any field of any event, exchanged with another's; whatever the memory layout."""
+    """Exchange any field of any event with another's, in any memory layout."""
     before = events_of(40)
     rng, first = random.Random(0), History.of(request_of(before))
     for _ in range(1000):
@@ -389,7 +389,7 @@ def test_a_policy_that_fails_costs_only_its_advice(victim: str, caplog: pytest.L
     assert "cache policy SimpleNamespace.admit failed, going on without its advice" in caplog.text
 
 
-# What goes to the host
+# The host tier
 
 
 def tiered(host_admit_visit: int) -> UserStates:
@@ -429,7 +429,7 @@ def test_visits_count_for_the_host_and_not_evictions() -> None:
     visit(states, one)  # found on the device: a visit all the same
     states.evict(1)
     assert 1 in states.tier.states
-    # On demand everyone goes.
+    # On demand everyone's state is sent.
     visit(states, request_of(events_of(10, seed=3), user=3))
     states.clear(keep_host=True)
     assert 3 in states.tier.states
@@ -442,7 +442,7 @@ USERS = st.integers(0, 3)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Users visit, histories change, plans stay in flight; a dictionary of histories says what must be where."""
+    """Users visit, histories change, and plans stay in flight. A dictionary of histories is the model."""
 
     seen: ClassVar[Counters] = Counters()  # by all runs together
     host_pages: ClassVar[int] = 0
@@ -526,7 +526,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert plan.on_device < plan.cached <= plan.on_host and (share < 1 or plan.cached == plan.on_host)
             for layer in range(2):
                 onload.layer(layer)
-        # Those who were evicted have nothing that may be served.
+        # Nothing may be served to users whose states were evicted.
         self.cached = {u: h for u, h in self.cached.items() if u in self.states or u in self.open}
 
     @rule(user=USERS, commit=st.booleans(), write=st.booleans())
@@ -549,7 +549,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(users=st.lists(USERS, min_size=1, max_size=6), new=st.integers(0, 2))
     def visits(self, users: list[int], new: int) -> None:
-        """One user after another, each with some new events; who was in flight lands first."""
+        """One user visits after another, each with some new events. Plans in flight end first."""
         for user in users:
             self.end(user, commit=True, write=True)
             self.act(user, new)
@@ -597,7 +597,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 class TieredMachine(PoolMachine):
-    """The same above a host tier with room for fewer states than there are."""
+    """The same with a host tier that has room for fewer states than there are."""
 
     seen = Counters()
     host_pages = 9
@@ -670,10 +670,10 @@ def test_the_index_leaks_nothing_under_pressure() -> None:
 
 
 def test_threads_share_the_index() -> None:
-    """Each plan's pages are its own as long as it is in flight, and every token found is what was committed."""
+    """The pages of a plan in flight are its own, and every cached token is the committed one."""
 
     class Interrupted(Recency):
-        """Hands the processor to another thread wherever the index is being changed."""
+        """Yields to another thread while the index changes."""
 
         def remove(self, user: int) -> None:
             time.sleep(0)
@@ -725,7 +725,7 @@ CATALOGUE = Catalogue(num_users=50, num_items=40, num_actions=3)
 
 
 def rank_through_pages(model: HSTURanker, states: UserStates, requests: list[Request], microbatch: int = 0) -> Tensor:
-    """Logits [candidates, tasks], request by request: a prefill or delta of what isn't cached, then the candidates.
+    """Return logits [candidates, tasks], request by request: encode uncached tokens, then the candidates.
 
     microbatch 0: new events and candidates in one pass. Otherwise `microbatch` candidates per request follow at a time.
     """
@@ -786,7 +786,7 @@ def test_visits_through_pages_equal_the_full_forward(shape: dict[str, int], micr
 
 
 def test_requests_that_the_cache_cannot_help_are_answered_all_the_same() -> None:
-    """Two of a user in one batch, more in flight than the pool holds, a policy without a clue: batch after batch."""
+    """Batches have two requests of a user, or more than the pool holds, and the policy raises."""
 
     class Clueless(Recency):
         def victim(self, now: float, exclude: Set[int]) -> int:

@@ -31,16 +31,13 @@ PENDING: tuple[str, ...] = (
     "engines/grengines/onnxruntime/",
     "engines/grengines/options.py",
     "engines/grengines/pipeline/",
-    "engines/grengines/runtime/device.py",
     "engines/grengines/semantic/",
     "engines/grengines/tensorrt/",
-    "engines/grengines/vllm/",
     "grbench/config/",
     "grbench/kernelbench/",
     "grbench/tools/",
     "kernels/",
     "tests/engines/",
-    "tests/helpers/vllm_checks.py",
     "tests/kernels/",
 )
 

@@ -1,4 +1,4 @@
-"""Ranking through the user-state cache: of what is in pages nothing is computed again, and what is new goes there."""
+"""Ranking with the user-state cache: only tokens that are not in pages are computed, and stored there."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_s
 from grengines.runtime.graphs import GraphRunner, choose_bucket, plan_buckets
 from grengines.runtime.results import Marks, collect
 
-MOST_PADDING = 2.5  # a graph that encodes more than so many times the batch's tokens is slower than launching kernels
+MOST_PADDING = 2.5  # a graph that encodes more than this times the batch's tokens is slower than launching kernels
 
 
 class CachedRanking:
-    """The pages, their index, the host tier, and the graphs of the paged form.
+    """Ranking over pages: the cached states, the host tier, and CUDA graphs of appends.
 
-    place: renumbers packed tokens for the hot item cache; returns its counts. Raises ValueError where the longest
-    history of the sample does not fit into all of the memory.
+    place: renumbers packed tokens for the cache of item vectors; returns its counts. Raises ValueError where the
+    longest history of the sample does not fit in the empty pool.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class CachedRanking:
             self.graphs = GraphRunner(self.forward, self.buckets, self._empty, self._device)
 
     def queue(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
-        """As grengines.api.Ranker's rank, but what is returned waits for the device. Whatever it raises, no page is
-        lost, and the index is as before.
+        """Queue a batch as grengines.api.Ranker.rank. The returned function waits for the device.
 
-        A user's second request in a batch goes after the first, in a pass of its own: it finds what that one stored.
+        A user's second request in a batch is in a later pass than the first, whose state it finds. An error loses no
+        page, and leaves the index as before.
         """
-        waves = _waves([r.user_id for r in requests])
-        queued = [self._queue([requests[i] for i in wave]) for wave in waves]
-        return queued[0] if len(queued) == 1 else lambda: _merged([answer() for answer in queued], waves)
+        passes = _passes([r.user_id for r in requests])
+        queued = [self._queue([requests[i] for i in places]) for places in passes]
+        return queued[0] if len(queued) == 1 else lambda: _merged([answer() for answer in queued], passes)
 
     def _queue(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue one pass over requests of different users."""
@@ -165,14 +165,14 @@ class CachedRanking:
         return torch.cat(parts)
 
     def reset_cache(self, keep_host: bool = False) -> None:
-        """Drop every state, and what the policies learned; keep_host: only from the device, to the host."""
+        """Drop every state, and what the policies learned. keep_host: only move states from the device to the host."""
         if keep_host:
             self.states.clear(keep_host=True)
         else:
             self.states.restart(*_policies(self._cache))
 
     def actual(self) -> dict[str, Any]:
-        """What really runs; JSON values."""
+        """Return what really runs, as JSON values."""
         tier = self.states.tier
         return {
             "cache_pages": self.states.pool.pages,
@@ -184,12 +184,12 @@ class CachedRanking:
         }
 
     def close(self) -> None:
-        """Give the host's memory back."""
+        """Release the memory of the host tier."""
         if self.states.tier is not None:
             self.states.tier.close()
 
     def measure(self, requests: Sequence[Request]) -> None:
-        """Rank the largest batch until all is compiled, and learn what computing costs here. Forgets every state."""
+        """Rank the largest batch until all is compiled, and measure the cost of computing. Drops every state."""
         for _ in range(2):
             self.states.clear()
             result = self.queue(requests)()
@@ -201,12 +201,11 @@ class CachedRanking:
         self.reset_cache()
 
     def _shares(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[float]:
-        """How much to load of what only the host has of each.
+        """Return the share to load of the tokens that only the host has, for each request.
 
-        What was prefetched is loaded whole. Of the rest, loading t seconds a token goes on while what isn't loaded is
-        computed, c seconds a token. Both end together when of the N tokens that would be computed without the host
-        c / (c + t) are loaded. Nothing is loaded where a graph, which can't wait for single copies, computes all of it
-        sooner.
+        Prefetched states are loaded whole. For the others, loading takes t seconds a token and overlaps computing the
+        rest, c seconds a token. Both end together if c / (c + t) of the tokens that would be computed without the host
+        are loaded. Nothing is loaded where a graph, which can't wait for single copies, computes all of them sooner.
         """
         states, pool = self.states, self.states.pool
         more = [max(plan.on_host - plan.on_device, 0) for plan in plans]
@@ -248,7 +247,7 @@ class CachedRanking:
         return self._ranker.paged(batch, self.states.pool, places)
 
     def _empty(self, bucket: Bucket) -> list[Any]:
-        """The inputs of a graph for a batch of no request."""
+        """Return the inputs of a graph for an empty batch."""
         rows = bucket.batch * bucket.length
         return [
             pack([], self._ranker.encoding, cached=[], bucket=bucket, pin=True),
@@ -256,18 +255,18 @@ class CachedRanking:
         ]
 
 
-def _waves(users: Sequence[int]) -> list[list[int]]:
-    """Places in the batch: everyone's first, then everyone's second, ..."""
+def _passes(users: Sequence[int]) -> list[list[int]]:
+    """Return places in the batch: each user's first request, then each user's second, and so on."""
     if len(set(users)) == len(users):
         return [list(range(len(users)))]
-    waves: list[list[int]] = []
+    passes: list[list[int]] = []
     seen: Counter[int] = Counter()
     for i, user in enumerate(users):
-        if seen[user] == len(waves):
-            waves.append([])
-        waves[seen[user]].append(i)
+        if seen[user] == len(passes):
+            passes.append([])
+        passes[seen[user]].append(i)
         seen[user] += 1
-    return waves
+    return passes
 
 
 def _with_copy_times(queued: Callable[[], RankResult], onload: Onload) -> RankResult:
@@ -277,10 +276,10 @@ def _with_copy_times(queued: Callable[[], RankResult], onload: Onload) -> RankRe
     return result
 
 
-def _merged(results: Sequence[RankResult], waves: Sequence[Sequence[int]]) -> RankResult:
-    """Results of several passes as one: scores in the batch's order, times and figures added."""
+def _merged(results: Sequence[RankResult], passes: Sequence[Sequence[int]]) -> RankResult:
+    """Merge the results of several passes: scores in the batch's order, sums of times and figures."""
     scores = {
-        i: s for result, wave in zip(results, waves, strict=True) for i, s in zip(wave, result.scores, strict=True)
+        i: s for result, places in zip(results, passes, strict=True) for i, s in zip(places, result.scores, strict=True)
     }
     details: Counter[str] = Counter()
     for result in results:
@@ -291,7 +290,7 @@ def _merged(results: Sequence[RankResult], waves: Sequence[Sequence[int]]) -> Ra
 
 
 def _make_states(ranker: HSTURanker, cache: PagedCacheConfig, longest: int) -> UserStates:
-    """Empty memory and its index."""
+    """Return an empty cache. Raises ValueError where the longest history does not fit."""
     model = ranker.config
     pool = PagePool.within(
         int(cache.memory_gb * 1e9),
@@ -320,5 +319,5 @@ def _make_states(ranker: HSTURanker, cache: PagedCacheConfig, longest: int) -> U
 
 
 def _policies(cache: PagedCacheConfig) -> tuple[Policy, Policy]:
-    """Of the pages on the device, and of the host tier."""
+    """Return the policies of the device and of the host tier."""
     return policies.make(cache.policy, cache.admit_visit), policies.make(cache.policy, cache.host_admit_visit)
