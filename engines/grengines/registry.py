@@ -46,7 +46,7 @@ ENGINES = {
             HFEngineConfig,
             {"generate": "grengines.hf.engine:HFEngine"},
             models=("hstu", "decoder"),
-            packages=(Package("transformers", ("transformers",), "pip install -e '.[hf]'"),),
+            packages=(Package("transformers", ("transformers",), "pip install 'grbench[hf]'"),),
         ),
         EngineSpec(
             "vllm",
@@ -76,7 +76,7 @@ ENGINES = {
             "onnxruntime",
             OnnxRuntimeConfig,
             {"rank": "grengines.onnxruntime.engine:OnnxRuntimeEngine"},
-            packages=(Package("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install -e '.[onnx]'"),),
+            packages=(Package("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install 'grbench[onnx]'"),),
             can_stand_in=True,
         ),
         EngineSpec(

@@ -1,4 +1,4 @@
-"""Running what Hydra configures: compose and check every job, run them one after another, end with one exit code."""
+"""Commands that Hydra configures: compose and check every job, run them in order, return one exit code."""
 
 from __future__ import annotations
 

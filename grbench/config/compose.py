@@ -1,4 +1,4 @@
-"""Composing configurations with Hydra, and saying in one line what is wrong with one."""
+"""Composition of configurations with Hydra, and one-line errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def prepare_hydra() -> None:
 
 
 def compose_spec(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunSpec, RunConfig]:
-    """Compose one cell from Hydra overrides, with a folder of the user's own YAML files. Raises ConfigError."""
+    """Compose one cell from Hydra overrides. config_dir: folder of the user's own YAML files. Raises ConfigError."""
     return next(compose_cells(overrides, config_dir=config_dir))
 
 
@@ -97,7 +97,7 @@ def compose_jobs(
     """
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
-    # This option replaces conf/config.yaml's, so that the studies' folder must be in it too.
+    # This replaces the search path of conf/config.yaml, so it names the folder of studies too.
     folders = [str(Path(config_dir or "").absolute()), str(checkout_or_packaged("experiments"))]
     extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if config_dir else []
     try:
@@ -111,9 +111,9 @@ def compose_jobs(
 
 
 def _jobs(config_name: str, overrides: list[str], extra: list[str], multirun: bool) -> list[list[str]]:
-    """The overrides of each job, as Hydra's basic sweeper would make them."""
+    """Return the overrides of each job, as Hydra's basic sweeper makes them."""
     parser = OverridesParser.create()
-    parsed = parser.parse_overrides(overrides)  # this one names the override that it can't read
+    parsed = parser.parse_overrides(overrides)  # its error names the wrong override
     fixed = [o.input_line for o in parsed if o.input_line and not o.is_sweep_override()]
     hydra = _compose(config_name, [*fixed, *extra], return_hydra_config=True).hydra
     if not multirun and hydra.mode is not RunMode.MULTIRUN:
@@ -126,12 +126,12 @@ def _jobs(config_name: str, overrides: list[str], extra: list[str], multirun: bo
 def _compose(config_name: str, overrides: list[str], return_hydra_config: bool = False) -> DictConfig:
     try:
         return hydra_compose(config_name, overrides, return_hydra_config)
-    except ValueError as e:  # a group set to null, of which Hydra doesn't say the name
+    except ValueError as e:  # for a group set to null; Hydra's message does not name it
         raise ConfigError(f"{' '.join(overrides)}: {' '.join(str(e).split())}; every group needs one option") from None
 
 
 def explain(error: BaseException) -> str:
-    """One line for any error that composing raises: the key, what is wrong, what is allowed."""
+    """Return one line for any error of composing: the key, what is wrong, what is allowed."""
     if isinstance(error, ConfigError):
         return str(error)
     cause = error
@@ -154,7 +154,7 @@ def explain(error: BaseException) -> str:
 
 
 def _explain_key(cause: OmegaConfBaseException, key: str, text: str) -> str:
-    """What is wrong with the key of a node, by the dataclass of the node."""
+    """Return the error line for a key of a node, from the dataclass of the node."""
     if not dataclasses.is_dataclass(cause.object_type):
         return f"{key}: {text}"
     fields = {f.name: f for f in dataclasses.fields(cause.object_type)}

@@ -40,7 +40,7 @@ ROOTS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Return the flags of the command."""
     about = "Print every key of the configuration with its allowed values, default and meaning, as Markdown."
     parser = Arguments("config", about, ["config engine", "config > docs/CONFIG.md"])
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(sections())} (default: all)")
@@ -101,8 +101,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 def _shown(value: Any) -> str:
     """A value as one types it: null, true, 0.5, [16,32]."""
-    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    return plain if isinstance(plain, str) else json.dumps(plain, separators=(",", ":"))
+    typed = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return typed if isinstance(typed, str) else json.dumps(typed, separators=(",", ":"))
 
 
 def _summary(schema: type) -> str:

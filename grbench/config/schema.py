@@ -1,7 +1,7 @@
 """The configuration of a run: typed options, their registration with Hydra, and RunSpec.
 
-Keys and types are checked by Hydra when it composes; ranges and choices (`grengines.options`) by
-`to_spec`. Nothing here imports torch, mlflow or an engine: composing stays fast.
+Hydra checks keys and types when it composes. `to_spec` checks ranges and choices (`grengines.options`). This module
+imports no torch, no mlflow and no engine, so composing is fast.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ConfigError(CommandError):
 
 @dataclass
 class GateConfig:
-    """The check that every cell must pass before it is measured: see grbench/gate/rank.py."""
+    """Options of the check that every cell must pass before it is measured: see grbench/gate/rank.py."""
 
     requests: int = option(
         4, "requests compared with the fp32 reference before and after measuring, the shortest and longest among them",
@@ -71,7 +71,7 @@ class GateConfig:
 
 @dataclass
 class RetrievalConfig:
-    """What tasks that generate search for: see docs/ARCHITECTURE.md, Generation."""
+    """Options of the search, for tasks that generate: see docs/ARCHITECTURE.md, Generation."""
 
     k: int = option(10, "items of an answer", ge=1, le=1000)
     beam_width: int = option(32, "beams of a search, at least `k`", ge=1, le=1024)
@@ -83,7 +83,7 @@ class RetrievalConfig:
 
 @dataclass
 class RunnerConfig:
-    """How cells are run; no part of what is measured."""
+    """Options of the worker processes. They are no part of the measurement."""
 
     output_root: str = option("outputs", "folder for records, samples, logs and the MLflow database")
     timeout_s: float = option(1800.0, "time limit of a worker; beyond it: status TIMEOUT", gt=0)
@@ -122,7 +122,7 @@ def schemas() -> dict[str, dict[str, type]]:
 
 @dataclass
 class RunConfig:
-    """The root of the configuration: `python -m grbench --cfg job` shows it whole."""
+    """Root of the configuration. `python -m grbench --cfg job` prints it."""
 
     model: Any = field(default_factory=dict)
     engine: Any = field(default_factory=dict)
@@ -148,7 +148,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What one cell measures. Two cells with the same `hash` are the same measurement."""
+    """Specification of one cell. Two cells with the same `hash` are the same measurement."""
 
     model: ModelOptions
     engine: EngineOptions
@@ -164,11 +164,12 @@ class RunSpec:
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the options as nested dictionaries."""
         return dataclasses.asdict(self)
 
     @property
     def hash(self) -> str:
-        """`spec_hash` over every option."""
+        """Hash of every option (`spec_hash`)."""
         return spec_hash(self.to_dict())
 
     @property
@@ -180,12 +181,12 @@ class RunSpec:
 
     @property
     def title(self) -> str:
-        """Short name of the cell, for its lines of progress."""
+        """Short name of the cell, for progress lines."""
         return f"{self.engine.name}-{self.model.name}-{self.workload.name}-{self.scenario.name}"
 
 
 def register_schemas() -> None:
-    """Make the dataclasses above and the folder of studies known to Hydra. Safe to call twice."""
+    """Register the schemas and the folder of studies with Hydra. Safe to call twice."""
     register_studies()
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
@@ -198,10 +199,10 @@ def register_schemas() -> None:
 
 
 def checked(cfg: DictConfig, root: type[Root]) -> Root:
-    """The `root` dataclass that a composed configuration describes.
+    """Return a composed configuration as its dataclass `root`.
 
-    Raises ConfigError for a key that no schema knows, a group that is built on none of its schemas or a value outside
-    its range, OmegaConfBaseException for a value that is missing.
+    Raises ConfigError for an unknown key, for a group that is built on none of its schemas, and for a value outside its
+    range. Raises OmegaConfBaseException for a missing value.
     """
     if unknown := list(_unknown_keys(cfg)):
         raise ConfigError("; ".join(unknown))
@@ -216,8 +217,10 @@ def checked(cfg: DictConfig, root: type[Root]) -> Root:
 
 
 def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
-    """Turn a composed configuration into a RunSpec and the options that are no part of it. Raises as `checked`, and
-    ConfigError for options that contradict each other."""
+    """Return the RunSpec of a composed configuration, and the whole configuration.
+
+    Raises as `checked`, and ConfigError for options that contradict each other.
+    """
     run = checked(cfg, RunConfig)
     engine = engines.get(run.engine.name)
     able = list(engine.tasks)
@@ -231,8 +234,8 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
         raise ConfigError(problem)
     if task != "rank" and run.retrieval.beam_width < run.retrieval.k:
         raise ConfigError(
-            f"retrieval.beam_width={run.retrieval.beam_width}: so many beams can't give "
-            f"retrieval.k={run.retrieval.k} items; widen the beam or ask for fewer"
+            f"retrieval.beam_width={run.retrieval.beam_width}: allowed is >= retrieval.k={run.retrieval.k}, because a "
+            "beam gives one item; set a wider beam or a smaller retrieval.k"
         )
     if run.scenario.in_flight > 1:
         working = [getattr(run.engine, stage).name for stage in engine.stages] or [engine.name]
@@ -254,7 +257,7 @@ def _check_stages(engine: EngineSpec, run: Any) -> None:
 
 
 def _unknown_keys(cfg: DictConfig, path: str = "") -> Iterator[str]:
-    """A line for each key that was added (`+key=value`) and that the dataclass of its node doesn't have."""
+    """Yield a line for each added key (`+key=value`) that the dataclass of its node does not have."""
     schema = OmegaConf.get_type(cfg)
     known = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else set(cfg)
     for key in map(str, cfg):
@@ -265,20 +268,20 @@ def _unknown_keys(cfg: DictConfig, path: str = "") -> Iterator[str]:
 
 
 def no_such_key(key: str, known: Iterable[str]) -> str:
-    """What is wrong with a key that its node doesn't have, and the nearest that it has."""
+    """Return the error line for an unknown key, with the nearest known one."""
     path, _, name = key.rpartition(".")
     near = [f"{path}.{other}".lstrip(".") for other in difflib.get_close_matches(name, known, n=1)]
     return f"{key}: no such key; {''.join(f'nearest: {n}; ' for n in near)}known keys: {', '.join(sorted(known))}"
 
 
 def spec_to_json(spec: RunSpec) -> str:
-    """How a cell travels to its worker: its values, and the schema of each group."""
+    """Return a cell as JSON, for its worker: the values, and the schema of each group."""
     names = {g: next(n for n, s in options.items() if s is type(getattr(spec, g))) for g, options in _spec_groups()}
     return json.dumps({"values": spec.to_dict(), "schemas": names})
 
 
 def spec_from_json(text: str) -> RunSpec:
-    """The inverse of `spec_to_json`."""
+    """Return the cell that `spec_to_json` wrote."""
     data = json.loads(text)
     values = data["values"]
     groups = {g: options[data["schemas"][g]](**values[g]) for g, options in _spec_groups()}
@@ -295,14 +298,14 @@ def _spec_groups() -> list[tuple[str, dict[str, type]]]:
 
 
 def register_studies() -> None:
-    """Make the resolver known that Hydra's search path finds the studies by. Safe to call twice."""
+    """Register the resolver that Hydra's search path finds the studies with. Safe to call twice."""
     OmegaConf.register_new_resolver(
         "grbench_experiments", lambda: str(checkout_or_packaged("experiments")), replace=True
     )
 
 
 def checkout_or_packaged(name: str) -> Path:
-    """A data folder (conf, experiments): the checkout's where there is one, else the installed package's copy."""
+    """Return a data folder (conf, experiments): of the checkout if there is one, else of the installed package."""
     package = Path(__file__).resolve().parent.parent
     checkout = package.parent
     return (checkout if (checkout / "pyproject.toml").is_file() else package) / name

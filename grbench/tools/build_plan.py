@@ -17,7 +17,7 @@ from grengines.tensorrt.config import PRECISIONS
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Return the flags of the command."""
     about = (
         "Build a TensorRT plan of a ranking model, for a GPU that need not be here. The plan covers either one size\n"
         "(--history and --candidates) or the requests of the workload. int8 and fp8 take their scales from those."

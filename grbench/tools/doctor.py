@@ -21,34 +21,34 @@ from grkernels import registry as kernels
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: `reason` and `remedy` are empty when it is ok."""
+    """One line of the list. `remedy` is empty if the part is ok."""
 
     kind: str  # engine, kernel, cache, package, optional, device
     name: str
     ok: bool
-    detail: str = ""  # version, or why it can't be used
-    remedy: str = ""
+    detail: str = ""  # version, or the reason why it cannot be used
+    remedy: str = ""  # command that installs it
 
 
-# Distribution, import name, what it is for, what installs it.
+# Distribution, import name, purpose, command that installs it.
 REQUIRED = (
-    ("hydra-core", "hydra", "configuration", "pip install -e ."),
+    ("hydra-core", "hydra", "configuration", "pip install grbench"),
     ("torch", "torch", "engine hstu", "pip install 'torch>=2.11'"),
     ("mlcommons-loadgen", "mlperf_loadgen", "MLPerf scenarios", "pip install mlcommons-loadgen"),
-    ("mlflow", "mlflow", "tracking", "pip install -e ."),
-    ("scikit-learn", "sklearn", "semantic IDs", "pip install -e ."),
-    ("pyarrow", "pyarrow", "data and samples", "pip install -e ."),
+    ("mlflow", "mlflow", "tracking", "pip install grbench"),
+    ("scikit-learn", "sklearn", "semantic IDs", "pip install grbench"),
+    ("pyarrow", "pyarrow", "data and samples", "pip install grbench"),
     ("nvidia-ml-py", "pynvml", "GPU power and memory", "pip install nvidia-ml-py"),
 )
-# What else some features need; engines name their own packages.
+# Packages of some features; engines name their own.
 OPTIONAL = (
-    ("onnxscript", "onnxscript", "grbench export", "pip install -e '.[onnx]'"),
-    ("nvidia-cutlass-dsl", "cutlass", "kernel cutlass", "pip install -e '.[cutlass]'"),
+    ("onnxscript", "onnxscript", "grbench export", "pip install 'grbench[onnx]'"),
+    ("nvidia-cutlass-dsl", "cutlass", "kernel cutlass", "pip install 'grbench[cutlass]'"),
 )
 
 
 def findings() -> list[Finding]:
-    """Every engine, kernel variant, cache policy, package and device, in the order they are shown."""
+    """Return every engine, kernel variant, cache policy, package and device, in the order of the table."""
     import torch
 
     found = []
@@ -81,7 +81,7 @@ def _package(kind: str, distribution: str, module: str, purpose: str, remedy: st
 
 
 def _split(reason: str | None) -> tuple[str, str]:
-    """An availability reason is "why; how to mend it"."""
+    """Split an availability reason, "why; command that installs it"."""
     if reason is None:
         return "", ""
     why, _, remedy = reason.partition("; ")
@@ -107,10 +107,10 @@ def _devices() -> list[Finding]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Return the flags of the command."""
     about = "List the engines, kernels, cache policies, packages and devices of this machine, and what is missing."
     parser = Arguments("doctor", about, ["doctor", "doctor --json"])
-    parser.add_argument("--json", action="store_true", help="one JSON list in place of the table")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     return parser
 
 

@@ -12,7 +12,7 @@ from grengines.api import UnavailableError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Return the flags of the command."""
     about = "Export a ranking model: ONNX, a torch.export program, a manifest, and a check against the fp32 reference."
     examples = [
         "export --out outputs/export",

@@ -1,8 +1,7 @@
 """`grbench overhead`: the latency that the harness itself adds.
 
-An engine that does nothing goes through the whole measuring path (LoadGen, batcher, sample rows), turn
-and turn about with the configured one, in one process. What it takes is overhead; the share is of the
-configured engine's p50.
+An engine that does nothing runs through the whole measuring path (LoadGen, batcher, sample rows). It alternates with
+the configured engine in one process. Its p50 is the overhead, and its share is relative to the configured engine's p50.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from grengines.api import RankResult, Request, UnavailableError
 
 
 class NullEngine:
-    """Answers at once with no scores. Never reported as an engine: it passes no gate."""
+    """Engine that answers at once, without scores. It passes no gate, so no record reports it."""
 
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
         pass
@@ -44,11 +43,11 @@ class NullEngine:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Return the flags of the command."""
     about = "Measure the latency that the harness itself adds, and its share of an engine's p50."
     examples = ["overhead", "overhead model=dlrm_v3 workload=synthetic_long --repeats 3"]
     parser = Arguments("overhead", about, examples, "as of `grbench`, on top of engine=hstu scenario=single_stream")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each engine (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of each engine (default: %(default)s)")
     return parser
 
 
@@ -70,9 +69,9 @@ def main(words: Sequence[str]) -> int:
 
 
 def compare(spec: RunSpec, repeats: int) -> None:
-    """Measure both engines `repeats` times each and print their p50, microseconds, and the share.
+    """Measure both engines `repeats` times each, and print their p50 in microseconds and the share.
 
-    Raises ValueError for data that can't be used, UnavailableError or IncorrectError.
+    Raises ValueError for unusable data, UnavailableError or IncorrectError.
     """
     from grbench import workloads
     from grbench.gate import gate_for
@@ -99,6 +98,6 @@ def compare(spec: RunSpec, repeats: int) -> None:
                 p50s[name].append(float(np.median(measurement.samples["latency_ms"])))
     null, real = (float(np.median(v)) for v in p50s.values())
     for name, values in p50s.items():
-        turns = " ".join(f"{v * 1e3:.1f}" for v in values)
-        print(f"{name:>8}: p50 {np.median(values) * 1e3:.1f} us   (turns: {turns})")
+        rounds = " ".join(f"{v * 1e3:.1f}" for v in values)
+        print(f"{name:>8}: p50 {np.median(values) * 1e3:.1f} us   (rounds: {rounds})")
     print(f"overhead: {null * 1e3:.1f} us, {null / real:.1%} of {spec.engine.name} on {spec.model.name}")

@@ -1,4 +1,4 @@
-"""`grbench sizing`: what a model costs before anything runs: parameters, FLOPs, KV bytes, users that a card holds."""
+"""`grbench sizing`: the cost of a model before anything runs: parameters, FLOPs, KV bytes, users per card."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from grengines.models.hstu.config import HSTUConfig
 from grkernels.hstu_attention.spec import BYTES, visible_pairs
 from grkernels.hstu_attention.spec import flops as attention_flops
 
+COLUMNS = ("GFLOP", "attention share", "all cached", "KV MiB per user", "users per card")
+
 
 def parameters(model: HSTUConfig, catalogue: Catalogue) -> dict[str, int]:
-    """Parameter counts of a model that ranks: embedding tables, layers, and everything else (output norm and head)."""
+    """Count the parameters of a ranking model: embedding tables, layers, and the rest (output norm and head)."""
     import torch
 
     from grengines.models.hstu.model import HSTURanker
@@ -31,7 +33,7 @@ def parameters(model: HSTUConfig, catalogue: Catalogue) -> dict[str, int]:
 
 
 def generator_parameters(model: HSTUConfig | DecoderConfig, sizes: Sequence[int]) -> dict[str, int]:
-    """As `parameters`, of a model that generates semantic IDs with so many codes on each level."""
+    """Count the parameters of a model that generates semantic IDs. sizes: codes of each level."""
     import torch
 
     if isinstance(model, DecoderConfig):
@@ -55,15 +57,15 @@ def _by_part(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def request_flops(model: HSTUConfig, request: Request) -> float:
-    """Floating-point operations that ranking one request needs; see `flops`."""
+    """Floating-point operations of ranking one request; see `flops`."""
     return flops(model, len(request.history_items), len(request.candidates))
 
 
 def flops(model: HSTUConfig, history: int, candidates: int, cached: int = 0) -> float:
     """Operations of one request with the exact mask and no padding; a multiply-add is 2.
 
-    Counts the layers' two projections, attention over the visible (row, column) pairs, and the head. Look-ups,
-    norms and activations are left out: under 1%. The keys and values of the first `cached` tokens are there already.
+    Counts the layers' two projections, attention over the visible (row, column) pairs, and the head. Leaves out
+    look-ups, norms and activations, which are under 1%. cached: first tokens whose keys and values are in the cache.
     """
     tokens = model.contextual_seq_len + history + candidates
     new = tokens - cached
@@ -80,9 +82,10 @@ def search_flops(
 ) -> float:
     """Operations of one beam search with the exact mask and no padding; a multiply-add is 2.
 
-    history: items. sizes: codes of each level. width: beams. The prompt's tokens are encoded once, but for the first
-    `cached`; then every beam's code but the last, which sees the prompt, its beam's codes and itself. Counts the
-    layers' matrices, attention over the visible pairs, and the logits of every beam.
+    history: items. sizes: codes of each level. width: beams. cached: first tokens of the prompt in the KV cache. The
+    other tokens of the prompt are encoded once, then the codes of every beam except the last one. A code sees the
+    prompt, the codes of its beam and itself. Counts the layers' matrices, attention over the visible pairs, and the
+    logits of every beam.
     """
     prompt, beams = prompt_tokens(model, history, len(sizes)), _beams(sizes, width)
     if isinstance(model, DecoderConfig):
@@ -104,25 +107,25 @@ def _beams(sizes: Sequence[int], width: int) -> list[int]:
 
 
 def _search_pairs(prompt: int, beams: Sequence[int], cached: int = 0) -> int:
-    """(row, column) pairs that a search's mask lets through."""
+    """Visible (row, column) pairs of a search."""
     codes = sum(rows * (prompt + level) for level, rows in enumerate(beams) if level)
     return visible_pairs(prompt, delta=prompt - cached) + codes
 
 
 def _head_dims(model: HSTUConfig | DecoderConfig) -> tuple[int, int]:
-    """Of a head's keys and of its values."""
+    """Widths of a head's keys and of its values."""
     if isinstance(model, DecoderConfig):
         return model.head_dim, model.head_dim
     return model.qk_dim, model.v_dim
 
 
 def prompt_tokens(model: HSTUConfig | DecoderConfig, history: int, levels: int) -> int:
-    """Tokens of the prompt that so many items make: whole items within max_positions; one where there are none."""
+    """Tokens of the prompt of `history` items: whole items within max_positions, at least one token."""
     return min(history, model.max_positions // levels) * levels or 1
 
 
 def kv_bytes(model: HSTUConfig | DecoderConfig, history: int, precision: str) -> int:
-    """Bytes of one user's keys and values over all layers. history: tokens, contextual ones not counted."""
+    """Bytes of one user's KV cache over all layers. history: tokens, without the contextual ones."""
     if isinstance(model, DecoderConfig):
         return model.layers * history * model.kv_heads * 2 * model.head_dim * BYTES[precision]
     tokens = model.contextual_seq_len + history
@@ -130,7 +133,7 @@ def kv_bytes(model: HSTUConfig | DecoderConfig, history: int, precision: str) ->
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Return the flags of the command."""
     about = "Print a model's parameters, mask-exact FLOPs and KV bytes, and how many users' KV caches a card holds."
     examples = [
         "sizing model=dlrm_v3 workload=synthetic_long",
@@ -144,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Print the parameters and what requests of several history lengths cost; for a pipeline, of both stages."""
+    """Print the parameters and the cost of requests with several history lengths; for a pipeline, of both stages."""
     from grbench.config.compose import compose_spec
 
     args = parser().parse_intermixed_args(words)
@@ -152,19 +155,19 @@ def main(words: Sequence[str]) -> int:
     if args.items < 1 or not args.memory_gib > 0:
         raise ConfigError(f"--items {args.items} --memory-gib {args.memory_gib}: allowed is > 0")
     console = Console()
-    for task, tell in (("generate", _generating), ("rank", _ranking)):
+    for task, size in (("generate", _generating), ("rank", _ranking)):
         if spec.task == "recommend":
             console.print(f"to {task}", style="bold")
         if spec.task in (task, "recommend"):
-            tell(console, spec, args.items, args.precision, args.memory_gib * 2**30)
+            size(console, spec, args.items, args.precision, args.memory_gib * 2**30)
     return 0
 
 
 def _ranking(console: Console, spec: RunSpec, items: int, precision: str, memory: float) -> None:
     model, candidates = spec.ranking_model, spec.workload.num_candidates
     counts = parameters(model, Catalogue(num_users=1, num_items=items, num_actions=1))
-    weights = _tell_parameters(console, model.name, counts, precision, items)
-    table = _table("history", "candidates", "GFLOP", "of it attention", "all cached", "KV MiB a user", "users a card")
+    weights = _print_parameters(console, model.name, counts, precision, items)
+    table = _table("history", "candidates", *COLUMNS)
     for history in _histories(spec.workload.max_history):
         total, cached = (flops(model, history, candidates, done) for done in (0, model.contextual_seq_len + history))
         tokens = model.contextual_seq_len + history + candidates
@@ -173,7 +176,7 @@ def _ranking(console: Console, spec: RunSpec, items: int, precision: str, memory
         kv = kv_bytes(model, history, precision)
         _add_row(table, [history, candidates], total, attention, cached, kv, memory - weights)
     console.print(table)
-    _tell_units(console, "request", memory)
+    _print_units(console, "request", memory)
 
 
 def _generating(console: Console, spec: RunSpec, items: int, precision: str, memory: float) -> None:
@@ -182,11 +185,9 @@ def _generating(console: Console, spec: RunSpec, items: int, precision: str, mem
     assert spec.retrieval is not None
     model, levels, width = spec.model, spec.retrieval.levels, spec.retrieval.beam_width
     sizes = [spec.retrieval.codes or propose_codes(items, levels)] * levels
-    weights = _tell_parameters(console, model.name, generator_parameters(model, sizes), precision, items)
+    weights = _print_parameters(console, model.name, generator_parameters(model, sizes), precision, items)
     heads, dims = model.heads, _head_dims(model)
-    table = _table(
-        "items", "tokens", "beams", "GFLOP", "of it attention", "all cached", "KV MiB a user", "users a card"
-    )
+    table = _table("items", "tokens", "beams", *COLUMNS)
     for history in _histories(min(spec.workload.max_history, model.max_positions // levels)):
         tokens = prompt_tokens(model, history, levels)
         total, cached = (search_flops(model, history, sizes, width, done) for done in (0, tokens))
@@ -194,16 +195,16 @@ def _generating(console: Console, spec: RunSpec, items: int, precision: str, mem
         kv = kv_bytes(model, tokens, precision)
         _add_row(table, [history, tokens, width], total, attention, cached, kv, memory - weights)
     console.print(table)
-    _tell_units(console, "search", memory)
+    _print_units(console, "search", memory)
 
 
-def _tell_parameters(console: Console, name: str, counts: dict[str, int], precision: str, items: int) -> int:
-    """Returns the weights' bytes."""
+def _print_parameters(console: Console, name: str, counts: dict[str, int], precision: str, items: int) -> int:
+    """Print the counts. Returns the bytes of the weights."""
     total = sum(counts.values())
     weights = total * BYTES[precision]
     parts = ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in counts.items())
-    told = f"{name}: {total / 1e6:,.1f} M parameters ({parts}), {weights / 2**30:.2f} GiB in {precision}"
-    console.print(f"{told}; {items:,} items", soft_wrap=True)
+    line = f"{name}: {total / 1e6:,.1f} M parameters ({parts}), {weights / 2**30:.2f} GiB in {precision}"
+    console.print(f"{line}; {items:,} items", soft_wrap=True)
     return weights
 
 
@@ -227,15 +228,15 @@ def _add_row(
     )
 
 
-def _tell_units(console: Console, unit: str, memory: float) -> None:
+def _print_units(console: Console, unit: str, memory: float) -> None:
     console.print(
-        f"GFLOP: operations of one {unit}, exact mask, no padding; all cached: with the history's KV there; "
-        f"users a card: whole KV caches beside the weights in {memory / 2**30:g} GiB.",
+        f"GFLOP: operations of one {unit}, exact mask, no padding. all cached: with the whole history in the KV cache. "
+        f"users per card: whole KV caches and the weights in {memory / 2**30:g} GiB.",
         style="dim",
         soft_wrap=True,
     )
 
 
 def _histories(longest: int) -> list[int]:
-    """A few lengths up to the workload's longest."""
+    """Return a few lengths up to the workload's longest."""
     return sorted({max(longest >> k, 1) for k in (0, 1, 2, 4, 6)})

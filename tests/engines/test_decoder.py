@@ -187,7 +187,7 @@ def test_shapes_that_are_refused() -> None:
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UnavailableError, match=r"decoders need transformers .*; pip install -e '.\[hf\]'"):
+    with pytest.raises(UnavailableError, match=r"decoders need transformers .*; pip install 'grbench\[hf\]'"):
         decoder_of()
 
 

@@ -178,7 +178,7 @@ def test_bad_combinations_are_one_line(grbench: Any) -> None:
 
 def test_without_transformers_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grengines.spec.find_spec", lambda name: None)
-    reason = "package transformers is not installed; pip install -e '.[hf]'"
+    reason = "package transformers is not installed; pip install 'grbench[hf]'"
     assert registry.availability("hf") == reason
     with pytest.raises(UnavailableError, match="engine hf: package transformers"):
         engine_of(MODELS["hstu"], Retrieval(catalogue(20), 5, 10), requests_of(20, [1]))

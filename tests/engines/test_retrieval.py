@@ -168,7 +168,7 @@ def test_what_generating_has_no_use_for_is_refused(generating: tuple[RunSpec, Tr
     [
         (["engine=hstu", "task=recommend"], "task=recommend: engine hstu can't; allowed: auto, rank, generate"),
         (["engine=pipeline", "task=rank"], "engine pipeline can't; allowed: auto, recommend"),
-        (["engine=hstu", "task=generate", "retrieval.k=9", "retrieval.beam_width=8"], "so many beams can't give"),
+        (["engine=hstu", "task=generate", "retrieval.k=9", "retrieval.beam_width=8"], "allowed is >= retrieval.k=9"),
         (["engine=hstu", "task=sleep"], "task=sleep: allowed is one of auto, rank, generate, recommend"),
         (["engine=pipeline", "engine@engine.retrieve=pipeline"], "engine.retrieve=pipeline: it can't generate"),
         (["engine=pipeline", "engine.retrieve.bogus=1"], "bogus"),

@@ -317,7 +317,7 @@ def test_where_nothing_can_be_executed_the_cell_is_unavailable_with_the_reason(m
 
     monkeypatch.setattr(libraries, "_found", lambda name: None)
     with pytest.raises(
-        UnavailableError, match=r"tensorrt or tensorrt_rtx is not installed; pip install -e '\.\[tensorrt\]'"
+        UnavailableError, match=r"tensorrt or tensorrt_rtx is not installed; pip install 'grbench\[tensorrt\]'"
     ):
         build()
     monkeypatch.undo()

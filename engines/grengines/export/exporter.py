@@ -89,7 +89,7 @@ def quantise(whole: Path, path: Path, large: bool) -> None:
     try:
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError:
-        raise UnavailableError("int8 needs package onnxruntime; pip install -e '.[onnx]'") from None
+        raise UnavailableError("int8 needs package onnxruntime; pip install 'grbench[onnx]'") from None
     kept = [
         node.name
         for node in onnx.load(whole, load_external_data=False).graph.node

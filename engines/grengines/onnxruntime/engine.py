@@ -76,7 +76,7 @@ class OnnxRuntimeEngine(RankingEngine):
             from grengines.export import exporter
         except ImportError as e:
             raise UnavailableError(
-                f"package {e.name} is not installed; pip install -e '.[onnx]', or name an export: engine.onnx=FILE"
+                f"package {e.name} is not installed; pip install 'grbench[onnx]', or name an export: engine.onnx=FILE"
             ) from None
         # Not on a GPU, which would have to wait for the host to learn each tile's shape.
         setup, skip_hidden = self._setup, not self._cuda

@@ -15,7 +15,7 @@ from grengines.spec import Package
 # Import names in the order in which they are tried, and what installs them.
 _NAMES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _INSTALL = {
-    "tensorrt": "pip install -e '.[tensorrt]'",
+    "tensorrt": "pip install 'grbench[tensorrt]'",
     "tensorrt_rtx": "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
 }
 PACKAGES = (

@@ -48,7 +48,7 @@ class Decoder:
         try:
             from transformers import Qwen3Config, Qwen3Model
         except ImportError as e:
-            raise UnavailableError(f"decoders need transformers ({e}); pip install -e '.[hf]'") from None
+            raise UnavailableError(f"decoders need transformers ({e}); pip install 'grbench[hf]'") from None
         described = Qwen3Config.from_dict(shape(config, sizes), attn_implementation="sdpa")
         named = tensors(config, sizes, seed=seed, dtype=dtype, weights=weights)
         layers = _assembled(Qwen3Model, described, {n.removeprefix("model."): t.to(device) for n, t in named.items()})
