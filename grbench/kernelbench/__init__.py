@@ -1,1 +1,1 @@
-"""`python -m grbench kernels`: operators one by one, gated, timed side by side, held against the roofline."""
+"""`python -m grbench kernels`: each operator checked, timed beside its variants, and compared with the roofline."""

@@ -1,7 +1,7 @@
-"""One job: every chosen shape of every chosen family, one after another; of each, all variants side by side.
+"""One job: every chosen shape of every chosen family, with all variants of a shape side by side.
 
-A shape goes: first calls, gate, timing in turns, gate again. Whatever happens to one variant becomes the status
-of its row and stops no other; only a GPU that answers nothing any more ends the job.
+A shape takes four steps: first calls, gate, interleaved timing, gate again. A failure of one variant becomes the status
+of its row and stops no other variant. Only a lost GPU ends the job.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from grkernels import registry, tuning
 from grkernels.variant import Cost, KernelVariant
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What a CPU is asked to do unless a shape is named in full: a second or so a call.
+# The most work of a call on a CPU, about a second, unless a shape is named in full.
 CPU_LIMIT = Cost(flops=5 * 10**9, bytes=2 * 10**8)
-INPUT_SETS = 2  # timed in turns, so that no variant profits from having just seen its inputs
-ALL_SHAPES = "*"  # the shape of a row that says why a variant can't be used at all
+INPUT_SETS = 2  # used in turns, so that no variant finds its inputs in a cache
+ALL_SHAPES = "*"  # the shape of a row for a variant that can't run at all
 
 
 @dataclass
 class Row:
-    """One variant at one shape. Rates and shares are in `metrics`; milliseconds of every repetition in `times_ms`."""
+    """One variant at one shape. `metrics` has rates and shares, `times_ms` the milliseconds of every repetition."""
 
     family: str
     variant: str
@@ -53,7 +53,7 @@ class Row:
     bytes: int | None = None  # each input read once, each output written once
     metrics: dict[str, float] = field(default_factory=dict)
     times_ms: list[float] = field(default_factory=list)
-    tuning: list[dict[str, Any]] = field(default_factory=list)  # launch configurations and where they came from
+    tuning: list[dict[str, Any]] = field(default_factory=list)  # launch configurations and their sources
     started_at: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat())
     duration_s: float = 0.0
 
@@ -62,19 +62,22 @@ class Row:
         return self.status is Status.OK
 
     def fail(self, status: Status, reason: str) -> None:
-        """No speed is reported of what failed."""
+        """Set the status of a failure, and drop the times."""
         self.status, self.reason, self.times_ms = status, reason, []
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A variant or a peer, ready to be called. `bind(**inputs)` returns the call that is timed; it may raise
-    NotImplementedError with the reason why it can't run them."""
+    """A variant or a peer.
+
+    `bind(**inputs)` returns the call that is timed. It raises NotImplementedError, with the reason, for inputs that the
+    contender can't run.
+    """
 
     name: str
     bind: Callable[..., Call]
     reference: Callable[..., Any]
-    plain: Callable[..., Any]
+    eager: Callable[..., Any]
     supports: Callable[..., str | None]
     max_error_ratio: float
     peer: bool = False
@@ -87,7 +90,7 @@ class DeviceLostError(Exception):
 
 
 class Bench:
-    """Runs one job. `say` takes one line of progress at a time."""
+    """Runner of one job. `say` takes one line of progress at a time."""
 
     def __init__(self, config: KernelBenchConfig, device: str, say: Callable[[str], None]) -> None:
         self._config, self._device, self._say = config, device, say
@@ -97,9 +100,9 @@ class Bench:
         self.ceilings: Ceilings = ceilings(device, config.dtype, self._dtype)
 
     def run(self) -> Iterator[list[Row]]:
-        """Yield the rows of each shape when it is done, and before them those of what can't be used at all.
+        """Yield the rows of each finished shape, and first the rows of variants that can't run at all.
 
-        Raises DeviceLostError after yielding the rows of the shape at which it happened.
+        Raises DeviceLostError after it has yielded the rows of the shape at which the GPU was lost.
         """
         for family in select(self._config):
             contenders, unusable = self._contenders(family)
@@ -113,7 +116,7 @@ class Bench:
                     self._shape(family, name, contenders, rows)
                 except DeviceLostError as e:
                     lost = e
-                except Exception as e:  # of what all share: inputs, timing
+                except Exception as e:  # of what all variants share: inputs, timing
                     lost = self._lost(e)
                     _fail_all(rows, *status_of(e))
                 if lost:
@@ -126,12 +129,12 @@ class Bench:
                     raise lost
 
     def _contenders(self, family: Family) -> tuple[list[Contender], list[Row]]:
-        """Those that can be imported, and a row for each that can't."""
+        """Return the contenders that can be imported, and a row for each other one."""
         contenders: list[Contender] = []
         unusable: list[Row] = []
         if family.name == stack.FAMILY:
             return [_stack(name) for name in family.variants], unusable
-        plain = registry.get(family.name, "torch")
+        eager = registry.get(family.name, "torch")
 
         def attempt(name: str, load: Callable[[], Contender], peer: bool = False) -> None:
             try:
@@ -142,7 +145,7 @@ class Bench:
                 unusable.append(row)
 
         for name in family.variants:
-            attempt(name, partial(_variant, family.name, name, plain))
+            attempt(name, partial(_variant, family.name, name, eager))
         peers = f"{registry.family(family.name).folder()}.peers"
         if self._config.peers and find_spec(peers):
             for peer in import_module(peers).PEERS:
@@ -150,7 +153,7 @@ class Bench:
         return contenders, unusable
 
     def _shape(self, family: Family, name: str, contenders: list[Contender], rows: list[Row]) -> None:
-        torch.compiler.reset()  # else it would compile later shapes for any size, and after some of them give up
+        torch.compiler.reset()  # otherwise it compiles later shapes for any size, and gives up after some of them
         bench, shape = family.bench, family.bench.SHAPES[name]
         cost: Cost = bench.cost(shape, self._config.dtype)
         for row in rows:
@@ -185,7 +188,7 @@ class Bench:
                 self._first_calls(bound[0], row)
                 if contender.reference not in gates:
                     gates[contender.reference] = KernelGate(
-                        contender.reference, contender.plain, fresh, others, self._dtype, family.writes
+                        contender.reference, contender.eager, fresh, others, self._dtype, family.writes
                     )
                 check = partial(gates[contender.reference].check, contender.bind(**fresh), contender.max_error_ratio)
                 if self._config.tune and contender.candidates:
@@ -202,13 +205,13 @@ class Bench:
                 with self._guard(row):
                     if error := times.failed.get(contender.name):
                         raise error
-                    checks[contender.name]()  # again: what goes wrong under load must not count either
+                    checks[contender.name]()  # again: a result that is wrong under load must not count
                     row.times_ms = times.ms[contender.name]
                     row.metrics |= rates(row.times_ms, cost, self.ceilings)
         _compare(able)
 
     def _first_calls(self, call: Call, row: Row) -> None:
-        """Run twice. The first counts as the cold start, with all that compiles; launch configurations are noted."""
+        """Run twice, and record launch configurations. The first call, which compiles, is the cold start."""
         begin = time.perf_counter()
         row.tuning = _configurations(call)
         self._wait()
@@ -217,7 +220,7 @@ class Bench:
         self._wait()
 
     def _tune(self, contender: Contender, row: Row, call: Call, check: Callable[[], KernelGateResult]) -> None:
-        """Find the fastest of the right configurations for each key of this call that no shape before it had."""
+        """Find the fastest correct configuration for each key of this call that earlier shapes did not have."""
 
         def measure() -> float:
             try:
@@ -246,7 +249,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _guard(self, row: Row) -> Iterator[None]:
-        """What goes wrong inside becomes the status of the row. Raises DeviceLostError only."""
+        """Turn an exception inside the context into the status of the row. Raises DeviceLostError only."""
         try:
             yield
         except DeviceLostError as e:
@@ -260,7 +263,7 @@ class Bench:
                 raise lost from e
 
     def _lost(self, error: Exception) -> DeviceLostError | None:
-        """After an illegal access CUDA answers every call of this process with an error."""
+        """Return an error if the GPU is lost: after an illegal access CUDA fails every call of this process."""
         try:
             self._wait()
         except Exception:
@@ -275,7 +278,7 @@ def _fail_all(rows: list[Row], status: Status, reason: str) -> None:
 
 
 def status_of(error: Exception) -> tuple[Status, str]:
-    """What an exception means for its row, and one line."""
+    """Return the status for an exception, and its message in one line."""
     text = one_line(error)
     if isinstance(error, IncorrectError):
         return Status.INCORRECT, text
@@ -287,7 +290,7 @@ def status_of(error: Exception) -> tuple[Status, str]:
 
 
 def rates(times_ms: list[float], cost: Cost, roofs: Ceilings) -> dict[str, float]:
-    """Percentiles, rates at the median, and shares of what the device can do."""
+    """Return percentiles, rates at the median, and shares of the device's ceilings."""
     p10, p50, p90 = (percentile(times_ms, p) for p in (10, 50, 90))
     tflops, tbps = cost.flops / p50 / 1e9, cost.bytes / p50 / 1e9
     return {
@@ -304,15 +307,15 @@ def rates(times_ms: list[float], cost: Cost, roofs: Ceilings) -> dict[str, float
 
 
 def _compare(able: list[tuple[Contender, Row]]) -> None:
-    """How many times as fast as plain torch, and as the fastest peer that computes the same."""
+    """Add each row's speed-up over eager PyTorch and over the fastest peer of the same operator."""
     done = [(c, row, row.metrics["latency_ms/p50"]) for c, row in able if row.ok]
-    plain = min((ms for c, _, ms in done if c.name == "torch" and not c.peer), default=None)
+    eager = min((ms for c, _, ms in done if c.name == "torch" and not c.peer), default=None)
     peer = min((ms for c, _, ms in done if c.peer and c.same_operator), default=None)
     for _, row, ms in done:
-        row.metrics |= {name: other / ms for name, other in (("speedup_torch", plain), ("speedup_peer", peer)) if other}
+        row.metrics |= {name: other / ms for name, other in (("speedup_torch", eager), ("speedup_peer", peer)) if other}
 
 
-def _variant(family: str, name: str, plain: KernelVariant) -> Contender:
+def _variant(family: str, name: str, eager: KernelVariant) -> Contender:
     if why := registry.availability(family, name):
         raise ImportError(why)
     variant = registry.get(family, name)
@@ -321,7 +324,7 @@ def _variant(family: str, name: str, plain: KernelVariant) -> Contender:
         name,
         lambda **inputs: partial(variant.fn, **inputs),
         variant.reference,
-        plain.fn,
+        eager.fn,
         variant.supports,
         variant.max_error_ratio,
         candidates=tuple(getattr(module, "CANDIDATES", ())),
@@ -333,7 +336,7 @@ def _stack(name: str) -> Contender:
         name,
         partial(stack.bind, name),
         stack.reference,
-        stack.plain,
+        stack.eager,
         partial(stack.refusal, name),
         KernelVariant.max_error_ratio,
     )
@@ -353,7 +356,7 @@ def _peer(peer: Any) -> Contender:
 
 
 def _configurations(call: Call) -> list[dict[str, Any]]:
-    """Call, and tell which launch configurations were used."""
-    tuning.reset()  # else those of earlier calls with the same key could not be told from unused ones
+    """Call, and return the launch configurations that were used."""
+    tuning.reset()  # so that only those of this call are listed
     call()
     return tuning.provenance()

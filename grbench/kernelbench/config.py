@@ -1,4 +1,4 @@
-"""The configuration of a kernel benchmark, and the families, variants and shapes that its names stand for.
+"""Configuration of a kernel benchmark, and the families, variants and shapes that it selects.
 
 Nothing here imports torch before the names of shapes are looked up.
 """
@@ -20,7 +20,7 @@ from grkernels import registry
 
 @dataclass
 class KernelBenchConfig:
-    """The root of the configuration: `python -m grbench kernels --cfg job` shows it whole."""
+    """Root of the configuration. `python -m grbench kernels --cfg job` prints it."""
 
     families: list[str] = option([], "operator families; empty: all")
     variants: list[str] = option([], "variants of each family; empty: all")
@@ -40,7 +40,7 @@ class KernelBenchConfig:
 
 @dataclass(frozen=True)
 class Family:
-    """An operator family and what was chosen of it."""
+    """An operator family with its chosen variants and shapes."""
 
     name: str
     bench: Any  # module grkernels.<family>.bench, or stack
@@ -50,7 +50,7 @@ class Family:
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra. Safe to call twice."""
+    """Register the dataclasses with Hydra. A second call does no harm."""
     store = ConfigStore.instance()
     register_studies()
     store.store(name="kernelbench_schema", node=KernelBenchConfig)
@@ -59,14 +59,14 @@ def register_schemas() -> None:
 
 
 def to_config(cfg: DictConfig) -> KernelBenchConfig:
-    """Check a composed configuration, names included. Raises as `checked` and `select`."""
+    """Return a composed configuration, its names checked. Raises as `checked` and `select`."""
     config = checked(cfg, KernelBenchConfig)
     select(config)
     return config
 
 
 def select(config: KernelBenchConfig) -> list[Family]:
-    """The families with their chosen variants and shapes. Raises ConfigError for a name that none of them has."""
+    """Return the families with their chosen variants and shapes. Raises ConfigError for an unknown name."""
     from grbench.kernelbench import stack
 
     every = [*registry.FAMILIES, stack.FAMILY]
@@ -90,7 +90,7 @@ def select(config: KernelBenchConfig) -> list[Family]:
 
 
 def variants_of(family: str) -> tuple[str, ...]:
-    """All variants of a family, or of the stack of layers."""
+    """Return all variants of a family, or of the stack of layers."""
     from grbench.kernelbench import stack
 
     return stack.VARIANTS if family == stack.FAMILY else registry.variants(family)
@@ -104,7 +104,7 @@ def _check(key: str, asked: Iterable[str], known: Iterable[str]) -> None:
 
 
 def device_of(config: KernelBenchConfig) -> str:
-    """cuda or cpu. Raises ConfigError for a GPU that isn't there, or for tuning without one."""
+    """Return cuda or cpu. Raises ConfigError for a missing GPU, and for tuning without a GPU."""
     import torch
 
     there = torch.cuda.is_available()

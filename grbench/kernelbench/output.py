@@ -1,4 +1,4 @@
-"""What a job shows: a line a row, a roofline a family, and the tables at the end."""
+"""Output of a job: a line a row, a roofline a family, and the tables at the end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COLUMNS = {  # heading: (metric, factor)
 
 
 def line(row: Row) -> str:
-    """A finished row in one line."""
+    """Return a finished row in one line."""
     if not row.ok:
         where = "" if row.shape == ALL_SHAPES else f" at {row.shape}"
         return f"{row.family} {row.variant}{where}: {row.status}: {row.reason}"
@@ -47,7 +47,7 @@ def line(row: Row) -> str:
 
 
 def print_tables(console: Console, rows: Sequence[Row]) -> None:
-    """A table a family of all that ran, then why the rest failed or can't run; piped, nothing is cut or wrapped."""
+    """Print a table a family, then the reasons of other rows. Piped output is neither cut nor wrapped."""
     if not console.is_terminal:
         console = Console(file=console.file, width=1000, color_system=None)
     dtypes = {row.dtype for row in rows}
@@ -79,7 +79,7 @@ def print_tables(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _reasons(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """Why rows are not OK, each reason once with all that it holds for; and the colour of its line."""
+    """Yield each reason why rows are not OK once, with all its rows, and the colour of its line."""
     found: dict[tuple[Status, str, str], list[Row]] = {}
     for row in rows:
         if not row.ok:
@@ -93,9 +93,9 @@ def _reasons(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
 
 
 def plot_roofline(family: str, rows: Sequence[Row], roofs: Ceilings, path: Path) -> Path | None:
-    """Arithmetic intensity against achieved TFLOP/s under the two ceilings, a marker a variant; a point a shape.
+    """Plot achieved TFLOP/s over arithmetic intensity, under the two ceilings: a marker a variant, a point a shape.
 
-    None, and no file, where no row of the family is OK or none computes anything.
+    Returns None, and writes no file, if no row of the family is OK or none has FLOPs.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter

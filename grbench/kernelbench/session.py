@@ -1,4 +1,4 @@
-"""The jobs of one invocation, one after another: their results on disk, in MLflow and on the screen."""
+"""Jobs of one invocation, in order. Results go to disk, to MLflow and to the screen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grbench.kernelbench.output import line, plot_roofline, print_tables
 
 
 class KernelSession(RowSession):
-    """Runs jobs and keeps their rows."""
+    """Runner of jobs that keeps their rows."""
 
     def __init__(self, first: Job, invocation: Invocation) -> None:
         super().__init__(first, invocation, command="kernels", suffix="kernels")
@@ -33,7 +33,7 @@ class KernelSession(RowSession):
         print_tables(Console(), self._rows)
 
     def run(self, job: Job) -> None:
-        """Measure one job; its results are on disk after every shape. Raises ConfigError before measuring anything."""
+        """Measure one job, and write its results after every shape. Raises ConfigError before the first measurement."""
         if self._lost:
             return
         config: KernelBenchConfig = job.config
@@ -60,7 +60,7 @@ class KernelSession(RowSession):
                 file = results.save(folder, facts, [dataclasses.asdict(row) for row in done])
                 for row in rows:
                     self.show(line(row))
-                # What is UNAVAILABLE would drown the others.
+                # UNAVAILABLE rows would hide the others.
                 ran = [_record(row, device) for row in rows if row.status is not Status.UNAVAILABLE]
                 self._tracker.log(ran, file)
         except DeviceLostError as e:
@@ -75,7 +75,7 @@ class KernelSession(RowSession):
 
 
 def _record(row: Row, device: str) -> LoggedRow:
-    """A row in the shape that the store logs: `spec` becomes params."""
+    """Return a row as the store logs it: `spec` becomes params."""
     spec = {"family": row.family, "variant": row.variant, "shape": row.shape, "dtype": row.dtype}
     return LoggedRow(
         spec={"kernel": {"name": "-".join(spec.values())}, **spec, "peer": row.peer},

@@ -1,7 +1,7 @@
-"""A stack of HSTU layers as one more family of the benchmark: what the operators are worth together.
+"""A stack of HSTU layers as one more family of the benchmark, which measures the operators together.
 
-Its variants are those that every operator of a layer has, each eager and as a CUDA graph. What is timed is the layers
-alone, from embedded tokens to the last layer's output; weights and inputs are random.
+Its variants are those that every operator of a layer has, each eager and as a CUDA graph. Only the layers are timed,
+from embedded tokens to the last layer's output. Weights and inputs are random.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VARIANTS = tuple(
 
 @dataclass(frozen=True)
 class Shape:
-    """B users of `history` events and `targets` candidates each, through `layers` layers; 5 of dlrm_v3's width."""
+    """`batch` users of `history` events and `targets` candidates each. Sizes of the layers are dlrm_v3's by default."""
 
     batch: int
     history: int
@@ -59,7 +59,7 @@ SHAPES = {
 
 
 def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
-    """x [L, E], the layers' weights, and the batch's lengths."""
+    """Return x [L, E], the layers with their weights, and the batch's lengths."""
     generator = torch.Generator(device).manual_seed(seed)
     config = HSTUConfig(
         layers=shape.layers,
@@ -71,7 +71,7 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
     with torch.device(device):
         layers = nn.ModuleList(HSTULayer(config) for _ in range(shape.layers)).requires_grad_(False)
     for name, p in layers.named_parameters():
-        # As HSTURanker initialises them: scores of order 1, and a gate that matters.
+        # The same as in HSTURanker: scores of order 1, and a gate that changes the output.
         fan_in = p.shape[-1] / 3 if name.endswith("out.weight") else p.shape[-1]
         mean, std = (0.0, fan_in**-0.5) if p.dim() == 2 else (float(name.endswith("norm.weight")), 0.1)
         p.normal_(mean, std, generator=generator)
@@ -88,7 +88,7 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Mask-exact FLOPs of products and attention. Bytes: x once in and out of each layer, and the weights."""
+    """Count mask-exact FLOPs of products and attention. Bytes: x once in and out of each layer, and the weights."""
     tokens, E = shape.batch * shape.length, shape.embedding_dim
     values, keys = shape.heads * shape.v_dim, shape.heads * shape.qk_dim
     weights = E * (2 * values + 2 * keys) + 3 * values * E
@@ -98,22 +98,23 @@ def cost(shape: Shape, dtype: str) -> Cost:
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
+    """Return keyword arguments of `refusal` beside device and dtype."""
     sizes = ("embedding_dim", "heads", "qk_dim", "v_dim")
     return {name: getattr(shape, name) for name in sizes}
 
 
 def reference(*, x: Tensor, layers: nn.Module, **lengths: Any) -> Tensor:
-    """The layers in fp32, by the operators' references."""
+    """Run the layers in fp32, by the operators' references."""
     return _run(Operators.reference(), x.float(), copy.deepcopy(layers).float(), **lengths)
 
 
-def plain(**given: Any) -> Tensor:
-    """The layers in plain PyTorch, in the inputs' dtype."""
+def eager(**given: Any) -> Tensor:
+    """Run the layers in eager PyTorch, in the inputs' dtype."""
     return _run(Operators.eager(), **given)
 
 
 def refusal(variant: str, *, device: str, dtype: str, **sizes: Any) -> str | None:
-    """None, or why the variant can't run here."""
+    """Return None if the variant can run here, else the reason."""
     name, graph, _ = variant.partition("+")
     if graph and device != "cuda":
         return "CUDA graphs need an NVIDIA GPU"
@@ -125,7 +126,7 @@ def refusal(variant: str, *, device: str, dtype: str, **sizes: Any) -> str | Non
 
 
 def bind(variant: str, **given: Any) -> Callable[[], Tensor]:
-    """The call that is timed: the layers, or one replay of their graph."""
+    """Return the call that is timed: the layers, or one replay of their graph."""
     name, captured, _ = variant.partition("+")
     kernels = Operators.of(dict.fromkeys(LAYER, name))
 
@@ -136,7 +137,7 @@ def bind(variant: str, **given: Any) -> Callable[[], Tensor]:
         return call
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # kernels compile and libraries set themselves up here, outside the capture
+    with torch.cuda.stream(side):  # kernels compile and libraries initialise here, outside the capture
         call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()

@@ -1,10 +1,10 @@
-"""How long calls take, measured turn and turn about, and what the device can do at best.
+"""Times of calls, measured interleaved, and the device's own ceilings.
 
-On a GPU the clock is the device's own (events), and the host must never be the bottleneck: every repetition is
-enqueued without waiting, and before each the second-level cache is filled with something else and the device kept
-busy for as long as the host needs to enqueue the call's kernels. So the kernels lie ready behind one another when the
-device gets to them, and none finds its inputs in the cache. It is filled by reading: what is written there would go
-to memory in the time of the call, at the cost of calls that write little themselves. On a CPU nothing is flushed.
+On a GPU the clock is the device's (events), and the host must never be the bottleneck. Every repetition is enqueued
+without waiting. Before each one, the second-level cache is filled with other data, and the device is kept busy while
+the host enqueues the call's kernels. The kernels are then ready one behind another when the device reaches them, and
+none finds its inputs in the cache. The cache is filled by reads: written data would go to memory during the call, at
+the cost of calls that write little themselves. On a CPU nothing is flushed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch
 Call = Callable[[], Any]
 
 MAX_ROUNDS = 1000
-HOST_MARGIN = 2.0  # the device is kept busy for so many times what the host needs to enqueue a call,
-EVENTS_S = 1e-4  # and for this long beside, in which the events are enqueued
-CYCLES_A_SECOND = 2.0e9  # of a GPU at its fastest: it is busy for at least as long as asked
+HOST_MARGIN = 2.0  # the device stays busy for this multiple of the time that the host needs to enqueue a call,
+EVENTS_S = 1e-4  # and for this much longer, while the events are enqueued
+CYCLES_A_SECOND = 2.0e9  # of the fastest GPU, so that any GPU is busy for at least the time that is needed
 
 
 @dataclass
 class Times:
-    """Milliseconds of each repetition by name, and the calls that failed on the way."""
+    """Milliseconds of each repetition by name, and the calls that failed."""
 
     ms: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, Exception] = field(default_factory=dict)
@@ -38,16 +38,16 @@ class Times:
 def interleaved(
     calls: Mapping[str, Sequence[Call]], device: str, *, repeats: int, min_time_s: float, seed: int = 0
 ) -> Times:
-    """Time calls that have run before: each round runs every name once, in a new order, on the next of its calls.
+    """Time calls that have run before. Each round runs every name once, in a new order, on the next of its calls.
 
-    Rounds: at least `repeats`, and more (at most 1000) while they fit into `min_time_s` seconds.
+    There are at least `repeats` rounds, and more (at most 1000) while they fit into `min_time_s` seconds.
     """
     run = _on_gpu if device == "cuda" else _on_cpu
     return run(calls, repeats, min_time_s, np.random.default_rng(seed))
 
 
 def median_ms(call: Call, device: str, repeats: int = 10) -> float:
-    """Median milliseconds of one call that has run before. Raises what the call raises."""
+    """Return the median milliseconds of one call that has run before. Raises as the call does."""
     times = interleaved({"call": [call]}, device, repeats=repeats, min_time_s=0.01)
     for error in times.failed.values():
         raise error
@@ -82,7 +82,7 @@ def _on_gpu(calls: Mapping[str, Sequence[Call]], repeats: int, min_time_s: float
 
 
 def _host_and_total(call: Call) -> tuple[float, float]:
-    """Seconds that the host needs to enqueue the call, and until the device is done: the least of three."""
+    """Return the seconds until the host has enqueued the call and until the device is done, the least of three."""
     host = total = math.inf
     for _ in range(3):
         torch.cuda.synchronize()
@@ -116,14 +116,14 @@ def _rounds(repeats: int, min_time_s: float, round_s: float) -> int:
 
 
 def _order(calls: Mapping[str, Sequence[Call]], times: Times, rng: np.random.Generator) -> list[str]:
-    """A new order each round: none always runs after the same neighbour, whose heat and traces it would get."""
+    """Return a new order for a round. No call always runs after the same one, which would leave heat and caches."""
     alive = [name for name in calls if name not in times.failed]
     return [alive[i] for i in rng.permutation(len(alive))]
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device reaches in this process, in this dtype: the two roofs of the roofline."""
+    """Rates that this device reaches in this process, in this dtype: the two roofs of the roofline."""
 
     tflops: float  # of a large square matrix product
     tbps: float  # of a large copy; bytes read and bytes written both count
@@ -132,7 +132,7 @@ class Ceilings:
     dtype: str
 
     def floor_s(self, flops: int, bytes_: int) -> float:
-        """Seconds below which no implementation can stay."""
+        """Return the least seconds that any implementation needs."""
         return max(flops / (self.tflops * 1e12), bytes_ / (self.tbps * 1e12))
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class Ceilings:
 
 @cache
 def ceilings(device: str, dtype: str, torch_dtype: torch.dtype) -> Ceilings:
-    """Measure the ceilings, once a process. fp32 products are exact: TF32 stays off, as in the variants."""
+    """Measure the ceilings once a process. fp32 products are exact: TF32 stays off, as in the variants."""
     n, size = (8192, 2 * 2**30) if device == "cuda" else (1024, 256 * 2**20)
     a, b = (torch.randn(n, n, device=device, dtype=torch_dtype) for _ in range(2))
     product = torch.empty_like(a)

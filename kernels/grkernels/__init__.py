@@ -1,1 +1,1 @@
-"""Operators of generative recommenders: one folder a family, one module a variant."""
+"""Operators of generative recommenders: a folder for each family, a module for each variant."""

@@ -1,4 +1,7 @@
-"""What plain and compiled PyTorch can run, whatever the family: `supports` of many variants."""
+"""Sizes and devices that eager and compiled PyTorch can run: `supports` of many variants.
+
+Each function returns None, or the reason why the variant can't run.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,24 @@ DTYPES = ("fp32", "fp16", "bf16")
 
 
 def eager(*, device: str, dtype: str, **dims: int) -> str | None:
-    """None, or why not, for eager PyTorch: any size on any device."""
+    """Accept any size on any device, for eager PyTorch."""
     return None if dtype in DTYPES else f"dtype {dtype} is none of {', '.join(DTYPES)}"
 
 
-def compiler() -> str | None:
-    """None, or that there is no C++ compiler; what mends it."""
-    return (
-        None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "there is no C++ compiler; apt-get install g++"
-    )
+def eager_waiting(*, device: str, dtype: str, captured: int = 0, **dims: int) -> str | None:
+    """Refuse CUDA graphs, for eager PyTorch that reads values on the host."""
+    return "waits for the device, so a CUDA graph can't hold it" if captured else eager(device=device, dtype=dtype)
 
 
 def compiled(*, device: str, dtype: str, **dims: int) -> str | None:
-    """None, or why not, for torch.compile, which makes C++ on a CPU."""
+    """Require a C++ compiler on a CPU, for torch.compile."""
     if device.startswith("cpu") and (missing := compiler()):
         return missing
     return eager(device=device, dtype=dtype)
 
 
-def eager_waiting(*, device: str, dtype: str, captured: int = 0, **dims: int) -> str | None:
-    """None, or why not, for eager PyTorch that reads values on the host: not in a CUDA graph."""
-    return "waits for the device, so a CUDA graph can't hold it" if captured else eager(device=device, dtype=dtype)
+def compiler() -> str | None:
+    """Return None if there is a C++ compiler, else the reason and the command that installs one."""
+    if any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return None
+    return "there is no C++ compiler; apt-get install g++"

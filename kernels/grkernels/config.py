@@ -1,41 +1,34 @@
-"""The options of `kernel`: which variant of each operator family runs. No torch import here: configs compose fast."""
+"""Options of the group `kernel`. Nothing here imports torch: configs compose fast."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
-from grkernels import registry
+from grkernels import choice, registry
 from grkernels.families import AUTO
 
 
-def _option(default: Any, help: str, *choices: str) -> Any:
-    # The metadata is for the harness: it shows the meaning, and checks the allowed values.
-    return field(default=default, metadata={"help": help, "allowed": {"choices": (AUTO, *choices)}})
+def _option(default: Any, *choices: str) -> Any:
+    # The harness reads the values that a key allows from the metadata.
+    return field(default=default, metadata={"allowed": {"choices": (AUTO, *choices)}})
 
 
 @dataclass
 class KernelGroup:
-    """`name`: the variant of every family that has it and whose own field is None; the others choose by auto."""
+    """Variant of every operator of the model that has it, unless the family's own field names one."""
 
-    name: str = _option(
-        AUTO, "variant of every family that has it; auto: the fastest that runs", *registry.variant_names()
-    )
+    name: str = _option(AUTO, *registry.variant_names())
 
     def requested(self) -> dict[str, str]:
-        """The variant asked for of each family; auto: the fastest that runs."""
-        return registry.requested(self.name, {f: getattr(self, f) for f in registry.FAMILIES})
+        """Return the variant that is asked for of each family, or auto."""
+        return choice.requested(self.name, {family: getattr(self, family) for family in registry.FAMILIES})
 
 
+# A field for each family: its own variant, auto, or None for the group's.
 KernelConfig: type[KernelGroup] = make_dataclass(
     "KernelConfig",
-    [
-        (name, str | None, _option(None, f"variant of: {spec.summary}; null: as `name`", *spec.variants))
-        for name, spec in registry.FAMILIES.items()
-    ],
+    [(name, str | None, _option(None, *registry.variants(name))) for name in registry.FAMILIES],
     bases=(KernelGroup,),
-    namespace={
-        "__module__": __name__,
-        "__doc__": "Variants of the operators: one for all families, or one for each.",
-    },
+    namespace={"__module__": __name__, "__doc__": KernelGroup.__doc__},
 )

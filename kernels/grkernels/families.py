@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 
-AUTO = "auto"  # in the place of a variant: the fastest one that runs here
+AUTO = "auto"  # instead of a variant: the fastest one that can run
 GROUP = "grbench.kernels"  # entry points of packages that bring families or variants
 
 

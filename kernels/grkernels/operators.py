@@ -1,4 +1,4 @@
-"""One implementation of every operator family: the functions that a model is built with."""
+"""One function for each operator family: a model is built with them."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from grkernels import registry
 
 
 class Operators:
-    """Functions by the name of their family, as attributes; reference.py of a family documents the signature."""
+    """Functions as attributes named after their family. A family's reference.py documents the signature."""
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         vars(self).update(functions)
 
-    def __getattr__(self, family: str) -> Callable[..., Any]:  # only of what __init__ didn't set
-        raise AttributeError(f"no implementation of {family} was chosen; there are {', '.join(vars(self))}")
+    def __getattr__(self, family: str) -> Callable[..., Any]:  # runs for missing attributes only
+        raise AttributeError(f"no function for {family}; known: {', '.join(vars(self))}")
 
     def replace(self, **functions: Callable[..., Any]) -> Operators:
-        """The same with these functions instead."""
+        """Return a copy with other functions for some families."""
         return Operators(vars(self) | functions)
 
     @classmethod
     def of(cls, variants: Mapping[str, str]) -> Operators:
-        """The variant named for each family. Raises ValueError for an unknown name."""
+        """Return the variant that is named for each family. Raises ValueError for an unknown name."""
         return cls({family: registry.get(family, name).fn for family, name in variants.items()})
 
     @classmethod
     def eager(cls) -> Operators:
-        """Eager PyTorch in the inputs' dtype: the measure of tolerances."""
+        """Return eager PyTorch in the inputs' dtype, whose error sets the tolerances."""
         return cls.of(dict.fromkeys(registry.FAMILIES, "torch"))
 
     @classmethod
     def reference(cls) -> Operators:
-        """The fp32 references."""
+        """Return the fp32 references."""
         return cls({family: registry.get(family, "torch").reference for family in registry.FAMILIES})

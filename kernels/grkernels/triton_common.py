@@ -1,4 +1,4 @@
-"""What the Triton variants of all families share: the interpreter's flag, rounding, the check of the device."""
+"""Common parts of the Triton variants: the interpreter's flag, rounding, the check of the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INTERPRET = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """fp32 to `dtype`, to the nearest and to even. Triton's interpreter would truncate to bf16."""
+    """Round fp32 to `dtype`, to nearest even. Triton's interpreter would truncate to bf16."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -22,7 +22,7 @@ def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 def supports(*, device: str, dtype: str, **dims: int) -> str | None:
-    """None, or why not: an NVIDIA GPU, or Triton's interpreter on a CPU; any dims."""
+    """Return None for any sizes on an NVIDIA GPU, or in Triton's interpreter, else the reason."""
     if not device.startswith("cuda") and not INTERPRETED:
         return "Triton needs an NVIDIA GPU; TRITON_INTERPRET=1 runs it slowly on a CPU for tests"
     return capabilities.eager(device=device, dtype=dtype)

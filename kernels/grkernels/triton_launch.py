@@ -1,4 +1,4 @@
-"""Launching Triton kernels: at little host time, and without compiling them anew as lengths change."""
+"""Launches of Triton kernels that take little host time and never compile for a new length."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Launcher:
-    """A kernel, and what to launch it by.
+    """A kernel and its compiled forms.
 
-    Triton's own call works out each time what every argument's type, alignment and divisibility mean, and compiles
-    again, for seconds, where they differ from all calls before: a batch of another length in the middle of a
-    measurement. Here a call finds its kernel by what it was compiled for, and lengths are not part of that.
+    Triton's own call inspects the type, alignment and divisibility of every argument. It compiles again, for seconds,
+    if they differ from all earlier calls, such as for a batch of another length in the middle of a measurement. This
+    call finds the compiled kernel by types, strides and constants. Lengths are no part of the key.
     """
 
     def __init__(self, kernel: Any, aligned: int) -> None:
@@ -39,8 +39,11 @@ class Launcher:
         num_warps: int,
         num_stages: int | None = None,
     ) -> None:
-        """Launch on the current stream. The arguments are the kernel's parameters in their order: tensors, numbers
-        that it is compiled for (strides, sizes of the model), further ones, constants."""
+        """Launch on the current stream.
+
+        The arguments are the kernel's parameters in order: tensors, numbers that it is compiled for (strides, sizes of
+        the model), other numbers, constants.
+        """
         arguments = (*tensors, *fixed, *numbers, *constants)
         if INTERPRETED or torch.compiler.is_exporting():
             self._launch(grid, arguments, num_warps, num_stages)
@@ -60,7 +63,7 @@ class Launcher:
             found[grid](*arguments)
 
     def _launch(self, grid: Any, arguments: Any, num_warps: int, num_stages: int | None) -> Any:
-        """Triton's own call; while torch.export traces, what puts the launch into the graph."""
+        """Call Triton, or put the launch into the graph while torch.export traces."""
         kernel = torch.library.wrap_triton(self.kernel) if torch.compiler.is_exporting() else self.kernel
         options = {} if num_stages is None else {"num_stages": num_stages}
         return kernel[grid](*arguments, num_warps=num_warps, **options)
@@ -69,11 +72,10 @@ class Launcher:
 def launched(
     *, tensors: Sequence[str], indices: Sequence[str] = (), numbers: Sequence[str] = ()
 ) -> Callable[[Any], Launcher]:
-    """In the place of triton.jit, for a kernel that the host launches.
+    """Decorate a kernel that the host launches, instead of triton.jit.
 
-    Its parameters come in this order: tensors, which it is compiled for as beginning at multiples of 16 bytes; indices,
-    tensors that may begin anywhere in a packed buffer; fixed numbers; numbers that it isn't compiled for (lengths);
-    constants.
+    Its parameters come in this order: tensors, compiled for addresses that are multiples of 16 bytes; indices, tensors
+    that may begin anywhere in a packed buffer; fixed numbers; numbers that it isn't compiled for (lengths); constants.
     """
 
     def decorate(function: Any) -> Launcher:

@@ -1,9 +1,9 @@
-"""Launch configurations by GPU and shape: read from checked-in tables, so that no process tunes by surprise.
+"""Launch configurations by GPU and shape, from checked-in tables. A run never tunes by itself.
 
-A family's table for one GPU is `<family>/tuned/<GPU>.json`: {variant: {key: configuration}}. A key names
-what the best configuration depends on (`key()` makes one). `python -m grbench kernels tune=true` measures
-every candidate configuration and writes the table. What each kernel ran with, and where that came from, is in
-`provenance()`, which engines put into their records.
+A family's table for one GPU is `<family>/tuned/<GPU>.json`: {variant: {key: configuration}}. A key (`key`) names the
+sizes that the best configuration depends on. `python -m grbench kernels tune=true` measures every candidate
+configuration and writes the table. `provenance` lists the configuration of each kernel and its source; engines put the
+list into their records.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-Config = Mapping[str, int]  # what a kernel is launched with: tile sizes, warps, stages
+from grkernels import registry
+
+Config = Mapping[str, int]  # tile sizes, warps, stages of a launch
 
 _used: dict[tuple[str, str, str], dict[str, Any]] = {}
 _forced: dict[tuple[str, str], Config] = {}
@@ -23,25 +26,25 @@ _compiled: list[str] = []
 
 
 def key(**parts: int | str) -> str:
-    """A table key: "batch=8 length=4096 ..."; the caller buckets what is continuous (`bucket`)."""
+    """Return a table key, such as "batch=8 length=4096". The caller rounds continuous sizes (`bucket`)."""
     return " ".join(f"{name}={value}" for name, value in parts.items())
 
 
 def bucket(n: int) -> int:
-    """The power of two at or above n (1 for n <= 1)."""
+    """Return the power of two at or above n; 1 for n <= 1."""
     return 1 << max(example(n) - 1, 0).bit_length()
 
 
 def example(n: Any) -> int:
-    """n, or the value of a symbolic size in the example that is traced: launch configurations are chosen by it."""
+    """Return n, or the traced example's value of a symbolic size. Launch configurations are chosen by it."""
     value: int = n.node.hint if hasattr(n, "node") else n
     return value
 
 
 def choose(family: str, variant: str, key: str, default: Config) -> Config:
-    """The configuration to launch with: the tuned one for this GPU and key, else `default`.
+    """Return the tuned configuration for this GPU and key, else `default`.
 
-    Cheap enough for every call: tables are read once, nothing is measured.
+    It is cheap enough for every call: tables are read once, and nothing is measured.
     """
     forced = _forced.get((family, variant))
     if forced is not None:
@@ -56,7 +59,7 @@ def choose(family: str, variant: str, key: str, default: Config) -> Config:
 
 
 def provenance() -> list[dict[str, Any]]:
-    """What every kernel of this process ran with: family, variant, key, config, source ("table" or "default"), gpu."""
+    """Return this process's launch configurations: family, variant, key, config, source (table or default), gpu."""
     return [
         {"family": family, "variant": variant, "key": key, **entry, "gpu": gpu()}
         for (family, variant, key), entry in _used.items()
@@ -64,21 +67,26 @@ def provenance() -> list[dict[str, Any]]:
 
 
 def note_compiled(module: str) -> None:
-    """Say that a kernel of this module was compiled, or came from its compiler's cache."""
+    """Record that a kernel of this module was compiled, or came from its compiler's cache."""
     _compiled.append(module.removeprefix("grkernels."))
 
 
 def compiled() -> list[str]:
-    """Modules of all kernels that this process compiled so far, in order: ["hstu_attention.triton", ...]. What grows
-    while latencies are taken is part of them."""
+    """Return the modules of all kernels that this process compiled so far, in order: ["hstu_attention.triton", ...].
+
+    If the list grows during a measurement, the latencies include compiling.
+    """
     return list(_compiled)
 
 
 def tune(
     family: str, variant: str, key: str, candidates: Sequence[Config], measure: Callable[[], float]
 ) -> tuple[Config, float]:
-    """Run `measure` (a time; inf for a configuration that can't run) under each candidate, write the fastest into
-    this GPU's table, and return it with its time. Raises RuntimeError where none could run."""
+    """Measure each candidate, write the fastest into this GPU's table, and return it with its time.
+
+    measure: runs the kernel and returns a time, or infinity if the configuration can't run. Raises RuntimeError if no
+    candidate can run.
+    """
     timed: list[tuple[float, int]] = []
     for i, candidate in enumerate(candidates):
         with forced(family, variant, candidate):
@@ -97,13 +105,13 @@ def tune(
 
 
 def reset() -> None:
-    """Begin `provenance()` anew."""
+    """Empty `provenance`."""
     _used.clear()
 
 
 @contextmanager
 def forced(family: str, variant: str, config: Config) -> Iterator[None]:
-    """Within it, the kernel runs with `config`, whatever the tables say."""
+    """Run the kernel with `config` inside the context, whatever the tables say."""
     _forced[family, variant] = config
     try:
         yield
@@ -113,7 +121,7 @@ def forced(family: str, variant: str, config: Config) -> Iterator[None]:
 
 @cache
 def gpu() -> str:
-    """This GPU's name as tables use it, for instance NVIDIA_H100_80GB_HBM3; "cpu" where there is none."""
+    """Return this GPU's name as tables spell it, such as NVIDIA_H100_80GB_HBM3; "cpu" without a GPU."""
     import torch
 
     return torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "cpu"
@@ -127,4 +135,5 @@ def _table(family: str, gpu: str) -> dict[str, dict[str, Config]]:
 
 
 def _path(family: str, gpu: str) -> Path:
-    return Path(__file__).parent / family / "tuned" / f"{gpu}.json"
+    folder = import_module(registry.family(family).folder())
+    return Path(*folder.__path__) / "tuned" / f"{gpu}.json"

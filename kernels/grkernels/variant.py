@@ -1,4 +1,4 @@
-"""What is known of one implementation of an operator."""
+"""Description of one implementation of an operator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Cost(NamedTuple):
-    """What an operator must do at least: the roofline's two numbers."""
+    """The least work of an operator: the two numbers of a roofline."""
 
     flops: int  # mask-exact; a multiply-add is 2
     bytes: int  # each input read once, each output written once
@@ -16,14 +16,14 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """One implementation of an operator family, beside the fp32 reference that it must agree with.
+    """One implementation of an operator family, and the fp32 reference that it must agree with.
 
-    `fn` and `reference` share the signature that the family's reference module documents. `supports` is
-    asked with keyword arguments (hstu_attention: device, dtype, qk_dim, v_dim) and answers None or the
-    reason in words why not; engines raise with it and tests skip with it.
+    `fn` and `reference` have the signature that the family's reference module documents. `supports` takes keyword
+    arguments: device, dtype and the family's `FamilySpec.dims`. It returns None, or the reason why the variant can't
+    run; engines raise with it and tests skip with it.
 
-    Tolerance: ||fn - reference|| / ||reference|| may be at most `max_error_ratio` times the same error of
-    plain PyTorch in the same dtype, because that is what rounding the operands costs anyone.
+    Tolerance: ||fn - reference|| / ||reference|| may be at most `max_error_ratio` times the same error of eager PyTorch
+    in the same dtype. Rounding the operands costs any implementation that much.
     """
 
     family: str

@@ -28,7 +28,7 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.reference import RankingReference
 from grengines.runtime.batch import Encoding
 from grengines.runtime.graphs import plan_buckets
-from grkernels.registry import requested
+from grkernels.choice import requested
 
 CATALOGUE = Catalogue(num_users=30, num_items=400, num_actions=4)
 MODEL = HSTUConfig(embedding_dim=32, layers=3, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128)

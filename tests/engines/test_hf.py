@@ -23,8 +23,8 @@ from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.numerics import IncorrectError
 from grengines.semantic.ids import SemanticIds
+from grkernels.choice import requested
 from grkernels.config import KernelConfig
-from grkernels.registry import requested
 
 MODELS = {
     "hstu": HSTUConfig(embedding_dim=24, qk_dim=8, v_dim=12, scaling_seqlen=16, max_positions=30),

@@ -24,8 +24,8 @@ from grengines.models.hstu.reference import RankingReference, zero_attention
 from grengines.numerics import relative_error
 from grengines.runtime.batch import Bucket, Encoding
 from grengines.runtime.graphs import batch_buckets, choose_bucket, length_buckets, plan_buckets
+from grkernels.choice import requested
 from grkernels.config import KernelConfig
-from grkernels.registry import requested
 
 CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
 KERNELS = requested("torch")

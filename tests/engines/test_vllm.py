@@ -48,8 +48,8 @@ from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.engine import VLLMEngine
 from grengines.vllm.environment import unchanged_process
 from grengines.vllm.rows import BeamRows, HSTUAttentionMetadata, StepRequests, StepRows
+from grkernels.choice import requested
 from grkernels.operators import Operators
-from grkernels.registry import requested
 
 
 @pytest.fixture(scope="module")

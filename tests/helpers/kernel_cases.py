@@ -12,7 +12,7 @@ from torch import Tensor
 from grkernels import registry
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FLOOR = 4 * 2.0**-23  # a few roundings of fp32: where plain PyTorch happens to be exact
+FLOOR = 4 * 2.0**-23  # a few roundings of fp32: where eager PyTorch happens to be exact
 Arguments = dict[str, Any]
 
 
@@ -169,10 +169,10 @@ def errors(family: str, out: Any, arguments: Arguments) -> list[float]:
 
 
 def agrees(family: str, out: Any, arguments: Arguments) -> bool:
-    """The check that every variant must pass. Shape and dtype are those of plain PyTorch."""
-    plain = registry.get(family, "torch")
-    expected = plain.fn(**arguments)
+    """The check that every variant must pass. Shape and dtype are those of eager PyTorch."""
+    eager = registry.get(family, "torch")
+    expected = eager.fn(**arguments)
     for a, b in zip(PARTS[family](out, arguments), PARTS[family](expected, arguments), strict=True):
         assert a.shape == b.shape and a.dtype is b.dtype
-    allowed = [plain.max_error_ratio * e + FLOOR for e in errors(family, expected, arguments)]
+    allowed = [eager.max_error_ratio * e + FLOOR for e in errors(family, expected, arguments)]
     return all(e <= most for e, most in zip(errors(family, out, arguments), allowed, strict=True))  # NaN is not <=

@@ -1,4 +1,7 @@
-"""The small operator families in CuTe DSL: compiled for Hopper without a GPU, and checked as the others on one."""
+"""The small operator families in CuTe DSL.
+
+Without a GPU they are compiled for Hopper. On a GPU they must pass the check of the other variants.
+"""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from helpers.command import Grbench
 
 from grbench.config.compose import CONFIG_DIR
 from grkernels import families, registry
+from grkernels.choice import RefusedError, choose, requested
 from grkernels.config import KernelConfig
 from grkernels.families import Sizes
-from grkernels.registry import RefusedError, choose, requested
 
 BF16 = {"dtype": "bf16", "sizes": Sizes()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def problem(
     seed: int = 0,
     scale: float = 1.0,
 ) -> Problem:
-    """`queries`: how many of each sequence's last rows are asked for (delta form); None: all (full form)."""
+    """Return a problem. `queries`: the number of last rows of each sequence that are queries (append); None: all."""
     rng = np.random.default_rng(seed)
     total = sum(lengths)
     # q, k and v are strided views of one projection, as the model makes them.
@@ -203,7 +204,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def same_dtype(p: Problem, dtype: torch.dtype) -> Tensor:
-    """What anyone would write: one sequence at a time, every step in the dtype but for the division by N."""
+    """Naive attention: one sequence at a time, every step in the dtype except the division by N."""
     bounds, N = p.options["kv_offsets"].tolist(), p.options["scaling_seqlen"]
     out = torch.zeros(p.q.shape[0], p.v.shape[1], p.v.shape[2])
     for b, (begin, end) in enumerate(pairwise(bounds)):
@@ -218,13 +219,13 @@ def same_dtype(p: Problem, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("N", [64, 18432])
 @pytest.mark.parametrize(("C", "W"), [(0, 0), (2, 9)])
-def test_half_precision_is_within_twice_plain_torch(name: str, N: int, C: int, W: int) -> None:
+def test_half_precision_is_within_twice_eager_torch(name: str, N: int, C: int, W: int) -> None:
     p = problem([40, 1, 0, 25], [8, 1, 0, 0], qk_dim=16, v_dim=8, N=N, C=C, W=W, alpha=0.25)
-    plain = relative_error(same_dtype(p, DTYPES[name]), p.expected)
-    assert 0 < plain < 0.05
+    eager = relative_error(same_dtype(p, DTYPES[name]), p.expected)
+    assert 0 < eager < 0.05
     out = ATTENTION.fn(*(x.to(DTYPES[name]) for x in (p.q, p.k, p.v)), **p.options)
     assert out.dtype is DTYPES[name]
-    assert relative_error(out.float(), p.expected) <= ATTENTION.max_error_ratio * plain
+    assert relative_error(out.float(), p.expected) <= ATTENTION.max_error_ratio * eager
 
 
 def test_fp16_neither_underflows_nor_overflows() -> None:
@@ -253,7 +254,7 @@ def test_fp16_neither_underflows_nor_overflows() -> None:
 
 @pytest.mark.parametrize("queries", [None, [2, 1]])
 def test_no_value_is_read_on_the_host(queries: list[int] | None) -> None:
-    """What a CUDA graph needs: tensors without values (device meta) have all that the variant asks for."""
+    """A CUDA graph needs this: tensors without values (device meta) suffice for the variant."""
     p = problem([5, 3], [2, 0], queries, C=1, W=2)
     moved = {id(x): x.to("meta") for x in p.options.values() if isinstance(x, Tensor)}
     options = {key: moved.get(id(x), x) for key, x in p.options.items()}
@@ -283,9 +284,9 @@ def test_unknown_names_list_the_known_ones() -> None:
         registry.get("hstu_attention", "tortch")
     assert ("hstu_attention", "cutlass") in registry.names()
     assert all(registry.availability(family, "torch") is None for family in registry.FAMILIES)
-    assert KernelConfig.__annotations__.keys() == {"name", *registry.FAMILIES}
+    assert {field.name for field in dataclasses.fields(KernelConfig)} == {"name", *registry.FAMILIES}
     [problem_line] = violations(KernelConfig(hstu_attention="tortch"))
-    assert problem_line == "hstu_attention=tortch: allowed is one of torch, compile, triton, cutlass"
+    assert problem_line == "hstu_attention=tortch: allowed is one of auto, torch, compile, triton, cutlass"
 
 
 def test_supports_says_why_not() -> None:
@@ -308,7 +309,7 @@ def test_on_a_gpu_and_in_a_graph(dtype: torch.dtype, delta: bool) -> None:
     torch.set_float32_matmul_precision("highest")
     lengths, targets = [90, 1, 0, 130], [17, 1, 0, 0]
     p = problem(lengths, targets, [20, 1, 0, 7] if delta else None, qk_dim=32, v_dim=16, alpha=0.2, C=2, W=50)
-    moved: dict[int, Tensor] = {}  # the full form stays the full form: equal offsets stay one object
+    moved: dict[int, Tensor] = {}  # a prefill stays a prefill: equal offsets stay one object
     for x in p.options.values():
         if isinstance(x, Tensor):
             moved[id(x)] = x.cuda()

@@ -23,7 +23,7 @@ from torch import Tensor
 from grengines.numerics import relative_error
 from grkernels import registry, tuning
 from grkernels.hstu_attention.reference import hstu_attention as reference
-from grkernels.hstu_attention.torch import hstu_attention as plain
+from grkernels.hstu_attention.torch import hstu_attention as eager
 
 SMALL_TILES = {"m": 16, "n": 16, "warps": 4, "stages": 2}
 SUMMATION = 2e-6  # fp32 sums in another order
@@ -32,7 +32,7 @@ GPU = torch.cuda.is_available()
 
 @dataclass
 class Case:
-    """Sequences and sizes of one call; `queries`: the delta form's rows a sequence, None for the full form."""
+    """Sequences and sizes of one call. `queries`: rows a sequence of an append, None for a prefill."""
 
     lengths: list[int]
     targets: list[int] | None = None
@@ -103,13 +103,13 @@ class Case:
 
 
 def check(fn: Any, case: Case) -> None:
-    """The family's rule: at most twice the error of plain torch in the same dtype; rows past the end are zeros."""
+    """The family's rule: at most twice the error of eager PyTorch in the same dtype; rows past the end are zeros."""
     expected = reference(**case.options)
-    plain_error = relative_error(plain(**case.options), expected)
+    eager_error = relative_error(eager(**case.options), expected)
     out = fn(**case.options)
     assert out.shape == expected.shape and out.dtype == expected.dtype
     error = relative_error(out, expected)
-    assert error <= max(2 * plain_error, SUMMATION), f"{error:.2e}, plain {plain_error:.2e}"
+    assert error <= max(2 * eager_error, SUMMATION), f"{error:.2e}, eager {eager_error:.2e}"
     assert not out[int(case.options["q_offsets"][-1]) :].any()
 
 
@@ -135,8 +135,8 @@ def cases(draw: st.DrawFn) -> Case:
 
 @examples(40)
 @given(case=cases(), seed=st.integers(0, 2**20))
-def test_paged_plain_torch_equals_the_reference(case: Case, seed: int) -> None:
-    check(plain, case.build(torch.float32, seed))
+def test_paged_eager_torch_equals_the_reference(case: Case, seed: int) -> None:
+    check(eager, case.build(torch.float32, seed))
 
 
 @pytest.mark.skipif(GPU, reason="on a GPU the kernel itself is tested below")
@@ -159,21 +159,21 @@ def test_wrong_outputs_fail_the_check() -> None:
     case = Case([40, 7], [5, 0]).build(torch.bfloat16)
 
     def shifted(**options: Any) -> Tensor:
-        return plain(**options).roll(1, 0)
+        return eager(**options).roll(1, 0)
 
     def stale(**options: Any) -> Tensor:
-        return plain(**Case([40, 7], [5, 0]).build(torch.bfloat16, seed=1).options)
+        return eager(**Case([40, 7], [5, 0]).build(torch.bfloat16, seed=1).options)
 
     def unwritten(**options: Any) -> Tensor:
-        return torch.full_like(plain(**options), float("nan"))
+        return torch.full_like(eager(**options), float("nan"))
 
-    check(plain, case)
-    for wrong in (lambda **o: torch.zeros_like(plain(**o)), shifted, stale, unwritten):
+    check(eager, case)
+    for wrong in (lambda **o: torch.zeros_like(eager(**o)), shifted, stale, unwritten):
         with pytest.raises(AssertionError):
             check(wrong, case)
     for change in ({"num_targets": None}, {"max_attn_len": 20}, {"contextual_seq_len": 3}):
         with pytest.raises(AssertionError):
-            check(lambda change=change, **o: plain(**{**o, **change}), case)
+            check(lambda change=change, **o: eager(**{**o, **change}), case)
 
 
 def test_refusals_name_the_variants_that_would_do() -> None:
@@ -347,11 +347,11 @@ def test_offsets_past_the_int32_range(name: str) -> None:
 def test_in_a_graph(name: str) -> None:
     fn = registry.get("hstu_attention", name).fn
     case = Case([700, 1, 0, 650], [200, 1, 0, 0], qk_dim=64, v_dim=64).build(torch.bfloat16, device="cuda")
-    eager = fn(**case.options)
+    direct = fn(**case.options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = fn(**case.options)
     for _ in range(2):
         captured.zero_()
         graph.replay()
-        assert torch.equal(captured, eager)
+        assert torch.equal(captured, direct)

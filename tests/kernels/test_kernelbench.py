@@ -33,13 +33,13 @@ from grengines.numerics import IncorrectError
 from grkernels import registry, tuning
 from grkernels.hstu_attention import bench, peers, spec
 from grkernels.hstu_attention.reference import hstu_attention as reference
-from grkernels.hstu_attention.torch import hstu_attention as plain
+from grkernels.hstu_attention.torch import hstu_attention as eager
 from grkernels.variant import KernelVariant
 
 SMALL = "4x128_b1_1024+256"  # the smallest shape of hstu_attention
 FAST = ["device=cpu", "repeats=3", "min_time_s=0.01"]
 TINY = bench.Shape(batch=2, new=24, targets=4, heads=2, qk_dim=16, v_dim=16)
-PLAIN_TINY = bench.Shape(batch=2, new=24, heads=2, qk_dim=16, v_dim=16)
+CAUSAL_TINY = bench.Shape(batch=2, new=24, heads=2, qk_dim=16, v_dim=16)
 ROOFS = Ceilings(1.0, 1.0, 1024, 1024, "fp32")
 
 
@@ -122,7 +122,7 @@ def test_a_run_leaves_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "override, told",
+    "override, expected",
     [
         ("families=[nope]", "known: hstu_attention"),
         ("variants=[nope]", "known: torch"),
@@ -132,7 +132,7 @@ def test_a_run_leaves_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: P
     ],
 )
 def test_unknown_names_are_one_line(
-    override: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    override: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
@@ -140,7 +140,7 @@ def test_unknown_names_are_one_line(
     assert main(["kernels", "-m", "dtype=fp32", "seed=0,1", override]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert override.split("=")[0].lstrip("+") in line
-    assert told in line
+    assert expected in line
     assert not list(tmp_path.iterdir())  # a wrong job stops the command before the first one runs
 
 
@@ -151,22 +151,22 @@ def test_what_is_wrong_is_not_timed(tiny: Callable[..., dict[str, Row]]) -> None
     def zeros(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        return plain(q, k, v, **options).zero_()
+        return eager(q, k, v, **options).zero_()
 
     def stale(*args: Any, **options: Any) -> Tensor:
-        kept.append(plain(*args, **options))
+        kept.append(eager(*args, **options))
         return kept[0]
 
     def unwritten(*args: Any, **options: Any) -> Tensor:
-        out = plain(*args, **options)
+        out = eager(*args, **options)
         out[3, 1, 5] = torch.nan
         return out
 
     def short(*args: Any, **options: Any) -> Tensor:
-        return plain(*args, **options)[:-1]
+        return eager(*args, **options)[:-1]
 
     def rounded(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        return plain(q.bfloat16(), k.bfloat16(), v.bfloat16(), **options).float()
+        return eager(q.bfloat16(), k.bfloat16(), v.bfloat16(), **options).float()
 
     rows = tiny(zeros=zeros, stale=stale, unwritten=unwritten, short=short, rounded=rounded)
     assert rows["torch"].ok
@@ -184,7 +184,7 @@ def test_what_goes_wrong_while_it_is_timed_is_not_reported(tiny: Callable[..., d
     def tires(*args: Any, **options: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        return plain(*args, **options) * (1.0 if calls < 5 else 0.5)
+        return eager(*args, **options) * (1.0 if calls < 5 else 0.5)
 
     row = tiny(tires=tires)["tires"]
     assert row.status is Status.INCORRECT
@@ -198,9 +198,9 @@ def test_no_failure_stops_the_others(tiny: Callable[..., dict[str, Row]]) -> Non
     def broken(*args: Any, **options: Any) -> Tensor:
         raise ZeroDivisionError("division by zero")
 
-    unsupported = KernelVariant("hstu_attention", "unsupported", plain, reference, lambda **_: "needs a GPU of 2030")
+    unsupported = KernelVariant("hstu_attention", "unsupported", eager, reference, lambda **_: "needs a GPU of 2030")
     missing = ImportError("package warp is not installed; pip install warp")
-    rows = tiny(oom=oom, broken=broken, unsupported=unsupported, missing=missing, last=plain)
+    rows = tiny(oom=oom, broken=broken, unsupported=unsupported, missing=missing, last=eager)
     assert rows["oom"].status is Status.OOM
     assert (rows["broken"].status, rows["broken"].reason) == (Status.ERROR, "ZeroDivisionError: division by zero")
     assert (rows["unsupported"].status, rows["unsupported"].reason) == (Status.UNAVAILABLE, "needs a GPU of 2030")
@@ -223,7 +223,7 @@ def test_the_gate_must_be_able_to_fail() -> None:
     gate = KernelGate(same, same, inputs(1.0), inputs(2.0), torch.float32)
     assert gate.check(lambda: torch.ones(8), 2.0).error == 0
     with pytest.raises(IncorrectError):
-        gate.check(lambda: torch.ones(8).half(), 2.0)  # another dtype than plain torch's
+        gate.check(lambda: torch.ones(8).half(), 2.0)  # another dtype than eager PyTorch's
 
 
 def test_outputs_that_are_written_in_place_are_restored_before_each_check() -> None:
@@ -258,11 +258,11 @@ def test_several_outputs_are_held_to_account_one_by_one() -> None:
 
 
 def test_the_softmax_yardstick_has_its_own_reference(tiny: Callable[..., dict[str, Row]]) -> None:
-    rows = tiny(PLAIN_TINY, peers=True, dtype="bf16")
+    rows = tiny(CAUSAL_TINY, peers=True, dtype="bf16")
     assert rows["sdpa_softmax"].ok, rows["sdpa_softmax"].reason
     assert "speedup_peer" not in rows["torch"].metrics  # another operator is no peer to be faster than
     assert tiny(TINY, peers=True)["sdpa_softmax"].status is Status.UNAVAILABLE
-    arguments = bench.inputs(PLAIN_TINY, dtype=torch.float64, device="cpu", seed=0)
+    arguments = bench.inputs(CAUSAL_TINY, dtype=torch.float64, device="cpu", seed=0)
     q, k, v = (arguments[name].unflatten(0, (2, 24)).transpose(1, 2) for name in "qkv")
     weights = (arguments["alpha"] * q @ k.transpose(2, 3)).masked_fill(torch.ones(24, 24).triu(1) > 0, -torch.inf)
     expected = (weights.softmax(3) @ v).transpose(1, 2).flatten(0, 1)
@@ -272,14 +272,14 @@ def test_the_softmax_yardstick_has_its_own_reference(tiny: Callable[..., dict[st
 def test_a_peer_gets_the_arguments_that_its_release_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     def triton_hstu_mha(N: int, alpha: float, q: Tensor, k: Tensor, v: Tensor, seq_offsets: Tensor,
                         num_targets: Tensor | None = None) -> Tensor:  # fmt: skip
-        return plain(q, k, v, q_offsets=seq_offsets, kv_offsets=seq_offsets, num_targets=num_targets, max_q_len=N,
+        return eager(q, k, v, q_offsets=seq_offsets, kv_offsets=seq_offsets, num_targets=num_targets, max_q_len=N,
                      max_kv_len=N, scaling_seqlen=N, alpha=alpha)  # fmt: skip
 
     monkeypatch.setattr(peers, "_module", lambda *_: SimpleNamespace(triton_hstu_mha=triton_hstu_mha))
     monkeypatch.setattr(peers, "_needs_gpu", lambda _: None)
     arguments = bench.inputs(TINY, dtype=torch.float32, device="cpu", seed=0)
     meta, tma = (p.load() for p in peers.PEERS[:2])
-    torch.testing.assert_close(meta(**arguments)(), plain(**arguments))
+    torch.testing.assert_close(meta(**arguments)(), eager(**arguments))
     with pytest.raises(NotImplementedError, match="enable_tma"):
         tma(**arguments)
 
@@ -324,7 +324,7 @@ def test_tuning_keeps_the_fastest_right_configuration(
         if config["sleep"] > 100:
             raise ValueError("too much shared memory")
         time.sleep(config["sleep"] / 1e3)
-        return plain(*args, **options) * (1 - config["wrong"])
+        return eager(*args, **options) * (1 - config["wrong"])
 
     monkeypatch.setattr(tuning, "_path", lambda family, gpu: tmp_path / "tuned.json")
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The small operator families: every variant against the fp32 reference, as exact as plain PyTorch to a factor.
+"""The small operator families: every variant against the fp32 reference, as exact as eager PyTorch to a factor.
 
 Errors are compared part by part (`PARTS`), so that a large part can't hide a wrong small one. On a machine
 without a GPU, Triton's interpreter runs the kernels (tests/conftest.py).
@@ -35,15 +35,15 @@ from torch import Tensor
 
 from grkernels import registry, triton_launch, tuning
 
-PLAIN = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 2e-2}  # what plain PyTorch may be wrong by
+EAGER = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 2e-2}  # what eager PyTorch may be wrong by
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("family", "case"), EACH_CASE)
-def test_plain_torch(family: str, case: Callable[[], Arguments], dtype: str, poisoned: None) -> None:
+def test_eager_torch(family: str, case: Callable[[], Arguments], dtype: str, poisoned: None) -> None:
     torch.manual_seed(1)
     arguments = converted(case(), DTYPES[dtype])
-    most = PLAIN[dtype] * (10 if family.endswith("norm") else 1)  # a large mean costs LayerNorm bits
+    most = EAGER[dtype] * (10 if family.endswith("norm") else 1)  # a large mean costs LayerNorm bits
     assert all(e <= most for e in errors(family, registry.get(family, "torch").fn(**arguments), arguments))
 
 
@@ -116,7 +116,7 @@ def test_norm_and_gate_left_out_fail_the_same_check(dtype: str) -> None:
 
 @pytest.mark.parametrize("family", CASES)
 def test_no_value_is_read_on_the_host(family: str) -> None:
-    """What a CUDA graph needs: tensors without values (device meta) have all that plain PyTorch asks for."""
+    """A CUDA graph needs this: tensors without values (device meta) suffice for eager PyTorch."""
     arguments = CASES[family][1]()
     expected = registry.get(family, "torch").fn(**arguments)
     out = registry.get(family, "torch").fn(**converted(arguments, torch.float32, "meta"))
@@ -250,8 +250,10 @@ def test_on_a_gpu_at_real_sizes_and_in_a_graph(family: str, name: str, dtype: st
 
 
 class Kernel:
-    """As much of Triton's as `Launcher` calls: says whether a launch went through Triton's own call, or the compiled
-    kernel that this returned."""
+    """The part of a Triton kernel that `Launcher` calls.
+
+    It records if a launch went through Triton's own call, or through the compiled kernel that this returned.
+    """
 
     fn = interaction
 

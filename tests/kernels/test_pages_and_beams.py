@@ -52,8 +52,10 @@ def case(
     terms: int = 2,
     padding: int = 0,
 ) -> Arguments:
-    """Requests of so many rows, cut anywhere; keys and values side by side in pages, in an order of their own. padding:
-    rows behind the last request, as in a captured graph."""
+    """Return requests of these numbers of rows, cut anywhere. Pages hold keys and values side by side, in random order.
+
+    padding: rows behind the last request, as in a captured graph.
+    """
     torch.manual_seed(sum(lengths))
     starts = torch.tensor([0, *np.cumsum(lengths)]).int()
     n, most = int(starts[-1]) + padding, 9
@@ -107,8 +109,11 @@ def converted(arguments: Arguments, dtype: torch.dtype, device: str) -> Argument
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_equals_a_loop(name: str, dtype: torch.dtype, implementation: str) -> None:
-    """Every implementation against a loop in fp64. fp32 differs in its order of summation. In bf16 inputs are exact,
-    the result is rounded once, to 2^-9, and Triton's weights too: outputs are means of values, 3 at most."""
+    """Every implementation against a loop in fp64.
+
+    fp32 differs in its order of summation. In bf16 inputs are exact; the result is rounded once, to 2^-9, and Triton's
+    weights too. Outputs are means of values, 3 at most.
+    """
     arguments = converted(CASES[name](), dtype, DEVICE)
     on_cpu = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     expected = naive(**on_cpu)

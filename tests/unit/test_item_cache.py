@@ -27,7 +27,7 @@ from grengines.hstu.engine import HSTUEngine
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import build_model
 from grengines.models.hstu.weights import save_weights
-from grkernels.registry import requested
+from grkernels.choice import requested
 
 WIDTH = 6
 GPU = pytest.mark.gpu

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from grengines.api import UnavailableError
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import INTERACTING, HSTUConfig
-from grkernels import registry
+from grkernels import choice
+from grkernels.choice import KernelChoice
 from grkernels.families import Sizes
-from grkernels.registry import KernelChoice
 
 
 def choose(
@@ -30,6 +30,6 @@ def choose(
     qk_dim, v_dim = (model.qk_dim, model.v_dim) if isinstance(model, HSTUConfig) else (model.head_dim, model.head_dim)
     sizes = Sizes(model.embedding_dim, model.heads, qk_dim, v_dim, INTERACTING, page, captured)
     try:
-        return registry.choose(kernels, device=device, dtype=precision, sizes=sizes, allowed=allowed)
-    except registry.RefusedError as e:
+        return choice.choose(kernels, device=device, dtype=precision, sizes=sizes, allowed=allowed)
+    except choice.RefusedError as e:
         raise UnavailableError(str(e)) from None

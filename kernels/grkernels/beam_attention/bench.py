@@ -81,7 +81,7 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Mask-exact products; q and out once, the keys and values of each request once. dtype fp32, fp16 or bf16."""
+    """Count exact products; q, out, and each request's keys and values once. dtype: fp32, fp16 or bf16."""
     keys = shape.batch * (shape.prompt + shape.beams * shape.terms) * shape.kv_heads
     values = (2 * shape.rows * shape.heads + 2 * keys) * shape.dim
     indices = 8 * shape.rows * shape.terms + 4 * shape.rows

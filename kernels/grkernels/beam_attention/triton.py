@@ -66,7 +66,7 @@ def _kernel(
     KEYS: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
 ) -> None:
-    # Tiles of request b begin at starts[b] // ROWS + b: enough for each, wherever requests end. Whose is this one?
+    # Tiles of request b begin at starts[b] // ROWS + b, which leaves enough tiles for each. Find this tile's request.
     tile, head = tl.program_id(0), tl.program_id(1)
     request, beyond = 0, requests
     while beyond - request > 1:
@@ -84,7 +84,7 @@ def _kernel(
         dims = tl.arange(0, DIM_BLOCK)
         there = inside[:, None] & (dims < DIM)[None, :]
         query = tl.load(q + rows[:, None] * q_stride + head * q_head_stride + dims[None, :], mask=there, other=0.0)
-        if INTERPRET:  # its products take no bf16
+        if INTERPRET:  # the interpreter multiplies no bf16
             query = query.to(tl.float32)
         k_slots += head // GROUP * k_head_stride
         v_slots += head // GROUP * v_head_stride
@@ -94,7 +94,7 @@ def _kernel(
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
 
-        # The request's first tokens, of which every row sees at least one.
+        # The request's first tokens. Every row sees at least one.
         last = tl.max(limit)
         for first in range(0, last, KEYS):
             place = first + tl.arange(0, KEYS)
@@ -112,11 +112,11 @@ def _kernel(
             acc = acc * kept[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
             top = above
 
-        # Its beam's codes, of which rows of prompts have none.
+        # The codes of the row's beam. Rows of prompts have none.
         for j in tl.static_range(TERMS):
             own = tl.load(own_slots + rows * TERMS + j, mask=inside, other=-1)
             if tl.max(own) >= 0:
-                used = tl.maximum(own, 0)[:, None]  # slot 0 holds something finite, which counts for nothing
+                used = tl.maximum(own, 0)[:, None]  # slot 0 holds finite numbers, which get no weight
                 own_key = tl.load(k_slots + used * k_stride + dims[None, :], mask=there, other=0.0)
                 own_value = tl.load(v_slots + used * v_stride + dims[None, :], mask=there, other=0.0)
                 t = tl.sum(query.to(tl.float32) * own_key.to(tl.float32), axis=1) * scale
@@ -132,7 +132,7 @@ def _kernel(
 
 
 def tuning_key(dim: int, page: int, itemsize: int) -> str:
-    """Rows are many or few in one workload; the size of a key and of a page decide."""
+    """Return the key of the sizes of a key and a page. The number of rows varies within one workload."""
     return tuning.key(dim=dim, page=page, itemsize=itemsize)
 
 

@@ -31,5 +31,5 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """An id, a place and a page number a slot read, a limit and the slots written a token."""
+    """Count an id, a place and page numbers read and a limit and slots written a token."""
     return Cost(0, (4 + 8 + 4 + (4 + 8) * TERMS) * shape.tokens + 4 * (shape.batch + 1))

@@ -52,7 +52,7 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """An id and a place read, four integers written a token."""
+    """Count an id and a place read and four integers written a token."""
     return Cost(0, (4 + 8 + 4 * 8) * shape.tokens)
 
 

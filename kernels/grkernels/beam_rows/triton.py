@@ -21,6 +21,7 @@ BLOCK = 128  # tokens of a program
 def token_row_level(
     ids: tl.tensor, V: tl.constexpr, MAX_ROWS: tl.constexpr, ENDS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return the token, the row (-1 for prompts) and the level of each id. ENDS: first tokens of the further levels."""
     token, row = ids % V, ids // V - 1
     row = tl.where(row >= MAX_ROWS, 0, row)
     level = tl.zeros_like(row)

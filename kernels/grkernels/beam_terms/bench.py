@@ -57,7 +57,7 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Of the rows with terms q, out twice and a key and a value a term; all slots. dtype fp32, fp16 or bf16."""
+    """Count q, out twice, and a key and a value a term of rows with terms; all slots. dtype: fp32, fp16 or bf16."""
     values = shape.counted * shape.heads * shape.dim
     flops = shape.counted * shape.terms * shape.heads * (4 * shape.dim + 4)
     return Cost(flops, (3 + 2 * shape.terms) * values * BYTES[dtype] + 8 * shape.rows * shape.terms)

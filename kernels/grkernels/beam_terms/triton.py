@@ -42,7 +42,7 @@ def _kernel(
     V_BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    # A row's terms come first: where the first slot is missing, all are.
+    # A row's terms come first. If the first slot is missing, all are.
     if tl.load(slots + row * TERMS) >= 0:
         heads = tl.arange(0, HEAD_BLOCK)[:, None]
         qk_dims, v_dims = tl.arange(0, QK_BLOCK)[None, :], tl.arange(0, V_BLOCK)[None, :]
@@ -52,7 +52,7 @@ def _kernel(
         acc = tl.load(place, mask=v_inside, other=0.0).to(tl.float32)
         for j in tl.static_range(TERMS):
             slot = tl.load(slots + row * TERMS + j)
-            used = tl.maximum(slot, 0)  # slot 0 holds something finite, which counts for nothing
+            used = tl.maximum(slot, 0)  # slot 0 holds finite numbers, which get no weight
             key = tl.load(k_slots + used * k_stride + heads * k_head_stride + qk_dims, mask=qk_inside, other=0.0)
             value = tl.load(v_slots + used * v_stride + heads * v_head_stride + v_dims, mask=v_inside, other=0.0)
             s = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1, keep_dims=True) * alpha
@@ -62,7 +62,7 @@ def _kernel(
 
 
 def tuning_key(width: int) -> str:
-    """Only the width of a row decides."""
+    """Return the key of a row's width, the only size that matters."""
     return tuning.key(width=width)
 
 

@@ -28,19 +28,19 @@ SHAPES = {
 
 
 def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
-    """Keyword arguments of the family's functions; values of unit scale."""
+    """Return keyword arguments of the family's functions; values of unit scale."""
     generator = torch.Generator(device).manual_seed(seed)
     size = (shape.batch, shape.features, shape.dim)
     return {"x": torch.randn(*size, generator=generator, device=device, dtype=dtype)}
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """The products of the pairs asked for, without what tiles compute beside them; dtype fp32, fp16 or bf16."""
+    """Count the products of the pairs, without the rest of the tiles. dtype: fp32, fp16 or bf16."""
     B, F, D = shape.batch, shape.features, shape.dim
     pairs = F * (F - 1) // 2
     return Cost(2 * B * pairs * D, B * (F * D + D + pairs) * BYTES[dtype])
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
-    """Keyword arguments of `KernelVariant.supports` beside device and dtype."""
+    """Return keyword arguments of `KernelVariant.supports` beside device and dtype."""
     return {"features": shape.features, "dim": shape.dim}

@@ -1,4 +1,4 @@
-"""Feature interaction, obviously right: fp32, pair by pair."""
+"""Reference of interaction, in fp32, pair by pair."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def interaction(x: Tensor) -> Tensor:
-    """Each sample's first feature, then the dot products of its pairs of features; the family's signature.
+    """Return each sample's first feature, then the dot products of its pairs of features. The family's signature.
 
     x [B, F, D], possibly strided; feature 0 is the dense part. Returns [B, D + F (F - 1) / 2] in x's dtype:
     x[b, 0], then x[b, i] . x[b, j] for i < j, row by row ((0, 1), (0, 2), ..., (1, 2), ...), computed in
-    fp32. Source: Naumov et al., "Deep Learning Recommendation Model", 2019. On a GPU the caller sees to it
-    that fp32 products are exact (no TF32).
+    fp32. Source: Naumov et al., "Deep Learning Recommendation Model", 2019. On a GPU the caller must
+    make fp32 products exact (no TF32).
     """
     x32 = x.float()
     F = x.shape[1]

@@ -1,4 +1,4 @@
-"""Feature interaction in eager PyTorch: one batched product, of which the upper triangle is gathered."""
+"""Feature interaction in eager PyTorch: a batched product and a gather of its upper triangle."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Feature interaction in one pass: tensor cores make the products, of which only the triangle leaves the chip.
+"""Feature interaction in one pass: tensor cores make the products, and only the triangle leaves the chip.
 
-Memory bounds this operator, so what counts is bytes under way. A few programs an SM run through all blocks of
-samples and fetch the next ones (Triton's pipelining) while they multiply and store these. Samples of few
-features are stacked to fill a tile; products of features of different samples are thrown away. Triton stores
-a tile of products a row a warp, so the ragged rows of the triangle cost few memory transactions although
-they begin anywhere: gathering them into one contiguous store first (tl.gather) took more instructions.
+Memory bounds this operator: it needs many bytes in flight. A few programs an SM process all blocks of samples. They
+fetch the next block (Triton's pipelining) while they multiply and store the current one. Samples of few features are
+stacked to fill a tile, and products of features of different samples are dropped. Triton stores a tile of products a
+row a warp, so the ragged rows of the triangle cost few memory transactions although they begin anywhere. Gathering
+them into one contiguous store first (tl.gather) took more instructions.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from grkernels.triton_common import INTERPRET, rounded
 from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
 
-WHOLE = 128  # features: of so many the products of a sample fit the registers of one program
-BLOCK = 64  # rows of the tiles that a sample of more features is cut into
+WHOLE = 128  # the most features whose products fit the registers of one program
+BLOCK = 64  # rows of the tiles of samples with more features
 
-# rows: of a tile of products (a sample of more features takes them all); programs: an SM's.
+# rows: of a tile of products; a sample of more features takes them all. programs: of an SM.
 CANDIDATES = [
     {"rows": rows, "warps": warps, "stages": stages, "programs": programs}
     for rows, warps, stages, programs in (
@@ -77,7 +77,7 @@ def _kernel(
             mask = (dense_sample < B) & inside
             dense = tl.load(x + dense_sample * sample_stride + d + column, mask=mask, other=0.0)
             tl.store(out + dense_sample * WIDTH + d + column, dense, mask=mask)
-            if INTERPRET:  # which has no bf16 arithmetic
+            if INTERPRET:  # the interpreter has no bf16 arithmetic
                 part = part.to(tl.float32)
             products = tl.dot(part, tl.trans(part), products, input_precision="ieee")
         values = rounded(products, out.dtype.element_ty)
@@ -109,7 +109,7 @@ def _tiled_kernel(
         right = tl.load(x + column[:, None] * feature_stride + d, mask=(column < F)[:, None] & (d < D), other=0.0)
         if (row_block == 0) & (column_block == 0):
             tl.store(out + d + row[:, None] * 0, left, mask=(row == 0)[:, None] & (d < D))
-        if INTERPRET:  # which has no bf16 arithmetic
+        if INTERPRET:  # the interpreter has no bf16 arithmetic
             left, right = left.to(tl.float32), right.to(tl.float32)
         products = tl.dot(left, tl.trans(right), products, input_precision="ieee")
     i, j = row[:, None], column[None, :]
@@ -118,7 +118,7 @@ def _tiled_kernel(
 
 
 def tuning_key(features: int, dim: int) -> str:
-    """Samples are many in every use that matters; only the size of one decides."""
+    """Return the key of a sample's size. The number of samples is large in every use and does not matter."""
     return tuning.key(features=features, dim=dim)
 
 

@@ -1,1 +1,1 @@
-"""Two jagged streams to one: each sequence's rows of the first, then its rows of the second."""
+"""Concatenation of two jagged streams, sequence by sequence."""

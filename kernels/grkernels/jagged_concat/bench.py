@@ -13,7 +13,7 @@ from grkernels.variant import Cost
 
 @dataclass(frozen=True)
 class Shape:
-    """B users of `first` rows and `second` rows, a row being `width` values."""
+    """`batch` users of `first` rows and `second` rows of `width` values."""
 
     batch: int
     first: int
@@ -29,12 +29,12 @@ SHAPES = {
 
 
 def offsets(batch: int, length: int, device: str) -> torch.Tensor:
-    """int64 [batch + 1] of sequences of one length."""
+    """Return the offsets int64 [batch + 1] of sequences of one length."""
     return torch.arange(batch + 1, device=device, dtype=torch.int64) * length
 
 
 def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
-    """Keyword arguments of the family's functions; the second stream is a view of a projection, as in the layer."""
+    """Return keyword arguments of the family's functions. The second stream is a view of a projection, as in HSTU."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*size: int) -> torch.Tensor:
@@ -51,11 +51,11 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Every row read once and written once; dtype fp32, fp16 or bf16."""
+    """Count each row as read once and written once. dtype: fp32, fp16 or bf16."""
     rows = shape.batch * (shape.first + shape.second)
     return Cost(0, 2 * rows * shape.width * BYTES[dtype] + 2 * 8 * (shape.batch + 1))
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
-    """Keyword arguments of `KernelVariant.supports` beside device and dtype."""
+    """Return keyword arguments of `KernelVariant.supports` beside device and dtype."""
     return {"width": shape.width}

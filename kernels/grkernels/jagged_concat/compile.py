@@ -1,4 +1,4 @@
-"""Concatenation of sequences as torch.compile makes it of plain PyTorch."""
+"""Concatenation of sequences by torch.compile, from the eager variant."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 from grkernels import capabilities
 from grkernels.jagged_concat.reference import jagged_concat as reference
-from grkernels.jagged_concat.torch import jagged_concat as plain
+from grkernels.jagged_concat.torch import jagged_concat as eager
 from grkernels.variant import KernelVariant
 
-# fullgraph: too many shapes raise an error, rather than silently run the plain version.
-jagged_concat = torch.compile(plain, fullgraph=True)
+# fullgraph: too many shapes raise an error. Without it they would run the eager variant silently.
+jagged_concat = torch.compile(eager, fullgraph=True)
 
 VARIANT = KernelVariant("jagged_concat", "compile", jagged_concat, reference, capabilities.compiled)

@@ -116,7 +116,7 @@ def default_config(width: int) -> tuning.Config:
 
 
 def search_steps(batch: int) -> int:
-    """Steps of a search among so many sequences, 32 probes each."""
+    """Return the steps of a search among `batch` sequences, 32 probes each."""
     return max(-(-(batch - 1).bit_length() // 5), 1)
 
 

@@ -1,4 +1,4 @@
-"""Concatenation of sequences, obviously right: one sequence at a time."""
+"""Reference of jagged_concat, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def jagged_concat(first: Tensor, second: Tensor, *, first_offsets: Tensor, second_offsets: Tensor, rows: int) -> Tensor:
-    """Each sequence's rows of `first`, then its rows of `second`; the family's signature.
+    """Return each sequence's rows of `first`, then its rows of `second`. The family's signature.
 
-    first, second [rows, W] or [rows, H, d] of one dtype, possibly strided views: rows of all sequences one
-    after another. first_offsets, second_offsets int64 [B + 1], from 0: where each sequence begins in them.
-    Returns [rows, ...]; rows past the last sequence, of the inputs or of the result, are padding (a CUDA
-    graph fixes shapes): ignored in the inputs, zeros in the result. `rows` may not be less than the sum.
+    first, second [rows, W] or [rows, H, d] of one dtype, possibly strided views: rows of all sequences, one sequence
+    after another. first_offsets, second_offsets int64 [B + 1]: the first row of each sequence in them, from 0. Returns
+    [rows, ...]. Rows past the last sequence are padding, since a CUDA graph fixes shapes: they are ignored in the
+    inputs and zeros in the result. `rows` may not be less than the sum.
     """
     out = first.new_zeros(rows, *first.shape[1:])
     at = 0

@@ -1,4 +1,4 @@
-"""Concatenation of sequences in eager PyTorch: where each row goes, then two indexed writes."""
+"""Concatenation of sequences in eager PyTorch: the place of each row, then two indexed writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grkernels.variant import KernelVariant
 
 def jagged_concat(first: Tensor, second: Tensor, *, first_offsets: Tensor, second_offsets: Tensor, rows: int) -> Tensor:
     """As reference.py says, without waiting for the device."""
-    out = first.new_zeros(rows + 1, *first.shape[1:])  # padding goes into the row too many
+    out = first.new_zeros(rows + 1, *first.shape[1:])  # padding goes into the last row
     if first_offsets.shape[0] == 1:  # no sequence at all
         return out[:rows]
     row, sequence, real = sequence_of(first_offsets, first.shape[0])
@@ -23,9 +23,9 @@ def jagged_concat(first: Tensor, second: Tensor, *, first_offsets: Tensor, secon
 
 
 def sequence_of(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of `rows` rows of a stream: its index, its sequence (any for padding), whether it is in one."""
+    """Return, for each row of a stream, its index, its sequence (any for padding), and true for rows of sequences."""
     row = torch.arange(rows, device=offsets.device)
-    # Of all offsets, not of offsets[1:]: compiled for a GPU, a search in a view begins at the whole tensor.
+    # It searches all offsets, not offsets[1:]: compiled for a GPU, a search in a view begins at the whole tensor.
     sequence = (torch.searchsorted(offsets, row, right=True) - 1).clamp(max=offsets.shape[0] - 2)
     return row, sequence, row < offsets[-1]
 

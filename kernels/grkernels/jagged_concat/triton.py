@@ -30,7 +30,7 @@ CANDIDATES = [
 def sequence_of(
     row: tl.tensor, offsets: tl.tensor, more_offsets: tl.tensor, B: tl.tensor, STEPS: tl.constexpr
 ) -> tl.tensor:
-    """The last b < B with offsets[b] + more_offsets[b] <= row (more_offsets may be None); B <= 2 ** STEPS."""
+    """Return the last b < B with offsets[b] + more_offsets[b] <= row. more_offsets may be None. B <= 2 ** STEPS."""
     low = tl.zeros_like(row).to(tl.int32)
     high = low + B
     for _ in tl.static_range(STEPS):
@@ -62,7 +62,7 @@ def _kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
     b = sequence_of(row, first_offsets, second_offsets, B, STEPS)
-    # Before row `row`, of sequence b, lie all rows of `second` of the sequences before b, and so on.
+    # Row `row` of sequence b comes after all rows of both streams of the sequences before b.
     first_end = tl.load(first_offsets + b + 1)
     second_begin = tl.load(second_offsets + b)
     from_first = row < first_end + second_begin
@@ -77,12 +77,12 @@ def _kernel(
 
 
 def tuning_key(width: int) -> str:
-    """Rows are many in every use that matters; only their width decides."""
+    """Return the key of a row's width. The number of rows is large in every use and does not matter."""
     return tuning.key(width=width)
 
 
 def default_config(width: int) -> tuning.Config:
-    """A few thousand values a program, in rows as whole as possible; one warp, since every warp searches anew."""
+    """Return a few thousand values a program, in whole rows if possible. One warp, since every warp searches."""
     block_w = min(max(tuning.bucket(width), 16), 1024)
     return {"rows": 2048 // block_w, "block_w": block_w, "warps": 1}
 
@@ -103,13 +103,13 @@ def jagged_concat(first: Tensor, second: Tensor, *, first_offsets: Tensor, secon
 
 
 def flat_rows(x: Tensor) -> Tensor:
-    """[rows, ...] -> [rows, W] with the values of a row side by side; a copy only where they aren't already."""
+    """Return [rows, ...] as [rows, W] with the values of a row adjacent. Copies only if necessary."""
     x = x.flatten(1)
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def supports(*, device: str, dtype: str, width: int) -> str | None:
-    """None, or why not: any width."""
+    """Return None if Triton runs on this device, else the reason. Any width is accepted."""
     return triton_common.supports(device=device, dtype=dtype)
 
 

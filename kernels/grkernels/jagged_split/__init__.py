@@ -1,1 +1,1 @@
-"""One jagged stream to two: the inverse of jagged_concat."""
+"""Split of a jagged stream into two, the inverse of jagged_concat."""

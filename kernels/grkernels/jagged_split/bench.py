@@ -1,4 +1,4 @@
-"""Shapes that jagged_split is measured at, their inputs and their cost: those of jagged_concat."""
+"""Shapes that jagged_split is measured at, their inputs and their cost, as for jagged_concat."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grkernels.jagged_concat.bench import supports_args as supports_args
 
 
 def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
-    """Keyword arguments of the family's functions."""
+    """Return keyword arguments of the family's functions."""
     generator = torch.Generator(device).manual_seed(seed)
     B, rows = shape.batch, shape.batch * (shape.first + shape.second)
     return {

@@ -1,4 +1,4 @@
-"""Splitting of sequences, obviously right: one sequence at a time."""
+"""Reference of jagged_split, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 def jagged_split(
     x: Tensor, *, first_offsets: Tensor, second_offsets: Tensor, first_rows: int, second_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """(first, second) of which jagged_concat makes x; the family's signature.
+    """Return (first, second) whose jagged_concat is x. The family's signature.
 
     x [rows, W] or [rows, H, d], possibly a strided view; offsets int64 [B + 1], from 0: where each sequence
     begins in the results. Returns first [first_rows, ...] and second [second_rows, ...]; their rows past

@@ -1,4 +1,4 @@
-"""Splitting of sequences in eager PyTorch: where each row comes from, then two indexed reads."""
+"""Split of sequences in eager PyTorch: the source of each row, then two indexed reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def jagged_split(
 
 
 def _take(x: Tensor, index: Tensor, real: Tensor) -> Tensor:
-    """Rows `index` of x where `real`, else zeros."""
+    """Return rows `index` of x if `real`, else zeros."""
     if x.shape[0] == 0:
         return x.new_zeros(index.shape[0], *x.shape[1:])
     taken = x.index_select(0, index.clamp(max=x.shape[0] - 1))

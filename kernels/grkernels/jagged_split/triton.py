@@ -1,4 +1,4 @@
-"""Splitting of sequences in one launch: each row of either result finds its sequence by binary search."""
+"""Split of sequences in one launch: each row of either result finds its sequence by binary search."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _take(
     BLOCK_W: tl.constexpr,
     STEPS: tl.constexpr,
 ) -> None:
-    """Rows of one result: row r of sequence b is row r + other_offsets[b] of x."""
+    """Copy rows of one result: row r of sequence b is row r + other_offsets[b] of x."""
     row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
     b = sequence_of(row, own_offsets, None, B, STEPS)

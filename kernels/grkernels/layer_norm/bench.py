@@ -27,7 +27,7 @@ SHAPES = {
 
 
 def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
-    """Keyword arguments of the family's functions; x of unit scale."""
+    """Return keyword arguments of the family's functions; x of unit scale."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*size: int) -> torch.Tensor:
@@ -42,11 +42,11 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """dtype fp32, fp16 or bf16. 8 operations a value: memory bounds this operator."""
+    """Count 8 operations a value. Memory bounds this operator. dtype: fp32, fp16 or bf16."""
     values = shape.rows * shape.width
     return Cost(8 * values, (2 * values + 2 * shape.width) * BYTES[dtype])
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
-    """Keyword arguments of `KernelVariant.supports` beside device and dtype."""
+    """Return keyword arguments of `KernelVariant.supports` beside device and dtype."""
     return {"width": shape.width}

@@ -1,4 +1,4 @@
-"""LayerNorm, obviously right: fp32."""
+"""Reference of layer_norm, in fp32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over each row; the family's signature.
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias for each row. The family's signature.
 
     x [L, E], rows possibly strided; weight, bias [E]. Returns [L, E] in x's dtype, computed in fp32.
     """

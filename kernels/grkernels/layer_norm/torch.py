@@ -1,4 +1,4 @@
-"""LayerNorm as PyTorch has it."""
+"""LayerNorm by PyTorch's own operator."""
 
 from __future__ import annotations
 

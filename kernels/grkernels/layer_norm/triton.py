@@ -45,7 +45,7 @@ def _kernel(
 
 
 def tuning_key(width: int) -> str:
-    """Rows are many in every use that matters; only their width decides."""
+    """Return the key of a row's width. The number of rows is large in every use and does not matter."""
     return tuning.key(width=width)
 
 
@@ -56,7 +56,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
     if L:
         x = x if x.stride(1) == 1 else x.contiguous()
         block = tuning.bucket(E)
-        # One warp a row where a row is short enough: its sums then need no shared memory.
+        # Short rows take one warp, so that their sums need no shared memory.
         default = {"rows": max(1024 // block, 1), "warps": min(max(block // 1024, 1), 16)}
         config = tuning.choose("layer_norm", "triton", tuning_key(E), default)
         rows = config["rows"]
@@ -66,7 +66,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
 
 
 def supports(*, device: str, dtype: str, width: int) -> str | None:
-    """None, or why not."""
+    """Return None if the variant can run this size, else the reason."""
     if width > MAX_WIDTH:
         return f"width {width} is over {MAX_WIDTH}"
     return triton_common.supports(device=device, dtype=dtype)

@@ -1,1 +1,1 @@
-"""What lies between HSTU's attention and its output projection: SiLU, LayerNorm, gate and concatenation in one."""
+"""SiLU, LayerNorm, gate and concatenation between HSTU's attention and its output projection."""

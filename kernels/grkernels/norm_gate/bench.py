@@ -27,8 +27,10 @@ SHAPES = {
 
 
 def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
-    """Keyword arguments of the family's functions. u is a view of the projection [u|v|q|k], as in the layer;
-    a has the scale of attention's output."""
+    """Return keyword arguments of the family's functions.
+
+    u is a view of the projection [u|v|q|k], as in the layer. a has the scale of attention's output.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*size: int) -> torch.Tensor:
@@ -45,11 +47,11 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """dtype fp32, fp16 or bf16. 16 operations a value, exp counted as one: memory bounds this operator."""
+    """Count 16 operations a value, exp as one. Memory bounds this operator. dtype: fp32, fp16 or bf16."""
     L, W = shape.rows, shape.width
     return Cost(16 * L * W, (5 * L * W + 2 * W) * BYTES[dtype])
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
-    """Keyword arguments of `KernelVariant.supports` beside device and dtype."""
+    """Return keyword arguments of `KernelVariant.supports` beside device and dtype."""
     return {"width": shape.width}

@@ -1,4 +1,4 @@
-"""Norm and gate as torch.compile makes it of plain PyTorch."""
+"""Norm and gate by torch.compile, from the eager variant."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 from grkernels import capabilities
 from grkernels.norm_gate.reference import norm_gate as reference
-from grkernels.norm_gate.torch import norm_gate as plain
+from grkernels.norm_gate.torch import norm_gate as eager
 from grkernels.variant import KernelVariant
 
-# fullgraph: too many shapes raise an error, rather than silently run the plain version.
-norm_gate = torch.compile(plain, fullgraph=True)
+# fullgraph: too many shapes raise an error. Without it they would run the eager variant silently.
+norm_gate = torch.compile(eager, fullgraph=True)
 
 VARIANT = KernelVariant("norm_gate", "compile", norm_gate, reference, capabilities.compiled)

@@ -1,4 +1,4 @@
-"""Norm and gate, obviously right: fp32."""
+"""Reference of norm_gate, in fp32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """[SiLU(u) | a | SiLU(u) * LayerNorm(a)]; the family's signature.
+    """Return [SiLU(u) | a | SiLU(u) * LayerNorm(a)]. The family's signature.
 
     u [L, W], before its SiLU, and a [L, W] or [L, H, d] with H * d = W: rows may be strided, for instance
     views of a projection. weight, bias [W] of the LayerNorm over all W. Returns [L, 3 W] in a's dtype,

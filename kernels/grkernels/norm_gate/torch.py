@@ -1,4 +1,4 @@
-"""Norm and gate in eager PyTorch: every intermediate is rounded to the inputs' dtype and goes through memory."""
+"""Norm and gate in eager PyTorch. Every intermediate is rounded to the inputs' dtype and passes through memory."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def _kernel(
 
 
 def tuning_key(width: int) -> str:
-    """Rows are many in every use that matters; only their width decides."""
+    """Return the key of a row's width. The number of rows is large in every use and does not matter."""
     return tuning.key(width=width)
 
 
@@ -65,7 +65,7 @@ def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float)
     if L:
         u, a = (x if x.stride(1) == 1 else x.contiguous() for x in (u, a))
         block = tuning.bucket(W)
-        # One warp a row where a row is short enough: its sums then need no shared memory.
+        # Short rows take one warp, so that their sums need no shared memory.
         default = {"rows": max(1024 // block, 1), "warps": min(max(block // 1024, 1), 16)}
         config = tuning.choose("norm_gate", "triton", tuning_key(W), default)
         rows = config["rows"]
@@ -75,7 +75,7 @@ def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float)
 
 
 def supports(*, device: str, dtype: str, width: int) -> str | None:
-    """None, or why not."""
+    """Return None if the variant can run this size, else the reason."""
     if width > MAX_WIDTH:
         return f"width {width} is over {MAX_WIDTH}"
     return triton_common.supports(device=device, dtype=dtype)

@@ -60,7 +60,7 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Keys and values of the stored rows read and written, a slot a row; dtype fp32, fp16 or bf16."""
+    """Count stored rows as read and written, and a slot a row. dtype: fp32, fp16 or bf16."""
     return Cost(0, 4 * shape.stored * shape.heads * shape.dim * BYTES[dtype] + 8 * shape.rows)
 
 

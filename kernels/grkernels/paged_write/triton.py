@@ -67,7 +67,7 @@ def _kernel(
 
 
 def tuning_key(width: int) -> str:
-    """Rows are many in every use that matters; only the width of a row decides."""
+    """Return the key of a row's width. The number of rows is large in every use and does not matter."""
     return tuning.key(width=width)
 
 

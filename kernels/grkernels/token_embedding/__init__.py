@@ -1,1 +1,1 @@
-"""HSTU's token encoder: the sum of a token's embeddings of item, actions, weight, position and time."""
+"""Sum of a token's embeddings of item, actions, weight, position and time: HSTU's token encoder."""

@@ -13,7 +13,7 @@ from grkernels.variant import Cost
 
 @dataclass(frozen=True)
 class Shape:
-    """Tokens, embedding width and the sizes of the tables. Tokens are distinct: nothing is read twice by luck."""
+    """Tokens, embedding width and sizes of the tables. Tokens are distinct, so no row is read twice."""
 
     rows: int
     width: int
@@ -31,7 +31,7 @@ SHAPES = {
 
 
 def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
-    """Arguments of the family's functions, by name."""
+    """Return keyword arguments of the family's functions."""
     generator = torch.Generator(device).manual_seed(seed)
     L, E = shape.rows, shape.width
 
@@ -56,12 +56,12 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Indices, a row of the token table a token, the small tables once, the result; dtype fp32, fp16 or bf16."""
+    """Count indices, a row of the token table a token, small tables once, and the result. dtype: fp32, fp16 or bf16."""
     L, A = shape.rows, shape.actions
     table_rows = L + min(L, shape.positions) + shape.time_buckets + A + 1
     return Cost(2 * L * shape.width * (A + 2), (table_rows + L) * shape.width * BYTES[dtype] + 5 * 8 * L)
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
-    """Keyword arguments of `KernelVariant.supports` beside device and dtype."""
+    """Return keyword arguments of `KernelVariant.supports` beside device and dtype."""
     return {"width": shape.width}

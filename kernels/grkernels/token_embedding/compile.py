@@ -1,4 +1,4 @@
-"""Token embedding as torch.compile makes it of plain PyTorch."""
+"""Token embedding by torch.compile, from the eager variant."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 from grkernels import capabilities
 from grkernels.token_embedding.reference import token_embedding as reference
-from grkernels.token_embedding.torch import token_embedding as plain
+from grkernels.token_embedding.torch import token_embedding as eager
 from grkernels.variant import KernelVariant
 
-# fullgraph: too many shapes raise an error, rather than silently run the plain version.
-token_embedding = torch.compile(plain, fullgraph=True)
+# fullgraph: too many shapes raise an error. Without it they would run the eager variant silently.
+token_embedding = torch.compile(eager, fullgraph=True)
 
 VARIANT = KernelVariant("token_embedding", "compile", token_embedding, reference, capabilities.compiled)

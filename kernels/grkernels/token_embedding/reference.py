@@ -1,4 +1,4 @@
-"""Token embedding, obviously right: fp32."""
+"""Reference of token_embedding, in fp32."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def token_embedding(
     position_table: Tensor,
     time_table: Tensor,
 ) -> Tensor:
-    """The sum of what a token is embedded by; the family's signature.
+    """Return the sum of each token's embeddings. The family's signature.
 
     token_rows, positions, time_buckets int64 [L]: rows of token_table, position_table, time_table [.., E].
-    actions int64 [L]: bit masks; bit i stands for row i of action_table [A, E], bits from A on for nothing.
+    actions int64 [L]: bit masks; bit i stands for row i of action_table [A, E]; bits from A on are ignored.
     weights float64 [L], times weight_vector [E]. Tables contiguous, of one dtype. Returns [L, E] in that
     dtype, computed in fp32.
     """

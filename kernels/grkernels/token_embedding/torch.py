@@ -1,4 +1,4 @@
-"""Token embedding in eager PyTorch: one pass over [L, E] for every term of the sum."""
+"""Token embedding in eager PyTorch: a pass over [L, E] for every term of the sum."""
 
 from __future__ import annotations
 

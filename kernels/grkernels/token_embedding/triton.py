@@ -53,7 +53,7 @@ def _kernel(
     column = (tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E))[None, :]
     here, inside = row < L, column < E
     mask = here[:, None] & inside
-    # Every index before the first gather, so that the gathers are under way together.
+    # All indices are loaded before the first gather, so that the gathers overlap.
     token = tl.load(token_rows + row, mask=here, other=0)[:, None]
     position = tl.load(positions + row, mask=here, other=0)[:, None]
     bucket = tl.load(time_buckets + row, mask=here, other=0)[:, None]
@@ -70,7 +70,7 @@ def _kernel(
 
 
 def tuning_key(width: int) -> str:
-    """Tokens are many in every use that matters; only the width of a row decides."""
+    """Return the key of a row's width. The number of tokens is large in every use and does not matter."""
     return tuning.key(width=width)
 
 
@@ -106,7 +106,7 @@ def token_embedding(
 
 
 def supports(*, device: str, dtype: str, width: int) -> str | None:
-    """None, or why not: any width."""
+    """Return None if Triton runs on this device, else the reason. Any width is accepted."""
     return triton_common.supports(device=device, dtype=dtype)
 
 
