@@ -90,17 +90,23 @@ class BatchResult:
 
 @dataclass(kw_only=True)
 class RankResult(BatchResult):
+    """Scores of the candidates of every request."""
+
     scores: list[Float32Array]  # for each request [num_candidates, num_tasks] logits
 
 
 @dataclass(kw_only=True)
 class GenerateResult(BatchResult):
+    """Generated items of every request."""
+
     items: list[Int64Array]  # for each request [k] item ids, best first; fewer where fewer exist
     scores: list[Float32Array]  # for each request [k] sums of the codes' log-probabilities
 
 
 @dataclass(kw_only=True)
 class RecommendResult(BatchResult):
+    """Generated and ranked items of every request."""
+
     items: list[Int64Array]  # for each request [k] generated item ids, by the first task's score, best first
     scores: list[Float32Array]  # for each request [k, num_tasks] logits, in that order
 
@@ -146,11 +152,15 @@ class Engine(Protocol):
 
 
 class Ranker(Engine, Protocol):
+    """An engine with the task rank."""
+
     def rank(self, requests: Sequence[Request]) -> RankResult:
         """Score every candidate of every request."""
 
 
 class Generator(Engine, Protocol):
+    """An engine with the task generate."""
+
     def generate(self, requests: Sequence[Request]) -> GenerateResult:
         """Find the most likely next items of every request."""
 

@@ -67,8 +67,7 @@ class FallbackEngine:
 
 
 def options_like(schema: type, first: Any) -> Any:
-    """Return the default options of a fallback engine, with the first engine's device and precision if it allows
-    them."""
+    """Return a fallback engine's default options, with the first engine's device and precision where it allows them."""
     options = schema()
     for name in ("device", "precision"):
         field = next((f for f in dataclasses.fields(schema) if f.name == name), None)

@@ -31,7 +31,7 @@ def option(
 
 
 def describe(field: dataclasses.Field[Any]) -> str:
-    """What the field allows, in words: type, then range or choices."""
+    """Return the values that a field allows, in words: type, then range or choices."""
     allowed = field.metadata.get("allowed", {})
     if "choices" in allowed:
         some = "any of" if str(field.type).startswith("list[") else "one of"

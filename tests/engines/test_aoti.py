@@ -186,7 +186,7 @@ def test_a_package_that_does_not_belong_here_is_one_line_that_says_what_to_do(
 
     assert "no such package; set engine.package=null" in complaint(engine(package=str(tmp_path / "none.pt2")))
     for bad in (cut, foreign, flipped):
-        assert f"{bad}: not a whole package" in complaint(engine(package=str(bad)))
+        assert f"{bad}: not a complete package" in complaint(engine(package=str(bad)))
     assert "made for model_hash" in complaint(engine(seed=6, package=str(good)))
     assert "made for precision fp32, this run has bf16" in complaint(engine(precision="bf16", package=str(good)))
     assert "made for threads 1" in complaint(engine(cpu_threads=2, package=str(good)))

@@ -63,7 +63,7 @@ class Facts:
     ) -> Facts:
         """Describe a package for this machine, with the current number of threads."""
         cuda = device.type == "cuda"
-        plain = kernels["hstu_attention"] == "torch"
+        eager = kernels["hstu_attention"] == "torch"
         return cls(
             model_hash=model_hash,
             precision=precision,
@@ -74,7 +74,7 @@ class Facts:
             source=_source(),
             most=most,
             typical=typical,
-            tiles=tiles_needed(most.batch, heads, most.longest, most.longest) if plain else 1,
+            tiles=tiles_needed(most.batch, heads, most.longest, most.longest) if eager else 1,
         )
 
     @classmethod

@@ -1,1 +1,1 @@
-"""One export of the ranking model, for every compiled engine: `grbench export`."""
+"""Export of the ranking model for the compiled engines: `grbench export`."""

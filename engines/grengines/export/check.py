@@ -80,7 +80,7 @@ def check(export: Export, model: HSTUConfig, catalogue: Catalogue, seed: int) ->
 
 
 def random_batch(rng: np.random.Generator, catalogue: Catalogue, longest: int) -> list[Request]:
-    """One to five requests with histories of 0 to `longest` events, at least one candidate among them."""
+    """Return one to five requests with histories of 0 to `longest` events and at least one candidate in all."""
     requests = []
     for i in range(int(rng.integers(1, 6))):
         events = min(int(rng.integers(0, longest + longest // 2)), longest) * int(rng.random() < 0.8)

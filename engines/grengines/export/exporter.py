@@ -1,4 +1,4 @@
-"""From a model to files: a torch.export program, ONNX, and a manifest that says what they are."""
+"""Export of a model to files: a torch.export program, ONNX, and a manifest that identifies them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from grengines.runtime.device import DTYPES
 
 FORMAT = "grbench-export-1"
 ONNX_FILE, WEIGHTS_FILE, PROGRAM_FILE, MANIFEST_FILE = "model.onnx", "model.onnx.data", "model.pt2", "manifest.json"
-EXTERNAL_BYTES = 256 * 2**20  # weights of this size and more get a file of their own; ONNX allows 2 GiB in one
+EXTERNAL_BYTES = 256 * 2**20  # larger weights get a file of their own, since ONNX limits a file to 2 GiB
 PRECISIONS = (*DTYPES, "int8")
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")  # whose versions decide what an export holds
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")  # their versions decide the content of an export
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def write_onnx(
     register_schema()
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(
         logging.ERROR
-    )  # torchvision is not missed
+    )  # it warns that torchvision is missing
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's about its own use of torch
+        warnings.simplefilter("ignore")  # the exporter warns about its own use of torch
         result = torch.onnx.export(
             program,
             dynamo=True,
@@ -81,10 +81,10 @@ def write_onnx(
 
 
 def quantise(whole: Path, path: Path, large: bool) -> None:
-    """From the fp32 ONNX file `whole`, in a folder of its own, make one whose projections have int8 weights, a scale a
-    channel, and inputs that are quantised at run time, by ONNX Runtime's quantiser.
+    """Quantise the projections of the fp32 ONNX file `whole`, in a folder of its own, with ONNX Runtime's quantiser.
 
-    The tables, the attention and the head's last product stay fp32. Raises UnavailableError without onnxruntime.
+    Weights are int8 with a scale for each channel. Inputs are quantised at run time. The tables, the attention and the
+    head's last product stay fp32. Raises UnavailableError without onnxruntime.
     """
     try:
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -95,15 +95,15 @@ def quantise(whole: Path, path: Path, large: bool) -> None:
         for node in onnx.load(whole, load_external_data=False).graph.node
         if any(name.endswith(("action_table", "head_out.weight")) for name in node.input)
     ]
-    logging.disable(logging.WARNING)  # that it might be preprocessed: the exporter did that
+    logging.disable(logging.WARNING)  # it advises preprocessing, which the exporter did
     try:
         quantize_dynamic(
             whole,
             path,
             weight_type=QuantType.QInt8,
             per_channel=True,
-            op_types_to_quantize=["MatMul"],  # and what was a Gemm; not Gather, which the tables are read by
-            nodes_to_exclude=[*kept, *(f"{name}_MatMul" for name in kept)],  # the second is what a Gemm becomes
+            op_types_to_quantize=["MatMul"],  # and former Gemms; not Gather, which reads the tables
+            nodes_to_exclude=[*kept, *(f"{name}_MatMul" for name in kept)],  # the second: the name of a former Gemm
             use_external_data_format=large,
         )
     finally:
@@ -120,12 +120,11 @@ def export(
     skip_hidden: bool = False,
     keep: bool = False,
 ) -> Export:
-    """Write the model in a precision of PRECISIONS to `folder`, which is made, or replaced where an export is in it.
+    """Write the model in a precision of PRECISIONS to `folder`, which is created, or replaced if it has an export.
 
-    files: which of the two forms; int8 is ONNX only. skip_hidden: as `onnx_function` says. keep: where another process
-    was faster, its export stays, and is the result. Whoever reads the folder finds a whole export or none. Raises
-    ValueError for weights that don't fit or a folder with something else in it, UnavailableError for int8 without
-    onnxruntime, OSError where it can't be written.
+    files: the forms to write; int8 is ONNX only. skip_hidden: as in `onnx_function`. keep: if another process was
+    faster, keep and return its export. Readers of the folder find a complete export or none. Raises ValueError for
+    weights that don't fit or a folder with other files, UnavailableError for int8 without onnxruntime, and OSError.
     """
     atomic_io.check(folder, MANIFEST_FILE, "export")
     digest = model_hash(model, catalogue, seed)
@@ -178,10 +177,10 @@ def cached(
     file: str = ONNX_FILE,
     skip_hidden: bool = False,
 ) -> Export:
-    """The export of this model in that form from the cache folder, made now if it isn't there or not whole.
+    """Return the export of this model from the cache folder, which is made if it is missing or incomplete.
 
-    Its folder's name says model, precision, versions and the code that is exported, so that another of either never
-    finds it. Raises as `export`.
+    The folder's name has the model, the precision, and a digest of versions and exporting code, so that no other
+    combination finds it. Raises as `export`.
     """
     facts = {"versions": versions(), "source": _source(), "file": file, "skip_hidden": skip_hidden}
     folder = cache_folder() / "exports" / f"{model_hash(model, catalogue, seed)}-{precision}-{digest_of(facts)[:8]}"
@@ -192,18 +191,18 @@ def cached(
 
 
 def note(found: Export, key: str, value: Any) -> Export:
-    """The export with one more entry in its manifest, on disk too. Raises OSError."""
+    """Add an entry to an export's manifest, also on disk. Raises OSError."""
     manifest = {**found.manifest, key: value}
     atomic_io.write(found.folder / MANIFEST_FILE, (json.dumps(manifest, indent=1) + "\n").encode())
     return Export(found.folder, manifest)
 
 
 def load(folder: Path) -> Export:
-    """Open an export. Raises ValueError, one line, for a folder without one or whose files are not those written."""
+    """Open an export. Raises ValueError, one line, for a folder without one or with changed files."""
     manifest_file = folder / MANIFEST_FILE
     again = f"export the model again: python -m grbench export --out {folder}"
     if not manifest_file.is_file():
-        raise ValueError(f"{folder}: no {MANIFEST_FILE} there; {again}")
+        raise ValueError(f"{folder}: no {MANIFEST_FILE}; {again}")
     try:
         manifest = json.loads(manifest_file.read_text())
         files = manifest["files"]
@@ -221,7 +220,7 @@ def load(folder: Path) -> Export:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what an export holds, as far as they are installed."""
+    """Return the versions of the installed packages that decide the content of an export."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -231,7 +230,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def _source() -> str:
-    """Digest of the code that an export is made by and of."""
+    """Return a digest of the code that exports, and of the exported code."""
     here = Path(__file__).parent
     return digest_of([sha256(file) for file in (*sorted(here.glob("*.py")), here.parent / "models/hstu/model.py")])
 

@@ -1,4 +1,4 @@
-"""What names a model: everything that decides what it computes."""
+"""The identity of a model: everything that decides its results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grengines.runtime.cache_dir import sha256
 
 
 def model_hash(model: HSTUConfig, catalogue: Catalogue, seed: int) -> str:
-    """16 hex digits over all that decides what the model computes: its options, its tables' sizes, its weights.
+    """Return 16 hex digits over everything that decides the model's results: options, sizes of tables, weights.
 
     Raises ValueError for a weights file that can't be read.
     """
@@ -26,7 +26,7 @@ def model_hash(model: HSTUConfig, catalogue: Catalogue, seed: int) -> str:
 
 
 def weights_of(model: HSTUConfig, seed: int) -> str:
-    """Where the weights come from, in words that name them. Raises ValueError for a file that isn't there."""
+    """Return the source of the weights in words. Raises ValueError for a missing file."""
     if model.weights is None:
         return f"random, seed {seed}"
     path = Path(model.weights)
@@ -36,12 +36,12 @@ def weights_of(model: HSTUConfig, seed: int) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """16 hex digits of a JSON value."""
+    """Return 16 hex digits over a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def command(model: HSTUConfig, catalogue: Catalogue, seed: int, precision: str, folder: Path) -> str:
-    """The command line that exports this model to `folder`."""
+    """Return the command line that exports this model to `folder`."""
     defaults = HSTUConfig()
     changed = {k: v for k, v in dataclasses.asdict(model).items() if v != getattr(defaults, k) and k != "name"}
     weights = changed.pop("weights", None)

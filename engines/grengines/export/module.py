@@ -1,4 +1,4 @@
-"""The model as it is exported: plain tensors in, logits out, every length dynamic, attention one operator."""
+"""The exported form of the model: tensors to logits, every length dynamic, attention as one operator."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ OUTPUT = "logits"
 
 
 def inputs_of(batch: JaggedBatch, longest_history: int, tile_rows: int) -> dict[str, Tensor]:
-    """What the exported model is run on, by name and in the order of INPUTS, on the batch's device.
+    """Return the exported model's inputs, by name and in the order of INPUTS, on the batch's device.
 
-    batch: packed whole, nothing cached. longest_history: most contextual tokens and events of one sequence, or more.
-    tile_rows: most query rows that attention takes at a time; tiles are made about equal.
+    batch: packed without cached tokens. longest_history: at least the contextual tokens and events of any sequence.
+    tile_rows: most query rows that attention processes at a time. Tiles are about equal.
     """
     device = batch.token_rows.device
     tiles = max(-(-batch.max_q_len // tile_rows), 1)
@@ -56,15 +56,15 @@ def inputs_of(batch: JaggedBatch, longest_history: int, tile_rows: int) -> dict[
 
 
 def gpu_tile_rows(batch: int, heads: int, columns: int) -> int:
-    """Query rows that attention takes at a time on a GPU: one tile then takes 256 MiB, which is enough to fill it.
+    """Return the query rows that attention processes at a time on a GPU: a tile of 256 MiB, which fills the GPU.
 
-    A tile has, for each score, three numbers in fp32 (scores, gates, weights) and a copy in the operands' type.
+    A tile has three fp32 numbers for each score (score, gate, weight) and a copy in the operands' type.
     """
     return max(256 * 2**20 // (batch * heads * max(columns, 1) * 14), 1)
 
 
 def longest_history(requests: Sequence[Request], encoding: Encoding) -> int:
-    """Most contextual tokens and events of one request."""
+    """Return the most contextual tokens and events of one request."""
     return encoding.contextual_seq_len + max(len(r.history_items) for r in requests)
 
 
@@ -81,7 +81,7 @@ def token_embedding(
     position_table: Tensor,
     time_table: Tensor,
 ) -> Tensor:
-    """As grkernels/token_embedding/torch.py, without shifts of signed integers: ONNX has none."""
+    """Embed tokens as grkernels/token_embedding/torch.py, without shifts of signed integers, which ONNX lacks."""
     dtype = token_table.dtype
     bits = 1 << torch.arange(action_table.shape[0], device=action_table.device)
     taken = actions[:, None] % (2 * bits) >= bits
@@ -92,10 +92,10 @@ def token_embedding(
 
 
 class ExportedRanker(nn.Module):
-    """A built HSTURanker in its full form, as a function of the tensors that INPUTS names; the same weights and maths.
+    """A built HSTURanker without a cache, as a function of the tensors of INPUTS. Weights and maths are the same.
 
-    attention: the operator that attends, by default `grbench::hstu_attention`; another must have its signature.
-    kernels: the other operators, by default eager PyTorch that every exporter can translate.
+    attention: by default `grbench::hstu_attention`; another operator must have its signature. kernels: the other
+    operators, by default eager PyTorch that every exporter can translate.
     """
 
     def __init__(
@@ -121,10 +121,10 @@ class ExportedRanker(nn.Module):
         tiles: Tensor,
         columns: Tensor,
     ) -> Tensor:
-        """Logits fp32 [M, tasks]. L tokens, B sequences, M candidates.
+        """Return logits fp32 [M, tasks], for L tokens, B sequences and M candidates.
 
         token_rows, actions, positions, time_buckets int64 [L], weights fp32 [L], candidate_rows int64 [M]: as in
-        JaggedBatch. offsets int64 [B + 1], num_targets int64 [B], tiles and columns: as `hstu_attention` says.
+        JaggedBatch. offsets int64 [B + 1], num_targets int64 [B], tiles and columns: as in `hstu_attention`.
         """
         ranker, config = self.ranker, self.ranker.config
         longest = tiles.numel()
@@ -164,10 +164,10 @@ class ExportedRanker(nn.Module):
 
 
 def trace(module: ExportedRanker) -> ExportedProgram:
-    """The module as a torch.export program of dynamic lengths. Its inputs are INPUTS, by name."""
+    """Export the module as a torch.export program of dynamic lengths. Its inputs are INPUTS, by name."""
     L, B, M, T, R, N = (Dim(name, min=1) for name in ("L", "B", "M", "T", "R", "N"))
     dims = {"L": L, "B": B, "B + 1": B + 1, "M": M, "T": T, "R": R, "N": N}
-    sizes = {"L": 7, "B": 3, "B + 1": 4, "M": 5, "T": 2, "R": 6, "N": 9}  # any, but for 1 and equal ones
+    sizes = {"L": 7, "B": 3, "B + 1": 4, "M": 5, "T": 2, "R": 6, "N": 9}  # any different sizes above 1
     device = module.ranker.token_table.device
     inputs = {n: torch.zeros([sizes[d] for d in shape], dtype=t, device=device) for n, (t, shape) in INPUTS.items()}
     shapes = {n: {i: dims[d] for i, d in enumerate(shape)} for n, (_, shape) in INPUTS.items()}

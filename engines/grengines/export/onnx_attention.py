@@ -1,13 +1,13 @@
-"""HSTU attention in ONNX: a function, which is a node of our domain with a body of standard operators.
+"""HSTU attention as an ONNX function: a node of grbench's domain with a body of standard operators.
 
-Every runtime can run the body, and one with a plugin of the node's name and domain replaces it. The body does less than
-the mask's square. No row sees a candidate but itself, so the keys are the tokens before the candidates, and what a row
-adds of itself is one product a row:
+Every runtime can run the body. A runtime with a plugin of the node's name and domain replaces it. The body computes
+less than the square mask. No row sees a candidate other than itself, so the keys are the tokens before the candidates,
+and each row's own part is one product:
 
     a_i = (sum over visible j != i of SiLU(alpha q_i k_j) v_j  +  SiLU(alpha q_i k_i) v_i) / N
 
-It works off tiles of query rows in a loop, so its memory grows with the longest history, not with its square. (A loop,
-not a scan: TensorRT's parser takes loops only.) What is visible: grkernels/hstu_attention/spec.py.
+A loop processes tiles of query rows, so memory grows with the longest history, not with its square. It is a loop and
+not a scan because TensorRT's parser accepts only loops. grkernels/hstu_attention/spec.py defines what is visible.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from onnx.defs import OpSchema
 
 DOMAIN = "grbench"
 NAME = "hstu_attention"
-VERSION = 1  # of the domain: another meaning of the operator gets another
+VERSION = 1  # of the domain; it changes with the operator's meaning
 INDICES = ("offsets", "num_targets", "tiles", "columns")
 OPTIONS = ("scaling_seqlen", "contextual_seq_len", "max_attn_len")
-OPSET = 18  # the oldest that has every operator which the exported model needs
+OPSET = 18  # the oldest with every operator of the exported model
 
 
 def register_schema() -> None:
-    """Make the operator known to the onnx package, whose exporter and checker ask for a schema. Safe to call twice."""
+    """Register the operator's schema with the onnx package, for its exporter and checker. Safe to call twice."""
     if onnx.defs.has(NAME, DOMAIN):
         return
     kinds = OpSchema.AttrType
@@ -55,7 +55,7 @@ def register_schema() -> None:
 def onnx_node(
     q: Any, k: Any, v: Any, offsets: Any, num_targets: Any, tiles: Any, columns: Any, alpha: float, *options: int
 ) -> Any:
-    """How torch.onnx writes a call of the torch operator: a node of our domain."""
+    """Translate a call of the torch operator to a node of grbench's domain, for torch.onnx."""
     op = onnxscript.values.Opset(DOMAIN, VERSION)
     attributes = dict(zip(OPTIONS, options, strict=True))
     return op.hstu_attention(q, k, v, offsets, num_targets, tiles, columns, alpha=alpha, **attributes)
@@ -64,19 +64,19 @@ def onnx_node(
 def onnx_function(
     scaling_seqlen: int, contextual_seq_len: int, max_attn_len: int, skip_hidden: bool = False
 ) -> onnx.FunctionProto:
-    """The function of one model: what its mask does not have is not in the body.
+    """Return the function of one model. Its body has only the parts of the mask that the model uses.
 
-    Inputs and output are those of the torch operator; attributes are alpha and OPTIONS. skip_hidden: a tile's products
-    end where its last row can see no further, which saves half of a long history's; shapes then differ from tile to
-    tile, which not every runtime allows.
+    Inputs and output are those of the torch operator. Attributes are alpha and OPTIONS. skip_hidden: a tile's products
+    end at the last key that its last row sees. This saves half of a long history's work, but shapes then differ between
+    tiles, which not every runtime allows.
 
-    In half precision scores, SiLU and the row's own share are in fp32, and the division by N is split as in
-    grkernels/hstu_attention/torch.py: half of its bits go into the weights, so that sums can't overflow fp16.
+    In half precision scores, SiLU and the row's own part are in fp32. The division by N is split as in
+    grkernels/hstu_attention/torch.py: half of N's bits go into the weights, so that sums can't overflow fp16.
     """
     C, W = contextual_seq_len, max_attn_len
     pre_scale = 2.0 ** -(scaling_seqlen.bit_length() // 2)
     shift = max(C - 1, 0)
-    # A contextual token sees every token before the candidates, itself among them, when there is history at all.
+    # With a history, a contextual token sees every token before the candidates, itself included.
     context = """
         at_start = Equal(row_position, zero)
         in_history = Less(seen_position, history)

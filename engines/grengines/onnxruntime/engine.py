@@ -1,4 +1,4 @@
-"""The exported model in ONNX Runtime: inputs and logits stay where they are, bound by address."""
+"""engine=onnxruntime: the exported model in ONNX Runtime. Inputs and logits are bound by address, not copied."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU_TILE_ROWS = 128  # one tile's scores stay in the processor's cache
 
 
 class OnnxRuntimeEngine(RankingEngine):
-    """The exported model in a session of ONNX Runtime.
+    """Ranking with the exported model in a session of ONNX Runtime.
 
     Raises UnavailableError for a device or precision that ONNX Runtime lacks here, and ValueError for options that it
     would not use.
@@ -48,7 +48,7 @@ class OnnxRuntimeEngine(RankingEngine):
         self._seconds = {"export_s": 0.0, "load_s": 0.0}
 
     def _load(self, sample: Sequence[Request], max_batch: int) -> None:
-        """Export the model, unless that was done before or a file is given, and load it.
+        """Load the file that `engine.onnx` names, else the export in the cache, which is made if it is missing.
 
         Raises ValueError for a bad file.
         """
@@ -71,14 +71,14 @@ class OnnxRuntimeEngine(RankingEngine):
         self.rank(self._largest(sample, max_batch))
 
     def _exported(self) -> Export:
-        """The model's own export. Raises UnavailableError without the packages that make one."""
+        """Return the export in the cache. Raises UnavailableError without the packages that make one."""
         try:
             from grengines.export import exporter
         except ImportError as e:
             raise UnavailableError(
                 f"package {e.name} is not installed; pip install 'grbench[onnx]', or name an export: engine.onnx=FILE"
             ) from None
-        # Not on a GPU, which would have to wait for the host to learn each tile's shape.
+        # Not on a GPU, which would wait for the host to compute each tile's shape.
         setup, skip_hidden = self._setup, not self._cuda
         return exporter.cached(
             self._model_config, setup.catalogue, setup.seed, self._precision, skip_hidden=skip_hidden
@@ -86,8 +86,10 @@ class OnnxRuntimeEngine(RankingEngine):
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """As grengines.api.Ranker. Calls from several threads take turns. Raises ValueError for more than max_batch
-        requests, RuntimeError before `prepare`."""
+        """Score every candidate of every request. Threads take turns.
+
+        Raises ValueError for more than max_batch requests, RuntimeError before `prepare`.
+        """
         self._ready(self._session)
         self._check_size(requests)
         with self._lock, torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
@@ -103,7 +105,7 @@ class OnnxRuntimeEngine(RankingEngine):
             return collect(logits, [host], marks, batch_ms, {})()
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits fp32 [M, tasks] of the exported model's inputs, on the device."""
+        """Return the logits fp32 [M, tasks], on the device, of the exported model's inputs."""
         candidates = inputs["candidate_rows"].shape[0]
         logits = torch.empty(candidates, len(self._model_config.tasks), device=self._device)
         if not candidates:
@@ -111,7 +113,7 @@ class OnnxRuntimeEngine(RankingEngine):
         binding, kind, index = self._session.io_binding(), self._device.type, self._device.index or 0
         for name, tensor in inputs.items():
             tensor = tensor.contiguous()
-            inputs[name] = tensor  # alive until the run is over
+            inputs[name] = tensor  # keeps it alive during the run
             element = np.float32 if tensor.dtype == torch.float32 else np.int64
             binding.bind_input(name, kind, index, element, tuple(tensor.shape), tensor.data_ptr())
         binding.bind_output(OUTPUT, kind, index, np.float32, tuple(logits.shape), logits.data_ptr())

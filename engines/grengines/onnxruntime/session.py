@@ -1,4 +1,4 @@
-"""Opening an ONNX file, and saying in one line what is wrong with it."""
+"""Sessions of ONNX Runtime, and one-line errors for files that it can't open."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def placement_of(options: OnnxRuntimeConfig) -> Placement:
 
 
 def open_session(
-    path: Path, config: OnnxRuntimeConfig, device: torch.device, stream: int, digest: str, precision: str, mend: str
+    path: Path, config: OnnxRuntimeConfig, device: torch.device, stream: int, digest: str, precision: str, hint: str
 ) -> Any:
-    """A session of the file, which must be the export of model `digest` in `precision`.
+    """Open the file, which must be the export of model `digest` in `precision`.
 
-    stream: handle of the CUDA stream to work on. mend: the command that exports the model. Raises ValueError for a file
-    that is missing, damaged, or of something else, UnavailableError where the provider can't run it.
+    stream: handle of the CUDA stream to run on. hint: the fix that error messages name. Raises ValueError for a file
+    that is missing, damaged or not this export, UnavailableError where the provider can't run it.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; {mend}")
+        raise ValueError(f"{path}: no such file; {hint}")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = config.cpu_threads
@@ -68,22 +68,22 @@ def open_session(
         provider = (provider, {"device_id": str(device.index), "user_compute_stream": str(stream)})
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    except Exception as e:  # ONNX Runtime's own exceptions derive from nothing narrower
+    except Exception as e:  # ONNX Runtime's exceptions have no narrower base class
         why = _first_line(e)
         if type(e).__name__ == "NotImplemented":
             raise UnavailableError(f"engine onnxruntime, {precision} on {device.type}: {why}; use fp32") from None
-        raise ValueError(f"{path}: ONNX Runtime can't load it ({why}); {mend}") from None
-    if session.get_providers()[0] != PROVIDERS[device.type]:  # it goes on without a provider that it can't start
+        raise ValueError(f"{path}: ONNX Runtime can't load it ({why}); {hint}") from None
+    if session.get_providers()[0] != PROVIDERS[device.type]:  # it continues without a provider that it can't start
         raise UnavailableError(
             f"engine.device={device.type}: ONNX Runtime could not start its {PROVIDERS[device.type]}; "
             "python -m grbench doctor shows the versions, engine.device=cpu needs none of its libraries"
         )
     facts = session.get_modelmeta().custom_metadata_map
     if [i.name for i in session.get_inputs()] != list(INPUTS) or [o.name for o in session.get_outputs()] != [OUTPUT]:
-        raise ValueError(f"{path}: not an export of a ranking model; {mend}")
+        raise ValueError(f"{path}: not an export of a ranking model; {hint}")
     for what, expected in (("model_hash", digest), ("precision", precision)):
         if facts.get(what) != expected:
-            raise ValueError(f"{path}: exported with {what} {facts.get(what)}, the run's is {expected}; {mend}")
+            raise ValueError(f"{path}: exported with {what} {facts.get(what)}, the run's is {expected}; {hint}")
     return session
 
 

@@ -1,1 +1,1 @@
-"""Semantic IDs: items as short tuples of codes, for models that generate what they retrieve (Rajput et al., TIGER)."""
+"""Semantic IDs: items as short tuples of codes, for generative retrieval (Rajput et al., TIGER)."""

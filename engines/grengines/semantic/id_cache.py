@@ -1,4 +1,4 @@
-"""Semantic IDs of a catalogue, made once and kept in the cache folder: 10 million items take a minute or two."""
+"""Semantic IDs of a catalogue in the cache folder. 10 million items take one or two minutes to compute."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grengines.semantic import vectors
 from grengines.semantic.ids import SemanticIds, build
 from grengines.semantic.quantise import Float32Array, Int64Array, Progress
 
-_MADE = 1  # to be raised when the same input is given other ids than before
+_MADE = 1  # raise it when the same input gets other ids than before
 
 
 def of_interactions(
@@ -28,10 +28,10 @@ def of_interactions(
     seed: int,
     progress: Progress | None = None,
 ) -> SemanticIds:
-    """IDs of items that have no features, by who touched them: `vectors.from_interactions`, then `ids.build`.
+    """Return IDs of items without features, from the users of each item: `vectors.from_interactions`, `ids.build`.
 
-    users, items: int64 [n], pair by pair. progress: as `ids.build`. Raises ValueError as they do, or where the cache
-    folder can't be written.
+    users, items: int64 [n], pair by pair. progress: as in `ids.build`. Raises ValueError as they do, and where the
+    cache folder can't be written.
     """
     pairs = hashlib.sha256()
     for column in (users, items):
@@ -43,7 +43,7 @@ def of_interactions(
 
 
 def of_made_up(num_items: int, *, levels: int, codes: int, seed: int, progress: Progress | None = None) -> SemanticIds:
-    """As `of_interactions` for a made-up catalogue, whose items lie in made-up clusters: `vectors.clustered`."""
+    """Return IDs of a synthetic catalogue, whose items lie in synthetic clusters: `vectors.clustered`."""
     clusters = min(1024, num_items)
     key = {"clusters": clusters, "items": num_items}
     return _kept(key, lambda: vectors.clustered(num_items, clusters=clusters, seed=seed), levels, codes, seed, progress)
@@ -57,14 +57,14 @@ def _kept(
     seed: int,
     progress: Progress | None,
 ) -> SemanticIds:
-    """What is there under this key, if it is whole; else made, and kept."""
+    """Return the file of this key, if it is complete. Else compute the IDs and write it."""
     made = {"version": _MADE, "scikit-learn": version("scikit-learn"), "numpy": version("numpy")}
     key = {**source, **made, "levels": levels, "codes": codes, "seed": seed}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     path = cache_folder() / "semantic_ids" / f"{digest}.safetensors"
     try:
         return SemanticIds.load(path, source["items"])
-    except ValueError:  # none there, or not whole
+    except ValueError:  # missing or incomplete
         ids = build(vectors_of(), levels, codes, seed, progress)
     try:
         _save(ids, path)
@@ -75,7 +75,7 @@ def _kept(
 
 
 def _save(ids: SemanticIds, path: Path) -> None:
-    """Whole or not at all, also when two processes make them at once."""
+    """Write the file completely or not at all, also with two writers at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unnamed = Path(folder) / "ids"

@@ -1,4 +1,4 @@
-"""Semantic IDs of a catalogue: their tokens, the way back to items, and the file that keeps them with a model."""
+"""Semantic IDs of a catalogue: tokens of items, items of tokens, and their file."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from safetensors.numpy import save_file
 from grengines.semantic.quantise import Float32Array, Int32Array, Int64Array, residual_kmeans
 
 _FORMAT = "grbench-semantic-ids-1"
-_DTYPE = "I32"  # as safetensors calls it
-SPARE = 8  # tuples an item, at least, in what `propose_codes` says
+_DTYPE = "I32"  # safetensors' name of int32
+SPARE = 8  # least tuples for each item in the proposal of `propose_codes`
 MAX_TUPLES = 1 << 62  # a tuple is also one int64 number
 
 
 @dataclass(frozen=True, eq=False)
 class SemanticIds:
-    """Every item's tuple of codes. No two items have the same.
+    """The tuple of codes of every item. No two items have the same tuple.
 
     codes: int32 [items, levels], each from 0 to its level's size - 1. sizes: codes of each level.
 
     In a model's vocabulary every level has its own tokens: token = offset of the level + code.
-    Raises ValueError for codes of another form, outside their level, or given twice. Takes 4 bytes an item and level,
-    and 16 an item to find items by tokens.
+    Raises ValueError for codes of another form, outside their level, or given twice. An item takes 4 bytes a level, and
+    16 bytes for the search by tokens.
     """
 
     codes: Int32Array
@@ -57,23 +57,23 @@ class SemanticIds:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens of all levels."""
+        """Number of tokens of all levels."""
         return sum(self.sizes)
 
     @cached_property
     def offsets(self) -> Int64Array:
-        """int64 [levels]: the first token of each level."""
+        """First token of each level, int64 [levels]."""
         return np.cumsum([0, *self.sizes[:-1]], dtype=np.int64)
 
     def tokens(self, items: npt.ArrayLike) -> Int64Array:
-        """int64 [n, levels], of item ids [n]. Raises IndexError for an id outside the catalogue."""
+        """Return the tokens int64 [n, levels] of item ids [n]. Raises IndexError for an id outside the catalogue."""
         ids = np.asarray(items, np.int64).reshape(-1)
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self.codes):
             raise IndexError(f"items must be 0 to {len(self.codes) - 1}, got {ids.min()} to {ids.max()}")
         return self.codes[ids] + self.offsets
 
     def items(self, tokens: npt.ArrayLike) -> Int64Array:
-        """int64 [n] of tokens [n, levels], -1 where no item has them. Raises ValueError for another shape."""
+        """Return the items int64 [n] of tokens [n, levels], -1 for no item. Raises ValueError for another shape."""
         codes = np.asarray(tokens, np.int64)
         if codes.ndim != 2 or codes.shape[1] != self.levels:
             raise ValueError(f"tokens must be [n, {self.levels}], got {list(codes.shape)}")
@@ -85,16 +85,16 @@ class SemanticIds:
 
     @cached_property
     def order(self) -> Int64Array:
-        """int64 [items]: item ids in the order of their tuples."""
+        """Item ids in the order of their tuples, int64 [items]."""
         return np.argsort(_keys(self.codes, self.sizes), kind="stable")
 
     @cached_property
     def _keys(self) -> Int64Array:
-        """Tuples as numbers, ascending."""
+        """Tuples as numbers, ascending, int64 [items]."""
         return _keys(self.codes[self.order], self.sizes)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: `codes`, with its shape and sizes as metadata. Raises OSError."""
+        """Write a safetensors file of `codes`, with shape and sizes as metadata. Raises OSError."""
         schema = {"items": len(self.codes), "levels": self.levels, "sizes": self.sizes, "dtype": _DTYPE}
         metadata = {"format": _FORMAT, "schema": json.dumps(schema)}
         try:
@@ -104,10 +104,10 @@ class SemanticIds:
 
     @classmethod
     def load(cls, path: str | Path, items: int | None = None) -> SemanticIds:
-        """Read what `save` wrote. items: how many the catalogue has, if it is known.
+        """Read a file of `save`. items: number of items of the catalogue, if it is known.
 
-        Raises ValueError, one line with the file's name, for a file that is missing or not safetensors, that has
-        something else in it, that contradicts itself, or that was written for another number of items.
+        Raises ValueError, one line with the file's name, for a file that is missing or not safetensors, that has other
+        content, that contradicts itself, or that was written for another number of items.
         """
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; give a file of semantic ids")
@@ -138,12 +138,12 @@ def build(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> SemanticIds:
-    """Semantic IDs of items by residual k-means over their vectors, float32 [items, d]: near items share first codes.
+    """Build semantic IDs by residual k-means over item vectors, float32 [items, d]. Near items share first codes.
 
-    Where vectors would have the same tuple, those nearest to it keep it and the others take the nearest that are free,
-    on the last level first; see `quantise`. `propose_codes` says how many codes suit a catalogue.
+    Where vectors would have the same tuple, the nearest keep it. The others take the nearest free tuples, on the last
+    level first (quantise.py). `propose_codes` gives a suitable number of codes.
 
-    progress: called now and then with (rows assigned, rows in all), counted over all levels.
+    progress: called now and then with (assigned rows, all rows), counted over all levels.
     Raises ValueError for vectors of another form or not finite, and where codes ** levels is less than the items.
     Source: Rajput et al., "Recommender Systems with Generative Retrieval" (TIGER), NeurIPS 2023.
     """
@@ -163,18 +163,20 @@ def build(
 
 
 def prompt_of(tokens: Int64Array, sizes: Sequence[int], most: int) -> Int64Array:
-    """What a model reads of a history's tokens int64 [n]: the last whole items within `most` tokens; where there are
-    none, the token after all levels', which begins."""
+    """Return the part of a history's tokens int64 [n] that a model reads: the last whole items within `most` tokens.
+
+    For an empty history it is the token after all levels, which begins a prompt.
+    """
     levels = len(sizes)
     kept = tokens[max(len(tokens) - most // levels * levels, 0) :]
     return kept if len(kept) else np.array([sum(sizes)])
 
 
 def propose_codes(items: int, levels: int = 3) -> int:
-    """Codes a level for a catalogue: the power of two that leaves at least `SPARE` tuples an item.
+    """Return the codes of each level for a catalogue: the power of two with at least `SPARE` tuples for each item.
 
-    Items are not spread evenly over tuples: with little to spare many would have to leave their place.
-    Raises ValueError for counts below 1.
+    Items are not spread evenly over tuples: with few spare ones many would get a distant tuple. Raises ValueError for
+    counts below 1.
     """
     if items < 1 or levels < 1:
         raise ValueError(f"items and levels are at least 1, got {items} and {levels}")
@@ -182,7 +184,7 @@ def propose_codes(items: int, levels: int = 3) -> int:
 
 
 def _root(count: int, levels: int) -> int:
-    """The smallest number whose power `levels` is at least `count`."""
+    """Return the smallest number whose power `levels` is at least `count`."""
     root: int = max(round(count ** (1 / levels)) - 1, 1)
     while root**levels < count:
         root += 1
@@ -190,7 +192,7 @@ def _root(count: int, levels: int) -> int:
 
 
 def _keys(codes: npt.NDArray[np.integer], sizes: tuple[int, ...]) -> Int64Array:
-    """Tuples [n, levels] as int64 [n], in the same order."""
+    """Return tuples [n, levels] as numbers int64 [n], in the same order."""
     keys = np.zeros(len(codes), np.int64)
     for level, size in enumerate(sizes):
         keys *= size
@@ -199,7 +201,7 @@ def _keys(codes: npt.NDArray[np.integer], sizes: tuple[int, ...]) -> Int64Array:
 
 
 def _sizes(metadata: dict[str, str], found: list[object]) -> tuple[int, ...]:
-    """From a file's metadata, which must say of its tensor what is so."""
+    """Return the sizes in a file's metadata. Raises ValueError where they contradict its tensor."""
     try:
         schema = json.loads(metadata.get("schema", ""))
         sizes = tuple(schema["sizes"])

@@ -1,13 +1,12 @@
-"""Residual k-means with room for everyone: each level quantises what the levels before it left over.
+"""Residual k-means with limited room: each level quantises the residual of the levels before it.
 
-A node is a prefix of codes. With K codes a level it has room for K ** (levels below it) items, and no more items than
-that ever go there: those nearest to its centre stay, the others go to the nearest sibling with room. On the last level
-a node has room for one, which is what makes the tuples unique; above it, this is what keeps a crowded region from
-having more items than tuples. A level knows where its items ended up before the next one takes the residual, so an
-item that had to move is described again from where it is.
+A node is a prefix of codes. With K codes a level, it has room for K ** (levels below it) items. If more items are
+nearest to it, the nearest ones stay and the others move to the nearest sibling with room. On the last level a node has
+room for one item, so tuples are unique. On the levels above, a crowded region can't get more items than tuples. The
+next level takes residuals after the moves, so it also describes the displacement of a moved item.
 
 The codebooks are those of residual quantisation by k-means (TIGER, Rajput et al., NeurIPS 2023, compares it with its
-RQ-VAE); the room is ours. TIGER appends a code to tuples that collide instead: its tuples grow with the collisions.
+RQ-VAE). The limited room is grbench's. TIGER appends a code to colliding tuples, which grow with the collisions.
 """
 
 from __future__ import annotations
@@ -26,31 +25,31 @@ Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
-SAMPLE = 200_000  # rows that k-means sees
-BATCH = 4096  # rows of one of its steps
-STEPS, EPOCHS = 100, 10  # it takes at least so many steps, and passes over the sample
-NEAR = 16  # codes that an item without room tries before distances are taken again
-DISTANCES = 1 << 20  # numbers in one block of distances: about what a core's cache holds
+SAMPLE = 200_000  # rows for k-means
+BATCH = 4096  # rows of one step of k-means
+STEPS, EPOCHS = 100, 10  # least steps of k-means, and passes over the sample
+NEAR = 16  # codes that an item without room tries before distances are computed again
+DISTANCES = 1 << 20  # numbers in one block of distances, about the size of a core's cache
 CROWDED = 1 << 24  # numbers in a table of room, unless a single node's children have more items
 
 
 def residual_kmeans(
     vectors: Float32Array, sizes: Sequence[int], seed: int, progress: Progress | None = None
 ) -> tuple[Int32Array, list[Float32Array]]:
-    """Unique code tuples of vectors [items, d], and the codebooks that they point into.
+    """Return unique code tuples of vectors [items, d], and their codebooks.
 
     sizes: codes of each level; their product is at least the number of items.
-    progress: called now and then with (rows assigned, rows in all), counted over all levels.
+    progress: called now and then with (assigned rows, all rows), counted over all levels.
 
-    Returns codes int32 [items, levels] and a float32 [at most the level's size, d] for each level: a vector is about
-    the sum of its codes' rows. The same input gives the same output on the same machine. Beside the vectors this takes
-    one copy of them, about 90 bytes an item and 100 MB. Raises ValueError for vectors that are not finite.
+    Codes are int32 [items, levels]. A codebook is float32 [at most the level's size, d], and a vector is about the sum
+    of its codes' rows. The same input gives the same output on the same machine. Memory is a copy of the vectors, about
+    90 bytes an item, and 100 MB. Raises ValueError for vectors that are not finite.
     """
     items = len(vectors)
-    with np.errstate(all="ignore"):  # what overflows here is refused below
+    with np.errstate(all="ignore"):  # an overflow is refused below
         mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
         residual = np.subtract(vectors, mean, dtype=np.float32)
-    # Distances are taken as |x|^2 - 2xc + |c|^2, which cancels for vectors far from 0, and overflows for long ones.
+    # Distances are computed as |x|^2 - 2xc + |c|^2, which cancels for vectors far from 0 and overflows for long ones.
     scale = np.maximum(residual.max(), -residual.min())
     if not np.isfinite(scale):
         raise ValueError("item vectors must be finite float32 numbers")
@@ -64,8 +63,8 @@ def residual_kmeans(
     books: list[Float32Array] = []
     prefix = np.zeros(items, np.int64)
     room = int(np.prod(sizes, dtype=object))
-    # BLAS and OpenMP get one thread: theirs wait for each other after every block, and for long where other work has a
-    # core. Blocks go to threads of our own instead.
+    # BLAS and OpenMP get one thread, because their threads wait for each other after every block, and longer if another
+    # process has a core. Blocks run on threads of this module instead.
     with threadpool_limits(1):
         for level, size in enumerate(sizes):
             room //= size
@@ -82,8 +81,11 @@ def residual_kmeans(
 
 
 def _centres(rows: Float32Array, size: int, seed: int) -> Float32Array:
-    """[min(size, rows), d]. Mini-batches of a fixed number of steps: sums over threads, whose order varies, would
-    otherwise decide when to stop (and, in scikit-learn's full k-means, where a centre is)."""
+    """Return the centres [min(size, rows), d] of mini-batch k-means with a fixed number of steps.
+
+    Otherwise sums over threads, whose order varies, would decide when to stop, and in scikit-learn's full k-means also
+    the centres.
+    """
     batch = min(BATCH, len(rows))
     kmeans = MiniBatchKMeans(
         min(size, len(rows)),
@@ -102,7 +104,7 @@ def _centres(rows: Float32Array, size: int, seed: int) -> Float32Array:
 def _assign(
     residual: Float32Array, book: Float32Array, prefix: Int64Array, room: int, tick: Callable[[int], None] | None
 ) -> Int32Array:
-    """int32 [items]: the nearest row of `book` for each item, with at most `room` items for one prefix and code."""
+    """Return each item's nearest row of `book`, int32 [items], with at most `room` items for one prefix and code."""
     items, size = len(residual), len(book)
     code, gap = np.empty(items, np.int32), np.empty(items, np.float32)
 
@@ -118,7 +120,7 @@ def _assign(
     if room >= items:
         return code
 
-    # Only prefixes with a crowded code need a second look: all their items, sorted by prefix, code and distance.
+    # Only prefixes with a crowded code need moves: all their items, sorted by prefix, code and distance.
     node = prefix * size + code
     order = np.lexsort((gap, node))
     rank = _ranks(node[order])
@@ -128,7 +130,7 @@ def _assign(
     order, rank, length = order[among], rank[among], length[crowded]
     del node, among
     ends, first = np.cumsum(length), 0
-    while first < len(ends):  # whole prefixes at a time, so that memory is bounded
+    while first < len(ends):  # some whole prefixes at a time, which bounds memory
         start = int(ends[first] - length[first])
         stop = max(int(np.searchsorted(ends, start + CROWDED // size, "right")), first + 1)
         rows = slice(start, int(ends[stop - 1]))
@@ -147,10 +149,10 @@ def _settle(
     homeless: npt.NDArray[np.bool_],
     room: int,
 ) -> None:
-    """Write new codes for the homeless ones of these items: the nearest that have room under their parent.
+    """Write new codes for the items without room: the nearest codes with room under their parent.
 
-    All of them try their nearest code, then those who lost it their next one, and so on: whoever is nearer gets it.
-    An item that tried NEAR codes has NEAR fewer open ones left, and a parent has room for all its items, so it ends.
+    All try their nearest code, and the nearer items get it. The others try their next code, and so on. This ends,
+    because an item that tried NEAR codes has NEAR fewer codes left, and a parent has room for all its items.
     """
     size = len(book)
     stay = ~homeless
@@ -179,7 +181,7 @@ def _settle(
 def _nearest_open(
     residual: Float32Array, book: Float32Array, items: Int64Array, parent: Int64Array, free: Int32Array
 ) -> tuple[Int32Array, Float32Array]:
-    """Codes and distances [items, at most NEAR], the nearest first; those without room at an infinite distance."""
+    """Return codes and distances [items, at most NEAR], nearest first. Codes without room are infinitely far."""
     size = len(book)
     count = min(NEAR, size)
     near, gap = np.empty((len(items), count), np.int32), np.empty((len(items), count), np.float32)
@@ -189,7 +191,7 @@ def _nearest_open(
         distances[free[parent[part]] <= 0] = np.inf
         best = np.argpartition(distances, count - 1, axis=1)[:, :count]
         values = np.take_along_axis(distances, best, axis=1)
-        by_distance = np.lexsort((best, values), axis=1)  # ties in the order of codes, however they were partitioned
+        by_distance = np.lexsort((best, values), axis=1)  # ties in the order of codes, however partition ordered them
         near[part] = np.take_along_axis(best, by_distance, axis=1)
         gap[part] = np.take_along_axis(values, by_distance, axis=1) + squares[:, None]
 
@@ -199,15 +201,17 @@ def _nearest_open(
 
 
 def _distances(rows: Float32Array, book: Float32Array) -> tuple[Float32Array, Float32Array]:
-    """Squared distances [rows, size] but for the rows' own squares, and those [rows]: one product, and no second pass
-    over a block of that size."""
+    """Return squared distances [rows, size] without the rows' squares, and these squares [rows].
+
+    So a block takes one product and no second pass.
+    """
     weights = np.concatenate([-2 * book.T, np.einsum("kd,kd->k", book, book)[None]])
     ones = np.ones((len(rows), 1), np.float32)
     return np.concatenate([rows, ones], axis=1) @ weights, np.einsum("nd,nd->n", rows, rows)
 
 
 def _in_threads(work: Callable[[slice], None], rows: int, width: int) -> Iterator[int]:
-    """Call it for blocks of rows, one thread a core; yields how many rows are done."""
+    """Call `work` for blocks of rows, one thread for each core. Yields the number of finished rows."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(min(cores, 32)) as pool:
         parts = list(_blocks(rows, width))
@@ -221,7 +225,7 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
 
 
 def _runs(ordered: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Where each run of equal values begins, and its length."""
+    """Return the begin of each run of equal values, and its length."""
     changes = np.ones(len(ordered), np.bool_)
     changes[1:] = ordered[1:] != ordered[:-1]
     begin = np.flatnonzero(changes)
@@ -229,7 +233,7 @@ def _runs(ordered: Int64Array) -> tuple[Int64Array, Int64Array]:
 
 
 def _ranks(ordered: Int64Array) -> Int64Array:
-    """The place of each element in its run of equal values."""
+    """Return the place of each element in its run of equal values."""
     begin, length = _runs(ordered)
     ranks: Int64Array = np.arange(len(ordered)) - np.repeat(begin, length)
     return ranks

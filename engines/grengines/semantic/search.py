@@ -1,4 +1,4 @@
-"""Beam search over semantic IDs, whatever model gives the logits: only items that exist."""
+"""Beam search over semantic IDs, given any model's logits. It finds only items that exist."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ class Beams:
 
     items: np.ndarray  # int64 [B, k]; -1 where there are fewer
     scores: np.ndarray  # float32 [B, k]: sum of the codes' log-probabilities; -inf where there are fewer
-    cuts: np.ndarray  # float32 [B, levels]: the best score that was left out at each level; -inf where none was
+    cuts: np.ndarray  # float32 [B, levels]: the best score that each level dropped; -inf for none
 
 
-# Given a level, and the beams as (which beam of the level before, which code of that level), both int64 [B, W]: fp32
-# logits [B * W, codes of the level]. At level 0 a request has one beam, its prompt, and the two are None.
+# Takes a level and each beam's parent and code of the level before, both int64 [B, W]. Returns fp32 logits
+# [B * W, codes of the level]. At level 0 a request has one beam, its prompt, and parents and codes are None.
 Advance = Callable[[int, Tensor | None, Tensor | None], Tensor]
 
 
 def check_width(width: int, k: int) -> None:
-    """Raises ValueError where so many beams can't give k items."""
+    """Raise ValueError if a beam of this width can't give k items."""
     if not 1 <= k <= width:
         raise ValueError(f"k={k} items from {width} beams: allowed is 1 to {width}")
 
 
 def explore(advance: Advance, trie: TensorTrie, batch: int, *, width: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k most likely items of each request, as a beam search of this width finds them: the fields of Beams, on the
-    trie's device.
+    """Return the k most likely items of each request: the fields of Beams, on the trie's device.
 
-    A code's probability is the softmax over all codes of its level; those that lead to no item are then left out. With
-    a width of at least the number of prefixes of every level the result is exact. Nothing here waits for the device.
+    A code's probability is the softmax over all codes of its level. Codes that lead to no item are then dropped. The
+    result is exact if the width is at least the number of prefixes of every level. Nothing waits for the device.
     """
     device = trie.leaf_items.device
     nodes = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # the root
@@ -62,10 +61,10 @@ def explore(advance: Advance, trie: TensorTrie, batch: int, *, width: int, k: in
 def best(
     logits: Tensor, trie: TensorTrie, level: int, nodes: Tensor, scores: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best continuations of each request's beams: which beam, which code, the node there, the score; [B, W].
+    """Return the best continuations of each request's beams [B, W]: parent, code, node and score.
 
-    W: width, or fewer where so many can't follow. logits: fp32 [B * beams, codes of the level]. nodes, scores: int64
-    and fp32 [B, beams]; a beam that leads nowhere has node -1 and score -inf.
+    W: width, or the number of continuations if it is smaller. logits: fp32 [B * beams, codes of the level]. nodes,
+    scores: int64 and fp32 [B, beams]; a beam without continuation has node -1 and score -inf.
     """
     B, beams = nodes.shape
     first, codes, there = trie.children(level, nodes.reshape(-1))

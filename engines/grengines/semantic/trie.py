@@ -1,8 +1,8 @@
-"""The trie of valid tuples: what may follow a prefix, so that a beam search generates items that exist.
+"""The trie of valid tuples: the codes that may follow a prefix, so that a beam search finds only existing items.
 
 Nodes of a level are numbered in the order of their prefixes. Node i's children are the nodes child_offsets[i] to
 child_offsets[i + 1] - 1 of the next level, so a child's number is its position among all children. The root is node 0
-of level 0; leaves are nodes of the level after the last. Node -1 is no node: nothing follows it, and it is no item.
+of level 0. Leaves are nodes of the level after the last. Node -1 is no node: it has no children and no item.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from grengines.semantic.quantise import Int32Array, Int64Array
 
 @dataclass(frozen=True, eq=False)
 class Trie:
-    """Valid tuples in CSR form, as numpy arrays; `on` gives them as tensors, which searches use.
+    """Valid tuples in CSR form, as numpy arrays. `on` returns them as tensors for searches.
 
     child_offsets: for each level int64 [nodes + 1]. child_codes: for each level int32 [nodes of the next level],
     ascending within a node. leaf_items: int32 [items], by leaf. sizes: codes of each level.
 
-    Bytes: 4 an item for leaves, 4 for each node but the root, 8 for each node but the leaves. 10 million items in 3
-    levels of 512 codes: 80 MB, and at most 3 MB for the 262,144 inner nodes.
+    Bytes: 4 for each item, 4 for each node except the root, 8 for each node except the leaves. 10 million items in 3
+    levels of 512 codes take 80 MB, and at most 3 MB for the 262,144 inner nodes.
     """
 
     child_offsets: tuple[Int64Array, ...]
@@ -35,10 +35,10 @@ class Trie:
 
     @classmethod
     def of(cls, ids: SemanticIds) -> Trie:
-        """The trie of these items' tuples."""
+        """Build the trie of these items' tuples."""
         items, order = len(ids.codes), ids.order
-        first = np.zeros(1, np.int64)  # of each node of a level: its first item, by place in `order`
-        changed = np.zeros(items, np.bool_)  # where a prefix differs from the one before
+        first = np.zeros(1, np.int64)  # first item of each node of a level, by place in `order`
+        changed = np.zeros(items, np.bool_)  # True where a prefix differs from the one before
         changed[0] = True
         offsets, codes = [], []
         for level in range(ids.levels):
@@ -56,7 +56,7 @@ class Trie:
         return offsets + codes + self.leaf_items.nbytes
 
     def on(self, device: torch.device | str) -> TensorTrie:
-        """A copy on a device."""
+        """Return a copy on a device."""
 
         def put(x: Int32Array | Int64Array) -> Tensor:
             return torch.tensor(x, device=device)
@@ -68,10 +68,10 @@ class Trie:
 
 @dataclass(frozen=True, eq=False)
 class TensorTrie:
-    """`Trie` as tensors of one device, to search with. Shapes never depend on values: nothing waits for the device, and
-    CUDA graphs can hold these operations.
+    """A `Trie` as tensors on one device, for searches.
 
-    widths: of each level the most children that one of its nodes has.
+    Shapes never depend on values, so nothing waits for the device and CUDA graphs can hold these operations. widths:
+    the most children of one node, for each level.
     """
 
     child_offsets: tuple[Tensor, ...]
@@ -81,11 +81,11 @@ class TensorTrie:
     widths: tuple[int, ...]
 
     def children(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What may follow these nodes of the level, int64 [n], -1 allowed.
+        """Return the children of nodes of the level, int64 [n], -1 allowed.
 
-        Returns first int64 [n], codes int64 [n, w] and there bool [n, w], w being the level's width: the j-th child of
-        a node has code codes[:, j] and is node first + j of the next level (after the last: a leaf), if it is there.
-        Codes ascend; those of children that aren't there may be any of the level.
+        They are first int64 [n], codes int64 [n, w] and there bool [n, w], with the level's width w. The j-th child of
+        a node exists if there[:, j]. It has code codes[:, j], and is node first + j of the next level, or a leaf.
+        Codes ascend. Codes of children that do not exist may be any of the level.
         """
         offsets, real = self.child_offsets[level], nodes.clamp(min=0)
         first, end = offsets[real], offsets[real + 1]
@@ -95,5 +95,5 @@ class TensorTrie:
         return first, child_codes[place.clamp_(max=len(child_codes) - 1)].long(), there
 
     def items(self, leaves: Tensor) -> Tensor:
-        """int64 [n]: items of leaves [n], -1 for -1."""
+        """Return the items int64 [n] of leaves [n], -1 for -1."""
         return self.leaf_items[leaves.clamp(min=0)].long().masked_fill(leaves < 0, -1)

@@ -1,4 +1,4 @@
-"""Vectors of items that have no features: from who touched them, or made up."""
+"""Vectors of items without features, from the users of each item, or synthetic."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from sklearn.decomposition import TruncatedSVD  # type: ignore[import-untyped]
 
 from grengines.semantic.quantise import Float32Array, Int64Array
 
-UNTOUCHED = 0.1  # length of their vectors; the others' is 1
-_ROWS = 1 << 18  # made at once
+UNTOUCHED = 0.1  # length of the vectors of items without users; the others' is 1
+_ROWS = 1 << 18  # drawn at once
 
 
 def from_interactions(
@@ -21,10 +21,10 @@ def from_interactions(
     weights: npt.NDArray[np.floating] | None = None,
     seed: int = 0,
 ) -> Float32Array:
-    """float32 [num_items, dim] by truncated SVD of the item-user matrix: sums of its pairs' weights, 1 by default.
+    """Return vectors float32 [num_items, dim] by truncated SVD of the item-user matrix of summed weights (default 1).
 
-    users, items: int64 [n], pair by pair. Vectors have length 1, so that codes tell whom an item is for and not how
-    popular it is. Items that nobody touched get short random ones: around nothing in particular, but spread.
+    users, items: int64 [n], pair by pair. Vectors have length 1, so that codes describe an item's users and not its
+    popularity. Items without users get short random vectors.
 
     Raises ValueError for arrays of other forms, ids out of range, weights that are not finite, or dim below 1.
     """
@@ -45,17 +45,17 @@ def from_interactions(
     if rank:
         shape = (len(touched), max(len(people), 2))  # scikit-learn refuses a single column
         matrix = csr_matrix((weights.astype(np.float32), (rows, columns)), shape=shape)
-        with np.errstate(all="ignore"):  # shares of a variance of 0, which nobody asks for
+        with np.errstate(all="ignore"):  # scikit-learn divides by a variance of 0 for figures that are not used
             found = TruncatedSVD(rank, random_state=seed).fit_transform(matrix).astype(np.float32)
         length = np.linalg.norm(found, axis=1, keepdims=True)
-        seen = length[:, 0] > 1e-5 * length.max()  # below that, the direction is rounding
+        seen = length[:, 0] > 1e-5 * length.max()  # below that, the direction is rounding error
         vectors[touched[seen], :rank] = found[seen] / length[seen]
         vectors[touched[seen], rank:] = 0
     return vectors
 
 
 def clustered(items: int, dim: int = 16, clusters: int = 1024, spread: float = 0.5, seed: int = 0) -> Float32Array:
-    """float32 [items, dim] for a made-up catalogue: normal clusters of this standard deviation around normal centres.
+    """Return vectors float32 [items, dim] of a synthetic catalogue: normal clusters around normal centres.
 
     Raises ValueError for counts below 1.
     """
@@ -64,7 +64,7 @@ def clustered(items: int, dim: int = 16, clusters: int = 1024, spread: float = 0
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((clusters, dim), np.float32)
     vectors = np.empty((items, dim), np.float32)
-    for i in range(0, items, _ROWS):  # a part at a time: no second array of that size
+    for i in range(0, items, _ROWS):  # in parts, without a second array of that size
         part = vectors[i : i + _ROWS]
         rng.standard_normal(out=part, dtype=np.float32)
         part *= spread

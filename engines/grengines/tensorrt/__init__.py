@@ -1,1 +1,1 @@
-"""The exported ranking model as a TensorRT plan: built for a GPU that need not be there, executed where it is."""
+"""The exported ranking model as a TensorRT plan, which can be built on a machine without the GPU."""

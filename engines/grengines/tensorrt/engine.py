@@ -1,7 +1,7 @@
-"""engine=tensorrt: executes plans. Written against the documented API of TensorRT 10.13+ and TensorRT for RTX.
+"""engine=tensorrt: execution of plans, written against the documented API of TensorRT 10.13+ and TensorRT for RTX.
 
-Not yet run: the project has had no machine with a GPU that the libraries it can install execute on. Building plans is
-tested (plan.py); what is here is gated by availability, and every cell by the fp32 reference as always.
+This engine has not run yet: no machine of the project has had both a library and a GPU that it supports. Tests cover
+the building of plans (plan.py). `requires` in the registry and the gate of every cell guard the rest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from grengines.tensorrt.library import find
 
 
 class TensorRTEngine(RankingEngine):
-    """The exported model as a TensorRT plan.
+    """Ranking with the exported model as a TensorRT plan.
 
     Raises UnavailableError where the library or a GPU that it executes on is missing, and ValueError for options that
     contradict each other.
@@ -63,14 +63,14 @@ class TensorRTEngine(RankingEngine):
         self._execution: Execution | None = None
         self._staged: Staged | None = None
         self._graphs: dict[Bucket, Graph] = {}
-        self._refitted = False  # the plan was built with other weights
+        self._refitted = False  # True: the plan was built with other weights
         self._seconds = {"build_s": 0.0, "load_s": 0.0}
 
     @torch.inference_mode()
     def _load(self, sample: Sequence[Request], max_batch: int) -> None:
-        """Load the plan, after building it where there is none yet, and capture the graphs.
+        """Load the plan, which is built if it is missing, and capture the graphs.
 
-        Raises ValueError for a plan that does not belong here.
+        Raises ValueError for a plan of another model, precision, library or GPU.
         """
         facts, feeds = self._facts(sample, max_batch)
         begun = time.perf_counter()
@@ -83,7 +83,7 @@ class TensorRTEngine(RankingEngine):
             base = exporter.cached(self._model_config, setup.catalogue, setup.seed, plans.BASE[self._precision])
             self._execution.refit(base.onnx)
         self._staged = Staged(self._execution.capacity, pin=True)
-        if graphs and not self._library.rtx:  # which captures by itself
+        if graphs and not self._library.rtx:  # TensorRT for RTX captures by itself
             for bucket in plan_buckets(sample, self._encoding, max_batch, []):
                 self._capture(bucket)
         self._seconds = {"build_s": loading - begun, "load_s": time.perf_counter() - loading}
@@ -95,15 +95,17 @@ class TensorRTEngine(RankingEngine):
             self.rank(largest)
             if self._options.cuda_graphs and self._library.rtx:
                 execution.check_captured(Sizes.of(largest, self._encoding))
-        except OutsideError:  # of a plan that was given
+        except OutsideError:  # engine.plan may hold less than the sample
             if not self._options.fallback:
                 raise
         execution.save_runtime_cache()
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """As grengines.api.Ranker. Calls from several threads take turns. Raises OutsideError for a batch that no
-        profile of the plan holds, RuntimeError before `prepare`."""
+        """Score every candidate of every request. Threads take turns.
+
+        Raises OutsideError for a batch that no profile of the plan holds, RuntimeError before `prepare`.
+        """
         execution, staged = self._ready(self._execution), self._ready(self._staged)
         with self._lock, torch.cuda.stream(execution.stream):
             begun = time.perf_counter()
@@ -148,7 +150,7 @@ class TensorRTEngine(RankingEngine):
         self._execution, self._staged, self._plan = None, None, None
 
     def _facts(self, sample: Sequence[Request], max_batch: int) -> tuple[plans.Facts, list[dict[str, Any]]]:
-        """What the plan must be, and the calibration set that it is built with."""
+        """Return the facts of the plan to load, and the calibration set to build it with."""
         sizes = profiles(sample, self._encoding, max_batch, self._options.profiles)
         options = {
             "precision": self._precision,
@@ -174,12 +176,12 @@ class TensorRTEngine(RankingEngine):
         )
 
     def _columns(self, bucket: Bucket) -> int:
-        """How far attention pads its keys in a bucket: as any batch of it may need."""
+        """Return the keys to which attention pads in a bucket: the most that a batch of it may need."""
         assert self._execution is not None
         return min(bucket.length, self._execution.facts.profiles[-1].history)
 
     def _capture(self, bucket: Bucket) -> None:
-        """Capture the bucket's graph, unless the plan was not built for so large a batch."""
+        """Capture the bucket's graph, if the plan holds a batch of its sizes."""
         assert self._execution is not None and self._staged is not None
         length, columns = bucket.length, self._columns(bucket)
         needed = Sizes(bucket.batch, bucket.batch * length, length, columns, bucket.batch * bucket.candidates)

@@ -1,4 +1,4 @@
-"""One view of two libraries with the same Python API: TensorRT (from 10.13) and TensorRT for RTX."""
+"""TensorRT (from 10.13) and TensorRT for RTX, two libraries with the same Python API."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from grengines.api import UnavailableError
 from grengines.spec import Package
 
-# Import names in the order in which they are tried, and what installs them.
+# Import names in the order of preference, and the commands that install them.
 _NAMES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _INSTALL = {
     "tensorrt": "pip install 'grbench[tensorrt]'",
@@ -22,24 +22,26 @@ PACKAGES = (
     Package("tensorrt", ("tensorrt-cu13",), _INSTALL["tensorrt"]),
     Package("tensorrt_rtx_bindings", ("tensorrt-rtx-cu13-bindings",), _INSTALL["tensorrt_rtx"]),
 )
-_LEAST = (10, 13)  # of TensorRT: strongly typed networks with plugins compiled ahead of time
-# What TensorRT for RTX executes on, as it says itself when it refuses another GPU.
+_LEAST = (10, 13)  # version of TensorRT: strongly typed networks with plugins compiled ahead of time
+# The GPUs of TensorRT for RTX, from its message when it refuses another.
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
 
 @dataclass(frozen=True)
 class Library:
+    """One of the two libraries, imported."""
+
     name: str  # tensorrt or tensorrt_rtx
     module: Any
     version: str
 
     @property
     def rtx(self) -> bool:
-        """Compiles ahead of time for GPUs that aren't there, and finishes on the GPU (a runtime cache keeps that)."""
+        """True for TensorRT for RTX: it builds for an absent GPU, which then compiles the rest and caches it."""
         return self.name == "tensorrt_rtx"
 
     def elsewhere(self, target: str) -> str | None:
-        """None, or why plans for this compute capability can't be built on this machine, and the command that can."""
+        """Return None if plans for this compute capability can be built here, else the reason and the fix."""
         if self.rtx:
             return None  # it compiles for any GPU that it executes on
         import torch
@@ -47,11 +49,11 @@ class Library:
         here = "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
         if here == target:
             return None
-        mend = f"--target {here} or --library tensorrt_rtx" if here else "--library tensorrt_rtx"
-        return f"tensorrt builds for the GPU that it builds on, here {here or 'none'}, not for {target}; give {mend}"
+        fix = f"--target {here} or --library tensorrt_rtx" if here else "--library tensorrt_rtx"
+        return f"tensorrt builds for the GPU that it builds on, here {here or 'none'}, not for {target}; give {fix}"
 
     def refusal(self, target: str) -> str | None:
-        """None, or why a GPU of this compute capability ("8.9") can't execute its plans."""
+        """Return None if a GPU of this compute capability ("8.9") can execute its plans, else the reason."""
         if self.rtx and target not in RTX_CAPABILITIES:
             supported = ", ".join(RTX_CAPABILITIES)
             return f"TensorRT for RTX does not support compute capability {target} (supported: {supported})"
@@ -59,7 +61,7 @@ class Library:
 
 
 def missing(choice: str = "auto") -> str | None:
-    """None if a library that `choice` allows is installed, else "why not; command that mends it"."""
+    """Return None if a library that `choice` allows is installed, else "reason; command that fixes it"."""
     names = list(_NAMES) if choice == "auto" else [choice]
     if any(_found(name) for name in names):
         return None
@@ -67,7 +69,7 @@ def missing(choice: str = "auto") -> str | None:
 
 
 def no_gpu() -> str | None:
-    """None if there is an NVIDIA driver, else that plans can only be built here."""
+    """Return None if there is an NVIDIA driver, else that plans can only be built here."""
     if ctypes.util.find_library("cuda"):
         return None
     return (
@@ -81,7 +83,7 @@ def unavailable() -> str | None:
 
 
 def find(choice: str = "auto") -> Library:
-    """The library, imported. Raises UnavailableError where none is there, or one that is too old or doesn't load."""
+    """Import the library. Raises UnavailableError if it is missing, too old or does not load."""
     if reason := missing(choice):
         raise UnavailableError(reason)
     name = next(n for n in (_NAMES if choice == "auto" else [choice]) if _found(n))
@@ -89,7 +91,7 @@ def find(choice: str = "auto") -> Library:
     assert found is not None
     try:
         module = import_module(found)
-    except Exception as e:  # whatever a binary package raises when its libraries are not there
+    except Exception as e:  # a binary package raises anything if its libraries are missing
         raise UnavailableError(f"{found} can't be loaded ({' '.join(str(e).split())}); {_INSTALL[name]}") from e
     version = module.__version__
     if name == "tensorrt" and tuple(int(n) for n in version.split(".")[:2]) < _LEAST:
@@ -99,7 +101,7 @@ def find(choice: str = "auto") -> Library:
 
 @functools.cache
 def logger(library: Library) -> Any:
-    """The library's one logger (it takes no second), whose `take` gives what it was told of errors since the last."""
+    """Return the library's logger, of which a process has one. Its `take` returns the errors since the last call."""
 
     class Log(library.module.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -111,9 +113,9 @@ def logger(library: Library) -> Any:
                 self.errors.append(" ".join(message.split()))
 
         def take(self) -> str:
-            said = "; ".join(dict.fromkeys(self.errors)) or "it gave no reason"
+            errors = "; ".join(dict.fromkeys(self.errors)) or "it gave no reason"
             self.errors.clear()
-            return said
+            return errors
 
     return Log()
 

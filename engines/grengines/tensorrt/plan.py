@@ -1,4 +1,4 @@
-"""Plans: built from an export for one kind of GPU, kept in a cache, known again by the manifest beside them."""
+"""Plans: built from an export for one kind of GPU, kept in a cache, identified by the manifest beside them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from grengines.tensorrt.library import Library, logger
 
 FORMAT = "grbench-tensorrt-2"
 PLAN_FILE, MANIFEST_FILE = "model.plan", "manifest.json"
-BASE = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}  # the export that is built from
-Progress = Callable[[str, float], None]  # what is done, and how much of it: 0 to 1
+BASE = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}  # precision of the export
+Progress = Callable[[str, float], None]  # phase, and its finished share: 0 to 1
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan is."""
+    """Metadata of a plan: everything that decides whether an engine can use it."""
 
     model_hash: str
     precision: str
@@ -36,8 +36,8 @@ class Facts:
     version: str
     target: str  # compute capability, for instance 8.9
     profiles: list[Sizes]  # the largest batch of each
-    tile_rows: int  # most query rows that attention's body takes at a time
-    calibration: str  # digest of the requests that 8-bit scales come from; empty for other precisions
+    tile_rows: int  # most query rows that attention's body processes at a time
+    calibration: str  # digest of the requests that give 8-bit scales; empty for other precisions
     refit: bool
     plugin: bool
     format: str = FORMAT
@@ -72,8 +72,10 @@ class Facts:
         )
 
     def folder(self, structure: str) -> Path:
-        """Where the cache keeps this plan. structure: names the model without its weights, all that a plan which takes
-        other weights depends on."""
+        """Return the plan's folder in the cache.
+
+        structure: hash of the model without its weights, for plans whose weights can be replaced.
+        """
         facts = asdict(self)
         if self.refit:
             facts["model_hash"] = structure
@@ -82,7 +84,7 @@ class Facts:
         )
 
     def shapes(self, profile: Sizes) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """Of each input the smallest, the best and the largest shape: a profile is tuned for its largest batch."""
+        """Return the smallest, best and largest shape of each input. A profile is tuned for its largest batch."""
         rows = min(self.tile_rows, profile.longest)
         most = {
             "L": profile.tokens,
@@ -103,7 +105,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan that was built or loaded. manifest: facts, tensors, sizes, how long it took."""
+    """A plan that was built or loaded. manifest: facts, tensors, sizes and build times."""
 
     folder: Path
     facts: Facts
@@ -124,12 +126,11 @@ def build(
     progress: Progress | None = None,
     keep: bool = False,
 ) -> Plan:
-    """Build a plan into `folder`, replacing a plan that is there; its export comes from the cache or is made.
+    """Build a plan into `folder`, and replace a plan that is there. Its export comes from the cache, or is made.
 
-    feeds: the calibration set of int8 and fp8, inputs of the exported model. keep: where another process was faster,
-    its plan stays, and is the result. Takes seconds (TensorRT for RTX) to minutes. Raises ValueError for a missing
-    calibration set or a target that TensorRT can't build for here, UnavailableError, with the library's words, for what
-    it refuses.
+    feeds: the calibration set of int8 and fp8, inputs of the exported model. keep: if another process was faster, keep
+    and return its plan. Takes seconds (TensorRT for RTX) to minutes. Raises ValueError for a missing calibration set or
+    a target that TensorRT can't build for here, UnavailableError, with the library's message, for what it refuses.
     """
     atomic_io.check(folder, MANIFEST_FILE, "plan")
     if reason := library.elsewhere(facts.target):
@@ -172,8 +173,7 @@ def build(
 def cached(
     library: Library, facts: Facts, model: HSTUConfig, catalogue: Catalogue, seed: int, feeds: Sequence[Any] = ()
 ) -> Plan:
-    """The plan from the cache folder, built now if it isn't there. Raises as `build` and, for one that is damaged, as
-    `load`."""
+    """Return the plan from the cache folder, which is built if it is missing. Raises as `build` and `load`."""
     folder = facts.folder(structure_of(model, catalogue))
     if folder.exists():
         return load(folder, facts, _again(folder))
@@ -184,15 +184,15 @@ def _again(folder: Path) -> str:
     return f"rm -r {folder}, and it is built again"
 
 
-def load(folder: Path, wanted: Facts, mend: str) -> Plan:
-    """Open a plan. mend: the command that makes the one that is wanted.
+def load(folder: Path, wanted: Facts, hint: str) -> Plan:
+    """Open a plan. hint: the fix that error messages name.
 
-    Raises ValueError, one line, for a folder without a whole plan, or one of another model, precision, library, version
-    or GPU.
+    Raises ValueError, one line, for a folder without a complete plan, or with one of another model, precision, library,
+    version or GPU.
     """
     manifest_file = folder / MANIFEST_FILE
     if not manifest_file.is_file():
-        raise ValueError(f"{folder}: no plan there; {mend}")
+        raise ValueError(f"{folder}: no plan; {hint}")
     try:
         manifest = json.loads(manifest_file.read_text())
         values = manifest["facts"]
@@ -201,20 +201,20 @@ def load(folder: Path, wanted: Facts, mend: str) -> Plan:
             raise ValueError(f"format {facts.format}, expected {FORMAT}")
         expected = manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{manifest_file}: not the manifest of a plan of this version ({e}); {mend}") from None
+        raise ValueError(f"{manifest_file}: not the manifest of a plan of this version ({e}); {hint}") from None
     plan = folder / PLAN_FILE
     if not plan.is_file() or sha256(plan) != expected:
-        raise ValueError(f"{plan}: missing, or not as it was written (sha256 differs from {MANIFEST_FILE}); {mend}")
+        raise ValueError(f"{plan}: missing, or not as it was written (sha256 differs from {MANIFEST_FILE}); {hint}")
     ours = ("precision", "library", "version", "target", "plugin")
     for name in (*ours, *(() if facts.refit else ("model_hash",))):
         got, want = getattr(facts, name), getattr(wanted, name)
         if got != want:
-            raise ValueError(f"{folder}: built for {name} {got}, this run has {want}; {mend}")
+            raise ValueError(f"{folder}: built for {name} {got}, this run has {want}; {hint}")
     return Plan(folder, facts, manifest)
 
 
 def structure_of(model: HSTUConfig, catalogue: Catalogue) -> str:
-    """Names a model without its weights."""
+    """Return the hash of a model without its weights."""
     return model_hash(replace(model, weights=None), catalogue, -1)
 
 
@@ -230,13 +230,13 @@ def _compile(library: Library, facts: Facts, onnx: Path, progress: Progress | No
             f"{facts.library} {facts.version} can't parse the {facts.precision} model: {' '.join(reason.split())}"
         )
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # what the network has in fp32 is computed in fp32
+    config.clear_flag(trt.BuilderFlag.TF32)  # no TF32 for the network's fp32 parts
     if facts.refit:
         # One by one: TensorRT for RTX can't compile the graph's scalar constants as weights that may change.
         config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
         for name in _weight_names(onnx):
             if not network.mark_weights_refittable(name):
-                raise UnavailableError(f"{facts.library} {facts.version} can't make {name} exchangeable: {log.take()}")
+                raise UnavailableError(f"{facts.library} {facts.version} can't make {name} replaceable: {log.take()}")
     if library.rtx:
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else it may allocate within a CUDA graph
         config.num_compute_capabilities = 1
@@ -249,9 +249,9 @@ def _compile(library: Library, facts: Facts, onnx: Path, progress: Progress | No
         if config.add_optimization_profile(profile) < 0:
             raise UnavailableError(f"{facts.library} refuses the profile {sizes}: {log.take()}")
     if progress is not None:
-        monitor = _monitor(trt, progress)  # kept until the build is over
+        monitor = _monitor(trt, progress)  # keeps it alive during the build
         config.progress_monitor = monitor
-    # What earlier builds on this GPU measured. TensorRT for RTX measures nothing when it builds.
+    # Timings of earlier builds on this GPU. TensorRT for RTX measures nothing when it builds.
     timings = None if library.rtx else _timings(config, _timings_file(facts))
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
@@ -266,7 +266,7 @@ def _compile(library: Library, facts: Facts, onnx: Path, progress: Progress | No
 
 
 def _weight_names(onnx: Path) -> list[str]:
-    """The model's weights in an ONNX file: tensors of floating point with more than one number."""
+    """Return the weights of an ONNX file: floating-point tensors of more than one number."""
     from onnx import TensorProto, load
 
     kinds = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -288,7 +288,7 @@ def _timings_file(facts: Facts) -> Path:
 
 
 def _timings(config: Any, file: Path) -> Any:
-    """The timing cache that the build now uses: the file's or, where that is another GPU's or damaged, a new one."""
+    """Set the build's timing cache and return it: the file's, or a new one if that is damaged or another GPU's."""
     cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         cache = config.create_timing_cache(b"")

@@ -1,12 +1,11 @@
 """HSTU attention as a TensorRT plugin: the Triton kernel, compiled ahead of time into the plan (TensorRT only).
 
-It stands in for the function `grbench::hstu_attention` of an exported model. Written against the documented API of
-`tensorrt.plugin` (register, autotune, aot_impl; TensorRT 10.13) and not yet run: there was no TensorRT to run it with.
-What can be checked without one is: that the kernel compiles, and that its parameters come in the order in which
-TensorRT passes them, inputs, integers, outputs.
+It replaces the function `grbench::hstu_attention` of an exported model. It is written against the documented API of
+`tensorrt.plugin` (register, autotune, aot_impl; TensorRT 10.13), and has not run with TensorRT yet. Tests check that
+the kernel compiles, and that its parameters have TensorRT's order: inputs, integers, outputs.
 
-All options of the model are constants of the kernel, so the plugin has no attributes: aot_impl would have to take all
-of them, in register's order, and a parser may hand a float over as a double.
+All options of the model are constants of the kernel, so the plugin has no attributes. aot_impl would have to take all
+of them, in register's order, and a parser may pass a float as a double.
 """
 
 # No `from __future__ import annotations`: tensorrt.plugin reads the annotations themselves.
@@ -35,13 +34,13 @@ POINTERS = ("q", "k", "v", "offsets", "num_targets", "tiles", "columns")
 
 
 class Compiled(NamedTuple):
-    """A kernel and how it is launched."""
+    """A compiled kernel and its launch sizes."""
 
     name: str
     ptx: str
-    threads: int  # a block
-    shared: int  # bytes a block
-    rows: int  # query rows a block
+    threads: int  # of a block
+    shared: int  # bytes of a block
+    rows: int  # query rows of a block
 
 
 class Target(NamedTuple):
@@ -78,7 +77,7 @@ def hstu_attention_plugin(
     M: tl.constexpr,
     N: tl.constexpr,
 ) -> None:
-    """The kernel with its parameters in TensorRT's order: tensors are contiguous there, all options are the model's."""
+    """The kernel with its parameters in TensorRT's order. TensorRT's tensors are contiguous."""
     _attention(
         q, k, v, out, k, v, offsets, offsets, num_targets, offsets, offsets,
         HEADS * QK, QK, HEADS * QK, QK, HEADS * V, V, 0, 0, 0, 0, 0, 0, HEADS, CONTEXT, WINDOW,
@@ -88,7 +87,7 @@ def hstu_attention_plugin(
 
 
 def compile_kernel(model: HSTUConfig, dtype: str, target: str, most: Sizes) -> Compiled:
-    """The plugin's kernel for a compute capability ("9.0"); dtype fp32, fp16 or bf16. Needs no GPU."""
+    """Compile the plugin's kernel for a compute capability ("9.0"), without a GPU. dtype: fp32, fp16 or bf16."""
     config = _launch_configuration(model, DTYPES[dtype], most)
     constants = {
         "HEADS": model.heads,
@@ -136,13 +135,13 @@ def _launch_configuration(model: HSTUConfig, dtype: torch.dtype, most: Sizes) ->
 
 
 def substitute(onnx: Path, out: Path) -> Path:
-    """Write the model to `out` with nodes of the plugin in the place of the function's. Returns `out`."""
+    """Write the model to `out` with the plugin's nodes instead of the function's. Returns `out`."""
     from onnx import helper, load, save
 
     model = load(str(onnx))
     for node in model.graph.node:
         if (node.domain, node.op_type) == (DOMAIN, NAME):
-            node.domain = ""  # the parser looks for a plugin of the operator's name in the namespace that is given
+            node.domain = ""  # the parser finds a plugin by the operator's name and the namespace
             del node.attribute[:]
             node.attribute.extend([helper.make_attribute("plugin_namespace", DOMAIN), helper.make_attribute("aot", 1)])
     functions = [f for f in model.functions if (f.domain, f.name) != (DOMAIN, NAME)]
@@ -212,7 +211,7 @@ def _register_once() -> None:
         launch = trtp.KernelLaunchParams()
         launch.grid_x = trtp.cdiv(tiles.shape_expr.numel(), made.rows)
         launch.grid_y = _target.model.heads
-        launch.grid_z = offsets.shape_expr[0]  # the last zeroes what comes after the sequences
+        launch.grid_z = offsets.shape_expr[0]  # the last one zeroes the rows after the sequences
         launch.block_x = made.threads
         launch.shared_mem = made.shared
         integers = trtp.SymIntExprs(1)
@@ -221,8 +220,11 @@ def _register_once() -> None:
 
 
 def _without_unused(ptx: str, kernel: str, count: int) -> str:
-    """The PTX whose entry has its first `count` parameters only. Triton adds pointers to scratch memory, which TensorRT
-    does not pass; this kernel uses none. Raises RuntimeError where it does."""
+    """Return the PTX with only the first `count` parameters of its entry.
+
+    Triton adds pointers to scratch memory, which TensorRT does not pass and this kernel does not use. Raises
+    RuntimeError if it does.
+    """
     head = re.search(rf"\.entry {kernel}\((.*?)\)", ptx, re.DOTALL)
     if head is None:
         raise RuntimeError(f"Triton's PTX has no entry {kernel}")

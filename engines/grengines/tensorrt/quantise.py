@@ -1,8 +1,8 @@
 """Explicit Q/DQ: the layers' products of an exported model in int8 or fp8, with scales from real requests.
 
-Both operands of every product x W (a layer's input and output projection) get a QuantizeLinear and a DequantizeLinear,
-in which a runtime finds a product of 8-bit numbers; nothing else changes. Scales are symmetric: the largest magnitude
-over the calibration set for x, one for the tensor; for W in int8 one for each output, in fp8 one for the tensor.
+Both operands of every product x W (a layer's input and output projection) get a QuantizeLinear and a DequantizeLinear.
+A runtime fuses these into a product of 8-bit numbers. Nothing else changes. Scales are symmetric and come from largest
+magnitudes. x has one scale, over the calibration set. W has one for each output in int8, and one in fp8.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-OPSET = 21  # the first whose Q/DQ take fp16 scales and 8-bit floats
+OPSET = 21  # the oldest whose Q/DQ take fp16 scales and 8-bit floats
 KINDS = {"int8": (TensorProto.INT8, 127.0), "fp8": (TensorProto.FLOAT8E4M3FN, 448.0)}
-LEAST_SCALE = 2.0**-24  # the smallest number above 0 in fp16: zeros need a scale too
+LEAST_SCALE = 2.0**-24  # the smallest fp16 number above 0, for tensors of zeros
 Feed = dict[str, npt.NDArray[Any]]
 
 
 def quantise(source: Path, target: Path, kind: str, feeds: Sequence[Feed]) -> Path:
     """Write the model of `source` with Q/DQ to `target`, in kind int8 or fp8. Returns `target`.
 
-    feeds: inputs of the model that scales are taken from. Raises ValueError for an empty calibration set or a model
+    feeds: inputs of the model, which give the scales. Raises ValueError for an empty calibration set or a model
     without such products.
     """
     if not feeds:
@@ -76,20 +76,20 @@ def quantise(source: Path, target: Path, kind: str, feeds: Sequence[Feed]) -> Pa
 
 
 def save(model: Any, path: Path) -> None:
-    """Write a model, its weights to a file beside it: ONNX allows 2 GiB in one."""
+    """Write a model, and its weights to a file beside it, since ONNX limits a file to 2 GiB."""
     onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
 
 
 def _products(model: Any) -> list[Any]:
-    """Gemms of a layer's projections: their weight is constant and a residual or bias of the same type is added."""
+    """Return the Gemms of the layers' projections: constant weight, and a residual or bias of the same type."""
     constants = {w.name: w for w in model.graph.initializer}
     layers = [n for n in model.graph.node if n.op_type == "Gemm" and n.input[1] in constants]
-    # The head stays as it is: it is small, and what it rounds nothing evens out.
+    # The head is unchanged: it is small, and no later layer averages its rounding errors.
     return [n for n in layers if ".head_" not in n.input[1] and n.output[0] != "logits"]
 
 
 def _largest(source: Path, names: Sequence[str], feeds: Sequence[Feed], folder: Path) -> dict[str, float]:
-    """The largest magnitude of each tensor over the feeds, by ONNX Runtime on the CPU. folder: for its copy."""
+    """Return the largest magnitude of each tensor over the feeds, by ONNX Runtime on the CPU. folder: for its copy."""
     model = onnx.load(str(source))
     wanted = list(dict.fromkeys(names))
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
@@ -107,7 +107,7 @@ def _largest(source: Path, names: Sequence[str], feeds: Sequence[Feed], folder: 
 
 
 def _weight(model: Any, weight: Any, name: str, dtype: int, top: float, axis: int) -> Any:
-    """Store the weight in 8 bits; the node that gives its values back."""
+    """Store the weight in 8 bits. Returns the node that dequantises it."""
     values = numpy_helper.to_array(weight).astype(np.float32)
     each = dtype == TensorProto.INT8
     magnitude = np.abs(values).max(axis=1 - axis) if each else np.abs(values).max()

@@ -1,4 +1,4 @@
-"""The calibration set of a plan: inputs of the exported model, which 8-bit scales are taken from."""
+"""The calibration set of a plan: inputs of the exported model that give the 8-bit scales."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grengines.runtime.batch import Encoding, pack
 
 
 def feeds(requests: Sequence[Request], encoding: Encoding, count: int, tile_rows: int) -> list[dict[str, Any]]:
-    """Inputs of the exported model for `count` requests that are spread over the sample, one at a time."""
+    """Return the exported model's inputs for each of `count` requests that are spread over the sample."""
     count = min(count, len(requests))
     chosen = [requests[i] for i in np.linspace(0, len(requests) - 1, count).astype(int)] if count else []
     return [
@@ -31,7 +31,7 @@ def feeds(requests: Sequence[Request], encoding: Encoding, count: int, tile_rows
 
 
 def digest(inputs: Sequence[dict[str, Any]]) -> str:
-    """16 hex digits over a calibration set."""
+    """Return 16 hex digits over a calibration set."""
     made = hashlib.sha256()
     for feed in inputs:
         for array in feed.values():

@@ -1,1 +1,1 @@
-"""Decoder-only Transformers over semantic IDs (Qwen3's layers), to hold HSTU against."""
+"""Decoder-only Transformers over semantic IDs with Qwen3's layers, for comparison with HSTU."""

@@ -9,8 +9,9 @@ from grengines.options import option
 
 @dataclass
 class DecoderConfig:
-    """Shape of a decoder-only Transformer with Qwen3's layers: RMSNorm, grouped-query attention with normalised queries
-    and keys and rotary positions, SwiGLU. Its vocabulary is a catalogue's semantic IDs.
+    """Shape of a decoder-only Transformer with Qwen3's layers. Its vocabulary is a catalogue's semantic IDs.
+
+    A layer has RMSNorm, grouped-query attention with normalised queries and keys and rotary positions, and SwiGLU.
 
     Source: Qwen Team, "Qwen3 Technical Report", 2025.
     """
@@ -27,7 +28,7 @@ class DecoderConfig:
 
 
 def contradiction(config: DecoderConfig) -> str | None:
-    """None, or which options don't fit together."""
+    """Return None, or the options that do not fit together."""
     if config.heads % config.kv_heads:
         return f"model.kv_heads={config.kv_heads}: must divide model.heads={config.heads}"
     if config.head_dim % 2:

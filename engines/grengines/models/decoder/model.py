@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 
 class Decoder:
-    """Tokens are HSTUGenerator's: level offset + code, the last one begins an empty prompt. `layers`, called with them,
-    gives vectors after the final norm. Token vectors are the output's weights too."""
+    """A decoder with HSTUGenerator's tokens: level offset + code, and a last one that begins an empty prompt.
+
+    `layers`, called with tokens, returns vectors after the final norm. The output layer's weights are the token table.
+    """
 
     def __init__(self, layers: Qwen3Model, sizes: Sequence[int], max_positions: int) -> None:
         self.layers, self.sizes, self.max_positions = layers, tuple(sizes), max_positions
@@ -40,11 +42,11 @@ class Decoder:
         dtype: torch.dtype,
         weights: str | None = None,
     ) -> Decoder:
-        """Weights of the safetensors file, or random ones from the seed: see `grengines.models.decoder.weights`.
+        """Build a decoder with the weights of a safetensors file, or random ones from the seed (decoder/weights.py).
 
         Raises UnavailableError without transformers, ValueError for weights or sizes that don't fit.
         """
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on a hub
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
         try:
             from transformers import Qwen3Config, Qwen3Model
         except ImportError as e:
@@ -56,7 +58,7 @@ class Decoder:
         return cls(layers, sizes, config.max_positions)
 
     def to(self, dtype: torch.dtype) -> Decoder:
-        """A copy in this precision."""
+        """Return a copy in this precision."""
         named = {name: tensor.to(dtype) for name, tensor in self.layers.state_dict().items()}
         layers = _assembled(type(self.layers), self.layers.config, named)
         layers.rotary_emb = self.layers.rotary_emb
@@ -64,28 +66,31 @@ class Decoder:
 
     @property
     def token_table(self) -> Tensor:
-        """[vocabulary, E]"""
+        """Vectors of all tokens [vocabulary, E]."""
         table: Tensor = self.layers.embed_tokens.weight
         return table
 
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
-        """The last max_positions tokens int64 [n], whole items; the begin token where there are none."""
+        """Return the last whole items within max_positions tokens int64 [n], or the begin token if there are none."""
         return prompt_of(tokens, self.sizes, self.max_positions)
 
     def logits(self, x: Tensor, level: int) -> Tensor:
-        """fp32 [rows, codes of the level], of vectors [rows, E] after the final norm."""
+        """Return fp32 logits [rows, codes of the level] of vectors [rows, E] after the final norm."""
         return level_logits(x, self.token_table, self.sizes, level)
 
 
 def _assembled(kind: Any, described: Any, named: dict[str, Tensor]) -> Qwen3Model:
-    """A Qwen3Model of these very tensors, but for its rotary positions: they are no parameters, and stay in fp32."""
-    with torch.device("meta"):  # nothing is initialised twice
+    """Return a Qwen3Model of these tensors. Its rotary positions are no parameters and stay in fp32."""
+    with torch.device("meta"):  # no initialisation
         layers = kind(described)
     layers.load_state_dict(named, assign=True)
     return layers.requires_grad_(False).eval()
 
 
 def level_logits(x: Tensor, token_table: Tensor, sizes: Sequence[int], level: int) -> Tensor:
-    """fp32 [rows, codes of the level]. x: [rows, E], after the final norm. token_table: [vocabulary, E]."""
+    """Return fp32 logits [rows, codes of the level].
+
+    x: [rows, E], after the final norm. token_table: [vocabulary, E].
+    """
     first = sum(sizes[:level])
     return F.linear(x.float(), token_table[first : first + sizes[level]].float())

@@ -1,7 +1,7 @@
-"""What a decoder's beam search should find: one request at a time, its prompt encoded once, nothing padded or copied.
+"""The fp32 reference of decoders: one request at a time, its prompt encoded once, nothing padded or copied.
 
-Beams are one sequence after the prompt, in which every code sees the prompt, the codes before it in its own beam and
-itself: a tree in the attention's mask. A softmax over a row that doesn't see the others is what it is without them.
+All beams are one sequence after the prompt. A mask lets every code see the prompt, the earlier codes of its own beam,
+and itself. A row's softmax is then the same as without the other beams.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grengines.runtime.device import DTYPES
 from grengines.semantic.search import Beams, check_width, explore
 from grengines.semantic.trie import TensorTrie
 
-CHUNK = 1024  # tokens of a prompt encoded at once: bounds the memory of attention's scores
+CHUNK = 1024  # tokens of a prompt encoded at once, which bounds the memory of scores
 
 
 class Tree:
@@ -38,10 +38,10 @@ class Tree:
             chunk = tokens[:, begin : begin + CHUNK]
             out = decoder.layers(input_ids=chunk, past_key_values=self._cache, use_cache=True)
         self.hidden = out.last_hidden_state[:, -1]  # [beams, E]: one beam, the prompt
-        self._seen = torch.zeros(1, 0, dtype=torch.bool, device=device)  # [beams, codes so far]: those of each beam
+        self._seen = torch.zeros(1, 0, dtype=torch.bool, device=device)  # [beams, codes]: the own ones
 
     def grow(self, parents: Tensor, codes: Tensor, level: int) -> None:
-        """One more code: the beams are now parents[i] followed by codes[i] of the level, int64 [W]."""
+        """Append a code: beam i becomes beam parents[i] followed by codes[i] of the level, int64 [W]."""
         W, decoder = len(codes), self._decoder
         self._seen = torch.cat([self._seen[parents], torch.eye(W, dtype=torch.bool, device=codes.device)], dim=1)
         visible = torch.nn.functional.pad(self._seen, (self._length, 0), value=True)
@@ -91,7 +91,7 @@ class DecoderReference(GenerationReference[Decoder]):
 
 @contextmanager
 def zero_attention(decoder: Decoder) -> Iterator[None]:
-    """While it lasts, attention returns zeros: what it returns goes to `o_proj` and nowhere else."""
+    """Make attention return zeros: its output goes to `o_proj` only."""
     outputs = [layer.self_attn.o_proj for layer in decoder.layers.layers]
     hooks = [o.register_forward_pre_hook(lambda _, given: (torch.zeros_like(given[0]),)) for o in outputs]
     try:
@@ -102,7 +102,7 @@ def zero_attention(decoder: Decoder) -> Iterator[None]:
 
 
 def search(decoder: Decoder, trie: TensorTrie, tokens: np.ndarray, *, width: int, k: int) -> Beams:
-    """The k most likely items after one prompt (int64 [tokens])."""
+    """Return the k most likely items after one prompt (int64 [tokens])."""
     check_width(width, k)
     tree = Tree(decoder, decoder.prompt(tokens))
 

@@ -1,4 +1,4 @@
-"""A decoder's weights: random from a seed or of a safetensors file; and the folder that vLLM and transformers load."""
+"""Weights of a decoder, random or from a safetensors file, and the folder that vLLM and transformers load."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from grengines.models.decoder.config import DecoderConfig, contradiction
 
 EPS = 1e-6
 EMBEDDING = "model.embed_tokens.weight"
-_PAD = 64  # the vocabulary's rows are a multiple of it
+_PAD = 64  # the vocabulary has a multiple of it as rows
 _LOGITS = 4.0  # standard deviation of logits with random weights
-_SCORES = 2.0  # and of attention's scores
+_SCORES = 2.0  # standard deviation of attention's scores
 
 
 def write(
@@ -31,10 +31,10 @@ def write(
     dtype: torch.dtype,
     weights: str | None = None,
 ) -> None:
-    """Write config.json and model.safetensors, a Qwen3ForCausalLM whose input and output tables are one.
+    """Write config.json and model.safetensors of a Qwen3ForCausalLM with one table for input and output.
 
-    sizes: codes of each level. Tokens are level offset + code; the one after all levels begins an empty prompt. dtype:
-    of the file. weights: as `tensors`. Raises ValueError for weights that don't fit, and OSError.
+    sizes: codes of each level. Tokens are level offset + code. The token after all levels begins an empty prompt.
+    dtype: of the file. weights: as in `tensors`. Raises ValueError for weights that don't fit, and OSError.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def write(
 
 
 def shape(config: DecoderConfig, sizes: Sequence[int]) -> dict[str, Any]:
-    """What config.json says of the model, in transformers' names. Raises ValueError where sizes don't fit together."""
+    """Return the content of config.json, in transformers' names. Raises ValueError for sizes that don't fit."""
     if problem := contradiction(config):
         raise ValueError(problem)
     return {
@@ -72,7 +72,7 @@ def shape(config: DecoderConfig, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def shapes(config: DecoderConfig, sizes: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape by its name in transformers' Qwen3ForCausalLM. Raises ValueError as `shape`."""
+    """Return every tensor's shape by its name in transformers' Qwen3ForCausalLM. Raises ValueError as `shape`."""
     E, F = config.embedding_dim, config.mlp_dim
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     layer = {
@@ -95,10 +95,10 @@ def shapes(config: DecoderConfig, sizes: Sequence[int]) -> dict[str, tuple[int, 
 def tensors(
     config: DecoderConfig, sizes: Sequence[int], *, seed: int, dtype: torch.dtype, weights: str | None = None
 ) -> dict[str, Tensor]:
-    """Every tensor by its name, on the CPU in `dtype`: of the safetensors file `weights`, or random from the seed.
+    """Return every tensor by its name, on the CPU in `dtype`: from the safetensors file `weights`, or random.
 
-    Random ones are drawn in fp32, one after another in the order of `shapes`, then rounded: the same for every device.
-    Raises ValueError, one line with the file's name, for a file that is no safetensors file of this shape.
+    Random tensors are drawn in fp32 in the order of `shapes`, then rounded: they are the same for every device. Raises
+    ValueError, one line with the file's name, for a file that is no safetensors file of this shape.
     """
     expected = shapes(config, sizes)
     if weights is not None:
@@ -113,12 +113,12 @@ def tensors(
 
 
 def _spread(name: str, size: tuple[int, ...], layers: int) -> tuple[float, float]:
-    """Mean and standard deviation, chosen so that attention and every layer matter as in a trained model.
+    """Return a mean and a standard deviation that give attention and every layer the weight of a trained model.
 
-    Queries and keys have norms whose product gives scores of std 2: of n keys a row attends to some n / e^4, so that
-    its answer depends on which. What comes out has a length of about sqrt(e^4 / n), for which the output projection
-    makes up at some hundred keys. All layers together add to a token's vector about what it began with. Norms differ
-    from 1, so that one left out shows.
+    The norms of queries and keys give scores of std 2. A row then attends to about n / e^4 of n keys, so its answer
+    depends on the keys. Attention's output has a length of about sqrt(e^4 / n), which the output projection scales up
+    for some hundred keys. All layers together add about as much to a token's vector as it began with. Norms differ from
+    1, so that a missing one is noticed.
     """
     part = name.split(".")[-2]
     if len(size) == 1:
@@ -127,7 +127,7 @@ def _spread(name: str, size: tuple[int, ...], layers: int) -> tuple[float, float
     if part == "embed_tokens":
         return 0.0, _LOGITS * inputs
     if part in ("o_proj", "down_proj"):
-        token = _LOGITS / math.sqrt(size[0])  # length of an embedded token, a number
+        token = _LOGITS / math.sqrt(size[0])  # length of an embedded token, per element
         return 0.0, token * inputs * (2.0 if part == "down_proj" else 4.0) / math.sqrt(layers)
     return 0.0, inputs
 
@@ -145,9 +145,9 @@ def _read(path: str, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
             for name, size in expected.items():
                 tensor = f.get_slice(name)
                 if tuple(tensor.get_shape()) != size or not tensor.get_dtype().startswith(("F", "BF")):
-                    told = f"{tensor.get_dtype()} {tensor.get_shape()}, expected floating point {list(size)}"
+                    found_kind = f"{tensor.get_dtype()} {tensor.get_shape()}, expected floating point {list(size)}"
                     hint = "; rows follow the semantic IDs" if name == EMBEDDING else ""
-                    raise ValueError(f"{path}: tensor {name} is {told}{hint}")
+                    raise ValueError(f"{path}: tensor {name} is {found_kind}{hint}")
             return {name: f.get_tensor(name) for name in expected}
     except (SafetensorError, OSError) as e:
         reason = " ".join(str(e).split())

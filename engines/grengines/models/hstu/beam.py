@@ -1,4 +1,4 @@
-"""Beam search over semantic IDs: only items that exist, the prompt read once a code for all beams of a request."""
+"""Beam search over semantic IDs with HSTU. Each level reads the prompt once for all beams of a request."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def pool_for(model: HSTUGenerator, tokens: int, batch: int) -> PagePool:
 def search(
     model: HSTUGenerator, trie: TensorTrie, prompts: Sequence[np.ndarray], pool: PagePool, *, width: int, k: int
 ) -> Beams:
-    """The k most likely items of each prompt (int64 [tokens]), as a beam search of this width finds them.
+    """Return the k most likely items of each prompt (int64 [tokens]) by a beam search of this width.
 
-    A code's probability is the softmax over all codes of its level; those that lead to no item are then left out. With
-    a width of at least the number of prefixes of every level the result is exact. Raises PoolFullError where the
+    A code's probability is the softmax over all codes of its level. Codes that lead to no item are then dropped. The
+    result is exact if the width is at least the number of prefixes of every level. Raises PoolFullError where the
     prompts don't fit the pool, and ValueError for k above the width.
     """
     check_width(width, k)
@@ -52,7 +52,7 @@ def search(
 
 @contextmanager
 def borrowed(pool: PagePool, lengths: Sequence[int]) -> Iterator[list[list[int]]]:
-    """Pages for prompts of so many tokens, given back at the end. Raises PoolFullError, taking none."""
+    """Borrow pages for prompts of these lengths in tokens. Raises PoolFullError, and then takes none."""
     need = [pool.pages_for(n) for n in lengths]
     taken = pool.allocate(sum(need))
     try:
@@ -64,7 +64,7 @@ def borrowed(pool: PagePool, lengths: Sequence[int]) -> Iterator[list[list[int]]
 def run(
     model: HSTUGenerator, trie: TensorTrie, prompts: Prompts, pool: PagePool, *, width: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`search` on the device: the fields of Beams. Nothing in it waits for the device: a CUDA graph can hold it."""
+    """Search on the device: returns the fields of Beams. Nothing waits for the device, so a CUDA graph can hold it."""
     last = model.full(prompts, pool)[prompts.last_rows]
     B, beams = len(last), 1
     before: list[list[Codes]] = []
@@ -84,9 +84,9 @@ def run(
 
 
 def prefix_scores(model: HSTUGenerator, prompt: np.ndarray, codes: np.ndarray, pool: PagePool) -> np.ndarray:
-    """float32 [n, levels]: the log-probability of each prefix of these tuples (codes int [n, levels]) after a prompt.
+    """Return the log-probability of each prefix of these tuples (codes int [n, levels]) after a prompt.
 
-    The last column is what `search` calls an item's score. Raises PoolFullError.
+    The result is float32 [n, levels]. Its last column has the scores of `search`. Raises PoolFullError.
     """
     device = model.token_table.device
     kept = model.prompt(prompt)
@@ -107,7 +107,7 @@ def prefix_scores(model: HSTUGenerator, prompt: np.ndarray, codes: np.ndarray, p
 
 
 def reference(model: HSTUGenerator, trie: TensorTrie, prompts: Sequence[np.ndarray], *, width: int, k: int) -> Beams:
-    """What `search` must find: every beam of every request encoded anew, on its own, from its whole sequence."""
+    """Search as `search` does, but encode every beam of every request on its own, from its whole sequence."""
 
     def one(tokens: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         beams = [model.prompt(tokens)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from grengines.options import option
 
-INTERACTING = 4  # a candidate's vectors that interact: encoded, item, position, time
+INTERACTING = 4  # interacting vectors of a candidate: encoded, item, position, time
 
 
 @dataclass
@@ -36,5 +36,5 @@ class HSTUConfig:
 
     @property
     def interactions(self) -> int:
-        """Dot products that the ranking head sees of each candidate."""
+        """Dot products of each candidate in the input of the ranking head."""
         return INTERACTING * (INTERACTING - 1) // 2 if self.interaction else 0

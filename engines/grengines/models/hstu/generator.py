@@ -1,9 +1,9 @@
-"""HSTU for retrieval: a user's items as semantic IDs, and the next item's code by code.
+"""HSTU for retrieval: it reads a user's items as semantic IDs and predicts the next item's codes one by one.
 
 The prompt is the codes of the items of the history, level by level, oldest item first (Rajput et al., TIGER, NeurIPS
-2023, with HSTU layers). The codes that a search goes on with are to each other what candidates are in ranking: each
-sees the prompt and itself. SiLU attention has no normaliser, so what a beam's own earlier codes add to its attention is
-one more term of the sum: the prompt's keys and values are read once for all beams, whatever their number.
+2023, with HSTU layers). The codes of a search relate to each other as candidates do in ranking: each sees the prompt
+and itself. SiLU attention has no normaliser, so a beam's own earlier codes add one more term to its attention. The
+prompt's keys and values are therefore read once for all beams.
 """
 
 from __future__ import annotations
@@ -27,43 +27,45 @@ from grengines.runtime.batch import Bucket
 from grengines.semantic.ids import prompt_of
 from grkernels.operators import Operators
 
-Codes = tuple[Tensor, Tensor]  # keys [rows, H, dqk] and values [rows, H, dv] of one step's codes in one layer
+Codes = tuple[Tensor, Tensor]  # keys [rows, H, dqk] and values [rows, H, dv] of one level's codes in one layer
 
 
 @dataclass
 class Prompts:
-    """Prompts of B sequences on the device, one after another, and where their keys and values go.
+    """Prompts of B sequences on the device, one after another, and the slots of their keys and values.
 
-    Padding: rows past offsets[B] are encoded, stored nowhere and seen by nobody; further sequences are empty.
+    Padding: rows past offsets[B] are encoded but not stored, and no row sees them. Further sequences are empty.
     """
 
     tokens: Tensor  # int64 [L]
     positions: Tensor  # int64 [L]
-    slots: Tensor  # int64 [L]: of the pool; -1 for padding
+    slots: Tensor  # int64 [L]: slots of the pool; -1 for padding
     offsets: Tensor  # int64 [B + 1]
     lengths: Tensor  # int64 [B]
-    last_rows: Tensor  # int64 [B]: each one's last token
+    last_rows: Tensor  # int64 [B]: row of each prompt's last token
     page_table: Tensor  # int32 [B, most pages]
     longest: int  # tokens
 
 
 @dataclass
 class HostPrompts:
-    """Packed prompts on the host: every array of Prompts in one int64 buffer, one copy to the device. Of the copy every
-    array is a view, so that a CUDA graph reads what is copied there later."""
+    """Packed prompts on the host: all arrays of Prompts in one int64 buffer, for one copy to the device.
+
+    On the device the arrays are views of the copy, so a CUDA graph reads any later copy.
+    """
 
     buffer: Tensor
-    sizes: dict[str, int]  # of each array, by its name in Prompts, in the buffer's order
-    width: int  # of the page table, whose int32 numbers lie two in a place
+    sizes: dict[str, int]  # of each array by its name in Prompts, in the buffer's order
+    width: int  # of the page table, whose int32 numbers share a place in pairs
     longest: int
-    tokens: int  # real ones
+    tokens: int  # without padding
 
     @property
     def padded_tokens(self) -> int:
         return self.sizes["tokens"]
 
     def to(self, device: torch.device | str, out: Tensor | None = None) -> Prompts:
-        """Copy to the device without waiting; into `out` (int64 [total]) where it is given."""
+        """Queue the copy to the device, into `out` (int64 [total]) if it is given."""
         buffer = self.buffer.to(device, non_blocking=True) if out is None else out.copy_(self.buffer, non_blocking=True)
         parts = dict(zip(self.sizes, buffer.split(list(self.sizes.values())), strict=True))
         B = len(parts["lengths"])
@@ -79,8 +81,11 @@ def pack_prompts(
     bucket: Bucket | None = None,
     pin: bool = False,
 ) -> HostPrompts:
-    """Lay out prompts (int64 [tokens], none empty). pages: of the pool, for the keys and values of each; without a
-    pool they are not kept. bucket: pad to its sizes. Raises ValueError for prompts that don't fit it."""
+    """Pack prompts (int64 [tokens], none empty).
+
+    pages: the pages of each prompt's keys and values in the pool; without a pool they are not stored. bucket: pad to
+    its sizes. Raises ValueError for prompts that don't fit the bucket.
+    """
     lengths = [len(p) for p in prompts]
     B, L, longest = len(prompts), sum(lengths), max(lengths, default=1)
     if bucket is not None:
@@ -109,8 +114,11 @@ def pack_prompts(
 
 
 class HSTUGenerator(nn.Module):
-    """Logits of the next code. `sizes`: codes of each level; tokens are level offset + code, the last one begins an
-    empty prompt. Token vectors are the output's weights too. max_positions counts tokens."""
+    """The model that gives logits of the next code.
+
+    sizes: codes of each level. Tokens are level offset + code, and a last one begins an empty prompt. The output
+    layer's weights are the token table. max_positions counts tokens.
+    """
 
     def __init__(self, config: HSTUConfig, sizes: Sequence[int], kernels: Operators) -> None:
         super().__init__()
@@ -135,8 +143,11 @@ class HSTUGenerator(nn.Module):
         dtype: torch.dtype,
         weights: str | None = None,
     ) -> HSTUGenerator:
-        """A model for inference with the weights of a safetensors file, or random ones from `seed`, the same on every
-        device: drawn in fp32 on the CPU, then rounded. Raises ValueError for a file that doesn't fit."""
+        """Build a model for inference with the weights of a safetensors file, or random ones from `seed`.
+
+        Random weights are drawn in fp32 on the CPU, then rounded: they are the same on every device. Raises ValueError
+        for a file that doesn't fit.
+        """
         with torch.device("meta"):
             model = cls(config, sizes, kernels)
         model.to_empty(device="cpu").requires_grad_(False).eval()
@@ -147,11 +158,11 @@ class HSTUGenerator(nn.Module):
         return model.to(device=device, dtype=dtype)
 
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
-        """The last max_positions tokens int64 [n], whole items; the begin token where there are none."""
+        """Return the last whole items within max_positions tokens int64 [n], or the begin token if there are none."""
         return prompt_of(tokens, self.sizes, self.config.max_positions)
 
     def full(self, prompts: Prompts, pool: PagePool | None = None) -> Tensor:
-        """[L, E], every token encoded from those before it. pool: where keys and values are kept as well."""
+        """Prefill: encode every token from those before it, [L, E]. pool: also store keys and values there."""
         x = self._embed(prompts.tokens, prompts.positions)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
@@ -165,10 +176,10 @@ class HSTUGenerator(nn.Module):
     def step(
         self, prompts: Prompts, pool: PagePool, level: int, codes: Tensor, before: Sequence[Sequence[Codes]]
     ) -> tuple[Tensor, list[Codes]]:
-        """Encode one more code of each beam, the prompts' keys and values in the pool.
+        """Decode: encode one more code of each beam, with the prompts' keys and values in the pool.
 
-        codes: int64 [B, W], of `level`. before: for each earlier step, for each layer, the keys and values of the
-        beams' own codes, in the order of these beams. Returns [B * W, E] and this step's keys and values.
+        codes: int64 [B, W], of `level`. before: the keys and values of the beams' earlier codes, for each earlier level
+        and each layer, in the order of these beams. Returns [B * W, E] and this level's keys and values.
         """
         B, W = codes.shape
         position = (prompts.lengths + level)[:, None].expand(B, W).reshape(-1)
@@ -199,13 +210,13 @@ class HSTUGenerator(nn.Module):
         return x, own
 
     def logits(self, x: Tensor, level: int) -> Tensor:
-        """fp32 [rows, codes of the level]."""
+        """Return fp32 logits [rows, codes of the level] of vectors [rows, E]."""
         y = self.kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=EPS)
         table = self.token_table[self.offsets[level] : self.offsets[level + 1]]
         return F.linear(y.float(), table.float())
 
     def _own_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What an earlier code of each beam adds to its attention: SiLU(alpha q k) v / N; fp32 but for the result."""
+        """Return the term of an earlier code in each beam's attention, SiLU(alpha q k) v / N, computed in fp32."""
         score = (q.float() * k.float()).sum(-1, keepdim=True) * self.alpha
         return (F.silu(score) * v.float() / self.config.scaling_seqlen).to(v.dtype)
 

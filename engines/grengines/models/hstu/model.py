@@ -30,7 +30,7 @@ EPS = 1e-6
 
 @dataclass
 class UserState:
-    """Keys and values of what the users did so far: one pair a layer, tokens of all users one after another."""
+    """Keys and values of the users' histories: one pair for each layer, tokens of all users one after another."""
 
     k: list[Tensor]  # [tokens, H, dqk], contiguous
     v: list[Tensor]  # [tokens, H, dv], contiguous
@@ -38,7 +38,7 @@ class UserState:
 
 
 class HSTULayer(nn.Module):
-    """One layer but for its attention, which lies between `project` and `combine`."""
+    """One layer without its attention, which comes between `project` and `combine`."""
 
     def __init__(self, config: HSTUConfig) -> None:
         super().__init__()
@@ -51,27 +51,26 @@ class HSTULayer(nn.Module):
         self.out = nn.Linear(3 * H * config.v_dim, E, bias=False)
 
     def project(self, x: Tensor, kernels: Operators) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [L, E] -> u [L, H * dv] before its SiLU, q and k [L, H, dqk], v [L, H, dv]: views of one projection."""
+        """Project x [L, E] to u [L, H * dv] before its SiLU, q and k [L, H, dqk], v [L, H, dv]: views of one tensor."""
         y = kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=EPS)
         u, v, q, k = self.uvqk(y).split(self.widths, dim=-1)
         heads = (self.heads, -1)
         return u, q.unflatten(1, heads), k.unflatten(1, heads), v.unflatten(1, heads)
 
     def combine(self, x: Tensor, u: Tensor, a: Tensor, kernels: Operators) -> Tensor:
-        """x [L, E], u [L, H * dv], a [L, H, dv] -> the layer's output [L, E], in the place of x (a copy less)."""
+        """Combine x [L, E], u [L, H * dv] and a [L, H, dv] to the layer's output [L, E], which overwrites x."""
         norm = self.attention_norm
         gated = kernels.norm_gate(u, a, norm.weight, norm.bias, eps=EPS)
         return x.addmm_(gated, self.out.weight.T)
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Uniform weights of the standard deviations below.
+    """Draw uniform weights of the standard deviations below.
 
-    They are chosen so that attention matters as it does in a trained model: with LayerNorm before it,
-    W of std 1/sqrt(E) gives q, k and v of unit scale and scores of order 1. Divided by N the result is
-    1e-3 and less, about sqrt(eps) of the LayerNorm that follows, so u * LayerNorm(a) is comparable
-    with u, and so is its share of the output. Norms and biases differ from 1 and 0, so that one left
-    out shows.
+    They give attention the weight that it has in a trained model. After LayerNorm, W of std 1/sqrt(E) gives q, k and v
+    of unit scale and scores of order 1. Divided by N, attention is at most about 1e-3, near sqrt(eps) of the LayerNorm
+    that follows. So u * LayerNorm(a) is comparable with u, and so is its part of the output. Norms and biases differ
+    from 1 and 0, so that a missing one is noticed.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -81,20 +80,20 @@ def initialise(model: nn.Module, seed: int) -> None:
         elif leaf == "bias":
             mean, std = 0.0, 0.1
         elif kind.endswith(".out"):
-            mean, std = 0.0, 1.0 / math.sqrt(p.shape[1] / 3)  # a third of its inputs, a itself, is tiny
+            mean, std = 0.0, 1.0 / math.sqrt(p.shape[1] / 3)  # a third of its inputs, the attention itself, is tiny
         elif leaf == "weight":
             mean, std = 0.0, 1.0 / math.sqrt(p.shape[1])
-        else:  # tables: an item weighs most, what surrounds it less
+        else:  # tables: the item weighs most
             mean, std = 0.0, 1.0 if leaf == "token_table" else 0.5
         p.uniform_(mean - math.sqrt(3) * std, mean + math.sqrt(3) * std, generator=generator)
 
 
 class HSTURanker(nn.Module):
-    """Scores candidates given a user's history.
+    """The ranking model: scores of candidates, given a user's history.
 
-    `kernels` may be exchanged at any time. Built through `build`, which initialises every parameter. In half
-    precision norms compute their statistics in fp32 (attention's output is small: its squares would vanish in
-    fp16); the head's last product is in fp32, so that logits carry no more rounding than the layers left.
+    `build` makes it, since it initialises every parameter. `kernels` may be replaced at any time. In half precision,
+    norms compute their statistics in fp32, because the squares of attention's small output would vanish in fp16. The
+    head's last product is in fp32, so that logits have no rounding beyond that of the layers.
     """
 
     def __init__(self, config: HSTUConfig, catalogue: Catalogue, kernels: Operators) -> None:
@@ -125,13 +124,13 @@ class HSTURanker(nn.Module):
         dtype: torch.dtype,
         host_table: bool = False,
     ) -> HSTURanker:
-        """A model for inference with the weights of `config.weights`, or random ones from `seed`.
+        """Build a model for inference with the weights of `config.weights`, or random ones from `seed`.
 
-        Random weights are the same on every device: they are drawn in fp32 on the CPU, then rounded to
-        `dtype`. Raises ValueError for a weights file that doesn't fit.
+        Random weights are drawn in fp32 on the CPU, then rounded to `dtype`: they are the same on every device. Raises
+        ValueError for a weights file that doesn't fit.
 
-        host_table: `token_table` stays on the host, a file's memory-mapped and in the file's dtype. Before the model
-        runs, the caller sets it to a table on the device that holds the rows of the batch, and renumbers those.
+        host_table: `token_table` stays on the host; that of a file is memory-mapped and in the file's dtype. Before the
+        model runs, the caller sets a table on the device with the rows of the batch, and renumbers the batch's rows.
         """
         with torch.device("meta"):
             model = cls(config, catalogue, kernels)
@@ -149,25 +148,25 @@ class HSTURanker(nn.Module):
         return model
 
     def use_table(self, table: Tensor) -> None:
-        """Take token vectors from `table` [rows, E], by its own numbering of rows."""
+        """Take token vectors from `table` [rows, E], which has a row numbering of its own."""
         self.token_table = nn.Parameter(table, requires_grad=False)
 
     def forward(self, batch: JaggedBatch) -> Tensor:
-        """Full form: logits fp32 [M, tasks] of the batch's candidates."""
+        """Encode whole histories: returns logits fp32 [M, tasks] of the batch's candidates."""
         x, _ = self._encode(batch, None, keep=False)
         return self.score(x, batch)
 
     def prefill(self, batch: JaggedBatch) -> UserState:
-        """Keys and values of every token of a batch that was packed without candidates."""
+        """Return the keys and values of every token of a batch that was packed without candidates."""
         _, state = self._encode(batch, None, keep=True)
         assert state is not None
         return state
 
     def delta(self, batch: JaggedBatch, state: UserState, *, keep: bool = True) -> tuple[Tensor, UserState | None]:
-        """Encode only what is new, given the state of what came before (`pack(..., cached=...)`).
+        """Append: encode the new tokens of a batch that was packed with `cached`, given the state of the tokens before.
 
-        Returns logits fp32 [M, tasks] and the state extended by the new events (not by candidates), or
-        None for it with keep=False.
+        Returns logits fp32 [M, tasks], and the state with the new events but without candidates, or None with
+        keep=False.
         """
         x, extended = self._encode(batch, state, keep)
         return self.score(x, batch), extended
@@ -182,11 +181,11 @@ class HSTURanker(nn.Module):
         read: bool = True,
         onload: Onload | None = None,
     ) -> Tensor:
-        """As `delta`, over a state in pages: logits fp32 [M, tasks].
+        """Append to a state in pages. Returns logits fp32 [M, tasks].
 
-        batch: packed with the cached tokens of `places`. write: the new events' keys and values go to their pages;
-        without it those are there already, and the batch holds candidates only. read: whether any request has cached
-        tokens; without them attention is the full form's. onload: what is still on its way there.
+        batch: packed with the cached tokens of `places`. write: store the new events' keys and values; without it they
+        are in the pages already, and the batch has candidates only. read: some request has cached tokens; without it
+        attention reads no pages. onload: copies from the host that are still running.
         """
         x = self.embed(batch)
         lengths = places.paged_lengths if write else places.stored_lengths
@@ -199,13 +198,13 @@ class HSTURanker(nn.Module):
             if write:
                 self.kernels.paged_write(k, v, places.slots, pool.k[i], pool.v[i])
             pages = {"k_pages": pool.k[i], "v_pages": pool.v[i], **table} if read else {}
-            # The keys beside the pages are those that were just computed.
+            # The keys outside the pages are those of this batch.
             a = self._attend(q, k, v, batch, kv_offsets=batch.q_offsets, **pages)
             x = layer.combine(x, u, a, self.kernels)
         return self.score(x, batch)
 
     def _encode(self, batch: JaggedBatch, state: UserState | None, keep: bool) -> tuple[Tensor, UserState | None]:
-        """x [L, E] after the last layer."""
+        """Return x [L, E] after the last layer, and the state with keep=True."""
         kernels = self.kernels
         x = self.embed(batch)
         kept = UserState([], [], batch.kept_offsets) if keep else None
@@ -222,7 +221,7 @@ class HSTURanker(nn.Module):
         return x, kept
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: JaggedBatch, **keys: Any) -> Tensor:
-        """Attention of one layer. keys: where the keys are, kv_offsets and, if some are in pages, the pages."""
+        """Compute the attention of one layer. keys: kv_offsets and, for keys in pages, the page arguments."""
         attended: Tensor = self.kernels.hstu_attention(
             q,
             k,
@@ -240,7 +239,7 @@ class HSTURanker(nn.Module):
         return attended
 
     def embed(self, batch: JaggedBatch) -> Tensor:
-        """Tokens -> x [L, E]: see Encoding for what each index is."""
+        """Embed tokens to x [L, E]. Encoding defines each index."""
         embedded: Tensor = self.kernels.token_embedding(
             batch.token_rows,
             batch.actions,
@@ -256,7 +255,7 @@ class HSTURanker(nn.Module):
         return embedded
 
     def _extend(self, cached: Tensor, new: Tensor, batch: JaggedBatch) -> Tensor:
-        """Keys or values of cached and new tokens in one stream, each sequence's together: [cached + new, H, d]."""
+        """Concatenate keys or values of cached and new tokens sequence by sequence: [cached + new, H, d]."""
         extended: Tensor = self.kernels.jagged_concat(
             cached,
             new,
@@ -267,7 +266,7 @@ class HSTURanker(nn.Module):
         return extended
 
     def _keep(self, x: Tensor, batch: JaggedBatch) -> Tensor:
-        """Keys or values of a stream without its candidates: [tokens - M, H, d]."""
+        """Return a stream's keys or values without its candidates: [tokens - M, H, d]."""
         candidates = batch.candidate_rows.shape[0]
         kept: Tensor = self.kernels.jagged_split(
             x,
@@ -300,8 +299,7 @@ def build_model(
     *,
     host_table: bool = False,
 ) -> HSTURanker:
-    """Build the model that every ranking engine serves: weights from `model.weights`, or random ones from the seed, the
-    same on every device.
+    """Build the model of the ranking engines: weights from `model.weights`, or random ones from the seed.
 
     kernels: by default the fp32 references. host_table: as `HSTURanker.build`. From here on this process computes fp32
     products without TF32. Raises ValueError for bad weights.

@@ -1,9 +1,9 @@
-"""What int8 and fp8 products cost, in plain PyTorch: operands rounded as 8 bits hold them, products in fp32.
+"""Rounding errors of int8 and fp8 products, in eager PyTorch: operands are rounded to 8 bits, products are in fp32.
 
-The same matrices that the compiled engines quantise: a layer's two projections and the head's hidden one. Weights are
-rounded symmetrically with a scale for each output channel, inputs with one scale and zero point for the tensor, found
-at run time (dynamic quantisation). In fp8 (e4m3) each tensor has one scale, which takes its largest value to that of
-the type. Tables, norms, attention and the last product keep fp32.
+It rounds the matrices that the compiled engines quantise: a layer's two projections and the head's hidden one. Weights
+are rounded symmetrically, with a scale for each output channel. Inputs have one scale and zero point for the tensor,
+computed at run time (dynamic quantisation). In fp8 (e4m3) each tensor has one scale, which maps its largest value to
+the type's. Tables, norms, attention and the last product stay in fp32.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def quantise(model: HSTURanker, kind: str) -> None:
 
 
 def round_weight(weight: Tensor) -> Tensor:
-    """[out, in] -> the same, each row rounded to 127 steps of its largest value."""
+    """Round each row of [out, in] to 127 steps of its largest value."""
     scale = weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / 127
     return (weight / scale).round() * scale
 
 
 def round_input(x: Tensor) -> Tensor:
-    """Rounded to the 256 steps between its least and largest value, 0 among them."""
+    """Round a tensor to 256 steps between its least and largest value, with 0 among them."""
     if not x.numel():
         return x
     low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
@@ -49,7 +49,7 @@ def round_input(x: Tensor) -> Tensor:
 
 
 def round_fp8(x: Tensor) -> Tensor:
-    """Rounded to what e4m3 holds of it, scaled to its largest value."""
+    """Round a tensor to e4m3, scaled to its largest value."""
     if not x.numel():
         return x
     scale = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny) / torch.finfo(torch.float8_e4m3fn).max

@@ -31,8 +31,8 @@ def zero_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
 class RankingReference:
     """Scores of one request at a time: nothing is cached, padded or captured.
 
-    The fp32 weights are made once; memory is one model's, and during a half-precision call its copy. The token table
-    stays on the host, however large it is: each request brings its own rows.
+    The fp32 weights are made once. Memory is one model's, and a copy of it during a half-precision call. The token
+    table stays on the host, and each request copies its own rows.
     """
 
     def __init__(self, model: HSTUConfig, catalogue: Catalogue, seed: int, device: torch.device | str) -> None:
@@ -47,9 +47,8 @@ class RankingReference:
     ) -> list[Float32Array]:
         """Return the logits [candidates, tasks] of each request.
 
-        precision: fp32, by the kernels' references, or fp16, bf16, int8 or fp8, by the variants `torch` in that
-        precision (8 bits as grengines/models/hstu/quantised.py defines it): these give the tolerances. attention:
-        instead of theirs.
+        precision: fp32 by the kernels' references, or fp16, bf16, int8 or fp8 by the variants `torch`, which give the
+        tolerances (grengines/models/hstu/quantised.py defines 8 bits). attention: replaces the operator.
         """
         dtype = DTYPES["fp32" if precision in quantised.KINDS else precision]
         model = self._model if precision == "fp32" else copy.deepcopy(self._model).to(dtype)

@@ -1,4 +1,4 @@
-"""Weights as safetensors files: nothing in them is ever executed."""
+"""Weights as safetensors files, which contain no executable code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from grengines.models.hstu.model import HSTURanker
 
 _FORMAT = "grbench-hstu-1"
-_NOT_SHAPE = ("name", "weights")  # every other option of HSTUConfig changes what the weights mean
+_NOT_SHAPE = ("name", "weights")  # every other option of HSTUConfig changes the meaning of the weights
 
 
 def save_weights(model: HSTURanker | HSTUGenerator, path: str | Path) -> None:
@@ -34,7 +34,7 @@ def save_weights(model: HSTURanker | HSTUGenerator, path: str | Path) -> None:
 def load_weights(model: HSTURanker | HSTUGenerator, path: str | Path, mapped: Collection[str] = ()) -> None:
     """Fill the model's parameters from a file, converting to their dtype.
 
-    mapped: names of those that stay in the file instead, in its dtype: memory-mapped, read where they are used.
+    mapped: names of parameters that stay in the file, memory-mapped and in its dtype.
 
     Raises ValueError, one line with the file's name, for a file that is missing or not safetensors, that
     was written for another configuration, or whose tensors differ from the model's in name, shape or kind.
