@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkout import ROOT
-from helpers.command import Grbench, run_in
+from helpers.command import Grbench, run_here, run_in
 
 if not torch.cuda.is_available():  # before anything imports Triton, which reads it then
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -35,6 +35,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def grbench(tmp_path: Path) -> Grbench:
     """Run `python -m grbench ARGS` in an empty directory."""
     return partial(run_in, tmp_path)
+
+
+@pytest.fixture
+def grbench_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Grbench:
+    """Run `grbench ARGS` in an empty directory and in this process: for refusals, help and short tables."""
+    return partial(run_here, tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from grengines.api import Catalogue
 from grengines.models.hstu.config import HSTUConfig
 
 
-def test_doctor_lists_everything_with_reason_and_remedy(grbench: Grbench) -> None:
+def test_doctor_lists_everything_with_reason_and_remedy(grbench: Grbench, grbench_here: Grbench) -> None:
     done = grbench("doctor", "--json")
     assert done.returncode == 0, done.stderr
     found = {(f["kind"], f["name"]): f for f in json.loads(done.stdout)}
@@ -29,7 +29,7 @@ def test_doctor_lists_everything_with_reason_and_remedy(grbench: Grbench) -> Non
         if not finding["ok"]:
             assert finding["detail"], (kind, name)
             assert finding["remedy"] or kind == "device", (kind, name)
-    table = grbench("doctor")
+    table = grbench_here("doctor")
     assert table.returncode == 0
     for _, name in found:
         assert name in table.stdout
@@ -70,21 +70,21 @@ def test_flops_of_a_case_counted_by_hand() -> None:
     assert kv_bytes(model, 4, "bf16") == 3 * 4 * 2 * (4 + 6) * 2
 
 
-def test_sizing_prints_and_refuses(grbench: Grbench) -> None:
-    done = grbench("sizing", "model=dlrm_v3", "workload=synthetic_long")
+def test_sizing_prints_and_refuses(grbench_here: Grbench) -> None:
+    done = grbench_here("sizing", "model=dlrm_v3", "workload=synthetic_long")
     assert done.returncode == 0, done.stderr
     assert "dlrm_v3: " in done.stdout
     assert re.search(r"16384 +2048 +2,057\.426", done.stdout)
-    refused = grbench("sizing", "model=nope")
+    refused = grbench_here("sizing", "model=nope")
     assert refused.returncode == 2
     assert refused.stderr.startswith("grbench sizing: model=nope: no such option; allowed: decoder_0p2b, ")
     assert "Traceback" not in refused.stderr
-    refused = grbench("sizing", "--items", "0")
+    refused = grbench_here("sizing", "--items", "0")
     assert "allowed is > 0" in refused.stderr
 
 
-def test_sizing_of_a_pipeline_lists_both_stages(grbench: Grbench) -> None:
-    done = grbench("sizing")
+def test_sizing_of_a_pipeline_lists_both_stages(grbench_here: Grbench) -> None:
+    done = grbench_here("sizing")
     assert done.returncode == 0, done.stderr
     searched, ranked = done.stdout.split("to rank\n")
     assert searched.startswith("to generate\n") and "beams" in searched
@@ -99,8 +99,10 @@ def test_sizing_of_a_pipeline_lists_both_stages(grbench: Grbench) -> None:
         ("workload=csv workload.path=missing.csv", 1, "missing.csv: no such file; set workload.path"),
     ],
 )
-def test_what_overhead_can_not_measure_is_one_line(grbench: Grbench, arguments: str, code: int, message: str) -> None:
-    done = grbench("overhead", *arguments.split())
+def test_what_overhead_can_not_measure_is_one_line(
+    grbench_here: Grbench, arguments: str, code: int, message: str
+) -> None:
+    done = grbench_here("overhead", *arguments.split())
     assert done.returncode == code
     [line] = done.stderr.splitlines()
     assert line.startswith(f"grbench overhead: {message}")

@@ -133,16 +133,16 @@ def test_every_cell_of_a_sweep_is_checked_before_the_first_runs(grbench: Grbench
     ],
 )
 @pytest.mark.parametrize("program", ["grbench", "grbench cachesim"])
-def test_a_wrong_flag_is_one_line(grbench: Grbench, program: str, arguments: str, line: str) -> None:
-    done = grbench(*program.split()[1:], *arguments.split())
+def test_a_wrong_flag_is_one_line(grbench_here: Grbench, program: str, arguments: str, line: str) -> None:
+    done = grbench_here(*program.split()[1:], *arguments.split())
     assert done.returncode == 2
     [error] = done.stderr.splitlines()
     assert error.startswith(f"{program}: {line.format(program)}")
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(grbench: Grbench, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_one_line(grbench_here: Grbench, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    done = grbench("engine=hstu", "workload=synthetic", "runner.output_root=taken")
+    done = grbench_here("engine=hstu", "workload=synthetic", "runner.output_root=taken")
     assert done.returncode == 2
     [error] = done.stderr.splitlines()
     assert error.startswith("grbench: taken/runs/") and "runner.output_root" in error
@@ -165,28 +165,28 @@ def test_the_hash_distinguishes_measurements_and_nothing_else() -> None:
     assert again.stdout.strip() == base  # another process, another hash seed
 
 
-def test_cfg_job_prints_the_whole_configuration_from_any_directory(grbench: Grbench) -> None:
-    done = grbench("--cfg", "job", "model=dlrm_v3", "seed=5")
+def test_cfg_job_prints_the_whole_configuration_from_any_directory(grbench_here: Grbench) -> None:
+    done = grbench_here("--cfg", "job", "model=dlrm_v3", "seed=5")
     assert done.returncode == 0, done.stderr
     assert "seed: 5" in done.stdout
     assert "name: dlrm_v3" in done.stdout
-    refused = grbench("--cfg", "job", "seed=-5")
+    refused = grbench_here("--cfg", "job", "seed=-5")
     assert refused.returncode == 2
     assert "seed=-5: allowed is int >= 0" in refused.stderr
 
 
-def test_a_folder_of_ones_own_configs_works_beside_ours(grbench: Grbench, tmp_path: Path) -> None:
+def test_a_folder_of_ones_own_configs_works_beside_ours(grbench_here: Grbench, tmp_path: Path) -> None:
     own = tmp_path / "own" / "workload" / "mine.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("defaults: [/schema/workload/synthetic@_here_, _self_]\nname: mine\nusers: 77\n")
-    done = grbench("--config-dir", str(tmp_path / "own"), "workload=mine", "study=batching", "--cfg", "job")
+    done = grbench_here("--config-dir", str(tmp_path / "own"), "workload=mine", "study=batching", "--cfg", "job")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "users: 77" in done.stdout
 
 
-def test_help_lists_the_groups_and_imports_nothing_heavy(grbench: Grbench) -> None:
-    done = grbench("--help")
+def test_help_lists_the_groups_and_imports_nothing_heavy(grbench_here: Grbench) -> None:
+    done = grbench_here("--help")
     assert done.returncode == 0
     for group in GROUPS:
         assert f"\n{group}: " in done.stdout
@@ -198,7 +198,7 @@ def test_help_lists_the_groups_and_imports_nothing_heavy(grbench: Grbench) -> No
     assert json.loads(loaded.stdout) == []
 
 
-def test_shell_completion_knows_the_groups(grbench: Grbench) -> None:
-    done = grbench("-sc", "install=bash")
+def test_shell_completion_knows_the_groups(grbench_here: Grbench) -> None:
+    done = grbench_here("-sc", "install=bash")
     assert done.returncode == 0
     assert "complete" in done.stdout

@@ -212,15 +212,15 @@ sys.exit(not CellTracker(MlflowConfig(), folder.parent).log(records.load(folder)
     assert len(runs(sqlite_uri(tmp_path))) == 4
 
 
-def test_the_import_command_says_what_it_did(grbench: Grbench, tmp_path: Path) -> None:
-    refused = grbench("import", "nowhere")
+def test_the_import_command_says_what_it_did(grbench_here: Grbench, tmp_path: Path) -> None:
+    refused = grbench_here("import", "nowhere")
     assert refused.returncode == 2
     assert refused.stderr.splitlines() == [
         "grbench import: nowhere: no records found; `python -m grbench` writes them under outputs/"
     ]
     cell(tmp_path / "outputs" / "a")
     cell(tmp_path / "outputs" / "b", status=Status.INTERRUPTED)
-    done = grbench("import")
+    done = grbench_here("import")
     assert done.stdout == "1 records logged, 0 were there already, 0 failed\n", done.stderr
 
 
@@ -245,8 +245,8 @@ def ui_of(root: Path) -> Iterator[str]:
         ui.wait()
 
 
-def test_the_ui_says_what_is_missing(grbench: Grbench, tmp_path: Path) -> None:
-    refused = grbench("ui", "nowhere")
+def test_the_ui_says_what_is_missing(grbench_here: Grbench, tmp_path: Path) -> None:
+    refused = grbench_here("ui", "nowhere")
     assert refused.returncode == 2
     assert "no such database; the first run of `python -m grbench` creates it" in refused.stderr
     record, folder = cell(tmp_path / "outputs" / "a")
@@ -254,7 +254,7 @@ def test_the_ui_says_what_is_missing(grbench: Grbench, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        busy = grbench("ui", "--port", str(taken.getsockname()[1]))
+        busy = grbench_here("ui", "--port", str(taken.getsockname()[1]))
     assert busy.returncode == 2
     assert "choose another with --port" in busy.stderr
 

@@ -274,8 +274,8 @@ def test_the_command_exports_and_checks(grbench: Grbench, tmp_path: Path) -> Non
         ("model.weights=nothing.safetensors", "nothing.safetensors: no weights of a ranking model"),
     ],
 )
-def test_the_commands_errors_are_one_line(grbench: Grbench, arguments: str, message: str) -> None:
-    done = grbench("export", "--out", "out", "--items", "5", "--actions", "1", *arguments.split())
+def test_the_commands_errors_are_one_line(grbench_here: Grbench, arguments: str, message: str) -> None:
+    done = grbench_here("export", "--out", "out", "--items", "5", "--actions", "1", *arguments.split())
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"grbench export: {message}") and done.stderr.count("\n") == 1
 

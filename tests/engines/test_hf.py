@@ -162,7 +162,7 @@ def test_what_it_refuses() -> None:
             engine_of(model, retrieval, requests_of(20, [1]), device="cuda")
 
 
-def test_bad_combinations_are_one_line(grbench: Any) -> None:
+def test_bad_combinations_are_one_line(grbench_here: Any) -> None:
     cases = {
         "task=rank": "task=rank: engine hf can't; allowed: auto, generate",
         "engine.precision=fp8": "engine.precision=fp8: allowed is one of auto, fp32, fp16, bf16",
@@ -170,9 +170,9 @@ def test_bad_combinations_are_one_line(grbench: Any) -> None:
         "model.kv_heads=3": "model.kv_heads=3: must divide model.heads=2",
     }
     for override, expected in cases.items():
-        done = grbench("engine=hf", "model=decoder_tiny", override)
+        done = grbench_here("engine=hf", "model=decoder_tiny", override)
         assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-    done = grbench("model=decoder_tiny", "engine=hstu")
+    done = grbench_here("model=decoder_tiny", "engine=hstu")
     assert done.returncode == 2 and "engine hstu runs hstu models only; hf, vllm run decoder models" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""The `grbench` command in a process of its own, as a user runs it."""
+"""The `grbench` command, in a process of its own or in this one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from grbench.cli import main
 
 Grbench = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -21,3 +25,20 @@ def run_in(folder: Path, *args: str, timeout: float = 240, **env: str) -> subpro
         text=True,
         timeout=timeout,
     )
+
+
+def run_here(
+    folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str], *args: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `grbench ARGS` in a folder and in this process, which saves its start."""
+    patch.chdir(folder)
+    patch.setattr(sys, "argv", ["grbench"])
+    patch.setenv("HYDRA_FULL_ERROR", "0")
+    patch.setenv("COLUMNS", "200")
+    capture.readouterr()
+    try:
+        code = main(args)
+    except SystemExit as ended:  # of --help
+        code = int(ended.code or 0)
+    printed = capture.readouterr()
+    return subprocess.CompletedProcess(["grbench", *args], code, printed.out, printed.err)
