@@ -39,19 +39,18 @@ def cell_sections(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: S
     """Return the sections of a page, from the summary to the commands. figures: the section of figures."""
     frame = cells_frame(cells)
     records = [record for _, record in cells]
-    environments = _environments(records)
+    recorded = [record.environment for record in records]
     return [
         _summary(frame),
         *bullets([finding.sentence for finding in findings(records)]),
         *bullets(remarks),
         "## Comparison",
-        _comparison(frame, records, environments),
+        _comparison(frame, records, _different(recorded)),
         "Times in milliseconds. Percentiles are samples, not interpolated; in brackets their 95% interval.",
         *bullets(notes(records, [f"row {number}" for number in frame.index])),
         *_failures(frame),
         *figures,
-        "## Environment",
-        _environment_table(environments),
+        *environment_section(recorded),
         *_requested_and_actual(records),
         "## Run it again",
         table(["#", "cell", "command"], [[str(n), cell, f"`{command(r)}`"] for n, cell, r in _numbered(records)]),
@@ -101,7 +100,7 @@ def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments:
         ok = record.ok
         cells = [str(number), *(str(row[key]) for key in knobs)]
         if several:
-            cells.append(_letter(environments.index(_environment(record))))
+            cells.append(_letter(environments.index(_flat(record.environment))))
         offline = record.spec["scenario"]["name"] == "offline"  # its latency is the time in a queue of all requests
         late = [figure(row["goodput_rps"])]
         late += [_with_interval(row, name) if row[name] == row[name] or not ok else "withheld" for name in PERCENTILES]
@@ -140,26 +139,29 @@ def _figure_section(figures: dict[Path, plots.Plot], out: Path) -> list[str]:
     return parts
 
 
-def _environment(record: RunRecord) -> dict[str, str]:
-    return {key: "none" if value in ([], {}) else shown(value) for key, value in flatten(record.environment).items()}
+def environment_section(recorded: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the section about machines and versions, with a column for each different environment."""
+    environments = _different(recorded)
+    keys = dict.fromkeys(key for environment in environments for key in environment)
+    heads = ["", *(_letter(i) for i in range(len(environments)))] if len(environments) > 1 else ["", "all rows"]
+    return ["## Environment", table(heads, [[key, *(e.get(key, MISSING) for e in environments)] for key in keys])]
 
 
-def _environments(records: Sequence[RunRecord]) -> list[dict[str, str]]:
+def _flat(environment: dict[str, Any]) -> dict[str, str]:
+    return {key: "none" if value in ([], {}) else shown(value) for key, value in flatten(environment).items()}
+
+
+def _different(recorded: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return each environment once, in the order in which they come, flattened."""
     different: list[dict[str, str]] = []
-    for record in records:
-        if (environment := _environment(record)) not in different:
+    for environment in map(_flat, recorded):
+        if environment not in different:
             different.append(environment)
     return different
 
 
 def _letter(index: int) -> str:
     return chr(ord("A") + index) if index < 26 else f"E{index + 1}"
-
-
-def _environment_table(environments: list[dict[str, str]]) -> str:
-    keys = dict.fromkeys(key for environment in environments for key in environment)
-    heads = ["", *(_letter(i) for i in range(len(environments)))] if len(environments) > 1 else ["", "all cells"]
-    return table(heads, [[key, *(e.get(key, MISSING) for e in environments)] for key in keys])
 
 
 def _requested_and_actual(records: Sequence[RunRecord]) -> list[str]:

@@ -22,7 +22,7 @@ from grbench.execution import results
 from grbench.execution.records import RECORD_FILE, SAMPLES_FILE
 from grbench.report.cells import Cell, labels
 from grbench.report.frame import ReportError, has_samples, read_cells, unreadable
-from grbench.report.page import cell_sections, draw
+from grbench.report.page import cell_sections, draw, environment_section
 from grbench.report.provenance import Origin, check_origin
 from grbench.report.results import results_sections
 
@@ -50,7 +50,9 @@ def study_page(folder: Path) -> str:
     sections += [f"The study: [{path}](../../{path})." for path in _definition(folder)]
     sections += ["## Notes", prose.strip()] if prose.strip() else []
     sections += ["## Summary", *cell_sections(cells)] if cells else []
-    sections += results_sections([(path.parent.name, data) for path, data in tables]) if tables else []
+    if tables:
+        sections += results_sections([(path.parent.name, data) for path, data in tables])
+        sections += [] if cells else environment_section([data["environment"] for _, data in tables])
     return "\n\n".join(sections) + "\n"
 
 
@@ -87,7 +89,7 @@ def keep(source: Path, folder: Path) -> None:
         if small and has_samples(path):
             shutil.copy(path / SAMPLES_FILE, target)
     for path, _ in tables:
-        target = folder / RECORDS / (path.parent.name if path.parent != source else folder.name)
+        target = folder / RECORDS / ("_".join(path.parent.relative_to(source).parts) or folder.name)
         target.mkdir(parents=True)
         shutil.copy(path, target)
 

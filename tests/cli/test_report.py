@@ -131,7 +131,7 @@ def test_page_says_what_ran_where_and_how_to_repeat_it(sweep: Path, tmp_path: Pa
         {"option": "engine.device", "requested": "auto", "actual": "cpu", "cells": "all"},
         {"option": "kernel.layer_norm, kernel.norm_gate", "requested": "auto", "actual": "triton", "cells": "all"},
     ]
-    environment = {row[""]: row["all cells"] for row in rows_of(page, "Environment")}
+    environment = {row[""]: row["all rows"] for row in rows_of(page, "Environment")}
     assert environment == {
         "cpu": "Some CPU",
         "git_sha": "abc1234",

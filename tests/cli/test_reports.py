@@ -150,7 +150,7 @@ def test_rows_of_any_program_become_a_table(report: Path) -> None:
     page = (report / PAGE).read_text()
     assert "## Commands\n\n    python 'x y'\n\n## job\n\n| engine | batch | p50 ms | graphs |\n" in page
     assert "\n| hstu | 8 | 1.23 | yes |\n" in page
-    assert page.endswith("- UNAVAILABLE: no C++ compiler (aoti 8; onnxruntime 8)\n")
+    assert "- UNAVAILABLE: no C++ compiler (aoti 8; onnxruntime 8)\n\n## Environment\n\n|  | all rows |\n" in page
     (report / "records" / "job" / "results.json").write_text('{"schema_version": 1}')
     with pytest.raises(ReportError, match=r"results\.json: missing key 'command'"):
         study_page(report)
