@@ -18,8 +18,9 @@ from helpers.hstu_oracle import make_requests
 
 CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
 MODEL = HSTUConfig(
-    layers=2, embedding_dim=32, heads=2, qk_dim=16, v_dim=16, scaling_seqlen=128, contextual_seq_len=2, max_attn_len=20
-)
+    layers=2, embedding_dim=32, heads=2, qk_dim=16, v_dim=16, scaling_seqlen=128, contextual_seq_len=2, max_attn_len=20,
+    max_positions=2048,
+)  # fmt: skip
 ENCODING = Encoding.of(MODEL, CATALOGUE)
 REQUESTS = make_requests(np.random.default_rng(0), CATALOGUE, [3, 37, 12, 44, 20, 8], [6, 1, 9, 8, 5, 4])
 
