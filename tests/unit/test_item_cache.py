@@ -104,7 +104,7 @@ def test_as_many_distinct_rows_as_slots_fit_and_one_more_does_not(device: str) -
     counts = hot.snapshot()
     with pytest.raises(RuntimeError, match=r"9 different rows .* cache\.item_memory_gb holds 8; give it more"):
         hot.lookup(np.arange(9))
-    assert np.array_equal(hot.snapshot().count, counts.count) and hot.snapshot().unit == counts.unit
+    assert np.array_equal(hot.snapshot().counts, counts.count) and hot.snapshot().unit == counts.unit
     assert np.array_equal(hot.lookup(np.arange(8)), slots)
     assert hot.counters.misses == before.misses and hot.counters.bytes == before.bytes
 
@@ -145,7 +145,7 @@ def test_a_copy_that_fails_leaves_no_row_behind_that_is_not_there(monkeypatch: p
         now = hot.snapshot()
         for row in np.flatnonzero(now.slot_of >= 0):
             assert torch.equal(hot.table[now.slot_of[row]], hot.host[row])
-        assert np.isfinite(now.count[now.row_of < 40]).all()  # nothing is held for a lookup that is over
+        assert np.isfinite(now.counts[now.row_of < 40]).all()  # nothing is held for a lookup that is over
     assert failures > 20
     monkeypatch.setattr(items, "gather_rows", copy)
     check(hot, np.arange(8), hot.lookup(np.arange(8)))  # no slot is lost
@@ -157,8 +157,8 @@ def test_counts_stay_finite_and_ordered_for_ever() -> None:
     for _ in range(6000):  # 125 half-lives, past the rescaling
         hot.lookup(array(7, 8))
     now = hot.snapshot()
-    often = now.count[now.slot_of[[7, 8]]]
-    assert now.unit <= 2.0**60 and np.isfinite(now.count).all()
+    often = now.counts[now.slot_of[[7, 8]]]
+    assert now.unit <= 2.0**60 and np.isfinite(now.counts).all()
     assert (often >= now.unit).all() and (often < 40 * now.unit).all()  # 1 / (1 - 2^(-1/24)) = 35
     hot.lookup(array(1, 2))
     slot_of = hot.snapshot().slot_of

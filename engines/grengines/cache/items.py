@@ -45,7 +45,7 @@ class Snapshot(NamedTuple):
 
     slot_of: npt.NDArray[np.int32]  # [R]: slot of each table row, -1: not on the device
     row_of: Int64Array  # [slots]: row in each slot, R: none
-    count: npt.NDArray[np.float32]  # [slots]: decayed count of the row in each slot
+    counts: npt.NDArray[np.float32]  # [slots]: decayed count of the row in each slot
     unit: float  # count of one use now
 
 
