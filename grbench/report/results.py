@@ -85,26 +85,32 @@ def _jobs(jobs: Sequence[Results]) -> list[str]:
     """Jobs of a simulation side by side: a row for each job and policy, a column for each size."""
     configs = [flatten(job["config"]) for job in jobs]
     knobs = [key for key in configs[0] if len({shown(config.get(key)) for config in configs}) > 1]
-    names = [key.rpartition(".")[2].replace("_", " ") for key in knobs]
-    sizes = sorted({f"{100 * row['share']:.2g}%" for job in jobs for row in job["rows"]}, key=lambda s: float(s[:-1]))
+    ordered = sorted(zip(configs, jobs, strict=True), key=lambda pair: [_order(pair[0][key]) for key in knobs])
+    config = jobs[0]["config"]
+    sizes = [f"{gb:g} GB" for gb in config["sizes_gb"]] or [f"{100 * share:g}%" for share in config["shares"]]
+    heads = [*(key.rpartition(".")[2].replace("_", " ") for key in knobs), "policy", *sizes]
     sections = []
-    for title, metric, form in (
-        ("Hit rate, %", "hit_rate", ".2f"),
-        ("Points of hit rate over lru", "over_lru", "+.2f"),
-    ):
+    for title, metric, form in JOB_TABLES:
         lines = []
-        for job, config in zip(jobs, configs, strict=True):
-            found: dict[str, dict[str, float]] = {}
+        for config, job in ordered:
+            found: dict[str, list[str]] = {}
             for row in job["rows"]:
-                if (value := row["metrics"].get(metric)) is not None and (metric, row["policy"]) != ("over_lru", "lru"):
-                    found.setdefault(row["policy"], {})[f"{100 * row['share']:.2g}%"] = 100 * value
-            for policy, values in found.items():
-                cells = [MISSING if size not in values else format(values[size], form) for size in sizes]
-                lines.append([*(shown(config.get(key)) for key in knobs), policy, *cells])
-        sections += [f"### {title}", table([*names, "policy", *sizes], lines)] if lines else []
+                if (value := row["metrics"].get(metric)) is not None and row["policy"] != "none":
+                    found.setdefault(row["policy"], []).append(format(100 * value, form))
+            if metric == "over_lru":
+                found.pop("lru", None)
+            lines += [[*(shown(config[key]) for key in knobs), policy, *cells] for policy, cells in found.items()]
+        sections += [f"### {title}", table(heads, lines)] if lines else []
     return sections
 
 
+def _order(value: object) -> tuple[bool, float, str]:
+    """Sort numbers by size, before words; null comes first."""
+    number = isinstance(value, int | float)
+    return not number and value is not None, float(value) if isinstance(value, int | float) else -1.0, str(value)
+
+
+JOB_TABLES = (("Hit rate, %", "hit_rate", ".2f"), ("Points of hit rate over lru", "over_lru", "+.2f"))
 KINDS: dict[str, Callable[[Results], list[str]]] = {"kernels": _kernel_rows, "cachesim": _policy_rows}
 
 

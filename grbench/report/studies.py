@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def study_page(folder: Path) -> str:
     cells, tables, origin = _read(folder / RECORDS)
     days = sorted({record.started_at[:10] for _, record in cells} | {data["started_at"][:10] for _, data in tables})
     sections = [title, HEADER, f"Measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}: {origin}."]
-    sections += [f"The study: [{path}](../../{path})." for path in _definition(folder)]
+    sections += [f"The study: [{path}](../../{path})." for path in _definitions(folder, cells, tables)]
     sections += ["## Notes", prose.strip()] if prose.strip() else []
     sections += ["## Summary", *cell_sections(cells)] if cells else []
     if tables:
@@ -115,8 +115,10 @@ def _read(root: Path) -> tuple[list[Cell], list[tuple[Path, dict[str, Any]]], Or
     return cells, tables, check_origin(environments)
 
 
-def _definition(folder: Path) -> list[str]:
-    """The file of the study that has the report's name, relative to the repository."""
-    root = folder.parent.parent
-    candidates = [f"experiments/study/{folder.name}.yaml", f"experiments/{folder.name}.py"]
-    return [path for path in candidates if (root / path).is_file()]
+def _definitions(folder: Path, cells: Sequence[Cell], tables: Sequence[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """Files of the studies and programs that the commands name, else of the report's name, relative to the checkout."""
+    words = " ".join([*(word for _, record in cells for word in record.overrides), *(d["command"] for _, d in tables)])
+    found = [f"experiments/study/{name}.yaml" for name in re.findall(r"\bstudy=(\w+)", words)]
+    found += re.findall(r"\bexperiments/\w+\.py\b", words)
+    named = [f"experiments/study/{folder.name}.yaml", f"experiments/{folder.name}.py"]
+    return [path for path in dict.fromkeys(found or named) if (folder.parent.parent / path).is_file()]

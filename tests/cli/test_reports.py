@@ -156,6 +156,39 @@ def test_rows_of_any_program_become_a_table(report: Path) -> None:
         study_page(report)
 
 
+def test_jobs_of_a_simulation_are_side_by_side_in_the_order_of_their_options() -> None:
+    def job(seed: int, rate: float | None) -> dict[str, Any]:
+        metrics = {"limit": {"hit_rate": 0.9}, "lru": {"hit_rate": 0.5, "over_lru": 0.0}}
+        metrics["predictive"] = {"hit_rate": 0.5 + seed / 1000, "over_lru": seed / 1000}
+        rows = [{"policy": name, "metrics": metrics[name]} for name in metrics for _ in range(2)]
+        config = {"seed": seed, "workload": {"name": "synthetic", "revisit_rate": rate}}
+        config |= {"sizes_gb": [], "shares": [0.01, 0.5]}
+        return {"kind": "cachesim", "command": "c", "config": config, "rows": rows}
+
+    jobs = [job(10, 0.3), job(2, 0.3), job(2, None)]
+    sections = results_sections([(str(i), one) for i, one in enumerate(jobs)])
+    assert sections[-2:] == [
+        "### Points of hit rate over lru",
+        "| seed | revisit rate | policy | 1% | 50% |\n| --- | --- | --- | --- | --- |\n"
+        "| 2 | null | predictive | +0.20 | +0.20 |\n"
+        "| 2 | 0.3 | predictive | +0.20 | +0.20 |\n"
+        "| 10 | 0.3 | predictive | +1.00 | +1.00 |",
+    ]
+    assert "| 10 | 0.3 | limit | 90.00 | 90.00 |" in sections[-3]
+
+
+def test_the_study_is_what_the_commands_name(report: Path) -> None:
+    (report.parent.parent / "experiments" / "study").mkdir(parents=True)
+    for name in ("experiments/study/batching.yaml", "experiments/study/gpu_graphs.yaml", "experiments/engines.py"):
+        (report.parent.parent / name).touch()
+    assert "The study: [experiments/study/gpu_graphs.yaml](" in study_page(report)
+    change(report, lambda record: record["overrides"].append("study=batching"))
+    facts = {**results.origin(["python", "experiments/engines.py", "model=a"]), **origin_of(report)}
+    results.save(report / "records" / "job", facts, [{"variant": "a"}])
+    links = re.findall(r"The study: \[(.*?)\]", study_page(report))
+    assert links == ["experiments/study/batching.yaml", "experiments/engines.py"]
+
+
 def test_rows_without_a_result_have_no_table() -> None:
     row = {"family": "layer_norm", "variant": "a", "status": "INCORRECT", "reason": "zeros", "p50_ms": 9.0}
     assert results_sections([("job", {"command": "c", "rows": [row]})])[3:] == ["- INCORRECT: zeros (layer_norm a)"]
