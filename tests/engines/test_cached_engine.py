@@ -124,7 +124,7 @@ def test_what_is_loaded_balances_copying_and_computing() -> None:
     pool = cached.states.pool
     engine.rank(rounds[-1])
     engine.reset_cache(keep_host=True)
-    cached.copy_bytes_s, cached.compute_s = (
+    cached.costs.copy_bytes_s, cached.costs.compute_s = (
         pool.page_bytes / pool.page / 3e-6,
         1e-6,
     )  # copying takes three times as long
@@ -133,7 +133,7 @@ def test_what_is_loaded_balances_copying_and_computing() -> None:
     tokens = events + sum(len(r.candidates) for r in rounds[-1])
     assert 0.6 * tokens / 4 < details["cache_loaded_tokens"] <= tokens / 4  # whole pages, rounded down
     engine.reset_cache(keep_host=True)
-    cached.compute_s = 1.0  # computing is slow: all is loaded
+    cached.costs.compute_s = 1.0  # computing is slow: all is loaded
     assert engine.rank(rounds[-1]).details["cache_loaded_tokens"] == events
 
 
@@ -176,7 +176,7 @@ def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeyp
         if prefetched:
             engine.prefetch(r.user_id for r in requests)
             assert all(tier.prefetched(r.user_id) for r in requests)
-        cached.copy_bytes_s, cached.compute_s, cached.launch_s = 1.0, 1e-6, launch_s
+        cached.costs.copy_bytes_s, cached.costs.compute_s, cached.costs.launch_s = 1.0, 1e-6, launch_s
         result = engine.rank(requests)
         assert error(result, reference.scores(requests)) < 1e-5
         assert result.details["cache_loaded_tokens"] == tokens * prefetched

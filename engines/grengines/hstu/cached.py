@@ -21,6 +21,7 @@ from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
 from grengines.cache.states import UserStates
 from grengines.hstu.config import HSTUEngineConfig
+from grengines.hstu.load_costs import LoadCosts
 from grengines.models.hstu.model import HSTURanker
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.runtime.graphs import GraphRunner, choose_bucket, plan_buckets
@@ -52,9 +53,7 @@ class CachedRanking:
         self.states = _make_states(ranker, cache, longest)
         self._pages = self.states.pool.pages_for(longest)
         tier = self.states.tier
-        self.copy_bytes_s = tier.bytes_a_second() if tier else 0.0  # of page-locked memory to the device
-        self.compute_s = 0.0  # of computing one token; 0: not measured yet
-        self.launch_s = 0.0  # of the smallest batch, its kernels launched one by one
+        self.costs = LoadCosts(tier.bytes_a_second() if tier else 0.0)
         self.buckets: list[Bucket] = []
         self.graphs: GraphRunner | None = None
         if config.cuda_graphs:
@@ -178,9 +177,9 @@ class CachedRanking:
             "cache_pages": self.states.pool.pages,
             "cache_pages_most_used": self.states.pool.high_water,
             "cache_host_pages": tier.pages if tier else 0,
-            "cache_copy_gb_s": self.copy_bytes_s / 1e9,
-            "cache_compute_us_a_token": self.compute_s * 1e6,
-            "cache_launch_ms": self.launch_s * 1e3,
+            "cache_copy_gb_s": self.costs.copy_bytes_s / 1e9,
+            "cache_compute_us_a_token": self.costs.compute_s * 1e6,
+            "cache_launch_ms": self.costs.launch_s * 1e3,
         }
 
     def close(self) -> None:
@@ -193,39 +192,19 @@ class CachedRanking:
         for _ in range(2):
             self.states.clear()
             result = self.queue(requests)()
-        self.compute_s = result.compute_ms / result.tokens / 1e3
+        self.costs.compute_s = result.compute_ms / result.tokens / 1e3
         buckets, self.buckets = self.buckets, []
         for _ in range(2):
-            self.launch_s = self.queue(requests[:1])().compute_ms / 1e3
+            self.costs.launch_s = self.queue(requests[:1])().compute_ms / 1e3
         self.buckets = buckets
         self.reset_cache()
 
     def _shares(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[float]:
-        """Return the share to load of the tokens that only the host has, for each request.
-
-        Prefetched states are loaded whole. For the others, loading takes t seconds a token and overlaps computing the
-        rest, c seconds a token. Both end together if c / (c + t) of the tokens that would be computed without the host
-        are loaded. Nothing is loaded where a graph, which can't wait for single copies, computes all of them sooner.
-        """
-        states, pool = self.states, self.states.pool
-        more = [max(plan.on_host - plan.on_device, 0) for plan in plans]
-        if self._cache.onload_share or not any(more) or not self.compute_s:
+        """Return the share to load of the tokens that only the host has, for each request."""
+        only_on_host = any(plan.on_host > plan.on_device for plan in plans)
+        if self._cache.onload_share or not only_on_host or not self.costs.compute_s:
             return [self._cache.onload_share or 1.0] * len(plans)
-        here = [states.prefetched(plan) for plan in plans]
-        there = sum(n for n, prefetched in zip(more, here, strict=True) if not prefetched)
-        free = sum(more) - there
-        copy_s = pool.page_bytes / pool.page / self.copy_bytes_s
-        tokens = sum(p.tokens - p.on_device + len(r.candidates) for p, r in zip(plans, requests, strict=True)) - free
-        share = min(tokens * self.compute_s / (self.compute_s + copy_s) / there, 1.0) if there else 1.0
-        loading_s, computing_s = max(share * there * copy_s, self.launch_s), tokens * self.compute_s
-        if self.graphs is not None and computing_s < loading_s:
-            share = 0.0
-        return [1.0 if prefetched else share for prefetched in here]
-
-    def _replays_sooner(self, bucket: Bucket, onload: Onload) -> bool:
-        """Return whether all copies and then a graph take less time than kernels launched one by one."""
-        loading_s, computing_s = onload.host_bytes / self.copy_bytes_s, bucket.batch * bucket.length * self.compute_s
-        return loading_s + computing_s < self.launch_s
+        return self.costs.shares(requests, plans, self.states, captured=self.graphs is not None)
 
     def _bucket(self, requests: Sequence[Request], plans: Sequence[Plan], onload: Onload | None) -> Bucket | None:
         """Return the sizes of the graph for a batch, or None to launch its kernels one by one.
@@ -240,7 +219,7 @@ class CachedRanking:
             return None
         if any(len(plan.pages) > self._pages for plan in plans):
             return None
-        return bucket if onload is None or self._replays_sooner(bucket, onload) else None
+        return bucket if onload is None or self.costs.replays_sooner(bucket, onload) else None
 
     def forward(self, batch: JaggedBatch, places: PagedBatch) -> Tensor:
         """Encode a batch over its pages. Return logits fp32 [M, tasks]."""

@@ -1,0 +1,49 @@
+"""Measured costs of loading and computing tokens, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grengines.api import Request
+from grengines.cache.host import Onload
+from grengines.cache.index import Plan
+from grengines.cache.states import UserStates
+from grengines.runtime.batch import Bucket
+
+
+@dataclass
+class LoadCosts:
+    """Costs on this machine."""
+
+    copy_bytes_s: float  # bandwidth from page-locked memory to the device
+    compute_s: float = 0.0  # of computing one token; 0: not measured yet
+    launch_s: float = 0.0  # of the smallest batch, with its kernels launched one by one
+
+    def shares(
+        self, requests: Sequence[Request], plans: Sequence[Plan], states: UserStates, *, captured: bool
+    ) -> list[float]:
+        """Return the share to load of the tokens that only the host has, for each request.
+
+        Prefetched states are loaded whole. For the others, loading takes t seconds a token and overlaps computing the
+        rest, c seconds a token. Both end together if c / (c + t) of the tokens that would be computed without the host
+        are loaded. With captured graphs, which can't wait for single copies, nothing is loaded where a graph computes
+        all of them sooner.
+        """
+        pool = states.pool
+        more = [max(plan.on_host - plan.on_device, 0) for plan in plans]
+        here = [states.prefetched(plan) for plan in plans]
+        there = sum(n for n, prefetched in zip(more, here, strict=True) if not prefetched)
+        free = sum(more) - there
+        copy_s = pool.page_bytes / pool.page / self.copy_bytes_s
+        tokens = sum(p.tokens - p.on_device + len(r.candidates) for p, r in zip(plans, requests, strict=True)) - free
+        share = min(tokens * self.compute_s / (self.compute_s + copy_s) / there, 1.0) if there else 1.0
+        loading_s, computing_s = max(share * there * copy_s, self.launch_s), tokens * self.compute_s
+        if captured and computing_s < loading_s:
+            share = 0.0
+        return [1.0 if prefetched else share for prefetched in here]
+
+    def replays_sooner(self, bucket: Bucket, onload: Onload) -> bool:
+        """Return whether all copies and then a graph take less time than kernels launched one by one."""
+        loading_s, computing_s = onload.host_bytes / self.copy_bytes_s, bucket.batch * bucket.length * self.compute_s
+        return loading_s + computing_s < self.launch_s
