@@ -1,4 +1,4 @@
-"""The ranking model and the catalogue that a command line names: by overrides, a weights file and flags."""
+"""Ranking model and catalogue of a command line, from overrides, a weights file and flags."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def compose_ranking(args: argparse.Namespace) -> tuple[RunSpec, Catalogue]:
-    """The cell of `args.overrides`, whose model ranks, and its catalogue. Raises ConfigError.
+    """Return the cell of `args.overrides`, whose model ranks, and its catalogue. Raises ConfigError.
 
-    The weights file records the options that it was trained with. They apply where no `model=` is given, and
-    `model.KEY=VALUE` still overrides them.
+    The weights file records the options of its training. They apply if no `model=` is given, and `model.KEY=VALUE`
+    overrides them.
     """
     overrides = ["engine=hstu", *args.overrides]
     spec, _ = compose_spec(overrides, args.config_dir)
@@ -65,7 +65,7 @@ def _catalogue(args: argparse.Namespace, spec: RunSpec, shapes: dict[str, list[i
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """The model's options in a weights file, and the shapes of its tables. Raises ConfigError."""
+    """Read the model's options and the shapes of its tables from a weights file. Raises ConfigError."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -32,7 +32,7 @@ from grengines.runtime.batch import Encoding
 from grengines.runtime.profile import Sizes, check, profiles
 from grkernels import capabilities
 from grkernels.config import KernelConfig
-from grkernels.hstu_attention import torch as plain_attention
+from grkernels.hstu_attention import torch as eager_attention
 
 CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
 # Every option of the model that changes what is traced.
@@ -65,7 +65,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("GRBENCH_CACHE", str(folder))
-        patch.setattr(plain_attention, "TILE_BYTES", 20 * 4 * 2 * 64 * plain_attention.BYTES_A_SCORE)
+        patch.setattr(eager_attention, "TILE_BYTES", 20 * 4 * 2 * 64 * eager_attention.BYTES_A_SCORE)
         yield folder
 
 
@@ -220,7 +220,7 @@ def test_without_a_compiler_the_engine_is_unavailable(monkeypatch: pytest.Monkey
 @NO_COMPILER
 @pytest.mark.skipif(sys.platform != "linux", reason="about ELF libraries")
 def test_packages_share_the_c_plus_plus_library_of_the_process(tmp_path: Path) -> None:
-    """Where only a static one is installed (here: asked for), a package with its own would crash when it is loaded."""
+    """A package that links a second copy, such as the static library requested here, crashes when it is loaded."""
     source, library = tmp_path / "a.cc", tmp_path / "a.so"
     source.write_text('#include <iostream>\nextern "C" void f() { std::cout << 1; }\n')
     command = ["g++", "-static-libstdc++", "-shared", "-fPIC", str(source), "-o", str(library)]
@@ -241,8 +241,8 @@ def test_profiles_follow_the_lengths_and_hold_every_request() -> None:
     assert profiles(requests, encoding, 8) == [large]
     for request in requests:
         assert check([request] * 8, encoding, large, "").fits(large)
-    with pytest.raises(OutsideError, match=r"requests 130: longest=106, the engine is built for at most 16; mend it"):
-        check(requests[30:31], encoding, small, "mend it")
+    with pytest.raises(OutsideError, match=r"requests 130: longest=106, the engine is built for at most 16; fix it"):
+        check(requests[30:31], encoding, small, "fix it")
     with pytest.raises(ValueError, match="0 sample requests"):
         profiles([], encoding, 8)
 

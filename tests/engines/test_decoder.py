@@ -104,7 +104,7 @@ def test_the_reference_scores_every_item() -> None:
 
 @torch.inference_mode()
 def test_history_and_attention_matter() -> None:
-    """What the gate's proofs need: other histories, and no attention, give other scores; the reference stays exact."""
+    """Other histories, and no attention, give other scores, which the gate's proofs need. The reference stays exact."""
     ids = catalogue(120)
     reference = DecoderReference(CONFIG, 3, Retrieval(ids, 10, 30), "cpu")
     one, other = request_of([1, 2, 3, 4]), request_of([4, 2, 3, 9])

@@ -184,7 +184,7 @@ def test_int8_and_large_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not any("table" in name or "head_out" in name for name in weights)
 
 
-def test_plain_int8_rounds_as_int8_does() -> None:
+def test_emulated_int8_rounds_as_int8_does() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(5, 300), torch.randn(7, 300) + 1.0
     steps = (round_weight(weight) / weight.abs().amax(1, keepdim=True) * 127).round(decimals=3)
@@ -193,7 +193,9 @@ def test_plain_int8_rounds_as_int8_does() -> None:
     assert torch.equal(round_input(torch.zeros(3)), torch.zeros(3)) and not round_input(torch.zeros(0)).numel()
 
 
-def test_the_cache_folder_knows_models_apart_and_mends_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_keeps_models_apart_and_repairs_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path))
     calls = []
     monkeypatch.setattr(exporter, "write_onnx", lambda program, model, path, *_: calls.append(path.write_text("x")))

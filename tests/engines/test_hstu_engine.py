@@ -94,14 +94,14 @@ def test_candidates_in_microbatches_score_the_same(microbatch: int, C: int) -> N
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_is_within_twice_plain_torch(precision: str) -> None:
+def test_half_precision_is_within_twice_eager_torch(precision: str) -> None:
     requests = sample()
     reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
-    exact, plain = reference.scores(requests), reference.scores(requests, precision)
+    exact, eager = reference.scores(requests), reference.scores(requests, precision)
     with engine(requests, precision=precision) as e:
         result = e.rank(requests)
         assert e.actual()["precision"] == precision
-    allowed = 2 * relative_error(np.concatenate(plain), np.concatenate(exact))
+    allowed = 2 * relative_error(np.concatenate(eager), np.concatenate(exact))
     assert 1e-5 < allowed < 0.1
     assert error(result, exact) <= allowed
     without = reference.scores(requests, attention=zero_attention)
@@ -163,7 +163,7 @@ def test_registry() -> None:
 
 
 def sizes(requests: list[Request]) -> tuple[list[int], list[int]]:
-    """Of each request its tokens, and its candidates."""
+    """Return the tokens and the candidates of each request."""
     candidates = [len(r.candidates) for r in requests]
     return [len(r.history_items) + c for r, c in zip(requests, candidates, strict=True)], candidates
 
@@ -282,12 +282,12 @@ def test_on_a_gpu(kernel: str, precision: str, options: dict[str, Any]) -> None:
     exact = np.concatenate(reference.scores(requests))
     on_cpu = np.concatenate(RankingReference(model, CATALOGUE, 5, "cpu").scores(requests))
     assert relative_error(exact, on_cpu) < 1e-5
-    plain = relative_error(np.concatenate(reference.scores(requests, precision)), exact)
+    eager = relative_error(np.concatenate(reference.scores(requests, precision)), exact)
     with engine(requests, model, kernel, device="cuda", precision=precision, max_batch=8, **options) as e:
         result = e.rank(requests)
         assert e.actual()["device"] == "cuda" and e.actual()["kernels"]["layer_norm"] in (kernel, "triton")
         assert result.compute_ms > 0 and result.transfer_ms > 0
-    allowed = max(2 * plain, 2e-5)
+    allowed = max(2 * eager, 2e-5)
     assert error(result, [exact]) <= allowed
     without = np.concatenate(reference.scores(requests, attention=zero_attention))
     assert relative_error(without, exact) > 2 * allowed

@@ -136,7 +136,7 @@ def test_candidates_over_a_prefill_with_contextual_tokens_equal_the_full_form(W:
 
 
 def test_the_padded_forward_reads_no_value_on_the_host() -> None:
-    """What a CUDA graph needs; see the same test of the attention."""
+    """CUDA graphs need this; the attention has the same test."""
     model = build(contextual_seq_len=1)
     host = pack(requests_of([6, 2], [4, 2]), model.encoding, bucket=Bucket(2, 16, 4))
     logits = model.to("meta")(host.to(torch.device("meta")))
@@ -193,7 +193,7 @@ def encoded(host: HostBatch, name: str, tokens: int) -> np.ndarray:
 
 @pytest.mark.parametrize("C", [0, 3])
 def test_encodings_of_old_events_outlive_new_ones(C: int) -> None:
-    """Whatever comes after: more events than there are positions, other candidates, a later visit."""
+    """Later events, more than there are positions, other candidates or a later visit change no earlier encoding."""
     encoding = build(contextual_seq_len=C).encoding
     [later] = requests_of([30], [5])
     earlier = shorter(later, 11, timestamp=1, candidates=later.candidates[:1])
@@ -229,7 +229,7 @@ def test_encodings() -> None:
 
 @pytest.mark.parametrize("shape", [{}, {"scaling_seqlen": 18432}, {"layers": 6}, {"contextual_seq_len": 2}])
 def test_attention_matters(shape: dict[str, int]) -> None:
-    """A model that ignored its history could not be told from a broken one; half precision must not hide it."""
+    """A model that ignores its history looks like a broken one, and half precision must not hide that."""
     config = dataclasses.replace(HSTUConfig(), **shape)
     requests = requests_of([20, 60, 120], [8, 8, 8])
     blind = Operators.eager().replace(hstu_attention=zero_attention)

@@ -69,8 +69,8 @@ def prepared(**options: Any) -> OnnxRuntimeEngine:
 def test_answers_equal_the_reference(precision: str) -> None:
     reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     expected = np.concatenate(reference.scores(SAMPLE))
-    plain = np.concatenate(reference.scores(SAMPLE, precision))
-    tolerance = max(2 * relative_error(plain, expected), SUMMATION_FLOOR)
+    eager = np.concatenate(reference.scores(SAMPLE, precision))
+    tolerance = max(2 * relative_error(eager, expected), SUMMATION_FLOOR)
     blind = np.concatenate(reference.scores(SAMPLE, attention=zero_attention))
     assert relative_error(blind, expected) > 2 * tolerance
     made = prepared(precision=precision)
@@ -119,7 +119,7 @@ def test_batches_and_samples_out_of_range_are_refused() -> None:
         engine().prepare([], 1)
 
 
-def test_bad_files_are_one_line_with_the_command_that_mends(tmp_path: Path) -> None:
+def test_bad_files_are_one_line_with_the_command_that_fixes_them(tmp_path: Path) -> None:
     good = exporter.cached(MODEL, CATALOGUE, 5, "fp32", skip_hidden=True)
     files = {
         name: tmp_path / f"{name}.onnx" for name in ("missing", "corrupt", "truncated", "foreign", "other", "half")

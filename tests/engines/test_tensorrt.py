@@ -54,10 +54,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("target", ["8.9", "12.0"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_is_built_for_gpus_that_are_not_here(precision: str, target: str, tmp_path: Path) -> None:
-    told: list[tuple[str, float]] = []
+    phases: list[tuple[str, float]] = []
     library = libraries.find("tensorrt_rtx")
-    built = made(precision, target, tmp_path / "plan", lambda phase, share: told.append((phase, share)))
-    again = plans.load(tmp_path / "plan", built.facts, "mend it")
+    built = made(precision, target, tmp_path / "plan", lambda phase, share: phases.append((phase, share)))
+    again = plans.load(tmp_path / "plan", built.facts, "fix it")
     assert again.facts == built.facts and again.read() == built.read()
     assert again.manifest["bytes"] == len(built.read()) > 100_000
     assert (again.facts.library, again.facts.version) == ("tensorrt_rtx", library.version)
@@ -66,7 +66,7 @@ def test_every_precision_is_built_for_gpus_that_are_not_here(precision: str, tar
     assert tensors["token_rows"] == {"dtype": "INT64", "shape": [-1]}
     assert tensors["tiles"] == {"dtype": "INT64", "shape": [-1, -1]}
     assert tensors["logits"]["dtype"] == "FLOAT" and tensors["logits"]["shape"][1] == len(MODEL.tasks)
-    assert len({phase for phase, _ in told}) > 1 and {0.0, 1.0} <= {share for _, share in told}
+    assert len({phase for phase, _ in phases}) > 1 and {0.0, 1.0} <= {share for _, share in phases}
     assert [file.name for file in tmp_path.iterdir()] == ["plan"]
     assert sorted(file.name for file in (tmp_path / "plan").iterdir()) == ["manifest.json", "model.plan"]
 
@@ -133,8 +133,8 @@ def test_a_plan_that_does_not_belong_here_is_one_line_that_says_what_to_do(tmp_p
 
     def complaint(folder: Path, wanted: plans.Facts = good.facts) -> str:
         with pytest.raises(ValueError) as e:
-            plans.load(folder, wanted, "mend it")
-        assert "\n" not in str(e.value) and str(e.value).endswith("; mend it")
+            plans.load(folder, wanted, "fix it")
+        assert "\n" not in str(e.value) and str(e.value).endswith("; fix it")
         return str(e.value)
 
     assert "no plan there" in complaint(tmp_path / "none")

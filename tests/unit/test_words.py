@@ -19,7 +19,28 @@ TEXT = {".py", ".md", ".yaml", ".yml", ".ipynb", ".sh", ".toml", ".cff"}
 PACKAGES = ("grbench/", "engines/grengines/", "kernels/grkernels/")
 
 # Folders and files that are not rewritten yet. Remove a line once its files pass; the list ends empty.
+<<<<<<< HEAD
 PENDING: tuple[str, ...] = ("tests/engines/",)
+=======
+PENDING: tuple[str, ...] = (
+    "conf/",
+    "engines/grengines/aoti/",
+    "engines/grengines/api.py",
+    "engines/grengines/export/",
+    "engines/grengines/fallback.py",
+    "engines/grengines/hf/",
+    "engines/grengines/hstu/",
+    "engines/grengines/models/",
+    "engines/grengines/onnxruntime/",
+    "engines/grengines/options.py",
+    "engines/grengines/pipeline/",
+    "engines/grengines/semantic/",
+    "engines/grengines/tensorrt/",
+    "grbench/config/",
+    "grbench/kernelbench/",
+    "kernels/",
+)
+>>>>>>> 7c4cf36 (Write the tools' and the tests' texts in plain words)
 
 # Pattern: better words. Letters must not touch the match, so names such as `_mend` count too.
 BANNED = {
