@@ -88,7 +88,7 @@ class Wrong:
         return dataclasses.replace(result, items=items, scores=scores)
 
     def _other(self, request: Request, items: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A worse item, with its right score, in the place of the last."""
+        """Replace the last item by a worse one with its right score."""
         other = next(i for i in range(500) if i not in items)
         exact = self.reference.prefix_scores(request, np.array([other]))[:, -1]
         return np.append(items[:-1], other), np.append(scores[:-1], exact)
