@@ -31,6 +31,7 @@ from grkernels.config import KernelGroup
 if TYPE_CHECKING:
     from grengines.models.reference import GenerationReference
 
+GROUP = "grbench.engines"  # entry points of packages with engines
 ENGINES = {
     spec.name: spec
     for spec in (
@@ -220,6 +221,11 @@ def _load(path: str) -> Any:
 
 @functools.cache
 def _register_installed() -> None:
-    """Register the engines of installed packages, once."""
-    for entry in entry_points(group="grbench.engines"):
-        register(entry.load())
+    """Register the engines of installed packages, once. Raises ValueError, one line, for one that can't be loaded."""
+    for entry in entry_points(group=GROUP):
+        try:
+            register(entry.load())
+        except (ImportError, AttributeError, ValueError) as e:
+            raise ValueError(
+                f"entry point {entry.name} of group {GROUP} ({entry.value}): {e}; fix or uninstall its package"
+            ) from e

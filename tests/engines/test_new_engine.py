@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -113,12 +114,17 @@ def registered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("toy_engine")
 
 
-def test_an_installed_engine_is_measured(grbench: Grbench, folder: Path, tmp_path: Path) -> None:
-    information = folder / "toy_engine-1.0.dist-info"  # as pip leaves it
+def install(folder: Path, entry: str) -> dict[str, str]:
+    """Write what pip leaves beside a package. Returns the environment that finds it."""
+    information = folder / "toy_engine-1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-engine\nVersion: 1.0\n")
-    (information / "entry_points.txt").write_text("[grbench.engines]\ntoy = toy_engine:SPEC\n")
-    path = {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"}
+    (information / "entry_points.txt").write_text(f"[grbench.engines]\n{entry}\n")
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"}
+
+
+def test_an_installed_engine_is_measured(grbench: Grbench, folder: Path, tmp_path: Path) -> None:
+    path = install(folder, "toy = toy_engine:SPEC")
     small = ["workload=synthetic", "workload.max_requests=24", "workload.max_history=32", "scenario=closed_loop"]
     small += ["scenario.queries=16", "warmup_batches=1", "gate.requests=2", "tracking=none"]
     done = grbench("engine=toy", "engine.delay_ms=1", "engine.device=cpu", *small, **path)
@@ -156,3 +162,16 @@ def test_a_missing_package_and_a_taken_name_are_refused(registered: None, monkey
     assert registry.availability("toy") == "package numpy is not installed; pip install numpy"
     monkeypatch.setitem(registry.ENGINES, "toy", replace(registry.get("toy"), requires=lambda: "no toys here; buy"))
     assert registry.availability("toy") == "no toys here; buy"
+
+
+@pytest.mark.parametrize(
+    "target, message", [("toy_engine:NOTHING", "has no attribute 'NOTHING'"), ("toys:SPEC", "toys")]
+)
+def test_an_entry_point_that_cannot_be_loaded_is_named(folder: Path, target: str, message: str) -> None:
+    env = os.environ | install(folder, f"toy = {target}")
+    code = "from grengines import registry; registry.specs()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert f"ValueError: entry point toy of group grbench.engines ({target}): " in line
+    assert message in line and line.endswith("; fix or uninstall its package")
