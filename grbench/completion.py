@@ -35,7 +35,7 @@ def answer(words: Sequence[str]) -> int:
 
 
 def _flags(name: str) -> list[str]:
-    """The flags of a subcommand that Hydra does not parse."""
+    """Return the flags of a subcommand that Hydra does not parse."""
     module, _, function = SUBCOMMANDS[name].target.partition(":")
     parser = "parser" if function == "main" else f"{function.rstrip('_')}_parser"
     return sorted(set(re.findall(r"--[\w-]+", getattr(import_module(module), parser)().format_usage())))

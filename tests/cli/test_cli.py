@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from helpers.command import Grbench
 
 import grbench
 from grbench.cli import main
+from grbench.completion import HYDRA
 from grbench.subcommands import SUBCOMMANDS
 
 Capture = pytest.CaptureFixture[str]
@@ -90,6 +92,15 @@ def test_a_typed_line_is_completed(capsys: Capture, monkeypatch: pytest.MonkeyPa
     found = set(output(capsys, "-sc", "query=bash").split())
     some, none = (set(words.split()) for words in COMPLETED[typed])
     assert some <= found and not none & found
+
+
+@pytest.mark.parametrize("name", [name for name in SUBCOMMANDS if name not in HYDRA])
+def test_the_flags_of_a_subcommand_are_those_of_its_help(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COMP_LINE", f"grbench {name} --")
+    completed = set(output(capsys, "-sc", "query=bash").split())
+    assert completed == set(re.findall(r"^ +(?:-\w, )?(--[\w-]+)", output(capsys, name, "--help"), re.M)) - {"--help"}
 
 
 def test_bash_completes_subcommands(tmp_path: Path) -> None:

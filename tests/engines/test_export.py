@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -32,8 +33,10 @@ from grengines.export.identity import command, model_hash
 from grengines.export.module import INPUTS, inputs_of, longest_history
 from grengines.export.onnx_attention import DOMAIN, NAME
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.model import build_model
 from grengines.models.hstu.quantised import round_input, round_weight
 from grengines.models.hstu.reference import RankingReference
+from grengines.models.hstu.weights import save_weights
 from grengines.numerics import IncorrectError, relative_error
 from grengines.runtime.batch import Bucket, Encoding, pack
 from grkernels.hstu_attention.reference import hstu_attention as reference_attention
@@ -289,3 +292,20 @@ def test_the_command_that_errors_name_gives_the_same_model(model: HSTUConfig) ->
     spec, catalogue = compose_ranking(parser().parse_intermixed_args(words[4:]))
     assert spec.seed == 5
     assert model_hash(spec.model, catalogue, 0) == model_hash(model, CATALOGUE, 0)
+
+
+def test_a_weights_file_names_the_model_and_the_catalogue(tmp_path: Path) -> None:
+    ranker = build_model(MODEL, CATALOGUE, 0, "cpu", torch.float32)
+    save_weights(ranker, tmp_path / "weights.safetensors")
+
+    def composed(*words: str) -> tuple[HSTUConfig, Catalogue]:
+        weights = f"model.weights={tmp_path / 'weights.safetensors'}"
+        spec, catalogue = compose_ranking(parser().parse_intermixed_args(["--out", "out", weights, *words]))
+        return spec.model, catalogue
+
+    model, catalogue = composed("--users", str(CATALOGUE.num_users))
+    assert catalogue == CATALOGUE
+    assert dataclasses.replace(model, name=MODEL.name, weights=None) == MODEL
+    assert composed("model.max_attn_len=3")[0].max_attn_len == 3
+    assert composed("model=hstu_tiny")[0].embedding_dim == 64
+    assert composed("--items", "7", "--actions", "1")[1] == Catalogue(num_users=1, num_items=7, num_actions=1)
