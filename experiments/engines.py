@@ -80,10 +80,12 @@ def check(engine: Any, spec: RunSpec, pool: Sequence[Request], batch: int, gates
     return found
 
 
-def compare(rows: common.Rows, specs: dict[str, RunSpec], shapes: Sequence[Shape], rounds: int) -> None:
-    """Build an engine for each case, then check and time all of them at each shape."""
+def compare(
+    rows: common.Rows, specs: dict[str, RunSpec], shapes: Sequence[Shape], shortest: float, rounds: int
+) -> None:
+    """Build an engine for each case, then check and time all of them at each shape. shortest: as `requests_of`."""
     # The gate needs two requests even where a batch has one.
-    pools = {(b, h, c): common.requests_of(max(b, 2), h, c, shortest=0.25) for b, h, c in shapes}
+    pools = {(b, h, c): common.requests_of(max(b, 2), h, c, shortest=shortest) for b, h, c in shapes}
     sample = sorted((request for pool in pools.values() for request in pool), key=tokens)
     engines = build(rows, specs, sample, max(batch for batch, _, _ in shapes))
     for (batch, history, candidates), pool in pools.items():
@@ -115,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--histories", type=int, nargs="+", default=[1024, 4096] if gpu else [128, 512, 1024])
     parser.add_argument("--candidates", type=int, nargs="+", default=[256, 2048] if gpu else [32])
+    least = "share of the longest history that the others have at least (default: %(default)s)"
+    parser.add_argument("--shortest", type=float, default=1.0, help=least)
     args = parser.parse_args(arguments)
     shapes = list(itertools.product(args.batches, args.histories, args.candidates))
     lengths = sorted({history + candidates for _, history, candidates in shapes})
@@ -126,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         specs[case] = common.specs_of(parser, DEFAULTS, [*words, *args.overrides])
     rows = common.Rows(args, __file__, arguments)
     for combination in zip(*specs.values(), strict=True):  # one for each model that the overrides sweep over
-        compare(rows, dict(zip(specs, combination, strict=True)), shapes, args.rounds)
+        compare(rows, dict(zip(specs, combination, strict=True)), shapes, args.shortest, args.rounds)
     rows.close()
 
 
