@@ -14,7 +14,7 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.semantic.search import Beams
 from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.engine import VLLMEngine
-from grkernels.registry import requested
+from grkernels.choice import requested
 from helpers.items import catalogue
 
 IDS = catalogue(110)
