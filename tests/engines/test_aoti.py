@@ -61,7 +61,7 @@ SAMPLE = requests_of([3, 37, 12, 44, 20], [6, 1, 9, 8, 5])
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The cache folder of this file's tests, and attention in several tiles, so that loops over them are compiled."""
+    """Share a cache folder among these tests, and set small tiles, so that attention loops over several of them."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("GRBENCH_CACHE", str(folder))
@@ -84,9 +84,9 @@ def test_answers_equal_the_reference_at_any_lengths(ready: AOTIEngine) -> None:
     assert ready._package is not None and ready._package.facts.tiles == 4
     for requests in (
         SAMPLE[:4],
-        SAMPLE[:1],  # one sequence, as no example was
+        SAMPLE[:1],  # one sequence, unlike every example of the export
         requests_of([0, 1, 45, 0], [1, 1, 9, 2], seed=1),
-        requests_of([0], [1], seed=2),  # contextual tokens and a candidate, fewer than tiles
+        requests_of([0], [1], seed=2),  # contextual tokens and a candidate: fewer tokens than tiles
     ):
         result = ready.rank(requests)
         expected = reference.scores(requests)

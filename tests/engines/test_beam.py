@@ -1,4 +1,4 @@
-"""Generation in the native engine: beams over one read of the prompt find what encoding every beam anew finds."""
+"""Generation in the native engine: beams that share one prefill find what encoding each beam from scratch finds."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def prompts_of(ids: SemanticIds, lengths: list[int], seed: int = 0) -> list[np.n
 @pytest.mark.parametrize("width", [1, 3, 20, 200])
 @pytest.mark.parametrize("items", [120, 40, 3])
 def test_beams_are_those_of_the_reference(width: int, items: int) -> None:
-    """Ragged prompts, an empty one, one that is cut; fewer items than beams; no item that doesn't exist."""
+    """Search with ragged, empty and truncated prompts, and with fewer items than beams."""
     ids, model = catalogue(items), model_of()
     trie, pool = Trie.of(ids).on("cpu"), pool_for(model)
     prompts = prompts_of(ids, [5, 0, 9, 1, 25])
@@ -87,14 +87,14 @@ def test_neither_batch_nor_pages_change_the_answer() -> None:
     together = beam.search(model, trie, prompts, pool_for(model), width=12, k=12)
     for page, order in ((1, [3, 1, 0, 2]), (16, [2, 0]), (7, [1])):
         pool = pool_for(model, pages=200, page=page)
-        pool.allocate(3)  # what others have
+        pool.allocate(3)  # pages that other users hold
         again = beam.search(model, trie, [prompts[i] for i in order], pool, width=12, k=12)
         assert again.items.tolist() == together.items[order].tolist()
 
 
 @torch.inference_mode()
 def test_own_codes_and_prompt_matter() -> None:
-    """The check against the reference can fail: without the beams' own codes, and with another's prompt, it does."""
+    """Scores differ from the reference without the beams' own codes, and with another request's prompt."""
     ids, model = catalogue(120), model_of(seed=4)
     trie, prompts = Trie.of(ids).on("cpu"), prompts_of(ids, [6, 6])
     expected = beam.reference(model, trie, prompts, width=30, k=30)

@@ -89,7 +89,7 @@ def test_answers_from_the_host_equal_the_reference(
         assert error(result, reference.scores(requests)) < 1e-5
         total.update(result.details)
     assert total["cache_faults"] == total["cache_policy_errors"] == 0
-    if total["cache_refused"] == 0:  # `predictive` learns that states that must be whole are of no use here
+    if total["cache_refused"] == 0:  # only `predictive` refuses states that it expects to be useless
         assert total["cache_offloads"] > 0 and total["cache_evictions"] > 0
         assert total["cache_host_hits"] > 0 and total["cache_loaded_tokens"] > 0 and total["cache_host_bytes"] > 0
     else:
@@ -97,7 +97,7 @@ def test_answers_from_the_host_equal_the_reference(
     assert engine.actual()["kernels"]["paged_write"] == "torch" and engine.actual()["cache_pages_most_used"] <= 9
     assert total["cache_offloads"] == 0 or total["cache_offloaded_bytes"] > 0
     assert engine.actual()["cache_host_pages"] == 16 and engine.actual()["cache_copy_gb_s"] > 0
-    # States on the device move to the host on demand, and answers from there are as right.
+    # States on the device move to the host on demand, and answers from there are equally correct.
     engine.reset_cache(keep_host=True)
     result = engine.rank(rounds[-1])
     assert result.details["cache_hits"] == 0 and error(result, reference.scores(rounds[-1])) < 1e-5
@@ -138,7 +138,7 @@ def test_what_is_loaded_balances_copying_and_computing() -> None:
 
 
 class Replays:
-    """A GraphRunner for CPUs, which have no graphs: it computes uploaded inputs at the replay."""
+    """GraphRunner for CPUs, which have no graphs: a replay computes the uploaded inputs."""
 
     def __init__(self, forward: Any) -> None:
         self._forward, self.count = forward, 0
@@ -152,7 +152,7 @@ class Replays:
 
 
 def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grengines.hstu.cached.MOST_PADDING", 10.0)  # six candidates take a graph of sixteen
+    monkeypatch.setattr("grengines.hstu.cached.MOST_PADDING", 10.0)  # six candidates run in the graph for sixteen
     rounds = traffic(2, 2, longest=400)
     reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)
@@ -165,7 +165,7 @@ def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeyp
     requests = rounds[-1]
     tokens = sum(len(r.history_items) for r in requests)
     for prefetched, launch_s, replays, eager in (
-        (True, 1.0, 2, 0.0),  # no wait, and slow launches: all is loaded, and a graph is sooner
+        (True, 1.0, 2, 0.0),  # nothing to wait for, slow launches: everything is loaded and a graph is replayed
         (True, 0.0, 1, 1.0),  # free launches: computing overlaps the copies
         (False, 1e-9, 2, 0.0),  # copies are slower than computing: nothing is loaded
     ):
@@ -188,7 +188,7 @@ FAULTS = {
     "starting to load": (HostTier, "load"),
     "offload": (HostTier, "store"),
     "allocation": (PagePool, "allocate"),
-    "writing": (None, "paged_write"),  # None: the engine's operators
+    "writing": (None, "paged_write"),  # None stands for the engine's operators
     "policy: victim": (policies.LRU, "victim"),
     "policy: touch": (policies.LRU, "touch"),
     "policy: admit": (policies.LRU, "admit"),
@@ -204,7 +204,7 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
     rounds = [[r] for requests in traffic(6, 4) for r in requests]
     reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     memory = {"memory_gb": 9 * PAGE_GB, "host_gb": 30 * PAGE_GB}
-    at_once = {"admit_visit": 1, "host_admit_visit": 1}  # both policies as they are
+    at_once = {"admit_visit": 1, "host_admit_visit": 1}  # every state is stored, so the faults are reached early
     engine = started(PagedCacheConfig(page=16, prefetch_s=1.0, onload_share=1.0, **memory, **at_once), rounds)
     owner, name = FAULTS[what]
     owner = owner or engine.operators
@@ -231,7 +231,7 @@ def test_faults_are_counted_and_logged_and_the_answer_is_right(
     assert calls > 3
     assert total["cache_policy_errors" if "policy" in what else "cache_faults"] >= calls // 3
     assert "says the test" in caplog.text and any(r.levelno == logging.WARNING for r in caplog.records)
-    # Without further faults everyone is served from the cache again, and no page is missing.
+    # Once the faults stop, every user is served from the cache again, and no page is lost.
     monkeypatch.undo()
     engine.reset_cache()
     states = engine.user_cache.states
@@ -296,7 +296,7 @@ def test_extents_are_few_and_exact() -> None:
         pages = [p for runs in (*held, extents.free_runs) for begin, n in runs for p in range(begin, begin + n)]
         assert sorted(pages) == list(range(50))
         free = sorted(extents.free_runs)
-        assert all(a + n < b for (a, n), (b, _) in pairwise(free))  # merged
+        assert all(a + n < b for (a, n), (b, _) in pairwise(free))  # adjacent free runs are merged
     assert list(cut([(10, 3), (20, 5)], 1, 6)) == [(11, 2), (20, 3)]
 
 
@@ -304,7 +304,7 @@ def test_extents_are_few_and_exact() -> None:
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(("kernel", "precision"), [("torch", "fp32"), ("triton", "bf16"), ("cutlass", "bf16")])
 def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
-    """There are hits, host hits (copies beside the computation), evictions and prefetches, with and without graphs."""
+    """Hits, host hits, evictions and prefetches occur, and answers equal the reference, with and without graphs."""
     model = dataclasses.replace(MODEL, qk_dim=32, v_dim=32, embedding_dim=64)
     rounds = [requests[i : i + 3] for requests in traffic(9, 8, longest=300) for i in (0, 3, 6)]
     reference = RankingReference(model, CATALOGUE, 5, "cuda")
@@ -312,7 +312,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
     cache = PagedCacheConfig(
         "lru", "predictive", page=16, memory_gb=60 * page_gb, host_gb=100 * page_gb, prefetch_s=9.0
     )
-    if graphs:  # otherwise the engine would compute so small a model anew
+    if graphs:  # so small a model would otherwise be computed again rather than loaded
         cache.onload_share = 1.0
     options = {"device": "cuda", "precision": precision, "cuda_graphs": graphs, "kernel": kernel}
     engine = started(cache, rounds, model, **options)
@@ -337,7 +337,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
 def test_batches_queued_behind_each_other_on_a_gpu(cached: bool, graphs: bool) -> None:
-    """With four threads the next batch is packed and queued while the device computes one. Answers are right."""
+    """Four threads pack and queue batches while the device computes, and every answer equals the reference."""
     rounds = [requests[i : i + 3] for requests in traffic(9, 8, longest=300) for i in (0, 3, 6)]
     page_gb = MODEL.layers * 16 * MODEL.heads * (MODEL.qk_dim + MODEL.v_dim) * 4 / 1e9
     cache = PagedCacheConfig(page=16, memory_gb=60 * page_gb, host_gb=100 * page_gb) if cached else CacheConfig()

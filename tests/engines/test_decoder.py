@@ -1,4 +1,4 @@
-"""Decoders over semantic IDs: their weights, the folder that vLLM loads, and the search that engines are held to."""
+"""Decoders over semantic IDs: their weights, the folder that vLLM loads, and the reference search."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def request_of(items: list[int] | np.ndarray, number: int = 0) -> Request:
 
 
 def anew(decoder: Decoder, trie: Any, prompt: np.ndarray, width: int, k: int) -> Beams:
-    """Every beam encoded on its own, from its whole sequence."""
+    """Search by encoding every beam alone, from its whole sequence."""
     beams = [prompt]
 
     def advance(level: int, parents: Any, codes: Any) -> torch.Tensor:
@@ -70,10 +70,10 @@ def anew(decoder: Decoder, trie: Any, prompt: np.ndarray, width: int, k: int) ->
 @pytest.mark.parametrize("width", [1, 3, 20, 200])
 @pytest.mark.parametrize("items", [120, 3])
 def test_a_tree_in_the_mask_is_every_beam_anew(width: int, items: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_module, "CHUNK", 7)  # a prompt in several parts, the last one shorter
+    monkeypatch.setattr(reference_module, "CHUNK", 7)  # the prompt is read in several chunks, the last one shorter
     ids, decoder = catalogue(items), decoder_of()
     trie, rng = Trie.of(ids).on("cpu"), np.random.default_rng(0)
-    for n in (5, 0, 25):  # with no history, and with one that is cut
+    for n in (5, 0, 25):  # 0: no history; 25: a history that is truncated
         tokens = ids.tokens(rng.integers(0, items, n)).reshape(-1)
         k = min(width, 10)
         found = search(decoder, trie, tokens, width=width, k=k)
@@ -104,7 +104,7 @@ def test_the_reference_scores_every_item() -> None:
 
 @torch.inference_mode()
 def test_history_and_attention_matter() -> None:
-    """Other histories, and no attention, give other scores, which the gate's proofs need. The reference stays exact."""
+    """Stale histories and missing attention change scores, as the gate needs, and do not change the reference."""
     ids = catalogue(120)
     reference = DecoderReference(CONFIG, 3, Retrieval(ids, 10, 30), "cpu")
     one, other = request_of([1, 2, 3, 4]), request_of([4, 2, 3, 9])
@@ -203,7 +203,7 @@ def test_the_shapes_that_are_compared() -> None:
     "model", [CONFIG, HSTUConfig(layers=2, embedding_dim=24, qk_dim=8, v_dim=12, max_positions=30)]
 )
 def test_flops_of_a_search_are_counted_one_by_one(model: DecoderConfig | HSTUConfig) -> None:
-    """By the matrices of the model itself, and the rows and columns of the mask of every token."""
+    """Count FLOPs from the model's matrices and from the keys that each token sees."""
     if isinstance(model, DecoderConfig):
         matrices = [s for name, s in weights.shapes(model, SIZES).items() if "layers." in name and len(s) == 2]
         each = model.heads * 2 * (model.head_dim + model.head_dim)
@@ -213,7 +213,7 @@ def test_flops_of_a_search_are_counted_one_by_one(model: DecoderConfig | HSTUCon
         each = model.heads * 2 * (model.qk_dim + model.v_dim)
     for history, width, cached in ((0, 1, 0), (4, 3, 0), (4, 100, 5), (25, 7, 30)):
         prompt = min(3 * history, 30) or 1
-        rows = [i + 1 for i in range(cached, prompt)]  # how many keys each token sees
+        rows = [i + 1 for i in range(cached, prompt)]  # number of keys that each token sees
         first, second = min(width, 4), min(width, min(width, 4) * 5)
         rows += [prompt + 1] * first + [prompt + 2] * second
         expected = len(rows) * sum(2 * m * n for m, n in matrices) + model.layers * each * sum(rows)

@@ -1,4 +1,4 @@
-"""The export: its attention against the reference, its files, the check, which can fail, the command and its errors."""
+"""The export: its attention against the reference, its files, its check of itself, the command and its errors."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def test_the_onnx_attention_equals_the_reference(
         num_targets=torch.from_numpy(targets), max_q_len=max(lengths), max_kv_len=max(lengths), scaling_seqlen=N,
         alpha=0.4, contextual_seq_len=context, max_attn_len=window,
     ).numpy()  # fmt: skip
-    assert np.isfinite(out).all()  # rows past the sequences hold anything, but nothing that would spread
+    assert np.isfinite(out).all()  # rows past the sequences may hold any finite values
     np.testing.assert_allclose(out[: offsets[-1]], expected[: offsets[-1]], rtol=1e-5, atol=1e-6)
 
 
 def test_memory_does_not_grow_with_the_square_of_the_history() -> None:
-    n = 8192  # whose square is 256 MiB of fp32 scores
+    n = 8192  # n * n fp32 scores take 256 MiB
     code = f"""
 import numpy as np
 from helpers.onnx_attention import attention_session
@@ -104,13 +104,13 @@ def peak(length, tile):
     x = np.ones((length, 1, 4), np.float32)
     session.run(None, dict(q=x, k=x, v=x, offsets=np.array([0, length]), num_targets=np.array([0]),
                            tiles=np.arange(length).reshape(-1, tile), columns=np.arange(length)))
-    with open("/proc/self/status") as status:  # what getrusage says begins with the parent's
+    with open("/proc/self/status") as status:  # getrusage would include the parent's peak
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) // 1024
 print(peak(256, 128), peak({n}, 128), peak({n}, {n}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    small, tiled, whole = map(int, done.stdout.split())  # MiB at most so far
+    small, tiled, whole = map(int, done.stdout.split())  # peak memory so far, MiB
     assert tiled - small < 100 < 250 < whole - tiled
 
 
@@ -165,7 +165,7 @@ def test_the_check_passes_what_is_right_and_fails_what_is_not(made: exporter.Exp
         if node.op_type == "Loop":
             body = node.attribute[0].g
             greater = next(n for n in body.node if n.op_type == "Greater")
-            greater.op_type = "GreaterOrEqual"  # then candidates and events see themselves twice
+            greater.op_type = "GreaterOrEqual"  # candidates and events now see themselves twice
     (tmp_path / "broken").mkdir()
     onnx.save(broken, tmp_path / "broken" / exporter.ONNX_FILE)
     with pytest.raises(IncorrectError):
@@ -216,7 +216,7 @@ def test_the_cache_folder_keeps_models_apart_and_repairs_itself(
         cached(skip_hidden=True),
     ]
     assert len({first, *others}) == 5 and len(calls) == 5
-    assert cached(HSTUConfig(**{**vars(small), "name": "other"})) == first  # a name is no part of what is computed
+    assert cached(HSTUConfig(**{**vars(small), "name": "other"})) == first  # its name changes nothing
     (first / exporter.ONNX_FILE).write_text("y")
     with pytest.raises(ValueError, match="not as it was written"):
         exporter.load(first)
@@ -247,7 +247,7 @@ print(published, found.onnx, found.onnx.stat().st_ino)
 """
     first, second = sorted(race(code, tmp_path))
     assert first.startswith("[('exports', False)]") and second.startswith("[('exports', True)]")
-    assert first.split()[2:] == second.split()[2:]  # one file, whoever made it
+    assert first.split()[2:] == second.split()[2:]  # both processes use the same file
     assert len(list((tmp_path / "cache" / "exports").iterdir())) == 1
 
 

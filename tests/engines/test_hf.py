@@ -31,7 +31,7 @@ MODELS = {
     "decoder": DecoderConfig(embedding_dim=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48, max_positions=30),
 }
 SIZES = (4, 5, 6)
-LENGTHS = [5, 0, 9, 1, 25]  # items: one history is empty, and one is cut
+LENGTHS = [5, 0, 9, 1, 25]  # numbers of items: one history is empty, and one is truncated
 KERNELS = requested("torch")
 
 
@@ -65,7 +65,7 @@ def lists(arrays: list[np.ndarray]) -> list[list[Any]]:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("width, items", [(1, 120), (20, 120), (200, 120), (20, 3)])
 def test_a_batch_finds_what_the_reference_finds(model: str, width: int, items: int) -> None:
-    """Ragged prompts, an empty one, one that is cut; fewer items than beams; no item that doesn't exist."""
+    """Search with ragged, empty and truncated prompts, and with fewer items than beams."""
     retrieval, requests = Retrieval(catalogue(items), min(width, 10), width), requests_of(items)
     result = engine_of(MODELS[model], retrieval, requests).generate(requests)
     expected = registry.reference(MODELS[model], 3, retrieval, "cpu").search(requests)
@@ -125,7 +125,7 @@ def test_the_gate_fails_a_loop_that_is_wrong(model: str, wrong: str, monkeypatch
 
 
 def _only_last(real: torch.Tensor, new: int) -> torch.Tensor:
-    """Once codes are generated, nothing but the newest is seen."""
+    """Hide all keys but the newest once codes are generated."""
     if new > 1:
         return real
     seen = torch.zeros_like(real)

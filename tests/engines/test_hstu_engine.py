@@ -81,7 +81,7 @@ def test_answers_equal_the_second_implementation_and_the_reference() -> None:
 @pytest.mark.parametrize("microbatch", [1, 4, 100])
 @pytest.mark.parametrize("C", [0, 2])
 def test_candidates_in_microbatches_score_the_same(microbatch: int, C: int) -> None:
-    """Also where requests have different numbers of candidates, or none."""
+    """Rank requests with different numbers of candidates, or none, in microbatches."""
     model = dataclasses.replace(MODEL, contextual_seq_len=C)
     requests = make_requests(np.random.default_rng(1), CATALOGUE, [9, 0, 30, 4], [7, 3, 0, 5])
     with engine(requests, model) as whole, engine(requests, model, candidate_microbatch=microbatch) as parts:
@@ -106,7 +106,7 @@ def test_half_precision_is_within_twice_eager_torch(precision: str) -> None:
     assert error(result, exact) <= allowed
     without = reference.scores(requests, attention=zero_attention)
     assert relative_error(np.concatenate(without), np.concatenate(exact)) > 2 * allowed
-    again = reference.scores(requests)  # the calls above left the reference as it was
+    again = reference.scores(requests)  # the calls above did not change the reference
     assert all((a == b).all() for a, b in zip(again, exact, strict=True))
 
 
@@ -191,7 +191,7 @@ def test_buckets() -> None:
 
 
 def visits(users: int, rounds: int, longest: int, seed: int = 0) -> list[list[Request]]:
-    """Rounds of requests by the same users, whose histories grow in between; some of them come twice a round."""
+    """Return rounds of requests by the same users, whose histories grow; some users come twice in a round."""
     rng = np.random.default_rng(seed)
     last = make_requests(rng, CATALOGUE, list(rng.integers(longest // 2, longest, users)), [6] * users)
     names = [f for f in Request.__dataclass_fields__ if f.startswith("history_")]
@@ -209,7 +209,7 @@ def visits(users: int, rounds: int, longest: int, seed: int = 0) -> list[list[Re
 @pytest.mark.parametrize("policy", ["lru", "lfu", "gdsf"])
 @pytest.mark.parametrize(("microbatch", "pages"), [(0, 400), (4, 400), (0, 9), (4, 9)])
 def test_answers_through_the_cache_equal_the_reference(policy: str, microbatch: int, pages: int) -> None:
-    """Returning users, growing histories, users who come twice in a batch, and a pool that holds few of them."""
+    """Rank returning users with growing histories, some twice in a batch, from a pool that holds few of them."""
     rounds = visits(users=5, rounds=4, longest=60)
     reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     page_bytes = MODEL.layers * 16 * MODEL.heads * (MODEL.qk_dim + MODEL.v_dim) * 4
@@ -227,7 +227,7 @@ def test_answers_through_the_cache_equal_the_reference(policy: str, microbatch: 
         anew = e.rank(rounds[-1])
         assert error(again, anew.scores) < 1e-5
         assert anew.details["cache_hits"] == 1  # of the user who comes twice
-    assert found["cache_bypassed"] == 0  # who comes twice in a batch is served twice, one after the other
+    assert found["cache_bypassed"] == 0  # two requests of one user in a batch run one after the other
     assert found["cache_policy_errors"] == 0
     if pages == 400:
         assert found["cache_hits"] == 15 + 4 and found["cache_misses"] == 5 and found["cache_evictions"] == 0
@@ -302,7 +302,7 @@ def test_auto_is_bf16_on_a_gpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("C", [0, 2])
 def test_graphs_equal_eager_batch_after_batch(C: int) -> None:
-    """Batches of other sizes and contents one after another: nothing of one is left in the next."""
+    """Replay batches of different sizes and contents: no batch leaves data in the next."""
     model = dataclasses.replace(MODEL, contextual_seq_len=C)
     requests = sample(40, longest=100, seed=3)
     with (

@@ -49,7 +49,7 @@ def requests_of(lengths: list[int], targets: list[int], seed: int = 0) -> list[R
 
 
 def shorter(r: Request, events: int, **changes: Any) -> Request:
-    """The request as it was when the user had done less."""
+    """Return the request as it was after fewer events."""
     history = {f: getattr(r, f)[:events] for f in r.__dataclass_fields__ if f.startswith("history_")}
     return dataclasses.replace(r, **history, **changes)
 
@@ -101,7 +101,7 @@ def test_equals_the_second_implementation(
 def test_new_events_and_candidates_over_cached_ones_equal_the_full_form(
     config: HSTUConfig, sizes: list[tuple[int, int, int]], seed: int
 ) -> None:
-    """Prefill, a visit with new events, and another on the state that it left."""
+    """Encode a prefill, a visit with new events, and a visit to the state that this leaves."""
     model = build(config, seed=seed)
     requests = requests_of([s + d for s, d, _ in sizes], [t for *_, t in sizes], seed)
     before = [shorter(r, s) for r, (s, _, _) in zip(requests, sizes, strict=True)]
@@ -136,7 +136,7 @@ def test_candidates_over_a_prefill_with_contextual_tokens_equal_the_full_form(W:
 
 
 def test_the_padded_forward_reads_no_value_on_the_host() -> None:
-    """CUDA graphs need this; the attention has the same test."""
+    """A read on the host would break CUDA graphs; the attention has the same test."""
     model = build(contextual_seq_len=1)
     host = pack(requests_of([6, 2], [4, 2]), model.encoding, bucket=Bucket(2, 16, 4))
     logits = model.to("meta")(host.to(torch.device("meta")))
@@ -193,7 +193,7 @@ def encoded(host: HostBatch, name: str, tokens: int) -> np.ndarray:
 
 @pytest.mark.parametrize("C", [0, 3])
 def test_encodings_of_old_events_outlive_new_ones(C: int) -> None:
-    """Later events, more than there are positions, other candidates or a later visit change no earlier encoding."""
+    """Later events (more than there are positions), other candidates and later visits change no earlier encoding."""
     encoding = build(contextual_seq_len=C).encoding
     [later] = requests_of([30], [5])
     earlier = shorter(later, 11, timestamp=1, candidates=later.candidates[:1])
@@ -229,7 +229,7 @@ def test_encodings() -> None:
 
 @pytest.mark.parametrize("shape", [{}, {"scaling_seqlen": 18432}, {"layers": 6}, {"contextual_seq_len": 2}])
 def test_attention_matters(shape: dict[str, int]) -> None:
-    """A model that ignores its history looks like a broken one, and half precision must not hide that."""
+    """Zero attention changes scores by more than the rounding of half precision, so the gate can detect it."""
     config = dataclasses.replace(HSTUConfig(), **shape)
     requests = requests_of([20, 60, 120], [8, 8, 8])
     blind = Operators.eager().replace(hstu_attention=zero_attention)
@@ -241,7 +241,7 @@ def test_attention_matters(shape: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
 def test_half_precision(dtype: torch.dtype, most: float) -> None:
-    config = dataclasses.replace(HSTUConfig(), scaling_seqlen=18432)  # attention's outputs are some 1e-4
+    config = dataclasses.replace(HSTUConfig(), scaling_seqlen=18432)  # the attention's outputs are about 1e-4
     requests = requests_of([20, 60], [8, 8])
     logits = full(build(config, dtype=dtype), requests)
     assert logits.dtype == np.float32
@@ -250,7 +250,7 @@ def test_half_precision(dtype: torch.dtype, most: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_layer_norm_of_tiny_values_keeps_fp32_statistics(dtype: torch.dtype) -> None:
-    """Attention's outputs: the squares of 1e-4 are zero in fp16."""
+    """Values of 1e-4, as the attention returns: their squares are zero in fp16."""
     layer = build(dtype=dtype).layers[0]
     a = (1e-4 * torch.randn(5, 6, generator=torch.Generator().manual_seed(0))).to(dtype)
     norm = layer.attention_norm

@@ -1,4 +1,4 @@
-"""A new engine is one folder and one row: this one is added from outside, and measured like any other."""
+"""A new engine is one folder and one row: these tests add one from another package and measure it like any other."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class ToyEngine(RankingEngine):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the package."""
+    """Folder that holds the package of the new engine."""
     package = tmp_path / "site" / "toy_engine"
     package.mkdir(parents=True)
     for name, text in FOLDER.items():
@@ -107,7 +107,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def registered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The engine in this process."""
+    """Register the new engine in this process."""
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setitem(registry.ENGINES, "toy", importlib.import_module("toy_engine").SPEC)
     yield
@@ -115,7 +115,7 @@ def registered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def install(folder: Path, entry: str) -> dict[str, str]:
-    """Write what pip leaves beside a package. Returns the environment that finds it."""
+    """Write the metadata that pip leaves beside a package, and return an environment that finds it."""
     information = folder / "toy_engine-1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-engine\nVersion: 1.0\n")

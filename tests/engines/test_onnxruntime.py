@@ -47,7 +47,7 @@ SAMPLE = make_requests(np.random.default_rng(0), CATALOGUE, [3, 37, 0, 200, 20],
 
 @pytest.fixture(scope="module", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One for all tests of this file: each precision is exported once."""
+    """Share a cache folder among these tests, so that each precision is exported once."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("GRBENCH_CACHE", str(folder))
@@ -157,7 +157,7 @@ def test_bad_files_are_one_line_with_the_command_that_fixes_them(tmp_path: Path)
 
 
 class Narrow:
-    """The engine, built for histories of at most 30 events."""
+    """Engine that refuses histories of more than 30 events."""
 
     def __init__(self) -> None:
         self._engine = engine(precision="fp32")

@@ -59,7 +59,7 @@ def generating() -> tuple[RunSpec, Trace, Retrieval, Any]:
 
 
 class Wrong:
-    """An engine whose answers are changed on their way out."""
+    """Engine that returns changed answers."""
 
     def __init__(self, engine: Any, how: str) -> None:
         self.engine, self.how = engine, how
@@ -186,7 +186,7 @@ def test_specs_travel_whole_to_the_worker() -> None:
         spec = compose_spec(overrides)[0]
         assert spec_from_json(spec_to_json(spec)) == spec
     ranking = compose_spec([*SMALL, "engine=hstu", "retrieval.k=7"])[0]
-    assert ranking.retrieval is None and ranking.hash == spec.hash  # what isn't used names no other measurement
+    assert ranking.retrieval is None and ranking.hash == spec.hash  # unused options do not change the hash
 
 
 def test_the_pipeline_ranks_what_it_retrieves() -> None:
@@ -232,7 +232,7 @@ def test_a_pipeline_run_keeps_stage_times(grbench: Any, tmp_path: Path) -> None:
 
 
 class Steps:
-    """Batches continuously: a request takes `needs` steps; at most what was admitted is under way."""
+    """Engine with continuous batching, whose requests take `needs` steps each."""
 
     def __init__(self, needs: int = 3, fail_at: int | None = None) -> None:
         self.needs, self.fail_at = needs, fail_at

@@ -1,4 +1,4 @@
-"""The engine vllm with the real vLLM: answers equal the fp32 reference's, whatever the scheduler does."""
+"""The engine `vllm` with the real vLLM: answers equal the fp32 reference's under every schedule."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def expected(reference: HSTUReference) -> Beams:
 
 @pytest.fixture(scope="class")
 def engine() -> Iterator[VLLMEngine]:
-    """One for the tests of a class: a process has room for one vLLM at a time."""
+    """Share an engine among a class's tests, because a process can hold only one vLLM at a time."""
     made = engine_of()
     yield made
     made.close()
@@ -89,7 +89,7 @@ def test_ids_say_what_rows_are() -> None:
 
 
 def test_hstu_metadata_of_chunks() -> None:
-    """Chunks end anywhere, and a graph adds padding: each row sees the prompt, its beam's own codes and itself."""
+    """Chunks may end anywhere and graphs add padding, and each row sees the prompt, its beam's codes and itself."""
     beams, page, kernels = BeamRows((4, 5, 6), max_rows=40), 4, Operators.eager()
     rng = np.random.default_rng(0)
     cuts = [(5, 6, 0, 5), (5, 6, 3, 9), (5, 6, 5, 11), (5, 6, 8, 9), (7, 0, 2, 7), (3, 2, 4, 5)]
@@ -136,7 +136,7 @@ class TestOneEngine:
         assert found.tokens == sum(min(max(3 * n, 1), 90) for n in LENGTHS)
 
     def test_the_check_can_fail(self, engine: VLLMEngine, reference: HSTUReference) -> None:
-        """Attention that returns zeros, and another request's answers, lie far outside."""
+        """Answers without attention, and those of another request, are far outside the tolerance."""
         found = engine.generate(REQUESTS)
         blind = reference.search(REQUESTS, blind=True)
         for i in (0, 2, 4):
@@ -166,7 +166,7 @@ class TestOneEngine:
     def test_one_call_for_all_requests(
         self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As on a GPU: prompts and beams of mixed steps in one call of the operator."""
+        """Compute prompts and beams of a mixed step in one call of the operator, as on a GPU."""
         from grengines.vllm.hstu_attention import HSTUAttention
 
         monkeypatch.setattr(HSTUAttention, "one_by_one", HSTUAttention.together)
@@ -197,14 +197,14 @@ class TestOneEngine:
                 np.testing.assert_allclose(finished.scores, expected.scores[key], atol=CLOSE)
 
     def test_a_returning_user_hits_the_prefix_cache(self, engine: VLLMEngine, reference: HSTUReference) -> None:
-        """The same history, and one with new events, hit whole pages, and answers stay right."""
+        """The same history, and one with new events, hit whole pages, and the answers are the reference's."""
         engine.reset_cache()
         items = requests_of([20], seed=5)[0].history_items
         first, grown = request_of(0, items[:12]), request_of(1, items)
         cold = engine.generate([first])
         assert cold.details["prefix_hit_tokens"] == 0
         warm, longer = engine.generate([first]), engine.generate([grown])
-        assert warm.details["prefix_hit_tokens"] == 32  # of 36 tokens two whole pages of 16
+        assert warm.details["prefix_hit_tokens"] == 32  # 36 tokens fill two pages of 16
         assert longer.details["prefix_hit_tokens"] == 32
         assert warm.details["reread_tokens"] == 2 * (36 - 32)
         expected = reference.search([first, grown])
@@ -241,7 +241,7 @@ class TestOneEngine:
         monkeypatch.setattr(kv_cache_utils, "hash_block_tokens", counting)
         monkeypatch.setattr(client, "add_request", adding)
         engine.generate([request_of(0, np.arange(12))])
-        assert [len(ours) for ours, _ in hashes] == blocks and blocks[0] == 2  # of 36 tokens
+        assert [len(ours) for ours, _ in hashes] == blocks and blocks[0] == 2  # 36 tokens fill two blocks
         assert all(ours == anew for ours, anew in hashes)
         assert computed == sum(blocks) - 2 * 2
 
@@ -306,7 +306,7 @@ def test_half_precision_differs_among_near_ties_only(reference: HSTUReference, e
     moved = [
         np.abs(eager.scores[i] - reference.prefix_scores(r, eager.items[i])[:, -1]) for i, r in enumerate(REQUESTS)
     ]
-    tie = 2 * float(np.max(moved))  # twice what rounding costs eager PyTorch
+    tie = 2 * float(np.max(moved))  # twice the rounding error of eager PyTorch
     assert tie < 0.5
     for i, (ours, scores) in enumerate(zip(found.items, found.scores, strict=True)):
         theirs, exact = expected.items[i], expected.scores[i]
@@ -317,7 +317,7 @@ def test_half_precision_differs_among_near_ties_only(reference: HSTUReference, e
 
 
 def test_the_model_serves_ordinary_generation(tmp_path: Path) -> None:
-    """Through vLLM's own LLM.generate: greedy tokens are those of the model itself over the whole sequence."""
+    """vLLM's own LLM.generate returns the greedy tokens that the model gives over the whole sequence."""
     engine = engine_of()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((engine.folder.path / name).read_bytes())
@@ -397,7 +397,7 @@ def test_a_dead_core_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_vllm_stays_on_this_host() -> None:
-    """No usage reports, no downloads, nothing but localhost."""
+    """The engine sends no usage reports, downloads nothing and connects only to localhost."""
     engine = engine_of(REQUESTS[:2])
     try:
         from vllm.usage.usage_lib import is_usage_stats_enabled
@@ -412,7 +412,7 @@ def test_vllm_stays_on_this_host() -> None:
 
 
 def test_a_whole_run(grbench: Grbench, tmp_path: Path) -> None:
-    """A cell with continuous batching under load: the gate passes, and vLLM logs to the worker's log."""
+    """Measure a cell with continuous batching under load: the gate passes, and vLLM logs to the worker's log."""
     done = grbench("engine=vllm", "engine.kv_cache_gb=0.1", "scenario.queries=64", "scenario=closed_loop")
     assert done.returncode == 0, done.stdout + done.stderr
     (record,) = (json.loads(p.read_text()) for p in tmp_path.glob("outputs/runs/*/record.json"))
@@ -479,7 +479,7 @@ def test_doctor_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
-    """Answers are right cold, from the prefix cache, and when prompts and beams share steps."""
+    """Answers are correct when cold, from the prefix cache, and when prompts and beams share steps."""
     retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
     reference = HSTUReference(GPU_MODEL, 3, retrieval, "cuda")
     expected = reference.search(GPU_REQUESTS)
@@ -502,7 +502,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
 
 @pytest.mark.gpu
 def test_close_gives_gpu_memory_back() -> None:
-    """After the first engine, which leaves a context and library workspaces, others leave nothing."""
+    """The first engine leaves a CUDA context and library workspaces; later engines leave nothing."""
     free = []
     for graphs in (True, True, False):
         gpu_engine("triton", cuda_graphs=graphs, graph_tokens=[64, 256] if graphs else []).close()

@@ -42,7 +42,7 @@ DECODER = DecoderConfig(layers=2, embedding_dim=64, heads=4, kv_heads=2, head_di
 
 
 def test_beam_metadata_of_chunks() -> None:
-    """Requests cut anywhere, and padding behind them, as in a captured graph."""
+    """Requests may end anywhere, and padding follows them, as in a captured graph."""
     beams, page = BeamRows((4, 5, 6), max_rows=40), 4
     rng = np.random.default_rng(0)
     cuts = [(5, 6, 0, 5), (5, 6, 3, 9), (5, 6, 8, 9), (7, 0, 2, 7)]
@@ -204,7 +204,7 @@ def test_without_prefix_caching_nor_chunks(expected: Beams) -> None:
 
 @pytest.mark.gpu
 def test_captured_choices() -> None:
-    """Graphs for up to 3 searches, of 1 to 7: what they choose is what the same operations choose without them."""
+    """Graphs for up to 3 searches choose the same codes as their operations without graphs, for 1 to 7 searches."""
     trie, W = Trie.of(RETRIEVAL.ids).on("cuda"), 20
     torch.manual_seed(0)
     table = torch.randn(sum(trie.sizes), 16, device="cuda")
@@ -230,7 +230,7 @@ def test_captured_choices() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "graphs"), [("bf16", False), ("bf16", True), ("fp32", False), ("fp32", True)])
 def test_on_a_gpu(precision: str, graphs: bool) -> None:
-    """Answers are right cold, from the prefix cache, and when prompts and beams share steps.
+    """Answers are correct when cold, from the prefix cache, and when prompts and beams share steps.
 
     FlashAttention reads prompts alone, except in fp32.
     """
