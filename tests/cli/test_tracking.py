@@ -273,12 +273,15 @@ def test_the_ui_shows_the_runs(tmp_path: Path) -> None:
             pytest.skip("no Chromium or Chrome: the page came, what it shows was not looked at")
         quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
         quiet += ["--disable-component-update", "--disable-sync", "--no-sandbox", f"--user-data-dir={tmp_path}/profile"]
-        page = subprocess.run(
-            [BROWSER, "--headless", *quiet, "--virtual-time-budget=30000", "--dump-dom", address],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        ).stdout
+        for _ in range(3):  # virtual time can run out before a busy machine has answered the page's requests
+            page = subprocess.run(
+                [BROWSER, "--headless", *quiet, "--virtual-time-budget=30000", "--dump-dom", address],
+                capture_output=True,
+                text=True,
+                timeout=120,
+            ).stdout
+            if "hstu server seed=0" in page:
+                break
     assert "hstu server seed=0" in page
     assert "Training runs" in page
 

@@ -104,7 +104,7 @@ def test_as_many_distinct_rows_as_slots_fit_and_one_more_does_not(device: str) -
     counts = hot.snapshot()
     with pytest.raises(RuntimeError, match=r"9 different rows .* cache\.item_memory_gb holds 8; give it more"):
         hot.lookup(np.arange(9))
-    assert np.array_equal(hot.snapshot().counts, counts.count) and hot.snapshot().unit == counts.unit
+    assert np.array_equal(hot.snapshot().counts, counts.counts) and hot.snapshot().unit == counts.unit
     assert np.array_equal(hot.lookup(np.arange(8)), slots)
     assert hot.counters.misses == before.misses and hot.counters.bytes == before.bytes
 

@@ -627,7 +627,7 @@ def test_any_sequence_of_events_keeps_the_pool_exact(
     seen = dataclasses.asdict(machine.seen)
     for never in ("refused", "policy_errors", "faults", *(() if machine.host_pages else HOST_COUNTERS)):
         assert seen.pop(never) == 0
-    assert min(seen.values()) > 20, seen  # it all happened
+    assert min(seen.values()) >= 5, seen  # it all happened, more than by one chance
 
 
 def test_a_million_operations_leak_nothing() -> None:
