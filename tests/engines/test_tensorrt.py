@@ -1,4 +1,4 @@
-"""TensorRT: plans that its compiler for RTX builds here, what is refused, the plugin's kernel. No plan is run."""
+"""TensorRT: plans built by its compiler for RTX, refusals, and the plugin's kernel. No test runs a plan."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_precision_is_built_for_gpus_that_are_not_here(precision: str, tar
 def test_of_two_processes_that_build_one_plan_the_second_takes_the_firsts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor do they disturb each other before: both export the model, and both take scales from it."""
+    """Both processes export the model and compute scales from it, without disturbing each other."""
     monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "cache"))
     code = """
 from helpers.plans import CATALOGUE, MODEL, facts_of
@@ -99,7 +99,7 @@ print(published[-1], found.folder, (found.folder / "model.plan").stat().st_ino, 
 
 @needs_rtx
 def test_the_network_is_in_the_precision_that_was_asked_for(tmp_path: Path) -> None:
-    """Eight bits make the plan smaller, and the plans differ: nothing is built in another precision without a word."""
+    """Plans differ in content, and 8-bit plans are smaller, so no precision is silently replaced by another."""
     wide = dataclasses.replace(MODEL, embedding_dim=512, heads=8, qk_dim=64, v_dim=64, contextual_seq_len=0)
     encoding = Encoding.of(wide, CATALOGUE)
     library, sizes = libraries.find("tensorrt_rtx"), profiles(REQUESTS, encoding, 4)
@@ -111,15 +111,15 @@ def test_the_network_is_in_the_precision_that_was_asked_for(tmp_path: Path) -> N
         )
         size[precision] = plans.build(library, facts, wide, CATALOGUE, 0, tmp_path / precision, given).manifest["bytes"]
     parameters = 2 * (512 * 4 * 512 + 3 * 512 * 512)
-    assert size["fp32"] - size["fp16"] > parameters  # two bytes less of each, nearly
-    assert size["fp16"] - size["int8"] > parameters / 2  # one byte less
+    assert size["fp32"] - size["fp16"] > parameters  # nearly two bytes less per weight
+    assert size["fp16"] - size["int8"] > parameters / 2  # nearly one byte less
 
 
 @needs_rtx
 def test_what_the_compiler_refuses_is_said_in_its_words(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match=r"TensorRT for RTX has no target 9\.0; it has .*8\.9"):
         made("fp16", "9.0", tmp_path / "plan")
-    # Preparing weights that may be exchanged takes a GPU.
+    # Refittable weights can be prepared only on a GPU.
     with pytest.raises(
         UnavailableError, match=r"can't build fp16 with refit for compute capability 8\.9: .*CUDA_SUCCESS"
     ):
@@ -162,7 +162,7 @@ def test_a_plan_that_does_not_belong_here_is_one_line_that_says_what_to_do(tmp_p
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.03), ("fp8", 0.08)])
 def test_eight_bits_cost_what_eight_bits_cost(kind: str, most: float, tmp_path: Path) -> None:
-    """The Q/DQ model in ONNX Runtime against the fp32 model: 8-bit rounding, and no more than that."""
+    """Compare the Q/DQ model in ONNX Runtime with the fp32 model: they differ by 8-bit rounding alone."""
     whole, half = (exporter.cached(MODEL, CATALOGUE, 0, precision).onnx for precision in ("fp32", "fp16"))
     quantise(half, tmp_path / "model.onnx", kind, feeds())
     feed = samples.feeds(REQUESTS[1:2], ENCODING, 1, 64)[0]
@@ -191,7 +191,7 @@ def test_weights_of_zeros_have_a_scale(kind: str, tmp_path: Path) -> None:
 
 
 def test_the_reference_knows_what_eight_bits_cost() -> None:
-    """The tolerance of a cell in int8 or fp8: more than half precision's, and of the size that Q/DQ costs."""
+    """The tolerance of int8 and fp8 is above that of half precision and near the error of Q/DQ."""
     reference = RankingReference(MODEL, CATALOGUE, 0, "cpu")
     exact = np.concatenate(reference.scores(REQUESTS))
 
@@ -200,8 +200,8 @@ def test_the_reference_knows_what_eight_bits_cost() -> None:
 
     assert 2 * cost("fp16") < cost("int8") < cost("fp8") < 0.08
     x = torch.tensor([0.0, 1.0, -3.0, 448.0])
-    assert round_fp8(x).tolist() == x.tolist()  # e4m3 holds these as they are
-    assert round_fp8(torch.tensor([448.0, 17.0])).tolist() == [448.0, 16.0]  # three bits after the first
+    assert round_fp8(x).tolist() == x.tolist()  # e4m3 represents these exactly
+    assert round_fp8(torch.tensor([448.0, 17.0])).tolist() == [448.0, 16.0]  # a mantissa of three bits
 
 
 def test_eight_bits_need_a_calibration_set(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_the_command_builds_and_refuses(tmp_path: Path, capsys: pytest.CaptureFi
 
 @needs_rtx
 def test_what_execution_calls_is_in_the_library() -> None:
-    """Nothing here can execute a plan: that every name which engine.py uses is there is as far as it goes."""
+    """Check that the library has every name that engine.py uses, because no plan can be executed here."""
     trt = libraries.find("tensorrt_rtx").module
     for owner, names in (
         (trt.Runtime, ("deserialize_cuda_engine",)),
@@ -293,10 +293,10 @@ def test_a_batch_is_laid_out_aligned() -> None:
     most = Sizes(4, 256, 64, 48, 64)
     staged = Staged(sum(_padded(n) for n in _counts(most).values()), pin=False)
     host = pack(REQUESTS[:3], ENCODING)
-    for _ in range(2):  # the second time over what the first left
+    for _ in range(2):  # the second time, buffers hold the first batch's data
         staged.fill(host, 46, 24)
     whole = samples.feeds(REQUESTS[:3], ENCODING, 3, 24)
-    assert whole  # what follows compares with the exporter's own inputs
+    assert whole  # below, inputs are compared with the exporter's
 
     from grengines.export.module import inputs_of
 
@@ -351,7 +351,7 @@ for target, dtype in (("9.0", "fp32"), ("9.0", "bf16"), ("12.0", "fp16")):
 
 
 def test_the_plugins_kernel_compiles_with_the_parameters_that_tensorrt_passes() -> None:
-    """Inputs, one integer, the output; nothing that only Triton's own launcher would pass."""
+    """The parameters are the inputs, one integer and the output, and none that only Triton's launcher would pass."""
     env = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", PLUGIN], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""Links of Markdown files: every relative one names a file of the checkout, and every anchor a heading."""
+"""Links and paths in Markdown files: they name files of the checkout, and anchors name headings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from urllib.parse import unquote
 from helpers.checkout import ROOT, files
 
 _LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(<?([^)\s>]+)>?[^)]*\)|(?:src|href)=\"([^\"]+)\"")
+_PATH = re.compile(
+    r"(?<![\w/:.-])((?:conf|docs|engines|examples|experiments|grbench|grengines|grkernels|kernels|notebooks|reports|tests)"
+    r"/[\w./-]+\.(?:py|sh|yaml|md|ipynb))(?!\w)"
+)
+_FOLDERS = {"grengines": "engines/grengines", "grkernels": "kernels/grkernels"}
 _CODE = re.compile(r"^(```|~~~).*?^\1|^    .*?$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
 
@@ -35,6 +40,27 @@ def broken_links(page: Path) -> list[str]:
         elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text()):
             faults.append(f"{link or reference}: no such heading")
     return faults
+
+
+def missing_files(text: str) -> list[str]:
+    """Paths in a text that no file has. A revision's files, as in `git show REV:PATH`, are not looked up."""
+    return [
+        path
+        for path in _PATH.findall(text)
+        if not (ROOT / _FOLDERS.get(folder := path.partition("/")[0], folder) / path.partition("/")[2]).exists()
+    ]
+
+
+def test_paths_name_files() -> None:
+    faults = [
+        f"{path}: {name}: no such file" for path in files("*.md") for name in missing_files((ROOT / path).read_text())
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_the_check_finds_missing_files() -> None:
+    text = "`grengines/vllm/core.py`, `experiments/none.sh`, `git show abc:reports/none.md`, `grkernels/none.py`\n"
+    assert missing_files(text) == ["experiments/none.sh", "grkernels/none.py"]
 
 
 def test_relative_links_resolve() -> None:
