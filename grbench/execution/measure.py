@@ -26,7 +26,7 @@ def summarise(
     sizes: codes of each level, for tasks that generate.
     """
     samples = measurement.samples
-    summary = stats.latency_summary(samples["latency_ms"])
+    summary = stats.latency_summary(samples["latency_ms"], arrivals_s=samples["arrival_s"])
     metrics = summary.metrics
     for part in [*PARTS, *(f"{stage}_ms" for stage in STAGES if f"{stage}_ms" in samples)]:
         metrics[f"{part}/p50"] = stats.percentile(samples[part], 50)

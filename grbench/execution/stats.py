@@ -3,6 +3,9 @@
 A percentile is one of the samples, never interpolated: of n sorted samples the one with number floor(q n), counted from
 zero. MLPerf LoadGen takes the same (performance summary in its results.cc), so that both agree to the sample. Of 1000
 samples p99 is the tenth from the top.
+
+An interval assumes independent samples, and latencies are not: requests of one query end together, and a wait in a
+queue is like the wait before it. `independent_samples` says what they are worth.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import numpy.typing as npt
 
 CONFIDENCE = 0.95
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-# A tail percentile of a few samples is their maximum under another name. Ten samples must lie above it.
+# A tail percentile of a few samples is their maximum under another name. Ten independent samples must lie above it.
 SAMPLES_NEEDED = {99.0: 1000, 99.9: 10_000}
 
 
@@ -29,30 +32,78 @@ class Summary:
     notes: list[str] = field(default_factory=list)
 
 
-def latency_summary(latencies_ms: npt.ArrayLike, prefix: str = "latency_ms") -> Summary:
+def latency_summary(
+    latencies_ms: npt.ArrayLike, prefix: str = "latency_ms", arrivals_s: npt.ArrayLike | None = None
+) -> Summary:
     """Return the mean and percentiles of `latencies_ms` ([samples], milliseconds): `<prefix>/mean`, `<prefix>/p50`, ...
+
+    arrivals_s: [samples] arrival times in seconds. Requests that arrive together count as one sample, and intervals go
+    by `independent_samples`. None: the samples are independent.
 
     p99 needs 1000 samples and p99.9 needs 10000. With fewer the percentile is left out, and a note says so.
     Each percentile has the interval of `percentile_interval`. The mean has none, because none holds for every
     distribution. Raises ValueError for no samples, or one that is negative or not finite.
     """
-    values = np.sort(_checked(latencies_ms, prefix, lowest=0.0))
-    count = len(values)
+    latencies = _checked(latencies_ms, prefix, lowest=0.0)
+    values, count = np.sort(latencies), len(latencies)
+    groups = np.arange(count) if arrivals_s is None else np.unique(np.asarray(arrivals_s), return_inverse=True)[1]
+    together = int(groups.max()) + 1
+    present = f"there are {together}"
+    if together < count:
+        present += f" ({count} requests, and those that arrive together count once)"
     summary = Summary(metrics={f"{prefix}/mean": float(values.mean())})
     for percent in PERCENTILES:
         name = f"{prefix}/p{percent:g}"
         needed = SAMPLES_NEEDED.get(percent, 1)
-        if count < needed:
-            summary.notes.append(f"{name} withheld: it needs {needed} samples, there are {count}")
+        if together < needed:
+            summary.notes.append(f"{name} withheld: it needs {needed} samples, {present}")
             continue
         summary.metrics[name] = float(values[_rank(count, percent)])
-        if ranks := _interval_ranks(count, percent):
+        worth = count if arrivals_s is None else independent_samples(latencies, groups, percent)
+        if ranks := _interval_ranks(count, percent, worth):
             low, high = ranks
             summary.intervals[name] = [float(values[low]), float(values[high])]
         else:
-            needed = samples_for_interval(percent)
-            summary.notes.append(f"{name} has no 95% interval: it needs {needed} samples, there are {count}")
+            needed, why = samples_for_interval(percent), present
+            if together >= needed:
+                why = f"these {count} are worth about {worth}, because requests near each other in time wait alike"
+            summary.notes.append(f"{name} has no 95% interval: it needs {needed} samples, {why}")
     return summary
+
+
+def independent_samples(latencies_ms: npt.NDArray[np.float64], groups: npt.NDArray[np.intp], percent: float) -> int:
+    """Return how many independent samples tell as much about a percentile as these, at most one for each group.
+
+    groups: [samples] the place of each sample's group in time, from 0. It is the variance of a count of independent
+    samples below the percentile over that of these (Vehtari et al., "Rank-normalization, folding, and localization",
+    Bayesian Analysis 2021, section 4.3), with the sums of groups as a time series. The smallest of several percentiles
+    counts, because the few samples above p99 do not show how long a backlog lasts.
+    """
+    count, totals = len(latencies_ms), int(groups.max()) + 1
+    ordered, worth = np.sort(latencies_ms), float(totals)
+    for level in {50.0, 90.0, percent}:
+        below = latencies_ms < ordered[_rank(count, level)]
+        share = float(below.mean())
+        sums = np.bincount(groups, below - share)
+        if variance := float(sums @ sums) * _inflation(sums):
+            worth = min(worth, count**2 * share * (1 - share) / variance)
+    return max(int(worth), 1)
+
+
+def _inflation(series: npt.NDArray[np.float64]) -> float:
+    """Return the variance of the sum of a series with mean 0 over that of independent terms, at least 1.
+
+    The autocorrelations of lags 0 and 1, 2 and 3, ... are added while their pairs are positive (Geyer, "Practical
+    Markov chain Monte Carlo", Statistical Science 1992).
+    """
+    length = len(series)
+    spectrum = np.fft.rfft(series, 2 * length)  # padded, so that the end does not meet the start
+    covariances = np.fft.irfft(spectrum * spectrum.conj())[: length - length % 2]
+    if length < 2 or covariances[0] <= 0:
+        return 1.0
+    pairs = covariances.reshape(-1, 2).sum(axis=1) / covariances[0]
+    ended = np.flatnonzero(pairs <= 0)
+    return max(2 * float(pairs[: ended[0] if len(ended) else None].sum()) - 1, 1.0)
 
 
 def percentile(samples: npt.ArrayLike, percent: float) -> float:
@@ -71,10 +122,9 @@ def percentile_interval(samples: npt.ArrayLike, percent: float) -> tuple[float, 
 
     The number of samples below the true percentile is binomial(n, q), so two order statistics enclose it
     with a known probability (David and Nagaraja, Order Statistics, section 7.1). This assumes independent samples.
-    Waits in a queue are not quite independent, so under heavy load the true interval is wider.
     """
     values = np.sort(_checked(samples, f"p{percent:g}"))
-    ranks = _interval_ranks(len(values), percent)
+    ranks = _interval_ranks(len(values), percent, len(values))
     return (float(values[ranks[0]]), float(values[ranks[1]])) if ranks else None
 
 
@@ -108,14 +158,19 @@ def _rank(count: int, percent: float) -> int:
     return count * round(percent * 1000) // 100_000
 
 
-def _interval_ranks(count: int, percent: float) -> tuple[int, int] | None:
-    """Return the ranks, from zero, of the two samples that enclose the percentile; None if they would lie outside."""
+def _interval_ranks(count: int, percent: float, worth: int) -> tuple[int, int] | None:
+    """Return the ranks, from zero, of the two samples that enclose the percentile; None if they would lie outside.
+
+    worth: the number of independent samples that `count` samples are worth.
+    """
     from scipy.stats import binom  # slow to import
 
     tail = (1 - CONFIDENCE) / 2
-    below: Any = binom(count, percent / 100)  # the number of samples below the true percentile
+    below: Any = binom(worth, percent / 100)  # the number of samples below the true percentile
     low, high = int(below.ppf(tail)) - 1, int(below.ppf(1 - tail))
-    return (low, high) if low >= 0 and high < count else None
+    if low < 0 or high >= worth:
+        return None
+    return low * count // worth, -(-(high + 1) * count // worth) - 1
 
 
 def _checked(samples: npt.ArrayLike, name: str, lowest: float = -math.inf) -> npt.NDArray[np.float64]:

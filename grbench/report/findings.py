@@ -72,7 +72,7 @@ def findings(records: Sequence[RunRecord]) -> list[Finding]:
 
 
 def limit_verdict(record: RunRecord) -> str:
-    """Return "yes" if p99 keeps `latency_limit_ms`, "no" if not, or "unsure" if the limit lies in its interval.
+    """Return "yes" if p99 keeps `latency_limit_ms`, "no" if not, or "unsure" if its interval does not tell.
 
     Without a limit or a p99 the verdict is "-".
     """
@@ -80,7 +80,7 @@ def limit_verdict(record: RunRecord) -> str:
     p99 = record.metrics.get("latency_ms/p99") if record.ok else None
     if _scenario(record) == "offline" or limit is None or p99 is None:
         return "-"
-    low, high = record.intervals.get("latency_ms/p99", [p99, p99])
+    low, high = record.intervals.get("latency_ms/p99", [0.0, float("inf")])
     return "yes" if high <= limit else "no" if low > limit else "unsure"
 
 

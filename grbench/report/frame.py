@@ -164,7 +164,7 @@ def time_parts(frame: pd.DataFrame) -> pd.DataFrame:
 def within_limit(frame: pd.DataFrame) -> pd.Series:
     """Compare each cell's p99 with its `latency_limit_ms`, by the p99's 95% interval.
 
-    "yes" if the whole interval lies within the limit, "no" if none of it does, "unsure" if the limit is inside,
+    "yes" if the whole interval lies within the limit, "no" if none of it does, "unsure" if it does not tell,
     "p99 withheld" if there were too few samples for a p99, "-" for a cell that is not OK.
     """
 
@@ -175,8 +175,6 @@ def within_limit(frame: pd.DataFrame) -> pd.Series:
             return MISSING
         if p99 != p99:
             return "p99 withheld"
-        if low != low or high != high:
-            low = high = p99
         return "yes" if high <= limit else "no" if low > limit else "unsure"
 
     return frame.apply(verdict, axis=1).rename("within_limit")

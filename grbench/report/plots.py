@@ -115,7 +115,9 @@ def plot_throughput_latency(cells: pd.DataFrame | Sequence[Cell], path: Path | N
     axes.set_title(f"Throughput against {percent} latency")
     notes = []
     if withheld:
-        notes.append(f"p90 is drawn for all cells: p99 is withheld for {withheld} of them (fewer than 1000 samples)")
+        notes.append(
+            f"p90 is drawn for all cells: p99 is withheld for {withheld} of them (fewer than 1000 independent samples)"
+        )
     if len(ok) <= MAX_LEGEND:
         _legend_below(figure, axes)
     else:
@@ -198,7 +200,11 @@ def plot_hit_mix(cells: pd.DataFrame | Sequence[Cell], path: Path | None = None)
     good.set_xlabel("cell (rows of the comparison table), by hit rate")
     for axes in (mix, latency, good):
         axes.spines[["top", "right"]].set_visible(False)
-    notes = [] if percent == "p99" else ["p90 is drawn: p99 is withheld for some cells (fewer than 1000 samples)"]
+    notes = (
+        []
+        if percent == "p99"
+        else ["p90 is drawn: p99 is withheld for some cells (fewer than 1000 independent samples)"]
+    )
     return _done(Plot(figure, notes), path)
 
 

@@ -77,7 +77,7 @@ COLUMNS = [  # in the order of the table
         "p99: 99% of answers are faster; its 95% interval",
         _of_latency("latency_ms/p99", True),
     ),
-    Column("in limit", "in limit: p99 keeps latency_limit_ms (unsure: the limit is in its interval)", limit_verdict),
+    Column("in limit", "in limit: p99 keeps latency_limit_ms (unsure: its interval does not tell)", limit_verdict),
     Column("queue", "queue: median milliseconds of waiting", _of_latency("queue_ms/p50")),
     Column("compute", "compute: median milliseconds on the device", _metric("compute_ms/p50")),
     Column("retrieve + rank", "retrieve + rank: median milliseconds of the pipeline's stages", _stages, always=False),

@@ -103,6 +103,79 @@ def test_interval_covers_the_truth(count: int, percent: float) -> None:
     assert covered < runs  # an interval that is always right is too wide to be of use
 
 
+def _queries_of_eight(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries of eight requests that arrive and end together, as in multi_stream."""
+    return np.repeat(rng.lognormal(0, 0.5, count // 8), 8), np.repeat(np.arange(count // 8) / 10, 8)
+
+
+def _clients_in_step(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sixteen clients whose requests share each batch, as in closed_loop."""
+    times = rng.lognormal(0, 0.5, count // 16)
+    return np.repeat(times, 16), np.repeat(np.cumsum(times) - times, 16)
+
+
+def _queue(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Poisson arrivals at a server that is busy for half of the time."""
+    arrivals, work = np.cumsum(rng.exponential(2.0, count)), rng.lognormal(-0.125, 0.5, count)
+    ends, free = np.empty(count), 0.0
+    for i in range(count):
+        free = ends[i] = max(free, arrivals[i]) + work[i]
+    return ends - arrivals, arrivals
+
+
+@pytest.mark.parametrize("draw", [_queries_of_eight, _clients_in_step, _queue])
+@pytest.mark.parametrize("percent", [50, 90])
+def test_interval_of_dependent_samples_covers_the_truth(draw, percent: int) -> None:
+    """Counted as independent, these samples give "95%" intervals that hold the truth in 35% to 70% of the runs."""
+    rng = np.random.default_rng(11)
+    truth = np.quantile(draw(rng, 80_000)[0], percent / 100)
+    naive = covered = known = 0
+    for _ in range(200):
+        latencies, arrivals = draw(rng, 1024)
+        low, high = stats.percentile_interval(latencies, percent) or (0.0, 0.0)
+        naive += low <= truth <= high
+        if interval := stats.latency_summary(latencies, arrivals_s=arrivals).intervals.get(f"latency_ms/p{percent}"):
+            known += 1
+            covered += interval[0] <= truth <= interval[1]
+    assert naive / 200 < 0.8
+    assert known > 150
+    assert covered / known >= 0.92
+
+
+def test_requests_that_arrive_together_count_once() -> None:
+    latencies, arrivals = _queries_of_eight(np.random.default_rng(0), 8 * 999)
+    summary = stats.latency_summary(latencies, arrivals_s=arrivals)
+    assert "latency_ms/p99" not in summary.metrics
+    assert summary.notes[0] == (
+        "latency_ms/p99 withheld: it needs 1000 samples, "
+        "there are 999 (7992 requests, and those that arrive together count once)"
+    )
+    latencies, arrivals = _queries_of_eight(np.random.default_rng(0), 8 * 1000)
+    assert "latency_ms/p99" in stats.latency_summary(latencies, arrivals_s=arrivals).metrics
+
+
+def test_a_backlog_is_one_event_however_many_requests_it_delays() -> None:
+    latencies = np.random.default_rng(0).lognormal(0, 0.1, 2000)
+    latencies[900:1100] += 1000  # one stall: a second one would move p99 anywhere
+    summary = stats.latency_summary(latencies, arrivals_s=np.arange(2000))
+    assert summary.metrics["latency_ms/p99"] > 1000
+    assert "latency_ms/p99" not in summary.intervals
+    [note] = [note for note in summary.notes if "p99 has no" in note]
+    assert "it needs 368 samples, these 2000 are worth about " in note
+
+
+@examples(50)
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60), st.integers(1, 5))
+def test_samples_are_worth_at_most_their_groups(samples: list[float], size: int) -> None:
+    groups = np.arange(len(samples)) // size
+    assert 1 <= stats.independent_samples(np.array(samples), groups, 90.0) <= groups.max() + 1
+
+
+def test_independent_samples_are_worth_about_their_number() -> None:
+    samples = np.random.default_rng(3).pareto(1.5, 20_000)
+    assert stats.independent_samples(samples, np.arange(20_000), 99.0) > 18_000
+
+
 @examples(100)
 @given(latencies, st.floats(0, 1e6), st.floats(0.01, 100))
 def test_goodput_counts_answers_in_time(samples: list[float], deadline: float, duration_s: float) -> None:
