@@ -280,7 +280,7 @@ def test_the_ui_shows_the_runs(tmp_path: Path) -> None:
                 text=True,
                 timeout=120,
             ).stdout
-            if "hstu server seed=0" in page:
+            if "hstu server precision=bf16" in page:
                 break
     assert "hstu server precision=bf16" in page
     assert "Training runs" in page
