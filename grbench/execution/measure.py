@@ -13,6 +13,7 @@ from grbench.config.schema import RunSpec
 from grbench.execution import stats
 from grbench.execution.records import PARTS
 from grbench.scenarios import Measurement
+from grbench.scenarios.config import ServerConfig, TraceReplayConfig
 from grbench.tools import sizing
 from grengines.api import Request
 from grengines.pipeline.config import STAGES
@@ -47,6 +48,8 @@ def summarise(
         "batch_size/mean": measurement.batch_mean,
         "engine_busy": measurement.busy_s / duration_s,
     }
+    if isinstance(spec.scenario, ServerConfig | TraceReplayConfig) and (last_s := float(samples["arrival_s"].max())):
+        metrics["offered_rps"] = (count - 1) / last_s
     metrics |= measurement.metrics
     details = measurement.details
     metrics |= {f"engine/{name}": value for name, value in details.items()}

@@ -24,6 +24,7 @@ from grbench.scenarios.config import (
     SingleStreamConfig,
     TraceReplayConfig,
 )
+from grbench.scenarios.direct import schedule
 from grengines.api import RankResult, Request
 
 pytestmark = pytest.mark.serial
@@ -85,6 +86,35 @@ def test_replay_counts_latency_from_the_scheduled_arrival(tmp_path: Path) -> Non
     assert m.samples["latency_ms"][-1] > 400
     assert np.diff(m.samples["arrival_s"]) == pytest.approx(0.01, abs=1e-4)
     assert m.metrics["replay_speedup"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "arrivals", [[0, 100, 150, 175, 180, 181, 182, 182], [0, 5], [0, 0, 0, 9]], ids=["speeds up", "short", "tied"]
+)
+@pytest.mark.parametrize("queries", [2, 4, 8, 50])
+def test_the_requests_that_are_replayed_have_the_rate_asked_for(arrivals: list[float], queries: int) -> None:
+    config = TraceReplayConfig("trace_replay", queries=queries, mean_qps=200)
+    if sum(arrivals[:queries]) == 0:  # two of the tied ones
+        with pytest.raises(ValueError, match="first 2 requests of the trace arrive at one instant"):
+            schedule(config, arrivals)
+        return
+    due, speedup = schedule(config, arrivals)
+    assert len(due) == queries
+    assert due[0] == 0
+    assert (np.diff(due) >= 0).all()
+    assert np.diff(due).mean() == pytest.approx(1 / 200)
+    some = min(queries, len(arrivals))
+    assert due[:some] * speedup == pytest.approx(np.array(arrivals[:some]))
+
+
+def test_a_trace_of_one_instant_has_no_rate() -> None:
+    config = TraceReplayConfig("trace_replay", queries=16, mean_qps=100)
+    for arrivals in ([0.0], [0.0] * 20):
+        with pytest.raises(
+            ValueError, match=r"scenario\.mean_qps=100: .* no times to scale; set scenario\.mean_qps=null"
+        ):
+            schedule(config, arrivals)
+    assert schedule(dataclasses.replace(config, mean_qps=None), [0.0] * 20)[0].tolist() == [0.0] * 16
 
 
 def test_closed_loop_keeps_its_clients_busy_and_no_more(tmp_path: Path) -> None:
