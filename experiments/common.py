@@ -25,7 +25,7 @@ CATALOGUE = Catalogue(num_users=100, num_items=100_000, num_actions=8)
 
 
 def parser(description: str, rounds: int | None = None, overrides: bool = True) -> argparse.ArgumentParser:
-    """A parser with --out and, where the program has a use for them, overrides and --rounds with this default."""
+    """A parser with --out and, if the program has a use for them, overrides and --rounds with this default."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if overrides:
         made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for grbench, such as model=hstu_tiny")

@@ -21,18 +21,18 @@ class Subcommand:
 
 SUBCOMMANDS = {
     "run": Subcommand("grbench.execution.command:main", "measure cells; the default, so the word may be left out"),
-    "doctor": Subcommand("grbench.tools.doctor:main", "what this machine can run, what is missing, how to install it"),
-    "kernels": Subcommand("grbench.kernelbench.command:main", "operators one by one: gated, timed, with the roofline"),
-    "cachesim": Subcommand("grbench.cachesim.command:main", "cache policies on a long trace, with the offline optimum"),
-    "config": Subcommand("grbench.config.reference:main", "every key with its allowed values, default and meaning"),
-    "sizing": Subcommand("grbench.tools.sizing:main", "parameters, FLOPs and KV bytes of a model and a workload"),
-    "overhead": Subcommand("grbench.tools.overhead:main", "latency that the harness itself adds"),
-    "report": Subcommand("grbench.report.command:main", "a Markdown page with tables and plots, from records"),
-    "reports": Subcommand("grbench.report.studies_command:main", "pages of kept reports, rebuilt from their records"),
+    "doctor": Subcommand("grbench.tools.doctor:main", "list what can run here, what is missing, how to install it"),
+    "kernels": Subcommand("grbench.kernelbench.command:main", "benchmark single operators, with gate and roofline"),
+    "cachesim": Subcommand("grbench.cachesim.command:main", "replay a trace through cache policies and the optimum"),
+    "config": Subcommand("grbench.config.reference:main", "print every key: allowed values, default, meaning"),
+    "sizing": Subcommand("grbench.tools.sizing:main", "print parameters, FLOPs and KV bytes of a model and a workload"),
+    "overhead": Subcommand("grbench.tools.overhead:main", "measure the latency that the harness itself adds"),
+    "report": Subcommand("grbench.report.command:main", "write a Markdown page with tables and plots, from records"),
+    "reports": Subcommand("grbench.report.studies_command:main", "rebuild the pages of kept reports"),
     "ui": Subcommand("grbench.tracking.command:ui", "open MLflow's pages on this machine"),
     "import": Subcommand("grbench.tracking.command:import_", "log the records that MLflow does not have yet"),
-    "export": Subcommand("grbench.tools.export:main", "a ranking model as ONNX and torch.export files, checked"),
-    "build-plan": Subcommand("grbench.tools.build_plan:main", "a TensorRT plan, for a GPU that need not be here"),
+    "export": Subcommand("grbench.tools.export:main", "export a ranking model to ONNX and torch.export"),
+    "build-plan": Subcommand("grbench.tools.build_plan:main", "build a TensorRT plan, for this or another GPU"),
 }
 
 

@@ -37,7 +37,7 @@ class FallbackEngine:
             engine.prepare(sample, max_batch)
 
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        """Return the answer of the first engine that was built for this batch. Raises OutsideError where none was."""
+        """Return the answer of the first engine that was built for this batch. Raises OutsideError if none was."""
         for i, engine in enumerate(self._engines):
             try:
                 result = engine.rank(requests)
@@ -67,7 +67,7 @@ class FallbackEngine:
 
 
 def options_like(schema: type, first: Any) -> Any:
-    """Return a fallback engine's default options, with the first engine's device and precision where it allows them."""
+    """Return a fallback engine's default options, with the first engine's device and precision if it allows them."""
     options = schema()
     for name in ("device", "precision"):
         field = next((f for f in dataclasses.fields(schema) if f.name == name), None)

@@ -32,7 +32,7 @@ class Comparison:
 
 
 class IncorrectError(RuntimeError):
-    """An answer is wrong, or a comparison could not have failed. `result` has the figures where there are any."""
+    """An answer is wrong, or a comparison could not have failed. `result` has the figures if there are any."""
 
     def __init__(self, message: str, result: Comparison | None = None) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class IncorrectError(RuntimeError):
 def relative_error(out: Array, reference: Array) -> float:
     """Return ||out - reference|| / ||reference||.
 
-    It is 0 for equal zeros and empty arrays, and infinite for NaN, for different shapes, and where only the reference
+    It is 0 for equal zeros and empty arrays, and infinite for NaN, for different shapes, and if only the reference
     is zero.
     """
     a, b = torch.as_tensor(out), torch.as_tensor(reference)

@@ -31,7 +31,7 @@ class Arguments(argparse.ArgumentParser):
         )
         if overrides:
             self.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides)
-            own = "folder with YAML files of your own, as conf/ has them"
+            own = "folder with your own YAML files, in groups as in conf/"
             self.add_argument("--config-dir", "-cd", metavar="FOLDER", help=own)
 
     def error(self, message: str) -> NoReturn:

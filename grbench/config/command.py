@@ -86,7 +86,7 @@ def run(
 def _check_first(program: str, words: Sequence[str], config_name: str, check: Callable[[DictConfig], Any]) -> int:
     """Compose every job of a command line, so that a wrong one stops it before the first runs.
 
-    Returns the number of jobs, 0 where Hydra is asked for something else. Raises ConfigError.
+    Returns the number of jobs, 0 if Hydra is asked for something else. Raises ConfigError.
     """
     parser = get_args_parser()
     parser.exit_on_error = False

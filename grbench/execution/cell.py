@@ -101,7 +101,7 @@ class Cell:
             raise
 
     def _check(self, engine: Engine, gate: Gate) -> None:
-        """Check the engine and, where there is a cache, what either tier of it serves."""
+        """Check the engine and, if there is a cache, what either tier of it serves."""
         max_batch = self.spec.scenario.max_batch
         self.outcome.gate = gate.check(engine, max_batch).to_dict()
         if self.spec.cache.name != "none":
@@ -173,7 +173,7 @@ def build_retrieval(
 ) -> Retrieval:
     """Return the semantic IDs that an engine searches, from a file or made from the workload.
 
-    Items of recorded events are near each other where the same users touched them. A synthetic workload has no such
+    Items of recorded events are near each other if the same users touched them. A synthetic workload has no such
     signal, so its items lie in random clusters. report: takes a line of progress now and then.
     Raises ValueError for a file that does not fit the catalogue, or for too few codes.
     """

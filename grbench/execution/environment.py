@@ -61,7 +61,7 @@ def _git(root: Path, *args: str) -> str:
 
 
 def cpu_name() -> str:
-    """Return the processor's model name where the system has it, else its architecture."""
+    """Return the processor's model name if the system has it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -57,7 +57,7 @@ def sample_gpu(index: int = 0) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _nvml() -> Iterator[Any]:
-    """Yield pynvml, initialised, or None where it is not available."""
+    """Yield pynvml, initialised, or None if it is not available."""
     try:
         import pynvml
 

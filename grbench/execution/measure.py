@@ -68,7 +68,7 @@ def summarise(
 
 
 def _flops(spec: RunSpec, answered: list[Request], sizes: Sequence[int], details: dict[str, float]) -> float:
-    """Return the FLOPs of all answers, or 0 where a cache saved part of the work: a rate would be meaningless."""
+    """Return the FLOPs of all answers, or 0 if a cache saved part of the work: a rate would be meaningless."""
     if spec.task == "rank":
         model = spec.ranking_model
         return sum(sizing.request_flops(model, r) for r in answered)

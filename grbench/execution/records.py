@@ -159,7 +159,7 @@ def save(record: RunRecord, folder: Path) -> Path:
 
 
 def reserve(folder: Path, size: int = 256 * 1024) -> None:
-    """Set aside disk space for the record before the work starts. Raises OSError where there is none."""
+    """Set aside disk space for the record before the work starts. Raises OSError if there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{RECORD_FILE}.reserve").open("wb") as f:
         os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, "posix_fallocate") else f.write(b"\0" * size)

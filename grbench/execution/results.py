@@ -2,7 +2,7 @@
 
 The benchmark of kernels, the cache simulator and the programs in experiments/ write one. It holds the command line, the
 time at which it began, the environment, facts of the command's own, and `rows`. A row is a dict of scalars, with
-measurements under `metrics` where the command has many.
+measurements under `metrics` if the command has many.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def run_cell(
 ) -> tuple[RunRecord, Path]:
     """Measure one cell and keep its record. Returns the record and the folder that has it.
 
-    A record is never overwritten: where `folder` has one already, the new one is kept in a folder beside it.
+    A record is never overwritten: if `folder` has one already, the new one is kept in a folder beside it.
     `on_event` receives the worker's {"stage": ...} and {"answered": n} messages. Only Interrupted is raised, after the
     worker has been stopped and its record kept.
     """
@@ -81,7 +81,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def keep(record: RunRecord, folder: Path) -> Path:
-    """Save the record in `folder`, or in a temporary folder where the disk refuses. Returns the folder."""
+    """Save the record in `folder`, or in a temporary folder if the disk refuses. Returns the folder."""
     try:
         records.save(record, folder)
         return folder
@@ -188,7 +188,7 @@ def last_line(log: Path) -> str:
 
 
 def _oom_kills() -> int:
-    """Return the number of processes that the kernel's out-of-memory killer has ended; 0 where it is not known."""
+    """Return the number of processes that the kernel's out-of-memory killer has ended; 0 if it is not known."""
     try:
         pairs = (line.split() for line in Path("/proc/vmstat").read_text().splitlines())
         return next((int(value) for name, value in pairs if name == "oom_kill"), 0)

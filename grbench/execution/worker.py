@@ -74,7 +74,7 @@ def classify(error: BaseException) -> tuple[Status, str]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return True where the host's or the device's memory ran out."""
+    """Return True if the host's or the device's memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)

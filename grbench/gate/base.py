@@ -25,7 +25,7 @@ class Gate(Protocol):
     def check(self, engine: Any, max_batch: int) -> Comparison:
         """Compare the answers of an engine of the gate's task. Raises IncorrectError, with figures, unless it passes.
 
-        It is also raised where the gate could not have failed.
+        It is also raised if the gate could not have failed.
         """
 
 
@@ -39,7 +39,7 @@ class GateResult(Comparison):
     requests: int
 
     def judge(self, problem: str | None) -> Self:
-        """Return the result. Raises IncorrectError for a problem, or where a wrong answer would pass too."""
+        """Return the result. Raises IncorrectError for a problem, or if a wrong answer would pass too."""
         if problem is not None:
             raise IncorrectError(problem, self)
         wrong = {"a model without attention": self.zero_attention_error, "stale answers": self.stale_error}

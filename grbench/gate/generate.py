@@ -4,7 +4,7 @@ The gate checks the scores, the order, the best item, and how many of the k best
 differences of log-probabilities: a score is compared with the fp32 log-probability of the very item that was returned.
 
 Scores that differ by less than twice the tolerance are a near-tie. The items of a near-tie may change places. An
-expected item may be missing where its score, or the score of one of its prefixes, is a near-tie with the last beam's.
+expected item may be missing if its score, or the score of one of its prefixes, is a near-tie with the last beam's.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The gate of ranking quality: a precision may cost little AUC and normalised entropy on labelled requests.
 
 A small error of the scores may still change the order that users see. The engine and the fp32 reference rank the last
-requests of the trace, where the workload has labels for the model's tasks and the model has trained weights. Neither
+requests of the trace, if the workload has labels for the model's tasks and the model has trained weights. Neither
 figure of any task may be worse by more than 0.1%, unless `gate.allow_loss` has the precision.
 
-A task has labels where one of the workload's actions has its name (MovieLens: rated, liked). A candidate is positive
-where the user took that action on it in the same visit. The other candidates are drawn (grbench/workloads/trace.py).
+A task has labels if one of the workload's actions has its name (MovieLens: rated, liked). A candidate is positive
+if the user took that action on it in the same visit. The other candidates are drawn (grbench/workloads/trace.py).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Quality:
 
 
 def labels_of(trace: Trace, index: int, tasks: Sequence[str]) -> Labels | None:
-    """Return bool [candidates, tasks] of a request; None where the workload does not label every task."""
+    """Return bool [candidates, tasks] of a request; None if the workload does not label every task."""
     if not set(tasks) <= set(trace.events.action_names):
         return None
     candidates, (start, stop) = trace.requests[index].candidates, trace.own[index]
@@ -137,7 +137,7 @@ def best(scores: Float32Array) -> npt.NDArray[np.int64]:
 
 
 def area_under_curve(logits: Float32Array, positive: npt.NDArray[np.bool_]) -> float:
-    """Return the chance that a positive ranks above a negative, half for a tie; 0.5 where all labels are the same."""
+    """Return the chance that a positive ranks above a negative, half for a tie; 0.5 if all labels are the same."""
     from scipy.stats import rankdata
 
     p, n = int(positive.sum()), int((~positive).sum())
@@ -149,7 +149,7 @@ def area_under_curve(logits: Float32Array, positive: npt.NDArray[np.bool_]) -> f
 def entropy(logits: Float32Array, positive: npt.NDArray[np.bool_]) -> float:
     """Return the normalised entropy (He et al., ADKDD 2014): log loss over the entropy of the share of positives.
 
-    It is 1 where all labels are the same.
+    It is 1 if all labels are the same.
     """
     share = float(positive.mean())
     if share in (0.0, 1.0):

@@ -92,7 +92,7 @@ def labels(records: Sequence[RunRecord], ignore: Sequence[str] = ()) -> list[str
 def study_names(records: Sequence[RunRecord]) -> list[str]:
     """Return the names that a study gives its cells, as in study/reference@_global_=rank_offline.
 
-    Empty where some cell has none, or where two share one.
+    Empty if some cell has none, or if two share one.
     """
     names = [next((o.partition("=")[2] for o in r.overrides if o.startswith("study/")), "") for r in records]
     return names if all(names) and len(set(names)) == len(names) > 1 else []

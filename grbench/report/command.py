@@ -18,9 +18,11 @@ def parser() -> argparse.ArgumentParser:
     parser = Arguments("report", about, examples)
     parser.add_argument("roots", nargs="*", type=Path, metavar="ROOT", help="folders with records (default: outputs)")
     parser.add_argument("--mlflow", metavar="URI", help="read runs from this tracking URI, e.g. sqlite:///mlruns.db")
-    parser.add_argument("--experiment", default="grbench", metavar="NAME", help="of --mlflow (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("report.md"), help="the page (default: %(default)s)")
-    parser.add_argument("--title", default="grbench report", help="its heading (default: %(default)s)")
+    parser.add_argument(
+        "--experiment", default="grbench", metavar="NAME", help="experiment that --mlflow reads (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("report.md"), help="page to write (default: %(default)s)")
+    parser.add_argument("--title", default="grbench report", help="heading of the page (default: %(default)s)")
     return parser
 
 

@@ -3,7 +3,7 @@
 A report's folder holds
 
     notes.md                     a title and what people wrote
-    records/<cell>/record.json   as a run leaves it, and samples.parquet where all are small
+    records/<cell>/record.json   as a run leaves it, and samples.parquet if all are small
     records/<job>/results.json   as `grbench kernels`, `grbench cachesim` and the programs in experiments/ leave it
     README.md                    the page: rebuilt, never edited
 
@@ -37,8 +37,8 @@ HEADER = (
 def study_page(folder: Path) -> str:
     """The page of a report, from its notes and records alone.
 
-    Raises ReportError where notes or records are missing or unreadable, where a record has a dirty or unknown commit,
-    and where two differ in commit or machine.
+    Raises ReportError if notes or records are missing or unreadable, if a record has a dirty or unknown commit,
+    and if two differ in commit or machine.
     """
     notes = folder / NOTES
     title, _, prose = notes.read_text(encoding="utf-8").partition("\n") if notes.is_file() else ("", "", "")
@@ -67,7 +67,7 @@ def rebuild(folder: Path) -> Path:
 
 
 def stale(folder: Path) -> str | None:
-    """Why a report's page is not what its records give; None where it is. Raises ReportError."""
+    """Return why a report's page differs from what its records give, or None. Raises ReportError."""
     page = folder / PAGE
     if not page.is_file():
         return f"{page}: missing; `make reports` writes it"

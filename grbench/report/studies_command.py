@@ -16,8 +16,10 @@ def parser() -> argparse.ArgumentParser:
     examples = ["reports", "reports --check", "reports batching --keep outputs/studies/batching"]
     parser = Arguments("reports", about, examples)
     parser.add_argument("names", nargs="*", metavar="NAME", help="reports, by folder name (default: all)")
-    parser.add_argument("--root", type=Path, default=Path("reports"), help="their folder (default: %(default)s)")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
+    parser.add_argument(
+        "--root", type=Path, default=Path("reports"), help="folder of the reports (default: %(default)s)"
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="first replace the records by those under FOLDER")
     return parser
 

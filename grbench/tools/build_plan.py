@@ -1,4 +1,4 @@
-"""`grbench build-plan`: a TensorRT plan, for a GPU that need not be here."""
+"""`grbench build-plan`: build a TensorRT plan, also for a GPU that this machine lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grengines.tensorrt.config import PRECISIONS
 def parser() -> argparse.ArgumentParser:
     """Return the flags of the command."""
     about = (
-        "Build a TensorRT plan of a ranking model, for a GPU that need not be here. The plan covers either one size\n"
+        "Build a TensorRT plan of a ranking model, also for a GPU that this machine lacks. It covers either one size\n"
         "(--history and --candidates) or the requests of the workload. int8 and fp8 take their scales from those."
     )
     examples = [
@@ -30,14 +30,20 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; a plan in it is replaced")
     add_catalogue_flags(parser)
     parser.add_argument("--library", choices=["auto", "tensorrt", "tensorrt_rtx"], default="auto")
-    parser.add_argument("--target", default="8.9", help="compute capability (default: %(default)s)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="default: %(default)s")
+    parser.add_argument("--target", default="8.9", help="compute capability of the GPU (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="bf16", help="precision of the plan (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=8, help="most requests of a batch (default: %(default)s)")
     parser.add_argument("--history", type=int, help="most events of a history (default: as the workload)")
     parser.add_argument("--candidates", type=int, help="most candidates of a request (default: as the workload)")
-    parser.add_argument("--profiles", type=int, default=2, help="for a workload: how many (default: %(default)s)")
-    parser.add_argument("--calibration", type=int, default=16, help="requests to take scales from (default: 16)")
-    parser.add_argument("--refit", action="store_true", help="a plan that takes other weights later")
+    parser.add_argument(
+        "--profiles", type=int, default=2, help="optimisation profiles for a workload (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--calibration", type=int, default=16, help="requests that 8-bit scales come from (default: %(default)s)"
+    )
+    parser.add_argument("--refit", action="store_true", help="build a plan that can load other weights later")
     parser.add_argument("--no-plugin", action="store_true", help="attention by the body in ONNX (tensorrt only)")
     return parser
 

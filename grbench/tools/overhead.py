@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the flags of the command."""
     about = "Measure the latency that the harness itself adds, and its share of an engine's p50."
     examples = ["overhead", "overhead model=dlrm_v3 workload=synthetic_long --repeats 3"]
-    parser = Arguments("overhead", about, examples, "as of `grbench`, on top of engine=hstu scenario=single_stream")
+    parser = Arguments(
+        "overhead", about, examples, "overrides as in `grbench`, after engine=hstu scenario=single_stream"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each engine (default: %(default)s)")
     return parser
 

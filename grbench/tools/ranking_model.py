@@ -12,15 +12,15 @@ from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec
 from grengines.api import Catalogue
 
-OVERRIDES = "as of `grbench`: the model and its weights, the seed, the workload"
+OVERRIDES = "overrides as in `grbench`: the model and its weights, the seed, the workload"
 
 
 def add_catalogue_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `compose_ranking` reads."""
-    source = "in the catalogue (default: the table in model.weights, else the workload)"
-    parser.add_argument("--items", type=int, help=source)
+    source = "(default: as the table in model.weights, else as the workload)"
+    parser.add_argument("--items", type=int, help=f"items in the catalogue {source}")
     parser.add_argument("--actions", type=int, help=f"action bits of an event {source}")
-    parser.add_argument("--users", type=int, help="in the catalogue (default: 1 if the others are known)")
+    parser.add_argument("--users", type=int, help="users in the catalogue (default: 1 if the others are known)")
 
 
 def compose_ranking(args: argparse.Namespace) -> tuple[RunSpec, Catalogue]:

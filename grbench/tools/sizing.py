@@ -139,10 +139,12 @@ def parser() -> argparse.ArgumentParser:
         "sizing model=dlrm_v3 workload=synthetic_long",
         "sizing model=decoder_1p7b engine=hf retrieval.beam_width=256",
     ]
-    parser = Arguments("sizing", about, examples, "as of `grbench`: the model, the workload and the search")
-    parser.add_argument("--precision", choices=BYTES, default="bf16", help="of weights and KV (default: %(default)s)")
-    parser.add_argument("--memory-gib", type=float, default=80.0, help="of the card (default: %(default)s)")
-    parser.add_argument("--items", type=int, default=1_000_000, help="in the catalogue (default: %(default)s)")
+    parser = Arguments("sizing", about, examples, "overrides as in `grbench`: the model, the workload and the search")
+    parser.add_argument(
+        "--precision", choices=BYTES, default="bf16", help="precision of weights and KV cache (default: %(default)s)"
+    )
+    parser.add_argument("--memory-gib", type=float, default=80.0, help="memory of the GPU (default: %(default)s)")
+    parser.add_argument("--items", type=int, default=1_000_000, help="items in the catalogue (default: %(default)s)")
     return parser
 
 

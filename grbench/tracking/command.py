@@ -21,7 +21,7 @@ def ui_parser() -> argparse.ArgumentParser:
     """Return the parser of `grbench ui`."""
     parser = Arguments("ui", "Open MLflow's pages on this machine (127.0.0.1).", ["ui", "ui outputs --port 5001"])
     _add_root(parser)
-    parser.add_argument("--port", type=int, default=5000, help="(default: %(default)s)")
+    parser.add_argument("--port", type=int, default=5000, help="port of the pages (default: %(default)s)")
     return parser
 
 
@@ -40,8 +40,8 @@ def import_parser() -> argparse.ArgumentParser:
     about = "Log every record under a folder that has no MLflow run yet."
     parser = Arguments("import", about, ["import outputs", "import outputs --uri http://127.0.0.1:5000"])
     _add_root(parser)
-    parser.add_argument("--uri", help="of the store (default: the sqlite file of the output root)")
-    parser.add_argument("--experiment", default=MlflowConfig.experiment, help="(default: %(default)s)")
+    parser.add_argument("--uri", help="MLflow store (default: the sqlite file of the output root)")
+    parser.add_argument("--experiment", default=MlflowConfig.experiment, help="experiment (default: %(default)s)")
     return parser
 
 

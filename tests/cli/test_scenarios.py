@@ -163,7 +163,7 @@ os._exit(0)
 
 
 class QueueingEngine(SleepyEngine):
-    """As grengines.api.Engine allows: one batch at a time on the device, packed while the one before computes."""
+    """Engine with one batch at a time on the device, which packs a batch while the one before computes."""
 
     def __init__(self, packing_s: float, seconds: float, fail_at: int | None = None) -> None:
         super().__init__(seconds, fail_at)
@@ -197,7 +197,7 @@ def test_batches_in_flight_answer_every_request_once(config: ScenarioConfig, tmp
 
 
 def test_packing_goes_on_beside_the_device(tmp_path: Path) -> None:
-    """As long to pack as to compute: two in flight take little more than half the time. Both are sleeps."""
+    """Packing and computing take equally long (both sleep), so two in flight take little more than half the time."""
     config = OfflineConfig("offline", max_batch=8, queries=160)
     took = {}
     for in_flight in (1, 2):

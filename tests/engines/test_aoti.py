@@ -270,7 +270,7 @@ print(code.count("triton_kernel_wrapper_mutation("), sorted(str(v) for v in prog
 
 
 def test_triton_kernels_are_traced_with_symbolic_lengths() -> None:
-    """Without a GPU as far as the graph: its launches are in it, with grids that follow the lengths."""
+    """The traced graph, which needs no GPU, holds the launches, with grids that follow the lengths."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", TRACE_TRITON],

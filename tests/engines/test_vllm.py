@@ -144,7 +144,7 @@ class TestOneEngine:
             assert np.abs(found.scores[i] - found.scores[i + 1]).max() > 100 * CLOSE
 
     def test_a_blind_engine_fails(self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Without the beams' own terms, and without the prompt in pages, the engine's own answers are wrong."""
+        """The engine's answers are wrong without the beams' own terms, and without the prompt in pages."""
         operators = engine.core.model.operators
         monkeypatch.setattr(operators, "beam_terms", lambda *_, **__: None)
         with pytest.raises(AssertionError):

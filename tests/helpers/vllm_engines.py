@@ -82,7 +82,7 @@ def expect_near(found: GenerateResult, expected: Beams, reference: Any, toleranc
 
 
 def allowed(reference: Any, precision: str) -> float:
-    """As the gate: twice the error that eager PyTorch makes in the same precision, over more items than k."""
+    """Return the gate's tolerance: twice the error of eager PyTorch in the same precision, over more items than k."""
     eager = reference.search(GPU_REQUESTS, precision, width=64, k=32)
     exact = [reference.prefix_scores(r, items)[:, -1] for r, items in zip(GPU_REQUESTS, eager.items, strict=True)]
     tolerance = max(2 * float(np.abs(eager.scores - np.stack(exact)).max()), CLOSE)

@@ -122,7 +122,7 @@ def problems(draw: st.DrawFn) -> Problem:
 @examples(120)
 @given(p=problems(), tile=st.integers(1, 4), slack=st.integers(0, 3), past=st.integers(0, 3))
 def test_every_mask_and_form_equals_the_loops(name: str, p: Problem, tile: int, slack: int, past: int) -> None:
-    """Also with tiles of a few rows, with bounds longer than the sequences and rows past the last of them."""
+    """Cover small tiles, bounds above the sequences' lengths, and rows past the last sequence."""
     p.options["max_q_len"] += slack
     p.options["max_kv_len"] += slack
     p.q = torch.cat([p.q, torch.ones(past, *p.q.shape[1:])])

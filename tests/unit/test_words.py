@@ -42,7 +42,10 @@ _BANNED = [
     (re.compile(rf"(?<![a-z])({pattern})(?![a-z])", re.IGNORECASE), better) for pattern, better in BANNED.items()
 ]
 
-NO_SUBJECT = {"What", "Whatever", "Where", "Whether", "How", "Of", "Who", "Whoever", "Whom", "Whose", "Which", "When"}
+NO_SUBJECT = {
+    *("What", "Whatever", "Where", "Whether", "Why", "How", "Who", "Whoever", "Whom", "Whose", "Which", "When"),
+    *("As", "Of", "Also", "Once", "Without"),
+}
 MAX_LINE = 240
 # A sentence that ends within a line: a stop, a space, and a capital, a code span or a bracket.
 _NEXT_SENTENCE = re.compile(r"[\w)`\]*\"”][.!?] +(?=[A-Z`*(\[])")

@@ -64,7 +64,7 @@ class AOTIEngine(RankingEngine):
 
     @torch.inference_mode()
     def _load(self, sample: Sequence[Request], max_batch: int) -> None:
-        """Load the package, after building it where there is none yet, and capture the graphs.
+        """Load the package, after building it if there is none yet, and capture the graphs.
 
         Raises ValueError for a package of another model, precision, device or version.
         """

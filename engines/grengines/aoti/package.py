@@ -130,7 +130,7 @@ class Inputs:
 def build(module: ExportedRanker, facts: Facts) -> Path:
     """Compile the module into the cache, which takes about a minute.
 
-    Raises UnavailableError where there is no working C++ compiler, and OSError.
+    Raises UnavailableError if there is no working C++ compiler, and OSError.
     """
     path = facts.path()
     tuning.reset()
@@ -261,7 +261,7 @@ def _toolchain(device: torch.device, folder: Path) -> Iterator[list[str]]:
 
 
 def _loaded(name: str) -> str | None:
-    """Return the file of a loaded library. None where the process has none of that name, or there is no /proc."""
+    """Return the file of a loaded library. None if the process has none of that name, or there is no /proc."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
     return next((path for line in lines if Path(path := line.split()[-1]).name.startswith(name)), None)

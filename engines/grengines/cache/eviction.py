@@ -1,4 +1,4 @@
-"""Room in the pool: the policy's victims are evicted, to the host tier where there is one."""
+"""Room in the pool: the policy's victims are evicted, to the host tier if there is one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Eviction:
         self._index, self._policy, self._offloader, self._log = index, policy, offloader, log
 
     def make_room(self, pages: int, now: float) -> None:
-        """Evict until `pages` pages are free. Raise PoolFullError, evicting nobody, where plans hold too many."""
+        """Evict until `pages` pages are free. Raise PoolFullError, evicting nobody, if plans hold too many."""
         index, pool = self._index, self._index.pool
         if pages <= pool.available:
             return

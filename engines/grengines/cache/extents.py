@@ -18,7 +18,7 @@ class Extents:
         self.free_runs: list[Extent] = [(0, pages)] if pages else []  # by their first pages; no two touch
 
     def allocate(self, n: int) -> list[Extent]:
-        """Take n pages in as few runs as there are. Raises PoolFullError, taking none, where fewer are free."""
+        """Take n pages in as few runs as there are. Raises PoolFullError, taking none, if fewer are free."""
         if n > self.available:
             raise PoolFullError(f"{n} pages of the host asked for; {self.available} are free")
         taken = []

@@ -79,7 +79,7 @@ class HostTier:
     """Pages of host memory, and the states in them. Not thread-safe: `UserStates` holds its lock around it.
 
     A page holds the keys of one layer and then its values, so a state's layer is one copy for each run of pages.
-    Raises ValueError where not one page fits, RuntimeError where the memory can't be page-locked.
+    Raises ValueError if not one page fits, RuntimeError if the memory can't be page-locked.
     """
 
     pool: PagePool

@@ -52,7 +52,7 @@ class StateIndex:
     **Validity.** Keys and values depend on the events before them only, and positions count from the start of the kept
     history. So a cached history is valid up to the first event in which the request's history differs, to the token.
     The rest of a state that was truncated, changed or reordered is dropped at the lookup and computed again. Nothing is
-    valid where the start of the history moved. Contextual tokens see the whole history: with any of them a state serves
+    valid if the start of the history moved. Contextual tokens see the whole history: with any of them a state serves
     the same history only.
 
     Not thread-safe: `UserStates` holds its lock around it.

@@ -86,7 +86,7 @@ class HotRows:
 
     @classmethod
     def within(cls, budget_bytes: int, host: Tensor, *, device: torch.device | str, dtype: torch.dtype) -> HotRows:
-        """Make a cache of as many rows as fit in `budget_bytes`. Raises ValueError where not one does."""
+        """Make a cache of as many rows as fit in `budget_bytes`. Raises ValueError if not one does."""
         one = host.shape[1] * dtype.itemsize
         if budget_bytes < one:
             raise ValueError(f"cache.item_memory_gb: a row takes {one} bytes, the budget has {budget_bytes}")
@@ -96,7 +96,7 @@ class HotRows:
         """Return slots int64 [n] of table rows int64 [n], repeats allowed.
 
         The rows are in `table` for all work that is queued on the device's current stream from now on, until the next
-        lookup. Waits for the device only where both staging buffers are still being copied.
+        lookup. Waits for the device only if both staging buffers are still being copied.
 
         Raises IndexError for a row that the table lacks, and RuntimeError for more distinct rows than slots. Neither
         changes anything. If fetching fails, the missing rows stay absent, and the error is passed on.

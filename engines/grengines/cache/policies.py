@@ -28,7 +28,7 @@ class Policy(Protocol):
     def victim(self, now: float, exclude: Set[int] = frozenset()) -> int:
         """Return the user to evict: one that was touched, not removed, and is not in `exclude`.
 
-        The entry stays until `remove`. Raises LookupError where there is none.
+        The entry stays until `remove`. Raises LookupError if there is none.
         """
 
     def remove(self, user: int) -> None:

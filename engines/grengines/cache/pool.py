@@ -24,7 +24,7 @@ class PagePool:
     contents of a page must be finite: they are, as long as only finite keys and values are written.
 
     device "meta" makes a pool that counts pages and holds no data: for simulations. Raises ValueError for a size below
-    1, torch.OutOfMemoryError where the device has no room.
+    1, torch.OutOfMemoryError if the device has no room.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class PagePool:
     def within(cls, budget_bytes: int, *, device: torch.device | str, **sizes: Any) -> PagePool:
         """Make a pool of as many pages as fit in `budget_bytes`. sizes: arguments of `page_bytes`.
 
-        Raises ValueError where not one page fits.
+        Raises ValueError if not one page fits.
         """
         one = page_bytes(**sizes)
         if budget_bytes < one:
@@ -92,7 +92,7 @@ class PagePool:
         return places[begin - first * self.page : end - first * self.page]
 
     def allocate(self, n: int) -> list[int]:
-        """Take n pages. Raises PoolFullError, taking none, where fewer are free, ValueError for n < 0."""
+        """Take n pages. Raises PoolFullError, taking none, if fewer are free, ValueError for n < 0."""
         if n < 0:
             raise ValueError(f"{n} pages asked for")
         if n > len(self._free):

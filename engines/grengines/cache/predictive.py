@@ -75,7 +75,7 @@ class Predictive:
     risk, the whole population's rate is a prior, and older observations fade. A state's worth at an age is the chance
     of a visit within t over the expected time that the state takes up room until then, at the best t. This is the hit
     density of Beckmann, Chen and Cidon (LHD, NSDI 2018). Worth never rises with age, so within a class the least
-    recently seen user is evicted. The same holds for two classes of about the same worth: where gaps carry no
+    recently seen user is evicted. The same holds for two classes of about the same worth: if gaps carry no
     information, the policy is LRU.
 
     **Admission.** A user whose state was not valid on return (the history's start had moved) is refused for the next

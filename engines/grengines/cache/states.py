@@ -100,13 +100,13 @@ class UserStates:
         return plans
 
     def extend(self, plan: Plan, share: float = 1.0) -> bool:
-        """Make room for the rest of the plan's history, evicting where necessary.
+        """Make room for the rest of the plan's history, evicting if necessary.
 
         share: the part of the tokens that only the host has which is loaded, in whole pages; the rest is computed again
         meanwhile. With contextual tokens, which cannot be split, all of it.
 
         Returns whether the history will be stored. It is not for a bypassed plan, for a user that the policy does
-        not admit, and where requests in flight hold too much of the pool. Raises PoolFullError, changing nothing, for a
+        not admit, and if requests in flight hold too much of the pool. Raises PoolFullError, changing nothing, for a
         history that would not fit in the empty pool; RuntimeError for a plan that is committed or aborted.
         """
         if plan.bypassed:
@@ -138,7 +138,7 @@ class UserStates:
             return True
 
     def start_loading(self, plans: Sequence[Plan]) -> Onload | None:
-        """Start to load what these plans need from the host. Return None where that is nothing."""
+        """Start to load what these plans need from the host. Return None if that is nothing."""
         loads = [plan.load for plan in plans if plan.load is not None]
         if self.tier is None or not loads:
             return None

@@ -33,7 +33,7 @@ def check(export: Export, model: HSTUConfig, catalogue: Catalogue, seed: int) ->
     """Run random jagged batches through the ONNX file and compare the logits.
 
     The batches have empty and long histories, none and many candidates, histories longer than the window, and tiles of
-    all sizes. Raises IncorrectError, with a Check, where the logits differ or where the check could not have failed.
+    all sizes. Raises IncorrectError, with a Check, if the logits differ or if the check could not have failed.
     """
     import onnxruntime
 

@@ -33,7 +33,7 @@ MOST_PADDING = 2.5  # a graph that encodes more than this times the batch's toke
 class CachedRanking:
     """Ranking over pages: the cached states, the host tier, and CUDA graphs of appends.
 
-    place: renumbers packed tokens for the cache of item vectors; returns its counts. Raises ValueError where the
+    place: renumbers packed tokens for the cache of item vectors; returns its counts. Raises ValueError if the
     longest history of the sample does not fit in the empty pool.
     """
 
@@ -209,7 +209,7 @@ class CachedRanking:
     def _bucket(self, requests: Sequence[Request], plans: Sequence[Plan], onload: Onload | None) -> Bucket | None:
         """Return the sizes of the graph for a batch, or None to launch its kernels one by one.
 
-        They are launched where no graph holds the batch, where the graph would mostly encode padding, and where kernels
+        They are launched if no graph holds the batch, if the graph would mostly encode padding, and if kernels
         beside the copies from the host are done sooner than a graph behind the copies.
         """
         candidates = [len(r.candidates) for r in requests]
@@ -269,7 +269,7 @@ def _merged(results: Sequence[RankResult], passes: Sequence[Sequence[int]]) -> R
 
 
 def _make_states(ranker: HSTURanker, cache: PagedCacheConfig, longest: int) -> UserStates:
-    """Return an empty cache. Raises ValueError where the longest history does not fit."""
+    """Return an empty cache. Raises ValueError if the longest history does not fit."""
     model = ranker.config
     pool = PagePool.within(
         int(cache.memory_gb * 1e9),

@@ -188,7 +188,7 @@ class HSTUEngine(RankingEngine):
         """Copy the batches' rows of a token table on the host to the device, and replace row numbers by slots.
 
         All parts of a batch share one lookup, since a lookup may evict the rows of the one before. Returns the item
-        cache's counts. Raises RuntimeError, and changes nothing, where they need more rows than the device holds.
+        cache's counts. Raises RuntimeError, and changes nothing, if they need more rows than the device holds.
         """
         if self._items is None:
             return {}

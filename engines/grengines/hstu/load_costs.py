@@ -27,7 +27,7 @@ class LoadCosts:
 
         Prefetched states are loaded whole. For the others, loading takes t seconds a token and overlaps computing the
         rest, c seconds a token. Both end together if c / (c + t) of the tokens that would be computed without the host
-        are loaded. With captured graphs, which can't wait for single copies, nothing is loaded where a graph computes
+        are loaded. With captured graphs, which can't wait for single copies, nothing is loaded if a graph computes
         all of them sooner.
         """
         pool = states.pool

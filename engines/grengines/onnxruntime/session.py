@@ -23,7 +23,7 @@ _LEVELS = {
 
 
 def placement_of(options: OnnxRuntimeConfig) -> Placement:
-    """Resolve `auto`: cuda and fp16 where ONNX Runtime and PyTorch, which holds the inputs, can use a GPU, else fp32.
+    """Resolve `auto`: cuda and fp16 if ONNX Runtime and PyTorch, which holds the inputs, can use a GPU, else fp32.
 
     PyTorch's threads stay as they are. Raises UnavailableError for a device or a precision that ONNX Runtime lacks.
     """
@@ -53,7 +53,7 @@ def open_session(
     """Open the file, which must be the export of model `digest` in `precision`.
 
     stream: handle of the CUDA stream to run on. hint: the fix that error messages name. Raises ValueError for a file
-    that is missing, damaged or not this export, UnavailableError where the provider can't run it.
+    that is missing, damaged or not this export, UnavailableError if the provider can't run it.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; {hint}")

@@ -152,5 +152,5 @@ class ContinuousPipeline(Pipeline):
 
 
 def as_many(request: Request, count: int) -> Request:
-    """Return the request with `count` candidates: its own, repeated from the first where it has fewer."""
+    """Return the request with `count` candidates: its own, repeated from the first if it has fewer."""
     return replace(request, candidates=np.resize(request.candidates, count))

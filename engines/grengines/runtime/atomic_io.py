@@ -40,7 +40,7 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 
 def publish(made: Path, folder: Path) -> bool:
-    """Rename `made` to `folder`. Return False, changing nothing, where `folder` has contents. Raises OSError."""
+    """Rename `made` to `folder`. Return False, changing nothing, if `folder` has contents. Raises OSError."""
     try:
         made.replace(folder)
     except OSError as e:

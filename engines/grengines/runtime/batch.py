@@ -209,7 +209,7 @@ class _Layout:
         return cls(chosen, targets, events, histories, done, new, [0, *accumulate(new)])
 
     def padded(self, bucket: Bucket | None) -> _Padded:
-        """Return the sizes in a bucket. Raises ValueError where it is too small."""
+        """Return the sizes in a bucket. Raises ValueError if it is too small."""
         B, tokens, longest = len(self.targets), self.q_offsets[-1], max(self.new, default=0)
         if bucket is None:
             return _Padded(

@@ -23,9 +23,9 @@ class Placement:
 
     @classmethod
     def of(cls, options: DeviceOptions) -> Placement:
-        """Resolve `auto`: cuda where there is a GPU, bf16 on a GPU, fp32 on a CPU.
+        """Resolve `auto`: cuda if there is a GPU, bf16 on a GPU, fp32 on a CPU.
 
-        Raises UnavailableError for cuda where PyTorch can't use a GPU.
+        Raises UnavailableError for cuda if PyTorch can't use a GPU.
         """
         usable = torch.cuda.is_available()
         if options.device == "cuda" and not usable:

@@ -57,7 +57,7 @@ def profiles(sample: Sequence[Request], encoding: Encoding, max_batch: int, coun
 
 
 def check(requests: Sequence[Request], encoding: Encoding, most: Sizes, hint: str) -> Sizes:
-    """Return the sizes of the requests. Raises OutsideError where they exceed `most`, or there is no candidate.
+    """Return the sizes of the requests. Raises OutsideError if they exceed `most`, or there is no candidate.
 
     hint: the command or option that makes the engine take them.
     """

@@ -70,7 +70,7 @@ def collect_items(
     padded_tokens: int,
     details: dict[str, float],
 ) -> Callable[[], GenerateResult]:
-    """As `collect`, for what `one_tensor` made of these requests and padding. An item of -1 is none."""
+    """Collect, as `collect` does, what `one_tensor` made of these requests and padding. An item of -1 is none."""
     on_host = _fetch(found, marks)
 
     def answer() -> GenerateResult:

@@ -30,7 +30,7 @@ def of_interactions(
 ) -> SemanticIds:
     """Return IDs of items without features, from the users of each item: `vectors.from_interactions`, `ids.build`.
 
-    users, items: int64 [n], pair by pair. progress: as in `ids.build`. Raises ValueError as they do, and where the
+    users, items: int64 [n], pair by pair. progress: as in `ids.build`. Raises ValueError as they do, and if the
     cache folder can't be written.
     """
     pairs = hashlib.sha256()

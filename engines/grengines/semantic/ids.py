@@ -144,7 +144,7 @@ def build(
     level first (quantise.py). `propose_codes` gives a suitable number of codes.
 
     progress: called now and then with (assigned rows, all rows), counted over all levels.
-    Raises ValueError for vectors of another form or not finite, and where codes ** levels is less than the items.
+    Raises ValueError for vectors of another form or not finite, and if codes ** levels is less than the items.
     Source: Rajput et al., "Recommender Systems with Generative Retrieval" (TIGER), NeurIPS 2023.
     """
     if vectors.ndim != 2 or vectors.dtype != np.float32 or not vectors.size:
@@ -201,7 +201,7 @@ def _keys(codes: npt.NDArray[np.integer], sizes: tuple[int, ...]) -> Int64Array:
 
 
 def _sizes(metadata: dict[str, str], found: list[object]) -> tuple[int, ...]:
-    """Return the sizes in a file's metadata. Raises ValueError where they contradict its tensor."""
+    """Return the sizes in a file's metadata. Raises ValueError if they contradict its tensor."""
     try:
         schema = json.loads(metadata.get("schema", ""))
         sizes = tuple(schema["sizes"])

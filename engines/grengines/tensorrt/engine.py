@@ -33,7 +33,7 @@ from grengines.tensorrt.library import find
 class TensorRTEngine(RankingEngine):
     """Ranking with the exported model as a TensorRT plan.
 
-    Raises UnavailableError where the library or a GPU that it executes on is missing, and ValueError for options that
+    Raises UnavailableError if the library or a GPU that it executes on is missing, and ValueError for options that
     contradict each other.
     """
 

@@ -36,7 +36,7 @@ class Execution:
     """
 
     def __init__(self, plan: plans.Plan, library: Library, tasks: int, device: torch.device, graphs: bool) -> None:
-        """Load the plan. Raises UnavailableError, with the library's message, where it can't be loaded here."""
+        """Load the plan. Raises UnavailableError, with the library's message, if it can't be loaded here."""
         trt, log = library.module, logger(library)
         log.take()
         self.facts, self._library, self._device = plan.facts, library, device

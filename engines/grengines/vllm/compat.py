@@ -262,7 +262,7 @@ class LastLogLines(logging.Handler):
 
 
 class BlockHashes:
-    """Hashes of a request's blocks, given to vLLM where they are known.
+    """Hashes of a request's blocks, given to vLLM if they are known.
 
     Versions: 0.25 to 0.32. vLLM hashes each block of every new request for its prefix cache. The levels of a search
     begin with the same prompt, whose hashes are known after the first level. `known` has them by request. Each request

@@ -125,7 +125,7 @@ class VLLMCore:
 
 @contextmanager
 def _one_a_process() -> Iterator[None]:
-    """Count the core of this process. Raises RuntimeError where there is one."""
+    """Count the core of this process. Raises RuntimeError if there is one."""
     global _running
     if _running:
         raise RuntimeError("another engine of this process runs vLLM, which can run once in a process; close it first")

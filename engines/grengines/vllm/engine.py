@@ -61,7 +61,7 @@ class VLLMEngine(GeneratingEngine):
         self.scheduler: BeamScheduler | None = None
 
     def _load(self, sample: Sequence[Request], max_batch: int) -> None:
-        """Start vLLM with the model. Raises ValueError where the pages can't hold the longest search."""
+        """Start vLLM with the model. Raises ValueError if the pages can't hold the longest search."""
         from grengines.vllm.beam_scheduler import BeamScheduler
         from grengines.vllm.core import VLLMCore
 
@@ -83,7 +83,7 @@ class VLLMEngine(GeneratingEngine):
             self.reset_cache()
 
     def generate(self, requests: Sequence[Request]) -> GenerateResult:
-        """As grengines.api.Generator, by `admit` and `step`.
+        """Generate as grengines.api.Generator describes, with `admit` and `step`.
 
         Raises RuntimeError before `prepare`, and while requests are in flight.
         """

@@ -41,7 +41,7 @@ def environment() -> Iterator[None]:
 
 @contextmanager
 def unchanged_process() -> Iterator[None]:
-    """As `environment`, and restore torch.set_num_threads: on CPUs vLLM replaces it by a function that does nothing."""
+    """Enter `environment`, and restore torch.set_num_threads, which vLLM replaces on CPUs by one that does nothing."""
     set_num_threads = torch.set_num_threads
     with environment():
         try:

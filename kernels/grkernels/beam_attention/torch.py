@@ -25,7 +25,7 @@ def beam_attention(
     own_slots: Tensor,
     scale: float,
 ) -> None:
-    """As reference.py says; waits for the device."""
+    """Compute what reference.py defines. Waits for the device."""
     keys, values = slotted(k_pages), slotted(v_pages)
     heads, page = keys.shape[1], k_pages.shape[1]
     ends = starts.tolist()

@@ -154,7 +154,7 @@ def beam_attention(
     own_slots: Tensor,
     scale: float,
 ) -> None:
-    """As reference.py says; a CUDA graph can hold it."""
+    """Compute what reference.py defines. A CUDA graph can capture it."""
     n, heads, dim = len(limits), q.shape[1], q.shape[2]
     if not n:
         return

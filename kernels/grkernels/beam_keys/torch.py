@@ -23,7 +23,7 @@ def beam_keys(
     first: int,
     terms: int,
 ) -> tuple[Tensor, Tensor]:
-    """As reference.py says."""
+    """Compute what reference.py defines."""
     _, rows, levels, _ = beam_rows(ids, places, sizes=sizes, max_rows=max_rows)
     places = places.long()
     limits = torch.where(rows >= 0, places - rows, places + 1).int()

@@ -66,7 +66,7 @@ def beam_keys(
     first: int,
     terms: int,
 ) -> tuple[Tensor, Tensor]:
-    """As reference.py says."""
+    """Compute what reference.py defines."""
     n, requests = len(ids), len(starts) - 1
     limits = torch.empty(n, dtype=torch.int32, device=ids.device)
     slots = torch.empty(n, terms, dtype=torch.int64, device=ids.device)

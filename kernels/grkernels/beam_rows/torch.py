@@ -15,7 +15,7 @@ from grkernels.variant import KernelVariant
 def beam_rows(
     ids: Tensor, places: Tensor, *, sizes: tuple[int, ...], max_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As reference.py says."""
+    """Compute what reference.py defines."""
     ids, places = ids.long(), places.long()
     vocabulary = sum(sizes) + 1
     tokens, rows = ids % vocabulary, ids // vocabulary - 1

@@ -60,7 +60,7 @@ def constants(sizes: tuple[int, ...], max_rows: int) -> tuple[int, int, tuple[in
 def beam_rows(
     ids: Tensor, places: Tensor, *, sizes: tuple[int, ...], max_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As reference.py says."""
+    """Compute what reference.py defines."""
     n = len(ids)
     made = torch.empty(4, n, dtype=torch.int64, device=ids.device)
     if n:

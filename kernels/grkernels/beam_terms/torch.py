@@ -14,7 +14,7 @@ from grkernels.variant import KernelVariant
 def beam_terms(
     out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, *, alpha: float, scaling_seqlen: int
 ) -> None:
-    """As reference.py says; waits for the device."""
+    """Compute what reference.py defines. Waits for the device."""
     rows = (slots >= 0).any(1).nonzero()[:, 0]
     if not len(rows):
         return

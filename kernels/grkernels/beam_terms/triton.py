@@ -1,4 +1,4 @@
-"""Terms of a beam's earlier codes: a program a row, which ends at once where the row has none."""
+"""Terms of a beam's earlier codes: a program a row, which ends at once if the row has none."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def tuning_key(width: int) -> str:
 def beam_terms(
     out: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, *, alpha: float, scaling_seqlen: int
 ) -> None:
-    """As reference.py says. Nothing waits for the device, and rows without terms cost next to nothing."""
+    """Compute what reference.py defines. Nothing waits for the device, and rows without terms cost next to nothing."""
     n, heads, qk_dim = q.shape
     if n and slots.shape[1]:
         v_dim, k_slots, v_slots = out.shape[2], slotted(k_pages), slotted(v_pages)

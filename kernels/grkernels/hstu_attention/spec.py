@@ -2,9 +2,9 @@
 
 A sequence of n tokens is C contextual tokens, then the history, then T candidates (targets):
 
-    position 0           the C contextual tokens together (the first token of the history where C = 0)
+    position 0           the C contextual tokens together (the first token of the history if C = 0)
     positions 1, 2, ...  the history's tokens, one each
-    position m           the T candidates together, m = n - T - C + 1 (n - T where C = 0)
+    position m           the T candidates together, m = n - T - C + 1 (n - T if C = 0)
 
 A token sees itself and every token at a smaller position, so never another candidate. A window W > 0
 hides tokens more than W positions back. Contextual tokens see each other and the whole history, with

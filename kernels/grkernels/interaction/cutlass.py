@@ -206,7 +206,7 @@ def tuning_key(features: int, dim: int) -> str:
 
 
 def interaction(x: Tensor) -> Tensor:
-    """As reference.py says; can be captured in a CUDA graph."""
+    """Compute what reference.py defines. A CUDA graph can capture it."""
     B, F, D = x.shape
     out = x.new_empty(B, D + F * (F - 1) // 2)
     if B:
@@ -232,7 +232,7 @@ def _launcher(dtype: torch.dtype, features: int, dim: int, warps: int) -> Launch
 
 
 def supports(*, device: str, dtype: str, features: int, dim: int) -> str | None:
-    """None, or why not: half precision, up to 64 features of up to 4096 values, in steps of 8."""
+    """Return None for half precision with up to 64 features of up to 4096 values, in steps of 8; else the reason."""
     others = "torch, compile, triton"
     if dtype == "fp32":
         return f"dtype fp32: tensor cores would round it to TF32 (others: {others})"

@@ -11,7 +11,7 @@ from grkernels.variant import KernelVariant
 
 
 def interaction(x: Tensor) -> Tensor:
-    """As reference.py says. A half-precision product is summed in fp32 and rounded once, as torch.bmm does."""
+    """Compute what reference.py defines. As torch.bmm, sum half-precision products in fp32 and round once."""
     F = x.shape[1]
     # Flat indices of the triangle, made on x's device: a list would be copied there at every call.
     row, column = torch.triu_indices(F, F, offset=1, device=x.device)

@@ -123,7 +123,7 @@ def tuning_key(features: int, dim: int) -> str:
 
 
 def interaction(x: Tensor) -> Tensor:
-    """As reference.py says."""
+    """Compute what reference.py defines."""
     B, F, D = x.shape
     out = x.new_empty(B, D + F * (F - 1) // 2)
     if B:

@@ -98,7 +98,7 @@ def sequence_of(row: Int64, offsets: Any, B: Int32, lane: Int32, steps: cutlass.
 
 @cute.jit
 def copy_rows(sources: Any, targets: Any, real: Any, width: cutlass.Constexpr[int], lane: Int32, count: Int32) -> None:
-    """The first `count` of a warp's rows, all loads before the stores; zeros where a row isn't real."""
+    """The first `count` of a warp's rows, all loads before the stores; zeros if a row isn't real."""
     parts = [load_row(source, width, lane, WARP, there) for source, there in zip(sources, real, strict=True)]
     for i in cutlass.range_constexpr(len(sources)):
         if i < count:
@@ -121,7 +121,7 @@ def search_steps(batch: int) -> int:
 
 
 def jagged_concat(first: Tensor, second: Tensor, *, first_offsets: Tensor, second_offsets: Tensor, rows: int) -> Tensor:
-    """As reference.py says; can be captured in a CUDA graph."""
+    """Compute what reference.py defines. A CUDA graph can capture it."""
     batch, shape = first_offsets.shape[0] - 1, (rows, *first.shape[1:])
     out = first.new_zeros(shape) if batch == 0 else first.new_empty(shape)
     if batch and out.numel():
@@ -149,7 +149,7 @@ def _launcher(dtype: torch.dtype, width: int, steps: int, rows: int, warps: int)
 
 
 def supports(*, device: str, dtype: str, width: int) -> str | None:
-    """None, or why not."""
+    """Return None, or why these arguments are not supported."""
     if width > MAX_WIDTH:
         return f"width {width} is over {MAX_WIDTH} (others: torch, compile, triton)"
     return cute_common.supports(device=device, dtype=dtype, width=width)

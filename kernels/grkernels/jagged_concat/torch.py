@@ -11,7 +11,7 @@ from grkernels.variant import KernelVariant
 
 
 def jagged_concat(first: Tensor, second: Tensor, *, first_offsets: Tensor, second_offsets: Tensor, rows: int) -> Tensor:
-    """As reference.py says, without waiting for the device."""
+    """Compute what reference.py defines, without waiting for the device."""
     out = first.new_zeros(rows + 1, *first.shape[1:])  # padding goes into the last row
     if first_offsets.shape[0] == 1:  # no sequence at all
         return out[:rows]

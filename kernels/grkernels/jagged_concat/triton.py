@@ -88,7 +88,7 @@ def default_config(width: int) -> tuning.Config:
 
 
 def jagged_concat(first: Tensor, second: Tensor, *, first_offsets: Tensor, second_offsets: Tensor, rows: int) -> Tensor:
-    """As reference.py says."""
+    """Compute what reference.py defines."""
     batch = first_offsets.shape[0] - 1
     out = first.new_zeros(rows, *first.shape[1:]) if batch == 0 else first.new_empty(rows, *first.shape[1:])
     if batch and out.numel():

@@ -83,7 +83,7 @@ class Split:
 def jagged_split(
     x: Tensor, *, first_offsets: Tensor, second_offsets: Tensor, first_rows: int, second_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """As reference.py says; can be captured in a CUDA graph."""
+    """Compute what reference.py defines. A CUDA graph can capture it."""
     batch = first_offsets.shape[0] - 1
     make = x.new_zeros if batch == 0 else x.new_empty
     first, second = make(first_rows, *x.shape[1:]), make(second_rows, *x.shape[1:])

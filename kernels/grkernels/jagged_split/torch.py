@@ -13,7 +13,7 @@ from grkernels.variant import KernelVariant
 def jagged_split(
     x: Tensor, *, first_offsets: Tensor, second_offsets: Tensor, first_rows: int, second_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """As reference.py says, without waiting for the device."""
+    """Compute what reference.py defines, without waiting for the device."""
     if first_offsets.shape[0] == 1:  # no sequence at all
         return x.new_zeros(first_rows, *x.shape[1:]), x.new_zeros(second_rows, *x.shape[1:])
     row, sequence, real = sequence_of(first_offsets, first_rows)

@@ -72,7 +72,7 @@ def _kernel(
 def jagged_split(
     x: Tensor, *, first_offsets: Tensor, second_offsets: Tensor, first_rows: int, second_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """As reference.py says."""
+    """Compute what reference.py defines."""
     batch = first_offsets.shape[0] - 1
     make = x.new_zeros if batch == 0 else x.new_empty
     first, second = make(first_rows, *x.shape[1:]), make(second_rows, *x.shape[1:])

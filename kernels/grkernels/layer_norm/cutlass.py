@@ -129,13 +129,13 @@ def tuning_key(width: int) -> str:
 
 
 def default_config(width: int) -> tuning.Config:
-    """One warp a row where a row is short enough: its sums then need no shared memory."""
+    """One warp a row if a row is short enough: its sums then need no shared memory."""
     warps = 1 if width <= 1024 else 4 if width <= 4096 else 16
     return {"warps": warps, "rows": max(4 // warps, 1)}
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """As reference.py says; can be captured in a CUDA graph."""
+    """Compute what reference.py defines. A CUDA graph can capture it."""
     L, E = x.shape
     out = x.new_empty(L, E)
     if L:
@@ -160,7 +160,7 @@ def _launcher(dtype: torch.dtype, width: int, warps: int, rows: int) -> Launcher
 
 
 def supports(*, device: str, dtype: str, width: int) -> str | None:
-    """None, or why not."""
+    """Return None, or why these arguments are not supported."""
     if width > MAX_WIDTH:
         return f"width {width} is over {MAX_WIDTH} (others: torch, compile, triton)"
     return cute_common.supports(device=device, dtype=dtype, width=width)

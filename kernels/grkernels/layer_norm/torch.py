@@ -11,7 +11,7 @@ from grkernels.variant import KernelVariant
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """As reference.py says."""
+    """Compute what reference.py defines."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 

@@ -50,7 +50,7 @@ def tuning_key(width: int) -> str:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """As reference.py says."""
+    """Compute what reference.py defines."""
     L, E = x.shape
     out = x.new_empty(L, E)
     if L:

@@ -75,7 +75,7 @@ def _silu(x: Any) -> Any:
 
 
 def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """As reference.py says; can be captured in a CUDA graph."""
+    """Compute what reference.py defines. A CUDA graph can capture it."""
     L, W = u.shape
     out = a.new_empty(L, 3 * W)
     if L:

@@ -12,7 +12,7 @@ from grkernels.variant import KernelVariant
 
 
 def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """As reference.py says."""
+    """Compute what reference.py defines."""
     u, a = F.silu(u), a.flatten(1)
     return torch.cat([u, a, u * F.layer_norm(a, weight.shape, weight, bias, eps)], dim=1)
 

@@ -59,7 +59,7 @@ def tuning_key(width: int) -> str:
 
 
 def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
-    """As reference.py says."""
+    """Compute what reference.py defines."""
     (L, W), a = u.shape, a.flatten(1)
     out = a.new_empty(L, 3 * W)
     if L:

@@ -11,7 +11,7 @@ from grkernels.variant import KernelVariant
 
 
 def paged_write(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
-    """As reference.py says; waits for the device."""
+    """Compute what reference.py defines. Waits for the device."""
     rows = (slots >= 0).nonzero()[:, 0]
     for x, pages in (k, k_pages), (v, v_pages):
         slotted(pages).index_copy_(0, slots[rows], x[rows])

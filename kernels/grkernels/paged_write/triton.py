@@ -72,7 +72,7 @@ def tuning_key(width: int) -> str:
 
 
 def paged_write(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
-    """As reference.py says. Nothing waits for the device, so a CUDA graph can hold it."""
+    """Compute what reference.py defines. Nothing waits for the device, so a CUDA graph can hold it."""
     n, heads, qk_dim = k.shape
     if n:
         v_dim, k_slots, v_slots = v.shape[2], slotted(k_pages), slotted(v_pages)

@@ -143,7 +143,7 @@ def token_embedding(
     position_table: Tensor,
     time_table: Tensor,
 ) -> Tensor:
-    """As reference.py says; can be captured in a CUDA graph. Raises ValueError for a table that isn't contiguous."""
+    """Compute what reference.py defines. A CUDA graph can capture it. Raises ValueError for a strided table."""
     L, E = token_rows.shape[0], action_table.shape[1]
     indices = [x.contiguous() for x in (token_rows, actions, weights, positions, time_buckets)]
     tables = (token_table, action_table, weight_vector, position_table, time_table)
@@ -168,7 +168,7 @@ def _launcher(dtype: torch.dtype, width: int, num_actions: int, warps: int, toke
 
 
 def supports(*, device: str, dtype: str, width: int) -> str | None:
-    """None, or why not."""
+    """Return None, or why these arguments are not supported."""
     if width > MAX_WIDTH:
         return f"width {width} is over {MAX_WIDTH} (others: torch, compile, triton)"
     return cute_common.supports(device=device, dtype=dtype, width=width)

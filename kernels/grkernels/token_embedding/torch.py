@@ -24,7 +24,7 @@ def token_embedding(
     position_table: Tensor,
     time_table: Tensor,
 ) -> Tensor:
-    """As reference.py says, rounded after every term."""
+    """Compute what reference.py defines, rounded after every term."""
     dtype = token_table.dtype
     bits = torch.arange(action_table.shape[0], device=action_table.device)
     taken = (actions[:, None] >> bits) & 1

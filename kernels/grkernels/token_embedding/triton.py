@@ -87,7 +87,7 @@ def token_embedding(
     position_table: Tensor,
     time_table: Tensor,
 ) -> Tensor:
-    """As reference.py says. Raises ValueError for a table that isn't contiguous."""
+    """Compute what reference.py defines. Raises ValueError for a strided table."""
     L, E = token_rows.shape[0], action_table.shape[1]
     tables = (token_table, action_table, weight_vector, position_table, time_table)
     if not all(t.is_contiguous() for t in tables):

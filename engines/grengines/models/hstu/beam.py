@@ -39,7 +39,7 @@ def search(
     """Return the k most likely items of each prompt (int64 [tokens]) by a beam search of this width.
 
     A code's probability is the softmax over all codes of its level. Codes that lead to no item are then dropped. The
-    result is exact if the width is at least the number of prefixes of every level. Raises PoolFullError where the
+    result is exact if the width is at least the number of prefixes of every level. Raises PoolFullError if the
     prompts don't fit the pool, and ValueError for k above the width.
     """
     check_width(width, k)
