@@ -18,6 +18,8 @@ from grbench.tools import sizing
 from grengines.api import Request
 from grengines.pipeline.config import STAGES
 
+CALLS_MS = 0.2  # between LoadGen and the batcher, to and fro
+
 
 def summarise(
     measurement: Measurement, spec: RunSpec, requests: list[Request], sizes: Sequence[int] = ()
@@ -51,6 +53,7 @@ def summarise(
     if isinstance(spec.scenario, ServerConfig | TraceReplayConfig) and (last_s := float(samples["arrival_s"].max())):
         metrics["offered_rps"] = (count - 1) / last_s
     metrics |= measurement.metrics
+    summary.notes += _beside_loadgen(samples, metrics)
     details = measurement.details
     metrics |= {f"engine/{name}": value for name, value in details.items()}
     if "items_tokens" in details:
@@ -65,6 +68,34 @@ def summarise(
     elif flops := _flops(spec, answered, sizes, details):
         metrics["model_tflops"] = flops / measurement.busy_s / 1e12
     return summary
+
+
+def _beside_loadgen(samples: dict[str, np.ndarray], metrics: dict[str, float]) -> list[str]:
+    """Return a note for each of LoadGen's percentiles that is outside the interval of ours.
+
+    LoadGen times queries: its latency is that of the last request of those that arrived together. It counts the calls
+    between itself and Python too, for which CALLS_MS and 1% are allowed.
+    """
+    theirs = {percent: metrics.get(f"loadgen_latency_ms/p{percent:g}") for percent in stats.PERCENTILES}
+    arrivals, query = np.unique(samples["arrival_s"], return_inverse=True)
+    if len(arrivals) == 1 or not any(theirs.values()):  # offline: every latency is a wait for all requests before it
+        return []
+    latencies = np.zeros(len(arrivals))
+    np.maximum.at(latencies, query, samples["latency_ms"])
+    ours, notes = stats.latency_summary(latencies, arrivals_s=arrivals), []
+    for percent, value in theirs.items():
+        name = f"latency_ms/p{percent:g}"
+        if value is None or name not in ours.metrics:
+            continue
+        middle = ours.metrics[name]
+        low, high = ours.intervals.get(name, [middle, middle])
+        allowed = max(CALLS_MS, 0.01 * middle)
+        if not low - allowed <= value <= high + allowed:
+            notes.append(
+                f"LoadGen's own p{percent:g} is {value:.3g} ms, grbench's {middle:.3g} [{low:.3g}, {high:.3g}] ms: "
+                "requests waited between LoadGen and the batcher, or after their answers; don't rely on either"
+            )
+    return notes
 
 
 def _flops(spec: RunSpec, answered: list[Request], sizes: Sequence[int], details: dict[str, float]) -> float:

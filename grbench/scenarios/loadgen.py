@@ -2,16 +2,25 @@
 
 LoadGen decides *when* a request is issued, and the trace decides *which*: the k-th request issued is the trace's k-th,
 so that users return in their real order. A trace that ends begins again.
+
+LoadGen's thread can be late: it waits for the interpreter, or the machine stops the process. In `server` the latency
+counts from the time at which LoadGen scheduled the request, as LoadGen's own does. LoadGen does not pass that time on,
+so `scheduled_s` draws it as LoadGen does, and `_check_schedule` compares it with LoadGen's log.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import threading
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
 import mlperf_loadgen as lg
+import numpy as np
 
 from grbench.execution.stats import PERCENTILES, SAMPLES_NEEDED
 from grbench.scenarios.batcher import Driven, RequestAt, Start, Ticket
@@ -23,7 +32,7 @@ from grbench.scenarios.config import (
     SingleStreamConfig,
 )
 
-_SUMMARY = "mlperf_log_summary.txt"
+_SUMMARY, _DETAIL = "mlperf_log_summary.txt", "mlperf_log_detail.txt"
 
 
 def run(
@@ -41,19 +50,25 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     batcher = start(lambda tickets: lg.QuerySamplesComplete([lg.QuerySampleResponse(t.key, 0, 0) for t in tickets]))
-    issued = 0
+    settings = _settings(config, latency_limit_ms, seed)
+    due = scheduled_s(settings.schedule_rng_seed, config.target_qps) if isinstance(config, ServerConfig) else None
+    issued, origin = 0, math.inf
 
     def issue(samples: list[lg.QuerySample]) -> None:
-        nonlocal issued
-        now = perf_counter()
+        nonlocal issued, origin
+        arrived = perf_counter()
+        if due is not None:  # no request is issued before its time: the earliest one shows when the test began
+            after = next(due)
+            origin = min(origin, arrived - after)
+            arrived = origin + after
         first, issued = issued, issued + len(samples)
-        batcher.submit(Ticket(request_at(first + i), now, sample.id) for i, sample in enumerate(samples))
+        batcher.submit(Ticket(request_at(first + i), arrived, sample.id) for i, sample in enumerate(samples))
 
     sut = lg.ConstructSUT(issue, lambda: None)
     qsl = lg.ConstructQSL(1024, 1024, lambda samples: None, lambda samples: None)  # the trace is in memory already
 
     def test() -> None:
-        lg.StartTestWithLogSettings(sut, qsl, _settings(config, latency_limit_ms, seed), _logs(folder))
+        lg.StartTestWithLogSettings(sut, qsl, settings, _logs(folder))
         lg.DestroyQSL(qsl)
         lg.DestroySUT(sut)
         batcher.stopped.set()
@@ -65,7 +80,39 @@ def run(
     if batcher.failure is None:
         loadgen.join()
     batcher.close()
+    if isinstance(config, ServerConfig):
+        _check_schedule(folder / _DETAIL, settings.schedule_rng_seed, config.target_qps)
     return Driven(batcher, *_figures(folder / _SUMMARY, _queries(config)))
+
+
+def scheduled_s(seed: int, rate: float) -> Iterator[float]:
+    """Yield when LoadGen's server scenario schedules each query, in seconds from the start of the test.
+
+    LoadGen takes std::exponential_distribution over std::mt19937, two words for a double (ScheduleDistribution in its
+    loadgen.cc). NumPy's RandomState is the same generator, and its bytes are those words.
+    """
+    words, end_ns = np.random.RandomState(seed), 0.0
+    yield 0.0
+    while True:
+        uniform = np.frombuffer(words.bytes(8 * 1024), "<u8") / 2.0**64
+        ends_ns = end_ns + np.cumsum(np.trunc(-np.log(1.0 - uniform) / rate * 1e9))
+        end_ns = ends_ns[-1]
+        yield from (ends_ns / 1e9).tolist()
+
+
+def _check_schedule(log: Path, seed: int, rate: float) -> None:
+    """Raise RuntimeError where LoadGen's log has another schedule than `scheduled_s`."""
+    text = log.read_text()
+    count, duration_ns = (
+        int(re.findall(rf'"generated_query_{name}", "value": (\d+)', text)[0]) for name in ("count", "duration")
+    )
+    ours_ns = next(itertools.islice(scheduled_s(seed, rate), count, None)) * 1e9
+    if abs(ours_ns - duration_ns) > 1000 + count:  # a logarithm may be rounded another way
+        raise RuntimeError(
+            f"LoadGen {version('mlcommons-loadgen')} scheduled {count} queries within {duration_ns / 1e9} s, where "
+            f"grbench expects {ours_ns / 1e9} s: latencies would count from wrong times; install a version that "
+            "pyproject.toml allows"
+        )
 
 
 def _queries(config: LoadGenConfig) -> int:
@@ -112,6 +159,7 @@ def _figures(summary: Path, queries: int) -> tuple[dict[str, float], list[str]]:
     """Return LoadGen's own percentiles, as a check on ours, and a note with its reasons if the run is INVALID.
 
     In multi stream the percentiles are of queries, not of requests. They need as many samples as ours.
+    `grbench.execution.measure` compares them.
     """
     text = summary.read_text()
     metrics = {}

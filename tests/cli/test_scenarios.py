@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from helpers.sleepy_engine import SleepyEngine, drive, make_requests
 
+from grbench.execution.measure import _beside_loadgen as beside_loadgen
+from grbench.scenarios import loadgen
 from grbench.scenarios.batcher import Batcher, Ticket
 from grbench.scenarios.config import (
     ClosedLoopConfig,
@@ -57,12 +59,67 @@ def test_every_request_is_answered_in_trace_order_and_timed(config: ScenarioConf
     assert any("times over" in note for note in m.notes)
 
 
-def test_loadgens_own_percentiles_agree_with_ours(tmp_path: Path) -> None:
-    m = drive(ServerConfig("server", max_batch=4, queries=1200, target_qps=400), SleepyEngine(0.002), tmp_path)
-    ours = float(np.percentile(m.samples["latency_ms"], 50))
-    assert m.metrics["loadgen_latency_ms/p50"] == pytest.approx(ours, abs=1.0)
-    assert m.metrics["loadgen_valid"] == 1.0
+@pytest.mark.parametrize(
+    "config",
+    [
+        ServerConfig("server", max_batch=4, queries=1200, target_qps=400),
+        SingleStreamConfig("single_stream", max_batch=1, queries=300),
+        MultiStreamConfig("multi_stream", max_batch=4, queries=1600, samples_per_query=8),
+    ],
+    ids=lambda c: c.name,
+)
+def test_loadgens_own_percentiles_agree_with_ours(config: ScenarioConfig, tmp_path: Path) -> None:
+    m = drive(config, SleepyEngine(0.002), tmp_path)
+    assert m.metrics["loadgen_latency_ms/p50"] > 2
+    assert beside_loadgen(m.samples, m.metrics) == []
+    late = {**m.samples, "latency_ms": m.samples["latency_ms"] * 0.5}
+    assert beside_loadgen(late, m.metrics)[0].startswith("LoadGen's own p50 is ")
     assert (tmp_path / "mlperf_log_summary.txt").exists()
+
+
+STALL_S = 1.0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ServerConfig("server", max_batch=16, queries=1000, target_qps=250),
+        TraceReplayConfig("trace_replay", max_batch=16, queries=1000, mean_qps=250),
+    ],
+    ids=lambda c: c.name,
+)
+def test_a_stall_shows_in_every_request_that_it_delays(config: ScenarioConfig, tmp_path: Path) -> None:
+    """A stopped process delays all that was due meanwhile, although nothing of it could be handed over."""
+    stalls = f"""
+import os, signal, subprocess, sys, threading, time
+stop = f"sleep 1.5; kill -STOP {{os.getpid()}}; sleep {STALL_S}; kill -CONT {{os.getpid()}}"
+from pathlib import Path
+import numpy as np
+from grbench.execution.measure import _beside_loadgen
+from grbench.scenarios.config import *
+from helpers.sleepy_engine import SleepyEngine, drive
+subprocess.Popen(["sh", "-c", stop])
+m = drive({config!r}, SleepyEngine(0.001), Path({str(tmp_path)!r}), requests=1000)
+np.savez({str(tmp_path / "samples.npz")!r}, **m.samples)
+print(_beside_loadgen(m.samples, m.metrics), m.metrics)
+"""
+    done = subprocess.run([sys.executable, "-c", stalls], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[] "), done.stdout  # LoadGen sees the same
+    samples = np.load(tmp_path / "samples.npz")
+    late = samples["latency_ms"] > 100
+    assert 0.7 * STALL_S < late.sum() / 250 < 1.5 * STALL_S  # those of the stall but for its last 100 ms
+    assert np.percentile(samples["latency_ms"], 99) > 900 * STALL_S
+    assert np.diff(np.sort(samples["arrival_s"])).max() < 0.1
+
+
+def test_the_schedule_is_loadgens_own(tmp_path: Path) -> None:
+    drive(ServerConfig("server", max_batch=16, queries=300, target_qps=2000), SleepyEngine(), tmp_path)
+    log = tmp_path / "mlperf_log_detail.txt"
+    loadgen._check_schedule(log, 3 + 3, 2000)  # drive's seed, as run() sets LoadGen's
+    for seed, rate in ((7, 2000), (6, 1999)):
+        with pytest.raises(RuntimeError, match="scheduled 300 queries within"):
+            loadgen._check_schedule(log, seed, rate)
 
 
 def test_server_rate_and_batching_follow_the_load(tmp_path: Path) -> None:
