@@ -66,7 +66,9 @@ def _recorded(config: RecordedConfig) -> Columns:
 def _synthetic(config: SyntheticConfig, seed: int) -> Columns:
     """Draw the visits of `grbench.workloads.synthetic.make_events`, without the events."""
     if config.min_history > config.max_history:
-        raise DataError(f"workload.min_history={config.min_history} is above max_history={config.max_history}")
+        raise DataError(
+            f"workload.min_history={config.min_history} is above max_history={config.max_history}; lower it"
+        )
     drawn = draw_visitors(config, np.random.default_rng(seed))
     order = np.argsort(drawn.visitor, kind="stable")  # by user, then by time
     user = np.searchsorted(drawn.users, drawn.visitor[order])

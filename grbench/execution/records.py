@@ -122,7 +122,8 @@ class RunRecord(LoggedRow):
             raise ValueError(f"{where}: not a record (a JSON object is expected)")
         if data.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(
-                f"{where}: schema_version is {data.get('schema_version')!r}, this grbench reads {SCHEMA_VERSION}"
+                f"{where}: schema_version is {data.get('schema_version')!r}, this grbench reads {SCHEMA_VERSION}; "
+                "measure again"
             )
         known = {f.name for f in fields(cls)}
         required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}

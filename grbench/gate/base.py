@@ -53,7 +53,9 @@ def sample(requests: Sequence[Request], count: int, seed: int) -> list[Request]:
     Raises ValueError for a single request.
     """
     if len(requests) < 2:
-        raise ValueError("the workload has one request; the gate needs two to tell stale answers from right ones")
+        raise ValueError(
+            "the workload has one request, the gate needs two; set workload.max_requests=0 or use a larger workload"
+        )
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].history_items))
     others = np.random.default_rng(seed).permutation(order[1:-1])
     chosen = [order[0], order[-1], *others[: max(count - 2, 0)]]

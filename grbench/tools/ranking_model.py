@@ -73,5 +73,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
             model = json.loads((f.metadata() or {}).get("model", "{}"))
             shapes = {name: f.get_slice(name).get_shape() for name in ("token_table", "action_table")}
     except (OSError, SafetensorError, ValueError) as e:
-        raise ConfigError(f"{path}: no weights of a ranking model ({' '.join(str(e).split())})") from None
+        raise ConfigError(
+            f"{path}: no weights of a ranking model ({' '.join(str(e).split())}); fix model.weights"
+        ) from None
     return dict(model), shapes

@@ -219,7 +219,7 @@ def _check_server(uri: str) -> None:
     try:
         socket.create_connection((parts.hostname or "", port), timeout=5).close()
     except OSError as e:
-        raise ConnectionError(f"{uri}: {e.strerror or e}; is the server up?") from None
+        raise ConnectionError(f"{uri}: {e.strerror or e}; start the server, or set tracking.uri") from None
 
 
 @contextlib.contextmanager

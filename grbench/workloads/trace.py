@@ -69,14 +69,17 @@ def find_requests(events: Events, visits: Visits, config: WorkloadConfig) -> tup
     no visit qualifies.
     """
     if config.min_history > config.max_history:
-        raise DataError(f"workload.min_history={config.min_history} is above max_history={config.max_history}")
+        raise DataError(
+            f"workload.min_history={config.min_history} is above max_history={config.max_history}; lower it"
+        )
     owner = _owners(events, visits)
     first_event = np.searchsorted(events.users, owner)
     eligible = np.flatnonzero(visits.starts - first_event >= config.min_history)
     if not len(eligible):
         longest = int((visits.starts - first_event).max(initial=0))
         raise DataError(
-            f"no visit has workload.min_history={config.min_history} events before it; the longest history is {longest}"
+            f"workload.min_history={config.min_history}: the longest history before a visit has {longest} events; "
+            "lower it, or use a workload with longer histories"
         )
     order = eligible[np.argsort(visits.arrivals[eligible], kind="stable")]
     return order[: config.max_requests or None], owner, first_event

@@ -139,5 +139,5 @@ def load() -> dict[str, FamilySpec]:
             families[name] = point.load()
         else:
             why = "there is no such family" if not known else "the name is taken"
-            raise ValueError(f"entry point {point.name} of group {GROUP} ({point.value}): {why}")
+            raise ValueError(f"entry point {point.name} of group {GROUP} ({point.value}): {why}; fix or uninstall it")
     return families

@@ -94,7 +94,9 @@ class HostTier:
         self.device = pool.k[0].device
         self.pages = self.budget_bytes // pool.page_bytes
         if self.pages < 1:
-            raise ValueError(f"cache.host_gb: a page takes {pool.page_bytes} bytes; there are {self.budget_bytes}")
+            raise ValueError(
+                f"cache.host_gb: a page takes {pool.page_bytes} bytes, the budget has {self.budget_bytes}; raise it"
+            )
         self.extents = Extents(self.pages)
         self._widths = [x[0][0].numel() for x in (pool.k, pool.v)]
         shape = (self.pages, sum(self._widths))
@@ -106,7 +108,9 @@ class HostTier:
                 code = int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 0))
                 if code:
                     self.close()
-                    raise RuntimeError(f"cache.host_gb: {x.nbytes} bytes can't be page-locked (CUDA error {code})")
+                    raise RuntimeError(
+                        f"cache.host_gb: {x.nbytes} bytes can't be page-locked (CUDA error {code}); lower it"
+                    )
                 self._locked.append(x.data_ptr())
         self._down, self._up = SideStream(self.device), SideStream(self.device)
         self._going_down: list[tuple[Mark, int]] = []

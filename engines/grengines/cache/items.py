@@ -89,7 +89,7 @@ class HotRows:
         """Make a cache of as many rows as fit in `budget_bytes`. Raises ValueError if not one does."""
         one = host.shape[1] * dtype.itemsize
         if budget_bytes < one:
-            raise ValueError(f"cache.item_memory_gb: a row takes {one} bytes, the budget has {budget_bytes}")
+            raise ValueError(f"cache.item_memory_gb: a row takes {one} bytes, the budget has {budget_bytes}; raise it")
         return cls(host, slots=min(budget_bytes // one, len(host)), device=device, dtype=dtype)
 
     def lookup(self, rows: Int64Array) -> Int64Array:

@@ -31,7 +31,9 @@ def from_interactions(
     if weights is None:
         weights = np.ones(len(users), np.float32)
     if users.ndim != 1 or not users.shape == items.shape == weights.shape:
-        raise ValueError(f"users, items and weights must be as long, got {[x.shape for x in (users, items, weights)]}")
+        raise ValueError(
+            f"users, items and weights must be equally long, got {[x.shape for x in (users, items, weights)]}"
+        )
     if num_items < 1 or dim < 1:
         raise ValueError(f"num_items and dim are at least 1, got {num_items} and {dim}")
     if len(users) and (users.min() < 0 or items.min() < 0 or items.max() >= num_items):

@@ -50,7 +50,7 @@ class VLLMEngine(GeneratingEngine):
         elif model.qk_dim != model.v_dim:
             raise ValueError(
                 f"model.qk_dim={model.qk_dim}, model.v_dim={model.v_dim}: engine vllm needs them equal, "
-                "a page holds both in rows of one size"
+                "because a page holds both in rows of one size; set both to one value"
             )
         self._kernels = kernel_choice.choose(
             kernels, model, self._device.type, self._precision, page=options.block_size, captured=options.cuda_graphs
@@ -162,7 +162,7 @@ class VLLMEngine(GeneratingEngine):
         if options.kv_blocks:
             arguments["num_gpu_blocks_override"] = options.kv_blocks
         if not self._cuda:
-            arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gb * 2**30)
+            arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gb * 1e9)
         if options.cuda_graphs:
             attention = self._kernels.variants.get("hstu_attention", CAPTURED[0])  # a decoder's can be captured
             arguments["compilation_config"] = {
@@ -203,14 +203,16 @@ class VLLMEngine(GeneratingEngine):
             )
         if 0 < options.kv_blocks < self._pages_for(limit):
             raise ValueError(
-                f"engine.kv_blocks={options.kv_blocks}: a search of {limit} tokens needs {self._pages_for(limit)}"
+                f"engine.kv_blocks={options.kv_blocks}: a search of {limit} tokens needs "
+                f"{self._pages_for(limit)} or more"
             )
 
     def _check_pages(self, pages: int, beams: BeamRows, limit: int) -> None:
         """Raise ValueError for too few pages, and for more than there are different requests."""
         if pages < self._pages_for(limit):
             raise ValueError(
-                f"memory for {pages} pages: a search of {limit} tokens needs {self._pages_for(limit)}; give vLLM more"
+                f"vLLM has memory for {pages} pages, a search of {limit} tokens needs {self._pages_for(limit)}; "
+                "raise engine.gpu_memory_utilization, or engine.kv_cache_gb on a CPU"
             )
         if pages > beams.numbers:
             raise ValueError(

@@ -68,7 +68,7 @@ def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) ->
         if name not in found:
             raise ValueError(f"{path}: tensor {name} {list(p.shape)} is missing; give weights of this model")
     if unexpected := sorted(found - expected.keys()):
-        raise ValueError(f"{path}: unexpected tensor {unexpected[0]}; the model has {', '.join(sorted(expected))}")
+        raise ValueError(f"{path}: unexpected tensor {unexpected[0]}; give weights of this model")
     for name, p in expected.items():
         tensor = f.get_slice(name)
         if tensor.get_shape() != list(p.shape):
@@ -78,7 +78,7 @@ def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) ->
                 + (hint or "give weights of this model")
             )
         if not tensor.get_dtype().startswith(("F", "BF")):
-            raise ValueError(f"{path}: tensor {name} is {tensor.get_dtype()}, expected floating point")
+            raise ValueError(f"{path}: tensor {name} is {tensor.get_dtype()}, expected floating point; save it in fp32")
 
 
 def _shape(config: HSTUConfig) -> dict[str, object]:
