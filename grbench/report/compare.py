@@ -1,0 +1,250 @@
+"""Comparison of two sets of cells: which of the new ones are faster, slower, or not different.
+
+A cell of one side is matched with the cell of the other that has the same configuration. Two kinds of options may
+differ: the seed, whose values are repeats of one cell, and an option that has one value in all cells of one side and
+another in all cells of the other, such as `kernel=torch` and `kernel=triton`. The latter are what is compared.
+
+A change is the ratio of the new value to the old. Its interval depends on the runs behind it:
+
+- equal seeds on both sides: Student's t interval of the differences of logarithms, run by run;
+- other runs, more than two in all: the t interval of two samples with one variance (pooled);
+- one run on each side: a bootstrap of blocks of requests (Künsch, "The jackknife and the bootstrap for general
+  stationary observations", Annals of Statistics 1989). It leaves out the differences between runs, and a note says so.
+
+All intervals of one cell together hold with 95% confidence (Bonferroni).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from grbench.execution import stats
+from grbench.execution.records import RunRecord
+from grbench.report.cells import Cell, figure, flatten, labels, shown
+from grbench.report.findings import LOADS
+from grbench.report.frame import ReportError, has_samples, load_samples
+from grbench.report.provenance import Origin
+
+RESAMPLES = 1000
+METRICS = {"offline": ("throughput_rps",), "closed_loop": ("throughput_rps", "latency_ms/p99")}
+LATENCIES = ("latency_ms/p50", "latency_ms/p99")  # of every other scenario
+IN_PLACE_OF = {"latency_ms/p99": "latency_ms/p90"}  # where there are too few samples
+HIGHER_IS_BETTER = ("throughput_rps",)
+ONE_RUN = "one run on each side: the interval leaves out differences between runs; runner.repeats=5 measures them"
+
+Floats = npt.NDArray[np.float64]
+
+
+class Verdict(StrEnum):
+    """The direction of a change, as far as its interval says."""
+
+    FASTER = "faster"
+    SLOWER = "slower"
+    SAME = "no difference"
+    UNKNOWN = "not known"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of one cell on both sides. `ratio`, `low` and `high` are new over base; NaN ends: no interval."""
+
+    cell: str
+    metric: str
+    base: float  # requests/s or milliseconds, the mean of the runs
+    new: float
+    ratio: float
+    low: float
+    high: float
+    runs: tuple[int, int]
+
+    def verdict(self, tolerance: float = 0.0) -> Verdict:
+        """Judge the change. It is SLOWER only if it is worse by more than `tolerance` (a share) for certain."""
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            return Verdict.UNKNOWN
+        low, high = self.low, self.high
+        if self.metric in HIGHER_IS_BETTER:
+            low, high = 1 / high, 1 / low  # as times are
+        if low > 1 + tolerance:
+            return Verdict.SLOWER
+        return Verdict.FASTER if high < 1 else Verdict.SAME
+
+
+@dataclass
+class Comparison:
+    """All changes, what differs between the sides, and notes for the reader."""
+
+    changes: list[Change] = field(default_factory=list)
+    differing: dict[str, tuple[str, str]] = field(default_factory=dict)  # option: base, new
+    notes: list[str] = field(default_factory=list)
+
+    def count(self, verdict: Verdict, tolerance: float = 0.0) -> int:
+        """Return how many changes have this verdict."""
+        return sum(change.verdict(tolerance) is verdict for change in self.changes)
+
+
+def compare(base: Sequence[Cell], new: Sequence[Cell]) -> Comparison:
+    """Compare the OK cells of two sides.
+
+    Raises ReportError if the sides are of different machines, did different work, or have no cell in common.
+    """
+    sides = [[cell for cell in side if cell[1].ok] for side in (base, new)]
+    for side, cells, name in zip((base, new), sides, ("BASE", "NEW"), strict=True):
+        if not cells:
+            raise ReportError(f"{name} has no OK cell, {len(side)} cells in all: nothing to compare")
+    _require_one_machine([record for _, record in (*sides[0], *sides[1])])
+    result = Comparison(differing=_differing(*sides))
+    _require_same_work(result.differing)
+    matched = [_by_configuration(side, result.differing) for side in sides]
+    common = [key for key in matched[0] if key in matched[1]]
+    for name, own, other in (("BASE", *matched), ("NEW", *reversed(matched))):
+        alone = [cells for key, cells in own.items() if key not in other]
+        failed = len(base if name == "BASE" else new) - sum(map(len, own.values()))
+        if alone:
+            result.notes.append(f"{len(alone)} configurations are in {name} alone and are left out")
+        if failed:
+            result.notes.append(f"{failed} cells of {name} are not OK and are left out")
+    if not common:
+        raise ReportError("BASE and NEW have no configuration in common; what must be equal: all options but the seed")
+    first = [matched[0][key][0][1] for key in common]
+    ignore = ["seed", *result.differing]
+    names = labels(first, ignore=ignore) if len(first) > 1 else [str(first[0].spec["engine"]["name"])]
+    for key, name in zip(common, names, strict=True):
+        result.changes += _changes(name, matched[0][key], matched[1][key])
+    if any(change.runs == (1, 1) for change in result.changes):
+        result.notes.append(ONE_RUN)
+    return result
+
+
+def _require_one_machine(runs: Sequence[RunRecord]) -> None:
+    machines = list(dict.fromkeys(Origin.of(record.environment).machine for record in runs))
+    if len(machines) > 1:
+        raise ReportError(
+            f"measured on different machines ({'; '.join(machines)}): their times do not compare; "
+            "measure BASE again on this one"
+        )
+
+
+def _differing(base: Sequence[Cell], new: Sequence[Cell]) -> dict[str, tuple[str, str]]:
+    """Return the options that have one value in all cells of a side and another one in all of the other."""
+    values: list[dict[str, set[str]]] = []
+    for side in (base, new):
+        specs = [flatten(record.spec) for _, record in side]
+        keys = {key for spec in specs for key in spec}
+        values.append({key: {shown(spec.get(key, "")) for spec in specs} for key in keys})
+    keys = sorted(values[0].keys() | values[1].keys())
+    found = {key: (values[0].get(key, {""}), values[1].get(key, {""})) for key in keys if key != "seed"}
+    return {k: (min(a), min(b)) for k, (a, b) in found.items() if len(a) == len(b) == 1 and a != b}
+
+
+def _require_same_work(differing: dict[str, tuple[str, str]]) -> None:
+    loads = {f"scenario.{option}" for option, _ in LOADS.values() if option}
+    for key, (base, new) in differing.items():
+        if key in ("task", "scenario", "retrieval.k", *loads) or key.split(".")[0] == "workload":
+            raise ReportError(f"{key} is {base or 'absent'} in BASE and {new or 'absent'} in NEW: not the same work")
+
+
+def _by_configuration(side: Sequence[Cell], differing: dict[str, tuple[str, str]]) -> dict[str, list[Cell]]:
+    """Group cells by all options but the seed and those that differ between the sides, runs by seed."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in sorted(side, key=lambda cell: (cell[1].spec.get("seed", 0), cell[1].started_at)):
+        spec = {k: shown(v) for k, v in flatten(cell[1].spec).items() if k != "seed" and k not in differing}
+        groups.setdefault(str(sorted(spec.items())), []).append(cell)
+    return groups
+
+
+def _changes(name: str, base: Sequence[Cell], new: Sequence[Cell]) -> list[Change]:
+    runs = [record for _, record in (*base, *new)]
+    wanted = METRICS.get(str(runs[0].spec["scenario"]["name"]), LATENCIES)
+    metrics = []
+    for metric in wanted:
+        if any(metric not in record.metrics for record in runs):
+            metric = IN_PLACE_OF.get(metric, metric)
+        if all(metric in record.metrics for record in runs):
+            metrics.append(metric)
+    confidence = 1 - (1 - stats.CONFIDENCE) / max(len(metrics), 1)
+    return [_change(name, metric, base, new, confidence) for metric in metrics]
+
+
+def _change(name: str, metric: str, base: Sequence[Cell], new: Sequence[Cell], confidence: float) -> Change:
+    values = [np.array([record.metrics[metric] for _, record in side]) for side in (base, new)]
+    seeds = [[record.spec.get("seed") for _, record in side] for side in (base, new)]
+    if len(base) == len(new) == 1:
+        low, high = _within_runs(metric, base[0][0], new[0][0], seeds[0] == seeds[1], confidence)
+        ratio = values[1][0] / values[0][0]
+    else:
+        middle, half = t_interval(np.log(values[0]), np.log(values[1]), seeds[0] == seeds[1], confidence)
+        ratio, low, high = math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+    means = float(values[0].mean()), float(values[1].mean())
+    return Change(name, metric, means[0], means[1], float(ratio), low, high, (len(base), len(new)))
+
+
+def t_interval(base: Floats, new: Floats, paired: bool, confidence: float) -> tuple[float, float]:
+    """Return the mean of new minus base ([runs], at least three in all) and half the width of its t interval."""
+    from scipy.stats import t  # slow to import
+
+    if paired:
+        differences = new - base
+        free, error = len(differences) - 1, differences.std(ddof=1) / math.sqrt(len(differences))
+    else:
+        free = len(base) + len(new) - 2
+        squares = ((base - base.mean()) ** 2).sum() + ((new - new.mean()) ** 2).sum()
+        error = math.sqrt(squares / free * (1 / len(base) + 1 / len(new)))
+    return float(new.mean() - base.mean()), float(t.ppf((1 + confidence) / 2, free) * error)
+
+
+def _within_runs(metric: str, base: Path, new: Path, paired: bool, confidence: float) -> tuple[float, float]:
+    """Return the interval of the ratio of a percentile from the requests of one run a side; NaN where there is none."""
+    if metric in HIGHER_IS_BETTER or not (has_samples(base) and has_samples(new)):
+        return math.nan, math.nan
+    tables = [load_samples(folder).sort_values("arrival_s", kind="stable") for folder in (base, new)]
+    latencies = [table["latency_ms"].to_numpy() for table in tables]
+    blocks = []
+    percent = float(metric.rpartition("/p")[2])
+    for table, values in zip(tables, latencies, strict=True):
+        groups = np.unique(table["arrival_s"], return_inverse=True)[1]
+        blocks.append(math.ceil(len(values) / stats.independent_samples(values, groups, percent)))
+    same = paired and np.array_equal(tables[0]["request_id"], tables[1]["request_id"])
+    return bootstrap_interval(latencies[0], latencies[1], percent, max(blocks), same, confidence)
+
+
+def bootstrap_interval(
+    base: Floats, new: Floats, percent: float, block: int, paired: bool, confidence: float
+) -> tuple[float, float]:
+    """Return the interval of the ratio (new over base) of a percentile from resampled blocks of requests.
+
+    base, new: [requests] milliseconds in order of arrival. block: requests in a block. paired: the requests are the
+    same on both sides, and so are the blocks that are drawn.
+    """
+    rng = np.random.default_rng(0)
+    ratios = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        chosen = _blocks(rng, len(base), block)
+        other = chosen if paired else _blocks(rng, len(new), block)
+        ratios[i] = stats.percentile(new[other], percent) / stats.percentile(base[chosen], percent)
+    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _blocks(rng: np.random.Generator, count: int, block: int) -> npt.NDArray[np.intp]:
+    starts = rng.integers(count, size=-(-count // block))
+    return ((starts[:, None] + np.arange(block)) % count).ravel()[:count]
+
+
+def change_text(change: Change) -> str:
+    """Return a change as "+3.1% [+1.0, +5.2]", without the brackets if there is no interval."""
+    percent = [100 * (value - 1) for value in (change.ratio, change.low, change.high)]
+    text = f"{percent[0]:+.1f}%"
+    return text if math.isnan(percent[1]) else f"{text} [{percent[1]:+.1f}, {percent[2]:+.1f}]"
+
+
+def side_text(change: Change) -> tuple[str, str]:
+    """Return both values with their unit."""
+    unit = " requests/s" if change.metric in HIGHER_IS_BETTER else " ms"
+    return f"{figure(change.base)}{unit}", f"{figure(change.new)}{unit}"

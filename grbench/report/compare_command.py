@@ -1,0 +1,127 @@
+"""`grbench compare`: two measurements of the same cells, and which of them is faster."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grbench.config.arguments import Arguments, CommandError
+from grbench.execution import records
+from grbench.report.cells import Cell
+from grbench.report.frame import ReportError, read_cells
+
+HEADINGS = ("cell", "metric", "base", "new", "change", "verdict", "runs")
+STYLES = {"faster": "green", "slower": "red"}
+
+
+def parser() -> Arguments:
+    """Return the parser of the command's flags."""
+    about = (
+        "Compare two measurements cell by cell: faster, slower or no difference, with the interval of the change.\n"
+        "A side is a record, a folder with records, or REVISION:FOLDER of a git repository.\n"
+        "Exit codes: 0 no cell is slower, 1 a cell is slower, 2 there is nothing to compare."
+    )
+    examples = [
+        "compare outputs/before outputs/after",
+        "compare v1.0:reports/reference reports/reference",
+        "compare reports/regress outputs/studies/regress --tolerance 0.05",
+    ]
+    parser = Arguments("compare", about, examples)
+    parser.add_argument("base", metavar="BASE", help="the measurement to compare with")
+    parser.add_argument("new", metavar="NEW", help="the measurement to judge")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="a cell is slower only beyond this share, e.g. 0.05 (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    return parser
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command. Returns 1 if a cell is slower, else 0. Raises CommandError if there is nothing to compare."""
+    args = parser().parse_args(words)
+    if not (math.isfinite(args.tolerance) and args.tolerance >= 0):
+        raise CommandError(f"--tolerance {args.tolerance}: allowed is a finite number >= 0, such as 0.05 for 5%")
+    from grbench.report.compare import Comparison, Verdict, change_text, compare, side_text
+
+    def lines(comparison: Comparison) -> Iterator[list[str]]:
+        for change in comparison.changes:
+            runs = " + ".join(map(str, change.runs))
+            verdict = change.verdict(args.tolerance)
+            metric = change.metric.removeprefix("latency_ms/").replace("throughput_rps", "throughput")
+            yield [change.cell, metric, *side_text(change), change_text(change), verdict, runs]
+
+    try:
+        with _cells(args.base) as base, _cells(args.new) as new:
+            comparison = compare(base, new)
+    except (ReportError, OSError) as e:
+        raise CommandError(e) from e
+    counts = {verdict: comparison.count(verdict, args.tolerance) for verdict in Verdict}
+    if args.json:
+        rows = [asdict(c) | {"verdict": c.verdict(args.tolerance)} for c in comparison.changes]
+        print(json.dumps(records.finite({**asdict(comparison), "changes": rows, "counts": counts}), indent=1))
+    else:
+        _print(list(lines(comparison)), comparison.differing, comparison.notes)
+        print("; ".join(f"{n} {verdict}" for verdict, n in counts.items() if n) or "no metric in common")
+    return 1 if counts[Verdict.SLOWER] else 0
+
+
+def _print(rows: Sequence[Sequence[str]], differing: dict[str, tuple[str, str]], notes: Sequence[str]) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(width=1000, color_system=None, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right" if heading in HEADINGS[2:5] else "left")
+    for row in rows:
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+    if differing:
+        options = ", ".join(f"{key}: {base or '-'} -> {new or '-'}" for key, (base, new) in differing.items())
+        console.print(Text(f"base -> new differ in {options}"), soft_wrap=True)
+    console.print(table)
+    for note in notes:
+        console.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _cells(side: str) -> Iterator[list[Cell]]:
+    """Read the cells of a side: a record file, a folder, or REVISION:FOLDER. Raises ReportError."""
+    path = Path(side)
+    if path.is_file():
+        try:
+            yield [(path.parent, records.load(path))]
+        except ValueError as e:
+            raise ReportError(str(e)) from None
+    elif path.is_dir() or ":" not in side:
+        yield read_cells([path])
+    else:
+        with tempfile.TemporaryDirectory(prefix="grbench-compare-") as folder:
+            yield read_cells([_checkout(side, Path(folder))])
+
+
+def _checkout(side: str, folder: Path) -> Path:
+    """Extract the folder of REVISION:FOLDER into `folder`. Raises ReportError."""
+    revision, _, inside = side.partition(":")
+    done = subprocess.run(["git", "archive", "--format=tar", revision, inside], capture_output=True, check=False)
+    if done.returncode:
+        why = done.stderr.decode(errors="replace").strip().splitlines()
+        raise ReportError(f"{side}: no such folder and no such revision ({why[-1] if why else 'git failed'})")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / inside

@@ -1,0 +1,156 @@
+"""`grbench compare`: what it claims, how often it is wrong, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.cells import write_cell
+from helpers.command import Grbench
+
+from grbench.execution.records import Status
+from grbench.report.compare import Verdict, bootstrap_interval, compare, t_interval
+from grbench.report.frame import ReportError, read_cells
+
+MACHINE = {"git_sha": "abc1234", "cpu": "Some CPU", "cpu_cores": 2, "gpus": []}
+
+
+def runs(folder: Path, *overrides: str, throughput: float = 100.0, seeds: int = 5, spread: float = 0.01) -> None:
+    """Offline cells, one a seed, whose throughput is drawn from a lognormal distribution."""
+    rng = np.random.default_rng(len(str(folder)))
+    for seed in range(seeds):
+        rate = throughput * float(np.exp(rng.normal(0, spread)))
+        name = "-".join([*overrides, str(seed)]).replace(".", "_")
+        write_cell(folder / name, *overrides, "scenario=offline", f"seed={seed}", metrics={"throughput_rps": rate})
+
+
+def sides(folder: Path) -> tuple[Any, Any]:
+    return tuple(read_cells([folder / side]) for side in ("base", "new"))
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(0.9, Verdict.SLOWER), (1.0, Verdict.SAME), (1.1, Verdict.FASTER)])
+def test_repeats_tell_a_tenth_and_do_not_tell_nothing(tmp_path: Path, factor: float, expected: Verdict) -> None:
+    runs(tmp_path / "base")
+    runs(tmp_path / "new", "kernel=triton", throughput=100 * factor)
+    comparison = compare(*sides(tmp_path))
+    assert comparison.differing["kernel"] == ("torch", "triton")
+    [change] = comparison.changes
+    assert (change.runs, change.metric, change.verdict()) == ((5, 5), "throughput_rps", expected)
+    assert change.low < factor < change.high and change.low < change.ratio < change.high
+    assert comparison.notes == []
+
+
+@pytest.mark.parametrize("shared", [True, False])  # each pair of runs has something in common, such as its trace
+def test_equal_runs_are_called_different_one_time_in_twenty(shared: bool) -> None:
+    rng = np.random.default_rng(0)
+    wrong = found = 0
+    for _ in range(2000):
+        traces = rng.normal(0, 0.1, 5) if shared else np.zeros(5)
+        base, new = (traces + rng.normal(0, 0.015, 5) for _ in range(2))
+        middle, half = t_interval(base, new, paired=shared, confidence=0.95)
+        wrong += abs(middle) > half
+        found += t_interval(base, new + np.log(1.05), shared, 0.95)[0] > half
+    assert 0.035 < wrong / 2000 < 0.065
+    assert found / 2000 > 0.9  # 5% in 1.5% of spread
+
+
+def test_one_run_is_compared_with_the_spread_of_the_others() -> None:
+    middle, half = t_interval(np.zeros(1), np.array([1.0, 1.5]), paired=False, confidence=0.95)
+    assert middle == 1.25 and half == pytest.approx(12.706 * np.sqrt(0.125 * 1.5), rel=1e-4)  # t of one degree
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_blocks_of_requests_hold_the_truth(paired: bool) -> None:
+    """Latencies with waits that last for some 20 requests; the true ratio is 1."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(40):
+        waits = [np.repeat(rng.lognormal(0, 0.5, 100), 20) for _ in range(2)]
+        base, new = (5 + waits[0 if paired else i] + rng.exponential(0.3, 2000) for i in range(2))
+        low, high = bootstrap_interval(base, new, 90.0, block=40, paired=paired, confidence=0.95)
+        held += low <= 1 <= high
+    assert held >= 34
+
+
+def test_one_run_a_side_goes_by_its_requests_and_says_so(tmp_path: Path) -> None:
+    write_cell(tmp_path / "base" / "a")
+    write_cell(tmp_path / "new" / "a", "engine=aoti", scale=1.3)
+    comparison = compare(*sides(tmp_path))
+    assert {change.metric: change.verdict() for change in comparison.changes} == {
+        "latency_ms/p50": Verdict.SLOWER,
+        "latency_ms/p99": Verdict.SLOWER,
+    }
+    assert comparison.notes == [
+        "one run on each side: the interval leaves out differences between runs; runner.repeats=5 measures them"
+    ]
+    assert all(change.verdict(tolerance=0.6) is Verdict.SAME for change in comparison.changes)
+
+
+def test_the_table_and_the_exit_code_say_what_is_slower(tmp_path: Path, grbench_here: Grbench) -> None:
+    for engine, factor in (("hstu", 1.0), ("aoti", 0.8)):
+        runs(tmp_path / "base", f"engine={engine}")
+        runs(tmp_path / "new", f"engine={engine}", throughput=100 * factor)
+    done = grbench_here("compare", "base", "new")
+    assert done.returncode == 1
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("engine=")}
+    assert "slower" in rows["engine=aoti"] and "5 + 5" in rows["engine=aoti"] and "requests/s" in rows["engine=aoti"]
+    assert "no difference" in rows["engine=hstu"]
+    assert done.stdout.splitlines()[-1] == "1 slower; 1 no difference"
+    assert grbench_here("compare", "base", "new", "--tolerance", "0.5").returncode == 0
+    assert grbench_here("compare", "new", "base").returncode == 0
+    found = json.loads(grbench_here("compare", "base", "new", "--json").stdout)
+    assert {row["cell"]: row["verdict"] for row in found["changes"]} == {
+        "engine=hstu": "no difference",
+        "engine=aoti": "slower",
+    }
+    assert found["counts"]["slower"] == 1
+
+
+def test_a_revision_of_a_repository_is_a_side(tmp_path: Path, grbench_here: Grbench) -> None:
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    runs(tmp_path / "kept")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "Keep")
+    for path in (tmp_path / "kept").rglob("record.json"):
+        path.unlink()
+    runs(tmp_path / "new", throughput=80)
+    done = grbench_here("compare", "HEAD:kept", "new")
+    assert done.returncode == 1 and done.stdout.endswith("1 slower\n")
+    refused = grbench_here("compare", "HEAD:nothing", "new")
+    assert refused.returncode == 2 and "HEAD:nothing: no such folder and no such revision" in refused.stderr
+
+
+def test_what_does_not_compare_is_refused_with_the_reason(tmp_path: Path) -> None:
+    runs(tmp_path / "base")
+    base = read_cells([tmp_path / "base"])
+    write_cell(tmp_path / "server" / "a")
+    with pytest.raises(ReportError, match="scenario is offline in BASE and server in NEW: not the same work"):
+        compare(base, read_cells([tmp_path / "server"]))
+    write_cell(tmp_path / "other" / "a", "scenario=offline", environment=MACHINE | {"cpu": "Another CPU"})
+    with pytest.raises(ReportError, match=r"different machines \(Some CPU, no GPU; Another CPU, 2 cores, no GPU\)"):
+        compare(base, read_cells([tmp_path / "other"]))
+    write_cell(tmp_path / "failed" / "a", status=Status.ERROR)
+    with pytest.raises(ReportError, match="NEW has no OK cell, 1 cells in all"):
+        compare(base, read_cells([tmp_path / "failed"]))
+
+
+def test_configurations_of_one_side_are_left_out_and_counted(tmp_path: Path) -> None:
+    for batch in (8, 16):
+        runs(tmp_path / "base", f"scenario.max_batch={batch}")
+    for batch in (16, 32):
+        runs(tmp_path / "new", f"scenario.max_batch={batch}")
+    comparison = compare(*sides(tmp_path))
+    assert [change.runs for change in comparison.changes] == [(5, 5)]
+    assert comparison.notes == [f"1 configurations are in {side} alone and are left out" for side in ("BASE", "NEW")]
+    for path in (tmp_path / "new").glob("*=16*"):
+        (path / "record.json").unlink()
+    with pytest.raises(ReportError, match="no configuration in common"):
+        compare(read_cells([tmp_path / "base"]), read_cells([tmp_path / "new"]))
