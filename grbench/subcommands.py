@@ -28,7 +28,9 @@ SUBCOMMANDS = {
     "sizing": Subcommand("grbench.tools.sizing:main", "print parameters, FLOPs and KV bytes of a model and a workload"),
     "overhead": Subcommand("grbench.tools.overhead:main", "measure the latency that the harness itself adds"),
     "report": Subcommand("grbench.report.command:main", "write a Markdown page with tables and plots, from records"),
-    "compare": Subcommand("grbench.report.compare_command:main", "judge two measurements: faster, slower, no difference"),
+    "compare": Subcommand(
+        "grbench.report.compare_command:main", "judge two measurements: faster, slower, no difference"
+    ),
     "reports": Subcommand("grbench.report.studies_command:main", "rebuild the pages of kept reports"),
     "ui": Subcommand("grbench.tracking.command:ui", "open MLflow's pages on this machine"),
     "import": Subcommand("grbench.tracking.command:import_", "log the records that MLflow does not have yet"),

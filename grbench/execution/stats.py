@@ -84,7 +84,7 @@ def independent_samples(latencies_ms: npt.NDArray[np.float64], groups: npt.NDArr
     for level in {50.0, 90.0, percent}:
         below = latencies_ms < ordered[_rank(count, level)]
         share = float(below.mean())
-        sums = np.bincount(groups, below - share)
+        sums = np.bincount(groups, below - share).astype(np.float64)
         if variance := float(sums @ sums) * _inflation(sums):
             worth = min(worth, count**2 * share * (1 - share) / variance)
     return max(int(worth), 1)

@@ -103,18 +103,17 @@ def compare(base: Sequence[Cell], new: Sequence[Cell]) -> Comparison:
     _require_same_work(result.differing)
     matched = [_by_configuration(side, result.differing) for side in sides]
     common = [key for key in matched[0] if key in matched[1]]
-    for name, own, other in (("BASE", *matched), ("NEW", *reversed(matched))):
-        alone = [cells for key, cells in own.items() if key not in other]
-        failed = len(base if name == "BASE" else new) - sum(map(len, own.values()))
-        if alone:
-            result.notes.append(f"{len(alone)} configurations are in {name} alone and are left out")
-        if failed:
+    for name, side, own in (("BASE", base, matched[0]), ("NEW", new, matched[1])):
+        if alone := len(own) - len(common):
+            result.notes.append(f"{alone} configurations are in {name} alone and are left out")
+        if failed := sum(not record.ok for _, record in side):
             result.notes.append(f"{failed} cells of {name} are not OK and are left out")
     if not common:
         raise ReportError("BASE and NEW have no configuration in common; what must be equal: all options but the seed")
     first = [matched[0][key][0][1] for key in common]
-    ignore = ["seed", *result.differing]
-    names = labels(first, ignore=ignore) if len(first) > 1 else [str(first[0].spec["engine"]["name"])]
+    names = (
+        labels(first, ignore=["seed", *result.differing]) if len(first) > 1 else [str(first[0].spec["engine"]["name"])]
+    )
     for key, name in zip(common, names, strict=True):
         result.changes += _changes(name, matched[0][key], matched[1][key])
     if any(change.runs == (1, 1) for change in result.changes):
@@ -136,10 +135,9 @@ def _differing(base: Sequence[Cell], new: Sequence[Cell]) -> dict[str, tuple[str
     values: list[dict[str, set[str]]] = []
     for side in (base, new):
         specs = [flatten(record.spec) for _, record in side]
-        keys = {key for spec in specs for key in spec}
-        values.append({key: {shown(spec.get(key, "")) for spec in specs} for key in keys})
-    keys = sorted(values[0].keys() | values[1].keys())
-    found = {key: (values[0].get(key, {""}), values[1].get(key, {""})) for key in keys if key != "seed"}
+        values.append({key: {shown(spec.get(key, "")) for spec in specs} for spec in specs for key in spec})
+    keys = sorted((values[0].keys() | values[1].keys()) - {"seed"})
+    found = {key: (values[0].get(key, {""}), values[1].get(key, {""})) for key in keys}
     return {k: (min(a), min(b)) for k, (a, b) in found.items() if len(a) == len(b) == 1 and a != b}
 
 
