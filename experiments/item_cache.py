@@ -107,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__ or "", overrides=False)
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the host table (default: %(default)s)")
     parser.add_argument("--width", type=int, default=512, help="elements of a row, bf16 (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=10_000, help="rows a lookup, with repeats (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=10_000, help="rows per lookup, with repeats (default: %(default)s)"
+    )
     parser.add_argument("--zipf", type=float, nargs="+", default=[0.8, 1.0, 1.2], help="exponents")
     parser.add_argument("--budget", type=float, nargs="+", default=[1, 5, 10, 25], help="slots, %% of the rows")
     parser.add_argument("--warmup", type=int, default=1000, help="lookups that are not timed (default: %(default)s)")
@@ -119,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     host = torch.ones(args.rows, args.width, dtype=torch.bfloat16)
     rows = common.Rows(args, __file__, arguments)
-    rows.note(f"{args.rows} rows of {args.width} bf16, {args.tokens} tokens a lookup, {args.threads} threads.")
+    rows.note(f"{args.rows} rows of {args.width} bf16, {args.tokens} tokens per lookup, {args.threads} threads.")
     if args.device == "cuda":
         rows.note(f"Page-locked copies of 8 MiB reach {copy_rate():.1f} GB/s.")
     for power in args.zipf:

@@ -31,7 +31,7 @@ def synchronize(device: str) -> None:
 
 
 def host_us(call: Callable[[], Any], device: str, calls: int) -> float:
-    """Microseconds a call, on the host."""
+    """Microseconds per call, on the host."""
     least = float("inf")
     for _ in range(5):
         call()

@@ -35,7 +35,7 @@ def measure(rows: common.Rows, spec: RunSpec, args: Any) -> None:
     model, catalogue, encoding = spec.model, trace.catalogue, Encoding.of(spec.model, trace.catalogue)
     sizes = profiles(trace.requests, encoding, args.batch, 2)
     lengths = " and ".join(str(size.longest) for size in sizes)
-    rows.note(f"{model.name}: {library.name} {library.version}, profiles of {lengths} tokens a request.")
+    rows.note(f"{model.name}: {library.name} {library.version}, profiles of {lengths} tokens per request.")
     with tempfile.TemporaryDirectory() as folder:
         for precision in args.precisions:
             for target in args.targets:

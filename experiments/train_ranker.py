@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=32, help="requests a step (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="requests per step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="of learning (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="of the model and the workload, such as model.layers=3")
     args = parser.parse_args(arguments)

@@ -184,7 +184,7 @@ def make(options: EngineOptions, setup: Setup, task: str) -> Engine:
     """Make the engine `options.name` for a task.
 
     Raises ValueError for an unknown name, a task or a model that the engine does not have, or a fallback that can't
-    stand in; UnavailableError if it can't run here; and what the engine raises.
+    replace it; UnavailableError if it can't run here; and what the engine raises.
     """
     spec = get(options.name)
     if task not in spec.tasks:

@@ -31,7 +31,7 @@ Answers = list[tuple[Int64Array, Float32Array]]  # items and scores of each requ
 
 @dataclass(kw_only=True)
 class GenerateGateResult(GateResult):
-    """Errors are of scores: log-probabilities, absolute."""
+    """Result of the gate. Errors are absolute differences of scores, which are log-probabilities."""
 
     overlap: float  # mean share of the expected items that were found
     near_ties: int  # expected items that are missing or out of place by less than the tolerance

@@ -1,4 +1,4 @@
-"""Output of a job: a line a row, a roofline a family, and the tables at the end."""
+"""Output of a job: a line per row, a roofline per family, and the tables at the end."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def line(row: Row) -> str:
 
 
 def print_tables(console: Console, rows: Sequence[Row]) -> None:
-    """Print a table a family, then the reasons of other rows. Piped output is neither cut nor wrapped."""
+    """Print one table per family, then the reasons of other rows. Piped output is neither cut nor wrapped."""
     if not console.is_terminal:
         console = Console(file=console.file, width=1000, color_system=None)
     dtypes = {row.dtype for row in rows}

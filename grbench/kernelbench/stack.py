@@ -98,7 +98,7 @@ def cost(shape: Shape, dtype: str) -> Cost:
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
-    """Return keyword arguments of `refusal` beside device and dtype."""
+    """Return keyword arguments of `refusal` other than device and dtype."""
     sizes = ("embedding_dim", "heads", "qk_dim", "v_dim")
     return {name: getattr(shape, name) for name in sizes}
 

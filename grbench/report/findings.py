@@ -25,7 +25,7 @@ LOADS = {  # scenario: the option of its offered load, and the unit
     "server": ("target_qps", "requests/s"),
     "trace_replay": ("mean_qps", "requests/s"),
     "closed_loop": ("clients", "clients"),
-    "multi_stream": ("samples_per_query", "requests a query"),
+    "multi_stream": ("samples_per_query", "requests per query"),
     "single_stream": ("", ""),
 }
 PERCENTILES = ("p99", "p90", "p50")

@@ -1,1 +1,1 @@
-"""Commands beside the benchmark: doctor, sizing, overhead."""
+"""Commands other than the benchmark: doctor, sizing, overhead."""

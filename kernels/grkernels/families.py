@@ -59,7 +59,7 @@ class FamilySpec:
     name: str
     summary: str
     variants: Mapping[str, Needs] = field(default_factory=lambda: EVERY)
-    dims: Callable[[Sizes], dict[str, int]] = lambda sizes: {}  # arguments of `supports` beside device and dtype
+    dims: Callable[[Sizes], dict[str, int]] = lambda sizes: {}  # arguments of `supports` other than device and dtype
     fastest: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FASTEST)
     of_model: bool = True  # kernel=NAME sets it; False: auto chooses, unless kernel.<family> names a variant
     writes: tuple[str, ...] = ()  # arguments that are the outputs, written in place; (): what is returned

@@ -27,7 +27,7 @@ STAGED_SHARE = 0.125  # most bytes of prefetched states, as a share of the devic
 
 
 class SideStream:
-    """A stream for copies beside the device's main stream; on a CPU no stream."""
+    """Stream for copies that run while the device's main stream computes; on a CPU no stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

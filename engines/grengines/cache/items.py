@@ -58,7 +58,7 @@ class HotRows:
     Kernels read `table` [slots, E]. It keeps its address, so captured CUDA graphs can read it. It starts as zeros. Rows
     of a lookup keep their slots until the next lookup.
 
-    Besides the host table this takes 8 bytes a row and 12 a slot on the host. Not thread-safe.
+    Besides the host table this takes 8 bytes per row and 12 per slot on the host. Not thread-safe.
 
     Raises ValueError for a host table of another form or slots below 1, torch.OutOfMemoryError for no room.
     """
@@ -169,7 +169,7 @@ class HotRows:
         self._count[slots] = self._left_with[rows] + np.float32(self._unit)
 
     def _take(self, count: int) -> Int64Array:
-        """Return slots for new rows: fresh ones, then those of evicted rows. None that this lookup uses."""
+        """Return slots for new rows: unused ones, then those of evicted rows, except rows that this lookup uses."""
         fresh = np.arange(self._filled, min(self._filled + count, self.slots))
         self._filled += len(fresh)
         self._count[fresh] = IN_USE

@@ -43,7 +43,7 @@ class PagePool:
         if min(sizes.values()) < 1:
             raise ValueError(f"every size of a page pool must be at least 1, got {sizes}")
         self.pages = pages
-        self.page = page  # tokens a page
+        self.page = page  # tokens per page
         self.page_bytes = page_bytes(  # of all layers together
             layers=layers, page=page, heads=heads, qk_dim=qk_dim, v_dim=v_dim, dtype=dtype
         )

@@ -151,7 +151,7 @@ class CachedRanking:
     def _launch(
         self, hosts: Sequence[HostBatch], places: HostPlaces, cached: bool, onload: Onload | None, marks: Marks
     ) -> Tensor:
-        """Queue kernels one by one, beside the copies from the host. Return the logits.
+        """Queue kernels one by one, while states are copied from the host. Return the logits.
 
         cached: whether any request has cached tokens. The first batch writes to pages, and further ones read them.
         """
@@ -210,7 +210,7 @@ class CachedRanking:
         """Return the sizes of the graph for a batch, or None to launch its kernels one by one.
 
         They are launched if no graph holds the batch, if the graph would mostly encode padding, and if kernels
-        beside the copies from the host are done sooner than a graph behind the copies.
+        that overlap the copies from the host are done sooner than a graph behind the copies.
         """
         candidates = [len(r.candidates) for r in requests]
         new = [plan.tokens - plan.cached + c for plan, c in zip(plans, candidates, strict=True)]

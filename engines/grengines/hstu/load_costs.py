@@ -25,8 +25,8 @@ class LoadCosts:
     ) -> list[float]:
         """Return the share to load of the tokens that only the host has, for each request.
 
-        Prefetched states are loaded whole. For the others, loading takes t seconds a token and overlaps computing the
-        rest, c seconds a token. Both end together if c / (c + t) of the tokens that would be computed without the host
+        Prefetched states are loaded whole. For the others, loading takes t seconds per token and overlaps computing the
+        rest, c seconds per token. Both end together if c / (c + t) of the tokens to compute without the host
         are loaded. With captured graphs, which can't wait for single copies, nothing is loaded if a graph computes
         all of them sooner.
         """

@@ -60,7 +60,7 @@ class Bucket(NamedTuple):
     batch: int
     length: int
     candidates: int
-    cached: int = 0  # tokens a sequence whose keys and values are in pages
+    cached: int = 0  # tokens per sequence whose keys and values are in pages
 
 
 @dataclass

@@ -25,7 +25,7 @@ def choose(
     """The variant of each family: the one that is named, or for auto the fastest that runs here.
 
     page: tokens of a page of the KV cache, 0 without one. captured: in a CUDA graph. allowed: the only variants that
-    auto may take. Raises UnavailableError, naming the variants that would do, if a named one can't run.
+    auto may take. Raises UnavailableError, naming the variants that would run, if a named one can't run.
     """
     qk_dim, v_dim = (model.qk_dim, model.v_dim) if isinstance(model, HSTUConfig) else (model.head_dim, model.head_dim)
     sizes = Sizes(model.embedding_dim, model.heads, qk_dim, v_dim, INTERACTING, page, captured)

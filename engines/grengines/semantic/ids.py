@@ -29,7 +29,7 @@ class SemanticIds:
     codes: int32 [items, levels], each from 0 to its level's size - 1. sizes: codes of each level.
 
     In a model's vocabulary every level has its own tokens: token = offset of the level + code.
-    Raises ValueError for codes of another form, outside their level, or given twice. An item takes 4 bytes a level, and
+    Raises ValueError for codes of another form, outside their level, or repeated. An item takes 4 bytes per level, and
     16 bytes for the search by tokens.
     """
 

@@ -1,4 +1,4 @@
-"""Beam searches as requests of vLLM, one request a level: admit, step, advance."""
+"""Beam searches as requests of vLLM, one request per level: admit, step, advance."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class VLLMCore:
     def step(self) -> list[Any]:
         """Run one step of the scheduler. Return the outputs of the requests that it finished.
 
-        Raises RuntimeError with vLLM's own error, and torch.OutOfMemoryError unchanged. The core is of no use then.
+        Raises RuntimeError with vLLM's own error, and torch.OutOfMemoryError unchanged. The core is then unusable.
         Raises RuntimeError for rows that never arrived: they were in the prefix cache, so they were not computed.
         """
         try:

@@ -130,7 +130,7 @@ class VLLMEngine(GeneratingEngine):
     def step(self) -> list[Finished]:
         """Run one step of vLLM's scheduler. Return the requests that it finished.
 
-        Raises RuntimeError with vLLM's own error. The engine is of no use then.
+        Raises RuntimeError with vLLM's own error. The engine is then unusable.
         """
         return self.scheduler.step() if self.scheduler is not None else []
 

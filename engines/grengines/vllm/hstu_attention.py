@@ -59,7 +59,7 @@ class HSTUAttention(PagedAttention):
         k_pages: Tensor,
         v_pages: Tensor,
     ) -> Tensor:
-        """Attend to one request a call, on a CPU. Its eager kernels pad to the longest, and lengths need no wait."""
+        """Attend to one request per call, on a CPU. Its eager kernels pad to the longest, and lengths need no wait."""
         starts, paged = keys.offsets.tolist(), keys.paged_lengths.tolist()
         parts = []
         for b, n in enumerate(keys.offsets.diff().tolist()):

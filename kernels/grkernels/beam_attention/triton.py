@@ -137,7 +137,7 @@ def tuning_key(dim: int, page: int, itemsize: int) -> str:
 
 
 def default_config(dim_block: int, itemsize: int) -> tuning.Config:
-    """16 KiB a tile of keys: two stages of keys and values fit beside the queries, and the sums in registers."""
+    """Tiles of keys of 16 KiB: two stages of keys and values fit beside the queries, and the sums in registers."""
     tile = max(16, min(64, 16384 // (dim_block * itemsize)))
     return {"rows": tile, "keys": tile, "warps": 4, "stages": 2}
 

@@ -1,4 +1,4 @@
-"""Terms of a beam's earlier codes: a program a row, which ends at once if the row has none."""
+"""Terms of a beam's earlier codes: one program per row, which ends immediately if the row has none."""
 
 from __future__ import annotations
 

@@ -42,5 +42,5 @@ def cost(shape: Shape, dtype: str) -> Cost:
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
-    """Return keyword arguments of `KernelVariant.supports` beside device and dtype."""
+    """Return keyword arguments of `KernelVariant.supports` other than device and dtype."""
     return {"features": shape.features, "dim": shape.dim}

@@ -1,4 +1,4 @@
-"""Concatenation of sequences in CuTe DSL: a warp a row, which finds its sequence by a search of 32 probes a step."""
+"""Concatenation of sequences in CuTe DSL: one warp per row, which finds its sequence with 32 probes per step."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def tuning_key(width: int) -> str:
 
 
 def default_config(width: int) -> tuning.Config:
-    """Some KiB a warp."""
+    """Shared memory of a warp: a few KiB."""
     return {"rows": 2 if width <= 512 else 1, "warps": 4}
 
 

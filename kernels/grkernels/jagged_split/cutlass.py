@@ -1,4 +1,4 @@
-"""Splitting of sequences in CuTe DSL: one launch for both results, a warp a row as in jagged_concat."""
+"""Splitting of sequences in CuTe DSL: one launch for both results, one warp per row as in jagged_concat."""
 
 from __future__ import annotations
 

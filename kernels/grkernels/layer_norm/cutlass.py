@@ -129,7 +129,7 @@ def tuning_key(width: int) -> str:
 
 
 def default_config(width: int) -> tuning.Config:
-    """One warp a row if a row is short enough: its sums then need no shared memory."""
+    """One warp per row if a row is short enough: its sums then need no shared memory."""
     warps = 1 if width <= 1024 else 4 if width <= 4096 else 16
     return {"warps": warps, "rows": max(4 // warps, 1)}
 

@@ -60,10 +60,10 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Count stored rows as read and written, and a slot a row. dtype: fp32, fp16 or bf16."""
+    """Count stored rows as read and written, and a slot per row. dtype: fp32, fp16 or bf16."""
     return Cost(0, 4 * shape.stored * shape.heads * shape.dim * BYTES[dtype] + 8 * shape.rows)
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
-    """Return keyword arguments of `KernelVariant.supports` beside device and dtype."""
+    """Return keyword arguments of `KernelVariant.supports` other than device and dtype."""
     return {"captured": False}

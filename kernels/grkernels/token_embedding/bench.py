@@ -56,12 +56,12 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Count indices, a row of the token table a token, small tables once, and the result. dtype: fp32, fp16 or bf16."""
+    """Count indices, one table row per token, small tables once, and the result. dtype: fp32, fp16 or bf16."""
     L, A = shape.rows, shape.actions
     table_rows = L + min(L, shape.positions) + shape.time_buckets + A + 1
     return Cost(2 * L * shape.width * (A + 2), (table_rows + L) * shape.width * BYTES[dtype] + 5 * 8 * L)
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
-    """Return keyword arguments of `KernelVariant.supports` beside device and dtype."""
+    """Return keyword arguments of `KernelVariant.supports` other than device and dtype."""
     return {"width": shape.width}
