@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from grengines.models.hstu.config import HSTUConfig
     from grengines.semantic.ids import SemanticIds
 
+Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 

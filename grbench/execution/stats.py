@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -163,14 +162,23 @@ def _interval_ranks(count: int, percent: float, worth: int) -> tuple[int, int] |
 
     worth: the number of independent samples that `count` samples are worth.
     """
-    from scipy.stats import binom  # slow to import
-
     tail = (1 - CONFIDENCE) / 2
-    below: Any = binom(worth, percent / 100)  # the number of samples below the true percentile
-    low, high = int(below.ppf(tail)) - 1, int(below.ppf(1 - tail))
+    low = binomial_quantile(tail, worth, percent / 100) - 1
+    high = binomial_quantile(1 - tail, worth, percent / 100)
     if low < 0 or high >= worth:
         return None
     return low * count // worth, -(-(high + 1) * count // worth) - 1
+
+
+def binomial_quantile(level: float, count: int, share: float) -> int:
+    """Return the least k for which a binomial(count, share) variable is at most k with probability `level`.
+
+    As scipy.stats.binom.ppf. Importing scipy.stats takes seconds in every cell.
+    """
+    from scipy.special import bdtr, bdtrik
+
+    below = max(math.ceil(bdtrik(level, count, share)) - 1, 0)
+    return below if bdtr(below, count, share) >= level else below + 1
 
 
 def _checked(samples: npt.ArrayLike, name: str, lowest: float = -math.inf) -> npt.NDArray[np.float64]:

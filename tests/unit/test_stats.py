@@ -10,6 +10,7 @@ import pytest
 from helpers.properties import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from grbench.config.compose import compose_spec
 from grbench.execution import measure, stats
@@ -86,6 +87,13 @@ def test_tail_percentiles_only_from_enough_samples(count: int, names: set[str]) 
 def test_interval_of_a_known_case() -> None:
     # n=100, q=0.5: ranks 40 and 61 (from one) are the textbook 95% interval of the median.
     assert stats.percentile_interval(np.arange(1, 101), 50.0) == (40.0, 61.0)
+
+
+@pytest.mark.parametrize("count", [1, 5, 64, 299, 1000, 9999, 100_000])
+def test_the_binomial_quantile_is_scipys(count: int) -> None:
+    shares, levels = (0.01, 0.5, 0.9, 0.99, 0.999), (0.025, 0.975)
+    found = [[stats.binomial_quantile(level, count, share) for share in shares] for level in levels]
+    assert found == binom.ppf(np.array(levels)[:, None], count, shares).tolist()
 
 
 @pytest.mark.parametrize(("count", "percent"), [(50, 50.0), (200, 90.0), (1000, 99.0), (10_000, 99.9)])

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from grengines.semantic.quantise import Float32Array, Int32Array, Int64Array, residual_kmeans
+from grengines.api import Float32Array, Int32Array, Int64Array
 
 _FORMAT = "grbench-semantic-ids-1"
 _DTYPE = "I32"  # safetensors' name of int32
@@ -147,6 +147,8 @@ def build(
     Raises ValueError for vectors of another form or not finite, and if codes ** levels is less than the items.
     Source: Rajput et al., "Recommender Systems with Generative Retrieval" (TIGER), NeurIPS 2023.
     """
+    from grengines.semantic.quantise import residual_kmeans  # imports scikit-learn, which takes seconds
+
     if vectors.ndim != 2 or vectors.dtype != np.float32 or not vectors.size:
         raise ValueError(f"vectors must be float32 [items, d], got {vectors.dtype} {list(vectors.shape)}")
     if levels < 1 or codes < 1 or codes**levels > MAX_TUPLES:

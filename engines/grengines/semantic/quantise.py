@@ -20,9 +20,8 @@ import numpy.typing as npt
 from sklearn.cluster import MiniBatchKMeans  # type: ignore[import-untyped]
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
-Float32Array = npt.NDArray[np.float32]
+from grengines.api import Float32Array, Int32Array, Int64Array
+
 Progress = Callable[[int, int], None]
 
 SAMPLE = 200_000  # rows for k-means

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grengines.api import Int32Array, Int64Array
 from grengines.semantic.ids import SemanticIds
-from grengines.semantic.quantise import Int32Array, Int64Array
 
 
 @dataclass(frozen=True, eq=False)

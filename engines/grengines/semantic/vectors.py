@@ -7,7 +7,7 @@ import numpy.typing as npt
 from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD  # type: ignore[import-untyped]
 
-from grengines.semantic.quantise import Float32Array, Int64Array
+from grengines.api import Float32Array, Int64Array
 
 UNTOUCHED = 0.1  # length of the vectors of items without users; the others' is 1
 _ROWS = 1 << 18  # drawn at once

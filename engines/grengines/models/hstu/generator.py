@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from grengines.cache.pool import PagePool
 from grengines.models.hstu.config import HSTUConfig
-from grengines.models.hstu.model import EPS, HSTULayer, initialise
+from grengines.models.hstu.model import EPS, HSTULayer, allocate, initialise
 from grengines.models.hstu.weights import load_weights
 from grengines.runtime import staging
 from grengines.runtime.batch import Bucket
@@ -150,7 +150,8 @@ class HSTUGenerator(nn.Module):
         """
         with torch.device("meta"):
             model = cls(config, sizes, kernels)
-        model.to_empty(device="cpu").requires_grad_(False).eval()
+        allocate(model)
+        model.requires_grad_(False).eval()
         if weights is None:
             initialise(model, seed)
         else:

@@ -64,6 +64,15 @@ class HSTULayer(nn.Module):
         return x.addmm_(gated, self.out.weight.T)
 
 
+def allocate(model: nn.Module) -> None:
+    """Give a model that was made on the device "meta" its tensors on the CPU, without values.
+
+    As Module.to_empty, but without SymPy, which that imports for half a second.
+    """
+    tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}
+    model.load_state_dict(tensors, assign=True)
+
+
 def initialise(model: nn.Module, seed: int) -> None:
     """Draw uniform weights of the standard deviations below.
 
@@ -134,7 +143,8 @@ class HSTURanker(nn.Module):
         """
         with torch.device("meta"):
             model = cls(config, catalogue, kernels)
-        model.to_empty(device="cpu").requires_grad_(False).eval()
+        allocate(model)
+        model.requires_grad_(False).eval()
         if config.weights is None:
             initialise(model, seed)
         else:
