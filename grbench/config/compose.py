@@ -102,30 +102,37 @@ def compose_jobs(
     extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if config_dir else []
     try:
         with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
-            for job in _jobs(config_name, list(overrides), extra, multirun):
-                yield check(_compose(config_name, [*job, *extra], keep_hydra))
+            for cfg in _composed(config_name, list(overrides), extra, multirun):
+                if not keep_hydra:
+                    with open_dict(cfg):
+                        del cfg["hydra"]
+                yield check(cfg)
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(explain(e)) from None
     finally:
         GlobalHydra.instance().clear()
 
 
-def _jobs(config_name: str, overrides: list[str], extra: list[str], multirun: bool) -> list[list[str]]:
-    """Return the overrides of each job, as Hydra's basic sweeper makes them."""
+def _composed(config_name: str, overrides: list[str], extra: list[str], multirun: bool) -> Iterator[DictConfig]:
+    """Yield the configuration of each job, with Hydra's own. The jobs are those of Hydra's basic sweeper."""
     parser = OverridesParser.create()
     parsed = parser.parse_overrides(overrides)  # its error names the wrong override
     fixed = [o.input_line for o in parsed if o.input_line and not o.is_sweep_override()]
-    hydra = _compose(config_name, [*fixed, *extra], return_hydra_config=True).hydra
-    if not multirun and hydra.mode is not RunMode.MULTIRUN:
-        return [overrides]
-    swept = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
-    batches = BasicSweeper.split_arguments(parser.parse_overrides(swept + overrides), None)
-    return [list(job) for batch in batches for job in batch]
+    first = _compose(config_name, [*fixed, *extra])
+    if multirun or first.hydra.mode is RunMode.MULTIRUN:
+        swept = [f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items()]
+        for batch in BasicSweeper.split_arguments(parser.parse_overrides(swept + overrides), None):
+            for job in batch:
+                yield _compose(config_name, [*job, *extra])
+    elif fixed == overrides:
+        yield first
+    else:  # several values without a sweep, for which Hydra has an error
+        yield _compose(config_name, [*overrides, *extra])
 
 
-def _compose(config_name: str, overrides: list[str], return_hydra_config: bool = False) -> DictConfig:
+def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     try:
-        return hydra_compose(config_name, overrides, return_hydra_config)
+        return hydra_compose(config_name, overrides, return_hydra_config=True)
     except ValueError as e:  # for a group set to null; Hydra's message does not name it
         raise ConfigError(f"{' '.join(overrides)}: {' '.join(str(e).split())}; every group needs one option") from None
 

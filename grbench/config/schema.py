@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -185,8 +186,9 @@ class RunSpec:
         return f"{self.engine.name}-{self.model.name}-{self.workload.name}-{self.scenario.name}"
 
 
+@functools.cache
 def register_schemas() -> None:
-    """Register the schemas and the folder of studies with Hydra. Safe to call twice."""
+    """Register the schemas and the folder of studies with Hydra, once in a process."""
     register_studies()
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
