@@ -106,5 +106,5 @@ def _shown(value: Any) -> str:
 
 
 def _summary(schema: type) -> str:
-    """The first paragraph of a docstring, a sentence a line."""
+    """The first paragraph of a docstring, one sentence per line."""
     return " ".join((inspect.getdoc(schema) or "").partition("\n\n")[0].split()).replace(". ", ".\n")

@@ -70,7 +70,7 @@ def _gate(record: RunRecord) -> str:
 
 
 COLUMNS = [  # in the order of the table
-    Column("requests/s", "requests/s: answers a second over the whole run", _metric("throughput_rps")),
+    Column("requests/s", "requests/s: answers per second over the whole run", _metric("throughput_rps")),
     Column("p50 ms", "p50: median latency from arrival to answer", _of_latency("latency_ms/p50")),
     Column(
         "p99 ms",

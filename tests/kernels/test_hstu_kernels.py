@@ -32,7 +32,7 @@ GPU = torch.cuda.is_available()
 
 @dataclass
 class Case:
-    """Sequences and sizes of one call. `queries`: rows a sequence of an append, None for a prefill."""
+    """Sequences and sizes of one call. `queries`: rows per sequence of an append, None for a prefill."""
 
     lengths: list[int]
     targets: list[int] | None = None
@@ -42,7 +42,7 @@ class Case:
     v_dim: int = 16
     contextual: int = 0
     window: int = 0
-    page: int = 0  # tokens a page; the tokens before the queries then lie in pages
+    page: int = 0  # tokens per page; the tokens before the queries then lie in pages
     past: int = 3  # rows after the last sequence
     options: dict[str, Any] = field(init=False)
 

@@ -55,7 +55,7 @@ class Encoding:
 
 
 class Bucket(NamedTuple):
-    """Padded sizes of a batch: sequences, tokens to encode a sequence, candidates a sequence."""
+    """Padded sizes of a batch: sequences, tokens to encode and candidates per sequence."""
 
     batch: int
     length: int

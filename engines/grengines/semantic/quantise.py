@@ -1,6 +1,6 @@
 """Residual k-means with limited room: each level quantises the residual of the levels before it.
 
-A node is a prefix of codes. With K codes a level, it has room for K ** (levels below it) items. If more items are
+A node is a prefix of codes. With K codes per level, it has room for K ** (levels below it) items. If more items are
 nearest to it, the nearest ones stay and the others move to the nearest sibling with room. On the last level a node has
 room for one item, so tuples are unique. On the levels above, a crowded region can't get more items than tuples. The
 next level takes residuals after the moves, so it also describes the displacement of a moved item.
