@@ -85,8 +85,9 @@ class BatchResult:
     compute_ms: float  # everything on the device between the copies
     tokens: int  # real tokens in the batch
     padded_tokens: int  # tokens computed, padding included
+    wait_ms: float = 0.0  # until the batches before this one let it on the device
     details: dict[str, float] = field(default_factory=dict)  # further figures; a run sums them by name
-    stages: dict[str, float] = field(default_factory=dict)  # milliseconds of each stage of a pipeline
+    stages: dict[str, float] = field(default_factory=dict)  # milliseconds of each stage of a pipeline, without waits
 
 
 @dataclass(kw_only=True)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from grengines.api import GenerateResult, RankResult, Request, Setup, UnavailableError
+from grengines.api import BatchResult, GenerateResult, RankResult, Request, Setup, UnavailableError
 from grengines.cache.config import PagedCacheConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding
 from grengines.runtime.device import DTYPES, Placement
 from grengines.runtime.graphs import token_count
+from grengines.runtime.timing import TimedLock
 from grengines.semantic.search import check_width
 from grkernels.families import AUTO
 
 Part = TypeVar("Part")
+Result = TypeVar("Result", bound=BatchResult)
 
 
 class EngineBase(ABC):
@@ -37,7 +39,7 @@ class EngineBase(ABC):
         self._setup = setup
         self._device, self._precision, self._cpu_threads = placement.device, placement.precision, placement.cpu_threads
         self._cuda = self._device.type == "cuda"
-        self._lock = threading.Lock()  # held until a batch's work is queued
+        self._lock = TimedLock()  # held until a batch's work is queued
         self._max_batch = 0
         self._threads_before: int | None = None  # PyTorch's, from `prepare` until `close`
 
@@ -119,6 +121,18 @@ class EngineBase(ABC):
         if part is None:
             raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
         return part
+
+    def _with_wait(self, result: Result, begun: float, waited_ms: float) -> Result:
+        """Return the result with its wait for the batches before it.
+
+        begun: start of the call (seconds, time.perf_counter). waited_ms: the wait for the lock. A GPU may still have an
+        earlier batch after that: the wait is what the call took beyond the parts of this batch.
+        """
+        result.wait_ms = waited_ms
+        if self._cuda:
+            took_ms = (time.perf_counter() - begun) * 1e3
+            result.wait_ms = max(took_ms - result.batch_ms - result.transfer_ms - result.compute_ms, 0.0)
+        return result
 
     def _check_size(self, requests: Sequence[Request]) -> None:
         """Raise ValueError for an empty batch or one of more than max_batch requests."""

@@ -18,6 +18,7 @@ from grbench.tools import sizing
 from grengines.api import Request
 from grengines.pipeline.config import STAGES
 
+MOST_UNKNOWN = 0.05  # share of the latency that no part has before a note says so
 CALLS_MS = 0.2  # between LoadGen and the batcher, to and fro
 
 
@@ -34,6 +35,10 @@ def summarise(
     for part in [*PARTS, *(f"{stage}_ms" for stage in STAGES if f"{stage}_ms" in samples)]:
         metrics[f"{part}/p50"] = stats.percentile(samples[part], 50)
         metrics[f"{part}/p90"] = stats.percentile(samples[part], 90)
+
+    unknown = 1.0 - sum(samples[part].sum() for part in PARTS) / samples["latency_ms"].sum()
+    if abs(unknown) > MOST_UNKNOWN:
+        summary.notes.append(f"{unknown:.0%} of the latency is in none of its parts ({', '.join(PARTS)})")
 
     by_id = {r.request_id: r for r in requests}
     answered = [by_id[int(i)] for i in samples["request_id"]]

@@ -102,7 +102,10 @@ class RequestLoop:
         raise NotImplementedError
 
     def _note(self, ticket: Ticket, begun: float, parts: tuple[float, float, float], done: float, size: int) -> None:
-        """Add the row of a request. parts: batch, transfer and compute, milliseconds."""
+        """Add the row of a request.
+
+        begun: end of its wait. parts: batch, transfer and compute, milliseconds.
+        """
         queued, latency = (begun - ticket.arrived) * 1e3, (done - ticket.arrived) * 1e3
         request = ticket.request
         self._rows.append(
@@ -172,6 +175,7 @@ class Batcher(RequestLoop):
             self._under_way -= 1
             self._changed.notify_all()
         parts = (result.batch_ms, result.transfer_ms, result.compute_ms)
+        begun += result.wait_ms / 1e3  # behind the batches before it
         with self._noting:
             for ticket in batch:
                 self._note(ticket, begun, parts, done, len(batch))

@@ -227,7 +227,9 @@ def test_a_pipeline_run_keeps_stage_times(grbench: Any, tmp_path: Path) -> None:
     ((folder, record),) = records.find(tmp_path / "out")
     samples = pd.read_parquet(folder / "samples.parquet")
     assert (samples["retrieve_ms"] > 0).all() and (samples["rank_ms"] > 0).all()
-    assert (samples["retrieve_ms"] + samples["rank_ms"] <= samples["latency_ms"]).all()
+    working = samples["latency_ms"] - samples["queue_ms"]
+    assert (samples["retrieve_ms"] + samples["rank_ms"] <= working + 0.001).all()
+    assert (samples["retrieve_ms"] + samples["rank_ms"]).sum() > 0.9 * working.sum()
     assert record.metrics["retrieve_ms/p50"] > 0 and record.spec["task"] == "recommend"
 
 
@@ -281,7 +283,7 @@ def test_requests_join_between_steps(config: Any, tmp_path: Path, generating: tu
     assert engine.most <= (5 if config.name == "closed_loop" else 8)
     assert m.tokens == 7 * 60 and m.details == {"steps": 60.0}
     assert 0 < m.batch_mean <= 8 and m.busy_s > 0
-    assert (m.samples["latency_ms"] >= m.samples["queue_ms"] + m.samples["compute_ms"] - 0.01).all()
+    assert m.samples["latency_ms"] == pytest.approx(m.samples["queue_ms"] + m.samples["compute_ms"], abs=0.01)
     if config.name == "offline":
         assert engine.steps == 3 * 8  # 60 requests, 8 at a time, 3 steps each
 

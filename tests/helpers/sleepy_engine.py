@@ -39,12 +39,14 @@ class SleepyEngine:
         if self.fail_at is not None and len(self.batches) >= self.fail_at:
             raise RuntimeError("the device fell off the bus")
         self.batches.append([r.request_id for r in requests])
+        begun = time.perf_counter()
         time.sleep(self.seconds)
+        took_ms = (time.perf_counter() - begun) * 1e3
         return RankResult(
             scores=[],
-            batch_ms=0.1,
-            transfer_ms=0.2,
-            compute_ms=self.seconds * 1e3,
+            batch_ms=0.1 * took_ms,
+            transfer_ms=0.2 * took_ms,
+            compute_ms=0.7 * took_ms,
             tokens=3 * len(requests),
             padded_tokens=4 * len(requests),
         )

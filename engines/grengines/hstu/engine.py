@@ -104,9 +104,10 @@ class HSTUEngine(RankingEngine):
         """
         ranker, cached = self._ready(self._ranker), self.user_cache
         self._check_size(requests)
-        with self._lock:
+        begun = time.perf_counter()
+        with self._lock as waited_ms:
             queued = self._queue_cached(ranker, cached, requests) if cached else self._queue_whole(ranker, requests)
-        return queued()
+        return self._with_wait(queued(), begun, waited_ms)
 
     def _queue_cached(
         self, ranker: HSTURanker, cached: CachedRanking, requests: Sequence[Request]

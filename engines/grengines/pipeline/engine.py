@@ -63,7 +63,10 @@ class Pipeline:
         retrieved = self.retriever.generate(requests)
         between = time.perf_counter()
         items, scores, ranked = self._ranked(requests, retrieved.items)
-        stages = {"retrieve": (between - begun) * 1e3, "rank": (time.perf_counter() - between) * 1e3}
+        stages = {
+            "retrieve": (between - begun) * 1e3 - retrieved.wait_ms,
+            "rank": (time.perf_counter() - between) * 1e3 - ranked.wait_ms,
+        }
         return RecommendResult(
             items=items,
             scores=scores,
@@ -72,6 +75,7 @@ class Pipeline:
             compute_ms=retrieved.compute_ms + ranked.compute_ms,
             tokens=retrieved.tokens + ranked.tokens,
             padded_tokens=retrieved.padded_tokens + ranked.padded_tokens,
+            wait_ms=retrieved.wait_ms + ranked.wait_ms,
             details=retrieved.details | ranked.details,
             stages=stages,
         )
@@ -142,12 +146,14 @@ class ContinuousPipeline(Pipeline):
             starts = [self._under_way.pop(end.key) for end in part]
             begun = time.perf_counter()
             items, scores, ranked = self._ranked([r for r, _ in starts], [end.items for end in part])
-            rank_ms = (time.perf_counter() - begun) * 1e3
             details = {name: value / len(part) for name, value in ranked.details.items()}
             for end, (_, admitted), own, score in zip(part, starts, items, scores, strict=True):
-                stages = {"retrieve": (begun - admitted) * 1e3, "rank": rank_ms}
+                stages = {"retrieve": (begun - admitted) * 1e3, "rank": -begun * 1e3}
                 tokens = end.tokens + ranked.tokens // len(part)
                 finished.append(Finished(end.key, own, score, tokens, end.details | details, stages))
+        done = time.perf_counter()  # of all: the step returns its answers together
+        for end in finished:
+            end.stages["rank"] += done * 1e3
         return finished
 
 

@@ -1,10 +1,27 @@
-"""Points in time: on the device's clock for work on a GPU, on the host's for work on a CPU."""
+"""Points in time, on the device's clock for work on a GPU and on the host's for work on a CPU; waits for a lock."""
 
 from __future__ import annotations
 
+import threading
 import time
+from types import TracebackType
 
 import torch
+
+
+class TimedLock:
+    """A lock that reports, on entry, the milliseconds that its holder waited for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> float:
+        begun = time.perf_counter()
+        self._lock.acquire()
+        return (time.perf_counter() - begun) * 1e3
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._lock.release()
 
 
 class Mark:
