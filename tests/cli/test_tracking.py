@@ -136,12 +136,14 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
         try:
             uri = f"http://127.0.0.1:{port}"
-            for _ in range(300):
+            for _ in range(900):  # three minutes: a machine with other work takes one
                 with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=2) as answer:
                     if answer.status == 200:
                         break
                 assert server.poll() is None, (folder / "server.log").read_text()
                 time.sleep(0.2)
+            else:
+                raise AssertionError(f"MLflow's server does not answer: {(folder / 'server.log').read_text()}")
             yield uri
         finally:
             os.killpg(server.pid, 9)
