@@ -27,8 +27,9 @@ def main(settings: list[str]) -> None:
             print(f"{engine:12} {record.status}: {record.error}")
             continue
         p50 = record.metrics["latency_ms/p50"]
-        low, high = record.intervals["latency_ms/p50"]
-        print(f"{engine:12} p50 {p50:.2f} ms (95% interval {low:.2f} to {high:.2f}), device {record.actual['device']}")
+        interval = record.intervals.get("latency_ms/p50")  # None if there are too few independent samples
+        text = f" (95% interval {interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
+        print(f"{engine:12} p50 {p50:.2f} ms{text}, device {record.actual['device']}")
 
 
 if __name__ == "__main__":
