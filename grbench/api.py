@@ -59,8 +59,10 @@ def run(
     try:
         for job in jobs:
             session.run(job)
-    finally:
-        session.end()
+    except BaseException:
+        session.end(cut_short=True)
+        raise
+    session.end()
     return session.records
 
 

@@ -35,8 +35,8 @@ def run(
     """Run the command `python -m <program> <words>`, whose configuration is conf/<config_name>.yaml.
 
     prepare: registers its schemas. check: turns a composed configuration into a job's `config` or raises ConfigError.
-    new_session: makes the session, given the first job. Returns the session's exit code, or 130 after Ctrl-C. Raises
-    ConfigError for a configuration or data that cannot be used.
+    new_session: makes the session, given the first job. Returns the session's exit code. Raises ConfigError for a
+    configuration or data that cannot be used, and any KeyboardInterrupt after closing the session.
     """
     sys.argv = [sys.argv[0], *words]  # hydra.main reads them from there
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors; else it prints them over many lines
@@ -69,8 +69,6 @@ def run(
         raise refused from None
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(explain(e)) from e
-    except BrokenPipeError:
-        raise
     except OSError as e:  # the folder of a job, which Hydra makes, or a file that a session writes there
         if session is not None:
             session.close(cut_short="stopped")
@@ -79,7 +77,7 @@ def run(
     except KeyboardInterrupt:
         if session is not None:
             session.close(cut_short="interrupted")
-        return 130
+        raise
     return session.close() if session is not None else 0
 
 

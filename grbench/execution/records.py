@@ -40,7 +40,7 @@ class Status(StrEnum):
     TIMEOUT = "TIMEOUT"  # the worker ran past runner.timeout_s and was stopped
     KILLED = "KILLED"  # a signal ended the worker
     DISK_FULL = "DISK_FULL"
-    INTERRUPTED = "INTERRUPTED"  # Ctrl-C while the cell ran
+    INTERRUPTED = "INTERRUPTED"  # Ctrl-C or another signal ended the launcher while the cell ran
     ERROR = "ERROR"
 
 

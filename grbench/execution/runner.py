@@ -23,6 +23,7 @@ from grbench.config.schema import RunnerConfig, RunSpec, spec_to_json
 from grbench.execution import records
 from grbench.execution.environment import describe_environment
 from grbench.execution.records import LOG_FILE, Outcome, RunRecord, Status
+from grbench.signals import ENDING, Stopped, held
 
 JOB_FILE = "job.json"
 Event = dict[str, Any]
@@ -40,8 +41,9 @@ def run_cell(
     """Measure one cell and keep its record. Returns the record and the folder that has it.
 
     A record is never overwritten: if `folder` has one already, the new one is kept in a folder beside it.
-    `on_event` receives the worker's {"stage": ...} and {"answered": n} messages. Only Interrupted is raised, after the
-    worker has been stopped and its record kept.
+    `on_event` receives the worker's {"stage": ...} and {"answered": n} messages. Only Interrupted is raised, for any
+    KeyboardInterrupt, after the worker has been stopped and its record kept. However the launcher ends, so does the
+    worker.
     """
     started, begun = datetime.datetime.now(datetime.UTC), time.monotonic()
     folder = _unused(folder)
@@ -54,29 +56,33 @@ def run_cell(
         outcome = Outcome(status, f"{folder}: {e.strerror or e}; free some space or set runner.output_root")
     except KeyboardInterrupt as e:
         interrupted = e
-        outcome = Outcome(Status.INTERRUPTED, "interrupted while it ran")
-    record = RunRecord(
-        spec=spec.to_dict(),
-        spec_hash=spec.hash,
-        started_at=started.isoformat(timespec="seconds"),
-        duration_s=round(time.monotonic() - begun, 3),
-        requested=_requested(spec),
-        environment=describe_environment(),
-        sweep_id=sweep_id,
-        overrides=overrides or [],
-        **vars(outcome),
-    )
-    folder = keep(record, folder)
+        outcome = Outcome(Status.INTERRUPTED, f"{e or 'SIGINT'} ended the command while the cell ran")
+    try:
+        with held():
+            record = RunRecord(
+                spec=spec.to_dict(),
+                spec_hash=spec.hash,
+                started_at=started.isoformat(timespec="seconds"),
+                duration_s=round(time.monotonic() - begun, 3),
+                requested=_requested(spec),
+                environment=describe_environment(),
+                sweep_id=sweep_id,
+                overrides=overrides or [],
+                **vars(outcome),
+            )
+            folder = keep(record, folder)
+    except KeyboardInterrupt as e:  # a signal came meanwhile
+        interrupted = e
     if interrupted is not None:
-        raise Interrupted(record, folder) from interrupted
+        raise Interrupted(record, folder, getattr(interrupted, "number", signal.SIGINT)) from interrupted
     return record, folder
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while a cell ran. Carries the cell's record and folder."""
+class Interrupted(Stopped):
+    """Ctrl-C or another signal while a cell ran. Carries the cell's record and folder."""
 
-    def __init__(self, record: RunRecord, folder: Path) -> None:
-        super().__init__()
+    def __init__(self, record: RunRecord, folder: Path, number: int) -> None:
+        super().__init__(number)
         self.record, self.folder = record, folder
 
 
@@ -118,13 +124,16 @@ def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[
         timed_out = True
     finally:
         _stop(worker, grace_s)
+    if -worker.returncode in ENDING:  # who ends a whole job signals all its processes: ours may be on its way
+        time.sleep(1.0)
     if outcome is not None:
         return outcome
     log_ends = f"its log ends: {last_line(folder / LOG_FILE)}"
     if timed_out:
         return Outcome(Status.TIMEOUT, f"stopped after runner.timeout_s={runner.timeout_s:g} s; {log_ends}")
-    if _oom_kills() > kills_before:
-        return Outcome(Status.OOM, "the kernel's out-of-memory killer ended the worker; use a smaller cell")
+    if worker.returncode == -signal.SIGKILL and _oom_kills() > kills_before:
+        why = "SIGKILL ended the worker while the kernel's out-of-memory killer ended a process"
+        return Outcome(Status.OOM, f"{why}; use a smaller cell")
     if worker.returncode < 0:
         return Outcome(Status.KILLED, f"{signal.Signals(-worker.returncode).name} ended the worker; {log_ends}")
     return Outcome(Status.ERROR, f"the worker exited with {worker.returncode} and no result; {log_ends}")
@@ -138,6 +147,7 @@ def _start(spec: RunSpec, runner: RunnerConfig, folder: Path, report_fd: int) ->
         "spec": spec_to_json(spec),
         "folder": str(folder),
         "report_fd": report_fd,
+        "timeout_s": runner.timeout_s,
         "memory_limit_bytes": limit,
     }
     job.write_text(json.dumps(parameters))

@@ -90,10 +90,10 @@ class CellSession:
         """The record of each cell, in the order in which the cells ran."""
         return [record for _, record in self._cells]
 
-    def end(self) -> None:
-        """End the sweep's tracking."""
+    def end(self, cut_short: bool = False) -> None:
+        """End the sweep's tracking. cut_short: something ended the session before its last cell."""
         if self._sweep_id:
-            self._tracker.end_sweep(self._cells)
+            self._tracker.end_sweep(self._cells, cut_short)
 
     def close(self, cut_short: str = "") -> int:
         """End the session and print the table of all cells. Returns 0 if every cell is OK, else 1.
@@ -102,7 +102,7 @@ class CellSession:
         """
         from grbench.report.table import print_cells
 
-        self.end()
+        self.end(bool(cut_short))
         print_cells(Console(), self._cells)
         if cut_short:
             left = self._invocation.total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)

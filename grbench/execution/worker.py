@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import json
 import os
 import resource
+import select
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -23,11 +27,15 @@ from typing import Any
 from grbench.config.schema import spec_from_json
 from grbench.execution.records import Outcome, Status, one_line
 
+GRACE_S = 60  # of a launcher that does not stop its worker at the time limit: it may be stopped itself
+
 
 def main() -> None:
     """Measure the cell of the job file and report its outcome."""
     job = json.loads(Path(sys.argv[1]).read_text())
     channel = os.fdopen(job["report_fd"], "w", buffering=1)
+    threading.Thread(target=_end_with_launcher, args=[job["report_fd"]], daemon=True).start()
+    faulthandler.dump_traceback_later(job["timeout_s"] + GRACE_S, exit=True)
 
     def report(message: dict[str, Any]) -> None:
         channel.write(json.dumps(message) + "\n")
@@ -47,6 +55,14 @@ def main() -> None:
     report({"outcome": asdict(outcome)})
     channel.close()
     os._exit(0)  # a load generator's thread may be waiting for answers that will not come
+
+
+def _end_with_launcher(report_fd: int) -> None:
+    """Wait until the launcher is gone, then end this process and its helpers: nobody takes the result."""
+    gone = select.poll()
+    gone.register(report_fd, 0)  # it reports POLLERR once a pipe has no reader
+    gone.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def classify(error: BaseException) -> tuple[Status, str]:

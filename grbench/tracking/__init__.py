@@ -49,12 +49,15 @@ class CellTracker:
             self._say(f"{folder}: {e.strerror or e}; an import would log this run a second time")
         return True
 
-    def end_sweep(self, cells: list[Cell]) -> None:
-        """Close the sweep's run with counts of its cells and the page that compares them."""
+    def end_sweep(self, cells: list[Cell], cut_short: bool = False) -> None:
+        """Close the sweep's run with counts of its cells and the page that compares them.
+
+        cut_short: the sweep did not reach its last cell. Its run is closed at once then, without the page.
+        """
         if self._parent is None:
             return
         try:
-            self._open().end_sweep(self._parent, cells)
+            self._open().end_sweep(self._parent, cells, cut_short)
         except Exception as e:
             self._say(f"MLflow did not close the sweep's run ({one_line(e)})")
 

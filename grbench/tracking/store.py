@@ -88,17 +88,23 @@ class Store:
         )
         return str(run.info.run_id)
 
-    def end_sweep(self, run_id: str, cells: list[Cell]) -> None:
+    def end_sweep(self, run_id: str, cells: list[Cell], cut_short: bool = False) -> None:
         """Count the cells, attach the page that compares them, describe the run and end it.
 
-        The run is FINISHED if all cells are OK, else FAILED.
+        The run is FINISHED if all cells are OK, else FAILED. cut_short: it is KILLED and has no page, because who ended
+        the sweep gives it only seconds.
         """
         records = [record for _, record in cells]
-        for status in sorted({record.status for record in records}):
-            self._client.log_metric(run_id, f"cells/{status}", sum(r.status is status for r in records))
-        pictures = self._log_comparison(run_id, cells)
-        self._client.set_tag(run_id, NOTE_TAG, describe_sweep(records, run_id, pictures)[:MOST_NOTE])
-        self._client.set_terminated(run_id, "FINISHED" if all(r.ok for r in records) else "FAILED")
+        ended = "KILLED"
+        try:
+            for status in sorted({record.status for record in records}):
+                self._client.log_metric(run_id, f"cells/{status}", sum(r.status is status for r in records))
+            pictures = [] if cut_short else self._log_comparison(run_id, cells)
+            self._client.set_tag(run_id, NOTE_TAG, describe_sweep(records, run_id, pictures)[:MOST_NOTE])
+            if not cut_short:
+                ended = "FINISHED" if all(r.ok for r in records) else "FAILED"
+        finally:  # whatever stops the description: a run that is still RUNNING would look alive
+            self._client.set_terminated(run_id, ended)
 
     def _log_comparison(self, run_id: str, cells: list[Cell]) -> list[str]:
         """Attach the report page of the cells. Returns the artifact paths of its pictures."""

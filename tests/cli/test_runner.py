@@ -184,16 +184,18 @@ def test_exhausted_memory_is_a_record_and_the_sweep_goes_on(grbench: Grbench, tm
     assert statuses[64].status is Status.OK, statuses[64].error
 
 
-def test_ctrl_c_keeps_what_is_done(tmp_path: Path, running: list[Running]) -> None:
+def test_a_signal_keeps_what_is_done(tmp_path: Path, running: list[Running]) -> None:
     args = ["-m", *QUICK, "seed=0,1,2", "scenario.queries=500,100000000"]  # the second goes on until it is stopped
     running.append(run := Running(tmp_path, *args))
-    run.worker(1)
-    os.kill(run.process.pid, signal.SIGINT)
+    worker = run.worker(1)
+    os.kill(run.process.pid, signal.SIGTERM)
     code, output = run.end()
-    assert code == 130, output
+    assert code == 143, output
     assert "Traceback" not in output
     assert sorted(r.status for r in found(run.root)) == ["INTERRUPTED", "OK"]
+    assert "SIGTERM ended the command while the cell ran" in output
     assert "5 of 6 cells to go" in output
+    assert not worker.is_running()
 
 
 def test_a_full_disk_is_a_record_and_the_sweep_goes_on(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from grbench.execution import records
 from grbench.execution.records import RunRecord, Status
 from grbench.tracking import CellTracker, import_records
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig
+from grbench.tracking.store import Store
 
 SPEC = {
     "model": {"name": "hstu_tiny", "layers": 2},
@@ -119,6 +120,24 @@ def test_a_sweep_is_a_parent_with_a_child_for_each_cell_and_is_found_again(tmp_p
     assert failed.info.status == "FAILED"
     assert failed.data.tags["mlflow.note.content"] == "**OOM**: no memory"
     assert "latency_ms/p50" not in failed.data.metrics
+
+
+def test_the_run_of_a_sweep_that_is_cut_short_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a second signal cuts its closing short."""
+
+    def stop(*args: Any) -> list[str]:
+        raise KeyboardInterrupt
+
+    good, folder = cell(tmp_path / "0", sweep_id="s")
+    for name, cut_short in (("stopped", True), ("stopped twice", False)):
+        tracker = CellTracker(MlflowConfig(), tmp_path)
+        tracker.start_sweep(name, {})
+        tracker.log(good, folder)
+        monkeypatch.setattr(Store, "_log_comparison", stop)
+        with contextlib.nullcontext() if cut_short else pytest.raises(KeyboardInterrupt):
+            tracker.end_sweep([(folder, good)], cut_short)
+    statuses = {r.info.run_name: r.info.status for r in runs(sqlite_uri(tmp_path)) if r.data.tags["role"] == "sweep"}
+    assert statuses == {"stopped": "KILLED", "stopped twice": "KILLED"}
 
 
 def free_port() -> int:
