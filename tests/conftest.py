@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,9 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
 torch.set_num_threads(1)  # the tensors are small
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes that tests start share the cores with the other worker
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and processes would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Processes that tests start, in whatever folder, import this checkout and tests/helpers, as the tests do.
 _FOLDERS = [str(ROOT / name) for name in (".", "kernels", "engines", "tests")]

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from grbench.config.compose import CONFIG_DIR, compose_jobs, explain
+from grbench.config.compose import CONFIG_DIR, compose_jobs, explain, help_text
 from grbench.config.jobs import Invocation, Job, Session
 from grbench.config.schema import ConfigError
 
@@ -59,7 +59,13 @@ def run(
             sys.exit(2)  # Hydra prints a line of its own for any other exception
 
     try:
-        total = _check_first(program, words, config_name, check)
+        flags = _flags(program, words)
+        if flags.help:
+            print(help_text(config_name, flags.overrides, flags.config_dir))
+            return 0
+        if not (flags.hydra_help or flags.shell_completion or flags.info or flags.config_name):
+            jobs = compose_jobs(config_name, check, flags.overrides, flags.multirun, flags.config_dir)
+            total = sum(1 for _ in jobs)  # all are checked before the first one runs
         app()
     except SystemExit:
         if refused is None:
@@ -81,11 +87,8 @@ def run(
     return session.close() if session is not None else 0
 
 
-def _check_first(program: str, words: Sequence[str], config_name: str, check: Callable[[DictConfig], Any]) -> int:
-    """Compose every job of a command line, so that a wrong one stops it before the first runs.
-
-    Returns the number of jobs, 0 if Hydra is asked for something else. Raises ConfigError.
-    """
+def _flags(program: str, words: Sequence[str]) -> argparse.Namespace:
+    """Return Hydra's flags and overrides of a command line. Raises ConfigError."""
     parser = get_args_parser()
     parser.exit_on_error = False
     try:
@@ -94,6 +97,4 @@ def _check_first(program: str, words: Sequence[str], config_name: str, check: Ca
         raise ConfigError(f"{e}; python -m {program} --hydra-help lists the flags") from None
     if unknown:
         raise ConfigError(f"{unknown[0]}: no such flag; python -m {program} --hydra-help lists them")
-    if args.help or args.hydra_help or args.shell_completion or args.info or args.config_name:
-        return 0
-    return sum(1 for _ in compose_jobs(config_name, check, args.overrides, args.multirun, args.config_dir))
+    return args

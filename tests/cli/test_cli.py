@@ -63,6 +63,13 @@ def test_every_subcommand_has_help_with_an_example(capsys: Capture, name: str) -
     assert f"python -m grbench {'' if name == 'run' else name}".rstrip() in text
 
 
+def test_help_lists_the_options_in_a_folder_of_ones_own(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "workload").mkdir()
+    (tmp_path / "workload" / "mine.yaml").write_text("defaults: [/schema/workload/synthetic@_here_]\nname: mine\n")
+    text = output(capsys, "--config-dir", str(tmp_path), "workload=mine", "--help")
+    assert "\nworkload: csv, mine, ml_100k, " in text
+
+
 @pytest.mark.parametrize(
     "word, line",
     [

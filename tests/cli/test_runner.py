@@ -59,9 +59,9 @@ def test_one_run_leaves_a_whole_record_and_samples(grbench: Grbench, tmp_path: P
     assert "closed_loop" in done.stdout
 
 
-def test_a_cache_with_a_host_tier_is_gated_from_both_and_counted(grbench: Grbench, tmp_path: Path) -> None:
+def test_a_cache_with_a_host_tier_is_gated_from_both_and_counted(grbench_here: Grbench, tmp_path: Path) -> None:
     # 4 pages of 65536 bytes on the device: fewer than users. One request at a time: none is answered without the cache.
-    done = grbench(
+    done = grbench_here(
         *QUICK,
         "engine.device=cpu",
         "engine.precision=fp32",
@@ -84,9 +84,9 @@ def test_a_cache_with_a_host_tier_is_gated_from_both_and_counted(grbench: Grbenc
     assert record.actual["cache_pages"] == 4
 
 
-def test_a_sweep_resumes_and_goes_on_past_a_cell_that_failed(grbench: Grbench, tmp_path: Path) -> None:
+def test_a_sweep_resumes_and_goes_on_past_a_cell_that_failed(grbench_here: Grbench, tmp_path: Path) -> None:
     sweep = ["-m", *QUICK, "engine.precision=fp32,bf16", "engine.device=cpu,cuda"]
-    first = grbench(*sweep)
+    first = grbench_here(*sweep)
     if any(r.actual.get("device") == "cuda" for r in found(tmp_path)):
         pytest.skip("this machine has a GPU: nothing is unavailable")
     assert first.returncode == 1
@@ -95,16 +95,16 @@ def test_a_sweep_resumes_and_goes_on_past_a_cell_that_failed(grbench: Grbench, t
     unavailable = next(r for r in found(tmp_path) if r.status is Status.UNAVAILABLE)
     assert "cuda" in (unavailable.error or "").lower()
     assert not any(name.startswith(("latency", "throughput")) for name in unavailable.metrics)
-    again = grbench(*sweep)
+    again = grbench_here(*sweep)
     assert again.returncode == 1
     assert again.stderr.count("kept") == 4
     assert again.stderr.count("rerun_failed=true measures it again") == 2
     assert "engine.precision=bf16 engine.device=cuda: UNAVAILABLE in a record of " in again.stderr
     assert len(found(tmp_path)) == 4
-    failed_again = grbench(*sweep, "rerun_failed=true")
+    failed_again = grbench_here(*sweep, "rerun_failed=true")
     assert failed_again.stderr.count("kept") == 2
     assert len(found(tmp_path)) == 6
-    assert grbench(*QUICK).returncode == 0  # a single run is never skipped
+    assert grbench_here(*QUICK).returncode == 0  # a single run is never skipped
     assert len(found(tmp_path)) == 7
 
 
@@ -172,9 +172,9 @@ def test_a_killed_and_a_hanging_worker_are_records_and_the_sweep_goes_on(
     assert not [p for p in psutil.process_iter() if any(str(tmp_path) in a for a in _command(p))], "a worker is left"
 
 
-def test_exhausted_memory_is_a_record_and_the_sweep_goes_on(grbench: Grbench, tmp_path: Path) -> None:
+def test_exhausted_memory_is_a_record_and_the_sweep_goes_on(grbench_here: Grbench, tmp_path: Path) -> None:
     # A position table of 2e6 x 1024 floats is 8 GB; the worker may have 2.
-    done = grbench(
+    done = grbench_here(
         "-m", *QUICK, "model.embedding_dim=1024,64", "model.max_positions=2000000", "runner.memory_limit_gb=2"
     )
     assert done.returncode == 1
@@ -245,9 +245,9 @@ def _spares(folder: Path) -> list[RunRecord]:
     return [records.load(p) for p in folder.glob("grbench-*/record.json")]
 
 
-def test_a_sweep_folder_used_again_keeps_the_records_in_it(grbench: Grbench, tmp_path: Path) -> None:
+def test_a_sweep_folder_used_again_keeps_the_records_in_it(grbench_here: Grbench, tmp_path: Path) -> None:
     for seeds in ("0,0", "1"):  # and a cell that is asked for twice is measured once
-        assert grbench("-m", *QUICK, f"seed={seeds}", "hydra.sweep.dir=same").returncode == 0
+        assert grbench_here("-m", *QUICK, f"seed={seeds}", "hydra.sweep.dir=same").returncode == 0
     assert sorted(r.spec["seed"] for r in found(tmp_path / "same")) == [0, 1]
 
 
