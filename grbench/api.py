@@ -35,7 +35,7 @@ def run(
         progress: Print the state of each cell on stderr.
 
     Returns:
-        A record for each cell.
+        A record for each cell. With `runner.repeats` above 1, the first run of every cell comes before the second ones.
 
     Raises:
         grbench.ConfigError: An override is wrong. Nothing has run then, because all cells are checked first.
@@ -59,6 +59,7 @@ def run(
     try:
         for job in jobs:
             session.run(job)
+        session.finish()
     except BaseException:
         session.end(cut_short=True)
         raise

@@ -67,6 +67,8 @@ def run(
             jobs = compose_jobs(config_name, check, flags.overrides, flags.multirun, flags.config_dir)
             total = sum(1 for _ in jobs)  # all are checked before the first one runs
         app()
+        if session is not None:
+            session.finish()
     except SystemExit:
         if refused is None:
             raise

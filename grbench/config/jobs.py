@@ -31,5 +31,8 @@ class Session(Protocol):
     def run(self, job: Job) -> None:
         """Run one job; finished results are on disk whatever happens. Raises ConfigError for unusable data."""
 
+    def finish(self) -> None:
+        """Do what comes after the last job, before `close`."""
+
     def close(self, cut_short: str = "") -> int:
         """Print the tables and end the tracking. Returns the exit code. cut_short: what ended the jobs early."""

@@ -88,6 +88,9 @@ class RunnerConfig:
 
     output_root: str = option("outputs", "folder for records, samples, logs and the MLflow database")
     timeout_s: float = option(1800.0, "time limit of a worker; beyond it: status TIMEOUT", gt=0, le=31_536_000)
+    repeats: int = option(
+        1, "runs of each cell, round by round over all cells, each with the next `seed`", ge=1, le=1000
+    )
     memory_limit_gb: float | None = option(
         None, "host memory of a worker, 10^9 bytes; beyond it: status OOM; null: no limit", gt=0, le=1e6
     )

@@ -46,6 +46,9 @@ class RowSession:
         """The origin of a job that begins now, for its results file."""
         return results.origin(self._command)
 
+    def finish(self) -> None:
+        """Nothing comes after the last job."""
+
     def print_tables(self) -> None:
         """Print the results on standard output."""
         raise NotImplementedError

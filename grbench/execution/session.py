@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,9 @@ class CellSession:
     """
 
     def __init__(self, run: RunConfig, invocation: Invocation, quiet: bool = False) -> None:
-        self._invocation = invocation
+        self._invocation, self._repeats = invocation, run.runner.repeats
+        self._total = invocation.total * self._repeats
+        self._jobs: list[Job] = []
         self._cells: list[tuple[Path, RunRecord]] = []
         self._root = Path(run.runner.output_root).absolute()
         self._screen = Console(stderr=True, quiet=quiet)
@@ -34,7 +37,7 @@ class CellSession:
         self._tracking = run.tracking
         self._tracker = CellTracker(run.tracking, self._root)
         if self._sweep_id:
-            facts = {"overrides": " ".join(invocation.words), "cells": str(invocation.total)}
+            facts = {"overrides": " ".join(invocation.words), "cells": str(self._total)}
             self._tracker.start_sweep(self._sweep_id, facts)
         self._earlier: dict[str, tuple[Path, RunRecord]] = {}
         if self._sweep_id and not run.rerun:
@@ -44,11 +47,25 @@ class CellSession:
 
     def run(self, job: Job) -> None:
         """Measure one cell, or keep its earlier record; log it. Raises KeyboardInterrupt after keeping the record."""
+        self._jobs.append(job)
+        if self._repeats > 1:
+            self._measure(repeated(job, 0), " run 1")
+        else:
+            self._measure(job)
+
+    def finish(self) -> None:
+        """Run every cell again, `runner.repeats` times in all, round by round: a slow hour then meets all cells."""
+        for repeat in range(1, self._repeats):
+            for job in self._jobs:
+                self._measure(repeated(job, repeat), f" run {repeat + 1}")
+
+    def _measure(self, job: Job, run_number: str = "") -> None:
         spec: RunSpec = job.config[0]
         run: RunConfig = job.config[1]
         typed = [word.lower() for word in self._invocation.words]  # Hydra writes True for true
-        swept = " ".join(o for o in job.overrides if o.lower() not in typed) if self._sweep_id else ""
-        title = f"{len(self._cells) + 1}/{self._invocation.total} {swept or spec.title}"
+        ignored = (*typed, f"seed={spec.seed}", "runner.repeats=1") if run_number else typed
+        swept = " ".join(o for o in job.overrides if o.lower() not in ignored) if self._sweep_id else ""
+        title = f"{len(self._cells) + 1}/{self._total} {swept or spec.title}{run_number}"
         if earlier := self._earlier.get(spec.hash):
             folder, record = earlier
             again = "rerun=true" if record.ok else "rerun_failed=true"
@@ -105,13 +122,25 @@ class CellSession:
         self.end(bool(cut_short))
         print_cells(Console(), self._cells)
         if cut_short:
-            left = self._invocation.total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)
+            left = self._total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)
             again = "; the same sweep goes on from here" if self._sweep_id else ""
-            self._screen.print(f"{cut_short} with {left} of {self._invocation.total} cells to go{again}")
+            self._screen.print(f"{cut_short} with {left} of {self._total} cells to go{again}")
         where = os.path.relpath(self._root)
         compare = where_to_look(self._tracking, self._root) or f"python -m grbench report {where}"
         self._screen.print(f"records: {where}   compare: {compare}", soft_wrap=True, highlight=False)
         return 0 if all(record.ok for _, record in self._cells) else 1
+
+
+def repeated(job: Job, repeat: int) -> Job:
+    """Return a run of the job's cell: the first is 0, and later ones have another seed and a folder beside its own."""
+    spec, run = job.config
+    seed = spec.seed + repeat
+    typed = [word for word in job.overrides if word.partition("=")[0] not in ("seed", "runner.repeats")]
+    return Job(
+        (dataclasses.replace(spec, seed=seed), run),
+        job.folder.with_name(f"{job.folder.name}-run{repeat + 1}") if repeat else job.folder,
+        (*typed, f"seed={seed}", "runner.repeats=1"),
+    )
 
 
 class CellProgress:

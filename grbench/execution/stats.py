@@ -11,6 +11,7 @@ queue is like the wait before it. `independent_samples` says what they are worth
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -131,6 +132,33 @@ def samples_for_interval(percent: float) -> int:
     """Return the fewest samples that `percentile_interval` needs: each tail must hold one 97.5% of the time."""
     q, tail = percent / 100, (1 - CONFIDENCE) / 2
     return math.ceil(math.log(tail) / math.log(max(q, 1 - q)))
+
+
+def across_runs(
+    values: Sequence[float], intervals: Sequence[Sequence[float] | None]
+) -> tuple[float, tuple[float, float] | None]:
+    """Return the figure of several runs of one cell and its 95% interval; of one run its own figure and interval.
+
+    values: of each run. intervals: each run's own, [low, high] or None.
+
+    Runs differ by more than their own intervals say: in their inputs, and in the state of the machine. The figure is
+    the mean over runs, and the interval is Student's t for that mean, so two runs give a wide one. It is at least as
+    wide as the runs' own intervals make the mean's, because a few runs can agree by chance. Positive figures are
+    averaged as logarithms, because times and rates spread by factors.
+    """
+    if len(values) == 1:
+        return values[0], (intervals[0][0], intervals[0][1]) if intervals[0] else None
+    from scipy.stats import t  # slow to import
+
+    logs = min(values) > 0 and all(interval is None or interval[0] > 0 for interval in intervals)
+    to, back = (math.log, math.exp) if logs else (float, float)
+    runs = np.array([to(value) for value in values])
+    own = [(to(high) - to(low)) / 2 for low, high in filter(None, intervals)]
+    count, middle = len(runs), float(runs.mean())
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(runs.std(ddof=1)) / math.sqrt(count)
+    if len(own) == count:
+        reach = max(reach, math.hypot(*own) / count)
+    return back(middle), (back(middle - reach), back(middle + reach))
 
 
 def throughput(answered: int, duration_s: float) -> float:

@@ -7,7 +7,7 @@ latency limit. Among them
 - cells of another scenario at one offered load are ranked by the highest percentile that all of them have;
 - cells at several loads are ranked by the highest load at which the upper end of p99's 95% interval keeps the limit.
 
-Cells that differ only in their seed are repeats of one strategy, and its interval spans those of all repeats.
+Cells that differ only in their seed are repeats of one strategy, and its interval has the spread between them.
 A difference counts only if the intervals do not overlap.
 """
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
 from grbench.report.cells import figure, flatten, labels, shown
+from grbench.report.repeats import estimate
 from grengines.pipeline.config import STAGES
 
 LOADS = {  # scenario: the option of its offered load, and the unit
@@ -33,21 +34,27 @@ PERCENTILES = ("p99", "p90", "p50")
 
 @dataclass(frozen=True)
 class Estimate:
-    """One strategy at one load: the middle of its repeats and the interval that spans theirs."""
+    """One strategy at one load: the mean of its repeats and the 95% interval over them."""
 
     label: str
     records: tuple[RunRecord, ...]
     value: float  # requests/s, or milliseconds
-    low: float
-    high: float
+    interval: tuple[float, float] | None  # a single offline run has none
 
-    @property
-    def known(self) -> bool:
-        """True if there is an interval; a single offline run has none."""
-        return self.low < self.high
+    def overlaps(self, other: Estimate) -> bool:
+        """Return whether the intervals leave open which is better. Without an interval, only the values count."""
+        if self.interval is None or other.interval is None:
+            return False
+        return self.interval[0] <= other.interval[1] and other.interval[0] <= self.interval[1]
 
     def __str__(self) -> str:
-        return f"{figure(self.value)} [{figure(self.low)}, {figure(self.high)}]" if self.known else figure(self.value)
+        ends = f" [{', '.join(map(figure, self.interval))}]" if self.interval else ""
+        return figure(self.value) + ends
+
+    @property
+    def runs(self) -> str:
+        """The number of runs behind it, if there are several."""
+        return f" ({len(self.records)} runs)" if len(self.records) > 1 else ""
 
 
 @dataclass(frozen=True)
@@ -94,22 +101,22 @@ def _highest_throughput(group: list[RunRecord]) -> Finding:
     ranked = [_estimate(label, runs, "throughput_rps") for label, runs in _strategies(group).items()]
     best, *others = sorted(ranked, key=lambda e: -e.value)
     if not others:
-        return Finding(best.records, f"Offline, {best.label} answers {best} requests/s.")
+        return Finding(best.records, f"Offline, {best.label} answers {best} requests/s{best.runs}.")
     first = _ties(best, others) or f"{best.label} is fastest"
-    return Finding(best.records, f"Offline, {first}: {best} requests/s{_next(others, best)}.")
+    return Finding(best.records, f"Offline, {first}: {best} requests/s{best.runs}{_next(others, best)}.")
 
 
 def _lowest_latency(group: list[RunRecord]) -> Finding:
-    percentile = next((p for p in PERCENTILES if all(f"latency_ms/{p}" in r.metrics for r in group)), "p50")
-    metric = f"latency_ms/{percentile}"
-    ranked = [_estimate(label, runs, metric) for label, runs in _strategies(group).items()]
-    best, *others = sorted(ranked, key=lambda e: e.value)
+    in_all = [p for p in PERCENTILES if all(f"latency_ms/{p}" in r.metrics for r in group)] or ["p50"]
+    of = {p: [_estimate(label, runs, f"latency_ms/{p}") for label, runs in _strategies(group).items()] for p in in_all}
+    percentile = next((p for p in in_all if all(e.interval for e in of[p])), in_all[0])
+    best, *others = sorted(of[percentile], key=lambda e: e.value)
     where = f"In {_scenario(group[0])}" if (load := _load(group[0])) is None else f"At {load:g} {_unit(group[0])}"
     limit = _against_limit(best, group[0].spec.get("latency_limit_ms"))
     if not others:
-        return Finding(best.records, f"{where}, {best.label} has a {percentile} of {best} ms{limit}.")
+        return Finding(best.records, f"{where}, {best.label} has a {percentile} of {best} ms{best.runs}{limit}.")
     first = _ties(best, others) or f"{best.label} has the lowest {percentile}"
-    return Finding(best.records, f"{where}, {first}: {best} ms{limit}{_next(others, best, ' ms')}.")
+    return Finding(best.records, f"{where}, {first}: {best} ms{best.runs}{limit}{_next(others, best, ' ms')}.")
 
 
 def _highest_load(group: list[RunRecord]) -> Finding:
@@ -123,7 +130,7 @@ def _highest_load(group: list[RunRecord]) -> Finding:
         for load in sorted(loads, reverse=True):
             if all("latency_ms/p99" in run.metrics for run in loads[load]):
                 estimate = _estimate(label, loads[load], "latency_ms/p99")
-                if estimate.high <= limit_ms:
+                if estimate.interval and estimate.interval[1] <= limit_ms:
                     kept.append((load, estimate))
                     break
     within = f"p99 within {limit_ms:g} ms" if limit is not None else "a p99"
@@ -134,7 +141,7 @@ def _highest_load(group: list[RunRecord]) -> Finding:
     equal = [estimate for other, estimate in others if other == load]
     lower = [(other, estimate) for other, estimate in others if other < load]
     text = f"{_ties(best, equal) or best.label}: the highest load with {within} is {load:g} {_unit(group[0])}"
-    text += f" (p99 {best} ms)"
+    text += f" (p99 {best} ms{best.runs.replace('(', 'over ').rstrip(')')})"
     if lower:
         text += f"; next is {lower[0][1].label} with {lower[0][0]:g}"
     return Finding(best.records, f"In {_scenario(group[0])}, {text}.")
@@ -152,15 +159,12 @@ def _strategies(group: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def _estimate(label: str, runs: Sequence[RunRecord], metric: str) -> Estimate:
-    values = sorted(run.metrics[metric] for run in runs)
-    ends = [run.intervals.get(metric, [run.metrics[metric]] * 2) for run in runs]
-    middle = values[len(values) // 2]
-    return Estimate(label, tuple(runs), middle, min(low for low, _ in ends), max(high for _, high in ends))
+    return Estimate(label, tuple(runs), *estimate(runs, metric))
 
 
 def _ties(best: Estimate, others: Sequence[Estimate]) -> str:
     """Name the strategies that the intervals do not separate from the best; "" if there are none."""
-    tied = [e for e in others if best.known and e.known and e.low <= best.high and best.low <= e.high]
+    tied = [e for e in others if best.overlaps(e)]
     if not tied:
         return ""
     names = ", ".join(e.label for e in tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
@@ -168,18 +172,19 @@ def _ties(best: Estimate, others: Sequence[Estimate]) -> str:
 
 
 def _next(others: Sequence[Estimate], best: Estimate, unit: str = "") -> str:
-    clear = [e for e in others if not (best.known and e.known and e.low <= best.high and best.low <= e.high)]
+    clear = [e for e in others if not best.overlaps(e)]
     return f"; next is {clear[0].label} with {clear[0]}{unit}" if clear else ""
 
 
 def _against_limit(best: Estimate, limit: float | None) -> str:
     if limit is None:
         return ""
-    if best.high <= limit:
+    if best.interval is None:
+        return f"; without an interval, the limit of {limit:g} ms is not decided"
+    low, high = best.interval
+    if high <= limit:
         return f", within the limit of {limit:g} ms"
-    return (
-        f", over the limit of {limit:g} ms" if best.low > limit else f"; the limit of {limit:g} ms is in its interval"
-    )
+    return f", over the limit of {limit:g} ms" if low > limit else f"; the limit of {limit:g} ms is in its interval"
 
 
 def _scenario(record: RunRecord) -> str:

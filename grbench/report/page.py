@@ -15,7 +15,8 @@ from grbench.report.findings import findings
 from grbench.report.frame import HITS, PARTS, PERCENTILES, cells_frame, has_samples, within_limit
 from grbench.report.markdown import bullets, table
 from grbench.report.provenance import origin_line
-from grbench.report.table import notes
+from grbench.report.repeats import pooled, run_count
+from grbench.report.table import columns_for, notes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +49,7 @@ def cell_sections(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: S
         _comparison(frame, records, _different(recorded)),
         "Times in milliseconds. Percentiles are samples, not interpolated; in brackets their 95% interval.",
         *bullets(notes(records, [f"row {number}" for number in frame.index])),
+        *_repeats(records),
         *_failures(frame),
         *figures,
         *environment_section(recorded),
@@ -112,6 +114,20 @@ def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments:
         cells += [MISSING if gate == [MISSING, MISSING] else " / ".join(gate), MISSING if offline else verdict]
         rows.append(cells)
     return table(heads, rows)
+
+
+def _repeats(records: Sequence[RunRecord]) -> list[str]:
+    """Return the section of cells that ran several times, which is empty if none did."""
+    several = [record for record in pooled(records) if run_count(record) > 1]
+    if not several:
+        return []
+    columns = [column for column in columns_for(several) if column.heading != "gate"]
+    rows = [
+        [label, *(column.text(record) for column in columns)]
+        for record, label in zip(several, labels(several), strict=True)
+    ]
+    note = "Means of several runs with other seeds. The 95% intervals have the spread between runs."
+    return ["## Repeated cells", table(["cell", *(column.heading for column in columns)], rows), note]
 
 
 def _with_interval(row: pd.Series, name: str) -> str:

@@ -13,6 +13,7 @@ from rich.text import Text
 from grbench.execution.records import RunRecord, Status
 from grbench.report.cells import MISSING, Cell, figure, labels
 from grbench.report.findings import findings, limit_verdict
+from grbench.report.repeats import pooled, run_count
 
 MOST_COLUMNS = 10
 NARROWEST_CELL, GAP = 8, 2  # characters; of the gap one is the divider
@@ -49,6 +50,14 @@ def _of_latency(name: str, interval: bool = False) -> Callable[[RunRecord], str]
     return text
 
 
+def _throughput(record: RunRecord) -> str:
+    """Format a throughput, with the interval over repeats where it is a result, and not the offered load."""
+    value, ends = figure(record.metrics.get("throughput_rps")), record.intervals.get("throughput_rps")
+    if ends is None or record.spec["scenario"]["name"] not in ("offline", "closed_loop"):
+        return value
+    return f"{value} [{figure(ends[0])}, {figure(ends[1])}]"
+
+
 def _stages(record: RunRecord) -> str:
     values = [record.metrics.get(f"{stage}_ms/p50") for stage in ("retrieve", "rank")]
     return MISSING if None in values else " + ".join(figure(value) for value in values)
@@ -70,7 +79,7 @@ def _gate(record: RunRecord) -> str:
 
 
 COLUMNS = [  # in the order of the table
-    Column("requests/s", "requests/s: answers per second over the whole run", _metric("throughput_rps")),
+    Column("requests/s", "requests/s: answers per second over the whole run", _throughput),
     Column("p50 ms", "p50: median latency from arrival to answer", _of_latency("latency_ms/p50")),
     Column(
         "p99 ms",
@@ -83,6 +92,12 @@ COLUMNS = [  # in the order of the table
     Column("retrieve + rank", "retrieve + rank: median milliseconds of the pipeline's stages", _stages, always=False),
     Column("hits %", "hits: requests that found cached state", _metric("cache/hit_rate", percent=True), always=False),
     Column("AUC", "AUC: by the engine's scores, one a task", _auc, always=False),
+    Column(
+        "runs",
+        "runs: repeats with other seeds; figures are their means, and intervals have the spread between them",
+        lambda record: str(run_count(record)) if run_count(record) > 1 else MISSING,
+        always=False,
+    ),
     Column("gate", "gate: error against the fp32 reference, as a share of the tolerance", _gate),
 ]
 LEAST_NEEDED = ["queue", "compute", "p50 ms", "in limit", "hits %", "retrieve + rank"]  # dropped first to last
@@ -107,9 +122,8 @@ def fitting(columns: list[Column], records: list[RunRecord], width: int) -> list
     return columns
 
 
-def cells_table(cells: list[Cell], columns: list[Column]) -> Table:
-    """Return a table with one row per cell: its label, its status and `columns`."""
-    records = [record for _, record in cells]
+def cells_table(records: list[RunRecord], columns: list[Column]) -> Table:
+    """Return a table with one row per record: its label, its status and `columns`."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("cell", overflow="fold", min_width=NARROWEST_CELL)
     table.add_column("status", no_wrap=True)
@@ -122,14 +136,18 @@ def cells_table(cells: list[Cell], columns: list[Column]) -> Table:
 
 
 def print_cells(console: Console, cells: list[Cell]) -> None:
-    """Print the table of `cells`, its legend, errors, notes and findings. Nothing is wrapped in a pipe."""
+    """Print the table of `cells`, its legend, errors, notes and findings. Nothing is wrapped in a pipe.
+
+    Repeats of a cell share a row.
+    """
     if not cells:
         return
     if not console.is_terminal:
         console = Console(file=console.file, width=1000, color_system=None)
-    records = [record for _, record in cells]
+    every = [record for _, record in cells]
+    records = pooled(every)
     columns = fitting(columns_for(records), records, console.width)
-    console.print(cells_table(cells, columns))
+    console.print(cells_table(records, columns))
     if any(record.ok for record in records):
         legend = "; ".join(column.legend for column in columns if column.legend)
         console.print(Text(f"{legend}; {MISSING}: does not apply", style="dim"), soft_wrap=True)
@@ -139,7 +157,7 @@ def print_cells(console: Console, cells: list[Cell]) -> None:
             console.print(Text(line, style=STYLES.get(record.status, "red")), soft_wrap=True)
     for note in (note for note in notes(records) if not note.startswith(UNSEEN)):
         console.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
-    for finding in findings(records):
+    for finding in findings(every):
         console.print(Text(finding.sentence, style="bold"), soft_wrap=True)
 
 

@@ -9,6 +9,7 @@ from grbench.execution.records import LoggedRow, RunRecord
 from grbench.report.cells import MISSING, figure, labels
 from grbench.report.findings import findings
 from grbench.report.markdown import escape, table
+from grbench.report.repeats import pooled
 from grbench.report.table import columns_for
 
 
@@ -42,10 +43,11 @@ def describe_sweep(records: Sequence[RunRecord], run_id: str, pictures: Sequence
 
     pictures: artifact paths of the sweep's run.
     """
-    columns = columns_for(list(records))
+    together = pooled(records)
+    columns = columns_for(together)
     rows = [
         [label, record.status, *(column.text(record) if record.ok else MISSING for column in columns)]
-        for record, label in zip(records, labels(records), strict=True)
+        for record, label in zip(together, labels(together), strict=True)
     ]
     parts = [
         "\n".join(f"- {escape(finding.sentence)}" for finding in findings(records)),

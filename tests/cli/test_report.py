@@ -32,6 +32,7 @@ from grbench.report import (
 )
 from grbench.report.cells import command, figure, flatten, knobs, labels
 from grbench.report.frame import PARTS, read_cells
+from grbench.report.page import write_page
 from grbench.report.table import print_cells
 
 Capture = pytest.CaptureFixture[str]
@@ -436,7 +437,9 @@ def test_columns_appear_where_cells_have_their_figures(tmp_path: Path) -> None:
 
 def test_notes_are_said_once(tmp_path: Path) -> None:
     for i in range(6):
-        write_cell(tmp_path / "o" / str(i), f"seed={i}", notes=["shared", *(["of most"] if i else [])])
+        write_cell(
+            tmp_path / "o" / str(i), f"scenario.max_batch={i + 1}", notes=["shared", *(["of most"] if i else [])]
+        )
     lines = screen(read_cells([tmp_path / "o"]), None)
     assert lines[-3:-1] == ["note: shared", "note: of most (5 of 6 cells)"]
 
@@ -524,3 +527,16 @@ def test_a_cell_of_a_study_is_repeated_alone() -> None:
     study, other = (RunRecord(SPEC, "0", Status.OK, "2026", 1.0, overrides=o) for o in (["study=batching"], ["seed=1"]))
     assert command(study) == "python -m grbench hydra.mode=RUN study=batching"
     assert command(other) == "python -m grbench seed=1"
+
+
+def test_repeated_cells_have_a_section_with_their_number(tmp_path: Path) -> None:
+    for seed, scale in enumerate((1.0, 1.1, 1.3)):
+        write_cell(tmp_path / "runs" / f"{seed}", f"seed={seed}", scale=scale)
+    write_cell(tmp_path / "runs" / "other", "scenario.max_batch=4")
+    write_page(read_cells([tmp_path / "runs"]), tmp_path / "page.md", "Repeats")
+    [row] = rows_of((tmp_path / "page.md").read_text(), "Repeated cells")
+    assert row["runs"] == "3"
+    low, high = map(float, re.findall(r"[\d.]+", row["p99 ms"])[1:])
+    assert high > 1.3 * low  # the runs differ by 30%
+    write_page(read_cells([tmp_path / "runs" / "other"]), tmp_path / "page.md", "Repeats")
+    assert "Repeated" not in (tmp_path / "page.md").read_text()

@@ -108,6 +108,25 @@ def test_a_sweep_resumes_and_goes_on_past_a_cell_that_failed(grbench_here: Grben
     assert len(found(tmp_path)) == 7
 
 
+def test_repeats_go_round_by_round_with_fresh_seeds(grbench: Grbench, tmp_path: Path) -> None:
+    sweep = ["-m", *QUICK, "scenario.clients=2,4", "seed=5", "runner.repeats=2"]
+    done = grbench(*sweep)
+    assert done.returncode == 0, done.stderr + done.stdout
+    ran = [(r.spec["scenario"]["clients"], r.spec["seed"]) for r in found(tmp_path)]
+    assert sorted(ran) == [(2, 5), (2, 6), (4, 5), (4, 6)]
+    began = [line.partition(":")[0] for line in done.stderr.splitlines() if line.endswith("loading the workload")]
+    assert [title.split()[0] for title in began] == ["1/4", "2/4", "3/4", "4/4"]
+    assert [title.partition("clients=")[2] for title in began] == ["2 run 1", "4 run 1", "2 run 2", "4 run 2"]
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("clients=")]
+    assert [row[:2] for row in rows] == [["clients=2", "OK"], ["clients=4", "OK"]]  # a row for both runs
+    assert [row[-2] for row in rows] == ["2", "2"]  # runs, beside the gate
+    assert {tuple(r.overrides[-2:]) for r in found(tmp_path)} == {
+        (f"seed={seed}", "runner.repeats=1") for seed in (5, 6)
+    }  # the command that measures one of them again
+    again = grbench(*sweep)
+    assert again.stderr.count("kept") == 4
+
+
 class Running:
     """grbench as a background process, with access to its workers."""
 

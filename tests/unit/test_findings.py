@@ -8,6 +8,7 @@ import pytest
 
 from grbench.execution.records import RunRecord, Status
 from grbench.report.findings import findings, limit_verdict
+from grbench.report.repeats import pooled, run_count
 
 P99 = "latency_ms/p99"
 
@@ -104,7 +105,40 @@ def test_seeds_are_repeats_whose_spread_counts() -> None:
     mine = [cell(p99, seed=i, spread=0.01) for i, p99 in enumerate((4.6, 5.0, 7.3))]
     (found,) = findings([*mine, cell(6.0, engine="aoti", spread=0.01)])
     assert found.best == tuple(mine)
-    assert "engine=hstu leads, but not beyond the 95% intervals of engine=aoti: 5.00 [4.55, 7.37] ms" in found.sentence
+    said = "engine=hstu leads, but not beyond the 95% intervals of engine=aoti: 5.52 [2.99, 10.2] ms (3 runs), within"
+    assert said in found.sentence
+    offline = [cell(scenario="offline", rps=rps, seed=i) for i, rps in enumerate((100, 101, 99))]
+    assert sentences(*offline) == ["Offline, hstu answers 100 [97.5, 103] requests/s (3 runs)."]
+
+
+def test_repeats_are_one_row() -> None:
+    """Their mean, the spread between them, and their number; what failed or differs in more stays apart."""
+    runs = [cell(p99, seed=i, rps=40 + i) for i, p99 in enumerate((4.6, 5.0, 7.3))]
+    failed, other = cell(seed=3, status=Status.ERROR), cell(9.0, engine="aoti")
+    runs[1].metrics["cache/hit_rate"] = 0.5  # not of all runs
+    one, *rest = pooled([*runs, failed, other])
+    assert rest == [failed, other]
+    assert [run_count(record) for record in (one, other)] == [3, 1]
+    assert one.metrics[P99] == pytest.approx((4.6 * 5.0 * 7.3) ** (1 / 3))
+    assert one.intervals.keys() == {P99, "latency_ms/p90", "latency_ms/p50", "throughput_rps"}
+    assert "cache/hit_rate" not in one.metrics
+    assert [record.metrics.get("runs") for record in runs] == [None] * 3
+    moved = [cell(p99, seed=i, cpu=f"{i}") for i, p99 in enumerate((4.6, 5.0))]
+    assert pooled(moved) == moved
+
+
+def test_without_an_interval_nothing_is_certain() -> None:
+    short = cell(6.0)
+    del short.intervals[P99]
+    assert limit_verdict(short) == "unsure"
+    assert sentences(short)[0].endswith("6.00 ms; without an interval, the limit of 80 ms is not decided.")
+    short.intervals["latency_ms/p90"] = [2.9, 3.1]
+    sure = cell(9.0, engine="aoti")
+    sure.intervals["latency_ms/p90"] = [4.4, 4.6]
+    assert sentences(short, sure)[0].startswith("At 40 requests/s, engine=hstu has the lowest p90: 3.00 [2.90, 3.10]")
+    slow = [cell(p99, load=load) for p99, load in ((60, 50), (70, 100))]
+    del slow[1].intervals[P99]
+    assert "the highest load with p99 within 80 ms is 50 requests/s" in sentences(*slow)[0]
 
 
 @pytest.mark.parametrize(

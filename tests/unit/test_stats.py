@@ -184,6 +184,34 @@ def test_independent_samples_are_worth_about_their_number() -> None:
     assert stats.independent_samples(samples, np.arange(20_000), 99.0) > 18_000
 
 
+@pytest.mark.parametrize("between", [0.0, 0.02, 0.2])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_interval_over_runs_covers_the_truth(count: int, between: float) -> None:
+    """Runs that differ by `between` of the truth, each with an interval of its own that knows nothing of that."""
+    rng = np.random.default_rng(5)
+    covered = naive = 0
+    for _ in range(1000):
+        values = np.exp(rng.normal(0, between, count) + rng.normal(0, 0.02, count))
+        own = [[float(v * np.exp(-0.0392)), float(v * np.exp(0.0392))] for v in values]
+        _, interval = stats.across_runs(values.tolist(), own)
+        assert interval is not None
+        covered += interval[0] <= 1 <= interval[1]
+        naive += own[0][0] <= 1 <= own[0][1]
+    assert covered / 1000 >= 0.93
+    assert between < 0.2 or naive / 1000 < 0.3
+
+
+def test_one_run_keeps_its_own_interval_and_zeros_are_averaged() -> None:
+    assert stats.across_runs([3.0], [[2.0, 4.0]]) == (3.0, (2.0, 4.0))
+    assert stats.across_runs([3.0], [None]) == (3.0, None)
+    middle, interval = stats.across_runs([0.0, 2.0], [None, None])
+    assert middle == 1.0
+    assert interval == pytest.approx((1 - 12.706, 1 + 12.706), abs=0.001)
+    same, wide = stats.across_runs([2.0, 2.0], [[1.0, 4.0], [1.0, 4.0]])  # they agree by chance
+    assert same == pytest.approx(2.0)
+    assert wide == pytest.approx((2 * 2 ** -(0.5**0.5), 2 * 2 ** (0.5**0.5)))
+
+
 @examples(100)
 @given(latencies, st.floats(0, 1e6), st.floats(0.01, 100))
 def test_goodput_counts_answers_in_time(samples: list[float], deadline: float, duration_s: float) -> None:

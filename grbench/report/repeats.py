@@ -1,0 +1,73 @@
+"""Repeats: cells that differ only in their seed, as one record for the tables.
+
+`runner.repeats` makes them, and so does a sweep over `seed`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+from grbench.execution import stats
+from grbench.execution.records import RunRecord
+from grbench.report.cells import flatten, shown
+
+SPREADS = ("latency_ms/p", "throughput_rps", "goodput_rps")  # names of the metrics whose spread becomes an interval
+
+
+def pooled(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return the records with the OK repeats of a cell as one, at the place of the first.
+
+    Its metrics are those that all runs have, by `stats.across_runs`, and `runs` is their number. Its gate is the one of
+    the largest error. All other facts are the first run's.
+    """
+    groups: dict[str, list[RunRecord]] = {}
+    for i, record in enumerate(records):
+        groups.setdefault(_cell(record) if record.ok else str(i), []).append(record)
+    return [_one(runs) if len(runs) > 1 else runs[0] for runs in groups.values()]
+
+
+def run_count(record: RunRecord) -> int:
+    """Return the number of runs behind a record's figures."""
+    return round(record.metrics.get("runs", 1))
+
+
+def estimate(runs: Sequence[RunRecord], metric: str) -> tuple[float, tuple[float, float] | None]:
+    """Return the value of a metric that all runs have, and its 95% interval or None."""
+    return stats.across_runs([run.metrics[metric] for run in runs], [run.intervals.get(metric) for run in runs])
+
+
+def _one(runs: Sequence[RunRecord]) -> RunRecord:
+    metrics, intervals = {"runs": float(len(runs))}, {}
+    for name in runs[0].metrics:
+        if any(run.metrics.get(name) is None for run in runs):
+            continue
+        metrics[name], interval = estimate(runs, name)
+        if interval is not None and name.startswith(SPREADS):
+            intervals[name] = list(interval)
+    return dataclasses.replace(
+        runs[0],
+        metrics=metrics,
+        intervals=intervals,
+        gate=max((run.gate for run in runs), key=lambda gate: gate.get("error") or 0.0),
+        notes=_notes(runs, intervals),
+    )
+
+
+def _notes(runs: Sequence[RunRecord], intervals: dict[str, list[float]]) -> list[str]:
+    """Return each note once, with the number of runs that have it, but not that an interval is absent which is here."""
+    carriers = Counter(note for run in runs for note in dict.fromkeys(run.notes))
+    return [
+        note if count == len(runs) else f"{note} ({count} of {len(runs)} runs)"
+        for note, count in carriers.items()
+        if note.partition(" ")[0] not in intervals
+    ]
+
+
+def _cell(record: RunRecord) -> str:
+    """Return a key that is equal for repeats: all options but the seed, the commit and the machine."""
+    leaves = {key: shown(value) for key, value in flatten(record.spec).items() if key != "seed"}
+    environment = {key: record.environment.get(key) for key in ("git_sha", "cpu", "cpu_cores", "gpus")}
+    return json.dumps([leaves, environment, record.actual.get("device")], sort_keys=True, default=str)
