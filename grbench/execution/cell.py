@@ -13,6 +13,7 @@ from grbench import scenarios, workloads
 from grbench.config.schema import RetrievalConfig, RunSpec
 from grbench.execution import measure
 from grbench.execution.gpu import sample_gpu
+from grbench.execution.load import BUILDING, MEASURING
 from grbench.execution.records import SAMPLES_FILE, Outcome
 from grbench.gate import gate_for, quality
 from grbench.gate.base import Gate
@@ -70,7 +71,7 @@ class Cell:
     @contextlib.contextmanager
     def _engine(self, trace: Trace, retrieval: Retrieval | None) -> Iterator[Engine]:
         """A prepared engine, which is closed at the end."""
-        self._stage("building the engine")
+        self._stage(BUILDING)
         spec, begun = self.spec, time.perf_counter()
         engine = registry.build(
             spec.engine,
@@ -128,7 +129,7 @@ class Cell:
         engine.reset_cache()
 
     def _measure(self, engine: Engine, requests: list[Request]) -> Measurement:
-        self._stage("measuring")
+        self._stage(MEASURING)
         compiled = len(tuning.compiled())
         measurement = scenarios.run_scenario(
             self.spec.scenario,

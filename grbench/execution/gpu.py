@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -53,6 +54,25 @@ def sample_gpu(index: int = 0) -> dict[str, float]:
             with contextlib.suppress(nvml.NVMLError):  # not every card reports all of them
                 sampled[name] = read()
         return sampled
+
+
+@dataclass(frozen=True)
+class GpuUse:
+    """Use of a GPU: its compute processes, and the share of the last moment (up to a second) in which it was busy."""
+
+    processes: int
+    utilisation_percent: float
+
+
+def gpu_use(index: int = 0) -> GpuUse | None:
+    """Return the use of one GPU now, or None where it is not known. Containers may hide each other's processes."""
+    with _nvml() as nvml:
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            return GpuUse(len(processes), float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu))
+        except Exception:  # no GPU, or one that reports neither (NVMLError is a class of pynvml, which may be absent)
+            return None
 
 
 @contextlib.contextmanager

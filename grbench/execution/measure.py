@@ -13,7 +13,7 @@ from grbench.config.schema import RunSpec
 from grbench.execution import stats
 from grbench.execution.records import PARTS
 from grbench.scenarios import Measurement
-from grbench.scenarios.config import ServerConfig, TraceReplayConfig
+from grbench.scenarios.config import OfflineConfig, ServerConfig, TraceReplayConfig
 from grbench.tools import sizing
 from grengines.api import Request
 from grengines.pipeline.config import STAGES
@@ -31,6 +31,8 @@ def summarise(
     """
     samples = measurement.samples
     summary = stats.latency_summary(samples["latency_ms"], arrivals_s=samples["arrival_s"])
+    if isinstance(spec.scenario, OfflineConfig):
+        summary.notes.clear()  # of a wait for all requests before it, no percentile is of interest
     metrics = summary.metrics
     for part in [*PARTS, *(f"{stage}_ms" for stage in STAGES if f"{stage}_ms" in samples)]:
         metrics[f"{part}/p50"] = stats.percentile(samples[part], 50)

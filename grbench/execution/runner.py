@@ -22,6 +22,7 @@ from typing import Any
 from grbench.config.schema import RunnerConfig, RunSpec, spec_to_json
 from grbench.execution import records
 from grbench.execution.environment import describe_environment
+from grbench.execution.load import LoadWatch
 from grbench.execution.records import LOG_FILE, Outcome, RunRecord, Status
 from grbench.signals import ENDING, Stopped, held
 
@@ -110,6 +111,7 @@ def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[
     kills_before = _oom_kills()
     worker = _start(spec, runner, folder, write_end)
     os.close(write_end)
+    watch = LoadWatch(worker.pid)
     outcome: Outcome | None = None
     timed_out, grace_s = False, 0.0  # Ctrl-C and the time limit stop the worker at once
     try:
@@ -118,6 +120,7 @@ def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[
                 if "outcome" in event:
                     outcome = Outcome(**{**event["outcome"], "status": Status(event["outcome"]["status"])})
                 else:
+                    watch.see(event.get("stage"))
                     on_event(event)
         grace_s = 5.0
     except TimeoutError:
@@ -127,6 +130,10 @@ def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[
     if -worker.returncode in ENDING:  # who ends a whole job signals all its processes: ours may be on its way
         time.sleep(1.0)
     if outcome is not None:
+        if outcome.status is Status.OK:
+            device = outcome.actual["device"]
+            outcome.metrics |= watch.metrics(device)
+            outcome.notes += watch.notes(device)
         return outcome
     log_ends = f"its log ends: {last_line(folder / LOG_FILE)}"
     if timed_out:

@@ -1,0 +1,112 @@
+"""Load of the machine by other processes while a cell is measured.
+
+The launcher reads it, and only when the worker reports: the worker's timing does not notice. Linux only.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from grbench.execution.gpu import GpuUse, gpu_use
+
+BUILDING, MEASURING = "building the engine", "measuring"  # stages of the worker
+MOST_MEAN, MOST_PEAK = 0.05, 0.25  # shares of the cores that others may take before a note says so
+MOST_GPU_PERCENT = 5.0
+SHORTEST_S = 0.4  # of a reading: the kernel counts in ticks of 10 ms
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Processor seconds up to a moment, of the cores that the worker may use and of the worker's own processes."""
+
+    at_s: float
+    busy_s: float
+    own_s: float
+
+
+class LoadWatch:
+    """Watch over one worker, by its process id. proc: the process file system."""
+
+    def __init__(self, worker: int, proc: Path = Path("/proc")) -> None:
+        self._worker, self._proc = worker, proc
+        self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        self._first: Reading | None = None
+        self._last: Reading | None = None
+        self._peak = 0.0
+        self._ended = False
+        self._gpu: GpuUse | None = None
+
+    def see(self, stage: str | None) -> None:
+        """Take a reading on a message of the worker. stage: the one that begins; None for mere progress."""
+        if stage == BUILDING:
+            self._gpu = gpu_use()  # the worker itself has not used it yet
+        elif stage == MEASURING:
+            self._first = self._last = self._read()
+        elif self._last is not None and not self._ended:
+            now = self._read()
+            if now is not None and now.at_s - self._last.at_s >= SHORTEST_S:
+                self._peak, self._last = max(self._peak, _others(self._last, now)), now
+            self._ended = stage is not None
+
+    def metrics(self, device: str) -> dict[str, float]:
+        """Return what others used: cores during the measurement, and the GPU before the worker's engine."""
+        found = {}
+        if self._first is not None and self._last is not None and self._last is not self._first:
+            found = {"others/cores": _others(self._first, self._last), "others/cores_peak": self._peak}
+        if self._gpu is not None and device == "cuda":
+            found |= {
+                "others/gpu_processes": float(self._gpu.processes),
+                "others/gpu_percent": self._gpu.utilisation_percent,
+            }
+        return found
+
+    def notes(self, device: str) -> list[str]:
+        """Return a note for each part of the machine that others used."""
+        found, notes = self.metrics(device), []
+        mean, peak, cores = found.get("others/cores", 0.0), found.get("others/cores_peak", 0.0), len(self._cores)
+        if mean > MOST_MEAN * cores or peak > MOST_PEAK * cores:
+            notes.append(
+                f"other processes used {mean:.2g} of {cores} cores while this was measured, up to {peak:.2g} at a time "
+                f"(noted above {MOST_MEAN:.0%}, at a time {MOST_PEAK:.0%}): measure again on an idle machine"
+            )
+        processes, percent = found.get("others/gpu_processes", 0.0), found.get("others/gpu_percent", 0.0)
+        if processes or percent > MOST_GPU_PERCENT:
+            notes.append(
+                f"before this cell used the GPU, it was busy for {percent:.0f}% of the time, with {processes:.0f} "
+                f"processes of others on it (noted above {MOST_GPU_PERCENT:.0f}%): measure again on an idle GPU"
+            )
+        return notes
+
+    def _read(self) -> Reading | None:
+        """Return a reading; None where the system has no such files or the worker has ended."""
+        try:
+            return Reading(time.monotonic(), self._busy_s(), self._tree_s(self._worker) + sum(os.times()[:2]))
+        except (OSError, ValueError, IndexError):
+            return None
+
+    def _busy_s(self) -> float:
+        """Return the seconds in which the cores were busy: with processes, interrupts and the host's other guests."""
+        total = 0
+        for line in (self._proc / "stat").read_text().splitlines():
+            name, *ticks = line.split()
+            if name.startswith("cpu") and name != "cpu" and int(name[3:]) in self._cores:
+                user, nice, system, _, _, irq, soft_irq, steal = map(int, ticks[:8])
+                total += user + nice + system + irq + soft_irq + steal
+        return total / _TICKS_PER_S
+
+    def _tree_s(self, process: int) -> float:
+        """Return the seconds of a process, of its living descendants and of those that it has waited for."""
+        folder = self._proc / str(process)
+        after_name = (folder / "stat").read_text().rpartition(")")[2].split()  # a name may contain spaces
+        own = sum(map(int, after_name[11:15])) / _TICKS_PER_S  # utime, stime, cutime, cstime
+        children = (int(c) for task in (folder / "task").iterdir() for c in (task / "children").read_text().split())
+        return own + sum(map(self._tree_s, children))
+
+
+def _others(begin: Reading, end: Reading) -> float:
+    """Return the mean number of cores that other processes kept busy between two readings."""
+    return max((end.busy_s - begin.busy_s) - (end.own_s - begin.own_s), 0.0) / (end.at_s - begin.at_s)

@@ -1,0 +1,126 @@
+"""The load that others put on the machine: exact from files of a made-up /proc, and one real process tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from grbench.execution import gpu, load
+from grbench.execution.load import BUILDING, MEASURING, LoadWatch
+
+CORES = {1, 3}
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Write /proc as it is at a time: seconds of the worker (process 7), its child (8) and both cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: CORES)
+    monkeypatch.setattr(os, "times", lambda: (0.0, 0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(load, "gpu_use", lambda: None)
+
+    def process(number: int, seconds: float, children: str) -> None:
+        task = tmp_path / f"{number}" / "task" / f"{number}"
+        task.mkdir(parents=True, exist_ok=True)
+        (task / "children").write_text(children)
+        ticks = round(seconds * TICKS)
+        (tmp_path / f"{number}" / "stat").write_text(f"{number} (a) name) S {'0 ' * 10}{ticks} 0 0 0 20 0 1 0")
+
+    def write(now: float, *, worker: float, child: float, cores: tuple[float, float]) -> None:
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        process(7, worker, "8 ")
+        process(8, child, "")
+        lines = ["cpu  999999 0 0 0 0 0 0 0 0 0", "cpu0 999999 0 0 0 0 0 0 0 0 0"]  # core 0 is not ours
+        for core, seconds in zip(sorted(CORES), cores, strict=True):
+            third = round(seconds * TICKS / 2)
+            lines.append(f"cpu{core} {third} 0 0 5000 70 0 0 {third} 0 0")  # steal counts, idle and iowait do not
+        (tmp_path / "stat").write_text("\n".join([*lines, "intr 1 2 3"]))
+
+    return write
+
+
+def test_what_others_take_is_what_the_own_tree_does_not(tmp_path: Path, at: Callable[..., None]) -> None:
+    watch = LoadWatch(7, tmp_path)
+    at(0.0, worker=5, child=1, cores=(50, 50))
+    watch.see("loading the workload")
+    watch.see(MEASURING)
+    at(1.0, worker=5.5, child=1.5, cores=(51, 50))  # all of it our own
+    watch.see(None)
+    at(2.0, worker=6.0, child=1.5, cores=(52, 50.5))  # one core for a second
+    watch.see(None)
+    at(4.0, worker=8.0, child=1.5, cores=(54, 50.5))
+    watch.see("writing")
+    at(5.0, worker=8.0, child=1.5, cores=(55, 51.5))  # after the measurement
+    watch.see(None)
+    assert watch.metrics("cpu") == pytest.approx({"others/cores": 0.25, "others/cores_peak": 1.0})
+    assert watch.notes("cpu") == [
+        "other processes used 0.25 of 2 cores while this was measured, up to 1 at a time "
+        "(noted above 5%, at a time 25%): measure again on an idle machine"
+    ]
+
+
+def test_an_idle_machine_has_no_note(tmp_path: Path, at: Callable[..., None]) -> None:
+    watch = LoadWatch(7, tmp_path)
+    at(0.0, worker=0, child=0, cores=(0, 0))
+    watch.see(MEASURING)
+    at(10.0, worker=12, child=6, cores=(10, 8.5))
+    watch.see("writing")
+    assert watch.metrics("cpu") == pytest.approx({"others/cores": 0.05, "others/cores_peak": 0.05})
+    assert watch.notes("cpu") == []
+
+
+@pytest.mark.parametrize("damage", ["stat", "7/stat"])
+def test_where_the_system_has_no_such_files_nothing_is_claimed(
+    tmp_path: Path, at: Callable[..., None], damage: str
+) -> None:
+    watch = LoadWatch(7, tmp_path)
+    at(0.0, worker=0, child=0, cores=(0, 0))
+    (tmp_path / damage).unlink()
+    watch.see(MEASURING)
+    watch.see("writing")
+    assert watch.metrics("cpu") == {}
+    assert watch.notes("cpu") == []
+
+
+def test_a_real_tree_counts_its_children() -> None:
+    burn = "import time\nend = time.process_time() + 0.4\nwhile time.process_time() < end: pass"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}]); input()"
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE) as process:
+        watch, deadline = LoadWatch(process.pid), time.monotonic() + 60
+        while watch._tree_s(process.pid) < 0.4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert 0.4 <= watch._tree_s(process.pid) < 5
+        process.communicate(b"\n")
+
+
+def test_use_of_the_gpu_by_others_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: ["a process"],
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=40),
+    )
+
+    @contextmanager
+    def nvml(found: Any) -> Iterator[Any]:
+        yield found
+
+    monkeypatch.setattr(gpu, "_nvml", lambda: nvml(None))
+    assert gpu.gpu_use() is None
+    monkeypatch.setattr(gpu, "_nvml", lambda: nvml(card))
+    watch = LoadWatch(os.getpid())
+    watch.see(BUILDING)
+    assert watch.metrics("cuda") == {"others/gpu_processes": 1.0, "others/gpu_percent": 40.0}
+    [note] = watch.notes("cuda")
+    assert note.startswith(
+        "before this cell used the GPU, it was busy for 40% of the time, with 1 processes of others on it"
+    )
+    assert watch.metrics("cpu") == {}
