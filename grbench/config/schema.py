@@ -183,11 +183,6 @@ class RunSpec:
             raise ConfigError(f"model={self.model.name}: it can't rank; name an HSTU model, such as model=hstu_tiny")
         return self.model
 
-    @property
-    def title(self) -> str:
-        """Short name of the cell, for progress lines."""
-        return f"{self.engine.name}-{self.model.name}-{self.workload.name}-{self.scenario.name}"
-
 
 @functools.cache
 def register_schemas() -> None:

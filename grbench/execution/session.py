@@ -17,6 +17,7 @@ from grbench.config.schema import RunConfig, RunSpec
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status
 from grbench.execution.runner import Event, Interrupted, run_cell
+from grbench.report.cells import Planned, label
 from grbench.tracking import CellTracker, where_to_look
 
 
@@ -49,7 +50,7 @@ class CellSession:
         """Measure one cell, or keep its earlier record; log it. Raises KeyboardInterrupt after keeping the record."""
         self._jobs.append(job)
         if self._repeats > 1:
-            self._measure(repeated(job, 0), " run 1")
+            self._measure(repeated(job, 0))
         else:
             self._measure(job)
 
@@ -57,15 +58,13 @@ class CellSession:
         """Run every cell again, `runner.repeats` times in all, round by round: a slow hour then meets all cells."""
         for repeat in range(1, self._repeats):
             for job in self._jobs:
-                self._measure(repeated(job, repeat), f" run {repeat + 1}")
+                self._measure(repeated(job, repeat))
 
-    def _measure(self, job: Job, run_number: str = "") -> None:
+    def _measure(self, job: Job) -> None:
         spec: RunSpec = job.config[0]
         run: RunConfig = job.config[1]
-        typed = [word.lower() for word in self._invocation.words]  # Hydra writes True for true
-        ignored = (*typed, f"seed={spec.seed}", "runner.repeats=1") if run_number else typed
-        swept = " ".join(o for o in job.overrides if o.lower() not in ignored) if self._sweep_id else ""
-        title = f"{len(self._cells) + 1}/{self._total} {swept or spec.title}{run_number}"
+        name = label(Planned(spec.to_dict(), list(job.overrides)))
+        title = f"{len(self._cells) + 1}/{self._total} {name}"
         if earlier := self._earlier.get(spec.hash):
             folder, record = earlier
             again = "rerun=true" if record.ok else "rerun_failed=true"

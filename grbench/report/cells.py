@@ -1,4 +1,6 @@
-"""Labels and commands of cells: flattened specs, and the options in which cells differ.
+"""Names and commands of cells: flattened specs, and the options in which cells differ.
+
+A cell has one name: in the line of progress, in tables, in reports and in MLflow.
 
 The module does without pandas, so that the table at the end of a run imports none.
 """
@@ -8,17 +10,35 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from grbench.execution.records import RunRecord
+from grengines.pipeline.config import STAGES
 
 Cell = tuple[Path, RunRecord]  # a cell's folder and its record
 
 GROUPS = ("model", "engine", "kernel", "cache", "workload", "scenario")
-IDENTITY = ["engine", "kernel", "workload", "scenario"]  # names a cell when nothing differs
+BARE = ("engine", "scenario", "study", "case")  # parts of a name whose key is not shown
 MISSING = "-"
+LONGEST_VALUE = 32  # characters of a value in a name; of a longer path the last part is shown
+
+
+class Planned(NamedTuple):
+    """A cell that is about to run: its spec as a dict, and what was typed for it."""
+
+    spec: dict[str, Any]
+    overrides: list[str]
+
+
+class Named(Protocol):
+    """What has a name: a record or a planned cell."""
+
+    @property
+    def spec(self) -> dict[str, Any]: ...
+    @property
+    def overrides(self) -> list[str]: ...
 
 
 def flatten(tree: Any, path: str = "") -> dict[str, Any]:
@@ -37,24 +57,25 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
     return leaves
 
 
-def knobs(records: Sequence[RunRecord], ignore: Sequence[str] = ()) -> list[str]:
-    """Return the dotted keys in which the specs differ, groups first, or `IDENTITY` if nothing differs.
+def knobs(records: Sequence[Named], ignore: Sequence[str] = ()) -> list[str]:
+    """Return the dotted keys in which the specs differ, groups first, or engine and scenario if nothing differs.
 
     The value of some keys follows from the group's name, such as a model's layers. Such a key counts only if one name
-    has two values of it, or if the user typed it.
+    has two values of it, or if the user typed it. An option that some cells lack counts only if the others differ in
+    it.
     """
     specs = [flatten(record.spec) for record in records]
     typed = {text.lstrip("+~").split("=", 1)[0] for record in records for text in record.overrides}
     keys = dict.fromkeys(key for spec in specs for key in spec if key not in ignore)
     chosen = [key for key in keys if _differs(specs, key) and (key in typed or not _implied(specs, key))]
     if not chosen:
-        return IDENTITY
+        return ["engine", "scenario"]
     order = {group: i for i, group in enumerate(GROUPS)}
     return sorted(chosen, key=lambda key: (order.get(key.split(".")[0], len(order)), key))
 
 
 def _differs(specs: Sequence[dict[str, Any]], key: str) -> bool:
-    return len({shown(spec[key]) if key in spec else None for spec in specs}) > 1
+    return len({shown(spec[key]) for spec in specs if key in spec}) > 1
 
 
 def _implied(specs: Sequence[dict[str, Any]], key: str) -> bool:
@@ -67,20 +88,34 @@ def _implied(specs: Sequence[dict[str, Any]], key: str) -> bool:
     return all(len(seen) == 1 for seen in values.values())
 
 
-def labels(records: Sequence[RunRecord], ignore: Sequence[str] = ()) -> list[str]:
-    """Return a short name for each cell, such as "kernel=triton max_batch=8". Repeats are numbered.
+def label(cell: Named) -> str:
+    """Return a cell's name: engine, scenario, and what the user chose, such as "hstu server bf16 cache=lru".
 
-    Cells that a study names, one file each, keep those names. ignore: keys that are no part of a name.
+    A study that has a file for each cell gives the name: "reference rank_offline".
     """
-    if named := study_names(records):
-        return named
-    keys = knobs(records, ignore)
-    leaves = Counter(key.rpartition(".")[2] for key in keys)
-    names = {key: leaf if leaves[leaf := key.rpartition(".")[2]] == 1 else key for key in keys}
-    texts = []
-    for record in records:
-        spec = flatten(record.spec)
-        texts.append(" ".join(f"{names[key]}={shown(spec[key])}" for key in keys if key in spec))
+    return labels([cell])[0]
+
+
+def labels(cells: Sequence[Named], ignore: Sequence[str] = ()) -> list[str]:
+    """Return the names of cells that are seen together. Parts that all of them have are left out, except the engine.
+
+    If two names are equal and the cells are not, the options in which they differ are added. Repeats are numbered.
+    ignore: keys that are no part of a name.
+    """
+    specs = [flatten(cell.spec) for cell in cells]
+    parts = [
+        {key: value for key, value in _parts(cell).items() if key not in ignore} or {"engine": engine_name(cell.spec)}
+        for cell in cells
+    ]
+    if len(cells) > 1:
+        shared = {
+            key
+            for key in _union(parts)
+            if len({part.get(key, shown(_value(spec, key))) for part, spec in zip(parts, specs, strict=True)}) == 1
+        }
+        parts = [{k: v for k, v in part.items() if k not in shared or k in ("engine", "case")} for part in parts]
+    _add_differences(cells, parts, ignore)
+    texts = [" ".join(_text(part, spec)) for part, spec in zip(parts, specs, strict=True)]
     total, seen = Counter(texts), Counter[str]()
     for i, text in enumerate(texts):
         seen[text] += 1
@@ -89,13 +124,68 @@ def labels(records: Sequence[RunRecord], ignore: Sequence[str] = ()) -> list[str
     return texts
 
 
-def study_names(records: Sequence[RunRecord]) -> list[str]:
-    """Return the names that a study gives its cells, as in study/reference@_global_=rank_offline.
+def engine_name(spec: dict[str, Any]) -> str:
+    """Return the engine's name, of a pipeline the names of its stages' engines: "vllm+hstu"."""
+    engine = spec.get("engine") or {}
+    return "+".join(engine[stage]["name"] for stage in STAGES if stage in engine) or str(engine.get("name"))
 
-    Empty if some cell has none, or if two share one.
-    """
-    names = [next((o.partition("=")[2] for o in r.overrides if o.startswith("study/")), "") for r in records]
-    return names if all(names) and len(set(names)) == len(names) > 1 else []
+
+def _parts(cell: Named) -> dict[str, str]:
+    """Return the parts of a cell's name by key: engine, scenario, study, then what was typed, where it has effect."""
+    spec = flatten(cell.spec)
+    typed = dict(text.lstrip("+").split("=", 1) for text in cell.overrides if "=" in text)
+    case = next((value for key, value in typed.items() if key.startswith("study/")), None)
+    parts = {"study": typed["study"]} if "study" in typed else {}
+    chosen = {"engine": engine_name(cell.spec), "scenario": shown(spec.get("scenario"))}
+    if case:  # a study that has a file for each cell names them
+        parts |= {"case": case} | {key: value for key, value in chosen.items() if key in typed}
+    else:
+        parts = chosen | parts
+    for key in (key.rpartition("@")[2] for key in typed):
+        if key not in parts and (value := _value(spec, key)) is not None and not _is_stage(key):
+            parts[key] = shown(value)
+    return parts
+
+
+def _is_stage(key: str) -> bool:
+    group, _, stage = key.partition(".")
+    return group == "engine" and stage in STAGES
+
+
+def _value(spec: dict[str, Any], key: str) -> Any:
+    return spec.get(key, spec.get(f"{key}.name"))
+
+
+def _add_differences(cells: Sequence[Named], parts: Sequence[dict[str, str]], ignore: Sequence[str]) -> None:
+    """Add the options in which cells with equal parts differ."""
+    alike: dict[str, list[int]] = {}
+    for i, part in enumerate(parts):
+        alike.setdefault(str(part), []).append(i)
+    for group in alike.values():
+        specs = [flatten(cells[i].spec) for i in group]
+        if all(spec == specs[0] for spec in specs):
+            continue
+        for key in knobs([cells[i] for i in group], ignore):
+            for i, spec in zip(group, specs, strict=True):
+                if key in spec:
+                    parts[i].setdefault(key, shown(spec[key]))
+
+
+def _union(parts: Sequence[dict[str, str]]) -> dict[str, None]:
+    return dict.fromkeys(key for part in parts for key in part)
+
+
+def _text(parts: dict[str, str], spec: dict[str, Any]) -> Iterator[str]:
+    """Yield the parts of a name as texts. An option has its last word, or its key if two options end alike."""
+    words = Counter(key.rpartition(".")[2] for key in spec)
+    for key, value in parts.items():
+        word = key.rpartition(".")[2]
+        if key in BARE or (key == "engine.precision" and value != "auto"):
+            yield value
+            continue
+        if len(value) > LONGEST_VALUE and "/" in value:
+            value = value.rpartition("/")[2]
+        yield f"{word if words[word] < 2 else key.removeprefix('engine.')}={value}"
 
 
 def shown(value: Any) -> str:

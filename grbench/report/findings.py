@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from grbench.execution.records import RunRecord
 from grbench.report.cells import figure, flatten, labels, shown
 from grbench.report.repeats import estimate
-from grengines.pipeline.config import STAGES
 
 LOADS = {  # scenario: the option of its offered load, and the unit
     "server": ("target_qps", "requests/s"),
@@ -148,13 +147,15 @@ def _highest_load(group: list[RunRecord]) -> Finding:
 
 
 def _strategies(group: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Group records by strategy, which is everything except seed and load. The keys are short labels."""
+    """Group records by strategy, which is everything except seed and load. The keys are names without the work."""
     strategies: dict[str, list[RunRecord]] = {}
     for record in group:
         strategies.setdefault(_strategy(record), []).append(record)
-    ignore = ["seed", *(f"scenario.{option}" for option, _ in LOADS.values() if option)]
     first = [runs[0] for runs in strategies.values()]
-    names = labels(first, ignore=ignore) if len(first) > 1 else [_engine(first[0])]
+    work = [key for record in first for key in flatten(record.spec) if key.split(".")[0] == "workload"]
+    loads = [f"scenario.{option}" for option, _ in LOADS.values() if option]
+    study = ["study", "case"] if len(first) == 1 else []  # it names no strategy, but what is measured
+    names = labels(first, ["seed", "scenario", "scenario.queries", *loads, *work, *study])
     return dict(zip(names, strategies.values(), strict=True))
 
 
@@ -189,12 +190,6 @@ def _against_limit(best: Estimate, limit: float | None) -> str:
 
 def _scenario(record: RunRecord) -> str:
     return str(record.spec["scenario"]["name"])
-
-
-def _engine(record: RunRecord) -> str:
-    engine = record.spec["engine"]
-    stages = [engine[stage]["name"] for stage in STAGES if stage in engine]
-    return f"{engine['name']} ({' + '.join(stages)})" if stages else str(engine["name"])
 
 
 def _unit(record: RunRecord) -> str:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from grbench.execution.records import RunRecord
 from grbench.report import plots
-from grbench.report.cells import MISSING, Cell, command, figure, flatten, labels, shown, study_names
+from grbench.report.cells import MISSING, Cell, command, figure, flatten, labels, shown
 from grbench.report.findings import findings
 from grbench.report.frame import HITS, PARTS, PERCENTILES, cells_frame, has_samples, within_limit
 from grbench.report.markdown import bullets, table
@@ -89,7 +89,7 @@ def _summary(frame: pd.DataFrame) -> str:
 
 
 def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments: list[dict[str, str]]) -> str:
-    knobs: list[str] = ["cell"] if study_names(records) else frame.attrs["knobs"]
+    knobs: list[str] = ["cell"]
     several = len(environments) > 1
     heads = ["#", *knobs, *(["environment"] if several else []), "status", "throughput rps", "goodput rps"]
     heads += [name.removeprefix("latency_ms/") for name in PERCENTILES]

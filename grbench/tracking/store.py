@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -29,14 +28,12 @@ from grbench.execution.records import (
     Status,
     one_line,
 )
-from grbench.report.cells import Cell, flatten
+from grbench.report.cells import Cell, flatten, label
 from grbench.tracking.describe import describe_cell, describe_row, describe_sweep
 
 SWEEP_TAG, HASH_TAG, NOTE_TAG = "sweep_id", "spec_hash", "mlflow.note.content"
-MOST_NOTE, MOST_NAME = 5000, 80  # characters that a server accepts, and that its tables show
+MOST_NOTE = 5000  # characters that a server accepts
 FIRST_METRICS = ["throughput_rps", "latency_ms/p99", "latency_ms/p50", "goodput_rps", "cache/hit_rate"]
-UNNAMED = ("engine", "scenario", "study", "rerun", "rerun_failed", "warmup_batches")  # left out of a run's name
-UNNAMED_GROUPS = ("runner", "tracking", "hydra", "gate", "study")
 MLFLOW_STATUS = {Status.OK: "FINISHED", Status.INTERRUPTED: "KILLED"}  # the others: FAILED
 
 
@@ -158,17 +155,9 @@ class Store:
 
 
 def run_name(record: LoggedRow) -> str:
-    """Return a short name of a cell: its engine and scenario, then what the user chose, as in "hstu server bf16"."""
+    """Return the name of a cell, or of a row of `grbench kernels` or `grbench cachesim`."""
     spec = record.spec
-    if "engine" not in spec:
-        return str(spec["kernel" if "kernel" in spec else "cache"]["name"])  # of grbench kernels, of grbench cachesim
-    typed = dict(text.lstrip("+~").split("=", 1) for text in record.overrides if "=" in text)
-    chosen = [
-        f"{key.rpartition('.')[2]}={value}"
-        for key, value in typed.items()
-        if key not in UNNAMED and re.split(r"[./@]", key)[0] not in UNNAMED_GROUPS
-    ]
-    return " ".join([spec["engine"]["name"], spec["scenario"]["name"], *chosen])[:MOST_NAME]
+    return label(record) if "engine" in spec else str(spec["kernel" if "kernel" in spec else "cache"]["name"])
 
 
 def _tags(record: LoggedRow) -> dict[str, str]:

@@ -87,7 +87,7 @@ def test_compares_cells_and_picks_the_best_within_the_limit(execute: Any, tmp_pa
     assert "failed" not in notebook.metadata, outputs(notebook, "error")
     found = json.loads(notebook.cells[-1].outputs[-1].text)
     (sentence,) = found["found"]
-    assert sentence.startswith("At 100 requests/s, kernel=triton max_batch=8 has the lowest p99: ")
+    assert sentence.startswith("At 100 requests/s, hstu kernel=triton max_batch=8 has the lowest p99: ")
     assert found["knobs"] == ["kernel", "scenario.max_batch"]
     assert found["comparison"] == ["OK", "OK", "OK", "OK", "OOM"]
     assert found["failures"] == ["memory ran out"]
@@ -118,6 +118,6 @@ def test_a_single_untracked_cell_is_enough(execute: Any, tmp_path: Path) -> None
     notebook = execute(tmp_path / "outputs")
     assert "failed" not in notebook.metadata, outputs(notebook, "error")
     text = "".join(output.text for output in outputs(notebook, "stream"))
-    assert "named by: engine, kernel, workload, scenario" in text
+    assert "named by: engine, scenario" in text
     assert "At 100 requests/s, hstu has a p90 of " in text
     assert "these runs were not tracked" in text

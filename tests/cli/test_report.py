@@ -30,7 +30,7 @@ from grbench.report import (
     time_parts,
     within_limit,
 )
-from grbench.report.cells import command, figure, flatten, knobs, labels
+from grbench.report.cells import Planned, command, figure, flatten, knobs, label, labels
 from grbench.report.frame import PARTS, read_cells
 from grbench.report.page import write_page
 from grbench.report.table import print_cells
@@ -68,15 +68,15 @@ def test_page_compares_the_knobs_that_differ(sweep: Path, tmp_path: Path, capsys
     assert capsys.readouterr().out == f"{out}: 4 cells, 3 figures\n"
     page = out.read_text()
     assert page.startswith(
-        "# Kernels\n\n4 cells, 3 OK, measured 2026-01-02.\n\n- At 100 requests/s, kernel=triton max_batch=8"
+        "# Kernels\n\n4 cells, 3 OK, measured 2026-01-02.\n\n- At 100 requests/s, hstu kernel=triton max_batch=8"
     )
     rows = rows_of(page, "Comparison")
-    assert list(rows[0])[:4] == ["#", "kernel", "scenario.max_batch", "status"]
-    assert [(r["kernel"], r["scenario.max_batch"], r["status"]) for r in rows] == [
-        ("torch", "8", "OK"),
-        ("triton", "8", "OK"),
-        ("triton", "32", "OK"),
-        ("cutlass", "8", "UNAVAILABLE"),
+    assert list(rows[0])[:3] == ["#", "cell", "status"]
+    assert [(r["cell"], r["status"]) for r in rows] == [
+        ("hstu kernel=torch max_batch=8", "OK"),
+        ("hstu kernel=triton max_batch=8", "OK"),
+        ("hstu kernel=triton max_batch=32", "OK"),
+        ("hstu kernel=cutlass max_batch=8", "UNAVAILABLE"),
     ]
     record = records.load(sweep / "1")
     low, high = record.intervals["latency_ms/p99"]
@@ -95,7 +95,10 @@ def test_page_shows_the_hits_of_cells_with_a_cache(tmp_path: Path) -> None:
     records.save(cached, root / "1")
     main(["report", str(root), "--out", str(tmp_path / "r.md")])
     rows = rows_of((tmp_path / "r.md").read_text(), "Comparison")
-    assert [(r["cache"], r["hits on device / host, %"]) for r in rows] == [("none", "-"), ("lru", "31.6 / 0")]
+    assert [(r["cell"], r["hits on device / host, %"]) for r in rows] == [
+        ("hstu cache=none", "-"),
+        ("hstu cache=lru", "31.6 / 0"),
+    ]
 
 
 def test_page_withholds_p99_and_says_so(sweep: Path, tmp_path: Path) -> None:
@@ -116,7 +119,7 @@ def test_page_lists_a_failed_cell_and_gives_it_no_speed(sweep: Path, tmp_path: P
     assert failed == [
         {
             "#": "4",
-            "cell": "kernel=cutlass max_batch=8",
+            "cell": "hstu kernel=cutlass max_batch=8",
             "status": "UNAVAILABLE",
             "reason": r"no [GPU] \| found; add &lt;one>",
         }
@@ -174,12 +177,12 @@ def drawn(plot: Any) -> list[str]:
 def test_curves_are_the_samples_of_the_ok_cells(sweep: Path) -> None:
     plot = plot_latency_cdf(load_frame(sweep))
     assert drawn(plot) == [
-        "1 kernel=torch max_batch=8",
-        "2 kernel=triton max_batch=8",
-        "3 kernel=triton max_batch=32",
+        "1 hstu kernel=torch max_batch=8",
+        "2 hstu kernel=triton max_batch=8",
+        "3 hstu kernel=triton max_batch=32",
         "latency limit 80 ms",
     ]
-    curve = next(line for line in plot.figure.axes[0].lines if line.get_label() == "2 kernel=triton max_batch=8")
+    curve = next(line for line in plot.figure.axes[0].lines if line.get_label() == "2 hstu kernel=triton max_batch=8")
     latencies = np.sort(load_samples(sweep / "1")["latency_ms"])
     np.testing.assert_array_equal(curve.get_xdata(), latencies)
     assert list(curve.get_ydata())[-1] == 100
@@ -204,7 +207,9 @@ def test_too_many_curves_are_left_out_and_named(tmp_path: Path) -> None:
         write_cell(tmp_path / "o" / f"{i:02d}", f"seed={i}", scale=12.0 - i, queries=50)
     plot = plot_latency_cdf(load_frame(tmp_path / "o"))
     assert len(drawn(plot)) == 10 + 1
-    assert plot.notes == ["10 of 12 cells are drawn, those with the lowest p90; left out: #1 seed=0; #2 seed=1"]
+    assert plot.notes == [
+        "10 of 12 cells are drawn, those with the lowest p90; left out: #1 hstu seed=0; #2 hstu seed=1"
+    ]
 
 
 def test_plots_take_cells_too_and_write_png(sweep: Path, tmp_path: Path) -> None:
@@ -327,25 +332,59 @@ def test_what_comes_with_a_name_is_no_knob_of_its_own() -> None:
         "model",
         "model.layers",
     ]
-    assert knobs(specs({"model": tiny}, {"model": {"name": "hstu_tiny"}})) == ["model.layers"]
+    assert knobs(specs({"model": tiny}, {"model": {"name": "hstu_tiny"}})) == ["engine", "scenario"]
     assert knobs(specs({"gate": {"requests": 4}}, {"gate": {"requests": 8}})) == ["gate.requests"]
     assert knobs(specs({"latency_limit_ms": 80.0}, {"latency_limit_ms": 50.0}, {})) == ["latency_limit_ms"]
 
 
-def test_cells_keep_the_names_that_their_study_gives_them() -> None:
-    two = specs({"seed": 1}, {"seed": 2})
-    for record, name in zip(two, ("slow", "fast"), strict=True):
-        record.overrides = ["study=reference", f"study/reference@_global_={name}"]
-    assert labels(two) == ["slow", "fast"]
-    two[1].overrides[1] = "study/reference@_global_=slow"  # swept over something else as well
-    assert labels(two) == ["seed=1", "seed=2"]
+def named(*overrides: str, **changes: Any) -> RunRecord:
+    """A record whose overrides were typed."""
+    return specs(changes, overrides=list(overrides))[0]
 
 
-def test_labels_are_short_and_unique() -> None:
-    assert labels(specs({})) == ["engine=hstu kernel=torch workload=ml_100k scenario=server"]
-    assert labels(specs({"seed": 1}, {"seed": 2}, {"seed": 2})) == ["seed=1", "seed=2 #1", "seed=2 #2"]
-    two = specs({"gate": {"size": 1}, "cache": {"size": 1}}, {"gate": {"size": 2}, "cache": {"size": 2}})
-    assert labels(two) == ["cache.size=1 gate.size=1", "cache.size=2 gate.size=2"]
+def test_a_name_says_what_was_chosen() -> None:
+    assert label(named()) == "hstu server"
+    assert label(named("scenario=server", "engine.precision=bf16", engine={"name": "hstu", "precision": "bf16"})) == (
+        "hstu server bf16"
+    )
+    assert label(named("cache=lru", "runner.timeout_s=9", "rerun=true", cache={"name": "lru"})) == (
+        "hstu server cache=lru"  # what is no part of the spec is no part of the name
+    )
+    stages = {"name": "pipeline", "retrieve": {"name": "vllm", "precision": "auto"}}
+    stages["rank"] = {"name": "hstu", "precision": "bf16"}
+    typed = ["engine@engine.retrieve=vllm", "engine.rank.precision=bf16"]
+    assert label(named(*typed, engine=stages)) == "vllm+hstu server rank.precision=bf16"
+    assert label(Planned(named(seed=3).spec, ["seed=3"])) == "hstu server seed=3"
+    long = "/data/" + 30 * "x" + "/week.inter"
+    assert label(named("workload.path=x", workload={"name": "csv", "path": long})) == "hstu server path=week.inter"
+
+
+def test_a_study_names_its_cells() -> None:
+    cells = [named("study=reference", f"study/reference@_global_={name}", seed=i) for i, name in enumerate("ab")]
+    assert [label(cell) for cell in cells] == ["reference a", "reference b"]
+    assert labels(cells) == ["a", "b"]
+    swept = [named("study=reference", "study/reference@_global_=a", f"seed={i}", seed=i) for i in (1, 2)]
+    assert labels(swept) == ["a seed=1", "a seed=2"]
+    assert label(named("study=batching", "seed=1", seed=1)) == "hstu server batching seed=1"
+
+
+def test_no_two_cells_look_alike() -> None:
+    assert labels([named("seed=1", seed=1), named("seed=2", seed=2), named("seed=2", seed=2)]) == [
+        "hstu seed=1",
+        "hstu seed=2 #1",
+        "hstu seed=2 #2",
+    ]
+    one, other = {"size": 1}, {"size": 2}
+    assert labels(specs({"gate": one, "cache": one}, {"gate": other, "cache": other})) == [
+        "hstu cache.size=1 gate.size=1",
+        "hstu cache.size=2 gate.size=2",
+    ]
+    mixed = [named("seed=1", seed=1), named("seed=1", seed=1, latency_limit_ms=50.0), named("kernel=triton", seed=2)]
+    assert labels(mixed) == [
+        "hstu seed=1 latency_limit_ms=80.0",
+        "hstu seed=1 latency_limit_ms=50.0",
+        "hstu",  # all have its kernel
+    ]
 
 
 def test_flatten_and_command() -> None:
@@ -401,16 +440,16 @@ def test_terminal_table_fits_and_cuts_no_number(sweep: Path, width: int) -> None
 
 def test_piped_table_keeps_one_line_a_cell_and_ends_with_what_was_found(sweep: Path) -> None:
     lines = screen(read_cells([sweep]), None)
-    assert [line.split()[:3] for line in lines[2:6]] == [
+    assert [line.split()[1:4] for line in lines[2:6]] == [
         ["kernel=torch", "max_batch=8", "OK"],
         ["kernel=triton", "max_batch=8", "OK"],
         ["kernel=triton", "max_batch=32", "OK"],
         ["kernel=cutlass", "max_batch=8", "UNAVAILABLE"],
     ]
     legend = next(i for i, line in enumerate(lines) if line.startswith("requests/s: "))
-    assert lines[legend + 1] == "UNAVAILABLE kernel=cutlass max_batch=8: no [GPU] | found; add <one>"
+    assert lines[legend + 1] == "UNAVAILABLE hstu kernel=cutlass max_batch=8: no [GPU] | found; add <one>"
     assert all(line.startswith("note: ") for line in lines[legend + 2 : -1])
-    assert lines[-1].startswith("At 100 requests/s, kernel=triton max_batch=8 ")
+    assert lines[-1].startswith("At 100 requests/s, hstu kernel=triton max_batch=8 ")
     assert "\x1b" not in "".join(lines)
     assert screen([], None) == []
 

@@ -116,9 +116,11 @@ def test_repeats_go_round_by_round_with_fresh_seeds(grbench: Grbench, tmp_path: 
     assert sorted(ran) == [(2, 5), (2, 6), (4, 5), (4, 6)]
     began = [line.partition(":")[0] for line in done.stderr.splitlines() if line.endswith("loading the workload")]
     assert [title.split()[0] for title in began] == ["1/4", "2/4", "3/4", "4/4"]
-    assert [title.partition("clients=")[2] for title in began] == ["2 run 1", "4 run 1", "2 run 2", "4 run 2"]
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("clients=")]
-    assert [row[:2] for row in rows] == [["clients=2", "OK"], ["clients=4", "OK"]]  # a row for both runs
+    assert [title.partition("clients=")[2] for title in began] == [
+        f"{clients} seed={seed}" for seed in (5, 6) for clients in (2, 4)
+    ]
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("hstu clients=")]
+    assert [row[1:3] for row in rows] == [["clients=2", "OK"], ["clients=4", "OK"]]  # a row for both runs
     assert [row[-2] for row in rows] == ["2", "2"]  # runs, beside the gate
     assert {tuple(r.overrides[-2:]) for r in found(tmp_path)} == {
         (f"seed={seed}", "runner.repeats=1") for seed in (5, 6)

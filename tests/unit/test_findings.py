@@ -59,15 +59,15 @@ def test_at_one_load_the_lowest_p99_leads_whatever_the_throughput() -> None:
     (found,) = findings([slow, fast])
     assert found.best == (fast,)
     assert found.sentence == (
-        "At 40 requests/s, engine=hstu has the lowest p99: 6.25 [5.62, 6.88] ms, within the limit of 80 ms; "
-        "next is engine=onnxruntime with 9.28 [8.35, 10.2] ms."
+        "At 40 requests/s, hstu has the lowest p99: 6.25 [5.62, 6.88] ms, within the limit of 80 ms; "
+        "next is onnxruntime with 9.28 [8.35, 10.2] ms."
     )
 
 
 def test_overlapping_intervals_decide_nothing() -> None:
     (said,) = sentences(cell(6.25), cell(6.5, engine="onnxruntime"), cell(20, engine="aoti"))
-    assert "engine=hstu leads, but not beyond the 95% intervals of engine=onnxruntime: 6.25" in said
-    assert said.endswith("; next is engine=aoti with 20.0 [18.0, 22.0] ms.")
+    assert "hstu leads, but not beyond the 95% intervals of onnxruntime: 6.25" in said
+    assert said.endswith("; next is aoti with 20.0 [18.0, 22.0] ms.")
 
 
 def test_a_limit_is_kept_only_by_the_whole_interval() -> None:
@@ -86,8 +86,8 @@ def test_over_several_loads_the_highest_that_keeps_the_limit_leads() -> None:
     (found,) = findings(cells)
     assert [r.spec["scenario"]["target_qps"] for r in found.best] == [200]
     assert found.sentence == (
-        "In server, engine=aoti: the highest load with p99 within 80 ms is 200 requests/s (p99 70.0 [63.0, 77.0] ms); "
-        "next is engine=hstu with 100."
+        "In server, aoti: the highest load with p99 within 80 ms is 200 requests/s (p99 70.0 [63.0, 77.0] ms); "
+        "next is hstu with 100."
     )
     late = [cell(p99, load=load) for p99, load in ((100, 50), (90, 20))]
     assert findings(late)[0].best == ()
@@ -97,7 +97,7 @@ def test_over_several_loads_the_highest_that_keeps_the_limit_leads() -> None:
 def test_offline_cells_are_ranked_by_throughput() -> None:
     assert sentences(cell(scenario="offline", rps=111)) == ["Offline, hstu answers 111 requests/s."]
     (said,) = sentences(cell(scenario="offline", rps=111), cell(scenario="offline", rps=294, engine="aoti"))
-    assert said == "Offline, engine=aoti is fastest: 294 requests/s; next is engine=hstu with 111."
+    assert said == "Offline, aoti is fastest: 294 requests/s; next is hstu with 111."
 
 
 def test_seeds_are_repeats_whose_spread_counts() -> None:
@@ -105,7 +105,7 @@ def test_seeds_are_repeats_whose_spread_counts() -> None:
     mine = [cell(p99, seed=i, spread=0.01) for i, p99 in enumerate((4.6, 5.0, 7.3))]
     (found,) = findings([*mine, cell(6.0, engine="aoti", spread=0.01)])
     assert found.best == tuple(mine)
-    said = "engine=hstu leads, but not beyond the 95% intervals of engine=aoti: 5.52 [2.99, 10.2] ms (3 runs), within"
+    said = "hstu leads, but not beyond the 95% intervals of aoti: 5.52 [2.99, 10.2] ms (3 runs), within"
     assert said in found.sentence
     offline = [cell(scenario="offline", rps=rps, seed=i) for i, rps in enumerate((100, 101, 99))]
     assert sentences(*offline) == ["Offline, hstu answers 100 [97.5, 103] requests/s (3 runs)."]
@@ -135,7 +135,7 @@ def test_without_an_interval_nothing_is_certain() -> None:
     short.intervals["latency_ms/p90"] = [2.9, 3.1]
     sure = cell(9.0, engine="aoti")
     sure.intervals["latency_ms/p90"] = [4.4, 4.6]
-    assert sentences(short, sure)[0].startswith("At 40 requests/s, engine=hstu has the lowest p90: 3.00 [2.90, 3.10]")
+    assert sentences(short, sure)[0].startswith("At 40 requests/s, hstu has the lowest p90: 3.00 [2.90, 3.10]")
     slow = [cell(p99, load=load) for p99, load in ((60, 50), (70, 100))]
     del slow[1].intervals[P99]
     assert "the highest load with p99 within 80 ms is 50 requests/s" in sentences(*slow)[0]
@@ -168,4 +168,4 @@ def test_a_withheld_p99_moves_the_ranking_to_p90() -> None:
     short = cell(6.0, engine="aoti")
     del short.metrics[P99], short.intervals[P99]
     (said,) = sentences(short, cell(20.0))
-    assert said.startswith("At 40 requests/s, engine=aoti has the lowest p90: 3.00 ms")
+    assert said.startswith("At 40 requests/s, aoti has the lowest p90: 3.00 ms")
