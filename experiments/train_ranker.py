@@ -53,7 +53,7 @@ def forward(model: HSTURanker, batch: JaggedBatch) -> Tensor:
         a = (weights @ v).transpose(1, 2)[real]
         norm = layer.attention_norm
         x = x + kernels.norm_gate(u, a, norm.weight, norm.bias, eps=1e-6) @ layer.out.weight.T
-    return model.score(x, batch)
+    return model.score(x[batch.candidate_rows], batch)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

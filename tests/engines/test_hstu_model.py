@@ -15,6 +15,7 @@ from helpers.properties import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import Tensor
 
 from grengines.api import Catalogue, Request
 from grengines.models.hstu.config import HSTUConfig
@@ -308,3 +309,51 @@ def test_every_bad_weights_file_is_named(tmp_path: Path) -> None:
     refused(r"tensor token_table is \[41, 12\], expected \[40, 12\]; rows follow the workload's catalogue")
     save_file({**tensors, "norm.bias": torch.zeros(12, dtype=torch.int64)}, path)
     refused("tensor norm.bias is I64, expected floating point")
+
+
+@pytest.mark.parametrize("form", ["full", "bucket", "prefill", "delta"])
+def test_the_last_layer_attends_for_candidates_alone_and_keeps_every_key(form: str) -> None:
+    calls: list[tuple[int, int]] = []  # queries and keys of each call
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        calls.append((q.shape[0], k.shape[0]))
+        return eager.hstu_attention(q, k, v, **options)
+
+    eager = Operators.eager()
+    model = build(layers=3, kernels=eager.replace(hstu_attention=attend))
+    requests = requests_of([6, 9, 0], [3, 1, 2])
+    tokens, candidates = 15 + 6, 6
+    if form in ("full", "bucket"):
+        bucket = Bucket(4, 16, 3) if form == "bucket" else None
+        rows, places = (64, 12) if bucket else (tokens, candidates)
+        logits = model(pack(requests, model.encoding, bucket=bucket).to(CPU))[:candidates]
+        assert calls == [(rows, rows), (rows, rows), (places, rows)]
+        model.prunes_last_layer = False
+        assert relative_error(logits.numpy(), full(model, requests)) < 1e-5
+        assert calls[-1] == (tokens, tokens)
+        return
+    before = [shorter(r, 2) for r in requests]
+    state = model.prefill(pack(before, model.encoding, candidates=slice(0)).to(CPU))
+    assert calls == [(4, 4)] * 2 and len(state.k) == 3  # nothing reads what the last layer's attention would give
+    calls.clear()
+    cached = [len(r.history_items) for r in before]
+    logits, extended = model.delta(pack(requests, model.encoding, cached=cached).to(CPU), state)
+    assert calls == [(17, tokens), (17, tokens), (candidates, tokens)]
+    assert extended is not None and [len(k) for k in extended.k] == [15] * 3
+    model.prunes_last_layer = False
+    assert relative_error(logits.numpy(), full(model, requests)) < 1e-5
+
+
+def test_batches_of_candidates_compute_all_rows_at_once() -> None:
+    """Separate products would save few rows and cost more launches."""
+    queries: list[int] = []
+    eager = Operators.eager()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        queries.append(q.shape[0])
+        return eager.hstu_attention(q, k, v, **options)
+
+    model = build(layers=2, kernels=eager.replace(hstu_attention=attend))
+    requests = requests_of([2, 1], [5, 4])
+    assert relative_error(model(pack(requests, model.encoding).to(CPU)).numpy(), full(model, requests)) < 1e-6
+    assert queries == [12] * 4

@@ -138,12 +138,14 @@ class ExportedRanker(nn.Module):
             kv_offsets=offsets,
             num_targets=num_targets,
             candidate_rows=candidate_rows,
+            candidate_offsets=offsets,  # nothing reads these two, nor the lengths
             kept_offsets=offsets,
             max_q_len=longest,
             max_kv_len=longest,
+            max_candidates=longest,
         )
         x = ranker.embed(batch)
-        for layer in ranker.layers:
+        for i, layer in enumerate(ranker.layers):
             assert isinstance(layer, HSTULayer)
             u, q, k, v = layer.project(x, ranker.kernels)
             a = self.attention(
@@ -159,6 +161,8 @@ class ExportedRanker(nn.Module):
                 config.contextual_seq_len,
                 config.max_attn_len,
             )
+            if i == len(ranker.layers) - 1:  # the head reads candidates alone; attention takes whole sequences
+                x, u, a = x[candidate_rows], u[candidate_rows], a[candidate_rows]
             x = layer.combine(x, u, a, ranker.kernels)
         return ranker.score(x, batch)
 

@@ -83,9 +83,11 @@ class JaggedBatch:
     kv_offsets: Tensor  # int64 [B + 1]: of the keys, cached ones included
     num_targets: Tensor  # int64 [B]
     candidate_rows: Tensor  # int64 [M], rows of the L tokens
+    candidate_offsets: Tensor  # int64 [B + 1]: of candidate_rows
     kept_offsets: Tensor  # int64 [B + 1]: of the keys without candidates'
     max_q_len: int
     max_kv_len: int
+    max_candidates: int  # of a sequence
 
 
 @dataclass
@@ -97,6 +99,7 @@ class HostBatch:
     appends: bool  # keys of cached tokens precede the batch's own; otherwise only q_offsets is in the buffer
     max_q_len: int
     max_kv_len: int
+    max_candidates: int
     candidate_counts: list[int]  # of each request
     tokens: int  # real tokens to encode
     first_rows: list[int]  # of each request, its first row among the packed tokens
@@ -118,7 +121,8 @@ class HostBatch:
         parts["weights"] = parts["weights"].view(torch.float64)
         if not self.appends:
             parts["kv_offsets"] = parts["kept_offsets"] = parts["q_offsets"]
-        return JaggedBatch(**parts, max_q_len=self.max_q_len, max_kv_len=self.max_kv_len)
+        most = {name: getattr(self, name) for name in ("max_q_len", "max_kv_len", "max_candidates")}
+        return JaggedBatch(**parts, **most)
 
 
 def pack(
@@ -147,6 +151,7 @@ def pack(
         "q_offsets": padded.sequences + 1,
         "num_targets": padded.sequences,
         "candidate_rows": padded.candidates,
+        "candidate_offsets": padded.sequences + 1,
     }
     if cached is not None:
         sizes |= dict.fromkeys(("kv_offsets", "kept_offsets"), padded.sequences + 1)
@@ -163,6 +168,7 @@ def pack(
         appends=cached is not None,
         max_q_len=padded.longest,
         max_kv_len=padded.longest_keys,
+        max_candidates=padded.most_candidates,
         candidate_counts=layout.targets,
         tokens=layout.q_offsets[-1],
         first_rows=layout.q_offsets[:-1],
@@ -177,6 +183,7 @@ class _Padded(NamedTuple):
     candidates: int
     longest: int  # most tokens to encode of a sequence
     longest_keys: int
+    most_candidates: int  # of a sequence
 
 
 @dataclass(slots=True)
@@ -211,15 +218,16 @@ class _Layout:
     def padded(self, bucket: Bucket | None) -> _Padded:
         """Return the sizes in a bucket. Raises ValueError if it is too small."""
         B, tokens, longest = len(self.targets), self.q_offsets[-1], max(self.new, default=0)
+        candidates = max(self.targets, default=0)
         if bucket is None:
-            return _Padded(
-                B, tokens, sum(self.targets), longest, max(map(add, self.histories, self.targets), default=0)
-            )
-        needed = (B, longest, max(self.targets, default=0), max(self.cached, default=0))
+            keys = max(map(add, self.histories, self.targets), default=0)
+            return _Padded(B, tokens, sum(self.targets), longest, keys, candidates)
+        needed = (B, longest, candidates, max(self.cached, default=0))
         if any(map(gt, needed, bucket)):
             raise ValueError(f"{B} requests of at most {longest} tokens don't fit {bucket}; pack them without it")
-        rows, candidates = bucket.batch * bucket.length, bucket.batch * bucket.candidates
-        return _Padded(bucket.batch, rows, candidates, bucket.length, bucket.length + bucket.cached)
+        rows, places = bucket.batch * bucket.length, bucket.batch * bucket.candidates
+        keys = bucket.length + bucket.cached
+        return _Padded(bucket.batch, rows, places, bucket.length, keys, bucket.candidates)
 
 
 Arrays = dict[str, Int64Array]  # of a HostBatch, by name
@@ -274,7 +282,7 @@ def _write_offsets(arrays: Arrays, layout: _Layout) -> None:
     """Write num_targets and those offsets that the batch has. Sequences of padding are empty."""
     B = len(layout.targets)
     arrays["num_targets"][:B] = layout.targets
-    offsets = {"q_offsets": layout.q_offsets}
+    offsets = {"q_offsets": layout.q_offsets, "candidate_offsets": [0, *accumulate(layout.targets)]}
     if "kv_offsets" in arrays:
         offsets["kv_offsets"] = [0, *accumulate(map(add, layout.histories, layout.targets))]
         offsets["kept_offsets"] = [0, *accumulate(layout.histories)]

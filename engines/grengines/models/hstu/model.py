@@ -54,8 +54,20 @@ class HSTULayer(nn.Module):
         """Project x [L, E] to u [L, H * dv] before its SiLU, q and k [L, H, dqk], v [L, H, dv]: views of one tensor."""
         y = kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=EPS)
         u, v, q, k = self.uvqk(y).split(self.widths, dim=-1)
+        return u, *self._by_head(q, k, v)
+
+    def project_rows(self, x: Tensor, rows: Tensor, kernels: Operators) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Project x [L, E] as `project` does, but u and q of `rows` (int64 [M]) alone: u [M, H * dv], q [M, H, dqk]."""
+        y = kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=EPS)
+        chosen = y[rows]
+        parts = zip(self.uvqk.weight.split(self.widths), self.uvqk.bias.split(self.widths), strict=True)
+        inputs = (chosen, y, chosen, y)  # of u, v, q and k
+        u, v, q, k = (F.linear(i, weight, bias) for i, (weight, bias) in zip(inputs, parts, strict=True))
+        return u, *self._by_head(q, k, v)
+
+    def _by_head(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = (self.heads, -1)
-        return u, q.unflatten(1, heads), k.unflatten(1, heads), v.unflatten(1, heads)
+        return q.unflatten(1, heads), k.unflatten(1, heads), v.unflatten(1, heads)
 
     def combine(self, x: Tensor, u: Tensor, a: Tensor, kernels: Operators) -> Tensor:
         """Combine x [L, E], u [L, H * dv] and a [L, H, dv] to the layer's output [L, E], which overwrites x."""
@@ -103,7 +115,13 @@ class HSTURanker(nn.Module):
     `build` makes it, since it initialises every parameter. `kernels` may be replaced at any time. In half precision,
     norms compute their statistics in fp32, because the squares of attention's small output would vanish in fp16. The
     head's last product is in fp32, so that logits have no rounding beyond that of the layers.
+
+    The head reads candidates alone. So the last layer computes u, q, attention and its output for candidates only; it
+    still computes keys and values of every token, which other visits may need. With `prunes_last_layer` False it
+    computes every row, as the reference does.
     """
+
+    prunes_last_layer = True
 
     def __init__(self, config: HSTUConfig, catalogue: Catalogue, kernels: Operators) -> None:
         super().__init__()
@@ -163,8 +181,8 @@ class HSTURanker(nn.Module):
 
     def forward(self, batch: JaggedBatch) -> Tensor:
         """Encode whole histories: returns logits fp32 [M, tasks] of the batch's candidates."""
-        x, _ = self._encode(batch, None, keep=False)
-        return self.score(x, batch)
+        candidates, _ = self._encode(batch, None, keep=False)
+        return self.score(candidates, batch)
 
     def prefill(self, batch: JaggedBatch) -> UserState:
         """Return the keys and values of every token of a batch that was packed without candidates."""
@@ -178,8 +196,8 @@ class HSTURanker(nn.Module):
         Returns logits fp32 [M, tasks], and the state with the new events but without candidates, or None with
         keep=False.
         """
-        x, extended = self._encode(batch, state, keep)
-        return self.score(x, batch), extended
+        candidates, extended = self._encode(batch, state, keep)
+        return self.score(candidates, batch), extended
 
     def paged(
         self,
@@ -200,45 +218,66 @@ class HSTURanker(nn.Module):
         x = self.embed(batch)
         lengths = places.paged_lengths if write else places.stored_lengths
         table = {"page_table": places.page_table, "paged_lengths": lengths}
+        pruned = self._pruned_layer(batch)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
-            u, q, k, v = layer.project(x, self.kernels)
+            u, q, k, v = self._project(layer, x, batch, i == pruned)
             if onload is not None:
                 onload.layer(i)
             if write:
                 self.kernels.paged_write(k, v, places.slots, pool.k[i], pool.v[i])
+            if i == pruned and not batch.max_candidates:
+                return self.score(x[:0], batch)
             pages = {"k_pages": pool.k[i], "v_pages": pool.v[i], **table} if read else {}
             # The keys outside the pages are those of this batch.
-            a = self._attend(q, k, v, batch, kv_offsets=batch.q_offsets, **pages)
-            x = layer.combine(x, u, a, self.kernels)
-        return self.score(x, batch)
+            a = self._attend(q, k, v, batch, i == pruned, kv_offsets=batch.q_offsets, **pages)
+            x = layer.combine(x[batch.candidate_rows] if i == pruned else x, u, a, self.kernels)
+        return self.score(x if pruned >= 0 else x[batch.candidate_rows], batch)
+
+    def _pruned_layer(self, batch: JaggedBatch) -> int:
+        """Return the layer that computes candidates alone: the last, or -1 where nearly all rows are candidates.
+
+        There the gathers and the separate products would cost more than the few rows that they save.
+        """
+        worthwhile = 2 * batch.candidate_rows.shape[0] <= batch.token_rows.shape[0]
+        return len(self.layers) - 1 if self.prunes_last_layer and worthwhile else -1
+
+    def _project(self, layer: HSTULayer, x: Tensor, batch: JaggedBatch, pruned: bool) -> tuple[Tensor, ...]:
+        return layer.project_rows(x, batch.candidate_rows, self.kernels) if pruned else layer.project(x, self.kernels)
 
     def _encode(self, batch: JaggedBatch, state: UserState | None, keep: bool) -> tuple[Tensor, UserState | None]:
-        """Return x [L, E] after the last layer, and the state with keep=True."""
+        """Return the candidates' rows [M, E] after the last layer, and the state with keep=True."""
         kernels = self.kernels
         x = self.embed(batch)
         kept = UserState([], [], batch.kept_offsets) if keep else None
+        pruned = self._pruned_layer(batch)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
-            u, q, k, v = layer.project(x, kernels)
+            u, q, k, v = self._project(layer, x, batch, i == pruned)
             if state is not None:
                 k, v = self._extend(state.k[i], k, batch), self._extend(state.v[i], v, batch)
             if kept is not None:
                 kept.k.append(k.contiguous() if state is None else self._keep(k, batch))
                 kept.v.append(v.contiguous() if state is None else self._keep(v, batch))
-            a = self._attend(q, k, v, batch, kv_offsets=batch.kv_offsets)
-            x = layer.combine(x, u, a, kernels)
-        return x, kept
+            if i == pruned and not batch.max_candidates:
+                return x[:0], kept
+            a = self._attend(q, k, v, batch, i == pruned, kv_offsets=batch.kv_offsets)
+            x = layer.combine(x[batch.candidate_rows] if i == pruned else x, u, a, kernels)
+        return x if pruned >= 0 else x[batch.candidate_rows], kept
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: JaggedBatch, **keys: Any) -> Tensor:
-        """Compute the attention of one layer. keys: kv_offsets and, for keys in pages, the page arguments."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: JaggedBatch, pruned: bool, **keys: Any) -> Tensor:
+        """Compute the attention of one layer.
+
+        pruned: q has the candidates, which are the last rows of each sequence. keys: kv_offsets and, for keys in pages,
+        the page arguments.
+        """
         attended: Tensor = self.kernels.hstu_attention(
             q,
             k,
             v,
-            q_offsets=batch.q_offsets,
+            q_offsets=batch.candidate_offsets if pruned else batch.q_offsets,
             num_targets=batch.num_targets,
-            max_q_len=batch.max_q_len,
+            max_q_len=batch.max_candidates if pruned else batch.max_q_len,
             max_kv_len=batch.max_kv_len,
             scaling_seqlen=self.config.scaling_seqlen,
             alpha=self.alpha,
@@ -287,9 +326,10 @@ class HSTURanker(nn.Module):
         )[0]
         return kept
 
-    def score(self, x: Tensor, batch: JaggedBatch) -> Tensor:
+    def score(self, candidates: Tensor, batch: JaggedBatch) -> Tensor:
+        """Return logits fp32 [M, tasks] of the candidates' rows [M, E] after the last layer."""
         kernels, rows = self.kernels, batch.candidate_rows
-        features = kernels.layer_norm(x[rows], self.norm.weight, self.norm.bias, eps=EPS)
+        features = kernels.layer_norm(candidates, self.norm.weight, self.norm.bias, eps=EPS)
         if self.config.interaction:
             item = F.embedding(batch.token_rows[rows], self.token_table)
             position = F.embedding(batch.positions[rows], self.position_table)

@@ -37,6 +37,7 @@ class RankingReference:
 
     def __init__(self, model: HSTUConfig, catalogue: Catalogue, seed: int, device: torch.device | str) -> None:
         self._model = build_model(model, catalogue, seed, device, torch.float32, host_table=True)
+        self._model.prunes_last_layer = False
         self._device = torch.device(device)
         self._table = self._model.token_table.data
         self._model.use_table(torch.empty(0))
