@@ -83,8 +83,8 @@ def write_onnx(
 def quantise(whole: Path, path: Path, large: bool) -> None:
     """Quantise the projections of the fp32 ONNX file `whole`, in a folder of its own, with ONNX Runtime's quantiser.
 
-    Weights are int8 with a scale for each channel. Inputs are quantised at run time. The tables, the attention and the
-    head's last product stay fp32. Raises UnavailableError without onnxruntime.
+    Weights are 8 bits with a scale and a zero point for each channel. Inputs are quantised at run time. The tables, the
+    attention and the head's last product stay fp32. Raises UnavailableError without onnxruntime.
     """
     try:
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -100,7 +100,7 @@ def quantise(whole: Path, path: Path, large: bool) -> None:
         quantize_dynamic(
             whole,
             path,
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,  # signed weights overflow on processors without VNNI: errors of 10%
             per_channel=True,
             op_types_to_quantize=["MatMul"],  # and former Gemms; not Gather, which reads the tables
             nodes_to_exclude=[*kept, *(f"{name}_MatMul" for name in kept)],  # the second: the name of a former Gemm
