@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -21,10 +23,14 @@ def option(
     gt: float | None = None,
     le: float | None = None,
     choices: Sequence[str] | None = None,
+    file: bool = False,
 ) -> Any:
-    """A dataclass field with a default, its meaning in words, and the values it allows (None: as its type says)."""
+    """A dataclass field with a default, its meaning in words, and the values it allows (None: as its type says).
+
+    file: the value names a file or a folder, whose content counts.
+    """
     allowed = {"ge": ge, "gt": gt, "le": le, "choices": tuple(choices) if choices else None}
-    metadata = {"help": help, "allowed": {k: v for k, v in allowed.items() if v is not None}}
+    metadata = {"help": help, "file": file, "allowed": {k: v for k, v in allowed.items() if v is not None}}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -42,20 +48,50 @@ def describe(field: dataclasses.Field[Any]) -> str:
     return " ".join([kind, " and ".join(bounds)]).strip()
 
 
-def violations(config: Any, path: str = "") -> Iterator[str]:
-    """Yield one line for each value outside its range: key, value, what is allowed.
+def violations(config: Any) -> Iterator[str]:
+    """Yield one line for each value outside its range and each file that can't be read: key, value, what is allowed.
 
     `config` is an instance of a configuration dataclass; nested dataclasses are followed.
     """
+    yield from _outside(config)
+    for key, name in files(config).items():
+        if not Path(name).exists():
+            yield f"{key}={name}: no such file; set {key} to one that exists"
+        elif not os.access(name, os.R_OK):
+            yield f"{key}={name}: it can't be read; change its permissions or name another"
+
+
+def _outside(config: Any, path: str = "") -> Iterator[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         key = f"{path}{field.name}"
         if dataclasses.is_dataclass(value):
-            yield from violations(value, f"{key}.")
+            yield from _outside(value, f"{key}.")
             continue
         for item in value if isinstance(value, list) else [value]:
             if item is not None and not _allows(field.metadata.get("allowed", {}), item):
                 yield f"{key}={item}: allowed is {describe(field)}"
+
+
+def files(config: Any) -> dict[str, str]:
+    """Return the options that name a file or a folder: key and value."""
+    return {key: getattr(owner, key.rpartition(".")[2]) for key, owner in _file_options(config)}
+
+
+def expand_home(config: Any) -> None:
+    """Write the home folder in the place of ~ into the options that name a file."""
+    for key, owner in _file_options(config):
+        name = key.rpartition(".")[2]
+        setattr(owner, name, str(Path(getattr(owner, name)).expanduser()))
+
+
+def _file_options(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _file_options(value, f"{path}{field.name}.")
+        elif field.metadata.get("file") and value is not None:
+            yield f"{path}{field.name}", config
 
 
 def _allows(allowed: dict[str, Any], value: Any) -> bool:

@@ -40,7 +40,8 @@ from grbench.workloads.config import (
 from grengines import registry as engines
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.models.hstu.config import HSTUConfig
-from grengines.options import option, violations
+from grengines.options import expand_home, files, option, violations
+from grengines.runtime.cache_dir import content
 from grengines.spec import TASKS, CacheOptions, EngineOptions, EngineSpec, ModelOptions
 from grkernels.config import KernelConfig, KernelGroup
 
@@ -78,8 +79,10 @@ class RetrievalConfig:
     beam_width: int = option(32, "beams of a search, at least `k`", ge=1, le=1024)
     levels: int = option(3, "codes of an item's semantic ID", ge=1, le=8)
     codes: int = option(0, "codes of a level; 0: as many as the size of the catalogue needs", ge=0, le=65536)
-    semantic_ids: str | None = option(None, "safetensors file of semantic IDs; null: made from the workload's items")
-    weights: str | None = option(None, "safetensors file of the generator; null: random weights from `seed`")
+    semantic_ids: str | None = option(
+        None, "safetensors file of semantic IDs; null: made from the workload's items", file=True
+    )
+    weights: str | None = option(None, "safetensors file of the generator; null: random weights from `seed`", file=True)
 
 
 @dataclass
@@ -173,8 +176,29 @@ class RunSpec:
 
     @property
     def hash(self) -> str:
-        """Hash of every option (`spec_hash`)."""
-        return spec_hash(self.to_dict())
+        """Hash of every option (`spec_hash`). Of an option that names a file, the file's content counts, not its place.
+
+        Raises OSError for a file that can't be read.
+        """
+        values = self.to_dict()
+        for key, digest in self.file_contents().items():
+            *groups, name = key.split(".")
+            node = values
+            for group in groups:
+                node = node[group]
+            node[name] = f"sha256:{digest}"
+        return spec_hash(values)
+
+    def file_contents(self) -> dict[str, str]:
+        """Return the SHA-256 of each file that an option names, by the option's key. Raises OSError."""
+        return {key: content(Path(path)) for key, path in files(self).items()}
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Names that pip may know the packages by that the cell's engines need."""
+        engine = engines.get(self.engine.name)
+        its = [engine, *(engines.get(getattr(self.engine, stage).name) for stage in engine.stages)]
+        return tuple(name for spec in its for package in spec.packages for name in package.distributions)
 
     @property
     def ranking_model(self) -> HSTUConfig:
@@ -201,8 +225,8 @@ def register_schemas() -> None:
 def checked(cfg: DictConfig, root: type[Root]) -> Root:
     """Return a composed configuration as its dataclass `root`.
 
-    Raises ConfigError for an unknown key, for a group that is built on none of its schemas, and for a value outside its
-    range. Raises OmegaConfBaseException for a missing value.
+    Raises ConfigError for an unknown key, for a group that is built on none of its schemas, for a value outside its
+    range, and for a file that can't be read. Raises OmegaConfBaseException for a missing value.
     """
     if unknown := list(_unknown_keys(cfg)):
         raise ConfigError("; ".join(unknown))
@@ -211,6 +235,7 @@ def checked(cfg: DictConfig, root: type[Root]) -> Root:
     for group, options in schemas().items():
         if hasattr(config, group) and type(getattr(config, group)) not in options.values():
             raise ConfigError(f"{group}: build it on one of the schemas {', '.join(options)} (see conf/{group}/)")
+    expand_home(config)
     if problems := list(violations(config)):
         raise ConfigError("; ".join(problems))
     return config

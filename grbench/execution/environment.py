@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from grbench.execution.gpu import describe_gpus
 
+# The code that measures: a change elsewhere, such as in a report, leaves earlier records valid.
+MEASURING = ("grkernels", "grengines", *(f"grbench.{part}" for part in ("execution", "gate", "scenarios", "workloads")))
 PACKAGES = ("grbench", "torch", "triton", "numpy", "mlcommons-loadgen", "hydra-core", "mlflow")
 
 
+def describe_environment(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the machine, GPUs, versions and git state. They are gathered once per process, without importing torch.
+
+    packages: distributions whose versions count too, if they are installed.
+    """
+    found = {name: version for name in (*PACKAGES, *packages) if (version := installed_version(name))}
+    return {**_machine_and_code(), "versions": found}
+
+
 @functools.cache
-def describe_environment() -> dict[str, Any]:
-    """Return the machine, GPUs, versions and git state. They are gathered once per process, without importing torch."""
+def _machine_and_code() -> dict[str, Any]:
     return {
         "git_sha": git_sha(),
+        "code": code_digest(),
         "cpu": cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "gpus": describe_gpus(),
-        "versions": {name: version for name in PACKAGES if (version := installed_version(name))},
     }
+
+
+def code_digest() -> str:
+    """Return 12 hex digits over the source files of `MEASURING`: edited files count, a commit of documents does not."""
+    digest = hashlib.sha256()
+    for package in MEASURING:
+        found = find_spec(package)
+        for folder in (found.submodule_search_locations if found else None) or ():
+            for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in (".py", ".json")):
+                digest.update(f"{package}/{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def installed_version(package: str) -> str | None:

@@ -49,6 +49,7 @@ def run_cell(
     started, begun = datetime.datetime.now(datetime.UTC), time.monotonic()
     folder = _unused(folder)
     interrupted: KeyboardInterrupt | None = None
+    spec_hash, files = spec.hash, spec.file_contents()  # as it begins: a file may be replaced meanwhile
     try:
         records.reserve(folder)
         outcome = _work(spec, runner, folder, on_event)
@@ -62,11 +63,12 @@ def run_cell(
         with held():
             record = RunRecord(
                 spec=spec.to_dict(),
-                spec_hash=spec.hash,
+                spec_hash=spec_hash,
                 started_at=started.isoformat(timespec="seconds"),
                 duration_s=round(time.monotonic() - begun, 3),
                 requested=_requested(spec),
-                environment=describe_environment(),
+                environment=describe_environment(spec.packages),
+                files=files,
                 sweep_id=sweep_id,
                 overrides=overrides or [],
                 **vars(outcome),

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import RunConfig, RunSpec
-from grbench.execution import records
+from grbench.execution.earlier import EarlierRecords
 from grbench.execution.records import RunRecord, Status
 from grbench.execution.runner import Event, Interrupted, run_cell
 from grbench.report.cells import Planned, label
@@ -40,11 +40,9 @@ class CellSession:
         if self._sweep_id:
             facts = {"overrides": " ".join(invocation.words), "cells": str(self._total)}
             self._tracker.start_sweep(self._sweep_id, facts)
-        self._earlier: dict[str, tuple[Path, RunRecord]] = {}
+        self._earlier = EarlierRecords()
         if self._sweep_id and not run.rerun:
-            for folder, record in records.find(self._root):
-                if record.status is not Status.INTERRUPTED and (record.ok or not run.rerun_failed):
-                    self._earlier[record.spec_hash] = (folder, record)
+            self._earlier.read(self._root, failed=not run.rerun_failed)
 
     def run(self, job: Job) -> None:
         """Measure one cell, or keep its earlier record; log it. Raises KeyboardInterrupt after keeping the record."""
@@ -65,13 +63,16 @@ class CellSession:
         run: RunConfig = job.config[1]
         name = label(Planned(spec.to_dict(), list(job.overrides)))
         title = f"{len(self._cells) + 1}/{self._total} {name}"
-        if earlier := self._earlier.get(spec.hash):
+        earlier, why_not = self._earlier.of(spec)
+        if earlier is not None:
             folder, record = earlier
             again = "rerun=true" if record.ok else "rerun_failed=true"
-            line = f"{title}: {record.status} in a record of {record.started_at}, kept ({again} measures it again)"
-            self._screen.print(line, soft_wrap=True, markup=False, highlight=False)
+            whose = f"{record.status} in a record of {record.started_at} in {os.path.relpath(folder)}"
+            self._say(f"{title}: {whose}, kept ({again} measures it again)")
             self._finish(folder, record)
             return
+        if why_not:
+            self._say(f"{title}: {why_not}, so it is measured again")
         with CellProgress(self._screen, title, spec.scenario.queries) as progress:
             try:
                 record, folder = run_cell(
@@ -89,7 +90,7 @@ class CellSession:
 
     def _finish(self, folder: Path, record: RunRecord) -> None:
         if self._sweep_id:
-            self._earlier[record.spec_hash] = (folder, record)  # a sweep may ask for the same cell twice
+            self._earlier.add(folder, record)  # a sweep may ask for the same cell twice
         if all(folder != known for known, _ in self._cells):
             self._cells.append((folder, record))
         if record.tracking or record.status is Status.INTERRUPTED:
@@ -100,6 +101,9 @@ class CellSession:
             with contextlib.suppress(OSError, ReportError):  # a picture is no result; the disk may be full
                 plot_latency_cdf([(folder, record)], folder / "latency_cdf.png")
         self._tracker.log(record, folder)
+
+    def _say(self, line: str) -> None:
+        self._screen.print(line, soft_wrap=True, markup=False, highlight=False)
 
     @property
     def records(self) -> list[RunRecord]:

@@ -36,7 +36,7 @@ def load_events(config: RecordedConfig) -> Events:
         case Ml100kConfig():
             return events.load_recbole(movielens.ml_100k(), sort=True)  # the file is not sorted by time
         case RecBoleConfig():
-            return events.load_recbole(Path(config.path).expanduser(), config.sort)
+            return events.load_recbole(Path(config.path), config.sort)
         case CsvConfig():
-            return events.load_csv(Path(config.path).expanduser(), config.format, config.sort)
+            return events.load_csv(Path(config.path), config.format, config.sort)
     raise TypeError(f"unknown workload {type(config).__name__}")

@@ -37,7 +37,7 @@ class Ml100kConfig(RecordedConfig):
 class FileConfig(RecordedConfig):
     """A file of recorded events."""
 
-    path: str = option("???", "the file")
+    path: str = option("???", "the file", file=True)
     sort: bool = option(False, "sort each user's events by time; false: refuse a file out of order")
 
 

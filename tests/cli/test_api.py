@@ -38,8 +38,9 @@ def test_a_sweep_returns_records_and_goes_on(tmp_path: Path, capfd: pytest.Captu
 
 
 def test_a_failed_cell_is_a_record_and_a_wrong_override_raises(tmp_path: Path) -> None:
-    [record] = grbench.run([*CELL, "model.weights=none.safetensors"], output_root=tmp_path)
-    assert record.status is grbench.Status.ERROR and record.error and "none.safetensors" in record.error
+    (tmp_path / "bad.safetensors").write_text("no weights")
+    [record] = grbench.run([*CELL, f"model.weights={tmp_path}/bad.safetensors"], output_root=tmp_path)
+    assert record.status is grbench.Status.ERROR and record.error and "bad.safetensors" in record.error
     with pytest.raises(grbench.ConfigError, match=r"scenario\.max_batch=0: allowed is"):
         grbench.run([*CELL, "scenario.max_batch=2,0"], sweep=True, output_root=tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -96,7 +96,7 @@ def test_sizing_of_a_pipeline_lists_both_stages(grbench_here: Grbench) -> None:
     [
         ("--repeats 0", 2, "--repeats 0: allowed is >= 1"),
         ("engine=hf", 2, "task=generate: "),
-        ("workload=csv workload.path=missing.csv", 1, "missing.csv: no such file; set workload.path"),
+        ("workload=csv workload.path=missing.csv", 2, "workload.path=missing.csv: no such file; set workload.path"),
     ],
 )
 def test_what_overhead_can_not_measure_is_one_line(

@@ -26,7 +26,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("group, name", OPTIONS)
 def test_every_option_of_every_group_composes(group: str, name: str) -> None:
-    needs = ["workload.path=x.csv"] if name in ("csv", "recbole") else []
+    needs = [f"workload.path={__file__}"] if name in ("csv", "recbole") else []
     needs += ["engine=hf"] if name.startswith("decoder_") else []
     spec, run = compose_spec([f"{group}={name}", *needs])
     chosen = getattr(run, group)

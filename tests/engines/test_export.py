@@ -276,7 +276,7 @@ def test_the_command_exports_and_checks(grbench: Grbench, tmp_path: Path) -> Non
         ("--items 0", "--items 0: allowed is >= 1"),
         ("--items", "argument --items: expected one argument; `python -m grbench export --help` lists the flags"),
         ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
-        ("model.weights=nothing.safetensors", "nothing.safetensors: no weights of a ranking model"),
+        ("model.weights=nothing.safetensors", "model.weights=nothing.safetensors: no such file"),
     ],
 )
 def test_the_commands_errors_are_one_line(grbench_here: Grbench, arguments: str, message: str) -> None:

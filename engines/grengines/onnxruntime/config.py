@@ -16,7 +16,9 @@ class OnnxRuntimeConfig(DeviceOptions):
         "auto", "auto: fp16 on cuda, fp32 on cpu; bf16 needs cuda; int8, quantised at run time, needs a cpu",
         choices=["auto", "fp32", "fp16", "bf16", "int8"],
     )  # fmt: skip
-    onnx: str | None = option(None, "an exported model.onnx; null: exported on first use, then from the cache")
+    onnx: str | None = option(
+        None, "an exported model.onnx; null: exported on first use, then from the cache", file=True
+    )
     spinning: bool = option(False, "threads wait for work by spinning: faster alone, slower next to other work")
     optimisation: str = option(
         "all", "optimisation of the graph on loading", choices=["none", "basic", "extended", "all"]

@@ -1,4 +1,4 @@
-"""The folder of files that can be made again, and digests of files."""
+"""The folder of files that can be made again, and digests of files and folders."""
 
 from __future__ import annotations
 
@@ -12,6 +12,31 @@ def cache_folder() -> Path:
     if own := os.environ.get("GRBENCH_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grbench"
+
+
+_digests: dict[tuple[str, int, int], str] = {}  # by path, size and time of change
+
+
+def content(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a folder's files and their names. A file is read once in a process.
+
+    An ONNX model's weights in MODEL.onnx.data belong to it. Raises OSError.
+    """
+    beside = path.with_name(f"{path.name}.data")
+    if path.is_dir() or beside.is_file():
+        folder = path if path.is_dir() else path.parent
+        parts = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path, beside]
+        lines = [f"{_content(part)} {part.relative_to(folder)}" for part in parts]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return _content(path)
+
+
+def _content(path: Path) -> str:
+    facts = path.stat()
+    key = (str(path.resolve()), facts.st_size, facts.st_mtime_ns)
+    if key not in _digests:
+        _digests[key] = sha256(path)
+    return _digests[key]
 
 
 def sha256(path: Path) -> str:

@@ -29,5 +29,5 @@ class TensorRTConfig:
     refit: bool = option(False, "one plan for any weights of this shape")
     plugin: bool = option(True, "attention by the project's Triton kernel (tensorrt only); false: by the body in ONNX")
     cuda_graphs: bool = option(False, "capture a graph for each bucket of batch and length")
-    plan: str | None = option(None, "a folder of `grbench build-plan`; null: from the cache, or built")
+    plan: str | None = option(None, "a folder of `grbench build-plan`; null: from the cache, or built", file=True)
     fallback: list[str] = option([], "engines for requests that the plan was not built for")

@@ -32,7 +32,7 @@ class HSTUConfig:
     head_dim: int = option(64, "hidden width of the ranking head", ge=1)
     interaction: bool = option(False, "the head also gets the dot products of a candidate's vectors (DLRM)")
     tasks: list[str] = option(["engagement", "retention", "monetisation"], "outputs of the ranking head")
-    weights: str | None = option(None, "safetensors file; null: random weights from `seed`")
+    weights: str | None = option(None, "safetensors file; null: random weights from `seed`", file=True)
 
     @property
     def interactions(self) -> int:

@@ -1,0 +1,69 @@
+"""The records of earlier runs, which a sweep keeps instead of measuring a cell again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from grbench.config.schema import RunSpec
+from grbench.execution import records
+from grbench.execution.environment import describe_environment
+from grbench.execution.records import RunRecord, Status
+
+CONFIGURING = ("hydra-core", "mlflow")  # packages that read options and log results: no measurement depends on them
+
+
+class EarlierRecords:
+    """Records by measurement. Of each, the latest one that was made by this code on such a machine counts."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, list[tuple[Path, RunRecord]]] = {}
+
+    def read(self, root: Path, failed: bool) -> None:
+        """Take the records under an output root. failed: also those that are not OK, except INTERRUPTED ones."""
+        for folder, record in records.find(root):
+            if record.status is not Status.INTERRUPTED and (record.ok or failed):
+                self.add(folder, record)
+
+    def add(self, folder: Path, record: RunRecord) -> None:
+        """Take a record that was made since."""
+        self._kept.setdefault(record.spec_hash, []).append((folder, record))
+
+    def of(self, spec: RunSpec) -> tuple[tuple[Path, RunRecord] | None, str]:
+        """Return the record of a cell and its folder, or None, and then why its latest record is not kept ("": none).
+
+        Raises OSError for a file of the cell that can't be read.
+        """
+        why = ""
+        for folder, record in reversed(self._kept.get(spec.hash, [])):
+            here = describe_environment(spec.packages)
+            difference = _difference(record.environment, here)
+            if not difference:
+                return (folder, record), ""
+            why = why or f"the record of {record.started_at} is from {difference}"
+        return None, why
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Return in words what sets the environment of a record apart from this one; "" if a figure would be the same."""
+    if (machine := _machine(there)) != _machine(here):
+        return f"another machine ({machine})"
+    if there.get("code") != here["code"]:
+        commit = (there.get("git_sha") or "unknown")[:12]
+        return f"other code (commit {commit})"
+    old, new = _versions(there), _versions(here)
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            return f"{name} {old.get(name, '(none)')}, here is {new.get(name, '(none)')}"
+    return ""
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    """Return the kind of machine: processor, cores, GPUs. Two machines of one kind give comparable figures."""
+    gpus = [gpu.get("name") for gpu in environment.get("gpus") or []]
+    return ", ".join([f"{environment.get('cpu')}, {environment.get('cpu_cores')} cores", *map(str, gpus)])
+
+
+def _versions(environment: dict[str, Any]) -> dict[str, str]:
+    found = {"python": environment.get("python"), **(environment.get("versions") or {})}
+    return {name: str(version) for name, version in found.items() if name not in CONFIGURING}
