@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,14 @@ class Setup:
     retrieval: Retrieval | None = None  # for the tasks that generate
 
 
+class Cached(NamedTuple):
+    """The part of a request's history that was not computed again."""
+
+    tokens: int = 0
+    from_host: int = 0  # those of them that were loaded from the host tier
+    of: int = 0  # tokens of the history
+
+
 @dataclass(kw_only=True)
 class BatchResult:
     """Times of one batch in host milliseconds, with device work synchronised."""
@@ -88,6 +96,8 @@ class BatchResult:
     wait_ms: float = 0.0  # until the batches before this one let it on the device
     details: dict[str, float] = field(default_factory=dict)  # further figures; a run sums them by name
     stages: dict[str, float] = field(default_factory=dict)  # milliseconds of each stage of a pipeline, without waits
+    cached: list[Cached] = field(default_factory=list)  # for each request; empty without a cache
+    fallback: str = ""  # the engine behind the first one that answered, by its name in `engine.fallback`
 
 
 @dataclass(kw_only=True)
@@ -123,6 +133,8 @@ class Finished:
     tokens: int  # of its prompt
     details: dict[str, float] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
+    cached: Cached = field(default_factory=Cached)
+    fallback: str = ""  # as in the task's result
 
 
 class UnavailableError(RuntimeError):

@@ -48,6 +48,7 @@ class FallbackEngine:
             with self._counting:
                 self._answered[i] += len(requests)
             result.details["fallback_requests"] = float(len(requests) if i else 0)
+            result.fallback = self._fallback[i - 1] if i else ""
             return result
         raise AssertionError("there is at least one engine")
 

@@ -16,6 +16,10 @@ from torch import Tensor
 # stale row differs by 1e-3 and more.
 SUMMATION_FLOOR = 2e-5
 
+# The last bit of 1.0, by precision. A layer rounds several times: its error is a few of these.
+UNIT = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 2.0**-6, "fp8": 2.0**-3}
+PLAUSIBLE = 6.0
+
 Array = Tensor | npt.NDArray[np.floating[Any]]
 
 
@@ -58,9 +62,24 @@ def relative_error(out: Array, reference: Array) -> float:
     return difference / size if size and math.isfinite(difference / size) else float("inf")
 
 
-def allowed_error(eager_error: float, ratio: float, floor: float = SUMMATION_FLOOR) -> float:
-    """Return `ratio` times what eager PyTorch loses in the same precision, at least `floor`."""
-    return max(ratio * eager_error, floor)
+def allowed_error(rounding_error: float, ratio: float, floor: float = SUMMATION_FLOOR) -> float:
+    """Return `ratio` times what the reference's own maths loses in the same precision, at least `floor`."""
+    return max(ratio * rounding_error, floor)
+
+
+def require_plausible(rounding_error: float, precision: str, depth: int, result: Comparison | None = None) -> None:
+    """Raise IncorrectError for a rounding error that rounding alone can't explain.
+
+    Errors of `depth` layers are about independent, so that they grow with its square root. A yardstick beyond the bound
+    would allow wrong answers.
+    """
+    bound = PLAUSIBLE * UNIT[precision] * math.sqrt(max(depth, 1))
+    if not rounding_error <= bound:
+        raise IncorrectError(
+            f"rounding the fp32 reference to {precision} changes its answers by {rounding_error:.2g} (relative), "
+            f"plausible for {depth} layers is at most {bound:.2g}; check the weights, or use a higher precision",
+            result,
+        )
 
 
 def require_contrast(

@@ -54,14 +54,18 @@ class ConfigError(CommandError):
 
 @dataclass
 class GateConfig:
-    """Options of the check that every cell must pass before it is measured: see grbench/gate/rank.py."""
+    """Options of the checks that every cell must pass before and after it is measured: see grbench/gate/."""
 
     requests: int = option(
         4, "requests compared with the fp32 reference before and after measuring, the shortest and longest among them",
         ge=2, le=64,
     )  # fmt: skip
+    measured: int = option(
+        128, "measured answers that are drawn at random and compared with the fp32 reference afterwards, besides a few "
+        "of every batch size, place in it, history length and cache state", ge=1, le=100_000,
+    )  # fmt: skip
     max_error_ratio: float = option(
-        2.0, "largest error that passes, as a multiple of the error of eager PyTorch in the same precision", gt=0
+        2.0, "largest error that passes, as a multiple of what rounding to the same precision costs the reference", gt=0
     )
     quality_requests: int = option(
         512, "with weights and labelled tasks: last requests of the trace, ranked for AUC and normalised entropy", ge=0

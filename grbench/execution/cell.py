@@ -17,6 +17,7 @@ from grbench.execution.load import BUILDING, MEASURING
 from grbench.execution.records import SAMPLES_FILE, Outcome
 from grbench.gate import gate_for, quality
 from grbench.gate.base import Gate
+from grbench.gate.measured import MeasuredAnswers
 from grbench.scenarios import Measurement
 from grbench.workloads.config import SyntheticConfig, WorkloadConfig
 from grbench.workloads.trace import Trace
@@ -49,7 +50,9 @@ class Cell:
                 self._check(engine, gate)
                 self._check_quality(engine, trace)
                 self._warm_up(engine, trace.requests)
-                measurement = self._measure(engine, trace.requests)
+                answers = MeasuredAnswers(gate.form, self.spec.gate.measured, self.spec.seed)
+                measurement = self._measure(engine, trace.requests, answers)
+                self._check_measured(gate, answers)
                 self._check_again(engine, gate)
             self._write(measurement, trace, retrieval)
 
@@ -99,6 +102,7 @@ class Cell:
         except IncorrectError as e:
             if e.result is not None:
                 self.outcome.gate = e.result.to_dict()
+            self.outcome.gate["passed"] = False
             raise
 
     def _check(self, engine: Engine, gate: Gate) -> None:
@@ -128,7 +132,7 @@ class Cell:
             getattr(engine, self.spec.task)(requests[start : start + max(size >> (i % 3), 1)])
         engine.reset_cache()
 
-    def _measure(self, engine: Engine, requests: list[Request]) -> Measurement:
+    def _measure(self, engine: Engine, requests: list[Request], answers: MeasuredAnswers) -> Measurement:
         self._stage(MEASURING)
         compiled = len(tuning.compiled())
         measurement = scenarios.run_scenario(
@@ -140,6 +144,7 @@ class Cell:
             seed=self.spec.seed,
             folder=self.folder / "loadgen",
             progress=at_most_every(0.5, lambda answered: self.report({"answered": answered})),
+            watch=answers.watch,
         )
         if self.outcome.actual["device"] == "cuda":
             measurement.metrics |= sample_gpu()
@@ -154,6 +159,14 @@ class Cell:
         """Check once more: after all that load a stale buffer or a corrupted state shows."""
         self.outcome.gate["error_after"] = gate.check(engine, self.spec.scenario.max_batch).error
         self.outcome.actual = engine.actual()  # by now it has used every launch configuration that it needs
+
+    def _check_measured(self, gate: Gate, answers: MeasuredAnswers) -> None:
+        """Compare a sample of the measured answers with the reference."""
+        self._stage("comparing measured answers with the fp32 reference")
+        result = answers.compare(gate)
+        self.outcome.gate["measured"] = result.to_dict()
+        if not result.passed:
+            raise IncorrectError(result.words)
 
     def _write(self, measurement: Measurement, trace: Trace, retrieval: Retrieval | None) -> None:
         self._stage("writing")

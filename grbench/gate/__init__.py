@@ -1,6 +1,7 @@
-"""Correctness gates: nothing is timed before it agrees with the fp32 reference.
+"""Correctness gates: no figure without answers that agree with the fp32 reference.
 
-`base` has the idea that all gates share, the other modules a gate each.
+`base` has the idea that all gates share, `form` and `measured` the checks of what is measured, the other modules a gate
+each.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from grengines.api import Retrieval
 def gate_for(spec: RunSpec, trace: Trace, retrieval: Retrieval | None, actual: dict[str, Any]) -> Gate:
     """Return the gate of a cell's task. actual: what the engine reports; its device and precision are used."""
     if retrieval is None:
-        from grbench.gate.rank import RankGate
+        from grbench.gate.rank import RankGate, fallback_precisions
 
-        return RankGate(spec, trace.catalogue, trace.requests, actual["device"], actual["precision"])
+        device, precision = actual["device"], actual["precision"]
+        return RankGate(spec, trace.catalogue, trace.requests, device, precision, fallback_precisions(actual))
     if spec.task == "generate":
         from grbench.gate.generate import GenerateGate
 

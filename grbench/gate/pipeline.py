@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from grbench.config.schema import RunSpec
 from grbench.gate.base import GateResult
+from grbench.gate.form import Form
 from grbench.gate.generate import GenerateGate, GenerateGateResult
-from grbench.gate.rank import RankGate
+from grbench.gate.measured import Answer, Verdict
+from grbench.gate.rank import RankGate, fallback_precisions
 from grbench.workloads.trace import Trace
 from grengines.api import Retrieval
 from grengines.numerics import Comparison, IncorrectError
@@ -30,11 +33,14 @@ class PipelineGate:
 
     def __init__(self, spec: RunSpec, trace: Trace, retrieval: Retrieval, actual: dict[str, Any]) -> None:
         first, second = actual["retrieve"], actual["rank"]
+        self.form = Form(len(spec.ranking_model.tasks), retrieval.k, trace.catalogue.num_items)
         self._retrieve = GenerateGate(
             spec, trace.catalogue, trace.requests, retrieval, first["device"], first["precision"]
         )
         requests = [as_many(r, retrieval.k) for r in trace.requests]
-        self._rank = RankGate(spec, trace.catalogue, requests, second["device"], second["precision"])
+        self._rank = RankGate(
+            spec, trace.catalogue, requests, second["device"], second["precision"], fallback_precisions(second)
+        )
 
     def check(self, engine: Pipeline, max_batch: int) -> PipelineGateResult:
         """Compare the answers of both stages, then of the whole. Raises IncorrectError."""
@@ -46,10 +52,33 @@ class PipelineGate:
             found = engine.retriever.generate([request]).items[0]
             answer = engine.recommend([request])
             items, scores = answer.items[0], answer.scores[0]
-            if sorted(items.tolist()) != sorted(found.tolist()) or (np.diff(scores[:, 0]) > 0).any():
+            if sorted(items.tolist()) != sorted(found.tolist()) or not _best_first(scores):
                 result.passed = False
                 raise IncorrectError(
                     f"request {request.request_id}: the recommended items are not the retrieved ones, best first",
                     result,
                 )
         return result
+
+    def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """Compare the items of each answer with those of the first stage's reference, the scores with the second's."""
+        items = [a.items for a in answers if a.items is not None]
+        requests = [a.request for a in answers]
+        retrieved = self._retrieve.judge_items(requests, [(found, None) for found in items])
+        candidates = [replace(r, candidates=found) for r, found in zip(requests, items, strict=True)]
+        ranked = self._rank.judge([replace(a, request=r) for a, r in zip(answers, candidates, strict=True)])
+        verdicts = []
+        for answer, first, second in zip(answers, retrieved, ranked, strict=True):
+            if first.problem:
+                verdicts.append(replace(first, problem=f"stage retrieve: {first.problem}"))
+            elif second.problem:
+                verdicts.append(replace(second, problem=f"stage rank: {second.problem}"))
+            elif not _best_first(answer.scores):
+                verdicts.append(replace(second, problem="the items are not in the order of their scores"))
+            else:
+                verdicts.append(second)
+        return verdicts
+
+
+def _best_first(scores: np.ndarray) -> bool:
+    return not (np.diff(scores[:, 0]) > 0).any()

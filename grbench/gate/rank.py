@@ -1,56 +1,120 @@
 """The gate of ranking: the engine's scores are those of the fp32 reference.
 
-The error is ||scores - reference|| / ||reference|| over a few requests of the trace, the shortest and the longest
-history among them.
+The error is ||scores - reference|| / ||reference||: before and after the measurement over a few requests of the trace
+together, the shortest and the longest history among them; of measured answers over each one alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from grbench.config.schema import RunSpec
-from grbench.gate.base import GateResult, batches, sample
+from grbench.gate.base import GateResult, in_batches, sample
+from grbench.gate.form import Form
+from grbench.gate.measured import Answer, Verdict
 from grengines.api import Catalogue, Float32Array, Ranker, Request
-from grengines.numerics import allowed_error, relative_error
+from grengines.numerics import allowed_error, relative_error, require_contrast, require_plausible
+
+NO_FALLBACK: Mapping[str, str] = {}
 
 
 class RankGate:
-    """The reference's scores of a sample."""
+    """The reference's scores of a sample.
+
+    precision: the engine's. fallback: the precisions of the engines behind it, by name.
+    """
 
     def __init__(
-        self, spec: RunSpec, catalogue: Catalogue, requests: Sequence[Request], device: str, precision: str
+        self,
+        spec: RunSpec,
+        catalogue: Catalogue,
+        requests: Sequence[Request],
+        device: str,
+        precision: str,
+        fallback: Mapping[str, str] = NO_FALLBACK,
     ) -> None:
         from grengines.models.hstu.reference import RankingReference, zero_attention
 
+        self._spec, self._requests = spec, requests
+        self._precisions = {"": precision, **fallback}
+        self.form = Form(len(spec.ranking_model.tasks))
         self.sample = sample(requests, spec.gate.requests, spec.seed)
-        model = RankingReference(spec.ranking_model, catalogue, spec.seed, device)
-        self._reference = np.concatenate(model.scores(self.sample))
-        eager = np.concatenate(model.scores(self.sample, precision))
-        blind = np.concatenate(model.scores(self.sample, attention=zero_attention))
-        self._eager_error = relative_error(eager, self._reference)
+        self._model = RankingReference(spec.ranking_model, catalogue, spec.seed, device)
+        self._reference = np.concatenate(self._model.scores(self.sample))
+        blind = np.concatenate(self._model.scores(self.sample, attention=zero_attention))
         self._zero_error = relative_error(blind, self._reference)
-        self.tolerance = allowed_error(self._eager_error, spec.gate.max_error_ratio)
+        rounded = np.concatenate(self._model.scores(self.sample, precision))
+        self._rounding_error = relative_error(rounded, self._reference)
+        require_plausible(self._rounding_error, precision, spec.ranking_model.layers)
+        self.tolerance = allowed_error(self._rounding_error, spec.gate.max_error_ratio)
 
     def check(self, engine: Ranker, max_batch: int) -> GateResult:
         """Compare the engine's scores. Raises IncorrectError."""
-        answers: list[Float32Array] = []
-        for batch in batches(self.sample, max_batch):
-            answers += engine.rank(batch).scores
-        error = relative_error(np.concatenate(answers), self._reference)
-        stale = np.concatenate(answers[1:] + answers[:1])
-        result = GateResult(
-            passed=error <= self.tolerance,
-            error=error,
-            tolerance=self.tolerance,
-            eager_error=self._eager_error,
-            zero_attention_error=self._zero_error,
-            stale_error=relative_error(stale, self._reference),
-            requests=len(self.sample),
-        )
-        return result.judge(
-            None
-            if result.passed
-            else f"scores differ from the fp32 reference by {error:.2e} (relative), allowed is {self.tolerance:.2e}"
-        )
+        worst: GateResult | None = None
+        rounds = in_batches(engine.rank, self.form, self.sample, self._requests, max_batch, self._spec.seed)
+        for size, _, scores in rounds:
+            error = relative_error(np.concatenate(scores), self._reference)
+            stale = relative_error(np.concatenate(scores[1:] + scores[:1]), self._reference)
+            result = GateResult(
+                passed=error <= self.tolerance,
+                error=error,
+                tolerance=self.tolerance,
+                rounding_error=self._rounding_error,
+                zero_attention_error=self._zero_error,
+                stale_error=stale,
+                requests=len(self.sample),
+            )
+            result.judge(
+                None
+                if result.passed
+                else f"in batches of {size} scores differ from the fp32 reference by {error:.2e} (relative), "
+                f"allowed is {self.tolerance:.2e}"
+            )
+            worst = result if worst is None or result.error > worst.error else worst
+        assert worst is not None, "there is at least one batch size"
+        return worst
+
+    def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """Compare the scores of each answer with the reference's.
+
+        Allowed is a multiple of the largest error that rounding makes in any of the requests. Raises IncorrectError if
+        that would allow a model without attention.
+        """
+        requests = [a.request for a in answers]
+        expected = self._model.scores(requests)
+        typical = float(np.sqrt(np.mean(np.concatenate([self._reference, *expected]) ** 2)))
+        allowed = {name: self._allowed(requests, expected, typical, p) for name, p in self._precisions_of(answers)}
+        verdicts = []
+        for answer, right in zip(answers, expected, strict=True):
+            error, tolerance = _error(answer.scores, right, typical), allowed[answer.fallback]
+            problem = f"scores differ from the reference by {error:.2e} (relative), allowed is {tolerance:.2e}"
+            verdicts.append(Verdict(error, tolerance, None if error <= tolerance else problem))
+        return verdicts
+
+    def _precisions_of(self, answers: Sequence[Answer]) -> list[tuple[str, str]]:
+        return [(name, self._precisions[name]) for name in sorted({a.fallback for a in answers})]
+
+    def _allowed(
+        self, requests: Sequence[Request], expected: Sequence[Float32Array], typical: float, precision: str
+    ) -> float:
+        rounded = expected if precision == "fp32" else self._model.scores(requests, precision)
+        pairs = zip(rounded, expected, strict=True)
+        rounding_error = max(self._rounding_error, *(_error(a, b, typical) for a, b in pairs))
+        require_plausible(rounding_error, precision, self._spec.ranking_model.layers)
+        tolerance = allowed_error(rounding_error, self._spec.gate.max_error_ratio)
+        require_contrast({"a model without attention": self._zero_error}, tolerance)
+        return tolerance
+
+
+def fallback_precisions(actual: Mapping[str, Any]) -> dict[str, str]:
+    """Return the precisions of the engines behind the first one, by name, from what the engine reports."""
+    return {name: facts["precision"] for name, facts in actual.get("fallback", {}).items()}
+
+
+def _error(scores: Float32Array, reference: Float32Array, typical: float) -> float:
+    """Return the relative error of one answer. Scores near zero are measured by the typical size of a score."""
+    size = max(float(np.linalg.norm(reference)), typical * reference.size**0.5)
+    return float(np.linalg.norm(scores - reference)) / size if size else 0.0

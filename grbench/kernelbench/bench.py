@@ -1,7 +1,7 @@
 """One job: every chosen shape of every chosen family, with all variants of a shape side by side.
 
-A shape takes four steps: first calls, gate, interleaved timing, gate again. A failure of one variant becomes the status
-of its row and stops no other variant. Only a lost GPU ends the job.
+A shape takes four steps: first calls, gate, interleaved timing, and the gate again, with the outputs that were timed. A
+failure of one variant becomes the status of its row and stops no other variant. Only a lost GPU ends the job.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from grbench.execution.records import Status, one_line
 from grbench.execution.stats import percentile
 from grbench.execution.worker import out_of_memory
-from grbench.gate.kernel import KernelGate, KernelGateResult
+from grbench.gate.kernel import KernelGate, KernelGateResult, TimedOutputs
 from grbench.kernelbench import stack
 from grbench.kernelbench.config import Family, KernelBenchConfig, select
 from grbench.kernelbench.timing import Call, Ceilings, ceilings, interleaved, median_ms
@@ -77,7 +77,6 @@ class Contender:
     name: str
     bind: Callable[..., Call]
     reference: Callable[..., Any]
-    eager: Callable[..., Any]
     supports: Callable[..., str | None]
     max_error_ratio: float
     peer: bool = False
@@ -134,7 +133,6 @@ class Bench:
         unusable: list[Row] = []
         if family.name == stack.FAMILY:
             return [_stack(name) for name in family.variants], unusable
-        eager = registry.get(family.name, "torch")
 
         def attempt(name: str, load: Callable[[], Contender], peer: bool = False) -> None:
             try:
@@ -145,7 +143,7 @@ class Bench:
                 unusable.append(row)
 
         for name in family.variants:
-            attempt(name, partial(_variant, family.name, name, eager))
+            attempt(name, partial(_variant, family.name, name))
         peers = f"{registry.family(family.name).folder()}.peers"
         if self._config.peers and find_spec(peers):
             for peer in import_module(peers).PEERS:
@@ -177,6 +175,7 @@ class Bench:
         seed = self._config.seed
         make = partial(bench.inputs, dtype=self._dtype, device=self._device)
         sets = [make(shape, seed=seed + i) for i in range(INPUT_SETS)]
+        timed = TimedOutputs(sets, family.writes)
         small = bench.check_shape(shape) if hasattr(bench, "check_shape") else shape
         fresh, others = (make(small, seed=seed + INPUT_SETS + i) for i in range(2))
         gates: dict[Callable[..., Any], KernelGate] = {}
@@ -188,7 +187,7 @@ class Bench:
                 self._first_calls(bound[0], row)
                 if contender.reference not in gates:
                     gates[contender.reference] = KernelGate(
-                        contender.reference, contender.eager, fresh, others, self._dtype, family.writes
+                        contender.reference, fresh, others, self._dtype, family.writes, getattr(shape, "layers", 1)
                     )
                 check = partial(gates[contender.reference].check, contender.bind(**fresh), contender.max_error_ratio)
                 if self._config.tune and contender.candidates:
@@ -203,9 +202,13 @@ class Bench:
         for contender, row in able:
             if contender.name in calls:
                 with self._guard(row):
-                    if error := times.failed.get(contender.name):
-                        raise error
+                    if failure := times.failed.get(contender.name):
+                        raise failure
                     checks[contender.name]()  # again: a result that is wrong under load must not count
+                    turn, result = times.last[contender.name]
+                    gate, again = gates[contender.reference], calls[contender.name][turn]
+                    compared = timed.check(gate, turn, result, again, contender.max_error_ratio)
+                    row.metrics["error_timed"] = compared.error
                     row.times_ms = times.ms[contender.name]
                     row.metrics |= rates(row.times_ms, cost, self.ceilings)
         _compare(able)
@@ -315,7 +318,7 @@ def _compare(able: list[tuple[Contender, Row]]) -> None:
         row.metrics |= {name: other / ms for name, other in (("speedup_torch", eager), ("speedup_peer", peer)) if other}
 
 
-def _variant(family: str, name: str, eager: KernelVariant) -> Contender:
+def _variant(family: str, name: str) -> Contender:
     if why := registry.availability(family, name):
         raise ImportError(why)
     variant = registry.get(family, name)
@@ -324,7 +327,6 @@ def _variant(family: str, name: str, eager: KernelVariant) -> Contender:
         name,
         lambda **inputs: partial(variant.fn, **inputs),
         variant.reference,
-        eager.fn,
         variant.supports,
         variant.max_error_ratio,
         candidates=tuple(getattr(module, "CANDIDATES", ())),
@@ -336,7 +338,6 @@ def _stack(name: str) -> Contender:
         name,
         partial(stack.bind, name),
         stack.reference,
-        stack.eager,
         partial(stack.refusal, name),
         KernelVariant.max_error_ratio,
     )
@@ -347,7 +348,6 @@ def _peer(peer: Any) -> Contender:
         peer.name,
         peer.load(),
         peer.reference,
-        peer.eager,
         lambda **_: None,
         KernelVariant.max_error_ratio,
         peer=True,

@@ -108,11 +108,6 @@ def reference(*, x: Tensor, layers: nn.Module, **lengths: Any) -> Tensor:
     return _run(Operators.reference(), x.float(), copy.deepcopy(layers).float(), **lengths)
 
 
-def eager(**given: Any) -> Tensor:
-    """Run the layers in eager PyTorch, in the inputs' dtype."""
-    return _run(Operators.eager(), **given)
-
-
 def refusal(variant: str, *, device: str, dtype: str, **sizes: Any) -> str | None:
     """Return None if the variant can run here, else the reason."""
     name, graph, _ = variant.partition("+")

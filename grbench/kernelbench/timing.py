@@ -29,9 +29,10 @@ CYCLES_A_SECOND = 2.0e9  # of the fastest GPU, so that any GPU is busy for at le
 
 @dataclass
 class Times:
-    """Milliseconds of each repetition by name, and the calls that failed."""
+    """Milliseconds of each repetition by name, the last call with what it returned, and the calls that failed."""
 
     ms: dict[str, list[float]] = field(default_factory=dict)
+    last: dict[str, tuple[int, Any]] = field(default_factory=dict)  # number of the call, its result
     failed: dict[str, Exception] = field(default_factory=dict)
 
 
@@ -70,7 +71,8 @@ def _on_gpu(calls: Mapping[str, Sequence[Call]], repeats: int, min_time_s: float
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             try:
-                calls[name][i % len(calls[name])]()
+                turn = i % len(calls[name])
+                times.last[name] = turn, calls[name][turn]()
             except Exception as e:
                 times.failed[name] = e
                 continue
@@ -101,7 +103,8 @@ def _on_cpu(calls: Mapping[str, Sequence[Call]], repeats: int, min_time_s: float
         for name in _order(calls, times, rng):
             begin = time.perf_counter()
             try:
-                calls[name][done % len(calls[name])]()
+                turn = done % len(calls[name])
+                times.last[name] = turn, calls[name][turn]()
             except Exception as e:
                 times.failed[name] = e
                 continue

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from grbench.scenarios.batcher import Answered, Batcher, ContinuousBatcher, Driven, RequestLoop, Start, Ticket
+from grbench.scenarios.batcher import (
+    Answered,
+    Batcher,
+    ContinuousBatcher,
+    Driven,
+    RequestLoop,
+    Start,
+    Ticket,
+    Watch,
+    unwatched,
+)
 from grbench.scenarios.config import ClosedLoopConfig, LoadGenConfig, ScenarioConfig, TraceReplayConfig
 from grengines.api import ContinuousEngine, Engine, Request
 
@@ -37,13 +47,15 @@ def run_scenario(
     seed: int,
     folder: Path,
     progress: Callable[[int], None] = lambda answered: None,
+    watch: Watch = unwatched,
 ) -> Measurement:
     """Drive `engine` with `requests` as `config` says, at one of the engine's tasks. Raises what the engine raises.
 
     folder: for the load generator's logs. progress: called after each batch with the number of requests answered so
-    far, on a thread of the request loop.
+    far, on a thread of the request loop. watch: called before it with the batch's requests, answers and size; what it
+    raises ends the scenario.
     """
-    start = _starter(config, engine, task, progress)
+    start = _starter(config, engine, task, progress, watch)
 
     def request_at(k: int) -> Request:
         return requests[k % len(requests)]
@@ -66,7 +78,7 @@ def run_scenario(
     return _measurement(driven, len(requests))
 
 
-def _starter(config: ScenarioConfig, engine: Engine, task: str, progress: Callable[[int], None]) -> Start:
+def _starter(config: ScenarioConfig, engine: Engine, task: str, progress: Callable[[int], None], watch: Watch) -> Start:
     """Return the function that starts the request loop of this engine, and counts answers for `progress`."""
     answered = 0
 
@@ -78,8 +90,9 @@ def _starter(config: ScenarioConfig, engine: Engine, task: str, progress: Callab
             progress(answered)
 
         if isinstance(engine, ContinuousEngine):
-            return ContinuousBatcher(engine, config.max_batch, after_batch)
-        return Batcher(getattr(engine, task), config.max_batch, config.max_wait_ms / 1e3, after_batch, config.in_flight)
+            return ContinuousBatcher(engine, config.max_batch, after_batch, watch)
+        answer, wait_s = getattr(engine, task), config.max_wait_ms / 1e3
+        return Batcher(answer, config.max_batch, wait_s, after_batch, config.in_flight, watch)
 
     return start
 

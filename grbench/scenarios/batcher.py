@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grbench.execution.records import SAMPLE_COLUMNS
-from grengines.api import BatchResult, ContinuousEngine, Request
+from grengines.api import BatchResult, ContinuousEngine, Finished, GenerateResult, Request
 
 
 @dataclass(slots=True)
@@ -29,16 +29,21 @@ class Ticket:
 
 
 Answered = Callable[[list[Ticket]], None]  # takes requests that ended together
+Watch = Callable[[Sequence[Request], BatchResult, int], None]  # takes a batch, its answers and its size; may raise
+
+
+def unwatched(requests: Sequence[Request], result: BatchResult, size: int) -> None:
+    """Take a batch and do nothing."""
 
 
 class RequestLoop:
     """Threads that answer submitted requests and keep a row of each.
 
-    `answered` is called on one of the threads at a time, with requests that ended together. If the engine raises,
-    `failure` holds the exception, `stopped` is set and no further batch begins.
+    `watch` and `answered` are called on one of the threads at a time, with requests that ended together. If the engine
+    or one of them raises, `failure` holds the exception, `stopped` is set and no further batch begins.
     """
 
-    def __init__(self, max_batch: int, answered: Answered, threads: int = 1) -> None:
+    def __init__(self, max_batch: int, answered: Answered, threads: int = 1, watch: Watch = unwatched) -> None:
         self.failure: BaseException | None = None
         self.stopped = threading.Event()
         self.tokens = 0
@@ -47,7 +52,7 @@ class RequestLoop:
         self.busy_s = 0.0  # seconds in which the engine computed
         self.batches = 0
         self.batched = 0  # requests of all batches
-        self._max_batch, self._answered = max_batch, answered
+        self._max_batch, self._answered, self._watch = max_batch, answered, watch
         self._queue: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -136,10 +141,11 @@ class Batcher(RequestLoop):
         max_wait_s: float,
         answered: Answered,
         in_flight: int = 1,
+        watch: Watch = unwatched,
     ) -> None:
         self._answer, self._max_wait_s, self._under_way = answer, max_wait_s, 0
         self._noting = threading.Lock()
-        super().__init__(max_batch, answered, in_flight)
+        super().__init__(max_batch, answered, in_flight, watch)
 
     def _work(self) -> None:
         while batch := self._next_batch():
@@ -185,6 +191,7 @@ class Batcher(RequestLoop):
             self.tokens += result.tokens
             self.padded_tokens += result.padded_tokens
             self._add(result.details)
+            self._watch([t.request for t in batch], result, len(batch))
             self._answered(batch)
 
 
@@ -195,10 +202,10 @@ class ContinuousBatcher(RequestLoop):
     size the number of requests in that step. `busy_s` is the time in steps.
     """
 
-    def __init__(self, engine: ContinuousEngine, max_batch: int, answered: Answered) -> None:
+    def __init__(self, engine: ContinuousEngine, max_batch: int, answered: Answered, watch: Watch = unwatched) -> None:
         self._engine = engine
         self._under_way: dict[int, tuple[Ticket, float]] = {}
-        super().__init__(max_batch, answered)
+        super().__init__(max_batch, answered, watch=watch)
 
     def _work(self) -> None:
         keys = itertools.count()
@@ -225,6 +232,7 @@ class ContinuousBatcher(RequestLoop):
                 tickets.append(ticket)
             self._count(done - begun, size)
             if tickets:
+                self._watch([t.request for t in tickets], _as_batch(finished), size)
                 self._answered(tickets)
 
     def _arrived(self) -> list[Ticket]:
@@ -234,6 +242,21 @@ class ContinuousBatcher(RequestLoop):
                 self._changed.wait()
             free = self._max_batch - len(self._under_way)
             return [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
+
+
+def _as_batch(finished: Sequence[Finished]) -> GenerateResult:
+    """Return the answers of one step as a batch's. Its times are in the rows."""
+    return GenerateResult(
+        items=[end.items for end in finished],
+        scores=[end.scores for end in finished],
+        cached=[end.cached for end in finished],
+        fallback=finished[0].fallback,
+        batch_ms=0.0,
+        transfer_ms=0.0,
+        compute_ms=0.0,
+        tokens=0,
+        padded_tokens=0,
+    )
 
 
 Start = Callable[[Answered], RequestLoop]  # starts the request loop; it passes on answered requests

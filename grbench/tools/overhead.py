@@ -1,7 +1,8 @@
 """`grbench overhead`: the latency that the harness itself adds.
 
-An engine that does nothing runs through the whole measuring path (LoadGen, batcher, sample rows). It alternates with
-the configured engine in one process. Its p50 is the overhead, and its share is relative to the configured engine's p50.
+An engine that does nothing runs through the whole measuring path (LoadGen, batcher, checks of answers, sample rows). It
+alternates with the configured engine in one process. Its p50 is the overhead, and its share is relative to the
+configured engine's p50.
 """
 
 from __future__ import annotations
@@ -22,14 +23,26 @@ from grengines.api import RankResult, Request, UnavailableError
 
 
 class NullEngine:
-    """Engine that answers at once, without scores. It passes no gate, so no record reports it."""
+    """Engine that answers at once, with zeros. It passes no gate, so no record reports it."""
+
+    def __init__(self, tasks: int) -> None:
+        self._tasks = tasks
+        self._zeros = np.zeros((0, tasks), np.float32)
 
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
         pass
 
     def rank(self, requests: Sequence[Request]) -> RankResult:
+        counts = [len(r.candidates) for r in requests]
+        if max(counts) > len(self._zeros):
+            self._zeros = np.zeros((max(counts), self._tasks), np.float32)
         return RankResult(
-            scores=[], batch_ms=0.0, transfer_ms=0.0, compute_ms=0.0, tokens=len(requests), padded_tokens=len(requests)
+            scores=[self._zeros[:count] for count in counts],
+            batch_ms=0.0,
+            transfer_ms=0.0,
+            compute_ms=0.0,
+            tokens=len(requests),
+            padded_tokens=len(requests),
         )
 
     def actual(self) -> dict[str, Any]:
@@ -77,6 +90,7 @@ def compare(spec: RunSpec, repeats: int) -> None:
     """
     from grbench import workloads
     from grbench.gate import gate_for
+    from grbench.gate.measured import MeasuredAnswers
     from grbench.scenarios import run_scenario
     from grengines import registry
 
@@ -84,11 +98,13 @@ def compare(spec: RunSpec, repeats: int) -> None:
     engine = registry.build(spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed)
     engine.prepare(trace.requests, spec.scenario.max_batch)
     ran = engine.actual()
-    gate_for(spec, trace, None, ran).check(engine, spec.scenario.max_batch)
+    gate = gate_for(spec, trace, None, ran)
+    gate.check(engine, spec.scenario.max_batch)
+    null = NullEngine(len(spec.ranking_model.tasks))
     p50s: dict[str, list[float]] = {"null": [], spec.engine.name: []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(repeats):
-            for name, runs in (("null", NullEngine()), (spec.engine.name, engine)):
+            for name, runs in (("null", null), (spec.engine.name, engine)):
                 measurement = run_scenario(
                     spec.scenario,
                     runs,
@@ -96,10 +112,11 @@ def compare(spec: RunSpec, repeats: int) -> None:
                     latency_limit_ms=spec.latency_limit_ms,
                     seed=spec.seed + turn,
                     folder=Path(folder),
+                    watch=MeasuredAnswers(gate.form, spec.gate.measured, spec.seed).watch,
                 )
                 p50s[name].append(float(np.median(measurement.samples["latency_ms"])))
-    null, real = (float(np.median(v)) for v in p50s.values())
+    added, real = (float(np.median(v)) for v in p50s.values())
     for name, values in p50s.items():
         rounds = " ".join(f"{v * 1e3:.1f}" for v in values)
         print(f"{name:>8}: p50 {np.median(values) * 1e3:.1f} us   (rounds: {rounds})")
-    print(f"overhead: {null * 1e3:.1f} us, {null / real:.1%} of {spec.engine.name} on {spec.model.name}")
+    print(f"overhead: {added * 1e3:.1f} us, {added / real:.1%} of {spec.engine.name} on {spec.model.name}")

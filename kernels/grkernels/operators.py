@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from grkernels import registry
+from grkernels.rounding import rounded
 
 
 class Operators:
@@ -28,10 +31,15 @@ class Operators:
 
     @classmethod
     def eager(cls) -> Operators:
-        """Return eager PyTorch in the inputs' dtype, whose error sets the tolerances."""
+        """Return eager PyTorch in the inputs' dtype."""
         return cls.of(dict.fromkeys(registry.FAMILIES, "torch"))
 
     @classmethod
     def reference(cls) -> Operators:
         """Return the fp32 references."""
         return cls({family: registry.get(family, "torch").reference for family in registry.FAMILIES})
+
+    @classmethod
+    def rounded(cls, dtype: torch.dtype) -> Operators:
+        """Return the references with every result rounded to `dtype`: their error sets the tolerances."""
+        return cls({family: rounded(fn, dtype) for family, fn in vars(cls.reference()).items()})

@@ -22,8 +22,8 @@ class KernelVariant:
     arguments: device, dtype and the family's `FamilySpec.dims`. It returns None, or the reason why the variant can't
     run; engines raise with it and tests skip with it.
 
-    Tolerance: ||fn - reference|| / ||reference|| may be at most `max_error_ratio` times the same error of eager PyTorch
-    in the same dtype. Rounding the operands costs any implementation that much.
+    Tolerance: ||fn - reference|| / ||reference|| may be at most `max_error_ratio` times what the reference's own maths
+    loses if every result is rounded to the dtype (`grkernels.rounding`).
     """
 
     family: str

@@ -22,7 +22,7 @@ from torch import Tensor
 from grbench.cli import main
 from grbench.execution.records import Status
 from grbench.execution.results import load as load_results
-from grbench.gate.kernel import KernelGate
+from grbench.gate.kernel import KernelGate, TimedOutputs
 from grbench.kernelbench import bench as kernelbench
 from grbench.kernelbench.bench import ALL_SHAPES, Bench, Row, status_of
 from grbench.kernelbench.config import KernelBenchConfig, select
@@ -58,7 +58,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
                 raise fn
             return fn if isinstance(fn, KernelVariant) else KernelVariant(family, name, fn, reference, real.supports)
 
-        monkeypatch.setattr(registry, "variants", lambda family: ("torch", *fns))
+        monkeypatch.setattr(registry, "variants", lambda family: tuple(dict.fromkeys(("torch", *fns))))
         monkeypatch.setattr(registry, "availability", lambda family, name: None)
         monkeypatch.setattr(registry, "get", get)
         monkeypatch.setattr(bench, "SHAPES", {"tiny": shape})
@@ -115,7 +115,15 @@ def test_a_run_leaves_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: P
     assert child.data.params["shape"] == SMALL
     assert child.data.tags["status"] == "OK"
     assert child.data.metrics["latency_ms/p50"] == pytest.approx(p50)
-    assert {"tflops", "tbps", "roofline_share", "error", "error_allowed", "error_eager"} <= child.data.metrics.keys()
+    assert {
+        "tflops",
+        "tbps",
+        "roofline_share",
+        "error",
+        "error_allowed",
+        "error_timed",
+        "error_rounding",
+    } <= child.data.metrics.keys()
     assert parent.info.status == "FINISHED"
     attached = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert attached == {"results.json", "roofline_hstu_attention.png"}
@@ -217,13 +225,13 @@ def test_the_gate_must_be_able_to_fail() -> None:
         return x
 
     for value, other in ((0.0, 1.0), (1.0, 1.0)):  # zeros are right; another's answer is right
-        gate = KernelGate(same, same, inputs(value), inputs(other), torch.float32)
+        gate = KernelGate(same, inputs(value), inputs(other), torch.float32)
         with pytest.raises(IncorrectError, match="the gate can't tell right from wrong"):
             gate.check(lambda v=value: torch.full((8,), v), 2.0)  # type: ignore[misc]
-    gate = KernelGate(same, same, inputs(1.0), inputs(2.0), torch.float32)
+    gate = KernelGate(same, inputs(1.0), inputs(2.0), torch.float32)
     assert gate.check(lambda: torch.ones(8), 2.0).error == 0
     with pytest.raises(IncorrectError):
-        gate.check(lambda: torch.ones(8).half(), 2.0)  # another dtype than eager PyTorch's
+        gate.check(lambda: torch.ones(8).half(), 2.0)  # another dtype
 
 
 def test_outputs_that_are_written_in_place_are_restored_before_each_check() -> None:
@@ -235,15 +243,71 @@ def test_outputs_that_are_written_in_place_are_restored_before_each_check() -> N
         return {name: torch.randn(8, generator=generator) for name in ("out", "x")}
 
     given = inputs(0)
-    gate = KernelGate(add, add, given, inputs(1), torch.float32, writes=("out",))
+    gate = KernelGate(add, given, inputs(1), torch.float32, writes=("out",))
     for _ in range(3):
         assert gate.check(lambda: add(**given), 2.0).error == 0
     with pytest.raises(IncorrectError):
         gate.check(lambda: None, 2.0)  # nothing is written
     still = {"out": given["out"], "x": torch.zeros(8)}
-    gate = KernelGate(add, add, still, inputs(1), torch.float32, writes=("out",))
+    gate = KernelGate(add, still, inputs(1), torch.float32, writes=("out",))
     with pytest.raises(IncorrectError, match="untouched outputs"):
         gate.check(lambda: add(**still), 2.0)  # what was there is right
+
+
+@pytest.mark.parametrize("how", ["zeros", "stale"])
+def test_the_output_that_was_timed_is_compared(
+    tiny: Callable[..., dict[str, Row]], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    state: dict[str, Any] = {"timing": False}
+
+    def timed(*args: Any, **options: Any) -> Any:
+        state["timing"] = True
+        try:
+            return interleaved(*args, **options)
+        finally:
+            state["timing"] = False
+
+    def wrong_under_load(*args: Any, **options: Any) -> Tensor:
+        out, before = eager(*args, **options), state.get("out")
+        state["out"] = out
+        if not state["timing"]:
+            return out
+        return torch.zeros_like(out) if how == "zeros" else before
+
+    monkeypatch.setattr(kernelbench, "interleaved", timed)
+    rows = tiny(wrong=wrong_under_load)
+    assert rows["wrong"].status is Status.INCORRECT
+    assert "the output that was timed differs" in (rows["wrong"].reason or "")
+    assert not rows["wrong"].times_ms
+    assert rows["torch"].ok and rows["torch"].metrics["error_timed"] < 1e-5
+
+
+def test_outputs_that_were_written_over_and_over_are_made_once_more() -> None:
+    def add(out: Tensor, x: Tensor) -> None:
+        out += x
+
+    def twice(out: Tensor, x: Tensor) -> None:
+        out += 2 * x
+
+    sets = [{name: torch.randn(8) for name in ("out", "x")} for _ in range(2)]
+    gate = KernelGate(
+        add, *({name: torch.randn(8) for name in ("out", "x")} for _ in range(2)), torch.float32, ("out",)
+    )
+    timed = TimedOutputs(sets, ("out",))
+    for _ in range(3):
+        add(**sets[1])
+    assert timed.check(gate, 1, None, lambda: add(**sets[1]), 2.0).error == 0
+    with pytest.raises(IncorrectError, match="the output that was timed differs"):
+        timed.check(gate, 1, None, lambda: twice(**sets[1]), 2.0)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_wrong_torch_variant_does_not_widen_what_is_allowed(tiny: Callable[..., dict[str, Row]], dtype: str) -> None:
+    def wrong(*args: Any, **options: Any) -> Tensor:
+        return 1.03 * eager(*args, **options)
+
+    rows = tiny(torch=wrong, dtype=dtype)
+    assert rows["torch"].status is Status.INCORRECT, rows["torch"].metrics
 
 
 def test_several_outputs_are_held_to_account_one_by_one() -> None:
@@ -251,7 +315,7 @@ def test_several_outputs_are_held_to_account_one_by_one() -> None:
         return 1e6 * x, x
 
     x = {"x": torch.arange(1.0, 9.0)}
-    gate = KernelGate(pair, pair, x, {"x": -x["x"]}, torch.float32)
+    gate = KernelGate(pair, x, {"x": -x["x"]}, torch.float32)
     gate.check(lambda: pair(**x), 2.0)
     with pytest.raises(IncorrectError):
         gate.check(lambda: (1e6 * x["x"], torch.zeros(8)), 2.0)  # small beside the first, but wrong

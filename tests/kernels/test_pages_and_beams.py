@@ -240,8 +240,7 @@ def test_every_candidate_configuration_is_right(family: str) -> None:
     module, bench = importlib.import_module(f"grkernels.{family}.triton"), registry.bench(family)
     shape = bench.Shape(*SMALL[family])
     given, others = (bench.inputs(shape, dtype=torch.float32, device=DEVICE, seed=seed) for seed in (0, 1))
-    eager, writes = registry.get(family, "torch").fn, registry.family(family).writes
-    gate = KernelGate(module.VARIANT.reference, eager, given, others, torch.float32, writes)
+    gate = KernelGate(module.VARIANT.reference, given, others, torch.float32, registry.family(family).writes)
     for config in {tuple((k, c[k]) for k in c if k not in ("warps", "stages")): c for c in module.CANDIDATES}.values():
         with tuning.forced(family, "triton", config):
             gate.check(lambda: module.VARIANT.fn(**given), 2.0)
@@ -273,7 +272,7 @@ def test_on_a_gpu_in_a_graph(family: str) -> None:
     variant = registry.get(family, "triton")
     shape = list(bench.SHAPES.values())[-1]
     given, others = (bench.inputs(shape, dtype=torch.bfloat16, device=DEVICE, seed=seed) for seed in (0, 1))
-    gate = KernelGate(variant.reference, registry.get(family, "torch").fn, given, others, torch.bfloat16, writes)
+    gate = KernelGate(variant.reference, given, others, torch.bfloat16, writes)
     gate.check(lambda: variant.fn(**given), 2.0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -83,9 +83,9 @@ def test_the_native_engine_passes_in_every_precision(trace: Trace, precision: st
 
 @pytest.mark.parametrize("how", ["zeros", "stale", "one candidate off", "nan", "history ignored"])
 def test_a_wrong_answer_fails(spec: RunSpec, trace: Trace, how: str) -> None:
-    with pytest.raises(IncorrectError, match="differ from the fp32 reference") as caught:
+    with pytest.raises(IncorrectError, match=r"differ from the fp32 reference|not a finite number") as caught:
         gate_of(spec, trace).check(Wrong(engine_of(spec, trace), how), 4)  # type: ignore[arg-type]
-    assert caught.value.result is not None and caught.value.result.passed is False
+    assert how == "nan" or (caught.value.result is not None and caught.value.result.passed is False)
 
 
 def test_another_seeds_weights_fail(spec: RunSpec, trace: Trace) -> None:

@@ -6,12 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grengines.api import RankResult, Request
+from grengines.api import Cached, Float32Array, RankResult, Request
 from grengines.cache import policies
 from grengines.cache.config import PagedCacheConfig
 from grengines.cache.host import HostTier, Onload
@@ -101,10 +102,10 @@ class CachedRanking:
         states.prefetch(now, self._cache.prefetch_s)
         if tier is not None:
             details["cache_offloaded_bytes"] = float(tier.bytes_down - sent_down)
-        if onload is None:
-            return queued
-        details["cache_host_bytes"] = float(onload.bytes)
-        return partial(_with_copy_times, queued, onload)
+        cached = [Cached(plan.cached, plan.cached - plan.on_device, plan.tokens) for plan in plans]
+        if onload is not None:
+            details["cache_host_bytes"] = float(onload.bytes)
+        return partial(_with_cache, queued, cached, onload)
 
     def _extend(self, requests: Sequence[Request], plans: Sequence[Plan]) -> bool:
         """Make room for what is new. Return whether every request's whole history will be in pages."""
@@ -248,24 +249,34 @@ def _passes(users: Sequence[int]) -> list[list[int]]:
     return passes
 
 
-def _with_copy_times(queued: Callable[[], RankResult], onload: Onload) -> RankResult:
-    """Wait for a result, and add the times of the copies from the host."""
+def _with_cache(queued: Callable[[], RankResult], cached: list[Cached], onload: Onload | None) -> RankResult:
+    """Wait for a result, and add what was cached and the times of the copies from the host."""
     result = queued()
-    result.details["cache_host_wait_ms"], result.details["cache_host_copy_ms"] = onload.times_ms()
+    result.cached = cached
+    if onload is not None:
+        result.details["cache_host_wait_ms"], result.details["cache_host_copy_ms"] = onload.times_ms()
     return result
 
 
 def _merged(results: Sequence[RankResult], passes: Sequence[Sequence[int]]) -> RankResult:
-    """Merge the results of several passes: scores in the batch's order, sums of times and figures."""
-    scores = {
-        i: s for result, places in zip(results, passes, strict=True) for i, s in zip(places, result.scores, strict=True)
-    }
+    """Merge the results of several passes: answers in the batch's order, sums of times and figures."""
+    scores: list[tuple[int, Float32Array]] = []
+    cached: list[tuple[int, Cached]] = []
+    for result, places in zip(results, passes, strict=True):
+        scores += zip(places, result.scores, strict=True)
+        cached += zip(places, result.cached, strict=True)
     details: Counter[str] = Counter()
     for result in results:
         details.update(result.details)
     names = ("batch_ms", "transfer_ms", "compute_ms", "tokens", "padded_tokens")
     sums = {name: sum(getattr(result, name) for result in results) for name in names}
-    return RankResult(scores=[scores[i] for i in sorted(scores)], details=dict(details), **sums)
+    order = itemgetter(0)
+    return RankResult(
+        scores=[s for _, s in sorted(scores, key=order)],
+        cached=[c for _, c in sorted(cached, key=order)],
+        details=dict(details),
+        **sums,
+    )
 
 
 def _make_states(ranker: HSTURanker, cache: PagedCacheConfig, longest: int) -> UserStates:

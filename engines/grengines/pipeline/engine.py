@@ -78,6 +78,8 @@ class Pipeline:
             wait_ms=retrieved.wait_ms + ranked.wait_ms,
             details=retrieved.details | ranked.details,
             stages=stages,
+            cached=ranked.cached,
+            fallback=ranked.fallback,
         )
 
     def actual(self) -> dict[str, Any]:
@@ -150,7 +152,11 @@ class ContinuousPipeline(Pipeline):
             for end, (_, admitted), own, score in zip(part, starts, items, scores, strict=True):
                 stages = {"retrieve": (begun - admitted) * 1e3, "rank": -begun * 1e3}
                 tokens = end.tokens + ranked.tokens // len(part)
-                finished.append(Finished(end.key, own, score, tokens, end.details | details, stages))
+                finished.append(
+                    Finished(
+                        end.key, own, score, tokens, end.details | details, stages, end.cached, fallback=ranked.fallback
+                    )
+                )
         done = time.perf_counter()  # of all: the step returns its answers together
         for end in finished:
             end.stages["rank"] += done * 1e3

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grengines.api import Finished, Int64Array
+from grengines.api import Cached, Finished, Int64Array
 from grengines.vllm import compat
 from grengines.vllm.beam_selector import BeamSelector
 from grengines.vllm.core import VLLMCore
@@ -135,4 +135,5 @@ def _finished(search: Search, items: np.ndarray, scores: np.ndarray) -> Finished
         scores[real].astype(np.float32),
         tokens=len(search.prompt),
         details=search.details,
+        cached=Cached(int(search.details["prefix_hit_tokens"]), 0, len(search.prompt)),
     )

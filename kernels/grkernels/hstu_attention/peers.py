@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grkernels.hstu_attention.reference import hstu_attention as hstu_reference
-from grkernels.hstu_attention.torch import hstu_attention as hstu_eager
 
 Call = Callable[[], Tensor]
 
@@ -37,7 +36,6 @@ class Peer:
     name: str
     load: Callable[[], Callable[..., Call]]
     reference: Callable[..., Tensor] = hstu_reference
-    eager: Callable[..., Tensor] = hstu_eager
     same_operator: bool = True
 
 
@@ -216,5 +214,5 @@ PEERS = (
     Peer("meta_triton", partial(_meta, tma=False)),
     Peer("meta_triton_tma", partial(_meta, tma=True)),
     Peer("fbgemm", _fbgemm),
-    Peer("sdpa_softmax", _sdpa, softmax_attention, softmax_attention, same_operator=False),
+    Peer("sdpa_softmax", _sdpa, softmax_attention, same_operator=False),
 )

@@ -31,12 +31,12 @@ def zero_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
 class RankingReference:
     """Scores of one request at a time: nothing is cached, padded or captured.
 
-    The fp32 weights are made once. Memory is one model's, and a copy of it during a half-precision call. The token
-    table stays on the host, and each request copies its own rows.
+    The fp32 weights are made once, and stay on the host: the device has a copy of them during a call only, without the
+    token table, of which each request copies its own rows.
     """
 
     def __init__(self, model: HSTUConfig, catalogue: Catalogue, seed: int, device: torch.device | str) -> None:
-        self._model = build_model(model, catalogue, seed, device, torch.float32, host_table=True)
+        self._model = build_model(model, catalogue, seed, "cpu", torch.float32, host_table=True)
         self._model.prunes_last_layer = False
         self._device = torch.device(device)
         self._table = self._model.token_table.data
@@ -48,12 +48,13 @@ class RankingReference:
     ) -> list[Float32Array]:
         """Return the logits [candidates, tasks] of each request.
 
-        precision: fp32 by the kernels' references, or fp16, bf16, int8 or fp8 by the variants `torch`, which give the
-        tolerances (grengines/models/hstu/quantised.py defines 8 bits). attention: replaces the operator.
+        precision: fp32 by the kernels' references, or fp16, bf16, int8 or fp8 by the references rounded to it, which
+        give the tolerances (grengines/models/hstu/quantised.py defines 8 bits). attention: replaces the operator.
         """
         dtype = DTYPES["fp32" if precision in quantised.KINDS else precision]
-        model = self._model if precision == "fp32" else copy.deepcopy(self._model).to(dtype)
-        model.kernels = Operators.reference() if precision == "fp32" else Operators.eager()
+        here = precision == "fp32" and self._device.type == "cpu"
+        model = self._model if here else copy.deepcopy(self._model).to(self._device, dtype)
+        model.kernels = Operators.rounded(dtype)
         if precision in quantised.KINDS:
             quantised.quantise(model, precision)
         if attention is not None:
@@ -68,7 +69,7 @@ class RankingReference:
 
 
 class HSTUReference(GenerationReference[HSTUGenerator]):
-    """Items that HSTU should find: by the kernels' fp32 references, or by eager PyTorch in another precision."""
+    """Items that HSTU should find: by the kernels' fp32 references, or by these rounded to another precision."""
 
     def __init__(self, model: HSTUConfig, seed: int, retrieval: Retrieval, device: torch.device | str) -> None:
         super().__init__(retrieval, device)
@@ -93,7 +94,7 @@ class HSTUReference(GenerationReference[HSTUGenerator]):
         model = self._exact
         if precision != "fp32":
             model = copy.deepcopy(model).to(DTYPES[precision])
-            model.kernels = Operators.eager()
+            model.kernels = Operators.rounded(DTYPES[precision])
         kernels = model.kernels
         if blind:
             model.kernels = kernels.replace(hstu_attention=zero_attention)
