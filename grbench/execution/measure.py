@@ -95,7 +95,7 @@ def _beside_loadgen(samples: dict[str, np.ndarray], metrics: dict[str, float]) -
         if value is None or name not in ours.metrics:
             continue
         middle = ours.metrics[name]
-        low, high = ours.intervals.get(name, [middle, middle])
+        low, high = ours.intervals.get(name) or stats.percentile_interval(latencies, percent) or (middle, middle)
         allowed = max(CALLS_MS, 0.01 * middle)
         if not low - allowed <= value <= high + allowed:
             notes.append(

@@ -107,20 +107,28 @@ def _unused(folder: Path) -> Path:
     return next(path for name in names if not ((path := folder.with_name(name)) / records.RECORD_FILE).exists())
 
 
-def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[[Event], None]) -> Outcome:
-    """Run the cell in a worker and pass its messages on. Returns the worker's outcome, or how the worker ended."""
+def _work(
+    spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[[Event], None], tries: int = 2
+) -> Outcome:
+    """Run the cell in a worker and pass its messages on. Returns the worker's outcome, or how the worker ended.
+
+    tries: the most workers, where one asks for the cell to be measured again.
+    """
     read_end, write_end = os.pipe()
     kills_before = _oom_kills()
     worker = _start(spec, runner, folder, write_end)
     os.close(write_end)
     watch = LoadWatch(worker.pid)
     outcome: Outcome | None = None
+    again: str | None = None
     timed_out, grace_s = False, 0.0  # Ctrl-C and the time limit stop the worker at once
     try:
         with open(read_end, "rb", buffering=0) as channel:  # noqa: PTH123  (a file descriptor)
             for event in _messages(channel, time.monotonic() + runner.timeout_s):
                 if "outcome" in event:
                     outcome = Outcome(**{**event["outcome"], "status": Status(event["outcome"]["status"])})
+                elif "again" in event:
+                    again = event["again"]
                 else:
                     watch.see(event.get("stage"))
                     on_event(event)
@@ -131,6 +139,11 @@ def _work(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[
         _stop(worker, grace_s)
     if -worker.returncode in ENDING:  # who ends a whole job signals all its processes: ours may be on its way
         time.sleep(1.0)
+    if again is not None and tries > 1:
+        on_event({"stage": f"measuring again, because {again}"})
+        outcome = _work(spec, runner, folder, on_event, tries - 1)
+        outcome.notes.append(f"measured a second time, because {again}")
+        return outcome
     if outcome is not None:
         if outcome.status is Status.OK:
             device = outcome.actual["device"]

@@ -2,8 +2,9 @@
 
     python -m grbench.execution.worker JOB.json
 
-It reads the cell from the job file and reports on file descriptor `report_fd`, one JSON object a line:
-{"stage": ...}, {"answered": n}, and at the end {"outcome": {...}}. Its standard output and errors are the cell's log.
+It reads the cell from the job file and reports on file descriptor `report_fd`, one JSON object a line: {"stage": ...},
+{"answered": n}, {"again": why} for a cell to be measured again, and at the end {"outcome": {...}}. Its standard output
+and errors are the cell's log.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from grbench.config.schema import spec_from_json
+from grbench.execution.clock import ClockMovedError
 from grbench.execution.records import Outcome, Status, one_line
 
 GRACE_S = 60  # of a launcher that does not stop its worker at the time limit: it may be stopped itself
@@ -50,6 +52,8 @@ def main() -> None:
         outcome.status = Status.OK
     except BaseException as e:
         outcome.status, outcome.error = classify(e)
+        if isinstance(e, ClockMovedError):
+            report({"again": str(e)})
         with contextlib.suppress(OSError):  # the log's disk may be full: the outcome is still reported
             traceback.print_exc()
     report({"outcome": asdict(outcome)})

@@ -33,7 +33,7 @@ class Planned(NamedTuple):
 
 
 class Named(Protocol):
-    """What has a name: a record or a planned cell."""
+    """Record or planned cell: both have a name."""
 
     @property
     def spec(self) -> dict[str, Any]: ...

@@ -22,6 +22,7 @@ from time import perf_counter
 import mlperf_loadgen as lg
 import numpy as np
 
+from grbench.execution.clock import WallClock
 from grbench.execution.stats import PERCENTILES, SAMPLES_NEEDED
 from grbench.scenarios.batcher import Driven, RequestAt, Start, Ticket
 from grbench.scenarios.config import (
@@ -32,6 +33,7 @@ from grbench.scenarios.config import (
     SingleStreamConfig,
 )
 
+CHECK_CLOCK_S = 0.5
 _SUMMARY, _DETAIL = "mlperf_log_summary.txt", "mlperf_log_detail.txt"
 
 
@@ -46,7 +48,7 @@ def run(
     """Run one LoadGen test to its end.
 
     folder: for LoadGen's logs. Returns the request loop with LoadGen's own figures and notes. Raises what the engine
-    raised.
+    raised, and ClockMovedError: after a step back LoadGen waits for as long, after one ahead it issues all at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batcher = start(lambda tickets: lg.QuerySamplesComplete([lg.QuerySampleResponse(t.key, 0, 0) for t in tickets]))
@@ -75,11 +77,14 @@ def run(
 
     # LoadGen has a thread of its own: it would wait for ever for the answers of an engine that fails.
     loadgen = threading.Thread(target=test, name="loadgen", daemon=True)
+    clock = WallClock()
     loadgen.start()
-    batcher.stopped.wait()
+    while not batcher.stopped.wait(CHECK_CLOCK_S):
+        clock.check()
     if batcher.failure is None:
         loadgen.join()
     batcher.close()
+    clock.check()
     if isinstance(config, ServerConfig):
         _check_schedule(folder / _DETAIL, settings.schedule_rng_seed, config.target_qps)
     return Driven(batcher, *_figures(folder / _SUMMARY, _queries(config)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import psutil
 import pytest
 from helpers.command import Grbench
 
-from grbench.execution import records
+from grbench.execution import records, runner
 from grbench.execution.records import RunRecord, Status
 
 # Small and quick: what matters here is how cells end, not how fast they are.
@@ -127,6 +128,33 @@ def test_repeats_go_round_by_round_with_fresh_seeds(grbench: Grbench, tmp_path: 
     }  # the command that measures one of them again
     again = grbench(*sweep)
     assert again.stderr.count("kept") == 4
+
+
+@pytest.mark.parametrize("moves", [1, 2])
+def test_a_cell_whose_clock_was_set_is_measured_once_more(
+    moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grbench.config.compose import compose_spec
+
+    spec, run = compose_spec(QUICK)
+    started = []
+
+    def start(spec: Any, runner: Any, folder: Path, report_fd: int) -> subprocess.Popen[bytes]:
+        started.append(folder)
+        asks = len(started) <= moves
+        outcome = (
+            {"status": "ERROR", "error": "the clock moved"} if asks else {"status": "OK", "actual": {"device": "cpu"}}
+        )
+        messages = [{"again": "the clock moved"}] * asks + [{"outcome": outcome}]
+        os.write(report_fd, "".join(json.dumps(message) + "\n" for message in messages).encode())
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(runner, "_start", start)
+    monkeypatch.setattr(runner, "_stop", lambda worker, grace_s: worker.wait())
+    record, _ = runner.run_cell(spec, run.runner, tmp_path / "cell")
+    assert len(started) == 2
+    assert record.status is (Status.OK if moves == 1 else Status.ERROR)
+    assert record.notes == ["measured a second time, because the clock moved"]
 
 
 class Running:

@@ -124,6 +124,29 @@ print(_beside_loadgen(m.samples, m.metrics), m.metrics)
     assert np.diff(np.sort(samples["arrival_s"])).max() < 0.1
 
 
+@pytest.mark.parametrize("moved_s", [-3600, 3600, 0])
+def test_a_clock_that_is_set_ends_the_scenario_at_once(moved_s: int, tmp_path: Path) -> None:
+    """In a process of its own, because LoadGen is left behind. It sees the real clock and would go on for a minute."""
+    config = ServerConfig("server", queries=6000 if moved_s else 200, target_qps=100)
+    code = f"""
+import os, time
+from pathlib import Path
+from grbench.execution import clock
+from grbench.scenarios.config import ServerConfig
+from helpers.sleepy_engine import SleepyEngine, drive
+real, begun = time.time, time.monotonic()
+time.time = lambda: real() + ({moved_s} if time.monotonic() > begun + 1 else 0)
+try:
+    drive({config!r}, SleepyEngine(), Path({str(tmp_path)!r}))
+except clock.ClockMovedError as e:
+    print("raised:", e, flush=True)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
+    moved = f"raised: the machine's clock moved by {moved_s:+.2f} s while LoadGen timed requests by it\n"
+    assert done.stdout == (moved if moved_s else ""), done.stderr
+
+
 def test_the_schedule_is_loadgens_own(tmp_path: Path) -> None:
     drive(ServerConfig("server", max_batch=16, queries=300, target_qps=2000), SleepyEngine(), tmp_path)
     log = tmp_path / "mlperf_log_detail.txt"

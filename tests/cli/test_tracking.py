@@ -123,7 +123,7 @@ def test_a_sweep_is_a_parent_with_a_child_for_each_cell_and_is_found_again(tmp_p
 
 
 def test_the_run_of_a_sweep_that_is_cut_short_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a second signal cuts its closing short."""
+    """A second signal that cuts its closing short changes nothing."""
 
     def stop(*args: Any) -> list[str]:
         raise KeyboardInterrupt

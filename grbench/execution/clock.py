@@ -1,0 +1,34 @@
+"""The wall clock, which can be set while a cell runs. LoadGen schedules by it; grbench's own times are monotonic."""
+
+from __future__ import annotations
+
+import time
+
+MOST_S = 0.05  # a step of the clock below this is no error: slewing moves both clocks alike
+
+
+class ClockMovedError(RuntimeError):
+    """The wall clock was set during a measurement that depends on it. The cell is to be measured again."""
+
+
+class WallClock:
+    """The wall clock as it is now, to compare with later."""
+
+    def __init__(self) -> None:
+        self._ahead_s = _ahead_s()
+
+    def check(self) -> None:
+        """Raise ClockMovedError if the clock was set since."""
+        moved_s = _ahead_s() - self._ahead_s
+        if abs(moved_s) > MOST_S:
+            raise ClockMovedError(f"the machine's clock moved by {moved_s:+.2f} s while LoadGen timed requests by it")
+
+
+def _ahead_s() -> float:
+    """Return the seconds by which the wall clock is ahead of the monotonic one."""
+    while True:
+        before = time.monotonic()
+        wall = time.time()
+        after = time.monotonic()
+        if after - before < MOST_S / 10:  # else the process was stopped in between
+            return wall - after
