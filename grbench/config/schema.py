@@ -29,7 +29,7 @@ from grbench.scenarios.config import (
     SingleStreamConfig,
     TraceReplayConfig,
 )
-from grbench.tracking.config import MlflowConfig, NoTrackingConfig
+from grbench.tracking.config import MlflowConfig, NoTrackingConfig, check_uri
 from grbench.workloads.config import (
     CsvConfig,
     Ml100kConfig,
@@ -242,6 +242,11 @@ def checked(cfg: DictConfig, root: type[Root]) -> Root:
     expand_home(config)
     if problems := list(violations(config)):
         raise ConfigError("; ".join(problems))
+    if isinstance(tracking := getattr(config, "tracking", None), MlflowConfig):
+        try:
+            check_uri("tracking.uri", tracking.uri)
+        except ValueError as e:
+            raise ConfigError(str(e)) from None
     return config
 
 

@@ -6,11 +6,12 @@ LoadGen's own logs. Every cell ends in a record. Its status says how the cell en
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -174,16 +175,38 @@ def load(path: Path) -> RunRecord:
 
 
 def find(root: Path) -> Iterator[tuple[Path, RunRecord]]:
-    """Yield every readable record under `root` with its folder, oldest first, without MLflow's copies."""
+    """Yield every readable record under `root` with its folder, oldest first. `unreadable` names the others."""
     found = []
-    for path in root.rglob(RECORD_FILE):
-        if ARTIFACTS in path.relative_to(root).parts:
-            continue
-        try:
+    for path in _files(root):
+        with contextlib.suppress(ValueError, OSError):
             found.append((path.parent, load(path)))
-        except (ValueError, OSError):
-            continue  # a half-written or foreign file is not a record; `load` gives the reason
     yield from sorted(found, key=lambda pair: pair[1].started_at)
+
+
+def unreadable(roots: Sequence[Path]) -> list[str]:
+    """Return one line for each record file under `roots` that can't be read: the file, the reason and the fix."""
+    problems = []
+    for path in sorted({path for root in roots for path in _files(root)}):
+        try:
+            load(path)
+        except (ValueError, OSError) as e:
+            problems.append(f"{e}; remove it or run its cell again")
+    return problems
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Yield the record files under `root`, also behind links, without MLflow's copies. A folder is entered once."""
+    entered = set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in entered:
+            below.clear()
+            continue
+        entered.add(place)
+        if ARTIFACTS in below:
+            below.remove(ARTIFACTS)
+        if RECORD_FILE in names:
+            yield Path(folder, RECORD_FILE)
 
 
 def spec_hash(spec: dict[str, Any]) -> str:

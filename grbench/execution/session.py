@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from types import TracebackType
 
@@ -69,7 +70,7 @@ class CellSession:
             again = "rerun=true" if record.ok else "rerun_failed=true"
             whose = f"{record.status} in a record of {record.started_at} in {os.path.relpath(folder)}"
             self._say(f"{title}: {whose}, kept ({again} measures it again)")
-            self._finish(folder, record)
+            self._finish(folder, record, kept=True)
             return
         if why_not:
             self._say(f"{title}: {why_not}, so it is measured again")
@@ -88,19 +89,19 @@ class CellSession:
                 raise
         self._finish(folder, record)
 
-    def _finish(self, folder: Path, record: RunRecord) -> None:
+    def _finish(self, folder: Path, record: RunRecord, kept: bool = False) -> None:
         if self._sweep_id:
             self._earlier.add(folder, record)  # a sweep may ask for the same cell twice
         if all(folder != known for known, _ in self._cells):
             self._cells.append((folder, record))
-        if record.tracking or record.status is Status.INTERRUPTED:
+        if record.status is Status.INTERRUPTED:
             return
-        if record.ok:
+        if record.ok and not kept:
             from grbench.report import ReportError, plot_latency_cdf
 
             with contextlib.suppress(OSError, ReportError):  # a picture is no result; the disk may be full
                 plot_latency_cdf([(folder, record)], folder / "latency_cdf.png")
-        self._tracker.log(record, folder)
+        self._tracker.log(record, folder, kept)
 
     def _say(self, line: str) -> None:
         self._screen.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -128,9 +129,9 @@ class CellSession:
             left = self._total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)
             again = "; the same sweep goes on from here" if self._sweep_id else ""
             self._screen.print(f"{cut_short} with {left} of {self._total} cells to go{again}")
-        where = os.path.relpath(self._root)
+        where = shlex.quote(os.path.relpath(self._root))
         compare = where_to_look(self._tracking, self._root) or f"python -m grbench report {where}"
-        self._screen.print(f"records: {where}   compare: {compare}", soft_wrap=True, highlight=False)
+        self._screen.print(f"records: {where}   compare: {compare}", soft_wrap=True, markup=False, highlight=False)
         return 0 if all(record.ok for _, record in self._cells) else 1
 
 

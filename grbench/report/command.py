@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grbench.config.arguments import Arguments, CommandError
-from grbench.report.frame import ReportError, read_cells, unreadable
+from grbench.execution.records import unreadable
+from grbench.report.frame import ReportError, read_cells
 
 
 def parser() -> argparse.ArgumentParser:

@@ -43,7 +43,7 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
             raise ReportError(f"{root}: no such folder; `python -m grbench` makes records under ./outputs")
         cells = list(records.find(root))
         if not cells:
-            why = unreadable([root])
+            why = records.unreadable([root])
             raise ReportError(
                 why[0]
                 if why
@@ -52,17 +52,6 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
         for folder, record in sorted(cells, key=lambda cell: len(cell[0].parts)):
             found.setdefault((record.spec_hash, record.started_at, record.duration_s), (folder, record))
     return sorted(found.values(), key=lambda cell: cell[1].started_at)
-
-
-def unreadable(roots: Sequence[Path]) -> list[str]:
-    """Return one line for each record file under `roots` that cannot be read: the file and the reason."""
-    problems = []
-    for path in sorted({path for root in roots for path in root.rglob(records.RECORD_FILE)}):
-        try:
-            records.load(path)
-        except (ValueError, OSError) as e:
-            problems.append(f"{e}; remove it or run its cell again")
-    return problems
 
 
 def load_frame(*roots: Path | str) -> pd.DataFrame:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grbench.execution import records
 from grbench.report.cells import Cell
 from grbench.report.frame import ReportError, read_cells
+from grbench.tracking import database
+from grbench.tracking.config import check_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -20,9 +23,14 @@ def download_cells(uri: str, experiment: str, folder: Path) -> list[Cell]:
     Runs without a record (a sweep's parent) are skipped. Raises ReportError for an unreadable URI, an unknown
     experiment, or one without a record.
     """
-    path = uri.removeprefix("sqlite:///")
-    if path != uri and not Path(path).is_file():
-        raise ReportError(f"--mlflow {uri}: no such file {path}; MLflow would create an empty database there")
+    try:
+        check_uri("--mlflow", uri)
+        if (path := database.path_of(uri)) and not path.is_file():
+            raise ReportError(f"--mlflow {uri}: no such file {path}; MLflow would create an empty database there")
+        if path:
+            database.check(path)
+    except (ValueError, sqlite3.Error) as e:
+        raise ReportError(str(e)) from None
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a wrong address must fail in seconds
     from mlflow import MlflowClient

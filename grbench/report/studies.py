@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from grbench.execution import results
-from grbench.execution.records import RECORD_FILE, SAMPLES_FILE
+from grbench.execution.records import RECORD_FILE, SAMPLES_FILE, unreadable
 from grbench.report.cells import Cell, labels
-from grbench.report.frame import ReportError, has_samples, read_cells, unreadable
+from grbench.report.frame import ReportError, has_samples, read_cells
 from grbench.report.page import cell_sections, draw, environment_section
 from grbench.report.provenance import Origin, check_origin
 from grbench.report.results import results_sections

@@ -6,7 +6,9 @@ logs the missing records later.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,23 +32,24 @@ class CellTracker:
         """Make further cells children of one run, which the first of them creates or finds."""
         self._sweep = (sweep_id, facts)
 
-    def log(self, record: RunRecord, folder: Path) -> bool:
-        """Log one cell and store its run in the record. Return False, after printing the reason, if that fails."""
+    def log(self, record: RunRecord, folder: Path, kept: bool = False) -> bool:
+        """Log one cell and store its run in the record. Return False, after printing the reason, if that fails.
+
+        kept: the cell was measured earlier. It is logged only if the store does not have it.
+        """
         if isinstance(self._config, NoTrackingConfig):
             return False
         try:
             store = self._open()
-            if self._sweep and self._parent is None:
+            found = store.find(record) if kept else {}
+            if not found and self._sweep and self._parent is None:
                 self._parent = store.sweep_run(*self._sweep)
-            record.tracking = store.log(record, folder, self._parent)
+            _note(record, folder, found or store.log(record, folder, self._parent))
         except Exception as e:
             self._say(f"MLflow did not take the run ({one_line(e)})")
-            self._say(f"its record is kept in {folder}; `python -m grbench import {self._root}` logs it later")
+            later = import_command(self._root, self._config)
+            self._say(f"its record is kept in {folder}; `{later}` logs it later")
             return False
-        try:
-            records.save(record, folder)
-        except OSError as e:
-            self._say(f"{folder}: {e.strerror or e}; an import would log this run a second time")
         return True
 
     def end_sweep(self, cells: list[Cell], cut_short: bool = False) -> None:
@@ -74,32 +77,50 @@ class CellTracker:
         print(f"grbench: {line}", file=sys.stderr)
 
 
-def import_records(root: Path, config: MlflowConfig) -> tuple[int, int, int]:
+def _note(record: RunRecord, folder: Path, run: dict[str, str]) -> None:
+    """Store the run in the record's file. A file that can't be written costs nothing: the store knows its runs."""
+    if record.tracking != run:
+        record.tracking = run
+        with contextlib.suppress(OSError):
+            records.save(record, folder)
+
+
+def import_command(root: Path, config: MlflowConfig) -> str:
+    """Return the command that logs the records under `root` to this store."""
+    words = ["python", "-m", "grbench", "import", str(root)]
+    words += ["--uri", config.uri] if config.uri else []
+    words += ["--experiment", config.experiment] if config.experiment != MlflowConfig.experiment else []
+    return shlex.join(words)
+
+
+def import_records(root: Path, uri: str | None = None, experiment: str | None = None) -> tuple[int, int, int]:
     """Log every record under `root` that has no run in that store yet.
 
-    Returns the numbers of records that were logged, had a run already, and failed. Raises ValueError if there is none.
+    experiment: None: new runs are logged to the default one, and a run in any experiment counts. Returns the numbers of
+    records that were logged, had a run already, and failed. Raises ValueError if there is none.
     """
-    from grbench.tracking.store import Store, default_uri
+    from grbench.tracking.store import Store
 
-    uri = config.uri or default_uri(root.absolute())
     logged = known = failed = 0
     parents: dict[str, str] = {}
     sweeps: dict[str, list[Cell]] = {}
-    store: Any = None
+    store: Store | None = None
+    for line in records.unreadable([root]):
+        print(f"grbench: {line}", file=sys.stderr)
     for folder, record in records.find(root):
         if record.status is Status.INTERRUPTED:
             continue
         if record.sweep_id:
             sweeps.setdefault(record.sweep_id, []).append((folder, record))
-        if record.tracking.get("uri") == uri:
-            known += 1
-            continue
         try:
-            store = store or Store(config.uri, config.experiment, root.absolute())
+            store = store or Store(uri, experiment or MlflowConfig.experiment, root.absolute())
+            if found := store.find(record, anywhere=experiment is None):
+                _note(record, folder, found)
+                known += 1
+                continue
             if record.sweep_id and record.sweep_id not in parents:
                 parents[record.sweep_id] = store.sweep_run(record.sweep_id, {})
-            record.tracking = store.log(record, folder, parents.get(record.sweep_id or ""))
-            records.save(record, folder)
+            _note(record, folder, store.log(record, folder, parents.get(record.sweep_id or "")))
             logged += 1
         except Exception as e:
             failed += 1
@@ -107,6 +128,7 @@ def import_records(root: Path, config: MlflowConfig) -> tuple[int, int, int]:
             if store is None:
                 break  # the store cannot be opened, for the others neither
     for sweep_id, run in parents.items():
+        assert store is not None
         try:
             store.end_sweep(run, sweeps[sweep_id])
         except Exception as e:
@@ -121,5 +143,5 @@ def where_to_look(config: MlflowConfig | NoTrackingConfig, root: Path) -> str | 
     if isinstance(config, NoTrackingConfig):
         return None
     if config.uri is None:
-        return f"python -m grbench ui {os.path.relpath(root)}"
-    return config.uri if config.uri.startswith("http") else f"mlflow ui --backend-store-uri {config.uri}"
+        return f"python -m grbench ui {shlex.quote(os.path.relpath(root))}"
+    return config.uri if config.uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(config.uri)}"

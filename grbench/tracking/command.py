@@ -14,7 +14,8 @@ from pathlib import Path
 from grbench.config.arguments import Arguments, CommandError
 from grbench.execution.records import one_line
 from grbench.tracking import import_records
-from grbench.tracking.config import MlflowConfig
+from grbench.tracking.config import MlflowConfig, check_uri
+from grbench.tracking.database import FILE, uri_of
 
 
 def ui_parser() -> argparse.ArgumentParser:
@@ -41,7 +42,8 @@ def import_parser() -> argparse.ArgumentParser:
     parser = Arguments("import", about, ["import outputs", "import outputs --uri http://127.0.0.1:5000"])
     _add_root(parser)
     parser.add_argument("--uri", help="MLflow store (default: the sqlite file of the output root)")
-    parser.add_argument("--experiment", default=MlflowConfig.experiment, help="experiment (default: %(default)s)")
+    where = f"experiment of the runs (default: any has them, new ones go to {MlflowConfig.experiment})"
+    parser.add_argument("--experiment", help=where)
     return parser
 
 
@@ -49,7 +51,8 @@ def import_(words: Sequence[str]) -> int:
     """Run `grbench import`. Exit codes: 0 done, 1 some records could not be logged, 2 there are no records."""
     args = import_parser().parse_args(words)
     try:
-        logged, known, failed = import_records(args.root, MlflowConfig(uri=args.uri, experiment=args.experiment))
+        check_uri("--uri", args.uri)
+        logged, known, failed = import_records(args.root, args.uri, args.experiment)
     except (ValueError, OSError) as e:
         raise CommandError(one_line(e)) from e
     print(f"{logged} records logged, {known} were there already, {failed} failed")
@@ -63,7 +66,7 @@ def _add_root(parser: argparse.ArgumentParser) -> None:
 
 def open_ui(root: Path, port: int) -> None:
     """Become `mlflow ui` for the root's database, on localhost only. Raises ValueError if there is none."""
-    database = root.absolute() / "mlruns.db"
+    database = root.resolve() / FILE
     if not database.is_file():
         raise ValueError(f"{database}: no such database; the first run of `python -m grbench` creates it")
     with socket.socket() as probe:
@@ -75,13 +78,13 @@ def open_ui(root: Path, port: int) -> None:
     page = f"#/experiments/{experiment}/runs" if (experiment := _latest_experiment(database)) else ""
     print(f"MLflow at http://127.0.0.1:{port}/{page} (Ctrl-C ends it)", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    os.execv(sys.executable, [*command, "--backend-store-uri", f"sqlite:///{database}"])
+    os.execv(sys.executable, [*command, "--backend-store-uri", uri_of(database)])
 
 
 def _latest_experiment(database: Path) -> str | None:
     """Return the experiment of the newest run, whose page is opened."""
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=1)) as connection:
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=1)) as connection:
             row = connection.execute("SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1").fetchone()
     except sqlite3.Error:  # the link then leads to the start page
         return None

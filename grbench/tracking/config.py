@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from grengines.options import option
 
@@ -14,6 +15,19 @@ class MlflowConfig:
     name: str = option("mlflow", "name of the tracking in records")
     uri: str | None = option(None, "tracking URI, such as http://host:port; null: mlruns.db under the output root")
     experiment: str = option("grbench", "MLflow experiment of the runs")
+
+
+def check_uri(key: str, uri: str | None) -> None:
+    """Raise ValueError for a URI with a password or a token: it would be kept in records, pages and logs.
+
+    key: the option that has the URI.
+    """
+    parts = urlsplit(uri or "")
+    if parts.password or (parts.username and parts.scheme.startswith("http")) or "password" in parts.query.lower():
+        raise ValueError(
+            f"{key}: it holds a password, which records and pages would show; set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD in the environment, and log to a database through `mlflow server`"
+        )
 
 
 @dataclass

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import logging
 import math
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,17 +27,14 @@ from grbench.execution.records import (
     one_line,
 )
 from grbench.report.cells import Cell, flatten, label
+from grbench.tracking import database
 from grbench.tracking.describe import describe_cell, describe_row, describe_sweep
 
 SWEEP_TAG, HASH_TAG, NOTE_TAG = "sweep_id", "spec_hash", "mlflow.note.content"
 MOST_NOTE = 5000  # characters that a server accepts
 FIRST_METRICS = ["throughput_rps", "latency_ms/p99", "latency_ms/p50", "goodput_rps", "cache/hit_rate"]
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}
 MLFLOW_STATUS = {Status.OK: "FINISHED", Status.INTERRUPTED: "KILLED"}  # the others: FAILED
-
-
-def default_uri(root: Path) -> str:
-    """Return the URI of the sqlite database of an output root (an absolute path)."""
-    return f"sqlite:///{root / 'mlruns.db'}"
 
 
 class Store:
@@ -49,33 +44,52 @@ class Store:
         # A dead server or a locked file must fail in seconds; the record is safe on disk.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        self.uri = uri or default_uri(root)
-        if self.uri.startswith(("http://", "https://")):
-            _check_server(self.uri)
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        from mlflow import MlflowClient
-
         for name in ("alembic", "mlflow"):  # they print a page of migrations on first use
             logging.getLogger(name).setLevel(logging.WARNING)
-        # Processes that open a new sqlite file at once would each create its tables, and break it.
-        with _one_at_a_time(root / ".mlflow.lock") if self.uri.startswith("sqlite") else contextlib.nullcontext():
-            self._client = MlflowClient(self.uri, registry_uri=self.uri)
-            self._experiment = self._find_or_create(experiment, root)
+        file = database.path_of(uri) if uri else (root / database.FILE).resolve()
+        self.uri = database.uri_of(file) if file else str(uri)
+        if file is None:
+            _check_server(self.uri)
+        from mlflow import MlflowClient
 
-    def _find_or_create(self, name: str, root: Path) -> str:
+        with database.opened(file) if file else contextlib.nullcontext():
+            self._client = MlflowClient(self.uri, registry_uri=self.uri)
+            self._experiment = self._find_or_create(experiment, file)
+
+    def _find_or_create(self, name: str, file: Path | None) -> str:
         if found := self._client.get_experiment_by_name(name):
             if found.lifecycle_stage == "deleted":
                 raise ValueError(f"experiment {name!r} is deleted; restore it or set tracking.experiment")
             return str(found.experiment_id)
-        local = self.uri.startswith("sqlite")
         # Without a kind, MLflow 3 assumes language-model traces and opens an empty page.
         return self._client.create_experiment(
-            name, (root / ARTIFACTS).as_uri() if local else None, {"mlflow.experimentKind": "custom_model_development"}
+            name,
+            (file.parent / ARTIFACTS).as_uri() if file else None,
+            {"mlflow.experimentKind": "custom_model_development"},
         )
+
+    def find(self, record: LoggedRow, anywhere: bool = False) -> dict[str, str]:
+        """Return what `log` returned for a row that the experiment has already, or nothing.
+
+        anywhere: look in every experiment of the store. A run that the user deleted counts, because it is not to come
+        back. One that was never finished does not.
+        """
+        from mlflow.entities import ViewType
+
+        where = [str(e.experiment_id) for e in self._client.search_experiments()] if anywhere else [self._experiment]
+        begun, ended = _times(record)
+        same = f"tags.{HASH_TAG} = {_quoted(record.spec_hash)} and attributes.start_time = {begun}"
+        same += f" and attributes.end_time = {ended}"
+        found = self._client.search_runs(where, same, ViewType.ALL, max_results=1)
+        return self._address(str(found[0].info.run_id)) if found else {}
+
+    def _address(self, run_id: str) -> dict[str, str]:
+        return {"run_id": run_id, "uri": self.uri, "experiment_id": self._experiment}
 
     def sweep_run(self, sweep_id: str, facts: dict[str, str]) -> str:
         """Return the parent run of a sweep. A resumed sweep finds its earlier one."""
-        same = f"tags.{SWEEP_TAG} = '{sweep_id}' and tags.role = 'sweep'"
+        same = f"tags.{SWEEP_TAG} = {_quoted(sweep_id)} and tags.role = 'sweep'"
         if found := self._client.search_runs([self._experiment], filter_string=same, max_results=1):
             run_id = str(found[0].info.run_id)
             self._client.update_run(run_id, status="RUNNING")
@@ -128,8 +142,7 @@ class Store:
         """Log one row: params, tags, metrics, artifacts. Returns what `RunRecord.tracking` holds."""
         from mlflow.entities import Metric, Param, RunTag
 
-        begun = int(datetime.datetime.fromisoformat(record.started_at).timestamp() * 1000)
-        ended = begun + int(record.duration_s * 1000)
+        begun, ended = _times(record)
         pictures = [path.name for path in _artifacts(folder) if path.suffix == ".png"]
         tags = {**_tags(record), **({"mlflow.parentRunId": parent} if parent else {})}
         run = self._client.create_run(self._experiment, start_time=begun, tags=tags, run_name=run_name(record))
@@ -151,13 +164,24 @@ class Store:
             with contextlib.suppress(Exception):  # an incomplete run would look complete
                 self._client.delete_run(run_id)
             raise
-        return {"run_id": run_id, "uri": self.uri, "experiment_id": self._experiment}
+        return self._address(run_id)
 
 
 def run_name(record: LoggedRow) -> str:
     """Return the name of a cell, or of a row of `grbench kernels` or `grbench cachesim`."""
     spec = record.spec
     return label(record) if "engine" in spec else str(spec["kernel" if "kernel" in spec else "cache"]["name"])
+
+
+def _times(record: LoggedRow) -> tuple[int, int]:
+    """Return the times at which a row began and ended, in milliseconds since 1970."""
+    begun = int(datetime.datetime.fromisoformat(record.started_at).timestamp() * 1000)
+    return begun, begun + int(record.duration_s * 1000)
+
+
+def _quoted(text: str) -> str:
+    """Return a value of a filter. MLflow has no escape for quotes, so those that it can't tell apart are left out."""
+    return f'"{text}"' if "'" in text and '"' not in text else "'" + text.replace("'", "") + "'"
 
 
 def _tags(record: LoggedRow) -> dict[str, str]:
@@ -208,18 +232,12 @@ def _artifacts(folder: Path) -> list[Path]:
 
 
 def _check_server(uri: str) -> None:
-    """Raise ConnectionError in seconds if nothing listens; MLflow's own retries take minutes."""
+    """Raise ConnectionError in seconds if nothing listens; the retries of MLflow take minutes."""
     parts = urlsplit(uri)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
+    if not parts.hostname or port is None:
+        return
     try:
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+        socket.create_connection((parts.hostname, port), timeout=5).close()
     except OSError as e:
         raise ConnectionError(f"{uri}: {e.strerror or e}; start the server, or set tracking.uri") from None
-
-
-@contextlib.contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield

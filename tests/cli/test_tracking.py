@@ -22,7 +22,8 @@ from helpers.command import Grbench
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status
 from grbench.tracking import CellTracker, import_records
-from grbench.tracking.config import MlflowConfig, NoTrackingConfig
+from grbench.tracking.config import MlflowConfig, NoTrackingConfig, check_uri
+from grbench.tracking.database import uri_of
 from grbench.tracking.store import Store
 
 SPEC = {
@@ -186,9 +187,9 @@ def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
     assert "python -m grbench import" in said
     assert records.load(folder).tracking == {}
     with mlflow_server(tmp_path) as uri:
-        assert import_records(root, MlflowConfig(uri=uri)) == (1, 0, 0)
-        assert import_records(root, MlflowConfig(uri=uri)) == (0, 1, 0)  # nothing is logged twice
-        live, folder = cell(root / "1")
+        assert import_records(root, uri) == (1, 0, 0)
+        assert import_records(root, uri) == (0, 1, 0)  # nothing is logged twice
+        live, folder = cell(root / "1", spec_hash="1" * 12)
         assert CellTracker(MlflowConfig(uri=uri), root).log(live, folder)
         found = runs(uri)
         assert sorted(r.data.tags["role"] for r in found) == ["cell", "cell", "sweep"]
@@ -198,13 +199,13 @@ def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
         [mine] = [r for r in found if r.info.run_id == records.load(folder).tracking["run_id"]]
         assert {f.path for f in client(uri).list_artifacts(mine.info.run_id)} >= {"record.json", "samples.parquet"}
         # The same records into another store: that one has not seen them.
-        assert import_records(root, MlflowConfig(uri=sqlite_uri(tmp_path))) == (2, 0, 0)
+        assert import_records(root, sqlite_uri(tmp_path)) == (2, 0, 0)
 
 
 def test_a_locked_database_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, folder = cell(tmp_path / "0")
     assert CellTracker(MlflowConfig(), tmp_path).log(first, folder)
-    second, folder = cell(tmp_path / "1")
+    second, folder = cell(tmp_path / "1", spec_hash="1" * 12)
     holder = sqlite3.connect(tmp_path / "mlruns.db", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     begun = time.monotonic()
@@ -213,8 +214,70 @@ def test_a_locked_database_loses_nothing(tmp_path: Path, capsys: pytest.CaptureF
     holder.execute("ROLLBACK")
     holder.close()
     assert "database is locked" in capsys.readouterr().err
-    assert import_records(tmp_path, MlflowConfig()) == (1, 1, 0)
+    assert import_records(tmp_path) == (1, 1, 0)
     assert len(runs(sqlite_uri(tmp_path))) == 2
+
+
+def test_a_root_that_moved_is_known_and_takes_its_artifacts_along(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "my%2F new?"
+    record, folder = cell(old / "0")
+    assert CellTracker(MlflowConfig(), old).log(record, folder)
+    (tmp_path / "link").symlink_to(old)
+    assert import_records(tmp_path / "link") == (0, 1, 0)
+    old.rename(new)
+    cell(new / "1", spec_hash="1" * 12)
+    assert import_records(new) == (1, 1, 0)
+    assert import_records(new, experiment="second") == (2, 0, 0)
+    assert import_records(new) == (0, 2, 0)  # whichever experiment has them
+    assert not old.exists()
+    address = uri_of(new / "mlruns.db")
+    found = runs(address)
+    assert len(found) == 2 and all(list(client(address).list_artifacts(run.info.run_id)) for run in found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", new.name]  # nothing was made outside the root
+
+
+def test_kept_cells_reach_another_store(tmp_path: Path) -> None:
+    record, folder = cell(tmp_path / "0")
+    for uri in (None, f"sqlite:///{tmp_path}/other.db", None):
+        tracker = CellTracker(MlflowConfig(uri=uri), tmp_path)
+        tracker.start_sweep("it's a sweep", {})
+        assert tracker.log(record, folder, kept=True)
+        tracker.end_sweep([(folder, record)])
+    for uri in (sqlite_uri(tmp_path), f"sqlite:///{tmp_path}/other.db"):
+        assert sorted(run.data.tags["role"] for run in runs(uri)) == ["cell", "sweep"]
+
+
+def test_a_database_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / ".mlruns.db.new").write_bytes(b"SQLite format 3, half made")
+    record, folder = cell(tmp_path / "0")
+    assert CellTracker(MlflowConfig(), tmp_path).log(record, folder)
+    assert [path.name for path in tmp_path.glob("*mlruns*")] == ["mlruns.db"]
+
+
+def test_an_unusable_database_is_said_in_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record, folder = cell(tmp_path / "0")
+    (tmp_path / "mlruns.db").mkdir()
+    begun = time.monotonic()
+    assert not CellTracker(MlflowConfig(experiment="mine"), tmp_path).log(record, folder)
+    assert time.monotonic() - begun < 30
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/mlruns.db: " in said and "; move it away" in said
+    assert f"`python -m grbench import {tmp_path} --experiment mine`" in said
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["http://bob:secret@host:5000", "https://token@host", "postgresql://u:secret@host/db", "mysql://h/d?password=x"],
+)
+def test_a_password_in_an_address_is_refused_and_not_shown(grbench_here: Grbench, tmp_path: Path, uri: str) -> None:
+    cell(tmp_path / "outputs" / "a")
+    for words in ([f"tracking.uri='{uri}'"], ["import", "--uri", uri], ["report", "--mlflow", uri]):
+        refused = grbench_here(*words)
+        assert refused.returncode == 2
+        assert "holds a password" in refused.stderr and "MLFLOW_TRACKING_PASSWORD" in refused.stderr
+        assert "secret" not in refused.stderr + refused.stdout and "token@" not in refused.stderr
+    check_uri("--uri", "http://host:5000")
+    check_uri("--uri", "postgresql://user@host/db")
 
 
 def test_processes_that_start_at_once_share_one_new_database(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from grbench.execution import records
-from grbench.execution.records import LoggedRow, RunRecord, Status
-from grbench.report.frame import ReportError, read_cells, unreadable
+from grbench.execution.records import LoggedRow, RunRecord, Status, unreadable
+from grbench.report.frame import ReportError, read_cells
 
 PASSED = {"passed": True, "error": 1e-6, "tolerance": 2e-5}
 FAILED = {"passed": False, "error": 1.0, "tolerance": 2e-5}
@@ -98,3 +98,16 @@ def test_a_file_that_is_not_a_record_gives_one_line(tmp_path: Path, change: Any,
     assert line.startswith(str(path)) and "\n" not in line
     with pytest.raises(ReportError, match=why):
         read_cells([bad])
+
+
+def test_records_behind_links_are_found_once(tmp_path: Path) -> None:
+    """The folder of sweeps may be on another disk. A link may also lead back to where it is."""
+    root, disk = tmp_path / "outputs", tmp_path / "disk"
+    for folder in (disk / "0", root / "mlartifacts" / "copy"):
+        folder.mkdir(parents=True)
+        records.save(RunRecord(**WHOLE), folder)
+    (root / "sweeps").symlink_to(disk)
+    (root / "again").symlink_to(disk)
+    (disk / "back").symlink_to(root)
+    [(folder, _)] = records.find(root)
+    assert folder.samefile(disk / "0")
