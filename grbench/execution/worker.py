@@ -73,6 +73,7 @@ def classify(error: BaseException) -> tuple[Status, str]:
     """Return the status that an exception means, and one line about it."""
     from grengines.api import UnavailableError
     from grengines.numerics import IncorrectError
+    from grengines.runtime.cache_dir import in_cache
 
     line = one_line(error, most=5000)
     chain: list[BaseException] = []
@@ -88,6 +89,8 @@ def classify(error: BaseException) -> tuple[Status, str]:
         return Status.UNAVAILABLE, line
     if isinstance(error, IncorrectError):
         return Status.INCORRECT, line
+    if any(isinstance(e, OSError) and in_cache(e.filename) for e in chain):
+        return Status.ERROR, f"{line}; set GRBENCH_CACHE to a folder that can be written"
     if isinstance(error, ValueError):  # bad data or options: the message is enough
         return Status.ERROR, line
     return Status.ERROR, f"{type(error).__name__}: {line}"

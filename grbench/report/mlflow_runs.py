@@ -33,10 +33,8 @@ def download_cells(uri: str, experiment: str, folder: Path) -> list[Cell]:
         raise ReportError(str(e)) from None
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a wrong address must fail in seconds
-    from mlflow import MlflowClient
-
     try:
-        client = MlflowClient(tracking_uri=uri)
+        client = database.client(uri)
         found = client.get_experiment_by_name(experiment)
         known = [e.name for e in client.search_experiments()]
         runs = _download(client, found.experiment_id, folder) if found else 0

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from grbench.execution.records import ARTIFACTS
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 FILE = "mlruns.db"  # name of the database of an output root
 
@@ -33,6 +39,19 @@ def path_of(uri: str) -> Path | None:
 
     name = make_url(uri).database
     return Path(name).resolve() if name else None
+
+
+def client(uri: str) -> MlflowClient:
+    """Return MLflow's client of a store, also for a user without a home folder: MLflow's import asks for one."""
+    homeless = "HOME" not in os.environ and os.path.expanduser("~") == "~"  # noqa: PTH111  (Path raises here)
+    if homeless:
+        os.environ["HOME"] = tempfile.gettempdir()
+    try:
+        from mlflow import MlflowClient
+    finally:
+        if homeless:
+            del os.environ["HOME"]
+    return MlflowClient(uri, registry_uri=uri)
 
 
 @contextlib.contextmanager
@@ -64,12 +83,10 @@ def check(path: Path) -> None:
 
 def _make(path: Path) -> None:
     """Make the database completely or not at all. MLflow creates its tables one by one, which takes seconds."""
-    from mlflow import MlflowClient
-
     new = path.with_name(f".{path.name}.new")
     for each in (new, new.with_name(f"{new.name}-journal")):  # of a process that ended too early
         each.unlink(missing_ok=True)
-    MlflowClient(uri_of(new), registry_uri=uri_of(new)).search_experiments(max_results=1)
+    client(uri_of(new)).search_experiments(max_results=1)
     new.replace(path)
 
 

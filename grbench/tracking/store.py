@@ -51,10 +51,8 @@ class Store:
         self.uri = database.uri_of(file) if file else str(uri)
         if file is None:
             _check_server(self.uri)
-        from mlflow import MlflowClient
-
         with database.opened(file) if file else contextlib.nullcontext():
-            self._client = MlflowClient(self.uri, registry_uri=self.uri)
+            self._client = database.client(self.uri)
             self._experiment = self._find_or_create(experiment, file)
 
     def _find_or_create(self, name: str, file: Path | None) -> str:

@@ -6,6 +6,7 @@ file, row, column and value.
 
 from __future__ import annotations
 
+import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,8 @@ class _Table:
         if len(delimiter) > 1:
             data = data.replace(delimiter.encode(), b"\x1f")
         self._first = 1 if names else 2  # the line of the first event, counted from 1
+        if delimiter == "," and (row := _open_quote(data)):
+            raise DataError(f'{path}: row {row} has a quote (") that is opened and not closed; {FIX}')
         bad: list[Any] = []
         try:
             header = pa_csv.read_csv(
@@ -150,7 +153,7 @@ class _Table:
             ).column_names
             self._table = pa_csv.read_csv(
                 io.BytesIO(data),
-                read_options=_read(names),
+                read_options=_read(names, len(data)),
                 parse_options=_parse(delimiter, bad),
                 convert_options=pa_csv.ConvertOptions(
                     column_types={name: pa.string() for name in header}, strings_can_be_null=False
@@ -251,8 +254,26 @@ def _bytes(path: Path) -> bytes:
     return data
 
 
-def _read(names: list[str] | None) -> pa_csv.ReadOptions:
-    return pa_csv.ReadOptions(use_threads=False, column_names=names)  # threads would lose the row numbers
+def _open_quote(data: bytes) -> int:
+    """Return the number of the first row with a quote that is not closed in it, or 0: it would swallow rows."""
+    if b'"' not in data:
+        return 0
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.count(b'"') % 2:
+            try:
+                list(csv.reader([line.decode(errors="replace")], strict=True))
+            except csv.Error:
+                return number
+    return 0
+
+
+def _read(names: list[str] | None, size: int = 0) -> pa_csv.ReadOptions:
+    """Return options that read `size` bytes as one block, because a row that is cut by a block's end is refused.
+
+    Threads would lose the row numbers.
+    """
+    block = min(max(size, 1 << 20), (1 << 31) - 1)
+    return pa_csv.ReadOptions(use_threads=False, column_names=names, block_size=block)
 
 
 def _parse(delimiter: str, bad: list[Any] | None = None) -> pa_csv.ParseOptions:

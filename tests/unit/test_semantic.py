@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from grbench.workloads import events as loaders
 from grbench.workloads import movielens
+from grengines.runtime import cache_dir
 from grengines.semantic import id_cache
 from grengines.semantic.ids import SPARE, SemanticIds, build, propose_codes
 from grengines.semantic.quantise import residual_kmeans
@@ -418,9 +419,16 @@ def test_ids_are_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 id_cache.of_interactions(*other[:3], **other[3])
         with pytest.raises(AssertionError, match="made again"):
             id_cache.of_made_up(50, **options)
-    path.write_bytes(path.read_bytes()[:-3])  # not whole: made again, and whole again
-    assert (id_cache.of_interactions(users, items, 50, **options).codes == made.codes).all()
-    assert (SemanticIds.load(path).codes == made.codes).all()
+    whole = path.read_bytes()
+    changed = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    for damaged in (whole[:-3], changed):  # made again, and whole again
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="build the ids again"):
+            SemanticIds.load(path)
+        assert (id_cache.of_interactions(users, items, 50, **options).codes == made.codes).all()
+        assert (SemanticIds.load(path).codes == made.codes).all()
+    (tmp_path / "probe").touch()
+    assert path.stat().st_mode == (tmp_path / "probe").stat().st_mode  # others who share the cache may read it
     seen: list[tuple[int, int]] = []
     assert len(id_cache.of_made_up(50, **options, progress=lambda done, rows: seen.append((done, rows))).codes) == 50
     assert seen[-1] == (150, 150) and len(list((tmp_path / "semantic_ids").iterdir())) == 2
@@ -428,6 +436,20 @@ def test_ids_are_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "file"))
     with pytest.raises(ValueError, match=r"file/semantic_ids.*Not a directory; set GRBENCH_CACHE"):
         id_cache.of_made_up(50, **options)
+
+
+def test_without_a_home_folder_the_cache_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("GRBENCH_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(ValueError, match="no home folder; set GRBENCH_CACHE"):
+        cache_dir.cache_folder()
+    assert not cache_dir.in_cache("/tmp/x")
+    monkeypatch.setenv("GRBENCH_CACHE", "/tmp/cache")
+    assert cache_dir.in_cache("/tmp/cache/plans/a") and not cache_dir.in_cache("/tmp/x")
 
 
 def test_a_hundred_thousand_items_in_seconds() -> None:

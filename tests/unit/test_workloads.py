@@ -116,6 +116,24 @@ def test_a_bad_recbole_file_is_named_with_its_row(tmp_path: Path, text: str, exp
     assert expected in str(caught.value)
 
 
+def test_a_quote_that_is_not_closed_is_named_with_its_row(tmp_path: Path) -> None:
+    """Two of them would make one event of all the rows between."""
+    rows = [f"1,{i},5,{100 + i}" for i in range(9)]
+    rows[2], rows[6] = '1,"inch,5,102', '1,"foot,5,106'
+    with pytest.raises(DataError, match=r"row 4 has a quote \(\"\) that is opened and not closed; correct or remove"):
+        loaders.load_csv(Path(write(tmp_path, CSV + "\n".join(rows))), "auto", False)
+    rows[2], rows[6] = '1,"3"" disc",5,102', '1,3" disc,5,106'
+    assert len(loaders.load_csv(Path(write(tmp_path, CSV + "\n".join(rows))), "auto", False).items) == 9
+
+
+@pytest.mark.parametrize("at", [0, 20])
+def test_a_row_of_any_length_is_loaded(tmp_path: Path, at: int) -> None:
+    rows = [f"u\ti{i}\t5\t{100 + i}\t1 2" for i in range(24)]
+    rows[at] = rows[at].removesuffix("1 2") + "1 " * 600_000
+    text = INTER.rstrip() + "\titem_list:token_seq\n" + "\n".join(rows)
+    assert len(loaders.load_recbole(Path(write(tmp_path, text)), sort=False).items) == 24
+
+
 def test_what_is_odd_but_whole_is_loaded(tmp_path: Path) -> None:
     text = CSV + "\n".join([GOOD[0], GOOD[0], "1,11,-2,200", "1,12,99,300"]) + "\n\n"
     for form in (text, text.replace("\n", "\r\n"), "\ufeff" + text):

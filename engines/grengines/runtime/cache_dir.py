@@ -8,10 +8,18 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return $GRBENCH_CACHE, else $XDG_CACHE_HOME/grbench, else ~/.cache/grbench."""
+    """Return $GRBENCH_CACHE, else $XDG_CACHE_HOME/grbench, else ~/.cache/grbench.
+
+    Raises ValueError for a user without a home folder, as in some containers.
+    """
     if own := os.environ.get("GRBENCH_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grbench"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "grbench"
+    try:
+        return Path.home() / ".cache" / "grbench"
+    except RuntimeError:
+        raise ValueError("this user has no home folder; set GRBENCH_CACHE to a folder that can be written") from None
 
 
 _digests: dict[tuple[str, int, int], str] = {}  # by path, size and time of change
@@ -37,6 +45,14 @@ def _content(path: Path) -> str:
     if key not in _digests:
         _digests[key] = sha256(path)
     return _digests[key]
+
+
+def in_cache(name: object) -> bool:
+    """Return True for the name of a file in the cache folder, such as that of an OSError."""
+    try:
+        return isinstance(name, str) and Path(name).is_relative_to(cache_folder())
+    except ValueError:  # there is no cache folder
+        return False
 
 
 def sha256(path: Path) -> str:

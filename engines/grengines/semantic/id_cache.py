@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -81,4 +82,7 @@ def _save(ids: SemanticIds, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unnamed = Path(folder) / "ids"
         ids.save(unnamed)
+        mask = os.umask(0)
+        os.umask(mask)
+        unnamed.chmod(0o666 & ~mask)  # safetensors keeps its files to their owner; a cache may be shared
         unnamed.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -96,9 +97,10 @@ class SemanticIds:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file of `codes`, with shape and sizes as metadata. Raises OSError."""
         schema = {"items": len(self.codes), "levels": self.levels, "sizes": self.sizes, "dtype": _DTYPE}
-        metadata = {"format": _FORMAT, "schema": json.dumps(schema)}
+        codes = np.ascontiguousarray(self.codes)
+        metadata = {"format": _FORMAT, "schema": json.dumps(schema), "sha256": _digest(codes)}
         try:
-            save_file({"codes": np.ascontiguousarray(self.codes)}, str(path), metadata=metadata)
+            save_file({"codes": codes}, str(path), metadata=metadata)
         except SafetensorError as e:
             raise OSError(f"{path}: can't write semantic ids: {e}") from None
 
@@ -121,6 +123,8 @@ class SemanticIds:
                 tensor = f.get_slice("codes")
                 sizes = _sizes(metadata, [*tensor.get_shape(), tensor.get_dtype()])
                 codes = f.get_tensor("codes")
+            if metadata.get("sha256", digest := _digest(codes)) != digest:
+                raise ValueError("the ids are not those that were written; build the ids again")
             if items is not None and len(codes) != items:
                 raise ValueError(f"written for {len(codes)} items, the catalogue has {items}; build the ids again")
             return cls(codes, sizes)
@@ -129,6 +133,10 @@ class SemanticIds:
             raise ValueError(f"{path}: not a readable safetensors file ({reason}); build the ids again") from None
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
+
+
+def _digest(codes: npt.NDArray[np.generic]) -> str:
+    return hashlib.sha256(codes.tobytes()).hexdigest()
 
 
 def build(

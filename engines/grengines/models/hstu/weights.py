@@ -48,14 +48,20 @@ def load_weights(model: HSTURanker | HSTUGenerator, path: str | Path, mapped: Co
                 if name in mapped:
                     p.data = f.get_tensor(name)
                 else:
-                    p.copy_(f.get_tensor(name))
+                    tensor = f.get_tensor(name)
+                    if not tensor.isfinite().all():
+                        raise ValueError(f"{path}: tensor {name} has NaN or infinity; give other weights")
+                    p.copy_(tensor)
     except (SafetensorError, OSError) as e:
         reason = " ".join(str(e).split())
         raise ValueError(f"{path}: not a readable safetensors file ({reason}); save it again") from None
 
 
 def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) -> None:
-    saved = json.loads((f.metadata() or {}).get("model", "{}"))
+    try:
+        saved = dict(json.loads((f.metadata() or {}).get("model", "{}")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: its metadata 'model' is not a JSON object; save the weights again") from None
     for key, value in _shape(model.config).items():
         if key in saved and saved[key] != value:
             raise ValueError(
