@@ -19,7 +19,7 @@ TESTS = $(PYTEST) -m "not gpu and not serial" -n $(WORKERS) --dist loadfile --no
 	$(PYTEST) -m "serial and not gpu" $(ARGS); alone=$$?; \
 	case $$beside$$alone in 00|05|50) ;; *) exit 1;; esac
 
-.PHONY: bench test test-all test-gpu lint typecheck ui reports docs help clean setup
+.PHONY: bench test test-all test-gpu lint typecheck regress ui reports docs help clean setup
 
 bench: $(VENV)/.ready ## retrieve and rank for MovieLens-100K users on this machine
 	$(PY) -m grbench study=$(STUDY) $(ARGS)
@@ -38,6 +38,10 @@ lint: $(VENV)/.ready
 
 typecheck: $(VENV)/.ready
 	$(PY) -m mypy
+
+regress: $(VENV)/.ready ## measure a few cells and compare them with this machine's baseline
+	$(PY) -m grbench study=regress
+	$(PY) -m grbench compare $(wildcard reports/regress_*) outputs/studies/regress --tolerance 0.05 $(ARGS)
 
 ui: $(VENV)/.ready ## MLflow's pages at http://127.0.0.1:5000
 	$(PY) -m grbench ui $(ARGS)

@@ -92,13 +92,14 @@ class Comparison:
 def compare(base: Sequence[Cell], new: Sequence[Cell]) -> Comparison:
     """Compare the OK cells of two sides.
 
-    Raises ReportError if the sides are of different machines, did different work, or have no cell in common.
+    Cells of BASE count only if they are of NEW's machine. Raises ReportError if there are none, if the sides did
+    different work, or if they have no configuration in common.
     """
+    base = _of_one_machine(base, new)
     sides = [[cell for cell in side if cell[1].ok] for side in (base, new)]
     for side, cells, name in zip((base, new), sides, ("BASE", "NEW"), strict=True):
         if not cells:
             raise ReportError(f"{name} has no OK cell, {len(side)} cells in all: nothing to compare")
-    _require_one_machine([record for _, record in (*sides[0], *sides[1])])
     result = Comparison(differing=_differing(*sides))
     _require_same_work(result.differing)
     matched = [_by_configuration(side, result.differing) for side in sides]
@@ -121,13 +122,18 @@ def compare(base: Sequence[Cell], new: Sequence[Cell]) -> Comparison:
     return result
 
 
-def _require_one_machine(runs: Sequence[RunRecord]) -> None:
-    machines = list(dict.fromkeys(Origin.of(record.environment).machine for record in runs))
-    if len(machines) > 1:
+def _of_one_machine(base: Sequence[Cell], new: Sequence[Cell]) -> list[Cell]:
+    """Return the cells of `base` that were measured on the machine of `new`. Raises ReportError."""
+    before, now = ([Origin.of(record.environment).machine for _, record in side] for side in (base, new))
+    if len(set(now)) > 1:
+        raise ReportError(f"NEW was measured on different machines: {'; '.join(dict.fromkeys(now))}")
+    kept = [cell for cell, machine in zip(base, before, strict=True) if machine in now]
+    if not kept:
         raise ReportError(
-            f"measured on different machines ({'; '.join(machines)}): their times do not compare; "
-            "measure BASE again on this one"
+            f"BASE was measured on {'; '.join(dict.fromkeys(before))} and NEW on {now[0]}: "
+            "times of different machines do not compare; measure BASE on this one"
         )
+    return kept
 
 
 def _differing(base: Sequence[Cell], new: Sequence[Cell]) -> dict[str, tuple[str, str]]:

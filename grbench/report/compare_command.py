@@ -31,16 +31,17 @@ def parser() -> Arguments:
     """Return the parser of the command's flags."""
     about = (
         "Compare two measurements cell by cell: faster, slower or no difference, with the interval of the change.\n"
-        "A side is a record, a folder with records, or REVISION:FOLDER of a git repository.\n"
+        "A side is a record, a folder with records, or REVISION:FOLDER of a git repository. Of several BASEs, those of\n"
+        "the machine of NEW count.\n"
         "Exit codes: 0 no cell is slower, 1 a cell is slower, 2 there is nothing to compare."
     )
     examples = [
         "compare outputs/before outputs/after",
         "compare v1.0:reports/reference reports/reference",
-        "compare reports/regress outputs/studies/regress --tolerance 0.05",
+        "compare reports/regress_* outputs/studies/regress --tolerance 0.05",
     ]
     parser = Arguments("compare", about, examples)
-    parser.add_argument("base", metavar="BASE", help="the measurement to compare with")
+    parser.add_argument("base", nargs="+", metavar="BASE", help="the measurement to compare with")
     parser.add_argument("new", metavar="NEW", help="the measurement to judge")
     parser.add_argument(
         "--tolerance",
@@ -68,7 +69,9 @@ def main(words: Sequence[str]) -> int:
             yield [change.cell, metric, *side_text(change), change_text(change), verdict, runs]
 
     try:
-        with _cells(args.base) as base, _cells(args.new) as new:
+        with contextlib.ExitStack() as stack:
+            new = stack.enter_context(_cells(args.new))
+            base = [cell for side in args.base for cell in stack.enter_context(_cells(side))]
             comparison = compare(base, new)
     except (ReportError, OSError) as e:
         raise CommandError(e) from e

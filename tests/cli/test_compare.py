@@ -135,8 +135,12 @@ def test_what_does_not_compare_is_refused_with_the_reason(tmp_path: Path) -> Non
     with pytest.raises(ReportError, match="scenario is offline in BASE and server in NEW: not the same work"):
         compare(base, read_cells([tmp_path / "server"]))
     write_cell(tmp_path / "other" / "a", "scenario=offline", environment=MACHINE | {"cpu": "Another CPU"})
-    with pytest.raises(ReportError, match=r"different machines \(Some CPU, no GPU; Another CPU, 2 cores, no GPU\)"):
-        compare(base, read_cells([tmp_path / "other"]))
+    other = read_cells([tmp_path / "other"])
+    with pytest.raises(ReportError, match="BASE was measured on Some CPU, no GPU and NEW on Another CPU, 2 cores"):
+        compare(base, other)
+    with pytest.raises(ReportError, match="NEW was measured on different machines: Some CPU, no GPU; Another CPU"):
+        compare(base, [*base, *other])
+    assert [change.runs for change in compare([*other, *base], base).changes] == [(5, 5)]  # the other one is left out
     write_cell(tmp_path / "failed" / "a", status=Status.ERROR)
     with pytest.raises(ReportError, match="NEW has no OK cell, 1 cells in all"):
         compare(base, read_cells([tmp_path / "failed"]))
