@@ -205,7 +205,7 @@ def binomial_quantile(level: float, count: int, share: float) -> int:
     """
     from scipy.special import bdtr, bdtrik
 
-    below = max(math.ceil(bdtrik(level, count, share)) - 1, 0)
+    below: int = max(math.ceil(bdtrik(level, count, share)) - 1, 0)
     return below if bdtr(below, count, share) >= level else below + 1
 
 

@@ -1,4 +1,4 @@
-"""Which records a sweep keeps, and what a measurement is identified by."""
+"""Choice of records a sweep keeps, and what a measurement is identified by."""
 
 from __future__ import annotations
 
