@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -212,9 +211,8 @@ class RunSpec:
         return self.model
 
 
-@functools.cache
 def register_schemas() -> None:
-    """Register the schemas and the folder of studies with Hydra, once in a process."""
+    """Register the schemas and the folder of studies with Hydra. Safe to call twice."""
     register_studies()
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
