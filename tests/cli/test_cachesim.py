@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command import Grbench
+from helpers.mlflow_store import new_database
 from helpers.properties import examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -269,6 +270,7 @@ RUN = ["workload=synthetic", "workload.visits=3000", "shares=[0.05,0.5]"]
 
 
 def test_a_run_leaves_table_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: Path) -> None:
+    uri = new_database(tmp_path / "outputs")
     done = grbench("cachesim", *RUN)
     assert done.returncode == 0, done.stderr
     names = [LIMIT, BELADY, *policies.names()]
@@ -297,7 +299,7 @@ def test_a_run_leaves_table_results_plot_and_mlflow_runs(grbench: Grbench, tmp_p
 
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlruns.db")
+    client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("grbench-cachesim")
     assert experiment
     runs = client.search_runs([experiment.experiment_id])
@@ -369,9 +371,12 @@ def fails(
     return lines[0]
 
 
+SIZES = f"shares=[{','.join(f'{i / 100}' for i in range(1, 100))}]"  # of which it reaches few
+
+
 def test_ctrl_c_keeps_the_rows_that_are_done(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "grbench", "cachesim", *RUN, "workload.visits=300000", "workload.users=30000"],
+        [sys.executable, "-m", "grbench", "cachesim", *RUN, "workload.visits=100000", SIZES, "tracking=none"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

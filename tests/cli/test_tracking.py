@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from helpers.command import Grbench
+from helpers.mlflow_store import new_database
 
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status
@@ -102,6 +103,7 @@ def test_a_cell_is_logged_whole(tmp_path: Path) -> None:
 
 
 def test_a_sweep_is_a_parent_with_a_child_for_each_cell_and_is_found_again(tmp_path: Path) -> None:
+    new_database(tmp_path)
     for attempt in ("first", "resumed"):
         tracker = CellTracker(MlflowConfig(), tmp_path)
         tracker.start_sweep("s1", {"overrides": "seed=0,1"})
@@ -186,6 +188,7 @@ def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
     assert f"{dead}: Connection refused" in said
     assert "python -m grbench import" in said
     assert records.load(folder).tracking == {}
+    new_database(tmp_path, "server.db")
     with mlflow_server(tmp_path) as uri:
         assert import_records(root, uri) == (1, 0, 0)
         assert import_records(root, uri) == (0, 1, 0)  # nothing is logged twice
@@ -199,10 +202,11 @@ def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
         [mine] = [r for r in found if r.info.run_id == records.load(folder).tracking["run_id"]]
         assert {f.path for f in client(uri).list_artifacts(mine.info.run_id)} >= {"record.json", "samples.parquet"}
         # The same records into another store: that one has not seen them.
-        assert import_records(root, sqlite_uri(tmp_path)) == (2, 0, 0)
+        assert import_records(root, new_database(tmp_path)) == (2, 0, 0)
 
 
 def test_a_locked_database_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new_database(tmp_path)
     first, folder = cell(tmp_path / "0")
     assert CellTracker(MlflowConfig(), tmp_path).log(first, folder)
     second, folder = cell(tmp_path / "1", spec_hash="1" * 12)
@@ -302,6 +306,7 @@ def test_the_import_command_says_what_it_did(grbench_here: Grbench, tmp_path: Pa
     assert refused.stderr.splitlines() == [
         "grbench import: nowhere: no records found; `python -m grbench` writes them under outputs/"
     ]
+    new_database(tmp_path / "outputs")
     cell(tmp_path / "outputs" / "a")
     cell(tmp_path / "outputs" / "b", status=Status.INTERRUPTED)
     done = grbench_here("import")
@@ -333,6 +338,7 @@ def test_the_ui_says_what_is_missing(grbench_here: Grbench, tmp_path: Path) -> N
     refused = grbench_here("ui", "nowhere")
     assert refused.returncode == 2
     assert "no such database; the first run of `python -m grbench` creates it" in refused.stderr
+    new_database(tmp_path / "outputs")
     record, folder = cell(tmp_path / "outputs" / "a")
     assert CellTracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
     with socket.socket() as taken:
@@ -348,6 +354,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chr
 
 def test_the_ui_shows_the_runs(tmp_path: Path) -> None:
     """The page that the command names, on localhost; in a browser, where there is one, the run is on it."""
+    new_database(tmp_path / "outputs")
     spec = {**SPEC, "engine": {**SPEC["engine"], "precision": "bf16"}}
     record, folder = cell(tmp_path / "outputs" / "a", spec=spec, overrides=["scenario=server", "engine.precision=bf16"])
     assert CellTracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)

@@ -47,9 +47,11 @@ from grengines.vllm import install
 from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.engine import VLLMEngine
 from grengines.vllm.environment import unchanged_process
+from grengines.vllm.folder import ModelFolder
 from grengines.vllm.rows import BeamRows, HSTUAttentionMetadata, StepRequests, StepRows
 from grkernels.choice import requested
 from grkernels.operators import Operators
+from grkernels.registry import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -272,16 +274,6 @@ def test_token_ids_are_a_list_that_numpy_takes_as_an_array() -> None:
     assert there.tolist() == [[0] * 6, [105, 106, 107, 108, 0, 0]]
 
 
-def test_a_prompt_that_is_too_long_never_reaches_vllm() -> None:
-    engine = engine_of(requests_of([3, 5]))
-    try:
-        with pytest.raises(ValueError, match=r"a prompt of 18 tokens; the engine was prepared for up to 15$"):
-            engine.admit(0, requests_of([6])[0])
-        assert engine.unfinished == 0
-    finally:
-        engine.close()
-
-
 def test_chunks_of_any_size_change_nothing(expected: Beams) -> None:
     vllm_checks.chunks_of_any_size_change_nothing(engine_of, REQUESTS, lambda found: expect_equal(found, expected))
 
@@ -316,18 +308,17 @@ def test_half_precision_differs_among_near_ties_only(reference: HSTUReference, e
         np.testing.assert_allclose(scores, own, atol=tie)
 
 
-def test_the_model_serves_ordinary_generation(tmp_path: Path) -> None:
+def test_the_model_serves_ordinary_generation() -> None:
     """vLLM's own LLM.generate returns the greedy tokens that the model gives over the whole sequence."""
-    engine = engine_of()
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((engine.folder.path / name).read_bytes())
-    engine.close()
+    setup = Setup(MODEL, requested("torch"), CATALOGUE, 3, CacheConfig(), RETRIEVAL)
+    variants = dict.fromkeys(FAMILIES, "torch")
+    folder = ModelFolder(setup, BeamRows(SIZES, max_rows=40), variants, torch.float32, max_tokens=130)
     prompts = [IDS.tokens(r.history_items).reshape(-1) for r in REQUESTS if 0 < len(r.history_items) < 20]
     with unchanged_process():
         from vllm import LLM, SamplingParams
 
         llm = LLM(
-            str(tmp_path),
+            str(folder.path),
             runner="generate",
             skip_tokenizer_init=True,
             enforce_eager=True,
@@ -343,6 +334,7 @@ def test_the_model_serves_ordinary_generation(tmp_path: Path) -> None:
             found = [list(o.outputs[0].token_ids) for o in outputs]
         finally:
             llm.llm_engine.engine_core.shutdown()
+            folder.close()
     model = HSTUGenerator.build(MODEL, SIZES, Operators.reference(), seed=3, device="cpu", dtype=torch.float32)
     with torch.inference_mode():
         for prompt, tokens in zip(prompts, found, strict=True):
@@ -374,46 +366,53 @@ def test_close_leaves_nothing() -> None:
         engine.admit(0, REQUESTS[0])
 
 
-def test_a_dead_core_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_of(REQUESTS[:3])
-    try:
+@pytest.fixture(scope="class")
+def small() -> Iterator[VLLMEngine]:
+    """An engine prepared for three requests of up to 9 items."""
+    made = engine_of(REQUESTS[:3])
+    yield made
+    made.close()
 
+
+class TestSmallEngine:
+    """The last test ends the engine's core."""
+
+    def test_vllm_stays_on_this_host(self, small: VLLMEngine) -> None:
+        """The engine sends no usage reports, downloads nothing and connects only to localhost."""
+        from vllm.usage.usage_lib import is_usage_stats_enabled
+
+        assert not is_usage_stats_enabled()
+        assert os.environ["HF_HUB_OFFLINE"] == "1" and os.environ["VLLM_HOST_IP"] == "127.0.0.1"
+        actual = json.loads(json.dumps(small.actual()))
+        assert actual["vllm"] and actual["attention_backend"] == "HSTUAttentionBackend"
+        assert actual["prefix_caching"] and actual["chunked_prefill"] and actual["cuda_graphs"] == "NONE"
+
+    def test_a_prompt_that_is_too_long_never_reaches_vllm(self, small: VLLMEngine) -> None:
+        with pytest.raises(ValueError, match=r"a prompt of 30 tokens; the engine was prepared for up to 27$"):
+            small.admit(0, requests_of([10])[0])
+        assert small.unfinished == 0
+
+    def test_a_dead_core_says_why(self, small: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any, **__: Any) -> None:
             import logging
 
             logging.getLogger("vllm.worker").error("the device fell off\nthe bus")
             raise RuntimeError("an illegal memory access")
 
-        monkeypatch.setattr(type(engine.core.model), "forward", fail)
-        engine.admit(0, REQUESTS[0])
+        monkeypatch.setattr(type(small.core.model), "forward", fail)
+        small.admit(0, REQUESTS[0])
         with pytest.raises(RuntimeError) as caught:
-            while engine.unfinished:
-                engine.step()
+            while small.unfinished:
+                small.step()
         message = str(caught.value)
         assert message.startswith("vLLM's engine core died: RuntimeError: an illegal memory access; ")
         assert "the device fell off the bus" in message and "\n" not in message
-    finally:
-        engine.close()
-
-
-def test_vllm_stays_on_this_host() -> None:
-    """The engine sends no usage reports, downloads nothing and connects only to localhost."""
-    engine = engine_of(REQUESTS[:2])
-    try:
-        from vllm.usage.usage_lib import is_usage_stats_enabled
-
-        assert not is_usage_stats_enabled()
-        assert os.environ["HF_HUB_OFFLINE"] == "1" and os.environ["VLLM_HOST_IP"] == "127.0.0.1"
-        actual = json.loads(json.dumps(engine.actual()))
-        assert actual["vllm"] and actual["attention_backend"] == "HSTUAttentionBackend"
-        assert actual["prefix_caching"] and actual["chunked_prefill"] and actual["cuda_graphs"] == "NONE"
-    finally:
-        engine.close()
 
 
 def test_a_whole_run(grbench: Grbench, tmp_path: Path) -> None:
     """Measure a cell with continuous batching under load: the gate passes, and vLLM logs to the worker's log."""
-    done = grbench("engine=vllm", "engine.kv_cache_gb=0.1", "scenario.queries=64", "scenario=closed_loop")
+    small = ["workload=synthetic", "workload.max_requests=64", "scenario=closed_loop", "scenario.queries=64"]
+    done = grbench("engine=vllm", "engine.kv_cache_gb=0.1", *small, "tracking=none")
     assert done.returncode == 0, done.stdout + done.stderr
     (record,) = (json.loads(p.read_text()) for p in tmp_path.glob("outputs/runs/*/record.json"))
     assert record["status"] == "OK" and record["gate"]["overlap"] == 1.0

@@ -14,6 +14,7 @@ from PIL import Image
 from grbench.execution import records, stats
 from grbench.execution.records import RunRecord, Status
 from grbench.report.frame import PARTS, read_cells
+from helpers.mlflow_store import new_database
 
 SPEC: dict[str, Any] = {
     "model": {"name": "hstu_tiny", "layers": 2, "embedding_dim": 64},
@@ -106,8 +107,7 @@ def log_to_mlflow(root: Path, folder: Path) -> str:
     """Log the cells under `root` to a new SQLite store, a parent and a child each; returns its URI."""
     from mlflow import MlflowClient
 
-    folder.mkdir(exist_ok=True)
-    uri = f"sqlite:///{folder / 'mlruns.db'}"
+    uri = new_database(folder)
     client = MlflowClient(tracking_uri=uri)
     experiment = client.create_experiment("grbench", artifact_location=(folder / "artifacts").as_uri())
     parent = client.create_run(experiment)

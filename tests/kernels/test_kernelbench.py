@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.command import Grbench
+from helpers.mlflow_store import new_database
 from torch import Tensor
 
 from grbench.cli import main
@@ -73,6 +74,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
 
 def test_a_run_leaves_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: Path) -> None:
     chosen = ["families=[hstu_attention]", "variants=[torch]", f"shapes=[{SMALL}]", "dtype=fp32"]
+    uri = new_database(tmp_path / "outputs")
     done = grbench("kernels", *chosen, *FAST)
     assert done.returncode == 0, done.stderr
     assert re.search(rf"{re.escape(SMALL)} +torch +OK", done.stdout)
@@ -101,7 +103,7 @@ def test_a_run_leaves_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: P
 
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlruns.db")
+    client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("grbench-kernels")
     assert experiment
     runs = client.search_runs([experiment.experiment_id])
