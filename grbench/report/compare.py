@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 
 from grbench.execution import stats
-from grbench.execution.records import RunRecord
 from grbench.report.cells import Cell, figure, flatten, labels, shown
 from grbench.report.findings import LOADS
 from grbench.report.frame import ReportError, has_samples, load_samples

@@ -31,8 +31,8 @@ def parser() -> Arguments:
     """Return the parser of the command's flags."""
     about = (
         "Compare two measurements cell by cell: faster, slower or no difference, with the interval of the change.\n"
-        "A side is a record, a folder with records, or REVISION:FOLDER of a git repository. Of several BASEs, those of\n"
-        "the machine of NEW count.\n"
+        "A side is a record, a folder with records, or REVISION:FOLDER of a git repository. Of several BASEs, those\n"
+        "of the machine of NEW count.\n"
         "Exit codes: 0 no cell is slower, 1 a cell is slower, 2 there is nothing to compare."
     )
     examples = [
