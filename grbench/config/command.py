@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from grbench.config.compose import CONFIG_DIR, compose_jobs, explain, help_text
 from grbench.config.jobs import Invocation, Job, Session
 from grbench.config.schema import ConfigError
+
+SILENCE_S = 5.0  # after which a user wants to know what a command is doing
 
 
 def run(
@@ -65,7 +68,7 @@ def run(
             return 0
         if not (flags.hydra_help or flags.shell_completion or flags.info or flags.config_name):
             jobs = compose_jobs(config_name, check, flags.overrides, flags.multirun, flags.config_dir)
-            total = sum(1 for _ in jobs)  # all are checked before the first one runs
+            total = _count(jobs)  # all are checked before the first one runs
         app()
         if session is not None:
             session.finish()
@@ -87,6 +90,16 @@ def run(
             session.close(cut_short="interrupted")
         raise
     return session.close() if session is not None else 0
+
+
+def _count(jobs: Iterable[Any]) -> int:
+    """Return the number of jobs, which are composed on the way. Composing hundreds takes a minute, so it says so."""
+    total, said = 0, time.monotonic()
+    for total, _ in enumerate(jobs, 1):
+        if time.monotonic() - said > SILENCE_S:
+            said = time.monotonic()
+            print(f"grbench: {total} configurations are checked so far; none runs before all are", file=sys.stderr)
+    return total
 
 
 def _flags(program: str, words: Sequence[str]) -> argparse.Namespace:

@@ -7,6 +7,7 @@ LoadGen's own logs. Every cell ends in a record. Its status says how the cell en
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import json
 import math
@@ -15,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 RECORD_FILE = "record.json"
 SAMPLES_FILE = "samples.parquet"
@@ -27,8 +29,6 @@ SAMPLE_COLUMNS = ("request_id", "user_id", "arrival_s", *PARTS, "latency_ms", "b
 
 
 BEFORE_GATE = ("workload/", "engine_start_s")  # names of the metrics that are known before the gate
-# Types of fields, by their annotation, and what JSON may hold for them.
-_JSON_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "float": (float, int), "dict": (dict,), "list": (list,)}
 
 
 class Status(StrEnum):
@@ -117,32 +117,78 @@ class RunRecord(LoggedRow):
     def from_json(cls, text: str, where: str = "record") -> RunRecord:
         """Read a record. Raises ValueError, with `where` and the key, for anything that is not one."""
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{where}: not JSON (line {e.lineno}: {e.msg})") from None
-        if not isinstance(data, dict):
-            raise ValueError(f"{where}: not a record (a JSON object is expected)")
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"{where}: schema_version is {data.get('schema_version')!r}, this grbench reads {SCHEMA_VERSION}; "
-                "measure again"
-            )
-        known = {f.name for f in fields(cls)}
-        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
-        if problem := sorted(required - data.keys()) or sorted(data.keys() - known):
-            raise ValueError(f"{where}: missing or unknown key {problem[0]!r}")
-        for f in fields(cls):
-            name, kind = str(f.type).partition("[")[0], type(data.get(f.name))
-            if f.name in data and kind not in _JSON_TYPES.get(name, (kind,)):
-                raise ValueError(f"{where}: {f.name} is a {kind.__name__}, expected is a {name}")
-        try:
-            data["status"] = Status(data["status"])
-        except ValueError:
-            raise ValueError(f"{where}: status {data['status']!r} is not one of {', '.join(Status)}") from None
-        try:
-            return cls(**data)
+            return _record(text)
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from None
+
+
+def _record(text: str) -> RunRecord:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not JSON (line {e.lineno}: {e.msg})") from None
+    except RecursionError:
+        raise ValueError("not a record (its JSON is nested too deeply)") from None
+    if not isinstance(data, dict):
+        raise ValueError("not a record (a JSON object is expected)")
+    if data.get("schema_version") != SCHEMA_VERSION:
+        version = data.get("schema_version")
+        raise ValueError(f"schema_version is {version!r}, this grbench reads {SCHEMA_VERSION}; measure again")
+    known = {f.name for f in fields(RunRecord)}
+    required = {f.name for f in fields(RunRecord) if f.default is MISSING and f.default_factory is MISSING}
+    if problem := sorted(required - data.keys()) or sorted(data.keys() - known):
+        raise ValueError(f"missing or unknown key {problem[0]!r}")
+    if data["status"] not in list(Status):
+        raise ValueError(f"status {data['status']!r} is not one of {', '.join(Status)}")
+    data["status"] = Status(data["status"])
+    for name, kind in get_type_hints(RunRecord).items():
+        if name in data:
+            _check(data[name], kind, name)
+    _check_parts(data)
+    return RunRecord(**data)
+
+
+def _check(value: Any, kind: Any, where: str) -> None:
+    """Raise ValueError for a value that is not of the type `kind`, a class or a type of dict, list and union."""
+    origin, args = get_origin(kind) or kind, get_args(kind)
+    if kind is Any or (origin is UnionType and any(isinstance(value, arg) for arg in args)):
+        return
+    if not isinstance(value, (int, float) if origin is float else origin) or isinstance(value, bool):
+        expected = " or ".join(
+            getattr(arg, "__name__", str(arg)) for arg in (args if origin is UnionType else [origin])
+        )
+        raise ValueError(f"{where} is a {type(value).__name__}, expected is a {expected}")
+    if origin is dict:
+        for key, each in value.items():
+            if each is not None or args[1] is not float:  # null: a figure that is not finite
+                _check(each, args[1], f"{where}[{key!r}]")
+    elif origin is list:
+        for i, each in enumerate(value):
+            _check(each, args[0], f"{where}[{i}]")
+
+
+def _check_parts(data: dict[str, Any]) -> None:
+    """Raise ValueError for a part of a record that its readers rely on, where types do not say it."""
+    for group in ("model", "engine", "workload", "scenario"):
+        named = data["spec"].get(group)
+        if not isinstance(named, dict) or not isinstance(named.get("name"), str):
+            raise ValueError(f"spec.{group} has no name")
+    for name, interval in data.get("intervals", {}).items():
+        if len(interval) != 2:
+            raise ValueError(f"intervals[{name!r}] has {len(interval)} ends, expected are 2")
+    for name in ("error", "tolerance"):
+        if data.get("gate", {}).get(name) is not None:
+            _check(data["gate"][name], float, f"gate.{name}")
+    environment = data.get("environment", {})
+    for name, kind in {"cpu": str, "git_sha": str, "gpus": list[dict[str, Any]], "versions": dict[str, str]}.items():
+        if environment.get(name) is not None:
+            _check(environment[name], kind, f"environment.{name}")
+    if not all(isinstance(gpu.get("name"), str) for gpu in environment.get("gpus") or []):
+        raise ValueError("environment.gpus has a GPU without a name")
+    try:
+        datetime.datetime.fromisoformat(data["started_at"])
+    except ValueError:
+        raise ValueError(f"started_at is {data['started_at']!r}, expected is a time as ISO 8601 writes it") from None
 
 
 def save(record: RunRecord, folder: Path) -> Path:
@@ -171,7 +217,7 @@ def reserve(folder: Path, size: int = 256 * 1024) -> None:
 def load(path: Path) -> RunRecord:
     """Read one record, given its file or its folder. Raises ValueError or OSError, with the path."""
     path = path / RECORD_FILE if path.is_dir() else path
-    return RunRecord.from_json(path.read_text(), str(path))
+    return RunRecord.from_json(path.read_text(errors="replace"), str(path))
 
 
 def find(root: Path) -> Iterator[tuple[Path, RunRecord]]:

@@ -113,6 +113,15 @@ def has_samples(folder: Path | str) -> bool:
     return (Path(folder) / records.SAMPLES_FILE).is_file()
 
 
+def samples_problem(folder: Path | str) -> str:
+    """Return why the samples beside a record can't be drawn, or "" if they can."""
+    try:
+        load_samples(folder)
+    except ReportError as e:
+        return str(e)
+    return ""
+
+
 def load_samples(folder: Path | str) -> pd.DataFrame:
     """Read a cell's raw samples, one row per request: times in milliseconds, `arrival_s` in seconds.
 

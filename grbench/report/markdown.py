@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
+class Code(str):
+    """A code span, of which nothing is escaped again."""
+
+
+def code(text: str) -> Code:
+    """Return `text` on one line as a code span, also if it has backticks. Pipes are escaped for a table."""
+    line = " ".join(text.split()).replace("|", r"\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    space = " " if len(fence) > 1 else ""
+    return Code(f"{fence}{space}{line}{space}{fence}")
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table. Pipes and angle brackets in cells are escaped."""
+    """Return a table. Its cells are escaped, except code spans."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(escape(cell) for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell if isinstance(cell, Code) else escape(cell) for cell in line) + " |" for line in lines
+    )
 
 
 def bullets(lines: Sequence[str]) -> list[str]:
@@ -17,5 +32,10 @@ def bullets(lines: Sequence[str]) -> list[str]:
 
 
 def escape(text: str) -> str:
-    """Return `text` on one line, with the characters escaped that end a table's cell or begin an HTML tag."""
-    return " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")
+    """Return `text` on one line, with what is escaped that ends a table's cell or begins a tag, a link or a picture.
+
+    Texts come from records, which may be those of other people.
+    """
+    line = " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")
+    line = re.sub(r"\](?=[(:\[])", r"\]", line)
+    return line if line.count("`") % 2 == 0 else line.replace("`", r"\`")

@@ -12,8 +12,8 @@ from grbench.execution.records import RunRecord
 from grbench.report import plots
 from grbench.report.cells import MISSING, Cell, command, figure, flatten, labels, shown
 from grbench.report.findings import findings
-from grbench.report.frame import HITS, PARTS, PERCENTILES, cells_frame, has_samples, within_limit
-from grbench.report.markdown import bullets, table
+from grbench.report.frame import HITS, PARTS, PERCENTILES, cells_frame, samples_problem, within_limit
+from grbench.report.markdown import bullets, code, table
 from grbench.report.provenance import origin_line
 from grbench.report.repeats import pooled, run_count
 from grbench.report.table import columns_for, notes
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 def write_page(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence[str] = ()) -> list[Path]:
     """Write `out` and its figures under `<out's stem>_files/`. Returns all written paths, the page first.
 
-    `remarks` are lines for the reader, such as records that could not be read. Raises ReportError for unreadable
-    samples; then only figures have been written.
+    `remarks` are lines for the reader, such as records that could not be read. Samples that can't be read cost only
+    their cell's curves, with a remark.
     """
     figures = draw(cells, out.parent / f"{out.stem}_files")
-    remarks = [origin_line([record.environment for _, record in cells]), *remarks]
+    problems = [samples_problem(folder) for folder, record in cells if record.ok]
+    damaged = [why for why in problems if why] if not all(problems) else []
+    remarks = [origin_line([record.environment for _, record in cells]), *remarks, *damaged]
     sections = [f"# {title}", *cell_sections(cells, remarks, _figure_section(figures, out))]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
@@ -55,27 +57,24 @@ def cell_sections(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: S
         *environment_section(recorded),
         *_requested_and_actual(records),
         "## Run it again",
-        table(["#", "cell", "command"], [[str(n), cell, f"`{command(r)}`"] for n, cell, r in _numbered(records)]),
+        table(["#", "cell", "command"], [[str(n), cell, code(command(r))] for n, cell, r in _numbered(records)]),
     ]
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> dict[Path, plots.Plot]:
-    """Draw the figures of `cells` into `folder`. Some figures need a cell with samples.
-
-    Raises ReportError for unreadable samples.
-    """
+    """Draw the figures of `cells` into `folder`. Distributions and shares of time are of cells with samples."""
     frame = cells_frame(cells)
     ok = frame[frame["status"] == "OK"]
     if ok.empty:
         return {}
-    sampled = any(has_samples(path) for path in ok["folder"])
+    sampled = ok[[not samples_problem(path) for path in ok["folder"]]]
     named = {
-        **({"latency_cdf.png": plots.plot_latency_cdf} if sampled else {}),
-        "throughput_latency.png": plots.plot_throughput_latency,
-        **({"time_shares.png": plots.plot_time_shares} if sampled else {}),
-        **({"hit_mix.png": plots.plot_hit_mix} if HITS[0] in frame else {}),
+        **({"latency_cdf.png": (plots.plot_latency_cdf, sampled)} if len(sampled) else {}),
+        "throughput_latency.png": (plots.plot_throughput_latency, ok),
+        **({"time_shares.png": (plots.plot_time_shares, sampled)} if len(sampled) else {}),
+        **({"hit_mix.png": (plots.plot_hit_mix, ok)} if HITS[0] in frame else {}),
     }
-    return {folder / name: plot(frame, folder / name) for name, plot in named.items()}
+    return {folder / name: plot(drawn, folder / name) for name, (plot, drawn) in named.items()}
 
 
 def _numbered(records: Sequence[RunRecord]) -> list[tuple[int, str, RunRecord]]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_CURVES = 10  # more distribution curves are hard to distinguish
 MAX_LEGEND = 20
+MAX_BARS = 40  # a picture of more is taller than screens and pages
 # Okabe and Ito's palette for colour-blind readers, without its yellow (too pale for lines).
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX*"
@@ -58,7 +59,7 @@ def plot_latency_cdf(cells: pd.DataFrame | Sequence[Cell], path: Path | None = N
     Raises ReportError if no cell is OK or samples cannot be read.
     """
     ok = _ok(cells)
-    drawn = ok if len(ok) <= MAX_CURVES else ok.loc[ok["latency_ms/p90"].nsmallest(MAX_CURVES).index.sort_values()]
+    drawn, notes = _fastest(ok, MAX_CURVES)
     figure, axes = _figure(7.5, 4.5)
     for number, row in drawn.iterrows():
         latencies = np.sort(load_samples(row["folder"])["latency_ms"].to_numpy())
@@ -82,10 +83,6 @@ def plot_latency_cdf(cells: pd.DataFrame | Sequence[Cell], path: Path | None = N
     axes.set_ylabel("requests answered, %")
     axes.set_title("Latency distribution")
     _legend_below(figure, axes)
-    notes = []
-    if left_out := [f"#{number} {row['cell']}" for number, row in ok.iterrows() if number not in drawn.index]:
-        drawn_note = f"{len(drawn)} of {len(ok)} cells are drawn, those with the lowest p90"
-        notes.append(f"{drawn_note}; left out: {'; '.join(left_out)}")
     return _done(Plot(figure, notes), path)
 
 
@@ -128,10 +125,11 @@ def plot_throughput_latency(cells: pd.DataFrame | Sequence[Cell], path: Path | N
 def plot_time_shares(cells: pd.DataFrame | Sequence[Cell], path: Path | None = None) -> Plot:
     """Plot the parts of the mean latency, one bar per cell: queue, batch, transfer, compute, other.
 
-    The parts are means of the raw samples, which add up to the mean latency (printed at each bar's end).
+    The parts are means of the raw samples, which add up to the mean latency (printed at each bar's end). At most 40
+    cells are drawn, those with the lowest p90.
     Raises ReportError if no cell is OK or samples cannot be read.
     """
-    ok = _ok(cells)
+    ok, notes = _fastest(_ok(cells), MAX_BARS)
     parts = time_parts(ok)
     shares = 100 * parts.div(parts["latency_ms"], axis=0)
     figure, axes = _figure(7.5, 1.3 + 0.45 * len(ok))
@@ -157,7 +155,8 @@ def plot_time_shares(cells: pd.DataFrame | Sequence[Cell], path: Path | None = N
         ncols=5,
         frameon=False,
     )
-    return _done(Plot(figure, ["means of the raw samples: unlike medians, they add up to the mean latency"]), path)
+    notes.insert(0, "means of the raw samples: unlike medians, they add up to the mean latency")
+    return _done(Plot(figure, notes), path)
 
 
 def plot_hit_mix(cells: pd.DataFrame | Sequence[Cell], path: Path | None = None) -> Plot:
@@ -216,6 +215,18 @@ def _ok(cells: pd.DataFrame | Sequence[Cell]) -> pd.DataFrame:
     if ok.empty:
         raise ReportError(f"nothing to plot: none of {len(frame)} cells is OK")
     return ok
+
+
+def _fastest(ok: pd.DataFrame, most: int) -> tuple[pd.DataFrame, list[str]]:
+    """Return the `most` cells with the lowest p90, in their order, and a note that names the others."""
+    if len(ok) <= most:
+        return ok, []
+    drawn = ok.loc[ok["latency_ms/p90"].nsmallest(most).index.sort_values()]
+    left_out = [f"#{number} {row['cell']}" for number, row in ok.iterrows() if number not in drawn.index]
+    named = "; ".join(left_out[:MAX_LEGEND]) + (
+        f"; and {len(left_out) - MAX_LEGEND} more" * (len(left_out) > MAX_LEGEND)
+    )
+    return drawn, [f"{len(drawn)} of {len(ok)} cells are drawn, those with the lowest p90; left out: {named}"]
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 def results_sections(files: Sequence[tuple[str, Results]]) -> list[str]:
     """The sections of a page about results files, given with their names: commands, tables, rows without a result."""
     commands = dict.fromkeys(results["command"] for _, results in files)
-    sections = ["## Commands", "\n".join(f"    {command}" for command in commands)]
+    sections = ["## Commands", "\n".join(f"    {' '.join(command.split())}" for command in commands)]
     jobs = [results for _, results in files if results.get("kind") == "cachesim"]
     if len(jobs) > 1:
         sections += ["## Policies by job", *_jobs(jobs)]

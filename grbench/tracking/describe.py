@@ -23,7 +23,7 @@ def describe_cell(record: RunRecord, run_id: str, pictures: Sequence[str]) -> st
     columns = columns_for([record])
     rows = [[column.heading, column.text(record), column.legend.partition(": ")[2]] for column in columns]
     parts = [
-        *(finding.sentence for finding in findings([record])),
+        *(escape(finding.sentence) for finding in findings([record])),
         table(["figure", "value", "meaning"], [row for row in rows if row[1] != MISSING]),
         *_pictures(run_id, pictures),
         "\n".join(f"- {escape(note)}" for note in record.notes),

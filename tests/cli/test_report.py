@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from grbench.report import (
     plot_latency_cdf,
     plot_throughput_latency,
     plot_time_shares,
+    plots,
     time_parts,
     within_limit,
 )
 from grbench.report.cells import Planned, command, figure, flatten, knobs, label, labels
 from grbench.report.frame import PARTS, read_cells
+from grbench.report.markdown import code, escape, table
 from grbench.report.page import write_page
 from grbench.report.table import print_cells
 
@@ -512,17 +515,41 @@ def test_errors_are_one_line(sweep: Path, tmp_path: Path, capsys: Capture) -> No
     assert "cannot be read" in fails(capsys, "--mlflow", "nosuchscheme://x", *out)
     assert "no such file" in fails(capsys, "--mlflow", f"sqlite:///{tmp_path}/none.db", *out)
     assert not (tmp_path / "none.db").exists()
-    for damage, message in (
+    assert not (tmp_path / "r.md").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
         (lambda path: path.write_bytes(b"PAR1 no more"), "not readable as parquet"),
         (lambda path: pd.DataFrame({"latency_ms": [1.0]}).to_parquet(path), "column 'request_id' is missing"),
         (lambda path: path.unlink(), "no such file"),
-    ):
-        damage(sweep / "1" / records.SAMPLES_FILE)
-        error = fails(capsys, str(sweep), *out)
-        assert f"{sweep}/1/samples.parquet: " in error
-        assert message in error
-        assert "rerun=true" in error
-    assert not (tmp_path / "r.md").exists()
+    ],
+)
+def test_damaged_samples_cost_no_more_than_their_curves(
+    sweep: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(sweep / "1" / records.SAMPLES_FILE)
+    assert main(["report", str(sweep), "--out", str(tmp_path / "r.md")]) == 0
+    page = (tmp_path / "r.md").read_text()
+    [line] = [line for line in page.splitlines() if line.startswith(f"- {sweep}/1/samples.parquet: ")]
+    assert message in line and "rerun=true" in line
+    assert "latency_cdf.png" in page and "time_shares.png" in page
+
+
+def test_texts_of_a_record_make_no_link_and_commands_are_as_typed() -> None:
+    """Records may be of other people."""
+    hostile = "![x](http://evil/t.png) [here](http://evil) [a]: http://evil <b> `a"
+    assert escape(hostile) == r"![x\](http://evil/t.png) [here\](http://evil) [a\]: http://evil &lt;b> \`a"
+    assert escape("p99 3.6 [3.5, 3.7] and `a command`") == "p99 3.6 [3.5, 3.7] and `a command`"
+    assert table(["command"], [[code('path="a<b|c`.csv"')]]).splitlines()[2] == r'| `` path="a<b\|c`.csv" `` |'
+
+
+def test_a_picture_has_no_more_bars_than_a_screen_shows(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "MAX_BARS", 2)
+    plot = plots.plot_time_shares(read_cells([sweep]))
+    assert len(plot.figure.axes[0].get_yticks()) == 2
+    assert plot.notes[1].startswith("2 of 3 cells are drawn, those with the lowest p90; left out: #")
 
 
 def test_a_broken_record_beside_good_ones_is_named(sweep: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ PASSED = {"passed": True, "error": 1e-6, "tolerance": 2e-5}
 FAILED = {"passed": False, "error": 1.0, "tolerance": 2e-5}
 EARLY = {"workload/requests": 64.0, "engine_start_s": 1.5}  # known before the gate
 WHOLE: dict[str, Any] = {
-    "spec": {"engine": {"name": "hstu"}},
+    "spec": {group: {"name": group} for group in ("model", "engine", "workload", "scenario")},
     "spec_hash": "0123456789ab",
     "status": Status.OK,
     "started_at": "2026-01-02T03:04:05+00:00",
@@ -75,6 +75,16 @@ def test_a_row_of_another_command_has_no_gate_block() -> None:
         ({"metrics": None}, "metrics is a NoneType, expected is a dict"),
         ({"gate": []}, "gate is a list"),
         ({"notes": {}}, "notes is a dict"),
+        ({"notes": [5]}, r"notes\[0\] is a int, expected is a str"),
+        ({"spec_hash": ["a"]}, "spec_hash is a list, expected is a str"),
+        ({"started_at": "soon"}, "started_at is 'soon', expected is a time"),
+        ({"error": 5}, "error is a int, expected is a str or NoneType"),
+        ({"metrics": {"latency_ms/p50": "1"}}, r"metrics\['latency_ms/p50'\] is a str, expected is a float"),
+        ({"intervals": {"latency_ms/p50": [1.0]}}, r"intervals\['latency_ms/p50'\] has 1 ends"),
+        ({"spec": {"engine": {"name": "hstu"}}}, "spec.model has no name"),
+        ({"gate": {**PASSED, "error": "small"}}, "gate.error is a str"),
+        ({"environment": {"gpus": [5]}}, r"environment.gpus\[0\] is a int"),
+        ('{"a":' * 100_000, "nested too deeply"),
         ({"gate": FAILED}, "'latency_ms/p50' needs a passed gate, gate.passed is False"),
         ({"gate": ...}, "gate.passed is None"),
     ],
