@@ -79,7 +79,7 @@ def files(config: Any) -> dict[str, str]:
 
 
 def expand_home(config: Any) -> None:
-    """Write the home folder in the place of ~ into the options that name a file."""
+    """Write the home folder for ~ into the options that name a file."""
     for key, owner in _file_options(config):
         name = key.rpartition(".")[2]
         setattr(owner, name, str(Path(getattr(owner, name)).expanduser()))
