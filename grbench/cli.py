@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from grbench import __version__, completion, signals, streams
 from grbench.config.arguments import CommandError
@@ -37,6 +38,8 @@ def _run(words: list[str]) -> int:
         return 0
     raised = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
+        if not _folder_exists():
+            raise CommandError("the working folder was removed; change to one that exists")
         if not name and words and re.fullmatch(r"\w[\w.-]*", words[0]):
             raise CommandError(_unknown(words[0]))
         if not name and words[0:1] in (["-sc"], ["--shell-completion"]) and "COMP_LINE" in os.environ:
@@ -50,6 +53,13 @@ def _run(words: list[str]) -> int:
         return e.code
     except KeyboardInterrupt as e:
         return signals.exit_code(e)
+
+
+def _folder_exists() -> bool:
+    try:
+        return bool(Path.cwd())
+    except FileNotFoundError:
+        return False
 
 
 def _unknown(word: str) -> str:

@@ -16,7 +16,9 @@ from grengines.cache.config import CacheConfig
 from grengines.fallback import FallbackEngine, options_like
 from grengines.hf.config import HFEngineConfig
 from grengines.hstu.config import HSTUEngineConfig
-from grengines.models.decoder.config import DecoderConfig, contradiction
+from grengines.models.decoder import config as decoder
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.hstu import config as hstu
 from grengines.models.hstu.config import HSTUConfig
 from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.pipeline.config import STAGES, PipelineConfig
@@ -89,8 +91,8 @@ ENGINES = {
     )
 }
 MODELS = (
-    ModelSpec("hstu", HSTUConfig, "grengines.models.hstu.reference:HSTUReference"),
-    ModelSpec("decoder", DecoderConfig, "grengines.models.decoder.reference:DecoderReference", contradiction),
+    ModelSpec("hstu", HSTUConfig, "grengines.models.hstu.reference:HSTUReference", hstu.contradiction),
+    ModelSpec("decoder", DecoderConfig, "grengines.models.decoder.reference:DecoderReference", decoder.contradiction),
 )
 
 

@@ -24,7 +24,8 @@ from grbench.config.compose import CONFIG_DIR, compose_jobs, explain, help_text
 from grbench.config.jobs import Invocation, Job, Session
 from grbench.config.schema import ConfigError
 
-SILENCE_S = 5.0  # after which a user wants to know what a command is doing
+MODES = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of Hydra that say what to do
+SILENCE_S = 15.0  # after which a user wants to know what a command is doing
 
 
 def run(
@@ -112,4 +113,7 @@ def _flags(program: str, words: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"{e}; python -m {program} --hydra-help lists the flags") from None
     if unknown:
         raise ConfigError(f"{unknown[0]}: no such flag; python -m {program} --hydra-help lists them")
+    modes = [f"--{name}".replace("_", "-") for name in MODES if getattr(args, name)]
+    if len(modes) > 1:
+        raise ConfigError(f"{' '.join(modes)}: only one of them at a time; leave the others out")
     return args

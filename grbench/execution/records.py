@@ -153,16 +153,17 @@ def _check(value: Any, kind: Any, where: str) -> None:
     origin, args = get_origin(kind) or kind, get_args(kind)
     if kind is Any or (origin is UnionType and any(isinstance(value, arg) for arg in args)):
         return
-    if not isinstance(value, (int, float) if origin is float else origin) or isinstance(value, bool):
+    types: Any = (int, float) if origin is float else origin
+    if not isinstance(value, types) or isinstance(value, bool):
         expected = " or ".join(
             getattr(arg, "__name__", str(arg)) for arg in (args if origin is UnionType else [origin])
         )
         raise ValueError(f"{where} is a {type(value).__name__}, expected is a {expected}")
-    if origin is dict:
+    if isinstance(value, dict):
         for key, each in value.items():
             if each is not None or args[1] is not float:  # null: a figure that is not finite
                 _check(each, args[1], f"{where}[{key!r}]")
-    elif origin is list:
+    elif isinstance(value, list):
         for i, each in enumerate(value):
             _check(each, args[0], f"{where}[{i}]")
 

@@ -130,3 +130,14 @@ def test_a_reader_that_leaves_is_no_error(grbench: Grbench, tmp_path: Path) -> N
     command = f"{sys.executable} -m grbench kernels --help | true"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_working_folder_that_is_gone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(["sizing", "engine=hstu"]) == 2
+    assert capsys.readouterr().err == "grbench sizing: the working folder was removed; change to one that exists\n"

@@ -88,6 +88,9 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
         (["engine=hstu", "+engine.turbo=true"], "turbo", "precision"),
         (["scenario.max_batch=many"], "scenario.max_batch", "int"),
         (["scenario.max_batch=0"], "scenario.max_batch", ">= 1"),
+        (["runner.timeout_s=1e10"], "runner.timeout_s", "<= 31536000"),
+        (["runner.memory_limit_gb=1e12"], "runner.memory_limit_gb", "<= 1000000"),
+        (["model.tasks=[]"], "model.tasks=[]", "at least one output"),
         (["engine=hstu", "engine.precision=fp8"], "engine.precision", "bf16"),
         (["latency_limit_ms=-1"], "latency_limit_ms", "> 0"),
         (["latency_limit_ms=.inf"], "latency_limit_ms", "> 0"),
@@ -127,6 +130,7 @@ def test_every_cell_of_a_sweep_is_checked_before_the_first_runs(grbench: Grbench
     "arguments, line",
     [
         ("--nope", "--nope: no such flag; python -m {} --hydra-help lists them"),
+        ("--run -m", "--run --multirun: only one of them at a time; leave the others out"),
         ("--cfg everything", "argument --cfg/-c: invalid choice"),
         ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
         ("--config-name other", "Cannot find primary config 'other'"),

@@ -38,3 +38,8 @@ class HSTUConfig:
     def interactions(self) -> int:
         """Dot products of each candidate in the input of the ranking head."""
         return INTERACTING * (INTERACTING - 1) // 2 if self.interaction else 0
+
+
+def contradiction(config: HSTUConfig) -> str | None:
+    """Return None, or the options that do not fit together."""
+    return None if config.tasks else "model.tasks=[]: name at least one output of the ranking head"
