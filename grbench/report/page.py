@@ -95,9 +95,11 @@ def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments:
     heads += [f"{part.removesuffix('_ms')} p50" for part in PARTS]
     cached = HITS[0] in frame  # some cell has a user-state cache
     heads += ["hits on device / host, %"] if cached else []
-    heads += ["gate error / allowed", "p99 within limit"]
+    compared = [record.gate.get("measured") for record in records]
+    heads += ["gate error / allowed", *(["answers compared"] if any(compared) else []), "p99 within limit"]
     rows = []
-    for (number, row), record, verdict in zip(frame.iterrows(), records, within_limit(frame), strict=True):
+    verdicts = within_limit(frame)
+    for (number, row), record, sample, verdict in zip(frame.iterrows(), records, compared, verdicts, strict=True):
         ok = record.ok
         cells = [str(number), *(str(row[key]) for key in knobs)]
         if several:
@@ -110,7 +112,10 @@ def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments:
         if cached:
             cells.append(MISSING if row[HITS[0]] != row[HITS[0]] else " / ".join(figure(100 * row[n]) for n in HITS))
         gate = [figure(row[name]) for name in ("gate_error", "gate_tolerance")]
-        cells += [MISSING if gate == [MISSING, MISSING] else " / ".join(gate), MISSING if offline else verdict]
+        cells.append(MISSING if gate == [MISSING, MISSING] else " / ".join(gate))
+        if any(compared):
+            cells.append(f"{sample['checked']} of {sample['answers']}" if sample else MISSING)
+        cells.append(MISSING if offline else verdict)
         rows.append(cells)
     return table(heads, rows)
 

@@ -210,6 +210,8 @@ def _metrics(record: LoggedRow) -> dict[str, float | None]:
     figures |= record.metrics
     figures |= _interval_metrics(record)
     figures |= {f"gate/{name}": record.gate.get(name) for name in ("error", "tolerance")}
+    measured = record.gate.get("measured") or {}
+    figures |= {f"gate/measured/{name}": measured.get(name) for name in ("answers", "checked", "most_wrong_share")}
     for task, values in quality.items():
         figures |= {f"quality/{task}/{name}": value for name, value in values.items()}
     return figures

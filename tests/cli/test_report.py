@@ -95,6 +95,7 @@ def test_page_shows_the_hits_of_cells_with_a_cache(tmp_path: Path) -> None:
     write_cell(root / "0", "cache=none")
     cached = write_cell(root / "1", "cache=lru")
     cached.metrics |= {"cache/device_hit_rate": 0.316, "cache/host_hit_rate": 0.0}
+    cached.gate["measured"] = {"checked": 131, "answers": 1500}
     records.save(cached, root / "1")
     main(["report", str(root), "--out", str(tmp_path / "r.md")])
     rows = rows_of((tmp_path / "r.md").read_text(), "Comparison")
@@ -102,6 +103,7 @@ def test_page_shows_the_hits_of_cells_with_a_cache(tmp_path: Path) -> None:
         ("hstu cache=none", "-"),
         ("hstu cache=lru", "31.6 / 0"),
     ]
+    assert [r["answers compared"] for r in rows] == ["-", "131 of 1500"]  # records from before have none
 
 
 def test_page_withholds_p99_and_says_so(sweep: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rounding errors of int8 and fp8 products, in eager PyTorch: operands are rounded to 8 bits, products are in fp32.
+"""Rounding errors of int8 and fp8 products in the reference: operands are rounded to 8 bits, products are in fp32.
 
 It rounds the matrices that the compiled engines quantise: a layer's two projections and the head's hidden one. Weights
 are rounded symmetrically, with a scale for each output channel. Inputs have one scale and zero point for the tensor,
