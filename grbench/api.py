@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grbench.config.compose import plan_cells
+from grbench.config.compose import plan_jobs, prepare_hydra
+from grbench.config.schema import to_spec
 from grbench.execution.records import RunRecord
 from grbench.execution.session import CellSession
 
@@ -54,7 +56,11 @@ def run(
         ```
     """
     root = [] if output_root is None else [f"runner.output_root={_quoted(str(output_root))}"]
-    invocation, jobs = plan_cells([*overrides, *root], sweep)
+    prepare_hydra()
+    invocation, jobs = plan_jobs("config", to_spec, [*overrides, *root], sweep)
+    if progress:
+        for line in invocation.skipped:
+            print(f"grbench: left out: {line}", file=sys.stderr)
     session = CellSession(jobs[0].config[1], invocation, quiet=not progress)
     try:
         for job in jobs:

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
 
 # Hydra's own parser, which is not public. hydra-core is pinned to 1.3.8, so that this import cannot break unnoticed.
 from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from grbench.config.compose import CONFIG_DIR, compose_jobs, explain, help_text
+from grbench.config.compose import CONFIG_DIR, explain, help_text, plan_jobs
 from grbench.config.jobs import Invocation, Job, Session
 from grbench.config.schema import ConfigError
 
-MODES = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of Hydra that say what to do
-SILENCE_S = 15.0  # after which a user wants to know what a command is doing
+MODES = ("run", "multirun", "cfg", "info", "shell_completion", "hydra_help")  # flags of Hydra that say what to do
 
 
 def run(
@@ -42,65 +38,57 @@ def run(
     new_session: makes the session, given the first job. Returns the session's exit code. Raises ConfigError for a
     configuration or data that cannot be used, and any KeyboardInterrupt after closing the session.
     """
-    sys.argv = [sys.argv[0], *words]  # hydra.main reads them from there
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors; else it prints them over many lines
     prepare()
+    flags = _flags(program, words)
+    if flags.help:
+        print(help_text(config_name, flags.overrides, flags.config_dir))
+        return 0
+    if flags.hydra_help or flags.shell_completion:
+        return _ask_hydra(words, config_name)
+    name = flags.config_name or config_name
+    asks = bool(flags.cfg or flags.info)  # nothing runs then, and an answer has no other lines
+    report = (lambda line: None) if asks else _say
+    invocation, jobs = plan_jobs(name, check, flags.overrides, flags.multirun, flags.config_dir, report)
+    if asks:
+        return _ask_hydra(words, name)
+    for line in invocation.skipped:
+        _say(f"left out: {line}")
     session: Session | None = None
-    refused: ConfigError | None = None
-    total = 0
-
-    @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=config_name)
-    def app(cfg: DictConfig) -> None:
-        nonlocal session, refused
-        its = HydraConfig.get()
-        job = Job(check(cfg), Path(its.runtime.output_dir), tuple(its.overrides.task))
-        sweep = Path(its.sweep.dir) if its.mode is RunMode.MULTIRUN else None
-        session = session or new_session(job, Invocation(tuple(words), total, sweep))
-        try:
-            session.run(job)
-        except ConfigError as e:
-            refused = e
-            sys.exit(2)  # Hydra prints a line of its own for any other exception
-
     try:
-        flags = _flags(program, words)
-        if flags.help:
-            print(help_text(config_name, flags.overrides, flags.config_dir))
-            return 0
-        if not (flags.hydra_help or flags.shell_completion or flags.info or flags.config_name):
-            jobs = compose_jobs(config_name, check, flags.overrides, flags.multirun, flags.config_dir)
-            total = _count(jobs)  # all are checked before the first one runs
-        app()
-        if session is not None:
-            session.finish()
-    except SystemExit:
-        if refused is None:
-            raise
+        (invocation.sweep or jobs[0].folder).mkdir(parents=True, exist_ok=True)
+        session = new_session(jobs[0], dataclasses.replace(invocation, words=tuple(words)))
+        for job in jobs:
+            session.run(job)
+        session.finish()
+    except ConfigError:
         if session is not None:
             session.close(cut_short="stopped")
-        raise refused from None
-    except (HydraException, OmegaConfBaseException) as e:
-        raise ConfigError(explain(e)) from e
-    except OSError as e:  # the folder of a job, which Hydra makes, or a file that a session writes there
+        raise
+    except OSError as e:  # a folder or a file of a session
         if session is not None:
             session.close(cut_short="stopped")
         fix = "set output_root (of grbench itself: runner.output_root) to a folder with room that can be written"
-        raise ConfigError(f"{e.filename}: {e.strerror}; {fix}") from e
+        raise ConfigError(f"{e.filename and os.path.relpath(e.filename)}: {e.strerror}; {fix}") from e
     except KeyboardInterrupt:
         if session is not None:
             session.close(cut_short="interrupted")
         raise
-    return session.close() if session is not None else 0
+    return session.close()
 
 
-def _count(jobs: Iterable[Any]) -> int:
-    """Return the number of jobs, which are composed on the way. Composing hundreds takes a minute, so it says so."""
-    total, said = 0, time.monotonic()
-    for total, _ in enumerate(jobs, 1):
-        if time.monotonic() - said > SILENCE_S:
-            said = time.monotonic()
-            print(f"grbench: {total} configurations are checked so far; none runs before all are", file=sys.stderr)
-    return total
+def _ask_hydra(words: Sequence[str], config_name: str) -> int:
+    """Let Hydra answer a flag that runs nothing: --cfg, --info, --hydra-help, --shell-completion."""
+    sys.argv = [sys.argv[0], *words]  # hydra.main reads them from there
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors; else it prints them over many lines
+    try:
+        hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=config_name)(lambda cfg: None)()
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(explain(e)) from e
+    return 0
+
+
+def _say(line: str) -> None:
+    print(f"grbench: {line}", file=sys.stderr)
 
 
 def _flags(program: str, words: Sequence[str]) -> argparse.Namespace:
@@ -116,4 +104,10 @@ def _flags(program: str, words: Sequence[str]) -> argparse.Namespace:
     modes = [f"--{name}".replace("_", "-") for name in MODES if getattr(args, name)]
     if len(modes) > 1:
         raise ConfigError(f"{' '.join(modes)}: only one of them at a time; leave the others out")
+    if args.config_path or args.experimental_rerun:
+        flag = "--config-path" if args.config_path else "--experimental-rerun"
+        raise ConfigError(f"{flag}: not taken here; --config-dir FOLDER adds your own YAML files")
+    if (args.resolve or args.package) and not args.cfg:
+        flag = "--resolve" if args.resolve else "--package"
+        raise ConfigError(f"{flag}: it needs --cfg job; give both")
     return args

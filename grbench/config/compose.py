@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from string import Template
@@ -37,6 +38,7 @@ from grbench.subcommands import summaries
 from grengines.options import describe
 
 CONFIG_DIR = str(checkout_or_packaged("conf"))
+SILENCE_S = 15.0  # after which a user wants to know what a command is doing
 Checked = TypeVar("Checked")
 
 
@@ -48,40 +50,15 @@ def prepare_hydra() -> None:
 
 def compose_spec(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunSpec, RunConfig]:
     """Compose one cell from Hydra overrides. config_dir: folder of the user's own YAML files. Raises ConfigError."""
-    return next(compose_cells(overrides, config_dir=config_dir))
+    return compose_cells(overrides, config_dir=config_dir)[0]
 
 
 def compose_cells(
     overrides: Sequence[str], multirun: bool = False, config_dir: str | None = None
-) -> Iterator[tuple[RunSpec, RunConfig]]:
+) -> list[tuple[RunSpec, RunConfig]]:
     """Compose and check every cell that a command line describes, without running any. Raises ConfigError."""
     prepare_hydra()
     return compose_jobs("config", to_spec, overrides, multirun, config_dir)
-
-
-def plan_cells(overrides: Sequence[str], sweep: bool = False) -> tuple[Invocation, list[Job]]:
-    """Compose and check the cells of `python -m grbench <overrides>` (sweep: with -m) as the jobs that Hydra would run.
-
-    A job's `config` is its RunSpec and RunConfig. Raises ConfigError.
-    """
-    prepare_hydra()
-    root: Path | None = None
-    swept = sweep
-    jobs: list[Job] = []
-
-    def plan(cfg: DictConfig) -> Job:
-        nonlocal root, swept
-        if root is None:  # Hydra's folders carry the time, so they are read once
-            swept = sweep or cfg.hydra.mode is RunMode.MULTIRUN  # a study sets the mode
-            root = Path(cfg.hydra.sweep.dir if swept else cfg.hydra.run.dir).absolute()
-        typed = tuple(cfg.hydra.overrides.task)
-        with open_dict(cfg):
-            del cfg["hydra"]
-        return Job(to_spec(cfg), root / str(len(jobs)) if swept else root, typed)
-
-    for job in compose_jobs("config", plan, overrides, sweep, keep_hydra=True):
-        jobs.append(job)
-    return Invocation(tuple(overrides), len(jobs), root if swept else None), jobs
 
 
 def compose_jobs(
@@ -90,25 +67,113 @@ def compose_jobs(
     overrides: Sequence[str],
     multirun: bool = False,
     config_dir: str | None = None,
-    keep_hydra: bool = False,
-) -> Iterator[Checked]:
-    """Yield `check(cfg)` for every job of a command line. Raises ConfigError.
+) -> list[Checked]:
+    """Return `check(cfg)` for every job of a command line; see `plan_jobs`. Raises ConfigError."""
+    return [job.config for job in plan_jobs(config_name, check, overrides, multirun, config_dir)[1]]
 
-    The configuration is conf/<config_name>.yaml. `multirun` and `config_dir` are Hydra's flags of that name; a study
-    can ask for a sweep as well. keep_hydra: leave Hydra's own configuration in `cfg.hydra`.
+
+def plan_jobs(
+    config_name: str,
+    check: Callable[[DictConfig], Any],
+    overrides: Sequence[str],
+    multirun: bool = False,
+    config_dir: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[Invocation, list[Job]]:
+    """Compose and check every job of a command line. Raises ConfigError if one of them cannot be.
+
+    The configuration is conf/<config_name>.yaml, and a job's `config` is what `check` makes of it. `multirun` and
+    `config_dir` are Hydra's flags of that name; a study can ask for a sweep as well. With `skip_invalid=true` the
+    combinations of a sweep that cannot be are left out, and named in `Invocation.skipped`. report: takes a line now and
+    then, because hundreds of combinations take a minute.
     """
     extra = _search_path(config_dir)
     try:
         with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
-            for cfg in _composed(config_name, list(overrides), extra, multirun):
-                if not keep_hydra:
-                    with open_dict(cfg):
-                        del cfg["hydra"]
-                yield check(cfg)
+            base, combinations = _expand(config_name, list(overrides), extra, multirun)
+            if combinations is None:
+                job = _job(base, check, Path(base.hydra.run.dir).absolute())
+                return Invocation(tuple(overrides), 1, None), [job]
+            return _plan_sweep(config_name, check, overrides, extra, base, combinations, report)
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(explain(e)) from None
     finally:
         GlobalHydra.instance().clear()
+
+
+def _expand(
+    config_name: str, overrides: list[str], extra: list[str], multirun: bool
+) -> tuple[DictConfig, list[list[str]] | None]:
+    """Return a configuration with Hydra's own part, and the overrides of each job of a sweep, as Hydra expands them.
+
+    Of a single run it is the run's configuration, and the list is None. Of a sweep it lacks the keys of groups, since a
+    key may exist only in the options that are swept over.
+    """
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides(overrides)  # its error names the wrong override
+    may_sweep = multirun or any(o.key_or_group in ("study", "hydra.mode") for o in parsed)
+    general = [
+        str(o.input_line)
+        for o in parsed
+        if not o.is_sweep_override() and ("." not in o.key_or_group or o.key_or_group.startswith("hydra."))
+    ]
+    base = _compose(config_name, [*(general if may_sweep else overrides), *extra])
+    if multirun or base.hydra.mode is RunMode.MULTIRUN:
+        swept = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
+        batches = BasicSweeper.split_arguments(parser.parse_overrides(swept + overrides), None)
+        return base, [job for batch in batches for job in batch]
+    return (_compose(config_name, [*overrides, *extra]) if general != overrides and may_sweep else base), None
+
+
+def _plan_sweep(
+    config_name: str,
+    check: Callable[[DictConfig], Any],
+    overrides: Sequence[str],
+    extra: list[str],
+    base: DictConfig,
+    combinations: list[list[str]],
+    report: Callable[[str], None],
+) -> tuple[Invocation, list[Job]]:
+    """Compose each combination and check it by itself."""
+    common = set.intersection(*map(set, combinations))
+    folder: Path | None = None
+    jobs: list[Job] = []
+    refused: list[tuple[str, str]] = []  # a combination and its error
+    said = time.monotonic()
+    for number, words in enumerate(combinations):
+        if time.monotonic() - said > SILENCE_S:
+            said = time.monotonic()
+            report(f"{number} of {len(combinations)} configurations are checked so far; none runs before all are")
+        try:
+            cfg = _compose(config_name, [*words, *extra])
+            folder = folder or Path(cfg.hydra.sweep.dir).absolute()  # it carries the time, so it is read once
+            jobs.append(_job(cfg, check, folder / str(number)))
+        except (ConfigError, HydraException, OmegaConfBaseException) as e:
+            refused.append((" ".join(word for word in words if word not in common), explain(e)))
+    if refused and not (jobs and base.get("skip_invalid")):
+        raise ConfigError(_refusal(refused, len(combinations), "skip_invalid" in base))
+    return Invocation(tuple(overrides), len(jobs), folder, tuple(map(_named, refused))), jobs
+
+
+def _refusal(refused: list[tuple[str, str]], total: int, can_skip: bool) -> str:
+    """Return the line for a sweep with combinations that cannot be."""
+    if len(refused) == total:
+        causes = {why for _, why in refused}
+        return causes.pop() if len(causes) == 1 else _named(refused[0])
+    count = f"{len(refused)} of {total} combinations can't be"
+    return f"{_named(refused[0])}; {count}" + (", and skip_invalid=true leaves them out" if can_skip else "")
+
+
+def _named(refused: tuple[str, str]) -> str:
+    combination, why = refused
+    return why if why.startswith(f"{combination}:") else f"{combination}: {why}"
+
+
+def _job(cfg: DictConfig, check: Callable[[DictConfig], Any], folder: Path) -> Job:
+    typed = tuple(cfg.hydra.overrides.task)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return Job(check(cfg), folder, typed)
 
 
 def help_text(config_name: str, overrides: Sequence[str], config_dir: str | None = None) -> str:
@@ -155,23 +220,6 @@ def _search_path(config_dir: str | None) -> list[str]:
     # This replaces the search path of conf/config.yaml, so it names the folder of studies too.
     folders = [str(Path(config_dir).absolute()), str(checkout_or_packaged("experiments"))]
     return [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"]
-
-
-def _composed(config_name: str, overrides: list[str], extra: list[str], multirun: bool) -> Iterator[DictConfig]:
-    """Yield the configuration of each job, with Hydra's own. The jobs are those of Hydra's basic sweeper."""
-    parser = OverridesParser.create()
-    parsed = parser.parse_overrides(overrides)  # its error names the wrong override
-    fixed = [o.input_line for o in parsed if o.input_line and not o.is_sweep_override()]
-    first = _compose(config_name, [*fixed, *extra])
-    if multirun or first.hydra.mode is RunMode.MULTIRUN:
-        swept = [f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items()]
-        for batch in BasicSweeper.split_arguments(parser.parse_overrides(swept + overrides), None):
-            for job in batch:
-                yield _compose(config_name, [*job, *extra])
-    elif fixed == overrides:
-        yield first
-    else:  # several values without a sweep, for which Hydra has an error
-        yield _compose(config_name, [*overrides, *extra])
 
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:

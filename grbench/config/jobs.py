@@ -9,11 +9,15 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Invocation:
-    """One call of a command: what was typed, how many jobs that makes, and the sweep's folder (None: no sweep)."""
+    """One call of a command: what was typed, how many jobs that makes, and the sweep's folder (None: no sweep).
+
+    skipped: a line for each combination of the sweep that cannot be, and why.
+    """
 
     words: tuple[str, ...]
     total: int
     sweep: Path | None
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,9 @@ class RunConfig:
     )
     warmup_batches: int = option(8, "batches before measuring begins", ge=0, le=10_000)
     seed: int = option(0, "seed of the weights, the trace and the arrivals", ge=0, le=2**31 - 1)
+    skip_invalid: bool = option(
+        False, "sweeps: leave out the combinations that can't be, instead of refusing the sweep"
+    )
     rerun: bool = option(False, "sweeps: measure again the cells that have a record")
     rerun_failed: bool = option(False, "sweeps: measure again the cells whose record is not OK")
 

@@ -14,9 +14,9 @@ from helpers.command import Grbench
 from omegaconf import DictConfig, OmegaConf
 
 from grbench.cli import main
-from grbench.config.compose import compose_cells, compose_spec
+from grbench.config.compose import compose_cells, compose_spec, plan_jobs, prepare_hydra
 from grbench.config.reference import ROOTS, reference
-from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json
+from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json, to_spec
 
 GROUPS = ["model", "engine", "kernel", "cache", "workload", "scenario", "tracking"]
 OPTIONS = [
@@ -122,7 +122,10 @@ def test_a_wrong_value_is_one_line_with_key_and_what_is_allowed(overrides: list[
 def test_every_cell_of_a_sweep_is_checked_before_the_first_runs(grbench: Grbench) -> None:
     done = grbench("-m", "workload=synthetic", "scenario.max_batch=1,2,0")
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["grbench: scenario.max_batch=0: allowed is int >= 1 and <= 65536"], done.stderr
+    assert done.stderr.splitlines() == [
+        "grbench: scenario.max_batch=0: allowed is int >= 1 and <= 65536; 1 of 3 combinations can't be, and "
+        "skip_invalid=true leaves them out"
+    ], done.stderr
     assert "Traceback" not in done.stdout
 
 
@@ -134,6 +137,8 @@ def test_every_cell_of_a_sweep_is_checked_before_the_first_runs(grbench: Grbench
         ("--cfg everything", "argument --cfg/-c: invalid choice"),
         ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
         ("--config-name other", "Cannot find primary config 'other'"),
+        ("--resolve", "--resolve: it needs --cfg job; give both"),
+        ("--config-path conf", "--config-path: not taken here; --config-dir FOLDER adds"),
     ],
 )
 @pytest.mark.parametrize("program", ["grbench", "grbench cachesim"])
@@ -157,6 +162,54 @@ def test_a_sweep_is_expanded_as_hydra_does() -> None:
     assert [(spec.scenario.name, spec.seed) for spec, _ in cells] == [
         (name, seed) for name in ("offline", "server") for seed in range(3)
     ]
+
+
+def plan(*overrides: str) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """What each job of a sweep was made from, and what was left out."""
+    prepare_hydra()
+    invocation, jobs = plan_jobs("config", to_spec, overrides, multirun=True)
+    assert invocation.total == len(jobs)
+    return [job.overrides for job in jobs], invocation.skipped
+
+
+@pytest.mark.parametrize(
+    "swept, fixed",
+    [
+        ("cache=lru,lfu", ["cache.memory_gb=0.02", "engine=hstu"]),
+        ("engine=hstu,onnxruntime", ["engine.precision=fp32"]),
+        ("workload=csv,recbole", [f"workload.path={__file__}"]),
+    ],
+)
+def test_a_sweep_over_a_group_takes_a_key_that_the_groups_default_lacks(swept: str, fixed: list[str]) -> None:
+    group, _, names = swept.partition("=")
+    cells = compose_cells([swept, *fixed], multirun=True)
+    assert [getattr(spec, group).name for spec, _ in cells] == names.split(",")
+    key, _, value = fixed[0].partition("=")
+    assert [str(getattr(getattr(spec, group), key.split(".")[1])) for spec, _ in cells] == [value] * 2
+
+
+def test_a_sweep_takes_a_glob() -> None:
+    jobs, _ = plan("model=glob(hstu*)", "engine=hstu")
+    assert [words[0] for words in jobs] == ["model=hstu_0p2b", "model=hstu_tiny"]
+
+
+def test_combinations_that_cannot_be_are_refused_by_name_or_left_out() -> None:
+    sweep = ["engine=hstu,onnxruntime", "engine.precision=fp32,int8", "workload=synthetic"]
+    line = "engine=hstu engine.precision=int8: engine.precision=int8: allowed is one of auto, fp32, fp16, bf16"
+    with pytest.raises(ConfigError) as caught:
+        plan(*sweep)
+    assert str(caught.value) == f"{line}; 1 of 4 combinations can't be, and skip_invalid=true leaves them out"
+    jobs, skipped = plan(*sweep, "skip_invalid=true")
+    assert [words[:2] for words in jobs] == [
+        ("engine=hstu", "engine.precision=fp32"),
+        ("engine=onnxruntime", "engine.precision=fp32"),
+        ("engine=onnxruntime", "engine.precision=int8"),
+    ]
+    assert skipped == (line,)
+    with pytest.raises(ConfigError, match=r"^workload=synthetic: workload\.path: no such key; .* 1 of 2 combinations"):
+        plan("workload=csv,synthetic", f"workload.path={__file__}")
+    with pytest.raises(ConfigError, match=r"^scenario\.max_bach: no such key; nearest"):  # wrong in all of them
+        plan("scenario.max_bach=1", "seed=0,1", "skip_invalid=true")
 
 
 def test_the_hash_distinguishes_measurements_and_nothing_else() -> None:

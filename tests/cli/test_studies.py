@@ -40,10 +40,10 @@ def job(words: list[str]) -> Any:
     """The one job of a command line of grbench."""
     if words[0] == "cachesim":
         cachesim.register_schemas()
-        return next(compose_jobs("cachesim", cachesim.to_config, words[1:]))
+        return compose_jobs("cachesim", cachesim.to_config, words[1:])[0]
     if words[0] == "kernels":
         kernelbench.register_schemas()
-        return next(compose_jobs("kernelbench", kernelbench.to_config, words[1:]))
+        return compose_jobs("kernelbench", kernelbench.to_config, words[1:])[0]
     return compose_spec(words)[0]
 
 
