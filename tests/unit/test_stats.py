@@ -134,7 +134,7 @@ def _queue(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray
 @pytest.mark.parametrize("draw", [_queries_of_eight, _clients_in_step, _queue])
 @pytest.mark.parametrize("percent", [50, 90])
 def test_interval_of_dependent_samples_covers_the_truth(draw, percent: int) -> None:
-    """Counted as independent, these samples give "95%" intervals that hold the truth in 35% to 70% of the runs."""
+    """Counted as independent, these samples give "95%" intervals that hold the truth in 35% to 80% of the runs."""
     rng = np.random.default_rng(11)
     truth = np.quantile(draw(rng, 80_000)[0], percent / 100)
     naive = covered = known = 0
@@ -145,7 +145,7 @@ def test_interval_of_dependent_samples_covers_the_truth(draw, percent: int) -> N
         if interval := stats.latency_summary(latencies, arrivals_s=arrivals).intervals.get(f"latency_ms/p{percent}"):
             known += 1
             covered += interval[0] <= truth <= interval[1]
-    assert naive / 200 < 0.8
+    assert naive / 200 < 0.85
     assert known > 150
     assert covered / known >= 0.92
 
