@@ -61,7 +61,13 @@ class Cell:
 
     def _load(self) -> Trace:
         self._stage("loading the workload")
-        trace = workloads.build(self.spec.workload, self.spec.seed, self.spec.latency_limit_ms)
+
+        def say(done: int, total: int) -> None:
+            shorter = "workload.max_requests makes a shorter trace"
+            self._stage(f"loading the workload, {done:,} of {total:,} requests; {shorter}")
+
+        progress = at_most_every(5.0, say)
+        trace = workloads.build(self.spec.workload, self.spec.seed, self.spec.latency_limit_ms, progress)
         self.outcome.metrics |= {f"workload/{name}": float(value) for name, value in trace.facts().items()}
         return trace
 

@@ -68,6 +68,13 @@ class RequestLoop:
             self._queue.extend(tickets)
             self._changed.notify_all()
 
+    def fail(self, error: BaseException) -> None:
+        """Begin no further batch, because a thread of the scenario has raised."""
+        with self._changed:
+            self.failure = self.failure or error
+            self._changed.notify_all()
+        self.stopped.set()
+
     def close(self) -> None:
         """Answer the queued requests, then stop. Raises what the engine raised."""
         with self._changed:
@@ -96,9 +103,7 @@ class RequestLoop:
         try:
             self._work()
         except BaseException as e:
-            with self._changed:
-                self.failure = self.failure or e
-                self._changed.notify_all()
+            self.fail(e)
         finally:
             self.stopped.set()
 

@@ -56,7 +56,7 @@ def run(
     due = scheduled_s(settings.schedule_rng_seed, config.target_qps) if isinstance(config, ServerConfig) else None
     issued, origin = 0, math.inf
 
-    def issue(samples: list[lg.QuerySample]) -> None:
+    def submit(samples: list[lg.QuerySample]) -> None:
         nonlocal issued, origin
         arrived = perf_counter()
         if due is not None:  # no request is issued before its time: the earliest one shows when the test began
@@ -66,13 +66,22 @@ def run(
         first, issued = issued, issued + len(samples)
         batcher.submit(Ticket(request_at(first + i), arrived, sample.id) for i, sample in enumerate(samples))
 
+    def issue(samples: list[lg.QuerySample]) -> None:
+        try:
+            submit(samples)
+        except BaseException as e:  # LoadGen calls this from C++, where it would end the process
+            batcher.fail(e)
+
     sut = lg.ConstructSUT(issue, lambda: None)
     qsl = lg.ConstructQSL(1024, 1024, lambda samples: None, lambda samples: None)  # the trace is in memory already
 
     def test() -> None:
-        lg.StartTestWithLogSettings(sut, qsl, settings, _logs(folder))
-        lg.DestroyQSL(qsl)
-        lg.DestroySUT(sut)
+        try:
+            lg.StartTestWithLogSettings(sut, qsl, settings, _logs(folder))
+            lg.DestroyQSL(qsl)
+            lg.DestroySUT(sut)
+        except BaseException as e:
+            batcher.fail(e)
         batcher.stopped.set()
 
     # LoadGen has a thread of its own: it would wait for ever for the answers of an engine that fails.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from grbench.workloads.config import (
@@ -16,8 +17,16 @@ from grbench.workloads.events import Events
 from grbench.workloads.trace import Trace
 
 
-def build(config: WorkloadOptions, seed: int, latency_limit_ms: float) -> Trace:
-    """Return the trace that `config` describes. Raises DataError (a ValueError) for unusable data."""
+def build(
+    config: WorkloadOptions,
+    seed: int,
+    latency_limit_ms: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Trace:
+    """Return the trace that `config` describes. Raises DataError (a ValueError) for unusable data.
+
+    progress: as in `build_trace`.
+    """
     from grbench.workloads import synthetic, trace
 
     if isinstance(config, SyntheticConfig):
@@ -25,7 +34,7 @@ def build(config: WorkloadOptions, seed: int, latency_limit_ms: float) -> Trace:
     else:
         events = load_events(config)
         visits = trace.find_visits(events, config)
-    return trace.build_trace(events, visits, config, seed, latency_limit_ms)
+    return trace.build_trace(events, visits, config, seed, latency_limit_ms, progress)
 
 
 def load_events(config: RecordedConfig) -> Events:

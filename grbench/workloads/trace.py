@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,11 +86,20 @@ def find_requests(events: Events, visits: Visits, config: WorkloadConfig) -> tup
     return order[: config.max_requests or None], owner, first_event
 
 
-def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: int, latency_limit_ms: float) -> Trace:
+def build_trace(
+    events: Events,
+    visits: Visits,
+    config: WorkloadConfig,
+    seed: int,
+    latency_limit_ms: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Trace:
     """Return a trace with one request per visit that has at least `min_history` earlier events.
 
     Candidates are distinct: first the visit's own items, at most half of all, then others drawn by popularity. They
     depend only on the seed and the visit, and not on `max_requests`. Raises DataError if there is no request.
+
+    progress: called now and then with the requests that are built and their number.
     """
     if config.num_candidates > events.num_items:
         raise DataError(
@@ -100,6 +110,8 @@ def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: in
     seen_until: dict[int, int] = {}
     requests = []
     for request_id, visit in enumerate(order):
+        if request_id % 10_000 == 0:
+            progress(request_id, len(order))
         user, stop = int(owner[visit]), int(visits.starts[visit])
         start = max(int(first_event[visit]), stop - config.max_history)
         own = events.items[stop : int(visits.ends[visit])]

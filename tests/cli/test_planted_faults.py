@@ -249,9 +249,10 @@ def outcome(traces: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     build = workloads.build
 
     def kept(*key: Any) -> Any:
-        if repr(key) not in traces:
-            traces[repr(key)] = build(*key)
-        return traces[repr(key)]
+        name = repr(key[:3])  # without the function that shows the progress
+        if name not in traces:
+            traces[name] = build(*key)
+        return traces[name]
 
     monkeypatch.setattr(workloads, "build", kept)
 

@@ -253,6 +253,28 @@ os._exit(0)
     assert done.stdout == "raised: the device fell off the bus\n", done.stderr
 
 
+@pytest.mark.parametrize("fault", ["in LoadGen", "in a request"])
+def test_an_error_on_the_thread_of_loadgen_ends_the_scenario(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    issue = []
+    monkeypatch.setattr(loadgen.lg, "ConstructSUT", lambda given, flush: issue.append(given))
+
+    def start(*args: object) -> None:
+        if fault == "in LoadGen":
+            raise RuntimeError(fault)
+        issue[0]([loadgen.lg.QuerySample(0, 0)])
+        time.sleep(60)  # LoadGen waits for the answer
+
+    def broken(k: int) -> Request:
+        raise RuntimeError(fault)
+
+    monkeypatch.setattr(loadgen.lg, "StartTestWithLogSettings", start)
+    begin = lambda answered: Batcher(SleepyEngine().rank, 1, 0.0, answered)  # noqa: E731
+    with pytest.raises(RuntimeError, match=fault):
+        loadgen.run(SCENARIOS[0], begin, broken, 80.0, 0, tmp_path)
+
+
 class QueueingEngine(SleepyEngine):
     """Engine with one batch at a time on the device, which packs a batch while the one before computes."""
 

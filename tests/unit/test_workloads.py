@@ -349,7 +349,9 @@ def test_a_seed_gives_one_trace_and_max_requests_its_beginning() -> None:
 def test_the_revisit_rate_is_what_was_asked_for(rate: float, zipf: float) -> None:
     config = dataclasses.replace(SMALL, users=2000, visits=2000, revisit_rate=rate, user_zipf=zipf, min_history=1)
     events, visits = make_events(config, seed=3)
-    trace = build_trace(events, visits, config, 3, 80.0)
+    seen: list[tuple[int, int]] = []
+    trace = build_trace(events, visits, config, 3, 80.0, lambda done, total: seen.append((done, total)))
+    assert seen == [(0, len(trace.requests))]
     seen: set[int] = set()
     returning = 0
     for request in trace.requests:
