@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 RECORD_FILE = "record.json"
 SAMPLES_FILE = "samples.parquet"
 LOG_FILE = "worker.log"
+CELLS_FILE = "cells.json"  # in a sweep's folder: the folders of its cells, also of those that it kept
 ARTIFACTS = "mlartifacts"  # folder of MLflow's copies under an output root
 SCHEMA_VERSION = 1
 PARTS = ("queue_ms", "batch_ms", "transfer_ms", "compute_ms")  # of a request's latency, in order of time
@@ -242,7 +243,10 @@ def unreadable(roots: Sequence[Path]) -> list[str]:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Yield the record files under `root`, also behind links, without MLflow's copies. A folder is entered once."""
+    """Yield the record files under `root`, also behind links and of listed cells, without MLflow's copies.
+
+    A folder is entered once.
+    """
     entered = set()
     for folder, below, names in os.walk(root, followlinks=True):
         place = os.path.realpath(folder)
@@ -254,6 +258,57 @@ def _files(root: Path) -> Iterator[Path]:
             below.remove(ARTIFACTS)
         if RECORD_FILE in names:
             yield Path(folder, RECORD_FILE)
+        for cell in _listed(Path(folder)) if CELLS_FILE in names else ():
+            if (place := os.path.realpath(cell)) not in entered and (cell / RECORD_FILE).is_file():
+                entered.add(place)
+                yield cell / RECORD_FILE
+
+
+def list_cells(sweep: Path, cells: Iterable[Path]) -> None:
+    """Write the folders of a sweep's cells into its folder, whole or not at all. Raises OSError.
+
+    They are relative, so that an output root can be moved.
+    """
+    sweep.mkdir(parents=True, exist_ok=True)
+    new = sweep / f".{CELLS_FILE}.new"
+    new.write_text(json.dumps([os.path.relpath(cell, sweep) for cell in cells], indent=1) + "\n")
+    new.replace(sweep / CELLS_FILE)
+
+
+def _listed(sweep: Path) -> list[Path]:
+    """Return the folders of `list_cells`; none of a damaged list, which costs only the cells that were kept."""
+    try:
+        found = json.loads((sweep / CELLS_FILE).read_text())
+    except (OSError, ValueError):
+        return []
+    names = found if isinstance(found, list) else []
+    return [Path(os.path.normpath(sweep / name)) for name in names if isinstance(name, str)]
+
+
+def without_superseded(cells: Iterable[tuple[Path, RunRecord]]) -> list[tuple[Path, RunRecord]]:
+    """Return cells without those that were measured again with success, in the same order.
+
+    A record is superseded if it is not OK and a later one of the same measurement and machine is, or if it was
+    interrupted and there is a later one.
+    """
+    latest: dict[tuple[Any, ...], tuple[str, str]] = {}  # times of the last record, and of the last one that is OK
+    cells = list(cells)
+    for _, record in cells:
+        last, last_ok = latest.get(_measurement(record), ("", ""))
+        ok_at = record.started_at if record.ok else ""
+        latest[_measurement(record)] = (max(last, record.started_at), max(last_ok, ok_at))
+
+    def superseded(record: RunRecord) -> bool:
+        last, last_ok = latest[_measurement(record)]
+        counts = last if record.status is Status.INTERRUPTED else last_ok
+        return not record.ok and counts > record.started_at
+
+    return [(folder, record) for folder, record in cells if not superseded(record)]
+
+
+def _measurement(record: RunRecord) -> tuple[Any, ...]:
+    gpus = [gpu.get("name") for gpu in record.environment.get("gpus") or [] if isinstance(gpu, dict)]
+    return record.spec_hash, record.environment.get("cpu"), *gpus
 
 
 def spec_hash(spec: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import RunConfig, RunSpec
+from grbench.execution import records
 from grbench.execution.earlier import EarlierRecords
 from grbench.execution.records import RunRecord, Status
 from grbench.execution.runner import Event, Interrupted, run_cell
@@ -94,6 +95,9 @@ class CellSession:
             self._earlier.add(folder, record)  # a sweep may ask for the same cell twice
         if all(folder != known for known, _ in self._cells):
             self._cells.append((folder, record))
+            if self._invocation.sweep:
+                with contextlib.suppress(OSError):  # the disk may be full; the records themselves are kept
+                    records.list_cells(self._invocation.sweep, [folder for folder, _ in self._cells])
         if record.status is Status.INTERRUPTED:
             return
         if record.ok and not kept:

@@ -34,7 +34,8 @@ class ReportError(ValueError):
 def read_cells(roots: Sequence[Path]) -> list[Cell]:
     """Read every record under `roots`, with its folder, oldest first.
 
-    A record that is found twice (overlapping roots, MLflow's copy) counts once. Raises ReportError for a root that is
+    A record that is found twice (overlapping roots, MLflow's copy) counts once. One that is not OK and was measured
+    again with success is left out. Raises ReportError for a root that is
     missing or holds no record.
     """
     found: dict[tuple[str, str, float], Cell] = {}
@@ -51,7 +52,7 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
             )
         for folder, record in sorted(cells, key=lambda cell: len(cell[0].parts)):
             found.setdefault((record.spec_hash, record.started_at, record.duration_s), (folder, record))
-    return sorted(found.values(), key=lambda cell: cell[1].started_at)
+    return records.without_superseded(sorted(found.values(), key=lambda cell: cell[1].started_at))
 
 
 def load_frame(*roots: Path | str) -> pd.DataFrame:

@@ -27,6 +27,7 @@ class CellTracker:
         self._store: Any = None
         self._sweep: tuple[str, dict[str, str]] | None = None
         self._parent: str | None = None
+        self._kept: list[tuple[RunRecord, Path]] = []  # cells that have a run already
 
     def start_sweep(self, sweep_id: str, facts: dict[str, str]) -> None:
         """Make further cells children of one run, which the first of them creates or finds."""
@@ -41,7 +42,8 @@ class CellTracker:
             return False
         try:
             store = self._open()
-            found = store.find(record) if kept else {}
+            if found := store.find(record) if kept else {}:
+                self._kept.append((record, folder))
             if not found and self._sweep and self._parent is None:
                 self._parent = store.sweep_run(*self._sweep)
             _note(record, folder, found or store.log(record, folder, self._parent))
@@ -57,12 +59,27 @@ class CellTracker:
 
         cut_short: the sweep did not reach its last cell. Its run is closed at once then, without the page.
         """
-        if self._parent is None:
-            return
         try:
+            if not cut_short:
+                self._share()
+            if self._parent is None:
+                return
             self._open().end_sweep(self._parent, cells, cut_short)
         except Exception as e:
             self._say(f"MLflow did not close the sweep's run ({one_line(e)})")
+
+    def _share(self) -> None:
+        """Give the sweep's run a child for each kept cell that has a run under another sweep.
+
+        If all cells were kept and belong to one earlier sweep, that sweep's run shows them already.
+        """
+        if self._sweep is None or (self._parent is None and len({record.sweep_id for record, _ in self._kept}) < 2):
+            return
+        store = self._open()
+        self._parent = self._parent or store.sweep_run(*self._sweep)
+        for record, folder in self._kept:
+            if not store.find(record, parent=self._parent):
+                store.log(record, folder, self._parent)
 
     def _open(self) -> Any:
         if self._store is None:

@@ -67,11 +67,11 @@ class Store:
             {"mlflow.experimentKind": "custom_model_development"},
         )
 
-    def find(self, record: LoggedRow, anywhere: bool = False) -> dict[str, str]:
+    def find(self, record: LoggedRow, anywhere: bool = False, parent: str | None = None) -> dict[str, str]:
         """Return what `log` returned for a row that the experiment has already, or nothing.
 
-        anywhere: look in every experiment of the store. A run that the user deleted counts, because it is not to come
-        back. One that was never finished does not.
+        anywhere: look in every experiment of the store. parent: the run that it must be a child of. A run that the user
+        deleted counts, because it is not to come back. One that was never finished does not.
         """
         from mlflow.entities import ViewType
 
@@ -79,6 +79,8 @@ class Store:
         begun, ended = _times(record)
         same = f"tags.{HASH_TAG} = {_quoted(record.spec_hash)} and attributes.start_time = {begun}"
         same += f" and attributes.end_time = {ended}"
+        if parent is not None:
+            same += f" and tags.mlflow.parentRunId = {_quoted(parent)}"
         found = self._client.search_runs(where, same, ViewType.ALL, max_results=1)
         return self._address(str(found[0].info.run_id)) if found else {}
 

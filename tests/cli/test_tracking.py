@@ -125,6 +125,32 @@ def test_a_sweep_is_a_parent_with_a_child_for_each_cell_and_is_found_again(tmp_p
     assert "latency_ms/p50" not in failed.data.metrics
 
 
+def test_a_kept_cell_of_another_sweep_is_a_child_of_this_one_too(tmp_path: Path) -> None:
+    new_database(tmp_path)
+
+    def sweep(name: str, *cells: tuple[RunRecord, Path, bool]) -> None:
+        tracker = CellTracker(MlflowConfig(), tmp_path)
+        tracker.start_sweep(name, {})
+        for record, folder, kept in cells:
+            tracker.log(record, folder, kept)
+        tracker.end_sweep([(folder, record) for record, folder, _ in cells])
+
+    one, two = (
+        cell(tmp_path / "s1" / "0", sweep_id="s1"),
+        cell(tmp_path / "s2" / "1", sweep_id="s2", spec_hash="b" * 12),
+    )
+    sweep("s1", (*one, False))
+    for _ in range(2):  # the second time, both are kept and both are there
+        sweep("s2", (*one, True), (*two, (tmp_path / "logged").exists()))
+        (tmp_path / "logged").touch()
+    sweep("s3", (*two, True))  # all of it is in one earlier sweep: no run says it again
+    found = runs(sqlite_uri(tmp_path))
+    parents = {r.info.run_id: r.data.tags["sweep_id"] for r in found if r.data.tags["role"] == "sweep"}
+    children = [parents[r.data.tags["mlflow.parentRunId"]] for r in found if r.data.tags["role"] == "cell"]
+    assert sorted(parents.values()) == ["s1", "s2"]
+    assert sorted(children) == ["s1", "s2", "s2"]
+
+
 def test_the_run_of_a_sweep_that_is_cut_short_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second signal that cuts its closing short changes nothing."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.cells import write_cell
 
 from grbench.execution import records
 from grbench.execution.records import LoggedRow, RunRecord, Status, unreadable
@@ -121,3 +122,36 @@ def test_records_behind_links_are_found_once(tmp_path: Path) -> None:
     (disk / "back").symlink_to(root)
     [(folder, _)] = records.find(root)
     assert folder.samefile(disk / "0")
+
+
+def test_a_sweeps_list_of_cells_is_followed(tmp_path: Path) -> None:
+    first = write_cell(tmp_path / "out" / "sweeps" / "a" / "0", "seed=1", queries=50)
+    write_cell(tmp_path / "out" / "studies" / "b" / "1", "seed=2", queries=50)
+    study = tmp_path / "out" / "studies" / "b"
+    records.list_cells(study, [tmp_path / "out" / "sweeps" / "a" / "0", study / "1"])
+    (tmp_path / "out").rename(tmp_path / "moved")
+    found = dict(records.find(tmp_path / "moved" / "studies" / "b"))
+    assert found[tmp_path / "moved" / "sweeps" / "a" / "0"] == first and len(found) == 2
+    assert len(list(records.find(tmp_path / "moved"))) == 2  # none is found twice
+    (tmp_path / "moved" / "studies" / "b" / "cells.json").write_text("{")
+    assert len(list(records.find(tmp_path / "moved" / "studies" / "b"))) == 1
+
+
+def test_a_failure_that_was_measured_again_is_not_shown(tmp_path: Path) -> None:
+    made = [
+        (1, Status.KILLED, "Some CPU"), (1, Status.OK, "Some CPU"),  # superseded
+        (2, Status.OK, "Some CPU"), (2, Status.KILLED, "Some CPU"),  # it failed later
+        (3, Status.UNAVAILABLE, "Some CPU"), (3, Status.OK, "Another"),  # another machine
+        (4, Status.INTERRUPTED, "Some CPU"), (4, Status.OOM, "Some CPU"),  # superseded
+        (5, Status.OK, "Some CPU"), (5, Status.OK, "Some CPU"),  # two measurements
+    ]  # fmt: skip
+    cells = []
+    for i, (seed, status, cpu) in enumerate(made):
+        record = write_cell(
+            tmp_path / str(i), f"seed={seed}", status=status, queries=50, environment={"cpu": cpu, "gpus": []},
+            started_at=f"2026-01-01T00:00:{i:02d}+00:00",
+        )  # fmt: skip
+        cells.append((tmp_path / str(i), record))
+    kept = [int(folder.name) for folder, _ in records.without_superseded(cells)]
+    assert kept == [1, 2, 3, 4, 5, 7, 8, 9]
+    assert [folder for folder, _ in read_cells([tmp_path])] == [tmp_path / str(i) for i in kept]
