@@ -441,6 +441,18 @@ def test_visits_count_for_the_host_and_not_evictions() -> None:
 USERS = st.integers(0, 3)
 
 
+@pytest.mark.parametrize("contextual", [0, 3])
+def test_the_policy_of_the_host_knows_the_states_on_the_host_alone(contextual: int) -> None:
+    """A user without a history has at most contextual tokens to store."""
+    pool, policy = make_pool(pages=1, page=8, device="cpu"), Recency()
+    tier = HostTier(pool, pool.page_bytes)
+    states = UserStates(pool, Recency(), contextual_seq_len=contextual, tier=tier, tier_policy=policy)
+    for user, length in enumerate([0, 5, 5, 5]):
+        plan = visit(states, request_of(events_of(length, seed=user), user=user))
+        assert plan is not None and policy.users.keys() == tier.states.keys()
+    assert list(tier.states) == [2] and not states.counters().policy_errors
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Users visit, histories change, and plans stay in flight. A dictionary of histories is the model."""
 

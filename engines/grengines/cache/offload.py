@@ -52,8 +52,10 @@ class Offloader:
     def store(self, user: int) -> None:
         """Have the host take the state of a user, if it has room or can make it."""
         state, there = self._index.states[user], self.tier.states.get(user)
+        if not state.tokens:  # of a user without a history
+            return
         same = there.history.common(state.history) if there is not None else 0
-        if same == len(state.history):
+        if there is not None and same == len(state.history):
             same = state.tokens
         elif self._index.contextual:
             same = 0
