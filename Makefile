@@ -19,7 +19,7 @@ TESTS = $(PYTEST) -m "not gpu and not serial" -n $(WORKERS) --dist loadfile --no
 	$(PYTEST) -m "serial and not gpu" $(ARGS); alone=$$?; \
 	case $$beside$$alone in 00|05|50) ;; *) exit 1;; esac
 
-.PHONY: bench test test-all test-gpu lint typecheck regress ui reports docs help clean setup
+.PHONY: bench test test-all test-gpu lint typecheck regress ui notebook reports docs help clean setup
 
 bench: $(VENV)/.ready ## retrieve and rank for MovieLens-100K users on this machine
 	$(PY) -m grbench study=$(STUDY) $(ARGS)
@@ -45,6 +45,13 @@ regress: $(VENV)/.ready ## measure a few cells and compare them with this machin
 
 ui: $(VENV)/.ready ## MLflow's pages at http://127.0.0.1:5000
 	$(PY) -m grbench ui $(ARGS)
+
+notebook: $(VENV)/.notebook ## the notebooks in Jupyter
+	$(PY) -m jupyter notebook notebooks $(ARGS)
+
+$(VENV)/.notebook: $(VENV)/.ready
+	$(PY) -m pip install -q -c constraints.txt -e '.[notebook]'
+	touch $@
 
 reports: $(VENV)/.ready ## rebuild the pages under reports/ from their records
 	$(PY) -m grbench reports $(ARGS)

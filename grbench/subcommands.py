@@ -27,7 +27,7 @@ SUBCOMMANDS = {
     "config": Subcommand("grbench.config.reference:main", "print every key: allowed values, default, meaning"),
     "sizing": Subcommand("grbench.tools.sizing:main", "print parameters, FLOPs and KV bytes of a model and a workload"),
     "overhead": Subcommand("grbench.tools.overhead:main", "measure the latency that the harness itself adds"),
-    "report": Subcommand("grbench.report.command:main", "write a Markdown page with tables and plots, from records"),
+    "report": Subcommand("grbench.report.command:main", "write a report from records: HTML, Markdown, CSV or JSON"),
     "compare": Subcommand(
         "grbench.report.compare_command:main", "judge two measurements: faster, slower, no difference"
     ),

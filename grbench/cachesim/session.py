@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from grbench.cachesim.config import CacheSimConfig
-from grbench.cachesim.output import line, plot, print_table
+from grbench.cachesim.output import line, print_table
 from grbench.cachesim.replay import Replay, Row, to_dict
 from grbench.cachesim.simulate import Progress
 from grbench.config.jobs import Invocation, Job
@@ -19,6 +19,7 @@ from grbench.execution import results
 from grbench.execution.environment import describe_environment
 from grbench.execution.records import LoggedRow, Status, spec_hash
 from grbench.execution.row_session import RowSession
+from grbench.report.row_charts import misses
 
 
 class CacheSession(RowSession):
@@ -64,7 +65,9 @@ class CacheSession(RowSession):
         finally:
             if rows:
                 self.keep(file)
-            if path := plot(f"Miss ratio, {config.workload.name}, {config.model.name}", rows, folder / "misses.png"):
+            title = f"Miss ratio, {config.workload.name}, {config.model.name}"
+            if chart := misses(title, [to_dict(row) for row in rows]):
+                chart.png(path := folder / "misses.png")
                 self.keep(path)
 
     @contextlib.contextmanager

@@ -101,10 +101,14 @@ class CellSession:
         if record.status is Status.INTERRUPTED:
             return
         if record.ok and not kept:
-            from grbench.report import ReportError, plot_latency_cdf
+            from grbench.report.charts import latency_cdf
+            from grbench.report.frame import ReportError
+            from grbench.report.groups import group_cells
 
+            [group] = group_cells([(folder, record)])
             with contextlib.suppress(OSError, ReportError):  # a picture is no result; the disk may be full
-                plot_latency_cdf([(folder, record)], folder / "latency_cdf.png")
+                if chart := latency_cdf(group):
+                    chart.png(folder / "latency_cdf.png")
         self._tracker.log(record, folder, kept)
 
     def _say(self, line: str) -> None:

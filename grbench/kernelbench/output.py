@@ -1,9 +1,8 @@
-"""Output of a job: a line per row, a roofline per family, and the tables at the end."""
+"""Output of a job: a line per row, and the tables at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -12,9 +11,7 @@ from rich.text import Text
 
 from grbench.execution.records import Status
 from grbench.kernelbench.bench import ALL_SHAPES, Row
-from grbench.kernelbench.timing import Ceilings
 from grbench.report.cells import MISSING, figure
-from grbench.report.plots import COLOURS, GREY, MARKERS, Plot
 from grbench.report.table import STYLES
 
 COLUMNS = {  # heading: (metric, factor)
@@ -90,45 +87,3 @@ def _reasons(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
         )
         where = "" if shapes == ALL_SHAPES else f" at {shapes}"
         yield f"{status} {family} {variants}{where}: {reason}", STYLES.get(status, "red")
-
-
-def plot_roofline(family: str, rows: Sequence[Row], roofs: Ceilings, path: Path) -> Path | None:
-    """Plot achieved TFLOP/s over arithmetic intensity, under the two ceilings: a marker a variant, a point a shape.
-
-    Returns None, and writes no file, if no row of the family is OK or none has FLOPs.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import StrMethodFormatter
-
-    drawn = [row for row in rows if row.family == family and row.ok and row.flops and row.bytes]
-    if not drawn:
-        return None
-    picture = Figure(figsize=(7.5, 5), layout="constrained")
-    axes = picture.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    ridge = roofs.tflops / roofs.tbps
-    intensities = [row.flops / row.bytes for row in drawn if row.flops and row.bytes]
-    low, high = min(*intensities, ridge) / 3, max(*intensities, ridge) * 3
-    roof = f"matmul {figure(roofs.tflops)} TFLOP/s,\ncopy {figure(roofs.tbps)} TB/s"
-    axes.plot([low, ridge, high], [low * roofs.tbps, roofs.tflops, roofs.tflops], color=GREY, lw=1.5, label=roof)
-    for i, variant in enumerate(dict.fromkeys(row.variant for row in drawn)):
-        points = [row for row in drawn if row.variant == variant]
-        axes.plot(
-            [row.flops / row.bytes for row in points if row.flops and row.bytes],
-            [row.metrics["tflops"] for row in points],
-            MARKERS[i % len(MARKERS)],
-            color=COLOURS[i % len(COLOURS)],
-            label=variant,
-            alpha=0.85,
-        )
-    for axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
-        set_scale("log")
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.set_ylim(min(row.metrics["tflops"] for row in drawn) / 3, roofs.tflops * 2)
-    axes.set_xlabel("arithmetic intensity, FLOP/byte (log)")
-    axes.set_ylabel("achieved TFLOP/s (log)")
-    axes.set_title(f"{family}, {roofs.dtype}")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(Plot(picture).png())
-    return path

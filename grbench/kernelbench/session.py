@@ -14,7 +14,8 @@ from grbench.execution.records import LoggedRow, Status, one_line, spec_hash
 from grbench.execution.row_session import RowSession
 from grbench.kernelbench.bench import Bench, DeviceLostError, Row
 from grbench.kernelbench.config import KernelBenchConfig, device_of
-from grbench.kernelbench.output import line, plot_roofline, print_tables
+from grbench.kernelbench.output import line, print_tables
+from grbench.report.row_charts import roofline
 
 
 class KernelSession(RowSession):
@@ -69,8 +70,10 @@ class KernelSession(RowSession):
         finally:
             if done:
                 self.keep(file)
+            saved = [dataclasses.asdict(row) for row in done]
             for family in dict.fromkeys(row.family for row in done):
-                if path := plot_roofline(family, done, roofs, folder / f"roofline_{family}.png"):
+                if chart := roofline(family, saved, roofs.to_dict()):
+                    chart.png(path := folder / f"{chart.key}.png")
                     self.keep(path)
 
 

@@ -1,11 +1,13 @@
 """Records, samples and figures of earlier runs.
 
-    python -m grbench report outputs --out report.md
+    python -m grbench report outputs --out report.html
 
-`load_frame` and `load_samples` return records and raw samples as pandas frames, and the `plot_*` functions draw them.
-The report page, the terminal table and notebooks/compare_runs.ipynb use these functions.
+`load_frame` and `load_samples` return records and raw samples as pandas frames. `group_cells` returns groups of
+comparable cells, and `charts` the figures of one group. The report, the terminal table and the notebooks use these
+functions.
 """
 
+from grbench.report.charts import Chart, charts
 from grbench.report.findings import Finding, findings
 from grbench.report.frame import (
     ReportError,
@@ -16,21 +18,23 @@ from grbench.report.frame import (
     time_parts,
     within_limit,
 )
-from grbench.report.plots import Plot, plot_hit_mix, plot_latency_cdf, plot_throughput_latency, plot_time_shares
+from grbench.report.groups import Group, Row, group_cells
+from grbench.report.write import write_report
 
 __all__ = [
+    "Chart",
     "Finding",
-    "Plot",
+    "Group",
     "ReportError",
+    "Row",
     "cells_frame",
+    "charts",
     "findings",
+    "group_cells",
     "load_frame",
     "load_samples",
-    "plot_hit_mix",
-    "plot_latency_cdf",
-    "plot_throughput_latency",
-    "plot_time_shares",
     "read_cells",
     "time_parts",
     "within_limit",
+    "write_report",
 ]

@@ -1,4 +1,4 @@
-"""`grbench report`: one Markdown page and its figures from records or MLflow runs."""
+"""`grbench report`: a page, or a table for other programs, from records or MLflow runs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from grbench.report.frame import ReportError, read_cells
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's flags."""
-    about = "Write one Markdown page with tables and figures of measured cells."
-    examples = ["report outputs --out report.md", "report --mlflow http://127.0.0.1:5000 --experiment grbench"]
+    about = "Write a report of measured cells: what was found, tables and figures."
+    examples = [
+        "report outputs --out report.html",
+        "report outputs --out cells.csv",
+        "report --mlflow http://127.0.0.1:5000 --experiment grbench",
+    ]
+    form = "file to write, by its suffix .md, .html, .csv or .json (default: %(default)s)"
     parser = Arguments("report", about, examples)
     parser.add_argument("roots", nargs="*", type=Path, metavar="ROOT", help="folders with records (default: outputs)")
     parser.add_argument("--mlflow", metavar="URI", help="read runs from this tracking URI, e.g. sqlite:///mlruns.db")
     parser.add_argument(
         "--experiment", default="grbench", metavar="NAME", help="experiment that --mlflow reads (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=Path("report.md"), help="page to write (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("report.md"), help=form)
     parser.add_argument("--title", default="grbench report", help="heading of the page (default: %(default)s)")
     return parser
 
@@ -38,10 +43,11 @@ def main(words: Sequence[str]) -> int:
                 from grbench.report.mlflow_runs import download_cells
 
                 cells += download_cells(args.mlflow, args.experiment, Path(downloads))
-            from grbench.report.page import write_page
+            from grbench.report.write import write_report
 
-            written = write_page(cells, args.out, args.title, unreadable(roots))
+            written = write_report(cells, args.out, args.title, unreadable(roots))
     except (ReportError, OSError) as e:
         raise CommandError(e) from e
-    print(f"{written[0]}: {len(cells)} cells, {len(written) - 1} figures")
+    figures = f", {len(written) - 1} figures in {written[1].parent}" if len(written) > 1 else ""
+    print(f"{written[0]}: {len(cells)} cells{figures}")
     return 0

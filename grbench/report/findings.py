@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
-from grbench.report.cells import figure, flatten, labels, shown
+from grbench.report.cells import figure, flatten, knobs, labels, shown
 from grbench.report.repeats import estimate
 
 LOADS = {  # scenario: the option of its offered load, and the unit
@@ -66,15 +66,38 @@ class Finding:
 
 def findings(records: Sequence[RunRecord]) -> list[Finding]:
     """Return one finding for each group of comparable OK cells, in the order of the records."""
-    ok = [record for record in records if record.ok and record.metrics.get("throughput_rps")]
-    groups: dict[str, list[RunRecord]] = {}
-    for record in ok:
-        groups.setdefault(_work(record), []).append(record)
-    found = [_finding(group) for group in groups.values()]
-    work = [f"{group[0].spec['model']['name']} on {group[0].spec['workload']['name']}" for group in groups.values()]
+    groups = comparable([record for record in records if record.ok and record.metrics.get("throughput_rps")])
+    found = [_finding(group) for group in groups]
+    work = work_names([group[0] for group in groups])
     if len(set(work)) > 1:  # a reader must know which trace a sentence is about
         return [Finding(one.best, f"{name}: {one.sentence}") for one, name in zip(found, work, strict=True)]
     return found
+
+
+def comparable(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """Return groups of records that did the same work on the same machine, in the order of their first record."""
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault(_work(record), []).append(record)
+    return list(groups.values())
+
+
+def work_names(records: Sequence[RunRecord]) -> list[str]:
+    """Return what each record worked on, as "hstu_tiny on ml_100k".
+
+    Where two records differ in options of the workload, in k or in the limit, these options follow.
+    """
+    names = [f"{record.spec['model']['name']} on {record.spec['workload']['name']}" for record in records]
+    for name in set(names):
+        alike = [i for i, other in enumerate(names) if other == name]
+        those = [records[i] for i in alike]
+        keys = [
+            key for key in knobs(those) if key.startswith("workload.") or key in ("retrieval.k", "latency_limit_ms")
+        ]
+        for i, record in zip(alike, those, strict=True):
+            spec = flatten(record.spec)
+            names[i] += "".join(f" {key.rpartition('.')[2]}={shown(spec[key])}" for key in keys if key in spec)
+    return names
 
 
 def limit_verdict(record: RunRecord) -> str:
@@ -84,16 +107,16 @@ def limit_verdict(record: RunRecord) -> str:
     """
     limit = record.spec.get("latency_limit_ms")
     p99 = record.metrics.get("latency_ms/p99") if record.ok else None
-    if _scenario(record) == "offline" or limit is None or p99 is None:
+    if scenario_of(record) == "offline" or limit is None or p99 is None:
         return "-"
     low, high = record.intervals.get("latency_ms/p99", [0.0, float("inf")])
     return "yes" if high <= limit else "no" if low > limit else "unsure"
 
 
 def _finding(group: list[RunRecord]) -> Finding:
-    if _scenario(group[0]) == "offline":
+    if scenario_of(group[0]) == "offline":
         return _highest_throughput(group)
-    return _lowest_latency(group) if len({_load(record) for record in group}) == 1 else _highest_load(group)
+    return _lowest_latency(group) if len({offered_load(record) for record in group}) == 1 else _highest_load(group)
 
 
 def _highest_throughput(group: list[RunRecord]) -> Finding:
@@ -110,7 +133,11 @@ def _lowest_latency(group: list[RunRecord]) -> Finding:
     of = {p: [_estimate(label, runs, f"latency_ms/{p}") for label, runs in _strategies(group).items()] for p in in_all}
     percentile = next((p for p in in_all if all(e.interval for e in of[p])), in_all[0])
     best, *others = sorted(of[percentile], key=lambda e: e.value)
-    where = f"In {_scenario(group[0])}" if (load := _load(group[0])) is None else f"At {load:g} {_unit(group[0])}"
+    where = (
+        f"In {scenario_of(group[0])}"
+        if (load := offered_load(group[0])) is None
+        else f"At {load:g} {unit_of(group[0])}"
+    )
     limit = _against_limit(best, group[0].spec.get("latency_limit_ms"))
     if not others:
         return Finding(best.records, f"{where}, {best.label} has a {percentile} of {best} ms{best.runs}{limit}.")
@@ -125,7 +152,7 @@ def _highest_load(group: list[RunRecord]) -> Finding:
     for label, runs in _strategies(group).items():
         loads: dict[float, list[RunRecord]] = {}
         for run in runs:
-            loads.setdefault(_load(run) or 0.0, []).append(run)
+            loads.setdefault(offered_load(run) or 0.0, []).append(run)
         for load in sorted(loads, reverse=True):
             if all("latency_ms/p99" in run.metrics for run in loads[load]):
                 estimate = _estimate(label, loads[load], "latency_ms/p99")
@@ -134,23 +161,23 @@ def _highest_load(group: list[RunRecord]) -> Finding:
                     break
     within = f"p99 within {limit_ms:g} ms" if limit is not None else "a p99"
     if not kept:
-        return Finding((), f"In {_scenario(group[0])}, no cell has {within} for certain.")
+        return Finding((), f"In {scenario_of(group[0])}, no cell has {within} for certain.")
     kept.sort(key=lambda pair: (-pair[0], pair[1].value))
     (load, best), *others = kept
     equal = [estimate for other, estimate in others if other == load]
     lower = [(other, estimate) for other, estimate in others if other < load]
-    text = f"{_ties(best, equal) or best.label}: the highest load with {within} is {load:g} {_unit(group[0])}"
+    text = f"{_ties(best, equal) or best.label}: the highest load with {within} is {load:g} {unit_of(group[0])}"
     text += f" (p99 {best} ms{best.runs.replace('(', 'over ').rstrip(')')})"
     if lower:
         text += f"; next is {lower[0][1].label} with {lower[0][0]:g}"
-    return Finding(best.records, f"In {_scenario(group[0])}, {text}.")
+    return Finding(best.records, f"In {scenario_of(group[0])}, {text}.")
 
 
 def _strategies(group: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     """Group records by strategy, which is everything except seed and load. The keys are names without the work."""
     strategies: dict[str, list[RunRecord]] = {}
     for record in group:
-        strategies.setdefault(_strategy(record), []).append(record)
+        strategies.setdefault(strategy_of(record), []).append(record)
     first = [runs[0] for runs in strategies.values()]
     work = [key for record in first for key in flatten(record.spec) if key.split(".")[0] == "workload"]
     loads = [f"scenario.{option}" for option, _ in LOADS.values() if option]
@@ -188,16 +215,19 @@ def _against_limit(best: Estimate, limit: float | None) -> str:
     return f", over the limit of {limit:g} ms" if low > limit else f"; the limit of {limit:g} ms is in its interval"
 
 
-def _scenario(record: RunRecord) -> str:
+def scenario_of(record: RunRecord) -> str:
+    """Return the name of the record's scenario."""
     return str(record.spec["scenario"]["name"])
 
 
-def _unit(record: RunRecord) -> str:
-    return LOADS[_scenario(record)][1]
+def unit_of(record: RunRecord) -> str:
+    """Return the unit of the offered load."""
+    return LOADS[scenario_of(record)][1]
 
 
-def _load(record: RunRecord) -> float | None:
-    option, _ = LOADS.get(_scenario(record), ("", ""))
+def offered_load(record: RunRecord) -> float | None:
+    """Return the load that the scenario asks for, in `unit_of`, or None if it asks for none."""
+    option, _ = LOADS.get(scenario_of(record), ("", ""))
     value = record.spec["scenario"].get(option) if option else None
     return float(value) if value is not None else None
 
@@ -208,12 +238,18 @@ def _work(record: RunRecord) -> str:
     retrieval = spec.get("retrieval") or {}
     gpus = [gpu.get("name") for gpu in environment.get("gpus") or []]
     machine = [environment.get("cpu"), environment.get("cpu_cores"), gpus]
-    work = [spec.get("task"), spec.get("workload"), retrieval.get("k"), _scenario(record), spec.get("latency_limit_ms")]
+    work = [
+        spec.get("task"),
+        spec.get("workload"),
+        retrieval.get("k"),
+        scenario_of(record),
+        spec.get("latency_limit_ms"),
+    ]
     return json.dumps([work, machine], sort_keys=True)
 
 
-def _strategy(record: RunRecord) -> str:
+def strategy_of(record: RunRecord) -> str:
     """Return a key that is equal for repeats of one strategy at any load."""
-    option = LOADS.get(_scenario(record), ("", ""))[0]
+    option = LOADS.get(scenario_of(record), ("", ""))[0]
     leaves = {k: shown(v) for k, v in flatten(record.spec).items() if k not in ("seed", f"scenario.{option}")}
     return json.dumps(leaves, sort_keys=True)

@@ -1,9 +1,37 @@
-"""Markdown parts of pages."""
+"""Markdown: parts of pages, and the report's blocks."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from grbench.report.page import Block
+
+
+def sections(blocks: Sequence[Block], figures: Path | None = None, page: Path | None = None) -> list[str]:
+    """Return blocks as sections of a page. figures: folder of the charts' PNG files, which `page` links to."""
+    from grbench.report.page import Bullets, Figure, Heading, Table, Text
+
+    parts: list[str] = []
+    for block in blocks:
+        match block:
+            case Heading(text):
+                parts.append(f"## {text}")
+            case Text(text):
+                parts.append(text)
+            case Bullets(lines):
+                parts += bullets(lines)
+            case Table(heads, rows):
+                parts.append(table(heads, rows))
+            case Figure(name, chart) if figures and page:
+                link = quote(Path(os.path.relpath(figures / f"{name}.png", page.parent)).as_posix())
+                parts += [f"![{chart.title}]({link})", *bullets(chart.notes)]
+    return parts
 
 
 class Code(str):

@@ -1,209 +1,200 @@
-"""The report page: one Markdown file with its figures beside it."""
+"""The report: its content as blocks, which `markdown.py` and `html.py` write."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from dataclasses import dataclass, field
+from typing import Any
 
-from grbench.execution.records import RunRecord
-from grbench.report import plots
-from grbench.report.cells import MISSING, Cell, command, figure, flatten, labels, shown
+from grbench.execution.records import RunRecord, Status
+from grbench.report.cells import MISSING, Cell, command, flatten, labels, shown
+from grbench.report.charts import Chart, charts
 from grbench.report.findings import findings
-from grbench.report.frame import HITS, PARTS, PERCENTILES, cells_frame, samples_problem, within_limit
-from grbench.report.markdown import bullets, code, table
+from grbench.report.frame import has_samples, samples_problem
+from grbench.report.groups import Group, Row, group_cells
+from grbench.report.markdown import code
 from grbench.report.provenance import origin_line
-from grbench.report.repeats import pooled, run_count
-from grbench.report.table import columns_for, notes
+from grbench.report.table import MOST_COLUMNS, columns_for, notes, without_least_needed
 
-if TYPE_CHECKING:
-    import pandas as pd
+NO_SAMPLES = "no samples beside the record (row {}): its distribution and parts of the latency are not drawn"
 
 
-def write_page(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence[str] = ()) -> list[Path]:
-    """Write `out` and its figures under `<out's stem>_files/`. Returns all written paths, the page first.
+@dataclass(frozen=True)
+class Heading:
+    """A heading of a section."""
 
-    `remarks` are lines for the reader, such as records that could not be read. Samples that can't be read cost only
-    their cell's curves, with a remark.
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list."""
+
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart; `name` is unique on the page."""
+
+    name: str
+    chart: Chart = field(repr=False)
+
+
+Block = Heading | Text | Bullets | Table | Figure
+
+
+def blocks(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: bool = True) -> list[Block]:
+    """Return the content of a report: findings, a section for each group of comparable cells, how it was measured.
+
+    remarks: lines for the reader, such as records that could not be read. Samples that can't be read cost only their
+    cell's curves, with a line that says why.
     """
-    figures = draw(cells, out.parent / f"{out.stem}_files")
-    problems = [samples_problem(folder) for folder, record in cells if record.ok]
-    damaged = [why for why in problems if why] if not all(problems) else []
-    remarks = [origin_line([record.environment for _, record in cells]), *remarks, *damaged]
-    sections = [f"# {title}", *cell_sections(cells, remarks, _figure_section(figures, out))]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    return [out, *figures]
-
-
-def cell_sections(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: Sequence[str] = ()) -> list[str]:
-    """Return the sections of a page, from the summary to the commands. figures: the section of figures."""
-    frame = cells_frame(cells)
     records = [record for _, record in cells]
-    recorded = [record.environment for record in records]
+    groups = group_cells(cells)
+    rows = [row for group in groups for row in group.rows]
+    content: list[Block] = [Text(_summary(records))]
+    if len(groups) > 1:
+        content += _bullets([finding.sentence for finding in findings(records)])
+    content += _bullets(remarks)
+    for number, group in enumerate(groups, 1):
+        content += _group_blocks(number, group, figures)
+    if any(record.ok for record in records):
+        content += [Heading("How to read the tables"), *_bullets(_legend(records))]
+    content += _failures(rows)
+    content += environment_blocks([(row.number, row.record.environment) for row in rows])
+    content += _requested_and_actual(rows)
+    names = labels([row.record for row in rows])
+    commands = [[str(row.number), name, code(command(row.record))] for row, name in zip(rows, names, strict=True)]
+    return [*content, Heading("Run it again"), Table(["#", "cell", "command"], commands)]
+
+
+def origin(cells: Sequence[Cell]) -> str:
+    """Return the line about commit and machine, by the numbers of the rows."""
+    rows = [row for group in group_cells(cells) for row in group.rows]
+    return origin_line([row.record.environment for row in rows])
+
+
+def _summary(records: Sequence[RunRecord]) -> str:
+    days = sorted({record.started_at[:10] for record in records})
+    ok = sum(record.ok for record in records)
+    return f"{len(records)} cells, {ok} OK, measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
+
+
+def _group_blocks(number: int, group: Group, figures: bool) -> list[Block]:
+    records = [row.record for row in group.rows]
+    all_ok = all(record.ok for record in records)
+    lead = ["#", "cell", *([] if all_ok else ["status"])]
+    columns = without_least_needed(columns_for(records), MOST_COLUMNS - len(lead))
+    lines = []
+    for row in group.rows:
+        figures_of = [column.text(row.record) if row.record.ok else MISSING for column in columns]
+        lines.append([str(row.number), row.name, *([] if all_ok else [row.record.status]), *figures_of])
+    content: list[Block] = [Heading(group.title)]
+    content += [Text(group.sentence)] if group.sentence else []
+    content += [Table([*lead, *(column.heading for column in columns)], lines)]
+    content += _bullets(notes(records, [f"row {row.number}" for row in group.rows]))
+    if figures:
+        content += _bullets(_without_samples(group))
+        content += [Figure(f"{number}_{chart.key}", chart) for chart in charts(group)]
+    return content
+
+
+def _without_samples(group: Group) -> list[str]:
+    """Return lines about the rows whose samples can't be drawn."""
+    bare = [row.number for row in group.ok if not has_samples(row.folder)]
+    damaged = [samples_problem(row.folder) for row in group.ok if row.number not in bare]
+    return [*([NO_SAMPLES.format(spans(bare))] if bare else []), *filter(None, damaged)]
+
+
+def _legend(records: Sequence[RunRecord]) -> list[str]:
+    """Return the meaning of every column that some table has."""
+    shown_columns = [column.legend for column in columns_for(list(records))]
     return [
-        _summary(frame),
-        *bullets([finding.sentence for finding in findings(records)]),
-        *bullets(remarks),
-        "## Comparison",
-        _comparison(frame, records, _different(recorded)),
-        "Times in milliseconds. Percentiles are samples, not interpolated; in brackets their 95% interval.",
-        *bullets(notes(records, [f"row {number}" for number in frame.index])),
-        *_repeats(records),
-        *_failures(frame),
-        *figures,
-        *environment_section(recorded),
-        *_requested_and_actual(records),
-        "## Run it again",
-        table(["#", "cell", "command"], [[str(n), cell, code(command(r))] for n, cell, r in _numbered(records)]),
+        *shown_columns,
+        "[ ]: 95% interval; percentiles are samples, not interpolated",
+        f"{MISSING}: does not apply",
     ]
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> dict[Path, plots.Plot]:
-    """Draw the figures of `cells` into `folder`. Distributions and shares of time are of cells with samples."""
-    frame = cells_frame(cells)
-    ok = frame[frame["status"] == "OK"]
-    if ok.empty:
-        return {}
-    sampled = ok[[not samples_problem(path) for path in ok["folder"]]]
-    named = {
-        **({"latency_cdf.png": (plots.plot_latency_cdf, sampled)} if len(sampled) else {}),
-        "throughput_latency.png": (plots.plot_throughput_latency, ok),
-        **({"time_shares.png": (plots.plot_time_shares, sampled)} if len(sampled) else {}),
-        **({"hit_mix.png": (plots.plot_hit_mix, ok)} if HITS[0] in frame else {}),
-    }
-    return {folder / name: plot(drawn, folder / name) for name, (plot, drawn) in named.items()}
+def _bullets(lines: Sequence[str]) -> list[Block]:
+    return [Bullets(lines)] if lines else []
 
 
-def _numbered(records: Sequence[RunRecord]) -> list[tuple[int, str, RunRecord]]:
-    return [(n, label, r) for n, (label, r) in enumerate(zip(labels(records), records, strict=True), 1)]
-
-
-def _summary(frame: pd.DataFrame) -> str:
-    ok = int((frame["status"] == "OK").sum())
-    days = sorted({started[:10] for started in frame["started_at"]})
-    return f"{len(frame)} cells, {ok} OK, measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
-
-
-def _comparison(frame: pd.DataFrame, records: Sequence[RunRecord], environments: list[dict[str, str]]) -> str:
-    knobs: list[str] = ["cell"]
-    several = len(environments) > 1
-    heads = ["#", *knobs, *(["environment"] if several else []), "status", "throughput rps", "goodput rps"]
-    heads += [name.removeprefix("latency_ms/") for name in PERCENTILES]
-    heads += [f"{part.removesuffix('_ms')} p50" for part in PARTS]
-    cached = HITS[0] in frame  # some cell has a user-state cache
-    heads += ["hits on device / host, %"] if cached else []
-    compared = [record.gate.get("measured") for record in records]
-    heads += ["gate error / allowed", *(["answers compared"] if any(compared) else []), "p99 within limit"]
-    rows = []
-    verdicts = within_limit(frame)
-    for (number, row), record, sample, verdict in zip(frame.iterrows(), records, compared, verdicts, strict=True):
-        ok = record.ok
-        cells = [str(number), *(str(row[key]) for key in knobs)]
-        if several:
-            cells.append(_letter(environments.index(_flat(record.environment))))
-        offline = record.spec["scenario"]["name"] == "offline"  # its latency is the time in a queue of all requests
-        late = [figure(row["goodput_rps"])]
-        late += [_with_interval(row, name) if row[name] == row[name] or not ok else "withheld" for name in PERCENTILES]
-        cells += [row["status"], figure(row["throughput_rps"]), *([MISSING] * len(late) if offline else late)]
-        cells += [MISSING if offline and part == "queue_ms" else figure(row[f"{part}/p50"]) for part in PARTS]
-        if cached:
-            cells.append(MISSING if row[HITS[0]] != row[HITS[0]] else " / ".join(figure(100 * row[n]) for n in HITS))
-        gate = [figure(row[name]) for name in ("gate_error", "gate_tolerance")]
-        cells.append(MISSING if gate == [MISSING, MISSING] else " / ".join(gate))
-        if any(compared):
-            cells.append(f"{sample['checked']} of {sample['answers']}" if sample else MISSING)
-        cells.append(MISSING if offline else verdict)
-        rows.append(cells)
-    return table(heads, rows)
-
-
-def _repeats(records: Sequence[RunRecord]) -> list[str]:
-    """Return the section of cells that ran several times, which is empty if none did."""
-    several = [record for record in pooled(records) if run_count(record) > 1]
-    if not several:
-        return []
-    columns = [column for column in columns_for(several) if column.heading != "gate"]
-    rows = [
-        [label, *(column.text(record) for column in columns)]
-        for record, label in zip(several, labels(several), strict=True)
+def _failures(rows: Sequence[Row]) -> list[Block]:
+    failed = [
+        [str(row.number), row.name, str(row.record.status), row.record.error or "no reason was recorded"]
+        for row in rows
+        if row.record.status is not Status.OK
     ]
-    note = "Means of several runs with other seeds. The 95% intervals have the spread between runs."
-    return ["## Repeated cells", table(["cell", *(column.heading for column in columns)], rows), note]
+    return [Heading("Cells without a result"), Table(["#", "cell", "status", "reason"], failed)] if failed else []
 
 
-def _with_interval(row: pd.Series, name: str) -> str:
-    low, high = row[f"{name}/low"], row[f"{name}/high"]
-    return figure(row[name]) + (f" [{figure(low)}, {figure(high)}]" if low == low else "")
+def environment_blocks(recorded: Sequence[tuple[int, dict[str, Any]]]) -> list[Block]:
+    """Return the section about machines and versions, with a column for each different environment and its rows."""
+    different: list[tuple[dict[str, str], list[int]]] = []
+    for number, environment in recorded:
+        flat = {key: "none" if value in ([], {}) else shown(value) for key, value in flatten(environment).items()}
+        for known, numbers in different:
+            if known == flat:
+                numbers.append(number)
+                break
+        else:
+            different.append((flat, [number]))
+    keys = dict.fromkeys(key for environment, _ in different for key in environment)
+    heads = [f"rows {spans(numbers)}" for _, numbers in different] if len(different) > 1 else ["all rows"]
+    return [
+        Heading("Environment"),
+        Table(["", *heads], [[key, *(e.get(key, MISSING) for e, _ in different)] for key in keys]),
+    ]
 
 
-def _failures(frame: pd.DataFrame) -> list[str]:
-    failed = frame[frame["status"] != "OK"]
-    if failed.empty:
-        return []
-    rows = [[str(number), row["cell"], row["status"], row["error"]] for number, row in failed.iterrows()]
-    return ["## Cells without a result", table(["#", "cell", "status", "reason"], rows)]
+def spans(numbers: Sequence[int]) -> str:
+    """Return sorted numbers as "1-3, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _figure_section(figures: dict[Path, plots.Plot], out: Path) -> list[str]:
-    if not figures:
-        return ["No cell is OK: there is nothing to plot."]
-    parts = ["## Figures"]
-    for path, plot in figures.items():
-        link = quote(Path(os.path.relpath(path, out.parent)).as_posix())
-        parts += [f"![{plot.figure.axes[0].get_title()}]({link})", *bullets(plot.notes)]
-    if "latency_cdf.png" not in {path.name for path in figures}:
-        parts.append("No samples are beside the records: latency distributions and shares of time are not drawn.")
-    return parts
-
-
-def environment_section(recorded: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the section about machines and versions, with a column for each different environment."""
-    environments = _different(recorded)
-    keys = dict.fromkeys(key for environment in environments for key in environment)
-    heads = ["", *(_letter(i) for i in range(len(environments)))] if len(environments) > 1 else ["", "all rows"]
-    return ["## Environment", table(heads, [[key, *(e.get(key, MISSING) for e in environments)] for key in keys])]
-
-
-def _flat(environment: dict[str, Any]) -> dict[str, str]:
-    return {key: "none" if value in ([], {}) else shown(value) for key, value in flatten(environment).items()}
-
-
-def _different(recorded: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return each environment once, in the order in which they come, flattened."""
-    different: list[dict[str, str]] = []
-    for environment in map(_flat, recorded):
-        if environment not in different:
-            different.append(environment)
-    return different
-
-
-def _letter(index: int) -> str:
-    return chr(ord("A") + index) if index < 26 else f"E{index + 1}"
-
-
-def _requested_and_actual(records: Sequence[RunRecord]) -> list[str]:
+def _requested_and_actual(rows: Sequence[Row]) -> list[Block]:
     """List options whose actual value differs from the requested one, such as engine.device=auto on cuda.
 
-    Options with equal values share a row.
+    Options with equal values share a line.
     """
-    cells: dict[tuple[str, str, str], list[str]] = {}
-    for number, _, record in _numbered(records):
-        ran = flatten(record.actual)
-        for key, asked in flatten(record.requested).items():
+    cells: dict[tuple[str, str, str], list[int]] = {}
+    for row in rows:
+        ran = flatten(row.record.actual)
+        for key, asked in flatten(row.record.requested).items():
             found = _ran(key, ran)
             if found is not None and found != shown(asked):
-                cells.setdefault((key, shown(asked), found), []).append(str(number))
-    rows: dict[tuple[str, str, str], list[str]] = {}
+                cells.setdefault((key, shown(asked), found), []).append(row.number)
+    lines: dict[tuple[str, str, str], list[str]] = {}
     for (key, asked, found), who in cells.items():
-        where = "all" if len(who) == len(records) else ", ".join(who)
-        rows.setdefault((asked, found, where), []).append(key)
-    if not rows:
+        where = "all" if len(who) == len(rows) else spans(who)
+        lines.setdefault((asked, found, where), []).append(key)
+    if not lines:
         return []
-    lines = [[", ".join(keys), *rest] for rest, keys in rows.items()]
-    return ["## Requested and actual", table(["option", "requested", "actual", "cells"], lines)]
+    table = [[", ".join(keys), *rest] for rest, keys in lines.items()]
+    return [Heading("Requested and actual"), Table(["option", "requested", "actual", "rows"], table)]
 
 
 def _ran(key: str, ran: dict[str, Any]) -> str | None:

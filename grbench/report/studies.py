@@ -22,9 +22,11 @@ from grbench.execution import results
 from grbench.execution.records import RECORD_FILE, SAMPLES_FILE, unreadable
 from grbench.report.cells import Cell, labels
 from grbench.report.frame import ReportError, has_samples, read_cells
-from grbench.report.page import cell_sections, draw, environment_section
+from grbench.report.markdown import sections as written
+from grbench.report.page import Figure, blocks, environment_blocks
 from grbench.report.provenance import Origin, check_origin
 from grbench.report.results import results_sections
+from grbench.report.write import draw
 
 NOTES, PAGE, RECORDS, FIGURES = "notes.md", "README.md", "records", "figures"
 SMALL = 512 * 1024  # bytes: samples are kept where those of all cells take no more
@@ -49,10 +51,11 @@ def study_page(folder: Path) -> str:
     sections = [title, HEADER, f"Measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}: {origin}."]
     sections += [f"The study: [{path}](../../{path})." for path in _definitions(folder, cells, tables)]
     sections += ["## Notes", prose.strip()] if prose.strip() else []
-    sections += ["## Summary", *cell_sections(cells)] if cells else []
+    sections += ["## Summary", *written(blocks(cells, figures=False))] if cells else []
     if tables:
         sections += results_sections([(path.parent.name, data) for path, data in tables])
-        sections += [] if cells else environment_section([data["environment"] for _, data in tables])
+        environments = [(number, data["environment"]) for number, (_, data) in enumerate(tables, 1)]
+        sections += [] if cells else written(environment_blocks(environments))
     return "\n\n".join(sections) + "\n"
 
 
@@ -62,7 +65,7 @@ def rebuild(folder: Path) -> Path:
     page.write_text(study_page(folder), encoding="utf-8")
     shutil.rmtree(folder / FIGURES, ignore_errors=True)
     if cells := _read(folder / RECORDS)[0]:
-        draw(cells, folder / FIGURES)
+        draw([block for block in blocks(cells) if isinstance(block, Figure)], folder / FIGURES)
     return page
 
 

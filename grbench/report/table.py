@@ -12,7 +12,8 @@ from rich.text import Text
 
 from grbench.execution.records import RunRecord, Status
 from grbench.report.cells import MISSING, Cell, figure, labels
-from grbench.report.findings import findings, limit_verdict
+from grbench.report.findings import comparable, findings, limit_verdict
+from grbench.report.groups import best_first
 from grbench.report.repeats import pooled, run_count
 
 MOST_COLUMNS = 10
@@ -21,12 +22,11 @@ STYLES = {Status.OK: "green", Status.UNAVAILABLE: "yellow", Status.INTERRUPTED: 
 
 
 class Column(NamedTuple):
-    """Column of figures: heading, legend, the function that formats a record, and if it is always shown."""
+    """Column of figures: heading, legend, and the function that formats a record."""
 
     heading: str
     legend: str
     text: Callable[[RunRecord], str]
-    always: bool = True
 
 
 def _metric(name: str, percent: bool = False) -> Callable[[RunRecord], str]:
@@ -48,6 +48,15 @@ def _of_latency(name: str, interval: bool = False) -> Callable[[RunRecord], str]
         return f"{value} [{figure(ends[0])}, {figure(ends[1])}]" if interval and ends and value != MISSING else value
 
     return text
+
+
+def _compared(record: RunRecord) -> str:
+    sample = record.gate.get("measured")
+    return f"{sample['checked']} of {sample['answers']}" if sample else MISSING
+
+
+def _p90(record: RunRecord) -> str:
+    return MISSING if "latency_ms/p99" in record.metrics else _of_latency("latency_ms/p90", True)(record)
 
 
 def _throughput(record: RunRecord) -> str:
@@ -86,37 +95,48 @@ COLUMNS = [  # in the order of the table
         "p99: 99% of answers are faster; its 95% interval",
         _of_latency("latency_ms/p99", True),
     ),
+    Column("p90 ms", "p90: of cells with too few requests for a p99", _p90),
     Column("in limit", "in limit: p99 keeps latency_limit_ms (unsure: its interval does not tell)", limit_verdict),
     Column("queue", "queue: median milliseconds of waiting", _of_latency("queue_ms/p50")),
     Column("compute", "compute: median milliseconds on the device", _metric("compute_ms/p50")),
-    Column("retrieve + rank", "retrieve + rank: median milliseconds of the pipeline's stages", _stages, always=False),
-    Column("hits %", "hits: requests that found cached state", _metric("cache/hit_rate", percent=True), always=False),
-    Column("AUC", "AUC: by the engine's scores, one a task", _auc, always=False),
+    Column("retrieve + rank", "retrieve + rank: median milliseconds of the pipeline's stages", _stages),
+    Column("hits %", "hits: requests that found cached state", _metric("cache/hit_rate", percent=True)),
+    Column("AUC", "AUC: by the engine's scores, one a task", _auc),
     Column(
         "runs",
         "runs: repeats with other seeds; figures are their means, and intervals have the spread between them",
         lambda record: str(run_count(record)) if run_count(record) > 1 else MISSING,
-        always=False,
     ),
+    Column("compared", "compared: answers of the measurement that were compared with the reference", _compared),
     Column("gate", "gate: error against the fp32 reference, as a share of the tolerance", _gate),
 ]
-LEAST_NEEDED = ["queue", "compute", "p50 ms", "in limit", "hits %", "retrieve + rank"]  # dropped first to last
+# Dropped first to last.
+LEAST_NEEDED = ["compared", "queue", "compute", "p90 ms", "p50 ms", "in limit", "hits %", "retrieve + rank"]
 UNSEEN = "latency_ms/p99.9 withheld"  # begins a note on a percentile that the table has no column for
 
 
 def columns_for(records: list[RunRecord]) -> list[Column]:
     """Return the columns that these records fill."""
     ok = [record for record in records if record.ok]
-    return [c for c in COLUMNS if c.always or any(c.text(record) != MISSING for record in ok)]
+    return [column for column in COLUMNS if any(column.text(record) != MISSING for record in ok)]
 
 
 def fitting(columns: list[Column], records: list[RunRecord], width: int) -> list[Column]:
     """Drop the least needed of `columns` until they fit MOST_COLUMNS and `width` characters."""
     status = max(len(record.status) for record in records)
     widths = {c.heading: max(len(c.heading), *(len(c.text(record)) for record in records)) for c in columns}
+    columns = without_least_needed(columns, MOST_COLUMNS - 2)
     for heading in LEAST_NEEDED:
-        needed = NARROWEST_CELL + GAP + status + sum(GAP + widths[c.heading] for c in columns)
-        if needed <= width and len(columns) + 2 <= MOST_COLUMNS:
+        if NARROWEST_CELL + GAP + status + sum(GAP + widths[c.heading] for c in columns) <= width:
+            break
+        columns = [column for column in columns if column.heading != heading]
+    return columns
+
+
+def without_least_needed(columns: list[Column], most: int) -> list[Column]:
+    """Drop the least needed of `columns` until at most `most` are left."""
+    for heading in LEAST_NEEDED:
+        if len(columns) <= most:
             break
         columns = [column for column in columns if column.heading != heading]
     return columns
@@ -138,14 +158,14 @@ def cells_table(records: list[RunRecord], columns: list[Column]) -> Table:
 def print_cells(console: Console, cells: list[Cell]) -> None:
     """Print the table of `cells`, its legend, errors, notes and findings. Nothing is wrapped in a pipe.
 
-    Repeats of a cell share a row.
+    Repeats of a cell share a row. The best of the cells that can be compared comes first.
     """
     if not cells:
         return
     if not console.is_terminal:
         console = Console(file=console.file, width=1000, color_system=None)
     every = [record for _, record in cells]
-    records = pooled(every)
+    records = [record for group in comparable(every) for record in best_first(pooled(group))]
     columns = fitting(columns_for(records), records, console.width)
     console.print(cells_table(records, columns))
     if any(record.ok for record in records):
@@ -155,14 +175,17 @@ def print_cells(console: Console, cells: list[Cell]) -> None:
         if not record.ok:
             line = f"{record.status} {label}: {record.error or 'no reason was recorded'}"
             console.print(Text(line, style=STYLES.get(record.status, "red")), soft_wrap=True)
-    for note in (note for note in notes(records) if not note.startswith(UNSEEN)):
+    for note in notes(records):
         console.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
     for finding in findings(every):
         console.print(Text(finding.sentence, style="bold"), soft_wrap=True)
 
 
 def notes(records: list[RunRecord], names: Sequence[str] = ()) -> list[str]:
-    """Return each note once, followed by the cells that have it, unless all have it. names: their labels by default."""
+    """Return each note once, followed by the cells that have it, unless all have it, without those of `UNSEEN`.
+
+    names: of the cells, their labels by default.
+    """
 
     def of(who: list[str]) -> str:
         if len(who) == len(records):
@@ -171,6 +194,6 @@ def notes(records: list[RunRecord], names: Sequence[str] = ()) -> list[str]:
 
     carriers: dict[str, list[str]] = {}
     for record, label in zip(records, names or labels(records), strict=True):
-        for note in dict.fromkeys(record.notes):
+        for note in dict.fromkeys(note for note in record.notes if not note.startswith(UNSEEN)):
             carriers.setdefault(note, []).append(label)
     return [note + of(who) for note, who in carriers.items()]

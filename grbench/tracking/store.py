@@ -120,12 +120,12 @@ class Store:
     def _log_comparison(self, run_id: str, cells: list[Cell]) -> list[str]:
         """Attach the report page of the cells. Returns the artifact paths of its pictures."""
         from grbench.report.frame import ReportError
-        from grbench.report.page import write_page
+        from grbench.report.write import write_report
 
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "comparison.md"
             try:
-                written = write_page(cells, out, "Comparison")
+                written = write_report(cells, out, "Comparison")
             except (ReportError, OSError) as e:  # a damaged samples file costs only the page
                 self._client.set_tag(run_id, "comparison", f"not written: {one_line(e)}")
                 return []

@@ -1,4 +1,4 @@
-"""notebooks/compare_runs.ipynb, executed in a fresh kernel against records and an MLflow store."""
+"""The notebooks, each executed in a fresh kernel against records."""
 
 from __future__ import annotations
 
@@ -10,33 +10,21 @@ from typing import Any
 
 import nbformat
 import pytest
-from helpers.cells import ink, log_to_mlflow, write_cell
+from helpers.cells import ink, write_cell
+from helpers.checkout import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from grbench.execution import records
+from grbench.execution import records, results
 from grbench.execution.records import Status
 
-NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "compare_runs.ipynb"
-PROBE = """
-import json
-print(json.dumps({
-    "found": [finding.sentence for finding in found],
-    "knobs": knobs,
-    "comparison": comparison["status"].tolist(),
-    "failures": failures["error"].tolist(),
-    "torch_rps": pivots["throughput_rps"].loc["torch"].tolist(),
-    "costliest": costliest.to_dict(),
-    "verdicts": verdicts["within_limit"].tolist(),
-    "in_time": verdicts["in_time"].iloc[0],
-    "tracked": sorted(runs["metrics.throughput_rps"].dropna()),
-}))
-"""
+NOTEBOOKS = ROOT / "notebooks"
+NAMES = ["cache", "compare_runs", "kernels", "quality", "strategy"]
 
 
 @pytest.fixture
 def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the notebook on this very interpreter, whichever kernels are installed here."""
+    """Run a notebook on this very interpreter, whichever kernels are installed here; `probe` is printed at its end."""
     kernel = tmp_path / "jupyter" / "kernels" / "grbench_test"
     kernel.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -45,11 +33,10 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
 
-    def run(root: Path, probe: str | None = None) -> nbformat.NotebookNode:
+    def run(name: str, root: Path, probe: str = "None") -> nbformat.NotebookNode:
         monkeypatch.setenv("GRBENCH_OUTPUT", str(root))
-        notebook = nbformat.read(NOTEBOOK, as_version=4)
-        if probe:
-            notebook.cells.append(nbformat.v4.new_code_cell(probe))
+        notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({probe}))"))
         client = NotebookClient(notebook, timeout=120, kernel_name="grbench_test")
         try:
             client.execute(cwd=str(tmp_path))
@@ -65,47 +52,51 @@ def outputs(notebook: nbformat.NotebookNode, kind: str) -> list[Any]:
     return [output for output in given if output.output_type == kind]
 
 
-def test_stored_without_outputs_and_explained() -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
-    assert sum(cell.cell_type == "markdown" for cell in notebook.cells) >= 6
+def probed(notebook: nbformat.NotebookNode) -> Any:
+    assert "failed" not in notebook.metadata, outputs(notebook, "error")
+    return json.loads(notebook.cells[-1].outputs[-1].text)
 
 
-def test_compares_cells_and_picks_the_best_within_the_limit(execute: Any, tmp_path: Path) -> None:
+def pictures(notebook: nbformat.NotebookNode) -> int:
+    """The number of pictures, each of which shows something."""
+    shown = [*outputs(notebook, "display_data"), *outputs(notebook, "execute_result")]
+    pngs = [output.data["image/png"] for output in shown if "image/png" in output.data]
+    assert all(ink(base64.b64decode(png)) > 0.005 for png in pngs)
+    return len(pngs)
+
+
+def test_each_is_stored_without_outputs_and_begins_with_its_question() -> None:
+    assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == NAMES
+    for name in NAMES:
+        notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        nbformat.validate(notebook)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert all(cell.outputs == [] and cell.execution_count is None for cell in code), name
+        title, _, question, *_ = notebook.cells[0].source.splitlines()
+        assert title.startswith("# ") and question.startswith("**") and question.endswith("?**"), name
+
+
+def test_compare_runs_ranks_the_cells_of_a_group(execute: Any, tmp_path: Path) -> None:
     root = tmp_path / "outputs"
     write_cell(root / "0", "kernel=torch", "scenario.max_batch=8")
     write_cell(root / "1", "kernel=triton", "scenario.max_batch=8", queries=2000, scale=0.4)
-    write_cell(root / "2", "kernel=triton", "scenario.max_batch=32", queries=4000, scale=9.0)  # too late
-    write_cell(root / "3", "kernel=torch", "scenario.max_batch=32", queries=1200)
-    write_cell(root / "4", "kernel=cutlass", status=Status.OOM, error="memory ran out")
-    log_to_mlflow(root, root)
-
-    notebook = execute(root, PROBE)
-
-    assert "failed" not in notebook.metadata, outputs(notebook, "error")
-    found = json.loads(notebook.cells[-1].outputs[-1].text)
-    (sentence,) = found["found"]
-    assert sentence.startswith("At 100 requests/s, hstu kernel=triton max_batch=8 has the lowest p99: ")
-    assert found["knobs"] == ["kernel", "scenario.max_batch"]
-    assert found["comparison"] == ["OK", "OK", "OK", "OK", "OOM"]
-    assert found["failures"] == ["memory ran out"]
-    assert found["torch_rps"] == [150.0, 120.0]
-    assert set(found["costliest"].values()) == {"queue_ms"}
-    assert found["verdicts"] == ["yes", "yes", "no", "yes", "-"]
-    metrics = records.load(root / "0").metrics
-    assert found["in_time"] == pytest.approx(metrics["goodput_rps"] / metrics["throughput_rps"])
-    assert found["tracked"] == [120.0, 150.0, 200.0, 400.0]
-    pngs = [o.data["image/png"] for o in outputs(notebook, "execute_result") if "image/png" in o.data]
-    assert len(pngs) == 3
-    assert all(ink(base64.b64decode(png)) > 0.01 for png in pngs)
+    write_cell(root / "2", "kernel=cutlass", status=Status.OOM, error="memory ran out")
+    notebook = execute(
+        "compare_runs",
+        root,
+        "[[g.sentence for g in groups], failures.error.tolist(), [r.name for r in groups[0].rows]]",
+    )
+    [sentence], failed, names = probed(notebook)
+    assert sentence.startswith("At 100 requests/s, hstu kernel=triton has the lowest p99: ")
+    assert failed == ["memory ran out"]
+    assert names == ["hstu kernel=triton", "hstu kernel=torch", "hstu kernel=cutlass"]
+    assert pictures(notebook) == 3
 
 
 def test_an_empty_root_is_explained_in_one_line(execute: Any, tmp_path: Path) -> None:
     root = tmp_path / "empty"
     root.mkdir()
-    notebook = execute(root)
+    notebook = execute("compare_runs", root)
     assert notebook.metadata["failed"]
     (error,) = outputs(notebook, "error")
     message = f"no record found under {root}; `python -m grbench runner.output_root={root}` makes one"
@@ -113,11 +104,59 @@ def test_an_empty_root_is_explained_in_one_line(execute: Any, tmp_path: Path) ->
     assert error.evalue == message
 
 
-def test_a_single_untracked_cell_is_enough(execute: Any, tmp_path: Path) -> None:
-    write_cell(tmp_path / "outputs" / "0", queries=300)
-    notebook = execute(tmp_path / "outputs")
-    assert "failed" not in notebook.metadata, outputs(notebook, "error")
-    text = "".join(output.text for output in outputs(notebook, "stream"))
-    assert "named by: engine, scenario" in text
-    assert "At 100 requests/s, hstu has a p90 of " in text
-    assert "these runs were not tracked" in text
+def test_strategy_finds_the_highest_load_within_the_limit(execute: Any, tmp_path: Path) -> None:
+    for engine, scale in (("hstu", 1.0), ("aoti", 4.0)):
+        for load in (50, 100):
+            folder = tmp_path / "outputs" / f"{engine}{load}"
+            record = write_cell(folder, f"engine={engine}", f"scenario.target_qps={load}", scale=scale * load / 50)
+            record.metrics["throughput_rps"] = load
+            records.save(record, folder)
+    notebook = execute("strategy", tmp_path / "outputs", "[groups[0].sentence, table.in_limit.tolist()]")
+    sentence, verdicts = probed(notebook)
+    assert sentence.startswith("In server, hstu: the highest load with p99 within 80 ms is 100 requests/s")
+    assert verdicts[:2] == ["yes", "yes"]
+    assert pictures(notebook) == 2
+
+
+def test_cache_compares_policies_with_the_optimum(execute: Any) -> None:
+    """The data are the records that the project keeps."""
+    notebook = execute("cache", ROOT / "reports", "[len(jobs), of_belady['mean'].to_dict(), len(drawn)]")
+    jobs, of_belady, drawn = probed(notebook)
+    assert jobs == 16 and drawn == 1
+    assert {"lru", "lfu", "gdsf", "predictive"} <= of_belady.keys()
+    assert all(50 < share <= 100 for share in of_belady.values())
+    assert pictures(notebook) == 2
+
+
+def test_kernels_names_the_fastest_variant(execute: Any, tmp_path: Path) -> None:
+    def row(variant: str, ms: float, **facts: Any) -> dict[str, Any]:
+        metrics = {"latency_ms/p50": ms, "tflops": 1 / ms, "speedup_torch": 2 / ms, "roofline_share": 0.5 / ms}
+        shape = {"family": "layer_norm", "shape": "64x512", "dtype": "fp32"}
+        return {
+            **shape,
+            "variant": variant,
+            "status": "OK",
+            "flops": 10**6,
+            "bytes": 10**5,
+            "metrics": metrics,
+            **facts,
+        }
+
+    rows = [row("torch", 2.0), row("compile", 1.0), row("triton", 9.0, status="UNAVAILABLE", metrics={})]
+    ceilings = {"dtype": "fp32", "tflops": 2.0, "tbps": 0.05, "matmul_size": 1024}
+    facts = {**results.origin(["x"]), "kind": "kernels", "ceilings": ceilings}
+    results.save(tmp_path / "outputs" / "kernels", facts, rows)
+    notebook = execute("kernels", tmp_path / "outputs", "[fastest.variant.tolist(), fastest.x_torch.tolist()]")
+    assert probed(notebook) == [["compile"], [2.0]]
+    assert pictures(notebook) == 1
+
+
+def test_quality_says_what_a_precision_costs(execute: Any, tmp_path: Path) -> None:
+    for precision, auc in (("fp32", 0.8), ("int8", 0.78)):
+        folder = tmp_path / "outputs" / precision
+        record = write_cell(folder, f"engine.precision={precision}")
+        record.actual["precision"], record.gate["quality"] = precision, {"tasks": {"rated": {"auc": auc}}}
+        records.save(record, folder)
+    notebook = execute("quality", tmp_path / "outputs", "loss.to_dict()")
+    assert probed(notebook) == {"fp32": 0.0, "int8": pytest.approx(2.5)}
+    assert pictures(notebook) == 1

@@ -1,0 +1,112 @@
+"""Cells in groups that can be compared, each with its finding, best cell first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grbench.execution.records import RunRecord
+from grbench.report.cells import Cell, labels
+from grbench.report.findings import comparable, findings, limit_verdict, offered_load, scenario_of, unit_of, work_names
+from grbench.report.repeats import pooled
+
+VERBS = {"rank": "Rank", "generate": "Retrieve", "recommend": "Retrieve and rank"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table and a number in the figures: one cell, or the repeats of one."""
+
+    number: int  # from 1, over all groups of a page
+    name: str  # unique in its group
+    record: RunRecord
+    folder: Path  # of the first run, for its samples
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that did the same work: what was asked of them, what was found, and the rows, best first."""
+
+    title: str
+    sentence: str  # "" if no row has a result
+    rows: list[Row]
+
+    @property
+    def ok(self) -> list[Row]:
+        """The rows with figures."""
+        return [row for row in self.rows if row.record.ok and row.record.metrics.get("throughput_rps")]
+
+    @property
+    def loads(self) -> list[float]:
+        """The different offered loads, sorted; empty if the scenario has none."""
+        return sorted({load for row in self.ok if (load := offered_load(row.record)) is not None})
+
+
+def best_first(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return comparable records as `findings` ranks them; those without a result come last.
+
+    At several loads those that keep the latency limit come first, from the highest load down.
+    """
+    several = len({offered_load(record) for record in records}) > 1
+    percentile = next((p for p in ("p99", "p90", "p50") if _all_have(records, f"latency_ms/{p}")), "p50")
+
+    def place(record: RunRecord) -> tuple[float, ...]:
+        if not record.ok:
+            return (1,)
+        if scenario_of(record) == "offline":
+            return 0, -record.metrics.get("throughput_rps", 0.0)
+        latency = record.metrics.get(f"latency_ms/{percentile}", float("inf"))
+        if not several:
+            return 0, latency
+        return 0, limit_verdict(record) != "yes", -(offered_load(record) or 0.0), latency
+
+    return sorted(records, key=place)
+
+
+def group_cells(cells: Sequence[Cell]) -> list[Group]:
+    """Return the groups of comparable cells in the order of their first cell. Repeats share a row."""
+    folders = {(r.spec_hash, r.started_at, r.duration_s): folder for folder, r in cells}
+    split = [best_first(pooled(records)) for records in comparable([record for _, record in cells])]
+    runs = comparable([record for _, record in cells])
+    firsts = [records[0] for records in split]
+    works = list(zip(work_names(firsts), map(_machine, firsts), strict=True))
+    differing = [i for i in (0, 1) if len({work[i] for work in works}) > 1]
+    groups: list[Group] = []
+    number = 0
+    for records, behind, work in zip(split, runs, works, strict=True):
+        rows = []
+        for record, name in zip(records, labels(records), strict=True):
+            number += 1
+            folder = folders[record.spec_hash, record.started_at, record.duration_s]
+            rows.append(Row(number, name, record, folder))
+        sentence = " ".join(finding.sentence for finding in findings(behind))
+        groups.append(
+            Group(
+                _title(records) + (f" ({', '.join(work[i] for i in differing)})" if differing else ""), sentence, rows
+            )
+        )
+    return groups
+
+
+def _all_have(records: Sequence[RunRecord], metric: str) -> bool:
+    return all(metric in record.metrics for record in records if record.ok)
+
+
+def _title(records: Sequence[RunRecord]) -> str:
+    """Return what the rows were asked: the task and the load, and the question if there is a choice."""
+    first = records[0]
+    verb, scenario = VERBS.get(str(first.spec.get("task")), "Answer"), scenario_of(first)
+    loads = {load for record in records if (load := offered_load(record)) is not None}
+    choice = len(records) > 1
+    if scenario == "offline":
+        return f"{verb} offline" + (": which has the highest throughput?" if choice else "")
+    if len(loads) > 1:
+        return f"{verb} in {scenario}: what load keeps the latency limit?"
+    where = f"at {loads.pop():g} {unit_of(first)}" if loads else f"in {scenario}"
+    return f"{verb} {where}" + (": which has the lowest latency?" if choice else "")
+
+
+def _machine(record: RunRecord) -> str:
+    gpus = [gpu.get("name") for gpu in record.environment.get("gpus") or []]
+    return str((gpus or [record.environment.get("cpu")])[0])

@@ -1,0 +1,49 @@
+"""A report as a file: Markdown with PNG figures beside it, one HTML file, CSV or JSON, by the suffix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from grbench.report import rows
+from grbench.report.cells import Cell
+from grbench.report.frame import ReportError
+from grbench.report.markdown import sections
+from grbench.report.page import Figure, blocks, origin
+
+SUFFIXES = (".md", ".html", ".csv", ".json")
+
+
+def write_report(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence[str] = ()) -> list[Path]:
+    """Write `out` and, for Markdown, figures under `<out's stem>_files/`. Returns all written paths, the report first.
+
+    `remarks` are lines for the reader, such as records that could not be read. Raises ReportError for another suffix.
+    """
+    if out.suffix not in SUFFIXES:
+        raise ReportError(f"{out}: the suffix says the form; allowed: {', '.join(SUFFIXES)}")
+    figures: list[Path] = []
+    if out.suffix == ".csv":
+        text = rows.as_csv(cells)
+    elif out.suffix == ".json":
+        text = rows.as_json(cells)
+    else:
+        content = blocks(cells, [origin(cells), *remarks])
+        if out.suffix == ".html":
+            from grbench.report import html
+
+            text = html.page(title, content)
+        else:
+            folder = out.parent / f"{out.stem}_files"
+            figures = draw([block for block in content if isinstance(block, Figure)], folder)
+            text = "\n\n".join([f"# {title}", *sections(content, folder, out)]) + "\n"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    return [out, *figures]
+
+
+def draw(figures: Sequence[Figure], folder: Path) -> list[Path]:
+    """Write each figure as PNG into `folder`. Returns the paths."""
+    paths = [folder / f"{figure.name}.png" for figure in figures]
+    for path, figure in zip(paths, figures, strict=True):
+        figure.chart.png(path)
+    return paths
