@@ -32,7 +32,7 @@ A file of `conf/<group>/` holds only the values that differ from its schema.
 ROOTS = {
     "run": ("Keys without a group", RunConfig),
     "retrieval": ("`retrieval`: for the tasks that generate", RetrievalConfig),
-    "gate": ("`gate`: the check before and after measuring", GateConfig),
+    "gate": ("`gate`: the checks before and after measuring, and of measured answers", GateConfig),
     "runner": ("`runner`: worker processes, which are no part of the measurement", RunnerConfig),
     "kernels": ("`grbench kernels`", KernelBenchConfig),
     "cachesim": ("`grbench cachesim`", CacheSimConfig),

@@ -114,6 +114,7 @@ class MeasuredAnswers:
         self._random = random.Random(seed).random
         self._from_all = _Draw(count)
         self._classes: defaultdict[tuple[str, int | str], _Draw] = defaultdict(lambda: _Draw(EACH_CLASS))
+        self._first, self._shortest, self._longest = (_Draw(EACH_CLASS) for _ in range(3))  # by other numbers
         self._last: list[_Batch] = []
 
     def watch(self, requests: Sequence[Request], result: Any, size: int) -> None:
@@ -137,7 +138,8 @@ class MeasuredAnswers:
         """Return the sample in the order of the run."""
         places = [(batch, i) for batch in self._last for i in reversed(range(len(batch.requests)))]
         last = [batch.answer(i) for batch, i in places[:EACH_CLASS]]
-        drawn = [answer for draw in (self._from_all, *self._classes.values()) for answer in draw]
+        draws = (self._from_all, self._first, self._shortest, self._longest, *self._classes.values())
+        drawn = [answer for draw in draws for answer in draw]
         return [answer for _, answer in sorted({a.number: a for a in (*last, *drawn)}.items())]
 
     def compare(self, judge: Judge) -> MeasuredResult:
@@ -176,9 +178,9 @@ class MeasuredAnswers:
             (of["batch size", size.bit_length()], number),
             (of["place", (place + 1).bit_length()], number),
             (of["events", events.bit_length()], number),
-            (of["events", "shortest"], events),
-            (of["events", "longest"], -events),
-            (of["run", "first"], batch.first + place),
+            (self._first, batch.first + place),
+            (self._shortest, events),
+            (self._longest, -events),
         ]
         if place and place + 1 == size:
             draws.append((of["place", "last"], number))

@@ -32,6 +32,7 @@ SMALL = [
     "workload.num_candidates=6",
     "retrieval.k=5",
     "retrieval.beam_width=12",
+    "gate.measured=8",
 ]
 GENERATE = [*SMALL, "engine=hstu", "engine.device=cpu", "task=generate"]
 PIPELINE = [*SMALL, "engine=pipeline", "engine@engine.retrieve=hstu", "engine@engine.rank=hstu"]
