@@ -90,7 +90,7 @@ class RetrievalConfig:
 
 @dataclass
 class RunnerConfig:
-    """Options of the worker processes. They are no part of the measurement."""
+    """Options of how cells run and what is printed. They are no part of the measurement."""
 
     output_root: str = option("outputs", "folder for records, samples, logs and the MLflow database")
     timeout_s: float = option(1800.0, "time limit of a worker; beyond it: status TIMEOUT", gt=0, le=31_536_000)
@@ -100,6 +100,7 @@ class RunnerConfig:
     memory_limit_gb: float | None = option(
         None, "host memory of a worker, 10^9 bytes; beyond it: status OOM; null: no limit", gt=0, le=1e6
     )
+    print: str = option("table", "form of the cells on standard output at the end", choices=["table", "json", "csv"])
 
 
 def schemas() -> dict[str, dict[str, type]]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import sys
 from pathlib import Path
 from types import TracebackType
 
@@ -32,6 +33,7 @@ class CellSession:
     def __init__(self, run: RunConfig, invocation: Invocation, quiet: bool = False) -> None:
         self._invocation, self._repeats = invocation, run.runner.repeats
         self._total = invocation.total * self._repeats
+        self._form = run.runner.print
         self._jobs: list[Job] = []
         self._cells: list[tuple[Path, RunRecord]] = []
         self._root = Path(run.runner.output_root).absolute()
@@ -129,18 +131,28 @@ class CellSession:
 
         cut_short: what ended the session before its last cell, in a word.
         """
-        from grbench.report.table import print_cells
-
         self.end(bool(cut_short))
-        print_cells(Console(), self._cells)
+        self._print_cells()
         if cut_short:
             left = self._total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)
             again = "; the same sweep goes on from here" if self._sweep_id else ""
             self._screen.print(f"{cut_short} with {left} of {self._total} cells to go{again}")
         where = shlex.quote(os.path.relpath(self._root))
-        compare = where_to_look(self._tracking, self._root) or f"python -m grbench report {where}"
-        self._screen.print(f"records: {where}   compare: {compare}", soft_wrap=True, markup=False, highlight=False)
+        places = {"records": where, "report": f"python -m grbench report {where}"}
+        if runs := where_to_look(self._tracking, self._root):
+            places["MLflow"] = runs
+        self._say("   ".join(f"{name}: {place}" for name, place in places.items()))
         return 0 if all(record.ok for _, record in self._cells) else 1
+
+    def _print_cells(self) -> None:
+        if self._form == "table":
+            from grbench.report.table import print_cells
+
+            print_cells(Console(), self._cells)
+        else:
+            from grbench.report import rows
+
+            sys.stdout.write(rows.as_json(self._cells) if self._form == "json" else rows.as_csv(self._cells))
 
 
 def repeated(job: Job, repeat: int) -> Job:

@@ -256,7 +256,10 @@ def stages(group: Group) -> Chart | None:
         "stages",
         "Stages of the pipeline",
         "median time of the stage, ms",
-        {stage: lambda r, name=f"{stage}_ms/p50": r.metrics.get(name) for stage in ("retrieve", "rank")},
+        {
+            "retrieve": lambda record: record.metrics.get("retrieve_ms/p50"),
+            "rank": lambda record: record.metrics.get("rank_ms/p50"),
+        },
     )
 
 

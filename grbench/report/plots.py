@@ -74,7 +74,7 @@ def _draw(axes: Axes, series: Series, error_on: str) -> None:
     if series.mode == "line":
         axes.plot(series.x, series.y, lw=1.2, **style)
         return
-    error = {}
+    error: dict[str, Any] = {}
     if series.low:
         measured = np.asarray(series.x if error_on == "x" else series.y, dtype=float)
         error = {f"{error_on}err": np.abs([measured - series.low, np.asarray(series.high) - measured])}

@@ -19,8 +19,11 @@ from PIL import Image
 from rich.console import Console
 
 from grbench.cli import main
+from grbench.config.compose import compose_spec
+from grbench.config.jobs import Invocation
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status
+from grbench.execution.session import CellSession
 from grbench.report import (
     cells_frame,
     charts,
@@ -336,6 +339,21 @@ def test_json_has_everything(sweep: Path, tmp_path: Path) -> None:
     assert [cell["status"] for cell in found["cells"]] == ["OK", "OK", "OK", "UNAVAILABLE"]
     assert found["cells"][0]["metrics"] == records.load(sweep / "0").metrics
     assert found["cells"][3]["metrics"] == {} and found["cells"][3]["error"] == "no [GPU] | found; add <one>"
+
+
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_a_run_can_end_with_rows_for_other_programs(sweep: Path, capsys: Capture, form: str) -> None:
+    _, run = compose_spec([f"runner.print={form}", f"runner.output_root={sweep}", "tracking=none"])
+    session = CellSession(run, Invocation((), 4, None))
+    session._cells = read_cells([sweep])
+    assert session.close() == 1
+    said = capsys.readouterr()
+    if form == "json":
+        names = [cell["cell"] for cell in json.loads(said.out)["cells"]]
+    else:
+        names = pd.read_csv(io.StringIO(said.out))["cell"].tolist()
+    assert names[0] == "hstu kernel=torch max_batch=8" and len(names) == 4
+    assert "report: python -m grbench report" in said.err.replace("\n", " ")
 
 
 def test_nothing_is_plotted_when_no_cell_is_ok(tmp_path: Path) -> None:
