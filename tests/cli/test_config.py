@@ -165,7 +165,7 @@ def test_a_sweep_is_expanded_as_hydra_does() -> None:
 
 
 def plan(*overrides: str) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """What each job of a sweep was made from, and what was left out."""
+    """Return what each job of a sweep was made from, and what was left out."""
     prepare_hydra()
     invocation, jobs = plan_jobs("config", to_spec, overrides, multirun=True)
     assert invocation.total == len(jobs)
