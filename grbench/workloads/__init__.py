@@ -7,13 +7,14 @@ from pathlib import Path
 
 from grbench.workloads.config import (
     CsvConfig,
+    FileConfig,
     Ml100kConfig,
     RecBoleConfig,
     RecordedConfig,
     SyntheticConfig,
     WorkloadOptions,
 )
-from grbench.workloads.events import Events
+from grbench.workloads.events import Columns, Events
 from grbench.workloads.trace import Trace
 
 
@@ -45,7 +46,11 @@ def load_events(config: RecordedConfig) -> Events:
         case Ml100kConfig():
             return events.load_recbole(movielens.ml_100k(), sort=True)  # the file is not sorted by time
         case RecBoleConfig():
-            return events.load_recbole(Path(config.path), config.sort)
+            return events.load_recbole(Path(config.path), config.sort, _columns(config))
         case CsvConfig():
-            return events.load_csv(Path(config.path), config.format, config.sort)
+            return events.load_csv(Path(config.path), config.format, config.sort, _columns(config))
     raise TypeError(f"unknown workload {type(config).__name__}")
+
+
+def _columns(config: FileConfig) -> Columns:
+    return Columns(config.user_column, config.item_column, config.time_column, config.rating_column, config.time_unit)

@@ -39,6 +39,18 @@ class FileConfig(RecordedConfig):
 
     path: str = option("???", "the file", file=True)
     sort: bool = option(False, "sort each user's events by time; false: refuse a file out of order")
+    user_column: str | None = option(None, "column of the users; null: by its name, such as user_id")
+    item_column: str | None = option(None, "column of the items; null: by its name, such as item_id")
+    time_column: str | None = option(
+        None, "column of the times; null: by its name, such as timestamp; none: the order of the file counts"
+    )
+    rating_column: str | None = option(
+        None, "column of the ratings; null: by its name, such as rating, if there is one"
+    )
+    time_unit: str = option(
+        "auto", "unit of times that are numbers; auto: the one that puts them between 1980 and 2100",
+        choices=["auto", "s", "ms", "us", "ns"],
+    )  # fmt: skip
 
 
 @dataclass
@@ -50,11 +62,11 @@ class RecBoleConfig(FileConfig):
 
 @dataclass
 class CsvConfig(FileConfig):
-    """MovieLens `ratings.csv` or `ratings.dat`, or a KuaiRand log."""
+    """A table (.csv, .tsv, .parquet) of events, MovieLens `ratings.dat`, or lines of `user item item ...`."""
 
     name: str = option("csv", "name of the workload in records")
     format: str = option(
-        "auto", "auto: by the first line of the file", choices=["auto", "ratings_csv", "ratings_dat", "kuairand"]
+        "auto", "auto: by the first line of the file", choices=["auto", "table", "ratings_dat", "sequences"]
     )
 
 

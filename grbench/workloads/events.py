@@ -7,7 +7,9 @@ file, row, column and value.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-LATEST = 4_102_444_800  # 2100-01-01: a later time is not in seconds
+EARLIEST, LATEST = 315_532_800, 4_102_444_800  # 1980 and 2100: times outside are in another unit
+DAY = 86_400
+UNITS = {
+    "s": ("seconds", 1),
+    "ms": ("milliseconds", 10**3),
+    "us": ("microseconds", 10**6),
+    "ns": ("nanoseconds", 10**9),
+}
+NO_TIMES = "none"
+# Names of columns by what they hold, as MovieLens, KuaiRand, Amazon, Yelp, Steam, Yoochoose and Anime have them.
+KNOWN = {
+    "user": ("user_id", "userId", "user", "uid", "session_id", "reviewerID"),
+    "item": ("item_id", "movieId", "video_id", "business_id", "product_id", "parent_asin", "asin", "item", "iid"),
+    "time": ("timestamp", "time_ms", "unixReviewTime", "datetime", "time", "date"),
+    "rating": ("rating", "stars", "overall"),
+}
 KUAIRAND_ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
 RATING_ACTIONS = ("rated", "liked")  # liked: at least four fifths of the file's highest rating
 FIX = "correct or remove the row"
@@ -43,61 +60,101 @@ class Events:
     action_names: tuple[str, ...]
 
 
-def load_recbole(path: Path, sort: bool) -> Events:
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a file by what they hold. None: the first of `KNOWN` that the file has."""
+
+    user: str | None = None
+    item: str | None = None
+    time: str | None = None  # NO_TIMES: the file has none, and its order counts
+    rating: str | None = None
+    unit: str = "auto"  # of UNITS; auto: the one that puts the times between 1980 and 2100
+
+
+def load_recbole(path: Path, sort: bool, columns: Columns = Columns()) -> Events:
     """Read a RecBole `.inter` file: tab-separated, header of `name:type`, optional rating. Raises DataError."""
     table = _Table(path, delimiter="\t")
     table.rename({name: name.split(":")[0] for name in table.names})
-    return _ratings(table, "user_id", "item_id", "rating" if "rating" in table.names else None, "timestamp", sort)
+    return _interactions(table, columns, sort)
 
 
-def load_csv(path: Path, format: str, sort: bool) -> Events:
-    """Read MovieLens ratings.csv or ratings.dat, or a KuaiRand log. Raises DataError.
+def load_csv(path: Path, format: str, sort: bool, columns: Columns = Columns()) -> Events:
+    """Read a table with a header, MovieLens ratings.dat, or a file of sequences. Raises DataError.
 
     `format="auto"` recognises the format by the first line.
     """
+    if path.suffix == ".parquet":
+        return _interactions(_Table(path), columns, sort)
+    first = _bytes(path)[:4096].split(b"\n")[0]
     if format == "auto":
-        format = _recognise(path)
+        format = _recognise(first)
+    if format == "sequences":
+        return _sequences(path)
     if format == "ratings_dat":
         names = ["userId", "movieId", "rating", "timestamp"]  # the file has no header
-        return _ratings(_Table(path, "::", names), "userId", "movieId", "rating", "timestamp", sort)
-    if format == "ratings_csv":
-        return _ratings(_Table(path), "userId", "movieId", "rating", "timestamp", sort)
-    table = _Table(path)
-    bits = [name for name in KUAIRAND_ACTIONS if name in table.names]
+        return _interactions(_Table(path, "::", names), columns, sort)
+    return _interactions(_Table(path, "\t" if b"\t" in first and b"," not in first else ","), columns, sort)
+
+
+def _recognise(first: bytes) -> str:
+    if b"::" in first:
+        return "ratings_dat"
+    return "sequences" if len(first.split()) > 2 and not set(b",\t") & set(first) else "table"
+
+
+def _interactions(table: _Table, columns: Columns, sort: bool) -> Events:
+    """Return the rows of a table as events: with KuaiRand's columns as its actions, else with a rating or none."""
+    user, item = (table.find(role, getattr(columns, role)) for role in ("user", "item"))
+    time = None if columns.time == NO_TIMES else table.find("time", columns.time)
+    seconds = None if time is None else table.times(time, columns.unit)
+    if bits := [name for name in KUAIRAND_ACTIONS if name in table.names]:
+        actions, weights = _watched(table, bits)
+        return _events(table, user, item, actions, weights, seconds, time, tuple(bits), sort)
+    actions, weights = np.ones(table.rows, dtype=np.int64), np.ones(table.rows)
+    if columns.rating is not None or any(name in table.names for name in KNOWN["rating"]):
+        values = table.numbers(table.find("rating", columns.rating))
+        weights = np.clip(values / max(values.max(), 1e-9), 0.0, 1.0)
+        actions |= (weights >= 0.8).astype(np.int64) << 1
+    return _events(table, user, item, actions, weights, seconds, time, RATING_ACTIONS, sort)
+
+
+def _watched(table: _Table, bits: list[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return the actions and the watched shares of a KuaiRand log."""
     actions = np.zeros(table.rows, dtype=np.int64)
     for bit, name in enumerate(bits):
         actions |= (table.numbers(name) > 0).astype(np.int64) << bit
-    if {"play_time_ms", "duration_ms"} <= set(table.names):
-        duration = np.maximum(table.numbers("duration_ms"), 1.0)
-        weights = np.clip(table.numbers("play_time_ms") / duration, 0.0, 1.0)
-    else:
-        weights = np.ones(table.rows)
-    seconds = table.times("time_ms", per_second=1000)
-    return _events(table, "user_id", "video_id", actions, weights, seconds, "time_ms", tuple(bits), sort)
+    if not {"play_time_ms", "duration_ms"} <= set(table.names):
+        return actions, np.ones(table.rows)
+    duration = np.maximum(table.numbers("duration_ms"), 1.0)
+    return actions, np.clip(table.numbers("play_time_ms") / duration, 0.0, 1.0)
 
 
-def _recognise(path: Path) -> str:
-    first = _bytes(path)[:4096].split(b"\n")[0]
-    if b"::" in first:
-        return "ratings_dat"
-    if b"movieId" in first:
-        return "ratings_csv"
-    if b"video_id" in first:
-        return "kuairand"
-    raise DataError(
-        f"{path}: row 1 is not from MovieLens or KuaiRand ({first[:60].decode(errors='replace')!r}); allowed are "
-        "ratings.csv (userId,movieId,rating,timestamp), ratings.dat (1::1193::5::978300760) and KuaiRand logs "
-        "(user_id,video_id,...,time_ms,...); a RecBole file needs workload=recbole"
+def _sequences(path: Path) -> Events:
+    """Read lines of `user item item ...` in order of time. The file has no times: event k of a user lies on day k."""
+    users: list[str] = []
+    items: list[list[str]] = []
+    for row, line in enumerate(_bytes(path).decode(errors="replace").rstrip().split("\n"), 1):
+        user, *its = line.split() or [""]
+        if not its:
+            raise DataError(f"{path}: row {row} has no items ({line[:60]!r}); a row is: user item item ...; {FIX}")
+        users.append(user)
+        items.append(its)
+    if len(set(users)) < len(users):
+        twice = next(i for i, user in enumerate(users) if user in users[:i])
+        raise DataError(f"{path}: row {twice + 1}: user {users[twice]!r} has a row already; join the two")
+    lengths = np.array([len(its) for its in items])
+    encoded = pa.array([item for its in items for item in its]).dictionary_encode()
+    count, positions = int(lengths.sum()), np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+    return Events(
+        users=np.repeat(np.arange(len(users)), lengths),
+        items=encoded.indices.to_numpy().astype(np.int64),
+        actions=np.ones(count, dtype=np.int64),
+        weights=np.ones(count, dtype=np.float32),
+        timestamps=positions * DAY,
+        num_users=len(users),
+        num_items=len(encoded.dictionary),
+        action_names=RATING_ACTIONS,
     )
-
-
-def _ratings(table: _Table, user: str, item: str, rating: str | None, time: str, sort: bool) -> Events:
-    actions, weights = np.ones(table.rows, dtype=np.int64), np.ones(table.rows)
-    if rating is not None:
-        values = table.numbers(rating)
-        weights = np.clip(values / max(values.max(), 1e-9), 0.0, 1.0)
-        actions |= (weights >= 0.8).astype(np.int64) << 1
-    return _events(table, user, item, actions, weights, table.times(time), time, RATING_ACTIONS, sort)
 
 
 def _events(
@@ -106,15 +163,20 @@ def _events(
     item: str,
     actions: npt.NDArray[np.int64],
     weights: npt.NDArray[np.float64],
-    seconds: npt.NDArray[np.float64],
-    time_column: str,
+    seconds: npt.NDArray[np.float64] | None,
+    time_column: str | None,
     action_names: tuple[str, ...],
     sort: bool,
 ) -> Events:
     users, num_users = table.ids(user)
     items, num_items = table.ids(item)
     by_user = np.argsort(users, kind="stable")
-    if not sort:
+    if seconds is None:  # the file's order counts: event k of a user lies on day k
+        starts = np.searchsorted(users[by_user], users[by_user])
+        seconds = np.empty(len(users))
+        seconds[by_user] = (np.arange(len(users)) - starts) * float(DAY)
+    elif not sort:
+        assert time_column is not None
         goes_back = (np.diff(users[by_user]) == 0) & (np.diff(seconds[by_user]) < 0)
         if goes_back.any():
             row = int(by_user[1:][goes_back].min())
@@ -140,6 +202,9 @@ class _Table:
     def __init__(self, path: Path, delimiter: str = ",", names: list[str] | None = None) -> None:
         self.path = path
         self._delimiter = delimiter
+        if path.suffix == ".parquet":
+            self._first, self._table = 1, _parquet(path)
+            return
         data = _bytes(path).rstrip(b"\r\n") + b"\n"  # blank lines at the end hold no events
         if len(delimiter) > 1:
             data = data.replace(delimiter.encode(), b"\x1f")
@@ -216,14 +281,51 @@ class _Table:
             raise self.error(int(np.argmin(np.isfinite(values))), column, f"not a finite number; {FIX}")
         return np.asarray(values, dtype=np.float64)
 
-    def times(self, column: str, per_second: int = 1) -> npt.NDArray[np.float64]:
-        """Return a column of times as float64 seconds, with fractions."""
-        seconds = self.numbers(column) / per_second
+    def find(self, role: str, name: str | None) -> str:
+        """Return the column of a role (of KNOWN): the named one, else the first known one. Raises DataError."""
+        if name is not None:
+            self._column(name)
+            return name
+        if found := next((known for known in KNOWN[role] if known in self.names), None):
+            return found
+        none = f", or workload.time_column={NO_TIMES} to take the file's order" if role == "time" else ""
+        raise DataError(
+            f"{self.path}: no column is known to be the {role} ({', '.join(KNOWN[role])}); the file has "
+            f"{', '.join(self.names)}; set workload.{role}_column=NAME{none}"
+        )
+
+    def times(self, column: str, unit: str = "auto") -> npt.NDArray[np.float64]:
+        """Return a column of times, numbers of a unit or ISO 8601, as float64 seconds with fractions."""
+        strings = pc.utf8_trim_whitespace(self._column(column))
+        if not pc.match_substring_regex(strings.slice(0, 1), _NUMBER)[0].as_py():
+            return self._dates(column, strings)
+        numbers = self.numbers(column)
+        middle = float(np.median(numbers))
+        fitting = next((u for u, (_, per_s) in UNITS.items() if EARLIEST <= middle / per_s <= LATEST), None)
+        if unit == "auto":
+            unit = fitting or "s"  # times that fit no unit, such as 0, 1, 2, only order the events
+        elif fitting not in (None, unit):
+            likely = f"the column looks like {UNITS[str(fitting)][0]}: set workload.time_unit={fitting}"
+            raise self.error(0, column, f"no likely time in {UNITS[unit][0]}; {likely}")
+        what, per_second = UNITS[unit]
+        seconds = numbers / per_second
         outside = (seconds < 0) | (seconds > LATEST)
         if outside.any():
-            what = "seconds" if per_second == 1 else "milliseconds"
             raise self.error(int(np.argmax(outside)), column, f"not a time: allowed are {what} from 1970 to 2100")
+        if fitting and (seconds < EARLIEST).any():
+            row = int(np.argmax(seconds < EARLIEST))
+            raise self.error(row, column, f"before 1980 in {what}, in which the column is; {FIX}")
         return seconds
+
+    def _dates(self, column: str, strings: Any) -> npt.NDArray[np.float64]:
+        import pandas as pd  # it takes a second, and few files need it
+
+        times = pd.to_datetime(strings.to_pandas(), format="ISO8601", utc=True, errors="coerce")
+        if times.isna().any():
+            row = int(times.isna().to_numpy().argmax())
+            raise self.error(row, column, f"not a number and no time as 2023-11-14T22:16:15Z; {FIX}")
+        since = times - pd.Timestamp(0, tz="UTC")
+        return np.asarray(since.dt.total_seconds(), dtype=np.float64)
 
     def ids(self, column: str) -> tuple[npt.NDArray[np.int64], int]:
         """Return a column of ids as dense indices in order of first appearance, and their number."""
@@ -237,18 +339,41 @@ class _Table:
         return encoded.indices.to_numpy().astype(np.int64), len(encoded.dictionary)
 
     def _column(self, name: str) -> Any:
+        """Return a column as strings; what is missing in a parquet file is empty."""
         if name not in self._table.column_names:
             raise DataError(f"{self.path}: row 1 has no column {name!r}; it has {', '.join(self.names)}; rename one")
-        return self._table[name]
+        column = self._table[name]
+        if pa.types.is_string(column.type):
+            return pc.fill_null(column, "")
+        try:
+            return pc.fill_null(pc.cast(column, pa.string()), "")
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise DataError(
+                f"{self.path}: column {name!r} is {column.type}; numbers, texts or times are needed"
+            ) from None
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as e:
+        raise DataError(f"{path}: not readable as parquet ({' '.join(str(e).split())}); write it again") from None
+    if not table.num_rows:
+        raise DataError(f"{path}: no events; set workload.path to a file with some")
+    return table
 
 
 def _bytes(path: Path) -> bytes:
+    """Return the content of a file, unpacked if its name ends in .gz. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; set workload.path")
     try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise DataError(f"{path}: can't be read ({e.strerror}); set workload.path to a file that can") from None
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as e:  # the last two: a damaged .gz file
+        why = getattr(e, "strerror", None) or " ".join(str(e).split())
+        raise DataError(f"{path}: can't be read ({why}); set workload.path to a file that can") from None
     if not data.strip():
         raise DataError(f"{path}: the file is empty; set workload.path to one with events")
     return data

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
+import io
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers.properties import examples
 from hypothesis import given
@@ -28,7 +32,7 @@ from grbench.workloads.config import (
     SyntheticConfig,
     WorkloadConfig,
 )
-from grbench.workloads.events import DataError, Events
+from grbench.workloads.events import Columns, DataError, Events
 from grbench.workloads.synthetic import make_events
 from grbench.workloads.trace import Trace, build_trace, find_visits
 
@@ -56,10 +60,10 @@ GOOD = ["1,10,4.0,100", "1,11,5.0,200", "1,12,2.5,9000", "2,10,3.0,150"]
         ("", "the file is empty"),
         ("\n\n", "the file is empty"),
         (CSV, "no events after the header in row 1"),
-        ("userId,movieId,rating\n1,10,4.0\n", "row 1 has no column 'timestamp'; it has userId, movieId, rating"),
+        ("userId,movieId,rating\n1,10,4.0\n", "no column is known to be the time (timestamp, "),
         (CSV + "\n".join([*GOOD, "2,11,4"]), "row 6 has 3 fields instead of 4: '2,11,4'; the file looks truncated"),
         (CSV + "\n".join([GOOD[0], "1,2,3,4,5", GOOD[1]]), "row 3 has 5 fields instead of 4"),
-        (CSV + "\n".join([GOOD[0], "", GOOD[1]]), "row 3, column rating: '' is not a number"),
+        (CSV + "\n".join([GOOD[0], "", GOOD[1]]), "row 3, column timestamp: '' is not a number"),
         (CSV + "\n".join([*GOOD, "2,11,good,160"]), "row 6, column rating: 'good' is not a number"),
         (CSV + "\n".join([*GOOD, "2,11,,160"]), "row 6, column rating: '' is not a number"),
         (CSV + "\n".join([*GOOD, "2,11,nan,160"]), "row 6, column rating: 'nan' is not a finite number"),
@@ -76,13 +80,20 @@ GOOD = ["1,10,4.0,100", "1,11,5.0,200", "1,12,2.5,9000", "2,10,3.0,150"]
         ("1::10::4::100\n1::11::5\n1::12::3::300\n", "row 2 has 3 fields instead of 4: '1::11::5'; correct or"),
         ("1::10::4::100\n1::11::bad::200\n", "row 2, column rating: 'bad' is not a number"),
         (KUAI + "7,100,20220408,1200,x,1,0,1,5000,10000,1\n", "row 2, column time_ms: 'x' is not a number"),
-        ("name,age\nx,1\n", "row 1 is not from MovieLens or KuaiRand"),
+        ("name,age\nx,1\n", "no column is known to be the user (user_id, "),
+        (
+            CSV + "1,10,4.0,2023-11-14\n1,11,4.0,14.11.2023\n",
+            "row 3, column timestamp: '14.11.2023' is not a number and",
+        ),
+        (CSV + "1,10,4.0,1700000000\n" * 2 + "1,10,4.0,0\n", "row 4, column timestamp: '0' is before 1980 in seconds"),
+        ("1 2 3\n2\n", "row 2 has no items ('2'); a row is: user item item ...; correct or remove the row"),
+        ("1 2 3\n1 4 5\n", "row 2: user '1' has a row already; join the two"),
     ],
 )
 def test_a_bad_file_is_named_with_row_column_and_value(tmp_path: Path, text: str | bytes, expected: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(DataError) as caught:
-        format = "ratings_csv" if "userId" in str(text) else "auto"
+        format = "table" if "userId" in str(text) else "auto"
         build(CsvConfig("csv", path=path, format=format))
     message = str(caught.value)
     assert message.startswith(path)
@@ -107,13 +118,117 @@ def test_a_missing_file_and_the_fix_of_an_unsorted_one(tmp_path: Path) -> None:
         (INTER.rstrip(), "no events after the header in row 1"),
         (INTER + "u\ta\t4\t100\nu\tb\t4\n", r"row 3 has 3 fields instead of 4: 'u\tb\t4'; the file looks truncated"),
         (INTER.replace("rating", "item_id") + "u\ta\t4\t100\n", "row 1 has column 'item_id' twice"),
-        (INTER.replace("timestamp", "time") + "u\ta\t4\t100\n", "row 1 has no column 'timestamp'"),
+        (INTER.replace("timestamp", "when") + "u\ta\t4\t100\n", "workload.time_column=none to take the file's order"),
     ],
 )
 def test_a_bad_recbole_file_is_named_with_its_row(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(DataError) as caught:
         loaders.load_recbole(Path(write(tmp_path, text)), sort=False)
     assert expected in str(caught.value)
+
+
+SECONDS = [1700000000, 1700000060, 1700090000]
+
+
+def rows_at(times: Sequence[object], header: str = CSV) -> str:
+    return header + "\n".join(f"u,i{n},{n + 3},{time}" for n, time in enumerate(times))
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        [t * 1000 for t in SECONDS],
+        [t * 10**6 for t in SECONDS],
+        [float(t) for t in SECONDS],
+        ["2023-11-14T22:13:20Z", "2023-11-14 22:14:20", "2023-11-16T00:13:20+01:00"],
+    ],
+)
+def test_times_are_read_in_the_unit_that_they_are_in(tmp_path: Path, times: list[object]) -> None:
+    events = loaders.load_csv(Path(write(tmp_path, rows_at(times))), "auto", False)
+    wanted = [*SECONDS[:2], 1700090000]
+    assert events.timestamps.tolist() == wanted
+    if isinstance(times[0], int):
+        with pytest.raises(DataError, match=r"no likely time in seconds; the column looks like .*workload\.time_unit="):
+            loaders.load_csv(Path(write(tmp_path, rows_at(times))), "auto", False, Columns(unit="s"))
+
+
+def test_seconds_in_a_column_of_milliseconds_are_not_1970(tmp_path: Path) -> None:
+    path = Path(write(tmp_path, rows_at(SECONDS, "user_id,video_id,rating,time_ms\n")))
+    assert loaders.load_csv(path, "auto", False).timestamps.tolist() == SECONDS
+    with pytest.raises(DataError, match="no likely time in milliseconds; the column looks like seconds"):
+        loaders.load_csv(path, "auto", False, Columns(unit="ms"))
+
+
+def test_columns_are_mapped_and_named_if_they_are_not_there(tmp_path: Path) -> None:
+    path = write(tmp_path, rows_at(SECONDS, "customer,sku,grade,bought_at\n"))
+    names = {"user_column": "customer", "item_column": "sku", "time_column": "bought_at", "rating_column": "grade"}
+    [request] = build(CsvConfig("csv", path=path, num_candidates=2, **names)).requests[:1]
+    assert request.history_items.tolist() == [0, 1]
+    with pytest.raises(DataError, match=r"set workload\.user_column=NAME$"):
+        build(CsvConfig("csv", path=path))
+    with pytest.raises(DataError, match="row 1 has no column 'client'; it has customer, sku, grade, bought_at"):
+        build(CsvConfig("csv", path=path, user_column="client"))
+
+
+@pytest.mark.parametrize(
+    "header, row",
+    [
+        ("review_id:token user_id:token business_id:token stars:float useful:float date:float", "r u i 5 0 {}"),
+        ("user_id:token product_id:token play_hours:float timestamp:float", "u i 2.5 {}"),
+        ("session_id:token timestamp:float item_id:token category:token", "u {} i 0"),
+        ("user_id:token item_id:token rating:float timestamp:float", "u i 5 {}"),
+    ],
+)
+def test_recboles_headers_are_known(tmp_path: Path, header: str, row: str) -> None:
+    text = "\n".join([header, *(row.format(t) for t in SECONDS)]).replace(" ", "\t")
+    events = loaders.load_recbole(Path(write(tmp_path, text)), sort=False)
+    assert events.timestamps.tolist() == SECONDS and (events.num_users, events.num_items) == (1, 1)
+
+
+def test_a_file_without_times_is_refused_or_taken_in_its_order(tmp_path: Path) -> None:
+    text = "user_id:token\titem_id:token\trating:float\n" + "".join(f"u{n % 2}\ti{n}\t-1\n" for n in range(5))
+    path = Path(write(tmp_path, text))
+    with pytest.raises(DataError, match=r"set workload\.time_column=NAME, or workload\.time_column=none"):
+        loaders.load_recbole(path, sort=False)
+    events = loaders.load_recbole(path, False, Columns(time="none"))
+    assert events.items.tolist() == [0, 2, 4, 1, 3]
+    assert (events.timestamps // 86400).tolist() == [0, 1, 2, 0, 1]
+
+
+def test_sequences_are_days_apart_and_each_event_is_a_visit(tmp_path: Path) -> None:
+    path = write(tmp_path, "7 50 51 52\n9 51 53\n\n", "sequences.txt")
+    events = loaders.load_csv(Path(path), "auto", False)
+    assert events.users.tolist() == [0, 0, 0, 1, 1] and events.items.tolist() == [0, 1, 2, 1, 3]
+    assert (events.timestamps // 86400).tolist() == [0, 1, 2, 0, 1]
+    trace = build(CsvConfig("csv", path=path, num_candidates=2))
+    assert [request.history_items.tolist() for request in trace.requests] == [[0], [1], [0, 1]]
+
+
+def test_events_of_one_day_keep_the_files_order_and_make_one_visit(tmp_path: Path) -> None:
+    path = write(tmp_path, rows_at(["2014-01-02", "2014-01-02", "2014-01-03", "2014-01-03"]))
+    events = loaders.load_csv(Path(path), "auto", True)
+    assert events.items.tolist() == [0, 1, 2, 3]
+    assert find_visits(events, CsvConfig("csv", path=path)).starts.tolist() == [0, 2]
+
+
+def test_packed_and_parquet_files_are_the_same_events(tmp_path: Path) -> None:
+    text = rows_at(SECONDS)
+    plain = loaders.load_csv(Path(write(tmp_path, text)), "auto", False)
+    packed = tmp_path / "data.csv.gz"
+    packed.write_bytes(gzip.compress(text.encode()))
+    frame = pd.read_csv(io.StringIO(text))
+    frame.to_parquet(tmp_path / "numbers.parquet")
+    frame.assign(timestamp=pd.to_datetime(frame.timestamp, unit="s")).to_parquet(tmp_path / "times.parquet")
+    for path in (packed, tmp_path / "numbers.parquet", tmp_path / "times.parquet"):
+        events = loaders.load_csv(path, "auto", False)
+        assert all(np.array_equal(getattr(events, name), value) for name, value in vars(plain).items()), path
+    packed.write_bytes(packed.read_bytes()[:30])
+    (tmp_path / "times.parquet").write_text("none")
+    frame.assign(userId=[None, "u", "u"]).to_parquet(tmp_path / "numbers.parquet")
+    for name, said in (("data.csv.gz", "can't be read"), ("times.parquet", "not readable as parquet"),
+                       ("numbers.parquet", "row 1, column userId: '' is no id")):  # fmt: skip
+        with pytest.raises(DataError, match=said):
+            loaders.load_csv(tmp_path / name, "auto", False)
 
 
 def test_a_quote_that_is_not_closed_is_named_with_its_row(tmp_path: Path) -> None:
@@ -215,7 +330,7 @@ def test_a_million_events_load(tmp_path: Path) -> None:
     lines = "\n".join(f"{u},{i},{1 + i % 5},{t}" for u, i, t in zip(users, items, times, strict=True))
     path = Path(write(tmp_path, CSV + lines))
     begun = time.perf_counter()
-    events = loaders.load_csv(path, "ratings_csv", sort=False)
+    events = loaders.load_csv(path, "table", sort=False)
     print(f"1,000,000 events in {time.perf_counter() - begun:.2f} s")
     assert len(events.users) == n
     assert events.timestamps.sum() == times.sum()
@@ -224,7 +339,7 @@ def test_a_million_events_load(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write("\n1,2,many,5")
     with pytest.raises(DataError, match="row 1000002, column rating: 'many'"):
-        loaders.load_csv(path, "ratings_csv", sort=False)
+        loaders.load_csv(path, "table", sort=False)
 
 
 # ---- traces ----
