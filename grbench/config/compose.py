@@ -93,8 +93,11 @@ def plan_jobs(
             base, combinations = _expand(config_name, list(overrides), extra, multirun)
             if combinations is None:
                 job = _job(base, check, Path(base.hydra.run.dir).absolute())
-                return Invocation(tuple(overrides), 1, None), [job]
-            return _plan_sweep(config_name, check, overrides, extra, base, combinations, report)
+                invocation, jobs = Invocation(tuple(overrides), 1, None), [job]
+            else:
+                invocation, jobs = _plan_sweep(config_name, check, overrides, extra, base, combinations, report)
+            own = Path(config_dir).absolute() if config_dir else None
+            return dataclasses.replace(invocation, config_dir=own), jobs
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(explain(e)) from None
     finally:

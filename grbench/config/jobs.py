@@ -11,13 +11,14 @@ from typing import Any, Protocol
 class Invocation:
     """One call of a command: what was typed, how many jobs that makes, and the sweep's folder (None: no sweep).
 
-    skipped: a line for each combination of the sweep that cannot be, and why.
+    skipped: a line for each combination of the sweep that cannot be, and why. config_dir: the user's own YAML files.
     """
 
     words: tuple[str, ...]
     total: int
     sweep: Path | None
     skipped: tuple[str, ...] = ()
+    config_dir: Path | None = None
 
 
 @dataclass(frozen=True)

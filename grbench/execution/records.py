@@ -96,6 +96,7 @@ class RunRecord(LoggedRow):
     requested: dict[str, Any] = field(default_factory=dict)  # what was asked of the machine, e.g. device: auto
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file that an option of the spec names
     notes: list[str] = field(default_factory=list)  # for the reader, e.g. why p99 is absent
+    config_dir: str | None = None  # --config-dir, which the overrides need
     tracking: dict[str, str] = field(default_factory=dict)  # run_id and uri once logged
     schema_version: int = SCHEMA_VERSION
 

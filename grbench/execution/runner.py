@@ -37,6 +37,7 @@ def run_cell(
     *,
     sweep_id: str | None = None,
     overrides: list[str] | None = None,
+    config_dir: Path | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> tuple[RunRecord, Path]:
     """Measure one cell and keep its record. Returns the record and the folder that has it.
@@ -71,6 +72,7 @@ def run_cell(
                 files=files,
                 sweep_id=sweep_id,
                 overrides=overrides or [],
+                config_dir=str(config_dir) if config_dir else None,
                 **vars(outcome),
             )
             folder = keep(record, folder)

@@ -85,6 +85,7 @@ class CellSession:
                     job.folder,
                     sweep_id=self._sweep_id,
                     overrides=list(job.overrides),
+                    config_dir=self._invocation.config_dir,
                     on_event=progress.show,
                 )
             except Interrupted as interruption:

@@ -195,10 +195,10 @@ def shown(value: Any) -> str:
 
 def command(record: RunRecord) -> str:
     """Return the command line that measures this cell again."""
-    one_cell = (
-        ["hydra.mode=RUN"] if any(o.startswith("study=") for o in record.overrides) else []
-    )  # not the whole study
-    return shlex.join(["python", "-m", "grbench", *one_cell, *record.overrides])
+    own = ["--config-dir", record.config_dir] if record.config_dir else []
+    if any(o.startswith("study=") for o in record.overrides):
+        own.append("hydra.mode=RUN")  # not the whole study
+    return shlex.join(["python", "-m", "grbench", *own, *record.overrides])
 
 
 def figure(value: float | None) -> str:

@@ -188,6 +188,15 @@ def test_a_sweep_over_a_group_takes_a_key_that_the_groups_default_lacks(swept: s
     assert [str(getattr(getattr(spec, group), key.split(".")[1])) for spec, _ in cells] == [value] * 2
 
 
+def test_a_plan_knows_the_folder_of_ones_own_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    prepare_hydra()
+    for words, sweep in ((["engine=hstu"], False), (["engine=hstu", "seed=1"], True)):
+        invocation, _ = plan_jobs("config", to_spec, words, sweep, "mine")
+        assert invocation.config_dir == tmp_path / "mine"  # a printed command runs from anywhere
+
+
 def test_a_sweep_takes_a_glob() -> None:
     jobs, _ = plan("model=glob(hstu*)", "engine=hstu")
     assert [words[0] for words in jobs] == ["model=hstu_0p2b", "model=hstu_tiny"]

@@ -676,6 +676,8 @@ def test_a_cell_of_a_study_is_repeated_alone() -> None:
     study, other = (RunRecord(SPEC, "0", Status.OK, "2026", 1.0, overrides=o) for o in (["study=batching"], ["seed=1"]))
     assert command(study) == "python -m grbench hydra.mode=RUN study=batching"
     assert command(other) == "python -m grbench seed=1"
+    other.config_dir = "/my configs"
+    assert command(other) == "python -m grbench --config-dir '/my configs' seed=1"
 
 
 def test_repeats_share_a_row_with_their_number(tmp_path: Path) -> None:
