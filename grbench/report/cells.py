@@ -193,12 +193,16 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
-def command(record: RunRecord) -> str:
+class Code(str):
+    """A text that pages show as code, such as a command."""
+
+
+def command(record: RunRecord) -> Code:
     """Return the command line that measures this cell again."""
     own = ["--config-dir", record.config_dir] if record.config_dir else []
     if any(o.startswith("study=") for o in record.overrides):
         own.append("hydra.mode=RUN")  # not the whole study
-    return shlex.join(["python", "-m", "grbench", *own, *record.overrides])
+    return Code(shlex.join(["python", "-m", "grbench", *own, *record.overrides]))
 
 
 def figure(value: float | None) -> str:

@@ -6,8 +6,8 @@ import html
 import re
 from collections.abc import Sequence
 
+from grbench.report.cells import Code
 from grbench.report.interactive import plotly_figure
-from grbench.report.markdown import Code
 from grbench.report.page import Block, Bullets, Figure, Heading, Table, Text
 
 STYLE = """
@@ -63,7 +63,7 @@ def _cell(text: str) -> str:
 def _inline(text: str) -> str:
     """Escape a text, and keep its **bold** parts and `code`. Of a code span nothing else is changed."""
     if isinstance(text, Code):
-        return f"<code>{html.escape(text.strip('`').strip(), quote=False)}</code>".replace(r"\|", "|")
+        return f"<code>{html.escape(text, quote=False)}</code>"
     text = html.escape(text, quote=False)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from grbench.report.cells import Code
+
 if TYPE_CHECKING:
     from grbench.report.page import Block
 
@@ -34,23 +36,20 @@ def sections(blocks: Sequence[Block], figures: Path | None = None, page: Path | 
     return parts
 
 
-class Code(str):
-    """A code span, of which nothing is escaped again."""
-
-
-def code(text: str) -> Code:
+def code(text: str) -> str:
     """Return `text` on one line as a code span, also if it has backticks. Pipes are escaped for a table."""
     line = " ".join(text.split()).replace("|", r"\|")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     space = " " if len(fence) > 1 else ""
-    return Code(f"{fence}{space}{line}{space}{fence}")
+    return f"{fence}{space}{line}{space}{fence}"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table. Its cells are escaped, except code spans."""
+    """Return a table. Its cells are escaped, or code spans."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(
-        "| " + " | ".join(cell if isinstance(cell, Code) else escape(cell) for cell in line) + " |" for line in lines
+        "| " + " | ".join(code(cell) if isinstance(cell, Code) else escape(cell) for cell in line) + " |"
+        for line in lines
     )
 
 

@@ -12,7 +12,6 @@ from grbench.report.charts import Chart, charts
 from grbench.report.findings import findings
 from grbench.report.frame import has_samples, samples_problem
 from grbench.report.groups import Group, Row, group_cells
-from grbench.report.markdown import code
 from grbench.report.provenance import origin_line
 from grbench.report.table import MOST_COLUMNS, columns_for, notes, without_least_needed
 
@@ -80,7 +79,7 @@ def blocks(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: bool = T
     content += environment_blocks([(row.number, row.record.environment) for row in rows])
     content += _requested_and_actual(rows)
     names = labels([row.record for row in rows])
-    commands = [[str(row.number), name, code(command(row.record))] for row, name in zip(rows, names, strict=True)]
+    commands = [[str(row.number), name, command(row.record)] for row, name in zip(rows, names, strict=True)]
     return [*content, Heading("Run it again"), Table(["#", "cell", "command"], commands)]
 
 

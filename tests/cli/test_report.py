@@ -34,12 +34,12 @@ from grbench.report import (
     within_limit,
     write_report,
 )
-from grbench.report.cells import Planned, command, figure, flatten, knobs, label, labels
+from grbench.report.cells import Code, Planned, command, figure, flatten, knobs, label, labels
 from grbench.report.charts import Chart, front_of
 from grbench.report.frame import PARTS, read_cells
 from grbench.report.html import _inline
 from grbench.report.interactive import plotly_figure
-from grbench.report.markdown import code, escape, table
+from grbench.report.markdown import escape, table
 from grbench.report.page import spans
 from grbench.report.table import print_cells
 
@@ -631,8 +631,8 @@ def test_texts_of_a_record_make_no_link_and_commands_are_as_typed() -> None:
     hostile = "![x](http://evil/t.png) [here](http://evil) [a]: http://evil <b> `a"
     assert escape(hostile) == r"![x\](http://evil/t.png) [here\](http://evil) [a\]: http://evil &lt;b> \`a"
     assert escape("p99 3.6 [3.5, 3.7] and `a command`") == "p99 3.6 [3.5, 3.7] and `a command`"
-    assert table(["command"], [[code('path="a<b|c`.csv"')]]).splitlines()[2] == r'| `` path="a<b\|c`.csv" `` |'
-    assert _inline(code('path="a<b|c`.csv"')) == '<code>path="a&lt;b|c`.csv"</code>'
+    assert table(["command"], [[Code('path="a<b|c`.csv"')]]).splitlines()[2] == r'| `` path="a<b\|c`.csv" `` |'
+    assert _inline(Code('path="a<b|c`.csv"')) == '<code>path="a&lt;b|c`.csv"</code>'
 
 
 def test_a_broken_record_beside_good_ones_is_named(sweep: Path, tmp_path: Path) -> None:
