@@ -22,7 +22,7 @@ from time import perf_counter
 import mlperf_loadgen as lg
 import numpy as np
 
-from grbench.execution.clock import WallClock
+from grbench.execution.clock import ClockMovedError, WallClock
 from grbench.execution.stats import PERCENTILES, SAMPLES_NEEDED
 from grbench.scenarios.batcher import Driven, RequestAt, Start, Ticket
 from grbench.scenarios.config import (
@@ -89,7 +89,10 @@ def run(
     clock = WallClock()
     loadgen.start()
     while not batcher.stopped.wait(CHECK_CLOCK_S):
-        clock.check()
+        try:
+            clock.check()
+        except ClockMovedError as e:  # `close` raises it, once no thread is in the engine any more
+            batcher.fail(e)
     if batcher.failure is None:
         loadgen.join()
     batcher.close()

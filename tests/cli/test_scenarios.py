@@ -129,7 +129,7 @@ def test_a_clock_that_is_set_ends_the_scenario_at_once(moved_s: int, tmp_path: P
     """In a process of its own, because LoadGen is left behind. It sees the real clock and would go on for a minute."""
     config = ServerConfig("server", queries=6000 if moved_s else 200, target_qps=100)
     code = f"""
-import os, time
+import os, threading, time
 from pathlib import Path
 from grbench.execution import clock
 from grbench.scenarios.config import ServerConfig
@@ -140,6 +140,9 @@ try:
     drive({config!r}, SleepyEngine(), Path({str(tmp_path)!r}))
 except clock.ClockMovedError as e:
     print("raised:", e, flush=True)
+    for thread in threading.enumerate():  # the engine is about to be closed
+        if thread.name == "batcher":
+            print("still in the engine")
 os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
