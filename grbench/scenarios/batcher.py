@@ -220,7 +220,7 @@ class ContinuousBatcher(RequestLoop):
                 self._under_way[key] = ticket, time.perf_counter()
                 self._engine.admit(key, ticket.request)
             size = len(self._under_way)
-            if not size:
+            if not size or self.failure is not None:
                 return
             begun = time.perf_counter()
             finished = self._engine.step()
@@ -243,8 +243,10 @@ class ContinuousBatcher(RequestLoop):
     def _arrived(self) -> list[Ticket]:
         """Return the requests that may join now. Waits only while the engine is idle; empty then means the end."""
         with self._changed:
-            while not self._queue and not self._closing and not self._under_way:
+            while not (self._queue or self._under_way or self._closing or self.failure):
                 self._changed.wait()
+            if self.failure is not None:
+                return []
             free = self._max_batch - len(self._under_way)
             return [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
 

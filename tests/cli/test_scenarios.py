@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from grbench.config.compose import compose_spec
 from grbench.execution.measure import _beside_loadgen as beside_loadgen
 from grbench.execution.records import PARTS
 from grbench.scenarios import Measurement, loadgen, run_scenario
-from grbench.scenarios.batcher import Batcher, Ticket
+from grbench.scenarios.batcher import Batcher, ContinuousBatcher, Ticket
 from grbench.scenarios.config import (
     ClosedLoopConfig,
     MultiStreamConfig,
@@ -31,7 +31,7 @@ from grbench.scenarios.config import (
 )
 from grbench.scenarios.direct import schedule
 from grengines import registry
-from grengines.api import Engine, RankResult, Request
+from grengines.api import Engine, Finished, RankResult, Request
 
 pytestmark = pytest.mark.serial
 
@@ -276,6 +276,40 @@ def test_an_error_on_the_thread_of_loadgen_ends_the_scenario(
     begin = lambda answered: Batcher(SleepyEngine().rank, 1, 0.0, answered)  # noqa: E731
     with pytest.raises(RuntimeError, match=fault):
         loadgen.run(SCENARIOS[0], begin, broken, 80.0, 0, tmp_path)
+
+
+class SteppingEngine(SleepyEngine):
+    """Engine that batches by itself. A request ends after two steps; `fault` is called in the third step."""
+
+    def __init__(self, fault: Callable[[], None]) -> None:
+        super().__init__()
+        self.fault, self.steps = fault, 0
+        self.left: dict[int, int] = {}  # steps of each request
+
+    @property
+    def unfinished(self) -> int:
+        return len(self.left)
+
+    def admit(self, key: int, request: Request) -> None:
+        self.left[key] = 2
+
+    def step(self) -> list[Finished]:
+        self.steps += 1
+        if self.steps == 3:
+            self.fault()
+        self.left = {key: steps - 1 for key, steps in self.left.items()}
+        ended = [key for key, steps in self.left.items() if not steps]
+        self.left = {key: steps for key, steps in self.left.items() if steps}
+        return [Finished(key, np.zeros(1, np.int64), np.zeros(1, np.float32), tokens=1) for key in ended]
+
+
+def test_no_step_begins_after_a_thread_of_the_scenario_has_raised() -> None:
+    engine = SteppingEngine(lambda: batcher.fail(RuntimeError("no more requests")))
+    batcher = ContinuousBatcher(engine, 1, lambda tickets: None)
+    batcher.submit([Ticket(r, time.perf_counter()) for r in make_requests(20)])
+    with pytest.raises(RuntimeError, match="no more requests"):
+        batcher.close()
+    assert engine.steps == 3
 
 
 class QueueingEngine(SleepyEngine):
