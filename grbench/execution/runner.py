@@ -51,33 +51,29 @@ def run_cell(
     folder = _unused(folder)
     interrupted: KeyboardInterrupt | None = None
     spec_hash, files = spec.hash, spec.file_contents()  # as it begins: a file may be replaced meanwhile
-    try:
-        records.reserve(folder)
-        outcome = _work(spec, runner, folder, on_event)
-    except OSError as e:
-        status = Status.DISK_FULL if e.errno in (errno.ENOSPC, errno.EDQUOT) else Status.ERROR
-        outcome = Outcome(status, f"{folder}: {e.strerror or e}; free some space or set runner.output_root")
-    except KeyboardInterrupt as e:
-        interrupted = e
-        outcome = Outcome(Status.INTERRUPTED, f"{e or 'SIGINT'} ended the command while the cell ran")
-    try:
-        with held():
-            record = RunRecord(
-                spec=spec.to_dict(),
-                spec_hash=spec_hash,
-                started_at=started.isoformat(timespec="seconds"),
-                duration_s=round(time.monotonic() - begun, 3),
-                requested=_requested(spec),
-                environment=describe_environment(spec.packages),
-                files=files,
-                sweep_id=sweep_id,
-                overrides=overrides or [],
-                config_dir=str(config_dir) if config_dir else None,
-                **vars(outcome),
-            )
-            folder = keep(record, folder)
-    except KeyboardInterrupt as e:  # a signal came meanwhile
-        interrupted = e
+    outcome: Outcome | None = None
+    record: RunRecord | None = None
+    while record is None:  # again after a signal, which may come at any moment
+        try:
+            outcome = outcome or _outcome(spec, runner, folder, on_event)
+            with held():
+                record = RunRecord(
+                    spec=spec.to_dict(),
+                    spec_hash=spec_hash,
+                    started_at=started.isoformat(timespec="seconds"),
+                    duration_s=round(time.monotonic() - begun, 3),
+                    requested=_requested(spec),
+                    environment=describe_environment(spec.packages),
+                    files=files,
+                    sweep_id=sweep_id,
+                    overrides=overrides or [],
+                    config_dir=str(config_dir) if config_dir else None,
+                    **vars(outcome),
+                )
+                folder = keep(record, folder)
+        except KeyboardInterrupt as e:
+            interrupted = e
+            outcome = outcome or Outcome(Status.INTERRUPTED, f"{e or 'SIGINT'} ended the command while the cell ran")
     if interrupted is not None:
         raise Interrupted(record, folder, getattr(interrupted, "number", signal.SIGINT)) from interrupted
     return record, folder
@@ -107,6 +103,16 @@ def _unused(folder: Path) -> Path:
     """Return `folder`, or the first of folder.1, folder.2, ... that holds no record."""
     names = itertools.chain([folder.name], (f"{folder.name}.{i}" for i in itertools.count(1)))
     return next(path for name in names if not ((path := folder.with_name(name)) / records.RECORD_FILE).exists())
+
+
+def _outcome(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[[Event], None]) -> Outcome:
+    """Reserve the space for the record and run the cell. Returns an outcome also if the disk refuses."""
+    try:
+        records.reserve(folder)
+        return _work(spec, runner, folder, on_event)
+    except OSError as e:
+        status = Status.DISK_FULL if e.errno in (errno.ENOSPC, errno.EDQUOT) else Status.ERROR
+        return Outcome(status, f"{folder}: {e.strerror or e}; free some space or set runner.output_root")
 
 
 def _work(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from helpers.command import Grbench
 
 from grbench.execution import records, runner
 from grbench.execution.records import RunRecord, Status
+from grbench.signals import Stopped
 
 # Small and quick: what matters here is how cells end, not how fast they are.
 QUICK = [
@@ -156,6 +158,32 @@ def test_a_cell_whose_clock_was_set_is_measured_once_more(
     assert len(started) == 2
     assert record.status is (Status.OK if moves == 1 else Status.ERROR)
     assert record.notes == ["measured a second time, because the clock moved"]
+
+
+@pytest.mark.parametrize("when", ["before the record is kept", "after it"])
+def test_a_signal_between_the_work_and_its_record_loses_neither(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grbench.config.compose import compose_spec
+
+    spec, run = compose_spec(QUICK)
+    signals = [Stopped(signal.SIGTERM)]
+
+    @contextlib.contextmanager
+    def late() -> Iterator[None]:
+        if signals and when == "before the record is kept":
+            raise signals.pop()
+        yield
+        if signals:
+            raise signals.pop()
+
+    monkeypatch.setattr(runner, "_work", lambda *given: records.Outcome(Status.OK))
+    monkeypatch.setattr(runner, "held", late)
+    with pytest.raises(runner.Interrupted) as interrupted:
+        runner.run_cell(spec, run.runner, tmp_path / "cell")
+    assert interrupted.value.number == signal.SIGTERM
+    [(folder, record)] = list(records.find(tmp_path))
+    assert folder == interrupted.value.folder and record.status is interrupted.value.record.status is Status.OK
 
 
 class Running:
