@@ -1,9 +1,14 @@
-"""`grbench doctor`: what this machine can run, what is missing, why, and the command that installs it."""
+"""`grbench doctor`: what this machine runs, what is missing, why, and the command that installs it.
+
+Each engine that could run is run once, on a tiny case with its gate: an import proves little.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -14,6 +19,7 @@ from rich.text import Text
 
 from grbench.config.arguments import Arguments
 from grbench.execution.environment import describe_environment, installed_version
+from grbench.execution.records import RunRecord
 from grengines import registry as engines
 from grengines.cache import policies
 from grkernels import registry as kernels
@@ -47,14 +53,36 @@ OPTIONAL = (
 )
 
 
-def findings() -> list[Finding]:
-    """Return every engine, kernel variant, cache policy, package and device, in the order of the table."""
+# One cell that every engine can run, in seconds.
+TINY = (
+    *(
+        "model.layers=1",
+        "workload=synthetic",
+        "workload.users=20",
+        "workload.items=100",
+        "workload.visits=20",
+        "workload.max_history=32",
+    ),
+    *("workload.num_candidates=8", "scenario=closed_loop", "scenario.queries=8", "scenario.max_batch=4"),
+    *("warmup_batches=1", "gate.requests=2", "tracking=none", "runner.timeout_s=300"),
+)
+
+
+def findings(run: bool = True) -> list[Finding]:
+    """Return every engine, kernel variant, cache policy, package and device, in the order of the table.
+
+    run: run each engine once, in a worker process.
+    """
     import torch
 
     found = []
     for name in engines.names():
         reason = engines.availability(name)
-        found.append(Finding("engine", name, reason is None, *_split(reason)))
+        if reason is None and run and not engines.get(name).stages:  # its stages are engines of this list
+            print(f"grbench doctor: running engine {name}", file=sys.stderr)
+            found.append(_tried(name, _run(name)))
+        else:
+            found.append(Finding("engine", name, reason is None, *_split(reason)))
     kind = kernels.device_kind("cuda" if torch.cuda.is_available() else "cpu")
     for family, variant in kernels.names():
         name = f"{family}={variant}"
@@ -72,6 +100,23 @@ def findings() -> list[Finding]:
             found.append(_package("optional", name, package.module, f"engine {spec.name}", package.install))
     found += [_package("optional", *entry) for entry in OPTIONAL]
     return [*found, *_devices()]
+
+
+def _run(engine: str) -> RunRecord:
+    from grbench.api import run
+
+    with tempfile.TemporaryDirectory() as folder:
+        return run([f"engine={engine}", *TINY], output_root=folder)[0]
+
+
+def _tried(engine: str, record: RunRecord) -> Finding:
+    if record.ok:
+        tasks = f"{record.spec['task']}, {record.actual['device']}, {record.actual['precision']}"
+        return Finding("engine", engine, True, f"ran a tiny case in {record.duration_s:.0f} s ({tasks})")
+    why, _, remedy = (record.error or "no reason was recorded").partition("; ")
+    return Finding(
+        "engine", engine, False, f"{record.status}: {why}", remedy or f"python -m grbench engine={engine} shows more"
+    )
 
 
 def _package(kind: str, distribution: str, module: str, purpose: str, remedy: str) -> Finding:
@@ -108,8 +153,11 @@ def _devices() -> list[Finding]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the flags of the command."""
-    about = "List the engines, kernels, cache policies, packages and devices of this machine, and what is missing."
-    parser = Arguments("doctor", about, ["doctor", "doctor --json"])
+    about = (
+        "Run each engine once, and list engines, kernels, cache policies, packages and devices, and what is missing."
+    )
+    parser = Arguments("doctor", about, ["doctor", "doctor --quick --json"])
+    parser.add_argument("--quick", action="store_true", help="run no engine: look for packages and devices only")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     return parser
 
@@ -117,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str]) -> int:
     """Print the findings. Returns 0 if everything that the default run needs is there, else 1."""
     args = parser().parse_args(words)
-    found = findings()
+    found = findings(run=not args.quick)
     if args.json:
         print(json.dumps([asdict(f) for f in found], indent=1))
     else:

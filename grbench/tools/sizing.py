@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from grbench import workloads
 from grbench.config.arguments import Arguments
 from grbench.config.schema import ConfigError, RunSpec
+from grbench.workloads.events import DataError
 from grengines.api import Catalogue, Request
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
@@ -144,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
         "--precision", choices=BYTES, default="bf16", help="precision of weights and KV cache (default: %(default)s)"
     )
     parser.add_argument("--memory-gib", type=float, default=80.0, help="memory of the GPU (default: %(default)s)")
-    parser.add_argument("--items", type=int, default=1_000_000, help="items in the catalogue (default: %(default)s)")
+    parser.add_argument("--items", type=int, help="items in the catalogue (default: those of the workload)")
     return parser
 
 
@@ -154,21 +156,32 @@ def main(words: Sequence[str]) -> int:
 
     args = parser().parse_intermixed_args(words)
     spec, _ = compose_spec(args.overrides, args.config_dir)
-    if args.items < 1 or not args.memory_gib > 0:
-        raise ConfigError(f"--items {args.items} --memory-gib {args.memory_gib}: allowed is > 0")
+    for flag, value in (("--items", args.items), ("--memory-gib", args.memory_gib)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{flag} {value}: allowed is > 0")
+    catalogue = _catalogue(spec, args.items)
     console = Console()
     for task, size in (("generate", _generating), ("rank", _ranking)):
         if spec.task == "recommend":
             console.print(f"to {task}", style="bold")
         if spec.task in (task, "recommend"):
-            size(console, spec, args.items, args.precision, args.memory_gib * 2**30)
+            size(console, spec, catalogue, args.precision, args.memory_gib * 2**30)
     return 0
 
 
-def _ranking(console: Console, spec: RunSpec, items: int, precision: str, memory: float) -> None:
+def _catalogue(spec: RunSpec, items: int | None) -> Catalogue:
+    """Return the workload's catalogue, with another number of items if one is given. Raises ConfigError."""
+    if items is not None:
+        return Catalogue(num_users=1, num_items=items, num_actions=1)
+    try:
+        return workloads.catalogue(spec.workload)
+    except DataError as e:
+        raise ConfigError(f"{e}; or give --items") from None
+
+
+def _ranking(console: Console, spec: RunSpec, catalogue: Catalogue, precision: str, memory: float) -> None:
     model, candidates = spec.ranking_model, spec.workload.num_candidates
-    counts = parameters(model, Catalogue(num_users=1, num_items=items, num_actions=1))
-    weights = _print_parameters(console, model.name, counts, precision, items)
+    weights = _print_parameters(console, model.name, parameters(model, catalogue), precision, catalogue.num_items)
     table = _table("history", "candidates", *COLUMNS)
     for history in _histories(spec.workload.max_history):
         total, cached = (flops(model, history, candidates, done) for done in (0, model.contextual_seq_len + history))
@@ -181,13 +194,14 @@ def _ranking(console: Console, spec: RunSpec, items: int, precision: str, memory
     _print_units(console, "request", memory)
 
 
-def _generating(console: Console, spec: RunSpec, items: int, precision: str, memory: float) -> None:
+def _generating(console: Console, spec: RunSpec, catalogue: Catalogue, precision: str, memory: float) -> None:
     from grengines.semantic.ids import propose_codes
 
     assert spec.retrieval is not None
     model, levels, width = spec.model, spec.retrieval.levels, spec.retrieval.beam_width
-    sizes = [spec.retrieval.codes or propose_codes(items, levels)] * levels
-    weights = _print_parameters(console, model.name, generator_parameters(model, sizes), precision, items)
+    sizes = [spec.retrieval.codes or propose_codes(catalogue.num_items, levels)] * levels
+    counts = generator_parameters(model, sizes)
+    weights = _print_parameters(console, model.name, counts, precision, catalogue.num_items)
     heads, dims = model.heads, _head_dims(model)
     table = _table("items", "tokens", "beams", *COLUMNS)
     for history in _histories(min(spec.workload.max_history, model.max_positions // levels)):

@@ -16,6 +16,7 @@ from grbench.workloads.config import (
 )
 from grbench.workloads.events import Columns, Events
 from grbench.workloads.trace import Trace
+from grengines.api import Catalogue
 
 
 def build(
@@ -36,6 +37,16 @@ def build(
         events = load_events(config)
         visits = trace.find_visits(events, config)
     return trace.build_trace(events, visits, config, seed, latency_limit_ms, progress)
+
+
+def catalogue(config: WorkloadOptions) -> Catalogue:
+    """Return the users, items and actions of a workload, without its requests. Raises DataError as `build`."""
+    if isinstance(config, SyntheticConfig):
+        from grbench.workloads.synthetic import ACTIONS
+
+        return Catalogue(config.users, config.items, len(ACTIONS))
+    events = load_events(config)
+    return Catalogue(events.num_users, events.num_items, len(events.action_names))
 
 
 def load_events(config: RecordedConfig) -> Events:

@@ -10,13 +10,16 @@ import torch
 from helpers.command import Grbench
 
 from grbench.config.compose import compose_spec
+from grbench.execution.records import RunRecord, Status
+from grbench.tools import doctor
 from grbench.tools.sizing import flops, kv_bytes, parameters
+from grengines import registry as engines
 from grengines.api import Catalogue
 from grengines.models.hstu.config import HSTUConfig
 
 
-def test_doctor_lists_everything_with_reason_and_remedy(grbench: Grbench, grbench_here: Grbench) -> None:
-    done = grbench("doctor", "--json")
+def test_doctor_lists_everything_with_reason_and_remedy(grbench_here: Grbench) -> None:
+    done = grbench_here("doctor", "--json", "--quick")
     assert done.returncode == 0, done.stderr
     found = {(f["kind"], f["name"]): f for f in json.loads(done.stdout)}
     assert found["engine", "hstu"]["ok"]
@@ -29,10 +32,24 @@ def test_doctor_lists_everything_with_reason_and_remedy(grbench: Grbench, grbenc
         if not finding["ok"]:
             assert finding["detail"], (kind, name)
             assert finding["remedy"] or kind == "device", (kind, name)
-    table = grbench_here("doctor")
+    table = grbench_here("doctor", "--quick")
     assert table.returncode == 0
     for _, name in found:
         assert name in table.stdout
+
+
+def test_doctor_runs_engines(grbench_here: Grbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = doctor._run
+    broken = RunRecord({}, "", Status.ERROR, "", 1.0, error="libfoo.so: cannot open; pip install foo")
+    monkeypatch.setattr(doctor, "_run", lambda name: run(name) if name == "hstu" else broken)
+    monkeypatch.setattr(engines, "names", lambda: ["hstu", "onnxruntime", "tensorrt"])
+    monkeypatch.setattr(engines, "availability", lambda name: "no GPU; get one" if name == "tensorrt" else None)
+    found = {f.name: f for f in doctor.findings() if f.kind == "engine"}
+    assert found["hstu"].ok and "ran a tiny case in " in found["hstu"].detail and "(rank, " in found["hstu"].detail
+    assert found["onnxruntime"] == doctor.Finding(
+        "engine", "onnxruntime", False, "ERROR: libfoo.so: cannot open", "pip install foo"
+    )
+    assert found["tensorrt"] == doctor.Finding("engine", "tensorrt", False, "no GPU", "get one")
 
 
 @pytest.mark.parametrize("name", ["hstu_tiny", "hstu_0p2b", "dlrm_v3", "wide_heads"])
@@ -89,6 +106,11 @@ def test_sizing_of_a_pipeline_lists_both_stages(grbench_here: Grbench) -> None:
     searched, ranked = done.stdout.split("to rank\n")
     assert searched.startswith("to generate\n") and "beams" in searched
     assert "candidates" in ranked
+    trained = compose_spec(["engine=hstu"])[0]
+    counts = parameters(trained.ranking_model, Catalogue(num_users=943, num_items=1682, num_actions=2))
+    assert f"{sum(counts.values()) / 1e6:,.1f} M parameters" in ranked and ranked.count("; 1,682 items") == 1
+    given = grbench_here("sizing", "engine=hstu", "--items", "1000000")
+    assert "; 1,000,000 items" in given.stdout
 
 
 @pytest.mark.parametrize(

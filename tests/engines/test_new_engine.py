@@ -150,7 +150,7 @@ def test_it_is_composed_checked_and_listed_like_any_other(registered: None) -> N
         with pytest.raises(ConfigError, match=message):
             compose_spec(["engine=toy", *overrides])
     assert schemas()["engine"]["toy"] is registry.get("toy").options
-    listed = {(finding.kind, finding.name): finding for finding in findings()}
+    listed = {(finding.kind, finding.name): finding for finding in findings(run=False)}
     assert listed["engine", "toy"].ok
     assert "engine toy" in listed["optional", "numpy"].detail
 

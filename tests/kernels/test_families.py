@@ -177,7 +177,7 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_package_brings_a_family_and_a_variant(toys: Path, grbench: Grbench, tmp_path: Path) -> None:
     """They are in the doctor's list, in the benchmark behind its gate, and in a run by name."""
-    done = grbench("doctor", "--json")
+    done = grbench("doctor", "--quick", "--json")
     rows = {row["name"]: row["ok"] for row in json.loads(done.stdout) if row["kind"] == "kernel"}
     assert rows["layer_norm=toy"] and rows["twice=torch"]
     options = ["variants=[torch,toy]", "shapes=[8,1280x512]", "dtype=fp32", "device=cpu", "repeats=3", "min_time_s=0.1"]
