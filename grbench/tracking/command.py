@@ -14,7 +14,7 @@ from pathlib import Path
 from grbench.config.arguments import Arguments, CommandError
 from grbench.execution.records import one_line
 from grbench.tracking import import_records
-from grbench.tracking.config import MlflowConfig, check_uri
+from grbench.tracking.config import VIEW, VIEW_TAG, MlflowConfig, check_uri
 from grbench.tracking.database import FILE, uri_of
 
 
@@ -75,17 +75,22 @@ def open_ui(root: Path, port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as e:
             raise ValueError(f"port {port}: {e.strerror}; choose another with --port") from None
-    page = f"#/experiments/{experiment}/runs" if (experiment := _latest_experiment(database)) else ""
-    print(f"MLflow at http://127.0.0.1:{port}/{page} (Ctrl-C ends it)", flush=True)
+    print(f"MLflow at http://127.0.0.1:{port}/{_page(database)} (Ctrl-C ends it)", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.execv(sys.executable, [*command, "--backend-store-uri", uri_of(database)])
 
 
-def _latest_experiment(database: Path) -> str | None:
-    """Return the experiment of the newest run, whose page is opened."""
+def _page(database: Path) -> str:
+    """Return the page that is opened: the runs of the newest run's experiment, as a table of the main figures."""
+    newest = "SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1"
+    view = "SELECT 1 FROM experiment_tags WHERE experiment_id = ? AND key = ?"
     try:
         with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=1)) as connection:
-            row = connection.execute("SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1").fetchone()
+            if not (row := connection.execute(newest).fetchone()):
+                return ""
+            shared = connection.execute(view, (row[0], VIEW_TAG)).fetchone()
     except sqlite3.Error:  # the link then leads to the start page
-        return None
-    return str(row[0]) if row else None
+        return ""
+    # Without the type of work MLflow shows its pages for language models.
+    page = f"#/experiments/{row[0]}/runs?workflowType=machine_learning"
+    return f"{page}&viewStateShareKey={VIEW}" if shared else page

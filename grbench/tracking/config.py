@@ -7,6 +7,9 @@ from urllib.parse import urlsplit
 
 from grengines.options import option
 
+# MLflow's own feature for sharing a view: the page's address names it, and the state is a tag of the experiment.
+VIEW, VIEW_TAG = "grbench", "mlflow.sharedViewState.grbench"
+
 
 @dataclass
 class MlflowConfig:

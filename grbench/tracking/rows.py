@@ -42,7 +42,9 @@ class RowTracker:
         try:
             if self._store is None:
                 assert isinstance(self._config, MlflowConfig)
-                self._store = Store(self._config.uri, f"{self._config.experiment}-{self._suffix}", self._root)
+                self._store = Store(
+                    self._config.uri, f"{self._config.experiment}-{self._suffix}", self._root, cells=False
+                )
                 self._parent = self._store.sweep_run(self._name, self._facts)
             for row in rows:  # the parent has the files, so this folder does not exist
                 self._store.log(row, results.parent / "none", self._parent)

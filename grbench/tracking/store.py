@@ -28,11 +28,18 @@ from grbench.execution.records import (
 )
 from grbench.report.cells import Cell, flatten, label
 from grbench.tracking import database
+from grbench.tracking.config import VIEW_TAG
 from grbench.tracking.describe import describe_cell, describe_row, describe_sweep
 
 SWEEP_TAG, HASH_TAG, NOTE_TAG = "sweep_id", "spec_hash", "mlflow.note.content"
-MOST_NOTE = 5000  # characters that a server accepts
-FIRST_METRICS = ["throughput_rps", "latency_ms/p99", "latency_ms/p50", "goodput_rps", "cache/hit_rate"]
+MOST_NOTE, MOST_NAME = 5000, 250  # characters that a server accepts
+FIRST_METRICS = ["latency_ms/p99", "throughput_rps", "latency_ms/p50", "goodput_rps", "cache/hit_rate"]
+FIRST_METRICS += ["quality/auc", "gate/error"]
+CELLS_VIEW = {  # state of the page that `grbench ui` opens
+    "selectedColumns": [f"metrics.`{name}`" for name in FIRST_METRICS] + ["tags.`status`"],
+    "orderByKey": "metrics.`latency_ms/p99`",  # any metric: the cells of sweeps are rows then, and not folded
+    "orderByAsc": True,
+}
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}
 MLFLOW_STATUS = {Status.OK: "FINISHED", Status.INTERRUPTED: "KILLED"}  # the others: FAILED
 
@@ -40,7 +47,7 @@ MLFLOW_STATUS = {Status.OK: "FINISHED", Status.INTERRUPTED: "KILLED"}  # the oth
 class Store:
     """An experiment in a tracking store. Every method may raise whatever MLflow raises."""
 
-    def __init__(self, uri: str | None, experiment: str, root: Path) -> None:
+    def __init__(self, uri: str | None, experiment: str, root: Path, cells: bool = True) -> None:
         # A dead server or a locked file must fail in seconds; the record is safe on disk.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -54,6 +61,8 @@ class Store:
         with database.opened(file) if file else contextlib.nullcontext():
             self._client = database.client(self.uri)
             self._experiment = self._find_or_create(experiment, file)
+            if cells:
+                self._client.set_experiment_tag(self._experiment, VIEW_TAG, json.dumps(CELLS_VIEW))
 
     def _find_or_create(self, name: str, file: Path | None) -> str:
         if found := self._client.get_experiment_by_name(name):
@@ -94,8 +103,10 @@ class Store:
             run_id = str(found[0].info.run_id)
             self._client.update_run(run_id, status="RUNNING")
             return run_id
+        words = [word for word in facts.get("overrides", "").split() if not word.startswith("-")]
+        name = " ".join([*words, f"({sweep_id})"]) if words else sweep_id
         run = self._client.create_run(
-            self._experiment, run_name=sweep_id, tags={SWEEP_TAG: sweep_id, "role": "sweep", **facts}
+            self._experiment, run_name=name[:MOST_NAME], tags={SWEEP_TAG: sweep_id, "role": "sweep", **facts}
         )
         return str(run.info.run_id)
 
@@ -196,8 +207,6 @@ def _tags(record: LoggedRow) -> dict[str, str]:
         "overrides": " ".join(record.overrides),
         "git_sha": env.get("git_sha"),
         "machine": gpus[0].get("name") if gpus else env.get("cpu"),
-        "python": env.get("python"),
-        "torch": (env.get("versions") or {}).get("torch"),
         "device": actual.get("device"),
         "precision": actual.get("precision"),
         "fallback": actual.get("fallback"),
@@ -206,12 +215,18 @@ def _tags(record: LoggedRow) -> dict[str, str]:
 
 
 def _metrics(record: LoggedRow) -> dict[str, float | None]:
-    """Return all figures, main ones first, because MLflow's comparison opens on the first metric."""
+    """Return all figures, main ones first, because MLflow's comparison opens on the first metric.
+
+    In `offline` that is the throughput: a latency is the time in a queue of all requests there.
+    """
     quality = (record.gate.get("quality") or {}).get("tasks") or {}
-    figures: dict[str, float | None] = {name: record.metrics.get(name) for name in FIRST_METRICS}
+    offline = (record.spec.get("scenario") or {}).get("name") == "offline"
+    figures: dict[str, float | None] = {"throughput_rps": None} if offline else {}
+    figures |= dict.fromkeys(FIRST_METRICS)
     figures |= record.metrics
-    figures |= _interval_metrics(record)
     figures |= {f"gate/{name}": record.gate.get(name) for name in ("error", "tolerance")}
+    figures |= {"quality/auc": sum(task["auc"] for task in quality.values()) / len(quality)} if quality else {}
+    figures |= _interval_metrics(record)
     measured = record.gate.get("measured") or {}
     figures |= {f"gate/measured/{name}": measured.get(name) for name in ("answers", "checked", "most_wrong_share")}
     for task, values in quality.items():

@@ -92,7 +92,7 @@ def test_a_cell_is_logged_whole(tmp_path: Path) -> None:
         "latency_ms/p50": 1.5, "latency_ms/p50/ci95_low": 1.4, "latency_ms/p50/ci95_high": 1.6,
         "latency_ms/p99.9": 9.0, "throughput_rps": 100.0, "gate/error": 1e-7, "gate/tolerance": 2e-5,
     }  # fmt: skip
-    expected = {"status": "OK", "git_sha": "abc", "torch": "2.13.0", "device": "cpu", "role": "cell"}
+    expected = {"status": "OK", "git_sha": "abc", "device": "cpu", "role": "cell"}
     assert expected.items() <= run.data.tags.items()
     assert len(run.data.tags) <= 25
     names = {f.path for f in client(sqlite_uri(tmp_path)).list_artifacts(run.info.run_id)}
@@ -386,11 +386,12 @@ def test_the_ui_shows_the_runs(tmp_path: Path) -> None:
     assert CellTracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
     with ui_of(tmp_path / "outputs") as address:
         assert address.startswith("http://127.0.0.1:")
-        assert address.endswith("/#/experiments/1/runs")
+        assert address.endswith("/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=grbench")
         if BROWSER is None:
             pytest.skip("no Chromium or Chrome: the page came, what it shows was not looked at")
         quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-        quiet += ["--disable-component-update", "--disable-sync", "--no-sandbox", f"--user-data-dir={tmp_path}/profile"]
+        quiet += ["--disable-component-update", "--disable-sync", "--no-sandbox", "--window-size=1800,900"]
+        quiet += [f"--user-data-dir={tmp_path}/profile"]
         for _ in range(3):  # virtual time can run out before a busy machine has answered the page's requests
             page = subprocess.run(
                 [BROWSER, "--headless", *quiet, "--virtual-time-budget=30000", "--dump-dom", address],
@@ -401,7 +402,7 @@ def test_the_ui_shows_the_runs(tmp_path: Path) -> None:
             if "hstu server bf16" in page:
                 break
     assert "hstu server bf16" in page
-    assert "Training runs" in page
+    assert "latency_ms/p50" in page and "gate/error" in page  # columns of the shared view
 
 
 def test_no_tracking_logs_nothing(tmp_path: Path) -> None:
