@@ -110,6 +110,13 @@ class RunRecord(LoggedRow):
                 f"metrics: {measured[0]!r} needs a passed gate, gate.passed is {passed!r}; "
                 f"without one only {' and '.join(BEFORE_GATE)} are allowed"
             )
+        # A record from before gate.measured was an option has no such answers.
+        if measured and "measured" in self.spec.get("gate", {}):
+            sample = self.gate.get("measured")
+            if not isinstance(sample, dict) or sample.get("passed") is not True:
+                raise ValueError(
+                    f"metrics: {measured[0]!r} needs measured answers that are right, gate.measured is {sample!r}"
+                )
 
     def to_json(self) -> str:
         self._require_gate()  # metrics may have been added since

@@ -56,6 +56,14 @@ def test_no_speed_without_a_passed_gate(gate: dict[str, Any], field: str, values
         record.to_json()
 
 
+@pytest.mark.parametrize("measured", [{}, {"measured": {}}, {"measured": {"passed": False}}])
+def test_no_speed_without_measured_answers_that_are_right(measured: dict[str, Any]) -> None:
+    asked = {**WHOLE, "spec": {**WHOLE["spec"], "gate": {"measured": 128}}}
+    RunRecord(**{**asked, "gate": {**PASSED, "measured": {"passed": True}}})
+    with pytest.raises(ValueError, match=r"needs measured answers that are right, gate\.measured is"):
+        RunRecord(**{**asked, "gate": {**PASSED, **measured}})
+
+
 def test_a_row_of_another_command_has_no_gate_block() -> None:
     row = LoggedRow(**{**WHOLE, "gate": {}})
     assert row.ok and row.metrics["latency_ms/p50"] == 1.0
