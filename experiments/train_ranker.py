@@ -24,6 +24,7 @@ from torch import Tensor
 
 from grbench import workloads
 from grbench.gate import quality
+from grbench.workloads.item_map import save_items
 from grengines.models.hstu.model import HSTULayer, HSTURanker
 from grengines.models.hstu.weights import save_weights
 from grengines.runtime.batch import JaggedBatch, pack
@@ -106,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"epoch {epoch + 1}: loss {total / train:.4f}; held out: {text}; {time.perf_counter() - begun:.0f} s")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_weights(model, args.out)
-    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    items = save_items(trace.events, args.out)
+    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters; {items}: the item of each table row")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from grbench.gate.base import Gate
 from grbench.gate.measured import MeasuredAnswers
 from grbench.scenarios import Measurement
 from grbench.workloads.config import SyntheticConfig, WorkloadConfig
+from grbench.workloads.item_map import check_items
 from grbench.workloads.trace import Trace
 from grengines import registry
 from grengines.api import Engine, Ranker, Request, Retrieval
@@ -68,6 +69,8 @@ class Cell:
 
         progress = at_most_every(5.0, say)
         trace = workloads.build(self.spec.workload, self.spec.seed, self.spec.latency_limit_ms, progress)
+        if weights := getattr(self.spec.model, "weights", None):
+            check_items(trace.events, Path(weights))
         self.outcome.metrics |= {f"workload/{name}": float(value) for name, value in trace.facts().items()}
         return trace
 

@@ -58,6 +58,7 @@ class Events:
     num_users: int
     num_items: int
     action_names: tuple[str, ...]
+    item_ids: tuple[str, ...] = ()  # of recorded events: the id in the file of each dense id
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def _sequences(path: Path) -> Events:
         num_users=len(users),
         num_items=len(encoded.dictionary),
         action_names=RATING_ACTIONS,
+        item_ids=tuple(encoded.dictionary.to_pylist()),
     )
 
 
@@ -168,8 +170,7 @@ def _events(
     action_names: tuple[str, ...],
     sort: bool,
 ) -> Events:
-    users, num_users = table.ids(user)
-    items, num_items = table.ids(item)
+    (users, user_ids), (items, item_ids) = table.ids(user), table.ids(item)
     by_user = np.argsort(users, kind="stable")
     if seconds is None:  # the file's order counts: event k of a user lies on day k
         starts = np.searchsorted(users[by_user], users[by_user])
@@ -190,9 +191,10 @@ def _events(
         actions[order],
         weights[order].astype(np.float32),
         np.floor(seconds[order]).astype(np.int64),  # after sorting: events of one second keep their order
-        num_users,
-        num_items,
+        len(user_ids),
+        len(item_ids),
         action_names,
+        tuple(item_ids.to_pylist()),
     )
 
 
@@ -327,8 +329,8 @@ class _Table:
         since = times - pd.Timestamp(0, tz="UTC")
         return np.asarray(since.dt.total_seconds(), dtype=np.float64)
 
-    def ids(self, column: str) -> tuple[npt.NDArray[np.int64], int]:
-        """Return a column of ids as dense indices in order of first appearance, and their number."""
+    def ids(self, column: str) -> tuple[npt.NDArray[np.int64], Any]:
+        """Return a column of ids as dense indices in order of first appearance, and the ids in that order."""
         strings = self._column(column)
         empty = pc.equal(pc.utf8_trim_whitespace(strings), "")
         if pc.any(empty).as_py():
@@ -336,7 +338,7 @@ class _Table:
         encoded = strings.combine_chunks().dictionary_encode()
         if isinstance(encoded, pa.ChunkedArray):
             encoded = encoded.combine_chunks()
-        return encoded.indices.to_numpy().astype(np.int64), len(encoded.dictionary)
+        return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary
 
     def _column(self, name: str) -> Any:
         """Return a column as strings; what is missing in a parquet file is empty."""

@@ -213,7 +213,7 @@ def test_events_of_one_day_keep_the_files_order_and_make_one_visit(tmp_path: Pat
 
 def test_packed_and_parquet_files_are_the_same_events(tmp_path: Path) -> None:
     text = rows_at(SECONDS)
-    plain = loaders.load_csv(Path(write(tmp_path, text)), "auto", False)
+    whole = loaders.load_csv(Path(write(tmp_path, text)), "auto", False)
     packed = tmp_path / "data.csv.gz"
     packed.write_bytes(gzip.compress(text.encode()))
     frame = pd.read_csv(io.StringIO(text))
@@ -221,7 +221,7 @@ def test_packed_and_parquet_files_are_the_same_events(tmp_path: Path) -> None:
     frame.assign(timestamp=pd.to_datetime(frame.timestamp, unit="s")).to_parquet(tmp_path / "times.parquet")
     for path in (packed, tmp_path / "numbers.parquet", tmp_path / "times.parquet"):
         events = loaders.load_csv(path, "auto", False)
-        assert all(np.array_equal(getattr(events, name), value) for name, value in vars(plain).items()), path
+        assert all(np.array_equal(getattr(events, name), value) for name, value in vars(whole).items()), path
     packed.write_bytes(packed.read_bytes()[:30])
     (tmp_path / "times.parquet").write_text("none")
     frame.assign(userId=[None, "u", "u"]).to_parquet(tmp_path / "numbers.parquet")
