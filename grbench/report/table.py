@@ -102,12 +102,12 @@ COLUMNS = [  # in the order of the table
     Column("retrieve + rank", "retrieve + rank: median milliseconds of the pipeline's stages", _stages),
     Column("hits %", "hits: requests that found cached state", _metric("cache/hit_rate", percent=True)),
     Column("AUC", "AUC: by the engine's scores, one a task", _auc),
+    Column("compared", "compared: answers of the measurement that were compared with the reference", _compared),
     Column(
         "runs",
         "runs: repeats with other seeds; figures are their means, and intervals have the spread between them",
         lambda record: str(run_count(record)) if run_count(record) > 1 else MISSING,
     ),
-    Column("compared", "compared: answers of the measurement that were compared with the reference", _compared),
     Column("gate", "gate: error against the fp32 reference, as a share of the tolerance", _gate),
 ]
 # Dropped first to last.
