@@ -44,9 +44,12 @@ lint: $(VENV)/.ready
 typecheck: $(VENV)/.ready
 	$(PY) -m mypy
 
+BASELINES := $(wildcard reports/regress_*)
+NOW := $(shell date +%Y-%m-%d_%H-%M-%S)
 regress: $(VENV)/.ready ## measure a few cells and compare them with this machine's baseline
-	$(PY) -m grbench study=regress
-	$(PY) -m grbench compare $(wildcard reports/regress_*) outputs/studies/regress --tolerance 0.05 $(ARGS)
+	@test -n "$(BASELINES)" || { echo "no baseline: reports/regress_* is empty; experiments/README.md (regress) has the commands"; exit 2; }
+	$(PY) -m grbench study=regress hydra.sweep.dir=outputs/studies/regress/$(NOW)
+	$(PY) -m grbench compare $(BASELINES) outputs/studies/regress/$(NOW) --tolerance 0.05 $(ARGS)
 
 ui: $(VENV)/.ready ## MLflow's pages at http://127.0.0.1:5000
 	$(PY) -m grbench ui $(ARGS)

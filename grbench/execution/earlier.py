@@ -7,7 +7,7 @@ from typing import Any
 
 from grbench.config.schema import RunSpec
 from grbench.execution import records
-from grbench.execution.environment import describe_environment
+from grbench.execution.environment import describe_environment, machine_of
 from grbench.execution.records import RunRecord, Status
 
 CONFIGURING = ("hydra-core", "mlflow")  # packages that read options and log results: no measurement depends on them
@@ -46,22 +46,19 @@ class EarlierRecords:
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     """Return in words what sets the environment of a record apart from this one; "" if a figure would be the same."""
-    if (machine := _machine(there)) != _machine(here):
+    if (machine := machine_of(there)) != machine_of(here):
         return f"another machine ({machine})"
     if there.get("code") != here["code"]:
         commit = (there.get("git_sha") or "unknown")[:12]
         return f"other code (commit {commit})"
+    drivers = [[gpu.get("driver") for gpu in environment.get("gpus") or []] for environment in (there, here)]
+    if drivers[0] != drivers[1]:
+        return f"GPU driver {drivers[0][0]}, here is {drivers[1][0]}"
     old, new = _versions(there), _versions(here)
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             return f"{name} {old.get(name, '(none)')}, here is {new.get(name, '(none)')}"
     return ""
-
-
-def _machine(environment: dict[str, Any]) -> str:
-    """Return the kind of machine: processor, cores, GPUs. Two machines of one kind give comparable figures."""
-    gpus = [gpu.get("name") for gpu in environment.get("gpus") or []]
-    return ", ".join([f"{environment.get('cpu')}, {environment.get('cpu_cores')} cores", *map(str, gpus)])
 
 
 def _versions(environment: dict[str, Any]) -> dict[str, str]:

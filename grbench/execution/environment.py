@@ -16,8 +16,9 @@ from typing import Any
 from grbench.execution.gpu import describe_gpus
 
 # The code that measures: a change elsewhere, such as in a report, leaves earlier records valid.
-MEASURING = ("grkernels", "grengines", *(f"grbench.{part}" for part in ("execution", "gate", "scenarios", "workloads")))
-PACKAGES = ("grbench", "torch", "triton", "numpy", "mlcommons-loadgen", "hydra-core", "mlflow")
+PARTS = ("execution", "gate", "scenarios", "tools.sizing", "workloads")
+MEASURING = ("grkernels", "grengines", *(f"grbench.{part}" for part in PARTS))
+PACKAGES = ("grbench", "torch", "triton", "nvidia-cutlass-dsl", "numpy", "mlcommons-loadgen", "hydra-core", "mlflow")
 
 
 def describe_environment(packages: Sequence[str] = ()) -> dict[str, Any]:
@@ -43,11 +44,22 @@ def _machine_and_code() -> dict[str, Any]:
     }
 
 
+def machine_of(environment: dict[str, Any]) -> str:
+    """Return the kind of machine of a record's environment: processor, cores, GPUs. Figures of one kind compare."""
+    gpus = [str(gpu.get("name")) for gpu in environment.get("gpus") or []]
+    counted = [name if gpus.count(name) == 1 else f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
+    cores = environment.get("cpu_cores")
+    processor = [environment.get("cpu") or "unknown CPU", *([f"{cores} cores"] if cores else [])]
+    return ", ".join([*processor, *(counted or ["no GPU"])])
+
+
 def code_digest() -> str:
     """Return 12 hex digits over the source files of `MEASURING`: edited files count, a commit of documents does not."""
     digest = hashlib.sha256()
     for package in MEASURING:
         found = find_spec(package)
+        if found and found.origin and not found.submodule_search_locations:  # a module
+            digest.update(f"{package}\n".encode() + Path(found.origin).read_bytes())
         for folder in (found.submodule_search_locations if found else None) or ():
             for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in (".py", ".json")):
                 digest.update(f"{package}/{path.relative_to(folder)}\n".encode() + path.read_bytes())

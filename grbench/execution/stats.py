@@ -206,7 +206,7 @@ def binomial_quantile(level: float, count: int, share: float) -> int:
     from scipy.special import bdtr, bdtrik
 
     below: int = max(math.ceil(bdtrik(level, count, share)) - 1, 0)
-    return below if bdtr(below, count, share) >= level else below + 1
+    return below if float(bdtr(below, count, share)) >= level else below + 1
 
 
 def _checked(samples: npt.ArrayLike, name: str, lowest: float = -math.inf) -> npt.NDArray[np.float64]:

@@ -14,9 +14,9 @@ import numpy as np
 
 from grbench.execution.records import PARTS, RunRecord
 from grbench.report.cells import figure
-from grbench.report.findings import offered_load, scenario_of, strategy_of, unit_of
 from grbench.report.frame import load_samples, samples_problem
 from grbench.report.groups import Group, Row
+from grbench.report.work import offered_load, scenario_of, strategy_of, unit_of
 
 MOST_CURVES = 10  # more curves are hard to tell apart
 MOST_BARS = 30  # a page must stay readable with hundreds of cells

@@ -26,10 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from grbench.execution import stats
+from grbench.execution.environment import machine_of
 from grbench.report.cells import Cell, figure, flatten, labels, shown
-from grbench.report.findings import LOADS
 from grbench.report.frame import ReportError, has_samples, load_samples
-from grbench.report.provenance import Origin
+from grbench.report.work import LOADS
 
 RESAMPLES = 1000
 METRICS = {"offline": ("throughput_rps",), "closed_loop": ("throughput_rps", "latency_ms/p99")}
@@ -123,7 +123,7 @@ def compare(base: Sequence[Cell], new: Sequence[Cell]) -> Comparison:
 
 def _of_one_machine(base: Sequence[Cell], new: Sequence[Cell]) -> list[Cell]:
     """Return the cells of `base` that were measured on the machine of `new`. Raises ReportError."""
-    before, now = ([Origin.of(record.environment).machine for _, record in side] for side in (base, new))
+    before, now = ([machine_of(record.environment) for _, record in side] for side in (base, new))
     if len(set(now)) > 1:
         raise ReportError(f"NEW was measured on different machines: {'; '.join(dict.fromkeys(now))}")
     kept = [cell for cell, machine in zip(base, before, strict=True) if machine in now]

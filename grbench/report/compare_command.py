@@ -33,12 +33,12 @@ def parser() -> Arguments:
         "Compare two measurements cell by cell: faster, slower or no difference, with the interval of the change.\n"
         "A side is a record, a folder with records, or REVISION:FOLDER of a git repository. Of several BASEs, those\n"
         "of the machine of NEW count.\n"
-        "Exit codes: 0 no cell is slower, 1 a cell is slower, 2 there is nothing to compare."
+        "Exit codes: 0 no cell is slower, 1 a cell is slower, 2 nothing to compare, 3 a change has no interval."
     )
     examples = [
         "compare outputs/before outputs/after",
         "compare v1.0:reports/reference reports/reference",
-        "compare reports/regress_* outputs/studies/regress --tolerance 0.05",
+        "compare reports/regress_* outputs/studies/regress/TIME --tolerance 0.05",
     ]
     parser = Arguments("compare", about, examples)
     parser.add_argument("base", nargs="+", metavar="BASE", help="the measurement to compare with")
@@ -55,7 +55,10 @@ def parser() -> Arguments:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command. Returns 1 if a cell is slower, else 0. Raises CommandError if there is nothing to compare."""
+    """Run the command. Returns 1 if a cell is slower, else 3 if a change has no interval, else 0.
+
+    Raises CommandError if there is nothing to compare.
+    """
     args = parser().parse_args(words)
     if not (math.isfinite(args.tolerance) and args.tolerance >= 0):
         raise CommandError(f"--tolerance {args.tolerance}: allowed is a finite number >= 0, such as 0.05 for 5%")
@@ -82,7 +85,7 @@ def main(words: Sequence[str]) -> int:
     else:
         _print(list(lines(comparison)), comparison.differing, comparison.notes)
         print("; ".join(f"{n} {verdict}" for verdict, n in counts.items() if n) or "no metric in common")
-    return 1 if counts[Verdict.SLOWER] else 0
+    return 1 if counts[Verdict.SLOWER] else 3 if counts[Verdict.UNKNOWN] else 0
 
 
 def _print(rows: Sequence[Sequence[str]], differing: dict[str, tuple[str, str]], notes: Sequence[str]) -> None:

@@ -13,21 +13,14 @@ A difference counts only if the intervals do not overlap.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
 from grbench.report.cells import figure, flatten, knobs, labels, shown
 from grbench.report.repeats import estimate
+from grbench.report.work import LOADS, offered_load, scenario_of, strategy_of, unit_of, work_of
 
-LOADS = {  # scenario: the option of its offered load, and the unit
-    "server": ("target_qps", "requests/s"),
-    "trace_replay": ("mean_qps", "requests/s"),
-    "closed_loop": ("clients", "clients"),
-    "multi_stream": ("samples_per_query", "requests per query"),
-    "single_stream": ("", ""),
-}
 PERCENTILES = ("p99", "p90", "p50")
 
 
@@ -78,7 +71,7 @@ def comparable(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """Return groups of records that did the same work on the same machine, in the order of their first record."""
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
-        groups.setdefault(_work(record), []).append(record)
+        groups.setdefault(work_of(record), []).append(record)
     return list(groups.values())
 
 
@@ -213,43 +206,3 @@ def _against_limit(best: Estimate, limit: float | None) -> str:
     if high <= limit:
         return f", within the limit of {limit:g} ms"
     return f", over the limit of {limit:g} ms" if low > limit else f"; the limit of {limit:g} ms is in its interval"
-
-
-def scenario_of(record: RunRecord) -> str:
-    """Return the name of the record's scenario."""
-    return str(record.spec["scenario"]["name"])
-
-
-def unit_of(record: RunRecord) -> str:
-    """Return the unit of the offered load."""
-    return LOADS[scenario_of(record)][1]
-
-
-def offered_load(record: RunRecord) -> float | None:
-    """Return the load that the scenario asks for, in `unit_of`, or None if it asks for none."""
-    option, _ = LOADS.get(scenario_of(record), ("", ""))
-    value = record.spec["scenario"].get(option) if option else None
-    return float(value) if value is not None else None
-
-
-def _work(record: RunRecord) -> str:
-    """Return a key that is equal for comparable cells."""
-    spec, environment = record.spec, record.environment
-    retrieval = spec.get("retrieval") or {}
-    gpus = [gpu.get("name") for gpu in environment.get("gpus") or []]
-    machine = [environment.get("cpu"), environment.get("cpu_cores"), gpus]
-    work = [
-        spec.get("task"),
-        spec.get("workload"),
-        retrieval.get("k"),
-        scenario_of(record),
-        spec.get("latency_limit_ms"),
-    ]
-    return json.dumps([work, machine], sort_keys=True)
-
-
-def strategy_of(record: RunRecord) -> str:
-    """Return a key that is equal for repeats of one strategy at any load."""
-    option = LOADS.get(scenario_of(record), ("", ""))[0]
-    leaves = {k: shown(v) for k, v in flatten(record.spec).items() if k not in ("seed", f"scenario.{option}")}
-    return json.dumps(leaves, sort_keys=True)

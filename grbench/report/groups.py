@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from grbench.execution.environment import machine_of
 from grbench.execution.records import RunRecord
 from grbench.report.cells import Cell, labels
-from grbench.report.findings import comparable, findings, limit_verdict, offered_load, scenario_of, unit_of, work_names
+from grbench.report.findings import comparable, findings, limit_verdict, work_names
 from grbench.report.repeats import pooled
+from grbench.report.work import offered_load, scenario_of, unit_of
 
 VERBS = {"rank": "Rank", "generate": "Retrieve", "recommend": "Retrieve and rank"}
 
@@ -70,7 +72,7 @@ def group_cells(cells: Sequence[Cell]) -> list[Group]:
     split = [best_first(pooled(records)) for records in comparable([record for _, record in cells])]
     runs = comparable([record for _, record in cells])
     firsts = [records[0] for records in split]
-    works = list(zip(work_names(firsts), map(_machine, firsts), strict=True))
+    works = list(zip(work_names(firsts), (machine_of(first.environment) for first in firsts), strict=True))
     differing = [i for i in (0, 1) if len({work[i] for work in works}) > 1]
     groups: list[Group] = []
     number = 0
@@ -105,8 +107,3 @@ def _title(records: Sequence[RunRecord]) -> str:
         return f"{verb} in {scenario}: what load keeps the latency limit?"
     where = f"at {loads.pop():g} {unit_of(first)}" if loads else f"in {scenario}"
     return f"{verb} {where}" + (": which has the lowest latency?" if choice else "")
-
-
-def _machine(record: RunRecord) -> str:
-    gpus = [gpu.get("name") for gpu in record.environment.get("gpus") or []]
-    return str((gpus or [record.environment.get("cpu")])[0])

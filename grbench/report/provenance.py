@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grbench.execution.environment import machine_of
 from grbench.report.frame import ReportError
 
 
@@ -14,15 +15,12 @@ class Origin:
     """The commit and the machine of one record or results file."""
 
     commit: str  # 40 hex digits, then "+dirty" if files differed from the commit; "" if unknown
-    machine: str  # names of the GPUs, or of the CPU
+    machine: str  # processor, cores, GPUs
 
     @classmethod
     def of(cls, environment: dict[str, Any]) -> Origin:
         """Return the origin that `describe_environment` recorded."""
-        gpus = dict.fromkeys(gpu["name"] for gpu in environment.get("gpus") or [])
-        cores = f", {environment['cpu_cores']} cores" if "cpu_cores" in environment else ""
-        machine = " and ".join(gpus) or f"{environment.get('cpu') or 'unknown CPU'}{cores}, no GPU"
-        return cls(environment.get("git_sha") or "", machine)
+        return cls(environment.get("git_sha") or "", machine_of(environment))
 
     def __str__(self) -> str:
         sha, plus, dirty = self.commit.partition("+")

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from grbench.execution import stats
+from grbench.execution.environment import machine_of
 from grbench.execution.records import RunRecord
-from grbench.report.cells import flatten, shown
+from grbench.report.work import offered_load, strategy_of
 
 SPREADS = ("latency_ms/p", "throughput_rps", "goodput_rps")  # names of the metrics whose spread becomes an interval
 
@@ -67,7 +68,5 @@ def _notes(runs: Sequence[RunRecord], intervals: dict[str, list[float]]) -> list
 
 
 def _cell(record: RunRecord) -> str:
-    """Return a key that is equal for repeats: all options but the seed, the commit and the machine."""
-    leaves = {key: shown(value) for key, value in flatten(record.spec).items() if key != "seed"}
-    environment = {key: record.environment.get(key) for key in ("git_sha", "cpu", "cpu_cores", "gpus")}
-    return json.dumps([leaves, environment, record.actual.get("device")], sort_keys=True, default=str)
+    """Return a key that is equal for repeats: those of one strategy, at one load, on one machine."""
+    return json.dumps([strategy_of(record), offered_load(record), machine_of(record.environment)])

@@ -64,19 +64,28 @@ def request_flops(model: HSTUConfig, request: Request) -> float:
 
 
 def flops(model: HSTUConfig, history: int, candidates: int, cached: int = 0) -> float:
-    """Operations of one request with the exact mask and no padding; a multiply-add is 2.
+    """Operations that one request needs, with the exact mask and no padding; a multiply-add is 2.
 
     Counts the layers' two projections, attention over the visible (row, column) pairs, and the head. Leaves out
-    look-ups, norms and activations, which are under 1%. cached: first tokens whose keys and values are in the cache.
+    look-ups, norms and activations, which are under 1%. The last layer makes keys and values of every token, and the
+    rest for candidates alone. cached: first tokens whose keys and values are in the cache.
     """
     tokens = model.contextual_seq_len + history + candidates
     new = tokens - cached
-    pairs = visible_pairs(tokens, candidates, model.contextual_seq_len, model.max_attn_len, delta=new)
-    widths = 2 * model.heads * (model.qk_dim + model.v_dim) + 3 * model.heads * model.v_dim
-    linear = 2 * new * model.embedding_dim * widths
+    whole = _layer_flops(model, tokens, candidates, new, new)
+    last = _layer_flops(model, tokens, candidates, new, candidates)
     inputs = model.embedding_dim + model.interactions
     head = 2 * candidates * (model.head_dim * (inputs + len(model.tasks)) + model.interactions * model.embedding_dim)
-    return float(model.layers * (linear + attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)) + head)
+    return float((model.layers - 1) * whole + last + head)
+
+
+def _layer_flops(model: HSTUConfig, tokens: int, candidates: int, new: int, rows: int) -> float:
+    """Operations of a layer that makes keys and values of the last `new` tokens and all else of the last `rows`."""
+    pairs = visible_pairs(tokens, candidates, model.contextual_seq_len, model.max_attn_len, delta=rows)
+    keys = model.heads * (model.qk_dim + model.v_dim)
+    others = model.heads * (model.qk_dim + model.v_dim) + 3 * model.heads * model.v_dim  # u, q and the output
+    linear = 2 * model.embedding_dim * (new * keys + rows * others)
+    return linear + attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)
 
 
 def search_flops(

@@ -110,6 +110,13 @@ def test_the_table_and_the_exit_code_say_what_is_slower(tmp_path: Path, grbench_
     assert found["counts"]["slower"] == 1
 
 
+def test_one_offline_run_a_side_decides_nothing(tmp_path: Path, grbench_here: Grbench) -> None:
+    for side in ("base", "new"):
+        runs(tmp_path / side, seeds=1)
+    done = grbench_here("compare", "base", "new")
+    assert done.returncode == 3 and done.stdout.endswith("1 not known\n")
+
+
 def test_a_revision_of_a_repository_is_a_side(tmp_path: Path, grbench_here: Grbench) -> None:
     def git(*words: str) -> None:
         who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]

@@ -147,7 +147,8 @@ def test_cells_of_two_machines_are_two_sections(tmp_path: Path) -> None:
     write_cell(tmp_path / "o" / "0", "seed=1")
     write_cell(tmp_path / "o" / "1", "seed=2", environment={"cpu": "Other", "gpus": [{"name": "H100"}]})
     page = written(tmp_path / "o", tmp_path)
-    assert "## Answer at 100 requests/s (Some CPU)" in page and "## Answer at 100 requests/s (H100)" in page
+    for machine in ("Some CPU, no GPU", "Other, H100"):
+        assert f"## Answer at 100 requests/s ({machine})" in page
     assert {"": "gpus.0.name", "rows 1": "-", "rows 2": "H100"} in rows_of(page, "Environment")
     assert spans([1, 2, 3, 5, 7, 8]) == "1-3, 5, 7-8"
 

@@ -87,7 +87,7 @@ def test_a_page_that_says_something_else_is_found(report: Path, file: str, capsy
         (lambda e: e.update(git_sha=e["git_sha"] + "+dirty"), "+dirty; commit the changes, then measure again"),
         (lambda e: e.update(git_sha=None), "git_sha is missing; measure again in a checkout"),
         (lambda e: e.update(git_sha="0" * 40), "a report has records of one commit and one machine"),
-        (lambda e: e["gpus"][0].update(name="NVIDIA H200"), "has commit af11fa46828c, NVIDIA H200; "),
+        (lambda e: e["gpus"][0].update(name="NVIDIA H200"), "16 cores, NVIDIA H200; "),
     ],
     ids=["dirty", "unknown", "two commits", "two machines"],
 )

@@ -66,8 +66,12 @@ class BeganError(Exception):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python experiments/")])
 def test_every_program_knows_the_arguments_of_its_command(
-    command: str, program: Any, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    command: str, program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "ml_100k.safetensors").touch()  # an earlier command writes it
+
     def begin(*_: object, **__: object) -> None:
         raise BeganError
 

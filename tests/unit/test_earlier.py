@@ -10,7 +10,7 @@ import pytest
 
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec
-from grbench.execution import records
+from grbench.execution import environment, records
 from grbench.execution.earlier import EarlierRecords
 from grbench.execution.environment import code_digest, describe_environment
 from grbench.execution.records import RunRecord, Status
@@ -129,5 +129,17 @@ def test_what_is_read_depends_on_the_status(tmp_path: Path) -> None:
         assert {status for status, spec in specs.items() if earlier.of(spec)[0]} == expected
 
 
-def test_the_code_that_measures_has_one_digest() -> None:
-    assert len(code_digest()) == 12 and code_digest() == code_digest() == describe_environment()["code"]
+def test_an_edited_file_of_the_code_that_measures_changes_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert code_digest() == describe_environment()["code"]
+    (tmp_path / "measuring").mkdir()
+    (tmp_path / "measuring" / "__init__.py").touch()
+    (tmp_path / "alone.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(environment, "MEASURING", ("measuring", "alone"))
+    digests = [code_digest()]
+    for path, text in (("measuring/table.json", "{}"), ("alone.py", "x = 1"), ("measuring/notes.md", "words")):
+        (tmp_path / path).write_text(text)
+        digests.append(code_digest())
+    assert len(set(digests)) == 3 and digests[2] == digests[3]  # words do not measure
