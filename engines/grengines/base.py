@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding
 from grengines.runtime.device import DTYPES, Placement
 from grengines.runtime.graphs import token_count
-from grengines.runtime.timing import TimedLock
+from grengines.runtime.timing import Turn, Turns
 from grengines.semantic.search import check_width
 from grkernels.families import AUTO
 
@@ -39,7 +40,8 @@ class EngineBase(ABC):
         self._setup = setup
         self._device, self._precision, self._cpu_threads = placement.device, placement.precision, placement.cpu_threads
         self._cuda = self._device.type == "cuda"
-        self._lock = TimedLock()  # held until a batch's work is queued
+        self._lock = threading.Lock()  # held while the engine is used, or until a batch's work is queued
+        self._turns = Turns(self._lock)
         self._max_batch = 0
         self._threads_before: int | None = None  # PyTorch's, from `prepare` until `close`
 
@@ -122,14 +124,19 @@ class EngineBase(ABC):
             raise RuntimeError("the engine is not prepared, or closed; call prepare() first")
         return part
 
-    def _with_wait(self, result: Result, begun: float, waited_ms: float) -> Result:
-        """Return the result with its wait for the batches before it.
+    def _ended(self, queued: Callable[[], Result], begun: float, turn: Turn) -> Result:
+        """Wait for a batch whose work is queued. Returns its result with its wait for the batches before it.
 
-        begun: start of the call (seconds, time.perf_counter). waited_ms: the wait for the lock. A GPU may still have an
-        earlier batch after that: the wait is what the call took beyond the parts of this batch.
+        begun: start of the call (seconds, time.perf_counter). If a GPU still had an earlier batch when this one's turn
+        came, the wait is what the call took beyond the parts of this batch. Otherwise it is the wait for the turn, and
+        time that is in no part stays visible as such.
         """
-        result.wait_ms = waited_ms
-        if self._cuda:
+        try:
+            result = queued()
+        finally:
+            self._turns.end()
+        result.wait_ms = turn.waited_ms
+        if self._cuda and turn.behind:
             took_ms = (time.perf_counter() - begun) * 1e3
             result.wait_ms = max(took_ms - result.batch_ms - result.transfer_ms - result.compute_ms, 0.0)
         return result

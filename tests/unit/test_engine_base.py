@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -52,6 +53,30 @@ class Idle(RankingEngine):
     def _unload(self) -> None:
         self.calls.append("unload")
         self.model = None
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_time_in_no_part_is_a_wait_only_behind_another_batch(behind: bool) -> None:
+    engine = Idle()
+    engine._cuda = True
+
+    def queued() -> RankResult:
+        time.sleep(0.02)  # nothing that the engine measures
+        return RankResult(scores=[], batch_ms=1, transfer_ms=2, compute_ms=3, tokens=0, padded_tokens=0)
+
+    if behind:
+        with engine._turns:
+            pass  # queued, and not ended
+    begun = time.perf_counter()
+    with engine._turns as turn:
+        pass
+    assert (engine._ended(queued, begun, turn).wait_ms >= 14) == behind
+    with pytest.raises(RuntimeError), engine._turns:
+        raise RuntimeError
+    if behind:
+        engine._turns.end()
+    with engine._turns as turn:
+        assert not turn.behind
 
 
 @pytest.fixture(autouse=True)

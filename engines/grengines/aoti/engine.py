@@ -100,7 +100,7 @@ class AOTIEngine(RankingEngine):
         bucket = choose_bucket(self.buckets, counts, [len(r.candidates) for r in requests])
         host = pack(requests, self._encoding, bucket=bucket, pin=self._cuda)
         batch_ms = (time.perf_counter() - begun) * 1e3
-        with self._lock as waited_ms:
+        with self._turns as turn:
             marks = Marks(self._device)
             if self._graphs is not None and bucket is not None:
                 self._graphs.upload(bucket, host)
@@ -112,7 +112,7 @@ class AOTIEngine(RankingEngine):
                 logits = self._run(batch)
             details = {"eager_batches": float(bucket is None)} if self._options.cuda_graphs else {}
             queued = collect(logits, [host], marks, batch_ms, details)
-        return self._with_wait(queued(), begun, waited_ms)
+        return self._ended(queued, begun, turn)
 
     def _describe(self) -> dict[str, Any]:
         package = self._package

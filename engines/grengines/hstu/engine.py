@@ -105,9 +105,9 @@ class HSTUEngine(RankingEngine):
         ranker, cached = self._ready(self._ranker), self.user_cache
         self._check_size(requests)
         begun = time.perf_counter()
-        with self._lock as waited_ms:
+        with self._turns as turn:
             queued = self._queue_cached(ranker, cached, requests) if cached else self._queue_whole(ranker, requests)
-        return self._with_wait(queued(), begun, waited_ms)
+        return self._ended(queued, begun, turn)
 
     def _queue_cached(
         self, ranker: HSTURanker, cached: CachedRanking, requests: Sequence[Request]

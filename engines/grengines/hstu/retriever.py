@@ -107,9 +107,9 @@ class HSTURetriever(GeneratingEngine):
             )
         bucket = choose_bucket(self.buckets, lengths)
         # The next batch may have the pages once this one's work is queued: all work goes to one stream.
-        with self._lock as waited_ms, beam.borrowed(pool, lengths) as pages:
+        with self._turns as turn, beam.borrowed(pool, lengths) as pages:
             host = pack_prompts(prompts, pages, pool, bucket=bucket, pin=self._cuda)
-            batch_ms = (time.perf_counter() - begun) * 1e3 - waited_ms
+            batch_ms = (time.perf_counter() - begun) * 1e3 - turn.waited_ms
             marks = Marks(self._device)
             if self._graphs is not None and bucket is not None:
                 self._graphs.upload(bucket, host)
@@ -128,7 +128,7 @@ class HSTURetriever(GeneratingEngine):
                 padded_tokens=host.padded_tokens,
                 details={"eager_batches": float(bucket is None)} if self._options.cuda_graphs else {},
             )
-        return self._with_wait(queued(), begun, waited_ms)
+        return self._ended(queued, begun, turn)
 
     def _describe(self) -> dict[str, Any]:
         return {

@@ -1,27 +1,46 @@
-"""Points in time, on the device's clock for work on a GPU and on the host's for work on a CPU; waits for a lock."""
+"""Points in time, on the device's clock for work on a GPU and on the host's for work on a CPU; turns of batches."""
 
 from __future__ import annotations
 
 import threading
 import time
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 
 
-class TimedLock:
-    """A lock that reports, on entry, the milliseconds that its holder waited for it."""
+class Turn(NamedTuple):
+    """A batch's turn to queue its work: the wait for it, and whether an earlier batch was still under way then."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    waited_ms: float
+    behind: bool
 
-    def __enter__(self) -> float:
+
+class Turns:
+    """Turns of batches that queue their work under `lock`. A batch is under way from its turn until `end`."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock, self._counting = lock, threading.Lock()
+        self._under_way = 0
+
+    def __enter__(self) -> Turn:
         begun = time.perf_counter()
         self._lock.acquire()
-        return (time.perf_counter() - begun) * 1e3
+        with self._counting:
+            behind = self._under_way > 0
+            self._under_way += 1
+        return Turn((time.perf_counter() - begun) * 1e3, behind)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self.end()
         self._lock.release()
+
+    def end(self) -> None:
+        """Note that a batch whose work was queued has ended."""
+        with self._counting:
+            self._under_way -= 1
 
 
 class Mark:
