@@ -13,7 +13,7 @@ from grbench import scenarios, workloads
 from grbench.config.schema import RetrievalConfig, RunSpec
 from grbench.execution import measure
 from grbench.execution.gpu import sample_gpu
-from grbench.execution.load import BUILDING, MEASURING
+from grbench.execution.load import MEASURING
 from grbench.execution.records import SAMPLES_FILE, Outcome
 from grbench.gate import gate_for, quality
 from grbench.gate.base import Gate
@@ -83,7 +83,7 @@ class Cell:
     @contextlib.contextmanager
     def _engine(self, trace: Trace, retrieval: Retrieval | None) -> Iterator[Engine]:
         """A prepared engine, which is closed at the end."""
-        self._stage(BUILDING)
+        self._stage("building the engine")
         spec, begun = self.spec, time.perf_counter()
         engine = registry.build(
             spec.engine,

@@ -1,6 +1,7 @@
 """Load of the machine by other processes while a cell is measured.
 
-The launcher reads it, and only when the worker reports: the worker's timing does not notice. Linux only.
+The launcher reads the GPU before the worker starts, and the cores only when the worker reports: the worker's timing
+does not notice. Linux only.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from pathlib import Path
 
 from grbench.execution.gpu import GpuUse, gpu_use
 
-BUILDING, MEASURING = "building the engine", "measuring"  # stages of the worker
+MEASURING = "measuring"  # a stage of the worker
 MOST_MEAN, MOST_PEAK = 0.05, 0.25  # shares of the cores that others may take before a note says so
 MOST_GPU_PERCENT = 5.0
+GPU_PERIOD_S = 1.0  # NVML's utilisation is that of at most so long
 SHORTEST_S = 0.4  # of a reading: the kernel counts in ticks of 10 ms
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -28,23 +30,33 @@ class Reading:
     own_s: float
 
 
-class LoadWatch:
-    """Watch over one worker, by its process id. proc: the process file system."""
+def gpu_in_use() -> GpuUse | None:
+    """Return the use of the GPU while no worker runs, or None where it is not known."""
+    use = gpu_use()
+    if use is not None and use.utilisation_percent > MOST_GPU_PERCENT:
+        time.sleep(GPU_PERIOD_S)  # the worker of the cell before may be in the figure
+        use = gpu_use()
+    return use
 
-    def __init__(self, worker: int, proc: Path = Path("/proc")) -> None:
+
+class LoadWatch:
+    """Watch over one worker, by its process id.
+
+    gpu: use of the GPU before the worker started; None: not known. proc: the process file system.
+    """
+
+    def __init__(self, worker: int, gpu: GpuUse | None = None, proc: Path = Path("/proc")) -> None:
         self._worker, self._proc = worker, proc
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         self._first: Reading | None = None
         self._last: Reading | None = None
         self._peak = 0.0
         self._ended = False
-        self._gpu: GpuUse | None = None
+        self._gpu = gpu
 
     def see(self, stage: str | None) -> None:
         """Take a reading on a message of the worker. stage: the one that begins; None for mere progress."""
-        if stage == BUILDING:
-            self._gpu = gpu_use()  # the worker itself has not used it yet
-        elif stage == MEASURING:
+        if stage == MEASURING:
             self._first = self._last = self._read()
         elif self._last is not None and not self._ended:
             now = self._read()

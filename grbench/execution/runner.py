@@ -22,7 +22,7 @@ from typing import Any
 from grbench.config.schema import RunnerConfig, RunSpec, spec_to_json
 from grbench.execution import records
 from grbench.execution.environment import describe_environment
-from grbench.execution.load import LoadWatch
+from grbench.execution.load import LoadWatch, gpu_in_use
 from grbench.execution.records import LOG_FILE, Outcome, RunRecord, Status
 from grbench.signals import ENDING, Stopped, held
 
@@ -124,9 +124,10 @@ def _work(
     """
     read_end, write_end = os.pipe()
     kills_before = _oom_kills()
+    gpu = gpu_in_use()  # the worker's own work would count as that of others
     worker = _start(spec, runner, folder, write_end)
     os.close(write_end)
-    watch = LoadWatch(worker.pid)
+    watch = LoadWatch(worker.pid, gpu)
     outcome: Outcome | None = None
     again: str | None = None
     timed_out, grace_s = False, 0.0  # Ctrl-C and the time limit stop the worker at once

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from grbench.execution import gpu, load
-from grbench.execution.load import BUILDING, MEASURING, LoadWatch
+from grbench.execution.load import MEASURING, LoadWatch
 
 CORES = {1, 3}
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -26,7 +26,6 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Write /proc as it is at a time: seconds of the worker (process 7), its child (8) and both cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: CORES)
     monkeypatch.setattr(os, "times", lambda: (0.0, 0.0, 0.0, 0.0, 0.0))
-    monkeypatch.setattr(load, "gpu_use", lambda: None)
 
     def process(number: int, seconds: float, children: str) -> None:
         task = tmp_path / f"{number}" / "task" / f"{number}"
@@ -49,7 +48,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_what_others_take_is_what_the_own_tree_does_not(tmp_path: Path, at: Callable[..., None]) -> None:
-    watch = LoadWatch(7, tmp_path)
+    watch = LoadWatch(7, proc=tmp_path)
     at(0.0, worker=5, child=1, cores=(50, 50))
     watch.see("loading the workload")
     watch.see(MEASURING)
@@ -69,7 +68,7 @@ def test_what_others_take_is_what_the_own_tree_does_not(tmp_path: Path, at: Call
 
 
 def test_an_idle_machine_has_no_note(tmp_path: Path, at: Callable[..., None]) -> None:
-    watch = LoadWatch(7, tmp_path)
+    watch = LoadWatch(7, proc=tmp_path)
     at(0.0, worker=0, child=0, cores=(0, 0))
     watch.see(MEASURING)
     at(10.0, worker=12, child=6, cores=(10, 8.5))
@@ -82,7 +81,7 @@ def test_an_idle_machine_has_no_note(tmp_path: Path, at: Callable[..., None]) ->
 def test_where_the_system_has_no_such_files_nothing_is_claimed(
     tmp_path: Path, at: Callable[..., None], damage: str
 ) -> None:
-    watch = LoadWatch(7, tmp_path)
+    watch = LoadWatch(7, proc=tmp_path)
     at(0.0, worker=0, child=0, cores=(0, 0))
     (tmp_path / damage).unlink()
     watch.see(MEASURING)
@@ -106,7 +105,7 @@ def test_use_of_the_gpu_by_others_is_noted(monkeypatch: pytest.MonkeyPatch) -> N
     card = SimpleNamespace(
         nvmlDeviceGetHandleByIndex=lambda index: index,
         nvmlDeviceGetComputeRunningProcesses=lambda handle: ["a process"],
-        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=40),
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=next(busy)),
     )
 
     @contextmanager
@@ -114,10 +113,11 @@ def test_use_of_the_gpu_by_others_is_noted(monkeypatch: pytest.MonkeyPatch) -> N
         yield found
 
     monkeypatch.setattr(gpu, "_nvml", lambda: nvml(None))
-    assert gpu.gpu_use() is None
+    assert load.gpu_in_use() is None
     monkeypatch.setattr(gpu, "_nvml", lambda: nvml(card))
-    watch = LoadWatch(os.getpid())
-    watch.see(BUILDING)
+    busy = iter([90, 40])
+    monkeypatch.setattr(load, "GPU_PERIOD_S", 0.0)
+    watch = LoadWatch(os.getpid(), load.gpu_in_use())
     assert watch.metrics("cuda") == {"others/gpu_processes": 1.0, "others/gpu_percent": 40.0}
     [note] = watch.notes("cuda")
     assert note.startswith(
