@@ -6,6 +6,7 @@ Nothing here runs in a timed region. Without a GPU, its driver or nvidia-ml-py t
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +37,12 @@ def _memory_mib(nvml: Any, handle: Any) -> int | None:
         return None
 
 
-def sample_gpu(index: int = 0) -> dict[str, float]:
-    """Return metrics of one GPU now: power, memory in use, utilisation, clock, temperature."""
+def sample_gpu() -> dict[str, float]:
+    """Return metrics of the GPU that engines use, now: power, memory in use, utilisation, clock, temperature."""
     with _nvml() as nvml:
-        if nvml is None or index >= nvml.nvmlDeviceGetCount():
+        h = nvml and _used_by_engines(nvml)
+        if h is None:
             return {}
-        h = nvml.nvmlDeviceGetHandleByIndex(index)
         readings: dict[str, Callable[[], float]] = {
             "gpu/power_w": lambda: nvml.nvmlDeviceGetPowerUsage(h) / 1e3,
             "gpu/memory_mib": lambda: nvml.nvmlDeviceGetMemoryInfo(h).used / 2**20,
@@ -64,15 +65,34 @@ class GpuUse:
     utilisation_percent: float
 
 
-def gpu_use(index: int = 0) -> GpuUse | None:
-    """Return the use of one GPU now, or None where it is not known. Containers may hide each other's processes."""
+def gpu_use() -> GpuUse | None:
+    """Return the use of the GPU of engines now, or None where it is not known.
+
+    Containers may hide each other's processes.
+    """
     with _nvml() as nvml:
         try:
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            handle = _used_by_engines(nvml)
             processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
             return GpuUse(len(processes), float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu))
         except Exception:  # no GPU, or one that reports neither (NVMLError is a class of pynvml, which may be absent)
             return None
+
+
+def _used_by_engines(nvml: Any) -> Any:
+    """Return the handle of the GPU that engines use: the first of CUDA_VISIBLE_DEVICES, or None if that is none.
+
+    NVML takes no notice of that variable. Its numbers are CUDA's on a machine with one kind of GPU; CUDA_DEVICE_ORDER=
+    PCI_BUS_ID makes them so on others.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    if first.isdecimal():
+        return handles[int(first)] if int(first) < len(handles) else None
+    if first.startswith("MIG-"):
+        return nvml.nvmlDeviceGetHandleByUUID(first)
+    # CUDA takes the beginning of a UUID, too.
+    return next((h for h in handles if first and nvml.nvmlDeviceGetUUID(h).startswith(first)), None)
 
 
 @contextlib.contextmanager

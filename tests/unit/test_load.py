@@ -103,6 +103,7 @@ def test_a_real_tree_counts_its_children() -> None:
 
 def test_use_of_the_gpu_by_others_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(
+        nvmlDeviceGetCount=lambda: 1,
         nvmlDeviceGetHandleByIndex=lambda index: index,
         nvmlDeviceGetComputeRunningProcesses=lambda handle: ["a process"],
         nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=next(busy)),
@@ -124,3 +125,21 @@ def test_use_of_the_gpu_by_others_is_noted(monkeypatch: pytest.MonkeyPatch) -> N
         "before this cell used the GPU, it was busy for 40% of the time, with 1 processes of others on it"
     )
     assert watch.metrics("cpu") == {}
+
+
+@pytest.mark.parametrize(
+    ("visible", "card"),
+    [(None, 0), ("2,0", 2), ("1", 1), ("GPU-b", 1), ("GPU-c2,GPU-a", 2), ("MIG-7", "MIG-7"), ("", None), ("-1", None)],
+)
+def test_the_gpu_is_the_first_visible_one(monkeypatch: pytest.MonkeyPatch, visible: str | None, card: object) -> None:
+    nvml = SimpleNamespace(
+        nvmlDeviceGetCount=lambda: 3,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetUUID=lambda index: ["GPU-a0", "GPU-b1", "GPU-c2"][index],
+    )
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu._used_by_engines(nvml) == card
