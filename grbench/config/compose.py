@@ -38,6 +38,10 @@ from grbench.subcommands import summaries
 from grengines.options import describe
 
 CONFIG_DIR = str(checkout_or_packaged("conf"))
+# Options of the whole command: a session has one value of each, so a sweep over them would use the first.
+ONE_VALUE = re.compile(
+    r"\+*((runner\.)?output_root|runner\.(repeats|print)|rerun|rerun_failed|skip_invalid|tracking.*)$"
+)
 SILENCE_S = 15.0  # after which a user wants to know what a command is doing
 Checked = TypeVar("Checked")
 
@@ -139,6 +143,7 @@ def _plan_sweep(
 ) -> tuple[Invocation, list[Job]]:
     """Compose each combination and check it by itself."""
     common = set.intersection(*map(set, combinations))
+    _refuse_options_of_the_session(word for words in combinations for word in words if word not in common)
     folder: Path | None = None
     jobs: list[Job] = []
     refused: list[tuple[str, str]] = []  # a combination and its error
@@ -156,6 +161,16 @@ def _plan_sweep(
     if refused and not (jobs and base.get("skip_invalid")):
         raise ConfigError(_refusal(refused, len(combinations), "skip_invalid" in base))
     return Invocation(tuple(overrides), len(jobs), folder, tuple(map(_named, refused))), jobs
+
+
+def _refuse_options_of_the_session(swept: Iterator[str]) -> None:
+    """Raise ConfigError for an override of a sweep that the whole command has only one value of."""
+    for word in swept:
+        if ONE_VALUE.fullmatch(key := word.lstrip("+").partition("=")[0]):
+            raise ConfigError(
+                f"{word}: {key} is an option of the whole sweep, so its cells can't differ in it; "
+                "give one value, and run the command again for another"
+            )
 
 
 def _refusal(refused: list[tuple[str, str]], total: int, can_skip: bool) -> str:

@@ -31,14 +31,15 @@ class Form:
                 return problem
             counts = [len(found) for found in result.items]
         width = () if self.tasks is None else (self.tasks,)
+        if _right(scores, counts, width):
+            return None
         for request, count, one in zip(requests, counts, scores, strict=True):
             if one.shape != (count, *width) or one.dtype != np.float32:
                 expected = f"{[count, *width]} float32"
                 return f"request {request.request_id}: scores are {list(one.shape)} {one.dtype}, expected {expected}"
-        if not np.isfinite(scores[0] if len(scores) == 1 else np.concatenate(scores)).all():
-            request = next(r for r, one in zip(requests, scores, strict=True) if not np.isfinite(one).all())
-            return f"request {request.request_id}: a score is not a finite number"
-        return None
+            if not np.isfinite(one).all():
+                return f"request {request.request_id}: a score is not a finite number"
+        raise AssertionError("scores that are wrong together are wrong one by one")
 
     def _items_problem(self, requests: Sequence[Request], items: Sequence[Int64Array]) -> str | None:
         assert self.k is not None
@@ -52,3 +53,12 @@ class Form:
         if everything.min() < 0 or everything.max() >= self.num_items:
             return f"an item that is none of the catalogue's {self.num_items} was returned"
         return None
+
+
+def _right(scores: Sequence[Float32Array], counts: list[int], width: tuple[int, ...]) -> bool:
+    """Return True if all scores of a batch are as expected. One look at all takes a third of the time of many looks."""
+    try:
+        together = np.concatenate(scores, dtype=np.float32, casting="no")
+    except (TypeError, ValueError):  # of several types or shapes
+        return False
+    return together.shape[1:] == width and list(map(len, scores)) == counts and bool(np.isfinite(together).all())

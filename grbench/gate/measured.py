@@ -6,18 +6,20 @@ Classes are the batch's size, the place in the batch, the history's length, what
 engine that answered; sizes, places and lengths in classes that double in width. The shortest and the longest histories
 and the run's first and last answers are in it as well.
 
-The checks run between batches, once a batch's latencies are taken, and the comparison after the measurement.
+The form is checked between batches, once a batch's latencies are taken, and the comparison follows the measurement.
+A request that waits for the next batch waits for this check too, so `watch` does little for an answer that is not kept.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
 
 from grbench.gate.form import Form
 from grengines.api import Cached, Float32Array, Int64Array, Request
@@ -88,7 +90,6 @@ class _Draw:
     def __init__(self, size: int) -> None:
         self._size = size
         self.below = math.inf  # only an answer with a smaller number would be kept
-        self.seen = 0
         self._kept: list[tuple[float, int, Answer]] = []
 
     def add(self, number: float, answer: Answer) -> None:
@@ -111,9 +112,13 @@ class MeasuredAnswers:
     def __init__(self, form: Form, count: int, seed: int) -> None:
         """Draw `count` answers at random."""
         self._form = form
-        self._random = random.Random(seed).random
+        self._random = np.random.default_rng(seed).random
+        self._seen = 0
         self._from_all = _Draw(count)
-        self._classes: defaultdict[tuple[str, int | str], _Draw] = defaultdict(lambda: _Draw(EACH_CLASS))
+        self._classes: defaultdict[str, defaultdict[int | str, _Draw]]  # by axis
+        self._classes = defaultdict(lambda: defaultdict(lambda: _Draw(EACH_CLASS)))
+        self._counts: defaultdict[str, Counter[int | str]] = defaultdict(Counter)  # answers of each class, by axis
+        self._batches: Counter[tuple[int, int]] = Counter()  # of a number of answers and a size
         self._first, self._shortest, self._longest = (_Draw(EACH_CLASS) for _ in range(3))  # by other numbers
         self._last: list[_Batch] = []
 
@@ -124,21 +129,45 @@ class MeasuredAnswers:
         """
         if problem := self._form.problem(requests, result):
             raise IncorrectError(f"while measuring, in a batch of {size}: {problem}")
-        batch = _Batch(requests, result, size, self._from_all.seen)
-        for place in range(len(requests)):
-            answer, at_random = None, self._random()
-            for draw, number in self._draws(batch, place, at_random):
-                draw.seen += 1
-                if number < draw.below:
-                    answer = answer or batch.answer(place)
-                    draw.add(number, answer)
+        batch, of = _Batch(requests, result, size, self._seen), self._classes
+        lengths = [len(r.history_items) for r in requests]
+        events = [length.bit_length() for length in lengths]
+        states = [_state(cached) for cached in result.cached]
+        numbers = self._random(len(requests)).tolist()
+
+        by_place, by_events, by_state = of["place"], of["events"], of["cache"]
+        below = max(self._from_all.below, of["batch size"][size.bit_length()].below)
+        if result.fallback:
+            below = max(below, of["engine"][result.fallback].below)
+        if (
+            self._seen < EACH_CLASS
+            or min(lengths) < self._shortest.below
+            or max(lengths) > -self._longest.below
+            or (len(requests) == size > 1 and numbers[-1] < by_place["last"].below)
+        ):
+            below = math.inf
+        for place, number in enumerate(numbers):
+            if (
+                number < below
+                or number < by_place[(place + 1).bit_length()].below
+                or number < by_events[events[place]].below
+                or (states and number < by_state[states[place]].below)
+            ):
+                self._draw(batch, place, number)
+
+        self._seen += len(requests)
+        self._batches[len(requests), size] += 1
+        self._counts["events"].update(events)
+        self._counts["cache"].update(states)
+        self._counts["engine"][result.fallback] += len(requests)
         self._last = [batch, *self._last[: EACH_CLASS - 1]]
 
     def kept(self) -> list[Answer]:
         """Return the sample in the order of the run."""
         places = [(batch, i) for batch in self._last for i in reversed(range(len(batch.requests)))]
         last = [batch.answer(i) for batch, i in places[:EACH_CLASS]]
-        draws = (self._from_all, self._first, self._shortest, self._longest, *self._classes.values())
+        of_classes = (draw for draws in self._classes.values() for draw in draws.values())
+        draws = (self._from_all, self._first, self._shortest, self._longest, *of_classes)
         drawn = [answer for draw in draws for answer in draw]
         return [answer for _, answer in sorted({a.number: a for a in (*last, *drawn)}.items())]
 
@@ -148,7 +177,7 @@ class MeasuredAnswers:
         verdicts = judge.judge(answers)
         shares = [v.error / v.tolerance for v in verdicts]
         wrong = [i for i, v in enumerate(verdicts) if v.problem is not None]
-        everything, drawn = self._from_all.seen, len(self._from_all)
+        everything, drawn = self._seen, len(self._from_all)
         excluded = 0.0 if drawn == everything else 1 - (1 - CONFIDENCE) ** (1 / drawn)
         words = _words(everything, len(answers), drawn, excluded)
         if wrong:
@@ -167,28 +196,49 @@ class MeasuredAnswers:
             wrong=len(wrong),
             most_wrong_share=1.0 if wrong else excluded,
             words=words,
-            classes={f"{axis} {_range(value)}": [d.seen, len(d)] for (axis, value), d in self._classes.items()},
+            classes={
+                f"{axis} {_range(value)}": [self._answers_of(axis, value), len(draw)]
+                for axis, draws in self._classes.items()
+                for value, draw in draws.items()
+            },
         )
 
-    def _draws(self, batch: _Batch, place: int, number: float) -> list[tuple[_Draw, float]]:
-        """Return the draws that an answer takes part in, each with the answer's number in it."""
-        size, events, of = batch.size, len(batch.requests[place].history_items), self._classes
+    def _draw(self, batch: _Batch, place: int, number: float) -> None:
+        """Let an answer take part in the draws. number: at random."""
+        size, events, result, of = batch.size, len(batch.requests[place].history_items), batch.result, self._classes
         draws = [
             (self._from_all, number),
-            (of["batch size", size.bit_length()], number),
-            (of["place", (place + 1).bit_length()], number),
-            (of["events", events.bit_length()], number),
+            (of["batch size"][size.bit_length()], number),
+            (of["place"][(place + 1).bit_length()], number),
+            (of["events"][events.bit_length()], number),
             (self._first, batch.first + place),
             (self._shortest, events),
             (self._longest, -events),
         ]
         if place and place + 1 == size:
-            draws.append((of["place", "last"], number))
-        if batch.result.cached:
-            draws.append((of["cache", _state(batch.result.cached[place])], number))
-        if batch.result.fallback:
-            draws.append((of["engine", batch.result.fallback], number))
-        return draws
+            draws.append((of["place"]["last"], number))
+        if result.cached:
+            draws.append((of["cache"][_state(result.cached[place])], number))
+        if result.fallback:
+            draws.append((of["engine"][result.fallback], number))
+        answer = None
+        for draw, own_number in draws:
+            if own_number < draw.below:
+                answer = answer or batch.answer(place)
+                draw.add(own_number, answer)
+
+    def _answers_of(self, axis: str, value: int | str) -> int:
+        """Return the number of answers of a class."""
+        if axis == "batch size":
+            return sum(answers * n for (answers, size), n in self._batches.items() if size.bit_length() == value)
+        if axis == "place":
+            return sum(
+                n
+                for (answers, size), n in self._batches.items()
+                for place in range(answers)
+                if value == (place + 1).bit_length() or (value == "last" and 0 < place == size - 1)
+            )
+        return self._counts[axis][value]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,8 +39,9 @@ def unwatched(requests: Sequence[Request], result: BatchResult, size: int) -> No
 class RequestLoop:
     """Threads that answer submitted requests and keep a row of each.
 
-    `watch` and `answered` are called on one of the threads at a time, with requests that ended together. If the engine
-    or one of them raises, `failure` holds the exception, `stopped` is set and no further batch begins.
+    `watch` and then `answered` are called on one of the threads at a time, with requests that ended together: a client
+    that sends its next request upon an answer does not wait for the check within that request. If the engine or one of
+    them raises, `failure` holds the exception, `stopped` is set and no further batch begins.
     """
 
     def __init__(self, max_batch: int, answered: Answered, threads: int = 1, watch: Watch = unwatched) -> None:
@@ -179,8 +180,9 @@ class Batcher(RequestLoop):
         return self._queue[0].arrived + self._max_wait_s - time.perf_counter()
 
     def _run(self, batch: list[Ticket]) -> None:
+        requests = [t.request for t in batch]
         begun = time.perf_counter()
-        result = self._answer([t.request for t in batch])
+        result = self._answer(requests)
         done = time.perf_counter()
         with self._changed:
             self._under_way -= 1
@@ -196,7 +198,7 @@ class Batcher(RequestLoop):
             self.tokens += result.tokens
             self.padded_tokens += result.padded_tokens
             self._add(result.details)
-            self._watch([t.request for t in batch], result, len(batch))
+            self._watch(requests, result, len(batch))
             self._answered(batch)
 
 

@@ -1,14 +1,19 @@
-"""`grbench overhead`: the latency that the harness itself adds.
+"""`grbench overhead`: the latency that the harness itself adds, and what its checks take.
 
 An engine that does nothing runs through the whole measuring path (LoadGen, batcher, checks of answers, sample rows). It
 alternates with the configured engine in one process. Its p50 is the overhead, and its share is relative to the
 configured engine's p50.
+
+Every answer is checked between batches, which lowers the throughput. To see by how much, the engine that does nothing
+also answers requests offline, with and without the checks in turn. The processor time of the quickest round counts,
+since other processes can only add to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,10 @@ from grbench.config.arguments import Arguments, CommandError
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec
 from grbench.execution.records import one_line
-from grengines.api import RankResult, Request, UnavailableError
+from grbench.scenarios.config import OfflineConfig, ScenarioConfig
+from grengines.api import Engine, RankResult, Request, UnavailableError
+
+OFFLINE = OfflineConfig(max_batch=32, queries=32 * 512)
 
 
 class NullEngine:
@@ -57,7 +65,7 @@ class NullEngine:
 
 def parser() -> argparse.ArgumentParser:
     """Return the flags of the command."""
-    about = "Measure the latency that the harness itself adds, and its share of an engine's p50."
+    about = "Measure the latency that the harness itself adds, its share of an engine's p50, and what its checks take."
     examples = ["overhead", "overhead model=dlrm_v3 workload=synthetic_long --repeats 3"]
     parser = Arguments(
         "overhead", about, examples, "overrides as in `grbench`, after engine=hstu scenario=single_stream"
@@ -84,7 +92,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def compare(spec: RunSpec, repeats: int) -> None:
-    """Measure both engines `repeats` times each, and print their p50 in microseconds and the share.
+    """Measure both engines `repeats` times each, and print p50 in microseconds, the share, and what checks take.
 
     Raises ValueError for unusable data, UnavailableError or IncorrectError.
     """
@@ -92,6 +100,7 @@ def compare(spec: RunSpec, repeats: int) -> None:
     from grbench.gate import gate_for
     from grbench.gate.measured import MeasuredAnswers
     from grbench.scenarios import run_scenario
+    from grbench.scenarios.batcher import unwatched
     from grengines import registry
 
     trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
@@ -101,22 +110,33 @@ def compare(spec: RunSpec, repeats: int) -> None:
     gate = gate_for(spec, trace, None, ran)
     gate.check(engine, spec.scenario.max_batch)
     null = NullEngine(len(spec.ranking_model.tasks))
+
+    def run(scenario: ScenarioConfig, runs: Engine, seed: int, checks: bool = True) -> float:
+        """Return the p50 in milliseconds."""
+        watch = MeasuredAnswers(gate.form, spec.gate.measured, spec.seed).watch if checks else unwatched
+        limit = spec.latency_limit_ms
+        with tempfile.TemporaryDirectory() as folder:
+            measurement = run_scenario(
+                scenario, runs, trace.requests, latency_limit_ms=limit, seed=seed, folder=Path(folder), watch=watch
+            )
+        return float(np.median(measurement.samples["latency_ms"]))
+
     p50s: dict[str, list[float]] = {"null": [], spec.engine.name: []}
-    with tempfile.TemporaryDirectory() as folder:
-        for turn in range(repeats):
-            for name, runs in (("null", null), (spec.engine.name, engine)):
-                measurement = run_scenario(
-                    spec.scenario,
-                    runs,
-                    trace.requests,
-                    latency_limit_ms=spec.latency_limit_ms,
-                    seed=spec.seed + turn,
-                    folder=Path(folder),
-                    watch=MeasuredAnswers(gate.form, spec.gate.measured, spec.seed).watch,
-                )
-                p50s[name].append(float(np.median(measurement.samples["latency_ms"])))
+    offline_us: dict[bool, list[float]] = {False: [], True: []}  # processor time of an answer, without and with checks
+    for seed in range(spec.seed, spec.seed + repeats):
+        for name, runs in (("null", null), (spec.engine.name, engine)):
+            p50s[name].append(run(spec.scenario, runs, seed))
+        for checks, times in offline_us.items():
+            begun = time.process_time()
+            run(OFFLINE, null, seed, checks)
+            times.append((time.process_time() - begun) * 1e6 / OFFLINE.queries)
     added, real = (float(np.median(v)) for v in p50s.values())
     for name, values in p50s.items():
         rounds = " ".join(f"{v * 1e3:.1f}" for v in values)
         print(f"{name:>8}: p50 {np.median(values) * 1e3:.1f} us   (rounds: {rounds})")
     print(f"overhead: {added * 1e3:.1f} us, {added / real:.1%} of {spec.engine.name} on {spec.model.name}")
+    without, checked = (min(times) for times in offline_us.values())
+    print(
+        f"  checks: {checked - without:.2f} us an answer, between batches   (offline, null, batches of "
+        f"{OFFLINE.max_batch}: {without:.2f} us an answer without them, {checked:.2f} with them)"
+    )

@@ -202,6 +202,14 @@ def test_a_sweep_takes_a_glob() -> None:
     assert [words[0] for words in jobs] == ["model=hstu_0p2b", "model=hstu_tiny"]
 
 
+@pytest.mark.parametrize("word", ["runner.repeats=1,5", "runner.output_root=a,b", "tracking=none,mlflow"])
+def test_an_option_of_the_whole_sweep_is_not_swept_over(word: str) -> None:
+    key = word.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"^{key}=\w+: {key} is an option of the whole sweep"):
+        compose_cells(["engine=hstu", "seed=0,1", word], multirun=True)
+    assert len(compose_cells(["engine=hstu", "seed=0,1", word.partition(",")[0]], multirun=True)) == 2
+
+
 def test_combinations_that_cannot_be_are_refused_by_name_or_left_out() -> None:
     sweep = ["engine=hstu,onnxruntime", "engine.precision=fp32,int8", "workload=synthetic"]
     line = "engine=hstu engine.precision=int8: engine.precision=int8: allowed is one of auto, fp32, fp16, bf16"
