@@ -124,14 +124,12 @@ class GenerateGate:
         expected = self._find(requests)
         findings = [self._compare(e, r, *a) for e, r, a in zip(expected, requests, answers, strict=True)]
         verdicts = [Verdict(f.error, self.tolerance, f.problem) for f in findings]
-        for i in sorted(range(len(findings)), key=lambda i: -findings[i].error):
-            if self._precision == "fp32" or findings[i].error <= self.tolerance:
-                break
+        for i, finding in enumerate(findings):
+            if self._precision == "fp32" or finding.error <= self.tolerance:
+                continue
             own = self._allowed(self._rounding([requests[i]]))
             again = self._compare(expected[i], requests[i], *answers[i], tolerance=max(own, self.tolerance))
             verdicts[i] = Verdict(again.error, max(own, self.tolerance), again.problem)
-            if again.problem:  # wrong, so that the others need not be looked at again
-                break
         if (problem := self._too_few(findings)) and all(v.problem is None for v in verdicts):
             worst = min(range(len(findings)), key=lambda i: findings[i].sure)
             verdicts[worst].problem = problem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.config.schema import RunSpec
 from grbench.gate.base import sample
+from grbench.gate.generate import GenerateGate, _Finding
 from grbench.gate.rank import RankGate
 from grbench.workloads.trace import Trace
 from grengines import registry
@@ -142,3 +144,21 @@ def test_wrong_answers_must_lie_outside_twice_the_tolerance() -> None:
     for error in (0.2, float("nan")):
         with pytest.raises(IncorrectError, match="can't tell right from wrong here: the error of stale answers is"):
             require_contrast({"zeros": 1.0, "stale answers": error}, 0.1)
+
+
+def test_every_answer_is_judged_by_what_rounding_costs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong answer leaves none unjudged, so the number of wrong ones is right."""
+    errors, own = [9.0, 0.5, 2.0, 3.0], [1.0, 1.0, 4.0, 1.0]
+
+    def compare(gate: GenerateGate, expected: int, i: int, *answer: object, tolerance: float = 1.0) -> _Finding:
+        return _Finding("wrong" if errors[i] > tolerance else None, errors[i])
+
+    monkeypatch.setattr(GenerateGate, "_find", lambda gate, requests: requests)
+    monkeypatch.setattr(GenerateGate, "_rounding", lambda gate, requests: own[requests[0]])
+    monkeypatch.setattr(GenerateGate, "_allowed", lambda gate, error: error)
+    monkeypatch.setattr(GenerateGate, "_compare", compare)
+    gate: Any = GenerateGate.__new__(GenerateGate)
+    gate._precision, gate.tolerance = "bf16", 1.0
+    verdicts = gate.judge_items(range(4), [(None, None)] * 4)
+    assert [v.problem for v in verdicts] == ["wrong", None, None, "wrong"]
+    assert [v.tolerance for v in verdicts] == [1.0, 1.0, 4.0, 1.0]
