@@ -46,13 +46,17 @@ class Cell:
         retrieval = self._retrieval(trace)
         with self._engine(trace, retrieval) as engine:
             self._stage("checking against the fp32 reference")
+            device = self.outcome.actual["device"]
+            engine_mib = measure.gpu_allocated_mib(device)
             gate = gate_for(self.spec, trace, retrieval, self.outcome.actual)
+            gate_mib = measure.gpu_allocated_mib(device) - engine_mib
             with self._figures_of_failure():
                 self._check(engine, gate)
                 self._check_quality(engine, trace)
                 self._warm_up(engine, trace.requests)
                 answers = MeasuredAnswers(gate.form, self.spec.gate.measured, self.spec.seed)
                 measurement = self._measure(engine, trace.requests, answers)
+                measurement.metrics |= measure.memory(device, gate_mib)
                 self._check_measured(gate, answers)
                 self._check_again(engine, gate)
             self._write(measurement, trace, retrieval)
@@ -144,6 +148,7 @@ class Cell:
     def _measure(self, engine: Engine, requests: list[Request], answers: MeasuredAnswers) -> Measurement:
         self._stage(MEASURING)
         compiled = len(tuning.compiled())
+        measure.gpu_allocated_mib(self.outcome.actual["device"])  # the peak of the gate is past
         measurement = scenarios.run_scenario(
             self.spec.scenario,
             engine,
@@ -181,7 +186,7 @@ class Cell:
         self._stage("writing")
         outcome, sizes = self.outcome, retrieval.ids.sizes if retrieval else ()
         summary = measure.summarise(measurement, self.spec, trace.requests, sizes)
-        outcome.metrics |= summary.metrics | measure.memory(outcome.actual["device"])
+        outcome.metrics |= summary.metrics
         outcome.intervals = summary.intervals
         outcome.notes = outcome.actual.get("notes", []) + measurement.notes + summary.notes
         measure.write_samples(measurement.samples, self.folder / SAMPLES_FILE)

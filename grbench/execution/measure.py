@@ -136,14 +136,27 @@ def _cache_metrics(details: dict[str, float], events: int) -> dict[str, float]:
     return metrics
 
 
-def memory(device: str) -> dict[str, float]:
-    """Return the peak memory of this process, in MiB."""
+def gpu_allocated_mib(device: str) -> float:
+    """Return PyTorch's memory on the GPU in use now, in MiB; 0 on a CPU. A new peak begins here."""
+    if device != "cuda":
+        return 0.0
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 2**20
+
+
+def memory(device: str, gate_mib: float) -> dict[str, float]:
+    """Return peak memory of this process in MiB: of the host since it began, of the GPU since `gpu_allocated_mib`.
+
+    gate_mib: what the gate holds on the GPU, which is no part of the peak. It is in the memory that PyTorch reserved.
+    """
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     peaks = {"host_memory_mib/peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
     if device == "cuda":
         import torch
 
-        peaks["gpu_memory_mib/peak"] = torch.cuda.max_memory_allocated() / 2**20
+        peaks["gpu_memory_mib/peak"] = torch.cuda.max_memory_allocated() / 2**20 - gate_mib
         peaks["gpu_memory_mib/reserved"] = torch.cuda.max_memory_reserved() / 2**20
     return peaks
 

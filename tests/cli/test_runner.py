@@ -17,9 +17,10 @@ from typing import Any
 import pandas as pd
 import psutil
 import pytest
+import torch
 from helpers.command import Grbench
 
-from grbench.execution import records, runner
+from grbench.execution import measure, records, runner
 from grbench.execution.records import RunRecord, Status
 from grbench.signals import Stopped
 
@@ -347,3 +348,17 @@ def test_kernels_compiled_while_measuring_are_noted(tmp_path: Path, monkeypatch:
     Cell(spec, tmp_path, outcome, lambda message: None).run()
     (note,) = [n for n in outcome.notes if "compiled" in n]
     assert note.startswith("1 kernels were compiled while latencies were taken") and "(layer_norm.triton)" in note
+
+
+def test_the_peak_of_the_gpu_leaves_the_gate_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    mib = 2**20
+    peak = [900 * mib]  # of the gate's checks
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 70 * mib)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 70 * mib))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 1000 * mib)
+    assert measure.gpu_allocated_mib("cuda") == 70
+    found = measure.memory("cuda", 20.0)
+    assert (found["gpu_memory_mib/peak"], found["gpu_memory_mib/reserved"]) == (50.0, 1000.0)
+    assert measure.gpu_allocated_mib("cpu") == 0.0
+    assert set(measure.memory("cpu", 0.0)) == {"host_memory_mib/peak"}
