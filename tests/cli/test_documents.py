@@ -34,8 +34,17 @@ def commands(text: str) -> list[tuple[str, ...]]:
     return [tuple(line[line.index("grbench") + 1 :]) for line in words]
 
 
+def first_of(overrides: list[str]) -> list[str]:
+    """Return the overrides of a sweep's first cell. test_studies.py composes all cells of studies."""
+    one_cell = ["hydra.mode=RUN"] if any(word.startswith("study=") for word in overrides) else []
+    return [*(word if re.search(r"[\[(]", word) else word.partition(",")[0] for word in overrides), *one_cell]
+
+
 def check(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    """Raise an error unless grbench accepts the command. The files that it names are made in the current folder."""
+    """Raise an error unless grbench accepts the command: of a sweep, its first cell is composed.
+
+    The files that it names are made in the current folder.
+    """
     name, rest = (words[0], words[1:]) if words and words[0] in SUBCOMMANDS else ("", words)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     flags = {word for word in rest if re.match(r"-+[a-z]", word)}
@@ -45,9 +54,9 @@ def check(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     if name in CONFIGS:
         module, config = CONFIGS[name]
         module.register_schemas()
-        compose_jobs(config, module.to_config, overrides, "-m" in flags)
+        compose_jobs(config, module.to_config, first_of(overrides))
     elif overrides:
-        compose_cells(["engine=hstu", *overrides] if name in NATIVE else overrides, "-m" in flags)
+        compose_cells(first_of(["engine=hstu", *overrides] if name in NATIVE else overrides))
     if own := flags - {"-m", "--cfg", "--help"}:
         with pytest.raises(SystemExit):
             cli.main([name, "--help"])

@@ -313,7 +313,7 @@ cp -r disk/root kept; echo $code > code
     assert (tmp_path / "code").read_text().strip() == "1", done.stderr
     kept = {r.spec["seed"]: r for r in [*found(tmp_path / "kept"), *_spares(tmp_path)]}
     first = kept[0]
-    assert first.status is Status.DISK_FULL
+    assert first.status is Status.DISK_FULL, first.error
     assert kept[1].status in (Status.DISK_FULL, Status.OK)
     output = (tmp_path / "out.txt").read_text()
     assert output.count("DISK_FULL") >= 2

@@ -366,7 +366,7 @@ def test_items_of_the_same_people_are_near() -> None:
     [
         ({"items": np.array([0, 5])}, "items 0 to 4"),
         ({"users": np.array([-1, 0])}, "users are 0 or more"),
-        ({"users": np.array([0])}, "as long"),
+        ({"users": np.array([0])}, "must be equally long"),
         ({"weights": np.array([0, np.nan])}, "finite"),
         ({"dim": 0}, "at least 1"),
     ],
