@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from grbench.execution.load import LoadWatch, gpu_in_use
 from grbench.execution.records import LOG_FILE, Outcome, RunRecord, Status
 from grbench.signals import ENDING, Stopped, held
 
+MOST_LEFT = 4096  # bytes: a disk with less left is full
 JOB_FILE = "job.json"
 Event = dict[str, Any]
 
@@ -165,6 +167,9 @@ def _work(
     if worker.returncode == -signal.SIGKILL and _oom_kills() > kills_before:
         why = "SIGKILL ended the worker while the kernel's out-of-memory killer ended a process"
         return Outcome(Status.OOM, f"{why}; use a smaller cell")
+    if worker.returncode > 0 and shutil.disk_usage(folder).free < MOST_LEFT:
+        why = f"the worker exited with {worker.returncode} and no result, with no space left in {folder}"
+        return Outcome(Status.DISK_FULL, f"{why}; free some and run it again")
     if worker.returncode < 0:
         return Outcome(Status.KILLED, f"{signal.Signals(-worker.returncode).name} ended the worker; {log_ends}")
     return Outcome(Status.ERROR, f"the worker exited with {worker.returncode} and no result; {log_ends}")
