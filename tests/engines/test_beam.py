@@ -100,7 +100,7 @@ def test_own_codes_and_prompt_matter() -> None:
     expected = beam.reference(model, trie, prompts, width=30, k=30)
     swapped = beam.search(model, trie, prompts[::-1], pool_for(model), width=30, k=30)
     assert np.abs(swapped.scores - expected.scores).max() > 1e-3
-    model._own_term = lambda q, k, v: torch.zeros_like(v)  # type: ignore[method-assign]
+    model.own_term = lambda q, k, v: torch.zeros_like(v)  # type: ignore[method-assign]
     blind = beam.search(model, trie, prompts, pool_for(model), width=30, k=30)
     assert np.abs(blind.scores - expected.scores).max() > 1e-3
 

@@ -19,6 +19,7 @@ from grengines.api import Catalogue, Request, Retrieval, Setup, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hf.config import HFEngineConfig
 from grengines.hf.engine import HFEngine
+from grengines.hf.models import PaddedDecoder, PaddedHSTU
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.numerics import IncorrectError
@@ -110,16 +111,16 @@ def test_the_gate_fails_a_loop_that_is_wrong(model: str, wrong: str, monkeypatch
 
     spec, trace, retrieval = cell(model, "fp32")
     engine = build(spec, trace, retrieval)
-    padded = engine._model
-    assert padded is not None
+    padded: Any = {"hstu": PaddedHSTU, "decoder": PaddedDecoder}[model]
     encode = padded.encode
     if wrong == "padding is seen":
-        monkeypatch.setattr(padded, "encode", lambda t, real, cache: encode(t, torch.ones_like(real), cache))
+        monkeypatch.setattr(padded, "encode", lambda m, t, real, cache: encode(m, t, torch.ones_like(real), cache))
     elif wrong == "beams keep their order":
         reorder = transformers.DynamicCache.reorder_cache
         monkeypatch.setattr(transformers.DynamicCache, "reorder_cache", lambda c, rows: reorder(c, rows.sort()[0]))
     else:
-        monkeypatch.setattr(padded, "encode", lambda t, real, cache: encode(t, _only_last(real, t.shape[1]), cache))
+        hide = _only_last
+        monkeypatch.setattr(padded, "encode", lambda m, t, real, cache: encode(m, t, hide(real, t.shape[1]), cache))
     with pytest.raises(IncorrectError, match=r"differ from the fp32 reference|out of order|fp32 reference's is"):
         gate_for(spec, trace, retrieval, engine.actual()).check(engine, 4)
 

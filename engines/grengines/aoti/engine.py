@@ -124,6 +124,7 @@ class AOTIEngine(RankingEngine):
             "package_bytes": package.path.stat().st_size if package else 0,
             "package_build_s": self._build_s,  # 0: it existed
             "built_for": package.facts.most.__dict__ if package else {},
+            "attention_tiles": package.facts.tiles if package else 0,  # of query rows, one after another
             "cache": {"name": "none"},
         }
 

@@ -205,7 +205,7 @@ class HSTUGenerator(nn.Module):
                 paged_lengths=prompts.lengths,
             )
             for earlier in before:
-                a = a + self._own_term(q, *earlier[i])
+                a = a + self.own_term(q, *earlier[i])
             own.append((k.contiguous(), v.contiguous()))
             x = layer.combine(x, u, a, self.kernels)
         return x, own
@@ -216,7 +216,7 @@ class HSTUGenerator(nn.Module):
         table = self.token_table[self.offsets[level] : self.offsets[level + 1]]
         return F.linear(y.float(), table.float())
 
-    def _own_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def own_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the term of an earlier code in each beam's attention, SiLU(alpha q k) v / N, computed in fp32."""
         score = (q.float() * k.float()).sum(-1, keepdim=True) * self.alpha
         return (F.silu(score) * v.float() / self.config.scaling_seqlen).to(v.dtype)
