@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,9 +46,12 @@ def main(words: Sequence[str]) -> int:
                 cells += download_cells(args.mlflow, args.experiment, Path(downloads))
             from grbench.report.write import write_report
 
-            written = write_report(cells, args.out, args.title, unreadable(roots))
+            damaged = unreadable(roots)
+            written = write_report(cells, args.out, args.title, damaged)
     except (ReportError, OSError) as e:
         raise CommandError(e) from e
+    for line in damaged:
+        print(f"grbench report: left out: {line}", file=sys.stderr)
     figures = f", {len(written) - 1} figures in {written[1].parent}" if len(written) > 1 else ""
     print(f"{written[0]}: {len(cells)} cells{figures}")
     return 0

@@ -56,7 +56,7 @@ class Change:
 
     cell: str
     metric: str
-    base: float  # requests/s or milliseconds, the mean of the runs
+    base: float  # requests/s or milliseconds, the geometric mean of the runs
     new: float
     ratio: float
     low: float
@@ -184,7 +184,7 @@ def _change(name: str, metric: str, base: Sequence[Cell], new: Sequence[Cell], c
     else:
         middle, half = t_interval(np.log(values[0]), np.log(values[1]), seeds[0] == seeds[1], confidence)
         ratio, low, high = math.exp(middle), math.exp(middle - half), math.exp(middle + half)
-    means = float(values[0].mean()), float(values[1].mean())
+    means = [math.exp(np.log(side).mean()) for side in values]  # geometric, whose ratio is the change
     return Change(name, metric, means[0], means[1], float(ratio), low, high, (len(base), len(new)))
 
 

@@ -115,10 +115,18 @@ def _cells(side: str) -> Iterator[list[Cell]]:
         except ValueError as e:
             raise ReportError(str(e)) from None
     elif path.is_dir() or ":" not in side:
-        yield read_cells([path])
+        yield _whole(path)
     else:
         with tempfile.TemporaryDirectory(prefix="grbench-compare-") as folder:
-            yield read_cells([_checkout(side, Path(folder))])
+            yield _whole(_checkout(side, Path(folder)))
+
+
+def _whole(folder: Path) -> list[Cell]:
+    """Read the cells of a folder. Raises ReportError for a damaged record: without it a verdict would be another."""
+    cells = read_cells([folder])
+    if damaged := records.unreadable([folder]):
+        raise ReportError(damaged[0])
+    return cells
 
 
 def _checkout(side: str, folder: Path) -> Path:

@@ -131,10 +131,12 @@ def _lowest_latency(group: list[RunRecord]) -> Finding:
         if (load := offered_load(group[0])) is None
         else f"At {load:g} {unit_of(group[0])}"
     )
-    limit = _against_limit(best, group[0].spec.get("latency_limit_ms"))
+    # The limit is one of p99.
+    limit = _against_limit(best, group[0].spec.get("latency_limit_ms")) if percentile == "p99" else ""
     if not others:
         return Finding(best.records, f"{where}, {best.label} has a {percentile} of {best} ms{best.runs}{limit}.")
-    first = _ties(best, others) or f"{best.label} has the lowest {percentile}"
+    ties = _ties(best, others)
+    first = f"by {percentile}, {ties}" if ties else f"{best.label} has the lowest {percentile}"
     return Finding(best.records, f"{where}, {first}: {best} ms{best.runs}{limit}{_next(others, best, ' ms')}.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from grbench.execution.records import RECORD_FILE
 from grbench.report import rows
 from grbench.report.cells import Cell
 from grbench.report.frame import ReportError
@@ -21,6 +22,8 @@ def write_report(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence
     """
     if out.suffix not in SUFFIXES:
         raise ReportError(f"{out}: the suffix says the form; allowed: {', '.join(SUFFIXES)}")
+    if (out.parent / RECORD_FILE).exists():
+        raise ReportError(f"{out}: its folder holds the files of a cell; write the report to another one")
     figures: list[Path] = []
     if out.suffix == ".csv":
         text = rows.as_csv(cells)

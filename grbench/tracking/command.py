@@ -29,6 +29,8 @@ def ui_parser() -> argparse.ArgumentParser:
 def ui(words: Sequence[str]) -> int:
     """Run `grbench ui`; the process becomes MLflow's server. Exit code 2: no database, or a port that is taken."""
     args = ui_parser().parse_args(words)
+    if not 1 <= args.port <= 65535:
+        raise CommandError(f"--port {args.port}: allowed is 1 to 65535")
     try:
         open_ui(args.root, args.port)
     except (ValueError, OSError) as e:

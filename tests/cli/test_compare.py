@@ -41,6 +41,7 @@ def test_repeats_tell_a_tenth_and_do_not_tell_nothing(tmp_path: Path, factor: fl
     [change] = comparison.changes
     assert (change.runs, change.metric, change.verdict()) == ((5, 5), "throughput_rps", expected)
     assert change.low < factor < change.high and change.low < change.ratio < change.high
+    assert change.ratio == pytest.approx(change.new / change.base)
     assert comparison.notes == []
 
 
@@ -165,3 +166,19 @@ def test_configurations_of_one_side_are_left_out_and_counted(tmp_path: Path) -> 
         (path / "record.json").unlink()
     with pytest.raises(ReportError, match="no configuration in common"):
         compare(read_cells([tmp_path / "base"]), read_cells([tmp_path / "new"]))
+
+
+def test_a_damaged_record_makes_no_verdict(tmp_path: Path, grbench_here: Grbench) -> None:
+    for side in ("base", "new"):
+        runs(tmp_path / side)
+    next((tmp_path / "new").rglob("record.json")).write_text("{")
+    done = grbench_here("compare", "base", "new")
+    assert done.returncode == 2 and "record.json: not JSON" in done.stderr
+    assert done.stderr.endswith("remove it or run its cell again\n")
+    done = grbench_here("report", "new", "--out", "page.csv")
+    assert done.returncode == 0 and "left out: new/" in done.stderr
+    record = next((tmp_path / "base").rglob("record.json"))
+    before = record.read_text()
+    refused = grbench_here("report", "base", "--out", str(record))
+    assert refused.returncode == 2 and "its folder holds the files of a cell" in refused.stderr
+    assert record.read_text() == before

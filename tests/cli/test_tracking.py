@@ -372,6 +372,7 @@ def test_the_ui_says_what_is_missing(grbench_here: Grbench, tmp_path: Path) -> N
         taken.listen()
         busy = grbench_here("ui", "--port", str(taken.getsockname()[1]))
     assert busy.returncode == 2
+    assert "--port 99999: allowed is 1 to 65535" in grbench_here("ui", "--port", "99999").stderr
     assert "choose another with --port" in busy.stderr
 
 
