@@ -82,7 +82,8 @@ def test_loadgens_own_percentiles_agree_with_ours(config: ScenarioConfig, tmp_pa
     assert m.metrics["loadgen_latency_ms/p50"] > 2
     assert beside_loadgen(m.samples, m.metrics) == []
     late = {**m.samples, "latency_ms": m.samples["latency_ms"] * 0.5}
-    assert beside_loadgen(late, m.metrics)[0].startswith("LoadGen's own p50 is ")
+    notes = beside_loadgen(late, m.metrics)  # not always of p50: on a busy machine its interval is wide
+    assert notes and all(note.startswith("LoadGen's own p") for note in notes)
     assert (tmp_path / "mlperf_log_summary.txt").exists()
 
 
