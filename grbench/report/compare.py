@@ -140,7 +140,8 @@ def _differing(base: Sequence[Cell], new: Sequence[Cell]) -> dict[str, tuple[str
     values: list[dict[str, set[str]]] = []
     for side in (base, new):
         specs = [flatten(record.spec) for _, record in side]
-        values.append({key: {shown(spec.get(key, "")) for spec in specs} for spec in specs for key in spec})
+        options = {key for spec in specs for key in spec}
+        values.append({key: {shown(spec.get(key, "")) for spec in specs} for key in options})
     keys = sorted((values[0].keys() | values[1].keys()) - {"seed"})
     found = {key: (values[0].get(key, {""}), values[1].get(key, {""})) for key in keys}
     return {k: (min(a), min(b)) for k, (a, b) in found.items() if len(a) == len(b) == 1 and a != b}

@@ -35,8 +35,7 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
     """Read every record under `roots`, with its folder, oldest first.
 
     A record that is found twice (overlapping roots, MLflow's copy) counts once. One that is not OK and was measured
-    again with success is left out. Raises ReportError for a root that is
-    missing or holds no record.
+    again with success is left out. Raises ReportError for a root that is missing or holds no record.
     """
     found: dict[tuple[str, str, float], Cell] = {}
     for root in roots:
