@@ -30,6 +30,7 @@ from grbench.scenarios.config import (
 )
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig, check_uri
 from grbench.workloads.config import (
+    TRACES,
     CsvConfig,
     Ml100kConfig,
     RecBoleConfig,
@@ -183,7 +184,9 @@ class RunSpec:
 
     @property
     def hash(self) -> str:
-        """Hash of every option (`spec_hash`). Of an option that names a file, the file's content counts, not its place.
+        """Hash of every option (`spec_hash`) and of the way that traces are made.
+
+        Of an option that names a file, the file's content counts, not its place.
 
         Raises OSError for a file that can't be read.
         """
@@ -194,7 +197,7 @@ class RunSpec:
             for group in groups:
                 node = node[group]
             node[name] = f"sha256:{digest}"
-        return spec_hash(values)
+        return spec_hash(values | {"traces": TRACES})
 
     def file_contents(self) -> dict[str, str]:
         """Return the SHA-256 of each file that an option names, by the option's key. Raises OSError."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from grengines.options import option
 
+TRACES = 2  # raise it when the same options and seed give another trace than before
+
 
 @dataclass
 class WorkloadConfig:

@@ -96,8 +96,9 @@ def build_trace(
 ) -> Trace:
     """Return a trace with one request per visit that has at least `min_history` earlier events.
 
-    Candidates are distinct: first the visit's own items, at most half of all, then others drawn by popularity. They
-    depend only on the seed and the visit, and not on `max_requests`. Raises DataError if there is no request.
+    Candidates are distinct: first the visit's own items, at most half of all, then others drawn by popularity, none of
+    them from the user's past. They depend only on the seed and the visit, and not on `max_requests`. Raises DataError
+    if there is no request.
 
     progress: called now and then with the requests that are built and their number.
     """
@@ -108,13 +109,15 @@ def build_trace(
     order, owner, first_event = find_requests(events, visits, config)
     origin = float(visits.arrivals[order[0]])
     seen_until: dict[int, int] = {}
+    barred = np.zeros(events.num_items, dtype=np.bool_)
     requests = []
     for request_id, visit in enumerate(order):
         if request_id % 10_000 == 0:
             progress(request_id, len(order))
         user, stop = int(owner[visit]), int(visits.starts[visit])
         start = max(int(first_event[visit]), stop - config.max_history)
-        own = events.items[stop : int(visits.ends[visit])]
+        past, own = events.items[int(first_event[visit]) : stop], events.items[stop : int(visits.ends[visit])]
+        rng = np.random.default_rng([seed, int(visit)])
         requests.append(
             Request(
                 request_id=request_id,
@@ -124,7 +127,7 @@ def build_trace(
                 history_weights=events.weights[start:stop],
                 history_timestamps=events.timestamps[start:stop],
                 num_seen=max(seen_until.get(user, start) - start, 0),
-                candidates=_candidates(own, events, config.num_candidates, np.random.default_rng([seed, int(visit)])),
+                candidates=_candidates(own, past, events, config.num_candidates, rng, barred),
                 timestamp=int(visits.times[visit]),
                 arrival_s=float(visits.arrivals[visit]) - origin,
                 deadline_ms=latency_limit_ms,
@@ -142,24 +145,32 @@ def _owners(events: Events, visits: Visits) -> Ints:
     return owners
 
 
-def _candidates(own: Ints, events: Events, count: int, rng: np.random.Generator) -> Ints:
-    """Return `count` distinct items: `own` first (at most half), then others drawn from the events."""
+def _candidates(
+    own: Ints, past: Ints, events: Events, count: int, rng: np.random.Generator, barred: npt.NDArray[np.bool_]
+) -> Ints:
+    """Return `count` distinct items: `own` first (at most half), then others drawn from the events.
+
+    The others are not in the user's past, because a user rarely takes an item twice: a model that only knows the past
+    would tell them from the visit's own. Only where the rest of the catalogue is too small do items of the past follow.
+    barred: a working mask over the catalogue, False before and after.
+    """
     chosen = list(dict.fromkeys(own.tolist()))[: max(count // 2, 1)]
-    barred = set(own.tolist())
+    barred[own] = barred[past] = True
+
+    def take(drawn: Ints) -> None:
+        new = list(dict.fromkeys(drawn[~barred[drawn]].tolist()))
+        barred[new] = True
+        chosen.extend(new)
+
     for _ in range(8):
-        if len(chosen) >= count:
-            break
-        for item in events.items[rng.integers(len(events.items), size=2 * (count - len(chosen)) + 8)].tolist():
-            if item not in barred:
-                barred.add(item)
-                chosen.append(item)
-    while len(chosen) < count and 2 * (len(barred) + count) < events.num_items:  # few items are popular: draw uniformly
-        for item in rng.integers(events.num_items, size=2 * (count - len(chosen))).tolist():
-            if item not in barred:
-                barred.add(item)
-                chosen.append(item)
-    if len(chosen) < count:  # a large share of the catalogue: the remaining items, then the visit's own
-        rest = np.setdiff1d(np.arange(events.num_items), np.fromiter(barred, np.int64))
-        chosen += rng.permutation(rest).tolist()
-        chosen += [item for item in own.tolist() if item not in chosen]
-    return np.array(list(dict.fromkeys(chosen))[:count], dtype=np.int64)
+        if len(chosen) < count:
+            take(events.items[rng.integers(len(events.items), size=2 * (count - len(chosen)) + 8)])
+    if len(chosen) < count:
+        free = events.num_items - int(np.count_nonzero(barred))
+        while len(chosen) < count and free > 2 * count:  # few items are popular: draw uniformly
+            take(rng.integers(events.num_items, size=2 * (count - len(chosen))))
+    if len(chosen) < count:  # a large share of the catalogue: the remaining items, then the visit's own and the past
+        chosen += rng.permutation(np.flatnonzero(~barred)).tolist()
+        chosen = list(dict.fromkeys([*chosen, *own.tolist(), *rng.permutation(np.unique(past)).tolist()]))
+    barred[own] = barred[past] = barred[chosen] = False
+    return np.array(chosen[:count], dtype=np.int64)

@@ -20,6 +20,7 @@ import pytest
 from helpers.properties import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from grbench import workloads
 from grbench.workloads import events as loaders
@@ -393,6 +394,7 @@ def naive_requests(events: Events, config: RecordedConfig) -> list[dict[str, Any
                         "seen": len(held & set(history)),
                         "time": int(events.timestamps[rows[at]]),
                         "own": list(dict.fromkeys(own)),
+                        "past": {int(events.items[r]) for r in rows[:at]},
                     }
                 )
                 held = set(history)
@@ -436,7 +438,31 @@ def test_a_trace_equals_that_of_a_naive_loop(
         assert min(candidates) >= 0 and max(candidates) < 12
         first = e["own"][:3]  # at most half of them are the visit's own
         assert candidates[: len(first)] == first
-        assert not set(candidates[len(first) :]) & set(e["own"])
+        drawn, room = set(candidates[len(first) :]), 12 - len(e["past"] | set(e["own"]))
+        if room >= len(drawn):
+            assert not drawn & (e["past"] | set(e["own"]))
+        else:  # what is left of the catalogue comes first
+            assert len(drawn - e["past"] - set(e["own"])) == room
+
+
+def test_the_past_alone_does_not_tell_which_candidates_were_taken() -> None:
+    """MovieLens has no user who rates a film twice, so a drawn candidate of the past would be told by that."""
+    rng = np.random.default_rng(0)
+    items = np.concatenate([rng.permutation(200)[:60] for _ in range(30)])
+    count = len(items)
+    events = Events(
+        np.repeat(np.arange(30), 60), items, np.ones(count, np.int64), np.ones(count, np.float32),
+        np.tile(np.arange(60) * 86_400, 30), 30, 200, ("rated",),
+    )  # fmt: skip
+    config = RecordedConfig("any", num_candidates=20)
+    trace = build_trace(events, find_visits(events, config), config, 0, 80.0)
+    unseen, taken = [], []
+    for r, (start, stop) in zip(trace.requests, trace.own, strict=True):
+        first = np.flatnonzero(events.users == r.user_id)[0]
+        unseen.append(~np.isin(r.candidates, events.items[first:start]))
+        taken.append(np.isin(r.candidates, events.items[start:stop]))
+    assert 0 < np.concatenate(taken).mean() < 0.5
+    assert roc_auc_score(np.concatenate(taken), np.concatenate(unseen)) == pytest.approx(0.5, abs=0.01)
 
 
 def digest(trace: Trace) -> str:
