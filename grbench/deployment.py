@@ -1,0 +1,204 @@
+"""The deployment file: what `grbench tune` writes, `grbench serve` reads, and a person may edit.
+
+A deployment is one or several strategies under limits. A strategy is an ordinary run configuration, as its overrides
+give it, with the figures that were measured for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grbench.config.compose import compose_spec, explain
+from grbench.config.schema import ConfigError, RunSpec
+from grengines.options import option, violations
+from grengines.runtime import atomic_io
+from grengines.spec import TASKS
+
+VERSION = 1
+LIMITS = {  # pattern of a limit's name: how it is written
+    r"latency_ms\.(p50|p90|p99|p99\.9|mean)": "latency_ms.p99",
+    r"quality\.\w+_loss_pct": "quality.auc_loss_pct",
+    r"memory_gb": "memory_gb",
+}
+HEADER = "# A deployment of grbench: `grbench serve deployment=FILE` serves it.\n"
+
+
+@dataclass
+class Figure:
+    """A measured value and its 95% interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass
+class Certified:
+    """Figures that a strategy's record has."""
+
+    throughput_rps: float | None = option(None, "requests answered in a second", gt=0)
+    latency_ms: dict[str, Figure] = field(default_factory=dict)  # by percentile: p50, p99
+    quality: dict[str, float] = field(default_factory=dict)  # by metric: auc, auc_loss_pct
+    memory_gb: float | None = option(None, "device memory in use, 10^9 bytes", ge=0)
+    record: str | None = option(None, "path of the record that the figures are from")
+
+
+@dataclass
+class Serves:
+    """The requests that a strategy takes. null: no limit."""
+
+    min_history: int = option(0, "fewest events of a history", ge=0)
+    max_history: int | None = option(None, "most events of a history", ge=0)
+    max_candidates: int | None = option(None, "most candidates of a request", ge=1)
+
+
+@dataclass
+class Strategy:
+    """One way to answer: a run configuration, with its certified figures."""
+
+    name: str = option("???", "name in responses and metrics")
+    overrides: list[str] = field(default_factory=list)  # of a run, such as engine=hstu
+    certified: Certified | None = None
+    serves: Serves = field(default_factory=Serves)
+
+
+@dataclass
+class Step:
+    """A cheaper way to answer under overload, tried before a request is refused. It names one change."""
+
+    name: str = option("???", "name in responses and metrics")
+    max_candidates: int | None = option(None, "answer only the first candidates of a request", ge=1)
+    max_history: int | None = option(None, "use only the newest events of a history", ge=1)
+    stale_state: bool = option(False, "leave out the events that are new since the user's cached state")
+    strategy: str | None = option(None, "use this strategy")
+    loss: dict[str, float] = field(default_factory=dict)  # measured, by metric: auc_loss_pct
+
+    @property
+    def changes(self) -> list[str]:
+        """Return the keys of the changes that the step makes."""
+        return [key for key in CHANGES if getattr(self, key)]
+
+
+CHANGES = ("max_candidates", "max_history", "stale_state", "strategy")
+
+
+@dataclass
+class Deployment:
+    """Strategies in order of preference, the limits that they keep, and the steps that overload allows."""
+
+    version: int = option("???", "version of the format", ge=VERSION, le=VERSION)
+    task: str = option("???", "work of each request", choices=TASKS)
+    limits: dict[str, float] = field(default_factory=dict)  # largest value, by name
+    strategies: list[Strategy] = field(default_factory=list)
+    degrade: list[Step] = field(default_factory=list)
+
+    def specs(self, source: str | Path = "deployment") -> dict[str, RunSpec]:
+        """Return the composed configuration of each strategy, by name.
+
+        source: the file, for errors. Raises ConfigError, one line with file, key and what is allowed.
+        """
+        if problem := next(_problems(self), None):
+            raise ConfigError(f"{source}: {problem}")
+        specs: dict[str, RunSpec] = {}
+        for number, strategy in enumerate(self.strategies):
+            key = f"strategies[{number}].overrides"
+            try:
+                spec, _ = compose_spec(_with_task(strategy.overrides, self.task))
+            except ConfigError as e:
+                raise ConfigError(f"{source}: {key}: {e}") from None
+            if any(other.workload != spec.workload for other in specs.values()):
+                raise ConfigError(
+                    f"{source}: {key}: the workload differs from that of strategy {next(iter(specs))}, and one "
+                    "deployment has one catalogue; give both the same workload options"
+                )
+            specs[strategy.name] = spec
+        return specs
+
+
+def load(path: str | Path) -> Deployment:
+    """Return the deployment that a file holds, checked by itself; `Deployment.specs` checks the overrides.
+
+    Raises ConfigError, one line with file, key and what is allowed.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror}; give a deployment file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: not a deployment; it is a mapping with the keys {_keys(Deployment)}")
+    try:
+        deployment = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Deployment), content))
+    except OmegaConfBaseException as e:
+        raise ConfigError(f"{path}: {explain(e)}") from None
+    assert isinstance(deployment, Deployment)
+    if problem := next(_problems(deployment), None):
+        raise ConfigError(f"{path}: {problem}")
+    return deployment
+
+
+def save(deployment: Deployment, path: str | Path) -> None:
+    """Write a deployment file, replacing an existing one. Raises ConfigError for one that `load` would refuse."""
+    if problem := next(_problems(deployment), None):
+        raise ConfigError(f"{path}: {problem}")
+    text = yaml.safe_dump(_filled(dataclasses.asdict(deployment)), sort_keys=False, allow_unicode=True, width=120)
+    atomic_io.write(Path(path), (HEADER + text).encode())
+
+
+def _problems(deployment: Deployment) -> Iterator[str]:
+    """Yield a line for each thing that is wrong, with its key and what is allowed."""
+    yield from violations(deployment)
+    for name, value in deployment.limits.items():
+        if not any(re.fullmatch(pattern, name) for pattern in LIMITS):
+            yield f"limits.{name}: no such limit; allowed are such as {', '.join(LIMITS.values())}"
+        elif not value > 0:
+            yield f"limits.{name}={value}: allowed is float > 0"
+    if not deployment.strategies:
+        yield "strategies: none; at least one is needed, with a name and overrides"
+    for number, strategy in enumerate(deployment.strategies):
+        key = f"strategies[{number}]"
+        yield from (f"{key}.{line}" for line in violations(strategy))
+        if not strategy.overrides:
+            yield f"{key}.overrides: none; give those of a run, such as [engine=hstu]"
+        if any(word.lstrip("+").partition("=")[0] == "task" for word in strategy.overrides):
+            yield f"{key}.overrides: task= is the deployment's own key, task: {deployment.task}; leave it out here"
+    for number, step in enumerate(deployment.degrade):
+        key = f"degrade[{number}]"
+        yield from (f"{key}.{line}" for line in violations(step))
+        if len(step.changes) != 1:
+            yield f"{key}: {' and '.join(step.changes) or 'no change'}; a step has one of {', '.join(CHANGES)}"
+        if step.strategy is not None and step.strategy not in _names(deployment.strategies):
+            yield f"{key}.strategy={step.strategy}: allowed are {', '.join(_names(deployment.strategies))}"
+    for key, named in (("strategies", deployment.strategies), ("degrade", deployment.degrade)):
+        names = _names(named)
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            yield f"{key}: two have the name {twice}; give each its own"
+
+
+def _names(named: list[Strategy] | list[Step]) -> list[str]:
+    return [one.name for one in named]
+
+
+def _with_task(overrides: list[str], task: str) -> list[str]:
+    return [*overrides, f"task={task}"]
+
+
+def _keys(schema: type) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(schema))
+
+
+def _filled(value: Any) -> Any:
+    """Return nested values without those that are null, false or empty, which `load` fills in."""
+    if isinstance(value, dict):
+        return {k: kept for k, v in value.items() if (kept := _filled(v)) not in (None, False, [], {})}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
