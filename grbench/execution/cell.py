@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, cast
 from grbench import scenarios, workloads
 from grbench.config.schema import RetrievalConfig, RunSpec
 from grbench.execution import measure
+from grbench.execution.energy import metered
 from grbench.execution.gpu import sample_gpu
 from grbench.execution.load import MEASURING
 from grbench.execution.records import SAMPLES_FILE, Outcome
@@ -149,17 +150,19 @@ class Cell:
         self._stage(MEASURING)
         compiled = len(tuning.compiled())
         measure.gpu_allocated_mib(self.outcome.actual["device"])  # the peak of the gate is past
-        measurement = scenarios.run_scenario(
-            self.spec.scenario,
-            engine,
-            requests,
-            task=self.spec.task,
-            latency_limit_ms=self.spec.latency_limit_ms,
-            seed=self.spec.seed,
-            folder=self.folder / "loadgen",
-            progress=at_most_every(0.5, lambda answered: self.report({"answered": answered})),
-            watch=answers.watch,
-        )
+        with metered(self.outcome.actual["device"]) as energy:
+            measurement = scenarios.run_scenario(
+                self.spec.scenario,
+                engine,
+                requests,
+                task=self.spec.task,
+                latency_limit_ms=self.spec.latency_limit_ms,
+                seed=self.spec.seed,
+                folder=self.folder / "loadgen",
+                progress=at_most_every(0.5, lambda answered: self.report({"answered": answered})),
+                watch=answers.watch,
+            )
+        measurement.metrics |= energy.metrics(len(measurement.samples["request_id"]))
         if self.outcome.actual["device"] == "cuda":
             measurement.metrics |= sample_gpu()
         if late := tuning.compiled()[compiled:]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,52 @@ def gpu_use() -> GpuUse | None:
             return GpuUse(len(processes), float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu))
         except Exception:  # no GPU, or one that reports neither (NVMLError is a class of pynvml, which may be absent)
             return None
+
+
+@contextlib.contextmanager
+def joule_counter() -> Iterator[Callable[[], float | None]]:
+    """Yield a function that returns the joules of the GPU of engines from now on, or None where they are not known.
+
+    A card without a counter keeps its last samples of power. They count if they reach back to the beginning.
+    """
+    with _nvml() as nvml:
+        handle = nvml and _used_by_engines(nvml)
+        begun_us, before = time.time_ns() // 1000, _millijoules(nvml, handle)
+
+        def since() -> float | None:
+            after = _millijoules(nvml, handle)
+            if before is not None and after is not None:
+                return (after - before) / 1e3
+            return _of_samples(nvml, handle, begun_us)
+
+        yield since
+
+
+def _millijoules(nvml: Any, handle: Any) -> int | None:
+    if handle is None:
+        return None
+    try:
+        return int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+    except nvml.NVMLError:  # cards before Volta, and parts of a card (MIG)
+        return None
+
+
+def _of_samples(nvml: Any, handle: Any, begun_us: int) -> float | None:
+    """Return the joules since a time (microseconds since 1970) by the samples of power that the driver kept."""
+    if handle is None:
+        return None
+    try:
+        kind, found = nvml.nvmlDeviceGetSamples(handle, nvml.NVML_TOTAL_POWER_SAMPLES, 0)
+    except nvml.NVMLError:
+        return None
+    times_s = [(sample.timeStamp - begun_us) / 1e6 for sample in found]
+    watts = [sample.sampleValue.uiVal / 1e3 for sample in found]
+    if kind != nvml.NVML_VALUE_TYPE_UNSIGNED_INT or not times_s or times_s[0] > 0:
+        return None
+    now_s = time.time_ns() / 1e9 - begun_us / 1e6
+    ends_s = [*times_s[1:], max(now_s, times_s[-1])]  # each sample holds until the next one
+    steps_s = [max(end, 0.0) - max(start, 0.0) for start, end in zip(times_s, ends_s, strict=True)]
+    return float(sum(power * step for power, step in zip(watts, steps_s, strict=True)))
 
 
 def _used_by_engines(nvml: Any) -> Any:

@@ -104,9 +104,9 @@ class CellSession:
         if record.status is Status.INTERRUPTED:
             return
         if record.ok and not kept:
-            from grbench.report.charts import latency_cdf
             from grbench.report.frame import ReportError
             from grbench.report.groups import group_cells
+            from grbench.report.latency_charts import latency_cdf
 
             [group] = group_cells([(folder, record)])
             with contextlib.suppress(OSError, ReportError):  # a picture is no result; the disk may be full

@@ -7,7 +7,8 @@ comparable cells, and `charts` the figures of one group. The report, the termina
 functions.
 """
 
-from grbench.report.charts import Chart, charts
+from grbench.report.chart import Chart
+from grbench.report.charts import charts
 from grbench.report.findings import Finding, findings
 from grbench.report.frame import (
     ReportError,

@@ -18,10 +18,8 @@ from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
 from grbench.report.cells import figure, flatten, knobs, labels, shown
-from grbench.report.repeats import estimate
+from grbench.report.repeats import estimate, ranking_percentile
 from grbench.report.work import LOADS, offered_load, scenario_of, strategy_of, unit_of, work_of
-
-PERCENTILES = ("p99", "p90", "p50")
 
 
 @dataclass(frozen=True)
@@ -122,10 +120,9 @@ def _highest_throughput(group: list[RunRecord]) -> Finding:
 
 
 def _lowest_latency(group: list[RunRecord]) -> Finding:
-    in_all = [p for p in PERCENTILES if all(f"latency_ms/{p}" in r.metrics for r in group)] or ["p50"]
-    of = {p: [_estimate(label, runs, f"latency_ms/{p}") for label, runs in _strategies(group).items()] for p in in_all}
-    percentile = next((p for p in in_all if all(e.interval for e in of[p])), in_all[0])
-    best, *others = sorted(of[percentile], key=lambda e: e.value)
+    percentile = ranking_percentile(group)
+    ranked = [_estimate(label, runs, f"latency_ms/{percentile}") for label, runs in _strategies(group).items()]
+    best, *others = sorted(ranked, key=lambda e: e.value)
     where = (
         f"In {scenario_of(group[0])}"
         if (load := offered_load(group[0])) is None

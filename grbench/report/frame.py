@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grbench.execution import records
+from grbench.execution.energy import METRIC as JOULES
 from grbench.report.cells import MISSING, Cell, flatten, knobs, labels, shown
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ HITS = ["cache/device_hit_rate", "cache/host_hit_rate"]  # shares of requests; o
 METRICS = [
     "throughput_rps",
     "goodput_rps",
+    JOULES,
     "latency_ms/mean",
     *PERCENTILES,
     *(f"{part}/p50" for part in PARTS),

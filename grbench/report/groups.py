@@ -10,7 +10,7 @@ from grbench.execution.environment import machine_of
 from grbench.execution.records import RunRecord
 from grbench.report.cells import Cell, labels
 from grbench.report.findings import comparable, findings, limit_verdict, work_names
-from grbench.report.repeats import pooled
+from grbench.report.repeats import pooled, ranking_percentile
 from grbench.report.work import offered_load, scenario_of, unit_of
 
 VERBS = {"rank": "Rank", "generate": "Retrieve", "recommend": "Retrieve and rank"}
@@ -51,14 +51,15 @@ def best_first(records: Sequence[RunRecord]) -> list[RunRecord]:
     At several loads those that keep the latency limit come first, from the highest load down.
     """
     several = len({offered_load(record) for record in records}) > 1
-    percentile = next((p for p in ("p99", "p90", "p50") if _all_have(records, f"latency_ms/{p}")), "p50")
+    # At several loads the sentence goes by p99 alone, which all cells that keep the limit have.
+    metric = "latency_ms/p99" if several else f"latency_ms/{ranking_percentile(records)}"
 
     def place(record: RunRecord) -> tuple[float, ...]:
         if not record.ok:
             return (1,)
         if scenario_of(record) == "offline":
             return 0, -record.metrics.get("throughput_rps", 0.0)
-        latency = record.metrics.get(f"latency_ms/{percentile}", float("inf"))
+        latency = record.metrics.get(metric, float("inf"))
         if not several:
             return 0, latency
         return 0, limit_verdict(record) != "yes", -(offered_load(record) or 0.0), latency
@@ -89,10 +90,6 @@ def group_cells(cells: Sequence[Cell]) -> list[Group]:
             )
         )
     return groups
-
-
-def _all_have(records: Sequence[RunRecord], metric: str) -> bool:
-    return all(metric in record.metrics for record in records if record.ok)
 
 
 def _title(records: Sequence[RunRecord]) -> str:

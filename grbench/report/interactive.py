@@ -10,7 +10,7 @@ from grbench.report.plots import COLOURS, GREY, PALE
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from grbench.report.charts import Chart, Series
+    from grbench.report.chart import Chart, Series
 
 MODES = {"points": "markers", "line": "lines", "line+points": "lines+markers", "steps": "lines"}
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from grbench.execution.records import RunRecord, Status
 from grbench.report.cells import MISSING, Cell, command, flatten, labels, shown
-from grbench.report.charts import Chart, charts
+from grbench.report.chart import Chart
+from grbench.report.charts import charts
 from grbench.report.findings import findings
 from grbench.report.frame import has_samples, samples_problem
 from grbench.report.groups import Group, Row, group_cells

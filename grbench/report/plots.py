@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from grbench.report.charts import Chart, Series
+    from grbench.report.chart import Chart, Series
 
 # Okabe and Ito's palette for colour-blind readers, without its yellow (too pale for lines).
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

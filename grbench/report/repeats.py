@@ -11,11 +11,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from grbench.execution import stats
+from grbench.execution.energy import METRIC as JOULES
 from grbench.execution.environment import machine_of
 from grbench.execution.records import RunRecord
 from grbench.report.work import offered_load, strategy_of
 
-SPREADS = ("latency_ms/p", "throughput_rps", "goodput_rps")  # names of the metrics whose spread becomes an interval
+# Names of the metrics whose spread becomes an interval.
+SPREADS = ("latency_ms/p", "throughput_rps", "goodput_rps", JOULES)
+PERCENTILES = ("p99", "p90", "p50")
 
 
 def pooled(records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -28,6 +31,16 @@ def pooled(records: Sequence[RunRecord]) -> list[RunRecord]:
     for i, record in enumerate(records):
         groups.setdefault(_cell(record) if record.ok else str(i), []).append(record)
     return [_one(runs) if len(runs) > 1 else runs[0] for runs in groups.values()]
+
+
+def ranking_percentile(records: Sequence[RunRecord]) -> str:
+    """Return the percentile (p99, p90 or p50) that ranks comparable cells, single runs or `pooled` ones.
+
+    It is the highest for which all OK cells have an interval, else the highest that all have.
+    """
+    cells = [record for record in pooled(records) if record.ok]
+    in_all = [p for p in PERCENTILES if all(f"latency_ms/{p}" in cell.metrics for cell in cells)] or ["p50"]
+    return next((p for p in in_all if all(f"latency_ms/{p}" in cell.intervals for cell in cells)), in_all[0])
 
 
 def run_count(record: RunRecord) -> int:

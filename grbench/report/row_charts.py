@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grbench.report.cells import figure
-from grbench.report.charts import Chart, Series
+from grbench.report.chart import Chart, Series
 
 RULES = {"belady": "Belady's rule", "limit": "no policy is below"}  # bounds that are drawn without a marker
 

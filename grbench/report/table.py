@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grbench.execution.energy import METRIC as JOULES
 from grbench.execution.records import RunRecord, Status
 from grbench.report.cells import MISSING, Cell, figure, labels
 from grbench.report.findings import comparable, findings, limit_verdict
@@ -99,6 +100,7 @@ COLUMNS = [  # in the order of the table
     Column("in limit", "in limit: p99 keeps latency_limit_ms (unsure: its interval does not tell)", limit_verdict),
     Column("queue", "queue: median milliseconds of waiting", _of_latency("queue_ms/p50")),
     Column("compute", "compute: median milliseconds on the device", _metric("compute_ms/p50")),
+    Column("J/request", "J/request: joules of the GPU, else of the processor, for each answer", _metric(JOULES)),
     Column("retrieve + rank", "retrieve + rank: median milliseconds of the pipeline's stages", _stages),
     Column("hits %", "hits: requests that found cached state", _metric("cache/hit_rate", percent=True)),
     Column("AUC", "AUC: by the engine's scores, one a task", _auc),
@@ -111,7 +113,17 @@ COLUMNS = [  # in the order of the table
     Column("gate", "gate: error against the fp32 reference, as a share of the tolerance", _gate),
 ]
 # Dropped first to last.
-LEAST_NEEDED = ["compared", "queue", "compute", "p90 ms", "p50 ms", "in limit", "hits %", "retrieve + rank"]
+LEAST_NEEDED = [
+    "compared",
+    "queue",
+    "compute",
+    "p90 ms",
+    "p50 ms",
+    "in limit",
+    "J/request",
+    "hits %",
+    "retrieve + rank",
+]
 UNSEEN = "latency_ms/p99.9 withheld"  # begins a note on a percentile that the table has no column for
 
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 
+from grbench.execution.energy import METRIC as JOULES
 from grbench.execution.records import (
     ARTIFACTS,
     LOG_FILE,
@@ -34,7 +35,7 @@ from grbench.tracking.describe import describe_cell, describe_row, describe_swee
 SWEEP_TAG, HASH_TAG, NOTE_TAG = "sweep_id", "spec_hash", "mlflow.note.content"
 MOST_NOTE, MOST_NAME = 5000, 250  # characters that a server accepts
 FIRST_METRICS = ["latency_ms/p99", "throughput_rps", "latency_ms/p50", "goodput_rps", "cache/hit_rate"]
-FIRST_METRICS += ["quality/auc", "gate/error"]
+FIRST_METRICS += [JOULES, "quality/auc", "gate/error"]
 CELLS_VIEW = {  # state of the page that `grbench ui` opens
     "selectedColumns": [f"metrics.`{name}`" for name in FIRST_METRICS] + ["tags.`status`"],
     "orderByKey": "metrics.`latency_ms/p99`",  # any metric: the cells of sweeps are rows then, and not folded

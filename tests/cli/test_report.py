@@ -35,10 +35,11 @@ from grbench.report import (
     write_report,
 )
 from grbench.report.cells import Code, Planned, command, figure, flatten, knobs, label, labels
-from grbench.report.charts import Chart, front_of
+from grbench.report.chart import Chart
 from grbench.report.frame import PARTS, read_cells
 from grbench.report.html import _inline
 from grbench.report.interactive import plotly_figure
+from grbench.report.latency_charts import front_of
 from grbench.report.markdown import escape, table
 from grbench.report.page import spans
 from grbench.report.table import print_cells
@@ -201,7 +202,7 @@ def test_hundreds_of_cells_give_pictures_of_bounded_size_and_short_names(tmp_pat
         assert all(len(name) <= 45 for name in one.rows)
     ranking = chart(tmp_path / "o", "ranking")
     assert ranking.notes == [
-        "p90 is drawn: p99 needs 1000 independent samples, which 23 of 23 of the cells lack",
+        "p90 ranks these cells, because 23 of 23 have no p99 with an interval: it needs 1000 independent samples",
     ]
     curves = chart(tmp_path / "o", "latency_cdf")
     assert len(curves.series) == 10 and curves.notes == ["10 of 23 cells are drawn: the best"]
@@ -261,7 +262,7 @@ def test_hits_stages_quality_and_cost_are_drawn_where_records_have_them(tmp_path
     for i, (precision, auc) in enumerate((("fp32", 0.81), ("int8", 0.79))):
         record = write_cell(tmp_path / "o" / f"q{i}", "scenario=offline", f"engine.precision={precision}")
         record.actual["precision"], record.gate["quality"] = precision, {"tasks": {"rated": {"auc": auc}}}
-        record.metrics["throughput_rps"] = 100.0 * (i + 1)
+        record.metrics |= {"throughput_rps": 100.0 * (i + 1), "energy_joules_per_request": 3.0 - i}
         records.save(record, tmp_path / "o" / f"q{i}")
     [hit] = chart(tmp_path / "o", "hit_latency").series
     rows = rows_of(written(tmp_path / "o", tmp_path), "Answer at 100")
@@ -276,8 +277,12 @@ def test_hits_stages_quality_and_cost_are_drawn_where_records_have_them(tmp_path
     ]
     cost = chart(tmp_path / "o", "cost", 1)
     assert list(cost.series[0].x) == [5.0, 10.0] and cost.x == "machine-seconds per thousand requests"
+    energy = chart(tmp_path / "o", "energy", 1)
+    assert list(energy.series[0].x) == [2000.0, 3000.0] and energy.x == "joules of the device per thousand requests"
+    rows = rows_of(written(tmp_path / "o", tmp_path), "Answer offline")
+    assert [r["J/request"] for r in rows] == ["2.00", "3.00"]
     keys = {one.key for one in charts(group_cells(read_cells([tmp_path / "o"]))[0])}
-    assert {"quality", "cost", "pareto", "load_latency"}.isdisjoint(keys)  # nothing to show: one load, no AUC
+    assert {"quality", "cost", "energy", "pareto", "load_latency"}.isdisjoint(keys)  # nothing to show: one load, no AUC
 
 
 def test_a_page_says_that_samples_are_missing(sweep: Path, tmp_path: Path) -> None:

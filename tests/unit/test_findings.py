@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grbench.execution.records import RunRecord, Status
 from grbench.report.findings import findings, limit_verdict
+from grbench.report.groups import best_first, group_cells
+from grbench.report.latency_charts import ranking
 from grbench.report.repeats import pooled, run_count
 
 P99 = "latency_ms/p99"
@@ -62,6 +65,21 @@ def test_at_one_load_the_lowest_p99_leads_whatever_the_throughput() -> None:
         "At 40 requests/s, hstu has the lowest p99: 6.25 [5.62, 6.88] ms, within the limit of 80 ms; "
         "next is onnxruntime with 9.28 [8.35, 10.2] ms."
     )
+
+
+def test_the_sentence_the_table_and_the_figure_rank_by_one_percentile() -> None:
+    """Rank by p90 where one cell's p99 has no interval."""
+    first, *others = (cell(p99, engine=engine) for p99, engine in ((9.0, "hstu"), (8.0, "aoti"), (7.0, "onnxruntime")))
+    for one, p90 in zip((first, *others), (1.0, 2.0, 3.0), strict=True):
+        one.metrics["latency_ms/p90"], one.intervals["latency_ms/p90"] = p90, [p90 * 0.9, p90 * 1.1]
+    del first.intervals[P99]
+    (found,) = findings([*others, first])
+    assert found.sentence.startswith("At 40 requests/s, hstu has the lowest p90: 1.00")
+    assert best_first([*others, first])[0] is found.best[0] is first
+    [group] = group_cells([(Path("a"), first), (Path("b"), others[0]), (Path("c"), others[1])])
+    figure = ranking(group)
+    assert figure is not None and figure.title == "p90 latency" and figure.rows[0] == "1 hstu"
+    assert figure.notes[0].startswith("p90 ranks these cells, because 1 of 3 have no p99 with an interval")
 
 
 def test_overlapping_intervals_decide_nothing() -> None:
