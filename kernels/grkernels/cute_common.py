@@ -13,7 +13,7 @@ from cutlass import Float32, Float64, Int32, Int64, cute
 from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
-from grkernels import tuning
+from grkernels import cute_cache, tuning
 from grkernels.cute_launch import Launcher
 
 ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16, torch.float32: Float32}
@@ -54,13 +54,16 @@ def compile_kernel(kernel: Kernel, options: str = "") -> Any:
 
 
 def launcher(kernel: Kernel) -> Launcher:
-    """Compile for this machine's GPU.
+    """Compile for this machine's GPU, or load what an earlier process compiled.
 
     The result takes the values of the arguments, nested ones flattened, then the stream's address. A pointer's value
     is its address.
     """
-    tuning.note_compiled(type(kernel).__module__)
-    return Launcher(compile_kernel(kernel), _letters(kernel.signature) + "P")
+    architecture = "sm_{}{}a".format(*torch.cuda.get_device_capability())
+    compiled, new = cute_cache.compiled(kernel, architecture, lambda: compile_kernel(kernel))
+    if new:
+        tuning.note_compiled(type(kernel).__module__)
+    return Launcher(compiled, _letters(kernel.signature) + "P")
 
 
 def _fields(signature: Any) -> list[Any]:

@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 from helpers.cells import ink, write_cell
 from helpers.checkout import ROOT
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 
 from grbench.execution import records, results
 from grbench.execution.records import Status
+
+nbformat = pytest.importorskip("nbformat", reason="the extra `notebook` is not installed")
+from nbclient import NotebookClient  # noqa: E402
+from nbclient.exceptions import CellExecutionError  # noqa: E402
 
 NOTEBOOKS = ROOT / "notebooks"
 NAMES = ["cache", "compare_runs", "kernels", "quality", "strategy"]

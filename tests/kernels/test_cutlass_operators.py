@@ -113,6 +113,59 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     assert done.stdout.strip() == "compiled", done.stderr[-2000:]
 
 
+KEPT = """
+import torch
+from pathlib import Path
+from grkernels import cute_cache
+from grkernels.cute_common import ELEMENTS, compile_kernel
+from grkernels.layer_norm.cutlass import LayerNorm
+
+def made(width: int) -> bool:
+    kernel = LayerNorm(ELEMENTS[torch.bfloat16], width, 4, 1)
+    kernel, new = cute_cache.compiled(kernel, "sm_90a", lambda: compile_kernel(kernel))
+    assert "rows1" in kernel.function_name and f"width{width}" in kernel.function_name
+    return new
+
+folder = Path(os.environ["GRBENCH_CACHE"]) / "kernels"
+print(made(64), made(64), made(128), len(list(folder.iterdir())))
+for file in folder.iterdir():
+    file.write_bytes(file.read_bytes()[:1000])
+print(made(64), made(64), len(list(folder.iterdir())))
+folder.joinpath("x").mkdir()
+os.environ["GRBENCH_CACHE"] = str(folder / "x" / "y.o")
+(folder / "x" / "y.o").write_bytes(b"a file, no folder")
+print(made(64), made(64))
+"""
+
+
+@needs_cutlass
+def test_compiled_kernels_are_kept(tmp_path: Path) -> None:
+    """A kernel is compiled once, again if its file is damaged, and always where no file can be written."""
+    env = {**os.environ, "CUTE_DSL_ARCH": "sm_90a", "GRBENCH_CACHE": str(tmp_path)}
+    code = "import os\n" + KEPT
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["True False True 2", "True False 2", "True True"], done.stderr[-2000:]
+
+
+LAUNCHED = """
+import torch
+from grkernels import registry, tuning
+x = torch.arange(640, device="cuda", dtype=torch.float32).sin().reshape(10, 64).bfloat16()
+weight = torch.ones(64, device="cuda", dtype=torch.bfloat16)
+out = registry.get("layer_norm", "cutlass").fn(x, weight, weight, eps=1e-6)
+print(len(tuning.compiled()), out.float().sum().item(), out.float().std().item() > 0.5)
+"""
+
+
+@needs_cutlass
+@pytest.mark.gpu
+def test_a_kept_kernel_gives_the_same_result(tmp_path: Path) -> None:
+    env = {**os.environ, "GRBENCH_CACHE": str(tmp_path)}
+    runs = [subprocess.run([sys.executable, "-c", LAUNCHED], env=env, capture_output=True, text=True) for _ in range(2)]
+    (first, *answer), (second, *again) = (run.stdout.split() or [run.stderr[-2000:]] for run in runs)
+    assert (first, second) == ("1", "0") and answer == again and answer[1] == "True"
+
+
 @needs_cutlass
 @pytest.mark.parametrize("family", FAMILIES)
 def test_supports_says_why_not(family: str) -> None:

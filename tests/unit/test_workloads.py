@@ -446,7 +446,7 @@ def test_a_trace_equals_that_of_a_naive_loop(
 
 
 def test_the_past_alone_does_not_tell_which_candidates_were_taken() -> None:
-    """MovieLens has no user who rates a film twice, so a drawn candidate of the past would be told by that."""
+    """MovieLens has no user who rates a film twice, so a drawn candidate of the past would stand out."""
     rng = np.random.default_rng(0)
     items = np.concatenate([rng.permutation(200)[:60] for _ in range(30)])
     count = len(items)
