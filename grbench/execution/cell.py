@@ -40,13 +40,14 @@ class Cell:
     folder: Path
     outcome: Outcome
     report: Report  # takes one message for the parent process
+    _step: tuple[str, float] = ("", 0.0)  # the step that runs, and when it began
 
     def run(self) -> None:
         """Take every step. Raises what a step raises."""
         trace = self._load()
         retrieval = self._retrieval(trace)
         with self._engine(trace, retrieval) as engine:
-            self._stage("checking against the fp32 reference")
+            self._begin("check", "checking against the fp32 reference")
             device = self.outcome.actual["device"]
             engine_mib = measure.gpu_allocated_mib(device)
             gate = gate_for(self.spec, trace, retrieval, self.outcome.actual)
@@ -62,15 +63,26 @@ class Cell:
                 self._check_again(engine, gate)
             self._write(measurement, trace, retrieval)
 
-    def _stage(self, text: str) -> None:
+    def _begin(self, step: str, text: str = "") -> None:
+        """Begin a step, and note the seconds of the one before. text: what the progress line says."""
+        before, begun = self._step
+        now = time.perf_counter()
+        if before:
+            name = f"step_s/{before}"
+            self.outcome.metrics[name] = self.outcome.metrics.get(name, 0.0) + now - begun
+        self._step = step, now
+        if text:
+            self._say(text)
+
+    def _say(self, text: str) -> None:
         self.report({"stage": text})
 
     def _load(self) -> Trace:
-        self._stage("loading the workload")
+        self._begin("load", "loading the workload")
 
         def say(done: int, total: int) -> None:
             shorter = "workload.max_requests makes a shorter trace"
-            self._stage(f"loading the workload, {done:,} of {total:,} requests; {shorter}")
+            self._say(f"loading the workload, {done:,} of {total:,} requests; {shorter}")
 
         progress = at_most_every(5.0, say)
         trace = workloads.build(self.spec.workload, self.spec.seed, self.spec.latency_limit_ms, progress)
@@ -82,13 +94,13 @@ class Cell:
     def _retrieval(self, trace: Trace) -> Retrieval | None:
         if self.spec.retrieval is None:
             return None
-        self._stage("making semantic IDs")
-        return build_retrieval(self.spec.retrieval, self.spec.workload, trace, self.spec.seed, self._stage)
+        self._begin("semantic_ids", "making semantic IDs")
+        return build_retrieval(self.spec.retrieval, self.spec.workload, trace, self.spec.seed, self._say)
 
     @contextlib.contextmanager
     def _engine(self, trace: Trace, retrieval: Retrieval | None) -> Iterator[Engine]:
         """A prepared engine, which is closed at the end."""
-        self._stage("building the engine")
+        self._begin("start", "building the engine")
         spec, begun = self.spec, time.perf_counter()
         engine = registry.build(
             spec.engine,
@@ -139,7 +151,7 @@ class Cell:
 
     def _warm_up(self, engine: Engine, requests: list[Request]) -> None:
         """Run full, half and quarter batches in turn, so that first-time costs of the common sizes are not measured."""
-        self._stage("warming up")
+        self._begin("warm_up", "warming up")
         size = self.spec.scenario.max_batch
         for i in range(self.spec.warmup_batches):
             start = (i * size) % len(requests)
@@ -147,7 +159,7 @@ class Cell:
         engine.reset_cache()
 
     def _measure(self, engine: Engine, requests: list[Request], answers: MeasuredAnswers) -> Measurement:
-        self._stage(MEASURING)
+        self._begin("measure", MEASURING)
         compiled = len(tuning.compiled())
         measure.gpu_allocated_mib(self.outcome.actual["device"])  # the peak of the gate is past
         with metered(self.outcome.actual["device"]) as energy:
@@ -179,20 +191,21 @@ class Cell:
 
     def _check_measured(self, gate: Gate, answers: MeasuredAnswers) -> None:
         """Compare a sample of the measured answers with the reference."""
-        self._stage("comparing measured answers with the fp32 reference")
+        self._begin("compare", "comparing measured answers with the fp32 reference")
         result = answers.compare(gate)
         self.outcome.gate["measured"] = result.to_dict()
         if not result.passed:
             raise IncorrectError(result.words)
 
     def _write(self, measurement: Measurement, trace: Trace, retrieval: Retrieval | None) -> None:
-        self._stage("writing")
+        self._begin("write", "writing")
         outcome, sizes = self.outcome, retrieval.ids.sizes if retrieval else ()
         summary = measure.summarise(measurement, self.spec, trace.requests, sizes)
         outcome.metrics |= summary.metrics
         outcome.intervals = summary.intervals
         outcome.notes = outcome.actual.get("notes", []) + measurement.notes + summary.notes
         measure.write_samples(measurement.samples, self.folder / SAMPLES_FILE)
+        self._begin("")
 
 
 def build_retrieval(

@@ -29,7 +29,7 @@ PARTS = ("queue_ms", "batch_ms", "transfer_ms", "compute_ms")  # of a request's 
 SAMPLE_COLUMNS = ("request_id", "user_id", "arrival_s", *PARTS, "latency_ms", "batch_index", "batch_size")
 
 
-BEFORE_GATE = ("workload/", "engine_start_s")  # names of the metrics that are known before the gate
+BEFORE_GATE = ("workload/", "engine_start_s", "step_s/")  # names of the metrics that are known before the gate
 
 
 class Status(StrEnum):

@@ -60,6 +60,10 @@ def test_one_run_leaves_a_whole_record_and_samples(grbench: Grbench, tmp_path: P
     assert "latency_ms/p99" not in record.metrics  # 64 samples say nothing of p99
     assert any("p99" in note for note in record.notes)
     assert record.metrics["throughput_rps"] == pytest.approx(64 / record.metrics["duration_s"])
+    steps = {name: seconds for name, seconds in record.metrics.items() if name.startswith("step_s/")}
+    names = {name.removeprefix("step_s/") for name in steps}
+    assert names == {"load", "start", "check", "warm_up", "measure", "compare", "write"}
+    assert steps["step_s/measure"] >= record.metrics["duration_s"] and min(steps.values()) >= 0
     assert "OK" in done.stdout
     assert "closed_loop" in done.stdout
 
