@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -74,6 +75,14 @@ class Setup:
     seed: int  # of random weights
     cache: CacheConfig | PagedCacheConfig
     retrieval: Retrieval | None = None  # for the tasks that generate
+
+
+class Tier(IntEnum):
+    """The fastest memory that holds a user's state."""
+
+    DEVICE = 0
+    HOST = 1
+    NONE = 2
 
 
 class Cached(NamedTuple):
@@ -163,6 +172,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release device memory and threads."""
+
+
+@runtime_checkable
+class CachingEngine(Engine, Protocol):
+    """An engine that reports whose state it has."""
+
+    def tier_of(self, user: int) -> Tier:
+        """Return where the user's state is at this moment. Cheap, and never waits for a batch."""
 
 
 class Ranker(Engine, Protocol):

@@ -280,6 +280,10 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
         working = [getattr(run.engine, stage).name for stage in engine.stages] or [engine.name]
         if problem := next(filter(None, map(engines.one_at_a_time, working)), None):
             raise ConfigError(f"scenario.in_flight={run.scenario.in_flight}: {problem}; set scenario.in_flight=1")
+    if run.scenario.order == "hit" and not isinstance(run.cache, PagedCacheConfig):
+        raise ConfigError(
+            f"scenario.order=hit: cache={run.cache.name} keeps no user states; set cache=lru, or scenario.order=length"
+        )
     values = {f.name: getattr(run, f.name) for f in dataclasses.fields(RunSpec)}
     return RunSpec(**{**values, "task": task, "retrieval": None if task == "rank" else run.retrieval}), run
 

@@ -20,6 +20,7 @@ from grbench.scenarios.batcher import (
     unwatched,
 )
 from grbench.scenarios.config import ClosedLoopConfig, LoadGenConfig, ScenarioConfig, TraceReplayConfig
+from grbench.scenarios.waiting import order_key
 from grengines.api import ContinuousEngine, Engine, Request
 
 
@@ -49,7 +50,9 @@ def run_scenario(
     progress: Callable[[int], None] = lambda answered: None,
     watch: Watch = unwatched,
 ) -> Measurement:
-    """Drive `engine` with `requests` as `config` says, at one of the engine's tasks. Raises what the engine raises.
+    """Drive `engine` with `requests` as `config` says, at one of the engine's tasks.
+
+    Raises what the engine raises, and ValueError for an order that the engine does not support.
 
     folder: for the load generator's logs. progress: called after each batch with the number of requests answered so
     far, on a thread of the request loop. watch: called before it with the batch's requests, answers and size; what it
@@ -75,12 +78,14 @@ def run_scenario(
             driven = direct.closed_loop(config, start, request_at)
         case _:
             raise TypeError(f"unknown scenario {type(config).__name__}")
+    if config.order != "fifo":
+        driven.metrics["passed_over/max"] = float(driven.loop.most_passed)
     return _measurement(driven, len(requests))
 
 
 def _starter(config: ScenarioConfig, engine: Engine, task: str, progress: Callable[[int], None], watch: Watch) -> Start:
     """Return the function that starts the request loop of this engine, and counts answers for `progress`."""
-    answered = 0
+    answered, key = 0, order_key(config.order, engine)
 
     def start(on_answer: Answered) -> RequestLoop:
         def after_batch(tickets: list[Ticket]) -> None:
@@ -90,9 +95,9 @@ def _starter(config: ScenarioConfig, engine: Engine, task: str, progress: Callab
             progress(answered)
 
         if isinstance(engine, ContinuousEngine):
-            return ContinuousBatcher(engine, config.max_batch, after_batch, watch)
+            return ContinuousBatcher(engine, config.max_batch, after_batch, watch, key)
         answer, wait_s = getattr(engine, task), config.max_wait_ms / 1e3
-        return Batcher(answer, config.max_batch, wait_s, after_batch, config.in_flight, watch)
+        return Batcher(answer, config.max_batch, wait_s, after_batch, config.in_flight, watch, key)
 
     return start
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grbench.execution.records import SAMPLE_COLUMNS
+from grbench.scenarios.waiting import Key, Waiting
 from grengines.api import BatchResult, ContinuousEngine, Finished, GenerateResult, Request
 
 
@@ -26,6 +26,7 @@ class Ticket:
     request: Request
     arrived: float  # seconds, time.perf_counter
     key: int = 0
+    passed: int = 0  # younger requests that were taken before it
 
 
 Answered = Callable[[list[Ticket]], None]  # takes requests that ended together
@@ -41,10 +42,18 @@ class RequestLoop:
 
     `watch` and then `answered` are called on one of the threads at a time, with requests that ended together: a client
     that sends its next request upon an answer does not wait for the check within that request. If the engine or one of
-    them raises, `failure` holds the exception, `stopped` is set and no further batch begins.
+    them raises, `failure` holds the exception, `stopped` is set and no further batch begins. key: which requests go
+    together (grbench.scenarios.waiting); None: they go in order of arrival.
     """
 
-    def __init__(self, max_batch: int, answered: Answered, threads: int = 1, watch: Watch = unwatched) -> None:
+    def __init__(
+        self,
+        max_batch: int,
+        answered: Answered,
+        threads: int = 1,
+        watch: Watch = unwatched,
+        key: Key | None = None,
+    ) -> None:
         self.failure: BaseException | None = None
         self.stopped = threading.Event()
         self.tokens = 0
@@ -54,7 +63,7 @@ class RequestLoop:
         self.batches = 0
         self.batched = 0  # requests of all batches
         self._max_batch, self._answered, self._watch = max_batch, answered, watch
-        self._queue: deque[Ticket] = deque()
+        self._waiting = Waiting(key, max_batch)
         self._changed = threading.Condition()
         self._closing = False
         self._rows: list[tuple[float, ...]] = []
@@ -66,7 +75,7 @@ class RequestLoop:
     def submit(self, tickets: Iterable[Ticket]) -> None:
         """Queue requests. Those of one call can share a batch at once."""
         with self._changed:
-            self._queue.extend(tickets)
+            self._waiting.add(tickets)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -85,6 +94,11 @@ class RequestLoop:
             thread.join()
         if self.failure is not None:
             raise self.failure
+
+    @property
+    def most_passed(self) -> int:
+        """Most younger requests that were taken before a request."""
+        return self._waiting.most_passed
 
     def samples(self) -> dict[str, np.ndarray]:
         """Return one row per request, by column: SAMPLE_COLUMNS, and one for each stage of an engine with several.
@@ -109,7 +123,7 @@ class RequestLoop:
             self.stopped.set()
 
     def _work(self) -> None:
-        """Answer requests until the loop is closing and the queue is empty."""
+        """Answer requests until the loop is closing and none waits."""
         raise NotImplementedError
 
     def _note(self, ticket: Ticket, begun: float, parts: tuple[float, float, float], done: float, size: int) -> None:
@@ -148,10 +162,11 @@ class Batcher(RequestLoop):
         answered: Answered,
         in_flight: int = 1,
         watch: Watch = unwatched,
+        key: Key | None = None,
     ) -> None:
         self._answer, self._max_wait_s, self._under_way = answer, max_wait_s, 0
         self._noting = threading.Lock()
-        super().__init__(max_batch, answered, in_flight, watch)
+        super().__init__(max_batch, answered, in_flight, watch, key)
 
     def _work(self) -> None:
         while batch := self._next_batch():
@@ -167,17 +182,17 @@ class Batcher(RequestLoop):
                 self._changed.wait(left)
             if self.failure is not None:
                 return []
-            batch = [self._queue.popleft() for _ in range(min(self._max_batch, len(self._queue)))]
+            batch = self._waiting.take(self._max_batch, time.perf_counter())
             self._under_way += bool(batch)
             return batch
 
     def _closes_in_s(self) -> float | None:
         """Return the seconds until the next batch closes; None: not before a request arrives or a batch ends."""
-        if len(self._queue) >= self._max_batch:
+        if len(self._waiting) >= self._max_batch:
             return 0.0
-        if not self._queue or self._under_way:
+        if not self._waiting or self._under_way:
             return None
-        return self._queue[0].arrived + self._max_wait_s - time.perf_counter()
+        return self._waiting.oldest.arrived + self._max_wait_s - time.perf_counter()
 
     def _run(self, batch: list[Ticket]) -> None:
         requests = [t.request for t in batch]
@@ -209,10 +224,17 @@ class ContinuousBatcher(RequestLoop):
     size the number of requests in that step. `busy_s` is the time in steps.
     """
 
-    def __init__(self, engine: ContinuousEngine, max_batch: int, answered: Answered, watch: Watch = unwatched) -> None:
+    def __init__(
+        self,
+        engine: ContinuousEngine,
+        max_batch: int,
+        answered: Answered,
+        watch: Watch = unwatched,
+        key: Key | None = None,
+    ) -> None:
         self._engine = engine
         self._under_way: dict[int, tuple[Ticket, float]] = {}
-        super().__init__(max_batch, answered, watch=watch)
+        super().__init__(max_batch, answered, watch=watch, key=key)
 
     def _work(self) -> None:
         keys = itertools.count()
@@ -245,12 +267,12 @@ class ContinuousBatcher(RequestLoop):
     def _arrived(self) -> list[Ticket]:
         """Return the requests that may join now. Waits only while the engine is idle; empty then means the end."""
         with self._changed:
-            while not (self._queue or self._under_way or self._closing or self.failure):
+            while not (self._waiting or self._under_way or self._closing or self.failure):
                 self._changed.wait()
             if self.failure is not None:
                 return []
             free = self._max_batch - len(self._under_way)
-            return [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
+            return self._waiting.take(free, time.perf_counter())
 
 
 def _as_batch(finished: Sequence[Finished]) -> GenerateResult:

@@ -98,6 +98,8 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
         (["gate.requests=1"], "gate.requests", ">= 2"),
         (["engine=hf", "task=generate", "scenario.in_flight=2"], "scenario.in_flight=2", "hstu, aoti"),
         (["engine=pipeline", "scenario.in_flight=2"], "scenario.in_flight=2", "vllm batches by itself"),
+        (["scenario.order=lifo"], "scenario.order", "fifo, length, hit"),
+        (["engine=hstu", "scenario.order=hit"], "scenario.order=hit: cache=none", "cache=lru"),
         (["engine=warp"], "engine", "hstu"),
         (["nonsense=1"], "nonsense", "latency_limit_ms"),
         (["workload=csv"], "workload.path", "workload.path"),

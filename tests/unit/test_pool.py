@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from torch import Tensor
 
-from grengines.api import Catalogue, Request
+from grengines.api import Catalogue, Request, Tier
 from grengines.cache import host, policies
 from grengines.cache.events import Counters
 from grengines.cache.history import History
@@ -412,6 +412,18 @@ def test_the_host_takes_nobody_who_came_once_and_everyone_who_came_back() -> Non
     assert set(back.tier.states) == set(range(10)) and back.tier.bytes_down == 30 * back.pool.page_bytes
     assert count.host_refused == 10  # evicted before their second visit
     assert count.offloads + count.host_refused == count.evictions and count.policy_errors == 0
+
+
+def test_reports_the_tier_of_a_user() -> None:
+    states = tiered(1)
+    for user in (1, 2, 3):
+        visit(states, request_of(events_of(10, seed=user), user=user))
+    assert [states.tier_of(user) for user in range(5)] == [Tier.NONE, Tier.HOST, Tier.DEVICE, Tier.DEVICE, Tier.NONE]
+    [plan] = states.lookup([request_of(events_of(10, seed=2), user=2)], 4.0)
+    assert states.tier_of(2) is Tier.DEVICE  # in flight
+    states.abort(plan)
+    states.clear()
+    assert {states.tier_of(user) for user in range(5)} == {Tier.NONE}
 
 
 def test_visits_count_for_the_host_and_not_evictions() -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from grengines.api import Request
+from grengines.api import Request, Tier
 from grengines.cache import policies
 from grengines.cache.events import Counters, EventLog
 from grengines.cache.eviction import Eviction
@@ -77,6 +77,15 @@ class UserStates:
 
     def __contains__(self, user: int) -> bool:
         return user in self._index.states
+
+    def tier_of(self, user: int) -> Tier:
+        """Return where the user's state is at this moment: that of a user in flight counts as on the device.
+
+        Takes no lock: it only reads dictionaries. The state may move right after.
+        """
+        if user in self._index.states or user in self._index.in_flight:
+            return Tier.DEVICE
+        return Tier.HOST if self.tier is not None and user in self.tier.states else Tier.NONE
 
     def counters(self) -> Counters:
         """Return a copy of the counters."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grengines.api import RankResult, Request, Setup
+from grengines.api import RankResult, Request, Setup, Tier
 from grengines.base import RankingEngine
 from grengines.cache.config import PagedCacheConfig
 from grengines.cache.items import HotRows
@@ -162,6 +162,10 @@ class HSTUEngine(RankingEngine):
         if self.user_cache is not None:
             with self._lock:
                 self.user_cache.reset_cache(keep_host)
+
+    def tier_of(self, user: int) -> Tier:
+        """Return where the user's state is at this moment."""
+        return self.user_cache.states.tier_of(user) if self.user_cache is not None else Tier.NONE
 
     def prefetch(self, users: Iterable[int]) -> None:
         """Start to copy the states of users from the host tier to the device, ahead of their requests."""

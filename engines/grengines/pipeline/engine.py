@@ -11,6 +11,7 @@ import numpy as np
 
 from grengines import registry
 from grengines.api import (
+    CachingEngine,
     ContinuousEngine,
     Finished,
     Float32Array,
@@ -21,6 +22,7 @@ from grengines.api import (
     RecommendResult,
     Request,
     Setup,
+    Tier,
 )
 from grengines.cache.config import CacheConfig
 from grengines.pipeline.config import PipelineConfig
@@ -99,6 +101,10 @@ class Pipeline:
         """Reset both engines' caches."""
         self.retriever.reset_cache(keep_host)
         self.ranker.reset_cache(keep_host)
+
+    def tier_of(self, user: int) -> Tier:
+        """Return where the ranking engine has the user's state; nowhere if it has no cache."""
+        return self.ranker.tier_of(user) if isinstance(self.ranker, CachingEngine) else Tier.NONE
 
     def close(self) -> None:
         """Close both, whatever the first one raises."""
