@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ import pytest
 import torch
 from helpers.checkout import ROOT
 from helpers.command import Grbench, run_here, run_in
+from helpers.forks import fork_workers
 
 if not torch.cuda.is_available():  # before anything imports Triton, which reads it then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)  # the tensors are small
+gc.set_threshold(100_000, 50, 100)  # composing makes many objects: a fifth of its time went into looking for cycles
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes that tests start share the cores with the other worker
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -45,6 +48,12 @@ def grbench(tmp_path: Path) -> Grbench:
 def grbench_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Grbench:
     """Run `grbench ARGS` in an empty directory and in this process: for refusals, help and short tables."""
     return partial(run_here, tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork workers from this process: for runs with `grbench_here` whose subject is not how a worker starts."""
+    fork_workers(monkeypatch)
 
 
 @pytest.fixture

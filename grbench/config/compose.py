@@ -118,7 +118,9 @@ def _expand(
     """
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     parsed = parser.parse_overrides(overrides)  # its error names the wrong override
-    may_sweep = multirun or any(o.key_or_group in ("study", "hydra.mode") for o in parsed)
+    mode = next((o.value() for o in parsed if o.key_or_group == "hydra.mode"), None)
+    studied = mode is None and any(o.key_or_group == "study" for o in parsed)  # a study may ask for a sweep
+    may_sweep = multirun or studied or mode not in (None, "RUN")
     general = [
         str(o.input_line)
         for o in parsed

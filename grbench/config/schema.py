@@ -221,14 +221,18 @@ class RunSpec:
 def register_schemas() -> None:
     """Register the schemas and the folder of studies with Hydra. Safe to call twice."""
     register_studies()
-    store = ConfigStore.instance()
-    store.store(name="run_schema", node=RunConfig)
-    for group, options in schemas().items():
-        for name, schema in options.items():
-            store.store(group=f"schema/{group}", name=name, node=schema)
+    found = {("", "run_schema"): RunConfig}
+    found |= {(f"schema/{group}", name): node for group, nodes in schemas().items() for name, node in nodes.items()}
     for spec in engines.specs():  # an engine needs no file of its own
         if not (checkout_or_packaged("conf") / "engine" / f"{spec.name}.yaml").is_file():
-            store.store(group="engine", name=spec.name, node=spec.options)
+            found["engine", spec.name] = spec.options
+    for (group, name), node in found.items():
+        if _registered.get((group, name)) is not node:  # Hydra takes milliseconds for each
+            ConfigStore.instance().store(group=group or None, name=name, node=node)
+    _registered.update(found)
+
+
+_registered: dict[tuple[str, str], type] = {}
 
 
 def checked(cfg: DictConfig, root: type[Root]) -> Root:

@@ -79,6 +79,7 @@ def open_ui(root: Path, port: int) -> None:
             raise ValueError(f"port {port}: {e.strerror}; choose another with --port") from None
     print(f"MLflow at http://127.0.0.1:{port}/{_page(database)} (Ctrl-C ends it)", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # eight processes that runs never use
     os.execv(sys.executable, [*command, "--backend-store-uri", uri_of(database)])
 
 

@@ -269,9 +269,9 @@ def test_predictive_is_never_below_lru(workload: Workload) -> None:
 RUN = ["workload=synthetic", "workload.visits=3000", "shares=[0.05,0.5]"]
 
 
-def test_a_run_leaves_table_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: Path) -> None:
+def test_a_run_leaves_table_results_plot_and_mlflow_runs(grbench_here: Grbench, tmp_path: Path) -> None:
     uri = new_database(tmp_path / "outputs")
-    done = grbench("cachesim", *RUN)
+    done = grbench_here("cachesim", *RUN)
     assert done.returncode == 0, done.stderr
     names = [LIMIT, BELADY, *policies.names()]
     for name in names:

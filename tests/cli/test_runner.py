@@ -68,6 +68,7 @@ def test_one_run_leaves_a_whole_record_and_samples(grbench: Grbench, tmp_path: P
     assert "closed_loop" in done.stdout
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_cache_with_a_host_tier_is_gated_from_both_and_counted(grbench_here: Grbench, tmp_path: Path) -> None:
     # 4 pages of 65536 bytes on the device: fewer than users. One request at a time: none is answered without the cache.
     done = grbench_here(
@@ -93,6 +94,7 @@ def test_a_cache_with_a_host_tier_is_gated_from_both_and_counted(grbench_here: G
     assert record.actual["cache_pages"] == 4
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_sweep_resumes_and_goes_on_past_a_cell_that_failed(grbench_here: Grbench, tmp_path: Path) -> None:
     sweep = ["-m", *QUICK, "engine.precision=fp32,bf16", "engine.device=cpu,cuda"]
     first = grbench_here(*sweep)
@@ -117,9 +119,10 @@ def test_a_sweep_resumes_and_goes_on_past_a_cell_that_failed(grbench_here: Grben
     assert len(found(tmp_path)) == 7
 
 
-def test_repeats_go_round_by_round_with_fresh_seeds(grbench: Grbench, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forked_workers")
+def test_repeats_go_round_by_round_with_fresh_seeds(grbench_here: Grbench, tmp_path: Path) -> None:
     sweep = ["-m", *QUICK, "scenario.clients=2,4", "seed=5", "runner.repeats=2"]
-    done = grbench(*sweep)
+    done = grbench_here(*sweep)
     assert done.returncode == 0, done.stderr + done.stdout
     ran = [(r.spec["scenario"]["clients"], r.spec["seed"]) for r in found(tmp_path)]
     assert sorted(ran) == [(2, 5), (2, 6), (4, 5), (4, 6)]
@@ -134,7 +137,7 @@ def test_repeats_go_round_by_round_with_fresh_seeds(grbench: Grbench, tmp_path: 
     assert {tuple(r.overrides[-2:]) for r in found(tmp_path)} == {
         (f"seed={seed}", "runner.repeats=1") for seed in (5, 6)
     }  # the command that measures one of them again
-    again = grbench(*sweep)
+    again = grbench_here(*sweep)
     assert again.stderr.count("kept") == 4
 
 
@@ -328,6 +331,7 @@ def _spares(folder: Path) -> list[RunRecord]:
     return [records.load(p) for p in folder.glob("grbench-*/record.json")]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_sweep_folder_used_again_keeps_the_records_in_it(grbench_here: Grbench, tmp_path: Path) -> None:
     for seeds in ("0,0", "1"):  # and a cell that is asked for twice is measured once
         assert grbench_here("-m", *QUICK, f"seed={seeds}", "hydra.sweep.dir=same").returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shutil
 import socket
@@ -12,12 +13,14 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from helpers.command import Grbench
+from helpers.forks import Fork
 from helpers.mlflow_store import new_database
 
 from grbench.execution import records
@@ -180,8 +183,9 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "art")]
+    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes that runs never use
     with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=env, start_new_session=True)
         try:
             uri = f"http://127.0.0.1:{port}"
             for _ in range(900):  # three minutes: a machine with other work takes one
@@ -311,18 +315,13 @@ def test_a_password_in_an_address_is_refused_and_not_shown(grbench_here: Grbench
 
 
 def test_processes_that_start_at_once_share_one_new_database(tmp_path: Path) -> None:
-    code = """
-import sys
-from pathlib import Path
-from grbench.execution import records
-from grbench.tracking import CellTracker
-from grbench.tracking.config import MlflowConfig
-folder = Path(sys.argv[1])
-sys.exit(not CellTracker(MlflowConfig(), folder.parent).log(records.load(folder), folder))
-"""
-    folders = [cell(tmp_path / str(i))[1] for i in range(4)]
-    started = [subprocess.Popen([sys.executable, "-c", code, str(f)]) for f in folders]
-    assert [p.wait(timeout=120) for p in started] == [0, 0, 0, 0]
+    def log(record: RunRecord, folder: Path) -> None:
+        sys.exit(not CellTracker(MlflowConfig(), tmp_path).log(record, folder))
+
+    importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # once for all of them
+    cells = [cell(tmp_path / str(i)) for i in range(4)]
+    started = [Fork(partial(log, *made), tmp_path / "log.txt") for made in cells]
+    assert [fork.wait() for fork in started] == [0, 0, 0, 0], (tmp_path / "log.txt").read_text()
     assert len(runs(sqlite_uri(tmp_path))) == 4
 
 

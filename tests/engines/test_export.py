@@ -251,13 +251,13 @@ print(published, found.onnx, found.onnx.stat().st_ino)
     assert len(list((tmp_path / "cache" / "exports").iterdir())) == 1
 
 
-def test_the_command_exports_and_checks(grbench: Grbench, tmp_path: Path) -> None:
+def test_the_command_exports_and_checks(grbench_here: Grbench, tmp_path: Path) -> None:
     own = tmp_path / "own" / "model" / "small.yaml"
     own.parent.mkdir(parents=True)
     sizes = "layers: 1\nembedding_dim: 16\nheads: 1\nqk_dim: 8\nv_dim: 8\n"
     own.write_text(f"defaults: [/schema/model/hstu@_here_, _self_]\n{sizes}")
     options = ["--config-dir", "own", "model=small", "--items", "50", "model.max_attn_len=7", "--actions", "2"]
-    done = grbench("export", "--out", "out", *options)
+    done = grbench_here("export", "--out", "out", *options)
     assert done.returncode == 0, done.stderr
     assert "checked: onnxruntime" in done.stdout and "model.pt2" in done.stdout
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

@@ -219,8 +219,9 @@ def test_a_pipeline_in_the_wrong_order_fails() -> None:
         gate_for(spec, trace, retrieval, engine.actual()).check(engine, 4)
 
 
-def test_a_pipeline_run_keeps_stage_times(grbench: Any, tmp_path: Path) -> None:
-    done = grbench(*PIPELINE, "scenario=offline", "scenario.queries=40", "runner.output_root=out", "tracking=none")
+@pytest.mark.usefixtures("forked_workers")
+def test_a_pipeline_run_keeps_stage_times(grbench_here: Any, tmp_path: Path) -> None:
+    done = grbench_here(*PIPELINE, "scenario=offline", "scenario.queries=40", "runner.output_root=out", "tracking=none")
     assert done.returncode == 0, done.stdout + done.stderr
     import pandas as pd
 

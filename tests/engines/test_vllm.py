@@ -409,10 +409,11 @@ class TestSmallEngine:
         assert "the device fell off the bus" in message and "\n" not in message
 
 
-def test_a_whole_run(grbench: Grbench, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forked_workers")
+def test_a_whole_run(grbench_here: Grbench, tmp_path: Path) -> None:
     """Measure a cell with continuous batching under load: the gate passes, and vLLM logs to the worker's log."""
     small = ["workload=synthetic", "workload.max_requests=64", "scenario=closed_loop", "scenario.queries=64"]
-    done = grbench("engine=vllm", "engine.kv_cache_gb=0.1", *small, "tracking=none")
+    done = grbench_here("engine=vllm", "engine.kv_cache_gb=0.1", *small, "tracking=none")
     assert done.returncode == 0, done.stdout + done.stderr
     (record,) = (json.loads(p.read_text()) for p in tmp_path.glob("outputs/runs/*/record.json"))
     assert record["status"] == "OK" and record["gate"]["overlap"] == 1.0

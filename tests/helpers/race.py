@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
+import contextlib
 import sys
+from functools import partial
 from pathlib import Path
+
+from helpers.forks import Fork
 
 MEETING = """
 import sys, time
@@ -34,15 +37,21 @@ atomic_io.publish = publishing
 
 
 def race(code: str, folder: Path) -> list[str]:
-    """Run the code in two processes at once and return what each prints.
+    """Run the code in two forks of this process at once and return what each prints.
 
     In the code, `meet_after(module, name)` makes each process wait for the other behind that function. `published`
     lists the folders that a process published and whether it was the first.
     """
     others = folder / "others"
     others.mkdir()
-    command = [sys.executable, "-c", MEETING + code, str(others)]
-    both = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in ("first", "second")]
-    printed = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    return printed
+
+    def run(name: str) -> None:
+        sys.argv = ["-c", str(others), name]
+        with (folder / f"{name}.txt").open("w") as printed, contextlib.redirect_stdout(printed):
+            exec(MEETING + code, {})
+
+    names = ("first", "second")
+    both = [Fork(partial(run, name), folder / f"{name}.log") for name in names]
+    codes = [fork.wait() for fork in both]
+    assert codes == [0, 0], "".join((folder / f"{name}.log").read_text() for name in names)
+    return [(folder / f"{name}.txt").read_text() for name in names]

@@ -72,10 +72,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
     return run
 
 
-def test_a_run_leaves_results_plot_and_mlflow_runs(grbench: Grbench, tmp_path: Path) -> None:
+def test_a_run_leaves_results_plot_and_mlflow_runs(grbench_here: Grbench, tmp_path: Path) -> None:
     chosen = ["families=[hstu_attention]", "variants=[torch]", f"shapes=[{SMALL}]", "dtype=fp32"]
     uri = new_database(tmp_path / "outputs")
-    done = grbench("kernels", *chosen, *FAST)
+    done = grbench_here("kernels", *chosen, *FAST)
     assert done.returncode == 0, done.stderr
     assert re.search(rf"{re.escape(SMALL)} +torch +OK", done.stdout)
     assert done.stdout.count("generative-recommenders") <= 2  # once a peer, not once a shape
