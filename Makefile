@@ -19,7 +19,7 @@ TESTS = $(PYTEST) -m "not gpu and not serial" -n $(WORKERS) --dist loadfile --no
 	$(PYTEST) -m "serial and not gpu" $(ARGS); alone=$$?; \
 	case $$beside$$alone in 00|05|50) ;; *) exit 1;; esac
 
-.PHONY: bench test test-all test-gpu cases lint typecheck regress ui notebook reports docs help clean setup
+.PHONY: bench test test-all test-gpu fuzz cases lint typecheck regress ui notebook reports docs help clean setup
 
 bench: $(VENV)/.ready ## retrieve and rank for MovieLens-100K users on this machine
 	$(PY) -m grbench study=$(STUDY) $(ARGS)
@@ -32,6 +32,10 @@ test-all: lint typecheck ## the same with the long hypothesis profile
 
 test-gpu: $(VENV)/.ready ## the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu $(ARGS)
+
+MINUTES ?= 10
+fuzz: $(VENV)/.ready ## damaged files, random options and signals, for MINUTES=10 minutes
+	FUZZ_MINUTES=$(MINUTES) $(PY) -m pytest --timeout 0 tests/fuzz $(ARGS)
 
 cases: $(VENV)/.ready ## run every check.sh under CASES=FOLDER, one at a time; each prints PASS or FAIL last
 	@failed=0; for check in $(CASES)/*/check.sh; do \

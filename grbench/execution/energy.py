@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grbench.execution.gpu import joule_counter
+from grbench.execution.stats import SHORTEST_S  # NVML's counters change every tenth of a second
 
 METRIC = "energy_joules_per_request"
 POWERCAP = Path("/sys/class/powercap")
-SHORTEST_S = 1.0  # NVML's counters change every tenth of a second
 MOST_WATTS = 1000.0  # of one package: a counter that can overflow twice at this power does not count
 
 Joules = Callable[[], float | None]  # since an earlier moment; None: not known

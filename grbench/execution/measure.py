@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -59,6 +60,11 @@ def summarise(
     }
     if isinstance(spec.scenario, ServerConfig | TraceReplayConfig) and (last_s := float(samples["arrival_s"].max())):
         metrics["offered_rps"] = (count - 1) / last_s
+    if isinstance(spec.scenario, OfflineConfig) and duration_s < stats.SHORTEST_S:
+        summary.notes.append(
+            f"the run took {duration_s:.2g} s: too short to rank; scenario.queries="
+            f"{math.ceil(2 * count * stats.SHORTEST_S / duration_s)} would take about {2 * stats.SHORTEST_S:g} s"
+        )
     metrics |= measurement.metrics
     summary.notes += _beside_loadgen(samples, metrics)
     details = measurement.details

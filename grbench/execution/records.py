@@ -57,6 +57,7 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    code: str | None = None  # digest of the code that ran
 
 
 @dataclass

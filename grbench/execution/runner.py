@@ -59,18 +59,20 @@ def run_cell(
         try:
             outcome = outcome or _outcome(spec, runner, folder, on_event)
             with held():
+                environment, notes = _environment(spec, outcome)
                 record = RunRecord(
                     spec=spec.to_dict(),
                     spec_hash=spec_hash,
                     started_at=started.isoformat(timespec="seconds"),
                     duration_s=round(time.monotonic() - begun, 3),
                     requested=_requested(spec),
-                    environment=describe_environment(spec.packages),
+                    environment=environment,
                     files=files,
                     sweep_id=sweep_id,
                     overrides=overrides or [],
                     config_dir=str(config_dir) if config_dir else None,
-                    **vars(outcome),
+                    **{name: value for name, value in vars(outcome).items() if name not in ("code", "notes")},
+                    notes=notes,
                 )
                 folder = keep(record, folder)
         except KeyboardInterrupt as e:
@@ -79,6 +81,15 @@ def run_cell(
     if interrupted is not None:
         raise Interrupted(record, folder, getattr(interrupted, "number", signal.SIGINT)) from interrupted
     return record, folder
+
+
+def _environment(spec: RunSpec, outcome: Outcome) -> tuple[dict[str, Any], list[str]]:
+    """Return the environment and the notes of a record. Code that was edited since the command began is noted."""
+    environment = describe_environment(spec.packages)
+    if outcome.code in (None, environment["code"]):
+        return environment, outcome.notes
+    edited = f"the code was edited after this command began: the cell ran code {outcome.code}, and not that of git_sha"
+    return {**environment, "code": outcome.code}, [*outcome.notes, edited]
 
 
 class Interrupted(Stopped):

@@ -27,6 +27,7 @@ from typing import Any
 
 from grbench.config.schema import spec_from_json
 from grbench.execution.clock import ClockMovedError
+from grbench.execution.environment import code_digest
 from grbench.execution.records import Outcome, Status, one_line
 
 GRACE_S = 60  # of a launcher that does not stop its worker at the time limit: it may be stopped itself
@@ -44,7 +45,7 @@ def main() -> None:
 
     if limit := job["memory_limit_bytes"]:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    outcome = Outcome()
+    outcome = Outcome(code=code_digest())
     try:
         from grbench.execution.cell import Cell  # imports torch, which may take more memory than the limit
 

@@ -27,9 +27,10 @@ import numpy.typing as npt
 
 from grbench.execution import stats
 from grbench.execution.environment import machine_of
-from grbench.report.cells import Cell, figure, flatten, labels, shown
+from grbench.report.cells import Cell, figure, labels, shown
 from grbench.report.frame import ReportError, has_samples, load_samples
-from grbench.report.work import LOADS
+from grbench.report.repeats import RERUNS
+from grbench.report.work import LOADS, options_of
 
 RESAMPLES = 1000
 METRICS = {"offline": ("throughput_rps",), "closed_loop": ("throughput_rps", "latency_ms/p99")}
@@ -102,6 +103,9 @@ def compare(base: Sequence[Cell], new: Sequence[Cell]) -> Comparison:
     result = Comparison(differing=_differing(*sides))
     _require_same_work(result.differing)
     matched = [_by_configuration(side, result.differing) for side in sides]
+    for name, side, own in zip(("BASE", "NEW"), sides, matched, strict=True):
+        if replaced := len(side) - sum(map(len, own.values())):
+            result.notes.append(RERUNS.format(replaced, f"{name} "))
     common = [key for key in matched[0] if key in matched[1]]
     for name, side, own in (("BASE", base, matched[0]), ("NEW", new, matched[1])):
         if alone := len(own) - len(common):
@@ -124,6 +128,8 @@ def compare(base: Sequence[Cell], new: Sequence[Cell]) -> Comparison:
 def _of_one_machine(base: Sequence[Cell], new: Sequence[Cell]) -> list[Cell]:
     """Return the cells of `base` that were measured on the machine of `new`. Raises ReportError."""
     before, now = ([machine_of(record.environment) for _, record in side] for side in (base, new))
+    if not now:
+        return list(base)
     if len(set(now)) > 1:
         raise ReportError(f"NEW was measured on different machines: {'; '.join(dict.fromkeys(now))}")
     kept = [cell for cell, machine in zip(base, before, strict=True) if machine in now]
@@ -139,7 +145,7 @@ def _differing(base: Sequence[Cell], new: Sequence[Cell]) -> dict[str, tuple[str
     """Return the options that have one value in all cells of a side and another one in all of the other."""
     values: list[dict[str, set[str]]] = []
     for side in (base, new):
-        specs = [flatten(record.spec) for _, record in side]
+        specs = [options_of(record) for _, record in side]
         options = {key for spec in specs for key in spec}
         values.append({key: {shown(spec.get(key, "")) for spec in specs} for key in options})
     keys = sorted((values[0].keys() | values[1].keys()) - {"seed"})
@@ -155,12 +161,15 @@ def _require_same_work(differing: dict[str, tuple[str, str]]) -> None:
 
 
 def _by_configuration(side: Sequence[Cell], differing: dict[str, tuple[str, str]]) -> dict[str, list[Cell]]:
-    """Group cells by all options but the seed and those that differ between the sides, runs by seed."""
-    groups: dict[str, list[Cell]] = {}
+    """Group cells by all options but the seed and those that differ between the sides, runs by seed.
+
+    Of several runs with one seed the latest counts.
+    """
+    groups: dict[str, dict[int, Cell]] = {}
     for cell in sorted(side, key=lambda cell: (cell[1].spec.get("seed", 0), cell[1].started_at)):
-        spec = {k: shown(v) for k, v in flatten(cell[1].spec).items() if k != "seed" and k not in differing}
-        groups.setdefault(str(sorted(spec.items())), []).append(cell)
-    return groups
+        spec = {k: shown(v) for k, v in options_of(cell[1]).items() if k != "seed" and k not in differing}
+        groups.setdefault(str(sorted(spec.items())), {})[cell[1].spec.get("seed", 0)] = cell
+    return {key: list(runs.values()) for key, runs in groups.items()}
 
 
 def _changes(name: str, base: Sequence[Cell], new: Sequence[Cell]) -> list[Change]:

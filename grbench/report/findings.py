@@ -7,7 +7,8 @@ latency limit. Among them
 - cells of another scenario at one offered load are ranked by the highest percentile that all of them have;
 - cells at several loads are ranked by the highest load at which the upper end of p99's 95% interval keeps the limit.
 
-Cells that differ only in their seed are repeats of one strategy, and its interval has the spread between them.
+Cells that differ only in their seed are repeats of one strategy, and its interval has the spread between them. A run
+with the same seed and options replaces the one before it. A single offline run of less than a second is not ranked.
 A difference counts only if the intervals do not overlap.
 """
 
@@ -17,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
+from grbench.execution.stats import SHORTEST_S
 from grbench.report.cells import figure, flatten, knobs, labels, shown
-from grbench.report.repeats import estimate, ranking_percentile
+from grbench.report.repeats import estimate, latest_by_seed, ranking_percentile
 from grbench.report.work import LOADS, offered_load, scenario_of, strategy_of, unit_of, work_of
 
 
@@ -40,6 +42,12 @@ class Estimate:
     def __str__(self) -> str:
         ends = f" [{', '.join(map(figure, self.interval))}]" if self.interval else ""
         return figure(self.value) + ends
+
+    @property
+    def too_short(self) -> bool:
+        """True for one run that took too little time to count."""
+        took = (record.metrics.get("duration_s", SHORTEST_S) for record in self.records)
+        return self.interval is None and min(took) < SHORTEST_S
 
     @property
     def runs(self) -> str:
@@ -88,6 +96,11 @@ def work_names(records: Sequence[RunRecord]) -> list[str]:
         for i, record in zip(alike, those, strict=True):
             spec = flatten(record.spec)
             names[i] += "".join(f" {key.rpartition('.')[2]}={shown(spec[key])}" for key in keys if key in spec)
+        contents = {key: {record.files.get(key) for record in those} for record in those for key in record.files}
+        for i, record in zip(alike, those, strict=True):  # files of one path
+            found = (record.files[key] for key in sorted(record.files) if key.startswith("workload."))
+            differs = any(len(contents[key]) > 1 for key in contents if key.startswith("workload."))
+            names[i] += "".join(f" sha256:{digest[:8]}" for digest in found if differs)
     return names
 
 
@@ -113,6 +126,10 @@ def _finding(group: list[RunRecord]) -> Finding:
 def _highest_throughput(group: list[RunRecord]) -> Finding:
     ranked = [_estimate(label, runs, "throughput_rps") for label, runs in _strategies(group).items()]
     best, *others = sorted(ranked, key=lambda e: -e.value)
+    if others and (short := [e for e in ranked if e.too_short]):
+        names = ", ".join(e.label for e in short[:3]) + (f" and {len(short) - 3} more" if len(short) > 3 else "")
+        why = f"{names} ran for less than {SHORTEST_S:g} s: raise scenario.queries or set runner.repeats=5"
+        return Finding((), f"Offline, nothing is ranked, because {why}.")
     if not others:
         return Finding(best.records, f"Offline, {best.label} answers {best} requests/s{best.runs}.")
     first = _ties(best, others) or f"{best.label} is fastest"
@@ -170,12 +187,20 @@ def _strategies(group: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     strategies: dict[str, list[RunRecord]] = {}
     for record in group:
         strategies.setdefault(strategy_of(record), []).append(record)
+    strategies = {key: _latest(runs) for key, runs in strategies.items()}
     first = [runs[0] for runs in strategies.values()]
     work = [key for record in first for key in flatten(record.spec) if key.split(".")[0] == "workload"]
     loads = [f"scenario.{option}" for option, _ in LOADS.values() if option]
     study = ["study", "case"] if len(first) == 1 else []  # it names no strategy, but what is measured
     names = labels(first, ["seed", "scenario", "scenario.queries", *loads, *work, *study])
     return dict(zip(names, strategies.values(), strict=True))
+
+
+def _latest(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    loads: dict[float | None, list[RunRecord]] = {}
+    for run in runs:
+        loads.setdefault(offered_load(run), []).append(run)
+    return [run for at_load in loads.values() for run in latest_by_seed(at_load)]
 
 
 def _estimate(label: str, runs: Sequence[RunRecord], metric: str) -> Estimate:

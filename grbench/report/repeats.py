@@ -1,6 +1,7 @@
 """Repeats: cells that differ only in their seed, as one record for the tables.
 
-`runner.repeats` makes them, and so does a sweep over `seed`.
+`runner.repeats` makes them, and so does a sweep over `seed`. A cell that was run again with the same seed is no repeat:
+its weights, trace and arrivals are the same, so its runs differ by less than repeats do. The latest such run counts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ SPREADS = ("latency_ms/p", "throughput_rps", "goodput_rps", JOULES)
 PERCENTILES = ("p99", "p90", "p50")
 
 
+RERUNS = "{} earlier {}runs are left out: a run with the same seed replaces the one before it"
+
+
 def pooled(records: Sequence[RunRecord]) -> list[RunRecord]:
     """Return the records with the OK repeats of a cell as one, at the place of the first.
 
@@ -31,6 +35,16 @@ def pooled(records: Sequence[RunRecord]) -> list[RunRecord]:
     for i, record in enumerate(records):
         groups.setdefault(_cell(record) if record.ok else str(i), []).append(record)
     return [_one(runs) if len(runs) > 1 else runs[0] for runs in groups.values()]
+
+
+def latest_by_seed(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return the latest run of each seed, in the order in which the seeds first came."""
+    latest: dict[object, RunRecord] = {}
+    for run in runs:
+        seed = run.spec.get("seed")
+        if seed not in latest or run.started_at >= latest[seed].started_at:
+            latest[seed] = run
+    return list(latest.values())
 
 
 def ranking_percentile(records: Sequence[RunRecord]) -> str:
@@ -53,7 +67,11 @@ def estimate(runs: Sequence[RunRecord], metric: str) -> tuple[float, tuple[float
     return stats.across_runs([run.metrics[metric] for run in runs], [run.intervals.get(metric) for run in runs])
 
 
-def _one(runs: Sequence[RunRecord]) -> RunRecord:
+def _one(every: Sequence[RunRecord]) -> RunRecord:
+    runs = latest_by_seed(every)
+    replaced = [RERUNS.format(len(every) - len(runs), "")] if len(runs) < len(every) else []
+    if len(runs) == 1:
+        return dataclasses.replace(runs[0], notes=[*runs[0].notes, *replaced])
     metrics, intervals = {"runs": float(len(runs))}, {}
     for name in runs[0].metrics:
         if any(run.metrics.get(name) is None for run in runs):
@@ -66,7 +84,7 @@ def _one(runs: Sequence[RunRecord]) -> RunRecord:
         metrics=metrics,
         intervals=intervals,
         gate=max((run.gate for run in runs), key=lambda gate: gate.get("error") or 0.0),
-        notes=_notes(runs, intervals),
+        notes=[*_notes(runs, intervals), *replaced],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from grbench.execution.environment import machine_of
 from grbench.execution.records import RunRecord
@@ -34,14 +35,21 @@ def offered_load(record: RunRecord) -> float | None:
     return float(value) if value is not None else None
 
 
+def options_of(record: RunRecord) -> dict[str, Any]:
+    """Return a record's options by dotted key, a file by its content: one path may have held several files."""
+    return {
+        key: f"sha256:{digest[:12]}" if (digest := record.files.get(key)) else value
+        for key, value in flatten(record.spec).items()
+    }
+
+
 def work_of(record: RunRecord) -> str:
     """Return a key that is equal for comparable cells."""
     spec = record.spec
-    retrieval = spec.get("retrieval") or {}
     work = [
         spec.get("task"),
-        spec.get("workload"),
-        retrieval.get("k"),
+        {key: value for key, value in options_of(record).items() if key.split(".")[0] == "workload"},
+        (spec.get("retrieval") or {}).get("k"),
         scenario_of(record),
         spec.get("latency_limit_ms"),
     ]
@@ -49,7 +57,8 @@ def work_of(record: RunRecord) -> str:
 
 
 def strategy_of(record: RunRecord) -> str:
-    """Return a key that is equal for repeats of one strategy at any load: all options, the commit and the device."""
+    """Return a key that is equal for repeats of one strategy at any load: all options, the code and the device."""
     option = LOADS.get(scenario_of(record), ("", ""))[0]
-    leaves = {k: shown(v) for k, v in flatten(record.spec).items() if k not in ("seed", f"scenario.{option}")}
-    return json.dumps([leaves, record.environment.get("git_sha"), record.actual.get("device")], sort_keys=True)
+    leaves = {k: shown(v) for k, v in options_of(record).items() if k not in ("seed", f"scenario.{option}")}
+    code = [record.environment.get(name) for name in ("git_sha", "code")]
+    return json.dumps([leaves, code, record.actual.get("device")], sort_keys=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import socket
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,10 @@ from grbench.execution.records import one_line
 from grbench.tracking import import_records
 from grbench.tracking.config import VIEW, VIEW_TAG, MlflowConfig, check_uri
 from grbench.tracking.database import FILE, uri_of
+
+# Runs a command until it ends or this shell's standard input does, however its parent ends, then ends all processes of
+# the command: by SIGTERM, because on Ctrl-C those of MLflow print tracebacks.
+TOGETHER = '{ "$@"; kill -TERM 0; } & read -r _; kill -TERM 0'
 
 
 def ui_parser() -> argparse.ArgumentParser:
@@ -27,15 +33,14 @@ def ui_parser() -> argparse.ArgumentParser:
 
 
 def ui(words: Sequence[str]) -> int:
-    """Run `grbench ui`; the process becomes MLflow's server. Exit code 2: no database, or a port that is taken."""
+    """Run `grbench ui` until MLflow's server ends. Exit code 2: no database, or a port that is taken."""
     args = ui_parser().parse_args(words)
     if not 1 <= args.port <= 65535:
         raise CommandError(f"--port {args.port}: allowed is 1 to 65535")
     try:
-        open_ui(args.root, args.port)
+        return open_ui(args.root, args.port)
     except (ValueError, OSError) as e:
         raise CommandError(one_line(e)) from e
-    return 0
 
 
 def import_parser() -> argparse.ArgumentParser:
@@ -66,8 +71,11 @@ def _add_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", nargs="?", type=Path, default=Path("outputs"), metavar="ROOT", help=where)
 
 
-def open_ui(root: Path, port: int) -> None:
-    """Become `mlflow ui` for the root's database, on localhost only. Raises ValueError if there is none."""
+def open_ui(root: Path, port: int) -> int:
+    """Run `mlflow ui` for the root's database, on localhost only. Returns its exit code.
+
+    Raises ValueError if there is no database, and KeyboardInterrupt for a signal.
+    """
     database = root.resolve() / FILE
     if not database.is_file():
         raise ValueError(f"{database}: no such database; the first run of `python -m grbench` creates it")
@@ -80,7 +88,29 @@ def open_ui(root: Path, port: int) -> None:
     print(f"MLflow at http://127.0.0.1:{port}/{_page(database)} (Ctrl-C ends it)", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # eight processes that runs never use
-    os.execv(sys.executable, [*command, "--backend-store-uri", uri_of(database)])
+    shell = ["sh", "-c", TOGETHER, "sh", *command, "--backend-store-uri", uri_of(database)]
+    server = subprocess.Popen(shell, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        _end_abandoned(database)
+        server.wait()
+        return 1
+    finally:
+        assert server.stdin is not None
+        server.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def _end_abandoned(database: Path) -> None:
+    """End the runs of sweeps that were killed. The pages show also without it."""
+    from grbench.tracking.database import client
+    from grbench.tracking.store import end_abandoned
+
+    with contextlib.suppress(Exception):
+        store = client(uri_of(database))
+        end_abandoned(store, [experiment.experiment_id for experiment in store.search_experiments()])
 
 
 def _page(database: Path) -> str:

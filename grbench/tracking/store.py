@@ -10,8 +10,9 @@ import math
 import os
 import socket
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
@@ -32,7 +33,11 @@ from grbench.tracking import database
 from grbench.tracking.config import VIEW_TAG
 from grbench.tracking.describe import describe_cell, describe_row, describe_sweep
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 SWEEP_TAG, HASH_TAG, NOTE_TAG = "sweep_id", "spec_hash", "mlflow.note.content"
+LAUNCHER_TAG = "launcher"  # host, process id and start of the process that measures a sweep
 MOST_NOTE, MOST_NAME = 5000, 250  # characters that a server accepts
 FIRST_METRICS = ["latency_ms/p99", "throughput_rps", "latency_ms/p50", "goodput_rps", "cache/hit_rate"]
 FIRST_METRICS += [JOULES, "quality/auc", "gate/error"]
@@ -62,6 +67,7 @@ class Store:
         with database.opened(file) if file else contextlib.nullcontext():
             self._client = database.client(self.uri)
             self._experiment = self._find_or_create(experiment, file)
+            end_abandoned(self._client, [self._experiment])
             if cells:
                 self._client.set_experiment_tag(self._experiment, VIEW_TAG, json.dumps(CELLS_VIEW))
 
@@ -102,12 +108,15 @@ class Store:
         same = f"tags.{SWEEP_TAG} = {_quoted(sweep_id)} and tags.role = 'sweep'"
         if found := self._client.search_runs([self._experiment], filter_string=same, max_results=1):
             run_id = str(found[0].info.run_id)
+            self._client.set_tag(run_id, LAUNCHER_TAG, launcher())
             self._client.update_run(run_id, status="RUNNING")
             return run_id
         words = [word for word in facts.get("overrides", "").split() if not word.startswith("-")]
         name = " ".join([*words, f"({sweep_id})"]) if words else sweep_id
         run = self._client.create_run(
-            self._experiment, run_name=name[:MOST_NAME], tags={SWEEP_TAG: sweep_id, "role": "sweep", **facts}
+            self._experiment,
+            run_name=name[:MOST_NAME],
+            tags={SWEEP_TAG: sweep_id, "role": "sweep", LAUNCHER_TAG: launcher(), **facts},
         )
         return str(run.info.run_id)
 
@@ -177,6 +186,31 @@ class Store:
                 self._client.delete_run(run_id)
             raise
         return self._address(run_id)
+
+
+def end_abandoned(client: MlflowClient, experiments: Sequence[str]) -> int:
+    """End runs of sweeps whose process on this host is gone, as SIGKILL leaves them. Returns their number."""
+    running = client.search_runs(list(experiments), "attributes.status = 'RUNNING' and tags.role = 'sweep'")
+    gone = [run for run in running if LAUNCHER_TAG in run.data.tags and _is_gone(run.data.tags[LAUNCHER_TAG])]
+    for run in gone:
+        client.set_terminated(run.info.run_id, "KILLED")
+    return len(gone)
+
+
+def launcher(process: int | None = None) -> str:
+    """Return the host, the id and the start of a process, by default this one; "" of one that is gone."""
+    process = os.getpid() if process is None else process
+    try:
+        after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it is gone, or this is no Linux
+        return ""
+    return f"{socket.gethostname()} {process} {after_name[19]}"
+
+
+def _is_gone(tag: str) -> bool:
+    host, _, rest = tag.partition(" ")
+    process = rest.partition(" ")[0]
+    return host == socket.gethostname() and process.isdecimal() and launcher(int(process)) != tag
 
 
 def run_name(record: LoggedRow) -> str:

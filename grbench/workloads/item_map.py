@@ -19,7 +19,7 @@ def map_of(weights: Path) -> Path:
 def save_items(events: Events, weights: Path) -> Path:
     """Write the map of recorded events beside a weights file. Returns its path."""
     path = map_of(weights)
-    with path.open("w", newline="") as f:
+    with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(["row", "item"])
         writer.writerows(enumerate(events.item_ids))
@@ -34,11 +34,14 @@ def check_items(events: Events, weights: Path) -> None:
     path = map_of(weights)
     if not path.is_file() or not events.item_ids:
         return
-    with path.open(newline="") as f:
-        rows = csv.reader(f)
-        if next(rows, None) != ["row", "item"]:
-            raise DataError(f"{path}: row 1 is not the header row,item; write the map again or remove it")
-        mapped = [row[-1] for row in rows if row]
+    try:
+        with path.open(newline="", encoding="utf-8") as f:
+            header, *rows = csv.reader(f)
+    except (ValueError, csv.Error) as e:  # no UTF-8, no row, or a NUL byte
+        raise DataError(f"{path}: not readable as CSV ({e}); write the map again or remove it") from None
+    if header != ["row", "item"]:
+        raise DataError(f"{path}: row 1 is not the header row,item; write the map again or remove it")
+    mapped = [row[-1] for row in rows if row]
     fix = "use the data that the weights were made for, or write the map again"
     for row, (theirs, ours) in enumerate(zip(mapped, events.item_ids, strict=False)):
         if theirs != ours:

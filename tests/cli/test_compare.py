@@ -182,3 +182,21 @@ def test_a_damaged_record_makes_no_verdict(tmp_path: Path, grbench_here: Grbench
     refused = grbench_here("report", "base", "--out", str(record))
     assert refused.returncode == 2 and "its folder holds the files of a cell" in refused.stderr
     assert record.read_text() == before
+
+
+def test_a_rerun_replaces_the_run_with_its_seed(tmp_path: Path) -> None:
+    """Three runs of one seed are one run: as repeats their spread would be too small."""
+    for side, rates in (("base", (100.0, 50.0, 100.0)), ("new", (100.0,))):
+        for i, rate in enumerate(rates):
+            write_cell(tmp_path / side / f"{i}", "scenario=offline", metrics={"throughput_rps": rate})
+    comparison = compare(*sides(tmp_path))
+    [change] = comparison.changes
+    assert change.runs == (1, 1) and change.base == pytest.approx(100)
+    assert "2 earlier BASE runs are left out: a run with the same seed replaces the one before it" in comparison.notes
+
+
+def test_other_content_of_one_path_is_other_work(tmp_path: Path) -> None:
+    for side, digest in (("base", "aa"), ("new", "bb")):
+        write_cell(tmp_path / side / "0", "workload.path=1", files={"workload.path": digest * 32})
+    with pytest.raises(ReportError, match="path is sha256:aaaaaaaaaaaa in BASE and sha256:bbbbbbbbbbbb in NEW"):
+        compare(*sides(tmp_path))

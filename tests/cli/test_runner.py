@@ -20,8 +20,9 @@ import pytest
 import torch
 from helpers.command import Grbench
 
+from grbench.config.compose import compose_spec
 from grbench.execution import measure, records, runner
-from grbench.execution.records import RunRecord, Status
+from grbench.execution.records import Outcome, RunRecord, Status
 from grbench.signals import Stopped
 
 # Small and quick: what matters here is how cells end, not how fast they are.
@@ -336,6 +337,21 @@ def test_a_sweep_folder_used_again_keeps_the_records_in_it(grbench_here: Grbench
     for seeds in ("0,0", "1"):  # and a cell that is asked for twice is measured once
         assert grbench_here("-m", *QUICK, f"seed={seeds}", "hydra.sweep.dir=same").returncode == 0
     assert sorted(r.spec["seed"] for r in found(tmp_path / "same")) == [0, 1]
+
+
+def test_code_that_was_edited_after_the_command_began_is_noted() -> None:
+    """The worker imports what is on disk as it starts, and reports its digest."""
+    spec, _ = compose_spec(["engine=hstu"])
+    began = runner.describe_environment(spec.packages)
+    same = runner._environment(spec, Outcome(Status.OK, code=began["code"], notes=["a note"]))
+    assert same == (began, ["a note"])
+    assert runner._environment(spec, Outcome(Status.KILLED)) == (began, [])  # it could not say
+    environment, notes = runner._environment(spec, Outcome(Status.OK, code="0123456789ab", notes=["a note"]))
+    assert environment == {**began, "code": "0123456789ab"}
+    assert notes == [
+        "a note",
+        "the code was edited after this command began: the cell ran code 0123456789ab, and not that of git_sha",
+    ]
 
 
 def test_kernels_compiled_while_measuring_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -28,7 +29,7 @@ from grbench.execution.records import RunRecord, Status
 from grbench.tracking import CellTracker, import_records
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig, check_uri
 from grbench.tracking.database import uri_of
-from grbench.tracking.store import Store
+from grbench.tracking.store import LAUNCHER_TAG, Store, launcher
 
 SPEC = {
     "model": {"name": "hstu_tiny", "layers": 2},
@@ -341,7 +342,8 @@ def test_the_import_command_says_what_it_did(grbench_here: Grbench, tmp_path: Pa
 @contextlib.contextmanager
 def ui_of(root: Path) -> Iterator[str]:
     """`python -m grbench ui`, up and answering; the address that it printed."""
-    command = [sys.executable, "-m", "grbench", "ui", str(root), "--port", str(free_port())]
+    port = free_port()
+    command = [sys.executable, "-m", "grbench", "ui", str(root), "--port", str(port)]
     ui = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
     try:
         assert ui.stdout is not None
@@ -357,6 +359,16 @@ def ui_of(root: Path) -> Iterator[str]:
     finally:
         os.killpg(ui.pid, 9)
         ui.wait()
+    deadline = time.monotonic() + 60
+    while listens(port) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not listens(port), "MLflow's server outlived the command"
+
+
+def listens(port: int) -> bool:
+    """Return whether something accepts connections at a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_the_ui_says_what_is_missing(grbench_here: Grbench, tmp_path: Path) -> None:
@@ -373,6 +385,48 @@ def test_the_ui_says_what_is_missing(grbench_here: Grbench, tmp_path: Path) -> N
     assert busy.returncode == 2
     assert "--port 99999: allowed is 1 to 65535" in grbench_here("ui", "--port", "99999").stderr
     assert "choose another with --port" in busy.stderr
+
+
+def test_a_sweep_whose_process_was_killed_ends_at_the_next_start(tmp_path: Path) -> None:
+    """SIGKILL leaves the sweep's run RUNNING; one whose process lives, or is on another host, stays so."""
+    new_database(tmp_path)
+    client = Store(None, "grbench", tmp_path)._client
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    launchers = {
+        "gone": f"{socket.gethostname()} {int(gone.stdout)} 1",
+        "another process has its id": f"{socket.gethostname()} {os.getpid()} 1",
+        "alive": launcher(),
+        "elsewhere": "another-host 1 1",
+    }
+    ids = {}
+    for name, tag in launchers.items():
+        tags = {"role": "sweep", LAUNCHER_TAG: tag}
+        ids[name] = client.create_run("1", run_name=name, tags=tags).info.run_id
+    Store(None, "grbench", tmp_path)
+    ended = [name for name, run in ids.items() if client.get_run(run).info.status == "KILLED"]
+    assert ended == ["gone", "another process has its id"]
+    assert Store(None, "grbench", tmp_path).sweep_run("s", {})
+    [run] = client.search_runs(["1"], "tags.sweep_id = 's'")
+    assert run.data.tags[LAUNCHER_TAG] == launcher()
+
+
+def test_the_ui_ends_quietly_on_ctrl_c(tmp_path: Path) -> None:
+    """Ctrl-C reaches all processes of a terminal; the server's port is free after."""
+    new_database(tmp_path / "outputs")
+    port = free_port()
+    command = [sys.executable, "-m", "grbench", "ui", str(tmp_path / "outputs"), "--port", str(port)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as ui:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2):
+                break
+            time.sleep(0.2)
+        os.killpg(ui.pid, signal.SIGINT)
+        output, _ = ui.communicate(timeout=60)  # the pipe closes with the last process that has it
+    assert ui.returncode == 130
+    assert "Traceback" not in output, output
+    assert not listens(port)
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)

@@ -145,6 +145,56 @@ def test_repeats_are_one_row() -> None:
     assert pooled(moved) == moved
 
 
+def test_a_run_with_the_same_seed_replaces_the_one_before() -> None:
+    """Reruns of one seed share weights, trace and arrivals: they are no repeats."""
+    first, again, other = cell(4.0, seed=0), cell(6.0, seed=0), cell(5.0, seed=1)
+    again.started_at = "2026-01-01T00:01:00+00:00"
+    (one,) = pooled([again, first])
+    assert one.metrics[P99] == 6.0 and run_count(one) == 1
+    assert one.notes == ["1 earlier runs are left out: a run with the same seed replaces the one before it"]
+    (both,) = pooled([first, again, other])
+    assert run_count(both) == 2 and both.metrics[P99] == pytest.approx((6.0 * 5.0) ** 0.5)
+    (found,) = findings([first, again])
+    assert found.best == (again,) and "runs" not in found.sentence
+
+
+@pytest.mark.parametrize("changed", ["git_sha", "code"])
+def test_runs_of_other_code_are_no_repeats(changed: str) -> None:
+    one, other = cell(4.0, seed=0), cell(6.0, seed=1)
+    other.environment[changed] = "other"
+    assert len(pooled([one, other])) == 2
+
+
+def test_two_files_of_one_path_are_different_work() -> None:
+    one, same, other = (cell(p99, seed=seed) for seed, p99 in enumerate((4.0, 4.1, 6.0)))
+    for record, digest in ((one, "aa" * 32), (same, "aa" * 32), (other, "bb" * 32)):
+        record.spec["workload"] = {"name": "csv", "path": "ratings.csv"}
+        record.files = {"workload.path": digest}
+    same.spec["workload"]["path"] = "elsewhere/ratings.csv"
+    assert len(pooled([one, same, other])) == 2
+    assert [said.partition(":")[0] + ":" + said.split(":")[1][:9] for said in sentences(one, other)] == [
+        "hstu_tiny on csv sha256:aaaaaaaa",
+        "hstu_tiny on csv sha256:bbbbbbbb",
+    ]
+
+
+def test_short_offline_runs_are_not_ranked() -> None:
+    """A rate over 0.3 s is mostly chance; repeats have an interval that says so."""
+    quick, slow = cell(scenario="offline", rps=300), cell(scenario="offline", rps=100, engine="aoti")
+    quick.metrics["duration_s"], slow.metrics["duration_s"] = 0.3, 3.0
+    (found,) = findings([quick, slow])
+    assert found.best == ()
+    assert found.sentence == (
+        "Offline, nothing is ranked, because hstu ran for less than 1 s: "
+        "raise scenario.queries or set runner.repeats=5."
+    )
+    assert sentences(quick) == ["Offline, hstu answers 300 requests/s."]
+    repeats = [cell(scenario="offline", rps=300 + i, seed=i) for i in range(3)]
+    for run in repeats:
+        run.metrics["duration_s"] = 0.3
+    assert sentences(*repeats, slow)[0].startswith("Offline, hstu is fastest: 301")
+
+
 def test_without_an_interval_nothing_is_certain() -> None:
     short = cell(6.0)
     del short.intervals[P99]

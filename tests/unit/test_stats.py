@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -170,6 +171,8 @@ def test_a_backlog_is_one_event_however_many_requests_it_delays() -> None:
     assert "latency_ms/p99" not in summary.intervals
     [note] = [note for note in summary.notes if "p99 has no" in note]
     assert "it needs 368 samples, these 2000 are worth about " in note
+    worth, enough = (int(re.findall(text, note)[0]) for text in (r"worth about (\d+)", r"about (\d+) requests are"))
+    assert 2000 * 368 / worth <= enough <= 1.1 * 2000 * 368 / worth
 
 
 @examples(50)
