@@ -1,7 +1,7 @@
 """Ranking quality by precision: the loss of AUC and normalised entropy with a trained model.
 
-    python experiments/train_ranker.py --out outputs/ml_100k.safetensors
-    python experiments/precisions.py model.weights=outputs/ml_100k.safetensors
+    python -m grbench train workload.max_history=128 'model.tasks=[rated,liked]' out=outputs/ranker
+    python experiments/precisions.py model.weights=outputs/ranker/weights.safetensors
 
 Engines rank the held-out requests of MovieLens-100K, and grbench/gate/quality.py compares them with the fp32 reference.
 The Q/DQ rows are the models that TensorRT's plans of that precision are built from: fp16 with 8-bit projections, with
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import common
-from train_ranker import DEFAULTS
 
 from grbench import workloads
 from grbench.gate import quality
@@ -32,6 +31,7 @@ CASES = [
     "engine=onnxruntime engine.precision=fp16",
     "engine=onnxruntime engine.precision=int8",
 ]
+DEFAULTS = ["workload=ml_100k", "workload.max_history=128", "model=hstu_tiny", "model.tasks=[rated,liked]"]
 EIGHT_BITS = ("int8", "fp8")
 CALIBRATION = 16  # requests, as engine.calibration
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     [base] = common.specs_of(parser, DEFAULTS, args.overrides, multirun=False)
     if base.model.weights is None:
-        parser.error("model.weights=FILE is needed; experiments/train_ranker.py writes one")
+        parser.error("model.weights=FILE is needed; `grbench train` writes one")
     rows = common.Rows(args, __file__, arguments)
     trace = workloads.build(base.workload, base.seed, base.latency_limit_ms)
     held_out = trace.requests[-base.gate.quality_requests :]
@@ -66,12 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = quality.measure(spec, trace, engine, actual["precision"], actual["device"])
             engine.close()
             assert found is not None  # the model has weights and the workload has labels
-            verdict = "passes" if found.worst_loss <= quality.MAX_LOSS else "INCORRECT unless gate.allow_loss names it"
-            for task, figures in found.tasks.items():
+            beside, _ = found
+            verdict = "passes" if beside.worst_loss <= quality.MAX_LOSS else "INCORRECT unless gate.allow_loss names it"
+            for task, figures in beside.tasks.items():
                 losses = {"auc": figures.auc, "auc_reference": figures.auc_reference, "auc_loss": figures.auc_loss}
+                losses |= {"auc_loss_low": figures.auc_loss_interval[0], "auc_loss_high": figures.auc_loss_interval[1]}
                 losses |= {"ne": figures.ne, "ne_reference": figures.ne_reference, "ne_loss": figures.ne_loss}
-                rows.add(case=case, task=task, **losses, top_k_overlap=found.top_k_overlap, gate=verdict)
-    rows.note(f"{found.requests} held-out requests, {found.candidates} labelled candidates; losses are shares.")
+                rows.add(case=case, task=task, **losses, top_k_overlap=beside.top_k_overlap, gate=verdict)
+    rows.note(f"{beside.requests} held-out requests, {beside.candidates} labelled candidates; losses are shares.")
     rows.close()
 
 

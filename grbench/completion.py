@@ -13,7 +13,7 @@ from importlib import import_module
 
 from grbench.subcommands import SUBCOMMANDS, call
 
-HYDRA = ("run", "kernels", "cachesim")  # with a configuration of their own
+HYDRA = ("run", "kernels", "cachesim", "train")  # with a configuration of their own
 WITH_OVERRIDES = ("sizing", "overhead", "export", "build-plan")  # take the overrides of `run` between their flags
 
 

@@ -34,6 +34,8 @@ SUBCOMMANDS = {
     "reports": Subcommand("grbench.report.studies_command:main", "rebuild the pages of kept reports"),
     "ui": Subcommand("grbench.tracking.command:ui", "open MLflow's pages on this machine"),
     "import": Subcommand("grbench.tracking.command:import_", "log the records that MLflow does not have yet"),
+    "train": Subcommand("grbench.training.command:main", "train a small model on a workload, for the engines to run"),
+    "evaluate": Subcommand("grbench.quality.command:main", "compute hit rate, NDCG or AUC of trained models"),
     "export": Subcommand("grbench.tools.export:main", "export a ranking model to ONNX and torch.export"),
     "build-plan": Subcommand("grbench.tools.build_plan:main", "build a TensorRT plan, for this or another GPU"),
 }

@@ -81,7 +81,9 @@ class RetrievalConfig:
 
     k: int = option(10, "items of an answer", ge=1, le=1000)
     beam_width: int = option(32, "beams of a search, at least `k`", ge=1, le=1024)
-    levels: int = option(3, "codes of an item's semantic ID", ge=1, le=8)
+    levels: int = option(
+        3, "codes of an item's semantic ID; 1: the code is the item, and its token an item vector", ge=1, le=8
+    )
     codes: int = option(0, "codes of a level; 0: as many as the size of the catalogue needs", ge=0, le=65536)
     semantic_ids: str | None = option(
         None, "safetensors file of semantic IDs; null: made from the workload's items", file=True

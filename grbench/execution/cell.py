@@ -7,20 +7,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, cast
+from typing import Any, cast
 
 from grbench import scenarios, workloads
-from grbench.config.schema import RetrievalConfig, RunSpec
+from grbench.config.schema import RunSpec
 from grbench.execution import measure
+from grbench.execution.clock import at_most_every
 from grbench.execution.energy import metered
 from grbench.execution.gpu import sample_gpu
 from grbench.execution.load import MEASURING
 from grbench.execution.records import SAMPLES_FILE, Outcome
+from grbench.execution.retrieval import build_retrieval
 from grbench.gate import gate_for, quality
 from grbench.gate.base import Gate
 from grbench.gate.measured import MeasuredAnswers
 from grbench.scenarios import Measurement
-from grbench.workloads.config import SyntheticConfig, WorkloadConfig
 from grbench.workloads.item_map import check_items
 from grbench.workloads.trace import Trace
 from grengines import registry
@@ -29,7 +30,6 @@ from grengines.numerics import IncorrectError
 from grkernels import tuning
 
 Report = Callable[[dict[str, Any]], None]
-P = ParamSpec("P")
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Cell:
     outcome: Outcome
     report: Report  # takes one message for the parent process
     _step: tuple[str, float] = ("", 0.0)  # the step that runs, and when it began
+    _quality: quality.QualityFigures | None = None
 
     def run(self) -> None:
         """Take every step. Raises what a step raises."""
@@ -86,8 +87,9 @@ class Cell:
 
         progress = at_most_every(5.0, say)
         trace = workloads.build(self.spec.workload, self.spec.seed, self.spec.latency_limit_ms, progress)
-        if weights := getattr(self.spec.model, "weights", None):
-            check_items(trace.events, Path(weights))
+        for owner in (self.spec.model, self.spec.retrieval):
+            if weights := getattr(owner, "weights", None):
+                check_items(trace.events, Path(weights))
         self.outcome.metrics |= {f"workload/{name}": float(value) for name, value in trace.facts().items()}
         return trace
 
@@ -95,7 +97,7 @@ class Cell:
         if self.spec.retrieval is None:
             return None
         self._begin("semantic_ids", "making semantic IDs")
-        return build_retrieval(self.spec.retrieval, self.spec.workload, trace, self.spec.seed, self._say)
+        return build_retrieval(self.spec.retrieval, self.spec.workload, trace.events, self.spec.seed, self._say)
 
     @contextlib.contextmanager
     def _engine(self, trace: Trace, retrieval: Retrieval | None) -> Iterator[Engine]:
@@ -141,13 +143,14 @@ class Cell:
             self.outcome.gate["error_from_host"] = gate.check(engine, max_batch).error
 
     def _check_quality(self, engine: Engine, trace: Trace) -> None:
-        if self.spec.task != "rank":
-            return
+        """Compute the quality of trained weights. Of a ranker, a precision that loses too much ends the cell."""
         actual = self.outcome.actual
-        found = quality.measure(self.spec, trace, cast(Ranker, engine), actual["precision"], actual["device"])
-        if found is not None:
-            self.outcome.gate["quality"] = found.to_dict()
-            found.check(self.spec.gate.allow_loss)
+        if self.spec.task != "rank":
+            self._quality = quality.measure_lists(self.spec, trace, engine)
+        elif found := quality.measure(self.spec, trace, cast(Ranker, engine), actual["precision"], actual["device"]):
+            beside, self._quality = found
+            self.outcome.gate["quality"] = beside.to_dict()
+            beside.check(self.spec.gate.allow_loss)
 
     def _warm_up(self, engine: Engine, requests: list[Request]) -> None:
         """Run full, half and quarter batches in turn, so that first-time costs of the common sizes are not measured."""
@@ -203,52 +206,9 @@ class Cell:
         summary = measure.summarise(measurement, self.spec, trace.requests, sizes)
         outcome.metrics |= summary.metrics
         outcome.intervals = summary.intervals
+        if self._quality is not None:
+            outcome.metrics |= self._quality.metrics
+            outcome.intervals |= self._quality.intervals
         outcome.notes = outcome.actual.get("notes", []) + measurement.notes + summary.notes
         measure.write_samples(measurement.samples, self.folder / SAMPLES_FILE)
         self._begin("")
-
-
-def build_retrieval(
-    config: RetrievalConfig,
-    workload: WorkloadConfig,
-    trace: Trace,
-    seed: int,
-    report: Callable[[str], None] = lambda text: None,
-) -> Retrieval:
-    """Return the semantic IDs that an engine searches, from a file or made from the workload.
-
-    Items of recorded events are near each other if the same users touched them. A synthetic workload has no such
-    signal, so its items lie in random clusters. report: takes a line of progress now and then.
-    Raises ValueError for a file that does not fit the catalogue, or for too few codes.
-    """
-    from grengines.semantic import id_cache  # imports scikit-learn, which takes seconds
-    from grengines.semantic.ids import SemanticIds, propose_codes
-
-    items = trace.catalogue.num_items
-    if config.semantic_ids is not None:
-        return Retrieval(SemanticIds.load(config.semantic_ids, items), config.k, config.beam_width, config.weights)
-    codes = config.codes or propose_codes(items, config.levels)
-    progress = at_most_every(
-        5.0, lambda done, rows: report(f"making semantic IDs of {items:,} items, {done / rows:.0%}")
-    )
-    if isinstance(workload, SyntheticConfig):
-        ids = id_cache.of_made_up(items, levels=config.levels, codes=codes, seed=seed, progress=progress)
-    else:
-        users, touched = trace.events.users, trace.events.items
-        ids = id_cache.of_interactions(
-            users, touched, items, levels=config.levels, codes=codes, seed=seed, progress=progress
-        )
-    return Retrieval(ids, config.k, config.beam_width, config.weights)
-
-
-def at_most_every(seconds: float, call: Callable[P, None]) -> Callable[P, None]:
-    """Return `call` so that it is skipped within `seconds` of the last call, and at the very start."""
-    last = time.monotonic()
-
-    def limited(*args: P.args, **kwargs: P.kwargs) -> None:
-        nonlocal last
-        if time.monotonic() - last > seconds:
-            last = time.monotonic()
-            call(*args, **kwargs)
-
-    return limited

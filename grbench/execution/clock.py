@@ -1,9 +1,15 @@
-"""The wall clock, which can be set while a cell runs. LoadGen schedules by it; grbench's own times are monotonic."""
+"""The wall clock, which can be set while a cell runs, and calls that are limited in time.
+
+LoadGen schedules by the wall clock; grbench's own times are monotonic.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import ParamSpec
 
+P = ParamSpec("P")
 MOST_S = 0.05  # a step of the clock below this is no error: slewing moves both clocks alike
 
 
@@ -32,3 +38,16 @@ def _ahead_s() -> float:
         after = time.monotonic()
         if after - before < MOST_S / 10:  # else the process was stopped in between
             return wall - after
+
+
+def at_most_every(seconds: float, call: Callable[P, None]) -> Callable[P, None]:
+    """Return `call` so that it is skipped within `seconds` of the last call, and at the very start."""
+    last = time.monotonic()
+
+    def limited(*args: P.args, **kwargs: P.kwargs) -> None:
+        nonlocal last
+        if time.monotonic() - last > seconds:
+            last = time.monotonic()
+            call(*args, **kwargs)
+
+    return limited

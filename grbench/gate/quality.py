@@ -4,13 +4,12 @@ A small error of the scores may still change the order that users see. The engin
 requests of the trace, if the workload has labels for the model's tasks and the model has trained weights. Neither
 figure of any task may be worse by more than 0.1%, unless `gate.allow_loss` has the precision.
 
-A task has labels if one of the workload's actions has its name (MovieLens: rated, liked). A candidate is positive
-if the user took that action on it in the same visit. The other candidates are drawn (grbench/workloads/trace.py).
+grbench/quality/ has the labels, the metrics and their intervals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,14 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from grbench.config.schema import RunSpec
-from grbench.gate.base import batches
+from grbench.quality.lists import Lists
+from grbench.quality.metrics import Estimate
+from grbench.quality.protocol import LeaveOneOut
+from grbench.quality.rankings import Rankings
+from grbench.workloads.config import SyntheticConfig
 from grbench.workloads.trace import Trace
-from grengines.api import Float32Array, Ranker
+from grengines.api import Engine, Float32Array, Ranker
 from grengines.numerics import IncorrectError
 
 MAX_LOSS = 1e-3  # share of the reference's AUC or normalised entropy
 TOP_K = 10
-Labels = npt.NDArray[np.bool_]
 
 
 @dataclass
@@ -39,6 +41,8 @@ class TaskQuality:
     ne: float  # normalised entropy: log loss over that of always predicting the share of positives
     ne_reference: float
     ne_loss: float
+    auc_loss_interval: list[float]  # 95%, over users: of pairs of the engine's and the reference's figures
+    ne_loss_interval: list[float]
 
 
 @dataclass
@@ -55,8 +59,13 @@ class Quality:
     def worst_loss(self) -> float:
         return max(max(t.auc_loss, t.ne_loss) for t in self.tasks.values())
 
+    @property
+    def sure(self) -> bool:
+        """True if no task loses more than MAX_LOSS, with 97.5% confidence for each figure."""
+        return all(max(t.auc_loss_interval[1], t.ne_loss_interval[1]) <= MAX_LOSS for t in self.tasks.values())
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"worst_loss": self.worst_loss, "max_loss": MAX_LOSS}
+        return asdict(self) | {"worst_loss": self.worst_loss, "max_loss": MAX_LOSS, "sure": self.sure}
 
     def check(self, allow_loss: Sequence[str]) -> None:
         """Raise IncorrectError for a loss above MAX_LOSS, unless `allow_loss` has the precision."""
@@ -69,64 +78,48 @@ class Quality:
             )
 
 
-def labels_of(trace: Trace, index: int, tasks: Sequence[str]) -> Labels | None:
-    """Return bool [candidates, tasks] of a request; None if the workload does not label every task."""
-    if not set(tasks) <= set(trace.events.action_names):
-        return None
-    candidates, (start, stop) = trace.requests[index].candidates, trace.own[index]
-    items, actions = trace.events.items[start:stop], trace.events.actions[start:stop]
-    columns = []
-    for task in tasks:
-        done = (actions >> trace.events.action_names.index(task)) & 1 == 1
-        columns.append(np.isin(candidates, items[done]))
-    return np.stack(columns, axis=1)
-
-
-def measure(spec: RunSpec, trace: Trace, engine: Ranker, precision: str, device: str) -> Quality | None:
-    """Return the quality of the engine's scores and of the reference's.
+def measure(
+    spec: RunSpec, trace: Trace, engine: Ranker, precision: str, device: str
+) -> tuple[Quality, QualityFigures] | None:
+    """Return the quality of the engine's scores beside the reference's, and the figures of the record.
 
     The result is None without a ground truth: for random weights, without labels, or with gate.quality_requests=0.
     """
     model = spec.ranking_model
     if model.weights is None or not spec.gate.quality_requests:
         return None
-    indices = range(max(len(trace.requests) - spec.gate.quality_requests, 0), len(trace.requests))
-    labels = [labels_of(trace, i, model.tasks) for i in indices]
-    if any(one is None for one in labels):
+    rankings = Rankings.of(trace, model.tasks, spec.gate.quality_requests, spec.seed)
+    if rankings is None:
         return None
     from grengines.models.hstu.reference import RankingReference
 
-    requests = [trace.requests[i] for i in indices]
-    expected = RankingReference(model, trace.catalogue, spec.seed, device).scores(requests)
-    found: list[Float32Array] = []
-    for batch in batches(requests, spec.scenario.max_batch):
-        found += engine.rank(batch).scores
-    return compare(found, expected, [one for one in labels if one is not None], model.tasks, precision)
+    expected = RankingReference(model, trace.catalogue, spec.seed, device).scores(rankings.requests)
+    found = rankings.ask(engine, spec.scenario.max_batch)
+    beside = {f"loss/{name}": loss for name, loss in rankings.losses(found, expected).items()}
+    figures = QualityFigures.of(rankings.estimates(found) | beside, rankings.baselines())
+    return compare(found, expected, rankings, precision), figures
 
 
 def compare(
-    found: Sequence[Float32Array],
-    expected: Sequence[Float32Array],
-    labels: Sequence[Labels],
-    tasks: Sequence[str],
-    precision: str,
+    found: Sequence[Float32Array], expected: Sequence[Float32Array], rankings: Rankings, precision: str
 ) -> Quality:
     """Return the quality of `found` and `expected`: logits [candidates, tasks] of each request."""
     overlaps = [np.isin(best(f), best(e)).mean() for f, e in zip(found, expected, strict=True) if len(e)]
-    all_found, all_expected, truth = np.concatenate(found), np.concatenate(expected), np.concatenate(labels)
+    truth = np.concatenate(rankings.labels)
+    ours, theirs, losses = rankings.figures(found), rankings.figures(expected), rankings.losses(found, expected)
     figures = {}
-    for t, task in enumerate(tasks):
-        positive = truth[:, t]
-        auc, auc_reference = area_under_curve(all_found[:, t], positive), area_under_curve(all_expected[:, t], positive)
-        ne, ne_reference = entropy(all_found[:, t], positive), entropy(all_expected[:, t], positive)
+    for t, task in enumerate(rankings.tasks):
+        auc, ne = losses[f"{task}/auc"], losses[f"{task}/ne"]
         figures[task] = TaskQuality(
-            positives=float(positive.mean()),
-            auc=auc,
-            auc_reference=auc_reference,
-            auc_loss=(auc_reference - auc) / auc_reference,
-            ne=ne,
-            ne_reference=ne_reference,
-            ne_loss=(ne - ne_reference) / ne_reference,
+            positives=float(truth[:, t].mean()),
+            auc=ours[f"{task}/auc"],
+            auc_reference=theirs[f"{task}/auc"],
+            auc_loss=auc.value,
+            ne=ours[f"{task}/ne"],
+            ne_reference=theirs[f"{task}/ne"],
+            ne_loss=ne.value,
+            auc_loss_interval=auc.interval,
+            ne_loss_interval=ne.interval,
         )
     return Quality(precision, len(found), len(truth), float(np.mean(overlaps)), figures)
 
@@ -136,24 +129,38 @@ def best(scores: Float32Array) -> npt.NDArray[np.int64]:
     return np.argsort(-scores[:, 0], kind="stable")[:TOP_K]
 
 
-def area_under_curve(logits: Float32Array, positive: npt.NDArray[np.bool_]) -> float:
-    """Return the chance that a positive ranks above a negative, half for a tie; 0.5 if all labels are the same."""
-    from scipy.stats import rankdata
+@dataclass
+class QualityFigures:
+    """The figures of a record: `quality/...` in its metrics, and their intervals."""
 
-    p, n = int(positive.sum()), int((~positive).sum())
-    if not p or not n:
-        return 0.5
-    return float((rankdata(logits)[positive].sum() - p * (p + 1) / 2) / (p * n))
+    metrics: dict[str, float]
+    intervals: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Estimate], baselines: Mapping[str, Mapping[str, Estimate]]) -> QualityFigures:
+        named = {f"quality/{name}": estimate for name, estimate in figures.items()}
+        for baseline, its in baselines.items():
+            named |= {f"quality/{baseline}/{name}": estimate for name, estimate in its.items()}
+        areas = [e.value for name, e in figures.items() if name.endswith("/auc") and not name.startswith("loss/")]
+        mean = {"quality/auc": float(np.mean(areas))} if areas else {}
+        return cls(mean | {name: e.value for name, e in named.items()}, {name: e.interval for name, e in named.items()})
 
 
-def entropy(logits: Float32Array, positive: npt.NDArray[np.bool_]) -> float:
-    """Return the normalised entropy (He et al., ADKDD 2014): log loss over the entropy of the share of positives.
+def measure_lists(spec: RunSpec, trace: Trace, engine: Engine) -> QualityFigures | None:
+    """Return the quality of an engine's lists of items, leave one out over `gate.quality_requests` users.
 
-    It is 1 if all labels are the same.
+    The result is None without a ground truth: for random weights or synthetic events. `grbench evaluate` has further
+    figures: all users, longer lists, the past removed, and the loss against fp32.
     """
-    share = float(positive.mean())
-    if share in (0.0, 1.0):
-        return 1.0
-    z = logits.astype(np.float64)
-    loss = np.logaddexp(0.0, np.where(positive, -z, z)).mean()
-    return float(loss / -(share * np.log(share) + (1 - share) * np.log(1 - share)))
+    retrieval = spec.retrieval
+    trained = retrieval is not None and retrieval.weights is not None
+    if spec.task == "recommend":
+        trained = trained and spec.ranking_model.weights is not None
+    if retrieval is None or not trained or not spec.gate.quality_requests or isinstance(spec.workload, SyntheticConfig):
+        return None
+    split = LeaveOneOut(trace.events)
+    users = split.some_users(spec.gate.quality_requests, spec.seed)
+    longest = max(len(r.history_items) for r in trace.requests)  # the engine was prepared for them
+    lists = Lists(split, users, min(longest, spec.workload.max_history), retrieval.k, spec.seed, removal=False)
+    answers = lists.ask(engine, spec.task, spec.scenario.max_batch)
+    return QualityFigures.of(lists.estimates(answers), lists.baselines())

@@ -73,6 +73,11 @@ def _stages(record: RunRecord) -> str:
     return MISSING if None in values else " + ".join(figure(value) for value in values)
 
 
+def _hit_rate(record: RunRecord) -> str:
+    value = record.metrics.get("quality/hr10")
+    return MISSING if value is None else f"{value:.4f}"
+
+
 def _auc(record: RunRecord) -> str:
     tasks = (record.gate.get("quality") or {}).get("tasks") or {}
     return " ".join(f"{task['auc']:.4f}" for task in tasks.values()) or MISSING
@@ -103,6 +108,7 @@ COLUMNS = [  # in the order of the table
     Column("J/request", "J/request: joules of the GPU, else of the processor, for each answer", _metric(JOULES)),
     Column("retrieve + rank", "retrieve + rank: median milliseconds of the pipeline's stages", _stages),
     Column("hits %", "hits: requests that found cached state", _metric("cache/hit_rate", percent=True)),
+    Column("HR@10", "HR@10: users whose last item is among the first ten of the answer", _hit_rate),
     Column("AUC", "AUC: by the engine's scores, one a task", _auc),
     Column("compared", "compared: answers of the measurement that were compared with the reference", _compared),
     Column(

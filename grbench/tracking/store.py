@@ -40,7 +40,7 @@ SWEEP_TAG, HASH_TAG, NOTE_TAG = "sweep_id", "spec_hash", "mlflow.note.content"
 LAUNCHER_TAG = "launcher"  # host, process id and start of the process that measures a sweep
 MOST_NOTE, MOST_NAME = 5000, 250  # characters that a server accepts
 FIRST_METRICS = ["latency_ms/p99", "throughput_rps", "latency_ms/p50", "goodput_rps", "cache/hit_rate"]
-FIRST_METRICS += [JOULES, "quality/auc", "gate/error"]
+FIRST_METRICS += [JOULES, "quality/auc", "quality/hr10", "gate/error"]
 CELLS_VIEW = {  # state of the page that `grbench ui` opens
     "selectedColumns": [f"metrics.`{name}`" for name in FIRST_METRICS] + ["tags.`status`"],
     "orderByKey": "metrics.`latency_ms/p99`",  # any metric: the cells of sweeps are rows then, and not folded
@@ -214,9 +214,11 @@ def _is_gone(tag: str) -> bool:
 
 
 def run_name(record: LoggedRow) -> str:
-    """Return the name of a cell, or of a row of `grbench kernels` or `grbench cachesim`."""
+    """Return the name of a cell, or of a row of `grbench kernels`, `grbench cachesim` or `grbench train`."""
     spec = record.spec
-    return label(record) if "engine" in spec else str(spec["kernel" if "kernel" in spec else "cache"]["name"])
+    if "engine" in spec:
+        return label(record)
+    return str(next(spec[part] for part in ("kernel", "cache", "training") if part in spec)["name"])
 
 
 def _times(record: LoggedRow) -> tuple[int, int]:
@@ -265,7 +267,8 @@ def _metrics(record: LoggedRow) -> dict[str, float | None]:
     measured = record.gate.get("measured") or {}
     figures |= {f"gate/measured/{name}": measured.get(name) for name in ("answers", "checked", "most_wrong_share")}
     for task, values in quality.items():
-        figures |= {f"quality/{task}/{name}": value for name, value in values.items()}
+        numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
+        figures |= {f"quality/{task}/{name}": value for name, value in numbers.items()}
     return figures
 
 

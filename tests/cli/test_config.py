@@ -46,7 +46,7 @@ def test_a_file_holds_only_values_that_differ_from_its_schema(group: str, name: 
     assert not restated, f"{path}: {restated} are the schema's own defaults: remove them"
 
 
-@pytest.mark.parametrize("name", ["config", "cachesim", "kernelbench"])
+@pytest.mark.parametrize("name", ["config", "cachesim", "kernelbench", "train"])
 def test_a_root_file_holds_the_groups_and_hydras_settings_alone(name: str) -> None:
     stated = OmegaConf.load(ROOT / "conf" / f"{name}.yaml")
     assert set(stated) == {"defaults", "hydra"}
@@ -77,7 +77,7 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
     assert main(["config", "gates"]) == 2
     assert capsys.readouterr().err == (
         "grbench config: gates: no such group; groups: run, retrieval, gate, runner, model, engine, kernel, cache, "
-        "workload, scenario, tracking, kernels, cachesim\n"
+        "workload, scenario, tracking, kernels, cachesim, train, training\n"
     )
 
 

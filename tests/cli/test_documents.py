@@ -14,6 +14,7 @@ from grbench.cachesim import config as cachesim
 from grbench.config.compose import compose_cells, compose_jobs
 from grbench.kernelbench import config as kernels
 from grbench.subcommands import SUBCOMMANDS
+from grbench.training import config as training
 
 PAGES = [
     "README.md",
@@ -22,7 +23,7 @@ PAGES = [
     *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
 ]
 NATIVE = {"overhead", "export", "build-plan"}  # commands whose settings are those of the native engine
-CONFIGS = {"kernels": (kernels, "kernelbench"), "cachesim": (cachesim, "cachesim")}
+CONFIGS = {"kernels": (kernels, "kernelbench"), "cachesim": (cachesim, "cachesim"), "train": (training, "train")}
 _COMMAND = re.compile(r"^ {4}((?:python -m )?grbench(?: .*)?)$|`((?:python -m )?grbench [^`\n]+)`", re.MULTILINE)
 _FILE = re.compile(r"=[\w./-]+\.(csv|txt|inter|parquet|safetensors)$")
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from helpers.checkout import ROOT
 
-from grbench import workloads
+from grbench import cli, workloads
 from grbench.cachesim import config as cachesim
 from grbench.config.compose import compose_jobs, compose_spec
 from grbench.execution import results
@@ -69,8 +69,8 @@ def test_every_program_knows_the_arguments_of_its_command(
     command: str, program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs").mkdir()
-    (tmp_path / "outputs" / "ml_100k.safetensors").touch()  # an earlier command writes it
+    (tmp_path / "outputs" / "ranker").mkdir(parents=True)
+    (tmp_path / "outputs" / "ranker" / "weights.safetensors").touch()  # an earlier command writes it
 
     def begin(*_: object, **__: object) -> None:
         raise BeganError
@@ -148,9 +148,11 @@ def test_visits_of_a_search_are_timed(program: Any, tmp_path: Path, capsys: Capt
 
 def test_precisions_are_compared_with_a_trained_model(program: Any, tmp_path: Path, capsys: Capture) -> None:
     small = ["workload.max_requests=96", "gate.quality_requests=32"]
+    workload = ["workload.max_requests=96", "workload.max_history=128", "model.tasks=[rated,liked]"]
+    options = ["held_out=32", "training.epochs=1", "tracking=none", f"out={tmp_path}", f"output_root={tmp_path}"]
+    assert cli.main(["train", *workload, *options]) == 0
+    assert "epoch 1: loss 0." in capsys.readouterr().err
     weights = tmp_path / "weights.safetensors"
-    program("train_ranker").main(["--out", str(weights), "--epochs", "1", *small])
-    assert "epoch 1: loss 0." in capsys.readouterr().out
     case = ["--case", "engine=hstu kernel=torch engine.precision=bf16"]
     rows = rows_of(program("precisions"), tmp_path, capsys, f"model.weights={weights}", *small, *case)
     assert [row["task"] for row in rows] == ["rated", "liked"]

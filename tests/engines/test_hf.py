@@ -12,7 +12,7 @@ import torch
 
 from grbench import workloads
 from grbench.config.compose import compose_spec
-from grbench.execution.cell import build_retrieval
+from grbench.execution.retrieval import build_retrieval
 from grbench.gate import gate_for
 from grengines import registry
 from grengines.api import Catalogue, Request, Retrieval, Setup, UnavailableError
@@ -191,7 +191,7 @@ def cell(model: str, precision: str) -> tuple[Any, Any, Retrieval]:
     spec = compose_spec([*small, f"model={model}_tiny", f"engine.precision={precision}"])[0]
     trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
     assert spec.retrieval is not None
-    return spec, trace, build_retrieval(spec.retrieval, spec.workload, trace, spec.seed)
+    return spec, trace, build_retrieval(spec.retrieval, spec.workload, trace.events, spec.seed)
 
 
 def build(spec: Any, trace: Any, retrieval: Retrieval) -> HFEngine:

@@ -20,6 +20,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from grbench import workloads
 from grbench.gate import quality
+from grbench.quality.labels import Labels, labels_of
+from grbench.quality.rankings import Rankings
 from grbench.workloads.config import SyntheticConfig
 from grengines import registry
 from grengines.api import Catalogue, Request, Setup, UnavailableError
@@ -233,11 +235,11 @@ TRACE = workloads.build(SyntheticConfig("synthetic", users=30, items=200, visits
 
 
 def test_labels_are_what_the_user_did_in_the_visit() -> None:
-    assert quality.labels_of(TRACE, 0, ["no such action"]) is None
+    assert labels_of(TRACE, 0, ["no such action"]) is None
     names = list(TRACE.events.action_names)
     seen = 0
     for i in range(len(TRACE.requests)):
-        labels, (start, stop) = quality.labels_of(TRACE, i, names), TRACE.own[i]
+        labels, (start, stop) = labels_of(TRACE, i, names), TRACE.own[i]
         assert labels is not None
         for c, item in enumerate(TRACE.requests[i].candidates):
             for t in range(len(names)):
@@ -251,10 +253,13 @@ def test_labels_are_what_the_user_did_in_the_visit() -> None:
 
 
 def test_quality_figures_and_their_limit() -> None:
+    def asked(labels: list[Labels]) -> Rankings:
+        return Rankings(TRACE, ["a", "b"], range(60), labels, seed=0)
+
     rng = np.random.default_rng(0)
     labels = [rng.random((40, 2)) < 0.3 for _ in range(60)]
     expected = [(rng.standard_normal((40, 2)) + one).astype(np.float32) for one in labels]
-    same = quality.compare(expected, expected, labels, ["a", "b"], "fp16")
+    same = quality.compare(expected, expected, asked(labels), "fp16")
     assert same.top_k_overlap == 1.0 and same.worst_loss == 0.0
     same.check([])
     truth, logits = np.concatenate(labels)[:, 1], np.concatenate(expected)[:, 1]
@@ -262,12 +267,15 @@ def test_quality_figures_and_their_limit() -> None:
     base = log_loss(truth, np.full(len(truth), truth.mean()))
     assert same.tasks["b"].ne == pytest.approx(log_loss(truth, 1 / (1 + np.exp(-logits.astype(float)))) / base)
     worse = [e + 0.3 * rng.standard_normal(e.shape).astype(np.float32) for e in expected]
-    found = quality.compare(worse, expected, labels, ["a", "b"], "int8")
+    found = quality.compare(worse, expected, asked(labels), "int8")
     assert found.worst_loss > quality.MAX_LOSS and 0.5 < found.top_k_overlap < 1
+    assert same.sure and not found.sure
+    low, high = found.tasks["a"].auc_loss_interval
+    assert low < found.tasks["a"].auc_loss < high
     with pytest.raises(IncorrectError, match=r"int8 loses .* on task [ab], allowed is 0\.1%; .*allow_loss=\[int8\]"):
         found.check(["fp16"])
     found.check(["int8"])
-    only = quality.compare(expected, expected, [np.ones((40, 2), bool)] * 60, ["a", "b"], "fp32")
+    only = quality.compare(expected, expected, asked([np.ones((40, 2), bool)] * 60), "fp32")
     assert (only.tasks["a"].auc, only.tasks["a"].ne) == (0.5, 1.0)
 
 
@@ -289,3 +297,10 @@ def test_a_whole_run_with_labels(grbench: Grbench, tmp_path: Path, cache_folder:
     found = record["gate"]["quality"]
     assert found["precision"] == "int8" and found["requests"] == 60 and set(found["tasks"]) == set(actions)
     assert 0.5 < found["top_k_overlap"] <= 1.0
+    for task in actions:
+        assert record["metrics"][f"quality/{task}/auc"] == pytest.approx(found["tasks"][task]["auc"])
+        low, high = record["intervals"][f"quality/{task}/auc"]
+        assert low <= found["tasks"][task]["auc"] <= high
+        assert {f"quality/{name}/{task}/auc" for name in ("popularity", "item_mean", "not_yet")} <= set(
+            record["metrics"]
+        )

@@ -13,7 +13,7 @@ import pytest
 from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec, spec_from_json, spec_to_json
-from grbench.execution.cell import build_retrieval
+from grbench.execution.retrieval import build_retrieval
 from grbench.gate import gate_for
 from grbench.gate.generate import GenerateGate
 from grbench.scenarios import run_scenario
@@ -42,7 +42,7 @@ def of(*overrides: str) -> tuple[RunSpec, Trace, Retrieval]:
     spec = compose_spec(overrides)[0]
     trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
     assert spec.retrieval is not None
-    return spec, trace, build_retrieval(spec.retrieval, spec.workload, trace, spec.seed)
+    return spec, trace, build_retrieval(spec.retrieval, spec.workload, trace.events, spec.seed)
 
 
 def engine_of(spec: RunSpec, trace: Trace, retrieval: Retrieval, max_batch: int = 4) -> Any:

@@ -62,6 +62,11 @@ class SemanticIds:
         return sum(self.sizes)
 
     @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the codes, by which IDs are compared."""
+        return _digest(np.ascontiguousarray(self.codes))
+
+    @cached_property
     def offsets(self) -> Int64Array:
         """First token of each level, int64 [levels]."""
         return np.cumsum([0, *self.sizes[:-1]], dtype=np.int64)
@@ -170,6 +175,11 @@ def build(
         raise ValueError(f"{levels} levels of {codes} codes are {codes**levels} tuples for {items} items; use {enough}")
     sizes = (codes,) * levels
     return SemanticIds(residual_kmeans(vectors, sizes, seed, progress)[0], sizes)
+
+
+def one_level(items: int) -> SemanticIds:
+    """Return IDs of one code each, which is the item itself: a model's tokens are then item vectors."""
+    return SemanticIds(np.arange(items, dtype=np.int32)[:, None], (items,))
 
 
 def prompt_of(tokens: Int64Array, sizes: Sequence[int], most: int) -> Int64Array:

@@ -16,15 +16,21 @@ from grengines.models.hstu.config import HSTUConfig
 if TYPE_CHECKING:
     from grengines.models.hstu.generator import HSTUGenerator
     from grengines.models.hstu.model import HSTURanker
+    from grengines.semantic.ids import SemanticIds
 
 _FORMAT = "grbench-hstu-1"
 _NOT_SHAPE = ("name", "weights")  # every other option of HSTUConfig changes the meaning of the weights
 
 
-def save_weights(model: HSTURanker | HSTUGenerator, path: str | Path) -> None:
-    """Write the model's parameters in their own dtype, with its configuration as metadata. Raises OSError."""
+def save_weights(model: HSTURanker | HSTUGenerator, path: str | Path, ids: SemanticIds | None = None) -> None:
+    """Write the model's parameters in their own dtype, with its configuration as metadata. Raises OSError.
+
+    ids: of a trained generator, which has learned these IDs and no others.
+    """
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     metadata = {"format": _FORMAT, "model": json.dumps(_shape(model.config))}
+    if ids is not None:
+        metadata["semantic_ids"] = ids.digest
     try:
         save_file(tensors, str(path), metadata=metadata)
     except SafetensorError as e:
@@ -55,6 +61,22 @@ def load_weights(model: HSTURanker | HSTUGenerator, path: str | Path, mapped: Co
     except (SafetensorError, OSError) as e:
         reason = " ".join(str(e).split())
         raise ValueError(f"{path}: not a readable safetensors file ({reason}); save it again") from None
+
+
+def check_ids(path: str | Path, ids: SemanticIds) -> None:
+    """Raise ValueError if a generator's file says that it was trained with other semantic IDs.
+
+    Its answers would be wrong, and no shape need differ.
+    """
+    try:
+        with safe_open(str(path), framework="np") as f:
+            trained = (f.metadata() or {}).get("semantic_ids")
+    except (SafetensorError, OSError):
+        return  # `load_weights` has the words
+    if trained not in (None, ids.digest):
+        raise ValueError(
+            f"{path}: trained with other semantic IDs; set retrieval.semantic_ids to the file beside the weights"
+        )
 
 
 def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) -> None:

@@ -1,0 +1,1 @@
+"""Quality of recommendations: protocols, metrics with intervals, baselines, and `grbench evaluate`."""

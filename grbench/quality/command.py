@@ -1,0 +1,114 @@
+"""`grbench evaluate`: the quality of configurations, with intervals, baselines and the loss against fp32."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from grbench.config.arguments import Arguments, CommandError
+from grbench.config.compose import plan_jobs, prepare_hydra
+from grbench.config.schema import to_spec
+from grbench.execution import results
+from grbench.report.markdown import table
+
+SHOWN = ("hr10", "ndcg10", "mrr", "hr10_new", "ndcg10_new")  # columns of lists; a ranker has all its figures
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the flags of the command."""
+    about = (
+        "Evaluate trained models: hit rate, NDCG and MRR of each user's last item among the full catalogue, or AUC, "
+        "AUC within requests and normalised entropy of the trace's last requests. Figures have 95% intervals over "
+        "users, baselines beside them, and the loss against the same model in fp32."
+    )
+    examples = [
+        "evaluate engine=hstu model.weights=outputs/ranker/weights.safetensors 'model.tasks=[rated,liked]'",
+        "evaluate engine=hstu task=generate retrieval.levels=1 retrieval.weights=outputs/items/weights.safetensors",
+        "evaluate -m engine=hstu task=generate retrieval.beam_width=8,32,128 retrieval.weights=... ...",
+    ]
+    parser = Arguments("evaluate", about, examples, "overrides as in `grbench`: engine, model, weights, workload")
+    parser.add_argument("--multirun", "-m", action="store_true", help="evaluate every combination of a sweep")
+    parser.add_argument("--users", type=int, default=0, help="users who are asked about, by the seed (default: all)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write every figure to results.json there")
+    return parser
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command. Exit codes: 0 done, 1 a configuration cannot run here, 2 the input cannot be used."""
+    args = parser().parse_intermixed_args(words)
+    if args.users < 0:
+        raise CommandError(f"--users {args.users}: allowed is >= 0")
+    prepare_hydra()
+    _, jobs = plan_jobs("config", to_spec, args.overrides, args.multirun, args.config_dir)
+    from grbench.quality.evaluate import Evaluation, evaluate
+    from grengines.api import UnavailableError
+
+    common = set.intersection(*(set(job.overrides) for job in jobs))
+    facts = {"kind": "evaluate", **results.origin(["python", "-m", "grbench", "evaluate", *words])}
+    rows: list[dict[str, Any]] = []
+    found: list[tuple[str, Evaluation]] = []
+    code = 0
+    for job in jobs:
+        name = " ".join(word for word in job.overrides if word not in common) or job.config[0].engine.name
+        try:
+            evaluation = evaluate(job.config[0], args.users, partial(_say, name))
+        except UnavailableError as e:
+            _say(name, f"UNAVAILABLE: {e}")
+            code = 1
+            continue
+        except (ValueError, OSError) as e:
+            raise e if isinstance(e, CommandError) else CommandError(" ".join(str(e).split())) from e
+        found.append((name, evaluation))
+        rows.append(_row(name, evaluation))
+        if args.out:
+            results.save(args.out, facts, rows)
+    if found:
+        print(_page(found))
+    if args.out and rows:
+        _say("every figure", args.out / results.RESULTS_FILE)
+    return code
+
+
+def _say(name: str, line: object) -> None:
+    print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+
+def _row(name: str, evaluation: Any) -> dict[str, Any]:
+    """Return an evaluation as a row of results.json."""
+    figures = {f"quality/{key}": e for key, e in evaluation.figures.items()}
+    figures |= {f"quality/loss/{key}": e for key, e in evaluation.losses.items()}
+    for baseline, its in evaluation.baselines.items():
+        figures |= {f"quality/{baseline}/{key}": e for key, e in its.items()}
+    return {
+        "cell": name,
+        "users": evaluation.users,
+        "requests": evaluation.requests,
+        "seconds": evaluation.seconds,
+        "device": evaluation.actual.get("device"),
+        "precision": evaluation.actual.get("precision"),
+        "metrics": {key: e.value for key, e in figures.items()},
+        "intervals": {key: e.interval for key, e in figures.items()},
+    }
+
+
+def _page(found: list[tuple[str, Any]]) -> str:
+    """Return the table of the figures with intervals, baselines below them, and a sentence for each loss."""
+    first = found[0][1]
+    names = [name for name in SHOWN if name in first.figures] or list(first.figures)
+    lines = [(name, evaluation.figures) for name, evaluation in found]
+    lines += list(first.baselines.items())
+    rows = [[name, *(_text(its.get(figure)) for figure in names)] for name, its in lines]
+    parts = [f"{first.requests:,} requests of {first.users:,} users; 95% intervals over users in brackets."]
+    parts += first.notes
+    parts.append(table(["configuration", *names], rows))
+    for name, evaluation in found:
+        parts += [f"{name}: {evaluation.statement(figure)}" for figure in names if figure in evaluation.losses]
+    return "\n\n".join(parts)
+
+
+def _text(estimate: Any) -> str:
+    return "" if estimate is None else f"{estimate.value:.4f} ({estimate.low:.4f} to {estimate.high:.4f})"

@@ -1,0 +1,187 @@
+"""Quality of one configuration: its engine answers the protocol's requests, and so does the same model in fp32.
+
+Engines that generate or recommend are asked for each user's last item (lists.py), engines that rank for the candidates
+of the last requests of the trace (rankings.py). Nothing is timed; `grbench` itself measures speed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from grbench import workloads
+from grbench.config.schema import ConfigError, RunSpec
+from grbench.execution.retrieval import build_retrieval
+from grbench.quality.lists import Lists
+from grbench.quality.metrics import CUTOFFS, Estimate
+from grbench.quality.protocol import LeaveOneOut
+from grbench.quality.rankings import Rankings
+from grbench.workloads.config import SyntheticConfig
+from grbench.workloads.events import Events
+from grbench.workloads.item_map import check_items
+from grengines import registry
+from grengines.api import Catalogue, Engine, Request, Retrieval
+from grengines.cache.config import CacheConfig
+from grengines.hstu.config import HSTUEngineConfig
+from grengines.models.hstu.config import HSTUConfig
+from grkernels.config import KernelConfig
+
+MAX_LOSS = 1e-3  # the loss that a precision may have without a word
+Report = Callable[[str], None]
+
+
+@dataclass
+class Evaluation:
+    """Figures of a configuration, with 95% intervals over users.
+
+    losses: shares of the figures of the same model in fp32, by eager kernels of the native engine; empty if the
+    configuration is that, or no such engine has the model.
+    """
+
+    users: int
+    requests: int
+    figures: dict[str, Estimate]
+    baselines: dict[str, dict[str, Estimate]]
+    losses: dict[str, Estimate]
+    actual: dict[str, Any]
+    seconds: float  # of the engine's answers
+    notes: list[str] = field(default_factory=list)
+
+    def statement(self, name: str) -> str:
+        """Return in words whether the loss of a figure is at most MAX_LOSS."""
+        loss = self.losses[name]
+        if loss.high <= MAX_LOSS:
+            return f"{name}: no more than {MAX_LOSS:.1%} is lost against fp32, with 97.5% confidence"
+        verb = f"at least {loss.low:.2%} is lost" if loss.low > MAX_LOSS else f"up to {loss.high:.2%} may be lost"
+        return f"{name}: {verb} against fp32, with 97.5% confidence"
+
+
+def evaluate(spec: RunSpec, users: int, report: Report = lambda line: None) -> Evaluation:
+    """Evaluate one configuration. users: how many are asked about; 0: all.
+
+    To rank, `gate.quality_requests` says how many requests are asked about. Raises ConfigError and UnavailableError.
+    """
+    if isinstance(spec.workload, SyntheticConfig):
+        raise ConfigError("workload=synthetic: its events are random; evaluate on ml_100k, csv or recbole")
+    for part, weights in _weights(spec).items():
+        if weights is None:
+            raise ConfigError(f"{part}.weights=null: random weights have no quality; `grbench train` makes a file")
+    return _of_scores(spec, report) if spec.task == "rank" else _of_lists(spec, users, report)
+
+
+def _of_lists(spec: RunSpec, users: int, report: Report) -> Evaluation:
+    assert spec.retrieval is not None and not isinstance(spec.workload, SyntheticConfig)
+    events = workloads.load_events(spec.workload)
+    _check_items(spec, events)
+    split = LeaveOneOut(events)
+    chosen = split.some_users(users, spec.seed)
+    k = _items(spec, split)
+    spec = replace(spec, retrieval=replace(spec.retrieval, k=k, beam_width=max(k, spec.retrieval.beam_width)))
+    assert spec.retrieval is not None
+    retrieval = build_retrieval(spec.retrieval, spec.workload, events, spec.seed, report)
+    lists = Lists(split, chosen, spec.workload.max_history, k, spec.seed)
+    catalogue = Catalogue(events.num_users, events.num_items, len(events.action_names))
+
+    def ask(its: RunSpec) -> tuple[Any, dict[str, Any], float]:
+        with _engine(its, catalogue, retrieval, lists.requests) as engine:
+            begun = time.perf_counter()
+            answers = lists.ask(engine, its.task, its.scenario.max_batch)
+            return answers, engine.actual(), time.perf_counter() - begun
+
+    report(f"{len(chosen):,} users are asked about, {k} items each")
+    answers, actual, seconds = ask(spec)
+    exact = in_fp32(spec)
+    if exact is not None:
+        report("the same model in fp32")
+    losses = lists.losses(answers, ask(exact)[0]) if exact is not None else {}
+    notes = [f"an answer has {k} items: figures without the past may miss a target beyond them"]
+    return Evaluation(
+        len(chosen), len(chosen), lists.estimates(answers), lists.baselines(), losses, actual, seconds, notes
+    )
+
+
+def _of_scores(spec: RunSpec, report: Report) -> Evaluation:
+    trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
+    _check_items(spec, trace.events)
+    model = spec.ranking_model
+    rankings = Rankings.of(trace, model.tasks, spec.gate.quality_requests, spec.seed)
+    if rankings is None:
+        known = ",".join(trace.events.action_names)
+        raise ConfigError(
+            f"model.tasks={model.tasks}: the workload does not label them; set 'model.tasks=[{known}]' or some of these"
+        )
+
+    def ask(its: RunSpec) -> tuple[Any, dict[str, Any], float]:
+        with _engine(its, trace.catalogue, None, rankings.requests) as engine:
+            begun = time.perf_counter()
+            scores = rankings.ask(engine, its.scenario.max_batch)  # type: ignore[arg-type]  # it has the task rank
+            return scores, engine.actual(), time.perf_counter() - begun
+
+    report(f"the last {len(rankings.requests):,} requests are ranked")
+    scores, actual, seconds = ask(spec)
+    exact = in_fp32(spec)
+    losses = rankings.losses(scores, ask(exact)[0]) if exact is not None else {}
+    users = len({r.user_id for r in rankings.requests})
+    baselines = rankings.baselines()
+    return Evaluation(users, len(scores), rankings.estimates(scores), baselines, losses, actual, seconds)
+
+
+def in_fp32(spec: RunSpec) -> RunSpec | None:
+    """Return the same model in fp32, by eager kernels of the native engine; None for a spec that is that already.
+
+    None also for a decoder, which that engine does not have.
+    """
+    if not isinstance(spec.model, HSTUConfig):
+        return None
+    native = HSTUEngineConfig(precision="fp32", device=getattr(spec.engine, "device", "auto"))
+    stages = registry.get(spec.engine.name).stages
+    pipeline: Any = spec.engine
+    engine = replace(pipeline, **dict.fromkeys(stages, native)) if stages else native
+    exact = replace(spec, engine=engine, kernel=KernelConfig(name="torch"), cache=CacheConfig())
+    return None if exact == spec else exact
+
+
+def _items(spec: RunSpec, split: LeaveOneOut) -> int:
+    """Return the items of an answer: enough for the cutoffs, also after the past is removed, where the search has them.
+
+    A pipeline answers with the items that it is configured to retrieve and rank.
+    """
+    assert spec.retrieval is not None
+    if spec.task == "recommend":
+        return spec.retrieval.k
+    if spec.retrieval.levels > 1:
+        return spec.retrieval.beam_width
+    longest = max(len(past) for past in split.pasts(split.users))
+    return min(split.events.num_items, max(CUTOFFS) + longest)
+
+
+def _weights(spec: RunSpec) -> dict[str, str | None]:
+    """Return the weights files of the models that the task needs, by the group that names them."""
+    parts = {"rank": ["model"], "generate": ["retrieval"], "recommend": ["model", "retrieval"]}[spec.task]
+    return {part: getattr(getattr(spec, part), "weights", None) for part in parts}
+
+
+def _check_items(spec: RunSpec, events: Events) -> None:
+    """Raise DataError for weights of other items."""
+    for weights in _weights(spec).values():
+        if weights is not None:
+            check_items(events, Path(weights))
+
+
+@contextmanager
+def _engine(
+    spec: RunSpec, catalogue: Catalogue, retrieval: Retrieval | None, requests: list[Request]
+) -> Iterator[Engine]:
+    """Give a prepared engine, which is closed at the end."""
+    engine = registry.build(
+        spec.engine, spec.model, spec.kernel, catalogue, spec.seed, spec.cache, task=spec.task, retrieval=retrieval
+    )
+    try:
+        engine.prepare(requests, spec.scenario.max_batch)
+        yield engine
+    finally:
+        engine.close()

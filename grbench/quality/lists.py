@@ -1,0 +1,89 @@
+"""Quality of answers that are lists of items: hit rate, NDCG and MRR, leave one out over the full catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grbench.quality import metrics
+from grbench.quality.metrics import CUTOFFS, Estimate, Floats, Ints
+from grbench.quality.protocol import LeaveOneOut, without
+from grengines.api import Request
+
+NEW = "_new"  # suffix of figures whose answers have lost the items of the user's past
+
+
+@dataclass
+class Lists:
+    """The users whose last item is to be found, and the figures of answers to them.
+
+    k: items of an answer. Figures beyond it, such as hr50 of ten items, are left out. With `removal` there are also
+    figures of the answers without the user's past. What is left may then be shorter than the cutoff, and a target
+    beyond it counts as missed.
+    """
+
+    split: LeaveOneOut
+    users: Ints
+    max_history: int
+    k: int
+    seed: int
+    removal: bool = True
+
+    @property
+    def requests(self) -> list[Request]:
+        return self.split.requests(self.users, self.max_history)
+
+    def ask(self, engine: Any, task: str, max_batch: int) -> list[Ints]:
+        """Return the items that the engine finds for each user. task: generate or recommend."""
+        requests, found = self.requests, list[Ints]()
+        for begin in range(0, len(requests), max_batch):
+            found += getattr(engine, task)(requests[begin : begin + max_batch]).items
+        return found
+
+    def figures(self, answers: Sequence[Ints]) -> dict[str, Floats]:
+        """Return hr10, ndcg10 and so on of each user, and the same with `NEW`."""
+        found = self._figures(metrics.ranks_of(answers, self._targets))
+        if self.removal:
+            left = without(answers, self.split.pasts(self.users))
+            found |= {f"{name}{NEW}": its for name, its in self._figures(metrics.ranks_of(left, self._targets)).items()}
+        return found
+
+    def estimates(self, answers: Sequence[Ints]) -> dict[str, Estimate]:
+        """Return the mean of each figure over users, with its interval."""
+        return {name: metrics.mean(its, self.seed) for name, its in self.figures(answers).items()}
+
+    def losses(self, answers: Sequence[Ints], reference: Sequence[Ints]) -> dict[str, Estimate]:
+        """Return the share of each figure that is lost against the reference, over the same users."""
+        theirs = self.figures(reference)
+        return {
+            name: metrics.relative_loss(its, theirs[name], self.seed)
+            for name, its in self.figures(answers).items()
+            if theirs[name].any()
+        }
+
+    def baselines(self) -> dict[str, dict[str, Estimate]]:
+        """Return the figures of the most popular items, by the events of the training split."""
+        events, pasts = self.split.events, self.split.pasts(self.users)
+        counts = np.bincount(events.items[self.split.training], minlength=events.num_items)
+        place = np.empty(events.num_items, np.int64)
+        place[np.argsort(-counts, kind="stable")] = np.arange(events.num_items)
+        ranks = place[self._targets]
+        figures = self._figures(ranks)
+        if self.removal:
+            own = [np.unique(past) for past in pasts]
+            fewer = [int((place[past] < rank).sum()) for past, rank in zip(own, ranks, strict=True)]
+            gone = [target in past for past, target in zip(own, self._targets, strict=True)]
+            left = np.where(gone, metrics.NOT_FOUND, ranks - np.array(fewer))
+            figures |= {f"{name}{NEW}": its for name, its in self._figures(left).items()}
+        return {"popularity": {name: metrics.mean(its, self.seed) for name, its in figures.items()}}
+
+    @property
+    def _targets(self) -> Ints:
+        return self.split.targets(self.users)
+
+    def _figures(self, ranks: Ints) -> dict[str, Floats]:
+        ranks = np.where(ranks < self.k, ranks, metrics.NOT_FOUND)
+        return metrics.list_figures(ranks, [cutoff for cutoff in CUTOFFS if cutoff <= self.k])

@@ -1,0 +1,1 @@
+"""Training of small models with PyTorch. The engines load their weights files."""

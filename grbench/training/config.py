@@ -1,0 +1,81 @@
+"""Configuration of a training. This module imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from grbench.config.schema import ConfigError, RetrievalConfig, checked
+from grbench.config.schema import register_schemas as register_groups
+from grbench.workloads.config import SyntheticConfig
+from grengines.models.hstu.config import HSTUConfig
+from grengines.options import option
+
+
+@dataclass
+class TrainingConfig:
+    """Options of the optimiser, the epochs and the choice of the best one."""
+
+    epochs: int = option(40, "most passes over the training data", ge=1, le=100_000)
+    patience: int = option(8, "validations without a better figure after which training stops", ge=1)
+    minutes: float = option(0.0, "time after which no new epoch begins; 0: no limit", ge=0)
+    validate_every: int = option(1, "epochs between two validations", ge=1)
+    validation_users: int = option(5000, "users of a validation, to generate; 0: all", ge=0)
+    batch: int = option(64, "users, or requests to rank, of a step", ge=1)
+    rate: float = option(2e-3, "highest learning rate; it rises over the first twentieth and falls as a cosine", gt=0)
+    weight_decay: float = option(0.05, "of AdamW", ge=0)
+    dropout: float = option(0.2, "of the embeddings and of each layer's output", ge=0, le=0.95)
+    negatives: int = option(
+        0, "items drawn for the softmax of a step, to generate by item vectors; 0: the whole catalogue", ge=0
+    )
+    item_vectors: str | None = option(
+        None, "weights file of retrieval.levels=1, whose item vectors make the semantic IDs; null: a truncated SVD of "
+        "the training events", file=True,
+    )  # fmt: skip
+
+
+@dataclass
+class TrainConfig:
+    """Root of the configuration. `python -m grbench train --cfg job` prints it."""
+
+    model: Any = field(default_factory=dict)
+    workload: Any = field(default_factory=dict)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    task: str = option("rank", "what the model learns", choices=["rank", "generate"])
+    held_out: int = option(512, "to rank: last requests of the trace, which are not trained on", ge=1)
+    device: str = option("auto", "auto: a GPU if there is one; a GPU computes in bf16", choices=["auto", "cuda", "cpu"])
+    out: str | None = option(
+        None, "folder for the weights; a training that was stopped goes on in it; null: a new folder in `output_root`"
+    )
+    seed: int = option(0, "seed of the weights, the trace and the order of the data", ge=0, le=2**31 - 1)
+    tracking: Any = field(default_factory=dict)
+    output_root: str = option("outputs", "folder for results and the MLflow database")
+
+
+def register_schemas() -> None:
+    """Register the dataclasses with Hydra. Safe to call twice."""
+    register_groups()
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+
+
+def to_config(cfg: DictConfig) -> TrainConfig:
+    """Check a composed configuration. Raises as `checked`, and ConfigError for what cannot be trained."""
+    config = checked(cfg, TrainConfig)
+    if not isinstance(config.model, HSTUConfig) and (config.task == "rank" or config.retrieval.levels > 1):
+        raise ConfigError(
+            f"model={config.model.name}: a decoder learns task=generate retrieval.levels=1 only; set these, or use an "
+            "HSTU model, such as model=hstu_tiny"
+        )
+    if isinstance(config.workload, SyntheticConfig):
+        raise ConfigError(
+            "workload=synthetic: its events are random, so there is nothing to learn; use ml_100k, csv or recbole"
+        )
+    if config.training.negatives and (config.task != "generate" or config.retrieval.levels != 1):
+        raise ConfigError("training.negatives: it is for task=generate retrieval.levels=1; allowed here: 0")
+    if config.training.item_vectors and (config.task != "generate" or config.retrieval.levels == 1):
+        raise ConfigError("training.item_vectors: it is for task=generate with retrieval.levels above 1; leave it out")
+    return config

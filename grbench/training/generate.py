@@ -1,0 +1,233 @@
+"""Training of a generator: the next item's codes after each item of a history. One level of codes: item vectors.
+
+The softmax of a level runs over all its codes. With one level these are the items of the catalogue, or the target and
+`training.negatives` others that are drawn uniformly for each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grbench.config.schema import ConfigError, RetrievalConfig
+from grbench.quality import metrics
+from grbench.quality.protocol import VALIDATION, LeaveOneOut, without
+from grbench.training.config import TrainConfig
+from grbench.training.networks import network
+from grengines.api import Request
+from grengines.models.hstu import beam
+from grengines.models.hstu.generator import HSTUGenerator
+from grengines.semantic.ids import SemanticIds
+from grengines.semantic.search import explore
+from grengines.semantic.trie import Trie
+
+BATCH = 256  # users of a search in the validation
+POOL = 16  # batches in which those of like lengths are put together
+K = 10  # items of an answer there
+
+
+@dataclass
+class Batch:
+    """Items of some users' histories, and the places of those that are predicted."""
+
+    items: Tensor  # int64 [B, n], 0 past each end
+    later: Tensor  # int64 [M]: flat places of the items after each user's first
+    every: Tensor  # int64 [N]: flat places of all items
+
+
+class GenerateTask:
+    """Training of a generator on the histories of the training split."""
+
+    def __init__(self, config: TrainConfig, split: LeaveOneOut, ids: SemanticIds, device: torch.device) -> None:
+        self._config, self._split, self._ids, self._device = config, split, ids, device
+        self.network = network(config, ids, device)
+        self.model = self.network.module
+        most = min(config.workload.max_history, config.model.max_positions // ids.levels)
+        self._items, self._lengths = _histories(split, most + 1)
+        self.examples = len(self._lengths)
+        if not self.examples:
+            raise ConfigError("no user has two events to train on; use a workload with longer histories")
+        self._items_on = torch.from_numpy(self._items).to(device)
+        self._tokens = torch.from_numpy(ids.tokens(np.arange(len(ids.codes)))).to(device)  # [items, levels]
+        self._trie = Trie.of(ids).on(device)
+        users = split.some_users(config.training.validation_users, config.seed)
+        self._most = most
+        self._requests = split.requests(users, most, VALIDATION)
+        self._targets = split.targets(users, VALIDATION)
+
+    def save(self, path: Path) -> None:
+        """Write the weights file. Raises OSError."""
+        self.network.save(path, self._ids)
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Yield batches in which lengths are alike: sorted within pools of some batches, which are then mixed."""
+        rng, size = np.random.default_rng([self._config.seed, epoch]), self._config.training.batch
+        order, parts = rng.permutation(self.examples), list[np.ndarray]()
+        for begin in range(0, self.examples, POOL * size):
+            pool = order[begin : begin + POOL * size]
+            pool = pool[np.argsort(self._lengths[pool], kind="stable")]
+            parts += [pool[i : i + size] for i in range(0, len(pool), size)]
+        for i in rng.permutation(len(parts)):
+            yield self._batch(parts[i])
+
+    def _batch(self, rows: np.ndarray) -> Batch:
+        lengths = self._lengths[rows]
+        real = np.arange(lengths.max()) < lengths[:, None]
+        every, later = np.flatnonzero(real), np.flatnonzero(real & (np.arange(lengths.max()) > 0))
+        at = [torch.from_numpy(x).to(self._device, non_blocking=True) for x in (rows, later, every)]
+        return Batch(self._items_on[at[0], : lengths.max()], at[1], at[2])
+
+    def loss(self, batch: Batch) -> Tensor:
+        levels, offsets = self._ids.levels, self._ids.offsets.tolist()
+        tokens = self._tokens[batch.items]  # [B, n, levels]
+        B, n = batch.items.shape
+        hidden = self.network.hidden(tokens.view(B, -1)[:, :-1], self._config.training.dropout)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for level in range(levels):
+            # A code is predicted by the row of the code before it: of the same item, or the last of the item before.
+            before = hidden[:, (level or levels) - 1 :: levels]
+            truth = tokens[:, :, level] - offsets[level]
+            if level == 0:  # row j predicts item j + 1, and no row the first item
+                flat = batch.later - 1 - torch.div(batch.later, n, rounding_mode="floor")  # rows have n - 1 places
+                total = total + self._cross_entropy(
+                    before.reshape(-1, before.shape[2])[flat], truth.view(-1)[batch.later]
+                )
+            else:
+                rows = before.reshape(-1, before.shape[2])[batch.every]
+                total = total + F.cross_entropy(self._logits(rows, level), truth.reshape(-1)[batch.every])
+        return total / levels
+
+    def _cross_entropy(self, rows: Tensor, truth: Tensor) -> Tensor:
+        """Return the loss of the first level, over all its codes or over the negatives of this step."""
+        count, size = self._config.training.negatives, self._ids.sizes[0]
+        if not 0 < count < size:
+            return F.cross_entropy(self._logits(rows, 0), truth)
+        drawn = torch.randint(size, (count,), device=rows.device)
+        y, table = self.network.features(rows), self.network.table(0)
+        others = _product(y, F.embedding(drawn, table)).masked_fill(drawn == truth[:, None], float("-inf"))
+        own = (y * F.embedding(truth, table)).sum(1, keepdim=True)
+        return F.cross_entropy(torch.cat([own, others], dim=1), torch.zeros_like(truth))
+
+    def _logits(self, rows: Tensor, level: int) -> Tensor:
+        """Return fp32 logits [rows, codes of the level] of hidden rows [rows, E]."""
+        return _product(self.network.features(rows), self.network.table(level))
+
+    def validate(self) -> dict[str, float]:
+        """Return NDCG@10 and HR@10 of the second-last items, with the past among the answers."""
+        ranks = metrics.ranks_of(self._answers(self._requests, K), self._targets)
+        return {"ndcg10": float(metrics.gain(ranks, K).mean()), "hr10": float(metrics.hit(ranks, K).mean())}
+
+    def test(self) -> dict[str, float]:
+        """Return the figures of the last items of all users; `_new`: without the items of the past."""
+        split, levels = self._split, self._ids.levels
+        users, pasts = split.users, split.pasts(split.users)
+        most = K + max(map(len, pasts))
+        k = min(most, len(self._ids.codes)) if levels == 1 else max(self._config.retrieval.beam_width, K)
+        answers = self._answers(split.requests(users, self._most), k)
+        figures: dict[str, float] = {}
+        for suffix, its in (("", answers), ("_new", without(answers, pasts))):
+            ranks = metrics.ranks_of(its, split.targets(users))
+            figures |= {f"{n}{suffix}": float(f.mean()) for n, f in metrics.list_figures(ranks, (5, K)).items()}
+        return figures
+
+    def _answers(self, requests: Sequence[Request], k: int) -> list[np.ndarray]:
+        """Return the k best items of each request, best first; fewer where fewer exist."""
+        order = np.argsort([len(r.history_items) for r in requests], kind="stable")
+        answers: list[np.ndarray] = [np.empty(0)] * len(requests)
+        for begin in range(0, len(order), BATCH):
+            chosen = order[begin : begin + BATCH].tolist()
+            prompts = [self.network.prompt(self._ids.tokens(requests[i].history_items).reshape(-1)) for i in chosen]
+            for i, items in zip(chosen, self._answer(prompts, k), strict=True):
+                answers[i] = items[items >= 0]
+        return answers
+
+    def _answer(self, prompts: list[np.ndarray], k: int) -> np.ndarray:
+        """Return the k best items of each prompt, int64 [B, k]; -1 where there are fewer."""
+        if self._ids.levels > 1:
+            width = max(self._config.retrieval.beam_width, k)
+            assert isinstance(self.model, HSTUGenerator), "the configuration refuses other models"
+            pool = beam.pool_for(self.model, max(map(len, prompts)), len(prompts))
+            return beam.search(self.model, self._trie, prompts, pool, width=width, k=k).items
+        lengths = torch.tensor([len(p) for p in prompts])
+        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = torch.from_numpy(prompt)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            hidden = self.network.hidden(tokens.to(self._device))
+        last = hidden[torch.arange(len(prompts), device=self._device), (lengths - 1).to(self._device)]
+        logits = self._logits(last, 0)
+        items: np.ndarray = explore(lambda *_: logits, self._trie, len(prompts), width=k, k=k)[0].cpu().numpy()
+        return items
+
+
+def _product(y: Tensor, table: Tensor) -> Tensor:
+    """Return y [rows, E] times the vectors of a table [n, E], in fp32 also where the layers compute in bf16."""
+    with torch.autocast(y.device.type, enabled=False):
+        return F.linear(y.float(), table.float())
+
+
+def semantic_ids(config: TrainConfig, split: LeaveOneOut) -> SemanticIds:
+    """Return the IDs to train with: from a file, or made from the events of the training split alone."""
+    from grengines.semantic import ids, vectors  # imports scikit-learn, which takes seconds
+
+    retrieval, events = config.retrieval, split.events
+    if retrieval.semantic_ids is not None:
+        return SemanticIds.load(retrieval.semantic_ids, events.num_items)
+    if retrieval.levels == 1:
+        return ids.one_level(events.num_items)
+    if config.training.item_vectors is not None:
+        of_items = _item_vectors(Path(config.training.item_vectors), events.num_items)
+    else:
+        kept = split.training
+        of_items = vectors.from_interactions(
+            events.users[kept], events.items[kept], events.num_items, dim=64, seed=config.seed
+        )
+    return ids.build(of_items, retrieval.levels, codes_of(retrieval, events.num_items), config.seed)
+
+
+def codes_of(retrieval: RetrievalConfig, items: int) -> int:
+    """Return the codes of a level: those that the option names, or as many as the catalogue needs."""
+    from grengines.semantic.ids import propose_codes
+
+    return retrieval.codes or propose_codes(items, retrieval.levels)
+
+
+def _item_vectors(path: Path, items: int) -> np.ndarray:
+    """Return the item vectors of a weights file of one level, float32 [items, E], of length 1. Raises ConfigError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as f:
+            table: np.ndarray = f.get_tensor("token_table").astype(np.float32)
+    except (SafetensorError, OSError) as e:
+        raise ConfigError(f"training.item_vectors={path}: not a weights file ({' '.join(str(e).split())})") from None
+    if len(table) != items + 1:
+        raise ConfigError(
+            f"training.item_vectors={path}: it has {len(table) - 1} tokens, the workload {items} items; "
+            "give weights of retrieval.levels=1 for this workload"
+        )
+    vectors: np.ndarray = table[:items] / np.maximum(np.linalg.norm(table[:items], axis=1, keepdims=True), 1e-12)
+    return vectors
+
+
+def _histories(split: LeaveOneOut, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the items to train on in windows of at most `most`, int64 [windows, n], and the windows' lengths.
+
+    Windows of a user begin at the end of his events and share one item, so each item but the first is predicted once.
+    """
+    events, kept, windows = split.events, split.training, []
+    for a, b in pairwise(split.bounds):
+        own = events.items[a:b][kept[a:b]]
+        windows += [own[max(end - most, 0) : end] for end in range(len(own), 1, 1 - most)]
+    lengths = np.array([len(window) for window in windows], np.int64)
+    padded = np.zeros((len(windows), int(lengths.max(initial=1))), np.int64)
+    for row, window in zip(padded, windows, strict=True):
+        row[: len(window)] = window
+    return padded, lengths

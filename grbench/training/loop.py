@@ -1,0 +1,195 @@
+"""The epochs of a training: optimiser, schedule, early stopping, and a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from grbench.config.schema import ConfigError
+from grbench.training.config import TrainingConfig
+
+CHECKPOINT = "checkpoint.pt"
+SAVE_S = 20.0  # between two checkpoints
+WARM_UP = 0.05  # share of the steps over which the learning rate rises
+CLIP = 1.0  # norm of the gradient
+Progress = Callable[[int, int], None]
+
+
+class Task(Protocol):
+    """Something to train: a model, its data, its loss, and the figures that choose the best epoch."""
+
+    examples: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The parameters."""
+
+    def batches(self, epoch: int) -> Iterator[Any]:
+        """Yield the batches of an epoch, in an order that depends on the seed and the epoch only."""
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the loss of a batch, a scalar."""
+
+    def validate(self) -> dict[str, float]:
+        """Return figures of the model as it is. The first one chooses: the higher, the better."""
+
+    def test(self) -> dict[str, float]:
+        """Return the figures of the data that was neither trained on nor chose the epoch."""
+
+
+@dataclass
+class Epoch:
+    """An epoch that was trained, with the figures of its validation, if it has one."""
+
+    number: int  # from 1
+    loss: float
+    figures: dict[str, float]
+    seconds: float  # since training began, without earlier parts of a training that went on
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"epoch": self.number, "loss": self.loss, **self.figures, "seconds": self.seconds}
+
+
+@dataclass
+class State:
+    """Progress of a training, as a checkpoint holds it. `best` are the weights of the best epoch."""
+
+    history: list[dict[str, Any]]
+    best: dict[str, Tensor]
+    best_epoch: int
+    best_figure: float
+
+    @property
+    def epochs(self) -> int:
+        return len(self.history)
+
+
+def train(
+    task: Task,
+    options: TrainingConfig,
+    device: torch.device,
+    seed: int,
+    folder: Path,
+    identity: str,
+    report: Callable[[Epoch], None],
+    progress: Progress = lambda done, total: None,
+) -> State:
+    """Train to the last epoch, the end of `minutes`, or until `patience` validations brought nothing.
+
+    The model then has the best weights.
+
+    folder: of the checkpoint. One of the same `identity` is gone on from; one of another raises ConfigError. The result
+    is that of a training without a stop, on the same machine and its CPU.
+    """
+    model, steps_an_epoch = task.model, -(-task.examples // options.batch)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.98), fused=device.type == "cuda")
+    total = options.epochs * steps_an_epoch
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
+    state = _resume(folder / CHECKPOINT, identity, model, optimiser, schedule)
+    began = saved = time.perf_counter()
+    while state.epochs < options.epochs and not _exhausted(state, options, time.perf_counter() - began):
+        number = state.epochs + 1
+        torch.manual_seed(seed * 100_003 + number)  # of dropout; an epoch does not depend on those before it
+        loss = _epoch(task, number, steps_an_epoch, device, optimiser, schedule, progress)
+        figures: dict[str, float] = {}
+        if number % options.validate_every == 0 or number == options.epochs:
+            with torch.no_grad():
+                figures = task.validate()
+            if (figure := next(iter(figures.values()))) > state.best_figure:
+                state.best_figure, state.best_epoch, state.best = figure, number, _copy(model)
+        epoch = Epoch(number, loss, figures, time.perf_counter() - began)
+        state.history.append(epoch.to_dict())
+        report(epoch)
+        if time.perf_counter() - saved > SAVE_S:
+            _save(folder / CHECKPOINT, identity, state, model, optimiser, schedule)
+            saved = time.perf_counter()
+    model.load_state_dict(state.best)
+    return state
+
+
+def _epoch(
+    task: Task,
+    number: int,
+    steps: int,
+    device: torch.device,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    progress: Progress,
+) -> float:
+    """Train one epoch. Returns the mean loss. Raises ConfigError if it is not finite."""
+    total = torch.zeros((), device=device)
+    for done, batch in enumerate(task.batches(number)):
+        progress(done, steps)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = task.loss(batch)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), CLIP)
+        optimiser.step()
+        schedule.step()
+        total += loss.detach()
+    mean = float(total) / steps
+    if not math.isfinite(mean):
+        raise ConfigError(f"the loss of epoch {number} is {mean}; set a lower training.rate")
+    return mean
+
+
+def _rate(step: int, total: int) -> float:
+    """Return the share of the highest learning rate: it rises linearly, then falls as a cosine."""
+    rise = max(int(WARM_UP * total), 1)
+    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
+
+
+def _exhausted(state: State, options: TrainingConfig, seconds: float) -> bool:
+    """Return whether the validations stopped improving, or the time is over."""
+    late = state.best_epoch > 0 and 0 < 60 * options.minutes < seconds
+    return late or state.epochs - state.best_epoch >= options.patience * options.validate_every
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+def _save(path: Path, identity: str, state: State, model: nn.Module, *parts: Any) -> None:
+    """Write a checkpoint whole or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    values = {
+        **vars(state),
+        "identity": identity,
+        "model": model.state_dict(),
+        "parts": [p.state_dict() for p in parts],
+    }
+    torch.save(values, new)
+    new.replace(path)
+
+
+def _resume(path: Path, identity: str, model: nn.Module, *parts: Any) -> State:
+    """Load a checkpoint, if there is one, into the model and the parts. Raises ConfigError for one that is not ours."""
+    if not path.is_file():
+        return State([], _copy(model), 0, -math.inf)
+    device = next(model.parameters()).device
+    try:
+        values = torch.load(path, map_location=device, weights_only=True)
+        found = values.pop("identity")
+    except Exception as e:
+        raise ConfigError(f"{path}: not a checkpoint ({type(e).__name__}); remove it to begin again") from None
+    if found != identity:
+        raise ConfigError(
+            f"{path}: of a training with other options or data; remove it to begin again, or set another out="
+        )
+    model.load_state_dict(values.pop("model"))
+    for part, its in zip(parts, values.pop("parts"), strict=True):
+        part.load_state_dict(its)
+    return State(**values)

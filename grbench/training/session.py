@@ -1,0 +1,169 @@
+"""Trainings of one invocation, one after another: weights on disk, figures in MLflow and on the screen."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from grbench import workloads
+from grbench.config.jobs import Invocation, Job
+from grbench.config.schema import ConfigError
+from grbench.execution import results
+from grbench.execution.environment import describe_environment
+from grbench.execution.records import LoggedRow, Status, spec_hash
+from grbench.execution.row_session import RowSession
+from grbench.quality.protocol import LeaveOneOut
+from grbench.report.markdown import table
+from grbench.training import loop
+from grbench.training.config import TrainConfig
+from grbench.training.generate import GenerateTask, semantic_ids
+from grbench.training.rank import RankTask
+from grbench.workloads.events import Events
+from grbench.workloads.item_map import save_items
+from grengines.models.hstu.config import HSTUConfig
+from grengines.options import files
+from grengines.runtime.cache_dir import content
+from grengines.semantic.ids import SemanticIds
+
+WEIGHTS, IDS = "weights.safetensors", "semantic_ids.safetensors"
+NO_PART = ("out", "output_root", "tracking")  # options that change no figure
+
+
+class TrainSession(RowSession):
+    """Session that trains and keeps what was learned."""
+
+    def __init__(self, first: Job, invocation: Invocation) -> None:
+        super().__init__(first, invocation, command="train", suffix="train")
+        if self._sweep and first.config.out is not None:
+            raise ConfigError("out: the trainings of a sweep would write the same files; leave it out")
+        self._finished: list[tuple[str, dict[str, float]]] = []
+
+    @property
+    def ok(self) -> bool:
+        return True  # a training that cannot be ends with an error
+
+    def print_tables(self) -> None:
+        for name, figures in self._finished:
+            Console(width=None).print(name, markup=False, highlight=False, soft_wrap=True)
+            rows = [[key, f"{value:.4f}"] for key, value in figures.items()]
+            print(table(["held out", "figure"], rows))
+
+    def run(self, job: Job) -> None:
+        """Train one model. Raises ConfigError for data or options that cannot be used."""
+        config: TrainConfig = job.config
+        device, folder = _device(config), Path(config.out or job.folder).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        begun, started = datetime.datetime.now(datetime.UTC), time.perf_counter()
+        known = {"kind": "train", **self.facts(), "config": dataclasses.asdict(config), "device": device.type}
+        epochs: list[dict[str, Any]] = []
+        try:
+            task, events, ids = self._task(config, device)
+            name = f"{config.task} {config.workload.name} {config.model.name} seed {config.seed}"
+            parameters = sum(p.numel() for p in task.model.parameters())
+            self.show(f"{name}: {task.examples:,} examples, {parameters:,} parameters, on {device.type}")
+            identity = spec_hash(_identity(config))
+            if (folder / loop.CHECKPOINT).is_file():
+                self.show(f"going on from {folder / loop.CHECKPOINT}")
+            with Bar(console=self._screen, transient=True, disable=not self._screen.is_terminal) as bar:
+                shown = bar.add_task("epoch", total=None)
+                state = loop.train(
+                    task, config.training, device, config.seed, folder, identity,
+                    report=lambda epoch: self.show(_line(epoch)),
+                    progress=lambda done, total: bar.update(shown, completed=done, total=total),
+                )  # fmt: skip
+            epochs = state.history
+            with torch.no_grad():
+                figures = task.test()
+        except (ValueError, torch.OutOfMemoryError) as e:
+            raise e if isinstance(e, ConfigError) else ConfigError(" ".join(str(e).split())) from e
+        seconds = time.perf_counter() - started
+        figures |= {"best_epoch": float(state.best_epoch), "epochs": float(state.epochs), "training_s": seconds}
+        self._save(folder, task, events, ids)
+        (folder / loop.CHECKPOINT).unlink(missing_ok=True)
+        file = results.save(folder, known | {"test": figures, "parameters": parameters}, epochs)
+        self.keep(file)
+        self._tracker.log([_record(config, name, identity, begun, seconds, device, figures)], file)
+        self._finished.append((f"{name}; to run it: {_command(config, job, folder, ids)}", figures))
+
+    def _task(self, config: TrainConfig, device: torch.device) -> tuple[Any, Events, SemanticIds | None]:
+        """Return what is trained, its events and its semantic IDs. Raises ValueError for unusable data."""
+        if config.task == "rank":
+            trace = workloads.build(config.workload, config.seed, latency_limit_ms=1.0)
+            return RankTask(config, trace, device), trace.events, None
+        split = LeaveOneOut(workloads.load_events(config.workload))
+        self.show("making semantic IDs from the events of the training split")
+        ids = semantic_ids(config, split)
+        return GenerateTask(config, split, ids, device), split.events, ids
+
+    def _save(self, folder: Path, task: Any, events: Events, ids: SemanticIds | None) -> None:
+        """Write the weights, the map of items and the semantic IDs."""
+        task.save(folder / WEIGHTS)
+        self.show(f"{os.path.relpath(folder / WEIGHTS)}: the weights of the best epoch")
+        save_items(events, folder / WEIGHTS)
+        if ids is not None and ids.levels > 1:
+            ids.save(folder / IDS)
+
+
+def _device(config: TrainConfig) -> torch.device:
+    there = torch.cuda.is_available()
+    if config.device == "cuda" and not there:
+        raise ConfigError("device=cuda: PyTorch finds no GPU; `python -m grbench doctor` says why; allowed here: cpu")
+    return torch.device("cuda" if there and config.device != "cpu" else "cpu")
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """Return what a training depends on; of a file its content counts."""
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in NO_PART}
+    return values | {"files": {key: content(Path(path)) for key, path in files(config).items()}}
+
+
+def _line(epoch: loop.Epoch) -> str:
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in epoch.figures.items())
+    validated = f"; validation: {figures}" if figures else ""
+    return f"epoch {epoch.number}: loss {epoch.loss:.4f}{validated}; {epoch.seconds:.0f} s"
+
+
+def _command(config: TrainConfig, job: Job, folder: Path, ids: SemanticIds | None) -> str:
+    """Return the command that runs the trained model."""
+    place = os.path.relpath(folder)
+    groups, replaced = ("model", "workload", "retrieval.", "seed"), ("weights", "semantic_ids")
+    typed = [w for w in job.overrides if w.startswith(groups) and not w.partition("=")[0].endswith(replaced)]
+    engine = "hstu" if isinstance(config.model, HSTUConfig) else "hf"
+    words = [f"engine={engine}", f"task={config.task}", *(f"'{w}'" if "[" in w else w for w in typed)]
+    if ids is None:
+        words.append(f"model.weights={place}/{WEIGHTS}")
+    else:
+        words.append(f"retrieval.weights={place}/{WEIGHTS}")
+        words += [f"retrieval.semantic_ids={place}/{IDS}"] if ids.levels > 1 else []
+    return f"python -m grbench {' '.join(words)}"
+
+
+def _record(
+    config: TrainConfig,
+    name: str,
+    identity: str,
+    begun: datetime.datetime,
+    seconds: float,
+    device: torch.device,
+    figures: dict[str, float],
+) -> LoggedRow:
+    """Return the training as the store logs it: `spec` becomes params."""
+    values = _identity(config)
+    return LoggedRow(
+        spec=values | {"training": values["training"] | {"name": name}},
+        spec_hash=identity,
+        status=Status.OK,
+        started_at=begun.isoformat(),
+        duration_s=seconds,
+        actual={"device": device.type},
+        environment=describe_environment(),
+        metrics={f"test/{key}": value for key, value in figures.items()},
+    )

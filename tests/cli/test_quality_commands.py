@@ -1,0 +1,125 @@
+"""`grbench train` and `grbench evaluate`: a small model is trained, run, evaluated and refused for other data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.command import Grbench
+
+MODEL = ["model.layers=1", "model.embedding_dim=16", "model.heads=1", "model.qk_dim=16", "model.v_dim=16",
+         "model.max_positions=48", "model.scaling_seqlen=48"]  # fmt: skip
+WORKLOAD = ["workload=csv", "workload.path=walks.txt", "workload.max_history=12"]
+QUIET = ["tracking=none"]
+
+
+def walks(folder: Path, users: int = 60, items: int = 24) -> None:
+    """Users who walk around a ring of items."""
+    starts = np.random.default_rng(0).integers(items, size=users)
+    lines = [" ".join(map(str, [f"u{u}", *((s + np.arange(9)) % items)])) for u, s in enumerate(starts)]
+    (folder / "walks.txt").write_text("\n".join(lines))
+
+
+def test_a_generator_is_trained_run_and_evaluated(grbench_here: Grbench, tmp_path: Path) -> None:
+    walks(tmp_path)
+    train = ["task=generate", "retrieval.levels=2", "retrieval.beam_width=12", *MODEL, *WORKLOAD, "training.epochs=10",
+             "training.batch=8", "training.rate=0.01", "training.dropout=0"]  # fmt: skip
+    done = grbench_here("train", *train, *QUIET, "out=model")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1: loss" in done.stderr and "validation: ndcg10 0." in done.stderr
+    results = json.loads((tmp_path / "model" / "results.json").read_text())
+    assert results["test"]["hr10"] > 0.8 and len(results["rows"]) == results["test"]["epochs"]
+    files = {path.name for path in (tmp_path / "model").iterdir()}
+    assert files == {"weights.safetensors", "weights.items.csv", "semantic_ids.safetensors", "results.json"}
+    run = done.stdout.partition("python -m grbench ")[2].splitlines()[0].split()
+    assert (
+        run[:2] == ["engine=hstu", "task=generate"] and "retrieval.semantic_ids=model/semantic_ids.safetensors" in run
+    )
+
+    found = grbench_here("evaluate", *run, "engine.precision=bf16", "kernel=torch", "--out", "found", "--users", "50")
+    assert found.returncode == 0, found.stderr
+    [row] = json.loads((tmp_path / "found" / "results.json").read_text())["rows"]
+    assert row["users"] == 50 and row["metrics"]["quality/hr10"] > 0.8
+    low, high = row["intervals"]["quality/hr10"]
+    assert low <= row["metrics"]["quality/hr10"] <= high
+    assert abs(row["metrics"]["quality/loss/hr10"]) < 0.1 and "quality/popularity/hr10" in row["metrics"]
+    assert "against fp32, with 97.5% confidence" in found.stdout and "| popularity |" in found.stdout
+
+    refused = grbench_here("evaluate", *[w for w in run if "semantic_ids" not in w])
+    assert refused.returncode == 2
+    assert "trained with other semantic IDs; set retrieval.semantic_ids" in refused.stderr
+
+
+def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
+    grbench_here: Grbench, grbench: Grbench, tmp_path: Path
+) -> None:
+    walks(tmp_path)
+    small = [*MODEL, *WORKLOAD, "workload.num_candidates=6", "model.tasks=[rated]", "retrieval.levels=1"]
+    for task in ("generate", "rank"):
+        words = [f"task={task}", "training.epochs=6", "training.batch=8", "training.rate=0.01", "held_out=60"]
+        done = grbench_here("train", *small, *words, *QUIET, f"out={task}")
+        assert done.returncode == 0, done.stderr
+    trained = ["retrieval.weights=generate/weights.safetensors", "model.weights=rank/weights.safetensors"]
+    run = ["engine=pipeline", "engine@engine.retrieve=hstu", *small, *trained, "gate.quality_requests=40"]
+    found = grbench_here("evaluate", *run)
+    assert found.returncode == 0, found.stderr
+    assert "| engine=pipeline" in found.stdout or "| pipeline |" in found.stdout
+    done = grbench(*run, *QUIET, "scenario=closed_loop", "scenario.queries=20")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(next((tmp_path / "outputs").rglob("record.json")).read_text())
+    metrics, intervals = record["metrics"], record["intervals"]
+    assert metrics["quality/hr10"] > 0.7 > metrics["quality/popularity/hr10"]
+    assert intervals["quality/hr10"][0] <= metrics["quality/hr10"] <= intervals["quality/hr10"][1]
+    assert 0 < metrics["quality/ndcg10"] <= metrics["quality/hr10"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["workload=synthetic"], "workload=synthetic: its events are random, so there is nothing to learn"),
+        (
+            ["model=decoder_tiny"],
+            "model=decoder_tiny: a decoder learns task=generate retrieval.levels=1 only",
+        ),
+        (["training.negatives=4"], "training.negatives: it is for task=generate retrieval.levels=1"),
+        (
+            ["task=generate", "retrieval.levels=1", "training.item_vectors=walks.txt"],
+            "training.item_vectors: it is for",
+        ),
+        (["training.dropout=1"], "training.dropout=1.0: allowed is float >= 0 and <= 0.95"),
+        (
+            [*WORKLOAD, "workload.num_candidates=6", "held_out=8"],
+            "the workload does not label them; set 'model.tasks=[rated,liked]'",
+        ),
+        (
+            ["task=generate", *WORKLOAD, "training.item_vectors=walks.txt"],
+            "training.item_vectors=walks.txt: not a weights file",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    grbench_here: Grbench, tmp_path: Path, words: list[str], message: str
+) -> None:
+    walks(tmp_path)
+    done = grbench_here("train", *words, *QUIET)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.strip().splitlines()[-1].startswith("grbench train: ")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["engine=hstu"], "model.weights=null: random weights have no quality; `grbench train` makes a file"),
+        (["engine=hstu", "workload=synthetic"], "workload=synthetic: its events are random"),
+        (["engine=hstu", "--users", "-1"], "--users -1: allowed is >= 0"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    grbench_here: Grbench, tmp_path: Path, words: list[str], message: str
+) -> None:
+    walks(tmp_path)
+    done = grbench_here("evaluate", *([] if "workload=synthetic" in words else WORKLOAD), *words)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr

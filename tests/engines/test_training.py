@@ -1,0 +1,276 @@
+"""Training: its forward against the models', its loss against loops, resuming, and weights that engines load."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from grbench.config.schema import ConfigError, RetrievalConfig
+from grbench.quality.protocol import LeaveOneOut
+from grbench.training import loop
+from grbench.training.config import TrainConfig, TrainingConfig
+from grbench.training.generate import GenerateTask, semantic_ids
+from grbench.training.rank import RankTask
+from grbench.workloads.config import RecordedConfig
+from grbench.workloads.events import Events
+from grbench.workloads.trace import build_trace, find_visits
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.decoder.model import Decoder
+from grengines.models.hstu import autograd
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.generator import HSTUGenerator, pack_prompts
+from grengines.models.hstu.model import HSTURanker
+from grengines.models.hstu.weights import check_ids
+from grengines.runtime.batch import pack
+from grengines.semantic.ids import one_level
+from grkernels.operators import Operators
+
+CPU = torch.device("cpu")
+TINY = HSTUConfig(
+    embedding_dim=16, heads=2, qk_dim=8, v_dim=8, head_dim=8, max_positions=64, scaling_seqlen=32, tasks=["rated"]
+)
+
+
+def ring(users: int = 60, items: int = 20, length: int = 9) -> Events:
+    """Users who walk around a ring of items, each from a place of his own: the next item follows from the last."""
+    starts = np.random.default_rng(0).integers(items, size=users)
+    count = users * length
+    return Events(
+        users=np.repeat(np.arange(users), length),
+        items=((starts[:, None] + np.arange(length)) % items).reshape(-1),
+        actions=np.ones(count, np.int64),
+        weights=np.ones(count, np.float32),
+        timestamps=np.tile(np.arange(length) * 86_400, users),
+        num_users=users,
+        num_items=items,
+        action_names=("rated",),
+        item_ids=tuple(map(str, range(items))),
+    )
+
+
+def config(**changes: Any) -> TrainConfig:
+    training = {"epochs": 3, "batch": 16, "dropout": 0.0, "rate": 0.02, **changes.pop("training", {})}
+    retrieval = RetrievalConfig(**{"levels": 1, "beam_width": 16, **changes.pop("retrieval", {})})
+    return TrainConfig(
+        **{
+            "model": TINY,
+            "workload": RecordedConfig("ring", num_candidates=6, max_history=8),
+            "task": "generate",
+            "training": TrainingConfig(**training),
+            "retrieval": retrieval,
+            **changes,
+        }
+    )
+
+
+def task_of(of: TrainConfig, events: Events | None = None) -> GenerateTask:
+    split = LeaveOneOut(events or ring())
+    return GenerateTask(of, split, semantic_ids(of, split), CPU)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_forward_of_a_generator_is_that_of_the_model(layers: int) -> None:
+    model = HSTUGenerator.build(
+        dataclasses.replace(TINY, layers=layers), (4, 4), Operators.reference(), seed=0, device=CPU, dtype=torch.float32
+    )
+    prompts = [np.array([0, 5, 2, 6]), np.array([1, 4]), np.array([3, 7, 0, 4, 2, 5])]
+    padded = torch.zeros(3, 6, dtype=torch.int64)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = torch.from_numpy(prompt)
+    found = autograd.generator_hidden(model, padded)
+    expected = model.full(pack_prompts(prompts).to(CPU))
+    real = torch.arange(6) < torch.tensor([[4], [2], [6]])
+    assert torch.allclose(found[real], expected, atol=1e-5)
+    logits = autograd.generator_features(model, found[0]) @ model.token_table[4:8].T
+    assert torch.allclose(logits, model.logits(found[0], 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("contextual, window, interaction", [(0, 0, False), (2, 0, True), (0, 3, False), (1, 4, True)])
+def test_the_forward_of_a_ranker_is_that_of_the_model(contextual: int, window: int, interaction: bool) -> None:
+    events, workload = ring(), RecordedConfig("ring", num_candidates=6, max_history=8)
+    trace = build_trace(events, find_visits(events, workload), workload, 0, 1.0)
+    options = dataclasses.replace(
+        TINY, contextual_seq_len=contextual, max_attn_len=window, interaction=interaction, tasks=["a", "b"]
+    )
+    model = HSTURanker.build(options, trace.catalogue, Operators.reference(), seed=0, device=CPU, dtype=torch.float32)
+    batch = pack(trace.requests[:40:5], model.encoding).to(CPU)
+    found = autograd.ranker_logits(model, batch)
+    assert found.std() > 1e-3
+    assert torch.allclose(found, model(batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_the_loss_is_that_of_a_loop_over_codes(levels: int) -> None:
+    task = task_of(config(retrieval={"levels": levels, "codes": 0}))
+    batch = next(task.batches(1))
+    model, ids = task.model, task._ids
+    assert ids.levels == levels
+    expected = []
+    logs: list[list[torch.Tensor]] = [[] for _ in range(levels)]
+    for row in batch.every.div(batch.items.shape[1], rounding_mode="floor").unique().tolist():
+        length = int((batch.every.div(batch.items.shape[1], rounding_mode="floor") == row).sum())
+        tokens = ids.tokens(batch.items[row, :length].numpy()).reshape(-1)
+        for t in range(1, len(tokens)):  # predict token t from those before it
+            hidden = model.full(pack_prompts([tokens[:t]]).to(CPU))[-1:]
+            level = t % levels
+            logs[level].append(-torch.log_softmax(model.logits(hidden, level), 1)[0, tokens[t] - model.offsets[level]])
+    expected = sum(torch.stack(its).mean() for its in logs) / levels
+    assert torch.allclose(task.loss(batch), expected, atol=1e-4)
+
+
+def test_every_item_but_the_first_is_predicted_once() -> None:
+    """Long histories are cut into windows. The last two events of each user are in none."""
+    events = ring(users=3, items=40, length=31)
+    task = task_of(config(), events)
+    found = [
+        pair for row, length in zip(task._items.tolist(), task._lengths, strict=True) for pair in pairwise(row[:length])
+    ]
+    own = events.items.reshape(3, 31)[:, :-2]
+    assert sorted(found) == sorted(pair for row in own.tolist() for pair in pairwise(row))
+
+
+def test_an_epoch_has_every_window_once_in_batches_of_like_lengths() -> None:
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(4, 40, size=300)
+    full = ring(users=300, items=20, length=40)
+    kept = (np.arange(40) < lengths[:, None]).reshape(-1)
+    columns = {name: getattr(full, name)[kept] for name in ("users", "items", "actions", "weights", "timestamps")}
+    task = task_of(config(workload=RecordedConfig("ring", max_history=60)), dataclasses.replace(full, **columns))
+    first, second = ([batch.items for batch in task.batches(epoch)] for epoch in (1, 2))
+    assert sum(map(len, first)) == sum(map(len, second)) == task.examples == 300
+    assert [b.shape for b in first] != [b.shape for b in second]
+    assert sum(b.numel() for b in first) < 1.4 * sum(task._lengths)  # little padding
+    rows = sorted(tuple(row.tolist()) + (0,) * (40 - b.shape[1]) for b in first for row in b)
+    assert rows == sorted((*row.tolist(), *[0] * (40 - task._items.shape[1])) for row in task._items)
+
+
+def test_a_generator_learns_what_can_be_learned_and_nothing_of_the_test(tmp_path: Path) -> None:
+    of = config(training={"epochs": 12})
+    task = task_of(of)
+    assert task.test()["hr5"] < 0.6
+    state = loop.train(task, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
+    with torch.no_grad():
+        figures = task.test()
+    assert figures["hr5"] > 0.95
+    assert state.best_epoch >= 1
+    changed = ring()
+    ends = np.flatnonzero(np.r_[np.diff(changed.users) != 0, True])
+    changed.items[ends] = changed.items[ends - 1] = 0
+    other = task_of(of, changed)
+    assert np.array_equal(other._items, task._items)  # what is predicted is not trained on
+    for levels in (2, 3):
+        made = [semantic_ids(config(retrieval={"levels": levels}), LeaveOneOut(e)) for e in (ring(), changed)]
+        assert np.array_equal(made[0].codes, made[1].codes)  # nor do the IDs know it
+
+
+def test_a_transformer_by_item_vectors_learns_too_and_engines_load_it(tmp_path: Path) -> None:
+    decoder = DecoderConfig(embedding_dim=16, heads=2, kv_heads=2, head_dim=8, mlp_dim=32, max_positions=8)
+    of = config(model=decoder, training={"epochs": 12, "dropout": 0.1})
+    task = task_of(of)
+    loop.train(task, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
+    with torch.no_grad():
+        assert task.test()["hr5"] > 0.9
+    task.save(tmp_path / "weights.safetensors")
+    again = Decoder.build(
+        decoder, (20,), seed=1, device=CPU, dtype=torch.float32, weights=str(tmp_path / "weights.safetensors")
+    )
+    tokens = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        expected = again.layers(input_ids=tokens).last_hidden_state
+        assert torch.allclose(task.network.hidden(tokens), expected, atol=1e-5)
+    check_ids(tmp_path / "weights.safetensors", one_level(20))
+    with pytest.raises(ValueError, match=r"trained with other semantic IDs; set retrieval\.semantic_ids"):
+        check_ids(tmp_path / "weights.safetensors", one_level(21))
+
+
+def test_negatives_are_a_part_of_the_catalogue(tmp_path: Path) -> None:
+    of = config(training={"epochs": 12, "negatives": 8})
+    task = task_of(of)
+    loop.train(task, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
+    with torch.no_grad():
+        assert task.test()["hr5"] > 0.9
+    rows, truth = torch.randn(7, TINY.embedding_dim), torch.arange(7)
+    torch.manual_seed(0)
+    sampled = task._cross_entropy(rows, truth)
+    torch.manual_seed(0)
+    drawn = torch.randint(20, (8,))
+    logits = task._logits(rows, 0)
+    each = [torch.cat([logits[i, i : i + 1], logits[i, drawn[drawn != i]]]) for i in range(7)]
+    expected = torch.stack([F.cross_entropy(one[None], torch.zeros(1, dtype=torch.int64)) for one in each]).mean()
+    assert torch.allclose(sampled, expected, atol=1e-5)
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = config(training={"epochs": 4, "dropout": 0.2})
+    whole = task_of(of)
+    loop.train(whole, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
+    monkeypatch.setattr(loop, "SAVE_S", 0.0)
+
+    def stop(epoch: loop.Epoch) -> None:
+        if epoch.number == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(task_of(of), of.training, CPU, 0, tmp_path, "x", report=stop)
+    seen: list[int] = []
+    again = task_of(of)
+    loop.train(again, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: seen.append(epoch.number))
+    assert seen == [3, 4]
+    for (name, p), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, other), name
+    with pytest.raises(ConfigError, match="other options or data; remove it"):
+        loop.train(task_of(of), of.training, CPU, 0, tmp_path, "y", report=lambda epoch: None)
+    (tmp_path / loop.CHECKPOINT).write_bytes(b"none")
+    with pytest.raises(ConfigError, match="not a checkpoint"):
+        loop.train(task_of(of), of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_it(tmp_path: Path) -> None:
+    of = config(training={"epochs": 50, "patience": 2})
+    task = task_of(of)
+    figures = iter([0.1, 0.5, 0.3, 0.2])
+    weights: list[torch.Tensor] = []
+
+    def validate() -> dict[str, float]:
+        weights.append(task.model.token_table.detach().clone())
+        return {"made up": next(figures)}
+
+    task.validate = validate  # type: ignore[method-assign]
+    state = loop.train(task, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
+    assert (state.epochs, state.best_epoch) == (4, 2)
+    assert torch.equal(task.model.token_table, weights[1])
+    assert not torch.equal(task.model.token_table, weights[3])
+
+
+def test_a_ranker_learns_which_items_are_liked(tmp_path: Path) -> None:
+    """Users like the even items that they rate, so an odd candidate is never liked."""
+    events, workload = ring(users=80, length=12), RecordedConfig("ring", num_candidates=6, max_history=8)
+    liked = dataclasses.replace(events, actions=1 | (events.items % 2 == 0) << 1, action_names=("rated", "liked"))
+    trace = build_trace(liked, find_visits(liked, workload), workload, 0, 1.0)
+    of = config(
+        workload=workload, task="rank", held_out=100, model=dataclasses.replace(TINY, tasks=["liked"]),
+        training={"epochs": 8},
+    )  # fmt: skip
+    task = RankTask(of, trace, CPU)
+    with torch.no_grad():
+        before = task.test()["auc/liked"]
+    loop.train(task, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
+    with torch.no_grad():
+        assert task.test()["auc/liked"] > max(before, 0.68)
+    with pytest.raises(ConfigError, match=r"does not label them; set 'model\.tasks=\[rated,liked\]'"):
+        RankTask(config(workload=workload, task="rank", model=dataclasses.replace(TINY, tasks=["bought"])), trace, CPU)
+    with pytest.raises(ConfigError, match="held_out=600: the trace has"):
+        RankTask(dataclasses.replace(of, held_out=600), trace, CPU)
+
+
+def test_one_level_is_the_item_itself() -> None:
+    ids = one_level(5)
+    assert ids.tokens([3, 1]).tolist() == [[3], [1]]
+    assert ids.items([[3], [5]]).tolist() == [3, -1]

@@ -1,0 +1,153 @@
+"""Protocols and metrics of quality against scikit-learn and loops; intervals that cover; baselines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
+
+from grbench.quality import metrics
+from grbench.quality.lists import Lists
+from grbench.quality.metrics import Scored
+from grbench.quality.protocol import TEST, VALIDATION, LeaveOneOut, without
+from grbench.quality.rankings import Rankings
+from grbench.workloads.config import RecordedConfig
+from grbench.workloads.events import DataError, Events
+from grbench.workloads.trace import build_trace, find_visits
+
+
+def events_of(*histories: list[int], items: int = 10) -> Events:
+    """Events of users with these items, one a day."""
+    lengths = [len(h) for h in histories]
+    count = sum(lengths)
+    return Events(
+        users=np.repeat(np.arange(len(histories)), lengths),
+        items=np.array([item for h in histories for item in h], np.int64),
+        actions=np.ones(count, np.int64),
+        weights=np.ones(count, np.float32),
+        timestamps=np.concatenate([np.arange(n) * 86_400 for n in lengths]),
+        num_users=len(histories),
+        num_items=items,
+        action_names=("rated",),
+    )
+
+
+def test_the_last_item_is_predicted_and_the_one_before_it_validates() -> None:
+    split = LeaveOneOut(events_of([1, 2, 3, 4], [5, 6], [7, 8, 9], [3]))
+    assert split.users.tolist() == [0, 2]  # the others have too few events: all of theirs are trained on
+    assert split.events.items[split.training].tolist() == [1, 2, 5, 6, 7, 3]
+    assert split.targets(split.users).tolist() == [4, 9]
+    assert split.targets(split.users, VALIDATION).tolist() == [3, 8]
+    assert [p.tolist() for p in split.pasts(split.users)] == [[1, 2, 3], [7, 8]]
+    for part, histories in ((TEST, [[2, 3], [7, 8]]), (VALIDATION, [[1, 2], [7]])):
+        requests = split.requests(split.users, 2, part)
+        assert [r.history_items.tolist() for r in requests] == histories
+        assert [r.user_id for r in requests] == [0, 2]
+        assert requests[0].timestamp == (4 - part) * 86_400
+    assert split.some_users(1, 0).tolist() in ([0], [2])
+    assert split.some_users(0, 0).tolist() == split.some_users(9, 0).tolist() == [0, 2]
+    with pytest.raises(DataError, match="no user has 3 events"):
+        LeaveOneOut(events_of([1, 2], [3]))
+
+
+def test_figures_of_lists_are_those_of_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    answers = [rng.permutation(30)[:12] for _ in range(40)]
+    targets = rng.integers(30, size=40)
+    figures = metrics.list_figures(metrics.ranks_of(answers, targets), (5, 10))
+    for user, (answer, target) in enumerate(zip(answers, targets, strict=True)):
+        truth, scores = np.zeros((1, 30)), np.full((1, 30), -1.0)
+        truth[0, target] = 1
+        scores[0, answer] = np.arange(12, 0, -1)
+        rank = answer.tolist().index(target) if target in answer else None
+        for k in (5, 10):
+            found = rank is not None and rank < k
+            assert figures[f"hr{k}"][user] == found
+            expected = ndcg_score(truth, scores, k=k) if found else 0.0  # it shares the places of ties
+            assert figures[f"ndcg{k}"][user] == pytest.approx(expected)
+        assert figures["mrr"][user] == pytest.approx(0.0 if rank is None else 1 / (rank + 1))
+
+
+def test_figures_of_scores_are_those_of_scikit_learn() -> None:
+    rng = np.random.default_rng(1)
+    labels = [rng.random(12) < 0.3 for _ in range(50)]
+    labels[3][:] = False  # no AUC within it
+    scores = [np.round(rng.standard_normal(12) + one, 1).astype(np.float32) for one in labels]  # with ties
+    users = rng.integers(20, size=50).tolist()
+    found = Scored.of(scores, labels, users)
+    truth, logits = np.concatenate(labels), np.concatenate(scores).astype(np.float64)
+    figures = found.figures()
+    assert figures["auc"] == pytest.approx(roc_auc_score(truth, logits))
+    base = log_loss(truth, np.full(len(truth), truth.mean()))
+    assert figures["ne"] == pytest.approx(log_loss(truth, 1 / (1 + np.exp(-logits))) / base)
+    within = [roc_auc_score(t, s) for t, s in zip(labels, scores, strict=True) if 0 < t.sum() < len(t)]
+    assert figures["gauc"] == pytest.approx(np.mean(within))
+    assert metrics.area_under_curve(logits, truth) == pytest.approx(figures["auc"])
+    same = Scored.of(scores, [np.ones(12, np.bool_)] * 50, users).figures()
+    assert same == {"auc": 0.5, "gauc": 0.5, "ne": 1.0}
+    people, owner = np.unique(users, return_inverse=True)
+    block = next(metrics.resamples(len(people), 0, 600))
+    drawn = found.resampled(0)
+    for row in (0, 7):  # a resample is the data with each user as often as drawn
+        times = block[row].astype(int)[owner]
+        many = [i for i, n in enumerate(times) for _ in range(n)]
+        again = Scored.of([scores[i] for i in many], [labels[i] for i in many], [users[i] for i in many]).figures()
+        assert {name: drawn[name][row] for name in again} == pytest.approx(again)
+
+
+@pytest.mark.parametrize("share", [0.07, 0.5])
+def test_intervals_cover_as_often_as_they_say(share: float) -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for seed in range(60):
+        found = metrics.mean((rng.random(400) < share).astype(np.float64), seed)
+        covered += found.low <= share <= found.high
+    assert 52 <= covered <= 60  # 57 expected
+
+
+def test_a_paired_loss_has_a_narrower_interval_than_the_figures() -> None:
+    rng = np.random.default_rng(3)
+    reference = (rng.random(3000) < 0.2).astype(np.float64)
+    worse = reference.copy()
+    worse[np.flatnonzero(reference)[:6]] = 0  # 1% of the hits are lost
+    loss = metrics.relative_loss(worse, reference)
+    assert loss.value == pytest.approx(6 / reference.sum())
+    assert 0 < loss.low < loss.value < loss.high < 0.03
+    figure = metrics.mean(reference)
+    assert (figure.high - figure.low) / figure.value > 3 * (loss.high - loss.low)
+    assert metrics.relative_loss(reference, reference).interval == [0, 0]
+
+
+def test_lists_with_and_without_the_past() -> None:
+    split = LeaveOneOut(events_of([1, 2, 3, 4], [7, 8, 9], [1, 2, 5, 6], [4, 5, 4]))
+    lists = Lists(split, split.users, max_history=8, k=5, seed=0)
+    answers = [np.array(a) for a in ([1, 2, 3, 0, 5, 4], [9, 8], [6], [4, 5])]
+    found = lists.figures(answers)
+    assert found["hr5"].tolist() == [0, 1, 1, 1]
+    assert found["hr5_new"].tolist() == [1, 1, 1, 0]  # the last target is an item of the past
+    assert "hr10" not in found and "hr50" not in found  # an answer has five items
+    assert [a.tolist() for a in without(answers, split.pasts(split.users))][:2] == [[0, 5, 4], [9]]
+    popular = lists.baselines()["popularity"]
+    # Events to train on: 1 2, 7, 1 2, 4. So the order is 1 2 4 7, then the others by their number: 0 3 5 6 8 9.
+    assert popular["hr5"].value == 0.5  # 4 of the first and the last user
+    # Without the past the first has 4 7 0 5 6 left, the third 4 7 0 3 6, and the last has lost his target.
+    assert popular["hr5_new"].value == 0.5
+    assert popular["mrr_new"].value == pytest.approx((1 + 1 / 5) / 4)
+
+
+def test_baselines_of_scores() -> None:
+    """Items below 6 are rated by everyone who sees them, the others never; and no past repeats."""
+    rng = np.random.default_rng(4)
+    events = events_of(*[rng.permutation(40)[:25].tolist() for _ in range(30)], items=40)
+    workload = RecordedConfig("any", num_candidates=8)
+    trace = build_trace(events, find_visits(events, workload), workload, 0, 1.0)
+    rankings = Rankings.of(trace, ["rated"], 100, seed=0)
+    assert rankings is not None and len(rankings.requests) == 100
+    assert Rankings.of(trace, ["bought"], 100, seed=0) is None
+    found = rankings.baselines()
+    assert found["not_yet"]["rated/auc"].value == pytest.approx(0.5, abs=0.02)
+    assert set(found["popularity"]) == {"rated/auc", "rated/gauc"}  # counts are no probabilities
+    assert found["item_mean"]["rated/ne"].value == pytest.approx(1.0, abs=0.1)
+    truth = np.concatenate(rankings.labels)[:, 0]
+    logits = [one.astype(np.float32) * 2 - 1 for one in rankings.labels]
+    assert truth.any() and rankings.estimates(logits)["rated/auc"].interval == [1, 1]
