@@ -19,12 +19,14 @@ TRAINED := $(if $(filter 0,$(GPU)),$(MODELS)/retriever/weights.safetensors $(MOD
 WEIGHTS := $(SMALL) retrieval.weights=$(MODELS)/retriever/weights.safetensors \
 	retrieval.semantic_ids=$(MODELS)/retriever/semantic_ids.safetensors model.weights=$(MODELS)/ranker/weights.safetensors
 
-# Tests of wall-clock time run alone, after the others. Exit code 5: ARGS selects no test of that part.
+# mypy runs beside the tests; tests of wall-clock time run alone, after the others. Exit code 5: ARGS selects no test of that part.
 WORKERS ?= 2
 PYTEST = $(PY) -m pytest --durations=10
-TESTS = $(PYTEST) -m "not gpu and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS); beside=$$?; \
+TESTS = $(PY) -m mypy & types=$$!; \
+	$(PYTEST) -m "not gpu and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS); beside=$$?; \
+	wait $$types; types=$$?; \
 	$(PYTEST) -m "serial and not gpu" $(ARGS); alone=$$?; \
-	case $$beside$$alone in 00|05|50) ;; *) exit 1;; esac
+	case $$types$$beside$$alone in 000|005|050) ;; *) exit 1;; esac
 
 .PHONY: bench test test-all test-gpu fuzz cases lint typecheck regress ui notebook reports docs help clean setup
 
@@ -37,10 +39,10 @@ $(MODELS)/retriever/weights.safetensors: | $(VENV)/.ready
 $(MODELS)/ranker/weights.safetensors: | $(VENV)/.ready
 	$(PY) -m grbench train task=rank $(SMALL) training.epochs=4 training.minutes=1 out=$(@D)
 
-test: lint typecheck ## lint, type check and run the tests that need no GPU
+test: lint ## lint, type check and run the tests that need no GPU
 	@$(TESTS)
 
-test-all: lint typecheck ## the same with the long hypothesis profile
+test-all: lint ## the same with the long hypothesis profile
 	@HYPOTHESIS_PROFILE=long; export HYPOTHESIS_PROFILE; $(TESTS)
 
 test-gpu: $(VENV)/.ready ## the tests that need an NVIDIA GPU

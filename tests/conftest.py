@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,39 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.option.markexpr.startswith("serial") and collection_path.match("test_*.py"):
         return "mark.serial" not in collection_path.read_text() or None
     return None
+
+
+# The files that take longest, by the processor time that docs/DEVELOPMENT.md lists.
+LONGEST = (
+    "vllm",
+    "vllm_decoder",
+    "aoti",
+    "tensorrt",
+    "kernelbench",
+    "tracking",
+    "export",
+    "hstu_kernels",
+    "studies",
+    "runner",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that no worker has one of them left when the other is done."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one worker, and both files of vLLM to the same: it imports vLLM, which takes ten seconds."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "vllm" if "/test_vllm" in nodeid else super()._split_scope(nodeid)
+
+    return Files(config, log)
 
 
 @pytest.fixture

@@ -223,7 +223,7 @@ class RunSpec:
 def register_schemas() -> None:
     """Register the schemas and the folder of studies with Hydra. Safe to call twice."""
     register_studies()
-    found = {("", "run_schema"): RunConfig}
+    found: dict[tuple[str, str], type] = {("", "run_schema"): RunConfig}
     found |= {(f"schema/{group}", name): node for group, nodes in schemas().items() for name, node in nodes.items()}
     for spec in engines.specs():  # an engine needs no file of its own
         if not (checkout_or_packaged("conf") / "engine" / f"{spec.name}.yaml").is_file():

@@ -9,7 +9,8 @@ import zipfile
 from pathlib import Path
 
 from grbench.workloads.events import DataError
-from grengines.runtime.cache_dir import cache_folder, sha256
+from grengines.runtime.cache_dir import sha256
+from grkernels.cache_folder import cache_folder
 
 PACKAGE = "recbole==1.2.1"
 MEMBER = "recbole/dataset_example/ml-100k/ml-100k.inter"

@@ -25,9 +25,9 @@ from grengines.api import UnavailableError
 from grengines.export.module import INPUTS, ExportedRanker
 from grengines.runtime import atomic_io
 from grengines.runtime.batch import JaggedBatch
-from grengines.runtime.cache_dir import cache_folder
 from grengines.runtime.profile import Sizes
 from grkernels import tuning
+from grkernels.cache_folder import cache_folder
 from grkernels.hstu_attention.torch import tiles_needed
 
 FORMAT = "grbench-aoti-1"

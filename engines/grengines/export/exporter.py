@@ -27,8 +27,9 @@ from grengines.export.onnx_attention import DOMAIN, OPSET, VERSION, onnx_functio
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import build_model
 from grengines.runtime import atomic_io
-from grengines.runtime.cache_dir import cache_folder, sha256
+from grengines.runtime.cache_dir import sha256
 from grengines.runtime.device import DTYPES
+from grkernels.cache_folder import cache_folder
 
 FORMAT = "grbench-export-1"
 ONNX_FILE, WEIGHTS_FILE, PROGRAM_FILE, MANIFEST_FILE = "model.onnx", "model.onnx.data", "model.pt2", "manifest.json"

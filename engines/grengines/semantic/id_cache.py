@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from grengines.api import Float32Array, Int64Array
-from grengines.runtime.cache_dir import cache_folder
 from grengines.semantic import vectors
 from grengines.semantic.ids import SemanticIds, build
 from grengines.semantic.quantise import Progress
+from grkernels.cache_folder import cache_folder
 
 _MADE = 1  # raise it when the same input gets other ids than before
 

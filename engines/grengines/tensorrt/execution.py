@@ -13,10 +13,10 @@ from grengines.api import UnavailableError
 from grengines.export.module import INPUTS, OUTPUT
 from grengines.runtime import atomic_io, staging
 from grengines.runtime.batch import HostBatch
-from grengines.runtime.cache_dir import cache_folder
 from grengines.runtime.profile import Sizes
 from grengines.tensorrt import plan as plans
 from grengines.tensorrt.library import Library, logger
+from grkernels.cache_folder import cache_folder
 
 ALIGNMENT = 256  # bytes, of every tensor that TensorRT reads
 

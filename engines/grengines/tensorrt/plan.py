@@ -16,9 +16,10 @@ from grengines.export.identity import digest_of, model_hash
 from grengines.export.module import INPUTS, gpu_tile_rows
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import atomic_io
-from grengines.runtime.cache_dir import cache_folder, sha256
+from grengines.runtime.cache_dir import sha256
 from grengines.runtime.profile import Sizes
 from grengines.tensorrt.library import Library, logger
+from grkernels.cache_folder import cache_folder
 
 FORMAT = "grbench-tensorrt-2"
 PLAN_FILE, MANIFEST_FILE = "model.plan", "manifest.json"
