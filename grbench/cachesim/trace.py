@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from grbench.workloads import load_events
-from grbench.workloads.config import RecordedConfig, SyntheticConfig
+from grbench.workloads.config import DrawnConfig, RecordedConfig
 from grbench.workloads.events import DataError
 from grbench.workloads.synthetic import draw_visitors
 from grbench.workloads.trace import find_requests, find_visits
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-Workload = RecordedConfig | SyntheticConfig
+Workload = RecordedConfig | DrawnConfig
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Columns:
 
 def load(config: Workload, seed: int) -> Columns:
     """Return the trace that `config` describes. Raises DataError (a ValueError) for unusable data."""
-    return _synthetic(config, seed) if isinstance(config, SyntheticConfig) else _recorded(config)
+    return _synthetic(config, seed) if isinstance(config, DrawnConfig) else _recorded(config)
 
 
 def _recorded(config: RecordedConfig) -> Columns:
@@ -63,7 +63,7 @@ def _recorded(config: RecordedConfig) -> Columns:
     return _columns(owner[order], visits.arrivals[order], seen, config.max_history)
 
 
-def _synthetic(config: SyntheticConfig, seed: int) -> Columns:
+def _synthetic(config: DrawnConfig, seed: int) -> Columns:
     """Draw the visits of `grbench.workloads.synthetic.make_events`, without the events."""
     if config.min_history > config.max_history:
         raise DataError(
@@ -74,7 +74,7 @@ def _synthetic(config: SyntheticConfig, seed: int) -> Columns:
     user = np.searchsorted(drawn.users, drawn.visitor[order])
     before = np.cumsum(drawn.deltas[order]) - drawn.deltas[order]
     first = np.searchsorted(user, np.arange(len(drawn.users)))
-    seen = np.empty(config.visits, dtype=np.int64)
+    seen = np.empty(len(order), dtype=np.int64)
     seen[order] = drawn.initial[user] + before - before[first][user]
     keep = slice(config.max_requests or None)
     return _columns(drawn.visitor[keep], drawn.arrivals[keep], seen[keep], config.max_history)

@@ -34,6 +34,7 @@ from grbench.workloads.config import (
     CsvConfig,
     Ml100kConfig,
     RecBoleConfig,
+    StepsConfig,
     SyntheticConfig,
     WorkloadOptions,
 )
@@ -121,6 +122,7 @@ def schemas() -> dict[str, dict[str, type]]:
             "recbole": RecBoleConfig,
             "csv": CsvConfig,
             "synthetic": SyntheticConfig,
+            "steps": StepsConfig,
         },
         "scenario": {
             "offline": OfflineConfig,

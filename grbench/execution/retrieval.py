@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from grbench.config.schema import RetrievalConfig
 from grbench.execution.clock import at_most_every
-from grbench.workloads.config import SyntheticConfig, WorkloadConfig
+from grbench.workloads.config import DrawnConfig, WorkloadConfig
 from grbench.workloads.events import Events
 from grengines.api import Retrieval
 from grengines.models.hstu.weights import check_ids
@@ -50,7 +50,7 @@ def _made(
     progress = at_most_every(
         5.0, lambda done, rows: report(f"making semantic IDs of {items:,} items, {done / rows:.0%}")
     )
-    if isinstance(workload, SyntheticConfig):
+    if isinstance(workload, DrawnConfig):
         return id_cache.of_made_up(items, levels=config.levels, codes=codes, seed=seed, progress=progress)
     return id_cache.of_interactions(
         events.users, events.items, items, levels=config.levels, codes=codes, seed=seed, progress=progress

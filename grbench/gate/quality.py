@@ -21,7 +21,7 @@ from grbench.quality.lists import Lists
 from grbench.quality.metrics import Estimate
 from grbench.quality.protocol import LeaveOneOut
 from grbench.quality.rankings import Rankings
-from grbench.workloads.config import SyntheticConfig
+from grbench.workloads.config import DrawnConfig
 from grbench.workloads.trace import Trace
 from grengines.api import Engine, Float32Array, Ranker
 from grengines.numerics import IncorrectError
@@ -156,7 +156,7 @@ def measure_lists(spec: RunSpec, trace: Trace, engine: Engine) -> QualityFigures
     trained = retrieval is not None and retrieval.weights is not None
     if spec.task == "recommend":
         trained = trained and spec.ranking_model.weights is not None
-    if retrieval is None or not trained or not spec.gate.quality_requests or isinstance(spec.workload, SyntheticConfig):
+    if retrieval is None or not trained or not spec.gate.quality_requests or isinstance(spec.workload, DrawnConfig):
         return None
     split = LeaveOneOut(trace.events)
     users = split.some_users(spec.gate.quality_requests, spec.seed)

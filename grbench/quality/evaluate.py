@@ -20,7 +20,7 @@ from grbench.quality.lists import Lists
 from grbench.quality.metrics import CUTOFFS, Estimate
 from grbench.quality.protocol import LeaveOneOut
 from grbench.quality.rankings import Rankings
-from grbench.workloads.config import SyntheticConfig
+from grbench.workloads.config import DrawnConfig
 from grbench.workloads.events import Events
 from grbench.workloads.item_map import check_items
 from grengines import registry
@@ -65,7 +65,7 @@ def evaluate(spec: RunSpec, users: int, report: Report = lambda line: None) -> E
 
     To rank, `gate.quality_requests` says how many requests are asked about. Raises ConfigError and UnavailableError.
     """
-    if isinstance(spec.workload, SyntheticConfig):
+    if isinstance(spec.workload, DrawnConfig):
         raise ConfigError("workload=synthetic: its events are random; evaluate on ml_100k, csv or recbole")
     for part, weights in _weights(spec).items():
         if weights is None:
@@ -74,7 +74,7 @@ def evaluate(spec: RunSpec, users: int, report: Report = lambda line: None) -> E
 
 
 def _of_lists(spec: RunSpec, users: int, report: Report) -> Evaluation:
-    assert spec.retrieval is not None and not isinstance(spec.workload, SyntheticConfig)
+    assert spec.retrieval is not None and not isinstance(spec.workload, DrawnConfig)
     events = workloads.load_events(spec.workload)
     _check_items(spec, events)
     split = LeaveOneOut(events)

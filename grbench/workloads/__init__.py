@@ -7,11 +7,11 @@ from pathlib import Path
 
 from grbench.workloads.config import (
     CsvConfig,
+    DrawnConfig,
     FileConfig,
     Ml100kConfig,
     RecBoleConfig,
     RecordedConfig,
-    SyntheticConfig,
     WorkloadOptions,
 )
 from grbench.workloads.events import Columns, Events
@@ -31,7 +31,7 @@ def build(
     """
     from grbench.workloads import synthetic, trace
 
-    if isinstance(config, SyntheticConfig):
+    if isinstance(config, DrawnConfig):
         events, visits = synthetic.make_events(config, seed)
     else:
         events = load_events(config)
@@ -41,7 +41,7 @@ def build(
 
 def catalogue(config: WorkloadOptions) -> Catalogue:
     """Return the users, items and actions of a workload, without its requests. Raises DataError as `build`."""
-    if isinstance(config, SyntheticConfig):
+    if isinstance(config, DrawnConfig):
         from grbench.workloads.synthetic import ACTIONS
 
         return Catalogue(config.users, config.items, len(ACTIONS))

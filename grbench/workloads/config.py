@@ -73,14 +73,21 @@ class CsvConfig(FileConfig):
 
 
 @dataclass
-class SyntheticConfig(WorkloadConfig):
+class DrawnConfig(WorkloadConfig):
+    """Synthetic users, drawn from a seed."""
+
+    users: int = option(500, "users", ge=1, le=100_000_000)
+    items: int = option(10_000, "items of the catalogue", ge=2, le=100_000_000)
+    item_zipf: float = option(1.0, "popularity of an item falls with its rank to this power; 0: uniform", ge=0, le=4)
+    visits_per_s: float = option(50.0, "mean arrival rate", gt=0)
+
+
+@dataclass
+class SyntheticConfig(DrawnConfig):
     """Synthetic users who return, drawn from a seed."""
 
     name: str = option("synthetic", "name of the workload in records")
-    users: int = option(500, "users", ge=1, le=100_000_000)
-    items: int = option(10_000, "items of the catalogue", ge=2, le=100_000_000)
     visits: int = option(2000, "requests of the trace", ge=1)
-    item_zipf: float = option(1.0, "popularity of an item falls with its rank to this power; 0: uniform", ge=0, le=4)
     user_zipf: float = option(0.8, "visits of a user fall with the user's rank to this power; 0: uniform", ge=0, le=4)
     revisit_rate: float | None = option(
         None, "share of visits by users seen before; null: as `users` and `user_zipf` make it", ge=0, le=1
@@ -88,8 +95,18 @@ class SyntheticConfig(WorkloadConfig):
     history_median: int = option(128, "median history at a user's first visit, log-normal", ge=1)
     history_sigma: float = option(0.8, "spread of that history, in natural logarithms", ge=0, le=4)
     delta_mean: float = option(8.0, "mean number of new events between two visits of a user", ge=0)
-    visits_per_s: float = option(50.0, "mean arrival rate", gt=0)
     burstiness: float = option(0.0, "of arrivals (Goh and Barabasi); 0: Poisson", ge=0, le=0.9)
 
 
-WorkloadOptions = RecordedConfig | SyntheticConfig
+@dataclass
+class StepsConfig(DrawnConfig):
+    """Synthetic users who visit at most once in each time step, in one order, as MLPerf generates them for DLRM-v3."""
+
+    name: str = option("steps", "name of the workload in records")
+    steps_before: int = option(90, "time steps before the trace, of events alone", ge=0, le=10_000)
+    steps: int = option(10, "time steps of the trace", ge=1, le=10_000)
+    step_share: float = option(0.7, "probability that a user visits in a time step", gt=0, le=1)
+    step_events: int = option(100, "mean new events of a visit, normal with a deviation of a quarter", ge=1)
+
+
+WorkloadOptions = RecordedConfig | DrawnConfig

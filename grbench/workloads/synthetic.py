@@ -1,13 +1,14 @@
-"""Synthetic behaviour: Zipf users and items, log-normal histories, revisits with new events, bursty arrivals."""
+"""Synthetic behaviour: users who return by Zipf's law, or step by step as in MLPerf's DLRM-v3; their events."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from grbench.workloads.config import SyntheticConfig
+from grbench.workloads.config import DrawnConfig, StepsConfig, SyntheticConfig
 from grbench.workloads.events import DataError, Events
 from grbench.workloads.trace import Visits
 
@@ -29,28 +30,21 @@ class Visitors:
     initial: Ints  # events of each of `users` before the trace
 
 
-def draw_visitors(config: SyntheticConfig, rng: np.random.Generator) -> Visitors:
+def draw_visitors(config: DrawnConfig, rng: np.random.Generator) -> Visitors:
     """Draw the visits of `make_events`. Raises DataError as it does."""
-    if config.revisit_rate is None:
-        visitor = _zipf(rng, config.users, config.user_zipf, config.visits)
-    else:
-        visitor = _revisits(rng, config, config.revisit_rate)
-    spread = (1 + config.burstiness) / (1 - config.burstiness)  # standard deviation over mean of the intervals
-    intervals = rng.gamma(1 / spread**2, spread**2 / config.visits_per_s, config.visits)
-
-    users = np.unique(visitor)
-    lengths = rng.lognormal(np.log(config.history_median), config.history_sigma, len(users))
-    initial = np.clip(lengths, config.min_history, config.max_history).astype(np.int64)
-    return Visitors(visitor, np.cumsum(intervals), rng.poisson(config.delta_mean, config.visits), users, initial)
+    match config:
+        case SyntheticConfig():
+            return _returning(config, rng)
+        case StepsConfig():
+            return _in_steps(config, rng)
+    raise TypeError(f"not a drawn workload: {type(config).__name__}")
 
 
-def make_events(config: SyntheticConfig, seed: int) -> tuple[Events, Visits]:
+def make_events(config: DrawnConfig, seed: int) -> tuple[Events, Visits]:
     """Return sorted events and the visits between them.
 
-    Each user has a history before the trace starts, and each visit adds new events. Visits arrive as a renewal
-    process with gamma intervals, which is Poisson for burstiness 0.
-
-    Raises DataError if `revisit_rate` needs more users than `users`.
+    Each user has a history before the trace starts, and each visit adds new events. Raises DataError if `revisit_rate`
+    needs more users than `users`, or nobody visits.
     """
     rng = np.random.default_rng(seed)
     drawn = draw_visitors(config, rng)
@@ -88,6 +82,50 @@ def make_events(config: SyntheticConfig, seed: int) -> tuple[Events, Visits]:
     )
     visit_times = START + np.floor(arrivals).astype(np.int64)
     return events, Visits(starts[len(users) :], ends[len(users) :], visit_times, arrivals)
+
+
+def _returning(config: SyntheticConfig, rng: np.random.Generator) -> Visitors:
+    """Draw visits of users who return, with log-normal histories before the first one.
+
+    They arrive as a renewal process with gamma intervals, which is Poisson for burstiness 0.
+    """
+    if config.revisit_rate is None:
+        visitor = _zipf(rng, config.users, config.user_zipf, config.visits)
+    else:
+        visitor = _revisits(rng, config, config.revisit_rate)
+    spread = (1 + config.burstiness) / (1 - config.burstiness)  # standard deviation over mean of the intervals
+    intervals = rng.gamma(1 / spread**2, spread**2 / config.visits_per_s, config.visits)
+
+    users = np.unique(visitor)
+    lengths = rng.lognormal(np.log(config.history_median), config.history_sigma, len(users))
+    initial = np.clip(lengths, config.min_history, config.max_history).astype(np.int64)
+    return Visitors(visitor, np.cumsum(intervals), rng.poisson(config.delta_mean, config.visits), users, initial)
+
+
+def _in_steps(config: StepsConfig, rng: np.random.Generator) -> Visitors:
+    """Draw visits in time steps: in each, some users visit once, in the order of their ids.
+
+    Before the trace each user has the events of one step, and of the steps before it in which the user took part.
+    """
+    taking_part = rng.random((config.steps, config.users)) < config.step_share
+    visitor = np.nonzero(taking_part)[1]
+    if not len(visitor):
+        raise DataError(
+            f"workload.step_share={config.step_share:g}: none of {config.users} users visits in {config.steps} steps; "
+            "raise it"
+        )
+    users = np.unique(visitor)
+    steps = 1 + rng.binomial(config.steps_before, config.step_share, len(users))
+    arrivals = np.cumsum(rng.exponential(1 / config.visits_per_s, len(visitor)))
+    deltas = _step_events(config, np.ones(len(visitor)), rng)
+    return Visitors(visitor, arrivals, deltas, users, _step_events(config, steps, rng))
+
+
+def _step_events(config: StepsConfig, steps: npt.NDArray[Any], rng: np.random.Generator) -> Ints:
+    """Draw the events of this many steps. A sum of normal numbers is normal."""
+    drawn = rng.normal(config.step_events * steps, config.step_events / 4 * np.sqrt(steps))
+    events: Ints = np.maximum(np.round(drawn), 1).astype(np.int64)
+    return events
 
 
 def _revisits(rng: np.random.Generator, config: SyntheticConfig, rate: float) -> npt.NDArray[np.int64]:

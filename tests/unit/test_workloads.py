@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from grbench import workloads
+from grbench.cachesim import trace as cachesim_trace
+from grbench.config.compose import compose_spec
 from grbench.workloads import events as loaders
 from grbench.workloads import movielens
 from grbench.workloads.config import (
@@ -30,6 +32,7 @@ from grbench.workloads.config import (
     Ml100kConfig,
     RecBoleConfig,
     RecordedConfig,
+    StepsConfig,
     SyntheticConfig,
     WorkloadConfig,
 )
@@ -537,7 +540,28 @@ def test_synthetic_knobs_do_what_they_say() -> None:
         assert r.timestamp >= r.history_timestamps[-1]
 
 
+def test_steps_have_the_lengths_and_the_order_of_mlperf() -> None:
+    spec, _ = compose_spec(["engine=hstu", "workload=synthetic_mlperf"])
+    assert (spec.workload.num_candidates, spec.workload.max_history) == (2048, 16384)
+    config = dataclasses.replace(spec.workload, users=250, items=1000, num_candidates=2)  # the rest as it is
+    requests = build(config).requests
+    lengths = [len(r.history_items) for r in requests]
+    assert np.percentile(lengths, [10, 50, 90]) == pytest.approx([6053, 6700, 7393], rel=0.015)
+    assert max(lengths) == pytest.approx(8380, rel=0.05)
+    users = [r.user_id for r in requests]
+    steps = np.split(users, np.flatnonzero(np.diff(users) < 0) + 1)
+    assert len(steps) == 10  # in each, every user at most once, in the order of the ids
+    assert all((np.diff(step) > 0).all() for step in steps)
+    assert len(requests) / 250 / 10 == pytest.approx(0.7, abs=0.02)
+    deltas = [len(r.history_items) - r.num_seen for r in requests if r.num_seen]
+    assert (np.mean(deltas), np.std(deltas)) == pytest.approx((100, 25), rel=0.03)
+    columns = cachesim_trace.load(config, 0)
+    assert columns.lengths.tolist() == lengths and len(columns) == len(requests)
+
+
 def test_what_cannot_be_asked_is_refused() -> None:
+    with pytest.raises(DataError, match=r"workload\.step_share=1e-09: none of 3 users visits in 2 steps; raise it"):
+        build(StepsConfig("steps", users=3, steps=2, step_share=1e-9))
     with pytest.raises(DataError, match=r"workload\.num_candidates=501: the workload has 500 items"):
         build(SyntheticConfig(**{**vars(SMALL), "num_candidates": 501}))
     with pytest.raises(DataError, match="is above max_history=64"):
