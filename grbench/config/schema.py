@@ -69,8 +69,9 @@ class GateConfig:
         2.0, "largest error that passes, as a multiple of what rounding to the same precision costs the reference", gt=0
     )
     quality_requests: int = option(
-        512, "with weights and labelled tasks: last requests of the trace, ranked for AUC and normalised entropy", ge=0
-    )
+        512, "with trained weights: last requests of the trace, ranked for AUC and normalised entropy, or users whose "
+        "last item is to be found, for the hit rate; 0: none", ge=0,
+    )  # fmt: skip
     allow_loss: list[str] = option(
         [], "precisions that may lose more than 0.1% of either", choices=["fp16", "bf16", "int8", "fp8"]
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.command import Grbench
+from helpers.mlflow_store import new_database
+from mlflow import MlflowClient
 
 MODEL = ["model.layers=1", "model.embedding_dim=16", "model.heads=1", "model.qk_dim=16", "model.v_dim=16",
          "model.max_positions=48", "model.scaling_seqlen=48"]  # fmt: skip
@@ -26,8 +28,12 @@ def test_a_generator_is_trained_run_and_evaluated(grbench_here: Grbench, tmp_pat
     walks(tmp_path)
     train = ["task=generate", "retrieval.levels=2", "retrieval.beam_width=12", *MODEL, *WORKLOAD, "training.epochs=10",
              "training.batch=8", "training.rate=0.01", "training.dropout=0"]  # fmt: skip
-    done = grbench_here("train", *train, *QUIET, "out=model")
+    client = MlflowClient(new_database(tmp_path / "outputs"))
+    done = grbench_here("train", *train, "out=model")
     assert done.returncode == 0, done.stderr
+    runs = client.search_runs([client.get_experiment_by_name("grbench-train").experiment_id], "tags.role = 'cell'")
+    assert [run.info.run_name for run in runs] == ["generate csv hstu_tiny seed 0"]
+    assert runs[0].data.metrics["test/hr10"] > 0.8 and runs[0].data.params["training.epochs"] == "10"
     assert "epoch 1: loss" in done.stderr and "validation: ndcg10 0." in done.stderr
     results = json.loads((tmp_path / "model" / "results.json").read_text())
     assert results["test"]["hr10"] > 0.8 and len(results["rows"]) == results["test"]["epochs"]

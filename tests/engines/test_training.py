@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.walks import ring
 
 from grbench.config.schema import ConfigError, RetrievalConfig
 from grbench.quality.protocol import LeaveOneOut
@@ -36,23 +37,6 @@ CPU = torch.device("cpu")
 TINY = HSTUConfig(
     embedding_dim=16, heads=2, qk_dim=8, v_dim=8, head_dim=8, max_positions=64, scaling_seqlen=32, tasks=["rated"]
 )
-
-
-def ring(users: int = 60, items: int = 20, length: int = 9) -> Events:
-    """Users who walk around a ring of items, each from a place of his own: the next item follows from the last."""
-    starts = np.random.default_rng(0).integers(items, size=users)
-    count = users * length
-    return Events(
-        users=np.repeat(np.arange(users), length),
-        items=((starts[:, None] + np.arange(length)) % items).reshape(-1),
-        actions=np.ones(count, np.int64),
-        weights=np.ones(count, np.float32),
-        timestamps=np.tile(np.arange(length) * 86_400, users),
-        num_users=users,
-        num_items=items,
-        action_names=("rated",),
-        item_ids=tuple(map(str, range(items))),
-    )
 
 
 def config(**changes: Any) -> TrainConfig:

@@ -36,9 +36,16 @@ from helpers.vllm_engines import (
     request_of,
     requests_of,
 )
+from helpers.walks import ring
 
+from grbench.config.schema import RetrievalConfig
+from grbench.quality.protocol import LeaveOneOut
 from grbench.tools.doctor import findings
-from grengines.api import Setup, UnavailableError
+from grbench.training import loop
+from grbench.training.config import TrainConfig, TrainingConfig
+from grbench.training.generate import GenerateTask, semantic_ids
+from grbench.workloads.config import RecordedConfig
+from grengines.api import Retrieval, Setup, UnavailableError
 from grengines.cache.config import CacheConfig
 from grengines.models.hstu.generator import HSTUGenerator, pack_prompts
 from grengines.models.hstu.reference import HSTUReference
@@ -512,3 +519,29 @@ def test_close_gives_gpu_memory_back() -> None:
     assert min(free[2:]) >= free[1] - 2 * 2**20  # with graphs and without: all kernels are loaded by then
     assert free[1] >= free[0] - 64 * 2**20
     assert torch.cuda.memory_allocated() < 64 * 2**20
+
+
+def test_a_trained_generator_finds_the_next_items(tmp_path: Path) -> None:
+    """Item vectors and semantic IDs of training events, trained for seconds, answer inside vLLM as in the reference."""
+    split = LeaveOneOut(ring(users=40))
+    small = dataclasses.replace(MODEL, max_positions=18)
+    for levels in (1, 2):
+        options = TrainConfig(
+            model=small, workload=RecordedConfig("ring", max_history=9), task="generate",
+            training=TrainingConfig(epochs=12, batch=8, rate=0.02, dropout=0.0),
+            retrieval=RetrievalConfig(levels=levels, beam_width=10),
+        )  # fmt: skip
+        ids = semantic_ids(options, split)
+        task = GenerateTask(options, split, ids, torch.device("cpu"))
+        loop.train(task, options.training, torch.device("cpu"), 0, tmp_path, "x", report=lambda epoch: None)
+        task.save(tmp_path / "weights.safetensors")
+        retrieval = Retrieval(ids, k=5, beam_width=10, weights=str(tmp_path / "weights.safetensors"))
+        requests = split.requests(split.users, 9)
+        engine = engine_of(requests, small, retrieval)
+        try:
+            found = engine.generate(requests[:4])
+            expect_equal(found, HSTUReference(small, 3, retrieval, "cpu").search(requests[:4]))
+        finally:
+            engine.close()
+        hits = [target in items for target, items in zip(split.targets(split.users)[:4], found.items, strict=True)]
+        assert sum(hits) >= 3
