@@ -38,7 +38,7 @@ def test_the_example_makes_weights_that_a_run_takes(tmp_path: Path, monkeypatch:
         names = {re.sub(r"\d+", "N", name) for name in f.keys()}  # noqa: SIM118
     listed = {name for row in re.findall(r"^\| (`.*?`) \|", PAGE, re.MULTILINE) for name in re.findall(r"`(.+?)`", row)}
     assert names == listed
-    [command] = re.findall(r"^    python -m grbench (.*)$", PAGE, re.MULTILINE)
+    [command] = re.findall(r"^    python -m grbench (engine=.*)$", PAGE, re.MULTILINE)
     words = command.replace("'", "").split()
     small = [
         "workload.num_candidates=2",
