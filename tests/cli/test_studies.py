@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.cells import write_cell
 from helpers.checkout import ROOT
 
 from grbench import cli, workloads
@@ -222,3 +223,31 @@ def test_results_are_written_after_every_row(program: Any, tmp_path: Path, capsy
     data = json.loads((tmp_path / "results.json").read_text())
     assert data["command"] == "python experiments/x.py 'a b'"
     assert data["rows"][1]["status"] == "OOM"
+
+
+@pytest.mark.parametrize("more", [1.05, 1.0], ids=["5% more is found", "nothing is found"])
+def test_the_proof_of_compare_counts_its_claims(
+    more: float, program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Give it cells of which the first and the second side differ by turns, and the third is slower."""
+    module = program("compare_proof")
+
+    def run(overrides: list[str], output_root: Path, progress: bool) -> list[Any]:
+        options = dict(word.split("=", 1) for word in overrides)
+        seed = int(options["seed"])
+        by_turns = 1 + 0.002 * (-1) ** seed * (output_root.name != "base")
+        rate = (100 + seed) * by_turns / (more if options["model.layers"] == "21" else 1)
+        changed = [f"{key}={options[key]}" for key in ("model.layers", "seed")]
+        metrics = {"throughput_rps": rate}
+        return [write_cell(output_root / options["seed"], "scenario=offline", *changed, metrics=metrics)]
+
+    monkeypatch.setattr(module.grbench, "run", run)
+    words = ["--trials", "4", "--runs", "5", "--out", str(tmp_path / "out")]
+    if more > 1:
+        module.main(words)
+    else:
+        with pytest.raises(SystemExit, match="1"):
+            module.main(words)
+    said = capsys.readouterr().out
+    assert "equal work: a difference is claimed in 0 of 4" in said
+    assert f"5% more work: found in {4 if more > 1 else 0} of 4" in said
