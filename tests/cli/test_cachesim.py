@@ -249,10 +249,10 @@ def test_progress_is_reported_after_every_chunk(monkeypatch: pytest.MonkeyPatch)
         assert report == [100, 200, 300, 400, 500, 600]
 
 
-SYNTHETIC = [SyntheticConfig("synthetic", users=20_000, visits=20_000, revisit_rate=rate) for rate in (0.3, 0.6, 0.8)]
+SYNTHETIC = [SyntheticConfig("synthetic", users=10_000, visits=10_000, revisit_rate=rate) for rate in (0.3, 0.6, 0.8)]
 SYNTHETIC += [
-    SyntheticConfig("synthetic", users=2_000, visits=20_000),
-    SyntheticConfig("synthetic", users=20_000, visits=20_000, revisit_rate=0.6, burstiness=0.8),
+    SyntheticConfig("synthetic", users=1_000, visits=10_000),
+    SyntheticConfig("synthetic", users=10_000, visits=10_000, revisit_rate=0.6, burstiness=0.8),
 ]
 
 

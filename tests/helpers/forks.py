@@ -46,14 +46,18 @@ class Fork:
     def wait(self, timeout: float = 240) -> int:
         """Return the exit code, negative for a signal. Raises subprocess.TimeoutExpired."""
         end = time.monotonic() + timeout
-        while self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end:
+        while self.poll() is None:
+            if time.monotonic() > end:
                 raise subprocess.TimeoutExpired("fork", timeout)
-            else:
-                time.sleep(0.01)
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.command import Grbench
+from helpers.forks import Fork
 from helpers.mlflow_store import new_database
 from torch import Tensor
 
@@ -409,24 +409,23 @@ def test_tuning_keeps_the_fastest_right_configuration(
 
 
 def test_ctrl_c_keeps_the_shapes_that_are_done(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "grbench", "kernels", "families=[interaction]", "variants=[torch]", "dtype=fp32"]
-    process = subprocess.Popen(
-        [*command, "shapes=[2048x4x512,4096x27x64]", "device=cpu", "repeats=300", "tracking=none"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr
-    shapes = 0
-    for line in process.stderr:
-        shapes += line.startswith("interaction ")
-        if shapes == 2:
-            break
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "OK" in out
+    words = ["kernels", "families=[interaction]", "variants=[torch]", "dtype=fp32", "device=cpu", "repeats=300"]
+    words += ["shapes=[2048x4x512,4096x27x64]", "tracking=none"]
+
+    def bench_kernels() -> None:
+        os.chdir(tmp_path)
+        sys.argv = ["grbench"]
+        sys.exit(main(words))
+
+    printed = tmp_path / "printed.txt"
+    process = Fork(bench_kernels, printed)
+    end = time.monotonic() + 120
+    while not printed.exists() or len(re.findall("^interaction ", printed.read_text(), re.MULTILINE)) < 2:
+        assert process.poll() is None and time.monotonic() < end, printed.read_text()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait() == 130
+    assert "OK" in printed.read_text()
     [path] = tmp_path.glob("outputs/kernels/*/results.json")
     assert [row["status"] for row in json.loads(path.read_text())["rows"]] == ["OK"]
 
