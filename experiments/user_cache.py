@@ -1,7 +1,7 @@
 """Latency of a hit in the KV cache of the native engine, by where the user's state is.
 
     python experiments/user_cache.py
-    python experiments/user_cache.py model=hstu_tiny engine.cuda_graphs=false --history 256 --candidates 32
+    python experiments/user_cache.py model=hstu_tiny --history 256 --candidates 32
 
 Requests of returning users are ranked by engines side by side in one process, interleaved: without a cache, with all or
 most of the history in pages on the device, with all of it on the host, and with an empty cache (the cost of storing).
@@ -37,16 +37,14 @@ def state_gb(spec: RunSpec, history: int, precision: str) -> float:
 
 def engines_of(spec: RunSpec, parse: Callable[[list[str]], RunSpec], users: Sequence[Request]) -> dict[str, Any]:
     """The engine without a cache and three with one. parse: a cell with further overrides."""
-    history, candidates = len(users[0].history_items), len(users[0].candidates)
-    whole, new = history + candidates, candidates + min(NEW, history // 2)
-    none = common.engine_of(parse(["cache=none", f"engine.graph_lengths={[whole]}"]), users, len(users))
+    history = len(users[0].history_items)
+    none = common.engine_of(parse(["cache=none"]), users, len(users))
     state = len(users) * state_gb(spec, history, none.actual()["precision"])
-    lengths = f"engine.graph_lengths={[max(candidates, 16), new, whole]}"
     host = f"cache.host_gb={2 * state}"
     overrides = {
-        "device": ["cache=lru", f"cache.memory_gb={3 * state}", lengths],
-        "part": ["cache=lru", f"cache.memory_gb={3 * state}", host, lengths],
-        "whole": ["cache=lru", f"cache.memory_gb={20 * state}", host, "cache.onload_share=1", lengths],
+        "device": ["cache=lru", f"cache.memory_gb={3 * state}"],
+        "part": ["cache=lru", f"cache.memory_gb={3 * state}", host],
+        "whole": ["cache=lru", f"cache.memory_gb={20 * state}", host, "cache.onload_share=1"],
     }
     others = {name: common.engine_of(parse(more), users, len(users)) for name, more in overrides.items()}
     return {"none": none, **others}
@@ -137,10 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 1])
     args = parser.parse_args(arguments)
-    defaults = [*DEFAULTS, f"engine.cuda_graphs={torch.cuda.is_available()}"]
 
     def parse(more: list[str]) -> RunSpec:
-        return common.specs_of(parser, defaults, [*args.overrides, *more], multirun=False)[0]
+        return common.specs_of(parser, DEFAULTS, [*args.overrides, *more], multirun=False)[0]
 
     spec = parse([])
     rows = common.Rows(args, __file__, arguments)

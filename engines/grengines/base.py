@@ -14,8 +14,8 @@ from grengines.api import BatchResult, GenerateResult, RankResult, Request, Setu
 from grengines.cache.config import PagedCacheConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding
+from grengines.runtime.buckets import token_count
 from grengines.runtime.device import DTYPES, Placement
-from grengines.runtime.graphs import token_count
 from grengines.runtime.timing import Turn, Turns
 from grengines.semantic.search import check_width
 from grkernels.families import AUTO

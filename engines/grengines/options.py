@@ -113,3 +113,20 @@ class DeviceOptions:
     device: str = option("auto", "auto: cuda if the engine can use a GPU here", choices=["auto", "cpu", "cuda"])
     precision: str = option("auto", "auto: bf16 on cuda, fp32 on cpu", choices=["auto", "fp32", "fp16", "bf16"])
     cpu_threads: int = option(0, "0: the choice of the library that computes", ge=0, le=1024)
+
+
+@dataclass
+class GraphOptions(DeviceOptions):
+    """Options of an engine that captures CUDA graphs."""
+
+    cuda_graphs: str = option(
+        "auto",
+        "graphs of batches, by sequences and total tokens; auto: those that are measured to pay, none on a CPU",
+        choices=["auto", "true", "false"],
+    )
+    graph_lengths: list[int] = option(
+        [], "tokens of a sequence for which there are graphs; empty: those that the requests need", ge=16
+    )
+
+    def __post_init__(self) -> None:
+        self.cuda_graphs = str(self.cuda_graphs).lower()  # true and false come as booleans

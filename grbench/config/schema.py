@@ -285,10 +285,11 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
             f"retrieval.beam_width={run.retrieval.beam_width}: allowed is >= retrieval.k={run.retrieval.k}, because a "
             "beam gives one item; set a wider beam or a smaller retrieval.k"
         )
-    if run.scenario.in_flight > 1:
-        working = [getattr(run.engine, stage).name for stage in engine.stages] or [engine.name]
-        if problem := next(filter(None, map(engines.one_at_a_time, working)), None):
-            raise ConfigError(f"scenario.in_flight={run.scenario.in_flight}: {problem}; set scenario.in_flight=1")
+    working = [getattr(run.engine, stage).name for stage in engine.stages] or [engine.name]
+    problem = next(filter(None, map(engines.one_at_a_time, working)), None)
+    if problem and run.scenario.in_flight > 1:
+        raise ConfigError(f"scenario.in_flight={run.scenario.in_flight}: {problem}; set scenario.in_flight=1")
+    run.scenario.in_flight = run.scenario.in_flight or (1 if problem else 2)
     if run.scenario.order == "hit" and not isinstance(run.cache, PagedCacheConfig):
         raise ConfigError(
             f"scenario.order=hit: cache={run.cache.name} keeps no user states; set cache=lru, or scenario.order=length"

@@ -97,7 +97,7 @@ def _starter(config: ScenarioConfig, engine: Engine, task: str, progress: Callab
         if isinstance(engine, ContinuousEngine):
             return ContinuousBatcher(engine, config.max_batch, after_batch, watch, key)
         answer, wait_s = getattr(engine, task), config.max_wait_ms / 1e3
-        return Batcher(answer, config.max_batch, wait_s, after_batch, config.in_flight, watch, key)
+        return Batcher(answer, config.max_batch, wait_s, after_batch, max(config.in_flight, 1), watch, key)
 
     return start
 

@@ -12,14 +12,19 @@ class ScenarioConfig:
     """Dynamic batching: a batch closes when it is full or its oldest request has waited long enough."""
 
     name: str = option("???", "name of the scenario in records")
-    max_batch: int = option(8, "most requests of a batch", ge=1, le=65536)
+    max_batch: int = option(16, "most requests of a batch", ge=1, le=65536)
     max_wait_ms: float = option(0.0, "longest wait for more requests; 0: take those that are there", ge=0, le=60_000)
     queries: int = option(1024, "fewest requests to answer", ge=1)
     order: str = option(
         "fifo", "which waiting requests go together: by arrival, of similar length, or cached in the same tier; "
         "none begins more than 4 batches later than by arrival", choices=["fifo", "length", "hit"],
     )  # fmt: skip
-    in_flight: int = option(1, "batches in flight; one behind another starts once it is full", ge=1, le=16)
+    in_flight: int = option(
+        0,
+        "batches in flight, one behind another once it is full; 0: 2 where the engine can, else 1",
+        ge=0,
+        le=16,
+    )
 
 
 @dataclass

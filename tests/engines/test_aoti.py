@@ -293,9 +293,9 @@ def test_triton_kernels_are_traced_with_symbolic_lengths() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("graphs", ["false", "auto", "true"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_triton_kernels_in_a_package_on_a_gpu(cache: Path, precision: str, graphs: bool) -> None:
+def test_triton_kernels_in_a_package_on_a_gpu(cache: Path, precision: str, graphs: str) -> None:
     made = engine(kernel="triton", device="cuda", precision=precision, cuda_graphs=graphs, cpu_threads=0)
     reference = RankingReference(MODEL, CATALOGUE, 5, "cuda")
     made.prepare(SAMPLE, 4)

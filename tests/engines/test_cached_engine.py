@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.hstu_oracle import make_requests
+from helpers.replays import Replays
 
 from grengines.api import Catalogue, RankResult, Request, Setup
 from grengines.cache import host, policies
@@ -27,7 +28,8 @@ from grengines.hstu.engine import HSTUEngine
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.reference import RankingReference
 from grengines.runtime.batch import Encoding
-from grengines.runtime.graphs import plan_buckets
+from grengines.runtime.buckets import plan_buckets
+from grengines.runtime.graph_costs import BucketCosts
 from grkernels.choice import requested
 
 CATALOGUE = Catalogue(num_users=30, num_items=400, num_actions=4)
@@ -137,50 +139,66 @@ def test_what_is_loaded_balances_copying_and_computing() -> None:
     assert engine.rank(rounds[-1]).details["cache_loaded_tokens"] == events
 
 
-class Replays:
-    """GraphRunner for CPUs, which have no graphs: a replay computes the uploaded inputs."""
-
-    def __init__(self, forward: Any) -> None:
-        self._forward, self.count = forward, 0
-
-    def upload(self, bucket: Any, *hosts: Any) -> None:
-        self._hosts = hosts
-
-    def replay(self, bucket: Any) -> Any:
-        self.count += 1
-        return self._forward(*(host.to(torch.device("cpu")) for host in self._hosts))
-
-
-def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grengines.hstu.cached.MOST_PADDING", 10.0)  # six candidates run in the graph for sixteen
+@pytest.mark.parametrize("packed", [False, True])
+def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grengines.hstu.cached.GraphRunner", Replays)
     rounds = traffic(2, 2, longest=400)
     reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
     engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)
     cached: CachedRanking = engine.user_cache
     sample = [r for requests in rounds for r in requests]
-    cached.buckets = plan_buckets(sample, Encoding.of(MODEL, CATALOGUE), 2, [], 400)
-    cached.graphs = Replays(cached.forward)
+    plan = plan_buckets(sample, Encoding.of(MODEL, CATALOGUE), 2, packed=packed, cached=True)
+    cached.capture("true", plan, max(sample, key=lambda r: len(r.history_items)))
+    runner: Any = cached.graphs.runner
     tier = cached.states.tier
     assert tier is not None
     requests = rounds[-1]
     tokens = sum(len(r.history_items) for r in requests)
-    for prefetched, launch_s, replays, eager in (
+    for prefetched, launches_s, replays, eager in (
         (True, 1.0, 2, 0.0),  # nothing to wait for, slow launches: everything is loaded and a graph is replayed
         (True, 0.0, 1, 1.0),  # free launches: computing overlaps the copies
         (False, 1e-9, 2, 0.0),  # copies are slower than computing: nothing is loaded
     ):
         engine.reset_cache()
-        cached.graphs.count = 0
+        runner.count, cached.graphs.costs = 0, {}
         engine.rank(requests)
         engine.reset_cache(keep_host=True)
         if prefetched:
             engine.prefetch(r.user_id for r in requests)
             assert all(tier.prefetched(r.user_id) for r in requests)
-        cached.costs.copy_bytes_s, cached.costs.compute_s, cached.costs.launch_s = 1.0, 1e-6, launch_s
+        cached.costs.copy_bytes_s, cached.costs.compute_s, cached.costs.launch_s = 1.0, 1e-6, launches_s
+        cached.graphs.costs = {bucket: BucketCosts(launches_s, 0.0) for bucket in plan}
         result = engine.rank(requests)
         assert error(result, reference.scores(requests)) < 1e-5
         assert result.details["cache_loaded_tokens"] == tokens * prefetched
-        assert (cached.graphs.count, result.details["eager_batches"]) == (replays, eager)
+        assert (runner.count, result.details["eager_batches"]) == (replays, eager)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("model", [MODEL, CONTEXT], ids=["", "context"])
+def test_measuring_graphs_changes_no_state(packed: bool, model: HSTUConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure every bucket beside the states of users, whose answers stay right, in graphs too."""
+    monkeypatch.setattr("grengines.hstu.cached.GraphRunner", Replays)
+    monkeypatch.setattr("grengines.runtime.graph_costs.SLACK", 1e9)
+    rounds = traffic(3, 3, longest=80)
+    reference = RankingReference(model, CATALOGUE, 5, "cpu")
+    engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB), rounds, model)
+    cached: CachedRanking = engine.user_cache
+    engine.rank(rounds[0])
+    before = cached.states.snapshot().states
+    sample = [r for requests in rounds for r in requests]
+    plan = plan_buckets(sample, Encoding.of(model, CATALOGUE), 3, packed=packed, cached=True)
+    cached.capture("auto", plan, max(sample, key=lambda r: len(r.history_items)))
+    assert set(cached.graphs.costs) == set(plan)
+    assert cached.states.snapshot().states == before
+    cached.capture("true", plan, sample[0])
+    for requests in rounds[1:]:
+        result = engine.rank(requests)
+        assert error(result, reference.scores(requests)) < 1e-5
+        assert result.details["graph_batches"] == 1.0
+    engine.close()
 
 
 FAULTS = {
@@ -301,9 +319,9 @@ def test_extents_are_few_and_exact() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("graphs", ["false", "auto", "true"])
 @pytest.mark.parametrize(("kernel", "precision"), [("torch", "fp32"), ("triton", "bf16"), ("cutlass", "bf16")])
-def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
+def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
     """Hits, host hits, evictions and prefetches occur, and answers equal the reference, with and without graphs."""
     model = dataclasses.replace(MODEL, qk_dim=32, v_dim=32, embedding_dim=64)
     rounds = [requests[i : i + 3] for requests in traffic(9, 8, longest=300) for i in (0, 3, 6)]
@@ -312,7 +330,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
     cache = PagedCacheConfig(
         "lru", "predictive", page=16, memory_gb=60 * page_gb, host_gb=100 * page_gb, prefetch_s=9.0
     )
-    if graphs:  # so small a model would otherwise be computed again rather than loaded
+    if graphs != "false":  # so small a model would otherwise be computed again rather than loaded
         cache.onload_share = 1.0
     options = {"device": "cuda", "precision": precision, "cuda_graphs": graphs, "kernel": kernel}
     engine = started(cache, rounds, model, **options)
@@ -327,7 +345,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: bool) -> None:
         total.update(result.details)
     assert total["cache_faults"] == total["cache_policy_errors"] == 0
     assert min(total[f"cache_{name}"] for name in ("hits", "misses", "host_hits", "offloads", "evictions")) > 0
-    assert not graphs or total["eager_batches"] < len(rounds) * 3
+    assert graphs == "false" or total["graph_batches"] > 0
     engine.reset_cache(keep_host=True)
     assert engine.rank(rounds[-1]).details["cache_hits"] == 0
     engine.close()

@@ -142,7 +142,7 @@ def test_the_program_and_the_onnx_file_equal_the_reference(
     expected = np.concatenate(RankingReference(MODEL, CATALOGUE, 0, "cpu").scores(requests))
     session = onnxruntime.InferenceSession(str(made.onnx), providers=["CPUExecutionProvider"])
     program = torch.export.load(made.program).module()
-    padded = Bucket(len(requests) + 1, max(lengths) + max(candidates) + 4, max(candidates) + 1)
+    padded = Bucket.even(len(requests) + 1, max(lengths) + max(candidates) + 4, max(candidates) + 1)
     for bucket in (None, padded):
         batch = pack(requests, encoding, bucket=bucket).to(CPU)
         inputs = inputs_of(batch, longest_history(requests, encoding), tile_rows=8)

@@ -84,7 +84,7 @@ def test_equals_the_second_implementation(
     requests = requests_of([h for h, _ in sizes], [t for _, t in sizes], seed)
     model = build(config, seed=seed, kernels=Operators.reference() if form == "reference" else None)
     expected = np.concatenate([hstu_oracle.scores(weights(model), config, CATALOGUE, r) for r in requests])
-    bucket = Bucket(4, 16, 5) if form == "bucket" else None
+    bucket = Bucket.even(4, 16, 5) if form == "bucket" else None
     host = pack(requests, model.encoding, bucket=bucket)
     logits = model(host.to(CPU)).numpy()
     assert len(logits) == (4 * 5 if bucket else len(expected))
@@ -139,7 +139,7 @@ def test_candidates_over_a_prefill_with_contextual_tokens_equal_the_full_form(W:
 def test_the_padded_forward_reads_no_value_on_the_host() -> None:
     """A read on the host would break CUDA graphs; the attention has the same test."""
     model = build(contextual_seq_len=1)
-    host = pack(requests_of([6, 2], [4, 2]), model.encoding, bucket=Bucket(2, 16, 4))
+    host = pack(requests_of([6, 2], [4, 2]), model.encoding, bucket=Bucket.even(2, 16, 4))
     logits = model.to("meta")(host.to(torch.device("meta")))
     assert logits.shape == (8, 3) and logits.is_meta
 
@@ -151,8 +151,8 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack(requests, contextual, cached=[5])
     with pytest.raises(ValueError, match="7 tokens are cached; allowed is 0 to 6"):
         pack(requests, build().encoding, cached=[7])
-    for bucket in (Bucket(0, 16, 4), Bucket(1, 9, 4), Bucket(1, 16, 3)):
-        with pytest.raises(ValueError, match="don't fit"):
+    for bucket in (Bucket.even(0, 16, 4), Bucket.even(1, 9, 4), Bucket.even(1, 16, 3)):
+        with pytest.raises(ValueError, match="doesn't fit"):
             pack(requests, build().encoding, bucket=bucket)
 
 
@@ -328,7 +328,7 @@ def test_the_last_layer_attends_for_candidates_alone_and_keeps_every_key(form: s
     requests = requests_of([6, 9, 0], [3, 1, 2])
     tokens, candidates = 15 + 6, 6
     if form in ("full", "bucket"):
-        bucket = Bucket(4, 16, 3) if form == "bucket" else None
+        bucket = Bucket.even(4, 16, 3) if form == "bucket" else None
         rows, places = (64, 12) if bucket else (tokens, candidates)
         logits = model(pack(requests, model.encoding, bucket=bucket).to(CPU))[:candidates]
         assert calls == [(rows, rows), (rows, rows), (places, rows)]

@@ -306,7 +306,7 @@ def test_a_failing_step_ends_the_scenario(tmp_path: Path, generating: tuple[Any,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("graphs", ["false", "true"])
+@pytest.mark.parametrize("graphs", ["false", "auto", "true"])
 @pytest.mark.parametrize(("kernel", "precision"), [("torch", "fp32"), ("triton", "bf16"), ("cutlass", "bf16")])
 def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
     spec, trace, retrieval = of(
@@ -318,7 +318,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
     for max_batch in (5, 2, 1):
         assert gate.check(engine, max_batch).to_dict()["passed"]
     if graphs == "true":
-        assert engine.generate(trace.requests[:3]).details == {"eager_batches": 0.0}
+        assert engine.generate(trace.requests[:3]).details == {"graph_batches": 1.0, "eager_batches": 0.0}
     engine.close()
 
 

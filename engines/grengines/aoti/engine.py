@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from grengines.export.module import ExportedRanker
 from grengines.fallback import OutsideError
 from grengines.models.hstu.model import build_model
 from grengines.runtime import kernels as kernel_choice
-from grengines.runtime.batch import Bucket, JaggedBatch, pack
+from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack
+from grengines.runtime.buckets import plan_buckets, token_count
 from grengines.runtime.device import Placement
-from grengines.runtime.graphs import GraphRunner, choose_bucket, plan_buckets, token_count
-from grengines.runtime.profile import check, profiles
+from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, filling
+from grengines.runtime.graphs import GraphRunner
+from grengines.runtime.profile import Sizes, check, profiles
 from grengines.runtime.results import Marks, collect
 from grkernels import registry as kernel_registry
 from grkernels.families import AUTO
@@ -42,7 +45,7 @@ class AOTIEngine(RankingEngine):
 
     def __init__(self, options: AOTIEngineConfig, setup: Setup) -> None:
         refuse_cache(setup, self.name)
-        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs)
+        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
         self._options = options
         for family, variant in setup.kernels.items():
             if variant not in (AUTO, *packages.VARIANTS):
@@ -58,8 +61,7 @@ class AOTIEngine(RankingEngine):
         self._operators = Operators.of(self._kernels)
         self._package: Package | None = None
         self._inputs: Inputs | None = None
-        self._graphs: GraphRunner | None = None
-        self.buckets: list[Bucket] = []
+        self._graphs = Graphs()
         self._build_s = 0.0
 
     @torch.inference_mode()
@@ -70,14 +72,29 @@ class AOTIEngine(RankingEngine):
         """
         self._package = self._make_package(sample, max_batch)
         self._inputs = Inputs(self._package.facts, self._device)
-        if self._options.cuda_graphs:
-            self.buckets = plan_buckets(sample, self._encoding, max_batch, self._options.graph_lengths)
-            self._graphs = GraphRunner(
-                self._run,
-                self.buckets,
-                lambda bucket: [pack([], self._encoding, bucket=bucket, pin=True)],
-                self._device,
-            )
+        packed = self._kernels["hstu_attention"] == "triton"  # attention in PyTorch pads sequences to one length
+        plan = plan_buckets(sample, self._encoding, max_batch, self._options.graph_lengths, packed=packed)
+        longest = max(sample, key=lambda r: len(r.history_items))
+        self._graphs = capture(
+            self._options.cuda_graphs if self._cuda else "false",
+            [b for b in plan if _sizes(b).fits(self._package.facts.most)],
+            lambda buckets: GraphRunner(self._run, buckets, self._empty, self._device),
+            partial(self._probe, longest),
+        )
+
+    def _empty(self, bucket: Bucket) -> list[HostBatch]:
+        """Return the input of a bucket's graph, an empty batch."""
+        return [pack([], self._encoding, bucket=bucket, pin=self._cuda)]
+
+    def _probe(self, longest: Request, bucket: Bucket, runner: Runner | None) -> Queue:
+        """Return what queues a batch that fills a bucket, in its graph if there is a runner."""
+        requests = filling(bucket, longest, self._encoding).requests
+
+        def queue() -> Callable[[], RankResult]:
+            host = pack(requests, self._encoding, bucket=bucket if runner else None, pin=self._cuda)
+            return self._queue(host, bucket if runner else None, runner, 0.0)
+
+        return queue
 
     @torch.inference_mode()
     def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
@@ -97,29 +114,34 @@ class AOTIEngine(RankingEngine):
         begun = time.perf_counter()
         check(requests, self._encoding, package.facts.most, _hint(self._options.package))
         counts = [token_count(r, self._encoding) for r in requests]
-        bucket = choose_bucket(self.buckets, counts, [len(r.candidates) for r in requests])
+        bucket = self._graphs.choose(counts, [len(r.candidates) for r in requests])
         host = pack(requests, self._encoding, bucket=bucket, pin=self._cuda)
         batch_ms = (time.perf_counter() - begun) * 1e3
         with self._turns as turn:
-            marks = Marks(self._device)
-            if self._graphs is not None and bucket is not None:
-                self._graphs.upload(bucket, host)
-                marks.add()
-                logits = self._graphs.replay(bucket)
-            else:
-                batch = host.to(self._device)
-                marks.add()
-                logits = self._run(batch)
-            details = {"eager_batches": float(bucket is None)} if self._options.cuda_graphs else {}
-            queued = collect(logits, [host], marks, batch_ms, details)
+            queued = self._queue(host, bucket, self._graphs.runner, batch_ms)
         return self._ended(queued, begun, turn)
+
+    def _queue(
+        self, host: HostBatch, bucket: Bucket | None, runner: Runner | None, batch_ms: float
+    ) -> Callable[[], RankResult]:
+        """Queue a batch in a bucket's graph, or without a bucket kernel by kernel."""
+        marks = Marks(self._device)
+        if runner is not None and bucket is not None:
+            runner.upload(bucket, host)
+            marks.add()
+            logits = runner.replay(bucket)
+        else:
+            batch = host.to(self._device)
+            marks.add()
+            logits = self._run(batch)
+        return collect(logits, [host], marks, batch_ms, self._graphs.counts(bucket))
 
     def _describe(self) -> dict[str, Any]:
         package = self._package
         return {
             **self._choice.actual(),
             "kernel_configs": package.configs if package else [],
-            "graph_buckets": [list(b) for b in self.buckets],
+            **self._graphs.actual(),
             "package": str(package.path) if package else None,
             "package_bytes": package.path.stat().st_size if package else 0,
             "package_build_s": self._build_s,  # 0: it existed
@@ -129,7 +151,7 @@ class AOTIEngine(RankingEngine):
         }
 
     def _unload(self) -> None:
-        self._package, self._inputs, self._graphs, self.buckets = None, None, None, []
+        self._package, self._inputs, self._graphs = None, None, Graphs()
 
     def _make_package(self, sample: Sequence[Request], max_batch: int) -> Package:
         """Load the package that `engine.package` names, else the one in the cache, which is built if it is missing."""
@@ -158,6 +180,11 @@ class AOTIEngine(RankingEngine):
         """Return the logits fp32 [M, tasks]."""
         assert self._package is not None and self._inputs is not None
         return self._package.run(self._inputs.of(batch))[0]
+
+
+def _sizes(bucket: Bucket) -> Sizes:
+    """Return the sizes of a bucket. A batch of it has at most the history that the sample has."""
+    return Sizes(bucket.batch, bucket.tokens, bucket.length, 1, bucket.candidates)
 
 
 def _hint(package: str | None) -> str:

@@ -15,20 +15,19 @@ from torch import Tensor
 from grengines.api import Cached, Float32Array, RankResult, Request
 from grengines.cache import policies
 from grengines.cache.config import PagedCacheConfig
+from grengines.cache.history import History
 from grengines.cache.host import HostTier, Onload
 from grengines.cache.index import Plan
 from grengines.cache.places import HostPlaces, PagedBatch
 from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
 from grengines.cache.states import UserStates
-from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.load_costs import LoadCosts
 from grengines.models.hstu.model import HSTURanker
-from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
-from grengines.runtime.graphs import GraphRunner, choose_bucket, plan_buckets
+from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack_slices
+from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, filling
+from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
-
-MOST_PADDING = 2.5  # a graph that encodes more than this times the batch's tokens is slower than launching kernels
 
 
 class CachedRanking:
@@ -41,13 +40,12 @@ class CachedRanking:
     def __init__(
         self,
         ranker: HSTURanker,
-        config: HSTUEngineConfig,
+        microbatch: int,
         cache: PagedCacheConfig,
         sample: Sequence[Request],
-        max_batch: int,
         place: Callable[[Sequence[HostBatch]], dict[str, float]],
     ) -> None:
-        self._ranker, self._microbatch, self._cache, self._place = ranker, config.candidate_microbatch, cache, place
+        self._ranker, self._microbatch, self._cache, self._place = ranker, microbatch, cache, place
         self._device = ranker.position_table.device
         self._pin = self._device.type == "cuda"
         longest = ranker.encoding.contextual_seq_len + max(len(r.history_items) for r in sample)
@@ -55,11 +53,17 @@ class CachedRanking:
         self._pages = self.states.pool.pages_for(longest)
         tier = self.states.tier
         self.costs = LoadCosts(tier.bytes_a_second() if tier else 0.0)
-        self.buckets: list[Bucket] = []
-        self.graphs: GraphRunner | None = None
-        if config.cuda_graphs:
-            self.buckets = plan_buckets(sample, ranker.encoding, max_batch, config.graph_lengths, longest)
-            self.graphs = GraphRunner(self.forward, self.buckets, self._empty, self._device)
+        self.graphs = Graphs()
+
+    @torch.inference_mode()
+    def capture(self, asked: str, plan: Sequence[Bucket], longest: Request) -> None:
+        """Capture the graphs that are asked for. longest: a request of the longest history."""
+        self.graphs = capture(
+            asked,
+            plan,
+            lambda buckets: GraphRunner(self.forward, buckets, self._empty, self._device),
+            partial(self._probe, longest),
+        )
 
     def queue(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue a batch as grengines.api.Ranker.rank. The returned function waits for the device.
@@ -85,13 +89,11 @@ class CachedRanking:
             hosts, places = self._pack(requests, plans, bucket, whole)
             batch_ms = (time.perf_counter() - begun) * 1e3
             marks = Marks(self._device)
-            details = self._place(hosts)
-            if self.graphs is not None and bucket is not None:
-                logits = self._replay(self.graphs, bucket, hosts[0], places, onload, marks)
+            details = self._place(hosts) | self.graphs.counts(bucket)
+            if self.graphs.runner is not None and bucket is not None:
+                logits = self._replay(self.graphs.runner, bucket, hosts[0], places, onload, marks)
             else:
                 logits = self._launch(hosts, places, any(plan.cached for plan in plans), onload, marks)
-            if self.graphs is not None:
-                details["eager_batches"] = float(bucket is None)
             queued = collect(logits, hosts, marks, batch_ms, details)
             # All is queued, so the device is busy while the host does the rest.
             for plan in plans:
@@ -135,7 +137,7 @@ class CachedRanking:
 
     def _replay(
         self,
-        graphs: GraphRunner,
+        runner: Runner,
         bucket: Bucket,
         host: HostBatch,
         places: HostPlaces,
@@ -143,11 +145,11 @@ class CachedRanking:
         marks: Marks,
     ) -> Tensor:
         """Queue a graph, behind all copies from the host. Return the logits."""
-        graphs.upload(bucket, host, places)
+        runner.upload(bucket, host, places)
         marks.add()
         if onload is not None:
             onload.all_layers()
-        return graphs.replay(bucket)
+        return runner.replay(bucket)
 
     def _launch(
         self, hosts: Sequence[HostBatch], places: HostPlaces, cached: bool, onload: Onload | None, marks: Marks
@@ -194,10 +196,10 @@ class CachedRanking:
             self.states.clear()
             result = self.queue(requests)()
         self.costs.compute_s = result.compute_ms / result.tokens / 1e3
-        buckets, self.buckets = self.buckets, []
+        graphs, self.graphs = self.graphs, Graphs()
         for _ in range(2):
             self.costs.launch_s = self.queue(requests[:1])().compute_ms / 1e3
-        self.buckets = buckets
+        self.graphs = graphs
         self.reset_cache()
 
     def _shares(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[float]:
@@ -205,22 +207,22 @@ class CachedRanking:
         only_on_host = any(plan.on_host > plan.on_device for plan in plans)
         if self._cache.onload_share or not only_on_host or not self.costs.compute_s:
             return [self._cache.onload_share or 1.0] * len(plans)
-        return self.costs.shares(requests, plans, self.states, captured=self.graphs is not None)
+        return self.costs.shares(requests, plans, self.states, captured=self.graphs.runner is not None)
 
     def _bucket(self, requests: Sequence[Request], plans: Sequence[Plan], onload: Onload | None) -> Bucket | None:
         """Return the sizes of the graph for a batch, or None to launch its kernels one by one.
 
-        They are launched if no graph holds the batch, if the graph would mostly encode padding, and if kernels
-        that overlap the copies from the host are done sooner than a graph behind the copies.
+        They are launched if no graph holds the batch, and if kernels that overlap the copies from the host are done
+        sooner than a graph behind the copies.
         """
         candidates = [len(r.candidates) for r in requests]
         new = [plan.tokens - plan.cached + c for plan, c in zip(plans, candidates, strict=True)]
-        bucket = choose_bucket(self.buckets, new, candidates, [plan.cached for plan in plans])
-        if bucket is None or bucket.batch * bucket.length > MOST_PADDING * sum(new):
+        keys = [plan.tokens + c for plan, c in zip(plans, candidates, strict=True)]
+        bucket = self.graphs.choose(new, candidates, keys)
+        if bucket is None or any(len(plan.pages) > self._pages for plan in plans):
             return None
-        if any(len(plan.pages) > self._pages for plan in plans):
-            return None
-        return bucket if onload is None or self.costs.replays_sooner(bucket, onload) else None
+        copying_s = onload.host_bytes / self.costs.copy_bytes_s if onload else 0.0
+        return bucket if self.graphs.pays(bucket, copying_s) else None
 
     def forward(self, batch: JaggedBatch, places: PagedBatch) -> Tensor:
         """Encode a batch over its pages. Return logits fp32 [M, tasks]."""
@@ -228,11 +230,41 @@ class CachedRanking:
 
     def _empty(self, bucket: Bucket) -> list[Any]:
         """Return the inputs of a graph for an empty batch."""
-        rows = bucket.batch * bucket.length
-        return [
-            pack([], self._ranker.encoding, cached=[], bucket=bucket, pin=True),
-            HostPlaces.of(self.states.pool, [], [], rows, sequences=bucket.batch, pages=self._pages, pin=True),
+        host, places = self._pack([], [], bucket, whole=False)
+        return [host[0], places]
+
+    def _probe(self, longest: Request, bucket: Bucket, runner: Runner | None) -> Queue:
+        """Return what queues a batch that fills a bucket, in its graph if there is a runner.
+
+        It reads pages, whatever they hold, and writes to none.
+        """
+        pool, context = self.states.pool, self._ranker.encoding.contextual_seq_len
+        requests, cached = filling(bucket, longest, self._ranker.encoding, cached=True)
+        plans = [
+            Plan(
+                request_id=r.request_id,
+                user=r.user_id,
+                history=History.of(r),
+                tokens=context + len(r.history_items),
+                now=0.0,
+                cached=n,
+                stored=n,
+                pages=list(range(pool.pages_for(n))),
+            )
+            for r, n in zip(requests, cached, strict=True)
         ]
+
+        def queue() -> Callable[[], RankResult]:
+            hosts, places = self._pack(requests, plans, bucket if runner else None, whole=False)
+            marks = Marks(self._device)
+            self._place(hosts)
+            if runner is not None:
+                logits = self._replay(runner, bucket, hosts[0], places, None, marks)
+            else:
+                logits = self._launch(hosts, places, any(cached), None, marks)
+            return collect(logits, hosts, marks, 0.0, {})
+
+        return queue
 
 
 def _passes(users: Sequence[int]) -> list[list[int]]:

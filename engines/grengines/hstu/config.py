@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grengines.options import DeviceOptions, option
+from grengines.options import GraphOptions, option
 
 
 @dataclass
-class HSTUEngineConfig(DeviceOptions):
+class HSTUEngineConfig(GraphOptions):
     """The native engine: HSTU in PyTorch with the kernel variants that the `kernel` group names."""
 
     name: str = option("hstu", "name of the engine")
     candidate_microbatch: int = option(
         0, "M-FALCON: prefill once, then rank this many candidates at a time; 0: all in one pass", ge=0
-    )
-    cuda_graphs: bool = option(False, "on cuda: capture a graph for each bucket of batch and length")
-    graph_lengths: list[int] = option(
-        [], "length buckets in tokens; empty: 16, 24, 32, 48, ... up to the longest", ge=16
     )

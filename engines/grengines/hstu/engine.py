@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from grengines.hstu.config import HSTUEngineConfig
 from grengines.models.hstu.model import HSTURanker, build_model
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
+from grengines.runtime.buckets import first_batches, plan_buckets, token_count
 from grengines.runtime.device import Placement
-from grengines.runtime.graphs import GraphRunner, choose_bucket, first_batches, plan_buckets, token_count
+from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, filling
+from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
 from grkernels import tuning
 from grkernels.operators import Operators
@@ -36,13 +39,14 @@ class HSTUEngine(RankingEngine):
     name = "hstu"
 
     def __init__(self, options: HSTUEngineConfig, setup: Setup) -> None:
-        if options.cuda_graphs and options.candidate_microbatch:
+        if options.cuda_graphs == "true" and options.candidate_microbatch:
             raise ValueError(
                 f"engine.cuda_graphs=true and engine.candidate_microbatch={options.candidate_microbatch}: graphs hold "
                 "one pass over all candidates; set cuda_graphs=false or candidate_microbatch=0"
             )
-        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs)
+        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
         self._options, self._cache = options, setup.cache
+        self._asked = options.cuda_graphs if self._cuda and not options.candidate_microbatch else "false"
         page = self._cache.page if isinstance(self._cache, PagedCacheConfig) else 0
         self._kernels = kernel_choice.choose(
             setup.kernels,
@@ -50,14 +54,13 @@ class HSTUEngine(RankingEngine):
             self._device.type,
             self._precision,
             page=page,
-            captured=options.cuda_graphs,
+            captured=self._asked != "false",
         )
         self.operators = Operators.of(self._kernels.variants)
         self._ranker: HSTURanker | None = None
-        self._graphs: GraphRunner | None = None
+        self._graphs = Graphs()
         self.user_cache: CachedRanking | None = None  # from `prepare` on, if the options ask for it
         self._items: HotRows | None = None
-        self.buckets: list[Bucket] = []
 
     @torch.inference_mode()
     def _load(self, sample: Sequence[Request], max_batch: int) -> None:
@@ -78,12 +81,39 @@ class HSTUEngine(RankingEngine):
             self._items = HotRows.within(memory, table, device=self._device, dtype=self._dtype)
             ranker.use_table(self._items.table)
         if isinstance(self._cache, PagedCacheConfig):
-            self.user_cache = CachedRanking(ranker, self._options, self._cache, sample, max_batch, self._place)
-        elif self._options.cuda_graphs:
-            self.buckets = plan_buckets(sample, ranker.encoding, max_batch, self._options.graph_lengths)
-            self._graphs = GraphRunner(
-                ranker, self.buckets, lambda bucket: [pack([], ranker.encoding, bucket=bucket, pin=True)], self._device
+            microbatch = self._options.candidate_microbatch
+            self.user_cache = CachedRanking(ranker, microbatch, self._cache, sample, self._place)
+            self.user_cache.capture(self._asked, self._plan(sample, max_batch), self._longest(sample))
+        else:
+            self._graphs = capture(
+                self._asked,
+                self._plan(sample, max_batch),
+                lambda buckets: GraphRunner(ranker, buckets, self._empty, self._device),
+                partial(self._probe, ranker, self._longest(sample)),
             )
+
+    def _plan(self, sample: Sequence[Request], max_batch: int) -> list[Bucket]:
+        """Return the buckets of which graphs may be captured. Attention in PyTorch pads sequences to one length."""
+        return plan_buckets(
+            sample,
+            self._encoding,
+            max_batch,
+            self._options.graph_lengths,
+            packed=self._kernels.variants["hstu_attention"] in ("triton", "cutlass"),
+            cached=isinstance(self._cache, PagedCacheConfig),
+        )
+
+    def _empty(self, bucket: Bucket) -> list[HostBatch]:
+        """Return the input of a bucket's graph, an empty batch."""
+        return [pack([], self._encoding, bucket=bucket, pin=self._cuda)]
+
+    def _probe(self, ranker: HSTURanker, longest: Request, bucket: Bucket, runner: Runner | None) -> Queue:
+        """Return what queues a batch that fills a bucket, in its graph if there is a runner."""
+        requests = filling(bucket, longest, self._encoding).requests
+        return lambda: self._queue_packed(ranker, requests, bucket if runner else None, runner)
+
+    def _longest(self, sample: Sequence[Request]) -> Request:
+        return max(sample, key=lambda r: len(r.history_items))
 
     @torch.inference_mode()
     def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
@@ -136,26 +166,30 @@ class HSTUEngine(RankingEngine):
 
     def _queue_whole(self, ranker: HSTURanker, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue a batch of whole histories. The returned function waits for the device."""
-        begun = time.perf_counter()
         counts = [token_count(r, ranker.encoding) for r in requests]
-        bucket = choose_bucket(self.buckets, counts, [len(r.candidates) for r in requests])
+        bucket = self._graphs.choose(counts, [len(r.candidates) for r in requests])
+        return self._queue_packed(ranker, requests, bucket, self._graphs.runner)
+
+    def _queue_packed(
+        self, ranker: HSTURanker, requests: Sequence[Request], bucket: Bucket | None, runner: Runner | None
+    ) -> Callable[[], RankResult]:
+        """Queue a batch in a bucket's graph, or without a bucket kernel by kernel."""
+        begun = time.perf_counter()
         size = self._options.candidate_microbatch
         hosts = pack_slices(requests, ranker.encoding, size, bucket=bucket, pin=self._cuda)
         batch_ms = (time.perf_counter() - begun) * 1e3
 
         marks = Marks(self._device)
         details = self._place(hosts)
-        if self._graphs is not None and bucket is not None:
-            self._graphs.upload(bucket, hosts[0])
+        if runner is not None and bucket is not None:
+            runner.upload(bucket, hosts[0])
             marks.add()
-            logits = self._graphs.replay(bucket)
+            logits = runner.replay(bucket)
         else:
             batches = [host.to(self._device) for host in hosts]
             marks.add()
             logits = self._forward(ranker, batches)
-        if self._options.cuda_graphs:
-            details["eager_batches"] = float(bucket is None)
-        return collect(logits, hosts, marks, batch_ms, details)
+        return collect(logits, hosts, marks, batch_ms, details | self._graphs.counts(bucket))
 
     def reset_cache(self, keep_host: bool = False) -> None:
         """Drop every cached user state. keep_host: move those on the device to the host tier, if there is one."""
@@ -176,7 +210,7 @@ class HSTUEngine(RankingEngine):
         return {
             **self._kernels.actual(),
             "kernel_configs": tuning.provenance(),
-            "graph_buckets": [list(b) for b in (self.user_cache or self).buckets],  # batch, length, candidates, cached
+            **(self.user_cache.graphs if self.user_cache else self._graphs).actual(),
             "candidate_microbatch": self._options.candidate_microbatch,
             "cache": dataclasses.asdict(self._cache),
             **(self.user_cache.actual() if self.user_cache else {}),
@@ -187,7 +221,7 @@ class HSTUEngine(RankingEngine):
     def _unload(self) -> None:
         if self.user_cache is not None:
             self.user_cache.close()
-        self._ranker, self._graphs, self.user_cache, self._items, self.buckets = None, None, None, None, []
+        self._ranker, self._graphs, self.user_cache, self._items = None, Graphs(), None, None
 
     def _place(self, hosts: Sequence[HostBatch]) -> dict[str, float]:
         """Copy the batches' rows of a token table on the host to the device, and replace row numbers by slots.

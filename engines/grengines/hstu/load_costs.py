@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grengines.api import Request
-from grengines.cache.host import Onload
 from grengines.cache.index import Plan
 from grengines.cache.states import UserStates
-from grengines.runtime.batch import Bucket
 
 
 @dataclass
@@ -42,8 +40,3 @@ class LoadCosts:
         if captured and computing_s < loading_s:
             share = 0.0
         return [1.0 if prefetched else share for prefetched in here]
-
-    def replays_sooner(self, bucket: Bucket, onload: Onload) -> bool:
-        """Return whether all copies and then a graph take less time than kernels launched one by one."""
-        loading_s, computing_s = onload.host_bytes / self.copy_bytes_s, bucket.batch * bucket.length * self.compute_s
-        return loading_s + computing_s < self.launch_s

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,11 +16,13 @@ from grengines.cache.pool import PagePool
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.models.hstu import beam
 from grengines.models.hstu.config import HSTUConfig
-from grengines.models.hstu.generator import HSTUGenerator, Prompts, pack_prompts
+from grengines.models.hstu.generator import HostPrompts, HSTUGenerator, Prompts, pack_prompts
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket
+from grengines.runtime.buckets import even_buckets, first_batches, length_buckets
 from grengines.runtime.device import Placement
-from grengines.runtime.graphs import GraphRunner, bucket_grid, choose_bucket, first_batches, length_buckets
+from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture
+from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect_items, one_tensor
 from grengines.semantic.trie import Trie
 from grkernels import tuning
@@ -38,24 +41,24 @@ class HSTURetriever(GeneratingEngine):
     name = "hstu"
 
     def __init__(self, options: HSTUEngineConfig, setup: Setup) -> None:
-        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs)
+        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
         if options.candidate_microbatch:
             raise ValueError("engine.candidate_microbatch is for ranking; set it to 0")
         assert isinstance(setup.model, HSTUConfig), "the registry refuses other models"
         self._options, self._hstu = options, setup.model
+        self._asked = options.cuda_graphs if self._cuda else "false"
         self._kernels = kernel_choice.choose(
             setup.kernels,
             self._hstu,
             self._device.type,
             self._precision,
             page=beam.PAGE,
-            captured=options.cuda_graphs,
+            captured=self._asked != "false",
         )
         self._operators = Operators.of(self._kernels.variants)
         self._model: HSTUGenerator | None = None
         self._pool: PagePool | None = None
-        self._graphs: GraphRunner | None = None
-        self.buckets: list[Bucket] = []
+        self._graphs = Graphs()
         self._most_tokens = 0  # of a prompt
 
     @torch.inference_mode()
@@ -73,15 +76,22 @@ class HSTURetriever(GeneratingEngine):
         self._trie = Trie.of(self._retrieval.ids).on(self._device)
         lengths = [len(self._model.prompt(self._retrieval.prompt(r))) for r in sample]
         self._most_tokens = max(lengths)
-        self._pool = pool = beam.pool_for(self._model, self._most_tokens, max_batch)
-        if self._options.cuda_graphs:
-            self.buckets = bucket_grid(self._options.graph_lengths or length_buckets(lengths), max_batch)
-            self._graphs = GraphRunner(
-                self._search,
-                self.buckets,
-                lambda bucket: [pack_prompts([], [], pool, bucket=bucket, pin=True)],
-                self._device,
-            )
+        self._pool = beam.pool_for(self._model, self._most_tokens, max_batch)
+        self._graphs = capture(
+            self._asked,
+            even_buckets(self._options.graph_lengths or length_buckets(lengths), max_batch),
+            lambda buckets: GraphRunner(self._search, buckets, self._empty, self._device),
+            self._probe,
+        )
+
+    def _empty(self, bucket: Bucket) -> list[HostPrompts]:
+        """Return the input of a bucket's graph, an empty batch."""
+        return [pack_prompts([], [], self._pool, bucket=bucket, pin=self._cuda)]
+
+    def _probe(self, bucket: Bucket, runner: Runner | None) -> Queue:
+        """Return what queues a batch that fills a bucket, in its graph if there is a runner."""
+        prompts = [np.zeros(min(bucket.length, self._most_tokens), np.int64)] * bucket.batch
+        return lambda: self._queue(prompts, bucket if runner else None, runner)
 
     @torch.inference_mode()
     def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
@@ -96,50 +106,63 @@ class HSTURetriever(GeneratingEngine):
         Threads take turns until a batch's work is queued, and wait for the device together. Raises ValueError for more
         than max_batch requests or a prompt longer than those of `prepare`, RuntimeError before `prepare`.
         """
-        model, pool = self._ready(self._model), self._ready(self._pool)
+        model = self._ready(self._model)
         self._check_size(requests)
         begun = time.perf_counter()
-        prompts = [model.prompt(self._retrieval.prompt(r)) for r in requests]
+        prompts: list[np.ndarray] = [model.prompt(self._retrieval.prompt(r)) for r in requests]
         lengths = [len(p) for p in prompts]
         if max(lengths) > self._most_tokens:
             raise ValueError(
                 f"a prompt of {max(lengths)} tokens; the engine was prepared for up to {self._most_tokens}"
             )
-        bucket = choose_bucket(self.buckets, lengths)
-        # The next batch may have the pages once this one's work is queued: all work goes to one stream.
-        with self._turns as turn, beam.borrowed(pool, lengths) as pages:
+        bucket = self._graphs.choose(lengths)
+        found_ms = (time.perf_counter() - begun) * 1e3
+        with self._turns as turn:
+            queued = self._queue(prompts, bucket, self._graphs.runner, found_ms)
+        return self._ended(queued, begun, turn)
+
+    def _queue(
+        self, prompts: Sequence[np.ndarray], bucket: Bucket | None, runner: Runner | None, found_ms: float = 0.0
+    ) -> Callable[[], GenerateResult]:
+        """Queue a search in a bucket's graph, or without a bucket kernel by kernel.
+
+        found_ms: what it took to find the prompts. The next batch may have the pages once this one's work is queued:
+        all work goes to one stream.
+        """
+        begun = time.perf_counter()
+        pool = self._ready(self._pool)
+        with beam.borrowed(pool, [len(p) for p in prompts]) as pages:
             host = pack_prompts(prompts, pages, pool, bucket=bucket, pin=self._cuda)
-            batch_ms = (time.perf_counter() - begun) * 1e3 - turn.waited_ms
+            batch_ms = found_ms + (time.perf_counter() - begun) * 1e3
             marks = Marks(self._device)
-            if self._graphs is not None and bucket is not None:
-                self._graphs.upload(bucket, host)
+            if runner is not None and bucket is not None:
+                runner.upload(bucket, host)
                 marks.add()
-                found = self._graphs.replay(bucket)
+                found = runner.replay(bucket)
             else:
                 batch = host.to(self._device)
                 marks.add()
                 found = self._search(batch)
-            queued = collect_items(
+            return collect_items(
                 found,
-                len(requests),
+                len(prompts),
                 marks,
                 batch_ms=batch_ms,
                 tokens=host.tokens,
                 padded_tokens=host.padded_tokens,
-                details={"eager_batches": float(bucket is None)} if self._options.cuda_graphs else {},
+                details=self._graphs.counts(bucket),
             )
-        return self._ended(queued, begun, turn)
 
     def _describe(self) -> dict[str, Any]:
         return {
             **self._kernels.actual(),
             "kernel_configs": tuning.provenance(),
-            "graph_buckets": [list(b)[:2] for b in self.buckets],  # batch, length
+            **self._graphs.actual(),
             "parameters": sum(p.numel() for p in self._model.parameters()) if self._model else 0,
         }
 
     def _unload(self) -> None:
-        self._model, self._pool, self._graphs, self.buckets = None, None, None, []
+        self._model, self._pool, self._graphs = None, None, Graphs()
 
     def _search(self, batch: Prompts) -> Tensor:
         """Return the items and scores that the search finds, as `one_tensor` packs them."""

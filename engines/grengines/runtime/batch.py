@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import add, gt
+from operator import add, le
 from typing import NamedTuple
 
 import numpy as np
@@ -55,12 +55,23 @@ class Encoding:
 
 
 class Bucket(NamedTuple):
-    """Padded sizes of a batch: sequences, tokens to encode and candidates per sequence."""
+    """Sizes that a batch is padded to. It holds the batches of which no size is larger."""
 
-    batch: int
-    length: int
-    candidates: int
-    cached: int = 0  # tokens per sequence whose keys and values are in pages
+    batch: int  # sequences
+    tokens: int  # to encode, of all sequences
+    candidates: int  # of all sequences
+    length: int  # most tokens to encode of a sequence
+    targets: int  # most candidates of a sequence
+    keys: int  # most tokens of a sequence, cached ones included
+
+    @classmethod
+    def even(cls, batch: int, length: int, candidates: int = 0, keys: int = 0) -> Bucket:
+        """Return the bucket with room for `length` tokens and `candidates` candidates of each sequence."""
+        return cls(batch, batch * length, batch * candidates, length, candidates, max(keys, length))
+
+    def fits(self, other: Bucket) -> bool:
+        """Return whether no size exceeds the other's."""
+        return all(map(le, self, other))
 
 
 @dataclass
@@ -148,13 +159,13 @@ def pack(
     padded = layout.padded(bucket)
     sizes = {
         **dict.fromkeys(("token_rows", "actions", "weights", "positions", "time_buckets"), padded.tokens),
-        "q_offsets": padded.sequences + 1,
-        "num_targets": padded.sequences,
+        "q_offsets": padded.batch + 1,
+        "num_targets": padded.batch,
         "candidate_rows": padded.candidates,
-        "candidate_offsets": padded.sequences + 1,
+        "candidate_offsets": padded.batch + 1,
     }
     if cached is not None:
-        sizes |= dict.fromkeys(("kv_offsets", "kept_offsets"), padded.sequences + 1)
+        sizes |= dict.fromkeys(("kv_offsets", "kept_offsets"), padded.batch + 1)
     buffer = staging.zeros(sum(sizes.values()), pin)
     packed, ends = buffer.numpy(), accumulate(sizes.values())
     arrays = {name: packed[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
@@ -166,24 +177,13 @@ def pack(
         buffer,
         sizes,
         appends=cached is not None,
-        max_q_len=padded.longest,
-        max_kv_len=padded.longest_keys,
-        max_candidates=padded.most_candidates,
+        max_q_len=padded.length,
+        max_kv_len=padded.keys,
+        max_candidates=padded.targets,
         candidate_counts=layout.targets,
         tokens=layout.q_offsets[-1],
         first_rows=layout.q_offsets[:-1],
     )
-
-
-class _Padded(NamedTuple):
-    """Sizes of a batch, padding included."""
-
-    sequences: int
-    tokens: int
-    candidates: int
-    longest: int  # most tokens to encode of a sequence
-    longest_keys: int
-    most_candidates: int  # of a sequence
 
 
 @dataclass(slots=True)
@@ -215,19 +215,19 @@ class _Layout:
         new = [n - d + t for n, d, t in zip(histories, done, targets, strict=True)]
         return cls(chosen, targets, events, histories, done, new, [0, *accumulate(new)])
 
-    def padded(self, bucket: Bucket | None) -> _Padded:
+    def padded(self, bucket: Bucket | None) -> Bucket:
         """Return the sizes in a bucket. Raises ValueError if it is too small."""
-        B, tokens, longest = len(self.targets), self.q_offsets[-1], max(self.new, default=0)
-        candidates = max(self.targets, default=0)
-        if bucket is None:
-            keys = max(map(add, self.histories, self.targets), default=0)
-            return _Padded(B, tokens, sum(self.targets), longest, keys, candidates)
-        needed = (B, longest, candidates, max(self.cached, default=0))
-        if any(map(gt, needed, bucket)):
-            raise ValueError(f"{B} requests of at most {longest} tokens don't fit {bucket}; pack them without it")
-        rows, places = bucket.batch * bucket.length, bucket.batch * bucket.candidates
-        keys = bucket.length + bucket.cached
-        return _Padded(bucket.batch, rows, places, bucket.length, keys, bucket.candidates)
+        needed = Bucket(
+            batch=len(self.targets),
+            tokens=self.q_offsets[-1],
+            candidates=sum(self.targets),
+            length=max(self.new, default=0),
+            targets=max(self.targets, default=0),
+            keys=max(map(add, self.histories, self.targets), default=0),
+        )
+        if bucket is not None and not needed.fits(bucket):
+            raise ValueError(f"a batch of {needed} doesn't fit {bucket}; pack it without it")
+        return bucket or needed
 
 
 Arrays = dict[str, Int64Array]  # of a HostBatch, by name
@@ -305,7 +305,7 @@ def pack_slices(
     Then the first batch has the uncached tokens of the histories. Each further one has up to `microbatch` candidates of
     each request, over the whole history, which is cached by then.
     """
-    most = max(len(r.candidates) for r in requests)
+    most = max((len(r.candidates) for r in requests), default=0)
     if not microbatch or not most:
         return [pack(requests, encoding, cached=cached, bucket=bucket, pin=pin)]
     whole = [encoding.contextual_seq_len + len(r.history_items) for r in requests]

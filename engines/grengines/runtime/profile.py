@@ -9,7 +9,7 @@ from statistics import quantiles
 from grengines.api import Request
 from grengines.fallback import OutsideError
 from grengines.runtime.batch import Encoding
-from grengines.runtime.graphs import length_buckets, token_count
+from grengines.runtime.buckets import length_buckets, token_count
 
 
 @dataclass(frozen=True)

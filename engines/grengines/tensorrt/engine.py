@@ -19,8 +19,8 @@ from grengines.base import RankingEngine, refuse_cache, refuse_kernels
 from grengines.export import exporter
 from grengines.fallback import OutsideError
 from grengines.runtime.batch import Bucket, pack
+from grengines.runtime.buckets import Buckets, plan_buckets, token_count
 from grengines.runtime.device import Placement
-from grengines.runtime.graphs import choose_bucket, plan_buckets, token_count
 from grengines.runtime.profile import Sizes, check, profiles
 from grengines.runtime.results import Marks, collect
 from grengines.tensorrt import plan as plans
@@ -84,7 +84,7 @@ class TensorRTEngine(RankingEngine):
             self._execution.refit(base.onnx)
         self._staged = Staged(self._execution.capacity, pin=True)
         if graphs and not self._library.rtx:  # TensorRT for RTX captures by itself
-            for bucket in plan_buckets(sample, self._encoding, max_batch, []):
+            for bucket in plan_buckets(sample, self._encoding, max_batch, packed=False):
                 self._capture(bucket)
         self._seconds = {"build_s": loading - begun, "load_s": time.perf_counter() - loading}
 
@@ -111,7 +111,7 @@ class TensorRTEngine(RankingEngine):
             begun = time.perf_counter()
             needed = check(requests, self._encoding, execution.facts.profiles[-1], _hint(self._options))
             counts = [token_count(r, self._encoding) for r in requests]
-            bucket = choose_bucket(list(self._graphs), counts, [len(r.candidates) for r in requests])
+            bucket = Buckets(self._graphs).choose(counts, [len(r.candidates) for r in requests])
             host = pack(requests, self._encoding, bucket=bucket)
             staged.fill(host, needed.history if bucket is None else self._columns(bucket), execution.facts.tile_rows)
             batch_ms = (time.perf_counter() - begun) * 1e3
@@ -137,7 +137,7 @@ class TensorRTEngine(RankingEngine):
             "plan_bytes": plan.manifest["bytes"] if plan else 0,
             "facts": asdict(plan.facts) if plan else {},
             "refitted": self._refitted,
-            "graph_buckets": [list(b) for b in self._graphs],
+            "graph_buckets": [b._asdict() for b in self._graphs],
             "cuda_graphs": "by TensorRT for RTX" if graphs and self._library.rtx else len(self._graphs),
             **self._seconds,
             "cache": {"name": "none"},
@@ -183,8 +183,8 @@ class TensorRTEngine(RankingEngine):
     def _capture(self, bucket: Bucket) -> None:
         """Capture the bucket's graph, if the plan holds a batch of its sizes."""
         assert self._execution is not None and self._staged is not None
-        length, columns = bucket.length, self._columns(bucket)
-        needed = Sizes(bucket.batch, bucket.batch * length, length, columns, bucket.batch * bucket.candidates)
+        columns = self._columns(bucket)
+        needed = Sizes(bucket.batch, bucket.tokens, bucket.length, columns, bucket.candidates)
         if not needed.fits(self._execution.facts.profiles[-1]):
             return
         self._staged.fill(pack([], self._encoding, bucket=bucket), columns, self._execution.facts.tile_rows)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grengines.runtime.graphs import batch_buckets, capture
+from grengines.runtime.buckets import batch_buckets
+from grengines.runtime.graphs import capture
 from grengines.semantic.search import best
 from grengines.semantic.trie import TensorTrie
 

@@ -12,8 +12,8 @@ from grengines.api import Finished, GenerateResult, Int64Array, Request, Setup
 from grengines.base import GeneratingEngine
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import kernels as kernel_choice
+from grengines.runtime.buckets import first_batches
 from grengines.runtime.device import Placement
-from grengines.runtime.graphs import first_batches
 from grengines.semantic.ids import prompt_of
 from grengines.semantic.trie import Trie
 from grengines.vllm.beam_selector import BeamSelector

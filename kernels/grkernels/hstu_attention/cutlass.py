@@ -98,7 +98,8 @@ def hstu_attention(
         ),
         _default(q, v, batch, max_q_len),
     )
-    m, items = config["m"], batch * heads * -(-max_q_len // config["m"])
+    m = config["m"]
+    items = heads * _tiles(q.shape[0], batch, max_q_len, m)
     processors = cute_common.processors(q.device.index)
     splits = _splits(items, -(-max_kv_len // config["n"]), processors)
     counter, partials = None, None
@@ -163,16 +164,24 @@ def _default(q: Tensor, v: Tensor, batch: int, max_q_len: int) -> dict[str, int]
     Two stages of n keys fit. Tiles have 64 rows if no CTA then gets a second item. CTAs take items from a counter if
     there are enough items to pay for clearing it.
     """
-    widest, streams = max(q.shape[2], v.shape[2]), batch * q.shape[1]
+    rows, heads, widest = q.shape[0], q.shape[1], max(q.shape[2], v.shape[2])
     processors = cute_common.processors(q.device.index)
-    small = streams * -(-max_q_len // 64) <= processors
+    small = heads * _tiles(rows, batch, max_q_len, 64) <= processors
     return {
         "m": 64 if small else 128,
         "n": 128 if widest <= 128 else 64,
         "stages": 2,
         "take_turns": int(not small and widest <= 128),
-        "dynamic": int(streams * -(-max_q_len // 128) > 4 * processors),
+        "dynamic": int(heads * _tiles(rows, batch, max_q_len, 128) > 4 * processors),
     }
+
+
+def _tiles(rows: int, batch: int, longest: int, m: int) -> int:
+    """Return the most tiles of m rows that `batch` sequences have, with `rows` rows in all and at most `longest` each.
+
+    The lengths themselves are on the device. In a bucket of a CUDA graph a sequence may have nearly all rows.
+    """
+    return min(batch * -(-longest // m), rows // m + batch)
 
 
 def _splits(items: int, tiles: int, processors: int) -> int:
