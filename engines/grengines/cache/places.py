@@ -62,8 +62,9 @@ class HostPlaces:
         for b, plan in enumerate(plans):
             table[b, : len(plan.pages)] = plan.pages
             cached[b], stored[b] = plan.cached, plan.stored
-            first, new = first_rows[b], plan.stored - plan.cached
-            slots[first : first + new] = pool.slots(plan.pages, plan.cached, plan.stored)
+            if new := plan.stored - plan.cached:
+                first = first_rows[b]
+                slots[first : first + new] = pool.slots(plan.pages, plan.cached, plan.stored)
         return cls(buffer, sizes, width)
 
     def to(self, device: torch.device, out: Tensor | None = None) -> PagedBatch:

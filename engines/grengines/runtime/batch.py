@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from operator import add, le
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import staging
 
 Int64Array = npt.NDArray[np.int64]
+OFFSETS = ("q_offsets", "candidate_offsets", "kv_offsets", "kept_offsets")  # the last two in append batches only
 
 
 @dataclass(frozen=True)
@@ -157,22 +159,13 @@ def pack(
     """
     layout = _Layout.of(requests, encoding, cached, candidates)
     padded = layout.padded(bucket)
-    sizes = {
-        **dict.fromkeys(("token_rows", "actions", "weights", "positions", "time_buckets"), padded.tokens),
-        "q_offsets": padded.batch + 1,
-        "num_targets": padded.batch,
-        "candidate_rows": padded.candidates,
-        "candidate_offsets": padded.batch + 1,
-    }
-    if cached is not None:
-        sizes |= dict.fromkeys(("kv_offsets", "kept_offsets"), padded.batch + 1)
-    buffer = staging.zeros(sum(sizes.values()), pin)
-    packed, ends = buffer.numpy(), accumulate(sizes.values())
-    arrays = {name: packed[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
-
+    total, sizes, places = _places(padded.tokens, padded.batch, padded.candidates, cached is not None)
+    buffer = staging.zeros(total, pin)
+    packed = buffer.numpy()
+    arrays = {name: packed[place] for name, place in places.items()}
     _write_tokens(arrays, requests, layout, encoding)
-    _to_time_buckets(arrays["time_buckets"], encoding.time_buckets)
-    _write_offsets(arrays, layout)
+    offsets = layout.offsets(padded.batch, cached is not None)
+    packed[total - len(offsets) :] = offsets
     return HostBatch(
         buffer,
         sizes,
@@ -215,6 +208,15 @@ class _Layout:
         new = [n - d + t for n, d, t in zip(histories, done, targets, strict=True)]
         return cls(chosen, targets, events, histories, done, new, [0, *accumulate(new)])
 
+    def offsets(self, sequences: int, appends: bool) -> list[int]:
+        """Return the offsets that a batch has, in the order of OFFSETS, and num_targets. More sequences are empty."""
+        made = [self.q_offsets, [0, *accumulate(self.targets)]]
+        if appends:
+            made.append([0, *accumulate(map(add, self.histories, self.targets))])
+            made.append([0, *accumulate(self.histories)])
+        more = sequences - len(self.targets)
+        return [n for offsets in made for n in (*offsets, *[offsets[-1]] * more)] + self.targets + [0] * more
+
     def padded(self, bucket: Bucket | None) -> Bucket:
         """Return the sizes in a bucket. Raises ValueError if it is too small."""
         needed = Bucket(
@@ -230,37 +232,64 @@ class _Layout:
         return bucket or needed
 
 
+@lru_cache(maxsize=256)
+def _places(
+    tokens: int, sequences: int, candidates: int, appends: bool
+) -> tuple[int, dict[str, int], dict[str, slice]]:
+    """Return the length of a batch's buffer, and the sizes and places of its arrays by name, in their order."""
+    sizes = {
+        **dict.fromkeys(("token_rows", "actions", "weights", "positions", "time_buckets"), tokens),
+        "candidate_rows": candidates,
+        **dict.fromkeys(OFFSETS[: 4 if appends else 2], sequences + 1),
+        "num_targets": sequences,
+    }
+    ends = accumulate(sizes.values())
+    places = {name: slice(end - n, end) for (name, n), end in zip(sizes.items(), ends, strict=True)}
+    return sum(sizes.values()), sizes, places
+
+
 Arrays = dict[str, Int64Array]  # of a HostBatch, by name
 
 
+@lru_cache(maxsize=16)
+def _count(n: int, most: int) -> Int64Array:
+    """Return 0, 1, ... as int64 [n], at most `most`. It is shared: never write it."""
+    return np.minimum(np.arange(n), most)
+
+
 def _write_tokens(arrays: Arrays, requests: Sequence[Request], layout: _Layout, encoding: Encoding) -> None:
-    """Write each token's row, actions, weight and position, the gap before it in seconds, and candidate_rows.
+    """Write each token's row, actions, weight, position and time bucket, and candidate_rows.
 
     NumPy's calls are what takes time, so each request makes few, and the rest is done for all of them at once.
     """
-    C = encoding.contextual_seq_len
+    C, last_position = encoding.contextual_seq_len, encoding.max_positions - 1
     rows, actions, positions, gaps = (arrays[n] for n in ("token_rows", "actions", "positions", "time_buckets"))
     weights, candidate_rows = arrays["weights"].view(np.float64), arrays["candidate_rows"]
-    count = np.arange(max(len(rows), *layout.events, 0))
-    position = np.minimum(count, encoding.max_positions - 1)
-    placed = 0
+    most = 1 << max(len(rows), *layout.events, 0).bit_length()  # a power of two: few counts are made
+    count, position = _count(most, most), _count(most, last_position)
+    placed, new = 0, False
     for r, candidates, events, cached, last in zip(
         requests, layout.candidates, layout.events, layout.cached, layout.q_offsets[1:], strict=True
     ):
         targets, times = len(candidates), r.history_timestamps
         first, end = max(cached - C, 0), last - targets
         if first < events:
+            new = True
             at, after_first = end - (events - first), max(first, 1)
             rows[at:end] = r.history_items[first:]
             actions[at:end] = r.history_actions[first:]
             weights[at:end] = r.history_weights[first:]
             positions[at:end] = position[first:events]
-            gaps[end - (events - after_first) : end] = times[after_first:] - times[after_first - 1 : -1]
+            np.subtract(times[after_first:], times[after_first - 1 : -1], out=gaps[end - (events - after_first) : end])
         rows[end:last] = candidates
-        positions[end:last] = min(events, encoding.max_positions - 1)
-        gaps[end:last] = r.timestamp - times[-1] if events else 0
+        positions[end:last] = min(events, last_position)
         candidate_rows[placed : placed + targets] = count[end:last]
         placed += targets
+    if new:
+        _to_time_buckets(gaps, encoding.time_buckets)
+    for r, events, targets, last in zip(requests, layout.events, layout.targets, layout.q_offsets[1:], strict=True):
+        gap = max(r.timestamp - int(r.history_timestamps[-1]), 0) if events else 0
+        gaps[last - targets : last] = min((1 + gap).bit_length(), encoding.time_buckets) - 1
     if rows.view(np.uint64).max(initial=0) >= encoding.item_rows:  # dividing takes ten times as long as looking
         np.remainder(rows, encoding.item_rows, out=rows)
     for at, cached, r in zip(layout.q_offsets[:-1], layout.cached, requests, strict=True) if C else ():
@@ -276,19 +305,6 @@ def _to_time_buckets(gaps: Int64Array, buckets: int) -> None:
     exponents >>= 52
     exponents -= 1023
     np.minimum(exponents, buckets - 1, out=gaps)
-
-
-def _write_offsets(arrays: Arrays, layout: _Layout) -> None:
-    """Write num_targets and those offsets that the batch has. Sequences of padding are empty."""
-    B = len(layout.targets)
-    arrays["num_targets"][:B] = layout.targets
-    offsets = {"q_offsets": layout.q_offsets, "candidate_offsets": [0, *accumulate(layout.targets)]}
-    if "kv_offsets" in arrays:
-        offsets["kv_offsets"] = [0, *accumulate(map(add, layout.histories, layout.targets))]
-        offsets["kept_offsets"] = [0, *accumulate(layout.histories)]
-    for name, values in offsets.items():
-        arrays[name][: B + 1] = values
-        arrays[name][B + 1 :] = values[-1]
 
 
 def pack_slices(

@@ -1,4 +1,4 @@
-"""Which batches run in a CUDA graph, by costs that are measured when the engine starts.
+"""Choice between CUDA graphs and single launches, by costs that are measured when the engine starts.
 
 A batch whose kernels are launched one by one takes the longer of two times: the host's, to pack it and to launch its
 kernels, and the device's. A graph takes the device's time for its bucket, padding included. That is at least the

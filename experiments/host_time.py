@@ -1,0 +1,154 @@
+"""Host time of a batch of the native engine, by its parts.
+
+    python experiments/host_time.py
+    python experiments/host_time.py kernel=triton engine.cuda_graphs=false
+
+Batches of whole histories, and of users who are in the KV cache, are ranked one after another. Each row has the least
+microseconds of each part: look-up and commit of cached states, packing, places in the pages, copies, launches, the
+result's copy. `outside_us` is the wall clock around `rank` without the time between the copies on the device. It is
+what the host adds to a batch, if no other batch is computed meanwhile.
+
+On a CPU nothing is computed: the model is small and returns zeros. So the rows have the host's own work alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any, NamedTuple
+
+import common
+import numpy as np
+import torch
+
+from grengines.api import Request
+from grengines.cache.places import HostPlaces
+from grengines.cache.states import UserStates
+from grengines.hstu import cached, engine
+from grengines.models.hstu.model import HSTURanker
+from grengines.runtime.batch import HostBatch
+from grengines.runtime.graphs import GraphRunner
+
+SMALL = [f"model.{key}" for key in ("layers=1", "embedding_dim=16", "heads=1", "qk_dim=16", "v_dim=16")]
+PARTS: dict[str, list[tuple[Any, str]]] = {
+    "states": [(UserStates, name) for name in ("lookup", "extend", "start_loading", "commit", "abort", "counters")],
+    "pack": [(cached, "pack_slices"), (engine, "pack_slices")],
+    "places": [(HostPlaces, "of")],
+    "copy": [(GraphRunner, "upload"), (HostBatch, "to"), (HostPlaces, "to")],
+    "launch": [(GraphRunner, "replay"), (HSTURanker, "forward"), (HSTURanker, "paged")],
+    "result": [(cached, "collect"), (engine, "collect")],
+}
+
+
+class Clock:
+    """Seconds that are spent in functions, by part."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+
+    def watch(self, owner: Any, name: str, part: str) -> None:
+        """Add up the time in a function of a class or a module from now on."""
+        found, bound = getattr(owner, name), isinstance(vars(owner)[name], classmethod)
+
+        @wraps(found)
+        def timed(*args: Any, **options: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return found(*args, **options)
+            finally:
+                self.spent[part] += time.perf_counter() - begun
+
+        setattr(owner, name, staticmethod(timed) if bound else timed)
+
+
+def compute_nothing() -> None:
+    """Let the model return zeros at once."""
+
+    def zeros(self: HSTURanker, batch: Any, *args: Any, **options: Any) -> torch.Tensor:
+        return torch.zeros(len(batch.candidate_rows), len(self.config.tasks))
+
+    HSTURanker.forward = HSTURanker.paged = zeros  # type: ignore[method-assign, assignment]
+
+
+class Case(NamedTuple):
+    """A batch, and what brings the engine into the state that it finds."""
+
+    name: str
+    batch: Sequence[Request]
+    before: Callable[[], object] = lambda: None
+
+
+def measure(rows: common.Rows, clock: Clock, rounds: int, made: Any, case: Case) -> None:
+    """Time the case's batch."""
+    name, batch, before = case
+    wall, parts, result = [], defaultdict(list), None
+    for _ in range(rounds):
+        before()
+        clock.spent.clear()
+        begun = time.perf_counter()
+        result = made.rank(batch)
+        wall.append(time.perf_counter() - begun - (result.compute_ms / 1e3 if torch.cuda.is_available() else 0.0))
+        for part in PARTS:
+            parts[part].append(clock.spent[part])
+    assert result is not None
+    least = {f"{part}_us": 1e6 * min(times) for part, times in parts.items()}
+    rows.add(
+        case=name,
+        batch=len(batch),
+        tokens=result.tokens,
+        graph=result.details.get("graph_batches", 0.0) > 0,
+        **least,
+        outside_us=1e6 * min(wall),
+        outside_p50_us=1e6 * float(np.median(wall)),
+        compute_us=1e3 * result.compute_ms,
+    )
+
+
+def returning(parser: Any, args: Any, rows: common.Rows, clock: Clock) -> None:
+    """Batches of users whose histories are in the cache, all or all but 128 events."""
+    defaults = ["workload=synthetic", "model=wide_heads", "engine=hstu", "cache=lru"]
+    more = [] if torch.cuda.is_available() else SMALL
+    spec = common.specs_of(parser, [*defaults, "cache.memory_gb=4", *more], args.overrides, multirun=False)[0]
+    users = common.requests_of(8, 4096, 256)
+    made = common.engine_of(spec, users, len(users))
+    for count in (8, 1):
+        batch = users[:count]
+        earlier = [common.first_events(user, 3968) for user in batch]
+
+        measure(rows, clock, args.rounds, made, Case("4096 of 4096 cached", batch, partial(made.rank, batch)))
+        measure(rows, clock, args.rounds, made, Case("3968 of 4096 cached", batch, partial(made.rank, earlier)))
+    made.close()
+
+
+def whole(parser: Any, args: Any, rows: common.Rows, clock: Clock) -> None:
+    """Batches of whole histories of very different lengths."""
+    defaults = ["workload=synthetic_long", "model=dlrm_v3", "engine=hstu"]
+    more = [] if torch.cuda.is_available() else [*SMALL, "model.embedding_rows=1000"]
+    spec = common.specs_of(parser, [*defaults, *more], args.overrides, multirun=False)[0]
+    requests = common.requests_of(16, 16384, 2048, shortest=0.05)
+    made = common.engine_of(spec, requests, len(requests))
+    shortest = sorted(requests, key=lambda r: len(r.history_items))
+    for batch in (requests, shortest[:1], shortest[-1:]):
+        measure(rows, clock, args.rounds, made, Case("whole histories", batch))
+    made.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__ or "", rounds=100)
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        compute_nothing()
+    clock = Clock()
+    for part, functions in PARTS.items():
+        for owner, name in functions:
+            clock.watch(owner, name, part)
+    rows = common.Rows(args, __file__, arguments)
+    returning(parser, args, rows, clock)
+    whole(parser, args, rows, clock)
+    rows.close()
+
+
+if __name__ == "__main__":
+    main()
