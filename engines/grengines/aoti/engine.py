@@ -127,7 +127,7 @@ class AOTIEngine(RankingEngine):
         """Queue a batch in a bucket's graph, or without a bucket kernel by kernel."""
         marks = Marks(self._device)
         if runner is not None and bucket is not None:
-            runner.upload(bucket, host)
+            runner.upload(bucket, host.buffer)
             marks.add()
             logits = runner.replay(bucket)
         else:

@@ -13,6 +13,7 @@ from torch import Tensor
 from grengines.cache.index import Plan
 from grengines.cache.pool import PagePool
 from grengines.runtime import staging
+from grengines.runtime.staging import Staging
 
 
 @dataclass
@@ -44,17 +45,18 @@ class HostPlaces:
         sequences: int = 0,
         pages: int = 0,
         pin: bool = False,
+        staged: Staging | None = None,
     ) -> HostPlaces:
         """Lay out the places of a batch of `rows` tokens.
 
         first_rows: for each plan, the row of the batch's keys that holds its first token that is not cached; its
         further ones follow. sequences, pages: least sizes of the page table (a CUDA graph's are fixed). pin:
-        page-locked memory, for GPUs.
+        page-locked memory, for GPUs. staged: the buffer to take a part of.
         """
         B = max(len(plans), sequences)
         width = max([1, pages, *(len(plan.pages) for plan in plans)])
-        sizes = [B, B, rows, -(-B * width // 2)]
-        buffer = staging.zeros(sum(sizes), pin)
+        sizes = cls._sizes(B, rows, width)
+        buffer = staged.take(sum(sizes)) if staged else staging.zeros(sum(sizes), pin)
         ends = list(accumulate(sizes))
         cached, stored, slots, packed = (buffer.numpy()[end - n : end] for n, end in zip(sizes, ends, strict=True))
         slots[:] = -1
@@ -66,6 +68,15 @@ class HostPlaces:
                 first = first_rows[b]
                 slots[first : first + new] = pool.slots(plan.pages, plan.cached, plan.stored)
         return cls(buffer, sizes, width)
+
+    @classmethod
+    def length(cls, sequences: int, rows: int, pages: int) -> int:
+        """Return the length of the buffer for a batch of these sizes."""
+        return sum(cls._sizes(sequences, rows, pages))
+
+    @staticmethod
+    def _sizes(sequences: int, rows: int, pages: int) -> list[int]:
+        return [sequences, sequences, rows, -(-sequences * pages // 2)]  # two numbers of pages share a place
 
     def to(self, device: torch.device, out: Tensor | None = None) -> PagedBatch:
         """Copy to the device in one go, without waiting; into `out` (int64 [total]) if it is given."""

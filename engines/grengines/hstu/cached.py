@@ -24,10 +24,11 @@ from grengines.cache.pool import PagePool
 from grengines.cache.states import UserStates
 from grengines.hstu.load_costs import LoadCosts
 from grengines.models.hstu.model import HSTURanker
-from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack_slices
+from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, append_size, pack_slices
 from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, filling
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
+from grengines.runtime.staging import Staging
 
 
 class CachedRanking:
@@ -86,12 +87,12 @@ class CachedRanking:
             whole = self._extend(requests, plans)
             onload = states.start_loading(plans)  # as early as possible
             bucket = self._bucket(requests, plans, onload)
-            hosts, places = self._pack(requests, plans, bucket, whole)
+            hosts, places, staged = self._pack(requests, plans, bucket, whole)
             batch_ms = (time.perf_counter() - begun) * 1e3
             marks = Marks(self._device)
             details = self._place(hosts) | self.graphs.counts(bucket)
-            if self.graphs.runner is not None and bucket is not None:
-                logits = self._replay(self.graphs.runner, bucket, hosts[0], places, onload, marks)
+            if self.graphs.runner is not None and bucket is not None and staged is not None:
+                logits = self._replay(self.graphs.runner, bucket, staged, onload, marks)
             else:
                 logits = self._launch(hosts, places, any(plan.cached for plan in plans), onload, marks)
             queued = collect(logits, hosts, marks, batch_ms, details)
@@ -117,13 +118,20 @@ class CachedRanking:
 
     def _pack(
         self, requests: Sequence[Request], plans: Sequence[Plan], bucket: Bucket | None, whole: bool
-    ) -> tuple[list[HostBatch], HostPlaces]:
+    ) -> tuple[list[HostBatch], HostPlaces, Tensor | None]:
         """Lay out the uncached tokens, in slices of candidates if `whole`, and their places in the pool.
 
-        Candidates on their own need the whole history in pages. Where it is not stored, all go in one pass.
+        Candidates on their own need the whole history in pages. Where it is not stored, all go in one pass. Returns the
+        buffer of both as well, which a bucket's graph is given.
         """
         size, cached = self._microbatch if whole else 0, [plan.cached for plan in plans]
-        hosts = pack_slices(requests, self._ranker.encoding, size, cached=cached, bucket=bucket, pin=self._pin)
+        staged = None
+        if bucket is not None:
+            length = append_size(bucket) + HostPlaces.length(bucket.batch, bucket.tokens, self._pages)
+            staged = Staging(length, self._pin)
+        hosts = pack_slices(
+            requests, self._ranker.encoding, size, cached=cached, bucket=bucket, pin=self._pin, staged=staged
+        )
         places = HostPlaces.of(
             self.states.pool,
             plans,
@@ -132,20 +140,13 @@ class CachedRanking:
             sequences=bucket.batch if bucket else 0,
             pages=self._pages if bucket else 0,
             pin=self._pin,
+            staged=staged,
         )
-        return hosts, places
+        return hosts, places, staged.buffer if staged else None
 
-    def _replay(
-        self,
-        runner: Runner,
-        bucket: Bucket,
-        host: HostBatch,
-        places: HostPlaces,
-        onload: Onload | None,
-        marks: Marks,
-    ) -> Tensor:
+    def _replay(self, runner: Runner, bucket: Bucket, staged: Tensor, onload: Onload | None, marks: Marks) -> Tensor:
         """Queue a graph, behind all copies from the host. Return the logits."""
-        runner.upload(bucket, host, places)
+        runner.upload(bucket, staged)
         marks.add()
         if onload is not None:
             onload.all_layers()
@@ -230,8 +231,8 @@ class CachedRanking:
 
     def _empty(self, bucket: Bucket) -> list[Any]:
         """Return the inputs of a graph for an empty batch."""
-        host, places = self._pack([], [], bucket, whole=False)
-        return [host[0], places]
+        hosts, places, _ = self._pack([], [], bucket, whole=False)
+        return [*hosts, places]
 
     def _probe(self, longest: Request, bucket: Bucket, runner: Runner | None) -> Queue:
         """Return what queues a batch that fills a bucket, in its graph if there is a runner.
@@ -255,11 +256,11 @@ class CachedRanking:
         ]
 
         def queue() -> Callable[[], RankResult]:
-            hosts, places = self._pack(requests, plans, bucket if runner else None, whole=False)
+            hosts, places, staged = self._pack(requests, plans, bucket if runner else None, whole=False)
             marks = Marks(self._device)
             self._place(hosts)
-            if runner is not None:
-                logits = self._replay(runner, bucket, hosts[0], places, None, marks)
+            if runner is not None and staged is not None:
+                logits = self._replay(runner, bucket, staged, None, marks)
             else:
                 logits = self._launch(hosts, places, any(cached), None, marks)
             return collect(logits, hosts, marks, 0.0, {})

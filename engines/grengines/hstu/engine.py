@@ -182,7 +182,7 @@ class HSTUEngine(RankingEngine):
         marks = Marks(self._device)
         details = self._place(hosts)
         if runner is not None and bucket is not None:
-            runner.upload(bucket, hosts[0])
+            runner.upload(bucket, hosts[0].buffer)
             marks.add()
             logits = runner.replay(bucket)
         else:

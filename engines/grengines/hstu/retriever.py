@@ -136,7 +136,7 @@ class HSTURetriever(GeneratingEngine):
             batch_ms = found_ms + (time.perf_counter() - begun) * 1e3
             marks = Marks(self._device)
             if runner is not None and bucket is not None:
-                runner.upload(bucket, host)
+                runner.upload(bucket, host.buffer)
                 marks.add()
                 found = runner.replay(bucket)
             else:

@@ -17,6 +17,7 @@ from torch import Tensor
 from grengines.api import Catalogue, Request
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import staging
+from grengines.runtime.staging import Staging
 
 Int64Array = npt.NDArray[np.int64]
 OFFSETS = ("q_offsets", "candidate_offsets", "kv_offsets", "kept_offsets")  # the last two in append batches only
@@ -146,12 +147,14 @@ def pack(
     candidates: slice = slice(None),
     bucket: Bucket | None = None,
     pin: bool = False,
+    staged: Staging | None = None,
 ) -> HostBatch:
     """Number the tokens of `requests` and lay them out.
 
     cached: makes an append batch; the number of each request's first tokens (contextual ones and events) whose keys and
     values are cached, so that only the rest is packed. candidates: the slice of each request's candidates; slice(0) for
     a prefill. bucket: pad to these sizes. pin: page-locked memory, for GPUs.
+    staged: the buffer to take a part of.
 
     Raises ValueError for requests that don't fit the bucket, for more cached tokens than there are, and for new events
     after cached ones in a model with contextual tokens: those see the whole history, so each new event changes them and
@@ -160,7 +163,7 @@ def pack(
     layout = _Layout.of(requests, encoding, cached, candidates)
     padded = layout.padded(bucket)
     total, sizes, places = _places(padded.tokens, padded.batch, padded.candidates, cached is not None)
-    buffer = staging.zeros(total, pin)
+    buffer = staged.take(total) if staged else staging.zeros(total, pin)
     packed = buffer.numpy()
     arrays = {name: packed[place] for name, place in places.items()}
     _write_tokens(arrays, requests, layout, encoding)
@@ -232,6 +235,11 @@ class _Layout:
         return bucket or needed
 
 
+def append_size(bucket: Bucket) -> int:
+    """Return the length of the buffer of an append batch in a bucket."""
+    return _places(bucket.tokens, bucket.batch, bucket.candidates, appends=True)[0]
+
+
 @lru_cache(maxsize=256)
 def _places(
     tokens: int, sequences: int, candidates: int, appends: bool
@@ -254,7 +262,8 @@ Arrays = dict[str, Int64Array]  # of a HostBatch, by name
 @lru_cache(maxsize=16)
 def _count(n: int, most: int) -> Int64Array:
     """Return 0, 1, ... as int64 [n], at most `most`. It is shared: never write it."""
-    return np.minimum(np.arange(n), most)
+    counted: Int64Array = np.minimum(np.arange(n), most)
+    return counted
 
 
 def _write_tokens(arrays: Arrays, requests: Sequence[Request], layout: _Layout, encoding: Encoding) -> None:
@@ -315,6 +324,7 @@ def pack_slices(
     cached: Sequence[int] | None = None,
     bucket: Bucket | None = None,
     pin: bool = False,
+    staged: Staging | None = None,
 ) -> list[HostBatch]:
     """Pack all uncached tokens in one batch, or with `microbatch` > 0 in several.
 
@@ -323,7 +333,7 @@ def pack_slices(
     """
     most = max((len(r.candidates) for r in requests), default=0)
     if not microbatch or not most:
-        return [pack(requests, encoding, cached=cached, bucket=bucket, pin=pin)]
+        return [pack(requests, encoding, cached=cached, bucket=bucket, pin=pin, staged=staged)]
     whole = [encoding.contextual_seq_len + len(r.history_items) for r in requests]
     slices = [slice(begin, begin + microbatch) for begin in range(0, most, microbatch)]
     return [

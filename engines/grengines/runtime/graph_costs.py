@@ -20,7 +20,6 @@ from torch import Tensor
 from grengines.api import BatchResult, Request
 from grengines.runtime.batch import Bucket, Encoding
 from grengines.runtime.buckets import Buckets
-from grengines.runtime.graphs import Input
 
 RUNS = 5  # of which the median counts, after one that compiles
 SLACK = 1.25  # eager device times up to this share of the launches' are close enough to capture a graph and time it
@@ -31,7 +30,7 @@ class Runner(Protocol):
 
     def keep(self, buckets: Sequence[Bucket]) -> None: ...
 
-    def upload(self, bucket: Bucket, *hosts: Input) -> None: ...
+    def upload(self, bucket: Bucket, inputs: Tensor) -> None: ...
 
     def replay(self, bucket: Bucket) -> Tensor: ...
 

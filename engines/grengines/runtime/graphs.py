@@ -48,24 +48,24 @@ class GraphRunner:
         inputs: Callable[[Bucket], Sequence[Input]],
         device: torch.device,
     ) -> None:
-        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
         for bucket in sorted(buckets, key=lambda b: b.tokens, reverse=True):  # the largest first: it lays out the pool
             # The empty batch gives the buffers their layout. Their contents do not matter to the capture.
             hosts = inputs(bucket)
-            buffers = [torch.zeros_like(host.buffer, device=device) for host in hosts]
-            arguments = [host.to(device, out=buffer) for host, buffer in zip(hosts, buffers, strict=True)]
+            buffer = torch.zeros(sum(len(host.buffer) for host in hosts), dtype=torch.int64, device=device)
+            parts = buffer.split([len(host.buffer) for host in hosts])
+            arguments = [host.to(device, out=part) for host, part in zip(hosts, parts, strict=True)]
             graph, logits = capture(partial(forward, *arguments), pool)
-            self._graphs[bucket] = graph, buffers, logits
+            self._graphs[bucket] = graph, buffer, logits
 
     def keep(self, buckets: Sequence[Bucket]) -> None:
         """Drop the graphs of all other buckets."""
         self._graphs = {bucket: self._graphs[bucket] for bucket in buckets}
 
-    def upload(self, bucket: Bucket, *hosts: Input) -> None:
-        """Copy inputs that were packed for `bucket` to the buffers that its graph reads, without waiting."""
-        for buffer, host in zip(self._graphs[bucket][1], hosts, strict=True):
-            buffer.copy_(host.buffer, non_blocking=True)
+    def upload(self, bucket: Bucket, inputs: Tensor) -> None:
+        """Copy inputs that were packed for `bucket`, one after another, to where its graph reads, without waiting."""
+        self._graphs[bucket][1].copy_(inputs, non_blocking=True)
 
     def replay(self, bucket: Bucket) -> Tensor:
         """Run the bucket's graph. Return fp32 [bucket.candidates, tasks], valid until the next run."""

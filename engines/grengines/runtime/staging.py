@@ -7,6 +7,18 @@ import torch
 from torch import Tensor
 
 
+class Staging:
+    """A host buffer of which the inputs of a batch are parts, one after another: one copy moves all of them."""
+
+    def __init__(self, n: int, pin: bool) -> None:
+        self.buffer, self._taken = zeros(n, pin), 0
+
+    def take(self, n: int) -> Tensor:
+        """Return the next n numbers of the buffer, zeros."""
+        self._taken += n
+        return self.buffer[self._taken - n : self._taken]
+
+
 def zeros(n: int, pin: bool) -> Tensor:
     """Return zeros, int64 [n]. pin: page-locked, for copies to a GPU.
 
