@@ -117,12 +117,15 @@ class HSTUEngine(RankingEngine):
 
     @torch.inference_mode()
     def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
-        largest = self._largest(sample, max_batch)
         if self.user_cache is not None:
-            self.user_cache.measure(largest)
-        else:
-            for n in first_batches(max_batch, self._device):
-                self.rank(largest[-n:])
+            self.user_cache.measure(self._largest(sample, max_batch))
+            return
+        by_size = self._largest(sample, len(sample))
+        for n in first_batches(max_batch, self._device):
+            self.rank(by_size[-n:])
+            if self._cuda:  # kernels for shorter sequences may be others
+                self.rank(by_size[len(by_size) // 2 :][:n])
+                self.rank(by_size[:n])
 
     @torch.inference_mode()
     def rank(self, requests: Sequence[Request]) -> RankResult:

@@ -83,7 +83,7 @@ class Graphs:
         """Return the entries of a record."""
         return {
             "cuda_graphs": len(list(self.buckets)),
-            "graph_buckets": [b._asdict() for b in self.buckets],
+            "graph_buckets": [list(b) for b in self.buckets],  # the fields of Bucket
             "graph_costs_ms": [
                 {"batch": b.batch, "tokens": b.tokens, "launches": _ms(c.launches_s), "replay": _ms(c.replay_s)}
                 for b, c in sorted(self.costs.items())

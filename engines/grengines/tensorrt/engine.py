@@ -137,7 +137,7 @@ class TensorRTEngine(RankingEngine):
             "plan_bytes": plan.manifest["bytes"] if plan else 0,
             "facts": asdict(plan.facts) if plan else {},
             "refitted": self._refitted,
-            "graph_buckets": [b._asdict() for b in self._graphs],
+            "graph_buckets": [list(b) for b in self._graphs],
             "cuda_graphs": "by TensorRT for RTX" if graphs and self._library.rtx else len(self._graphs),
             **self._seconds,
             "cache": {"name": "none"},
