@@ -16,8 +16,10 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial, wraps
 from typing import Any, NamedTuple
+from unittest import mock
 
 import common
 import numpy as np
@@ -48,8 +50,8 @@ class Clock:
     def __init__(self) -> None:
         self.spent: dict[str, float] = defaultdict(float)
 
-    def watch(self, owner: Any, name: str, part: str) -> None:
-        """Add up the time in a function of a class or a module from now on."""
+    def watching(self, owner: Any, name: str, part: str) -> AbstractContextManager[object]:
+        """Add up the time in a function of a class or a module inside the context."""
         found, bound = getattr(owner, name), isinstance(vars(owner)[name], classmethod)
 
         @wraps(found)
@@ -60,16 +62,12 @@ class Clock:
             finally:
                 self.spent[part] += time.perf_counter() - begun
 
-        setattr(owner, name, staticmethod(timed) if bound else timed)
+        return mock.patch.object(owner, name, staticmethod(timed) if bound else timed)
 
 
-def compute_nothing() -> None:
-    """Let the model return zeros at once."""
-
-    def zeros(self: HSTURanker, batch: Any, *args: Any, **options: Any) -> torch.Tensor:
-        return torch.zeros(len(batch.candidate_rows), len(self.config.tasks))
-
-    HSTURanker.forward = HSTURanker.paged = zeros  # type: ignore[method-assign, assignment]
+def zeros(ranker: HSTURanker, batch: Any, *_: Any, **__: Any) -> torch.Tensor:
+    """The logits of a model that computes nothing."""
+    return torch.zeros(len(batch.candidate_rows), len(ranker.config.tasks))
 
 
 class Case(NamedTuple):
@@ -107,18 +105,30 @@ def measure(rows: common.Rows, clock: Clock, rounds: int, made: Any, case: Case)
 
 
 def returning(parser: Any, args: Any, rows: common.Rows, clock: Clock) -> None:
-    """Batches of users whose histories are in the cache, all or all but 128 events."""
+    """Batches of users whose histories are in the cache, whole or all but a 32nd."""
     defaults = ["workload=synthetic", "model=wide_heads", "engine=hstu", "cache=lru"]
     more = [] if torch.cuda.is_available() else SMALL
     spec = common.specs_of(parser, [*defaults, "cache.memory_gb=4", *more], args.overrides, multirun=False)[0]
-    users = common.requests_of(8, 4096, 256)
+    users, known = common.requests_of(8, args.history, 256), args.history - args.history // 32
     made = common.engine_of(spec, users, len(users))
     for count in (8, 1):
         batch = users[:count]
-        earlier = [common.first_events(user, 3968) for user in batch]
+        earlier = [common.first_events(user, known) for user in batch]
 
-        measure(rows, clock, args.rounds, made, Case("4096 of 4096 cached", batch, partial(made.rank, batch)))
-        measure(rows, clock, args.rounds, made, Case("3968 of 4096 cached", batch, partial(made.rank, earlier)))
+        measure(
+            rows,
+            clock,
+            args.rounds,
+            made,
+            Case(f"{args.history} of {args.history} cached", batch, partial(made.rank, batch)),
+        )
+        measure(
+            rows,
+            clock,
+            args.rounds,
+            made,
+            Case(f"{known} of {args.history} cached", batch, partial(made.rank, earlier)),
+        )
     made.close()
 
 
@@ -127,7 +137,7 @@ def whole(parser: Any, args: Any, rows: common.Rows, clock: Clock) -> None:
     defaults = ["workload=synthetic_long", "model=dlrm_v3", "engine=hstu"]
     more = [] if torch.cuda.is_available() else [*SMALL, "model.embedding_rows=1000"]
     spec = common.specs_of(parser, [*defaults, *more], args.overrides, multirun=False)[0]
-    requests = common.requests_of(16, 16384, 2048, shortest=0.05)
+    requests = common.requests_of(16, args.longest, 2048, shortest=0.05)
     made = common.engine_of(spec, requests, len(requests))
     shortest = sorted(requests, key=lambda r: len(r.history_items))
     for batch in (requests, shortest[:1], shortest[-1:]):
@@ -137,16 +147,18 @@ def whole(parser: Any, args: Any, rows: common.Rows, clock: Clock) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__ or "", rounds=100)
+    parser.add_argument("--history", type=int, default=4096, help="events of a returning user (default: %(default)s)")
+    parser.add_argument("--longest", type=int, default=16384, help="events of a whole history (default: %(default)s)")
     args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        compute_nothing()
-    clock = Clock()
-    for part, functions in PARTS.items():
-        for owner, name in functions:
-            clock.watch(owner, name, part)
-    rows = common.Rows(args, __file__, arguments)
-    returning(parser, args, rows, clock)
-    whole(parser, args, rows, clock)
+    rows, clock = common.Rows(args, __file__, arguments), Clock()
+    with ExitStack() as changes:
+        for name in () if torch.cuda.is_available() else ("forward", "paged"):
+            changes.enter_context(mock.patch.object(HSTURanker, name, zeros))
+        for part, functions in PARTS.items():
+            for owner, name in functions:
+                changes.enter_context(clock.watching(owner, name, part))
+        returning(parser, args, rows, clock)
+        whole(parser, args, rows, clock)
     rows.close()
 
 

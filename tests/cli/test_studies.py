@@ -126,6 +126,19 @@ def test_engines_are_gated_and_compared(program: Any, tmp_path: Path, capsys: Ca
     assert refused["status"] == "UNAVAILABLE" and refused["reason"]
 
 
+def test_the_hosts_time_has_its_parts(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    sizes = ["--history", "64", "--longest", "80", "--rounds", "2"]
+    rows = rows_of(program("host_time"), tmp_path, capsys, "kernel=torch", *sizes)
+    assert [(row["case"], row["batch"]) for row in rows] == [
+        *((f"{known} of 64 cached", batch) for batch in (8, 1) for known in (64, 62)),
+        *(("whole histories", batch) for batch in (16, 1, 1)),
+    ]
+    parts = [[row[f"{part}_us"] for part in ("states", "pack", "places", "copy", "launch", "result")] for row in rows]
+    assert all(min(times) > 0 for times in parts[:4])
+    assert all(times[0] == times[2] == 0 and min(times[1], *times[3:]) > 0 for times in parts[4:])
+    assert all(sum(times) < row["outside_us"] for times, row in zip(parts, rows, strict=True))
+
+
 def test_hits_are_timed_in_the_state_of_their_case(program: Any, tmp_path: Path, capsys: Capture) -> None:
     sizes = ["--history", "64", "--candidates", "8", "--batches", "1", "--rounds", "1"]
     rows = rows_of(program("user_cache"), tmp_path, capsys, "model=hstu_tiny", "kernel=torch", *sizes)

@@ -164,7 +164,7 @@ def test_registry() -> None:
 
 def test_no_graphs_on_a_cpu_unless_they_are_asked_for() -> None:
     with engine(sample()) as e:
-        assert e.actual()["cuda_graphs"] == 0 and "eager_batches" not in e.rank(sample()).details
+        assert e.actual()["cuda_graphs"] == "false" and "eager_batches" not in e.rank(sample()).details
 
 
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
@@ -335,5 +335,5 @@ def test_auto_replays_small_batches_and_records_what_it_measured() -> None:
         result, actual = e.rank(requests), json.loads(json.dumps(e.actual()))
     assert error(result, reference) < 1e-5
     assert result.details == {"graph_batches": 1.0, "eager_batches": 0.0}  # so small a model waits for launches
-    assert actual["cuda_graphs"] == len(actual["graph_buckets"]) > 0
+    assert actual["cuda_graphs"] == "true" and actual["graph_buckets"]
     assert all(0 < cost["replay"] < cost["launches"] for cost in actual["graph_costs_ms"][:3])
