@@ -114,21 +114,9 @@ def returning(parser: Any, args: Any, rows: common.Rows, clock: Clock) -> None:
     for count in (8, 1):
         batch = users[:count]
         earlier = [common.first_events(user, known) for user in batch]
-
-        measure(
-            rows,
-            clock,
-            args.rounds,
-            made,
-            Case(f"{args.history} of {args.history} cached", batch, partial(made.rank, batch)),
-        )
-        measure(
-            rows,
-            clock,
-            args.rounds,
-            made,
-            Case(f"{known} of {args.history} cached", batch, partial(made.rank, earlier)),
-        )
+        for tokens, visit in (args.history, batch), (known, earlier):
+            name = f"{tokens} of {args.history} cached"
+            measure(rows, clock, args.rounds, made, Case(name, batch, partial(made.rank, visit)))
     made.close()
 
 
