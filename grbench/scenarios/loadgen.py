@@ -10,9 +10,11 @@ so `scheduled_s` draws it as LoadGen does, and `_check_schedule` compares it wit
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -117,18 +119,24 @@ def scheduled_s(seed: int, rate: float) -> Iterator[float]:
         yield from (ends_ns / 1e9).tolist()
 
 
+_ANOTHER = "install a version that pyproject.toml allows"
+FULL = 4096  # bytes: a disk with less left is full
+
+
 def _check_schedule(log: Path, seed: int, rate: float) -> None:
-    """Raise RuntimeError where LoadGen's log has another schedule than `scheduled_s`."""
-    text = log.read_text()
-    count, duration_ns = (
-        int(re.findall(rf'"generated_query_{name}", "value": (\d+)', text)[0]) for name in ("count", "duration")
-    )
+    """Raise RuntimeError where LoadGen's log has another schedule than `scheduled_s`, OSError if a full disk cut it."""
+    values = re.findall(r'"generated_query_(count|duration)", "value": (\d+)', log.read_text())
+    found = dict(reversed(values))  # the first of each
+    if len(found) < 2 and shutil.disk_usage(log.parent).free < FULL:
+        raise OSError(errno.ENOSPC, "LoadGen could not write the whole of its log", str(log))  # it says nothing itself
+    if len(found) < 2:
+        raise RuntimeError(f"LoadGen {version('mlcommons-loadgen')} wrote no schedule into {log}; {_ANOTHER}")
+    count, duration_ns = int(found["count"]), int(found["duration"])
     ours_ns = next(itertools.islice(scheduled_s(seed, rate), count, None)) * 1e9
     if abs(ours_ns - duration_ns) > 1000 + count:  # a logarithm may be rounded another way
         raise RuntimeError(
             f"LoadGen {version('mlcommons-loadgen')} scheduled {count} queries within {duration_ns / 1e9} s, where "
-            f"grbench expects {ours_ns / 1e9} s: latencies would count from wrong times; install a version that "
-            "pyproject.toml allows"
+            f"grbench expects {ours_ns / 1e9} s: latencies would count from wrong times; {_ANOTHER}"
         )
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from helpers.sleepy_engine import SleepyEngine, drive, make_requests
 from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.execution.measure import _beside_loadgen as beside_loadgen
-from grbench.execution.records import PARTS
+from grbench.execution.records import PARTS, Status
+from grbench.execution.worker import classify
 from grbench.scenarios import Measurement, loadgen, run_scenario
 from grbench.scenarios.batcher import Batcher, ContinuousBatcher, Ticket
 from grbench.scenarios.config import (
@@ -158,6 +160,17 @@ def test_the_schedule_is_loadgens_own(tmp_path: Path) -> None:
     for seed, rate in ((7, 2000), (6, 1999)):
         with pytest.raises(RuntimeError, match="scheduled 300 queries within"):
             loadgen._check_schedule(log, seed, rate)
+
+
+def test_a_log_that_a_full_disk_cut_short_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "mlperf_log_detail.txt"
+    log.write_text(':::MLLOG {"key": "generated_query_count", "value": 300, "ti')
+    with pytest.raises(RuntimeError, match=r"wrote no schedule into .*; install a version"):
+        loadgen._check_schedule(log, 6, 2000)
+    monkeypatch.setattr(loadgen.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match="could not write the whole of its log") as full:
+        loadgen._check_schedule(log, 6, 2000)
+    assert classify(full.value)[0] is Status.DISK_FULL
 
 
 def test_server_rate_and_batching_follow_the_load(tmp_path: Path) -> None:
