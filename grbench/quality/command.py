@@ -106,6 +106,8 @@ def _page(found: list[tuple[str, Any]]) -> str:
     parts += first.notes
     parts.append(table(["configuration", *names], rows))
     for name, evaluation in found:
+        where = f"{evaluation.actual.get('device')}, {evaluation.actual.get('precision')}"
+        parts.append(f"{name}: answered in {evaluation.seconds:.1f} s ({where})")
         parts += [f"{name}: {evaluation.statement(figure)}" for figure in names if figure in evaluation.losses]
     return "\n\n".join(parts)
 
