@@ -24,6 +24,8 @@ SUBCOMMANDS = {
     "doctor": Subcommand("grbench.tools.doctor:main", "list what can run here, what is missing, how to install it"),
     "kernels": Subcommand("grbench.kernelbench.command:main", "benchmark single operators, with gate and roofline"),
     "cachesim": Subcommand("grbench.cachesim.command:main", "replay a trace through cache policies and the optimum"),
+    "serve": Subcommand("grbench.serve.command:main", "serve strategies over HTTP and gRPC, and choose among them"),
+    "load": Subcommand("grbench.serve.load:main", "measure a server through the network, like any engine"),
     "config": Subcommand("grbench.config.reference:main", "print every key: allowed values, default, meaning"),
     "sizing": Subcommand("grbench.tools.sizing:main", "print parameters, FLOPs and KV bytes of a model and a workload"),
     "overhead": Subcommand("grbench.tools.overhead:main", "measure the latency that the harness itself adds"),

@@ -22,6 +22,7 @@ from grengines.models.hstu import config as hstu
 from grengines.models.hstu.config import HSTUConfig
 from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.pipeline.config import STAGES, PipelineConfig
+from grengines.remote.config import RemoteConfig
 from grengines.spec import CacheOptions, EngineOptions, EngineSpec, ModelOptions, ModelSpec, Package
 from grengines.tensorrt import library as tensorrt
 from grengines.tensorrt.config import TensorRTConfig
@@ -81,6 +82,13 @@ ENGINES = {
             {"rank": "grengines.onnxruntime.engine:OnnxRuntimeEngine"},
             packages=(Package("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install 'grbench[onnx]'"),),
             can_stand_in=True,
+        ),
+        EngineSpec(
+            "remote",
+            RemoteConfig,
+            dict.fromkeys(("rank", "generate"), "grengines.remote.engine:RemoteEngine"),
+            models=("hstu", "decoder"),
+            one_at_a_time=None,
         ),
         EngineSpec(
             "pipeline",

@@ -18,6 +18,7 @@ from grbench.config.arguments import Arguments
 from grbench.config.compose import CONFIG_DIR
 from grbench.config.schema import ConfigError, GateConfig, RetrievalConfig, RunConfig, RunnerConfig, schemas
 from grbench.kernelbench.config import KernelBenchConfig
+from grbench.serve.options import ServeConfig
 from grbench.training.config import TrainConfig, TrainingConfig
 from grengines.options import describe
 
@@ -39,6 +40,7 @@ ROOTS = {
     "cachesim": ("`grbench cachesim`", CacheSimConfig),
     "train": ("`grbench train`", TrainConfig),
     "training": ("`training`: the epochs of `grbench train`", TrainingConfig),
+    "serve": ("`grbench serve`: `serve.KEY=VALUE`", ServeConfig),
 }
 
 
@@ -68,7 +70,7 @@ def sections() -> dict[str, str]:
     """Return the page's sections by the name of the group or command."""
     parts = {name: "\n".join([f"## {title}\n", *_table(schema)]) + "\n" for name, (title, schema) in ROOTS.items()}
     groups = {name: "\n".join(_group(name)) + "\n" for name in schemas()}
-    commands = {name: parts.pop(name) for name in ("kernels", "cachesim", "train", "training")}
+    commands = {name: parts.pop(name) for name in ("kernels", "cachesim", "train", "training", "serve")}
     return {**parts, **groups, **commands}
 
 

@@ -114,6 +114,11 @@ class RequestLoop:
         stages = self._stages[0] if self._stages else {}
         return columns | {f"{stage}_ms": np.array([row[stage] for row in self._stages]) for stage in stages}
 
+    def take_rows(self) -> list[tuple[float, ...]]:
+        """Return the rows since the last call and forget them, for a server that runs on. `answered` may call it."""
+        rows, self._rows, self._stages = self._rows, [], []
+        return rows
+
     def _loop(self) -> None:
         try:
             self._work()

@@ -23,7 +23,7 @@ class ScenarioConfig:
         0,
         "batches in flight, one behind another once it is full; 0: 2 where the engine can, else 1",
         ge=0,
-        le=16,
+        le=1024,
     )
 
 

@@ -1,0 +1,90 @@
+"""The remote engine: a batch is one call to a server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grengines.api import GenerateResult, RankResult, Request, Setup, UnavailableError
+from grengines.remote.client import Answers, Client, ServerError
+from grengines.remote.config import RemoteConfig
+
+COARSEST = ("fp8", "int8", "bf16", "fp16", "fp32")
+
+
+class RemoteEngine:
+    """A server of grbench. Satisfies grengines.api.Ranker and Generator; the server's task decides which.
+
+    Its calls are due at the time limit, so the server refuses none for its own latency limit, and late answers count.
+    """
+
+    def __init__(self, options: RemoteConfig, setup: Setup) -> None:
+        """Raises ValueError for a cache, which is the server's, or a URL that is none."""
+        if setup.cache.name != "none":
+            raise ValueError(f"cache={setup.cache.name}: engine remote has none; give the cache to the server")
+        key = Path(options.api_key_file).read_text().strip() if options.api_key_file else None
+        self._options, self._setup = options, setup
+        self._client = Client(options.url, key, options.timeout_s)
+        self._max_batch = 0
+        self._status: dict[str, Any] = {}
+
+    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
+        """Wait until the server is ready. Raises UnavailableError if it is not, ValueError if it serves other items."""
+        self._max_batch = max_batch
+        try:
+            self._client.wait_until_ready(self._options.timeout_s)
+            self._status = self._client.status()
+        except ServerError as e:
+            raise UnavailableError(f"engine.url: {e}; start one: grbench serve engine=hstu") from None
+        served, own = self._status["items"], self._setup.catalogue.num_items
+        if served != own:
+            raise ValueError(
+                f"workload: it has {own} items, and the server's has {served}; give the options of the server"
+            )
+
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        """Score every candidate of every request. Raises ServerError."""
+        begun = time.perf_counter()
+        answers = self._client.rank(requests, self._options.timeout_s * 1e3)
+        times = self._times(answers, begun)
+        tokens = sum(len(r.history_items) + len(r.candidates) for r in requests)
+        return RankResult(scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
+
+    def generate(self, requests: Sequence[Request]) -> GenerateResult:
+        """Find the most likely next items of every request. Raises ServerError."""
+        begun = time.perf_counter()
+        answers = self._client.generate(requests, self._options.timeout_s * 1e3)
+        times = self._times(answers, begun)
+        tokens = sum(len(r.history_items) for r in requests)
+        return GenerateResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
+
+    def actual(self) -> dict[str, Any]:
+        """Return the facts of the server. The gate's reference runs here, so `device` is this machine's."""
+        strategies = self._status["strategies"]
+        precisions = {s["precision"] for s in strategies}
+        return {
+            "engine": "remote",
+            "task": self._status["task"],
+            "device": "cpu",
+            "device_name": "of the server",
+            "precision": next((p for p in COARSEST if p in precisions), "fp32"),
+            "url": self._options.url,
+            "kernels": {},
+            "server": {key: self._status[key] for key in ("version", "model", "limits", "strategies")},
+        }
+
+    def reset_cache(self, keep_host: bool = False) -> None:
+        """Do nothing: the cache is the server's, and other clients may use it."""
+
+    def close(self) -> None:
+        """Do nothing: connections end with their threads."""
+
+    @staticmethod
+    def _times(answers: Answers, begun: float) -> dict[str, Any]:
+        """Return the server's wait and compute; the transfer is everything else."""
+        took_ms = (time.perf_counter() - begun) * 1e3
+        wait_ms, compute_ms = answers.parameters["queue_ms"], answers.parameters["compute_ms"]
+        transfer_ms = max(took_ms - wait_ms - compute_ms, 0.0)
+        return {"batch_ms": 0.0, "wait_ms": wait_ms, "compute_ms": compute_ms, "transfer_ms": transfer_ms}

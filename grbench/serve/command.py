@@ -1,0 +1,76 @@
+"""`grbench serve`: serve a deployment, or one strategy, over HTTP and gRPC until a signal ends it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+
+from grbench.config.arguments import Arguments, CommandError
+from grbench.config.schema import ConfigError
+from grbench.deployment import Deployment
+from grbench.serve.logs import Log
+from grbench.serve.options import ServeConfig, deployment_of, parse
+
+MODULES = ("starlette", "uvicorn", "prometheus_client", "grpc")
+SWITCH_S = 0.0005  # a thread that computes in Python gives way after this, and the event loop answers
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the flags of the command."""
+    about = (
+        "Serve strategies over the Open Inference Protocol (HTTP and gRPC): those of a deployment file, or one that "
+        "the overrides of a run describe. Each is checked against the fp32 reference before it answers. "
+        "`grbench config serve` lists the options serve.KEY=VALUE."
+    )
+    examples = [
+        "serve engine=hstu",
+        "serve engine=hstu cache=lru workload=synthetic serve.port=9000",
+        "serve deployment=outputs/tune/best.yaml",
+    ]
+    return Arguments("serve", about, examples, "deployment=FILE, or overrides as in `grbench`; serve.KEY=VALUE")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command. Exit codes: 0 a signal ended it, 1 nothing can serve, 2 the configuration is wrong."""
+    given = parser().parse_intermixed_args(words).overrides
+    config, file, overrides = parse(given)
+    deployment = deployment_of(file, overrides)
+    deployment.specs(file or "grbench serve")
+    if missing := [name for name in MODULES if not find_spec(name)]:
+        raise CommandError(f"package {missing[0]} is not installed; pip install 'grbench[serve]'", 1)
+    sys.setswitchinterval(SWITCH_S)
+    import uvloop
+
+    from grbench.serve.server import serve
+
+    def load() -> Deployment:
+        return deployment_of(file, overrides)
+
+    with _listening(config) as listener:
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(serve(deployment, file, config, Log(), listener, load))
+        except RuntimeError as e:
+            raise CommandError(e, 1) from None
+    return 0
+
+
+@contextlib.contextmanager
+def _listening(config: ServeConfig) -> Iterator[socket.socket]:
+    """A socket at the configured address. Raises ConfigError for one that can't be used."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((config.host, config.port))
+        except (OSError, UnicodeError) as e:
+            raise ConfigError(
+                f"serve.port={config.port}: {config.host}: {getattr(e, 'strerror', None) or e}; "
+                "give another port, or serve.port=0 for a free one"
+            ) from None
+        yield listener

@@ -1,0 +1,207 @@
+"""The controller: it chooses a strategy for each request, falls back, degrades and refuses.
+
+A choice goes by what a strategy's batches cost (`costs`), what waits before the request on the same device, and the
+request's deadline. The cheapest strategy that can meet the deadline answers. If none can, the steps of the deployment
+are tried in their order, and then the request is refused with the time after which it may come again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from grbench.deployment import Deployment, Step
+from grbench.serve.errors import RefusedError, wrong
+from grbench.serve.metrics import Metrics
+from grbench.serve.strategy import Done, FailedError, State, Strategy
+from grengines.api import Request
+
+EXPLORE = 64  # one request of this number goes to the second choice, so that its costs stay known
+MARGIN = 1.1  # on predictions
+FRESH_S = 1.0  # an idle strategy whose costs are older answers a request that seems too late, which measures them anew
+
+
+@dataclass
+class Answer:
+    """An answer and how it came about."""
+
+    done: Done
+    strategy: str
+    reason: str
+    degraded: str = ""
+    loss: dict[str, float] = field(default_factory=dict)  # measured, of the step
+    failed: list[str] = field(default_factory=list)  # strategies that were tried before, and why they failed
+
+
+@dataclass(frozen=True)
+class _Choice:
+    strategy: Strategy
+    request: Request
+    reason: str
+    step: Step | None = None
+
+
+class Controller:
+    """The strategies of one deployment. Runs on the event loop."""
+
+    def __init__(
+        self, deployment: Deployment, strategies: Sequence[Strategy], metrics: Metrics, max_queue: int
+    ) -> None:
+        self.deployment, self.strategies = deployment, list(strategies)
+        self._metrics, self._max_queue = metrics, max_queue
+        steps = {step.strategy for step in deployment.degrade}
+        self._usual = [s for s in self.strategies if s.name not in steps] or self.strategies
+        self._asked = 0
+
+    @property
+    def ready(self) -> bool:
+        """True if a strategy serves."""
+        return any(s.state is State.READY for s in self.strategies)
+
+    @property
+    def pending(self) -> int:
+        """Requests in the server."""
+        return sum(s.pending for s in self.strategies)
+
+    async def answer(self, request: Request, deadline: float) -> Answer:
+        """Answer a request. deadline: seconds, time.perf_counter; may be infinite. Raises RefusedError."""
+        if self.pending >= self._max_queue:
+            self._metrics.shed.labels("queue").inc()
+            raise RefusedError(429, f"{self._max_queue} requests wait already (serve.max_queue)", self._clears_s())
+        choice = self._choose(request, deadline)
+        failed: list[str] = []
+        tried: set[Strategy] = set()
+        while True:
+            try:
+                done = await choice.strategy.submit(choice.request, choice.strategy.kind_of(choice.request))
+                break
+            except FailedError as e:
+                tried.add(choice.strategy)
+                failed.append(f"{choice.strategy.name}: {e.reason}")
+                left = [s for s in self.strategies if s not in tried and self._can(s, request)]
+                if not left:
+                    raise _nothing_left(e, failed) from None
+                following = min(left, key=lambda s: self._usual.index(s) if s in self._usual else math.inf)
+                self._metrics.fallbacks.labels(choice.strategy.name, following.name, e.reason).inc()
+                choice = _Choice(following, request, "fallback")
+        self._metrics.choices.labels(choice.strategy.name, choice.reason).inc()
+        step = choice.step
+        if step is not None:
+            self._metrics.degraded.labels(step.name).inc()
+        return Answer(
+            done, choice.strategy.name, choice.reason, step.name if step else "", step.loss if step else {}, failed
+        )
+
+    def backlog_s(self, device: str) -> float:
+        """Return the time until the requests on a device are answered."""
+        return sum(
+            s.waiting_s + s.costs.fixed_s * math.ceil(s.pending / s.spec.scenario.max_batch)
+            for s in self.strategies
+            if s.device == device and s.state is State.READY
+        )
+
+    def predicted_s(self, strategy: Strategy, request: Request) -> float:
+        """Return the time until an answer: what waits on the device, and the request's own batch."""
+        own = strategy.costs.batch_s([strategy.kind_of(request)])
+        return MARGIN * (self.backlog_s(strategy.device) + own) + strategy.spec.scenario.max_wait_ms / 1e3
+
+    def _choose(self, request: Request, deadline: float) -> _Choice:
+        """Return the choice for a request. Raises RefusedError."""
+        able = [s for s in self._usual if self._can(s, request)]
+        if not able:
+            able = [s for s in self.strategies if self._can(s, request)]
+        if not able:
+            raise self._nothing_serves(request)
+        left = deadline - time.perf_counter()
+        predicted = {s: self.predicted_s(s, request) for s in able}
+        in_time = sorted((s for s in able if predicted[s] <= left), key=lambda s: s.costs.batch_s([s.kind_of(request)]))
+        if in_time:
+            return self._among(in_time, len(able), request)
+        for step in self.deployment.degrade:
+            for strategy, cheaper in self._degraded(step, able, request):
+                if self.predicted_s(strategy, cheaper) <= left:
+                    return _Choice(strategy, cheaper, "degraded", step)
+        if stale := [s for s in able if not s.pending and time.perf_counter() - s.measured > FRESH_S]:
+            return _Choice(stale[0], request, "measure")
+        self._metrics.shed.labels("deadline").inc()
+        soonest = min(predicted.values())
+        raise RefusedError(
+            429,
+            f"deadline: the answer would take {soonest * 1e3:.1f} ms and {max(left, 0.0) * 1e3:.1f} ms are left",
+            max(soonest - left, 0.0),
+        )
+
+    def _among(self, in_time: list[Strategy], able: int, request: Request) -> _Choice:
+        """Choose the cheapest strategy, and now and then the next one."""
+        self._asked += 1
+        if len(in_time) > 1 and self._asked % EXPLORE == 0:
+            return _Choice(in_time[1], request, "explore")
+        reason = "only" if able == 1 else "cheapest" if len(in_time) == able else "deadline"
+        return _Choice(in_time[0], request, reason)
+
+    def _degraded(self, step: Step, able: Sequence[Strategy], request: Request) -> Iterator[tuple[Strategy, Request]]:
+        """Yield the strategies of a step, each with the request as it would answer it."""
+        if step.strategy is not None:
+            yield from ((s, request) for s in self.strategies if s.name == step.strategy and self._can(s, request))
+            return
+        for strategy in able:
+            cheaper = request
+            if step.max_candidates:
+                cheaper = replace(request, candidates=request.candidates[: step.max_candidates])
+            elif step.max_history:
+                cheaper = _newest(request, step.max_history)
+            elif 0 < (known := strategy.known_events(request.user_id)) < len(request.history_items):
+                cheaper = _oldest(request, known)
+            if cheaper is not request:
+                yield strategy, cheaper
+
+    @staticmethod
+    def _can(strategy: Strategy, request: Request) -> bool:
+        return strategy.state is State.READY and strategy.takes(request)
+
+    def _nothing_serves(self, request: Request) -> RefusedError:
+        if self.ready:
+            sizes = f"{len(request.history_items)} events and {len(request.candidates)} candidates"
+            return wrong(f"TOKEN_LENGTHS: no strategy in service takes {sizes}; see serves in the deployment")
+        states = ", ".join(f"{s.name} is {s.state}" for s in self.strategies)
+        return RefusedError(503, f"no strategy serves: {states}", 1.0)
+
+    def _clears_s(self) -> float:
+        return max((self.backlog_s(s.device) for s in self.strategies), default=0.0)
+
+
+def _nothing_left(error: FailedError, failed: Sequence[str]) -> RefusedError:
+    """Return the error for a request that every strategy has failed to answer."""
+    if error.reason == "outside":
+        return wrong(f"no strategy can answer this request: {error}")
+    return RefusedError(503, f"no strategy answered: {'; '.join(failed)}", 1.0)
+
+
+def _newest(request: Request, events: int) -> Request:
+    return request if len(request.history_items) <= events else _with_events(request, slice(-events, None))
+
+
+def _oldest(request: Request, events: int) -> Request:
+    return _with_events(request, slice(0, events))
+
+
+def _with_events(request: Request, part: slice) -> Request:
+    return replace(
+        request,
+        history_items=request.history_items[part],
+        history_actions=request.history_actions[part],
+        history_weights=request.history_weights[part],
+        history_timestamps=request.history_timestamps[part],
+    )
+
+
+async def watch_times(controllers: Sequence[Controller], every_s: float = 0.1) -> None:
+    """Look for batches that take too long, for ever. The sequence may change."""
+    while True:
+        await asyncio.sleep(every_s)
+        for controller in controllers:
+            for strategy in controller.strategies:
+                strategy.check_time()

@@ -1,0 +1,76 @@
+"""Measured costs of a strategy: what a batch takes, by the lengths of its requests.
+
+A batch takes a fixed time, and a time for each request that depends on its tokens (in classes that double in width) and
+on whether the user's state is cached. Both are measured before the strategy serves, and follow every batch after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from grengines.api import Request
+
+RATE = 0.1  # weight of the newest batch
+MOST_CHANGE = 4.0  # of one batch: a pause of the machine is no new cost
+
+
+class Kind(NamedTuple):
+    """A class of requests that cost about the same."""
+
+    tokens: int  # bits of the number of tokens
+    cached: bool = False
+
+    @classmethod
+    def of(cls, request: Request, cached: bool = False) -> Kind:
+        return cls((len(request.history_items) + len(request.candidates)).bit_length(), cached)
+
+
+class Costs:
+    """The costs of one strategy, in seconds."""
+
+    def __init__(self, fixed_s: float, each_s: dict[Kind, float]) -> None:
+        """each_s: at least one kind."""
+        self.fixed_s, self._each_s = fixed_s, each_s
+
+    @classmethod
+    def measured(
+        cls, requests: Sequence[Request], max_batch: int, seconds: Callable[[Sequence[Request]], float]
+    ) -> Costs:
+        """Time batches of one request and of several, for each kind among `requests`.
+
+        seconds: answers a batch and returns what it took.
+        """
+        by_kind: dict[Kind, Request] = {Kind.of(r): r for r in requests}
+        fixed, each = [], {}
+        size = min(max_batch, 8)
+        for kind, request in by_kind.items():
+            one = min(seconds([request]) for _ in range(3))
+            more = min(seconds([request] * size) for _ in range(2)) if size > 1 else 2 * one
+            each[kind] = max((more - one) / max(size - 1, 1), one / size / 4, 1e-6)
+            fixed.append(max(one - each[kind], 0.0))
+        return cls(sorted(fixed)[len(fixed) // 2], each)
+
+    def each_s(self, kind: Kind) -> float:
+        """Return what a request adds to a batch. A kind not seen yet costs as the nearest one, by its tokens."""
+        if (known := self._each_s.get(kind)) is not None:
+            return known
+        near = min(self._each_s, key=lambda k: (abs(k.tokens - kind.tokens), k.cached != kind.cached))
+        return self._each_s[near] * 2.0 ** (kind.tokens - near.tokens)
+
+    def batch_s(self, kinds: Iterable[Kind]) -> float:
+        """Return what a batch of these requests takes."""
+        return self.fixed_s + sum(map(self.each_s, kinds))
+
+    def observe(self, kinds: Sequence[Kind], seconds: float) -> None:
+        """Follow a batch that took `seconds`."""
+        ratio = min(max(seconds / max(self.batch_s(kinds), 1e-9), 1 / MOST_CHANGE), MOST_CHANGE)
+        change = 1 + RATE * (ratio - 1)
+        self.fixed_s *= change
+        for kind in set(kinds):
+            self._each_s[kind] = self.each_s(kind) * change
+
+    def table(self) -> list[dict[str, float | int | bool]]:
+        """Return the costs for people: milliseconds by kind."""
+        rows = sorted(self._each_s.items())
+        return [{"tokens_below": 1 << k.tokens, "cached": k.cached, "ms": round(s * 1e3, 4)} for k, s in rows]

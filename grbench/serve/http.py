@@ -1,0 +1,185 @@
+"""The Open Inference Protocol over HTTP, with metrics, the page and the reload."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import math
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from grbench import __version__
+from grbench.serve.errors import RefusedError
+from grbench.serve.protocol import HEADER_LENGTH, parse_call, render
+from grbench.serve.service import EXTENSIONS, PLATFORM, VERSION, Service
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Api:
+    """The routes of one server."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._key = service.config.api_key
+        self._page = files("grbench.serve").joinpath("page.html").read_text(encoding="utf-8")
+
+    def app(self) -> Starlette:
+        """Return the ASGI application."""
+        model = "/v2/models/{model}"
+        routes = [
+            self._route("/v2/health/live", self._live, open_to_all=True),
+            self._route("/v2/health/ready", self._ready, open_to_all=True),
+            self._route("/v2", self._server),
+            self._route("/metrics", self._metrics),
+            self._route("/status", self._status),
+            self._route("/", self._show, open_to_all=True),
+            self._route("/reload", self._reload, "POST"),
+            self._route(f"{model}/append", self._append, "POST"),
+        ]
+        for prefix in (model, f"{model}/versions/{{version}}"):
+            routes += [
+                self._route(f"{prefix}/infer", self._infer, "POST"),
+                self._route(f"{prefix}/ready", self._model_ready),
+                self._route(f"{prefix}/config", self._config),
+                self._route(f"{prefix}/stats", self._stats),
+                self._route(prefix, self._model),
+            ]
+        return Starlette(routes=routes)
+
+    def _route(self, path: str, endpoint: Endpoint, method: str = "GET", open_to_all: bool = False) -> Route:
+        """Return a route whose refusals are one line of JSON, and which needs the key unless it is open to all."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                if not open_to_all:
+                    self._check_key(request)
+                return await endpoint(request)
+            except RefusedError as e:
+                return refusal(e)
+
+        return Route(path, guarded, methods=[method])
+
+    def _check_key(self, request: Request) -> None:
+        if self._key is None:
+            return
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if not hmac.compare_digest(given, self._key):
+            raise RefusedError(401, "authorization: allowed is `Bearer KEY` with the key of serve.api_key_file")
+
+    async def _live(self, request: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def _ready(self, request: Request) -> Response:
+        return JSONResponse({"ready": self._service.ready}, 200 if self._service.ready else 503)
+
+    async def _server(self, request: Request) -> Response:
+        return JSONResponse({"name": PLATFORM, "version": __version__, "extensions": EXTENSIONS})
+
+    async def _model(self, request: Request) -> Response:
+        return JSONResponse(self._service.model_metadata(*_names(request)))
+
+    async def _model_ready(self, request: Request) -> Response:
+        self._service.model_metadata(*_names(request))
+        return await self._ready(request)
+
+    async def _config(self, request: Request) -> Response:
+        return JSONResponse(self._service.model_config(*_names(request)))
+
+    async def _stats(self, request: Request) -> Response:
+        return JSONResponse({"model_stats": [self._service.model_statistics(*_names(request))]})
+
+    async def _metrics(self, request: Request) -> Response:
+        encode, kind = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(self._service.metrics.registry), headers={"content-type": kind})
+
+    async def _status(self, request: Request) -> Response:
+        return JSONResponse(self._service.status())
+
+    async def _show(self, request: Request) -> Response:
+        return Response(self._page, media_type="text/html")
+
+    async def _reload(self, request: Request) -> Response:
+        return JSONResponse({"reload": await self._service.reload()})
+
+    async def _append(self, request: Request) -> Response:
+        call = parse_call(await self._body(request), request.headers.get(HEADER_LENGTH))
+        return JSONResponse(self._service.append(call, request.path_params["model"]))
+
+    async def _infer(self, request: Request) -> Response:
+        begun, service = time.perf_counter(), self._service
+        ident, status, strategy, error = request.headers.get("x-request-id") or uuid.uuid4().hex, 500, "", ""
+        service.metrics.in_flight.inc()
+        try:
+            call = parse_call(await self._body(request), request.headers.get(HEADER_LENGTH))
+            model, version = _names(request)
+            tensors, parameters = await service.infer(call, model, version, begun)
+            computed = time.perf_counter()
+            body, headers = render(call, model, VERSION, tensors, parameters)
+            service.metrics.stages.labels("post").observe(time.perf_counter() - computed)
+            status, strategy = 200, parameters["strategy"]
+            return Response(body, headers=headers | {"x-request-id": ident})
+        except RefusedError as e:
+            status, error = e.status, str(e)
+            return refusal(e, ident)
+        except ClientDisconnect:
+            status, error = 499, "the client has left"
+            return Response(status_code=499)
+        finally:
+            service.metrics.in_flight.dec()
+            service.finished(status, strategy, begun)
+            if error or service.config.log_requests:
+                took_ms = round((time.perf_counter() - begun) * 1e3, 3)
+                say = service.log.error if error else service.log.info
+                say("call", request_id=ident, status=status, strategy=strategy, ms=took_ms, error=error)
+
+    async def _body(self, request: Request) -> bytes:
+        """Return the body. Raises RefusedError for one that is too large, too slow, or compressed."""
+        config = self._service.config
+        most = int(config.max_body_mb * 1e6)
+        if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+            raise RefusedError(415, f"content-encoding={encoding}: bodies are taken as they are; leave it out")
+        too_large = RefusedError(413, f"body: more than {config.max_body_mb:g} MB (serve.max_body_mb)")
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > most:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(config.body_timeout_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError:
+            raise RefusedError(
+                408, f"body: it did not come within {config.body_timeout_s:g} s (serve.body_timeout_s)"
+            ) from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _names(request: Request) -> tuple[str, str]:
+    return request.path_params["model"], request.path_params.get("version", VERSION)
+
+
+def refusal(error: RefusedError, ident: str | None = None) -> Response:
+    """Return the answer for a refused request."""
+    headers = {"x-request-id": ident} if ident else {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(math.ceil(error.retry_after_s), 1))
+        headers["retry-after-ms"] = f"{error.retry_after_s * 1e3:.0f}"
+    if error.status in (408, 413):  # the rest of the body would be the next request
+        headers["connection"] = "close"
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    body = json.dumps({"error": str(error)}).encode()
+    return Response(body, error.status, headers | {"content-type": "application/json"})

@@ -1,0 +1,24 @@
+"""`grbench load`: measure a server through the network, with the scenarios, records and reports of any run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grbench.config.arguments import Arguments
+from grbench.execution import command
+
+CONNECTIONS = 64
+USUAL = {"scenario.max_batch": "1", "scenario.in_flight": str(CONNECTIONS)}  # a call for each request
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command: a run with engine=remote. Exit codes: as of a run."""
+    about = "Measure a server of `grbench serve` through the network: the scenarios, records and reports of any run."
+    examples = ["load url=http://127.0.0.1:8000 scenario=server scenario.target_qps=100"]
+    overrides = "url=URL, and overrides as in `grbench`: the workload, the model and the seed are the server's"
+    args, flags = Arguments("load", about, examples, overrides).parse_known_args(words)
+    url = [f"engine.{word}" for word in args.overrides if word.startswith("url=")]
+    rest = [word for word in args.overrides if not word.startswith("url=")]
+    given = {word.partition("=")[0] for word in rest}
+    usual = [f"{key}={value}" for key, value in USUAL.items() if key not in given]
+    return command.main([*flags, "engine=remote", *url, *usual, *rest])

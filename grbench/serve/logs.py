@@ -1,0 +1,28 @@
+"""Structured logs: a JSON object a line, on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+
+class Log:
+    """Writes lines. `file` is standard error by default."""
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._file = file
+
+    def info(self, event: str, **facts: Any) -> None:
+        """Write what happened as expected."""
+        self._write("info", event, facts)
+
+    def error(self, event: str, **facts: Any) -> None:
+        """Write what went wrong."""
+        self._write("error", event, facts)
+
+    def _write(self, level: str, event: str, facts: dict[str, Any]) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        print(json.dumps({"time": now, "level": level, "event": event, **facts}), file=self._file or sys.stderr)
+        (self._file or sys.stderr).flush()

@@ -1,0 +1,96 @@
+"""Metrics for Prometheus. Names that Triton has are there under its names too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
+STAGES = ("queue", "pack", "load", "compute", "post")
+
+
+class Metrics:
+    """The metrics of one server. limit_s: the latency limit, which gets a bucket of its own."""
+
+    def __init__(self, limit_s: float | None) -> None:
+        self.registry = CollectorRegistry()
+        buckets = sorted({*SECONDS, *([limit_s] if limit_s else [])})
+        own: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter("grbench_requests", "Calls by status and strategy", ["status", "strategy"], **own)
+        self.duration = Histogram(
+            "grbench_request_duration_seconds", "Calls from the first byte to the answer", buckets=buckets, **own
+        )
+        self.stages = Histogram(
+            "grbench_stage_duration_seconds", "Stages of a request", ["stage"], buckets=buckets, **own
+        )
+        self.batch_size = Histogram(
+            "grbench_batch_size", "Requests of the batch of each request", ["strategy"],
+            buckets=[1, 2, 4, 8, 16, 32, 64, 128, 256], **own,
+        )  # fmt: skip
+        self.choices = Counter(
+            "grbench_choices", "Requests by the strategy that was chosen and why", ["strategy", "reason"], **own
+        )
+        self.fallbacks = Counter(
+            "grbench_fallbacks", "Requests that another strategy answered", ["from", "to", "reason"], **own
+        )
+        self.degraded = Counter("grbench_degraded", "Requests answered by a cheaper step", ["step"], **own)
+        self.shed = Counter("grbench_shed", "Requests refused under load", ["reason"], **own)
+        self.hits = Counter("grbench_state_hits", "Requests by where the user's state was", ["tier"], **own)
+        self.gate_error = Histogram(
+            "grbench_gate_error",
+            "Error of sampled answers against the fp32 reference, as a share of what is allowed",
+            ["strategy"], buckets=[0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0, 2.0, 10.0], **own,
+        )  # fmt: skip
+        self.gate_wrong = Counter("grbench_gate_wrong", "Sampled answers that were wrong", ["strategy"], **own)
+        self.events = Counter("grbench_state_events", "Appended events of users", **own)
+        self.reloads = Counter("grbench_reloads", "Reloads of the deployment by outcome", ["outcome"], **own)
+        self.success = Counter("nv_inference_request_success", "Triton's name: calls that were answered", **own)
+        self.failure = Counter("nv_inference_request_failure", "Triton's name: calls that were not", **own)
+        self.inferences = Counter("nv_inference_count", "Triton's name: requests that were answered", **own)
+        self.durations_us = {
+            name: Counter(f"nv_inference_{name}_duration_us", "Triton's name: sum over requests", **own)
+            for name in ("request", "queue", "compute_input", "compute_infer", "compute_output")
+        }
+        self.in_flight = Gauge("grbench_inflight", "Calls in the server", **own)
+
+    def watch(self, state: Callable[[], Iterable[tuple[str, str, str, int, int]]], users: Callable[[], int]) -> None:
+        """Read what the controller holds when metrics are asked for.
+
+        state: name, state and engine of each strategy, requests that it holds, batches that it has answered.
+        """
+        self.registry.register(_Live(state, users))
+
+    def observe(self, queue_ms: float, pack_ms: float, load_ms: float, compute_ms: float) -> None:
+        """Take the stages of one answered request."""
+        for stage, ms in zip(STAGES, (queue_ms, pack_ms, load_ms, compute_ms), strict=False):
+            self.stages.labels(stage).observe(max(ms, 0.0) / 1e3)
+        self.inferences.inc()
+        for name, ms in (("queue", queue_ms), ("compute_input", pack_ms + load_ms), ("compute_infer", compute_ms)):
+            self.durations_us[name].inc(max(ms, 0.0) * 1e3)
+
+
+class _Live:
+    """Figures that are read when Prometheus asks."""
+
+    def __init__(self, state: Callable[[], Iterable[tuple[str, str, str, int, int]]], users: Callable[[], int]) -> None:
+        self._state, self._users = state, users
+
+    def collect(self) -> Iterator[Metric]:
+        depth = GaugeMetricFamily("grbench_queue_depth", "Requests that a strategy holds", labels=["strategy"])
+        info = GaugeMetricFamily("grbench_strategy_info", "1 for the state it is in",
+                                 labels=["strategy", "state", "engine"])  # fmt: skip
+        batches = CounterMetricFamily("nv_inference_exec_count", "Triton's name: batches", labels=["strategy"])
+        total = 0
+        for name, state, engine, pending, executed in self._state():
+            depth.add_metric([name], pending)
+            info.add_metric([name, state, engine], 1)
+            batches.add_metric([name], executed)
+            total += pending
+        yield depth
+        yield info
+        yield batches
+        yield GaugeMetricFamily("nv_inference_pending_request_count", "Triton's name: requests waiting", value=total)
+        yield GaugeMetricFamily("grbench_state_users", "Users whose appended events are kept", value=self._users())

@@ -1,0 +1,110 @@
+"""Options of the server, and how a command line names them and the strategies."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grbench import deployment
+from grbench.config.compose import compose_spec, explain
+from grbench.config.schema import ConfigError
+from grbench.deployment import Deployment, Strategy
+from grengines.options import expand_home, option, violations
+
+PREFIX = "serve."
+
+
+@dataclass
+class ServeConfig:
+    """Options of the server. They are no part of a strategy."""
+
+    host: str = option("127.0.0.1", "address to listen on; any but this machine's own needs `api_key_file`")
+    port: int = option(8000, "port of HTTP; 0: a free one", ge=0, le=65535)
+    grpc_port: int | None = option(8001, "port of gRPC; 0: a free one; null: none", ge=0, le=65535)
+    name: str | None = option(None, "name of the model for clients; null: the model's own")
+    api_key_file: str | None = option(
+        None, "file with the key that clients send as `Authorization: Bearer KEY`", file=True
+    )
+    tls_cert_file: str | None = option(None, "certificate chain in PEM; null: no TLS", file=True)
+    tls_key_file: str | None = option(None, "private key of the certificate in PEM", file=True)
+    max_users: int = option(64, "most users of one call", ge=1, le=65536)
+    max_history: int | None = option(None, "most events of a history; null: `workload.max_history`", ge=1)
+    max_candidates: int = option(4096, "most candidates of a user", ge=1, le=1_000_000)
+    max_body_mb: float = option(16.0, "largest body of a call, 10^6 bytes; beyond it: status 413", gt=0, le=1024)
+    body_timeout_s: float = option(10.0, "time for a client to send a body; beyond it: status 408", gt=0, le=3600)
+    max_queue: int = option(1024, "most requests in the server; beyond it: status 429", ge=1, le=1_000_000)
+    time_limit_s: float = option(30.0, "longest batch; beyond it the engine counts as hung", gt=0, le=3600)
+    drain_s: float = option(30.0, "time to finish what is in flight when the server ends", ge=0, le=3600)
+    gate_share: float = option(
+        0.01, "share of the answers that the fp32 reference answers again in the background", ge=0, le=1
+    )
+    state_users: int = option(100_000, "most users whose appended events are kept", ge=1, le=100_000_000)
+    log_requests: bool = option(False, "log every call; false: only those that fail")
+
+    @property
+    def is_local(self) -> bool:
+        """True if only this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def api_key(self) -> bytes | None:
+        """The key that clients need; None: none. Raises ConfigError for an empty file."""
+        if self.api_key_file is None:
+            return None
+        key = Path(self.api_key_file).read_bytes().strip()
+        if not key:
+            raise ConfigError(f"serve.api_key_file={self.api_key_file}: it is empty; write a long random key into it")
+        return key
+
+
+def parse(words: Sequence[str]) -> tuple[ServeConfig, str | None, list[str]]:
+    """Return the server's options, the deployment file (None: there is none), and the overrides of a run.
+
+    Raises ConfigError, one line.
+    """
+    own = [word.removeprefix(PREFIX) for word in words if word.startswith(PREFIX)]
+    files = [word.removeprefix("deployment=") for word in words if word.startswith("deployment=")]
+    overrides = [word for word in words if not word.startswith((PREFIX, "deployment="))]
+    if len(files) > 1 or (files and overrides):
+        raise ConfigError(
+            f"{(overrides or words)[0]}: deployment=FILE names the strategies, so no override of a run goes with it; "
+            "write it into the file"
+        )
+    try:
+        given = OmegaConf.from_dotlist(own)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ServeConfig), given))
+    except OmegaConfBaseException as e:
+        raise ConfigError(f"{PREFIX}{explain(e)}") from None
+    assert isinstance(config, ServeConfig)
+    expand_home(config)
+    if problem := next(violations(config), None):
+        raise ConfigError(f"{PREFIX}{problem}")
+    if (config.tls_cert_file is None) != (config.tls_key_file is None):
+        raise ConfigError("serve.tls_cert_file and serve.tls_key_file: give both or neither")
+    if not config.is_local and config.api_key is None:
+        raise ConfigError(
+            f"serve.host={config.host}: others could connect; give serve.api_key_file=FILE too, or leave 127.0.0.1"
+        )
+    return config, files[0] if files else None, overrides
+
+
+def deployment_of(file: str | None, overrides: Sequence[str]) -> Deployment:
+    """Return the deployment of a command line: the file's, or one strategy of the overrides. Raises ConfigError."""
+    if file is not None:
+        return deployment.load(file)
+    spec, _ = compose_spec(overrides)
+    own = [word for word in overrides if not word.startswith("task=")]
+    return Deployment(
+        version=deployment.VERSION,
+        task=spec.task,
+        limits={"latency_ms.p99": spec.latency_limit_ms},
+        strategies=[Strategy(spec.engine.name, own or [f"engine={spec.engine.name}"])],
+    )

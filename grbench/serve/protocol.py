@@ -1,0 +1,199 @@
+"""Inference calls of the Open Inference Protocol as JSON with binary tensors, and their answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from grbench.serve.errors import RefusedError, wrong
+
+Tensor = npt.NDArray[Any]
+HEADER_LENGTH = "inference-header-content-length"  # of the JSON before the binary tensors
+DTYPES: dict[str, type[np.generic]] = {
+    "BOOL": np.bool_,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "UINT32": np.uint32,
+    "UINT64": np.uint64,
+    "INT8": np.int8,
+    "INT16": np.int16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "FP16": np.float16,
+    "FP32": np.float32,
+    "FP64": np.float64,
+}
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+
+
+@dataclass
+class Call:
+    """An inference call: tensors by name, and the outputs that are asked for, each with its form."""
+
+    tensors: dict[str, Tensor]
+    id: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    outputs: dict[str, bool] = field(default_factory=dict)  # name: whether it is binary; empty: all
+    binary: bool = False  # the form of outputs that name none
+
+
+def parse_call(body: bytes, header_length: str | None) -> Call:
+    """Read the body of an HTTP request. header_length: the value of the header `HEADER_LENGTH`. Raises RefusedError."""
+    end = len(body) if header_length is None else _integer(header_length, HEADER_LENGTH)
+    if not 0 < end <= len(body):
+        raise wrong(f"{HEADER_LENGTH}={end}: the body has {len(body)} bytes; allowed is 1 to that")
+    try:
+        content = json.loads(body[:end])
+    except (ValueError, RecursionError) as e:
+        raise wrong(f"body: not JSON: {e}") from None
+    if not isinstance(content, dict):
+        raise wrong("body: allowed is an object with the key inputs")
+    parameters = _object(content.get("parameters", {}), "parameters")
+    outputs = {}
+    for number, output in enumerate(_list(content.get("outputs", []), "outputs")):
+        key = f"outputs[{number}]"
+        wanted = _object(_object(output, key).get("parameters", {}), f"{key}.parameters")
+        default = bool(parameters.get("binary_data_output", False))
+        outputs[_text(output.get("name"), f"{key}.name")] = bool(wanted.get("binary_data", default))
+    binary = bool(parameters.get("binary_data_output", False))
+    tensors = _tensors(_list(content.get("inputs"), "inputs"), memoryview(body)[end:])
+    return Call(tensors, _text(content.get("id", ""), "id"), parameters, outputs, binary)
+
+
+def _tensors(inputs: list[Any], rest: memoryview) -> dict[str, Tensor]:
+    """Read the inputs. rest: the binary tensors behind the JSON, in the order of the inputs that have one."""
+    tensors: dict[str, Tensor] = {}
+    for number, one in enumerate(inputs):
+        name = _text(_object(one, f"inputs[{number}]").get("name"), f"inputs[{number}].name")
+        if name in tensors:
+            raise wrong(f"inputs[{number}].name={name}: it is there twice")
+        shape = shape_of(one.get("shape"), name)
+        dtype = dtype_of(one.get("datatype"), name)
+        parameters = _object(one.get("parameters", {}), f"{name}.parameters")
+        if (size := parameters.get("binary_data_size")) is None:
+            tensors[name] = listed(one.get("data"), dtype, shape, name)
+            continue
+        size = _integer(size, f"{name}.parameters.binary_data_size")
+        if not 0 <= size <= len(rest):
+            raise wrong(f"{name}.parameters.binary_data_size={size}: {len(rest)} bytes are left in the body")
+        tensors[name], rest = raw(rest[:size], dtype, shape, name), rest[size:]
+    if len(rest):
+        raise wrong(f"body: {len(rest)} bytes are left behind the last input; check the sizes of the binary tensors")
+    return tensors
+
+
+def raw(data: bytes | memoryview, dtype: type[np.generic], shape: Sequence[int], name: str) -> Tensor:
+    """Return a tensor of little-endian bytes. Raises RefusedError."""
+    needed = math.prod(shape) * np.dtype(dtype).itemsize
+    if len(data) != needed:
+        raise wrong(f"{name}: {len(data)} bytes; shape {list(shape)} of {NAMES[np.dtype(dtype)]} needs {needed}")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def listed(data: Any, dtype: type[np.generic], shape: Sequence[int], name: str) -> Tensor:
+    """Return a tensor of numbers in a list, nested or flat. Raises RefusedError."""
+    try:
+        given = np.array(_list(data, f"{name}.data"))
+    except ValueError:
+        raise wrong(f"{name}.data: the rows have different lengths") from None
+    kind = NAMES[np.dtype(dtype)]
+    if given.size and given.dtype.kind not in ("b" if kind == "BOOL" else "iu" if "INT" in kind else "iuf"):
+        raise wrong(f"{name}.data: allowed are numbers of {kind}")
+    if given.size != math.prod(shape):
+        raise wrong(f"{name}.data: {given.size} numbers; shape {list(shape)} needs {math.prod(shape)}")
+    if given.size and "INT" in kind:
+        limits = np.iinfo(np.dtype(dtype))
+        if int(given.min()) < limits.min or int(given.max()) > limits.max:
+            raise wrong(f"{name}.data: a number is outside {kind}")
+    return given.astype(dtype).reshape(shape)
+
+
+def dtype_of(name: Any, tensor: str) -> type[np.generic]:
+    """Return the type of a tensor. Raises RefusedError."""
+    if not isinstance(name, str) or name not in DTYPES:
+        raise wrong(f"{tensor}.datatype={name}: allowed are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def shape_of(shape: Any, tensor: str) -> list[int]:
+    """Return the shape of a tensor. Raises RefusedError."""
+    sizes = _list(shape, f"{tensor}.shape")
+    if not all(type(n) is int and 0 <= n < 1 << 40 for n in sizes):
+        raise wrong(f"{tensor}.shape={sizes}: allowed are integers >= 0")
+    return sizes
+
+
+def chosen(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the outputs that a call asks for. Raises RefusedError for one that there is not."""
+    if unknown := [name for name in call.outputs if name not in tensors]:
+        raise wrong(f"outputs: {unknown[0]}: no such output; allowed are {', '.join(tensors)}")
+    return {name: tensors[name] for name in call.outputs or tensors}
+
+
+def render(
+    call: Call, model: str, version: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Any]
+) -> tuple[bytes, dict[str, str]]:
+    """Return the body of an answer and its headers."""
+    outputs, blobs = [], []
+    for name, tensor in tensors.items():
+        output: dict[str, Any] = {"name": name, "datatype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        if call.outputs.get(name, call.binary):
+            blobs.append(np.ascontiguousarray(tensor).tobytes())
+            output["parameters"] = {"binary_data_size": len(blobs[-1])}
+        else:
+            output["data"] = tensor.ravel().tolist()
+        outputs.append(output)
+    content = {"model_name": model, "model_version": version, "parameters": dict(parameters), "outputs": outputs}
+    if call.id:
+        content["id"] = call.id
+    text = json.dumps(content, separators=(",", ":")).encode()
+    if not blobs:
+        return text, {"content-type": "application/json"}
+    headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
+    return b"".join([text, *blobs]), headers
+
+
+def number_of(parameters: Mapping[str, Any], name: str) -> float | None:
+    """Return a parameter that is a number above 0; None: it is absent. Raises RefusedError."""
+    value = parameters.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise wrong(f"parameters.{name}={value}: allowed is a number > 0")
+    return float(value)
+
+
+def _object(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise wrong(f"{key}: allowed is an object")
+    return value
+
+
+def _list(value: Any, key: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise wrong(f"{key}: {'missing' if value is None else 'wrong'}; allowed is a list")
+    return value
+
+
+def _text(value: Any, key: str) -> str:
+    if not isinstance(value, str) or len(value) > 1024:
+        raise wrong(f"{key}: {'missing' if value is None else 'wrong'}; allowed is a string of at most 1024 characters")
+    return value
+
+
+def _integer(value: Any, key: str) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong(f"{key}={value}: allowed is an integer") from None
+
+
+def unknown_model(name: str, known: str) -> RefusedError:
+    """Return the error for a model that is not served."""
+    return RefusedError(404, f"model {name}: not served here; the model is {known}")

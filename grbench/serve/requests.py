@@ -1,0 +1,196 @@
+"""Tensors of a call as requests of an engine, and an engine's answers as tensors.
+
+Names are those of NVIDIA's HSTU model for Triton where they mean the same. A call may hold several users: tensors of
+each are one behind another, and their lengths are in TOKEN_LENGTHS and NUM_CANDIDATES.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from grbench.serve.errors import wrong
+from grbench.serve.protocol import Tensor
+from grbench.serve.state import Histories, History
+from grengines.api import Catalogue, Float32Array, Int64Array, Request
+
+REQUIRED = ("USER_IDS", "TOKEN_LENGTHS", "TOKENS")
+INPUTS = {  # name: datatype and meaning
+    "USER_IDS": ("INT64", "users"),
+    "TOKEN_LENGTHS": ("INT64", "tokens of each user: events of the history, then candidates"),
+    "TOKENS": ("INT64", "item of each token, oldest event first, candidates last"),
+    "NUM_CANDIDATES": ("INT64", "candidates of each user; only to rank"),
+    "ACTIONS": ("INT64", "bit mask of each event's actions; absent: 0"),
+    "WEIGHTS": ("FP32", "weight of each event; absent: 0"),
+    "TIMESTAMPS": ("INT64", "time of each event in seconds; absent: 0"),
+    "REQUEST_TIMES": ("INT64", "time of each user's visit in seconds; absent: that of the last event"),
+    "STATE_VERSIONS": ("INT64", "version of each user's state on the server; the events come behind it; -1: none"),
+}
+_ids = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The sizes and ids that a request may have."""
+
+    task: str
+    catalogue: Catalogue
+    max_users: int
+    max_history: int
+    max_candidates: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to one request."""
+
+    scores: Float32Array
+    items: Int64Array | None = None
+
+
+def decode(
+    tensors: Mapping[str, Tensor], bounds: Bounds, states: Histories, deadline_ms: float = math.inf
+) -> list[Request]:
+    """Return a request for each user of a call. Raises RefusedError, which names the tensor and what is allowed."""
+    if unknown := [name for name in tensors if name not in INPUTS]:
+        raise wrong(f"inputs: {unknown[0]}: no such tensor; allowed are {', '.join(INPUTS)}")
+    if missing := [name for name in REQUIRED if name not in tensors]:
+        raise wrong(f"inputs: {missing[0]} is missing; needed are {', '.join(REQUIRED)}")
+    users = _column(tensors, "USER_IDS", None, 0, None)
+    count = len(users)
+    if not 1 <= count <= bounds.max_users:
+        raise wrong(f"USER_IDS: {count} users; allowed are 1 to {bounds.max_users} (serve.max_users)")
+    lengths = _column(tensors, "TOKEN_LENGTHS", count, 0, bounds.max_history + bounds.max_candidates)
+    candidates = _candidates(tensors, count, bounds)
+    if (events := lengths - candidates).min() < 0:
+        i = int(events.argmin())
+        raise wrong(f"TOKEN_LENGTHS[{i}]={lengths[i]}: fewer than NUM_CANDIDATES[{i}]={candidates[i]}")
+    items = _column(tensors, "TOKENS", int(lengths.sum()), 0, bounds.catalogue.num_items - 1)
+    total = int(events.sum())
+    actions = _column(tensors, "ACTIONS", total, 0, (1 << bounds.catalogue.num_actions) - 1)
+    weights = _weights(tensors, total)
+    times = _column(tensors, "TIMESTAMPS", total, 0, None)
+    visits = _column(tensors, "REQUEST_TIMES", count, 0, None) if "REQUEST_TIMES" in tensors else None
+    versions = _column(tensors, "STATE_VERSIONS", count, -1, None) if "STATE_VERSIONS" in tensors else None
+    requests = []
+    token = event = 0
+    for i in range(count):
+        history = History(
+            items[token : token + events[i]],
+            actions[event : event + events[i]],
+            weights[event : event + events[i]],
+            times[event : event + events[i]],
+        )
+        wanted = items[token + events[i] : token + lengths[i]]
+        token, event = token + int(lengths[i]), event + int(events[i])
+        if versions is not None and versions[i] >= 0:
+            history = states.at(int(users[i]), int(versions[i])).joined(history).newest(bounds.max_history)
+        if not 1 <= len(history) <= bounds.max_history:
+            raise wrong(
+                f"TOKEN_LENGTHS[{i}]={lengths[i]}: {len(history)} events of a history; allowed are 1 to "
+                f"{bounds.max_history} (serve.max_history)"
+            )
+        time = None if visits is None else int(visits[i])
+        requests.append(_request(int(users[i]), history, wanted, time, deadline_ms))
+    return requests
+
+
+def events_of(tensors: Mapping[str, Tensor], bounds: Bounds) -> History:
+    """Return the events that a call appends: TOKENS, ACTIONS, WEIGHTS and TIMESTAMPS. Raises RefusedError."""
+    allowed = ("TOKENS", "ACTIONS", "WEIGHTS", "TIMESTAMPS")
+    if unknown := [name for name in tensors if name not in allowed]:
+        raise wrong(f"inputs: {unknown[0]}: not taken here; allowed are {', '.join(allowed)}")
+    if "TOKENS" not in tensors:
+        raise wrong("inputs: TOKENS is missing: the items of the new events")
+    items = _column(tensors, "TOKENS", None, 0, bounds.catalogue.num_items - 1)
+    total = len(items)
+    actions = _column(tensors, "ACTIONS", total, 0, (1 << bounds.catalogue.num_actions) - 1)
+    return History(items, actions, _weights(tensors, total), _column(tensors, "TIMESTAMPS", total, 0, None))
+
+
+def _request(user: int, history: History, candidates: Int64Array, time: int | None, deadline_ms: float) -> Request:
+    return Request(
+        request_id=next(_ids),
+        user_id=user,
+        history_items=history.items,
+        history_actions=history.actions,
+        history_weights=history.weights,
+        history_timestamps=history.timestamps,
+        num_seen=0,
+        candidates=candidates,
+        timestamp=int(history.timestamps[-1]) if time is None else time,
+        arrival_s=0.0,
+        deadline_ms=deadline_ms,
+    )
+
+
+def _candidates(tensors: Mapping[str, Tensor], count: int, bounds: Bounds) -> Int64Array:
+    if bounds.task != "rank":
+        if "NUM_CANDIDATES" in tensors and _column(tensors, "NUM_CANDIDATES", count, 0, None).any():
+            raise wrong(f"NUM_CANDIDATES: task {bounds.task} takes no candidates; leave it out")
+        return np.zeros(count, np.int64)
+    if "NUM_CANDIDATES" not in tensors:
+        raise wrong("inputs: NUM_CANDIDATES is missing: the number of candidates of each user")
+    return _column(tensors, "NUM_CANDIDATES", count, 1, bounds.max_candidates)
+
+
+def _column(tensors: Mapping[str, Tensor], name: str, length: int | None, low: int, high: int | None) -> Int64Array:
+    """Return a tensor of integers from `low` to `high`; zeros if it is absent."""
+    if name not in tensors:
+        return np.zeros(length or 0, np.int64)
+    values = _vector(tensors[name], name, length)
+    if values.dtype.kind not in "iu":
+        raise wrong(f"{name}.datatype: allowed is INT64")
+    if len(values) and (int(values.min()) < low or int(values.max()) > (high if high is not None else 1 << 62)):
+        i = int(values.argmin() if int(values.min()) < low else values.argmax())
+        allowed = f">= {low}" if high is None else f"{low} to {high}"
+        raise wrong(f"{name}[{i}]={values[i]}: allowed is {allowed}")
+    return values.astype(np.int64, copy=False)
+
+
+def _weights(tensors: Mapping[str, Tensor], length: int) -> Float32Array:
+    if "WEIGHTS" not in tensors:
+        return np.zeros(length, np.float32)
+    values = _vector(tensors["WEIGHTS"], "WEIGHTS", length)
+    with np.errstate(over="ignore"):
+        weights = values.astype(np.float32, copy=False)
+    if len(weights) and not np.isfinite(weights).all():
+        i = int(np.isfinite(weights).argmin())
+        raise wrong(f"WEIGHTS[{i}]={values[i]}: allowed are finite numbers")
+    return weights
+
+
+def _vector(values: Tensor, name: str, length: int | None) -> Tensor:
+    if values.ndim != 1 or (length is not None and len(values) != length):
+        allowed = "one dimension" if length is None else f"[{length}]"
+        raise wrong(f"{name}.shape={list(values.shape)}: allowed is {allowed}")
+    return values
+
+
+def encode(replies: Sequence[Reply]) -> dict[str, Tensor]:
+    """Return the answers of a call as tensors."""
+    lengths = np.array([len(reply.scores) for reply in replies], np.int64)
+    tensors: dict[str, Tensor] = {"OUTPUT": _joined([reply.scores for reply in replies])}
+    items = [reply.items for reply in replies if reply.items is not None]
+    if items:
+        tensors["ITEMS"] = _joined(items)
+    return tensors | {"OUTPUT_LENGTHS": lengths}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def metadata(task: str, tasks: int | None) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """Return the inputs and outputs of a task. tasks: scores of an item; None: one number."""
+    names = [name for name in INPUTS if task == "rank" or name != "NUM_CANDIDATES"]
+    inputs: list[dict[str, object]] = [{"name": n, "datatype": INPUTS[n][0], "shape": [-1]} for n in names]
+    shape = [-1] if tasks is None else [-1, tasks]
+    outputs: list[dict[str, object]] = [{"name": "OUTPUT", "datatype": "FP32", "shape": shape}]
+    if task != "rank":
+        outputs.append({"name": "ITEMS", "datatype": "INT64", "shape": [-1]})
+    return inputs, [*outputs, {"name": "OUTPUT_LENGTHS", "datatype": "INT64", "shape": [-1]}]

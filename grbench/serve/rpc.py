@@ -1,0 +1,199 @@
+"""The Open Inference Protocol over gRPC.
+
+The messages are read from open_inference.binpb into a pool of their own, because a process that also has Triton's
+client has messages of the same names in the common pool.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+
+from grbench import __version__
+from grbench.serve.errors import RefusedError, wrong
+from grbench.serve.protocol import NAMES, Call, Tensor, dtype_of, listed, raw
+from grbench.serve.service import EXTENSIONS, PLATFORM, VERSION, Service
+
+SERVICE = "inference.GRPCInferenceService"
+CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    404: grpc.StatusCode.NOT_FOUND,
+    409: grpc.StatusCode.FAILED_PRECONDITION,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+CONTENTS = {"BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
+            "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
+            "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents"}  # fmt: skip
+Handler = Callable[[Any, Any], Awaitable[Any]]
+
+
+def messages() -> dict[str, Any]:
+    """Return the classes of the protocol's messages, by name."""
+    data = files("grbench.serve").joinpath("open_inference.binpb").read_bytes()
+    [file] = descriptor_pb2.FileDescriptorSet.FromString(data).file
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    classes: dict[str, Any] = message_factory.GetMessageClassesForFiles([file.name], pool)
+    return classes
+
+
+class Rpc:
+    """The gRPC server of a service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._key = service.config.api_key
+        classes = {name.removeprefix("inference."): made for name, made in messages().items()}
+        self._classes = classes
+        handlers: dict[str, Handler] = {
+            "ServerLive": self._live,
+            "ServerReady": self._ready,
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._server,
+            "ModelMetadata": self._model,
+            "ModelInfer": self._infer,
+            "ModelConfig": self._config,
+            "ModelStatistics": self._stats,
+        }
+        most = int(service.config.max_body_mb * 1e6)
+        sizes = [("grpc.max_receive_message_length", most), ("grpc.max_send_message_length", -1)]
+        self._server_ = grpc.aio.server(options=sizes)
+        methods = {
+            name: grpc.unary_unary_rpc_method_handler(
+                self._guarded(handler, open_to_all=name in ("ServerLive", "ServerReady")),
+                request_deserializer=classes[f"{name}Request"].FromString,
+                response_serializer=classes[f"{name}Response"].SerializeToString,
+            )
+            for name, handler in handlers.items()
+        }
+        self._server_.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, methods)])
+
+    async def start(self) -> int:
+        """Listen. Returns the port. Raises RuntimeError for one that is taken."""
+        config = self._service.config
+        address = f"{config.host}:{config.grpc_port}"
+        if config.tls_cert_file and config.tls_key_file:
+            pair = [(Path(config.tls_key_file).read_bytes(), Path(config.tls_cert_file).read_bytes())]
+            port = self._server_.add_secure_port(address, grpc.ssl_server_credentials(pair))
+        else:
+            port = self._server_.add_insecure_port(address)
+        await self._server_.start()
+        return int(port)
+
+    async def stop(self, limit_s: float) -> None:
+        """Take no more calls, and finish those in flight within a limit."""
+        await self._server_.stop(limit_s)
+
+    def _guarded(self, handler: Handler, open_to_all: bool) -> Handler:
+        async def guarded(request: Any, context: Any) -> Any:
+            try:
+                if not open_to_all:
+                    self._check_key(context)
+                return await handler(request, context)
+            except RefusedError as e:
+                if e.retry_after_s is not None:
+                    context.set_trailing_metadata([("retry-after-ms", f"{e.retry_after_s * 1e3:.0f}")])
+                await context.abort(CODES.get(e.status, grpc.StatusCode.UNKNOWN), str(e))
+
+        return guarded
+
+    def _check_key(self, context: Any) -> None:
+        if self._key is None:
+            return
+        given = dict(context.invocation_metadata()).get("authorization", "").removeprefix("Bearer ").encode()
+        if not hmac.compare_digest(given, self._key):
+            raise RefusedError(401, "authorization: allowed is `Bearer KEY` with the key of serve.api_key_file")
+
+    async def _live(self, request: Any, context: Any) -> Any:
+        return self._classes["ServerLiveResponse"](live=True)
+
+    async def _ready(self, request: Any, context: Any) -> Any:
+        return self._classes["ServerReadyResponse"](ready=self._service.ready)
+
+    async def _model_ready(self, request: Any, context: Any) -> Any:
+        self._service.model_metadata(request.name, request.version)
+        return self._classes["ModelReadyResponse"](ready=self._service.ready)
+
+    async def _server(self, request: Any, context: Any) -> Any:
+        return self._classes["ServerMetadataResponse"](name=PLATFORM, version=__version__, extensions=EXTENSIONS)
+
+    async def _model(self, request: Any, context: Any) -> Any:
+        return self._filled("ModelMetadataResponse", self._service.model_metadata(request.name, request.version))
+
+    async def _config(self, request: Any, context: Any) -> Any:
+        return self._filled(
+            "ModelConfigResponse", {"config": self._service.model_config(request.name, request.version)}
+        )
+
+    async def _stats(self, request: Any, context: Any) -> Any:
+        stats = self._service.model_statistics(request.name, request.version)
+        return self._filled("ModelStatisticsResponse", {"model_stats": [stats]})
+
+    def _filled(self, name: str, content: dict[str, Any]) -> Any:
+        return json_format.ParseDict(content, self._classes[name]())
+
+    async def _infer(self, request: Any, context: Any) -> Any:
+        begun, service = time.perf_counter(), self._service
+        status, strategy = 500, ""
+        service.metrics.in_flight.inc()
+        try:
+            parameters = {name: _value(value) for name, value in request.parameters.items()}
+            outputs = {output.name: True for output in request.outputs}
+            call = Call(_tensors(request), request.id, parameters, outputs, True)
+            tensors, facts = await service.infer(call, request.model_name, request.model_version, begun)
+            status, strategy = 200, facts["strategy"]
+            return self._response(request, tensors, facts)
+        except RefusedError as e:
+            status = e.status
+            service.log.error("call", request_id=request.id, status=status, error=str(e))
+            raise
+        finally:
+            service.metrics.in_flight.dec()
+            service.finished(status, strategy, begun)
+
+    def _response(self, request: Any, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Any:
+        response = self._classes["ModelInferResponse"](model_name=request.model_name, model_version=VERSION)
+        response.id = request.id
+        for name, value in facts.items():
+            kind = {str: "string_param", bool: "bool_param", int: "int64_param", float: "double_param"}[type(value)]
+            setattr(response.parameters[name], kind, value)
+        for name, tensor in tensors.items():
+            response.outputs.add(name=name, datatype=NAMES[tensor.dtype], shape=tensor.shape)
+            response.raw_output_contents.append(tensor.tobytes())
+        return response
+
+
+def _tensors(request: Any) -> dict[str, Tensor]:
+    """Return the inputs of a call, raw or as numbers. Raises RefusedError."""
+    raws = list(request.raw_input_contents)
+    if raws and len(raws) != len(request.inputs):
+        raise wrong(f"raw_input_contents: {len(raws)} for {len(request.inputs)} inputs; allowed is one for each")
+    tensors: dict[str, Tensor] = {}
+    for i, one in enumerate(request.inputs):
+        if one.name in tensors:
+            raise wrong(f"inputs[{i}].name={one.name}: it is there twice")
+        dtype = dtype_of(one.datatype, one.name)
+        shape = list(one.shape)
+        if any(not 0 <= n < 1 << 40 for n in shape):
+            raise wrong(f"{one.name}.shape={shape}: allowed are integers >= 0")
+        if raws:
+            tensors[one.name] = raw(raws[i], dtype, shape, one.name)
+        elif (field := CONTENTS.get(one.datatype)) is None:
+            raise wrong(f"{one.name}.contents: {one.datatype} goes in raw_input_contents")
+        else:
+            tensors[one.name] = listed(list(getattr(one.contents, field)), dtype, shape, one.name)
+    return tensors
+
+
+def _value(parameter: Any) -> Any:
+    kind = parameter.WhichOneof("parameter_choice")
+    return getattr(parameter, kind) if kind else None

@@ -1,0 +1,114 @@
+"""The server of one process: it listens, brings the strategies up, and ends without losing a request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from grbench.deployment import Deployment
+from grbench.serve.errors import RefusedError
+from grbench.serve.http import Api
+from grbench.serve.logs import Log
+from grbench.serve.options import ServeConfig
+from grbench.serve.rpc import Rpc
+from grbench.serve.service import Service
+
+KEEP_ALIVE_S = 75
+
+
+class _Http(uvicorn.Server):
+    """Uvicorn without its signal handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(
+    deployment: Deployment,
+    source: str | None,
+    config: ServeConfig,
+    log: Log,
+    listener: socket.socket,
+    load: Callable[[], Deployment],
+    ended: asyncio.Event | None = None,
+) -> None:
+    """Serve until SIGTERM, SIGINT or `ended`. Raises RuntimeError if no strategy can serve.
+
+    Clients can connect at once; the server is ready when a strategy is checked and warm. SIGHUP reloads.
+    """
+    service = Service(deployment, source, config, log, load)
+    end = ended or asyncio.Event()
+    http = _Http(
+        uvicorn.Config(
+            Api(service).app(),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=max(int(config.drain_s), 1),
+            ssl_certfile=config.tls_cert_file,
+            ssl_keyfile=config.tls_key_file,
+        )
+    )
+    rpc = Rpc(service) if config.grpc_port is not None else None
+    tasks: set[asyncio.Task[None]] = set()
+    with _signals(end, lambda: tasks.add(asyncio.get_running_loop().create_task(_reload(service)))):
+        grpc_port = await rpc.start() if rpc else None
+        listening = asyncio.create_task(http.serve([listener]))
+        port = listener.getsockname()[1]
+        log.info("listening", host=config.host, port=port, grpc_port=grpc_port)
+        starting = asyncio.create_task(_start(service))
+        stop = asyncio.create_task(end.wait())
+        try:
+            await asyncio.wait({starting, stop, listening}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                await asyncio.wait({stop, listening}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            service.draining = True
+            log.info("draining", limit_s=config.drain_s)
+            stop.cancel()
+            starting.cancel()
+            http.should_exit = True
+            if rpc:
+                await rpc.stop(config.drain_s)
+            await listening
+            await service.close()
+            log.info("ended")
+
+
+async def _start(service: Service) -> None:
+    await service.start()
+    service.log.info("ready", model=service.model, task=service.deployment.task)
+
+
+async def _reload(service: Service) -> None:
+    with contextlib.suppress(RefusedError):  # it is logged
+        await service.reload()
+
+
+@contextlib.contextmanager
+def _signals(end: asyncio.Event, reload: Callable[[], object]) -> Iterator[None]:
+    """Handle SIGTERM, SIGINT and SIGHUP on the event loop. Only the main thread can take signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    handlers = {signal.SIGTERM: end.set, signal.SIGINT: end.set, signal.SIGHUP: reload}
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, old)

@@ -1,0 +1,406 @@
+"""The work of the server for either protocol: infer, append, metadata, status, reload."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grbench import __version__, workloads
+from grbench.config.schema import RunSpec
+from grbench.deployment import Deployment
+from grbench.execution.retrieval import build_retrieval
+from grbench.serve.controller import Answer, Controller, watch_times
+from grbench.serve.errors import RefusedError, wrong
+from grbench.serve.live_gate import LiveGate
+from grbench.serve.logs import Log
+from grbench.serve.metrics import Metrics
+from grbench.serve.options import ServeConfig
+from grbench.serve.protocol import Call, Tensor, chosen, number_of, unknown_model
+from grbench.serve.requests import Bounds, decode, encode, events_of, metadata
+from grbench.serve.state import Histories
+from grbench.serve.strategy import State, Strategy
+from grbench.workloads.item_map import check_items
+from grbench.workloads.trace import Trace
+from grengines.api import Retrieval
+from grkernels import tuning
+
+VERSION = "1"  # of the model, for clients that name one
+PLATFORM = "grbench"
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
+KEPT_LATENCIES = 2048  # of the newest calls, for the page
+
+
+@dataclass
+class Figures:
+    """Sums for Triton's statistics and the page."""
+
+    calls: int = 0
+    failed: int = 0
+    requests: int = 0
+    ns: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("total", "queue", "input", "infer"), 0))
+    last_ms: int = 0
+    newest_ms: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_LATENCIES))
+    hits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("device", "host", "miss"), 0))
+    shed: int = 0
+
+
+class Service:
+    """The strategies of the present deployment, and the state that outlives a reload."""
+
+    def __init__(
+        self, deployment: Deployment, source: str | None, config: ServeConfig, log: Log, load: Callable[[], Deployment]
+    ) -> None:
+        """load: reads the deployment again, for a reload."""
+        self.config, self.log = config, log
+        self._load, self._source = load, source
+        self.deployment = deployment
+        self.metrics = Metrics(_limit_s(deployment))
+        self.figures = Figures()
+        self.draining = False
+        self.begun = time.time()
+        self._controller: Controller | None = None
+        self._old: list[Controller] = []  # they finish what they hold
+        self._controllers: list[Controller] = []  # all of these, for the time limit
+        self._bounds: Bounds | None = None
+        self._states: Histories | None = None
+        self._spec: RunSpec | None = None
+        self._reloading = asyncio.Lock()
+        self._gate = LiveGate(config.gate_share, self.metrics)
+        self._watch = asyncio.get_running_loop().create_task(watch_times(self._controllers))
+        self.metrics.watch(self._live, lambda: len(self._states) if self._states is not None else 0)
+
+    @property
+    def ready(self) -> bool:
+        return not self.draining and self._controller is not None and self._controller.ready
+
+    @property
+    def model(self) -> str:
+        """The name of the model for clients."""
+        return self.config.name or (self._spec.model.name if self._spec else "starting")
+
+    async def start(self) -> None:
+        """Bring the first deployment up. Raises what each strategy of it raised, if none serves."""
+        self._controller = await self._bring_up(self.deployment)
+
+    async def reload(self) -> str:
+        """Read the deployment again and replace the strategies; the old ones answer until then. Returns a line.
+
+        Raises RefusedError if the new one cannot serve, and then the old one goes on.
+        """
+        async with self._reloading:
+            try:
+                deployment = await asyncio.to_thread(self._load)
+                new = await self._bring_up(deployment)
+            except Exception as e:
+                self.metrics.reloads.labels("failed").inc()
+                line = f"reload: {' '.join(str(e).split())}; the deployment before it goes on"
+                self.log.error("reload failed", error=line)
+                raise RefusedError(409, line) from None
+            old, self._controller, self.deployment = self._controller, new, deployment
+            self.metrics.reloads.labels("done").inc()
+            self.log.info("reloaded", strategies=[s.name for s in new.strategies])
+            if old is not None:
+                await self._end(old)
+            return f"serving {', '.join(s.name for s in new.strategies if s.state is State.READY)}"
+
+    async def close(self) -> None:
+        """Finish what is in flight within the limit, and release everything."""
+        self.draining = True
+        if self._controller is not None:
+            await self._end(self._controller)
+        self._watch.cancel()
+        self._gate.close()
+
+    async def _end(self, controller: Controller) -> None:
+        await asyncio.gather(*(s.close(self.config.drain_s) for s in controller.strategies))
+        self._controllers.remove(controller)
+
+    async def _bring_up(self, deployment: Deployment) -> Controller:
+        """Start every strategy, one after another. Raises RuntimeError if none serves."""
+        specs = await asyncio.to_thread(deployment.specs, self._source or "deployment")
+        spec = next(iter(specs.values()))
+        if self._spec is not None and spec.workload != self._spec.workload:
+            raise RuntimeError("the workload differs from that of the deployment before; start another server")
+        trace, retrievals = await asyncio.to_thread(_load_workload, list(specs.values()))
+        self._spec = spec
+        longest = self.config.max_history or spec.workload.max_history
+        self._bounds = Bounds(
+            deployment.task, trace.catalogue, self.config.max_users, longest, self.config.max_candidates
+        )
+        self._states = self._states or Histories(self.config.state_users, longest)
+        strategies = [
+            Strategy(s.name, specs[s.name], s.serves, trace, retrieval, self.config.time_limit_s, self._changed)
+            for s, retrieval in zip(deployment.strategies, retrievals, strict=True)
+        ]
+        controller = Controller(deployment, strategies, self.metrics, self.config.max_queue)
+        failures = []
+        for strategy in strategies:
+            self.log.info("starting", strategy=strategy.name)
+            try:
+                await strategy.start()
+            except Exception as e:
+                failures.append(f"strategy {strategy.name}: {type(e).__name__}: {' '.join(str(e).split())}")
+                strategy.state, strategy.why = State.CLOSED, failures[-1]
+                self.log.error("not started", strategy=strategy.name, error=failures[-1])
+        if not controller.ready:
+            raise RuntimeError("; ".join(failures))
+        self._controllers.append(controller)
+        return controller
+
+    def _changed(self, strategy: Strategy, what: str) -> None:
+        say = self.log.info if strategy.state is State.READY else self.log.error
+        say(f"strategy {what}", strategy=strategy.name, state=str(strategy.state), why=strategy.why)
+
+    async def infer(
+        self, call: Call, model: str, version: str, begun: float
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Answer a call. Returns tensors and parameters. begun: time.perf_counter. Raises RefusedError."""
+        controller, bounds, states = self._serving(model, version)
+        limit_s = self._limit_s(call.parameters)
+        requests = decode(call.tensors, bounds, states, limit_s * 1e3)
+        deadline = begun + limit_s
+        if len(requests) == 1:
+            answers = [await controller.answer(requests[0], deadline)]
+        else:
+            answers = await _all(controller.answer(request, deadline) for request in requests)
+        for answer in answers:
+            self._count(controller, answer)
+        tensors = chosen(call, encode([answer.done.reply for answer in answers]))
+        return tensors, _parameters(answers)
+
+    def append(self, call: Call, model: str) -> dict[str, Any]:
+        """Append events to a user's state. Raises RefusedError."""
+        _, bounds, states = self._serving(model, VERSION)
+        user, version = (_whole(call.parameters, name) for name in ("user_id", "version"))
+        events = events_of(call.tensors, bounds)
+        now, repeated = states.append(user, version, events)
+        self.metrics.events.inc(0 if repeated else len(events))
+        return {"user_id": user, "version": now, "repeated": repeated}
+
+    def _serving(self, model: str, version: str) -> tuple[Controller, Bounds, Histories]:
+        if self.draining:
+            raise RefusedError(503, "the server is ending", 1.0)
+        if self._controller is None or self._bounds is None or self._states is None:
+            raise RefusedError(503, "the server is starting; GET /v2/health/ready says when it serves", 1.0)
+        self._check_model(model, version)
+        return self._controller, self._bounds, self._states
+
+    def _check_model(self, model: str, version: str) -> None:
+        if model != self.model:
+            raise unknown_model(model, self.model)
+        if version not in ("", VERSION):
+            raise RefusedError(404, f"version {version} of model {model}: not served here; the version is {VERSION}")
+
+    def _limit_s(self, parameters: Mapping[str, Any]) -> float:
+        """Return the time in which a call's answer is useful. Triton's parameter `timeout` is in microseconds."""
+        ms = number_of(parameters, "deadline_ms")
+        if ms is None and (timeout := number_of(parameters, "timeout")) is not None:
+            ms = timeout / 1e3
+        limit_s = _limit_s(self.deployment) if ms is None else ms / 1e3
+        return math.inf if limit_s is None else limit_s
+
+    def _count(self, controller: Controller, answer: Answer) -> None:
+        done, figures = answer.done, self.figures
+        self.metrics.observe(done.queue_ms, done.pack_ms, done.load_ms, done.compute_ms)
+        self.metrics.batch_size.labels(answer.strategy).observe(done.batch_size)
+        strategy = next(s for s in controller.strategies if s.name == answer.strategy)
+        if strategy.spec.cache.name != "none":
+            tier = "miss" if not done.cached.tokens else "host" if done.cached.from_host else "device"
+            self.metrics.hits.labels(tier).inc()
+            figures.hits[tier] += 1
+        figures.requests += 1
+        parts = (done.queue_ms, done.pack_ms + done.load_ms, done.compute_ms)
+        for name, ms in zip(("queue", "input", "infer"), parts, strict=True):
+            figures.ns[name] += int(ms * 1e6)
+        self._gate.take(strategy, done)
+
+    def finished(self, status: int, strategy: str, begun: float) -> None:
+        """Count a call that has ended, with what it took."""
+        took_s = time.perf_counter() - begun
+        self.metrics.requests.labels(str(status), strategy).inc()
+        self.metrics.duration.observe(took_s)
+        figures = self.figures
+        figures.last_ms = int(time.time() * 1e3)
+        if status == 200:
+            self.metrics.success.inc()
+            self.metrics.durations_us["request"].inc(took_s * 1e6)
+            figures.calls += 1
+            figures.ns["total"] += int(took_s * 1e9)
+            figures.newest_ms.append(took_s * 1e3)
+        else:
+            self.metrics.failure.inc()
+            figures.failed += 1
+            figures.shed += status == 429
+
+    def _live(self) -> list[tuple[str, str, str, int, int]]:
+        controller = self._controller
+        return [
+            (s.name, str(s.state), s.spec.engine.name, s.pending, s.batches)
+            for s in (controller.strategies if controller else [])
+        ]
+
+    def model_metadata(self, model: str, version: str) -> dict[str, Any]:
+        """Return the metadata of the model. Raises RefusedError."""
+        controller, bounds, _ = self._serving(model, version)
+        inputs, outputs = metadata(bounds.task, _tasks(controller))
+        return {"name": model, "versions": [VERSION], "platform": PLATFORM, "inputs": inputs, "outputs": outputs}
+
+    def model_config(self, model: str, version: str) -> dict[str, Any]:
+        """Return the configuration of the model in Triton's form. Raises RefusedError."""
+        facts = self.model_metadata(model, version)
+        return {
+            "name": model,
+            "platform": PLATFORM,
+            "backend": PLATFORM,
+            "max_batch_size": 0,
+            "input": [
+                {"name": i["name"], "data_type": f"TYPE_{i['datatype']}", "dims": i["shape"],
+                 "optional": i["name"] not in ("USER_IDS", "TOKEN_LENGTHS", "TOKENS", "NUM_CANDIDATES")}
+                for i in facts["inputs"]
+            ],
+            "output": [
+                {"name": o["name"], "data_type": f"TYPE_{o['datatype']}", "dims": o["shape"]}
+                for o in facts["outputs"]
+            ],
+        }  # fmt: skip
+
+    def model_statistics(self, model: str, version: str) -> dict[str, Any]:
+        """Return the statistics of the model in Triton's form. Raises RefusedError."""
+        controller, _, _ = self._serving(model, version)
+        figures = self.figures
+        duration = {
+            "success": {"count": figures.calls, "ns": figures.ns["total"]},
+            "fail": {"count": figures.failed, "ns": 0},
+            "queue": {"count": figures.requests, "ns": figures.ns["queue"]},
+            "compute_input": {"count": figures.requests, "ns": figures.ns["input"]},
+            "compute_infer": {"count": figures.requests, "ns": figures.ns["infer"]},
+            "compute_output": {"count": figures.requests, "ns": 0},
+        }
+        return {
+            "name": model,
+            "version": VERSION,
+            "last_inference": figures.last_ms,
+            "inference_count": figures.requests,
+            "execution_count": sum(s.batches for s in controller.strategies),
+            "inference_stats": duration,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Return what the page shows."""
+        controller, figures = self._controller, self.figures
+        newest = np.array(figures.newest_ms or [0.0])
+        return {
+            "version": __version__,
+            "model": self.model,
+            "task": self.deployment.task,
+            "limits": self.deployment.limits,
+            "items": self._bounds.catalogue.num_items if self._bounds else 0,
+            "state": "draining" if self.draining else "ready" if self.ready else "not ready",
+            "up_s": round(time.time() - self.begun, 1),
+            "calls": figures.calls,
+            "failed": figures.failed,
+            "shed": figures.shed,
+            "pending": controller.pending if controller else 0,
+            "latency_ms": {f"p{q:g}": round(float(np.percentile(newest, q)), 3) for q in (50, 90, 99)},
+            "latency_of": len(figures.newest_ms),
+            "hits": figures.hits,
+            "users": len(self._states) if self._states is not None else 0,
+            "strategies": [
+                {
+                    "name": s.name,
+                    "state": str(s.state),
+                    "why": s.why,
+                    "engine": s.spec.engine.name,
+                    "precision": s.actual.get("precision", ""),
+                    "device": s.actual.get("device", ""),
+                    "pending": s.pending,
+                    "batches": s.batches,
+                    "gate": {k: s.gate_figures.get(k) for k in ("error", "tolerance")},
+                    "fixed_ms": round(s.costs.fixed_s * 1e3, 4),
+                    "costs": s.costs.table(),
+                }
+                for s in (controller.strategies if controller else [])
+            ],
+            "degrade": [asdict(step) for step in self.deployment.degrade],
+            "kernels_compiled": len(tuning.compiled()),
+        }
+
+
+def _load_workload(specs: list[RunSpec]) -> tuple[Trace, list[Retrieval | None]]:
+    """Return the workload that all strategies share, and the semantic IDs of each."""
+    first = specs[0]
+    trace = workloads.build(first.workload, first.seed, first.latency_limit_ms)
+    for owner in [part for spec in specs for part in (spec.model, spec.retrieval)]:
+        if weights := getattr(owner, "weights", None):
+            check_items(trace.events, Path(weights))
+    retrievals: list[Retrieval | None] = []
+    for i, spec in enumerate(specs):
+        same = next((r for s, r in zip(specs[:i], retrievals, strict=False) if s.retrieval == spec.retrieval), None)
+        if spec.retrieval is not None and same is None:
+            same = build_retrieval(spec.retrieval, spec.workload, trace.events, spec.seed)
+        retrievals.append(same)
+    return trace, retrievals
+
+
+def _tasks(controller: Controller) -> int | None:
+    spec = controller.strategies[0].spec
+    return None if spec.task == "generate" else len(spec.ranking_model.tasks)
+
+
+def _limit_s(deployment: Deployment) -> float | None:
+    limit_ms = deployment.limits.get("latency_ms.p99")
+    return None if limit_ms is None else limit_ms / 1e3
+
+
+async def _all(answers: Iterable[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """Return all answers, or raise the first error once all have ended, so that none goes on unseen."""
+    ended: list[Answer | BaseException] = await asyncio.gather(*answers, return_exceptions=True)
+    found = []
+    for one in ended:
+        if isinstance(one, BaseException):
+            raise one
+        found.append(one)
+    return found
+
+
+def _parameters(answers: list[Answer]) -> dict[str, Any]:
+    """Return what ran, for the client: one value, or one for each user."""
+
+    def joined(values: list[str]) -> str:
+        return values[0] if len(set(values)) == 1 else ",".join(values)
+
+    done = [answer.done for answer in answers]
+    parameters: dict[str, Any] = {
+        "strategy": joined([a.strategy for a in answers]),
+        "reason": joined([a.reason for a in answers]),
+        "queue_ms": round(max(d.queue_ms for d in done), 3),
+        "compute_ms": round(max(d.compute_ms for d in done), 3),
+        "cached_tokens": sum(d.cached.tokens for d in done),
+    }
+    if any(a.degraded for a in answers):
+        parameters["degraded"] = joined([a.degraded for a in answers])
+        worst = max(answers, key=lambda a: max(a.loss.values(), default=0.0))
+        parameters |= {f"loss_{name}": value for name, value in worst.loss.items()}
+    if failed := [line for a in answers for line in a.failed]:
+        parameters["fallback_from"] = "; ".join(dict.fromkeys(failed))
+    return parameters
+
+
+def _whole(parameters: Mapping[str, Any], name: str) -> int:
+    value = parameters.get(name)
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise wrong(f"parameters.{name}={value}: allowed is an integer >= 0")
+    return value
+
+
+def deployment_name(source: str | None) -> str:
+    """Return the deployment's name for people."""
+    return Path(source).name if source else "the command line's strategy"

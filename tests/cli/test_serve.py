@@ -1,0 +1,377 @@
+"""The server over HTTP and gRPC: answers are right, wrong calls are refused in one line, Triton's clients work."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.command import Grbench
+from helpers.serving import TINY, Serving, as_json, serving, tensors_of, tiny_trace, wait_until
+
+from grbench.execution.records import Status
+from grbench.report.frame import read_cells
+from grengines import registry
+from grengines.remote.client import Client, ServerError
+from grengines.remote.config import RemoteConfig
+
+tritonhttp = pytest.importorskip("tritonclient.http")
+tritongrpc = pytest.importorskip("tritonclient.grpc")
+
+
+@contextlib.contextmanager
+def _killed(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Kill a process whose test has failed."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Serving]:
+    with serving(*TINY, "engine=hstu", "serve.max_body_mb=0.1", "serve.body_timeout_s=0.5", "serve.gate_share=1") as s:
+        yield s
+
+
+@pytest.fixture(scope="module")
+def trace() -> Any:
+    return tiny_trace()
+
+
+@pytest.fixture(scope="module")
+def expected(trace: Any) -> list[np.ndarray]:
+    """Scores of the fp32 reference for the first three requests."""
+    from grengines.models.hstu.reference import RankingReference
+
+    spec, made = trace
+    return RankingReference(spec.model, made.catalogue, spec.seed, "cpu").scores(made.requests[:3])
+
+
+def close_to(scores: np.ndarray, expected: list[np.ndarray]) -> None:
+    right = np.concatenate(expected)
+    assert scores.shape == right.shape
+    assert np.linalg.norm(scores - right) < 1e-4 * np.linalg.norm(right)
+
+
+def test_json_calls_get_the_scores_of_the_reference(server: Serving, trace: Any, expected: list[np.ndarray]) -> None:
+    tensors = tensors_of(trace[1].requests[:3])
+    status, answer, headers = server.call(
+        "/v2/models/hstu_tiny/infer", {"id": "a1", "inputs": as_json(tensors)}, {"x-request-id": "r-77"}
+    )
+    outputs = {o["name"]: np.array(o["data"]).reshape(o["shape"]) for o in answer["outputs"]}
+    assert status == 200
+    close_to(outputs["OUTPUT"], expected)
+    assert outputs["OUTPUT_LENGTHS"].tolist() == [8, 8, 8]
+    assert answer["id"] == "a1" and headers["x-request-id"] == "r-77"
+    assert answer["parameters"]["strategy"] == "hstu" and answer["parameters"]["reason"] == "only"
+
+
+@pytest.mark.parametrize("client", ["http", "http, JSON", "grpc"])
+def test_tritonclient_gets_the_scores_of_the_reference(
+    server: Serving, trace: Any, expected: list[np.ndarray], client: str
+) -> None:
+    module = tritongrpc if client == "grpc" else tritonhttp
+    port = server.grpc_port if client == "grpc" else server.port
+    form = {"binary_data": False} if client == "http, JSON" else {}
+    inputs = []
+    for name, tensor in tensors_of(trace[1].requests[:3]).items():
+        inputs.append(module.InferInput(name, list(tensor.shape), "FP32" if tensor.dtype == np.float32 else "INT64"))
+        inputs[-1].set_data_from_numpy(tensor, **form)
+    with module.InferenceServerClient(f"127.0.0.1:{port}") as triton:
+        assert triton.is_server_live() and triton.is_server_ready() and triton.is_model_ready("hstu_tiny", "1")
+        outputs = [module.InferRequestedOutput("OUTPUT", **form)]
+        answer = triton.infer("hstu_tiny", inputs, outputs=outputs, request_id="b2")
+        close_to(answer.as_numpy("OUTPUT"), expected)
+        assert answer.as_numpy("OUTPUT_LENGTHS") is None
+        response = answer.get_response(as_json=True) if client == "grpc" else answer.get_response()
+        assert response["id"] == "b2"
+        facts = [triton.get_server_metadata(), triton.get_model_metadata("hstu_tiny"),
+                 triton.get_model_config("hstu_tiny"), triton.get_inference_statistics("hstu_tiny")]  # fmt: skip
+        words = ["binary_tensor_data", "TOKEN_LENGTHS", "TYPE_FP32", "compute_infer"]
+        assert all(word in str(fact) for word, fact in zip(words, facts, strict=True))
+
+
+def test_outputs_are_binary_where_the_call_asks_for_it(server: Serving, trace: Any) -> None:
+    body = {
+        "inputs": as_json(tensors_of(trace[1].requests[:1])),
+        "parameters": {"binary_data_output": True},
+        "outputs": [{"name": "OUTPUT"}, {"name": "OUTPUT_LENGTHS", "parameters": {"binary_data": False}}],
+    }
+    status, text, headers = server.call("/v2/models/hstu_tiny/versions/1/infer", body)
+    content = json.loads(text[: int(headers["inference-header-content-length"])])
+    assert status == 200
+    assert [o.get("parameters") for o in content["outputs"]] == [{"binary_data_size": 96}, None]
+    assert content["outputs"][1]["data"] == [8]
+
+
+def base(**changes: Any) -> list[dict[str, Any]]:
+    tensors = {"USER_IDS": [3], "TOKEN_LENGTHS": [5], "TOKENS": [1, 2, 3, 4, 5], "NUM_CANDIDATES": [2]} | changes
+    return [{"name": n, "shape": [len(d)], "datatype": "FP32" if n == "WEIGHTS" else "INT64", "data": d}
+            for n, d in tensors.items() if d is not None]  # fmt: skip
+
+
+WRONG = [
+    (b"{", 400, "body: not JSON"),
+    (b"[1]", 400, "body: allowed is an object with the key inputs"),
+    (b"[" * 90_000, 400, "body: not JSON"),
+    (b"{}", 400, "inputs: missing; allowed is a list"),
+    ({"inputs": []}, 400, "inputs: USER_IDS is missing"),
+    ({"inputs": [{"name": 3}]}, 400, "inputs[0].name: wrong"),
+    ({"inputs": base() + base()}, 400, "inputs[4].name=USER_IDS: it is there twice"),
+    ({"inputs": base(USER_IDS=None)}, 400, "USER_IDS is missing"),
+    ({"inputs": base(USERS=[1])}, 400, "inputs: USERS: no such tensor; allowed are USER_IDS"),
+    ({"inputs": base(USER_IDS=[-1])}, 400, "USER_IDS[0]=-1: allowed is >= 0"),
+    ({"inputs": base(USER_IDS=[2**63])}, 400, "USER_IDS.data: a number is outside INT64"),
+    ({"inputs": base(USER_IDS=list(range(65)))}, 400, "USER_IDS: 65 users; allowed are 1 to 64"),
+    ({"inputs": base(TOKENS=[1, 2, 3, 4, 500])}, 400, "TOKENS[4]=500: allowed is 0 to 499"),
+    ({"inputs": base(TOKENS=[1, 2])}, 400, "TOKENS.shape=[2]: allowed is [5]"),
+    ({"inputs": base(TOKENS=["a"] * 5)}, 400, "TOKENS.data: allowed are numbers of INT64"),
+    ({"inputs": base(TOKENS=[1.5] * 5)}, 400, "TOKENS.data: allowed are numbers of INT64"),
+    ({"inputs": base(TOKENS=[[1], [2, 3], 4, 5, 6])}, 400, "TOKENS.data: the rows have different lengths"),
+    ({"inputs": base(NUM_CANDIDATES=None)}, 400, "NUM_CANDIDATES is missing"),
+    ({"inputs": base(NUM_CANDIDATES=[0])}, 400, "NUM_CANDIDATES[0]=0: allowed is 1 to 4096"),
+    ({"inputs": base(NUM_CANDIDATES=[10**9])}, 400, "NUM_CANDIDATES[0]=1000000000: allowed is 1 to 4096"),
+    ({"inputs": base(NUM_CANDIDATES=[6])}, 400, "TOKEN_LENGTHS[0]=5: fewer than NUM_CANDIDATES[0]=6"),
+    ({"inputs": base(NUM_CANDIDATES=[5])}, 400, "0 events of a history; allowed are 1 to 48"),
+    ({"inputs": base(TOKEN_LENGTHS=[51], TOKENS=[1] * 51)}, 400, "49 events of a history; allowed are 1 to 48"),
+    ({"inputs": base(ACTIONS=[1, 2, 99])}, 400, "ACTIONS[2]=99: allowed is 0 to"),
+    ({"inputs": base(WEIGHTS=[1, 2, float("nan")])}, 400, "WEIGHTS[2]=nan: allowed are finite numbers"),
+    ({"inputs": base(TIMESTAMPS=[1, 2, -3])}, 400, "TIMESTAMPS[2]=-3: allowed is >= 0"),
+    ({"inputs": base(STATE_VERSIONS=[4])}, 404, "user 3 has no state here; append the history from version 0"),
+    ({"inputs": [{"name": "USER_IDS", "shape": [1], "datatype": "BF16"}]}, 400, "USER_IDS.datatype=BF16: allowed are"),
+    ({"inputs": [{"name": "USER_IDS", "shape": [-1], "datatype": "INT64"}]}, 400, "USER_IDS.shape=[-1]: allowed are"),
+    ({"inputs": [{"name": "USER_IDS", "shape": [1 << 39], "datatype": "INT64", "data": [1]}]}, 400, "1 numbers; shape"),
+    ({"inputs": base(), "outputs": [{"name": "SCORES"}]}, 400, "outputs: SCORES: no such output; allowed are OUTPUT"),
+    ({"inputs": base(), "parameters": {"deadline_ms": -1}}, 400, "parameters.deadline_ms=-1: allowed is a number > 0"),
+    ({"inputs": base(), "parameters": {"timeout": "x"}}, 400, "parameters.timeout=x: allowed is a number > 0"),
+    (b" " * 100_001, 413, "body: more than 0.1 MB (serve.max_body_mb)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body, status, words", WRONG)
+def test_a_wrong_call_is_refused_in_one_line(server: Serving, body: Any, status: int, words: str) -> None:
+    found, answer, headers = server.call("/v2/models/hstu_tiny/infer", body)
+    assert found == status and words in answer["error"] and "\n" not in answer["error"]
+    assert headers["x-request-id"]
+    assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[0] == 200  # the server goes on
+
+
+@pytest.mark.parametrize(
+    "headers, body, status, words",
+    [
+        ({"inference-header-content-length": "9"}, b"{}", 400, "the body has 2 bytes; allowed is 1 to that"),
+        ({"inference-header-content-length": "x"}, b"{}", 400, "inference-header-content-length=x: allowed is an int"),
+        ({"content-encoding": "gzip"}, b"{}", 415, "content-encoding=gzip: bodies are taken as they are"),
+    ],
+)
+def test_wrong_headers_are_refused(
+    server: Serving, headers: dict[str, str], body: bytes, status: int, words: str
+) -> None:
+    found, answer, _ = server.call("/v2/models/hstu_tiny/infer", body, headers)
+    assert found == status and words in answer["error"]
+
+
+@pytest.mark.parametrize("size, words", [(8, "0 bytes are left in the body"), (0, "0 bytes; shape [1] of INT64")])
+def test_a_truncated_binary_tensor_is_refused(server: Serving, size: int, words: str) -> None:
+    one = {"name": "USER_IDS", "shape": [1], "datatype": "INT64", "parameters": {"binary_data_size": size}}
+    body = json.dumps({"inputs": [one]}).encode()
+    headers = {"inference-header-content-length": str(len(body))}
+    status, answer, _ = server.call("/v2/models/hstu_tiny/infer", body, headers)
+    assert status == 400 and words in answer["error"]
+
+
+def test_bytes_behind_the_tensors_are_refused(server: Serving) -> None:
+    body = json.dumps({"inputs": base()}).encode()
+    headers = {"inference-header-content-length": str(len(body))}
+    status, answer, _ = server.call("/v2/models/hstu_tiny/infer", body + b"12345678", headers)
+    assert status == 400 and "8 bytes are left behind the last input" in answer["error"]
+
+
+def test_a_client_that_does_not_send_its_body_is_refused(server: Serving) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as slow:
+        slow.sendall(b"POST /v2/models/hstu_tiny/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+        with slow.makefile() as lines:
+            status, body = next(lines), lines.read(300)
+    assert status.startswith("HTTP/1.1 408") and "serve.body_timeout_s" in body
+
+
+def test_other_models_and_versions_are_not_found(server: Serving) -> None:
+    status, answer, _ = server.call("/v2/models/other/infer", {"inputs": base()})
+    assert status == 404 and answer["error"] == "model other: not served here; the model is hstu_tiny"
+    status, answer, _ = server.call("/v2/models/hstu_tiny/versions/2/infer", {"inputs": base()})
+    assert status == 404 and "the version is 1" in answer["error"]
+
+
+@pytest.mark.parametrize(
+    "name, wrong, words",
+    [("USER_IDS", np.array([-5]), "USER_IDS[0]=-5"), ("TOKENS", np.zeros(2, np.int64), "TOKENS.shape=[2]")],
+)
+def test_grpc_refuses_in_one_line(server: Serving, name: str, wrong: np.ndarray, words: str) -> None:
+    tensors = {one["name"]: np.array(one["data"]) for one in base()} | {name: wrong}
+    inputs = [tritongrpc.InferInput(n, list(t.shape), "INT64").set_data_from_numpy(t) for n, t in tensors.items()]
+    address = f"127.0.0.1:{server.grpc_port}"
+    with tritongrpc.InferenceServerClient(address) as client, pytest.raises(Exception) as refused:
+        client.infer("hstu_tiny", inputs)
+    assert words in str(refused.value) and "INVALID_ARGUMENT" in str(refused.value)
+
+
+def test_appended_events_are_ranked_like_sent_ones(server: Serving, trace: Any) -> None:
+    whole = trace[1].requests[5]
+    tensors = tensors_of([whole])
+    events = {n: tensors[n] for n in ("ACTIONS", "WEIGHTS", "TIMESTAMPS")} | {"TOKENS": whole.history_items}
+    half = len(whole.history_items) // 2
+
+    def append(version: int, part: slice) -> tuple[int, Any]:
+        body = {"inputs": as_json({n: t[part] for n, t in events.items()}),
+                "parameters": {"user_id": whole.user_id, "version": version}}  # fmt: skip
+        return server.call("/v2/models/hstu_tiny/append", body)[:2]
+
+    assert append(0, slice(half)) == (200, {"user_id": whole.user_id, "version": half, "repeated": False})
+    assert append(0, slice(half)) == (200, {"user_id": whole.user_id, "version": half, "repeated": True})
+    status, answer = append(half + 1, slice(half, None))
+    assert status == 409 and f"has version {half}" in answer["error"]
+    rest = {n: t[half:] for n, t in events.items()}
+    known = {"USER_IDS": tensors["USER_IDS"], "NUM_CANDIDATES": tensors["NUM_CANDIDATES"],
+             "REQUEST_TIMES": tensors["REQUEST_TIMES"], "STATE_VERSIONS": np.array([half]),
+             "TOKEN_LENGTHS": tensors["TOKEN_LENGTHS"] - half}  # fmt: skip
+    tokens = np.concatenate([rest.pop("TOKENS"), whole.candidates])
+    status, answer, _ = server.infer(known | rest | {"TOKENS": tokens})
+    assert status == 200
+    assert answer["outputs"][0]["data"] == server.infer(tensors)[1]["outputs"][0]["data"]
+    assert server.infer(known | rest | {"TOKENS": tokens, "STATE_VERSIONS": np.array([1])})[0] == 409
+
+
+def test_metrics_have_the_names_of_the_field(server: Serving, trace: Any) -> None:
+    before = server.metric("grbench_requests_total", status="200", strategy="hstu")
+    server.infer(tensors_of(trace[1].requests[:2]))
+    assert server.metric("grbench_requests_total", status="200", strategy="hstu") == before + 1
+    for name in ("grbench_request_duration_seconds_count", "grbench_stage_duration_seconds_count",
+                 "grbench_batch_size_count", "nv_inference_request_success_total", "nv_inference_count_total",
+                 "nv_inference_exec_count_total", "nv_inference_compute_infer_duration_us_total"):  # fmt: skip
+        assert server.metric(name) > 0, name
+    assert 'le="5.0"' in server.call("/metrics")[1]  # the limit
+    wait_until(lambda: server.metric("grbench_gate_error_count", strategy="hstu") > 0)
+    assert server.metric("grbench_gate_wrong_total", strategy="hstu") == 0
+
+
+def test_the_status_says_what_runs(server: Serving) -> None:
+    _, status, _ = server.call("/status")
+    [strategy] = status["strategies"]
+    assert (status["state"], strategy["state"], strategy["engine"]) == ("ready", "ready", "hstu")
+    assert strategy["gate"]["error"] <= strategy["gate"]["tolerance"]
+    assert strategy["costs"] and all(row["ms"] > 0 for row in strategy["costs"])
+
+
+@pytest.mark.parametrize("engine", ["engine=hstu task=generate", "engine=pipeline"])
+def test_items_come_with_their_scores(engine: str) -> None:
+    spec, trace = tiny_trace()
+    task = "generate" if "generate" in engine else "recommend"
+    with serving(*TINY, *engine.split(), "serve.grpc_port=null") as server:
+        status, answer, _ = server.infer(tensors_of(trace.requests[:2], task))
+        assert status == 200
+        outputs = {o["name"]: np.array(o["data"]).reshape(o["shape"]) for o in answer["outputs"]}
+        assert outputs["OUTPUT_LENGTHS"].tolist() == [4, 4]
+        assert outputs["ITEMS"].shape == (8,) and len(set(outputs["ITEMS"][:4].tolist())) == 4
+        assert outputs["OUTPUT"].shape == ((8,) if task == "generate" else (8, len(spec.ranking_model.tasks)))
+        best = outputs["OUTPUT"][:4] if task == "generate" else outputs["OUTPUT"][:4, 0]
+        assert (np.diff(best) <= 0).all()
+
+
+def test_the_typed_client_gets_what_the_reference_finds(
+    server: Serving, trace: Any, expected: list[np.ndarray]
+) -> None:
+    client = Client(server.url)
+    answers = client.rank(trace[1].requests[:3], deadline_ms=5000)
+    close_to(np.concatenate(answers.scores), expected)
+    assert [len(s) for s in answers.scores] == [8, 8, 8]
+    with pytest.raises(ServerError, match=r"USER_IDS\[0\]=-1: allowed is >= 0") as refused:
+        client.rank([replace(trace[1].requests[0], user_id=-1)])
+    assert refused.value.status == 400
+    with pytest.raises(ServerError, match="not ready within 0 s") as refused:
+        Client("http://127.0.0.1:9").wait_until_ready(0)
+    assert refused.value.status == 0
+    with pytest.raises(ValueError, match="url=ftp://x: allowed is http://HOST:PORT"):
+        Client("ftp://x")
+
+
+def test_a_server_is_measured_like_an_engine(server: Serving, grbench_here: Grbench) -> None:
+    """`grbench load` gates the server, drives a scenario through the network, and keeps a record."""
+    words = ["scenario=server", "scenario.queries=64", "scenario.target_qps=200", "tracking=none", "gate.measured=8"]
+    done = grbench_here("load", f"url={server.url}", *TINY, *words)
+    assert done.returncode == 0, done.stderr
+    [(_, record)] = read_cells([Path("outputs")])
+    assert record.status is Status.OK and record.metrics["samples"] >= 64
+    assert record.gate["measured"]["wrong"] == 0 and record.actual["server"]["strategies"][0]["engine"] == "hstu"
+
+
+def test_a_server_of_other_items_is_refused(server: Serving) -> None:
+    spec, trace = tiny_trace("workload.items=400")
+    engine = registry.build(RemoteConfig(url=server.url), spec.model, spec.kernel, trace.catalogue, 0)
+    with pytest.raises(ValueError, match="it has 400 items, and the server's has 500"):
+        engine.prepare(trace.requests, 1)
+
+
+@pytest.mark.parametrize(
+    "words, error",
+    [
+        (["engine=hstu", "serve.ports=1"], "serve.ports: no such key; nearest: port"),
+        (["engine=hstu", "serve.port=-1"], "serve.port=-1: allowed is int >= 0 and <= 65535"),
+        (["engine=hstuu"], "engine=hstuu: no such option"),
+        (["engine=hstu", "serve.host=0.0.0.0"], "serve.host=0.0.0.0: others could connect; give serve.api_key_file"),
+        (["engine=hstu", "serve.tls_key_file=/dev/null"], "serve.tls_cert_file and serve.tls_key_file: give both"),
+        (["deployment=none.yaml"], "none.yaml: No such file or directory; give a deployment file"),
+        (["deployment=none.yaml", "engine=hstu"], "engine=hstu: deployment=FILE names the strategies"),
+    ],
+)
+def test_a_wrong_command_is_refused(grbench_here: Grbench, words: list[str], error: str) -> None:
+    done = grbench_here("serve", *words)
+    assert done.returncode == 2
+    assert error in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_named(grbench_here: Grbench) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = grbench_here("serve", "engine=hstu", f"serve.port={taken.getsockname()[1]}")
+    assert done.returncode == 2 and "Address already in use; give another port" in done.stderr
+
+
+def test_signals_reload_and_end_it(tmp_path: Path) -> None:
+    """SIGHUP reads the deployment again, SIGTERM ends it with 0; a request before, between and after is answered."""
+    lines = "".join(f"  - {word}\n" for word in [*TINY, "engine=hstu"])
+    file = tmp_path / "best.yaml"
+    text = f"version: 1\ntask: rank\nstrategies:\n- name: NAME\n  overrides:\n{lines}"
+    file.write_text(text.replace("NAME", "old"))
+    words = [sys.executable, "-m", "grbench", "serve", f"deployment={file}", "serve.port=0", "serve.grpc_port=null"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process, _killed(process):
+
+        def until(event: str) -> dict[str, Any]:
+            for line in process.stderr or ():
+                if (found := json.loads(line))["event"] == event:
+                    return found  # type: ignore[no-any-return]
+            raise AssertionError(f"it ended without {event}")
+
+        server = Serving(until("listening")["port"], 0, None)  # type: ignore[arg-type]
+        until("ready")
+        assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[1]["parameters"]["strategy"] == "old"
+        file.write_text(text.replace("NAME", "new"))
+        process.send_signal(signal.SIGHUP)
+        until("reloaded")
+        assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[1]["parameters"]["strategy"] == "new"
+        file.write_text("version: 3\ntask: rank\n")
+        status, answer, _ = server.call("/reload", b"")
+        assert status == 409 and "version=3: allowed is" in answer["error"] and "goes on" in answer["error"]
+        assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[0] == 200
+        process.send_signal(signal.SIGTERM)
+        until("ended")
+        assert process.wait(60) == 0

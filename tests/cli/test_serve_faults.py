@@ -1,0 +1,173 @@
+"""Engines that fail while they serve: requests fall back, wrong engines go out, repaired ones come back; overload."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import faulty_engine
+from helpers.faulty_engine import FAULTS, POISON
+from helpers.serving import TINY, Serving, serving, tensors_of, tiny_trace, wait_until
+
+from grbench.deployment import Deployment, Step, Strategy
+from grbench.serve import controller
+from grbench.serve import strategy as strategies
+from grengines import registry
+
+TASK = {"version": 1, "task": "rank"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def faulty() -> Iterator[None]:
+    registry.register(faulty_engine.SPEC)
+    yield
+    del registry.ENGINES["faulty"]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Serving]:
+    """A server with two strategies of the same engine, the second one slower. A test breaks them by their labels."""
+    words = [*TINY, "engine=faulty"]
+    two = [
+        Strategy("first", [*words, "engine.label=first"]),
+        Strategy("second", [*words, "engine.label=second", "engine.delay_ms=100"]),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strategies, "FIRST_PAUSE_S", 0.05)
+        patch.setattr(controller, "EXPLORE", 10**9)
+        with serving(
+            "serve.time_limit_s=0.4", "serve.gate_share=1", deployment=Deployment(**TASK, strategies=two)
+        ) as s:
+            yield s
+
+
+@pytest.fixture(autouse=True)
+def repaired(pair: Serving) -> Iterator[None]:
+    yield
+    FAULTS.clear()
+    wait_until(lambda: all(s["state"] == "ready" for s in pair.call("/status")[1]["strategies"]))
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, np.ndarray]:
+    return tensors_of(tiny_trace()[1].requests[:1])
+
+
+def state_of(server: Serving, name: str) -> tuple[str, str]:
+    [found] = [s for s in server.call("/status")[1]["strategies"] if s["name"] == name]
+    return found["state"], found["why"]
+
+
+def breaks(server: Serving, tensors: dict[str, np.ndarray], fault: str) -> tuple[str, str, dict[str, Any]]:
+    """Break the strategy that answers now; return its name, the other's, and the parameters of the next answer."""
+    first = server.infer(tensors)[1]["parameters"]["strategy"]
+    FAULTS[first] = fault
+    status, answer, _ = server.infer(tensors)
+    assert status == 200
+    return first, ({"first", "second"} - {first}).pop(), answer["parameters"]
+
+
+@pytest.mark.parametrize(
+    "fault, reason",
+    [("raise", "raised"), ("hang", "hung"), ("lose the device", "device"), ("not finite", "wrong")],
+)
+def test_another_strategy_answers_for_a_broken_one_which_comes_back(
+    pair: Serving, tensors: dict[str, np.ndarray], fault: str, reason: str
+) -> None:
+    right = pair.infer(tensors)[1]["outputs"][0]["data"]
+    broken, other, parameters = breaks(pair, tensors, fault)
+    assert parameters["strategy"] == other and parameters["reason"] == "fallback"
+    assert parameters["fallback_from"] == f"{broken}: {reason}"
+    state, why = state_of(pair, broken)
+    assert state == "out" and why.startswith(reason)
+    labels = {"from": broken, "to": other, "reason": reason}
+    assert pair.metric("grbench_fallbacks_total", **labels) == 1
+    status, answer, _ = pair.infer(tensors)
+    assert status == 200 and answer["parameters"]["strategy"] == other  # it is not asked while it is out
+    FAULTS.clear()
+    wait_until(lambda: state_of(pair, broken)[0] == "ready")
+    assert pair.infer(tensors)[1]["outputs"][0]["data"] == pytest.approx(right, rel=1e-5)
+
+
+def test_the_live_gate_takes_a_wrong_engine_out(pair: Serving, tensors: dict[str, np.ndarray]) -> None:
+    broken, other, parameters = breaks(pair, tensors, "scores of others")
+    assert parameters["strategy"] == broken  # its form is right, so only the reference can see it
+    wait_until(lambda: state_of(pair, broken)[0] == "out")
+    assert "live gate: scores differ from the reference" in state_of(pair, broken)[1]
+    assert pair.metric("grbench_gate_wrong_total", strategy=broken) == 1
+    assert pair.infer(tensors)[1]["parameters"]["strategy"] == other
+    time.sleep(0.3)  # it is tried again, and refused
+    assert state_of(pair, broken)[0] == "out"
+
+
+def test_nothing_serves_when_all_are_out(pair: Serving, tensors: dict[str, np.ndarray]) -> None:
+    FAULTS.update(first="raise", second="raise")
+    status, answer, headers = pair.infer(tensors)
+    assert status == 503 and headers["retry-after"]
+    assert answer["error"].startswith("no strategy answered: ") and answer["error"].count("raised") == 2
+    assert pair.infer(tensors)[1]["error"].startswith("no strategy serves: first is out")
+    assert pair.call("/v2/health/ready")[0] == 503 and pair.call("/v2/health/live")[0] == 200
+
+
+def test_a_request_that_no_engine_can_answer_harms_no_other(pair: Serving, tensors: dict[str, np.ndarray]) -> None:
+    poison = {
+        "USER_IDS": np.array([1]), "TOKEN_LENGTHS": np.array([3]), "TOKENS": np.array([1, 2, POISON]),
+        "NUM_CANDIDATES": np.array([1]),
+    }  # fmt: skip
+    found: list[int] = []
+    threads = [
+        threading.Thread(target=lambda t=t: found.append(pair.infer(t)[0])) for t in [poison, *[tensors] * 6, poison]
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [200] * 6 + [400] * 2
+    assert "no strategy can answer this request: ValueError: one request" in pair.infer(poison)[1]["error"]
+    assert [s["state"] for s in pair.call("/status")[1]["strategies"]] == ["ready", "ready"]
+
+
+def test_overload_degrades_first_and_then_refuses(tensors: dict[str, np.ndarray]) -> None:
+    """The engine takes 50 ms a batch. What waits behind others gets fewer candidates, and then no answer."""
+    steps = [Step("half", max_candidates=4, loss={"auc_loss_pct": 0.3}), Step("cheap", strategy="cheap")]
+    overrides = [*TINY, "engine=faulty", "scenario.max_batch=1"]
+    slow = Strategy("slow", [*overrides, "engine.label=slow"])
+    cheap = Strategy("cheap", [*overrides, "engine.label=cheap"])
+    FAULTS["slow"] = "slow"
+    deployment = Deployment(**TASK, limits={"latency_ms.p99": 400.0}, strategies=[slow, cheap], degrade=steps)
+    with serving("serve.gate_share=0", deployment=deployment) as server:
+        for _ in range(3):
+            assert server.infer(tensors)[1]["parameters"]["strategy"] == "slow"
+        answers: list[tuple[int, Any, Any]] = []
+        calls = [threading.Thread(target=lambda: answers.append(server.infer(tensors))) for _ in range(24)]
+        for call in calls:
+            call.start()
+        for call in calls:
+            call.join()
+        answered = [a[1]["parameters"] for a in answers if a[0] == 200]
+        refused = [a for a in answers if a[0] == 429]
+        assert len(answered) + len(refused) == 24 and refused and len(answered) >= 4
+        assert all("would take" in a[1]["error"] and int(a[2]["retry-after"]) >= 1 for a in refused)
+        assert server.metric("grbench_shed_total", reason="deadline") == len(refused)
+        degraded = [p for p in answered if "degraded" in p]
+        assert server.metric("grbench_degraded_total") <= len(degraded)
+        assert all(p["strategy"] == "cheap" or p["loss_auc_loss_pct"] == 0.3 for p in degraded)
+        status, answer, _ = server.infer(tensors, deadline_ms=1.0)
+        assert status == 429 and "deadline" in answer["error"]
+
+
+def test_a_full_queue_refuses(tensors: dict[str, np.ndarray]) -> None:
+    words = [*TINY, "engine=faulty", "engine.label=full", "serve.max_queue=1", "serve.grpc_port=null"]
+    with serving(*words) as server:
+        FAULTS["full"] = "hang"
+        waiting = threading.Thread(target=lambda: server.infer(tensors))
+        waiting.start()
+        wait_until(lambda: server.call("/status")[1]["pending"] == 1)
+        status, answer, headers = server.infer(tensors)
+        assert (status, answer["error"]) == (429, "1 requests wait already (serve.max_queue)")
+        assert headers["retry-after"]
+        waiting.join()
