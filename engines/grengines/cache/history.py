@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from grengines.api import Request
@@ -56,8 +57,11 @@ class History:
 
 
 def _same_memory(a: Column, b: Column) -> bool:
-    """Return whether two columns are one, or have one address, type and stride."""
+    """Return whether two columns are one, or have one address, type and stride.
+
+    For one aligned element, the bounds of memory that `may_share_memory` compares are exact.
+    """
     if a is b:
         return True
-    alike = a.strides == b.strides and a.dtype == b.dtype
-    return alike and a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    alike = a.strides == b.strides and a.dtype == b.dtype and a.flags.aligned and b.flags.aligned
+    return alike and np.may_share_memory(a[:1], b[:1])
