@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,13 +23,14 @@ from grbench.gate.base import Gate
 from grbench.gate.measured import MeasuredAnswers
 from grbench.scenarios import Measurement
 from grbench.workloads.item_map import check_items
-from grbench.workloads.trace import Trace
+from grbench.workloads.trace import Requests, Trace
 from grengines import registry
 from grengines.api import Engine, Ranker, Request, Retrieval
 from grengines.numerics import IncorrectError
 from grkernels import tuning
 
 Report = Callable[[dict[str, Any]], None]
+MOST_PREPARED = 20_000  # requests by which an engine chooses its buffers and buckets
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Cell:
             with self._figures_of_failure():
                 self._check(engine, gate)
                 self._check_quality(engine, trace)
+                self._make(trace.requests)
                 self._warm_up(engine, trace.requests)
                 answers = MeasuredAnswers(gate.form, self.spec.gate.measured, self.spec.seed)
                 measurement = self._measure(engine, trace.requests, answers)
@@ -81,12 +83,7 @@ class Cell:
     def _load(self) -> Trace:
         self._begin("load", "loading the workload")
 
-        def say(done: int, total: int) -> None:
-            shorter = "workload.max_requests makes a shorter trace"
-            self._say(f"loading the workload, {done:,} of {total:,} requests; {shorter}")
-
-        progress = at_most_every(5.0, say)
-        trace = workloads.build(self.spec.workload, self.spec.seed, self.spec.latency_limit_ms, progress)
+        trace = workloads.build(self.spec.workload, self.spec.seed, self.spec.latency_limit_ms)
         for owner in (self.spec.model, self.spec.retrieval):
             if weights := getattr(owner, "weights", None):
                 check_items(trace.events, Path(weights))
@@ -115,7 +112,7 @@ class Cell:
             retrieval=retrieval,
         )
         try:
-            engine.prepare(trace.requests, spec.scenario.max_batch)
+            engine.prepare(trace.requests.some(MOST_PREPARED), spec.scenario.max_batch)
             self.outcome.metrics["engine_start_s"] = time.perf_counter() - begun
             self.outcome.actual = engine.actual()
             yield engine
@@ -152,7 +149,22 @@ class Cell:
             self.outcome.gate["quality"] = beside.to_dict()
             beside.check(self.spec.gate.allow_loss)
 
-    def _warm_up(self, engine: Engine, requests: list[Request]) -> None:
+    def _make(self, requests: Requests) -> None:
+        """Make the requests that will be issued, so that none is made while latencies are taken."""
+        scenario = self.spec.scenario
+        issued = len(requests) if getattr(scenario, "min_duration_s", 0) else min(scenario.queries, len(requests))
+
+        def say(done: int) -> None:
+            shorter = "workload.max_requests makes a shorter trace"
+            self._say(f"making requests, {done:,} of {issued:,}; {shorter}")
+
+        self._begin("load", "making requests")
+        progress = at_most_every(5.0, say)
+        for k in range(issued):
+            requests[k]
+            progress(k)
+
+    def _warm_up(self, engine: Engine, requests: Sequence[Request]) -> None:
         """Run full, half and quarter batches in turn, so that first-time costs of the common sizes are not measured."""
         self._begin("warm_up", "warming up")
         size = self.spec.scenario.max_batch
@@ -161,7 +173,7 @@ class Cell:
             getattr(engine, self.spec.task)(requests[start : start + max(size >> (i % 3), 1)])
         engine.reset_cache()
 
-    def _measure(self, engine: Engine, requests: list[Request], answers: MeasuredAnswers) -> Measurement:
+    def _measure(self, engine: Engine, requests: Sequence[Request], answers: MeasuredAnswers) -> Measurement:
         self._begin("measure", MEASURING)
         compiled = len(tuning.compiled())
         measure.gpu_allocated_mib(self.outcome.actual["device"])  # the peak of the gate is past

@@ -24,7 +24,7 @@ CALLS_MS = 0.2  # between LoadGen and the batcher, to and fro
 
 
 def summarise(
-    measurement: Measurement, spec: RunSpec, requests: list[Request], sizes: Sequence[int] = ()
+    measurement: Measurement, spec: RunSpec, requests: Sequence[Request], sizes: Sequence[int] = ()
 ) -> stats.Summary:
     """Return latency percentiles with intervals, throughput, goodput, parts of the latency, FLOP rate and padding.
 
@@ -43,8 +43,7 @@ def summarise(
     if abs(unknown) > MOST_UNKNOWN:
         summary.notes.append(f"{unknown:.0%} of the latency is in none of its parts ({', '.join(PARTS)})")
 
-    by_id = {r.request_id: r for r in requests}
-    answered = [by_id[int(i)] for i in samples["request_id"]]
+    answered = [requests[int(i)] for i in samples["request_id"]]
     count = len(answered)
     ends = samples["arrival_s"] + samples["latency_ms"] / 1e3
     duration_s = float(ends.max())

@@ -17,6 +17,7 @@ import numpy as np
 
 from grbench.gate.form import Form
 from grbench.gate.measured import Answer, Verdict
+from grbench.workloads.trace import history_lengths
 from grengines.api import Float32Array, Request
 from grengines.numerics import Comparison, IncorrectError, require_contrast
 
@@ -65,7 +66,7 @@ def sample(requests: Sequence[Request], count: int, seed: int) -> list[Request]:
         raise ValueError(
             "the workload has one request, the gate needs two; set workload.max_requests=0 or use a larger workload"
         )
-    order = sorted(range(len(requests)), key=lambda i: len(requests[i].history_items))
+    order = np.argsort(history_lengths(requests), kind="stable").tolist()
     others = np.random.default_rng(seed).permutation(order[1:-1])
     chosen = [order[0], order[-1], *others[: max(count - 2, 0)]]
     return [requests[i] for i in chosen]
@@ -86,10 +87,11 @@ def in_batches(
     """
     rng = np.random.default_rng([seed, 1])
     known = {r.request_id for r in asked}
-    others = [r for r in trace if r.request_id not in known]
     for size in sorted({1, -(-max_batch // 2), max_batch}):
-        fill = rng.choice(len(others), min(-len(asked) % size, len(others)), replace=False)
-        requests = [*asked, *(others[i] for i in fill)]
+        room = -len(asked) % size
+        drawn = rng.choice(len(trace), min(room + len(asked), len(trace)), replace=False)
+        others = [request for i in drawn if (request := trace[int(i)]).request_id not in known]
+        requests = [*asked, *others[:room]]
         items: dict[int, Any] = {}
         scores: dict[int, Float32Array] = {}
         for places in batches(rng.permutation(len(requests)).tolist(), size):

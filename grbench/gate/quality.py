@@ -160,7 +160,7 @@ def measure_lists(spec: RunSpec, trace: Trace, engine: Engine) -> QualityFigures
         return None
     split = LeaveOneOut(trace.events)
     users = split.some_users(spec.gate.quality_requests, spec.seed)
-    longest = max(len(r.history_items) for r in trace.requests)  # the engine was prepared for them
+    longest = int(trace.requests.history_lengths.max())  # the engine was prepared for them
     lists = Lists(split, users, min(longest, spec.workload.max_history), retrieval.k, spec.seed, removal=False)
     answers = lists.ask(engine, spec.task, spec.scenario.max_batch)
     return QualityFigures.of(lists.estimates(answers), lists.baselines())

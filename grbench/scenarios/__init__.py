@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Measurement:
 def run_scenario(
     config: ScenarioConfig,
     engine: Engine,
-    requests: list[Request],
+    requests: Sequence[Request],
     *,
     task: str = "rank",
     latency_limit_ms: float,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from grbench.workloads.config import (
@@ -23,12 +22,8 @@ def build(
     config: WorkloadOptions,
     seed: int,
     latency_limit_ms: float,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trace:
-    """Return the trace that `config` describes. Raises DataError (a ValueError) for unusable data.
-
-    progress: as in `build_trace`.
-    """
+    """Return the trace that `config` describes. Raises DataError (a ValueError) for unusable data."""
     from grbench.workloads import synthetic, trace
 
     if isinstance(config, DrawnConfig):
@@ -36,7 +31,7 @@ def build(
     else:
         events = load_events(config)
         visits = trace.find_visits(events, config)
-    return trace.build_trace(events, visits, config, seed, latency_limit_ms, progress)
+    return trace.build_trace(events, visits, config, seed, latency_limit_ms)
 
 
 def catalogue(config: WorkloadOptions) -> Catalogue:

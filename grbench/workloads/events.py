@@ -208,6 +208,8 @@ class _Table:
             self._first, self._table = 1, _parquet(path)
             return
         data = _bytes(path).rstrip(b"\r\n") + b"\n"  # blank lines at the end hold no events
+        if why := _not_utf8(data):  # of a row with too few fields pyarrow would only print it
+            raise DataError(f"{path}: {why}")
         if len(delimiter) > 1:
             data = data.replace(delimiter.encode(), b"\x1f")
         self._first = 1 if names else 2  # the line of the first event, counted from 1
@@ -226,8 +228,8 @@ class _Table:
                     column_types={name: pa.string() for name in header}, strings_can_be_null=False
                 ),
             )
-        except (pa.ArrowInvalid, UnicodeDecodeError) as e:
-            raise DataError(f"{path}: {self._why(e, data)}") from None
+        except pa.ArrowInvalid as e:
+            raise DataError(f"{path}: {' '.join(str(e).split())}") from None
         if twice := next((name for name in header if header.count(name) > 1), None):
             raise DataError(f"{path}: row 1 has column {twice!r} twice; rename or remove one")
         if bad:
@@ -240,14 +242,6 @@ class _Table:
             )
         if not self._table.num_rows:
             raise DataError(f"{path}: no events after the header in row 1; set workload.path to a file with some")
-
-    @staticmethod
-    def _why(error: Exception, data: bytes) -> str:
-        try:
-            data.decode()
-        except UnicodeDecodeError as e:
-            return f"row {data[: e.start].count(10) + 1} is not UTF-8 (byte {data[e.start]:#04x}); convert the file"
-        return " ".join(str(error).split())
 
     def _as_written(self, text: str) -> str:
         return text.replace("\x1f", self._delimiter)
@@ -392,6 +386,15 @@ def _open_quote(data: bytes) -> int:
             except csv.Error:
                 return number
     return 0
+
+
+def _not_utf8(data: bytes) -> str:
+    """Return where a file is not UTF-8; "" if it is."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as e:
+        return f"row {data[: e.start].count(10) + 1} is not UTF-8 (byte {data[e.start]:#04x}); convert the file"
+    return ""
 
 
 def _read(names: list[str] | None, size: int = 0) -> pa_csv.ReadOptions:

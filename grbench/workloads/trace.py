@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -15,23 +16,116 @@ from grengines.api import Catalogue, Request
 Ints = npt.NDArray[np.int64]
 
 
+class Requests(Sequence[Request]):
+    """Requests in order of arrival, each made when it is first asked for, and then kept.
+
+    Recorded data has millions, of which a run issues thousands, and one takes a tenth of a millisecond. What is known
+    of all of them is in arrays: `history_lengths`, `num_seen`, `users` and `arrivals_s`.
+    """
+
+    def __init__(
+        self,
+        *,
+        events: Events,
+        visits: Ints,
+        users: Ints,
+        firsts: Ints,
+        stops: Ints,
+        ends: Ints,
+        times: Ints,
+        arrivals_s: npt.NDArray[np.float64],
+        max_history: int,
+        num_candidates: int,
+        seed: int,
+        latency_limit_ms: float,
+    ) -> None:
+        """Take what each request is made of, as arrays [requests].
+
+        visits, users, times: of the visit. firsts: its user's first event. stops: where the history ends and the
+        visit's own events begin. ends: where those end.
+        """
+        self.users, self.arrivals_s = users, arrivals_s
+        self._events, self._visits, self._times = events, visits, times
+        self._firsts, self._stops, self._ends = firsts, stops, ends
+        self._starts = np.maximum(firsts, stops - max_history)
+        self.history_lengths = stops - self._starts
+        self.num_seen = np.maximum(_stop_before(users, stops, self._starts) - self._starts, 0)
+        self._candidates, self._seed, self._limit_ms = num_candidates, seed, latency_limit_ms
+        self._barred = np.zeros(events.num_items, dtype=np.bool_)
+        self._made: dict[int, Request] = {}
+
+    def __len__(self) -> int:
+        return len(self._visits)
+
+    @overload
+    def __getitem__(self, index: int) -> Request: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Request]: ...
+    def __getitem__(self, index: int | slice) -> Request | list[Request]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        if place not in self._made:
+            self._made[place] = self._make(place)
+        return self._made[place]
+
+    def some(self, most: int) -> Sequence[Request]:
+        """Return the first `most` requests and the one with the longest history, or all where there are no more."""
+        return self if len(self) <= most else [*self[:most], self[int(self.history_lengths.argmax())]]
+
+    def _make(self, i: int) -> Request:
+        events, first, start, stop = self._events, self._firsts[i], self._starts[i], self._stops[i]
+        past, own = events.items[first:stop], events.items[stop : self._ends[i]]
+        rng = np.random.default_rng([self._seed, int(self._visits[i])])
+        return Request(
+            request_id=i,
+            user_id=int(self.users[i]),
+            history_items=events.items[start:stop],
+            history_actions=events.actions[start:stop],
+            history_weights=events.weights[start:stop],
+            history_timestamps=events.timestamps[start:stop],
+            num_seen=int(self.num_seen[i]),
+            candidates=_candidates(own, past, events, self._candidates, rng, self._barred),
+            timestamp=int(self._times[i]),
+            arrival_s=float(self.arrivals_s[i]),
+            deadline_ms=self._limit_ms,
+        )
+
+
+def _stop_before(users: Ints, stops: Ints, default: Ints) -> Ints:
+    """Return where the history of the same user's request before each one stopped; `default` for a first one."""
+    order = np.argsort(users, kind="stable")
+    same = np.r_[False, users[order][1:] == users[order][:-1]]
+    before = default.copy()
+    before[order[same]] = stops[order[np.flatnonzero(same) - 1]]
+    return before
+
+
+def history_lengths(requests: Sequence[Request]) -> Ints:
+    """Return the number of events of each history."""
+    if isinstance(requests, Requests):
+        known: Ints = requests.history_lengths
+        return known
+    return np.array([len(request.history_items) for request in requests])
+
+
 @dataclass(frozen=True)
 class Trace:
     """Requests in order of arrival. The same options and seed give the same trace."""
 
     catalogue: Catalogue
-    requests: list[Request]
+    requests: Requests
     events: Events  # all events, by user and time
     own: Ints  # [requests, 2]: start and end of the visit's own events
 
     def facts(self) -> dict[str, float]:
         """Return figures that describe the trace."""
-        lengths = np.array([len(r.history_items) for r in self.requests])
-        returning = np.array([r.num_seen > 0 for r in self.requests])
-        deltas = lengths - np.array([r.num_seen for r in self.requests])
+        requests, lengths = self.requests, self.requests.history_lengths
+        returning = requests.num_seen > 0
+        deltas = lengths - requests.num_seen
         return {
-            "requests": float(len(self.requests)),
-            "users": float(len({r.user_id for r in self.requests})),
+            "requests": float(len(requests)),
+            "users": float(len(np.unique(requests.users))),
             "items": float(self.catalogue.num_items),
             "history_p50": float(np.median(lengths)),
             "history_p90": float(np.percentile(lengths, 90)),
@@ -86,54 +180,32 @@ def find_requests(events: Events, visits: Visits, config: WorkloadConfig) -> tup
     return order[: config.max_requests or None], owner, first_event
 
 
-def build_trace(
-    events: Events,
-    visits: Visits,
-    config: WorkloadConfig,
-    seed: int,
-    latency_limit_ms: float,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Trace:
+def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: int, latency_limit_ms: float) -> Trace:
     """Return a trace with one request per visit that has at least `min_history` earlier events.
 
     Candidates are distinct: first the visit's own items, at most half of all, then others drawn by popularity, none of
     them from the user's past. They depend only on the seed and the visit, and not on `max_requests`. Raises DataError
     if there is no request.
-
-    progress: called now and then with the requests that are built and their number.
     """
     if config.num_candidates > events.num_items:
         raise DataError(
             f"workload.num_candidates={config.num_candidates}: the workload has {events.num_items} items; ask for fewer"
         )
     order, owner, first_event = find_requests(events, visits, config)
-    origin = float(visits.arrivals[order[0]])
-    seen_until: dict[int, int] = {}
-    barred = np.zeros(events.num_items, dtype=np.bool_)
-    requests = []
-    for request_id, visit in enumerate(order):
-        if request_id % 10_000 == 0:
-            progress(request_id, len(order))
-        user, stop = int(owner[visit]), int(visits.starts[visit])
-        start = max(int(first_event[visit]), stop - config.max_history)
-        past, own = events.items[int(first_event[visit]) : stop], events.items[stop : int(visits.ends[visit])]
-        rng = np.random.default_rng([seed, int(visit)])
-        requests.append(
-            Request(
-                request_id=request_id,
-                user_id=user,
-                history_items=events.items[start:stop],
-                history_actions=events.actions[start:stop],
-                history_weights=events.weights[start:stop],
-                history_timestamps=events.timestamps[start:stop],
-                num_seen=max(seen_until.get(user, start) - start, 0),
-                candidates=_candidates(own, past, events, config.num_candidates, rng, barred),
-                timestamp=int(visits.times[visit]),
-                arrival_s=float(visits.arrivals[visit]) - origin,
-                deadline_ms=latency_limit_ms,
-            )
-        )
-        seen_until[user] = stop
+    requests = Requests(
+        events=events,
+        visits=order,
+        users=owner[order],
+        firsts=first_event[order],
+        stops=visits.starts[order],
+        ends=visits.ends[order],
+        times=visits.times[order],
+        arrivals_s=visits.arrivals[order] - visits.arrivals[order[0]],
+        max_history=config.max_history,
+        num_candidates=config.num_candidates,
+        seed=seed,
+        latency_limit_ms=latency_limit_ms,
+    )
     catalogue = Catalogue(events.num_users, events.num_items, len(events.action_names))
     return Trace(catalogue, requests, events, np.stack([visits.starts[order], visits.ends[order]], axis=1))
 

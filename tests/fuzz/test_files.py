@@ -43,6 +43,8 @@ from grengines.models.hstu.model import HSTURanker
 from grengines.models.hstu.weights import load_weights, save_weights
 from grengines.semantic.ids import SemanticIds
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+
 ROWS = [(u, 10 + (u * 7 + k) % 9, 1 + k % 5, 1_600_000_000 + 4000 * k) for u in range(1, 5) for k in range(6)]
 FRAME = pd.DataFrame(ROWS, columns=["user_id", "item_id", "rating", "timestamp"])
 
