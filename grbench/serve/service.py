@@ -382,6 +382,7 @@ def _parameters(answers: list[Answer]) -> dict[str, Any]:
         "strategy": joined([a.strategy for a in answers]),
         "reason": joined([a.reason for a in answers]),
         "queue_ms": round(max(d.queue_ms for d in done), 3),
+        "pack_ms": round(max(d.pack_ms + d.load_ms for d in done), 3),
         "compute_ms": round(max(d.compute_ms for d in done), 3),
         "cached_tokens": sum(d.cached.tokens for d in done),
     }
@@ -399,8 +400,3 @@ def _whole(parameters: Mapping[str, Any], name: str) -> int:
     if type(value) is not int or not 0 <= value < 1 << 62:
         raise wrong(f"parameters.{name}={value}: allowed is an integer >= 0")
     return value
-
-
-def deployment_name(source: str | None) -> str:
-    """Return the deployment's name for people."""
-    return Path(source).name if source else "the command line's strategy"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -375,3 +376,52 @@ def test_signals_reload_and_end_it(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         until("ended")
         assert process.wait(60) == 0
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("key") / "key"
+    file.write_text("a long secret\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def locked(key: Path) -> Iterator[Serving]:
+    with serving(*TINY, "engine=hstu", f"serve.api_key_file={key}") as s:
+        yield s
+
+
+def test_a_call_needs_the_key(locked: Serving, key: Path) -> None:
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer"}):
+        status, answer, _ = locked.call("/v2/models/hstu_tiny/infer", {"inputs": base()}, headers)
+        assert status == 401 and answer["error"].startswith("authorization: allowed is")
+    for path in ("/status", "/metrics", "/v2", "/v2/models/hstu_tiny"):
+        assert locked.call(path)[0] == 401
+    assert locked.call("/reload", b"")[0] == 401
+    assert locked.call("/v2/health/ready")[0] == 200
+    right = {"authorization": "Bearer a long secret"}
+    assert locked.call("/v2/models/hstu_tiny/infer", {"inputs": base()}, right)[0] == 200
+    with tritongrpc.InferenceServerClient(f"127.0.0.1:{locked.grpc_port}") as client:
+        assert client.is_server_live()
+        with pytest.raises(tritongrpc.InferenceServerException, match="UNAUTHENTICATED"):
+            client.get_server_metadata()
+        assert client.get_server_metadata(headers=right).name == "grbench"
+
+
+def test_the_page_shows_strategies_and_latency(server: Serving) -> None:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    driver, browser = shutil.which("chromedriver"), shutil.which("chromium")
+    if driver is None or browser is None:
+        pytest.skip("chromium and chromedriver are not installed")
+    server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as page:
+        page.get(server.url)
+        wait_until(lambda: page.find_element("id", "state").text == "ready")
+        assert page.find_element("id", "model").text == "hstu_tiny, rank"
+        assert page.find_element("id", "strategies").text.startswith("hstu ready hstu fp32 cpu")
+        assert "p99" in page.find_element("id", "facts").text
+        assert page.find_element("id", "error").text == ""
