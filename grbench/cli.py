@@ -11,6 +11,7 @@ from pathlib import Path
 
 from grbench import __version__, completion, signals, streams
 from grbench.config.arguments import CommandError
+from grbench.streams import printable
 from grbench.subcommands import SUBCOMMANDS, call
 
 
@@ -49,7 +50,7 @@ def _run(words: list[str]) -> int:
     except CommandError as e:
         if raised:
             raise
-        print(f"{f'grbench {name}'.strip()}: {e}", file=sys.stderr)
+        print(printable(f"{f'grbench {name}'.strip()}: {e}"), file=sys.stderr)
         return e.code
     except KeyboardInterrupt as e:
         return signals.exit_code(e)

@@ -54,3 +54,8 @@ def lossy() -> Iterator[Lossy]:
     finally:
         shown.flush()
         sys.stdout, sys.stderr = out, err
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters escaped: the name of a column or a value may have some."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

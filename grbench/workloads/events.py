@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
+from grbench.streams import printable
+
 EARLIEST, LATEST = 315_532_800, 4_102_444_800  # 1980 and 2100: times outside are in another unit
 DAY = 86_400
 UNITS = {
@@ -44,6 +46,9 @@ _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 
 class DataError(ValueError):
     """Data that cannot be used. The message is one line with file, row, column, value and the fix."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text.replace("\n", "\\n")))
 
 
 @dataclass(frozen=True)
@@ -354,7 +359,9 @@ def _parquet(path: Path) -> Any:
 
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as e:
+        table.validate(full=True)
+        _ = table.column_names
+    except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as e:
         raise DataError(f"{path}: not readable as parquet ({' '.join(str(e).split())}); write it again") from None
     if not table.num_rows:
         raise DataError(f"{path}: no events; set workload.path to a file with some")

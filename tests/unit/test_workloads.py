@@ -236,6 +236,23 @@ def test_packed_and_parquet_files_are_the_same_events(tmp_path: Path) -> None:
             loaders.load_csv(tmp_path / name, "auto", False)
 
 
+@pytest.mark.parametrize("name", ["time\nstamp", "time\x1estamp"])
+def test_a_column_with_control_characters_is_named_in_one_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "data.parquet"
+    pd.DataFrame({"user_id": [1], "item_id": [2], name: [3]}).to_parquet(path)
+    with pytest.raises(DataError) as refused:
+        loaders.load_csv(path, "auto", False)
+    assert len(str(refused.value).splitlines()) == 1 and "time\\" in str(refused.value)
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    pd.DataFrame({"user_id": [1], "item_id": [2], "timestamp": [3]}).to_parquet(path)
+    path.write_bytes(path.read_bytes().replace(b"\x18\ttimestamp\x00", b"\x18\t\xf4imestamp\x00"))
+    with pytest.raises(DataError, match=r"data.parquet: not readable as parquet \('utf-8' codec can't decode"):
+        loaders.load_csv(path, "auto", False)
+
+
 def test_a_quote_that_is_not_closed_is_named_with_its_row(tmp_path: Path) -> None:
     """Two of them would make one event of all the rows between."""
     rows = [f"1,{i},5,{100 + i}" for i in range(9)]
