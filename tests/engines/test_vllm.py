@@ -509,15 +509,15 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
 
 @pytest.mark.gpu
 def test_close_gives_gpu_memory_back() -> None:
-    """The first engines leave a CUDA context, kernels and library workspaces; later engines leave nothing."""
+    """The first engine leaves a CUDA context, kernels and workspaces; a second leaves little, and a third nothing."""
     free = []
-    for graphs in (True, False, True, False):
+    for graphs in (True, True, False):
         gpu_engine("triton", cuda_graphs=graphs, graph_tokens=[64, 256] if graphs else []).close()
         gc.collect()
         torch.cuda.empty_cache()
         free.append(torch.cuda.mem_get_info()[0])
-    assert min(free[2:]) >= free[1] - 2 * 2**20  # with graphs and without: all kernels are loaded by then
     assert free[1] >= free[0] - 64 * 2**20
+    assert free[2] >= free[1] - 2 * 2**20
     assert torch.cuda.memory_allocated() < 64 * 2**20
 
 

@@ -1,16 +1,24 @@
-"""Reference of HSTU attention: fp32, one sequence and one head at a time, a dense mask."""
+"""Reference of HSTU attention: fp32, one sequence and one head at a time, a dense mask of 1024 rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+ROWS = 1024  # of a dense mask at a time: one of 16384 x 16384 takes gigabytes, and half of it is masked
+
 
 def hstu_mask(
-    n: int, num_targets: int, contextual_seq_len: int, max_attn_len: int, device: torch.device | str = "cpu"
+    n: int,
+    num_targets: int,
+    contextual_seq_len: int,
+    max_attn_len: int,
+    device: torch.device | str = "cpu",
+    rows: slice = slice(None),
 ) -> Tensor:
-    """Return bool [n, n]: True if row i may see column j. spec.py describes the mask in words."""
+    """Return bool [n, n]: True if row i may see column j. spec.py describes the mask in words. rows: only these."""
     i = torch.arange(n, device=device)
+    diagonal = i[rows, None] == i[None, :]
     m = n
     if contextual_seq_len > 0:
         i = (i - contextual_seq_len + 1).clamp(min=0)
@@ -18,8 +26,8 @@ def hstu_mask(
     if num_targets > 0:
         m -= num_targets
         i = i.clamp(max=m)
-    row, column = i[:, None], i[None, :]
-    mask = torch.eye(n, dtype=torch.bool, device=device) | (row > column)
+    row, column = i[rows, None], i[None, :]
+    mask = diagonal | (row > column)
     if max_attn_len > 0:
         mask = mask & (row - column <= max_attn_len)
     if contextual_seq_len > 0:
@@ -82,9 +90,16 @@ def hstu_attention(
                 f"sequence {b}: {queries} queries, {n} keys; allowed is queries <= keys, "
                 f"at most max_q_len={max_q_len} and max_kv_len={max_kv_len}"
             )
-        mask = hstu_mask(n, sequence_targets, contextual_seq_len, max_attn_len, q.device)[n - queries :]
-        for h in range(q.shape[1]):
-            scores = alpha * (q[rows, h].float() @ keys[:, h].float().T)
-            weights = torch.nn.functional.silu(scores) * mask / scaling_seqlen
-            out[rows, h] = weights @ values[:, h].float()
+        for first in range(0, queries, ROWS):
+            some = slice(rows.start + first, min(rows.start + first + ROWS, rows.stop))
+            at = n - queries + first
+            mask = hstu_mask(
+                n, sequence_targets, contextual_seq_len, max_attn_len, q.device, slice(at, at + some.stop - some.start)
+            )
+            seen = mask.any(dim=0)  # what no row sees would only add zeros
+            mask, seen_keys, seen_values = mask[:, seen], keys[seen], values[seen]
+            for h in range(q.shape[1]):
+                scores = alpha * (q[some, h].float() @ seen_keys[:, h].float().T)
+                weights = torch.nn.functional.silu(scores) * mask / scaling_seqlen
+                out[some, h] = weights @ seen_values[:, h].float()
     return out.to(v.dtype)
