@@ -12,9 +12,9 @@ VLLM := 0.32.0
 STUDY := $(if $(filter 0,$(GPU)),first_run,first_run_gpu)
 ARGS ?=
 
-# On a CPU the first run has small models that are trained for it, which takes about two minutes, once.
+# On a CPU the first run has small models that are trained for it, once, for about a minute each.
 MODELS := outputs/models/ml_100k
-SMALL := workload.max_history=64 'model.tasks=[rated,liked]'
+SMALL := workload.max_history=32 'model.tasks=[rated,liked]'
 TRAINED := $(if $(filter 0,$(GPU)),$(MODELS)/retriever/weights.safetensors $(MODELS)/ranker/weights.safetensors)
 WEIGHTS := $(SMALL) retrieval.weights=$(MODELS)/retriever/weights.safetensors \
 	retrieval.semantic_ids=$(MODELS)/retriever/semantic_ids.safetensors model.weights=$(MODELS)/ranker/weights.safetensors
@@ -34,7 +34,8 @@ bench: $(VENV)/.ready $(TRAINED) ## retrieve and rank for MovieLens-100K users o
 	$(PY) -m grbench study=$(STUDY) $(if $(TRAINED),$(WEIGHTS)) $(ARGS)
 
 $(MODELS)/retriever/weights.safetensors: | $(VENV)/.ready
-	$(PY) -m grbench train task=generate $(SMALL) training.epochs=12 training.minutes=1 out=$(@D)
+	$(PY) -m grbench train task=generate $(SMALL) training.epochs=10 training.minutes=1 \
+	  training.validation_users=300 training.validate_every=2 out=$(@D)
 
 $(MODELS)/ranker/weights.safetensors: | $(VENV)/.ready
 	$(PY) -m grbench train task=rank $(SMALL) training.epochs=4 training.minutes=1 out=$(@D)
