@@ -17,8 +17,13 @@ def main(words: Sequence[str]) -> int:
     examples = ["load url=http://127.0.0.1:8000 scenario=server scenario.target_qps=100"]
     overrides = "url=URL, and overrides as in `grbench`: the workload, the model and the seed are the server's"
     args, flags = Arguments("load", about, examples, overrides).parse_known_args(words)
-    url = [f"engine.{word}" for word in args.overrides if word.startswith("url=")]
-    rest = [word for word in args.overrides if not word.startswith("url=")]
+    return command.main([*flags, *as_run(args.overrides)])
+
+
+def as_run(words: Sequence[str]) -> list[str]:
+    """Return the overrides of the run that measures a server, from those of the command."""
+    url = [f"engine.{word}" for word in words if word.startswith("url=")]
+    rest = [word for word in words if not word.startswith("url=")]
     given = {word.partition("=")[0] for word in rest}
     usual = [f"{key}={value}" for key, value in USUAL.items() if key not in given]
-    return command.main([*flags, "engine=remote", *url, *usual, *rest])
+    return ["engine=remote", *url, *usual, *rest]

@@ -13,6 +13,8 @@ from grbench import cli
 from grbench.cachesim import config as cachesim
 from grbench.config.compose import compose_cells, compose_jobs
 from grbench.kernelbench import config as kernels
+from grbench.serve.load import as_run
+from grbench.serve.options import parse
 from grbench.subcommands import SUBCOMMANDS
 from grbench.training import config as training
 
@@ -52,6 +54,10 @@ def check(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     for file in (Path(word.partition("=")[2]) for word in overrides if _FILE.search(word)):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
+    if name == "serve":
+        overrides = parse(overrides)[2]
+    elif name == "load":
+        overrides = as_run(overrides)
     if name in CONFIGS:
         module, config = CONFIGS[name]
         module.register_schemas()
