@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from grengines.aoti import package
 from grengines.aoti.config import AOTIEngineConfig
 from grengines.aoti.engine import AOTIEngine
 from grengines.aoti.package import Facts
-from grengines.api import Catalogue, RankResult, Request, Setup, UnavailableError
+from grengines.api import Catalogue, RankResult, Request, Setup, Tier, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.fallback import OutsideError
 from grengines.models.hstu.config import HSTUConfig
@@ -49,16 +49,22 @@ def requests_of(lengths: list[int], candidates: list[int], seed: int = 0) -> lis
     return make_requests(np.random.default_rng(seed), CATALOGUE, lengths, candidates)
 
 
-def engine(model: HSTUConfig = MODEL, seed: int = 5, kernel: str = "torch", **options: Any) -> AOTIEngine:
+def engine(
+    model: HSTUConfig = MODEL,
+    seed: int = 5,
+    kernel: str = "torch",
+    cache: CacheConfig | PagedCacheConfig = CacheConfig(),  # noqa: B008
+    **options: Any,
+) -> AOTIEngine:
     config = AOTIEngineConfig(**{"device": "cpu", "cpu_threads": 1, **options})
-    return AOTIEngine(config, Setup(model, KernelConfig(kernel).requested(), CATALOGUE, seed, CacheConfig()))
+    return AOTIEngine(config, Setup(model, KernelConfig(kernel).requested(), CATALOGUE, seed, cache))
 
 
 def error(result: RankResult, expected: list[Any]) -> float:
     return relative_error(np.concatenate(result.scores), np.concatenate(expected))
 
 
-# The package of the last run, as one takes a minute to build. Its name has a digest of its sources.
+# The packages of the last run, as one takes a minute to build. Their names have a digest of their sources.
 KEPT = ROOT / ".pytest_cache" / "packages"
 SAMPLE = requests_of([3, 37, 12, 44, 20], [6, 1, 9, 8, 5])
 
@@ -69,22 +75,105 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     KEPT.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
-        shutil.copytree(KEPT, folder / "packages")
+        (folder / "packages").mkdir()
+        for kept in KEPT.glob("*/*.pt2"):
+            shutil.copy(kept, folder / "packages")
         patch.setenv("GRBENCH_CACHE", str(folder))
         patch.setattr(eager_attention, "TILE_BYTES", 20 * 4 * 2 * 64 * eager_attention.BYTES_A_SCORE)
         yield folder
 
 
+def keep(made: AOTIEngine, kind: str) -> None:
+    """Keep the package of an engine for the next run, and no older one of its kind."""
+    shutil.rmtree(KEPT / kind, ignore_errors=True)
+    (KEPT / kind).mkdir()
+    shutil.copy(made.actual()["package"], KEPT / kind)
+
+
 @pytest.fixture(scope="module")
 def ready(cache: Path) -> Iterator[AOTIEngine]:
-    """An engine with the one package that these tests compile."""
+    """An engine with the package for whole histories."""
     made = engine()
     made.prepare(SAMPLE, 4)
-    for older in KEPT.iterdir():
-        older.unlink()
-    shutil.copy(made.actual()["package"], KEPT)
+    keep(made, "whole")
     yield made
     made.close()
+
+
+PAGED_MODEL = dataclasses.replace(MODEL, contextual_seq_len=0)
+PAGES = PagedCacheConfig(page=16, memory_gb=1e-3, host_gb=1e-3, admit_visit=1, host_admit_visit=1)
+
+
+def visits(events: int, users: Sequence[int]) -> list[Request]:
+    """Requests of users, who each have the first `events` events of 60."""
+    whole = requests_of([60] * len(users), [5, 3, 6, 4][: len(users)], seed=9)
+    history = [f for f in Request.__dataclass_fields__ if f.startswith("history_")]
+    return [
+        dataclasses.replace(r, user_id=user, **{f: getattr(r, f)[:events] for f in history})
+        for r, user in zip(whole, users, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def paged(cache: Path) -> Iterator[AOTIEngine]:
+    """An engine with the package that appends to pages."""
+    made = engine(PAGED_MODEL, cache=PAGES)
+    made.prepare(visits(60, [1, 2, 3, 4]), 4)
+    keep(made, "paged")
+    yield made
+    made.close()
+
+
+@NO_COMPILER
+def test_a_returning_user_is_answered_from_pages(paged: AOTIEngine) -> None:
+    reference = RankingReference(PAGED_MODEL, CATALOGUE, 5, "cpu")
+    paged.reset_cache()
+    for events, users, cached in (
+        (30, [1, 2], [0, 0]),
+        (45, [1, 2], [30, 30]),  # fifteen new events
+        (45, [1, 2], [45, 45]),  # candidates alone
+        (50, [1, 2, 3, 4], [45, 45, 0, 0]),
+        (60, [1], [50]),
+    ):
+        requests = visits(events, users)
+        result = paged.rank(requests)
+        assert error(result, reference.scores(requests)) < 1e-5
+        assert [c.tokens for c in result.cached] == cached
+        assert result.details["cache_faults"] == 0
+    assert [paged.tier_of(user) for user in (1, 4, 5)] == [Tier.DEVICE, Tier.DEVICE, Tier.NONE]
+    paged.reset_cache(keep_host=True)
+    result = paged.rank(visits(60, [1, 2]))
+    assert error(result, reference.scores(visits(60, [1, 2]))) < 1e-5
+    assert result.details["cache_host_hits"] == 2
+    assert paged.user_cache is not None
+    with torch.inference_mode():
+        paged.user_cache.states.pool.all_k.zero_()  # the check can fail
+    assert error(paged.rank(visits(60, [1])), reference.scores(visits(60, [1]))) > 1e-3
+    actual = paged.actual()
+    assert actual["cache"]["page"] == 16 and actual["cache_pages"] > 0 and actual["kernels"]["paged_write"] == "torch"
+
+
+@NO_COMPILER
+def test_a_batch_that_fails_in_the_cache_is_answered_without_it(
+    paged: AOTIEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(requests: Sequence[Request]) -> None:
+        raise RuntimeError("no index")
+
+    paged.reset_cache()
+    paged.rank(visits(30, [1, 2]))
+    monkeypatch.setattr(paged.user_cache, "queue", broken)
+    requests = visits(40, [1, 2])
+    result = paged.rank(requests)
+    assert error(result, RankingReference(PAGED_MODEL, CATALOGUE, 5, "cpu").scores(requests)) < 1e-5
+    assert (result.details["cache_faults"], result.details["cache_misses"]) == (1, 2)
+
+
+@NO_COMPILER
+def test_a_package_for_whole_histories_does_not_append(ready: AOTIEngine) -> None:
+    made = engine(cache=PAGES, package=ready.actual()["package"])
+    with pytest.raises(ValueError, match="made for page 0, this run has 16"):
+        made.prepare(SAMPLE, 4)
 
 
 @NO_COMPILER
@@ -208,8 +297,8 @@ def test_what_cannot_be_part_of_a_package_is_refused() -> None:
     with pytest.raises(UnavailableError, match=r"kernel\.hstu_attention=cutlass can't be part of a package; .*triton"):
         engine(kernel="cutlass")
     config = AOTIEngineConfig(device="cpu")
-    with pytest.raises(ValueError, match="set cache=none"):
-        registry.build(config, MODEL, KernelConfig(), CATALOGUE, 5, PagedCacheConfig())
+    with pytest.raises(ValueError, match=r"item_memory_gb=0.1: .* set cache\.item_memory_gb=0"):
+        registry.build(config, MODEL, KernelConfig(), CATALOGUE, 5, PagedCacheConfig(item_memory_gb=0.1))
     if not torch.cuda.is_available():
         with pytest.raises(UnavailableError, match="cuda_graphs=true: a CPU has no CUDA graphs"):
             engine(cuda_graphs=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,14 +13,18 @@ import torch
 from torch import Tensor
 
 from grengines.aoti import package as packages
+from grengines.aoti.cached import PackagedRanker
 from grengines.aoti.config import AOTIEngineConfig
 from grengines.aoti.package import Facts, Inputs, Package
-from grengines.api import RankResult, Request, Setup, UnavailableError
-from grengines.base import RankingEngine, refuse_cache
+from grengines.aoti.paged import PagedRanker
+from grengines.api import RankResult, Request, Setup, Tier, UnavailableError
+from grengines.base import RankingEngine
+from grengines.cache.config import PagedCacheConfig
 from grengines.export.attention import adapted
 from grengines.export.identity import model_hash
 from grengines.export.module import ExportedRanker
 from grengines.fallback import OutsideError
+from grengines.hstu.cached import CachedRanking
 from grengines.models.hstu.model import build_model
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack
@@ -44,23 +49,40 @@ class AOTIEngine(RankingEngine):
     name = "aoti"
 
     def __init__(self, options: AOTIEngineConfig, setup: Setup) -> None:
-        refuse_cache(setup, self.name)
+        if setup.cache.item_memory_gb:
+            raise ValueError(
+                f"cache.item_memory_gb={setup.cache.item_memory_gb:g}: a package has the whole table on the device; "
+                "set cache.item_memory_gb=0"
+            )
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
-        self._options = options
+        self._options, self._cache = options, setup.cache
+        self._asked = options.cuda_graphs if self._cuda else "false"
+        self._page = self._cache.page if isinstance(self._cache, PagedCacheConfig) else 0
         for family, variant in setup.kernels.items():
             if variant not in (AUTO, *packages.VARIANTS):
                 raise UnavailableError(
                     f"kernel.{family}={variant} can't be part of a package; those that can: "
                     f"{', '.join(packages.VARIANTS)}"
                 )
-        operators = {f: name for f, name in setup.kernels.items() if kernel_registry.family(f).of_model}
+        operators = {
+            f: name
+            for f, name in setup.kernels.items()
+            if kernel_registry.family(f).of_model or (f == "paged_write" and self._page)
+        }
         self._choice = kernel_choice.choose(
-            operators, self._model_config, self._device.type, self._precision, allowed=packages.VARIANTS
+            operators,
+            self._model_config,
+            self._device.type,
+            self._precision,
+            page=self._page,
+            captured=self._asked != "false",
+            allowed=packages.VARIANTS,
         )
         self._kernels = self._choice.variants
         self._operators = Operators.of(self._kernels)
         self._package: Package | None = None
         self._inputs: Inputs | None = None
+        self.user_cache: CachedRanking | None = None  # from `prepare` on, if the options ask for it
         self._graphs = Graphs()
         self._build_s = 0.0
 
@@ -70,14 +92,24 @@ class AOTIEngine(RankingEngine):
 
         Raises ValueError for a package of another model, precision, device or version.
         """
-        self._package = self._make_package(sample, max_batch)
-        self._inputs = Inputs(self._package.facts, self._device)
+        self._package = package = self._make_package(sample, max_batch)
         packed = self._kernels["hstu_attention"] == "triton"  # attention in PyTorch pads sequences to one length
-        plan = plan_buckets(sample, self._encoding, max_batch, self._options.graph_lengths, packed=packed)
+        plan = plan_buckets(
+            sample, self._encoding, max_batch, self._options.graph_lengths, packed=packed, cached=self._page > 0
+        )
+        plan = [b for b in plan if _sizes(b).fits(package.facts.most)]
         longest = max(sample, key=lambda r: len(r.history_items))
+        if isinstance(self._cache, PagedCacheConfig):
+            ranker = PackagedRanker(
+                package, self._model_config, self._encoding, self._device, self._dtype, self._operators.paged_write
+            )
+            self.user_cache = CachedRanking(ranker, 0, self._cache, sample, lambda hosts: {})
+            self.user_cache.capture(self._asked, plan, longest)
+            return
+        self._inputs = Inputs(package.facts, self._device)
         self._graphs = capture(
-            self._options.cuda_graphs if self._cuda else "false",
-            [b for b in plan if _sizes(b).fits(self._package.facts.most)],
+            self._asked,
+            plan,
             lambda buckets: GraphRunner(self._run, buckets, self._empty, self._device),
             partial(self._probe, longest),
         )
@@ -98,8 +130,11 @@ class AOTIEngine(RankingEngine):
 
     @torch.inference_mode()
     def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
+        largest = self._largest(sample, max_batch)
         try:
-            self.rank(self._largest(sample, max_batch))
+            self.rank(largest)
+            if self.user_cache is not None:
+                self.user_cache.measure(largest)
         except OutsideError:  # engine.package may hold less than the sample
             if not self._options.fallback:
                 raise
@@ -108,11 +143,16 @@ class AOTIEngine(RankingEngine):
     def rank(self, requests: Sequence[Request]) -> RankResult:
         """Score every candidate of every request. Threads take turns until a batch's work is queued.
 
-        Raises OutsideError for a batch that the package was not built for, RuntimeError before `prepare`.
+        A batch that fails in the cache is counted, logged, and answered without it. Raises OutsideError for a batch
+        that the package was not built for, RuntimeError before `prepare`.
         """
         package = self._ready(self._package)
         begun = time.perf_counter()
         check(requests, self._encoding, package.facts.most, _hint(self._options.package))
+        if (cached := self.user_cache) is not None:
+            with self._turns as turn:
+                queued = cached.queue_or(requests, cached.queue_whole)
+            return self._ended(queued, begun, turn)
         counts = [token_count(r, self._encoding) for r in requests]
         bucket = self._graphs.choose(counts, [len(r.candidates) for r in requests])
         host = pack(requests, self._encoding, bucket=bucket, pin=self._cuda)
@@ -136,29 +176,44 @@ class AOTIEngine(RankingEngine):
             logits = self._run(batch)
         return collect(logits, [host], marks, batch_ms, self._graphs.counts(bucket))
 
+    def reset_cache(self, keep_host: bool = False) -> None:
+        """Drop every cached user state. keep_host: move those on the device to the host tier, if there is one."""
+        if self.user_cache is not None:
+            with self._lock:
+                self.user_cache.reset_cache(keep_host)
+
+    def tier_of(self, user: int) -> Tier:
+        """Return where the user's state is at this moment."""
+        return self.user_cache.states.tier_of(user) if self.user_cache is not None else Tier.NONE
+
     def _describe(self) -> dict[str, Any]:
         package = self._package
         return {
             **self._choice.actual(),
             "kernel_configs": package.configs if package else [],
-            **self._graphs.actual(),
+            **(self.user_cache.graphs if self.user_cache else self._graphs).actual(),
             "package": str(package.path) if package else None,
             "package_bytes": package.path.stat().st_size if package else 0,
             "package_build_s": self._build_s,  # 0: it existed
             "built_for": package.facts.most.__dict__ if package else {},
             "attention_tiles": package.facts.tiles if package else 0,  # of query rows, one after another
-            "cache": {"name": "none"},
+            "cache": dataclasses.asdict(self._cache),
+            **(self.user_cache.actual() if self.user_cache else {}),
         }
 
     def _unload(self) -> None:
-        self._package, self._inputs, self._graphs = None, None, Graphs()
+        if self.user_cache is not None:
+            self.user_cache.close()
+        self._package, self._inputs, self._graphs, self.user_cache = None, None, Graphs(), None
 
     def _make_package(self, sample: Sequence[Request], max_batch: int) -> Package:
         """Load the package that `engine.package` names, else the one in the cache, which is built if it is missing."""
         model = self._model_config
         sizes = profiles(sample, self._encoding, max_batch, 2)
         digest = model_hash(model, self._setup.catalogue, self._setup.seed)
-        facts = Facts.here(digest, self._precision, self._device, self._kernels, model.heads, sizes[-1], sizes[0])
+        facts = Facts.here(
+            digest, self._precision, self._device, self._kernels, model.heads, sizes[-1], sizes[0], self._page
+        )
         path = Path(self._options.package) if self._options.package is not None else facts.path()
         if self._options.package is None and not path.exists():
             begun = time.perf_counter()
@@ -172,8 +227,11 @@ class AOTIEngine(RankingEngine):
             self._model_config, setup.catalogue, setup.seed, self._device, self._dtype, self._operators
         )
         # Only the eager variant processes its query rows in tiles.
-        options = {"tiles": facts.tiles} if self._kernels["hstu_attention"] == "torch" else {}
-        attend = adapted(self._operators.hstu_attention, **options)
+        tiles = facts.tiles if self._kernels["hstu_attention"] == "torch" else 0
+        if facts.page:
+            packages.build(PagedRanker(ranker, self._operators, tiles), facts)
+            return
+        attend = adapted(self._operators.hstu_attention, **({"tiles": tiles} if tiles else {}))
         packages.build(ExportedRanker(ranker, attend, self._operators), facts)
 
     def _run(self, batch: JaggedBatch) -> Tensor:

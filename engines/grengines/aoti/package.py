@@ -21,7 +21,10 @@ from torch.export import Dim
 
 import grengines
 import grkernels
+from grengines.aoti.paged import PagedRanker
 from grengines.api import UnavailableError
+from grengines.cache.places import PagedBatch
+from grengines.cache.pool import PagePool
 from grengines.export.module import INPUTS, ExportedRanker
 from grengines.runtime import atomic_io
 from grengines.runtime.batch import JaggedBatch
@@ -32,6 +35,15 @@ from grkernels.hstu_attention.torch import tiles_needed
 
 FORMAT = "grbench-aoti-1"
 VARIANTS = ("torch", "triton")  # kernel variants that can be part of a package
+MOST_PAGES = 1 << 31
+# Further inputs of a package that appends: names in the order of PagedRanker.forward, element types (None: the model's)
+# and dimensions, P pages of the longest history, S pages of the pool. N columns are those of the longest sequence.
+PAGED_INPUTS: dict[str, tuple[torch.dtype | None, tuple[str, ...]]] = {
+    "page_table": (torch.int32, ("B", "P")),
+    "paged_lengths": (torch.int64, ("B",)),
+    "k_pages": (None, ("layers", "S", "page", "H", "dqk")),
+    "v_pages": (None, ("layers", "S", "page", "H", "dv")),
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Facts:
     most: Sizes  # the largest batch
     typical: Sizes  # the batch that its kernels' launch configurations are chosen for
     tiles: int  # that eager attention processes one after another
+    page: int = 0  # tokens of a page of the KV cache that it appends to; 0: it computes whole histories
     format: str = FORMAT
 
     @classmethod
@@ -60,6 +73,7 @@ class Facts:
         heads: int,
         most: Sizes,
         typical: Sizes,
+        page: int = 0,
     ) -> Facts:
         """Describe a package for this machine, with the current number of threads."""
         cuda = device.type == "cuda"
@@ -75,6 +89,7 @@ class Facts:
             most=most,
             typical=typical,
             tiles=tiles_needed(most.batch, heads, most.longest, most.longest) if eager else 1,
+            page=page,
         )
 
     @classmethod
@@ -99,21 +114,25 @@ class Package:
     path: Path
     facts: Facts
     configs: list[dict[str, Any]]  # launch configurations of its kernels, as in `grkernels.tuning.provenance`
-    run: Callable[[list[Tensor]], list[Tensor]]  # the inputs in the order of INPUTS -> [logits fp32 [M, tasks]]
+    # The inputs in the order of INPUTS, or of PAGED_INPUTS -> logits fp32 [M, tasks], and what else the module returns.
+    run: Callable[[list[Tensor]], list[Tensor]]
 
 
 class Inputs:
     """The inputs of a package, made from a batch without copies."""
 
     def __init__(self, facts: Facts, device: torch.device) -> None:
-        self._tiles = facts.tiles
+        self._tiles, self._longest = facts.tiles, facts.most.longest
         rows = -(-facts.most.longest // facts.tiles)
         self._ruler = torch.arange(max(facts.tiles * rows, facts.most.history), device=device)
 
-    def of(self, batch: JaggedBatch) -> list[Tensor]:
-        """Return the inputs in the order of INPUTS, on the batch's device. Weights stay fp64."""
+    def of(self, batch: JaggedBatch, places: PagedBatch | None = None, pool: PagePool | None = None) -> list[Tensor]:
+        """Return the inputs in the order of INPUTS, on the batch's device. Weights stay fp64.
+
+        places, pool: those of a package that appends, and then its inputs in the order of PAGED_INPUTS.
+        """
         rows = -(-batch.max_q_len // self._tiles)
-        return [
+        inputs = [
             batch.token_rows,
             batch.actions,
             batch.weights,
@@ -125,9 +144,13 @@ class Inputs:
             self._ruler[: self._tiles * rows].view(self._tiles, rows),
             self._ruler[:1],
         ]
+        if places is not None and pool is not None:
+            inputs[-1] = self._ruler[: min(batch.max_kv_len, self._longest)]
+            inputs += [places.page_table, places.paged_lengths, pool.all_k, pool.all_v]
+        return inputs
 
 
-def build(module: ExportedRanker, facts: Facts) -> Path:
+def build(module: ExportedRanker | PagedRanker, facts: Facts) -> Path:
     """Compile the module into the cache, which takes about a minute.
 
     Raises UnavailableError if there is no working C++ compiler, and OSError.
@@ -152,7 +175,7 @@ def load(path: Path, wanted: Facts, device: torch.device) -> Package:
     model, precision, device, version or kernels.
     """
     facts, configs = _read(path)
-    for name in ("model_hash", "precision", "device", "threads", "kernels", "versions"):
+    for name in ("model_hash", "precision", "device", "threads", "page", "kernels", "versions"):
         found, expected = getattr(facts, name), getattr(wanted, name)
         if found != expected:
             raise ValueError(f"{path}: made for {name} {found}, this run has {expected}; {_hint(path)}")
@@ -162,19 +185,27 @@ def load(path: Path, wanted: Facts, device: torch.device) -> Package:
     return Package(path, facts, configs, model.loader.boxed_run)
 
 
-def _trace(module: ExportedRanker, facts: Facts) -> torch.export.ExportedProgram:
+def _trace(module: ExportedRanker | PagedRanker, facts: Facts) -> torch.export.ExportedProgram:
     """Export the module with symbolic lengths up to `most`, from an example of the typical sizes."""
     most, typical, tiles = facts.most, facts.typical, facts.tiles
     limits = {"L": most.tokens, "B": most.batch, "M": most.candidates, "R": -(-most.longest // tiles)}
     sizes = {"L": typical.tokens, "B": typical.batch, "M": typical.candidates, "R": -(-typical.longest // tiles)}
+    static = {"T": tiles, "N": 1}
+    inputs = {**INPUTS, "weights": (torch.float64, ("L",))}
+    if facts.page:
+        config, table = module.ranker.config, module.ranker.token_table
+        limits |= {"N": most.longest, "P": -(-most.history // facts.page), "S": MOST_PAGES}
+        sizes |= {"N": typical.longest, "P": -(-typical.history // facts.page), "S": 3}
+        static = {"T": tiles, "layers": config.layers, "page": facts.page, "H": config.heads}
+        static |= {"dqk": config.qk_dim, "dv": config.v_dim}
+        inputs |= {name: (dtype or table.dtype, shape) for name, (dtype, shape) in PAGED_INPUTS.items()}
     dims: dict[str, Any] = {d: Dim(d, min=1, max=n) if n > 1 else Dim.STATIC for d, n in limits.items()}
-    dims |= {"B + 1": dims["B"] + 1 if most.batch > 1 else Dim.STATIC, "T": Dim.STATIC, "N": Dim.STATIC}
+    dims |= {"B + 1": dims["B"] + 1 if most.batch > 1 else Dim.STATIC, **dict.fromkeys(static, Dim.STATIC)}
     sizes = {d: max(n, min(2, limits[d])) for d, n in sizes.items()}  # export takes 1 for a constant
-    sizes |= {"B + 1": sizes["B"] + 1, "T": tiles, "N": 1}
-    dtypes = {name: dtype for name, (dtype, _) in INPUTS.items()} | {"weights": torch.float64}
+    sizes |= {"B + 1": sizes["B"] + 1, **static}
     device = module.ranker.token_table.device
-    example = tuple(_unaligned([sizes[d] for d in shape], dtypes[name], device) for name, (_, shape) in INPUTS.items())
-    shapes = tuple({i: dims[d] for i, d in enumerate(shape)} for _, shape in INPUTS.values())
+    example = tuple(_unaligned([sizes[d] for d in shape], dtype, device) for dtype, shape in inputs.values())
+    shapes = tuple({i: dims[d] for i, d in enumerate(shape)} for _, shape in inputs.values())
     with torch.inference_mode(False), torch.no_grad():
         return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
 

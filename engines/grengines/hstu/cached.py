@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +23,40 @@ from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
 from grengines.cache.states import UserStates
 from grengines.hstu.load_costs import LoadCosts
-from grengines.models.hstu.model import HSTURanker
-from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, append_size, pack_slices
+from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime.batch import Bucket, Encoding, HostBatch, JaggedBatch, append_size, pack_slices
 from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, filling
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
 from grengines.runtime.staging import Staging
+
+
+class PagedModel(Protocol):
+    """The part of HSTURanker that appends to pages."""
+
+    @property
+    def config(self) -> HSTUConfig: ...
+
+    @property
+    def encoding(self) -> Encoding: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def paged(
+        self,
+        batch: JaggedBatch,
+        pool: PagePool,
+        places: PagedBatch,
+        *,
+        write: bool = True,
+        read: bool = True,
+        onload: Onload | None = None,
+    ) -> Tensor:
+        """Append as HSTURanker.paged."""
 
 
 class CachedRanking:
@@ -40,14 +68,14 @@ class CachedRanking:
 
     def __init__(
         self,
-        ranker: HSTURanker,
+        ranker: PagedModel,
         microbatch: int,
         cache: PagedCacheConfig,
         sample: Sequence[Request],
         place: Callable[[Sequence[HostBatch]], dict[str, float]],
     ) -> None:
         self._ranker, self._microbatch, self._cache, self._place = ranker, microbatch, cache, place
-        self._device = ranker.position_table.device
+        self._device = ranker.device
         self._pin = self._device.type == "cuda"
         longest = ranker.encoding.contextual_seq_len + max(len(r.history_items) for r in sample)
         self.states = _make_states(ranker, cache, longest)
@@ -65,6 +93,47 @@ class CachedRanking:
             lambda buckets: GraphRunner(self.forward, buckets, self._empty, self._device),
             partial(self._probe, longest),
         )
+
+    def queue_or(
+        self, requests: Sequence[Request], whole: Callable[[Sequence[Request]], Callable[[], RankResult]]
+    ) -> Callable[[], RankResult]:
+        """Queue a batch as `queue` does, and count what the cache did for it.
+
+        A batch that fails is counted and logged. `whole` queues it then, without the cache.
+        """
+        before, failed = vars(self.states.counters()), False
+        try:
+            queued = self.queue(requests)
+        except Exception as error:
+            self.states.fault(f"{len(requests)} requests failed with the cache", error)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()  # queued work may still write to memory that was freed
+            queued, failed = whole(requests), True
+        changes = {name: count - before[name] for name, count in vars(self.states.counters()).items()}
+        if failed:  # the states that were found were not used
+            found = ("hits", "partial_hits", "host_hits", "bypassed", "cached_tokens", "loaded_tokens")
+            changes |= {**dict.fromkeys(found, 0), "misses": len(requests)}
+        counted = {f"cache_{name}": float(change) for name, change in changes.items()}
+
+        def answer() -> RankResult:
+            result = queued()
+            result.details.update(counted)
+            return result
+
+        return answer
+
+    def queue_whole(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
+        """Queue whole histories: no page is read or written, and no state is looked up."""
+        begun = time.perf_counter()
+        [host] = pack_slices(requests, self._ranker.encoding, 0, cached=[0] * len(requests), pin=self._pin)
+        rows, sequences = host.padded_tokens, len(requests)
+        places = HostPlaces.of(self.states.pool, [], [], rows, sequences=sequences, pin=self._pin)
+        batch_ms = (time.perf_counter() - begun) * 1e3
+        marks = Marks(self._device)
+        batch, there = host.to(self._device), places.to(self._device)
+        marks.add()
+        logits = self._ranker.paged(batch, self.states.pool, there, write=False)
+        return collect(logits, [host], marks, batch_ms, {})
 
     def queue(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue a batch as grengines.api.Ranker.rank. The returned function waits for the device.
@@ -312,18 +381,18 @@ def _merged(results: Sequence[RankResult], passes: Sequence[Sequence[int]]) -> R
     )
 
 
-def _make_states(ranker: HSTURanker, cache: PagedCacheConfig, longest: int) -> UserStates:
+def _make_states(ranker: PagedModel, cache: PagedCacheConfig, longest: int) -> UserStates:
     """Return an empty cache. Raises ValueError if the longest history does not fit."""
     model = ranker.config
     pool = PagePool.within(
         int(cache.memory_gb * 1e9),
-        device=ranker.position_table.device,
+        device=ranker.device,
         layers=model.layers,
         page=cache.page,
         heads=model.heads,
         qk_dim=model.qk_dim,
         v_dim=model.v_dim,
-        dtype=ranker.position_table.dtype,
+        dtype=ranker.dtype,
     )
     if pool.pages_for(longest) > pool.pages:
         needed = pool.pages_for(longest) * pool.page_bytes / 1e9

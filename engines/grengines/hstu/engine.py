@@ -139,33 +139,9 @@ class HSTUEngine(RankingEngine):
         self._check_size(requests)
         begun = time.perf_counter()
         with self._turns as turn:
-            queued = self._queue_cached(ranker, cached, requests) if cached else self._queue_whole(ranker, requests)
+            whole = partial(self._queue_whole, ranker)
+            queued = cached.queue_or(requests, whole) if cached is not None else whole(requests)
         return self._ended(queued, begun, turn)
-
-    def _queue_cached(
-        self, ranker: HSTURanker, cached: CachedRanking, requests: Sequence[Request]
-    ) -> Callable[[], RankResult]:
-        """Queue a batch that uses cached states. The returned function waits for the device."""
-        before, failed = vars(cached.states.counters()), False
-        try:
-            queued = cached.queue(requests)
-        except Exception as error:
-            cached.states.fault(f"{len(requests)} requests failed with the cache", error)
-            if self._cuda:
-                torch.cuda.synchronize()  # queued work may still write to memory that was freed
-            queued, failed = self._queue_whole(ranker, requests), True
-        changes = {name: count - before[name] for name, count in vars(cached.states.counters()).items()}
-        if failed:  # the states that were found were not used
-            found = ("hits", "partial_hits", "host_hits", "bypassed", "cached_tokens", "loaded_tokens")
-            changes |= {**dict.fromkeys(found, 0), "misses": len(requests)}
-        counted = {f"cache_{name}": float(change) for name, change in changes.items()}
-
-        def answer() -> RankResult:
-            result = queued()
-            result.details.update(counted)
-            return result
-
-        return answer
 
     def _queue_whole(self, ranker: HSTURanker, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue a batch of whole histories. The returned function waits for the device."""

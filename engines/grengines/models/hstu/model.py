@@ -175,6 +175,14 @@ class HSTURanker(nn.Module):
         model.use_table(table.data if config.weights else table.data.to(dtype))
         return model
 
+    @property
+    def device(self) -> torch.device:
+        return self.position_table.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.position_table.dtype
+
     def use_table(self, table: Tensor) -> None:
         """Take token vectors from `table` [rows, E], which has a row numbering of its own."""
         self.token_table = nn.Parameter(table, requires_grad=False)
