@@ -21,6 +21,7 @@ class Subcommand:
 
 SUBCOMMANDS = {
     "run": Subcommand("grbench.execution.command:main", "measure cells; the default, so the word may be left out"),
+    "tune": Subcommand("grbench.tune.command:main", "search for the best strategy under limits, and certify it"),
     "doctor": Subcommand("grbench.tools.doctor:main", "list what can run here, what is missing, how to install it"),
     "kernels": Subcommand("grbench.kernelbench.command:main", "benchmark single operators, with gate and roofline"),
     "cachesim": Subcommand("grbench.cachesim.command:main", "replay a trace through cache policies and the optimum"),

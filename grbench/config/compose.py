@@ -76,6 +76,58 @@ def compose_jobs(
     return [job.config for job in plan_jobs(config_name, check, overrides, multirun, config_dir)[1]]
 
 
+def compose_many(combinations: Sequence[Sequence[str]], config_dir: str | None = None) -> list[DictConfig | str]:
+    """Compose runs, unchecked: of each combination of overrides its configuration, or why there is none."""
+    prepare_hydra()
+    extra = _search_path(config_dir)
+    found: list[DictConfig | str] = []
+    try:
+        with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+            for words in combinations:
+                try:
+                    cfg = _compose("config", [*words, *extra])
+                    with open_dict(cfg):
+                        del cfg["hydra"]
+                    found.append(cfg)
+                except (ConfigError, HydraException, OmegaConfBaseException) as e:
+                    found.append(explain(e))
+    finally:
+        GlobalHydra.instance().clear()
+    return found
+
+
+def axes_of(overrides: Sequence[str], config_dir: str | None = None) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the options that overrides give several values, with those of a study's sweep, and the other overrides.
+
+    Raises ConfigError.
+    """
+    prepare_hydra()
+    extra = _search_path(config_dir)
+    try:
+        with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+            parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+            words = [str(word) for word in overrides]
+            parsed = parser.parse_overrides(words)
+            swept: list[str] = []
+            if any(o.key_or_group == "study" for o in parsed):
+                single = [str(o.input_line) for o in parsed if o.key_or_group == "study"]
+                params = _compose("config", [*single, *extra]).hydra.sweeper.params or {}
+                typed = {o.key_or_group for o in parsed}
+                swept = [f"{key}={value}" for key, value in params.items() if key not in typed]
+                words += ["hydra.mode=RUN"]
+            axes: dict[str, list[str]] = {}
+            for override in parser.parse_overrides([*swept, *overrides]):
+                if override.is_sweep_override():
+                    [batch] = BasicSweeper.split_arguments([override], None)
+                    axes[override.key_or_group] = [word.partition("=")[2] for [word] in batch]
+            several = {str(o.input_line) for o in parsed if o.is_sweep_override()}
+            return axes, [word for word in words if word not in several]
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(explain(e)) from None
+    finally:
+        GlobalHydra.instance().clear()
+
+
 def plan_jobs(
     config_name: str,
     check: Callable[[DictConfig], Any],

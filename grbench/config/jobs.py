@@ -11,6 +11,8 @@ from typing import Any, Protocol
 class Invocation:
     """One call of a command: what was typed, how many jobs that makes, and the sweep's folder (None: no sweep).
 
+    total: 0 if it is not known before.
+
     skipped: a line for each combination of the sweep that cannot be, and why. config_dir: the user's own YAML files.
     """
 

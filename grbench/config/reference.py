@@ -20,6 +20,7 @@ from grbench.config.schema import ConfigError, GateConfig, RetrievalConfig, RunC
 from grbench.kernelbench.config import KernelBenchConfig
 from grbench.serve.options import ServeConfig
 from grbench.training.config import TrainConfig, TrainingConfig
+from grbench.tune.config import TuneConfig
 from grengines.options import describe
 
 INTRODUCTION = """\
@@ -36,6 +37,7 @@ ROOTS = {
     "retrieval": ("`retrieval`: for the tasks that generate", RetrievalConfig),
     "gate": ("`gate`: the checks before and after measuring, and of measured answers", GateConfig),
     "runner": ("`runner`: worker processes, which are no part of the measurement", RunnerConfig),
+    "tune": ("`grbench tune`", TuneConfig),
     "kernels": ("`grbench kernels`", KernelBenchConfig),
     "cachesim": ("`grbench cachesim`", CacheSimConfig),
     "train": ("`grbench train`", TrainConfig),

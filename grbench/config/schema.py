@@ -270,6 +270,14 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
     Raises as `checked`, and ConfigError for options that contradict each other.
     """
     run = checked(cfg, RunConfig)
+    return spec_of(run), run
+
+
+def spec_of(run: RunConfig) -> RunSpec:
+    """Return the RunSpec of a configuration whose values are in range.
+
+    Raises ConfigError for options that contradict each other.
+    """
     engine = engines.get(run.engine.name)
     able = list(engine.tasks)
     _check_stages(engine, run.engine)
@@ -295,7 +303,7 @@ def to_spec(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
             f"scenario.order=hit: cache={run.cache.name} keeps no user states; set cache=lru, or scenario.order=length"
         )
     values = {f.name: getattr(run, f.name) for f in dataclasses.fields(RunSpec)}
-    return RunSpec(**{**values, "task": task, "retrieval": None if task == "rank" else run.retrieval}), run
+    return RunSpec(**{**values, "task": task, "retrieval": None if task == "rank" else run.retrieval})
 
 
 def _check_stages(engine: EngineSpec, run: Any) -> None:

@@ -37,14 +37,14 @@ class EarlierRecords:
         why = ""
         for folder, record in reversed(self._kept.get(spec.hash, [])):
             here = describe_environment(spec.packages)
-            difference = _difference(record.environment, here)
+            difference = environment_difference(record.environment, here)
             if not difference:
                 return (folder, record), ""
             why = why or f"the record of {record.started_at} is from {difference}"
         return None, why
 
 
-def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+def environment_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     """Return in words what sets the environment of a record apart from this one; "" if a figure would be the same."""
     if (machine := machine_of(there)) != machine_of(here):
         return f"another machine ({machine})"

@@ -62,11 +62,20 @@ class CellSession:
             for job in self._jobs:
                 self._measure(repeated(job, repeat))
 
-    def _measure(self, job: Job) -> None:
+    def has(self, spec: RunSpec) -> bool:
+        """Return True if an earlier record of this cell would be kept."""
+        return self._earlier.of(spec)[0] is not None
+
+    def measure(self, job: Job) -> tuple[Path, RunRecord, bool]:
+        """Measure one cell as `run` does. Returns its folder, its record, and whether that is an earlier one."""
+        self._jobs.append(job)
+        return self._measure(job)
+
+    def _measure(self, job: Job) -> tuple[Path, RunRecord, bool]:
         spec: RunSpec = job.config[0]
         run: RunConfig = job.config[1]
         name = label(Planned(spec.to_dict(), list(job.overrides)))
-        title = f"{len(self._cells) + 1}/{self._total} {name}"
+        title = f"{len(self._cells) + 1}{f'/{self._total}' if self._total else ''} {name}"
         earlier, why_not = self._earlier.of(spec)
         if earlier is not None:
             folder, record = earlier
@@ -74,7 +83,7 @@ class CellSession:
             whose = f"{record.status} in a record of {record.started_at} in {os.path.relpath(folder)}"
             self._say(f"{title}: {whose}, kept ({again} measures it again)")
             self._finish(folder, record, kept=True)
-            return
+            return folder, record, True
         if why_not:
             self._say(f"{title}: {why_not}, so it is measured again")
         with CellProgress(self._screen, title, spec.scenario.queries) as progress:
@@ -92,6 +101,7 @@ class CellSession:
                 self._finish(interruption.folder, interruption.record)
                 raise
         self._finish(folder, record)
+        return folder, record, False
 
     def _finish(self, folder: Path, record: RunRecord, kept: bool = False) -> None:
         if self._sweep_id:

@@ -17,6 +17,7 @@ from grbench.serve.load import as_run
 from grbench.serve.options import parse
 from grbench.subcommands import SUBCOMMANDS
 from grbench.training import config as training
+from grbench.tune import config as tune
 
 PAGES = [
     "README.md",
@@ -62,6 +63,8 @@ def check(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
         module, config = CONFIGS[name]
         module.register_schemas()
         compose_jobs(config, module.to_config, first_of(overrides))
+    elif name == "tune":
+        tune.declare(overrides)
     elif overrides:
         compose_cells(first_of(["engine=hstu", *overrides] if name in NATIVE else overrides))
     if own := flags - {"-m", "--cfg", "--help"}:

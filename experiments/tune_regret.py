@@ -1,0 +1,96 @@
+"""Regret of search strategies against evaluations, replayed from a measured grid.
+
+    python -m grbench study=tune_grid
+    python experiments/tune_regret.py --grid outputs/studies/tune_grid
+
+The grid is a folder of offline cells, one for each configuration. docs/TUNING.md says how a replay draws latencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+import common
+
+from grbench.config.schema import ConfigError
+from grbench.execution import records
+from grbench.report.cells import flatten, shown
+from grbench.tune import limits
+from grbench.tune.live import batches_of
+from grbench.tune.outcome import Configuration
+from grbench.tune.replay import STRATEGIES, Grid, Measured, replay
+from grbench.tune.search import Batching, Goal
+
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+ORDER = ("engine", "kernel", "engine.precision", "engine.cpu_threads", "engine.cuda_graphs", "cache")
+
+
+def load(folder: Path) -> Grid:
+    """Return the grid of the offline cells in a folder. Its options are those in which the cells differ."""
+    cells = [(path, record) for path, record in records.find(folder) if record.spec["scenario"]["name"] == "offline"]
+    specs = [flatten(record.spec) for _, record in cells]
+    typed = {word.partition("=")[0] for _, record in cells for word in record.overrides}
+    keys = [key for key in specs[0] if key in typed and len({shown(spec.get(key)) for spec in specs}) > 1]
+    keys.sort(key=lambda key: (ORDER.index(key) if key in ORDER else len(ORDER), key))
+    axes: dict[str, list[str]] = {key: [] for key in keys}
+    found: dict[Configuration, Measured] = {}
+    batching: dict[Configuration, Batching] = {}
+    for (path, record), spec in zip(cells, specs, strict=True):
+        values = tuple((key, shown(spec[key])) for key in keys if key in spec)
+        for key, value in values:
+            if value not in axes[key]:
+                axes[key].append(value)
+        configuration, scenario = Configuration(values), record.spec["scenario"]
+        batches = batches_of(path) if record.ok else []
+        if record.ok and not batches:
+            continue
+        found[configuration] = Measured(record.metrics.get("throughput_rps", 0.0), batches, str(record.status))
+        batching[configuration] = Batching(scenario["max_batch"], scenario["max_wait_ms"] / 1e3, scenario["in_flight"])
+    return Grid(axes, found, batching)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Replay every strategy and print a row for each."""
+    parser = common.parser(__doc__ or "", overrides=False)
+    parser.add_argument("--grid", type=Path, required=True, help="folder of the study's records")
+    parser.add_argument("--limit", default="latency_ms.p99=80", help="METRIC=LIMIT (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=20, help="replays of a strategy (default: %(default)s)")
+    parser.add_argument(
+        "--probe-s", type=float, default=10.0, help="seconds of a simulated probe (default: %(default)s)"
+    )
+    args = parser.parse_args(arguments)
+    rows = common.Rows(args, __file__, arguments)
+    grid = load(args.grid)
+    total = len(grid.cells)
+    if total < 2:
+        parser.error(f"--grid {args.grid}: no grid of offline cells; run python -m grbench study=tune_grid first")
+    try:
+        limit = limits.parse(*args.limit.split("=", 1)) if "=" in args.limit else limits.parse(args.limit, "")
+    except ConfigError as e:
+        parser.error(str(e))
+    goal = Goal("throughput", (limit,), probe_s=args.probe_s)
+    truths = {configuration: grid.truth(configuration, goal.limits) for configuration in grid.cells}
+    best = max(truths, key=lambda configuration: truths[configuration])
+    rows.note(f"{total} configurations; the best is {best.name} with {truths[best]:.4g} requests/s within {args.limit}")
+    rows.note("columns are mean regrets after that share of as many cells as there are configurations")
+    for name in STRATEGIES:
+        runs = [replay(grid, goal, name, total, seed, truths) for seed in range(args.seeds)]
+        finals = [run.final for run in runs if run.final is not None]
+        means = {
+            f"{share:.0%}": mean([run.regret[max(round(share * total), 1) - 1] for run in runs]) for share in SHARES
+        }
+        rows.add(
+            strategy=name,
+            **means,
+            certified=f"{len(finals)} of {len(runs)}",
+            final=mean(finals) if finals else None,
+            false_feasible=sum(run.false_feasible for run in runs),
+            regrets=[run.regret for run in runs],
+        )
+    rows.close()
+
+
+if __name__ == "__main__":
+    main()

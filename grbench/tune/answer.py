@@ -1,0 +1,236 @@
+"""Words for what a search found: the sentence, the limit that binds, what each step costs, the nearest to a limit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from grbench.execution import energy
+from grbench.tune import rates
+from grbench.tune.limits import Limit, Verdict
+from grbench.tune.outcome import Configuration, Outcome
+from grbench.tune.search import CERTIFIED, Certificate, Search, Trial, cost
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The winner and the outcome that speaks for it. certificate: None if it was not certified at all."""
+
+    search: Search
+    trial: Trial
+    step: int
+    outcome: Outcome
+    certificate: Certificate | None
+
+    @property
+    def certified(self) -> bool:
+        """True if it kept the limits in every run with other seeds, of enough requests."""
+        return self.certificate is not None and self.certificate.full
+
+
+def answer(search: Search, certificate: Certificate | None) -> Answer | None:
+    """Return the answer of a search; None if nothing keeps the limits."""
+    if certificate is not None:
+        return Answer(search, certificate.trial, certificate.step, certificate.worst, certificate)
+    best = search.incumbent
+    if best is None or best.low is None or best.best is None:
+        return None
+    return Answer(search, best, best.low, best.best, None)
+
+
+def sentence(found: Answer) -> str:
+    """Return the answer in words."""
+    rate, latency = found.outcome.metrics["throughput_rps"], _latency(found.outcome)
+    words = f"Take {found.trial.configuration.name}: {rate:.4g} requests/s at {latency}"
+    if found.search.goal.objective == "cost":
+        words += f", {_cost(found.outcome)} for 1000 requests"
+    words += f" ({proof(found)})"
+    return ". ".join([words, *_others(found)]) + "."
+
+
+def proof(found: Answer) -> str:
+    """Return how well the answer is proved."""
+    certificate = found.certificate
+    if certificate is None:
+        return "not certified: one run with the search's own seed"
+    runs = f"{len(certificate.outcomes)} runs with other seeds of {certificate.requests:,} requests, the worst is shown"
+    valid = [outcome.metrics.get("loadgen_valid") for outcome in certificate.outcomes]
+    loadgen = "" if None in valid else f"; LoadGen: {'VALID' if all(valid) else 'INVALID in one of them'}"
+    if not certificate.full:
+        return f"not certified: the budget allowed {runs}, {CERTIFIED:,} certify{loadgen}"
+    return f"certified: {runs}{loadgen}"
+
+
+def _latency(outcome: Outcome) -> str:
+    for percent in (99.0, 90.0, 50.0):
+        name = f"latency_ms/p{percent:g}"
+        if name in outcome.metrics:
+            ends = outcome.intervals.get(name)
+            return f"p{percent:g} {outcome.metrics[name]:.3g}{f' [{ends[0]:.3g}, {ends[1]:.3g}]' if ends else ''} ms"
+    return "unknown latency"
+
+
+def _cost(outcome: Outcome) -> str:
+    return f"{cost(outcome):.3g} {'J' if energy.METRIC in outcome.metrics else 's of the machine'}"
+
+
+def _others(found: Answer) -> Iterator[str]:
+    """Yield the next best engine, and what would give more if a limit on quality or memory were wider."""
+    search, winner = found.search, found.trial
+    keys = [
+        key for key in dict.fromkeys(k for k, _ in winner.configuration.values) if key.partition("@")[0] == "engine"
+    ]
+    for key in keys:
+        others = [t for t in search.trials if t.configuration.get(key) not in (None, winner.configuration.get(key))]
+        ranked = [t for t in search.ranking() if t in others]
+        if ranked:
+            yield f"The next best {_word(key)}, {ranked[0].configuration.get(key)}, gives {_reach(ranked[0])}"
+        elif others:
+            nearest = max(others, key=lambda t: t.estimate or -1e9)
+            yield f"Of {_word(key)} {nearest.configuration.get(key)} the best is {_reach(nearest)}"
+    barred = [t for t in search.trials if t.failed.startswith("breaks") and t.top is not None and t.top > found.step]
+    if barred:
+        best = max(barred, key=lambda t: t.top or 0)
+        most = f"{rates.rate_of(best.top or 0):.4g}"
+        yield f"{best.configuration.name} could give up to {most} requests/s but {best.failed}"
+
+
+def _reach(trial: Trial) -> str:
+    """Return what is known of the rate of a trial."""
+    if trial.failed:
+        return f"none ({trial.failed})"
+    if trial.low is not None and trial.best is not None:
+        if trial.high is not None and trial.high - trial.low <= 1:
+            return f"{rates.rate_of(trial.low):.4g}"
+        return f"at least {rates.rate_of(trial.low):.4g}"
+    if trial.high is not None and trial.high in trial.verdicts:
+        return f"less than {rates.rate_of(trial.high):.4g}"
+    return f"at most {rates.rate_of(trial.top):.4g} (offline)" if trial.top is not None else "unknown"
+
+
+def binding(found: Answer) -> str:
+    """Return which limit keeps the winner from more, or that its throughput does."""
+    if found.search.goal.rate is not None:
+        return "The rate is fixed, so no limit binds it."
+    limit, outcome = found.trial.binding
+    high = found.trial.high
+    if limit is not None and outcome is not None and high is not None:
+        verdict = found.trial.verdicts[high][0]
+        how = "unsure there after the longest probe" if verdict is Verdict.UNSURE else "broken there"
+        return f"{limit} binds: at {rates.rate_of(high):.4g} requests/s {limit.shown(outcome)}, {how}."
+    if high is not None and high in found.trial.verdicts:
+        return f"The time limit of a cell binds: at {rates.rate_of(high):.4g} requests/s it ended."
+    if found.trial.top is not None:
+        return f"No limit binds: offline it answers {rates.rate_of(found.trial.top):.4g} requests/s, and not more."
+    return "Which limit binds was not measured."
+
+
+def neighbours(found: Answer) -> list[tuple[str, str, str, str]]:
+    """Return each measured configuration that differs from the winner in one option: option, values, rate, change."""
+    rows = []
+    mine = rates.rate_of(found.step)
+    for trial in found.search.trials:
+        keys = found.trial.configuration.differs(trial.configuration)
+        if len(keys) != 1:
+            continue
+        [key] = keys
+        change = f"{rates.rate_of(trial.low) / mine - 1:+.0%}" if trial.low is not None else ""
+        if not change and not trial.failed and trial.estimate is not None:
+            change = f"about {min(rates.RATIO ** (trial.estimate - found.step), 1.0) - 1:+.0%} (estimated)"
+        of, to = found.trial.configuration.get(key), trial.configuration.get(key)
+        rows.append((key, f"{of} -> {to}", _reach(trial), change or "-"))
+    return sorted(rows)
+
+
+def unmeasured_steps(
+    found: Answer, axes: Mapping[str, Sequence[str]], open_: Sequence[Configuration]
+) -> list[Configuration]:
+    """Return the configurations one step from the winner that were not measured."""
+    wanted = []
+    for key, values in axes.items():
+        of = found.trial.configuration.get(key)
+        if of is None:
+            continue
+        order = sorted(values, key=_number)
+        place = order.index(of)
+        wanted += [(key, order[i]) for i in (place - 1, place + 1) if 0 <= i < len(order)]
+    near = []
+    for key, value in wanted:
+        for other in open_:
+            if found.trial.configuration.differs(other) == [key] and other.get(key) == value:
+                near.append(other)
+    return near
+
+
+def _number(text: str) -> tuple[float, str]:
+    try:
+        return float(text), text
+    except ValueError:
+        return 0.0, text
+
+
+def nobody(search: Search) -> str:
+    """Return why there is no answer: which limit, by how much, and the nearest feasible point."""
+    nearest: tuple[float, Trial, int, Limit, Outcome] | None = None
+    for trial, (step, (_, limit)) in itertools.chain.from_iterable(
+        ((trial, item) for item in trial.verdicts.items()) for trial in search.trials
+    ):
+        outcome = trial.probes[step]
+        excess = limit.excess(outcome) if limit and outcome.ok else None
+        if limit is not None and excess is not None and (nearest is None or excess < nearest[0]):
+            nearest = (excess, trial, step, limit, outcome)
+    if nearest is not None:
+        excess, trial, step, limit, outcome = nearest
+        how = (
+            f"{excess:.0%} beyond it"
+            if excess > 0
+            else "within it, but its interval is not: a larger budget would tell"
+        )
+        return (
+            f"{limit}: no configuration that was measured keeps it; nearest is {trial.configuration.name} at "
+            f"{rates.rate_of(step):.4g} requests/s with {limit.shown(outcome)}, {how}"
+        )
+    for trial in search.trials:
+        if trial.failed:
+            return f"no configuration that was measured keeps the limits; {trial.configuration.name}: {trial.failed}"
+    return "nothing was measured at a rate: the budget is too small"
+
+
+def correlations(search: Search) -> list[tuple[str, int, float]]:
+    """Return Spearman's rank correlation of each lower fidelity with the rate that server probes found.
+
+    Each with the number of configurations whose rate is bracketed. Fewer than four say nothing.
+    """
+    known = [t for t in search.trials if t.low is not None and t.offline is not None and t.predicted is not None]
+    if len(known) < 4:
+        return []
+    from scipy.stats import spearmanr
+
+    found = [float(t.low or 0) for t in known]
+    pairs = {
+        "offline throughput": [t.offline.metrics["throughput_rps"] for t in known if t.offline is not None],
+        "simulated queue": [float(t.predicted or 0) for t in known],
+    }
+    return [
+        (name, len(known), float(spearmanr(values, found).statistic))
+        for name, values in pairs.items()
+        if len(set(values)) > 1 and len(set(found)) > 1
+    ]
+
+
+def _word(key: str) -> str:
+    return "engine" if key == "engine" else key.rpartition(".")[2] + " engine"
+
+
+def figures(outcome: Outcome) -> dict[str, float]:
+    """Return the figures by which strategies are compared: rate, p99, quality loss, memory, energy."""
+    metrics = outcome.metrics
+    found = {"requests/s": metrics.get("throughput_rps")}
+    found["p99 ms"] = metrics.get("latency_ms/p99")
+    losses = [value for name, value in metrics.items() if name in ("quality/auc_loss", "quality/ne_loss")]
+    found["quality loss %"] = 100 * max(losses) if losses else None
+    memory = metrics.get("gpu_memory_mib/reserved", metrics.get("host_memory_mib/peak"))
+    found["memory MiB"] = memory
+    found["J/1000 requests"] = cost(outcome) if energy.METRIC in metrics else None
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,216 @@
+"""Options of a search, and how a command line is divided: limits, options of the search, and a run's overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from grbench.config.compose import axes_of, plan_jobs
+from grbench.config.schema import ConfigError, checked
+from grbench.config.schema import register_schemas as register_groups
+from grbench.execution.environment import describe_environment
+from grbench.report.cells import shown
+from grbench.tune import limits
+from grbench.tune.limits import Limit
+from grbench.tune.search import PROBE_S, Goal
+from grengines import registry as engines
+from grengines.options import option
+
+OBJECTIVES = ("throughput", "latency", "cost", "pareto")
+RATES = {"server": "scenario.target_qps", "trace_replay": "scenario.mean_qps"}  # scenarios that are probed at a rate
+OWN = (
+    "scenario.queries",
+    "scenario.target_qps",
+    "scenario.mean_qps",
+    "scenario.min_duration_s",
+    "scenario.expected_qps",
+)
+UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass
+class TuneConfig:
+    """Root of the configuration of `grbench tune`."""
+
+    objective: str = option(
+        "throughput", "throughput: most requests a second within the limits; latency: least p99 at `rate`; cost: least "
+        "joules, or seconds of the machine, for 1000 requests; pareto: all that no other beats in everything",
+        choices=OBJECTIVES,
+    )  # fmt: skip
+    budget: str = option(
+        "5min", "time or cells that the search may take: 90s, 60min, 2h, 40cells; 0cells: only records"
+    )
+    rate: float | None = option(None, "objective=latency: requests a second", gt=0)
+    space: Any = field(default_factory=dict)
+    limits: dict[str, Any] = field(default_factory=dict)
+    certify_runs: int = option(2, "runs with other seeds that certify the best; 0: none", ge=0, le=20)
+    probe_s: float | None = option(
+        None, "seconds of a probe at a rate, of at least 1000 requests; null: a sixtieth of `budget`, 4 to 20", gt=0
+    )
+    search_seed: int = option(0, "seed of the search's own choices", ge=0, le=2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds or cells that a search may take."""
+
+    seconds: float | None = None
+    cells: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Return the budget that is typed. Raises ConfigError."""
+        found = re.fullmatch(r"([\d.]+)\s*(s|min|h|cells?)", text.strip())
+        if found and found[2].startswith("cell") and found[1].isdigit():
+            return cls(cells=int(found[1]))
+        try:
+            if found and float(found[1]) > 0 and found[2] in UNITS:
+                return cls(seconds=float(found[1]) * UNITS[found[2]])
+        except ValueError:
+            pass
+        raise ConfigError(f"budget={text}: allowed are a time or a number of cells, such as 90s, 60min, 2h or 40cells")
+
+    @property
+    def probe_s(self) -> float:
+        """The seconds of one server probe: a small part of the time."""
+        return PROBE_S if self.seconds is None else min(max(self.seconds / 60, 4.0), PROBE_S)
+
+    def __str__(self) -> str:
+        if self.cells is not None:
+            return f"{self.cells} cells"
+        assert self.seconds is not None
+        return f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.3g} min"
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A search as it was declared. fixed: overrides of every run. axes: the space; typed: those that must be used."""
+
+    goal: Goal
+    budget: Budget
+    axes: dict[str, list[str]]
+    typed: frozenset[str]
+    fixed: list[str]
+    seed: int
+    task: str
+    scenario: str
+    config_dir: str | None
+
+    def fixed_value(self, key: str) -> str | None:
+        """Return the value that an override fixes, or None."""
+        return next(
+            (word.partition("=")[2] for word in reversed(self.fixed) if word.lstrip("+").startswith(f"{key}=")), None
+        )
+
+
+def register_schemas() -> None:
+    """Register the dataclasses with Hydra. Safe to call twice."""
+    register_groups()
+    ConfigStore.instance().store(name="tune_schema", node=TuneConfig)
+
+
+def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
+    """Return the search that a command line declares. Raises ConfigError."""
+    register_schemas()
+    pairs = [(word, *word.lstrip("+").partition("=")[::2]) for word in words]
+    names = {f.name for f in fields(TuneConfig)}
+    own = [word for word, key, _ in pairs if key in names]
+    bounds = [(key, value) for _, key, value in pairs if limits.is_limit(key)]
+    rest = [word for word, key, _ in pairs if key not in names and not limits.is_limit(key)]
+    for word, key, value in pairs:
+        if key in OWN:
+            raise ConfigError(
+                f"{word}: the search sets {key}; leave it out (objective=latency rate={value} fixes a rate)"
+            )
+    axes, fixed = axes_of(rest, config_dir)
+    typed = {**{word.lstrip("+").partition("=")[0]: word.partition("=")[2] for word in fixed}}
+    scenario = typed.get("scenario", "server")
+    if scenario not in RATES:
+        raise ConfigError(f"scenario={scenario}: the search needs one with a rate; allowed: {', '.join(RATES)}")
+    engine = axes["engine"][0] if "engine" in axes else typed.get("engine")
+    task = typed.get("task", "rank" if engine is None else _task(engine))
+    if "task" not in typed:
+        fixed.append(f"task={task}")
+    if task == "recommend" and engine is None:
+        fixed.append("engine=pipeline")
+    if not any(key == "space" for _, key, _ in pairs):
+        device = typed.get("engine.device", "auto")
+        gpu = device == "cuda" or (device == "auto" and bool(describe_environment()["gpus"]))
+        study = "study" in typed  # its sweep is the space
+        own.append("space=typed" if study else f"space={task}_{'gpu' if gpu else 'cpu'}")
+    [job] = plan_jobs("tune", to_config, own, config_dir=config_dir)[1]
+    config: TuneConfig = job.config
+    asked = limits.parse_all([*limits.flatten(config.limits), *bounds])
+    every = {
+        key: values for key, values in _axes(config.space).items() if key not in typed and not _settled(key, typed)
+    }
+    goal = _goal(config, asked, typed)
+    return Declared(
+        goal,
+        Budget.parse(config.budget),
+        {**every, **axes},
+        frozenset(axes),
+        fixed,
+        config.search_seed,
+        task,
+        scenario,
+        config_dir,
+    )
+
+
+def to_config(cfg: DictConfig) -> TuneConfig:
+    """Check a composed configuration. Raises as `checked`."""
+    return checked(cfg, TuneConfig)
+
+
+def _task(engine: str) -> str:
+    try:
+        return next(iter(engines.get(engine).tasks))
+    except ValueError as e:
+        raise ConfigError(f"engine={engine}: {e}") from None
+
+
+def _settled(key: str, typed: dict[str, str]) -> bool:
+    """Return True for an option of the default space that a typed one takes the place of: a variant of one family."""
+    return key == "kernel" and any(word.startswith("kernel.") for word in typed)
+
+
+def _axes(space: Any) -> dict[str, list[str]]:
+    """Return the options of a file of conf/space as typed. Raises ConfigError for one without a list of values."""
+    tree: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(space))  # type: ignore[assignment]
+    for key, values in tree.items():
+        if not isinstance(values, list):
+            raise ConfigError(f"space: {key} is {values!r}; allowed is a list of values, such as [1,2]")
+    return {key: [shown(value) for value in values] for key, values in tree.items()}
+
+
+def _goal(config: TuneConfig, asked: tuple[Limit, ...], typed: dict[str, str]) -> Goal:
+    if config.objective == "latency" and config.rate is None:
+        raise ConfigError("objective=latency: it needs the load, rate=REQUESTS_A_SECOND")
+    if config.objective != "latency" and config.rate is not None:
+        raise ConfigError(
+            f"rate={config.rate:g}: only objective=latency takes it; objective={config.objective} finds the rate"
+        )
+    floor = next((limit for limit in asked if limit.metric in ("throughput_rps", "goodput_rps")), None)
+    if floor and config.rate is not None and floor.bound > config.rate:
+        raise ConfigError(
+            f"{floor} and rate={config.rate:g}: no more requests are answered than arrive; raise rate by "
+            f"{floor.bound / config.rate - 1:.0%}, or lower the limit"
+        )
+    if not any(limit.metric.startswith("latency_ms/") for limit in asked) and config.objective != "latency":
+        bound = float(typed.get("latency_limit_ms", 80.0))
+        asked = (*asked, Limit("latency_ms/p99", bound))
+    if any(limit.metric.startswith("quality/") for limit in asked) and typed.get("model.weights", "null") == "null":
+        quality = next(limit for limit in asked if limit.metric.startswith("quality/"))
+        raise ConfigError(
+            f"{quality}: quality is known only with trained weights and labels; give model.weights=FILE "
+            "(docs/WEIGHTS.md), or leave the limit out"
+        )
+    return Goal(
+        config.objective, asked, config.rate, config.certify_runs, config.probe_s or Budget.parse(config.budget).probe_s
+    )

@@ -1,0 +1,169 @@
+"""Limits on metrics of records: how they are typed, and how an outcome is judged by them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from grbench.config.schema import ConfigError, no_such_key
+from grbench.execution.stats import PERCENTILES
+from grbench.tune.outcome import Outcome
+
+# Groups of a record's metrics: KEY.NAME=VALUE is a limit if KEY is one of them. `limits.METRIC=VALUE` takes any other.
+LATENCIES = ("latency_ms", "queue_ms", "batch_ms", "transfer_ms", "compute_ms")
+GROUPS = (*LATENCIES, "quality", "gpu", "gpu_memory_mib", "host_memory_mib")
+SINGLE = ("throughput_rps", "goodput_rps", "engine_start_s", "energy_joules_per_request")
+# Metrics whose limit is the least allowed value. Of all others it is the largest.
+FLOORS = re.compile(r"throughput|goodput|cache/.*hit_rate|quality/(.*/)?(auc|hr@?\d*|ndcg@?\d*|recall@?\d*)$")
+# Metrics that do not depend on the load: an offline probe answers for them.
+STATIC = re.compile(r"quality/|engine_start_s|gpu_memory_mib/|host_memory_mib/")
+PERCENTILE = re.compile(r"(\w+_ms)/p([\d.]+)$")
+OVERLOADED = 0.95  # share of the offered rate: with fewer answers the queue grows
+
+
+class Verdict(StrEnum):
+    """Judgement of an outcome by a limit."""
+
+    KEPT = "kept"
+    BROKEN = "broken"
+    LIKELY = "likely"  # the figure keeps it and its interval does not: good enough to order, not to certify
+    UNSURE = "unsure"  # the interval holds the limit: more requests would tell
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A bound on one metric of a record. floor: the metric must not be below it."""
+
+    metric: str
+    bound: float
+
+    @property
+    def floor(self) -> bool:
+        return FLOORS.search(self.metric) is not None
+
+    @property
+    def static(self) -> bool:
+        """True if the metric does not depend on the load."""
+        return STATIC.match(self.metric) is not None
+
+    def __str__(self) -> str:
+        value = f"{self.bound:.4g}" if not self.metric.endswith("loss") else f"{100 * self.bound:.4g}%"
+        return f"{typed(self.metric)} {'>=' if self.floor else '<='} {value}"
+
+    def judge(self, outcome: Outcome) -> Verdict:
+        """Judge an outcome that is OK.
+
+        A percentile keeps its limit only if the upper end of its 95% interval is below, and breaks it only if the lower
+        end is above, or if the queue grows. A percentile is at least as large as a smaller one, so that one's lower end
+        breaks it too.
+        Raises ConfigError for a metric that the outcome lacks.
+        """
+        percentile = PERCENTILE.match(self.metric)
+        if percentile is None:
+            if self.metric not in outcome.metrics:
+                known = [name for name in outcome.metrics if not name.startswith("engine/")]
+                raise ConfigError(f"limits: {no_such_key(self.metric, known)}")
+            value = outcome.metrics[self.metric]
+            low, high = outcome.intervals.get(self.metric, (value, value))
+            if self.floor:
+                low, high = -high, -low
+            bound = -self.bound if self.floor else self.bound
+            return Verdict.KEPT if high <= bound else Verdict.BROKEN if low > bound else Verdict.UNSURE
+        interval = outcome.intervals.get(self.metric)
+        if interval is not None and interval[1] <= self.bound:
+            return Verdict.KEPT
+        prefix, percent = percentile[1], float(percentile[2])
+        lower = [f"{prefix}/p{p:g}" for p in PERCENTILES if p <= percent]
+        if any(name in outcome.intervals and outcome.intervals[name][0] > self.bound for name in lower):
+            return Verdict.BROKEN
+        found = outcome.metrics.get(self.metric)
+        if found is None:
+            return Verdict.UNSURE
+        if overloaded(outcome):
+            return Verdict.BROKEN if found > self.bound else Verdict.UNSURE
+        return Verdict.LIKELY if found <= self.bound else Verdict.UNSURE
+
+    def excess(self, outcome: Outcome) -> float | None:
+        """Return by how much the metric is beyond the bound, as a share of it; None without the metric."""
+        value = outcome.metrics.get(self.metric)
+        if value is None or not self.bound:
+            return None if value is None else value
+        return (self.bound - value if self.floor else value - self.bound) / abs(self.bound)
+
+    def shown(self, outcome: Outcome) -> str:
+        """Return the metric of an outcome with its interval, for people."""
+        value, interval = outcome.metrics.get(self.metric), outcome.intervals.get(self.metric)
+        if value is None:
+            return f"{typed(self.metric)} unknown"
+        ends = f" [{_figure(interval[0])}, {_figure(interval[1])}]" if interval else ""
+        return f"{typed(self.metric)} {_figure(value)}{ends}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def overloaded(outcome: Outcome) -> bool:
+    """Return True if the configuration answers fewer requests a second than are offered: its queue grows."""
+    offered = outcome.metrics.get("offered_rps")
+    return offered is not None and outcome.metrics["throughput_rps"] < OVERLOADED * offered
+
+
+def judge(limits: Sequence[Limit], outcome: Outcome) -> tuple[Verdict, Limit | None]:
+    """Return the verdict on all limits, and the limit that decides it: one that is not kept for sure."""
+    order = [Verdict.BROKEN, Verdict.UNSURE, Verdict.LIKELY, Verdict.KEPT]
+    verdicts = [(limit.judge(outcome), limit) for limit in limits]
+    worst, decides = min(verdicts, key=lambda pair: order.index(pair[0]), default=(Verdict.KEPT, None))
+    return (worst, None) if worst is Verdict.KEPT else (worst, decides)
+
+
+def is_limit(key: str) -> bool:
+    """Return True for a key of the command line that names a metric."""
+    return (key.partition(".")[0] in (*GROUPS, "limits") and "." in key) or key in SINGLE
+
+
+def parse(key: str, value: str) -> Limit:
+    """Return the limit that KEY=VALUE types. Raises ConfigError."""
+    metric = key.removeprefix("limits.")
+    group, _, rest = metric.partition(".")
+    if group in GROUPS and rest:
+        metric = f"{group}/{rest}"
+    if (percentile := PERCENTILE.match(metric)) and float(percentile[2]) not in PERCENTILES:
+        allowed = ", ".join(f"{group}.p{p:g}" for p in PERCENTILES)
+        raise ConfigError(f"{key}={value}: records have no such percentile; allowed: {allowed}")
+    text = value.strip()
+    try:
+        bound = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ConfigError(f"{key}={value}: a limit is a number or a share such as 0.1%") from None
+    if bound < 0 or ((bound == 0 and metric.endswith(("_ms", "_mib", "_rps"))) or (percentile and bound <= 0)):
+        raise ConfigError(f"{key}={value}: nothing keeps it; allowed is a number above 0")
+    return Limit(metric, bound)
+
+
+def parse_all(words: Sequence[tuple[str, str]]) -> tuple[Limit, ...]:
+    """Return the limits of a command line. Raises ConfigError for two that contradict each other."""
+    found: dict[str, Limit] = {}
+    for key, value in words:
+        limit = parse(key, value)
+        if (other := found.get(limit.metric)) and other.bound != limit.bound:
+            raise ConfigError(f"{key}: two limits, {other.bound:g} and {limit.bound:g}; give one")
+        found[limit.metric] = limit
+    return tuple(found.values())
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
+    """Return the limits of a YAML file as typed: {"latency_ms": {"p99": 80}} gives ("limits.latency_ms.p99", "80")."""
+    words: list[tuple[str, str]] = []
+    for name, value in tree.items():
+        key = f"{path}.{name}" if path else f"limits.{name}"
+        words += flatten(value, key) if isinstance(value, Mapping) else [(key, str(value))]
+    return words
+
+
+def typed(metric: str) -> str:
+    """Return a metric as one types it in a limit: latency_ms.p99."""
+    return metric.replace("/", ".", 1)

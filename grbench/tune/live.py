@@ -1,0 +1,239 @@
+"""The evaluator that measures: every probe is an ordinary cell of a sweep, with a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grbench.config.compose import compose_spec
+from grbench.config.jobs import Job
+from grbench.config.schema import RunConfig, RunSpec
+from grbench.execution import records
+from grbench.execution.earlier import environment_difference
+from grbench.execution.environment import describe_environment
+from grbench.execution.records import RunRecord, Status
+from grbench.execution.session import CellSession
+from grbench.tune.config import RATES, Declared
+from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
+from grbench.tune.search import OFFLINE
+
+BATCHING = ("max_batch", "max_wait_ms", "in_flight", "order")  # options that every scenario has
+FIRST_S = 12.0  # of a cell beside its measurement, before one was measured
+CELL_SHARE = 0.5  # of the time budget, after which a cell is stopped
+SHORTEST_S = 120.0  # time limit of a cell, at least
+LOSSY = "[fp16,bf16,int8,fp8]"
+
+
+class LiveEvaluator:
+    """Measures cells through a session, and knows the records that lie under its output root."""
+
+    def __init__(
+        self, session: CellSession, declared: Declared, specs: Mapping[Configuration, RunSpec], root: Path, sweep: Path
+    ) -> None:
+        """specs: of each configuration, a cell of the server scenario. sweep: folder of the cells."""
+        self._session, self._declared, self._specs, self._sweep = session, declared, specs, sweep
+        self._begun = time.monotonic()
+        self._cells = 0
+        self._overheads: list[float] = []
+        self._quality: dict[str, dict[str, float]] = {}
+        self._measured: dict[tuple[Configuration, Probe], Outcome] = {}
+        self._earlier = _by_strategy(root)
+        self._limited = any(limit.metric.startswith("quality/") for limit in declared.goal.limits)
+
+    # Budget
+
+    @property
+    def _total(self) -> float:
+        budget = self._declared.budget
+        return float(budget.cells) if budget.cells is not None else float(budget.seconds or 0.0)
+
+    @property
+    def used(self) -> float:
+        """Seconds or cells that the search has taken."""
+        return float(self._cells) if self._declared.budget.cells is not None else time.monotonic() - self._begun
+
+    @property
+    def cell_s(self) -> float:
+        """Seconds of a cell beside its measurement."""
+        return statistics.median(self._overheads) if self._overheads else FIRST_S
+
+    def share(self, probes: Sequence[Probe]) -> float:
+        if not probes:
+            return 0.0
+        if self._declared.budget.cells is not None:
+            cost = float(len(probes))
+        else:
+            cost = sum(self.cell_s + (probe.requests / probe.rate if probe.rate else 3.0) for probe in probes)
+        return cost / self._total if self._total else float("inf")
+
+    def left(self) -> float:
+        return 1 - self.used / self._total if self._total else 0.0
+
+    # Measuring
+
+    def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
+        key = (configuration, probe)
+        if key not in self._measured:
+            spec, run, words = self._compose(configuration, probe)
+            begun = time.monotonic()
+            job = Job((spec, self._timed(run)), self._sweep / str(len(self._measured)), words)
+            if self.left() <= 0 and not self._session.has(spec):
+                raise BudgetSpentError
+            folder, record, kept = self._session.measure(job)
+            self._measured[key] = self._outcome(configuration, folder, record, kept, time.monotonic() - begun)
+            if not kept:
+                self._cells += 1
+                if record.ok:
+                    measuring = record.metrics.get("duration_s", 0.0)
+                    self._overheads.append(max(time.monotonic() - begun - measuring, 0.0))
+        return self._measured[key]
+
+    def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
+        spec = self._specs[configuration]
+        here = describe_environment(spec.packages)
+        found: list[tuple[Probe, Outcome]] = []
+        for folder, record in self._earlier.get(_strategy(spec.to_dict(), spec.file_contents()), []):
+            scenario, seed = record.spec["scenario"], record.spec["seed"] - spec.seed
+            usable = record.ok or record.status in (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE)
+            if not usable or environment_difference(record.environment, here) or seed != 0:
+                continue
+            if scenario["name"] == "offline" and scenario["queries"] >= OFFLINE:
+                probe = Probe(None, scenario["queries"])
+            elif scenario["name"] == self._declared.scenario:
+                rate = scenario[RATES[self._declared.scenario].rpartition(".")[2]]
+                probe = Probe(rate, scenario["queries"])
+            else:
+                continue
+            outcome = self._outcome(configuration, folder, record, True, 0.0)
+            if self._limited and record.ok and not any(name.startswith("quality/") for name in outcome.metrics):
+                continue
+            found.append((probe, outcome))
+        return sorted(found, key=lambda pair: (pair[0].rate is not None, pair[0].requests))
+
+    def words(self, configuration: Configuration, probe: Probe) -> list[str]:
+        """Return the overrides of a probe's cell."""
+        declared = self._declared
+        words = [word for word in declared.fixed if word.partition("=")[0] not in ("scenario", "seed")]
+        words += configuration.words
+        scenario = "offline" if probe.rate is None else declared.scenario
+        words += [f"scenario={scenario}", f"scenario.queries={probe.requests}"]
+        if probe.rate is not None:
+            words.append(f"{RATES[declared.scenario]}={probe.rate:g}")
+        if seed := int(declared.fixed_value("seed") or 0) + probe.seed:
+            words.append(f"seed={seed}")
+        p99 = next((limit for limit in declared.goal.limits if limit.metric == "latency_ms/p99"), None)
+        if probe.seed and p99 and declared.fixed_value("latency_limit_ms") is None:
+            words.append(f"latency_limit_ms={p99.bound:g}")  # LoadGen judges by it
+        if declared.fixed_value("gate.quality_requests") is None and self._weights:
+            if self._limited and declared.fixed_value("gate.allow_loss") is None:
+                words.append(f"gate.allow_loss={LOSSY}")  # the limit decides
+            if _quality_class(self._specs[configuration]) in self._quality:
+                words.append("gate.quality_requests=0")
+        return words
+
+    @property
+    def _weights(self) -> bool:
+        return (self._declared.fixed_value("model.weights") or "null") != "null"
+
+    def _compose(self, configuration: Configuration, probe: Probe) -> tuple[RunSpec, RunConfig, tuple[str, ...]]:
+        words = self.words(configuration, probe)
+        spec, run = compose_spec(words, self._declared.config_dir)
+        return spec, run, tuple(words)
+
+    def _timed(self, run: RunConfig) -> RunConfig:
+        """Return the options with a time limit of a part of the budget, unless one is typed."""
+        seconds = self._declared.budget.seconds
+        if seconds is None or self._declared.fixed_value("runner.timeout_s") is not None:
+            return run
+        limit = max(min(CELL_SHARE * seconds, run.runner.timeout_s), SHORTEST_S)
+        return dataclasses.replace(run, runner=dataclasses.replace(run.runner, timeout_s=limit))
+
+    def _outcome(
+        self, configuration: Configuration, folder: Path, record: RunRecord, kept: bool, seconds: float
+    ) -> Outcome:
+        alike = _quality_class(self._specs[configuration])
+        if quality := quality_metrics(record):
+            self._quality[alike] = quality
+        return Outcome(
+            status=str(record.status),
+            metrics={**self._quality.get(alike, {}), **record.metrics} if record.ok else {},
+            intervals=record.intervals,
+            error=record.error or "",
+            batches=batches_of(folder) if record.ok and record.spec["scenario"]["name"] == "offline" else (),
+            seconds=seconds,
+            kept=kept,
+            notes=record.notes,
+            folder=folder,
+        )
+
+
+def quality_metrics(record: RunRecord) -> dict[str, float]:
+    """Return the quality of a record as metrics: losses are those of the worst task, others the mean over tasks."""
+    quality = record.gate.get("quality") or {}
+    tasks: dict[str, dict[str, float]] = quality.get("tasks") or {}
+    found = {f"quality/{task}/{name}": value for task, values in tasks.items() for name, value in values.items()}
+    for name in dict.fromkeys(name for values in tasks.values() for name in values):
+        values = [task[name] for task in tasks.values() if name in task]
+        found[f"quality/{name}"] = max(values) if name.endswith("loss") else sum(values) / len(values)
+    return {name: float(value) for name, value in found.items()}
+
+
+def batches_of(folder: Path) -> list[tuple[int, float]]:
+    """Return the size and the seconds of each batch of a cell; none for an engine that batches by itself."""
+    import pyarrow.parquet as pq
+
+    columns = ["batch_index", "batch_size", "batch_ms", "transfer_ms", "compute_ms"]
+    try:
+        table = pq.read_table(folder / records.SAMPLES_FILE, columns=columns).to_pydict()
+    except (OSError, ValueError):
+        return []
+    by_index: dict[int, tuple[int, float]] = {}
+    packed = 0.0
+    for index, size, *parts in zip(*(table[name] for name in columns), strict=True):
+        by_index[index] = (int(size), sum(parts) / 1e3)
+        packed += parts[0]
+    return list(by_index.values()) if packed else []
+
+
+def _quality_class(spec: RunSpec) -> str:
+    """Return a key that is equal for cells whose answers are the same: load, batching and caches play no part."""
+    engine = dataclasses.asdict(spec.engine)  # type: ignore[call-overload]
+    stages = {
+        name: {"name": part["name"], "precision": part.get("precision")}
+        for name, part in engine.items()
+        if isinstance(part, dict)
+    }
+    parts = {
+        "engine": {"name": engine["name"], "precision": engine.get("precision"), **stages},
+        "kernel": dataclasses.asdict(spec.kernel),
+        "model": dataclasses.asdict(spec.model),
+        "retrieval": dataclasses.asdict(spec.retrieval) if spec.retrieval else None,
+    }
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _strategy(spec: dict[str, Any], files: Mapping[str, str]) -> str:
+    """Return a key that is equal for cells of one configuration under any load, seed and limit."""
+    values = json.loads(json.dumps(spec))
+    for key in ("latency_limit_ms", "seed", "gate"):
+        values.pop(key, None)
+    scenario = values.pop("scenario")
+    batching = {key: scenario.get(key) for key in BATCHING}
+    return json.dumps([values, batching, dict(files)], sort_keys=True)
+
+
+def _by_strategy(root: Path) -> dict[str, list[tuple[Path, RunRecord]]]:
+    found: dict[str, list[tuple[Path, RunRecord]]] = {}
+    for folder, record in records.find(root) if root.is_dir() else ():
+        if record.status is not Status.INTERRUPTED:
+            try:
+                key = _strategy(record.spec, record.files)
+            except (KeyError, TypeError):
+                continue  # a record of other options
+            found.setdefault(key, []).append((folder, record))
+    return found

@@ -1,0 +1,96 @@
+"""Configurations, probes and outcomes: a search asks for them and gets them.
+
+The search knows nothing of cells. It calls an `Evaluator`, which measures (live.py) or replays measured cells
+(replay.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+BARE = ("engine", "kernel", "engine.precision")  # options whose value names itself
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A value for each option of the space that applies, as (key, value) in the order of the space."""
+
+    values: tuple[tuple[str, str], ...]
+
+    def get(self, key: str) -> str | None:
+        """Return the value of an option, or None if it does not apply."""
+        return dict(self.values).get(key)
+
+    @property
+    def words(self) -> list[str]:
+        """The overrides of a run."""
+        return [f"{key}={value}" for key, value in self.values]
+
+    @property
+    def name(self) -> str:
+        """A name for people: "hstu kernel=torch max_batch=16"."""
+        parts = [v if k == "engine" or k == "engine.precision" else f"{_word(k)}={v}" for k, v in self.values]
+        return " ".join(parts) or "the only configuration"
+
+    def differs(self, other: Configuration) -> list[str]:
+        """Return the options in which the other configuration has another value, or that one of the two lacks."""
+        mine, its = dict(self.values), dict(other.values)
+        return [key for key in dict.fromkeys([*mine, *its]) if mine.get(key) != its.get(key)]
+
+
+def _word(key: str) -> str:
+    return key.rpartition("@")[2].rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One measurement of a configuration. `rate` in requests a second; None: offline, all requests at once.
+
+    seed: added to the run's own. It changes requests and arrivals.
+    """
+
+    rate: float | None
+    requests: int
+    seed: int = 0
+
+
+@dataclass
+class Outcome:
+    """The figures of one probe. Only status OK has figures of speed."""
+
+    status: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    error: str = ""
+    batches: Sequence[tuple[int, float]] = ()  # size and seconds of each batch, where the engine takes batches
+    seconds: float = 0.0  # that the probe took
+    kept: bool = False  # an earlier record answered it
+    notes: Sequence[str] = ()
+    folder: Path | None = None  # of the record
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "OK"
+
+
+class BudgetSpentError(Exception):
+    """The budget has no room for another probe."""
+
+
+class Evaluator(Protocol):
+    """Measures probes. It alone knows the budget."""
+
+    def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
+        """Return the outcome of a probe; the same probe twice gives the same outcome. Raises BudgetSpentError."""
+
+    def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
+        """Return the outcomes that earlier searches measured of a configuration; they cost nothing."""
+
+    def share(self, probes: Sequence[Probe]) -> float:
+        """Return the share of the whole budget that probes take, as far as is known."""
+
+    def left(self) -> float:
+        """Return the share of the budget that is left."""

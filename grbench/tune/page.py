@@ -1,0 +1,209 @@
+"""The page of a search: the answer, the Pareto front, every configuration, parallel coordinates. HTML and Markdown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from grbench.report import html
+from grbench.report.cells import figure
+from grbench.report.chart import Chart, Series
+from grbench.report.markdown import sections
+from grbench.report.page import Block, Bullets, Figure, Heading, Table, Text
+from grbench.report.write import draw
+from grbench.tune import answer, rates
+from grbench.tune.answer import Answer
+from grbench.tune.config import Declared
+from grbench.tune.outcome import Outcome
+from grbench.tune.search import Search, Trial
+from grbench.tune.space import Space
+
+NAME = "tune"
+SMALLER = ("p99 ms", "quality loss %", "memory MiB", "J/1000 requests")  # figures of which less is better
+
+
+def write(search: Search, found: Answer | None, declared: Declared, space: Space, folder: Path) -> list[Path]:
+    """Write tune.html, tune.md with its figures, and tune.json. Returns the paths, the page first."""
+    content = blocks(search, found, declared, space)
+    title = f"grbench tune: {declared.goal.objective}"
+    page = folder / f"{NAME}.html"
+    text = html.page(title, content)
+    page.write_text(text.replace("</body>", f"{coordinates(search, space)}</body>"), encoding="utf-8")
+    markdown = folder / f"{NAME}.md"
+    pictures = folder / f"{NAME}_files"
+    draw([block for block in content if isinstance(block, Figure)], pictures)
+    lines = [f"# {title}", *sections(content, pictures, markdown)]
+    markdown.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    data = folder / f"{NAME}.json"
+    data.write_text(json.dumps(facts(search, found, declared, space), indent=1) + "\n", encoding="utf-8")
+    return [page, markdown, data]
+
+
+def blocks(search: Search, found: Answer | None, declared: Declared, space: Space) -> list[Block]:
+    """Return the content of the page."""
+    limits = ", ".join(map(str, declared.goal.limits)) or "no limit"
+    content: list[Block] = [Text(answer.sentence(found) if found else f"No answer: {answer.nobody(search)}.")]
+    if found:
+        content.append(Text(answer.binding(found)))
+    count = f"{len(search.trials)} of {len(space.configurations)} configurations were measured"
+    content.append(Text(f"Objective {declared.goal.objective}, limits: {limits}, budget {declared.budget}; {count}."))
+    if chart := front_chart(search):
+        content += [Heading("Pareto front"), Figure("pareto", chart), front_table(search)]
+    if found and (rows := answer.neighbours(found)):
+        content += [
+            Heading("One step from the winner"),
+            Table(["option", "change", "requests/s", "against the winner"], rows),
+        ]
+    content += [Heading("Configurations"), _all(search)]
+    if pairs := answer.correlations(search):
+        words = [f"{name}: {value:.2f} over {number} configurations" for name, number, value in pairs]
+        content += [Heading("Rank correlation with the rate that server probes found"), Bullets(words)]
+    if found and found.certificate and found.certificate.failures:
+        content += [Heading("Did not pass certification"), Bullets(found.certificate.failures)]
+    if space.left_out:
+        content += [
+            Heading("Left out before anything ran"),
+            Table(["combinations", "reason"], [[str(n), why] for why, n in space.left_out.items()]),
+        ]
+    return content
+
+
+def front(search: Search) -> list[Trial]:
+    """Return the trials that no other beats in every figure that both have, the highest rate first."""
+    points = [(trial, answer.figures(trial.best)) for trial in search.trials if trial.best is not None]
+
+    def beats(one: dict[str, float], other: dict[str, float]) -> bool:
+        names = [name for name in one if name in other]
+        gains = [(other[n] - one[n] if n in SMALLER else one[n] - other[n]) for n in names]
+        return min(gains) >= 0 and max(gains) > 0
+
+    kept = [trial for trial, mine in points if not any(beats(its, mine) for _, its in points)]
+    return sorted(kept, key=lambda trial: trial.low or 0, reverse=True)
+
+
+def front_table(search: Search) -> Table:
+    """Return the Pareto front with every figure."""
+    trials = front(search)
+    rows = [answer.figures(trial.best) for trial in trials if trial.best is not None]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    shown = [
+        [t.configuration.name, *(figure(row.get(name)) for name in names)] for t, row in zip(trials, rows, strict=True)
+    ]
+    return Table(["configuration", *names], shown)
+
+
+def front_chart(search: Search) -> Chart | None:
+    """Return rate and p99 of the configurations that keep the limits, and the front of these two."""
+    kept = [(t, t.best) for t in search.trials if t.best is not None and "latency_ms/p99" in t.best.metrics]
+    if not kept:
+        return None
+
+    def ends(outcome: Outcome, end: int) -> float:
+        value = outcome.metrics["latency_ms/p99"]
+        return outcome.intervals.get("latency_ms/p99", [value, value])[end]
+
+    best = sorted(kept, key=lambda pair: pair[1].metrics["throughput_rps"], reverse=True)
+    line: list[tuple[float, float]] = []
+    for _, outcome in best:
+        if not line or outcome.metrics["latency_ms/p99"] < line[-1][1]:
+            line.append((outcome.metrics["throughput_rps"], outcome.metrics["latency_ms/p99"]))
+    points = Series(
+        "configurations",
+        [outcome.metrics["throughput_rps"] for _, outcome in kept],
+        [outcome.metrics["latency_ms/p99"] for _, outcome in kept],
+        [ends(outcome, 0) for _, outcome in kept],
+        [ends(outcome, 1) for _, outcome in kept],
+        [str(i + 1) for i in range(len(kept))],
+        [trial.configuration.name for trial, _ in kept],
+        0,
+    )
+    series = [points, Series("Pareto front", [x for x, _ in line], [y for _, y in line], colour=1, mode="line")]
+    bounds = [("y", x.bound, str(x)) for x in search.goal.limits if x.metric == "latency_ms/p99"]
+    return Chart("pareto", "Rate and p99 within the limits", "requests/s", "p99, ms", series, limits=bounds)
+
+
+def _all(search: Search) -> Table:
+    def order(trial: Trial) -> float:
+        return -(trial.estimate if trial.estimate is not None else -1e9)
+
+    rows = []
+    for trial in sorted(search.trials, key=order):
+        offline = trial.offline.metrics["throughput_rps"] if trial.offline else None
+        rate = figure(rates.rate_of(trial.low)) if trial.low is not None else "-"
+        best = trial.best.metrics.get("latency_ms/p99") if trial.best else None
+        rows.append(
+            [
+                trial.configuration.name,
+                rate,
+                figure(best),
+                figure(offline),
+                str(len(trial.probes)),
+                trial.failed or _limit(trial),
+            ]
+        )
+    return Table(["configuration", "requests/s within limits", "p99 ms", "offline", "probes", "why not more"], rows)
+
+
+def _limit(trial: Trial) -> str:
+    limit, outcome = trial.binding
+    if limit is not None and outcome is not None and trial.high is not None:
+        return f"{limit.shown(outcome)} at {rates.rate_of(trial.high):.4g}/s ({trial.verdicts[trial.high][0]})"
+    return "offline rate" if trial.top is not None else "-"
+
+
+def coordinates(search: Search, space: Space) -> str:
+    """Return parallel coordinates of all measured configurations as HTML; "" without plotly figures on the page."""
+    trials = [trial for trial in search.trials if trial.estimate is not None]
+    if not trials or front_chart(search) is None:
+        return ""
+    import plotly.graph_objects as go
+
+    dimensions = []
+    for key, values in space.axes.items():
+        texts = [trial.configuration.get(key) or "-" for trial in trials]
+        shown = [value for value in [*values, "-"] if value in texts]
+        dimensions.append(
+            {
+                "label": key.rpartition(".")[2],
+                "values": [shown.index(text) for text in texts],
+                "tickvals": list(range(len(shown))),
+                "ticktext": shown,
+            }
+        )
+    reach = [rates.RATIO ** (trial.estimate or 0.0) for trial in trials]
+    dimensions.append({"label": "requests/s (estimate)", "values": reach})
+    drawn = go.Figure(
+        go.Parcoords(dimensions=dimensions, line={"color": reach, "colorscale": "Viridis", "showscale": True})
+    )
+    drawn.update_layout(title="Options and the rate that is reached, as far as it is known", height=460)
+    return str(drawn.to_html(full_html=False, include_plotlyjs=False, div_id="figure_coordinates"))
+
+
+def facts(search: Search, found: Answer | None, declared: Declared, space: Space) -> dict[str, object]:
+    """Return the search as data, for other programs."""
+
+    def of(trial: Trial) -> dict[str, object]:
+        folders = [str(outcome.folder) for outcome in [trial.offline, *trial.probes.values()] if outcome is not None]
+        return {
+            "overrides": trial.configuration.words,
+            "rate_low": None if trial.low is None else rates.rate_of(trial.low),
+            "rate_high": None if trial.high is None else rates.rate_of(trial.high),
+            "offline_rps": trial.offline.metrics["throughput_rps"] if trial.offline else None,
+            "failed": trial.failed,
+            "figures": answer.figures(trial.best) if trial.best else {},
+            "records": folders,
+        }
+
+    correlated = [{"fidelity": n, "configurations": c, "spearman": v} for n, c, v in answer.correlations(search)]
+    return {
+        "objective": declared.goal.objective,
+        "limits": {limit.metric: limit.bound for limit in declared.goal.limits},
+        "budget": str(declared.budget),
+        "answer": answer.sentence(found) if found else None,
+        "winner": of(found.trial) if found else None,
+        "certified": found.certified if found else False,
+        "pareto": [trial.configuration.words for trial in front(search)],
+        "trials": [of(trial) for trial in search.trials],
+        "rank_correlation": correlated,
+        "left_out": space.left_out,
+    }

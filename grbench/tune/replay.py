@@ -1,0 +1,180 @@
+"""A search replayed from a measured grid: how near does a strategy come to the best, after how many evaluations?
+
+A grid has an offline cell of every configuration. Its batches give the times that a simulated queue draws from, so that
+any rate can be probed, each time with other arrivals and other times. The true best rate of a configuration is that of
+a long simulation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from grbench.execution import stats
+from grbench.tune import rates
+from grbench.tune.limits import PERCENTILE, Limit
+from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
+from grbench.tune.proposers import Axes, Listed, Neighbours, OneAtATime, OptunaProposer, Proposer
+from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
+from grbench.tune.search import BOTTOM, Batching, Goal, Search
+
+SPREAD = 0.02  # of run to run, as measured on an idle GPU
+LONG = 6_000  # requests of the simulation that is the truth
+
+OURS = "grbench"
+STRATEGIES: dict[str, Callable[[Sequence[Configuration], Axes, int], Proposer]] = {
+    "grbench": lambda some, axes, seed: OptunaProposer(some, axes, seed),
+    "optuna tpe": lambda some, axes, seed: OptunaProposer(some, axes, seed, startup=10),
+    "random": lambda some, axes, seed: Listed(some, seed),
+    "hill climb": lambda some, axes, seed: Neighbours(some, axes, 3, seed),
+    "first in order": lambda some, axes, seed: Listed(some),
+    "one at a time": lambda some, axes, seed: OneAtATime(some, axes),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell of the grid: its rate offline and its batches, or the status of its failure."""
+
+    throughput: float = 0.0
+    batches: Sequence[tuple[int, float]] = ()
+    status: str = "OK"
+    metrics: Mapping[str, float] = field(default_factory=dict)  # further ones, such as quality and memory
+
+
+@dataclass
+class Grid:
+    """A measured grid and how its configurations batch."""
+
+    axes: Axes
+    cells: Mapping[Configuration, Measured]
+    batching: Mapping[Configuration, Batching]
+
+    def __post_init__(self) -> None:
+        self._times: dict[Configuration, BatchTimes] = {}
+
+    def times(self, configuration: Configuration) -> BatchTimes:
+        """Return the times of batches, with the smaller sizes of configurations that differ in batching only."""
+        if configuration not in self._times:
+            largest = self.batching[configuration].max_batch
+            batches = [
+                batch
+                for other, cell in self.cells.items()
+                if all(key.startswith("scenario.") for key in configuration.differs(other))
+                for batch in cell.batches
+                if batch[0] <= largest
+            ]
+            self._times[configuration] = BatchTimes(batches, self.cells[configuration].throughput)
+        return self._times[configuration]
+
+    def truth(self, configuration: Configuration, limits: Sequence[Limit]) -> float:
+        """Return the highest rate that keeps the limits; 0 for none."""
+        cell = self.cells[configuration]
+        if cell.status != "OK" or any(x.static and (x.excess(Outcome("OK", cell.metrics)) or 0) > 0 for x in limits):
+            return 0.0
+        mine, times = self.batching[configuration], self.times(configuration)
+        bounds = [(float(p[2]), x.bound) for x in limits if (p := PERCENTILE.match(x.metric))]
+        top = rates.step_below(cell.throughput * rates.RATIO)
+        low, high = top - 2 * BOTTOM, top
+        while low < high:
+            step = (low + high + 1) // 2
+            rng = np.random.default_rng(1)
+            at = arrivals(rates.rate_of(step), LONG, rng)
+            found = latencies_ms(at, times.draw(rng), mine.max_batch, mine.max_wait_s, mine.in_flight)
+            kept = all(np.percentile(found, percent) <= bound for percent, bound in bounds)
+            low, high = (step, high) if kept else (low, step - 1)
+        return rates.rate_of(low) if low > top - 2 * BOTTOM else 0.0
+
+
+class Replay:
+    """An `Evaluator` that draws outcomes from a grid. The budget is a number of cells."""
+
+    def __init__(self, grid: Grid, cells: int, seed: int) -> None:
+        self._grid, self._cells, self._seed = grid, cells, seed
+        self._done: dict[tuple[Configuration, Probe], Outcome] = {}
+        self._order = {configuration: i for i, configuration in enumerate(grid.cells)}
+
+    @property
+    def used(self) -> int:
+        """The number of cells so far."""
+        return len(self._done)
+
+    def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
+        key = (configuration, probe)
+        if key not in self._done:
+            if self.used >= self._cells:
+                raise BudgetSpentError
+            step = rates.step_below(probe.rate * 1.001) if probe.rate else 0
+            of = (self._seed, self._order[configuration], step + 1000, probe.requests, probe.seed)
+            self._done[key] = self._draw(configuration, probe, np.random.default_rng(of))
+        return self._done[key]
+
+    def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
+        return ()
+
+    def share(self, probes: Sequence[Probe]) -> float:
+        return len(probes) / self._cells
+
+    def left(self) -> float:
+        return 1 - self.used / self._cells
+
+    def _draw(self, configuration: Configuration, probe: Probe, rng: np.random.Generator) -> Outcome:
+        cell, mine = self._grid.cells[configuration], self._grid.batching[configuration]
+        if cell.status != "OK":
+            return Outcome(cell.status, error="as measured in the grid")
+        slower = math.exp(rng.normal(0.0, SPREAD))
+        if probe.rate is None:
+            some = [cell.batches[i] for i in rng.integers(0, len(cell.batches), 16)]
+            return Outcome("OK", {**cell.metrics, "throughput_rps": cell.throughput / slower}, batches=some)
+        at = arrivals(probe.rate, probe.requests, rng)
+        service = self._grid.times(configuration).draw(rng)
+        found = latencies_ms(at, lambda size: slower * service(size), mine.max_batch, mine.max_wait_s, mine.in_flight)
+        summary = stats.latency_summary(found, arrivals_s=at)
+        rate = {
+            "throughput_rps": probe.requests / float((at + found / 1e3).max()),
+            "offered_rps": (probe.requests - 1) / float(at[-1] - at[0]),
+            "samples": float(probe.requests),
+        }
+        return Outcome("OK", {**cell.metrics, **summary.metrics, **rate}, summary.intervals)
+
+
+@dataclass
+class Run:
+    """One replayed search: the regret of its best after each cell, and what it calls feasible and is not."""
+
+    regret: list[float]
+    cells: int
+    final: float | None  # regret of what was certified; None: nothing was
+    false_feasible: bool
+
+
+def replay(grid: Grid, goal: Goal, strategy: str, cells: int, seed: int, truths: Mapping[Configuration, float]) -> Run:
+    """Replay one search with a budget of cells. truths: `Grid.truth` of every configuration.
+
+    The regret after a cell is that of the configuration that leads then, at its true best rate; 1 before any leads.
+    """
+    best = max(truths.values())
+    evaluator = Replay(grid, cells, seed)
+    regret = [1.0] * cells
+    configurations = list(grid.cells)
+
+    def progress(trial: object, probe: Probe, outcome: Outcome, verdict: object) -> None:
+        leader = search.incumbent
+        now = 1.0 if leader is None else 1 - truths[leader.configuration] / best
+        for i in range(evaluator.used - 1, cells):
+            regret[i] = now
+
+    proposer = STRATEGIES[strategy](configurations, grid.axes, seed)
+    search = Search(
+        configurations, goal, evaluator, proposer, grid.batching, progress, screen=strategy.startswith(OURS)
+    )
+    search.run()
+    certificate = search.certify() if goal.runs else None
+    claimed = 0.0 if certificate is None else rates.rate_of(certificate.step)
+    true = 0.0 if certificate is None else truths[certificate.trial.configuration]
+    # Two steps: the truth of a run that is slower than the mean by chance is a step or two lower.
+    final = None if certificate is None else 1 - true / best
+    return Run(regret, evaluator.used, final, claimed > true * rates.RATIO**2)

@@ -1,0 +1,535 @@
+"""The search: which configuration carries the most load within the limits. It measures by an `Evaluator` only.
+
+Each configuration is measured at rising fidelity. An offline probe shows the most that it can answer, and orders it by
+a simulated queue. Server probes at steps of the ladder of rates decide. A configuration that is not the first is probed
+just above the best rate so far, so that a worse one costs one probe. `certify` measures the best again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from grbench.execution import energy
+from grbench.tune import rates
+from grbench.tune.limits import PERCENTILE, Limit, Verdict, judge
+from grbench.tune.outcome import BudgetSpentError, Configuration, Evaluator, Outcome, Probe
+from grbench.tune.proposers import Proposer
+from grbench.tune.queue_model import BatchTimes, percentile_ms
+
+COARSE = rates.steps(1.09)  # width of a bracket while configurations are compared
+OFFLINE = 512  # requests of an offline probe
+PROBE_S = 20.0  # seconds of a server probe, where the budget is large
+FEWEST, MOST = 1000, 20_000  # requests of a server probe; p99 needs 1000
+LONGER = 3  # times the requests, where an outcome is unsure
+FIRST_SHARE, FIRST_FEWEST, FIRST_MOST = 0.2, 3, 12  # of the budget, for offline probes before the first rate
+BETWEEN = 2  # offline probes between two configurations that are probed at rates
+BOTTOM = rates.steps(20)  # steps below the offline rate at which a configuration is given up
+CERTIFIED = 10_000  # requests of a run that certifies
+CERTIFY_SIZES = (CERTIFIED, 5000, 2000, FEWEST)
+CERTIFY_SHARE = 0.45  # of the budget, at most, if fewer requests make it less
+CERTIFY_SEED = 101
+HELD = (Verdict.KEPT, Verdict.LIKELY)  # verdicts by which the search orders; only KEPT certifies
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Objective and limits. rate: requests a second, for the objective latency."""
+
+    objective: str
+    limits: tuple[Limit, ...]
+    rate: float | None = None
+    runs: int = 2  # that certify
+    probe_s: float = PROBE_S
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Options of a configuration's batches."""
+
+    max_batch: int
+    max_wait_s: float = 0.0
+    in_flight: int = 1
+
+
+@dataclass
+class Trial:
+    """Knowledge of one configuration."""
+
+    configuration: Configuration
+    offline: Outcome | None = None
+    top: int | None = None  # highest step that the offline rate allows
+    predicted: int | None = None  # step that the simulated queue allows
+    probes: dict[int, Outcome] = field(default_factory=dict)  # the last outcome at each step
+    verdicts: dict[int, tuple[Verdict, Limit | None]] = field(default_factory=dict)
+    failed: str = ""  # why it is out at any load
+    violation: float = 0.0  # by what share, 1 for a failure
+
+    @property
+    def low(self) -> int | None:
+        """The highest step that keeps the limits, for sure or likely."""
+        return max((step for step, (verdict, _) in self.verdicts.items() if verdict in HELD), default=None)
+
+    @property
+    def high(self) -> int | None:
+        """The lowest step above `low` that does not keep the limits, or that the offline rate rules out."""
+        low = self.low
+        above = [s for s, (v, _) in self.verdicts.items() if v not in HELD and (low is None or s > low)]
+        above += [] if self.top is None else [max(self.top, low or self.top) + 1]
+        return min(above, default=None)
+
+    @property
+    def best(self) -> Outcome | None:
+        """The outcome at the highest rate that keeps the limits."""
+        return None if self.low is None else self.probes[self.low]
+
+    @property
+    def binding(self) -> tuple[Limit | None, Outcome | None]:
+        """The limit that keeps the rate from being higher, with the outcome that shows it."""
+        high = self.high
+        return (
+            (None, None) if high is None or high not in self.verdicts else (self.verdicts[high][1], self.probes[high])
+        )
+
+    @property
+    def estimate(self) -> float | None:
+        """The step that the configuration reaches, as far as is known."""
+        if self.failed or (self.top is None and self.low is None):
+            return None
+        guess = float(self.predicted if self.predicted is not None else self.top or 0)
+        if self.high is not None:
+            guess = min(guess, self.high - 0.5)
+        return guess if self.low is None else max(guess, self.low)
+
+
+def samples(outcome: Outcome) -> float:
+    """Return the number of answers of an outcome."""
+    return outcome.metrics.get("samples", 0.0)
+
+
+Progress = Callable[[Trial, Probe, Outcome, Verdict | None], None]
+
+
+class Search:
+    """One search. `run` measures until the budget is spent; `trials` has what it found, whenever it ends."""
+
+    def __init__(
+        self,
+        configurations: Sequence[Configuration],
+        goal: Goal,
+        evaluator: Evaluator,
+        proposer: Proposer,
+        batching: Mapping[Configuration, Batching],
+        progress: Progress = lambda trial, probe, outcome, verdict: None,
+        screen: bool = True,
+    ) -> None:
+        """configurations: of the space, the default first. proposer: picks among them.
+
+        screen: probe many offline and only the most promising at a rate; False: each in turn.
+        """
+        self.goal, self.trials = goal, list[Trial]()
+        self._configurations, self._evaluator, self._proposer = configurations, evaluator, proposer
+        self._batching, self._progress = batching, progress
+        self._prune = goal.objective == "throughput"
+        self._screen = screen and self._prune
+
+    # What was found
+
+    def ranking(self) -> list[Trial]:
+        """Return the trials that keep the limits, the best first."""
+        return sorted((trial for trial in self.trials if trial.low is not None), key=self.score, reverse=True)
+
+    @property
+    def incumbent(self) -> Trial | None:
+        """The best trial so far."""
+        return next(iter(self.ranking()), None)
+
+    def score(self, trial: Trial) -> float:
+        """Return what the objective says of a trial that keeps the limits; larger is better."""
+        best = trial.best
+        assert best is not None and trial.low is not None
+        if self.goal.objective == "latency":
+            return -best.metrics["latency_ms/p99"]
+        return -cost(best) if self.goal.objective == "cost" else float(trial.low)
+
+    # Measuring
+
+    def run(self) -> None:
+        """Try configurations until the budget or the space ends, then narrow the bracket of the best."""
+        try:
+            self._recall()
+            if self._screen:
+                self._screened()
+            else:
+                while (configuration := self._proposer.ask()) is not None:
+                    self.try_one(configuration)
+        except BudgetSpentError:
+            pass
+        try:
+            while (best := self.incumbent) is not None and self._narrow(best, 1):
+                pass  # a failed step may make another trial the best
+            if self._screen:
+                self._runners_up()
+        except BudgetSpentError:
+            pass
+
+    def _screened(self) -> None:
+        """Probe configurations offline, and now and then the one that promises most at a rate."""
+        offline = self._evaluator.share([Probe(None, OFFLINE)])
+        first = min(max(round(FIRST_SHARE / offline), FIRST_FEWEST), FIRST_MOST) if offline else FIRST_MOST
+        since = 0
+        while True:
+            explored = sum(trial.offline is not None or bool(trial.failed) for trial in self.trials)
+            promising = self._promising()
+            if promising is not None and explored >= first and since >= BETWEEN:
+                self._try(promising)
+                since = 0
+                continue
+            if (configuration := self._proposer.ask()) is None:
+                if promising is None:
+                    return
+                self._try(promising)
+                continue
+            trial = Trial(configuration)
+            self.trials.append(trial)
+            try:
+                self._offline(trial)
+            finally:
+                self._tell(trial)
+            since += 1
+
+    def _promising(self) -> Trial | None:
+        """Return the trial that should beat the best so far by most, and was not yet shown not to."""
+        best = self.incumbent
+        level = -math.inf if best is None or best.low is None else best.low
+        open_ = [
+            t for t in self.trials if not t.failed and t is not best and self.expected(t) > level and self._may_win(t)
+        ]
+        return max(open_, key=self.expected, default=None)
+
+    def expected(self, trial: Trial) -> float:
+        """Return the step that a trial should reach: what is known of it, corrected by how far others were off."""
+        if trial.estimate is None:
+            return -math.inf
+        if trial.verdicts or trial.predicted is None or trial.top is None:
+            return trial.estimate
+        off = [(t.low + t.high - 1) / 2 - t.predicted for t in self.trials if t.predicted and t.low and t.high]
+        return min(trial.predicted + (statistics.median(off) if off else 0.0), trial.top)
+
+    def try_one(self, configuration: Configuration) -> None:
+        """Try a configuration that the proposer has picked. Raises BudgetSpentError."""
+        trial = Trial(configuration)
+        self.trials.append(trial)
+        try:
+            self._try(trial)
+        finally:
+            self._tell(trial)
+
+    def _recall(self) -> None:
+        """Take the outcomes of earlier searches, then go on with the configurations that they leave open."""
+        for configuration in self._configurations:
+            known = self._evaluator.known(configuration)
+            if not known:
+                continue
+            trial = Trial(configuration)
+            self.trials.append(trial)
+            self._proposer.take(configuration)
+            for probe, outcome in known:
+                self._note(trial, probe, outcome)
+            self._tell(trial)
+        for trial in sorted(self.trials, key=lambda trial: trial.estimate or 0.0, reverse=True):
+            if not trial.failed and self._may_win(trial):
+                self._try(trial)
+
+    def _runners_up(self) -> None:
+        """Find the rate of the best configuration of every other engine: people ask for it."""
+        best = self.incumbent
+        if best is None:
+            return
+        mine = best.configuration.get("engine")
+        for engine in dict.fromkeys(c.get("engine") for c in self._configurations):
+            trials = [t for t in self.trials if t.configuration.get("engine") == engine and not t.failed]
+            trial = max(trials, key=self.expected, default=None)
+            if engine != mine and trial is not None and trial.low is None:
+                self._try(trial, alone=True)
+
+    def _may_win(self, trial: Trial) -> bool:
+        best = self.incumbent
+        if best is trial:
+            return trial.high is None or trial.high - (trial.low or 0) > COARSE
+        if self.goal.objective != "throughput" or best is None or best.low is None:
+            return trial.low is None or self.goal.objective != "latency"
+        return trial.high is None or trial.high > best.low + 1
+
+    def _tell(self, trial: Trial) -> None:
+        if self.goal.objective in ("latency", "cost"):
+            score = self.score(trial) if trial.low is not None else None
+            score = None if score is None else math.copysign(math.log(abs(score) + 1e-9), score)
+        else:
+            score = trial.estimate
+        self._proposer.tell(trial.configuration, score, trial.violation)
+
+    def _try(self, trial: Trial, *, alone: bool = False) -> None:
+        """Find out whether a configuration is better than the best so far, and then its rate.
+
+        alone: find its rate in any case.
+        """
+        if self.goal.rate is not None:
+            self._server(trial, rates.step_below(self.goal.rate))
+            return
+        self._offline(trial)
+        if trial.failed or trial.top is None:
+            return
+        best = self.incumbent if self._prune and not alone else None
+        floor = trial.top - BOTTOM
+        if best is not None and best is not trial and best.low is not None:
+            start = best.low + 1
+            if start > trial.top or (start not in trial.verdicts and not self._server(trial, start)):
+                return
+            if trial.low is None or trial.low < start:
+                return
+        elif trial.low is None:
+            step, jump = min(round(self.expected(trial)), trial.top), COARSE
+            while step >= floor and not self._server(trial, step):
+                step, jump = step - jump, 2 * jump
+            if trial.low is None:
+                trial.failed = f"keeps the limits at no rate down to {rates.rate_of(max(step, floor)):.3g} requests/s"
+                trial.violation = self._least_excess(trial)
+                return
+        self._climb(trial)
+        self._narrow(trial, COARSE)
+        self._confirm(trial)
+
+    def _climb(self, trial: Trial) -> None:
+        """Raise the rate of a trial that keeps the limits until one does not, or its offline rate is reached."""
+        assert trial.low is not None and trial.top is not None
+        jump = COARSE
+        while (
+            (high := trial.high) is not None
+            and trial.low < trial.top
+            and not any(s > trial.low for s in trial.verdicts)
+        ):
+            step = min(trial.low + jump, trial.top)
+            self._server(trial, step)
+            jump *= 2
+            if high == trial.high and step not in trial.verdicts:
+                return
+
+    def _narrow(self, trial: Trial, width: int) -> bool:
+        """Halve the bracket of a trial until it has `width` steps. Returns True if anything was measured."""
+        measured = False
+        while (
+            self.goal.rate is None
+            and trial.low is not None
+            and trial.high is not None
+            and trial.high - trial.low > width
+        ):
+            self._server(trial, (trial.low + trial.high) // 2)
+            measured = True
+        return measured
+
+    def _offline(self, trial: Trial) -> None:
+        if trial.offline is None:
+            largest = self._batching[trial.configuration].max_batch
+            self._measure(trial, Probe(None, max(OFFLINE, 8 * largest)))
+
+    def _server(self, trial: Trial, step: int) -> bool:
+        """Probe a rate. Returns True if the limits are kept, for sure or likely."""
+        rate = rates.rate_of(step)
+        return self._measure(trial, Probe(rate, self.requests(rate))) in HELD
+
+    def _confirm(self, trial: Trial) -> None:
+        """Probe the rate of a new leader with more requests: near the most that it carries, a short run is lucky."""
+        confirmed: set[int] = set()
+        while self._screen and trial is self.incumbent and (step := trial.low) is not None and step not in confirmed:
+            confirmed.add(step)
+            rate = rates.rate_of(step)
+            verdict = self._measure(trial, Probe(rate, LONGER * self.requests(rate)))
+            if verdict not in HELD and trial.low is None:
+                self._server(trial, step - COARSE)
+
+    def requests(self, rate: float) -> int:
+        """Return the requests of a first probe at a rate."""
+        fewest = max([FEWEST, *(10_000 for limit in self.goal.limits if limit.metric.endswith("p99.9"))])
+        return min(max(fewest, 100 * round(rate * self.goal.probe_s / 100)), max(MOST, fewest))
+
+    def _measure(self, trial: Trial, probe: Probe) -> Verdict | None:
+        if not self._affords(probe):
+            raise BudgetSpentError
+        outcome = self._evaluator.evaluate(trial.configuration, probe)
+        verdict = self._note(trial, probe, outcome)
+        self._progress(trial, probe, outcome, verdict)
+        return verdict
+
+    def _affords(self, probe: Probe) -> bool:
+        """Return True if the budget has room for a probe and for certifying the best so far."""
+        return self._evaluator.share([probe, *self.reserve()]) <= self._evaluator.left()
+
+    def reserve(self) -> list[Probe]:
+        """Return the probes that would certify the best so far: as many requests as a part of the budget allows."""
+        best = self.incumbent
+        if best is None or best.low is None or not self.goal.runs:
+            return []
+        for size in CERTIFY_SIZES:
+            probes = 2 * certifying(rates.rate_of(best.low), size, self.goal.runs)  # the first may fail, or be unsure
+            if self._evaluator.share(probes) <= CERTIFY_SHARE:
+                break
+        return probes
+
+    def _note(self, trial: Trial, probe: Probe, outcome: Outcome) -> Verdict | None:
+        """Take an outcome into a trial. Returns the verdict on a server probe."""
+        if not outcome.ok:
+            if probe.rate is not None and outcome.status == "TIMEOUT":
+                self._enter(trial, probe.rate, outcome, (Verdict.BROKEN, None))
+                return Verdict.BROKEN
+            trial.failed, trial.violation = f"{outcome.status}: {outcome.error}", 1.0
+            return Verdict.BROKEN
+        if probe.rate is None:
+            trial.offline = outcome
+            trial.top = rates.step_below(outcome.metrics["throughput_rps"] * rates.RATIO)
+            trial.predicted = self._predict(trial)
+            verdict, limit = judge([limit for limit in self.goal.limits if limit.static], outcome)
+        else:
+            verdict, limit = judge(self.goal.limits, outcome)
+            self._enter(trial, probe.rate, outcome, (verdict, limit))
+        if verdict is Verdict.BROKEN and limit is not None and limit.static:
+            trial.failed, trial.violation = f"breaks {limit}: {limit.shown(outcome)}", limit.excess(outcome) or 1.0
+        elif self.goal.rate is not None and verdict is Verdict.BROKEN and limit is not None:
+            trial.violation = max(limit.excess(outcome) or 0.0, 1e-3)
+        return None if probe.rate is None else verdict
+
+    @staticmethod
+    def _enter(trial: Trial, rate: float, outcome: Outcome, verdict: tuple[Verdict, Limit | None]) -> None:
+        step = rates.step_below(rate * 1.001)
+        if step in trial.probes and samples(trial.probes[step]) > samples(outcome):
+            return  # a shorter probe of an earlier search
+        trial.probes[step], trial.verdicts[step] = outcome, verdict
+
+    def _least_excess(self, trial: Trial) -> float:
+        found = [
+            limit.excess(outcome) or 0.0
+            for step, outcome in trial.probes.items()
+            if (limit := trial.verdicts[step][1]) is not None
+        ]
+        return max(min(found, default=1.0), 1e-3)
+
+    def _predict(self, trial: Trial) -> int | None:
+        """Return the highest step at which the simulated queue keeps the latency limits, at most `trial.top`."""
+        assert trial.offline is not None and trial.top is not None
+        mine = self._batching[trial.configuration]
+        batches = [batch for other in self._alike(trial) for batch in other.offline.batches if other.offline]  # type: ignore[union-attr]
+        batches = [(size, seconds) for size, seconds in batches if size <= mine.max_batch]
+        bounds = [
+            (float(p[2]), x.bound)
+            for x in self.goal.limits
+            if (p := PERCENTILE.match(x.metric)) and p[1] == "latency_ms"
+        ]
+        if not batches or not bounds:
+            return trial.top
+        times = BatchTimes(batches, trial.offline.metrics["throughput_rps"])
+        low, high = trial.top - BOTTOM, trial.top
+        while low < high:
+            step = (low + high + 1) // 2
+            wait = (mine.max_batch, mine.max_wait_s, mine.in_flight)
+            kept = all(percentile_ms(times, rates.rate_of(step), percent, *wait) <= bound for percent, bound in bounds)
+            low, high = (step, high) if kept else (low, step - 1)
+        return low
+
+    def _alike(self, trial: Trial) -> list[Trial]:
+        """Return the measured trials that differ from this one in batching only, and itself."""
+
+        def alike(other: Trial) -> bool:
+            return all(key.startswith("scenario.") for key in trial.configuration.differs(other.configuration))
+
+        return [other for other in self.trials if other.offline is not None and alike(other)]
+
+    # Certification
+
+    def certify(self) -> Certificate | None:
+        """Measure the best again with other seeds, and with more requests; then the next best until one passes.
+
+        Returns None if nothing keeps the limits, or if the budget has no room for any run.
+        """
+        failures: list[str] = []
+        steps = {id(trial): trial.low for trial in self.ranking()}
+        while open_trials := [trial for trial in self.trials if steps.get(id(trial)) is not None]:
+            rated = self.goal.rate is not None or self.goal.objective == "cost"
+            trial = self.ranking()[0] if rated and not failures else max(open_trials, key=lambda t: steps[id(t)] or 0)
+            step = steps[id(trial)]
+            assert step is not None
+            outcomes, why = self._certifying_runs(trial, step)
+            if not why and outcomes:
+                return Certificate(trial, step, outcomes, failures)
+            if not outcomes:
+                return None
+            failures.append(f"{trial.configuration.name} at {rates.rate_of(step):.4g} requests/s: {why}")
+            next_step = step - 2 if self.goal.rate is None and trial.top and step - 2 > trial.top - BOTTOM else None
+            steps[id(trial)] = next_step
+        return None
+
+    def _certifying_runs(self, trial: Trial, step: int) -> tuple[list[Outcome], str]:
+        """Return the outcomes of the certifying runs, and why they fail ("": they do not)."""
+        outcomes: list[Outcome] = []
+        rate = rates.rate_of(step)
+        sizes = [
+            n
+            for n in CERTIFY_SIZES
+            if self._evaluator.share(certifying(rate, n, self.goal.runs)) <= self._evaluator.left()
+        ]
+        for probe in certifying(rate, sizes[0], self.goal.runs) if sizes else []:
+            outcome, verdict, limit = self._certifying_run(trial, probe)
+            longer = dataclasses.replace(probe, requests=LONGER * probe.requests)
+            if (
+                verdict in (Verdict.LIKELY, Verdict.UNSURE)
+                and self._evaluator.share([longer]) <= self._evaluator.left()
+            ):
+                outcome, verdict, limit = self._certifying_run(trial, longer)
+            outcomes.append(outcome)
+            if verdict is not Verdict.KEPT:
+                why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
+                return outcomes, f"in the run with seed +{probe.seed} {why}"
+        return outcomes, ""
+
+    def _certifying_run(self, trial: Trial, probe: Probe) -> tuple[Outcome, Verdict, Limit | None]:
+        outcome = self._evaluator.evaluate(trial.configuration, probe)
+        verdict, limit = judge(self.goal.limits, outcome) if outcome.ok else (Verdict.BROKEN, None)
+        self._progress(trial, probe, outcome, verdict)
+        return outcome, verdict, limit
+
+
+def certifying(rate: float, requests: int, runs: int) -> list[Probe]:
+    """Return the probes that certify a rate."""
+    return [Probe(rate, requests, CERTIFY_SEED + run) for run in range(runs)]
+
+
+@dataclass
+class Certificate:
+    """A configuration that kept the limits in every run with other seeds."""
+
+    trial: Trial
+    step: int
+    outcomes: list[Outcome]
+    failures: list[str]  # better ones that did not
+
+    @property
+    def requests(self) -> int:
+        """The requests of the shortest run."""
+        return min(round(outcome.metrics["samples"]) for outcome in self.outcomes)
+
+    @property
+    def full(self) -> bool:
+        """True if every run had the requests that certify."""
+        return self.requests >= CERTIFIED
+
+    @property
+    def worst(self) -> Outcome:
+        """The run with the largest p99."""
+        return max(self.outcomes, key=lambda outcome: outcome.metrics.get("latency_ms/p99", math.inf))
+
+
+def cost(outcome: Outcome) -> float:
+    """Return the cost of 1000 requests: joules where the energy is known, else seconds of the machine."""
+    return 1000 * outcome.metrics.get(energy.METRIC, 1.0 / outcome.metrics["throughput_rps"])

@@ -1,0 +1,163 @@
+"""One search from the command line: its cells, its progress, its answer and its files."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from grbench.config.compose import compose_spec
+from grbench.config.jobs import Invocation
+from grbench.config.schema import ConfigError
+from grbench.execution.session import CellSession
+from grbench.tune import answer, deploy, rates
+from grbench.tune.answer import Answer
+from grbench.tune.config import Declared
+from grbench.tune.limits import Verdict
+from grbench.tune.live import LiveEvaluator
+from grbench.tune.outcome import BudgetSpentError, Outcome, Probe
+from grbench.tune.proposers import OptunaProposer
+from grbench.tune.search import Batching, Search, Trial
+from grbench.tune.space import Space
+
+
+class TuneSession:
+    """Runs a search and says what it found. Every cell is kept, however the search ends."""
+
+    def __init__(self, declared: Declared, space: Space, words: Sequence[str]) -> None:
+        self._declared, self._space, self._words = declared, space, words
+        self._screen = Console(stderr=True)
+        _, run = compose_spec([*declared.fixed, *space.configurations[0].words], declared.config_dir)
+        root = Path(run.runner.output_root).absolute()
+        self.folder = root / "tune" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        invocation = Invocation(("tune", *words), 0, self.folder, config_dir=_path(declared.config_dir))
+        self._cells = CellSession(run, invocation, quiet=True)
+        self._evaluator = LiveEvaluator(self._cells, declared, space.specs, root, self.folder)
+        batching = {
+            configuration: Batching(spec.scenario.max_batch, spec.scenario.max_wait_ms / 1e3, spec.scenario.in_flight)
+            for configuration, spec in space.specs.items()
+        }
+        proposer = OptunaProposer(space.configurations, space.axes, declared.seed)
+        self._proposer = proposer
+        self.search = Search(space.configurations, declared.goal, self._evaluator, proposer, batching, self._show)
+        self._root = root
+
+    def run(self) -> int:
+        """Search, certify and say what was found. Returns the exit code: 0, or 1 if nothing keeps the limits.
+
+        Raises KeyboardInterrupt after saying what was found until then, and ConfigError.
+        """
+        cut_short = ""
+        certificate = None
+        interrupt: KeyboardInterrupt | None = None
+        try:
+            self._announce()
+            self.search.run()
+            certificate = self.search.certify() if self._declared.goal.runs else None
+            found = answer.answer(self.search, certificate)
+            if found is not None:
+                self._measure_steps(found)
+        except KeyboardInterrupt as e:
+            cut_short, interrupt = "interrupted", e
+            found = answer.answer(self.search, certificate)
+        except ConfigError:
+            self._cells.end(cut_short=True)
+            raise
+        code = self._conclude(found, cut_short)
+        if interrupt is not None:
+            raise interrupt
+        return code
+
+    def _measure_steps(self, found: Answer) -> None:
+        """Measure configurations one step from the winner while the budget lasts, so that each step has a cost."""
+        tried = {trial.configuration for trial in self.search.trials}
+        left = [configuration for configuration in self._space.configurations if configuration not in tried]
+        try:
+            for configuration in answer.unmeasured_steps(found, self._space.axes, left):
+                self._proposer.take(configuration)
+                self.search.try_one(configuration)
+        except BudgetSpentError:
+            pass
+
+    def _conclude(self, found: Answer | None, cut_short: str) -> int:
+        from grbench.tune import page
+
+        self._cells.end(bool(cut_short))
+        written: list[Path] = []
+        if self.search.trials:
+            written = page.write(self.search, found, self._declared, self._space, self.folder)
+        where = os.path.relpath(self.folder)
+        if cut_short:
+            self._say(f"{cut_short}; the same command goes on from here")
+        if found is None:
+            self._say(f"records: {where}   report: python -m grbench report {shlex.quote(where)}")
+            if not cut_short:
+                print(f"grbench tune: {self._why_none()}", file=sys.stderr)
+            return 1
+        best = deploy.write(found, self._declared, self.folder)
+        print(answer.sentence(found))
+        print(answer.binding(found))
+        for key, values, rate, change in answer.neighbours(found):
+            print(f"  {key} {values}: {rate} requests/s, {change}")
+        places = {"deployment": best, "page": written[0], "records": self.folder}
+        self._say("   ".join(f"{name}: {shlex.quote(os.path.relpath(path))}" for name, path in places.items()))
+        return 0
+
+    def _why_none(self) -> str:
+        """Return why there is no answer, in one line."""
+        if any(trial.probes or trial.offline or trial.failed for trial in self.search.trials):
+            return answer.nobody(self.search)
+        budget = self._declared.budget
+        if budget.cells is not None:
+            few = f"budget={budget.cells}cells: no record answers, and a first answer takes about 8 cells"
+            return f"{few}; nearest: budget=20cells"
+        cell_s = self._evaluator.cell_s + self._declared.goal.probe_s
+        return f"budget={budget.seconds:g}s: too small for one cell of about {cell_s:.0f} s; nearest: budget=5min"
+
+    def _announce(self) -> None:
+        space, goal = self._space, self._declared.goal
+        limits = ", ".join(map(str, goal.limits)) or "no limit"
+        self._say(
+            f"{goal.objective} within {limits}; {len(space.configurations)} configurations; "
+            f"budget {self._declared.budget}"
+        )
+        for reason, count in list(space.left_out.items())[:6]:
+            self._say(f"left out {count}: {reason}")
+        if len(space.left_out) > 6:
+            self._say(f"left out {sum(list(space.left_out.values())[6:])} for {len(space.left_out) - 6} other reasons")
+
+    def _show(self, trial: Trial, probe: Probe, outcome: Outcome, verdict: Verdict | None) -> None:
+        """Print one line for a probe: what was measured, the incumbent and what is left."""
+        name = trial.configuration.name
+        kept = " (kept)" if outcome.kept else f" ({outcome.seconds:.0f} s)"
+        if not outcome.ok:
+            what = f"{outcome.status}: {outcome.error}"
+        elif probe.rate is None:
+            what = f"offline {outcome.metrics['throughput_rps']:.4g} requests/s"
+        else:
+            limit = next(iter(self._declared.goal.limits), None)
+            figure = limit.shown(outcome) if limit else ""
+            what = f"{'certifying at ' if probe.seed else ''}{probe.rate:g} requests/s: {figure}: {verdict}"
+        best = self.search.incumbent
+        lead = (
+            "none yet"
+            if best is None or best.low is None
+            else f"{best.configuration.name} at {rates.rate_of(best.low):.4g}/s"
+        )
+        self._say(
+            f"{time.strftime('%H:%M:%S')} {name}: {what}{kept}; best: {lead}; {max(self._evaluator.left(), 0):.0%} left"
+        )
+
+    def _say(self, line: str) -> None:
+        self._screen.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _path(folder: str | None) -> Path | None:
+    return Path(folder).absolute() if folder else None

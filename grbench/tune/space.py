@@ -1,0 +1,181 @@
+"""The space of a search: its options and values, and the configurations that can be.
+
+A combination is left out before anything runs, with the reason, if its configuration is refused, or if its engine
+refuses its device, precision, cache or kernels (legal.py). An option that an engine does not have, such as
+`engine.cuda_graphs` of onnxruntime, is left out of that engine's configurations.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grbench.config.compose import compose_many, explain
+from grbench.config.schema import ConfigError, RunConfig, RunSpec, checked, spec_of
+from grbench.tune import legal
+from grbench.tune.outcome import Configuration
+from grengines.options import violations
+
+MOST = 20_000  # combinations that are checked one by one
+Axes = Mapping[str, Sequence[str]]
+
+
+@dataclass
+class Space:
+    """The configurations of a search, the default first, and why others are left out: reason, count."""
+
+    axes: Axes
+    configurations: list[Configuration]
+    specs: dict[Configuration, RunSpec] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: str | None = None) -> Space:
+    """Return the space of options `axes` of runs with the overrides `fixed`. Raises ConfigError for an empty one.
+
+    typed: the options of the space that must be used; others are dropped where no configuration has them. The default
+    configuration has the value of each option that a run without it has, or the option's first.
+    """
+    empty = [key for key, values in axes.items() if not values]
+    if empty:
+        raise ConfigError(f"{empty[0]}: the space has no value of it; give at least one")
+    total = math.prod(len(values) for values in axes.values())
+    if total > MOST:
+        raise ConfigError(
+            f"the space has {total:,} combinations, allowed are {MOST:,}; fix an option, or give it fewer values"
+        )
+    groups = {key: values for key, values in axes.items() if _is_group(key)}
+    options = {key: values for key, values in axes.items() if key not in groups}
+    combinations = [list(zip(groups, values, strict=True)) for values in itertools.product(*groups.values())]
+    words = [[*fixed, *(f"{key}={value}" for key, value in combination)] for combination in combinations]
+    left_out: Counter[str] = Counter()
+    found: dict[Configuration, tuple[RunSpec, RunConfig]] = {}
+    for combination, cfg in zip(combinations, compose_many(words, config_dir), strict=True):
+        count = math.prod(len(values) for values in options.values())
+        if isinstance(cfg, str):
+            if "no such option" in cfg:  # a misspelt name
+                raise ConfigError(cfg)
+            left_out[cfg] += count
+            continue
+        try:
+            run = checked(cfg, RunConfig)
+        except ConfigError as e:
+            left_out[str(e)] += count
+            continue
+        for configuration, changed in _with_options(combination, options, cfg, run):
+            if problem := next(violations(changed), None):
+                left_out[problem] += 1
+                continue
+            try:
+                found.setdefault(configuration, (spec_of(changed), run))
+            except ConfigError as e:
+                left_out[str(e)] += 1
+    reasons = _refused({configuration: spec for configuration, (spec, _) in found.items()})
+    left_out.update(reason for reason in reasons.values())
+    kept = [configuration for configuration in found if configuration not in reasons]
+    if not kept:
+        why = left_out.most_common(1)[0][0] if left_out else "it has no option"
+        raise ConfigError(f"the space is empty: none of {total} combinations can run here; most often: {why}")
+    _all_used([key for key in axes if key in typed], kept, left_out)
+    axes = {key: values for key, values in axes.items() if any(c.get(key) is not None for c in kept)}
+    kept.sort(key=lambda configuration: _unlike_default(configuration, axes, found[configuration][1]))
+    return Space(axes, kept, {c: found[c][0] for c in kept}, dict(left_out.most_common()))
+
+
+def _is_group(key: str) -> bool:
+    return "." not in key or "@" in key or "/" in key
+
+
+def _with_options(
+    combination: Sequence[tuple[str, str]], options: Axes, cfg: DictConfig, run: RunConfig
+) -> list[tuple[Configuration, RunConfig]]:
+    """Return the configurations of one choice of groups, with every combination of the options that it has."""
+    typed = {key: _typed(cfg, key, values) for key, values in options.items()}
+    mine = {key: values for key, values in typed.items() if values is not None}
+    made = []
+    for values in itertools.product(*(pairs.items() for pairs in mine.values())):
+        changed = copy.deepcopy(run)
+        for key, (_, value) in zip(mine, values, strict=True):
+            owner, _, name = key.rpartition(".")
+            setattr(_select(changed, owner), name, copy.copy(value))
+        texts = zip(mine, (text for text, _ in values), strict=True)
+        made.append((Configuration((*combination, *texts)), changed))
+    return made
+
+
+def _typed(cfg: DictConfig, key: str, values: Sequence[str]) -> dict[str, Any] | None:
+    """Return the values of an option as the configuration holds them; None if it has no such option."""
+    owner, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, owner)
+    schema = OmegaConf.get_type(node) if node is not None else None
+    if not dataclasses.is_dataclass(schema) or name not in {f.name for f in dataclasses.fields(schema)}:
+        return None
+    found = {}
+    for text in values:
+        changed = copy.deepcopy(node)
+        try:
+            OmegaConf.update(changed, name, OmegaConf.create(f"value: {text}").value)
+            found[text] = getattr(OmegaConf.to_object(changed), name)
+        except OmegaConfBaseException as e:
+            raise ConfigError(f"{key}={text}: {explain(e)}") from None
+    return found
+
+
+def _select(run: Any, path: str) -> Any:
+    for name in path.split("."):
+        run = getattr(run, name)
+    return run
+
+
+def _refused(specs: Mapping[Configuration, RunSpec]) -> dict[Configuration, str]:
+    """Return the configurations whose engine can't be built here, and why. Load and batching play no part in that."""
+    alike: dict[str, list[Configuration]] = {}
+    for configuration, spec in specs.items():
+        values = spec.to_dict()
+        parts = [values[group] for group in ("engine", "kernel", "cache", "model")]
+        alike.setdefault(json.dumps(parts, sort_keys=True, default=str), []).append(configuration)
+    reasons = legal.refusals([specs[some[0]] for some in alike.values()])
+    pairs = zip(alike.values(), reasons, strict=True)
+    return {configuration: reason for some, reason in pairs if reason for configuration in some}
+
+
+def _all_used(axes: Sequence[str], kept: Sequence[Configuration], left_out: Mapping[str, int]) -> None:
+    """Raise ConfigError for an option that no configuration has: a misspelt one would be searched in silence."""
+    for key in axes:
+        if not any(configuration.get(key) is not None for configuration in kept):
+            why = next((reason for reason in left_out if key in reason), "no engine of the space has it")
+            raise ConfigError(f"{key}: no configuration of the space has this option ({why}); leave it out")
+
+
+def _unlike_default(configuration: Configuration, axes: Axes, run: RunConfig) -> tuple[int, list[int]]:
+    """Return a key that sorts the default configuration first, and the others by the order of values."""
+    unlike, order = 0, []
+    for key, values in axes.items():
+        text = configuration.get(key)
+        order.append(list(values).index(text) if text is not None else 0)
+        if text is None:
+            continue
+        default = values[0]
+        if not _is_group(key):
+            held = _select(run, key)
+            shown = held if isinstance(held, str) else json.dumps(held)
+            default = next((v for v in values if v == shown or _number(v) == _number(shown) is not None), default)
+        unlike += text != default
+    return unlike, order
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,276 @@
+"""The search of `grbench tune`: limits, the queue, the strategy over made-up configurations, and the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pytest
+
+from grbench.config.schema import ConfigError
+from grbench.tune import answer, legal, limits, rates, space
+from grbench.tune.limits import Limit, Verdict
+from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
+from grbench.tune.proposers import Listed, Neighbours, OneAtATime, OptunaProposer
+from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
+from grbench.tune.replay import Grid, Measured, replay
+from grbench.tune.search import Batching, Goal, Search
+
+P99 = Limit("latency_ms/p99", 80.0)
+
+
+def outcome(p99: float, low: float | None = None, high: float | None = None, **metrics: float) -> Outcome:
+    figures = {"latency_ms/p50": p99 / 4, "latency_ms/p99": p99, "throughput_rps": 100.0, "offered_rps": 100.0}
+    intervals = {} if low is None or high is None else {"latency_ms/p99": [low, high]}
+    return Outcome("OK", {**figures, "samples": 10_000.0, "loadgen_valid": 1.0, **metrics}, intervals)
+
+
+class Capacities:
+    """An evaluator whose configurations keep 80 ms up to a capacity; probes of some seeds are worse."""
+
+    def __init__(
+        self, capacity: Mapping[Configuration, float], cells: int = 100, worse: Mapping[int, float] | None = None
+    ) -> None:
+        self.capacity, self.cells, self.worse = capacity, cells, worse or {}
+        self.probes: list[tuple[Configuration, Probe]] = []
+        self.earlier: dict[Configuration, list[tuple[Probe, Outcome]]] = {}
+        self.failing: dict[Configuration, str] = {}
+
+    def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
+        if len(self.probes) >= self.cells:
+            raise BudgetSpentError
+        self.probes.append((configuration, probe))
+        return self.outcome(configuration, probe)
+
+    def outcome(self, configuration: Configuration, probe: Probe) -> Outcome:
+        if configuration in self.failing:
+            return Outcome(self.failing[configuration], error="as planned")
+        capacity = self.capacity[configuration] * self.worse.get(probe.seed, 1.0)
+        if probe.rate is None:
+            return Outcome("OK", {"throughput_rps": 1.2 * capacity})
+        p99 = 80 * (probe.rate / capacity) ** 4
+        return outcome(p99, 0.99 * p99, 1.01 * p99, throughput_rps=probe.rate, offered_rps=probe.rate)
+
+    def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
+        return self.earlier.get(configuration, [])
+
+    def share(self, probes: Sequence[Probe]) -> float:
+        return len(probes) / self.cells if self.cells else float(bool(probes)) * float("inf")
+
+    def left(self) -> float:
+        return 1 - len(self.probes) / self.cells if self.cells else 0.0
+
+
+AXES = {"engine": ["hstu", "aoti"], "scenario.max_batch": ["1", "4", "16", "64"]}
+ALL = [Configuration(tuple(zip(AXES, values, strict=True))) for values in itertools.product(*AXES.values())]
+CAPACITY = {c: 100.0 + 40 * i for i, c in enumerate(ALL)}
+BATCHING = {c: Batching(int(c.get("scenario.max_batch") or 1)) for c in ALL}
+
+
+def searched(evaluator: Capacities, goal: Goal | None = None) -> Search:
+    goal = goal or Goal("throughput", (P99,))
+    search = Search(ALL, goal, evaluator, OptunaProposer(ALL, AXES), BATCHING)
+    search.run()
+    return search
+
+
+@pytest.mark.parametrize(
+    "found, verdict",
+    [
+        (outcome(70, 65, 79.9), Verdict.KEPT),
+        (outcome(70, 65, 80.1), Verdict.LIKELY),
+        (outcome(90, 79.9, 99), Verdict.UNSURE),
+        (outcome(90, 80.1, 99), Verdict.BROKEN),
+        (outcome(70), Verdict.LIKELY),  # without an interval nothing is proved
+        (outcome(90), Verdict.UNSURE),
+        (dataclasses.replace(outcome(400), intervals={"latency_ms/p50": [81.0, 120.0]}), Verdict.BROKEN),
+        (outcome(4000, throughput_rps=80.0), Verdict.BROKEN),  # the queue grows
+    ],
+)
+def test_a_limit_is_judged_by_the_interval(found: Outcome, verdict: Verdict) -> None:
+    assert P99.judge(found) is verdict
+
+
+def test_a_floor_is_the_least_value_and_an_unknown_metric_is_refused() -> None:
+    floor = limits.parse("throughput_rps", "90")
+    assert floor.judge(outcome(1)) is Verdict.KEPT
+    assert limits.parse("throughput_rps", "110").judge(outcome(1)) is Verdict.BROKEN
+    with pytest.raises(ConfigError, match="quality/auc_loss: no such key"):
+        limits.parse("quality.auc_loss", "0.1%").judge(outcome(1))
+    assert limits.parse("quality.auc_loss", "0.1%").bound == pytest.approx(0.001)
+
+
+def test_neighbouring_rates_are_three_percent_apart() -> None:
+    for step in (0, 57, 230):
+        assert rates.rate_of(step + 1) / rates.rate_of(step) == pytest.approx(1.03, rel=1e-3)
+        assert rates.step_below(rates.rate_of(step) * 1.001) == step
+
+
+def test_the_queue_of_single_requests_is_lindleys() -> None:
+    at = arrivals(100.0, 500, np.random.default_rng(3))
+    found = latencies_ms(at, lambda size: 0.008, 1, 0.0)
+    free, expected = 0.0, []
+    for time in at:
+        free = max(free, time) + 0.008
+        expected.append((free - time) * 1e3)
+    np.testing.assert_allclose(found, expected)
+
+
+def test_a_batch_waits_until_it_is_full_or_its_oldest_has_waited() -> None:
+    at = np.array([0.0, 0.001, 1.0])
+    np.testing.assert_allclose(latencies_ms(at, lambda size: 0.01, 2, 0.5), [11.0, 10.0, 510.0])
+    sizes: list[int] = []
+
+    def service(size: int) -> float:
+        sizes.append(size)
+        return 0.01
+
+    latencies_ms(np.zeros(5), service, 4, 0.5)
+    assert sizes == [4, 1]
+
+
+def test_times_of_batches_agree_with_the_offline_rate() -> None:
+    times = BatchTimes([(1, 0.002)] * 5 + [(8, 0.010)] * 5, throughput=1600.0)
+    assert times.mean(8) == pytest.approx(8 / 1600)
+    assert times.mean(1) < times.mean(4) < times.mean(8)
+
+
+def test_the_search_finds_the_best_and_brackets_it() -> None:
+    search = searched(Capacities(CAPACITY))
+    best = search.incumbent
+    assert best is not None and best.low is not None and best.high == best.low + 1
+    assert best.configuration == ALL[-1]
+    assert rates.rate_of(best.low) <= CAPACITY[ALL[-1]] < rates.rate_of(best.high) * 1.03
+
+
+def test_the_default_is_measured_first_and_a_loser_costs_one_probe_at_a_rate() -> None:
+    evaluator = Capacities({c: 1000.0 * 0.9**i for i, c in enumerate(ALL)})
+    search = searched(evaluator)
+    assert evaluator.probes[0] == (ALL[0], Probe(None, 512))
+    losers = [trial for trial in search.trials if trial.configuration in ALL[1:4]]
+    assert len(losers) == 3 and all(len(trial.probes) <= 1 for trial in losers)
+    other = next(trial for trial in search.trials if trial.configuration == ALL[4])
+    assert other.low is not None  # the best of another engine is bracketed as well
+
+
+def test_failures_are_data() -> None:
+    evaluator = Capacities(CAPACITY)
+    evaluator.failing = {ALL[-1]: "OOM", ALL[0]: "UNAVAILABLE"}
+    search = searched(evaluator)
+    assert search.incumbent is not None and search.incumbent.configuration == ALL[-2]
+    failed = {trial.configuration: trial.failed for trial in search.trials if trial.failed}
+    assert failed == {ALL[-1]: "OOM: as planned", ALL[0]: "UNAVAILABLE: as planned"}
+
+
+def test_certification_takes_the_next_best_if_the_best_fails() -> None:
+    evaluator = Capacities(CAPACITY)
+    search = searched(evaluator)
+    evaluator.worse = {101: 0.95}  # the first run with another seed carries 5% less
+    certificate = search.certify()
+    assert certificate is not None and certificate.full and len(certificate.outcomes) == 2
+    assert certificate.failures and "with seed +101" in certificate.failures[0]
+    assert rates.rate_of(certificate.step) <= 0.95 * CAPACITY[certificate.trial.configuration]
+    found = answer.answer(search, certificate)
+    assert found is not None and found.outcome is certificate.worst
+    words = answer.sentence(found)
+    assert words.startswith("Take aoti max_batch=") and "certified: 2 runs" in words and "LoadGen: VALID" in words
+    assert "The next best engine, hstu, gives" in words
+
+
+def test_another_limit_is_answered_from_earlier_outcomes_alone() -> None:
+    first = Capacities(CAPACITY)
+    searched(first)
+    again = Capacities(CAPACITY, cells=0)
+    for configuration, probe in first.probes:
+        again.earlier.setdefault(configuration, []).append((probe, first.outcome(configuration, probe)))
+    search = searched(again, Goal("throughput", (Limit("latency_ms/p99", 100.0),)))
+    assert again.probes == [] and search.incumbent is not None
+    assert search.incumbent.best is not None and search.incumbent.best.intervals["latency_ms/p99"][1] <= 100
+
+
+def test_the_least_latency_at_a_rate() -> None:
+    search = searched(Capacities(CAPACITY), Goal("latency", (), rate=90.0))
+    assert search.incumbent is not None and search.incumbent.configuration == ALL[-1]
+    assert all(len(trial.probes) == 1 for trial in search.trials)
+
+
+def test_a_limit_that_nobody_keeps_is_named_with_the_nearest_point() -> None:
+    goal = Goal("throughput", (P99, Limit("host_memory_mib/peak", 1.0)))
+    evaluator = Capacities(CAPACITY)
+    usual = evaluator.evaluate
+
+    def heavy(configuration: Configuration, probe: Probe) -> Outcome:
+        found = usual(configuration, probe)
+        return dataclasses.replace(found, metrics={**found.metrics, "host_memory_mib/peak": 3.0})
+
+    evaluator.evaluate = heavy  # type: ignore[method-assign]
+    search = searched(evaluator, goal)
+    assert answer.answer(search, None) is None
+    assert "breaks host_memory_mib.peak <= 1: host_memory_mib.peak 3" in answer.nobody(search)
+
+    slow = Capacities(dict.fromkeys(ALL, 1.0))
+    slow.evaluate = lambda configuration, probe: (  # type: ignore[method-assign]
+        outcome(200.0, 190.0, 210.0) if probe.rate else Outcome("OK", {"throughput_rps": 100.0})
+    )
+    words = answer.nobody(searched(slow))
+    assert words.startswith("latency_ms.p99 <= 80: no configuration") and "150% beyond it" in words
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OptunaProposer(ALL, AXES),
+        lambda: Listed(ALL, 1),
+        lambda: Neighbours(ALL, AXES),
+        lambda: OneAtATime(ALL, AXES),
+    ],
+)
+def test_every_configuration_is_proposed_once(make: Callable[[], Listed]) -> None:
+    proposer, seen = make(), []
+    while (configuration := proposer.ask()) is not None:
+        seen.append(configuration)
+        proposer.tell(configuration, CAPACITY[configuration], 0.0)
+    assert sorted(c.name for c in seen) == sorted(c.name for c in ALL)
+
+
+def made_up_grid() -> Grid:
+    """36 configurations in which the best batch depends on the kernel, and the first one is the worst."""
+    axes = {"kernel": ["torch", "triton", "cutlass"], "engine.cuda_graphs": ["false", "true"]}
+    axes |= {"scenario.max_batch": ["1", "4", "8", "16", "64", "256"]}
+    cells, batching = {}, {}
+    for kernel, graphs, batch in itertools.product(*axes.values()):
+        size = int(batch)
+        fixed = (4.0 if graphs == "false" else 1.0) + (2.0 if kernel == "cutlass" else 0.0)
+        each = {"torch": 3.0, "triton": 1.3, "cutlass": 1.0}[kernel]
+        seconds = (fixed + each * max(size, 4 if kernel == "cutlass" else 2) * (1 + 0.004 * size)) / 1e3
+        configuration = Configuration(tuple(zip(axes, (kernel, graphs, batch), strict=True)))
+        batches = [(size, seconds * (1 + 0.1 * np.sin(i))) for i in range(16)]
+        cells[configuration] = Measured(size / seconds, batches, "OOM" if kernel == "torch" and size > 32 else "OK")
+        batching[configuration] = Batching(size, 0.002)
+    return Grid(axes, cells, batching)
+
+
+def test_a_replayed_search_comes_near_the_best_and_certifies_nothing_false() -> None:
+    grid, goal = made_up_grid(), Goal("throughput", (P99,), probe_s=6.0)
+    truths = {configuration: grid.truth(configuration, goal.limits) for configuration in grid.cells}
+    run = replay(grid, goal, "grbench", 40, 0, truths)
+    assert run.final is not None and run.final <= 0.06  # two steps of the ladder
+    assert not run.false_feasible
+
+
+def test_the_space_leaves_out_what_cannot_be_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legal, "refusals", lambda specs: [None] * len(specs))
+    axes = {"engine": ["hstu", "onnxruntime", "vllm"], "engine.cuda_graphs": ["false", "true"]}
+    axes |= {"scenario.in_flight": ["1", "2"], "scenario.max_batch": ["4", "16"]}
+    built = space.build(axes, axes, ["task=rank", "scenario=server"])
+    names = [configuration.name for configuration in built.configurations]
+    assert names[0] == "hstu cuda_graphs=false in_flight=1 max_batch=16"  # as a run without these options
+    assert len(names) == 8 + 2 and "onnxruntime in_flight=1 max_batch=4" in names
+    assert any("task=rank: engine vllm can't" in reason for reason in built.left_out)
+    assert any("onnxruntime ends a batch before" in reason for reason in built.left_out)
+    with pytest.raises(ConfigError, match=r"engine\.no_such: no configuration of the space has this option"):
+        space.build({**axes, "engine.no_such": ["1", "2"]}, {*axes, "engine.no_such"}, ["task=rank", "scenario=server"])
+    with pytest.raises(ConfigError, match="the space is empty: none of 1 combinations"):
+        space.build({"engine": ["vllm"]}, ["engine"], ["task=rank", "scenario=server"])
