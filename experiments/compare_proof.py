@@ -28,6 +28,7 @@ DEFAULTS = [
     "workload=synthetic",
     "scenario=offline",
     "scenario.queries=2000",
+    "gate.requests=2",
     "tracking=none",
 ]
 LAYERS = {"base": 20, "equal": 20, "more": 21}
