@@ -62,7 +62,7 @@ class Load:
 
     user: int
     first: int  # first page of the state to load
-    pages: list[int]  # of the device, for this page and those after it
+    pages: Sequence[int]  # of the device, for this page and those after it
 
 
 @dataclass

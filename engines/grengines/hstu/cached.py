@@ -17,7 +17,7 @@ from grengines.cache import policies
 from grengines.cache.config import PagedCacheConfig
 from grengines.cache.history import History
 from grengines.cache.host import HostTier, Onload
-from grengines.cache.index import Plan
+from grengines.cache.index import Plan, no_pages
 from grengines.cache.places import HostPlaces, PagedBatch
 from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
@@ -319,7 +319,7 @@ class CachedRanking:
                 now=0.0,
                 cached=n,
                 stored=n,
-                pages=list(range(pool.pages_for(n))),
+                pages=no_pages(range(pool.pages_for(n))),
             )
             for r, n in zip(requests, cached, strict=True)
         ]
