@@ -120,6 +120,10 @@ def test_what_fills_a_bucket_fits_it(
     if not context and len(requests) == batch:
         assert host.tokens > tokens - batch  # what can't be shared evenly is left
     assert not (cached and not context) or all(len(r.history_items) == events for r in requests)
+    rest = filling(bucket, like, encoding, cached=cached, fewer=3)
+    fewer = pack(rest.requests, encoding, cached=rest.cached if cached else None, bucket=bucket).tokens
+    new = host.tokens // len(requests) - context - len(requests[0].candidates)
+    assert host.tokens - fewer == len(requests) * min(3, new)
 
 
 def plan(*tokens: int, batch: int = 1) -> list[Bucket]:

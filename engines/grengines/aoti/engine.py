@@ -30,7 +30,7 @@ from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack
 from grengines.runtime.buckets import plan_buckets, token_count
 from grengines.runtime.device import Placement
-from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, filling
+from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.profile import Sizes, check, profiles
 from grengines.runtime.results import Marks, collect
@@ -120,9 +120,10 @@ class AOTIEngine(RankingEngine):
 
     def _probe(self, longest: Request, bucket: Bucket, runner: Runner | None) -> Queue:
         """Return what queues a batch that fills a bucket, in its graph if there is a runner."""
-        requests = filling(bucket, longest, self._encoding).requests
+        batches = fillings(bucket, longest, self._encoding)
 
         def queue() -> Callable[[], RankResult]:
+            requests = next(batches).requests
             host = pack(requests, self._encoding, bucket=bucket if runner else None, pin=self._cuda)
             return self._queue(host, bucket if runner else None, runner, 0.0)
 

@@ -25,7 +25,7 @@ from grengines.cache.states import UserStates
 from grengines.hstu.load_costs import LoadCosts
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Bucket, Encoding, HostBatch, JaggedBatch, append_size, pack_slices
-from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, filling
+from grengines.runtime.graph_costs import Filling, Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
 from grengines.runtime.staging import Staging
@@ -308,8 +308,24 @@ class CachedRanking:
 
         It reads pages, whatever they hold, and writes to none.
         """
+        batches = map(self._planned, fillings(bucket, longest, self._ranker.encoding, cached=True))
+
+        def queue() -> Callable[[], RankResult]:
+            requests, plans = next(batches)
+            hosts, places, staged = self._pack(requests, plans, bucket if runner else None, whole=False)
+            marks = Marks(self._device)
+            self._place(hosts)
+            if runner is not None and staged is not None:
+                logits = self._replay(runner, bucket, staged, None, marks)
+            else:
+                logits = self._launch(hosts, places, any(plan.cached for plan in plans), None, marks)
+            return collect(logits, hosts, marks, 0.0, {})
+
+        return queue
+
+    def _planned(self, batch: Filling) -> tuple[list[Request], list[Plan]]:
+        """Return requests, and plans of them that hold the pool's first pages without taking them."""
         pool, context = self.states.pool, self._ranker.encoding.contextual_seq_len
-        requests, cached = filling(bucket, longest, self._ranker.encoding, cached=True)
         plans = [
             Plan(
                 request_id=r.request_id,
@@ -321,20 +337,9 @@ class CachedRanking:
                 stored=n,
                 pages=no_pages(range(pool.pages_for(n))),
             )
-            for r, n in zip(requests, cached, strict=True)
+            for r, n in zip(*batch, strict=True)
         ]
-
-        def queue() -> Callable[[], RankResult]:
-            hosts, places, staged = self._pack(requests, plans, bucket if runner else None, whole=False)
-            marks = Marks(self._device)
-            self._place(hosts)
-            if runner is not None and staged is not None:
-                logits = self._replay(runner, bucket, staged, None, marks)
-            else:
-                logits = self._launch(hosts, places, any(cached), None, marks)
-            return collect(logits, hosts, marks, 0.0, {})
-
-        return queue
+        return batch.requests, plans
 
 
 def _passes(users: Sequence[int]) -> list[list[int]]:

@@ -22,7 +22,7 @@ from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.runtime.buckets import first_batches, plan_buckets, token_count
 from grengines.runtime.device import Placement
-from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, filling
+from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
 from grkernels import tuning
@@ -109,8 +109,8 @@ class HSTUEngine(RankingEngine):
 
     def _probe(self, ranker: HSTURanker, longest: Request, bucket: Bucket, runner: Runner | None) -> Queue:
         """Return what queues a batch that fills a bucket, in its graph if there is a runner."""
-        requests = filling(bucket, longest, self._encoding).requests
-        return lambda: self._queue_packed(ranker, requests, bucket if runner else None, runner)
+        batches = fillings(bucket, longest, self._encoding)
+        return lambda: self._queue_packed(ranker, next(batches).requests, bucket if runner else None, runner)
 
     def _longest(self, sample: Sequence[Request]) -> Request:
         return max(sample, key=lambda r: len(r.history_items))

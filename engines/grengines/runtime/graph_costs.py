@@ -9,9 +9,9 @@ the launches, and this is the same for all batches of a bucket.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import cycle, groupby
 from statistics import median
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +21,7 @@ from grengines.api import BatchResult, Request
 from grengines.runtime.batch import Bucket, Encoding
 from grengines.runtime.buckets import Buckets
 
-RUNS = 5  # of which the median counts, after one that compiles
+RUNS = 5  # batches of which the median counts, after one that compiles
 SLACK = 1.25  # eager device times up to this share of the launches' are close enough to capture a graph and time it
 
 
@@ -145,16 +145,25 @@ class Filling(NamedTuple):
     cached: list[int]
 
 
-def filling(bucket: Bucket, like: Request, encoding: Encoding, *, cached: bool = False) -> Filling:
+def fillings(bucket: Bucket, like: Request, encoding: Encoding, *, cached: bool = False) -> Iterator[Filling]:
+    """Return endless batches that nearly fill a bucket, one after another of other sizes, as in a run.
+
+    A size that comes again costs the host less: libraries choose their kernels anew for each. Arguments: of `filling`.
+    """
+    return cycle([filling(bucket, like, encoding, cached=cached, fewer=i) for i in range(RUNS + 1)])
+
+
+def filling(bucket: Bucket, like: Request, encoding: Encoding, *, cached: bool = False, fewer: int = 0) -> Filling:
     """Return requests alike that fill a bucket. like: a request of the longest history.
 
-    cached: all events that find no room in the bucket are cached; without it they are left out.
+    cached: all events that find no room in the bucket are cached; without it they are left out. fewer: new events of
+    each that are left out or cached as well.
     """
     context, targets = encoding.contextual_seq_len, bucket.targets
     count = max(min(bucket.batch, bucket.tokens // (context + targets + 1)), 1)
     each = min(bucket.tokens // count, bucket.length)
     targets = min(targets, len(like.candidates), each)
-    events = min(max(each - targets - context, 0), len(like.history_items))
+    events = max(min(each - targets - context, len(like.history_items)) - fewer, 0)
     whole = cached and not context  # contextual tokens see the whole history: none of it is cached with new events
     kept = slice(0, len(like.history_items) if whole else events)
     history = {name: getattr(like, name)[kept] for name in HISTORY}
