@@ -31,10 +31,17 @@ class Ticket:
 
 Answered = Callable[[list[Ticket]], None]  # takes requests that ended together
 Watch = Callable[[Sequence[Request], BatchResult, int], None]  # takes a batch, its answers and its size; may raise
+Wanted = Callable[[list[Ticket]], list[Ticket]]  # returns those whose answers are still of use
+Refused = Callable[[Ticket, ValueError], None]  # takes a request that the engine does not admit
 
 
 def unwatched(requests: Sequence[Request], result: BatchResult, size: int) -> None:
     """Take a batch and do nothing."""
+
+
+def all_wanted(tickets: list[Ticket]) -> list[Ticket]:
+    """Return all requests."""
+    return tickets
 
 
 class RequestLoop:
@@ -43,7 +50,8 @@ class RequestLoop:
     `watch` and then `answered` are called on one of the threads at a time, with requests that ended together: a client
     that sends its next request upon an answer does not wait for the check within that request. If the engine or one of
     them raises, `failure` holds the exception, `stopped` is set and no further batch begins. key: which requests go
-    together (grbench.scenarios.waiting); None: they go in order of arrival.
+    together (grbench.scenarios.waiting); None: they go in order of arrival. wanted: is asked about the requests that
+    are taken next, on one of the threads; those that it leaves out are not answered.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class RequestLoop:
         threads: int = 1,
         watch: Watch = unwatched,
         key: Key | None = None,
+        wanted: Wanted = all_wanted,
     ) -> None:
         self.failure: BaseException | None = None
         self.stopped = threading.Event()
@@ -62,7 +71,7 @@ class RequestLoop:
         self.busy_s = 0.0  # seconds in which the engine computed
         self.batches = 0
         self.batched = 0  # requests of all batches
-        self._max_batch, self._answered, self._watch = max_batch, answered, watch
+        self._max_batch, self._answered, self._watch, self._wanted = max_batch, answered, watch, wanted
         self._waiting = Waiting(key, max_batch)
         self._changed = threading.Condition()
         self._closing = False
@@ -95,6 +104,13 @@ class RequestLoop:
         if self.failure is not None:
             raise self.failure
 
+    def has_ended(self, limit_s: float = 0.0) -> bool:
+        """Wait for the threads to end, after `fail`. Return whether all have ended within the limit."""
+        end = time.perf_counter() + limit_s
+        for thread in self._threads:
+            thread.join(max(end - time.perf_counter(), 0.0))
+        return not any(thread.is_alive() for thread in self._threads)
+
     @property
     def most_passed(self) -> int:
         """Most younger requests that were taken before a request."""
@@ -126,6 +142,10 @@ class RequestLoop:
             self.fail(e)
         finally:
             self.stopped.set()
+
+    def _take(self, count: int) -> list[Ticket]:
+        """Remove and return the next requests that are wanted, at most `count`."""
+        return self._wanted(self._waiting.take(count, time.perf_counter())) if count and self._waiting else []
 
     def _work(self) -> None:
         """Answer requests until the loop is closing and none waits."""
@@ -168,10 +188,11 @@ class Batcher(RequestLoop):
         in_flight: int = 1,
         watch: Watch = unwatched,
         key: Key | None = None,
+        wanted: Wanted = all_wanted,
     ) -> None:
         self._answer, self._max_wait_s, self._under_way = answer, max_wait_s, 0
         self._noting = threading.Lock()
-        super().__init__(max_batch, answered, in_flight, watch, key)
+        super().__init__(max_batch, answered, in_flight, watch, key, wanted)
 
     def _work(self) -> None:
         while batch := self._next_batch():
@@ -180,16 +201,16 @@ class Batcher(RequestLoop):
     def _next_batch(self) -> list[Ticket]:
         """Return the next batch. It is empty when the loop has ended or the engine has failed."""
         with self._changed:
-            while not self._closing and self.failure is None:
-                left = self._closes_in_s()
-                if left is not None and left <= 0:
+            while self.failure is None:
+                left = 0.0 if self._closing else self._closes_in_s()
+                if left is None or left > 0:
+                    self._changed.wait(left)
+                elif batch := self._take(self._max_batch):
+                    self._under_way += 1
+                    return batch
+                elif self._closing and not self._waiting:
                     break
-                self._changed.wait(left)
-            if self.failure is not None:
-                return []
-            batch = self._waiting.take(self._max_batch, time.perf_counter())
-            self._under_way += bool(batch)
-            return batch
+            return []
 
     def _closes_in_s(self) -> float | None:
         """Return the seconds until the next batch closes; None: not before a request arrives or a batch ends."""
@@ -236,21 +257,24 @@ class ContinuousBatcher(RequestLoop):
         answered: Answered,
         watch: Watch = unwatched,
         key: Key | None = None,
+        wanted: Wanted = all_wanted,
+        refused: Refused | None = None,
     ) -> None:
-        self._engine = engine
+        """refused: takes a request that the engine cannot admit; None: the loop fails."""
+        self._engine, self._refused = engine, refused
         self._under_way: dict[int, tuple[Ticket, float]] = {}
-        super().__init__(max_batch, answered, watch=watch, key=key)
+        self._keys = itertools.count()
+        super().__init__(max_batch, answered, watch=watch, key=key, wanted=wanted)
 
     def _work(self) -> None:
-        keys = itertools.count()
         while True:
-            for ticket in self._arrived():
-                key = next(keys)
-                self._under_way[key] = ticket, time.perf_counter()
-                self._engine.admit(key, ticket.request)
-            size = len(self._under_way)
-            if not size or self.failure is not None:
+            arrived = self._arrived()
+            if self.failure is not None or not (arrived or self._under_way):
                 return
+            for ticket in arrived:
+                self._admit(ticket)
+            if not (size := len(self._under_way)):
+                continue
             begun = time.perf_counter()
             finished = self._engine.step()
             done = time.perf_counter()
@@ -269,15 +293,27 @@ class ContinuousBatcher(RequestLoop):
                 self._watch([t.request for t in tickets], _as_batch(finished), size)
                 self._answered(tickets)
 
+    def _admit(self, ticket: Ticket) -> None:
+        key, admitted = next(self._keys), time.perf_counter()
+        try:
+            self._engine.admit(key, ticket.request)
+        except ValueError as e:
+            if self._refused is None:
+                raise
+            self._refused(ticket, e)
+        else:
+            self._under_way[key] = ticket, admitted
+
     def _arrived(self) -> list[Ticket]:
         """Return the requests that may join now. Waits only while the engine is idle; empty then means the end."""
         with self._changed:
-            while not (self._waiting or self._under_way or self._closing or self.failure):
-                self._changed.wait()
-            if self.failure is not None:
-                return []
-            free = self._max_batch - len(self._under_way)
-            return self._waiting.take(free, time.perf_counter())
+            while self.failure is None:
+                taken = self._take(self._max_batch - len(self._under_way))
+                if taken or self._under_way or (self._closing and not self._waiting):
+                    return taken
+                if not self._waiting:
+                    self._changed.wait()
+            return []
 
 
 def _as_batch(finished: Sequence[Finished]) -> GenerateResult:

@@ -44,6 +44,16 @@ class _Choice:
     step: Step | None = None
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A request in the queue of the strategy that was chosen for it. Cancel the future to give it up."""
+
+    request: Request
+    deadline: float  # seconds, time.perf_counter
+    choice: _Choice
+    future: asyncio.Future[Done]
+
+
 class Controller:
     """The strategies of one deployment. Runs on the event loop."""
 
@@ -68,32 +78,74 @@ class Controller:
 
     async def answer(self, request: Request, deadline: float) -> Answer:
         """Answer a request. deadline: seconds, time.perf_counter; may be infinite. Raises RefusedError."""
+        return await self.finish(self.begin(request, deadline))
+
+    def begin(self, request: Request, deadline: float) -> Begun:
+        """Choose a strategy for a request and queue it there. Raises RefusedError."""
         if self.pending >= self._max_queue:
             self._metrics.shed.labels("queue").inc()
             raise RefusedError(429, f"{self._max_queue} requests wait already (serve.max_queue)", self._clears_s())
         choice = self._choose(request, deadline)
+        return Begun(request, deadline, choice, self._submit(choice, deadline))
+
+    async def finish(self, begun: Begun) -> Answer:
+        """Wait for the answer to a request, from other strategies if the first one fails. Raises RefusedError."""
+        request, deadline, choice, future = begun.request, begun.deadline, begun.choice, begun.future
         failed: list[str] = []
         tried: set[Strategy] = set()
         while True:
             try:
-                done = await choice.strategy.submit(choice.request, choice.strategy.kind_of(choice.request))
+                done = await future
                 break
             except FailedError as e:
+                if e.reason == "late":
+                    raise self._too_late(f"deadline: {e}", self._clears_s()) from None
                 tried.add(choice.strategy)
                 failed.append(f"{choice.strategy.name}: {e.reason}")
-                left = [s for s in self.strategies if s not in tried and self._can(s, request)]
-                if not left:
-                    raise _nothing_left(e, failed) from None
-                following = min(left, key=lambda s: self._usual.index(s) if s in self._usual else math.inf)
+                following = self._following(tried, request, deadline, e, failed)
                 self._metrics.fallbacks.labels(choice.strategy.name, following.name, e.reason).inc()
                 choice = _Choice(following, request, "fallback")
+                future = self._submit(choice, deadline)
         self._metrics.choices.labels(choice.strategy.name, choice.reason).inc()
-        step = choice.step
+        step = choice.step or self._step_of(choice.strategy)
         if step is not None:
             self._metrics.degraded.labels(step.name).inc()
         return Answer(
             done, choice.strategy.name, choice.reason, step.name if step else "", step.loss if step else {}, failed
         )
+
+    @staticmethod
+    def _submit(choice: _Choice, deadline: float) -> asyncio.Future[Done]:
+        return choice.strategy.submit(choice.request, choice.strategy.kind_of(choice.request), deadline)
+
+    def _following(
+        self, tried: set[Strategy], request: Request, deadline: float, error: FailedError, failed: Sequence[str]
+    ) -> Strategy:
+        """Return the strategy after those that failed. Raises RefusedError if none is left or none can be in time."""
+        left = [s for s in self.strategies if s not in tried and self._can(s, request)]
+        if not left:
+            raise _nothing_left(error, failed)
+        predicted = {s: self.predicted_s(s, request) for s in left}
+        in_time = [s for s in left if predicted[s] <= deadline - time.perf_counter()]
+        if not in_time:
+            soonest = min(predicted.values())
+            raise self._too_late(
+                f"deadline: {'; '.join(failed)}; another strategy would take {soonest * 1e3:.1f} ms more",
+                soonest,
+                503,
+            )
+        return min(in_time, key=lambda s: self._usual.index(s) if s in self._usual else math.inf)
+
+    def _too_late(self, message: str, retry_after_s: float, status: int = 429) -> RefusedError:
+        """Return the error for a request that misses its deadline, and count it."""
+        self._metrics.shed.labels("deadline").inc()
+        return RefusedError(status, message, retry_after_s)
+
+    def _step_of(self, strategy: Strategy) -> Step | None:
+        """Return the step that a strategy is there for; None for a usual one."""
+        if strategy in self._usual:
+            return None
+        return next((step for step in self.deployment.degrade if step.strategy == strategy.name), None)
 
     def backlog_s(self, device: str) -> float:
         """Return the time until the requests on a device are answered."""
@@ -126,10 +178,8 @@ class Controller:
                     return _Choice(strategy, cheaper, "degraded", step)
         if stale := [s for s in able if not s.pending and time.perf_counter() - s.measured > FRESH_S]:
             return _Choice(stale[0], request, "measure")
-        self._metrics.shed.labels("deadline").inc()
         soonest = min(predicted.values())
-        raise RefusedError(
-            429,
+        raise self._too_late(
             f"deadline: the answer would take {soonest * 1e3:.1f} ms and {max(left, 0.0) * 1e3:.1f} ms are left",
             max(soonest - left, 0.0),
         )
@@ -163,11 +213,13 @@ class Controller:
         return strategy.state is State.READY and strategy.takes(request)
 
     def _nothing_serves(self, request: Request) -> RefusedError:
-        if self.ready:
-            sizes = f"{len(request.history_items)} events and {len(request.candidates)} candidates"
-            return wrong(f"TOKEN_LENGTHS: no strategy in service takes {sizes}; see serves in the deployment")
-        states = ", ".join(f"{s.name} is {s.state}" for s in self.strategies)
-        return RefusedError(503, f"no strategy serves: {states}", 1.0)
+        takers = [s for s in self.strategies if s.takes(request)]
+        sizes = f"{len(request.history_items)} events and {len(request.candidates)} candidates"
+        if not takers:
+            return wrong(f"TOKEN_LENGTHS: no strategy takes {sizes}; see serves in the deployment")
+        states = ", ".join(f"{s.name} is {s.state}" for s in takers)
+        what = f"no strategy in service takes {sizes}" if self.ready else "no strategy serves"
+        return RefusedError(503, f"{what}: {states}", 1.0)
 
     def _clears_s(self) -> float:
         return max((self.backlog_s(s.device) for s in self.strategies), default=0.0)

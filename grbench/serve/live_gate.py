@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 from grbench.serve.metrics import Metrics
 from grbench.serve.strategy import Done, Strategy
-from grengines.numerics import IncorrectError
 
 MOST_WAITING = 4
 
@@ -35,13 +34,14 @@ class LiveGate:
         loop = asyncio.get_running_loop()
         try:
             [verdict] = await loop.run_in_executor(self._thread, strategy.gate.judge, [done.as_answer()])
-        except IncorrectError as e:  # the reference itself is implausible for this request
-            strategy.take_out("wrong", str(e))
+        except Exception:  # the reference has no answer to compare with, which is not the engine's fault
+            self._metrics.gate_unjudged.labels(strategy.name).inc()
             return
         self._metrics.gate_error.labels(strategy.name).observe(verdict.error / verdict.tolerance)
         if verdict.problem is not None:
             self._metrics.gate_wrong.labels(strategy.name).inc()
-            strategy.take_out("wrong", f"live gate: {verdict.problem}")
+            if done.generation == strategy.generation:  # else it has been checked since
+                strategy.take_out("wrong", f"live gate: {verdict.problem}")
 
     def close(self) -> None:
         """Drop what waits."""

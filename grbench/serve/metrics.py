@@ -45,6 +45,9 @@ class Metrics:
             ["strategy"], buckets=[0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0, 2.0, 10.0], **own,
         )  # fmt: skip
         self.gate_wrong = Counter("grbench_gate_wrong", "Sampled answers that were wrong", ["strategy"], **own)
+        self.gate_unjudged = Counter(
+            "grbench_gate_unjudged", "Sampled answers that the reference could not judge", ["strategy"], **own
+        )
         self.events = Counter("grbench_state_events", "Appended events of users", **own)
         self.reloads = Counter("grbench_reloads", "Reloads of the deployment by outcome", ["outcome"], **own)
         self.success = Counter("nv_inference_request_success", "Triton's name: calls that were answered", **own)

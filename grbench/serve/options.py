@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grbench import deployment
 from grbench.config.compose import compose_spec, explain
-from grbench.config.schema import ConfigError
+from grbench.config.schema import ConfigError, RunConfig
 from grbench.deployment import Deployment, Strategy
 from grengines.options import expand_home, option, violations
 
@@ -102,9 +102,12 @@ def deployment_of(file: str | None, overrides: Sequence[str]) -> Deployment:
         return deployment.load(file)
     spec, _ = compose_spec(overrides)
     own = [word for word in overrides if not word.startswith("task=")]
+    is_limited = spec.latency_limit_ms != RunConfig.latency_limit_ms or any(
+        word.lstrip("+").startswith("latency_limit_ms=") for word in overrides
+    )  # a run has a limit to report goodput, which is no deadline of a client
     return Deployment(
         version=deployment.VERSION,
         task=spec.task,
-        limits={"latency_ms.p99": spec.latency_limit_ms},
+        limits={"latency_ms.p99": spec.latency_limit_ms} if is_limited else {},
         strategies=[Strategy(spec.engine.name, own or [f"engine={spec.engine.name}"])],
     )

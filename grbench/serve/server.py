@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -74,6 +75,7 @@ async def serve(
                 await asyncio.wait({stop, listening}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             service.draining = True
+            drained = time.monotonic() + config.drain_s  # one limit for all that follows
             log.info("draining", limit_s=config.drain_s)
             stop.cancel()
             starting.cancel()
@@ -81,7 +83,7 @@ async def serve(
             if rpc:
                 await rpc.stop(config.drain_s)
             await listening
-            await service.close()
+            await service.close(max(drained - time.monotonic(), 0.0))
             log.info("ended")
 
 

@@ -17,7 +17,7 @@ from grbench import __version__, workloads
 from grbench.config.schema import RunSpec
 from grbench.deployment import Deployment
 from grbench.execution.retrieval import build_retrieval
-from grbench.serve.controller import Answer, Controller, watch_times
+from grbench.serve.controller import Answer, Begun, Controller, watch_times
 from grbench.serve.errors import RefusedError, wrong
 from grbench.serve.live_gate import LiveGate
 from grbench.serve.logs import Log
@@ -67,8 +67,7 @@ class Service:
         self.draining = False
         self.begun = time.time()
         self._controller: Controller | None = None
-        self._old: list[Controller] = []  # they finish what they hold
-        self._controllers: list[Controller] = []  # all of these, for the time limit
+        self._controllers: list[Controller] = []  # and those that finish what they hold
         self._bounds: Bounds | None = None
         self._states: Histories | None = None
         self._spec: RunSpec | None = None
@@ -88,54 +87,64 @@ class Service:
 
     async def start(self) -> None:
         """Bring the first deployment up. Raises what each strategy of it raised, if none serves."""
-        self._controller = await self._bring_up(self.deployment)
+        async with self._reloading:
+            if self._controller is None:  # else a reload came first
+                self._controller, self._spec, self._bounds = await self._bring_up(self.deployment)
 
     async def reload(self) -> str:
         """Read the deployment again and replace the strategies; the old ones answer until then. Returns a line.
 
-        Raises RefusedError if the new one cannot serve, and then the old one goes on.
+        It waits until the server has started. Raises RefusedError if the new one cannot serve, and then the old one
+        goes on, and if the server ends.
         """
         async with self._reloading:
+            self._refuse_if_ending()
             try:
                 deployment = await asyncio.to_thread(self._load)
-                new = await self._bring_up(deployment)
+                new, spec, bounds = await self._bring_up(deployment)
             except Exception as e:
                 self.metrics.reloads.labels("failed").inc()
                 line = f"reload: {' '.join(str(e).split())}; the deployment before it goes on"
                 self.log.error("reload failed", error=line)
                 raise RefusedError(409, line) from None
+            if self.draining:
+                await self._end(new, 0.0)
+            self._refuse_if_ending()
             old, self._controller, self.deployment = self._controller, new, deployment
+            self._spec, self._bounds = spec, bounds
             self.metrics.reloads.labels("done").inc()
             self.log.info("reloaded", strategies=[s.name for s in new.strategies])
             if old is not None:
-                await self._end(old)
+                await self._end(old, self.config.drain_s)
             return f"serving {', '.join(s.name for s in new.strategies if s.state is State.READY)}"
 
-    async def close(self) -> None:
+    async def close(self, limit_s: float) -> None:
         """Finish what is in flight within the limit, and release everything."""
         self.draining = True
-        if self._controller is not None:
-            await self._end(self._controller)
+        await asyncio.gather(*(self._end(controller, limit_s) for controller in list(self._controllers)))
         self._watch.cancel()
         self._gate.close()
 
-    async def _end(self, controller: Controller) -> None:
-        await asyncio.gather(*(s.close(self.config.drain_s) for s in controller.strategies))
-        self._controllers.remove(controller)
+    async def _end(self, controller: Controller, limit_s: float) -> None:
+        await asyncio.gather(*(s.close(limit_s) for s in controller.strategies))
+        if controller in self._controllers:
+            self._controllers.remove(controller)
 
-    async def _bring_up(self, deployment: Deployment) -> Controller:
-        """Start every strategy, one after another. Raises RuntimeError if none serves."""
+    def _refuse_if_ending(self) -> None:
+        if self.draining:
+            raise RefusedError(503, "the server is ending", 1.0)
+
+    async def _bring_up(self, deployment: Deployment) -> tuple[Controller, RunSpec, Bounds]:
+        """Start every strategy, one after another. Raises RuntimeError if none serves, and then changes nothing."""
         specs = await asyncio.to_thread(deployment.specs, self._source or "deployment")
         spec = next(iter(specs.values()))
         if self._spec is not None and spec.workload != self._spec.workload:
             raise RuntimeError("the workload differs from that of the deployment before; start another server")
         trace, retrievals = await asyncio.to_thread(_load_workload, list(specs.values()))
-        self._spec = spec
         longest = self.config.max_history or spec.workload.max_history
-        self._bounds = Bounds(
-            deployment.task, trace.catalogue, self.config.max_users, longest, self.config.max_candidates
-        )
-        self._states = self._states or Histories(self.config.state_users, longest)
+        bounds = Bounds(deployment.task, trace.catalogue, self.config.max_users, longest, self.config.max_candidates)
+        if self._states is None:
+            self._states = Histories(self.config.state_users, longest)
         strategies = [
             Strategy(s.name, specs[s.name], s.serves, trace, retrieval, self.config.time_limit_s, self._changed)
             for s, retrieval in zip(deployment.strategies, retrievals, strict=True)
@@ -151,9 +160,10 @@ class Service:
                 strategy.state, strategy.why = State.CLOSED, failures[-1]
                 self.log.error("not started", strategy=strategy.name, error=failures[-1])
         if not controller.ready:
-            raise RuntimeError("; ".join(failures))
+            await self._end(controller, 0.0)
+            raise RuntimeError("; ".join(failures or [f"strategy {s.name}: {s.why}" for s in strategies]))
         self._controllers.append(controller)
-        return controller
+        return controller, spec, bounds
 
     def _changed(self, strategy: Strategy, what: str) -> None:
         say = self.log.info if strategy.state is State.READY else self.log.error
@@ -167,14 +177,35 @@ class Service:
         limit_s = self._limit_s(call.parameters)
         requests = decode(call.tensors, bounds, states, limit_s * 1e3)
         deadline = begun + limit_s
-        if len(requests) == 1:
-            answers = [await controller.answer(requests[0], deadline)]
+        begun_all: list[Begun] = []  # before anything is awaited: a reload would put another controller in place
+        try:
+            for request in requests:
+                begun_all.append(controller.begin(request, deadline))
+        except RefusedError:
+            for one in begun_all:
+                one.future.cancel()
+            raise
+        if len(begun_all) == 1:
+            answers = [await self._finish(controller, begun_all[0])]
         else:
-            answers = await _all(controller.answer(request, deadline) for request in requests)
-        for answer in answers:
-            self._count(controller, answer)
+            answers = await _all(self._finish(controller, one) for one in begun_all)
         tensors = chosen(call, encode([answer.done.reply for answer in answers]))
         return tensors, _parameters(answers)
+
+    async def _finish(self, controller: Controller, begun: Begun) -> Answer:
+        """Return an answer, and count it. A request that replaced strategies gave back goes to the present ones once.
+
+        Raises RefusedError.
+        """
+        try:
+            answer = await controller.finish(begun)
+        except RefusedError as e:
+            if e.status != 503 or self._controller is None or self._controller is controller:
+                raise
+            controller = self._controller
+            answer = await controller.answer(begun.request, begun.deadline)
+        self._count(controller, answer)
+        return answer
 
     def append(self, call: Call, model: str) -> dict[str, Any]:
         """Append events to a user's state. Raises RefusedError."""
@@ -186,8 +217,7 @@ class Service:
         return {"user_id": user, "version": now, "repeated": repeated}
 
     def _serving(self, model: str, version: str) -> tuple[Controller, Bounds, Histories]:
-        if self.draining:
-            raise RefusedError(503, "the server is ending", 1.0)
+        self._refuse_if_ending()
         if self._controller is None or self._bounds is None or self._states is None:
             raise RefusedError(503, "the server is starting; GET /v2/health/ready says when it serves", 1.0)
         self._check_model(model, version)

@@ -9,11 +9,14 @@ pause the engine is checked again, rebuilt if need be, and let in.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -22,6 +25,7 @@ from grbench.config.schema import RunSpec
 from grbench.deployment import Serves
 from grbench.gate import gate_for
 from grbench.gate.base import Gate, sample
+from grbench.gate.form import Form
 from grbench.gate.measured import Answer
 from grbench.scenarios.batcher import Batcher, ContinuousBatcher, RequestLoop, Ticket
 from grbench.scenarios.waiting import order_key
@@ -33,6 +37,8 @@ from grengines.api import BatchResult, Cached, ContinuousEngine, Request, Retrie
 from grengines.numerics import IncorrectError
 
 FIRST_PAUSE_S, MOST_PAUSE_S = 1.0, 60.0  # before a strategy that went out is tried again
+CALM_S = 60.0  # in service without a failure, after which the first pause is short again
+STOP_S = 1.0  # for the threads of a strategy that is closed to end
 KNOWN_USERS = 100_000
 WARM_UP = 512  # requests of the workload that costs are measured with
 
@@ -47,7 +53,7 @@ class State(StrEnum):
 
 
 class FailedError(Exception):
-    """A strategy did not answer. reason: raised, hung, device, wrong, outside or out."""
+    """A strategy did not answer. reason: raised, hung, device, wrong, outside, late or out."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -67,6 +73,7 @@ class Done:
     pack_ms: float
     load_ms: float
     compute_ms: float
+    generation: int  # of the strategy
 
     def as_answer(self) -> Answer:
         """Return it as the gate judges answers."""
@@ -80,15 +87,20 @@ class _Pending:
     future: asyncio.Future[Done]
     kind: Kind
     cost_s: float
+    deadline: float  # seconds, time.perf_counter
 
 
 @dataclass
 class _Mixed(BatchResult):
-    """A batch whose requests were answered one by one, because together they failed."""
+    """A batch in which some requests have an error instead of an answer.
+
+    is_sure: the engine has answered a request that is known to be good, so it is not to blame.
+    """
 
     scores: list[Any]
     items: list[Any]
     errors: list[Exception | None]
+    is_sure: bool
 
 
 class Strategy:
@@ -118,12 +130,14 @@ class Strategy:
         self._batcher: RequestLoop | None = None
         self._pending: dict[int, _Pending] = {}
         self._keys = itertools.count()
-        self._running: dict[int, float] = {}  # begin of each batch on a thread, by a number
+        self._numbers = itertools.count()
+        self._running: dict[int, float] = {}  # begin of the engine's work on each thread, by a number
         self._loop = asyncio.get_running_loop()
         self._known: OrderedDict[int, int] = OrderedDict()  # events of each user's last request
-        self._pause_s = FIRST_PAUSE_S
+        self._pause_s, self._in_since = FIRST_PAUSE_S, 0.0
         self._retry: asyncio.Task[None] | None = None
-        self._generation = 0  # of the batcher; messages of an earlier one are late
+        self._checking: asyncio.Future[None] | None = None  # of the engine, on a thread
+        self.generation = 0  # of the batcher; messages of an earlier one are late
 
     @property
     def pending(self) -> int:
@@ -162,55 +176,72 @@ class Strategy:
         await asyncio.to_thread(self._build)
         self._let_in()
 
-    def submit(self, request: Request, kind: Kind) -> asyncio.Future[Done]:
-        """Queue a request. The future raises FailedError if the strategy does not answer it."""
+    def submit(self, request: Request, kind: Kind, deadline: float = math.inf) -> asyncio.Future[Done]:
+        """Queue a request. The future raises FailedError if the strategy does not answer it.
+
+        deadline: seconds, time.perf_counter. A request that waits longer, or whose future is cancelled, is dropped.
+        """
         future: asyncio.Future[Done] = self._loop.create_future()
         if self.state is not State.READY or self._batcher is None:
             future.set_exception(FailedError("out", f"strategy {self.name} is {self.state}"))
             return future
         key, cost_s = next(self._keys), self.costs.each_s(kind)
-        self._pending[key] = _Pending(future, kind, cost_s)
+        self._pending[key] = _Pending(future, kind, cost_s, deadline)
         self.waiting_s += cost_s
         self._batcher.submit([Ticket(request, time.perf_counter(), key)])
         return future
 
     def check_time(self) -> None:
-        """Take the strategy out if a batch has taken longer than the limit. Called now and then."""
-        if self.state is State.READY and (begun := list(self._running.values())):
+        """Take the strategy out if a batch has taken longer than the limit or its batcher has died. Called often."""
+        if self.state not in (State.READY, State.CLOSED) or self._batcher is None:
+            return
+        if (error := self._batcher.failure) is not None:
+            self._failed(error)
+        elif begun := list(self._running.values()):
             took = time.perf_counter() - min(begun)
             if took > self._time_limit_s:
                 limit = f"serve.time_limit_s={self._time_limit_s:g}"
                 self.take_out("hung", f"a batch has taken {took:.1f} s, longer than {limit}")
 
     def take_out(self, reason: str, message: str) -> None:
-        """Give the requests back and try again later."""
+        """Give the requests back and try again later. One that closes only gives its requests back."""
+        error = FailedError(reason, message)
         if self.state is not State.READY:
+            self._give_back(error)
             return
         self.state, self.why = State.OUT, f"{reason}: {message}"
-        self._generation += 1
+        self.generation += 1
         self._known.clear()
-        batcher, self._batcher = self._batcher, None
-        if batcher is not None:
-            batcher.fail(FailedError(reason, message))
-        pending, self._pending, self.waiting_s = self._pending, {}, 0.0
-        for one in pending.values():
-            if not one.future.done():
-                one.future.set_exception(FailedError(reason, message))
+        self._give_back(error)
+        if time.perf_counter() - self._in_since >= CALM_S:
+            self._pause_s = FIRST_PAUSE_S
         self._retry = self._loop.create_task(self._come_back())
         self._on_change(self, reason)
 
     async def close(self, limit_s: float) -> None:
-        """Answer what is queued, within a limit, and release the engine."""
-        closing, self.state = self.state, State.CLOSED
+        """Answer what is queued, within a limit, and release the engine unless a thread is still in it."""
+        self.state = State.CLOSED
         if self._retry is not None:
             self._retry.cancel()
+        if waiting := [one.future for one in self._pending.values()]:
+            await asyncio.wait(waiting, timeout=limit_s)
+        self._give_back(FailedError("out", f"strategy {self.name} is closed"))
+        if self._checking is not None:
+            await asyncio.wait([self._checking], timeout=STOP_S)
+        is_free = self._checking is None or self._checking.done()
         if self._batcher is not None:
-            waiting = [one.future for one in self._pending.values()]
-            if waiting:
-                await asyncio.wait(waiting, timeout=limit_s)
-            self._batcher.fail(FailedError("out", f"strategy {self.name} is closed"))
-        if self._engine is not None and closing is not State.STARTING and not self._running:
+            is_free = await asyncio.to_thread(self._batcher.has_ended, STOP_S) and is_free
+        if self._engine is not None and is_free:
             await asyncio.to_thread(self._engine.close)
+
+    def _give_back(self, error: FailedError) -> None:
+        """Stop the batcher, and fail what the strategy holds."""
+        if self._batcher is not None:
+            self._batcher.fail(error)
+        pending, self._pending, self.waiting_s = self._pending, {}, 0.0
+        for one in pending.values():
+            if not one.future.done():
+                one.future.set_exception(error)
 
     def _build(self) -> None:
         """Make the engine, check it, warm it up and measure its costs. Raises what fails."""
@@ -256,19 +287,27 @@ class Strategy:
         return costs
 
     def _let_in(self) -> None:
-        self._generation += 1
-        scenario = self.spec.scenario
-        watch, answered = self._watcher(self._generation)
+        self.generation += 1
+        generation, scenario = self.generation, self.spec.scenario
+        watch, answered = self._watcher(generation)
+        self._known_good = sample(self._trace.requests, 2, self.spec.seed)[0]
         key = order_key(scenario.order, self._engine)
+
+        def wanted(tickets: list[Ticket]) -> list[Ticket]:
+            return self._wanted(generation, tickets)
+
         if isinstance(self._engine, ContinuousEngine):
-            guarded = _Guarded(self._engine, lambda e: self._post(self._generation, self._failed, e))
-            self._batcher = ContinuousBatcher(guarded, scenario.max_batch, answered, watch, key)
+            guarded = _Guarded(self._engine, lambda: self._guarding(generation))
+            self._batcher = ContinuousBatcher(
+                guarded, scenario.max_batch, answered, watch, key, wanted,
+                lambda ticket, error: self._post(generation, self._refuse, ticket, error),
+            )  # fmt: skip
         else:
-            answer = self._answerer(self._generation)
+            answer = self._answerer(generation)
             self._batcher = Batcher(
-                answer, scenario.max_batch, scenario.max_wait_ms / 1e3, answered, scenario.in_flight, watch, key
+                answer, scenario.max_batch, scenario.max_wait_ms / 1e3, answered, scenario.in_flight, watch, key, wanted
             )
-        self.state, self.why = State.READY, ""
+        self.state, self.why, self._in_since = State.READY, "", time.perf_counter()
         self._on_change(self, "ready")
 
     async def _come_back(self) -> None:
@@ -277,10 +316,11 @@ class Strategy:
         while self.state is State.OUT:
             await asyncio.sleep(self._pause_s)
             self._pause_s = min(2 * self._pause_s, MOST_PAUSE_S)
-            if self._running:  # its thread is still in the engine
+            if self._batcher is not None and not self._batcher.has_ended():  # a thread is still in the engine
                 continue
+            self._checking = self._loop.run_in_executor(None, self._rebuild if rebuild else self._check)
             try:
-                await asyncio.to_thread(self._rebuild if rebuild else self._check)
+                await asyncio.shield(self._checking)
             except Exception as e:
                 self.why = f"{self.why.partition(';')[0]}; tried again: {type(e).__name__}: {' '.join(str(e).split())}"
                 self._on_change(self, "still out")
@@ -289,64 +329,86 @@ class Strategy:
             self._let_in()
 
     def _check(self) -> None:
+        """Check the engine with an empty cache: what is in it may be what was wrong."""
+        self._engine.reset_cache()
         self.gate.check(self._engine, self.spec.scenario.max_batch)
+        self._engine.reset_cache()
 
     def _rebuild(self) -> None:
-        self._engine.close()
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
         self._build()
 
     # What follows runs on the batcher's threads, and posts messages to the event loop.
 
     def _post(self, generation: int, call: Callable[..., None], *values: Any) -> None:
         def deliver() -> None:
-            if generation == self._generation:
+            if generation == self.generation:
                 call(*values)
 
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(deliver)
 
+    @contextlib.contextmanager
+    def _guarding(self, generation: int) -> Iterator[None]:
+        """Note how long the engine works, for the limit, and report what it raises."""
+        number = next(self._numbers)
+        self._running[number] = time.perf_counter()
+        try:
+            yield
+        except Exception as e:
+            self._post(generation, self._failed, e)
+            raise
+        finally:
+            del self._running[number]
+
     def _answerer(self, generation: int) -> Callable[[Sequence[Request]], BatchResult]:
         """Return the function that answers a batch. If it fails, the engine is asked about each request alone."""
-        answer = getattr(self._engine, self.spec.task)
-        numbers, [known_good, _] = itertools.count(), sample(self._trace.requests, 2, self.spec.seed)
+        ask, form = getattr(self._engine, self.spec.task), self.gate.form
+
+        def answer(requests: Sequence[Request]) -> BatchResult:
+            result: BatchResult = ask(requests)
+            if problem := form.problem(requests, result):
+                raise IncorrectError(problem)
+            return result
 
         def guarded(requests: Sequence[Request]) -> BatchResult:
-            number = (generation << 32) + next(numbers)
-            self._running[number] = time.perf_counter()
-            try:
-                return answer(requests)  # type: ignore[no-any-return]
-            except Exception as e:
+            with self._guarding(generation):
                 try:
+                    return answer(requests)
+                except Exception as e:
                     if _device_is_lost(e):
                         raise
-                    answer([known_good])  # raises if the engine is to blame
-                    return _one_by_one(answer, requests)
-                except Exception as worse:
-                    self._post(generation, self._failed, worse)
-                    raise
-            finally:
-                del self._running[number]
+                answer([self._known_good])  # raises if the engine is to blame
+                return _one_by_one(answer, requests)
 
         return guarded
+
+    def _wanted(self, generation: int, tickets: list[Ticket]) -> list[Ticket]:
+        """Return the requests that can be in time and whose clients wait, and drop the others."""
+        now, wanted, dropped = time.perf_counter(), [], []
+        for ticket in tickets:
+            one = self._pending.get(ticket.key)
+            is_wanted = one is not None and not one.future.done() and now <= one.deadline
+            (wanted if is_wanted else dropped).append(ticket)
+        if dropped:
+            self._post(generation, self._drop, dropped)
+        return wanted
 
     def _watcher(
         self, generation: int
     ) -> tuple[Callable[[Sequence[Request], BatchResult, int], None], Callable[[list[Ticket]], None]]:
         """Return the two functions that the batcher calls after each batch."""
-        form = self.gate.form
+        form, is_continuous = self.gate.form, isinstance(self._engine, ContinuousEngine)
         last: list[BatchResult] = []
 
         def watch(requests: Sequence[Request], result: BatchResult, size: int) -> None:
-            last[:] = [result]
-            if not isinstance(result, _Mixed) and (problem := form.problem(requests, result)):
-                error = IncorrectError(problem)
-                self._post(generation, self._failed, error)
-                raise error
+            last[:] = [_judged(form, requests, result) if is_continuous else result]
 
         def answered(tickets: list[Ticket]) -> None:
-            assert self._batcher is not None or generation != self._generation
-            if (batcher := self._batcher) is not None:
-                self._post(generation, self._deliver, tickets, last[0], batcher.take_rows()[-len(tickets) :])
+            assert self._batcher is not None, "it calls this"
+            self._post(generation, self._deliver, tickets, last[0], self._batcher.take_rows()[-len(tickets) :])
 
         return watch, answered
 
@@ -356,32 +418,78 @@ class Strategy:
         reason = "wrong" if isinstance(error, IncorrectError) else "device" if _device_is_lost(error) else "raised"
         self.take_out(reason, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
+    def _drop(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            one = self._release(ticket)
+            if one is not None and not one.future.done():
+                one.future.set_exception(FailedError("late", "the deadline passed while the request waited"))
+
+    def _refuse(self, ticket: Ticket, error: ValueError) -> None:
+        one = self._release(ticket)
+        if one is not None and not one.future.done():
+            one.future.set_exception(_outside(error))
+
+    def _release(self, ticket: Ticket) -> _Pending | None:
+        """Forget a request that was queued, and return what is known of it."""
+        one = self._pending.pop(ticket.key, None)
+        if one is not None:
+            self.waiting_s = max(self.waiting_s - one.cost_s, 0.0) if self._pending else 0.0
+        return one
+
     def _deliver(self, tickets: list[Ticket], result: Any, rows: list[tuple[float, ...]]) -> None:
         self.batches += 1
+        ended = [self._release(ticket) for ticket in tickets]
+        try:
+            self._hand_out(tickets, ended, result, rows)
+        except Exception as e:  # the result is not as it should be
+            for one in ended:
+                if one is not None and not one.future.done():
+                    one.future.set_exception(FailedError("raised", f"{type(e).__name__}: {e}"))
+            self._failed(e)
+
+    def _hand_out(
+        self, tickets: list[Ticket], ended: list[_Pending | None], result: Any, rows: list[tuple[float, ...]]
+    ) -> None:
         kinds = []
-        for i, (ticket, row) in enumerate(zip(tickets, rows, strict=True)):
-            one = self._pending.pop(ticket.key, None)
+        for i, (ticket, one, row) in enumerate(zip(tickets, ended, rows, strict=True)):
             if one is None:
+                continue
+            if isinstance(result, _Mixed) and (error := result.errors[i]) is not None:
+                if not result.is_sure and ticket.request is not self._known_good:
+                    self._suspect(ticket, one, error)
+                elif not one.future.done():
+                    one.future.set_exception(_outside(error))
                 continue
             cached = result.cached[i] if result.cached else Cached()
             kinds.append(Kind(one.kind.tokens, 2 * cached.tokens > cached.of))
             self._remember(ticket.request)
-            self.waiting_s = max(self.waiting_s - one.cost_s, 0.0) if self._pending else 0.0
             if one.future.done():  # its client has left
-                continue
-            if isinstance(result, _Mixed) and (error := result.errors[i]) is not None:
-                one.future.set_exception(FailedError("outside", f"{type(error).__name__}: {error}"))
                 continue
             _, _, _, queued, batch, transfer, compute, _, _, size = row
             items = result.items[i] if getattr(result, "items", None) else None
-            reply = Reply(result.scores[i], items)
-            done = Done(reply, ticket.request, cached, result.fallback, int(size), queued, batch, transfer, compute)
-            one.future.set_result(done)
+            one.future.set_result(
+                Done(
+                    Reply(result.scores[i], items), ticket.request, cached, result.fallback, int(size),
+                    queued, batch, transfer, compute, self.generation,
+                )
+            )  # fmt: skip
         if kinds and not isinstance(result, _Mixed):
-            self._pause_s = FIRST_PAUSE_S
             _, _, _, _, batch, transfer, compute, *_ = rows[0]
             self.measured = time.perf_counter()
             self.costs.observe(kinds, (batch + transfer + compute) / 1e3)
+
+    def _suspect(self, ticket: Ticket, one: _Pending, error: Exception) -> None:
+        """Find out whether a request or the engine is to blame, by a request that is known to be good."""
+        self._pending[ticket.key] = dataclasses.replace(one, cost_s=0.0)  # until the engine has answered
+
+        def judged(probe: asyncio.Future[Done]) -> None:
+            failure = probe.exception()
+            if isinstance(failure, FailedError) and failure.reason == "outside":
+                self._failed(error)
+            elif self._release(ticket) is not None and not one.future.done():
+                one.future.set_exception(_outside(error) if failure is None else failure)
+
+        self.submit(self._known_good, one.kind).add_done_callback(judged)
 
     def _remember(self, request: Request) -> None:
         if self.spec.cache.name == "none":
@@ -393,31 +501,38 @@ class Strategy:
 
 
 class _Guarded:
-    """An engine with continuous batching that reports what it raises. Satisfies grengines.api.ContinuousEngine."""
+    """An engine with continuous batching that is watched while it works. Satisfies grengines.api.ContinuousEngine."""
 
-    def __init__(self, engine: ContinuousEngine, failed: Callable[[BaseException], None]) -> None:
-        self._engine, self._failed = engine, failed
+    def __init__(self, engine: ContinuousEngine, guarding: Callable[[], AbstractContextManager[None]]) -> None:
+        self._engine, self._guarding = engine, guarding
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def admit(self, key: int, request: Request) -> None:
-        try:
-            self._engine.admit(key, request)
-        except Exception as e:
-            self._failed(e)
-            raise
+        """Begin one request. Raises ValueError for one that can never fit, which is not the engine's failure."""
+        refused = None
+        with self._guarding():
+            try:
+                self._engine.admit(key, request)
+            except ValueError as e:
+                refused = e
+        if refused is not None:
+            raise refused
 
     def step(self) -> Any:
-        try:
+        """Advance all requests by one step."""
+        with self._guarding():
             return self._engine.step()
-        except Exception as e:
-            self._failed(e)
-            raise
+
+
+def _outside(error: Exception) -> FailedError:
+    """Return the error of a request that a healthy engine cannot answer."""
+    return FailedError("outside", f"{type(error).__name__}: {error}")
 
 
 def _one_by_one(answer: Callable[[Sequence[Request]], Any], requests: Sequence[Request]) -> BatchResult:
-    """Answer each request alone. Those that fail have an error instead of an answer."""
+    """Answer each request alone. Those that fail have an error instead of an answer. Raises if the device is lost."""
     results: list[Any] = []
     errors: list[Exception | None] = []
     for request in requests:
@@ -425,6 +540,8 @@ def _one_by_one(answer: Callable[[Sequence[Request]], Any], requests: Sequence[R
             results.append(answer([request]))
             errors.append(None)
         except Exception as e:
+            if _device_is_lost(e):
+                raise
             results.append(None)
             errors.append(e)
     good = [r for r in results if r is not None]
@@ -434,8 +551,23 @@ def _one_by_one(answer: Callable[[Sequence[Request]], Any], requests: Sequence[R
         scores=[r and r.scores[0] for r in results],
         items=[r.items[0] if r else None for r in results] if good and hasattr(good[0], "items") else [],
         cached=[r.cached[0] if r and r.cached else Cached() for r in results],
+        fallback=good[0].fallback if good else "",
         errors=errors,
+        is_sure=True,
     )
+
+
+def _judged(form: Form, requests: Sequence[Request], result: Any) -> BatchResult:
+    """Return the answers of a step. Those whose form is wrong have an error instead."""
+    if form.problem(requests, result) is None:
+        return result  # type: ignore[no-any-return]
+    errors: list[Exception | None] = []
+    for i, request in enumerate(requests):
+        alone = dataclasses.replace(result, scores=[result.scores[i]], items=[result.items[i]])
+        problem = form.problem([request], alone)
+        errors.append(IncorrectError(problem) if problem else None)
+    values = {f.name: getattr(result, f.name) for f in dataclasses.fields(BatchResult)}
+    return _Mixed(**values, scores=result.scores, items=result.items, errors=errors, is_sure=False)
 
 
 def _summed() -> list[dataclasses.Field[Any]]:

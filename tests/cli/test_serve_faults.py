@@ -38,6 +38,7 @@ def pair() -> Iterator[Serving]:
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(strategies, "FIRST_PAUSE_S", 0.05)
+        patch.setattr(strategies, "CALM_S", 0.0)
         patch.setattr(controller, "EXPLORE", 10**9)
         with serving(
             "serve.time_limit_s=0.4", "serve.gate_share=1", deployment=Deployment(**TASK, strategies=two)

@@ -1,0 +1,402 @@
+"""Strategies of the server with an engine of a few lines: who is to blame, what is dropped, who answers instead."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grbench.deployment import Deployment, Serves, Step
+from grbench.gate.form import Form
+from grbench.serve import strategy as strategies
+from grbench.serve.controller import Controller
+from grbench.serve.costs import Costs, Kind
+from grbench.serve.errors import RefusedError
+from grbench.serve.live_gate import LiveGate
+from grbench.serve.logs import Log
+from grbench.serve.metrics import Metrics
+from grbench.serve.options import deployment_of, parse
+from grbench.serve.requests import Bounds
+from grbench.serve.service import Service
+from grbench.serve.strategy import FailedError, State, Strategy
+from grengines.api import Catalogue, Finished, RankResult, Request
+
+GOOD, POISON, UNFIT = 1, 7, 8  # items
+
+
+def request(item: int = GOOD, number: int = 0) -> Request:
+    one = np.ones(1, np.int64)
+    return Request(number, number, one, one, one.astype(np.float32), one, 0, np.array([item]), 0, 0.0, math.inf)
+
+
+def scores(requests: Sequence[Request]) -> list[np.ndarray]:
+    """A score of each candidate; that of POISON is not finite."""
+    return [np.where(r.candidates[:, None] == POISON, np.nan, 0.5).astype(np.float32) for r in requests]
+
+
+class Engine:
+    """Answers batches. `before` is called first, and may raise."""
+
+    def __init__(self, before: Callable[[Sequence[Request]], None] = lambda requests: None) -> None:
+        self.before, self.closed = before, False
+
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        self.before(requests)
+        return RankResult(
+            batch_ms=0.0, transfer_ms=0.0, compute_ms=0.1, tokens=1, padded_tokens=1, scores=scores(requests)
+        )
+
+    def reset_cache(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Continuous(Engine):
+    """Batches by itself. It does not admit a request for UNFIT."""
+
+    def __init__(self, before: Callable[[Sequence[Request]], None] = lambda requests: None) -> None:
+        super().__init__(before)
+        self.admitted: dict[int, Request] = {}
+
+    name = "continuous"
+
+    def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
+        pass
+
+    def actual(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def unfinished(self) -> int:
+        return len(self.admitted)
+
+    def admit(self, key: int, request: Request) -> None:
+        if UNFIT in request.candidates:
+            raise ValueError("it can never fit")
+        self.admitted[key] = request
+
+    def step(self) -> list[Finished]:
+        admitted, self.admitted = self.admitted, {}
+        self.before(list(admitted.values()))
+        found = scores(list(admitted.values()))
+        return [Finished(key, r.candidates, s[:, 0], 1) for (key, r), s in zip(admitted.items(), found, strict=True)]
+
+
+def made(engine: Any, name: str = "one", serves: Serves | None = None, limit_s: float = 0.3) -> Strategy:
+    """A strategy that serves with this engine."""
+    scenario = SimpleNamespace(order="fifo", max_batch=4, max_wait_ms=0.0, in_flight=1)
+    spec: Any = SimpleNamespace(task="rank", seed=0, scenario=scenario, cache=SimpleNamespace(name="none"))
+    trace: Any = SimpleNamespace(requests=[request(GOOD, i) for i in range(2)])
+    one = Strategy(name, spec, serves or Serves(), trace, None, limit_s, lambda strategy, what: None)
+    if isinstance(engine, Continuous):
+        spec.task, form = "step", Form(tasks=None, k=1, num_items=10)
+    else:
+        form = Form(tasks=1)
+    check = lambda engine, max_batch: engine.before([])  # noqa: E731
+    one._engine, one._gate = engine, SimpleNamespace(form=form, check=check)  # type: ignore[assignment]
+    one.costs = Costs(0.001, {Kind(1): 0.001})
+    one._let_in()
+    return one
+
+
+def controller(*members: Strategy, steps: Sequence[Step] = ()) -> Controller:
+    return Controller(Deployment(1, "rank", degrade=list(steps)), members, Metrics(None), 100)
+
+
+def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(20):
+            await work()
+
+    asyncio.run(limited())
+
+
+async def outcome(strategy: Strategy, item: int = GOOD, deadline: float = math.inf) -> str:
+    """Ask a strategy; return "answered" or why not."""
+    try:
+        await strategy.submit(request(item), Kind(1), deadline)
+    except FailedError as e:
+        return e.reason
+    return "answered"
+
+
+@pytest.mark.parametrize("kind", [Engine, Continuous])
+def test_a_request_without_finite_scores_is_to_blame_alone(kind: type[Engine]) -> None:
+    async def work() -> None:
+        one = made(kind())
+        found = await asyncio.gather(*(outcome(one, item) for item in (GOOD, POISON, GOOD, POISON, GOOD)))
+        assert found == ["answered", "outside", "answered", "outside", "answered"] and one.state is State.READY
+        await one.close(1.0)
+
+    run(work)
+
+
+@pytest.mark.parametrize("kind", [Engine, Continuous])
+def test_an_engine_without_finite_scores_is_to_blame_itself(
+    kind: type[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.scores", lambda requests: [np.full((1, 1), np.nan, np.float32) for _ in requests])
+
+    async def work() -> None:
+        one = made(kind())
+        assert await outcome(one) == "wrong" and one.state is State.OUT
+        await one.close(1.0)
+
+    run(work)
+
+
+def test_a_request_that_is_not_admitted_is_to_blame_alone() -> None:
+    async def work() -> None:
+        one = made(Continuous())
+        found = await asyncio.gather(*(outcome(one, item) for item in (UNFIT, GOOD, UNFIT, GOOD)))
+        assert found == ["outside", "answered"] * 2 and one.state is State.READY and one.pending == 0
+        await one.close(1.0)
+
+    run(work)
+
+
+@pytest.mark.parametrize("kind", [Engine, Continuous])
+def test_a_hanging_engine_is_not_touched_before_its_thread_has_ended(
+    kind: type[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strategies, "FIRST_PAUSE_S", 0.01)
+    free, asked = threading.Event(), []
+
+    def before(requests: Sequence[Request]) -> None:
+        asked.append(len(requests))  # 0: the gate's check
+        if len(asked) == 1:
+            free.wait()
+
+    async def work() -> None:
+        one = made(kind(before), limit_s=0.05)
+        asking = asyncio.create_task(outcome(one))
+        while not asking.done():
+            await asyncio.sleep(0.02)
+            one.check_time()
+        assert asking.result() == "hung" and one.state is State.OUT
+        await asyncio.sleep(0.2)
+        assert asked == [1]
+        free.set()
+        while one.state is State.OUT:
+            await asyncio.sleep(0.01)
+        assert asked == [1, 0] and await outcome(one) == "answered"
+        await one.close(1.0)
+
+    run(work)
+
+
+def test_a_strategy_that_fails_while_it_closes_gives_its_requests_back() -> None:
+    free = threading.Event()
+
+    def before(requests: Sequence[Request]) -> None:
+        free.wait()
+        raise RuntimeError("broken")
+
+    async def work() -> None:
+        one = made(Engine(before), limit_s=60.0)
+        asking = asyncio.create_task(outcome(one))
+        await asyncio.sleep(0.05)
+        closing = asyncio.create_task(one.close(60.0))
+        await asyncio.sleep(0.05)
+        free.set()
+        assert await asking == "raised"
+        await closing
+        hanging = made(Engine(lambda requests: time.sleep(0.5)))
+        asking = asyncio.create_task(outcome(hanging))
+        await asyncio.sleep(0.05)
+        await hanging.close(0.0)
+        assert await asking == "out" and hanging._engine.closed
+
+    run(work)
+
+
+def test_a_batcher_that_dies_takes_its_strategy_out() -> None:
+    class Ends(BaseException):
+        pass
+
+    def before(requests: Sequence[Request]) -> None:
+        if requests:
+            raise Ends("thread")
+
+    async def work() -> None:
+        one = made(Engine(before))
+        asking = asyncio.create_task(outcome(one))
+        while not asking.done():
+            await asyncio.sleep(0.02)
+            one.check_time()
+        assert asking.result() == "raised" and one.state is State.OUT
+        await one.close(1.0)
+
+    run(work)
+
+
+def test_a_result_that_cannot_be_delivered_fails_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategies, "Reply", lambda *values: 1 / 0)
+
+    async def work() -> None:
+        one = made(Engine())
+        assert await outcome(one) == "raised" and one.state is State.OUT
+        await one.close(1.0)
+
+    run(work)
+
+
+def test_requests_that_are_late_or_given_up_are_dropped() -> None:
+    free, sizes = threading.Event(), []
+
+    def before(requests: Sequence[Request]) -> None:
+        sizes.append(len(requests))
+        free.wait()
+
+    async def work() -> None:
+        one = made(Engine(before), limit_s=60.0)
+        first = asyncio.create_task(outcome(one))
+        await asyncio.sleep(0.05)
+        late = asyncio.create_task(outcome(one, deadline=time.perf_counter() + 0.05))
+        left, kept = asyncio.create_task(outcome(one)), asyncio.create_task(outcome(one))
+        await asyncio.sleep(0.1)
+        left.cancel()
+        free.set()
+        assert [await first, await late, await kept] == ["answered", "late", "answered"]
+        assert sizes == [1, 1] and one.pending == 0 and one.waiting_s == 0.0
+        await one.close(1.0)
+
+    run(work)
+
+
+def broken(requests: Sequence[Request]) -> None:
+    raise RuntimeError("broken")
+
+
+def test_a_fallback_that_would_be_late_is_refused() -> None:
+    async def work() -> None:
+        first, second = made(Engine(broken), "first"), made(Engine(), "second")
+        second.costs = Costs(5.0, {Kind(1): 0.001})
+        with pytest.raises(RefusedError, match=r"deadline: first: raised; another strategy would take 5\d{3}") as e:
+            await controller(first, second).answer(request(), time.perf_counter() + 1.0)
+        assert e.value.status == 503 and e.value.retry_after_s
+        await asyncio.gather(first.close(1.0), second.close(1.0))
+
+    run(work)
+
+
+def test_sizes_are_wrong_only_if_no_strategy_takes_them() -> None:
+    async def work() -> None:
+        short, long = made(Engine(), "short", Serves(max_history=0)), made(Engine(), "long", Serves(max_history=1))
+        both = controller(short, long)
+        assert (await both.answer(request(), math.inf)).strategy == "long"
+        long.take_out("raised", "broken")
+        with pytest.raises(RefusedError, match=r"no strategy in service takes 1 events .*: long is out") as e:
+            await both.answer(request(), math.inf)
+        assert e.value.status == 503 and e.value.retry_after_s
+        with pytest.raises(RefusedError, match="no strategy takes 1 events") as e:
+            await controller(short).answer(request(), math.inf)
+        assert e.value.status == 400
+        await asyncio.gather(short.close(1.0), long.close(1.0))
+
+    run(work)
+
+
+def test_a_strategy_of_a_step_is_named_as_degraded() -> None:
+    async def work() -> None:
+        usual, cheap = made(Engine(broken), "usual"), made(Engine(), "cheap")
+        both = controller(usual, cheap, steps=[Step("small", strategy="cheap", loss={"auc_loss_pct": 0.3})])
+        for reason in ("fallback", "only"):
+            answer = await both.answer(request(), math.inf)
+            assert (answer.strategy, answer.reason, answer.degraded) == ("cheap", reason, "small")
+            assert answer.loss == {"auc_loss_pct": 0.3}
+        await asyncio.gather(usual.close(1.0), cheap.close(1.0))
+
+    run(work)
+
+
+def test_the_live_gate_blames_only_the_engine_that_answered() -> None:
+    async def work() -> None:
+        one, metrics = made(Engine()), Metrics(None)
+        gate = LiveGate(1.0, metrics)
+        done = await one.submit(request(), Kind(1))
+        verdicts: list[Any] = [ZeroDivisionError("reference"), SimpleNamespace(error=2.0, tolerance=1.0, problem="no")]
+
+        def judge(answers: Sequence[Any]) -> list[Any]:
+            if isinstance(verdict := verdicts[0], Exception):
+                raise verdict
+            return [verdict]
+
+        one.gate.judge = judge  # type: ignore[method-assign]
+        count = lambda name: metrics.registry.get_sample_value(name, {"strategy": "one"})  # noqa: E731
+        await gate._judge(one, done)
+        assert count("grbench_gate_unjudged_total") == 1 and one.state is State.READY
+        verdicts.pop(0)
+        one.generation += 1
+        await gate._judge(one, done)
+        assert count("grbench_gate_wrong_total") == 1 and one.state is State.READY
+        one.generation -= 1
+        await gate._judge(one, done)
+        assert one.state is State.OUT and one.why == "wrong: live gate: no"
+        gate.close()
+        await one.close(1.0)
+
+    run(work)
+
+
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    """A service whose strategies do not start."""
+
+    async def start(strategy: Strategy) -> None:
+        raise RuntimeError("it does not start")
+
+    monkeypatch.setattr(Strategy, "start", start)
+    monkeypatch.setattr("grbench.serve.service._load_workload", lambda specs: (SimpleNamespace(catalogue=None), [None]))
+    deployment = deployment_of(None, ["engine=hstu"])
+    config = parse(["serve.gate_share=0"])[0]
+    return Service(deployment, None, config, Log(io.StringIO()), lambda: deployment)
+
+
+def test_a_reload_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        served = service(monkeypatch)
+        served._bounds = bounds = Bounds("rank", Catalogue(1, 1, 1), 1, 1, 1)
+        with pytest.raises(RefusedError, match="it does not start; the deployment before it goes on"):
+            await served.reload()
+        assert served._bounds is bounds and served._spec is None and served._controller is None
+        async with served._reloading:  # as it starts
+            waiting = asyncio.create_task(served.reload())
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+            await served.close(0.0)
+        with pytest.raises(RefusedError, match="the server is ending") as e:
+            await waiting
+        assert e.value.status == 503
+
+    run(work)
+
+
+def test_a_request_that_a_replaced_strategy_gives_back_is_answered_by_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def work() -> None:
+        served, old, new = service(monkeypatch), made(Engine(lambda requests: time.sleep(0.3))), made(Engine(), "new")
+        before, served._controller = controller(old), controller(new)
+        asking = asyncio.create_task(served._finish(before, before.begin(request(), math.inf)))
+        await asyncio.sleep(0.05)
+        await old.close(0.0)
+        assert (await asking).strategy == "new"
+        await new.close(1.0)
+        await served.close(0.0)
+
+    run(work)
+
+
+def test_a_deadline_of_a_deployment_is_one_that_was_asked_for() -> None:
+    assert deployment_of(None, ["engine=hstu"]).limits == {}
+    assert deployment_of(None, ["engine=hstu", "latency_limit_ms=80"]).limits == {"latency_ms.p99": 80.0}
