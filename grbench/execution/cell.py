@@ -22,6 +22,7 @@ from grbench.gate import gate_for, quality
 from grbench.gate.base import Gate
 from grbench.gate.measured import MeasuredAnswers
 from grbench.scenarios import Measurement
+from grbench.scenarios.config import issued
 from grbench.workloads.item_map import check_items
 from grbench.workloads.trace import Requests, Trace
 from grengines import registry
@@ -151,16 +152,15 @@ class Cell:
 
     def _make(self, requests: Requests) -> None:
         """Make the requests that will be issued, so that none is made while latencies are taken."""
-        scenario = self.spec.scenario
-        issued = len(requests) if getattr(scenario, "min_duration_s", 0) else min(scenario.queries, len(requests))
+        count = min(issued(self.spec.scenario) or len(requests), len(requests))
 
         def say(done: int) -> None:
             shorter = "workload.max_requests makes a shorter trace"
-            self._say(f"making requests, {done:,} of {issued:,}; {shorter}")
+            self._say(f"making requests, {done:,} of {count:,}; {shorter}")
 
         self._begin("load", "making requests")
         progress = at_most_every(5.0, say)
-        for k in range(issued):
+        for k in range(count):
             requests[k]
             progress(k)
 
@@ -177,7 +177,7 @@ class Cell:
         self._begin("measure", MEASURING)
         compiled = len(tuning.compiled())
         measure.gpu_allocated_mib(self.outcome.actual["device"])  # the peak of the gate is past
-        with metered(self.outcome.actual["device"]) as energy:
+        with metered(self._device()) as energy:
             measurement = scenarios.run_scenario(
                 self.spec.scenario,
                 engine,
@@ -198,6 +198,12 @@ class Cell:
                 f"({', '.join(sorted(set(late)))}); raise warmup_batches={self.spec.warmup_batches}"
             )
         return measurement
+
+    def _device(self) -> str | None:
+        """Return the device whose energy the answers take; None for a server's, which this machine can't read."""
+        actual = self.outcome.actual
+        stages = (actual, actual.get("retrieve", {}), actual.get("rank", {}))
+        return None if any("server" in stage for stage in stages) else actual["device"]
 
     def _check_again(self, engine: Engine, gate: Gate) -> None:
         """Check once more: after all that load a stale buffer or a corrupted state shows."""

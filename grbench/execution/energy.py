@@ -38,14 +38,20 @@ class Energy:
 
 
 @contextlib.contextmanager
-def metered(device: str, powercap: Path = POWERCAP) -> Iterator[Energy]:
-    """Yield an Energy that is filled at the end. device: cuda or cpu."""
+def metered(device: str | None, powercap: Path = POWERCAP) -> Iterator[Energy]:
+    """Yield an Energy that is filled at the end. device: cuda or cpu; None: of another machine, without a figure."""
     energy = Energy()
-    with joule_counter() if device == "cuda" else _packages(powercap) as since:
+    with _counter(device, powercap) as since:
         begun = time.monotonic()
         yield energy
         energy.seconds = time.monotonic() - begun
         energy.joules = since()
+
+
+def _counter(device: str | None, powercap: Path) -> contextlib.AbstractContextManager[Joules]:
+    if device is None:
+        return contextlib.nullcontext(lambda: None)
+    return joule_counter() if device == "cuda" else _packages(powercap)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """NVML's view of the GPUs: names for the record, power and memory beside a measurement.
 
-Nothing here runs in a timed region. Without a GPU, its driver or nvidia-ml-py the results are empty, without an error.
+Nothing here runs in a timed region. Without a GPU, its driver or nvidia-ml-py, and where NVML refuses (as it may for a
+part of a card, MIG), the results are empty, without an error.
 """
 
 from __future__ import annotations
@@ -18,30 +19,33 @@ def describe_gpus() -> list[dict[str, Any]]:
     with _nvml() as nvml:
         if nvml is None:
             return []
-        driver = nvml.nvmlSystemGetDriverVersion()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        return [
-            {
-                "name": nvml.nvmlDeviceGetName(h),
-                "driver": driver,
-                "memory_mib": _memory_mib(nvml, h),
-            }
-            for h in handles
-        ]
+        try:
+            driver = nvml.nvmlSystemGetDriverVersion()
+            handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+            return [
+                {
+                    "name": nvml.nvmlDeviceGetName(h),
+                    "driver": driver,
+                    "memory_mib": _memory_mib(nvml, h),
+                }
+                for h in handles
+            ]
+        except nvml.NVMLError:
+            return []
 
 
 def _memory_mib(nvml: Any, handle: Any) -> int | None:
-    """Return None for a card that does not report it, such as one that shares the host's memory."""
+    """Return None for a card that does not report it, such as a part of one, or one that shares the host's memory."""
     try:
         return int(nvml.nvmlDeviceGetMemoryInfo(handle).total // 2**20)
-    except nvml.NVMLError_NotSupported:
+    except nvml.NVMLError:
         return None
 
 
 def sample_gpu() -> dict[str, float]:
     """Return metrics of the GPU that engines use, now: power, memory in use, utilisation, clock, temperature."""
     with _nvml() as nvml:
-        h = nvml and _used_by_engines(nvml)
+        h = _used_by_engines(nvml)
         if h is None:
             return {}
         readings: dict[str, Callable[[], float]] = {
@@ -87,7 +91,7 @@ def joule_counter() -> Iterator[Callable[[], float | None]]:
     A card without a counter keeps its last samples of power. They count if they reach back to the beginning.
     """
     with _nvml() as nvml:
-        handle = nvml and _used_by_engines(nvml)
+        handle = _used_by_engines(nvml)
         begun_us, before = time.time_ns() // 1000, _millijoules(nvml, handle)
 
         def since() -> float | None:
@@ -127,19 +131,25 @@ def _of_samples(nvml: Any, handle: Any, begun_us: int) -> float | None:
 
 
 def _used_by_engines(nvml: Any) -> Any:
-    """Return the handle of the GPU that engines use: the first of CUDA_VISIBLE_DEVICES, or None if that is none.
+    """Return the handle of the GPU that engines use: the first of CUDA_VISIBLE_DEVICES.
 
+    None: that is none, or NVML is absent or does not find it, such as a part of a card that was made anew.
     NVML takes no notice of that variable. Its numbers are CUDA's on a machine with one kind of GPU; CUDA_DEVICE_ORDER=
     PCI_BUS_ID makes them so on others.
     """
+    if nvml is None:
+        return None
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
-    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-    if first.isdecimal():
-        return handles[int(first)] if int(first) < len(handles) else None
-    if first.startswith("MIG-"):
-        return nvml.nvmlDeviceGetHandleByUUID(first)
-    # CUDA takes the beginning of a UUID, too.
-    return next((h for h in handles if first and nvml.nvmlDeviceGetUUID(h).startswith(first)), None)
+    try:
+        if first.startswith("MIG-"):
+            return nvml.nvmlDeviceGetHandleByUUID(first)
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        if first.isdecimal():
+            return handles[int(first)] if int(first) < len(handles) else None
+        # CUDA takes the beginning of a UUID, too.
+        return next((h for h in handles if first and nvml.nvmlDeviceGetUUID(h).startswith(first)), None)
+    except nvml.NVMLError:
+        return None
 
 
 @contextlib.contextmanager
@@ -155,4 +165,5 @@ def _nvml() -> Iterator[Any]:
     try:
         yield pynvml
     finally:
-        pynvml.nvmlShutdown()
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()

@@ -70,8 +70,9 @@ def run_scenario(
             driven = loadgen.run(config, start, request_at, latency_limit_ms, seed, folder)
         case TraceReplayConfig():
             from grbench.scenarios import direct
+            from grbench.workloads.trace import arrivals_s
 
-            driven = direct.replay(config, start, request_at, len(requests))
+            driven = direct.replay(config, start, request_at, arrivals_s(requests))
         case ClosedLoopConfig():
             from grbench.scenarios import direct
 

@@ -82,3 +82,11 @@ class ClosedLoopConfig(ScenarioConfig):
 
     name: str = option("closed_loop", "name of the scenario in records")
     clients: int = option(16, "clients", ge=1, le=1_000_000)
+
+
+def issued(config: ScenarioConfig) -> int | None:
+    """Return the number of requests that a scenario issues; None where its shortest duration decides."""
+    if isinstance(config, LoadGenConfig) and config.min_duration_s:
+        return None
+    query = config.samples_per_query if isinstance(config, MultiStreamConfig) else 1
+    return -(-config.queries // query) * query

@@ -12,19 +12,22 @@ import numpy.typing as npt
 from grbench.scenarios.batcher import Driven, RequestAt, Start, Ticket
 from grbench.scenarios.config import ClosedLoopConfig, TraceReplayConfig
 
+Floats = npt.NDArray[np.float64]
+
 
 def replay(
     config: TraceReplayConfig,
     start: Start,
     request_at: RequestAt,
-    trace_length: int,
+    arrivals_s: Sequence[float] | Floats,
 ) -> Driven:
     """Issue requests at their arrival times, all divided by one speed-up factor.
 
+    arrivals_s: of the whole trace, as `schedule` takes them. Requests are not asked for them: each would be made.
     Latency counts from the *scheduled* arrival, so that a wait shows when the system falls behind.
     Raises ValueError where there are no times to scale.
     """
-    due_s, speedup = schedule(config, [request_at(k).arrival_s for k in range(trace_length)])
+    due_s, speedup = schedule(config, arrivals_s)
     batcher = start(lambda tickets: None)
     begin = time.perf_counter()
     for k, offset in enumerate(due_s.tolist()):
@@ -37,7 +40,7 @@ def replay(
     return Driven(batcher, {"replay_speedup": speedup}, [own] if config.mean_qps is None else [])
 
 
-def schedule(config: TraceReplayConfig, arrivals_s: Sequence[float]) -> tuple[npt.NDArray[np.float64], float]:
+def schedule(config: TraceReplayConfig, arrivals_s: Sequence[float] | Floats) -> tuple[Floats, float]:
     """Return when each of `queries` requests is due, in seconds from the first, and the speed-up factor.
 
     arrivals_s: of the whole trace, ascending. The requests that are issued have the mean rate `mean_qps`, whatever the

@@ -66,7 +66,12 @@ class Waiting:
         return self._queue[0]
 
     def take(self, count: int, now: float) -> list[Ticket]:
-        """Remove and return the next requests, at most `count`, oldest first. now: seconds, time.perf_counter."""
+        """Remove and return the next requests, oldest first: at most `count`, none for 0 or less.
+
+        now: seconds, time.perf_counter.
+        """
+        if count <= 0:
+            return []
         if self._key is None or len(self._queue) <= count:
             return [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
         # The choice stays cheap however many wait.

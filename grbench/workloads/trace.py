@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -14,10 +15,11 @@ from grbench.workloads.events import DataError, Events
 from grengines.api import Catalogue, Request
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 class Requests(Sequence[Request]):
-    """Requests in order of arrival, each made when it is first asked for, and then kept.
+    """Requests in order of arrival, each made when it is first asked for, and then kept. Thread-safe.
 
     Recorded data has millions, of which a run issues thousands, and one takes a tenth of a millisecond. What is known
     of all of them is in arrays: `history_lengths`, `num_seen`, `users` and `arrivals_s`.
@@ -33,7 +35,7 @@ class Requests(Sequence[Request]):
         stops: Ints,
         ends: Ints,
         times: Ints,
-        arrivals_s: npt.NDArray[np.float64],
+        arrivals_s: Floats,
         max_history: int,
         num_candidates: int,
         seed: int,
@@ -53,6 +55,7 @@ class Requests(Sequence[Request]):
         self._candidates, self._seed, self._limit_ms = num_candidates, seed, latency_limit_ms
         self._barred = np.zeros(events.num_items, dtype=np.bool_)
         self._made: dict[int, Request] = {}
+        self._making = threading.Lock()  # of the mask: a client's thread may ask for a request, as may a batch's
 
     def __len__(self) -> int:
         return len(self._visits)
@@ -66,7 +69,9 @@ class Requests(Sequence[Request]):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = range(len(self))[index]
         if place not in self._made:
-            self._made[place] = self._make(place)
+            with self._making:
+                if place not in self._made:
+                    self._made[place] = self._make(place)
         return self._made[place]
 
     def some(self, most: int) -> Sequence[Request]:
@@ -109,6 +114,13 @@ def history_lengths(requests: Sequence[Request]) -> Ints:
     return np.array([len(request.history_items) for request in requests])
 
 
+def arrivals_s(requests: Sequence[Request]) -> Floats:
+    """Return when each request arrives, in seconds. No request is made for it."""
+    if isinstance(requests, Requests):
+        return requests.arrivals_s
+    return np.array([request.arrival_s for request in requests])
+
+
 @dataclass(frozen=True)
 class Trace:
     """Requests in order of arrival. The same options and seed give the same trace."""
@@ -142,7 +154,7 @@ class Visits:
     starts: Ints
     ends: Ints
     times: Ints  # seconds, on the clock of the events
-    arrivals: npt.NDArray[np.float64]  # seconds from the trace's start
+    arrivals: Floats  # seconds from the trace's start
 
 
 def find_visits(events: Events, config: RecordedConfig) -> Visits:

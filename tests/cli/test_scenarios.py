@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from helpers.sleepy_engine import SleepyEngine, drive, make_requests
 
 from grbench import workloads
 from grbench.config.compose import compose_spec
+from grbench.execution.cell import Cell
 from grbench.execution.measure import _beside_loadgen as beside_loadgen
-from grbench.execution.records import PARTS, Status
+from grbench.execution.records import PARTS, Outcome, Status
 from grbench.execution.worker import classify
+from grbench.gate.measured import MeasuredAnswers
 from grbench.scenarios import Measurement, loadgen, run_scenario
-from grbench.scenarios.batcher import Batcher, ContinuousBatcher, Ticket
+from grbench.scenarios.batcher import Batcher, ContinuousBatcher, Ticket, unwatched
 from grbench.scenarios.config import (
     ClosedLoopConfig,
     MultiStreamConfig,
@@ -32,6 +35,7 @@ from grbench.scenarios.config import (
     TraceReplayConfig,
 )
 from grbench.scenarios.direct import schedule
+from grbench.workloads.trace import Requests
 from grengines import registry
 from grengines.api import Engine, Finished, RankResult, Request
 
@@ -223,6 +227,26 @@ def test_a_trace_of_one_instant_has_no_rate() -> None:
         ):
             schedule(config, arrivals)
     assert schedule(dataclasses.replace(config, mean_qps=None), [0.0] * 20)[0].tolist() == [0.0] * 16
+
+
+@pytest.mark.parametrize("config", [dataclasses.replace(c, queries=50) for c in SCENARIOS], ids=lambda c: c.name)
+def test_no_request_is_made_while_latencies_are_taken(
+    config: ScenarioConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trace is longer than what is issued. Multi stream issues 56: whole queries of 8."""
+    words = ["workload=synthetic", "workload.visits=200", "workload.users=20", "workload.items=300"]
+    spec = dataclasses.replace(compose_spec([*words, "workload.max_history=16"])[0], task="rank", scenario=config)
+    requests = workloads.build(spec.workload, 0, 80.0).requests
+    made: list[int] = []
+    make = Requests._make
+    monkeypatch.setattr(Requests, "_make", lambda self, i: (made.append(i), make(self, i))[1])
+    cell = Cell(spec, tmp_path, Outcome(actual={"device": "cpu"}), lambda message: None)
+    cell._make(requests)
+    ahead = list(made)
+    m = cell._measure(SleepyEngine(), requests, cast(MeasuredAnswers, SimpleNamespace(watch=unwatched)))
+    assert made == ahead
+    assert sorted(m.samples["request_id"]) == ahead
+    assert len(ahead) == (56 if isinstance(config, MultiStreamConfig) else 50)
 
 
 def test_closed_loop_keeps_its_clients_busy_and_no_more(tmp_path: Path) -> None:

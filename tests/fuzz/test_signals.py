@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -45,6 +46,50 @@ def left(root: Path) -> list[str]:
     return found
 
 
+def signalled(
+    command: list[str], folder: Path, number: signal.Signals, after_s: float, times: int, ends_within_s: float = 60
+) -> tuple[int, str]:
+    """Run a command, send it a signal, and return its exit code and output.
+
+    Raises TimeoutExpired where it does not end in time, and then ends its whole group: `with` waits for the command.
+    """
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as run:
+        try:
+            output, _ = run.communicate(timeout=after_s)
+        except subprocess.TimeoutExpired:
+            for _ in range(times):
+                run.send_signal(number)
+                time.sleep(0.05)
+            try:
+                output, _ = run.communicate(timeout=ends_within_s)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(run.pid, signal.SIGKILL)
+                raise
+    return run.returncode, output
+
+
+DEAF = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.fork()
+time.sleep(60)
+"""
+
+
+@pytest.mark.timeout(30)
+def test_a_sweep_that_ignores_the_signal_fails_and_is_ended(tmp_path: Path) -> None:
+    """Its child holds the output open as well."""
+    with pytest.raises(subprocess.TimeoutExpired):
+        signalled([sys.executable, "-S", "-c", DEAF, str(tmp_path)], tmp_path, signal.SIGTERM, 0.5, 1, 0.5)
+    deadline = time.monotonic() + 10
+    while (still := left(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not still
+
+
 @pytest.mark.timeout(0)
 def test_a_signal_at_any_moment_leaves_whole_records_and_no_process(tmp_path: Path, seconds: float) -> None:
     """Send one signal, or the same several times, to a sweep. The next call of it goes on from what is kept."""
@@ -60,18 +105,9 @@ def test_a_signal_at_any_moment_leaves_whole_records_and_no_process(tmp_path: Pa
         sent += 1
         root = tmp_path / f"o{sent % 3}"  # most roots have records of an earlier call
         command = [sys.executable, "-m", "grbench", *SWEEP, f"runner.output_root={root}"]
-        with subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as run:
-            try:
-                output, _ = run.communicate(timeout=after_s)
-            except subprocess.TimeoutExpired:
-                for _ in range(times):
-                    run.send_signal(number)
-                    time.sleep(0.05)
-                output, _ = run.communicate(timeout=60)
+        code, output = signalled(command, tmp_path, number, after_s, times)
         assert "Traceback" not in output, output
-        assert run.returncode in (0, 128 + number, -number), (run.returncode, output)
+        assert code in (0, 128 + number, -number), (code, output)
         deadline = time.monotonic() + 10
         while (still := left(root)) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -79,7 +115,7 @@ def test_a_signal_at_any_moment_leaves_whole_records_and_no_process(tmp_path: Pa
         assert records.unreadable([root]) == []
         kept = [record.status for _, record in records.find(root)]
         assert set(kept) <= {Status.OK, Status.INTERRUPTED}, kept
-        if run.returncode == 0:
+        if code == 0:
             assert kept.count(Status.OK) >= 4
 
     for_seconds(seconds, check)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from helpers.sleepy_engine import SleepyEngine, make_requests
 
-from grbench.execution import energy, gpu
+from grbench.config.compose import compose_spec
+from grbench.execution import cell, energy, gpu
 from grbench.execution.energy import Energy, metered
+from grbench.execution.records import Outcome
+from grbench.gate.measured import MeasuredAnswers
+from grbench.scenarios.batcher import unwatched
+from grbench.scenarios.config import ClosedLoopConfig
+from grengines.api import RankResult, Request, Setup
+from grengines.cache.config import CacheConfig
+from grengines.remote.config import RemoteConfig
+from grengines.remote.engine import RemoteEngine
 
 
 class NotSupportedError(Exception):
@@ -99,6 +111,29 @@ def test_where_a_gpu_reports_nothing_there_is_no_figure(
     assert spent.joules is None and spent.metrics(10) == {}
 
 
+@pytest.mark.parametrize("visible", ["MIG-of-yesterday", "GPU-1", "0"])
+@pytest.mark.parametrize("failing", ["nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetUUID"])
+def test_no_error_of_nvml_reaches_the_cell(
+    failing: str, visible: str, monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
+) -> None:
+    def refuse(*_: object) -> Any:
+        raise NotSupportedError
+
+    names = ("DeviceGetHandleByUUID", "DeviceGetUUID", "DeviceGetName", "SystemGetDriverVersion", "DeviceGetMemoryInfo")
+    refusing = {f"nvml{name}": refuse for name in names}
+    readings = ("PowerUsage", "UtilizationRates", "ClockInfo", "Temperature")
+    nvml = card(**refusing, **{f"nvmlDeviceGet{name}": refuse for name in readings}, NVML_CLOCK_SM=0)
+    nvml.NVML_TEMPERATURE_GPU = 0
+    setattr(nvml, failing, refuse)
+    nvml.nvmlInit, nvml.nvmlShutdown = lambda: None, refuse
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with metered("cuda") as spent:
+        clock.s += 5
+    assert spent.joules is None and spent.metrics(10) == {}
+    assert gpu.sample_gpu() == {} and gpu.describe_gpus() == [] and gpu.gpu_use() is None
+
+
 def zone(folder: Path, name: str, microjoules: int, most: int = 262_143_328_850) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "name").write_text(f"{name}\n")
@@ -133,6 +168,34 @@ def test_a_processor_without_readable_counters_has_no_figure(tmp_path: Path, clo
     (package / "energy_uj").unlink()
     (package / "energy_uj").mkdir()  # as unreadable as root's file, for root too
     assert spent_in(tmp_path / "rapl", 2).joules is None
+
+
+REMOTE = RemoteEngine(RemoteConfig(), cast(Setup, SimpleNamespace(cache=CacheConfig())))
+REMOTE._status = {"task": "rank", "version": "1", "model": {}, "limits": {}, "strategies": []}
+
+
+@pytest.mark.parametrize(
+    "actual, known",
+    [({"device": "cpu"}, True), (REMOTE.actual(), False), ({"device": "cpu", "rank": REMOTE.actual()}, False)],
+    ids=["here", "remote", "remote stage"],
+)
+def test_a_server_takes_energy_that_this_machine_can_not_read(
+    actual: dict[str, Any], known: bool, tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zone(tmp_path / "rapl" / "intel-rapl:0", "package-0", 1)
+    monkeypatch.setattr(cell, "metered", lambda device: metered(device, tmp_path / "rapl"))
+
+    class Engine(SleepyEngine):
+        def rank(self, requests: Sequence[Request]) -> RankResult:
+            clock.s += 1
+            return super().rank(requests)
+
+    spec = dataclasses.replace(compose_spec([])[0], task="rank", scenario=ClosedLoopConfig(queries=4, clients=1))
+    outcome = Outcome(actual=actual)
+    answers = cast(MeasuredAnswers, SimpleNamespace(watch=unwatched))
+    measurement = cell.Cell(spec, tmp_path, outcome, lambda message: None)._measure(Engine(), make_requests(4), answers)
+    assert len(measurement.samples["request_id"]) == 4
+    assert (energy.METRIC in measurement.metrics) == known
 
 
 def test_a_run_of_less_than_a_second_has_no_joules() -> None:

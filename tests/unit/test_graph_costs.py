@@ -136,7 +136,13 @@ def plan(*tokens: int, batch: int = 1) -> list[Bucket]:
 def test_a_graph_pays_where_the_device_is_faster_than_the_launches() -> None:
     costs = BucketCosts(launches_s=2.0, replay_s=1.5)
     assert costs.pays() and costs.pays(before_s=0.4)
-    assert not costs.pays(before_s=0.6) and not BucketCosts(1.0, 1.5).pays()
+    assert not costs.pays(before_s=0.8) and not BucketCosts(1.0, 1.5).pays()
+
+
+def test_a_near_tie_goes_to_the_graph_and_so_is_the_same_in_each_run() -> None:
+    assert all(BucketCosts(1.0, replay_s).pays() for replay_s in (0.95, 1.0, 1.05, 1.09))
+    assert not BucketCosts(1.0, 1.11).pays()
+    assert BucketCosts(1.0, 0.5).pays(before_s=0.55) and not BucketCosts(1.0, 0.5).pays(before_s=0.65)
 
 
 def test_larger_buckets_than_one_that_keeps_the_device_busy_are_not_measured() -> None:

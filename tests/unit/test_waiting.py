@@ -12,9 +12,9 @@ from helpers.properties import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grbench.scenarios.batcher import Batcher, Ticket
-from grbench.scenarios.waiting import MOST_PASSED, Waiting, order_key
-from grengines.api import RankResult, Request, Tier
+from grbench.scenarios.batcher import Batcher, ContinuousBatcher, Ticket
+from grbench.scenarios.waiting import MOST_PASSED, Key, Waiting, order_key
+from grengines.api import Finished, RankResult, Request, Tier
 
 EMPTY = np.zeros(0, np.int64)
 STEP_S = 0.01  # between two batches
@@ -136,6 +136,46 @@ class Tiers:
         return {"engine": "tiers"}
 
     prepare = reset_cache = close = lambda self: None
+
+
+@pytest.mark.parametrize("key", [None, events], ids=["by arrival", "by length"])
+@pytest.mark.parametrize("count", [0, -2])
+def test_none_is_taken_where_there_is_no_room(count: int, key: Key | None) -> None:
+    waiting = Waiting(key, 2)
+    waiting.add(ticket(i, events=i) for i in range(20))
+    assert waiting.take(count, 0.0) == [] and len(waiting) == 20
+    assert waiting.most_passed == 0
+
+
+class Stepping(Tiers):
+    """An engine that batches by itself. Every second step ends the oldest request. most: under way at a time."""
+
+    def __init__(self) -> None:
+        self.keys: list[int] = []
+        self.most = self.steps = 0
+
+    @property
+    def unfinished(self) -> int:
+        return len(self.keys)
+
+    def admit(self, key: int, request: Request) -> None:
+        self.keys.append(key)
+        self.most = max(self.most, len(self.keys))
+
+    def step(self) -> list[Finished]:
+        self.steps += 1
+        if self.steps % 2:
+            return []
+        return [Finished(self.keys.pop(0), EMPTY, EMPTY.astype(np.float32), tokens=1)]
+
+
+def test_continuous_batching_with_a_key_admits_no_more_than_a_batch() -> None:
+    engine = Stepping()
+    batcher = ContinuousBatcher(engine, 2, lambda tickets: None, key=events)
+    batcher.submit(ticket(i, events=i % 3) for i in range(20))
+    batcher.close()
+    assert engine.most == 2
+    assert sorted(batcher.samples()["request_id"]) == list(range(20))
 
 
 def test_requests_with_a_cached_state_go_together() -> None:

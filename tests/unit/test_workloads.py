@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -619,3 +620,23 @@ def test_the_error_of_a_python_without_pip_names_ensurepip(tmp_path: Path, monke
     monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path))
     with pytest.raises(DataError, match="this Python lacks pip, which fetches it: run python -m ensurepip"):
         movielens.ml_100k()
+
+
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Threads that take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("switching")
+def test_threads_that_ask_at_once_get_the_requests_of_one_thread() -> None:
+    config = SyntheticConfig(users=20, items=300, visits=200, num_candidates=60, max_history=32)
+    alone, shared = build(config).requests, build(config).requests
+    expected = [request.candidates.tolist() for request in alone]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: shared[:], range(8)))
+    assert [request.candidates.tolist() for request in found[0]] == expected
+    assert all(own is first for requests in found for own, first in zip(requests, found[0], strict=True))

@@ -3,7 +3,7 @@
 A batch whose kernels are launched one by one takes the longer of two times: the host's, to pack it and to launch its
 kernels, and the device's. A graph takes the device's time for its bucket, padding included. That is at least the
 device's time without padding. So a graph pays exactly where the device replays it in less time than the host needs for
-the launches, and this is the same for all batches of a bucket.
+the launches, and this is the same for all batches of a bucket. A near tie goes to the graph.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from grengines.runtime.batch import Bucket, Encoding
 from grengines.runtime.buckets import Buckets
 
 RUNS = 5  # batches of which the median counts, after one that compiles
+NEAR = 1.1  # times the launches: within it the graph is preferred, since a near tie would differ from start to start
 SLACK = 1.25  # eager device times up to this share of the launches' are close enough to capture a graph and time it
 
 
@@ -49,8 +50,11 @@ class BucketCosts(NamedTuple):
     replay_s: float  # on the device, in the bucket's graph
 
     def pays(self, before_s: float = 0.0) -> bool:
-        """Return whether the graph ends first. before_s: work that a graph waits for and that launches overlap."""
-        return before_s + self.replay_s < self.launches_s
+        """Return whether the graph ends first, or nearly so (NEAR).
+
+        before_s: work that a graph waits for and that launches overlap.
+        """
+        return before_s + self.replay_s < NEAR * self.launches_s
 
 
 Queue = Callable[[], Callable[[], BatchResult]]  # queues a batch; the returned function waits for it
@@ -70,7 +74,7 @@ class Graphs:
         return self.buckets.choose(new, candidates, keys)
 
     def pays(self, bucket: Bucket, before_s: float) -> bool:
-        """Return whether the bucket's graph ends first, though it begins `before_s` later than launches."""
+        """Return whether the bucket's graph ends first, or nearly, though it begins `before_s` later than launches."""
         return bucket not in self.costs or self.costs[bucket].pays(before_s)
 
     def counts(self, bucket: Bucket | None) -> dict[str, float]:
