@@ -16,7 +16,6 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -25,10 +24,10 @@ from grbench.config.schema import RunSpec
 from grbench.deployment import Serves
 from grbench.gate import gate_for
 from grbench.gate.base import Gate, sample
-from grbench.gate.form import Form
 from grbench.gate.measured import Answer
 from grbench.scenarios.batcher import Batcher, ContinuousBatcher, RequestLoop, Ticket
 from grbench.scenarios.waiting import order_key
+from grbench.serve.blame import Guarded, Mixed, device_is_lost, judged_alone, one_by_one
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.requests import Reply
 from grbench.workloads.trace import Trace
@@ -88,19 +87,6 @@ class _Pending:
     kind: Kind
     cost_s: float
     deadline: float  # seconds, time.perf_counter
-
-
-@dataclass
-class _Mixed(BatchResult):
-    """A batch in which some requests have an error instead of an answer.
-
-    is_sure: the engine has answered a request that is known to be good, so it is not to blame.
-    """
-
-    scores: list[Any]
-    items: list[Any]
-    errors: list[Exception | None]
-    is_sure: bool
 
 
 class Strategy:
@@ -297,7 +283,7 @@ class Strategy:
             return self._wanted(generation, tickets)
 
         if isinstance(self._engine, ContinuousEngine):
-            guarded = _Guarded(self._engine, lambda: self._guarding(generation))
+            guarded = Guarded(self._engine, lambda: self._guarding(generation))
             self._batcher = ContinuousBatcher(
                 guarded, scenario.max_batch, answered, watch, key, wanted,
                 lambda ticket, error: self._post(generation, self._refuse, ticket, error),
@@ -378,16 +364,18 @@ class Strategy:
                 try:
                     return answer(requests)
                 except Exception as e:
-                    if _device_is_lost(e):
+                    if device_is_lost(e):
                         raise
                 answer([self._known_good])  # raises if the engine is to blame
-                return _one_by_one(answer, requests)
+                return one_by_one(answer, requests)
 
         return guarded
 
     def _wanted(self, generation: int, tickets: list[Ticket]) -> list[Ticket]:
         """Return the requests that can be in time and whose clients wait, and drop the others."""
-        now, wanted, dropped = time.perf_counter(), [], []
+        now = time.perf_counter()
+        wanted: list[Ticket] = []
+        dropped: list[Ticket] = []
         for ticket in tickets:
             one = self._pending.get(ticket.key)
             is_wanted = one is not None and not one.future.done() and now <= one.deadline
@@ -404,7 +392,7 @@ class Strategy:
         last: list[BatchResult] = []
 
         def watch(requests: Sequence[Request], result: BatchResult, size: int) -> None:
-            last[:] = [_judged(form, requests, result) if is_continuous else result]
+            last[:] = [judged_alone(form, requests, result) if is_continuous else result]
 
         def answered(tickets: list[Ticket]) -> None:
             assert self._batcher is not None, "it calls this"
@@ -415,7 +403,7 @@ class Strategy:
     # What follows runs on the event loop again.
 
     def _failed(self, error: BaseException) -> None:
-        reason = "wrong" if isinstance(error, IncorrectError) else "device" if _device_is_lost(error) else "raised"
+        reason = "wrong" if isinstance(error, IncorrectError) else "device" if device_is_lost(error) else "raised"
         self.take_out(reason, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
     def _drop(self, tickets: list[Ticket]) -> None:
@@ -454,7 +442,7 @@ class Strategy:
         for i, (ticket, one, row) in enumerate(zip(tickets, ended, rows, strict=True)):
             if one is None:
                 continue
-            if isinstance(result, _Mixed) and (error := result.errors[i]) is not None:
+            if isinstance(result, Mixed) and (error := result.errors[i]) is not None:
                 if not result.is_sure and ticket.request is not self._known_good:
                     self._suspect(ticket, one, error)
                 elif not one.future.done():
@@ -473,7 +461,7 @@ class Strategy:
                     queued, batch, transfer, compute, self.generation,
                 )
             )  # fmt: skip
-        if kinds and not isinstance(result, _Mixed):
+        if kinds and not isinstance(result, Mixed):
             _, _, _, _, batch, transfer, compute, *_ = rows[0]
             self.measured = time.perf_counter()
             self.costs.observe(kinds, (batch + transfer + compute) / 1e3)
@@ -500,82 +488,6 @@ class Strategy:
             self._known.popitem(last=False)
 
 
-class _Guarded:
-    """An engine with continuous batching that is watched while it works. Satisfies grengines.api.ContinuousEngine."""
-
-    def __init__(self, engine: ContinuousEngine, guarding: Callable[[], AbstractContextManager[None]]) -> None:
-        self._engine, self._guarding = engine, guarding
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def admit(self, key: int, request: Request) -> None:
-        """Begin one request. Raises ValueError for one that can never fit, which is not the engine's failure."""
-        refused = None
-        with self._guarding():
-            try:
-                self._engine.admit(key, request)
-            except ValueError as e:
-                refused = e
-        if refused is not None:
-            raise refused
-
-    def step(self) -> Any:
-        """Advance all requests by one step."""
-        with self._guarding():
-            return self._engine.step()
-
-
 def _outside(error: Exception) -> FailedError:
     """Return the error of a request that a healthy engine cannot answer."""
     return FailedError("outside", f"{type(error).__name__}: {error}")
-
-
-def _one_by_one(answer: Callable[[Sequence[Request]], Any], requests: Sequence[Request]) -> BatchResult:
-    """Answer each request alone. Those that fail have an error instead of an answer. Raises if the device is lost."""
-    results: list[Any] = []
-    errors: list[Exception | None] = []
-    for request in requests:
-        try:
-            results.append(answer([request]))
-            errors.append(None)
-        except Exception as e:
-            if _device_is_lost(e):
-                raise
-            results.append(None)
-            errors.append(e)
-    good = [r for r in results if r is not None]
-    totals = {f.name: sum(getattr(r, f.name) for r in good) for f in _summed()}
-    return _Mixed(
-        **totals,
-        scores=[r and r.scores[0] for r in results],
-        items=[r.items[0] if r else None for r in results] if good and hasattr(good[0], "items") else [],
-        cached=[r.cached[0] if r and r.cached else Cached() for r in results],
-        fallback=good[0].fallback if good else "",
-        errors=errors,
-        is_sure=True,
-    )
-
-
-def _judged(form: Form, requests: Sequence[Request], result: Any) -> BatchResult:
-    """Return the answers of a step. Those whose form is wrong have an error instead."""
-    if form.problem(requests, result) is None:
-        return result  # type: ignore[no-any-return]
-    errors: list[Exception | None] = []
-    for i, request in enumerate(requests):
-        alone = dataclasses.replace(result, scores=[result.scores[i]], items=[result.items[i]])
-        problem = form.problem([request], alone)
-        errors.append(IncorrectError(problem) if problem else None)
-    values = {f.name: getattr(result, f.name) for f in dataclasses.fields(BatchResult)}
-    return _Mixed(**values, scores=result.scores, items=result.items, errors=errors, is_sure=False)
-
-
-def _summed() -> list[dataclasses.Field[Any]]:
-    return [f for f in dataclasses.fields(BatchResult) if f.default in (dataclasses.MISSING, 0.0)
-            and f.default_factory is dataclasses.MISSING]  # fmt: skip
-
-
-def _device_is_lost(error: BaseException) -> bool:
-    """Return whether an error means that the process can't use its GPU any more."""
-    text = f"{type(error).__name__} {error}"
-    return any(words in text for words in ("CUDA error", "AcceleratorError", "device-side assert", "NVML"))
