@@ -1,7 +1,7 @@
 """Measure the latency that the server's front end adds to its engine.
 
     grbench serve engine=hstu model=hstu_tiny workload=synthetic       # in another shell
-    python experiments/front_end.py [URL] [CALLS A SECOND] [SECONDS]
+    python experiments/front_end.py --url http://127.0.0.1:8000 --rate 100 --seconds 20
 
 Calls of one user with 100 events and 32 candidates are sent at fixed times over one connection, as JSON and as binary
 tensors in turn. Of each the program takes the round trip, less the server's own report of waiting and of the engine.
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import http.client
 import json
-import sys
 import time
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+import common
 import numpy as np
 
 from grengines.api import Request
@@ -33,8 +34,15 @@ def request(events: int = 100, candidates: int = 32) -> Request:
     return Request(0, 1, history, np.ones(events, np.int64), weights, times, 0, wanted, events * 60, 0.0, 0.0)
 
 
-def main(url: str, rate: float, seconds: float) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Send both forms in turn, and print the percentiles of what the front end adds."""
+    parser = common.parser(__doc__ or "", overrides=False)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=100, help="calls per second (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20, help="how long to call (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    rows = common.Rows(args, __file__, arguments)
+    url, rate, seconds = args.url, args.rate, args.seconds
     client, one = Client(url), request()
     client.wait_until_ready(60)
     parts = urlsplit(url)
@@ -64,9 +72,9 @@ def main(url: str, rate: float, seconds: float) -> None:
         added[name].append((time.perf_counter() - sent) * 1e3 - sum(reported[part] for part in PARTS))
     for name, values in added.items():
         p50, p99 = np.percentile(values, [50, 99])
-        print(f"{name:6}  {len(values)} calls  p50 {p50:.2f} ms  p99 {p99:.2f} ms")
+        rows.add(form=name, calls=len(values), p50_ms=float(p50), p99_ms=float(p99))
+    rows.close()
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    main(*(given[:1] or ["http://127.0.0.1:8000"]), *map(float, [*given[1:], *["100", "20"][len(given[1:]) :]]))
+    main()
