@@ -28,7 +28,7 @@ TESTS = $(PY) -m mypy & types=$$!; \
 	$(PYTEST) -m "serial and not gpu" $(ARGS); alone=$$?; \
 	case $$types$$beside$$alone in 000|005|050) ;; *) exit 1;; esac
 
-.PHONY: bench test test-all test-gpu fuzz cases lint typecheck regress ui notebook reports docs help clean setup
+.PHONY: bench test test-all test-gpu fuzz cases lint typecheck regress serve ui notebook reports docs help clean setup
 
 bench: $(VENV)/.ready $(TRAINED) ## retrieve and rank for MovieLens-100K users on this machine
 	$(PY) -m grbench study=$(STUDY) $(if $(TRAINED),$(WEIGHTS)) $(ARGS)
@@ -70,6 +70,9 @@ regress: $(VENV)/.ready ## measure a few cells and compare them with this machin
 	@test -n "$(BASELINES)" || { echo "no baseline: reports/regress_* is empty; experiments/README.md (regress) has the commands"; exit 2; }
 	$(PY) -m grbench study=regress hydra.sweep.dir=outputs/studies/regress/$(NOW)
 	$(PY) -m grbench compare $(BASELINES) outputs/studies/regress/$(NOW) --tolerance 0.05 $(ARGS)
+
+serve: $(VENV)/.ready ## a server at http://127.0.0.1:8000; ARGS="engine=hstu cache=lru" chooses
+	$(PY) -m grbench serve $(or $(ARGS),engine=hstu)
 
 ui: $(VENV)/.ready ## MLflow's pages at http://127.0.0.1:5000
 	$(PY) -m grbench ui $(ARGS)

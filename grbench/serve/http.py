@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import math
 import time
+import traceback
 import uuid
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
+from urllib.parse import urlsplit
 
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
@@ -19,9 +22,10 @@ from starlette.routing import Route
 
 from grbench import __version__
 from grbench.serve.errors import RefusedError
-from grbench.serve.protocol import HEADER_LENGTH, parse_call, render
+from grbench.serve.protocol import HEADER_LENGTH, Call, parse_call, render, shown
 from grbench.serve.service import EXTENSIONS, PLATFORM, VERSION, Service
 
+INLINE = 100_000  # bytes of a body that the event loop reads itself; a larger one would hold other calls up
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -60,14 +64,34 @@ class Api:
         """Return a route whose refusals are one line of JSON, and which needs the key unless it is open to all."""
 
         async def guarded(request: Request) -> Response:
+            ident = (request.headers.get("x-request-id") or uuid.uuid4().hex)[:128]
+            request.state.ident = ident
             try:
+                self._check_origin(request)
                 if not open_to_all:
                     self._check_key(request)
                 return await endpoint(request)
             except RefusedError as e:
-                return refusal(e)
+                return refusal(e, ident)
+            except Exception as e:
+                line = " ".join(f"{type(e).__name__}: {e}".split())
+                self._service.log.error("defect", request_id=ident, error=line, where=traceback.format_exc())
+                return refusal(RefusedError(500, f"a defect of the server; its log has request {ident}"), ident)
 
         return Route(path, guarded, methods=[method])
+
+    def _check_origin(self, request: Request) -> None:
+        """Refuse what a page of another site sends, directly or under a name that it points here.
+
+        Where a key is needed, such a page lacks the key.
+        """
+        if self._key is not None:
+            return
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if not _is_local(host):
+            raise RefusedError(403, f"host: {shown(host)}: allowed are localhost and 127.0.0.1, or set an API key")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise RefusedError(403, f"origin: {shown(origin)}: pages of other sites may not call; set an API key")
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
@@ -89,7 +113,8 @@ class Api:
         return JSONResponse(self._service.model_metadata(*_names(request)))
 
     async def _model_ready(self, request: Request) -> Response:
-        self._service.model_metadata(*_names(request))
+        if self._service.ready:
+            self._service.model_metadata(*_names(request))
         return await self._ready(request)
 
     async def _config(self, request: Request) -> Response:
@@ -112,15 +137,33 @@ class Api:
         return JSONResponse({"reload": await self._service.reload()})
 
     async def _append(self, request: Request) -> Response:
-        call = parse_call(await self._body(request), request.headers.get(HEADER_LENGTH))
-        return JSONResponse(self._service.append(call, request.path_params["model"]))
+        status = 500
+        try:
+            answer = self._service.append(await self._call(request), request.path_params["model"])
+            status = 200
+            return JSONResponse(answer)
+        except RefusedError as e:
+            status = e.status
+            raise
+        except ClientDisconnect:
+            status = 499
+            return Response(status_code=499)
+        finally:
+            self._service.metrics.appends.labels(str(status)).inc()
+
+    async def _call(self, request: Request) -> Call:
+        """Read the call of a request. Raises RefusedError."""
+        body, length = await self._body(request), request.headers.get(HEADER_LENGTH)
+        if len(body) <= INLINE:
+            return parse_call(body, length)
+        return await asyncio.to_thread(parse_call, body, length)
 
     async def _infer(self, request: Request) -> Response:
         begun, service = time.perf_counter(), self._service
-        ident, status, strategy, error = request.headers.get("x-request-id") or uuid.uuid4().hex, 500, "", ""
+        ident, status, strategy, error = request.state.ident, 500, "", ""
         service.metrics.in_flight.inc()
         try:
-            call = parse_call(await self._body(request), request.headers.get(HEADER_LENGTH))
+            call = await self._call(request)
             model, version = _names(request)
             tensors, parameters = await service.infer(call, model, version, begun)
             computed = time.perf_counter()
@@ -169,6 +212,15 @@ class Api:
 
 def _names(request: Request) -> tuple[str, str]:
     return request.path_params["model"], request.path_params.get("version", VERSION)
+
+
+def _is_local(host: str) -> bool:
+    """Return whether the header Host names this machine's own address."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def refusal(error: RefusedError, ident: str | None = None) -> Response:

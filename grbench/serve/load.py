@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from grbench.config.arguments import Arguments
@@ -11,12 +12,17 @@ CONNECTIONS = 64
 USUAL = {"scenario.max_batch": "1", "scenario.in_flight": str(CONNECTIONS)}  # a call for each request
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the command: a run with engine=remote. Exit codes: as of a run."""
+def parser() -> argparse.ArgumentParser:
+    """Return the flags of the command."""
     about = "Measure a server of `grbench serve` through the network: the scenarios, records and reports of any run."
     examples = ["load url=http://127.0.0.1:8000 scenario=server scenario.target_qps=100"]
     overrides = "url=URL, and overrides as in `grbench`: the workload, the model and the seed are the server's"
-    args, flags = Arguments("load", about, examples, overrides).parse_known_args(words)
+    return Arguments("load", about, examples, overrides)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command: a run with engine=remote. Exit codes: as of a run."""
+    args, flags = parser().parse_known_args(words)
     return command.main([*flags, *as_run(args.overrides)])
 
 

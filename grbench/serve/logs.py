@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ from typing import Any, TextIO
 
 
 class Log:
-    """Writes lines. `file` is standard error by default."""
+    """Writes lines. `file` is standard error by default. A line that can't be written is lost: requests go on."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         self._file = file
@@ -24,5 +25,6 @@ class Log:
 
     def _write(self, level: str, event: str, facts: dict[str, Any]) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        print(json.dumps({"time": now, "level": level, "event": event, **facts}), file=self._file or sys.stderr)
-        (self._file or sys.stderr).flush()
+        line = json.dumps({"time": now, "level": level, "event": event, **facts}, default=str)
+        with contextlib.suppress(OSError, ValueError):  # a full disk, a reader that has left, a closed file
+            print(line, file=self._file or sys.stderr, flush=True)

@@ -1,4 +1,7 @@
-"""Metrics for Prometheus. Names that Triton has are there under its names too."""
+"""Metrics for Prometheus. Names that Triton has are there under its names too.
+
+Triton's counters have no `_total` at their end, which the library would add, so a collector writes them.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,20 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 STAGES = ("queue", "pack", "load", "compute", "post")
+
+TRITON = {  # its counters, behind nv_inference_
+    "request_success": "calls that were answered",
+    "request_failure": "calls that were not",
+    "count": "requests that were answered",
+    "request_duration_us": "sum over calls",
+    "queue_duration_us": "sum over requests",
+    "compute_input_duration_us": "sum over requests",
+    "compute_infer_duration_us": "sum over requests",
+}
 
 
 class Metrics:
@@ -21,8 +34,9 @@ class Metrics:
         own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("grbench_requests", "Calls by status and strategy", ["status", "strategy"], **own)
         self.duration = Histogram(
-            "grbench_request_duration_seconds", "Calls from the first byte to the answer", buckets=buckets, **own
-        )
+            "grbench_request_duration_seconds", "Calls from the first byte to the answer, by outcome", ["outcome"],
+            buckets=buckets, **own,
+        )  # fmt: skip
         self.stages = Histogram(
             "grbench_stage_duration_seconds", "Stages of a request", ["stage"], buckets=buckets, **own
         )
@@ -48,31 +62,42 @@ class Metrics:
         self.gate_unjudged = Counter(
             "grbench_gate_unjudged", "Sampled answers that the reference could not judge", ["strategy"], **own
         )
+        self.appends = Counter("grbench_appends", "Calls that append events, by status", ["status"], **own)
         self.events = Counter("grbench_state_events", "Appended events of users", **own)
         self.reloads = Counter("grbench_reloads", "Reloads of the deployment by outcome", ["outcome"], **own)
-        self.success = Counter("nv_inference_request_success", "Triton's name: calls that were answered", **own)
-        self.failure = Counter("nv_inference_request_failure", "Triton's name: calls that were not", **own)
-        self.inferences = Counter("nv_inference_count", "Triton's name: requests that were answered", **own)
-        self.durations_us = {
-            name: Counter(f"nv_inference_{name}_duration_us", "Triton's name: sum over requests", **own)
-            for name in ("request", "queue", "compute_input", "compute_infer", "compute_output")
-        }
+        self._triton = dict.fromkeys(TRITON, 0.0)
         self.in_flight = Gauge("grbench_inflight", "Calls in the server", **own)
 
-    def watch(self, state: Callable[[], Iterable[tuple[str, str, str, int, int]]], users: Callable[[], int]) -> None:
+    def watch(
+        self,
+        state: Callable[[], Iterable[tuple[str, str, str, int, int]]],
+        users: Callable[[], int],
+        model: Callable[[], tuple[str, str]],
+    ) -> None:
         """Read what the controller holds when metrics are asked for.
 
         state: name, state and engine of each strategy, requests that it holds, batches that it has answered.
+        model: its name and version.
         """
         self.registry.register(_Live(state, users))
+        self.registry.register(_Triton(self._triton, state, model))
+
+    def ended(self, status: int, strategy: str, took_s: float) -> None:
+        """Count a call that has ended. strategy: of each of its users, with commas between; each counts once."""
+        outcome = "answered" if status == 200 else "refused" if status < 500 else "failed"
+        self.requests.labels(str(status), ",".join(sorted(set(strategy.split(","))))).inc()
+        self.duration.labels(outcome).observe(took_s)
+        self._triton["request_success" if status == 200 else "request_failure"] += 1
+        if status == 200:
+            self._triton["request_duration_us"] += took_s * 1e6
 
     def observe(self, queue_ms: float, pack_ms: float, load_ms: float, compute_ms: float) -> None:
         """Take the stages of one answered request."""
         for stage, ms in zip(STAGES, (queue_ms, pack_ms, load_ms, compute_ms), strict=False):
             self.stages.labels(stage).observe(max(ms, 0.0) / 1e3)
-        self.inferences.inc()
+        self._triton["count"] += 1
         for name, ms in (("queue", queue_ms), ("compute_input", pack_ms + load_ms), ("compute_infer", compute_ms)):
-            self.durations_us[name].inc(max(ms, 0.0) * 1e3)
+            self._triton[f"{name}_duration_us"] += max(ms, 0.0) * 1e3
 
 
 class _Live:
@@ -85,15 +110,32 @@ class _Live:
         depth = GaugeMetricFamily("grbench_queue_depth", "Requests that a strategy holds", labels=["strategy"])
         info = GaugeMetricFamily("grbench_strategy_info", "1 for the state it is in",
                                  labels=["strategy", "state", "engine"])  # fmt: skip
-        batches = CounterMetricFamily("nv_inference_exec_count", "Triton's name: batches", labels=["strategy"])
-        total = 0
-        for name, state, engine, pending, executed in self._state():
+        for name, state, engine, pending, _ in self._state():
             depth.add_metric([name], pending)
             info.add_metric([name, state, engine], 1)
-            batches.add_metric([name], executed)
-            total += pending
         yield depth
         yield info
-        yield batches
-        yield GaugeMetricFamily("nv_inference_pending_request_count", "Triton's name: requests waiting", value=total)
         yield GaugeMetricFamily("grbench_state_users", "Users whose appended events are kept", value=self._users())
+
+
+class _Triton:
+    """Triton's counters under its exact names. Their type is "unknown": that of a counter asks for `_total`."""
+
+    def __init__(
+        self,
+        sums: dict[str, float],
+        state: Callable[[], Iterable[tuple[str, str, str, int, int]]],
+        model: Callable[[], tuple[str, str]],
+    ) -> None:
+        self._sums, self._state, self._model = sums, state, model
+
+    def collect(self) -> Iterator[Metric]:
+        labels = dict(zip(("model", "version"), self._model(), strict=True))
+        live = list(self._state())
+        counted = {name: (TRITON[name], value) for name, value in self._sums.items()}
+        counted["exec_count"] = ("batches", float(sum(executed for *_, executed in live)))
+        counted["pending_request_count"] = ("requests waiting", float(sum(pending for *_, pending, _ in live)))
+        for name, (meaning, value) in counted.items():
+            metric = Metric(f"nv_inference_{name}", f"Triton's name: {meaning}", "unknown")
+            metric.add_sample(metric.name, labels, value)
+            yield metric

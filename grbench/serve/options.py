@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +57,33 @@ class ServeConfig:
 
     @property
     def api_key(self) -> bytes | None:
-        """The key that clients need; None: none. Raises ConfigError for an empty file."""
+        """The key that clients need; None: none. Raises ConfigError for a file without one."""
         if self.api_key_file is None:
             return None
-        key = Path(self.api_key_file).read_bytes().strip()
+        try:
+            key = Path(self.api_key_file).read_bytes().strip()
+        except OSError as e:
+            raise ConfigError(
+                f"serve.api_key_file={self.api_key_file}: {e.strerror}; give a file that holds the key"
+            ) from None
         if not key:
             raise ConfigError(f"serve.api_key_file={self.api_key_file}: it is empty; write a long random key into it")
         return key
+
+    def check_tls(self) -> None:
+        """Read the certificate and its key. Raises ConfigError."""
+        if self.tls_cert_file is None and self.tls_key_file is None:
+            return
+        if self.tls_cert_file is None or self.tls_key_file is None:
+            raise ConfigError("serve.tls_cert_file and serve.tls_key_file: give both or neither")
+        try:  # an encrypted key would ask for its password on the terminal
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.tls_cert_file, self.tls_key_file, password=lambda: "")
+        except (OSError, ValueError) as e:
+            raise ConfigError(
+                f"serve.tls_cert_file={self.tls_cert_file}, serve.tls_key_file={self.tls_key_file}: {e}; "
+                "give a certificate chain and its private key, both in PEM and without a password"
+            ) from None
 
 
 def parse(words: Sequence[str]) -> tuple[ServeConfig, str | None, list[str]]:
@@ -87,9 +108,8 @@ def parse(words: Sequence[str]) -> tuple[ServeConfig, str | None, list[str]]:
     expand_home(config)
     if problem := next(violations(config), None):
         raise ConfigError(f"{PREFIX}{problem}")
-    if (config.tls_cert_file is None) != (config.tls_key_file is None):
-        raise ConfigError("serve.tls_cert_file and serve.tls_key_file: give both or neither")
-    if not config.is_local and config.api_key is None:
+    config.check_tls()
+    if config.api_key is None and not config.is_local:
         raise ConfigError(
             f"serve.host={config.host}: others could connect; give serve.api_key_file=FILE too, or leave 127.0.0.1"
         )

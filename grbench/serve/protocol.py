@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,10 @@ DTYPES: dict[str, type[np.generic]] = {
     "FP32": np.float32,
     "FP64": np.float64,
 }
+MOST_DIMENSIONS = 8
+MOST_NUMBERS = 1 << 40  # of a tensor
+MOST_TIME = 1e12  # of a deadline, in its unit
+ELSEWHERE = ("shared_memory_region", "classification")  # Triton's, of inputs and outputs
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
@@ -41,13 +46,21 @@ class Call:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     outputs: dict[str, bool] = field(default_factory=dict)  # name: whether it is binary; empty: all
     binary: bool = False  # the form of outputs that name none
+    limit_s: float = math.inf  # the client's own deadline, from when the call has come
 
 
 def parse_call(body: bytes, header_length: str | None) -> Call:
     """Read the body of an HTTP request. header_length: the value of the header `HEADER_LENGTH`. Raises RefusedError."""
-    end = len(body) if header_length is None else _integer(header_length, HEADER_LENGTH)
+    end = len(body) if header_length is None else _length(header_length)
     if not 0 < end <= len(body):
         raise wrong(f"{HEADER_LENGTH}={end}: the body has {len(body)} bytes; allowed is 1 to that")
+    try:
+        return _parsed(body, end)
+    except MemoryError:
+        raise RefusedError(413, "body: it takes more memory than there is; send less, or binary tensors") from None
+
+
+def _parsed(body: bytes, end: int) -> Call:
     try:
         content = json.loads(body[:end])
     except (ValueError, RecursionError) as e:
@@ -55,13 +68,14 @@ def parse_call(body: bytes, header_length: str | None) -> Call:
     if not isinstance(content, dict):
         raise wrong("body: allowed is an object with the key inputs")
     parameters = _object(content.get("parameters", {}), "parameters")
+    binary = _flag(parameters, "binary_data_output", False, "parameters")
     outputs = {}
     for number, output in enumerate(_list(content.get("outputs", []), "outputs")):
         key = f"outputs[{number}]"
         wanted = _object(_object(output, key).get("parameters", {}), f"{key}.parameters")
-        default = bool(parameters.get("binary_data_output", False))
-        outputs[_text(output.get("name"), f"{key}.name")] = bool(wanted.get("binary_data", default))
-    binary = bool(parameters.get("binary_data_output", False))
+        check_output(wanted, key)
+        form = _flag(wanted, "binary_data", binary, f"{key}.parameters")
+        outputs[_text(output.get("name"), f"{key}.name")] = form
     tensors = _tensors(_list(content.get("inputs"), "inputs"), memoryview(body)[end:])
     return Call(tensors, _text(content.get("id", ""), "id"), parameters, outputs, binary)
 
@@ -76,12 +90,14 @@ def _tensors(inputs: list[Any], rest: memoryview) -> dict[str, Tensor]:
         shape = shape_of(one.get("shape"), name)
         dtype = dtype_of(one.get("datatype"), name)
         parameters = _object(one.get("parameters", {}), f"{name}.parameters")
+        check_output(parameters, name)
         if (size := parameters.get("binary_data_size")) is None:
             tensors[name] = listed(one.get("data"), dtype, shape, name)
             continue
-        size = _integer(size, f"{name}.parameters.binary_data_size")
+        if type(size) is not int:
+            raise wrong(f"{name}.parameters.binary_data_size={shown(size)}: allowed is an integer")
         if not 0 <= size <= len(rest):
-            raise wrong(f"{name}.parameters.binary_data_size={size}: {len(rest)} bytes are left in the body")
+            raise wrong(f"{name}.parameters.binary_data_size={shown(size)}: {len(rest)} bytes are left in the body")
         tensors[name], rest = raw(rest[:size], dtype, shape, name), rest[size:]
     if len(rest):
         raise wrong(f"body: {len(rest)} bytes are left behind the last input; check the sizes of the binary tensors")
@@ -98,41 +114,63 @@ def raw(data: bytes | memoryview, dtype: type[np.generic], shape: Sequence[int],
 
 def listed(data: Any, dtype: type[np.generic], shape: Sequence[int], name: str) -> Tensor:
     """Return a tensor of numbers in a list, nested or flat. Raises RefusedError."""
-    try:
-        given = np.array(_list(data, f"{name}.data"))
-    except ValueError:
-        raise wrong(f"{name}.data: the rows have different lengths") from None
+    values, kinds = _flat(_list(data, f"{name}.data"), name)
     kind = NAMES[np.dtype(dtype)]
-    if given.size and given.dtype.kind not in ("b" if kind == "BOOL" else "iu" if "INT" in kind else "iuf"):
+    if not kinds <= ({bool} if kind == "BOOL" else {int} if "INT" in kind else {int, float}):
         raise wrong(f"{name}.data: allowed are numbers of {kind}")
-    if given.size != math.prod(shape):
-        raise wrong(f"{name}.data: {given.size} numbers; shape {list(shape)} needs {math.prod(shape)}")
-    if given.size and "INT" in kind:
-        limits = np.iinfo(np.dtype(dtype))
-        if int(given.min()) < limits.min or int(given.max()) > limits.max:
-            raise wrong(f"{name}.data: a number is outside {kind}")
-    return given.astype(dtype).reshape(shape)
+    if len(values) != math.prod(shape):
+        raise wrong(f"{name}.data: {len(values)} numbers; shape {list(shape)} needs {math.prod(shape)}")
+    try:
+        with np.errstate(over="ignore"):
+            tensor = np.array(values, dtype)
+    except OverflowError:
+        raise wrong(f"{name}.data: a number is outside {kind}") from None
+    if "FP" in kind and (infinite := int(np.isinf(tensor).sum())) and infinite > sum(map(math.isinf, values)):
+        raise wrong(f"{name}.data: a number is outside {kind}")
+    return tensor.reshape(shape)
+
+
+def _flat(data: list[Any], name: str) -> tuple[list[Any], set[type]]:
+    """Return the values of nested lists, and their types: NumPy would make room for the longest string among them."""
+    for _ in range(MOST_DIMENSIONS):
+        kinds = set(map(type, data))
+        if list not in kinds:
+            return data, kinds
+        if len(kinds) > 1 or len(set(map(len, data))) > 1:
+            raise wrong(f"{name}.data: the rows have different lengths")
+        data = list(itertools.chain.from_iterable(data))
+    raise wrong(f"{name}.data: allowed are lists in at most {MOST_DIMENSIONS} levels")
+
+
+def check_output(parameters: Mapping[str, Any], key: str) -> None:
+    """Raise RefusedError for a parameter of a tensor that would change where or what it is."""
+    if found := next((name for name in ELSEWHERE if name in parameters), None):
+        raise wrong(f"{key}.parameters.{found}: not supported here; leave it out")
 
 
 def dtype_of(name: Any, tensor: str) -> type[np.generic]:
     """Return the type of a tensor. Raises RefusedError."""
     if not isinstance(name, str) or name not in DTYPES:
-        raise wrong(f"{tensor}.datatype={name}: allowed are {', '.join(DTYPES)}")
+        raise wrong(f"{tensor}.datatype={shown(name)}: allowed are {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def shape_of(shape: Any, tensor: str) -> list[int]:
     """Return the shape of a tensor. Raises RefusedError."""
     sizes = _list(shape, f"{tensor}.shape")
-    if not all(type(n) is int and 0 <= n < 1 << 40 for n in sizes):
-        raise wrong(f"{tensor}.shape={sizes}: allowed are integers >= 0")
+    if len(sizes) > MOST_DIMENSIONS:
+        raise wrong(f"{tensor}.shape: {len(sizes)} dimensions; allowed are at most {MOST_DIMENSIONS}")
+    if not all(type(n) is int and 0 <= n <= MOST_NUMBERS for n in sizes):
+        raise wrong(f"{tensor}.shape=[{', '.join(map(shown, sizes))}]: allowed are integers from 0 to {MOST_NUMBERS}")
+    if math.prod(max(n, 1) for n in sizes) > MOST_NUMBERS:
+        raise wrong(f"{tensor}.shape={sizes}: allowed are at most {MOST_NUMBERS} numbers")
     return sizes
 
 
 def chosen(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the outputs that a call asks for. Raises RefusedError for one that there is not."""
     if unknown := [name for name in call.outputs if name not in tensors]:
-        raise wrong(f"outputs: {unknown[0]}: no such output; allowed are {', '.join(tensors)}")
+        raise wrong(f"outputs: {shown(unknown[0])}: no such output; allowed are {', '.join(tensors)}")
     return {name: tensors[name] for name in call.outputs or tensors}
 
 
@@ -160,12 +198,12 @@ def render(
 
 
 def number_of(parameters: Mapping[str, Any], name: str) -> float | None:
-    """Return a parameter that is a number above 0; None: it is absent. Raises RefusedError."""
+    """Return a parameter that is a number above 0 and in bounds; None: it is absent. Raises RefusedError."""
     value = parameters.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise wrong(f"parameters.{name}={value}: allowed is a number > 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST_TIME:
+        raise wrong(f"parameters.{name}={shown(value)}: allowed is a number > 0 and <= {MOST_TIME:g}")
     return float(value)
 
 
@@ -187,13 +225,26 @@ def _text(value: Any, key: str) -> str:
     return value
 
 
-def _integer(value: Any, key: str) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError, OverflowError):
-        raise wrong(f"{key}={value}: allowed is an integer") from None
+def _length(value: str) -> int:
+    if not (value.isascii() and value.isdigit() and len(value) < 16):
+        raise wrong(f"{HEADER_LENGTH}={shown(value)}: allowed is an integer")
+    return int(value)
+
+
+def _flag(parameters: Mapping[str, Any], name: str, default: bool, key: str) -> bool:
+    value = parameters.get(name, default)
+    if type(value) is not bool:
+        raise wrong(f"{key}.{name}={shown(value)}: allowed are true and false")
+    return value
+
+
+def shown(value: Any) -> str:
+    """Return a value of a client for an error: short and in one line."""
+    if not isinstance(value, str | int | float):
+        return type(value).__name__
+    return " ".join(str(value)[:60].split())
 
 
 def unknown_model(name: str, known: str) -> RefusedError:
     """Return the error for a model that is not served."""
-    return RefusedError(404, f"model {name}: not served here; the model is {known}")
+    return RefusedError(404, f"model {shown(name)}: not served here; the model is {known}")

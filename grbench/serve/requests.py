@@ -31,6 +31,7 @@ INPUTS = {  # name: datatype and meaning
     "STATE_VERSIONS": ("INT64", "version of each user's state on the server; the events come behind it; -1: none"),
 }
 _ids = itertools.count(1)
+MOST_WEIGHT = 1e4  # beyond it 16-bit arithmetic overflows
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def events_of(tensors: Mapping[str, Tensor], bounds: Bounds) -> History:
         raise wrong("inputs: TOKENS is missing: the items of the new events")
     items = _column(tensors, "TOKENS", None, 0, bounds.catalogue.num_items - 1)
     total = len(items)
+    if total > bounds.max_history:
+        raise wrong(f"TOKENS: {total} events; allowed are at most {bounds.max_history} in a call (serve.max_history)")
     actions = _column(tensors, "ACTIONS", total, 0, (1 << bounds.catalogue.num_actions) - 1)
     return History(items, actions, _weights(tensors, total), _column(tensors, "TIMESTAMPS", total, 0, None))
 
@@ -158,9 +161,9 @@ def _weights(tensors: Mapping[str, Tensor], length: int) -> Float32Array:
     values = _vector(tensors["WEIGHTS"], "WEIGHTS", length)
     with np.errstate(over="ignore"):
         weights = values.astype(np.float32, copy=False)
-    if len(weights) and not np.isfinite(weights).all():
-        i = int(np.isfinite(weights).argmin())
-        raise wrong(f"WEIGHTS[{i}]={values[i]}: allowed are finite numbers")
+    if not (allowed := np.abs(weights) <= MOST_WEIGHT).all():  # False for NaN too
+        i = int(allowed.argmin())
+        raise wrong(f"WEIGHTS[{i}]={values[i]}: allowed is -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}")
     return weights
 
 

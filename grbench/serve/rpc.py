@@ -6,8 +6,12 @@ client has messages of the same names in the common pool.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import math
 import time
+import traceback
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -17,8 +21,10 @@ import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
 
 from grbench import __version__
+from grbench.config.schema import ConfigError
+from grbench.serve.connections import BEYOND_QUEUE
 from grbench.serve.errors import RefusedError, wrong
-from grbench.serve.protocol import NAMES, Call, Tensor, dtype_of, listed, raw
+from grbench.serve.protocol import NAMES, Call, Tensor, check_output, dtype_of, listed, raw, shape_of
 from grbench.serve.service import EXTENSIONS, PLATFORM, VERSION, Service
 
 SERVICE = "inference.GRPCInferenceService"
@@ -27,12 +33,15 @@ CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
     409: grpc.StatusCode.FAILED_PRECONDITION,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    500: grpc.StatusCode.INTERNAL,
     503: grpc.StatusCode.UNAVAILABLE,
 }
 CONTENTS = {"BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
             "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
             "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents"}  # fmt: skip
+INLINE = 100_000  # bytes of a call that the event loop reads itself
 Handler = Callable[[Any, Any], Awaitable[Any]]
 
 
@@ -65,8 +74,13 @@ class Rpc:
             "ModelStatistics": self._stats,
         }
         most = int(service.config.max_body_mb * 1e6)
-        sizes = [("grpc.max_receive_message_length", most), ("grpc.max_send_message_length", -1)]
-        self._server_ = grpc.aio.server(options=sizes)
+        options = [
+            ("grpc.max_receive_message_length", most),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),  # a port that another server has is an error
+        ]
+        calls = service.config.max_queue + BEYOND_QUEUE
+        self._server_ = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
         methods = {
             name: grpc.unary_unary_rpc_method_handler(
                 self._guarded(handler, open_to_all=name in ("ServerLive", "ServerReady")),
@@ -78,16 +92,25 @@ class Rpc:
         self._server_.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, methods)])
 
     async def start(self) -> int:
-        """Listen. Returns the port. Raises RuntimeError for one that is taken."""
+        """Listen. Returns the port. Raises ConfigError for one that is taken."""
         config = self._service.config
-        address = f"{config.host}:{config.grpc_port}"
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        try:
+            port = self._bind(f"{host}:{config.grpc_port}")
+        except RuntimeError:
+            raise ConfigError(
+                f"serve.grpc_port={config.grpc_port}: {config.host}: Address already in use or not allowed; "
+                "give another port, serve.grpc_port=0 for a free one, or null for none"
+            ) from None
+        await self._server_.start()
+        return port
+
+    def _bind(self, address: str) -> int:
+        config = self._service.config
         if config.tls_cert_file and config.tls_key_file:
             pair = [(Path(config.tls_key_file).read_bytes(), Path(config.tls_cert_file).read_bytes())]
-            port = self._server_.add_secure_port(address, grpc.ssl_server_credentials(pair))
-        else:
-            port = self._server_.add_insecure_port(address)
-        await self._server_.start()
-        return int(port)
+            return int(self._server_.add_secure_port(address, grpc.ssl_server_credentials(pair)))
+        return int(self._server_.add_insecure_port(address))
 
     async def stop(self, limit_s: float) -> None:
         """Take no more calls, and finish those in flight within a limit."""
@@ -103,6 +126,11 @@ class Rpc:
                 if e.retry_after_s is not None:
                     context.set_trailing_metadata([("retry-after-ms", f"{e.retry_after_s * 1e3:.0f}")])
                 await context.abort(CODES.get(e.status, grpc.StatusCode.UNKNOWN), str(e))
+            except Exception as e:
+                ident = getattr(request, "id", "")[:128] or uuid.uuid4().hex
+                line = " ".join(f"{type(e).__name__}: {e}".split())
+                self._service.log.error("defect", request_id=ident, error=line, where=traceback.format_exc())
+                await context.abort(CODES[500], f"a defect of the server; its log has request {ident}")
 
         return guarded
 
@@ -120,7 +148,8 @@ class Rpc:
         return self._classes["ServerReadyResponse"](ready=self._service.ready)
 
     async def _model_ready(self, request: Any, context: Any) -> Any:
-        self._service.model_metadata(request.name, request.version)
+        if self._service.ready:
+            self._service.model_metadata(request.name, request.version)
         return self._classes["ModelReadyResponse"](ready=self._service.ready)
 
     async def _server(self, request: Any, context: Any) -> Any:
@@ -147,8 +176,14 @@ class Rpc:
         service.metrics.in_flight.inc()
         try:
             parameters = {name: _value(value) for name, value in request.parameters.items()}
+            for part in (*request.inputs, *request.outputs):
+                check_output(part.parameters, part.name)
             outputs = {output.name: True for output in request.outputs}
-            call = Call(_tensors(request), request.id, parameters, outputs, True)
+            large = request.ByteSize() > INLINE
+            tensors = await asyncio.to_thread(_tensors, request) if large else _tensors(request)
+            left_s = context.time_remaining()
+            limit_s = math.inf if left_s is None else left_s
+            call = Call(tensors, request.id, parameters, outputs, True, limit_s)
             tensors, facts = await service.infer(call, request.model_name, request.model_version, begun)
             status, strategy = 200, facts["strategy"]
             return self._response(request, tensors, facts)
@@ -182,9 +217,7 @@ def _tensors(request: Any) -> dict[str, Tensor]:
         if one.name in tensors:
             raise wrong(f"inputs[{i}].name={one.name}: it is there twice")
         dtype = dtype_of(one.datatype, one.name)
-        shape = list(one.shape)
-        if any(not 0 <= n < 1 << 40 for n in shape):
-            raise wrong(f"{one.name}.shape={shape}: allowed are integers >= 0")
+        shape = shape_of(list(one.shape), one.name)
         if raws:
             tensors[one.name] = raw(raws[i], dtype, shape, one.name)
         elif (field := CONTENTS.get(one.datatype)) is None:

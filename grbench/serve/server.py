@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from grbench.deployment import Deployment
+from grbench.serve.connections import BEYOND_QUEUE, KEEP_ALIVE_S, Connection
 from grbench.serve.errors import RefusedError
 from grbench.serve.http import Api
 from grbench.serve.logs import Log
 from grbench.serve.options import ServeConfig
 from grbench.serve.rpc import Rpc
 from grbench.serve.service import Service
-
-KEEP_ALIVE_S = 75
 
 
 class _Http(uvicorn.Server):
@@ -52,6 +51,8 @@ async def serve(
             log_config=None,
             access_log=False,
             lifespan="off",
+            http=Connection,
+            limit_concurrency=config.max_queue + BEYOND_QUEUE,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(int(config.drain_s), 1),

@@ -74,7 +74,9 @@ class Service:
         self._reloading = asyncio.Lock()
         self._gate = LiveGate(config.gate_share, self.metrics)
         self._watch = asyncio.get_running_loop().create_task(watch_times(self._controllers))
-        self.metrics.watch(self._live, lambda: len(self._states) if self._states is not None else 0)
+        self.metrics.watch(
+            self._live, lambda: len(self._states) if self._states is not None else 0, lambda: (self.model, VERSION)
+        )
 
     @property
     def ready(self) -> bool:
@@ -174,7 +176,7 @@ class Service:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Answer a call. Returns tensors and parameters. begun: time.perf_counter. Raises RefusedError."""
         controller, bounds, states = self._serving(model, version)
-        limit_s = self._limit_s(call.parameters)
+        limit_s = min(self._limit_s(call.parameters), call.limit_s)
         requests = decode(call.tensors, bounds, states, limit_s * 1e3)
         deadline = begun + limit_s
         begun_all: list[Begun] = []  # before anything is awaited: a reload would put another controller in place
@@ -255,18 +257,14 @@ class Service:
     def finished(self, status: int, strategy: str, begun: float) -> None:
         """Count a call that has ended, with what it took."""
         took_s = time.perf_counter() - begun
-        self.metrics.requests.labels(str(status), strategy).inc()
-        self.metrics.duration.observe(took_s)
+        self.metrics.ended(status, strategy, took_s)
         figures = self.figures
         figures.last_ms = int(time.time() * 1e3)
         if status == 200:
-            self.metrics.success.inc()
-            self.metrics.durations_us["request"].inc(took_s * 1e6)
             figures.calls += 1
             figures.ns["total"] += int(took_s * 1e9)
             figures.newest_ms.append(took_s * 1e3)
         else:
-            self.metrics.failure.inc()
             figures.failed += 1
             figures.shed += status == 429
 

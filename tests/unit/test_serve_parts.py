@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,37 +16,52 @@ import yaml
 from helpers.checkout import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import generate_latest
 
+from grbench.config.schema import ConfigError
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.errors import RefusedError
+from grbench.serve.http import Api
+from grbench.serve.logs import Log
 from grbench.serve.metrics import Metrics
-from grbench.serve.protocol import parse_call
-from grbench.serve.requests import INPUTS, Bounds, decode
+from grbench.serve.options import parse
+from grbench.serve.protocol import DTYPES, listed, number_of, parse_call, raw, shape_of
+from grbench.serve.requests import INPUTS, Bounds, decode, events_of
 from grbench.serve.state import Histories, History
 from grengines.api import Catalogue
 
 BOUNDS = Bounds("rank", Catalogue(10, 50, 3), max_users=4, max_history=8, max_candidates=6)
-NUMBERS = st.one_of(st.integers(-2, 60), st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=2))
+HUGE = st.sampled_from([2**31, 2**63, 2**64 - 1, 2**64, -(2**63) - 1, 10**400, 1e4, 7e4, 1e300, 1e308, -1e39])
+NUMBERS = st.one_of(
+    st.integers(-2, 60), st.integers(), HUGE, st.floats(), st.booleans(), st.none(), st.text(max_size=2)
+)
+SIZES = st.one_of(
+    st.lists(st.integers(-1, 9), max_size=2), st.lists(st.sampled_from([0, 1, 2**40, 10**400]), max_size=70)
+)
 TENSOR = st.fixed_dictionaries(
     {},
     optional={
         "name": st.sampled_from([*INPUTS, "OTHER"]),
-        "shape": st.one_of(st.lists(st.integers(-1, 9), max_size=2), NUMBERS),
-        "datatype": st.sampled_from(["INT64", "FP32", "UINT8", "BOOL", "BYTES", ""]),
+        "shape": st.one_of(SIZES, NUMBERS),
+        "datatype": st.sampled_from([*DTYPES, "BYTES", ""]),
         "data": st.one_of(st.lists(NUMBERS, max_size=9), NUMBERS),
         "parameters": st.fixed_dictionaries({}, optional={"binary_data_size": NUMBERS}),
     },
 )
-CALL = st.fixed_dictionaries({}, optional={"inputs": st.lists(TENSOR, max_size=8), "id": NUMBERS, "outputs": NUMBERS})
+PARAMETERS = st.fixed_dictionaries({}, optional=dict.fromkeys(["deadline_ms", "binary_data_output"], NUMBERS))
+CALL = st.fixed_dictionaries(
+    {}, optional={"inputs": st.lists(TENSOR, max_size=8), "id": NUMBERS, "outputs": NUMBERS, "parameters": PARAMETERS}
+)
 
 
 def answer(body: bytes, length: str | None) -> str:
     """Take a call as the server does; return the refusal, or nothing."""
     try:
         call = parse_call(body, length)
+        assert 0 < (number_of(call.parameters, "deadline_ms") or 1.0) * 1e3 < 1e16
         for request in decode(call.tensors, BOUNDS, Histories(4, 8)):
             assert 1 <= len(request.history_items) <= 8 and 1 <= len(request.candidates) <= 6
-            assert np.isfinite(request.history_weights).all()
+            assert np.abs(request.history_weights).max() <= 1e4
     except RefusedError as e:
         assert 400 <= e.status < 500
         return str(e)
@@ -55,6 +74,189 @@ def test_random_calls_are_refused_in_one_line(call: Any, rest: bytes, binary: bo
     body = json.dumps(call).encode()
     refused = answer(body + (rest if binary else b""), str(len(body)) if binary else None)
     assert refused and "\n" not in refused
+
+
+@given(st.lists(NUMBERS, max_size=4), st.sampled_from([*DTYPES]), SIZES, st.binary(max_size=16))
+@settings(max_examples=300, deadline=None)
+def test_random_tensors_are_taken_as_they_are_or_refused(data: list[Any], kind: str, shape: Any, rest: bytes) -> None:
+    for read in (
+        lambda sizes: listed(data, DTYPES[kind], sizes, "T"),
+        lambda sizes: raw(rest, DTYPES[kind], sizes, "T"),
+    ):
+        try:
+            sizes = shape_of(shape, "T")
+            assert list(read(sizes).shape) == sizes
+            values = listed(data, DTYPES[kind], [len(data)], "T").tolist()
+        except RefusedError as e:
+            assert "\n" not in str(e) and len(str(e)) < 1000
+        else:
+            exact = [one for one in zip(data, values, strict=True) if "FP" not in kind and one[0] != one[1]]
+            infinite = [one for one in zip(data, values, strict=True) if np.isinf(one[1]) and not np.isinf(one[0])]
+            assert not exact and not infinite
+
+
+@pytest.mark.parametrize(
+    "kind, data, found",
+    [
+        ("UINT64", [2**64 - 1, 1], [2**64 - 1, 1]),
+        ("UINT64", [2**64], "T.data: a number is outside UINT64"),
+        ("FP16", [7e4], "T.data: a number is outside FP16"),
+        ("FP32", [10**400], "T.data: a number is outside FP32"),
+        ("FP32", ["x" * 100_000] + [""] * 100_000, "T.data: allowed are numbers of FP32"),
+        ("INT64", [[[[[[[[[1]]]]]]]]], "T.data: allowed are lists in at most 8 levels"),
+        ("INT64", [True], "T.data: allowed are numbers of INT64"),
+    ],
+)
+def test_numbers_keep_their_values_or_are_refused(kind: str, data: list[Any], found: Any) -> None:
+    if isinstance(found, str):
+        with pytest.raises(RefusedError, match=re.escape(found)):
+            listed(data, DTYPES[kind], [len(data)], "T")
+    else:
+        assert listed(data, DTYPES[kind], [len(data)], "T").tolist() == found
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"outputs": [{"name": "OUTPUT", "parameters": {"classification": 2}}]},
+            "outputs[0].parameters.classification",
+        ),
+        ({"outputs": [{"name": "O", "parameters": {"shared_memory_region": "a"}}]}, "parameters.shared_memory_region"),
+        (
+            {"outputs": [{"name": "O", "parameters": {"binary_data": 1}}]},
+            "outputs[0].parameters.binary_data=1: allowed",
+        ),
+        ({"parameters": {"binary_data_output": "no"}}, "parameters.binary_data_output=no: allowed are true and false"),
+        ({"inputs": [{"name": "T", "shape": [1] * 9}]}, "T.shape: 9 dimensions; allowed are at most 8"),
+        ({"inputs": [{"name": "T", "shape": [2**20] * 3}]}, "numbers"),
+        (
+            {"inputs": [{"name": "T", "shape": [1], "datatype": "BOOL", "parameters": {"binary_data_size": 1.5}}]},
+            "binary_data_size=1.5: allowed is an integer",
+        ),
+    ],
+)
+def test_a_call_is_refused_for_what_is_not_supported(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RefusedError, match=re.escape(words)):
+        parse_call(json.dumps({"inputs": []} | changes).encode(), None)
+
+
+@pytest.mark.parametrize("weight", [1.1e4, -2e4, float("nan"), float("inf")])
+def test_a_weight_has_a_bound(weight: float) -> None:
+    tensors = {"TOKENS": np.array([1]), "WEIGHTS": np.array([weight], np.float32)}
+    with pytest.raises(RefusedError, match=re.escape("]=") + r"\S+: allowed is -10000 to 10000"):
+        events_of(tensors, BOUNDS)
+    tensors["WEIGHTS"] = np.array([-1e4], np.float32)
+    assert events_of(tensors, BOUNDS).weights.tolist() == [-1e4]
+
+
+def test_a_call_appends_no_more_than_a_history() -> None:
+    with pytest.raises(RefusedError, match="TOKENS: 9 events; allowed are at most 8"):
+        events_of({"TOKENS": np.zeros(9, np.int64)}, BOUNDS)
+
+
+def test_a_history_holds_no_dropped_events() -> None:
+    long = np.arange(1000)
+    kept = History(long, long, long.astype(np.float32), long).newest(3)
+    assert kept.items.tolist() == [997, 998, 999] and kept.items.base is None
+
+
+def test_a_log_that_cannot_be_written_fails_nothing() -> None:
+    file = io.StringIO()
+    Log(file).info("call", path=ROOT)
+    assert json.loads(file.getvalue())["path"] == str(ROOT)
+    file.close()
+    Log(file).error("call")
+
+
+def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
+    metrics = Metrics(None)
+    metrics.watch(lambda: [("a", "ready", "hstu", 2, 5), ("b", "ready", "hstu", 1, 1)], lambda: 0, lambda: ("m", "1"))
+    metrics.ended(200, "b,a,b", 0.5)
+    metrics.ended(429, "", 0.001)
+    metrics.observe(1.0, 2.0, 3.0, 4.0)
+    text = generate_latest(metrics.registry).decode()
+    labels = 'model="m",version="1"'
+    for name, value in {"request_success": 1, "request_failure": 1, "count": 1, "exec_count": 6,
+                        "pending_request_count": 3, "request_duration_us": 500000,
+                        "compute_input_duration_us": 5000}.items():  # fmt: skip
+        assert f"nv_inference_{name}{{{labels}}} {value}.0\n" in text
+    assert 'grbench_request_duration_seconds_sum{outcome="answered"} 0.5\n' in text
+    assert 'grbench_request_duration_seconds_count{outcome="refused"} 1.0\n' in text
+    assert 'grbench_requests_total{status="200",strategy="a,b"} 1.0\n' in text
+
+
+class _Ready:
+    """What the routes need of a service that is up, and whose status is broken."""
+
+    def __init__(self, key: bytes | None) -> None:
+        self.config = SimpleNamespace(api_key=key)
+        self.ready, self.file = True, io.StringIO()
+        self.log = Log(self.file)
+
+    def status(self) -> dict[str, Any]:
+        raise LookupError("two\nlines")
+
+
+def get(service: _Ready, path: str, **headers: str) -> tuple[int, Any]:
+    """Ask the routes, without a socket."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "root_path": "",
+             "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}  # fmt: skip
+    asyncio.run(Api(service).app()(scope, receive, send))  # type: ignore[arg-type]
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+@pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:8000"])
+def test_this_machine_may_call_without_a_key(host: str) -> None:
+    assert get(_Ready(None), "/v2/health/ready", host=host, origin=f"http://{host}") == (200, {"ready": True})
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"host": "evil.example:8000"}, {"host": "localhost:8000", "origin": "http://evil.example"},
+     {"host": "localhost", "origin": "null"}, {"host": "[::1"}, {"host": "localhost", "origin": "http://[::1"}, {}],
+)  # fmt: skip
+def test_pages_of_other_sites_are_refused(headers: dict[str, str]) -> None:
+    status, answer = get(_Ready(None), "/v2/health/ready", **headers)
+    assert status == 403 and "set an API key" in answer["error"] and "\n" not in answer["error"]
+    assert get(_Ready(b"key"), "/v2/health/ready", **headers)[0] == 200  # they would lack the key elsewhere
+
+
+def test_a_defect_is_one_line_for_the_client_and_a_traceback_in_the_log() -> None:
+    service = _Ready(None)
+    status, answer = get(service, "/status", host="localhost", **{"x-request-id": "r7"})
+    assert (status, answer) == (500, {"error": "a defect of the server; its log has request r7"})
+    [line] = service.file.getvalue().splitlines()
+    logged = json.loads(line)
+    assert logged["request_id"] == "r7" and logged["error"] == "LookupError: two lines"
+    assert "Traceback" in logged["where"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["api_key_file={folder}"], "serve.api_key_file={folder}: Is a directory; give a file that holds the key"),
+        (["tls_cert_file={file}", "tls_key_file={file}"], "give a certificate chain and its private key"),
+        (
+            ["tls_cert_file={folder}", "tls_key_file={file}"],
+            "give a certificate chain and its private key",
+        ),
+    ],
+)
+def test_files_of_the_server_are_read_first(tmp_path: Path, options: list[str], words: str) -> None:
+    names = {"folder": str(tmp_path), "file": str(tmp_path / "bad.pem")}
+    (tmp_path / "bad.pem").write_text("no PEM")
+    with pytest.raises(ConfigError, match=re.escape(words.format(**names))) as refused:
+        parse([f"serve.{option}".format(**names) for option in options])
+    assert "\n" not in str(refused.value)
 
 
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=3))
@@ -105,7 +307,7 @@ def test_costs_follow_what_batches_take() -> None:
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     metrics = Metrics(0.08)
-    metrics.watch(lambda: [("a", "ready", "hstu", 0, 0)], lambda: 0)
+    metrics.watch(lambda: [("a", "ready", "hstu", 0, 0)], lambda: 0, lambda: ("m", "1"))
     known = {family.name for family in metrics.registry.collect()}
     dashboard = json.loads((ROOT / "deployment" / "grafana" / "dashboard.json").read_text())
     asked = set(re.findall(r"grbench_\w+", str([t["expr"] for p in dashboard["panels"] for t in p["targets"]])))
