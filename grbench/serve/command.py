@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from grbench.config.arguments import Arguments, CommandError
-from grbench.config.schema import ConfigError
 from grbench.deployment import Deployment
 from grbench.serve.logs import Log
-from grbench.serve.options import ServeConfig, deployment_of, parse
+from grbench.serve.options import bound, deployment_of, parse
 
 MODULES = ("starlette", "uvicorn", "prometheus_client", "grpc")
 SWITCH_S = 0.0005  # a thread that computes in Python gives way after this, and the event loop answers
@@ -51,26 +48,10 @@ def main(words: Sequence[str]) -> int:
     def load() -> Deployment:
         return deployment_of(file, overrides)
 
-    with _listening(config) as listener:
+    with bound(config.host, config.port, "port") as listener:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(serve(deployment, file, config, Log(), listener, load))
         except RuntimeError as e:
             raise CommandError(e, 1) from None
     return 0
-
-
-@contextlib.contextmanager
-def _listening(config: ServeConfig) -> Iterator[socket.socket]:
-    """A socket at the configured address. Raises ConfigError for one that can't be used."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((config.host, config.port))
-        except (OSError, UnicodeError) as e:
-            raise ConfigError(
-                f"serve.port={config.port}: {config.host}: {getattr(e, 'strerror', None) or e}; "
-                "give another port, or serve.port=0 for a free one"
-            ) from None
-        yield listener

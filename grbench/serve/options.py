@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,3 +132,19 @@ def deployment_of(file: str | None, overrides: Sequence[str]) -> Deployment:
         limits={"latency_ms.p99": spec.latency_limit_ms} if is_limited else {},
         strategies=[Strategy(spec.engine.name, own or [f"engine={spec.engine.name}"])],
     )
+
+
+def bound(host: str, port: int, name: str) -> socket.socket:
+    """Return a socket at an address. name: the option that has the port. Raises ConfigError for one that is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, UnicodeError) as e:
+        listener.close()
+        raise ConfigError(
+            f"{PREFIX}{name}={port}: {host}: {getattr(e, 'strerror', None) or e}; "
+            f"give another port, or {PREFIX}{name}=0 for a free one"
+        ) from None
+    return listener

@@ -21,9 +21,9 @@ import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
 
 from grbench import __version__
-from grbench.config.schema import ConfigError
 from grbench.serve.connections import BEYOND_QUEUE
 from grbench.serve.errors import RefusedError, wrong
+from grbench.serve.options import bound
 from grbench.serve.protocol import NAMES, Call, Tensor, check_output, dtype_of, listed, raw, shape_of
 from grbench.serve.service import EXTENSIONS, PLATFORM, VERSION, Service
 
@@ -95,13 +95,8 @@ class Rpc:
         """Listen. Returns the port. Raises ConfigError for one that is taken."""
         config = self._service.config
         host = f"[{config.host}]" if ":" in config.host else config.host
-        try:
-            port = self._bind(f"{host}:{config.grpc_port}")
-        except RuntimeError:
-            raise ConfigError(
-                f"serve.grpc_port={config.grpc_port}: {config.host}: Address already in use or not allowed; "
-                "give another port, serve.grpc_port=0 for a free one, or null for none"
-            ) from None
+        bound(config.host, config.grpc_port or 0, "grpc_port").close()  # gRPC would write lines of its own
+        port = self._bind(f"{host}:{config.grpc_port}")
         await self._server_.start()
         return port
 

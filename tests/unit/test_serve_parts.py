@@ -6,10 +6,12 @@ import asyncio
 import io
 import json
 import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import yaml
@@ -27,6 +29,7 @@ from grbench.serve.metrics import Metrics
 from grbench.serve.options import parse
 from grbench.serve.protocol import DTYPES, listed, number_of, parse_call, raw, shape_of
 from grbench.serve.requests import INPUTS, Bounds, decode, events_of
+from grbench.serve.rpc import Rpc, messages
 from grbench.serve.state import Histories, History
 from grengines.api import Catalogue
 
@@ -238,6 +241,64 @@ def test_a_defect_is_one_line_for_the_client_and_a_traceback_in_the_log() -> Non
     logged = json.loads(line)
     assert logged["request_id"] == "r7" and logged["error"] == "LookupError: two lines"
     assert "Traceback" in logged["where"]
+
+
+class _Starting:
+    """What the gRPC server needs of a service that is not ready."""
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(api_key=None, max_body_mb=1.0, max_queue=4, host="::1", grpc_port=0,
+                                      tls_cert_file=None, tls_key_file=None)  # fmt: skip
+        self.ready, self.log, self.metrics = False, Log(io.StringIO()), Metrics(None)
+        self.limits: list[float] = []
+
+    async def infer(self, call: Any, *_: Any) -> Any:
+        self.limits.append(call.limit_s)
+        raise RefusedError(503, "starting")
+
+    def finished(self, *_: Any) -> None:
+        pass
+
+
+def test_grpc_listens_on_ipv6_and_takes_the_deadline_of_the_client() -> None:
+    service = _Starting()
+
+    async def called() -> Any:
+        rpc = Rpc(service)  # type: ignore[arg-type]
+        port = await rpc.start()
+        kinds = messages()
+        async with grpc.aio.insecure_channel(f"[::1]:{port}") as channel:
+
+            def method(name: str) -> Any:
+                return channel.unary_unary(
+                    f"/inference.GRPCInferenceService/{name}",
+                    request_serializer=kinds[f"inference.{name}Request"].SerializeToString,
+                    response_deserializer=kinds[f"inference.{name}Response"].FromString,
+                )
+
+            ready = await method("ModelReady")(kinds["inference.ModelReadyRequest"](name="m"))
+            for timeout in (20.0, None):
+                with pytest.raises(grpc.aio.AioRpcError, match="starting"):
+                    await method("ModelInfer")(kinds["inference.ModelInferRequest"](), timeout=timeout)
+        await rpc.stop(0)
+        return ready.ready
+
+    assert asyncio.run(called()) is False
+    bounded, unbounded = service.limits
+    assert 10 < bounded < 21 and unbounded == float("inf")
+
+
+def test_a_grpc_port_that_is_taken_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    async def start(port: int) -> None:
+        service = _Starting()
+        service.config.grpc_port = port
+        await Rpc(service).start()  # type: ignore[arg-type]
+
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"serve.grpc_port={port}: ::1: Address already in use"):
+            asyncio.run(start(port))
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
