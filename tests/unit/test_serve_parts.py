@@ -14,13 +14,16 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import uvicorn
 import yaml
 from helpers.checkout import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
+from uvicorn.server import ServerState
 
 from grbench.config.schema import ConfigError
+from grbench.serve import connections
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.errors import RefusedError
 from grbench.serve.http import Api
@@ -299,6 +302,26 @@ def test_a_grpc_port_that_is_taken_is_one_line(capfd: pytest.CaptureFixture[str]
         with pytest.raises(ConfigError, match=f"serve.grpc_port={port}: ::1: Address already in use"):
             asyncio.run(start(port))
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("first", [b"", b"GET / HTTP/1.1\r\nHost: local"])
+def test_a_connection_without_headers_is_closed(monkeypatch: pytest.MonkeyPatch, first: bytes) -> None:
+    monkeypatch.setattr(connections, "HEADERS_S", 0.05)
+
+    async def left() -> bytes:
+        config = uvicorn.Config(Api(_Ready(None)).app(), log_config=None, lifespan="off")  # type: ignore[arg-type]
+        config.load()
+        state = ServerState()
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: connections.Connection(config, state, {}), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(first)
+        found = await asyncio.wait_for(reader.read(), 20)
+        writer.close()
+        server.close()
+        return found
+
+    assert asyncio.run(left()) == b""
 
 
 @pytest.mark.parametrize(
