@@ -193,7 +193,7 @@ def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
 
 
 class _Ready:
-    """What the routes need of a service that is up, and whose status is broken."""
+    """Stand-in for a service that is up, and whose status is broken."""
 
     def __init__(self, key: bytes | None) -> None:
         self.config = SimpleNamespace(api_key=key)
@@ -247,7 +247,7 @@ def test_a_defect_is_one_line_for_the_client_and_a_traceback_in_the_log() -> Non
 
 
 class _Starting:
-    """What the gRPC server needs of a service that is not ready."""
+    """Stand-in for a service that is not ready."""
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(api_key=None, max_body_mb=1.0, max_queue=4, host="::1", grpc_port=0,
