@@ -147,8 +147,9 @@ class Cell:
             self._quality = quality.measure_lists(self.spec, trace, engine)
         elif found := quality.measure(self.spec, trace, cast(Ranker, engine), actual["precision"], actual["device"]):
             beside, self._quality = found
-            self.outcome.gate["quality"] = beside.to_dict()
-            beside.check(self.spec.gate.allow_loss)
+            if beside is not None:
+                self.outcome.gate["quality"] = beside.to_dict()
+                beside.check(self.spec.gate.allow_loss)
 
     def _make(self, requests: Requests) -> None:
         """Make the requests that will be issued, so that none is made while latencies are taken."""
@@ -228,5 +229,7 @@ class Cell:
             outcome.metrics |= self._quality.metrics
             outcome.intervals |= self._quality.intervals
         outcome.notes = outcome.actual.get("notes", []) + measurement.notes + summary.notes
+        if self._quality is not None:
+            outcome.notes += self._quality.notes
         measure.write_samples(measurement.samples, self.folder / SAMPLES_FILE)
         self._begin("")

@@ -1,7 +1,7 @@
 """The gate of ranking quality: a precision may cost little AUC and normalised entropy on labelled requests.
 
 A small error of the scores may still change the order that users see. The engine and the fp32 reference rank the last
-requests of the trace, if the workload has labels for the model's tasks and the model has trained weights. Neither
+requests of the trace that were held out, if the workload labels the model's tasks and the weights are trained. Neither
 figure of any task may be worse by more than 0.1%, unless `gate.allow_loss` has the precision.
 
 grbench/quality/ has the labels, the metrics and their intervals.
@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from grbench.config.schema import RunSpec
+from grbench.quality.held_out import HeldOut, doubt_of_lists
 from grbench.quality.lists import Lists
 from grbench.quality.metrics import Estimate
 from grbench.quality.protocol import LeaveOneOut
-from grbench.quality.rankings import Rankings
+from grbench.quality.rankings import NONE_LATER, Rankings
 from grbench.workloads.config import DrawnConfig
 from grbench.workloads.trace import Trace
 from grengines.api import Engine, Float32Array, Ranker
@@ -80,23 +81,26 @@ class Quality:
 
 def measure(
     spec: RunSpec, trace: Trace, engine: Ranker, precision: str, device: str
-) -> tuple[Quality, QualityFigures] | None:
+) -> tuple[Quality | None, QualityFigures] | None:
     """Return the quality of the engine's scores beside the reference's, and the figures of the record.
 
     The result is None without a ground truth: for random weights, without labels, or with gate.quality_requests=0.
+    If no request is later than the training, there is only a note that says so.
     """
     model = spec.ranking_model
     if model.weights is None or not spec.gate.quality_requests:
         return None
-    rankings = Rankings.of(trace, model.tasks, spec.gate.quality_requests, spec.seed)
+    seen_until = HeldOut.of(model.weights).seen_until
+    rankings = Rankings.of(trace, model.tasks, spec.gate.quality_requests, spec.seed, seen_until)
     if rankings is None:
-        return None
+        labelled = set(model.tasks) <= set(trace.events.action_names)
+        return (None, QualityFigures({}, {}, [f"no quality: {NONE_LATER}"])) if labelled else None
     from grengines.models.hstu.reference import RankingReference
 
     expected = RankingReference(model, trace.catalogue, spec.seed, device).scores(rankings.requests)
     found = rankings.ask(engine, spec.scenario.max_batch)
     beside = {f"loss/{name}": loss for name, loss in rankings.losses(found, expected).items()}
-    figures = QualityFigures.of(rankings.estimates(found) | beside, rankings.baselines())
+    figures = QualityFigures.of(rankings.estimates(found) | beside, rankings.baselines(), rankings.notes)
     return compare(found, expected, rankings, precision), figures
 
 
@@ -135,15 +139,22 @@ class QualityFigures:
 
     metrics: dict[str, float]
     intervals: dict[str, list[float]]
+    notes: list[str]
 
     @classmethod
-    def of(cls, figures: Mapping[str, Estimate], baselines: Mapping[str, Mapping[str, Estimate]]) -> QualityFigures:
+    def of(
+        cls,
+        figures: Mapping[str, Estimate],
+        baselines: Mapping[str, Mapping[str, Estimate]],
+        notes: Sequence[str] = (),
+    ) -> QualityFigures:
         named = {f"quality/{name}": estimate for name, estimate in figures.items()}
         for baseline, its in baselines.items():
             named |= {f"quality/{baseline}/{name}": estimate for name, estimate in its.items()}
         areas = [e.value for name, e in figures.items() if name.endswith("/auc") and not name.startswith("loss/")]
         mean = {"quality/auc": float(np.mean(areas))} if areas else {}
-        return cls(mean | {name: e.value for name, e in named.items()}, {name: e.interval for name, e in named.items()})
+        values = {name: e.value for name, e in named.items()}
+        return cls(mean | values, {name: e.interval for name, e in named.items()}, list(notes))
 
 
 def measure_lists(spec: RunSpec, trace: Trace, engine: Engine) -> QualityFigures | None:
@@ -158,6 +169,8 @@ def measure_lists(spec: RunSpec, trace: Trace, engine: Engine) -> QualityFigures
         trained = trained and spec.ranking_model.weights is not None
     if retrieval is None or not trained or not spec.gate.quality_requests or isinstance(spec.workload, DrawnConfig):
         return None
+    if spec.task == "recommend" and (why := doubt_of_lists(spec.ranking_model.weights)):
+        return QualityFigures({}, {}, [f"no quality: {why}"])
     split = LeaveOneOut(trace.events)
     users = split.some_users(spec.gate.quality_requests, spec.seed)
     longest = int(trace.requests.history_lengths.max())  # the engine was prepared for them

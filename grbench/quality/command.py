@@ -15,7 +15,7 @@ from grbench.config.schema import to_spec
 from grbench.execution import results
 from grbench.report.markdown import table
 
-SHOWN = ("hr10", "ndcg10", "mrr", "hr10_new", "ndcg10_new")  # columns of lists; a ranker has all its figures
+SHOWN = ("hr10", "ndcg10", "mrr10", "hr10_new", "ndcg10_new")  # columns of lists; a ranker has all its figures
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,12 +98,17 @@ def _row(name: str, evaluation: Any) -> dict[str, Any]:
 def _page(found: list[tuple[str, Any]]) -> str:
     """Return the table of the figures with intervals, baselines below them, and a sentence for each loss."""
     first = found[0][1]
-    names = [name for name in SHOWN if name in first.figures] or list(first.figures)
+    every = dict.fromkeys(figure for _, evaluation in found for figure in evaluation.figures)
+    names = [name for name in SHOWN if name in every] or list(every)
     lines = [(name, evaluation.figures) for name, evaluation in found]
-    lines += list(first.baselines.items())
+    baselines: dict[str, dict[str, Any]] = {}
+    for _, evaluation in found:  # one with short answers has fewer figures
+        for baseline, its in evaluation.baselines.items():
+            baselines[baseline] = its | baselines.get(baseline, {})
+    lines += list(baselines.items())
     rows = [[name, *(_text(its.get(figure)) for figure in names)] for name, its in lines]
     parts = [f"{first.requests:,} requests of {first.users:,} users; 95% intervals over users in brackets."]
-    parts += first.notes
+    parts += [f"{name}: {note}" for name, evaluation in found for note in evaluation.notes]
     parts.append(table(["configuration", *names], rows))
     for name, evaluation in found:
         where = f"{evaluation.actual.get('device')}, {evaluation.actual.get('precision')}"

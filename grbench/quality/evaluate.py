@@ -16,10 +16,11 @@ from typing import Any
 from grbench import workloads
 from grbench.config.schema import ConfigError, RunSpec
 from grbench.execution.retrieval import build_retrieval
+from grbench.quality.held_out import HeldOut, doubt_of_lists
 from grbench.quality.lists import Lists
 from grbench.quality.metrics import CUTOFFS, Estimate
 from grbench.quality.protocol import LeaveOneOut
-from grbench.quality.rankings import Rankings
+from grbench.quality.rankings import NONE_LATER, Rankings
 from grbench.workloads.config import DrawnConfig
 from grbench.workloads.events import Events
 from grbench.workloads.item_map import check_items
@@ -70,6 +71,8 @@ def evaluate(spec: RunSpec, users: int, report: Report = lambda line: None) -> E
     for part, weights in _weights(spec).items():
         if weights is None:
             raise ConfigError(f"{part}.weights=null: random weights have no quality; `grbench train` makes a file")
+    if spec.task == "recommend" and (why := doubt_of_lists(spec.ranking_model.weights)):
+        raise ConfigError(why)
     return _of_scores(spec, report) if spec.task == "rank" else _of_lists(spec, users, report)
 
 
@@ -98,22 +101,26 @@ def _of_lists(spec: RunSpec, users: int, report: Report) -> Evaluation:
     if exact is not None:
         report("the same model in fp32")
     losses = lists.losses(answers, ask(exact)[0]) if exact is not None else {}
-    notes = [f"an answer has {k} items: figures without the past may miss a target beyond them"]
-    return Evaluation(
-        len(chosen), len(chosen), lists.estimates(answers), lists.baselines(), losses, actual, seconds, notes
-    )
+    figures, notes = lists.estimates(answers), lists.notes(answers)
+    return Evaluation(len(chosen), len(chosen), figures, lists.baselines(), losses, actual, seconds, notes)
 
 
 def _of_scores(spec: RunSpec, report: Report) -> Evaluation:
+    if not spec.gate.quality_requests:
+        raise ConfigError("gate.quality_requests=0: no request would be ranked; allowed here is >= 1")
     trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
     _check_items(spec, trace.events)
     model = spec.ranking_model
-    rankings = Rankings.of(trace, model.tasks, spec.gate.quality_requests, spec.seed)
-    if rankings is None:
+    if not set(model.tasks) <= set(trace.events.action_names):
         known = ",".join(trace.events.action_names)
         raise ConfigError(
             f"model.tasks={model.tasks}: the workload does not label them; set 'model.tasks=[{known}]' or some of these"
         )
+    assert model.weights is not None, "checked before"
+    seen_until = HeldOut.of(model.weights).seen_until
+    rankings = Rankings.of(trace, model.tasks, spec.gate.quality_requests, spec.seed, seen_until)
+    if rankings is None:
+        raise ConfigError(f"model.weights={model.weights}: {NONE_LATER}")
 
     def ask(its: RunSpec) -> tuple[Any, dict[str, Any], float]:
         with _engine(its, trace.catalogue, None, rankings.requests) as engine:
@@ -127,7 +134,8 @@ def _of_scores(spec: RunSpec, report: Report) -> Evaluation:
     losses = rankings.losses(scores, ask(exact)[0]) if exact is not None else {}
     users = len({r.user_id for r in rankings.requests})
     baselines = rankings.baselines()
-    return Evaluation(users, len(scores), rankings.estimates(scores), baselines, losses, actual, seconds)
+    figures = rankings.estimates(scores)
+    return Evaluation(users, len(scores), figures, baselines, losses, actual, seconds, rankings.notes)
 
 
 def in_fp32(spec: RunSpec) -> RunSpec | None:

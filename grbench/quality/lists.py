@@ -21,8 +21,7 @@ class Lists:
     """The users whose last item is to be found, and the figures of answers to them.
 
     k: items of an answer. Figures beyond it, such as hr50 of ten items, are left out. With `removal` there are also
-    figures of the answers without the user's past. What is left may then be shorter than the cutoff, and a target
-    beyond it counts as missed.
+    figures of the answers without the user's past, up to the cutoff for which every user has enough items left.
     """
 
     split: LeaveOneOut
@@ -48,21 +47,31 @@ class Lists:
         found = self._figures(metrics.ranks_of(answers, self._targets))
         if self.removal:
             left = without(answers, self.split.pasts(self.users))
-            found |= {f"{name}{NEW}": its for name, its in self._figures(metrics.ranks_of(left, self._targets)).items()}
+            most = shortest(answers, left, self.split.events.num_items)
+            its = self._figures(metrics.ranks_of(left, self._targets), most)
+            found |= {f"{name}{NEW}": figure for name, figure in its.items()}
         return found
 
     def estimates(self, answers: Sequence[Ints]) -> dict[str, Estimate]:
         """Return the mean of each figure over users, with its interval."""
-        return {name: metrics.mean(its, self.seed) for name, its in self.figures(answers).items()}
+        return metrics.means(self.figures(answers), self.seed)
 
     def losses(self, answers: Sequence[Ints], reference: Sequence[Ints]) -> dict[str, Estimate]:
         """Return the share of each figure that is lost against the reference, over the same users."""
-        theirs = self.figures(reference)
-        return {
-            name: metrics.relative_loss(its, theirs[name], self.seed)
-            for name, its in self.figures(answers).items()
-            if theirs[name].any()
-        }
+        ours, theirs = self.figures(answers), self.figures(reference)
+        both = {name: its for name, its in ours.items() if name in theirs and theirs[name].any()}
+        return metrics.relative_losses(both, theirs, self.seed)
+
+    def notes(self, answers: Sequence[Ints]) -> list[str]:
+        """Return a line that names the figures without the past that are left out."""
+        found = self.figures(answers)
+        gone = [f"{name}{NEW}" for name in found if not name.endswith(NEW) and f"{name}{NEW}" not in found]
+        if not self.removal or not gone:
+            return []
+        return [
+            f"no {', '.join(gone)}: without the past, the {self.k} items of an answer leave some users too few; "
+            "raise retrieval.beam_width or retrieval.k"
+        ]
 
     def baselines(self) -> dict[str, dict[str, Estimate]]:
         """Return the figures of the most popular items, by the events of the training split."""
@@ -78,12 +87,19 @@ class Lists:
             gone = [target in past for past, target in zip(own, self._targets, strict=True)]
             left = np.where(gone, metrics.NOT_FOUND, ranks - np.array(fewer))
             figures |= {f"{name}{NEW}": its for name, its in self._figures(left).items()}
-        return {"popularity": {name: metrics.mean(its, self.seed) for name, its in figures.items()}}
+        return {"popularity": metrics.means(figures, self.seed)}
 
     @property
     def _targets(self) -> Ints:
         return self.split.targets(self.users)
 
-    def _figures(self, ranks: Ints) -> dict[str, Floats]:
-        ranks = np.where(ranks < self.k, ranks, metrics.NOT_FOUND)
-        return metrics.list_figures(ranks, [cutoff for cutoff in CUTOFFS if cutoff <= self.k])
+    def _figures(self, ranks: Ints, most: int = metrics.NOT_FOUND) -> dict[str, Floats]:
+        return metrics.list_figures(ranks, [cutoff for cutoff in CUTOFFS if cutoff <= min(self.k, most)])
+
+
+def shortest(answers: Sequence[Ints], left: Sequence[Ints], items: int) -> int:
+    """Return the highest cutoff at which a target that `left` does not have is surely missed, for every user.
+
+    left: of the answers, without the past. Nothing lies beyond an answer that has all items of the catalogue.
+    """
+    return min((len(b) for a, b in zip(answers, left, strict=True) if len(a) < items), default=items)

@@ -7,7 +7,7 @@ the interval of their difference is that of pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -59,29 +59,44 @@ def gain(ranks: Ints, k: int) -> Floats:
     return np.where(ranks < k, 1.0 / np.log2(2.0 + ranks), 0.0)
 
 
-def reciprocal(ranks: Ints) -> Floats:
-    """Return 1 / (1 + rank), and 0 for a target that was not found. The mean is MRR."""
-    return np.where(ranks < NOT_FOUND, 1.0 / (1.0 + ranks), 0.0)
+def reciprocal(ranks: Ints, k: int) -> Floats:
+    """Return 1 / (1 + rank) for each target among the first k, else 0. The mean is MRR@k."""
+    return np.where(ranks < k, 1.0 / (1.0 + ranks), 0.0)
 
 
 def list_figures(ranks: Ints, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, Floats]:
-    """Return the figures of each user by name: hr5, ndcg5 and so on for each cutoff, and mrr."""
-    figures = {f"hr{k}": hit(ranks, k) for k in cutoffs} | {f"ndcg{k}": gain(ranks, k) for k in cutoffs}
-    return figures | {"mrr": reciprocal(ranks)}
+    """Return the figures of each user by name: hr5, ndcg5, mrr5 and so on for each cutoff."""
+    kinds = {"hr": hit, "ndcg": gain, "mrr": reciprocal}
+    return {f"{name}{k}": figure(ranks, k) for name, figure in kinds.items() for k in cutoffs}
 
 
-def mean(figures: Floats, seed: int = 0) -> Estimate:
-    """Return the mean over users, one figure each."""
-    values = np.concatenate([w @ figures / w.sum(1) for w in resamples(len(figures), seed, 1)])
-    return _estimate(float(figures.mean()), values)
+def means(figures: Mapping[str, Floats], seed: int = 0) -> dict[str, Estimate]:
+    """Return the mean over users of each figure, one value a user. All figures have the same resamples."""
+    drawn = _resampled_means(list(figures.values()), seed)
+    return {name: _estimate(float(its.mean()), d) for (name, its), d in zip(figures.items(), drawn, strict=True)}
 
 
-def relative_loss(figures: Floats, reference: Floats, seed: int = 0) -> Estimate:
-    """Return the share of the reference's mean that is lost, over the same users; below 0 it is a gain."""
-    values = np.concatenate(
-        [1.0 - (w @ figures) / np.maximum(w @ reference, 1e-12) for w in resamples(len(figures), seed, 1)]
-    )
-    return _estimate(1.0 - float(figures.mean()) / max(float(reference.mean()), 1e-12), values)
+def relative_losses(
+    figures: Mapping[str, Floats], reference: Mapping[str, Floats], seed: int = 0
+) -> dict[str, Estimate]:
+    """Return the share of each of the reference's means that is lost, over the same users; below 0 it is a gain."""
+    theirs = [reference[name] for name in figures]
+    drawn = _resampled_means([*figures.values(), *theirs], seed)
+    lost = 1.0 - drawn[: len(theirs)] / np.maximum(drawn[len(theirs) :], 1e-12)
+    return {
+        name: _estimate(1.0 - float(ours.mean()) / max(float(its.mean()), 1e-12), d)
+        for (name, ours), its, d in zip(figures.items(), theirs, lost, strict=True)
+    }
+
+
+def _resampled_means(figures: Sequence[Floats], seed: int) -> Floats:
+    """Return each figure's mean in each resample, [figures, RESAMPLES]: the weights, which take longest, drawn once."""
+    if not figures:
+        return np.empty((0, RESAMPLES))
+    columns = np.stack(figures, axis=1)  # [users, figures]
+    blocks = [w @ columns / w.sum(1, keepdims=True) for w in resamples(len(columns), seed, 1)]
+    drawn: Floats = np.concatenate(blocks).T
+    return drawn
 
 
 @dataclass(frozen=True)

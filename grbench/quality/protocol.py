@@ -45,10 +45,7 @@ class LeaveOneOut:
     @cached_property
     def training(self) -> npt.NDArray[np.bool_]:
         """True for each event to train on: all but the last two of users who are evaluated."""
-        kept = np.ones(len(self.events.users), np.bool_)
-        ends = self.bounds[1:][self.users]
-        kept[ends - TEST] = kept[ends - VALIDATION] = False
-        return kept
+        return ~last_events(self.events, VALIDATION)
 
     def some_users(self, count: int, seed: int) -> Ints:
         """Return `count` of the users who are evaluated, drawn from the seed and in ascending order; 0: all."""
@@ -84,6 +81,16 @@ class LeaveOneOut:
             arrival_s=0.0,
             deadline_ms=0.0,
         )
+
+
+def last_events(events: Events, count: int) -> npt.NDArray[np.bool_]:
+    """Return True for each of the last `count` events of users who are evaluated."""
+    bounds = np.searchsorted(events.users, np.arange(events.num_users + 1))
+    ends = bounds[1:][np.diff(bounds) >= LEAST]
+    last = np.zeros(len(events.users), np.bool_)
+    for before in range(1, count + 1):
+        last[ends - before] = True
+    return last
 
 
 def without(items: Sequence[Ints], pasts: Sequence[Ints]) -> list[Ints]:

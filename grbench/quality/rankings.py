@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +13,11 @@ from grbench.workloads.trace import Trace
 from grengines.api import Float32Array, Ranker, Request
 
 PRIOR = 10.0  # candidates that an item's mean label begins with, at the mean of all items
+
+NONE_LATER = (
+    "no request of the trace is later than the ranker's training; use the workload of the training, with a higher "
+    "workload.max_requests, or 0"
+)
 
 
 @dataclass
@@ -24,14 +29,31 @@ class Rankings:
     indices: range
     labels: list[Labels]
     seed: int
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, trace: Trace, tasks: Sequence[str], count: int, seed: int) -> Rankings | None:
-        """Take the last `count` requests of the trace; None without requests or labels of every task."""
-        indices = range(max(len(trace.requests) - count, 0), len(trace.requests))
+    def of(
+        cls, trace: Trace, tasks: Sequence[str], count: int, seed: int, seen_until: int | None = None
+    ) -> Rankings | None:
+        """Take the last `count` requests of the trace, only such as are later than `seen_until`.
+
+        seen_until: time of the last request that the model has seen in its training; None: not known, which a note
+        says. The result is None if no such request is left, or the workload does not label every task.
+        """
+        requests = trace.requests
+        last = range(max(len(requests) - count, 0), len(requests))
+        first = 0 if seen_until is None else int(np.searchsorted(requests.times, seen_until, side="right"))
+        indices, notes = range(max(last.start, first), last.stop), []
+        if seen_until is None:
+            notes.append("the weights file does not say which requests were held out: the model may know those ranked")
+        elif len(indices) < len(last):
+            notes.append(
+                f"{len(indices)} of the last {len(last)} requests are ranked: the others are not later than the "
+                "training of the model; train with a higher held_out, or lower gate.quality_requests"
+            )
         labels = [labels_of(trace, i, tasks) for i in indices]
         known = [one for one in labels if one is not None]
-        return cls(trace, list(tasks), indices, known, seed) if known and len(known) == len(labels) else None
+        return cls(trace, list(tasks), indices, known, seed, notes) if known and len(known) == len(labels) else None
 
     @property
     def requests(self) -> list[Request]:

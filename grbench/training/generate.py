@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grbench.config.schema import ConfigError, RetrievalConfig
 from grbench.quality import metrics
+from grbench.quality.lists import NEW, shortest
 from grbench.quality.protocol import VALIDATION, LeaveOneOut, without
 from grbench.training.config import TrainConfig
 from grbench.training.networks import network
@@ -47,6 +48,11 @@ class GenerateTask:
 
     def __init__(self, config: TrainConfig, split: LeaveOneOut, ids: SemanticIds, device: torch.device) -> None:
         self._config, self._split, self._ids, self._device = config, split, ids, device
+        if config.model.max_positions < ids.levels:
+            raise ConfigError(
+                f"model.max_positions={config.model.max_positions}: an item has {ids.levels} codes, one a position; "
+                f"set it to {ids.levels} or more, or lower retrieval.levels"
+            )
         self.network = network(config, ids, device)
         self.model = self.network.module
         most = min(config.workload.max_history, config.model.max_positions // ids.levels)
@@ -125,16 +131,17 @@ class GenerateTask:
         return {"ndcg10": float(metrics.gain(ranks, K).mean()), "hr10": float(metrics.hit(ranks, K).mean())}
 
     def test(self) -> dict[str, float]:
-        """Return the figures of the last items of all users; `_new`: without the items of the past."""
+        """Return the figures of the last items of all users; `_new`: without the past, where enough items are left."""
         split, levels = self._split, self._ids.levels
         users, pasts = split.users, split.pasts(split.users)
         most = K + max(map(len, pasts))
         k = min(most, len(self._ids.codes)) if levels == 1 else max(self._config.retrieval.beam_width, K)
         answers = self._answers(split.requests(users, self._most), k)
         figures: dict[str, float] = {}
-        for suffix, its in (("", answers), ("_new", without(answers, pasts))):
-            ranks = metrics.ranks_of(its, split.targets(users))
-            figures |= {f"{n}{suffix}": float(f.mean()) for n, f in metrics.list_figures(ranks, (5, K)).items()}
+        left = without(answers, pasts)
+        for suffix, its, most in (("", answers, K), (NEW, left, shortest(answers, left, len(self._ids.codes)))):
+            ranks, cutoffs = metrics.ranks_of(its, split.targets(users)), [c for c in (5, K) if c <= most]
+            figures |= {f"{n}{suffix}": float(f.mean()) for n, f in metrics.list_figures(ranks, cutoffs).items()}
         return figures
 
     def _answers(self, requests: Sequence[Request], k: int) -> list[np.ndarray]:

@@ -1,7 +1,8 @@
 """Training of a ranker: did the user take the task's action on the candidate in this visit?
 
 The last requests of the trace are held out, and those before them choose the epoch. grbench/gate/quality.py ranks the
-same held-out requests with an engine.
+same held-out requests with an engine. A pipeline is evaluated by each user's last event instead, at any time. So no
+visit with such an event is trained on, and none with the very last one chooses the epoch (grbench/quality/protocol.py).
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from grbench.config.schema import ConfigError
+from grbench.quality.held_out import HeldOut
 from grbench.quality.labels import labels_of
 from grbench.quality.metrics import area_under_curve
+from grbench.quality.protocol import TEST, VALIDATION, last_events
 from grbench.training.config import TrainConfig
 from grbench.workloads.trace import Trace
 from grengines.models.hstu import autograd
@@ -24,6 +28,8 @@ from grengines.models.hstu.model import HSTURanker
 from grengines.models.hstu.weights import save_weights
 from grengines.runtime.batch import pack
 from grkernels.operators import Operators
+
+Ints = npt.NDArray[np.int64]
 
 
 class RankTask:
@@ -40,10 +46,17 @@ class RankTask:
             )
         self._labels = [one for one in labels if one is not None]
         held = config.held_out
-        self.examples = len(trace.requests) - 2 * held
-        if self.examples < held:
+        count = len(trace.requests)
+        if count < 3 * held:
+            raise ConfigError(f"held_out={held}: the trace has {count} requests, and three times held_out are needed")
+        self._training = _without(trace, range(count - 2 * held), VALIDATION)
+        self._validation = _without(trace, range(count - 2 * held, count - held), TEST)
+        self._test = np.arange(count - held, count)
+        self.examples = len(self._training)
+        if not self.examples or not len(self._validation):
             raise ConfigError(
-                f"held_out={held}: the trace has {len(trace.requests)} requests, and three times held_out are needed"
+                f"held_out={held}: every request before has one of its user's last events, which are not trained on; "
+                "use a workload with longer histories, or another held_out"
             )
         self.model = HSTURanker.build(
             config.model, trace.catalogue, Operators.eager(), seed=config.seed, device=device, dtype=torch.float32
@@ -54,10 +67,11 @@ class RankTask:
 
     def save(self, path: Path) -> None:
         """Write the weights file. Raises OSError."""
-        save_weights(self.model, path)
+        until = int(self._requests.times[self._test[0] - 1])
+        save_weights(self.model, path, facts=HeldOut(last_events=True, seen_until=until).metadata())
 
     def batches(self, epoch: int) -> Iterator[list[int]]:
-        order = np.random.default_rng([self._config.seed, epoch]).permutation(self.examples)
+        order = np.random.default_rng([self._config.seed, epoch]).permutation(self._training)
         for begin in range(0, self.examples, self._config.training.batch):
             yield order[begin : begin + self._config.training.batch].tolist()
 
@@ -71,16 +85,25 @@ class RankTask:
 
     def validate(self) -> dict[str, float]:
         """Return the mean AUC of the tasks over the requests before those held out, and the AUC of each task."""
-        return self._areas(range(self.examples, self.examples + self._config.held_out))
+        return self._areas(self._validation)
 
     def test(self) -> dict[str, float]:
         """Return the same of the requests that are held out."""
-        return self._areas(range(self.examples + self._config.held_out, len(self._requests)))
+        return self._areas(self._test)
 
-    def _areas(self, indices: range) -> dict[str, float]:
+    def _areas(self, indices: Ints) -> dict[str, float]:
         size = self._config.training.batch
-        found = [self._logits(list(indices[i : i + size])).float().cpu().numpy() for i in range(0, len(indices), size)]
+        found = [
+            self._logits(indices[i : i + size].tolist()).float().cpu().numpy() for i in range(0, len(indices), size)
+        ]
         logits, truth = np.concatenate(found), np.concatenate([self._labels[i] for i in indices])
         tasks = enumerate(self._config.model.tasks)
         areas = {f"auc/{task}": area_under_curve(logits[:, t], truth[:, t]) for t, task in tasks}
         return {"auc": float(np.mean(list(areas.values()))), **areas}
+
+
+def _without(trace: Trace, indices: range, part: int) -> Ints:
+    """Return those of the requests whose visit has none of its user's last `part` events."""
+    before = np.r_[0, np.cumsum(last_events(trace.events, part))]
+    own = trace.own[indices.start : indices.stop]
+    return np.flatnonzero(before[own[:, 1]] == before[own[:, 0]]) + indices.start

@@ -40,6 +40,7 @@ KNOWN = {
 }
 KUAIRAND_ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
 RATING_ACTIONS = ("rated", "liked")  # liked: at least four fifths of the file's highest rating
+NO_RATING_ACTIONS = RATING_ACTIONS[:1]  # of a file without ratings
 FIX = "correct or remove the row"
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 
@@ -117,11 +118,13 @@ def _interactions(table: _Table, columns: Columns, sort: bool) -> Events:
         actions, weights = _watched(table, bits)
         return _events(table, user, item, actions, weights, seconds, time, tuple(bits), sort)
     actions, weights = np.ones(table.rows, dtype=np.int64), np.ones(table.rows)
+    names: tuple[str, ...] = NO_RATING_ACTIONS
     if columns.rating is not None or any(name in table.names for name in KNOWN["rating"]):
         values = table.numbers(table.find("rating", columns.rating))
         weights = np.clip(values / max(values.max(), 1e-9), 0.0, 1.0)
         actions |= (weights >= 0.8).astype(np.int64) << 1
-    return _events(table, user, item, actions, weights, seconds, time, RATING_ACTIONS, sort)
+        names = RATING_ACTIONS
+    return _events(table, user, item, actions, weights, seconds, time, names, sort)
 
 
 def _watched(table: _Table, bits: list[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
@@ -159,7 +162,7 @@ def _sequences(path: Path) -> Events:
         timestamps=positions * DAY,
         num_users=len(users),
         num_items=len(encoded.dictionary),
-        action_names=RATING_ACTIONS,
+        action_names=NO_RATING_ACTIONS,
         item_ids=tuple(encoded.dictionary.to_pylist()),
     )
 

@@ -22,7 +22,7 @@ class Requests(Sequence[Request]):
     """Requests in order of arrival, each made when it is first asked for, and then kept. Thread-safe.
 
     Recorded data has millions, of which a run issues thousands, and one takes a tenth of a millisecond. What is known
-    of all of them is in arrays: `history_lengths`, `num_seen`, `users` and `arrivals_s`.
+    of all of them is in arrays: `history_lengths`, `num_seen`, `users`, `times` and `arrivals_s`.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class Requests(Sequence[Request]):
         visits, users, times: of the visit. firsts: its user's first event. stops: where the history ends and the
         visit's own events begin. ends: where those end.
         """
-        self.users, self.arrivals_s = users, arrivals_s
-        self._events, self._visits, self._times = events, visits, times
+        self.users, self.times, self.arrivals_s = users, times, arrivals_s
+        self._events, self._visits = events, visits
         self._firsts, self._stops, self._ends = firsts, stops, ends
         self._starts = np.maximum(firsts, stops - max_history)
         self.history_lengths = stops - self._starts
@@ -91,7 +91,7 @@ class Requests(Sequence[Request]):
             history_timestamps=events.timestamps[start:stop],
             num_seen=int(self.num_seen[i]),
             candidates=_candidates(own, past, events, self._candidates, rng, self._barred),
-            timestamp=int(self._times[i]),
+            timestamp=int(self.times[i]),
             arrival_s=float(self.arrivals_s[i]),
             deadline_ms=self._limit_ms,
         )
@@ -195,8 +195,8 @@ def find_requests(events: Events, visits: Visits, config: WorkloadConfig) -> tup
 def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: int, latency_limit_ms: float) -> Trace:
     """Return a trace with one request per visit that has at least `min_history` earlier events.
 
-    Candidates are distinct: first the visit's own items, at most half of all, then others drawn by popularity, none of
-    them from the user's past. They depend only on the seed and the visit, and not on `max_requests`. Raises DataError
+    Candidates are distinct: first the visit's own items, at most half of all, then others drawn by popularity. None is
+    from the user's past. They depend only on the seed and the visit, and not on `max_requests`. Raises DataError
     if there is no request.
     """
     if config.num_candidates > events.num_items:
@@ -234,12 +234,15 @@ def _candidates(
 ) -> Ints:
     """Return `count` distinct items: `own` first (at most half), then others drawn from the events.
 
-    The others are not in the user's past, because a user rarely takes an item twice: a model that only knows the past
-    would tell them from the visit's own. Only where the rest of the catalogue is too small do items of the past follow.
+    None is in the user's past, neither of the own items nor of the others: a model that only knows the past would tell
+    the one from the other. A visit of known items therefore has drawn candidates only. Only where the rest of the
+    catalogue is too small do items of the past follow.
     barred: a working mask over the catalogue, False before and after.
     """
-    chosen = list(dict.fromkeys(own.tolist()))[: max(count // 2, 1)]
-    barred[own] = barred[past] = True
+    barred[past] = True
+    new_own = list(dict.fromkeys(own[~barred[own]].tolist()))
+    chosen = new_own[: max(count // 2, 1)]
+    barred[own] = True
 
     def take(drawn: Ints) -> None:
         new = list(dict.fromkeys(drawn[~barred[drawn]].tolist()))
@@ -255,6 +258,6 @@ def _candidates(
             take(rng.integers(events.num_items, size=2 * (count - len(chosen))))
     if len(chosen) < count:  # a large share of the catalogue: the remaining items, then the visit's own and the past
         chosen += rng.permutation(np.flatnonzero(~barred)).tolist()
-        chosen = list(dict.fromkeys([*chosen, *own.tolist(), *rng.permutation(np.unique(past)).tolist()]))
+        chosen = list(dict.fromkeys([*chosen, *new_own, *rng.permutation(np.unique(past)).tolist()]))
     barred[own] = barred[past] = barred[chosen] = False
     return np.array(chosen[:count], dtype=np.int64)

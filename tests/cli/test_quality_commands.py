@@ -97,7 +97,11 @@ def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
         (["training.dropout=1"], "training.dropout=1.0: allowed is float >= 0 and <= 0.95"),
         (
             [*WORKLOAD, "workload.num_candidates=6", "held_out=8"],
-            "the workload does not label them; set 'model.tasks=[rated,liked]'",
+            "the workload does not label them; set 'model.tasks=[rated]'",
+        ),
+        (
+            ["task=generate", *WORKLOAD, *MODEL, "retrieval.levels=3", "model.max_positions=2"],
+            "model.max_positions=2: an item has 3 codes, one a position; set it to 3 or more",
         ),
         (
             ["task=generate", *WORKLOAD, "training.item_vectors=walks.txt"],
@@ -119,6 +123,14 @@ def test_what_cannot_be_trained_is_refused(
     [
         (["engine=hstu"], "model.weights=null: random weights have no quality; `grbench train` makes a file"),
         (["engine=hstu", "workload=synthetic"], "workload=synthetic: its events are random"),
+        (
+            ["engine=hstu", "model.weights=walks.txt", "gate.quality_requests=0"],
+            "gate.quality_requests=0: no request would be ranked; allowed here is >= 1",
+        ),
+        (
+            ["engine=pipeline", "model.weights=walks.txt", "retrieval.weights=walks.txt"],
+            "the file does not say that each user's last events, which are to be found, were left out",
+        ),
         (["engine=hstu", "--users", "-1"], "--users -1: allowed is >= 0"),
     ],
 )

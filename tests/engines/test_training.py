@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from helpers.walks import ring
 
 from grbench.config.schema import ConfigError, RetrievalConfig
+from grbench.quality.held_out import HeldOut, doubt_of_lists
 from grbench.quality.protocol import LeaveOneOut
 from grbench.training import loop
 from grbench.training.config import TrainConfig, TrainingConfig
@@ -248,6 +249,15 @@ def test_a_ranker_learns_which_items_are_liked(tmp_path: Path) -> None:
     loop.train(task, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
     with torch.no_grad():
         assert task.test()["auc/liked"] > max(before, 0.68)
+    learned = {e for batch in task.batches(1) for i in batch for e in range(*trace.own[i])}
+    chose = {e for i in task._validation for e in range(*trace.own[i])}
+    ends = np.flatnonzero(np.diff([*liked.users, -1]))
+    assert learned and not learned & {*ends, *(ends - 1)} and chose and not chose & {*ends}
+    task.save(tmp_path / "w.safetensors")
+    times = [r.timestamp for r in trace.requests]
+    assert HeldOut.of(tmp_path / "w.safetensors") == HeldOut(last_events=True, seen_until=times[-101])
+    assert "does not say that each user's last events" in doubt_of_lists(str(tmp_path / "none.safetensors"))
+    assert doubt_of_lists(str(tmp_path / "w.safetensors")) == ""
     with pytest.raises(ConfigError, match=r"does not label them; set 'model\.tasks=\[rated,liked\]'"):
         RankTask(config(workload=workload, task="rank", model=dataclasses.replace(TINY, tasks=["bought"])), trace, CPU)
     with pytest.raises(ConfigError, match="held_out=600: the trace has"):

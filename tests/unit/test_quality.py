@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
+from grbench.gate import quality
 from grbench.quality import metrics
+from grbench.quality.command import _page
+from grbench.quality.evaluate import Evaluation
 from grbench.quality.lists import Lists
-from grbench.quality.metrics import Scored
+from grbench.quality.metrics import Estimate, Scored
 from grbench.quality.protocol import TEST, VALIDATION, LeaveOneOut, without
 from grbench.quality.rankings import Rankings
 from grbench.workloads.config import RecordedConfig
@@ -65,7 +71,7 @@ def test_figures_of_lists_are_those_of_scikit_learn() -> None:
             assert figures[f"hr{k}"][user] == found
             expected = ndcg_score(truth, scores, k=k) if found else 0.0  # it shares the places of ties
             assert figures[f"ndcg{k}"][user] == pytest.approx(expected)
-        assert figures["mrr"][user] == pytest.approx(0.0 if rank is None else 1 / (rank + 1))
+            assert figures[f"mrr{k}"][user] == pytest.approx(1 / (rank + 1) if found else 0.0)
 
 
 def test_figures_of_scores_are_those_of_scikit_learn() -> None:
@@ -100,7 +106,7 @@ def test_intervals_cover_as_often_as_they_say(share: float) -> None:
     rng = np.random.default_rng(2)
     covered = 0
     for seed in range(60):
-        found = metrics.mean((rng.random(400) < share).astype(np.float64), seed)
+        found = metrics.means({"x": (rng.random(400) < share).astype(np.float64)}, seed)["x"]
         covered += found.low <= share <= found.high
     assert 52 <= covered <= 60  # 57 expected
 
@@ -110,29 +116,49 @@ def test_a_paired_loss_has_a_narrower_interval_than_the_figures() -> None:
     reference = (rng.random(3000) < 0.2).astype(np.float64)
     worse = reference.copy()
     worse[np.flatnonzero(reference)[:6]] = 0  # 1% of the hits are lost
-    loss = metrics.relative_loss(worse, reference)
+    losses = metrics.relative_losses({"x": worse, "same": reference}, {"x": reference, "same": reference})
+    loss = losses["x"]
     assert loss.value == pytest.approx(6 / reference.sum())
     assert 0 < loss.low < loss.value < loss.high < 0.03
-    figure = metrics.mean(reference)
+    figure = metrics.means({"x": reference})["x"]
     assert (figure.high - figure.low) / figure.value > 3 * (loss.high - loss.low)
-    assert metrics.relative_loss(reference, reference).interval == [0, 0]
+    assert losses["same"].interval == [0, 0]
+
+
+def test_the_weights_of_the_users_are_drawn_once_for_all_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, drawn = np.random.default_rng(5), []
+    figures = {name: rng.random(50) for name in "abc"}
+    alone = {name: metrics.means({name: its}, seed=2)[name] for name, its in figures.items()}
+    draw = metrics.resamples
+    monkeypatch.setattr(metrics, "resamples", lambda *of: drawn.append(of) or draw(*of))
+    together = metrics.means(figures, seed=2)
+    assert len(drawn) == 1 and metrics.means({}) == {}
+    for name, estimate in alone.items():
+        assert [together[name].value, *together[name].interval] == pytest.approx([estimate.value, *estimate.interval])
 
 
 def test_lists_with_and_without_the_past() -> None:
     split = LeaveOneOut(events_of([1, 2, 3, 4], [7, 8, 9], [1, 2, 5, 6], [4, 5, 4]))
     lists = Lists(split, split.users, max_history=8, k=5, seed=0)
-    answers = [np.array(a) for a in ([1, 2, 3, 0, 5, 4], [9, 8], [6], [4, 5])]
+    answers = [
+        np.array(a)
+        for a in ([1, 2, 3, 0, 5, 4, 6, 7], [9, 8, 0, 1, 2, 3], [6, 0, 3, 4, 7], [4, 5, *range(4), *range(6, 10)])
+    ]
     found = lists.figures(answers)
     assert found["hr5"].tolist() == [0, 1, 1, 1]
     assert found["hr5_new"].tolist() == [1, 1, 1, 0]  # the last target is an item of the past
+    assert lists.notes(answers) == []
+    short = [answers[0][:7], *answers[1:]]  # four are left without the past: a fifth may be the target
+    assert not any(name.endswith("_new") for name in lists.figures(short)) and "hr5" in lists.figures(short)
+    assert lists.notes(short)[0].startswith("no hr5_new, ndcg5_new, mrr5_new: without the past, the 5 items")
     assert "hr10" not in found and "hr50" not in found  # an answer has five items
-    assert [a.tolist() for a in without(answers, split.pasts(split.users))][:2] == [[0, 5, 4], [9]]
+    assert [a.tolist() for a in without(answers, split.pasts(split.users))][:2] == [[0, 5, 4, 6, 7], [9, 0, 1, 2, 3]]
     popular = lists.baselines()["popularity"]
     # Events to train on: 1 2, 7, 1 2, 4. So the order is 1 2 4 7, then the others by their number: 0 3 5 6 8 9.
     assert popular["hr5"].value == 0.5  # 4 of the first and the last user
     # Without the past the first has 4 7 0 5 6 left, the third 4 7 0 3 6, and the last has lost his target.
     assert popular["hr5_new"].value == 0.5
-    assert popular["mrr_new"].value == pytest.approx((1 + 1 / 5) / 4)
+    assert popular["mrr5_new"].value == pytest.approx((1 + 1 / 5) / 4)
 
 
 def test_baselines_of_scores() -> None:
@@ -144,6 +170,14 @@ def test_baselines_of_scores() -> None:
     rankings = Rankings.of(trace, ["rated"], 100, seed=0)
     assert rankings is not None and len(rankings.requests) == 100
     assert Rankings.of(trace, ["bought"], 100, seed=0) is None
+    assert "does not say which requests were held out" in rankings.notes[0]
+    times = trace.requests.times
+    later = Rankings.of(trace, ["rated"], 100, 0, seen_until=int(times[-60]))
+    assert later is not None and 0 < len(later.requests) == int((times > times[-60]).sum()) < 60
+    assert later.notes[0].startswith(f"{len(later.requests)} of the last 100 requests are ranked")
+    assert Rankings.of(trace, ["rated"], 100, 0, seen_until=int(times[-1])) is None
+    all_held_out = Rankings.of(trace, ["rated"], 100, 0, seen_until=0)
+    assert all_held_out is not None and (len(all_held_out.requests), all_held_out.notes) == (100, [])
     found = rankings.baselines()
     assert found["not_yet"]["rated/auc"].value == pytest.approx(0.5, abs=0.02)
     assert set(found["popularity"]) == {"rated/auc", "rated/gauc"}  # counts are no probabilities
@@ -151,3 +185,30 @@ def test_baselines_of_scores() -> None:
     truth = np.concatenate(rankings.labels)[:, 0]
     logits = [one.astype(np.float32) * 2 - 1 for one in rankings.labels]
     assert truth.any() and rankings.estimates(logits)["rated/auc"].interval == [1, 1]
+
+
+def test_the_page_has_the_columns_of_every_configuration() -> None:
+    def evaluation(note: str, *names: str) -> Evaluation:
+        figures = {name: Estimate(0.5, 0.4, 0.6) for name in names}
+        return Evaluation(3, 3, figures, {"popularity": figures}, {}, {}, 1.0, [note])
+
+    page = _page([("short", evaluation("five", "hr5")), ("long", evaluation("ten", "hr5", "hr10", "mrr10"))])
+    assert "short: five" in page and "long: ten" in page
+    header, _, short, long, popularity = [line for line in page.splitlines() if line.startswith("|")]
+    assert "hr10" in header and "mrr10" in header
+    assert (short.count("0.5000"), long.count("0.5000"), popularity.count("0.5000")) == (0, 2, 2)
+
+
+def test_a_ranker_that_may_know_the_last_events_has_no_quality_of_lists() -> None:
+    retrieval, gate = SimpleNamespace(weights="w"), SimpleNamespace(quality_requests=4)
+    spec: Any = SimpleNamespace(
+        task="recommend",
+        retrieval=retrieval,
+        gate=gate,
+        workload=None,
+        ranking_model=SimpleNamespace(weights="none.st"),
+    )
+    trace: Any = None  # nothing is looked up in it, and no engine is asked
+    found = quality.measure_lists(spec, trace, trace)
+    assert found is not None and not found.metrics and not found.intervals
+    assert found.notes[0].startswith("no quality: model.weights=none.st: the file does not say")

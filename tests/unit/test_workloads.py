@@ -205,6 +205,7 @@ def test_sequences_are_days_apart_and_each_event_is_a_visit(tmp_path: Path) -> N
     path = write(tmp_path, "7 50 51 52\n9 51 53\n\n", "sequences.txt")
     events = loaders.load_csv(Path(path), "auto", False)
     assert events.users.tolist() == [0, 0, 0, 1, 1] and events.items.tolist() == [0, 1, 2, 1, 3]
+    assert events.action_names == ("rated",)  # without ratings nothing is known to be liked
     assert (events.timestamps // 86400).tolist() == [0, 1, 2, 0, 1]
     trace = build(CsvConfig("csv", path=path, num_candidates=2))
     assert [request.history_items.tolist() for request in trace.requests] == [[0], [1], [0, 1]]
@@ -458,7 +459,7 @@ def test_a_trace_equals_that_of_a_naive_loop(
         candidates = r.candidates.tolist()
         assert len(set(candidates)) == len(candidates) == 6
         assert min(candidates) >= 0 and max(candidates) < 12
-        first = e["own"][:3]  # at most half of them are the visit's own
+        first = [item for item in e["own"] if item not in e["past"]][:3]  # at most half are the visit's own
         assert candidates[: len(first)] == first
         drawn, room = set(candidates[len(first) :]), 12 - len(e["past"] | set(e["own"]))
         if room >= len(drawn):
@@ -485,6 +486,27 @@ def test_the_past_alone_does_not_tell_which_candidates_were_taken() -> None:
         taken.append(np.isin(r.candidates, events.items[start:stop]))
     assert 0 < np.concatenate(taken).mean() < 0.5
     assert roc_auc_score(np.concatenate(taken), np.concatenate(unseen)) == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_past_does_not_tell_either_where_users_take_items_again() -> None:
+    """Each user takes three of five items again and again, and a new one now and then."""
+    rng = np.random.default_rng(1)
+    again = [np.where(rng.random(40) < 0.3, rng.permutation(200)[:40], rng.integers(5, size=40)) for _ in range(30)]
+    count = 30 * 40
+    events = Events(
+        np.repeat(np.arange(30), 40), np.concatenate(again), np.ones(count, np.int64), np.ones(count, np.float32),
+        np.tile(np.arange(40) * 86_400, 30), 30, 200, ("rated",),
+    )  # fmt: skip
+    config = RecordedConfig("any", num_candidates=20)
+    trace = build_trace(events, find_visits(events, config), config, 0, 80.0)
+    positives = []
+    for r, (start, stop) in zip(trace.requests, trace.own, strict=True):
+        first = np.flatnonzero(events.users == r.user_id)[0]
+        past, own = events.items[first:start], events.items[start:stop]
+        assert not np.isin(r.candidates, past).any() and len(set(r.candidates.tolist())) == 20
+        assert np.isin(r.candidates, own).sum() == len(set(own) - set(past))
+        positives.append(np.isin(r.candidates, own).sum())
+    assert 0 in positives and max(positives) > 0  # a visit without a new item is a request too
 
 
 def digest(requests: Sequence[Request]) -> str:

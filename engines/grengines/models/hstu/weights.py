@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +22,15 @@ _FORMAT = "grbench-hstu-1"
 _NOT_SHAPE = ("name", "weights")  # every other option of HSTUConfig changes the meaning of the weights
 
 
-def save_weights(model: HSTURanker | HSTUGenerator, path: str | Path, ids: SemanticIds | None = None) -> None:
+def save_weights(
+    model: HSTURanker | HSTUGenerator, path: str | Path, ids: SemanticIds | None = None, facts: Mapping[str, str] = {}
+) -> None:
     """Write the model's parameters in their own dtype, with its configuration as metadata. Raises OSError.
 
-    ids: of a trained generator, which has learned these IDs and no others.
+    ids: of a trained generator, which has learned these IDs and no others. facts: further metadata.
     """
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    metadata = {"format": _FORMAT, "model": json.dumps(_shape(model.config))}
+    metadata = {"format": _FORMAT, "model": json.dumps(_shape(model.config)), **facts}
     if ids is not None:
         metadata["semantic_ids"] = ids.digest
     try:
