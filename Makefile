@@ -34,11 +34,11 @@ bench: $(VENV)/.ready $(TRAINED) ## retrieve and rank for MovieLens-100K users o
 	$(PY) -m grbench study=$(STUDY) $(if $(TRAINED),$(WEIGHTS)) $(ARGS)
 
 $(MODELS)/retriever/weights.safetensors: | $(VENV)/.ready
-	$(PY) -m grbench train task=generate $(SMALL) training.epochs=10 training.minutes=1 \
+	$(PY) -m grbench train task=generate $(SMALL) training.epochs=10 training.minutes=0.5 \
 	  training.validation_users=300 training.validate_every=2 out=$(@D)
 
 $(MODELS)/ranker/weights.safetensors: | $(VENV)/.ready
-	$(PY) -m grbench train task=rank $(SMALL) training.epochs=4 training.minutes=1 out=$(@D)
+	$(PY) -m grbench train task=rank $(SMALL) training.epochs=2 training.minutes=0.5 out=$(@D)
 
 test: lint ## lint, type check and run the tests that need no GPU
 	@$(TESTS)

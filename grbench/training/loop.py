@@ -86,7 +86,8 @@ def train(
     The model then has the best weights.
 
     folder: of the checkpoint. One of the same `identity` is gone on from; one of another raises ConfigError. The result
-    is that of a training without a stop, on the same machine and its CPU.
+    is that of a training without a stop, on the same machine and its CPU, unless `minutes` cut an epoch short: they
+    begin anew when a training goes on.
     """
     model, steps_an_epoch = task.model, -(-task.examples // options.batch)
     if device.type == "cuda":
@@ -99,12 +100,14 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
     state = _resume(folder / CHECKPOINT, identity, model, optimiser, schedule)
     began = saved = time.perf_counter()
-    while state.epochs < options.epochs and not _exhausted(state, options, time.perf_counter() - began):
+    ends = began + 60 * options.minutes if options.minutes else math.inf
+    while state.epochs < options.epochs and time.perf_counter() < ends and not _exhausted(state, options):
         number = state.epochs + 1
         torch.manual_seed(seed * 100_003 + number)  # of dropout; an epoch does not depend on those before it
-        loss = _epoch(task, number, steps_an_epoch, device, optimiser, schedule, progress)
+        loss = _epoch(task, number, steps_an_epoch, device, optimiser, schedule, progress, ends)
         figures: dict[str, float] = {}
-        if number % options.validate_every == 0 or number == options.epochs:
+        last = number == options.epochs or time.perf_counter() >= ends
+        if last or number % options.validate_every == 0:
             with torch.no_grad():
                 figures = task.validate()
             if (figure := next(iter(figures.values()))) > state.best_figure:
@@ -127,10 +130,16 @@ def _epoch(
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     progress: Progress,
+    ends: float,
 ) -> float:
-    """Train one epoch. Returns the mean loss. Raises ConfigError if it is not finite."""
-    total = torch.zeros((), device=device)
+    """Train one epoch, or less of it if the time `ends` (of time.perf_counter) comes first.
+
+    Returns the mean loss. Raises ConfigError if it is not finite.
+    """
+    total, trained = torch.zeros((), device=device), 0
     for done, batch in enumerate(task.batches(number)):
+        if done and time.perf_counter() >= ends:
+            break
         progress(done, steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = task.loss(batch)
@@ -140,7 +149,8 @@ def _epoch(
         optimiser.step()
         schedule.step()
         total += loss.detach()
-    mean = float(total) / steps
+        trained += 1
+    mean = float(total) / max(trained, 1)
     if not math.isfinite(mean):
         raise ConfigError(f"the loss of epoch {number} is {mean}; set a lower training.rate")
     return mean
@@ -152,10 +162,9 @@ def _rate(step: int, total: int) -> float:
     return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
 
 
-def _exhausted(state: State, options: TrainingConfig, seconds: float) -> bool:
-    """Return whether the validations stopped improving, or the time is over."""
-    late = state.best_epoch > 0 and 0 < 60 * options.minutes < seconds
-    return late or state.epochs - state.best_epoch >= options.patience * options.validate_every
+def _exhausted(state: State, options: TrainingConfig) -> bool:
+    """Return whether the validations stopped improving."""
+    return state.epochs - state.best_epoch >= options.patience * options.validate_every
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

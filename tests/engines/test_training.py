@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,19 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypa
     (tmp_path / loop.CHECKPOINT).write_bytes(b"none")
     with pytest.raises(ConfigError, match="not a checkpoint"):
         loop.train(task_of(of), of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
+
+
+def test_the_time_ends_a_training_within_an_epoch(tmp_path: Path) -> None:
+    of = config(training={"epochs": 50, "minutes": 0.002, "batch": 4, "validate_every": 10})
+    steps: list[int] = []
+
+    def slow(done: int, total: int) -> None:
+        steps.append(total)
+        time.sleep(0.15)
+
+    state = loop.train(task_of(of), of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None, progress=slow)
+    assert state.epochs == state.best_epoch == 1  # it was validated
+    assert len(steps) == 1 < steps[0]
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_it(tmp_path: Path) -> None:
