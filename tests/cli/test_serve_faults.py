@@ -133,12 +133,12 @@ def test_a_request_that_no_engine_can_answer_harms_no_other(pair: Serving, tenso
 
 
 def test_overload_degrades_first_and_then_refuses(tensors: dict[str, np.ndarray]) -> None:
-    """The engine takes 50 ms a batch. What waits behind others gets fewer candidates, and then no answer."""
+    """Both engines take 50 ms a batch. What waits behind others is answered worse, and then not at all."""
     steps = [Step("half", max_candidates=4, loss={"auc_loss_pct": 0.3}), Step("cheap", strategy="cheap")]
     overrides = [*TINY, "engine=faulty", "scenario.max_batch=1"]
     slow = Strategy("slow", [*overrides, "engine.label=slow"])
     cheap = Strategy("cheap", [*overrides, "engine.label=cheap"])
-    FAULTS["slow"] = "slow"
+    FAULTS["slow"] = FAULTS["cheap"] = "slow"
     deployment = Deployment(**TASK, limits={"latency_ms.p99": 400.0}, strategies=[slow, cheap], degrade=steps)
     with serving("serve.gate_share=0", deployment=deployment) as server:
         for _ in range(3):

@@ -145,7 +145,7 @@ def test_it_is_composed_checked_and_listed_like_any_other(registered: None) -> N
         (["engine.delay_ms=-1"], r"engine.delay_ms=-1.0: allowed is float >= 0"),
         (["task=generate"], "task=generate: engine toy can't; allowed: auto, rank"),
         (["scenario.in_flight=2"], "engine toy ends a batch before it takes the next"),
-        (["model=decoder_tiny"], "engine toy runs hstu models only; hf, vllm run decoder models"),
+        (["model=decoder_tiny"], "engine toy runs hstu models only; hf, vllm, remote run decoder models"),
     ):
         with pytest.raises(ConfigError, match=message):
             compose_spec(["engine=toy", *overrides])
