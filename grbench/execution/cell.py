@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from grbench import scenarios, workloads
 from grbench.config.schema import RunSpec
-from grbench.execution import measure
+from grbench.execution import engines, measure
 from grbench.execution.clock import at_most_every
 from grbench.execution.energy import metered
 from grbench.execution.gpu import sample_gpu
@@ -25,13 +25,11 @@ from grbench.scenarios import Measurement
 from grbench.scenarios.config import issued
 from grbench.workloads.item_map import check_items
 from grbench.workloads.trace import Requests, Trace
-from grengines import registry
 from grengines.api import Engine, Ranker, Request, Retrieval
 from grengines.numerics import IncorrectError
 from grkernels import tuning
 
 Report = Callable[[dict[str, Any]], None]
-MOST_PREPARED = 20_000  # requests by which an engine chooses its buffers and buckets
 
 
 @dataclass
@@ -102,18 +100,9 @@ class Cell:
         """A prepared engine, which is closed at the end."""
         self._begin("start", "building the engine")
         spec, begun = self.spec, time.perf_counter()
-        engine = registry.build(
-            spec.engine,
-            spec.model,
-            spec.kernel,
-            trace.catalogue,
-            spec.seed,
-            spec.cache,
-            task=spec.task,
-            retrieval=retrieval,
-        )
+        engine = engines.build(spec, trace.catalogue, retrieval)
         try:
-            engine.prepare(trace.requests.some(MOST_PREPARED), spec.scenario.max_batch)
+            engine.prepare(trace.requests.some(engines.MOST_PREPARED), spec.scenario.max_batch)
             self.outcome.metrics["engine_start_s"] = time.perf_counter() - begun
             self.outcome.actual = engine.actual()
             yield engine

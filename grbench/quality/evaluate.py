@@ -15,6 +15,7 @@ from typing import Any
 
 from grbench import workloads
 from grbench.config.schema import ConfigError, RunSpec
+from grbench.execution import engines
 from grbench.execution.retrieval import build_retrieval
 from grbench.quality.held_out import HeldOut, doubt_of_lists
 from grbench.quality.lists import Lists
@@ -185,9 +186,7 @@ def _engine(
     spec: RunSpec, catalogue: Catalogue, retrieval: Retrieval | None, requests: list[Request]
 ) -> Iterator[Engine]:
     """Give a prepared engine, which is closed at the end."""
-    engine = registry.build(
-        spec.engine, spec.model, spec.kernel, catalogue, spec.seed, spec.cache, task=spec.task, retrieval=retrieval
-    )
+    engine = engines.build(spec, catalogue, retrieval)
     try:
         engine.prepare(requests, spec.scenario.max_batch)
         yield engine

@@ -22,6 +22,7 @@ from typing import Any
 
 from grbench.config.schema import RunSpec
 from grbench.deployment import Serves
+from grbench.execution import engines
 from grbench.gate import gate_for
 from grbench.gate.base import Gate, sample
 from grbench.gate.measured import Answer
@@ -31,7 +32,6 @@ from grbench.serve.blame import Guarded, Mixed, device_is_lost, judged_alone, on
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.requests import Reply
 from grbench.workloads.trace import Trace
-from grengines import registry
 from grengines.api import BatchResult, Cached, ContinuousEngine, Request, Retrieval
 from grengines.numerics import IncorrectError
 
@@ -232,18 +232,9 @@ class Strategy:
     def _build(self) -> None:
         """Make the engine, check it, warm it up and measure its costs. Raises what fails."""
         spec, trace = self.spec, self._trace
-        engine: Any = registry.build(
-            spec.engine,
-            spec.model,
-            spec.kernel,
-            trace.catalogue,
-            spec.seed,
-            spec.cache,
-            task=spec.task,
-            retrieval=self._retrieval,
-        )
+        engine: Any = engines.build(spec, trace.catalogue, self._retrieval)
         try:
-            engine.prepare(trace.requests, spec.scenario.max_batch)
+            engine.prepare(trace.requests.some(engines.MOST_PREPARED), spec.scenario.max_batch)
             self.actual = engine.actual()
             if self._gate is None:
                 self._gate = gate_for(spec, trace, self._retrieval, self.actual)

@@ -48,12 +48,11 @@ def refusal(spec: RunSpec) -> str | None:
             return f"engine {name}: {reason}"
     if spec.task in PACKAGES_ONLY:
         return None
+    from grbench.execution import engines
     from grengines.api import Catalogue, UnavailableError
 
     try:
-        built = registry.build(
-            spec.engine, spec.model, spec.kernel, Catalogue(2, 2, 2), spec.seed, spec.cache, task=spec.task
-        )
+        built = engines.build(spec, Catalogue(2, 2, 2))
     except (UnavailableError, ValueError) as e:
         return " ".join(str(e).split())
     built.close()
