@@ -43,7 +43,7 @@ $(MODELS)/ranker/weights.safetensors: | $(VENV)/.ready
 test: lint ## lint, type check and run the tests that need no GPU
 	@$(TESTS)
 
-test-all: lint ## the same with the long hypothesis profile
+test-all: lint ## the same with the long hypothesis profile, and with every case of ../shared/cases
 	@HYPOTHESIS_PROFILE=long; export HYPOTHESIS_PROFILE; $(TESTS)
 
 test-gpu: $(VENV)/.ready ## the tests that need an NVIDIA GPU

@@ -197,8 +197,8 @@ def _check_parts(data: dict[str, Any]) -> None:
     if not all(isinstance(gpu.get("name"), str) for gpu in environment.get("gpus") or []):
         raise ValueError("environment.gpus has a GPU without a name")
     try:
-        datetime.datetime.fromisoformat(data["started_at"])
-    except ValueError:
+        datetime.datetime.fromisoformat(data["started_at"]).timestamp()
+    except (ValueError, OverflowError):  # the second: a year that no clock has
         raise ValueError(f"started_at is {data['started_at']!r}, expected is a time as ISO 8601 writes it") from None
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from grbench.config.schema import RunnerConfig, RunSpec, spec_to_json
-from grbench.execution import records
+from grbench.execution import oom, records
 from grbench.execution.environment import describe_environment
 from grbench.execution.load import LoadWatch, gpu_in_use
 from grbench.execution.records import LOG_FILE, Outcome, RunRecord, Status
@@ -136,7 +136,7 @@ def _work(
     tries: the most workers, where one asks for the cell to be measured again.
     """
     read_end, write_end = os.pipe()
-    kills_before = _oom_kills()
+    kills_before = oom.kills()
     gpu = gpu_in_use()  # the worker's own work would count as that of others
     worker = _start(spec, runner, folder, write_end)
     os.close(write_end)
@@ -175,7 +175,7 @@ def _work(
     log_ends = f"its log ends: {last_line(folder / LOG_FILE)}"
     if timed_out:
         return Outcome(Status.TIMEOUT, f"stopped after runner.timeout_s={runner.timeout_s:g} s; {log_ends}")
-    if worker.returncode == -signal.SIGKILL and _oom_kills() > kills_before:
+    if worker.returncode == -signal.SIGKILL and oom.kills() > kills_before:
         why = "SIGKILL ended the worker while the kernel's out-of-memory killer ended a process"
         return Outcome(Status.OOM, f"{why}; use a smaller cell")
     if worker.returncode > 0 and shutil.disk_usage(folder).free < MOST_LEFT:
@@ -242,15 +242,6 @@ def last_line(log: Path) -> str:
     except OSError:
         return "(no log)"
     return next((line.strip() for line in reversed(lines) if line.strip()), "(empty)")
-
-
-def _oom_kills() -> int:
-    """Return the number of processes that the kernel's out-of-memory killer has ended; 0 if it is not known."""
-    try:
-        pairs = (line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-        return next((int(value) for name, value in pairs if name == "oom_kill"), 0)
-    except OSError:
-        return 0
 
 
 def _requested(spec: RunSpec) -> dict[str, Any]:

@@ -328,8 +328,12 @@ class _Table:
         if times.isna().any():
             row = int(times.isna().to_numpy().argmax())
             raise self.error(row, column, f"not a number and no time as 2023-11-14T22:16:15Z; {FIX}")
-        since = times - pd.Timestamp(0, tz="UTC")
-        return np.asarray(since.dt.total_seconds(), dtype=np.float64)
+        # Not in nanoseconds, as pandas subtracts: they overflow in the year 2262, and a typing error goes further.
+        seconds = times.dt.tz_localize(None).to_numpy().astype("datetime64[us]").astype(np.float64) / UNITS["us"][1]
+        outside = (seconds < 0) | (seconds > LATEST)
+        if outside.any():
+            raise self.error(int(np.argmax(outside)), column, f"not a time: allowed are the years 1970 to 2099; {FIX}")
+        return np.asarray(seconds)
 
     def ids(self, column: str) -> tuple[npt.NDArray[np.int64], Any]:
         """Return a column of ids as dense indices in order of first appearance, and the ids in that order."""

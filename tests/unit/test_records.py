@@ -87,6 +87,7 @@ def test_a_row_of_another_command_has_no_gate_block() -> None:
         ({"notes": [5]}, r"notes\[0\] is a int, expected is a str"),
         ({"spec_hash": ["a"]}, "spec_hash is a list, expected is a str"),
         ({"started_at": "soon"}, "started_at is 'soon', expected is a time"),
+        ({"started_at": "0001-01-01T00:00:00"}, "started_at is '0001-01-01T00:00:00', expected is a time"),
         ({"error": 5}, "error is a int, expected is a str or NoneType"),
         ({"metrics": {"latency_ms/p50": "1"}}, r"metrics\['latency_ms/p50'\] is a str, expected is a float"),
         ({"intervals": {"latency_ms/p50": [1.0]}}, r"intervals\['latency_ms/p50'\] has 1 ends"),

@@ -158,6 +158,13 @@ def test_times_are_read_in_the_unit_that_they_are_in(tmp_path: Path, times: list
             loaders.load_csv(Path(write(tmp_path, rows_at(times))), "auto", False, Columns(unit="s"))
 
 
+@pytest.mark.parametrize("typed", ["3020-09-12 10:26:40", "9999-12-31", "1019-11-14T22:13:20Z"])
+def test_a_date_of_a_year_that_no_event_has_is_named(tmp_path: Path, typed: str) -> None:
+    path = Path(write(tmp_path, rows_at(["2023-11-14T22:13:20Z", typed])))
+    with pytest.raises(DataError, match=rf"row 3, column timestamp: '{typed}' is not a time: allowed are the years"):
+        loaders.load_csv(path, "auto", False)
+
+
 def test_seconds_in_a_column_of_milliseconds_are_not_1970(tmp_path: Path) -> None:
     path = Path(write(tmp_path, rows_at(SECONDS, "user_id,video_id,rating,time_ms\n")))
     assert loaders.load_csv(path, "auto", False).timestamps.tolist() == SECONDS
