@@ -107,7 +107,7 @@ def measure(rows: common.Rows, clock: Clock, rounds: int, made: Any, case: Case)
 def returning(parser: Any, args: Any, rows: common.Rows, clock: Clock) -> None:
     """Batches of users whose histories are in the cache, whole or all but a 32nd."""
     defaults = ["workload=synthetic", "model=wide_heads", "engine=hstu", "cache=lru"]
-    more = [] if torch.cuda.is_available() else SMALL
+    more = [] if torch.cuda.is_available() else [*SMALL, "cache.memory_gb=0.1"]
     spec = common.specs_of(parser, [*defaults, "cache.memory_gb=4", *more], args.overrides, multirun=False)[0]
     users, known = common.requests_of(8, args.history, 256), args.history - args.history // 32
     made = common.engine_of(spec, users, len(users))

@@ -119,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    host = torch.ones(args.rows, args.width, dtype=torch.bfloat16)
     rows = common.Rows(args, __file__, arguments)
+    host = torch.ones(args.rows, args.width, dtype=torch.bfloat16)
     rows.note(f"{args.rows} rows of {args.width} bf16, {args.tokens} tokens per lookup, {args.threads} threads.")
     if args.device == "cuda":
         rows.note(f"Page-locked copies of 8 MiB reach {copy_rate():.1f} GB/s.")

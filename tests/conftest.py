@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkout import ROOT
-from helpers.command import Grbench, run_here, run_in
+from helpers.command import Grbench, run_forked, run_here, run_in
 from helpers.forks import fork_workers
 
 if not torch.cuda.is_available():  # before anything imports Triton, which reads it then
@@ -76,6 +76,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def grbench(tmp_path: Path) -> Grbench:
     """Run `python -m grbench ARGS` in an empty directory."""
     return partial(run_in, tmp_path)
+
+
+@pytest.fixture
+def grbench_forked(tmp_path: Path) -> Grbench:
+    """Run `grbench ARGS` in an empty directory and in a fork: a process of its own that need not import anything."""
+    return partial(run_forked, tmp_path)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 from string import Template
 from typing import Any, TypeVar
 
-from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 # Hydra's own sweeper, which is not public: no other code expands a sweep exactly as Hydra does. hydra-core is pinned to
@@ -24,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from grbench.config.composition import compose
 from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import (
     ConfigError,
@@ -296,7 +296,7 @@ def _search_path(config_dir: str | None) -> list[str]:
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     try:
-        return hydra_compose(config_name, overrides, return_hydra_config=True)
+        return compose(config_name, overrides)
     except ValueError as e:  # for a group set to null; Hydra's message does not name it
         raise ConfigError(f"{' '.join(overrides)}: {' '.join(str(e).split())}; every group needs one option") from None
 

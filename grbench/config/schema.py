@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from grbench.config.arguments import CommandError
@@ -225,6 +224,8 @@ class RunSpec:
 
 def register_schemas() -> None:
     """Register the schemas and the folder of studies with Hydra. Safe to call twice."""
+    from hydra.core.config_store import ConfigStore  # takes 0.3 s, and workers compose nothing
+
     register_studies()
     found: dict[tuple[str, str], type] = {("", "run_schema"): RunConfig}
     found |= {(f"schema/{group}", name): node for group, nodes in schemas().items() for name, node in nodes.items()}
@@ -238,6 +239,11 @@ def register_schemas() -> None:
 
 
 _registered: dict[tuple[str, str], type] = {}
+
+
+def registered() -> tuple[type, ...]:
+    """Return the schemas that were registered."""
+    return tuple(_registered.values())
 
 
 def checked(cfg: DictConfig, root: type[Root]) -> Root:

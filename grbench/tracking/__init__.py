@@ -11,12 +11,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status, one_line
-from grbench.report.cells import Cell
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig
+
+if TYPE_CHECKING:  # workers import this package, and report's drawing takes them half a second
+    from grbench.report.cells import Cell
 
 
 class CellTracker:

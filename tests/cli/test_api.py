@@ -17,6 +17,7 @@ CELL = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_sweep_returns_records_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "it's here"
     both = grbench.run([*CELL, "scenario.max_batch=2,4"], sweep=True, output_root=root)
@@ -37,6 +38,7 @@ def test_a_sweep_returns_records_and_goes_on(tmp_path: Path, capfd: pytest.Captu
     assert list(frame["scenario.max_batch"]) == [2, 4]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_failed_cell_is_a_record_and_a_wrong_override_raises(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_text("no weights")
     [record] = grbench.run([*CELL, f"model.weights={tmp_path}/bad.safetensors"], output_root=tmp_path)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
-import subprocess
 import sys
 from functools import cache
 from itertools import combinations
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command import Grbench
+from helpers.forks import fork_command, printed_lines
 from helpers.mlflow_store import new_database
 from helpers.properties import examples
 from hypothesis import given
@@ -375,20 +376,13 @@ SIZES = f"shares=[{','.join(f'{i / 100}' for i in range(1, 100))}]"  # of which 
 
 
 def test_ctrl_c_keeps_the_rows_that_are_done(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "grbench", "cachesim", *RUN, "workload.visits=100000", SIZES, "tracking=none"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr
-    for line in process.stderr:
-        if "lru:" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert re.search(r" lru +\d+\.\d\d ", out)
+    process = fork_command(tmp_path, "cachesim", *RUN, "workload.visits=100000", SIZES, "tracking=none")
+    try:
+        assert any("lru:" in line for line in printed_lines(tmp_path / "err.txt", process))
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(120) == 130
+    finally:
+        process.kill()
+    assert re.search(r" lru +\d+\.\d\d ", (tmp_path / "out.txt").read_text())
     [path] = tmp_path.glob("outputs/cachesim/*/results.json")
     assert "lru" in [row["policy"] for row in json.loads(path.read_text())["rows"]]

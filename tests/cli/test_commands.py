@@ -133,8 +133,8 @@ def test_what_overhead_can_not_measure_is_one_line(
 
 
 @pytest.mark.serial
-def test_overhead_is_small_beside_the_engine(grbench: Grbench) -> None:
-    done = grbench(
+def test_overhead_is_small_beside_the_engine(grbench_forked: Grbench) -> None:
+    done = grbench_forked(
         "overhead", "workload=synthetic", "--repeats", "4", "workload.max_requests=50", "scenario.queries=100"
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -6,15 +6,21 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers.checkout import ROOT
 from helpers.command import Grbench
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from grbench.cli import main
-from grbench.config.compose import compose_cells, compose_spec, plan_jobs, prepare_hydra
+from grbench.config import composition
+from grbench.config.compose import CONFIG_DIR, compose_cells, compose_spec, explain, plan_jobs, prepare_hydra
 from grbench.config.reference import ROOTS, reference
 from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json, to_spec
 
@@ -121,8 +127,8 @@ def test_a_wrong_value_is_one_line_with_key_and_what_is_allowed(overrides: list[
     assert "\n" not in message
 
 
-def test_every_cell_of_a_sweep_is_checked_before_the_first_runs(grbench: Grbench) -> None:
-    done = grbench("-m", "workload=synthetic", "scenario.max_batch=1,2,0")
+def test_every_cell_of_a_sweep_is_checked_before_the_first_runs(grbench_here: Grbench) -> None:
+    done = grbench_here("-m", "workload=synthetic", "scenario.max_batch=1,2,0")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "grbench: scenario.max_batch=0: allowed is int >= 1 and <= 65536; 1 of 3 combinations can't be, and "
@@ -229,6 +235,65 @@ def test_combinations_that_cannot_be_are_refused_by_name_or_left_out() -> None:
         plan("workload=csv,synthetic", f"workload.path={__file__}")
     with pytest.raises(ConfigError, match=r"^scenario\.max_bach: no such key; nearest"):  # wrong in all of them
         plan("scenario.max_bach=1", "seed=0,1", "skip_invalid=true")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["seed=3", "engine=hstu", "engine.precision=bf16", "scenario.max_batch=8", "seed=4"],
+        ["engine@engine.retrieve=hstu", "engine.retrieve.precision=fp16", "retrieval={k: 3}", "retrieval.k=4"],
+        ["study=batching", "hydra.mode=RUN", "latency_limit_ms=5", "hydra.run.dir=x"],
+        ["model.tasks=[a,b]", "+model.other=1", "++engine.other=2", "~workload.users", "+more=1"],
+        ["model={layers: 3}", "model=hstu_tiny", "model.layers=4"],
+        ["scenario.target_qps=1,2"],
+        ["engine=none"],
+        ["engine.nothing=1"],
+        ["seed=word"],
+        ["+seed=1"],
+        ["kernel@nowhere=auto"],
+        ["~tracking", "tracking.uri=x"],
+        ["=1"],
+    ],
+)
+def test_a_kept_choice_of_groups_gives_what_hydra_gives(words: list[str]) -> None:
+    """Each is composed twice: the second time its groups are kept."""
+    prepare_hydra()
+
+    def result(compose: Callable[[], DictConfig]) -> object:
+        try:
+            return OmegaConf.to_container(compose(), enum_to_str=True)
+        except (HydraException, OmegaConfBaseException, ValueError) as e:
+            return type(e), explain(e)
+
+    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        expected = result(lambda: hydra_compose("config", words, return_hydra_config=True))
+        for _ in range(2):
+            assert result(lambda: composition.compose("config", words)) == expected
+
+
+def test_a_kept_choice_of_groups_follows_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kept configuration is used once more, and not when a file has changed or when it was found elsewhere."""
+    composed: list[list[str]] = []
+    by_hydra = composition.hydra_compose
+    monkeypatch.setattr(composition, "hydra_compose", lambda name, words, **options: (
+        composed.append(words) or by_hydra(name, words, **options)
+    ))  # fmt: skip
+    monkeypatch.setattr(composition, "_kept", {})
+    monkeypatch.setattr(composition, "FOLDERS", [tmp_path])
+    monkeypatch.chdir(tmp_path)
+    for seed in (1, 2):
+        spec, _ = compose_spec(["engine=hstu", f"seed={seed}", f"engine.candidate_microbatch={seed}"])
+        assert (spec.seed, spec.engine.candidate_microbatch) == (seed, seed)
+    assert composed == [["engine=hstu"]]
+    (tmp_path / "new.yaml").write_text("a: 1")
+    compose_spec(["engine=hstu"])
+    own = tmp_path / "own" / "engine" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    for precision in ("fp16", "bf16"):
+        own.write_text(f"defaults: [/schema/engine/hstu@_here_, _self_]\nprecision: {precision}\n")
+        assert compose_spec(["engine=mine"], str(tmp_path / "own"))[0].engine.precision == precision
+    assert [words[0] for words in composed] == ["engine=hstu", "engine=hstu", "engine=mine", "engine=mine"]
 
 
 def test_the_hash_distinguishes_measurements_and_nothing_else() -> None:

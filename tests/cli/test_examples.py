@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.checkout import ROOT
+from helpers.forks import fork_workers, in_fork
 
 
 def example(name: str, *arguments: str, folder: Path) -> str:
-    """Run a program of examples/ in a folder, and return its output."""
-    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    """Run a program of examples/ in a folder, in a fork and with forked workers, and return its output."""
+    path = str(ROOT / "examples" / name)
+
+    def work() -> None:
+        os.chdir(folder)
+        sys.argv = [path, *arguments]
+        fork_workers(pytest.MonkeyPatch())
+        runpy.run_path(path, run_name="__main__")
+
+    done = in_fork(work, folder, timeout=240)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 

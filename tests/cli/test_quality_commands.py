@@ -59,7 +59,7 @@ def test_a_generator_is_trained_run_and_evaluated(grbench_here: Grbench, tmp_pat
 
 
 def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
-    grbench_here: Grbench, grbench: Grbench, tmp_path: Path
+    grbench_here: Grbench, grbench_forked: Grbench, tmp_path: Path
 ) -> None:
     walks(tmp_path)
     small = [*MODEL, *WORKLOAD, "workload.num_candidates=6", "model.tasks=[rated]", "retrieval.levels=1"]
@@ -72,7 +72,7 @@ def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
     found = grbench_here("evaluate", *run)
     assert found.returncode == 0, found.stderr
     assert "| engine=pipeline" in found.stdout or "| pipeline |" in found.stdout
-    done = grbench(*run, *QUIET, "scenario=closed_loop", "scenario.queries=20")
+    done = grbench_forked(*run, *QUIET, "scenario=closed_loop", "scenario.queries=20")
     assert done.returncode == 0, done.stderr
     record = json.loads(next((tmp_path / "outputs").rglob("record.json")).read_text())
     metrics, intervals = record["metrics"], record["intervals"]

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from helpers.command import Grbench
+from helpers.forks import fork_command
 
 from grbench.config.compose import compose_spec
 from grbench.execution import measure, records, runner
@@ -196,38 +197,34 @@ def test_a_signal_between_the_work_and_its_record_loses_neither(
 
 
 class Running:
-    """grbench as a background process, with access to its workers."""
+    """grbench as a background process, with access to its workers. All are forks of this process."""
 
     def __init__(self, folder: Path, *args: str) -> None:
-        self.root = folder / "outputs"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "grbench", *args],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.folder, self.root = folder, folder / "outputs"
+        self.process = fork_command(folder, *args)
 
     def worker(self, cell: int) -> psutil.Process:
         """The worker of a sweep's cell, once it is measuring."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.process.poll() is None:
             for child in psutil.Process(self.process.pid).children():
-                job = next((a for a in _command(child) if a.endswith(f"/{cell}/job.json")), None)
-                if job and child.num_threads() > 1 and (Path(job).parent / "worker.log").exists():
+                if any(f.endswith(f"/{cell}/worker.log") for f in _files(child)) and child.num_threads() > 1:
                     return child
             time.sleep(0.05)
-        raise AssertionError(f"cell {cell} never ran: {self.process.stderr.read() if self.process.stderr else ''}")
+        raise AssertionError(f"cell {cell} never ran: {self.printed()}")
 
     def end(self) -> tuple[int, str]:
-        out, err = self.process.communicate(timeout=120)
-        return self.process.returncode, out + err
+        return self.process.wait(timeout=120), self.printed()
+
+    def printed(self) -> str:
+        return "".join((self.folder / name).read_text() for name in ("out.txt", "err.txt"))
 
 
-def _command(process: psutil.Process) -> list[str]:
+def _files(process: psutil.Process) -> list[str]:
+    """Files that a process has open, and its folder."""
     try:
-        return process.cmdline()
-    except psutil.Error:
+        return [*(f.path for f in process.open_files()), process.cwd()]
+    except (psutil.Error, OSError):
         return []
 
 
@@ -244,7 +241,7 @@ def running(tmp_path: Path) -> Iterator[list[Running]]:
 def test_a_killed_and_a_hanging_worker_are_records_and_the_sweep_goes_on(
     tmp_path: Path, running: list[Running]
 ) -> None:
-    args = ["-m", *QUICK, "seed=0,1,2", "scenario.queries=1000", "runner.timeout_s=20"]
+    args = ["-m", *QUICK, "seed=0,1,2", "scenario.queries=1000", "runner.timeout_s=10"]
     running.append(run := Running(tmp_path, *args))
     run.worker(0).send_signal(signal.SIGKILL)
     run.worker(1).send_signal(signal.SIGSTOP)  # hangs until the time limit
@@ -254,20 +251,23 @@ def test_a_killed_and_a_hanging_worker_are_records_and_the_sweep_goes_on(
     assert by_seed[0].status is Status.KILLED
     assert "SIGKILL" in (by_seed[0].error or "")
     assert by_seed[1].status is Status.TIMEOUT
-    assert "runner.timeout_s=20" in (by_seed[1].error or "")
+    assert "runner.timeout_s=10" in (by_seed[1].error or "")
     assert by_seed[2].status is Status.OK, by_seed[2].error
-    assert not [p for p in psutil.process_iter() if any(str(tmp_path) in a for a in _command(p))], "a worker is left"
+    assert not [p for p in psutil.process_iter() if any(str(tmp_path) in name for name in _files(p))], (
+        "a worker is left"
+    )
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_exhausted_memory_is_a_record_and_the_sweep_goes_on(grbench_here: Grbench, tmp_path: Path) -> None:
-    # A position table of 2e6 x 1024 floats is 8 GB; the worker may have 2.
+    # A position table of 5e5 x 4096 floats is 8 GB; the worker may have 4.
     done = grbench_here(
-        "-m", *QUICK, "model.embedding_dim=1024,64", "model.max_positions=2000000", "runner.memory_limit_gb=2"
+        "-m", *QUICK, "model.embedding_dim=4096,64", "model.max_positions=500000", "runner.memory_limit_gb=4"
     )
     assert done.returncode == 1
     statuses = {r.spec["model"]["embedding_dim"]: r for r in found(tmp_path)}
-    assert statuses[1024].status is Status.OOM, statuses[1024].error
-    assert "memory" in (statuses[1024].error or "")
+    assert statuses[4096].status is Status.OOM, statuses[4096].error
+    assert "memory" in (statuses[4096].error or "")
     assert statuses[64].status is Status.OK, statuses[64].error
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +12,7 @@ from typing import cast
 
 import numpy as np
 import pytest
+from helpers.forks import run_program
 from helpers.sleepy_engine import SleepyEngine, drive, make_requests
 
 from grbench import workloads
@@ -115,13 +114,14 @@ from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.execution.measure import _beside_loadgen
 from grbench.scenarios.config import *
+from helpers.forks import run_program
 from helpers.sleepy_engine import SleepyEngine, drive
 subprocess.Popen(["sh", "-c", stop])
 m = drive({config!r}, SleepyEngine(0.001), Path({str(tmp_path)!r}), requests=1000)
 np.savez({str(tmp_path / "samples.npz")!r}, **m.samples)
 print(_beside_loadgen(m.samples, m.metrics), m.metrics)
 """
-    done = subprocess.run([sys.executable, "-c", stalls], capture_output=True, text=True, timeout=60)
+    done = run_program(stalls, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[] "), done.stdout  # LoadGen sees the same
     samples = np.load(tmp_path / "samples.npz")
@@ -140,6 +140,7 @@ import os, threading, time
 from pathlib import Path
 from grbench.execution import clock
 from grbench.scenarios.config import ServerConfig
+from helpers.forks import run_program
 from helpers.sleepy_engine import SleepyEngine, drive
 real, begun = time.time, time.monotonic()
 time.time = lambda: real() + ({moved_s} if time.monotonic() > begun + 1 else 0)
@@ -152,7 +153,7 @@ except clock.ClockMovedError as e:
             print("still in the engine")
 os._exit(0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
+    done = run_program(code, tmp_path, timeout=40)
     moved = f"raised: the machine's clock moved by {moved_s:+.2f} s while LoadGen timed requests by it\n"
     assert done.stdout == (moved if moved_s else ""), done.stderr
 
@@ -278,6 +279,7 @@ def test_a_failing_engine_ends_the_scenario_at_once(config: ScenarioConfig, tmp_
 import os, sys
 from pathlib import Path
 from grbench.scenarios.config import *
+from helpers.forks import run_program
 from helpers.sleepy_engine import SleepyEngine, drive
 try:
     drive({config!r}, SleepyEngine(fail_at=3), Path({str(tmp_path)!r}))
@@ -285,12 +287,7 @@ except RuntimeError as e:
     print("raised:", e, flush=True)
 os._exit(0)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_program(code, tmp_path)
     assert done.stdout == "raised: the device fell off the bus\n", done.stderr
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.command import Grbench
-from helpers.serving import TINY, Serving, as_json, serving, tensors_of, tiny_trace, wait_until
+from helpers.forks import fork_command, printed_lines
+from helpers.serving import (
+    TINY,
+    Serving,
+    as_json,
+    items_come_with_their_scores,
+    serving,
+    tensors_of,
+    tiny_trace,
+    wait_until,
+)  # fmt: skip
 
 from grbench.execution.records import Status
 from grbench.report.frame import read_cells
@@ -27,16 +36,6 @@ from grengines.remote.config import RemoteConfig
 
 tritonhttp = pytest.importorskip("tritonclient.http")
 tritongrpc = pytest.importorskip("tritonclient.grpc")
-
-
-@contextlib.contextmanager
-def _killed(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Kill a process whose test has failed."""
-    try:
-        yield
-    except BaseException:
-        process.kill()
-        raise
 
 
 @pytest.fixture(scope="module")
@@ -274,19 +273,9 @@ def test_the_status_says_what_runs(server: Serving) -> None:
     assert strategy["costs"] and all(row["ms"] > 0 for row in strategy["costs"])
 
 
-@pytest.mark.parametrize("engine", ["engine=hstu task=generate", "engine=pipeline"])
+@pytest.mark.parametrize("engine", ["engine=hstu task=generate", "engine=pipeline engine@engine.retrieve=hstu"])
 def test_items_come_with_their_scores(engine: str) -> None:
-    spec, trace = tiny_trace()
-    task = "generate" if "generate" in engine else "recommend"
-    with serving(*TINY, *engine.split(), "serve.grpc_port=null") as server:
-        status, answer, _ = server.infer(tensors_of(trace.requests[:2], task))
-        assert status == 200
-        outputs = {o["name"]: np.array(o["data"]).reshape(o["shape"]) for o in answer["outputs"]}
-        assert outputs["OUTPUT_LENGTHS"].tolist() == [4, 4]
-        assert outputs["ITEMS"].shape == (8,) and len(set(outputs["ITEMS"][:4].tolist())) == 4
-        assert outputs["OUTPUT"].shape == ((8,) if task == "generate" else (8, len(spec.ranking_model.tasks)))
-        best = outputs["OUTPUT"][:4] if task == "generate" else outputs["OUTPUT"][:4, 0]
-        assert (np.diff(best) <= 0).all()
+    items_come_with_their_scores(*engine.split())
 
 
 def test_the_typed_client_gets_what_the_reference_finds(
@@ -349,15 +338,17 @@ def test_a_port_that_is_taken_is_named(grbench_here: Grbench) -> None:
 
 def test_signals_reload_and_end_it(tmp_path: Path) -> None:
     """SIGHUP reads the deployment again, SIGTERM ends it with 0; a request before, between and after is answered."""
-    lines = "".join(f"  - {word}\n" for word in [*TINY, "engine=hstu"])
+    overrides = "".join(f"  - {word}\n" for word in [*TINY, "engine=hstu"])
     file = tmp_path / "best.yaml"
-    text = f"version: 1\ntask: rank\nstrategies:\n- name: NAME\n  overrides:\n{lines}"
+    text = f"version: 1\ntask: rank\nstrategies:\n- name: NAME\n  overrides:\n{overrides}"
     file.write_text(text.replace("NAME", "old"))
-    words = [sys.executable, "-m", "grbench", "serve", f"deployment={file}", "serve.port=0", "serve.grpc_port=null"]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process, _killed(process):
+    process = fork_command(tmp_path, "serve", f"deployment={file}", "serve.port=0", "serve.grpc_port=null")
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(process.kill)
+        lines = printed_lines(tmp_path / "err.txt", process)
 
         def until(event: str) -> dict[str, Any]:
-            for line in process.stderr or ():
+            for line in lines:
                 if (found := json.loads(line))["event"] == event:
                     return found  # type: ignore[no-any-return]
             raise AssertionError(f"it ended without {event}")
@@ -366,14 +357,14 @@ def test_signals_reload_and_end_it(tmp_path: Path) -> None:
         until("ready")
         assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[1]["parameters"]["strategy"] == "old"
         file.write_text(text.replace("NAME", "new"))
-        process.send_signal(signal.SIGHUP)
+        os.kill(process.pid, signal.SIGHUP)
         until("reloaded")
         assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[1]["parameters"]["strategy"] == "new"
         file.write_text("version: 3\ntask: rank\n")
         status, answer, _ = server.call("/reload", b"")
         assert status == 409 and "version=3: allowed is" in answer["error"] and "goes on" in answer["error"]
         assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[0] == 200
-        process.send_signal(signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
         until("ended")
         assert process.wait(60) == 0
 

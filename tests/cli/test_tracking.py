@@ -339,32 +339,6 @@ def test_the_import_command_says_what_it_did(grbench_here: Grbench, tmp_path: Pa
     assert done.stdout == "1 records logged, 0 were there already, 0 failed\n", done.stderr
 
 
-@contextlib.contextmanager
-def ui_of(root: Path) -> Iterator[str]:
-    """`python -m grbench ui`, up and answering; the address that it printed."""
-    port = free_port()
-    command = [sys.executable, "-m", "grbench", "ui", str(root), "--port", str(port)]
-    ui = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
-    try:
-        assert ui.stdout is not None
-        address = ui.stdout.readline().split()[2]
-        for _ in range(600):  # a busy machine takes its time
-            with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=2) as page:
-                assert "MLflow" in page.read().decode()
-                break
-            time.sleep(0.2)
-        else:
-            raise AssertionError("the page never came")
-        yield address
-    finally:
-        os.killpg(ui.pid, 9)
-        ui.wait()
-    deadline = time.monotonic() + 60
-    while listens(port) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not listens(port), "MLflow's server outlived the command"
-
-
 def listens(port: int) -> bool:
     """Return whether something accepts connections at a port of this machine."""
     with socket.socket() as probe:
@@ -410,53 +384,65 @@ def test_a_sweep_whose_process_was_killed_ends_at_the_next_start(tmp_path: Path)
     assert run.data.tags[LAUNCHER_TAG] == launcher()
 
 
-def test_the_ui_ends_quietly_on_ctrl_c(tmp_path: Path) -> None:
-    """Ctrl-C reaches all processes of a terminal; the server's port is free after."""
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+
+
+def test_the_ui_shows_the_runs_and_ends_quietly_on_ctrl_c(tmp_path: Path) -> None:
+    """The page that the command names, on localhost; in a browser, where there is one, the run is on it.
+
+    Ctrl-C reaches all processes of a terminal; the server's port is free after.
+    """
     new_database(tmp_path / "outputs")
+    spec = {**SPEC, "engine": {**SPEC["engine"], "precision": "bf16"}}
+    record, folder = cell(tmp_path / "outputs" / "a", spec=spec, overrides=["scenario=server", "engine.precision=bf16"])
+    assert CellTracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
     port = free_port()
     command = [sys.executable, "-m", "grbench", "ui", str(tmp_path / "outputs"), "--port", str(port)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as ui:
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2):
-                break
-            time.sleep(0.2)
-        os.killpg(ui.pid, signal.SIGINT)
-        output, _ = ui.communicate(timeout=60)  # the pipe closes with the last process that has it
+        try:
+            assert ui.stdout is not None
+            address = next(line for line in ui.stdout if "http://" in line).split()[2]
+            assert address.startswith("http://127.0.0.1:")
+            assert address.endswith("/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=grbench")
+            for _ in range(600):  # a busy machine takes its time
+                with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=2) as answer:
+                    assert "MLflow" in answer.read().decode()
+                    break
+                time.sleep(0.2)
+            else:
+                raise AssertionError("the page never came")
+            page = in_browser(address, tmp_path) if BROWSER else ""
+            os.killpg(ui.pid, signal.SIGINT)
+            output, _ = ui.communicate(timeout=60)  # the pipe closes with the last process that has it
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ui.pid, signal.SIGKILL)
     assert ui.returncode == 130
     assert "Traceback" not in output, output
     assert not listens(port)
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
-
-
-def test_the_ui_shows_the_runs(tmp_path: Path) -> None:
-    """The page that the command names, on localhost; in a browser, where there is one, the run is on it."""
-    new_database(tmp_path / "outputs")
-    spec = {**SPEC, "engine": {**SPEC["engine"], "precision": "bf16"}}
-    record, folder = cell(tmp_path / "outputs" / "a", spec=spec, overrides=["scenario=server", "engine.precision=bf16"])
-    assert CellTracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
-    with ui_of(tmp_path / "outputs") as address:
-        assert address.startswith("http://127.0.0.1:")
-        assert address.endswith("/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=grbench")
-        if BROWSER is None:
-            pytest.skip("no Chromium or Chrome: the page came, what it shows was not looked at")
-        quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-        quiet += ["--disable-component-update", "--disable-sync", "--no-sandbox", "--window-size=1800,900"]
-        quiet += [f"--user-data-dir={tmp_path}/profile"]
-        for _ in range(3):  # virtual time can run out before a busy machine has answered the page's requests
-            page = subprocess.run(
-                [BROWSER, "--headless", *quiet, "--virtual-time-budget=30000", "--dump-dom", address],
-                capture_output=True,
-                text=True,
-                timeout=120,
-            ).stdout
-            if "hstu server bf16" in page:
-                break
+    if BROWSER is None:
+        pytest.skip("no Chromium or Chrome: the page came, what it shows was not looked at")
     assert "hstu server bf16" in page
     assert "latency_ms/p50" in page and "gate/error" in page  # columns of the shared view
+
+
+def in_browser(address: str, folder: Path) -> str:
+    """Return what a browser makes of a page, once the run is on it."""
+    quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    quiet += ["--disable-component-update", "--disable-sync", "--no-sandbox", "--window-size=1800,900"]
+    quiet += [f"--user-data-dir={folder}/profile"]
+    for _ in range(3):  # virtual time can run out before a busy machine has answered the page's requests
+        page = subprocess.run(
+            [str(BROWSER), "--headless", *quiet, "--virtual-time-budget=30000", "--dump-dom", address],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).stdout
+        if "hstu server bf16" in page:
+            break
+    return page
 
 
 def test_no_tracking_logs_nothing(tmp_path: Path) -> None:

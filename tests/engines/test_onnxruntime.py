@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import kept
 from helpers.command import Grbench
 from helpers.hstu_oracle import make_requests
 from onnx import TensorProto, helper
@@ -48,10 +49,10 @@ SAMPLE = make_requests(np.random.default_rng(0), CATALOGUE, [3, 37, 0, 200, 20],
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Share a cache folder among these tests, so that each precision is exported once."""
+def cache_folder() -> Iterator[Path]:
+    """Share a cache folder among these tests and with later runs, so that each precision is exported once."""
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
+        folder = kept.cache_folder()
         patch.setenv("GRBENCH_CACHE", str(folder))
         yield folder
 
@@ -279,11 +280,11 @@ def test_quality_figures_and_their_limit() -> None:
     assert (only.tasks["a"].auc, only.tasks["a"].ne) == (0.5, 1.0)
 
 
-def test_a_whole_run_with_labels(grbench: Grbench, tmp_path: Path, cache_folder: Path) -> None:
+def test_a_whole_run_with_labels(grbench_forked: Grbench, tmp_path: Path, cache_folder: Path) -> None:
     actions = list(TRACE.events.action_names)
     model = HSTUConfig(layers=1, embedding_dim=16, heads=1, qk_dim=8, v_dim=8, tasks=actions, max_positions=64)
     save_weights(build_model(model, TRACE.catalogue, 3, "cpu", torch.float32), tmp_path / "weights.safetensors")
-    done = grbench(
+    done = grbench_forked(
         "engine=onnxruntime", "engine.precision=int8", "engine.cpu_threads=1", "workload=synthetic",
         "workload.users=30", "workload.items=200", "workload.visits=60", "workload.max_history=40",
         "scenario=closed_loop", "scenario.queries=40", "tracking=none", "model.layers=1", "model.embedding_dim=16",

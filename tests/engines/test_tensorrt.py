@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers import kept
 from helpers.plans import CATALOGUE, ENCODING, MODEL, REQUESTS, facts_of, feeds, made
 from helpers.race import race
 
@@ -43,11 +42,11 @@ needs_rtx = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cache() -> Iterator[None]:
+    """Share exports among these tests and with later runs."""
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("GRBENCH_CACHE", str(folder))
-        yield folder
+        patch.setenv("GRBENCH_CACHE", str(kept.cache_folder()))
+        yield
 
 
 @needs_rtx
@@ -78,6 +77,7 @@ def test_of_two_processes_that_build_one_plan_the_second_takes_the_firsts(
     """Both processes export the model and compute scales from it, without disturbing each other."""
     monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "cache"))
     code = """
+from helpers import kept
 from helpers.plans import CATALOGUE, MODEL, facts_of
 from grengines.tensorrt import library, plan
 meet_after(plan, "_compile")
@@ -339,6 +339,7 @@ def test_where_nothing_can_be_executed_the_cell_is_unavailable_with_the_reason(m
 
 
 PLUGIN = """
+from helpers import kept
 from helpers.plans import MODEL
 from grengines.runtime.profile import Sizes
 from grengines.tensorrt import plugin
@@ -352,10 +353,8 @@ for target, dtype in (("9.0", "fp32"), ("9.0", "bf16"), ("12.0", "fp16")):
 
 def test_the_plugins_kernel_compiles_with_the_parameters_that_tensorrt_passes() -> None:
     """The parameters are the inputs, one integer and the output, and none that only Triton's launcher would pass."""
-    env = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", PLUGIN], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
+    sources = ("kernels/**/*.py", "engines/**/*.py", "tests/helpers/plans.py")
+    lines = (kept.output_of("plugin", PLUGIN, sources, TRITON_INTERPRET="0") / kept.OUTPUT).read_text().splitlines()
     assert len(lines) == 3
     for line in lines:
         assert line.split()[2:11] == [".u64"] * 7 + [".u32", ".u64"] and line.endswith("0 True")

@@ -17,6 +17,7 @@ import torch
 from helpers import vllm_checks
 from helpers.command import Grbench
 from helpers.items import SIZES
+from helpers.serving import items_come_with_their_scores
 from helpers.vllm_engines import (
     CATALOGUE,
     CLOSE,
@@ -427,6 +428,10 @@ def test_a_whole_run(grbench_here: Grbench, tmp_path: Path) -> None:
     assert record["actual"]["vllm"] and record["metrics"]["engine/prefix_hit_tokens"] > 0
     (log,) = tmp_path.glob("outputs/runs/*/worker.log")
     assert "Initializing a V1 LLM engine" in log.read_text()
+
+
+def test_it_retrieves_in_a_pipeline_that_is_served() -> None:
+    items_come_with_their_scores("engine=pipeline")
 
 
 # Refusals

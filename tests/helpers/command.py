@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from grbench.cli import main
+from helpers.forks import fork_command
 
 Grbench = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -25,6 +26,17 @@ def run_in(folder: Path, *args: str, timeout: float = 240, **env: str) -> subpro
         text=True,
         timeout=timeout,
     )
+
+
+def run_forked(folder: Path, *args: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `grbench ARGS` in a folder and in a fork of this process, as its workers are."""
+    process = fork_command(folder, *args, env={**os.environ, "COLUMNS": "200", **env})
+    try:
+        code = process.wait(timeout)
+    finally:
+        process.kill()
+    out, err = ((folder / name).read_text() for name in ("out.txt", "err.txt"))
+    return subprocess.CompletedProcess(["grbench", *args], code, out, err)
 
 
 def run_here(

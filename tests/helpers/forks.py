@@ -16,13 +16,14 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from grbench.cli import main
 from grbench.execution import runner, worker
 from grbench.signals import ENDING
 
@@ -32,16 +33,22 @@ USED = ("grbench.execution.cell", "grengines.hstu.engine", "pyarrow.parquet", "s
 class Fork:
     """A process that does `work` and ends. It has the parts of `subprocess.Popen` that the runner uses.
 
-    output: file for what it prints. fds: open files that it keeps. env: its environment variables.
+    output: file for what it prints. fds: open files that it keeps. env: its environment variables. errors: file for
+    standard error, if not the same.
     """
 
     def __init__(
-        self, work: Callable[[], object], output: Path, fds: Iterable[int] = (), env: Mapping[str, str] = os.environ
+        self,
+        work: Callable[[], object],
+        output: Path,
+        fds: Iterable[int] = (),
+        env: Mapping[str, str] = os.environ,
+        errors: Path | None = None,
     ) -> None:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            _become(work, output, sorted(fds), dict(env))
+            _become(work, output, errors, sorted(fds), dict(env))
 
     def wait(self, timeout: float = 240) -> int:
         """Return the exit code, negative for a signal. Raises subprocess.TimeoutExpired."""
@@ -53,6 +60,12 @@ class Fork:
         assert self.returncode is not None
         return self.returncode
 
+    def kill(self) -> None:
+        """End it by SIGKILL, if it runs."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+
     def poll(self) -> int | None:
         """Return the exit code, or None while it runs."""
         if self.returncode is None:
@@ -61,14 +74,14 @@ class Fork:
         return self.returncode
 
 
-def _become(work: Callable[[], object], output: Path, fds: list[int], env: dict[str, str]) -> None:
+def _become(work: Callable[[], object], output: Path, errors: Path | None, fds: list[int], env: dict[str, str]) -> None:
     """Be a process of its own: its session, files, signals and log. Never returns."""
     code = 1
     with contextlib.suppress(BaseException):
         os.setsid()
-        for fd, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)):
+        adding = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        for fd, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, adding), (2, errors or output, adding)):
             os.dup2(os.open(path, flags, 0o600), fd)
-        os.dup2(1, 2)
         for first, last in zip([2, *fds], [*fds, os.sysconf("SC_OPEN_MAX")], strict=True):
             os.closerange(first + 1, last)
         sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, 1) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
@@ -91,6 +104,54 @@ def _become(work: Callable[[], object], output: Path, fds: list[int], env: dict[
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+def in_fork(work: Callable[[], object], folder: Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Do `work` in a fork, and wait for it. It prints to out.txt and err.txt in a folder."""
+    out, err = folder / "out.txt", folder / "err.txt"
+    out.unlink(missing_ok=True)
+    err.unlink(missing_ok=True)
+    process = Fork(work, out, errors=err)
+    try:
+        code = process.wait(timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(["fork"], code, out.read_text(), err.read_text())
+
+
+def run_program(program: str, folder: Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run the text of a Python program in a fork; see `in_fork`."""
+    return in_fork(lambda: exec(program, {"__name__": "__main__"}), folder, timeout)
+
+
+def printed_lines(file: Path, process: Fork) -> Iterator[str]:
+    """Yield each line that a fork prints to a file, until it ends."""
+    rest, ended = "", False
+    with file.open() as lines:
+        while not ended or rest:
+            ended = process.poll() is not None
+            rest += lines.read()
+            *whole, rest = rest.split("\n")
+            yield from whole
+            if not whole:
+                rest = "" if ended else rest
+                time.sleep(0.02)
+
+
+def fork_command(folder: Path, *words: str, env: Mapping[str, str] = os.environ) -> Fork:
+    """Start `grbench WORDS` in a folder, with forked workers. It prints to out.txt and err.txt there."""
+    for name in (*USED, "grbench.execution.session", "grbench.tracking.store"):
+        importlib.import_module(name)
+
+    def work() -> None:
+        os.chdir(folder)
+        sys.argv = ["grbench"]
+        fork_workers(pytest.MonkeyPatch())
+        sys.exit(main(words))
+
+    for name in ("out.txt", "err.txt"):
+        (folder / name).write_text("")
+    return Fork(work, folder / "out.txt", env=env, errors=folder / "err.txt")
 
 
 def fork_workers(patch: pytest.MonkeyPatch) -> None:

@@ -148,3 +148,18 @@ def tiny_trace(*words: str) -> Any:
 
     spec, _ = compose_spec([*TINY, "engine=hstu", *words])
     return spec, workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
+
+
+def items_come_with_their_scores(*engine: str) -> None:
+    """Serve a retriever or a pipeline, ask for two users' items, and check the form of the answer."""
+    spec, trace = tiny_trace()
+    task = "generate" if "task=generate" in engine else "recommend"
+    with serving(*TINY, *engine, "serve.grpc_port=null") as server:
+        status, answer, _ = server.infer(tensors_of(trace.requests[:2], task))
+        assert status == 200
+        outputs = {o["name"]: np.array(o["data"]).reshape(o["shape"]) for o in answer["outputs"]}
+        assert outputs["OUTPUT_LENGTHS"].tolist() == [4, 4]
+        assert outputs["ITEMS"].shape == (8,) and len(set(outputs["ITEMS"][:4].tolist())) == 4
+        assert outputs["OUTPUT"].shape == ((8,) if task == "generate" else (8, len(spec.ranking_model.tasks)))
+        best = outputs["OUTPUT"][:4] if task == "generate" else outputs["OUTPUT"][:4, 0]
+        assert (np.diff(best) <= 0).all()

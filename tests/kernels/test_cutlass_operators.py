@@ -6,6 +6,7 @@ Without a GPU they are compiled for Hopper. On a GPU they must pass the check of
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import kept
 from helpers import kernel_cases as operators
 from helpers.kernel_cases import DTYPES, RAGGED, Arguments, agrees, converted
 from torch import Tensor
@@ -77,7 +79,9 @@ CASES: dict[str, list[Callable[[], Arguments]]] = {
 }
 
 COMPILE = """
+import json
 import sys
+from pathlib import Path
 from cutlass import BFloat16, Float16, Float32
 from grkernels.cute_common import compile_kernel
 from grkernels.interaction.cutlass import Interaction
@@ -87,7 +91,7 @@ from grkernels.layer_norm.cutlass import LayerNorm
 from grkernels.norm_gate.cutlass import NormGate
 from grkernels.token_embedding.cutlass import TokenEmbedding
 wide = ("ld.global.v4.b32", "st.global.v4.b32")
-for kernel, wanted in (
+for number, (kernel, wanted) in enumerate((
     (NormGate(BFloat16, 512, 1, 4), ("ex2.approx", *wide)),
     (NormGate(Float32, 3000, 4, 1), ("bar.sync", *wide)),
     (LayerNorm(Float16, 1024, 1, 4), ("shfl.sync", *wide)),
@@ -97,20 +101,23 @@ for kernel, wanted in (
     (Concat(BFloat16, 1024, 2, 1, 4), ("vote.sync.ballot", *wide)),
     (Split(Float32, 40, 1, 2, 4), ("vote.sync.ballot", *wide)),
     (TokenEmbedding(BFloat16, 512, 4, 2, 2, 2), wide),
-):
+)):
     made = compile_kernel(kernel, options="--keep-ptx --keep-cubin --dump-dir " + sys.argv[1])
-    assert all(instruction in made.__ptx__ for instruction in wanted), kernel
-    assert ".local" not in made.__ptx__, kernel  # everything is in registers
-    assert len(made.__cubin__) > 1000
-print("compiled")
+    Path(sys.argv[1], f"{number}.ptx").write_text(made.__ptx__)
+    print(json.dumps([repr(kernel), wanted, len(made.__cubin__)]))
 """
 
 
 @needs_cutlass
-def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    env = {**os.environ, "CUTE_DSL_ARCH": "sm_90a"}
-    done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], env=env, capture_output=True, text=True)
-    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+def test_kernels_compile_for_hopper() -> None:
+    folder = kept.output_of("cute_operators", COMPILE, CUTE_DSL_ARCH="sm_90a")
+    made = [json.loads(line) for line in (folder / kept.OUTPUT).read_text().splitlines()]
+    assert len(made) == 9
+    for number, (kernel, wanted, cubin_bytes) in enumerate(made):
+        ptx = (folder / f"{number}.ptx").read_text()
+        assert all(instruction in ptx for instruction in wanted), kernel
+        assert ".local" not in ptx, kernel  # everything is in registers
+        assert cubin_bytes > 1000
 
 
 KEPT = """

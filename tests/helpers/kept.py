@@ -1,0 +1,69 @@
+"""Results of slow compilers, kept in .pytest_cache/ for the next run until what they are made of changes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from helpers.checkout import ROOT
+
+KEPT = ROOT / ".pytest_cache" / "kept"
+COMPILERS = ("torch", "triton", "nvidia-cutlass-dsl")
+SOURCES = ("kernels/**/*.py", "tests/helpers/kernel_cases.py")
+OUTPUT = "printed.txt"
+DAYS = 14  # that a file of the cache folder is kept
+
+
+def cache_folder() -> Path:
+    """Return a cache folder of grbench (GRBENCH_CACHE), which names what it keeps by the code that makes it."""
+    folder = KEPT / "cache"
+    for old in folder.glob("*/*"):
+        with contextlib.suppress(OSError):  # another worker may remove it, too
+            if old.stat().st_mtime < time.time() - DAYS * 86_400:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    return folder
+
+
+def output_of(name: str, program: str, sources: Sequence[str] = SOURCES, **env: str) -> Path:
+    """Return the folder that a Python program filled, and what it printed in OUTPUT. Its argument is the folder.
+
+    It is kept for a run with the same program, variables `env`, sources and compilers.
+    """
+    folder = KEPT / f"{name}-{_digest(sources, program, *sorted(env.items()))}"
+    if not folder.is_dir():
+        made = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
+        made.mkdir(parents=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(made)], env={**os.environ, **env}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        (made / OUTPUT).write_text(done.stdout)
+        for old in KEPT.glob(f"{name}-*"):
+            if old != made:
+                shutil.rmtree(old, ignore_errors=True)
+        made.rename(folder)
+    return folder
+
+
+def _digest(patterns: Sequence[str], *parts: object) -> str:
+    digest = hashlib.sha256(repr((parts, platform.python_version(), *map(_version, COMPILERS))).encode())
+    for source in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
+        digest.update(repr((source.relative_to(ROOT), source.read_bytes())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
