@@ -110,10 +110,7 @@ _ROWS = (
     FamilySpec("jagged_split", "a jagged tensor into two, sequence by sequence", dims=_heads),
     FamilySpec("token_embedding", "sum of a token's embeddings", dims=_embedding, fastest=TRITON_FIRST),
     _of_pages("paged_write", "new keys and values into their pages", "k_pages", "v_pages"),
-    _of_pages("beam_terms", "terms of a beam's earlier codes in HSTU attention", "out"),
     _of_pages("beam_attention", "softmax attention of beams and prompts over pages", "out"),
-    _of_pages("beam_rows", "token, row, level and position of each token of a step"),
-    _of_pages("beam_keys", "keys that each token of a step sees"),
 )
 
 

@@ -48,7 +48,7 @@ from grbench.training.generate import GenerateTask, semantic_ids
 from grbench.workloads.config import RecordedConfig
 from grengines.api import Retrieval, Setup, UnavailableError
 from grengines.cache.config import CacheConfig
-from grengines.models.hstu.generator import HSTUGenerator, pack_prompts
+from grengines.models.hstu.generator import HSTUGenerator, PromptKeys, pack_prompts
 from grengines.models.hstu.reference import HSTUReference
 from grengines.semantic.search import Beams
 from grengines.vllm import install
@@ -56,7 +56,6 @@ from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.engine import VLLMEngine
 from grengines.vllm.environment import unchanged_process
 from grengines.vllm.folder import ModelFolder
-from grengines.vllm.rows import BeamRows, HSTUAttentionMetadata, StepRequests, StepRows
 from grkernels.choice import requested
 from grkernels.operators import Operators
 from grkernels.registry import FAMILIES
@@ -80,61 +79,6 @@ def engine() -> Iterator[VLLMEngine]:
     made.close()
 
 
-# Rows of beams
-
-
-def test_ids_say_what_rows_are() -> None:
-    beams = BeamRows((4, 5, 6), max_rows=40)
-    prompt = np.array([3, 8, 14, 15])
-    tokens = np.array([2, 7, 0, 4])  # two beams of two codes
-    for search in (0, 1, beams.numbers - 1, beams.numbers + 5):
-        ids = torch.tensor(np.concatenate([prompt, beams.ids(tokens, search)]))
-        assert ids.max() < 2**31
-        step = StepRows.of(beams, Operators.eager(), ids.int(), torch.arange(8))
-        assert step.tokens.tolist() == [*prompt, *tokens]
-        assert step.rows.tolist() == [-1, -1, -1, -1, 0, 1, 2, 3]
-        assert step.levels.tolist() == [0, 0, 0, 0, 0, 1, 0, 1]
-        assert step.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5]
-    assert beams.ids(tokens, 0)[0] != beams.ids(tokens, 1)[0]
-
-
-def test_hstu_metadata_of_chunks() -> None:
-    """Chunks may end anywhere and graphs add padding, and each row sees the prompt, its beam's codes and itself."""
-    beams, page, kernels = BeamRows((4, 5, 6), max_rows=40), 4, Operators.eager()
-    rng = np.random.default_rng(0)
-    cuts = [(5, 6, 0, 5), (5, 6, 3, 9), (5, 6, 5, 11), (5, 6, 8, 9), (7, 0, 2, 7), (3, 2, 4, 5)]
-    ids, places, starts, tables, slots = [], [], [0], [], []
-    for b, (prompt, rows, begin, end) in enumerate(cuts):
-        tokens = np.stack([rng.integers(0, 4, rows // 2), 4 + rng.integers(0, 5, rows // 2)], 1).reshape(-1)
-        whole = np.concatenate([rng.integers(0, 15, prompt), beams.ids(tokens, b)])
-        table = rng.permutation(20)[:3]
-        ids.append(whole[begin:end])
-        places.append(np.arange(begin, end))
-        starts.append(starts[-1] + end - begin)
-        tables.append(table)
-        for p in range(begin, end):
-            before = p - 1 if p >= prompt and (p - prompt) % 2 == 1 else None
-            slots.append(-1 if before is None else table[before // page] * page + before % page)
-    requests = StepRequests(
-        torch.tensor(np.concatenate([*ids, [3, 99]])).int(),
-        torch.tensor(np.concatenate([*places, [1, 0]])),
-        torch.tensor([*starts, starts[-1]]).int(),
-        torch.tensor(np.stack([*tables, np.zeros(3)])).int(),
-        page,
-    )
-    keys = HSTUAttentionMetadata.of(beams, kernels, requests)
-    assert keys.num_targets is not None
-    assert keys.offsets.tolist() == [*starts, starts[-1]]
-    assert keys.num_targets.tolist() == [max(end - max(begin, prompt), 0) for prompt, _, begin, end in cuts] + [0]
-    assert keys.paged_lengths[:-1].tolist() == [min(begin, prompt) for prompt, _, begin, _ in cuts]
-    assert keys.own_slots[:-2, 0].tolist() == slots
-    ids = torch.randint(0, 15, (5,))
-    places, starts = torch.tensor([2, 3, 0, 1, 2]), torch.tensor([0, 2, 5])
-    requests = StepRequests(ids, places, starts, torch.zeros(2, 3), page)
-    alone = HSTUAttentionMetadata.of(beams, kernels, requests, prompts_only=True)
-    assert alone.num_targets is None and alone.paged_lengths.tolist() == [2, 0] and alone.own_slots.numel() == 0
-
-
 # Agreement
 
 
@@ -154,13 +98,23 @@ class TestOneEngine:
             assert np.abs(found.scores[i] - found.scores[i + 1]).max() > 100 * CLOSE
 
     def test_a_blind_engine_fails(self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The engine's answers are wrong without the beams' own terms, and without the prompt in pages."""
-        operators = engine.core.model.operators
-        monkeypatch.setattr(operators, "beam_terms", lambda *_, **__: None)
+        """Answers are wrong without the beams' own terms, without the prompt in pages, and with another prompt's."""
+        model = engine.core.model
+        monkeypatch.setattr(model.generator, "own_term", lambda q, k, v: torch.zeros_like(v))
         with pytest.raises(AssertionError):
             expect_equal(engine.generate(REQUESTS), expected)
         monkeypatch.undo()
-        monkeypatch.setattr(operators, "paged_write", lambda *_: None)
+        search = model.search
+
+        def others(last: torch.Tensor, prompts: PromptKeys, *given: Any, **options: Any) -> Any:
+            table = prompts.page_table.roll(1, dims=0)
+            return search(last, dataclasses.replace(prompts, page_table=table), *given, **options)
+
+        monkeypatch.setattr(model, "search", others)
+        with pytest.raises(AssertionError):
+            expect_equal(engine.generate(REQUESTS), expected)
+        monkeypatch.undo()
+        monkeypatch.setattr(model.operators, "paged_write", lambda *_: None)
         engine.reset_cache()
         with pytest.raises(AssertionError):
             expect_equal(engine.generate(REQUESTS), expected)
@@ -176,7 +130,7 @@ class TestOneEngine:
     def test_one_call_for_all_requests(
         self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Compute prompts and beams of a mixed step in one call of the operator, as on a GPU."""
+        """Compute all prompts of a step in one call of the operator, as on a GPU."""
         from grengines.vllm.hstu_attention import HSTUAttention
 
         monkeypatch.setattr(HSTUAttention, "one_by_one", HSTUAttention.together)
@@ -190,7 +144,7 @@ class TestOneEngine:
         assert [done[key].items.tolist() for key in range(len(REQUESTS))] == expected.items.tolist()
 
     def test_arrival_order_changes_nothing(self, engine: VLLMEngine, expected: Beams) -> None:
-        """Requests join between steps: prompts and beams of different levels share steps."""
+        """Requests join between steps."""
         rng = np.random.default_rng(2)
         for _ in range(3):
             engine.reset_cache()
@@ -216,59 +170,18 @@ class TestOneEngine:
         warm, longer = engine.generate([first]), engine.generate([grown])
         assert warm.details["prefix_hit_tokens"] == 32  # 36 tokens fill two pages of 16
         assert longer.details["prefix_hit_tokens"] == 32
-        assert warm.details["reread_tokens"] == 2 * (36 - 32)
         expected = reference.search([first, grown])
         for found, i in ((cold, 0), (warm, 0), (longer, 1)):
             expect_equal(found, expected, [i])
         engine.reset_cache()
         assert engine.generate([first]).details["prefix_hit_tokens"] == 0
 
-    def test_a_prompt_is_hashed_once_for_all_levels(self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Later levels reuse the hashes of its blocks, which equal those that vLLM computes."""
-        from vllm.v1.core import kv_cache_utils
-        from vllm.v1.request import Request as VLLMRequest
-
-        from grengines.vllm import compat
-
-        engine.reset_cache()
-        computed, blocks, hashes, client = 0, [], [], engine.core.client
-        compute, add = kv_cache_utils.hash_block_tokens, client.add_request
-
-        def counting(*args: Any) -> Any:
-            nonlocal computed
-            computed += 1
-            return compute(*args)
-
-        def adding(request: Any) -> None:
-            nonlocal computed
-            add(request)
-            ours, before = compat.hashes_of(client, request.request_id), computed
-            anew = VLLMRequest.from_engine_core_request(request, client.engine_core.request_block_hasher)
-            blocks.append(len(request.prompt_token_ids) // 16)
-            hashes.append((ours, anew.block_hashes))
-            computed = before
-
-        monkeypatch.setattr(kv_cache_utils, "hash_block_tokens", counting)
-        monkeypatch.setattr(client, "add_request", adding)
-        engine.generate([request_of(0, np.arange(12))])
-        assert [len(ours) for ours, _ in hashes] == blocks and blocks[0] == 2  # 36 tokens fill two blocks
-        assert all(ours == anew for ours, anew in hashes)
-        assert computed == sum(blocks) - 2 * 2
-
-    def test_rows_of_beams_that_hit_the_cache_are_an_error(
-        self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """A repeated request has the same beams; only the number of the vLLM request in their ids differs."""
-        engine.reset_cache()
-        monkeypatch.setattr(engine.scheduler, "next_number", 7)
-        engine.generate([REQUESTS[2]])
-        monkeypatch.setattr(engine.scheduler, "next_number", 7)
-        with pytest.raises(RuntimeError, match="rows of beams hit the prefix cache"):
-            engine.generate([REQUESTS[2]])
-        while engine.core.client.engine_core.scheduler.has_unfinished_requests():
-            engine.core.client.get_output()
-        engine.scheduler.abandon()
-        monkeypatch.undo()
+    def test_a_search_is_one_vllm_request_and_step(self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        client, added = engine.core.client, []
+        add = client.add_request
+        monkeypatch.setattr(client, "add_request", lambda request: (added.append(request), add(request))[1])
+        found = engine.generate(REQUESTS[:2])
+        assert len(added) == 2 and found.details["vllm_steps"] == 1
 
 
 def test_token_ids_are_a_list_that_numpy_takes_as_an_array() -> None:
@@ -288,7 +201,7 @@ def test_chunks_of_any_size_change_nothing(expected: Beams) -> None:
 
 def test_preemption_changes_nothing(expected: Beams, monkeypatch: pytest.MonkeyPatch) -> None:
     vllm_checks.preemption_changes_nothing(
-        engine_of, REQUESTS, lambda found: expect_equal(found, expected), monkeypatch
+        engine_of, REQUESTS, lambda found: expect_equal(found, expected), monkeypatch, blocks=9
     )
 
 
@@ -320,7 +233,7 @@ def test_the_model_serves_ordinary_generation() -> None:
     """vLLM's own LLM.generate returns the greedy tokens that the model gives over the whole sequence."""
     setup = Setup(MODEL, requested("torch"), CATALOGUE, 3, CacheConfig(), RETRIEVAL)
     variants = dict.fromkeys(FAMILIES, "torch")
-    folder = ModelFolder(setup, BeamRows(SIZES, max_rows=40), variants, torch.float32, max_tokens=130)
+    folder = ModelFolder(setup, variants, torch.float32, max_tokens=130)
     prompts = [IDS.tokens(r.history_items).reshape(-1) for r in REQUESTS if 0 < len(r.history_items) < 20]
     with unchanged_process():
         from vllm import LLM, SamplingParams
@@ -451,11 +364,11 @@ def test_wrong_options_are_one_line() -> None:
         with pytest.raises(UnavailableError, match="cuda_graphs=true: a CPU has no CUDA graphs"):
             make(cuda_graphs=True)
     engine = make(chunked_prefill=False, max_num_batched_tokens=32, kv_cache_gb=0.01)
-    with pytest.raises(ValueError, match=r"a search of 130 tokens needs engine.max_num_batched_tokens=130 or more"):
+    with pytest.raises(ValueError, match=r"a search of 90 tokens needs engine.max_num_batched_tokens=90 or more"):
         engine.prepare(REQUESTS, 1)
     engine.close()
     engine = make(kv_blocks=3, block_size=16, kv_cache_gb=0.01)
-    with pytest.raises(ValueError, match=r"^engine.kv_blocks=3: a search of 130 tokens needs 10 or more$"):
+    with pytest.raises(ValueError, match=r"^engine.kv_blocks=3: a search of 90 tokens needs 7 or more$"):
         engine.prepare(REQUESTS, 1)
     engine.close()
     engine = make(kv_cache_gb=0.00001)
@@ -491,7 +404,7 @@ def test_doctor_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
-    """Answers are correct when cold, from the prefix cache, and when prompts and beams share steps."""
+    """Answers are correct when cold, from the prefix cache, and when requests join between steps."""
     retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
     reference = HSTUReference(GPU_MODEL, 3, retrieval, "cuda")
     expected = reference.search(GPU_REQUESTS)

@@ -13,18 +13,18 @@ Found = Callable[[Any], None]  # compares a result with the reference's items an
 
 
 def chunks_of_any_size_change_nothing(engine_of: Callable[..., Any], requests: Any, expect: Found) -> None:
-    """Steps of at most 19 tokens: chunks end within prompts, within beams, and between a beam's codes."""
+    """Steps of at most 19 tokens: chunks end within prompts, and searches end beside chunks of other prompts."""
     engine = engine_of(max_num_batched_tokens=19, max_num_seqs=4)
     try:
         found = engine.generate(requests)
         expect(found)
-        assert found.details["vllm_steps"] > 25
+        assert found.details["vllm_steps"] > 15
     finally:
         engine.close()
 
 
 def preemption_changes_nothing(
-    engine_of: Callable[..., Any], requests: Any, expect: Found, monkeypatch: pytest.MonkeyPatch
+    engine_of: Callable[..., Any], requests: Any, expect: Found, monkeypatch: pytest.MonkeyPatch, blocks: int = 12
 ) -> None:
     """Pages are so few that vLLM preempts requests.
 
@@ -33,7 +33,7 @@ def preemption_changes_nothing(
     arguments = VLLMEngine.core_arguments
     loose = {"long_prefill_token_threshold": 16, "scheduler_reserve_full_isl": False}
     monkeypatch.setattr(VLLMEngine, "core_arguments", lambda *given: arguments(*given) | loose)
-    engine = engine_of(kv_blocks=12, max_num_batched_tokens=128)
+    engine = engine_of(kv_blocks=blocks, max_num_batched_tokens=128)
     try:
         scheduler, step = engine.core.client.engine_core.scheduler, engine.step
         preempted: set[str] = set()
@@ -46,7 +46,7 @@ def preemption_changes_nothing(
         monkeypatch.setattr(engine, "step", watched)
         expect(engine.generate(requests))
         assert preempted
-        assert engine.actual()["kv_blocks"] == 12
+        assert engine.actual()["kv_blocks"] == blocks
     finally:
         engine.close()
 
@@ -57,7 +57,6 @@ def prefix_caching_and_chunks_can_be_off(engine_of: Callable[..., Any], requests
         found = engine.generate(requests)
         expect(found)
         assert found.details["prefix_hit_tokens"] == 0
-        assert found.details["reread_tokens"] == 2 * found.tokens
         actual = engine.actual()
         assert not actual["prefix_caching"] and not actual["chunked_prefill"]
         assert actual["max_num_seqs"] == 4  # as prepared for

@@ -91,7 +91,7 @@ def allowed(reference: Any, precision: str) -> float:
 
 
 def expect_mixed(engine: VLLMEngine, reference: Any, tolerance: float) -> None:
-    """A new prompt in every step, beside beams of all levels: scores are those of the items found."""
+    """A new prompt in every step: scores are those of the items found."""
     engine.reset_cache()
     done = {}
     for key, request in enumerate(GPU_REQUESTS):

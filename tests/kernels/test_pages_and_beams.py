@@ -16,13 +16,12 @@ from helpers import kept
 from torch import Tensor
 
 from grbench.gate.kernel import KernelGate
-from grengines.vllm.rows import BeamRows
 from grkernels import registry, tuning
 
 Arguments = dict[str, Any]
 Function = Callable[..., Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FAMILIES = ("paged_write", "beam_terms", "beam_attention", "beam_rows", "beam_keys")
+FAMILIES = ("paged_write", "beam_attention")
 
 
 def implementations(family: str) -> dict[str, Function]:
@@ -126,28 +125,6 @@ def test_attention_equals_a_loop(name: str, dtype: torch.dtype, implementation: 
         assert (expected - blind).abs().max() > 10 * tolerance
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_terms_equal_a_loop(dtype: torch.dtype, implementation: str) -> None:
-    """Over pages that hold keys and values side by side; a row without terms stays as it is."""
-    device = DEVICE
-    torch.manual_seed(0)
-    pages = torch.randn(5, 4, 3, 20).to(device, dtype)
-    k_pages, v_pages = pages[..., :8], pages[..., 8:]
-    q, out = torch.randn(9, 3, 8).to(device, dtype), torch.randn(9, 3, 12).to(device, dtype)
-    slots = torch.randint(0, 20, (9, 2), device=device)
-    slots[2], slots[4, 1] = -1, -1
-    naive = out.float().clone()
-    for i, row in enumerate(slots.tolist()):
-        for slot in (s for s in row if s >= 0):
-            k, v = k_pages[slot // 4, slot % 4].float(), v_pages[slot // 4, slot % 4].float()
-            naive[i] += torch.nn.functional.silu(0.3 * (q[i].float() * k).sum(-1, keepdim=True)) * v / 2
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
-    made = out.clone()
-    implementations("beam_terms")[implementation](made, q, k_pages, v_pages, slots, alpha=0.3, scaling_seqlen=2)
-    torch.testing.assert_close(made.float(), naive, atol=tolerance, rtol=tolerance)
-    assert torch.equal(made[2], out[2])
-
-
 # Pages
 
 
@@ -168,39 +145,6 @@ def test_rows_go_to_their_slots_and_nowhere_else(strided: bool, implementation: 
     assert torch.equal(v_pages.flatten(0, 1)[slots[kept]], v[kept])
     for pages in k_pages, v_pages:
         assert int((pages.flatten(0, 1).abs().sum((1, 2)) > 0).sum()) == 11
-
-
-# Rows of beams
-
-
-@pytest.mark.parametrize("levels", [1, 3, 4])
-def test_rows_and_keys_equal_a_loop(levels: int, implementation: str) -> None:
-    """For both models, over requests with and without rows of beams, and padding."""
-    beams, page, rng = BeamRows((40, 50, 60, 70)[:levels], max_rows=300), 16, np.random.default_rng(levels)
-    ids, places, starts = [], [], [0]
-    for b, prompt in enumerate((40, 1, 90, 33, 20)):
-        tokens = rng.integers(0, 40, (30, levels - 1)) + np.cumsum([0, *beams.sizes])[: levels - 1]
-        whole = np.concatenate([rng.integers(0, beams.vocabulary, prompt), beams.ids(tokens.reshape(-1), b)])
-        begin = int(rng.integers(0, len(whole)))
-        ids.append(whole[begin:])
-        places.append(np.arange(begin, len(whole)))
-        starts.append(starts[-1] + len(whole) - begin)
-    given = [torch.tensor(np.concatenate([*x, [3, 4, 5]])) for x in (ids, places)]
-    given = [given[0].int(), given[1], torch.tensor([*starts, starts[-1]]).int()]
-    table = torch.tensor(rng.permutation(6 * 20).reshape(6, 20)).int()
-    n = starts[-1]
-    moved = [x.to(DEVICE) for x in (*given, table)]
-    form = {"sizes": beams.sizes, "max_rows": beams.max_rows}
-    rows, keys = implementations("beam_rows"), implementations("beam_keys")
-    expected = rows["reference"](*given[:2], **form)
-    assert all(x.dtype == torch.int64 for x in expected)
-    for one, other in zip(expected, rows[implementation](*moved[:2], **form), strict=True):
-        assert one.dtype == other.dtype and torch.equal(one, other.cpu())
-    for back in (range(levels - 1), range(1, max(levels - 1, 1))):
-        options = {**form, "page": page, "first": back.start, "terms": len(back)}
-        expected = keys["reference"](*given, table, **options)
-        for one, other in zip(expected, keys[implementation](*moved, **options), strict=True):
-            assert one.dtype == other.dtype and torch.equal(one[:n], other[:n].cpu())
 
 
 # All of them
@@ -230,7 +174,7 @@ def test_kernels_compile_for_hopper() -> None:
     assert (folder / kept.OUTPUT).read_text().split() == list(FAMILIES)
 
 
-SMALL = {"paged_write": (9, 2, 24, 4), "beam_terms": (8, 2, 24, 2, 4), "beam_attention": (2, 40, 9, 4, 2, 24, 2, 16)}
+SMALL = {"paged_write": (9, 2, 24, 4), "beam_attention": (2, 40, 9, 4, 2, 24, 2, 16)}
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -250,14 +194,14 @@ def test_bench_shapes_are_supported_and_bound_by_memory_or_not(family: str) -> N
     bench = registry.bench(family)
     for shape in bench.SHAPES.values():
         cost = bench.cost(shape, "bf16")
-        assert cost.bytes > 0 and (cost.flops > 0) == (family in ("beam_terms", "beam_attention"))
+        assert cost.bytes > 0 and (cost.flops > 0) == (family == "beam_attention")
         for name in registry.variants(family):
             arguments = {"device": "cuda", "dtype": "bf16", **bench.supports_args(shape)}
             assert registry.get(family, name).supports(**arguments) is None
 
 
 def test_eager_kernels_that_wait_are_refused_in_graphs() -> None:
-    for family in ("paged_write", "beam_terms", "beam_attention"):
+    for family in FAMILIES:
         supports = registry.get(family, "torch").supports
         assert supports(device="cuda", dtype="bf16", captured=False) is None
         assert "CUDA graph" in (supports(device="cuda", dtype="bf16", captured=True) or "")

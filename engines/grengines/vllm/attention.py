@@ -10,8 +10,23 @@ import torch
 from torch import Tensor
 
 from grengines.vllm import compat
-from grengines.vllm.rows import BeamAttentionMetadata, BeamRows, HSTUAttentionMetadata, StepRequests
 from grkernels.operators import Operators
+
+
+@dataclass
+class HSTUKeys:
+    """Keys that the rows of a step see under SiLU attention: arguments of hstu_attention."""
+
+    offsets: Tensor  # int64 [B + 1]
+    paged_lengths: Tensor  # int64 [B]: tokens in pages from earlier steps
+
+
+@dataclass
+class BeamKeys:
+    """Keys that the rows of a step see under softmax attention, all in pages: arguments of beam_attention."""
+
+    limits: Tensor  # int32 [n]: the first keys of the sequence
+    own_slots: Tensor  # int64 [n, levels]: slots of the beam's codes, the row's own first; -1: none
 
 
 @dataclass
@@ -22,32 +37,27 @@ class StepMetadata(compat.AttentionMetadata):
     starts: Tensor  # int32 [B + 1]
     lengths: Tensor  # int32 [B]: of the sequences, with this step
     block_table: Tensor  # int32 [B, most pages]
-    block_size: int
     slots: Tensor  # int64 [tokens at least]: slots of this step's keys and values
     max_query_len: int
     max_seq_len: int
     cached: bool  # whether any request has tokens in pages from earlier steps
-    # Keys that each row sees. The model adds them before its first layer: only the model gets the token ids.
-    hstu: HSTUAttentionMetadata | None = None
-    beams: BeamAttentionMetadata | None = None
+    # Keys that each row sees. The model adds them before its first layer, so that a captured step has them.
+    hstu: HSTUKeys | None = None
+    beams: BeamKeys | None = None
 
-    def find_hstu_keys(
-        self, beams: BeamRows, kernels: Operators, ids: Tensor, places: Tensor, prompts_only: bool
-    ) -> None:
-        """Add the metadata of HSTU."""
-        self.hstu = HSTUAttentionMetadata.of(beams, kernels, self._requests(ids, places), prompts_only)
+    def find_hstu_keys(self) -> None:
+        """Add the keys of prompts under SiLU attention. Nothing waits for the device."""
+        offsets = self.starts.long()
+        self.hstu = HSTUKeys(offsets, self.lengths.long() - offsets.diff())
 
-    def find_beam_keys(self, beams: BeamRows, kernels: Operators, ids: Tensor, places: Tensor) -> None:
-        """Add the metadata of a decoder."""
-        self.beams = BeamAttentionMetadata.of(beams, kernels, self._requests(ids, places))
-
-    def _requests(self, ids: Tensor, places: Tensor) -> StepRequests:
-        n = self.tokens
-        return StepRequests(ids[:n], places[:n], self.starts, self.block_table, self.block_size)
+    def find_beam_keys(self, places: Tensor) -> None:
+        """Add the keys of prompts for beam_attention. places: integers [tokens at least], in the sequences."""
+        limits = places[: self.tokens].int() + 1
+        self.beams = BeamKeys(limits, limits.new_full((self.tokens, 1), -1, dtype=torch.int64))
 
 
 class StepMetadataBuilder(compat.AttentionMetadataBuilder[StepMetadata]):
-    """Builder that vLLM calls once a step."""
+    """Builder that vLLM calls once a step. The first layer keeps the step's metadata for the pooler."""
 
     # Launches of Triton's and CUTLASS kernels depend on the number of tokens and on constants only: a graph of a whole
     # step serves any requests of as many tokens.
@@ -55,23 +65,23 @@ class StepMetadataBuilder(compat.AttentionMetadataBuilder[StepMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._block_size = kv_cache_spec.block_size
+        self._attention: PagedAttention = compat.layer_of(vllm_config, layer_names[0]).impl
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: compat.CommonAttentionMetadata, fast_build: bool = False
     ) -> StepMetadata:
         common = common_attn_metadata
-        return StepMetadata(
+        made = self._attention.step = StepMetadata(
             common.num_actual_tokens,
             common.query_start_loc,
             common.seq_lens,
             common.block_table_tensor,
-            self._block_size,
             common.slot_mapping,
             common.max_query_len,
             common.max_seq_len,
             compat.has_cached(common),
         )
+        return made
 
 
 class PagedAttention(compat.AttentionImpl[StepMetadata]):
@@ -98,6 +108,7 @@ class PagedAttention(compat.AttentionImpl[StepMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         self.kernels = kernels
+        self.step: StepMetadata | None = None  # the latest
 
     def forward(
         self,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -25,7 +25,7 @@ with environment():  # some variables are read when vLLM is imported, and it set
     from vllm.compilation.breakable_cudagraph import eager_break_during_capture
     from vllm.config import CUDAGraphMode, VllmConfig
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-    from vllm.forward_context import get_forward_context
+    from vllm.forward_context import get_forward_context, set_forward_context
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.pooler.abstract import Pooler
     from vllm.model_executor.models import qwen3
@@ -57,7 +57,6 @@ __all__ = [
     "AttentionImpl",
     "AttentionMetadata",
     "AttentionMetadataBuilder",
-    "BlockHashes",
     "CommonAttentionMetadata",
     "LastLogLines",
     "PageBackend",
@@ -73,11 +72,14 @@ __all__ = [
     "core_request",
     "engine_config",
     "flash_attention",
+    "forward_context",
     "has_cached",
-    "hashes_of",
+    "layer_of",
     "metadata_of_step",
     "model_of",
+    "pages_of",
     "release_memory",
+    "reserve_tokens",
     "shut_down",
 ]
 
@@ -179,6 +181,23 @@ def metadata_of_step(layer: str) -> Any:
     return made.get(layer) if isinstance(made, dict) else None
 
 
+def layer_of(config: VllmConfig, name: str) -> Any:
+    """Return the attention layer of this name. Versions: 0.25 to 0.32, which register each layer when it is built."""
+    return config.compilation_config.static_forward_context[name]
+
+
+def pages_of(layer: Any) -> Tensor:
+    """Return a layer's pages. Versions: a list of one tensor for each pipeline stage, or the tensor alone."""
+    pages: Tensor | list[Tensor] = layer.kv_cache
+    return pages[0] if isinstance(pages, list) else pages
+
+
+def forward_context(config: VllmConfig, metadata: Any, layers: Iterable[str]) -> AbstractContextManager[None]:
+    """Within it, these layers attend with this metadata. Versions: 0.25 to 0.32."""
+    context: AbstractContextManager[None] = set_forward_context(dict.fromkeys(layers, metadata), config)
+    return context
+
+
 # CUDA graphs
 
 
@@ -222,6 +241,14 @@ def model_of(core: InprocClient) -> Any:
     return core.engine_core.model_executor.driver_worker.worker.get_model()
 
 
+def reserve_tokens(core: InprocClient, tokens: int) -> None:
+    """Make the scheduler give every request room for this number of tokens behind those that it has.
+
+    Versions: 0.25 to 0.32. The scheduler does this for speculative decoding, and sets its number when it is made.
+    """
+    core.engine_core.scheduler.num_lookahead_tokens = tokens
+
+
 def shut_down(core: InprocClient) -> None:
     """End the core, and cut the client's link to it: in 0.32 `shutdown` leaves the core reachable from its client."""
     core.shutdown()  # also unfreezes the objects, the model among them, that vLLM hides from the garbage collector
@@ -261,33 +288,6 @@ class LastLogLines(logging.Handler):
 # Requests
 
 
-class BlockHashes:
-    """Hashes of a request's blocks, given to vLLM if they are known.
-
-    Versions: 0.25 to 0.32. vLLM hashes each block of every new request for its prefix cache. The levels of a search
-    begin with the same prompt, whose hashes are known after the first level. `known` has them by request. Each request
-    takes its own entry.
-    """
-
-    def __init__(self, core: InprocClient) -> None:
-        self.known: dict[str, Sequence[Any]] = {}
-        self._compute = core.engine_core.request_block_hasher  # None: without prefix caching
-        if self._compute is not None:
-            core.engine_core.request_block_hasher = self._hash
-
-    def _hash(self, request: Any) -> list[Any]:
-        """Return the hashes of blocks behind those that the request has."""
-        if not request.block_hashes:
-            request.block_hashes.extend(self.known.pop(request.request_id, ()))
-        computed: list[Any] = self._compute(request)
-        return computed
-
-
-def hashes_of(core: InprocClient, request_id: str) -> list[Any]:
-    """Return the hashes of a request's whole blocks; none without prefix caching. Versions: 0.25 to 0.32."""
-    return list(core.engine_core.scheduler.requests[request_id].block_hashes)
-
-
 class TokenIds(list[int]):
     """A list of ids that NumPy copies like the array of the same ids, int64 [tokens], that comes with it.
 
@@ -304,12 +304,12 @@ class TokenIds(list[int]):
 
 
 def core_request(name: str, tokens: TokenIds, read_cache: bool) -> EngineCoreRequest:
-    """Make a pooling request. name: its id, and the name of the pooler's buffer for its rows.
+    """Make a pooling request. name: its id, which the pooler gets too.
 
     read_cache: whether it may hit the prefix cache. Versions: 0.25 to 0.32. The task `plugin` leaves the output to the
     pooler, and `extra_kwargs` is passed to it unchanged.
     """
-    params = PoolingParams(task="plugin", skip_reading_prefix_cache=not read_cache, extra_kwargs={"buffer": name})
+    params = PoolingParams(task="plugin", skip_reading_prefix_cache=not read_cache, extra_kwargs={"name": name})
     return EngineCoreRequest(
         request_id=name,
         prompt_token_ids=tokens,

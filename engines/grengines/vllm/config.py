@@ -20,9 +20,10 @@ class VLLMEngineConfig(DeviceOptions):
     block_size: int = option(64, "tokens of a page, a power of two; a prefix hits in whole pages", ge=16, le=256)
     max_num_seqs: int = option(0, "searches in flight, for which a captured step has room; 0: scenario.max_batch", ge=0)
     max_num_batched_tokens: int = option(8192, "most tokens of a step; longer prompts are read in chunks", ge=1)
-    prefix_caching: bool = option(True, "false: every level of a search reads the prompt again")
+    prefix_caching: bool = option(True, "find the pages of a prompt that earlier requests began with")
     chunked_prefill: bool = option(True, "read a prompt in several steps if one has no room for it")
     cuda_graphs: bool = option(
-        False, "on cuda: capture each step; attention of HSTU is in the graph if its variant is triton or cutlass"
+        False,
+        "on cuda: capture steps of prompts, and all levels of a search; HSTU attention needs triton or cutlass for it",
     )
     graph_tokens: list[int] = option([], "sizes of steps to capture, in tokens; empty: 16 to 2048", ge=1)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
+from grengines.api import Int64Array
 from grengines.vllm import compat, plugin
 from grengines.vllm.environment import unchanged_process
-from grengines.vllm.model import OutputBuffer
 
 _running = False
 
@@ -38,9 +36,8 @@ class VLLMCore:
             except ValueError as e:
                 raise ValueError(f"vLLM refuses: {' '.join(str(e).split())}") from e
             opened.callback(self._shut_down)
-            self._hashes = compat.BlockHashes(self.client)
             self.model = compat.model_of(self.client)
-            self.model.beam_requests = 0
+            compat.reserve_tokens(self.client, self.model.beam_tokens)
             self._opened = opened.pop_all()
 
     @property
@@ -52,26 +49,15 @@ class VLLMCore:
     def prefix_caching(self) -> bool:
         return bool(self.config.cache_config.enable_prefix_caching)
 
-    def submit(self, name: str, ids: list[int], sequence: np.ndarray, rows: Tensor, hashes: Sequence[Any]) -> None:
-        """Add a request whose last hidden rows are copied to `rows` [wanted, E].
-
-        ids: its tokens; sequence: the same, int64 [tokens]. hashes: of the blocks that it begins with, if known.
-        """
-        wanted = len(rows)
-        self.model.pooler.buffers[name] = OutputBuffer(rows, len(sequence) - wanted, np.zeros(wanted, np.bool_))
-        if self.prefix_caching:
-            self._hashes.known[name] = hashes
-        self.client.add_request(compat.core_request(name, compat.TokenIds(ids, sequence), self.prefix_caching))
-
-    def hashes_of(self, name: str) -> list[Any]:
-        """Return the hashes of a request's whole blocks; none without prefix caching."""
-        return compat.hashes_of(self.client, name)
+    def submit(self, name: str, prompt: Int64Array) -> None:
+        """Add a request of this prompt, int64 [tokens]. The model's pooler names its result so."""
+        tokens = compat.TokenIds(prompt.tolist(), prompt)
+        self.client.add_request(compat.core_request(name, tokens, self.prefix_caching))
 
     def step(self) -> list[Any]:
         """Run one step of the scheduler. Return the outputs of the requests that it finished.
 
         Raises RuntimeError with vLLM's own error, and torch.OutOfMemoryError unchanged. The core is then unusable.
-        Raises RuntimeError for rows that never arrived: they were in the prefix cache, so they were not computed.
         """
         try:
             outputs = self.client.get_output().outputs
@@ -81,12 +67,7 @@ class VLLMCore:
             reason = " ".join(str(e).split()) or "no message"
             causes = "; ".join([f"{type(e).__name__}: {reason}", *self._log.lines])
             raise RuntimeError(f"vLLM's engine core died: {causes}; the log has the rest") from e
-        finished = [output for output in outputs if output.finished]
-        for output in finished:
-            missing = int((~self.model.pooler.buffers.pop(output.request_id).arrived).sum())
-            if missing:
-                raise RuntimeError(f"{missing} rows of beams hit the prefix cache: they must all be different")
-        return finished
+        return [output for output in outputs if output.finished]
 
     def reset_prefix_cache(self) -> None:
         """Empty the prefix cache. Raises RuntimeError while requests are in flight."""

@@ -11,25 +11,25 @@ import torch
 from grengines.api import Finished, GenerateResult, Int64Array, Request, Setup
 from grengines.base import GeneratingEngine
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.generator import PromptKeys
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.buckets import first_batches
 from grengines.runtime.device import Placement
 from grengines.semantic.ids import prompt_of
 from grengines.semantic.trie import Trie
-from grengines.vllm.beam_selector import BeamSelector
 from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.folder import ModelFolder
-from grengines.vllm.rows import BeamRows
+from grengines.vllm.levels import Levels
 
 if TYPE_CHECKING:
-    from grengines.vllm.beam_scheduler import BeamScheduler
     from grengines.vllm.core import VLLMCore
+    from grengines.vllm.searches import Searches
 
-# Default sizes of captured steps, in tokens: beams of one or a few searches. No prompts: while it measures memory,
-# vLLM 0.25 takes as many pages as the largest of these has tokens.
+# Default sizes of captured steps, in tokens of prompts. No longer ones: while it measures memory, vLLM 0.25 takes as
+# many pages as the largest of these has tokens.
 GRAPH_TOKENS = [16, 32, 64, 128, 192, 256, 320, 384, 512, 576, 768, 1024, 1280, 1536, 2048]
 CAPTURED = ("triton", "cutlass")  # variants of hstu_attention whose launches do not depend on the lengths of a step
-DECODER_FAMILIES = ("paged_write", "beam_attention", "beam_rows", "beam_keys")  # a decoder's other kernels are vLLM's
+DECODER_FAMILIES = ("paged_write", "beam_attention")  # a decoder's other kernels are vLLM's
 
 
 class VLLMEngine(GeneratingEngine):
@@ -58,23 +58,22 @@ class VLLMEngine(GeneratingEngine):
         self._longest_prompt = 0
         self.core: VLLMCore | None = None
         self.folder: ModelFolder | None = None
-        self.scheduler: BeamScheduler | None = None
+        self.searches: Searches | None = None
 
     def _load(self, sample: Sequence[Request], max_batch: int) -> None:
         """Start vLLM with the model. Raises ValueError if the pages can't hold the longest search."""
-        from grengines.vllm.beam_scheduler import BeamScheduler
         from grengines.vllm.core import VLLMCore
+        from grengines.vllm.searches import Searches
 
         self._longest_prompt = max(len(self._prompt(r)) for r in sample)
-        ids, width = self._retrieval.ids, self._model_config.embedding_dim
-        beams = BeamRows(ids.sizes, max_rows=self._retrieval.beam_width * (ids.levels - 1))
-        limit = self._longest_prompt + beams.max_rows  # tokens of a search
+        beams = 0 if isinstance(self._model_config, HSTUConfig) else self._beam_tokens()
+        limit = self._longest_prompt + beams
         self._check_options(limit)
-        self.folder = ModelFolder(self._setup, beams, self._kernels.variants, self._dtype, limit)
+        self.folder = ModelFolder(self._setup, self._kernels.variants, self._dtype, max_tokens=limit, beam_tokens=beams)
         self.core = VLLMCore(self.core_arguments(self.folder, limit, max_batch))
-        self._check_pages(self.core.blocks, beams, limit)
-        select = self._selector(self.core.model, max_batch, width)
-        self.scheduler = BeamScheduler(self.core, beams, select, width=width, dtype=self._dtype, device=self._device)
+        self._check_pages(self.core.blocks, limit)
+        self.core.model.pooler.levels = self._levels(self.core.model, limit, max_batch)
+        self.searches = Searches(self.core)
 
     def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
         longest = self._longest(sample, max_batch)
@@ -87,14 +86,14 @@ class VLLMEngine(GeneratingEngine):
 
         Raises RuntimeError before `prepare`, and while requests are in flight.
         """
-        scheduler = self.scheduler
-        if scheduler is None or scheduler.unfinished:
+        searches = self.searches
+        if searches is None or searches.unfinished:
             raise RuntimeError("the engine is not prepared, is closed, or has requests in flight")
         begun = time.perf_counter()
         for i, request in enumerate(requests):
             self.admit(i, request)
         admitted = time.perf_counter()
-        steps = scheduler.steps
+        steps = searches.steps
         done: dict[int, Finished] = {}
         while self.unfinished:
             done |= {f.key: f for f in self.step()}
@@ -110,29 +109,29 @@ class VLLMEngine(GeneratingEngine):
             compute_ms=(ended - admitted) * 1e3,
             tokens=tokens,
             padded_tokens=tokens,
-            details={**details, "vllm_steps": float(scheduler.steps - steps)},
+            details={**details, "vllm_steps": float(searches.steps - steps)},
         )
 
     @property
     def unfinished(self) -> int:
         """Return the number of requests in flight."""
-        return self.scheduler.unfinished if self.scheduler is not None else 0
+        return self.searches.unfinished if self.searches is not None else 0
 
     def admit(self, key: int, request: Request) -> None:
         """Begin one request. Raises ValueError for a prompt longer than those that the engine was prepared for."""
-        scheduler, prompt = self._ready(self.scheduler), self._prompt(request)
+        searches, prompt = self._ready(self.searches), self._prompt(request)
         if len(prompt) > self._longest_prompt:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens; the engine was prepared for up to {self._longest_prompt}"
             )
-        scheduler.admit(key, prompt)
+        searches.admit(key, prompt)
 
     def step(self) -> list[Finished]:
         """Run one step of vLLM's scheduler. Return the requests that it finished.
 
         Raises RuntimeError with vLLM's own error. The engine is then unusable.
         """
-        return self.scheduler.step() if self.scheduler is not None else []
+        return self.searches.step() if self.searches is not None else []
 
     def reset_cache(self, keep_host: bool = False) -> None:
         """Empty the prefix cache. Raises RuntimeError while requests are in flight."""
@@ -164,16 +163,15 @@ class VLLMEngine(GeneratingEngine):
         if not self._cuda:
             arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gb * 1e9)
         if options.cuda_graphs:
-            attention = self._kernels.variants.get("hstu_attention", CAPTURED[0])  # a decoder's can be captured
             arguments["compilation_config"] = {
-                "cudagraph_mode": "FULL" if attention in CAPTURED else "PIECEWISE",
+                "cudagraph_mode": "FULL" if self._captured() else "PIECEWISE",
                 "cudagraph_capture_sizes": sorted(options.graph_tokens) or GRAPH_TOKENS,
             }
         return arguments
 
     def _describe(self) -> dict[str, Any]:
         return {
-            "beams": "rows of one vLLM request",
+            "beams": "in the step that ends the prompt",
             "timer": "perf_counter; vLLM waits for the device every step",
             "kernel_choice": self._kernels.passed_over,
             **(self.core.describe() if self.core is not None else {}),
@@ -182,7 +180,7 @@ class VLLMEngine(GeneratingEngine):
     def _unload(self) -> None:
         """End vLLM and restore the process."""
         core, folder = self.core, self.folder
-        self.scheduler = self.core = self.folder = None
+        self.searches = self.core = self.folder = None
         if core is not None:
             core.close()
         if folder is not None:
@@ -207,32 +205,34 @@ class VLLMEngine(GeneratingEngine):
                 f"{self._pages_for(limit)} or more"
             )
 
-    def _check_pages(self, pages: int, beams: BeamRows, limit: int) -> None:
-        """Raise ValueError for too few pages, and for more than there are different requests."""
+    def _check_pages(self, pages: int, limit: int) -> None:
+        """Raise ValueError for too few pages."""
         if pages < self._pages_for(limit):
             raise ValueError(
                 f"vLLM has memory for {pages} pages, a search of {limit} tokens needs {self._pages_for(limit)}; "
                 "raise engine.gpu_memory_utilization, or engine.kv_cache_gb on a CPU"
-            )
-        if pages > beams.numbers:
-            raise ValueError(
-                f"{pages} pages for {beams.numbers} different requests: rows of beams might hit the prefix "
-                f"cache; set engine.kv_blocks={beams.numbers} or less"
             )
 
     def _pages_for(self, tokens: int) -> int:
         """Return the pages that a search needs. vLLM keeps one for itself."""
         return -(-tokens // self._options.block_size) + 1
 
+    def _captured(self) -> bool:
+        """Return whether attention can be captured. A decoder's always can."""
+        return self._kernels.variants.get("hstu_attention", CAPTURED[0]) in CAPTURED
+
+    def _beam_tokens(self) -> int:
+        """Return the most codes that a search encodes: of all levels but the last."""
+        return self._retrieval.beam_width * (self._retrieval.ids.levels - 1)
+
     @torch.inference_mode()
-    def _selector(self, model: Any, max_batch: int, width: int) -> BeamSelector:
-        """Return the choice of the next codes, captured for up to max_batch searches with CUDA graphs."""
-        return BeamSelector(
-            model,
-            Trie.of(self._retrieval.ids).on(self._device),
-            width=self._retrieval.beam_width,
-            k=self._retrieval.k,
-            graphs=max_batch if self._options.cuda_graphs else 0,
-            embedding_dim=width,
-            dtype=self._dtype,
-        )
+    def _levels(self, model: Any, limit: int, max_batch: int) -> Levels:
+        """Return what runs the levels after a prompt, with CUDA graphs captured for up to max_batch searches."""
+        trie = Trie.of(self._retrieval.ids).on(self._device)
+        levels = Levels(model, trie, width=self._retrieval.beam_width, k=self._retrieval.k)
+        if self._options.cuda_graphs and self._captured():
+            last = torch.zeros(1, self._model_config.embedding_dim, dtype=self._dtype, device=self._device)
+            table = torch.zeros(1, -(-limit // self._options.block_size), dtype=torch.int32, device=self._device)
+            lengths = torch.zeros(1, dtype=torch.int64, device=self._device)
+            levels.capture(max_batch, last, PromptKeys(lengths, table, self._longest_prompt))
+        return levels

@@ -16,26 +16,26 @@ from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator
 from grengines.models.hstu.weights import save_weights
-from grengines.vllm.rows import BeamRows
 from grkernels.operators import Operators
 
 
 class ModelFolder:
     """A temporary folder with HSTU or a decoder, until `close`.
 
-    variants: of each operator family. max_tokens: of a search. Raises ValueError for bad weights.
+    variants: of each operator family. max_tokens: of a search. beam_tokens: of these, the codes of beams whose keys and
+    values are in vLLM's pages. Raises ValueError for bad weights.
     """
 
     def __init__(
-        self, setup: Setup, beams: BeamRows, variants: dict[str, str], dtype: torch.dtype, max_tokens: int
+        self, setup: Setup, variants: dict[str, str], dtype: torch.dtype, *, max_tokens: int, beam_tokens: int = 0
     ) -> None:
         assert setup.retrieval is not None, "a task that generates has semantic IDs"
         self._folder = tempfile.TemporaryDirectory(prefix="grbench-vllm-")
         self.path = Path(self._folder.name)
         try:
             common = {
-                "sizes": list(beams.sizes),
-                "max_rows": beams.max_rows,
+                "sizes": list(setup.retrieval.ids.sizes),
+                "beam_tokens": beam_tokens,
                 "max_position_embeddings": max_tokens + 1,  # positions go up to here while vLLM measures memory
                 "kernels": variants,
             }

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from grengines.vllm import compat
-from grengines.vllm.attention import MISSING, PagedAttention, StepMetadata, StepMetadataBuilder
-from grengines.vllm.rows import HSTUAttentionMetadata
+from grengines.vllm.attention import MISSING, HSTUKeys, PagedAttention, StepMetadata, StepMetadataBuilder
 
 
 class HSTUAttention(PagedAttention):
@@ -22,15 +21,11 @@ class HSTUAttention(PagedAttention):
     def attend(
         self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepMetadata
     ) -> None:
-        """Attend to the prompt and the row itself, then add the terms of the row's earlier codes."""
+        """Attend to the tokens before each row and to itself."""
         if step.hstu is None:
             raise RuntimeError(MISSING)
         attend = self.one_by_one if q.device.type == "cpu" else self.together
-        a = attend(q, k, v, step, step.hstu, k_pages, v_pages)
-        self.kernels.beam_terms(
-            a, q, k_pages, v_pages, step.hstu.own_slots, alpha=self.scale, scaling_seqlen=self._scaling_seqlen
-        )
-        out.copy_(a)
+        out.copy_(attend(q, k, v, step, step.hstu, k_pages, v_pages))
 
     def together(
         self,
@@ -38,16 +33,16 @@ class HSTUAttention(PagedAttention):
         k: Tensor,
         v: Tensor,
         step: StepMetadata,
-        keys: HSTUAttentionMetadata,
+        keys: HSTUKeys,
         k_pages: Tensor,
         v_pages: Tensor,
     ) -> Tensor:
         """Attend to all requests in one call."""
         pages = {}
-        if step.cached or keys.num_targets is not None:  # always with beams: a captured step serves both cases
+        if step.cached or (q.is_cuda and torch.cuda.is_current_stream_capturing()):  # a captured step serves both cases
             pages = {"k_pages": k_pages, "v_pages": v_pages, "page_table": step.block_table}
             pages["paged_lengths"] = keys.paged_lengths
-        return self._attend(q, k, v, keys.offsets, keys.num_targets, step.max_query_len, step.max_seq_len, **pages)
+        return self._attend(q, k, v, keys.offsets, step.max_query_len, step.max_seq_len, **pages)
 
     def one_by_one(
         self,
@@ -55,7 +50,7 @@ class HSTUAttention(PagedAttention):
         k: Tensor,
         v: Tensor,
         step: StepMetadata,
-        keys: HSTUAttentionMetadata,
+        keys: HSTUKeys,
         k_pages: Tensor,
         v_pages: Tensor,
     ) -> Tensor:
@@ -67,9 +62,8 @@ class HSTUAttention(PagedAttention):
             if paged[b]:
                 pages = {"k_pages": k_pages, "v_pages": v_pages, "page_table": step.block_table[b : b + 1]}
                 pages["paged_lengths"] = keys.paged_lengths[b : b + 1]
-            beams = None if keys.num_targets is None else keys.num_targets[b : b + 1]
             offsets = torch.tensor([0, n])
-            parts.append(self._attend(q[rows], k[rows], v[rows], offsets, beams, n, n + paged[b], **pages))
+            parts.append(self._attend(q[rows], k[rows], v[rows], offsets, n, n + paged[b], **pages))
         return torch.cat(parts)
 
     def _attend(
@@ -78,7 +72,6 @@ class HSTUAttention(PagedAttention):
         k: Tensor,
         v: Tensor,
         offsets: Tensor,
-        num_targets: Tensor | None,
         max_q_len: int,
         max_kv_len: int,
         **pages: Tensor,
@@ -89,7 +82,7 @@ class HSTUAttention(PagedAttention):
             v,
             q_offsets=offsets,
             kv_offsets=offsets,
-            num_targets=num_targets,
+            num_targets=None,
             max_q_len=max_q_len,
             max_kv_len=max_kv_len,
             scaling_seqlen=self._scaling_seqlen,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -11,62 +12,77 @@ import torch
 from torch import Tensor, nn
 
 from grengines.models.decoder.model import level_logits
+from grengines.models.hstu import beam
 from grengines.models.hstu.config import HSTUConfig
-from grengines.models.hstu.generator import HSTUGenerator
+from grengines.models.hstu.generator import HSTUGenerator, PromptKeys
 from grengines.models.hstu.model import EPS, HSTULayer
+from grengines.semantic.search import explore
+from grengines.semantic.trie import TensorTrie
 from grengines.vllm import compat
+from grengines.vllm.attention import BeamKeys, PagedAttention, StepMetadata
 from grengines.vllm.hstu_attention import HSTUAttentionBackend
-from grengines.vllm.rows import BeamRows, StepRows
+from grengines.vllm.levels import Levels
 from grengines.vllm.softmax_attention import SoftmaxAttentionBackend
 from grkernels.operators import Operators
 
 
-@dataclass
-class OutputBuffer:
-    """Hidden rows of one vLLM request: the row at place p of its sequence is copied to rows[p - first]."""
+class SearchPooler(compat.Pooler):
+    """A pooler that runs all levels of the searches whose prompts end in a step. It returns nothing to vLLM.
 
-    rows: Tensor  # [wanted, E]
-    first: int
-    arrived: np.ndarray  # bool [wanted]
-
-
-class RowPooler(compat.Pooler):
-    """A pooler that copies the wanted hidden rows to the buffers that requests name. It returns nothing.
-
-    Chunks may end anywhere, and rows come again after a preemption: the place of a row determines where it is copied.
+    first_layer: the model's first attention, which keeps the step's metadata.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first_layer: Any) -> None:
         super().__init__()
-        self.buffers: dict[str, OutputBuffer] = {}
+        self._attention: PagedAttention = first_layer.impl
+        self.levels: Levels | None = None  # from the engine's start on
+        self._found: list[tuple[list[str], Tensor]] = []
 
     def get_supported_tasks(self) -> Set[Any]:
         return {"plugin"}
 
     def forward(self, hidden_states: Tensor, pooling_metadata: compat.PoolingMetadata) -> list[Tensor]:
-        """Copy the rows of one step. hidden_states: [n, E]."""
-        cursor = pooling_metadata.get_pooling_cursor()
-        scheduled, ends = cursor.num_scheduled_tokens_cpu.tolist(), cursor.seq_lens_cpu.tolist()
-        at = 0
-        for params, n, end in zip(pooling_metadata.pooling_params, scheduled, ends, strict=True):
-            if params.extra_kwargs is not None:  # None while vLLM measures memory
-                buffer = self.buffers[params.extra_kwargs["buffer"]]
-                begin = max(end - n, buffer.first)
-                if begin < end:
-                    place = slice(begin - buffer.first, end - buffer.first)
-                    buffer.rows[place] = hidden_states[at + begin - (end - n) : at + n]
-                    buffer.arrived[place] = True
-            at += n
-        nothing = hidden_states.new_empty(0)
-        return [nothing] * len(scheduled)
+        """Search from the last rows of prompts. hidden_states: [n, E]. A chunk may end before its prompt does."""
+        requests = [params.extra_kwargs for params in pooling_metadata.pooling_params]
+        nothing = [hidden_states.new_empty(0)] * len(requests)
+        cursor, step = pooling_metadata.get_pooling_cursor(), self._attention.step
+        ended = (cursor.prompt_lens_cpu == cursor.seq_lens_cpu).nonzero()[:, 0]
+        if self.levels is None or step is None or not len(ended):
+            return nothing
+        last, lengths = hidden_states[cursor.last_token_indices_gpu.long()], step.lengths[: len(requests)].long()
+        table = step.block_table[: len(requests)]
+        if len(ended) < len(requests):
+            some = ended.to(last.device, non_blocking=True)
+            last, lengths, table = last[some], lengths[some], table[some]
+        prompts = PromptKeys(lengths, table, int(cursor.seq_lens_cpu.max()))
+        self._found.append(([requests[i]["name"] for i in ended.tolist()], self.levels(last, prompts)))
+        return nothing
+
+    def take(self) -> dict[str, np.ndarray]:
+        """Return what was found since the last call, float64 [k, 2] by request: items and scores."""
+        found = {name: row for names, rows in self._found for name, row in zip(names, rows.cpu().numpy(), strict=True)}
+        self._found.clear()
+        return found
+
+
+@dataclass
+class LayerPages:
+    """Keys and values [blocks, tokens, H, d] of each layer, views of vLLM's pages."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+
+    @classmethod
+    def of(cls, layers: Iterable[Any], head_dim: int) -> LayerPages:
+        pages = [compat.PageBackend.split(compat.pages_of(layer), head_dim) for layer in layers]
+        return cls([k for k, _ in pages], [v for _, v in pages])
 
 
 class HSTUForRetrieval(nn.Module):
     """The model of grengines.models.hstu.generator, with vLLM's paged attention in its layers.
 
-    The folder's config.json holds HSTUConfig (`hstu`), the codes of each level (`sizes`), the most rows of beams after
-    a prompt (`max_rows`) and the variant of each operator family (`kernels`); its safetensors are HSTUGenerator's.
-    Serves ordinary generation too: without rows of beams every token sees those before it.
+    The folder's config.json holds HSTUConfig (`hstu`), the codes of each level (`sizes`) and the variant of each
+    operator family (`kernels`); its safetensors are HSTUGenerator's. Serves ordinary generation too.
     """
 
     is_pooling_model: ClassVar[Literal[True]] = True
@@ -76,7 +92,7 @@ class HSTUForRetrieval(nn.Module):
         described = vllm_config.model_config.hf_config
         config = HSTUConfig(**described.hstu)
         sizes = tuple(described.sizes)
-        self.beams = BeamRows(sizes, described.max_rows)
+        self.beam_tokens = described.beam_tokens
         self.operators = Operators.of(described.kernels)
         self.kernels = dict(described.kernels)  # for records
         self.generator = HSTUGenerator(config, sizes, self.operators).requires_grad_(False)
@@ -94,23 +110,21 @@ class HSTUForRetrieval(nn.Module):
             for i in range(config.layers)
         )
         self.first_layer = str(self.attention[0].layer_name)
-        # Requests in flight that have rows of beams, as the scheduler sets it. None: unknown, while vLLM warms up.
-        self.beam_requests: int | None = None
-        self.pooler = RowPooler()
+        self.pooler = SearchPooler(self.attention[0])
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Return [n, E], the vectors of tokens alone; `forward` adds the positions."""
-        return self.generator.token_table[input_ids.long() % self.beams.vocabulary]
+        return self.generator.token_table[input_ids.long()]
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
     ) -> Tensor:
-        """Encode every row from the keys that it sees. Return [n, E]."""
-        self._find_keys(input_ids, positions)
-        generator, step = self.generator, StepRows.of(self.beams, self.operators, input_ids, positions)
+        """Encode every token from those before it. Return [n, E]."""
+        self._find_keys()
+        generator = self.generator
         # While vLLM measures memory positions go up to its own limit.
-        place = step.positions.clamp(max=generator.position_table.shape[0] - 1)
-        x = generator.token_table[step.tokens] + generator.position_table[place]
+        place = positions.clamp(max=generator.position_table.shape[0] - 1)
+        x = self.embed_input_ids(input_ids) + generator.position_table[place]
         for layer, attention in zip(generator.layers, self.attention, strict=True):
             assert isinstance(layer, HSTULayer)
             u, q, k, v = layer.project(x, generator.kernels)
@@ -124,9 +138,12 @@ class HSTUForRetrieval(nn.Module):
         y = generator.kernels.layer_norm(hidden_states, generator.norm.weight, generator.norm.bias, eps=EPS)
         return nn.functional.linear(y.float(), generator.token_table.float())
 
-    def level_logits(self, hidden: Tensor, level: int) -> Tensor:
-        """Return the logits of the codes of a level, fp32 [rows, codes]."""
-        return self.generator.logits(hidden, level)
+    def search(
+        self, last: Tensor, prompts: PromptKeys, trie: TensorTrie, *, width: int, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Search as the native engine. The prompts' keys are in vLLM's pages, and those of beams are not."""
+        pages = LayerPages.of(self.attention, self.generator.config.qk_dim)
+        return beam.levels(self.generator, trie, last, prompts, pages, width=width, k=k)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors, and return their names. Raises ValueError for a tensor that the model lacks."""
@@ -141,18 +158,19 @@ class HSTUForRetrieval(nn.Module):
         return loaded
 
     @compat.break_capture
-    def _find_keys(self, input_ids: Tensor, positions: Tensor) -> None:
-        """Add the keys that rows see to the step's metadata. Never part of a captured graph."""
+    def _find_keys(self) -> None:
+        """Add the keys that rows see to the step's metadata. Never part of a piecewise graph."""
         metadata = compat.metadata_of_step(self.first_layer)
         if metadata is not None:
-            metadata.find_hstu_keys(self.beams, self.operators, input_ids, positions, self.beam_requests == 0)
+            metadata.find_hstu_keys()
 
 
 class DecoderForRetrieval(compat.Qwen3ForCausalLM):
-    """vLLM's Qwen3 with attention over rows of beams.
+    """vLLM's Qwen3 over semantic IDs.
 
-    The folder's config.json is transformers' for Qwen3, with the codes of each level (`sizes`), the most rows of beams
-    after a prompt (`max_rows`) and the variant of each operator family that serves them (`kernels`).
+    The folder's config.json is transformers' for Qwen3, with the codes of each level (`sizes`), the variant of each
+    operator family that serves beams (`kernels`), and the places for their keys and values that every request has
+    behind its prompt (`beam_tokens`).
     """
 
     is_pooling_model: ClassVar[Literal[True]] = True
@@ -162,32 +180,71 @@ class DecoderForRetrieval(compat.Qwen3ForCausalLM):
         operators = Operators.of(described.kernels)
         with compat.Qwen3Attention(SoftmaxAttentionBackend, kernels=operators):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.operators = operators
-        self.beams = BeamRows(tuple(described.sizes), described.max_rows)
-        first = next(m for m in self.modules() if isinstance(m, compat.Attention))
-        self.first_layer, self.flash = str(first.layer_name), first.impl.flash
+        self.operators, self.beam_tokens, self.sizes = operators, described.beam_tokens, tuple(described.sizes)
+        layers = [m for m in self.modules() if isinstance(m, compat.Attention)]
+        self._vllm_config, self._layers = vllm_config, [str(layer.layer_name) for layer in layers]
+        self.flash = layers[0].impl.flash
         ours = dict(described.kernels)
         alone = f"FlashAttention {self.flash.keywords['fa_version']}" if self.flash else ours["beam_attention"]
         self.kernels = ours | {"attention of prompts alone": alone, "others": "vLLM's"}  # for records
-        self.beam_requests: int | None = None  # as HSTUForRetrieval's
-        self.pooler = RowPooler()
+        self.pooler = SearchPooler(layers[0])
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
     ) -> Tensor:
-        """Encode every row from the keys that it sees. Return [n, E] after the final norm."""
-        self._find_keys(input_ids, positions)
-        step = StepRows.of(self.beams, self.operators, input_ids, positions)
-        encoded: Tensor = self.model(step.tokens, step.positions)
+        """Encode every token from those before it. Return [n, E] after the final norm."""
+        self._find_keys(positions)
+        encoded: Tensor = self.model(input_ids, positions)
         return encoded
 
-    def level_logits(self, hidden: Tensor, level: int) -> Tensor:
-        """Return the logits of the codes of a level, fp32 [rows, codes]."""
-        return level_logits(hidden, self.model.embed_tokens.weight, self.beams.sizes, level)
+    def search(
+        self, last: Tensor, prompts: PromptKeys, trie: TensorTrie, *, width: int, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Search with the keys and values of beams behind their prompts, in vLLM's pages."""
+        page, table = self._vllm_config.cache_config.block_size, prompts.page_table.long()
+        offsets, B, stored = [0, *accumulate(self.sizes)], len(last), 0
+        slots = torch.empty(B, 1, 0, dtype=torch.int64, device=last.device)  # of each beam's codes, the last one first
+
+        def advance(level: int, parents: Tensor | None, codes: Tensor | None) -> Tensor:
+            nonlocal slots, stored
+            if parents is None or codes is None:
+                return self._logits(last, level)
+            place = prompts.lengths[:, None] + stored + torch.arange(codes.shape[1], device=last.device)
+            new = table.gather(1, place // page) * page + place % page
+            new = new.masked_fill(prompts.lengths[:, None] == 0, -1)  # room for a search, in a graph
+            slots = torch.cat([new[:, :, None], slots.gather(1, parents[:, :, None].expand(-1, -1, level - 1))], 2)
+            stored += codes.shape[1]
+            position = (prompts.lengths + level - 1).repeat_interleave(codes.shape[1])
+            step = self._step(prompts, slots)
+            with compat.forward_context(self._vllm_config, step, self._layers):
+                hidden = self.model((codes + offsets[level - 1]).reshape(-1), position)
+            return self._logits(hidden, level)
+
+        return explore(advance, trie, B, width=width, k=k)
+
+    def _step(self, prompts: PromptKeys, slots: Tensor) -> StepMetadata:
+        """Return the metadata of one code of each beam. slots: int64 [B, W, codes so far], the new one first."""
+        B, W, terms = slots.shape
+        limits = prompts.lengths.clamp(min=1).int().repeat_interleave(W)
+        own = slots.reshape(B * W, terms).contiguous()
+        return StepMetadata(
+            B * W,
+            starts=torch.arange(0, B * W + 1, W, dtype=torch.int32, device=slots.device),
+            lengths=prompts.lengths.int(),
+            block_table=prompts.page_table,
+            slots=own[:, 0].contiguous(),
+            max_query_len=W,
+            max_seq_len=prompts.longest + W,
+            cached=True,
+            beams=BeamKeys(limits, own),
+        )
+
+    def _logits(self, hidden: Tensor, level: int) -> Tensor:
+        return level_logits(hidden, self.model.embed_tokens.weight, self.sizes, level)
 
     @compat.break_capture
-    def _find_keys(self, input_ids: Tensor, positions: Tensor) -> None:
-        """Add the keys that rows see to the step's metadata. FlashAttention does not need them for prompts alone."""
-        metadata = compat.metadata_of_step(self.first_layer)
-        if metadata is not None and not (self.flash is not None and self.beam_requests == 0):
-            metadata.find_beam_keys(self.beams, self.operators, input_ids, positions)
+    def _find_keys(self, positions: Tensor) -> None:
+        """Add the keys that rows see to the step's metadata. FlashAttention does not need them."""
+        metadata = compat.metadata_of_step(self._layers[0])
+        if metadata is not None and (self.flash is None or torch.cuda.is_current_stream_capturing()):  # flash: on a GPU
+            metadata.find_beam_keys(positions)

@@ -14,8 +14,8 @@ from grengines.vllm.attention import MISSING, PagedAttention, StepMetadata, Step
 class SoftmaxAttention(PagedAttention):
     """Softmax attention of one layer.
 
-    Steps without rows of beams go to vLLM's FlashAttention if it is available: it is made for long prompts, and
-    `beam_attention` for rows of beams.
+    Prompts go to vLLM's FlashAttention if it is available. `beam_attention` is for beams, for captured steps, whose
+    lengths are not known at the capture, and for prompts without FlashAttention.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -32,7 +32,7 @@ class SoftmaxAttention(PagedAttention):
                 q,
                 k_pages,
                 v_pages,
-                starts=step.beams.starts,
+                starts=step.starts,
                 block_table=step.block_table,
                 limits=step.beams.limits,
                 own_slots=step.beams.own_slots,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grengines.cache.pool import PagePool
-from grengines.models.hstu.generator import Codes, HSTUGenerator, Prompts, pack_prompts
+from grengines.models.hstu.generator import Codes, HSTUGenerator, Pages, PromptKeys, Prompts, pack_prompts
 from grengines.semantic.search import Beams, check_width, explore
 from grengines.semantic.trie import TensorTrie
 
@@ -66,6 +66,13 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Search on the device: returns the fields of Beams. Nothing waits for the device, so a CUDA graph can hold it."""
     last = model.full(prompts, pool)[prompts.last_rows]
+    return levels(model, trie, last, prompts, pool, width=width, k=k)
+
+
+def levels(
+    model: HSTUGenerator, trie: TensorTrie, last: Tensor, prompts: PromptKeys, pages: Pages, *, width: int, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Search as `run` does, after the prompts. last: [B, E], the encoded last token of each prompt."""
     B, beams = len(last), 1
     before: list[list[Codes]] = []
 
@@ -75,7 +82,7 @@ def run(
             return model.logits(last, level)
         rows = (torch.arange(B, device=parents.device)[:, None] * beams + parents).reshape(-1)
         before = [[(keys[rows], values[rows]) for keys, values in layers] for layers in before]
-        hidden, own = model.step(prompts, pool, level - 1, codes, before)
+        hidden, own = model.step(prompts, pages, level - 1, codes, before)
         before.append(own)
         beams = codes.shape[1]
         return model.logits(hidden, level)

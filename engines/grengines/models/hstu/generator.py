@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,8 +31,24 @@ from grkernels.operators import Operators
 Codes = tuple[Tensor, Tensor]  # keys [rows, H, dqk] and values [rows, H, dv] of one level's codes in one layer
 
 
+class Pages(Protocol):
+    """Keys [pages, page, H, dqk] and values [pages, page, H, dv] of each layer, as PagePool has them."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+
+
 @dataclass
-class Prompts:
+class PromptKeys:
+    """Places of the keys and values of B prompts."""
+
+    lengths: Tensor  # int64 [B]
+    page_table: Tensor  # int32 [B, most pages]
+    longest: int  # tokens
+
+
+@dataclass
+class Prompts(PromptKeys):
     """Prompts of B sequences on the device, one after another, and the slots of their keys and values.
 
     Padding: rows past offsets[B] are encoded but not stored, and no row sees them. Further sequences are empty.
@@ -41,10 +58,7 @@ class Prompts:
     positions: Tensor  # int64 [L]
     slots: Tensor  # int64 [L]: slots of the pool; -1 for padding
     offsets: Tensor  # int64 [B + 1]
-    lengths: Tensor  # int64 [B]
     last_rows: Tensor  # int64 [B]: row of each prompt's last token
-    page_table: Tensor  # int32 [B, most pages]
-    longest: int  # tokens
 
 
 @dataclass
@@ -175,15 +189,15 @@ class HSTUGenerator(nn.Module):
         return x
 
     def step(
-        self, prompts: Prompts, pool: PagePool, level: int, codes: Tensor, before: Sequence[Sequence[Codes]]
+        self, prompts: PromptKeys, pages: Pages, level: int, codes: Tensor, before: Sequence[Sequence[Codes]]
     ) -> tuple[Tensor, list[Codes]]:
-        """Decode: encode one more code of each beam, with the prompts' keys and values in the pool.
+        """Decode: encode one more code of each beam, with the prompts' keys and values in pages.
 
         codes: int64 [B, W], of `level`. before: the keys and values of the beams' earlier codes, for each earlier level
         and each layer, in the order of these beams. Returns [B * W, E] and this level's keys and values.
         """
         B, W = codes.shape
-        position = (prompts.lengths + level)[:, None].expand(B, W).reshape(-1)
+        position = (prompts.lengths + level).repeat_interleave(W)
         x = self._embed(codes.reshape(-1) + self.offsets[level], position)
         offsets = torch.arange(0, B * W + 1, W, device=x.device)
         targets = torch.full((B,), W, device=x.device)
@@ -199,8 +213,8 @@ class HSTUGenerator(nn.Module):
                 targets,
                 W,
                 prompts.longest + W,
-                k_pages=pool.k[i],
-                v_pages=pool.v[i],
+                k_pages=pages.k[i],
+                v_pages=pages.v[i],
                 page_table=prompts.page_table,
                 paged_lengths=prompts.lengths,
             )

@@ -1,1 +1,0 @@
-"""Token, row, level and position of each token of a step, from its id and its place in the sequence."""

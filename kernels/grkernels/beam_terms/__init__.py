@@ -1,1 +1,0 @@
-"""Terms of HSTU attention for the earlier codes of a beam, read from pages."""
