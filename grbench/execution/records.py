@@ -279,7 +279,7 @@ def list_cells(sweep: Path, cells: Iterable[Path]) -> None:
     They are relative, so that an output root can be moved.
     """
     sweep.mkdir(parents=True, exist_ok=True)
-    new = sweep / f".{CELLS_FILE}.new"
+    new = sweep / f".{CELLS_FILE}.{os.getpid()}"  # another process may run the same sweep
     new.write_text(json.dumps([os.path.relpath(cell, sweep) for cell in cells], indent=1) + "\n")
     new.replace(sweep / CELLS_FILE)
 

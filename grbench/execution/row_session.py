@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from grbench.config.jobs import Invocation, Job
 from grbench.execution import results
+from grbench.execution.folders import only_writer
 from grbench.tracking import where_to_look
 from grbench.tracking.rows import RowTracker
 
@@ -24,6 +26,8 @@ class RowSession:
     def __init__(self, first: Job, invocation: Invocation, *, command: str, suffix: str) -> None:
         self._command = ["python", "-m", "grbench", command, *invocation.words]
         self._root = Path(first.config.output_root).absolute()
+        self._holds = contextlib.ExitStack()
+        self.hold(invocation.sweep or first.folder, "hydra.sweep.dir" if invocation.sweep else "hydra.run.dir")
         self._screen = Console(stderr=True)
         self._files: list[tuple[Path, str]] = []  # of all jobs, each with its folder in the MLflow run
         self._sweep = invocation.sweep is not None
@@ -36,6 +40,10 @@ class RowSession:
             name=(invocation.sweep or first.folder).name,
             facts={"overrides": " ".join(invocation.words)},
         )
+
+    def hold(self, folder: Path, option: str) -> None:
+        """Keep other commands out of a folder until `close`. Raises ConfigError if one writes there."""
+        self._holds.enter_context(only_writer(folder, option))
 
     @property
     def ok(self) -> bool:
@@ -66,6 +74,7 @@ class RowSession:
 
         cut_short: what ended the jobs early, in one word.
         """
+        self._holds.close()
         self._tracker.finish(self._files, self.ok and not cut_short)
         self.print_tables()
         if self._files:

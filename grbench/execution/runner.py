@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import errno
 import io
-import itertools
 import json
 import os
 import select
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from grbench.config.schema import RunnerConfig, RunSpec, spec_to_json
-from grbench.execution import oom, records
+from grbench.execution import folders, oom, records
 from grbench.execution.environment import describe_environment
 from grbench.execution.load import LoadWatch, gpu_in_use
 from grbench.execution.records import LOG_FILE, Outcome, RunRecord, Status
@@ -44,43 +43,45 @@ def run_cell(
 ) -> tuple[RunRecord, Path]:
     """Measure one cell and keep its record. Returns the record and the folder that has it.
 
-    A record is never overwritten: if `folder` has one already, the new one is kept in a folder beside it.
+    A record is never overwritten: if `folder` has one already, or another process measures there, the new one is kept
+    in a folder beside it.
     `on_event` receives the worker's {"stage": ...} and {"answered": n} messages. Only Interrupted is raised, for any
     KeyboardInterrupt, after the worker has been stopped and its record kept. However the launcher ends, so does the
     worker.
     """
     started, begun = datetime.datetime.now(datetime.UTC), time.monotonic()
-    folder = _unused(folder)
-    interrupted: KeyboardInterrupt | None = None
-    spec_hash, files = spec.hash, spec.file_contents()  # as it begins: a file may be replaced meanwhile
-    outcome: Outcome | None = None
-    record: RunRecord | None = None
-    while record is None:  # again after a signal, which may come at any moment
-        try:
-            outcome = outcome or _outcome(spec, runner, folder, on_event)
-            with held():
-                environment, notes = _environment(spec, outcome)
-                record = RunRecord(
-                    spec=spec.to_dict(),
-                    spec_hash=spec_hash,
-                    started_at=started.isoformat(timespec="seconds"),
-                    duration_s=round(time.monotonic() - begun, 3),
-                    requested=_requested(spec),
-                    environment=environment,
-                    files=files,
-                    sweep_id=sweep_id,
-                    overrides=overrides or [],
-                    config_dir=str(config_dir) if config_dir else None,
-                    **{name: value for name, value in vars(outcome).items() if name not in ("code", "notes")},
-                    notes=notes,
-                )
-                folder = keep(record, folder)
-        except KeyboardInterrupt as e:
-            interrupted = e
-            outcome = outcome or Outcome(Status.INTERRUPTED, f"{e or 'SIGINT'} ended the command while the cell ran")
-    if interrupted is not None:
-        raise Interrupted(record, folder, getattr(interrupted, "number", signal.SIGINT)) from interrupted
-    return record, folder
+    with folders.unused(folder) as folder:
+        interrupted: KeyboardInterrupt | None = None
+        spec_hash, files = spec.hash, spec.file_contents()  # as it begins: a file may be replaced meanwhile
+        outcome: Outcome | None = None
+        record: RunRecord | None = None
+        while record is None:  # again after a signal, which may come at any moment
+            try:
+                outcome = outcome or _outcome(spec, runner, folder, on_event)
+                with held():
+                    environment, notes = _environment(spec, outcome)
+                    record = RunRecord(
+                        spec=spec.to_dict(),
+                        spec_hash=spec_hash,
+                        started_at=started.isoformat(timespec="seconds"),
+                        duration_s=round(time.monotonic() - begun, 3),
+                        requested=_requested(spec),
+                        environment=environment,
+                        files=files,
+                        sweep_id=sweep_id,
+                        overrides=overrides or [],
+                        config_dir=str(config_dir) if config_dir else None,
+                        **{name: value for name, value in vars(outcome).items() if name not in ("code", "notes")},
+                        notes=notes,
+                    )
+                    folder = keep(record, folder)
+            except KeyboardInterrupt as e:
+                interrupted = e
+                ended = f"{e or 'SIGINT'} ended the command while the cell ran"
+                outcome = outcome or Outcome(Status.INTERRUPTED, ended)
+        if interrupted is not None:
+            raise Interrupted(record, folder, getattr(interrupted, "number", signal.SIGINT)) from interrupted
+        return record, folder
 
 
 def _environment(spec: RunSpec, outcome: Outcome) -> tuple[dict[str, Any], list[str]]:
@@ -110,12 +111,6 @@ def keep(record: RunRecord, folder: Path) -> Path:
         record.notes.append(f"{folder} could not be written ({e.strerror or e}): this record is kept in {spare}")
         records.save(record, spare)
         return spare
-
-
-def _unused(folder: Path) -> Path:
-    """Return `folder`, or the first of folder.1, folder.2, ... that holds no record."""
-    names = itertools.chain([folder.name], (f"{folder.name}.{i}" for i in itertools.count(1)))
-    return next(path for name in names if not ((path := folder.with_name(name)) / records.RECORD_FILE).exists())
 
 
 def _outcome(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[[Event], None]) -> Outcome:

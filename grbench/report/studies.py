@@ -13,6 +13,7 @@ All records of a report have one commit, which is clean, and one machine.
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,10 +43,7 @@ def study_page(folder: Path) -> str:
     Raises ReportError if notes or records are missing or unreadable, if a record has a dirty or unknown commit,
     and if two differ in commit or machine.
     """
-    notes = folder / NOTES
-    title, _, prose = notes.read_text(encoding="utf-8").partition("\n") if notes.is_file() else ("", "", "")
-    if not title.startswith("# "):
-        raise ReportError(f"{notes}: needed, with a title as its first line (# TITLE)")
+    title, prose = _notes(folder)
     cells, tables, origin = _read(folder / RECORDS)
     days = sorted({record.started_at[:10] for _, record in cells} | {data["started_at"][:10] for _, data in tables})
     sections = [title, HEADER, f"Measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}: {origin}."]
@@ -81,6 +79,7 @@ def stale(folder: Path) -> str | None:
 
 def keep(source: Path, folder: Path) -> None:
     """Replace a report's records by those under `source`. Raises ReportError before anything is removed."""
+    _notes(folder)
     cells, tables, _ = _read(source)
     samples = [path / SAMPLES_FILE for path, _ in cells if has_samples(path)]
     small = sum(file.stat().st_size for file in samples) <= SMALL
@@ -100,6 +99,16 @@ def keep(source: Path, folder: Path) -> None:
 def folders(root: Path) -> Iterator[Path]:
     """The folders of reports under `root`, by name."""
     yield from sorted(path.parent for path in root.glob(f"*/{NOTES}"))
+
+
+def _notes(folder: Path) -> tuple[str, str]:
+    """The title and the prose that people wrote. Raises ReportError, with the command that makes the file."""
+    notes = folder / NOTES
+    title, _, prose = notes.read_text(encoding="utf-8").partition("\n") if notes.is_file() else ("", "", "")
+    if not title.startswith("# "):
+        fix = f"mkdir -p {shlex.quote(str(folder))} && echo '# TITLE' > {shlex.quote(str(notes))}"
+        raise ReportError(f"{notes}: needed, with a title as its first line: {fix}")
+    return title, prose
 
 
 def _read(root: Path) -> tuple[list[Cell], list[tuple[Path, dict[str, Any]]], Origin]:

@@ -60,7 +60,8 @@ class TrainSession(RowSession):
         """Train one model. Raises ConfigError for data or options that cannot be used."""
         config: TrainConfig = job.config
         device, folder = _device(config), Path(config.out or job.folder).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder != job.folder.absolute():  # the session holds that one
+            self.hold(folder, "out")
         begun, started = datetime.datetime.now(datetime.UTC), time.perf_counter()
         known = {"kind": "train", **self.facts(), "config": dataclasses.asdict(config), "device": device.type}
         epochs: list[dict[str, Any]] = []

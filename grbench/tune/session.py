@@ -35,7 +35,7 @@ class TuneSession:
         self._screen = Console(stderr=True)
         _, run = compose_spec([*declared.fixed, *space.configurations[0].words], declared.config_dir)
         root = Path(run.runner.output_root).absolute()
-        self.folder = root / "tune" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        self.folder = root / "tune" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         self.folder.mkdir(parents=True, exist_ok=True)
         invocation = Invocation(("tune", *words), 0, self.folder, config_dir=_path(declared.config_dir))
         self._cells = CellSession(run, invocation, quiet=True)

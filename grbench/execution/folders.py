@@ -1,0 +1,59 @@
+"""Folders that one process at a time writes results into."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from grbench.config.schema import ConfigError
+from grbench.execution.records import RECORD_FILE
+
+
+@contextlib.contextmanager
+def unused(folder: Path) -> Iterator[Path]:
+    """Hold `folder`, or the first of folder.1, folder.2, ... that has no record and that no other process holds."""
+    for name in itertools.chain([folder.name], (f"{folder.name}.{i}" for i in itertools.count(1))):
+        path = folder.with_name(name)
+        with _held(path) as mine:
+            if mine and not (path / RECORD_FILE).exists():  # looked for only now: the one before may just have ended
+                yield path
+                return
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path, option: str) -> Iterator[None]:
+    """Hold `folder`. Raises ConfigError, with the option that names another folder, if another process holds it."""
+    with _held(folder) as mine:
+        if not mine:
+            where = os.path.relpath(folder)
+            raise ConfigError(f"{where}: another command is writing there; wait for it, or set {option}=FOLDER")
+        yield
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Make a folder and hold it until the end of the block, or of this process; yield False if another one holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # the reason follows when something is written there
+        yield True
+        return
+    try:
+        yield _locked(handle)
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that has no locks
+        return True
+    return True
