@@ -14,7 +14,7 @@ A difference counts only if the intervals do not overlap.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
@@ -157,29 +157,40 @@ def _lowest_latency(group: list[RunRecord]) -> Finding:
 def _highest_load(group: list[RunRecord]) -> Finding:
     limit = group[0].spec.get("latency_limit_ms")
     limit_ms = float("inf") if limit is None else float(limit)
-    kept: list[tuple[float, Estimate]] = []  # for each strategy: the highest load that keeps the limit
-    for label, runs in _strategies(group).items():
-        loads: dict[float, list[RunRecord]] = {}
-        for run in runs:
-            loads.setdefault(offered_load(run) or 0.0, []).append(run)
-        for load in sorted(loads, reverse=True):
-            if all("latency_ms/p99" in run.metrics for run in loads[load]):
-                estimate = _estimate(label, loads[load], "latency_ms/p99")
-                if estimate.interval and estimate.interval[1] <= limit_ms:
-                    kept.append((load, estimate))
-                    break
+    unit = unit_of(group[0])
+    every = sorted(_at_loads(group), key=lambda pair: (-pair[0], pair[1].value))
+    kept: dict[str, tuple[float, Estimate]] = {}  # of each strategy the highest load that keeps the limit
+    for load, one in every:
+        if one.interval and one.interval[1] <= limit_ms:
+            kept.setdefault(one.label, (load, one))
     within = f"p99 within {limit_ms:g} ms" if limit is not None else "a p99"
     if not kept:
-        return Finding((), f"In {scenario_of(group[0])}, no cell has {within} for certain.")
-    kept.sort(key=lambda pair: (-pair[0], pair[1].value))
-    (load, best), *others = kept
+        text = f"In {scenario_of(group[0])}, no cell has {within} for certain"
+        if near := next(((load, e) for load, e in every if limit is not None and e.value <= limit_ms), None):
+            load, best = near
+            interval = "" if best.interval else " without an interval"
+            text += f"; nearest is {best.label} at {load:g} {unit} (p99 {best} ms{interval})"
+            text += ": raise scenario.queries or set runner.repeats=5"
+        return Finding((), f"{text}.")
+    (load, best), *others = kept.values()
     equal = [estimate for other, estimate in others if other == load]
     lower = [(other, estimate) for other, estimate in others if other < load]
-    text = f"{_ties(best, equal) or best.label}: the highest load with {within} is {load:g} {unit_of(group[0])}"
+    text = f"{_ties(best, equal) or best.label}: the highest load with {within} is {load:g} {unit}"
     text += f" (p99 {best} ms{best.runs.replace('(', 'over ').rstrip(')')})"
     if lower:
         text += f"; next is {lower[0][1].label} with {lower[0][0]:g}"
     return Finding(best.records, f"In {scenario_of(group[0])}, {text}.")
+
+
+def _at_loads(group: list[RunRecord]) -> Iterator[tuple[float, Estimate]]:
+    """Yield each load of each strategy with its p99, if all its runs have one."""
+    for label, runs in _strategies(group).items():
+        loads: dict[float, list[RunRecord]] = {}
+        for run in runs:
+            loads.setdefault(offered_load(run) or 0.0, []).append(run)
+        for load, those in loads.items():
+            if all("latency_ms/p99" in run.metrics for run in those):
+                yield load, _estimate(label, those, "latency_ms/p99")
 
 
 def _strategies(group: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:

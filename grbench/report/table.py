@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -130,6 +131,7 @@ LEAST_NEEDED = [
     "hits %",
     "retrieve + rank",
 ]
+_NUMBER = re.compile(r"(?<![\w.:/-])\d+(?:\.\d+)?(?![\w:/-]|\.\d)")  # not those in names, times and paths
 UNSEEN = "latency_ms/p99.9 withheld"  # begins a note on a percentile that the table has no column for
 
 
@@ -202,6 +204,7 @@ def print_cells(console: Console, cells: list[Cell]) -> None:
 def notes(records: list[RunRecord], names: Sequence[str] = ()) -> list[str]:
     """Return each note once, followed by the cells that have it, unless all have it, without those of `UNSEEN`.
 
+    Notes that differ only in their numbers are one note, with the range of each number that differs.
     names: of the cells, their labels by default.
     """
 
@@ -210,8 +213,21 @@ def notes(records: list[RunRecord], names: Sequence[str] = ()) -> list[str]:
             return ""
         return f" ({'; '.join(who)})" if len(who) <= 3 else f" ({len(who)} of {len(records)} cells)"
 
-    carriers: dict[str, list[str]] = {}
+    alike: dict[str, tuple[list[str], list[str]]] = {}  # by form: the notes and the cells that have one
     for record, label in zip(records, names or labels(records), strict=True):
         for note in dict.fromkeys(note for note in record.notes if not note.startswith(UNSEEN)):
-            carriers.setdefault(note, []).append(label)
-    return [note + of(who) for note, who in carriers.items()]
+            texts, cells = alike.setdefault(_NUMBER.sub("#", note), ([], []))
+            texts.append(note)
+            cells.append(label)
+    return [_ranges(texts) + of(list(dict.fromkeys(cells))) for texts, cells in alike.values()]
+
+
+def _ranges(alike: Sequence[str]) -> str:
+    """Return notes that differ only in numbers as one, with "low to high" where they do."""
+    found = zip(*(_NUMBER.findall(note) for note in alike), strict=True)
+
+    def ends(match: re.Match[str]) -> str:
+        numbers = sorted(set(next(found)), key=float)
+        return numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+    return _NUMBER.sub(ends, alike[0])

@@ -42,7 +42,7 @@ from grbench.report.interactive import plotly_figure
 from grbench.report.latency_charts import front_of
 from grbench.report.markdown import escape, table
 from grbench.report.page import spans
-from grbench.report.table import print_cells
+from grbench.report.table import notes, print_cells
 
 Capture = pytest.CaptureFixture[str]
 
@@ -578,6 +578,21 @@ def test_notes_are_said_once(tmp_path: Path) -> None:
         )
     lines = screen(read_cells([tmp_path / "o"]), None)
     assert lines[-3:-1] == ["note: shared", "note: of most (5 of 6 cells)"]
+
+
+def test_notes_that_differ_in_numbers_are_one_with_ranges(tmp_path: Path) -> None:
+    said = (
+        ["others used 1.5 of 2 cores", "p99: these 1000 are worth 42; 8800 are enough", "at 12:31 in runs/7"],
+        ["others used 1.4 of 2 cores", "p99: these 1000 are worth 7; 53000 are enough", "at 12:30 in runs/7"],
+        ["p99: these 1000 are worth 7; 5200 are enough"],
+    )
+    cells = [write_cell(tmp_path / str(i), f"seed={i}", notes=list(those)) for i, those in enumerate(said)]
+    assert notes(cells, "abc") == [
+        "others used 1.4 to 1.5 of 2 cores (a; b)",
+        "p99: these 1000 are worth 7 to 42; 5200 to 53000 are enough",
+        "at 12:31 in runs/7 (a)",
+        "at 12:30 in runs/7 (b)",
+    ]
 
 
 def test_a_record_reached_twice_counts_once(sweep: Path, tmp_path: Path) -> None:

@@ -110,6 +110,12 @@ def test_over_several_loads_the_highest_that_keeps_the_limit_leads() -> None:
     late = [cell(p99, load=load) for p99, load in ((100, 50), (90, 20))]
     assert findings(late)[0].best == ()
     assert sentences(*late) == ["In server, no cell has p99 within 80 ms for certain."]
+    unknown = cell(60, load=10, engine="aoti")
+    unknown.intervals = {}
+    assert sentences(*late, cell(79, load=40), unknown) == [
+        "In server, no cell has p99 within 80 ms for certain; nearest is hstu at 40 requests/s (p99 79.0 [71.1, 86.9] "
+        "ms): raise scenario.queries or set runner.repeats=5."
+    ]
 
 
 def test_offline_cells_are_ranked_by_throughput() -> None:
