@@ -20,6 +20,7 @@ from grengines.models.decoder import config as decoder
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu import config as hstu
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.variant import DEFAULT, differing
 from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.pipeline.config import STAGES, PipelineConfig
 from grengines.remote.config import RemoteConfig
@@ -43,6 +44,7 @@ ENGINES = {
             HSTUEngineConfig,
             {"rank": "grengines.hstu.engine:HSTUEngine", "generate": "grengines.hstu.retriever:HSTURetriever"},
             one_at_a_time=None,
+            variants=True,
             can_stand_in=True,
         ),
         EngineSpec(
@@ -89,11 +91,13 @@ ENGINES = {
             dict.fromkeys(("rank", "generate"), "grengines.remote.engine:RemoteEngine"),
             models=("hstu", "decoder"),
             one_at_a_time=None,
+            variants=True,
         ),
         EngineSpec(
             "pipeline",
             PipelineConfig,
             {"recommend": "grengines.pipeline.engine:build"},
+            variants=True,
             stages=STAGES,
         ),
     )
@@ -158,9 +162,20 @@ def mismatch(name: str, model: ModelOptions) -> str | None:
     """Return None if the engine runs a model with these options, else the reason and the engines that do."""
     spec, kind = get(name), model_spec(model).kind
     if kind in spec.models:
-        return None
+        return _variant_mismatch(spec, model)
     able = ", ".join(other.name for other in specs() if kind in other.models)
     return f"model={model.name}: engine {name} runs {', '.join(spec.models)} models only; {able} run {kind} models"
+
+
+def _variant_mismatch(spec: EngineSpec, model: ModelOptions) -> str | None:
+    own = differing(model.choices) if isinstance(model, HSTUConfig) and not spec.variants else ()
+    if not own:
+        return None
+    able = [other.name for other in specs() if other.variants and other.can_stand_in]
+    return (
+        f"{', '.join(own)}: engine {spec.name} lacks it, and runs model.variant={DEFAULT} only; "
+        f"set engine={able[0]} for this model"
+    )
 
 
 def one_at_a_time(name: str) -> str | None:

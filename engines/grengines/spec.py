@@ -48,6 +48,7 @@ class EngineSpec:
     requires: Callable[[], str | None] | None = None
     # None: it takes a batch while the device computes another. Else why it does not.
     one_at_a_time: str | None = "ends a batch before it takes the next"
+    variants: bool = False  # it runs the HSTU of any owner (`model.variant`), or leaves that to others
     can_stand_in: bool = False  # other engines may name it in engine.fallback
     stages: Mapping[str, str] = field(default_factory=dict)  # its options that are another engine's: the task of each
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from grbench.config.schema import ConfigError, checked
 from grbench.config.schema import register_schemas as register_groups
 from grengines.cache import policies
-from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.config import HSTUConfig, stale_states
 from grengines.options import option
 
 
@@ -56,6 +56,8 @@ def to_config(cfg: DictConfig) -> CacheSimConfig:
     if not isinstance(config.model, HSTUConfig):
         allowed = "the simulator has states of HSTU only; allowed are its models, such as model=hstu_tiny"
         raise ConfigError(f"model={config.model.name}: {allowed}")
+    if problem := stale_states(config.model):
+        raise ConfigError(problem)
     for name in config.policies:
         if name not in policies.names():
             raise ConfigError(f"policies: unknown {name!r}; known: {', '.join(policies.names())}")

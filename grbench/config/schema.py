@@ -39,7 +39,7 @@ from grbench.workloads.config import (
 )
 from grengines import registry as engines
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.config import HSTUConfig, stale_states
 from grengines.options import expand_home, files, option, violations
 from grengines.runtime.cache_dir import content
 from grengines.spec import TASKS, CacheOptions, EngineOptions, EngineSpec, ModelOptions
@@ -293,6 +293,9 @@ def spec_of(run: RunConfig) -> RunSpec:
     if problem := engines.mismatch(engine.name, run.model):
         raise ConfigError(problem)
     if problem := engines.model_spec(run.model).contradiction(run.model):
+        raise ConfigError(problem)
+    paged = isinstance(run.cache, PagedCacheConfig) and isinstance(run.model, HSTUConfig)
+    if paged and (problem := stale_states(run.model)):
         raise ConfigError(problem)
     if task != "rank" and run.retrieval.beam_width < run.retrieval.k:
         raise ConfigError(

@@ -70,22 +70,34 @@ def flops(model: HSTUConfig, history: int, candidates: int, cached: int = 0) -> 
     look-ups, norms and activations, which are under 1%. The last layer makes keys and values of every token, and the
     rest for candidates alone. cached: first tokens whose keys and values are in the cache.
     """
-    tokens = model.contextual_seq_len + history + candidates
+    tokens, choices = model.contextual_seq_len + history + candidates, model.choices
     new = tokens - cached
     whole = _layer_flops(model, tokens, candidates, new, new)
     last = _layer_flops(model, tokens, candidates, new, candidates)
     inputs = model.embedding_dim + model.interactions
     head = 2 * candidates * (model.head_dim * (inputs + len(model.tasks)) + model.interactions * model.embedding_dim)
+    E = model.embedding_dim
+    head += 2 * candidates * E * (2 * model.head_dim * (choices.item_tower == "mlp") + (E + 4) * choices.clock)
     return float((model.layers - 1) * whole + last + head)
 
 
 def _layer_flops(model: HSTUConfig, tokens: int, candidates: int, new: int, rows: int) -> float:
     """Operations of a layer that makes keys and values of the last `new` tokens and all else of the last `rows`."""
-    pairs = visible_pairs(tokens, candidates, model.contextual_seq_len, model.max_attn_len, delta=rows)
+    pairs = visible_pairs(
+        tokens, candidates, model.attended_contextual, model.max_attn_len, delta=rows,
+        target_group_size=model.choices.target_group_size, min_full_attn_seq_len=model.choices.min_full_attn_seq_len,
+    )  # fmt: skip
     keys = model.heads * (model.qk_dim + model.v_dim)
-    others = model.heads * (model.qk_dim + model.v_dim) + 3 * model.heads * model.v_dim  # u, q and the output
+    others = (
+        model.heads * (model.qk_dim + model.v_dim) + _projected(model) * model.heads * model.v_dim
+    )  # u, q and the output
     linear = 2 * model.embedding_dim * (new * keys + rows * others)
     return linear + attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)
+
+
+def _projected(model: HSTUConfig) -> int:
+    """Return the vectors of a head's value size that the output projection reads."""
+    return 3 if model.choices.output == "concat" else 1
 
 
 def search_flops(
@@ -102,7 +114,7 @@ def search_flops(
     if isinstance(model, DecoderConfig):
         widths = 2 * (model.heads + model.kv_heads) * model.head_dim + 3 * model.mlp_dim
     else:
-        widths = model.heads * (2 * model.qk_dim + 5 * model.v_dim)
+        widths = model.heads * (2 * model.qk_dim + (2 + _projected(model)) * model.v_dim)
     linear = 2 * (prompt - cached + sum(beams[1:])) * model.embedding_dim * widths
     attention = attention_flops(_search_pairs(prompt, beams, cached), model.heads, *_head_dims(model))
     logits = sum(2 * rows * model.embedding_dim * size for rows, size in zip(beams, sizes, strict=True))
@@ -195,7 +207,7 @@ def _ranking(console: Console, spec: RunSpec, catalogue: Catalogue, precision: s
     for history in _histories(spec.workload.max_history):
         total, cached = (flops(model, history, candidates, done) for done in (0, model.contextual_seq_len + history))
         tokens = model.contextual_seq_len + history + candidates
-        pairs = visible_pairs(tokens, candidates, model.contextual_seq_len, model.max_attn_len)
+        pairs = visible_pairs(tokens, candidates, model.attended_contextual, model.max_attn_len)
         attention = model.layers * attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)
         kv = kv_bytes(model, history, precision)
         _add_row(table, [history, candidates], total, attention, cached, kv, memory - weights)

@@ -12,6 +12,7 @@ from grbench.config.schema import ConfigError, RetrievalConfig, checked
 from grbench.config.schema import register_schemas as register_groups
 from grbench.workloads.config import DrawnConfig
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.variant import DEFAULT, differing
 from grengines.options import option
 
 
@@ -70,6 +71,8 @@ def to_config(cfg: DictConfig) -> TrainConfig:
             f"model={config.model.name}: a decoder learns task=generate retrieval.levels=1 only; set these, or use an "
             "HSTU model, such as model=hstu_tiny"
         )
+    if isinstance(config.model, HSTUConfig) and (others := differing(config.model.choices)):
+        raise ConfigError(f"{', '.join(others)}: training has grbench's own HSTU only; set model.variant={DEFAULT}")
     if isinstance(config.workload, DrawnConfig):
         raise ConfigError(
             "workload=synthetic: its events are random, so there is nothing to learn; use ml_100k, csv or recbole"

@@ -6,22 +6,31 @@ Each function returns None, or the reason why the variant can't run.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
 DTYPES = ("fp32", "fp16", "bf16")
 
 
-def eager(*, device: str, dtype: str, **dims: int) -> str | None:
+def eager(*, device: str, dtype: str, **dims: Any) -> str | None:
     """Accept any size on any device, for eager PyTorch."""
     return None if dtype in DTYPES else f"dtype {dtype} is none of {', '.join(DTYPES)}"
 
 
-def eager_waiting(*, device: str, dtype: str, captured: int = 0, **dims: int) -> str | None:
+def eager_waiting(*, device: str, dtype: str, captured: int = 0, **dims: Any) -> str | None:
     """Refuse CUDA graphs, for eager PyTorch that reads values on the host."""
     return "waits for the device, so a CUDA graph can't hold it" if captured else eager(device=device, dtype=dtype)
 
 
-def compiled(*, device: str, dtype: str, **dims: int) -> str | None:
-    """Require a C++ compiler on a CPU, for torch.compile."""
+def lacking(extras: Sequence[str]) -> str | None:
+    """Refuse options of other HSTU models, given as "key=value"."""
+    return f"{', '.join(extras)}: it has grbench's own layer only" if extras else None
+
+
+def compiled(*, device: str, dtype: str, extras: Sequence[str] = (), **dims: Any) -> str | None:
+    """Require a C++ compiler on a CPU, for torch.compile, and grbench's own layer."""
+    if missing := lacking(extras):
+        return missing
     if device.startswith("cpu") and (missing := compiler()):
         return missing
     return eager(device=device, dtype=dtype)

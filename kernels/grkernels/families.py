@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from typing import Any
 
 AUTO = "auto"  # instead of a variant: the fastest one that can run
 GROUP = "grbench.kernels"  # entry points of packages that bring families or variants
@@ -46,6 +47,8 @@ class Sizes:
     features: int = 4  # vectors of a candidate that interact
     page: int = 0  # tokens of a page of the KV cache; 0: no pages
     captured: bool = False  # in a CUDA graph
+    attention: tuple[str, ...] = ()  # options of other HSTU models that its attention has, as "key=value"
+    gate: tuple[str, ...] = ()  # those that its norm_gate has
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class FamilySpec:
     name: str
     summary: str
     variants: Mapping[str, Needs] = field(default_factory=lambda: EVERY)
-    dims: Callable[[Sizes], dict[str, int]] = lambda sizes: {}  # arguments of `supports` other than device and dtype
+    dims: Callable[[Sizes], dict[str, Any]] = lambda sizes: {}  # arguments of `supports` other than device and dtype
     fastest: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FASTEST)
     of_model: bool = True  # kernel=NAME sets it; False: auto chooses, unless kernel.<family> names a variant
     writes: tuple[str, ...] = ()  # arguments that are the outputs, written in place; (): what is returned
@@ -93,12 +96,12 @@ _ROWS = (
     FamilySpec(
         "hstu_attention",
         "SiLU attention over jagged and paged sequences",
-        dims=lambda s: {"qk_dim": s.qk_dim, "v_dim": s.v_dim, "page": s.page},
+        dims=lambda s: {"qk_dim": s.qk_dim, "v_dim": s.v_dim, "page": s.page, "extras": s.attention},
     ),
     FamilySpec(
         "norm_gate",
         "SiLU, LayerNorm, gate and concatenation between attention and the output projection",
-        dims=lambda s: {"width": s.heads * s.v_dim},
+        dims=lambda s: {"width": s.heads * s.v_dim, "extras": s.gate},
     ),
     FamilySpec("layer_norm", "LayerNorm over the last dimension", dims=_embedding, fastest=TRITON_FIRST),
     FamilySpec(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 from grkernels import capabilities, families
 from grkernels.families import FamilySpec
@@ -70,7 +71,7 @@ def misplaced(family: str, name: str, kind: str) -> str | None:
     return capabilities.compiler() if (kind, name) == ("cpu", "compile") else None
 
 
-def unsupported(family: str, name: str, *, device: str, dtype: str, **dims: int) -> str | None:
+def unsupported(family: str, name: str, *, device: str, dtype: str, **dims: Any) -> str | None:
     """Return None if the variant can run these sizes here, else the reason.
 
     device: cuda or cpu. dtype: fp32, fp16 or bf16. dims: the family's `FamilySpec.dims`.
@@ -78,7 +79,7 @@ def unsupported(family: str, name: str, *, device: str, dtype: str, **dims: int)
     return availability(family, name) or get(family, name).supports(device=device, dtype=dtype, **dims)
 
 
-def refusal(family: str, name: str, *, device: str, dtype: str, **dims: int) -> str | None:
+def refusal(family: str, name: str, *, device: str, dtype: str, **dims: Any) -> str | None:
     """Return None if the variant can run these sizes here, else the reason and the variants that can."""
     reason = unsupported(family, name, device=device, dtype=dtype, **dims)
     if reason is None:

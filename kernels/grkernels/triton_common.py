@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -21,7 +23,7 @@ def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     return x.to(dtype)
 
 
-def supports(*, device: str, dtype: str, **dims: int) -> str | None:
+def supports(*, device: str, dtype: str, **dims: Any) -> str | None:
     """Return None for any sizes on an NVIDIA GPU, or in Triton's interpreter, else the reason."""
     if not device.startswith("cuda") and not INTERPRETED:
         return "Triton needs an NVIDIA GPU; TRITON_INTERPRET=1 runs it slowly on a CPU for tests"

@@ -23,7 +23,7 @@ from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
 from grengines.cache.states import UserStates
 from grengines.hstu.load_costs import LoadCosts
-from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.config import HSTUConfig, stale_states
 from grengines.runtime.batch import Bucket, Encoding, HostBatch, JaggedBatch, append_size, pack_slices
 from grengines.runtime.graph_costs import Filling, Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
@@ -74,6 +74,8 @@ class CachedRanking:
         sample: Sequence[Request],
         place: Callable[[Sequence[HostBatch]], dict[str, float]],
     ) -> None:
+        if problem := stale_states(ranker.config):
+            raise ValueError(problem)
         self._ranker, self._microbatch, self._cache, self._place = ranker, microbatch, cache, place
         self._device = ranker.device
         self._pin = self._device.type == "cuda"
@@ -196,7 +198,9 @@ class CachedRanking:
         size, cached = self._microbatch if whole else 0, [plan.cached for plan in plans]
         staged = None
         if bucket is not None:
-            length = append_size(bucket) + HostPlaces.length(bucket.batch, bucket.tokens, self._pages)
+            length = append_size(bucket, self._ranker.encoding) + HostPlaces.length(
+                bucket.batch, bucket.tokens, self._pages
+            )
             staged = Staging(length, self._pin)
         hosts = pack_slices(
             requests, self._ranker.encoding, size, cached=cached, bucket=bucket, pin=self._pin, staged=staged

@@ -74,7 +74,7 @@ class HSTURetriever(GeneratingEngine):
             weights=self._retrieval.weights,
         )
         self._trie = Trie.of(self._retrieval.ids).on(self._device)
-        lengths = [len(self._model.prompt(self._retrieval.prompt(r))) for r in sample]
+        lengths = [len(self._model.prompt_of(self._retrieval, r)) for r in sample]
         self._most_tokens = max(lengths)
         self._pool = beam.pool_for(self._model, self._most_tokens, max_batch)
         self._graphs = capture(
@@ -86,7 +86,7 @@ class HSTURetriever(GeneratingEngine):
 
     def _empty(self, bucket: Bucket) -> list[HostPrompts]:
         """Return the input of a bucket's graph, an empty batch."""
-        return [pack_prompts([], [], self._pool, bucket=bucket, pin=self._cuda)]
+        return [pack_prompts([], [], self._pool, bucket=bucket, pin=self._cuda, timed=self._ready(self._model).timed)]
 
     def _probe(self, bucket: Bucket, runner: Runner | None) -> Queue:
         """Return what queues a batch that fills a bucket, in its graph if there is a runner."""
@@ -109,7 +109,7 @@ class HSTURetriever(GeneratingEngine):
         model = self._ready(self._model)
         self._check_size(requests)
         begun = time.perf_counter()
-        prompts: list[np.ndarray] = [model.prompt(self._retrieval.prompt(r)) for r in requests]
+        prompts: list[np.ndarray] = [model.prompt_of(self._retrieval, r) for r in requests]
         lengths = [len(p) for p in prompts]
         if max(lengths) > self._most_tokens:
             raise ValueError(
@@ -132,7 +132,9 @@ class HSTURetriever(GeneratingEngine):
         begun = time.perf_counter()
         pool = self._ready(self._pool)
         with beam.borrowed(pool, [len(p) for p in prompts]) as pages:
-            host = pack_prompts(prompts, pages, pool, bucket=bucket, pin=self._cuda)
+            host = pack_prompts(
+                prompts, pages, pool, bucket=bucket, pin=self._cuda, timed=self._ready(self._model).timed
+            )
             batch_ms = found_ms + (time.perf_counter() - begun) * 1e3
             marks = Marks(self._device)
             if runner is not None and bucket is not None:

@@ -45,8 +45,12 @@ class GenerationReference(ABC, Generic[Model]):
         """
         width, k = width or self._retrieval.beam_width, k or self._retrieval.k
         with self._variant(precision, blind) as model:
-            found = [self._search(model, self._retrieval.prompt(request), width, k) for request in requests]
+            found = [self._search(model, self._prompt(request), width, k) for request in requests]
         return Beams(*(np.concatenate([getattr(f, name) for f in found]) for name in ("items", "scores", "cuts")))
+
+    def _prompt(self, request: Request) -> np.ndarray:
+        """Return what `_search` reads of a request: its codes, int64 [tokens]."""
+        return self._retrieval.prompt(request)
 
     @abstractmethod
     def prefix_scores(self, request: Request, items: np.ndarray) -> np.ndarray:

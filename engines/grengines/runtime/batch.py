@@ -20,6 +20,7 @@ from grengines.runtime import staging
 from grengines.runtime.staging import Staging
 
 Int64Array = npt.NDArray[np.int64]
+TIMES = ("times", "until")  # arrays that some encodings have
 OFFSETS = ("q_offsets", "candidate_offsets", "kv_offsets", "kept_offsets")  # the last two in append batches only
 
 
@@ -27,8 +28,8 @@ OFFSETS = ("q_offsets", "candidate_offsets", "kv_offsets", "kept_offsets")  # th
 class Encoding:
     """Numbering of tokens: the sizes of the model's tables.
 
-    The encoding of a token does not change when events are appended after it, so keys and values computed at one visit
-    stay valid at the next:
+    By default the encoding of a token does not change when events are appended after it, so keys and values computed at
+    one visit stay valid at the next:
 
     token row      item % item_rows; contextual token c of a user: item_rows + (user * C + c) % user_rows
     position       index of the event in the history, at most max_positions - 1; candidates share the one
@@ -36,6 +37,16 @@ class Encoding:
     time bucket    floor(log2(1 + gap)), gap in seconds to the event before; 0 for the first event and
                    contextual tokens; of a candidate, the gap between the last event and the request
     actions        the event's bit mask; 0 for candidates and contextual tokens. Weight likewise.
+
+    Of other HSTU models (grengines.models.hstu.variant):
+
+    from_end       position: tokens to the end of the history, 1 for the last event, 0 for candidates; time bucket:
+                   floor(sqrt(minutes to the request)), with contextual tokens at time 0
+    combinations   action bit: 2^mask, which stands for this combination of an event's actions
+    target_action  action bit of candidates: the one after those of events
+    contextual_from, blank_rows  a user with fewer events has no contextual tokens, or those of token rows
+                   item_rows + user_rows + c
+    arrays         of a batch: the time of a token and of what follows it, and the contextual tokens of each sequence
     """
 
     item_rows: int
@@ -44,9 +55,23 @@ class Encoding:
     contextual_seq_len: int
     max_positions: int
     time_buckets: int
+    from_end: bool = False
+    combinations: bool = False
+    target_action: bool = False
+    contextual_from: int = 0
+    blank_rows: int = 0
+    arrays: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: HSTUConfig, catalogue: Catalogue) -> Encoding:
+        """Return the encoding of a model for a catalogue. Raises ValueError for more actions than the model takes."""
+        choices, C = config.choices, config.contextual_seq_len
+        if choices.actions == "combinations" and catalogue.num_actions > 5:
+            raise ValueError(
+                f"model.actions=combinations: the workload has {catalogue.num_actions} actions; allowed are at most 5, "
+                "because each combination has a row; set model.actions=bits"
+            )
+        timed = choices.clock or choices.time_bias > 0
         return cls(
             item_rows=max(min(catalogue.num_items, config.embedding_rows), 1),
             user_rows=min(max(catalogue.num_users, 1) * config.contextual_seq_len, config.embedding_rows),
@@ -54,7 +79,22 @@ class Encoding:
             contextual_seq_len=config.contextual_seq_len,
             max_positions=config.max_positions,
             time_buckets=config.time_buckets,
+            from_end=choices.encoder == "end",
+            combinations=choices.actions == "combinations",
+            target_action=choices.target_action,
+            contextual_from=choices.contextual_from if C else 0,
+            blank_rows=C if choices.contextual_from and choices.contextual_missing == "blank" else 0,
+            arrays=(*(TIMES if timed else ()), *(("num_contextuals",) if config.sparse_contextual else ())),
         )
+
+    @property
+    def action_rows(self) -> int:
+        """Rows of the action table."""
+        return (1 << self.num_actions if self.combinations else self.num_actions) + self.target_action
+
+    def contextual(self, events: int) -> int:
+        """Return the contextual tokens of a user with this many events."""
+        return self.contextual_seq_len if events >= self.contextual_from or self.blank_rows else 0
 
 
 class Bucket(NamedTuple):
@@ -102,6 +142,9 @@ class JaggedBatch:
     max_q_len: int
     max_kv_len: int
     max_candidates: int  # of a sequence
+    times: Tensor | None = None  # int64 [L], seconds: if the encoding has it, as the next two
+    until: Tensor | None = None  # int64 [L]
+    num_contextuals: Tensor | None = None  # int64 [B]
 
 
 @dataclass
@@ -162,17 +205,22 @@ def pack(
     """
     layout = _Layout.of(requests, encoding, cached, candidates)
     padded = layout.padded(bucket)
-    total, sizes, places = _places(padded.tokens, padded.batch, padded.candidates, cached is not None)
+    appends = cached is not None
+    total, sizes, places = _places(padded.tokens, padded.batch, padded.candidates, appends, encoding.arrays)
     buffer = staged.take(total) if staged else staging.zeros(total, pin)
     packed = buffer.numpy()
     arrays = {name: packed[place] for name, place in places.items()}
     _write_tokens(arrays, requests, layout, encoding)
-    offsets = layout.offsets(padded.batch, cached is not None)
+    if encoding.from_end:
+        _encode_from_end(arrays, requests, layout, encoding)
+    if encoding.arrays:
+        _write_more(arrays, requests, layout)
+    offsets = layout.offsets(padded.batch, appends)
     packed[total - len(offsets) :] = offsets
     return HostBatch(
         buffer,
         sizes,
-        appends=cached is not None,
+        appends=appends,
         max_q_len=padded.length,
         max_kv_len=padded.keys,
         max_candidates=padded.targets,
@@ -189,6 +237,7 @@ class _Layout:
     candidates: list[Int64Array]
     targets: list[int]  # candidates of each
     events: list[int]
+    contextual: list[int]
     histories: list[int]  # tokens of each
     cached: list[int]  # first tokens of each history that are not packed
     new: list[int]  # tokens of each that are packed
@@ -198,18 +247,19 @@ class _Layout:
     def of(
         cls, requests: Sequence[Request], encoding: Encoding, cached: Sequence[int] | None, candidates: slice
     ) -> _Layout:
-        C = encoding.contextual_seq_len
         chosen = [r.candidates[candidates] for r in requests]
         targets = [len(c) for c in chosen]
         events = [len(r.history_items) for r in requests]
-        histories = [C + n for n in events]
+        contextual = [encoding.contextual(n) for n in events]
+        histories = [c + n for c, n in zip(contextual, events, strict=True)]
+        C = encoding.contextual_seq_len
         done = [0] * len(requests) if cached is None else list(cached)
         for r, n, d in zip(requests, histories, done, strict=True):
             if not 0 <= d <= n or (C and d not in (0, n)):
                 allowed = f"0 or {n}, since contextual tokens see the whole history" if C else f"0 to {n}"
                 raise ValueError(f"request {r.request_id}: {d} tokens are cached; allowed is {allowed}")
         new = [n - d + t for n, d, t in zip(histories, done, targets, strict=True)]
-        return cls(chosen, targets, events, histories, done, new, [0, *accumulate(new)])
+        return cls(chosen, targets, events, contextual, histories, done, new, [0, *accumulate(new)])
 
     def offsets(self, sequences: int, appends: bool) -> list[int]:
         """Return the offsets that a batch has, in the order of OFFSETS, and num_targets. More sequences are empty."""
@@ -235,19 +285,20 @@ class _Layout:
         return bucket or needed
 
 
-def append_size(bucket: Bucket) -> int:
+def append_size(bucket: Bucket, encoding: Encoding) -> int:
     """Return the length of the buffer of an append batch in a bucket."""
-    return _places(bucket.tokens, bucket.batch, bucket.candidates, appends=True)[0]
+    return _places(bucket.tokens, bucket.batch, bucket.candidates, True, encoding.arrays)[0]
 
 
 @lru_cache(maxsize=256)
 def _places(
-    tokens: int, sequences: int, candidates: int, appends: bool
+    tokens: int, sequences: int, candidates: int, appends: bool, more: tuple[str, ...] = ()
 ) -> tuple[int, dict[str, int], dict[str, slice]]:
     """Return the length of a batch's buffer, and the sizes and places of its arrays by name, in their order."""
     sizes = {
         **dict.fromkeys(("token_rows", "actions", "weights", "positions", "time_buckets"), tokens),
         "candidate_rows": candidates,
+        **{name: tokens if name in TIMES else sequences for name in more},
         **dict.fromkeys(OFFSETS[: 4 if appends else 2], sequences + 1),
         "num_targets": sequences,
     }
@@ -277,21 +328,34 @@ def _write_tokens(arrays: Arrays, requests: Sequence[Request], layout: _Layout, 
     most = 1 << max(len(rows), *layout.events, 0).bit_length()  # a power of two: few counts are made
     count, position = _count(most, most), _count(most, last_position)
     placed, new = 0, False
-    for r, candidates, events, cached, last in zip(
-        requests, layout.candidates, layout.events, layout.cached, layout.q_offsets[1:], strict=True
+    candidate_action = 1 << (encoding.action_rows - 1) if encoding.target_action else 0
+    for r, candidates, events, c, cached, last in zip(
+        requests,
+        layout.candidates,
+        layout.events,
+        layout.contextual,
+        layout.cached,
+        layout.q_offsets[1:],
+        strict=True,
     ):
         targets, times = len(candidates), r.history_timestamps
-        first, end = max(cached - C, 0), last - targets
+        first, end = max(cached - c, 0), last - targets
         if first < events:
             new = True
             at, after_first = end - (events - first), max(first, 1)
             rows[at:end] = r.history_items[first:]
             actions[at:end] = r.history_actions[first:]
+            if encoding.target_action or encoding.combinations:
+                actions[at:end] &= (1 << encoding.num_actions) - 1
+            if encoding.combinations:
+                np.left_shift(1, actions[at:end], out=actions[at:end])
             weights[at:end] = r.history_weights[first:]
             positions[at:end] = position[first:events]
             np.subtract(times[after_first:], times[after_first - 1 : -1], out=gaps[end - (events - after_first) : end])
         rows[end:last] = candidates
         positions[end:last] = min(events, last_position)
+        if candidate_action:
+            actions[end:last] = candidate_action
         candidate_rows[placed : placed + targets] = count[end:last]
         placed += targets
     if new:
@@ -301,10 +365,44 @@ def _write_tokens(arrays: Arrays, requests: Sequence[Request], layout: _Layout, 
         gaps[last - targets : last] = min((1 + gap).bit_length(), encoding.time_buckets) - 1
     if rows.view(np.uint64).max(initial=0) >= encoding.item_rows:  # dividing takes ten times as long as looking
         np.remainder(rows, encoding.item_rows, out=rows)
-    for at, cached, r in zip(layout.q_offsets[:-1], layout.cached, requests, strict=True) if C else ():
-        if not cached:
-            rows[at : at + C] = encoding.item_rows + (r.user_id * C + count[:C]) % encoding.user_rows
+    for at, cached, c, events, r in (
+        zip(layout.q_offsets[:-1], layout.cached, layout.contextual, layout.events, requests, strict=True) if C else ()
+    ):
+        if c and not cached:
+            own = (r.user_id * C + count[:C]) % encoding.user_rows
+            rows[at : at + C] = encoding.item_rows + own
+            if events < encoding.contextual_from:
+                rows[at : at + C] = encoding.item_rows + encoding.user_rows + count[:C]
             positions[at : at + C] = encoding.max_positions + count[:C]
+
+
+def _encode_from_end(arrays: Arrays, requests: Sequence[Request], layout: _Layout, encoding: Encoding) -> None:
+    """Write the positions and time buckets of `Encoding.from_end` over those from the start."""
+    positions, buckets = arrays["positions"], arrays["time_buckets"]
+    for i, r in enumerate(requests):
+        events, end = layout.events[i], layout.q_offsets[i + 1] - layout.targets[i]
+        first = max(layout.cached[i] - layout.contextual[i], 0)
+        at, begin = end - (events - first), layout.q_offsets[i]
+        positions[at:end] = np.minimum(events - np.arange(first, events), encoding.max_positions - 1)
+        positions[end : layout.q_offsets[i + 1]] = 0
+        buckets[end : layout.q_offsets[i + 1]] = 0
+        for places, times in (((at, end), r.history_timestamps[first:]), ((begin, at), np.zeros(at - begin))):
+            minutes = np.maximum(r.timestamp - times, 0) / 60
+            buckets[slice(*places)] = np.minimum(np.sqrt(minutes).astype(np.int64), encoding.time_buckets - 1)
+
+
+def _write_more(arrays: Arrays, requests: Sequence[Request], layout: _Layout) -> None:
+    """Write the arrays of `Encoding.arrays`. Contextual tokens have time 0, candidates the request's."""
+    if "num_contextuals" in arrays:
+        arrays["num_contextuals"][: len(requests)] = layout.contextual
+    for i, r in enumerate(requests) if "times" in arrays else ():
+        last, end = layout.q_offsets[i + 1], layout.q_offsets[i + 1] - layout.targets[i]
+        first = max(layout.cached[i] - layout.contextual[i], 0)
+        at = end - (layout.events[i] - first)
+        arrays["times"][at:end] = r.history_timestamps[first:]
+        arrays["times"][end:last] = r.timestamp
+        arrays["until"][at:end] = np.append(r.history_timestamps[first + 1 :], r.timestamp)[: end - at]
+        arrays["until"][end:last] = r.timestamp
 
 
 def _to_time_buckets(gaps: Int64Array, buckets: int) -> None:
@@ -334,7 +432,7 @@ def pack_slices(
     most = max((len(r.candidates) for r in requests), default=0)
     if not microbatch or not most:
         return [pack(requests, encoding, cached=cached, bucket=bucket, pin=pin, staged=staged)]
-    whole = [encoding.contextual_seq_len + len(r.history_items) for r in requests]
+    whole = [encoding.contextual(len(r.history_items)) + len(r.history_items) for r in requests]
     slices = [slice(begin, begin + microbatch) for begin in range(0, most, microbatch)]
     return [
         pack(requests, encoding, cached=cached, candidates=slice(0), pin=pin),

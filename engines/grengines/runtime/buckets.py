@@ -77,7 +77,8 @@ def total_buckets(least: int, most: int) -> list[int]:
 
 def token_count(request: Request, encoding: Encoding) -> int:
     """Return the tokens of a request: contextual, history and candidates."""
-    return encoding.contextual_seq_len + len(request.history_items) + len(request.candidates)
+    events = len(request.history_items)
+    return encoding.contextual(events) + events + len(request.candidates)
 
 
 def plan_buckets(

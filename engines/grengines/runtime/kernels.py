@@ -28,7 +28,8 @@ def choose(
     auto may take. Raises UnavailableError, naming the variants that would run, if a named one can't run.
     """
     qk_dim, v_dim = (model.qk_dim, model.v_dim) if isinstance(model, HSTUConfig) else (model.head_dim, model.head_dim)
-    sizes = Sizes(model.embedding_dim, model.heads, qk_dim, v_dim, INTERACTING, page, captured)
+    extras = (model.attention_extras, model.gate_extras) if isinstance(model, HSTUConfig) else ()
+    sizes = Sizes(model.embedding_dim, model.heads, qk_dim, v_dim, INTERACTING, page, captured, *extras)
     try:
         return choice.choose(kernels, device=device, dtype=precision, sizes=sizes, allowed=allowed)
     except choice.RefusedError as e:

@@ -15,7 +15,7 @@ from grengines.models.decoder.model import level_logits
 from grengines.models.hstu import beam
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator, PromptKeys
-from grengines.models.hstu.model import EPS, HSTULayer
+from grengines.models.hstu.model import HSTULayer
 from grengines.semantic.search import explore
 from grengines.semantic.trie import TensorTrie
 from grengines.vllm import compat
@@ -135,7 +135,7 @@ class HSTUForRetrieval(nn.Module):
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Return the logits of every token, fp32 [rows, V]."""
         generator = self.generator
-        y = generator.kernels.layer_norm(hidden_states, generator.norm.weight, generator.norm.bias, eps=EPS)
+        y = generator.norm(hidden_states, generator.kernels)
         return nn.functional.linear(y.float(), generator.token_table.float())
 
     def search(

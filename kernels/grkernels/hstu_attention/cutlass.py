@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from math import gcd
 
 import torch
 from torch import Tensor
 
-from grkernels import cute_common, tuning
+from grkernels import capabilities, cute_common, tuning
 from grkernels.cute_common import ELEMENTS
 from grkernels.cute_launch import Launcher
 from grkernels.hstu_attention.keys import tuning_key
@@ -145,8 +146,12 @@ def _check_rows(name: str, x: Tensor) -> None:
         )
 
 
-def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0) -> str | None:
-    """Return None for Hopper, half precision and head sizes 16 to 256 in steps of 16, else the reason."""
+def supports(
+    *, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0, extras: Sequence[str] = ()
+) -> str | None:
+    """Return None for Hopper, half precision, head sizes 16 to 256 in steps of 16 and no extras, else the reason."""
+    if missing := capabilities.lacking(extras):
+        return missing
     if dtype not in ("fp16", "bf16"):
         return f"dtype {dtype} is neither fp16 nor bf16 (variants that support it: torch, triton)"
     if any(d % 16 or not 16 <= d <= 256 for d in (qk_dim, v_dim)):

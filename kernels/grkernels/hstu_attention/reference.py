@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grkernels.hstu_attention.extras import LOG_STEP, NONE, Extras
+
 ROWS = 1024  # of a dense mask at a time: one of 16384 x 16384 takes gigabytes, and half of it is masked
 SCORES = 2**26  # at a time, if a head has fewer: short sequences need few launches
+
+
+def positions(n: int, num_targets: int, contextual_seq_len: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the position of each token, int64 [n]. spec.py describes positions in words."""
+    shift = max(contextual_seq_len - 1, 0)
+    i = (torch.arange(n, device=device) - shift).clamp(min=0)
+    return i.clamp(max=n - shift - num_targets) if num_targets > 0 else i
 
 
 def hstu_mask(
@@ -16,24 +25,45 @@ def hstu_mask(
     max_attn_len: int,
     device: torch.device | str = "cpu",
     rows: slice = slice(None),
+    extras: Extras = NONE,
 ) -> Tensor:
     """Return bool [n, n]: True if row i may see column j. spec.py describes the mask in words. rows: only these."""
-    i = torch.arange(n, device=device)
-    diagonal = i[rows, None] == i[None, :]
-    m = n
-    if contextual_seq_len > 0:
-        i = (i - contextual_seq_len + 1).clamp(min=0)
-        m = n - contextual_seq_len + 1
-    if num_targets > 0:
-        m -= num_targets
-        i = i.clamp(max=m)
+    index = torch.arange(n, device=device)
+    i = positions(n, num_targets, contextual_seq_len, device)
+    m = n - max(contextual_seq_len - 1, 0) - num_targets
     row, column = i[rows, None], i[None, :]
-    mask = diagonal | (row > column)
+    mask = (index[rows, None] == index[None, :]) | (row > column)
+    if extras.target_group_size > 1:
+        group = (index - (n - num_targets)) // extras.target_group_size  # negative: no candidate
+        later = index[rows, None] >= index[None, :]
+        mask = mask | ((group[rows, None] == group[None, :]) & (group[None, :] >= 0) & later)
     if max_attn_len > 0:
-        mask = mask & (row - column <= max_attn_len)
+        near = row - column <= max_attn_len
+        if extras.min_full_attn_seq_len > 0:
+            near = near | (row >= m - extras.min_full_attn_seq_len)
+        mask = mask & near
     if contextual_seq_len > 0:
         mask = mask | ((row == 0) & (column < m))
     return mask
+
+
+def score_bias(
+    row_positions: Tensor,
+    column_positions: Tensor,
+    row_times: Tensor | None,
+    column_times: Tensor | None,
+    extras: Extras,
+) -> Tensor | float:
+    """Return the fp32 bias of scores of these rows and columns, [..., rows, columns], or 0 without tables."""
+    bias: Tensor | float = 0.0
+    if extras.position_bias is not None:
+        distance = (row_positions[..., :, None] - column_positions[..., None, :]).clamp(min=0)
+        bias = bias + extras.position_bias.float()[distance.clamp(max=extras.position_bias.shape[0] - 1)]
+    if extras.time_bias is not None and row_times is not None and column_times is not None:
+        gap = (row_times[..., :, None] - column_times[..., None, :]).abs().clamp(min=1)
+        bucket = (gap.double().log() / LOG_STEP).long().clamp(max=extras.time_bias.shape[0] - 1)
+        bias = bias + extras.time_bias.float()[bucket]
+    return bias
 
 
 def hstu_attention(
@@ -54,6 +84,7 @@ def hstu_attention(
     v_pages: Tensor | None = None,
     page_table: Tensor | None = None,
     paged_lengths: Tensor | None = None,
+    extras: Extras = NONE,
 ) -> Tensor:
     """Compute (SiLU(alpha q k^T) * M / scaling_seqlen) v for every sequence and head. The family's signature.
 
@@ -69,6 +100,8 @@ def hstu_attention(
     k_pages [pages, page size, H, dqk], v_pages [pages, page size, H, dv], paged_lengths int64 [B].
     page_table: int32 [B, most pages], the i-th page of sequence b.
     k, v and kv_offsets hold the other tokens. max_kv_len bounds both together.
+
+    extras: masks and biases of other HSTU models. A time bias and pages exclude each other.
 
     Returns [Lq, H, dv] in v's dtype, computed in fp32. Rows after q_offsets[B] are zeros. On a GPU the caller must
     make fp32 products exact (no TF32). Raises ValueError for a sequence that is longer than the bounds or has more
@@ -91,17 +124,21 @@ def hstu_attention(
                 f"sequence {b}: {queries} queries, {n} keys; allowed is queries <= keys, "
                 f"at most max_q_len={max_q_len} and max_kv_len={max_kv_len}"
             )
+        contextual = contextual_seq_len if extras.num_contextuals is None else int(extras.num_contextuals[b])
+        place = positions(n, sequence_targets, contextual, q.device)
+        times = None if extras.column_times is None else extras.column_times[columns]
         for first in range(0, queries, ROWS):
             some = slice(rows.start + first, min(rows.start + first + ROWS, rows.stop))
             at = n - queries + first
-            mask = hstu_mask(
-                n, sequence_targets, contextual_seq_len, max_attn_len, q.device, slice(at, at + some.stop - some.start)
-            )
+            here = slice(at, at + some.stop - some.start)
+            mask = hstu_mask(n, sequence_targets, contextual, max_attn_len, q.device, here, extras)
             seen = mask.any(dim=0)  # what no row sees would only add zeros
+            own = None if extras.row_times is None else extras.row_times[some]
+            bias = score_bias(place[here], place[seen], own, None if times is None else times[seen], extras)
             mask, seen_keys, seen_values = mask[:, seen], keys[seen], values[seen]
             for heads in torch.arange(q.shape[1]).split(max(SCORES // mask.numel(), 1)):
                 h = slice(int(heads[0]), int(heads[-1]) + 1)
-                scores = alpha * (q[some, h].float().transpose(0, 1) @ seen_keys[:, h].float().permute(1, 2, 0))
+                scores = alpha * (q[some, h].float().transpose(0, 1) @ seen_keys[:, h].float().permute(1, 2, 0)) + bias
                 weights = torch.nn.functional.silu(scores) * mask / scaling_seqlen
                 out[some, h] = (weights @ seen_values[:, h].float().transpose(0, 1)).transpose(0, 1)
     return out.to(v.dtype)

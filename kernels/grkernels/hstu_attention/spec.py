@@ -9,6 +9,10 @@ A sequence of n tokens is C contextual tokens, then the history, then T candidat
 A token sees itself and every token at a smaller position, so never another candidate. A window W > 0
 hides tokens more than W positions back. Contextual tokens see each other and the whole history, with
 any window. Source: Zhai et al., "Actions Speak Louder than Words", ICML 2024.
+
+Options of other HSTU models (extras.py) change it so. In groups of G candidates, a candidate also sees those of its
+group that come before it. The candidates and the history's last F positions have no window. C may differ from sequence
+to sequence.
 """
 
 from __future__ import annotations
@@ -17,7 +21,14 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def visible_pairs(
-    n: int, num_targets: int = 0, contextual_seq_len: int = 0, max_attn_len: int = 0, delta: int | None = None
+    n: int,
+    num_targets: int = 0,
+    contextual_seq_len: int = 0,
+    max_attn_len: int = 0,
+    delta: int | None = None,
+    *,
+    target_group_size: int = 1,
+    min_full_attn_seq_len: int = 0,
 ) -> int:
     """Return the number of (row, column) pairs that the mask of one sequence admits: the exact work.
 
@@ -35,13 +46,26 @@ def visible_pairs(
     first = n - rows  # the first row that counts
     width = max(contextual_seq_len, 1)  # tokens at position 0
     m = n - num_targets - width + 1
-    if m <= 0:  # no more tokens than contextual ones and candidates: each sees itself only
-        return rows
+    candidate_rows = min(num_targets, rows)
+    G = target_group_size
+    grouped = _before_in_group(num_targets, G) - _before_in_group(num_targets - candidate_rows, G)
+    if m <= 0:  # no more tokens than contextual ones and candidates: each sees itself and its group only
+        return rows + grouped
     prefix_sees = n - num_targets if contextual_seq_len else 1
     prefix_rows = max(width - first, 0)
-    candidate_rows = min(num_targets, rows)
-    history = _sum_seen(max(first - width + 1, 1), m - 1, width, max_attn_len)
-    return prefix_rows * prefix_sees + history + candidate_rows * _sum_seen(m, m, width, max_attn_len)
+    F = min_full_attn_seq_len if max_attn_len else 0
+    full = max(m - F, 1)  # from this position on there is no window
+    low = max(first - width + 1, 1)
+    history = _sum_seen(low, min(full, m) - 1, width, max_attn_len)
+    history += _sum_seen(max(low, full), m - 1, width, 0) if F else 0
+    candidates = candidate_rows * _sum_seen(m, m, width, 0 if F else max_attn_len)
+    return prefix_rows * prefix_sees + history + candidates + grouped
+
+
+def _before_in_group(candidates: int, size: int) -> int:
+    """Return the sum over the first candidates of those before each in its group."""
+    groups, rest = divmod(candidates, size)
+    return groups * size * (size - 1) // 2 + rest * (rest - 1) // 2
 
 
 def _sum_seen(low: int, high: int, width: int, window: int) -> int:

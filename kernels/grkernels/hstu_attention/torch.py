@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grkernels.hstu_attention.extras import NONE, Extras
 from grkernels.hstu_attention.reference import hstu_attention as reference
+from grkernels.hstu_attention.reference import score_bias
 from grkernels.variant import KernelVariant
 
 # Memory for one tile's scores. It bounds the extra memory for any lengths, and the products of one tile fill a GPU.
@@ -34,6 +37,7 @@ def hstu_attention(
     v_pages: Tensor | None = None,
     page_table: Tensor | None = None,
     paged_lengths: Tensor | None = None,
+    extras: Extras = NONE,
     tiles: int = 0,
 ) -> Tensor:
     """Compute what reference.py specifies, in fp32, fp16 or bf16, with SiLU in fp32.
@@ -61,10 +65,13 @@ def hstu_attention(
     k_padded = k_padded.transpose(2, 3)  # [H, B, dqk, N]
 
     first_row = lengths - q_offsets.diff()[:, None]  # row, in its sequence, of the first query
-    m = lengths - max(contextual_seq_len - 1, 0)
+    contextual = contextual_seq_len if extras.num_contextuals is None else extras.num_contextuals[:, None]
+    shift = max(contextual - 1, 0) if isinstance(contextual, int) else (contextual - 1).clamp(min=0)
+    m = lengths - shift
     if num_targets is not None:
         m = m - num_targets[:, None]
-    column_positions = _positions(columns, m, contextual_seq_len)  # [B, N]
+    column_positions = _positions(columns, m, shift)  # [B, N]
+    biased = extras.position_bias is not None or extras.time_bias is not None
 
     # In half precision, dividing the weights by N would lose bits. The weights get half of the bits of N (an exact
     # power of two), so sums can't overflow fp16. The fp32 result gets the rest.
@@ -76,19 +83,20 @@ def hstu_attention(
     for begin, end in pairwise([*begins, max_q_len]):
         low, high = 0, max_kv_len
         if full and not (tiles and contextual_seq_len):
-            low, high = _columns_seen(begin, end, max_kv_len, num_targets is None, contextual_seq_len, max_attn_len)
+            window = 0 if extras.min_full_attn_seq_len else max_attn_len
+            low, high = _columns_seen(begin, end, max_kv_len, num_targets is None, contextual_seq_len, window)
         local = torch.arange(begin, end, device=q.device)
         rows = first_row + local  # [B, tile]
-        hidden = _hidden(
-            rows,
-            columns[low:high],
-            _positions(rows, m, contextual_seq_len),
-            column_positions[:, low:high],
-            m,
-            contextual_seq_len,
-            max_attn_len,
-        )
+        row_positions = _positions(rows, m, shift)
+        seen = column_positions[:, low:high]
+        hidden = _hidden(rows, columns[low:high], row_positions, seen, m, contextual, max_attn_len, extras)
+        if extras.target_group_size > 1 and num_targets is not None:
+            hidden = hidden & ~_same_group(rows, columns[low:high], lengths, num_targets, extras.target_group_size)
         scores = torch.matmul(_pad(q, q_offsets, local), k_padded[..., low:high]).float().mul_(alpha)
+        if biased:
+            row_times = _pad_times(extras.row_times, q_offsets, local)
+            column_times = _pad_times(extras.column_times, kv_offsets, columns[low:high])
+            scores = scores + score_bias(row_positions, seen, row_times, column_times, extras)
         weights = F.silu(scores, inplace=True).masked_fill_(hidden, 0.0).mul_(pre_scale).to(v.dtype)
         summed = torch.matmul(weights, v_padded[:, :, low:high])
         padded[:, :, begin:end] = summed.float().mul_(1.0 / (scaling_seqlen * pre_scale)).to(v.dtype)
@@ -129,9 +137,24 @@ def _pad_paged(
     return torch.where((columns < paged_lengths[:, None])[:, :, None], cached, new)
 
 
-def _positions(index: Tensor, m: Tensor, contextual_seq_len: int) -> Tensor:
-    """Convert an index in the sequence to a position of the mask (spec.py). m: int64 [B, 1]. Returns int64 [B, ...]."""
-    return torch.minimum((index - max(contextual_seq_len - 1, 0)).clamp(min=0), m)
+def _positions(index: Tensor, m: Tensor, shift: int | Tensor) -> Tensor:
+    """Convert an index in the sequence to a position of the mask (spec.py). Returns int64 [B, ...].
+
+    m: int64 [B, 1]. shift: contextual tokens less one, or 0; int64 [B, 1] if sequences differ.
+    """
+    return torch.minimum((index - shift).clamp(min=0), m)
+
+
+def _pad_times(times: Tensor | None, offsets: Tensor, local: Tensor) -> Tensor | None:
+    """Return times int64 [L] of rows `local` of every sequence, [B, len(local)]; any time past a sequence's end."""
+    return None if times is None else times[(offsets[:-1, None] + local).clamp(max=times.shape[0] - 1)]
+
+
+def _same_group(rows: Tensor, columns: Tensor, lengths: Tensor, num_targets: Tensor, size: int) -> Tensor:
+    """Return bool [B, rows, columns]: both are candidates of one group, and the row does not come first."""
+    first = lengths - num_targets[:, None]
+    row, column = (rows - first)[:, :, None], (columns - first)[:, None, :]
+    return (row >= column) & (column >= 0) & (row // size == column // size)
 
 
 def _hidden(
@@ -140,19 +163,25 @@ def _hidden(
     row_positions: Tensor,
     column_positions: Tensor,
     m: Tensor,
-    contextual_seq_len: int,
+    contextual: int | Tensor,
     max_attn_len: int,
+    extras: Extras = NONE,
 ) -> Tensor:
-    """Return bool [B, rows, columns]: True if the mask is 0.
+    """Return bool [B, rows, columns]: True if the mask is 0, groups of candidates aside.
 
-    A place past the sequence's end is at position m or later, so no row of the sequence sees it.
+    A place past the sequence's end is at position m or later, so no row of the sequence sees it. contextual: tokens of
+    every sequence, or int64 [B, 1].
     """
     row, column = row_positions[:, :, None], column_positions[:, None, :]
     visible = row > column
-    if max_attn_len:
+    if max_attn_len and extras.min_full_attn_seq_len:
+        visible &= (row - column <= max_attn_len) | (row >= m[:, :, None] - extras.min_full_attn_seq_len)
+    elif max_attn_len:
         visible &= row - column <= max_attn_len
     visible |= rows[:, :, None] == columns
-    if contextual_seq_len:
+    if isinstance(contextual, Tensor):
+        visible |= (row == 0) & (column < m[:, :, None]) & (contextual > 0)[:, :, None]
+    elif contextual:
         visible |= (row == 0) & (column < m[:, :, None])
     return visible.logical_not_()
 
@@ -180,8 +209,10 @@ def _columns_seen(
     return (low if low >= max(contextual_seq_len, 1) else 0), high
 
 
-def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0) -> str | None:
-    """Return None for fp32, fp16 and bf16, else the reason. Any head size and device will do."""
+def supports(
+    *, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0, extras: Sequence[str] = ()
+) -> str | None:
+    """Return None for fp32, fp16 and bf16, else the reason. Any head size, option and device will do."""
     if dtype not in ("fp32", "fp16", "bf16"):
         return f"dtype {dtype} is none of fp32, fp16, bf16"
     return None

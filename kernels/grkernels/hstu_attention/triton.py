@@ -6,12 +6,16 @@ takes those that every row sees whole. Tiles that no row sees are in neither. Si
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from grkernels import triton_common, tuning
+from grkernels.hstu_attention import triton_extras
+from grkernels.hstu_attention.extras import NONE, Extras
 from grkernels.hstu_attention.keys import tuning_key
 from grkernels.hstu_attention.reference import hstu_attention as reference
 from grkernels.triton_common import INTERPRET, rounded
@@ -49,6 +53,7 @@ def hstu_attention(
     v_pages: Tensor | None = None,
     page_table: Tensor | None = None,
     paged_lengths: Tensor | None = None,
+    extras: Extras = NONE,
 ) -> Tensor:
     """Compute what reference.py specifies, in fp32, fp16 or bf16 with fp32 scores and sums.
 
@@ -57,6 +62,25 @@ def hstu_attention(
     heads, batch, qk_dim, v_dim = q.shape[1], q_offsets.shape[0] - 1, q.shape[2], v.shape[2]
     if 0 in (q.shape[0], batch, max_q_len):
         return v.new_zeros(q.shape[0], heads, v_dim)
+    if extras is not NONE:
+        return triton_extras.hstu_attention(
+            q,
+            k,
+            v,
+            q_offsets=q_offsets,
+            kv_offsets=kv_offsets,
+            num_targets=num_targets,
+            max_q_len=max_q_len,
+            scaling_seqlen=scaling_seqlen,
+            alpha=alpha,
+            contextual_seq_len=contextual_seq_len,
+            max_attn_len=max_attn_len,
+            k_pages=k_pages,
+            v_pages=v_pages,
+            page_table=page_table,
+            paged_lengths=paged_lengths,
+            extras=extras,
+        )
     out = v.new_empty(q.shape[0], heads, v_dim)
     key = tuning_key(
         q=q,
@@ -311,7 +335,9 @@ def _silu(t: tl.tensor) -> tl.tensor:
     return t * tanh + t
 
 
-def supports(*, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0) -> str | None:
+def supports(
+    *, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0, extras: Sequence[str] = ()
+) -> str | None:
     """Return None for a GPU (or the interpreter) and head sizes up to 256, else the reason."""
     if max(qk_dim, v_dim) > 256:
         return f"head sizes {qk_dim} and {v_dim}: at most 256 (any size: torch)"

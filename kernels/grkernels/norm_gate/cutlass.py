@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -11,11 +12,12 @@ import torch
 from cutlass import Float32, Int32, Int64, cute
 from torch import Tensor
 
-from grkernels import cute_common, tuning
+from grkernels import capabilities, cute_common, tuning
 from grkernels.cute_common import ELEMENTS, WARP, ElementPointer, ahead, load_row, rounded, store_row, wide
 from grkernels.cute_launch import Launcher
 from grkernels.layer_norm.cutlass import CANDIDATES as CANDIDATES
-from grkernels.layer_norm.cutlass import default_config, normed, place_of, supports, tuning_key
+from grkernels.layer_norm.cutlass import default_config, normed, place_of, tuning_key
+from grkernels.layer_norm.cutlass import supports as supports_width
 from grkernels.norm_gate.reference import norm_gate as reference
 from grkernels.variant import KernelVariant
 
@@ -94,6 +96,11 @@ def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float)
             cute_common.stream(u.device),
         )
     return out
+
+
+def supports(*, device: str, dtype: str, width: int, extras: Sequence[str] = ()) -> str | None:
+    """Return None, or why these arguments are not supported."""
+    return capabilities.lacking(extras) or supports_width(device=device, dtype=dtype, width=width)
 
 
 @cache

@@ -11,10 +11,17 @@ from grkernels.norm_gate.reference import norm_gate as reference
 from grkernels.variant import KernelVariant
 
 
-def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+def norm_gate(
+    u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float, groups: int = 1, concat: bool = True
+) -> Tensor:
     """Compute what reference.py defines."""
     u, a = F.silu(u), a.flatten(1)
-    return torch.cat([u, a, u * F.layer_norm(a, weight.shape, weight, bias, eps)], dim=1)
+    if groups == 1:
+        normed = F.layer_norm(a, weight.shape, weight, bias, eps)
+    else:
+        parts = a.unflatten(1, (groups, -1))
+        normed = F.layer_norm(parts, parts.shape[2:], eps=eps).flatten(1) * weight + bias
+    return torch.cat([u, a, u * normed], dim=1) if concat else u * normed
 
 
 VARIANT = KernelVariant("norm_gate", "torch", norm_gate, reference, capabilities.eager)

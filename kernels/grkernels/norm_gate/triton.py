@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton.language as tl
 from torch import Tensor
 
@@ -32,16 +34,24 @@ def _kernel(
     W: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CONCAT: tl.constexpr,
 ) -> None:
+    """Compute L rows of W values, each of which is a group of a whole row of GROUPS * W."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK_W)[None, :]
     mask = (row < L) & (column < W)
-    w = tl.load(weight + column, mask=column < W, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=column < W, other=0.0).to(tl.float32)
-    gate = tl.load(u + row * u_stride + column, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(a + row * a_stride + column, mask=mask, other=0.0)
-    place = out + row * (3 * W) + column
-    tl.store(place + W, x, mask=mask)
+    whole, first = row, 0
+    if GROUPS > 1:
+        whole, first = row // GROUPS, (row % GROUPS) * W
+    w = tl.load(weight + first + column, mask=column < W, other=0.0).to(tl.float32)
+    b = tl.load(bias + first + column, mask=column < W, other=0.0).to(tl.float32)
+    gate = tl.load(u + whole * u_stride + first + column, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(a + whole * a_stride + first + column, mask=mask, other=0.0)
+    place = out + whole * (GROUPS * W) + first + column
+    if CONCAT:
+        place = out + whole * (3 * GROUPS * W) + first + column
+        tl.store(place + GROUPS * W, x, mask=mask)
     x = x.to(tl.float32)
     # The row is in registers, so the exact variance (of differences to the mean) costs no second read.
     centred = tl.where(column < W, x - tl.sum(x, axis=1, keep_dims=True) / W, 0.0)
@@ -49,8 +59,10 @@ def _kernel(
     # AOTInductor passes eps in fp64.
     normed = centred * tl.rsqrt(variance + tl.cast(eps, tl.float32)) * w + b
     gate = gate / (1.0 + tl.exp(-gate))
-    tl.store(place, rounded(gate, out.dtype.element_ty), mask=mask)
-    tl.store(place + 2 * W, rounded(gate * normed, out.dtype.element_ty), mask=mask)
+    if CONCAT:
+        tl.store(place, rounded(gate, out.dtype.element_ty), mask=mask)
+        place += 2 * GROUPS * W
+    tl.store(place, rounded(gate * normed, out.dtype.element_ty), mask=mask)
 
 
 def tuning_key(width: int) -> str:
@@ -58,10 +70,13 @@ def tuning_key(width: int) -> str:
     return tuning.key(width=width)
 
 
-def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+def norm_gate(
+    u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float, groups: int = 1, concat: bool = True
+) -> Tensor:
     """Compute what reference.py defines."""
     (L, W), a = u.shape, a.flatten(1)
-    out = a.new_empty(L, 3 * W)
+    out = a.new_empty(L, 3 * W if concat else W)
+    L, W = L * groups, W // groups
     if L:
         u, a = (x if x.stride(1) == 1 else x.contiguous() for x in (u, a))
         block = tuning.bucket(W)
@@ -70,11 +85,11 @@ def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float)
         config = tuning.choose("norm_gate", "triton", tuning_key(W), default)
         rows = config["rows"]
         grid, strides = (-(-L // rows), 1, 1), (u.stride(0), a.stride(0))
-        _kernel(grid, (u, a, weight, bias, out), strides, (L, eps), (W, rows, block), config["warps"])
+        _kernel(grid, (u, a, weight, bias, out), strides, (L, eps), (W, rows, block, groups, concat), config["warps"])
     return out
 
 
-def supports(*, device: str, dtype: str, width: int) -> str | None:
+def supports(*, device: str, dtype: str, width: int, extras: Sequence[str] = ()) -> str | None:
     """Return None if the variant can run this size, else the reason."""
     if width > MAX_WIDTH:
         return f"width {width} is over {MAX_WIDTH}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator
-from grengines.models.hstu.model import EPS, HSTULayer, HSTURanker
+from grengines.models.hstu.model import HSTULayer, HSTURanker
 from grengines.runtime.batch import JaggedBatch
 
 START = 0.05  # standard deviation of the tables at the start of training
@@ -48,7 +48,9 @@ def generator_hidden(model: HSTUGenerator, tokens: Tensor, dropout: float = 0.0)
 
 def generator_features(model: HSTUGenerator, hidden: Tensor) -> Tensor:
     """Return the fp32 vectors [rows, E] of hidden rows, whose products with token vectors are the model's logits."""
-    return F.layer_norm(hidden.float(), model.norm.weight.shape, model.norm.weight, model.norm.bias, EPS).float()
+    return F.layer_norm(
+        hidden.float(), model.norm.weight.shape, model.norm.weight, model.norm.bias, model.norm.eps
+    ).float()
 
 
 def ranker_logits(model: HSTURanker, batch: JaggedBatch, dropout: float = 0.0) -> Tensor:
@@ -84,12 +86,12 @@ def _layers(
     x = F.dropout(x, dropout)
     for layer in layers:
         assert isinstance(layer, HSTULayer)
-        y = F.layer_norm(x, layer.norm.weight.shape, layer.norm.weight, layer.norm.bias, EPS)
+        y = F.layer_norm(x, layer.norm.weight.shape, layer.norm.weight, layer.norm.bias, layer.eps)
         u, v, q, k = layer.uvqk(y).split(layer.widths, dim=-1)
         v, q, k = (t.unflatten(2, (layer.heads, -1)).transpose(1, 2) for t in (v, q, k))  # [B, H, n, d]
         weights = F.silu(alpha * q @ k.transpose(2, 3)) * mask / config.scaling_seqlen
         a = (weights @ v).transpose(1, 2).flatten(2)
         u, norm = F.silu(u), layer.attention_norm
-        gated = torch.cat([u, a, u * F.layer_norm(a, norm.weight.shape, norm.weight, norm.bias, EPS)], dim=-1)
+        gated = torch.cat([u, a, u * F.layer_norm(a, norm.weight.shape, norm.weight, norm.bias, layer.eps)], dim=-1)
         x = x + F.dropout(F.linear(gated, layer.out.weight), dropout)
     return x

@@ -45,7 +45,7 @@ def search(
     check_width(width, k)
     kept = [model.prompt(p) for p in prompts]
     with borrowed(pool, [len(p) for p in kept]) as pages:
-        batch = pack_prompts(kept, pages, pool).to(model.token_table.device)
+        batch = pack_prompts(kept, pages, pool, timed=model.timed).to(model.token_table.device)
         found = run(model, trie, batch, pool, width=width, k=k)
     return Beams(*(x.cpu().numpy() for x in found))
 
@@ -99,7 +99,7 @@ def prefix_scores(model: HSTUGenerator, prompt: np.ndarray, codes: np.ndarray, p
     kept = model.prompt(prompt)
     chosen = torch.from_numpy(codes.astype(np.int64)).to(device)
     with borrowed(pool, [len(kept)]) as pages:
-        prompts = pack_prompts([kept], pages, pool).to(device)
+        prompts = pack_prompts([kept], pages, pool, timed=model.timed).to(device)
         hidden = model.full(prompts, pool)[prompts.last_rows].expand(len(codes), -1)
         before: list[list[Codes]] = []
         columns = []
@@ -125,7 +125,7 @@ def reference(model: HSTUGenerator, trie: TensorTrie, prompts: Sequence[np.ndarr
                 chosen = zip(parents[0].tolist(), codes[0].tolist(), strict=True)
                 beams = [np.append(beams[parent], model.offsets[level - 1] + code) for parent, code in chosen]
             device = model.token_table.device
-            last = torch.stack([model.full(pack_prompts([beam]).to(device))[-1] for beam in beams])
+            last = torch.stack([model.full(pack_prompts([beam], timed=model.timed).to(device))[-1] for beam in beams])
             return model.logits(last, level)
 
         return explore(advance, trie, 1, width=width, k=k)

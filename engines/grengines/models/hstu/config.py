@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
+from grengines.models.hstu.variant import ATTENTION, DEFAULT, GATE, VARIANTS, Variant, differing
 from grengines.options import option
 
 INTERACTING = 4  # interacting vectors of a candidate: encoded, item, position, time
@@ -11,9 +14,10 @@ INTERACTING = 4  # interacting vectors of a candidate: encoded, item, position, 
 
 @dataclass
 class HSTUConfig:
-    """Shape of an HSTU ranking model.
+    """Shape of an HSTU ranking model, and whose HSTU it is.
 
-    Source: Zhai et al., ICML 2024, section 3. docs/ARCHITECTURE.md has the maths.
+    Source: Zhai et al., ICML 2024. docs/ARCHITECTURE.md has the maths. The options after `variant` replace single
+    choices of that variant; null: its own.
     """
 
     name: str = option("hstu", "name of the model in records")
@@ -24,22 +28,129 @@ class HSTUConfig:
     v_dim: int = option(32, "width of a head's values", ge=1, le=512)
     contextual_seq_len: int = option(0, "user-feature tokens before the history", ge=0, le=64)
     max_attn_len: int = option(0, "sliding window in tokens; 0: unlimited", ge=0)
-    alpha: float | None = option(None, "scale of q k^T; null: 1/sqrt(qk_dim)", gt=0)
+    alpha: float | None = option(None, "scale of q k^T; null: the variant's, else 1/sqrt(qk_dim)", gt=0)
     scaling_seqlen: int = option(1024, "N, by which attention is divided; the same for every batch", ge=1)
     max_positions: int = option(1024, "rows of the position table; later positions share the last row", ge=2)
-    time_buckets: int = option(64, "log2-spaced buckets of the gap before each event, in seconds", ge=2, le=4096)
+    time_buckets: int = option(64, "rows of the time table; later times share the last row", ge=2, le=4096)
     embedding_rows: int = option(1_000_000, "most rows of the item table; more items share rows", ge=1)
     head_dim: int = option(64, "hidden width of the ranking head", ge=1)
     interaction: bool = option(False, "the head also gets the dot products of a candidate's vectors (DLRM)")
     tasks: list[str] = option(["engagement", "retention", "monetisation"], "outputs of the ranking head")
     weights: str | None = option(None, "safetensors file; null: random weights from `seed`", file=True)
+    variant: str = option(DEFAULT, "whose HSTU: see docs/ARCHITECTURE.md, Variants", choices=tuple(VARIANTS))
+    silu: str | None = option(None, "projections with a SiLU", choices=["u", "uvqk"])
+    output: str | None = option(
+        None, "what is projected after attention: [u, a, u norm(a)], or u norm(a) alone", choices=["concat", "gate"]
+    )
+    output_bias: bool | None = option(None, "the output projection has a bias")
+    group_norm: bool | None = option(None, "attention is normalised head by head, not as a whole")
+    eps: float | None = option(None, "eps of a layer's norms", gt=0, le=1)
+    position_bias: bool | None = option(
+        None, "scores have a bias by the distance, of `max_positions` rows in each layer"
+    )
+    time_bias: int | None = option(
+        None, "rows of a bias by the time from the key to what follows the query; 0: none", ge=0, le=4096
+    )
+    target_group_size: int | None = option(
+        None, "candidates that follow each other and see those before them in their group", ge=1
+    )
+    min_full_attn_seq_len: int | None = option(
+        None, "the candidates and this many last events have no window; 0: all have it", ge=0
+    )
+    contextual_mask: str | None = option(
+        None, "what contextual tokens see: the whole history, or the tokens before them", choices=["history", "causal"]
+    )
+    contextual_from: int | None = option(None, "events from which on a user has contextual tokens", ge=0)
+    contextual_missing: str | None = option(
+        None, "what a user with fewer has in their place: no tokens, or blank ones", choices=["none", "blank"]
+    )
+    encoder: str | None = option(
+        None, "start: positions from the start, log2 of gaps; end: from the end, root of minutes before the request",
+        choices=["start", "end"],
+    )  # fmt: skip
+    actions: str | None = option(
+        None, "a vector for each action bit, to be added up, or for each combination", choices=["bits", "combinations"]
+    )
+    target_action: bool | None = option(None, "candidates have a vector instead of actions")
+    clock: bool | None = option(None, "the head also gets the hour and the weekday of the request")
+    final_norm: str | None = option(None, "norm after the last layer", choices=["layer", "l2", "none"])
+    item_tower: str | None = option(
+        None, "what the head multiplies candidates by: a table's row, or an MLP of the item's vector",
+        choices=["none", "table", "mlp"],
+    )  # fmt: skip
+    head: str | None = option(
+        None, "activation of the head; swish_norm: x sigmoid(LayerNorm(x))",
+        choices=["silu", "swish_norm", "relu", "gelu"],
+    )  # fmt: skip
+    head_eps: float | None = option(None, "eps of the norms after the last layer", gt=0, le=1)
 
     @property
     def interactions(self) -> int:
         """Dot products of each candidate in the input of the ranking head."""
         return INTERACTING * (INTERACTING - 1) // 2 if self.interaction else 0
 
+    @property
+    def choices(self) -> Variant:
+        """The variant with the options that replace its own."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Variant)}
+        return dataclasses.replace(VARIANTS[self.variant], **{k: v for k, v in own.items() if v is not None})
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of q k^T."""
+        return self.choices.alpha or 1.0 / math.sqrt(self.qk_dim)
+
+    @property
+    def attention_extras(self) -> tuple[str, ...]:
+        """Options of attention that are not grbench's own."""
+        extras = differing(self.choices, ATTENTION)
+        return (*extras, f"model.contextual_from={self.choices.contextual_from}") if self.sparse_contextual else extras
+
+    @property
+    def gate_extras(self) -> tuple[str, ...]:
+        """Options between attention and the output projection that are not grbench's own."""
+        return differing(self.choices, GATE)
+
+    @property
+    def sparse_contextual(self) -> bool:
+        """True if some users have no contextual tokens."""
+        c = self.choices
+        return self.contextual_seq_len > 0 and c.contextual_from > 0 and c.contextual_missing == "none"
+
+    @property
+    def attended_contextual(self) -> int:
+        """Contextual tokens that see the whole history."""
+        return self.contextual_seq_len if self.choices.contextual_mask == "history" else 0
+
 
 def contradiction(config: HSTUConfig) -> str | None:
     """Return None, or the options that do not fit together."""
-    return None if config.tasks else "model.tasks=[]: name at least one output of the ranking head"
+    c = config.choices
+    if not config.tasks:
+        return "model.tasks=[]: name at least one output of the ranking head"
+    if c.encoder == "end" and config.interaction:
+        return "model.interaction=true and model.encoder=end: the dot products are grbench's; set one of them otherwise"
+    if config.interaction and c.item_tower != "none":
+        return f"model.interaction=true and model.item_tower={c.item_tower}: set one of them; the head has one input"
+    if config.sparse_contextual and c.contextual_mask == "causal":
+        return (
+            "model.contextual_missing=none and model.contextual_mask=causal: a causal mask knows no missing tokens; "
+            "set model.contextual_missing=blank or model.contextual_mask=history"
+        )
+    return None
+
+
+def stale_states(config: HSTUConfig) -> str | None:
+    """Return None if keys and values of a user's history stay valid at his next visit, else why they do not."""
+    c, reason = config.choices, ""
+    if c.encoder == "end":
+        reason = "model.encoder=end counts positions and times back from the request, so each visit changes every token"
+    elif c.time_bias:
+        reason = f"model.time_bias={c.time_bias} looks at the event that follows a token, which the last one lacks"
+    elif c.min_full_attn_seq_len and config.max_attn_len:
+        reason = f"model.min_full_attn_seq_len={c.min_full_attn_seq_len} widens the window of a user's last events only"
+    elif config.contextual_seq_len and c.contextual_from:
+        reason = f"model.contextual_from={c.contextual_from} changes a user's first tokens when he has enough events"
+    if not reason:
+        return None
+    return f"{reason}: states of earlier visits would be stale; set cache=none, or model.variant={DEFAULT}"

@@ -8,24 +8,26 @@ prompt's keys and values are therefore read once for all beams.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grengines.api import Request, Retrieval
 from grengines.cache.pool import PagePool
 from grengines.models.hstu.config import HSTUConfig
-from grengines.models.hstu.model import EPS, HSTULayer, allocate, initialise
+from grengines.models.hstu.head import FinalNorm
+from grengines.models.hstu.model import HSTULayer, allocate, initialise, masks_of
 from grengines.models.hstu.weights import load_weights
 from grengines.runtime import staging
 from grengines.runtime.batch import Bucket
 from grengines.semantic.ids import prompt_of
+from grkernels.hstu_attention.extras import Extras
 from grkernels.operators import Operators
 
 Codes = tuple[Tensor, Tensor]  # keys [rows, H, dqk] and values [rows, H, dv] of one level's codes in one layer
@@ -59,6 +61,8 @@ class Prompts(PromptKeys):
     slots: Tensor  # int64 [L]: slots of the pool; -1 for padding
     offsets: Tensor  # int64 [B + 1]
     last_rows: Tensor  # int64 [B]: row of each prompt's last token
+    times: Tensor | None = None  # int64 [L], seconds: if the prompts have them, as the next
+    until: Tensor | None = None  # int64 [L]
 
 
 @dataclass
@@ -94,11 +98,12 @@ def pack_prompts(
     *,
     bucket: Bucket | None = None,
     pin: bool = False,
+    timed: bool = False,
 ) -> HostPrompts:
-    """Pack prompts (int64 [tokens], none empty).
+    """Pack prompts (int64 [tokens], or [tokens, 3] as `timed_prompt` makes them; none empty).
 
     pages: the pages of each prompt's keys and values in the pool; without a pool they are not stored. bucket: pad to
-    its sizes. Raises ValueError for prompts that don't fit the bucket.
+    its sizes. timed: with the times of [tokens, 3]. Raises ValueError for prompts that don't fit the bucket.
     """
     lengths = [len(p) for p in prompts]
     B, L, longest = len(prompts), sum(lengths), max(lengths, default=1)
@@ -108,6 +113,7 @@ def pack_prompts(
         B, L, longest = bucket.batch, bucket.batch * bucket.length, bucket.length
     width = pool.pages_for(longest) if pool is not None else 0
     sizes = {"tokens": L, "positions": L, "slots": L, "offsets": B + 1, "lengths": B, "last_rows": B}
+    sizes |= {"times": L, "until": L} if timed else {}
     sizes["page_table"] = -(-B * width // 2)
     buffer = staging.zeros(sum(sizes.values()), pin)
     values, ends = buffer.numpy(), accumulate(sizes.values())
@@ -118,13 +124,23 @@ def pack_prompts(
     table = arrays["page_table"].view(np.int32)[: B * width].reshape(B, width)
     for b, prompt in enumerate(prompts):
         begin, end = arrays["offsets"][b : b + 2]
-        arrays["tokens"][begin:end] = prompt
+        arrays["tokens"][begin:end] = prompt if prompt.ndim == 1 else prompt[:, 0]
+        if timed and prompt.ndim == 2:
+            arrays["times"][begin:end], arrays["until"][begin:end] = prompt[:, 1], prompt[:, 2]
         arrays["positions"][begin:end] = np.arange(len(prompt))
         arrays["last_rows"][b] = end - 1
         if pool is not None:
             arrays["slots"][begin:end] = pool.slots(pages[b], 0, len(prompt))
             table[b, : len(pages[b])] = pages[b]
     return HostPrompts(buffer, sizes, width, longest, sum(lengths))
+
+
+def timed_prompt(retrieval: Retrieval, request: Request) -> np.ndarray:
+    """Return the codes of a history, the time of each, and that of what follows it: int64 [tokens, 3]."""
+    times = request.history_timestamps
+    until = np.append(times[1:], request.timestamp)[: len(times)]
+    columns = [retrieval.prompt(request), *(np.repeat(t, retrieval.ids.levels) for t in (times, until))]
+    return np.stack(columns, axis=1)
 
 
 class HSTUGenerator(nn.Module):
@@ -136,14 +152,20 @@ class HSTUGenerator(nn.Module):
 
     def __init__(self, config: HSTUConfig, sizes: Sequence[int], kernels: Operators) -> None:
         super().__init__()
+        self.masks, self.timed = masks_of(config), config.choices.time_bias > 0
+        if self.masks is not None and len(sizes) > 1:
+            raise ValueError(
+                f"{', '.join(config.attention_extras)}: a search over {len(sizes)} levels of codes has grbench's own "
+                "attention only; set retrieval.levels=1"
+            )
         self.config, self.sizes, self.kernels = config, tuple(sizes), kernels
         self.offsets = [0, *accumulate(sizes)]
-        self.alpha = config.alpha if config.alpha is not None else 1.0 / math.sqrt(config.qk_dim)
+        self.alpha = config.score_scale
         E = config.embedding_dim
         self.token_table = nn.Parameter(torch.empty(self.offsets[-1] + 1, E))
         self.position_table = nn.Parameter(torch.empty(config.max_positions + len(self.sizes), E))
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(E, EPS)
+        self.norm = FinalNorm(E, config.choices.final_norm, config.choices.head_eps)
 
     @classmethod
     def build(
@@ -167,14 +189,21 @@ class HSTUGenerator(nn.Module):
         allocate(model)
         model.requires_grad_(False).eval()
         if weights is None:
-            initialise(model, seed)
+            initialise(model, config, seed)
         else:
             load_weights(model, weights)
         return model.to(device=device, dtype=dtype)
 
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
-        """Return the last whole items within max_positions tokens int64 [n], or the begin token if there are none."""
+        """Return the last whole items within max_positions tokens, or the begin token if there are none.
+
+        tokens: int64 [n], or [n, 3] with times.
+        """
         return prompt_of(tokens, self.sizes, self.config.max_positions)
+
+    def prompt_of(self, retrieval: Retrieval, request: Request) -> np.ndarray:
+        """Return the prompt of a request, with times if the layers read them."""
+        return self.prompt(timed_prompt(retrieval, request) if self.timed else retrieval.prompt(request))
 
     def full(self, prompts: Prompts, pool: PagePool | None = None) -> Tensor:
         """Prefill: encode every token from those before it, [L, E]. pool: also store keys and values there."""
@@ -184,7 +213,13 @@ class HSTUGenerator(nn.Module):
             u, q, k, v = layer.project(x, self.kernels)
             if pool is not None:
                 self.kernels.paged_write(k, v, prompts.slots, pool.k[i], pool.v[i])
-            a = self._attend(q, k, v, prompts.offsets, None, prompts.longest, prompts.longest)
+            more: dict[str, Any] = {}
+            if self.masks is not None:
+                bias, times = (layer.position_bias, layer.time_bias), (prompts.until, prompts.times)
+                more["extras"] = Extras(
+                    position_bias=bias[0], time_bias=bias[1], row_times=times[0], column_times=times[1]
+                )
+            a = self._attend(q, k, v, prompts.offsets, None, prompts.longest, prompts.longest, **more)
             x = layer.combine(x, u, a, self.kernels)
         return x
 
@@ -226,7 +261,7 @@ class HSTUGenerator(nn.Module):
 
     def logits(self, x: Tensor, level: int) -> Tensor:
         """Return fp32 logits [rows, codes of the level] of vectors [rows, E]."""
-        y = self.kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=EPS)
+        y = self.norm(x, self.kernels)
         table = self.token_table[self.offsets[level] : self.offsets[level + 1]]
         return F.linear(y.float(), table.float())
 
@@ -247,7 +282,7 @@ class HSTUGenerator(nn.Module):
         targets: Tensor | None,
         max_q_len: int,
         max_kv_len: int,
-        **pages: Tensor,
+        **more: Any,
     ) -> Tensor:
         attended: Tensor = self.kernels.hstu_attention(
             q,
@@ -262,6 +297,6 @@ class HSTUGenerator(nn.Module):
             alpha=self.alpha,
             contextual_seq_len=0,
             max_attn_len=0,
-            **pages,
+            **more,
         )
         return attended

@@ -1,14 +1,17 @@
-"""HSTU for ranking: token encoder, layers, multi-task head. Zhai et al., ICML 2024, section 3.
+"""HSTU for ranking: token encoder, layers, multi-task head. Zhai et al., ICML 2024, in DLRM-v3's form.
 
 One layer, E the embedding width, H heads of dqk and dv:
 
     y = LayerNorm(x);  [u|v|q|k] = y W + b;  u = SiLU(u)
     a = attention(q, k, v);  out = x + [u | a | u * LayerNorm(a)] Wo
+
+variant.py has what other owners' layers do otherwise, head.py what follows the last layer.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +24,11 @@ from grengines.cache.host import Onload
 from grengines.cache.places import PagedBatch
 from grengines.cache.pool import PagePool
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.head import Clock, FinalNorm, ItemMLP, activation
 from grengines.models.hstu.weights import load_weights
 from grengines.runtime.batch import Encoding, JaggedBatch
+from grkernels.hstu_attention.extras import Extras
 from grkernels.operators import Operators
-
-EPS = 1e-6
 
 
 @dataclass
@@ -42,27 +45,37 @@ class HSTULayer(nn.Module):
 
     def __init__(self, config: HSTUConfig) -> None:
         super().__init__()
-        E, H = config.embedding_dim, config.heads
+        E, H, choices = config.embedding_dim, config.heads, config.choices
+        self.eps, self.silu_all = choices.eps, choices.silu == "uvqk"
+        gate: dict[str, Any] = {"groups": H if choices.group_norm else 1, "concat": choices.output == "concat"}
+        self.gate = gate if config.gate_extras else {}
         self.heads, self.qk_dim, self.v_dim = H, config.qk_dim, config.v_dim
         self.widths = [H * config.v_dim, H * config.v_dim, H * config.qk_dim, H * config.qk_dim]
-        self.norm = nn.LayerNorm(E, EPS)
+        self.norm = nn.LayerNorm(E, self.eps)
         self.uvqk = nn.Linear(E, sum(self.widths))
-        self.attention_norm = nn.LayerNorm(H * config.v_dim, EPS)
-        self.out = nn.Linear(3 * H * config.v_dim, E, bias=False)
+        self.attention_norm = nn.LayerNorm(H * config.v_dim, self.eps)
+        self.out = nn.Linear((3 if gate["concat"] else 1) * H * config.v_dim, E, bias=choices.output_bias)
+        self.position_bias = nn.Parameter(torch.empty(config.max_positions)) if choices.position_bias else None
+        self.time_bias = nn.Parameter(torch.empty(choices.time_bias)) if choices.time_bias else None
 
     def project(self, x: Tensor, kernels: Operators) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Project x [L, E] to u [L, H * dv] before its SiLU, q and k [L, H, dqk], v [L, H, dv]: views of one tensor."""
-        y = kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=EPS)
-        u, v, q, k = self.uvqk(y).split(self.widths, dim=-1)
+        y = kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=self.eps)
+        projected = self.uvqk(y)
+        if self.silu_all:  # u's is part of norm_gate
+            F.silu(projected[:, self.widths[0] :], inplace=True)
+        u, v, q, k = projected.split(self.widths, dim=-1)
         return u, *self._by_head(q, k, v)
 
     def project_rows(self, x: Tensor, rows: Tensor, kernels: Operators) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Project x [L, E] as `project` does, but u and q of `rows` (int64 [M]) alone: u [M, H * dv], q [M, H, dqk]."""
-        y = kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=EPS)
+        y = kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=self.eps)
         chosen = y[rows]
         parts = zip(self.uvqk.weight.split(self.widths), self.uvqk.bias.split(self.widths), strict=True)
         inputs = (chosen, y, chosen, y)  # of u, v, q and k
         u, v, q, k = (F.linear(i, weight, bias) for i, (weight, bias) in zip(inputs, parts, strict=True))
+        if self.silu_all:
+            v, q, k = F.silu(v), F.silu(q), F.silu(k)
         return u, *self._by_head(q, k, v)
 
     def _by_head(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,8 +85,9 @@ class HSTULayer(nn.Module):
     def combine(self, x: Tensor, u: Tensor, a: Tensor, kernels: Operators) -> Tensor:
         """Combine x [L, E], u [L, H * dv] and a [L, H, dv] to the layer's output [L, E], which overwrites x."""
         norm = self.attention_norm
-        gated = kernels.norm_gate(u, a, norm.weight, norm.bias, eps=EPS)
-        return x.addmm_(gated, self.out.weight.T)
+        gated = kernels.norm_gate(u, a, norm.weight, norm.bias, eps=self.eps, **self.gate)
+        x = x.addmm_(gated, self.out.weight.T)
+        return x if self.out.bias is None else x.add_(self.out.bias)
 
 
 def allocate(model: nn.Module) -> None:
@@ -85,7 +99,7 @@ def allocate(model: nn.Module) -> None:
     model.load_state_dict(tensors, assign=True)
 
 
-def initialise(model: nn.Module, seed: int) -> None:
+def initialise(model: nn.Module, config: HSTUConfig, seed: int) -> None:
     """Draw uniform weights of the standard deviations below.
 
     They give attention the weight that it has in a trained model. After LayerNorm, W of std 1/sqrt(E) gives q, k and v
@@ -101,11 +115,12 @@ def initialise(model: nn.Module, seed: int) -> None:
         elif leaf == "bias":
             mean, std = 0.0, 0.1
         elif kind.endswith(".out"):
-            mean, std = 0.0, 1.0 / math.sqrt(p.shape[1] / 3)  # a third of its inputs, the attention itself, is tiny
+            parts = 3 if config.choices.output == "concat" else 1
+            mean, std = 0.0, 1.0 / math.sqrt(p.shape[1] / parts)  # a third of its inputs, the attention itself, is tiny
         elif leaf == "weight":
             mean, std = 0.0, 1.0 / math.sqrt(p.shape[1])
         else:  # tables: the item weighs most
-            mean, std = 0.0, 1.0 if leaf == "token_table" else 0.5
+            mean, std = 0.0, 1.0 if leaf in ("token_table", "tower_table") else 0.5
         p.uniform_(mean - math.sqrt(3) * std, mean + math.sqrt(3) * std, generator=generator)
 
 
@@ -127,17 +142,25 @@ class HSTURanker(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels
         self.encoding = encoding = Encoding.of(config, catalogue)
-        self.alpha = config.alpha if config.alpha is not None else 1.0 / math.sqrt(config.qk_dim)
+        self.alpha = config.score_scale
+        self.masks = masks_of(config)
+        self.attended_contextual = config.attended_contextual
         E = config.embedding_dim
-        self.token_table = nn.Parameter(torch.empty(encoding.item_rows + encoding.user_rows, E))
-        self.action_table = nn.Parameter(torch.empty(encoding.num_actions, E))
+        rows = encoding.item_rows + encoding.user_rows + encoding.blank_rows
+        self.token_table = nn.Parameter(torch.empty(rows, E))
+        self.action_table = nn.Parameter(torch.empty(encoding.action_rows, E))
         self.weight_vector = nn.Parameter(torch.empty(E))
         self.position_table = nn.Parameter(torch.empty(config.max_positions + config.contextual_seq_len, E))
         self.time_table = nn.Parameter(torch.empty(config.time_buckets, E))
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(E, EPS)
+        choices = config.choices
+        self.norm = FinalNorm(E, choices.final_norm, choices.head_eps)
         self.head_hidden = nn.Linear(E + config.interactions, config.head_dim)
         self.head_out = nn.Linear(config.head_dim, len(config.tasks))
+        self.head_norm = activation(config)
+        self.clock = Clock(E) if choices.clock else None
+        self.tower = ItemMLP(config) if choices.item_tower == "mlp" else None
+        self.tower_table = nn.Parameter(torch.empty(rows, E)) if choices.item_tower == "table" else None
 
     @classmethod
     def build(
@@ -164,7 +187,7 @@ class HSTURanker(nn.Module):
         allocate(model)
         model.requires_grad_(False).eval()
         if config.weights is None:
-            initialise(model, seed)
+            initialise(model, config, seed)
         else:
             load_weights(model, config.weights, mapped=["token_table"] if host_table else ())
         if not host_table:
@@ -183,9 +206,11 @@ class HSTURanker(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.position_table.dtype
 
-    def use_table(self, table: Tensor) -> None:
-        """Take token vectors from `table` [rows, E], which has a row numbering of its own."""
+    def use_table(self, table: Tensor, tower: Tensor | None = None) -> None:
+        """Take token vectors from `table` [rows, E], which has a row numbering of its own. tower: of `tower_table`."""
         self.token_table = nn.Parameter(table, requires_grad=False)
+        if tower is not None:
+            self.tower_table = nn.Parameter(tower, requires_grad=False)
 
     def forward(self, batch: JaggedBatch) -> Tensor:
         """Encode whole histories: returns logits fp32 [M, tasks] of the batch's candidates."""
@@ -238,7 +263,7 @@ class HSTURanker(nn.Module):
                 return self.score(x[:0], batch)
             pages = {"k_pages": pool.k[i], "v_pages": pool.v[i], **table} if read else {}
             # The keys outside the pages are those of this batch.
-            a = self._attend(q, k, v, batch, i == pruned, kv_offsets=batch.q_offsets, **pages)
+            a = self._attend(layer, q, k, v, batch, i == pruned, kv_offsets=batch.q_offsets, **pages)
             x = layer.combine(x[batch.candidate_rows] if i == pruned else x, u, a, self.kernels)
         return self.score(x if pruned >= 0 else x[batch.candidate_rows], batch)
 
@@ -269,16 +294,20 @@ class HSTURanker(nn.Module):
                 kept.v.append(v.contiguous() if state is None else self._keep(v, batch))
             if i == pruned and not batch.max_candidates:
                 return x[:0], kept
-            a = self._attend(q, k, v, batch, i == pruned, kv_offsets=batch.kv_offsets)
+            a = self._attend(layer, q, k, v, batch, i == pruned, kv_offsets=batch.kv_offsets)
             x = layer.combine(x[batch.candidate_rows] if i == pruned else x, u, a, kernels)
         return x if pruned >= 0 else x[batch.candidate_rows], kept
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: JaggedBatch, pruned: bool, **keys: Any) -> Tensor:
+    def _attend(
+        self, layer: HSTULayer, q: Tensor, k: Tensor, v: Tensor, batch: JaggedBatch, pruned: bool, **keys: Any
+    ) -> Tensor:
         """Compute the attention of one layer.
 
         pruned: q has the candidates, which are the last rows of each sequence. keys: kv_offsets and, for keys in pages,
         the page arguments.
         """
+        if self.masks is not None:
+            keys["extras"] = self._extras(layer, self.masks, batch, pruned)
         attended: Tensor = self.kernels.hstu_attention(
             q,
             k,
@@ -289,11 +318,23 @@ class HSTURanker(nn.Module):
             max_kv_len=batch.max_kv_len,
             scaling_seqlen=self.config.scaling_seqlen,
             alpha=self.alpha,
-            contextual_seq_len=self.config.contextual_seq_len,
+            contextual_seq_len=self.attended_contextual,
             max_attn_len=self.config.max_attn_len,
             **keys,
         )
         return attended
+
+    @staticmethod
+    def _extras(layer: HSTULayer, masks: Mapping[str, Any], batch: JaggedBatch, pruned: bool) -> Extras:
+        until = batch.until[batch.candidate_rows] if pruned and batch.until is not None else batch.until
+        return Extras(
+            **masks,
+            num_contextuals=batch.num_contextuals,
+            position_bias=layer.position_bias,
+            time_bias=layer.time_bias,
+            row_times=until,
+            column_times=batch.times,
+        )
 
     def embed(self, batch: JaggedBatch) -> Tensor:
         """Embed tokens to x [L, E]. Encoding defines each index."""
@@ -337,14 +378,28 @@ class HSTURanker(nn.Module):
     def score(self, candidates: Tensor, batch: JaggedBatch) -> Tensor:
         """Return logits fp32 [M, tasks] of the candidates' rows [M, E] after the last layer."""
         kernels, rows = self.kernels, batch.candidate_rows
-        features = kernels.layer_norm(candidates, self.norm.weight, self.norm.bias, eps=EPS)
+        if self.clock is not None and batch.times is not None:
+            candidates = self.clock(candidates, batch.times[rows])
+        features = self.norm(candidates, kernels)
         if self.config.interaction:
             item = F.embedding(batch.token_rows[rows], self.token_table)
             position = F.embedding(batch.positions[rows], self.position_table)
             gap = F.embedding(batch.time_buckets[rows], self.time_table)
             features = kernels.interaction(torch.stack([features, item, position, gap], dim=1))
-        hidden = F.silu(self.head_hidden(features))
+        if self.tower is not None:
+            features = features * self.tower(batch.token_rows[rows], self.token_table, kernels)
+        elif self.tower_table is not None:
+            features = features * F.embedding(batch.token_rows[rows], self.tower_table)
+        hidden = self.head_norm(self.head_hidden(features))
         return F.linear(hidden.float(), self.head_out.weight.float(), self.head_out.bias.float())
+
+
+def masks_of(config: HSTUConfig) -> Mapping[str, Any] | None:
+    """Return the fields of Extras that no batch changes, or None for the attention that is grbench's own."""
+    if not config.attention_extras:
+        return None
+    choices = config.choices
+    return {n: getattr(choices, n) for n in ("target_group_size", "min_full_attn_seq_len")}
 
 
 def build_model(

@@ -40,6 +40,8 @@ class RankingReference:
         self._model.prunes_last_layer = False
         self._device = torch.device(device)
         self._table = self._model.token_table.data
+        tower = self._model.tower_table
+        self._tower = None if tower is None else tower.data
         self._model.use_table(torch.empty(0))
 
     @torch.inference_mode()
@@ -63,7 +65,9 @@ class RankingReference:
         for request in requests:
             host = pack([request], model.encoding)
             rows, host.token_rows[:] = np.unique(host.token_rows, return_inverse=True)
-            model.use_table(self._table[torch.from_numpy(rows)].to(self._device, dtype))
+            chosen = torch.from_numpy(rows)
+            tower = None if self._tower is None else self._tower[chosen].to(self._device, dtype)
+            model.use_table(self._table[chosen].to(self._device, dtype), tower)
             answers.append(model(host.to(self._device)).cpu().numpy())
         return answers
 
@@ -83,10 +87,13 @@ class HSTUReference(GenerationReference[HSTUGenerator]):
             weights=retrieval.weights,
         )
 
+    def _prompt(self, request: Request) -> np.ndarray:
+        return self._exact.prompt_of(self._retrieval, request)
+
     @torch.inference_mode()
     def prefix_scores(self, request: Request, items: np.ndarray) -> np.ndarray:
-        tokens = self._retrieval.prompt(request)
-        pool = beam.pool_for(self._exact, len(self._exact.prompt(tokens)), 1)
+        tokens = self._prompt(request)
+        pool = beam.pool_for(self._exact, len(tokens), 1)
         return beam.prefix_scores(self._exact, tokens, self._retrieval.ids.codes[items], pool)
 
     @contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from grengines.semantic.ids import SemanticIds
 
 _FORMAT = "grbench-hstu-1"
-_NOT_SHAPE = ("name", "weights")  # every other option of HSTUConfig changes the meaning of the weights
+_NOT_SHAPE = ("name", "weights", "variant")  # every other option of HSTUConfig changes the meaning of the weights
 
 
 def save_weights(
@@ -112,7 +112,8 @@ def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) ->
 
 
 def _shape(config: HSTUConfig) -> dict[str, object]:
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_SHAPE}
+    options = dataclasses.asdict(config) | dataclasses.asdict(config.choices)
+    return {key: value for key, value in options.items() if key not in _NOT_SHAPE}
 
 
 def _text(value: object) -> str:
