@@ -1,28 +1,41 @@
-"""Measure the latency that the server's front end adds to its engine.
+"""Measure the latency that the server's front end adds to its engine, and the processor time of both sides.
 
     grbench serve engine=hstu model=hstu_tiny workload=synthetic       # in another shell
     python experiments/front_end.py --url http://127.0.0.1:8000 --rate 100 --seconds 20
 
-Calls of one user with 100 events and 32 candidates are sent at fixed times over one connection, as JSON and as binary
-tensors in turn. Of each the program takes the round trip, less the server's own report of waiting and of the engine.
-What is left is the network on this machine, the parsing, the choice, the event loop, and the client.
+Calls of one user with 100 events are sent at fixed times over one connection, in each of these forms for a time:
+
+- echo: the binary call goes to a socket in another process, which answers with the bytes of the server's answer. It is
+  what the network of this machine and the waking of two processes take.
+- json, binary: calls whose bytes are made beforehand, so that little of the time is the client's.
+- client: the typed client with binary tensors, which makes and reads each call.
+
+Of each the program takes the round trip, less the server's own report of waiting and of the engine. What is left is the
+network on this machine, the parsing, the choice, the event loop, and the client. `loop_ms` is the processor time of the
+server's event loop for each call, and `client_ms` that of this program.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
+import multiprocessing
+import re
+import socket
 import time
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from urllib.parse import urlsplit
 
 import common
 import numpy as np
 
 from grengines.api import Request
-from grengines.remote.client import Client, tensors_of
+from grengines.remote.client import Client, Tensors, body_of, tensors_of
 
 PARTS = ("queue_ms", "pack_ms", "compute_ms")
+DEADLINE = {"deadline_ms": 30_000}
+Call = Callable[[], dict[str, float]]  # returns the parameters of the answer
 
 
 def request(events: int = 100, candidates: int = 32) -> Request:
@@ -34,45 +47,114 @@ def request(events: int = 100, candidates: int = 32) -> Request:
     return Request(0, 1, history, np.ones(events, np.int64), weights, times, 0, wanted, events * 60, 0.0, 0.0)
 
 
+def inputs_of(tensors: Tensors) -> list[dict[str, object]]:
+    """Return tensors as inputs of a JSON call."""
+    kinds = {"f": "FP32", "i": "INT64"}
+    return [
+        {"name": n, "shape": list(t.shape), "datatype": kinds[t.dtype.kind], "data": t.tolist()}
+        for n, t in tensors.items()
+    ]
+
+
+class Socket:
+    """A connection that sends made bytes and reads an answer, with as little work as possible."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._socket = socket.create_connection((host, port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask(self, call: bytes) -> bytes:
+        """Return the whole answer to a call."""
+        self._socket.sendall(call)
+        answer = self._socket.recv(1 << 20)
+        while (end := answer.find(b"\r\n\r\n")) < 0:
+            answer += self._socket.recv(1 << 20)
+        length = end + 4 + int(re.search(rb"(?i)content-length: *(\d+)", answer[:end])[1])  # type: ignore[index]
+        while len(answer) < length:
+            answer += self._socket.recv(1 << 20)
+        return answer
+
+
+def http_call(path: str, host: str, body: bytes, headers: dict[str, str]) -> bytes:
+    """Return the bytes of a call."""
+    given = {"host": host, "content-length": str(len(body)), **headers}
+    lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items()), "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def parameters_of(answer: bytes) -> dict[str, float]:
+    """Return the parameters of an answer of the server."""
+    start = answer.index(b'"parameters":') + len(b'"parameters":')
+    found: dict[str, float] = json.loads(answer[start : answer.index(b"}", start) + 1])
+    return found
+
+
+def echo(port: Connection, calls: int, answer: bytes) -> None:
+    """Answer each call of this many bytes with the same bytes."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port.send(listener.getsockname()[1])
+    connection, _ = listener.accept()
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    left = calls
+    while data := connection.recv(1 << 20):
+        left -= len(data)
+        if left == 0:
+            connection.sendall(answer)
+            left = calls
+
+
+def loop_s(url: str) -> float:
+    """Return the processor time of the server's event loop."""
+    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    return float(re.search(r"^grbench_front_end_cpu_seconds_total (\S+)", text, re.MULTILINE)[1])  # type: ignore[index]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Send both forms in turn, and print the percentiles of what the front end adds."""
+    """Send every form, and print the percentiles of what the front end adds."""
     parser = common.parser(__doc__ or "", overrides=False)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=100, help="calls per second (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20, help="how long to call (default: %(default)s)")
+    parser.add_argument("--candidates", type=int, default=32, help="candidates of a call (default: %(default)s)")
     args = parser.parse_args(arguments)
     rows = common.Rows(args, __file__, arguments)
-    url, rate, seconds = args.url, args.rate, args.seconds
-    client, one = Client(url), request()
+    client, one = Client(args.url), request(candidates=args.candidates)
     client.wait_until_ready(60)
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
-    kinds = {"f": "FP32", "i": "INT64"}
-    inputs = [
-        {"name": n, "shape": list(t.shape), "datatype": kinds[t.dtype.kind], "data": t.tolist()}
-        for n, t in tensors_of([one], rank=True).items()
-    ]
-    body = json.dumps({"inputs": inputs, "parameters": {"deadline_ms": 30_000}})
+    parts = urlsplit(args.url)
+    host, path = parts.hostname or "", f"/v2/models/{client.model}/infer"
+    server = Socket(host, parts.port or 80)
+    tensors = tensors_of([one], rank=True)
+    as_json = json.dumps({"inputs": inputs_of(tensors), "parameters": DEADLINE}).encode()
+    json_call = http_call(path, host, as_json, {})
+    binary = http_call(path, host, *body_of(tensors, {"binary_data_output": True, **DEADLINE}))
 
-    def as_json() -> dict[str, float]:
-        connection.request("POST", f"/v2/models/{client.model}/infer", body)
-        found: dict[str, float] = json.loads(connection.getresponse().read())["parameters"]
-        return found
-
-    forms = {"json": as_json, "binary": lambda: client.rank([one], 30_000).parameters}
-    added: dict[str, list[float]] = {name: [] for name in forms}
-    for call in forms.values():
+    port, port_of_echo = multiprocessing.Pipe()
+    echoing = multiprocessing.Process(target=echo, args=(port_of_echo, len(binary), server.ask(binary)), daemon=True)
+    echoing.start()
+    mirror = Socket("127.0.0.1", port.recv())
+    nothing = dict.fromkeys(PARTS, 0.0)
+    forms: dict[str, Call] = {
+        "echo": lambda: nothing if mirror.ask(binary) else {},
+        "json": lambda: parameters_of(server.ask(json_call)),
+        "binary": lambda: parameters_of(server.ask(binary)),
+        "client": lambda: client.rank([one], DEADLINE["deadline_ms"]).parameters,
+    }
+    for name, call in forms.items():
         call()
-    begun = time.perf_counter()
-    for i in range(int(rate * seconds)):
-        name = list(forms)[i % 2]
-        time.sleep(max(begun + i / rate - time.perf_counter(), 0.0))
-        sent = time.perf_counter()
-        reported = forms[name]()
-        added[name].append((time.perf_counter() - sent) * 1e3 - sum(reported[part] for part in PARTS))
-    for name, values in added.items():
-        p50, p99 = np.percentile(values, [50, 99])
-        rows.add(form=name, calls=len(values), p50_ms=float(p50), p99_ms=float(p99))
+        added, calls = [], int(args.rate * args.seconds / len(forms))
+        begun, own_s, servers_s = time.perf_counter(), time.process_time(), loop_s(args.url)
+        for i in range(calls):
+            time.sleep(max(begun + i / args.rate - time.perf_counter(), 0.0))
+            sent = time.perf_counter()
+            reported = call()
+            added.append((time.perf_counter() - sent) * 1e3 - sum(reported[part] for part in PARTS))
+        own_s, servers_s = time.process_time() - own_s, loop_s(args.url) - servers_s
+        p50, p99 = np.percentile(added, [50, 99])
+        rows.add(
+            form=name, calls=calls, p50_ms=float(p50), p99_ms=float(p99),
+            loop_ms=0.0 if name == "echo" else servers_s / calls * 1e3, client_ms=own_s / calls * 1e3,
+        )  # fmt: skip
+    echoing.terminate()
     rows.close()
 
 

@@ -83,9 +83,10 @@ class RequestLoop:
 
     def submit(self, tickets: Iterable[Ticket]) -> None:
         """Queue requests. Those of one call can share a batch at once."""
+        tickets = list(tickets)
         with self._changed:
             self._waiting.add(tickets)
-            self._changed.notify_all()
+            self._changed.notify(len(tickets))  # each may be a batch; a thread that wakes for nothing takes time
 
     def fail(self, error: BaseException) -> None:
         """Begin no further batch, because a thread of the scenario has raised."""
@@ -227,7 +228,8 @@ class Batcher(RequestLoop):
         done = time.perf_counter()
         with self._changed:
             self._under_way -= 1
-            self._changed.notify_all()
+            if self._waiting:
+                self._changed.notify()
         parts = (result.batch_ms, result.transfer_ms, result.compute_ms)
         begun += result.wait_ms / 1e3  # behind the batches before it
         with self._noting:

@@ -11,10 +11,9 @@ from importlib.util import find_spec
 from grbench.config.arguments import Arguments, CommandError
 from grbench.deployment import Deployment
 from grbench.serve.logs import Log
-from grbench.serve.options import bound, deployment_of, parse
+from grbench.serve.options import SWITCH_S, bound, deployment_of, parse
 
-MODULES = ("starlette", "uvicorn", "prometheus_client", "grpc")
-SWITCH_S = 0.0005  # a thread that computes in Python gives way after this, and the event loop answers
+MODULES = ("starlette", "uvicorn", "uvloop", "httptools", "orjson", "prometheus_client", "grpc")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "serve engine=hstu",
         "serve engine=hstu cache=lru workload=synthetic serve.port=9000",
         "serve deployment=outputs/tune/best.yaml",
+        "serve deployment=outputs/tune/best.yaml serve.replicas=2",
     ]
     return Arguments("serve", about, examples, "deployment=FILE, or overrides as in `grbench`; serve.KEY=VALUE")
 
@@ -40,6 +40,11 @@ def main(words: Sequence[str]) -> int:
     deployment.specs(file or "grbench serve")
     if missing := [name for name in MODULES if not find_spec(name)]:
         raise CommandError(f"package {missing[0]} is not installed; pip install 'grbench[serve]'", 1)
+    if config.replicas > 1:
+        from grbench.serve.replicas import serve_replicas
+
+        serve_replicas(config, given, Log())
+        return 0
     sys.setswitchinterval(SWITCH_S)
     import uvloop
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import json
 import math
 import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from importlib.resources import files
 from urllib.parse import urlsplit
 
+import orjson
 from prometheus_client.exposition import choose_encoder
-from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
 
 from grbench import __version__
 from grbench.serve.errors import RefusedError
@@ -26,6 +27,7 @@ from grbench.serve.protocol import HEADER_LENGTH, Call, parse_call, render, show
 from grbench.serve.service import EXTENSIONS, PLATFORM, VERSION, Service
 
 INLINE = 100_000  # bytes of a body that the event loop reads itself; a larger one would hold other calls up
+LAST_REPLICA = "x-grbench-last"  # HAProxy's header: number of the replica that had the user's last call
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -37,10 +39,12 @@ class Api:
         self._key = service.config.api_key
         self._page = files("grbench.serve").joinpath("page.html").read_text(encoding="utf-8")
 
-    def app(self) -> Starlette:
-        """Return the ASGI application."""
+    def app(self) -> Router:
+        """Return the ASGI application. Calls are its first routes, because paths are compared in this order."""
         model = "/v2/models/{model}"
+        prefixes = (model, f"{model}/versions/{{version}}")
         routes = [
+            *(self._route(f"{prefix}/infer", self._infer, "POST") for prefix in prefixes),
             self._route("/v2/health/live", self._live, open_to_all=True),
             self._route("/v2/health/ready", self._ready, open_to_all=True),
             self._route("/v2", self._server),
@@ -50,15 +54,14 @@ class Api:
             self._route("/reload", self._reload, "POST"),
             self._route(f"{model}/append", self._append, "POST"),
         ]
-        for prefix in (model, f"{model}/versions/{{version}}"):
+        for prefix in prefixes:
             routes += [
-                self._route(f"{prefix}/infer", self._infer, "POST"),
                 self._route(f"{prefix}/ready", self._model_ready),
                 self._route(f"{prefix}/config", self._config),
                 self._route(f"{prefix}/stats", self._stats),
                 self._route(prefix, self._model),
             ]
-        return Starlette(routes=routes)
+        return Router(routes)
 
     def _route(self, path: str, endpoint: Endpoint, method: str = "GET", open_to_all: bool = False) -> Route:
         """Return a route whose refusals are one line of JSON, and which needs the key unless it is open to all."""
@@ -78,7 +81,7 @@ class Api:
                 self._service.log.error("defect", request_id=ident, error=line, where=traceback.format_exc())
                 return refusal(RefusedError(500, f"a defect of the server; its log has request {ident}"), ident)
 
-        return Route(path, guarded, methods=[method])
+        return Route(path, _Asgi(guarded), methods=[method])
 
     def _check_origin(self, request: Request) -> None:
         """Refuse what a page of another site sends, directly or under a name that it points here.
@@ -162,6 +165,8 @@ class Api:
         begun, service = time.perf_counter(), self._service
         ident, status, strategy, error = request.state.ident, 500, "", ""
         service.metrics.in_flight.inc()
+        if last := request.headers.get(LAST_REPLICA):
+            service.metrics.route(service.config.replica, last)
         try:
             call = await self._call(request)
             model, version = _names(request)
@@ -179,11 +184,11 @@ class Api:
             return Response(status_code=499)
         finally:
             service.metrics.in_flight.dec()
-            service.finished(status, strategy, begun)
+            took_s = time.perf_counter() - begun
+            asyncio.get_running_loop().call_soon(service.finished, status, strategy, took_s)  # once it is sent
             if error or service.config.log_requests:
-                took_ms = round((time.perf_counter() - begun) * 1e3, 3)
                 say = service.log.error if error else service.log.info
-                say("call", request_id=ident, status=status, strategy=strategy, ms=took_ms, error=error)
+                say("call", request_id=ident, status=status, strategy=strategy, ms=round(took_s * 1e3, 3), error=error)
 
     async def _body(self, request: Request) -> bytes:
         """Return the body. Raises RefusedError for one that is too large, too slow, or compressed."""
@@ -210,10 +215,22 @@ class Api:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+class _Asgi:
+    """An endpoint without the layers that Starlette puts around functions: they took a fifth of a call's time."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._endpoint(Request(scope, receive))
+        await response(scope, receive, send)
+
+
 def _names(request: Request) -> tuple[str, str]:
     return request.path_params["model"], request.path_params.get("version", VERSION)
 
 
+@lru_cache(maxsize=64)
 def _is_local(host: str) -> bool:
     """Return whether the header Host names this machine's own address."""
     try:
@@ -233,5 +250,5 @@ def refusal(error: RefusedError, ident: str | None = None) -> Response:
         headers["connection"] = "close"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    body = json.dumps({"error": str(error)}).encode()
+    body = orjson.dumps({"error": str(error)})
     return Response(body, error.status, headers | {"content-type": "application/json"})

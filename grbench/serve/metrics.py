@@ -5,11 +5,12 @@ Triton's counters have no `_total` at their end, which the library would add, so
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 STAGES = ("queue", "pack", "load", "compute", "post")
@@ -62,9 +63,14 @@ class Metrics:
         self.gate_unjudged = Counter(
             "grbench_gate_unjudged", "Sampled answers that the reference could not judge", ["strategy"], **own
         )
+        self.routes = Counter(
+            "grbench_route", "Calls of a user by where the user's last call went: new, same or moved",
+            ["replica", "reason"], **own,
+        )  # fmt: skip
         self.appends = Counter("grbench_appends", "Calls that append events, by status", ["status"], **own)
         self.events = Counter("grbench_state_events", "Appended events of users", **own)
         self.reloads = Counter("grbench_reloads", "Reloads of the deployment by outcome", ["outcome"], **own)
+        ProcessCollector(registry=self.registry)
         self._triton = dict.fromkeys(TRITON, 0.0)
         self.in_flight = Gauge("grbench_inflight", "Calls in the server", **own)
 
@@ -91,6 +97,11 @@ class Metrics:
         if status == 200:
             self._triton["request_duration_us"] += took_s * 1e6
 
+    def route(self, replica: int, last: str) -> None:
+        """Count a call of a user. last: number of the replica that had the user's last call; 0: there was none."""
+        reason = "new" if last == "0" else "same" if last == str(replica) else "moved"
+        self.routes.labels(str(replica), reason).inc()
+
     def observe(self, queue_ms: float, pack_ms: float, load_ms: float, compute_ms: float) -> None:
         """Take the stages of one answered request."""
         for stage, ms in zip(STAGES, (queue_ms, pack_ms, load_ms, compute_ms), strict=False):
@@ -115,6 +126,10 @@ class _Live:
             info.add_metric([name, state, engine], 1)
         yield depth
         yield info
+        yield CounterMetricFamily(
+            "grbench_front_end_cpu_seconds", "Processor time of the event loop's thread, which this runs on",
+            value=time.thread_time(),
+        )  # fmt: skip
         yield GaugeMetricFamily("grbench_state_users", "Users whose appended events are kept", value=self._users())
 
 

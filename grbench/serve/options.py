@@ -19,6 +19,7 @@ from grbench.deployment import Deployment, Strategy
 from grengines.options import expand_home, option, violations
 
 PREFIX = "serve."
+SWITCH_S = 0.0005  # a thread that computes in Python gives way after this, and the event loop answers
 
 
 @dataclass
@@ -28,6 +29,15 @@ class ServeConfig:
     host: str = option("127.0.0.1", "address to listen on; any but this machine's own needs `api_key_file`")
     port: int = option(8000, "port of HTTP; 0: a free one", ge=0, le=65535)
     grpc_port: int | None = option(8001, "port of gRPC; 0: a free one; null: none", ge=0, le=65535)
+    replicas: int = option(
+        1,
+        "servers, one a GPU, each with a copy of the strategies; above 1 Ray starts them behind HAProxy",
+        ge=1,
+        le=256,
+    )
+    replica_port: int = option(8100, "first port of the replicas, which have two each", ge=1, le=65023)
+    replica: int = option(0, "number of this replica, which `replicas` gives; 0: it is alone", ge=0)
+    stats_port: int = option(8404, "port of HAProxy's metrics and page, on 127.0.0.1", ge=1, le=65535)
     name: str | None = option(None, "name of the model for clients; null: the model's own")
     api_key_file: str | None = option(
         None, "file with the key that clients send as `Authorization: Bearer KEY`", file=True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from grbench.serve.errors import RefusedError, wrong
 
@@ -62,8 +62,8 @@ def parse_call(body: bytes, header_length: str | None) -> Call:
 
 def _parsed(body: bytes, end: int) -> Call:
     try:
-        content = json.loads(body[:end])
-    except (ValueError, RecursionError) as e:
+        content = orjson.loads(memoryview(body)[:end])
+    except ValueError as e:
         raise wrong(f"body: not JSON: {e}") from None
     if not isinstance(content, dict):
         raise wrong("body: allowed is an object with the key inputs")
@@ -121,7 +121,10 @@ def listed(data: Any, dtype: type[np.generic], shape: Sequence[int], name: str) 
     if len(values) != math.prod(shape):
         raise wrong(f"{name}.data: {len(values)} numbers; shape {list(shape)} needs {math.prod(shape)}")
     try:
-        with np.errstate(over="ignore"):
+        if "FP" in kind:
+            with np.errstate(over="ignore"):
+                tensor = np.array(values, dtype)
+        else:
             tensor = np.array(values, dtype)
     except OverflowError:
         raise wrong(f"{name}.data: a number is outside {kind}") from None
@@ -185,12 +188,12 @@ def render(
             blobs.append(np.ascontiguousarray(tensor).tobytes())
             output["parameters"] = {"binary_data_size": len(blobs[-1])}
         else:
-            output["data"] = tensor.ravel().tolist()
+            output["data"] = np.ascontiguousarray(tensor).ravel()
         outputs.append(output)
     content = {"model_name": model, "model_version": version, "parameters": dict(parameters), "outputs": outputs}
     if call.id:
         content["id"] = call.id
-    text = json.dumps(content, separators=(",", ":")).encode()
+    text = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
     if not blobs:
         return text, {"content-type": "application/json"}
     headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(text))}

@@ -148,7 +148,10 @@ def _column(tensors: Mapping[str, Tensor], name: str, length: int | None, low: i
     values = _vector(tensors[name], name, length)
     if values.dtype.kind not in "iu":
         raise wrong(f"{name}.datatype: allowed is INT64")
-    if len(values) and (int(values.min()) < low or int(values.max()) > (high if high is not None else 1 << 62)):
+    most = high if high is not None else 1 << 62
+    if low == 0 and len(values) and values.dtype == np.int64 and int(values.view(np.uint64).max()) <= most:
+        return values  # as numbers without a sign, negative ones are the largest
+    if len(values) and (int(values.min()) < low or int(values.max()) > most):
         i = int(values.argmin() if int(values.min()) < low else values.argmax())
         allowed = f">= {low}" if high is None else f"{low} to {high}"
         raise wrong(f"{name}[{i}]={values[i]}: allowed is {allowed}")

@@ -188,7 +188,8 @@ class Rpc:
             raise
         finally:
             service.metrics.in_flight.dec()
-            service.finished(status, strategy, begun)
+            took_s = time.perf_counter() - begun
+            asyncio.get_running_loop().call_soon(service.finished, status, strategy, took_s)  # once it is sent
 
     def _response(self, request: Any, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Any:
         response = self._classes["ModelInferResponse"](model_name=request.model_name, model_version=VERSION)

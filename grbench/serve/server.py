@@ -38,10 +38,11 @@ async def serve(
     listener: socket.socket,
     load: Callable[[], Deployment],
     ended: asyncio.Event | None = None,
+    again: asyncio.Event | None = None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or `ended`. Raises RuntimeError if no strategy can serve.
 
-    Clients can connect at once; the server is ready when a strategy is checked and warm. SIGHUP reloads.
+    Clients can connect at once; the server is ready when a strategy is checked and warm. SIGHUP or `again` reloads.
     """
     service = Service(deployment, source, config, log, load)
     end = ended or asyncio.Event()
@@ -50,6 +51,7 @@ async def serve(
             Api(service).app(),
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             lifespan="off",
             http=Connection,
             limit_concurrency=config.max_queue + BEYOND_QUEUE,
@@ -68,6 +70,7 @@ async def serve(
         port = listener.getsockname()[1]
         log.info("listening", host=config.host, port=port, grpc_port=grpc_port)
         starting = asyncio.create_task(_start(service))
+        reloads = asyncio.create_task(_reload_upon(again or asyncio.Event(), service))
         stop = asyncio.create_task(end.wait())
         try:
             await asyncio.wait({starting, stop, listening}, return_when=asyncio.FIRST_COMPLETED)
@@ -80,6 +83,7 @@ async def serve(
             log.info("draining", limit_s=config.drain_s)
             stop.cancel()
             starting.cancel()
+            reloads.cancel()
             http.should_exit = True
             if rpc:
                 await rpc.stop(config.drain_s)
@@ -96,6 +100,12 @@ async def _start(service: Service) -> None:
 async def _reload(service: Service) -> None:
     with contextlib.suppress(RefusedError):  # it is logged
         await service.reload()
+
+
+async def _reload_upon(event: asyncio.Event, service: Service) -> None:
+    while await event.wait():
+        event.clear()
+        await _reload(service)
 
 
 @contextlib.contextmanager

@@ -206,7 +206,7 @@ class Service:
                 raise
             controller = self._controller
             answer = await controller.answer(begun.request, begun.deadline)
-        self._count(controller, answer)
+        asyncio.get_running_loop().call_soon(self._count, controller, answer)  # once it is sent
         return answer
 
     def append(self, call: Call, model: str) -> dict[str, Any]:
@@ -254,9 +254,8 @@ class Service:
             figures.ns[name] += int(ms * 1e6)
         self._gate.take(strategy, done)
 
-    def finished(self, status: int, strategy: str, begun: float) -> None:
+    def finished(self, status: int, strategy: str, took_s: float) -> None:
         """Count a call that has ended, with what it took."""
-        took_s = time.perf_counter() - begun
         self.metrics.ended(status, strategy, took_s)
         figures = self.figures
         figures.last_ms = int(time.time() * 1e3)

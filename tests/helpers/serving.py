@@ -101,11 +101,11 @@ def tensors_of(requests: Sequence[Any], task: str = "rank") -> dict[str, np.ndar
 
 
 @contextlib.contextmanager
-def serving(*words: str, deployment: Deployment | None = None) -> Iterator[Serving]:
+def serving(*words: str, deployment: Deployment | None = None, port: int = 0) -> Iterator[Serving]:
     """Serve one strategy of overrides, or a deployment, until the block ends. It waits until the server is ready."""
     config, file, overrides = parse(["serve.port=0", "serve.grpc_port=0", *words])
     served = deployment or deployment_of(file, overrides)
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     log, failed = io.StringIO(), []
     loop_of: dict[str, Any] = {}
 

@@ -23,6 +23,7 @@ from grengines.api import Float32Array, Int64Array, Request
 
 Tensors = dict[str, npt.NDArray[Any]]
 HEADER_LENGTH = "inference-header-content-length"
+USER_HEADER = "x-user-id"  # of the first user of a call: a proxy sends the user to the replica with their state
 DTYPES = {"INT64": np.int64, "FP32": np.float32}
 
 
@@ -105,7 +106,8 @@ class Client:
             "WEIGHTS": request.history_weights,
             "TIMESTAMPS": request.history_timestamps,
         }
-        body, headers = _body(tensors, {"user_id": request.user_id, "version": version})
+        body, headers = body_of(tensors, {"user_id": request.user_id, "version": version})
+        headers[USER_HEADER] = str(request.user_id)
         answer = json.loads(self._call("POST", f"/v2/models/{self.model}/append", body, headers)[0])
         return int(answer["version"])
 
@@ -113,7 +115,8 @@ class Client:
         parameters: dict[str, Any] = {"binary_data_output": True}
         if deadline_ms is not None:
             parameters["deadline_ms"] = deadline_ms
-        body, headers = _body(tensors_of(requests, rank), parameters)
+        body, headers = body_of(tensors_of(requests, rank), parameters)
+        headers[USER_HEADER] = str(requests[0].user_id)
         data, found = self._call("POST", f"/v2/models/{self.model}/infer", body, headers)
         outputs, facts = _read(data, int(found[HEADER_LENGTH]))
         ends = np.cumsum(outputs["OUTPUT_LENGTHS"])[:-1]
@@ -162,7 +165,7 @@ def tensors_of(requests: Sequence[Request], rank: bool) -> Tensors:
     return tensors | ({"NUM_CANDIDATES": np.array(candidates, np.int64)} if rank else {})
 
 
-def _body(tensors: Mapping[str, npt.NDArray[Any]], parameters: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
+def body_of(tensors: Mapping[str, npt.NDArray[Any]], parameters: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
     """Return a call with binary tensors, and its headers."""
     inputs, blobs = [], []
     for name, tensor in tensors.items():

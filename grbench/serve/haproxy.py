@@ -1,0 +1,116 @@
+"""HAProxy before the replicas of a server: its configuration, and the process.
+
+HAProxy chooses the replica of a call, by the user's header (consistent hashing with bounded load), so that a user comes
+back to the replica that holds their state. It checks each replica's health, and tries a call again elsewhere if a
+replica is lost. Nothing of this is done here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from grbench.config.arguments import CommandError
+from grbench.serve.options import ServeConfig
+from grengines.remote.client import USER_HEADER
+
+INSTALL = "apt-get install haproxy, or conda install -c conda-forge haproxy"
+
+
+@dataclass(frozen=True)
+class Address:
+    """The place where a replica listens. Its number is its place on the ring, so it stays when others come and go."""
+
+    number: int  # from 1
+    host: str
+    port: int
+    grpc_port: int | None
+
+    @property
+    def name(self) -> str:
+        return f"replica{self.number}"
+
+
+def configuration(config: ServeConfig, replicas: Sequence[Address], certificate: Path | None = None) -> str:
+    """Return HAProxy's configuration. certificate: chain and key in one file; None: no TLS."""
+    template = Template(files("grbench.serve").joinpath("haproxy.cfg").read_text(encoding="utf-8"))
+    tls = f" ssl crt {certificate}" if certificate else ""
+    servers = [f"    server {r.name} {r.host}:{r.port} id {r.number} check" for r in replicas]
+    grpc_bind, grpc_servers = "", []
+    if config.grpc_port is not None:
+        grpc_bind = f"    bind {config.host}:{config.grpc_port}{f'{tls} alpn h2' if tls else ' proto h2'}"
+        grpc_servers = [
+            f"    server {r.name} {r.host}:{r.grpc_port} id {r.number} proto h2 check port {r.port} check-proto h1"
+            for r in replicas
+        ]
+    return template.substitute(
+        bind=f"{config.host}:{config.port}{tls}",
+        stats=f"127.0.0.1:{config.stats_port}",
+        header=USER_HEADER,
+        connections=config.max_queue + 256,
+        drain_s=max(int(config.drain_s), 1),
+        servers="\n".join(servers),
+        grpc_bind=grpc_bind,
+        grpc_servers="\n".join(grpc_servers),
+    )
+
+
+class Proxy:
+    """HAProxy as a process of its own, with a configuration that can be replaced while it runs."""
+
+    def __init__(self, file: Path, text: str) -> None:
+        """Raises CommandError if it is not installed or does not take the configuration."""
+        if (program := shutil.which("haproxy")) is None:
+            raise CommandError(f"haproxy is not installed, and it stands before replicas; {INSTALL}", 1)
+        self._program, self._file, self._text = program, file, ""
+        self._check(text)
+        self._process = subprocess.Popen([program, "-W", "-db", "-f", str(file)], start_new_session=True)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def replace(self, text: str) -> None:
+        """Take another configuration, if it is another: the old workers finish what they hold."""
+        if text != self._text:
+            self._check(text)
+            self._process.send_signal(signal.SIGUSR2)
+
+    def close(self, limit_s: float) -> None:
+        """Take no more calls, finish those in flight within the limit, and end."""
+        self._process.send_signal(signal.SIGUSR1)
+        try:
+            self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait()
+
+    def _check(self, text: str) -> None:
+        self._file.write_text(text, encoding="utf-8")
+        checked = subprocess.run([self._program, "-c", "-q", "-f", str(self._file)], capture_output=True, text=True)
+        if checked.returncode:
+            line = next((line for line in checked.stderr.splitlines() if "ALERT" in line), checked.stderr)
+            raise CommandError(f"haproxy refuses {self._file}: {' '.join(line.split())}", 1)
+        self._text = text
+
+
+@contextlib.contextmanager
+def certificate_of(config: ServeConfig, folder: Path) -> Iterator[Path | None]:
+    """Write certificate and key as the one file that HAProxy reads, which only the owner can read, for a time."""
+    if not (config.tls_cert_file and config.tls_key_file):
+        yield None
+        return
+    file = folder / "certificate.pem"
+    file.touch(0o600)
+    try:
+        file.write_bytes(Path(config.tls_cert_file).read_bytes() + b"\n" + Path(config.tls_key_file).read_bytes())
+        yield file
+    finally:
+        file.unlink()

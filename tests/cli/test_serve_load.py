@@ -1,0 +1,103 @@
+"""A server under load: a reload and an end lose no call, and memory stays."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from helpers.serving import TINY, Serving, serving, tiny_trace, wait_until
+
+from grengines.remote.client import Client, ServerError
+
+WORDS = [*TINY, "engine=hstu", "cache=lru"]
+CALLERS = 2
+
+
+class Load:
+    """Threads that call a server without a pause. It has what was answered and what was not."""
+
+    def __init__(self, server: Serving, requests: list[Any]) -> None:
+        self._client, self._requests = Client(server.url), requests
+        self._stop = threading.Event()
+        self.answers: list[tuple[int, np.ndarray]] = []  # position of the request, scores
+        self.errors: list[ServerError] = []
+        self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(CALLERS)]
+
+    def _run(self, position: int) -> None:
+        while not self._stop.is_set():
+            position = (position + CALLERS) % len(self._requests)
+            try:
+                scores = self._client.rank([self._requests[position]]).scores[0]
+                self.answers.append((position, scores))
+            except ServerError as e:
+                self.errors.append(e)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            for thread in self._threads:
+                thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Any]:
+    return list(tiny_trace()[1].requests[:40])
+
+
+def right(load: Load, expected: list[np.ndarray]) -> bool:
+    return all(np.allclose(scores, expected[i], rtol=1e-4, atol=1e-5) for i, scores in load.answers)
+
+
+def test_a_reload_under_load_loses_no_call(requests: list[Any]) -> None:
+    with serving(*WORDS) as server:
+        expected = [Client(server.url).rank([r]).scores[0] for r in requests]
+        load = Load(server, requests)
+        with load.running():
+            wait_until(lambda: len(load.answers) > 20)
+            status, answer, _ = server.call("/reload", b"")
+            after = len(load.answers)
+            wait_until(lambda: len(load.answers) > after + 20)
+        assert (status, answer) == (200, {"reload": "serving hstu"})
+        assert load.errors == [] and right(load, expected)
+
+
+def test_an_end_under_load_answers_what_it_has_taken(requests: list[Any]) -> None:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(*WORDS))
+        expected = [Client(server.url).rank([r]).scores[0] for r in requests]
+        load = Load(server, requests)
+        with load.running():
+            wait_until(lambda: len(load.answers) > 20)
+            stack.close()
+            wait_until(lambda: len(load.errors) > CALLERS)
+        assert right(load, expected)
+        events = [e["event"] for e in server.events()]
+        assert events[-2:] == ["draining", "ended"] or events[-1] == "ended"
+        # A call is refused in one line, or finds no server: none is cut off while it is answered.
+        assert {e.status for e in load.errors} <= {0, 503}
+        assert all("refused" in str(e) for e in load.errors if e.status == 0)
+
+
+@pytest.mark.serial
+def test_memory_stays_over_many_calls(requests: list[Any]) -> None:
+    with serving(*WORDS, "serve.gate_share=0", "serve.state_users=50") as server:
+        client, process = Client(server.url), psutil.Process()
+
+        def call(times: int) -> int:
+            for i in range(times):
+                client.rank(requests[i % 8 : i % 8 + 16])
+            return int(process.memory_info().rss)
+
+        before = call(60)  # the caches fill, and the allocators keep what they need
+        after = call(200)
+        assert after - before < 8e6, f"{(after - before) / 1e6:.1f} MB more after 3200 requests"

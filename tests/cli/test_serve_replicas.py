@@ -1,0 +1,287 @@
+"""Replicas behind HAProxy: a user comes back to one replica, and one that is lost harms no call."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+import yaml
+from helpers.command import Grbench
+from helpers.properties import PROFILE
+from helpers.serving import TINY, serving, tiny_trace, wait_until
+from tritonclient.utils import InferenceServerException
+
+from grbench.config.arguments import CommandError
+from grbench.serve.haproxy import Address, Proxy, configuration
+from grbench.serve.options import ServeConfig, parse
+from grbench.serve.replicas import words_of
+from grengines.remote.client import Client
+
+ROOT = Path(__file__).parents[2]
+needs_haproxy = pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
+WORDS = [*TINY, "engine=hstu"]
+USERS = 200
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [s.getsockname()[1] for s in sockets]
+
+
+class _Named(http.server.BaseHTTPRequestHandler):
+    """Answers with its port and the replica that had the user before."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer(b"")
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self._answer(f"{self.server.server_address[1]} {self.headers['x-grbench-last']}".encode())
+
+    def _answer(self, body: bytes) -> None:
+        with contextlib.suppress(ConnectionError):  # a health check does not wait for it
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def named() -> Iterator[list[Address]]:
+    """Three small servers."""
+    servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Named) for _ in range(3)]
+    for server in servers:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield [Address(i, "127.0.0.1", s.server_address[1], None) for i, s in enumerate(servers, 1)]
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def proxied(folder: Path, replicas: list[Address]) -> Iterator[tuple[Proxy, ServeConfig]]:
+    port, grpc_port, stats = free_ports(3)
+    config = ServeConfig(port=port, grpc_port=grpc_port if replicas[0].grpc_port else None, stats_port=stats)
+    proxy = Proxy(folder / "haproxy.cfg", configuration(config, replicas))
+    try:
+        wait_until(lambda: up(config) == len(replicas))
+        yield proxy, config
+    finally:
+        proxy.close(5)
+
+
+def up(config: ServeConfig) -> int:
+    """Return how many replicas HAProxy finds healthy, by its metrics."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{config.stats_port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+    except OSError:
+        return 0
+    return sum(
+        line.startswith('haproxy_server_status{proxy="replicas"') and 'state="UP"' in line and line.endswith(" 1")
+        for line in text.splitlines()
+    )
+
+
+def placed(port: int) -> dict[int, tuple[str, str]]:
+    """Return for each user the server that answers, and the number of the one before."""
+    connection, found = http.client.HTTPConnection("127.0.0.1", port, timeout=20), {}
+    for user in range(USERS):
+        connection.request("POST", "/", b"x", {"x-user-id": str(user)})
+        server, before = connection.getresponse().read().decode().split()
+        found[user] = server, before
+    return found
+
+
+@needs_haproxy
+def test_a_user_stays_and_few_move_when_a_replica_joins(tmp_path: Path, named: list[Address]) -> None:
+    numbers = {str(a.port): str(a.number) for a in named}
+    with proxied(tmp_path, named[:2]) as (proxy, config):
+        first, again = placed(config.port), placed(config.port)
+        assert [server for server, _ in first.values()] == [server for server, _ in again.values()]
+        assert {before for _, before in first.values()} == {"0"}
+        assert all(numbers[server] == before for server, before in again.values())
+        assert {numbers[server] for server, _ in first.values()} == {"1", "2"}
+        proxy.replace(configuration(config, named))
+        wait_until(lambda: up(config) == 3)
+        later = placed(config.port)
+        moved = [user for user in range(USERS) if later[user][0] != first[user][0]]
+        assert USERS / 6 < len(moved) < USERS / 2  # a third of them, within chance
+        assert {numbers[later[user][0]] for user in moved} == {"3"}
+
+
+@needs_haproxy
+def test_users_of_a_lost_replica_are_answered_and_come_back(tmp_path: Path) -> None:
+    _, trace = tiny_trace()
+    requests = list(trace.requests[:24])
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(serving(*WORDS, "serve.replica=1"))
+        lost = contextlib.ExitStack()
+        second = lost.enter_context(serving(*WORDS, "serve.replica=2"))
+        addresses = [Address(i, "127.0.0.1", s.port, s.grpc_port) for i, s in enumerate((first, second), 1)]
+        _, config = stack.enter_context(proxied(tmp_path, addresses))
+        client = Client(f"http://127.0.0.1:{config.port}")
+
+        def answers() -> list[np.ndarray]:
+            return [client.rank([request]).scores[0] for request in requests]
+
+        expected = answers()
+        over_grpc = triton.InferenceServerClient(f"127.0.0.1:{config.grpc_port}")
+        wait_until(lambda: _is_ready(over_grpc))
+        users = {r.user_id for r in requests}
+        assert first.metric("grbench_route_total", replica="1", reason="new") + second.metric(
+            "grbench_route_total", replica="2", reason="new"
+        ) == len(users)
+        answers()
+        assert (
+            first.metric("grbench_route_total", reason="moved")
+            == second.metric("grbench_route_total", reason="moved")
+            == 0
+        )
+        assert first.metric("grbench_route_total", reason="same") and second.metric(
+            "grbench_route_total", reason="same"
+        )
+        lost.close()  # while HAProxy still holds connections to it
+        for found, known in zip(answers(), expected, strict=True):
+            np.testing.assert_allclose(found, known, rtol=1e-5, atol=1e-6)
+        assert first.metric("grbench_route_total", reason="moved") > 0
+        second = stack.enter_context(serving(*WORDS, "serve.replica=2", port=second.port))
+        wait_until(lambda: up(config) == 2)
+        answers()
+        assert second.metric("grbench_route_total", reason="moved") > 0  # its users are back
+
+
+def test_a_replica_has_ports_of_its_own() -> None:
+    words = ["engine=hstu", "serve.replicas=2", "serve.port=9000", "serve.tls_cert_file=c", "serve.max_queue=5"]
+    given = words_of(words, ServeConfig(replica_port=8100, grpc_port=8001), 2)
+    config, _, overrides = parse(given)
+    assert (config.port, config.grpc_port, config.replica, config.replicas) == (8102, 8103, 2, 1)
+    assert config.max_queue == 5 and config.tls_cert_file is None and overrides == ["engine=hstu"]
+
+
+@needs_haproxy
+def test_haproxy_takes_grpc_and_tls(tmp_path: Path) -> None:
+    pem = tmp_path / "both.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+         "-subj", "/CN=localhost", "-keyout", str(pem), "-out", str(tmp_path / "cert.pem")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    pem.write_bytes(pem.read_bytes() + (tmp_path / "cert.pem").read_bytes())
+    text = configuration(ServeConfig(), [Address(1, "127.0.0.1", 8100, 8101)], pem)
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(text)
+    checked = subprocess.run(["haproxy", "-c", "-f", str(file)], capture_output=True, text=True)
+    assert checked.returncode == 0 and "Configuration file is valid" in checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize(
+    "missing, words",
+    [("ray", "package ray is not installed, and it starts replicas; pip install 'grbench[ray]'"),
+     ("haproxy", "haproxy is not installed, and it stands before replicas; apt-get install haproxy")],
+)  # fmt: skip
+def test_what_is_missing_is_named(
+    grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, words: str
+) -> None:
+    if missing == "ray":
+        monkeypatch.setitem(sys.modules, "ray", None)
+        result = grbench_here("serve", *WORDS, "serve.replicas=2")
+        assert result.returncode == 1 and words in result.stderr
+    else:
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+        with pytest.raises(CommandError, match=words):
+            Proxy(tmp_path / "haproxy.cfg", "")
+
+
+def test_the_manifest_starts_a_replica_on_each_gpu() -> None:
+    job, service = yaml.safe_load_all((ROOT / "deployment" / "ray.yaml").read_text())
+    program, command, *words = job["spec"]["entrypoint"].split()
+    config, file, _ = parse([w for w in words if not w.startswith(("serve.host=", "serve.api_key_file="))])
+    cluster = job["spec"]["rayClusterSpec"]
+    [gpus] = cluster["workerGroupSpecs"]
+    containers = [g["template"]["spec"]["containers"][0] for g in (cluster["headGroupSpec"], gpus)]
+    mounted = {m["mountPath"] for m in containers[0]["volumeMounts"]}
+    assert (program, command) == ("grbench", "serve") and str(Path(file or "").parent) in mounted
+    assert gpus["replicas"] * containers[1]["resources"]["limits"]["nvidia.com/gpu"] == config.replicas
+    ports = {p["containerPort"] for p in containers[0]["ports"]}
+    assert ports == {config.port, config.grpc_port} == {p["port"] for p in service["spec"]["ports"]}
+
+
+@needs_haproxy
+@pytest.mark.serial
+@pytest.mark.timeout(420)
+@pytest.mark.skipif(PROFILE != "long", reason="starts Ray; `make test-all` runs it")
+def test_a_killed_replica_is_started_again(tmp_path: Path) -> None:
+    """`kill -9` of a replica under load: no wrong answer, no lost call that was not in flight, recovered in time."""
+    port, stats, replica_port = free_ports(3)
+    command = [sys.executable, "-m", "grbench", "serve", *WORDS, "serve.replicas=2", f"serve.port={port}",
+               "serve.grpc_port=null", f"serve.stats_port={stats}", f"serve.replica_port={replica_port}"]  # fmt: skip
+    config = ServeConfig(port=port, grpc_port=None, stats_port=stats)
+    _, trace = tiny_trace()
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
+    try:
+        wait_until(lambda: up(config) == 2 or process.poll() is not None, 240)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        client = Client(f"http://127.0.0.1:{port}")
+        requests = list(trace.requests[:20])
+        expected = [client.rank([r]).scores[0] for r in requests]
+        killed = _listens_at(replica_port)
+        os.kill(killed, signal.SIGKILL)
+        begun, wrong, lost, asked = time.monotonic(), 0, 0, 0
+        while time.monotonic() - begun < 60 and not (asked > 40 and up(config) == 2):
+            for request, known in zip(requests, expected, strict=True):
+                asked += 1
+                try:
+                    wrong += not np.allclose(client.rank([request]).scores[0], known, rtol=1e-4, atol=1e-5)
+                except RuntimeError:
+                    lost += 1
+            time.sleep(0.05)
+        assert up(config) == 2, (tmp_path / "log").read_text()
+        assert wrong == 0 and lost <= 1
+        assert _listens_at(replica_port) != killed
+        print(json.dumps({"recovered_s": time.monotonic() - begun, "asked": asked, "lost": lost}))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def _is_ready(client: triton.InferenceServerClient) -> bool:
+    try:
+        return bool(client.is_server_ready())
+    except InferenceServerException:  # HAProxy does not know a healthy replica yet
+        return False
+
+
+def _listens_at(port: int) -> int:
+    """Return the process that listens at a port."""
+    psutil = pytest.importorskip("psutil")
+    return next(c.pid for c in psutil.net_connections("tcp") if c.laddr.port == port and c.status == "LISTEN")
