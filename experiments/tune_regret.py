@@ -4,11 +4,13 @@
     python experiments/tune_regret.py --grid outputs/studies/tune_grid
 
 The grid is a folder of offline cells, one for each configuration. docs/TUNING.md says how a replay draws latencies.
+With --out it also draws the regrets (regret.png) and the best rate of each batch size by kernel, precision and graphs
+(flips.png), into regret.md beside results.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -17,6 +19,10 @@ import common
 from grbench.config.schema import ConfigError
 from grbench.execution import records
 from grbench.report.cells import flatten, shown
+from grbench.report.chart import Chart, Series
+from grbench.report.markdown import sections
+from grbench.report.page import Bullets, Figure
+from grbench.report.write import draw
 from grbench.tune import limits
 from grbench.tune.live import batches_of
 from grbench.tune.outcome import Configuration
@@ -24,6 +30,7 @@ from grbench.tune.replay import STRATEGIES, Grid, Measured, replay
 from grbench.tune.search import Batching, Goal
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+KINDS = ("engine", "kernel", "engine.precision", "engine.cuda_graphs")
 ORDER = ("engine", "kernel", "engine.precision", "engine.cpu_threads", "engine.cuda_graphs", "cache")
 
 
@@ -75,21 +82,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
     best = max(truths, key=lambda configuration: truths[configuration])
     rows.note(f"{total} configurations; the best is {best.name} with {truths[best]:.4g} requests/s within {args.limit}")
     rows.note("columns are mean regrets after that share of as many cells as there are configurations")
+    flips = best_by_batch(grid, truths)
+    for line in best_batches(flips):
+        rows.note(line)
+    curves: dict[str, list[float]] = {}
     for name in STRATEGIES:
         runs = [replay(grid, goal, name, total, seed, truths) for seed in range(args.seeds)]
         finals = [run.final for run in runs if run.final is not None]
         means = {
             f"{share:.0%}": mean([run.regret[max(round(share * total), 1) - 1] for run in runs]) for share in SHARES
         }
+        curves[name] = [mean([run.regret[i] for run in runs]) for i in range(total)]
         rows.add(
             strategy=name,
             **means,
             certified=f"{len(finals)} of {len(runs)}",
             final=mean(finals) if finals else None,
             false_feasible=sum(run.false_feasible for run in runs),
-            regrets=[run.regret for run in runs],
         )
     rows.close()
+    if args.out:
+        write_page(args.out, [regret_chart(curves), flip_chart(flips, args.limit)], best_batches(flips))
+
+
+def best_by_batch(grid: Grid, truths: Mapping[Configuration, float]) -> dict[str, dict[int, float]]:
+    """Return by kernel, precision and graphs the best rate within the limit at each batch size."""
+    found: dict[str, dict[int, float]] = {}
+    for configuration, rate in truths.items():
+        kind = " ".join(f"{key.rpartition('.')[2]}={v}" for key in KINDS if (v := configuration.get(key)) is not None)
+        its, batch = found.setdefault(kind or "all", {}), grid.batching[configuration].max_batch
+        its[batch] = max(its.get(batch, 0.0), rate)
+    return found
+
+
+def best_batches(flips: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """Return a line for each kind of configuration with its best batch size."""
+    best = {kind: max(its, key=lambda batch: its[batch]) for kind, its in flips.items() if any(its.values())}
+    return [f"{kind}: best at max_batch={batch}, {flips[kind][batch]:.4g} requests/s" for kind, batch in best.items()]
+
+
+def regret_chart(curves: Mapping[str, Sequence[float]]) -> Chart:
+    """Return the mean regret of each strategy after each cell."""
+    series = [
+        Series(name, list(range(1, len(its) + 1)), [100 * value for value in its], colour=i, mode="line")
+        for i, (name, its) in enumerate(curves.items())
+    ]
+    bounds = [("y", 5.0, "5%"), ("x", 0.15 * len(next(iter(curves.values()))), "15% of the grid")]
+    return Chart("regret", "Regret against evaluations", "cells", "mean regret, %", series, limits=bounds)
+
+
+def flip_chart(flips: Mapping[str, Mapping[int, float]], limit: str) -> Chart:
+    """Return the best rate of each batch size, a line for each kind of configuration."""
+    series = [
+        Series(kind, sorted(its), [its[batch] for batch in sorted(its)], colour=i, mode="line+points")
+        for i, (kind, its) in enumerate(flips.items())
+    ]
+    return Chart("flips", f"Best rate within {limit}", "max_batch", "requests/s", series, log_x=True)
+
+
+def write_page(out: Path, charts: Sequence[Chart], lines: Sequence[str]) -> None:
+    """Write the charts and lines as regret.md."""
+    figures = [Figure(chart.key, chart) for chart in charts]
+    draw(figures, out)
+    page = out / "regret.md"
+    content = ["# Regret of search strategies", *sections([*figures, Bullets(lines)], out, page)]
+    page.write_text("\n\n".join(content) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

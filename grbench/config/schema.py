@@ -104,6 +104,10 @@ class RunnerConfig:
     memory_limit_gb: float | None = option(
         None, "host memory of a worker, 10^9 bytes; beyond it: status OOM; null: no limit", gt=0, le=1e6
     )
+    keep_engine: bool = option(
+        False, "cells one after another that differ only in arrivals, in_flight, order or in what is compared use one "
+        "engine in one process; a record says so",
+    )  # fmt: skip
     print: str = option("table", "form of the cells on standard output at the end", choices=["table", "json", "csv"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from grbench.execution import engines, measure
 from grbench.execution.clock import at_most_every
 from grbench.execution.energy import metered
 from grbench.execution.gpu import sample_gpu
+from grbench.execution.kept import Built, KeptEngine
 from grbench.execution.load import MEASURING
 from grbench.execution.records import SAMPLES_FILE, Outcome
 from grbench.execution.retrieval import build_retrieval
@@ -43,16 +45,23 @@ class Cell:
     _step: tuple[str, float] = ("", 0.0)  # the step that runs, and when it began
     _quality: quality.QualityFigures | None = None
 
-    def run(self) -> None:
-        """Take every step. Raises what a step raises."""
-        trace = self._load()
-        retrieval = self._retrieval(trace)
-        with self._engine(trace, retrieval) as engine:
+    def run(self, kept: KeptEngine | None = None) -> None:
+        """Take every step. Raises what a step raises.
+
+        kept: may have the engine of an earlier cell, and keeps this one's. None: the engine is closed at the end.
+        """
+        with contextlib.ExitStack() as unless_kept:
+            built = self._build(unless_kept) if kept is None else kept.of(self.spec, lambda: self._build(unless_kept))
+            engine, trace = built.engine, built.trace
+            if built.cells:
+                engine.reset_cache()
+            self.outcome.actual, self.outcome.metrics["engine_start_s"] = engine.actual(), built.start_s
+            self.outcome.metrics |= facts_of(trace)
             self._begin("check", "checking against the fp32 reference")
-            device = self.outcome.actual["device"]
-            engine_mib = measure.gpu_allocated_mib(device)
-            gate = gate_for(self.spec, trace, retrieval, self.outcome.actual)
-            gate_mib = measure.gpu_allocated_mib(device) - engine_mib
+            if (gate := built.gate) is None:
+                built = self._with_gate(built)
+                gate = built.gate
+                assert gate is not None
             with self._figures_of_failure():
                 self._check(engine, gate)
                 self._check_quality(engine, trace)
@@ -60,10 +69,18 @@ class Cell:
                 self._warm_up(engine, trace.requests)
                 answers = MeasuredAnswers(gate.form, self.spec.gate.measured, self.spec.seed)
                 measurement = self._measure(engine, trace.requests, answers)
-                measurement.metrics |= measure.memory(device, gate_mib)
+                measurement.metrics |= measure.memory(self.outcome.actual["device"], built.gate_mib)
                 self._check_measured(gate, answers)
                 self._check_again(engine, gate)
-            self._write(measurement, trace, retrieval)
+            if built.cells:
+                measurement.notes.append(
+                    f"the engine and its process had measured {built.cells} other loads before, and was not built "
+                    "again: host memory is the peak of all of them"
+                )
+            self._write(measurement, trace, built.retrieval)
+            if kept is not None:
+                kept.keep(self.spec, built)
+                unless_kept.pop_all()
 
     def _begin(self, step: str, text: str = "") -> None:
         """Begin a step, and note the seconds of the one before. text: what the progress line says."""
@@ -86,7 +103,7 @@ class Cell:
         for owner in (self.spec.model, self.spec.retrieval):
             if weights := getattr(owner, "weights", None):
                 check_items(trace.events, Path(weights))
-        self.outcome.metrics |= {f"workload/{name}": float(value) for name, value in trace.facts().items()}
+        self.outcome.metrics |= facts_of(trace)
         return trace
 
     def _retrieval(self, trace: Trace) -> Retrieval | None:
@@ -95,19 +112,26 @@ class Cell:
         self._begin("semantic_ids", "making semantic IDs")
         return build_retrieval(self.spec.retrieval, self.spec.workload, trace.events, self.spec.seed, self._say)
 
-    @contextlib.contextmanager
-    def _engine(self, trace: Trace, retrieval: Retrieval | None) -> Iterator[Engine]:
-        """A prepared engine, which is closed at the end."""
+    def _build(self, unless_kept: contextlib.ExitStack) -> Built:
+        """Load the trace, then build and prepare the engine. unless_kept: closes the engine at its end."""
+        trace = self._load()
+        retrieval = self._retrieval(trace)
         self._begin("start", "building the engine")
         spec, begun = self.spec, time.perf_counter()
         engine = engines.build(spec, trace.catalogue, retrieval)
-        try:
-            engine.prepare(trace.requests.some(engines.MOST_PREPARED), spec.scenario.max_batch)
-            self.outcome.metrics["engine_start_s"] = time.perf_counter() - begun
-            self.outcome.actual = engine.actual()
-            yield engine
-        finally:
-            engine.close()
+        unless_kept.callback(engine.close)
+        engine.prepare(trace.requests.some(engines.MOST_PREPARED), spec.scenario.max_batch)
+        start_s = time.perf_counter() - begun
+        self.outcome.metrics["engine_start_s"] = start_s
+        self.outcome.actual = engine.actual()
+        return Built(trace, retrieval, engine, start_s)
+
+    def _with_gate(self, built: Built) -> Built:
+        """Return the engine with the gate of its answers."""
+        device = self.outcome.actual["device"]
+        before = measure.gpu_allocated_mib(device)
+        gate = gate_for(self.spec, built.trace, built.retrieval, self.outcome.actual)
+        return dataclasses.replace(built, gate=gate, gate_mib=measure.gpu_allocated_mib(device) - before)
 
     @contextlib.contextmanager
     def _figures_of_failure(self) -> Iterator[None]:
@@ -222,3 +246,8 @@ class Cell:
             outcome.notes += self._quality.notes
         measure.write_samples(measurement.samples, self.folder / SAMPLES_FILE)
         self._begin("")
+
+
+def facts_of(trace: Trace) -> dict[str, float]:
+    """Return the figures of a trace as metrics."""
+    return {f"workload/{name}": float(value) for name, value in trace.facts().items()}

@@ -40,6 +40,7 @@ class Status(StrEnum):
     INCORRECT = "INCORRECT"  # the gate failed; nothing is reported as a speed
     OOM = "OOM"  # host or device memory ran out
     TIMEOUT = "TIMEOUT"  # the worker ran past runner.timeout_s and was stopped
+    STOPPED = "STOPPED"  # the queue grew without end (scenario.stop_hopeless); there are no latencies
     KILLED = "KILLED"  # a signal ended the worker
     DISK_FULL = "DISK_FULL"
     INTERRUPTED = "INTERRUPTED"  # Ctrl-C or another signal ended the launcher while the cell ran

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import errno
-import io
-import json
-import os
-import select
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grbench.config.schema import RunnerConfig, RunSpec, spec_to_json
+from grbench.config.schema import RunnerConfig, RunSpec
 from grbench.execution import folders, oom, records
 from grbench.execution.environment import describe_environment
-from grbench.execution.load import LoadWatch, gpu_in_use
+from grbench.execution.load import LoadWatch
 from grbench.execution.records import LOG_FILE, Outcome, RunRecord, Status
+from grbench.execution.workers import Event, KeptWorker, Worker
 from grbench.signals import ENDING, Stopped, held
 
 MOST_LEFT = 4096  # bytes: a disk with less left is full
-JOB_FILE = "job.json"
-Event = dict[str, Any]
 
 
 def run_cell(
@@ -40,14 +32,16 @@ def run_cell(
     overrides: list[str] | None = None,
     config_dir: Path | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
+    kept: KeptWorker | None = None,
 ) -> tuple[RunRecord, Path]:
     """Measure one cell and keep its record. Returns the record and the folder that has it.
 
     A record is never overwritten: if `folder` has one already, or another process measures there, the new one is kept
     in a folder beside it.
-    `on_event` receives the worker's {"stage": ...} and {"answered": n} messages. Only Interrupted is raised, for any
-    KeyboardInterrupt, after the worker has been stopped and its record kept. However the launcher ends, so does the
-    worker.
+    `on_event` receives the worker's {"stage": ...} and {"answered": n} messages. kept: keeps the worker for a later
+    cell of the same engine, and may have one for this cell; None: a fresh worker that ends with the cell. Only
+    Interrupted is raised, for any KeyboardInterrupt, after the worker has been stopped and its record kept. However the
+    launcher ends, so does the worker.
     """
     started, begun = datetime.datetime.now(datetime.UTC), time.monotonic()
     with folders.unused(folder) as folder:
@@ -57,7 +51,7 @@ def run_cell(
         record: RunRecord | None = None
         while record is None:  # again after a signal, which may come at any moment
             try:
-                outcome = outcome or _outcome(spec, runner, folder, on_event)
+                outcome = outcome or _outcome(spec, runner, folder, on_event, kept)
                 with held():
                     environment, notes = _environment(spec, outcome)
                     record = RunRecord(
@@ -113,52 +107,65 @@ def keep(record: RunRecord, folder: Path) -> Path:
         return spare
 
 
-def _outcome(spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[[Event], None]) -> Outcome:
+def _outcome(
+    spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[[Event], None], kept: KeptWorker | None
+) -> Outcome:
     """Reserve the space for the record and run the cell. Returns an outcome also if the disk refuses."""
     try:
         records.reserve(folder)
-        return _work(spec, runner, folder, on_event)
+        return _work(spec, runner, folder, on_event, kept)
     except OSError as e:
         status = Status.DISK_FULL if e.errno in (errno.ENOSPC, errno.EDQUOT) else Status.ERROR
         return Outcome(status, f"{folder}: {e.strerror or e}; free some space or set runner.output_root")
 
 
 def _work(
-    spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[[Event], None], tries: int = 2
+    spec: RunSpec,
+    runner: RunnerConfig,
+    folder: Path,
+    on_event: Callable[[Event], None],
+    kept: KeptWorker | None,
+    tries: int = 2,
 ) -> Outcome:
     """Run the cell in a worker and pass its messages on. Returns the worker's outcome, or how the worker ended.
 
-    tries: the most workers, where one asks for the cell to be measured again.
+    kept: may have a worker with the cell's engine, and takes that of a cell that ends well. tries: the most workers,
+    where one asks for the cell to be measured again.
     """
-    read_end, write_end = os.pipe()
     kills_before = oom.kills()
-    gpu = gpu_in_use()  # the worker's own work would count as that of others
-    worker = _start(spec, runner, folder, write_end)
-    os.close(write_end)
-    watch = LoadWatch(worker.pid, gpu)
+    if (worker := kept.take(spec) if kept else None) is not None:
+        worker.give(spec, runner, folder)
+    else:
+        worker = Worker(spec, runner, folder, keep=kept is not None)
+    watch = LoadWatch(worker.pid, worker.gpu)
     outcome: Outcome | None = None
     again: str | None = None
     timed_out, grace_s = False, 0.0  # Ctrl-C and the time limit stop the worker at once
+    waits = False
     try:
-        with open(read_end, "rb", buffering=0) as channel:  # noqa: PTH123  (a file descriptor)
-            for event in _messages(channel, time.monotonic() + runner.timeout_s):
-                if "outcome" in event:
-                    outcome = Outcome(**{**event["outcome"], "status": Status(event["outcome"]["status"])})
-                elif "again" in event:
-                    again = event["again"]
-                else:
-                    watch.see(event.get("stage"))
-                    on_event(event)
+        for event in worker.messages(time.monotonic() + runner.timeout_s):
+            if "outcome" in event:
+                outcome = Outcome(**{**event["outcome"], "status": Status(event["outcome"]["status"])})
+            elif "again" in event:
+                again = event["again"]
+            else:
+                watch.see(event.get("stage"))
+                on_event(event)
         grace_s = 5.0
+        waits = kept is not None and outcome is not None and outcome.status is Status.OK
     except TimeoutError:
         timed_out = True
     finally:
-        _stop(worker, grace_s)
-    if -worker.returncode in ENDING:  # who ends a whole job signals all its processes: ours may be on its way
+        if not waits:
+            worker.stop(grace_s)
+    if waits:
+        assert kept is not None
+        kept.keep(worker, spec)
+    elif -worker.returncode in ENDING:  # who ends a whole job signals all its processes: ours may be on its way
         time.sleep(1.0)
     if again is not None and tries > 1:
         on_event({"stage": f"measuring again, because {again}"})
-        outcome = _work(spec, runner, folder, on_event, tries - 1)
+        outcome = _work(spec, runner, folder, on_event, kept, tries - 1)
         outcome.notes.append(f"measured a second time, because {again}")
         return outcome
     if outcome is not None:
@@ -179,55 +186,6 @@ def _work(
     if worker.returncode < 0:
         return Outcome(Status.KILLED, f"{signal.Signals(-worker.returncode).name} ended the worker; {log_ends}")
     return Outcome(Status.ERROR, f"the worker exited with {worker.returncode} and no result; {log_ends}")
-
-
-def _start(spec: RunSpec, runner: RunnerConfig, folder: Path, report_fd: int) -> subprocess.Popen[bytes]:
-    """Start the worker, which reports on `report_fd`. Raises OSError."""
-    job = folder / JOB_FILE
-    limit = int(runner.memory_limit_gb * 1e9) if runner.memory_limit_gb else None
-    parameters = {
-        "spec": spec_to_json(spec),
-        "folder": str(folder),
-        "report_fd": report_fd,
-        "timeout_s": runner.timeout_s,
-        "memory_limit_bytes": limit,
-    }
-    job.write_text(json.dumps(parameters))
-    with (folder / LOG_FILE).open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "grbench.execution.worker", str(job)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[report_fd],
-            start_new_session=True,  # Ctrl-C is the parent's to handle, and the whole group can be stopped
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-
-
-def _messages(channel: io.FileIO, deadline: float) -> Iterator[Event]:
-    """Yield the worker's messages until it closes its end. Raises TimeoutError at the deadline (monotonic seconds)."""
-    pending = b""
-    while True:
-        if not select.select([channel], [], [], max(deadline - time.monotonic(), 0.0))[0]:
-            raise TimeoutError
-        chunk = channel.read(65536)
-        if not chunk:
-            return
-        *lines, pending = (pending + chunk).split(b"\n")
-        for line in lines:
-            yield json.loads(line)
-
-
-def _stop(worker: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Give the worker time to leave, then end its whole process group, helpers included."""
-    try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            worker.wait(grace_s)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()
 
 
 def last_line(log: Path) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -19,7 +20,8 @@ from grbench.config.schema import RunConfig, RunSpec
 from grbench.execution import records
 from grbench.execution.earlier import EarlierRecords
 from grbench.execution.records import RunRecord, Status
-from grbench.execution.runner import Event, Interrupted, run_cell
+from grbench.execution.runner import Interrupted, run_cell
+from grbench.execution.workers import Event, KeptWorker
 from grbench.report.cells import Planned, label
 from grbench.tracking import CellTracker, where_to_look
 
@@ -44,6 +46,7 @@ class CellSession:
         if self._sweep_id:
             facts = {"overrides": " ".join(invocation.words), "cells": str(self._total)}
             self._tracker.start_sweep(self._sweep_id, facts)
+        self._kept = KeptWorker() if run.runner.keep_engine else None
         self._earlier = EarlierRecords()
         if self._sweep_id and not run.rerun:
             self._earlier.read(self._root, failed=not run.rerun_failed)
@@ -96,6 +99,7 @@ class CellSession:
                     overrides=list(job.overrides),
                     config_dir=self._invocation.config_dir,
                     on_event=progress.show,
+                    kept=self._kept,
                 )
             except Interrupted as interruption:
                 self._finish(interruption.folder, interruption.record)
@@ -132,10 +136,15 @@ class CellSession:
         """The record of each cell, in the order in which the cells ran."""
         return [record for _, record in self._cells]
 
-    def end(self, cut_short: bool = False) -> None:
-        """End the sweep's tracking. cut_short: something ended the session before its last cell."""
+    def end(self, cut_short: bool = False, answer: str = "", files: Sequence[Path] = ()) -> None:
+        """End an idle worker and the sweep's tracking.
+
+        cut_short: something ended the session before its last cell. answer, files: of the sweep's run in MLflow.
+        """
+        if self._kept is not None:
+            self._kept.close()
         if self._sweep_id:
-            self._tracker.end_sweep(self._cells, cut_short)
+            self._tracker.end_sweep(self._cells, cut_short, answer, files)
 
     def close(self, cut_short: str = "") -> int:
         """End the session and print the table of all cells. Returns 0 if every cell is OK, else 1.

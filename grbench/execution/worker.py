@@ -1,10 +1,11 @@
-"""The worker: one fresh process for one cell. Only workers touch engines and devices.
+"""The worker: a fresh process for one cell, or for several of one engine. Only workers touch engines and devices.
 
     python -m grbench.execution.worker JOB.json
 
 It reads the cell from the job file and reports on file descriptor `report_fd`, one JSON object a line: {"stage": ...},
 {"answered": n}, {"again": why} for a cell to be measured again, and at the end {"outcome": {...}}. Its standard output
-and errors are the cell's log.
+and errors are the cell's log. If `keep` is true in the job file, it keeps its engine after a cell that is OK and reads
+the path of the next job file from `jobs_fd`.
 """
 
 from __future__ import annotations
@@ -21,35 +22,51 @@ import sys
 import textwrap
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from grbench.config.schema import spec_from_json
 from grbench.execution.clock import ClockMovedError
 from grbench.execution.environment import code_digest
+from grbench.execution.kept import KeptEngine
 from grbench.execution.records import Outcome, Status, one_line
 
 GRACE_S = 60  # of a launcher that does not stop its worker at the time limit: it may be stopped itself
 
 
 def main() -> None:
-    """Measure the cell of the job file and report its outcome."""
+    """Measure the cell of the job file and report its outcome; then, if it says so, the cells that follow."""
     job = json.loads(Path(sys.argv[1]).read_text())
     channel = os.fdopen(job["report_fd"], "w", buffering=1)
     threading.Thread(target=_end_with_launcher, args=[job["report_fd"]], daemon=True).start()
-    faulthandler.dump_traceback_later(job["timeout_s"] + GRACE_S, exit=True)
+    if limit := job["memory_limit_bytes"]:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    kept, fine = KeptEngine() if job["keep"] else None, True
 
     def report(message: dict[str, Any]) -> None:
         channel.write(json.dumps(message) + "\n")
 
-    if limit := job["memory_limit_bytes"]:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    with os.fdopen(job["jobs_fd"]) as jobs:
+        while job is not None:
+            faulthandler.dump_traceback_later(job["timeout_s"] + GRACE_S, exit=True)
+            fine = _measure(job, report, kept)
+            faulthandler.cancel_dump_traceback_later()
+            job = _next_job(jobs) if kept is not None and fine else None
+    if kept is not None and fine:
+        kept.close()
+    channel.close()
+    os._exit(0)  # a load generator's thread may be waiting for answers that will not come
+
+
+def _measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None], kept: KeptEngine | None) -> bool:
+    """Measure one cell and report its outcome. Returns True if it is OK."""
     outcome = Outcome(code=code_digest())
     try:
         from grbench.execution.cell import Cell  # imports torch, which may take more memory than the limit
 
-        Cell(spec_from_json(job["spec"]), Path(job["folder"]), outcome, report).run()
+        Cell(spec_from_json(job["spec"]), Path(job["folder"]), outcome, report).run(kept)
         outcome.status = Status.OK
     except BaseException as e:
         outcome.status, outcome.error = classify(e)
@@ -58,8 +75,20 @@ def main() -> None:
         with contextlib.suppress(OSError):  # the log's disk may be full: the outcome is still reported
             traceback.print_exc()
     report({"outcome": asdict(outcome)})
-    channel.close()
-    os._exit(0)  # a load generator's thread may be waiting for answers that will not come
+    return outcome.status is Status.OK
+
+
+def _next_job(jobs: TextIO) -> dict[str, Any] | None:
+    """Wait for the next cell, whose log takes the output from now on. Returns None if there is none."""
+    line = jobs.readline().strip()
+    if not line:
+        return None
+    job: dict[str, Any] = json.loads(Path(line).read_text())
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    return job
 
 
 def _end_with_launcher(report_fd: int) -> None:
@@ -72,6 +101,7 @@ def _end_with_launcher(report_fd: int) -> None:
 
 def classify(error: BaseException) -> tuple[Status, str]:
     """Return the status that an exception means, and one line about it."""
+    from grbench.scenarios.growth import HopelessError
     from grengines.api import UnavailableError
     from grengines.numerics import IncorrectError
     from grengines.runtime.cache_dir import in_cache
@@ -86,6 +116,8 @@ def classify(error: BaseException) -> tuple[Status, str]:
         return Status.DISK_FULL, f"no space left while the cell ran: {line}; free some and run it again"
     if any(out_of_memory(e) for e in chain):
         return Status.OOM, f"memory ran out: {textwrap.shorten(line, 160)}; try a smaller batch, history or model"
+    if isinstance(error, HopelessError):
+        return Status.STOPPED, line
     if isinstance(error, UnavailableError):
         return Status.UNAVAILABLE, line
     if isinstance(error, IncorrectError):

@@ -72,7 +72,7 @@ def run_scenario(
             from grbench.scenarios import direct
             from grbench.workloads.trace import arrivals_s
 
-            driven = direct.replay(config, start, request_at, arrivals_s(requests))
+            driven = direct.replay(config, start, request_at, arrivals_s(requests), latency_limit_ms)
         case ClosedLoopConfig():
             from grbench.scenarios import direct
 

@@ -71,6 +71,7 @@ class RequestLoop:
         self.busy_s = 0.0  # seconds in which the engine computed
         self.batches = 0
         self.batched = 0  # requests of all batches
+        self.submitted = 0  # requests
         self._max_batch, self._answered, self._watch, self._wanted = max_batch, answered, watch, wanted
         self._waiting = Waiting(key, max_batch)
         self._changed = threading.Condition()
@@ -86,6 +87,7 @@ class RequestLoop:
         tickets = list(tickets)
         with self._changed:
             self._waiting.add(tickets)
+            self.submitted += len(tickets)
             self._changed.notify(len(tickets))  # each may be a batch; a thread that wakes for nothing takes time
 
     def fail(self, error: BaseException) -> None:
@@ -130,6 +132,11 @@ class RequestLoop:
         columns = {name: c.astype(np.int64) if name in integers else c for name, c in columns.items()}
         stages = self._stages[0] if self._stages else {}
         return columns | {f"{stage}_ms": np.array([row[stage] for row in self._stages]) for stage in stages}
+
+    @property
+    def answered(self) -> int:
+        """Requests that were answered since `take_rows`."""
+        return len(self._rows)
 
     def take_rows(self) -> list[tuple[float, ...]]:
         """Return the rows since the last call and forget them, for a server that runs on. `answered` may call it."""

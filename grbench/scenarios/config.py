@@ -34,6 +34,9 @@ class LoadGenConfig(ScenarioConfig):
     min_duration_s: float = option(0.0, "shortest measurement", ge=0)
 
 
+STOP = option(False, "end the cell once it is sure that the queue grows without end: status STOPPED, and no latencies")
+
+
 @dataclass
 class OfflineConfig(LoadGenConfig):
     """MLPerf offline: every request arrives at the start. Throughput counts."""
@@ -48,6 +51,7 @@ class ServerConfig(LoadGenConfig):
 
     name: str = option("server", "name of the scenario in records")
     target_qps: float = option(100.0, "mean arrival rate", gt=0)
+    stop_hopeless: bool = STOP
 
 
 @dataclass
@@ -74,6 +78,7 @@ class TraceReplayConfig(ScenarioConfig):
 
     name: str = option("trace_replay", "name of the scenario in records")
     mean_qps: float | None = option(None, "mean rate to scale to; null: the trace's own clock", gt=0)
+    stop_hopeless: bool = STOP
 
 
 @dataclass

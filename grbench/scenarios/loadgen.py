@@ -34,6 +34,7 @@ from grbench.scenarios.config import (
     ServerConfig,
     SingleStreamConfig,
 )
+from grbench.scenarios.growth import PERIOD_S, Growth, HopelessError
 
 CHECK_CLOCK_S = 0.5
 _SUMMARY, _DETAIL = "mlperf_log_summary.txt", "mlperf_log_detail.txt"
@@ -50,7 +51,8 @@ def run(
     """Run one LoadGen test to its end.
 
     folder: for LoadGen's logs. Returns the request loop with LoadGen's own figures and notes. Raises what the engine
-    raised, and ClockMovedError: after a step back LoadGen waits for as long, after one ahead it issues all at once.
+    raised, ClockMovedError (after a step back LoadGen waits for as long, after one ahead it issues all at once), and
+    HopelessError with `stop_hopeless`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batcher = start(lambda tickets: lg.QuerySamplesComplete([lg.QuerySampleResponse(t.key, 0, 0) for t in tickets]))
@@ -90,10 +92,13 @@ def run(
     loadgen = threading.Thread(target=test, name="loadgen", daemon=True)
     clock = WallClock()
     loadgen.start()
-    while not batcher.stopped.wait(CHECK_CLOCK_S):
+    growth = Growth(latency_limit_ms) if isinstance(config, ServerConfig) and config.stop_hopeless else None
+    while not batcher.stopped.wait(PERIOD_S if growth else CHECK_CLOCK_S):
         try:
             clock.check()
-        except ClockMovedError as e:  # `close` raises it, once no thread is in the engine any more
+            if growth:
+                growth.see(perf_counter(), batcher.submitted, batcher.answered)
+        except (ClockMovedError, HopelessError) as e:  # `close` raises it, once no thread is in the engine any more
             batcher.fail(e)
     if batcher.failure is None:
         loadgen.join()

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +57,12 @@ class CellTracker:
             return False
         return True
 
-    def end_sweep(self, cells: list[Cell], cut_short: bool = False) -> None:
+    def end_sweep(
+        self, cells: list[Cell], cut_short: bool = False, answer: str = "", files: Sequence[Path] = ()
+    ) -> None:
         """Close the sweep's run with counts of its cells and the page that compares them.
 
+        answer: Markdown of what the cells answer together. files: the pages that show it, attached as artifacts.
         cut_short: the sweep did not reach its last cell. Its run is closed at once then, without the page.
         """
         try:
@@ -66,7 +70,7 @@ class CellTracker:
                 self._share()
             if self._parent is None:
                 return
-            self._open().end_sweep(self._parent, cells, cut_short)
+            self._open().end_sweep(self._parent, cells, cut_short, answer, files)
         except Exception as e:
             self._say(f"MLflow did not close the sweep's run ({one_line(e)})")
 

@@ -120,9 +120,12 @@ class Store:
         )
         return str(run.info.run_id)
 
-    def end_sweep(self, run_id: str, cells: list[Cell], cut_short: bool = False) -> None:
+    def end_sweep(
+        self, run_id: str, cells: list[Cell], cut_short: bool = False, answer: str = "", files: Sequence[Path] = ()
+    ) -> None:
         """Count the cells, attach the page that compares them, describe the run and end it.
 
+        answer: Markdown that comes first in the description. files: further artifacts, files or folders.
         The run is FINISHED if all cells are OK, else FAILED. cut_short: it is KILLED and has no page, because who ended
         the sweep gives it only seconds.
         """
@@ -132,7 +135,11 @@ class Store:
             for status in sorted({record.status for record in records}):
                 self._client.log_metric(run_id, f"cells/{status}", sum(r.status is status for r in records))
             pictures = [] if cut_short else self._log_comparison(run_id, cells)
-            self._client.set_tag(run_id, NOTE_TAG, describe_sweep(records, run_id, pictures)[:MOST_NOTE])
+            for path in () if cut_short else files:
+                log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+                log(run_id, str(path), *([path.name] if path.is_dir() else []))
+            described = "\n\n".join(part for part in (answer, describe_sweep(records, run_id, pictures)) if part)
+            self._client.set_tag(run_id, NOTE_TAG, described[:MOST_NOTE])
             if not cut_short:
                 ended = "FINISHED" if all(r.ok for r in records) else "FAILED"
         finally:  # whatever stops the description: a run that is still RUNNING would look alive

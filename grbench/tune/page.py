@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from grbench.report import html
 from grbench.report.cells import figure
 from grbench.report.chart import Chart, Series
-from grbench.report.markdown import sections
+from grbench.report.markdown import escape, sections
 from grbench.report.page import Block, Bullets, Figure, Heading, Table, Text
 from grbench.report.write import draw
 from grbench.tune import answer, rates
@@ -48,11 +49,13 @@ def blocks(search: Search, found: Answer | None, declared: Declared, space: Spac
     count = f"{len(search.trials)} of {len(space.configurations)} configurations were measured"
     content.append(Text(f"Objective {declared.goal.objective}, limits: {limits}, budget {declared.budget}; {count}."))
     if chart := front_chart(search):
-        content += [Heading("Pareto front"), Figure("pareto", chart), front_table(search)]
+        content += [Heading("Pareto front"), Figure("pareto", chart)]
+        content += [Figure(chart.key, chart) for chart in trade_offs(search)]
+        content.append(front_table(search))
     if found and (rows := answer.neighbours(found)):
         content += [
             Heading("One step from the winner"),
-            Table(["option", "change", "requests/s", "against the winner"], rows),
+            _steps(rows),
         ]
     content += [Heading("Configurations"), _all(search)]
     if pairs := answer.correlations(search):
@@ -66,6 +69,41 @@ def blocks(search: Search, found: Answer | None, declared: Declared, space: Spac
             Table(["combinations", "reason"], [[str(n), why] for why, n in space.left_out.items()]),
         ]
     return content
+
+
+def summary(search: Search, found: Answer | None) -> str:
+    """Return the answer as Markdown without figures, for the description of a run in MLflow."""
+    if found is None:
+        return escape(f"No answer: {answer.nobody(search)}.") if search.trials else ""
+    content: list[Block] = [Text(escape(answer.sentence(found))), Text(escape(answer.binding(found)))]
+    content += [Heading("Pareto front"), front_table(search)]
+    if rows := answer.neighbours(found):
+        content += [Heading("One step from the winner"), _steps(rows)]
+    return "\n\n".join(sections(content))
+
+
+def _steps(rows: list[tuple[str, str, str, str]]) -> Table:
+    return Table(["option", "change", "requests/s", "against the winner"], rows)
+
+
+def trade_offs(search: Search) -> list[Chart]:
+    """Return a chart for each further figure in which configurations within the limits differ: it and the rate."""
+    points = [(trial, answer.figures(trial.best)) for trial in search.trials if trial.best is not None]
+    charts = []
+    for name in SMALLER[1:]:
+        have = [(trial, row) for trial, row in points if name in row]
+        if len({row[name] for _, row in have}) < 2:
+            continue
+        series = Series(
+            "configurations",
+            [row["requests/s"] for _, row in have],
+            [row[name] for _, row in have],
+            hover=[trial.configuration.name for trial, _ in have],
+            colour=0,
+        )
+        key = re.sub(r"\W+", "_", name.lower()).strip("_")
+        charts.append(Chart(key, f"Rate and {name} within the limits", "requests/s", name, [series]))
+    return charts
 
 
 def front(search: Search) -> list[Trial]:

@@ -19,7 +19,7 @@ from grbench.tune.limits import PERCENTILE, Limit
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.proposers import Axes, Listed, Neighbours, OneAtATime, OptunaProposer, Proposer
 from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
-from grbench.tune.search import BOTTOM, Batching, Goal, Search
+from grbench.tune.search import BOTTOM, SIZES, Batching, Goal, Search
 
 SPREAD = 0.02  # of run to run, as measured on an idle GPU
 LONG = 6_000  # requests of the simulation that is the truth
@@ -57,13 +57,13 @@ class Grid:
         self._times: dict[Configuration, BatchTimes] = {}
 
     def times(self, configuration: Configuration) -> BatchTimes:
-        """Return the times of batches, with the smaller sizes of configurations that differ in batching only."""
+        """Return the times of batches, with the smaller sizes of configurations that differ in it only."""
         if configuration not in self._times:
             largest = self.batching[configuration].max_batch
             batches = [
                 batch
                 for other, cell in self.cells.items()
-                if all(key.startswith("scenario.") for key in configuration.differs(other))
+                if set(configuration.differs(other)) <= SIZES
                 for batch in cell.batches
                 if batch[0] <= largest
             ]
@@ -114,6 +114,9 @@ class Replay:
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         return ()
+
+    def quality(self, configuration: Configuration) -> Mapping[str, float]:
+        return {}
 
     def share(self, probes: Sequence[Probe]) -> float:
         return len(probes) / self._cells

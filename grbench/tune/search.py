@@ -29,9 +29,12 @@ FIRST_SHARE, FIRST_FEWEST, FIRST_MOST = 0.2, 3, 12  # of the budget, for offline
 BETWEEN = 2  # offline probes between two configurations that are probed at rates
 BOTTOM = rates.steps(20)  # steps below the offline rate at which a configuration is given up
 CERTIFIED = 10_000  # requests of a run that certifies
-CERTIFY_SIZES = (CERTIFIED, 5000, 2000, FEWEST)
-CERTIFY_SHARE = 0.45  # of the budget, at most, if fewer requests make it less
+CERTIFY_SHARE = 0.6  # of the budget, at most, if it is reserved twice
+CERTIFY_MOST = 0.75  # of the budget that is reserved, at most
+CERTIFY_STEPS = 2  # by which a rate that fails is lowered
 CERTIFY_SEED = 101
+SIZES = {"scenario.max_batch", "scenario.max_wait_ms"}  # options that a batch's time depends on by its size alone
+ENDED_EARLY = ("TIMEOUT", "STOPPED")  # statuses of a rate that is too high
 HELD = (Verdict.KEPT, Verdict.LIKELY)  # verdicts by which the search orders; only KEPT certifies
 
 
@@ -135,6 +138,8 @@ class Search:
         self._batching, self._progress = batching, progress
         self._prune = goal.objective == "throughput"
         self._screen = screen and self._prune
+        self.uncertified = ""  # why nothing was certified
+        self._concluded = False  # something was: its budget is free
 
     # What was found
 
@@ -332,6 +337,13 @@ class Search:
         return measured
 
     def _offline(self, trial: Trial) -> None:
+        bounds = [limit for limit in self.goal.limits if limit.metric.startswith("quality/")]
+        if bounds and (quality := self._evaluator.quality(trial.configuration)):
+            known = Outcome("OK", quality)
+            verdict, limit = judge([limit for limit in bounds if limit.metric in quality], known)
+            if verdict is Verdict.BROKEN and limit is not None:
+                trial.failed, trial.violation = f"breaks {limit}: {limit.shown(known)}", limit.excess(known) or 1.0
+                return
         if trial.offline is None:
             largest = self._batching[trial.configuration].max_batch
             self._measure(trial, Probe(None, max(OFFLINE, 8 * largest)))
@@ -369,20 +381,21 @@ class Search:
         return self._evaluator.share([probe, *self.reserve()]) <= self._evaluator.left()
 
     def reserve(self) -> list[Probe]:
-        """Return the probes that would certify the best so far: as many requests as a part of the budget allows."""
+        """Return the probes that certify the best so far, twice if the budget is large: the first rate may fail.
+
+        None if they would leave too little of the budget for the search: the answer then says what is missing.
+        """
         best = self.incumbent
-        if best is None or best.low is None or not self.goal.runs:
+        if best is None or best.low is None or not self.goal.runs or self._concluded:
             return []
-        for size in CERTIFY_SIZES:
-            probes = 2 * certifying(rates.rate_of(best.low), size, self.goal.runs)  # the first may fail, or be unsure
-            if self._evaluator.share(probes) <= CERTIFY_SHARE:
-                break
-        return probes
+        once = certifying(rates.rate_of(best.low), CERTIFIED, self.goal.runs)
+        share = self._evaluator.share(once)
+        return 2 * once if 2 * share <= CERTIFY_SHARE else once if share <= CERTIFY_MOST else []
 
     def _note(self, trial: Trial, probe: Probe, outcome: Outcome) -> Verdict | None:
         """Take an outcome into a trial. Returns the verdict on a server probe."""
         if not outcome.ok:
-            if probe.rate is not None and outcome.status == "TIMEOUT":
+            if probe.rate is not None and outcome.status in ENDED_EARLY:
                 self._enter(trial, probe.rate, outcome, (Verdict.BROKEN, None))
                 return Verdict.BROKEN
             trial.failed, trial.violation = f"{outcome.status}: {outcome.error}", 1.0
@@ -439,53 +452,68 @@ class Search:
         return low
 
     def _alike(self, trial: Trial) -> list[Trial]:
-        """Return the measured trials that differ from this one in batching only, and itself."""
+        """Return the measured trials that differ from this one in the size of batches only, and itself."""
 
         def alike(other: Trial) -> bool:
-            return all(key.startswith("scenario.") for key in trial.configuration.differs(other.configuration))
+            return set(trial.configuration.differs(other.configuration)) <= SIZES
 
         return [other for other in self.trials if other.offline is not None and alike(other)]
 
     # Certification
 
     def certify(self) -> Certificate | None:
-        """Measure the best again with other seeds, and with more requests; then the next best until one passes.
+        """Measure the best again with other seeds and 10,000 requests; then the next best until one passes.
 
-        Returns None if nothing keeps the limits, or if the budget has no room for any run.
+        Returns None if nothing keeps the limits, or if the budget has no room; `uncertified` then says why.
         """
         failures: list[str] = []
-        steps = {id(trial): trial.low for trial in self.ranking()}
+        steps = {id(trial): self._first_certified(trial) for trial in self.ranking()}
+        rated = self.goal.rate is not None or self.goal.objective == "cost"
         while open_trials := [trial for trial in self.trials if steps.get(id(trial)) is not None]:
-            rated = self.goal.rate is not None or self.goal.objective == "cost"
             trial = self.ranking()[0] if rated and not failures else max(open_trials, key=lambda t: steps[id(t)] or 0)
             step = steps[id(trial)]
             assert step is not None
-            outcomes, why = self._certifying_runs(trial, step)
-            if not why and outcomes:
-                return Certificate(trial, step, outcomes, failures)
-            if not outcomes:
+            if missing := self._missing(rates.rate_of(step)):
+                self.uncertified = "; ".join([*failures[-1:], missing])
                 return None
+            outcomes, why = self._certifying_runs(trial, step)
+            if not why:
+                self._concluded = True
+                return Certificate(trial, step, outcomes, failures)
             failures.append(f"{trial.configuration.name} at {rates.rate_of(step):.4g} requests/s: {why}")
-            next_step = step - 2 if self.goal.rate is None and trial.top and step - 2 > trial.top - BOTTOM else None
-            steps[id(trial)] = next_step
+            lower = step - CERTIFY_STEPS
+            open_ = self.goal.rate is None and trial.top is not None and lower > trial.top - BOTTOM
+            steps[id(trial)] = lower if open_ else None
+        self.uncertified = failures[-1] if failures else ""
         return None
+
+    def _first_certified(self, trial: Trial) -> int | None:
+        """Return the step to certify first: the best one, or the next lower one if its interval is not within."""
+        step = trial.low
+        if step is None or self.goal.rate is not None or trial.verdicts[step][0] is Verdict.KEPT:
+            return step
+        return step - 1
+
+    def _missing(self, rate: float) -> str:
+        """Return in words what the budget lacks to certify a rate; "": nothing."""
+        probes = certifying(rate, CERTIFIED, self.goal.runs)
+        need, left = self._evaluator.share(probes), max(self._evaluator.left(), 0.0)
+        if need <= left:
+            return ""
+        runs = f"{self.goal.runs} runs of {CERTIFIED:,} requests" if self.goal.runs > 1 else f"{CERTIFIED:,} requests"
+        return (
+            f"{runs} at {rate:.4g} requests/s take {need:.0%} of the budget, and {left:.0%} was left: a budget "
+            f"{1 + need - left:.2g} times as large would do"
+        )
 
     def _certifying_runs(self, trial: Trial, step: int) -> tuple[list[Outcome], str]:
         """Return the outcomes of the certifying runs, and why they fail ("": they do not)."""
         outcomes: list[Outcome] = []
-        rate = rates.rate_of(step)
-        sizes = [
-            n
-            for n in CERTIFY_SIZES
-            if self._evaluator.share(certifying(rate, n, self.goal.runs)) <= self._evaluator.left()
-        ]
-        for probe in certifying(rate, sizes[0], self.goal.runs) if sizes else []:
+        for probe in certifying(rates.rate_of(step), CERTIFIED, self.goal.runs):
             outcome, verdict, limit = self._certifying_run(trial, probe)
             longer = dataclasses.replace(probe, requests=LONGER * probe.requests)
-            if (
-                verdict in (Verdict.LIKELY, Verdict.UNSURE)
-                and self._evaluator.share([longer]) <= self._evaluator.left()
-            ):
+            unsure = verdict in (Verdict.LIKELY, Verdict.UNSURE) and self.goal.rate is not None  # no lower rate will do
+            if unsure and self._evaluator.share([longer]) <= self._evaluator.left():
                 outcome, verdict, limit = self._certifying_run(trial, longer)
             outcomes.append(outcome)
             if verdict is not Verdict.KEPT:
@@ -507,7 +535,7 @@ def certifying(rate: float, requests: int, runs: int) -> list[Probe]:
 
 @dataclass
 class Certificate:
-    """A configuration that kept the limits in every run with other seeds."""
+    """A configuration that kept the limits in every run with other seeds, of at least CERTIFIED requests."""
 
     trial: Trial
     step: int
@@ -518,11 +546,6 @@ class Certificate:
     def requests(self) -> int:
         """The requests of the shortest run."""
         return min(round(outcome.metrics["samples"]) for outcome in self.outcomes)
-
-    @property
-    def full(self) -> bool:
-        """True if every run had the requests that certify."""
-        return self.requests >= CERTIFIED
 
     @property
     def worst(self) -> Outcome:

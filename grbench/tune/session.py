@@ -33,7 +33,8 @@ class TuneSession:
     def __init__(self, declared: Declared, space: Space, words: Sequence[str]) -> None:
         self._declared, self._space, self._words = declared, space, words
         self._screen = Console(stderr=True)
-        _, run = compose_spec([*declared.fixed, *space.configurations[0].words], declared.config_dir)
+        kept = [] if declared.fixed_value("runner.keep_engine") else ["runner.keep_engine=true"]
+        _, run = compose_spec([*declared.fixed, *space.configurations[0].words, *kept], declared.config_dir)
         root = Path(run.runner.output_root).absolute()
         self.folder = root / "tune" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,10 +90,10 @@ class TuneSession:
     def _conclude(self, found: Answer | None, cut_short: str) -> int:
         from grbench.tune import page
 
-        self._cells.end(bool(cut_short))
         written: list[Path] = []
         if self.search.trials:
             written = page.write(self.search, found, self._declared, self._space, self.folder)
+        self._cells.end(bool(cut_short), page.summary(self.search, found), written)
         where = os.path.relpath(self.folder)
         if cut_short:
             self._say(f"{cut_short}; the same command goes on from here")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -152,18 +151,23 @@ def test_a_cell_whose_clock_was_set_is_measured_once_more(
     spec, run = compose_spec(QUICK)
     started = []
 
-    def start(spec: Any, runner: Any, folder: Path, report_fd: int) -> subprocess.Popen[bytes]:
-        started.append(folder)
-        asks = len(started) <= moves
-        outcome = (
-            {"status": "ERROR", "error": "the clock moved"} if asks else {"status": "OK", "actual": {"device": "cpu"}}
-        )
-        messages = [{"again": "the clock moved"}] * asks + [{"outcome": outcome}]
-        os.write(report_fd, "".join(json.dumps(message) + "\n" for message in messages).encode())
-        return subprocess.Popen(["true"])
+    class Asking:
+        pid, gpu, returncode = os.getpid(), None, 0
 
-    monkeypatch.setattr(runner, "_start", start)
-    monkeypatch.setattr(runner, "_stop", lambda worker, grace_s: worker.wait())
+        def __init__(self, spec: Any, runner: Any, folder: Path, keep: bool) -> None:
+            started.append(folder)
+
+        def messages(self, deadline: float) -> Iterator[dict[str, Any]]:
+            if len(started) <= moves:
+                yield {"again": "the clock moved"}
+                yield {"outcome": {"status": "ERROR", "error": "the clock moved"}}
+            else:
+                yield {"outcome": {"status": "OK", "actual": {"device": "cpu"}}}
+
+        def stop(self, grace_s: float) -> None:
+            pass
+
+    monkeypatch.setattr(runner, "Worker", Asking)
     record, _ = runner.run_cell(spec, run.runner, tmp_path / "cell")
     assert len(started) == 2
     assert record.status is (Status.OK if moves == 1 else Status.ERROR)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from helpers.command import Grbench
 
 from grbench import deployment
+from grbench.execution import records, session
 
 TINY = (
     *("model.layers=1", "workload=synthetic", "workload.users=20", "workload.items=100", "workload.visits=400"),
     *("workload.max_history=16", "workload.num_candidates=4", "warmup_batches=1", "gate.requests=2", "gate.measured=8"),
-    *("tracking=none", "engine=hstu", "kernel=torch", "scenario.max_wait_ms=0"),
+    *("tracking=none", "engine=hstu", "kernel=torch", "cache=none", "scenario.max_wait_ms=0"),
 )
 
 
@@ -38,6 +40,7 @@ TINY = (
         (["scenario.target_qps=50"], "the search sets scenario.target_qps; leave it out"),
         (["space=rank_tpu"], "space=rank_tpu: no such option; allowed:"),
         (["engine=hstu,foo", "space=typed"], "engine=foo: no such option; allowed: "),
+        (["space=typed", "engine=vllm,hf", "task=rank"], "the space is empty: none of 2 combinations can run here"),
     ],
 )
 def test_a_wrong_declaration_is_one_line(grbench_here: Grbench, words: list[str], message: str) -> None:
@@ -70,3 +73,65 @@ def test_a_small_search_writes_its_cells_its_page_and_a_deployment(grbench_here:
     assert again.stdout.startswith("Take cpu_threads=")
     [new] = [path for path in (tmp_path / "outputs" / "tune").iterdir() if path != folder]
     assert not (new / "cells.json").exists()  # the records of the first search answer
+
+
+SEARCH = (*TINY, "scenario.max_batch=4", "engine.cpu_threads=1,2", "probe_s=1", "certify_runs=0")
+
+
+def measured(root: Path) -> list[str]:
+    """Return the specification of every record that was measured to its end, in order of time."""
+    found = [(record.started_at, record.spec_hash) for _, record in records.find(root) if record.ok]
+    return [spec for _, spec in sorted(found)]
+
+
+def test_an_interrupted_search_goes_on_without_measuring_again(
+    grbench_here: Grbench, forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["tune", *SEARCH, "objective=latency", "rate=100", "limits.latency_ms.p99=60000", "budget=2cells"]
+    run, cells = session.run_cell, 0
+
+    def interrupted_later(*given: Any, **options: Any) -> Any:
+        nonlocal cells
+        cells += 1
+        if cells == 2:
+            raise KeyboardInterrupt
+        return run(*given, **options)
+
+    monkeypatch.setattr(session, "run_cell", interrupted_later)
+    cut = grbench_here(*words)
+    assert cut.returncode == 130, cut.stderr
+    assert "interrupted; the same command goes on from here" in cut.stderr
+    assert cut.stdout.startswith("Take cpu_threads=") and "not certified" in cut.stdout
+    [first] = measured(tmp_path)
+
+    monkeypatch.setattr(session, "run_cell", run)
+    whole = grbench_here(*words)
+    assert whole.returncode == 0, whole.stderr
+    assert len(measured(tmp_path)) == 2 and measured(tmp_path).count(first) == 1
+    newest = max((tmp_path / "outputs" / "tune").glob("*/tune.json"))
+    assert len(json.loads(newest.read_text())["trials"]) == 2  # the interrupted one's is among them
+
+
+def test_a_limit_that_nobody_keeps_is_one_line_with_the_nearest_point(
+    grbench_here: Grbench, forked_workers: None, tmp_path: Path
+) -> None:
+    done = grbench_here("tune", *SEARCH, "objective=latency", "rate=50", "latency_ms.p50=0.001", "budget=1cells")
+    assert done.returncode == 1 and done.stdout == ""
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(
+        "grbench tune: latency_ms.p50 <= 0.001: no configuration that was measured keeps it; nearest"
+    )
+    assert "beyond it" in line
+    assert not list(tmp_path.rglob("best.yaml"))
+
+
+@pytest.mark.parametrize(
+    "budget, message",
+    [
+        ("budget=1s", "budget=1s: too small for one cell of about 13 s; nearest: budget=5min"),
+        ("budget=0cells", "budget=0cells: no record answers, and a first answer takes about 8 cells"),
+    ],
+)
+def test_a_budget_without_room_for_a_cell_is_one_line(grbench_here: Grbench, budget: str, message: str) -> None:
+    done = grbench_here("tune", *SEARCH, budget)
+    assert done.returncode == 1 and message in done.stderr.splitlines()[-1]

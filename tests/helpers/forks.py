@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from grbench.cli import main
-from grbench.execution import runner, worker
+from grbench.execution import worker, workers
 from grbench.signals import ENDING
 
 USED = ("grbench.execution.cell", "grengines.hstu.engine", "pyarrow.parquet", "scipy.special")  # by every worker
@@ -91,7 +91,7 @@ def _become(work: Callable[[], object], output: Path, errors: Path | None, fds: 
         for logger in (logging.root, *logging.root.manager.loggerDict.values()):
             for handler in getattr(logger, "handlers", []):
                 if type(handler) is logging.StreamHandler:
-                    handler.setStream(sys.stderr)
+                    handler.stream = sys.stderr  # setStream would flush the old one, which may be closed
         os.environ.clear()
         os.environ.update(env)
         try:
@@ -166,4 +166,4 @@ def fork_workers(patch: pytest.MonkeyPatch) -> None:
 
     for name in USED:
         importlib.import_module(name)
-    patch.setattr(runner, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
+    patch.setattr(workers, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))

@@ -22,6 +22,7 @@ P99 = Limit("latency_ms/p99", 80.0)
 
 
 def outcome(p99: float, low: float | None = None, high: float | None = None, **metrics: float) -> Outcome:
+    metrics = {"quality/auc_loss": 0.0, **metrics}
     figures = {"latency_ms/p50": p99 / 4, "latency_ms/p99": p99, "throughput_rps": 100.0, "offered_rps": 100.0}
     intervals = {} if low is None or high is None else {"latency_ms/p99": [low, high]}
     return Outcome("OK", {**figures, "samples": 10_000.0, "loadgen_valid": 1.0, **metrics}, intervals)
@@ -37,6 +38,7 @@ class Capacities:
         self.probes: list[tuple[Configuration, Probe]] = []
         self.earlier: dict[Configuration, list[tuple[Probe, Outcome]]] = {}
         self.failing: dict[Configuration, str] = {}
+        self.qualities: dict[str, Mapping[str, float]] = {}
 
     def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
         if len(self.probes) >= self.cells:
@@ -49,12 +51,15 @@ class Capacities:
             return Outcome(self.failing[configuration], error="as planned")
         capacity = self.capacity[configuration] * self.worse.get(probe.seed, 1.0)
         if probe.rate is None:
-            return Outcome("OK", {"throughput_rps": 1.2 * capacity})
+            return Outcome("OK", {"throughput_rps": 1.2 * capacity, "quality/auc_loss": 0.0})
         p99 = 80 * (probe.rate / capacity) ** 4
         return outcome(p99, 0.99 * p99, 1.01 * p99, throughput_rps=probe.rate, offered_rps=probe.rate)
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         return self.earlier.get(configuration, [])
+
+    def quality(self, configuration: Configuration) -> Mapping[str, float]:
+        return self.qualities.get(configuration.get("engine") or "", {})
 
     def share(self, probes: Sequence[Probe]) -> float:
         return len(probes) / self.cells if self.cells else float(bool(probes)) * float("inf")
@@ -97,8 +102,8 @@ def test_a_floor_is_the_least_value_and_an_unknown_metric_is_refused() -> None:
     floor = limits.parse("throughput_rps", "90")
     assert floor.judge(outcome(1)) is Verdict.KEPT
     assert limits.parse("throughput_rps", "110").judge(outcome(1)) is Verdict.BROKEN
-    with pytest.raises(ConfigError, match="quality/auc_loss: no such key"):
-        limits.parse("quality.auc_loss", "0.1%").judge(outcome(1))
+    with pytest.raises(ConfigError, match="quality/ne_loss: no such key"):
+        limits.parse("quality.ne_loss", "0.1%").judge(outcome(1))
     assert limits.parse("quality.auc_loss", "0.1%").bound == pytest.approx(0.001)
 
 
@@ -164,12 +169,22 @@ def test_failures_are_data() -> None:
     assert failed == {ALL[-1]: "OOM: as planned", ALL[0]: "UNAVAILABLE: as planned"}
 
 
+def test_a_branch_that_loses_too_much_quality_is_cut_without_a_cell() -> None:
+    evaluator = Capacities(CAPACITY)
+    evaluator.qualities = {"aoti": {"quality/auc_loss": 0.014}}
+    search = searched(evaluator, Goal("throughput", (P99, limits.parse("quality.auc_loss", "0.1%"))))
+    assert all(configuration.get("engine") == "hstu" for configuration, _ in evaluator.probes)
+    cut = {trial.failed for trial in search.trials if trial.configuration.get("engine") == "aoti"}
+    assert cut == {"breaks quality.auc_loss <= 0.1%: quality.auc_loss 1.4%"}
+    assert search.incumbent is not None and search.incumbent.configuration.get("engine") == "hstu"
+
+
 def test_certification_takes_the_next_best_if_the_best_fails() -> None:
     evaluator = Capacities(CAPACITY)
     search = searched(evaluator)
     evaluator.worse = {101: 0.95}  # the first run with another seed carries 5% less
     certificate = search.certify()
-    assert certificate is not None and certificate.full and len(certificate.outcomes) == 2
+    assert certificate is not None and len(certificate.outcomes) == 2
     assert certificate.failures and "with seed +101" in certificate.failures[0]
     assert rates.rate_of(certificate.step) <= 0.95 * CAPACITY[certificate.trial.configuration]
     found = answer.answer(search, certificate)
@@ -177,6 +192,43 @@ def test_certification_takes_the_next_best_if_the_best_fails() -> None:
     words = answer.sentence(found)
     assert words.startswith("Take aoti max_batch=") and "certified: 2 runs" in words and "LoadGen: VALID" in words
     assert "The next best engine, hstu, gives" in words
+
+
+def test_a_budget_too_small_to_certify_says_by_how_much() -> None:
+    evaluator = Capacities(CAPACITY, cells=14)
+    evaluator.share = lambda probes: sum(1 + probe.requests / 2000 for probe in probes) / 14  # type: ignore[method-assign]
+    search = searched(evaluator)
+    assert search.incumbent is not None
+    assert search.certify() is None
+    words = answer.proof(answer.Answer(search, search.incumbent, 0, outcome(1), None))
+    assert words.startswith("not certified, one run with the search's own seed: 2 runs of 10,000 requests at ")
+    assert "of the budget, and" in words and "times as large would do" in words
+
+
+def test_the_budget_of_a_certification_is_kept_from_the_search() -> None:
+    evaluator = Capacities(CAPACITY, cells=60)
+    search = searched(evaluator)
+    assert 2 <= 60 - len(evaluator.probes) <= 50  # room for the first rate and for a lower one
+    assert search.certify() is not None
+    assert search.reserve() == []  # what is left is free
+
+
+def test_a_probe_that_was_stopped_bounds_the_rate_and_is_never_feasible() -> None:
+    evaluator = Capacities(CAPACITY)
+    usual = evaluator.outcome
+
+    def stopped(configuration: Configuration, probe: Probe) -> Outcome:
+        if probe.rate is not None and probe.rate > evaluator.capacity[configuration]:
+            return Outcome("STOPPED", error="the queue grew by 40 requests/s")
+        return usual(configuration, probe)
+
+    evaluator.outcome = stopped  # type: ignore[method-assign]
+    search = searched(evaluator)
+    best = search.incumbent
+    assert best is not None and best.low is not None and best.high == best.low + 1
+    assert rates.rate_of(best.low) <= CAPACITY[best.configuration] and not best.failed
+    found = answer.answer(search, None)
+    assert found is not None and "the probe ended early, STOPPED: the queue grew by" in answer.binding(found)
 
 
 def test_another_limit_is_answered_from_earlier_outcomes_alone() -> None:

@@ -230,6 +230,7 @@ class UserStates:
         """Drop every state, and continue with policies that have seen nobody."""
         self.clear()
         with self._lock:
+            self.pool.high_water = self.pool.used
             for plan in self._index.in_flight.values():
                 plan.known = False  # to the new policy
             self._policy.policy, self._tier_policy.policy = policy, tier_policy

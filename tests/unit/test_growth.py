@@ -1,0 +1,60 @@
+"""The test that ends a scenario whose queue grows without end."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from grbench.scenarios.growth import PERIOD_S, Growth, HopelessError
+from grbench.tune.queue_model import arrivals, latencies_ms
+
+LIMIT_MS = 80.0
+
+
+def watched(load: float, seed: int, stall_s: float = 0.0) -> tuple[float | None, str]:
+    """Return when a simulated queue of batches of 8 was stopped, as a share of its arrivals, and why.
+
+    load: arrivals as a share of what full batches carry. stall_s: of one batch.
+    """
+    rng = np.random.default_rng(seed)
+    at = arrivals(load * 8 / 0.018, 2000, rng)
+    batches = 0
+
+    def service(size: int) -> float:
+        nonlocal batches
+        batches += 1
+        return (0.002 + 0.002 * size) * float(np.exp(rng.normal(0, 0.15))) + (stall_s if batches == 40 else 0.0)
+
+    ends = np.sort(at + latencies_ms(at, service, 8, 0.002) / 1e3)
+    growth = Growth(LIMIT_MS)
+    for now in np.arange(0, at[-1], PERIOD_S):
+        try:
+            growth.see(now, int(np.searchsorted(at, now, "right")), int(np.searchsorted(ends, now, "right")))
+        except HopelessError as e:
+            return float(now / at[-1]), str(e)
+    return None, ""
+
+
+@pytest.mark.parametrize("load, stall_s", [(0.7, 0.0), (0.95, 0.0), (1.0, 0.0), (0.85, 1.0), (0.85, 3.0)])
+def test_a_queue_that_keeps_up_is_never_stopped(load: float, stall_s: float) -> None:
+    assert [watched(load, seed, stall_s)[0] for seed in range(40)] == [None] * 40
+
+
+def test_a_growing_queue_is_stopped_before_its_last_arrival_with_its_slope() -> None:
+    found = [watched(1.4, seed) for seed in range(20)]
+    assert all(share is not None and share < 0.95 for share, _ in found)
+    excess = 0.4 * 8 / 0.018  # requests/s that are not answered
+    inside = 0
+    for _, words in found:
+        figures = re.search(r"grew by [\d.]+ \[([\d.]+), ([\d.]+)\] requests/s", words)
+        assert figures is not None, words
+        inside += float(figures[1]) < excess < float(figures[2])
+    assert inside >= 15
+
+
+def test_a_growing_queue_within_the_limit_goes_on() -> None:
+    growth = Growth(60_000)
+    for reading in range(200):
+        growth.see(reading * PERIOD_S, 10 * reading, 9 * reading)
