@@ -11,8 +11,10 @@ With --out it also draws the regrets (regret.png) and the best rate of each batc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import common
 
@@ -26,10 +28,10 @@ from grbench.report.write import draw
 from grbench.tune import limits
 from grbench.tune.live import batches_of
 from grbench.tune.outcome import Configuration
-from grbench.tune.replay import STRATEGIES, Grid, Measured, replay
+from grbench.tune.replay import STRATEGIES, Grid, Measured, Run, replay
 from grbench.tune.search import Batching, Goal
 
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 KINDS = ("engine", "kernel", "engine.precision", "engine.cuda_graphs")
 ORDER = ("engine", "kernel", "engine.precision", "engine.cpu_threads", "engine.cuda_graphs", "cache")
 
@@ -65,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", default="latency_ms.p99=80", help="METRIC=LIMIT (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=20, help="replays of a strategy (default: %(default)s)")
     parser.add_argument(
-        "--probe-s", type=float, default=10.0, help="seconds of a simulated probe (default: %(default)s)"
+        "--most", type=float, default=0.4, help="cells of a replay, as a share of the grid (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--probe-s", type=float, default=4.0, help="seconds of a simulated probe (default: %(default)s)"
     )
     args = parser.parse_args(arguments)
     rows = common.Rows(args, __file__, arguments)
@@ -78,31 +83,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ConfigError as e:
         parser.error(str(e))
     goal = Goal("throughput", (limit,), probe_s=args.probe_s)
-    truths = {configuration: grid.truth(configuration, goal.limits) for configuration in grid.cells}
+    with ProcessPoolExecutor(initializer=_share, initargs=(grid, goal, {}, 0)) as processes:
+        truths = dict(zip(grid.cells, processes.map(_truth, grid.cells, chunksize=8), strict=True))
     best = max(truths, key=lambda configuration: truths[configuration])
     rows.note(f"{total} configurations; the best is {best.name} with {truths[best]:.4g} requests/s within {args.limit}")
     rows.note("columns are mean regrets after that share of as many cells as there are configurations")
     flips = best_by_batch(grid, truths)
     for line in best_batches(flips):
         rows.note(line)
+    cells = max(round(args.most * total), 2)
     curves: dict[str, list[float]] = {}
-    for name in STRATEGIES:
-        runs = [replay(grid, goal, name, total, seed, truths) for seed in range(args.seeds)]
-        finals = [run.final for run in runs if run.final is not None]
-        means = {
-            f"{share:.0%}": mean([run.regret[max(round(share * total), 1) - 1] for run in runs]) for share in SHARES
-        }
-        curves[name] = [mean([run.regret[i] for run in runs]) for i in range(total)]
-        rows.add(
-            strategy=name,
-            **means,
-            certified=f"{len(finals)} of {len(runs)}",
-            final=mean(finals) if finals else None,
-            false_feasible=sum(run.false_feasible for run in runs),
-        )
+    with ProcessPoolExecutor(initializer=_share, initargs=(grid, goal, truths, cells)) as processes:
+        for name in STRATEGIES:
+            runs = list(processes.map(_replay, [(name, seed) for seed in range(args.seeds)]))
+            finals = [run.final for run in runs if run.final is not None]
+            curves[name] = [mean([run.regret[i] for run in runs]) for i in range(cells)]
+            means = {
+                f"{share:.0%}": curves[name][max(round(share * total), 1) - 1] for share in SHARES if share <= args.most
+            }
+            rows.add(
+                strategy=name,
+                **means,
+                certified=f"{len(finals)} of {len(runs)}",
+                final=mean(finals) if finals else None,
+                false_feasible=sum(run.false_feasible for run in runs),
+            )
     rows.close()
     if args.out:
         write_page(args.out, [regret_chart(curves), flip_chart(flips, args.limit)], best_batches(flips))
+
+
+_shared: dict[str, Any] = {}
+
+
+def _share(grid: Grid, goal: Goal, truths: Mapping[Configuration, float], cells: int) -> None:
+    """Keep in a process what all of its replays need."""
+    _shared.update(grid=grid, goal=goal, truths=truths, cells=cells)
+
+
+def _truth(configuration: Configuration) -> float:
+    return _shared["grid"].truth(configuration, _shared["goal"].limits)  # type: ignore[no-any-return]
+
+
+def _replay(which: tuple[str, int]) -> Run:
+    strategy, seed = which
+    return replay(_shared["grid"], _shared["goal"], strategy, _shared["cells"], seed, _shared["truths"])
 
 
 def best_by_batch(grid: Grid, truths: Mapping[Configuration, float]) -> dict[str, dict[int, float]]:

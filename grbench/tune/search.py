@@ -24,6 +24,7 @@ COARSE = rates.steps(1.09)  # width of a bracket while configurations are compar
 OFFLINE = 512  # requests of an offline probe
 PROBE_S = 20.0  # seconds of a server probe, where the budget is large
 FEWEST, MOST = 1000, 20_000  # requests of a server probe; p99 needs 1000
+OPEN = 1.0  # excess of an unsure figure over its limit, as a share, up to which a challenger is measured longer
 LONGER = 3  # times the requests, where an outcome is unsure
 FIRST_SHARE, FIRST_FEWEST, FIRST_MOST = 0.2, 3, 12  # of the budget, for offline probes before the first rate
 BETWEEN = 2  # offline probes between two configurations that are probed at rates
@@ -292,7 +293,7 @@ class Search:
         floor = trial.top - BOTTOM
         if best is not None and best is not trial and best.low is not None:
             start = best.low + 1
-            if start > trial.top or (start not in trial.verdicts and not self._server(trial, start)):
+            if start > trial.top or (start not in trial.verdicts and not self._challenge(trial, start)):
                 return
             if trial.low is None or trial.low < start:
                 return
@@ -352,6 +353,17 @@ class Search:
         """Probe a rate. Returns True if the limits are kept, for sure or likely."""
         rate = rates.rate_of(step)
         return self._measure(trial, Probe(rate, self.requests(rate))) in HELD
+
+    def _challenge(self, trial: Trial, step: int) -> bool:
+        """Probe a rate just above the best so far, and longer if that leaves it open. Returns True if it is kept."""
+        if self._server(trial, step):
+            return True
+        verdict, limit = trial.verdicts.get(step, (Verdict.BROKEN, None))
+        excess = limit.excess(trial.probes[step]) if limit is not None else None
+        if not self._screen or verdict is not Verdict.UNSURE or excess is None or excess > OPEN:
+            return False
+        rate = rates.rate_of(step)
+        return self._measure(trial, Probe(rate, LONGER * self.requests(rate))) in HELD
 
     def _confirm(self, trial: Trial) -> None:
         """Probe the rate of a new leader with more requests: near the most that it carries, a short run is lucky."""

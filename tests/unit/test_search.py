@@ -307,9 +307,10 @@ def made_up_grid() -> Grid:
 def test_a_replayed_search_comes_near_the_best_and_certifies_nothing_false() -> None:
     grid, goal = made_up_grid(), Goal("throughput", (P99,), probe_s=6.0)
     truths = {configuration: grid.truth(configuration, goal.limits) for configuration in grid.cells}
-    run = replay(grid, goal, "grbench", 40, 0, truths)
-    assert run.final is not None and run.final <= 0.06  # two steps of the ladder
-    assert not run.false_feasible
+    runs = [replay(grid, goal, "grbench", 40, seed, truths) for seed in range(3)]
+    finals = [run.final for run in runs if run.final is not None]
+    assert len(finals) == 3 and sum(finals) / 3 <= 0.06  # two steps of the ladder
+    assert not any(run.false_feasible for run in runs)
 
 
 def test_the_space_leaves_out_what_cannot_be_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
