@@ -1,7 +1,7 @@
 """Test of whether a queue grows without end, so that a scenario at a hopeless rate can be ended early.
 
 Every PERIOD_S the number of requests in the system is read. In a queue that keeps up, the changes between readings
-cancel out, and in one that does not they have a mean above 0. A t test tells the two apart. It takes the changes as
+cancel out, and in one that does not they have a mean above 0. A t test distinguishes the two. It takes the changes as
 independent. Those of a queue that keeps up are not, because what comes in goes out again: their mean varies less than
 the test allows for. The test is made at every reading, and so asks for more than a single one would.
 
