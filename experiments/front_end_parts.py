@@ -105,8 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     async def infer(*_: Any) -> tuple[Any, Any]:
         return outputs, FACTS
 
-    config = SimpleNamespace(api_key=None, max_body_mb=16, body_timeout_s=10, log_requests=False)
-    service: Any = SimpleNamespace(config=config, metrics=metrics, infer=infer, finished=lambda *_: None)
+    config = SimpleNamespace(api_keys=None, max_body_mb=16, body_timeout_s=10, log_requests=False)
+    service: Any = SimpleNamespace(config=config, metrics=metrics, infer=infer, traces=None, finished=lambda *_: None)
     sent = http_call(f"/v2/models/{'m'}/infer", "127.0.0.1", binary, headers)
     alone = uvloop.run(connection_us(_nothing, sent))
     whole = uvloop.run(connection_us(Api(service).app(), sent))

@@ -88,7 +88,7 @@ ENGINES = {
         EngineSpec(
             "remote",
             RemoteConfig,
-            dict.fromkeys(("rank", "generate"), "grengines.remote.engine:RemoteEngine"),
+            dict.fromkeys(("rank", "generate", "recommend"), "grengines.remote.engine:RemoteEngine"),
             models=("hstu", "decoder"),
             one_at_a_time=None,
             variants=True,

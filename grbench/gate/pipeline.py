@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,17 +15,20 @@ from grbench.gate.generate import GenerateGate, GenerateGateResult
 from grbench.gate.measured import Answer, Verdict
 from grbench.gate.rank import RankGate, fallback_precisions
 from grbench.workloads.trace import Trace
-from grengines.api import Retrieval
+from grengines.api import Cached, Request, Retrieval
 from grengines.numerics import Comparison, IncorrectError
 from grengines.pipeline.engine import Pipeline, as_many
 
 
 @dataclass(kw_only=True)
 class PipelineGateResult(Comparison):
-    """Figures of both stages. `error` is the larger stage's share of its tolerance, so `tolerance` is 1."""
+    """Figures of both stages. `error` is the larger stage's share of its tolerance, so `tolerance` is 1.
 
-    retrieve: GenerateGateResult
-    rank: GateResult
+    None: the engine shows only whole answers.
+    """
+
+    retrieve: GenerateGateResult | None = None
+    rank: GateResult | None = None
 
 
 class PipelineGate:
@@ -42,8 +45,10 @@ class PipelineGate:
             spec, trace.catalogue, requests, second["device"], second["precision"], fallback_precisions(second)
         )
 
-    def check(self, engine: Pipeline, max_batch: int) -> PipelineGateResult:
+    def check(self, engine: Any, max_batch: int) -> PipelineGateResult:
         """Compare the answers of both stages, then of the whole. Raises IncorrectError."""
+        if not isinstance(engine, Pipeline):
+            return self._check_whole(engine, max_batch)
         retrieved = self._retrieve.check(engine.retriever, max_batch)
         ranked = self._rank.check(engine.ranker, max_batch)
         shares = [retrieved.error / retrieved.tolerance, ranked.error / ranked.tolerance]
@@ -59,6 +64,23 @@ class PipelineGate:
                     result,
                 )
         return result
+
+    def _check_whole(self, engine: Any, max_batch: int) -> PipelineGateResult:
+        """Judge the answers of an engine that does not show its stages."""
+        answers: list[Answer] = []
+        for batch in _batches(self._retrieve.sample, max_batch):
+            result = engine.recommend(list(batch))
+            answers += [
+                Answer(request, items, scores, len(answers) + i, len(batch), i, Cached(), "")
+                for i, (request, items, scores) in enumerate(zip(batch, result.items, result.scores, strict=True))
+            ]
+        verdicts = self.judge(answers)
+        worst = max(v.error / v.tolerance for v in verdicts)
+        problem = next((v.problem for v in verdicts if v.problem), None)
+        checked = PipelineGateResult(passed=problem is None, error=worst, tolerance=1.0)
+        if problem is not None:
+            raise IncorrectError(problem, checked)
+        return checked
 
     def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
         """Compare the items of each answer with those of the first stage's reference, the scores with the second's."""
@@ -82,3 +104,7 @@ class PipelineGate:
 
 def _best_first(scores: np.ndarray) -> bool:
     return not (np.diff(scores[:, 0]) > 0).any()
+
+
+def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
+    return (requests[i : i + size] for i in range(0, len(requests), size))

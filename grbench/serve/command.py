@@ -13,7 +13,7 @@ from grbench.deployment import Deployment
 from grbench.serve.logs import Log
 from grbench.serve.options import SWITCH_S, bound, deployment_of, parse
 
-MODULES = ("starlette", "uvicorn", "uvloop", "httptools", "orjson", "prometheus_client", "grpc")
+MODULES = ("starlette", "uvicorn", "uvloop", "httptools", "orjson", "prometheus_client", "grpc", "opentelemetry")
 
 
 def parser() -> argparse.ArgumentParser:

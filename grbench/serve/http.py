@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import ipaddress
 import math
 import time
@@ -12,6 +11,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from importlib.resources import files
+from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from grbench import __version__
 from grbench.serve.errors import RefusedError
+from grbench.serve.keys import client_of
 from grbench.serve.protocol import HEADER_LENGTH, Call, parse_call, render, shown
 from grbench.serve.service import EXTENSIONS, PLATFORM, VERSION, Service
 
@@ -36,7 +37,7 @@ class Api:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._key = service.config.api_key
+        self._keys = service.config.api_keys
         self._page = files("grbench.serve").joinpath("page.html").read_text(encoding="utf-8")
 
     def app(self) -> Router:
@@ -71,8 +72,7 @@ class Api:
             request.state.ident = ident
             try:
                 self._check_origin(request)
-                if not open_to_all:
-                    self._check_key(request)
+                request.state.client = "" if open_to_all else self._client_of(request)
                 return await endpoint(request)
             except RefusedError as e:
                 return refusal(e, ident)
@@ -88,7 +88,7 @@ class Api:
 
         Where a key is needed, such a page lacks the key.
         """
-        if self._key is not None:
+        if self._keys is not None:
             return
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if not _is_local(host):
@@ -96,12 +96,8 @@ class Api:
         if origin is not None and origin.partition("://")[2] != host:
             raise RefusedError(403, f"origin: {shown(origin)}: pages of other sites may not call; set an API key")
 
-    def _check_key(self, request: Request) -> None:
-        if self._key is None:
-            return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if not hmac.compare_digest(given, self._key):
-            raise RefusedError(401, "authorization: allowed is `Bearer KEY` with the key of serve.api_key_file")
+    def _client_of(self, request: Request) -> str:
+        return client_of(request.headers.get("authorization", ""), self._keys)
 
     async def _live(self, request: Request) -> Response:
         return JSONResponse({"live": True})
@@ -157,12 +153,14 @@ class Api:
     async def _call(self, request: Request) -> Call:
         """Read the call of a request. Raises RefusedError."""
         body, length = await self._body(request), request.headers.get(HEADER_LENGTH)
-        if len(body) <= INLINE:
-            return parse_call(body, length)
-        return await asyncio.to_thread(parse_call, body, length)
+        call = parse_call(body, length) if len(body) <= INLINE else await asyncio.to_thread(parse_call, body, length)
+        call.client = request.state.client
+        return call
 
     async def _infer(self, request: Request) -> Response:
         begun, service = time.perf_counter(), self._service
+        computed = begun
+        parameters: dict[str, Any] = {}
         ident, status, strategy, error = request.state.ident, 500, "", ""
         service.metrics.in_flight.inc()
         if last := request.headers.get(LAST_REPLICA):
@@ -185,7 +183,11 @@ class Api:
         finally:
             service.metrics.in_flight.dec()
             took_s = time.perf_counter() - begun
-            asyncio.get_running_loop().call_soon(service.finished, status, strategy, took_s)  # once it is sent
+            loop = asyncio.get_running_loop()
+            loop.call_soon(service.finished, status, strategy, took_s)  # once it is sent
+            if service.traces is not None:
+                post_s, facts = time.perf_counter() - computed, {**parameters, "request_id": ident}
+                loop.call_soon(service.traces.add, request.headers, took_s, post_s, status, facts)
             if error or service.config.log_requests:
                 say = service.log.error if error else service.log.info
                 say("call", request_id=ident, status=status, strategy=strategy, ms=round(took_s * 1e3, 3), error=error)

@@ -40,7 +40,10 @@ class ServeConfig:
     stats_port: int = option(8404, "port of HAProxy's metrics and page, on 127.0.0.1", ge=1, le=65535)
     name: str | None = option(None, "name of the model for clients; null: the model's own")
     api_key_file: str | None = option(
-        None, "file with the key that clients send as `Authorization: Bearer KEY`", file=True
+        None,
+        "file with the key that clients send as `Authorization: Bearer KEY`; or lines `NAME KEY`, one for each client, "
+        "of which none sees another's users",
+        file=True,
     )
     tls_cert_file: str | None = option(None, "certificate chain in PEM; null: no TLS", file=True)
     tls_key_file: str | None = option(None, "private key of the certificate in PEM", file=True)
@@ -56,6 +59,10 @@ class ServeConfig:
         0.01, "share of the answers that the fp32 reference answers again in the background", ge=0, le=1
     )
     state_users: int = option(100_000, "most users whose appended events are kept", ge=1, le=100_000_000)
+    otlp_endpoint: str | None = option(
+        None, "OpenTelemetry collector that gets traces, such as http://127.0.0.1:4318; null: none"
+    )
+    trace_share: float = option(0.01, "share of the calls that are traced, unless the client decides", ge=0, le=1)
     log_requests: bool = option(False, "log every call; false: only those that fail")
 
     @property
@@ -67,19 +74,28 @@ class ServeConfig:
             return self.host == "localhost"
 
     @property
-    def api_key(self) -> bytes | None:
-        """The key that clients need; None: none. Raises ConfigError for a file without one."""
+    def api_keys(self) -> dict[bytes, str] | None:
+        """The keys that clients need, each with its client's name; None: none. Raises ConfigError for a wrong file."""
         if self.api_key_file is None:
             return None
         try:
-            key = Path(self.api_key_file).read_bytes().strip()
+            lines = [line.strip() for line in Path(self.api_key_file).read_bytes().splitlines() if line.strip()]
         except OSError as e:
             raise ConfigError(
                 f"serve.api_key_file={self.api_key_file}: {e.strerror}; give a file that holds the key"
             ) from None
-        if not key:
+        if len(lines) == 1:
+            return {lines[0]: ""}
+        pairs = [line.split() for line in lines]
+        keys = {words[-1]: words[0].decode(errors="replace") for words in pairs if len(words) == 2}
+        if not lines:
             raise ConfigError(f"serve.api_key_file={self.api_key_file}: it is empty; write a long random key into it")
-        return key
+        if len(set(keys.values())) < len(lines):
+            raise ConfigError(
+                f"serve.api_key_file={self.api_key_file}: {len(lines)} lines; allowed are one key, or lines `NAME KEY` "
+                "with names and keys that differ"
+            )
+        return keys
 
     def check_tls(self) -> None:
         """Read the certificate and its key. Raises ConfigError."""
@@ -120,7 +136,7 @@ def parse(words: Sequence[str]) -> tuple[ServeConfig, str | None, list[str]]:
     if problem := next(violations(config), None):
         raise ConfigError(f"{PREFIX}{problem}")
     config.check_tls()
-    if config.api_key is None and not config.is_local:
+    if config.api_keys is None and not config.is_local:
         raise ConfigError(
             f"serve.host={config.host}: others could connect; give serve.api_key_file=FILE too, or leave 127.0.0.1"
         )

@@ -47,6 +47,7 @@ class Call:
     outputs: dict[str, bool] = field(default_factory=dict)  # name: whether it is binary; empty: all
     binary: bool = False  # the form of outputs that name none
     limit_s: float = math.inf  # the client's own deadline, from when the call has come
+    client: str = ""  # name of the API key, for several clients
 
 
 def parse_call(body: bytes, header_length: str | None) -> Call:

@@ -54,7 +54,7 @@ class Reply:
 
 
 def decode(
-    tensors: Mapping[str, Tensor], bounds: Bounds, states: Histories, deadline_ms: float = math.inf
+    tensors: Mapping[str, Tensor], bounds: Bounds, states: Histories, deadline_ms: float = math.inf, client: str = ""
 ) -> list[Request]:
     """Return a request for each user of a call. Raises RefusedError, which names the tensor and what is allowed."""
     if unknown := [name for name in tensors if name not in INPUTS]:
@@ -89,7 +89,7 @@ def decode(
         wanted = items[token + events[i] : token + lengths[i]]
         token, event = token + int(lengths[i]), event + int(events[i])
         if versions is not None and versions[i] >= 0:
-            history = states.at(int(users[i]), int(versions[i])).joined(history).newest(bounds.max_history)
+            history = states.at(int(users[i]), int(versions[i]), client).joined(history).newest(bounds.max_history)
         if not 1 <= len(history) <= bounds.max_history:
             raise wrong(
                 f"TOKEN_LENGTHS[{i}]={lengths[i]}: {len(history)} events of a history; allowed are 1 to "

@@ -7,7 +7,6 @@ client has messages of the same names in the common pool.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import math
 import time
 import traceback
@@ -23,6 +22,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, json_format, messag
 from grbench import __version__
 from grbench.serve.connections import BEYOND_QUEUE
 from grbench.serve.errors import RefusedError, wrong
+from grbench.serve.keys import client_of
 from grbench.serve.options import bound
 from grbench.serve.protocol import NAMES, Call, Tensor, check_output, dtype_of, listed, raw, shape_of
 from grbench.serve.service import EXTENSIONS, PLATFORM, VERSION, Service
@@ -60,7 +60,7 @@ class Rpc:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._key = service.config.api_key
+        self._keys = service.config.api_keys
         classes = {name.removeprefix("inference."): made for name, made in messages().items()}
         self._classes = classes
         handlers: dict[str, Handler] = {
@@ -115,7 +115,7 @@ class Rpc:
         async def guarded(request: Any, context: Any) -> Any:
             try:
                 if not open_to_all:
-                    self._check_key(context)
+                    self._client_of(context)
                 return await handler(request, context)
             except RefusedError as e:
                 if e.retry_after_s is not None:
@@ -129,12 +129,8 @@ class Rpc:
 
         return guarded
 
-    def _check_key(self, context: Any) -> None:
-        if self._key is None:
-            return
-        given = dict(context.invocation_metadata()).get("authorization", "").removeprefix("Bearer ").encode()
-        if not hmac.compare_digest(given, self._key):
-            raise RefusedError(401, "authorization: allowed is `Bearer KEY` with the key of serve.api_key_file")
+    def _client_of(self, context: Any) -> str:
+        return client_of(_metadata(context).get("authorization", ""), self._keys)
 
     async def _live(self, request: Any, context: Any) -> Any:
         return self._classes["ServerLiveResponse"](live=True)
@@ -167,7 +163,8 @@ class Rpc:
 
     async def _infer(self, request: Any, context: Any) -> Any:
         begun, service = time.perf_counter(), self._service
-        status, strategy = 500, ""
+        status, strategy, computed = 500, "", begun
+        facts: dict[str, Any] = {}
         service.metrics.in_flight.inc()
         try:
             parameters = {name: _value(value) for name, value in request.parameters.items()}
@@ -178,9 +175,9 @@ class Rpc:
             tensors = await asyncio.to_thread(_tensors, request) if large else _tensors(request)
             left_s = context.time_remaining()
             limit_s = math.inf if left_s is None else left_s
-            call = Call(tensors, request.id, parameters, outputs, True, limit_s)
+            call = Call(tensors, request.id, parameters, outputs, True, limit_s, self._client_of(context))
             tensors, facts = await service.infer(call, request.model_name, request.model_version, begun)
-            status, strategy = 200, facts["strategy"]
+            status, strategy, computed = 200, facts["strategy"], time.perf_counter()
             return self._response(request, tensors, facts)
         except RefusedError as e:
             status = e.status
@@ -189,7 +186,12 @@ class Rpc:
         finally:
             service.metrics.in_flight.dec()
             took_s = time.perf_counter() - begun
-            asyncio.get_running_loop().call_soon(service.finished, status, strategy, took_s)  # once it is sent
+            loop = asyncio.get_running_loop()
+            loop.call_soon(service.finished, status, strategy, took_s)  # once it is sent
+            if service.traces is not None:
+                post_s = time.perf_counter() - computed
+                facts = {**facts, "request_id": request.id}
+                loop.call_soon(service.traces.add, _metadata(context), took_s, post_s, status, facts)
 
     def _response(self, request: Any, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Any:
         response = self._classes["ModelInferResponse"](model_name=request.model_name, model_version=VERSION)
@@ -201,6 +203,10 @@ class Rpc:
             response.outputs.add(name=name, datatype=NAMES[tensor.dtype], shape=tensor.shape)
             response.raw_output_contents.append(tensor.tobytes())
         return response
+
+
+def _metadata(context: Any) -> dict[str, str]:
+    return dict(context.invocation_metadata())
 
 
 def _tensors(request: Any) -> dict[str, Tensor]:

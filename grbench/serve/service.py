@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from grbench.workloads.item_map import check_items
 from grbench.workloads.trace import Trace
 from grengines.api import Retrieval
 from grkernels import tuning
+
+if TYPE_CHECKING:
+    from grbench.serve.traces import Traces
 
 VERSION = "1"  # of the model, for clients that name one
 PLATFORM = "grbench"
@@ -73,6 +76,11 @@ class Service:
         self._spec: RunSpec | None = None
         self._reloading = asyncio.Lock()
         self._gate = LiveGate(config.gate_share, self.metrics)
+        self.traces: Traces | None = None
+        if config.otlp_endpoint is not None:
+            from grbench.serve import traces  # takes 0.1 s, and few servers have traces
+
+            self.traces = traces.Traces(traces.sent_to(config.otlp_endpoint), config.trace_share)
         self._watch = asyncio.get_running_loop().create_task(watch_times(self._controllers))
         self.metrics.watch(
             self._live, lambda: len(self._states) if self._states is not None else 0, lambda: (self.model, VERSION)
@@ -126,6 +134,8 @@ class Service:
         await asyncio.gather(*(self._end(controller, limit_s) for controller in list(self._controllers)))
         self._watch.cancel()
         self._gate.close()
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)
 
     async def _end(self, controller: Controller, limit_s: float) -> None:
         await asyncio.gather(*(s.close(limit_s) for s in controller.strategies))
@@ -177,7 +187,7 @@ class Service:
         """Answer a call. Returns tensors and parameters. begun: time.perf_counter. Raises RefusedError."""
         controller, bounds, states = self._serving(model, version)
         limit_s = min(self._limit_s(call.parameters), call.limit_s)
-        requests = decode(call.tensors, bounds, states, limit_s * 1e3)
+        requests = decode(call.tensors, bounds, states, limit_s * 1e3, call.client)
         deadline = begun + limit_s
         begun_all: list[Begun] = []  # before anything is awaited: a reload would put another controller in place
         try:
@@ -192,7 +202,10 @@ class Service:
         else:
             answers = await _all(self._finish(controller, one) for one in begun_all)
         tensors = chosen(call, encode([answer.done.reply for answer in answers]))
-        return tensors, _parameters(answers)
+        parameters = _parameters(answers)
+        if call.client:  # the engine's cache may hold the events of another client's user of this number
+            del parameters["cached_tokens"]
+        return tensors, parameters
 
     async def _finish(self, controller: Controller, begun: Begun) -> Answer:
         """Return an answer, and count it. A request that replaced strategies gave back goes to the present ones once.
@@ -214,7 +227,7 @@ class Service:
         _, bounds, states = self._serving(model, VERSION)
         user, version = (_whole(call.parameters, name) for name in ("user_id", "version"))
         events = events_of(call.tensors, bounds)
-        now, repeated = states.append(user, version, events)
+        now, repeated = states.append(user, version, events, call.client)
         self.metrics.events.inc(0 if repeated else len(events))
         return {"user_id": user, "version": now, "repeated": repeated}
 

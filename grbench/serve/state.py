@@ -65,27 +65,27 @@ class Histories:
 
     def __init__(self, max_users: int, max_history: int) -> None:
         self._max_users, self._max_history = max_users, max_history
-        self._users: OrderedDict[int, _Kept] = OrderedDict()
+        self._users: OrderedDict[tuple[str, int], _Kept] = OrderedDict()  # by client and user
 
     def __len__(self) -> int:
         return len(self._users)
 
-    def at(self, user: int, version: int) -> History:
-        """Return a user's history. Raises RefusedError for another version than the server's."""
-        kept = self._users.get(user)
+    def at(self, user: int, version: int, client: str = "") -> History:
+        """Return the history of a client's user. Raises RefusedError for another version than the server's."""
+        kept = self._users.get((client, user))
         if kept is None or kept.version != version:
             raise self._conflict(user, f"STATE_VERSIONS={version}", kept)
-        self._users.move_to_end(user)
+        self._users.move_to_end((client, user))
         return kept.history
 
-    def append(self, user: int, version: int, events: History) -> tuple[int, bool]:
+    def append(self, user: int, version: int, events: History, client: str = "") -> tuple[int, bool]:
         """Append events to the history of this version. Return the new version, and whether they were there already.
 
         Raises RefusedError for a version that is not the server's, unless it is the same delta once more.
         """
-        kept = self._users.get(user)
+        kept = self._users.get((client, user))
         if kept is None and version == 0:
-            kept = self._users[user] = _Kept(0, events.newest(0))
+            kept = self._users[client, user] = _Kept(0, events.newest(0))
         if kept is None or version > kept.version:
             raise self._conflict(user, f"version={version}", kept)
         if version < kept.version:
@@ -97,7 +97,7 @@ class Histories:
             return kept.version, True
         kept.version += len(events)
         kept.history = kept.history.joined(events).newest(self._max_history)
-        self._users.move_to_end(user)
+        self._users.move_to_end((client, user))
         while len(self._users) > self._max_users:
             self._users.popitem(last=False)
         return kept.version, False

@@ -306,6 +306,16 @@ def test_a_server_is_measured_like_an_engine(server: Serving, grbench_here: Grbe
     assert record.gate["measured"]["wrong"] == 0 and record.actual["server"]["strategies"][0]["engine"] == "hstu"
 
 
+def test_a_pipeline_is_measured_through_the_network(grbench_here: Grbench) -> None:
+    words = ["scenario=server", "scenario.queries=32", "scenario.target_qps=50", "tracking=none", "gate.measured=4"]
+    with serving(*TINY, "engine=pipeline", "engine@engine.retrieve=hstu") as server:
+        done = grbench_here("load", f"url={server.url}", "task=recommend", *TINY, *words)
+    assert done.returncode == 0, done.stderr
+    [(_, record)] = read_cells([Path("outputs")])
+    assert record.status is Status.OK and record.gate["error"] <= record.gate["tolerance"] == 1
+    assert record.gate["measured"]["wrong"] == 0
+
+
 def test_a_server_of_other_items_is_refused(server: Serving) -> None:
     spec, trace = tiny_trace("workload.items=400")
     engine = registry.build(RemoteConfig(url=server.url), spec.model, spec.kernel, trace.catalogue, 0)

@@ -25,7 +25,7 @@ import tritonclient.grpc as triton
 import yaml
 from helpers.command import Grbench
 from helpers.properties import PROFILE
-from helpers.serving import TINY, serving, tiny_trace, wait_until
+from helpers.serving import TINY, certificate, serving, tiny_trace, wait_until
 from tritonclient.utils import InferenceServerException
 
 from grbench.config.arguments import CommandError
@@ -189,13 +189,9 @@ def test_a_replica_has_ports_of_its_own() -> None:
 
 @needs_haproxy
 def test_haproxy_takes_grpc_and_tls(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
     pem = tmp_path / "both.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
-         "-subj", "/CN=localhost", "-keyout", str(pem), "-out", str(tmp_path / "cert.pem")],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    pem.write_bytes(pem.read_bytes() + (tmp_path / "cert.pem").read_bytes())
+    pem.write_bytes(cert.read_bytes() + key.read_bytes())
     text = configuration(ServeConfig(), [Address(1, "127.0.0.1", 8100, 8101)], pem)
     file = tmp_path / "haproxy.cfg"
     file.write_text(text)

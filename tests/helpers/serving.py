@@ -7,12 +7,14 @@ import contextlib
 import io
 import json
 import socket
+import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,3 +165,14 @@ def items_come_with_their_scores(*engine: str) -> None:
         assert outputs["OUTPUT"].shape == ((8,) if task == "generate" else (8, len(spec.ranking_model.tasks)))
         best = outputs["OUTPUT"][:4] if task == "generate" else outputs["OUTPUT"][:4, 0]
         assert (np.diff(best) <= 0).all()
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """Files with a certificate for localhost, which signs itself, and its key."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(cert)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return cert, key

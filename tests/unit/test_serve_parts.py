@@ -196,7 +196,7 @@ class _Ready:
     """Stand-in for a service that is up, and whose status is broken."""
 
     def __init__(self, key: bytes | None) -> None:
-        self.config = SimpleNamespace(api_key=key)
+        self.config = SimpleNamespace(api_keys={key: ""} if key else None)
         self.ready, self.file = True, io.StringIO()
         self.log = Log(self.file)
 
@@ -250,9 +250,9 @@ class _Starting:
     """Stand-in for a service that is not ready."""
 
     def __init__(self) -> None:
-        self.config = SimpleNamespace(api_key=None, max_body_mb=1.0, max_queue=4, host="::1", grpc_port=0,
+        self.config = SimpleNamespace(api_keys=None, max_body_mb=1.0, max_queue=4, host="::1", grpc_port=0,
                                       tls_cert_file=None, tls_key_file=None)  # fmt: skip
-        self.ready, self.log, self.metrics = False, Log(io.StringIO()), Metrics(None)
+        self.ready, self.log, self.metrics, self.traces = False, Log(io.StringIO()), Metrics(None), None
         self.limits: list[float] = []
 
     async def infer(self, call: Any, *_: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grengines.api import GenerateResult, RankResult, Request, Setup, UnavailableError
+from grengines.api import GenerateResult, RankResult, RecommendResult, Request, Setup, UnavailableError
 from grengines.remote.client import Answers, Client, ServerError
 from grengines.remote.config import RemoteConfig
 
@@ -15,7 +15,7 @@ COARSEST = ("fp8", "int8", "bf16", "fp16", "fp32")
 
 
 class RemoteEngine:
-    """A server of grbench. Satisfies grengines.api.Ranker and Generator; the server's task decides which.
+    """A server of grbench. Satisfies grengines.api.Ranker and Generator, and recommends, by the server's task.
 
     Its calls are due at the time limit, so the server refuses none for its own latency limit, and late answers count.
     """
@@ -60,16 +60,27 @@ class RemoteEngine:
         tokens = sum(len(r.history_items) for r in requests)
         return GenerateResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
 
+    def recommend(self, requests: Sequence[Request]) -> RecommendResult:
+        """Find and rank items for every request. Raises ServerError."""
+        begun = time.perf_counter()
+        answers = self._client.recommend(requests, self._options.timeout_s * 1e3)
+        times = self._times(answers, begun)
+        tokens = sum(len(r.history_items) for r in requests)
+        return RecommendResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
+
     def actual(self) -> dict[str, Any]:
         """Return the facts of the server. The gate's reference runs here, so `device` is this machine's."""
         strategies = self._status["strategies"]
         precisions = {s["precision"] for s in strategies}
+        coarsest = next((p for p in COARSEST if p in precisions), "fp32")
+        stage = {"device": "cpu", "precision": coarsest}
         return {
             "engine": "remote",
             "task": self._status["task"],
             "device": "cpu",
             "device_name": "of the server",
-            "precision": next((p for p in COARSEST if p in precisions), "fp32"),
+            "precision": coarsest,
+            **({"retrieve": stage, "rank": stage} if self._status["task"] == "recommend" else {}),
             "url": self._options.url,
             "kernels": {},
             "server": {key: self._status[key] for key in ("version", "model", "limits", "strategies")},
