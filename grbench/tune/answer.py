@@ -124,9 +124,9 @@ def binding(found: Answer) -> str:
         return (
             f"At {rates.rate_of(high):.4g} requests/s the probe ended early, {found_there.status}: {found_there.error}."
         )
-    if found.trial.top is not None:
+    if found.trial.top is not None and (found.trial.low or 0) >= found.trial.top:
         return f"No limit binds: offline it answers {rates.rate_of(found.trial.top):.4g} requests/s, and not more."
-    return "Which limit binds was not measured."
+    return "Which limit binds was not measured: no higher rate was probed before the budget ended."
 
 
 def neighbours(found: Answer) -> list[tuple[str, str, str, str]]:
@@ -135,7 +135,7 @@ def neighbours(found: Answer) -> list[tuple[str, str, str, str]]:
     mine = rates.rate_of(found.step)
     for trial in found.search.trials:
         keys = found.trial.configuration.differs(trial.configuration)
-        if len(keys) != 1:
+        if len(keys) != 1 or not (trial.offline or trial.failed or trial.probes):
             continue
         [key] = keys
         change = f"{rates.rate_of(trial.low) / mine - 1:+.0%}" if trial.low is not None else ""

@@ -20,6 +20,7 @@ from grbench.tune.search import Search, Trial
 from grbench.tune.space import Space
 
 NAME = "tune"
+STEP = ("option", "change", "requests_s", "against")  # of one step from the winner
 SMALLER = ("p99 ms", "quality loss %", "memory MiB", "J/1000 requests")  # figures of which less is better
 
 
@@ -48,7 +49,7 @@ def blocks(search: Search, found: Answer | None, declared: Declared, space: Spac
         content.append(Text(answer.binding(found)))
     count = f"{len(search.trials)} of {len(space.configurations)} configurations were measured"
     content.append(Text(f"Objective {declared.goal.objective}, limits: {limits}, budget {declared.budget}; {count}."))
-    if chart := front_chart(search):
+    if chart := front_chart(search, found):
         content += [Heading("Pareto front"), Figure("pareto", chart)]
         content += [Figure(chart.key, chart) for chart in trade_offs(search)]
         content.append(front_table(search))
@@ -130,8 +131,8 @@ def front_table(search: Search) -> Table:
     return Table(["configuration", *names], shown)
 
 
-def front_chart(search: Search) -> Chart | None:
-    """Return rate and p99 of the configurations that keep the limits, and the front of these two."""
+def front_chart(search: Search, found: Answer | None = None) -> Chart | None:
+    """Return rate and p99 of the configurations that keep the limits, the front of these two, and the answer."""
     kept = [(t, t.best) for t in search.trials if t.best is not None and "latency_ms/p99" in t.best.metrics]
     if not kept:
         return None
@@ -156,13 +157,19 @@ def front_chart(search: Search) -> Chart | None:
         0,
     )
     series = [points, Series("Pareto front", [x for x, _ in line], [y for _, y in line], colour=1, mode="line")]
+    if found is not None and "latency_ms/p99" in found.outcome.metrics:
+        how = "certified" if found.certified else "not certified"
+        place = ([found.outcome.metrics["throughput_rps"]], [found.outcome.metrics["latency_ms/p99"]])
+        both = ([ends(found.outcome, 0)], [ends(found.outcome, 1)])
+        name = found.trial.configuration.name
+        series.append(Series(f"the answer, {how}", *place, *both, hover=[name], colour=2))
     bounds = [("y", x.bound, str(x)) for x in search.goal.limits if x.metric == "latency_ms/p99"]
     return Chart("pareto", "Rate and p99 within the limits", "requests/s", "p99, ms", series, limits=bounds)
 
 
 def _all(search: Search) -> Table:
-    def order(trial: Trial) -> float:
-        return -(trial.estimate if trial.estimate is not None else -1e9)
+    def order(trial: Trial) -> tuple[bool, float]:
+        return trial.low is None, -(trial.estimate if trial.estimate is not None else -1e9)
 
     rows = []
     for trial in sorted(search.trials, key=order):
@@ -238,7 +245,9 @@ def facts(search: Search, found: Answer | None, declared: Declared, space: Space
         "limits": {limit.metric: limit.bound for limit in declared.goal.limits},
         "budget": str(declared.budget),
         "answer": answer.sentence(found) if found else None,
+        "binding": answer.binding(found) if found else None,
         "winner": of(found.trial) if found else None,
+        "steps": [dict(zip(STEP, row, strict=True)) for row in answer.neighbours(found)] if found else [],
         "certified": found.certified if found else False,
         "pareto": [trial.configuration.words for trial in front(search)],
         "trials": [of(trial) for trial in search.trials],

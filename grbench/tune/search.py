@@ -524,8 +524,9 @@ class Search:
         for probe in certifying(rates.rate_of(step), CERTIFIED, self.goal.runs):
             outcome, verdict, limit = self._certifying_run(trial, probe)
             longer = dataclasses.replace(probe, requests=LONGER * probe.requests)
-            unsure = verdict in (Verdict.LIKELY, Verdict.UNSURE) and self.goal.rate is not None  # no lower rate will do
-            if unsure and self._evaluator.share([longer]) <= self._evaluator.left():
+            # A figure within the limit needs more requests; one beyond it a lower rate, if there may be one.
+            longer_may_do = verdict is Verdict.LIKELY or (verdict is Verdict.UNSURE and self.goal.rate is not None)
+            if longer_may_do and self._evaluator.share([longer]) <= self._evaluator.left():
                 outcome, verdict, limit = self._certifying_run(trial, longer)
             outcomes.append(outcome)
             if verdict is not Verdict.KEPT:

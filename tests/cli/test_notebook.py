@@ -20,7 +20,7 @@ from nbclient import NotebookClient  # noqa: E402
 from nbclient.exceptions import CellExecutionError  # noqa: E402
 
 NOTEBOOKS = ROOT / "notebooks"
-NAMES = ["cache", "compare_runs", "kernels", "quality", "strategy"]
+NAMES = ["cache", "compare_runs", "kernels", "quality", "strategy", "tune"]
 
 
 @pytest.fixture
@@ -161,3 +161,34 @@ def test_quality_says_what_a_precision_costs(execute: Any, tmp_path: Path) -> No
     notebook = execute("quality", tmp_path / "outputs", "loss.to_dict()")
     assert probed(notebook) == {"fp32": 0.0, "int8": pytest.approx(2.5)}
     assert pictures(notebook) == 1
+
+
+def test_tune_works_through_a_search(execute: Any, tmp_path: Path) -> None:
+    def trial(batch: int, rate: float | None, p99: float) -> dict[str, Any]:
+        figures = {"requests/s": rate, "p99 ms": p99} if rate else {}
+        words = ["engine=hstu", f"scenario.max_batch={batch}"]
+        return {
+            "overrides": words,
+            "rate_low": rate,
+            "rate_high": None,
+            "offline_rps": 500.0,
+            "failed": "",
+            "figures": figures,
+        }
+
+    step = {"option": "scenario.max_batch", "change": "16 -> 8", "requests_s": "301", "against": "-25%"}
+    search = {
+        "answer": "Take hstu max_batch=16: 401 requests/s.",
+        "binding": "latency_ms.p99 <= 80 binds.",
+        "limits": {"latency_ms/p99": 80.0},
+        "trials": [trial(8, 301.0, 70.0), trial(16, 401.0, 78.0), trial(32, None, 0.0)],
+        "steps": [step],
+        "rank_correlation": [],
+    }
+    folder = tmp_path / "outputs" / "tune" / "1"
+    folder.mkdir(parents=True)
+    (folder / "tune.json").write_text(json.dumps(search))
+    notebook = execute("tune", tmp_path / "outputs", "[trials.rate_low.dropna().tolist(), steps.against.tolist()]")
+    assert probed(notebook) == [[401.0, 301.0], ["-25%"]]
+    assert pictures(notebook) == 1
+    assert any("binds" in output.text for output in outputs(notebook, "stream"))

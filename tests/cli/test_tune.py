@@ -64,6 +64,8 @@ def test_a_small_search_writes_its_cells_its_page_and_a_deployment(grbench_here:
     loaded.specs()
     facts = json.loads((folder / "tune.json").read_text())
     assert len(facts["trials"]) == 2 and facts["certified"] is False
+    keys = {"answer", "binding", "limits", "trials", "steps", "rank_correlation"}  # that notebooks/tune.ipynb reads
+    assert keys <= facts.keys()
     assert len(json.loads((folder / "cells.json").read_text())) == 2
     assert "plotly" in (folder / "tune.html").read_text() and "Pareto front" in (folder / "tune.md").read_text()
     assert yaml.safe_load((folder / "best.yaml").read_text())["version"] == 1
