@@ -37,6 +37,9 @@ SUBCOMMANDS = {
     "reports": Subcommand("grbench.report.studies_command:main", "rebuild the pages of kept reports"),
     "ui": Subcommand("grbench.tracking.command:ui", "open MLflow's pages on this machine"),
     "import": Subcommand("grbench.tracking.command:import_", "log the records that MLflow does not have yet"),
+    "import-weights": Subcommand(
+        "grbench.importing.command:main", "turn checkpoints of DLRM-v3, research HSTU, NVIDIA and Qwen3 into weights"
+    ),
     "train": Subcommand("grbench.training.command:main", "train a small model on a workload, for the engines to run"),
     "evaluate": Subcommand("grbench.quality.command:main", "compute hit rate, NDCG or AUC of trained models"),
     "export": Subcommand("grbench.tools.export:main", "export a ranking model to ONNX and torch.export"),
@@ -53,4 +56,4 @@ def call(name: str, words: Sequence[str]) -> int:
 
 def summaries() -> str:
     """A line for each subcommand, for --help."""
-    return "\n".join(f"  grbench {name:<11} {command.summary}" for name, command in SUBCOMMANDS.items())
+    return "\n".join(f"  grbench {name:<14} {command.summary}" for name, command in SUBCOMMANDS.items())

@@ -116,7 +116,7 @@ def embed(w: Mapping[str, Array], c: HSTUConfig, catalogue: Catalogue, r: Reques
     o, A, n, tokens = c.choices, catalogue.num_actions, len(r.history_items), []
     for slot in range(contextual_tokens(c, r)):
         row = items + (r.user_id * c.contextual_seq_len + slot) % users
-        if n < o.contextual_from:
+        if n + len(r.candidates) < o.contextual_from:
             row = items + users + slot
         time = w["time_table"][minutes_bucket(r.timestamp, c.time_buckets) if o.encoder == "end" else 0]
         tokens.append(w["token_table"][row] + w["position_table"][c.max_positions + slot] + time)
@@ -233,7 +233,10 @@ def next_item_logits(w: Mapping[str, Array], c: HSTUConfig, items: int, r: Reque
     times = [int(t) for t in r.history_timestamps[kept]]
     x = w["token_table"][tokens] + w["position_table"][: len(tokens)]
     x = layers(w, c, x, 0, 0, times, [*times[1:], r.timestamp])
-    return final_norm(w, c, x[-1]) @ w["token_table"][:items].T
+    table = w["token_table"][:items]
+    if c.choices.item_norm:
+        table = table / np.linalg.norm(table, axis=1, keepdims=True)
+    return final_norm(w, c, x[-1]) @ table.T
 
 
 def error_of_order_one(out: npt.ArrayLike, expected: npt.ArrayLike) -> float:

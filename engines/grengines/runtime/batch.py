@@ -371,7 +371,7 @@ def _write_tokens(arrays: Arrays, requests: Sequence[Request], layout: _Layout, 
         if c and not cached:
             own = (r.user_id * C + count[:C]) % encoding.user_rows
             rows[at : at + C] = encoding.item_rows + own
-            if events < encoding.contextual_from:
+            if events + len(r.candidates) < encoding.contextual_from:
                 rows[at : at + C] = encoding.item_rows + encoding.user_rows + count[:C]
             positions[at : at + C] = encoding.max_positions + count[:C]
 

@@ -60,7 +60,9 @@ class HSTUConfig:
     contextual_mask: str | None = option(
         None, "what contextual tokens see: the whole history, or the tokens before them", choices=["history", "causal"]
     )
-    contextual_from: int | None = option(None, "events from which on a user has contextual tokens", ge=0)
+    contextual_from: int | None = option(
+        None, "events from which on a user has contextual tokens; with `blank` tokens candidates count as well", ge=0
+    )
     contextual_missing: str | None = option(
         None, "what a user with fewer has in their place: no tokens, or blank ones", choices=["none", "blank"]
     )
@@ -74,6 +76,7 @@ class HSTUConfig:
     target_action: bool | None = option(None, "candidates have a vector instead of actions")
     clock: bool | None = option(None, "the head also gets the hour and the weekday of the request")
     final_norm: str | None = option(None, "norm after the last layer", choices=["layer", "l2", "none"])
+    item_norm: bool | None = option(None, "generators: a product with the next item's vector of length 1")
     item_tower: str | None = option(
         None, "what the head multiplies candidates by: a table's row, or an MLP of the item's vector",
         choices=["none", "table", "mlp"],

@@ -153,6 +153,7 @@ class HSTUGenerator(nn.Module):
     def __init__(self, config: HSTUConfig, sizes: Sequence[int], kernels: Operators) -> None:
         super().__init__()
         self.masks, self.timed = masks_of(config), config.choices.time_bias > 0
+        self.item_norm = config.choices.item_norm
         if self.masks is not None and len(sizes) > 1:
             raise ValueError(
                 f"{', '.join(config.attention_extras)}: a search over {len(sizes)} levels of codes has grbench's own "
@@ -262,8 +263,8 @@ class HSTUGenerator(nn.Module):
     def logits(self, x: Tensor, level: int) -> Tensor:
         """Return fp32 logits [rows, codes of the level] of vectors [rows, E]."""
         y = self.norm(x, self.kernels)
-        table = self.token_table[self.offsets[level] : self.offsets[level + 1]]
-        return F.linear(y.float(), table.float())
+        table = self.token_table[self.offsets[level] : self.offsets[level + 1]].float()
+        return F.linear(y.float(), F.normalize(table) if self.item_norm else table)
 
     def own_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the term of an earlier code in each beam's attention, SiLU(alpha q k) v / N, computed in fp32."""

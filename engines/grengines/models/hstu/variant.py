@@ -35,6 +35,7 @@ class Variant:
     # From the last layer to the answer.
     clock: bool = False
     final_norm: str = "layer"
+    item_norm: bool = False
     item_tower: str = "none"
     head: str = "silu"
     head_eps: float = 1e-6
@@ -75,6 +76,7 @@ VARIANTS = {
         position_bias=True,
         time_bias=129,
         final_norm="l2",
+        item_norm=True,
     ),
 }
 

@@ -30,13 +30,18 @@ def save_weights(
     ids: of a trained generator, which has learned these IDs and no others. facts: further metadata.
     """
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    metadata = {"format": _FORMAT, "model": json.dumps(_shape(model.config)), **facts}
+    metadata = {**metadata_of(model.config), **facts}
     if ids is not None:
         metadata["semantic_ids"] = ids.digest
     try:
         save_file(tensors, str(path), metadata=metadata)
     except SafetensorError as e:
         raise OSError(f"{path}: can't write weights: {e}") from None
+
+
+def metadata_of(config: HSTUConfig) -> dict[str, str]:
+    """Return what a weights file says of its model's options."""
+    return {"format": _FORMAT, "model": json.dumps(_shape(config))}
 
 
 def load_weights(model: HSTURanker | HSTUGenerator, path: str | Path, mapped: Collection[str] = ()) -> None:

@@ -1,0 +1,1 @@
+"""`grbench import-weights`: checkpoints of other projects as weights and options of grbench."""
