@@ -73,7 +73,11 @@ def run(
         if session is not None:
             session.close(cut_short="interrupted")
         raise
-    return session.close()
+    try:
+        return session.close()
+    except KeyboardInterrupt:  # pictures and MLflow take seconds: the table comes without them
+        session.close(cut_short="interrupted")
+        raise
 
 
 def _ask_hydra(words: Sequence[str], config_name: str) -> int:

@@ -99,7 +99,8 @@ def label(cell: Named) -> str:
 def labels(cells: Sequence[Named], ignore: Sequence[str] = ()) -> list[str]:
     """Return the names of cells that are seen together. Parts that all of them have are left out, except the engine.
 
-    If two names are equal and the cells are not, the options in which they differ are added. Repeats are numbered.
+    If two names are equal and the cells are not, the options in which they differ are added, or the commits of their
+    code. Repeats are numbered.
     ignore: keys that are no part of a name.
     """
     specs = [flatten(cell.spec) for cell in cells]
@@ -116,12 +117,25 @@ def labels(cells: Sequence[Named], ignore: Sequence[str] = ()) -> list[str]:
         parts = [{k: v for k, v in part.items() if k not in shared or k in ("engine", "case")} for part in parts]
     _add_differences(cells, parts, ignore)
     texts = [" ".join(_text(part, spec)) for part, spec in zip(parts, specs, strict=True)]
+    texts = _with_commits(texts, cells)
     total, seen = Counter(texts), Counter[str]()
     for i, text in enumerate(texts):
         seen[text] += 1
         if total[text] > 1:
             texts[i] = f"{text} #{seen[text]}"
     return texts
+
+
+def _with_commits(texts: Sequence[str], cells: Sequence[Named]) -> list[str]:
+    """Add the commit to names that are equal where the commits are not."""
+    of: dict[str, set[str]] = {}
+    commits = []
+    for text, cell in zip(texts, cells, strict=True):
+        sha, plus, dirty = str((getattr(cell, "environment", None) or {}).get("git_sha") or "unknown").partition("+")
+        commits.append(sha[:7] + plus + dirty)
+        of.setdefault(text, set()).add(commits[-1])
+    pairs = zip(texts, commits, strict=True)
+    return [f"{text} commit={commit}" if len(of[text]) > 1 else text for text, commit in pairs]
 
 
 def engine_name(spec: dict[str, Any]) -> str:
@@ -189,7 +203,9 @@ def _text(parts: dict[str, str], spec: dict[str, Any]) -> Iterator[str]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a user types it: null, true, 0.5, [16,32]."""
+    """Return a value as a user types it: null, true, 0.5, 200, [16,32]."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 

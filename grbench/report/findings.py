@@ -34,10 +34,13 @@ class Estimate:
     interval: tuple[float, float] | None  # a single offline run has none
 
     def overlaps(self, other: Estimate) -> bool:
-        """Return whether the intervals leave open which is better. Without an interval, only the values count."""
-        if self.interval is None or other.interval is None:
-            return False
-        return self.interval[0] <= other.interval[1] and other.interval[0] <= self.interval[1]
+        """Return whether the intervals leave open which is better. A single offline run has only its value."""
+        (low, high), (other_low, other_high) = self._ends, other._ends
+        return low <= other_high and other_low <= high
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        return self.interval or (self.value, self.value)
 
     def __str__(self) -> str:
         ends = f" [{', '.join(map(figure, self.interval))}]" if self.interval else ""
@@ -133,7 +136,8 @@ def _highest_throughput(group: list[RunRecord]) -> Finding:
     if not others:
         return Finding(best.records, f"Offline, {best.label} answers {best} requests/s{best.runs}.")
     first = _ties(best, others) or f"{best.label} is fastest"
-    return Finding(best.records, f"Offline, {first}: {best} requests/s{best.runs}{_next(others, best)}.")
+    single = "" if any(e.interval for e in ranked) else " (one run each; runner.repeats=5 gives intervals)"
+    return Finding(best.records, f"Offline, {first}: {best} requests/s{best.runs}{_next(others, best)}{single}.")
 
 
 def _lowest_latency(group: list[RunRecord]) -> Finding:

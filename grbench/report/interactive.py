@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 MODES = {"points": "markers", "line": "lines", "line+points": "lines+markers", "steps": "lines"}
 
+# Whole numbers at 1, 2 and 5 of each decade: plotly's own labels between decades are single digits.
+_TICKS = [digit * 10.0**power for power in range(-4, 7) for digit in (1, 2, 5)]
+_LOG = {"type": "log", "tickvals": _TICKS, "ticktext": [f"{tick:g}" for tick in _TICKS]}
+
 
 def plotly_figure(chart: Chart) -> go.Figure:
     """Return a chart as a plotly figure. Names that are cut elsewhere are whole under the pointer."""
@@ -35,8 +39,8 @@ def plotly_figure(chart: Chart) -> go.Figure:
         showlegend=len(chart.series) > 1,
         margin={"l": 60, "r": 30, "t": 50, "b": 90},
     )
-    figure.update_xaxes(title=chart.x, type="log" if chart.log_x else "linear", rangemode="tozero")
-    figure.update_yaxes(title=chart.y, type="log" if chart.log_y else "linear")
+    figure.update_xaxes(title=chart.x, rangemode="tozero", **(_LOG if chart.log_x else {}))
+    figure.update_yaxes(title=chart.y, **(_LOG if chart.log_y else {}))
     if chart.rows:
         figure.update_yaxes(
             tickvals=list(range(len(chart.rows))), ticktext=list(chart.rows), autorange="reversed", automargin=True

@@ -43,12 +43,14 @@ def load_latency(group: Group) -> Chart | None:
     shown = list(lines.values())[:MOST_CURVES]
     notes += left_out(len(lines), len(shown), "strategies", "those that lead the table")
     series = []
+    names = [strategy_name(rows, i) for i, rows in enumerate(shown)]
     for i, rows in enumerate(shown):
         rows = sorted(rows, key=lambda row: offered_load(row.record) or 0.0)
+        numbers = ", ".join(str(row.number) for row in rows)
         low, high = ends([row.record for row in rows], metric)
         series.append(
             Series(
-                strategy_name(rows, i),
+                names[i] if names.count(names[i]) == 1 else f"{names[i]} (rows {numbers})",
                 [offered_load(row.record) or 0.0 for row in rows],
                 [row.record.metrics[metric] for row in rows],
                 low,

@@ -61,7 +61,7 @@ def png(chart: Chart) -> bytes:
             handles, texts, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, frameon=False, fontsize=9
         )
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150, bbox_inches="tight", facecolor="white")  # all, also outside the axes
+    figure.savefig(data, format="png", dpi=100, bbox_inches="tight", facecolor="white")  # all, also outside the axes
     return data.getvalue()
 
 

@@ -130,11 +130,11 @@ def import_records(root: Path, uri: str | None = None, experiment: str | None = 
     store: Store | None = None
     for line in records.unreadable([root]):
         print(f"grbench: {line}", file=sys.stderr)
-    for folder, record in records.find(root):
-        if record.status is Status.INTERRUPTED:
-            continue
+    cells = [(folder, record) for folder, record in records.find(root) if record.status is not Status.INTERRUPTED]
+    for folder, record in cells:
         if record.sweep_id:
             sweeps.setdefault(record.sweep_id, []).append((folder, record))
+    for folder, record in cells:
         try:
             store = store or Store(uri, experiment or MlflowConfig.experiment, root.absolute())
             if found := store.find(record, anywhere=experiment is None):
@@ -142,7 +142,8 @@ def import_records(root: Path, uri: str | None = None, experiment: str | None = 
                 known += 1
                 continue
             if record.sweep_id and record.sweep_id not in parents:
-                parents[record.sweep_id] = store.sweep_run(record.sweep_id, {})
+                facts = {"overrides": _sweep_words([record for _, record in sweeps[record.sweep_id]])}
+                parents[record.sweep_id] = store.sweep_run(record.sweep_id, facts)
             _note(record, folder, store.log(record, folder, parents.get(record.sweep_id or "")))
             logged += 1
         except Exception as e:
@@ -159,6 +160,16 @@ def import_records(root: Path, uri: str | None = None, experiment: str | None = 
     if not logged + known + failed:
         raise ValueError(f"{root}: no records found; `python -m grbench` writes them under outputs/")
     return logged, known, failed
+
+
+def _sweep_words(cells: Sequence[RunRecord]) -> str:
+    """Return the options of a sweep from those of its cells, as `engine=hstu,onnxruntime scenario=server`."""
+    values: dict[str, dict[str, None]] = {}
+    for record in cells:
+        for word in record.overrides:
+            key, _, value = word.partition("=")
+            values.setdefault(key, {})[value] = None
+    return " ".join(f"{key}={','.join(found)}" for key, found in values.items())
 
 
 def where_to_look(config: MlflowConfig | NoTrackingConfig, root: Path) -> str | None:

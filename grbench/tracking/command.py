@@ -86,8 +86,11 @@ def open_ui(root: Path, port: int) -> int:
         except OSError as e:
             raise ValueError(f"port {port}: {e.strerror}; choose another with --port") from None
     print(f"MLflow at http://127.0.0.1:{port}/{_page(database)} (Ctrl-C ends it)", flush=True)
-    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", "1", "--uvicorn-opts", "--log-level warning"]  # else it prints a line for each request
+    command += ["--registry-store-uri", uri_of(database)]
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # eight processes that runs never use
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # MLflow's own
     shell = ["sh", "-c", TOGETHER, "sh", *command, "--backend-store-uri", uri_of(database)]
     server = subprocess.Popen(shell, stdin=subprocess.PIPE, start_new_session=True)
     try:

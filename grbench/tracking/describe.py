@@ -12,6 +12,8 @@ from grbench.report.markdown import escape, table
 from grbench.report.repeats import pooled
 from grbench.report.table import columns_for
 
+GAP = "&nbsp;&nbsp;"
+
 
 def describe_cell(record: RunRecord, run_id: str, pictures: Sequence[str]) -> str:
     """Return Markdown for one cell: findings, figures with their meaning, notes, or the reason of a failure.
@@ -24,7 +26,7 @@ def describe_cell(record: RunRecord, run_id: str, pictures: Sequence[str]) -> st
     rows = [[column.heading, column.text(record), column.legend.partition(": ")[2]] for column in columns]
     parts = [
         *(escape(finding.sentence) for finding in findings([record])),
-        table(["figure", "value", "meaning"], [row for row in rows if row[1] != MISSING]),
+        _spaced(["figure", "value", "meaning"], [row for row in rows if row[1] != MISSING]),
         *_pictures(run_id, pictures),
         "\n".join(f"- {escape(note)}" for note in record.notes),
     ]
@@ -35,7 +37,7 @@ def describe_row(row: LoggedRow) -> str:
     """Return Markdown for one row of kernelbench or cachesim: its figures, or why it failed."""
     if not row.ok:
         return f"**{row.status}**: {escape(row.error or 'no reason was recorded')}"
-    return table(["figure", "value"], [[name, figure(value)] for name, value in row.metrics.items()])
+    return _spaced(["figure", "value"], [[name, figure(value)] for name, value in row.metrics.items()])
 
 
 def describe_sweep(records: Sequence[RunRecord], run_id: str, pictures: Sequence[str]) -> str:
@@ -51,10 +53,17 @@ def describe_sweep(records: Sequence[RunRecord], run_id: str, pictures: Sequence
     ]
     parts = [
         "\n".join(f"- {escape(finding.sentence)}" for finding in findings(records)),
-        table(["cell", "status", *(column.heading for column in columns)], rows),
+        _spaced(["cell", "status", *(column.heading for column in columns)], rows),
         *_pictures(run_id, pictures),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _spaced(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table with a gap between its columns: MLflow draws them without one."""
+    head, dashes, *others = table(heads, rows).split("\n")
+    spaced = [line.replace(" |", f"{GAP} |") for line in (head, *others)]
+    return "\n".join([spaced[0], dashes, *spaced[1:]])
 
 
 def _pictures(run_id: str, paths: Sequence[str]) -> list[str]:

@@ -261,7 +261,8 @@ def _tags(record: LoggedRow) -> dict[str, str]:
 def _metrics(record: LoggedRow) -> dict[str, float | None]:
     """Return all figures, main ones first, because MLflow's comparison opens on the first metric.
 
-    In `offline` that is the throughput: a latency is the time in a queue of all requests there.
+    In `offline` that is the throughput: a latency is the time in a queue of all requests there. Figures have six
+    significant digits, because MLflow's pages show every digit; record.json has all.
     """
     quality = (record.gate.get("quality") or {}).get("tasks") or {}
     offline = (record.spec.get("scenario") or {}).get("name") == "offline"
@@ -276,7 +277,12 @@ def _metrics(record: LoggedRow) -> dict[str, float | None]:
     for task, values in quality.items():
         numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
         figures |= {f"quality/{task}/{name}": value for name, value in numbers.items()}
-    return figures
+    return {name: None if value is None else _rounded(value) for name, value in figures.items()}
+
+
+def _rounded(value: float) -> float:
+    """Return a number with six significant digits, a count with all."""
+    return value if not math.isfinite(value) or value == int(value) else float(f"{value:.6g}")
 
 
 def _interval_metrics(record: LoggedRow) -> dict[str, float]:

@@ -477,8 +477,8 @@ def test_no_two_cells_look_alike() -> None:
     ]
     mixed = [named("seed=1", seed=1), named("seed=1", seed=1, latency_limit_ms=50.0), named("kernel=triton", seed=2)]
     assert labels(mixed) == [
-        "hstu seed=1 latency_limit_ms=80.0",
-        "hstu seed=1 latency_limit_ms=50.0",
+        "hstu seed=1 latency_limit_ms=80",
+        "hstu seed=1 latency_limit_ms=50",
         "hstu",  # all have its kernel
     ]
 

@@ -207,7 +207,7 @@ def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "root"
-    record, folder = cell(root / "0", sweep_id="s")
+    record, folder = cell(root / "0", sweep_id="s", overrides=["seed=0"])
     dead = f"http://127.0.0.1:{free_port()}"
     begun = time.monotonic()
     tracker = CellTracker(MlflowConfig(uri=dead), root)
@@ -230,6 +230,7 @@ def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
         [parent] = [r for r in found if r.data.tags["role"] == "sweep"]
         assert parent.info.status == "FINISHED"
         assert parent.data.metrics == {"cells/OK": 1}
+        assert parent.info.run_name == "seed=0 (s)"  # as if the sweep had logged it
         [mine] = [r for r in found if r.info.run_id == records.load(folder).tracking["run_id"]]
         assert {f.path for f in client(uri).list_artifacts(mine.info.run_id)} >= {"record.json", "samples.parquet"}
         # The same records into another store: that one has not seen them.

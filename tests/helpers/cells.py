@@ -97,7 +97,7 @@ def write_cell(
 def ink(png: bytes) -> float:
     """Share of pixels that are not white. Fails if anything touches the edge, where it would be cut."""
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
-    assert min(pixels.shape) > 200
+    assert min(pixels.shape) > 130
     edges = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
     assert all((edge == 255).all() for edge in edges)
     return float((pixels < 250).mean())

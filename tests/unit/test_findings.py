@@ -121,7 +121,13 @@ def test_over_several_loads_the_highest_that_keeps_the_limit_leads() -> None:
 def test_offline_cells_are_ranked_by_throughput() -> None:
     assert sentences(cell(scenario="offline", rps=111)) == ["Offline, hstu answers 111 requests/s."]
     (said,) = sentences(cell(scenario="offline", rps=111), cell(scenario="offline", rps=294, engine="aoti"))
-    assert said == "Offline, aoti is fastest: 294 requests/s; next is hstu with 111."
+    assert said == (
+        "Offline, aoti is fastest: 294 requests/s; next is hstu with 111 "
+        "(one run each; runner.repeats=5 gives intervals)."
+    )
+    wide = [cell(scenario="offline", rps=rps, seed=i) for i, rps in enumerate((100, 400))]
+    (said,) = sentences(*wide, cell(scenario="offline", rps=180, engine="aoti"))
+    assert said.startswith("Offline, hstu leads, but not beyond the 95% intervals of aoti: 200 [")
 
 
 def test_seeds_are_repeats_whose_spread_counts() -> None:
@@ -182,6 +188,14 @@ def test_two_files_of_one_path_are_different_work() -> None:
         "hstu_tiny on csv sha256:aaaaaaaa",
         "hstu_tiny on csv sha256:bbbbbbbb",
     ]
+
+
+def test_a_cell_of_two_commits_is_two_strategies_with_their_commits() -> None:
+    old, new = cell(p99=10), cell(p99=20)
+    old.environment["git_sha"], new.environment["git_sha"] = "a" * 40, "b" * 40 + "+dirty"
+    (said,) = sentences(old, new)
+    assert said.startswith("At 40 requests/s, hstu commit=aaaaaaa has the lowest p99: 10.0 ")
+    assert "; next is hstu commit=bbbbbbb+dirty with 20.0 " in said
 
 
 def test_short_offline_runs_are_not_ranked() -> None:
