@@ -38,9 +38,6 @@ from grbench.workloads.trace import Requests
 from grengines import registry
 from grengines.api import Engine, Finished, RankResult, Request
 
-pytestmark = pytest.mark.serial
-
-
 SCENARIOS = [
     OfflineConfig("offline", max_batch=16, queries=300),
     ServerConfig("server", max_batch=16, queries=300, target_qps=600),
@@ -57,6 +54,7 @@ def assert_parts_sum_to_the_latency(m: Measurement) -> None:
     assert rest.sum() < 0.1 * m.samples["latency_ms"].sum()
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("config", SCENARIOS, ids=lambda c: c.name)
 def test_every_request_is_answered_in_trace_order_and_timed(config: ScenarioConfig, tmp_path: Path) -> None:
     engine = SleepyEngine()
@@ -73,6 +71,7 @@ def test_every_request_is_answered_in_trace_order_and_timed(config: ScenarioConf
     assert any("times over" in note for note in m.notes)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(
     "config",
     [
@@ -95,6 +94,7 @@ def test_loadgens_own_percentiles_agree_with_ours(config: ScenarioConfig, tmp_pa
 STALL_S = 1.0
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(
     "config",
     [
@@ -114,7 +114,6 @@ from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.execution.measure import _beside_loadgen
 from grbench.scenarios.config import *
-from helpers.forks import run_program
 from helpers.sleepy_engine import SleepyEngine, drive
 subprocess.Popen(["sh", "-c", stop])
 m = drive({config!r}, SleepyEngine(0.001), Path({str(tmp_path)!r}), requests=1000)
@@ -131,6 +130,7 @@ print(_beside_loadgen(m.samples, m.metrics), m.metrics)
     assert np.diff(np.sort(samples["arrival_s"])).max() < 0.1
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("moved_s", [-3600, 3600, 0])
 def test_a_clock_that_is_set_ends_the_scenario_at_once(moved_s: int, tmp_path: Path) -> None:
     """In a process of its own, because LoadGen is left behind. It sees the real clock and would go on for a minute."""
@@ -140,7 +140,6 @@ import os, threading, time
 from pathlib import Path
 from grbench.execution import clock
 from grbench.scenarios.config import ServerConfig
-from helpers.forks import run_program
 from helpers.sleepy_engine import SleepyEngine, drive
 real, begun = time.time, time.monotonic()
 time.time = lambda: real() + ({moved_s} if time.monotonic() > begun + 1 else 0)
@@ -178,6 +177,7 @@ def test_a_log_that_a_full_disk_cut_short_is_said_to_be_one(tmp_path: Path, monk
     assert classify(full.value)[0] is Status.DISK_FULL
 
 
+@pytest.mark.serial
 def test_server_rate_and_batching_follow_the_load(tmp_path: Path) -> None:
     engine = SleepyEngine(0.01)  # 100 batches/s: 400 requests/s need batches of 4 and more
     m = drive(ServerConfig("server", max_batch=32, queries=400, target_qps=400), engine, tmp_path)
@@ -192,6 +192,7 @@ def test_a_run_that_misses_the_limit_is_called_invalid(tmp_path: Path) -> None:
     assert any("INVALID" in note for note in m.notes)
 
 
+@pytest.mark.serial
 def test_replay_counts_latency_from_the_scheduled_arrival(tmp_path: Path) -> None:
     # 100 requests/s against 50 answers/s: the backlog grows by 10 ms a request, and must show.
     config = TraceReplayConfig("trace_replay", max_batch=1, queries=60, mean_qps=100)
@@ -250,12 +251,14 @@ def test_no_request_is_made_while_latencies_are_taken(
     assert len(ahead) == (56 if isinstance(config, MultiStreamConfig) else 50)
 
 
+@pytest.mark.serial
 def test_closed_loop_keeps_its_clients_busy_and_no_more(tmp_path: Path) -> None:
     engine = SleepyEngine()
     drive(ClosedLoopConfig("closed_loop", max_batch=64, queries=100, clients=5), engine, tmp_path)
     assert max(map(len, engine.batches)) == 5
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("wait_ms, expected", [(0.0, 1), (200.0, 4)])
 def test_a_batch_waits_for_company_only_as_long_as_allowed(wait_ms: float, expected: int) -> None:
     engine = SleepyEngine(0.0)
@@ -279,7 +282,6 @@ def test_a_failing_engine_ends_the_scenario_at_once(config: ScenarioConfig, tmp_
 import os, sys
 from pathlib import Path
 from grbench.scenarios.config import *
-from helpers.forks import run_program
 from helpers.sleepy_engine import SleepyEngine, drive
 try:
     drive({config!r}, SleepyEngine(fail_at=3), Path({str(tmp_path)!r}))
@@ -387,6 +389,7 @@ def test_batches_in_flight_answer_every_request_once(config: ScenarioConfig, tmp
     assert_parts_sum_to_the_latency(m)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("config", SCENARIOS, ids=lambda c: c.name)
 def test_parts_of_a_real_engine_sum_to_the_latency(
     config: ScenarioConfig, tmp_path: Path, ranking: tuple[Engine, list[Request]]
@@ -409,6 +412,7 @@ def ranking() -> Iterator[tuple[Engine, list[Request]]]:
     engine.close()
 
 
+@pytest.mark.serial
 def test_packing_goes_on_beside_the_device(tmp_path: Path) -> None:
     """Packing and computing take equally long (both sleep), so two in flight take little more than half the time."""
     config = OfflineConfig("offline", max_batch=8, queries=160)
@@ -419,6 +423,7 @@ def test_packing_goes_on_beside_the_device(tmp_path: Path) -> None:
     assert took[2] < 0.7 * took[1]
 
 
+@pytest.mark.serial
 def test_a_batch_behind_another_begins_only_when_it_is_full() -> None:
     begun, go_on = threading.Semaphore(0), threading.Semaphore(0)
     sizes: list[int] = []

@@ -53,7 +53,7 @@ def test_a_wrong_declaration_is_one_line(grbench_here: Grbench, words: list[str]
 @pytest.mark.usefixtures("forked_workers")
 def test_a_small_search_writes_its_cells_its_page_and_a_deployment(grbench_here: Grbench, tmp_path: Path) -> None:
     words = ["tune", *TINY, "scenario.max_batch=4", "engine.cpu_threads=1,2", "latency_ms.p50=60000", "certify_runs=0"]
-    words += ["objective=latency", "rate=100", "probe_s=1"]
+    words += ["objective=latency", "rate=400", "probe_s=1"]
     done = grbench_here(*words, "limits.latency_ms.p99=60000", "budget=2cells")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Take cpu_threads=")

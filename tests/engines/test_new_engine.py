@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.command import Grbench
+from helpers.command import run_fresh
 
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json
@@ -123,11 +123,11 @@ def install(folder: Path, entry: str) -> dict[str, str]:
     return {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"}
 
 
-def test_an_installed_engine_is_measured(grbench: Grbench, folder: Path, tmp_path: Path) -> None:
+def test_an_installed_engine_is_measured(folder: Path, tmp_path: Path) -> None:
     path = install(folder, "toy = toy_engine:SPEC")
     small = ["workload=synthetic", "workload.max_requests=24", "workload.max_history=32", "scenario=closed_loop"]
     small += ["scenario.queries=16", "warmup_batches=1", "gate.requests=2", "tracking=none"]
-    done = grbench("engine=toy", "engine.delay_ms=1", "engine.device=cpu", *small, **path)
+    [done] = run_fresh(tmp_path, [["engine=toy", "engine.delay_ms=1", "engine.device=cpu", *small]], **path)
     assert done.returncode == 0, done.stderr + done.stdout
     [(_, record)] = records.find(tmp_path / "outputs")
     assert record.status is Status.OK and record.gate["passed"]

@@ -77,6 +77,8 @@ def engine() -> Iterator[VLLMEngine]:
     made = engine_of()
     yield made
     made.close()
+    gc.collect()
+    gc.freeze()  # vLLM, which is imported now: it collects garbage eight times an engine
 
 
 # Agreement

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,6 +65,8 @@ def engine() -> Iterator[VLLMEngine]:
     made = decoder_engine()
     yield made
     made.close()
+    gc.collect()
+    gc.freeze()  # vLLM, which is imported now: it collects garbage eight times an engine
 
 
 def failing(engine: VLLMEngine, expected: Beams) -> None:

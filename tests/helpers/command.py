@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,37 @@ def run_in(folder: Path, *args: str, timeout: float = 240, **env: str) -> subpro
         text=True,
         timeout=timeout,
     )
+
+
+_FRESH = """
+import contextlib, json, sys
+import pytest
+from grbench.cli import main
+from helpers.forks import fork_workers
+fork_workers(pytest.MonkeyPatch())
+codes = []
+for number, words in enumerate(json.loads(sys.argv[1])):
+    with open(f"{number}.out", "w") as out, open(f"{number}.err", "w") as err:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            codes.append(main(words))
+print(json.dumps(codes))
+"""
+
+
+def run_fresh(folder: Path, commands: Sequence[Sequence[str]], **env: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run `grbench WORDS` for each command in a folder, all in one fresh process, whose workers are forks of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FRESH, json.dumps(commands)],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "200", **env},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = [[(folder / f"{n}.{kind}").read_text() for kind in ("out", "err")] for n in range(len(commands))]
+    codes = json.loads(done.stdout)
+    return [subprocess.CompletedProcess(list(commands[n]), codes[n], *printed[n]) for n in range(len(commands))]
 
 
 def run_forked(folder: Path, *args: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import logging
 import os
@@ -78,6 +79,7 @@ def _become(work: Callable[[], object], output: Path, errors: Path | None, fds: 
     """Be a process of its own: its session, files, signals and log. Never returns."""
     code = 1
     with contextlib.suppress(BaseException):
+        gc.freeze()  # collecting garbage would copy all memory of the test's process
         os.setsid()
         adding = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         for fd, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, adding), (2, errors or output, adding)):

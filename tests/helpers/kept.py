@@ -9,16 +9,15 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import uuid
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from helpers.checkout import ROOT
 
 KEPT = ROOT / ".pytest_cache" / "kept"
-COMPILERS = ("torch", "triton", "nvidia-cutlass-dsl")
 SOURCES = ("kernels/**/*.py", "tests/helpers/kernel_cases.py")
 OUTPUT = "printed.txt"
 DAYS = 14  # that a file of the cache folder is kept
@@ -37,7 +36,7 @@ def cache_folder() -> Path:
 def output_of(name: str, program: str, sources: Sequence[str] = SOURCES, **env: str) -> Path:
     """Return the folder that a Python program filled, and what it printed in OUTPUT. Its argument is the folder.
 
-    It is kept for a run with the same program, variables `env`, sources and compilers.
+    It is kept for a run with the same program, variables `env`, sources and installed packages.
     """
     folder = KEPT / f"{name}-{_digest(sources, program, *sorted(env.items()))}"
     if not folder.is_dir():
@@ -56,14 +55,8 @@ def output_of(name: str, program: str, sources: Sequence[str] = SOURCES, **env: 
 
 
 def _digest(patterns: Sequence[str], *parts: object) -> str:
-    digest = hashlib.sha256(repr((parts, platform.python_version(), *map(_version, COMPILERS))).encode())
+    installed = sorted(path.name for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info"))
+    digest = hashlib.sha256(repr((parts, platform.python_version(), installed)).encode())
     for source in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
         digest.update(repr((source.relative_to(ROOT), source.read_bytes())).encode())
     return digest.hexdigest()[:16]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.command import Grbench
+from helpers.command import run_fresh
 
 from grbench.config.compose import CONFIG_DIR
 from grkernels import families, registry
@@ -175,20 +175,20 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_a_package_brings_a_family_and_a_variant(toys: Path, grbench: Grbench, tmp_path: Path) -> None:
+def test_a_package_brings_a_family_and_a_variant(toys: Path, tmp_path: Path) -> None:
     """They are in the doctor's list, in the benchmark behind its gate, and in a run by name."""
-    done = grbench("doctor", "--quick", "--json")
-    rows = {row["name"]: row["ok"] for row in json.loads(done.stdout) if row["kind"] == "kernel"}
-    assert rows["layer_norm=toy"] and rows["twice=torch"]
     options = ["variants=[torch,toy]", "shapes=[8,1280x512]", "dtype=fp32", "device=cpu", "repeats=3", "min_time_s=0.1"]
-    done = grbench("kernels", "families=[layer_norm,twice]", *options, "tracking=none")
-    assert done.returncode == 0, done.stdout + done.stderr
+    bench = ["kernels", "families=[layer_norm,twice]", *options, "tracking=none"]
+    cell = ["engine=hstu", "engine.device=cpu", "workload=synthetic", "workload.visits=60", "scenario=offline"]
+    cell += ["scenario.queries=8", "kernel.layer_norm=toy", "tracking=none", "warmup_batches=1"]
+    doctor, benched, ran = run_fresh(tmp_path, [["doctor", "--quick", "--json"], bench, cell])
+    rows = {row["name"]: row["ok"] for row in json.loads(doctor.stdout) if row["kind"] == "kernel"}
+    assert rows["layer_norm=toy"] and rows["twice=torch"]
+    assert benched.returncode == 0, benched.stdout + benched.stderr
     [path] = tmp_path.glob("outputs/kernels/*/results.json")
     statuses = {(r["family"], r["variant"]): r["status"] for r in json.loads(path.read_text())["rows"]}
     assert statuses == {("layer_norm", "torch"): "OK", ("layer_norm", "toy"): "OK", ("twice", "torch"): "OK"}
-    cell = ["engine=hstu", "engine.device=cpu", "workload=synthetic", "workload.visits=60", "scenario=offline"]
-    done = grbench(*cell, "scenario.queries=8", "kernel.layer_norm=toy", "tracking=none", "warmup_batches=1")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert ran.returncode == 0, ran.stdout + ran.stderr
     [path] = tmp_path.glob("outputs/runs/*/record.json")
     record = json.loads(path.read_text())
     assert record["spec"]["kernel"]["name"] == "auto" and record["spec"]["kernel"]["layer_norm"] == "toy"

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 
 from grengines.api import Int64Array
-from grengines.vllm import compat, plugin
+from grengines.vllm import (
+    compat,
+    model,  # noqa: F401  (registered as classes then; vLLM inspects what it knows by name in a process: ten seconds)
+    plugin,
+)
 from grengines.vllm.environment import unchanged_process
 
 _running = False
