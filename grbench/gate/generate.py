@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from grbench.gate.form import Form
 from grbench.gate.measured import Answer, Verdict
 from grengines import registry
 from grengines.api import Catalogue, Float32Array, Generator, Int64Array, Request, Retrieval
+from grengines.models.reference import GenerationReference
 from grengines.numerics import allowed_error, require_plausible
 from grengines.semantic.search import Beams
 
@@ -55,10 +58,17 @@ class _Finding:
 class _Expected:
     """Items that the fp32 reference finds for one request."""
 
+    reference: GenerationReference[Any]
+    request: Request
     items: Int64Array
     scores: Float32Array
     cut: Float32Array  # [levels]: the best score that the search left out at each level
-    prefixes: Float32Array  # [items, levels]: the score of each prefix of the items
+
+    @cached_property
+    def prefixes(self) -> Float32Array:
+        """Scores of each prefix of the items [items, levels]. Few answers need them, and they cost a search."""
+        scores: Float32Array = self.reference.prefix_scores(self.request, self.items)
+        return scores
 
 
 class GenerateGate:
@@ -138,7 +148,7 @@ class GenerateGate:
     def _find(self, requests: Sequence[Request]) -> list[_Expected]:
         found = self.reference.search(requests)
         return [
-            _Expected(items, scores, cut, self.reference.prefix_scores(request, items))
+            _Expected(self.reference, request, items, scores, cut)
             for request, (items, scores), cut in zip(requests, _answers(found), found.cuts, strict=True)
         ]
 
@@ -157,7 +167,7 @@ class GenerateGate:
 
     def _exact(self, expected: _Expected, request: Request, items: Int64Array) -> Float32Array:
         """Return the fp32 log-probability of each item, float32 [n]. Those of the expected items are known."""
-        known = dict(zip(expected.items.tolist(), expected.prefixes[:, -1].tolist(), strict=True))
+        known = dict(zip(expected.items.tolist(), expected.scores.tolist(), strict=True))
         if len(others := items[~np.isin(items, expected.items)]):
             found = self.reference.prefix_scores(request, others)[:, -1]
             known |= dict(zip(others.tolist(), found.tolist(), strict=True))
@@ -185,12 +195,14 @@ class GenerateGate:
         if scores is None:
             order = np.argsort(-exact, kind="stable")
             items, exact, scores = items[order], exact[order], exact[order]
-        # How much better each expected item is than the worst returned one, and each of its prefixes than the best that
-        # the search left out.
-        last = (expected.scores - exact.min())[:, None]
-        margin = np.append(expected.prefixes[:, :-1] - expected.cut[:-1], last, axis=1)
         there = np.isin(expected.items, items)
-        near = ~there & (margin.min(axis=1) <= tie)
+        near = ~there
+        if near.any():
+            # How much better each expected item is than the worst returned one, and each of its prefixes than the best
+            # that the search left out.
+            last = (expected.scores - exact.min())[:, None]
+            margin = np.append(expected.prefixes[:, :-1] - expected.cut[:-1], last, axis=1)
+            near &= margin.min(axis=1) <= tie
         finding = _Finding(
             None,
             _difference(scores, exact),
