@@ -12,13 +12,6 @@ VLLM := 0.32.0
 STUDY := $(if $(filter 0,$(GPU)),first_run,first_run_gpu)
 ARGS ?=
 
-# On a CPU the first run has small models that are trained for it, once, for about a minute each.
-MODELS := outputs/models/ml_100k
-SMALL := workload.max_history=32 'model.tasks=[rated,liked]'
-TRAINED := $(if $(filter 0,$(GPU)),$(MODELS)/retriever/weights.safetensors $(MODELS)/ranker/weights.safetensors)
-WEIGHTS := $(SMALL) retrieval.weights=$(MODELS)/retriever/weights.safetensors \
-	retrieval.semantic_ids=$(MODELS)/retriever/semantic_ids.safetensors model.weights=$(MODELS)/ranker/weights.safetensors
-
 # mypy runs beside the tests; tests of wall-clock time run alone, after the others. Exit code 5: ARGS selects no test of that part.
 WORKERS ?= 2
 PYTEST = $(PY) -m pytest --durations=10
@@ -30,15 +23,8 @@ TESTS = $(PY) -m mypy & types=$$!; \
 
 .PHONY: bench test test-all test-gpu fuzz cases lint typecheck regress serve ui notebook reports docs help clean setup
 
-bench: $(VENV)/.ready $(TRAINED) ## retrieve and rank for MovieLens-100K users on this machine
-	$(PY) -m grbench study=$(STUDY) $(if $(TRAINED),$(WEIGHTS)) $(ARGS)
-
-$(MODELS)/retriever/weights.safetensors: | $(VENV)/.ready
-	$(PY) -m grbench train task=generate $(SMALL) training.epochs=10 training.minutes=0.5 \
-	  training.validation_users=300 training.validate_every=2 out=$(@D)
-
-$(MODELS)/ranker/weights.safetensors: | $(VENV)/.ready
-	$(PY) -m grbench train task=rank $(SMALL) training.epochs=2 training.minutes=0.5 out=$(@D)
+bench: $(VENV)/.ready ## retrieve and rank for MovieLens-100K users on this machine
+	$(PY) -m grbench study=$(STUDY) $(ARGS)
 
 test: lint ## lint, type check and run the tests that need no GPU
 	@$(TESTS)

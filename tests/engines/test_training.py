@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from helpers.walks import ring
 
+from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RetrievalConfig
 from grbench.quality.held_out import HeldOut, doubt_of_lists
 from grbench.quality.protocol import LeaveOneOut
@@ -24,15 +25,16 @@ from grbench.training.rank import RankTask
 from grbench.workloads.config import RecordedConfig
 from grbench.workloads.events import Events
 from grbench.workloads.trace import build_trace, find_visits
+from grengines.api import Catalogue
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.model import Decoder
 from grengines.models.hstu import autograd
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator, pack_prompts
-from grengines.models.hstu.model import HSTURanker
+from grengines.models.hstu.model import HSTURanker, build_model
 from grengines.models.hstu.weights import check_ids
 from grengines.runtime.batch import pack
-from grengines.semantic.ids import one_level
+from grengines.semantic.ids import SemanticIds, one_level
 from grkernels.operators import Operators
 
 CPU = torch.device("cpu")
@@ -282,3 +284,17 @@ def test_one_level_is_the_item_itself() -> None:
     ids = one_level(5)
     assert ids.tokens([3, 1]).tolist() == [[3], [1]]
     assert ids.items([[3], [5]]).tolist() == [3, -1]
+
+
+def test_the_weights_of_the_first_run_are_of_its_models() -> None:
+    """The study composes, and both models load: tensors, options and semantic IDs are those of MovieLens-100K."""
+    [run, _] = compose_spec(["study=first_run"])
+    ids = SemanticIds.load(run.retrieval.semantic_ids, items=1682)
+    check_ids(run.retrieval.weights, ids)
+    built = {"seed": 0, "device": "cpu", "dtype": torch.float32}
+    random = HSTUGenerator.build(run.model, ids.sizes, Operators.eager(), **built)
+    trained = HSTUGenerator.build(run.model, ids.sizes, Operators.eager(), **built, weights=run.retrieval.weights)
+    assert not torch.equal(random.token_table, trained.token_table)
+    catalogue = Catalogue(num_users=943, num_items=1682, num_actions=2)
+    ranker = build_model(run.ranking_model, catalogue, 0, "cpu", torch.float32)
+    assert ranker.token_table.isfinite().all()

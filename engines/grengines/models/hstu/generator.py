@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -149,6 +149,8 @@ class HSTUGenerator(nn.Module):
     sizes: codes of each level. Tokens are level offset + code, and a last one begins an empty prompt. The output
     layer's weights are the token table. max_positions counts tokens.
     """
+
+    not_used: ClassVar[tuple[str, ...]] = ("tasks", "head_dim", "interaction")  # options of a ranking head
 
     def __init__(self, config: HSTUConfig, sizes: Sequence[int], kernels: Operators) -> None:
         super().__init__()

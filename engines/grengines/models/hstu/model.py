@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +137,8 @@ class HSTURanker(nn.Module):
     """
 
     prunes_last_layer = True
+
+    not_used: ClassVar[tuple[str, ...]] = ()  # options of HSTUConfig that do not change the weights
 
     def __init__(self, config: HSTUConfig, catalogue: Catalogue, kernels: Operators) -> None:
         super().__init__()

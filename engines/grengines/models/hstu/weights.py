@@ -92,7 +92,7 @@ def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) ->
     except (ValueError, TypeError):
         raise ValueError(f"{path}: its metadata 'model' is not a JSON object; save the weights again") from None
     for key, value in _shape(model.config).items():
-        if key in saved and saved[key] != value:
+        if key in saved and saved[key] != value and key not in model.not_used:
             raise ValueError(
                 f"{path}: written for {key}={_text(saved[key])}, the model has {_text(value)}; "
                 f"set model.{key}={_text(saved[key])} or give other weights"
