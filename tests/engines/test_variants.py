@@ -24,6 +24,7 @@ from grengines.models.hstu.generator import HSTUGenerator
 from grengines.models.hstu.model import HSTURanker
 from grengines.models.hstu.reference import RankingReference, zero_attention
 from grengines.models.hstu.variant import VARIANTS, Variant, differing
+from grengines.numerics import relative_error
 from grengines.runtime.batch import Bucket, Encoding, pack, pack_slices
 from grengines.semantic.ids import SemanticIds
 from grkernels import registry as kernel_registry
@@ -333,3 +334,43 @@ def test_the_default_model_calls_attention_and_the_gate_as_before() -> None:
     assert {tuple(o) for f, o in seen if f == "norm_gate"} == {("eps",)}
     assert len(seen) == 3 * 2 + 1  # two layers and the final norm
     assert not {"times", "until", "num_contextuals"} & set(host.sizes)
+
+
+def in_half_precision(variant: str, device: str, **options: Any) -> None:
+    """The family's rule: at most twice the error of the rounded reference, and far from attention that is zero."""
+    kernels = KernelConfig(name=options.pop("kernel", "auto")).requested()
+    sizes = SIZES | {"embedding_dim": 64, "qk_dim": 32, "v_dim": 16, "head_dim": 32}
+    model = HSTUConfig(variant=variant, contextual_seq_len=1, target_group_size=2, **sizes)
+    requests = requests_of([(30, 5), (0, 2), (9, 4), (17, 8)])
+    reference = RankingReference(model, CATALOGUE, 3, device)
+    precision = options.get("precision", "bf16")
+    exact = np.concatenate(reference.scores(requests))
+    rounding = relative_error(np.concatenate(reference.scores(requests, precision)), exact)
+    engine: Any = registry.make(
+        HSTUEngineConfig(**{"device": device, "precision": precision, **options}),
+        Setup(model, kernels, CATALOGUE, 3, CacheConfig()),
+        "rank",
+    )
+    engine.prepare(requests, 4)
+    try:
+        found = np.concatenate(engine.rank(requests).scores)
+    finally:
+        engine.close()
+    allowed = max(2 * rounding, 2e-5)
+    assert relative_error(found, exact) <= allowed
+    without = np.concatenate(reference.scores(requests, attention=zero_attention))
+    assert relative_error(without, exact) > 2 * allowed
+
+
+@pytest.mark.parametrize("variant", PEERS)
+def test_half_precision_is_within_twice_the_rounded_reference(variant: str) -> None:
+    in_half_precision(variant, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", PEERS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("kernel", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("graphs", ["true", "false"])
+def test_on_a_gpu(variant: str, precision: str, kernel: str, graphs: str) -> None:
+    in_half_precision(variant, "cuda", kernel=kernel, precision=precision, cuda_graphs=graphs)

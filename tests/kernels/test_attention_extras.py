@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import kept
 from helpers.hstu_oracle import Peculiar, attend, visible
 from helpers.properties import examples
 from hypothesis import given
@@ -234,3 +235,36 @@ def test_variants_without_the_options_refuse_them() -> None:
         if registry.availability(family, "cutlass") is None:
             why = registry.refusal(family, "cutlass", device="cpu", dtype="fp32", **args)
             assert why is not None and args["extras"][0] in why
+
+
+COMPILE_FOR_HOPPER = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from grkernels.hstu_attention.triton_extras import attention_kernel
+kernel = attention_kernel.kernel
+indices = ("q_offsets", "kv_offsets", "num_targets", "num_contextuals", "paged_lengths", "row_times", "column_times")
+sizes = dict(TARGETS=True, QK=64, V=64, QK_BLOCK=64, V_BLOCK=64, M=32, N=32, POSITION_BIAS=True)
+for more in (dict(CONTEXTUALS=True, GROUP=2, PAGE=0, TIME_BIAS=True), dict(CONTEXTUALS=False, GROUP=1, PAGE=16,
+             TIME_BIAS=False, contextual=1, window=1, full=1)):
+    constants = {name: value for name, value in (sizes | more).items()}
+    kinds = {name: "*i64" if name in indices else "*bf16" for name in kernel.arg_names}
+    kinds |= dict.fromkeys(("heads", "contextual", "window", "full", "biases", "buckets", "total_rows"), "i32")
+    kinds |= {name: "i64" for name in kernel.arg_names if name.endswith("stride")}
+    kinds |= dict(page_table="*i32", alpha="fp32", scale="fp32") | dict.fromkeys(constants, "constexpr")
+    made = triton.compile(ASTSource(kernel, kinds, constants), target=GPUTarget("cuda", 90, 32))
+    print(len(made.asm["ptx"]) > 1000)
+"""
+
+
+def test_the_kernel_compiles_for_hopper() -> None:
+    """The interpreter takes Python that the compiler refuses; integers of 1 become constants there."""
+    folder = kept.output_of("attention_extras", COMPILE_FOR_HOPPER, TRITON_INTERPRET="0")
+    assert (folder / kept.OUTPUT).read_text().split() == ["True", "True"]
+
+
+@pytest.mark.gpu
+@examples(60)
+@given(p=problems(200))
+def test_triton_on_a_gpu(p: Problem) -> None:
+    assert off("triton", p) <= 1e-5 * p.magnitude
