@@ -46,11 +46,11 @@ def load_latency(group: Group) -> Chart | None:
     names = [strategy_name(rows, i) for i, rows in enumerate(shown)]
     for i, rows in enumerate(shown):
         rows = sorted(rows, key=lambda row: offered_load(row.record) or 0.0)
-        numbers = ", ".join(str(row.number) for row in rows)
+        numbers = ", ".join(str(number) for number in sorted(row.number for row in rows))
         low, high = ends([row.record for row in rows], metric)
         series.append(
             Series(
-                names[i] if names.count(names[i]) == 1 else f"{names[i]} (rows {numbers})",
+                names[i] if names.count(names[i]) == 1 else f"{names[i]} (row {numbers})",
                 [offered_load(row.record) or 0.0 for row in rows],
                 [row.record.metrics[metric] for row in rows],
                 low,

@@ -23,9 +23,9 @@ def sections(blocks: Sequence[Block], figures: Path | None = None, page: Path | 
     for block in blocks:
         match block:
             case Heading(text):
-                parts.append(f"## {text}")
+                parts.append(f"## {escape(text)}")
             case Text(text):
-                parts.append(text)
+                parts.append(escape(text))
             case Bullets(lines):
                 parts += bullets(lines)
             case Table(heads, rows):

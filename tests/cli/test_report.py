@@ -40,8 +40,8 @@ from grbench.report.frame import PARTS, read_cells
 from grbench.report.html import _inline
 from grbench.report.interactive import plotly_figure
 from grbench.report.latency_charts import front_of
-from grbench.report.markdown import escape, table
-from grbench.report.page import spans
+from grbench.report.markdown import escape, sections, table
+from grbench.report.page import Bullets, Heading, Table, Text, spans
 from grbench.report.table import notes, print_cells
 
 Capture = pytest.CaptureFixture[str]
@@ -651,6 +651,8 @@ def test_texts_of_a_record_make_no_link_and_commands_are_as_typed() -> None:
     """Records may be of other people."""
     hostile = "![x](http://evil/t.png) [here](http://evil) [a]: http://evil <b> `a"
     assert escape(hostile) == r"![x\](http://evil/t.png) [here\](http://evil) [a\]: http://evil &lt;b> \`a"
+    made = sections([Heading(hostile), Text(hostile), Bullets([hostile]), Table([hostile], [[hostile]])])
+    assert not re.search(r"(?<!\\)\](?=[(:])|<b>", "\n".join(made))
     assert escape("p99 3.6 [3.5, 3.7] and `a command`") == "p99 3.6 [3.5, 3.7] and `a command`"
     assert table(["command"], [[Code('path="a<b|c`.csv"')]]).splitlines()[2] == r'| `` path="a<b\|c`.csv" `` |'
     assert _inline(Code('path="a<b|c`.csv"')) == '<code>path="a&lt;b|c`.csv"</code>'

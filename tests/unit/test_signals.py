@@ -7,10 +7,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from grbench import signals
+from grbench.config import command
+from grbench.config.compose import prepare_hydra
+from grbench.config.jobs import Job, Session
+from grbench.config.schema import to_spec
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +75,23 @@ def test_a_worker_ends_with_its_launcher() -> None:
     assert worker.poll() is None
     os.close(read_end)
     assert worker.wait(timeout=10) == -signal.SIGKILL
+
+
+def test_a_signal_while_the_results_are_drawn_does_not_cost_the_table(tmp_path: Path) -> None:
+    closed: list[str] = []
+
+    class Drawing(Session):
+        def run(self, job: Job) -> None: ...
+
+        def finish(self) -> None: ...
+
+        def close(self, cut_short: str = "") -> int:
+            closed.append(cut_short)
+            if len(closed) == 1:
+                raise signals.Stopped(signal.SIGTERM)
+            return 0
+
+    words = ["engine=hstu", "tracking=none", f"hydra.run.dir={tmp_path}"]
+    with pytest.raises(signals.Stopped):
+        command.run("grbench", words, "config", prepare_hydra, to_spec, lambda first, invocation: Drawing())
+    assert closed == ["", "interrupted"]
