@@ -76,7 +76,7 @@ class Neighbours(Listed):
         total = 0
         for key in one.differs(other):
             mine, its = one.get(key), other.get(key)
-            order = sorted(self._axes[key], key=_number_first)
+            order = sorted(self._axes[key], key=number_first)
             total += abs(order.index(mine) - order.index(its)) if mine is not None and its is not None else 1
         return total
 
@@ -128,7 +128,7 @@ class OptunaProposer:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._optuna = optuna
-        self._axes = {key: sorted(values, key=_number_first) for key, values in axes.items() if len(values) > 1}
+        self._axes = {key: sorted(values, key=number_first) for key, values in axes.items() if len(values) > 1}
         self._open = dict.fromkeys(configurations)
         self._by_params = {}
         self._reported: dict[Configuration, tuple[float, float]] = {}
@@ -185,7 +185,7 @@ class OptunaProposer:
         of = self._optuna.distributions
         return {
             key: of.IntDistribution(0, len(values) - 1)
-            if all(_is_number(value) for value in values)
+            if all(is_number(value) for value in values)
             else of.CategoricalDistribution(values)
             for key, values in self._axes.items()
         }
@@ -195,7 +195,7 @@ class OptunaProposer:
         for key, values in self._axes.items():
             value = configuration.get(key)
             value = self._axes[key][0] if value is None else value
-            found[key] = values.index(value) if all(_is_number(v) for v in values) else value
+            found[key] = values.index(value) if all(is_number(v) for v in values) else value
         return found
 
     def _key(self, configuration: Configuration) -> tuple[tuple[str, Any], ...]:
@@ -218,14 +218,15 @@ class OptunaProposer:
 
     def _first(self, key: str) -> Any:
         values = self._axes[key]
-        return 0 if all(_is_number(v) for v in values) else values[0]
+        return 0 if all(is_number(v) for v in values) else values[0]
 
 
 def _violation(trial: Any) -> tuple[float]:
     return (float(trial.user_attrs.get("violation", 0.0)),)
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Return True for a value that is a number."""
     try:
         float(text)
     except ValueError:
@@ -233,5 +234,6 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _number_first(text: str) -> tuple[int, float, str]:
-    return (0, float(text), text) if _is_number(text) else (1, 0.0, "")
+def number_first(text: str) -> tuple[int, float, str]:
+    """Return a key that sorts numbers by size, before other values."""
+    return (0, float(text), text) if is_number(text) else (1, 0.0, "")

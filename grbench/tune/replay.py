@@ -20,6 +20,7 @@ from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.proposers import Axes, Listed, Neighbours, OneAtATime, OptunaProposer, Proposer
 from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
 from grbench.tune.search import BOTTOM, SIZES, Batching, Goal, Search
+from grbench.tune.surrogate import Surrogate
 
 CERTIFYING = 30  # cells for certification, beside those of the search
 SPREAD = 0.02  # of run to run, as measured on an idle GPU
@@ -27,7 +28,7 @@ LONG = 12_000  # requests of the simulation that is the truth
 
 OURS = "grbench"
 STRATEGIES: dict[str, Callable[[Sequence[Configuration], Axes, int], Proposer]] = {
-    "grbench": lambda some, axes, seed: OptunaProposer(some, axes, seed),
+    "grbench": lambda some, axes, seed: Surrogate(some, axes, seed),
     "optuna tpe": lambda some, axes, seed: OptunaProposer(some, axes, seed, startup=10),
     "random": lambda some, axes, seed: Listed(some, seed),
     "hill climb": lambda some, axes, seed: Neighbours(some, axes, 3, seed),

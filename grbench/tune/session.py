@@ -22,9 +22,9 @@ from grbench.tune.config import Declared
 from grbench.tune.limits import Verdict
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import BudgetSpentError, Outcome, Probe
-from grbench.tune.proposers import OptunaProposer
 from grbench.tune.search import Batching, Search, Trial
 from grbench.tune.space import Space
+from grbench.tune.surrogate import Surrogate
 
 
 class TuneSession:
@@ -45,7 +45,7 @@ class TuneSession:
             configuration: Batching(spec.scenario.max_batch, spec.scenario.max_wait_ms / 1e3, spec.scenario.in_flight)
             for configuration, spec in space.specs.items()
         }
-        proposer = OptunaProposer(space.configurations, space.axes, declared.seed)
+        proposer = Surrogate(space.configurations, space.axes, declared.seed)
         self._proposer = proposer
         self.search = Search(space.configurations, declared.goal, self._evaluator, proposer, batching, self._show)
         self._root = root

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from grbench.config.schema import ConfigError
-from grbench.tune import answer, legal, limits, rates, space
+from grbench.tune import answer, config, legal, limits, rates, space
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.proposers import Listed, Neighbours, OneAtATime, OptunaProposer
 from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
 from grbench.tune.replay import Grid, Measured, replay
 from grbench.tune.search import Batching, Goal, Search
+from grbench.tune.surrogate import Surrogate
 
 P99 = Limit("latency_ms/p99", 80.0)
 
@@ -76,7 +77,7 @@ BATCHING = {c: Batching(int(c.get("scenario.max_batch") or 1)) for c in ALL}
 
 def searched(evaluator: Capacities, goal: Goal | None = None) -> Search:
     goal = goal or Goal("throughput", (P99,))
-    search = Search(ALL, goal, evaluator, OptunaProposer(ALL, AXES), BATCHING)
+    search = Search(ALL, goal, evaluator, Surrogate(ALL, AXES), BATCHING)
     search.run()
     return search
 
@@ -273,6 +274,7 @@ def test_a_limit_that_nobody_keeps_is_named_with_the_nearest_point() -> None:
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: Surrogate(ALL, AXES),
         lambda: OptunaProposer(ALL, AXES),
         lambda: Listed(ALL, 1),
         lambda: Neighbours(ALL, AXES),
@@ -327,3 +329,18 @@ def test_the_space_leaves_out_what_cannot_be_with_its_reason(monkeypatch: pytest
         space.build({**axes, "engine.no_such": ["1", "2"]}, {*axes, "engine.no_such"}, ["task=rank", "scenario=server"])
     with pytest.raises(ConfigError, match="the space is empty: none of 1 combinations"):
         space.build({"engine": ["vllm"]}, ["engine"], ["task=rank", "scenario=server"])
+
+
+@pytest.mark.parametrize(
+    "words, fewest",
+    [
+        (["space=nvidia_cache", "model=wide_heads", "model.layers=8", "workload=synthetic_long"], 60),
+        (["space=mlperf_server", "model=dlrm_v3", "workload=synthetic_mlperf", "latency_ms.p99=80"], 150),
+    ],
+)
+def test_public_setups_are_spaces(monkeypatch: pytest.MonkeyPatch, words: list[str], fewest: int) -> None:
+    monkeypatch.setattr(legal, "refusals", lambda specs: [None] * len(specs))
+    declared = config.declare([*words, "engine.device=cuda"])
+    built = space.build(declared.axes, declared.typed, declared.fixed)
+    assert len(built.configurations) >= fewest
+    assert {c.get("engine") for c in built.configurations} == {"hstu", "aoti"}
