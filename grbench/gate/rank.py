@@ -41,7 +41,7 @@ class RankGate:
         from grengines.models.hstu.reference import RankingReference, zero_attention
 
         self._spec, self._requests = spec, requests
-        self._known: dict[str | None, dict[int, Float32Array]] = {}  # scores by precision and request
+        self._known: dict[str | None, dict[tuple[int, bytes], Float32Array]] = {}  # by precision, then as `_right` says
         self._precisions = {"": precision, **fallback}
         self.form = Form(len(spec.ranking_model.tasks))
         self.sample = sample(requests, spec.gate.requests, spec.seed)
@@ -104,13 +104,18 @@ class RankGate:
         return verdicts
 
     def _right(self, requests: Sequence[Request], precision: str | None = None) -> list[Float32Array]:
-        """Return the reference's scores. Those that an earlier cell of the same engine asked for are there already."""
+        """Return the reference's scores. Those that an earlier cell of the same engine asked for are there already.
+
+        They are kept by request and candidates: a pipeline may retrieve others for the same request.
+        """
         known = self._known.setdefault(precision, {})
-        new = [r for r in {r.request_id: r for r in requests}.values() if r.request_id not in known]
+        keys = [(r.request_id, r.candidates.tobytes()) for r in requests]
+        new = {key: r for key, r in zip(keys, requests, strict=True) if key not in known}
         if new:
-            scores = self._model.scores(new) if precision is None else self._model.scores(new, precision)
-            known |= zip((r.request_id for r in new), scores, strict=True)
-        return [known[r.request_id] for r in requests]
+            given = list(new.values())
+            scores = self._model.scores(given) if precision is None else self._model.scores(given, precision)
+            known |= zip(new, scores, strict=True)
+        return [known[key] for key in keys]
 
     def _allowed(
         self, requests: Sequence[Request], expected: Sequence[Float32Array], typical: float, precision: str

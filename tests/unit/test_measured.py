@@ -127,6 +127,10 @@ def test_an_answer_is_judged_by_the_precision_of_the_engine_that_gave_it() -> No
     assert all(v.problem is None for v in gate.judge(answers))
     wrong = gate.judge([replace(answer, fallback="") for answer in answers])
     assert all("scores differ from the reference" in (v.problem or "") for v in wrong)
+    # The same requests with other candidates, as a pipeline may retrieve in a later cell of the same engine.
+    others = [replace(a, request=replace(a.request, candidates=a.request.candidates[::-1])) for a in answers]
+    assert all(v.problem for v in gate.judge(others))
+    assert all(v.problem is None for v in gate.judge([replace(a, scores=a.scores[::-1]) for a in others]))
 
 
 def test_a_rounding_error_that_rounding_cannot_explain_is_refused() -> None:

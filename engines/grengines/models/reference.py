@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Generic, TypeVar
 
@@ -16,9 +16,11 @@ from grengines.semantic.trie import Trie
 
 Model = TypeVar("Model")
 
+TOGETHER = 16  # prompts of a search: launches of small kernels take most of its time on a GPU
+
 
 class GenerationReference(ABC, Generic[Model]):
-    """Beam search for one request at a time, in fp32 by default.
+    """Beam search for a few requests at a time, in fp32 by default.
 
     A subclass builds the model, and implements `_variant`, `_search` and `prefix_scores`.
     """
@@ -45,7 +47,9 @@ class GenerationReference(ABC, Generic[Model]):
         """
         width, k = width or self._retrieval.beam_width, k or self._retrieval.k
         with self._variant(precision, blind) as model:
-            found = [self._search(model, self._prompt(request), width, k) for request in requests]
+            prompts = [self._prompt(request) for request in requests]
+            groups = [prompts[begin : begin + TOGETHER] for begin in range(0, len(prompts), TOGETHER)]
+            found = [beams for group in groups for beams in self._search(model, group, width, k)]
         return Beams(*(np.concatenate([getattr(f, name) for f in found]) for name in ("items", "scores", "cuts")))
 
     def _prompt(self, request: Request) -> np.ndarray:
@@ -61,5 +65,5 @@ class GenerationReference(ABC, Generic[Model]):
         """Give the model in this precision, by eager PyTorch unless fp32; blind: with attention that returns zeros."""
 
     @abstractmethod
-    def _search(self, model: Model, tokens: np.ndarray, width: int, k: int) -> Beams:
-        """Return the k best items after one prompt (int64 [tokens])."""
+    def _search(self, model: Model, prompts: Sequence[np.ndarray], width: int, k: int) -> Iterable[Beams]:
+        """Yield the k best items after each prompt (int64 [tokens]), of one or several prompts at a time."""

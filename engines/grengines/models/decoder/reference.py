@@ -6,7 +6,7 @@ and itself. A row's softmax is then the same as without the other beams.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -85,8 +85,8 @@ class DecoderReference(GenerationReference[Decoder]):
         with zero_attention(decoder) if blind else nullcontext():
             yield decoder
 
-    def _search(self, model: Decoder, tokens: np.ndarray, width: int, k: int) -> Beams:
-        return search(model, self._trie, tokens, width=width, k=k)
+    def _search(self, model: Decoder, prompts: Sequence[np.ndarray], width: int, k: int) -> Iterable[Beams]:
+        return (search(model, self._trie, tokens, width=width, k=k) for tokens in prompts)
 
 
 @contextmanager

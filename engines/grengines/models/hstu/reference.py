@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,6 +110,6 @@ class HSTUReference(GenerationReference[HSTUGenerator]):
         finally:
             model.kernels = kernels
 
-    def _search(self, model: HSTUGenerator, tokens: np.ndarray, width: int, k: int) -> Beams:
-        pool = beam.pool_for(model, len(model.prompt(tokens)), 1)
-        return beam.search(model, self._trie, [tokens], pool, width=width, k=k)
+    def _search(self, model: HSTUGenerator, prompts: Sequence[np.ndarray], width: int, k: int) -> Iterable[Beams]:
+        pool = beam.pool_for(model, max(map(len, prompts)), len(prompts))
+        yield beam.search(model, self._trie, prompts, pool, width=width, k=k)
