@@ -40,6 +40,8 @@ def load(source: Source, flags: Flags) -> Imported:
         users = vectors.take("users", -1, -1, -1, to="token_table", folded=True).double()
         contextual = users.shape[1]
         rows.append(_mlp(source, CONTEXT_MLP, users.flatten(0, 1), "token_table") * scale)
+    for name in [name for name in source.tensors if name.endswith("_extra_state")]:
+        source.leave(name, "state of Transformer Engine's recipes")
     source.leave("_embedding_collection", "embedding tables come from --tables; action tokens are not run")
     ours["token_table"] = torch.cat(rows)
     ours["action_table"], ours["weight_vector"] = torch.zeros(0, E), torch.zeros(E)

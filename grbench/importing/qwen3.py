@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from grbench.importing.parts import Flags, Imported
-from grbench.importing.source import Source
+from grbench.importing.source import Source, read_safetensors
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.weights import EMBEDDING, shapes
 
@@ -34,7 +33,7 @@ def read(folder: Path) -> Source:
         raise ValueError(f"{folder}: no folder with config.json and *.safetensors; files of torch.save are not read")
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        tensors |= load_file(file)
+        tensors |= read_safetensors(file)
     return Source(folder, tensors)
 
 

@@ -81,10 +81,7 @@ def read(path: Path) -> Source:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     if path.suffix == ".safetensors":
-        try:
-            return Source(path, load_file(path))
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path}: not a readable safetensors file ({' '.join(str(e).split())})") from None
+        return Source(path, read_safetensors(path))
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
@@ -93,8 +90,8 @@ def read(path: Path) -> Source:
             f"{path}: holds other objects than tensors, which could run code ({reason}); save the tensors alone: "
             "torch.save(model.state_dict(), FILE)"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise ValueError(f"{path}: not a file of torch.save ({' '.join(str(e).split())[:200]})") from None
+    except (OSError, RuntimeError, EOFError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        raise ValueError(f"{path}: no file of torch.save, or a damaged one; save the state dict again") from None
     nested = next((found[k] for k in NESTED if isinstance(found, Mapping) and isinstance(found.get(k), Mapping)), found)
     if not isinstance(nested, Mapping):
         raise ValueError(f"{path}: holds a {type(nested).__name__}, not a state dict of tensors")
@@ -104,6 +101,14 @@ def read(path: Path) -> Source:
     if odd is not None:
         raise ValueError(f"{path}: {odd} is a {type(nested[odd]).__name__}, not a tensor; save the state dict alone")
     return Source(path, {str(k): v for k, v in nested.items() if isinstance(v, Tensor)})
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises ValueError, one line, for a damaged one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path}: not a readable safetensors file ({' '.join(str(e).split())})") from None
 
 
 def drop_prefix(source: Source, known: str) -> None:

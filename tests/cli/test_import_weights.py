@@ -219,6 +219,7 @@ def test_the_research_model_finds_the_same_items(tmp_path: Path) -> None:
 def test_nvidias_layers_run_as_their_own_formulas(fused: bool, tmp_path: Path) -> None:
     state, tables = nvidia_state(fused)
     extra = {"_embedding_collection.act.weight": torch.ones(2, E)}
+    extra["_hstu_block._attention_layers.0._linear_uvqk._extra_state"] = torch.zeros(0, dtype=torch.uint8)
     words = save(tmp_path, {"model_state_dict": state | extra}, tables)  # type: ignore[dict-item]
     assert main([*words, "--from", "nvidia", "--heads", str(HEADS), "--scaling-seqlen", str(N)]) == 0
     listed = {row["tensor"]: row["fate"] for row in json.loads((tmp_path / "theirs.json").read_text())}
@@ -293,6 +294,24 @@ def test_every_fault_of_a_checkpoint_is_one_line_with_the_tensor(
     assert done.returncode == 2
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "theirs.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["theirs.pt", "theirs.safetensors", "junk.pt", "empty.pt", "folder"])
+def test_damaged_files_are_refused(name: str, tmp_path: Path, grbench_here: Grbench) -> None:
+    """Cut files, a text, an empty one, and a folder for qwen3 whose file is cut."""
+    file, layout = tmp_path / name, "qwen3" if name == "folder" else "research"
+    torch.save(research_state(), tmp_path / "whole")
+    save_file(research_state(), tmp_path / "whole.safetensors")
+    whole = (tmp_path / ("whole" if name.endswith("pt") else "whole.safetensors")).read_bytes()
+    if layout == "qwen3":
+        file.mkdir()
+        (file / "config.json").write_text("{}")
+        (file / "model.safetensors").write_bytes(whole[:300])
+    else:
+        file.write_bytes({"junk.pt": b"no checkpoint", "empty.pt": b""}.get(name, whole[:300]))
+    done = grbench_here("import-weights", str(file), "--from", layout, "--heads", "2", "--out", "out.safetensors")
+    assert done.returncode == 2
+    assert str(file) in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 class Malicious:
