@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from grengines.api import Request
 
-RATE = 0.1  # weight of the newest batch
+RATE = 0.15  # weight of the newest batch
 MOST_CHANGE = 4.0  # of one batch: a pause of the machine is no new cost
 
 

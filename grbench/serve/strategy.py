@@ -363,14 +363,23 @@ class Strategy:
         return guarded
 
     def _wanted(self, generation: int, tickets: list[Ticket]) -> list[Ticket]:
-        """Return the requests that can be in time and whose clients wait, and drop the others."""
+        """Return the requests that can be in time together and whose clients wait, and drop the others.
+
+        One alone runs until its deadline, whatever is predicted: so costs that are too high are measured again.
+        """
         now = time.perf_counter()
+        end = now + (self.costs.fixed_s if len(tickets) > 1 else 0.0)
+        soonest = math.inf  # deadline of those that are wanted so far
         wanted: list[Ticket] = []
         dropped: list[Ticket] = []
         for ticket in tickets:
             one = self._pending.get(ticket.key)
-            is_wanted = one is not None and not one.future.done() and now <= one.deadline
-            (wanted if is_wanted else dropped).append(ticket)
+            own_s = 0.0 if one is None or len(tickets) == 1 else one.cost_s
+            if one is None or one.future.done() or end + own_s > min(soonest, one.deadline):
+                dropped.append(ticket)
+                continue
+            wanted.append(ticket)
+            end, soonest = end + own_s, min(soonest, one.deadline)
         if dropped:
             self._post(generation, self._drop, dropped)
         return wanted

@@ -274,6 +274,30 @@ def test_requests_that_are_late_or_given_up_are_dropped() -> None:
     run(work)
 
 
+def test_a_batch_takes_no_more_than_can_be_in_time() -> None:
+    """Those that would make the whole batch late are given back, so that the others count."""
+    free, sizes = threading.Event(), []
+
+    def before(requests: Sequence[Request]) -> None:
+        sizes.append(len(requests))
+        free.wait()
+
+    async def work() -> None:
+        one = made(Engine(before), limit_s=60.0)
+        first = asyncio.create_task(outcome(one))
+        await asyncio.sleep(0.05)
+        one.costs = Costs(100.0, {Kind(1): 100.0})  # seconds: a batch of two takes 300, of three 400
+        deadline = time.perf_counter() + 350.0
+        waiting = [asyncio.create_task(outcome(one, deadline=deadline)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        free.set()
+        assert [await first, *[await task for task in waiting]] == ["answered", "answered", "answered", "late"]
+        assert sizes == [1, 2] and one.pending == 0
+        await one.close(1.0)
+
+    run(work)
+
+
 def broken(requests: Sequence[Request]) -> None:
     raise RuntimeError("broken")
 
