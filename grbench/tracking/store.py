@@ -126,8 +126,8 @@ class Store:
         """Count the cells, attach the page that compares them, describe the run and end it.
 
         answer: Markdown that comes first in the description. files: further artifacts, files or folders.
-        The run is FINISHED if all cells are OK, else FAILED. cut_short: it is KILLED and has no page, because who ended
-        the sweep gives it only seconds.
+        The run is FINISHED if there is an answer or all cells are OK, else FAILED. cut_short: it is KILLED and has no
+        page, because who ended the sweep gives it only seconds.
         """
         records = [record for _, record in cells]
         ended = "KILLED"
@@ -141,7 +141,7 @@ class Store:
             described = "\n\n".join(part for part in (answer, describe_sweep(records, run_id, pictures)) if part)
             self._client.set_tag(run_id, NOTE_TAG, described[:MOST_NOTE])
             if not cut_short:
-                ended = "FINISHED" if all(r.ok for r in records) else "FAILED"
+                ended = "FINISHED" if answer or all(r.ok for r in records) else "FAILED"
         finally:  # whatever stops the description: a run that is still RUNNING would look alive
             self._client.set_terminated(run_id, ended)
 

@@ -93,7 +93,8 @@ class TuneSession:
         written: list[Path] = []
         if self.search.trials:
             written = page.write(self.search, found, self._declared, self._space, self.folder)
-        self._cells.end(bool(cut_short), page.summary(self.search, found), written)
+        pictures = [path for path in [self.folder / f"{page.NAME}_files"] if path.is_dir()]
+        self._cells.end(bool(cut_short), page.summary(self.search, found), [*written, *pictures])
         where = os.path.relpath(self.folder)
         if cut_short:
             self._say(f"{cut_short}; the same command goes on from here")

@@ -129,6 +129,28 @@ def test_a_sweep_is_a_parent_with_a_child_for_each_cell_and_is_found_again(tmp_p
     assert "latency_ms/p50" not in failed.data.metrics
 
 
+def test_the_answer_of_a_search_and_its_pages_are_on_the_parent_run(tmp_path: Path) -> None:
+    new_database(tmp_path)
+    pictures = tmp_path / "tune_files"
+    pictures.mkdir()
+    (pictures / "pareto.png").write_bytes(b"png")
+    page = tmp_path / "tune.html"
+    page.write_text("<p>the page</p>")
+    tracker = CellTracker(MlflowConfig(), tmp_path)
+    tracker.start_sweep("s1", {})
+    good, folder = cell(tmp_path / "0", sweep_id="s1")
+    tracker.log(good, folder)
+    bad, other = cell(tmp_path / "1", sweep_id="s1", status=Status.STOPPED, error="the queue grew", metrics={})
+    tracker.log(bad, other)
+    tracker.end_sweep([(folder, good), (other, bad)], answer="Take hstu: 401 requests/s.", files=[page, pictures])
+    [parent] = [r for r in runs(sqlite_uri(tmp_path)) if r.data.tags["role"] == "sweep"]
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["mlflow.note.content"].startswith("Take hstu: 401 requests/s.\n\n")
+    artifacts = Path(parent.info.artifact_uri.removeprefix("file://"))
+    assert (artifacts / "tune.html").read_text() == "<p>the page</p>"
+    assert (artifacts / "tune_files" / "pareto.png").is_file()
+
+
 def test_a_kept_cell_of_another_sweep_is_a_child_of_this_one_too(tmp_path: Path) -> None:
     new_database(tmp_path)
 
