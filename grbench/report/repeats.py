@@ -81,11 +81,22 @@ def _one(every: Sequence[RunRecord]) -> RunRecord:
             intervals[name] = list(interval)
     return dataclasses.replace(
         runs[0],
+        overrides=_for_all(runs),
         metrics=metrics,
         intervals=intervals,
         gate=max((run.gate for run in runs), key=lambda gate: gate.get("error") or 0.0),
         notes=[*_notes(runs, intervals), *replaced],
     )
+
+
+def _for_all(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the options that repeat all runs: `runner.repeats` for seeds that follow each other, else the first's."""
+    seeds = [run.spec.get("seed") for run in runs]
+    first = min((seed for seed in seeds if isinstance(seed, int)), default=0)
+    if sorted(seeds, key=str) != sorted(range(first, first + len(runs)), key=str):
+        return runs[0].overrides
+    typed = [word for word in runs[0].overrides if word.partition("=")[0] not in ("seed", "runner.repeats")]
+    return [*typed, *([f"seed={first}"] if first else []), f"runner.repeats={len(runs)}"]
 
 
 def _notes(runs: Sequence[RunRecord], intervals: dict[str, list[float]]) -> list[str]:

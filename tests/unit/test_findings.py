@@ -190,6 +190,17 @@ def test_two_files_of_one_path_are_different_work() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("seeds", "words"), [((0, 1), ["runner.repeats=2"]), ((4, 3), ["seed=3", "runner.repeats=2"]), ((0, 7), ["seed=0"])]
+)
+def test_a_row_of_repeats_has_the_command_of_all(seeds: tuple[int, ...], words: list[str]) -> None:
+    runs = [cell(seed=seed) for seed in seeds]
+    for run, seed in zip(runs, seeds, strict=True):
+        run.overrides = ["engine=hstu", f"seed={seed}"]
+    [row] = pooled(runs)
+    assert row.overrides == ["engine=hstu", *words]
+
+
 def test_a_cell_of_two_commits_is_two_strategies_with_their_commits() -> None:
     old, new = cell(p99=10), cell(p99=20)
     old.environment["git_sha"], new.environment["git_sha"] = "a" * 40, "b" * 40 + "+dirty"
