@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from grbench.report import (
     group_cells,
     load_frame,
     load_samples,
+    plots,
     time_parts,
     within_limit,
     write_report,
@@ -45,6 +47,23 @@ from grbench.report.page import Bullets, Heading, Table, Text, spans
 from grbench.report.table import notes, print_cells
 
 Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once() -> Iterator[None]:
+    """Draw equal charts once: most tests write the page of the same cells, and a chart takes half a second."""
+    drawn: dict[bytes, bytes] = {}
+    draw = plots.png
+
+    def png(chart: Chart) -> bytes:
+        key = pickle.dumps(chart)
+        if key not in drawn:
+            drawn[key] = draw(chart)
+        return drawn[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "png", png)
+        yield
 
 
 @pytest.fixture
