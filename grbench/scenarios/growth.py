@@ -16,7 +16,7 @@ import math
 import numpy as np
 
 PERIOD_S = 0.05
-FEWEST = 21  # changes
+FEWEST = 39  # changes
 PARTS = 3
 SURE, SURE_EACH = 4.5, 2.0  # standard errors of the mean change, of all and of each part
 STEADY = 0.7  # answers of the slowest part, as a share of those of the fastest

@@ -150,7 +150,9 @@ class LiveEvaluator:
         scenario = "offline" if probe.rate is None else declared.scenario
         words += [f"scenario={scenario}", f"scenario.queries={probe.requests}"]
         if probe.rate is not None:
-            words += [f"{RATES[declared.scenario]}={probe.rate:g}", "scenario.stop_hopeless=true"]
+            words.append(f"{RATES[declared.scenario]}={probe.rate:g}")
+            if not probe.seed:  # a run that certifies is whole, however it ends
+                words.append("scenario.stop_hopeless=true")
         if not probe.seed and declared.fixed_value("gate.measured") is None:
             words.append(f"gate.measured={PROBED_ANSWERS}")
         if seed := int(declared.fixed_value("seed") or 0) + probe.seed:

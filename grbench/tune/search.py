@@ -32,7 +32,7 @@ BOTTOM = rates.steps(20)  # steps below the offline rate at which a configuratio
 CERTIFIED = 10_000  # requests of a run that certifies
 CERTIFY_SHARE = 0.6  # of the budget, at most, if it is reserved twice
 CERTIFY_MOST = 0.75  # of the budget that is reserved, at most
-CERTIFY_STEPS = 2  # by which a rate that fails is lowered
+CERTIFY_STEPS = 2  # by which a rate that fails is lowered first, then twice as many each time
 CERTIFY_SEED = 101
 SIZES = {"scenario.max_batch", "scenario.max_wait_ms"}  # options that a batch's time depends on by its size alone
 ENDED_EARLY = ("TIMEOUT", "STOPPED")  # statuses of a rate that is too high
@@ -479,6 +479,7 @@ class Search:
         Returns None if nothing keeps the limits, or if the budget has no room; `uncertified` then says why.
         """
         failures: list[str] = []
+        falls: dict[int, float] = {}  # steps by which each trial was lowered last
         steps = {id(trial): self._first_certified(trial) for trial in self.ranking()}
         rated = self.goal.rate is not None or self.goal.objective == "cost"
         while open_trials := [trial for trial in self.trials if steps.get(id(trial)) is not None]:
@@ -493,18 +494,19 @@ class Search:
                 self._concluded = True
                 return Certificate(trial, step, outcomes, failures)
             failures.append(f"{trial.configuration.name} at {rates.rate_of(step):.4g} requests/s: {why}")
-            lower = step - CERTIFY_STEPS
+            falls[id(trial)] = 2 * falls.get(id(trial), CERTIFY_STEPS / 2)
+            lower = step - round(falls[id(trial)])
             open_ = self.goal.rate is None and trial.top is not None and lower > trial.top - BOTTOM
             steps[id(trial)] = lower if open_ else None
         self.uncertified = failures[-1] if failures else ""
         return None
 
     def _first_certified(self, trial: Trial) -> int | None:
-        """Return the step to certify first: the best one, or the next lower one if its interval is not within."""
+        """Return the step to certify first: the best one, or a lower one if its interval is not within."""
         step = trial.low
         if step is None or self.goal.rate is not None or trial.verdicts[step][0] is Verdict.KEPT:
             return step
-        return step - 1
+        return step - CERTIFY_STEPS
 
     def _missing(self, rate: float) -> str:
         """Return in words what the budget lacks to certify a rate; "": nothing."""
@@ -526,7 +528,8 @@ class Search:
             longer = dataclasses.replace(probe, requests=LONGER * probe.requests)
             # A figure within the limit needs more requests; one beyond it a lower rate, if there may be one.
             longer_may_do = verdict is Verdict.LIKELY or (verdict is Verdict.UNSURE and self.goal.rate is not None)
-            if longer_may_do and self._evaluator.share([longer]) <= self._evaluator.left():
+            rest = (self.goal.runs - len(outcomes)) * [longer]
+            if longer_may_do and self._evaluator.share(rest) <= self._evaluator.left():
                 outcome, verdict, limit = self._certifying_run(trial, longer)
             outcomes.append(outcome)
             if verdict is not Verdict.KEPT:
