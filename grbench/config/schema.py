@@ -26,11 +26,13 @@ from grbench.scenarios.config import (
     ServerConfig,
     SingleStreamConfig,
     TraceReplayConfig,
+    is_accuracy,
 )
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig, check_uri
 from grbench.workloads.config import (
     TRACES,
     CsvConfig,
+    DrawnConfig,
     Ml100kConfig,
     RecBoleConfig,
     StepsConfig,
@@ -316,7 +318,36 @@ def spec_of(run: RunConfig) -> RunSpec:
             f"scenario.order=hit: cache={run.cache.name} keeps no user states; set cache=lru, or scenario.order=length"
         )
     values = {f.name: getattr(run, f.name) for f in dataclasses.fields(RunSpec)}
-    return RunSpec(**{**values, "task": task, "retrieval": None if task == "rank" else run.retrieval})
+    spec = RunSpec(**{**values, "task": task, "retrieval": None if task == "rank" else run.retrieval})
+    if is_accuracy(spec.scenario):
+        _check_accuracy(spec)
+    return spec
+
+
+def check_truth(spec: RunSpec) -> None:
+    """Raise ConfigError for a configuration that has no quality, because its events or its weights are random."""
+    if isinstance(spec.workload, DrawnConfig):
+        raise ConfigError(f"workload={spec.workload.name}: its events are random; evaluate on ml_100k, csv or recbole")
+    for part, weights in weights_of(spec).items():
+        if weights is None:
+            raise ConfigError(f"{part}.weights=null: random weights have no quality; `grbench train` makes a file")
+
+
+def weights_of(spec: RunSpec) -> dict[str, str | None]:
+    """Return the weights files of the models that the task needs, by the group that names them."""
+    parts = {"rank": ["model"], "generate": ["retrieval"], "recommend": ["model", "retrieval"]}[spec.task]
+    return {part: getattr(getattr(spec, part), "weights", None) for part in parts}
+
+
+def _check_accuracy(spec: RunSpec) -> None:
+    """Raise ConfigError where LoadGen's accuracy mode has no requests with a ground truth, or a time to fill."""
+    check_truth(spec)
+    if not spec.gate.quality_requests:
+        raise ConfigError("gate.quality_requests=0: scenario.mode=accuracy issues these requests; allowed here is >= 1")
+    if least := getattr(spec.scenario, "min_duration_s", 0.0):
+        raise ConfigError(
+            f"scenario.min_duration_s={least:g}: scenario.mode=accuracy issues each request once; leave one of them out"
+        )
 
 
 def _check_stages(engine: EngineSpec, run: Any) -> None:

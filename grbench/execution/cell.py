@@ -21,12 +21,13 @@ from grbench.execution.load import MEASURING
 from grbench.execution.records import SAMPLES_FILE, Outcome
 from grbench.execution.retrieval import build_retrieval
 from grbench.gate import gate_for, quality
+from grbench.gate.accuracy import DataSet
 from grbench.gate.base import Gate
 from grbench.gate.measured import MeasuredAnswers
 from grbench.scenarios import Measurement
-from grbench.scenarios.config import issued
+from grbench.scenarios.config import is_accuracy, issued
 from grbench.workloads.item_map import check_items
-from grbench.workloads.trace import Requests, Trace
+from grbench.workloads.trace import Trace
 from grengines.api import Engine, Ranker, Request, Retrieval
 from grengines.numerics import IncorrectError
 from grkernels import tuning
@@ -65,10 +66,12 @@ class Cell:
             with self._figures_of_failure():
                 self._check(engine, gate)
                 self._check_quality(engine, trace)
-                self._make(trace.requests)
-                self._warm_up(engine, trace.requests)
+                data = DataSet.of(self.spec, trace) if is_accuracy(self.spec.scenario) else None
+                requests = data.requests if data else trace.requests
+                self._make(requests)
+                self._warm_up(engine, requests)
                 answers = MeasuredAnswers(gate.form, self.spec.gate.measured, self.spec.seed)
-                measurement = self._measure(engine, trace.requests, answers)
+                measurement = self._measure(engine, requests, answers)
                 measurement.metrics |= measure.memory(self.outcome.actual["device"], built.gate_mib)
                 self._check_measured(gate, answers)
                 self._check_again(engine, gate)
@@ -77,7 +80,7 @@ class Cell:
                     f"the engine and its process had measured {built.cells} other loads before, and was not built "
                     "again: host memory is the peak of all of them"
                 )
-            self._write(measurement, trace, built.retrieval)
+            self._write(measurement, requests, built.retrieval, data)
             if kept is not None:
                 kept.keep(self.spec, built)
                 unless_kept.pop_all()
@@ -164,7 +167,7 @@ class Cell:
                 self.outcome.gate["quality"] = beside.to_dict()
                 beside.check(self.spec.gate.allow_loss)
 
-    def _make(self, requests: Requests) -> None:
+    def _make(self, requests: Sequence[Request]) -> None:
         """Make the requests that will be issued, so that none is made while latencies are taken."""
         count = min(issued(self.spec.scenario) or len(requests), len(requests))
 
@@ -232,18 +235,24 @@ class Cell:
         if not result.passed:
             raise IncorrectError(result.words)
 
-    def _write(self, measurement: Measurement, trace: Trace, retrieval: Retrieval | None) -> None:
+    def _write(
+        self,
+        measurement: Measurement,
+        requests: Sequence[Request],
+        retrieval: Retrieval | None,
+        data: DataSet | None,
+    ) -> None:
         self._begin("write", "writing")
         outcome, sizes = self.outcome, retrieval.ids.sizes if retrieval else ()
-        summary = measure.summarise(measurement, self.spec, trace.requests, sizes)
+        summary = measure.summarise(measurement, self.spec, requests, sizes)
         outcome.metrics |= summary.metrics
         outcome.intervals = summary.intervals
-        if self._quality is not None:
-            outcome.metrics |= self._quality.metrics
-            outcome.intervals |= self._quality.intervals
         outcome.notes = outcome.actual.get("notes", []) + measurement.notes + summary.notes
-        if self._quality is not None:
-            outcome.notes += self._quality.notes
+        for figures in (self._quality, data.figures(measurement.logged) if data else None):
+            if figures is not None:
+                outcome.metrics |= figures.metrics
+                outcome.intervals |= figures.intervals
+                outcome.notes += figures.notes
         measure.write_samples(measurement.samples, self.folder / SAMPLES_FILE)
         self._begin("")
 

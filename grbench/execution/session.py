@@ -23,6 +23,7 @@ from grbench.execution.records import RunRecord, Status
 from grbench.execution.runner import Interrupted, run_cell
 from grbench.execution.workers import Event, KeptWorker
 from grbench.report.cells import Planned, label
+from grbench.scenarios.config import is_accuracy
 from grbench.tracking import CellTracker, where_to_look
 
 
@@ -89,7 +90,8 @@ class CellSession:
             return folder, record, True
         if why_not:
             self._say(f"{title}: {why_not}, so it is measured again")
-        with CellProgress(self._screen, title, spec.scenario.queries) as progress:
+        total = spec.gate.quality_requests if is_accuracy(spec.scenario) else spec.scenario.queries
+        with CellProgress(self._screen, title, total) as progress:
             try:
                 record, folder = run_cell(
                     spec,

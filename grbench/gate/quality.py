@@ -90,8 +90,7 @@ def measure(
     model = spec.ranking_model
     if model.weights is None or not spec.gate.quality_requests:
         return None
-    seen_until = HeldOut.of(model.weights).seen_until
-    rankings = Rankings.of(trace, model.tasks, spec.gate.quality_requests, spec.seed, seen_until)
+    rankings = rankings_of(spec, trace)
     if rankings is None:
         labelled = set(model.tasks) <= set(trace.events.action_names)
         return (None, QualityFigures({}, {}, [f"no quality: {NONE_LATER}"])) if labelled else None
@@ -102,6 +101,14 @@ def measure(
     beside = {f"loss/{name}": loss for name, loss in rankings.losses(found, expected).items()}
     figures = QualityFigures.of(rankings.estimates(found) | beside, rankings.baselines(), rankings.notes)
     return compare(found, expected, rankings, precision), figures
+
+
+def rankings_of(spec: RunSpec, trace: Trace) -> Rankings | None:
+    """Return the labelled requests of the trace that a trained ranker has not seen; None if there is none."""
+    model = spec.ranking_model
+    assert model.weights is not None, "checked before"
+    seen_until = HeldOut.of(model.weights).seen_until
+    return Rankings.of(trace, model.tasks, spec.gate.quality_requests, spec.seed, seen_until)
 
 
 def compare(
@@ -171,9 +178,15 @@ def measure_lists(spec: RunSpec, trace: Trace, engine: Engine) -> QualityFigures
         return None
     if spec.task == "recommend" and (why := doubt_of_lists(spec.ranking_model.weights)):
         return QualityFigures({}, {}, [f"no quality: {why}"])
+    lists = lists_of(spec, trace)
+    answers = lists.ask(engine, spec.task, spec.scenario.max_batch)
+    return QualityFigures.of(lists.estimates(answers), lists.baselines())
+
+
+def lists_of(spec: RunSpec, trace: Trace) -> Lists:
+    """Return the users whose last item is to be found."""
+    assert spec.retrieval is not None
     split = LeaveOneOut(trace.events)
     users = split.some_users(spec.gate.quality_requests, spec.seed)
     longest = int(trace.requests.history_lengths.max())  # the engine was prepared for them
-    lists = Lists(split, users, min(longest, spec.workload.max_history), retrieval.k, spec.seed, removal=False)
-    answers = lists.ask(engine, spec.task, spec.scenario.max_batch)
-    return QualityFigures.of(lists.estimates(answers), lists.baselines())
+    return Lists(split, users, min(longest, spec.workload.max_history), spec.retrieval.k, spec.seed, removal=False)

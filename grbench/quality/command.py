@@ -22,8 +22,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the flags of the command."""
     about = (
         "Evaluate trained models: hit rate, NDCG and MRR of each user's last item among the full catalogue, or AUC, "
-        "AUC within requests and normalised entropy of the trace's last requests. Figures have 95% intervals over "
-        "users, baselines beside them, and the loss against the same model in fp32."
+        "AUC within requests, normalised entropy and accuracy of the trace's last requests. Figures have 95% "
+        "intervals over users, baselines beside them, and the loss against the same model in fp32."
     )
     examples = [
         "evaluate engine=hstu model.weights=outputs/ranker/weights.safetensors 'model.tasks=[rated,liked]'",

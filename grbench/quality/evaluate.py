@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grbench import workloads
-from grbench.config.schema import ConfigError, RunSpec
+from grbench.config.schema import ConfigError, RunSpec, check_truth, weights_of
 from grbench.execution import engines
 from grbench.execution.retrieval import build_retrieval
 from grbench.quality.held_out import HeldOut, doubt_of_lists
@@ -67,11 +67,7 @@ def evaluate(spec: RunSpec, users: int, report: Report = lambda line: None) -> E
 
     To rank, `gate.quality_requests` says how many requests are asked about. Raises ConfigError and UnavailableError.
     """
-    if isinstance(spec.workload, DrawnConfig):
-        raise ConfigError("workload=synthetic: its events are random; evaluate on ml_100k, csv or recbole")
-    for part, weights in _weights(spec).items():
-        if weights is None:
-            raise ConfigError(f"{part}.weights=null: random weights have no quality; `grbench train` makes a file")
+    check_truth(spec)
     if spec.task == "recommend" and (why := doubt_of_lists(spec.ranking_model.weights)):
         raise ConfigError(why)
     return _of_scores(spec, report) if spec.task == "rank" else _of_lists(spec, users, report)
@@ -168,15 +164,9 @@ def _items(spec: RunSpec, split: LeaveOneOut) -> int:
     return min(split.events.num_items, max(CUTOFFS) + longest)
 
 
-def _weights(spec: RunSpec) -> dict[str, str | None]:
-    """Return the weights files of the models that the task needs, by the group that names them."""
-    parts = {"rank": ["model"], "generate": ["retrieval"], "recommend": ["model", "retrieval"]}[spec.task]
-    return {part: getattr(getattr(spec, part), "weights", None) for part in parts}
-
-
 def _check_items(spec: RunSpec, events: Events) -> None:
     """Raise DataError for weights of other items."""
-    for weights in _weights(spec).values():
+    for weights in weights_of(spec).values():
         if weights is not None:
             check_items(events, Path(weights))
 

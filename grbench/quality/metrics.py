@@ -121,10 +121,10 @@ class Scored:
         )
 
     def figures(self) -> dict[str, float]:
-        """Return auc, gauc (within requests) and ne (He et al., ADKDD 2014).
+        """Return auc, gauc (within requests), ne (He et al., ADKDD 2014) and accuracy.
 
         ne is the log loss over that of always predicting the share of positives. Without both labels auc is 0.5 and ne
-        is 1.
+        is 1. accuracy is the share of candidates whose probability is on the right side of 0.5, as in MLPerf.
         """
         return {name: float(value(np.ones((1, len(self.scores))))[0]) for name, value in self._weighted().items()}
 
@@ -157,6 +157,7 @@ class Scored:
         """Return functions from weights [R, candidates] to the figure of each row."""
         z = np.where(self.positive, -self.scores, self.scores)
         losses, truth = np.logaddexp(0.0, z), self.positive.astype(np.float64)
+        right = (self.positive == (self.scores > 0)).astype(np.float64)
         both = _with_both(self.positive, self.requests)
         inner = _areas_within(self.scores, self.positive, self.requests)
         first = np.flatnonzero(np.r_[True, np.diff(self.requests) != 0])
@@ -173,6 +174,10 @@ class Scored:
             its = w[:, first[both]]
             return its @ inner[both] / np.maximum(its.sum(1), 1e-12) if both.any() else np.full(len(w), 0.5)
 
+        def accuracy(w: Floats) -> Floats:
+            share: Floats = w @ right / w.sum(1)
+            return share
+
         order = np.argsort(self.scores, kind="stable")
         starts = np.flatnonzero(np.r_[True, np.diff(self.scores[order]) != 0])  # of each group of equal scores
 
@@ -184,7 +189,7 @@ class Scored:
             pairs = p.sum(1) * n.sum(1)
             return np.where(pairs > 0, above / np.maximum(pairs, 1e-12), 0.5)
 
-        return {"auc": area, "gauc": within, "ne": entropy_of}
+        return {"auc": area, "gauc": within, "ne": entropy_of, "accuracy": accuracy}
 
 
 def area_under_curve(scores: npt.ArrayLike, positive: Bools) -> float:

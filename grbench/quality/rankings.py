@@ -67,7 +67,7 @@ class Rankings:
         return found
 
     def figures(self, logits: Sequence[Float32Array]) -> dict[str, float]:
-        """Return auc, gauc and ne of each task by name, such as rated/auc, without intervals."""
+        """Return auc, gauc, ne and accuracy of each task by name, such as rated/auc, without intervals."""
         return {
             f"{task}/{name}": figure
             for t, task in enumerate(self.tasks)
@@ -108,7 +108,9 @@ class Rankings:
         return found
 
     def _of(self, scores: Sequence[Float32Array]) -> dict[str, Estimate]:
-        return {name: value for name, value in self.estimates(scores).items() if not name.endswith("/ne")}
+        """Return the figures of scores that are no probabilities."""
+        of_order = ("/auc", "/gauc")
+        return {name: value for name, value in self.estimates(scores).items() if name.endswith(of_order)}
 
     def _scored(self, scores: Sequence[Float32Array], task: int) -> Scored:
         return Scored.of(scores, [one[:, task] for one in self.labels], [r.user_id for r in self.requests])

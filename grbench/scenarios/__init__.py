@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from grbench.scenarios.batcher import (
     Watch,
     unwatched,
 )
-from grbench.scenarios.config import ClosedLoopConfig, LoadGenConfig, ScenarioConfig, TraceReplayConfig
+from grbench.scenarios.config import ClosedLoopConfig, LoadGenConfig, ScenarioConfig, TraceReplayConfig, is_accuracy
 from grbench.scenarios.waiting import order_key
 from grengines.api import ContinuousEngine, Engine, Request
 
@@ -36,6 +37,7 @@ class Measurement:
     notes: list[str] = field(default_factory=list)
     busy_s: float = 0.0  # seconds in which the engine computed
     batch_mean: float = 0.0  # requests of a batch; with continuous batching, requests in a step
+    logged: list[np.ndarray[Any, Any]] = field(default_factory=list)  # each request's answer by LoadGen's accuracy log
 
 
 def run_scenario(
@@ -52,12 +54,19 @@ def run_scenario(
 ) -> Measurement:
     """Drive `engine` with `requests` as `config` says, at one of the engine's tasks.
 
-    Raises what the engine raises, and ValueError for an order that the engine does not support.
+    Raises what the engine raises, and ValueError for an order that the engine does not support. In LoadGen's accuracy
+    mode each request is issued once, in LoadGen's order; raises IncorrectError where its log lacks an answer.
 
     folder: for the load generator's logs. progress: called after each batch with the number of requests answered so
     far, on a thread of the request loop. watch: called before it with the batch's requests, answers and size; what it
     raises ends the scenario.
     """
+    accuracy = None
+    if is_accuracy(config):
+        from grbench.scenarios.accuracy import AccuracyRun
+
+        accuracy = AccuracyRun(requests)
+        watch = accuracy.watching(watch)
     start = _starter(config, engine, task, progress, watch)
 
     def request_at(k: int) -> Request:
@@ -67,7 +76,7 @@ def run_scenario(
         case LoadGenConfig():
             from grbench.scenarios import loadgen
 
-            driven = loadgen.run(config, start, request_at, latency_limit_ms, seed, folder)
+            driven = loadgen.run(config, start, request_at, latency_limit_ms, seed, folder, accuracy)
         case TraceReplayConfig():
             from grbench.scenarios import direct
             from grbench.workloads.trace import arrivals_s
@@ -81,7 +90,10 @@ def run_scenario(
             raise TypeError(f"unknown scenario {type(config).__name__}")
     if config.order != "fifo":
         driven.metrics["passed_over/max"] = float(driven.loop.most_passed)
-    return _measurement(driven, len(requests))
+    measurement = _measurement(driven, len(requests))
+    if accuracy:
+        measurement.logged = accuracy.logged(folder)
+    return measurement
 
 
 def _starter(config: ScenarioConfig, engine: Engine, task: str, progress: Callable[[int], None], watch: Watch) -> Start:

@@ -32,6 +32,10 @@ class LoadGenConfig(ScenarioConfig):
     """A scenario of MLPerf LoadGen."""
 
     min_duration_s: float = option(0.0, "shortest measurement", ge=0)
+    mode: str = option(
+        "performance", "accuracy: LoadGen issues each request that has a ground truth once, its responses carry the "
+        "answers, and `quality/loadgen/...` is computed from its log", choices=["performance", "accuracy"],
+    )  # fmt: skip
 
 
 STOP = option(False, "end the cell once it is sure that the queue grows without end: status STOPPED, and no latencies")
@@ -89,9 +93,14 @@ class ClosedLoopConfig(ScenarioConfig):
     clients: int = option(16, "clients", ge=1, le=1_000_000)
 
 
+def is_accuracy(config: ScenarioConfig) -> bool:
+    """Return whether LoadGen runs in its accuracy mode."""
+    return isinstance(config, LoadGenConfig) and config.mode == "accuracy"
+
+
 def issued(config: ScenarioConfig) -> int | None:
-    """Return the number of requests that a scenario issues; None where its shortest duration decides."""
-    if isinstance(config, LoadGenConfig) and config.min_duration_s:
+    """Return the number of requests that a scenario issues; None for all, or where its shortest duration decides."""
+    if is_accuracy(config) or (isinstance(config, LoadGenConfig) and config.min_duration_s):
         return None
     query = config.samples_per_query if isinstance(config, MultiStreamConfig) else 1
     return -(-config.queries // query) * query

@@ -1,7 +1,8 @@
 """MLPerf's four scenarios, driven by MLPerf LoadGen.
 
 LoadGen decides *when* a request is issued, and the trace decides *which*: the k-th request issued is the trace's k-th,
-so that users return in their real order. A trace that ends begins again.
+so that users return in their real order. A trace that ends begins again. In accuracy mode LoadGen chooses both: each
+request once, in its own order.
 
 LoadGen's thread can be late: it waits for the interpreter, or the machine stops the process. In `server` the latency
 counts from the time at which LoadGen scheduled the request, as LoadGen's own does. LoadGen does not pass that time on,
@@ -16,7 +17,7 @@ import math
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +27,7 @@ import numpy as np
 
 from grbench.execution.clock import ClockMovedError, WallClock
 from grbench.execution.stats import PERCENTILES, SAMPLES_NEEDED
+from grbench.scenarios.accuracy import AccuracyRun
 from grbench.scenarios.batcher import Driven, RequestAt, Start, Ticket
 from grbench.scenarios.config import (
     LoadGenConfig,
@@ -47,15 +49,17 @@ def run(
     latency_limit_ms: float,
     seed: int,
     folder: Path,
+    accuracy: AccuracyRun | None = None,
 ) -> Driven:
     """Run one LoadGen test to its end.
 
-    folder: for LoadGen's logs. Returns the request loop with LoadGen's own figures and notes. Raises what the engine
-    raised, ClockMovedError (after a step back LoadGen waits for as long, after one ahead it issues all at once), and
-    HopelessError with `stop_hopeless`.
+    folder: for LoadGen's logs. accuracy: the data set in accuracy mode. Returns the request loop with LoadGen's own
+    figures and notes. Raises what the engine raised, ClockMovedError (after a step back LoadGen waits for as long,
+    after one ahead it issues all at once), and HopelessError with `stop_hopeless`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    batcher = start(lambda tickets: lg.QuerySamplesComplete([lg.QuerySampleResponse(t.key, 0, 0) for t in tickets]))
+    respond = accuracy.responses if accuracy else _without_data
+    batcher = start(lambda tickets: lg.QuerySamplesComplete(respond(tickets)))
     settings = _settings(config, latency_limit_ms, seed)
     due = scheduled_s(settings.schedule_rng_seed, config.target_qps) if isinstance(config, ServerConfig) else None
     issued, origin = 0, math.inf
@@ -68,7 +72,10 @@ def run(
             origin = min(origin, arrived - after)
             arrived = origin + after
         first, issued = issued, issued + len(samples)
-        batcher.submit(Ticket(request_at(first + i), arrived, sample.id) for i, sample in enumerate(samples))
+        places = [sample.index for sample in samples] if accuracy else range(first, issued)
+        batcher.submit(
+            Ticket(request_at(place), arrived, sample.id) for place, sample in zip(places, samples, strict=True)
+        )
 
     def issue(samples: list[lg.QuerySample]) -> None:
         try:
@@ -77,7 +84,8 @@ def run(
             batcher.fail(e)
 
     sut = lg.ConstructSUT(issue, lambda: None)
-    qsl = lg.ConstructQSL(1024, 1024, lambda samples: None, lambda samples: None)  # the trace is in memory already
+    size = len(accuracy.requests) if accuracy else 1024
+    qsl = lg.ConstructQSL(size, size, lambda samples: None, lambda samples: None)  # the trace is in memory already
 
     def test() -> None:
         try:
@@ -106,7 +114,11 @@ def run(
     clock.check()
     if isinstance(config, ServerConfig):
         _check_schedule(folder / _DETAIL, settings.schedule_rng_seed, config.target_qps)
-    return Driven(batcher, *_figures(folder / _SUMMARY, _queries(config)))
+    return Driven(batcher, {}, []) if accuracy else Driven(batcher, *_figures(folder / _SUMMARY, _queries(config)))
+
+
+def _without_data(tickets: Sequence[Ticket]) -> list[lg.QuerySampleResponse]:
+    return [lg.QuerySampleResponse(ticket.key, 0, 0) for ticket in tickets]
 
 
 def scheduled_s(seed: int, rate: float) -> Iterator[float]:
@@ -152,7 +164,7 @@ def _queries(config: LoadGenConfig) -> int:
 
 def _settings(config: LoadGenConfig, latency_limit_ms: float, seed: int) -> lg.TestSettings:
     s = lg.TestSettings()
-    s.mode = lg.TestMode.PerformanceOnly
+    s.mode = lg.TestMode.AccuracyOnly if config.mode == "accuracy" else lg.TestMode.PerformanceOnly
     s.min_query_count = _queries(config)
     s.max_query_count = 0 if config.min_duration_s else s.min_query_count  # 0: no upper bound, the duration decides
     s.min_duration_ms = int(config.min_duration_s * 1000)

@@ -132,6 +132,8 @@ def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
     scenario = typed.get("scenario", "server")
     if scenario not in RATES:
         raise ConfigError(f"scenario={scenario}: the search needs one with a rate; allowed: {', '.join(RATES)}")
+    if "accuracy" in [typed.get("scenario.mode"), *axes.get("scenario.mode", [])]:
+        raise ConfigError("scenario.mode=accuracy: the search measures performance; leave it out")
     engine = axes["engine"][0] if "engine" in axes else typed.get("engine")
     task = typed.get("task", "rank" if engine is None else _task(engine))
     if "task" not in typed:

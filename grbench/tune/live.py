@@ -29,7 +29,7 @@ CELL_SHARE = 0.5  # of the time budget, after which a cell is stopped
 SHORTEST_S = 120.0  # time limit of a cell, at least
 KNOWN_FAILURES = (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE, Status.STOPPED)  # as good as a measurement
 PROBED_ANSWERS = 32  # of a probe that are compared with the reference; a run that certifies compares gate.measured
-LARGER = re.compile(r"(auc|hr|ndcg|recall|mrr)\d*")  # figures of quality of which more is better
+LARGER = re.compile(r"(auc|accuracy|hr|ndcg|recall|mrr)\d*")  # figures of quality of which more is better
 LOSSY = "[fp16,bf16,int8,fp8]"
 
 
@@ -115,6 +115,7 @@ class LiveEvaluator:
         for folder, record in self._earlier.get(_strategy(spec.to_dict(), spec.file_contents()), []):
             scenario, seed = record.spec["scenario"], record.spec["seed"] - spec.seed
             usable = record.ok or record.status in KNOWN_FAILURES
+            usable = usable and scenario.get("mode") != "accuracy"  # its arrivals are LoadGen's for another purpose
             if not usable or environment_difference(record.environment, here) or seed != 0:
                 continue
             if scenario["name"] == "offline" and scenario["queries"] >= OFFLINE:

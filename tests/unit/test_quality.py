@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
+from sklearn.metrics import accuracy_score, log_loss, ndcg_score, roc_auc_score
 
 from grbench.gate import quality
 from grbench.quality import metrics
@@ -89,8 +89,9 @@ def test_figures_of_scores_are_those_of_scikit_learn() -> None:
     within = [roc_auc_score(t, s) for t, s in zip(labels, scores, strict=True) if 0 < t.sum() < len(t)]
     assert figures["gauc"] == pytest.approx(np.mean(within))
     assert metrics.area_under_curve(logits, truth) == pytest.approx(figures["auc"])
+    assert figures["accuracy"] == pytest.approx(accuracy_score(truth, logits > 0))
     same = Scored.of(scores, [np.ones(12, np.bool_)] * 50, users).figures()
-    assert same == {"auc": 0.5, "gauc": 0.5, "ne": 1.0}
+    assert same == {"auc": 0.5, "gauc": 0.5, "ne": 1.0, "accuracy": np.mean(logits > 0)}
     people, owner = np.unique(users, return_inverse=True)
     block = next(metrics.resamples(len(people), 0, 600))
     drawn = found.resampled(0)
