@@ -56,6 +56,14 @@ def sentences(*records: RunRecord) -> list[str]:
     return [finding.sentence for finding in findings(records)]
 
 
+def test_runs_in_loadgens_accuracy_mode_are_not_ranked() -> None:
+    for mode, ranked in (("performance", 1), ("accuracy", 0)):
+        engines = [cell(scenario="offline", rps=rps, engine=name) for name, rps in (("onnxruntime", 900), ("hstu", 50))]
+        for record in engines:
+            record.spec["scenario"]["mode"] = mode
+        assert len(sentences(*engines)) == ranked
+
+
 def test_at_one_load_the_lowest_p99_leads_whatever_the_throughput() -> None:
     """In `server` the rate is what was offered: its last digits say nothing."""
     fast, slow = cell(6.25, rps=40.0252), cell(9.28, rps=40.0254, engine="onnxruntime")
