@@ -21,6 +21,7 @@ from grengines.numerics import allowed_error, relative_error, require_plausible
 NO_FALLBACK: Mapping[str, str] = {}
 
 ROUNDED = 16  # answers whose error of rounding is measured, if an answer is beyond what the check allowed
+KEPT = 4096  # scores of requests that are kept; a server is asked for new ones for ever
 
 
 class RankGate:
@@ -92,9 +93,9 @@ class RankGate:
         verdicts = [Verdict(error, 0.0) for error in errors]
         for name in {a.fallback for a in answers}:
             mine = [i for i, answer in enumerate(answers) if answer.fallback == name]
-            tolerance = self.tolerance if not name else 0.0
+            tolerance = self.tolerance  # of the first engine
             beyond = sum(errors[i] > tolerance for i in mine)
-            if beyond:
+            if beyond or name:
                 worst = sorted(mine, key=lambda i: -errors[i])[: max(beyond, ROUNDED)]
                 requests, right = [answers[i].request for i in worst], [expected[i] for i in worst]
                 tolerance = self._allowed(requests, right, typical, self._precisions[name])
@@ -109,6 +110,8 @@ class RankGate:
         They are kept by request and candidates: a pipeline may retrieve others for the same request.
         """
         known = self._known.setdefault(precision, {})
+        if len(known) > KEPT:
+            known.clear()
         keys = [(r.request_id, r.candidates.tobytes()) for r in requests]
         new = {key: r for key, r in zip(keys, requests, strict=True) if key not in known}
         if new:

@@ -366,7 +366,7 @@ def test_wrong_options_are_one_line() -> None:
         with pytest.raises(UnavailableError, match="cuda_graphs=true: a CPU has no CUDA graphs"):
             make(cuda_graphs=True)
     engine = make(chunked_prefill=False, max_num_batched_tokens=32, kv_cache_gb=0.01)
-    with pytest.raises(ValueError, match=r"a search of 90 tokens needs engine.max_num_batched_tokens=90 or more"):
+    with pytest.raises(ValueError, match=r"a search of 90 tokens needs engine.max_num_batched_tokens=91 or more"):
         engine.prepare(REQUESTS, 1)
     engine.close()
     engine = make(kv_blocks=3, block_size=16, kv_cache_gb=0.01)

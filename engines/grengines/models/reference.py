@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Generic, TypeVar
 
@@ -16,7 +16,7 @@ from grengines.semantic.trie import Trie
 
 Model = TypeVar("Model")
 
-TOGETHER = 16  # prompts of a search: launches of small kernels take most of its time on a GPU
+TOGETHER = 8192  # tokens of a search's prompts: launches take most of the time of short ones on a GPU
 
 
 class GenerationReference(ABC, Generic[Model]):
@@ -48,8 +48,7 @@ class GenerationReference(ABC, Generic[Model]):
         width, k = width or self._retrieval.beam_width, k or self._retrieval.k
         with self._variant(precision, blind) as model:
             prompts = [self._prompt(request) for request in requests]
-            groups = [prompts[begin : begin + TOGETHER] for begin in range(0, len(prompts), TOGETHER)]
-            found = [beams for group in groups for beams in self._search(model, group, width, k)]
+            found = [beams for group in _groups(prompts) for beams in self._search(model, group, width, k)]
         return Beams(*(np.concatenate([getattr(f, name) for f in found]) for name in ("items", "scores", "cuts")))
 
     def _prompt(self, request: Request) -> np.ndarray:
@@ -67,3 +66,15 @@ class GenerationReference(ABC, Generic[Model]):
     @abstractmethod
     def _search(self, model: Model, prompts: Sequence[np.ndarray], width: int, k: int) -> Iterable[Beams]:
         """Yield the k best items after each prompt (int64 [tokens]), of one or several prompts at a time."""
+
+
+def _groups(prompts: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Cut prompts into groups of TOGETHER tokens at most, or of one prompt."""
+    group: list[np.ndarray] = []
+    for prompt in prompts:
+        if group and sum(map(len, group)) + len(prompt) > TOGETHER:
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group

@@ -72,7 +72,7 @@ class VLLMEngine(GeneratingEngine):
         self.folder = ModelFolder(self._setup, self._kernels.variants, self._dtype, max_tokens=limit, beam_tokens=beams)
         self.core = VLLMCore(self.core_arguments(self.folder, limit, max_batch))
         self._check_pages(self.core.blocks, limit)
-        self.core.model.pooler.levels = self._levels(self.core.model, limit, max_batch)
+        self.core.model.pooler.levels = self._levels(self.core, limit)
         self.searches = Searches(self.core)
 
     def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
@@ -194,10 +194,10 @@ class VLLMEngine(GeneratingEngine):
     def _check_options(self, limit: int) -> None:
         """Raise ValueError for options with which a search of `limit` tokens can't run."""
         options = self._options
-        if not options.chunked_prefill and options.max_num_batched_tokens < limit:
+        if not options.chunked_prefill and options.max_num_batched_tokens <= limit:
             raise ValueError(
                 f"engine.chunked_prefill=false: a search of {limit} tokens needs "
-                f"engine.max_num_batched_tokens={limit} or more"
+                f"engine.max_num_batched_tokens={limit + 1} or more"
             )
         if 0 < options.kv_blocks < self._pages_for(limit):
             raise ValueError(
@@ -226,13 +226,15 @@ class VLLMEngine(GeneratingEngine):
         return self._retrieval.beam_width * (self._retrieval.ids.levels - 1)
 
     @torch.inference_mode()
-    def _levels(self, model: Any, limit: int, max_batch: int) -> Levels:
-        """Return what runs the levels after a prompt, with CUDA graphs captured for up to max_batch searches."""
+    def _levels(self, core: VLLMCore, limit: int) -> Levels:
+        """Return what runs the levels after a prompt, with CUDA graphs for as many searches as end in a step."""
         trie = Trie.of(self._retrieval.ids).on(self._device)
-        levels = Levels(model, trie, width=self._retrieval.beam_width, k=self._retrieval.k)
+        levels = Levels(core.model, trie, width=self._retrieval.beam_width, k=self._retrieval.k)
         if self._options.cuda_graphs and self._captured():
             last = torch.zeros(1, self._model_config.embedding_dim, dtype=self._dtype, device=self._device)
             table = torch.zeros(1, -(-limit // self._options.block_size), dtype=torch.int32, device=self._device)
             lengths = torch.zeros(1, dtype=torch.int64, device=self._device)
-            levels.capture(max_batch, last, PromptKeys(lengths, table, self._longest_prompt))
+            levels.capture(
+                core.config.scheduler_config.max_num_seqs, last, PromptKeys(lengths, table, self._longest_prompt)
+            )
         return levels
