@@ -84,8 +84,11 @@ def _become(work: Callable[[], object], output: Path, errors: Path | None, fds: 
         adding = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         for fd, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, adding), (2, errors or output, adding)):
             os.dup2(os.open(path, flags, 0o600), fd)
-        for first, last in zip([2, *fds], [*fds, os.sysconf("SC_OPEN_MAX")], strict=True):
-            os.closerange(first + 1, last)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for fd in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, nothing, *fds}:
+            with contextlib.suppress(OSError):  # the folder itself was open
+                os.fstat(fd)
+                os.dup2(nothing, fd)  # pyarrow aborts in the next fork if a file of its own is closed
         sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, 1) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
         faulthandler.enable(sys.stderr)
         for number in ENDING:

@@ -36,9 +36,12 @@ def test_the_example_makes_weights_that_a_run_takes(tmp_path: Path, monkeypatch:
     with safe_open("mine.safetensors", framework="pt") as f:
         assert f.get_tensor("token_table")[:, 0].tolist() == pytest.approx([ord(item) / 100 for item in "dabc"])
         names = {re.sub(r"\d+", "N", name) for name in f.keys()}  # noqa: SIM118
-    listed = {name for row in re.findall(r"^\| (`.*?`) \|", PAGE, re.MULTILINE) for name in re.findall(r"`(.+?)`", row)}
+    table = re.search(r"^## Tensors\n.*?((?:^\|[^\n]*\n)+)", PAGE, re.DOTALL | re.MULTILINE)
+    assert table is not None
+    rows = re.findall(r"^\| (`.*?`) \|", table[1], re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`(.+?)`", row)}
     assert names == listed
-    [command] = re.findall(r"^    python -m grbench (engine=.*)$", PAGE, re.MULTILINE)
+    [command] = re.findall(r"^    python -m grbench (engine=.*mine\b.*)$", PAGE, re.MULTILINE)
     words = command.replace("'", "").split()
     small = [
         "workload.num_candidates=2",
