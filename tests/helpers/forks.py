@@ -85,7 +85,7 @@ def _become(work: Callable[[], object], output: Path, errors: Path | None, fds: 
         for fd, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, adding), (2, errors or output, adding)):
             os.dup2(os.open(path, flags, 0o600), fd)
         nothing = os.open(os.devnull, os.O_RDWR)
-        for fd in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, nothing, *fds}:
+        for fd in {int(path.name) for path in Path("/dev/fd").iterdir()} - {0, 1, 2, nothing, *fds}:
             with contextlib.suppress(OSError):  # the folder itself was open
                 os.fstat(fd)
                 os.dup2(nothing, fd)  # pyarrow aborts in the next fork if a file of its own is closed
