@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -59,8 +60,8 @@ def main(words: Sequence[str]) -> int:
     if args.out.suffix != ".safetensors":
         raise CommandError(f"--out {args.out}: allowed is a name that ends in .safetensors")
     for flag in ("heads", "scaling_seqlen", "temperature"):
-        if (value := getattr(args, flag)) is not None and value <= 0:
-            raise CommandError(f"--{flag.replace('_', '-')} {value}: allowed is above 0")
+        if (value := getattr(args, flag)) is not None and not 0 < value < math.inf:
+            raise CommandError(f"--{flag.replace('_', '-')} {value}: allowed is a number above 0")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         return _ids(args) if args.layout == "semantic_ids" else _weights(args)

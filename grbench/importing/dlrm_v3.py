@@ -21,11 +21,11 @@ def load(source: Source, flags: Flags) -> Imported:
     drop_prefix(source, LAYER.format(0))
     vectors = tables(flags.tables, "sparse tables")
     layers = count(source, LAYER.format("{}") + "_uvqk_weight")
-    E, projected = source.tensors[LAYER.format(0) + "_uvqk_weight"].shape
-    values = source.tensors[LAYER.format(0) + "_output_weight"].shape[0] // 3
+    E, projected = source.look(LAYER.format(0) + "_uvqk_weight", -1, -1).shape
+    values = source.look(LAYER.format(0) + "_output_weight", -1, E).shape[0] // 3
     heads, qk_dim, v_dim = head_sizes(source, projected, values, flags.heads)
     ours: dict[str, torch.Tensor] = {}
-    grouped = source.tensors[LAYER.format(0) + "_output_norm_weight"].shape[0] == heads != values
+    grouped = source.look(LAYER.format(0) + "_output_norm_weight", -1).shape[0] == heads != values
     for i in range(layers):
         theirs, to = LAYER.format(i), f"layers.{i}."
         ours[to + "norm.weight"] = source.take(theirs + "_input_norm_weight", E, to=to + "norm.weight")
@@ -43,8 +43,7 @@ def load(source: Source, flags: Flags) -> Imported:
     tokens = swish_mlp(source, INPUT + "_content_embedding_mlp", items.double(), "token_table")
     if vectors.has("categories"):
         categories = vectors.take("categories", -1, -1, to="token_table, tower_table", folded=True)
-        of_item = vectors.take("item_category", len(items), to="token_table, tower_table", folded=True).long()
-        own = categories[of_item]
+        own = categories[_categories(vectors, len(items), len(categories))]
         tokens = tokens + swish_mlp(source, INPUT + "_additional_embedding_mlp", own.double(), "token_table")
         features = torch.cat([items, own], dim=1)
     else:
@@ -64,7 +63,7 @@ def load(source: Source, flags: Flags) -> Imported:
         rows += [each.flatten(0, 1) * scale, bias.double() * scale]
     ours["token_table"] = torch.cat(rows)
 
-    bits = source.take(INPUT + "_action_encoder._combined_action_weights", -1, to="action_table", folded=True).long()
+    bits = source.take(INPUT + "_action_encoder._combined_action_weights", -1, to="action_table", folded=True)
     if bits.tolist() != [1 << i for i in range(len(bits))] or len(bits) > 5:
         raise ValueError(
             f"{source.path}: tensor {INPUT}_action_encoder._combined_action_weights is {bits.tolist()}; allowed are "
@@ -77,7 +76,7 @@ def load(source: Source, flags: Flags) -> Imported:
         INPUT + "_action_encoder._target_action_embedding_table", 1, table.numel(), to="action_table", folded=True
     )
     masks = torch.arange(1 << len(bits))[:, None]
-    combinations = ((masks & bits) > 0)[:, :, None] * table
+    combinations = ((masks & bits.long()) > 0)[:, :, None] * table
     encoded = torch.cat([combinations.flatten(1), target]).double()
     ours["action_table"] = swish_mlp(source, INPUT + "_action_embedding_mlp", encoded, "action_table") * scale
     ours["weight_vector"] = torch.zeros(E)
@@ -129,6 +128,20 @@ def load(source: Source, flags: Flags) -> Imported:
         "tasks": ["rating"] if tasks == 1 else [f"task{i}" for i in range(tasks)],
     }
     return Imported(ours, options, notes=[f"the workload must have {len(items)} items and {len(bits)} actions"])
+
+
+def _categories(vectors: Source, items: int, categories: int) -> torch.Tensor:
+    """Return the category of each item, int64 [items]."""
+    vectors.take("item_category", items, to="token_table, tower_table", folded=True)
+    found = vectors.look("item_category").double()  # exact, unlike fp32
+    wrong = (found != found.floor()) | (found < 0) | (found >= categories)
+    if wrong.any():
+        item = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{vectors.path}: tensor item_category has {found[item].item():g} for item {item}; allowed are whole "
+            f"numbers from 0 to {categories - 1}"
+        )
+    return found.long()
 
 
 def _most(items: torch.Tensor, rows: list[torch.Tensor]) -> int:

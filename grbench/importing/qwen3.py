@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from grbench.importing.parts import Flags, Imported
 from grbench.importing.source import Source, read_safetensors
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.weights import EMBEDDING, shapes
+from grengines.options import violations
 
 OPTIONS = {
     "layers": "num_hidden_layers",
@@ -23,7 +23,13 @@ OPTIONS = {
     "mlp_dim": "intermediate_size",
     "max_positions": "max_position_embeddings",
 }
-FIXED = {"model_type": "qwen3", "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False}
+FIXED = {
+    "model_type": "qwen3",
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "use_sliding_window": False,
+}
 
 
 def read(folder: Path) -> Source:
@@ -47,10 +53,9 @@ def load(source: Source, flags: Flags) -> Imported:
         )
     options: dict[str, Any] = {ours: int(described[theirs]) for ours, theirs in OPTIONS.items()}
     options["max_positions"] -= len(flags.sizes)
-    rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
-    options["rope_theta"] = float(rope.get("rope_theta", described.get("rope_theta", 1e6)))
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{source.path}/config.json: rope_type={rope['rope_type']}; allowed is default")
+    options["rope_theta"] = _rope_theta(source.path / "config.json", described)
+    if wrong := list(violations(DecoderConfig(**options))):
+        raise ValueError(f"{source.path}/config.json: as options of model=decoder, {wrong[0]}")
     needed = shapes(DecoderConfig(**options), flags.sizes)
     tensors = {name: source.take(name, *shape, to=name) for name, shape in needed.items() if name != EMBEDDING}
     table = source.take(EMBEDDING, -1, options["embedding_dim"], to=EMBEDDING, folded=True)
@@ -60,6 +65,8 @@ def load(source: Source, flags: Flags) -> Imported:
         raise ValueError(
             f"{source.path}/config.json: no bos_token_id; give the token of an empty prompt: --begin-token"
         )
+    if not isinstance(begin, int):
+        raise ValueError(f"{source.path}/config.json: bos_token_id={begin}; allowed is one token; give --begin-token")
     if first < 0 or first + codes > len(table) or not 0 <= begin < len(table):
         raise ValueError(
             f"{source.path}: tensor {EMBEDDING} has {len(table)} rows; --first-token {first} with {codes} codes and "
@@ -95,6 +102,23 @@ def _described(folder: Path) -> dict[str, Any]:
     for key, expected in FIXED.items():
         if described.get(key, expected) != expected:
             raise ValueError(f"{path}: {key}={described[key]}; allowed is {expected}")
-    known = {f.name for f in dataclasses.fields(DecoderConfig)}
-    assert known >= OPTIONS.keys()
+    kinds = described.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"{path}: layer_types={kinds}; allowed is full_attention in every layer")
     return described
+
+
+def _rope_theta(path: Path, described: dict[str, Any]) -> float:
+    """Return the base of the rotary positions. Raises ValueError for positions that are scaled."""
+    theta = described.get("rope_theta", 1e6)
+    for key in ("rope_scaling", "rope_parameters"):  # older and newer versions of transformers
+        rope = described.get(key) or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: {key}={rope!r}; allowed is an object")
+        for kind in ("rope_type", "type"):
+            if rope.get(kind, "default") != "default":
+                raise ValueError(f"{path}: {key}.{kind}={rope[kind]}; allowed is default")
+        theta = rope.get("rope_theta", theta)
+    if not isinstance(theta, int | float):
+        raise ValueError(f"{path}: rope_theta={theta!r}; allowed is a number")
+    return float(theta)

@@ -37,10 +37,10 @@ class Source:
         """Return True if there is a tensor of this name."""
         return name in self.tensors
 
-    def take(self, name: str, *shape: int, to: str, folded: bool = False) -> Tensor:
-        """Return a tensor as fp32, which becomes `to`.
+    def look(self, name: str, *shape: int) -> Tensor:
+        """Return a tensor as it is, which is to be taken as well.
 
-        shape: its dimensions, -1 for any. Raises ValueError for one that is missing, of another shape, or not finite.
+        shape: its dimensions, -1 for any. Raises ValueError for one that is missing or of another shape.
         """
         if name not in self.tensors:
             near = f"; it has {', '.join(sorted(self.tensors)[:3])} ..." if self.tensors else ""
@@ -50,10 +50,14 @@ class Source:
         if shape and (len(found) != len(shape) or any(n not in (-1, m) for n, m in zip(shape, found, strict=True))):
             wanted = ", ".join("any" if n == -1 else str(n) for n in shape)
             raise ValueError(f"{self.path}: tensor {name} is {found}, expected [{wanted}]")
-        tensor = tensor.detach().float()
+        return tensor
+
+    def take(self, name: str, *shape: int, to: str, folded: bool = False) -> Tensor:
+        """Return a tensor as fp32, which becomes `to`. Raises ValueError as `look`, and for one that is not finite."""
+        tensor = self.look(name, *shape).detach().float()
         if not tensor.isfinite().all():
             raise ValueError(f"{self.path}: tensor {name} has NaN or infinity")
-        self.fates.append(Fate(name, found, "folded" if folded else "mapped", to))
+        self.fates.append(Fate(name, list(tensor.shape), "folded" if folded else "mapped", to))
         return tensor
 
     def leave(self, prefix: str, why: str) -> None:

@@ -19,10 +19,13 @@ from torch import Tensor
 
 from grbench.config.compose import compose_spec
 from grbench.importing.command import main
+from grbench.importing.qwen3 import OPTIONS
 from grengines import registry
 from grengines.api import Catalogue, Request, Retrieval, Setup
 from grengines.cache.config import CacheConfig
 from grengines.hstu.config import HSTUEngineConfig
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.decoder.weights import shapes
 from grengines.semantic.ids import SemanticIds
 from grkernels.config import KernelConfig
 
@@ -350,6 +353,71 @@ def test_wrong_flags_and_layouts_are_refused(
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("temperature", ["nan", "inf", "0"])
+def test_a_temperature_is_a_number_above_0(temperature: str, tmp_path: Path, grbench_here: Grbench) -> None:
+    flags = [*save(tmp_path, research_state()), "--from", "research", "--heads", "2", "--temperature", temperature]
+    done = grbench_here("import-weights", *flags)
+    assert done.returncode == 2 and "allowed is a number above 0" in done.stderr
+
+
+FIRST = "_hstu_transducer._stu_module._stu_layers.0."
+DLRM_FAULTS: dict[str, tuple[Callable[[State, State], Any], str]] = {
+    "no uvqk": (lambda s, _: s.pop(FIRST + "_uvqk_weight"), f"tensor {FIRST}_uvqk_weight is missing"),
+    "flat uvqk": (lambda s, _: s.update({FIRST + "_uvqk_weight": torch.ones(4)}), "is [4], expected [any, any]"),
+    "no output": (lambda s, _: s.pop(FIRST + "_output_weight"), f"tensor {FIRST}_output_weight is missing"),
+    "narrow output": (lambda s, _: s.update({FIRST + "_output_weight": torch.ones(24, 3)}), "expected [any, 8]"),
+    "scalar norm": (lambda s, _: s.update({FIRST + "_output_norm_weight": torch.tensor(1.0)}), "is [], expected [any]"),
+    "negative": (lambda _, t: t["item_category"].__setitem__(3, -1), "item_category has -1 for item 3"),
+    "too large": (lambda _, t: t["item_category"].__setitem__(4, 5), "allowed are whole numbers from 0 to 4"),
+    "fraction": (lambda _, t: t.update(item_category=torch.full((ITEMS,), 0.5)), "item_category has 0.5 for item 0"),
+}
+
+
+@pytest.mark.parametrize("fault", DLRM_FAULTS)
+def test_every_fault_of_dlrm_v3_is_one_line(fault: str, tmp_path: Path, grbench_here: Grbench) -> None:
+    change, words = DLRM_FAULTS[fault]
+    state, tables = dlrm_v3_state()
+    change(state, tables)
+    flags = [*save(tmp_path, state, tables), "--from", "dlrm_v3", "--heads", "2", "--scaling-seqlen", "64"]
+    done = grbench_here("import-weights", *flags)
+    assert done.returncode == 2
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type=yarn; allowed is default"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type=linear; allowed is default"),
+        ({"rope_parameters": "x"}, "rope_parameters='x'; allowed is an object"),
+        ({"rope_theta": [1]}, "rope_theta=[1]; allowed is a number"),
+        ({"use_sliding_window": True}, "use_sliding_window=True; allowed is False"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types=['sliding_attention']; allowed is full_attention"),
+        ({"bos_token_id": [3]}, "bos_token_id=[3]; allowed is one token"),
+        ({"max_position_embeddings": 1}, "max_positions=0: allowed is"),
+        ({}, ""),
+    ],
+)
+def test_a_qwen3_that_grbench_lacks_is_refused(
+    change: dict[str, Any], words: str, tmp_path: Path, grbench_here: Grbench
+) -> None:
+    sizes = {"layers": 1, "embedding_dim": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "mlp_dim": 8}
+    described = {OPTIONS[name]: value for name, value in sizes.items()} | {
+        "model_type": "qwen3", "max_position_embeddings": 64, "bos_token_id": 3, "use_sliding_window": False,
+        "layer_types": ["full_attention"], "rope_scaling": None, "rope_theta": 1e6,
+    }  # fmt: skip
+    folder = tmp_path / "qwen"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(described | change))
+    save_file(
+        {n: torch.ones(s) for n, s in shapes(DecoderConfig(**sizes), (19,)).items()}, folder / "model.safetensors"
+    )
+    flags = ["--from", "qwen3", "--sizes", "9", "--first-token", "7", "--out", "out.safetensors"]
+    done = grbench_here("import-weights", str(folder), *flags)
+    assert done.returncode == (2 if words else 0)
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == bool(words)
+
+
 def test_a_dense_checkpoint_needs_its_tables(tmp_path: Path, grbench_here: Grbench) -> None:
     state, tables = dlrm_v3_state()
     done = grbench_here("import-weights", *save(tmp_path, state), "--from", "dlrm_v3", "--heads", "2")
@@ -362,14 +430,23 @@ def test_a_dense_checkpoint_needs_its_tables(tmp_path: Path, grbench_here: Grben
 CODES = [[0, 5], [2, 1], [0, 5], [1, 0], [0, 5]]
 
 
-@pytest.mark.parametrize("form", ["npy", "csv", "json", "tokens"])
+@pytest.mark.parametrize("form", ["npy", "csv", "no heading", "tokens in csv", "bom", "json", "tokens", "texts"])
 def test_semantic_ids_of_others(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Items 0, 2 and 4 share a tuple: a last code numbers them, as in TIGER."""
-    path = tmp_path / f"ids.{'json' if form == 'tokens' else form}"
+    path = tmp_path / f"ids.{form if form in ('npy', 'csv', 'json') else 'json' if form[-1] == 's' else 'csv'}"
+    rows = "\n".join(f"{a},{b}" for a, b in CODES) + "\n"
     if form == "npy":
         np.save(path, np.array(CODES))
     elif form == "csv":
-        path.write_text("a,b\n" + "\n".join(f"{a},{b}" for a, b in CODES) + "\n")
+        path.write_text("a,b\n" + rows)
+    elif form == "no heading":
+        path.write_text(rows)
+    elif form == "bom":
+        path.write_text(rows, encoding="utf-8-sig")
+    elif form == "tokens in csv":
+        path.write_text("\n".join(f"<a_{a}>, <b_{b}>" for a, b in CODES))
+    elif form == "texts":
+        path.write_text(json.dumps([[str(a), str(b)] for a, b in CODES]))
     elif form == "json":
         path.write_text(json.dumps(CODES))
     else:
@@ -389,6 +466,15 @@ def test_semantic_ids_of_others(form: str, tmp_path: Path, capsys: pytest.Captur
         ("ids.json", '{"0": [1], "2": [2]}', "without a gap"),
         ("ids.json", '[["x"]]', "item 0 has the code 'x'"),
         ("ids.csv", "1,2\n-3,4\n", "item 1 has"),
+        ("ids.csv", "1.0,2.0\n3.0,4.0\n", "item 0 has the code '1.0'"),
+        ("ids.csv", "code_1,code_2\n3,4\n", "item 0 has the code 'code_1'; allowed are whole numbers"),
+        ("ids.csv", ",a,b\n0,3,4\n", "item 0 has the code ''"),
+        ("ids.csv", "1,2147483648\n", "item 0 has the code '2147483648'"),
+        ("ids.json", '[["3.0"]]', "item 0 has the code '3.0'"),
+        ("ids.json", "[[1], [99999999999999999999]]", "item 1 has the code 99999999999999999999"),
+        ("ids.json", "{}", "[0] codes; allowed is [items, levels]"),
+        ("ids.json", '{"1": [1], "01": [2]}', "without a gap"),
+        ("ids.npy", "", "not a .npy file of numbers"),
         ("ids.npy", "no", "not a .npy file of numbers"),
         ("ids.txt", "1", "allowed are .npy, .csv, .json"),
     ],
@@ -398,3 +484,10 @@ def test_bad_semantic_ids_are_refused(name: str, text: str, words: str, tmp_path
     done = grbench_here("import-weights", name, "--from", "semantic_ids", "--out", "ids.safetensors")
     assert done.returncode == 2
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("code", [np.int64(-1), np.int64(2**31), np.uint64(2**63 + 1)])
+def test_codes_of_an_array_outside_their_range_are_refused(code: Any, tmp_path: Path, grbench_here: Grbench) -> None:
+    np.save(tmp_path / "ids.npy", np.array([[0, 1], [1, code]], code.dtype))
+    done = grbench_here("import-weights", "ids.npy", "--from", "semantic_ids", "--out", "ids.safetensors")
+    assert done.returncode == 2 and f"item 1 has the code {code}; allowed are whole numbers" in done.stderr
