@@ -41,7 +41,7 @@ from grbench.workloads.config import (
 )
 from grengines import registry as engines
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.models.hstu.config import HSTUConfig, stale_states
+from grengines.models.hstu.config import HSTUConfig, stale_states, without_effect
 from grengines.options import expand_home, files, option, violations
 from grengines.runtime.cache_dir import content
 from grengines.spec import TASKS, CacheOptions, EngineOptions, EngineSpec, ModelOptions
@@ -302,6 +302,8 @@ def spec_of(run: RunConfig) -> RunSpec:
         raise ConfigError(problem)
     paged = isinstance(run.cache, PagedCacheConfig) and isinstance(run.model, HSTUConfig)
     if paged and (problem := stale_states(run.model)):
+        raise ConfigError(problem)
+    if task == "generate" and isinstance(run.model, HSTUConfig) and (problem := without_effect(run.model)):
         raise ConfigError(problem)
     if task != "rank" and run.retrieval.beam_width < run.retrieval.k:
         raise ConfigError(

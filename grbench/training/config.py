@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from grbench.config.schema import ConfigError, RetrievalConfig, checked
 from grbench.config.schema import register_schemas as register_groups
 from grbench.workloads.config import DrawnConfig
-from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.config import HSTUConfig, without_effect
 from grengines.models.hstu.variant import DEFAULT, differing
 from grengines.options import option
 
@@ -73,6 +73,8 @@ def to_config(cfg: DictConfig) -> TrainConfig:
         )
     if isinstance(config.model, HSTUConfig) and (others := differing(config.model.choices)):
         raise ConfigError(f"{', '.join(others)}: training has grbench's own HSTU only; set model.variant={DEFAULT}")
+    if isinstance(config.model, HSTUConfig) and config.task == "generate" and (idle := without_effect(config.model)):
+        raise ConfigError(idle)
     if isinstance(config.workload, DrawnConfig):
         raise ConfigError(
             "workload=synthetic: its events are random, so there is nothing to learn; use ml_100k, csv or recbole"

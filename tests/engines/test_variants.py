@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,18 @@ from helpers.properties import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grbench.config.compose import compose_spec
+from grbench.config.schema import ConfigError
 from grengines import registry
 from grengines.api import Catalogue, Request, Retrieval, Setup
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.models.hstu.config import HSTUConfig, stale_states
-from grengines.models.hstu.generator import HSTUGenerator
+from grengines.models.hstu.generator import READ, HSTUGenerator, pack_prompts
 from grengines.models.hstu.model import HSTURanker
 from grengines.models.hstu.reference import RankingReference, zero_attention
 from grengines.models.hstu.variant import VARIANTS, Variant, differing
+from grengines.models.hstu.weights import save_weights
 from grengines.numerics import relative_error
 from grengines.runtime.batch import Bucket, Encoding, pack, pack_slices
 from grengines.semantic.ids import SemanticIds
@@ -69,6 +73,23 @@ OPTIONS: dict[str, Any] = {
     "item_tower": "mlp",
     "head": "swish_norm",
     "head_eps": 1e-2,
+}
+# Likewise of the model's sizes.
+OF_SIZES: dict[str, Any] = {
+    "layers": 3,
+    "embedding_dim": 16,
+    "heads": 3,
+    "qk_dim": 5,
+    "v_dim": 4,
+    "scaling_seqlen": 31,
+    "max_positions": 17,
+    "contextual_seq_len": 2,
+    "max_attn_len": 2,
+    "time_buckets": 301,
+    "embedding_rows": 10,
+    "head_dim": 7,
+    "interaction": True,
+    "tasks": ["c"],
 }
 NEEDS: dict[str, dict[str, Any]] = {  # what else an option takes to matter
     "min_full_attn_seq_len": {"max_attn_len": 2},
@@ -125,7 +146,8 @@ def test_each_variant_equals_the_second_implementation(variant: str, kernel: str
 @pytest.mark.parametrize("option", OPTIONS)
 def test_each_option_alone_matters_and_equals_the_second_implementation(option: str) -> None:
     config = HSTUConfig(**SIZES, **NEEDS.get(option, {}), **{option: OPTIONS[option]})
-    assert any(name.startswith(f"model.{option}=") for name in differing(config.choices))
+    [named] = differing(config.choices, (option,))
+    assert named.startswith(f"model.{option}=")
     model, requests = build(config), requests_of(MIXED)
     expected = oracle(model, requests)
     assert error_of_order_one(answers(model, requests), expected) < 2e-5
@@ -210,6 +232,53 @@ def test_the_research_model_as_a_generator() -> None:
         assert items.tolist() == best.tolist()
         assert error_of_order_one(found, logs[best]) < 2e-5
         assert r is requests[0] or np.argsort(-stale)[:5].tolist() != items.tolist()
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, *OF_SIZES, "item_norm"])
+def test_a_generator_reads_the_options_that_it_says_and_no_others(option: str, tmp_path: Path) -> None:
+    """An option that it reads changes its tensors or its logits; of any other, weights of another value load."""
+    others = {"item_norm": True, **OF_SIZES, **OPTIONS}
+    config = HSTUConfig(**SIZES, layers=1, alpha=0.5)
+    changed = dataclasses.replace(config, **{option: others[option]})
+    tokens = np.arange(9) % 20
+
+    @torch.inference_mode()
+    def generator(config: HSTUConfig, weights: str | None = None) -> tuple[HSTUGenerator, np.ndarray]:
+        made: dict[str, Any] = {"seed": 5, "device": "cpu", "dtype": torch.float32, "weights": weights}
+        model = HSTUGenerator.build(config, [20], Operators.reference(), **made)
+        prompts = pack_prompts([model.prompt(tokens)], timed=model.timed).to("cpu")
+        return model, model.logits(model.full(prompts), 0).numpy()
+
+    (own, logits), (other, found) = generator(config), generator(changed)
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (own, other)]
+    same = shapes[0] == shapes[1] and np.array_equal(logits, found)
+    assert same != (option in READ)
+    file = str(tmp_path / "weights.safetensors")
+    save_weights(own, file)
+    if option in READ:
+        with pytest.raises(ValueError, match=f"written for {option}="):
+            generator(changed, file)
+    else:
+        assert np.array_equal(generator(changed, file)[1], logits)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model.max_attn_len=4"], "model.max_attn_len=4:"),
+        (["model.contextual_seq_len=2"], "model.contextual_seq_len=2:"),
+        (["model.encoder=end", "model.target_group_size=2"], "model.target_group_size=2, model.encoder=end:"),
+        (["model.variant=stu"], "model.encoder=end:"),
+    ],
+)
+def test_to_generate_refuses_what_only_ranking_has(overrides: list[str], named: str, grbench_here: Grbench) -> None:
+    words = f"{named} without effect where a model generates"
+    with pytest.raises(ConfigError, match=words):
+        compose_spec(["engine=hstu", "task=generate", *overrides])
+    compose_spec(["engine=pipeline", *overrides])  # its ranker reads them
+    if named.startswith("model.max_attn_len"):
+        done = grbench_here("train", "task=generate", "workload=ml_100k", *overrides)
+        assert done.returncode and done.stderr.startswith(f"grbench train: {words}")
 
 
 def test_levels_of_codes_need_grbenchs_own_attention() -> None:

@@ -143,6 +143,16 @@ def contradiction(config: HSTUConfig) -> str | None:
     return None
 
 
+def without_effect(config: HSTUConfig) -> str | None:
+    """Return None, or the options that a generator does not have: only ranking reads them."""
+    sizes = {name: getattr(config, name) for name in ("contextual_seq_len", "max_attn_len")}
+    idle = [f"model.{name}={value}" for name, value in sizes.items() if value]
+    idle += differing(config.choices, ("target_group_size", "min_full_attn_seq_len", "encoder"))
+    if not idle:
+        return None
+    return f"{', '.join(idle)}: without effect where a model generates; set task=rank, or leave out what sets it"
+
+
 def stale_states(config: HSTUConfig) -> str | None:
     """Return None if keys and values of a user's history stay valid at his next visit, else why they do not."""
     c, reason = config.choices, ""

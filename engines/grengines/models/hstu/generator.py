@@ -9,7 +9,7 @@ prompt's keys and values are therefore read once for all beams.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any, ClassVar, Protocol
 
@@ -22,13 +22,19 @@ from grengines.api import Request, Retrieval
 from grengines.cache.pool import PagePool
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.head import FinalNorm
-from grengines.models.hstu.model import HSTULayer, allocate, initialise, masks_of
+from grengines.models.hstu.model import HSTULayer, allocate, initialise
+from grengines.models.hstu.variant import differing
 from grengines.models.hstu.weights import load_weights
 from grengines.runtime import staging
 from grengines.runtime.batch import Bucket
 from grengines.semantic.ids import prompt_of
 from grkernels.hstu_attention.extras import Extras
 from grkernels.operators import Operators
+
+# The options that a generator reads. The others are of what ranking has beside the layers.
+SIZES = ("layers", "embedding_dim", "heads", "qk_dim", "v_dim", "alpha", "scaling_seqlen", "max_positions")
+BIASES = ("position_bias", "time_bias")
+READ = (*SIZES, *BIASES, "silu", "output", "output_bias", "group_norm", "eps", "final_norm", "head_eps", "item_norm")
 
 Codes = tuple[Tensor, Tensor]  # keys [rows, H, dqk] and values [rows, H, dv] of one level's codes in one layer
 
@@ -150,15 +156,15 @@ class HSTUGenerator(nn.Module):
     layer's weights are the token table. max_positions counts tokens.
     """
 
-    not_used: ClassVar[tuple[str, ...]] = ("tasks", "head_dim", "interaction")  # options of a ranking head
+    not_used: ClassVar[tuple[str, ...]] = tuple(f.name for f in fields(HSTUConfig) if f.name not in READ)
 
     def __init__(self, config: HSTUConfig, sizes: Sequence[int], kernels: Operators) -> None:
         super().__init__()
-        self.masks, self.timed = masks_of(config), config.choices.time_bias > 0
+        self.biases, self.timed = differing(config.choices, BIASES), config.choices.time_bias > 0
         self.item_norm = config.choices.item_norm
-        if self.masks is not None and len(sizes) > 1:
+        if self.biases and len(sizes) > 1:
             raise ValueError(
-                f"{', '.join(config.attention_extras)}: a search over {len(sizes)} levels of codes has grbench's own "
+                f"{', '.join(self.biases)}: a search over {len(sizes)} levels of codes has grbench's own "
                 "attention only; set retrieval.levels=1"
             )
         self.config, self.sizes, self.kernels = config, tuple(sizes), kernels
@@ -217,7 +223,7 @@ class HSTUGenerator(nn.Module):
             if pool is not None:
                 self.kernels.paged_write(k, v, prompts.slots, pool.k[i], pool.v[i])
             more: dict[str, Any] = {}
-            if self.masks is not None:
+            if self.biases:
                 bias, times = (layer.position_bias, layer.time_bias), (prompts.until, prompts.times)
                 more["extras"] = Extras(
                     position_bias=bias[0], time_bias=bias[1], row_times=times[0], column_times=times[1]

@@ -138,7 +138,7 @@ class HSTURanker(nn.Module):
 
     prunes_last_layer = True
 
-    not_used: ClassVar[tuple[str, ...]] = ()  # options of HSTUConfig that do not change the weights
+    not_used: ClassVar[tuple[str, ...]] = ("item_norm",)  # options of HSTUConfig that it does not read
 
     def __init__(self, config: HSTUConfig, catalogue: Catalogue, kernels: Operators) -> None:
         super().__init__()
