@@ -28,7 +28,7 @@ from grkernels.choice import requested
 from grkernels.config import KernelConfig
 
 MODELS = {
-    "hstu": HSTUConfig(embedding_dim=24, qk_dim=8, v_dim=12, scaling_seqlen=16, max_positions=30),
+    "hstu": HSTUConfig(embedding_dim=24, qk_dim=8, v_dim=12, scaling_seqlen=16, max_positions=30, alpha=0.2),
     "decoder": DecoderConfig(embedding_dim=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48, max_positions=30),
 }
 SIZES = (4, 5, 6)

@@ -296,6 +296,7 @@ def test_engines_without_the_options_refuse_and_name_the_one_that_has_them(engin
     assert why is not None and f"engine {engine} lacks it" in why and why.endswith("set engine=hstu for this model")
     assert all(option in why for option in differing(model.choices))
     assert registry.mismatch(engine, HSTUConfig()) is None
+    assert registry.mismatch(engine, HSTUConfig(alpha=0.1)) is None  # every engine takes it
     assert registry.mismatch("hstu", model) is None
 
 
@@ -367,6 +368,8 @@ def test_training_refuses_what_it_lacks(grbench_here: Grbench) -> None:
     done = grbench_here("train", "model.variant=nvidia")
     assert done.returncode
     assert "model.silu=uvqk" in done.stderr and "set model.variant=grbench" in done.stderr
+    done = grbench_here("train", "model.alpha=0.1", "workload=synthetic")
+    assert done.returncode and done.stderr.startswith("grbench train: workload=synthetic: its events are random")
 
 
 def test_options_that_exclude_each_other_are_refused() -> None:

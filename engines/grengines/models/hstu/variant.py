@@ -83,12 +83,14 @@ VARIANTS = {
 # Fields that an operator family must have, beside grbench's own.
 ATTENTION = ("position_bias", "time_bias", "target_group_size", "min_full_attn_seq_len")
 GATE = ("output", "group_norm")
+# Fields that an engine must know: alpha is a number that each of them takes.
+PARTS = tuple(field.name for field in dataclasses.fields(Variant) if field.name != "alpha")
 
 
-def differing(variant: Variant, fields: tuple[str, ...] = ()) -> tuple[str, ...]:
+def differing(variant: Variant, fields: tuple[str, ...] = PARTS) -> tuple[str, ...]:
     """Return "model.key=value" of each field that is not grbench's own. fields: among these only."""
     return tuple(
         f"model.{field.name}={str(value).lower() if isinstance(value, bool) else value}"
         for field in dataclasses.fields(Variant)
-        if (not fields or field.name in fields) and (value := getattr(variant, field.name)) != field.default
+        if field.name in fields and (value := getattr(variant, field.name)) != field.default
     )
