@@ -133,10 +133,8 @@ def _work(
     where one asks for the cell to be measured again.
     """
     kills_before = oom.kills()
-    if (worker := kept.take(spec) if kept else None) is not None:
-        worker.give(spec, runner, folder)
-    else:
-        worker = Worker(spec, runner, folder, keep=kept is not None)
+    worker = kept.give(spec, runner, folder) if kept is not None else None
+    worker = worker or Worker(spec, runner, folder, keep=kept is not None)
     watch = LoadWatch(worker.pid, worker.gpu)
     outcome: Outcome | None = None
     again: str | None = None
@@ -159,8 +157,8 @@ def _work(
         if not waits:
             worker.stop(grace_s)
     if waits:
-        assert kept is not None
-        kept.keep(worker, spec)
+        assert kept is not None and outcome is not None
+        kept.keep(worker, spec, outcome.code)
     elif -worker.returncode in ENDING:  # who ends a whole job signals all its processes: ours may be on its way
         time.sleep(1.0)
     if again is not None and tries > 1:

@@ -38,6 +38,7 @@ GRACE_S = 60  # of a launcher that does not stop its worker at the time limit: i
 
 def main() -> None:
     """Measure the cell of the job file and report its outcome; then, if it says so, the cells that follow."""
+    code = code_digest()  # of what is imported now: a file may be edited before a later cell
     job = json.loads(Path(sys.argv[1]).read_text())
     channel = os.fdopen(job["report_fd"], "w", buffering=1)
     threading.Thread(target=_end_with_launcher, args=[job["report_fd"]], daemon=True).start()
@@ -51,7 +52,7 @@ def main() -> None:
     with os.fdopen(job["jobs_fd"]) as jobs:
         while job is not None:
             faulthandler.dump_traceback_later(job["timeout_s"] + GRACE_S, exit=True)
-            fine = _measure(job, report, kept)
+            fine = _measure(job, code, report, kept)
             faulthandler.cancel_dump_traceback_later()
             job = _next_job(jobs) if kept is not None and fine else None
     if kept is not None and fine:
@@ -60,9 +61,9 @@ def main() -> None:
     os._exit(0)  # a load generator's thread may be waiting for answers that will not come
 
 
-def _measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None], kept: KeptEngine | None) -> bool:
-    """Measure one cell and report its outcome. Returns True if it is OK."""
-    outcome = Outcome(code=code_digest())
+def _measure(job: dict[str, Any], code: str, report: Callable[[dict[str, Any]], None], kept: KeptEngine | None) -> bool:
+    """Measure one cell and report its outcome. Returns True if it is OK. code: the digest of this process's code."""
+    outcome = Outcome(code=code)
     try:
         from grbench.execution.cell import Cell  # imports torch, which may take more memory than the limit
 

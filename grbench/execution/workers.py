@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grbench.config.schema import RunnerConfig, RunSpec, spec_to_json
+from grbench.execution.environment import code_digest
 from grbench.execution.gpu import GpuUse
 from grbench.execution.kept import engine_key
 from grbench.execution.load import gpu_in_use
@@ -75,7 +76,7 @@ class Worker:
         return self._process.poll() is None
 
     def give(self, spec: RunSpec, runner: RunnerConfig, folder: Path) -> None:
-        """Give an idle worker its next cell. Raises OSError."""
+        """Give an idle worker its next cell. Raises OSError, BrokenPipeError if the worker has ended."""
         job = self._job(spec, runner, folder, keep=True)
         os.write(self._jobs, f"{job}\n".encode())
 
@@ -127,25 +128,35 @@ class Worker:
 
 
 class KeptWorker:
-    """At most one idle worker. `take` gives it to a cell of the same engine, and ends it before any other cell."""
+    """At most one idle worker. `give` gives it a cell of the same engine, and ends it before any other cell."""
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
-        self._key = ""
+        self._key: tuple[str, str | None] = "", None
 
-    def take(self, spec: RunSpec) -> Worker | None:
-        """Return the idle worker if it has the engine of this cell. Another one is stopped."""
+    def give(self, spec: RunSpec, runner: RunnerConfig, folder: Path) -> Worker | None:
+        """Give the idle worker this cell if it has its engine and the code that is here now. Any other one is stopped.
+
+        Returns None without a worker that takes the cell. Raises OSError.
+        """
         worker, self._worker = self._worker, None
         if worker is None:
             return None
-        if self._key == engine_key(spec) and worker.idle:
-            return worker
+        try:
+            if worker.idle and self._key == (engine_key(spec), code_digest()):
+                worker.give(spec, runner, folder)
+                return worker
+        except BrokenPipeError:  # it has ended since
+            pass
+        except BaseException:
+            worker.stop()
+            raise
         worker.stop(GRACE_S)
         return None
 
-    def keep(self, worker: Worker, spec: RunSpec) -> None:
-        """Keep the worker of a cell that has ended well."""
-        self._worker, self._key = worker, engine_key(spec)
+    def keep(self, worker: Worker, spec: RunSpec, code: str | None) -> None:
+        """Keep the worker of a cell that has ended well. code: the digest of its code."""
+        self._worker, self._key = worker, (engine_key(spec), code)
 
     def close(self) -> None:
         """Stop the idle worker."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import cast
 
 import pytest
 from helpers.command import Grbench
 
 from grbench.config.compose import compose_spec
-from grbench.execution import records
+from grbench.config.schema import RunnerConfig
+from grbench.execution import records, worker
+from grbench.execution.environment import code_digest
 from grbench.execution.kept import engine_key
+from grbench.execution.workers import KeptWorker, Worker
 
 SMALL = (
     *("engine=hstu", "kernel=torch", "engine.cpu_threads=1", "cache=lru", "cache.memory_gb=0.0012"),
@@ -22,8 +27,10 @@ HITS = ("cache/hit_rate", "cache/token_hit_rate", "engine/cache_misses", "engine
 
 
 def test_a_kept_engine_answers_as_a_fresh_one_and_its_cache_begins_empty(
-    grbench_here: Grbench, forked_workers: None, tmp_path: Path
+    grbench_here: Grbench, forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    code = code_digest()
+    monkeypatch.setattr(worker, "code_digest", iter([code, "edited"]).__next__)  # of each process
     words = [*SMALL, "scenario.queries=150,250"]
     kept = grbench_here("-m", *words, "runner.output_root=kept", "runner.keep_engine=true")
     assert kept.returncode == 0, kept.stderr
@@ -35,6 +42,7 @@ def test_a_kept_engine_answers_as_a_fresh_one_and_its_cache_begins_empty(
     }
     second, alone = found["kept"][250], found["fresh"][250]
     assert second.spec_hash == alone.spec_hash
+    assert second.environment["code"] == alone.environment["code"] == code  # that was imported for the first cell
     assert 0 < alone.metrics["cache/hit_rate"] < 1
     for name in HITS:
         assert second.metrics[name] == alone.metrics[name], name
@@ -69,10 +77,45 @@ def test_cells_share_an_engine_only_if_it_cannot_tell_them_apart(words: list[str
     assert (engine_key(one) == engine_key(other)) is same
 
 
+class Idle:
+    """An idle worker. error: of giving it a cell."""
+
+    def __init__(self, error: OSError | None = None) -> None:
+        self.idle, self.stopped, self._error = True, False, error
+
+    def give(self, *cell: object) -> None:
+        if self._error:
+            raise self._error
+
+    def stop(self, grace_s: float = 0.0) -> None:
+        self.stopped = True
+
+
+def offered(idle: Idle, code: str) -> Worker | None:
+    """Return the worker that takes a second cell, of an idle one with its engine."""
+    kept, spec = KeptWorker(), compose_spec(list(SMALL))[0]
+    kept.keep(cast(Worker, idle), spec, code)
+    return kept.give(spec, RunnerConfig(), Path("unused"))
+
+
+def test_an_idle_worker_takes_the_next_cell_unless_it_has_ended_or_its_code_was_edited() -> None:
+    fine, ended, edited = Idle(), Idle(BrokenPipeError()), Idle()
+    assert offered(fine, code_digest()) is cast(Worker, fine) and not fine.stopped
+    assert offered(ended, code_digest()) is None and ended.stopped
+    assert offered(edited, "another") is None and edited.stopped
+
+
+def test_an_idle_worker_that_cannot_be_given_a_cell_is_stopped() -> None:
+    full = Idle(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        offered(full, code_digest())
+    assert full.stopped
+
+
 def test_a_hopeless_rate_ends_early_without_a_latency(
     grbench_here: Grbench, forked_workers: None, tmp_path: Path
 ) -> None:
-    load = ["scenario=server", "scenario.target_qps=20000", "scenario.queries=100000", "scenario.max_batch=1"]
+    load = ["scenario=server", "scenario.target_qps=5000", "scenario.queries=50000", "scenario.max_batch=1"]
     words = [word for word in SMALL if word.partition("=")[0] not in DROPPED]
     done = grbench_here(*words, *load, "latency_limit_ms=20", "scenario.stop_hopeless=true")
     assert done.returncode == 1, done.stderr
