@@ -11,7 +11,7 @@ from grbench.execution import energy
 from grbench.tune import rates
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import Configuration, Outcome
-from grbench.tune.search import Certificate, Search, Trial, cost
+from grbench.tune.search import ENDED_EARLY, Certificate, Search, Trial, cost
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,14 @@ def nobody(search: Search) -> str:
             f"{limit}: no configuration that was measured keeps it; nearest is {trial.configuration.name} at "
             f"{rates.rate_of(step):.4g} requests/s with {limit.shown(outcome)}, {how}"
         )
+    for trial in search.trials:
+        early = {step: probe for step, probe in trial.probes.items() if probe.status in ENDED_EARLY}
+        if early:
+            lowest = min(early)
+            return (
+                f"no configuration that was measured keeps the limits; {trial.configuration.name} at "
+                f"{rates.rate_of(lowest):.4g} requests/s ended early, {early[lowest].status}: {early[lowest].error}"
+            )
     for trial in search.trials:
         if trial.failed:
             return f"no configuration that was measured keeps the limits; {trial.configuration.name}: {trial.failed}"

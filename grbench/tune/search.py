@@ -481,11 +481,8 @@ class Search:
         failures: list[str] = []
         falls: dict[int, float] = {}  # steps by which each trial was lowered last
         steps = {id(trial): self._first_certified(trial) for trial in self.ranking()}
-        rated = self.goal.rate is not None or self.goal.objective == "cost"
-        while open_trials := [trial for trial in self.trials if steps.get(id(trial)) is not None]:
-            trial = self.ranking()[0] if rated and not failures else max(open_trials, key=lambda t: steps[id(t)] or 0)
-            step = steps[id(trial)]
-            assert step is not None
+        while open_ := [(trial, step) for trial in self.ranking() if (step := steps[id(trial)]) is not None]:
+            trial, step = max(open_, key=lambda pair: self._score_at(*pair))
             if missing := self._missing(rates.rate_of(step)):
                 self.uncertified = "; ".join([*failures[-1:], missing])
                 return None
@@ -496,10 +493,20 @@ class Search:
             failures.append(f"{trial.configuration.name} at {rates.rate_of(step):.4g} requests/s: {why}")
             falls[id(trial)] = 2 * falls.get(id(trial), CERTIFY_STEPS / 2)
             lower = step - round(falls[id(trial)])
-            open_ = self.goal.rate is None and trial.top is not None and lower > trial.top - BOTTOM
-            steps[id(trial)] = lower if open_ else None
+            goes_on = self.goal.rate is None and trial.top is not None and lower > trial.top - BOTTOM
+            steps[id(trial)] = lower if goes_on else None
         self.uncertified = failures[-1] if failures else ""
         return None
+
+    def _score_at(self, trial: Trial, step: int) -> float:
+        """Return the score of a trial at a step to certify; larger is better.
+
+        A lower rate multiplies the cost of a request by the ratio of the rates at most: what a machine takes a second
+        does not grow.
+        """
+        if self.goal.objective == "cost" and trial.low is not None:
+            return self.score(trial) * rates.RATIO ** (trial.low - step)
+        return self.score(trial) if self.goal.rate is not None else float(step)
 
     def _first_certified(self, trial: Trial) -> int | None:
         """Return the step to certify first: the best one, or a lower one if its interval is not within."""

@@ -55,7 +55,7 @@ class Surrogate:
         if not self._open:
             return None
         known = len(self._scores) + len(self._failed)
-        if not known and self._all[0] in self._open:
+        if self._all[0] in self._open:  # the losses of other models are measured against it
             chosen = self._all[0]
         elif known < self._startup or len(self._scores) < 3:
             chosen = self._random.choice(list(self._open))

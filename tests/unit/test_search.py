@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from grbench.config.schema import ConfigError
+from grbench.execution import energy
 from grbench.tune import answer, config, legal, limits, rates, space
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
@@ -195,6 +196,32 @@ def test_certification_takes_the_next_best_if_the_best_fails() -> None:
     assert "The next best engine, hstu, gives" in words
 
 
+@pytest.mark.parametrize(
+    "goal, order",
+    [(Goal("latency", (P99,), rate=90.0), [7, 6, 5]), (Goal("cost", (P99,)), [7, 6, 5])],
+    ids=["latency", "cost"],
+)
+def test_certification_goes_on_with_the_next_best_of_the_objective(goal: Goal, order: list[int]) -> None:
+    capacity = CAPACITY if goal.rate else {c: 1000.0 - 100 * i for i, c in enumerate(ALL)}  # least by the cheapest
+    evaluator = Capacities(capacity)
+    usual = evaluator.outcome
+
+    def priced(configuration: Configuration, probe: Probe) -> Outcome:
+        if probe.seed:
+            return Outcome("ERROR", error="as planned")
+        found = usual(configuration, probe)
+        joules = {energy.METRIC: 0.5 ** ALL.index(configuration)}  # far less than a lower rate would add
+        return dataclasses.replace(found, metrics={**found.metrics, **joules})
+
+    evaluator.outcome = priced  # type: ignore[method-assign]
+    search = searched(evaluator, goal)
+    assert len(search.ranking()) == len(ALL)
+    measured = len(evaluator.probes)
+    assert search.certify() is None
+    tried = dict.fromkeys(configuration for configuration, _ in evaluator.probes[measured:])
+    assert list(tried)[:3] == [ALL[i] for i in order]
+
+
 def test_a_budget_too_small_to_certify_says_by_how_much() -> None:
     evaluator = Capacities(CAPACITY, cells=14)
     evaluator.share = lambda probes: sum(1 + probe.requests / 2000 for probe in probes) / 14  # type: ignore[method-assign]
@@ -230,6 +257,22 @@ def test_a_probe_that_was_stopped_bounds_the_rate_and_is_never_feasible() -> Non
     assert rates.rate_of(best.low) <= CAPACITY[best.configuration] and not best.failed
     found = answer.answer(search, None)
     assert found is not None and "the probe ended early, STOPPED: the queue grew by" in answer.binding(found)
+
+
+def test_rates_that_were_all_stopped_are_named_instead_of_the_budget() -> None:
+    evaluator = Capacities(CAPACITY)
+    evaluator.outcome = lambda configuration, probe: Outcome("STOPPED", error="the queue grew by 40")  # type: ignore[method-assign]
+    evaluator.failing = {ALL[0]: "OOM"}
+    words = answer.nobody(searched(evaluator, Goal("latency", (P99,), rate=90.0)))
+    assert words.endswith(" requests/s ended early, STOPPED: the queue grew by 40")
+
+
+def test_the_default_is_asked_for_even_if_others_are_known() -> None:
+    evaluator = Capacities(CAPACITY)
+    evaluator.earlier = {c: [(Probe(None, 512), evaluator.outcome(c, Probe(None, 512)))] for c in ALL[3:6]}
+    searched(evaluator, Goal("pareto", (P99,)))
+    first = next(c for c, _ in evaluator.probes if c not in evaluator.earlier)
+    assert first == ALL[0]
 
 
 def test_another_limit_is_answered_from_earlier_outcomes_alone() -> None:
