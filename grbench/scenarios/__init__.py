@@ -81,7 +81,7 @@ def run_scenario(
             from grbench.scenarios import direct
             from grbench.workloads.trace import arrivals_s
 
-            driven = direct.replay(config, start, request_at, arrivals_s(requests), latency_limit_ms)
+            driven = direct.replay(config, start, request_at, arrivals_s(requests))
         case ClosedLoopConfig():
             from grbench.scenarios import direct
 

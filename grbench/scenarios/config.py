@@ -38,9 +38,6 @@ class LoadGenConfig(ScenarioConfig):
     )  # fmt: skip
 
 
-STOP = option(False, "end the cell once it is sure that the queue grows without end: status STOPPED, and no latencies")
-
-
 @dataclass
 class OfflineConfig(LoadGenConfig):
     """MLPerf offline: every request arrives at the start. Throughput counts."""
@@ -55,7 +52,9 @@ class ServerConfig(LoadGenConfig):
 
     name: str = option("server", "name of the scenario in records")
     target_qps: float = option(100.0, "mean arrival rate", gt=0)
-    stop_hopeless: bool = STOP
+    stop_hopeless: bool = option(
+        False, "end the cell once it is sure that the queue grows without end: status STOPPED, and no latencies"
+    )
 
 
 @dataclass
@@ -82,7 +81,6 @@ class TraceReplayConfig(ScenarioConfig):
 
     name: str = option("trace_replay", "name of the scenario in records")
     mean_qps: float | None = option(None, "mean rate to scale to; null: the trace's own clock", gt=0)
-    stop_hopeless: bool = STOP
 
 
 @dataclass

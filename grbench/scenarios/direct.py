@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from grbench.scenarios.batcher import Driven, RequestAt, Start, Ticket
 from grbench.scenarios.config import ClosedLoopConfig, TraceReplayConfig
-from grbench.scenarios.growth import Growth, HopelessError
 
 Floats = npt.NDArray[np.float64]
 
@@ -21,29 +20,21 @@ def replay(
     start: Start,
     request_at: RequestAt,
     arrivals_s: Sequence[float] | Floats,
-    latency_limit_ms: float,
 ) -> Driven:
     """Issue requests at their arrival times, all divided by one speed-up factor.
 
     arrivals_s: of the whole trace, as `schedule` takes them. Requests are not asked for them: each would be made.
     Latency counts from the *scheduled* arrival, so that a wait shows when the system falls behind.
-    Raises ValueError where there are no times to scale, and HopelessError with `stop_hopeless`.
+    Raises ValueError where there are no times to scale.
     """
     due_s, speedup = schedule(config, arrivals_s)
     batcher = start(lambda tickets: None)
-    growth = Growth(latency_limit_ms) if config.stop_hopeless else None
     begin = time.perf_counter()
     for k, offset in enumerate(due_s.tolist()):
         due = begin + offset
         if (early := due - time.perf_counter()) > 0 and batcher.stopped.wait(early):
             break
         batcher.submit([Ticket(request_at(k), due)])
-        if growth:
-            try:
-                growth.see(time.perf_counter(), batcher.submitted, batcher.answered)
-            except HopelessError as e:  # `close` raises it
-                batcher.fail(e)
-                break
     batcher.close()
     own = f"the trace's own clock: {len(due_s)} requests within {due_s[-1]:.3g} s"
     return Driven(batcher, {"replay_speedup": speedup}, [own] if config.mean_qps is None else [])

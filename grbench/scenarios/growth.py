@@ -6,7 +6,8 @@ independent. Those of a queue that keeps up are not, because what comes in goes 
 the test allows for. The test is made at every reading, and so asks for more than a single one would.
 
 A queue also grows while an engine stands still for a moment. So it must grow in each third of the time, and the answers
-must come about as fast in each.
+must come about as fast in each. It grows while a cache is still empty, too: the first part of the requests only warms
+up, and the readings begin after it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import numpy as np
 
 PERIOD_S = 0.05
+WARM = 1 / 3  # share of the requests that arrive before the first reading
 FEWEST = 39  # changes
 PARTS = 3
 SURE, SURE_EACH = 4.5, 2.0  # standard errors of the mean change, of all and of each part
@@ -28,10 +30,10 @@ class HopelessError(Exception):
 
 
 class Growth:
-    """The readings of one scenario. limit_ms: on latency."""
+    """The readings of one scenario. limit_ms: on latency. requests: that it has."""
 
-    def __init__(self, limit_ms: float) -> None:
-        self._limit_s = limit_ms / 1e3
+    def __init__(self, limit_ms: float, requests: int) -> None:
+        self._limit_s, self._first = limit_ms / 1e3, WARM * requests
         self._times: list[float] = []
         self._waiting: list[int] = []
         self._answered: list[int] = []
@@ -40,17 +42,17 @@ class Growth:
         """Take a reading if PERIOD_S have passed. Raises HopelessError once it is sure that the queue grows.
 
         It is sure if the mean change is SURE standard errors above 0 and that of each part SURE_EACH, the answers are
-        STEADY, and the requests that are waiting take more than WAITS times the limit at the rate of the answers so
-        far.
+        STEADY, and the requests that are waiting take more than WAITS times the limit at the rate of the answers since
+        the first reading.
         """
-        if self._times and at_s - self._times[-1] < PERIOD_S:
+        if arrived < self._first or (self._times and at_s - self._times[-1] < PERIOD_S):
             return
         self._times.append(at_s)
         self._waiting.append(arrived - answered)
         self._answered.append(answered)
         changes = np.diff(self._waiting)
-        took_s = at_s - self._times[0]
-        if len(changes) < FEWEST or self._waiting[-1] * took_s <= WAITS * self._limit_s * answered:
+        took_s, done = at_s - self._times[0], answered - self._answered[0]
+        if len(changes) < FEWEST or self._waiting[-1] * took_s <= WAITS * self._limit_s * done:
             return
         answers = [int(part.sum()) for part in np.array_split(np.diff(self._answered), PARTS)]
         if min(answers) < STEADY * max(answers):
@@ -61,7 +63,7 @@ class Growth:
             low, high = slope * (1 - 1.96 / errors), slope * (1 + 1.96 / errors)
             raise HopelessError(
                 f"the queue grew by {slope:.3g} [{low:.3g}, {high:.3g}] requests/s over {took_s:.1f} s, to "
-                f"{self._waiting[-1]} requests while {answered} were answered: the rate can't be kept, and latencies "
+                f"{self._waiting[-1]} requests while {done} were answered: the rate can't be kept, and latencies "
                 "of a growing queue mean nothing"
             )
 

@@ -100,7 +100,8 @@ def run(
     loadgen = threading.Thread(target=test, name="loadgen", daemon=True)
     clock = WallClock()
     loadgen.start()
-    growth = Growth(latency_limit_ms) if isinstance(config, ServerConfig) and config.stop_hopeless else None
+    stops = isinstance(config, ServerConfig) and config.stop_hopeless
+    growth = Growth(latency_limit_ms, config.queries) if stops else None
     while not batcher.stopped.wait(PERIOD_S if growth else CHECK_CLOCK_S):
         try:
             clock.check()

@@ -49,7 +49,11 @@ class LiveEvaluator:
         self._measured: dict[tuple[Configuration, Probe], Outcome] = {}
         self._earlier = _by_strategy(root)
         self._base = _quality_class(next(iter(specs.values())))  # of the default configuration
-        self._limited = any(limit.metric.startswith("quality/") for limit in declared.goal.limits)
+        limits = declared.goal.limits
+        self._limited = any(limit.metric.startswith("quality/") for limit in limits)
+        self._goodput = any(limit.metric == "goodput_rps" for limit in limits)
+        self._bounds_ms = {limit.metric: limit.bound for limit in limits if limit.metric.startswith("latency_ms/")}
+        self._widest_ms = max(self._bounds_ms.values(), default=0.0)
 
     # Budget
 
@@ -129,6 +133,11 @@ class LiveEvaluator:
             if self._limited and record.ok and not any(name.startswith("quality/") for name in outcome.metrics):
                 continue
             found.append((probe, outcome))
+            limit_ms = record.spec["latency_limit_ms"]
+            if self._goodput and limit_ms != self._limit_ms(configuration, probe):
+                continue  # it counts answers within this limit
+            if record.status is Status.STOPPED and limit_ms < self._widest_ms:
+                continue
         return sorted(found, key=lambda pair: (pair[0].rate is not None, pair[0].requests))
 
     def quality(self, configuration: Configuration) -> Mapping[str, float]:
@@ -152,15 +161,17 @@ class LiveEvaluator:
         words += [f"scenario={scenario}", f"scenario.queries={probe.requests}"]
         if probe.rate is not None:
             words.append(f"{RATES[declared.scenario]}={probe.rate:g}")
-            if not probe.seed:  # a run that certifies is whole, however it ends
+            # A run that certifies is whole, however it ends. The rate of a trace changes by itself. A queue is hopeless
+            # if it is beyond every limit.
+            stops = declared.scenario == "server" and self._limit_ms(configuration, probe) >= self._widest_ms
+            if stops and not probe.seed:
                 words.append("scenario.stop_hopeless=true")
         if not probe.seed and declared.fixed_value("gate.measured") is None:
             words.append(f"gate.measured={PROBED_ANSWERS}")
         if seed := int(declared.fixed_value("seed") or 0) + probe.seed:
             words.append(f"seed={seed}")
-        p99 = next((limit for limit in declared.goal.limits if limit.metric == "latency_ms/p99"), None)
-        if probe.seed and p99 and declared.fixed_value("latency_limit_ms") is None:
-            words.append(f"latency_limit_ms={p99.bound:g}")  # LoadGen judges by it
+        if (limit_ms := self._limit_ms(configuration, probe)) != self._specs[configuration].latency_limit_ms:
+            words.append(f"latency_limit_ms={limit_ms!r}")
         if declared.fixed_value("gate.quality_requests") is None and self._weights:
             if self._limited and declared.fixed_value("gate.allow_loss") is None:
                 words.append(f"gate.allow_loss={LOSSY}")  # the limit decides
@@ -176,6 +187,15 @@ class LiveEvaluator:
         words = self.words(configuration, probe)
         spec, run = compose_spec(words, self._declared.config_dir)
         return spec, run, tuple(words)
+    def _limit_ms(self, configuration: Configuration, probe: Probe) -> float:
+        """Return `latency_limit_ms` of a probe's cell: the widest limit; of a run that certifies, what LoadGen judges.
+
+        A typed one is kept.
+        """
+        bound = self._bounds_ms.get("latency_ms/p99") if probe.seed else self._widest_ms
+        typed = self._declared.fixed_value("latency_limit_ms") is not None
+        return bound if bound and not typed else self._specs[configuration].latency_limit_ms
+
 
     def _timed(self, run: RunConfig) -> RunConfig:
         """Return the options with a time limit of a part of the budget, unless one is typed."""
