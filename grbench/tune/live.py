@@ -94,6 +94,8 @@ class LiveEvaluator:
 
     def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
         key = (configuration, probe)
+        if self._loss_unknown(configuration):
+            return Outcome("UNJUDGED", error="its loss is unknown: the default configuration failed")
         if key not in self._measured:
             spec, run, words = self._compose(configuration, probe)
             begun = time.monotonic()
@@ -113,6 +115,8 @@ class LiveEvaluator:
         return self._measured[key]
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
+        if self._loss_unknown(configuration):  # for now: the default configuration may still be measured
+            return []
         spec = self._specs[configuration]
         here = describe_environment(spec.packages)
         found: list[tuple[Probe, Outcome]] = []
@@ -129,28 +133,32 @@ class LiveEvaluator:
                 probe = Probe(rate, scenario["queries"])
             else:
                 continue
-            outcome = self._outcome(configuration, folder, record, True, 0.0)
-            if self._limited and record.ok and not any(name.startswith("quality/") for name in outcome.metrics):
-                continue
-            found.append((probe, outcome))
             limit_ms = record.spec["latency_limit_ms"]
             if self._goodput and limit_ms != self._limit_ms(configuration, probe):
                 continue  # it counts answers within this limit
             if record.status is Status.STOPPED and limit_ms < self._widest_ms:
                 continue
+            outcome = self._outcome(configuration, folder, record, True, 0.0)
+            if self._limited and record.ok and not any(name.startswith("quality/") for name in outcome.metrics):
+                continue
+            found.append((probe, outcome))
         return sorted(found, key=lambda pair: (pair[0].rate is not None, pair[0].requests))
 
     def quality(self, configuration: Configuration) -> Mapping[str, float]:
         """Return the quality of the configurations that answer as this one.
 
         A model or a search with other options is another model, which the record compares with its own reference only.
-        Its loss is against the default configuration.
+        Its losses are those against the default configuration: none if that one has no quality.
         """
-        mine = _quality_class(self._specs[configuration])
-        found, base = self._quality.get(mine, {}), self._quality.get(self._base, {})
-        if not found or _answers(mine) == _answers(self._base):
+        found = self._quality.get(_quality_class(self._specs[configuration]), {})
+        if not self._another_model(configuration):
             return found
-        return found | losses(found, base)
+        own = {name: value for name, value in found.items() if not is_loss(name)}
+        return own | losses(own, self._quality.get(self._base, {}))
+
+    def _another_model(self, configuration: Configuration) -> bool:
+        """Return True if other answers are right than those of the default configuration."""
+        return _answers(_quality_class(self._specs[configuration])) != _answers(self._base)
 
     def words(self, configuration: Configuration, probe: Probe) -> list[str]:
         """Return the overrides of a probe's cell."""
@@ -179,14 +187,6 @@ class LiveEvaluator:
                 words.append("gate.quality_requests=0")
         return words
 
-    @property
-    def _weights(self) -> bool:
-        return (self._declared.fixed_value("model.weights") or "null") != "null"
-
-    def _compose(self, configuration: Configuration, probe: Probe) -> tuple[RunSpec, RunConfig, tuple[str, ...]]:
-        words = self.words(configuration, probe)
-        spec, run = compose_spec(words, self._declared.config_dir)
-        return spec, run, tuple(words)
     def _limit_ms(self, configuration: Configuration, probe: Probe) -> float:
         """Return `latency_limit_ms` of a probe's cell: the widest limit; of a run that certifies, what LoadGen judges.
 
@@ -196,6 +196,14 @@ class LiveEvaluator:
         typed = self._declared.fixed_value("latency_limit_ms") is not None
         return bound if bound and not typed else self._specs[configuration].latency_limit_ms
 
+    @property
+    def _weights(self) -> bool:
+        return (self._declared.fixed_value("model.weights") or "null") != "null"
+
+    def _compose(self, configuration: Configuration, probe: Probe) -> tuple[RunSpec, RunConfig, tuple[str, ...]]:
+        words = self.words(configuration, probe)
+        spec, run = compose_spec(words, self._declared.config_dir)
+        return spec, run, tuple(words)
 
     def _timed(self, run: RunConfig) -> RunConfig:
         """Return the options with a time limit of a part of the budget, unless one is typed."""
@@ -212,9 +220,10 @@ class LiveEvaluator:
         if found := quality_metrics(record):
             self._quality[alike] = found
         quality = self.quality(configuration)
+        rest = {name: value for name, value in record.metrics.items() if not name.startswith("quality/")}
         return Outcome(
             status=str(record.status),
-            metrics={**record.metrics, **quality} if record.ok else {},
+            metrics={**rest, **quality} if record.ok else {},
             intervals=record.intervals,
             error=record.error or "",
             batches=batches_of(folder) if record.ok and record.spec["scenario"]["name"] == "offline" else (),
@@ -224,11 +233,24 @@ class LiveEvaluator:
             folder=folder,
         )
 
+    def _loss_unknown(self, configuration: Configuration) -> bool:
+        """Return True if a limit asks for a loss against the default configuration, and that one has no quality."""
+        asked = any(is_loss(limit.metric) for limit in self._declared.goal.limits)
+        return asked and not self._quality.get(self._base) and self._another_model(configuration)
+
+
+def is_loss(name: str) -> bool:
+    """Return True for a figure of quality that is a loss against a reference."""
+    return name.startswith("quality/loss/") or name.endswith("_loss")
+
 
 def quality_metrics(record: RunRecord) -> dict[str, float]:
     """Return the quality of a record as metrics: losses are those of the worst task, others the mean over tasks."""
     quality = record.gate.get("quality") or {}
-    tasks: dict[str, dict[str, float]] = quality.get("tasks") or {}
+    tasks: dict[str, dict[str, float]] = {
+        task: {name: value for name, value in values.items() if not name.endswith("_interval")}
+        for task, values in (quality.get("tasks") or {}).items()
+    }
     found = {f"quality/{task}/{name}": value for task, values in tasks.items() for name, value in values.items()}
     for name in dict.fromkeys(name for values in tasks.values() for name in values):
         values = [task[name] for task in tasks.values() if name in task]

@@ -1,0 +1,117 @@
+"""The evaluator of `grbench tune` that measures: the overrides of its cells, and losses against the default."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from helpers.cells import write_cell
+
+from grbench.config.compose import compose_spec
+from grbench.config.jobs import Job
+from grbench.execution import records
+from grbench.execution.environment import describe_environment
+from grbench.execution.records import RunRecord, Status
+from grbench.execution.session import CellSession
+from grbench.tune import config, limits
+from grbench.tune.live import LiveEvaluator
+from grbench.tune.outcome import Configuration, Probe
+
+WINDOWS = [Configuration((("model.max_attn_len", value),)) for value in ("0", "64")]
+DEFAULT, WINDOW = WINDOWS
+OFFLINE, SERVER = Probe(None, 512), Probe(100.0, 2000)
+
+
+class Measured:
+    """A session whose cells have been measured: the status and the quality of each window."""
+
+    def __init__(self, folder: Path, found: Mapping[int, tuple[Status, float, float]]) -> None:
+        self._folder, self._found = folder, found
+
+    def has(self, spec: object) -> bool:
+        return False
+
+    def measure(self, job: Job) -> tuple[Path, RunRecord, bool]:
+        window = job.config[0].ranking_model.max_attn_len
+        status, auc, loss = self._found[window]
+        folder = self._folder / str(window)
+        record = write_cell(folder, status=status)
+        if record.ok:
+            reference = {"auc_reference": auc, "auc_loss_interval": [loss, loss]}  # as `TaskQuality` has it
+            record.gate["quality"] = {"tasks": {"liked": {"auc": auc, "auc_loss": loss, **reference}}}
+        return folder, record, False
+
+
+def evaluator(session: object, root: Path, *words: str, quality: bool = False) -> LiveEvaluator:
+    bounds = [word for word in words if limits.is_limit(word.partition("=")[0])]
+    fixed = ["task=rank", "engine=hstu", *(word for word in words if word not in bounds)]
+    declared = config.declare([*fixed, *bounds, "space=typed", "engine.cpu_threads=1,2"])
+    if quality:
+        asked = (*declared.goal.limits, limits.parse("quality.auc_loss", "0.1%"))
+        declared = dataclasses.replace(declared, goal=dataclasses.replace(declared.goal, limits=asked))
+    scenario = f"scenario={declared.scenario}"
+    specs = {
+        c: compose_spec([*declared.fixed, *c.words, *([] if scenario in declared.fixed else [scenario])])[0]
+        for c in WINDOWS
+    }
+    return LiveEvaluator(cast(CellSession, session), declared, specs, root, root / "sweep")
+
+
+def test_another_model_is_not_judged_by_its_own_reference_where_the_default_failed(tmp_path: Path) -> None:
+    found = {0: (Status.OOM, 0.0, 0.0), 64: (Status.OK, 0.60, 0.0001)}
+    measures = evaluator(Measured(tmp_path, found), tmp_path / "none", quality=True)
+    assert measures.evaluate(DEFAULT, OFFLINE).status == "OOM"
+    outcome = measures.evaluate(WINDOW, OFFLINE)
+    assert not outcome.ok and outcome.error == "its loss is unknown: the default configuration failed"
+    unlimited = evaluator(Measured(tmp_path / "unlimited", found), tmp_path / "none")
+    assert not unlimited.evaluate(DEFAULT, OFFLINE).ok
+    figures = unlimited.evaluate(WINDOW, OFFLINE).metrics
+    assert figures["quality/auc"] == 0.60 and not any(name.endswith("loss") for name in figures)
+
+
+def test_the_loss_of_another_model_is_against_the_default(tmp_path: Path) -> None:
+    found = {0: (Status.OK, 0.75, 0.0), 64: (Status.OK, 0.60, 0.0001)}
+    measures = evaluator(Measured(tmp_path, found), tmp_path / "none", quality=True)
+    assert measures.evaluate(DEFAULT, OFFLINE).metrics["quality/auc_loss"] == 0.0
+    outcome = measures.evaluate(WINDOW, OFFLINE)
+    assert outcome.ok and outcome.metrics["quality/auc_loss"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    "words, probed, stops, certified",
+    [
+        (["latency_ms.p99=20", "latency_ms.p99.9=300"], 300.0, True, 20.0),
+        (["latency_ms.p99=20"], 20.0, True, 20.0),
+        ([], 80.0, True, 80.0),
+        (["latency_limit_ms=30", "latency_ms.p99=300"], 30.0, False, 30.0),
+        (["latency_ms.p99=20", "scenario=trace_replay"], 20.0, False, 20.0),
+    ],
+)
+def test_a_probe_is_stopped_by_the_widest_limit_of_the_search(
+    tmp_path: Path, words: list[str], probed: float, stops: bool, certified: float
+) -> None:
+    measures = evaluator(None, tmp_path / "none", *words)
+
+    def spec(probe: Probe) -> Any:
+        return compose_spec(measures.words(DEFAULT, probe))[0]
+
+    server, sure = spec(SERVER), spec(dataclasses.replace(SERVER, seed=101))
+    assert spec(OFFLINE).latency_limit_ms == server.latency_limit_ms == probed  # they share an engine
+    assert getattr(server.scenario, "stop_hopeless", False) is stops
+    assert sure.latency_limit_ms == certified and not getattr(sure.scenario, "stop_hopeless", False)
+
+
+def test_a_rate_that_was_stopped_under_a_tighter_limit_is_open(tmp_path: Path) -> None:
+    first = evaluator(None, tmp_path, "latency_ms.p99=20")
+    spec = compose_spec(first.words(DEFAULT, SERVER))[0]
+    folder = tmp_path / "cell"
+    record = write_cell(folder, status=Status.STOPPED)
+    record.spec, record.files, record.spec_hash = spec.to_dict(), spec.file_contents(), spec.hash
+    record.environment = describe_environment(spec.packages)
+    records.save(record, folder)
+    same, wider = (evaluator(None, tmp_path, f"latency_ms.p99={bound}") for bound in (20, 300))
+    assert [outcome.status for _, outcome in same.known(DEFAULT)] == ["STOPPED"]
+    assert wider.known(DEFAULT) == []
