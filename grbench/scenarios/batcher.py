@@ -31,7 +31,7 @@ class Ticket:
 
 Answered = Callable[[list[Ticket]], None]  # takes requests that ended together
 Watch = Callable[[Sequence[Request], BatchResult, int], None]  # takes a batch, its answers and its size; may raise
-Wanted = Callable[[list[Ticket]], list[Ticket]]  # returns those whose answers are still of use
+Wanted = Callable[[list[Ticket]], tuple[list[Ticket], list[Ticket]]]  # returns those to answer, and those that wait on
 Refused = Callable[[Ticket, ValueError], None]  # takes a request that the engine does not admit
 
 
@@ -39,9 +39,9 @@ def unwatched(requests: Sequence[Request], result: BatchResult, size: int) -> No
     """Take a batch and do nothing."""
 
 
-def all_wanted(tickets: list[Ticket]) -> list[Ticket]:
-    """Return all requests."""
-    return tickets
+def all_wanted(tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
+    """Return all requests to be answered."""
+    return tickets, []
 
 
 class RequestLoop:
@@ -51,7 +51,7 @@ class RequestLoop:
     that sends its next request upon an answer does not wait for the check within that request. If the engine or one of
     them raises, `failure` holds the exception, `stopped` is set and no further batch begins. key: which requests go
     together (grbench.scenarios.waiting); None: they go in order of arrival. wanted: is asked about the requests that
-    are taken next, on one of the threads; those that it leaves out are not answered.
+    are taken next, on one of the threads; those that it leaves out of both its lists are not answered.
     """
 
     def __init__(
@@ -153,7 +153,11 @@ class RequestLoop:
 
     def _take(self, count: int) -> list[Ticket]:
         """Remove and return the next requests that are wanted, at most `count`."""
-        return self._wanted(self._waiting.take(count, time.perf_counter())) if count and self._waiting else []
+        if not count or not self._waiting:
+            return []
+        taken, others = self._wanted(self._waiting.take(count, time.perf_counter()))
+        self._waiting.put_back(others)
+        return taken
 
     def _work(self) -> None:
         """Answer requests until the loop is closing and none waits."""

@@ -61,6 +61,11 @@ class Waiting:
     def add(self, tickets: Iterable[Ticket]) -> None:
         self._queue.extend(tickets)
 
+    def put_back(self, tickets: Iterable[Ticket]) -> None:
+        """Queue requests that were taken, each at its place by arrival."""
+        if tickets := list(tickets):
+            self._queue = deque(sorted([*tickets, *self._queue], key=lambda ticket: ticket.arrived))
+
     @property
     def oldest(self) -> Ticket:
         return self._queue[0]

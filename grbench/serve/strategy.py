@@ -270,7 +270,7 @@ class Strategy:
         self._known_good = sample(self._trace.requests, 2, self.spec.seed)[0]
         key = order_key(scenario.order, self._engine)
 
-        def wanted(tickets: list[Ticket]) -> list[Ticket]:
+        def wanted(tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
             return self._wanted(generation, tickets)
 
         if isinstance(self._engine, ContinuousEngine):
@@ -362,27 +362,33 @@ class Strategy:
 
         return guarded
 
-    def _wanted(self, generation: int, tickets: list[Ticket]) -> list[Ticket]:
-        """Return the requests that can be in time together and whose clients wait, and drop the others.
+    def _wanted(self, generation: int, tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
+        """Return the requests of the next batch, and those that wait for a later one.
 
-        One alone runs until its deadline, whatever is predicted: so costs that are too high are measured again.
+        The batch ends before a request that would make an earlier one late. A request that would itself be late is
+        dropped, and so is one whose client has left. One alone runs until its deadline, whatever is predicted: so
+        costs that are too high are measured again.
         """
         now = time.perf_counter()
         end = now + (self.costs.fixed_s if len(tickets) > 1 else 0.0)
         soonest = math.inf  # deadline of those that are wanted so far
         wanted: list[Ticket] = []
+        others: list[Ticket] = []
         dropped: list[Ticket] = []
-        for ticket in tickets:
+        for place, ticket in enumerate(tickets):
             one = self._pending.get(ticket.key)
             own_s = 0.0 if one is None or len(tickets) == 1 else one.cost_s
-            if one is None or one.future.done() or end + own_s > min(soonest, one.deadline):
+            if one is None or one.future.done() or end + own_s > one.deadline:
                 dropped.append(ticket)
-                continue
-            wanted.append(ticket)
-            end, soonest = end + own_s, min(soonest, one.deadline)
+            elif end + own_s > soonest:
+                others = tickets[place:]  # all of them, so that a user's requests stay in order
+                break
+            else:
+                wanted.append(ticket)
+                end, soonest = end + own_s, min(soonest, one.deadline)
         if dropped:
             self._post(generation, self._drop, dropped)
-        return wanted
+        return wanted, others
 
     def _watcher(
         self, generation: int

@@ -274,8 +274,32 @@ def test_requests_that_are_late_or_given_up_are_dropped() -> None:
     run(work)
 
 
+def test_a_request_that_would_make_an_earlier_one_late_waits_for_the_next_batch() -> None:
+    free, sizes = threading.Event(), []
+
+    def before(requests: Sequence[Request]) -> None:
+        sizes.append(len(requests))
+        free.wait()
+
+    async def work() -> None:
+        one = made(Engine(before), limit_s=60.0)
+        first = asyncio.create_task(outcome(one))
+        await asyncio.sleep(0.05)
+        one.costs = Costs(100.0, {Kind(1): 100.0})  # seconds: a batch of one takes 200, of two 300
+        now = time.perf_counter()
+        deadlines = [now + 250.0, math.inf, math.inf, now + 60_000.0]
+        waiting = [asyncio.create_task(outcome(one, deadline=deadline)) for deadline in deadlines]
+        await asyncio.sleep(0.05)
+        free.set()
+        assert [await task for task in (first, *waiting)] == ["answered"] * 5
+        assert sizes == [1, 1, 3] and one.pending == 0 and one.waiting_s == 0.0
+        await one.close(1.0)
+
+    run(work)
+
+
 def test_a_batch_takes_no_more_than_can_be_in_time() -> None:
-    """Those that would make the whole batch late are given back, so that the others count."""
+    """Those that would be late behind the others are given back, so that the others count."""
     free, sizes = threading.Event(), []
 
     def before(requests: Sequence[Request]) -> None:

@@ -206,3 +206,15 @@ def test_the_batcher_orders_what_waits_behind_a_batch() -> None:
     batcher.close()
     assert batches == [[0, 2], [1, 3]]
     assert batcher.most_passed == 1
+
+
+@pytest.mark.parametrize("key", [None, events])
+def test_what_is_put_back_is_at_its_place_again(key: Key | None) -> None:
+    waiting = Waiting(key, 3)
+    waiting.add(ticket(n, float(n), events=n % 2) for n in range(7))
+    taken = waiting.take(3, 10.0)
+    waiting.put_back(taken[1:])
+    assert waiting.oldest.request.request_id == 1
+    assert [t.request.request_id for t in waiting.take(7, 10.0)] == [
+        n for n in range(7) if n != taken[0].request.request_id
+    ]
