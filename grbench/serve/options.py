@@ -79,22 +79,25 @@ class ServeConfig:
         if self.api_key_file is None:
             return None
         try:
-            lines = [line.strip() for line in Path(self.api_key_file).read_bytes().splitlines() if line.strip()]
+            lines = Path(self.api_key_file).read_bytes().splitlines()
         except OSError as e:
             raise ConfigError(
                 f"serve.api_key_file={self.api_key_file}: {e.strerror}; give a file that holds the key"
             ) from None
-        if len(lines) == 1:
-            return {lines[0]: ""}
-        pairs = [line.split() for line in lines]
-        keys = {words[-1]: words[0].decode(errors="replace") for words in pairs if len(words) == 2}
-        if not lines:
+        rows = [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
+        if not rows:
             raise ConfigError(f"serve.api_key_file={self.api_key_file}: it is empty; write a long random key into it")
-        if len(set(keys.values())) < len(lines):
-            raise ConfigError(
-                f"serve.api_key_file={self.api_key_file}: {len(lines)} lines; allowed are one key, or lines `NAME KEY` "
-                "with names and keys that differ"
-            )
+        if len(rows) == 1 and len(rows[0][1]) == 1:
+            return {rows[0][1][0]: ""}
+        keys: dict[bytes, str] = {}
+        for number, words in rows:
+            name = words[0].decode(errors="replace")
+            if len(words) != 2 or words[1] in keys or name in keys.values():
+                raise ConfigError(
+                    f"serve.api_key_file={self.api_key_file}: line {number}; allowed are one key without spaces, or "
+                    "lines `NAME KEY` with names and keys that differ"
+                )
+            keys[words[1]] = name
         return keys
 
     def check_tls(self) -> None:
@@ -135,6 +138,9 @@ def parse(words: Sequence[str]) -> tuple[ServeConfig, str | None, list[str]]:
     expand_home(config)
     if problem := next(violations(config), None):
         raise ConfigError(f"{PREFIX}{problem}")
+    free = [name for name in ("port", "grpc_port") if getattr(config, name) == 0]
+    if config.replicas > 1 and free:
+        raise ConfigError(f"{PREFIX}{free[0]}=0: with replicas HAProxy listens, and it needs a port; give one")
     config.check_tls()
     if config.api_keys is None and not config.is_local:
         raise ConfigError(
@@ -170,7 +176,6 @@ def bound(host: str, port: int, name: str) -> socket.socket:
     except (OSError, UnicodeError) as e:
         listener.close()
         raise ConfigError(
-            f"{PREFIX}{name}={port}: {host}: {getattr(e, 'strerror', None) or e}; "
-            f"give another port, or {PREFIX}{name}=0 for a free one"
+            f"{PREFIX}{name}={port}: {host}: {getattr(e, 'strerror', None) or e}; give another {PREFIX}{name}"
         ) from None
     return listener

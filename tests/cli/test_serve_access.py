@@ -100,10 +100,16 @@ def test_a_traced_call_has_a_span_for_each_stage(clients: list[Client], request_
 
 @pytest.mark.parametrize(
     "text, words",
-    [("", "it is empty"), ("a x\na y\n", "2 lines; allowed are one key"), ("a x\nb x\n", "2 lines; allowed are one"),
-     ("a x\nb\n", "2 lines; allowed are one key, or lines `NAME KEY`")],
+    [("", "it is empty"), ("a x\na y\n", "line 2; allowed are one key without spaces, or lines `NAME KEY` with"),
+     ("a x\n\nb x\n", "line 3; allowed are one key"), ("a x\nb\n", "line 2; allowed"), ("a x y", "line 1; allowed")],
 )  # fmt: skip
 def test_a_wrong_file_of_keys_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "keys").write_text(text)
     with pytest.raises(ConfigError, match=words):
         _ = parse([f"serve.api_key_file={tmp_path / 'keys'}", "serve.host=0.0.0.0"])[0].api_keys
+
+
+@pytest.mark.parametrize("text, keys", [("s3cret\n", {b"s3cret": ""}), ("alice s3cret\n", {b"s3cret": "alice"})])
+def test_a_file_of_one_line_has_a_key_or_a_name_and_a_key(tmp_path: Path, text: str, keys: dict[bytes, str]) -> None:
+    (tmp_path / "keys").write_text(text)
+    assert parse([f"serve.api_key_file={tmp_path / 'keys'}"])[0].api_keys == keys

@@ -333,9 +333,11 @@ def test_a_connection_without_headers_is_closed(monkeypatch: pytest.MonkeyPatch,
             ["tls_cert_file={folder}", "tls_key_file={file}"],
             "give a certificate chain and its private key",
         ),
+        (["replicas=2", "port=0"], "serve.port=0: with replicas HAProxy listens, and it needs a port"),
+        (["replicas=2", "grpc_port=0"], "serve.grpc_port=0: with replicas HAProxy listens, and it needs a port"),
     ],
 )
-def test_files_of_the_server_are_read_first(tmp_path: Path, options: list[str], words: str) -> None:
+def test_wrong_options_of_the_server_are_refused_first(tmp_path: Path, options: list[str], words: str) -> None:
     names = {"folder": str(tmp_path), "file": str(tmp_path / "bad.pem")}
     (tmp_path / "bad.pem").write_text("no PEM")
     with pytest.raises(ConfigError, match=re.escape(words.format(**names))) as refused:
