@@ -8,6 +8,7 @@ replica is lost. Nothing of this is done here.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from grbench.config.arguments import CommandError
 from grbench.serve.options import ServeConfig
 from grengines.remote.client import USER_HEADER
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 INSTALL = "apt-get install haproxy, or conda install -c conda-forge haproxy"
 
 
@@ -63,7 +65,10 @@ def configuration(config: ServeConfig, replicas: Sequence[Address], certificate:
 
 
 class Proxy:
-    """HAProxy as a process of its own, with a configuration that can be replaced while it runs."""
+    """HAProxy as a process of its own, with a configuration that can be replaced while it runs.
+
+    It ends when the thread that made it ends, even by SIGKILL.
+    """
 
     def __init__(self, file: Path, text: str) -> None:
         """Raises CommandError if it is not installed or does not take the configuration."""
@@ -71,7 +76,12 @@ class Proxy:
             raise CommandError(f"haproxy is not installed, and it stands before replicas; {INSTALL}", 1)
         self._program, self._file, self._text = program, file, ""
         self._check(text)
-        self._process = subprocess.Popen([program, "-W", "-db", "-f", str(file)], start_new_session=True)
+        prctl = ctypes.CDLL(None).prctl  # found before the fork: the child may take no lock
+        self._process = subprocess.Popen(
+            [program, "-W", "-db", "-f", str(file)],
+            start_new_session=True,
+            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+        )
 
     @property
     def has_ended(self) -> bool:

@@ -1,22 +1,26 @@
 """Several servers, one a GPU: Ray places, watches and restarts them, and HAProxy stands before them.
 
-Each replica is an actor of Ray with a whole server in it. Where Ray has a cluster (RAY_ADDRESS), replicas are spread
-over its machines; else they share this one. This process only starts both, and gives HAProxy new addresses when a
-replica has moved to another machine.
+Each replica is an actor of Ray with a whole server in it. With RAY_ADDRESS, replicas are spread over the machines of
+that cluster. Without it they share this machine, in a cluster of their own that nobody else can use. This process only
+starts both, and gives HAProxy new addresses when a replica has moved to another machine.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import os
+import secrets
 import signal
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +30,42 @@ from grbench.serve.logs import Log
 from grbench.serve.options import SWITCH_S, ServeConfig, bound, deployment_of, parse
 
 WATCH_S = 1.0  # between two looks at the replicas
-ANSWER_S = 5.0  # for a replica to say where it is
+ANSWER_S = 1.0  # for the replicas to say where they are
+START_S = 300.0  # for Ray to place the replicas and start their processes
+LOCAL = "local"  # Ray's address of a cluster that begins and ends with this process
 
 
 class Replica:
-    """A server in an actor of Ray. Its methods run on the actor's event loop."""
+    """A server in an actor of Ray. Its methods run on the actor's event loop.
 
-    def __init__(self, number: int, words: Sequence[str]) -> None:
+    is_spread: HAProxy may be on another machine, so the replica listens on its machine's address in the cluster.
+    """
+
+    def __init__(self, number: int, words: Sequence[str], is_spread: bool) -> None:
         sys.setswitchinterval(SWITCH_S)
-        self._number, self._words = number, words
+        self._number, self._words, self._is_spread = number, words, is_spread
         self._ended = asyncio.Event()
         self._reload = asyncio.Event()
 
+    @cached_property
+    def _parsed(self) -> tuple[ServeConfig, str | None, list[str]]:
+        """Meaning of the words. It is no part of `__init__`, whose errors Ray wraps in a traceback."""
+        config, file, overrides = parse(self._words)
+        if self._is_spread:
+            ray: Any = importlib.import_module("ray")
+            config.host = ray.util.get_node_ip_address()
+        return config, file, overrides
+
     def address(self) -> Address:
         """Return where it listens."""
-        ray: Any = importlib.import_module("ray")
-        config, _, _ = parse(self._words)
-        is_alone = config.host in ("127.0.0.1", "localhost")
-        host = "127.0.0.1" if is_alone else ray.util.get_node_ip_address()
-        return Address(self._number, host, config.port, config.grpc_port)
+        config, _, _ = self._parsed
+        return Address(self._number, config.host, config.port, config.grpc_port)
 
     async def run(self) -> None:
         """Serve until `end`."""
         from grbench.serve.server import serve
 
-        config, file, overrides = parse(self._words)
+        config, file, overrides = self._parsed
 
         def load() -> Any:
             return deployment_of(file, overrides)
@@ -68,8 +83,9 @@ class Replica:
 
 
 def words_of(words: Sequence[str], config: ServeConfig, number: int) -> list[str]:
-    """Return the words of a replica's own server, from those of the command. HAProxy has the ports and TLS."""
+    """Return the words of a replica's own server, from those of the command. HAProxy has the address and TLS."""
     taken = (
+        "serve.host=",
         "serve.replicas=",
         "serve.port=",
         "serve.grpc_port=",
@@ -84,47 +100,87 @@ def words_of(words: Sequence[str], config: ServeConfig, number: int) -> list[str
 
 
 def serve_replicas(config: ServeConfig, words: Sequence[str], log: Log) -> None:
-    """Serve until SIGTERM or SIGINT; SIGHUP reloads one replica after the other. Raises CommandError."""
-    try:
-        ray: Any = importlib.import_module("ray")
-    except ImportError:
-        raise CommandError(
-            "package ray is not installed, and it starts replicas; pip install 'grbench[ray]'", 1
-        ) from None
-    for name, port in (("port", config.port), ("grpc_port", config.grpc_port), ("stats_port", config.stats_port)):
+    """Serve until SIGTERM or SIGINT; SIGHUP makes all replicas reload at once. Raises CommandError."""
+    if find_spec("ray") is None:
+        raise CommandError("package ray is not installed, and it starts replicas; pip install 'grbench[ray]'", 1)
+    cluster = os.environ.get("RAY_ADDRESS") or LOCAL
+    if cluster != LOCAL:
+        _check_spread(config, cluster)
+    for name, port in (("port", config.port), ("grpc_port", config.grpc_port)):
         if port is not None:
             bound(config.host, port, name).close()
-    ending, reloading = threading.Event(), threading.Event()
+    bound("127.0.0.1", config.stats_port, "stats_port").close()
+    if cluster == LOCAL:  # before the import of Ray, which reads it: Ray listens on every address of the machine
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(include_dashboard=False, logging_level=logging.ERROR)
+    ray: Any = importlib.import_module("ray")
+    try:
+        ray.init(address=cluster, include_dashboard=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
+        raise CommandError(f"RAY_ADDRESS={cluster}: Ray does not start there: {' '.join(str(e).split())}", 1) from None
+    ending, reloading = threading.Event(), threading.Event()
     try:
         for number, event in {signal.SIGTERM: ending, signal.SIGINT: ending, signal.SIGHUP: reloading}.items():
             signal.signal(number, lambda *_, event=event: event.set())  # after Ray, which has handlers of its own
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        if 0 < gpus < config.replicas:
-            raise CommandError(
-                f"serve.replicas={config.replicas}: there are {gpus} GPUs, and each replica takes one", 1
-            )
-        share = max(int(ray.cluster_resources()["CPU"]) // config.replicas, 1)
-        actor: Any = ray.remote(Replica).options(
-            num_cpus=0 if gpus else share, num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1,
-            scheduling_strategy="SPREAD", runtime_env={"env_vars": {"OMP_NUM_THREADS": str(share)}},
-        )  # fmt: skip
-        replicas = [actor.remote(n, words_of(words, config, n)) for n in range(1, config.replicas + 1)]
+        actor = _actor(ray, config.replicas)
+        replicas = [
+            actor.remote(n, words_of(words, config, n), cluster != LOCAL) for n in range(1, config.replicas + 1)
+        ]
         _serve(config, ray, replicas, ending, reloading, log)
+    except ray.exceptions.RayTaskError as e:
+        raise CommandError(f"a replica cannot serve: {' '.join(str(e.cause).split())}", 1) from None
+    except ray.exceptions.RayError as e:
+        raise CommandError(f"Ray: {' '.join(str(e).split())}", 1) from None
     finally:
         ray.shutdown()
+
+
+def _check_spread(config: ServeConfig, cluster: str) -> None:
+    """Raises CommandError for options that do not fit replicas on several machines."""
+    if config.is_local:
+        raise CommandError(
+            f"serve.host={config.host}: with RAY_ADDRESS={cluster} replicas are on other machines, and this address is "
+            "not; give serve.host=0.0.0.0 and serve.api_key_file=FILE, or unset RAY_ADDRESS"
+        )
+    if config.tls_cert_file:
+        raise CommandError(
+            f"serve.tls_cert_file={config.tls_cert_file}: with RAY_ADDRESS={cluster} calls would go on from HAProxy to "
+            "other machines without TLS; unset RAY_ADDRESS, or leave TLS out and end it before the server"
+        )
+
+
+def _actor(ray: Any, count: int) -> Any:
+    """Return the class of the replicas with what each takes of the cluster. Raises CommandError if that is too little.
+
+    A replica takes a GPU, or without GPUs its share of the processors.
+    """
+    resources = ray.cluster_resources()
+    gpus, processors = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    there, what = (gpus, "GPUs") if gpus else (processors, "processors")
+    if there < count:
+        raise CommandError(
+            f"serve.replicas={count}: each takes one of the {what}, and there are {there}; give fewer", 1
+        )
+    share = max(processors // count, 1)
+    return ray.remote(Replica).options(
+        num_cpus=0 if gpus else share, num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1,
+        scheduling_strategy="SPREAD", runtime_env={"env_vars": {"OMP_NUM_THREADS": str(share)}},
+    )  # fmt: skip
 
 
 def _serve(
     config: ServeConfig, ray: Any, replicas: list[Any], ending: threading.Event, reloading: threading.Event, log: Log
 ) -> None:
     running = [replica.run.remote() for replica in replicas]
-    addresses = ray.get([replica.address.remote() for replica in replicas])
+    proxy: Proxy | None = None
     with tempfile.TemporaryDirectory(prefix="grbench-") as folder, certificate_of(config, Path(folder)) as certificate:
-        proxy = Proxy(Path(folder, "haproxy.cfg"), configuration(config, addresses, certificate))
-        log.info("listening", host=config.host, port=config.port, replicas=[f"{a.host}:{a.port}" for a in addresses])
         try:
+            addresses = _started(ray, replicas, ending)
+            if ending.is_set():
+                return
+            proxy = Proxy(Path(folder, "haproxy.cfg"), configuration(config, addresses, certificate))
+            where = [f"{a.host}:{a.port}" for a in addresses]
+            log.info("listening", host=config.host, port=config.port, replicas=where)
             while not ending.wait(WATCH_S):
                 if proxy.has_ended:
                     raise CommandError("haproxy has ended; its last lines say why", 1)
@@ -133,25 +189,46 @@ def _serve(
                     raise CommandError("a replica has ended", 1)
                 if reloading.is_set():
                     reloading.clear()
-                    ray.get([replica.reload.remote() for replica in replicas])
-                addresses = [_now(ray, *pair) for pair in zip(replicas, addresses, strict=True)]
+                    for replica in replicas:
+                        replica.reload.remote()  # nobody waits for it: one that restarts reads the deployment anyway
+                addresses = _now(ray, replicas, addresses)
                 proxy.replace(configuration(config, addresses, certificate))
-        except ray.exceptions.RayTaskError as e:
-            raise CommandError(f"a replica cannot serve: {' '.join(str(e.cause).split())}", 1) from None
         finally:
-            log.info("draining", limit_s=config.drain_s)
-            drained = time.monotonic() + config.drain_s
-            proxy.close(config.drain_s)
+            limit_s = config.drain_s if proxy else 0.0  # without HAProxy no call has come
+            log.info("draining", limit_s=limit_s)
+            drained = time.monotonic() + limit_s
+            if proxy:
+                proxy.close(limit_s)
             for replica in replicas:
                 replica.end.remote()
             ray.wait(running, num_returns=len(running), timeout=max(drained - time.monotonic(), 1.0))
             log.info("ended")
 
 
-def _now(ray: Any, replica: Any, before: Address) -> Address:
-    """Return where a replica listens; while it restarts, where it was."""
-    try:
-        found: Address = ray.get(replica.address.remote(), timeout=ANSWER_S)
-        return found
-    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
-        return before
+def _started(ray: Any, replicas: list[Any], ending: threading.Event) -> list[Address]:
+    """Wait until all replicas run, or a signal comes, and return where they listen. Raises CommandError."""
+    asked = [replica.address.remote() for replica in replicas]
+    waiting, limit = asked, time.monotonic() + START_S
+    found: list[Address] = []
+    while waiting and not ending.is_set():
+        if time.monotonic() > limit:
+            raise CommandError(
+                f"{len(waiting)} of {len(asked)} replicas have not started within {START_S:g} s: the machines have "
+                "too little free for them, or are slow; give a smaller serve.replicas",
+                1,
+            )
+        done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=WATCH_S)
+        found += ray.get(done)
+    return sorted(found, key=lambda address: address.number)
+
+
+def _now(ray: Any, replicas: list[Any], before: list[Address]) -> list[Address]:
+    """Return where the replicas listen, and of one that restarts where it was."""
+    asked = [replica.address.remote() for replica in replicas]
+    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
+    found = list(before)
+    for place, address in enumerate(asked):
+        if address in answered:
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                found[place] = ray.get(address)
+    return found

@@ -15,8 +15,9 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,10 @@ from helpers.serving import TINY, certificate, serving, tiny_trace, wait_until
 from tritonclient.utils import InferenceServerException
 
 from grbench.config.arguments import CommandError
+from grbench.serve import replicas
 from grbench.serve.haproxy import Address, Proxy, configuration
 from grbench.serve.options import ServeConfig, parse
-from grbench.serve.replicas import words_of
+from grbench.serve.replicas import Replica, words_of
 from grengines.remote.client import Client
 
 ROOT = Path(__file__).parents[2]
@@ -87,12 +89,12 @@ def named() -> Iterator[list[Address]]:
 
 
 @contextlib.contextmanager
-def proxied(folder: Path, replicas: list[Address]) -> Iterator[tuple[Proxy, ServeConfig]]:
+def proxied(folder: Path, addresses: list[Address]) -> Iterator[tuple[Proxy, ServeConfig]]:
     port, grpc_port, stats = free_ports(3)
-    config = ServeConfig(port=port, grpc_port=grpc_port if replicas[0].grpc_port else None, stats_port=stats)
-    proxy = Proxy(folder / "haproxy.cfg", configuration(config, replicas))
+    config = ServeConfig(port=port, grpc_port=grpc_port if addresses[0].grpc_port else None, stats_port=stats)
+    proxy = Proxy(folder / "haproxy.cfg", configuration(config, addresses))
     try:
-        wait_until(lambda: up(config) == len(replicas))
+        wait_until(lambda: up(config) == len(addresses))
         yield proxy, config
     finally:
         proxy.close(5)
@@ -181,18 +183,132 @@ def test_users_of_a_lost_replica_are_answered_and_come_back(tmp_path: Path) -> N
 
 def test_a_replica_has_ports_of_its_own() -> None:
     words = ["engine=hstu", "serve.replicas=2", "serve.port=9000", "serve.tls_cert_file=c", "serve.max_queue=5"]
-    given = words_of(words, ServeConfig(replica_port=8100, grpc_port=8001), 2)
+    given = words_of([*words, "serve.host=0.0.0.0"], ServeConfig(replica_port=8100, grpc_port=8001), 2)
     config, _, overrides = parse(given)
     assert (config.port, config.grpc_port, config.replica, config.replicas) == (8102, 8103, 2, 1)
     assert config.max_queue == 5 and config.tls_cert_file is None and overrides == ["engine=hstu"]
 
 
+@pytest.mark.parametrize("is_spread, host", [(False, "127.0.0.1"), (True, "10.0.0.5")])
+def test_a_replica_listens_where_haproxy_reaches_it_and_reads_its_words_once(
+    monkeypatch: pytest.MonkeyPatch, is_spread: bool, host: str
+) -> None:
+    util = SimpleNamespace(get_node_ip_address=lambda: "10.0.0.5")
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(util=util))
+    reads: list[Sequence[str]] = []
+    monkeypatch.setattr(replicas, "parse", lambda words: (reads.append(words), parse(words))[1])
+    replica = Replica(1, words_of(["serve.host=0.0.0.0"], ServeConfig(), 1), is_spread)
+    assert replica.address() == replica.address() == Address(1, host, 8100, 8101) and len(reads) == 1
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [([], "serve.host=127.0.0.1: with RAY_ADDRESS=10.0.0.1:6379 replicas are on other machines"),
+     (["serve.host=::1"], "serve.host=::1: with RAY_ADDRESS"),
+     (["serve.host=0.0.0.0", "serve.api_key_file={keys}", "serve.tls_cert_file={cert}", "serve.tls_key_file={key}"],
+      "without TLS; unset RAY_ADDRESS, or leave TLS out")],
+)  # fmt: skip
+def test_options_that_do_not_fit_several_machines_are_refused(
+    grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    (tmp_path / "keys").write_text("a-long-secret")
+    cert, key = certificate(tmp_path)
+    files = {"cert": cert, "key": key, "keys": tmp_path / "keys"}
+    result = grbench_here("serve", *WORDS, "serve.replicas=2", *(word.format(**files) for word in words))
+    assert result.returncode == 2 and said in result.stderr
+
+
+class _Ray:
+    """A stand-in for Ray. What an actor's method returns is a thing that `wait` finds done, unless it is None."""
+
+    exceptions = SimpleNamespace(RayActorError=LookupError)
+
+    def __init__(self, **resources: float) -> None:
+        self.cluster_resources = lambda: resources
+        self.waits = 0
+
+    def wait(self, asked: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        self.waits += 1
+        time.sleep(0.02 * (None in asked))
+        return [one for one in asked if one is not None], [one for one in asked if one is None]
+
+    def get(self, asked: Any) -> Any:
+        if isinstance(asked, Exception):
+            raise asked
+        return asked
+
+
+def actors(*answers: Any) -> list[Any]:
+    """Return a stand-in for each replica, which answers this when it is asked for its address."""
+    return [SimpleNamespace(address=SimpleNamespace(remote=lambda answer=answer: answer)) for answer in answers]
+
+
+@pytest.mark.parametrize("resources, what", [({"CPU": 2.0}, "processors"), ({"CPU": 8.0, "GPU": 2.0}, "GPUs")])
+def test_more_replicas_than_the_cluster_has_room_for_are_refused(resources: dict[str, float], what: str) -> None:
+    with pytest.raises(CommandError, match=f"serve.replicas=3: each takes one of the {what}, and there are 2"):
+        replicas._actor(_Ray(**resources), 3)
+
+
+def test_a_replica_that_does_not_start_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, ending = Address(1, "127.0.0.1", 8100, 8101), threading.Event()
+    second = Address(2, "127.0.0.1", 8102, 8103)
+    assert replicas._started(_Ray(), actors(second, first), ending) == [first, second]
+    monkeypatch.setattr(replicas, "START_S", 0.01)
+    with pytest.raises(CommandError, match="1 of 2 replicas have not started"):
+        replicas._started(_Ray(), actors(first, None), ending)
+    ending.set()
+    assert replicas._started(_Ray(), actors(None, None), ending) == []
+
+
+def test_replicas_are_asked_together_and_one_that_restarts_stays_where_it_was() -> None:
+    before = [Address(n, "10.0.0.1", 8098 + 2 * n, None) for n in (1, 2, 3)]
+    moved, ray = Address(1, "10.0.0.2", 8100, None), _Ray()
+    assert replicas._now(ray, actors(moved, None, LookupError()), before) == [moved, *before[1:]]
+    assert ray.waits == 1
+
+
 @needs_haproxy
-def test_haproxy_takes_grpc_and_tls(tmp_path: Path) -> None:
+def test_a_reload_of_one_replica_is_refused(tmp_path: Path, named: list[Address]) -> None:
+    with proxied(tmp_path, named) as (_, config):
+        for path in ("/reload", "/%72eload", "/reload?now"):
+            connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=20)
+            connection.request("POST", path, b"")
+            answer = connection.getresponse()
+            assert answer.status == 403 and "send SIGHUP" in json.loads(answer.read())["error"]
+
+
+PROXY = """
+import sys, time
+from pathlib import Path
+from grbench.serve.haproxy import Address, Proxy, configuration
+from grbench.serve.options import ServeConfig
+port, stats = map(int, sys.argv[2:])
+config = ServeConfig(port=port, grpc_port=None, stats_port=stats)
+proxy = Proxy(Path(sys.argv[1]), configuration(config, [Address(1, "127.0.0.1", 1, None)]))
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+@needs_haproxy
+def test_haproxy_ends_with_its_launcher(tmp_path: Path) -> None:
+    ports = free_ports(2)
+    command = [sys.executable, "-c", PROXY, str(tmp_path / "haproxy.cfg"), *map(str, ports)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None and launcher.stdout.readline() == "started\n"
+        wait_until(lambda: _is_open(ports[0]))
+        launcher.kill()
+    wait_until(lambda: not _is_open(ports[0]))
+
+
+@needs_haproxy
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "127.0.0.2"])
+def test_haproxy_takes_grpc_and_tls(tmp_path: Path, host: str) -> None:
     cert, key = certificate(tmp_path)
     pem = tmp_path / "both.pem"
     pem.write_bytes(cert.read_bytes() + key.read_bytes())
-    text = configuration(ServeConfig(), [Address(1, "127.0.0.1", 8100, 8101)], pem)
+    text = configuration(ServeConfig(host=host), [Address(1, "127.0.0.1", 8100, 8101)], pem)
     file = tmp_path / "haproxy.cfg"
     file.write_text(text)
     checked = subprocess.run(["haproxy", "-c", "-f", str(file)], capture_output=True, text=True)
@@ -268,6 +384,12 @@ def test_a_killed_replica_is_started_again(tmp_path: Path) -> None:
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+def _is_open(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        return True
+    return False
 
 
 def _is_ready(client: triton.InferenceServerClient) -> bool:
