@@ -336,4 +336,6 @@ def _explain_key(cause: OmegaConfBaseException, key: str, text: str) -> str:
         return f"{key}: a value is needed, {key}=...; allowed is {describe(fields[name])}"
     if dataclasses.is_dataclass(fields[name].default_factory):
         return f"{key}={cause.value}: a group of options, not one value; {key}.KEY=... sets one of them"
-    return f"{key}={cause.value}: allowed is {describe(fields[name])}"
+    is_list = str(fields[name].type).startswith("list[") and isinstance(cause.value, str)
+    hint = f"; write {key}=[{cause.value}]" if is_list else ""
+    return f"{key}={cause.value}: allowed is {describe(fields[name])}{hint}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,6 +17,8 @@ from grbench.execution.energy import METRIC as JOULES
 from grbench.execution.environment import machine_of
 from grbench.execution.records import RunRecord
 from grbench.report.work import offered_load, strategy_of
+
+NUMBER = re.compile(r"(?<![\w.:/-])\d+(?:\.\d+)?(?![\w:/-]|\.\d)")  # not those in names, times and paths
 
 # Names of the metrics whose spread becomes an interval.
 SPREADS = ("latency_ms/p", "throughput_rps", "goodput_rps", JOULES)
@@ -100,13 +103,17 @@ def _for_all(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _notes(runs: Sequence[RunRecord], intervals: dict[str, list[float]]) -> list[str]:
-    """Return each note once, with the number of runs that have it, but not that an interval is absent which is here."""
-    carriers = Counter(note for run in runs for note in dict.fromkeys(run.notes))
-    return [
-        note if count == len(runs) else f"{note} ({count} of {len(runs)} runs)"
-        for note, count in carriers.items()
-        if note.partition(" ")[0] not in intervals
-    ]
+    """Return each note once, but not that an interval is absent which is here.
+
+    A note that some runs lack has the number of those that have it, whatever numbers are in it.
+    """
+    carriers = Counter(form for run in runs for form in {NUMBER.sub("#", note) for note in run.notes})
+    notes = []
+    for note in dict.fromkeys(note for run in runs for note in run.notes):
+        count = carriers[NUMBER.sub("#", note)]
+        if note.partition(" ")[0] not in intervals:
+            notes.append(note if count == len(runs) else f"{note} ({count} of {len(runs)} runs)")
+    return notes
 
 
 def _cell(record: RunRecord) -> str:

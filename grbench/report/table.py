@@ -16,7 +16,7 @@ from grbench.execution.records import RunRecord, Status
 from grbench.report.cells import MISSING, Cell, figure, labels
 from grbench.report.findings import comparable, findings, limit_verdict
 from grbench.report.groups import best_first
-from grbench.report.repeats import pooled, run_count
+from grbench.report.repeats import NUMBER, pooled, run_count
 
 MOST_COLUMNS = 10
 NARROWEST_CELL, GAP = 8, 2  # characters; of the gap one is the divider
@@ -131,7 +131,6 @@ LEAST_NEEDED = [
     "hits %",
     "retrieve + rank",
 ]
-_NUMBER = re.compile(r"(?<![\w.:/-])\d+(?:\.\d+)?(?![\w:/-]|\.\d)")  # not those in names, times and paths
 UNSEEN = "latency_ms/p99.9 withheld"  # begins a note on a percentile that the table has no column for
 
 
@@ -216,7 +215,7 @@ def notes(records: list[RunRecord], names: Sequence[str] = ()) -> list[str]:
     alike: dict[str, tuple[list[str], list[str]]] = {}  # by form: the notes and the cells that have one
     for record, label in zip(records, names or labels(records), strict=True):
         for note in dict.fromkeys(note for note in record.notes if not note.startswith(UNSEEN)):
-            texts, cells = alike.setdefault(_NUMBER.sub("#", note), ([], []))
+            texts, cells = alike.setdefault(NUMBER.sub("#", note), ([], []))
             texts.append(note)
             cells.append(label)
     return [_ranges(texts) + of(list(dict.fromkeys(cells))) for texts, cells in alike.values()]
@@ -224,10 +223,10 @@ def notes(records: list[RunRecord], names: Sequence[str] = ()) -> list[str]:
 
 def _ranges(alike: Sequence[str]) -> str:
     """Return notes that differ only in numbers as one, with "low to high" where they do."""
-    found = zip(*(_NUMBER.findall(note) for note in alike), strict=True)
+    found = zip(*(NUMBER.findall(note) for note in alike), strict=True)
 
     def ends(match: re.Match[str]) -> str:
         numbers = sorted(set(next(found)), key=float)
         return numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
-    return _NUMBER.sub(ends, alike[0])
+    return NUMBER.sub(ends, alike[0])

@@ -97,6 +97,7 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
         (["runner.timeout_s=1e10"], "runner.timeout_s", "<= 31536000"),
         (["runner.memory_limit_gb=1e12"], "runner.memory_limit_gb", "<= 1000000"),
         (["model.tasks=[]"], "model.tasks=[]", "at least one output"),
+        (["model.tasks=liked"], "model.tasks=liked", "list of str; write model.tasks=[liked]"),
         (["engine=hstu", "engine.precision=fp8"], "engine.precision", "bf16"),
         (["latency_limit_ms=-1"], "latency_limit_ms", "> 0"),
         (["latency_limit_ms=.inf"], "latency_limit_ms", "> 0"),

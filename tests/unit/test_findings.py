@@ -178,6 +178,15 @@ def test_a_run_with_the_same_seed_replaces_the_one_before() -> None:
     assert found.best == (again,) and "runs" not in found.sentence
 
 
+def test_a_note_of_some_runs_says_of_how_many() -> None:
+    """Notes that differ in a number alone count as one, which is every run's here."""
+    one, other = cell(4.0, seed=0), cell(5.0, seed=1)
+    one.notes, other.notes = ["the run took 0.35 s", "a kernel was compiled"], ["the run took 0.37 s"]
+    (both,) = pooled([one, other])
+    expected = ["the run took 0.35 s", "a kernel was compiled (1 of 2 runs)", "the run took 0.37 s"]
+    assert [note for note in both.notes if note in expected] == expected
+
+
 @pytest.mark.parametrize("changed", ["git_sha", "code"])
 def test_runs_of_other_code_are_no_repeats(changed: str) -> None:
     one, other = cell(4.0, seed=0), cell(6.0, seed=1)
