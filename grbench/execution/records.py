@@ -238,7 +238,13 @@ def find(root: Path) -> Iterator[tuple[Path, RunRecord]]:
     for path in _files(root):
         with contextlib.suppress(ValueError, OSError):
             found.append((path.parent, load(path)))
-    yield from sorted(found, key=lambda pair: pair[1].started_at)
+    yield from sorted(found, key=by_start)
+
+
+def by_start(cell: tuple[Path, RunRecord]) -> tuple[str, int, str]:
+    """Order records by their start, which has whole seconds, then by their folder: cell 2 of a sweep is before 10."""
+    folder = str(cell[0])
+    return cell[1].started_at, len(folder), folder
 
 
 def unreadable(roots: Sequence[Path]) -> list[str]:

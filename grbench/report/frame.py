@@ -53,7 +53,7 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
             )
         for folder, record in sorted(cells, key=lambda cell: len(cell[0].parts)):
             found.setdefault((record.spec_hash, record.started_at, record.duration_s), (folder, record))
-    return records.without_superseded(sorted(found.values(), key=lambda cell: cell[1].started_at))
+    return records.without_superseded(sorted(found.values(), key=records.by_start))
 
 
 def load_frame(*roots: Path | str) -> pd.DataFrame:

@@ -344,7 +344,7 @@ def test_a_wrong_command_is_refused(grbench_here: Grbench, words: list[str], err
 def test_a_port_that_is_taken_is_named(grbench_here: Grbench) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = grbench_here("serve", "engine=hstu", f"serve.port={taken.getsockname()[1]}")
-    assert done.returncode == 2 and "Address already in use; give another port" in done.stderr
+    assert done.returncode == 2 and "Address already in use; give another serve.port" in done.stderr
 
 
 def test_signals_reload_and_end_it(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_signals_reload_and_end_it(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("key") / "key"
-    file.write_text("a long secret\n")
+    file.write_text("a-long-secret\n")
     return file
 
 
@@ -401,7 +401,7 @@ def test_a_call_needs_the_key(locked: Serving, key: Path) -> None:
         assert locked.call(path)[0] == 401
     assert locked.call("/reload", b"")[0] == 401
     assert locked.call("/v2/health/ready")[0] == 200
-    right = {"authorization": "Bearer a long secret"}
+    right = {"authorization": "Bearer a-long-secret"}
     assert locked.call("/v2/models/hstu_tiny/infer", {"inputs": base()}, right)[0] == 200
     with tritongrpc.InferenceServerClient(f"127.0.0.1:{locked.grpc_port}") as client:
         assert client.is_server_live()
