@@ -37,12 +37,13 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
         return hydra_compose(config_name, overrides, return_hydra_config=True)
     words = [str(override.input_line) for override in chosen]
     searched = any(override.key_or_group == "hydra.searchpath" for override in chosen)  # folders of the user's own
-    key = (config_name, *words, Path.cwd(), registered(), loader if searched else _stamp())
+    key = (config_name, *words, registered(), loader if searched else _stamp())
     if key not in _kept:
         if len(_kept) == KEPT:
             _kept.clear()
         _kept[key] = hydra_compose(config_name, words, return_hydra_config=True)
     cfg = copy.deepcopy(_kept[key])
+    cfg.hydra.runtime.cwd = str(Path.cwd())  # of all that Hydra adds, only this depends on the folder
     try:
         ConfigLoaderImpl._apply_overrides_to_config([o for o in parsed if o not in chosen], cfg)
     except OmegaConfBaseException as e:  # as Hydra does
