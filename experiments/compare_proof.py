@@ -31,6 +31,7 @@ DEFAULTS = [
     "gate.requests=2",
     "tracking=none",
 ]
+WORST_FIRST = (Verdict.SLOWER, Verdict.FASTER, Verdict.UNKNOWN, Verdict.UNDECIDED, Verdict.SAME)
 LAYERS = {"base": 20, "equal": 20, "more": 21}
 ALLOWED, NEEDED = 0.1, 0.9  # shares of the trials: of wrong claims, and of differences found
 
@@ -52,7 +53,7 @@ def judge(root: Path, side: str) -> tuple[Verdict, str]:
     changes = compare(read_cells([root / "base"]), read_cells([root / side])).changes
     verdicts = {change.verdict() for change in changes}
     text = " ".join(f"{change.metric} {change.ratio:.4f} [{change.low:.4f}, {change.high:.4f}]" for change in changes)
-    return next((v for v in (Verdict.SLOWER, Verdict.FASTER, Verdict.UNKNOWN) if v in verdicts), Verdict.SAME), text
+    return next(v for v in WORST_FIRST if v in verdicts), text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measure(root, args.overrides, range(trial * args.runs, (trial + 1) * args.runs))
             for side in ("equal", "more"):
                 verdict, change = judge(root, side)
-                wrong += side == "equal" and verdict is not Verdict.SAME
+                wrong += side == "equal" and verdict not in (Verdict.SAME, Verdict.UNDECIDED)
                 found += side == "more" and verdict is Verdict.SLOWER
                 rows.add(trial=trial, side=side, verdict=str(verdict), change=change)
     said = f"equal work: a difference is claimed in {wrong} of {args.trials}; 5% more work: found in {found}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from grbench import __version__, completion, signals, streams
 from grbench.config.arguments import CommandError
 from grbench.streams import printable
 from grbench.subcommands import SUBCOMMANDS, call
+from grkernels.nearest import nearest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +64,5 @@ def _folder_exists() -> bool:
 
 
 def _unknown(word: str) -> str:
-    near = difflib.get_close_matches(word, SUBCOMMANDS, n=2)
-    hint = f"nearest: {', '.join(near)}; " if near else ""
+    hint = nearest(word, SUBCOMMANDS, count=2)
     return f"{word}: no such command; {hint}commands: {', '.join(SUBCOMMANDS)}; a setting is KEY=VALUE"

@@ -22,6 +22,7 @@ from grbench.config.schema import ConfigError, RunSpec
 from grengines.options import option, violations
 from grengines.runtime import atomic_io
 from grengines.spec import TASKS
+from grkernels.nearest import nearest
 
 VERSION = 1
 LIMITS = {  # pattern of a limit's name: how it is written
@@ -178,7 +179,8 @@ def _problems(deployment: Deployment) -> Iterator[str]:
         if len(step.changes) != 1:
             yield f"{key}: {' and '.join(step.changes) or 'no change'}; a step has one of {', '.join(CHANGES)}"
         if step.strategy is not None and step.strategy not in _names(deployment.strategies):
-            yield f"{key}.strategy={step.strategy}: allowed are {', '.join(_names(deployment.strategies))}"
+            known = _names(deployment.strategies)
+            yield f"{key}.strategy={step.strategy}: {nearest(step.strategy, known)}allowed are {', '.join(known)}"
     for key, named in (("strategies", deployment.strategies), ("degrade", deployment.degrade)):
         names = _names(named)
         if twice := next((name for name in names if names.count(name) > 1), None):

@@ -32,7 +32,7 @@ SUBCOMMANDS = {
     "overhead": Subcommand("grbench.tools.overhead:main", "measure the latency that the harness itself adds"),
     "report": Subcommand("grbench.report.command:main", "write a report from records: HTML, Markdown, CSV or JSON"),
     "compare": Subcommand(
-        "grbench.report.compare_command:main", "judge two measurements: faster, slower, no difference"
+        "grbench.report.compare_command:main", "judge two measurements: faster, slower, no difference, undecided"
     ),
     "reports": Subcommand("grbench.report.studies_command:main", "rebuild the pages of kept reports"),
     "ui": Subcommand("grbench.tracking.command:ui", "open MLflow's pages on this machine"),

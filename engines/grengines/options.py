@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grkernels.nearest import nearest
+
 
 def option(
     default: Any,
@@ -48,6 +50,11 @@ def describe(field: dataclasses.Field[Any]) -> str:
     return " ".join([kind, " and ".join(bounds)]).strip()
 
 
+def allowed_instead(field: dataclasses.Field[Any], value: Any) -> str:
+    """Return what a field allows instead of `value`, with the choice that is nearest to it."""
+    return f"{nearest(value, field.metadata.get('allowed', {}).get('choices', ()))}allowed is {describe(field)}"
+
+
 def violations(config: Any) -> Iterator[str]:
     """Yield one line for each value outside its range and each file that can't be read: key, value, what is allowed.
 
@@ -70,7 +77,7 @@ def _outside(config: Any, path: str = "") -> Iterator[str]:
             continue
         for item in value if isinstance(value, list) else [value]:
             if item is not None and not _allows(field.metadata.get("allowed", {}), item):
-                yield f"{key}={item}: allowed is {describe(field)}"
+                yield f"{key}={item}: {allowed_instead(field, item)}"
 
 
 def files(config: Any) -> dict[str, str]:

@@ -31,6 +31,7 @@ from grengines.vllm import install as vllm
 from grengines.vllm.config import VLLMEngineConfig
 from grkernels import capabilities
 from grkernels.config import KernelGroup
+from grkernels.nearest import nearest
 
 if TYPE_CHECKING:
     from grengines.models.reference import GenerationReference
@@ -130,7 +131,7 @@ def get(name: str) -> EngineSpec:
     """Return an engine by its name. Raises ValueError for an unknown name."""
     found = next((spec for spec in specs() if spec.name == name), None)
     if found is None:
-        raise ValueError(f"unknown engine {name!r}; known: {', '.join(names())}")
+        raise ValueError(f"unknown engine {name!r}; {nearest(name, names())}known: {', '.join(names())}")
     return found
 
 
@@ -222,7 +223,7 @@ def make(options: EngineOptions, setup: Setup, task: str) -> Engine:
     fallback = getattr(options, "fallback", [])
     others = [other.name for other in specs() if other.can_stand_in and other.name != spec.name]
     if wrong := [name for name in fallback if name not in others]:
-        raise ValueError(f"engine.fallback={wrong[0]}: allowed are {', '.join(others)}")
+        raise ValueError(f"engine.fallback={wrong[0]}: {nearest(wrong[0], others)}allowed are {', '.join(others)}")
     if not fallback:
         return engine
 

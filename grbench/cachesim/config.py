@@ -13,6 +13,7 @@ from grbench.config.schema import register_schemas as register_groups
 from grengines.cache import policies
 from grengines.models.hstu.config import HSTUConfig, stale_states
 from grengines.options import option
+from grkernels.nearest import nearest
 
 
 @dataclass
@@ -58,9 +59,10 @@ def to_config(cfg: DictConfig) -> CacheSimConfig:
         raise ConfigError(f"model={config.model.name}: {allowed}")
     if problem := stale_states(config.model):
         raise ConfigError(problem)
+    known = policies.names()
     for name in config.policies:
-        if name not in policies.names():
-            raise ConfigError(f"policies: unknown {name!r}; known: {', '.join(policies.names())}")
+        if name not in known:
+            raise ConfigError(f"policies: unknown {name!r}; {nearest(name, known)}known: {', '.join(known)}")
     if not config.shares and not config.sizes_gb:
         raise ConfigError("shares=[]: allowed is at least one size, here or in sizes_gb")
     return config

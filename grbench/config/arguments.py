@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import NoReturn
+
+from grkernels.nearest import nearest
 
 
 class CommandError(ValueError):
@@ -35,4 +38,11 @@ class Arguments(argparse.ArgumentParser):
             self.add_argument("--config-dir", "-cd", metavar="FOLDER", help=own)
 
     def error(self, message: str) -> NoReturn:
-        raise CommandError(f"{message}; `python -m {self.prog} --help` lists the flags")
+        raise CommandError(f"{message}; {self._near(message)}`python -m {self.prog} --help` lists the flags")
+
+    def _near(self, message: str) -> str:
+        """Return the hint for a misspelt choice or flag."""
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message):
+            return nearest(choice[1], re.findall(r"[\w.-]+", choice[2]))
+        flag = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        return nearest(flag[1], self._option_string_actions) if flag else ""

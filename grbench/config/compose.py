@@ -35,7 +35,8 @@ from grbench.config.schema import (
     to_spec,
 )
 from grbench.subcommands import summaries
-from grengines.options import describe
+from grengines.options import allowed_instead, describe
+from grkernels.nearest import nearest
 
 CONFIG_DIR = str(checkout_or_packaged("conf"))
 # Options of the whole command: a session has one value of each, so a sweep over them would use the first.
@@ -315,7 +316,7 @@ def explain(error: BaseException) -> str:
         return f"{error.override}: not an override, which is key=value ({why})"
     if isinstance(cause, MissingConfigException) and cause.options:
         group, _, name = str(cause.missing_cfg_file).rpartition("/")
-        return f"{group}={name}: no such option; allowed: {', '.join(cause.options)}"
+        return f"{group}={name}: no such option; {nearest(name, cause.options)}allowed: {', '.join(cause.options)}"
     if ambiguous := re.match(r"Ambiguous value for argument '([^=]+)=(.*?)' 1\.", text):
         key, values = ambiguous.groups()
         return f"{key}={values}: several values; -m sweeps over them, {key}=[{values}] is a list"
@@ -338,4 +339,4 @@ def _explain_key(cause: OmegaConfBaseException, key: str, text: str) -> str:
         return f"{key}={cause.value}: a group of options, not one value; {key}.KEY=... sets one of them"
     is_list = str(fields[name].type).startswith("list[") and isinstance(cause.value, str)
     hint = f"; write {key}=[{cause.value}]" if is_list else ""
-    return f"{key}={cause.value}: allowed is {describe(fields[name])}{hint}"
+    return f"{key}={cause.value}: {allowed_instead(fields[name], cause.value)}{hint}"

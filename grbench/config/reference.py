@@ -22,6 +22,7 @@ from grbench.serve.options import ServeConfig
 from grbench.training.config import TrainConfig, TrainingConfig
 from grbench.tune.config import TuneConfig
 from grengines.options import describe
+from grkernels.nearest import nearest
 
 INTRODUCTION = """\
 # Configuration
@@ -58,7 +59,7 @@ def main(words: Sequence[str]) -> int:
     """Run the command. Exit codes: 0 done, 2 there is no such group."""
     chosen, known = parser().parse_args(words).groups, sections()
     if unknown := [name for name in chosen if name not in known]:
-        raise ConfigError(f"{unknown[0]}: no such group; groups: {', '.join(known)}")
+        raise ConfigError(f"{unknown[0]}: no such group; {nearest(unknown[0], known)}groups: {', '.join(known)}")
     print("\n".join(known[name] for name in chosen) if chosen else reference(), end="")
     return 0
 

@@ -7,7 +7,6 @@ imports no torch, no mlflow and no engine, so composing is fast.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -46,6 +45,7 @@ from grengines.options import expand_home, files, option, violations
 from grengines.runtime.cache_dir import content
 from grengines.spec import TASKS, CacheOptions, EngineOptions, EngineSpec, ModelOptions
 from grkernels.config import KernelConfig, KernelGroup
+from grkernels.nearest import nearest
 
 Root = TypeVar("Root")
 
@@ -377,8 +377,8 @@ def _unknown_keys(cfg: DictConfig, path: str = "") -> Iterator[str]:
 def no_such_key(key: str, known: Iterable[str]) -> str:
     """Return the error line for an unknown key, with the nearest known one."""
     path, _, name = key.rpartition(".")
-    near = [f"{path}.{other}".lstrip(".") for other in difflib.get_close_matches(name, known, n=1)]
-    return f"{key}: no such key; {''.join(f'nearest: {n}; ' for n in near)}known keys: {', '.join(sorted(known))}"
+    near = nearest(name, known).replace(": ", f": {path}." if path else ": ")
+    return f"{key}: no such key; {near}known keys: {', '.join(sorted(known))}"
 
 
 def spec_to_json(spec: RunSpec) -> str:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from grbench.config.schema import ConfigError, checked, register_studies, schemas
 from grengines.options import option
 from grkernels import registry
+from grkernels.nearest import nearest
 
 
 @dataclass
@@ -100,7 +101,7 @@ def _check(key: str, asked: Iterable[str], known: Iterable[str]) -> None:
     known = list(dict.fromkeys(known))
     for name in asked:
         if not any(name == k or (key == "shapes" and fnmatchcase(k, name)) for k in known):
-            raise ConfigError(f"{key}: unknown {name!r}; known: {', '.join(known)}")
+            raise ConfigError(f"{key}: unknown {name!r}; {nearest(name, known)}known: {', '.join(known)}")
 
 
 def device_of(config: KernelBenchConfig) -> str:

@@ -1,4 +1,4 @@
-"""Comparison of two sets of cells: which of the new ones are faster, slower, or not different.
+"""Comparison of two sets of cells: which of the new ones are faster, slower or not different.
 
 A cell of one side is matched with the cell of the other that has the same configuration. Two kinds of options may
 differ: the seed, whose values are repeats of one cell, and an option that has one value in all cells of one side and
@@ -12,6 +12,9 @@ A change is the ratio of the new value to the old. Its interval depends on the r
   stationary observations", Annals of Statistics 1989). It leaves out the differences between runs, and a note says so.
 
 All intervals of one cell together hold with 95% confidence (Bonferroni).
+
+No difference is a claim too: it needs an interval inside a margin (equivalence testing; Schuirmann, "A comparison of
+the two one-sided tests procedure", 1987). An interval that has 1 in it and reaches beyond the margin decides nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from grbench.report.repeats import RERUNS
 from grbench.report.work import LOADS, options_of
 
 RESAMPLES = 1000
+MARGIN = 0.05  # share within which a change is no difference
 METRICS = {"offline": ("throughput_rps",), "closed_loop": ("throughput_rps", "latency_ms/p99")}
 LATENCIES = ("latency_ms/p50", "latency_ms/p99")  # of every other scenario
 IN_PLACE_OF = {"latency_ms/p99": "latency_ms/p90"}  # where there are too few samples
@@ -48,6 +52,7 @@ class Verdict(StrEnum):
     FASTER = "faster"
     SLOWER = "slower"
     SAME = "no difference"
+    UNDECIDED = "undecided"
     UNKNOWN = "not known"
 
 
@@ -64,8 +69,13 @@ class Change:
     high: float
     runs: tuple[int, int]
 
-    def verdict(self, tolerance: float = 0.0) -> Verdict:
-        """Judge the change. It is SLOWER only if it is worse by more than `tolerance` (a share) for certain."""
+    def verdict(self, tolerance: float = 0.0, margin: float = MARGIN) -> Verdict:
+        """Judge the change by its interval.
+
+        It is SLOWER only if it is worse by more than `tolerance` (a share) for certain, FASTER if it is better for
+        certain. Else it is SAME if the interval lies inside `margin` (a share, at least `tolerance`) on both sides of
+        no change, and UNDECIDED if it does not.
+        """
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             return Verdict.UNKNOWN
         low, high = self.low, self.high
@@ -73,7 +83,10 @@ class Change:
             low, high = 1 / high, 1 / low  # as times are
         if low > 1 + tolerance:
             return Verdict.SLOWER
-        return Verdict.FASTER if high < 1 else Verdict.SAME
+        if high < 1:
+            return Verdict.FASTER
+        inside = 1 + max(margin, tolerance)
+        return Verdict.SAME if 1 / inside <= low and high <= inside else Verdict.UNDECIDED
 
 
 @dataclass
@@ -84,9 +97,10 @@ class Comparison:
     differing: dict[str, tuple[str, str]] = field(default_factory=dict)  # option: base, new
     notes: list[str] = field(default_factory=list)
 
-    def count(self, verdict: Verdict, tolerance: float = 0.0) -> int:
-        """Return how many changes have this verdict."""
-        return sum(change.verdict(tolerance) is verdict for change in self.changes)
+    def counts(self, tolerance: float = 0.0, margin: float = MARGIN) -> dict[Verdict, int]:
+        """Return how many changes have each verdict."""
+        found = [change.verdict(tolerance, margin) for change in self.changes]
+        return {verdict: found.count(verdict) for verdict in Verdict}
 
 
 def compare(base: Sequence[Cell], new: Sequence[Cell]) -> Comparison:

@@ -21,6 +21,7 @@ from rich.text import Text
 from grbench.config.arguments import Arguments, CommandError
 from grbench.execution import records
 from grbench.report.cells import Cell
+from grbench.report.compare import MARGIN, Comparison, Verdict, change_text, compare, side_text
 from grbench.report.frame import ReportError, read_cells
 
 HEADINGS = ("cell", "metric", "base", "new", "change", "verdict", "runs")
@@ -30,10 +31,12 @@ STYLES = {"faster": "green", "slower": "red"}
 def parser() -> Arguments:
     """Return the parser of the command's flags."""
     about = (
-        "Compare two measurements cell by cell: faster, slower or no difference, with the interval of the change.\n"
+        "Compare two measurements cell by cell: faster, slower, no difference or undecided, with the interval of the\n"
+        "change. No difference: the interval lies inside --margin. Undecided: it does not, and has no change in it.\n"
         "A side is a record, a folder with records, or REVISION:FOLDER of a git repository. Of several BASEs, those\n"
         "of the machine of NEW count.\n"
-        "Exit codes: 0 no cell is slower, 1 a cell is slower, 2 nothing to compare, 3 a change has no interval."
+        "Exit codes: 0 no cell is slower, 1 a cell is slower, 2 nothing to compare, 3 no cell is slower, but one is\n"
+        "undecided or its change has no interval: more runs (runner.repeats) narrow an interval."
     )
     examples = [
         "compare outputs/before outputs/after",
@@ -50,24 +53,32 @@ def parser() -> Arguments:
         metavar="SHARE",
         help="a cell is slower only beyond this share, e.g. 0.05 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=MARGIN,
+        metavar="SHARE",
+        help="no difference: the interval lies within this share, at least --tolerance (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     return parser
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command. Returns 1 if a cell is slower, else 3 if a change has no interval, else 0.
+    """Run the command. Returns 1 if a cell is slower, else 3 if one is undecided or has no interval, else 0.
 
     Raises CommandError if there is nothing to compare.
     """
     args = parser().parse_args(words)
-    if not (math.isfinite(args.tolerance) and args.tolerance >= 0):
-        raise CommandError(f"--tolerance {args.tolerance}: allowed is a finite number >= 0, such as 0.05 for 5%")
-    from grbench.report.compare import Comparison, Verdict, change_text, compare, side_text
+    for flag, share in (("tolerance", args.tolerance), ("margin", args.margin)):
+        if not (math.isfinite(share) and share >= 0):
+            raise CommandError(f"--{flag} {share}: allowed is a finite number >= 0, such as 0.05 for 5%")
+    allowed = (args.tolerance, args.margin)
 
     def lines(comparison: Comparison) -> Iterator[list[str]]:
         for change in comparison.changes:
             runs = " + ".join(map(str, change.runs))
-            verdict = change.verdict(args.tolerance)
+            verdict = change.verdict(*allowed)
             metric = change.metric.removeprefix("latency_ms/").replace("throughput_rps", "throughput")
             yield [change.cell, metric, *side_text(change), change_text(change), verdict, runs]
 
@@ -78,14 +89,15 @@ def main(words: Sequence[str]) -> int:
             comparison = compare(base, new)
     except (ReportError, OSError) as e:
         raise CommandError(e) from e
-    counts = {verdict: comparison.count(verdict, args.tolerance) for verdict in Verdict}
+    counts = comparison.counts(*allowed)
     if args.json:
-        rows = [asdict(c) | {"verdict": c.verdict(args.tolerance)} for c in comparison.changes]
-        print(json.dumps(records.finite({**asdict(comparison), "changes": rows, "counts": counts}), indent=1))
+        rows = [asdict(c) | {"verdict": c.verdict(*allowed)} for c in comparison.changes]
+        shares = {"tolerance": args.tolerance, "margin": args.margin}
+        print(json.dumps(records.finite({**asdict(comparison), **shares, "changes": rows, "counts": counts}), indent=1))
     else:
         _print(list(lines(comparison)), comparison.differing, comparison.notes)
         print("; ".join(f"{n} {verdict}" for verdict, n in counts.items() if n) or "no metric in common")
-    return 1 if counts[Verdict.SLOWER] else 3 if counts[Verdict.UNKNOWN] else 0
+    return 1 if counts[Verdict.SLOWER] else 3 if counts[Verdict.UNDECIDED] or counts[Verdict.UNKNOWN] else 0
 
 
 def _print(rows: Sequence[Sequence[str]], differing: dict[str, tuple[str, str]], notes: Sequence[str]) -> None:

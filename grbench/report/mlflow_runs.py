@@ -12,6 +12,7 @@ from grbench.report.cells import Cell
 from grbench.report.frame import ReportError, read_cells
 from grbench.tracking import database
 from grbench.tracking.config import check_uri
+from grkernels.nearest import nearest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,7 +44,8 @@ def download_cells(uri: str, experiment: str, folder: Path) -> list[Cell]:
             f"--mlflow {uri}: cannot be read ({records.one_line(e)}); valid URIs: sqlite:///outputs/mlruns.db, http://host:5000"
         ) from None
     if not found:
-        raise ReportError(f"--experiment {experiment}: unknown at {uri}; known: {', '.join(known) or 'none'}")
+        known_words = f"{nearest(experiment, known)}known: {', '.join(known) or 'none'}"
+        raise ReportError(f"--experiment {experiment}: unknown at {uri}; {known_words}")
     if not runs:
         raise ReportError(f"--experiment {experiment}: none of its runs at {uri} has a {records.RECORD_FILE}")
     return read_cells([folder])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from grbench.config.arguments import Arguments, CommandError
 from grbench.report.frame import ReportError
+from grkernels.nearest import nearest
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +32,11 @@ def main(words: Sequence[str]) -> int:
         raise CommandError("--keep: the records of one report; give its NAME")
     from grbench.report import studies
 
-    chosen = [args.root / name for name in args.names] or list(studies.folders(args.root))
+    kept = {folder.name: folder for folder in studies.folders(args.root)}
+    if not args.keep and (unknown := [name for name in args.names if not (args.root / name).is_dir()]):
+        near = nearest(unknown[0], kept)
+        raise CommandError(f"{unknown[0]}: no such report; {near}reports of {args.root}: {', '.join(kept) or 'none'}")
+    chosen = [args.root / name for name in args.names] or list(kept.values())
     try:
         if args.keep:
             studies.keep(args.keep, chosen[0])

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import orjson
 
 from grbench.serve.errors import RefusedError, wrong
+from grkernels.nearest import nearest
 
 Tensor = npt.NDArray[Any]
 HEADER_LENGTH = "inference-header-content-length"  # of the JSON before the binary tensors
@@ -174,7 +175,8 @@ def shape_of(shape: Any, tensor: str) -> list[int]:
 def chosen(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the outputs that a call asks for. Raises RefusedError for one that there is not."""
     if unknown := [name for name in call.outputs if name not in tensors]:
-        raise wrong(f"outputs: {shown(unknown[0])}: no such output; allowed are {', '.join(tensors)}")
+        near = nearest(shown(unknown[0]), tensors)
+        raise wrong(f"outputs: {shown(unknown[0])}: no such output; {near}allowed are {', '.join(tensors)}")
     return {name: tensors[name] for name in call.outputs or tensors}
 
 

@@ -17,6 +17,7 @@ from grbench.serve.errors import wrong
 from grbench.serve.protocol import Tensor
 from grbench.serve.state import Histories, History
 from grengines.api import Catalogue, Float32Array, Int64Array, Request
+from grkernels.nearest import nearest
 
 REQUIRED = ("USER_IDS", "TOKEN_LENGTHS", "TOKENS")
 INPUTS = {  # name: datatype and meaning
@@ -58,7 +59,9 @@ def decode(
 ) -> list[Request]:
     """Return a request for each user of a call. Raises RefusedError, which names the tensor and what is allowed."""
     if unknown := [name for name in tensors if name not in INPUTS]:
-        raise wrong(f"inputs: {unknown[0]}: no such tensor; allowed are {', '.join(INPUTS)}")
+        raise wrong(
+            f"inputs: {unknown[0]}: no such tensor; {nearest(unknown[0], INPUTS)}allowed are {', '.join(INPUTS)}"
+        )
     if missing := [name for name in REQUIRED if name not in tensors]:
         raise wrong(f"inputs: {missing[0]} is missing; needed are {', '.join(REQUIRED)}")
     users = _column(tensors, "USER_IDS", None, 0, None)

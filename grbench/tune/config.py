@@ -20,6 +20,7 @@ from grbench.tune.limits import Limit
 from grbench.tune.search import PROBE_S, Goal
 from grengines import registry as engines
 from grengines.options import option
+from grkernels.nearest import nearest
 
 OBJECTIVES = ("throughput", "latency", "cost", "pareto")
 RATES = {"server": "scenario.target_qps", "trace_replay": "scenario.mean_qps"}  # scenarios that are probed at a rate
@@ -131,7 +132,8 @@ def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
     typed = {**{word.lstrip("+").partition("=")[0]: word.partition("=")[2] for word in fixed}}
     scenario = typed.get("scenario", "server")
     if scenario not in RATES:
-        raise ConfigError(f"scenario={scenario}: the search needs one with a rate; allowed: {', '.join(RATES)}")
+        allowed = f"{nearest(scenario, RATES)}allowed: {', '.join(RATES)}"
+        raise ConfigError(f"scenario={scenario}: the search needs one with a rate; {allowed}")
     if "accuracy" in [typed.get("scenario.mode"), *axes.get("scenario.mode", [])]:
         raise ConfigError("scenario.mode=accuracy: the search measures performance; leave it out")
     engine = axes["engine"][0] if "engine" in axes else typed.get("engine")

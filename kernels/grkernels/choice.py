@@ -8,6 +8,7 @@ from typing import Any
 
 from grkernels import registry
 from grkernels.families import AUTO, FamilySpec, Sizes
+from grkernels.nearest import nearest
 
 
 class RefusedError(ValueError):
@@ -34,7 +35,7 @@ def requested(name: str, named: Mapping[str, str | None] | None = None) -> dict[
     """
     known = (AUTO, *registry.variant_names())
     if name not in known:
-        raise ValueError(f"unknown variant {name!r}; known: {', '.join(known)}")
+        raise ValueError(f"unknown variant {name!r}; {nearest(name, known)}known: {', '.join(known)}")
     named = named or {}
     return {
         family: named.get(family) or (name if spec.of_model and name in spec.variants else AUTO)

@@ -9,6 +9,7 @@ from typing import Any
 
 from grkernels import capabilities, families
 from grkernels.families import FamilySpec
+from grkernels.nearest import nearest
 from grkernels.variant import KernelVariant
 
 FAMILIES = families.load()
@@ -18,7 +19,7 @@ _DEVICES = {"cpu": "a CPU", "cuda": "an NVIDIA GPU", "sm90": "an NVIDIA GPU of c
 def family(name: str) -> FamilySpec:
     """Return the row of a family. Raises ValueError for an unknown name."""
     if name not in FAMILIES:
-        raise ValueError(f"unknown operator family {name!r}; known: {', '.join(FAMILIES)}")
+        raise ValueError(f"unknown operator family {name!r}; {nearest(name, FAMILIES)}known: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
@@ -89,6 +90,6 @@ def refusal(family: str, name: str, *, device: str, dtype: str, **dims: Any) -> 
 
 
 def _checked(name: str, variant: str) -> FamilySpec:
-    if variant not in variants(name):
-        raise ValueError(f"unknown variant {variant!r} of {name}; known: {', '.join(variants(name))}")
+    if variant not in (known := variants(name)):
+        raise ValueError(f"unknown variant {variant!r} of {name}; {nearest(variant, known)}known: {', '.join(known)}")
     return FAMILIES[name]

@@ -84,6 +84,24 @@ def test_an_unknown_word_is_one_line_with_the_nearest_commands(capsys: Capture, 
     assert printed.out == "" and printed.err.startswith(f"grbench: {line}") and printed.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "line, near",
+    [
+        ("compare --tolerence 1 a b", "--tolerance"),
+        ("export --precision fp33", "fp32"),
+        ("tune engine=hstu scenario=servr", "server"),
+        ("cachesim policies=[lruu]", "lru"),
+        ("kernels families=[layer_nrm]", "layer_norm"),
+        ("config engin", "engine"),
+        ("reports refrence", "reference"),
+    ],
+)
+def test_a_misspelt_choice_of_a_subcommand_is_one_line_with_the_nearest(capsys: Capture, line: str, near: str) -> None:
+    assert main(line.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and f"; nearest: {near}; " in printed.err and printed.err.count("\n") == 1
+
+
 def test_the_version_is_the_packages(capsys: Capture) -> None:
     assert output(capsys, "--version") == f"grbench {grbench.__version__}\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from helpers.cells import write_cell
 from helpers.command import Grbench
 
 from grbench.execution.records import Status
-from grbench.report.compare import Verdict, bootstrap_interval, compare, t_interval
+from grbench.report.compare import Change, Verdict, bootstrap_interval, compare, t_interval
 from grbench.report.frame import ReportError, read_cells
 
 MACHINE = {"git_sha": "abc1234", "cpu": "Some CPU", "cpu_cores": 2, "gpus": []}
@@ -89,6 +90,40 @@ def test_one_run_a_side_goes_by_its_requests_and_says_so(tmp_path: Path) -> None
         "one run on each side: the interval leaves out differences between runs; runner.repeats=5 measures them"
     ]
     assert all(change.verdict(tolerance=0.6) is Verdict.SAME for change in comparison.changes)
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [
+        (0.012, 36.78, Verdict.UNDECIDED),  # -98.8% to +3578%
+        (0.96, 1.04, Verdict.SAME),
+        (0.96, 1.06, Verdict.UNDECIDED),
+        (0.94, 1.04, Verdict.UNDECIDED),
+        (1.01, 1.02, Verdict.SLOWER),
+        (0.98, 0.99, Verdict.FASTER),
+        (math.nan, math.nan, Verdict.UNKNOWN),
+    ],
+)
+def test_no_difference_needs_an_interval_within_the_margin(low: float, high: float, verdict: Verdict) -> None:
+    for metric, ends in (("latency_ms/p99", (low, high)), ("throughput_rps", (1 / high, 1 / low))):
+        change = Change("hstu", metric, 10.0, 10.0, 1.0, *ends, (5, 5))
+        assert change.verdict() is verdict
+    assert Change("hstu", "latency_ms/p99", 10.0, 10.0, 1.0, 0.96, 1.06, (5, 5)).verdict(margin=0.1) is Verdict.SAME
+    assert Change("hstu", "latency_ms/p99", 10.0, 10.0, 1.0, 1.01, 1.06, (5, 5)).verdict(0.1) is Verdict.SAME
+
+
+def test_an_undecided_cell_has_its_own_word_and_exit_code(tmp_path: Path, grbench_here: Grbench) -> None:
+    for side in ("base", "new"):
+        runs(tmp_path / side, spread=1.5, seeds=3)
+    done = grbench_here("compare", "base", "new")
+    assert done.returncode == 3 and done.stdout.endswith("1 undecided\n")
+    found = json.loads(grbench_here("compare", "base", "new", "--json").stdout)
+    assert (found["changes"][0]["verdict"], found["margin"], found["counts"]["undecided"]) == ("undecided", 0.05, 1)
+    assert grbench_here("compare", "base", "new", "--margin", "1e9").returncode == 0
+    assert (
+        "--margin -1.0: allowed is a finite number >= 0"
+        in grbench_here("compare", "base", "new", "--margin", "-1").stderr
+    )
 
 
 def test_the_table_and_the_exit_code_say_what_is_slower(tmp_path: Path, grbench_here: Grbench) -> None:

@@ -82,8 +82,8 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
     assert printed in reference() and "| `latency_limit_ms` |" not in printed
     assert main(["config", "gates"]) == 2
     assert capsys.readouterr().err == (
-        "grbench config: gates: no such group; groups: run, retrieval, gate, runner, tune, model, engine, kernel, "
-        "cache, workload, scenario, tracking, kernels, cachesim, train, training, serve\n"
+        "grbench config: gates: no such group; nearest: gate; groups: run, retrieval, gate, runner, tune, model, "
+        "engine, kernel, cache, workload, scenario, tracking, kernels, cachesim, train, training, serve\n"
     )
 
 
@@ -108,6 +108,15 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
         (["scenario.order=lifo"], "scenario.order", "fifo, length, hit"),
         (["engine=hstu", "scenario.order=hit"], "scenario.order=hit: cache=none", "cache=lru"),
         (["engine=warp"], "engine", "hstu"),
+        (["engine=hstuu"], "engine=hstuu", "nearest: hstu;"),
+        (["model=hstu_tny"], "model=hstu_tny", "nearest: hstu_tiny;"),
+        (["kernel=tritn"], "kernel=tritn", "nearest: triton;"),
+        (["kernel.layer_norm=TRITN"], "kernel.layer_norm=TRITN", "nearest: triton;"),
+        (["cache=lruu"], "cache=lruu", "nearest: lru;"),
+        (["workload=ml_100"], "workload=ml_100", "nearest: ml_100k;"),
+        (["scenario=ofline"], "scenario=ofline", "nearest: offline;"),
+        (["task=generat"], "task=generat", "nearest: generate;"),
+        (["engine@engine.retrieve=vlm"], "vlm", "nearest: vllm;"),
         (["nonsense=1"], "nonsense", "latency_limit_ms"),
         (["workload=csv"], "workload.path", "workload.path"),
         (["model.layers=null"], "model.layers", "int"),

@@ -130,7 +130,7 @@ WRONG = [
     ({"inputs": [{"name": 3}]}, 400, "inputs[0].name: wrong"),
     ({"inputs": base() + base()}, 400, "inputs[4].name=USER_IDS: it is there twice"),
     ({"inputs": base(USER_IDS=None)}, 400, "USER_IDS is missing"),
-    ({"inputs": base(USERS=[1])}, 400, "inputs: USERS: no such tensor; allowed are USER_IDS"),
+    ({"inputs": base(USERS=[1])}, 400, "inputs: USERS: no such tensor; nearest: USER_IDS; allowed are USER_IDS"),
     ({"inputs": base(USER_IDS=[-1])}, 400, "USER_IDS[0]=-1: allowed is >= 0"),
     ({"inputs": base(USER_IDS=[2**63])}, 400, "USER_IDS.data: a number is outside INT64"),
     ({"inputs": base(USER_IDS=list(range(65)))}, 400, "USER_IDS: 65 users; allowed are 1 to 64"),

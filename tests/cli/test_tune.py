@@ -39,7 +39,7 @@ TINY = (
         (["scenario=offline"], "scenario=offline: the search needs one with a rate; allowed: server, trace_replay"),
         (["scenario.target_qps=50"], "the search sets scenario.target_qps; leave it out"),
         (["scenario.mode=accuracy"], "scenario.mode=accuracy: the search measures performance; leave it out"),
-        (["space=rank_tpu"], "space=rank_tpu: no such option; allowed:"),
+        (["space=rank_tpu"], "space=rank_tpu: no such option; nearest: rank_gpu; allowed:"),
         (["engine=hstu,foo", "space=typed"], "engine=foo: no such option; allowed: "),
         (["space=typed", "engine=vllm,hf", "task=rank"], "the space is empty: none of 2 combinations can run here"),
     ],

@@ -158,7 +158,7 @@ def test_cuda_without_a_gpu_is_unavailable() -> None:
 def test_registry() -> None:
     assert {"hstu", "hf"} <= set(registry.names())
     assert registry.availability("hstu") is None
-    with pytest.raises(ValueError, match="unknown engine 'hst'; known: hstu"):
+    with pytest.raises(ValueError, match="unknown engine 'hst'; nearest: hstu; known: hstu"):
         registry.availability("hst")
 
 

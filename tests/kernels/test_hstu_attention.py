@@ -281,7 +281,9 @@ def test_the_reference_refuses_wrong_bounds() -> None:
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown operator family 'conv'; known: hstu_attention, norm_gate"):
         registry.get("conv", "torch")
-    with pytest.raises(ValueError, match="unknown variant 'tortch' of hstu_attention; known: torch, compile"):
+    with pytest.raises(
+        ValueError, match="unknown variant 'tortch' of hstu_attention; nearest: torch; known: torch, compile"
+    ):
         registry.get("hstu_attention", "tortch")
     assert ("hstu_attention", "cutlass") in registry.names()
     assert all(registry.availability(family, "torch") is None for family in registry.FAMILIES)

@@ -86,7 +86,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, content: Any, words
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["engine=hstuu"], "strategies[1].overrides: engine=hstuu: no such option; allowed: "),
+        (["engine=hstuu"], "strategies[1].overrides: engine=hstuu: no such option; nearest: hstu; allowed: "),
         (["engine=hf"], "strategies[1].overrides: task=rank: engine hf can't"),
         (["engine=hstu", "scenario.max_batch=0"], "scenario.max_batch=0: allowed is int >= 1"),
         (["engine=hstu", "workload=synthetic"], "the workload differs from that of strategy a"),

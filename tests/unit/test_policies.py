@@ -213,7 +213,9 @@ def test_a_large_panel_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_policies_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown cache policy 'lruu'; known: none, lru, lfu, gdsf, predictive"):
+    with pytest.raises(
+        ValueError, match="unknown cache policy 'lruu'; nearest: lru; known: none, lru, lfu, gdsf, predictive"
+    ):
         policies.make("lruu")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Set
 from typing import Protocol
 
 from grengines.cache.predictive import Predictive
+from grkernels.nearest import nearest
 
 
 class Policy(Protocol):
@@ -242,7 +243,7 @@ def make(name: str, admit_visit: int = 1) -> Policy:
     second. Raises ValueError, listing the known names, for an unknown one.
     """
     if name not in _TABLE:
-        raise ValueError(f"unknown cache policy {name!r}; known: {', '.join(_TABLE)}")
+        raise ValueError(f"unknown cache policy {name!r}; {nearest(name, _TABLE)}known: {', '.join(_TABLE)}")
     policy = _TABLE[name]()
     if admit_visit == 0:
         return WhileItPays(policy)
