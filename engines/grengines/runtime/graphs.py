@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -21,16 +21,29 @@ class Input(Protocol):
     def to(self, device: torch.device, out: Tensor | None = None) -> Any: ...
 
 
+@cache
+def _capturing_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream of all captures on a GPU: libraries and the allocator keep memory for each stream in use."""
+    return torch.cuda.Stream(device)
+
+
 def capture(work: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Capture what `work` launches, in this memory pool. Return it and the result, which replays rewrite."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up here, outside the capture
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        made = work()
+    """Capture what `work` launches, in this memory pool. Return it and the result, which replays rewrite.
+
+    `torch.cuda.graph` would also give all cached memory back to the driver, each time: with dozens of graphs, taking
+    it again is most of the time of a capture.
+    """
+    stream, graph = _capturing_stream(torch.cuda.current_device()), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()  # libraries set themselves up here, outside the capture
+        torch.cuda.synchronize()
+        graph.capture_begin(pool=pool)
+        try:
+            made = work()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
     return graph, made
 
 
@@ -50,6 +63,7 @@ class GraphRunner:
     ) -> None:
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # the pool takes memory of its own
         for bucket in sorted(buckets, key=lambda b: b.tokens, reverse=True):  # the largest first: it lays out the pool
             # The empty batch gives the buffers their layout. Their contents do not matter to the capture.
             hosts = inputs(bucket)
