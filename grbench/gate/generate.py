@@ -88,11 +88,13 @@ class GenerateGate:
         self.form = Form(None, retrieval.k, catalogue.num_items)
         self.reference = registry.reference(spec.model, spec.seed, retrieval, device)
         self._expected = self._find(self.sample)
-        self._rounding_error = self._rounding(self.sample)
-        largest = max(float(np.abs(e.scores).max(initial=1.0)) for e in self._expected)
-        require_plausible(self._rounding_error / largest, precision, spec.model.layers)
+        rounded = self._rounded(self.sample)
+        self._rounding_error = _largest(rounded)
+        # Norms, as of a ranker's scores: the largest of many differences says less about the precision.
+        size = max(_mean_square(np.concatenate([e.scores for e in self._expected])), 1.0)
+        require_plausible((_mean_square(rounded) / size) ** 0.5, precision, spec.model.layers)
         blind = _answers(self.reference.search(self.sample, blind=True))
-        self._zero_error = self._error(self.sample, blind)
+        self._zero_error = _largest(self._errors(self.sample, blind))
         self.tolerance = self._allowed(self._rounding_error)
 
     def check(self, engine: Generator, max_batch: int) -> GenerateGateResult:
@@ -109,7 +111,7 @@ class GenerateGate:
                 tolerance=self.tolerance,
                 rounding_error=self._rounding_error,
                 zero_attention_error=self._zero_error,
-                stale_error=self._error(self.sample, answers[1:] + answers[:1]),
+                stale_error=_largest(self._errors(self.sample, answers[1:] + answers[:1])),
                 requests=len(self.sample),
                 overlap=float(np.mean([f.found for f in findings])),
                 near_ties=sum(f.near_ties for f in findings),
@@ -137,7 +139,7 @@ class GenerateGate:
         for i, finding in enumerate(findings):
             if self._precision == "fp32" or finding.error <= self.tolerance:
                 continue
-            own = self._allowed(self._rounding([requests[i]]))
+            own = self._allowed(_largest(self._rounded([requests[i]])))
             again = self._compare(expected[i], requests[i], *answers[i], tolerance=max(own, self.tolerance))
             verdicts[i] = Verdict(again.error, max(own, self.tolerance), again.problem)
         if (problem := self._too_few(findings)) and all(v.problem is None for v in verdicts):
@@ -152,18 +154,18 @@ class GenerateGate:
             for request, (items, scores), cut in zip(requests, _answers(found), found.cuts, strict=True)
         ]
 
-    def _rounding(self, requests: Sequence[Request]) -> float:
-        """Return the largest error of the reference's own scores, rounded to the engine's precision."""
+    def _rounded(self, requests: Sequence[Request]) -> Float32Array:
+        """Return the errors of the reference's own scores, rounded to the engine's precision."""
         wide, many = max(self._retrieval.beam_width, PROBES), max(self._retrieval.k, PROBES)
-        return self._error(requests, _answers(self.reference.search(requests, self._precision, width=wide, k=many)))
+        return self._errors(requests, _answers(self.reference.search(requests, self._precision, width=wide, k=many)))
 
     def _allowed(self, rounding_error: float) -> float:
         return allowed_error(rounding_error, self._spec.gate.max_error_ratio, SCORE_FLOOR)
 
-    def _error(self, requests: Sequence[Request], answers: Answers) -> float:
-        """Return the largest difference of a score from the fp32 log-probability of its item."""
+    def _errors(self, requests: Sequence[Request], answers: Answers) -> Float32Array:
+        """Return each score's difference from the fp32 log-probability of its item, of all requests in one array."""
         exact = [self.reference.prefix_scores(r, items)[:, -1] for r, (items, _) in zip(requests, answers, strict=True)]
-        return max(_difference(scores, right) for (_, scores), right in zip(answers, exact, strict=True))
+        return np.concatenate([scores - right for (_, scores), right in zip(answers, exact, strict=True)])
 
     def _exact(self, expected: _Expected, request: Request, items: Int64Array) -> Float32Array:
         """Return the fp32 log-probability of each item, float32 [n]. Those of the expected items are known."""
@@ -205,7 +207,7 @@ class GenerateGate:
             near &= margin.min(axis=1) <= tie
         finding = _Finding(
             None,
-            _difference(scores, exact),
+            _largest(scores - exact),
             found=float(there.mean()),
             sure=float((there | near).mean()),
             near_ties=int(near.sum()) + int((there & (items != expected.items)).sum()),
@@ -234,10 +236,14 @@ def _share(found: float, least: float) -> str:
     return f"{found:.1%} of the fp32 reference's items, near-ties included; at least {least:.0%} must be found"
 
 
-def _difference(scores: Float32Array, exact: Float32Array) -> float:
-    """Return the largest difference; NaN counts as infinite."""
-    largest = float(np.abs(scores - exact).max(initial=0.0))
+def _largest(errors: Float32Array) -> float:
+    """Return the largest size of an error; NaN counts as infinite."""
+    largest = float(np.abs(errors).max(initial=0.0))
     return largest if np.isfinite(largest) else float("inf")
+
+
+def _mean_square(values: Float32Array) -> float:
+    return float(np.square(values, dtype=np.float64).mean()) if len(values) else 0.0
 
 
 def _answers(found: Beams) -> Answers:

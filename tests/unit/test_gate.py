@@ -154,7 +154,7 @@ def test_every_answer_is_judged_by_what_rounding_costs_it(monkeypatch: pytest.Mo
         return _Finding("wrong" if errors[i] > tolerance else None, errors[i])
 
     monkeypatch.setattr(GenerateGate, "_find", lambda gate, requests: requests)
-    monkeypatch.setattr(GenerateGate, "_rounding", lambda gate, requests: own[requests[0]])
+    monkeypatch.setattr(GenerateGate, "_rounded", lambda gate, requests: np.float32([own[requests[0]]]))
     monkeypatch.setattr(GenerateGate, "_allowed", lambda gate, error: error)
     monkeypatch.setattr(GenerateGate, "_compare", compare)
     gate: Any = GenerateGate.__new__(GenerateGate)
