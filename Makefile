@@ -3,6 +3,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 # Python compiles what it imports. Compiling all 34,000 files of the packages takes minutes on two cores.
 PIP := $(PY) -m pip install -q --no-compile
+# Images of containers often forbid to keep what was compiled: then each process compiles PyTorch anew, for three seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # LoadGen has wheels for 3.11 and 3.12; `make PYTHON=...` takes another, for which pip builds it (C++ compiler).
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
