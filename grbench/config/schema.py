@@ -110,6 +110,9 @@ class RunnerConfig:
         False, "cells one after another that differ only in arrivals, in_flight, order or in what is compared use one "
         "engine in one process; a record says so",
     )  # fmt: skip
+    parallel: str = option(
+        "1", "cells of a sweep at a time, each with cores and, where there are GPUs, a GPU of its own; gpus: one a GPU"
+    )
     print: str = option("table", "form of the cells on standard output at the end", choices=["table", "json", "csv"])
 
 

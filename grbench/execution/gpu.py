@@ -34,6 +34,14 @@ def describe_gpus() -> list[dict[str, Any]]:
             return []
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs that engines may use, each as a value of CUDA_VISIBLE_DEVICES."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is None:
+        return [str(i) for i in range(len(describe_gpus()))]
+    return [name.strip() for name in allowed.split(",") if name.strip()] if describe_gpus() else []
+
+
 def _memory_mib(nvml: Any, handle: Any) -> int | None:
     """Return None for a card that does not report it, such as a part of one, or one that shares the host's memory."""
     try:

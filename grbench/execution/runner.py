@@ -33,15 +33,18 @@ def run_cell(
     config_dir: Path | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     kept: KeptWorker | None = None,
+    beside: dict[str, Any] | None = None,
 ) -> tuple[RunRecord, Path]:
     """Measure one cell and keep its record. Returns the record and the folder that has it.
 
     A record is never overwritten: if `folder` has one already, or another process measures there, the new one is kept
     in a folder beside it.
     `on_event` receives the worker's {"stage": ...} and {"answered": n} messages. kept: keeps the worker for a later
-    cell of the same engine, and may have one for this cell; None: a fresh worker that ends with the cell. Only
-    Interrupted is raised, for any KeyboardInterrupt, after the worker has been stopped and its record kept. However the
-    launcher ends, so does the worker.
+    cell of the same engine, and may have one for this cell; None: a fresh worker that ends with the cell. beside: the
+    number of cells that may run beside this one, and its own `cores` and `gpu`; None: it runs alone.
+
+    Only Interrupted is raised, for any KeyboardInterrupt, after the worker has been stopped and its record kept.
+    However the launcher ends, so does the worker.
     """
     started, begun = datetime.datetime.now(datetime.UTC), time.monotonic()
     with folders.unused(folder) as folder:
@@ -53,7 +56,7 @@ def run_cell(
             try:
                 outcome = outcome or _outcome(spec, runner, folder, on_event, kept)
                 with held():
-                    environment, notes = _environment(spec, outcome)
+                    environment, notes = _environment(spec, outcome, beside)
                     record = RunRecord(
                         spec=spec.to_dict(),
                         spec_hash=spec_hash,
@@ -78,13 +81,45 @@ def run_cell(
         return record, folder
 
 
-def _environment(spec: RunSpec, outcome: Outcome) -> tuple[dict[str, Any], list[str]]:
-    """Return the environment and the notes of a record. Code that was edited since the command began is noted."""
-    environment = describe_environment(spec.packages)
-    if outcome.code in (None, environment["code"]):
-        return environment, outcome.notes
-    edited = f"the code was edited after this command began: the cell ran code {outcome.code}, and not that of git_sha"
-    return {**environment, "code": outcome.code}, [*outcome.notes, edited]
+def lost(spec: RunSpec, folder: Path, sweep_id: str | None, overrides: list[str], why: str) -> tuple[Path, RunRecord]:
+    """Keep the record of a cell that ended with the process that measured it. Returns its folder and the record."""
+    outcome = Outcome(Status.KILLED, f"{why}; run it again")
+    with folders.unused(folder) as folder, held():
+        environment, notes = _environment(spec, outcome, None)
+        record = RunRecord(
+            spec=spec.to_dict(),
+            spec_hash=spec.hash,
+            started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            duration_s=0.0,
+            requested=_requested(spec),
+            environment=environment,
+            files=spec.file_contents(),
+            sweep_id=sweep_id,
+            overrides=overrides,
+            config_dir=None,
+            status=outcome.status,
+            error=outcome.error,
+            notes=notes,
+        )
+        return keep(record, folder), record
+
+
+def _environment(spec: RunSpec, outcome: Outcome, beside: dict[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+    """Return the environment and the notes of a record.
+
+    Code that was edited since the command began is noted, and so are cells that may have run beside this one.
+    """
+    environment, notes = describe_environment(spec.packages), list(outcome.notes)
+    if beside is not None and beside["cells"]:
+        environment = {**environment, "beside": beside}
+        own = "cores and another GPU" if beside["gpu"] is not None else "cores"
+        notes.append(f"up to {beside['cells']} other cells of the sweep ran beside this one, on other {own}")
+    if outcome.code not in (None, environment["code"]):
+        environment = {**environment, "code": outcome.code}
+        notes.append(
+            f"the code was edited after this command began: the cell ran code {outcome.code}, and not that of git_sha"
+        )
+    return environment, notes
 
 
 class Interrupted(Stopped):

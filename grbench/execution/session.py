@@ -1,4 +1,4 @@
-"""The cells of one invocation, one after another: their records, tracking, progress and table."""
+"""The cells of one invocation: their records, tracking, progress and table."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +20,7 @@ from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import RunConfig, RunSpec
 from grbench.execution import records
 from grbench.execution.earlier import EarlierRecords
+from grbench.execution.places import Cell, Places, shares
 from grbench.execution.records import RunRecord, Status
 from grbench.execution.runner import Interrupted, run_cell
 from grbench.execution.workers import Event, KeptWorker
@@ -48,6 +50,8 @@ class CellSession:
             facts = {"overrides": " ".join(invocation.words), "cells": str(self._total)}
             self._tracker.start_sweep(self._sweep_id, facts)
         self._kept = KeptWorker() if run.runner.keep_engine else None
+        self._places = Places(shares(run.runner.parallel)) if run.runner.parallel != "1" else None
+        self._begun = 0  # cells, earlier records included
         self._earlier = EarlierRecords()
         if self._sweep_id and not run.rerun:
             self._earlier.read(self._root, failed=not run.rerun_failed)
@@ -65,6 +69,9 @@ class CellSession:
         for repeat in range(1, self._repeats):
             for job in self._jobs:
                 self._measure(repeated(job, repeat))
+        if self._places is not None:
+            with self._interrupting(self._places):
+                self._places.wait()
 
     def has(self, spec: RunSpec) -> bool:
         """Return True if an earlier record of this cell would be kept."""
@@ -73,13 +80,17 @@ class CellSession:
     def measure(self, job: Job) -> tuple[Path, RunRecord, bool]:
         """Measure one cell as `run` does. Returns its folder, its record, and whether that is an earlier one."""
         self._jobs.append(job)
-        return self._measure(job)
+        measured = self._measure(job)
+        assert measured is not None, "cells that another cell's result decides run one at a time"
+        return measured
 
-    def _measure(self, job: Job) -> tuple[Path, RunRecord, bool]:
+    def _measure(self, job: Job) -> tuple[Path, RunRecord, bool] | None:
+        """Measure one cell. Returns as `measure`, or None where the cell runs beside others and has only begun."""
         spec: RunSpec = job.config[0]
         run: RunConfig = job.config[1]
         name = label(Planned(spec.to_dict(), list(job.overrides)))
-        title = f"{len(self._cells) + 1}{f'/{self._total}' if self._total else ''} {name}"
+        self._begun += 1
+        title = f"{self._begun}{f'/{self._total}' if self._total else ''} {name}"
         earlier, why_not = self._earlier.of(spec)
         if earlier is not None:
             folder, record = earlier
@@ -91,6 +102,9 @@ class CellSession:
         if why_not:
             self._say(f"{title}: {why_not}, so it is measured again")
         total = spec.gate.quality_requests if is_accuracy(spec.scenario) else spec.scenario.queries
+        if self._places is not None:
+            self._begin(self._places, job, title, total)
+            return None
         with CellProgress(self._screen, title, total) as progress:
             try:
                 record, folder = run_cell(
@@ -108,6 +122,37 @@ class CellSession:
                 raise
         self._finish(folder, record)
         return folder, record, False
+
+    def _begin(self, places: Places, job: Job, title: str, total: int) -> None:
+        """Start a cell beside others, once a place is free. Its progress is printed in lines."""
+        spec, run = job.config
+        progress = CellProgress(self._screen, title, total, redrawn=False)
+        cell = Cell(
+            spec,
+            run.runner,
+            job.folder,
+            self._sweep_id,
+            list(job.overrides),
+            self._invocation.config_dir,
+            on_event=progress.show,
+            on_end=lambda folder, record: self._ended(title, folder, record),
+        )
+        with self._interrupting(places):
+            places.give(cell)
+
+    def _ended(self, title: str, folder: Path, record: RunRecord) -> None:
+        """Take the record of a cell that ran beside others."""
+        self._say(f"{title}: {record.status}{f', {record.error}' if record.error else ''}")
+        self._finish(folder, record)
+
+    @contextlib.contextmanager
+    def _interrupting(self, places: Places) -> Iterator[None]:
+        """Pass a signal that comes meanwhile on to the cells that run, and keep their records."""
+        try:
+            yield
+        except KeyboardInterrupt as e:
+            places.interrupt(getattr(e, "number", signal.SIGINT))
+            raise
 
     def _finish(self, folder: Path, record: RunRecord, kept: bool = False) -> None:
         if self._sweep_id:
@@ -145,6 +190,8 @@ class CellSession:
         """
         if self._kept is not None:
             self._kept.close()
+        if self._places is not None:
+            self._places.close()
         if self._sweep_id:
             self._tracker.end_sweep(self._cells, cut_short, answer, files)
 
@@ -190,11 +237,14 @@ def repeated(job: Job, repeat: int) -> Job:
 
 
 class CellProgress:
-    """One line with the state of a cell. It is redrawn only when the worker reports, never by a timer:
-    a busy launcher would disturb the measurement."""
+    """The state of a cell: one line on a terminal, else a line for each stage.
 
-    def __init__(self, screen: Console, title: str, queries: int) -> None:
-        self._screen, self._title = screen, title
+    It is redrawn only when the worker reports, never by a timer: a busy launcher would disturb the measurement.
+    redrawn: False for lines also on a terminal.
+    """
+
+    def __init__(self, screen: Console, title: str, queries: int, redrawn: bool = True) -> None:
+        self._screen, self._title, self._redrawn = screen, title, redrawn and screen.is_terminal
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -207,21 +257,23 @@ class CellProgress:
         self._task = self._bar.add_task(escape(title), total=queries)
 
     def __enter__(self) -> CellProgress:
-        if self._screen.is_terminal:
+        if self._redrawn:
             self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._screen.is_terminal:
+        if self._redrawn:
             self._bar.stop()
 
     def show(self, event: Event) -> None:
         """Take one message of the worker."""
+        if not self._redrawn:
+            if "stage" in event:
+                line = f"{self._title}: {event['stage']}"
+                self._screen.print(line, soft_wrap=True, markup=False, highlight=False)
+            return
         if "stage" in event:
             self._bar.update(self._task, description=escape(f"{self._title}: {event['stage']}"))
-            if not self._screen.is_terminal:
-                self._screen.print(f"{self._title}: {event['stage']}", soft_wrap=True, markup=False, highlight=False)
         else:
             self._bar.update(self._task, completed=event["answered"])
-        if self._screen.is_terminal:
-            self._bar.refresh()
+        self._bar.refresh()

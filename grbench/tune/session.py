@@ -35,6 +35,11 @@ class TuneSession:
         self._screen = Console(stderr=True)
         kept = [] if declared.fixed_value("runner.keep_engine") else ["runner.keep_engine=true"]
         _, run = compose_spec([*declared.fixed, *space.configurations[0].words, *kept], declared.config_dir)
+        if run.runner.parallel != "1":
+            raise ConfigError(
+                f"runner.parallel={run.runner.parallel}: a search measures one cell at a time, since the next depends "
+                "on it; allowed is runner.parallel=1"
+            )
         root = Path(run.runner.output_root).absolute()
         self.folder = root / "tune" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         self.folder.mkdir(parents=True, exist_ok=True)

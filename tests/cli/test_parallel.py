@@ -1,0 +1,138 @@
+"""Cells of a sweep side by side, each in its place: real places, real workers, real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers.command import Grbench
+
+from grbench.config.schema import ConfigError
+from grbench.execution import places, records
+from grbench.execution.records import RunRecord, Status
+
+QUICK = [
+    "engine=hstu",
+    "model=hstu_tiny",
+    "workload=synthetic",
+    "workload.max_requests=64",
+    "workload.max_history=64",
+    "scenario=closed_loop",
+    "warmup_batches=1",
+    "gate.requests=2",
+    "tracking=none",
+]
+
+
+def until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 150.0) -> None:
+    """Wait until something is true while a command runs."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None, "the command ended"
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
+
+
+def found(root: Path) -> dict[int, RunRecord]:
+    """The records under a folder, by the cell's number of queries."""
+    return {record.spec["scenario"]["queries"]: record for _, record in records.find(root)}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
+def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: Path) -> None:
+    """One of three cells ends well, one loses its place, one is stopped with the command."""
+    words = ["-m", *QUICK, "scenario.queries=64,100000000,200000000", "runner.parallel=2"]
+    errors = tmp_path / "err.txt"
+    with errors.open("w") as said:
+        command = subprocess.Popen(
+            [sys.executable, "-m", "grbench", *words], cwd=tmp_path, stdout=said, stderr=said, text=True
+        )
+    try:
+
+        def measures(cell: int) -> bool:
+            return f"{cell}/3" in errors.read_text() and any(
+                line.startswith(f"{cell}/3") and line.endswith(": measuring") for line in errors.read_text().split("\n")
+            )
+
+        until(lambda: measures(2) and measures(3), command)
+        fine = found(tmp_path)[64]
+        assert fine.status is Status.OK, fine.error
+        children = psutil.Process(command.pid).children(recursive=True)
+        place = {child.cpu_affinity()[0]: child for child in children if "grbench.execution.place" in child.cmdline()}
+        assert len(place) == 2, "a core each"
+        cores = [record.environment["cpu_cores"] for record in found(tmp_path).values()]
+        assert cores == [1] * len(cores)
+        assert fine.environment["beside"]["cells"] == 1
+        assert any("beside this one, on other cores" in note for note in fine.notes)
+
+        [freed] = fine.environment["beside"]["cores"]  # the third cell runs there
+        [other] = set(place) - {freed}
+        place[other].kill()
+        until(lambda: 100000000 in found(tmp_path), command)
+        lost = found(tmp_path)[100000000]
+        assert lost.status is Status.KILLED
+        assert lost.error is not None
+        assert f"on cores {other} to {other} ended by SIGKILL; run it again" in lost.error
+
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(60) == 143, errors.read_text()
+        assert found(tmp_path)[200000000].status is Status.INTERRUPTED
+        printed = errors.read_text()
+        assert "Traceback" not in printed
+        assert "interrupted with 1 of 3 cells to go; the same sweep goes on from here" in printed
+        assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        command.kill()
+        command.wait()
+
+
+def test_places_share_no_core_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two sockets of two cores with two threads each, a place has both threads of a core, and cores of a socket."""
+    monkeypatch.setattr(places, "_cores", lambda: [0, 4, 1, 5, 2, 6, 3, 7])
+    monkeypatch.setattr(places, "visible_gpus", list)
+    assert [share.cores for share in places.shares("4")] == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert [share.cores for share in places.shares("3")] == [(0, 4), (1, 5), (2, 6)]
+    monkeypatch.setattr(places, "visible_gpus", lambda: ["2", "GPU-8a"])
+    assert places.shares("gpus") == [places.Share((0, 1, 4, 5), "2"), places.Share((2, 3, 6, 7), "GPU-8a")]
+    assert places.shares("1") == [places.Share((0, 1, 2, 3, 4, 5, 6, 7), "2")]
+    with pytest.raises(ConfigError, match="has 2 GPUs, and cells never share one; allowed is at most 2"):
+        places.shares("3")
+
+
+def test_the_threads_of_a_core_stand_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for core in range(8):
+        folder = tmp_path / f"cpu{core}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "physical_package_id").write_text(f"{core % 2}\n")
+        (folder / "core_id").write_text(f"{core % 4 // 2}\n")
+    monkeypatch.setattr(places, "TOPOLOGY", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(places, "visible_gpus", list)
+    assert [share.cores for share in places.shares("4")] == [(0, 4), (2, 6), (1, 5), (3, 7)]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "why"),
+    [
+        ("gpus", "no NVIDIA GPU here; runner.parallel=2 measures two cells at a time"),
+        ("0", "allowed are gpus and a number of cells from 1"),
+        ("two", "allowed are gpus and a number of cells from 1"),
+        ("9999", "cores, and cells never share one; allowed is at most"),
+    ],
+)
+def test_what_a_machine_has_not_is_refused(
+    grbench_here: Grbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parallel: str, why: str
+) -> None:
+    monkeypatch.setattr(places, "visible_gpus", list)
+    done = grbench_here("-m", *QUICK, "seed=0,1", f"runner.parallel={parallel}")
+    assert done.returncode == 2
+    assert f"runner.parallel={parallel}: " in done.stderr
+    assert why in done.stderr
+    assert not list(records.find(tmp_path))
