@@ -3,7 +3,8 @@
     grbench serve engine=hstu model=hstu_tiny workload=synthetic       # in another shell
     python experiments/front_end.py --url http://127.0.0.1:8000 --rate 100 --seconds 20
 
-Calls of one user with 100 events are sent at fixed times over one connection, in each of these forms for a time:
+Calls of one user with 100 events are sent at fixed times, over each of `--connections` in turn, in each of these forms
+for a time:
 
 - echo: the binary call goes to a socket in another process, which answers with the bytes of the server's answer. It is
   what the network of this machine and the waking of two processes take.
@@ -21,9 +22,11 @@ import json
 import multiprocessing
 import re
 import socket
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from urllib.parse import urlsplit
 
@@ -109,6 +112,23 @@ def loop_s(url: str) -> float:
     return float(re.search(r"^grbench_front_end_cpu_seconds_total (\S+)", text, re.MULTILINE)[1])  # type: ignore[index]
 
 
+def sent(calls: Sequence[Call], rate: float, number: int) -> list[float]:
+    """Send this many calls at a rate, with a thread for each of the sequence. Returns what was added, milliseconds."""
+    begun = time.perf_counter()
+
+    def of_thread(first: int) -> list[float]:
+        added = []
+        for i in range(first, number, len(calls)):
+            time.sleep(max(begun + i / rate - time.perf_counter(), 0.0))
+            sent = time.perf_counter()
+            reported = calls[first]()
+            added.append((time.perf_counter() - sent) * 1e3 - sum(reported[part] for part in PARTS))
+        return added
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [ms for added in pool.map(of_thread, range(len(calls))) for ms in added]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Send every form, and print the percentiles of what the front end adds."""
     parser = common.parser(__doc__ or "", overrides=False)
@@ -116,45 +136,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=100, help="calls per second (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20, help="how long to call (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=32, help="candidates of a call (default: %(default)s)")
+    parser.add_argument("--connections", type=int, default=1, help="more for a high rate (default: %(default)s)")
     args = parser.parse_args(arguments)
+    sys.setswitchinterval(0.0005)  # threads wait for each other at most so long
     rows = common.Rows(args, __file__, arguments)
     client, one = Client(args.url), request(candidates=args.candidates)
     client.wait_until_ready(60)
     parts = urlsplit(args.url)
     host, path = parts.hostname or "", f"/v2/models/{client.model}/infer"
-    server = Socket(host, parts.port or 80)
     tensors = tensors_of([one], rank=True)
     as_json = json.dumps({"inputs": inputs_of(tensors), "parameters": DEADLINE}).encode()
     json_call = http_call(path, host, as_json, {})
     binary = http_call(path, host, *body_of(tensors, {"binary_data_output": True, **DEADLINE}))
 
-    port, port_of_echo = multiprocessing.Pipe()
-    echoing = multiprocessing.Process(target=echo, args=(port_of_echo, len(binary), server.ask(binary)), daemon=True)
-    echoing.start()
-    mirror = Socket("127.0.0.1", port.recv())
     nothing = dict.fromkeys(PARTS, 0.0)
-    forms: dict[str, Call] = {
-        "echo": lambda: nothing if mirror.ask(binary) else {},
-        "json": lambda: parameters_of(server.ask(json_call)),
-        "binary": lambda: parameters_of(server.ask(binary)),
-        "client": lambda: client.rank([one], DEADLINE["deadline_ms"]).parameters,
-    }
-    for name, call in forms.items():
-        call()
-        added, calls = [], int(args.rate * args.seconds / len(forms))
+    forms: dict[str, list[Call]] = {"echo": [], "json": [], "binary": [], "client": []}
+    echoing = []
+    for _ in range(args.connections):
+        server = Socket(host, parts.port or 80)
+        port, port_of_echo = multiprocessing.Pipe()
+        words = (port_of_echo, len(binary), server.ask(binary))
+        echoing.append(multiprocessing.Process(target=echo, args=words, daemon=True))
+        echoing[-1].start()
+        mirror = Socket("127.0.0.1", port.recv())
+        forms["echo"].append(lambda mirror=mirror: nothing if mirror.ask(binary) else {})  # type: ignore[misc]
+        forms["json"].append(lambda server=server: parameters_of(server.ask(json_call)))  # type: ignore[misc]
+        forms["binary"].append(lambda server=server: parameters_of(server.ask(binary)))  # type: ignore[misc]
+        forms["client"].append(lambda: client.rank([one], DEADLINE["deadline_ms"]).parameters)
+    for name, calls in forms.items():
+        calls[0]()
+        number = int(args.rate * args.seconds / len(forms))
         begun, own_s, servers_s = time.perf_counter(), time.process_time(), loop_s(args.url)
-        for i in range(calls):
-            time.sleep(max(begun + i / args.rate - time.perf_counter(), 0.0))
-            sent = time.perf_counter()
-            reported = call()
-            added.append((time.perf_counter() - sent) * 1e3 - sum(reported[part] for part in PARTS))
+        added = sent(calls, args.rate, number)
+        took_s = time.perf_counter() - begun
         own_s, servers_s = time.process_time() - own_s, loop_s(args.url) - servers_s
         p50, p99 = np.percentile(added, [50, 99])
         rows.add(
-            form=name, calls=calls, p50_ms=float(p50), p99_ms=float(p99),
-            loop_ms=0.0 if name == "echo" else servers_s / calls * 1e3, client_ms=own_s / calls * 1e3,
+            form=name, calls=number, rate_rps=number / took_s, p50_ms=float(p50), p99_ms=float(p99),
+            loop_ms=0.0 if name == "echo" else servers_s / number * 1e3, client_ms=own_s / number * 1e3,
         )  # fmt: skip
-    echoing.terminate()
+    for process in echoing:
+        process.terminate()
     rows.close()
 
 
