@@ -81,7 +81,7 @@ def differ(scores: Float32Array, known: Float32Array) -> bool:
 
 @dataclass
 class Tally:
-    """What the clients of one process have seen, or of all together."""
+    """Figures of the clients of one process, or of all together."""
 
     latencies_ms: list[float] = field(default_factory=list)
     lags_ms: list[float] = field(default_factory=list)
