@@ -94,7 +94,7 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
 
 
 def test_places_share_no_core_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two sockets of two cores with two threads each, a place has both threads of a core, and cores of a socket."""
+    """Two sockets have two cores of two threads each: a place has both threads of a core, and cores of one socket."""
     monkeypatch.setattr(places, "_cores", lambda: [0, 4, 1, 5, 2, 6, 3, 7])
     monkeypatch.setattr(places, "visible_gpus", list)
     assert [share.cores for share in places.shares("4")] == [(0, 4), (1, 5), (2, 6), (3, 7)]
