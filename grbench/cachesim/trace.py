@@ -12,7 +12,7 @@ from grbench.workloads import load_events
 from grbench.workloads.config import DrawnConfig, RecordedConfig
 from grbench.workloads.events import DataError
 from grbench.workloads.synthetic import draw_visitors
-from grbench.workloads.trace import find_requests, find_visits
+from grbench.workloads.trace import find_requests, find_visits, seen_events
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -60,7 +60,7 @@ def _recorded(config: RecordedConfig) -> Columns:
     visits = find_visits(log, config)
     order, owner, first_event = find_requests(log, visits, config)
     seen = visits.starts[order] - first_event[order]  # events before each visit
-    return _columns(owner[order], visits.arrivals[order], seen, config.max_history)
+    return _columns(owner[order], visits.arrivals[order], seen_events(seen, config), config.max_history)
 
 
 def _synthetic(config: DrawnConfig, seed: int) -> Columns:
@@ -77,7 +77,8 @@ def _synthetic(config: DrawnConfig, seed: int) -> Columns:
     seen = np.empty(len(order), dtype=np.int64)
     seen[order] = drawn.initial[user] + before - before[first][user]
     keep = slice(config.max_requests or None)
-    return _columns(drawn.visitor[keep], drawn.arrivals[keep], seen[keep], config.max_history)
+    known = seen_events(seen[keep], config)
+    return _columns(drawn.visitor[keep], drawn.arrivals[keep], known, config.max_history)
 
 
 def _columns(users: Ints, arrivals: Floats, seen: Ints, max_history: int) -> Columns:

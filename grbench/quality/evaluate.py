@@ -83,7 +83,8 @@ def _of_lists(spec: RunSpec, users: int, report: Report) -> Evaluation:
     spec = replace(spec, retrieval=replace(spec.retrieval, k=k, beam_width=max(k, spec.retrieval.beam_width)))
     assert spec.retrieval is not None
     retrieval = build_retrieval(spec.retrieval, spec.workload, events, spec.seed, report)
-    lists = Lists(split, chosen, spec.workload.max_history, k, spec.seed)
+    workload = spec.workload
+    lists = Lists(split, chosen, workload.max_history, k, spec.seed, stale_events=workload.stale_events)
     catalogue = Catalogue(events.num_users, events.num_items, len(events.action_names))
 
     def ask(its: RunSpec) -> tuple[Any, dict[str, Any], float]:

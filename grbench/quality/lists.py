@@ -20,8 +20,9 @@ NEW = "_new"  # suffix of figures whose answers have lost the items of the user'
 class Lists:
     """The users whose last item is to be found, and the figures of answers to them.
 
-    k: items of an answer. Figures beyond it, such as hr50 of ten items, are left out. With `removal` there are also
-    figures of the answers without the user's past, up to the cutoff for which every user has enough items left.
+    k: items of an answer. Figures beyond it, such as hr50 of ten items, are left out, except up to 10: what an
+    answer of fewer items lacks is missed. stale_events: newest events that the histories lack. With `removal` there are
+    also figures of the answers without the user's past, up to the cutoff for which every user has enough items left.
     """
 
     split: LeaveOneOut
@@ -30,10 +31,11 @@ class Lists:
     k: int
     seed: int
     removal: bool = True
+    stale_events: int = 0
 
     @property
     def requests(self) -> list[Request]:
-        return self.split.requests(self.users, self.max_history)
+        return self.split.requests(self.users, self.max_history, stale_events=self.stale_events)
 
     def ask(self, engine: Any, task: str, max_batch: int) -> list[Ints]:
         """Return the items that the engine finds for each user. task: generate or recommend."""
@@ -94,7 +96,7 @@ class Lists:
         return self.split.targets(self.users)
 
     def _figures(self, ranks: Ints, most: int = metrics.NOT_FOUND) -> dict[str, Floats]:
-        return metrics.list_figures(ranks, [cutoff for cutoff in CUTOFFS if cutoff <= min(self.k, most)])
+        return metrics.list_figures(ranks, [c for c in CUTOFFS if c <= min(max(self.k, 10), most)])
 
 
 def shortest(answers: Sequence[Ints], left: Sequence[Ints], items: int) -> int:

@@ -61,13 +61,17 @@ class LeaveOneOut:
         """Return the items of each user before the one to predict, oldest first."""
         return [self.events.items[self.bounds[u] : self.bounds[u + 1] - part] for u in users]
 
-    def requests(self, users: Ints, max_history: int, part: int = TEST) -> list[Request]:
-        """Return a request for each user at the time of the event to predict, without candidates."""
-        return [self._request(number, int(user), max_history, part) for number, user in enumerate(users)]
+    def requests(self, users: Ints, max_history: int, part: int = TEST, stale_events: int = 0) -> list[Request]:
+        """Return a request for each user at the time of the event to predict, without candidates.
 
-    def _request(self, number: int, user: int, max_history: int, part: int) -> Request:
-        events, stop = self.events, int(self.bounds[user + 1]) - part
-        start = max(int(self.bounds[user]), stop - max_history)
+        stale_events: newest events that the history lacks; it keeps at least one.
+        """
+        return [self._request(number, int(user), max_history, part, stale_events) for number, user in enumerate(users)]
+
+    def _request(self, number: int, user: int, max_history: int, part: int, stale_events: int) -> Request:
+        events, first, target = self.events, int(self.bounds[user]), int(self.bounds[user + 1]) - part
+        stop = max(target - stale_events, first + 1)
+        start = max(first, stop - max_history)
         return Request(
             request_id=number,
             user_id=user,
@@ -77,7 +81,7 @@ class LeaveOneOut:
             history_timestamps=events.timestamps[start:stop],
             num_seen=0,
             candidates=events.items[:0],
-            timestamp=int(events.timestamps[stop]),
+            timestamp=int(events.timestamps[target]),
             arrival_s=0.0,
             deadline_ms=0.0,
         )

@@ -79,6 +79,11 @@ def to_config(cfg: DictConfig) -> TrainConfig:
         raise ConfigError(
             "workload=synthetic: its events are random, so there is nothing to learn; use ml_100k, csv or recbole"
         )
+    if config.workload.stale_events:
+        raise ConfigError(
+            f"workload.stale_events={config.workload.stale_events}: training has every event before the one that it "
+            "predicts; allowed here: 0"
+        )
     if config.training.negatives and (config.task != "generate" or config.retrieval.levels != 1):
         raise ConfigError("training.negatives: it is for task=generate retrieval.levels=1; allowed here: 0")
     if config.training.item_vectors and (config.task != "generate" or config.retrieval.levels == 1):

@@ -17,6 +17,10 @@ class WorkloadConfig:
     num_candidates: int = option(32, "items to rank in each request", ge=1, le=1_000_000)
     min_history: int = option(1, "events before a visit for it to become a request", ge=1)
     max_history: int = option(512, "most events of a history; older ones are dropped", ge=1)
+    stale_events: int = option(
+        0, "newest events before a request that its history lacks, as where the user's state is this old; a history "
+        "keeps at least `min_history` events", ge=0,
+    )  # fmt: skip
     max_requests: int = option(0, "most requests of the trace; 0: all", ge=0)
 
 

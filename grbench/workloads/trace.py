@@ -33,6 +33,7 @@ class Requests(Sequence[Request]):
         users: Ints,
         firsts: Ints,
         stops: Ints,
+        begins: Ints,
         ends: Ints,
         times: Ints,
         arrivals_s: Floats,
@@ -43,12 +44,12 @@ class Requests(Sequence[Request]):
     ) -> None:
         """Take what each request is made of, as arrays [requests].
 
-        visits, users, times: of the visit. firsts: its user's first event. stops: where the history ends and the
-        visit's own events begin. ends: where those end.
+        visits, users, times: of the visit. firsts: its user's first event. stops: where the history ends. begins,
+        ends: of the visit's own events.
         """
         self.users, self.times, self.arrivals_s = users, times, arrivals_s
         self._events, self._visits = events, visits
-        self._firsts, self._stops, self._ends = firsts, stops, ends
+        self._firsts, self._stops, self._begins, self._ends = firsts, stops, begins, ends
         self._starts = np.maximum(firsts, stops - max_history)
         self.history_lengths = stops - self._starts
         self.num_seen = np.maximum(_stop_before(users, stops, self._starts) - self._starts, 0)
@@ -80,7 +81,8 @@ class Requests(Sequence[Request]):
 
     def _make(self, i: int) -> Request:
         events, first, start, stop = self._events, self._firsts[i], self._starts[i], self._stops[i]
-        past, own = events.items[first:stop], events.items[stop : self._ends[i]]
+        begin = self._begins[i]
+        past, own = events.items[first:begin], events.items[begin : self._ends[i]]
         rng = np.random.default_rng([self._seed, int(self._visits[i])])
         return Request(
             request_id=i,
@@ -192,24 +194,40 @@ def find_requests(events: Events, visits: Visits, config: WorkloadConfig) -> tup
     return order[: config.max_requests or None], owner, first_event
 
 
+def seen_events(before: Ints, config: WorkloadConfig) -> Ints:
+    """Return how many of the events before each request the user's state knows. Raises DataError if it never knows one.
+
+    before: the number of all of them, at least `min_history`.
+    """
+    if config.stale_events >= (longest := int(before.max())):
+        raise DataError(
+            f"workload.stale_events={config.stale_events}: the longest history has {longest} events, so no state would "
+            "be that old; lower it"
+        )
+    known: Ints = np.maximum(before - config.stale_events, config.min_history)
+    return known
+
+
 def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: int, latency_limit_ms: float) -> Trace:
     """Return a trace with one request per visit that has at least `min_history` earlier events.
 
     Candidates are distinct: first the visit's own items, at most half of all, then others drawn by popularity. None is
-    from the user's past. They depend only on the seed and the visit, and not on `max_requests`. Raises DataError
-    if there is no request.
+    from the user's past, whatever the state knows of it. They depend only on the seed and the visit, and not on
+    `max_requests` or `stale_events`. Raises DataError if there is no request.
     """
     if config.num_candidates > events.num_items:
         raise DataError(
             f"workload.num_candidates={config.num_candidates}: the workload has {events.num_items} items; ask for fewer"
         )
     order, owner, first_event = find_requests(events, visits, config)
+    firsts, begins = first_event[order], visits.starts[order]
     requests = Requests(
         events=events,
         visits=order,
         users=owner[order],
-        firsts=first_event[order],
-        stops=visits.starts[order],
+        firsts=firsts,
+        stops=firsts + seen_events(begins - firsts, config),
+        begins=begins,
         ends=visits.ends[order],
         times=visits.times[order],
         arrivals_s=visits.arrivals[order] - visits.arrivals[order[0]],

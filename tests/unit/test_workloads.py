@@ -411,7 +411,8 @@ def naive_requests(events: Events, config: RecordedConfig) -> list[dict[str, Any
             ):
                 end += 1
             if at >= config.min_history:
-                history = rows[:at][-config.max_history :]
+                known = rows[: max(at - config.stale_events, config.min_history)]
+                history = known[-config.max_history :]
                 own = [int(events.items[r]) for r in rows[at:end]]
                 found.append(
                     {
@@ -424,6 +425,7 @@ def naive_requests(events: Events, config: RecordedConfig) -> list[dict[str, Any
                         "seen": len(held & set(history)),
                         "time": int(events.timestamps[rows[at]]),
                         "own": list(dict.fromkeys(own)),
+                        "past_rows": rows[:at],
                         "past": {int(events.items[r]) for r in rows[:at]},
                     }
                 )
@@ -438,9 +440,10 @@ def naive_requests(events: Events, config: RecordedConfig) -> list[dict[str, Any
     gap=st.sampled_from([1.0, 5.0, 500.0, 5000.0]),
     visit_events=st.integers(1, 5),
     history=st.tuples(st.integers(1, 3), st.integers(3, 8)),
+    stale=st.integers(0, 4),
 )
 def test_a_trace_equals_that_of_a_naive_loop(
-    events: Events, gap: float, visit_events: int, history: tuple[int, int]
+    events: Events, gap: float, visit_events: int, history: tuple[int, int], stale: int
 ) -> None:
     config = RecordedConfig(
         "any",
@@ -449,10 +452,15 @@ def test_a_trace_equals_that_of_a_naive_loop(
         max_history=history[1],
         visit_gap_s=gap,
         visit_events=visit_events,
+        stale_events=stale,
     )
     expected = naive_requests(events, config)
     if not expected:
         with pytest.raises(DataError, match="min_history"):
+            build_trace(events, find_visits(events, config), config, 0, 80.0)
+        return
+    if max(len(e["past_rows"]) for e in expected) <= stale:
+        with pytest.raises(DataError, match=f"workload.stale_events={stale}: the longest history has"):
             build_trace(events, find_visits(events, config), config, 0, 80.0)
         return
     trace = build_trace(events, find_visits(events, config), config, 0, 80.0)
@@ -609,11 +617,25 @@ def test_steps_have_the_lengths_and_the_order_of_mlperf() -> None:
     assert columns.lengths.tolist() == lengths and len(columns) == len(requests)
 
 
+@pytest.mark.parametrize("stale", [0, 3, 20])
+def test_a_stale_state_lacks_the_newest_events_and_changes_nothing_else(stale: int) -> None:
+    fresh, old = (build(SyntheticConfig(**{**vars(SMALL), "max_history": 500, "stale_events": k})) for k in (0, stale))
+    assert len(fresh.requests) == len(old.requests)
+    for a, b in zip(fresh.requests, old.requests, strict=True):
+        left = max(len(a.history_items) - stale, 1)
+        assert b.history_items.tolist() == a.history_items[:left].tolist()
+        assert (b.user_id, b.timestamp, b.candidates.tolist()) == (a.user_id, a.timestamp, a.candidates.tolist())
+    config = SyntheticConfig(**{**vars(SMALL), "max_history": 500, "stale_events": stale})
+    assert cachesim_trace.load(config, 0).lengths.tolist() == old.requests.history_lengths.tolist()
+
+
 def test_what_cannot_be_asked_is_refused() -> None:
     with pytest.raises(DataError, match=r"workload\.step_share=1e-09: none of 3 users visits in 2 steps; raise it"):
         build(StepsConfig("steps", users=3, steps=2, step_share=1e-9))
     with pytest.raises(DataError, match=r"workload\.num_candidates=501: the workload has 500 items"):
         build(SyntheticConfig(**{**vars(SMALL), "num_candidates": 501}))
+    with pytest.raises(DataError, match=r"workload\.stale_events=9999: the longest history has \d+ events"):
+        build(SyntheticConfig(**{**vars(SMALL), "stale_events": 9999}))
     with pytest.raises(DataError, match="is above max_history=64"):
         build(SyntheticConfig(**{**vars(SMALL), "min_history": 65}))
 
