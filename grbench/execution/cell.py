@@ -18,7 +18,7 @@ from grbench.execution.energy import metered
 from grbench.execution.gpu import sample_gpu
 from grbench.execution.kept import Built, KeptEngine
 from grbench.execution.load import MEASURING
-from grbench.execution.records import SAMPLES_FILE, Outcome
+from grbench.execution.records import RESAMPLES_FILE, SAMPLES_FILE, Outcome
 from grbench.execution.retrieval import build_retrieval
 from grbench.gate import gate_for, quality
 from grbench.gate.accuracy import DataSet
@@ -254,6 +254,8 @@ class Cell:
                 outcome.intervals |= figures.intervals
                 outcome.notes += figures.notes
         measure.write_samples(measurement.samples, self.folder / SAMPLES_FILE)
+        if self._quality is not None and self._quality.resamples:
+            measure.write_samples(self._quality.resamples, self.folder / RESAMPLES_FILE)
         self._begin("")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from grbench.config.schema import RunSpec
 from grbench.execution import stats
-from grbench.execution.records import PARTS
+from grbench.execution.records import IN_RUN, PARTS
 from grbench.scenarios import Measurement
 from grbench.scenarios.config import OfflineConfig, ServerConfig, TraceReplayConfig, is_accuracy
 from grbench.tools import sizing
@@ -34,6 +34,8 @@ def summarise(
     summary = stats.latency_summary(samples["latency_ms"], arrivals_s=samples["arrival_s"])
     if isinstance(spec.scenario, OfflineConfig):
         summary.notes.clear()  # of a wait for all requests before it, no percentile is of interest
+        if interval := _rate_interval(samples):
+            summary.intervals[IN_RUN] = interval
     metrics = summary.metrics
     for part in [*PARTS, *(f"{stage}_ms" for stage in STAGES if f"{stage}_ms" in samples)]:
         metrics[f"{part}/p50"] = stats.percentile(samples[part], 50)
@@ -80,6 +82,17 @@ def summarise(
     elif flops := _flops(spec, answered, sizes, details):
         metrics["model_tflops"] = flops / measurement.busy_s / 1e12
     return summary
+
+
+def _rate_interval(samples: dict[str, np.ndarray]) -> list[float] | None:
+    """Return the 95% interval of the requests/s of an offline run, by its batches; None for a run of few batches."""
+    ends = samples["arrival_s"] + samples["latency_ms"] / 1e3
+    batches, place, counts = np.unique(samples["batch_index"], return_inverse=True, return_counts=True)
+    last = np.zeros(len(batches))
+    np.maximum.at(last, place, ends)
+    order = np.argsort(last, kind="stable")
+    found = stats.rate_interval(counts[order], np.diff(last[order], prepend=0.0))
+    return None if found is None else list(found)
 
 
 def _beside_loadgen(samples: dict[str, np.ndarray], metrics: dict[str, float]) -> list[str]:
@@ -167,7 +180,7 @@ def memory(device: str, gate_mib: float) -> dict[str, float]:
 
 
 def write_samples(samples: dict[str, np.ndarray], path: Path) -> None:
-    """Write one row per request as parquet. Raises OSError when the disk is full."""
+    """Write columns of equal length as parquet. Raises OSError when the disk is full."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

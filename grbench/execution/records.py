@@ -1,7 +1,8 @@
 """RunRecord: the facts and figures of one finished cell, as one JSON file.
 
-A cell's folder holds `record.json`, `samples.parquet` (one row per request), `worker.log` and, for LoadGen scenarios,
-LoadGen's own logs. Every cell ends in a record. Its status says how the cell ended.
+A cell's folder holds `record.json`, `samples.parquet` (one row per request), `worker.log`, for LoadGen scenarios
+LoadGen's own logs, and with trained weights `quality.parquet` (the quality in each resample of the users). Every cell
+ends in a record. Its status says how the cell ended.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 RECORD_FILE = "record.json"
 SAMPLES_FILE = "samples.parquet"
+RESAMPLES_FILE = "quality.parquet"
 LOG_FILE = "worker.log"
 CELLS_FILE = "cells.json"  # in a sweep's folder: the folders of its cells, also of those that it kept
 ARTIFACTS = "mlartifacts"  # folder of MLflow's copies under an output root
@@ -29,6 +31,7 @@ PARTS = ("queue_ms", "batch_ms", "transfer_ms", "compute_ms")  # of a request's 
 SAMPLE_COLUMNS = ("request_id", "user_id", "arrival_s", *PARTS, "latency_ms", "batch_index", "batch_size")
 
 
+IN_RUN = "throughput_rps/in_run"  # the interval of an offline run's rate by its own batches
 BEFORE_GATE = ("workload/", "engine_start_s", "step_s/")  # names of the metrics that are known before the gate
 
 

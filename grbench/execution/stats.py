@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 CONFIDENCE = 0.95
 SHORTEST_S = 1.0  # a rate or an energy over less time is mostly chance
+LEAST_BATCHES = 10  # for the interval of a rate
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 # A tail percentile of a few samples is their maximum under another name. Ten independent samples must lie above it.
 SAMPLES_NEEDED = {99.0: 1000, 99.9: 10_000}
@@ -170,6 +171,22 @@ def throughput(answered: int, duration_s: float) -> float:
     if not (math.isfinite(duration_s) and duration_s > 0):
         raise ValueError(f"duration_s={duration_s}: allowed is a finite number > 0")
     return answered / duration_s
+
+
+def rate_interval(counts: npt.ArrayLike, seconds: npt.ArrayLike) -> tuple[float, float] | None:
+    """Return the 95% interval of sum(counts) / sum(seconds), both [batches] in the order of time.
+
+    It is that of a ratio of means (Cochran, Sampling Techniques, section 6.3). Batches near each other in time are
+    alike, so the variance of their sum is that of a series. It says nothing of what differs between runs. None for
+    fewer than LEAST_BATCHES.
+    """
+    answered, taken = np.asarray(counts, np.float64), np.asarray(seconds, np.float64)
+    if len(taken) < LEAST_BATCHES:
+        return None
+    left = taken - answered * taken.sum() / answered.sum()  # seconds that a batch took more than its share
+    reach = 1.96 * math.sqrt(float(left @ left) * _inflation(left)) / taken.sum()
+    rate = float(answered.sum() / taken.sum())
+    return rate / (1 + reach), rate / max(1 - reach, 1e-9)
 
 
 def goodput(latencies_ms: npt.ArrayLike, deadlines_ms: npt.ArrayLike, duration_s: float) -> float:

@@ -10,7 +10,7 @@ grbench/quality/ has the labels, the metrics and their intervals.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from grbench.config.schema import RunSpec
 from grbench.quality.held_out import HeldOut, doubt_of_lists
 from grbench.quality.lists import Lists
-from grbench.quality.metrics import Estimate
+from grbench.quality.metrics import Estimate, Floats, estimate_of
 from grbench.quality.protocol import LeaveOneOut
 from grbench.quality.rankings import NONE_LATER, Rankings
 from grbench.workloads.config import DrawnConfig
@@ -29,6 +29,7 @@ from grengines.numerics import IncorrectError
 
 MAX_LOSS = 1e-3  # share of the reference's AUC or normalised entropy
 TOP_K = 10
+COMPARED = ("hr10", "ndcg10", "auc", "ne")  # figures whose resamples are kept; auc and ne are means of the tasks
 
 
 @dataclass
@@ -142,11 +143,16 @@ def best(scores: Float32Array) -> npt.NDArray[np.int64]:
 
 @dataclass
 class QualityFigures:
-    """The figures of a record: `quality/...` in its metrics, and their intervals."""
+    """The figures of a record: `quality/...` in its metrics, and their intervals.
+
+    resamples: of those in COMPARED, by name. Two records of one seed and the same users have the same resamples, so
+    those of the difference are the differences.
+    """
 
     metrics: dict[str, float]
     intervals: dict[str, list[float]]
     notes: list[str]
+    resamples: dict[str, Floats] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -158,10 +164,17 @@ class QualityFigures:
         named = {f"quality/{name}": estimate for name, estimate in figures.items()}
         for baseline, its in baselines.items():
             named |= {f"quality/{baseline}/{name}": estimate for name, estimate in its.items()}
-        areas = [e.value for name, e in figures.items() if name.endswith("/auc") and not name.startswith("loss/")]
-        mean = {"quality/auc": float(np.mean(areas))} if areas else {}
-        values = {name: e.value for name, e in named.items()}
-        return cls(mean | values, {name: e.interval for name, e in named.items()}, list(notes))
+        for name in ("auc", "ne"):
+            tasks = [e for key, e in figures.items() if key.endswith(f"/{name}") and not key.startswith("loss/")]
+            if tasks:
+                mean = float(np.mean([e.value for e in tasks]))
+                named[f"quality/{name}"] = estimate_of(mean, np.mean([e.drawn for e in tasks], axis=0))
+        return cls(
+            {name: e.value for name, e in named.items()},
+            {name: e.interval for name, e in named.items()},
+            list(notes),
+            {name: named[f"quality/{name}"].drawn for name in COMPARED if f"quality/{name}" in named},
+        )
 
 
 def measure_lists(spec: RunSpec, trace: Trace, engine: Engine) -> QualityFigures | None:
@@ -189,4 +202,12 @@ def lists_of(spec: RunSpec, trace: Trace) -> Lists:
     split = LeaveOneOut(trace.events)
     users = split.some_users(spec.gate.quality_requests, spec.seed)
     longest = int(trace.requests.history_lengths.max())  # the engine was prepared for them
-    return Lists(split, users, min(longest, spec.workload.max_history), spec.retrieval.k, spec.seed, removal=False)
+    return Lists(
+        split,
+        users,
+        min(longest, spec.workload.max_history),
+        spec.retrieval.k,
+        spec.seed,
+        removal=False,
+        stale_events=spec.workload.stale_events,
+    )

@@ -8,7 +8,7 @@ the interval of their difference is that of pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -29,11 +29,12 @@ _NUMBERS = 1 << 24  # in one block of resamples
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95% interval."""
+    """A figure, its 95% interval, and the figure of each resample that the interval is of."""
 
     value: float
     low: float
     high: float
+    drawn: Floats = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
     @property
     def interval(self) -> list[float]:
@@ -73,7 +74,7 @@ def list_figures(ranks: Ints, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, Flo
 def means(figures: Mapping[str, Floats], seed: int = 0) -> dict[str, Estimate]:
     """Return the mean over users of each figure, one value a user. All figures have the same resamples."""
     drawn = _resampled_means(list(figures.values()), seed)
-    return {name: _estimate(float(its.mean()), d) for (name, its), d in zip(figures.items(), drawn, strict=True)}
+    return {name: estimate_of(float(its.mean()), d) for (name, its), d in zip(figures.items(), drawn, strict=True)}
 
 
 def relative_losses(
@@ -84,7 +85,7 @@ def relative_losses(
     drawn = _resampled_means([*figures.values(), *theirs], seed)
     lost = 1.0 - drawn[: len(theirs)] / np.maximum(drawn[len(theirs) :], 1e-12)
     return {
-        name: _estimate(1.0 - float(ours.mean()) / max(float(its.mean()), 1e-12), d)
+        name: estimate_of(1.0 - float(ours.mean()) / max(float(its.mean()), 1e-12), d)
         for (name, ours), its, d in zip(figures.items(), theirs, lost, strict=True)
     }
 
@@ -131,14 +132,14 @@ class Scored:
     def estimates(self, seed: int = 0) -> dict[str, Estimate]:
         """Return the figures with their intervals over users."""
         drawn = self.resampled(seed)
-        return {name: _estimate(value, drawn[name]) for name, value in self.figures().items()}
+        return {name: estimate_of(value, drawn[name]) for name, value in self.figures().items()}
 
     def losses(self, reference: Scored, seed: int = 0) -> dict[str, Estimate]:
         """Return the share of each of the reference's figures that is lost; of ne, whose best is 0, what is added."""
         ours, theirs = (s.figures() for s in (self, reference))
         drawn, expected = (s.resampled(seed) for s in (self, reference))
         return {
-            name: _estimate(
+            name: estimate_of(
                 float(_loss(name, np.array(ours[name]), np.array(theirs[name]))),
                 _loss(name, drawn[name], expected[name]),
             )
@@ -212,10 +213,11 @@ def resamples(users: int, seed: int, numbers: int) -> Iterator[Floats]:
         yield weights
 
 
-def _estimate(value: float, drawn: Floats) -> Estimate:
+def estimate_of(value: float, drawn: Floats) -> Estimate:
+    """Return a figure with the interval of its resamples."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high))
+    return Estimate(value, float(low), float(high), drawn)
 
 
 def _loss(name: str, found: Floats, reference: Floats) -> Floats:

@@ -34,6 +34,8 @@ class Series:
     hover: Sequence[str] = ()  # full names
     colour: int | None = None  # index of a colour; None: grey
     mode: str = "points"  # points, line, line+points, steps, bars
+    x_low: Sequence[float] = ()  # ends of the interval of x, where both coordinates are measured
+    x_high: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grbench.report.plots import COLOURS, GREY, PALE
@@ -48,6 +49,16 @@ def plotly_figure(chart: Chart) -> go.Figure:
     return figure
 
 
+def _ends(measured: Sequence[float], low: Sequence[float], high: Sequence[float]) -> dict[str, Any]:
+    """Return intervals as plotly takes them."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [end - value for end, value in zip(high, measured, strict=True)],
+        "arrayminus": [value - end for end, value in zip(low, measured, strict=True)],
+    }
+
+
 def _trace(go: Any, series: Series, error_on: str) -> Any:
     colour = PALE if series.colour is None else COLOURS[series.colour % len(COLOURS)]
     x, y = list(series.x), list(series.y)
@@ -57,14 +68,9 @@ def _trace(go: Any, series: Series, error_on: str) -> Any:
         return go.Bar(orientation="h", marker_color=colour, **common)
     error = {}
     if series.low:
-        measured = x if error_on == "x" else y
-        ends = {
-            "type": "data",
-            "symmetric": False,
-            "array": [high - value for high, value in zip(series.high, measured, strict=True)],
-            "arrayminus": [value - low for low, value in zip(series.low, measured, strict=True)],
-        }
-        error = {f"error_{error_on}": ends}
+        error = {f"error_{error_on}": _ends(x if error_on == "x" else y, series.low, series.high)}
+    if series.x_low:
+        error["error_x"] = _ends(x, series.x_low, series.x_high)
     mode = MODES[series.mode] + ("+text" if any(series.texts) else "")
     shape = {"line_shape": "hv"} if series.mode == "steps" else {}
     return go.Scatter(

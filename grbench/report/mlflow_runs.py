@@ -1,4 +1,4 @@
-"""Records from MLflow: record.json and samples.parquet of each run, downloaded."""
+"""Records from MLflow: record.json, samples.parquet and quality.parquet of each run, downloaded."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _download(client: MlflowClient, experiment_id: str, folder: Path) -> int:
                 continue
             target = folder / run.info.run_id
             target.mkdir(parents=True)
-            for name in {records.RECORD_FILE, records.SAMPLES_FILE} & names:
+            for name in {records.RECORD_FILE, records.SAMPLES_FILE, records.RESAMPLES_FILE} & names:
                 client.download_artifacts(run.info.run_id, name, str(target))
             count += 1
         if not (token := page.token):

@@ -15,6 +15,7 @@ from grbench.report.frame import has_samples, samples_problem
 from grbench.report.groups import Group, Row, group_cells
 from grbench.report.provenance import origin_line
 from grbench.report.table import MOST_COLUMNS, columns_for, notes, without_least_needed
+from grbench.report.tradeoffs import READING, Tradeoff, tradeoffs
 
 NO_SAMPLES = "no samples beside the record (row {}): its distribution and parts of the latency are not drawn"
 
@@ -68,14 +69,19 @@ def blocks(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: bool = T
     records = [record for _, record in cells]
     groups = group_cells(cells)
     rows = [row for group in groups for row in group.rows]
+    traded = tradeoffs(rows)
+    shown_there = {row.number for one in traded for row in one.rows}
+    others = [group for group in groups if not shown_there.issuperset(row.number for row in group.rows)]
+    rest = [row.record for group in others for row in group.rows]
     content: list[Block] = [Text(_summary(records))]
-    if len(groups) > 1:
-        content += _bullets([finding.sentence for finding in findings(records)])
+    if len(others) > 1:
+        content += _bullets([finding.sentence for finding in findings(rest)])
     content += _bullets(remarks)
-    for number, group in enumerate(groups, 1):
+    content += _tradeoff_blocks(traded, [row for row in rows if row.number in shown_there], figures)
+    for number, group in enumerate(others, 1):
         content += _group_blocks(number, group, figures)
-    if any(record.ok for record in records):
-        content += [Heading("How to read the tables"), *_bullets(_legend(records))]
+    if any(record.ok for record in rest):
+        content += [Heading("How to read the tables"), *_bullets(_legend(rest))]
     content += _failures(rows)
     content += environment_blocks([(row.number, row.record.environment) for row in rows])
     content += _requested_and_actual(rows)
@@ -112,6 +118,18 @@ def _group_blocks(number: int, group: Group, figures: bool) -> list[Block]:
     if figures:
         content += _bullets(_without_samples(group))
         content += [Figure(f"{number}_{chart.key}", chart) for chart in charts(group)]
+    return content
+
+
+def _tradeoff_blocks(traded: Sequence[Tradeoff], rows: Sequence[Row], figures: bool) -> list[Block]:
+    """Return a section for each axis of quality against speed, then how to read them and the notes of their rows."""
+    content: list[Block] = []
+    for number, one in enumerate(traded, 1):
+        content += [Heading(one.title), Text(one.sentence), Table(*one.table())]
+        content += [Figure(f"quality_{number}", one.chart(number))] if figures else []
+    if traded:
+        content += [Heading("How to read quality against speed"), *_bullets(READING)]
+        content += _bullets(notes([row.record for row in rows], [f"row {row.number}" for row in rows]))
     return content
 
 

@@ -78,6 +78,8 @@ def _draw(axes: Axes, series: Series, error_on: str) -> None:
     if series.low:
         measured = np.asarray(series.x if error_on == "x" else series.y, dtype=float)
         error = {f"{error_on}err": np.abs([measured - series.low, np.asarray(series.high) - measured])}
+    if series.x_low:
+        error["xerr"] = np.abs(np.asarray(series.x, dtype=float) - [series.x_low, series.x_high])
     marker = MARKERS[(series.colour or 0) % len(MARKERS)]
     axes.errorbar(
         series.x,

@@ -3,7 +3,7 @@
 A report's folder holds
 
     notes.md                     a title and what people wrote
-    records/<cell>/record.json   as a run leaves it, and samples.parquet if all are small
+    records/<cell>/record.json   as a run leaves it, with quality.parquet, and samples.parquet if all are small
     records/<job>/results.json   as `grbench kernels`, `grbench cachesim` and the programs in experiments/ leave it
     README.md                    the page: rebuilt, never edited
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from grbench.execution import results
-from grbench.execution.records import RECORD_FILE, SAMPLES_FILE, unreadable
+from grbench.execution.records import RECORD_FILE, RESAMPLES_FILE, SAMPLES_FILE, unreadable
 from grbench.report.cells import Cell, labels
 from grbench.report.frame import ReportError, has_samples, read_cells
 from grbench.report.markdown import sections as written
@@ -90,6 +90,8 @@ def keep(source: Path, folder: Path) -> None:
         shutil.copy(path / RECORD_FILE, target)
         if small and has_samples(path):
             shutil.copy(path / SAMPLES_FILE, target)
+        if (path / RESAMPLES_FILE).is_file():
+            shutil.copy(path / RESAMPLES_FILE, target)
     for path, _ in tables:
         target = folder / RECORDS / ("_".join(path.parent.relative_to(source).parts) or folder.name)
         target.mkdir(parents=True)

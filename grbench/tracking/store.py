@@ -22,6 +22,7 @@ from grbench.execution.records import (
     ARTIFACTS,
     LOG_FILE,
     RECORD_FILE,
+    RESAMPLES_FILE,
     SAMPLES_FILE,
     LoggedRow,
     RunRecord,
@@ -295,7 +296,7 @@ def _interval_metrics(record: LoggedRow) -> dict[str, float]:
 
 
 def _artifacts(folder: Path) -> list[Path]:
-    names = [RECORD_FILE, SAMPLES_FILE, LOG_FILE]
+    names = [RECORD_FILE, SAMPLES_FILE, RESAMPLES_FILE, LOG_FILE]
     return [folder / name for name in names if (folder / name).is_file()] + sorted(folder.glob("*.png"))
 
 

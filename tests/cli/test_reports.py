@@ -15,7 +15,7 @@ from helpers.checkout import ROOT
 
 from grbench.cli import main
 from grbench.execution import results
-from grbench.execution.records import RECORD_FILE, SAMPLES_FILE
+from grbench.execution.records import RECORD_FILE, RESAMPLES_FILE, SAMPLES_FILE
 from grbench.report import ReportError
 from grbench.report.results import results_sections
 from grbench.report.studies import PAGE, folders, keep, rebuild, stale, study_page
@@ -34,7 +34,7 @@ def test_each_page_is_what_its_records_give(folder: Path) -> None:
 
 def test_the_folder_holds_reports_and_nothing_else() -> None:
     assert KEPT
-    kept = {"README.md", "notes.md", RECORD_FILE, results.RESULTS_FILE, SAMPLES_FILE}
+    kept = {"README.md", "notes.md", RECORD_FILE, results.RESULTS_FILE, RESAMPLES_FILE, SAMPLES_FILE}
     for path in (path for path in REPORTS.rglob("*") if path.is_file() and path.parent.name != "figures"):
         assert path.name in kept, path
         assert path.parent == REPORTS or path.relative_to(REPORTS).parts[0] in {folder.name for folder in KEPT}, path

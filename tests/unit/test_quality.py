@@ -50,6 +50,10 @@ def test_the_last_item_is_predicted_and_the_one_before_it_validates() -> None:
         assert [r.history_items.tolist() for r in requests] == histories
         assert [r.user_id for r in requests] == [0, 2]
         assert requests[0].timestamp == (4 - part) * 86_400
+    stale = split.requests(split.users, 2, stale_events=1)
+    assert [r.history_items.tolist() for r in stale] == [[1, 2], [7]]
+    assert [r.timestamp for r in stale] == [r.timestamp for r in split.requests(split.users, 2)]
+    assert [len(r.history_items) for r in split.requests(split.users, 2, stale_events=9)] == [1, 1]
     assert split.some_users(1, 0).tolist() in ([0], [2])
     assert split.some_users(0, 0).tolist() == split.some_users(9, 0).tolist() == [0, 2]
     with pytest.raises(DataError, match="no user has 3 events"):
@@ -126,6 +130,34 @@ def test_a_paired_loss_has_a_narrower_interval_than_the_figures() -> None:
     assert losses["same"].interval == [0, 0]
 
 
+def test_the_resamples_of_two_records_are_those_of_pairs() -> None:
+    rng = np.random.default_rng(6)
+    better = (rng.random(943) < 0.3).astype(np.float64)
+    worse = np.where(rng.random(943) < 0.1, 0.0, better)
+    ours, theirs = (metrics.means({"hr10": its}, seed=4)["hr10"] for its in (worse, better))
+    pairs = metrics.means({"lost": worse - better}, seed=4)["lost"]  # the same users, drawn together
+    change = metrics.estimate_of(ours.value - theirs.value, ours.drawn - theirs.drawn)
+    assert [change.value, *change.interval] == pytest.approx([pairs.value, *pairs.interval])
+    figures = quality.QualityFigures.of({"hr10": ours, "hr5": theirs}, {})
+    assert list(figures.resamples) == ["hr10"] and figures.resamples["hr10"] is ours.drawn
+
+
+def test_the_figures_of_all_tasks_have_an_interval_too() -> None:
+    rng = np.random.default_rng(7)
+    scores = [rng.standard_normal(8).astype(np.float32) for _ in range(30)]
+    labels = [rng.random(8) < 0.4 for _ in range(30)]
+    tasks = {"a": Scored.of(scores, labels, range(30)), "b": Scored.of(scores, labels[::-1], range(30))}
+    each = {f"{task}/{name}": e for task, its in tasks.items() for name, e in its.estimates().items()}
+    figures = quality.QualityFigures.of(each | {"loss/a/auc": each["a/auc"]}, {"popularity": each})
+    for name in ("auc", "ne"):
+        assert figures.metrics[f"quality/{name}"] == pytest.approx(
+            (each[f"a/{name}"].value + each[f"b/{name}"].value) / 2
+        )
+        low, high = figures.intervals[f"quality/{name}"]
+        assert low < figures.metrics[f"quality/{name}"] < high
+        assert figures.resamples[name].shape == (metrics.RESAMPLES,)
+
+
 def test_the_weights_of_the_users_are_drawn_once_for_all_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     rng, drawn = np.random.default_rng(5), []
     figures = {name: rng.random(50) for name in "abc"}
@@ -148,11 +180,15 @@ def test_lists_with_and_without_the_past() -> None:
     found = lists.figures(answers)
     assert found["hr5"].tolist() == [0, 1, 1, 1]
     assert found["hr5_new"].tolist() == [1, 1, 1, 0]  # the last target is an item of the past
-    assert lists.notes(answers) == []
+    gone = "no hr10_new, ndcg10_new, mrr10_new: without the past, the 5 items"  # of an answer leave some users too few
+    assert lists.notes(answers)[0].startswith(gone)
     short = [answers[0][:7], *answers[1:]]  # four are left without the past: a fifth may be the target
     assert not any(name.endswith("_new") for name in lists.figures(short)) and "hr5" in lists.figures(short)
-    assert lists.notes(short)[0].startswith("no hr5_new, ndcg5_new, mrr5_new: without the past, the 5 items")
-    assert "hr10" not in found and "hr50" not in found  # an answer has five items
+    assert lists.notes(short)[0].startswith("no hr5_new, hr10_new, ndcg5_new, ndcg10_new, mrr5_new")
+    assert "hr50" not in found  # an answer has five items
+    single = Lists(split, split.users, max_history=8, k=1, seed=0, removal=False)
+    hits = single.figures([answer[:1] for answer in answers])
+    assert (list(hits), hits["hr10"].tolist()) == (["hr5", "hr10", "ndcg5", "ndcg10", "mrr5", "mrr10"], [0, 1, 1, 1])
     assert [a.tolist() for a in without(answers, split.pasts(split.users))][:2] == [[0, 5, 4, 6, 7], [9, 0, 1, 2, 3]]
     popular = lists.baselines()["popularity"]
     # Events to train on: 1 2, 7, 1 2, 4. So the order is 1 2 4 7, then the others by their number: 0 3 5 6 8 9.

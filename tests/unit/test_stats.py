@@ -204,6 +204,22 @@ def test_interval_over_runs_covers_the_truth(count: int, between: float) -> None
     assert between < 0.2 or naive / 1000 < 0.3
 
 
+@pytest.mark.parametrize("alike", [0.0, 0.8])
+def test_interval_of_a_rate_covers_the_truth(alike: float) -> None:
+    """Batches of 16 and a last one of 4; seconds go by the size, and may be like those of the batch before."""
+    rng, covered = np.random.default_rng(9), 0
+    counts = np.r_[np.full(99, 16), 4]
+    for _ in range(200):
+        noise = rng.standard_normal(100)
+        for i in range(1, 100):
+            noise[i] = alike * noise[i - 1] + np.sqrt(1 - alike**2) * noise[i]
+        low, high = stats.rate_interval(counts, counts / 160 * (1 + 0.2 * noise)) or (0.0, 0.0)
+        covered += low <= 160 <= high
+    assert 178 <= covered <= 199  # 190 expected; a short series shows a little less than its whole variance
+    assert stats.rate_interval(counts[:9], np.ones(9)) is None
+    assert stats.rate_interval([4] * 10, [2.0] * 10) == (2.0, 2.0)
+
+
 def test_one_run_keeps_its_own_interval_and_zeros_are_averaged() -> None:
     assert stats.across_runs([3.0], [[2.0, 4.0]]) == (3.0, (2.0, 4.0))
     assert stats.across_runs([3.0], [None]) == (3.0, None)

@@ -1,0 +1,323 @@
+"""Quality against speed: cells that answered the same users and differ in one choice, beside a base.
+
+The base is the cell from which the most others differ in one axis of `AXES`. The quality of a cell is compared with
+the base's over the same resamples of the users (`quality.parquet`), so the interval of the difference is that of pairs.
+Of a speed, the interval is that over repeats, or of one run's own batches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grbench.execution.environment import machine_of
+from grbench.execution.records import IN_RUN, RESAMPLES_FILE, RunRecord
+from grbench.quality.metrics import Estimate, Floats, estimate_of
+from grbench.report.cells import MISSING, engine_name, figure, shown
+from grbench.report.chart import Chart, Series
+from grbench.report.cost_charts import precision_of
+from grbench.report.groups import VERBS, Row
+from grbench.report.work import offered_load, options_of, scenario_of, unit_of
+
+FIGURES = {  # those of a task, the headline first, and the name of each
+    "rank": {"auc": "AUC", "ne": "NE"},
+    "generate": {"hr10": "HR@10", "ndcg10": "NDCG@10"},
+    "recommend": {"hr10": "HR@10", "ndcg10": "NDCG@10"},
+}
+READING = (
+    "HR@10, NDCG@10: each user's last item among the first ten of the answer; an answer of fewer items misses the rest",
+    "AUC, NE: means of the tasks, over the last requests that the training did not see; a lower NE is better",
+    "change: from the base; of quality over the same resamples of the users, so its interval is that of pairs",
+    "requests/s: offline; the interval is over repeats, or of the run's own batches, which says nothing of other runs",
+    "p99: of the server with Poisson arrivals, one rate for all",
+    "[ ]: 95% interval; none is corrected for the number of rows",
+)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A choice: the options that it sets, and the text and the place of a cell's value among others."""
+
+    title: str
+    phrase: str  # of the base's value, in a sentence
+    options: Callable[[str, str], bool]  # of a task and an option's key
+    text: Callable[[RunRecord], str]
+    place: Callable[[RunRecord], float] = lambda record: 0.0
+
+
+def _number(key: str, text: str = "{}") -> tuple[Callable[[RunRecord], str], Callable[[RunRecord], float]]:
+    """Return the text and the place of an option that is a number."""
+
+    def value(record: RunRecord) -> Any:
+        return options_of(record).get(key)
+
+    return lambda record: text.format(shown(value(record))), lambda record: float(value(record) or 0)
+
+
+AXES = (
+    Axis(
+        "Beam width",
+        "{} beams",
+        lambda task, key: key == "retrieval.beam_width" or (task == "generate" and key == "retrieval.k"),
+        *_number("retrieval.beam_width"),
+    ),
+    Axis(
+        "Candidates scored",
+        "{} candidates",
+        lambda task, key: task == "recommend" and key == "retrieval.k",
+        *_number("retrieval.k"),
+    ),
+    Axis(
+        "Engine and precision",
+        "{}",
+        lambda task, key: key.split(".")[0] in ("engine", "kernel"),
+        lambda record: f"{engine_name(record.spec)} {precision_of(record)}",
+    ),
+    Axis(
+        "History window",
+        "the last {} events",
+        lambda task, key: key == "workload.max_history",
+        *_number("workload.max_history"),
+    ),
+    Axis(
+        "Age of the state",
+        "a state {} events old",
+        lambda task, key: key == "workload.stale_events",
+        *_number("workload.stale_events"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A cell that has quality and throughput, and the cell that measured it as a server, if there is one."""
+
+    row: Row
+    drawn: dict[str, Floats]  # resamples of each figure
+    server: Row | None
+
+    def quality(self, name: str) -> Estimate:
+        return estimate_of(self.row.record.metrics[f"quality/{name}"], self.drawn[name])
+
+    @property
+    def speed(self) -> tuple[float, float, float]:
+        """Requests/s with the ends of its interval; of a run without one all three are its value."""
+        record = self.row.record
+        value = record.metrics["throughput_rps"]
+        low, high = record.intervals.get("throughput_rps") or record.intervals.get(IN_RUN) or (value, value)
+        return value, low, high
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """The points of one axis in its order, and the base, which is one of them."""
+
+    axis: Axis
+    base: Point
+    points: list[Point]
+
+    @property
+    def task(self) -> str:
+        return str(self.base.row.record.spec["task"])
+
+    @property
+    def figures(self) -> dict[str, str]:
+        return {name: text for name, text in FIGURES[self.task].items() if name in self.base.drawn}
+
+    @property
+    def others(self) -> list[Point]:
+        return [point for point in self.points if point is not self.base]
+
+    @property
+    def title(self) -> str:
+        return f"{VERBS[self.task]}: {self.axis.title[0].lower()}{self.axis.title[1:]} against speed"
+
+    def text(self, point: Point) -> str:
+        return self.axis.text(point.row.record)
+
+    def change(self, point: Point, name: str) -> Estimate:
+        """Return the figure of a point less that of the base, over pairs of resamples."""
+        return estimate_of(
+            point.quality(name).value - self.base.quality(name).value, point.drawn[name] - self.base.drawn[name]
+        )
+
+    def gain(self, point: Point) -> Estimate:
+        """Return the share of requests/s that a point has more than the base. The two are independent runs."""
+        (ours, *_), (theirs, *_) = point.speed, self.base.speed
+        reach = math.hypot(*(math.log(high / low) / 2 for _, low, high in (point.speed, self.base.speed)))
+        ratio = ours / theirs
+        return Estimate(ratio - 1, ratio * math.exp(-reach) - 1, ratio * math.exp(reach) - 1)
+
+    def loses(self, point: Point) -> bool:
+        """Return whether the headline figure is worse than the base's for certain."""
+        return self.change(point, next(iter(self.figures))).high < 0
+
+    @property
+    def sentence(self) -> str:
+        """The sentence of what was found."""
+        name, text = next(iter(self.figures.items()))
+        parts = []
+        for point in self.others:
+            if self.loses(point):
+                lost = self.change(point, name)
+                ends = f"[{-lost.high:.3f}, {-lost.low:.3f}]"
+                parts.append(f"{self.text(point)} loses {-lost.value:.3f} {ends} of {text} and {self._gains(point)}")
+        if even := [point for point in self.others if not self.loses(point)]:
+            most = max(0.0, *(-self.change(point, name).low for point in even))
+            fastest = max(even, key=lambda point: point.speed[0])
+            names = _and([self.text(point) for point in even])
+            none = f"{names} {'lose' if len(even) > 1 else 'loses'} no {text} for certain (at most {most:.3f})"
+            which = f"; the fastest of them, {self.text(fastest)}," if len(even) > 1 else " and"
+            parts.append(f"{none}{which} {self._gains(fastest)}")
+        return f"Against {self.axis.phrase.format(self.text(self.base))}: {'; '.join(parts)}."
+
+    def _gains(self, point: Point) -> str:
+        gain = self.gain(point)
+        if gain.low <= 0 <= gain.high:
+            return f"is about as fast [{gain.low:+.0%}, {gain.high:+.0%}]"
+        low, high = sorted((abs(gain.low), abs(gain.high)))
+        verb = "gains" if gain.value > 0 else "costs"
+        return f"{verb} {abs(gain.value):.0%} [{low:.0%}, {high:.0%}] of requests/s"
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the heads and the lines of the table."""
+        load = next((point.server.record for point in self.points if point.server), None)
+        at = f"p99 at {offered_load(load):g} {unit_of(load)}, ms" if load else "p99, ms"
+        heads = ["#", self.axis.title.lower()]
+        for text in self.figures.values():
+            heads += [text, f"change of {text}"]
+        heads += ["requests/s", "change of requests/s", at]
+        return heads, [self._line(point) for point in self.points]
+
+    def _line(self, point: Point) -> list[str]:
+        numbers = [point.row.number, *([point.server.number] if point.server else [])]
+        line = [", ".join(map(str, numbers)), self.text(point) + (" (base)" if point is self.base else "")]
+        for name in self.figures:
+            value, change = point.quality(name), self.change(point, name)
+            line.append(f"{value.value:.4f} [{value.low:.4f}, {value.high:.4f}]")
+            line.append(_unless(point is self.base, f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"))
+        rate, gain = point.speed, self.gain(point)
+        line.append("{} [{}, {}]".format(*map(figure, rate)))
+        line.append(_unless(point is self.base, f"{gain.value:+.0%} [{gain.low:+.0%}, {gain.high:+.0%}]"))
+        return [*line, _p99(point.server.record) if point.server else MISSING]
+
+    def chart(self, number: int) -> Chart:
+        """Return the headline figure against requests/s, each with its interval."""
+        name, text = next(iter(self.figures.items()))
+        series = []
+        for colour, (label, points) in enumerate((("base", [self.base]), ("others", self.others))):
+            qualities, speeds = [point.quality(name) for point in points], [point.speed for point in points]
+            series.append(
+                Series(
+                    label,
+                    [value for value, _, _ in speeds],
+                    [quality.value for quality in qualities],
+                    [quality.low for quality in qualities],
+                    [quality.high for quality in qualities],
+                    [self.text(point) for point in points],
+                    [point.row.name for point in points],
+                    colour,
+                    x_low=[low for _, low, _ in speeds],
+                    x_high=[high for _, _, high in speeds],
+                )
+            )
+        y = f"{text} with 95% interval over users"
+        return Chart(
+            f"quality_{number}", self.title, "offline requests/s with 95% interval (log)", y, series, log_x=True
+        )
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of the page that the table has."""
+        return [row for point in self.points for row in (point.row, point.server) if row is not None]
+
+
+def tradeoffs(rows: Sequence[Row]) -> list[Tradeoff]:
+    """Return each axis along which OK cells with resamples differ from their base, by task in the order of the rows."""
+    stars: dict[str, list[Point]] = {}
+    for point in _points(rows):
+        stars.setdefault(_key(point.row.record, axes=False), []).append(point)
+    found = []
+    for points in stars.values():
+        base = max(points, key=lambda point: sum(_axis(point, other) is not None for other in points))
+        for axis in AXES:
+            if others := [point for point in points if _axis(base, point) is axis]:
+                ordered = sorted([base, *others], key=lambda point: axis.place(point.row.record))
+                found.append(Tradeoff(axis, base, ordered))
+    return found
+
+
+def _points(rows: Sequence[Row]) -> list[Point]:
+    ok = [row for row in rows if row.record.ok and row.record.metrics.get("throughput_rps")]
+    servers = {_key(row.record): row for row in ok if scenario_of(row.record) == "server"}
+    points = []
+    for row in ok:
+        drawn = _resamples(row) if scenario_of(row.record) == "offline" else {}
+        if drawn:
+            points.append(Point(row, drawn, servers.get(_key(row.record))))
+    return points
+
+
+def _resamples(row: Row) -> dict[str, Floats]:
+    """Return the resamples beside a record that its task is compared by; {} without any."""
+    path = row.folder / RESAMPLES_FILE
+    if not path.is_file():
+        return {}
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from grbench.report.frame import ReportError
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as e:
+        raise ReportError(f"{path}: not readable as parquet ({e}); run the cell again with rerun=true") from None
+    names = [name for name in FIGURES[row.record.spec["task"]] if name in table.column_names]
+    return {name: table[name].to_numpy() for name in names if f"quality/{name}" in row.record.metrics}
+
+
+def _key(record: RunRecord, axes: bool = True) -> str:
+    """Return a key of all that a cell was asked except the load, and without `axes` except the choices too."""
+    task = str(record.spec.get("task"))
+    left = {
+        key: shown(value)
+        for key, value in options_of(record).items()
+        if key.split(".")[0] not in ("scenario", "gate", "latency_limit_ms", "warmup_batches")
+        and (axes or not any(axis.options(task, key) for axis in AXES))
+    }
+    asked = {} if axes else record.spec["gate"]["quality_requests"]
+    code = [record.environment.get(name) for name in ("git_sha", "code")]
+    return json.dumps([left, asked, machine_of(record.environment), code, record.actual.get("device")], sort_keys=True)
+
+
+def _axis(base: Point, other: Point) -> Axis | None:
+    """Return the one axis in which two points differ, or None."""
+    task = str(base.row.record.spec["task"])
+    ours, theirs = (options_of(point.row.record) for point in (base, other))
+
+    def differs(axis: Axis) -> bool:
+        keys = {key for key in (*ours, *theirs) if axis.options(task, key)}
+        return any(shown(ours.get(key)) != shown(theirs.get(key)) for key in keys)
+
+    different = [axis for axis in AXES if differs(axis)]
+    return different[0] if len(different) == 1 else None
+
+
+def _p99(record: RunRecord) -> str:
+    """Return p99 with its interval, or the rate of a server that did not keep up."""
+    rate, offered = record.metrics["throughput_rps"], record.metrics.get("offered_rps", 0.0)
+    value, ends = record.metrics.get("latency_ms/p99"), record.intervals.get("latency_ms/p99")
+    if rate < 0.9 * offered:
+        return f"overloaded: {figure(rate)}/s"
+    return figure(value) + (f" [{figure(ends[0])}, {figure(ends[1])}]" if ends else "")
+
+
+def _unless(absent: bool, text: str) -> str:
+    return MISSING if absent else text
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

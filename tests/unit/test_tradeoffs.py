@@ -1,0 +1,145 @@
+"""Quality against speed, from made-up records with known differences."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.cells import ink, write_cell
+
+from grbench.execution.records import RESAMPLES_FILE
+from grbench.quality import metrics
+from grbench.report import ReportError, group_cells
+from grbench.report.frame import read_cells
+from grbench.report.html import page as html_page
+from grbench.report.interactive import plotly_figure
+from grbench.report.markdown import sections
+from grbench.report.page import blocks
+from grbench.report.tradeoffs import Tradeoff, tradeoffs
+
+USERS = 943
+
+
+def study(root: Path) -> None:
+    """The base finds 300 of 943 users. 4 beams lose 60 of them, 1.5 times as fast; 256 find 2 more, half as fast."""
+    hits = np.r_[np.ones(300), np.zeros(USERS - 300)]
+    cell(root, hits, 100.0)
+    cell(root, np.r_[np.zeros(60), hits[60:]], 150.0, width=4, k=4)
+    cell(root, np.r_[hits[:300], 1, 1, hits[302:]], 50.0, width=256)
+    cell(root, hits, 101.0, stale=4)
+    cell(root, np.zeros(USERS), 300.0, width=4, k=4, stale=4)  # two choices differ: it is on no axis
+    for width, rate in ((64, 60.0), (256, 40.0)):
+        offered = {"offered_rps": 60.0, "latency_ms/p99": 30.0, "throughput_rps": rate}
+        cell(
+            root, None, 0.0, width=width, scenario="server", metrics=offered, intervals={"latency_ms/p99": [28.0, 33.0]}
+        )
+
+
+def cell(root: Path, hits: Any, rate: float, width: int = 64, k: int = 10, stale: int = 0, **changes: Any) -> None:
+    folder = root / str(len(list(root.glob("*"))))
+    estimate = metrics.means({"hr10": hits})["hr10"] if hits is not None else None
+    ends = {"throughput_rps/in_run": [0.99 * rate, 1.01 * rate]}
+    record = write_cell(folder, f"scenario={changes.pop('scenario', 'offline')}", f"workload.stale_events={stale}")
+    record.spec |= {"task": "generate", "retrieval": {"beam_width": width, "k": k}}
+    record.spec["gate"]["quality_requests"] = 1000 if estimate else 0
+    if estimate:
+        record.metrics |= {"throughput_rps": rate, "quality/hr10": estimate.value}
+        record.intervals |= {"quality/hr10": estimate.interval, **ends}
+        pd.DataFrame({"hr10": estimate.drawn}).to_parquet(folder / RESAMPLES_FILE)
+    record.metrics |= changes.get("metrics", {})
+    record.intervals |= changes.get("intervals", {})
+    record.spec_hash = f"{int(folder.name):012x}"
+    (folder / "record.json").write_text(record.to_json())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    study(folder)
+    return folder
+
+
+def found(root: Path) -> list[Tradeoff]:
+    return tradeoffs([row for group in group_cells(read_cells([root])) for row in group.rows])
+
+
+def test_each_axis_has_its_points_and_its_base(root: Path) -> None:
+    beams, age = found(root)
+    assert (beams.title, age.title) == (
+        "Retrieve: beam width against speed",
+        "Retrieve: age of the state against speed",
+    )
+    assert [beams.text(point) for point in beams.points] == ["4", "64", "256"]
+    assert [age.text(point) for point in age.points] == ["0", "4"]
+    assert beams.base is not None and beams.text(beams.base) == "64" and age.base.row is beams.base.row
+
+
+def test_changes_are_those_of_pairs(root: Path) -> None:
+    beams, age = found(root)
+    few, many = beams.others
+    lost = beams.change(few, "hr10")
+    assert lost.value == pytest.approx(-60 / USERS)
+    # Of pairs: the deviation of a mean of 60 ones among 943, not that of two shares of 300 and 240.
+    share = 60 / USERS
+    assert lost.high - lost.low == pytest.approx(2 * 1.96 * np.sqrt(share * (1 - share) / USERS), rel=0.15)
+    assert lost.high - lost.low < 0.6 * (few.quality("hr10").high - few.quality("hr10").low)
+    assert beams.change(many, "hr10").value == pytest.approx(2 / USERS)
+    assert age.change(age.others[0], "hr10").interval == [0, 0]
+    gain = beams.gain(few)
+    assert gain.value == pytest.approx(0.5)
+    assert (gain.low, gain.high) == pytest.approx((0.479, 0.521), abs=0.001)
+
+
+def test_a_sentence_says_what_is_lost_and_gained(root: Path) -> None:
+    beams, age = found(root)
+    assert re.fullmatch(
+        r"Against 64 beams: 4 loses 0\.064 \[0\.0[45]\d, 0\.0[78]\d\] of HR@10 and gains 50% \[48%, 52%\] "
+        r"of requests/s; "
+        r"256 loses no HR@10 for certain \(at most 0\.000\) and costs 50% \[49%, 51%\] of requests/s\.",
+        beams.sentence,
+    )
+    assert age.sentence == (
+        "Against a state 0 events old: 4 loses no HR@10 for certain (at most 0.000) and is about as fast [-0%, +2%]."
+    )
+
+
+def test_the_page_has_the_sections_once_and_the_other_cells_as_before(root: Path) -> None:
+    content = blocks(read_cells([root]))
+    page = "\n\n".join(sections(content))
+    assert page.count("## Retrieve: beam width against speed") == 1
+    assert "| 4 | 0.2545 [" in page and "| 64 (base) | 0.3181 [" in page
+    assert "-0.0636 [-0.0" in page and "+50% [+48%, +52%]" in page
+    assert "p99 at 100 requests/s, ms" in page  # the base kept up, 256 beams did not
+    assert "30.0 [28.0, 33.0]" in page and "overloaded: 40.0/s" in page
+    assert page.count("## Retrieve offline") == 1  # of the cell that is on no axis
+    drawn = html_page("t", content)
+    assert drawn.count('id="figure_quality_') == 2
+
+
+def test_a_chart_has_intervals_on_both_axes(root: Path) -> None:
+    chart = found(root)[0].chart(1)
+    assert ink(chart.png()) > 0
+    for trace in plotly_figure(chart).data:
+        assert (
+            trace.error_x.array
+            and trace.error_y.array
+            and min(*trace.error_x.arrayminus, *trace.error_y.arrayminus) >= 0
+        )
+
+
+def test_damaged_resamples_are_named(root: Path, tmp_path: Path) -> None:
+    study(tmp_path / "copy")
+    (tmp_path / "copy" / "0" / RESAMPLES_FILE).write_bytes(b"none")
+    with pytest.raises(ReportError, match=r"0/quality\.parquet: not readable as parquet .*rerun=true"):
+        found(tmp_path / "copy")
+
+
+def test_cells_of_other_users_or_code_are_no_pairs(tmp_path: Path) -> None:
+    study(tmp_path)
+    for path in tmp_path.glob("[1-4]/record.json"):
+        path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    assert all(one.base.row.record.spec["seed"] == 1 for one in found(tmp_path))
