@@ -2,6 +2,7 @@
 
     python experiments/user_cache.py
     python experiments/user_cache.py model=hstu_tiny --history 256 --candidates 32
+    python experiments/user_cache.py cache.precision=int8     # states in 8 bits
 
 Requests of returning users are ranked by engines side by side in one process, interleaved: without a cache, with all or
 most of the history in pages on the device, with all of it on the host, and with an empty cache (the cost of storing).
@@ -20,26 +21,22 @@ import numpy as np
 import torch
 
 from grbench.config.schema import RunSpec
-from grbench.gate.rank import RankGate
+from grbench.gate.rank import RankGate, stored_precision
+from grbench.tools.sizing import kv_bytes
 from grengines.api import Request
+from grengines.cache.config import stored
 
 DEFAULTS = ["workload=synthetic", "model=wide_heads", "engine=hstu"]
 NEW = 128  # events since the last visit
 Case = tuple[str, Callable[[], object]]  # the engine, and what brings it into the state that the requests find
 
 
-def state_gb(spec: RunSpec, history: int, precision: str) -> float:
-    """Size of a user's state in 10^9 bytes."""
-    model = spec.model
-    numbers = model.layers * model.heads * (model.qk_dim + model.v_dim) * history
-    return numbers * (4 if precision == "fp32" else 2) / 1e9
-
-
-def engines_of(spec: RunSpec, parse: Callable[[list[str]], RunSpec], users: Sequence[Request]) -> dict[str, Any]:
+def engines_of(parse: Callable[[list[str]], RunSpec], users: Sequence[Request]) -> dict[str, Any]:
     """The engine without a cache and three with one. parse: a cell with further overrides."""
     history = len(users[0].history_items)
     none = common.engine_of(parse(["cache=none"]), users, len(users))
-    state = len(users) * state_gb(spec, history, none.actual()["precision"])
+    spec = parse(["cache=lru"])
+    state = len(users) * kv_bytes(spec.model, history, stored(spec.cache) or none.actual()["precision"]) / 1e9
     host = f"cache.host_gb={2 * state}"
     overrides = {
         "device": ["cache=lru", f"cache.memory_gb={3 * state}"],
@@ -81,14 +78,19 @@ def cases_of(engines: dict[str, Any], users: Sequence[Request]) -> dict[str, Cas
 def measure(rows: common.Rows, spec: RunSpec, parse: Callable[[list[str]], RunSpec], batch: int, args: Any) -> None:
     """Check and time every case with one batch size."""
     pool = common.requests_of(max(batch, 2), args.history, args.candidates)  # the gate needs two requests
-    engines = engines_of(spec, parse, pool)
-    actual = engines["none"].actual()
-    gate = RankGate(spec, common.CATALOGUE, pool, actual["device"], actual["precision"])
+    engines = engines_of(parse, pool)
+    gates = {}
+    for stored_as in {stored_precision(engine.actual()) for engine in engines.values()}:
+        actual = engines["none"].actual()
+        gates[stored_as] = RankGate(
+            spec, common.CATALOGUE, pool, actual["device"], actual["precision"], stored=stored_as
+        )
+    gate_of = {name: gates[stored_precision(engine.actual())] for name, engine in engines.items()}
     cases, users = cases_of(engines, pool), pool[:batch]
     errors = {}
     for name, (engine, before) in cases.items():
         before()
-        errors[name] = gate.check(engines[engine], len(pool)).error
+        errors[name] = gate_of[engine].check(engines[engine], len(pool)).error
     calls = common.interleaved(
         {name: partial(engines[engine].rank, users) for name, (engine, _) in cases.items()},
         args.rounds,
@@ -109,6 +111,7 @@ def measure(rows: common.Rows, spec: RunSpec, parse: Callable[[list[str]], RunSp
             history=args.history,
             candidates=args.candidates,
             cached=name,
+            pages=engines[cases[name][0]].actual().get("cache_precision"),
             p50_ms=times["p50_ms"],
             times_as_fast=common.latency(calls[first])["p50_ms"] / times["p50_ms"],
             compute_ms=median("compute_ms"),
@@ -116,14 +119,15 @@ def measure(rows: common.Rows, spec: RunSpec, parse: Callable[[list[str]], RunSp
             waited_ms=median("cache_host_wait_ms") if copied_ms else None,
             copy_gb_per_s=1e3 * gigabytes / copied_ms if copied_ms else None,
             error=errors[name],
-            allowed=gate.tolerance,
+            allowed=gate_of[cases[name][0]].tolerance,
             samples_ms=[call.ms for call in calls[name]],
         )
     facts = engines["part"].actual()
     rows.note(
         f"Batch {batch}: copies of page-locked memory reach {facts['cache_copy_gb_s']:.1f} GB/s. "
         f"A token takes {facts['cache_compute_us_a_token']:.3f} us to compute. "
-        f"A batch without a graph takes at least {facts['cache_launch_ms']:.2f} ms."
+        f"A batch without a graph takes at least {facts['cache_launch_ms']:.2f} ms. "
+        f"Attention over pages is {facts['kernels']['hstu_attention']}."
     )
     for engine in engines.values():
         engine.close()
@@ -137,9 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     def parse(more: list[str]) -> RunSpec:
-        return common.specs_of(parser, DEFAULTS, [*args.overrides, *more], multirun=False)[0]
+        own = [word for word in args.overrides if "cache=none" not in more or not word.startswith("cache.")]
+        return common.specs_of(parser, DEFAULTS, [*own, *more], multirun=False)[0]
 
-    spec = parse([])
+    spec = parse(["cache=none"])
     rows = common.Rows(args, __file__, arguments)
     for batch in args.batches:
         measure(rows, spec, parse, batch, args)

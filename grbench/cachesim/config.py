@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from grbench.config.schema import ConfigError, checked
 from grbench.config.schema import register_schemas as register_groups
 from grengines.cache import policies
+from grengines.cache.config import EIGHT_BITS
 from grengines.models.hstu.config import HSTUConfig, stale_states
 from grengines.options import option
 from grkernels.nearest import nearest
@@ -31,7 +32,7 @@ class CacheSimConfig:
         1, "visit from which a user's state is stored; 0: the first while enough users return, else the second", ge=0
     )
     page: int = option(64, "tokens of a page", ge=16, le=256)
-    precision: str = option("bf16", "precision of keys and values", choices=["bf16", "fp16", "fp32"])
+    precision: str = option("bf16", "precision of keys and values", choices=["bf16", "fp16", "fp32", *EIGHT_BITS])
     seed: int = option(0, "seed of the trace", ge=0, le=2**31 - 1)
     tracking: Any = field(default_factory=dict)
     output_root: str = option("outputs", "folder for results, plots and the MLflow database")

@@ -13,7 +13,7 @@ from grbench.gate.base import GateResult
 from grbench.gate.form import Form
 from grbench.gate.generate import GenerateGate, GenerateGateResult
 from grbench.gate.measured import Answer, Verdict
-from grbench.gate.rank import RankGate, fallback_precisions
+from grbench.gate.rank import RankGate, fallback_precisions, stored_precision
 from grbench.workloads.trace import Trace
 from grengines.api import Cached, Request, Retrieval
 from grengines.numerics import Comparison, IncorrectError
@@ -42,7 +42,13 @@ class PipelineGate:
         )
         requests = [as_many(r, retrieval.k) for r in trace.requests]
         self._rank = RankGate(
-            spec, trace.catalogue, requests, second["device"], second["precision"], fallback_precisions(second)
+            spec,
+            trace.catalogue,
+            requests,
+            second["device"],
+            second["precision"],
+            fallback_precisions(second),
+            stored_precision(second),
         )
 
     def check(self, engine: Any, max_batch: int) -> PipelineGateResult:

@@ -16,7 +16,8 @@ from grbench.gate.base import GateResult, in_batches, sample
 from grbench.gate.form import Form
 from grbench.gate.measured import Answer, Verdict
 from grengines.api import Catalogue, Float32Array, Ranker, Request
-from grengines.numerics import allowed_error, relative_error, require_plausible
+from grengines.cache.config import EIGHT_BITS
+from grengines.numerics import UNIT, allowed_error, relative_error, require_plausible
 
 NO_FALLBACK: Mapping[str, str] = {}
 
@@ -27,7 +28,8 @@ KEPT = 4096  # scores of requests that are kept; a server is asked for new ones 
 class RankGate:
     """The reference's scores of a sample.
 
-    precision: the engine's. fallback: the precisions of the engines behind it, by name.
+    precision: the engine's. fallback: the precisions of the engines behind it, by name. stored: int8 or fp8, if the
+    engines keep the users' keys and values in 8 bits: rounding them is then part of what is allowed.
     """
 
     def __init__(
@@ -38,21 +40,22 @@ class RankGate:
         device: str,
         precision: str,
         fallback: Mapping[str, str] = NO_FALLBACK,
+        stored: str = "",
     ) -> None:
         from grengines.models.hstu.reference import RankingReference, zero_attention
 
         self._spec, self._requests = spec, requests
         self._known: dict[str | None, dict[tuple[int, bytes], Float32Array]] = {}  # by precision, then as `_right` says
-        self._precisions = {"": precision, **fallback}
+        self._precisions, self._stored = {"": precision, **fallback}, stored
         self.form = Form(len(spec.ranking_model.tasks))
         self.sample = sample(requests, spec.gate.requests, spec.seed)
         self._model = RankingReference(spec.ranking_model, catalogue, spec.seed, device)
         self._reference = np.concatenate(self._model.scores(self.sample))
         blind = np.concatenate(self._model.scores(self.sample, attention=zero_attention))
         self._zero_error = relative_error(blind, self._reference)
-        rounded = np.concatenate(self._model.scores(self.sample, precision))
+        rounded = np.concatenate(self._model.scores(self.sample, precision, stored=stored))
         self._rounding_error = relative_error(rounded, self._reference)
-        require_plausible(self._rounding_error, precision, spec.ranking_model.layers)
+        require_plausible(self._rounding_error, self._coarsest(precision), spec.ranking_model.layers)
         self.tolerance = allowed_error(self._rounding_error, spec.gate.max_error_ratio)
 
     def check(self, engine: Ranker, max_batch: int) -> GateResult:
@@ -116,7 +119,10 @@ class RankGate:
         new = {key: r for key, r in zip(keys, requests, strict=True) if key not in known}
         if new:
             given = list(new.values())
-            scores = self._model.scores(given) if precision is None else self._model.scores(given, precision)
+            if precision is None:
+                scores = self._model.scores(given)
+            else:
+                scores = self._model.scores(given, precision, stored=self._stored)
             known |= zip(new, scores, strict=True)
         return [known[key] for key in keys]
 
@@ -124,16 +130,27 @@ class RankGate:
         self, requests: Sequence[Request], expected: Sequence[Float32Array], typical: float, precision: str
     ) -> float:
         """Return a multiple of the largest error of rounding, at most half of the error of zero attention."""
-        rounded = expected if precision == "fp32" else self._right(requests, precision)
+        exact = precision == "fp32" and not self._stored
+        rounded = expected if exact else self._right(requests, precision)
         pairs = zip(rounded, expected, strict=True)
         rounding_error = max(self._rounding_error, *(_error(a, b, typical) for a, b in pairs))
-        require_plausible(rounding_error, precision, self._spec.ranking_model.layers)
+        require_plausible(rounding_error, self._coarsest(precision), self._spec.ranking_model.layers)
         return min(allowed_error(rounding_error, self._spec.gate.max_error_ratio), self._zero_error / 2)
+
+    def _coarsest(self, precision: str) -> str:
+        """Return the precision that costs most: of the engine or of its pages."""
+        return max(precision, self._stored or precision, key=UNIT.__getitem__)
 
 
 def fallback_precisions(actual: Mapping[str, Any]) -> dict[str, str]:
     """Return the precisions of the engines behind the first one, by name, from what the engine reports."""
     return {name: facts["precision"] for name, facts in actual.get("fallback", {}).items()}
+
+
+def stored_precision(actual: Mapping[str, Any]) -> str:
+    """Return int8 or fp8 if an engine that reports this keeps users' keys and values in 8 bits, else ""."""
+    precision: str = actual.get("cache_precision", "")
+    return precision if precision in EIGHT_BITS else ""
 
 
 def _error(scores: Float32Array, reference: Float32Array, typical: float) -> float:

@@ -360,6 +360,7 @@ class Service:
                     "why": s.why,
                     "engine": s.spec.engine.name,
                     "precision": s.actual.get("precision", ""),
+                    "cache_precision": s.actual.get("cache_precision", ""),
                     "device": s.actual.get("device", ""),
                     "pending": s.pending,
                     "batches": s.batches,

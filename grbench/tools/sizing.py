@@ -14,6 +14,7 @@ from grbench.config.arguments import Arguments
 from grbench.config.schema import ConfigError, RunSpec
 from grbench.workloads.events import DataError
 from grengines.api import Catalogue, Request
+from grengines.cache.config import EIGHT_BITS, stored
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grkernels.hstu_attention.spec import BYTES, visible_pairs
@@ -148,11 +149,17 @@ def prompt_tokens(model: HSTUConfig | DecoderConfig, history: int, levels: int) 
 
 
 def kv_bytes(model: HSTUConfig | DecoderConfig, history: int, precision: str) -> int:
-    """Bytes of one user's KV cache over all layers. history: tokens, without the contextual ones."""
+    """Bytes of one user's KV cache over all layers. history: tokens, without the contextual ones.
+
+    precision: fp32, fp16 or bf16; of HSTU int8 or fp8 too, with an fp32 scale of each token's keys and of its values
+    in a head.
+    """
     if isinstance(model, DecoderConfig):
         return model.layers * history * model.kv_heads * 2 * model.head_dim * BYTES[precision]
     tokens = model.contextual_seq_len + history
-    return model.layers * tokens * model.heads * (model.qk_dim + model.v_dim) * BYTES[precision]
+    numbers = model.qk_dim + model.v_dim
+    a_head = numbers + 2 * BYTES["fp32"] if precision in EIGHT_BITS else numbers * BYTES[precision]
+    return model.layers * tokens * model.heads * a_head
 
 
 def parser() -> argparse.ArgumentParser:
@@ -209,7 +216,7 @@ def _ranking(console: Console, spec: RunSpec, catalogue: Catalogue, precision: s
         tokens = model.contextual_seq_len + history + candidates
         pairs = visible_pairs(tokens, candidates, model.attended_contextual, model.max_attn_len)
         attention = model.layers * attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)
-        kv = kv_bytes(model, history, precision)
+        kv = kv_bytes(model, history, stored(spec.cache) or precision)
         _add_row(table, [history, candidates], total, attention, cached, kv, memory - weights)
     console.print(table)
     _print_units(console, "request", memory)

@@ -27,9 +27,14 @@ def lacking(extras: Sequence[str]) -> str | None:
     return f"{', '.join(extras)}: it has grbench's own layer only" if extras else None
 
 
-def compiled(*, device: str, dtype: str, extras: Sequence[str] = (), **dims: Any) -> str | None:
-    """Require a C++ compiler on a CPU, for torch.compile, and grbench's own layer."""
-    if missing := lacking(extras):
+def without_eight_bits(stored: str) -> str | None:
+    """Refuse 8-bit pages. stored: int8, fp8 or ""."""
+    return f"pages in {stored}: it reads pages in its own dtype only (torch and triton read 8 bits)" if stored else None
+
+
+def compiled(*, device: str, dtype: str, stored: str = "", extras: Sequence[str] = (), **dims: Any) -> str | None:
+    """Require a C++ compiler on a CPU, for torch.compile, grbench's own layer, and pages of its dtype."""
+    if missing := lacking(extras) or without_eight_bits(stored):
         return missing
     if device.startswith("cpu") and (missing := compiler()):
         return missing

@@ -46,6 +46,7 @@ class Sizes:
     v_dim: int = 128
     features: int = 4  # vectors of a candidate that interact
     page: int = 0  # tokens of a page of the KV cache; 0: no pages
+    stored: str = ""  # int8 or fp8: pages are in 8 bits with scales (grkernels.pages); "": in the dtype of the model
     captured: bool = False  # in a CUDA graph
     attention: tuple[str, ...] = ()  # options of other HSTU models that its attention has, as "key=value"
     gate: tuple[str, ...] = ()  # those that its norm_gate has
@@ -86,17 +87,23 @@ def _embedding(sizes: Sizes) -> dict[str, int]:
     return {"width": sizes.embedding_dim}
 
 
-def _of_pages(name: str, summary: str, *writes: str) -> FamilySpec:
+def _of_pages(name: str, summary: str, *writes: str, dims: Callable[[Sizes], dict[str, Any]]) -> FamilySpec:
     """A row for what serves the KV cache's pages and beams, whatever operators of the model are compared."""
     variants = {"torch": TORCH, "triton": TRITON}
-    return FamilySpec(name, summary, variants, lambda s: {"captured": s.captured}, of_model=False, writes=writes)
+    return FamilySpec(name, summary, variants, dims, of_model=False, writes=writes)
 
 
 _ROWS = (
     FamilySpec(
         "hstu_attention",
         "SiLU attention over jagged and paged sequences",
-        dims=lambda s: {"qk_dim": s.qk_dim, "v_dim": s.v_dim, "page": s.page, "extras": s.attention},
+        dims=lambda s: {
+            "qk_dim": s.qk_dim,
+            "v_dim": s.v_dim,
+            "page": s.page,
+            "stored": s.stored,
+            "extras": s.attention,
+        },
     ),
     FamilySpec(
         "norm_gate",
@@ -112,8 +119,19 @@ _ROWS = (
     FamilySpec("jagged_concat", "two jagged tensors into one, sequence by sequence", dims=_heads),
     FamilySpec("jagged_split", "a jagged tensor into two, sequence by sequence", dims=_heads),
     FamilySpec("token_embedding", "sum of a token's embeddings", dims=_embedding, fastest=TRITON_FIRST),
-    _of_pages("paged_write", "new keys and values into their pages", "k_pages", "v_pages"),
-    _of_pages("beam_attention", "softmax attention of beams and prompts over pages", "out"),
+    _of_pages(
+        "paged_write",
+        "new keys and values into their pages",
+        "k_pages",
+        "v_pages",
+        dims=lambda s: {"captured": s.captured, "stored": s.stored},
+    ),
+    _of_pages(
+        "beam_attention",
+        "softmax attention of beams and prompts over pages",
+        "out",
+        dims=lambda s: {"captured": s.captured},
+    ),
 )
 
 

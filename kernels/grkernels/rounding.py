@@ -1,6 +1,7 @@
 """The yardstick of every comparison: a reference's own maths, in which each result is rounded to half precision.
 
-It shares no code with the variants, so a variant that is wrong can't widen what is allowed.
+`through_pages` has the rounding of 8-bit pages in maths of its own. Nothing here shares code with the variants, so a
+variant that is wrong can't widen what is allowed.
 """
 
 from __future__ import annotations
@@ -51,3 +52,18 @@ def rounded(reference: Callable[..., Result], dtype: torch.dtype) -> Callable[..
             return reference(*args, **options)
 
     return yardstick
+
+
+def through_pages(x: Tensor, stored: str) -> Tensor:
+    """Return x [..., d] as 8-bit pages keep it: each row rounded in steps that its largest number sets.
+
+    stored: int8, 127 even steps on either side of 0; or fp8, e4m3, in which the largest number becomes 448, and steps
+    are an eighth of the power of two below a number, at least 2^-9.
+    """
+    largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    if stored == "int8":
+        step = largest / 127
+    else:
+        _, exponent = torch.frexp(x.float() * (448 / largest))  # x = m 2^exponent, m in [1/2, 1)
+        step = torch.ldexp((largest / 448).expand_as(x), exponent.clamp(min=-5) - 4)
+    return ((x.float() / step).round() * step).to(x.dtype)

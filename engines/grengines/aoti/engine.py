@@ -19,7 +19,7 @@ from grengines.aoti.package import Facts, Inputs, Package
 from grengines.aoti.paged import PagedRanker
 from grengines.api import RankResult, Request, Setup, Tier, UnavailableError
 from grengines.base import RankingEngine
-from grengines.cache.config import PagedCacheConfig
+from grengines.cache.config import PagedCacheConfig, stored
 from grengines.export.attention import adapted
 from grengines.export.identity import model_hash
 from grengines.export.module import ExportedRanker
@@ -53,6 +53,11 @@ class AOTIEngine(RankingEngine):
             raise ValueError(
                 f"cache.item_memory_gb={setup.cache.item_memory_gb:g}: a package has the whole table on the device; "
                 "set cache.item_memory_gb=0"
+            )
+        if eight_bits := stored(setup.cache):
+            raise ValueError(
+                f"cache.precision={eight_bits}: a package reads pages in its own precision only; set "
+                "cache.precision=engine, or engine=hstu"
             )
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
         self._options, self._cache = options, setup.cache

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from grengines.options import option
 
+EIGHT_BITS = ("int8", "fp8")  # fp8: e4m3
 ITEM_MEMORY = (
     "device memory of token vectors, 10^9 bytes: the hot rows of an item table on the host; 0: the whole table"
 )
@@ -31,6 +32,10 @@ class PagedCacheConfig:
         0, "visit from which a user's state is stored; 0: the first while enough users return, else the second", ge=0
     )
     page: int = option(64, "tokens of a page", ge=16, le=256)
+    precision: str = option(
+        "engine", "keys and values in pages and on the host: as the engine computes them, or 8 bits with a scale for "
+        "each token and head; int8 is the more exact of the two", choices=["engine", *EIGHT_BITS],
+    )  # fmt: skip
     memory_gb: float = option(1.0, "device memory of all pages, 10^9 bytes", gt=0)
     host_gb: float = option(0.0, "page-locked host memory for evicted states, 10^9 bytes; 0: none", ge=0)
     host_admit_visit: int = option(
@@ -43,3 +48,8 @@ class PagedCacheConfig:
         0.0, "load the states of users expected within this many seconds of the trace; 0: none", ge=0
     )
     item_memory_gb: float = option(0.0, ITEM_MEMORY, ge=0)
+
+
+def stored(cache: CacheConfig | PagedCacheConfig) -> str:
+    """Return int8 or fp8 for pages in 8 bits, and "" for pages in the engine's precision or none."""
+    return cache.precision if isinstance(cache, PagedCacheConfig) and cache.precision in EIGHT_BITS else ""

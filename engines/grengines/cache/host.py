@@ -70,7 +70,7 @@ class _Staged:
     """A prefetched state: on the device, beside the pages."""
 
     state: HostState
-    layers: list[Tensor]  # [pages, elements of one]
+    layers: list[Tensor]  # [pages, words of one]
     there: Mark
 
 
@@ -78,7 +78,8 @@ class _Staged:
 class HostTier:
     """Pages of host memory, and the states in them. Not thread-safe: `UserStates` holds its lock around it.
 
-    A page holds the keys of one layer and then its values, so a state's layer is one copy for each run of pages.
+    A page holds the keys of one layer, then its values and then the scales of 8-bit ones, as whole words. So a state's
+    layer is one copy for each run of pages.
     Raises ValueError if not one page fits, RuntimeError if the memory can't be page-locked.
     """
 
@@ -98,10 +99,11 @@ class HostTier:
                 f"cache.host_gb: a page takes {pool.page_bytes} bytes, the budget has {self.budget_bytes}; raise it"
             )
         self.extents = Extents(self.pages)
-        self._widths = [x[0][0].numel() for x in (pool.k, pool.v)]
+        self._parts = as_words([pool.all_k, pool.all_v, *pool.all_scales])
+        self._widths = [x.shape[2] for x in self._parts]
         shape = (self.pages, sum(self._widths))
         with torch.inference_mode(False):  # made in that mode, it could be written to in that mode only
-            self.layers = [torch.empty(shape, dtype=pool.k[0].dtype) for _ in pool.k]
+            self.layers = [torch.empty(shape, dtype=self._parts[0].dtype) for _ in pool.k]
         self._locked: list[int] = []
         if self.device.type == "cuda":
             for x in self.layers:
@@ -173,8 +175,8 @@ class HostTier:
         if self._last_read is not None:  # earlier contents of these pages may still be read
             with self._down:
                 self._last_read.wait()
-        parts = [x.flatten(0, 1).flatten(1).index_select(0, ids) for x in (self.pool.all_k, self.pool.all_v)]
-        block = torch.cat(parts, dim=1).unflatten(0, (-1, len(pages)))  # [layers, pages, elements of one]
+        parts = [x.flatten(0, 1).index_select(0, ids) for x in self._parts]
+        block = torch.cat(parts, dim=1).unflatten(0, (-1, len(pages)))  # [layers, pages, words of one]
         gathered = Mark(self.device)
         with self._down:
             gathered.wait()
@@ -232,6 +234,17 @@ class HostTier:
         return ids.to(self.device, non_blocking=True)
 
 
+def as_words(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return contiguous tensors [layers, pages, ...] as integers [layers, pages, words], views: the widest that fit.
+
+    Copies of wide words are fast, and take every dtype.
+    """
+    flat = [x.flatten(2) for x in parts]
+    words = (torch.int64, torch.int32, torch.int16, torch.uint8)
+    word = next(w for w in words if not any(x.shape[2] * x.itemsize % w.itemsize for x in flat))
+    return [x.view(word) for x in flat]
+
+
 class Onload:
     """States of one batch that are being loaded.
 
@@ -261,15 +274,15 @@ class Onload:
 
     def layer(self, i: int) -> None:
         """Make the current stream wait for layer i, and put the layer into its pages."""
-        pool, staging = self._tier.pool, self._staging[i % AHEAD]
+        tier, staging = self._tier, self._staging[i % AHEAD]
         begin = Mark(self._device)
         self._sent[i][1].wait()
         # On a CPU the copy itself is the wait.
         self._waits.append((begin, Mark(self._device)) if self._device.type == "cuda" else self._sent[i])
-        for pages, part in zip((pool.k[i], pool.v[i]), staging.split(self._tier._widths, dim=1), strict=True):
-            pages.flatten(1).index_copy_(0, self._ids, part)
+        for pages, part in zip(tier._parts, staging.split(tier._widths, dim=1), strict=True):
+            pages[i].index_copy_(0, self._ids, part)
         self._placed.append(Mark(self._device))
-        if i + AHEAD < len(pool.k):
+        if i + AHEAD < len(tier.layers):
             self._send(i + AHEAD)
 
     def all_layers(self) -> None:

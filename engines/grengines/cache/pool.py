@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 
 class PoolFullError(RuntimeError):
@@ -22,6 +23,8 @@ class PagePool:
 
     Pages start as zeros and are not cleared when freed. Kernels multiply the values of masked tokens by zero, so the
     contents of a page must be finite: they are, as long as only finite keys and values are written.
+
+    dtype: of keys and values. Pages of int8 or float8_e4m3fn have a scale for each token and head (grkernels.pages).
 
     device "meta" makes a pool that counts pages and holds no data: for simulations. Raises ValueError for a size below
     1, torch.OutOfMemoryError if the device has no room.
@@ -49,6 +52,9 @@ class PagePool:
         )
         self.all_k = torch.zeros(layers, pages, page, heads, qk_dim, dtype=dtype, device=device)
         self.all_v = torch.zeros(layers, pages, page, heads, v_dim, dtype=dtype, device=device)
+        self.all_scales: list[Tensor] = []  # fp32 [layers, pages, page, heads] of keys and of values, of 8-bit pages
+        if dtype.itemsize == 1:
+            self.all_scales = [torch.zeros(layers, pages, page, heads, device=device) for _ in range(2)]
         self.k, self.v = list(self.all_k.unbind()), list(self.all_v.unbind())  # of each layer
         self.high_water = 0  # most pages in use at once so far
         self._free = list(range(pages))[::-1]  # a stack: the page freed last is taken first
@@ -65,6 +71,11 @@ class PagePool:
         if budget_bytes < one:
             raise ValueError(f"a page of {sizes['page']} tokens takes {one} bytes; the pool may have {budget_bytes}")
         return cls(pages=budget_bytes // one, device=device, **sizes)
+
+    def layer(self, i: int) -> dict[str, Tensor]:
+        """Return the pages of layer i as arguments of paged_write and hstu_attention."""
+        pages = {"k_pages": self.k[i], "v_pages": self.v[i]}
+        return pages | {f"{x}_scales": scales[i] for x, scales in zip("kv", self.all_scales, strict=False)}
 
     @property
     def nbytes(self) -> int:
@@ -114,5 +125,6 @@ class PagePool:
 
 
 def page_bytes(*, layers: int, page: int, heads: int, qk_dim: int, v_dim: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one page of `page` tokens: keys and values of every layer."""
-    return layers * page * heads * (qk_dim + v_dim) * dtype.itemsize
+    """Return the bytes of one page of `page` tokens: keys and values of every layer, and the scales of 8-bit ones."""
+    scales = 2 * torch.float32.itemsize if dtype.itemsize == 1 else 0
+    return layers * page * heads * ((qk_dim + v_dim) * dtype.itemsize + scales)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grengines.api import Cached, Float32Array, RankResult, Request
 from grengines.cache import policies
-from grengines.cache.config import PagedCacheConfig
+from grengines.cache.config import PagedCacheConfig, stored
 from grengines.cache.history import History
 from grengines.cache.host import HostTier, Onload
 from grengines.cache.index import Plan, no_pages
@@ -25,10 +25,14 @@ from grengines.cache.states import UserStates
 from grengines.hstu.load_costs import LoadCosts
 from grengines.models.hstu.config import HSTUConfig, stale_states
 from grengines.runtime.batch import Bucket, Encoding, HostBatch, JaggedBatch, append_size, pack_slices
+from grengines.runtime.device import DTYPES
 from grengines.runtime.graph_costs import Filling, Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
 from grengines.runtime.staging import Staging
+from grkernels.pages import EIGHT_BITS
+
+PRECISIONS = {dtype: name for name, dtype in (DTYPES | EIGHT_BITS).items()}
 
 
 class PagedModel(Protocol):
@@ -251,6 +255,8 @@ class CachedRanking:
         """Return what really runs, as JSON values."""
         tier = self.states.tier
         return {
+            "cache_precision": PRECISIONS[self.states.pool.k[0].dtype],
+            "cache_page_bytes": self.states.pool.page_bytes,
             "cache_pages": self.states.pool.pages,
             "cache_pages_most_used": self.states.pool.high_water,
             "cache_host_pages": tier.pages if tier else 0,
@@ -401,7 +407,7 @@ def _make_states(ranker: PagedModel, cache: PagedCacheConfig, longest: int) -> U
         heads=model.heads,
         qk_dim=model.qk_dim,
         v_dim=model.v_dim,
-        dtype=ranker.dtype,
+        dtype=EIGHT_BITS.get(stored(cache), ranker.dtype),
     )
     if pool.pages_for(longest) > pool.pages:
         needed = pool.pages_for(longest) * pool.page_bytes / 1e9

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grengines.api import RankResult, Request, Setup, Tier
 from grengines.base import RankingEngine
-from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.cache.config import CacheConfig, PagedCacheConfig, stored
 from grengines.cache.items import HotRows
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import HSTUEngineConfig
@@ -56,6 +56,7 @@ class HSTUEngine(RankingEngine):
             self._device.type,
             self._precision,
             page=page,
+            stored=stored(self._cache),
             captured=self._asked != "false",
         )
         self.operators = Operators.of(self._kernels.variants)

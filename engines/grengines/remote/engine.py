@@ -73,13 +73,16 @@ class RemoteEngine:
         strategies = self._status["strategies"]
         precisions = {s["precision"] for s in strategies}
         coarsest = next((p for p in COARSEST if p in precisions), "fp32")
-        stage = {"device": "cpu", "precision": coarsest}
+        states = {s.get("cache_precision", "") for s in strategies}
+        stored = {"cache_precision": next((p for p in COARSEST if p in states), "")}
+        stage = {"device": "cpu", "precision": coarsest, **stored}
         return {
             "engine": "remote",
             "task": self._status["task"],
             "device": "cpu",
             "device_name": "of the server",
             "precision": coarsest,
+            **stored,
             **({"retrieve": stage, "rank": stage} if self._status["task"] == "recommend" else {}),
             "url": self._options.url,
             "kernels": {},

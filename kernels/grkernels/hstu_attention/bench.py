@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from grkernels.hstu_attention import spec
+from grkernels.pages import EIGHT_BITS, quantised
 from grkernels.variant import Cost
 
 
@@ -16,7 +17,8 @@ from grkernels.variant import Cost
 class Shape:
     """B users of `cached + new + targets` tokens each. Only the last new + targets are queries.
 
-    page > 0: the keys and values of the cached tokens are in pages of `page` tokens.
+    page > 0: the keys and values of the cached tokens are in pages of `page` tokens. stored: int8 or fp8 for pages in 8
+    bits.
     """
 
     batch: int
@@ -27,6 +29,7 @@ class Shape:
     qk_dim: int = 128
     v_dim: int = 128
     page: int = 0
+    stored: str = ""
 
     @property
     def length(self) -> int:
@@ -47,6 +50,8 @@ SHAPES = {
     "4x256_b8_delta_3968+384_page64": Shape(8, 128, 256, 3968, qk_dim=256, v_dim=256, page=64),
     "4x256_b8_delta_3968+384_page32": Shape(8, 128, 256, 3968, qk_dim=256, v_dim=256, page=32),
     "4x256_b8_delta_3968+384_page128": Shape(8, 128, 256, 3968, qk_dim=256, v_dim=256, page=128),
+    "4x256_b8_delta_3968+384_page64_int8": Shape(8, 128, 256, 3968, qk_dim=256, v_dim=256, page=64, stored="int8"),
+    "4x256_b8_delta_3968+384_page64_fp8": Shape(8, 128, 256, 3968, qk_dim=256, v_dim=256, page=64, stored="fp8"),
     "4x128_b32_delta_8192+1": Shape(32, 1, 0, 8192),
     "4x128_b32_delta_8192+16": Shape(32, 16, 0, 8192),
 }
@@ -85,6 +90,10 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
         pages = -(-shape.cached // shape.page)
         arguments["k_pages"] = random(B * pages, shape.page, H, dqk)
         arguments["v_pages"] = random(B * pages, shape.page, H, dv)
+        if shape.stored:
+            for x in ("k", "v"):
+                numbers, scales = quantised(arguments[f"{x}_pages"], EIGHT_BITS[shape.stored])
+                arguments |= {f"{x}_pages": numbers, f"{x}_scales": scales}
         order = torch.randperm(B * pages, generator=generator, device=device)
         arguments["page_table"] = order.view(B, pages).to(torch.int32)
         arguments["paged_lengths"] = torch.full((B,), shape.cached, device=device, dtype=torch.int64)
@@ -99,11 +108,13 @@ def cost(shape: Shape, dtype: str) -> Cost:
     rows = shape.new + shape.targets
     pairs = shape.batch * spec.visible_pairs(shape.length, shape.targets, delta=rows)
     heads = (shape.heads, shape.qk_dim, shape.v_dim)
-    return Cost(
-        spec.flops(pairs, *heads), spec.bytes_moved(shape.batch * rows, shape.batch * shape.length, *heads, dtype)
-    )
+    moved = spec.bytes_moved(shape.batch * rows, shape.batch * shape.length, *heads, dtype)
+    if shape.stored:  # a byte a number and two scales, for each cached token and head
+        a_head = (spec.BYTES[dtype] - 1) * (shape.qk_dim + shape.v_dim) - 8
+        moved -= shape.batch * shape.cached * shape.heads * a_head
+    return Cost(spec.flops(pairs, *heads), moved)
 
 
-def supports_args(shape: Shape) -> dict[str, int]:
+def supports_args(shape: Shape) -> dict[str, Any]:
     """Return keyword arguments of `KernelVariant.supports` besides device and dtype."""
-    return {"qk_dim": shape.qk_dim, "v_dim": shape.v_dim, "page": shape.page}
+    return {"qk_dim": shape.qk_dim, "v_dim": shape.v_dim, "page": shape.page, "stored": shape.stored}

@@ -147,10 +147,17 @@ def _check_rows(name: str, x: Tensor) -> None:
 
 
 def supports(
-    *, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0, extras: Sequence[str] = ()
+    *,
+    device: str,
+    dtype: str,
+    qk_dim: int,
+    v_dim: int,
+    page: int = 0,
+    stored: str = "",
+    extras: Sequence[str] = (),
 ) -> str | None:
     """Return None for Hopper, half precision, head sizes 16 to 256 in steps of 16 and no extras, else the reason."""
-    if missing := capabilities.lacking(extras):
+    if missing := capabilities.lacking(extras) or capabilities.without_eight_bits(stored):
         return missing
     if dtype not in ("fp16", "bf16"):
         return f"dtype {dtype} is neither fp16 nor bf16 (variants that support it: torch, triton)"

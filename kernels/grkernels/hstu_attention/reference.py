@@ -82,6 +82,8 @@ def hstu_attention(
     max_attn_len: int = 0,
     k_pages: Tensor | None = None,
     v_pages: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     page_table: Tensor | None = None,
     paged_lengths: Tensor | None = None,
     extras: Extras = NONE,
@@ -99,6 +101,8 @@ def hstu_attention(
     candidates.
     k_pages [pages, page size, H, dqk], v_pages [pages, page size, H, dv], paged_lengths int64 [B].
     page_table: int32 [B, most pages], the i-th page of sequence b.
+    k_scales and v_scales, fp32 [pages, page size, H], contiguous: those of int8 or float8_e4m3fn pages
+    (grkernels.pages); None for pages in the dtype of k and v.
     k, v and kv_offsets hold the other tokens. max_kv_len bounds both together.
 
     extras: masks and biases of other HSTU models. A time bias and pages exclude each other.
@@ -116,8 +120,8 @@ def hstu_attention(
         if k_pages is not None and v_pages is not None and page_table is not None and paged_lengths is not None:
             paged, page = int(paged_lengths[b]), k_pages.shape[1]
             mine = page_table[b, : -(-paged // page)].long()
-            keys = torch.cat([k_pages[mine].flatten(0, 1)[:paged], keys])
-            values = torch.cat([v_pages[mine].flatten(0, 1)[:paged], values])
+            keys = torch.cat([_rows(k_pages, k_scales, mine)[:paged], keys])
+            values = torch.cat([_rows(v_pages, v_scales, mine)[:paged], values])
         queries, n = rows.stop - rows.start, keys.shape[0]
         if queries > min(n, max_q_len) or n > max_kv_len:
             raise ValueError(
@@ -142,3 +146,9 @@ def hstu_attention(
                 weights = torch.nn.functional.silu(scores) * mask / scaling_seqlen
                 out[some, h] = (weights @ seen_values[:, h].float().transpose(0, 1)).transpose(0, 1)
     return out.to(v.dtype)
+
+
+def _rows(pages: Tensor, scales: Tensor | None, mine: Tensor) -> Tensor:
+    """Return the tokens of pages `mine`, [tokens, H, d]; those of 8-bit pages in fp32."""
+    rows = pages[mine].flatten(0, 1)
+    return rows if scales is None else rows.float() * scales[mine].flatten(0, 1)[..., None]

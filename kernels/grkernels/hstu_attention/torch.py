@@ -12,6 +12,7 @@ from torch import Tensor
 from grkernels.hstu_attention.extras import NONE, Extras
 from grkernels.hstu_attention.reference import hstu_attention as reference
 from grkernels.hstu_attention.reference import score_bias
+from grkernels.pages import dequantised
 from grkernels.variant import KernelVariant
 
 # Memory for one tile's scores. It bounds the extra memory for any lengths, and the products of one tile fill a GPU.
@@ -35,6 +36,8 @@ def hstu_attention(
     max_attn_len: int = 0,
     k_pages: Tensor | None = None,
     v_pages: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     page_table: Tensor | None = None,
     paged_lengths: Tensor | None = None,
     extras: Extras = NONE,
@@ -59,8 +62,8 @@ def hstu_attention(
         k_padded = _pad(k, kv_offsets, columns)
         v_padded = _pad(v, kv_offsets, columns)  # [H, B, N, dv]
     else:
-        k_padded = _pad_paged(k, kv_offsets, k_pages, page_table, paged_lengths, columns)
-        v_padded = _pad_paged(v, kv_offsets, v_pages, page_table, paged_lengths, columns)
+        k_padded = _pad_paged(k, kv_offsets, k_pages, k_scales, page_table, paged_lengths, columns)
+        v_padded = _pad_paged(v, kv_offsets, v_pages, v_scales, page_table, paged_lengths, columns)
         lengths = lengths + paged_lengths[:, None]
     k_padded = k_padded.transpose(2, 3)  # [H, B, dqk, N]
 
@@ -121,14 +124,25 @@ def _pad(x: Tensor, offsets: Tensor, local: Tensor) -> Tensor:
 
 
 def _pad_paged(
-    x: Tensor, offsets: Tensor, pages: Tensor, page_table: Tensor, paged_lengths: Tensor, columns: Tensor
+    x: Tensor,
+    offsets: Tensor,
+    pages: Tensor,
+    scales: Tensor | None,
+    page_table: Tensor,
+    paged_lengths: Tensor,
+    columns: Tensor,
 ) -> Tensor:
-    """Return [H, B, len(columns), d] as `_pad` does, of sequences with their first paged_lengths[b] rows in pages."""
+    """Return [H, B, len(columns), d] as `_pad` does, of sequences with their first paged_lengths[b] rows in pages.
+
+    Pages with scales are in 8 bits.
+    """
     page = pages.shape[1]
     slots = (columns // page).clamp(max=page_table.shape[1] - 1)
     index = page_table[:, slots].long() * page + columns % page
     # Rows first, then heads: the reverse order would copy the whole pool.
     rows = pages.flatten(0, 1).index_select(0, index.flatten())
+    if scales is not None:
+        rows = dequantised(rows, scales.flatten(0, 1).index_select(0, index.flatten()), x.dtype)
     cached: Tensor = rows.unflatten(0, index.shape).permute(2, 0, 1, 3).contiguous()
     if x.shape[0] == 0:
         return cached
@@ -210,9 +224,16 @@ def _columns_seen(
 
 
 def supports(
-    *, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0, extras: Sequence[str] = ()
+    *,
+    device: str,
+    dtype: str,
+    qk_dim: int,
+    v_dim: int,
+    page: int = 0,
+    stored: str = "",
+    extras: Sequence[str] = (),
 ) -> str | None:
-    """Return None for fp32, fp16 and bf16, else the reason. Any head size, option and device will do."""
+    """Return None for fp32, fp16 and bf16, else the reason. Any head size, page, option and device will do."""
     if dtype not in ("fp32", "fp16", "bf16"):
         return f"dtype {dtype} is none of fp32, fp16, bf16"
     return None

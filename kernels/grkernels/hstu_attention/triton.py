@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.hstu_attention import triton_extras
+from grkernels.hstu_attention.eight_bits import dequantised, kind_of
 from grkernels.hstu_attention.extras import NONE, Extras
 from grkernels.hstu_attention.keys import tuning_key
 from grkernels.hstu_attention.reference import hstu_attention as reference
@@ -51,6 +52,8 @@ def hstu_attention(
     max_attn_len: int = 0,
     k_pages: Tensor | None = None,
     v_pages: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     page_table: Tensor | None = None,
     paged_lengths: Tensor | None = None,
     extras: Extras = NONE,
@@ -77,6 +80,8 @@ def hstu_attention(
             max_attn_len=max_attn_len,
             k_pages=k_pages,
             v_pages=v_pages,
+            k_scales=k_scales,
+            v_scales=v_scales,
             page_table=page_table,
             paged_lengths=paged_lengths,
             extras=extras,
@@ -102,15 +107,21 @@ def hstu_attention(
     else:
         page, table_stride = k_pages.shape[1], page_table.stride(0)
         page_strides = k_pages.stride()[:3] + v_pages.stride()[:3]
+    kind = 0
+    if k_scales is None or v_scales is None:
+        k_scales, v_scales = k, v  # never read
+    else:
+        kind, k_pages, v_pages = kind_of(k_pages), k_pages.view(torch.int8), v_pages.view(torch.int8)
     targets = q_offsets if num_targets is None else num_targets
     masks = num_targets is not None, contextual_seq_len > 0, max_attn_len > 0
     blocks = tuning.bucket(max(qk_dim, 16)), tuning.bucket(max(v_dim, 16)), config["m"], config["n"]
+    streams = q, k, v, out
     attention_kernel(
         (-(-max_q_len // config["m"]), heads, batch + 1),
-        (q, k, v, out, k_pages, v_pages, q_offsets, kv_offsets, targets, page_table, paged_lengths),
+        (*streams, k_pages, v_pages, k_scales, v_scales, q_offsets, kv_offsets, targets, page_table, paged_lengths),
         (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *page_strides, heads, contextual_seq_len, max_attn_len),
         (table_stride, q.shape[0], alpha / 2, 1.0 / scaling_seqlen),
-        (*masks, page, qk_dim, v_dim, *blocks),
+        (*masks, page, kind, qk_dim, v_dim, *blocks),
         config["warps"],
         config["stages"],
     )
@@ -118,7 +129,7 @@ def hstu_attention(
 
 
 @launched(
-    tensors=["q", "k", "v", "out", "k_pages", "v_pages"],
+    tensors=["q", "k", "v", "out", "k_pages", "v_pages", "k_scales", "v_scales"],
     indices=["q_offsets", "kv_offsets", "num_targets", "page_table", "paged_lengths"],
     numbers=["table_stride", "total_rows", "half_alpha", "scale"],
 )
@@ -129,6 +140,8 @@ def attention_kernel(
     out: tl.tensor,
     k_pages: tl.tensor,
     v_pages: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
     q_offsets: tl.tensor,
     kv_offsets: tl.tensor,
     num_targets: tl.tensor,
@@ -157,6 +170,7 @@ def attention_kernel(
     CONTEXTUAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
+    STORED: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
     QK_BLOCK: tl.constexpr,
@@ -248,6 +262,9 @@ def attention_kernel(
         k_pages += head * k_pages_head_stride
         v_pages += head * v_pages_head_stride
         page_table += sequence * table_stride
+    if STORED:
+        k_scales += head
+        v_scales += head
     acc = tl.zeros([M, V_BLOCK], tl.float32)
     tails = stop - whole_stop
     for i in range(diagonals + tails + whole_begin - begin):
@@ -258,18 +275,32 @@ def attention_kernel(
             column = diagonal + i * N
         columns = column + tl.arange(0, N)
         k_tile, v_tile = _load(
-            k, v, k_pages, v_pages, page_table, columns, n, paged, k_stride, v_stride, k_page_stride, k_slot_stride,
-            v_page_stride, v_slot_stride, True, PAGE, QK, V, QK_BLOCK, V_BLOCK,
+            k, v, k_pages, v_pages, k_scales, v_scales, page_table, columns, n, paged, k_stride, v_stride,
+            k_page_stride, k_slot_stride, v_page_stride, v_slot_stride, heads, True, False, PAGE, STORED, QK, V,
+            QK_BLOCK, V_BLOCK,
         )  # fmt: skip
         s = _silu(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * half_alpha)
         j = columns[None, :]
         s = tl.where(((low[:, None] <= j) & (j < high[:, None])) | (j == rows[:, None]), s, 0.0)
         acc = tl.dot(s.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
-    for i in range(whole_begin, whole_stop):
+    rest_begin = whole_begin
+    if STORED:  # tiles that are wholly in pages have no other keys to load
+        rest_begin = tl.minimum(tl.maximum(paged // N, whole_begin), whole_stop)
+        for i in range(whole_begin, rest_begin):
+            columns = i * N + tl.arange(0, N)
+            k_tile, v_tile = _load(
+                k, v, k_pages, v_pages, k_scales, v_scales, page_table, columns, n, paged, k_stride, v_stride,
+                k_page_stride, k_slot_stride, v_page_stride, v_slot_stride, heads, False, True, PAGE, STORED, QK, V,
+                QK_BLOCK, V_BLOCK,
+            )  # fmt: skip
+            s = _silu(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * half_alpha)
+            acc = tl.dot(s.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+    for i in range(rest_begin, whole_stop):
         columns = i * N + tl.arange(0, N)
         k_tile, v_tile = _load(
-            k, v, k_pages, v_pages, page_table, columns, n, paged, k_stride, v_stride, k_page_stride, k_slot_stride,
-            v_page_stride, v_slot_stride, False, PAGE, QK, V, QK_BLOCK, V_BLOCK,
+            k, v, k_pages, v_pages, k_scales, v_scales, page_table, columns, n, paged, k_stride, v_stride,
+            k_page_stride, k_slot_stride, v_page_stride, v_slot_stride, heads, False, False, PAGE, STORED, QK, V,
+            QK_BLOCK, V_BLOCK,
         )  # fmt: skip
         s = _silu(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * half_alpha)
         acc = tl.dot(s.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
@@ -286,6 +317,8 @@ def _load(
     v: tl.tensor,
     k_pages: tl.tensor,
     v_pages: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
     page_table: tl.tensor,
     columns: tl.tensor,
     n: tl.tensor,
@@ -296,33 +329,55 @@ def _load(
     k_slot_stride: tl.tensor,
     v_page_stride: tl.tensor,
     v_slot_stride: tl.tensor,
+    heads: tl.tensor,
     MASKED: tl.constexpr,
+    IN_PAGES: tl.constexpr,
     PAGE: tl.constexpr,
+    STORED: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
     QK_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return K [N, QK_BLOCK] and V [N, V_BLOCK] of some columns. Pages hold the first `paged` of n keys."""
+    """Return K [N, QK_BLOCK] and V [N, V_BLOCK] of some columns. Pages hold the first `paged` of n keys.
+
+    STORED: pages are in 8 bits, and loaded apart from the stream. IN_PAGES: all columns are in them.
+    """
     qk_dims, v_dims = tl.arange(0, QK_BLOCK), tl.arange(0, V_BLOCK)
-    k_rows = k + (columns - paged) * k_stride
-    v_rows = v + (columns - paged) * v_stride
+    inside = columns < n
     if PAGE:
         cached = columns < paged
         page = tl.load(page_table + columns // PAGE, mask=cached, other=0).to(tl.int64)
         slot = columns % PAGE
-        k_rows = tl.where(cached, k_pages + page * k_page_stride + slot * k_slot_stride, k_rows)
-        v_rows = tl.where(cached, v_pages + page * v_page_stride + slot * v_slot_stride, v_rows)
-    k_at, v_at = k_rows[:, None] + qk_dims[None, :], v_rows[:, None] + v_dims[None, :]
-    if MASKED:
-        inside = (columns < n)[:, None]
-        k_tile = tl.load(k_at, mask=inside & (qk_dims < QK)[None, :], other=0.0)
-        v_tile = tl.load(v_at, mask=inside & (v_dims < V)[None, :], other=0.0)
+        k_cached = k_pages + page * k_page_stride + slot * k_slot_stride
+        v_cached = v_pages + page * v_page_stride + slot * v_slot_stride
+        if STORED:
+            here, at = cached[:, None], ((page * PAGE + slot) * heads)[:, None]
+            k_stored = dequantised(
+                k_cached[:, None], k_scales + at, here, qk_dims[None, :], QK, STORED, k.dtype.element_ty
+            )
+            v_stored = dequantised(
+                v_cached[:, None], v_scales + at, here, v_dims[None, :], V, STORED, v.dtype.element_ty
+            )
+            inside &= columns >= paged
+    if IN_PAGES:
+        k_tile, v_tile = k_stored, v_stored
     else:
-        k_tile = tl.load(k_at, mask=(qk_dims < QK)[None, :], other=0.0) if QK != QK_BLOCK else tl.load(k_at)
-        v_tile = tl.load(v_at, mask=(v_dims < V)[None, :], other=0.0) if V != V_BLOCK else tl.load(v_at)
-    if INTERPRET:
-        k_tile, v_tile = k_tile.to(tl.float32), v_tile.to(tl.float32)
+        k_rows = k + (columns - paged) * k_stride
+        v_rows = v + (columns - paged) * v_stride
+        if PAGE and not STORED:
+            k_rows, v_rows = tl.where(cached, k_cached, k_rows), tl.where(cached, v_cached, v_rows)
+        k_at, v_at = k_rows[:, None] + qk_dims[None, :], v_rows[:, None] + v_dims[None, :]
+        if MASKED or STORED:
+            k_tile = tl.load(k_at, mask=inside[:, None] & (qk_dims < QK)[None, :], other=0.0)
+            v_tile = tl.load(v_at, mask=inside[:, None] & (v_dims < V)[None, :], other=0.0)
+        else:
+            k_tile = tl.load(k_at, mask=(qk_dims < QK)[None, :], other=0.0) if QK != QK_BLOCK else tl.load(k_at)
+            v_tile = tl.load(v_at, mask=(v_dims < V)[None, :], other=0.0) if V != V_BLOCK else tl.load(v_at)
+        if INTERPRET:
+            k_tile, v_tile = k_tile.to(tl.float32), v_tile.to(tl.float32)
+        if STORED:
+            k_tile, v_tile = tl.where(here, k_stored, k_tile), tl.where(here, v_stored, v_tile)
     return k_tile, v_tile
 
 
@@ -336,12 +391,19 @@ def _silu(t: tl.tensor) -> tl.tensor:
 
 
 def supports(
-    *, device: str, dtype: str, qk_dim: int, v_dim: int, page: int = 0, extras: Sequence[str] = ()
+    *,
+    device: str,
+    dtype: str,
+    qk_dim: int,
+    v_dim: int,
+    page: int = 0,
+    stored: str = "",
+    extras: Sequence[str] = (),
 ) -> str | None:
     """Return None for a GPU (or the interpreter) and head sizes up to 256, else the reason."""
     if max(qk_dim, v_dim) > 256:
         return f"head sizes {qk_dim} and {v_dim}: at most 256 (any size: torch)"
-    return triton_common.supports(device=device, dtype=dtype)
+    return triton_common.supports(device=device, dtype=dtype, stored=stored)
 
 
 def default_config(widest: int, max_q_len: int, dtype: torch.dtype) -> dict[str, int]:

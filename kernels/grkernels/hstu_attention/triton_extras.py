@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grkernels import tuning
+from grkernels.hstu_attention.eight_bits import dequantised, kind_of
 from grkernels.hstu_attention.extras import LOG_STEP, Extras
 from grkernels.triton_common import INTERPRET, rounded
 from grkernels.triton_launch import launched
@@ -32,6 +33,8 @@ def hstu_attention(
     max_attn_len: int,
     k_pages: Tensor | None,
     v_pages: Tensor | None,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     page_table: Tensor | None,
     paged_lengths: Tensor | None,
     extras: Extras,
@@ -46,6 +49,11 @@ def hstu_attention(
     else:
         page, table_stride = k_pages.shape[1], page_table.stride(0)
         page_strides = k_pages.stride()[:3] + v_pages.stride()[:3]
+    kind = 0
+    if k_scales is None or v_scales is None:
+        k_scales, v_scales = k, v  # never read
+    else:
+        kind, k_pages, v_pages = kind_of(k_pages), k_pages.view(torch.int8), v_pages.view(torch.int8)
     targets = q_offsets if num_targets is None else num_targets
     contextuals = q_offsets if extras.num_contextuals is None else extras.num_contextuals
     position_bias, time_bias = (q if table is None else table for table in (extras.position_bias, extras.time_bias))
@@ -55,7 +63,7 @@ def hstu_attention(
     blocks = tuning.bucket(max(qk_dim, 16)), tuning.bucket(max(v_dim, 16)), m, 32
     masks = num_targets is not None, extras.num_contextuals is not None
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *page_strides
-    tensors = q, k, v, out, k_pages, v_pages, position_bias, time_bias
+    tensors = q, k, v, out, k_pages, v_pages, k_scales, v_scales, position_bias, time_bias
     offsets = q_offsets, kv_offsets, targets, contextuals
     indices = *offsets, page_table, paged_lengths, row_times, column_times
     attention_kernel(
@@ -63,14 +71,14 @@ def hstu_attention(
         (*tensors, *indices),
         (*strides, heads, contextual_seq_len, max_attn_len, extras.min_full_attn_seq_len, *sizes),
         (table_stride, q.shape[0], alpha, 1.0 / scaling_seqlen),
-        (*masks, extras.target_group_size, page, sizes[0] > 0, sizes[1] > 0, qk_dim, v_dim, *blocks),
+        (*masks, extras.target_group_size, page, kind, sizes[0] > 0, sizes[1] > 0, qk_dim, v_dim, *blocks),
         4,
     )
     return out
 
 
 @launched(
-    tensors=["q", "k", "v", "out", "k_pages", "v_pages", "position_bias", "time_bias"],
+    tensors=["q", "k", "v", "out", "k_pages", "v_pages", "k_scales", "v_scales", "position_bias", "time_bias"],
     indices=[
         "q_offsets",
         "kv_offsets",
@@ -90,6 +98,8 @@ def attention_kernel(
     out: tl.tensor,
     k_pages: tl.tensor,
     v_pages: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
     position_bias: tl.tensor,
     time_bias: tl.tensor,
     q_offsets: tl.tensor,
@@ -126,6 +136,7 @@ def attention_kernel(
     CONTEXTUALS: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
+    STORED: tl.constexpr,
     POSITION_BIAS: tl.constexpr,
     TIME_BIAS: tl.constexpr,
     QK: tl.constexpr,
@@ -195,11 +206,20 @@ def attention_kernel(
             slot = columns % PAGE
             k_cached = k_pages + number * k_page_stride + slot * k_slot_stride + head * k_pages_head_stride
             v_cached = v_pages + number * v_page_stride + slot * v_slot_stride + head * v_pages_head_stride
-            k_rows, v_rows = tl.where(cached, k_cached, k_rows), tl.where(cached, v_cached, v_rows)
-        k_tile = tl.load(k_rows + qk_dims, mask=(columns < n) & (qk_dims < QK), other=0.0)
-        v_tile = tl.load(v_rows + v_dims, mask=(columns < n) & (v_dims < V), other=0.0)
+            if not STORED:
+                k_rows, v_rows = tl.where(cached, k_cached, k_rows), tl.where(cached, v_cached, v_rows)
+        here = columns < n
+        if STORED:
+            here &= columns >= paged
+        k_tile = tl.load(k_rows + qk_dims, mask=here & (qk_dims < QK), other=0.0)
+        v_tile = tl.load(v_rows + v_dims, mask=here & (v_dims < V), other=0.0)
         if INTERPRET:
             k_tile, v_tile = k_tile.to(tl.float32), v_tile.to(tl.float32)
+        if STORED:
+            at = (number * PAGE + slot) * heads + head
+            k_stored = dequantised(k_cached, k_scales + at, cached, qk_dims, QK, STORED, k.dtype.element_ty)
+            v_stored = dequantised(v_cached, v_scales + at, cached, v_dims, V, STORED, v.dtype.element_ty)
+            k_tile, v_tile = tl.where(cached, k_stored, k_tile), tl.where(cached, v_stored, v_tile)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * alpha
 
         j = i * N + tl.arange(0, N)[None, :]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.paged_write.reference import paged_write as reference
-from grkernels.pages import slotted
+from grkernels.pages import LARGEST, LEAST, slotted
+from grkernels.triton_common import INTERPRET
 from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
 
@@ -66,21 +69,110 @@ def _kernel(
         tl.store(v_pages + slot * v_slot_stride + place, x, mask=wanted)
 
 
+@launched(tensors=["k", "v", "k_pages", "v_pages", "k_scales", "v_scales"], indices=["slots"], numbers=["rows"])
+def _quantising_kernel(
+    k: tl.tensor,
+    v: tl.tensor,
+    k_pages: tl.tensor,
+    v_pages: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
+    slots: tl.tensor,
+    k_stride: tl.tensor,
+    v_stride: tl.tensor,
+    k_slot_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_slot_stride: tl.tensor,
+    v_head_stride: tl.tensor,
+    rows: tl.tensor,
+    HEADS: tl.constexpr,
+    QK: tl.constexpr,
+    V: tl.constexpr,
+    QK_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    FP8: tl.constexpr,
+    LARGEST_NUMBER: tl.constexpr,
+    LEAST_SIZE: tl.constexpr,
+) -> None:
+    """Quantise and store ROWS rows of one head."""
+    row, head = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    slot = tl.load(slots + row, mask=row < rows, other=-1)
+    scale_at = slot * HEADS + head
+    dims = tl.arange(0, QK_BLOCK)[None, :]
+    wanted = (slot >= 0)[:, None] & (dims < QK)
+    x = tl.load(k + row[:, None] * k_stride + head * QK + dims, mask=wanted, other=0.0)
+    q, scale = _quantised(x, FP8, LARGEST_NUMBER, LEAST_SIZE)
+    tl.store(k_pages + slot[:, None] * k_slot_stride + head * k_head_stride + dims, q, mask=wanted)
+    tl.store(k_scales + scale_at, scale, mask=slot >= 0)
+    dims = tl.arange(0, V_BLOCK)[None, :]
+    wanted = (slot >= 0)[:, None] & (dims < V)
+    x = tl.load(v + row[:, None] * v_stride + head * V + dims, mask=wanted, other=0.0)
+    q, scale = _quantised(x, FP8, LARGEST_NUMBER, LEAST_SIZE)
+    tl.store(v_pages + slot[:, None] * v_slot_stride + head * v_head_stride + dims, q, mask=wanted)
+    tl.store(v_scales + scale_at, scale, mask=slot >= 0)
+
+
+@triton.jit
+def _quantised(
+    x: tl.tensor, FP8: tl.constexpr, LARGEST_NUMBER: tl.constexpr, LEAST_SIZE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return rows [R, D] in 8 bits, as the bytes of int8 or e4m3, and their scales [R]."""
+    x = x.to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), axis=1), LEAST_SIZE) / LARGEST_NUMBER
+    y = tl.div_rn(x, scale[:, None] + tl.zeros_like(x))
+    if FP8:
+        if INTERPRET:  # it would truncate
+            y = _to_e4m3_steps(y)
+        return y.to(tl.float8e4nv).to(tl.int8, bitcast=True), scale
+    return ((y + 12582912.0) - 12582912.0).to(tl.int8), scale  # 1.5 * 2^23: to the nearest whole number, ties to even
+
+
+@triton.jit
+def _to_e4m3_steps(y: tl.tensor) -> tl.tensor:
+    """Round to the numbers of e4m3, ties to even: adding 1.5 * 2^23 steps leaves whole steps."""
+    exponent = tl.maximum((y.to(tl.int32, bitcast=True) >> 23) & 0xFF, 121)  # below 2^-6 steps are 2^-9
+    magic = ((exponent + 20) << 23 | 0x400000).to(tl.float32, bitcast=True)
+    return (y + magic) - magic
+
+
 def tuning_key(width: int) -> str:
     """Return the key of a row's width. The number of rows is large in every use and does not matter."""
     return tuning.key(width=width)
 
 
-def paged_write(k: Tensor, v: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
+def paged_write(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
     """Compute what reference.py defines. Nothing waits for the device, so a CUDA graph can hold it."""
     n, heads, qk_dim = k.shape
-    if n:
-        v_dim, k_slots, v_slots = v.shape[2], slotted(k_pages), slotted(v_pages)
-        config = tuning.choose("paged_write", "triton", tuning_key(heads * max(qk_dim, v_dim)), DEFAULT)
-        rows = config["rows"]
-        strides = (k.stride(0), v.stride(0), *k_slots.stride()[:2], *v_slots.stride()[:2])
-        constants = heads, qk_dim, v_dim, rows, config["width"]
-        _kernel((-(-n // rows), 1, 1), (k, v, k_slots, v_slots, slots), strides, (n,), constants, config["warps"])
+    if not n:
+        return
+    v_dim, k_slots, v_slots = v.shape[2], slotted(k_pages), slotted(v_pages)
+    strides = (k.stride(0), v.stride(0), *k_slots.stride()[:2], *v_slots.stride()[:2])
+    if k_scales is not None and v_scales is not None:
+        blocks = tuning.bucket(qk_dim), tuning.bucket(v_dim)
+        rows = max(2048 // max(blocks), 1)  # 16 numbers of each thread
+        kind = k_pages.dtype.is_floating_point, LARGEST[k_pages.dtype], LEAST
+        _quantising_kernel(
+            (-(-n // rows), heads, 1),
+            (k, v, k_slots.view(torch.int8), v_slots.view(torch.int8), k_scales, v_scales, slots),
+            strides,
+            (n,),
+            (heads, qk_dim, v_dim, *blocks, rows, *kind),
+            4,
+        )
+        return
+    config = tuning.choose("paged_write", "triton", tuning_key(heads * max(qk_dim, v_dim)), DEFAULT)
+    rows = config["rows"]
+    constants = heads, qk_dim, v_dim, rows, config["width"]
+    _kernel((-(-n // rows), 1, 1), (k, v, k_slots, v_slots, slots), strides, (n,), constants, config["warps"])
 
 
 VARIANT = KernelVariant("paged_write", "triton", paged_write, reference, triton_common.supports)

@@ -260,10 +260,10 @@ class HSTURanker(nn.Module):
             if onload is not None:
                 onload.layer(i)
             if write:
-                self.kernels.paged_write(k, v, places.slots, pool.k[i], pool.v[i])
+                self.kernels.paged_write(k, v, places.slots, **pool.layer(i))
             if i == pruned and not batch.max_candidates:
                 return self.score(x[:0], batch)
-            pages = {"k_pages": pool.k[i], "v_pages": pool.v[i], **table} if read else {}
+            pages = pool.layer(i) | table if read else {}
             # The keys outside the pages are those of this batch.
             a = self._attend(layer, q, k, v, batch, i == pruned, kv_offsets=batch.q_offsets, **pages)
             x = layer.combine(x[batch.candidate_rows] if i == pruned else x, u, a, self.kernels)

@@ -20,12 +20,25 @@ from grengines.models.reference import GenerationReference
 from grengines.runtime.batch import pack
 from grengines.runtime.device import DTYPES
 from grengines.semantic.search import Beams
+from grkernels import rounding
 from grkernels.operators import Operators
 
 
 def zero_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     """Return zeros [Lq, H, dv] for attention: a comparison with the reference must notice it."""
     return v.new_zeros(q.shape[0], *v.shape[1:])
+
+
+def through_pages(attention: Callable[..., Tensor], stored: str) -> Callable[..., Tensor]:
+    """Return attention of one request whose history was kept in 8-bit pages (int8 or fp8), its candidates exactly."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        targets = options["num_targets"]
+        history = k.shape[0] - (0 if targets is None else int(targets[0]))
+        k, v = (torch.cat([rounding.through_pages(x[:history], stored), x[history:]]) for x in (k, v))
+        return attention(q, k, v, **options)
+
+    return attend
 
 
 class RankingReference:
@@ -46,12 +59,17 @@ class RankingReference:
 
     @torch.inference_mode()
     def scores(
-        self, requests: Sequence[Request], precision: str = "fp32", attention: Callable[..., Tensor] | None = None
+        self,
+        requests: Sequence[Request],
+        precision: str = "fp32",
+        attention: Callable[..., Tensor] | None = None,
+        stored: str = "",
     ) -> list[Float32Array]:
         """Return the logits [candidates, tasks] of each request.
 
         precision: fp32 by the kernels' references, or fp16, bf16, int8 or fp8 by the references rounded to it, which
         give the tolerances (grengines/models/hstu/quantised.py defines 8 bits). attention: replaces the operator.
+        stored: every row reads the history as pages in int8 or fp8 keep it, as in a state that grew event by event.
         """
         dtype = DTYPES["fp32" if precision in quantised.KINDS else precision]
         here = precision == "fp32" and self._device.type == "cpu"
@@ -59,6 +77,8 @@ class RankingReference:
         model.kernels = Operators.rounded(dtype)
         if precision in quantised.KINDS:
             quantised.quantise(model, precision)
+        if stored:
+            model.kernels = model.kernels.replace(hstu_attention=through_pages(model.kernels.hstu_attention, stored))
         if attention is not None:
             model.kernels = model.kernels.replace(hstu_attention=attention)
         answers = []
