@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 from grbench.config.schema import ConfigError, RunnerConfig, RunSpec, spec_to_json
 from grbench.execution import records
 from grbench.execution.gpu import visible_gpus
-from grbench.execution.records import RECORD_FILE, RunRecord
+from grbench.execution.records import RECORD_FILE, RunRecord, Status
 from grbench.execution.runner import lost
 from grbench.execution.workers import Event
 
@@ -101,13 +102,16 @@ class Places:
         self._busy: list[_Place] = []
         self._idle: dict[Share, _Place] = {}
 
-    def give(self, cell: Cell) -> None:
-        """Start a cell on a free place. Waits for one, and passes on what the others report meanwhile."""
+    def give(self, cells: Sequence[Cell]) -> None:
+        """Start cells, one after another, on a free place. Waits for one, and passes on what the others report."""
         while not self._free:
             self._serve()
-        part = self._free.pop(0)
+        self._start(self._free.pop(0), deque(cells))
+
+    def _start(self, part: Share, cells: deque[Cell]) -> None:
+        """Let a place measure the first of these cells, and then the others."""
         place = self._idle.pop(part, None) or _Place(part)
-        place.give(cell, len(self._parts))
+        place.give(cells, len(self._parts))
         self._busy.append(place)
 
     def wait(self) -> None:
@@ -118,6 +122,8 @@ class Places:
     def interrupt(self, number: int) -> None:
         """Send a signal to every cell that runs, and take their records. Places that do not end in time are killed."""
         for place in self._busy:
+            while len(place.cells) > 1:
+                place.cells.pop()
             place.signal(number)
         end = time.monotonic() + END_S
         while self._busy and time.monotonic() < end:
@@ -142,12 +148,14 @@ class Places:
                 if (ended := place.read()) is None:
                     continue
                 self._busy.remove(place)
-                self._free.append(place.part)
                 if place.lives:
                     self._idle[place.part] = place
-                folder, record = ended
-                assert place.cell is not None
-                place.cell.on_end(folder, record)
+                cell = place.cells.popleft()
+                if place.cells and ended[1].status is not Status.INTERRUPTED:
+                    self._start(place.part, place.cells)
+                else:
+                    self._free.append(place.part)
+                cell.on_end(*ended)
 
 
 class _Place:
@@ -155,7 +163,7 @@ class _Place:
 
     def __init__(self, part: Share) -> None:
         self.part, self.lives = part, True
-        self.cell: Cell | None = None
+        self.cells: deque[Cell] = deque()  # the first is measured
         self._pending = b""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "grbench.execution.place", ",".join(map(str, part.cores))],
@@ -167,9 +175,9 @@ class _Place:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self.output = self._process.stdin, self._process.stdout
 
-    def give(self, cell: Cell, of: int) -> None:
-        """Give it a cell. of: places that there are."""
-        self.cell = cell
+    def give(self, cells: deque[Cell], of: int) -> None:
+        """Give it the first of some cells. of: places that there are."""
+        self.cells, cell = cells, cells[0]
         beside = {"cells": of - 1, "cores": list(self.part.cores), "gpu": self.part.gpu}
         arguments = {
             "spec": spec_to_json(cell.spec),
@@ -186,12 +194,12 @@ class _Place:
 
     def read(self) -> tuple[Path, RunRecord] | None:
         """Pass on what has come. Returns the folder and the record of a cell that has ended, however it did."""
-        assert self.cell is not None
+        cell = self.cells[0]
         chunk = os.read(self.output.fileno(), 65536)
         if not chunk:
             self.lives = False
             self._process.wait()
-            return lost(self.cell.spec, self.cell.folder, self.cell.sweep_id, self.cell.overrides, self._how())
+            return lost(cell.spec, cell.folder, cell.sweep_id, cell.overrides, self._how())
         *lines, self._pending = (self._pending + chunk).split(b"\n")
         for line in lines:
             event = json.loads(line)
@@ -199,7 +207,7 @@ class _Place:
                 self.lives = not event["signal"]
                 folder = Path(event["done"])
                 return folder, records.load(folder / RECORD_FILE)
-            self.cell.on_event(event)
+            cell.on_event(event)
         return None
 
     def _how(self) -> str:

@@ -20,6 +20,7 @@ from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import RunConfig, RunSpec
 from grbench.execution import records
 from grbench.execution.earlier import EarlierRecords
+from grbench.execution.kept import engine_key
 from grbench.execution.places import Cell, Places, shares
 from grbench.execution.records import RunRecord, Status
 from grbench.execution.runner import Interrupted, run_cell
@@ -51,6 +52,7 @@ class CellSession:
             self._tracker.start_sweep(self._sweep_id, facts)
         self._kept = KeptWorker() if run.runner.keep_engine else None
         self._places = Places(shares(run.runner.parallel)) if run.runner.parallel != "1" else None
+        self._next: list[Cell] = []  # cells of one engine, for the next free place
         self._begun = 0  # cells, earlier records included
         self._earlier = EarlierRecords()
         if self._sweep_id and not run.rerun:
@@ -70,6 +72,7 @@ class CellSession:
             for job in self._jobs:
                 self._measure(repeated(job, repeat))
         if self._places is not None:
+            self._flush(self._places)
             with self._interrupting(self._places):
                 self._places.wait()
 
@@ -124,7 +127,10 @@ class CellSession:
         return folder, record, False
 
     def _begin(self, places: Places, job: Job, title: str, total: int) -> None:
-        """Start a cell beside others, once a place is free. Its progress is printed in lines."""
+        """Take a cell that runs beside others, and start those before it once a place is free.
+
+        Progress is printed in lines. With `runner.keep_engine` cells of one engine have one place.
+        """
         spec, run = job.config
         progress = CellProgress(self._screen, title, total, redrawn=False)
         cell = Cell(
@@ -137,8 +143,16 @@ class CellSession:
             on_event=progress.show,
             on_end=lambda folder, record: self._ended(title, folder, record),
         )
-        with self._interrupting(places):
-            places.give(cell)
+        if not (run.runner.keep_engine and self._next and engine_key(self._next[0].spec) == engine_key(spec)):
+            self._flush(places)
+        self._next.append(cell)
+
+    def _flush(self, places: Places) -> None:
+        """Start the cells that wait for a place."""
+        cells, self._next = self._next, []
+        if cells:
+            with self._interrupting(places):
+                places.give(cells)
 
     def _ended(self, title: str, folder: Path, record: RunRecord) -> None:
         """Take the record of a cell that ran beside others."""

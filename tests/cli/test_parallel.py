@@ -93,6 +93,19 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
         command.wait()
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
+def test_cells_of_one_engine_have_one_place_if_it_is_kept(grbench: Grbench, tmp_path: Path) -> None:
+    sweep = ["scenario.max_batch=1,2", "scenario.queries=32,48"]
+    done = grbench("-m", *QUICK, *sweep, "runner.parallel=2", "runner.keep_engine=true")
+    assert done.returncode == 0, done.stderr
+    cells = [record for _, record in records.find(tmp_path)]
+    places_of = {(r.spec["scenario"]["max_batch"], *r.environment["beside"]["cores"]) for r in cells}
+    assert len(cells) == 4
+    assert len(places_of) == 2, "each engine was built on one place"
+    assert len({core for _, core in places_of}) == 2
+    assert sum("was not built again" in note for r in cells for note in r.notes) == 2
+
+
 def test_places_share_no_core_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sockets have two cores of two threads each: a place has both threads of a core, and cores of one socket."""
     monkeypatch.setattr(places, "_cores", lambda: [0, 4, 1, 5, 2, 6, 3, 7])
