@@ -90,7 +90,7 @@ def measured(root: Path) -> list[str]:
 def test_an_interrupted_search_goes_on_without_measuring_again(
     grbench_here: Grbench, forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["tune", *SEARCH, "objective=latency", "rate=100", "limits.latency_ms.p99=60000", "budget=2cells"]
+    words = ["tune", *SEARCH, "objective=latency", "rate=400", "limits.latency_ms.p99=60000", "budget=2cells"]
     run, cells = session.run_cell, 0
 
     def interrupted_later(*given: Any, **options: Any) -> Any:
@@ -118,7 +118,7 @@ def test_an_interrupted_search_goes_on_without_measuring_again(
 def test_a_limit_that_nobody_keeps_is_one_line_with_the_nearest_point(
     grbench_here: Grbench, forked_workers: None, tmp_path: Path
 ) -> None:
-    done = grbench_here("tune", *SEARCH, "objective=latency", "rate=50", "latency_ms.p50=0.001", "budget=1cells")
+    done = grbench_here("tune", *SEARCH, "objective=latency", "rate=400", "latency_ms.p50=0.001", "budget=1cells")
     assert done.returncode == 1 and done.stdout == ""
     line = done.stderr.splitlines()[-1]
     assert line.startswith(
@@ -128,6 +128,7 @@ def test_a_limit_that_nobody_keeps_is_one_line_with_the_nearest_point(
     assert not list(tmp_path.rglob("best.yaml"))
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize(
     "budget, message",
     [

@@ -10,11 +10,13 @@ import contextlib
 import faulthandler
 import gc
 import importlib
+import io
 import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +29,7 @@ import pytest
 from grbench.cli import main
 from grbench.execution import worker, workers
 from grbench.signals import ENDING
+from grbench.tune import legal
 
 USED = ("grbench.execution.cell", "grengines.hstu.engine", "pyarrow.parquet", "scipy.special")  # by every worker
 
@@ -160,7 +163,10 @@ def fork_command(folder: Path, *words: str, env: Mapping[str, str] = os.environ)
 
 
 def fork_workers(patch: pytest.MonkeyPatch) -> None:
-    """Let `run_cell` fork its workers, with the job file, log and report pipe that it gives to any worker."""
+    """Let `run_cell` fork its workers, with the job file, log and report pipe that it gives to any worker.
+
+    A search forks the process that it asks which engines can run.
+    """
 
     def popen(command: list[str], *, stdout: Any, pass_fds: list[int], env: dict[str, str], **_: Any) -> Fork:
         def work() -> None:
@@ -169,6 +175,15 @@ def fork_workers(patch: pytest.MonkeyPatch) -> None:
 
         return Fork(work, Path(stdout.name), pass_fds, env)
 
+    def ask(command: list[str], *, input: str, **_: Any) -> subprocess.CompletedProcess[str]:
+        def work() -> None:
+            sys.stdin = io.StringIO(input)
+            legal.main()
+
+        with tempfile.TemporaryDirectory() as folder:
+            return in_fork(work, Path(folder))
+
     for name in USED:
         importlib.import_module(name)
     patch.setattr(workers, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
+    patch.setattr(legal, "subprocess", SimpleNamespace(run=ask))
