@@ -49,16 +49,31 @@ def cache() -> Iterator[None]:
         yield
 
 
+SOURCES = ("kernels/**/*.py", "engines/**/*.py", "tests/helpers/plans.py", "tests/helpers/hstu_oracle.py")
+
+
+def kept_plan(precision: str, target: str) -> Path:
+    """Return a folder with a plan, and in phases.json the build's phases with their shares. A build takes seconds."""
+
+    def fill(folder: Path) -> None:
+        phases: list[tuple[str, float]] = []
+        made(precision, target, folder / "plan", lambda phase, share: phases.append((phase, share)))
+        (folder / "phases.json").write_text(json.dumps(phases))
+
+    return kept.folder_of(f"plan_{precision}_{target}", fill, SOURCES)
+
+
 @needs_rtx
 @pytest.mark.parametrize("target", ["8.9", "12.0"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_is_built_for_gpus_that_are_not_here(precision: str, target: str, tmp_path: Path) -> None:
-    phases: list[tuple[str, float]] = []
+def test_every_precision_is_built_for_gpus_that_are_not_here(precision: str, target: str) -> None:
+    folder = kept_plan(precision, target)
+    phases = json.loads((folder / "phases.json").read_text())
     library = libraries.find("tensorrt_rtx")
-    built = made(precision, target, tmp_path / "plan", lambda phase, share: phases.append((phase, share)))
-    again = plans.load(tmp_path / "plan", built.facts, "fix it")
-    assert again.facts == built.facts and again.read() == built.read()
-    assert again.manifest["bytes"] == len(built.read()) > 100_000
+    facts, _ = facts_of(precision, target)
+    again = plans.load(folder / "plan", facts, "fix it")
+    assert again.facts == facts
+    assert again.manifest["bytes"] == len(again.read()) > 100_000
     assert (again.facts.library, again.facts.version) == ("tensorrt_rtx", library.version)
     assert len(again.facts.profiles) == 2
     tensors = again.manifest["tensors"]
@@ -66,8 +81,8 @@ def test_every_precision_is_built_for_gpus_that_are_not_here(precision: str, tar
     assert tensors["tiles"] == {"dtype": "INT64", "shape": [-1, -1]}
     assert tensors["logits"]["dtype"] == "FLOAT" and tensors["logits"]["shape"][1] == len(MODEL.tasks)
     assert len({phase for phase, _ in phases}) > 1 and {0.0, 1.0} <= {share for _, share in phases}
-    assert [file.name for file in tmp_path.iterdir()] == ["plan"]
-    assert sorted(file.name for file in (tmp_path / "plan").iterdir()) == ["manifest.json", "model.plan"]
+    assert sorted(file.name for file in folder.iterdir()) == ["phases.json", "plan"]
+    assert sorted(file.name for file in (folder / "plan").iterdir()) == ["manifest.json", "model.plan"]
 
 
 @needs_rtx
@@ -98,18 +113,22 @@ print(published[-1], found.folder, (found.folder / "model.plan").stat().st_ino, 
 
 
 @needs_rtx
-def test_the_network_is_in_the_precision_that_was_asked_for(tmp_path: Path) -> None:
+def test_the_network_is_in_the_precision_that_was_asked_for() -> None:
     """Plans differ in content, and 8-bit plans are smaller, so no precision is silently replaced by another."""
     wide = dataclasses.replace(MODEL, layers=1, embedding_dim=512, heads=8, qk_dim=64, v_dim=64, contextual_seq_len=0)
     encoding = Encoding.of(wide, CATALOGUE)
     library, sizes = libraries.find("tensorrt_rtx"), profiles(REQUESTS, encoding, 4)
     given = samples.feeds(REQUESTS, encoding, 1, 64)
-    size = {}
-    for precision in ("fp32", "fp16", "int8"):
-        facts = plans.Facts.of(
-            library, wide, CATALOGUE, 0, precision=precision, target="8.9", profiles=sizes, calibration="x"
-        )
-        size[precision] = plans.build(library, facts, wide, CATALOGUE, 0, tmp_path / precision, given).manifest["bytes"]
+
+    def fill(folder: Path) -> None:
+        for precision in ("fp32", "fp16", "int8"):
+            facts = plans.Facts.of(
+                library, wide, CATALOGUE, 0, precision=precision, target="8.9", profiles=sizes, calibration="x"
+            )
+            plans.build(library, facts, wide, CATALOGUE, 0, folder / precision, given)
+
+    folder = kept.folder_of("plans_wide", fill, SOURCES, wide, sizes)
+    size = {file.parent.name: file.stat().st_size for file in folder.glob("*/model.plan")}
     parameters = 512 * 4 * 512 + 3 * 512 * 512
     assert size["fp32"] - size["fp16"] > parameters  # nearly two bytes less per weight
     assert size["fp16"] - size["int8"] > parameters / 2  # nearly one byte less
@@ -129,7 +148,7 @@ def test_what_the_compiler_refuses_is_said_in_its_words(tmp_path: Path) -> None:
 
 @needs_rtx
 def test_a_plan_that_does_not_belong_here_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
-    good = made("fp16", "8.9", tmp_path / "plan")
+    good = plans.load(kept_plan("fp16", "8.9") / "plan", facts_of("fp16", "8.9")[0], "")
 
     def complaint(folder: Path, wanted: plans.Facts = good.facts) -> str:
         with pytest.raises(ValueError) as e:
@@ -353,8 +372,7 @@ for target, dtype in (("9.0", "fp32"), ("9.0", "bf16"), ("12.0", "fp16")):
 
 def test_the_plugins_kernel_compiles_with_the_parameters_that_tensorrt_passes() -> None:
     """The parameters are the inputs, one integer and the output, and none that only Triton's launcher would pass."""
-    sources = ("kernels/**/*.py", "engines/**/*.py", "tests/helpers/plans.py")
-    lines = (kept.output_of("plugin", PLUGIN, sources, TRITON_INTERPRET="0") / kept.OUTPUT).read_text().splitlines()
+    lines = (kept.output_of("plugin", PLUGIN, SOURCES, TRITON_INTERPRET="0") / kept.OUTPUT).read_text().splitlines()
     assert len(lines) == 3
     for line in lines:
         assert line.split()[2:11] == [".u64"] * 7 + [".u32", ".u64"] and line.endswith("0 True")

@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from helpers.checkout import ROOT
@@ -33,25 +33,34 @@ def cache_folder() -> Path:
     return folder
 
 
-def output_of(name: str, program: str, sources: Sequence[str] = SOURCES, **env: str) -> Path:
-    """Return the folder that a Python program filled, and what it printed in OUTPUT. Its argument is the folder.
+def folder_of(name: str, fill: Callable[[Path], object], sources: Sequence[str], *parts: object) -> Path:
+    """Return the folder that `fill` filled. It is kept for a run with the same parts, sources and installed packages.
 
-    It is kept for a run with the same program, variables `env`, sources and installed packages.
+    parts: what else the content depends on, as text.
     """
-    folder = KEPT / f"{name}-{_digest(sources, program, *sorted(env.items()))}"
+    folder = KEPT / f"{name}-{_digest(sources, *parts)}"
     if not folder.is_dir():
         made = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
         made.mkdir(parents=True)
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(made)], env={**os.environ, **env}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        (made / OUTPUT).write_text(done.stdout)
+        fill(made)
         for old in KEPT.glob(f"{name}-*"):
             if old != made:
                 shutil.rmtree(old, ignore_errors=True)
         made.rename(folder)
     return folder
+
+
+def output_of(name: str, program: str, sources: Sequence[str] = SOURCES, **env: str) -> Path:
+    """Return the folder that a Python program filled, and what it printed in OUTPUT. Its argument is the folder."""
+
+    def fill(folder: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(folder)], env={**os.environ, **env}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        (folder / OUTPUT).write_text(done.stdout)
+
+    return folder_of(name, fill, sources, program, *sorted(env.items()))
 
 
 def _digest(patterns: Sequence[str], *parts: object) -> str:
