@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -39,30 +40,53 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-# The files that take most processor time when nothing is kept of an earlier run.
+SECONDS = "grbench/seconds"  # in pytest's cache folder: how long each test took when it last ran
+# The files that take longest when nothing is kept of an earlier run.
 LONGEST = (
+    "aoti",
     "vllm",
     "vllm_decoder",
-    "aoti",
     "tensorrt",
     "hstu_kernels",
-    "studies",
-    "planted_faults",
-    "export",
-    "report",
+    "operators",
+    "notebook",
     "runner",
+    "cachesim",
+    "studies",
     "tracking",
+    "report",
     "config",
-    "structure",
-    "cached_engine",
+    "export",
+    "planted_faults",
     "kernelbench",
+    "pages_and_beams",
+    "serve",
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files, so that no worker has one of them left when the other is done."""
-    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the files that took longest, so that no worker has one of them left when the other is done."""
+    cache = getattr(config, "cache", None)
+    seconds = cache.get(SECONDS, {}) if cache else {}
+    took = {f"test_{name}": 1e-3 * (len(LONGEST) - place) for place, name in enumerate(LONGEST)}
+    for item in items:
+        took[item.path.stem] = took.get(item.path.stem, 0.0) + seconds.get(item.nodeid, 0.0)
+    items.sort(key=lambda item: -took[item.path.stem])
+
+
+_took: defaultdict[str, float] = defaultdict(float)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up the phases of each test."""
+    _took[report.nodeid] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Keep how long tests took. A worker of pytest-xdist leaves it to the process that started it."""
+    cache = getattr(session.config, "cache", None)
+    if cache and not hasattr(session.config, "workerinput"):
+        cache.set(SECONDS, {**cache.get(SECONDS, {}), **_took})
 
 
 def pytest_collection_finish() -> None:

@@ -86,33 +86,6 @@ def test_every_precision_is_built_for_gpus_that_are_not_here(precision: str, tar
 
 
 @needs_rtx
-def test_of_two_processes_that_build_one_plan_the_second_takes_the_firsts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both processes export the model and compute scales from it, without disturbing each other."""
-    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "cache"))
-    code = """
-from helpers import kept
-from helpers.plans import CATALOGUE, MODEL, facts_of
-from grengines.tensorrt import library, plan
-meet_after(plan, "_compile")
-facts, feeds = facts_of("int8", "8.9")
-found = plan.cached(library.find("tensorrt_rtx"), facts, MODEL, CATALOGUE, 0, feeds)
-plan.load(found.folder, facts, "")
-print(published[-1], found.folder, (found.folder / "model.plan").stat().st_ino, found.manifest["sha256"])
-"""
-    first, second = sorted(race(code, tmp_path))
-    assert first.startswith("('plans', False)") and second.startswith("('plans', True)")
-    assert first.split()[2:] == second.split()[2:]
-    assert len(list((tmp_path / "cache" / "plans").iterdir())) == 1
-    folder = Path(first.split()[2])
-    (folder / "model.plan").write_bytes(b"nonsense")
-    facts, calibration = facts_of("int8", "8.9")
-    with pytest.raises(ValueError, match=rf"not as it was written .*; rm -r {folder}, and it is built again"):
-        plans.cached(libraries.find("tensorrt_rtx"), facts, MODEL, CATALOGUE, 0, calibration)
-
-
-@needs_rtx
 def test_the_network_is_in_the_precision_that_was_asked_for() -> None:
     """Plans differ in content, and 8-bit plans are smaller, so no precision is silently replaced by another."""
     wide = dataclasses.replace(MODEL, layers=1, embedding_dim=512, heads=8, qk_dim=64, v_dim=64, contextual_seq_len=0)
@@ -250,6 +223,36 @@ def test_the_command_builds_and_refuses(tmp_path: Path, capsys: pytest.CaptureFi
     ):
         code, _, error = run(*args)
         assert code == expected and said in error and error.count("\n") == 1, error
+
+
+@needs_rtx
+def test_of_two_processes_that_build_one_plan_the_second_takes_the_firsts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both processes export the model and compute scales from it, without disturbing each other.
+
+    It is behind the command's test: these forks need not import the exporter, which takes each five seconds.
+    """
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "cache"))
+    code = """
+from helpers import kept
+from helpers.plans import CATALOGUE, MODEL, facts_of
+from grengines.tensorrt import library, plan
+meet_after(plan, "_compile")
+facts, feeds = facts_of("int8", "8.9")
+found = plan.cached(library.find("tensorrt_rtx"), facts, MODEL, CATALOGUE, 0, feeds)
+plan.load(found.folder, facts, "")
+print(published[-1], found.folder, (found.folder / "model.plan").stat().st_ino, found.manifest["sha256"])
+"""
+    first, second = sorted(race(code, tmp_path))
+    assert first.startswith("('plans', False)") and second.startswith("('plans', True)")
+    assert first.split()[2:] == second.split()[2:]
+    assert len(list((tmp_path / "cache" / "plans").iterdir())) == 1
+    folder = Path(first.split()[2])
+    (folder / "model.plan").write_bytes(b"nonsense")
+    facts, calibration = facts_of("int8", "8.9")
+    with pytest.raises(ValueError, match=rf"not as it was written .*; rm -r {folder}, and it is built again"):
+        plans.cached(libraries.find("tensorrt_rtx"), facts, MODEL, CATALOGUE, 0, calibration)
 
 
 @needs_rtx
