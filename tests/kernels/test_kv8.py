@@ -19,6 +19,7 @@ from torch import Tensor
 from grengines.numerics import relative_error
 from grkernels import choice, registry, tuning
 from grkernels.families import AUTO, Sizes
+from grkernels.hstu_attention.keys import tuning_key
 from grkernels.pages import EIGHT_BITS, dequantised, quantised
 from grkernels.rounding import through_pages
 
@@ -201,6 +202,14 @@ def test_variants_that_read_their_own_dtype_only_refuse_and_auto_passes_them_ove
         supports = registry.get(family, "triton").supports
         assert "8.9" in (supports(device="cuda", dtype="bf16", **sizes | {"stored": "fp8"}) or "")
         assert supports(device="cuda", dtype="bf16", **sizes) is None
+
+
+def test_no_table_of_other_pages_configures_a_launch() -> None:
+    """Tiles that fit with pages in bf16 need not fit beside the bytes of these."""
+    for kind in ("", *KINDS):
+        case = Case([50], [8], [12], page=16, stored=kind).build(torch.float32, device=DEVICE)
+        key = tuning_key(**case.options)
+        assert key.rpartition("page=16")[2] == {"": "", "int8": " stored=int8", "fp8": " stored=float8_e4m3fn"}[kind]
 
 
 COMPILE_FOR_HOPPER = """

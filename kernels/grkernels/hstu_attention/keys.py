@@ -25,7 +25,7 @@ def tuning_key(
     """Return all that the best launch configuration depends on. Takes the arguments of the family's functions.
 
     These are the element and head sizes, the number of sequences times heads and the lengths (to the next power of
-    two), the kind of mask and the page size.
+    two), the kind of mask, the page size, and the type of 8-bit pages.
     """
     mask = [
         *(["contextual"] if contextual_seq_len else []),
@@ -41,4 +41,11 @@ def tuning_key(
         kv=tuning.bucket(max_kv_len),
         mask="+".join(mask) or "causal",
         page=0 if k_pages is None else k_pages.shape[1],
+        **_stored(k_pages),
     )
+
+
+def _stored(pages: Tensor | None) -> dict[str, str]:
+    if pages is None or pages.element_size() > 1:
+        return {}
+    return {"stored": str(pages.dtype).removeprefix("torch.")}
