@@ -21,6 +21,7 @@ from helpers.serving import items_come_with_their_scores
 from helpers.vllm_engines import (
     CATALOGUE,
     CLOSE,
+    FREEZE,
     GPU_MODEL,
     GPU_REQUESTS,
     IDS,
@@ -28,11 +29,14 @@ from helpers.vllm_engines import (
     MODEL,
     REQUESTS,
     RETRIEVAL,
+    UNFREEZE,
     allowed,
     engine_of,
     expect_equal,
     expect_mixed,
     expect_near,
+    freeze_imports,
+    frozen_imports,
     gpu_engine,
     request_of,
     requests_of,
@@ -61,6 +65,12 @@ from grkernels.operators import Operators
 from grkernels.registry import FAMILIES
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imports() -> Iterator[None]:
+    with frozen_imports():
+        yield
+
+
 @pytest.fixture(scope="module")
 def reference() -> HSTUReference:
     return HSTUReference(MODEL, 3, RETRIEVAL, "cpu")
@@ -77,8 +87,7 @@ def engine() -> Iterator[VLLMEngine]:
     made = engine_of()
     yield made
     made.close()
-    gc.collect()
-    gc.freeze()  # vLLM, which is imported now: it collects garbage eight times an engine
+    freeze_imports()
 
 
 # Agreement
@@ -272,8 +281,10 @@ def test_the_model_serves_ordinary_generation() -> None:
 # Long-lived operation
 
 
-def test_close_leaves_nothing() -> None:
-    """The model and its folder are gone, the process is as before, and another engine starts."""
+def test_close_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model, which vLLM froze, and its folder are gone, the process is as before, and another engine starts."""
+    monkeypatch.setattr(gc, "freeze", FREEZE)
+    monkeypatch.setattr(gc, "unfreeze", UNFREEZE)
     before = torch.set_num_threads, torch.get_num_threads(), dict(os.environ)
     for _ in range(2):
         engine = engine_of(REQUESTS[:3])
@@ -287,6 +298,7 @@ def test_close_leaves_nothing() -> None:
         assert before == (torch.set_num_threads, torch.get_num_threads(), dict(os.environ))
     with pytest.raises(RuntimeError, match="not prepared, or closed"):
         engine.admit(0, REQUESTS[0])
+    freeze_imports()
 
 
 @pytest.fixture(scope="class")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +21,8 @@ from helpers.vllm_engines import (
     expect_equal,
     expect_mixed,
     expect_near,
+    freeze_imports,
+    frozen_imports,
     gpu_engine,
     request_of,
     requests_of,
@@ -46,6 +47,12 @@ DECODER = DecoderConfig(layers=2, embedding_dim=64, heads=4, kv_heads=2, head_di
 # Agreement
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imports() -> Iterator[None]:
+    with frozen_imports():
+        yield
+
+
 @pytest.fixture(scope="module")
 def reference() -> DecoderReference:
     return DecoderReference(DECODER, 3, RETRIEVAL, "cpu")
@@ -65,8 +72,7 @@ def engine() -> Iterator[VLLMEngine]:
     made = decoder_engine()
     yield made
     made.close()
-    gc.collect()
-    gc.freeze()  # vLLM, which is imported now: it collects garbage eight times an engine
+    freeze_imports()
 
 
 def failing(engine: VLLMEngine, expected: Beams) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from grengines.api import Catalogue, GenerateResult, Request, Retrieval, Setup
 from grengines.cache.config import CacheConfig
@@ -17,6 +20,7 @@ from grengines.vllm.engine import VLLMEngine
 from grkernels.choice import requested
 from helpers.items import catalogue
 
+FREEZE, UNFREEZE = gc.freeze, gc.unfreeze
 IDS = catalogue(110)
 RETRIEVAL = Retrieval(IDS, k=10, beam_width=20)
 MODEL = HSTUConfig(
@@ -25,6 +29,24 @@ MODEL = HSTUConfig(
 CATALOGUE = Catalogue(num_items=110, num_users=1, num_actions=1)
 LENGTHS = (5, 0, 9, 1, 40, 30, 13, 22)  # items: an empty prompt, one that is cut, ragged ones
 CLOSE = 1e-4  # fp32 in another order of summation; a wrong key shows at 1e-2
+
+
+@contextlib.contextmanager
+def frozen_imports() -> Iterator[None]:
+    """Let vLLM neither freeze nor unfreeze objects.
+
+    It unfreezes all of them, and collects garbage eight times an engine: through what it imported, that takes 5 s.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+
+
+def freeze_imports() -> None:
+    """Leave what is imported now out of collections of garbage. No engine may be open."""
+    gc.collect()
+    FREEZE()
 
 
 def requests_of(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[Request]:
