@@ -5,8 +5,9 @@ Hydra reads and merges forty files for each configuration, which takes 0.2 s. Ce
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Hashable
+import os
+import pickle
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 from hydra import compose as hydra_compose
@@ -24,7 +25,7 @@ from grbench.config.schema import checkout_or_packaged, registered
 
 FOLDERS = [checkout_or_packaged("conf"), checkout_or_packaged("experiments") / "study"]
 KEPT = 64  # choices of groups
-_kept: dict[Hashable, DictConfig] = {}
+_kept: dict[Hashable, bytes] = {}  # pickled: a copy takes a third of the time of copy.deepcopy
 
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
@@ -41,8 +42,8 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     if key not in _kept:
         if len(_kept) == KEPT:
             _kept.clear()
-        _kept[key] = hydra_compose(config_name, words, return_hydra_config=True)
-    cfg = copy.deepcopy(_kept[key])
+        _kept[key] = pickle.dumps(hydra_compose(config_name, words, return_hydra_config=True))
+    cfg: DictConfig = pickle.loads(_kept[key])
     cfg.hydra.runtime.cwd = str(Path.cwd())  # of all that Hydra adds, only this depends on the folder
     try:
         ConfigLoaderImpl._apply_overrides_to_config([o for o in parsed if o not in chosen], cfg)
@@ -66,5 +67,14 @@ def _only_sets_a_value(override: Override, loader: ConfigLoaderImpl) -> bool:
 
 def _stamp() -> Hashable:
     """Return what changes when a file of FOLDERS does."""
-    files = (Path(entry) for folder in FOLDERS for entry in folder.rglob("*.yaml"))
-    return tuple((path, (facts := path.stat()).st_mtime_ns, facts.st_size) for path in files)
+    files = (file for folder in FOLDERS for file in _files(str(folder)))
+    return tuple((file.path, (facts := file.stat()).st_mtime_ns, facts.st_size) for file in files)
+
+
+def _files(folder: str) -> Iterator[os.DirEntry[str]]:
+    """Yield the YAML files below a folder. Path.rglob takes four times as long."""
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _files(entry.path)
+        elif entry.name.endswith(".yaml"):
+            yield entry
