@@ -151,7 +151,8 @@ class Bench:
         return contenders, unusable
 
     def _shape(self, family: Family, name: str, contenders: list[Contender], rows: list[Row]) -> None:
-        torch.compiler.reset()  # otherwise it compiles later shapes for any size, and gives up after some of them
+        if "torch._dynamo" in sys.modules:  # something may be compiled; the import alone takes two seconds
+            torch.compiler.reset()  # otherwise it compiles later shapes for any size, and gives up after some of them
         bench, shape = family.bench, family.bench.SHAPES[name]
         cost: Cost = bench.cost(shape, self._config.dtype)
         for row in rows:

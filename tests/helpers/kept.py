@@ -44,9 +44,12 @@ def folder_of(name: str, fill: Callable[[Path], object], sources: Sequence[str],
         made.mkdir(parents=True)
         fill(made)
         for old in KEPT.glob(f"{name}-*"):
-            if old != made:
+            if not old.name.startswith(folder.name):  # another worker may fill the same one
                 shutil.rmtree(old, ignore_errors=True)
-        made.rename(folder)
+        try:
+            made.rename(folder)
+        except OSError:  # it did
+            shutil.rmtree(made)
     return folder
 
 
