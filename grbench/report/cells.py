@@ -100,7 +100,7 @@ def labels(cells: Sequence[Named], ignore: Sequence[str] = ()) -> list[str]:
     """Return the names of cells that are seen together. Parts that all of them have are left out, except the engine.
 
     If two names are equal and the cells are not, the options in which they differ are added, or the commits of their
-    code. Repeats are numbered.
+    code. Cells that are equal in all of that get "(2 of 3)": "#" is the number of a row.
     ignore: keys that are no part of a name.
     """
     specs = [flatten(cell.spec) for cell in cells]
@@ -122,7 +122,7 @@ def labels(cells: Sequence[Named], ignore: Sequence[str] = ()) -> list[str]:
     for i, text in enumerate(texts):
         seen[text] += 1
         if total[text] > 1:
-            texts[i] = f"{text} #{seen[text]}"
+            texts[i] = f"{text} ({seen[text]} of {total[text]})"
     return texts
 
 

@@ -106,7 +106,9 @@ def _reach(trial: Trial) -> str:
         return f"at least {rates.rate_of(trial.low):.4g}"
     if trial.high is not None and trial.high in trial.verdicts:
         return f"less than {rates.rate_of(trial.high):.4g}"
-    return f"at most {rates.rate_of(trial.top):.4g} (offline)" if trial.top is not None else "unknown"
+    if trial.top is not None:
+        return f"no more than {rates.rate_of(trial.top):.4g} (its offline rate; no load was tried)"
+    return "unknown"
 
 
 def binding(found: Answer) -> str:
@@ -132,18 +134,31 @@ def binding(found: Answer) -> str:
 def neighbours(found: Answer) -> list[tuple[str, str, str, str]]:
     """Return each measured configuration that differs from the winner in one option: option, values, rate, change."""
     rows = []
-    mine = rates.rate_of(found.step)
     for trial in found.search.trials:
         keys = found.trial.configuration.differs(trial.configuration)
         if len(keys) != 1 or not (trial.offline or trial.failed or trial.probes):
             continue
         [key] = keys
-        change = f"{rates.rate_of(trial.low) / mine - 1:+.0%}" if trial.low is not None else ""
-        if not change and not trial.failed and trial.estimate is not None:
-            change = f"about {min(rates.RATIO ** (trial.estimate - found.step), 1.0) - 1:+.0%} (estimated)"
         of, to = found.trial.configuration.get(key), trial.configuration.get(key)
-        rows.append((key, f"{of} -> {to}", _reach(trial), change or "-"))
+        rows.append((key, f"{of} -> {to}", _reach(trial), _against(found, trial)))
     return sorted(rows)
+
+
+def _against(found: Answer, trial: Trial) -> str:
+    """Return by how much a trial's rate differs from the winner's; of a fixed rate the p99. A bound is no change."""
+    if trial.failed:
+        return "-"
+    mine, p99 = rates.rate_of(found.step), "latency_ms/p99"
+    if found.search.goal.rate is not None:
+        known = trial.best is not None and p99 in trial.best.metrics and p99 in found.outcome.metrics
+        return f"p99 {trial.best.metrics[p99] / found.outcome.metrics[p99] - 1:+.0%}" if known and trial.best else "-"
+    if trial.low is not None:
+        bracketed = trial.high is not None and trial.high - trial.low <= 1
+        return f"{'' if bracketed else 'at least '}{rates.rate_of(trial.low) / mine - 1:+.0%}"
+    bound = min((s for s in (trial.high, trial.top) if s is not None), default=None)
+    if bound is None or bound >= found.step:
+        return "not known: this rate is a bound, and no rate that keeps the limits was found below it"
+    return f"slower, by {1 - rates.rate_of(bound) / mine:.0%} or more"
 
 
 def unmeasured_steps(

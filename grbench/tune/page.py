@@ -15,7 +15,7 @@ from grbench.report.write import draw
 from grbench.tune import answer, rates
 from grbench.tune.answer import Answer
 from grbench.tune.config import Declared
-from grbench.tune.outcome import Outcome
+from grbench.tune.outcome import Configuration, Outcome
 from grbench.tune.search import Search, Trial
 from grbench.tune.space import Space
 
@@ -122,13 +122,14 @@ def front(search: Search) -> list[Trial]:
 
 def front_table(search: Search) -> Table:
     """Return the Pareto front with every figure."""
-    trials = front(search)
+    trials, numbers = front(search), _numbers(search)
     rows = [answer.figures(trial.best) for trial in trials if trial.best is not None]
     names = list(dict.fromkeys(name for row in rows for name in row))
     shown = [
-        [t.configuration.name, *(figure(row.get(name)) for name in names)] for t, row in zip(trials, rows, strict=True)
+        [numbers[t.configuration], t.configuration.name, *(figure(row.get(name)) for name in names)]
+        for t, row in zip(trials, rows, strict=True)
     ]
-    return Table(["configuration", *names], shown)
+    return Table(["#", "configuration", *names], shown)
 
 
 def front_chart(search: Search, found: Answer | None = None) -> Chart | None:
@@ -136,6 +137,7 @@ def front_chart(search: Search, found: Answer | None = None) -> Chart | None:
     kept = [(t, t.best) for t in search.trials if t.best is not None and "latency_ms/p99" in t.best.metrics]
     if not kept:
         return None
+    numbers = _numbers(search)
 
     def ends(outcome: Outcome, end: int) -> float:
         value = outcome.metrics["latency_ms/p99"]
@@ -152,7 +154,7 @@ def front_chart(search: Search, found: Answer | None = None) -> Chart | None:
         [outcome.metrics["latency_ms/p99"] for _, outcome in kept],
         [ends(outcome, 0) for _, outcome in kept],
         [ends(outcome, 1) for _, outcome in kept],
-        [str(i + 1) for i in range(len(kept))],
+        [numbers[trial.configuration] for trial, _ in kept],
         [trial.configuration.name for trial, _ in kept],
         0,
     )
@@ -167,17 +169,29 @@ def front_chart(search: Search, found: Answer | None = None) -> Chart | None:
     return Chart("pareto", "Rate and p99 within the limits", "requests/s", "p99, ms", series, limits=bounds)
 
 
-def _all(search: Search) -> Table:
+def _ranked(search: Search) -> list[Trial]:
+    """Return the trials in the order of the table of all configurations."""
+
     def order(trial: Trial) -> tuple[bool, float]:
         return trial.low is None, -(trial.estimate if trial.estimate is not None else -1e9)
 
-    rows = []
-    for trial in sorted(search.trials, key=order):
+    return sorted(search.trials, key=order)
+
+
+def _numbers(search: Search) -> dict[Configuration, str]:
+    """Return the number of each configuration: its row in the table of all of them, in every table and figure."""
+    return {trial.configuration: str(number) for number, trial in enumerate(_ranked(search), 1)}
+
+
+def _all(search: Search) -> Table:
+    numbers, rows = _numbers(search), []
+    for trial in _ranked(search):
         offline = trial.offline.metrics["throughput_rps"] if trial.offline else None
         rate = figure(rates.rate_of(trial.low)) if trial.low is not None else "-"
         best = trial.best.metrics.get("latency_ms/p99") if trial.best else None
         rows.append(
             [
+                numbers[trial.configuration],
                 trial.configuration.name,
                 rate,
                 figure(best),
@@ -186,7 +200,8 @@ def _all(search: Search) -> Table:
                 trial.failed or _limit(trial),
             ]
         )
-    return Table(["configuration", "requests/s within limits", "p99 ms", "offline", "probes", "why not more"], rows)
+    heads = ["#", "configuration", "requests/s within limits", "p99 ms", "offline", "probes", "why not more"]
+    return Table(heads, rows)
 
 
 def _limit(trial: Trial) -> str:

@@ -112,7 +112,7 @@ class TuneSession:
         print(answer.sentence(found))
         print(answer.binding(found))
         for key, values, rate, change in answer.neighbours(found):
-            print(f"  {key} {values}: {rate} requests/s, {change}")
+            print(f"  {key} {values}: requests/s: {rate}; against the winner: {change}")
         places = {"deployment": best, "page": written[0], "records": self.folder}
         self._say("   ".join(f"{name}: {shlex.quote(os.path.relpath(path))}" for name, path in places.items()))
         return 0

@@ -486,8 +486,8 @@ def test_a_study_names_its_cells() -> None:
 def test_no_two_cells_look_alike() -> None:
     assert labels([named("seed=1", seed=1), named("seed=2", seed=2), named("seed=2", seed=2)]) == [
         "hstu seed=1",
-        "hstu seed=2 #1",
-        "hstu seed=2 #2",
+        "hstu seed=2 (1 of 2)",
+        "hstu seed=2 (2 of 2)",
     ]
     one, other = {"size": 1}, {"size": 2}
     assert labels(specs({"gate": one, "cache": one}, {"gate": other, "cache": other})) == [

@@ -11,7 +11,7 @@ import pytest
 
 from grbench.config.schema import ConfigError
 from grbench.execution import energy
-from grbench.tune import answer, config, legal, limits, rates, space
+from grbench.tune import answer, config, legal, limits, page, rates, space
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.proposers import Listed, Neighbours, OneAtATime, OptunaProposer
@@ -387,3 +387,34 @@ def test_public_setups_are_spaces(monkeypatch: pytest.MonkeyPatch, words: list[s
     built = space.build(declared.axes, declared.typed, declared.fixed)
     assert len(built.configurations) >= fewest
     assert {c.get("engine") for c in built.configurations} == {"hstu", "aoti"}
+
+
+def test_a_bound_of_a_neighbour_is_no_change() -> None:
+    """Each neighbour of the winner that was timed offline only says so, and has no percentage of its own."""
+    search = searched(Capacities(CAPACITY, cells=24))
+    found = answer.answer(search, None)
+    assert found is not None
+    winner = found.trial.configuration
+    near = [t for t in search.trials if len(winner.differs(t.configuration)) == 1]
+    bounded = [t for t in near if t.low is None and t.top is not None and not t.verdicts]
+    rows = {values: (rate, change) for _, values, rate, change in answer.neighbours(found)}
+    assert bounded
+    for trial in bounded:
+        [key] = winner.differs(trial.configuration)
+        rate, change = rows[f"{winner.get(key)} -> {trial.configuration.get(key)}"]
+        assert rate.startswith("no more than ") and rate.endswith(" (its offline rate; no load was tried)")
+        assert change.startswith(("slower, by ", "not known: this rate is a bound")) and "+" not in change
+    below = answer.Answer(search, found.trial, 10_000, found.outcome, None)  # a winner that is faster than all bounds
+    assert all(change.startswith("slower, by ") for *_, rate, change in answer.neighbours(below) if "offline" in rate)
+
+
+def test_a_configuration_has_one_number_in_all_tables_and_figures() -> None:
+    search = searched(Capacities(CAPACITY))
+    table = page._all(search)
+    numbers = {row[1]: row[0] for row in table.rows}
+    assert [row[0] for row in table.rows] == [str(i) for i in range(1, len(search.trials) + 1)]
+    assert {row[1]: row[0] for row in page.front_table(search).rows}.items() <= numbers.items()
+    chart = page.front_chart(search)
+    assert chart is not None
+    points = chart.series[0]
+    assert dict(zip(points.hover, points.texts, strict=True)).items() <= numbers.items() and points.hover
