@@ -5,9 +5,11 @@ Without a GPU, Triton's interpreter runs the Triton kernel, and the CuTe kernels
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from helpers import kept
@@ -65,6 +67,24 @@ def test_compiled_on_this_machine() -> None:
     if reason is not None:
         pytest.skip(reason)
     check(variant.fn, Case([30, 0, 9], [4, 0, 2]).build(torch.float32))
+
+
+def test_the_graphs_that_are_compiled_do_not_grow_with_the_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own tracing and guards, which refuse a ninth graph; only the machine code is left out."""
+    from grkernels.hstu_attention import compile as module
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    module.compiled.cache_clear()
+    torch.compiler.reset()
+    rng = np.random.default_rng(0)
+    for call in range(30):
+        lengths = rng.integers(1, 60, size=[1, 2, 8, 64][call % 4]).tolist()
+        if call % 2:
+            case = Case(lengths, queries=[int(rng.integers(1, n + 1)) for n in lengths], page=16)
+        else:
+            case = Case(lengths, [int(rng.integers(0, n + 1)) for n in lengths])
+        check(module.hstu_attention, case.build(torch.float32, seed=call))
+    module.compiled.cache_clear()
 
 
 def test_wrong_outputs_fail_the_check() -> None:
