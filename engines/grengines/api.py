@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -75,6 +75,7 @@ class Setup:
     seed: int  # of random weights
     cache: CacheConfig | PagedCacheConfig
     retrieval: Retrieval | None = None  # for the tasks that generate
+    report: Callable[[str], None] = lambda line: None  # takes a line for the user while the engine gets ready
 
 
 class Tier(IntEnum):

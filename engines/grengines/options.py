@@ -13,8 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from grkernels.nearest import nearest
+
+URLS = "http://HOST:PORT or https://HOST:PORT, such as http://127.0.0.1:8000"
 
 
 def option(
@@ -26,12 +29,13 @@ def option(
     le: float | None = None,
     choices: Sequence[str] | None = None,
     file: bool = False,
+    url: bool = False,
 ) -> Any:
     """A dataclass field with a default, its meaning in words, and the values it allows (None: as its type says).
 
-    file: the value names a file or a folder, whose content counts.
+    file: the value names a file or a folder, whose content counts. url: it is the URL of a server.
     """
-    allowed = {"ge": ge, "gt": gt, "le": le, "choices": tuple(choices) if choices else None}
+    allowed = {"ge": ge, "gt": gt, "le": le, "choices": tuple(choices) if choices else None, "url": url or None}
     metadata = {"help": help, "file": file, "allowed": {k: v for k, v in allowed.items() if v is not None}}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -44,6 +48,8 @@ def describe(field: dataclasses.Field[Any]) -> str:
     if "choices" in allowed:
         some = "any of" if str(field.type).startswith("list[") else "one of"
         return f"{some} {', '.join(allowed['choices'])}"
+    if "url" in allowed:
+        return URLS
     kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)  # str: of postponed annotations
     kind = kind.replace("]", "").replace("list[", "list of ").replace(" | None", " or null")
     bounds = [f"{sign} {allowed[key]}" for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if key in allowed]
@@ -106,10 +112,23 @@ def _allows(allowed: dict[str, Any], value: Any) -> bool:
         return False
     return (
         ("choices" not in allowed or value in allowed["choices"])
+        and ("url" not in allowed or is_url(value))
         and ("ge" not in allowed or value >= allowed["ge"])
         and ("gt" not in allowed or value > allowed["gt"])
         and ("le" not in allowed or value <= allowed["le"])
     )
+
+
+def is_url(text: str) -> bool:
+    """Return whether a text is the URL of a server, as URLS says."""
+    try:
+        parts = urlsplit(text)
+        named = parts.port != 0 and bool(parts.hostname)  # a port that is no number raises ValueError
+    except ValueError:
+        return False
+    return named and parts.scheme in ("http", "https") and (parts.path, parts.query, parts.fragment) in (
+        ("", "", ""), ("/", "", ""),
+    )  # fmt: skip
 
 
 @dataclass

@@ -6,6 +6,7 @@ Other packages add engines through entry points of the group `grbench.engines`, 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, cast
@@ -198,12 +199,14 @@ def build(
     *,
     task: str = "rank",
     retrieval: Retrieval | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Engine:
     """Make the engine `options.name` for a task, from the options of the groups engine, model, kernel and cache.
 
-    retrieval: for tasks that generate. Raises as `make`.
+    retrieval: for tasks that generate. report: as of Setup. Raises as `make`.
     """
-    return make(options, Setup(model, kernel.requested(), catalogue, seed, cache or CacheConfig(), retrieval), task)
+    setup = Setup(model, kernel.requested(), catalogue, seed, cache or CacheConfig(), retrieval, report)
+    return make(options, setup, task)
 
 
 def make(options: EngineOptions, setup: Setup, task: str) -> Engine:

@@ -333,9 +333,16 @@ def check_truth(spec: RunSpec) -> None:
     """Raise ConfigError for a configuration that has no quality, because its events or its weights are random."""
     if isinstance(spec.workload, DrawnConfig):
         raise ConfigError(f"workload={spec.workload.name}: its events are random; evaluate on ml_100k, csv or recbole")
-    for part, weights in weights_of(spec).items():
-        if weights is None:
-            raise ConfigError(f"{part}.weights=null: random weights have no quality; `grbench train` makes a file")
+    weights = weights_of(spec)
+    for part in (part for part, file in weights.items() if file is None):
+        why = f"{part}.weights=null: random weights have no quality"
+        if given := next((other for other, file in weights.items() if file is not None), None):
+            alone = {"model": "rank", "retrieval": "generate"}[given]
+            raise ConfigError(
+                f"{why}, and engine={spec.engine.name} has two models, {' and '.join(weights)}; set engine=hstu "
+                f"task={alone} for {given}.weights alone, or {part}.weights=FILE as well"
+            )
+        raise ConfigError(f"{why}; `grbench train` makes a file")
 
 
 def weights_of(spec: RunSpec) -> dict[str, str | None]:

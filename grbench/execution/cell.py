@@ -121,7 +121,7 @@ class Cell:
         retrieval = self._retrieval(trace)
         self._begin("start", "building the engine")
         spec, begun = self.spec, time.perf_counter()
-        engine = engines.build(spec, trace.catalogue, retrieval)
+        engine = engines.build(spec, trace.catalogue, retrieval, self._say)
         unless_kept.callback(engine.close)
         engine.prepare(trace.requests.some(engines.MOST_PREPARED), spec.scenario.max_batch)
         start_s = time.perf_counter() - begun

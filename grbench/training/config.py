@@ -22,7 +22,10 @@ class TrainingConfig:
 
     epochs: int = option(40, "most passes over the training data", ge=1, le=100_000)
     patience: int = option(8, "validations without a better figure after which training stops", ge=1)
-    minutes: float = option(0.0, "time after which training ends, within an epoch too; 0: no limit", ge=0)
+    minutes: float = option(
+        0.0, "time for the epochs, the last one cut short, for their validations and for the test at the end, but at "
+        "least one step; 0: no limit", ge=0,
+    )  # fmt: skip
     validate_every: int = option(1, "epochs between two validations", ge=1)
     validation_users: int = option(5000, "users of a validation, to generate; 0: all", ge=0)
     batch: int = option(64, "users, or requests to rank, of a step", ge=1)

@@ -52,9 +52,11 @@ class Epoch:
     loss: float
     figures: dict[str, float]
     seconds: float  # since training began, without earlier parts of a training that went on
+    steps: int  # that were trained
+    whole: int  # steps of a whole epoch
 
     def to_dict(self) -> dict[str, Any]:
-        return {"epoch": self.number, "loss": self.loss, **self.figures, "seconds": self.seconds}
+        return {"epoch": self.number, "loss": self.loss, **self.figures, "seconds": self.seconds, "steps": self.steps}
 
 
 @dataclass
@@ -87,7 +89,7 @@ def train(
 
     folder: of the checkpoint. One of the same `identity` is gone on from; one of another raises ConfigError. The result
     is that of a training without a stop, on the same machine and its CPU, unless `minutes` cut an epoch short: they
-    begin anew when a training goes on.
+    begin anew when a training goes on. Raises ConfigError for fewer minutes than the checks alone take.
     """
     model, steps_an_epoch = task.model, -(-task.examples // options.batch)
     if device.type == "cuda":
@@ -100,11 +102,11 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
     state = _resume(folder / CHECKPOINT, identity, model, optimiser, schedule)
     began = saved = time.perf_counter()
-    ends = began + 60 * options.minutes if options.minutes else math.inf
+    ends = began + 60 * options.minutes - _checks_s(task, options) if options.minutes else math.inf
     while state.epochs < options.epochs and time.perf_counter() < ends and not _exhausted(state, options):
         number = state.epochs + 1
         torch.manual_seed(seed * 100_003 + number)  # of dropout; an epoch does not depend on those before it
-        loss = _epoch(task, number, steps_an_epoch, device, optimiser, schedule, progress, ends)
+        loss, steps = _epoch(task, number, steps_an_epoch, device, optimiser, schedule, progress, ends)
         figures: dict[str, float] = {}
         last = number == options.epochs or time.perf_counter() >= ends
         if last or number % options.validate_every == 0:
@@ -112,7 +114,7 @@ def train(
                 figures = task.validate()
             if (figure := next(iter(figures.values()))) > state.best_figure:
                 state.best_figure, state.best_epoch, state.best = figure, number, _copy(model)
-        epoch = Epoch(number, loss, figures, time.perf_counter() - began)
+        epoch = Epoch(number, loss, figures, time.perf_counter() - began, steps, steps_an_epoch)
         state.history.append(epoch.to_dict())
         report(epoch)
         if time.perf_counter() - saved > SAVE_S:
@@ -120,6 +122,23 @@ def train(
             saved = time.perf_counter()
     model.load_state_dict(state.best)
     return state
+
+
+def _checks_s(task: Task, options: TrainingConfig) -> float:
+    """Return the seconds that the last validation and the test will take, by a validation before the first step.
+
+    Raises ConfigError if `minutes` leave no time beside them.
+    """
+    begun = time.perf_counter()
+    with torch.no_grad():
+        task.validate()
+    check_s = time.perf_counter() - begun
+    if 3 * check_s >= 60 * options.minutes:  # this one, the last one, and the test
+        raise ConfigError(
+            f"training.minutes={options.minutes:g}: a validation takes {check_s:.3g} s here, and three are needed; set "
+            f"more than {3 * check_s / 60:.2g}, or 0 for no limit"
+        )
+    return 2 * check_s
 
 
 def _epoch(
@@ -131,10 +150,10 @@ def _epoch(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     progress: Progress,
     ends: float,
-) -> float:
+) -> tuple[float, int]:
     """Train one epoch, or less of it if the time `ends` (of time.perf_counter) comes first.
 
-    Returns the mean loss. Raises ConfigError if it is not finite.
+    Returns the mean loss and the number of steps. Raises ConfigError if the loss is not finite.
     """
     total, trained = torch.zeros((), device=device), 0
     for done, batch in enumerate(task.batches(number)):
@@ -153,7 +172,7 @@ def _epoch(
     mean = float(total) / max(trained, 1)
     if not math.isfinite(mean):
         raise ConfigError(f"the loss of epoch {number} is {mean}; set a lower training.rate")
-    return mean
+    return mean, trained
 
 
 def _rate(step: int, total: int) -> float:

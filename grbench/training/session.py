@@ -34,6 +34,7 @@ from grengines.runtime.cache_dir import content
 from grengines.semantic.ids import SemanticIds
 
 WEIGHTS, IDS = "weights.safetensors", "semantic_ids.safetensors"
+DIGITS = {"best_epoch": 0, "epochs": 0, "training_s": 1}  # behind the point, of figures that are no measure of quality
 NO_PART = ("out", "output_root", "tracking")  # options that change no figure
 
 
@@ -53,7 +54,7 @@ class TrainSession(RowSession):
     def print_tables(self) -> None:
         for name, figures in self._finished:
             Console(width=None).print(name, markup=False, highlight=False, soft_wrap=True)
-            rows = [[key, f"{value:.4f}"] for key, value in figures.items()]
+            rows = [[key, f"{value:.{DIGITS.get(key, 4)}f}"] for key, value in figures.items()]
             print(table(["held out", "figure"], rows))
 
     def run(self, job: Job) -> None:
@@ -63,16 +64,18 @@ class TrainSession(RowSession):
         if folder != job.folder.absolute():  # the session holds that one
             self.hold(folder, "out")
         begun, started = datetime.datetime.now(datetime.UTC), time.perf_counter()
-        known = {"kind": "train", **self.facts(), "config": dataclasses.asdict(config), "device": device.type}
         epochs: list[dict[str, Any]] = []
         try:
-            task, events, ids = self._task(config, device)
+            typed = any(word.lstrip("+").startswith("model.tasks=") for word in job.overrides)
+            task, events, ids = self._task(config, device, typed)
+            known = {"kind": "train", **self.facts(), "config": dataclasses.asdict(config), "device": device.type}
             name = f"{config.task} {config.workload.name} {config.model.name} seed {config.seed}"
             parameters = sum(p.numel() for p in task.model.parameters())
             self.show(f"{name}: {task.examples:,} examples, {parameters:,} parameters, on {device.type}")
             identity = spec_hash(_identity(config))
             if (folder / loop.CHECKPOINT).is_file():
                 self.show(f"going on from {folder / loop.CHECKPOINT}")
+            trains = time.perf_counter()
             with Bar(console=self._screen, transient=True, disable=not self._screen.is_terminal) as bar:
                 shown = bar.add_task("epoch", total=None)
                 state = loop.train(
@@ -83,6 +86,9 @@ class TrainSession(RowSession):
             epochs = state.history
             with torch.no_grad():
                 figures = task.test()
+            if config.training.minutes:
+                took = (time.perf_counter() - trains) / 60
+                self.show(f"trained and tested in {took:.2g} of training.minutes={config.training.minutes:g}")
         except (ValueError, torch.OutOfMemoryError) as e:
             raise e if isinstance(e, ConfigError) else ConfigError(" ".join(str(e).split())) from e
         seconds = time.perf_counter() - started
@@ -94,10 +100,18 @@ class TrainSession(RowSession):
         self._tracker.log([_record(config, name, identity, begun, seconds, device, figures)], file)
         self._finished.append((f"{name}; to run it: {_command(config, job, folder, ids)}", figures))
 
-    def _task(self, config: TrainConfig, device: torch.device) -> tuple[Any, Events, SemanticIds | None]:
-        """Return what is trained, its events and its semantic IDs. Raises ValueError for unusable data."""
+    def _task(self, config: TrainConfig, device: torch.device, typed: bool) -> tuple[Any, Events, SemanticIds | None]:
+        """Return what is trained, its events and its semantic IDs. Raises ValueError for unusable data.
+
+        typed: the user named model.tasks. Else a ranker learns all that the workload labels, if those of the model's
+        configuration are none of it.
+        """
         if config.task == "rank":
             trace = workloads.build(config.workload, config.seed, latency_limit_ms=1.0)
+            tasks, labelled = config.model.tasks, trace.events.action_names
+            if not typed and not set(tasks) <= set(labelled):
+                config.model.tasks = list(labelled)
+                self.show(f"model.tasks=[{','.join(labelled)}]: all that the workload labels, instead of the model's")
             return RankTask(config, trace, device), trace.events, None
         split = LeaveOneOut(workloads.load_events(config.workload))
         self.show("making semantic IDs from the events of the training split")
@@ -129,7 +143,8 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
 def _line(epoch: loop.Epoch) -> str:
     figures = ", ".join(f"{name} {value:.4f}" for name, value in epoch.figures.items())
     validated = f"; validation: {figures}" if figures else ""
-    return f"epoch {epoch.number}: loss {epoch.loss:.4f}{validated}; {epoch.seconds:.0f} s"
+    cut = "" if epoch.steps == epoch.whole else f" ({epoch.steps} of {epoch.whole} steps: training.minutes ended it)"
+    return f"epoch {epoch.number}{cut}: loss {epoch.loss:.4f}{validated}; {epoch.seconds:.0f} s"
 
 
 def _command(config: TrainConfig, job: Job, folder: Path, ids: SemanticIds | None) -> str:
@@ -140,6 +155,8 @@ def _command(config: TrainConfig, job: Job, folder: Path, ids: SemanticIds | Non
     engine = "hstu" if isinstance(config.model, HSTUConfig) else "hf"
     words = [f"engine={engine}", f"task={config.task}", *(f"'{w}'" if "[" in w else w for w in typed)]
     if ids is None:
+        if not any(word.startswith("'model.tasks=") for word in words):
+            words.append(f"'model.tasks=[{','.join(config.model.tasks)}]'")
         words.append(f"model.weights={place}/{WEIGHTS}")
     else:
         words.append(f"retrieval.weights={place}/{WEIGHTS}")

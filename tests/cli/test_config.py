@@ -108,6 +108,10 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
         (["scenario.order=lifo"], "scenario.order", "fifo, length, hit"),
         (["engine=hstu", "scenario.order=hit"], "scenario.order=hit: cache=none", "cache=lru"),
         (["engine=warp"], "engine", "hstu"),
+        *(
+            (["engine=remote", f"engine.url={url}"], f"engine.url={url}: allowed is", "such as http://127.0.0.1:8000")
+            for url in ("foo", "127.0.0.1:8000", "ftp://a:1", "http://a:b", "http://:80", "http://a:1/v2", "http://a:0")
+        ),
         (["engine=hstuu"], "engine=hstuu", "nearest: hstu;"),
         (["model=hstu_tny"], "model=hstu_tny", "nearest: hstu_tiny;"),
         (["kernel=tritn"], "kernel=tritn", "nearest: triton;"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,19 @@ def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
     assert 0 < metrics["quality/ndcg10"] <= metrics["quality/hr10"]
 
 
+def test_a_ranker_learns_what_the_workload_labels_by_default(grbench_here: Grbench, tmp_path: Path) -> None:
+    walks(tmp_path)
+    small = [*MODEL, *WORKLOAD, "workload.num_candidates=6"]
+    done = grbench_here("train", *small, "training.epochs=2", "training.batch=8", "held_out=60", *QUIET, "out=ranker")
+    assert done.returncode == 0, done.stderr
+    assert "model.tasks=[rated]: all that the workload labels" in done.stderr
+    assert "'model.tasks=[rated]' model.weights=ranker/weights.safetensors" in done.stdout
+    assert re.search(r"\| epochs +\| 2 +\|", done.stdout) and "2.0000" not in done.stdout
+    typed = ["engine=hstu", *small, "model.tasks=[rated]", "model.weights=ranker/weights.safetensors"]
+    found = grbench_here("evaluate", *typed, "gate.quality_requests=20")
+    assert found.returncode == 0, found.stderr
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -96,7 +110,7 @@ def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
         ),
         (["training.dropout=1"], "training.dropout=1.0: allowed is float >= 0 and <= 0.95"),
         (
-            [*WORKLOAD, "workload.num_candidates=6", "held_out=8"],
+            [*WORKLOAD, "workload.num_candidates=6", "held_out=8", "model.tasks=[liked]"],
             "the workload does not label them; set 'model.tasks=[rated]'",
         ),
         (
@@ -122,6 +136,12 @@ def test_what_cannot_be_trained_is_refused(
     "words, message",
     [
         (["engine=hstu"], "model.weights=null: random weights have no quality; `grbench train` makes a file"),
+        (
+            ["model.weights=walks.txt"],
+            "retrieval.weights=null: random weights have no quality, and engine=pipeline has two models, model and "
+            "retrieval; set engine=hstu task=rank for model.weights alone, or retrieval.weights=FILE as well",
+        ),
+        (["retrieval.weights=walks.txt"], "set engine=hstu task=generate for retrieval.weights alone, or model."),
         (["engine=hstu", "workload=synthetic"], "workload=synthetic: its events are random"),
         (
             ["engine=hstu", "model.weights=walks.txt", "gate.quality_requests=0"],

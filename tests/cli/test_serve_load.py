@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from helpers.command import Grbench
 from helpers.serving import TINY, Serving, serving, tiny_trace, wait_until
 
 from grengines.remote.client import Client, ServerError
@@ -101,3 +103,25 @@ def test_memory_stays_over_many_calls(requests: list[Any]) -> None:
         before = call(60)  # the caches fill, and the allocators keep what they need
         after = call(200)
         assert after - before < 8e6, f"{(after - before) / 1e6:.1f} MB more after 3200 requests"
+
+
+def test_a_url_that_is_none_is_refused_before_anything_runs(grbench_here: Grbench, tmp_path: Path) -> None:
+    done = grbench_here("load", "url=foo")
+    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.rglob("record.json"))
+    assert done.stderr == (
+        "grbench load: engine.url=foo: allowed is http://HOST:PORT or https://HOST:PORT, such as http://127.0.0.1:8000\n"
+    )
+
+
+def test_a_server_that_is_not_there_is_waited_for_in_words(grbench_forked: Grbench) -> None:
+    words = [
+        "url=http://127.0.0.1:9",
+        "engine.timeout_s=1",
+        "workload=synthetic",
+        "workload.visits=60",
+        "tracking=none",
+    ]
+    done = grbench_forked("load", *words, "model=hstu_tiny", "scenario.queries=8")
+    assert done.returncode == 1
+    assert "waiting for the server, 1 s left (http://127.0.0.1:9: ConnectionRefusedError" in done.stderr
+    assert "start one: grbench serve engine=hstu" in done.stdout + done.stderr

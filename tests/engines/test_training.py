@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,28 @@ def test_the_time_ends_a_training_within_an_epoch(tmp_path: Path) -> None:
 
     state = loop.train(task_of(of), of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None, progress=slow)
     assert state.epochs == state.best_epoch == 1  # it was validated
-    assert len(steps) == 1 < steps[0]
+    assert len(steps) == 1 < steps[0] and state.history[0]["steps"] == 1
+
+
+def test_the_time_has_room_for_the_validations_and_the_test(tmp_path: Path) -> None:
+    of = config(training={"epochs": 100_000, "patience": 100_000, "minutes": 2 / 60, "batch": 4, "validate_every": 7})
+    task = task_of(of)
+    validate, test = task.validate, task.test
+
+    def slow(check: Callable[[], dict[str, float]]) -> dict[str, float]:
+        time.sleep(0.4)
+        return check()
+
+    task.validate = lambda: slow(validate)  # type: ignore[method-assign]
+    begun = time.perf_counter()
+    state = loop.train(task, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
+    slow(test)
+    assert 1.5 < time.perf_counter() - begun < 2.3 and state.best_epoch
+    of.training.minutes = 1 / 60
+    with pytest.raises(
+        ConfigError, match=r"training\.minutes=0\.0166667: a validation takes 0\.4\d* s here, and three"
+    ):
+        loop.train(task, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_it(tmp_path: Path) -> None:

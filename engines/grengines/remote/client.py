@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.message import Message
 from typing import Any
@@ -20,10 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from grengines.api import Float32Array, Int64Array, Request
+from grengines.options import URLS, is_url
 
 Tensors = dict[str, npt.NDArray[Any]]
 HEADER_LENGTH = "inference-header-content-length"
 USER_HEADER = "x-user-id"  # of the first user of a call: a proxy sends the user to the replica with their state
+REPORT_S = 5.0
 DTYPES = {"INT64": np.int64, "FP32": np.float32}
 
 
@@ -49,9 +52,9 @@ class Client:
 
     def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 30.0) -> None:
         """Raises ValueError for another URL than http://HOST:PORT or https://HOST:PORT."""
+        if not is_url(url):
+            raise ValueError(f"url={url}: allowed is {URLS}")
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
-            raise ValueError(f"url={url}: allowed is http://HOST:PORT or https://HOST:PORT")
         self._url, self._host, self._port = url.rstrip("/"), parts.hostname, parts.port
         self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
@@ -59,15 +62,22 @@ class Client:
         self._of_thread = threading.local()
         self._model: str | None = None
 
-    def wait_until_ready(self, timeout_s: float) -> None:
-        """Return once the server serves. Raises ServerError after the time."""
-        end = time.monotonic() + timeout_s
+    def wait_until_ready(self, timeout_s: float, report: Callable[[str], None] = lambda line: None) -> None:
+        """Return once the server serves. Raises ServerError after the time.
+
+        report: takes a line at once and every REPORT_S while there is no answer: what is wrong, and the time left.
+        """
+        end, said = time.monotonic() + timeout_s, -math.inf
         while True:
             try:
                 self._call("GET", "/v2/health/ready")
                 return
             except ServerError as e:
-                if time.monotonic() > end:
+                left = end - time.monotonic()
+                if left > 0 and time.monotonic() - said >= REPORT_S:
+                    said = time.monotonic()
+                    report(f"waiting for the server, {left:.0f} s left ({e})")
+                if left < 0:
                     raise ServerError(e.status, f"{self._url}: not ready within {timeout_s:g} s: {e}") from None
             time.sleep(0.1)
 

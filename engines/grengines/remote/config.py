@@ -12,6 +12,6 @@ class RemoteConfig:
     """A server that `grbench serve` runs. The model, the weights and the seed must be the server's: the gate checks."""
 
     name: str = option("remote", "name of the engine")
-    url: str = option("http://127.0.0.1:8000", "the server")
+    url: str = option("http://127.0.0.1:8000", "the server", url=True)
     api_key_file: str | None = option(None, "file with the server's API key", file=True)
     timeout_s: float = option(30.0, "longest wait for an answer, and for the server to be ready", gt=0, le=3600)

@@ -34,7 +34,7 @@ class RemoteEngine:
         """Wait until the server is ready. Raises UnavailableError if it is not, ValueError if it serves other items."""
         self._max_batch = max_batch
         try:
-            self._client.wait_until_ready(self._options.timeout_s)
+            self._client.wait_until_ready(self._options.timeout_s, self._setup.report)
             self._status = self._client.status()
         except ServerError as e:
             raise UnavailableError(f"engine.url: {e}; start one: grbench serve engine=hstu") from None
