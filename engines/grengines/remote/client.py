@@ -55,7 +55,7 @@ class Client:
         if not is_url(url):
             raise ValueError(f"url={url}: allowed is {URLS}")
         parts = urlsplit(url)
-        self._url, self._host, self._port = url.rstrip("/"), parts.hostname, parts.port
+        self._url, self._host, self._port = url.rstrip("/"), parts.hostname or "", parts.port
         self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout_s = timeout_s
