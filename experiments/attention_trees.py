@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 
 TREES = ("old", "new")
@@ -176,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="of the names of shapes")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
+    common.need_gpu(parser)
     print(f"{torch.cuda.get_device_name()}, {options.rounds} rounds", flush=True)
     rows = compare({which: getattr(options, which) for which in TREES}, options.rounds, options.only)
     if options.json:
@@ -185,4 +187,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run(main)

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from grbench.config.arguments import CommandError
 from grbench.config.compose import compose_cells
 from grbench.config.schema import ConfigError, RunSpec
 from grbench.execution import results
@@ -19,8 +20,11 @@ from grbench.execution.records import one_line
 from grbench.execution.worker import classify
 from grbench.report.results import row_cell, rows_table
 from grengines import registry
-from grengines.api import Catalogue, Request, Retrieval
+from grengines.api import Catalogue, Request, Retrieval, UnavailableError
+from grengines.options import URLS, is_url
+from grengines.remote.client import Client, ServerError
 
+WAIT_S = 60.0  # for a server
 CATALOGUE = Catalogue(num_users=100, num_items=100_000, num_actions=8)
 
 
@@ -33,6 +37,35 @@ def parser(description: str, rounds: int | None = None, overrides: bool = True) 
     if rounds is not None:
         made.add_argument("--rounds", type=int, default=rounds, help="timed calls of each case (default: %(default)s)")
     return made
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call a program's main and exit with its code, or with 2 and one line where this machine lacks what it needs."""
+    try:
+        sys.exit(main() or 0)
+    except (CommandError, UnavailableError, ServerError, ImportError, OSError) as e:
+        print(f"{Path(sys.argv[0]).name}: {one_line(e)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def need_gpu(arguments: argparse.ArgumentParser) -> None:
+    """Exit with 2 and one line on a machine without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        arguments.error("PyTorch finds no GPU, and this program needs one; `python -m grbench doctor` says why")
+
+
+def server_at(arguments: argparse.ArgumentParser, url: str) -> Client:
+    """The client of a server that is ready. Says that it waits. Exits with 2 and one line if there is no server."""
+    if not is_url(url):
+        arguments.error(f"--url {url}: allowed is {URLS}")
+    client = Client(url)
+    try:
+        client.wait_until_ready(WAIT_S, lambda line: print(line, file=sys.stderr, flush=True))
+    except ServerError as e:
+        arguments.error(f"--url {e}; start one: python -m grbench serve engine=hstu")
+    return client
 
 
 def specs_of(

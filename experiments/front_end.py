@@ -34,7 +34,7 @@ import common
 import numpy as np
 
 from grengines.api import Request
-from grengines.remote.client import Client, Tensors, body_of, tensors_of
+from grengines.remote.client import Tensors, body_of, tensors_of
 
 PARTS = ("queue_ms", "pack_ms", "compute_ms")
 DEADLINE = {"deadline_ms": 30_000}
@@ -140,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     sys.setswitchinterval(0.0005)  # threads wait for each other at most so long
     rows = common.Rows(args, __file__, arguments)
-    client, one = Client(args.url), request(candidates=args.candidates)
-    client.wait_until_ready(60)
+    client, one = common.server_at(parser, args.url), request(candidates=args.candidates)
     parts = urlsplit(args.url)
     host, path = parts.hostname or "", f"/v2/models/{client.model}/infer"
     tensors = tensors_of([one], rank=True)
@@ -181,4 +180,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

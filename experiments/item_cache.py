@@ -123,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     host = torch.ones(args.rows, args.width, dtype=torch.bfloat16)
     rows.note(f"{args.rows} rows of {args.width} bf16, {args.tokens} tokens per lookup, {args.threads} threads.")
     if args.device == "cuda":
+        common.need_gpu(parser)
         rows.note(f"Page-locked copies of 8 MiB reach {copy_rate():.1f} GB/s.")
     for power in args.zipf:
         for budget in args.budget:
@@ -131,4 +132,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -102,8 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, default=400, help="of a call (default: %(default)s)")
     args = parser.parse_args(arguments)
     rows = common.Rows(args, __file__, arguments)
-    client, each, sizes = Client(args.url), args.seconds / 3, (args.events, args.candidates)
-    client.wait_until_ready(60)
+    client, each, sizes = common.server_at(parser, args.url), args.seconds / 3, (args.events, args.candidates)
     capacity(client, 1.0, *sizes)  # its costs settle
     most = capacity(client, each, *sizes)
     rows.add(load="capacity", rate_rps=most, goodput_rps=most, of_capacity=1.0)
@@ -118,4 +117,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

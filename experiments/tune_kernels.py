@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import common
+
 from grkernels.registry import FAMILIES
 
 # Attention compiles longest: its shapes are split among processes.
@@ -51,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print("\n".join(" ".join(words[1:]) for words in [*compiling, tuning]))
         return 0
+    common.need_gpu(parser)
     args.root.mkdir(parents=True, exist_ok=True)
     with (args.root / "compile.log").open("w") as log:
         processes = [subprocess.Popen(words, stdout=log, stderr=log) for words in compiling]
@@ -60,4 +63,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run(main)

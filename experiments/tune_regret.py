@@ -175,4 +175,4 @@ def write_page(out: Path, charts: Sequence[Chart], lines: Sequence[str]) -> None
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -24,13 +25,13 @@ from grkernels.nearest import nearest
 
 OBJECTIVES = ("throughput", "latency", "cost", "pareto")
 RATES = {"server": "scenario.target_qps", "trace_replay": "scenario.mean_qps"}  # scenarios that are probed at a rate
-OWN = (
-    "scenario.queries",
-    "scenario.target_qps",
-    "scenario.mean_qps",
-    "scenario.min_duration_s",
-    "scenario.expected_qps",
-)
+OWN = {  # options that the search sets, each with what a user may give instead; {}: the value
+    "scenario.queries": "probe_s=20",
+    "scenario.target_qps": "objective=latency rate={}",
+    "scenario.mean_qps": "objective=latency rate={}",
+    "scenario.min_duration_s": "probe_s={}",
+    "scenario.expected_qps": "",
+}
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -125,9 +126,9 @@ def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
     rest = [word for word, key, _ in pairs if key not in names and not limits.is_limit(key)]
     for word, key, value in pairs:
         if key in OWN:
-            raise ConfigError(
-                f"{word}: the search sets {key}; leave it out (objective=latency rate={value} fixes a rate)"
-            )
+            others = [other for other in words if other is not word]
+            instead = shlex.join(["python", "-m", "grbench", "tune", *others, *OWN[key].format(value).split()])
+            raise ConfigError(f"{word}: the search sets {key} for each probe; give instead: {instead}")
     axes, fixed = axes_of(rest, config_dir)
     typed = {**{word.lstrip("+").partition("=")[0]: word.partition("=")[2] for word in fixed}}
     scenario = typed.get("scenario", "server")

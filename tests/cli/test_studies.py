@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import re
 import shlex
@@ -22,6 +24,7 @@ from grbench.cachesim import config as cachesim
 from grbench.config.compose import compose_jobs, compose_spec
 from grbench.execution import results
 from grbench.kernelbench import config as kernelbench
+from grengines.api import UnavailableError
 from grengines.tensorrt import library
 
 EXPERIMENTS = ROOT / "experiments"
@@ -264,3 +267,42 @@ def test_the_proof_of_compare_counts_its_claims(
     said = capsys.readouterr().out
     assert "equal work: a difference is claimed in 0 of 4" in said
     assert f"5% more work: found in {4 if more > 1 else 0} of 4" in said
+
+
+@pytest.mark.parametrize("name", ["front_end", "overload"])
+def test_a_program_without_its_server_is_one_line(program: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(program("common"), "WAIT_S", 0.0)
+    for url, line in (
+        ("http://127.0.0.1:9", "not ready within 0 s: .*ConnectionRefusedError.*; start one: python -m grbench serve"),
+        ("foo", "--url foo: allowed is http://HOST:PORT"),
+    ):
+        done = _exit_of(program(name).main, ["--url", url])
+        assert done[0] == 2 and re.search(line, done[1].splitlines()[-1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "name, words", [("attention_trees", ["a", "b"]), ("tune_kernels", []), ("item_cache", ["--device", "cuda"])]
+)
+def test_a_program_without_its_gpu_is_one_line(program: Any, name: str, words: list[str]) -> None:
+    code, said = _exit_of(program(name).main, words)
+    assert code == 2 and "PyTorch finds no GPU, and this program needs one" in said.splitlines()[-1]
+
+
+def test_what_a_machine_lacks_ends_a_program_in_one_line(program: Any) -> None:
+    def lacking() -> None:
+        raise UnavailableError("engine tensorrt: no GPU; use another")
+
+    code, said = _exit_of(program("common").run, lacking)
+    assert (
+        code == 2 and said.splitlines()[-1].endswith(": engine tensorrt: no GPU; use another") and "Trace" not in said
+    )
+    assert all("    common.run(main)" in (EXPERIMENTS / f"{name}.py").read_text() for name in PROGRAMS)
+
+
+def _exit_of(call: Any, argument: Any) -> tuple[int, str]:
+    """The exit code of a call, and what it wrote to standard error."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
+        call(argument)
+    return int(ended.value.code or 0), said.getvalue()

@@ -37,7 +37,16 @@ TINY = (
         (["budget=3"], "budget=3: allowed are a time or a number of cells, such as 90s"),
         (["objective=speed"], "objective=speed: allowed is one of throughput, latency, cost, pareto"),
         (["scenario=offline"], "scenario=offline: the search needs one with a rate; allowed: server, trace_replay"),
-        (["scenario.target_qps=50"], "the search sets scenario.target_qps; leave it out"),
+        (
+            ["scenario.target_qps=50"],
+            "the search sets scenario.target_qps for each probe; give instead: python -m grbench tune "
+            "objective=latency rate=50",
+        ),
+        (
+            ["engine=hstu,aoti", "scenario.queries=500"],
+            "scenario.queries=500: the search sets scenario.queries for each probe; give instead: "
+            "python -m grbench tune engine=hstu,aoti probe_s=20",
+        ),
         (["scenario.mode=accuracy"], "scenario.mode=accuracy: the search measures performance; leave it out"),
         (["space=rank_tpu"], "space=rank_tpu: no such option; nearest: rank_gpu; allowed:"),
         (["engine=hstu,foo", "space=typed"], "engine=foo: no such option; allowed: "),

@@ -338,6 +338,12 @@ def test_where_nothing_can_be_executed_the_cell_is_unavailable_with_the_reason(m
         return registry.build(TensorRTConfig(**options), MODEL, KernelConfig(), CATALOGUE, 0)
 
     monkeypatch.setattr(libraries, "_found", lambda name: None)
+    monkeypatch.setattr(libraries.ctypes.util, "find_library", lambda name: None)
+    with pytest.raises(
+        UnavailableError, match=r"lacks, and no package helps; .*tensorrt-rtx-cu13.*build-plan --library t"
+    ):
+        build()
+    monkeypatch.setattr(libraries.ctypes.util, "find_library", lambda name: "libcuda.so.1")
     with pytest.raises(
         UnavailableError, match=r"tensorrt or tensorrt_rtx is not installed; pip install 'grbench\[tensorrt\]'"
     ):
@@ -345,7 +351,7 @@ def test_where_nothing_can_be_executed_the_cell_is_unavailable_with_the_reason(m
     monkeypatch.undo()
     if libraries.missing("tensorrt_rtx") is None:
         if libraries.no_gpu() is not None:
-            with pytest.raises(UnavailableError, match="this machine lacks; build one"):
+            with pytest.raises(UnavailableError, match="this machine lacks, and no package helps; to build a plan"):
                 build()
         rtx = libraries.find("tensorrt_rtx")
         assert rtx.refusal("8.9") is None

@@ -19,7 +19,7 @@ _INSTALL = {
     "tensorrt_rtx": "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
 }
 PACKAGES = (
-    Package("tensorrt", ("tensorrt-cu13",), _INSTALL["tensorrt"]),
+    Package("tensorrt", ("tensorrt-cu13",), f"{_INSTALL['tensorrt']}  # of use on an NVIDIA GPU only"),
     Package("tensorrt_rtx_bindings", ("tensorrt-rtx-cu13-bindings",), _INSTALL["tensorrt_rtx"]),
 )
 _LEAST = (10, 13)  # version of TensorRT: strongly typed networks with plugins compiled ahead of time
@@ -69,17 +69,19 @@ def missing(choice: str = "auto") -> str | None:
 
 
 def no_gpu() -> str | None:
-    """Return None if there is an NVIDIA driver, else that plans can only be built here."""
+    """Return None if there is an NVIDIA driver, else that no package helps, and how plans can be built here."""
     if ctypes.util.find_library("cuda"):
         return None
+    install = "" if _found("tensorrt_rtx") else f"{_INSTALL['tensorrt_rtx']} && "
     return (
-        "plans execute on an NVIDIA GPU, which this machine lacks; build one: python -m grbench build-plan --out PLAN"
+        "plans execute on an NVIDIA GPU, which this machine lacks, and no package helps; to build a plan for another: "
+        f"{install}python -m grbench build-plan --library tensorrt_rtx --out PLAN"
     )
 
 
 def unavailable() -> str | None:
     """Return None if plans can execute here, else "reason; command that fixes it"."""
-    return missing() or no_gpu()
+    return no_gpu() or missing()
 
 
 def find(choice: str = "auto") -> Library:
