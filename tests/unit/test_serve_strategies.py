@@ -130,6 +130,28 @@ async def outcome(strategy: Strategy, item: int = GOOD, deadline: float = math.i
     return "answered"
 
 
+class Held(Engine):
+    """Its batches wait for `free`. `sizes` are theirs."""
+
+    def __init__(self) -> None:
+        super().__init__(self._wait)
+        self.free = threading.Event()
+        self.sizes: list[int] = []
+
+    def _wait(self, requests: Sequence[Request]) -> None:
+        self.sizes.append(len(requests))
+        self.free.wait()
+
+
+async def held() -> tuple[Held, Strategy, asyncio.Task[str]]:
+    """An engine that holds its first batch, its strategy, and the request of that batch."""
+    engine = Held()
+    one = made(engine, limit_s=60.0)
+    first = asyncio.create_task(outcome(one))
+    await asyncio.sleep(0.05)
+    return engine, one, first
+
+
 @pytest.mark.parametrize("kind", [Engine, Continuous])
 def test_a_request_without_finite_scores_is_to_blame_alone(kind: type[Engine]) -> None:
     async def work() -> None:
@@ -252,47 +274,31 @@ def test_a_result_that_cannot_be_delivered_fails_its_requests(monkeypatch: pytes
 
 
 def test_requests_that_are_late_or_given_up_are_dropped() -> None:
-    free, sizes = threading.Event(), []
-
-    def before(requests: Sequence[Request]) -> None:
-        sizes.append(len(requests))
-        free.wait()
-
     async def work() -> None:
-        one = made(Engine(before), limit_s=60.0)
-        first = asyncio.create_task(outcome(one))
-        await asyncio.sleep(0.05)
+        engine, one, first = await held()
         late = asyncio.create_task(outcome(one, deadline=time.perf_counter() + 0.05))
         left, kept = asyncio.create_task(outcome(one)), asyncio.create_task(outcome(one))
         await asyncio.sleep(0.1)
         left.cancel()
-        free.set()
+        engine.free.set()
         assert [await first, await late, await kept] == ["answered", "late", "answered"]
-        assert sizes == [1, 1] and one.pending == 0 and one.waiting_s == 0.0
+        assert engine.sizes == [1, 1] and one.pending == 0 and one.waiting_s == 0.0
         await one.close(1.0)
 
     run(work)
 
 
 def test_a_request_that_would_make_an_earlier_one_late_waits_for_the_next_batch() -> None:
-    free, sizes = threading.Event(), []
-
-    def before(requests: Sequence[Request]) -> None:
-        sizes.append(len(requests))
-        free.wait()
-
     async def work() -> None:
-        one = made(Engine(before), limit_s=60.0)
-        first = asyncio.create_task(outcome(one))
-        await asyncio.sleep(0.05)
+        engine, one, first = await held()
         one.costs = Costs(100.0, {Kind(1): 100.0})  # seconds: a batch of one takes 200, of two 300
         now = time.perf_counter()
         deadlines = [now + 250.0, math.inf, math.inf, now + 60_000.0]
         waiting = [asyncio.create_task(outcome(one, deadline=deadline)) for deadline in deadlines]
         await asyncio.sleep(0.05)
-        free.set()
+        engine.free.set()
         assert [await task for task in (first, *waiting)] == ["answered"] * 5
-        assert sizes == [1, 1, 3] and one.pending == 0 and one.waiting_s == 0.0
+        assert engine.sizes == [1, 1, 3] and one.pending == 0 and one.waiting_s == 0.0
         await one.close(1.0)
 
     run(work)
@@ -300,23 +306,16 @@ def test_a_request_that_would_make_an_earlier_one_late_waits_for_the_next_batch(
 
 def test_a_batch_takes_no_more_than_can_be_in_time() -> None:
     """Those that would be late behind the others are given back, so that the others count."""
-    free, sizes = threading.Event(), []
-
-    def before(requests: Sequence[Request]) -> None:
-        sizes.append(len(requests))
-        free.wait()
 
     async def work() -> None:
-        one = made(Engine(before), limit_s=60.0)
-        first = asyncio.create_task(outcome(one))
-        await asyncio.sleep(0.05)
+        engine, one, first = await held()
         one.costs = Costs(100.0, {Kind(1): 100.0})  # seconds: a batch of two takes 300, of three 400
         deadline = time.perf_counter() + 350.0
         waiting = [asyncio.create_task(outcome(one, deadline=deadline)) for _ in range(3)]
         await asyncio.sleep(0.05)
-        free.set()
+        engine.free.set()
         assert [await first, *[await task for task in waiting]] == ["answered", "answered", "answered", "late"]
-        assert sizes == [1, 2] and one.pending == 0
+        assert engine.sizes == [1, 2] and one.pending == 0
         await one.close(1.0)
 
     run(work)
