@@ -16,6 +16,7 @@ from grbench.execution.gpu import GpuUse, gpu_use
 MEASURING = "measuring"  # a stage of the worker
 MOST_MEAN, MOST_PEAK = 0.05, 0.25  # shares of the cores that others may take before a note says so
 MOST_GPU_PERCENT = 5.0
+DISTURBED = "measure again on an idle"  # in each note of a load
 GPU_PERIOD_S = 1.0  # NVML's utilisation is that of at most so long
 SHORTEST_S = 0.4  # of a reading: the kernel counts in ticks of 10 ms
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -83,13 +84,13 @@ class LoadWatch:
         if mean > MOST_MEAN * cores or peak > MOST_PEAK * cores:
             notes.append(
                 f"other processes used {mean:.2g} of {cores} cores while this was measured, up to {peak:.2g} at a time "
-                f"(noted above {MOST_MEAN:.0%}, at a time {MOST_PEAK:.0%}): measure again on an idle machine"
+                f"(noted above {MOST_MEAN:.0%}, at a time {MOST_PEAK:.0%}): {DISTURBED} machine"
             )
         processes, percent = found.get("others/gpu_processes", 0.0), found.get("others/gpu_percent", 0.0)
         if processes or percent > MOST_GPU_PERCENT:
             notes.append(
                 f"before this cell used the GPU, it was busy for {percent:.0f}% of the time, with {processes:.0f} "
-                f"processes of others on it (noted above {MOST_GPU_PERCENT:.0f}%): measure again on an idle GPU"
+                f"processes of others on it (noted above {MOST_GPU_PERCENT:.0f}%): {DISTURBED} GPU"
             )
         return notes
 

@@ -24,7 +24,7 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 NOT_FOUND = np.iinfo(np.int64).max // 2  # rank of an item that the answer does not have
 CUTOFFS = (5, 10, 50)
-_NUMBERS = 1 << 24  # in one block of resamples
+_NUMBERS = 1 << 20  # in one block of resamples, so that a block stays in the processor's cache
 
 
 @dataclass(frozen=True)

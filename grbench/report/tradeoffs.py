@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from grbench.execution.environment import machine_of
+from grbench.execution.load import DISTURBED
 from grbench.execution.records import IN_RUN, RESAMPLES_FILE, RunRecord
+from grbench.execution.stats import SHORTEST_S
 from grbench.quality.metrics import Estimate, Floats, estimate_of
 from grbench.report.cells import MISSING, engine_name, figure, shown
 from grbench.report.chart import Chart, Series
@@ -27,6 +29,7 @@ FIGURES = {  # those of a task, the headline first, and the name of each
     "generate": {"hr10": "HR@10", "ndcg10": "NDCG@10"},
     "recommend": {"hr10": "HR@10", "ndcg10": "NDCG@10"},
 }
+NOT_ALONE = "speeds are not compared where other processes were at work or a run took less than a second"
 READING = (
     "HR@10, NDCG@10: each user's last item among the first ten of the answer; an answer of fewer items misses the rest",
     "AUC, NE: means of the tasks, over the last requests that the training did not see; a lower NE is better",
@@ -110,6 +113,13 @@ class Point:
         low, high = record.intervals.get("throughput_rps") or record.intervals.get(IN_RUN) or (value, value)
         return value, low, high
 
+    @property
+    def alone(self) -> bool:
+        """True if the speed may be compared: no other process was at work, and the run was not too short."""
+        record = self.row.record
+        long = record.metrics.get("duration_s", SHORTEST_S) >= SHORTEST_S
+        return long and not any(DISTURBED in note for note in record.notes)
+
 
 @dataclass(frozen=True)
 class Tradeoff:
@@ -151,27 +161,36 @@ class Tradeoff:
         ratio = ours / theirs
         return Estimate(ratio - 1, ratio * math.exp(-reach) - 1, ratio * math.exp(reach) - 1)
 
-    def loses(self, point: Point) -> bool:
-        """Return whether the headline figure is worse than the base's for certain."""
-        return self.change(point, next(iter(self.figures))).high < 0
+    def comparable(self, point: Point) -> bool:
+        """Return whether a point's requests/s may be compared with the base's."""
+        return self.base.alone and point.alone
 
     @property
     def sentence(self) -> str:
         """The sentence of what was found."""
         name, text = next(iter(self.figures.items()))
-        parts = []
+        parts, even = [], []
         for point in self.others:
-            if self.loses(point):
-                lost = self.change(point, name)
-                ends = f"[{-lost.high:.3f}, {-lost.low:.3f}]"
-                parts.append(f"{self.text(point)} loses {-lost.value:.3f} {ends} of {text} and {self._gains(point)}")
-        if even := [point for point in self.others if not self.loses(point)]:
+            change = self.change(point, name)
+            if change.low <= 0 <= change.high:
+                even.append(point)
+                continue
+            verb, sign = ("gains", 1) if change.value > 0 else ("loses", -1)
+            low, high = sorted((sign * change.low, sign * change.high))
+            speed = f" and {self._gains(point)}" if self.comparable(point) else ""
+            parts.append(
+                f"{self.text(point)} {verb} {sign * change.value:.3f} [{low:.3f}, {high:.3f}] of {text}{speed}"
+            )
+        if even:
             most = max(0.0, *(-self.change(point, name).low for point in even))
-            fastest = max(even, key=lambda point: point.speed[0])
             names = _and([self.text(point) for point in even])
-            none = f"{names} {'lose' if len(even) > 1 else 'loses'} no {text} for certain (at most {most:.3f})"
-            which = f"; the fastest of them, {self.text(fastest)}," if len(even) > 1 else " and"
-            parts.append(f"{none}{which} {self._gains(fastest)}")
+            parts.append(f"{names} {'lose' if len(even) > 1 else 'loses'} no {text} for certain (at most {most:.3f})")
+        if timed := [point for point in even if self.comparable(point)]:
+            fastest = max(timed, key=lambda point: point.speed[0])
+            which = f"the fastest of them, {self.text(fastest)}," if len(even) > 1 else "it"
+            parts.append(f"{which} {self._gains(fastest)}")
+        if not all(self.comparable(point) for point in self.others):
+            parts.append(NOT_ALONE)
         return f"Against {self.axis.phrase.format(self.text(self.base))}: {'; '.join(parts)}."
 
     def _gains(self, point: Point) -> str:
@@ -201,7 +220,12 @@ class Tradeoff:
             line.append(_unless(point is self.base, f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"))
         rate, gain = point.speed, self.gain(point)
         line.append("{} [{}, {}]".format(*map(figure, rate)))
-        line.append(_unless(point is self.base, f"{gain.value:+.0%} [{gain.low:+.0%}, {gain.high:+.0%}]"))
+        line.append(
+            _unless(
+                not self.comparable(point) or point is self.base,
+                f"{gain.value:+.0%} [{gain.low:+.0%}, {gain.high:+.0%}]",
+            )
+        )
         return [*line, _p99(point.server.record) if point.server else MISSING]
 
     def chart(self, number: int) -> Chart:

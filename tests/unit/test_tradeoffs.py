@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 from helpers.cells import ink, write_cell
 
+from grbench.execution.load import DISTURBED
 from grbench.execution.records import RESAMPLES_FILE
 from grbench.quality import metrics
 from grbench.report import ReportError, group_cells
@@ -19,7 +21,7 @@ from grbench.report.html import page as html_page
 from grbench.report.interactive import plotly_figure
 from grbench.report.markdown import sections
 from grbench.report.page import blocks
-from grbench.report.tradeoffs import Tradeoff, tradeoffs
+from grbench.report.tradeoffs import NOT_ALONE, Tradeoff, tradeoffs
 
 USERS = 943
 
@@ -99,12 +101,26 @@ def test_a_sentence_says_what_is_lost_and_gained(root: Path) -> None:
     assert re.fullmatch(
         r"Against 64 beams: 4 loses 0\.064 \[0\.0[45]\d, 0\.0[78]\d\] of HR@10 and gains 50% \[48%, 52%\] "
         r"of requests/s; "
-        r"256 loses no HR@10 for certain \(at most 0\.000\) and costs 50% \[49%, 51%\] of requests/s\.",
+        r"256 loses no HR@10 for certain \(at most 0\.000\); it costs 50% \[49%, 51%\] of requests/s\.",
         beams.sentence,
     )
     assert age.sentence == (
-        "Against a state 0 events old: 4 loses no HR@10 for certain (at most 0.000) and is about as fast [-0%, +2%]."
+        "Against a state 0 events old: 4 loses no HR@10 for certain (at most 0.000); it is about as fast [-0%, +2%]."
     )
+
+
+@pytest.mark.parametrize("change", [{"notes": [f"others were there: {DISTURBED} machine"]}, {"duration_s": 0.5}])
+def test_a_speed_beside_other_processes_is_not_compared(change: dict[str, Any], tmp_path: Path) -> None:
+    study(tmp_path)
+    path = tmp_path / "1" / "record.json"  # 4 beams
+    record = json.loads(path.read_text())
+    record["notes"] += change.get("notes", [])
+    record["metrics"] |= {k: v for k, v in change.items() if k != "notes"}
+    path.write_text(json.dumps(record))
+    beams = found(tmp_path)[0]
+    assert "4 loses 0.064" in beams.sentence and " gains " not in beams.sentence and "it costs 50%" in beams.sentence
+    assert beams.sentence.endswith(f"; {NOT_ALONE}.")
+    assert [line[5] for line in beams.table()[1]] == ["-", "-", "-50% [-51%, -49%]"]
 
 
 def test_the_page_has_the_sections_once_and_the_other_cells_as_before(root: Path) -> None:
