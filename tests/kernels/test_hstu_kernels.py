@@ -195,6 +195,8 @@ def test_cute_launches_with_the_values_that_its_signature_names(monkeypatch: pyt
         "batch.limits.contextual": 4,
         "batch.limits.window": 100,
         "batch.has_targets": 1,
+        "k_pages.scales": 0,
+        "v_pages.scales": 0,
         "pages": o["k_pages"].shape[0],
         "page_table.pages": o["page_table"].data_ptr(),
         "page_table.stride": o["page_table"].stride(0),

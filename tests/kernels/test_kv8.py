@@ -5,6 +5,7 @@ Without a GPU, Triton's interpreter runs the Triton kernels, and they are compil
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -193,6 +194,9 @@ def test_variants_that_read_their_own_dtype_only_refuse_and_auto_passes_them_ove
     for name in ("cutlass", "compile"):
         why = registry.refusal("hstu_attention", name, device="cuda", dtype="bf16", **sizes)
         assert why is not None and "pages in int8" in why and "supported here: torch, triton" in why
+    for change in ({"dtype": "fp16"}, {"qk_dim": 96}):
+        why = registry.refusal("hstu_attention", "cutlass", **{"device": "cuda", "dtype": "bf16", **sizes, **change})
+        assert why is not None and "in heads of multiples of 64" in why
     asked = dict.fromkeys(("hstu_attention", "paged_write"), AUTO)
     made = choice.choose(asked, device="cuda", dtype="bf16", sizes=Sizes(page=64, stored="int8", captured=True))
     assert made.variants == {"hstu_attention": "triton", "paged_write": "triton"}
@@ -240,6 +244,48 @@ def test_kernels_compile_for_hopper() -> None:
     assert (folder / kept.OUTPUT).read_text().split() == KINDS
 
 
+COMPILE_CUTE = """
+import sys
+from pathlib import Path
+import torch
+from grkernels.cute_common import ELEMENTS, compile_kernel
+from grkernels.hstu_attention.sm90.kernel import Attention
+from grkernels.hstu_attention.sm90.sizes import Tiles
+for kind, dim, tiles, page in (
+    ("int8", 256, Tiles(128, 64, 2, False, False), 64),
+    ("fp8", 128, Tiles(64, 128, 2, False, False, True), 16),
+):
+    kernel = Attention(ELEMENTS[torch.bfloat16], dim, dim, tiles, page, kind)
+    made = compile_kernel(kernel, options="--keep-ptx --keep-cubin --dump-dir " + sys.argv[1])
+    Path(sys.argv[1], f"{kind}.ptx").write_text(made.__ptx__)
+"""
+
+
+@pytest.mark.skipif(find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
+def test_cute_kernels_compile_for_hopper() -> None:
+    folder = kept.output_of("cute_eight_bits", COMPILE_CUTE, CUTE_DSL_ARCH="sm_90a")
+    for kind in KINDS:
+        ptx = (folder / f"{kind}.ptx").read_text()
+        wanted = ("wgmma.mma_async", "cp.async.bulk.tensor", "cp.async.cg.shared.global", "fence.proxy.async")
+        assert all(words in ptx for words in wanted)
+
+
+def test_the_arithmetic_of_the_loader_on_hopper_is_exact() -> None:
+    """sm90/eight_bits.py makes bf16 of bytes by their bits: here the same steps for every byte."""
+
+    def bf16(bits: Tensor) -> Tensor:
+        return bits.to(torch.int16).view(torch.bfloat16).double()
+
+    byte = torch.arange(256)
+    whole = byte.to(torch.uint8).view(torch.int8).double()
+    assert torch.equal(bf16(0x4300 | (byte & 0x7F)) + bf16((0xC300 | (byte & 0x80)) - 0x10000), whole)
+    e4m3, upper = byte.to(torch.uint8).view(torch.float8_e4m3fn).double(), byte << 8
+    finite = ~e4m3.isnan()
+    shifted = (upper >> 4 & 0x07F0) | (upper & 0x8000)
+    shifted = torch.where(shifted >= 0x8000, shifted - 0x10000, shifted)
+    assert torch.equal((bf16(shifted) * bf16(torch.tensor(0x7B80)))[finite], e4m3[finite])
+
+
 # On a GPU.
 
 ON_GPU = [
@@ -276,6 +322,30 @@ def test_attention_on_a_gpu(kind: str, dtype: torch.dtype, sizes: tuple[int, int
                         lambda name=name, wrong=wrong, **options: attention(name)(**options | WRONG[wrong](options)),
                         built,
                     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(128, 128), (256, 256), (64, 128), (192, 64)], ids=str)
+def test_the_loader_of_hopper(kind: str, sizes: tuple[int, int]) -> None:
+    """CuTe's kernel by its function, whether or not `supports` offers it: all tiles that the tuner may pick, too."""
+    cutlass = pytest.importorskip("grkernels.hstu_attention.cutlass")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs an NVIDIA GPU of compute capability 9.0")
+    for i, case in enumerate(ON_GPU):
+        case.qk_dim, case.v_dim, case.stored = *sizes, kind
+        built = case.build(torch.bfloat16, seed=i, device="cuda")
+        check(cutlass.hstu_attention, built)
+        assert torch.equal(cutlass.hstu_attention(**built.options), cutlass.hstu_attention(**built.options))
+        for wrong in ("zeros", "scales of other tokens", "values without scales"):
+            with pytest.raises(AssertionError, match="rounding"):
+                check(lambda wrong=wrong, **o: cutlass.hstu_attention(**o | WRONG[wrong](o)), built)
+    for config in [config for config in cutlass.CANDIDATES if not config["dynamic"]]:
+        with tuning.forced("hstu_attention", "cutlass", config):
+            try:
+                check(cutlass.hstu_attention, built)
+            except ValueError as e:  # tiles that don't fit
+                assert str(e).startswith(("m=", "n="))
 
 
 @pytest.mark.gpu

@@ -13,14 +13,15 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 
-from grkernels.cute_common import WARP, ElementPointer, Int32Pointer
+from grkernels.cute_common import WARP, ElementPointer, Float32Pointer, Int32Pointer
 from grkernels.hstu_attention.sm90.consumer import consume
+from grkernels.hstu_attention.sm90.eight_bits import Bytes, produce_converted
 from grkernels.hstu_attention.sm90.epilogue import Output, Sharing
 from grkernels.hstu_attention.sm90.mainloop import Mmas
 from grkernels.hstu_attention.sm90.pipes import Layouts, allocate
 from grkernels.hstu_attention.sm90.producer import Source, Sources, produce
 from grkernels.hstu_attention.sm90.schedule import Batch, PageTable
-from grkernels.hstu_attention.sm90.sizes import PRODUCER_THREADS, REGISTERS, WARPGROUP, Sizes
+from grkernels.hstu_attention.sm90.sizes import PRODUCER_THREADS, WARPGROUP, Sizes
 
 
 class Rows(NamedTuple):
@@ -32,12 +33,13 @@ class Rows(NamedTuple):
 
 
 class PagedRows(NamedTuple):
-    """Rows of all pages, slots and heads. Strides are in elements, multiples of 8."""
+    """Rows of all pages, slots and heads. Strides are in elements: multiples of 8, of 8-bit pages multiples of 16."""
 
-    data: ElementPointer
+    data: ElementPointer  # of 8-bit pages the address of their bytes
     page_stride: Int64
     slot_stride: Int64
     head_stride: Int64
+    scales: Float32Pointer  # [pages, page, heads] of 8-bit pages, contiguous
 
 
 class Arguments(NamedTuple):
@@ -98,6 +100,10 @@ class Attention(Sizes):
     128 x 128 tiles, 2 stages and head size 128 take 32 + 64 + 64 = 160 KiB. 128 x 64 tiles, 2 stages and head size
     256 take 64 + 64 + 64 = 192 KiB.
 
+    8-bit pages (eight_bits.py). All four producer warps work. They fetch the bytes and scales of the next tile of K and
+    of V by cp.async while they convert this one into the stage that WGMMA reads, so that consumers see no difference.
+    That takes n x (qk_dim + v_dim) bytes and n x 16 bytes of scales more. Tiles of the stream still come by TMA.
+
     Constraints:
 
     - Compute capability 9.0 (TMA, WGMMA, setmaxnreg). bf16 or fp16, with fp32 scores and sums.
@@ -124,7 +130,7 @@ class Attention(Sizes):
         k = _stream(args.k, args.kv_rows, self.qk_dim, heads)
         v = _stream(args.v, args.kv_rows, self.v_dim, heads)
         k_source, v_source = None, None
-        if cutlass.const_expr(self.page > 0):
+        if cutlass.const_expr(self.page > 0 and self.stored == ""):
             k_pages = _pages(args.k_pages, args.pages, self.page, self.qk_dim, heads)
             v_pages = _pages(args.v_pages, args.pages, self.page, self.v_dim, heads)
             k_source = _source(k_pages, layouts.k, self.page_rows)
@@ -143,6 +149,8 @@ class Attention(Sizes):
             args.output,
             args.batch,
             args.page_table,
+            args.k_pages,
+            args.v_pages,
             args.counter,
             args.sharing,
             args.half_alpha,
@@ -172,6 +180,8 @@ class Attention(Sizes):
         output: Output,
         batch: Batch,
         table: PageTable,
+        k_pages: PagedRows,
+        v_pages: PagedRows,
         counter: cute.Pointer,
         sharing: Sharing,
         half_alpha: Float32,
@@ -181,13 +191,22 @@ class Attention(Sizes):
             cpasync.prefetch_descriptor(sources.q.atom)
             cpasync.prefetch_descriptor(sources.k.atom)
             cpasync.prefetch_descriptor(sources.v.atom)
-        stages, handout = allocate(self, layouts, counter)
+        stages, handout, k_waiting, v_waiting = allocate(self, layouts, counter)
         splits = sharing.splits if cutlass.const_expr(self.tiles.split) else 1
-        producer_registers, consumer_registers = REGISTERS[self.warpgroups]
+        producer_registers, consumer_registers = self.registers
         if warp < PRODUCER_THREADS // WARP:
             cute.arch.setmaxregister_decrease(producer_registers)
-            if warp == 0:
-                produce(self, sources, stages, handout, batch, table, splits)
+            if cutlass.const_expr(self.stored != ""):
+                k_bytes, v_bytes = (
+                    Bytes(x.data.toint(), x.page_stride, x.slot_stride, x.head_stride, x.scales.toint())
+                    for x in (k_pages, v_pages)
+                )
+                produce_converted(
+                    self, sources, stages, (k_bytes, v_bytes), (k_waiting, v_waiting), batch, table, splits
+                )
+            else:
+                if warp == 0:
+                    produce(self, sources, stages, handout, batch, table, splits)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             consume(self, mmas, stages, handout, batch, table, sharing, splits, output, half_alpha)

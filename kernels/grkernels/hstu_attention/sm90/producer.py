@@ -64,7 +64,7 @@ def produce(
             _load_tile(*keys, work.begin, k_state)
             k_state.advance()
             q.pipe.producer_acquire(q_state)
-            _load(sources.q, q, (t.m, sizes.qk_dim), work.head, work.q_row, q_state)
+            load_rows(sources.q, q, (t.m, sizes.qk_dim), work.head, work.q_row, q_state)
             q_state.advance()
             for i in cutlass.range(work.begin + 1, work.end, unroll=1):
                 k.pipe.producer_acquire(k_state)
@@ -112,11 +112,11 @@ def _load_tile(
     n, width, cached = sizes.tiles.n, cute.size(stage.tiles, mode=[1]), work.cached
     column = work.ranges.column(n, i)
     if cutlass.const_expr(sizes.page == 0):
-        _load(stream, stage, (n, width), work.head, work.kv_row + column, state)
+        load_rows(stream, stage, (n, width), work.head, work.kv_row + column, state)
     else:
         begin = (cached + n - 1) // n * n  # where the stream's columns begin
         if column >= begin:
-            _load(stream, stage, (n, width), work.head, work.kv_row + column - begin, state)
+            load_rows(stream, stage, (n, width), work.head, work.kv_row + column - begin, state)
         else:
             page, rows = sizes.page, sizes.page_rows
             last = (cached - 1) // page
@@ -128,7 +128,7 @@ def _load_tile(
 
 
 @cute.jit
-def _load(
+def load_rows(
     source: Source,
     stage: Stage,
     tile: cutlass.Constexpr[tuple[int, int]],

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cutlass import BFloat16, Float16
+from cutlass import BFloat16, Float16, Float32
 
 SHARED_BYTES = 227 * 1024  # of a CTA on Hopper
 BARRIER_BYTES = 1024  # at most: barriers, then alignment
 WARPGROUP = 128  # threads
 PRODUCER_THREADS = 128  # one warp loads, a whole warpgroup gives its registers away
 REGISTERS = {1: (56, 256), 2: (24, 240), 3: (32, 160)}  # consumer warpgroups -> a producer's, a consumer's
+REGISTERS_OF_BYTES = {1: (120, 256), 2: (72, 216), 3: (56, 152)}  # the same where producers read 8-bit pages
+SQUARE = (8, 64)  # rows and columns of the part of a tile that a warp converts at once, 1 KiB in half precision
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Sizes:
     v_dim: int
     tiles: Tiles
     page: int = 0  # tokens of a page, 0 if no keys are in pages
+    stored: str = ""  # int8 or fp8: pages are in 8 bits
 
     def __post_init__(self) -> None:
         t = self.tiles
@@ -47,10 +50,27 @@ class Sizes:
             raise ValueError(f"n={t.n}: tiles must be whole pages of {self.page} tokens, or whole parts of one")
         values = t.m * self.qk_dim + t.stages * t.n * (self.qk_dim + self.v_dim)
         shared = values * self.dtype.width // 8 + BARRIER_BYTES
+        if self.stored:
+            self._check_squares()
+            shared += t.n * (self.qk_dim + self.v_dim + 4 * Float32.width // 8)  # of each row the scales of two tiles
         if shared > SHARED_BYTES:
             raise ValueError(
                 f"m={t.m} n={t.n} stages={t.stages} need {shared} bytes of shared memory; there are {SHARED_BYTES}"
             )
+
+    def _check_squares(self) -> None:
+        """Raise ValueError unless the four producer warps convert equally many squares of each tile."""
+        t, (rows, columns) = self.tiles, SQUARE
+        for dim in (self.qk_dim, self.v_dim):
+            if dim % columns or t.n % rows or t.n // rows * (dim // columns) % 4:
+                raise ValueError(f"n={t.n}: tiles of {t.n} x {dim} bytes are not whole squares for each of 4 warps")
+        if t.dynamic:
+            raise ValueError("dynamic=1: with 8-bit pages every producer warp follows the items, of fixed shares only")
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread of the producer and of a consumer."""
+        return (REGISTERS_OF_BYTES if self.stored else REGISTERS)[self.warpgroups]
 
     @property
     def warpgroups(self) -> int:
