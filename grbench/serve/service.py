@@ -16,6 +16,7 @@ import numpy as np
 from grbench import __version__, workloads
 from grbench.config.schema import RunSpec
 from grbench.deployment import Deployment
+from grbench.execution.heap import settle
 from grbench.execution.retrieval import build_retrieval
 from grbench.serve.controller import Answer, Begun, Controller, watch_times
 from grbench.serve.errors import RefusedError, wrong
@@ -99,7 +100,9 @@ class Service:
         """Bring the first deployment up. Raises what each strategy of it raised, if none serves."""
         async with self._reloading:
             if self._controller is None:  # else a reload came first
-                self._controller, self._spec, self._bounds = await self._bring_up(self.deployment)
+                brought_up = await self._bring_up(self.deployment)
+                settle()
+                self._controller, self._spec, self._bounds = brought_up
 
     async def reload(self) -> str:
         """Read the deployment again and replace the strategies; the old ones answer until then. Returns a line.
@@ -126,6 +129,7 @@ class Service:
             self.log.info("reloaded", strategies=[s.name for s in new.strategies])
             if old is not None:
                 await self._end(old, self.config.drain_s)
+                settle()
             return f"serving {', '.join(s.name for s in new.strategies if s.state is State.READY)}"
 
     async def close(self, limit_s: float) -> None:
