@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import compositions
 from helpers.checkout import ROOT
 from helpers.command import Grbench, run_forked, run_here, run_in
 from helpers.forks import fork_workers
@@ -82,10 +83,24 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _took[report.nodeid] += report.duration
 
 
+def _worker(config: pytest.Config) -> str:
+    """Return the name of this process among those that run tests; "" for the one that hands them to workers."""
+    if hasattr(config, "workerinput"):
+        return str(config.workerinput["workerid"])
+    return "" if getattr(config.option, "numprocesses", None) else "alone"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if _worker(session.config):
+        compositions.load()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Keep how long tests took. A worker of pytest-xdist leaves it to the process that started it."""
+    """Keep what Hydra composed, and how long tests took. The process that starts workers knows how long theirs took."""
+    if worker := _worker(session.config):
+        compositions.save(worker)
     cache = getattr(session.config, "cache", None)
-    if cache and not hasattr(session.config, "workerinput"):
+    if cache and worker in ("", "alone"):
         cache.set(SECONDS, {**cache.get(SECONDS, {}), **_took})
 
 

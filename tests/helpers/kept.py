@@ -38,7 +38,7 @@ def folder_of(name: str, fill: Callable[[Path], object], sources: Sequence[str],
 
     parts: what else the content depends on, as text.
     """
-    folder = KEPT / f"{name}-{_digest(sources, *parts)}"
+    folder = KEPT / f"{name}-{digest_of(sources, *parts)}"
     if not folder.is_dir():
         made = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
         made.mkdir(parents=True)
@@ -66,7 +66,8 @@ def output_of(name: str, program: str, sources: Sequence[str] = SOURCES, **env: 
     return folder_of(name, fill, sources, program, *sorted(env.items()))
 
 
-def _digest(patterns: Sequence[str], *parts: object) -> str:
+def digest_of(patterns: Sequence[str], *parts: object) -> str:
+    """Return a digest of the files of the checkout that match the patterns, of the parts and of the packages."""
     installed = sorted(path.name for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info"))
     digest = hashlib.sha256(repr((parts, platform.python_version(), installed)).encode())
     for source in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):

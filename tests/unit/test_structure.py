@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 import pytest
 from helpers import kept
@@ -68,18 +69,21 @@ def cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
     return sorted(sorted(group) for group in groups if len(group) > 1)
 
 
-GRAPH = imports(modules())
+@cache
+def graph() -> dict[str, set[str]]:
+    """The imports of all modules. Parsing them takes two seconds, which no other worker needs to spend."""
+    return imports(modules())
 
 
 def test_no_import_cycles() -> None:
-    assert len(GRAPH) > 100
-    assert not cycles(GRAPH)
+    assert len(graph()) > 100
+    assert not cycles(graph())
 
 
 def test_packages_import_downwards_only() -> None:
     upward = [
         f"{name} imports {target}"
-        for name, targets in GRAPH.items()
+        for name, targets in graph().items()
         for target in targets
         if LAYERS.index(target.partition(".")[0]) > LAYERS.index(name.partition(".")[0])
     ]
@@ -89,7 +93,7 @@ def test_packages_import_downwards_only() -> None:
 @pytest.mark.parametrize("module", ["grbench.config", "grengines.registry", "grkernels.registry"])
 def test_composing_stays_light(module: str) -> None:
     """Composing and --help import no framework and no engine."""
-    every = [name for name in GRAPH if name == module or name.startswith(f"{module}.")]
+    every = [name for name in graph() if name == module or name.startswith(f"{module}.")]
     code = f"import sys, json, {', '.join(every)}; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = json.loads(done.stdout)
@@ -108,7 +112,7 @@ def test_tests_share_helpers_only() -> None:
 
 def test_importing_a_module_changes_no_environment_variable() -> None:
     """PyTorch's compiler and scikit-learn set variables when they are imported; so does vLLM, which is undone."""
-    every = [name for name in GRAPH if not name.endswith("__main__")]
+    every = [name for name in graph() if not name.endswith("__main__")]
     code = f"""
 import importlib, os, sklearn, torch._inductor.compile_fx
 before = dict(os.environ)
