@@ -32,6 +32,7 @@ from grbench.execution.results import load as load_results
 from grbench.report.results import results_sections
 from grbench.tools.sizing import flops
 from grbench.workloads.config import CsvConfig, Ml100kConfig, SyntheticConfig
+from grengines.api import Request
 from grengines.cache import policies
 from grengines.cache.pool import PagePool
 from grengines.cache.states import UserStates
@@ -137,6 +138,13 @@ def test_a_simulation_is_the_naive_one(
     assert done.flops == pytest.approx(naive.flops)
 
 
+@cache
+def traced(workload: str) -> tuple[Columns, list[Request]]:
+    """A workload as the simulator and as the engine read it."""
+    config = WORKLOADS[workload]
+    return load(config, 3), workloads.build(config, 3, 80.0).requests
+
+
 @pytest.mark.parametrize("share", [0.1, 0.4])
 @pytest.mark.parametrize("context", [0, 2])
 @pytest.mark.parametrize("workload", ["zipf", "revisits", "short"])
@@ -144,7 +152,7 @@ def test_a_simulation_is_the_naive_one(
 def test_the_engine_s_index_counts_the_same(name: str, workload: str, context: int, share: float) -> None:
     config = WORKLOADS[workload]
     model = HSTUConfig(layers=1, heads=1, qk_dim=16, v_dim=16, contextual_seq_len=context)
-    trace, costs = load(config, 3), Costs.of(model, 16, config.num_candidates, config.max_history)
+    (trace, requests), costs = traced(workload), Costs.of(model, 16, config.num_candidates, config.max_history)
     capacity = max(int(share * sum(costs.pages[n] for n in trace.last_lengths())), costs.pages[trace.lengths.max()])
     simulated = Simulation(trace, costs, policies.make(name), capacity).run()
 
@@ -157,7 +165,7 @@ def test_the_engine_s_index_counts_the_same(name: str, workload: str, context: i
         contextual_seq_len=context,
         cost=lambda tokens: costs.saved[tokens - context],
     )
-    for request in workloads.build(config, 3, 80.0).requests:
+    for request in requests:
         [plan] = index.lookup([request], request.arrival_s)
         index.extend(plan)
         index.commit(plan)
