@@ -30,10 +30,11 @@ def save(worker: str) -> None:
     for key, value in composition._kept.items():
         with contextlib.suppress(AttributeError, TypeError, pickle.PicklingError):  # it names this process's loader
             found.append((pickle.dumps(key), value))
-    folder.mkdir(parents=True, exist_ok=True)
-    made = folder / f"{worker}.{os.getpid()}"
-    made.write_bytes(pickle.dumps(found))
-    made.rename(folder / f"{worker}.pickle")
+    with contextlib.suppress(OSError):  # the checkout may be for reading only
+        folder.mkdir(parents=True, exist_ok=True)
+        made = folder / f"{worker}.{os.getpid()}"
+        made.write_bytes(pickle.dumps(found))
+        made.rename(folder / f"{worker}.pickle")
     for old in kept.KEPT.glob("compositions-*"):
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
