@@ -1,4 +1,4 @@
-"""What Hydra composed, kept for the next run: 0.2 s for each of hundreds of choices of groups."""
+"""Configurations that Hydra composed, kept for the next run: 0.2 s for each of hundreds of choices of groups."""
 
 from __future__ import annotations
 
