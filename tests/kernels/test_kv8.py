@@ -325,14 +325,23 @@ def test_attention_on_a_gpu(kind: str, dtype: torch.dtype, sizes: tuple[int, int
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [(128, 128), (256, 256), (64, 128), (192, 64)], ids=str)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("int8", (128, 128)),
+        ("int8", (256, 256)),
+        ("fp8", (256, 256)),
+        ("fp8", (64, 128)),
+        ("int8", (192, 64)),
+    ],
+)
 def test_the_loader_of_hopper(kind: str, sizes: tuple[int, int]) -> None:
-    """CuTe's kernel by its function, whether or not `supports` offers it: all tiles that the tuner may pick, too."""
+    """CuTe's kernel by its function, whether or not `supports` offers it; once with every candidate of the tuner."""
     cutlass = pytest.importorskip("grkernels.hstu_attention.cutlass")
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs an NVIDIA GPU of compute capability 9.0")
-    for i, case in enumerate(ON_GPU):
+    for i, case in enumerate(ON_GPU[:5]):
         case.qk_dim, case.v_dim, case.stored = *sizes, kind
         built = case.build(torch.bfloat16, seed=i, device="cuda")
         check(cutlass.hstu_attention, built)
@@ -340,7 +349,8 @@ def test_the_loader_of_hopper(kind: str, sizes: tuple[int, int]) -> None:
         for wrong in ("zeros", "scales of other tokens", "values without scales"):
             with pytest.raises(AssertionError, match="rounding"):
                 check(lambda wrong=wrong, **o: cutlass.hstu_attention(**o | WRONG[wrong](o)), built)
-    for config in [config for config in cutlass.CANDIDATES if not config["dynamic"]]:
+    candidates = [config for config in cutlass.CANDIDATES if not config["dynamic"]]
+    for config in candidates if (kind, sizes) == ("int8", (256, 256)) else []:
         with tuning.forced("hstu_attention", "cutlass", config):
             try:
                 check(cutlass.hstu_attention, built)

@@ -2,6 +2,7 @@
 
 kernel.py: arguments, TMA descriptors, roles of the warps. Its class `Attention` describes the whole.
 sizes.py: what the kernel is compiled for. schedule.py: work items. visible.py: the mask and the tiles that it leaves.
-pipes.py: shared memory. producer.py: loads. consumer.py, mainloop.py, epilogue.py: products, SiLU, stores.
+pipes.py: shared memory. producer.py: loads. eight_bits.py: loads of 8-bit
+pages. consumer.py, mainloop.py, epilogue.py: products, SiLU, stores.
 registers.py: values in registers.
 """
