@@ -245,13 +245,16 @@ from grkernels.hstu_attention.triton_extras import attention_kernel
 kernel = attention_kernel.kernel
 indices = ("q_offsets", "kv_offsets", "num_targets", "num_contextuals", "paged_lengths", "row_times", "column_times")
 sizes = dict(TARGETS=True, QK=64, V=64, QK_BLOCK=64, V_BLOCK=64, M=32, N=32, POSITION_BIAS=True)
-for more in (dict(CONTEXTUALS=True, GROUP=2, PAGE=0, TIME_BIAS=True), dict(CONTEXTUALS=False, GROUP=1, PAGE=16,
-             TIME_BIAS=False, contextual=1, window=1, full=1)):
+paged = dict(CONTEXTUALS=False, GROUP=1, PAGE=16, TIME_BIAS=False, contextual=1, window=1, full=1)
+for more in (dict(CONTEXTUALS=True, GROUP=2, PAGE=0, TIME_BIAS=True, STORED=0), paged | dict(STORED=0),
+             paged | dict(STORED=1)):
     constants = {name: value for name, value in (sizes | more).items()}
     kinds = {name: "*i64" if name in indices else "*bf16" for name in kernel.arg_names}
     kinds |= dict.fromkeys(("heads", "contextual", "window", "full", "biases", "buckets", "total_rows"), "i32")
     kinds |= {name: "i64" for name in kernel.arg_names if name.endswith("stride")}
-    kinds |= dict(page_table="*i32", alpha="fp32", scale="fp32") | dict.fromkeys(constants, "constexpr")
+    kinds |= dict(page_table="*i32", alpha="fp32", scale="fp32", k_scales="*fp32", v_scales="*fp32")
+    kinds |= dict.fromkeys(("k_pages", "v_pages"), "*i8" if more["STORED"] else "*bf16")
+    kinds |= dict.fromkeys(constants, "constexpr")
     made = triton.compile(ASTSource(kernel, kinds, constants), target=GPUTarget("cuda", 90, 32))
     print(len(made.asm["ptx"]) > 1000)
 """
@@ -260,7 +263,7 @@ for more in (dict(CONTEXTUALS=True, GROUP=2, PAGE=0, TIME_BIAS=True), dict(CONTE
 def test_the_kernel_compiles_for_hopper() -> None:
     """The interpreter takes Python that the compiler refuses; integers of 1 become constants there."""
     folder = kept.output_of("attention_extras", COMPILE_FOR_HOPPER, TRITON_INTERPRET="0")
-    assert (folder / kept.OUTPUT).read_text().split() == ["True", "True"]
+    assert (folder / kept.OUTPUT).read_text().split() == ["True"] * 3
 
 
 @pytest.mark.gpu
