@@ -179,12 +179,12 @@ class Tradeoff:
             low, high = sorted((sign * change.low, sign * change.high))
             speed = f" and {self._gains(point)}" if self.comparable(point) else ""
             parts.append(
-                f"{self.text(point)} {verb} {sign * change.value:.3f} [{low:.3f}, {high:.3f}] of {text}{speed}"
+                f"{self.text(point)} {verb} {sign * change.value:.4f} [{low:.4f}, {high:.4f}] of {text}{speed}"
             )
         if even:
             most = max(0.0, *(-self.change(point, name).low for point in even))
             names = _and([self.text(point) for point in even])
-            parts.append(f"{names} {'lose' if len(even) > 1 else 'loses'} no {text} for certain (at most {most:.3f})")
+            parts.append(f"{names} {'lose' if len(even) > 1 else 'loses'} no {text} for certain (at most {most:.4f})")
         if timed := [point for point in even if self.comparable(point)]:
             fastest = max(timed, key=lambda point: point.speed[0])
             which = f"the fastest of them, {self.text(fastest)}," if len(even) > 1 else "it"
@@ -265,7 +265,8 @@ def tradeoffs(rows: Sequence[Row]) -> list[Tradeoff]:
     for point in _points(rows):
         stars.setdefault(_key(point.row.record, axes=False), []).append(point)
     found = []
-    for points in stars.values():
+    for star in stars.values():
+        points = sorted(star, key=lambda point: point.row.record.started_at)  # of equal ones the first is the base
         base = max(points, key=lambda point: sum(_axis(point, other) is not None for other in points))
         for axis in AXES:
             if others := [point for point in points if _axis(base, point) is axis]:
