@@ -98,8 +98,9 @@ def origin(cells: Sequence[Cell]) -> str:
 
 def _summary(records: Sequence[RunRecord]) -> str:
     days = sorted({record.started_at[:10] for record in records})
-    ok = sum(record.ok for record in records)
-    return f"{len(records)} cells, {ok} OK, measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
+    count, ok = len(records), sum(record.ok for record in records)
+    cells = "1 cell" if count == 1 else f"{count} cells"
+    return f"{cells}, {ok} OK, measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
 
 
 def _group_blocks(number: int, group: Group, figures: bool) -> list[Block]:
