@@ -87,19 +87,24 @@ def built(overrides: list[str]) -> tuple[RunSpec, Any, Any]:
     return spec, engine, gate_for(spec, trace, None, engine.actual())
 
 
+def small_tiers(overrides: list[str], kind: str) -> tuple[int, list[str]]:
+    """Return the bytes of a page of 16 tokens, and options for 40 of them on the device and 2000 on the host."""
+    model = compose_spec(overrides)[0].model
+    sizes = {"heads": model.heads, "qk_dim": model.qk_dim, "v_dim": model.v_dim, "layers": model.layers}
+    page = page_bytes(page=16, dtype=pages.EIGHT_BITS[kind], **sizes)
+    tiers = ["cache.page=16", f"cache.memory_gb={40 * page / 1e9}", f"cache.host_gb={2000 * page / 1e9}"]
+    return page, [*tiers, "cache.onload_share=1", "cache.host_admit_visit=1"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_cell_passes_its_gate_from_either_tier(
     cell: Callable[[list[str]], Outcome], kind: str, precision: str
 ) -> None:
     """The host serves most visits, and the record says what ran."""
-    overrides = [*ON_CPU, f"engine.precision={precision}", f"cache.precision={kind}", "cache.page=16"]
-    spec = compose_spec(overrides)[0]
-    model = spec.model
-    sizes = {"heads": model.heads, "qk_dim": model.qk_dim, "v_dim": model.v_dim, "layers": model.layers}
-    page = page_bytes(page=16, dtype=pages.EIGHT_BITS[kind], **sizes)
-    memory = [f"cache.memory_gb={40 * page / 1e9}", f"cache.host_gb={2000 * page / 1e9}", "cache.onload_share=1"]
-    outcome = cell([*overrides, *memory, "cache.host_admit_visit=1"])
+    overrides = [*ON_CPU, f"engine.precision={precision}", f"cache.precision={kind}"]
+    page, tiers = small_tiers(overrides, kind)
+    outcome = cell([*overrides, *tiers])
     gate, actual = outcome.gate, outcome.actual
     assert (
         0 < max(gate["error"], gate["error_again"], gate["error_from_host"], gate["error_after"]) <= gate["tolerance"]
@@ -259,8 +264,8 @@ def test_on_a_gpu(cell: Callable[[list[str]], Outcome], kind: str, kernel: str, 
     if kernel == "torch" and graphs == "true":
         pytest.skip("eager writes of pages wait for the device")
     words = [*BASE, f"kernel={kernel}", f"cache.precision={kind}", f"engine.cuda_graphs={graphs}"]
-    words += ["cache.memory_gb=0.003", "cache.host_gb=0.05", "cache.host_admit_visit=1", "cache.onload_share=1"]
-    outcome = cell([*words, "model.qk_dim=64", "model.v_dim=64"])
+    words += ["model.qk_dim=64", "model.v_dim=64"]
+    outcome = cell([*words, *small_tiers(words, kind)[1]])
     gate, actual = outcome.gate, outcome.actual
     assert max(gate["error"], gate["error_again"], gate["error_from_host"], gate["error_after"]) <= gate["tolerance"]
     assert gate["measured"]["passed"] and actual["cache_precision"] == kind
