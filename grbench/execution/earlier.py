@@ -14,9 +14,13 @@ CONFIGURING = ("hydra-core", "mlflow")  # packages that read options and log res
 
 
 class EarlierRecords:
-    """Records by measurement. Of each, the latest one that was made by this code on such a machine counts."""
+    """Records by measurement. Of each, the latest one that was made by this code on such a machine counts.
 
-    def __init__(self) -> None:
+    cores: that a cell has here; None: all of this process.
+    """
+
+    def __init__(self, cores: int | None = None) -> None:
+        self._cores = {} if cores is None else {"cpu_cores": cores}
         self._kept: dict[str, list[tuple[Path, RunRecord]]] = {}
 
     def read(self, root: Path, failed: bool) -> None:
@@ -36,7 +40,7 @@ class EarlierRecords:
         """
         why = ""
         for folder, record in reversed(self._kept.get(spec.hash, [])):
-            here = describe_environment(spec.packages)
+            here = describe_environment(spec.packages) | self._cores
             difference = environment_difference(record.environment, here)
             if not difference:
                 return (folder, record), ""

@@ -39,7 +39,13 @@ def visible_gpus() -> list[str]:
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is None:
         return [str(i) for i in range(len(describe_gpus()))]
-    return [name.strip() for name in allowed.split(",") if name.strip()] if describe_gpus() else []
+    there = len(describe_gpus())
+    found: list[str] = []
+    for name in (part.strip() for part in allowed.split(",")):
+        if not (name.startswith(("GPU-", "MIG-")) or (name.isdecimal() and int(name) < there)):
+            break  # CUDA stops at the first that is not there, too
+        found.append(name)
+    return list(dict.fromkeys(found)) if there else []
 
 
 def _memory_mib(nvml: Any, handle: Any) -> int | None:

@@ -1,6 +1,6 @@
 """Pauses of Python's garbage collector, kept out of latencies.
 
-A full collection looks at every object that is alive. In a process that has imported PyTorch it takes 70 to 250 ms, in
+A full collection looks at every object that is alive. In a process that has imported PyTorch it takes 130 to 250 ms, in
 which no request is answered, and it comes once in some thousand requests. What lives before the first request will
 live after the last one: looking at it again finds nothing.
 """

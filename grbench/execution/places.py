@@ -22,7 +22,7 @@ from pathlib import Path
 from grbench.config.schema import ConfigError, RunnerConfig, RunSpec, spec_to_json
 from grbench.execution import records
 from grbench.execution.gpu import visible_gpus
-from grbench.execution.records import RECORD_FILE, RunRecord, Status
+from grbench.execution.records import RECORD_FILE, Outcome, RunRecord, Status
 from grbench.execution.runner import lost
 from grbench.execution.workers import Event
 
@@ -101,6 +101,7 @@ class Places:
         self._free = list(parts)
         self._busy: list[_Place] = []
         self._idle: dict[Share, _Place] = {}
+        self._stopping = False
 
     def give(self, cells: Sequence[Cell]) -> None:
         """Start cells, one after another, on a free place. Waits for one, and passes on what the others report."""
@@ -121,6 +122,7 @@ class Places:
 
     def interrupt(self, number: int) -> None:
         """Send a signal to every cell that runs, and take their records. Places that do not end in time are killed."""
+        self._stopping = True
         for place in self._busy:
             while len(place.cells) > 1:
                 place.cells.pop()
@@ -131,6 +133,11 @@ class Places:
         for place in self._busy:
             place.signal(signal.SIGKILL)
         self.wait()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a cell runs."""
+        return bool(self._busy)
 
     def close(self) -> None:
         """End the idle places."""
@@ -145,13 +152,15 @@ class Places:
                 ready.register(place.output, selectors.EVENT_READ, place)
             for key, _ in ready.select(None if end is None else max(end - time.monotonic(), 0.0)):
                 place = key.data
-                if (ended := place.read()) is None:
+                if (ended := place.read(self._stopping)) is None:
                     continue
                 self._busy.remove(place)
                 if place.lives:
                     self._idle[place.part] = place
+                else:
+                    place.close()
                 cell = place.cells.popleft()
-                if place.cells and ended[1].status is not Status.INTERRUPTED:
+                if place.cells and not self._stopping:
                     self._start(place.part, place.cells)
                 else:
                     self._free.append(place.part)
@@ -165,6 +174,7 @@ class _Place:
         self.part, self.lives = part, True
         self.cells: deque[Cell] = deque()  # the first is measured
         self._pending = b""
+        self._runs = False  # it has said something: its handlers are there
         self._process = subprocess.Popen(
             [sys.executable, "-m", "grbench.execution.place", ",".join(map(str, part.cores))],
             stdin=subprocess.PIPE,
@@ -192,14 +202,20 @@ class _Place:
             self._input.write(json.dumps(arguments).encode() + b"\n")
             self._input.flush()
 
-    def read(self) -> tuple[Path, RunRecord] | None:
-        """Pass on what has come. Returns the folder and the record of a cell that has ended, however it did."""
+    def read(self, stopping: bool) -> tuple[Path, RunRecord] | None:
+        """Pass on what has come. Returns the folder and the record of a cell that has ended, however it did.
+
+        stopping: the command ends, and has sent the place a signal.
+        """
         cell = self.cells[0]
         chunk = os.read(self.output.fileno(), 65536)
         if not chunk:
             self.lives = False
             self._process.wait()
-            return lost(cell.spec, cell.folder, cell.sweep_id, cell.overrides, self._how())
+            stopped = Outcome(Status.INTERRUPTED, "a signal ended the command before the cell ran")
+            outcome = stopped if stopping else Outcome(Status.KILLED, f"{self._how()}; run it again")
+            return lost(cell.spec, cell.folder, cell.sweep_id, cell.overrides, outcome)
+        self._runs = True
         *lines, self._pending = (self._pending + chunk).split(b"\n")
         for line in lines:
             event = json.loads(line)
@@ -216,12 +232,14 @@ class _Place:
         return f"the process that measured it {where} ended {ended}"
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send it a signal: while it starts, one that ends it without a word."""
+        number = number if self._runs else signal.SIGKILL
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
 
     def close(self) -> None:
-        """End it."""
-        self._input.close()
+        """End it, if it lives."""
+        with contextlib.suppress(BrokenPipeError):
+            self._input.close()
         self._process.wait()
         self.output.close()

@@ -81,9 +81,10 @@ def run_cell(
         return record, folder
 
 
-def lost(spec: RunSpec, folder: Path, sweep_id: str | None, overrides: list[str], why: str) -> tuple[Path, RunRecord]:
-    """Keep the record of a cell that ended with the process that measured it. Returns its folder and the record."""
-    outcome = Outcome(Status.KILLED, f"{why}; run it again")
+def lost(
+    spec: RunSpec, folder: Path, sweep_id: str | None, overrides: list[str], outcome: Outcome
+) -> tuple[Path, RunRecord]:
+    """Keep the record of a cell whose process ended without one. Returns its folder and the record."""
     with folders.unused(folder) as folder, held():
         environment, notes = _environment(spec, outcome, None)
         record = RunRecord(

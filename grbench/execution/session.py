@@ -51,10 +51,12 @@ class CellSession:
             facts = {"overrides": " ".join(invocation.words), "cells": str(self._total)}
             self._tracker.start_sweep(self._sweep_id, facts)
         self._kept = KeptWorker() if run.runner.keep_engine else None
-        self._places = Places(shares(run.runner.parallel)) if run.runner.parallel != "1" else None
+        parts = shares(run.runner.parallel) if run.runner.parallel != "1" else []
+        self._places = Places(parts) if parts else None
+        self._later: list[tuple[Path, RunRecord]] = []  # to draw and to track once no cell runs
         self._next: list[Cell] = []  # cells of one engine, for the next free place
         self._begun = 0  # cells, earlier records included
-        self._earlier = EarlierRecords()
+        self._earlier = EarlierRecords(len(parts[0].cores) if parts else None)
         if self._sweep_id and not run.rerun:
             self._earlier.read(self._root, failed=not run.rerun_failed)
 
@@ -75,6 +77,7 @@ class CellSession:
             self._flush(self._places)
             with self._interrupting(self._places):
                 self._places.wait()
+            self._publish_later()
 
     def has(self, spec: RunSpec) -> bool:
         """Return True if an earlier record of this cell would be kept."""
@@ -155,9 +158,16 @@ class CellSession:
                 places.give(cells)
 
     def _ended(self, title: str, folder: Path, record: RunRecord) -> None:
-        """Take the record of a cell that ran beside others."""
+        """Take the record of a cell that ran beside others, whose cores nothing else may use now."""
         self._say(f"{title}: {record.status}{f', {record.error}' if record.error else ''}")
-        self._finish(folder, record)
+        self._list(folder, record)
+        self._later.append((folder, record))
+
+    def _publish_later(self) -> None:
+        """Draw and track the cells that ran beside each other."""
+        later, self._later = self._later, []
+        for folder, record in later:
+            self._publish(folder, record)
 
     @contextlib.contextmanager
     def _interrupting(self, places: Places) -> Iterator[None]:
@@ -169,6 +179,11 @@ class CellSession:
             raise
 
     def _finish(self, folder: Path, record: RunRecord, kept: bool = False) -> None:
+        self._list(folder, record)
+        self._publish(folder, record, kept)
+
+    def _list(self, folder: Path, record: RunRecord) -> None:
+        """Take a record into the lists of the invocation and of the sweep."""
         if self._sweep_id:
             self._earlier.add(folder, record)  # a sweep may ask for the same cell twice
         if all(folder != known for known, _ in self._cells):
@@ -176,6 +191,9 @@ class CellSession:
             if self._invocation.sweep:
                 with contextlib.suppress(OSError):  # the disk may be full; the records themselves are kept
                     records.list_cells(self._invocation.sweep, [folder for folder, _ in self._cells])
+
+    def _publish(self, folder: Path, record: RunRecord, kept: bool = False) -> None:
+        """Draw and track a cell that has ended."""
         if record.status is Status.INTERRUPTED:
             return
         if record.ok and not kept:
@@ -205,7 +223,10 @@ class CellSession:
         if self._kept is not None:
             self._kept.close()
         if self._places is not None:
+            if self._places.busy:  # a signal came between two cells
+                self._places.interrupt(signal.SIGINT)
             self._places.close()
+            self._publish_later()
         if self._sweep_id:
             self._tracker.end_sweep(self._cells, cut_short, answer, files)
 

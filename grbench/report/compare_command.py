@@ -32,11 +32,11 @@ def parser() -> Arguments:
     """Return the parser of the command's flags."""
     about = (
         "Compare two measurements cell by cell: faster, slower, no difference or undecided, with the interval of the\n"
-        "change. No difference: the interval lies inside --margin. Undecided: it does not, and has no change in it.\n"
+        "change. No difference: the interval lies inside --margin. Undecided: none of these is certain.\n"
         "A side is a record, a folder with records, or REVISION:FOLDER of a git repository. Of several BASEs, those\n"
         "of the machine of NEW count.\n"
         "Exit codes: 0 no cell is slower, 1 a cell is slower, 2 nothing to compare, 3 no cell is slower, but one is\n"
-        "undecided or its change has no interval: more runs (runner.repeats) narrow an interval."
+        "undecided, 4 a change has no interval: more runs (runner.repeats) make or narrow one."
     )
     examples = [
         "compare outputs/before outputs/after",
@@ -65,7 +65,7 @@ def parser() -> Arguments:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command. Returns 1 if a cell is slower, else 3 if one is undecided or has no interval, else 0.
+    """Run the command. Returns 1 if a cell is slower, 4 if a change has no interval, 3 if one is undecided, else 0.
 
     Raises CommandError if there is nothing to compare.
     """
@@ -97,7 +97,8 @@ def main(words: Sequence[str]) -> int:
     else:
         _print(list(lines(comparison)), comparison.differing, comparison.notes)
         print("; ".join(f"{n} {verdict}" for verdict, n in counts.items() if n) or "no metric in common")
-    return 1 if counts[Verdict.SLOWER] else 3 if counts[Verdict.UNDECIDED] or counts[Verdict.UNKNOWN] else 0
+    codes = {Verdict.SLOWER: 1, Verdict.UNKNOWN: 4, Verdict.UNDECIDED: 3}
+    return next((code for verdict, code in codes.items() if counts[verdict]), 0)
 
 
 def _print(rows: Sequence[Sequence[str]], differing: dict[str, tuple[str, str]], notes: Sequence[str]) -> None:

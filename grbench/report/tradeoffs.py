@@ -118,7 +118,7 @@ class Point:
         """True if the speed may be compared: no other process was at work, and the run was not too short."""
         record = self.row.record
         long = record.metrics.get("duration_s", SHORTEST_S) >= SHORTEST_S
-        return long and not any(DISTURBED in note for note in record.notes)
+        return long and not record.environment.get("beside") and not any(DISTURBED in note for note in record.notes)
 
 
 @dataclass(frozen=True)

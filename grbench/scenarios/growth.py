@@ -62,6 +62,8 @@ class Growth:
         answers = [int(part.sum()) for part in np.array_split(np.diff(self._answered), PARTS)]
         if min(answers) < STEADY * max(answers):
             return
+        if arrived == self._arrived:  # all had come by the first reading, or none came since
+            return
         arrivals = (arrived - self._arrived) / took_s
         if self._may_keep_up(arrivals, at_s + (self._requests - arrived) / arrivals):
             return

@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from helpers.command import Grbench
 
+from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
-from grbench.execution import places, records
+from grbench.execution import gpu, places, records
 from grbench.execution.records import RunRecord, Status
 
 QUICK = [
@@ -104,6 +106,27 @@ def test_cells_of_one_engine_have_one_place_if_it_is_kept(grbench: Grbench, tmp_
     assert len(places_of) == 2, "each engine was built on one place"
     assert len({core for _, core in places_of}) == 2
     assert sum("was not built again" in note for r in cells for note in r.notes) == 2
+    again = grbench("-m", *QUICK, *sweep, "runner.parallel=2", "runner.keep_engine=true")
+    assert again.stderr.count(", kept (rerun=true measures it again)") == 4, again.stderr
+    assert len(list(records.find(tmp_path))) == 4
+
+
+def test_a_signal_while_a_place_starts_interrupts_its_cell(tmp_path: Path) -> None:
+    """A place that has said nothing yet has no handlers, and leaves no record of its own."""
+    ended: list[RunRecord] = []
+    spec, run = compose_spec(QUICK)
+    here = places.Places([places.Share(tuple(os.sched_getaffinity(0)))])
+    options: dict[str, Any] = {"on_event": lambda event: None, "on_end": lambda folder, record: ended.append(record)}
+    cell = places.Cell(spec, run.runner, tmp_path / "0", None, [], None, **options)
+    here.give([cell, cell])
+    assert here.busy
+    here.interrupt(signal.SIGINT)
+    assert not here.busy
+    here.close()
+    assert [record.status for record in ended] == [Status.INTERRUPTED]
+    assert ended[0].error == "a signal ended the command before the cell ran"
+    [(folder, record)] = records.find(tmp_path)
+    assert (folder, record.status) == (tmp_path / "0", Status.INTERRUPTED)
 
 
 def test_places_share_no_core_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +140,19 @@ def test_places_share_no_core_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert places.shares("1") == [places.Share((0, 1, 2, 3, 4, 5, 6, 7), "2")]
     with pytest.raises(ConfigError, match="has 2 GPUs, and cells never share one; allowed is at most 2"):
         places.shares("3")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "found"),
+    [(None, ["0", "1"]), ("1", ["1"]), ("1,0", ["1", "0"]), ("0,0", ["0"]), ("-1", []), ("", []), ("0,-1,1", ["0"]),
+     ("0,7", ["0"]), ("GPU-8a, 1", ["GPU-8a", "1"])],
+)  # fmt: skip
+def test_gpus_are_those_that_cuda_sees(monkeypatch: pytest.MonkeyPatch, allowed: str | None, found: list[str]) -> None:
+    monkeypatch.setattr(gpu, "describe_gpus", lambda: [{"name": "one"}, {"name": "two"}])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    assert gpu.visible_gpus() == found
 
 
 def test_the_threads_of_a_core_stand_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ def test_the_baseline_of_this_machine_judges(tmp_path: Path, grbench_here: Grben
     assert done.returncode == expected, done.stdout
     assert make(tmp_path, done.returncode)[0] == (2 if expected else 0)  # make exits with 2 for any failure
     assert make(tmp_path, 3)[0] == 0  # undecided
+    assert make(tmp_path, 4)[0] == 2  # a change without an interval
 
 
 def test_a_baseline_of_another_machine_alone_is_nothing_to_compare_with(tmp_path: Path, grbench_here: Grbench) -> None:

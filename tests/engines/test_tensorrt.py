@@ -50,6 +50,7 @@ def cache() -> Iterator[None]:
 
 
 SOURCES = ("kernels/**/*.py", "engines/**/*.py", "tests/helpers/plans.py", "tests/helpers/hstu_oracle.py")
+SOURCES += ("tests/engines/test_tensorrt.py",)
 
 
 def kept_plan(precision: str, target: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import shutil
@@ -40,5 +41,6 @@ def save(worker: str) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+@functools.cache  # of the files as they were imported: one may be edited while the tests run
 def _folder() -> Path:
     return kept.KEPT / f"compositions-{kept.digest_of(SOURCES)}"

@@ -73,3 +73,9 @@ def test_a_growing_queue_within_the_limit_goes_on() -> None:
     growth = Growth(60_000, 0)
     for reading in range(200):
         growth.see(reading * PERIOD_S, 10 * reading, 9 * reading)
+
+
+def test_a_queue_without_an_arrival_since_the_first_reading_is_not_judged() -> None:
+    growth = Growth(limit_ms=80.0, requests=2000)
+    for i in range(400):  # all had arrived, and the answers lag
+        growth.see(0.05 * i, 2000, 10 * i)

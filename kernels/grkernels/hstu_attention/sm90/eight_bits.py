@@ -3,7 +3,7 @@
 A tile of K or V takes this way:
 
     fetch    cp.async of 16 bytes a thread and square, and of a scale a row, one tile ahead
-    convert  the thread's own bytes, times the row's scale, rounded once, into the swizzled stage
+    convert  the thread's own bytes, times the row's scale, both rounded, into the swizzled stage
 
 A square is 8 rows of 64 columns, four vectors of 16 bytes in each row. Its stage in half precision is 1 KiB: a row has
 eight vectors of 16 bytes, at the places that their numbers XOR the row give (the 128-byte swizzle of WGMMA and TMA).
