@@ -23,8 +23,8 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
 
 torch.set_num_threads(1)  # the tensors are small
 gc.set_threshold(100_000, 50, 100)  # composing makes many objects: a fifth of its time went into looking for cycles
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes that tests start share the cores with the other worker
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Processes that tests start share the cores with the other worker. Those that fork must have no threads of OpenMP.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
