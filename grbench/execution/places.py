@@ -136,7 +136,7 @@ class Places:
 
     @property
     def busy(self) -> bool:
-        """Whether a cell runs."""
+        """True if a cell runs."""
         return bool(self._busy)
 
     def close(self) -> None:
