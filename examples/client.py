@@ -20,7 +20,7 @@ def main(url: str) -> None:
     """Rank four items for a user, then show how a user's new events are sent alone."""
     request = Request(
         request_id=0,
-        user_id=42,
+        user_id=7,
         history_items=np.array([10, 11, 12, 13]),
         history_actions=np.array([1, 1, 3, 1]),
         history_weights=np.array([0.8, 0.6, 1.0, 0.4], np.float32),
@@ -45,4 +45,5 @@ def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000")
+    url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+    main(url) if url.startswith("http") else sys.exit(__doc__)

@@ -114,6 +114,7 @@ def _page(found: list[tuple[str, Any]]) -> str:
         where = f"{evaluation.actual.get('device')}, {evaluation.actual.get('precision')}"
         parts.append(f"{name}: answered in {evaluation.seconds:.1f} s ({where})")
         parts += [f"{name}: {evaluation.statement(figure)}" for figure in names if figure in evaluation.losses]
+        parts += [f"{name}: {line}" for line in evaluation.no_better(names)]
     return "\n\n".join(parts)
 
 

@@ -7,7 +7,7 @@ of the last requests of the trace (rankings.py). Nothing is timed; `grbench` its
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,6 +61,19 @@ class Evaluation:
         verb = f"at least {loss.low:.2%} is lost" if loss.low > MAX_LOSS else f"up to {loss.high:.2%} may be lost"
         return f"{name}: {verb} against fp32, with 97.5% confidence"
 
+    def no_better(self, names: Sequence[str]) -> list[str]:
+        """Return a line for each of these figures in which a baseline is at least as good as the model."""
+        lines = []
+        for name in names:
+            sign = -1 if name.endswith("ne") else 1  # of an error the lower one is better
+            rivals = {rival: its[name].value for rival, its in self.baselines.items() if name in its}
+            if name in self.figures and rivals:
+                best = max(rivals, key=lambda rival: sign * rivals[rival])
+                own = self.figures[name].value
+                if sign * rivals[best] >= sign * own:
+                    lines.append(f"{name}: no better than {best} ({own:.3f} against {rivals[best]:.3f})")
+        return lines
+
 
 def evaluate(spec: RunSpec, users: int, report: Report = lambda line: None) -> Evaluation:
     """Evaluate one configuration. users: how many are asked about; 0: all.
@@ -96,9 +109,9 @@ def _of_lists(spec: RunSpec, users: int, report: Report) -> Evaluation:
     report(f"{len(chosen):,} users are asked about, {k} items each")
     answers, actual, seconds = ask(spec)
     exact = in_fp32(spec)
-    if exact is not None:
+    if exact is not None and not is_exact(actual):
         report("the same model in fp32")
-    losses = lists.losses(answers, ask(exact)[0]) if exact is not None else {}
+    losses = lists.losses(answers, ask(exact)[0]) if exact is not None and not is_exact(actual) else {}
     figures, notes = lists.estimates(answers), lists.notes(answers)
     return Evaluation(len(chosen), len(chosen), figures, lists.baselines(), losses, actual, seconds, notes)
 
@@ -129,7 +142,7 @@ def _of_scores(spec: RunSpec, report: Report) -> Evaluation:
     report(f"the last {len(rankings.requests):,} requests are ranked")
     scores, actual, seconds = ask(spec)
     exact = in_fp32(spec)
-    losses = rankings.losses(scores, ask(exact)[0]) if exact is not None else {}
+    losses = rankings.losses(scores, ask(exact)[0]) if exact is not None and not is_exact(actual) else {}
     users = len({r.user_id for r in rankings.requests})
     baselines = rankings.baselines()
     figures = rankings.estimates(scores)
@@ -149,6 +162,16 @@ def in_fp32(spec: RunSpec) -> RunSpec | None:
     engine = replace(pipeline, **dict.fromkeys(stages, native)) if stages else native
     exact = replace(spec, engine=engine, kernel=KernelConfig(name="torch"), cache=CacheConfig())
     return None if exact == spec else exact
+
+
+def is_exact(actual: dict[str, Any]) -> bool:
+    """Return True if what ran is the native engine in fp32 with eager kernels: it would be compared with itself."""
+    stages = [actual[stage] for stage in ("retrieve", "rank") if stage in actual] or [actual]
+    return all(
+        (stage.get("engine"), stage.get("precision")) == ("hstu", "fp32")
+        and set(stage.get("kernels", {"": ""}).values()) == {"torch"}
+        for stage in stages
+    )
 
 
 def _items(spec: RunSpec, split: LeaveOneOut) -> int:

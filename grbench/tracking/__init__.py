@@ -120,7 +120,8 @@ def import_records(root: Path, uri: str | None = None, experiment: str | None = 
     """Log every record under `root` that has no run in that store yet.
 
     experiment: None: new runs are logged to the default one, and a run in any experiment counts. Returns the numbers of
-    records that were logged, had a run already, and failed. Raises ValueError if there is none.
+    records that were logged, had a run already, and failed, those that can't be read among them. Raises ValueError if
+    there is none.
     """
     from grbench.tracking.store import Store
 
@@ -129,6 +130,7 @@ def import_records(root: Path, uri: str | None = None, experiment: str | None = 
     sweeps: dict[str, list[Cell]] = {}
     store: Store | None = None
     for line in records.unreadable([root]):
+        failed += 1
         print(f"grbench: {line}", file=sys.stderr)
     cells = [(folder, record) for folder, record in records.find(root) if record.status is not Status.INTERRUPTED]
     for folder, record in cells:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class TrainSession(RowSession):
         config: TrainConfig = job.config
         device, folder = _device(config), Path(config.out or job.folder).absolute()
         if folder != job.folder.absolute():  # the session holds that one
+            _require_writable(folder)
             self.hold(folder, "out")
         begun, started = datetime.datetime.now(datetime.UTC), time.perf_counter()
         epochs: list[dict[str, Any]] = []
@@ -125,6 +127,16 @@ class TrainSession(RowSession):
         save_items(events, folder / WEIGHTS)
         if ids is not None and ids.levels > 1:
             ids.save(folder / IDS)
+
+
+def _require_writable(folder: Path) -> None:
+    """Make a folder. Raises ConfigError if nothing can be written there: a training would be lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ConfigError(f"out={folder}: {e.strerror or e}; set out to a folder that can be written") from None
 
 
 def _device(config: TrainConfig) -> torch.device:

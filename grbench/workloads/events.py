@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from grbench.streams import printable
+from grkernels.nearest import nearest
 
 EARLIEST, LATEST = 315_532_800, 4_102_444_800  # 1980 and 2100: times outside are in another unit
 DAY = 86_400
@@ -349,7 +350,8 @@ class _Table:
     def _column(self, name: str) -> Any:
         """Return a column as strings; what is missing in a parquet file is empty."""
         if name not in self._table.column_names:
-            raise DataError(f"{self.path}: row 1 has no column {name!r}; it has {', '.join(self.names)}; rename one")
+            names = f"{nearest(name, self.names)}it has {', '.join(self.names)}"
+            raise DataError(f"{self.path}: row 1 has no column {name!r}; {names}; rename one")
         column = self._table[name]
         if pa.types.is_string(column.type):
             return pc.fill_null(column, "")

@@ -108,6 +108,10 @@ def test_a_ranker_learns_what_the_workload_labels_by_default(grbench_here: Grben
             ["task=generate", "retrieval.levels=1", "training.item_vectors=walks.txt"],
             "training.item_vectors: it is for",
         ),
+        (
+            ["task=generate", *WORKLOAD, *MODEL, "out=/proc/model"],
+            "out=/proc/model: No such file or directory; set out to a folder that can be written",
+        ),
         (["training.dropout=1"], "training.dropout=1.0: allowed is float >= 0 and <= 0.95"),
         (
             [*WORKLOAD, "workload.num_candidates=6", "held_out=8", "model.tasks=[liked]"],

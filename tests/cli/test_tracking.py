@@ -288,6 +288,9 @@ def test_a_root_that_moved_is_known_and_takes_its_artifacts_along(tmp_path: Path
     assert import_records(new, experiment="second") == (2, 0, 0)
     assert import_records(new) == (0, 2, 0)  # whichever experiment has them
     assert not old.exists()
+    (new / "2").mkdir()
+    (new / "2" / "record.json").write_text('{"spec": ')
+    assert import_records(new) == (0, 2, 1)  # one that can't be read is not logged
     address = uri_of(new / "mlruns.db")
     found = runs(address)
     assert len(found) == 2 and all(list(client(address).list_artifacts(run.info.run_id)) for run in found)

@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, log_loss, ndcg_score, roc_auc_score
 from grbench.gate import quality
 from grbench.quality import metrics
 from grbench.quality.command import _page
-from grbench.quality.evaluate import Evaluation
+from grbench.quality.evaluate import Evaluation, is_exact
 from grbench.quality.lists import Lists
 from grbench.quality.metrics import Estimate, Scored
 from grbench.quality.protocol import TEST, VALIDATION, LeaveOneOut, without
@@ -249,3 +249,24 @@ def test_a_ranker_that_may_know_the_last_events_has_no_quality_of_lists() -> Non
     found = quality.measure_lists(spec, trace, trace)
     assert found is not None and not found.metrics and not found.intervals
     assert found.notes[0].startswith("no quality: model.weights=none.st: the file does not say")
+
+
+def test_a_model_that_a_baseline_equals_is_named() -> None:
+    def figures(**values: float) -> dict[str, Estimate]:
+        return {name: Estimate(value, value - 0.1, value + 0.1) for name, value in values.items()}
+
+    baselines = {"popularity": figures(auc=0.7, ne=0.9), "item_mean": figures(auc=0.61, ne=0.95)}
+    own = figures(auc=0.61, ne=0.8, ndcg10=0.3)
+    found = Evaluation(1, 1, own, baselines, {}, {}, 0.0)
+    assert found.no_better(["auc", "ne", "ndcg10"]) == ["auc: no better than popularity (0.610 against 0.700)"]
+    found.figures = figures(auc=0.71, ne=0.9)
+    assert found.no_better(["auc", "ne"]) == ["ne: no better than popularity (0.900 against 0.900)"]
+
+
+def test_an_engine_is_not_compared_with_itself() -> None:
+    eager = {"engine": "hstu", "precision": "fp32", "kernels": {"layer_norm": "torch", "norm_gate": "torch"}}
+    assert is_exact(eager)
+    assert is_exact({"engine": "pipeline", "retrieve": eager, "rank": eager})
+    for change in ({"precision": "bf16"}, {"engine": "vllm"}, {"kernels": {"layer_norm": "triton"}}, {"kernels": {}}):
+        assert not is_exact(eager | change)
+        assert not is_exact({"retrieve": eager, "rank": eager | change})

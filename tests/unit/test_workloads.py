@@ -181,6 +181,8 @@ def test_columns_are_mapped_and_named_if_they_are_not_there(tmp_path: Path) -> N
         build(CsvConfig("csv", path=path))
     with pytest.raises(DataError, match="row 1 has no column 'client'; it has customer, sku, grade, bought_at"):
         build(CsvConfig("csv", path=path, user_column="client"))
+    with pytest.raises(DataError, match="row 1 has no column 'costumer'; nearest: customer; it has customer, sku"):
+        build(CsvConfig("csv", path=path, user_column="costumer"))
 
 
 @pytest.mark.parametrize(
