@@ -16,7 +16,7 @@ from grbench.execution import engines, measure
 from grbench.execution.clock import at_most_every
 from grbench.execution.energy import metered
 from grbench.execution.gpu import sample_gpu
-from grbench.execution.heap import settled
+from grbench.execution.heap import leave_out
 from grbench.execution.kept import Built, KeptEngine
 from grbench.execution.load import MEASURING
 from grbench.execution.records import RESAMPLES_FILE, SAMPLES_FILE, Outcome
@@ -195,7 +195,8 @@ class Cell:
         self._begin("measure", MEASURING)
         compiled = len(tuning.compiled())
         measure.gpu_allocated_mib(self.outcome.actual["device"])  # the peak of the gate is past
-        with settled(), metered(self._device()) as energy:
+        leave_out()
+        with metered(self._device()) as energy:
             measurement = scenarios.run_scenario(
                 self.spec.scenario,
                 engine,

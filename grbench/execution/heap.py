@@ -7,23 +7,16 @@ live after the last one: looking at it again finds nothing.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Iterator
 
 
-def settle() -> None:
-    """Collect garbage, and leave all that is alive now out of later collections, until gc.unfreeze()."""
-    gc.unfreeze()
-    gc.collect()
+def leave_out() -> None:
+    """Leave all objects that there are now out of later collections."""
     gc.freeze()
 
 
-@contextlib.contextmanager
-def settled() -> Iterator[None]:
-    """Leave what is alive at the beginning of the block out of collections inside it."""
-    settle()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+def settle() -> None:
+    """Collect the garbage among all objects, those that were left out too, and leave the others out again."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()

@@ -16,7 +16,7 @@ import numpy as np
 from grbench import __version__, workloads
 from grbench.config.schema import RunSpec
 from grbench.deployment import Deployment
-from grbench.execution.heap import settle
+from grbench.execution.heap import leave_out, settle
 from grbench.execution.retrieval import build_retrieval
 from grbench.serve.controller import Answer, Begun, Controller, watch_times
 from grbench.serve.errors import RefusedError, wrong
@@ -101,7 +101,7 @@ class Service:
         async with self._reloading:
             if self._controller is None:  # else a reload came first
                 brought_up = await self._bring_up(self.deployment)
-                settle()
+                leave_out()
                 self._controller, self._spec, self._bounds = brought_up
 
     async def reload(self) -> str:
