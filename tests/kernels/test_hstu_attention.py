@@ -289,7 +289,9 @@ def test_unknown_names_list_the_known_ones() -> None:
     assert all(registry.availability(family, "torch") is None for family in registry.FAMILIES)
     assert {field.name for field in dataclasses.fields(KernelConfig)} == {"name", *registry.FAMILIES}
     [problem_line] = violations(KernelConfig(hstu_attention="tortch"))
-    assert problem_line == "hstu_attention=tortch: allowed is one of auto, torch, compile, triton, cutlass"
+    assert (
+        problem_line == "hstu_attention=tortch: nearest: torch; allowed is one of auto, torch, compile, triton, cutlass"
+    )
 
 
 def test_supports_says_why_not() -> None:

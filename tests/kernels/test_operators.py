@@ -153,7 +153,8 @@ from triton.compiler import ASTSource
 from grkernels.hstu_attention.triton import attention_kernel as attention
 from grkernels.layer_norm.triton import _kernel as layer_norm
 from grkernels.norm_gate.triton import _kernel as norm_gate
-sizes = dict(TARGETS=True, CONTEXTUAL=False, WINDOW=False, PAGE=0, QK=32, V=32, QK_BLOCK=32, V_BLOCK=32, M=64, N=64)
+sizes = dict(TARGETS=True, CONTEXTUAL=False, WINDOW=False, PAGE=0, QK=32, V=32, QK_BLOCK=32, V_BLOCK=32, M=64, N=64,
+             STORED=0)
 sizes |= dict(E=64, W=64, ROWS=4, BLOCK_E=64, BLOCK_W=64, GROUPS=1, CONCAT=True)
 indices = ("q_offsets", "kv_offsets", "num_targets", "page_table", "paged_lengths")
 for kernel in (attention.kernel, layer_norm.kernel, norm_gate.kernel):

@@ -79,10 +79,10 @@ def hstu_attention_plugin(
 ) -> None:
     """The kernel with its parameters in TensorRT's order. TensorRT's tensors are contiguous."""
     _attention(
-        q, k, v, out, k, v, offsets, offsets, num_targets, offsets, offsets,
+        q, k, v, out, k, v, k, v, offsets, offsets, num_targets, offsets, offsets,
         HEADS * QK, QK, HEADS * QK, QK, HEADS * V, V, 0, 0, 0, 0, 0, 0, HEADS, CONTEXT, WINDOW,
         0, total_rows, HALF_ALPHA, SCALE,
-        True, CONTEXT > 0, WINDOW > 0, 0, QK, V, QK_BLOCK, V_BLOCK, M, N,
+        True, CONTEXT > 0, WINDOW > 0, 0, 0, QK, V, QK_BLOCK, V_BLOCK, M, N,
     )  # fmt: skip
 
 
