@@ -25,6 +25,7 @@ torch.set_num_threads(1)  # the tensors are small
 gc.set_threshold(100_000, 50, 100)  # composing makes many objects: a fifth of its time went into looking for cycles
 # Processes that tests start share the cores with the other worker. Those that fork must have no threads of OpenMP.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it prints a line at each fork; no fork calls gRPC
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
