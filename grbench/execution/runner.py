@@ -56,20 +56,17 @@ def run_cell(
             try:
                 outcome = outcome or _outcome(spec, runner, folder, on_event, kept)
                 with held():
-                    environment, notes = _environment(spec, outcome, beside)
-                    record = RunRecord(
-                        spec=spec.to_dict(),
+                    record = _record(
+                        spec,
+                        outcome,
+                        beside,
                         spec_hash=spec_hash,
                         started_at=started.isoformat(timespec="seconds"),
                         duration_s=round(time.monotonic() - begun, 3),
-                        requested=_requested(spec),
-                        environment=environment,
                         files=files,
                         sweep_id=sweep_id,
                         overrides=overrides or [],
                         config_dir=str(config_dir) if config_dir else None,
-                        **{name: value for name, value in vars(outcome).items() if name not in ("code", "notes")},
-                        notes=notes,
                     )
                     folder = keep(record, folder)
             except KeyboardInterrupt as e:
@@ -86,23 +83,31 @@ def lost(
 ) -> tuple[Path, RunRecord]:
     """Keep the record of a cell whose process ended without one. Returns its folder and the record."""
     with folders.unused(folder) as folder, held():
-        environment, notes = _environment(spec, outcome, None)
-        record = RunRecord(
-            spec=spec.to_dict(),
+        record = _record(
+            spec,
+            outcome,
+            None,
             spec_hash=spec.hash,
             started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             duration_s=0.0,
-            requested=_requested(spec),
-            environment=environment,
             files=spec.file_contents(),
             sweep_id=sweep_id,
             overrides=overrides,
-            config_dir=None,
-            status=outcome.status,
-            error=outcome.error,
-            notes=notes,
         )
         return keep(record, folder), record
+
+
+def _record(spec: RunSpec, outcome: Outcome, beside: dict[str, Any] | None, **known: Any) -> RunRecord:
+    """Return the record of a cell with this outcome. known: further fields of it."""
+    environment, notes = _environment(spec, outcome, beside)
+    return RunRecord(
+        spec=spec.to_dict(),
+        requested=_requested(spec),
+        environment=environment,
+        **{name: value for name, value in vars(outcome).items() if name not in ("code", "notes")},
+        notes=notes,
+        **known,
+    )
 
 
 def _environment(spec: RunSpec, outcome: Outcome, beside: dict[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
