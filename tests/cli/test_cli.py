@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.checkout import ROOT
 from helpers.command import Grbench
 
 import grbench
@@ -48,6 +49,13 @@ def output(capsys: Capture, *words: str) -> str:
     printed = capsys.readouterr()
     assert (code, printed.err) == (0, "")
     return printed.out
+
+
+def test_a_checkout_without_its_packages_says_how_to_set_up() -> None:
+    words = [sys.executable, "-S", "-m", "grbench", "engine=hstu"]  # -S: without the installed packages
+    done = subprocess.run(words, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{sys.executable} has no package grkernels; run `make setup" in done.stderr
 
 
 def test_help_lists_every_subcommand_on_one_screen(capsys: Capture) -> None:
