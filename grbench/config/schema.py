@@ -74,7 +74,9 @@ class GateConfig:
         "last item is to be found, for the hit rate; 0: none", ge=0,
     )  # fmt: skip
     allow_loss: list[str] = option(
-        [], "precisions that may lose more than 0.1% of either", choices=["fp16", "bf16", "int8", "fp8"]
+        [],
+        "precisions, of the engine or of the KV cache's pages, that may lose more than 0.1% of either",
+        choices=["fp16", "bf16", "int8", "fp8"],
     )
 
 

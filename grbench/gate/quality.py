@@ -25,6 +25,7 @@ from grbench.quality.rankings import NONE_LATER, Rankings
 from grbench.workloads.config import DrawnConfig
 from grbench.workloads.trace import Trace
 from grengines.api import Engine, Float32Array, Ranker
+from grengines.cache.config import stored
 from grengines.numerics import IncorrectError
 
 MAX_LOSS = 1e-3  # share of the reference's AUC or normalised entropy
@@ -98,11 +99,11 @@ def measure(
     from grengines.models.hstu.reference import RankingReference
 
     expected = RankingReference(model, trace.catalogue, spec.seed, device).scores(rankings.requests)
-    found = rankings.ask(engine, spec.scenario.max_batch)
+    found = rankings.ask(engine, spec.scenario.max_batch, spec.cache.name != "none")
     losses = rankings.losses(found, expected)
     beside = {f"loss/{name}": loss for name, loss in losses.items()}
     figures = QualityFigures.of(rankings.estimates(found) | beside, rankings.baselines(), rankings.notes)
-    return compare(found, expected, rankings, precision, losses), figures
+    return compare(found, expected, rankings, stored(spec.cache) or precision, losses), figures
 
 
 def rankings_of(spec: RunSpec, trace: Trace) -> Rankings | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -59,11 +59,25 @@ class Rankings:
     def requests(self) -> list[Request]:
         return [self.trace.requests[i] for i in self.indices]
 
-    def ask(self, engine: Ranker, max_batch: int) -> list[Float32Array]:
-        """Return the engine's logits [candidates, tasks] of each request."""
-        requests, found = self.requests, list[Float32Array]()
+    def ask(self, engine: Ranker, max_batch: int, returning: bool = False) -> list[Float32Array]:
+        """Return the engine's logits [candidates, tasks] of each request.
+
+        returning: the engine has a KV cache, and each user comes first with the events of the previous visit, twice,
+        since a policy may keep nothing of a first one. The scores are then of stored states, which a note counts.
+        """
+        requests, found, stored, tokens = self.requests, list[Float32Array](), 0, 0
         for begin in range(0, len(requests), max_batch):
-            found += engine.rank(requests[begin : begin + max_batch]).scores
+            batch = requests[begin : begin + max_batch]
+            earlier = [_before(r) for r in batch if r.num_seen] if returning else []
+            for _ in range(2 if earlier else 0):
+                engine.rank(earlier)
+            result = engine.rank(batch)
+            found += result.scores
+            stored += sum(cached.tokens for cached in result.cached)
+            tokens += sum(cached.of for cached in result.cached)
+        if returning:
+            share = stored / max(tokens, 1)
+            self.notes.append(f"{share:.0%} of the histories of ranked requests were read from the KV cache")
         return found
 
     def figures(self, logits: Sequence[Float32Array]) -> dict[str, float]:
@@ -141,3 +155,16 @@ class Rankings:
             (~np.isin(r.candidates, events.items[first : self.trace.own[i][0]])).astype(np.float32)
             for i, r, first in zip(self.indices, self.requests, firsts, strict=True)
         ]
+
+
+def _before(request: Request) -> Request:
+    """Return the request with the events that the user's previous request had."""
+    seen = slice(request.num_seen)
+    return replace(
+        request,
+        history_items=request.history_items[seen],
+        history_actions=request.history_actions[seen],
+        history_weights=request.history_weights[seen],
+        history_timestamps=request.history_timestamps[seen],
+        num_seen=0,
+    )

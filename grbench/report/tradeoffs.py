@@ -60,6 +60,13 @@ def _number(key: str, text: str = "{}") -> tuple[Callable[[RunRecord], str], Cal
     return lambda record: text.format(shown(value(record))), lambda record: float(value(record) or 0)
 
 
+def _cache(record: RunRecord) -> str:
+    """Return the name of a record's cache, and the precision of its pages where that is an option."""
+    cache: dict[str, Any] = record.spec.get("cache") or {}
+    precision = cache.get("precision", "engine")
+    return f"{cache.get('name', 'none')}{'' if precision == 'engine' else f' {precision}'}"
+
+
 AXES = (
     Axis(
         "Beam width",
@@ -91,6 +98,7 @@ AXES = (
         lambda task, key: key == "workload.stale_events",
         *_number("workload.stale_events"),
     ),
+    Axis("KV cache", "{}", lambda task, key: key.split(".")[0] == "cache", _cache),
 )
 
 

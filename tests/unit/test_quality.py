@@ -267,6 +267,7 @@ def test_an_engine_is_not_compared_with_itself() -> None:
     eager = {"engine": "hstu", "precision": "fp32", "kernels": {"layer_norm": "torch", "norm_gate": "torch"}}
     assert is_exact(eager)
     assert is_exact({"engine": "pipeline", "retrieve": eager, "rank": eager})
-    for change in ({"precision": "bf16"}, {"engine": "vllm"}, {"kernels": {"layer_norm": "triton"}}, {"kernels": {}}):
+    for change in ({"precision": "bf16"}, {"engine": "vllm"}, {"kernels": {"layer_norm": "triton"}}, {"kernels": {}},
+                   {"cache_precision": "int8"}):  # fmt: skip
         assert not is_exact(eager | change)
         assert not is_exact({"retrieve": eager, "rank": eager | change})
