@@ -22,6 +22,7 @@ from grbench.execution.session import CellSession
 from grbench.tune.config import RATES, Declared
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.search import OFFLINE
+from grengines.cache.config import stored
 
 BATCHING = ("max_batch", "max_wait_ms", "in_flight", "order")  # options that every scenario has
 FIRST_S = 12.0  # of a cell beside its measurement, before one was measured
@@ -289,7 +290,10 @@ def batches_of(folder: Path) -> list[tuple[int, float]]:
 
 
 def _quality_class(spec: RunSpec) -> str:
-    """Return a key that is equal for cells whose answers are the same: load, batching and caches play no part."""
+    """Return a key that is equal for cells whose answers are the same: load and batching play no part.
+
+    Nor do caches, but for the rounding of states in 8 bits.
+    """
     engine = dataclasses.asdict(spec.engine)  # type: ignore[call-overload]
     stages = {
         name: {"name": part["name"], "precision": part.get("precision")}
@@ -301,14 +305,16 @@ def _quality_class(spec: RunSpec) -> str:
         "kernel": dataclasses.asdict(spec.kernel),
         "model": dataclasses.asdict(spec.model),
         "retrieval": dataclasses.asdict(spec.retrieval) if spec.retrieval else None,
+        "states": stored(spec.cache),
+        "workload": dataclasses.asdict(spec.workload),
     }
     return json.dumps(parts, sort_keys=True, default=str)
 
 
 def _answers(quality_class: str) -> str:
-    """Return the part of a quality class that says which answers are right: model and search, not precision."""
+    """Return the part of a quality class that says which answers are right: not the engine and the precisions."""
     parts = json.loads(quality_class)
-    return json.dumps([parts["model"], parts["retrieval"]])
+    return json.dumps([parts[name] for name in ("model", "retrieval", "workload")])
 
 
 def _strategy(spec: dict[str, Any], files: Mapping[str, str]) -> str:

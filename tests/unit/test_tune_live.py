@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from helpers.cells import write_cell
+from helpers.checkout import ROOT
 
 from grbench.config.compose import compose_spec
 from grbench.config.jobs import Job
@@ -45,7 +46,13 @@ class Measured:
         return folder, record, False
 
 
-def evaluator(session: object, root: Path, *words: str, quality: bool = False) -> LiveEvaluator:
+def evaluator(
+    session: object,
+    root: Path,
+    *words: str,
+    quality: bool = False,
+    configurations: Sequence[Configuration] = WINDOWS,
+) -> LiveEvaluator:
     bounds = [word for word in words if limits.is_limit(word.partition("=")[0])]
     fixed = ["task=rank", "engine=hstu", *(word for word in words if word not in bounds)]
     declared = config.declare([*fixed, *bounds, "space=typed", "engine.cpu_threads=1,2"])
@@ -55,7 +62,7 @@ def evaluator(session: object, root: Path, *words: str, quality: bool = False) -
     scenario = f"scenario={declared.scenario}"
     specs = {
         c: compose_spec([*declared.fixed, *c.words, *([] if scenario in declared.fixed else [scenario])])[0]
-        for c in WINDOWS
+        for c in configurations
     }
     return LiveEvaluator(cast(CellSession, session), declared, specs, root, root / "sweep")
 
@@ -78,6 +85,22 @@ def test_the_loss_of_another_model_is_against_the_default(tmp_path: Path) -> Non
     assert measures.evaluate(DEFAULT, OFFLINE).metrics["quality/auc_loss"] == 0.0
     outcome = measures.evaluate(WINDOW, OFFLINE)
     assert outcome.ok and outcome.metrics["quality/auc_loss"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    "option, asked",
+    [("cache.memory_gb=0.02", False), ("cache.precision=int8", True), ("workload.max_history=20", True)],
+)
+def test_quality_is_asked_again_only_where_the_answers_differ(tmp_path: Path, option: str, asked: bool) -> None:
+    key, _, value = option.partition("=")
+    base, other = Configuration((("cache.policy", "lru"),)), Configuration(((key, value),))
+    weights = ROOT / "experiments" / "weights" / "ml_100k" / "ranker" / "weights.safetensors"
+    words = ["cache=lru", f"model.weights={weights}", "model.tasks=[rated,liked]"]
+    measured = Measured(tmp_path, {0: (Status.OK, 0.75, 0.0)})
+    measures = evaluator(measured, tmp_path / "none", *words, configurations=[base, other])
+    assert measures.evaluate(base, OFFLINE).ok
+    assert "gate.quality_requests=0" in measures.words(base, OFFLINE)
+    assert ("gate.quality_requests=0" not in measures.words(other, OFFLINE)) is asked
 
 
 @pytest.mark.parametrize(
