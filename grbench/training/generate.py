@@ -47,7 +47,7 @@ class GenerateTask:
     """Training of a generator on the histories of the training split."""
 
     def __init__(self, config: TrainConfig, split: LeaveOneOut, ids: SemanticIds, device: torch.device) -> None:
-        self._config, self._split, self._ids, self._device = config, split, ids, device
+        self._config, self._split, self.ids, self._device = config, split, ids, device
         if config.model.max_positions < ids.levels:
             raise ConfigError(
                 f"model.max_positions={config.model.max_positions}: an item has {ids.levels} codes, one a position; "
@@ -56,11 +56,11 @@ class GenerateTask:
         self.network = network(config, ids, device)
         self.model = self.network.module
         most = min(config.workload.max_history, config.model.max_positions // ids.levels)
-        self._items, self._lengths = _histories(split, most + 1)
-        self.examples = len(self._lengths)
+        self.items, self.lengths = _histories(split, most + 1)
+        self.examples = len(self.lengths)
         if not self.examples:
             raise ConfigError("no user has two events to train on; use a workload with longer histories")
-        self._items_on = torch.from_numpy(self._items).to(device)
+        self._items_on = torch.from_numpy(self.items).to(device)
         self._tokens = torch.from_numpy(ids.tokens(np.arange(len(ids.codes)))).to(device)  # [items, levels]
         self._trie = Trie.of(ids).on(device)
         users = split.some_users(config.training.validation_users, config.seed)
@@ -70,7 +70,7 @@ class GenerateTask:
 
     def save(self, path: Path) -> None:
         """Write the weights file. Raises OSError."""
-        self.network.save(path, self._ids)
+        self.network.save(path, self.ids)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Yield batches in which lengths are alike: sorted within pools of some batches, which are then mixed."""
@@ -78,20 +78,20 @@ class GenerateTask:
         order, parts = rng.permutation(self.examples), list[np.ndarray]()
         for begin in range(0, self.examples, POOL * size):
             pool = order[begin : begin + POOL * size]
-            pool = pool[np.argsort(self._lengths[pool], kind="stable")]
+            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
             parts += [pool[i : i + size] for i in range(0, len(pool), size)]
         for i in rng.permutation(len(parts)):
             yield self._batch(parts[i])
 
     def _batch(self, rows: np.ndarray) -> Batch:
-        lengths = self._lengths[rows]
+        lengths = self.lengths[rows]
         real = np.arange(lengths.max()) < lengths[:, None]
         every, later = np.flatnonzero(real), np.flatnonzero(real & (np.arange(lengths.max()) > 0))
         at = [torch.from_numpy(x).to(self._device, non_blocking=True) for x in (rows, later, every)]
         return Batch(self._items_on[at[0], : lengths.max()], at[1], at[2])
 
     def loss(self, batch: Batch) -> Tensor:
-        levels, offsets = self._ids.levels, self._ids.offsets.tolist()
+        levels, offsets = self.ids.levels, self.ids.offsets.tolist()
         tokens = self._tokens[batch.items]  # [B, n, levels]
         B, n = batch.items.shape
         hidden = self.network.hidden(tokens.view(B, -1)[:, :-1], self._config.training.dropout)
@@ -102,26 +102,26 @@ class GenerateTask:
             truth = tokens[:, :, level] - offsets[level]
             if level == 0:  # row j predicts item j + 1, and no row the first item
                 flat = batch.later - 1 - torch.div(batch.later, n, rounding_mode="floor")  # rows have n - 1 places
-                total = total + self._cross_entropy(
+                total = total + self.cross_entropy(
                     before.reshape(-1, before.shape[2])[flat], truth.view(-1)[batch.later]
                 )
             else:
                 rows = before.reshape(-1, before.shape[2])[batch.every]
-                total = total + F.cross_entropy(self._logits(rows, level), truth.reshape(-1)[batch.every])
+                total = total + F.cross_entropy(self.logits(rows, level), truth.reshape(-1)[batch.every])
         return total / levels
 
-    def _cross_entropy(self, rows: Tensor, truth: Tensor) -> Tensor:
+    def cross_entropy(self, rows: Tensor, truth: Tensor) -> Tensor:
         """Return the loss of the first level, over all its codes or over the negatives of this step."""
-        count, size = self._config.training.negatives, self._ids.sizes[0]
+        count, size = self._config.training.negatives, self.ids.sizes[0]
         if not 0 < count < size:
-            return F.cross_entropy(self._logits(rows, 0), truth)
+            return F.cross_entropy(self.logits(rows, 0), truth)
         drawn = torch.randint(size, (count,), device=rows.device)
         y, table = self.network.features(rows), self.network.table(0)
         others = _product(y, F.embedding(drawn, table)).masked_fill(drawn == truth[:, None], float("-inf"))
         own = (y * F.embedding(truth, table)).sum(1, keepdim=True)
         return F.cross_entropy(torch.cat([own, others], dim=1), torch.zeros_like(truth))
 
-    def _logits(self, rows: Tensor, level: int) -> Tensor:
+    def logits(self, rows: Tensor, level: int) -> Tensor:
         """Return fp32 logits [rows, codes of the level] of hidden rows [rows, E]."""
         return _product(self.network.features(rows), self.network.table(level))
 
@@ -132,14 +132,14 @@ class GenerateTask:
 
     def test(self) -> dict[str, float]:
         """Return the figures of the last items of all users; `_new`: without the past, where enough items are left."""
-        split, levels = self._split, self._ids.levels
+        split, levels = self._split, self.ids.levels
         users, pasts = split.users, split.pasts(split.users)
         most = K + max(map(len, pasts))
-        k = min(most, len(self._ids.codes)) if levels == 1 else max(self._config.retrieval.beam_width, K)
+        k = min(most, len(self.ids.codes)) if levels == 1 else max(self._config.retrieval.beam_width, K)
         answers = self._answers(split.requests(users, self._most), k)
         figures: dict[str, float] = {}
         left = without(answers, pasts)
-        for suffix, its, most in (("", answers, K), (NEW, left, shortest(answers, left, len(self._ids.codes)))):
+        for suffix, its, most in (("", answers, K), (NEW, left, shortest(answers, left, len(self.ids.codes)))):
             ranks, cutoffs = metrics.ranks_of(its, split.targets(users)), [c for c in (5, K) if c <= most]
             figures |= {f"{n}{suffix}": float(f.mean()) for n, f in metrics.list_figures(ranks, cutoffs).items()}
         return figures
@@ -150,14 +150,14 @@ class GenerateTask:
         answers: list[np.ndarray] = [np.empty(0)] * len(requests)
         for begin in range(0, len(order), BATCH):
             chosen = order[begin : begin + BATCH].tolist()
-            prompts = [self.network.prompt(self._ids.tokens(requests[i].history_items).reshape(-1)) for i in chosen]
+            prompts = [self.network.prompt(self.ids.tokens(requests[i].history_items).reshape(-1)) for i in chosen]
             for i, items in zip(chosen, self._answer(prompts, k), strict=True):
                 answers[i] = items[items >= 0]
         return answers
 
     def _answer(self, prompts: list[np.ndarray], k: int) -> np.ndarray:
         """Return the k best items of each prompt, int64 [B, k]; -1 where there are fewer."""
-        if self._ids.levels > 1:
+        if self.ids.levels > 1:
             width = max(self._config.retrieval.beam_width, k)
             assert isinstance(self.model, HSTUGenerator), "the configuration refuses other models"
             pool = beam.pool_for(self.model, max(map(len, prompts)), len(prompts))
@@ -169,7 +169,7 @@ class GenerateTask:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             hidden = self.network.hidden(tokens.to(self._device))
         last = hidden[torch.arange(len(prompts), device=self._device), (lengths - 1).to(self._device)]
-        logits = self._logits(last, 0)
+        logits = self.logits(last, 0)
         items: np.ndarray = explore(lambda *_: logits, self._trie, len(prompts), width=k, k=k)[0].cpu().numpy()
         return items
 

@@ -50,10 +50,10 @@ class RankTask:
         if count < 3 * held:
             raise ConfigError(f"held_out={held}: the trace has {count} requests, and three times held_out are needed")
         self._training = _without(trace, range(count - 2 * held), VALIDATION)
-        self._validation = _without(trace, range(count - 2 * held, count - held), TEST)
+        self.validation = _without(trace, range(count - 2 * held, count - held), TEST)
         self._test = np.arange(count - held, count)
         self.examples = len(self._training)
-        if not self.examples or not len(self._validation):
+        if not self.examples or not len(self.validation):
             raise ConfigError(
                 f"held_out={held}: every request before has one of its user's last events, which are not trained on; "
                 "use a workload with longer histories, or another held_out"
@@ -85,7 +85,7 @@ class RankTask:
 
     def validate(self) -> dict[str, float]:
         """Return the mean AUC of the tasks over the requests before those held out, and the AUC of each task."""
-        return self._areas(self._validation)
+        return self._areas(self.validation)
 
     def test(self) -> dict[str, float]:
         """Return the same of the requests that are held out."""

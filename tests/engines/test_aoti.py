@@ -320,7 +320,7 @@ def test_packages_share_the_c_plus_plus_library_of_the_process(tmp_path: Path) -
     source.write_text('#include <iostream>\nextern "C" void f() { std::cout << 1; }\n')
     command = ["g++", "-static-libstdc++", "-shared", "-fPIC", str(source), "-o", str(library)]
     needed = {}
-    with package._toolchain(torch.device("cpu"), tmp_path) as libraries:
+    with package.toolchain(torch.device("cpu"), tmp_path) as libraries:
         for more in ([], [f"-l{name}" for name in libraries]):
             subprocess.run([*command, *more], check=True)
             needed[bool(more)] = b"libstdc++.so.6" in library.read_bytes()
@@ -358,7 +358,7 @@ kernels = Operators.of(dict.fromkeys(FAMILIES, "triton"))
 ranker = build_model({MODEL!r}, {CATALOGUE!r}, 0, "cpu", torch.bfloat16, kernels)
 sizes, families = Sizes(8, 512, 64, 64, 64), dict.fromkeys(FAMILIES, "triton")
 facts = package.Facts.here("0", "bf16", torch.device("cpu"), families, 2, sizes, sizes)
-program = package._trace(ExportedRanker(ranker, adapted(kernels.hstu_attention), kernels), facts)
+program = package.trace(ExportedRanker(ranker, adapted(kernels.hstu_attention), kernels), facts)
 code = program.graph_module.code
 print(code.count("triton_kernel_wrapper_mutation("), sorted(str(v) for v in program.range_constraints.values()))
 """

@@ -311,10 +311,10 @@ def test_shapes_of_profiles_hold_what_they_are_for() -> None:
 
 
 def test_a_batch_is_laid_out_aligned() -> None:
-    from grengines.tensorrt.execution import ALIGNMENT, Staged, _counts, _padded
+    from grengines.tensorrt.execution import ALIGNMENT, Staged, words_of
 
     most = Sizes(4, 256, 64, 48, 64)
-    staged = Staged(sum(_padded(n) for n in _counts(most).values()), pin=False)
+    staged = Staged(words_of(most), pin=False)
     host = pack(REQUESTS[:3], ENCODING)
     for _ in range(2):  # the second time, buffers hold the first batch's data
         staged.fill(host, 46, 24)
@@ -338,7 +338,7 @@ def test_where_nothing_can_be_executed_the_cell_is_unavailable_with_the_reason(m
     def build(**options: Any) -> Any:
         return registry.build(TensorRTConfig(**options), MODEL, KernelConfig(), CATALOGUE, 0)
 
-    monkeypatch.setattr(libraries, "_found", lambda name: None)
+    monkeypatch.setattr(libraries, "installed", lambda name: None)
     monkeypatch.setattr(libraries.ctypes.util, "find_library", lambda name: None)
     with pytest.raises(
         UnavailableError, match=r"lacks, and no package helps; .*tensorrt-rtx-cu13.*build-plan --library t"

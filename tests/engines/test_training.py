@@ -99,7 +99,7 @@ def test_the_forward_of_a_ranker_is_that_of_the_model(contextual: int, window: i
 def test_the_loss_is_that_of_a_loop_over_codes(levels: int) -> None:
     task = task_of(config(retrieval={"levels": levels, "codes": 0}))
     batch = next(task.batches(1))
-    model, ids = task.model, task._ids
+    model, ids = task.model, task.ids
     assert ids.levels == levels
     expected = []
     logs: list[list[torch.Tensor]] = [[] for _ in range(levels)]
@@ -119,7 +119,7 @@ def test_every_item_but_the_first_is_predicted_once() -> None:
     events = ring(users=3, items=40, length=31)
     task = task_of(config(), events)
     found = [
-        pair for row, length in zip(task._items.tolist(), task._lengths, strict=True) for pair in pairwise(row[:length])
+        pair for row, length in zip(task.items.tolist(), task.lengths, strict=True) for pair in pairwise(row[:length])
     ]
     own = events.items.reshape(3, 31)[:, :-2]
     assert sorted(found) == sorted(pair for row in own.tolist() for pair in pairwise(row))
@@ -135,9 +135,9 @@ def test_an_epoch_has_every_window_once_in_batches_of_like_lengths() -> None:
     first, second = ([batch.items for batch in task.batches(epoch)] for epoch in (1, 2))
     assert sum(map(len, first)) == sum(map(len, second)) == task.examples == 300
     assert [b.shape for b in first] != [b.shape for b in second]
-    assert sum(b.numel() for b in first) < 1.4 * sum(task._lengths)  # little padding
+    assert sum(b.numel() for b in first) < 1.4 * sum(task.lengths)  # little padding
     rows = sorted(tuple(row.tolist()) + (0,) * (40 - b.shape[1]) for b in first for row in b)
-    assert rows == sorted((*row.tolist(), *[0] * (40 - task._items.shape[1])) for row in task._items)
+    assert rows == sorted((*row.tolist(), *[0] * (40 - task.items.shape[1])) for row in task.items)
 
 
 def test_a_generator_learns_what_can_be_learned_and_nothing_of_the_test(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_generator_learns_what_can_be_learned_and_nothing_of_the_test(tmp_path
     ends = np.flatnonzero(np.r_[np.diff(changed.users) != 0, True])
     changed.items[ends] = changed.items[ends - 1] = 0
     other = task_of(of, changed)
-    assert np.array_equal(other._items, task._items)  # what is predicted is not trained on
+    assert np.array_equal(other.items, task.items)  # what is predicted is not trained on
     for levels in (2, 3):
         made = [semantic_ids(config(retrieval={"levels": levels}), LeaveOneOut(e)) for e in (ring(), changed)]
         assert np.array_equal(made[0].codes, made[1].codes)  # nor do the IDs know it
@@ -187,10 +187,10 @@ def test_negatives_are_a_part_of_the_catalogue(tmp_path: Path) -> None:
         assert task.test()["hr5"] > 0.9
     rows, truth = torch.randn(7, TINY.embedding_dim), torch.arange(7)
     torch.manual_seed(0)
-    sampled = task._cross_entropy(rows, truth)
+    sampled = task.cross_entropy(rows, truth)
     torch.manual_seed(0)
     drawn = torch.randint(20, (8,))
-    logits = task._logits(rows, 0)
+    logits = task.logits(rows, 0)
     each = [torch.cat([logits[i, i : i + 1], logits[i, drawn[drawn != i]]]) for i in range(7)]
     expected = torch.stack([F.cross_entropy(one[None], torch.zeros(1, dtype=torch.int64)) for one in each]).mean()
     assert torch.allclose(sampled, expected, atol=1e-5)
@@ -288,7 +288,7 @@ def test_a_ranker_learns_which_items_are_liked(tmp_path: Path) -> None:
     with torch.no_grad():
         assert task.test()["auc/liked"] > max(before, 0.68)
     learned = {e for batch in task.batches(1) for i in batch for e in range(*trace.own[i])}
-    chose = {e for i in task._validation for e in range(*trace.own[i])}
+    chose = {e for i in task.validation for e in range(*trace.own[i])}
     ends = np.flatnonzero(np.diff([*liked.users, -1]))
     assert learned and not learned & {*ends, *(ends - 1)} and chose and not chose & {*ends}
     task.save(tmp_path / "w.safetensors")

@@ -110,6 +110,29 @@ def test_tests_share_helpers_only() -> None:
     assert not {path: lines for path, lines in found.items() if lines}
 
 
+def private_names(tree: ast.Module) -> list[str]:
+    """Private names of others that a module uses, each with its line: attributes, imports, and names to patch."""
+    found = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(LAYERS):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
+            names = [node.attr]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")).endswith("attr"):
+            names = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        found += [f"{node.lineno}: {name}" for name in names if re.match(r"_[^_]", name)]
+    return found
+
+
+def test_tests_of_engines_use_no_private_names() -> None:
+    """Those tests go by what an engine does, not by how."""
+    paths = files("tests/engines/*.py", "tests/unit/test_engine_base.py", "tests/unit/test_pool.py")
+    faults = [f"{path}:{name}" for path in paths for name in private_names(ast.parse((ROOT / path).read_text(), path))]
+    assert len(paths) > 10
+    assert not faults, "\n".join(faults)
+
+
 def test_importing_a_module_changes_no_environment_variable() -> None:
     """PyTorch's compiler and scikit-learn set variables when they are imported; so does vLLM, which is undone."""
     every = [name for name in graph() if not name.endswith("__main__")]
@@ -139,3 +162,5 @@ def test_the_checks_find_faults() -> None:
         "grengines.c": {"grengines.a", "grengines.b"},
     }
     assert cycles(graph) == [["grengines.b", "grengines.c"]]
+    source = "from grengines.a import _f\nself._x = engine._x\npatch.setattr(engine, '_y', 1)\nengine.__class__\n"
+    assert private_names(ast.parse(source)) == ["1: _f", "2: _x", "3: _y"]

@@ -157,11 +157,11 @@ def build(module: ExportedRanker | PagedRanker, facts: Facts) -> Path:
     """
     path = facts.path()
     tuning.reset()
-    program = _trace(module, facts)
+    program = trace(module, facts)
     metadata = {"grbench": facts.json(), "kernel_configs": json.dumps(tuning.provenance())}
     with atomic_io.scratch(path) as folder:
         scratch = folder / path.name  # AOTInductor names a folder in the package after the file
-        with _one_line_errors(), _toolchain(module.ranker.token_table.device, folder) as libraries:
+        with _one_line_errors(), toolchain(module.ranker.token_table.device, folder) as libraries:
             configs = {"aot_inductor.metadata": metadata, "aot_inductor.custom_op_libs": libraries}
             torch._inductor.aoti_compile_and_package(program, package_path=str(scratch), inductor_configs=configs)
         scratch.replace(path)
@@ -185,7 +185,7 @@ def load(path: Path, wanted: Facts, device: torch.device) -> Package:
     return Package(path, facts, configs, model.loader.boxed_run)
 
 
-def _trace(module: ExportedRanker | PagedRanker, facts: Facts) -> torch.export.ExportedProgram:
+def trace(module: ExportedRanker | PagedRanker, facts: Facts) -> torch.export.ExportedProgram:
     """Export the module with symbolic lengths up to `most`, from an example of the typical sizes."""
     most, typical, tiles = facts.most, facts.typical, facts.tiles
     limits = {"L": most.tokens, "B": most.batch, "M": most.candidates, "R": -(-most.longest // tiles)}
@@ -259,7 +259,7 @@ def _source() -> str:
 
 
 @contextmanager
-def _toolchain(device: torch.device, folder: Path) -> Iterator[list[str]]:
+def toolchain(device: torch.device, folder: Path) -> Iterator[list[str]]:
     """Set the search paths of the C++ compiler and linker in the environment. Gives the libraries to link.
 
     A package links the C++ library that this process has loaded. Where only the static library is installed for

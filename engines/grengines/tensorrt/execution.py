@@ -52,7 +52,7 @@ class Execution:
         most = self.facts.profiles[-1]
         longest = max(-(-most.longest // self.facts.tile_rows) * self.facts.tile_rows, most.history)
         self._ruler = torch.arange(longest, device=device)
-        self.capacity = sum(_padded(n) for n in _counts(most).values())
+        self.capacity = words_of(most)
         self._buffer = torch.zeros(self.capacity, dtype=torch.int64, device=device)
         self._logits = torch.empty(most.candidates, tasks, device=device)
         self.stream.wait_stream(torch.cuda.current_stream(device))  # which wrote these buffers
@@ -206,10 +206,10 @@ class Staged:
         self.words, self.candidates = at, host.sizes["candidate_rows"]
 
 
-def _counts(sizes: Sizes) -> dict[str, int]:
-    """Return the words of each input of the largest batch."""
+def words_of(sizes: Sizes) -> int:
+    """Return the words of 8 bytes that the inputs of the largest batch take, each aligned."""
     most = {"L": sizes.tokens, "B": sizes.batch, "B + 1": sizes.batch + 1, "M": sizes.candidates}
-    return {name: most[dims[0]] for name, (_, dims) in INPUTS.items() if dims[0] in most}
+    return sum(_padded(most[dims[0]]) for _, dims in INPUTS.values() if dims[0] in most)
 
 
 def _padded(words: int) -> int:

@@ -63,7 +63,7 @@ class Library:
 def missing(choice: str = "auto") -> str | None:
     """Return None if a library that `choice` allows is installed, else "reason; command that fixes it"."""
     names = list(_NAMES) if choice == "auto" else [choice]
-    if any(_found(name) for name in names):
+    if any(installed(name) for name in names):
         return None
     return f"{' or '.join(names)} is not installed; {_INSTALL[names[0]]}"
 
@@ -72,7 +72,7 @@ def no_gpu() -> str | None:
     """Return None if there is an NVIDIA driver, else that no package helps, and how plans can be built here."""
     if ctypes.util.find_library("cuda"):
         return None
-    install = "" if _found("tensorrt_rtx") else f"{_INSTALL['tensorrt_rtx']} && "
+    install = "" if installed("tensorrt_rtx") else f"{_INSTALL['tensorrt_rtx']} && "
     return (
         "plans execute on an NVIDIA GPU, which this machine lacks, and no package helps; to build a plan for another: "
         f"{install}python -m grbench build-plan --library tensorrt_rtx --out PLAN"
@@ -88,8 +88,8 @@ def find(choice: str = "auto") -> Library:
     """Import the library. Raises UnavailableError if it is missing, too old or does not load."""
     if reason := missing(choice):
         raise UnavailableError(reason)
-    name = next(n for n in (_NAMES if choice == "auto" else [choice]) if _found(n))
-    found = _found(name)
+    name = next(n for n in (_NAMES if choice == "auto" else [choice]) if installed(n))
+    found = installed(name)
     assert found is not None
     try:
         module = import_module(found)
@@ -122,5 +122,6 @@ def logger(library: Library) -> Any:
     return Log()
 
 
-def _found(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """Return the import name of the package that has this library; None if none is installed."""
     return next((module for module in _NAMES[name] if find_spec(module)), None)
