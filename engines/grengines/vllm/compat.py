@@ -1,7 +1,8 @@
 """The parts of vLLM that change between its versions, one class or function a hook. The rest of the engine uses these.
 
-Tested with vLLM 0.32 on a CPU and 0.25 on a GPU. Each hook names the versions in which it is needed, and the behaviour
-of vLLM that it works around. Importing this module imports vLLM, and restores the environment afterwards.
+Tested with vLLM 0.32 on a CPU and 0.25 on a GPU. Each hook names the versions in which it is needed, the behaviour of
+vLLM that it works around, and vLLM's issue or pull request about it where there is one. Importing this module imports
+vLLM, and restores the environment afterwards.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ class PageBackend(AttentionBackend):
 
     Versions: until 0.29 a backend returns a shape and a stride order. Since 0.30 vLLM lays pages out itself, a backend
     names the layouts that it takes, and the tensor that it gets has heads before tokens.
+    See https://github.com/vllm-project/vllm/issues/42082.
     """
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
@@ -130,8 +132,8 @@ class Qwen3Attention:
     """Within it, vLLM's Qwen3 is built with another attention backend.
 
     Versions: 0.25 to 0.32. vLLM's Qwen3 passes no backend to `Attention`, and the option for one has no effect on CPUs.
-    So the name that the module `qwen3` calls is replaced while a model is built. options: further arguments of the
-    backend's implementation.
+    So the name that the module `qwen3` calls is replaced while a model is built. See
+    https://github.com/vllm-project/vllm/issues/28815. options: further arguments of the backend's implementation.
     """
 
     def __init__(self, backend: type[AttentionBackend], **options: Any) -> None:
@@ -182,7 +184,11 @@ def metadata_of_step(layer: str) -> Any:
 
 
 def layer_of(config: VllmConfig, name: str) -> Any:
-    """Return the attention layer of this name. Versions: 0.25 to 0.32, which register each layer when it is built."""
+    """Return the attention layer of this name.
+
+    Versions: 0.25 to 0.32, which register each layer when it is built. See
+    https://github.com/vllm-project/vllm/pull/10558.
+    """
     return config.compilation_config.static_forward_context[name]
 
 
@@ -205,7 +211,7 @@ def break_capture(function: Function) -> Function:
     """Decorate a function that a piecewise CUDA graph must not capture: it runs between two graphs.
 
     Versions: 0.25 to 0.32. vLLM's decorator returns the function unchanged unless VLLM_USE_BREAKABLE_CUDAGRAPH is set
-    when the function is defined.
+    when the function is defined. See https://github.com/vllm-project/vllm/pull/42304.
     """
     with environment():
         decorated: Function = eager_break_during_capture(function)
