@@ -106,14 +106,15 @@ def broken_sentences(text: str) -> list[str]:
 
 
 def docstring_faults(tree: ast.Module, public: bool) -> list[str]:
-    """Docstrings whose first line is no sentence, and public names of the module that have none."""
+    """Docstrings whose first line is no sentence, a module without one, and its public names that have none."""
     faults = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         name, line = getattr(node, "name", "module"), getattr(node, "lineno", 1)
         if not (text := ast.get_docstring(node)):
-            if public and node in tree.body and not name.startswith("_"):
+            wanted = bool(tree.body) if node is tree else public and node in tree.body and not name.startswith("_")
+            if wanted:
                 faults.append(f"{line}: {name} has no docstring")
             continue
         first = text.splitlines()[0].rstrip()
@@ -180,3 +181,5 @@ def test_the_check_finds_docstrings_in_another_form() -> None:
     faults = docstring_faults(ast.parse(source), public=True)
     assert [fault.partition(":")[0] for fault in faults] == ["2", "2", "5"]
     assert docstring_faults(ast.parse(source), public=False) == faults[:2]
+    assert docstring_faults(ast.parse("x = 1"), public=False) == ["1: module has no docstring"]
+    assert docstring_faults(ast.parse(""), public=True) == []
