@@ -102,6 +102,16 @@ def test_composing_stays_light(module: str) -> None:
     assert not [name for name in loaded if name in heavy or name.endswith(".engine") or name == "grengines.base"]
 
 
+def test_the_map_names_every_folder() -> None:
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+    named = set(re.findall(r"\w+", page[page.index("## Packages") : page.index("## One run")]))
+    folders = {path.split("/")[0] for path in files() if "/" in path and not path.startswith(".")}
+    packages = [re.fullmatch(r"(?:grbench|engines/grengines)/(\w+)/__init__\.py", path) for path in files("*.py")]
+    folders |= {package[1] for package in packages if package}
+    assert {"tools", "remote", "conf"} <= folders
+    assert not folders - named
+
+
 def test_tests_share_helpers_only() -> None:
     """No test file imports another, nor does code that a test runs in a process."""
     found = {path: re.findall(r"^ *(?:from|import) (?:test_|conftest).*", (ROOT / path).read_text(), re.M)
