@@ -20,6 +20,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from grengines.runtime import atomic_io
+
 RECORD_FILE = "record.json"
 SAMPLES_FILE = "samples.parquet"
 RESAMPLES_FILE = "quality.parquet"
@@ -288,10 +290,8 @@ def list_cells(sweep: Path, cells: Iterable[Path]) -> None:
 
     They are relative, so that an output root can be moved.
     """
-    sweep.mkdir(parents=True, exist_ok=True)
-    new = sweep / f".{CELLS_FILE}.{os.getpid()}"  # another process may run the same sweep
-    new.write_text(json.dumps([os.path.relpath(cell, sweep) for cell in cells], indent=1) + "\n")
-    new.replace(sweep / CELLS_FILE)
+    text = json.dumps([os.path.relpath(cell, sweep) for cell in cells], indent=1) + "\n"
+    atomic_io.write(sweep / CELLS_FILE, text.encode())
 
 
 def _listed(sweep: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from grbench.execution.environment import describe_environment
 from grbench.execution.records import finite
+from grengines.runtime import atomic_io
 
 RESULTS_FILE = "results.json"
 SCHEMA_VERSION = 1
@@ -29,11 +30,9 @@ def origin(command: Sequence[str]) -> dict[str, Any]:
 
 def save(folder: Path, facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Path:
     """Write results.json whole or not at all; an earlier one, with fewer rows, is replaced."""
-    path, new = folder / RESULTS_FILE, folder / f".{RESULTS_FILE}.new"
-    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RESULTS_FILE
     content = {"schema_version": SCHEMA_VERSION, **facts, "rows": list(rows)}
-    new.write_text(json.dumps(finite(content), indent=1) + "\n")
-    new.replace(path)
+    atomic_io.write(path, (json.dumps(finite(content), indent=1) + "\n").encode())
     return path
 
 

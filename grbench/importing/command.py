@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grbench.config.arguments import Arguments, CommandError
+from grengines.runtime import atomic_io
 
 LAYOUTS = ("dlrm_v3", "research", "nvidia", "qwen3", "semantic_ids")
 
@@ -95,7 +96,7 @@ def _weights(args: argparse.Namespace) -> int:
     imported = load[args.layout](source, flags)
     written = write(imported, args.out)
     listed = args.out.with_suffix(".json")
-    listed.write_text(json.dumps([vars(fate) for fate in source.fates], indent=1) + "\n")
+    atomic_io.write(listed, (json.dumps([vars(fate) for fate in source.fates], indent=1) + "\n").encode())
     for fate in source.fates:
         print(f"{fate.fate:<8}  {fate.tensor} {fate.shape} -> {fate.to}")
     counts = Counter(fate.fate for fate in source.fates)

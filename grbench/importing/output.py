@@ -13,6 +13,7 @@ from grbench.importing.parts import Imported
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.weights import metadata_of
 from grengines.options import violations
+from grengines.runtime import atomic_io
 
 
 def write(imported: Imported, out: Path) -> Path:
@@ -28,14 +29,14 @@ def write(imported: Imported, out: Path) -> Path:
             raise ValueError(f"model.{wrong[0]}")
         metadata = metadata_of(config)
     try:
-        save_file(tensors, str(out), metadata=metadata)
+        with atomic_io.replacing(out) as made:
+            save_file(tensors, str(made), metadata=metadata)
     except SafetensorError as e:
         raise OSError(f"{out}: can't write weights: {e}") from None
     path = out.parent / "model" / f"{out.stem}.yaml"
-    path.parent.mkdir(exist_ok=True)
     options = {"name": out.stem, **imported.options}
     if imported.weights_key == "model.weights":
         options["weights"] = str(out.absolute())
     head = f"defaults: [/schema/model/{imported.schema}@_here_, _self_]\n"
-    path.write_text(head + yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False))
+    atomic_io.write(path, (head + yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False)).encode())
     return path

@@ -13,6 +13,7 @@ from grbench.execution.records import RunRecord
 from grbench.report.cells import figure
 from grbench.report.frame import samples_problem
 from grbench.report.groups import Group, Row
+from grengines.runtime import atomic_io
 
 MOST_CURVES = 10  # more curves are hard to tell apart
 MOST_BARS = 30  # a page must stay readable with hundreds of cells
@@ -61,8 +62,7 @@ class Chart:
 
         data = png(self)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            atomic_io.write(path, data)
         return data
 
     def _repr_png_(self) -> bytes:

@@ -28,6 +28,7 @@ from grbench.report.page import Figure, blocks, environment_blocks
 from grbench.report.provenance import Origin, check_origin
 from grbench.report.results import results_sections
 from grbench.report.write import draw
+from grengines.runtime import atomic_io
 
 NOTES, PAGE, RECORDS, FIGURES = "notes.md", "README.md", "records", "figures"
 SMALL = 512 * 1024  # bytes: samples are kept where those of all cells take no more
@@ -60,7 +61,7 @@ def study_page(folder: Path) -> str:
 def rebuild(folder: Path) -> Path:
     """Write a report's page and draw its figures into figures/, which git ignores. Raises ReportError."""
     page = folder / PAGE
-    page.write_text(study_page(folder), encoding="utf-8")
+    atomic_io.write(page, study_page(folder).encode())
     shutil.rmtree(folder / FIGURES, ignore_errors=True)
     if cells := _read(folder / RECORDS)[0]:
         draw([block for block in blocks(cells) if isinstance(block, Figure)], folder / FIGURES)

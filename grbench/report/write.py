@@ -11,6 +11,7 @@ from grbench.report.cells import Cell
 from grbench.report.frame import ReportError
 from grbench.report.markdown import sections
 from grbench.report.page import Figure, blocks, origin
+from grengines.runtime import atomic_io
 
 SUFFIXES = (".md", ".html", ".csv", ".json")
 
@@ -39,8 +40,7 @@ def write_report(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence
             folder = out.parent / f"{out.stem}_files"
             figures = draw([block for block in content if isinstance(block, Figure)], folder)
             text = "\n\n".join([f"# {title}", *sections(content, folder, out)]) + "\n"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    atomic_io.write(out, text.encode())
     return [out, *figures]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from grbench.config.schema import ConfigError
 from grbench.training.config import TrainingConfig
+from grengines.runtime import atomic_io
 
 CHECKPOINT = "checkpoint.pt"
 SAVE_S = 20.0  # between two checkpoints
@@ -192,15 +193,14 @@ def _copy(model: nn.Module) -> dict[str, Tensor]:
 
 def _save(path: Path, identity: str, state: State, model: nn.Module, *parts: Any) -> None:
     """Write a checkpoint whole or not at all."""
-    new = path.with_name(f".{path.name}.new")
     values = {
         **vars(state),
         "identity": identity,
         "model": model.state_dict(),
         "parts": [p.state_dict() for p in parts],
     }
-    torch.save(values, new)
-    new.replace(path)
+    with atomic_io.replacing(path) as made:
+        torch.save(values, made)
 
 
 def _resume(path: Path, identity: str, model: nn.Module, *parts: Any) -> State:

@@ -17,6 +17,7 @@ from grengines.models.hstu import autograd
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator
 from grengines.models.hstu.weights import save_weights
+from grengines.runtime import atomic_io
 from grengines.semantic.ids import SemanticIds
 from grkernels.operators import Operators
 
@@ -112,7 +113,8 @@ class TransformerNetwork:
 
     def save(self, path: Path, ids: SemanticIds) -> None:
         named = {f"model.{name}": p.detach().cpu().contiguous() for name, p in self.module.state_dict().items()}
-        save_file(named, str(path), metadata={"format": "pt", "semantic_ids": ids.digest})
+        with atomic_io.replacing(path) as made:
+            save_file(named, str(made), metadata={"format": "pt", "semantic_ids": ids.digest})
 
 
 def _start(module: nn.Module, seed: int) -> None:

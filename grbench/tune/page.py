@@ -18,6 +18,7 @@ from grbench.tune.config import Declared
 from grbench.tune.outcome import Configuration, Outcome
 from grbench.tune.search import Search, Trial
 from grbench.tune.space import Space
+from grengines.runtime import atomic_io
 
 NAME = "tune"
 STEP = ("option", "change", "requests_s", "against")  # of one step from the winner
@@ -30,14 +31,14 @@ def write(search: Search, found: Answer | None, declared: Declared, space: Space
     title = f"grbench tune: {declared.goal.objective}"
     page = folder / f"{NAME}.html"
     text = html.page(title, content)
-    page.write_text(text.replace("</body>", f"{coordinates(search, space)}</body>"), encoding="utf-8")
+    atomic_io.write(page, text.replace("</body>", f"{coordinates(search, space)}</body>").encode())
     markdown = folder / f"{NAME}.md"
     pictures = folder / f"{NAME}_files"
     draw([block for block in content if isinstance(block, Figure)], pictures)
     lines = [f"# {title}", *sections(content, pictures, markdown)]
-    markdown.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    atomic_io.write(markdown, ("\n\n".join(lines) + "\n").encode())
     data = folder / f"{NAME}.json"
-    data.write_text(json.dumps(facts(search, found, declared, space), indent=1) + "\n", encoding="utf-8")
+    atomic_io.write(data, (json.dumps(facts(search, found, declared, space), indent=1) + "\n").encode())
     return [page, markdown, data]
 
 

@@ -6,9 +6,11 @@ WEIGHTS.items.csv has a line `row,item` for each item. Row i of the table is the
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 from grbench.workloads.events import DataError, Events
+from grengines.runtime import atomic_io
 
 
 def map_of(weights: Path) -> Path:
@@ -19,10 +21,11 @@ def map_of(weights: Path) -> Path:
 def save_items(events: Events, weights: Path) -> Path:
     """Write the map of recorded events beside a weights file. Returns its path."""
     path = map_of(weights)
-    with path.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f)
-        writer.writerow(["row", "item"])
-        writer.writerows(enumerate(events.item_ids))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["row", "item"])
+    writer.writerows(enumerate(events.item_ids))
+    atomic_io.write(path, text.getvalue().encode())
     return path
 
 

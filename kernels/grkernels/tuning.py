@@ -9,6 +9,7 @@ list into their records.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -98,7 +99,9 @@ def tune(
     table = json.loads(path.read_text()) if path.exists() else {}
     table.setdefault(variant, {})[key] = dict(candidates[index])
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    whole = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    whole.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    whole.replace(path)  # other processes read it
     _table.cache_clear()
     _used.pop((family, variant, key), None)
     return candidates[index], best

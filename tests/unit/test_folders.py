@@ -1,17 +1,33 @@
-"""Two commands at once in one folder: neither overwrites what the other writes."""
+"""Two commands at once in one folder, and files that others read: nothing is overwritten, and each file is whole."""
 
 from __future__ import annotations
 
+import errno
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from helpers.checkout import ROOT, files
 from helpers.command import Grbench
 
 from grbench.config.compose import compose_spec
 from grbench.execution import records, runner
 from grbench.execution.folders import only_writer, unused
 from grbench.execution.records import Outcome, Status
+from grbench.execution.results import save as save_results
+from grbench.workloads.events import Events
+from grbench.workloads.item_map import save_items
+from grengines.api import Catalogue
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.model import HSTURanker
+from grengines.models.hstu.weights import save_weights
+from grengines.runtime import atomic_io
+from grengines.semantic.ids import SemanticIds
+from grkernels.operators import Operators
 
 
 def test_a_folder_in_use_is_left_to_its_user(tmp_path: Path) -> None:
@@ -58,3 +74,74 @@ def test_two_trainings_do_not_share_a_checkpoint(tmp_path: Path, grbench_here: G
     with only_writer(tmp_path / "weights", "out"):
         refused = grbench_here("train", "task=rank", "tracking=none", "out=weights")
     assert refused.returncode == 2 and refused.stderr.strip().endswith("or set out=FOLDER"), refused.stderr
+
+
+def weights(path: Path, seed: int) -> None:
+    config = HSTUConfig(layers=1, embedding_dim=8, heads=1, qk_dim=8, v_dim=8, head_dim=4)
+    model = HSTURanker.build(
+        config, Catalogue(2, 4, 1), Operators.eager(), seed=seed, device="cpu", dtype=torch.float32
+    )
+    save_weights(model, path)
+
+
+def items(path: Path, seed: int) -> None:
+    one = np.zeros(1, np.int64)
+    save_items(Events(one, one, one, one.astype(np.float32), one, 1, 1, ("a",), item_ids=(f"item {seed}",)), path)
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path, int], Any]]] = {  # by the file's name: what writes it
+    "weights": ("a.safetensors", weights),
+    "semantic ids": ("a.safetensors", lambda path, i: SemanticIds(np.int32([[i, 0], [1, i]]), (9, 9)).save(path)),
+    "map of items": ("a.items.csv", lambda path, i: items(path.with_name("a.safetensors"), i)),
+    "results": ("results.json", lambda path, i: save_results(path.parent, {}, [{"row": i}])),
+    "bytes": ("a.txt", lambda path, i: atomic_io.write(path, b"%d" % i)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_others_read_appears_whole(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, write = WRITERS[name]
+    path = tmp_path / file
+    write(path, 2)
+    whole = path.read_bytes()
+    (tmp_path / "probe").touch()
+    assert path.stat().st_mode == (tmp_path / "probe").stat().st_mode  # not for its owner alone
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", stop)
+        write(path, 3)
+    assert path.read_bytes() == whole and {p.name for p in tmp_path.iterdir()} == {file, "probe"}
+    write(path, 3)
+    assert path.read_bytes() != whole
+
+
+def test_an_error_names_the_file_and_not_what_was_to_replace_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, number in ((tmp_path / "none" / "a", errno.ENOENT), (tmp_path / "file" / "a", errno.ENOTDIR)):
+        with pytest.raises(OSError, match=re.escape(f"'{path}'")) as caught, atomic_io.replacing(path):
+            pass
+        assert caught.value.errno == number
+
+
+IN_PLACE = {  # modules that write files which no other process reads, or that replace a file themselves
+    "engines/grengines/runtime/atomic_io.py", "kernels/grkernels/cute_cache.py", "kernels/grkernels/tuning.py",
+    "engines/grengines/models/decoder/weights.py", "engines/grengines/vllm/folder.py",  # of vLLM in this process
+    "engines/grengines/export/exporter.py", "engines/grengines/tensorrt/plan.py",  # into a folder that appears whole
+    "grbench/execution/records.py", "grbench/tracking/database.py", "grbench/workloads/movielens.py",
+    "grbench/execution/workers.py", "grbench/serve/haproxy.py", "grbench/streams.py",  # of a child process; none
+    "grbench/execution/worker.py", "grbench/execution/measure.py",  # a pipe; samples, which are read after the record
+}  # fmt: skip
+_WRITES = re.compile(r"\.write_(text|bytes)\(|\bsave_file\(|write_table\(|open\([^)]*[\"'][wa]b?[\"']")
+
+
+def test_no_other_module_writes_a_file_in_place() -> None:
+    found = set()
+    for path in files("grbench/*.py", "engines/*.py", "kernels/*.py"):
+        for line in _WRITES.finditer(text := (ROOT / path).read_text()):
+            before = text[: line.start()].splitlines()[-3:]
+            if not any("atomic_io" in each for each in before):
+                found.add(path)
+    assert found == IN_PLACE

@@ -5,20 +5,39 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path for a file that replaces `path` at the end. After an error, what was there is left. Raises OSError.
+
+    Others may read the file as any new one: libraries such as safetensors would keep it to its owner.
+    """
+    made = _beside(path)
+    try:
+        made.touch()
+        mode = stat.S_IMODE(made.stat().st_mode)
+        yield made
+        made.chmod(mode)
+        made.replace(path)
+    except OSError as e:
+        if e.filename == str(made):
+            e.filename, e.filename2 = str(path), None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            made.unlink(missing_ok=True)
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a file, replacing an existing one. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = _beside(path)
-    try:
-        scratch.write_bytes(data)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with replacing(path) as made:
+        made.write_bytes(data)
 
 
 def check(folder: Path, sign: str, what: str) -> None:

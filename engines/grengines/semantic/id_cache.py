@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from grengines.api import Float32Array, Int64Array
@@ -69,20 +66,9 @@ def _kept(
     except ValueError:  # missing or incomplete
         ids = build(vectors_of(), levels, codes, seed, progress)
     try:
-        _save(ids, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ids.save(path)
     except OSError as e:
         reason = f"{path}: {e.strerror or e}"
         raise ValueError(f"{reason}; set GRBENCH_CACHE to a folder that can be written and has room") from e
     return ids
-
-
-def _save(ids: SemanticIds, path: Path) -> None:
-    """Write the file completely or not at all, also with two writers at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unnamed = Path(folder) / "ids"
-        ids.save(unnamed)
-        mask = os.umask(0)
-        os.umask(mask)
-        unnamed.chmod(0o666 & ~mask)  # safetensors keeps its files to their owner; a cache may be shared
-        unnamed.replace(path)

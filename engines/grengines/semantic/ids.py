@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grengines.api import Float32Array, Int32Array, Int64Array
+from grengines.runtime import atomic_io
 
 _FORMAT = "grbench-semantic-ids-1"
 _DTYPE = "I32"  # safetensors' name of int32
@@ -105,9 +106,12 @@ class SemanticIds:
         codes = np.ascontiguousarray(self.codes)
         metadata = {"format": _FORMAT, "schema": json.dumps(schema), "sha256": _digest(codes)}
         try:
-            save_file({"codes": codes}, str(path), metadata=metadata)
+            with atomic_io.replacing(Path(path)) as made:
+                save_file({"codes": codes}, str(made), metadata=metadata)
         except SafetensorError as e:
             raise OSError(f"{path}: can't write semantic ids: {e}") from None
+        except OSError as e:
+            raise OSError(e.errno, f"can't write semantic ids: {e.strerror}", str(path)) from None
 
     @classmethod
     def load(cls, path: str | Path, items: int | None = None) -> SemanticIds:

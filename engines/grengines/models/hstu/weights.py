@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime import atomic_io
 
 if TYPE_CHECKING:
     from grengines.models.hstu.generator import HSTUGenerator
@@ -34,7 +35,8 @@ def save_weights(
     if ids is not None:
         metadata["semantic_ids"] = ids.digest
     try:
-        save_file(tensors, str(path), metadata=metadata)
+        with atomic_io.replacing(Path(path)) as made:
+            save_file(tensors, str(made), metadata=metadata)
     except SafetensorError as e:
         raise OSError(f"{path}: can't write weights: {e}") from None
 
