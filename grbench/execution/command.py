@@ -9,10 +9,12 @@ from grbench.config.compose import prepare_hydra
 from grbench.config.jobs import Invocation, Job, Session
 from grbench.config.schema import to_spec
 
+FORMS = {"--json": "runner.print=json", "--csv": "runner.print=csv"}  # flags for an option, as other programs have them
+
 
 def main(words: Sequence[str]) -> int:
     """Run the command. Exit codes: 0 every cell is OK, 1 a cell failed, 2 the configuration is wrong, 130 Ctrl-C."""
-    return command.run("grbench", words, "config", prepare_hydra, to_spec, _session)
+    return command.run("grbench", [FORMS.get(word, word) for word in words], "config", prepare_hydra, to_spec, _session)
 
 
 def _session(first: Job, invocation: Invocation) -> Session:

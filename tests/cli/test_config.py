@@ -52,7 +52,7 @@ def test_a_file_holds_only_values_that_differ_from_its_schema(group: str, name: 
     assert not restated, f"{path}: {restated} are the schema's own defaults: remove them"
 
 
-@pytest.mark.parametrize("name", ["config", "cachesim", "kernelbench", "train"])
+@pytest.mark.parametrize("name", ["config", "cachesim", "kernelbench", "train", "tune"])
 def test_a_root_file_holds_the_groups_and_hydras_settings_alone(name: str) -> None:
     stated = OmegaConf.load(ROOT / "conf" / f"{name}.yaml")
     assert set(stated) == {"defaults", "hydra"}
@@ -332,6 +332,13 @@ def test_cfg_job_prints_the_whole_configuration_from_any_directory(grbench_here:
     refused = grbench_here("--cfg", "job", "seed=-5")
     assert refused.returncode == 2
     assert "seed=-5: allowed is int >= 0" in refused.stderr
+
+
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_a_flag_chooses_the_form_of_the_cells(grbench_here: Grbench, form: str) -> None:
+    asked = grbench_here(f"--{form}", "--cfg", "job").stdout
+    assert f"  print: {form}\n" in asked
+    assert asked == grbench_here("--cfg", "job", f"runner.print={form}").stdout
 
 
 def test_a_folder_of_ones_own_configs_works_beside_ours(grbench_here: Grbench, tmp_path: Path) -> None:
