@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
         "docs/TUNING.md explains it."
     )
     examples = [
-        "tune                                                    MovieLens-100K on this machine, 5 minutes",
+        "tune                                                    # MovieLens-100K on this machine, 5 minutes",
         "tune latency_ms.p99=20 engine=hstu scenario.max_batch=4,8,16",
         "tune objective=latency rate=100 budget=20cells",
         "tune quality.auc_loss=0.1% budget=60min model=dlrm_v3 model.weights=FILE workload=csv workload.path=FILE",
