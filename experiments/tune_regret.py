@@ -29,7 +29,7 @@ from grbench.tune import limits
 from grbench.tune.live import batches_of
 from grbench.tune.outcome import Configuration
 from grbench.tune.replay import STRATEGIES, Grid, Measured, Run, replay
-from grbench.tune.search import Batching, Goal
+from grbench.tune.trial import Batching, Goal
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 KINDS = ("engine", "kernel", "engine.precision", "engine.cuda_graphs")

@@ -11,7 +11,8 @@ from grbench.execution import energy
 from grbench.tune import rates
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import Configuration, Outcome
-from grbench.tune.search import ENDED_EARLY, Certificate, Search, Trial, cost
+from grbench.tune.search import ENDED_EARLY, Certificate, Search
+from grbench.tune.trial import Trial, cost
 
 
 @dataclass(frozen=True)

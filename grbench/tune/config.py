@@ -18,7 +18,7 @@ from grbench.execution.environment import describe_environment
 from grbench.report.cells import shown
 from grbench.tune import limits
 from grbench.tune.limits import Limit
-from grbench.tune.search import PROBE_S, Goal
+from grbench.tune.trial import PROBE_S, Goal
 from grengines import registry as engines
 from grengines.options import option
 from grkernels.nearest import nearest

@@ -16,8 +16,9 @@ from grbench.tune import answer, rates
 from grbench.tune.answer import Answer
 from grbench.tune.config import Declared
 from grbench.tune.outcome import Configuration, Outcome
-from grbench.tune.search import Search, Trial
+from grbench.tune.search import Search
 from grbench.tune.space import Space
+from grbench.tune.trial import Trial
 from grengines.runtime import atomic_io
 
 NAME = "tune"

@@ -19,8 +19,9 @@ from grbench.tune.limits import PERCENTILE, Limit
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.proposers import Axes, Listed, Neighbours, OneAtATime, OptunaProposer, Proposer
 from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
-from grbench.tune.search import BOTTOM, SIZES, Batching, Goal, Search
+from grbench.tune.search import BOTTOM, SIZES, Search
 from grbench.tune.surrogate import Surrogate
+from grbench.tune.trial import Batching, Goal
 
 CERTIFYING = 30  # cells for certification, beside those of the search
 SPREAD = 0.02  # of run to run, as measured on an idle GPU

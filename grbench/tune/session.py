@@ -22,9 +22,10 @@ from grbench.tune.config import Declared
 from grbench.tune.limits import Verdict
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import BudgetSpentError, Outcome, Probe
-from grbench.tune.search import Batching, Search, Trial
+from grbench.tune.search import Search
 from grbench.tune.space import Space
 from grbench.tune.surrogate import Surrogate
+from grbench.tune.trial import Batching, Trial
 
 
 class TuneSession:

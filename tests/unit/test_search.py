@@ -17,8 +17,9 @@ from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.proposers import Listed, Neighbours, OneAtATime, OptunaProposer
 from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
 from grbench.tune.replay import Grid, Measured, replay
-from grbench.tune.search import Batching, Goal, Search
+from grbench.tune.search import Search
 from grbench.tune.surrogate import Surrogate
+from grbench.tune.trial import Batching, Goal
 
 P99 = Limit("latency_ms/p99", 80.0)
 
