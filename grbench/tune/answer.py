@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from grbench.execution import energy
 from grbench.tune import rates
+from grbench.tune.certification import Certificate
+from grbench.tune.knowledge import ENDED_EARLY, Knowledge
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import Configuration, Outcome
-from grbench.tune.search import ENDED_EARLY, Certificate, Search
 from grbench.tune.trial import Trial, cost
 
 
@@ -19,7 +20,7 @@ from grbench.tune.trial import Trial, cost
 class Answer:
     """The winner and the outcome that speaks for it. certificate: None if it was not certified at all."""
 
-    search: Search
+    knowledge: Knowledge
     trial: Trial
     step: int
     outcome: Outcome
@@ -31,21 +32,21 @@ class Answer:
         return self.certificate is not None
 
 
-def answer(search: Search, certificate: Certificate | None) -> Answer | None:
+def answer(knowledge: Knowledge, certificate: Certificate | None) -> Answer | None:
     """Return the answer of a search; None if nothing keeps the limits."""
     if certificate is not None:
-        return Answer(search, certificate.trial, certificate.step, certificate.worst, certificate)
-    best = search.incumbent
+        return Answer(knowledge, certificate.trial, certificate.step, certificate.worst, certificate)
+    best = knowledge.incumbent
     if best is None or best.low is None or best.best is None:
         return None
-    return Answer(search, best, best.low, best.best, None)
+    return Answer(knowledge, best, best.low, best.best, None)
 
 
 def sentence(found: Answer) -> str:
     """Return the answer in words."""
     rate, latency = found.outcome.metrics["throughput_rps"], _latency(found.outcome)
     words = f"Take {found.trial.configuration.name}: {rate:.4g} requests/s at {latency}"
-    if found.search.goal.objective == "cost":
+    if found.knowledge.goal.objective == "cost":
         words += f", {_cost(found.outcome)} for 1000 requests"
     words += f" ({proof(found)})"
     return ". ".join([words, *_others(found)]) + "."
@@ -55,7 +56,7 @@ def proof(found: Answer) -> str:
     """Return how well the answer is proved."""
     certificate = found.certificate
     if certificate is None:
-        why = found.search.uncertified
+        why = found.knowledge.uncertified
         return f"not certified, one run with the search's own seed{f': {why}' if why else ''}"
     runs = f"{len(certificate.outcomes)} runs with other seeds of {certificate.requests:,} requests, the worst is shown"
     valid = [outcome.metrics.get("loadgen_valid") for outcome in certificate.outcomes]
@@ -78,19 +79,19 @@ def _cost(outcome: Outcome) -> str:
 
 def _others(found: Answer) -> Iterator[str]:
     """Yield the next best engine, and what would give more if a limit on quality or memory were wider."""
-    search, winner = found.search, found.trial
+    knowledge, winner = found.knowledge, found.trial
     keys = [
         key for key in dict.fromkeys(k for k, _ in winner.configuration.values) if key.partition("@")[0] == "engine"
     ]
     for key in keys:
-        others = [t for t in search.trials if t.configuration.get(key) not in (None, winner.configuration.get(key))]
-        ranked = [t for t in search.ranking() if t in others]
+        others = [t for t in knowledge.trials if t.configuration.get(key) not in (None, winner.configuration.get(key))]
+        ranked = [t for t in knowledge.ranking() if t in others]
         if ranked:
             yield f"The next best {_word(key)}, {ranked[0].configuration.get(key)}, gives {_reach(ranked[0])}"
         elif others:
             nearest = max(others, key=lambda t: t.estimate or -1e9)
             yield f"Of {_word(key)} {nearest.configuration.get(key)} the best is {_reach(nearest)}"
-    barred = [t for t in search.trials if t.failed.startswith("breaks") and t.top is not None and t.top > found.step]
+    barred = [t for t in knowledge.trials if t.failed.startswith("breaks") and t.top is not None and t.top > found.step]
     if barred:
         best = max(barred, key=lambda t: t.top or 0)
         most = f"{rates.rate_of(best.top or 0):.4g}"
@@ -114,7 +115,7 @@ def _reach(trial: Trial) -> str:
 
 def binding(found: Answer) -> str:
     """Return which limit keeps the winner from more, or that its throughput does."""
-    if found.search.goal.rate is not None:
+    if found.knowledge.goal.rate is not None:
         return "The rate is fixed, so no limit binds it."
     limit, outcome = found.trial.binding
     high = found.trial.high
@@ -135,7 +136,7 @@ def binding(found: Answer) -> str:
 def neighbours(found: Answer) -> list[tuple[str, str, str, str]]:
     """Return each measured configuration that differs from the winner in one option: option, values, rate, change."""
     rows = []
-    for trial in found.search.trials:
+    for trial in found.knowledge.trials:
         keys = found.trial.configuration.differs(trial.configuration)
         if len(keys) != 1 or not (trial.offline or trial.failed or trial.probes):
             continue
@@ -150,7 +151,7 @@ def _against(found: Answer, trial: Trial) -> str:
     if trial.failed:
         return "-"
     mine, p99 = rates.rate_of(found.step), "latency_ms/p99"
-    if found.search.goal.rate is not None:
+    if found.knowledge.goal.rate is not None:
         known = trial.best is not None and p99 in trial.best.metrics and p99 in found.outcome.metrics
         return f"p99 {trial.best.metrics[p99] / found.outcome.metrics[p99] - 1:+.0%}" if known and trial.best else "-"
     if trial.low is not None:
@@ -189,11 +190,11 @@ def _number(text: str) -> tuple[float, str]:
         return 0.0, text
 
 
-def nobody(search: Search) -> str:
+def nobody(knowledge: Knowledge) -> str:
     """Return why there is no answer: which limit, by how much, and the nearest feasible point."""
     nearest: tuple[float, Trial, int, Limit, Outcome] | None = None
     for trial, (step, (_, limit)) in itertools.chain.from_iterable(
-        ((trial, item) for item in trial.verdicts.items()) for trial in search.trials
+        ((trial, item) for item in trial.verdicts.items()) for trial in knowledge.trials
     ):
         outcome = trial.probes[step]
         excess = limit.excess(outcome) if limit and outcome.ok else None
@@ -210,7 +211,7 @@ def nobody(search: Search) -> str:
             f"{limit}: no configuration that was measured keeps it; nearest is {trial.configuration.name} at "
             f"{rates.rate_of(step):.4g} requests/s with {limit.shown(outcome)}, {how}"
         )
-    for trial in search.trials:
+    for trial in knowledge.trials:
         early = {step: probe for step, probe in trial.probes.items() if probe.status in ENDED_EARLY}
         if early:
             lowest = min(early)
@@ -218,18 +219,18 @@ def nobody(search: Search) -> str:
                 f"no configuration that was measured keeps the limits; {trial.configuration.name} at "
                 f"{rates.rate_of(lowest):.4g} requests/s ended early, {early[lowest].status}: {early[lowest].error}"
             )
-    for trial in search.trials:
+    for trial in knowledge.trials:
         if trial.failed:
             return f"no configuration that was measured keeps the limits; {trial.configuration.name}: {trial.failed}"
     return "nothing was measured at a rate: the budget is too small"
 
 
-def correlations(search: Search) -> list[tuple[str, int, float]]:
+def correlations(knowledge: Knowledge) -> list[tuple[str, int, float]]:
     """Return Spearman's rank correlation of each lower fidelity with the rate that server probes found.
 
     Each with the number of configurations whose rate is bracketed. Fewer than four say nothing.
     """
-    known = [t for t in search.trials if t.low is not None and t.offline is not None and t.predicted is not None]
+    known = [t for t in knowledge.trials if t.low is not None and t.offline is not None and t.predicted is not None]
     if len(known) < 4:
         return []
     from scipy.stats import spearmanr

@@ -21,7 +21,7 @@ from grbench.execution.records import RunRecord, Status
 from grbench.execution.session import CellSession
 from grbench.tune.config import RATES, Declared
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
-from grbench.tune.search import OFFLINE
+from grbench.tune.probes import OFFLINE
 from grengines.cache.config import stored
 
 BATCHING = ("max_batch", "max_wait_ms", "in_flight", "order")  # options that every scenario has

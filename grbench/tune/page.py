@@ -15,8 +15,8 @@ from grbench.report.write import draw
 from grbench.tune import answer, rates
 from grbench.tune.answer import Answer
 from grbench.tune.config import Declared
+from grbench.tune.knowledge import Knowledge
 from grbench.tune.outcome import Configuration, Outcome
-from grbench.tune.search import Search
 from grbench.tune.space import Space
 from grbench.tune.trial import Trial
 from grengines.runtime import atomic_io
@@ -26,42 +26,42 @@ STEP = ("option", "change", "requests_s", "against")  # of one step from the win
 SMALLER = ("p99 ms", "quality loss %", "memory MiB", "J/1000 requests")  # figures of which less is better
 
 
-def write(search: Search, found: Answer | None, declared: Declared, space: Space, folder: Path) -> list[Path]:
+def write(knowledge: Knowledge, found: Answer | None, declared: Declared, space: Space, folder: Path) -> list[Path]:
     """Write tune.html, tune.md with its figures, and tune.json. Returns the paths, the page first."""
-    content = blocks(search, found, declared, space)
+    content = blocks(knowledge, found, declared, space)
     title = f"grbench tune: {declared.goal.objective}"
     page = folder / f"{NAME}.html"
     text = html.page(title, content)
-    atomic_io.write(page, text.replace("</body>", f"{coordinates(search, space)}</body>").encode())
+    atomic_io.write(page, text.replace("</body>", f"{coordinates(knowledge, space)}</body>").encode())
     markdown = folder / f"{NAME}.md"
     pictures = folder / f"{NAME}_files"
     draw([block for block in content if isinstance(block, Figure)], pictures)
     lines = [f"# {title}", *sections(content, pictures, markdown)]
     atomic_io.write(markdown, ("\n\n".join(lines) + "\n").encode())
     data = folder / f"{NAME}.json"
-    atomic_io.write(data, (json.dumps(facts(search, found, declared, space), indent=1) + "\n").encode())
+    atomic_io.write(data, (json.dumps(facts(knowledge, found, declared, space), indent=1) + "\n").encode())
     return [page, markdown, data]
 
 
-def blocks(search: Search, found: Answer | None, declared: Declared, space: Space) -> list[Block]:
+def blocks(knowledge: Knowledge, found: Answer | None, declared: Declared, space: Space) -> list[Block]:
     """Return the content of the page."""
     limits = ", ".join(map(str, declared.goal.limits)) or "no limit"
-    content: list[Block] = [Text(answer.sentence(found) if found else f"No answer: {answer.nobody(search)}.")]
+    content: list[Block] = [Text(answer.sentence(found) if found else f"No answer: {answer.nobody(knowledge)}.")]
     if found:
         content.append(Text(answer.binding(found)))
-    count = f"{len(search.trials)} of {len(space.configurations)} configurations were measured"
+    count = f"{len(knowledge.trials)} of {len(space.configurations)} configurations were measured"
     content.append(Text(f"Objective {declared.goal.objective}, limits: {limits}, budget {declared.budget}; {count}."))
-    if chart := front_chart(search, found):
+    if chart := front_chart(knowledge, found):
         content += [Heading("Pareto front"), Figure("pareto", chart)]
-        content += [Figure(chart.key, chart) for chart in trade_offs(search)]
-        content.append(front_table(search))
+        content += [Figure(chart.key, chart) for chart in trade_offs(knowledge)]
+        content.append(front_table(knowledge))
     if found and (rows := answer.neighbours(found)):
         content += [
             Heading("One step from the winner"),
             _steps(rows),
         ]
-    content += [Heading("Configurations"), _all(search)]
-    if pairs := answer.correlations(search):
+    content += [Heading("Configurations"), _all(knowledge)]
+    if pairs := answer.correlations(knowledge):
         words = [f"{name}: {value:.2f} over {number} configurations" for name, number, value in pairs]
         content += [Heading("Rank correlation with the rate that server probes found"), Bullets(words)]
     if found and found.certificate and found.certificate.failures:
@@ -74,12 +74,12 @@ def blocks(search: Search, found: Answer | None, declared: Declared, space: Spac
     return content
 
 
-def summary(search: Search, found: Answer | None) -> str:
+def summary(knowledge: Knowledge, found: Answer | None) -> str:
     """Return the answer as Markdown without figures, for the description of a run in MLflow."""
     if found is None:
-        return escape(f"No answer: {answer.nobody(search)}.") if search.trials else ""
+        return escape(f"No answer: {answer.nobody(knowledge)}.") if knowledge.trials else ""
     content: list[Block] = [Text(escape(answer.sentence(found))), Text(escape(answer.binding(found)))]
-    content += [Heading("Pareto front"), front_table(search)]
+    content += [Heading("Pareto front"), front_table(knowledge)]
     if rows := answer.neighbours(found):
         content += [Heading("One step from the winner"), _steps(rows)]
     return "\n\n".join(sections(content))
@@ -89,9 +89,9 @@ def _steps(rows: list[tuple[str, str, str, str]]) -> Table:
     return Table(["option", "change", "requests/s", "against the winner"], rows)
 
 
-def trade_offs(search: Search) -> list[Chart]:
+def trade_offs(knowledge: Knowledge) -> list[Chart]:
     """Return a chart for each further figure in which configurations within the limits differ: it and the rate."""
-    points = [(trial, answer.figures(trial.best)) for trial in search.trials if trial.best is not None]
+    points = [(trial, answer.figures(trial.best)) for trial in knowledge.trials if trial.best is not None]
     charts = []
     for name in SMALLER[1:]:
         have = [(trial, row) for trial, row in points if name in row]
@@ -109,9 +109,9 @@ def trade_offs(search: Search) -> list[Chart]:
     return charts
 
 
-def front(search: Search) -> list[Trial]:
+def front(knowledge: Knowledge) -> list[Trial]:
     """Return the trials that no other beats in every figure that both have, the highest rate first."""
-    points = [(trial, answer.figures(trial.best)) for trial in search.trials if trial.best is not None]
+    points = [(trial, answer.figures(trial.best)) for trial in knowledge.trials if trial.best is not None]
 
     def beats(one: dict[str, float], other: dict[str, float]) -> bool:
         names = [name for name in one if name in other]
@@ -122,9 +122,9 @@ def front(search: Search) -> list[Trial]:
     return sorted(kept, key=lambda trial: trial.low or 0, reverse=True)
 
 
-def front_table(search: Search) -> Table:
+def front_table(knowledge: Knowledge) -> Table:
     """Return the Pareto front with every figure."""
-    trials, numbers = front(search), _numbers(search)
+    trials, numbers = front(knowledge), _numbers(knowledge)
     rows = [answer.figures(trial.best) for trial in trials if trial.best is not None]
     names = list(dict.fromkeys(name for row in rows for name in row))
     shown = [
@@ -134,12 +134,12 @@ def front_table(search: Search) -> Table:
     return Table(["#", "configuration", *names], shown)
 
 
-def front_chart(search: Search, found: Answer | None = None) -> Chart | None:
+def front_chart(knowledge: Knowledge, found: Answer | None = None) -> Chart | None:
     """Return rate and p99 of the configurations that keep the limits, the front of these two, and the answer."""
-    kept = [(t, t.best) for t in search.trials if t.best is not None and "latency_ms/p99" in t.best.metrics]
+    kept = [(t, t.best) for t in knowledge.trials if t.best is not None and "latency_ms/p99" in t.best.metrics]
     if not kept:
         return None
-    numbers = _numbers(search)
+    numbers = _numbers(knowledge)
 
     def ends(outcome: Outcome, end: int) -> float:
         value = outcome.metrics["latency_ms/p99"]
@@ -167,27 +167,27 @@ def front_chart(search: Search, found: Answer | None = None) -> Chart | None:
         both = ([ends(found.outcome, 0)], [ends(found.outcome, 1)])
         name = found.trial.configuration.name
         series.append(Series(f"the answer, {how}", *place, *both, hover=[name], colour=2))
-    bounds = [("y", x.bound, str(x)) for x in search.goal.limits if x.metric == "latency_ms/p99"]
+    bounds = [("y", x.bound, str(x)) for x in knowledge.goal.limits if x.metric == "latency_ms/p99"]
     return Chart("pareto", "Rate and p99 within the limits", "requests/s", "p99, ms", series, limits=bounds)
 
 
-def _ranked(search: Search) -> list[Trial]:
+def _ranked(knowledge: Knowledge) -> list[Trial]:
     """Return the trials in the order of the table of all configurations."""
 
     def order(trial: Trial) -> tuple[bool, float]:
         return trial.low is None, -(trial.estimate if trial.estimate is not None else -1e9)
 
-    return sorted(search.trials, key=order)
+    return sorted(knowledge.trials, key=order)
 
 
-def _numbers(search: Search) -> dict[Configuration, str]:
+def _numbers(knowledge: Knowledge) -> dict[Configuration, str]:
     """Return the number of each configuration: its row in the table of all of them, in every table and figure."""
-    return {trial.configuration: str(number) for number, trial in enumerate(_ranked(search), 1)}
+    return {trial.configuration: str(number) for number, trial in enumerate(_ranked(knowledge), 1)}
 
 
-def _all(search: Search) -> Table:
-    numbers, rows = _numbers(search), []
-    for trial in _ranked(search):
+def _all(knowledge: Knowledge) -> Table:
+    numbers, rows = _numbers(knowledge), []
+    for trial in _ranked(knowledge):
         offline = trial.offline.metrics["throughput_rps"] if trial.offline else None
         rate = figure(rates.rate_of(trial.low)) if trial.low is not None else "-"
         best = trial.best.metrics.get("latency_ms/p99") if trial.best else None
@@ -213,10 +213,10 @@ def _limit(trial: Trial) -> str:
     return "offline rate" if trial.top is not None else "-"
 
 
-def coordinates(search: Search, space: Space) -> str:
+def coordinates(knowledge: Knowledge, space: Space) -> str:
     """Return parallel coordinates of all measured configurations as HTML; "" without plotly figures on the page."""
-    trials = [trial for trial in search.trials if trial.estimate is not None]
-    if not trials or front_chart(search) is None:
+    trials = [trial for trial in knowledge.trials if trial.estimate is not None]
+    if not trials or front_chart(knowledge) is None:
         return ""
     import plotly.graph_objects as go
 
@@ -241,7 +241,7 @@ def coordinates(search: Search, space: Space) -> str:
     return str(drawn.to_html(full_html=False, include_plotlyjs=False, div_id="figure_coordinates"))
 
 
-def facts(search: Search, found: Answer | None, declared: Declared, space: Space) -> dict[str, object]:
+def facts(knowledge: Knowledge, found: Answer | None, declared: Declared, space: Space) -> dict[str, object]:
     """Return the search as data, for other programs."""
 
     def of(trial: Trial) -> dict[str, object]:
@@ -256,7 +256,7 @@ def facts(search: Search, found: Answer | None, declared: Declared, space: Space
             "records": folders,
         }
 
-    correlated = [{"fidelity": n, "configurations": c, "spearman": v} for n, c, v in answer.correlations(search)]
+    correlated = [{"fidelity": n, "configurations": c, "spearman": v} for n, c, v in answer.correlations(knowledge)]
     return {
         "objective": declared.goal.objective,
         "limits": {limit.metric: limit.bound for limit in declared.goal.limits},
@@ -266,8 +266,8 @@ def facts(search: Search, found: Answer | None, declared: Declared, space: Space
         "winner": of(found.trial) if found else None,
         "steps": [dict(zip(STEP, row, strict=True)) for row in answer.neighbours(found)] if found else [],
         "certified": found.certified if found else False,
-        "pareto": [trial.configuration.words for trial in front(search)],
-        "trials": [of(trial) for trial in search.trials],
+        "pareto": [trial.configuration.words for trial in front(knowledge)],
+        "trials": [of(trial) for trial in knowledge.trials],
         "rank_correlation": correlated,
         "left_out": space.left_out,
     }

@@ -15,11 +15,13 @@ import numpy as np
 
 from grbench.execution import stats
 from grbench.tune import rates
+from grbench.tune.certification import certify
+from grbench.tune.knowledge import BOTTOM, SIZES, Knowledge
 from grbench.tune.limits import PERCENTILE, Limit
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.proposers import Axes, Listed, Neighbours, OneAtATime, OptunaProposer, Proposer
 from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
-from grbench.tune.search import BOTTOM, SIZES, Search
+from grbench.tune.search import Search
 from grbench.tune.surrogate import Surrogate
 from grbench.tune.trial import Batching, Goal
 
@@ -172,19 +174,17 @@ def replay(grid: Grid, goal: Goal, strategy: str, cells: int, seed: int, truths:
     configurations = list(grid.cells)
 
     def progress(trial: object, probe: Probe, outcome: Outcome, verdict: object) -> None:
-        leader = search.incumbent
+        leader = knowledge.incumbent
         now = 1.0 if leader is None else 1 - truths[leader.configuration] / best
         for i in range(evaluator.used - 1, cells):
             regret[i] = now
 
     proposer = STRATEGIES[strategy](configurations, grid.axes, seed)
-    search = Search(
-        configurations, goal, evaluator, proposer, grid.batching, progress, screen=strategy.startswith(OURS)
-    )
-    search.run()
+    knowledge = Knowledge(goal, grid.batching)
+    Search(knowledge, configurations, evaluator, proposer, progress, screen=strategy.startswith(OURS)).run()
     spent = evaluator.used
     evaluator.allow(CERTIFYING)
-    certificate = search.certify() if goal.runs else None
+    certificate = certify(knowledge, evaluator, progress) if goal.runs else None
     claimed = 0.0 if certificate is None else rates.rate_of(certificate.step)
     true = 0.0 if certificate is None else truths[certificate.trial.configuration]
     # Two steps: the truth of a run that is slower than the mean by chance is a step or two lower.

@@ -18,7 +18,9 @@ from grbench.config.schema import ConfigError
 from grbench.execution.session import CellSession
 from grbench.tune import answer, deploy, rates
 from grbench.tune.answer import Answer
+from grbench.tune.certification import certify
 from grbench.tune.config import Declared
+from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Verdict
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import BudgetSpentError, Outcome, Probe
@@ -53,7 +55,8 @@ class TuneSession:
         }
         proposer = Surrogate(space.configurations, space.axes, declared.seed)
         self._proposer = proposer
-        self.search = Search(space.configurations, declared.goal, self._evaluator, proposer, batching, self._show)
+        self._knowledge = Knowledge(declared.goal, batching)
+        self._search = Search(self._knowledge, space.configurations, self._evaluator, proposer, self._show)
         self._root = root
 
     def run(self) -> int:
@@ -66,14 +69,14 @@ class TuneSession:
         interrupt: KeyboardInterrupt | None = None
         try:
             self._announce()
-            self.search.run()
-            certificate = self.search.certify() if self._declared.goal.runs else None
-            found = answer.answer(self.search, certificate)
+            self._search.run()
+            certificate = certify(self._knowledge, self._evaluator, self._show) if self._declared.goal.runs else None
+            found = answer.answer(self._knowledge, certificate)
             if found is not None:
                 self._measure_steps(found)
         except KeyboardInterrupt as e:
             cut_short, interrupt = "interrupted", e
-            found = answer.answer(self.search, certificate)
+            found = answer.answer(self._knowledge, certificate)
         except ConfigError:
             self._cells.end(cut_short=True)
             raise
@@ -84,12 +87,12 @@ class TuneSession:
 
     def _measure_steps(self, found: Answer) -> None:
         """Measure configurations one step from the winner while the budget lasts, so that each step has a cost."""
-        tried = {trial.configuration for trial in self.search.trials}
+        tried = {trial.configuration for trial in self._knowledge.trials}
         left = [configuration for configuration in self._space.configurations if configuration not in tried]
         try:
             for configuration in answer.unmeasured_steps(found, self._space.axes, left):
                 self._proposer.take(configuration)
-                self.search.try_one(configuration)
+                self._search.try_one(configuration)
         except BudgetSpentError:
             pass
 
@@ -97,10 +100,10 @@ class TuneSession:
         from grbench.tune import page
 
         written: list[Path] = []
-        if self.search.trials:
-            written = page.write(self.search, found, self._declared, self._space, self.folder)
+        if self._knowledge.trials:
+            written = page.write(self._knowledge, found, self._declared, self._space, self.folder)
         pictures = [path for path in [self.folder / f"{page.NAME}_files"] if path.is_dir()]
-        self._cells.end(bool(cut_short), page.summary(self.search, found), [*written, *pictures])
+        self._cells.end(bool(cut_short), page.summary(self._knowledge, found), [*written, *pictures])
         where = os.path.relpath(self.folder)
         if cut_short:
             self._say(f"{cut_short}; the same command goes on from here")
@@ -120,8 +123,8 @@ class TuneSession:
 
     def _why_none(self) -> str:
         """Return why there is no answer, in one line."""
-        if any(trial.probes or trial.offline or trial.failed for trial in self.search.trials):
-            return answer.nobody(self.search)
+        if any(trial.probes or trial.offline or trial.failed for trial in self._knowledge.trials):
+            return answer.nobody(self._knowledge)
         budget = self._declared.budget
         if budget.cells is not None:
             few = f"budget={budget.cells}cells: no record answers, and a first answer takes about 8 cells"
@@ -153,7 +156,7 @@ class TuneSession:
             limit = next(iter(self._declared.goal.limits), None)
             figure = limit.shown(outcome) if limit else ""
             what = f"{'certifying at ' if probe.seed else ''}{probe.rate:g} requests/s: {figure}: {verdict}"
-        best = self.search.incumbent
+        best = self._knowledge.incumbent
         lead = (
             "none yet"
             if best is None or best.low is None

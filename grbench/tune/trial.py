@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from grbench.execution import energy
+from grbench.tune import rates
 from grbench.tune.limits import Limit, Verdict
-from grbench.tune.outcome import Configuration, Outcome
+from grbench.tune.outcome import Configuration, Outcome, Probe
 
 PROBE_S = 20.0  # seconds of a server probe, where the budget is large
+LONGER = 3  # times the requests, where an outcome is unsure
 HELD = (Verdict.KEPT, Verdict.LIKELY)  # verdicts by which the search orders; only KEPT certifies
 
 
@@ -81,12 +84,35 @@ class Trial:
             guess = min(guess, self.high - 0.5)
         return guess if self.low is None else max(guess, self.low)
 
+    @property
+    def least_excess(self) -> float:
+        """The least share by which a rate is beyond a limit; 1 if no limit was decisive."""
+        found = [
+            limit.excess(outcome) or 0.0
+            for step, outcome in self.probes.items()
+            if (limit := self.verdicts[step][1]) is not None
+        ]
+        return max(min(found, default=1.0), 1e-3)
 
-def samples(outcome: Outcome) -> float:
-    """Return the number of answers of an outcome."""
-    return outcome.metrics.get("samples", 0.0)
+    def enter(self, rate: float, outcome: Outcome, verdict: tuple[Verdict, Limit | None]) -> None:
+        """Enter the outcome at a rate, unless one of more requests is there: a longer probe of an earlier search."""
+        step = rates.step_below(rate * 1.001)
+        known = self.probes.get(step)
+        if known is None or known.metrics.get("samples", 0.0) <= outcome.metrics.get("samples", 0.0):
+            self.probes[step], self.verdicts[step] = outcome, verdict
+
+    def breaks(self, limit: Limit, outcome: Outcome) -> None:
+        """Note that an outcome breaks a limit that does not depend on the load."""
+        self.failed, self.violation = f"breaks {limit}: {limit.shown(outcome)}", limit.excess(outcome) or 1.0
 
 
 def cost(outcome: Outcome) -> float:
     """Return the cost of 1000 requests: joules where the energy is known, else seconds of the machine."""
     return 1000 * outcome.metrics.get(energy.METRIC, 1.0 / outcome.metrics["throughput_rps"])
+
+
+Progress = Callable[[Trial, Probe, Outcome, Verdict | None], None]  # what is called after each probe
+
+
+def quiet(trial: Trial, probe: Probe, outcome: Outcome, verdict: Verdict | None) -> None:
+    """Show no progress."""

@@ -12,6 +12,8 @@ import pytest
 from grbench.config.schema import ConfigError
 from grbench.execution import energy
 from grbench.tune import answer, config, legal, limits, page, rates, space
+from grbench.tune.certification import certify, reserve
+from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.proposers import Listed, Neighbours, OneAtATime, OptunaProposer
@@ -77,10 +79,10 @@ CAPACITY = {c: 100.0 + 40 * i for i, c in enumerate(ALL)}
 BATCHING = {c: Batching(int(c.get("scenario.max_batch") or 1)) for c in ALL}
 
 
-def searched(evaluator: Capacities, goal: Goal | None = None) -> Search:
-    goal = goal or Goal("throughput", (P99,))
-    search = Search(ALL, goal, evaluator, Surrogate(ALL, AXES), BATCHING)
-    search.run()
+def searched(evaluator: Capacities, goal: Goal | None = None) -> Knowledge:
+    """Return what a search over ALL found."""
+    search = Knowledge(goal or Goal("throughput", (P99,)), BATCHING)
+    Search(search, ALL, evaluator, Surrogate(ALL, AXES)).run()
     return search
 
 
@@ -186,7 +188,7 @@ def test_certification_takes_the_next_best_if_the_best_fails() -> None:
     evaluator = Capacities(CAPACITY)
     search = searched(evaluator)
     evaluator.worse = {101: 0.95}  # the first run with another seed carries 5% less
-    certificate = search.certify()
+    certificate = certify(search, evaluator)
     assert certificate is not None and len(certificate.outcomes) == 2
     assert certificate.failures and "with seed +101" in certificate.failures[0]
     assert rates.rate_of(certificate.step) <= 0.95 * CAPACITY[certificate.trial.configuration]
@@ -218,7 +220,7 @@ def test_certification_goes_on_with_the_next_best_of_the_objective(goal: Goal, o
     search = searched(evaluator, goal)
     assert len(search.ranking()) == len(ALL)
     measured = len(evaluator.probes)
-    assert search.certify() is None
+    assert certify(search, evaluator) is None
     tried = dict.fromkeys(configuration for configuration, _ in evaluator.probes[measured:])
     assert list(tried)[:3] == [ALL[i] for i in order]
 
@@ -228,7 +230,7 @@ def test_a_budget_too_small_to_certify_says_by_how_much() -> None:
     evaluator.share = lambda probes: sum(1 + probe.requests / 2000 for probe in probes) / 14  # type: ignore[method-assign]
     search = searched(evaluator)
     assert search.incumbent is not None
-    assert search.certify() is None
+    assert certify(search, evaluator) is None
     words = answer.proof(answer.Answer(search, search.incumbent, 0, outcome(1), None))
     assert words.startswith("not certified, one run with the search's own seed: 2 runs of 10,000 requests at ")
     assert "of the budget, and" in words and "times as large would do" in words
@@ -238,8 +240,8 @@ def test_the_budget_of_a_certification_is_kept_from_the_search() -> None:
     evaluator = Capacities(CAPACITY, cells=60)
     search = searched(evaluator)
     assert 2 <= 60 - len(evaluator.probes) <= 50  # room for the first rate and for a lower one
-    assert search.certify() is not None
-    assert search.reserve() == []  # what is left is free
+    assert certify(search, evaluator) is not None
+    assert reserve(search, evaluator) == []  # what is left is free
 
 
 def test_a_probe_that_was_stopped_bounds_the_rate_and_is_never_feasible() -> None:

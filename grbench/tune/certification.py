@@ -1,0 +1,140 @@
+"""Certification: the best is measured again with other seeds and more requests, then the next best until one passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from grbench.tune import rates
+from grbench.tune.knowledge import BOTTOM, Knowledge
+from grbench.tune.limits import Limit, Verdict, judge
+from grbench.tune.outcome import Evaluator, Outcome, Probe
+from grbench.tune.trial import LONGER, Goal, Progress, Trial, quiet
+
+CERTIFIED = 10_000  # requests of a run that certifies
+SHARE = 0.6  # of the budget, at most, if it is reserved twice
+MOST = 0.75  # of the budget that is reserved, at most
+STEPS = 2  # by which a rate that fails is lowered first, then twice as many each time
+SEED = 101
+
+
+@dataclass
+class Certificate:
+    """A configuration that kept the limits in every run with other seeds, of at least CERTIFIED requests."""
+
+    trial: Trial
+    step: int
+    outcomes: list[Outcome]
+    failures: list[str]  # better ones that did not
+
+    @property
+    def requests(self) -> int:
+        """The requests of the shortest run."""
+        return min(round(outcome.metrics["samples"]) for outcome in self.outcomes)
+
+    @property
+    def worst(self) -> Outcome:
+        """The run with the largest p99."""
+        return max(self.outcomes, key=lambda outcome: outcome.metrics.get("latency_ms/p99", math.inf))
+
+
+def reserve(knowledge: Knowledge, evaluator: Evaluator) -> list[Probe]:
+    """Return the probes that certify the best so far, twice if the budget is large: the first rate may fail.
+
+    None if they would leave too little of the budget for the search: the answer then says what is missing.
+    """
+    best = knowledge.incumbent
+    if best is None or best.low is None or not knowledge.goal.runs or knowledge.concluded:
+        return []
+    once = _probes(knowledge.goal, rates.rate_of(best.low))
+    share = evaluator.share(once)
+    return 2 * once if 2 * share <= SHARE else once if share <= MOST else []
+
+
+def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = quiet) -> Certificate | None:
+    """Measure the best again with other seeds and 10,000 requests; then the next best until one passes.
+
+    Returns None if nothing keeps the limits, or if the budget has no room; `knowledge.uncertified` then says why.
+    """
+    goal = knowledge.goal
+    failures: list[str] = []
+    falls: dict[int, float] = {}  # steps by which each trial was lowered last
+    steps = {id(trial): _first_step(goal, trial) for trial in knowledge.ranking()}
+    while open_ := [(trial, step) for trial in knowledge.ranking() if (step := steps[id(trial)]) is not None]:
+        trial, step = max(open_, key=lambda pair: _score_at(knowledge, *pair))
+        if missing := _missing(goal, evaluator, rates.rate_of(step)):
+            knowledge.uncertified = "; ".join([*failures[-1:], missing])
+            return None
+        outcomes, why = _runs(goal, evaluator, progress, trial, step)
+        if not why:
+            knowledge.concluded = True
+            return Certificate(trial, step, outcomes, failures)
+        failures.append(f"{trial.configuration.name} at {rates.rate_of(step):.4g} requests/s: {why}")
+        falls[id(trial)] = 2 * falls.get(id(trial), STEPS / 2)
+        lower = step - round(falls[id(trial)])
+        goes_on = goal.rate is None and trial.top is not None and lower > trial.top - BOTTOM
+        steps[id(trial)] = lower if goes_on else None
+    knowledge.uncertified = failures[-1] if failures else ""
+    return None
+
+
+def _first_step(goal: Goal, trial: Trial) -> int | None:
+    """Return the step to certify first: the best one, or a lower one if its interval is not within."""
+    step = trial.low
+    if step is None or goal.rate is not None or trial.verdicts[step][0] is Verdict.KEPT:
+        return step
+    return step - STEPS
+
+
+def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
+    """Return the score of a trial at a step to certify; larger is better.
+
+    A lower rate multiplies the cost of a request by the ratio of the rates at most: what a machine takes a second does
+    not grow.
+    """
+    if knowledge.goal.objective == "cost" and trial.low is not None:
+        return knowledge.score(trial) * rates.RATIO ** (trial.low - step)
+    return knowledge.score(trial) if knowledge.goal.rate is not None else float(step)
+
+
+def _missing(goal: Goal, evaluator: Evaluator, rate: float) -> str:
+    """Return in words what the budget lacks to certify a rate; "": nothing."""
+    need, left = evaluator.share(_probes(goal, rate)), max(evaluator.left(), 0.0)
+    if need <= left:
+        return ""
+    runs = f"{goal.runs} runs of {CERTIFIED:,} requests" if goal.runs > 1 else f"{CERTIFIED:,} requests"
+    return (
+        f"{runs} at {rate:.4g} requests/s take {need:.0%} of the budget, and {left:.0%} was left: a budget "
+        f"{1 + need - left:.2g} times as large would do"
+    )
+
+
+def _probes(goal: Goal, rate: float) -> list[Probe]:
+    """Return the probes that certify a rate."""
+    return [Probe(rate, CERTIFIED, SEED + run) for run in range(goal.runs)]
+
+
+def _runs(goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, step: int) -> tuple[list[Outcome], str]:
+    """Return the outcomes of the certifying runs, and why they fail ("": they do not)."""
+
+    def run(probe: Probe) -> tuple[Outcome, Verdict, Limit | None]:
+        outcome = evaluator.evaluate(trial.configuration, probe)
+        verdict, limit = judge(goal.limits, outcome) if outcome.ok else (Verdict.BROKEN, None)
+        progress(trial, probe, outcome, verdict)
+        return outcome, verdict, limit
+
+    outcomes: list[Outcome] = []
+    for probe in _probes(goal, rates.rate_of(step)):
+        outcome, verdict, limit = run(probe)
+        longer = dataclasses.replace(probe, requests=LONGER * probe.requests)
+        # A figure within the limit needs more requests; one beyond it a lower rate, if there may be one.
+        longer_may_do = verdict is Verdict.LIKELY or (verdict is Verdict.UNSURE and goal.rate is not None)
+        rest = (goal.runs - len(outcomes)) * [longer]
+        if longer_may_do and evaluator.share(rest) <= evaluator.left():
+            outcome, verdict, limit = run(longer)
+        outcomes.append(outcome)
+        if verdict is not Verdict.KEPT:
+            why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
+            return outcomes, f"in the run with seed +{probe.seed} {why}"
+    return outcomes, ""

@@ -1,0 +1,111 @@
+"""What a search knows: its trials, which of them is the best, and what the others may still reach."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+
+from grbench.tune import rates
+from grbench.tune.limits import PERCENTILE, Verdict, judge
+from grbench.tune.outcome import Configuration, Outcome, Probe
+from grbench.tune.queue_model import BatchTimes, percentile_ms
+from grbench.tune.trial import Batching, Goal, Trial, cost
+
+BOTTOM = rates.steps(20)  # steps below the offline rate at which a configuration is given up
+SIZES = {"scenario.max_batch", "scenario.max_wait_ms"}  # options that a batch's time depends on by its size alone
+ENDED_EARLY = ("TIMEOUT", "STOPPED")  # statuses of a rate that is too high
+
+
+class Knowledge:
+    """The trials of a search and what follows from them. It measures nothing."""
+
+    def __init__(self, goal: Goal, batching: Mapping[Configuration, Batching]) -> None:
+        """batching: of every configuration."""
+        self.goal, self.batching = goal, batching
+        self.trials: list[Trial] = []
+        self.concluded = False  # something is certified: its budget is free
+        self.uncertified = ""  # why nothing is
+
+    def begin(self, configuration: Configuration) -> Trial:
+        """Add and return the trial of a configuration."""
+        self.trials.append(Trial(configuration))
+        return self.trials[-1]
+
+    def ranking(self) -> list[Trial]:
+        """Return the trials that keep the limits, the best first."""
+        return sorted((trial for trial in self.trials if trial.low is not None), key=self.score, reverse=True)
+
+    @property
+    def incumbent(self) -> Trial | None:
+        """The best trial so far."""
+        return next(iter(self.ranking()), None)
+
+    def score(self, trial: Trial) -> float:
+        """Return what the objective says of a trial that keeps the limits; larger is better."""
+        best = trial.best
+        assert best is not None and trial.low is not None
+        if self.goal.objective == "latency":
+            return -best.metrics["latency_ms/p99"]
+        return -cost(best) if self.goal.objective == "cost" else float(trial.low)
+
+    def expected(self, trial: Trial) -> float:
+        """Return the step that a trial should reach: what is known of it, corrected by how far others were off."""
+        if trial.estimate is None:
+            return -math.inf
+        if trial.verdicts or trial.predicted is None or trial.top is None:
+            return trial.estimate
+        off = [(t.low + t.high - 1) / 2 - t.predicted for t in self.trials if t.predicted and t.low and t.high]
+        return min(trial.predicted + (statistics.median(off) if off else 0.0), trial.top)
+
+    def note(self, trial: Trial, probe: Probe, outcome: Outcome) -> Verdict | None:
+        """Take an outcome into a trial. Returns the verdict on a server probe."""
+        if not outcome.ok:
+            if probe.rate is not None and outcome.status in ENDED_EARLY:
+                trial.enter(probe.rate, outcome, (Verdict.BROKEN, None))
+                return Verdict.BROKEN
+            trial.failed, trial.violation = f"{outcome.status}: {outcome.error}", 1.0
+            return Verdict.BROKEN
+        if probe.rate is None:
+            trial.offline = outcome
+            trial.top = rates.step_below(outcome.metrics["throughput_rps"] * rates.RATIO)
+            trial.predicted = self._predict(trial)
+            verdict, limit = judge([limit for limit in self.goal.limits if limit.static], outcome)
+        else:
+            verdict, limit = judge(self.goal.limits, outcome)
+            trial.enter(probe.rate, outcome, (verdict, limit))
+        if verdict is Verdict.BROKEN and limit is not None and limit.static:
+            trial.breaks(limit, outcome)
+        elif self.goal.rate is not None and verdict is Verdict.BROKEN and limit is not None:
+            trial.violation = max(limit.excess(outcome) or 0.0, 1e-3)
+        return None if probe.rate is None else verdict
+
+    def _predict(self, trial: Trial) -> int | None:
+        """Return the highest step at which the simulated queue keeps the latency limits, at most `trial.top`."""
+        assert trial.offline is not None and trial.top is not None
+        mine = self.batching[trial.configuration]
+        batches = [batch for other in self._alike(trial) for batch in other.offline.batches if other.offline]  # type: ignore[union-attr]
+        batches = [(size, seconds) for size, seconds in batches if size <= mine.max_batch]
+        bounds = [
+            (float(p[2]), x.bound)
+            for x in self.goal.limits
+            if (p := PERCENTILE.match(x.metric)) and p[1] == "latency_ms"
+        ]
+        if not batches or not bounds:
+            return trial.top
+        times = BatchTimes(batches, trial.offline.metrics["throughput_rps"])
+        low, high = trial.top - BOTTOM, trial.top
+        while low < high:
+            step = (low + high + 1) // 2
+            wait = (mine.max_batch, mine.max_wait_s, mine.in_flight)
+            kept = all(percentile_ms(times, rates.rate_of(step), percent, *wait) <= bound for percent, bound in bounds)
+            low, high = (step, high) if kept else (low, step - 1)
+        return low
+
+    def _alike(self, trial: Trial) -> list[Trial]:
+        """Return the measured trials that differ from this one in the size of batches only, and itself."""
+
+        def alike(other: Trial) -> bool:
+            return set(trial.configuration.differs(other.configuration)) <= SIZES
+
+        return [other for other in self.trials if other.offline is not None and alike(other)]
