@@ -1,4 +1,4 @@
-"""What a search knows: its trials, which of them is the best, and what the others may still reach."""
+"""Knowledge of a search: its trials, which of them is the best, and what the others may still reach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search looks for, and what it knows of one configuration."""
+"""The goal of a search, and the trial of one configuration: all that is known of it."""
 
 from __future__ import annotations
 
