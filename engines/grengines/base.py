@@ -11,14 +11,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from grengines.api import BatchResult, GenerateResult, RankResult, Request, Setup, UnavailableError
-from grengines.cache.config import PagedCacheConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding
 from grengines.runtime.buckets import token_count
 from grengines.runtime.device import DTYPES, Placement
 from grengines.runtime.timing import Turn, Turns
 from grengines.semantic.search import check_width
-from grkernels.families import AUTO
 
 Part = TypeVar("Part")
 Result = TypeVar("Result", bound=BatchResult)
@@ -173,7 +171,7 @@ class RankingEngine(EngineBase):
 class GeneratingEngine(EngineBase):
     """An engine that generates items by beam search. Satisfies grengines.api.Generator.
 
-    Raises ValueError for a beam narrower than k, and for a cache: the cache group serves ranking only.
+    Raises ValueError for a beam narrower than k.
     """
 
     task = "generate"
@@ -182,8 +180,6 @@ class GeneratingEngine(EngineBase):
         assert setup.retrieval is not None, "a task that generates has semantic IDs"
         self._retrieval, self._model_config = setup.retrieval, setup.model
         check_width(self._retrieval.beam_width, self._retrieval.k)
-        if isinstance(setup.cache, PagedCacheConfig) or setup.cache.item_memory_gb:
-            raise ValueError(f"cache={setup.cache.name}: the cache group serves ranking only; set cache=none")
         super().__init__(setup, placement, cuda_graphs=cuda_graphs)
 
     @abstractmethod
@@ -205,15 +201,3 @@ class GeneratingEngine(EngineBase):
 
     def _weights(self) -> str | None:
         return self._retrieval.weights
-
-
-def refuse_cache(setup: Setup, engine: str) -> None:
-    """Raise ValueError for a cache that an engine of whole histories would not use."""
-    if setup.cache.name != "none" or setup.cache.item_memory_gb:
-        raise ValueError(f"engine={engine} computes whole histories with the whole model; set cache=none")
-
-
-def refuse_kernels(setup: Setup, engine: str, hint: str = "") -> None:
-    """Raise ValueError for kernel variants that an engine with kernels of its own would not use."""
-    if other := sorted(set(setup.kernels.values()) - {AUTO, "torch"}):
-        raise ValueError(f"engine={engine} runs its own kernels, not {', '.join(other)}; set kernel=auto{hint}")

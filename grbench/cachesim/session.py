@@ -8,7 +8,6 @@ import datetime
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import Progress as Bar
 
 from grbench.cachesim.config import CacheSimConfig
 from grbench.cachesim.output import line, print_table
@@ -72,10 +71,9 @@ class CacheSession(RowSession):
 
     @contextlib.contextmanager
     def _watch(self, what: str, requests: int) -> Iterator[Progress]:
-        """Show a progress bar on a terminal while a simulation runs."""
-        with Bar(console=self._screen, transient=True, disable=not self._screen.is_terminal) as bar:
-            task = bar.add_task(what, total=requests)
-            yield lambda done: bar.update(task, completed=done)
+        """Show how far a simulation is."""
+        with self.watch(what) as show:
+            yield lambda done: show(done, requests)
 
 
 def _record(row: Row, config: CacheSimConfig) -> LoggedRow:

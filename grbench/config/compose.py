@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from grbench.config import malformed
 from grbench.config.composition import compose
 from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import (
@@ -34,6 +35,7 @@ from grbench.config.schema import (
     register_schemas,
     to_spec,
 )
+from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.subcommands import summaries
 from grengines.options import allowed_instead, describe
 from grkernels.nearest import nearest
@@ -43,7 +45,6 @@ CONFIG_DIR = str(checkout_or_packaged("conf"))
 ONE_VALUE = re.compile(
     r"\+*((runner\.)?output_root|runner\.(repeats|print)|rerun|rerun_failed|skip_invalid|tracking.*)$"
 )
-SILENCE_S = 15.0  # after which a user wants to know what a command is doing
 Checked = TypeVar("Checked")
 
 
@@ -141,7 +142,8 @@ def plan_jobs(
 
     The configuration is conf/<config_name>.yaml, and a job's `config` is what `check` makes of it. `multirun` and
     `config_dir` are Hydra's flags of that name; a study can ask for a sweep as well. With `skip_invalid=true` the
-    combinations of a sweep that cannot be are left out, and named in `Invocation.skipped`. report: takes a line now and
+    combinations of a sweep that cannot be are left out, and named in `Invocation.skipped`. An option that some of them
+    lack, as cache=none lacks cache.memory_gb, is left out of those. report: takes a line that says so, and one now and
     then, because hundreds of combinations take a minute.
     """
     extra = _search_path(config_dir)
@@ -171,6 +173,8 @@ def _expand(
     """
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     parsed = parser.parse_overrides(overrides)  # its error names the wrong override
+    if unnamed := next((o.input_line for o in parsed if not o.key_or_group), None):
+        raise ConfigError(malformed.problem(unnamed, ""))
     mode = next((o.value() for o in parsed if o.key_or_group == "hydra.mode"), None)
     studied = mode is None and any(o.key_or_group == "study" for o in parsed)  # a study may ask for a sweep
     may_sweep = multirun or studied or mode not in (None, "RUN")
@@ -182,7 +186,13 @@ def _expand(
     base = _compose(config_name, [*(general if may_sweep else overrides), *extra])
     if multirun or base.hydra.mode is RunMode.MULTIRUN:
         swept = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
-        batches = BasicSweeper.split_arguments(parser.parse_overrides(swept + overrides), None)
+        every = parser.parse_overrides(swept + overrides)
+        for override in every:
+            if override.is_sweep_override() and not any(BasicSweeper.split_arguments([override], None)):
+                raise ConfigError(
+                    f"{override.input_line}: it has no value; give at least one, {override.key_or_group}=..."
+                )
+        batches = BasicSweeper.split_arguments(every, None)
         return base, [job for batch in batches for job in batch]
     return (_compose(config_name, [*overrides, *extra]) if general != overrides and may_sweep else base), None
 
@@ -200,22 +210,82 @@ def _plan_sweep(
     common = set.intersection(*map(set, combinations))
     _refuse_options_of_the_session(word for words in combinations for word in words if word not in common)
     folder: Path | None = None
-    jobs: list[Job] = []
-    refused: list[tuple[str, str]] = []  # a combination and its error
-    said = time.monotonic()
+    planned: list[tuple[int, Job, dict[str, str]]] = []  # combinations that can be, with what they lack
+    refused: dict[int, str] = {}
+    had: set[str] = set()  # keys that some combination has
+    partial: set[tuple[str, ...]] = set()  # what made the combinations that lack something
+    begun, total = time.monotonic(), len(combinations)
+    say = at_most_every(SILENCE_S, report)
     for number, words in enumerate(combinations):
-        if time.monotonic() - said > SILENCE_S:
-            said = time.monotonic()
-            report(f"{number} of {len(combinations)} configurations are checked so far; none runs before all are")
+        took = pace(time.monotonic() - begun, number, total)
+        say(f"{number} of {total} configurations are checked, {took}; none runs before all are")
+        lacks: dict[str, str] = {}
         try:
-            cfg = _compose(config_name, [*words, *extra])
+            cfg = _compose_without(config_name, words, extra, lacks)
+            kept = tuple(word for word in words if word not in lacks)
+            had.update(map(_key, kept))
             folder = folder or Path(cfg.hydra.sweep.dir).absolute()  # it carries the time, so it is read once
-            jobs.append(_job(cfg, check, folder / str(number)))
+            if kept not in partial:  # else only an option that it lacks makes it another
+                planned.append((number, _job(cfg, check, folder / str(number)), lacks))
+            if lacks:
+                partial.add(kept)
         except (ConfigError, HydraException, OmegaConfBaseException) as e:
-            refused.append((" ".join(word for word in words if word not in common), explain(e)))
-    if refused and not (jobs and base.get("skip_invalid")):
-        raise ConfigError(_refusal(refused, len(combinations), "skip_invalid" in base))
-    return Invocation(tuple(overrides), len(jobs), folder, tuple(map(_named, refused))), jobs
+            refused[number] = explain(e)
+            had.add(str(getattr(_cause(e), "full_key", "")))  # it is there, with a wrong value
+    nowhere = {number: next((lacks[w] for w in lacks if _key(w) not in had), None) for number, _, lacks in planned}
+    refused |= {number: why for number, why in nowhere.items() if why is not None}
+    planned = [one for one in planned if one[0] not in refused]
+    own = [" ".join(word for word in words if word not in common) for words in combinations]
+    named = [(own[number], refused[number]) for number in sorted(refused)]
+    if named and not (planned and base.get("skip_invalid")):
+        raise ConfigError(_refusal(named, total, "skip_invalid" in base))
+    without: dict[str, dict[str, None]] = {}  # an option, and the choices that lack it
+    for number, _, lacks in planned:
+        for word in lacks:
+            without.setdefault(_key(word), {})[_chosen(word, combinations[number], common)] = None
+    for key, choices in without.items():
+        report(f"{key}: {', '.join(choices)} has no such option and runs without it; the other combinations use it")
+    jobs = [job for _, job, _ in planned]
+    return Invocation(tuple(overrides), len(jobs), folder, tuple(map(_named, named))), jobs
+
+
+def _compose_without(config_name: str, words: list[str], extra: list[str], lacks: dict[str, str]) -> DictConfig:
+    """Compose a combination without the overrides whose options it does not have.
+
+    lacks: takes these overrides, each with the line that refuses it. Raises for any other error of `_compose`.
+    """
+    while True:
+        kept = [word for word in words if word not in lacks]
+        try:
+            return _compose(config_name, [*kept, *extra])
+        except (HydraException, OmegaConfBaseException) as e:
+            absent = _absent_key(e)
+            its = [word for word in kept if absent and f"{_key(word)}.".startswith(f"{absent}.")]
+            if not its:
+                raise
+            lacks.update(dict.fromkeys(its, explain(e)))
+
+
+def _absent_key(error: BaseException) -> str:
+    """Return the key that an error says a configuration does not have; "" for another error."""
+    cause = _cause(error)
+    if stage := re.match(r"Could not override '(\w+@[^']+)'", str(cause)):  # engine@engine.rank of engine=hstu
+        return stage[1]
+    key, schema = str(getattr(cause, "full_key", None) or ""), getattr(cause, "object_type", None)
+    if "." not in key or not dataclasses.is_dataclass(schema):
+        return ""
+    return "" if key.rpartition(".")[2] in {f.name for f in dataclasses.fields(schema)} else key
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0]
+
+
+def _chosen(word: str, words: Sequence[str], common: Collection[str]) -> str:
+    """Return the choice by which a combination lacks the option of an override, such as cache=none."""
+    own = [other for other in words if other not in common and other != word]
+    group = re.split("[.@]", _key(word))[0]
+    return " ".join([other for other in own if _key(other).partition("@")[0] == group] or own)
 
 
 def _refuse_options_of_the_session(swept: Iterator[str]) -> None:
@@ -306,14 +376,12 @@ def explain(error: BaseException) -> str:
     """Return one line for any error of composing: the key, what is wrong, what is allowed."""
     if isinstance(error, ConfigError):
         return str(error)
-    cause = error
-    while cause.__cause__ is not None and isinstance(cause.__cause__, OmegaConfBaseException | HydraException):
-        cause = cause.__cause__
+    cause = _cause(error)
     text = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
     text = re.sub(r"\s*(full_key: \S+|object_type=\w+|reference_type=\S+|Config search path:.*)", "", text)
     if isinstance(error, OverrideParseException):
         why = text.removeprefix(f"Error parsing override '{error.override}' ").partition(" See https")[0]
-        return f"{error.override}: not an override, which is key=value ({why})"
+        return malformed.problem(str(error.override), why)
     if isinstance(cause, MissingConfigException) and cause.options:
         group, _, name = str(cause.missing_cfg_file).rpartition("/")
         return f"{group}={name}: no such option; {nearest(name, cause.options)}allowed: {', '.join(cause.options)}"
@@ -323,6 +391,13 @@ def explain(error: BaseException) -> str:
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return text
     return _explain_key(cause, cause.full_key, text)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the first error of those that composing wraps into each other."""
+    while error.__cause__ is not None and isinstance(error.__cause__, OmegaConfBaseException | HydraException):
+        error = error.__cause__
+    return error
 
 
 def _explain_key(cause: OmegaConfBaseException, key: str, text: str) -> str:

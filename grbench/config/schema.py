@@ -28,6 +28,7 @@ from grbench.scenarios.config import (
     is_accuracy,
 )
 from grbench.tracking.config import MlflowConfig, NoTrackingConfig, check_uri
+from grbench.workloads import refusal
 from grbench.workloads.config import (
     TRACES,
     CsvConfig,
@@ -40,9 +41,11 @@ from grbench.workloads.config import (
 )
 from grengines import registry as engines
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.models.hstu.config import HSTUConfig, stale_states, without_effect
+from grengines.models.hstu.config import HSTUConfig, one_level_only, without_effect
 from grengines.options import expand_home, files, option, violations
+from grengines.refusals import Asked
 from grengines.runtime.cache_dir import content
+from grengines.semantic.ids import wrong_codes
 from grengines.spec import TASKS, CacheOptions, EngineOptions, EngineSpec, ModelOptions
 from grkernels.config import KernelConfig, KernelGroup
 from grkernels.nearest import nearest
@@ -301,20 +304,16 @@ def spec_of(run: RunConfig) -> RunSpec:
     task = able[0] if run.task == "auto" else run.task
     if task not in able:
         raise ConfigError(f"task={task}: engine {engine.name} can't; allowed: auto, {', '.join(able)}")
-    if problem := engines.mismatch(engine.name, run.model):
-        raise ConfigError(problem)
     if problem := engines.model_spec(run.model).contradiction(run.model):
         raise ConfigError(problem)
-    paged = isinstance(run.cache, PagedCacheConfig) and isinstance(run.model, HSTUConfig)
-    if paged and (problem := stale_states(run.model)):
+    if problem := engines.contradiction(run.engine, Asked(task, run.model, run.kernel.requested(), run.cache)):
         raise ConfigError(problem)
     if task == "generate" and isinstance(run.model, HSTUConfig) and (problem := without_effect(run.model)):
         raise ConfigError(problem)
-    if task != "rank" and run.retrieval.beam_width < run.retrieval.k:
-        raise ConfigError(
-            f"retrieval.beam_width={run.retrieval.beam_width}: allowed is >= retrieval.k={run.retrieval.k}, because a "
-            "beam gives one item; set a wider beam or a smaller retrieval.k"
-        )
+    if task != "rank":
+        _check_search(run)
+    if problem := refusal(run.workload):
+        raise ConfigError(problem)
     working = [getattr(run.engine, stage).name for stage in engine.stages] or [engine.name]
     problem = next(filter(None, map(engines.one_at_a_time, working)), None)
     if problem and run.scenario.in_flight > 1:
@@ -351,6 +350,23 @@ def weights_of(spec: RunSpec) -> dict[str, str | None]:
     """Return the weights files of the models that the task needs, by the group that names them."""
     parts = {"rank": ["model"], "generate": ["retrieval"], "recommend": ["model", "retrieval"]}[spec.task]
     return {part: getattr(getattr(spec, part), "weights", None) for part in parts}
+
+
+def _check_search(run: RunConfig) -> None:
+    """Raise ConfigError for a search that can't be, as far as that does not depend on the data."""
+    retrieval = run.retrieval
+    if retrieval.beam_width < retrieval.k:
+        raise ConfigError(
+            f"retrieval.beam_width={retrieval.beam_width}: allowed is >= retrieval.k={retrieval.k}, because a "
+            "beam gives one item; set a wider beam or a smaller retrieval.k"
+        )
+    if retrieval.semantic_ids is not None or retrieval.levels == 1:
+        return  # a file says its levels itself, and of one level the items are the codes
+    if isinstance(run.model, HSTUConfig) and (problem := one_level_only(run.model, retrieval.levels)):
+        raise ConfigError(problem)
+    items = run.workload.items if isinstance(run.workload, DrawnConfig) else 1
+    if retrieval.codes and (problem := wrong_codes(retrieval.levels, retrieval.codes, items)):
+        raise ConfigError(f"retrieval.levels={retrieval.levels} retrieval.codes={retrieval.codes}: {problem}")
 
 
 def _check_accuracy(spec: RunSpec) -> None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from grbench import scenarios, workloads
 from grbench.config.schema import RunSpec
 from grbench.execution import engines, measure
-from grbench.execution.clock import at_most_every
+from grbench.execution.clock import at_most_every, pace
 from grbench.execution.energy import metered
 from grbench.execution.gpu import sample_gpu
 from grbench.execution.heap import leave_out
@@ -172,9 +172,11 @@ class Cell:
         """Make the requests that will be issued, so that none is made while latencies are taken."""
         count = min(issued(self.spec.scenario) or len(requests), len(requests))
 
+        begun = time.monotonic()
+
         def say(done: int) -> None:
-            shorter = "workload.max_requests makes a shorter trace"
-            self._say(f"making requests, {done:,} of {count:,}; {shorter}")
+            took, shorter = pace(time.monotonic() - begun, done, count), "workload.max_requests makes a shorter trace"
+            self._say(f"making requests, {done:,} of {count:,}, {took}; {shorter}")
 
         self._begin("load", "making requests")
         progress = at_most_every(5.0, say)

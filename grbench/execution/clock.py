@@ -1,4 +1,4 @@
-"""The wall clock, which can be set while a cell runs, and calls that are limited in time.
+"""The wall clock, which can be set while a cell runs, calls that are limited in time, and the time that work takes.
 
 LoadGen schedules by the wall clock; grbench's own times are monotonic.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 P = ParamSpec("P")
+SILENCE_S = 15.0  # after which a user wants to know what a command is doing, and how long it will take
 MOST_S = 0.05  # a step of the clock below this is no error: slewing moves both clocks alike
 
 
@@ -51,3 +52,18 @@ def at_most_every(seconds: float, call: Callable[P, None]) -> Callable[P, None]:
             call(*args, **kwargs)
 
     return limited
+
+
+def pace(seconds: float, done: float = 0.0, total: float = 0.0) -> str:
+    """Return how long work has taken, and how long the rest takes at the same pace: "35 s so far, about 2 min left".
+
+    done of total: what the seconds were for, in any unit; 0: it is not known, so nothing is said of the rest.
+    """
+    words = f"{_span(seconds)} so far"
+    return f"{words}, about {_span(seconds * (total - done) / done)} left" if 0 < done <= total else words
+
+
+def _span(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from grbench.config.schema import RetrievalConfig
-from grbench.execution.clock import at_most_every
+from grbench.execution.clock import at_most_every, pace
 from grbench.workloads.config import DrawnConfig, WorkloadConfig
 from grbench.workloads.events import Events
 from grengines.api import Retrieval
@@ -47,9 +48,12 @@ def _made(
 
     items = events.num_items
     codes = config.codes or propose_codes(items, config.levels)
-    progress = at_most_every(
-        5.0, lambda done, rows: report(f"making semantic IDs of {items:,} items, {done / rows:.0%}")
-    )
+    begun = time.monotonic()
+
+    def say(done: int, rows: int) -> None:
+        report(f"making semantic IDs of {items:,} items, {pace(time.monotonic() - begun, done, rows)}")
+
+    progress = at_most_every(5.0, say)
     if isinstance(workload, DrawnConfig):
         return id_cache.of_made_up(items, levels=config.levels, codes=codes, seed=seed, progress=progress)
     return id_cache.of_interactions(

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
 
 from grbench.config.jobs import Invocation, Job
 from grbench.execution import results
+from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.execution.folders import only_writer
 from grbench.tracking import where_to_look
 from grbench.tracking.rows import RowTracker
@@ -68,6 +73,29 @@ class RowSession:
     def show(self, text: str) -> None:
         """Print one line of progress."""
         self._screen.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    @contextlib.contextmanager
+    def watch(self, what: str) -> Iterator[Callable[[float, float], None]]:
+        """Show how far work is: a bar on a terminal, else a line now and then. Yields what takes (done, total)."""
+        begun = time.monotonic()
+        say = at_most_every(SILENCE_S, self.show)
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[pace]}"),
+            console=self._screen,
+            transient=True,
+            disable=not self._screen.is_terminal,
+        ) as bar:
+            task = bar.add_task(escape(what), total=None, pace="")
+
+            def show(done: float, total: float) -> None:
+                took = pace(time.monotonic() - begun, done, total)
+                bar.update(task, completed=done, total=total, pace=took)
+                if not self._screen.is_terminal:
+                    say(f"{what}: {done:,.0f} of {total:,.0f}, {took}")
+
+            yield show
 
     def close(self, cut_short: str = "") -> int:
         """Print the tables and end the parent run. Returns 0, or 1 if a row is wrong.

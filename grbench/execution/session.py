@@ -8,17 +8,19 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import RunConfig, RunSpec
 from grbench.execution import records
+from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.execution.earlier import EarlierRecords
 from grbench.execution.kept import engine_key
 from grbench.execution.places import Cell, Places, shares
@@ -272,24 +274,26 @@ def repeated(job: Job, repeat: int) -> Job:
 
 
 class CellProgress:
-    """The state of a cell: one line on a terminal, else a line for each stage.
+    """The state of a cell: one line on a terminal, else a line for each stage, and now and then for the answers.
 
     It is redrawn only when the worker reports, never by a timer: a busy launcher would disturb the measurement.
-    redrawn: False for lines also on a terminal.
+    queries: answers of the scenario. redrawn: False for lines also on a terminal.
     """
 
     def __init__(self, screen: Console, title: str, queries: int, redrawn: bool = True) -> None:
         self._screen, self._title, self._redrawn = screen, title, redrawn and screen.is_terminal
+        self._queries, self._begun, self._stage_begun = queries, time.monotonic(), time.monotonic()
+        self._say_answered = at_most_every(SILENCE_S, self._say)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            TextColumn("{task.fields[pace]}"),
             console=screen,
             auto_refresh=False,
             transient=True,
         )
-        self._task = self._bar.add_task(escape(title), total=queries)
+        self._task = self._bar.add_task(escape(title), total=queries, pace="")
 
     def __enter__(self) -> CellProgress:
         if self._redrawn:
@@ -302,13 +306,20 @@ class CellProgress:
 
     def show(self, event: Event) -> None:
         """Take one message of the worker."""
-        if not self._redrawn:
-            if "stage" in event:
-                line = f"{self._title}: {event['stage']}"
-                self._screen.print(line, soft_wrap=True, markup=False, highlight=False)
-            return
+        now = time.monotonic()
         if "stage" in event:
-            self._bar.update(self._task, description=escape(f"{self._title}: {event['stage']}"))
+            self._stage_begun = now
+            took = pace(now - self._begun)
+            self._bar.update(self._task, description=escape(f"{self._title}: {event['stage']}"), pace=took)
+            if not self._redrawn:
+                self._say(event["stage"] if now - self._begun < 1 else f"{event['stage']} ({took})")
         else:
-            self._bar.update(self._task, completed=event["answered"])
-        self._bar.refresh()
+            took = pace(now - self._stage_begun, event["answered"], self._queries)
+            self._bar.update(self._task, completed=event["answered"], pace=took)
+            if not self._redrawn:
+                self._say_answered(f"{event['answered']} of {self._queries} answers, {took}")
+        if self._redrawn:
+            self._bar.refresh()
+
+    def _say(self, what: str) -> None:
+        self._screen.print(f"{self._title}: {what}", soft_wrap=True, markup=False, highlight=False)

@@ -13,6 +13,7 @@ from grbench.config.arguments import Arguments, CommandError
 from grbench.config.compose import plan_jobs, prepare_hydra
 from grbench.config.schema import to_spec
 from grbench.execution import results
+from grbench.quality.trained import as_run, with_trained
 from grbench.report.markdown import table
 
 SHOWN = ("hr10", "ndcg10", "mrr10", "hr10_new", "ndcg10_new")  # columns of lists; a ranker has all its figures
@@ -23,14 +24,17 @@ def parser() -> argparse.ArgumentParser:
     about = (
         "Evaluate trained models: hit rate, NDCG and MRR of each user's last item among the full catalogue, or AUC, "
         "AUC within requests, normalised entropy and accuracy of the trace's last requests. Figures have 95% "
-        "intervals over users, baselines beside them, and the loss against the same model in fp32."
+        "intervals over users, baselines beside them, and the loss against the same model in fp32. The words of "
+        "`grbench train` evaluate what it trained: without an engine the task is rank unless task= says another, and "
+        "without weights the latest fitting training under outputs/, or in out=FOLDER, gives them."
     )
     examples = [
+        "evaluate out=outputs/ranker",
         "evaluate engine=hstu model.weights=outputs/ranker/weights.safetensors 'model.tasks=[rated,liked]'",
         "evaluate engine=hstu task=generate retrieval.levels=1 retrieval.weights=outputs/items/weights.safetensors",
         "evaluate -m engine=hstu task=generate retrieval.beam_width=8,32,128 retrieval.weights=... ...",
     ]
-    parser = Arguments("evaluate", about, examples, "overrides as in `grbench`: engine, model, weights, workload")
+    parser = Arguments("evaluate", about, examples, "overrides as in `grbench` or `grbench train`")
     parser.add_argument("--multirun", "-m", action="store_true", help="evaluate every combination of a sweep")
     parser.add_argument("--users", type=int, default=0, help="users who are asked about, by the seed (default: all)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write every figure to results.json there")
@@ -43,7 +47,8 @@ def main(words: Sequence[str]) -> int:
     if args.users < 0:
         raise CommandError(f"--users {args.users}: allowed is >= 0")
     prepare_hydra()
-    _, jobs = plan_jobs("config", to_spec, args.overrides, args.multirun, args.config_dir)
+    run_words, wanted = as_run(args.overrides)
+    _, jobs = plan_jobs("config", to_spec, run_words, args.multirun, args.config_dir, partial(_say, "grbench evaluate"))
     from grbench.quality.evaluate import Evaluation, evaluate
     from grengines.api import UnavailableError
 
@@ -55,7 +60,11 @@ def main(words: Sequence[str]) -> int:
     for job in jobs:
         name = " ".join(word for word in job.overrides if word not in common) or job.config[0].engine.name
         try:
-            evaluation = evaluate(job.config[0], args.users, partial(_say, name))
+            spec, run = job.config
+            spec, lines = with_trained(spec, wanted, Path(run.runner.output_root), job.overrides)
+            for line in lines:
+                _say(name, line)
+            evaluation = evaluate(spec, args.users, partial(_say, name))
         except UnavailableError as e:
             _say(name, f"UNAVAILABLE: {e}")
             code = 1

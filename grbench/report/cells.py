@@ -8,9 +8,10 @@ The module does without pandas, so that the table at the end of a run imports no
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +23,7 @@ Cell = tuple[Path, RunRecord]  # a cell's folder and its record
 GROUPS = ("model", "engine", "kernel", "cache", "workload", "scenario")
 BARE = ("engine", "scenario", "study", "case")  # parts of a name whose key is not shown
 MISSING = "-"
-LONGEST_VALUE = 32  # characters of a value in a name; of a longer path the last part is shown
+_PATH = re.compile(r"(?!.*://)[^\s\[{]*(/[^\s\[{]*|\.[A-Za-z]\w{1,11})")  # of a file, with folders or a suffix
 
 
 class Planned(NamedTuple):
@@ -116,6 +117,9 @@ def labels(cells: Sequence[Named], ignore: Sequence[str] = ()) -> list[str]:
         }
         parts = [{k: v for k, v in part.items() if k not in shared or k in ("engine", "case")} for part in parts]
     _add_differences(cells, parts, ignore)
+    for key in _union(parts):
+        short = short_paths({part[key] for part in parts if key in part and key not in BARE})
+        parts = [{k: short.get(v, v) if k == key else v for k, v in part.items()} for part in parts]
     texts = [" ".join(_text(part, spec)) for part, spec in zip(parts, specs, strict=True)]
     texts = _with_commits(texts, cells)
     total, seen = Counter(texts), Counter[str]()
@@ -124,6 +128,24 @@ def labels(cells: Sequence[Named], ignore: Sequence[str] = ()) -> list[str]:
         if total[text] > 1:
             texts[i] = f"{text} ({seen[text]} of {total[text]})"
     return texts
+
+
+def short_paths(values: Collection[str]) -> dict[str, str]:
+    """Return a name for each path among values of one option: its stem, or what distinguishes it from the others."""
+    paths = {value for value in values if _PATH.fullmatch(value)}
+    names = {path: path for path in paths}
+    for depth in range(1, max((path.count("/") for path in paths), default=0) + 2):
+        for cut in (True, False):  # without the suffix, then with it
+            ends = {path: "/".join(path.rstrip("/").split("/")[-depth:]) for path in paths}
+            names = {path: _without_suffix(end) if cut else end for path, end in ends.items()}
+            if len(set(names.values())) == len(paths):
+                return names
+    return names
+
+
+def _without_suffix(name: str) -> str:
+    folder, slash, file = name.removesuffix(".gz").rpartition("/")
+    return folder + slash + (file.rpartition(".")[0] or file)
 
 
 def _with_commits(texts: Sequence[str], cells: Sequence[Named]) -> list[str]:
@@ -197,8 +219,6 @@ def _text(parts: dict[str, str], spec: dict[str, Any]) -> Iterator[str]:
         if key in BARE or (key == "engine.precision" and value != "auto"):
             yield value
             continue
-        if len(value) > LONGEST_VALUE and "/" in value:
-            value = value.rpartition("/")[2]
         yield f"{word if words[word] < 2 else key.removeprefix('engine.')}={value}"
 
 

@@ -20,7 +20,7 @@ the two one-sided tests procedure", 1987). An interval that has 1 in it and reac
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -31,7 +31,7 @@ import numpy.typing as npt
 from grbench.execution import stats
 from grbench.execution.environment import machine_of
 from grbench.report.cells import Cell, figure, labels, shown
-from grbench.report.frame import ReportError, has_samples, load_samples
+from grbench.report.frame import ReportError, load_samples
 from grbench.report.repeats import RERUNS
 from grbench.report.work import LOADS, options_of
 
@@ -103,10 +103,13 @@ class Comparison:
         return {verdict: found.count(verdict) for verdict in Verdict}
 
 
-def compare(base: Sequence[Cell], new: Sequence[Cell]) -> Comparison:
+def compare(
+    base: Sequence[Cell], new: Sequence[Cell], progress: Callable[[int, int], None] = lambda done, total: None
+) -> Comparison:
     """Compare the OK cells of two sides.
 
-    Cells of BASE count only if they are of NEW's machine. Raises ReportError if there are none, if the sides did
+    progress: called with the cells that are compared and all of them, since each may take seconds of resampling. Cells
+    of BASE count only if they are of NEW's machine. Raises ReportError if there are none, if the sides did
     different work, or if they have no configuration in common.
     """
     base = _of_one_machine(base, new)
@@ -132,8 +135,10 @@ def compare(base: Sequence[Cell], new: Sequence[Cell]) -> Comparison:
     names = (
         labels(first, ignore=["seed", *result.differing]) if len(first) > 1 else [str(first[0].spec["engine"]["name"])]
     )
-    for key, name in zip(common, names, strict=True):
-        result.changes += _changes(name, matched[0][key], matched[1][key])
+    for done, (key, name) in enumerate(zip(common, names, strict=True)):
+        progress(done, len(common))
+        result.changes += _changes(name, matched[0][key], matched[1][key], result.notes)
+    result.notes = list(dict.fromkeys(result.notes))  # a file is named once, and not for each metric
     if any(change.runs == (1, 1) for change in result.changes):
         result.notes.append(ONE_RUN)
     return result
@@ -186,7 +191,8 @@ def _by_configuration(side: Sequence[Cell], differing: dict[str, tuple[str, str]
     return {key: list(runs.values()) for key, runs in groups.items()}
 
 
-def _changes(name: str, base: Sequence[Cell], new: Sequence[Cell]) -> list[Change]:
+def _changes(name: str, base: Sequence[Cell], new: Sequence[Cell], notes: list[str]) -> list[Change]:
+    """Return the changes of one cell. notes: takes a line on samples that can't be read."""
     runs = [record for _, record in (*base, *new)]
     wanted = METRICS.get(str(runs[0].spec["scenario"]["name"]), LATENCIES)
     metrics = []
@@ -196,15 +202,20 @@ def _changes(name: str, base: Sequence[Cell], new: Sequence[Cell]) -> list[Chang
         if all(metric in record.metrics for record in runs):
             metrics.append(metric)
     confidence = 1 - (1 - stats.CONFIDENCE) / max(len(metrics), 1)
-    return [_change(name, metric, base, new, confidence) for metric in metrics]
+    return [_change(name, metric, base, new, confidence, notes) for metric in metrics]
 
 
-def _change(name: str, metric: str, base: Sequence[Cell], new: Sequence[Cell], confidence: float) -> Change:
+def _change(
+    name: str, metric: str, base: Sequence[Cell], new: Sequence[Cell], confidence: float, notes: list[str]
+) -> Change:
     values = [np.array([record.metrics[metric] for _, record in side]) for side in (base, new)]
     seeds = [[record.spec.get("seed") for _, record in side] for side in (base, new)]
     if len(base) == len(new) == 1:
-        low, high = _within_runs(metric, base[0][0], new[0][0], seeds[0] == seeds[1], confidence)
-        ratio = values[1][0] / values[0][0]
+        ratio, (low, high) = values[1][0] / values[0][0], (math.nan, math.nan)
+        try:
+            low, high = _within_runs(metric, base[0][0], new[0][0], seeds[0] == seeds[1], confidence)
+        except ReportError as e:
+            notes.append(f"{name} has no intervals of latencies: {e}")
     else:
         middle, half = t_interval(np.log(values[0]), np.log(values[1]), seeds[0] == seeds[1], confidence)
         ratio, low, high = math.exp(middle), math.exp(middle - half), math.exp(middle + half)
@@ -227,8 +238,11 @@ def t_interval(base: Floats, new: Floats, paired: bool, confidence: float) -> tu
 
 
 def _within_runs(metric: str, base: Path, new: Path, paired: bool, confidence: float) -> tuple[float, float]:
-    """Return the interval of the ratio of a percentile from the requests of one run a side; NaN where there is none."""
-    if metric in HIGHER_IS_BETTER or not (has_samples(base) and has_samples(new)):
+    """Return the interval of the ratio of a percentile from the requests of one run a side; NaN of another metric.
+
+    Raises ReportError for samples that can't be read.
+    """
+    if metric in HIGHER_IS_BETTER:
         return math.nan, math.nan
     tables = [load_samples(folder).sort_values("arrival_s", kind="stable") for folder in (base, new)]
     latencies = [table["latency_ms"].to_numpy() for table in tables]

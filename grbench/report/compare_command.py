@@ -7,8 +7,10 @@ import io
 import json
 import math
 import subprocess
+import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +22,7 @@ from rich.text import Text
 
 from grbench.config.arguments import Arguments, CommandError
 from grbench.execution import records
+from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.report.cells import Cell
 from grbench.report.compare import MARGIN, Comparison, Verdict, change_text, compare, side_text
 from grbench.report.frame import ReportError, read_cells
@@ -86,7 +89,14 @@ def main(words: Sequence[str]) -> int:
         with contextlib.ExitStack() as stack:
             new = stack.enter_context(_cells(args.new))
             base = [cell for side in args.base for cell in stack.enter_context(_cells(side))]
-            comparison = compare(base, new)
+            begun, say = time.monotonic(), at_most_every(SILENCE_S, _say)
+            comparison = compare(
+                base,
+                new,
+                lambda done, total: say(
+                    f"{done} of {total} cells are compared, {pace(time.monotonic() - begun, done, total)}"
+                ),
+            )
     except (ReportError, OSError) as e:
         raise CommandError(e) from e
     counts = comparison.counts(*allowed)
@@ -99,6 +109,10 @@ def main(words: Sequence[str]) -> int:
         print("; ".join(f"{n} {verdict}" for verdict, n in counts.items() if n) or "no metric in common")
     codes = {Verdict.SLOWER: 1, Verdict.UNKNOWN: 4, Verdict.UNDECIDED: 3}
     return next((code for verdict, code in codes.items() if counts[verdict]), 0)
+
+
+def _say(line: str) -> None:
+    print(f"grbench compare: {line}", file=sys.stderr)
 
 
 def _print(rows: Sequence[Sequence[str]], differing: dict[str, tuple[str, str]], notes: Sequence[str]) -> None:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
 from grbench.execution.stats import SHORTEST_S
-from grbench.report.cells import figure, flatten, knobs, labels, shown
-from grbench.report.repeats import estimate, latest_by_seed, ranking_percentile
+from grbench.report.cells import figure, flatten, knobs, labels, short_paths, shown
+from grbench.report.repeats import LEAST_OF_P99, estimate, latest_by_seed, pooled, ranking_percentile
 from grbench.report.work import LOADS, offered_load, scenario_of, strategy_of, unit_of, work_of
 
 
@@ -101,9 +101,12 @@ def work_names(records: Sequence[RunRecord]) -> list[str]:
         keys = [
             key for key in knobs(those) if key.startswith("workload.") or key in ("retrieval.k", "latency_limit_ms")
         ]
-        for i, record in zip(alike, those, strict=True):
-            spec = flatten(record.spec)
-            names[i] += "".join(f" {key.rpartition('.')[2]}={shown(spec[key])}" for key in keys if key in spec)
+        specs = [flatten(record.spec) for record in those]
+        short = {key: short_paths({shown(spec[key]) for spec in specs if key in spec}) for key in keys}
+        for i, spec in zip(alike, specs, strict=True):
+            for key in keys:
+                if key in spec:
+                    names[i] += f" {key.rpartition('.')[2]}={short[key].get(text := shown(spec[key]), text)}"
         contents = {key: {record.files.get(key) for record in those} for record in those for key in record.files}
         for i, record in zip(alike, those, strict=True):  # files of one path
             found = (record.files[key] for key in sorted(record.files) if key.startswith("workload."))
@@ -156,11 +159,20 @@ def _lowest_latency(group: list[RunRecord]) -> Finding:
     )
     # The limit is one of p99.
     limit = _against_limit(best, group[0].spec.get("latency_limit_ms")) if percentile == "p99" else ""
+    why = "" if percentile == "p99" else _why_not_p99(group)
     if not others:
-        return Finding(best.records, f"{where}, {best.label} has a {percentile} of {best} ms{best.runs}{limit}.")
+        return Finding(best.records, f"{where}, {best.label} has a {percentile} of {best} ms{best.runs}{limit}{why}.")
     ties = _ties(best, others)
     first = f"by {percentile}, {ties}" if ties else f"{best.label} has the lowest {percentile}"
-    return Finding(best.records, f"{where}, {first}: {best} ms{best.runs}{limit}{_next(others, best, ' ms')}.")
+    return Finding(best.records, f"{where}, {first}: {best} ms{best.runs}{limit}{_next(others, best, ' ms')}{why}.")
+
+
+def _why_not_p99(group: Sequence[RunRecord]) -> str:
+    """Return why another percentile ranks the cells of a group."""
+    cells = pooled(group)
+    lack = sum("latency_ms/p99" not in cell.intervals for cell in cells)
+    who = "this cell lacks" if len(cells) == 1 else f"{lack} of {len(cells)} cells lack"
+    return f"; p99 needs {LEAST_OF_P99} independent samples, which {who}"
 
 
 def _highest_load(group: list[RunRecord]) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,9 +117,20 @@ def has_samples(folder: Path | str) -> bool:
 
 
 def samples_problem(folder: Path | str) -> str:
-    """Return why the samples beside a record can't be drawn, or "" if they can."""
+    """Return why the samples beside a record can't be read, or "" if they can."""
     try:
         load_samples(folder)
+    except ReportError as e:
+        return str(e)
+    return ""
+
+
+def resamples_problem(folder: Path | str) -> str:
+    """Return why the resamples of the quality beside a record can't be read, or "" if they can or there are none."""
+    path = Path(folder) / records.RESAMPLES_FILE
+    try:
+        if path.is_file():
+            load_columns(path)
     except ReportError as e:
         return str(e)
     return ""
@@ -127,37 +139,50 @@ def samples_problem(folder: Path | str) -> str:
 def load_samples(folder: Path | str) -> pd.DataFrame:
     """Read a cell's raw samples, one row per request: times in milliseconds, `arrival_s` in seconds.
 
-    Raises ReportError, naming the file, if they are missing, unreadable or lack a column.
+    Raises ReportError, naming the file, if they are missing, unreadable, or lack a column of numbers. What reads many
+    cells leaves out what needs the samples of such a cell, keeps its row, and shows the message as a note.
     """
+    return load_columns(Path(folder) / records.SAMPLES_FILE, records.SAMPLE_COLUMNS)
+
+
+def load_columns(path: Path, needed: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a table beside a record. Raises as `load_samples`. needed: columns of numbers that it must have."""
     import pandas as pd
 
-    path = Path(folder) / records.SAMPLES_FILE
     fix = "run the cell again with rerun=true"
     if not path.is_file():
         raise ReportError(f"{path}: no such file; {fix}")
     try:
-        samples = pd.read_parquet(path)
+        table = pd.read_parquet(path)
     except Exception as e:  # pyarrow has an exception of its own for each kind of damage
         raise ReportError(f"{path}: not readable as parquet ({records.one_line(e)}); {fix}") from None
-    if missing := [name for name in records.SAMPLE_COLUMNS if name not in samples]:
+    if missing := [name for name in needed if name not in table]:
         raise ReportError(f"{path}: column {missing[0]!r} is missing; {fix}")
-    if samples.empty:
+    if words := [name for name in needed if not pd.api.types.is_numeric_dtype(table[name])]:
+        raise ReportError(f"{path}: column {words[0]!r} is {table[words[0]].dtype}, expected are numbers; {fix}")
+    if table.empty:
         raise ReportError(f"{path}: holds no rows; {fix}")
-    return samples
+    return table
 
 
 def time_parts(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the mean milliseconds of each part of the latency, one row per OK cell (by label), from raw samples.
 
     Means add up to the mean latency, medians do not. `other_ms` is the remainder: the engine's own bookkeeping between
-    the timed steps.
+    the timed steps. A cell whose samples can't be read has NaN, a warning says why, and `attrs["notes"]` has it too.
     """
     import pandas as pd
 
-    ok = frame[frame["status"] == records.Status.OK]
-    means = [load_samples(folder)[[*PARTS, "latency_ms"]].mean() for folder in ok["folder"]]
-    parts = pd.DataFrame(means, index=pd.Index(ok["cell"], name="cell"), columns=[*PARTS, "latency_ms"])
+    ok, notes = frame[frame["status"] == records.Status.OK], []
+    parts = pd.DataFrame(index=pd.Index(ok["cell"], name="cell"), columns=[*PARTS, "latency_ms"], dtype=float)
+    for place, folder in enumerate(ok["folder"]):
+        try:
+            parts.iloc[place] = load_samples(folder)[[*PARTS, "latency_ms"]].mean()
+        except ReportError as e:
+            notes.append(str(e))
+            warnings.warn(str(e), stacklevel=2)
     parts.insert(len(PARTS), "other_ms", (parts["latency_ms"] - parts[PARTS].sum(axis=1)).clip(lower=0))
+    parts.attrs["notes"] = notes
     return parts
 
 

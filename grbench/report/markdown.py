@@ -14,6 +14,9 @@ from grbench.report.cells import Code
 if TYPE_CHECKING:
     from grbench.report.page import Block
 
+# The end of a sentence: a stop, a space, and a capital, a code span or a bracket; not of "e.g. CUDA".
+_END = re.compile(r"""(?<=[\w)`\]*"”][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.) +(?=[A-Z`*(\[])""")
+
 
 def sections(blocks: Sequence[Block], figures: Path | None = None, page: Path | None = None) -> list[str]:
     """Return blocks as sections of a page. figures: folder of the charts' PNG files, which `page` links to."""
@@ -25,7 +28,7 @@ def sections(blocks: Sequence[Block], figures: Path | None = None, page: Path | 
             case Heading(text):
                 parts.append(f"## {escape(text)}")
             case Text(text):
-                parts.append(escape(text))
+                parts.append("\n".join(sentences(text)))
             case Bullets(lines):
                 parts += bullets(lines)
             case Table(heads, rows):
@@ -54,8 +57,16 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def bullets(lines: Sequence[str]) -> list[str]:
-    """Return one section with a list, or no section if there are no lines."""
-    return ["\n".join(f"- {escape(line)}" for line in lines)] if lines else []
+    """Return one section with a list, or no section if there are no lines. Each sentence has a line of its own."""
+    return ["\n".join("- " + "\n  ".join(sentences(line)) for line in lines)] if lines else []
+
+
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a text, escaped. A stop within a code span ends none."""
+    line = escape(text)
+    spans = [match.span() for match in re.finditer("`[^`]*`", line)]
+    ends = [match.end() for match in _END.finditer(line) if not any(a < match.end() < b for a, b in spans)]
+    return [line[a:b].rstrip() for a, b in zip([0, *ends], [*ends, len(line)], strict=True)]
 
 
 def escape(text: str) -> str:

@@ -11,7 +11,7 @@ from grbench.report.cells import MISSING, Cell, command, flatten, labels, shown
 from grbench.report.chart import Chart
 from grbench.report.charts import charts
 from grbench.report.findings import findings
-from grbench.report.frame import has_samples, samples_problem
+from grbench.report.frame import has_samples, resamples_problem, samples_problem
 from grbench.report.groups import Group, Row, group_cells
 from grbench.report.provenance import origin_line
 from grbench.report.table import MOST_COLUMNS, columns_for, notes, without_least_needed
@@ -135,9 +135,10 @@ def _tradeoff_blocks(traded: Sequence[Tradeoff], rows: Sequence[Row], figures: b
 
 
 def _without_samples(group: Group) -> list[str]:
-    """Return lines about the rows whose samples can't be drawn."""
+    """Return lines about the rows whose samples or resamples can't be read."""
     bare = [row.number for row in group.ok if not has_samples(row.folder)]
     damaged = [samples_problem(row.folder) for row in group.ok if row.number not in bare]
+    damaged += [resamples_problem(row.folder) for row in group.ok]
     return [*([NO_SAMPLES.format(spans(bare))] if bare else []), *filter(None, damaged)]
 
 

@@ -23,6 +23,7 @@ NUMBER = re.compile(r"(?<![\w.:/-])\d+(?:\.\d+)?(?![\w:/-]|\.\d)")  # not those 
 # Names of the metrics whose spread becomes an interval.
 SPREADS = ("latency_ms/p", "throughput_rps", "goodput_rps", JOULES)
 PERCENTILES = ("p99", "p90", "p50")
+LEAST_OF_P99 = 1000  # independent samples
 
 
 RERUNS = "{} earlier {}runs are left out: a run with the same seed replaces the one before it"

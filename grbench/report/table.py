@@ -16,9 +16,11 @@ from grbench.execution.records import RunRecord, Status
 from grbench.report.cells import MISSING, Cell, figure, labels
 from grbench.report.findings import comparable, findings, limit_verdict
 from grbench.report.groups import best_first
-from grbench.report.repeats import NUMBER, pooled, run_count
+from grbench.report.repeats import NUMBER, pooled, ranking_percentile, run_count
+from grbench.report.work import scenario_of
 
 MOST_COLUMNS = 10
+P90 = "p90 ms"  # the heading of the column that is there where p99 does not rank
 NARROWEST_CELL, GAP = 8, 2  # characters; of the gap one is the divider
 STYLES = {Status.OK: "green", Status.UNAVAILABLE: "yellow", Status.INTERRUPTED: "yellow"}  # the others: red
 
@@ -55,10 +57,6 @@ def _of_latency(name: str, interval: bool = False) -> Callable[[RunRecord], str]
 def _compared(record: RunRecord) -> str:
     sample = record.gate.get("measured")
     return f"{sample['checked']} of {sample['answers']}" if sample else MISSING
-
-
-def _p90(record: RunRecord) -> str:
-    return MISSING if "latency_ms/p99" in record.metrics else _of_latency("latency_ms/p90", True)(record)
 
 
 def _throughput(record: RunRecord) -> str:
@@ -102,7 +100,11 @@ COLUMNS = [  # in the order of the table
         "p99: 99% of answers are faster; its 95% interval",
         _of_latency("latency_ms/p99", True),
     ),
-    Column("p90 ms", "p90: of cells with too few requests for a p99", _p90),
+    Column(
+        P90,
+        "p90: 90% of answers are faster; it ranks where cells have too few requests for a p99 with an interval",
+        _of_latency("latency_ms/p90", True),
+    ),
     Column("in limit", "in limit: p99 keeps latency_limit_ms (unsure: its interval does not tell)", limit_verdict),
     Column("queue", "queue: median milliseconds of waiting", _of_latency("queue_ms/p50")),
     Column("compute", "compute: median milliseconds on the device", _metric("compute_ms/p50")),
@@ -124,20 +126,25 @@ LEAST_NEEDED = [
     "compared",
     "queue",
     "compute",
-    "p90 ms",
     "p50 ms",
     "in limit",
     "J/request",
     "hits %",
     "retrieve + rank",
+    P90,
 ]
 UNSEEN = "latency_ms/p99.9 withheld"  # begins a note on a percentile that the table has no column for
 
 
 def columns_for(records: list[RunRecord]) -> list[Column]:
-    """Return the columns that these records fill."""
+    """Return the columns that these records fill. p90 is among them if the sentence goes by it (`findings`)."""
     ok = [record for record in records if record.ok]
-    return [column for column in COLUMNS if any(column.text(record) != MISSING for record in ok)]
+    ranked = {ranking_percentile(group) for group in comparable(ok) if scenario_of(group[0]) != "offline"}
+    return [
+        column
+        for column in COLUMNS
+        if any(column.text(record) != MISSING for record in ok) and (column.heading != P90 or ranked - {"p99"})
+    ]
 
 
 def fitting(columns: list[Column], records: list[RunRecord], width: int) -> list[Column]:

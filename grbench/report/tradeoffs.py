@@ -295,20 +295,17 @@ def _points(rows: Sequence[Row]) -> list[Point]:
 
 
 def _resamples(row: Row) -> dict[str, Floats]:
-    """Return the resamples beside a record that its task is compared by; {} without any."""
+    """Return the resamples beside a record that its task is compared by; {} without any that can be read."""
     path = row.folder / RESAMPLES_FILE
     if not path.is_file():
         return {}
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from grbench.report.frame import ReportError
+    from grbench.report.frame import ReportError, load_columns
 
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as e:
-        raise ReportError(f"{path}: not readable as parquet ({e}); run the cell again with rerun=true") from None
-    names = [name for name in FIGURES[row.record.spec["task"]] if name in table.column_names]
+        table = load_columns(path)
+    except ReportError:  # the page has a note on the file
+        return {}
+    names = [name for name in FIGURES[row.record.spec["task"]] if name in table]
     return {name: table[name].to_numpy() for name in names if f"quality/{name}" in row.record.metrics}
 
 

@@ -15,6 +15,8 @@ from grengines.models.hstu.config import HSTUConfig, without_effect
 from grengines.models.hstu.variant import DEFAULT, differing
 from grengines.options import option
 
+WEIGHTS, IDS = "weights.safetensors", "semantic_ids.safetensors"  # files of a training's folder
+
 
 @dataclass
 class TrainingConfig:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ CHECKPOINT = "checkpoint.pt"
 SAVE_S = 20.0  # between two checkpoints
 WARM_UP = 0.05  # share of the steps over which the learning rate rises
 CLIP = 1.0  # norm of the gradient
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # steps that are done, and all that there will be at most
 
 
 class Task(Protocol):
@@ -53,6 +54,7 @@ class Epoch:
     loss: float
     figures: dict[str, float]
     seconds: float  # since training began, without earlier parts of a training that went on
+    trained: int  # epochs in these seconds
     steps: int  # that were trained
     whole: int  # steps of a whole epoch
 
@@ -103,11 +105,14 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
     state = _resume(folder / CHECKPOINT, identity, model, optimiser, schedule)
     began = saved = time.perf_counter()
+    before = state.epochs
     ends = began + 60 * options.minutes - _checks_s(task, options) if options.minutes else math.inf
     while state.epochs < options.epochs and time.perf_counter() < ends and not _exhausted(state, options):
         number = state.epochs + 1
         torch.manual_seed(seed * 100_003 + number)  # of dropout; an epoch does not depend on those before it
-        loss, steps = _epoch(task, number, steps_an_epoch, device, optimiser, schedule, progress, ends)
+        at, left = (number - 1 - before) * steps_an_epoch, (options.epochs - before) * steps_an_epoch
+        step = partial(_of_all, progress, at, left)
+        loss, steps = _epoch(task, number, device, optimiser, schedule, step, ends)
         figures: dict[str, float] = {}
         last = number == options.epochs or time.perf_counter() >= ends
         if last or number % options.validate_every == 0:
@@ -115,7 +120,7 @@ def train(
                 figures = task.validate()
             if (figure := next(iter(figures.values()))) > state.best_figure:
                 state.best_figure, state.best_epoch, state.best = figure, number, _copy(model)
-        epoch = Epoch(number, loss, figures, time.perf_counter() - began, steps, steps_an_epoch)
+        epoch = Epoch(number, loss, figures, time.perf_counter() - began, number - before, steps, steps_an_epoch)
         state.history.append(epoch.to_dict())
         report(epoch)
         if time.perf_counter() - saved > SAVE_S:
@@ -145,11 +150,10 @@ def _checks_s(task: Task, options: TrainingConfig) -> float:
 def _epoch(
     task: Task,
     number: int,
-    steps: int,
     device: torch.device,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    progress: Progress,
+    progress: Callable[[int], None],
     ends: float,
 ) -> tuple[float, int]:
     """Train one epoch, or less of it if the time `ends` (of time.perf_counter) comes first.
@@ -160,7 +164,7 @@ def _epoch(
     for done, batch in enumerate(task.batches(number)):
         if done and time.perf_counter() >= ends:
             break
-        progress(done, steps)
+        progress(done)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = task.loss(batch)
         optimiser.zero_grad(set_to_none=True)
@@ -174,6 +178,11 @@ def _epoch(
     if not math.isfinite(mean):
         raise ConfigError(f"the loss of epoch {number} is {mean}; set a lower training.rate")
     return mean, trained
+
+
+def _of_all(progress: Progress, before: int, total: int, done: int) -> None:
+    """Report `done` steps of an epoch, which `before` steps of this training came before."""
+    progress(before + done, total)
 
 
 def _rate(step: int, total: int) -> float:

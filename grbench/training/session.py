@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress as Bar
 
 from grbench import workloads
 from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import ConfigError
 from grbench.execution import results
+from grbench.execution.clock import pace
 from grbench.execution.environment import describe_environment
 from grbench.execution.records import LoggedRow, Status, spec_hash
 from grbench.execution.row_session import RowSession
 from grbench.quality.protocol import LeaveOneOut
 from grbench.report.markdown import table
 from grbench.training import loop
-from grbench.training.config import TrainConfig
+from grbench.training.config import IDS, WEIGHTS, TrainConfig, TrainingConfig
 from grbench.training.generate import GenerateTask, semantic_ids
 from grbench.training.rank import RankTask
 from grbench.workloads.events import Events
@@ -34,7 +34,6 @@ from grengines.options import files
 from grengines.runtime.cache_dir import content
 from grengines.semantic.ids import SemanticIds
 
-WEIGHTS, IDS = "weights.safetensors", "semantic_ids.safetensors"
 DIGITS = {"best_epoch": 0, "epochs": 0, "training_s": 1}  # behind the point, of figures that are no measure of quality
 NO_PART = ("out", "output_root", "tracking")  # options that change no figure
 
@@ -78,12 +77,10 @@ class TrainSession(RowSession):
             if (folder / loop.CHECKPOINT).is_file():
                 self.show(f"going on from {folder / loop.CHECKPOINT}")
             trains = time.perf_counter()
-            with Bar(console=self._screen, transient=True, disable=not self._screen.is_terminal) as bar:
-                shown = bar.add_task("epoch", total=None)
+            with self.watch("steps, at most") as show:
                 state = loop.train(
                     task, config.training, device, config.seed, folder, identity,
-                    report=lambda epoch: self.show(_line(epoch)),
-                    progress=lambda done, total: bar.update(shown, completed=done, total=total),
+                    report=lambda epoch: self.show(_line(epoch, config.training)), progress=show,
                 )  # fmt: skip
             epochs = state.history
             with torch.no_grad():
@@ -152,11 +149,14 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     return values | {"files": {key: content(Path(path)) for key, path in files(config).items()}}
 
 
-def _line(epoch: loop.Epoch) -> str:
+def _line(epoch: loop.Epoch, options: TrainingConfig) -> str:
+    """Return the line of an epoch. `patience` may end the training earlier than the time that is said to be left."""
     figures = ", ".join(f"{name} {value:.4f}" for name, value in epoch.figures.items())
     validated = f"; validation: {figures}" if figures else ""
     cut = "" if epoch.steps == epoch.whole else f" ({epoch.steps} of {epoch.whole} steps: training.minutes ended it)"
-    return f"epoch {epoch.number}{cut}: loss {epoch.loss:.4f}{validated}; {epoch.seconds:.0f} s"
+    took = pace(epoch.seconds, epoch.trained, options.epochs - epoch.number + epoch.trained)
+    left = f"{took} at most" if "left" in took and epoch.number < options.epochs else pace(epoch.seconds)
+    return f"epoch {epoch.number}{cut}: loss {epoch.loss:.4f}{validated}; {left}"
 
 
 def _command(config: TrainConfig, job: Job, folder: Path, ids: SemanticIds | None) -> str:

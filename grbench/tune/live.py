@@ -274,17 +274,17 @@ def losses(found: Mapping[str, float], base: Mapping[str, float]) -> dict[str, f
 
 def batches_of(folder: Path) -> list[tuple[int, float]]:
     """Return the size and the seconds of each batch of a cell; none for an engine that batches by itself."""
-    import pyarrow.parquet as pq
+    from grbench.report.frame import ReportError, load_samples
 
     columns = ["batch_index", "batch_size", "batch_ms", "transfer_ms", "compute_ms"]
     try:
-        table = pq.read_table(folder / records.SAMPLES_FILE, columns=columns).to_pydict()
-    except (OSError, ValueError):
+        table = load_samples(folder)
+    except ReportError:  # the search then does without, as for an engine that batches by itself
         return []
     by_index: dict[int, tuple[int, float]] = {}
     packed = 0.0
-    for index, size, *parts in zip(*(table[name] for name in columns), strict=True):
-        by_index[index] = (int(size), sum(parts) / 1e3)
+    for index, size, *parts in table[columns].itertuples(index=False):
+        by_index[int(index)] = (int(size), sum(parts) / 1e3)
         packed += parts[0]
     return list(by_index.values()) if packed else []
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from grbench.config.compose import compose_spec
 from grbench.config.jobs import Invocation
 from grbench.config.schema import ConfigError
+from grbench.execution.clock import pace
 from grbench.execution.session import CellSession
 from grbench.tune import answer, deploy, rates
 from grbench.tune.answer import Answer
@@ -35,7 +36,7 @@ class TuneSession:
 
     def __init__(self, declared: Declared, space: Space, words: Sequence[str]) -> None:
         self._declared, self._space, self._words = declared, space, words
-        self._screen = Console(stderr=True)
+        self._screen, self._begun = Console(stderr=True), time.monotonic()
         kept = [] if declared.fixed_value("runner.keep_engine") else ["runner.keep_engine=true"]
         _, run = compose_spec([*declared.fixed, *space.configurations[0].words, *kept], declared.config_dir)
         if run.runner.parallel != "1":
@@ -162,9 +163,9 @@ class TuneSession:
             if best is None or best.low is None
             else f"{best.configuration.name} at {rates.rate_of(best.low):.4g}/s"
         )
-        self._say(
-            f"{time.strftime('%H:%M:%S')} {name}: {what}{kept}; best: {lead}; {max(self._evaluator.left(), 0):.0%} left"
-        )
+        left = max(self._evaluator.left(), 0.0)
+        took = pace(time.monotonic() - self._begun, 1 - left, 1)
+        self._say(f"{time.strftime('%H:%M:%S')} {name}: {what}{kept}; best: {lead}; {left:.0%} of the budget, {took}")
 
     def _say(self, line: str) -> None:
         self._screen.print(line, soft_wrap=True, markup=False, highlight=False)

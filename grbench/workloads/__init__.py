@@ -12,6 +12,7 @@ from grbench.workloads.config import (
     RecBoleConfig,
     RecordedConfig,
     WorkloadOptions,
+    contradiction,
 )
 from grbench.workloads.events import Columns, Events
 from grbench.workloads.trace import Trace
@@ -32,6 +33,22 @@ def build(
         events = load_events(config)
         visits = trace.find_visits(events, config)
     return trace.build_trace(events, visits, config, seed, latency_limit_ms)
+
+
+def refusal(config: WorkloadOptions) -> str | None:
+    """Return None, or why a workload can't be: options that exclude each other, columns that its file does not have.
+
+    Of a file it reads the first line only, so other faults of the data show when it is loaded.
+    """
+    from grbench.workloads import events
+
+    if isinstance(config, FileConfig):
+        form = config.format if isinstance(config, CsvConfig) else "recbole"
+        try:
+            events.check_columns(Path(config.path), form, _columns(config))
+        except events.DataError as e:
+            return str(e)
+    return contradiction(config)
 
 
 def catalogue(config: WorkloadOptions) -> Catalogue:

@@ -114,3 +114,16 @@ class StepsConfig(DrawnConfig):
 
 
 WorkloadOptions = RecordedConfig | DrawnConfig
+
+
+def contradiction(config: WorkloadConfig) -> str | None:
+    """Return None, or which options of a workload exclude each other."""
+    if config.min_history > config.max_history:
+        return f"workload.min_history={config.min_history} is above workload.max_history={config.max_history}; lower it"
+    if isinstance(config, DrawnConfig) and config.num_candidates > config.items:
+        return f"workload.num_candidates={config.num_candidates}: workload.items={config.items}; ask for fewer"
+    visits = config.visits if isinstance(config, SyntheticConfig) else 0
+    if 1 in (config.max_requests, visits):
+        option = "max_requests" if config.max_requests == 1 else "visits"
+        return f"workload.{option}=1: the workload has one request, the gate needs two; set it to 2 or more"
+    return None

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,49 @@ def load_csv(path: Path, format: str, sort: bool, columns: Columns = Columns()) 
         names = ["userId", "movieId", "rating", "timestamp"]  # the file has no header
         return _interactions(_Table(path, "::", names), columns, sort)
     return _interactions(_Table(path, "\t" if b"\t" in first and b"," not in first else ","), columns, sort)
+
+
+def check_columns(path: Path, format: str, columns: Columns = Columns()) -> None:
+    """Raise DataError if a file is empty, can't be read, or lacks a column that `columns` names or that is needed.
+
+    format: of `load_csv`, or recbole. Only the head of the file is read.
+    """
+    if path.suffix == ".parquet":
+        names = _parquet(path, rows=False).column_names
+    else:
+        first = _bytes(path, first_line=True).strip(b"\r\n")
+        if format == "auto":
+            format = _recognise(first)
+        if format in ("sequences", "ratings_dat") or not first.strip() or _not_utf8(first):
+            return
+        tabbed = format == "recbole" or (b"\t" in first and b"," not in first)
+        names = first.decode().split("\t") if tabbed else next(csv.reader([first.decode()]))
+        if format == "recbole":
+            names = [name.split(":")[0] for name in names]
+    for role in ("user", "item", "time", "rating"):
+        named = getattr(columns, role)
+        if named != NO_TIMES and (named is not None or role != "rating"):
+            _find(path, names, role, named)
+
+
+def _find(path: Path, names: Sequence[str], role: str, name: str | None) -> str:
+    """Return the column of a role (of KNOWN): the named one, else the first known one. Raises DataError."""
+    if name is not None:
+        if name not in names:
+            raise _no_column(path, names, name)
+        return name
+    if found := next((known for known in KNOWN[role] if known in names), None):
+        return found
+    none = f", or workload.time_column={NO_TIMES} to take the file's order" if role == "time" else ""
+    raise DataError(
+        f"{path}: no column is known to be the {role} ({', '.join(KNOWN[role])}); the file has "
+        f"{', '.join(names)}; set workload.{role}_column=NAME{none}"
+    )
+
+
+def _no_column(path: Path, names: Sequence[str], name: str) -> DataError:
+    its = f"{nearest(name, names)}it has {', '.join(names)}"
+    return DataError(f"{path}: row 1 has no column {name!r}; {its}; rename one")
 
 
 def _recognise(first: bytes) -> str:
@@ -287,17 +331,8 @@ class _Table:
         return np.asarray(values, dtype=np.float64)
 
     def find(self, role: str, name: str | None) -> str:
-        """Return the column of a role (of KNOWN): the named one, else the first known one. Raises DataError."""
-        if name is not None:
-            self._column(name)
-            return name
-        if found := next((known for known in KNOWN[role] if known in self.names), None):
-            return found
-        none = f", or workload.time_column={NO_TIMES} to take the file's order" if role == "time" else ""
-        raise DataError(
-            f"{self.path}: no column is known to be the {role} ({', '.join(KNOWN[role])}); the file has "
-            f"{', '.join(self.names)}; set workload.{role}_column=NAME{none}"
-        )
+        """Return the column of a role, as `_find` does. Raises DataError."""
+        return _find(self.path, self.names, role, name)
 
     def times(self, column: str, unit: str = "auto") -> npt.NDArray[np.float64]:
         """Return a column of times, numbers of a unit or ISO 8601, as float64 seconds with fractions."""
@@ -350,8 +385,7 @@ class _Table:
     def _column(self, name: str) -> Any:
         """Return a column as strings; what is missing in a parquet file is empty."""
         if name not in self._table.column_names:
-            names = f"{nearest(name, self.names)}it has {', '.join(self.names)}"
-            raise DataError(f"{self.path}: row 1 has no column {name!r}; {names}; rename one")
+            raise _no_column(self.path, self.names, name)
         column = self._table[name]
         if pa.types.is_string(column.type):
             return pc.fill_null(column, "")
@@ -363,10 +397,13 @@ class _Table:
             ) from None
 
 
-def _parquet(path: Path) -> Any:
+def _parquet(path: Path, rows: bool = True) -> Any:
+    """Return the table of a file, without its rows for the names of the columns alone. Raises DataError."""
     import pyarrow.parquet as pq
 
     try:
+        if not rows:
+            return pq.read_schema(path).empty_table()
         table = pq.read_table(path)
         table.validate(full=True)
         _ = table.column_names
@@ -377,16 +414,17 @@ def _parquet(path: Path) -> Any:
     return table
 
 
-def _bytes(path: Path) -> bytes:
-    """Return the content of a file, unpacked if its name ends in .gz. Raises DataError."""
+def _bytes(path: Path, first_line: bool = False) -> bytes:
+    """Return the content of a file, or its first line, unpacked if its name ends in .gz. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; set workload.path")
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as f:
+            data = f.readline() if first_line else f.read()
     except (OSError, EOFError, zlib.error) as e:  # the last two: a damaged .gz file
         why = getattr(e, "strerror", None) or " ".join(str(e).split())
         raise DataError(f"{path}: can't be read ({why}); set workload.path to a file that can") from None
-    if not data.strip():
+    if not data if first_line else not data.strip():
         raise DataError(f"{path}: the file is empty; set workload.path to one with events")
     return data
 

@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from grbench.workloads.config import RecordedConfig, WorkloadConfig
+from grbench.workloads.config import RecordedConfig, WorkloadConfig, contradiction
 from grbench.workloads.events import DataError, Events
 from grengines.api import Catalogue, Request
 
@@ -178,9 +178,7 @@ def find_requests(events: Events, visits: Visits, config: WorkloadConfig) -> tup
     no visit qualifies.
     """
     if config.min_history > config.max_history:
-        raise DataError(
-            f"workload.min_history={config.min_history} is above max_history={config.max_history}; lower it"
-        )
+        raise DataError(str(contradiction(config)))
     owner = _owners(events, visits)
     first_event = np.searchsorted(events.users, owner)
     eligible = np.flatnonzero(visits.starts - first_event >= config.min_history)

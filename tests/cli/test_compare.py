@@ -153,6 +153,22 @@ def test_one_offline_run_a_side_decides_nothing(tmp_path: Path, grbench_here: Gr
     assert done.returncode == 4 and done.stdout.endswith("1 not known\n")
 
 
+@pytest.mark.parametrize("content", [None, b"", b"PAR1 cut"])
+def test_samples_that_cannot_be_read_cost_the_interval_and_are_named(
+    tmp_path: Path, grbench_here: Grbench, content: bytes | None
+) -> None:
+    for side in ("base", "new"):
+        write_cell(tmp_path / side / "a", "scenario.max_batch=8", queries=1200)
+        write_cell(tmp_path / side / "b", "scenario.max_batch=16", queries=1200)
+    samples = tmp_path / "new" / "a" / "samples.parquet"
+    samples.write_bytes(content) if content is not None else samples.unlink()
+    done = grbench_here("compare", "base", "new")
+    [line] = [line for line in done.stdout.splitlines() if "samples.parquet" in line]
+    assert line.startswith("note: hstu max_batch=8 has no intervals of latencies: new/a/samples.parquet: ")
+    rows = [line for line in done.stdout.splitlines() if line.startswith("hstu max_batch=")]
+    assert ["not known" in row for row in rows] == [True, True, False, False]  # two metrics of each cell
+
+
 def test_a_revision_of_a_repository_is_a_side(tmp_path: Path, grbench_here: Grbench) -> None:
     def git(*words: str) -> None:
         who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]

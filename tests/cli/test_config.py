@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.checkout import ROOT
 from helpers.command import Grbench
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grbench.cli import main
-from grbench.config import composition
+from grbench.config import composition, malformed
 from grbench.config.compose import CONFIG_DIR, compose_cells, compose_spec, explain, plan_jobs, prepare_hydra
 from grbench.config.reference import ROOTS, reference
 from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json, to_spec
@@ -30,10 +35,17 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def events(tmp_path: Path) -> str:
+    """The path of a file that csv and recbole read."""
+    (tmp_path / "events.tsv").write_text("user_id\titem_id\ttimestamp\n1\t2\t3\n")
+    return str(tmp_path / "events.tsv")
+
+
 @pytest.mark.parametrize("group, name", OPTIONS)
-def test_every_option_of_every_group_composes(group: str, name: str) -> None:
-    needs = [f"workload.path={__file__}"] if name in ("csv", "recbole") else []
-    needs += ["engine=hf"] if name.startswith("decoder_") else []
+def test_every_option_of_every_group_composes(group: str, name: str, events: str) -> None:
+    needs = [f"workload.path={events}"] if name in ("csv", "recbole") else []
+    needs += ["engine=hf"] if name.startswith("decoder_") else ["engine=hstu"] if name == "dlrm_v3_stu" else []
     spec, run = compose_spec([f"{group}={name}", *needs])
     chosen = getattr(run, group)
     assert chosen.name == name
@@ -124,7 +136,7 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
         (["nonsense=1"], "nonsense", "latency_limit_ms"),
         (["workload=csv"], "workload.path", "workload.path"),
         (["model.layers=null"], "model.layers", "int"),
-        (["seed=[1,"], "seed=[1,", "key=value"),
+        (["seed=[1,"], "seed=[1,", "[ is not closed; write 'seed=[1]'"),
         (["seed"], "seed", "key=value"),
         (["engin=hstu"], "engin", "nearest: engine;"),
         (["engine=null"], "engine=null", "one option"),
@@ -199,10 +211,13 @@ def plan(*overrides: str) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     [
         ("cache=lru,lfu", ["cache.memory_gb=0.02", "engine=hstu"]),
         ("engine=hstu,onnxruntime", ["engine.precision=fp32"]),
-        ("workload=csv,recbole", [f"workload.path={__file__}"]),
+        ("workload=csv,recbole", ["workload.path=events.tsv"]),
     ],
 )
-def test_a_sweep_over_a_group_takes_a_key_that_the_groups_default_lacks(swept: str, fixed: list[str]) -> None:
+def test_a_sweep_over_a_group_takes_a_key_that_the_groups_default_lacks(
+    swept: str, fixed: list[str], events: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(events).parent)
     group, _, names = swept.partition("=")
     cells = compose_cells([swept, *fixed], multirun=True)
     assert [getattr(spec, group).name for spec, _ in cells] == names.split(",")
@@ -245,10 +260,170 @@ def test_combinations_that_cannot_be_are_refused_by_name_or_left_out() -> None:
         ("engine=onnxruntime", "engine.precision=int8"),
     ]
     assert skipped == (line,)
-    with pytest.raises(ConfigError, match=r"^workload=synthetic: workload\.path: no such key; .* 1 of 2 combinations"):
-        plan("workload=csv,synthetic", f"workload.path={__file__}")
     with pytest.raises(ConfigError, match=r"^scenario\.max_bach: no such key; nearest"):  # wrong in all of them
         plan("scenario.max_bach=1", "seed=0,1", "skip_invalid=true")
+
+
+@pytest.mark.parametrize(
+    "sweep, cells, line",
+    [
+        (
+            ["engine=hstu", "cache=none,lru", "cache.memory_gb=0.02"],
+            [["cache=none"], ["cache=lru", "cache.memory_gb=0.02"]],
+            "cache.memory_gb: cache=none has no such option and runs without it; the other combinations use it",
+        ),
+        (  # a swept option makes no second cell where it is lacking
+            ["engine=hstu", "cache=none,lru", "cache.memory_gb=0.02,0.1"],
+            [["cache=none"], ["cache=lru", "cache.memory_gb=0.02"], ["cache=lru", "cache.memory_gb=0.1"]],
+            "cache.memory_gb: cache=none has no such option and runs without it; the other combinations use it",
+        ),
+        (
+            ["engine=hstu", "scenario=offline,server,closed_loop", "scenario.target_qps=9"],
+            [["scenario=offline"], ["scenario=server", "scenario.target_qps=9"], ["scenario=closed_loop"]],
+            "scenario.target_qps: scenario=offline, scenario=closed_loop has no such option and runs without it; the "
+            "other combinations use it",
+        ),
+        (
+            ["engine=hstu,pipeline", "engine@engine.retrieve=hstu", "engine.retrieve.precision=fp32"],
+            [["engine=hstu"], ["engine=pipeline", "engine@engine.retrieve=hstu", "engine.retrieve.precision=fp32"]],
+            "engine@engine.retrieve: engine=hstu has no such option and runs without it; the other combinations use it",
+        ),
+    ],
+)
+def test_a_combination_that_lacks_an_option_runs_without_it(
+    sweep: list[str], cells: list[list[str]], line: str
+) -> None:
+    said: list[str] = []
+    prepare_hydra()
+    invocation, jobs = plan_jobs("config", to_spec, sweep, multirun=True, report=said.append)
+    assert [[w for w in job.overrides if w != "engine=hstu" or w in cells[0]] for job in jobs] == cells
+    assert invocation.total == len(jobs) and said[0] == line
+
+
+@pytest.mark.parametrize("more", [[], ["skip_invalid=true"]])
+def test_an_option_that_no_combination_has_is_refused_with_the_nearest(more: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^cache=none: cache\.memory_g: no such key|^cache\.memory_g: no such key"):
+        plan("engine=hstu", "cache=none,lru", "cache.memory_g=0.02", *more)
+    with pytest.raises(ConfigError, match=r"nearest: cache\.memory_gb"):
+        plan("engine=hstu", "cache=lru,lfu", "cache.memory_g=0.02", *more)
+    with pytest.raises(ConfigError, match=r"engine\.precison: no such key; nearest: engine\.precision"):
+        plan("engine=hstu", "seed=1,word", "engine.precison=fp32", *more)  # a wrong seed is no proof that it is a key
+
+
+@pytest.mark.parametrize(
+    "word, line",
+    [
+        ("engine=hstu,", "the list ends with a comma; write engine=hstu, or -m engine=hstu,VALUE for a sweep"),
+        ("engine=,hstu", "the list begins with a comma; write engine=hstu, or -m engine=hstu,VALUE for a sweep"),
+        ("engine=hstu,,aoti", "the list has an empty item; write -m engine=hstu,aoti"),
+        ("engine=,", "the list has an empty item; write engine=VALUE, or -m engine=VALUE,VALUE for a sweep"),
+        ("model.tasks=[a,]", "the list has an empty item; write 'model.tasks=[a]'"),
+        ("seed=[1,", "[ is not closed; write 'seed=[1]'"),
+        ("seed=range(0,3", "( is not closed; write -m 'seed=range(0,3)'"),
+        ("model.tasks=a]", "] closes no bracket; write model.tasks=a, or -m model.tasks=a,VALUE for a sweep"),
+        ("seed=choice()", "choice() has no values; write seed=VALUE, or -m seed=VALUE,VALUE for a sweep"),
+        ("workload.path=~/a.csv", """'~' needs quotes around the text; write 'workload.path="~/a.csv"'"""),
+        ("workload.path=a(1).csv", """'(' needs quotes around the text; write 'workload.path="a(1).csv"'"""),
+        ("seed", "not an override, which is key=value"),
+        ("=hstu", "'' is no key; an override is key=value, with a key such as seed or engine.precision"),
+        ("my engine=hstu", "'my engine' is no key; an override is key=value, with a key such as seed"),
+    ],
+)
+def test_a_malformed_word_is_explained_with_what_works(word: str, line: str) -> None:
+    for words, sweep in (([word], False), (["engine=hstu", word], True)):
+        with pytest.raises(ConfigError) as caught:
+            compose_cells(words, multirun=sweep)
+        assert str(caught.value).startswith(f"{word}: {line}")
+
+
+def test_what_is_written_instead_is_accepted() -> None:
+    for word in ("seed=range(0,3", "seed=1,,2", "seed=1,", "workload.path=a(1).csv", "model.tasks=[a,]"):
+        prepare_hydra()
+        written = shlex.split(malformed.problem(word, "").partition("; write ")[2].partition(", or")[0])
+        with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+            OverridesParser.create().parse_overrides([w for w in written if w != "-m"])
+
+
+@pytest.mark.parametrize("word", ["seed=range(3,1)", "model=glob(nothing*)"])
+def test_a_sweep_over_nothing_names_the_option(word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_cells(["engine=hstu", word], multirun=True)
+    assert str(caught.value).startswith(f"{word}: it has no value; give at least one, {word.partition('=')[0]}=")
+
+
+REFUSED = [  # what the worker refused before: overrides, and the refusal
+    ("engine=onnxruntime cache=lru", "cache=lru: engine=onnxruntime computes whole histories; set cache=none"),
+    ("engine=onnxruntime cache.item_memory_gb=1", "cache.item_memory_gb=1: engine=onnxruntime has the whole table"),
+    ("engine=onnxruntime kernel=triton", "kernel=triton: engine=onnxruntime runs its own kernels; set kernel=auto"),
+    ("engine=onnxruntime engine.device=cpu engine.precision=bf16", "engine.precision=bf16 and engine.device=cpu: "),
+    ("engine=tensorrt cache=lru", "cache=lru: engine=tensorrt computes whole histories; set cache=none"),
+    ("engine=tensorrt engine.refit=true engine.precision=int8", "engine.refit=true and engine.precision=int8: "),
+    ("engine=tensorrt engine.fallback=[hstuu]", "engine.fallback=hstuu: nearest: hstu; allowed are hstu, aoti"),
+    ("engine=aoti engine.fallback=[onnxruntime] cache=lru", "engine.fallback=onnxruntime: cache=lru: engine=onnx"),
+    ("engine=aoti cache.item_memory_gb=1", "cache.item_memory_gb=1: a package has the whole table on the device"),
+    ("engine=aoti cache=lru cache.precision=int8", "cache.precision=int8: a package reads pages in its own precision"),
+    ("engine=aoti kernel.hstu_attention=cutlass", "kernel.hstu_attention=cutlass can't be part of a package; those"),
+    ("engine=aoti engine.device=cpu engine.cuda_graphs=true", "engine.cuda_graphs=true and engine.device=cpu: a CPU"),
+    ("engine=hstu engine.device=cpu engine.cuda_graphs=true", "engine.cuda_graphs=true and engine.device=cpu: a CPU"),
+    ("engine=hstu engine.cuda_graphs=true engine.candidate_microbatch=8", "engine.cuda_graphs=true and engine.cand"),
+    ("engine=hstu task=generate engine.candidate_microbatch=8", "engine.candidate_microbatch=8 is for ranking"),
+    ("engine=hstu task=generate cache=lru", "cache=lru: the cache group serves ranking only; set cache=none"),
+    ("engine=hf cache.item_memory_gb=1", "cache=none: the cache group serves ranking only"),
+    ("engine=hf kernel=triton", "kernel."),
+    ("engine=vllm engine.block_size=48", "engine.block_size=48: must be a power of two"),
+    ("engine=vllm model.qk_dim=8 model.v_dim=12", "model.qk_dim=8, model.v_dim=12: engine vllm needs them equal"),
+    ("engine=remote cache=lru", "cache=lru: engine remote has none; give the cache to the server"),
+    ("engine=pipeline engine@engine.rank=onnxruntime cache=lru", "cache=lru: engine=onnxruntime computes whole"),
+    ("engine=pipeline engine.retrieve.block_size=48", "engine.retrieve.block_size=48: must be a power of two"),
+    ("engine=hstu task=generate model.variant=research", "model.position_bias=true, model.time_bias=129: a search"),
+    (
+        "engine=hstu task=generate workload=synthetic retrieval.codes=2",
+        "retrieval.levels=3 retrieval.codes=2: 3 levels",
+    ),
+    ("engine=hstu workload.min_history=9 workload.max_history=8", "workload.min_history=9 is above workload.max_hist"),
+    ("engine=hstu workload=synthetic workload.items=9", "workload.num_candidates=32: workload.items=9; ask for fewer"),
+    ("engine=hstu workload.max_requests=1", "workload.max_requests=1: the workload has one request, the gate needs"),
+    ("engine=hstu workload=synthetic workload.visits=1", "workload.visits=1: the workload has one request, the gate"),
+]
+
+
+@pytest.mark.parametrize("words, line", REFUSED)
+def test_what_no_machine_can_run_is_refused_before_it_is_recorded(words: str, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_spec(words.split())
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    "head, more, line",
+    [
+        ("userId,movieId,timestamp", ["workload.user_column=user"], "row 1 has no column 'user'; nearest: userId;"),
+        ("userId,movieId,timestamp", ["workload.rating_column=stars"], "row 1 has no column 'stars'; it has userId"),
+        ("who,what,when", [], "no column is known to be the user (user_id, userId,"),
+        ("userId,movieId", [], "no column is known to be the time"),
+        ("", [], "the file is empty"),
+    ],
+)
+def test_wrong_columns_are_refused_before_anything_is_recorded(
+    grbench_here: Grbench, tmp_path: Path, head: str, more: list[str], line: str
+) -> None:
+    for name in ("e.csv", "e.csv.gz"):
+        with gzip.open(tmp_path / name, "wt") if name.endswith("gz") else (tmp_path / name).open("w") as f:
+            f.write(f"{head}\n1,2,3\n" if head else "")
+        words = ["engine=hstu", "workload=csv", f"workload.path={name}", *more, "tracking=none"]
+        done = grbench_here(*words)
+        assert done.returncode == 2 and not list(tmp_path.rglob("record.json"))
+        assert done.stderr.startswith(f"grbench: {name}: {line}"), done.stderr
+    jobs, skipped = plan("engine=hstu,onnxruntime", "cache=none,lru", "skip_invalid=true")
+    assert len(jobs) == 3 and skipped[0].startswith("engine=onnxruntime cache=lru: cache=lru: engine=onnxruntime")
+
+
+def test_the_columns_of_a_table_without_its_rows_are_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user": [1], "item": [2]}), tmp_path / "e.parquet")
+    words = ["engine=hstu", "workload=csv", f"workload.path={tmp_path}/e.parquet"]
+    with pytest.raises(ConfigError, match=r"e\.parquet: no column is known to be the time"):
+        compose_spec(words)
+    compose_spec([*words, "workload.time_column=none"])
 
 
 @pytest.mark.parametrize(

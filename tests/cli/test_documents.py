@@ -22,7 +22,8 @@ from grbench.completion import HYDRA
 from grbench.config.arguments import CommandError
 from grbench.config.compose import compose_cells, compose_jobs
 from grbench.kernelbench import config as kernels
-from grbench.serve.load import as_run
+from grbench.quality import trained
+from grbench.serve import load
 from grbench.serve.options import parse
 from grbench.subcommands import SUBCOMMANDS
 from grbench.training import config as training
@@ -32,6 +33,7 @@ from grbench.tune import config as tune
 PAGES = [path for path in files("*.md") if not re.fullmatch(r"CHANGELOG\.md|reports/\w+/README\.md", path)]
 NATIVE = {"overhead", "export", "build-plan"}  # commands whose settings are those of the native engine
 CONFIGS = {"kernels": (kernels, "kernelbench"), "cachesim": (cachesim, "cachesim"), "train": (training, "train")}
+RECBOLE = "user_id:token\titem_id:token\ttimestamp:float\n"  # the head of a file
 _COMMAND = re.compile(r"^ {4}((?:python -m )?grbench(?: .*)?)$|`((?:python -m )?grbench [^`\n]+)`", re.MULTILINE)
 _PROGRAM = re.compile(r"(?:^ {4}|`)python (experiments/\w+\.py)\b([^`#\n]*)", re.MULTILINE)
 _PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -78,11 +80,16 @@ def check(words: Sequence[str]) -> None:
     assert not stray, f"{stray}: neither flags nor KEY=VALUE"
     for file in (Path(word.partition("=")[2]) for word in overrides if _FILE.search(word)):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        if not file.exists() or file.suffix == ".csv":
+            named = [word.partition("=")[2] for word in overrides if "_column=" in word]
+            head = ",".join(["userId", "movieId", "rating", "timestamp", *named])
+            file.write_text(RECBOLE if file.suffix == ".inter" else f"{head}\n")
     if name == "serve":
         overrides = parse(overrides)[2]
     elif name == "load":
-        overrides = as_run(overrides)
+        overrides = load.as_run(overrides)
+    elif name == "evaluate":
+        overrides, _ = trained.as_run(overrides)
     if name in CONFIGS:
         module, config = CONFIGS[name]
         module.register_schemas()

@@ -60,7 +60,7 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
 
         def measures(cell: int) -> bool:
             return f"{cell}/3" in errors.read_text() and any(
-                line.startswith(f"{cell}/3") and line.endswith(": measuring") for line in errors.read_text().split("\n")
+                line.startswith(f"{cell}/3") and ": measuring" in line for line in errors.read_text().split("\n")
             )
 
         until(lambda: measures(2) and measures(3), command)

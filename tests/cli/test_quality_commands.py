@@ -59,6 +59,32 @@ def test_a_generator_is_trained_run_and_evaluated(grbench_here: Grbench, tmp_pat
     assert "trained with other semantic IDs; set retrieval.semantic_ids" in refused.stderr
 
 
+def test_the_words_of_a_training_evaluate_what_it_trained(grbench_here: Grbench, tmp_path: Path) -> None:
+    walks(tmp_path)
+    words = [*MODEL, *WORKLOAD, "workload.num_candidates=6", "training.batch=8", "held_out=60", "training.epochs=1"]
+    missing = grbench_here("evaluate", *words)
+    assert missing.returncode == 2 and "model.weights=null: random weights have no quality" in missing.stderr
+    places = {}
+    for more in (["seed=1"], ["task=generate", "retrieval.levels=2", "seed=1"], ["out=mine"]):
+        done = grbench_here("train", *words, *more, *QUIET)
+        assert done.returncode == 0, done.stderr
+        found = grbench_here("evaluate", *words, *more)
+        assert found.returncode == 0, found.stderr
+        task, part = ("generate", "retrieval") if "task=generate" in more else ("rank", "model")
+        [line] = re.findall(rf"task={task}, {part}\.weights=(\S+), trained at 20", found.stderr)
+        assert ("mine" in line) == ("out=mine" in more) and (tmp_path / line).is_file()
+        places[line] = more
+        assert ("hr10" in found.stdout) == (task == "generate") and ("auc" in found.stdout) == (task == "rank")
+    assert len(places) == 3
+    for more, message in (
+        (["seed=2"], "model.weights=null: random weights have no quality"),  # nothing was trained with it
+        (["out=mine", "seed=1"], "out=mine: its training has seed=0; give its words, or name another folder"),
+        (["out=mine", "training.rate=0.5"], "out=mine: its training has training.rate=0.002; give its words"),
+    ):
+        refused = grbench_here("evaluate", *words, *more)
+        assert refused.returncode == 2 and message in refused.stderr
+
+
 def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
     grbench_here: Grbench, grbench_forked: Grbench, tmp_path: Path
 ) -> None:
@@ -147,11 +173,14 @@ def test_what_cannot_be_trained_is_refused(
     [
         (["engine=hstu"], "model.weights=null: random weights have no quality; `grbench train` makes a file"),
         (
-            ["model.weights=walks.txt"],
+            ["engine=pipeline", "model.weights=walks.txt"],
             "retrieval.weights=null: random weights have no quality, and engine=pipeline has two models, model and "
             "retrieval; set engine=hstu task=rank for model.weights alone, or retrieval.weights=FILE as well",
         ),
-        (["retrieval.weights=walks.txt"], "set engine=hstu task=generate for retrieval.weights alone, or model."),
+        (
+            ["engine=pipeline", "retrieval.weights=walks.txt"],
+            "set engine=hstu task=generate for retrieval.weights alone, or model.",
+        ),
         (["engine=hstu", "workload=synthetic"], "workload=synthetic: its events are random"),
         (
             ["engine=hstu", "model.weights=walks.txt", "gate.quality_requests=0"],

@@ -38,13 +38,15 @@ from grbench.report import (
 )
 from grbench.report.cells import Code, Planned, command, figure, flatten, knobs, label, labels
 from grbench.report.chart import Chart
+from grbench.report.findings import work_names
 from grbench.report.frame import PARTS, read_cells
 from grbench.report.html import _inline
 from grbench.report.interactive import plotly_figure
 from grbench.report.latency_charts import front_of
-from grbench.report.markdown import escape, sections, table
+from grbench.report.markdown import bullets, escape, sections, table
 from grbench.report.page import Bullets, Heading, Table, Text, spans
 from grbench.report.table import notes, print_cells
+from grbench.tune.live import batches_of
 
 Capture = pytest.CaptureFixture[str]
 
@@ -471,7 +473,23 @@ def test_a_name_says_what_was_chosen() -> None:
     assert label(named(*typed, engine=stages)) == "vllm+hstu server rank.precision=bf16"
     assert label(Planned(named(seed=3).spec, ["seed=3"])) == "hstu server seed=3"
     long = "/data/" + 30 * "x" + "/week.inter"
-    assert label(named("workload.path=x", workload={"name": "csv", "path": long})) == "hstu server path=week.inter"
+    assert label(named("workload.path=x", workload={"name": "csv", "path": long})) == "hstu server path=week"
+
+
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["/data/a/ratings.csv", "/data/b/events.csv.gz"], ["ratings", "events"]),
+        (["/data/a/ratings.csv", "/data/b/ratings.csv"], ["a/ratings", "b/ratings"]),
+        (["/data/a/ratings.csv", "/data/a/ratings.parquet"], ["ratings.csv", "ratings.parquet"]),
+        (["weights.safetensors", "outputs/decoder/"], ["weights", "decoder"]),
+        (["http://127.0.0.1:8000", "http://127.0.0.1:9000"], ["http://127.0.0.1:8000", "http://127.0.0.1:9000"]),
+    ],
+)
+def test_a_path_is_its_stem_in_names_unless_two_have_it(paths: list[str], names: list[str]) -> None:
+    cells = [named(f"workload.path={path}", workload={"name": "csv", "path": path}) for path in paths]
+    assert labels(cells) == [f"hstu path={name}" for name in names]
+    assert [name.partition("path=")[2] for name in work_names(cells)] == names
 
 
 def test_a_study_names_its_cells() -> None:
@@ -545,11 +563,12 @@ def test_terminal_table_fits_and_cuts_no_number(sweep: Path, width: int) -> None
     assert "…" not in "".join(table)
     record = records.load(sweep / "1")
     row = next(line for line in table if figure(record.metrics["latency_ms/p99"]) in line.split())
-    low, high = (figure(end) for end in record.intervals["latency_ms/p99"])
-    expected = ["OK", "200", figure(record.metrics["latency_ms/p50"]), figure(record.metrics["latency_ms/p99"])]
-    expected += [f"[{low},", f"{high}]"] + ["-"] * ("p90 ms" in table[0]) + ["yes"]
-    if width > 100:
-        expected += [figure(record.metrics[f"{part}_ms/p50"]) for part in ("queue", "compute")]
+    expected = ["OK", "200"] + [figure(record.metrics["latency_ms/p50"])] * (width > 100)
+    for name in ("p99", "p90"):  # p90 ranks them, because one cell has too few requests for a p99
+        low, high = (figure(end) for end in record.intervals[f"latency_ms/{name}"])
+        expected += [figure(record.metrics[f"latency_ms/{name}"]), f"[{low},", f"{high}]"]
+    expected += ["yes"] * ("in limit" in table[0])
+    expected += [figure(record.metrics[f"{part}_ms/p50"]) for part in ("queue", "compute") if part in table[0]]
     assert row.split()[row.split().index("OK") :] == [*expected, "0.0062"]
 
 
@@ -653,7 +672,10 @@ def test_errors_are_one_line(sweep: Path, tmp_path: Path, capsys: Capture) -> No
     "damage, message",
     [
         (lambda path: path.write_bytes(b"PAR1 no more"), "not readable as parquet"),
+        (lambda path: path.write_bytes(b""), "not readable as parquet"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-99]), "not readable as parquet"),
         (lambda path: pd.DataFrame({"latency_ms": [1.0]}).to_parquet(path), "column 'request_id' is missing"),
+        (lambda path: pd.read_parquet(path).assign(latency_ms="a").to_parquet(path), "column 'latency_ms' is "),
     ],
 )
 def test_damaged_samples_cost_no_more_than_their_curves(
@@ -661,9 +683,13 @@ def test_damaged_samples_cost_no_more_than_their_curves(
 ) -> None:
     damage(sweep / "1" / records.SAMPLES_FILE)
     page = written(sweep, tmp_path)
-    [line] = [line for line in page.splitlines() if line.startswith(f"- {sweep}/1/samples.parquet: ")]
-    assert message in line and "rerun=true" in line
+    [note] = [note for note in page.split("\n- ") if note.startswith(f"{sweep}/1/samples.parquet: ")]
+    assert message in note and "rerun=true" in note.split("\n\n")[0]
     assert [series.name[0] for series in chart(sweep, "latency_cdf").series] == ["2", "3"]
+    with pytest.warns(UserWarning, match=r"1/samples\.parquet: "):
+        parts = time_parts(load_frame(sweep))
+    assert list(parts["latency_ms"].isna()) == [False, True, False] and message in parts.attrs["notes"][0]
+    assert batches_of(sweep / "1") == []  # the search does without
 
 
 def test_texts_of_a_record_make_no_link_and_commands_are_as_typed() -> None:
@@ -675,6 +701,15 @@ def test_texts_of_a_record_make_no_link_and_commands_are_as_typed() -> None:
     assert escape("p99 3.6 [3.5, 3.7] and `a command`") == "p99 3.6 [3.5, 3.7] and `a command`"
     assert table(["command"], [[Code('path="a<b|c`.csv"')]]).splitlines()[2] == r'| `` path="a<b\|c`.csv" `` |'
     assert _inline(Code('path="a<b|c`.csv"')) == '<code>path="a&lt;b|c`.csv"</code>'
+
+
+def test_each_sentence_of_a_note_has_a_line() -> None:
+    note = "It is INVALID: reduce the load. Run unsuccessful, e.g. CUDA was `lost. Try` again. (2 of 3 cells)"
+    assert bullets([note, "One."]) == [
+        "- It is INVALID: reduce the load.\n  Run unsuccessful, e.g. CUDA was `lost. Try` again.\n  (2 of 3 cells)\n"
+        "- One."
+    ]
+    assert sections([Text("One. Two.")]) == ["One.\nTwo."]
 
 
 def test_a_broken_record_beside_good_ones_is_named(sweep: Path, tmp_path: Path) -> None:

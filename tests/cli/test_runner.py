@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -19,10 +20,13 @@ import pytest
 import torch
 from helpers.command import Grbench
 from helpers.forks import fork_command
+from rich.console import Console
 
 from grbench.config.compose import compose_spec
 from grbench.execution import measure, records, runner
+from grbench.execution.clock import pace
 from grbench.execution.records import Outcome, RunRecord, Status
+from grbench.execution.session import CellProgress
 from grbench.signals import Stopped
 
 # Small and quick: what matters here is how cells end, not how fast they are.
@@ -140,6 +144,35 @@ def test_repeats_go_round_by_round_with_fresh_seeds(grbench_here: Grbench, tmp_p
     }  # the command that measures one of them again
     again = grbench_here(*sweep)
     assert again.stderr.count("kept") == 4
+
+
+def test_a_pace_says_what_is_left() -> None:
+    assert pace(35) == "35 s so far"
+    assert pace(30, 1, 4) == "30 s so far, about 90 s left"
+    assert pace(3000, 500, 1000) == "50 min so far, about 50 min left"
+    assert pace(9000, 500, 1000) == "2.5 h so far, about 2.5 h left"
+    assert pace(5, 0, 1000) == "5 s so far"
+    assert pace(5, 3, 2) == "5 s so far"  # more than was planned
+
+
+def test_progress_in_a_log_has_the_time_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    log = io.StringIO()
+    progress = CellProgress(Console(file=log, width=200), "1/4 hstu server", queries=1000)
+    for seconds, event in (
+        (0, {"stage": "loading the workload"}),
+        (8, {"stage": "measuring"}),
+        (10, {"answered": 100}),
+        (30, {"answered": 440}),
+    ):
+        now[0] = 100.0 + seconds
+        progress.show(event)
+    assert log.getvalue().splitlines() == [
+        "1/4 hstu server: loading the workload",
+        "1/4 hstu server: measuring (8 s so far)",
+        "1/4 hstu server: 440 of 1000 answers, 22 s so far, about 28 s left",
+    ]
 
 
 @pytest.mark.parametrize("moves", [1, 2])

@@ -289,12 +289,8 @@ def test_the_typed_client_gets_what_the_reference_finds(
     with pytest.raises(ServerError, match=r"USER_IDS\[0\]=-1: allowed is >= 0") as refused:
         client.rank([replace(trace[1].requests[0], user_id=-1)])
     assert refused.value.status == 400
-    with pytest.raises(ServerError, match="not ready within 0 s") as refused:
-        Client("http://127.0.0.1:9").wait_until_ready(0)
-    lines: list[str] = []
-    with pytest.raises(ServerError):
-        Client("http://127.0.0.1:9").wait_until_ready(0.3, lines.append)
-    assert len(lines) == 1 and lines[0].startswith("waiting for the server, 0 s left (http://127.0.0.1:9: Connection")
+    with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:9: nothing listens there \(Connection") as refused:
+        Client("http://127.0.0.1:9").wait_until_ready(60)  # it does not wait
     assert refused.value.status == 0
     with pytest.raises(ValueError, match="url=ftp://x: allowed is http://HOST:PORT"):
         Client("ftp://x")

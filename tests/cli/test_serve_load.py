@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,31 @@ def test_a_url_that_is_none_is_refused_before_anything_runs(grbench_here: Grbenc
     )
 
 
-def test_a_server_that_is_not_there_is_waited_for_in_words(grbench_forked: Grbench) -> None:
-    words = [
-        "url=http://127.0.0.1:9",
-        "engine.timeout_s=1",
-        "workload=synthetic",
-        "workload.visits=60",
-        "tracking=none",
-    ]
-    done = grbench_forked("load", *words, "model=hstu_tiny", "scenario.queries=8")
+def load(grbench: Grbench, url: str, wait_s: float) -> Any:
+    """Measure a server that does not serve."""
+    words = [f"url={url}", f"engine.timeout_s={wait_s}", "workload=synthetic", "workload.visits=60", "tracking=none"]
+    return grbench("load", *words, "model=hstu_tiny", "scenario.queries=8")
+
+
+def test_nothing_that_listens_is_said_at_once(grbench_forked: Grbench) -> None:
+    done = load(grbench_forked, "http://127.0.0.1:9", wait_s=600)
     assert done.returncode == 1
-    assert "waiting for the server, 1 s left (http://127.0.0.1:9: ConnectionRefusedError" in done.stderr
-    assert "start one: grbench serve engine=hstu" in done.stdout + done.stderr
+    line = "engine.url: http://127.0.0.1:9: nothing listens there (Connection refused); start one: grbench serve"
+    assert line in done.stdout and "waiting for the server" not in done.stderr
+
+
+def test_a_server_that_is_not_ready_is_waited_for_in_words(grbench_forked: Grbench) -> None:
+    class Starting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(503)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Starting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = load(grbench_forked, f"http://127.0.0.1:{server.server_port}", wait_s=1)
+        server.shutdown()
+    assert done.returncode == 1
+    assert "waiting for the server, 1 s left (it answers that it is not ready)" in done.stderr
+    assert "not ready within 1 s" in done.stdout

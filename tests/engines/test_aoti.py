@@ -294,9 +294,9 @@ def test_a_package_that_does_not_belong_here_is_one_line_that_says_what_to_do(
 
 
 def test_what_cannot_be_part_of_a_package_is_refused() -> None:
-    with pytest.raises(UnavailableError, match=r"kernel\.hstu_attention=cutlass can't be part of a package; .*triton"):
-        engine(kernel="cutlass")
     config = AOTIEngineConfig(device="cpu")
+    with pytest.raises(ValueError, match=r"kernel\.hstu_attention=cutlass can't be part of a package; .*triton"):
+        registry.build(config, MODEL, KernelConfig("cutlass"), CATALOGUE, 5)
     with pytest.raises(ValueError, match=r"item_memory_gb=0.1: .* set cache\.item_memory_gb=0"):
         registry.build(config, MODEL, KernelConfig(), CATALOGUE, 5, PagedCacheConfig(item_memory_gb=0.1))
     if not torch.cuda.is_available():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -137,14 +138,20 @@ def _only_last(real: torch.Tensor, new: int) -> torch.Tensor:
 def test_what_it_refuses() -> None:
     retrieval, model = Retrieval(catalogue(20), 5, 10), MODELS["hstu"]
 
-    def made(kernels: dict[str, str] = KERNELS, cache: Any = None, retrieval: Retrieval = retrieval) -> HFEngine:
-        cache = cache or CacheConfig()
-        return HFEngine(HFEngineConfig(device="cpu"), Setup(model, kernels, Catalogue(1, 1, 1), 0, cache, retrieval))
+    def made(retrieval: Retrieval = retrieval) -> HFEngine:
+        setup = Setup(model, KERNELS, Catalogue(1, 1, 1), 0, CacheConfig(), retrieval)
+        return HFEngine(HFEngineConfig(device="cpu"), setup)
 
-    with pytest.raises(ValueError, match="cache=lru: the cache group serves ranking only; set cache=none"):
-        made(cache=PagedCacheConfig(name="lru"))
-    with pytest.raises(ValueError, match=r"kernel.layer_norm=triton: engine hf is eager PyTorch; set kernel=auto"):
-        made({**KERNELS, "layer_norm": "triton"})
+    for asked, message in (
+        ({"cache": PagedCacheConfig(name="lru")}, "cache=lru: the cache group serves ranking only; set cache=none"),
+        (
+            {"kernels": KERNELS | {"layer_norm": "triton"}},
+            r"kernel\.layer_norm=triton: engine hf is eager PyTorch",
+        ),
+    ):
+        setup = replace(Setup(model, KERNELS, Catalogue(1, 1, 1), 0, CacheConfig(), retrieval), **asked)
+        with pytest.raises(ValueError, match=message):
+            registry.make(HFEngineConfig(device="cpu"), setup, "generate")
     with pytest.raises(ValueError, match="k=11 items from 10 beams"):
         made(retrieval=Retrieval(catalogue(20), 11, 10))
     engine = made()

@@ -134,7 +134,7 @@ def test_wrong_use_is_refused() -> None:
         with pytest.raises(ValueError, match="0 sample requests"):
             e.prepare([], 3)
     with pytest.raises(ValueError, match=r"cuda_graphs=true and engine\.candidate_microbatch=8"):
-        HSTUEngine(HSTUEngineConfig(cuda_graphs=True, candidate_microbatch=8), SETUP)
+        registry.make(HSTUEngineConfig(cuda_graphs=True, candidate_microbatch=8), SETUP, "rank")
     with pytest.raises(ValueError, match="unknown variant 'best' of hstu_attention; known: torch"):
         HSTUEngine(HSTUEngineConfig(), dataclasses.replace(SETUP, kernels={**KERNELS, "hstu_attention": "best"}))
     with (

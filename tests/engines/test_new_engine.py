@@ -26,6 +26,7 @@ FOLDER = {
 from dataclasses import dataclass
 
 from grengines.options import DeviceOptions, option
+from grengines.refusals import whole_histories
 from grengines.spec import EngineSpec, Package
 
 
@@ -40,6 +41,7 @@ SPEC = EngineSpec(
     ToyOptions,
     {"rank": "toy_engine.engine:ToyEngine"},
     packages=(Package("numpy", ("numpy",), "pip install numpy"),),
+    contradiction=lambda options, asked: whole_histories(asked, "toy"),
 )
 """,
     "engine.py": """
@@ -47,7 +49,7 @@ import time
 
 import torch
 
-from grengines.base import RankingEngine, refuse_cache
+from grengines.base import RankingEngine
 from grengines.models.hstu.model import build_model
 from grengines.runtime.batch import pack
 from grengines.runtime.device import Placement
@@ -59,7 +61,6 @@ class ToyEngine(RankingEngine):
     name = "toy"
 
     def __init__(self, options, setup):
-        refuse_cache(setup, self.name)
         super().__init__(setup, Placement.of(options))
         self._options, self._ranker = options, None
 
@@ -145,6 +146,7 @@ def test_it_is_composed_checked_and_listed_like_any_other(registered: None) -> N
         (["engine.delay_ms=-1"], r"engine.delay_ms=-1.0: allowed is float >= 0"),
         (["task=generate"], "task=generate: engine toy can't; allowed: auto, rank"),
         (["scenario.in_flight=2"], "engine toy ends a batch before it takes the next"),
+        (["cache=lru"], "cache=lru: engine=toy computes whole histories; set cache=none"),
         (["model=decoder_tiny"], "engine toy runs hstu models only; hf, vllm, remote run decoder models"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -57,9 +57,10 @@ def cache_folder() -> Iterator[Path]:
         yield folder
 
 
-def engine(cache: Any = None, kernel: str = "torch", seed: int = 5, **options: Any) -> OnnxRuntimeEngine:
+def engine(cache: Any = None, kernel: str = "torch", seed: int = 5, **options: Any) -> Any:
     config = OnnxRuntimeConfig(**{"device": "cpu", "cpu_threads": 1, **options})
-    return OnnxRuntimeEngine(config, Setup(MODEL, {"hstu_attention": kernel}, CATALOGUE, seed, cache or CacheConfig()))
+    setup = Setup(MODEL, {"hstu_attention": kernel}, CATALOGUE, seed, cache or CacheConfig())
+    return registry.make(config, setup, "rank")
 
 
 def prepared(**options: Any) -> OnnxRuntimeEngine:
@@ -100,11 +101,11 @@ def test_tiles_of_any_size_give_the_same_answer() -> None:
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"precision": "bf16"}, UnavailableError, "engine.precision=bf16: .* no bf16 kernels; use fp32, fp16 or int8"),
+        ({"precision": "bf16"}, ValueError, "engine.precision=bf16 and engine.device=cpu: .*use fp32 or fp16"),
         ({"device": "cuda"}, UnavailableError, "engine.device=cuda: .*; use engine.device=cpu"),
-        ({"cache": PagedCacheConfig()}, ValueError, "whole histories with the whole model; set cache=none"),
-        ({"cache": CacheConfig(item_memory_gb=1.0)}, ValueError, "set cache=none"),
-        ({"kernel": "triton"}, ValueError, "its own kernels, not triton; set kernel=auto"),
+        ({"cache": PagedCacheConfig()}, ValueError, "engine=onnxruntime computes whole histories; set cache=none"),
+        ({"cache": CacheConfig(item_memory_gb=1.0)}, ValueError, "set cache.item_memory_gb=0"),
+        ({"kernel": "triton"}, ValueError, "kernel=triton: engine=onnxruntime runs its own kernels; set kernel=auto"),
     ],
 )
 def test_what_it_can_not_do_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -275,7 +275,7 @@ def test_to_generate_refuses_what_only_ranking_has(overrides: list[str], named: 
     words = f"{named} without effect where a model generates"
     with pytest.raises(ConfigError, match=words):
         compose_spec(["engine=hstu", "task=generate", *overrides])
-    compose_spec(["engine=pipeline", *overrides])  # its ranker reads them
+    compose_spec(["engine=pipeline", "engine@engine.retrieve=hstu", *overrides])  # its ranker reads them
     if named.startswith("model.max_attn_len"):
         done = grbench_here("train", "task=generate", "workload=ml_100k", *overrides)
         assert done.returncode and done.stderr.startswith(f"grbench train: {words}")

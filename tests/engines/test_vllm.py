@@ -50,6 +50,7 @@ from grbench.training import loop
 from grbench.training.config import TrainConfig, TrainingConfig
 from grbench.training.generate import GenerateTask, semantic_ids
 from grbench.workloads.config import RecordedConfig
+from grengines import registry
 from grengines.api import Retrieval, Setup, UnavailableError
 from grengines.cache.config import CacheConfig
 from grengines.models.hstu.generator import HSTUGenerator, PromptKeys, pack_prompts
@@ -367,8 +368,9 @@ def test_it_retrieves_in_a_pipeline_that_is_served() -> None:
 def test_wrong_options_are_one_line() -> None:
     kernels = requested("torch")
 
-    def make(model: Any = MODEL, **options: Any) -> VLLMEngine:
-        return VLLMEngine(VLLMEngineConfig(**options), Setup(model, kernels, CATALOGUE, 0, CacheConfig(), RETRIEVAL))
+    def make(model: Any = MODEL, **options: Any) -> Any:
+        setup = Setup(model, kernels, CATALOGUE, 0, CacheConfig(), RETRIEVAL)
+        return registry.make(VLLMEngineConfig(**options), setup, "generate")
 
     with pytest.raises(ValueError, match=r"qk_dim=8, model\.v_dim=12: engine vllm needs them equal"):
         make(dataclasses.replace(MODEL, v_dim=12))

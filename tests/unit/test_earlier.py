@@ -29,12 +29,12 @@ def record_of(spec: RunSpec, status: Status = Status.OK, **environment: Any) -> 
 
 def test_a_file_counts_by_its_content_and_not_by_its_place(tmp_path: Path) -> None:
     first, other = tmp_path / "a.csv", tmp_path / "b.csv"
-    first.write_text("one")
-    other.write_text("one")
+    first.write_text("u 1 2")
+    other.write_text("u 1 2")
     before = cell(first).hash
     assert cell(other).hash == before
     assert cell(first).to_dict()["workload"]["path"] == str(first)  # the record shows the file's name
-    first.write_text("two")
+    first.write_text("u 2 1")
     assert cell(first).hash != before
     assert list(cell(first).file_contents()) == ["workload.path"]
     weights = tmp_path / "w.safetensors"
@@ -63,7 +63,7 @@ def test_a_folder_and_an_onnx_models_weights_count(tmp_path: Path) -> None:
 
 def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("one")
+    path.write_text("u 1 2")
     found = content(path)
     monkeypatch.setattr("grengines.runtime.cache_dir.sha256", lambda path: pytest.fail("read again"))
     assert content(path) == found
@@ -72,7 +72,7 @@ def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_missing_file_is_refused_and_a_home_folder_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"workload\.path=none\.csv: no such file; set workload\.path to one that"):
         cell(Path("none.csv"))
-    (tmp_path / "a.csv").write_text("one")
+    (tmp_path / "a.csv").write_text("u 1 2")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cell(Path("~/a.csv")).to_dict()["workload"]["path"] == str(tmp_path / "a.csv")
     if os.geteuid():
@@ -96,7 +96,7 @@ VERSIONS = describe_environment()["versions"]
     ],
 )
 def test_a_record_of_another_machine_or_code_is_not_kept(tmp_path: Path, change: dict[str, Any], why: str) -> None:
-    (tmp_path / "a.csv").write_text("one")
+    (tmp_path / "a.csv").write_text("u 1 2")
     spec, earlier = cell(tmp_path / "a.csv"), EarlierRecords()
     own = record_of(spec)
     earlier.add(tmp_path / "own", own)
@@ -110,7 +110,7 @@ def test_a_record_of_another_machine_or_code_is_not_kept(tmp_path: Path, change:
 
 
 def test_packages_that_no_measurement_depends_on_may_change(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("one")
+    (tmp_path / "a.csv").write_text("u 1 2")
     spec, earlier = cell(tmp_path / "a.csv"), EarlierRecords()
     earlier.add(tmp_path, record_of(spec, versions={**VERSIONS, "mlflow": "0.1"}, git_sha="f" * 40))
     assert earlier.of(spec)[0] is not None
@@ -118,7 +118,7 @@ def test_packages_that_no_measurement_depends_on_may_change(tmp_path: Path) -> N
 
 
 def test_what_is_read_depends_on_the_status(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("one")
+    (tmp_path / "a.csv").write_text("u 1 2")
     specs = {status: cell(tmp_path / "a.csv", f"seed={i}") for i, status in enumerate(Status)}
     for status, spec in specs.items():
         (tmp_path / status).mkdir()

@@ -15,7 +15,7 @@ from helpers.cells import ink, write_cell
 from grbench.execution.load import DISTURBED
 from grbench.execution.records import RESAMPLES_FILE
 from grbench.quality import metrics
-from grbench.report import ReportError, group_cells
+from grbench.report import group_cells
 from grbench.report.frame import read_cells
 from grbench.report.html import page as html_page
 from grbench.report.interactive import plotly_figure
@@ -147,11 +147,13 @@ def test_a_chart_has_intervals_on_both_axes(root: Path) -> None:
         )
 
 
-def test_damaged_resamples_are_named(root: Path, tmp_path: Path) -> None:
+def test_damaged_resamples_cost_their_point_and_are_named(root: Path, tmp_path: Path) -> None:
     study(tmp_path / "copy")
     (tmp_path / "copy" / "0" / RESAMPLES_FILE).write_bytes(b"none")
-    with pytest.raises(ReportError, match=r"0/quality\.parquet: not readable as parquet .*rerun=true"):
-        found(tmp_path / "copy")
+    drawn, every = ({row.folder.name for one in found(at) for row in one.rows} for at in (tmp_path / "copy", root))
+    assert "0" in every - drawn
+    lines = [line for one in blocks(read_cells([tmp_path / "copy"])) for line in getattr(one, "lines", [])]
+    assert any(re.search(r"0/quality\.parquet: not readable as parquet .*rerun=true", line) for line in lines)
 
 
 def test_cells_of_other_users_or_code_are_no_pairs(tmp_path: Path) -> None:

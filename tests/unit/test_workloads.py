@@ -638,7 +638,7 @@ def test_what_cannot_be_asked_is_refused() -> None:
         build(SyntheticConfig(**{**vars(SMALL), "num_candidates": 501}))
     with pytest.raises(DataError, match=r"workload\.stale_events=9999: the longest history has \d+ events"):
         build(SyntheticConfig(**{**vars(SMALL), "stale_events": 9999}))
-    with pytest.raises(DataError, match="is above max_history=64"):
+    with pytest.raises(DataError, match=r"is above workload\.max_history=64"):
         build(SyntheticConfig(**{**vars(SMALL), "min_history": 65}))
 
 

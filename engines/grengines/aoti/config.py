@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grengines.cache.config import stored
 from grengines.options import GraphOptions, option
+from grengines.refusals import Asked, graphs_on_cpu
+from grkernels.families import AUTO
+
+VARIANTS = ("torch", "triton")  # kernel variants that can be part of a package
 
 
 @dataclass
@@ -16,3 +21,21 @@ class AOTIEngineConfig(GraphOptions):
         None, "a .pt2 of this engine, which contains machine code; null: from the cache, or built"
     )
     fallback: list[str] = option([], "engines for requests that the package was not built for")
+
+
+def contradiction(options: AOTIEngineConfig, asked: Asked) -> str | None:
+    """Return None, or what can't be part of a package."""
+    if asked.cache.item_memory_gb:
+        return (
+            f"cache.item_memory_gb={asked.cache.item_memory_gb:g}: a package has the whole table on the device; "
+            "set cache.item_memory_gb=0"
+        )
+    if eight_bits := stored(asked.cache):
+        return (
+            f"cache.precision={eight_bits}: a package reads pages in its own precision only; set "
+            "cache.precision=engine, or engine=hstu"
+        )
+    for family, variant in asked.kernels.items():
+        if variant not in (AUTO, *VARIANTS):
+            return f"kernel.{family}={variant} can't be part of a package; those that can: {', '.join(VARIANTS)}"
+    return graphs_on_cpu(options)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from grengines.aoti import package as packages
 from grengines.aoti.cached import PackagedRanker
-from grengines.aoti.config import AOTIEngineConfig
+from grengines.aoti.config import VARIANTS, AOTIEngineConfig
 from grengines.aoti.package import Facts, Inputs, Package
 from grengines.aoti.paged import PagedRanker
-from grengines.api import RankResult, Request, Setup, Tier, UnavailableError
+from grengines.api import RankResult, Request, Setup, Tier
 from grengines.base import RankingEngine
-from grengines.cache.config import PagedCacheConfig, stored
+from grengines.cache.config import PagedCacheConfig
 from grengines.export.attention import adapted
 from grengines.export.identity import model_hash
 from grengines.export.module import ExportedRanker
@@ -35,40 +35,22 @@ from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.profile import Sizes, check, profiles
 from grengines.runtime.results import Marks, collect
 from grkernels import registry as kernel_registry
-from grkernels.families import AUTO
 from grkernels.operators import Operators
 
 
 class AOTIEngine(RankingEngine):
     """Ranking with HSTU, compiled ahead of time by AOTInductor.
 
-    Raises UnavailableError for a device or a variant that this machine lacks, and ValueError for options that
-    contradict each other.
+    Raises UnavailableError for a device or a variant that this machine lacks.
     """
 
     name = "aoti"
 
     def __init__(self, options: AOTIEngineConfig, setup: Setup) -> None:
-        if setup.cache.item_memory_gb:
-            raise ValueError(
-                f"cache.item_memory_gb={setup.cache.item_memory_gb:g}: a package has the whole table on the device; "
-                "set cache.item_memory_gb=0"
-            )
-        if eight_bits := stored(setup.cache):
-            raise ValueError(
-                f"cache.precision={eight_bits}: a package reads pages in its own precision only; set "
-                "cache.precision=engine, or engine=hstu"
-            )
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
         self._options, self._cache = options, setup.cache
         self._asked = options.cuda_graphs if self._cuda else "false"
         self._page = self._cache.page if isinstance(self._cache, PagedCacheConfig) else 0
-        for family, variant in setup.kernels.items():
-            if variant not in (AUTO, *packages.VARIANTS):
-                raise UnavailableError(
-                    f"kernel.{family}={variant} can't be part of a package; those that can: "
-                    f"{', '.join(packages.VARIANTS)}"
-                )
         operators = {
             f: name
             for f, name in setup.kernels.items()
@@ -81,7 +63,7 @@ class AOTIEngine(RankingEngine):
             self._precision,
             page=self._page,
             captured=self._asked != "false",
-            allowed=packages.VARIANTS,
+            allowed=VARIANTS,
         )
         self._kernels = self._choice.variants
         self._operators = Operators.of(self._kernels)

@@ -34,7 +34,6 @@ from grkernels.cache_folder import cache_folder
 from grkernels.hstu_attention.torch import tiles_needed
 
 FORMAT = "grbench-aoti-1"
-VARIANTS = ("torch", "triton")  # kernel variants that can be part of a package
 MOST_PAGES = 1 << 31
 # Further inputs of a package that appends: names in the order of PagedRanker.forward, element types (None: the model's)
 # and dimensions, P pages of the longest history, S pages of the pool. N columns are those of the longest sequence.

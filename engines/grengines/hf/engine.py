@@ -20,7 +20,6 @@ from grengines.models.hstu.generator import HSTUGenerator
 from grengines.runtime.device import Placement
 from grengines.runtime.results import Marks, collect_items, one_tensor
 from grengines.semantic.trie import TensorTrie, Trie
-from grkernels.families import AUTO
 from grkernels.operators import Operators
 
 
@@ -28,16 +27,13 @@ class HFEngine(GeneratingEngine):
     """Generation with a static batch, padding, and a contiguous cache that is copied to every beam.
 
     A cache too large for the device is an error of the allocator, and the record's status is OOM. Raises
-    UnavailableError for a device that this machine lacks, and ValueError for kernels that are not PyTorch's.
+    UnavailableError for a device that this machine lacks.
     """
 
     name = "hf"
 
     def __init__(self, options: HFEngineConfig, setup: Setup) -> None:
         super().__init__(setup, Placement.of(options))
-        for family, variant in setup.kernels.items():
-            if variant not in (AUTO, "torch"):
-                raise ValueError(f"kernel.{family}={variant}: engine hf is eager PyTorch; set kernel=auto")
         self._model: PaddedModel | None = None
         self._trie: TensorTrie | None = None
         self._parameters = 0

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from grengines.api import RankResult, Request, Setup, Tier
 from grengines.base import RankingEngine
-from grengines.cache.config import CacheConfig, PagedCacheConfig, stored
+from grengines.cache.config import PagedCacheConfig, stored
 from grengines.cache.items import HotRows
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import HSTUEngineConfig
-from grengines.models.hstu.config import HSTUConfig, stale_states
 from grengines.models.hstu.model import HSTURanker, build_model
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
@@ -33,20 +32,13 @@ from grkernels.operators import Operators
 class HSTUEngine(RankingEngine):
     """Ranking with HSTU and the kernel variants of the configuration.
 
-    Raises UnavailableError for a device or a variant that this machine lacks, and ValueError for options that
-    contradict each other.
+    Raises UnavailableError for a device or a variant that this machine lacks.
     """
 
     name = "hstu"
 
     def __init__(self, options: HSTUEngineConfig, setup: Setup) -> None:
-        if options.cuda_graphs == "true" and options.candidate_microbatch:
-            raise ValueError(
-                f"engine.cuda_graphs=true and engine.candidate_microbatch={options.candidate_microbatch}: graphs hold "
-                "one pass over all candidates; set cuda_graphs=false or candidate_microbatch=0"
-            )
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
-        _check_choices(self._model_config, options, setup.cache)
         self._options, self._cache = options, setup.cache
         self._asked = options.cuda_graphs if self._cuda and not options.candidate_microbatch else "false"
         page = self._cache.page if isinstance(self._cache, PagedCacheConfig) else 0
@@ -232,25 +224,3 @@ class HSTUEngine(RankingEngine):
             return logits
         state = ranker.prefill(batches[0])
         return torch.cat([ranker.delta(batch, state, keep=False)[0] for batch in batches[1:]])
-
-
-def _check_choices(model: HSTUConfig, options: HSTUEngineConfig, cache: CacheConfig | PagedCacheConfig) -> None:
-    """Raise ValueError for options of other HSTU models that exclude options of the engine or the cache."""
-    choices, size = model.choices, options.candidate_microbatch
-    if isinstance(cache, PagedCacheConfig) and (problem := stale_states(model)):
-        raise ValueError(problem)
-    if size and choices.time_bias:
-        raise ValueError(
-            f"engine.candidate_microbatch={size} and model.time_bias={choices.time_bias}: kept keys have no times; "
-            "set engine.candidate_microbatch=0"
-        )
-    if size % choices.target_group_size:
-        raise ValueError(
-            f"engine.candidate_microbatch={size} would split groups of model.target_group_size="
-            f"{choices.target_group_size} candidates; allowed are its multiples"
-        )
-    if cache.item_memory_gb and choices.item_tower == "table":
-        raise ValueError(
-            f"cache.item_memory_gb={cache.item_memory_gb:g} and model.item_tower=table: both tables are on the device; "
-            "set cache.item_memory_gb=0"
-        )

@@ -35,15 +35,13 @@ class HSTURetriever(GeneratingEngine):
     The prompts of a batch are encoded into pages that last for the batch. Each level of the search reads these keys and
     values once for all beams. With CUDA graphs, one graph has all of that for a (batch, length) bucket.
 
-    Raises UnavailableError for a device or a variant that this machine lacks, and ValueError for options of ranking.
+    Raises UnavailableError for a device or a variant that this machine lacks.
     """
 
     name = "hstu"
 
     def __init__(self, options: HSTUEngineConfig, setup: Setup) -> None:
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
-        if options.candidate_microbatch:
-            raise ValueError("engine.candidate_microbatch is for ranking; set it to 0")
         assert isinstance(setup.model, HSTUConfig), "the registry refuses other models"
         self._options, self._hstu = options, setup.model
         self._asked = options.cuda_graphs if self._cuda else "false"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grengines.options import DeviceOptions, option
+from grengines.refusals import Asked, own_kernels, whole_histories
 
 
 @dataclass
@@ -24,3 +25,12 @@ class OnnxRuntimeConfig(DeviceOptions):
         "all", "optimisation of the graph on loading", choices=["none", "basic", "extended", "all"]
     )
     tile_rows: int = option(0, "query rows of one attention step; 0: 128 on cpu, as many as fit on cuda", ge=0)
+
+
+def contradiction(options: OnnxRuntimeConfig, asked: Asked) -> str | None:
+    """Return None, or what the engine can't have: a cache, others' kernels, a precision of the other device."""
+    if options.device == "cpu" and options.precision == "bf16":
+        return "engine.precision=bf16 and engine.device=cpu: ONNX Runtime has no bf16 kernels there; use fp32 or fp16"
+    if options.device == "cuda" and options.precision == "int8":
+        return "engine.precision=int8 and engine.device=cuda: ONNX Runtime quantises on the CPU only; use fp16"
+    return whole_histories(asked, "onnxruntime") or own_kernels(asked, "onnxruntime")

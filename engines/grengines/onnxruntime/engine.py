@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grengines.api import RankResult, Request, Setup, UnavailableError
-from grengines.base import RankingEngine, refuse_cache, refuse_kernels
+from grengines.base import RankingEngine
 from grengines.export.identity import command, model_hash
 from grengines.export.module import OUTPUT, gpu_tile_rows, inputs_of, longest_history
 from grengines.onnxruntime.config import OnnxRuntimeConfig
@@ -38,8 +38,6 @@ class OnnxRuntimeEngine(RankingEngine):
     name = "onnxruntime"
 
     def __init__(self, options: OnnxRuntimeConfig, setup: Setup) -> None:
-        refuse_cache(setup, self.name)
-        refuse_kernels(setup, self.name)
         super().__init__(setup, placement_of(options))
         self._options = options
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None

@@ -34,11 +34,7 @@ def build(options: PipelineConfig, setup: Setup) -> Pipeline:
     Where the package of the retrieving engine is missing, `options.if_missing` retrieves, and `actual` reports it.
     Raises what the engines raise.
     """
-    retrieve, notes = options.retrieve, []
-    missing = registry.availability(retrieve.name)
-    if missing is not None and options.if_missing is not None and options.if_missing != retrieve.name:
-        notes = [f"engine.retrieve={retrieve.name} can't run here ({missing}): {options.if_missing} retrieved instead"]
-        retrieve = registry.get(options.if_missing).options()
+    retrieve, notes = registry.stage_options(options, "retrieve")
     assert setup.retrieval is not None, "a task that generates has semantic IDs"
     retriever: Any = registry.make(retrieve, replace(setup, cache=CacheConfig()), "generate")
     ranker: Any = registry.make(options.rank, setup, "rank")

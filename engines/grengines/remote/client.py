@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ Tensors = dict[str, npt.NDArray[Any]]
 HEADER_LENGTH = "inference-header-content-length"
 USER_HEADER = "x-user-id"  # of the first user of a call: a proxy sends the user to the replica with their state
 REPORT_S = 5.0
+NOT_READY = 503  # HTTP's status of a server that loads its models
 DTYPES = {"INT64": np.int64, "FP32": np.float32}
 
 
@@ -36,6 +38,10 @@ class ServerError(RuntimeError):
     def __init__(self, status: int, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.status, self.retry_after_s = status, retry_after_s
+
+
+class NobodyListensError(ServerError):
+    """Nothing listens at the URL: the connection was refused, or there is no such host. To wait would be in vain."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +69,24 @@ class Client:
         self._model: str | None = None
 
     def wait_until_ready(self, timeout_s: float, report: Callable[[str], None] = lambda line: None) -> None:
-        """Return once the server serves. Raises ServerError after the time.
+        """Return once the server serves. Raises ServerError after the time, and at once where nothing listens.
 
-        report: takes a line at once and every REPORT_S while there is no answer: what is wrong, and the time left.
+        A server listens before it loads its models, and answers meanwhile that it is not ready. report: takes a line at
+        once and every REPORT_S while it waits: what is wrong, and the time left.
         """
         end, said = time.monotonic() + timeout_s, -math.inf
         while True:
             try:
                 self._call("GET", "/v2/health/ready")
                 return
+            except NobodyListensError:
+                raise
             except ServerError as e:
                 left = end - time.monotonic()
                 if left > 0 and time.monotonic() - said >= REPORT_S:
                     said = time.monotonic()
-                    report(f"waiting for the server, {left:.0f} s left ({e})")
+                    why = "it answers that it is not ready" if e.status == NOT_READY else e
+                    report(f"waiting for the server, {left:.0f} s left ({why})")
                 if left < 0:
                     raise ServerError(e.status, f"{self._url}: not ready within {timeout_s:g} s: {e}") from None
             time.sleep(0.1)
@@ -151,6 +161,8 @@ class Client:
                 connection.close()
                 self._of_thread.connection = None
                 if again or fresh or isinstance(e, TimeoutError):
+                    if isinstance(e, ConnectionRefusedError | socket.gaierror):
+                        raise NobodyListensError(0, f"{self._url}: nothing listens there ({e.strerror})") from None
                     raise ServerError(0, f"{self._url}: {type(e).__name__}: {e}") from None
         if answer.status != 200:
             after = answer.headers.get("retry-after-ms")

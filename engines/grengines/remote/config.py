@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grengines.options import option
+from grengines.refusals import Asked
 
 
 @dataclass
@@ -15,3 +16,10 @@ class RemoteConfig:
     url: str = option("http://127.0.0.1:8000", "the server", url=True)
     api_key_file: str | None = option(None, "file with the server's API key", file=True)
     timeout_s: float = option(30.0, "longest wait for an answer, and for the server to be ready", gt=0, le=3600)
+
+
+def contradiction(options: RemoteConfig, asked: Asked) -> str | None:
+    """Return None, or why there can't be a cache, which is the server's."""
+    if asked.cache.name != "none":
+        return f"cache={asked.cache.name}: engine remote has none; give the cache to the server"
+    return None

@@ -21,9 +21,7 @@ class RemoteEngine:
     """
 
     def __init__(self, options: RemoteConfig, setup: Setup) -> None:
-        """Raises ValueError for a cache, which is the server's, or a URL that is none."""
-        if setup.cache.name != "none":
-            raise ValueError(f"cache={setup.cache.name}: engine remote has none; give the cache to the server")
+        """Raises ValueError for a URL that is none."""
         key = Path(options.api_key_file).read_text().strip() if options.api_key_file else None
         self._options, self._setup = options, setup
         self._client = Client(options.url, key, options.timeout_s)

@@ -168,17 +168,23 @@ def build(
 
     if vectors.ndim != 2 or vectors.dtype != np.float32 or not vectors.size:
         raise ValueError(f"vectors must be float32 [items, d], got {vectors.dtype} {list(vectors.shape)}")
-    if levels < 1 or codes < 1 or codes**levels > MAX_TUPLES:
-        raise ValueError(f"levels and codes are at least 1, with codes ** levels up to 2**62; got {levels} and {codes}")
-    items = len(vectors)
-    if codes**levels < items:
-        enough = f"at least {_root(items, levels)} codes"
-        if codes > 1:
-            deeper = next(n for n in range(levels, 64) if codes**n >= items)
-            enough += f", or {deeper} levels of {codes} codes"
-        raise ValueError(f"{levels} levels of {codes} codes are {codes**levels} tuples for {items} items; use {enough}")
+    if problem := wrong_codes(levels, codes, len(vectors)):
+        raise ValueError(problem)
     sizes = (codes,) * levels
     return SemanticIds(residual_kmeans(vectors, sizes, seed, progress)[0], sizes)
+
+
+def wrong_codes(levels: int, codes: int, items: int) -> str | None:
+    """Return None, or why this number of levels and codes can't name the items."""
+    if levels < 1 or codes < 1 or codes**levels > MAX_TUPLES:
+        return f"levels and codes are at least 1, with codes ** levels up to 2**62; got {levels} and {codes}"
+    if codes**levels >= items:
+        return None
+    enough = f"at least {_root(items, levels)} codes"
+    if codes > 1:
+        deeper = next(n for n in range(levels, 64) if codes**n >= items)
+        enough += f", or {deeper} levels of {codes} codes"
+    return f"{levels} levels of {codes} codes are {codes**levels} tuples for {items} items; use {enough}"
 
 
 def one_level(items: int) -> SemanticIds:

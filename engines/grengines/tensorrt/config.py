@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grengines.options import option
+from grengines.refusals import Asked, own_kernels, whole_histories
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+SCALED = ("int8", "fp8")  # by scales from the workload
 
 
 @dataclass
@@ -31,3 +33,14 @@ class TensorRTConfig:
     cuda_graphs: bool = option(False, "capture a graph for each bucket of batch and length")
     plan: str | None = option(None, "a folder of `grbench build-plan`; null: from the cache, or built", file=True)
     fallback: list[str] = option([], "engines for requests that the plan was not built for")
+
+
+def contradiction(options: TensorRTConfig, asked: Asked) -> str | None:
+    """Return None, or what the engine can't have: a cache, others' kernels, other weights for scales."""
+    if options.refit and options.precision in SCALED:
+        return (
+            f"engine.refit=true and engine.precision={options.precision}: scales belong to one set of weights; "
+            "set engine.refit=false"
+        )
+    hint = " (engine.plugin has attention in Triton)"
+    return whole_histories(asked, "tensorrt") or own_kernels(asked, "tensorrt", hint)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from grengines.api import RankResult, Request, Setup, UnavailableError
-from grengines.base import RankingEngine, refuse_cache, refuse_kernels
+from grengines.base import RankingEngine
 from grengines.export import exporter
 from grengines.fallback import OutsideError
 from grengines.runtime.batch import Bucket, pack
@@ -33,21 +33,13 @@ from grengines.tensorrt.library import find
 class TensorRTEngine(RankingEngine):
     """Ranking with the exported model as a TensorRT plan.
 
-    Raises UnavailableError if the library or a GPU that it executes on is missing, and ValueError for options that
-    contradict each other.
+    Raises UnavailableError if the library or a GPU that it executes on is missing.
     """
 
     name = "tensorrt"
 
     def __init__(self, options: TensorRTConfig, setup: Setup) -> None:
-        refuse_cache(setup, self.name)
-        refuse_kernels(setup, self.name, " (engine.plugin has attention in Triton)")
         precision = options.precision if options.precision != "auto" else "bf16"
-        if options.refit and plans.BASE[precision] != precision:
-            raise ValueError(
-                f"engine.refit=true and engine.precision={precision}: scales belong to one set of weights; "
-                "set engine.refit=false"
-            )
         self._options = options
         self._library = find(options.library)
         if not torch.cuda.is_available():

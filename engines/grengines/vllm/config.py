@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grengines.models.hstu.config import HSTUConfig
 from grengines.options import DeviceOptions, option
+from grengines.refusals import Asked, graphs_on_cpu
 
 
 @dataclass
@@ -27,3 +29,16 @@ class VLLMEngineConfig(DeviceOptions):
         "on cuda: capture steps of prompts, and all levels of a search; HSTU attention needs triton or cutlass for it",
     )
     graph_tokens: list[int] = option([], "sizes of steps to capture, in tokens; empty: 16 to 2048", ge=1)
+
+
+def contradiction(options: VLLMEngineConfig, asked: Asked) -> str | None:
+    """Return None, or which options of the engine and the model exclude each other."""
+    model = asked.model
+    if options.block_size & (options.block_size - 1):
+        return f"engine.block_size={options.block_size}: must be a power of two"
+    if isinstance(model, HSTUConfig) and model.qk_dim != model.v_dim:
+        return (
+            f"model.qk_dim={model.qk_dim}, model.v_dim={model.v_dim}: engine vllm needs them equal, "
+            "because a page holds both in rows of one size; set both to one value"
+        )
+    return graphs_on_cpu(options)

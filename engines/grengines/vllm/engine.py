@@ -35,23 +35,16 @@ DECODER_FAMILIES = ("paged_write", "beam_attention")  # a decoder's other kernel
 class VLLMEngine(GeneratingEngine):
     """HSTU or a decoder in vLLM, in this process. Satisfies grengines.api.ContinuousEngine.
 
-    Raises UnavailableError for a device or a kernel that this machine lacks, ValueError for options that don't fit.
+    Raises UnavailableError for a device or a kernel that this machine lacks.
     """
 
     name = "vllm"
 
     def __init__(self, options: VLLMEngineConfig, setup: Setup) -> None:
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs)
-        if options.block_size & (options.block_size - 1):
-            raise ValueError(f"engine.block_size={options.block_size}: must be a power of two")
         self._options, model, kernels = options, setup.model, setup.kernels
         if not isinstance(model, HSTUConfig):
             kernels = {family: kernels[family] for family in DECODER_FAMILIES}
-        elif model.qk_dim != model.v_dim:
-            raise ValueError(
-                f"model.qk_dim={model.qk_dim}, model.v_dim={model.v_dim}: engine vllm needs them equal, "
-                "because a page holds both in rows of one size; set both to one value"
-            )
         self._kernels = kernel_choice.choose(
             kernels, model, self._device.type, self._precision, page=options.block_size, captured=options.cuda_graphs
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from grengines.models.hstu.variant import ATTENTION, DEFAULT, GATE, VARIANTS, Variant, differing
 from grengines.options import option
 
+BIASES = ("position_bias", "time_bias")  # of attention scores, which a search over levels of codes lacks
 INTERACTING = 4  # interacting vectors of a candidate: encoded, item, position, time
 
 
@@ -151,6 +152,16 @@ def without_effect(config: HSTUConfig) -> str | None:
     if not idle:
         return None
     return f"{', '.join(idle)}: without effect where a model generates; set task=rank, or leave out what sets it"
+
+
+def one_level_only(config: HSTUConfig, levels: int) -> str | None:
+    """Return None, or why a search over this number of levels can't have the model's attention."""
+    if levels == 1 or not (biases := differing(config.choices, BIASES)):
+        return None
+    return (
+        f"{', '.join(biases)}: a search over {levels} levels of codes has grbench's own attention only; set "
+        "retrieval.levels=1"
+    )
 
 
 def stale_states(config: HSTUConfig) -> str | None:

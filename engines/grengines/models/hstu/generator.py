@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from grengines.api import Request, Retrieval
 from grengines.cache.pool import PagePool
-from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.config import BIASES, HSTUConfig, one_level_only
 from grengines.models.hstu.head import FinalNorm
 from grengines.models.hstu.model import HSTULayer, allocate, initialise
 from grengines.models.hstu.variant import differing
@@ -33,7 +33,6 @@ from grkernels.operators import Operators
 
 # The options that a generator reads. The others are of what ranking has beside the layers.
 SIZES = ("layers", "embedding_dim", "heads", "qk_dim", "v_dim", "alpha", "scaling_seqlen", "max_positions")
-BIASES = ("position_bias", "time_bias")
 READ = (*SIZES, *BIASES, "silu", "output", "output_bias", "group_norm", "eps", "final_norm", "head_eps", "item_norm")
 
 Codes = tuple[Tensor, Tensor]  # keys [rows, H, dqk] and values [rows, H, dv] of one level's codes in one layer
@@ -162,11 +161,8 @@ class HSTUGenerator(nn.Module):
         super().__init__()
         self.biases, self.timed = differing(config.choices, BIASES), config.choices.time_bias > 0
         self.item_norm = config.choices.item_norm
-        if self.biases and len(sizes) > 1:
-            raise ValueError(
-                f"{', '.join(self.biases)}: a search over {len(sizes)} levels of codes has grbench's own "
-                "attention only; set retrieval.levels=1"
-            )
+        if problem := one_level_only(config, len(sizes)):
+            raise ValueError(problem)
         self.config, self.sizes, self.kernels = config, tuple(sizes), kernels
         self.offsets = [0, *accumulate(sizes)]
         self.alpha = config.score_scale

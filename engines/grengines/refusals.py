@@ -1,0 +1,62 @@
+"""Reasons why an engine can't have what is asked for, whatever the machine and the data. No torch import here.
+
+The config module of an engine has a function `contradiction`, which its EngineSpec names, and which uses these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.hstu.config import HSTUConfig
+from grengines.options import DeviceOptions, GraphOptions
+from grkernels.families import AUTO
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Options beside an engine's own, and the task, by which it may be refused."""
+
+    task: str
+    model: HSTUConfig | DecoderConfig
+    kernels: Mapping[str, str]  # the variant of each operator family
+    cache: CacheConfig | PagedCacheConfig
+
+
+def cache_of_ranking(asked: Asked) -> str | None:
+    """Return None, or why an engine that generates can't have the cache."""
+    if isinstance(asked.cache, PagedCacheConfig) or asked.cache.item_memory_gb:
+        return f"cache={asked.cache.name}: the cache group serves ranking only; set cache=none"
+    return None
+
+
+def whole_histories(asked: Asked, engine: str) -> str | None:
+    """Return None, or why an engine that computes whole histories can't have the cache."""
+    if isinstance(asked.cache, PagedCacheConfig):
+        return f"cache={asked.cache.name}: engine={engine} computes whole histories; set cache=none"
+    if asked.cache.item_memory_gb:
+        return (
+            f"cache.item_memory_gb={asked.cache.item_memory_gb:g}: engine={engine} has the whole table on its device; "
+            "set cache.item_memory_gb=0"
+        )
+    return None
+
+
+def own_kernels(asked: Asked, engine: str, hint: str = "") -> str | None:
+    """Return None, or why an engine with kernels of its own can't have the kernel variants."""
+    if other := sorted(set(asked.kernels.values()) - {AUTO, "torch"}):
+        return f"kernel={other[0]}: engine={engine} runs its own kernels; set kernel=auto{hint}"
+    return None
+
+
+def graphs_on_cpu(options: DeviceOptions) -> str | None:
+    """Return None, or why a CPU that is asked for can't have the CUDA graphs that are."""
+    asked = getattr(options, "cuda_graphs", False)
+    if options.device == "cpu" and asked == ("true" if isinstance(options, GraphOptions) else True):
+        return (
+            "engine.cuda_graphs=true and engine.device=cpu: a CPU has no CUDA graphs; set engine.cuda_graphs=false, or "
+            "engine.device=cuda"
+        )
+    return None
