@@ -8,6 +8,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from grbench.cachesim.fleet import FleetConfig
+from grbench.cachesim.routing import ROUTINGS
 from grbench.config.schema import ConfigError, checked
 from grbench.config.schema import register_schemas as register_groups
 from grengines.cache import policies
@@ -31,9 +33,19 @@ class CacheSimConfig:
     admit_visit: int = option(
         1, "visit from which a user's state is stored; 0: the first while enough users return, else the second", ge=0
     )
+    host_times: float = option(0.0, "size of the host tier, in sizes of the cache on the device; 0: none", ge=0, le=1e6)
+    host_admit_visit: int = option(2, "visit from which the host takes a user's evicted state", ge=1)
+    storage_times: float = option(0.0, "size of a storage tier below the host, likewise; 0: none", ge=0, le=1e6)
+    replicas: int = option(1, "replicas, each with an equal part of every size", ge=1, le=1024)
+    routing: str = option(
+        "affinity", "a request goes to its user's replica by a consistent hash, to a random one, or to its user's "
+        "unless that has over 1.25 of the mean load", choices=ROUTINGS,
+    )  # fmt: skip
+    window_s: float = option(0.03, "time that a request is load, for routing=bounded: its latency", gt=0)
     page: int = option(64, "tokens of a page", ge=16, le=256)
     precision: str = option("bf16", "precision of keys and values", choices=["bf16", "fp16", "fp32", *EIGHT_BITS])
     seed: int = option(0, "seed of the trace", ge=0, le=2**31 - 1)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
     tracking: Any = field(default_factory=dict)
     output_root: str = option("outputs", "folder for results, plots and the MLflow database")
 
@@ -66,4 +78,6 @@ def to_config(cfg: DictConfig) -> CacheSimConfig:
             raise ConfigError(f"policies: unknown {name!r}; {nearest(name, known)}known: {', '.join(known)}")
     if not config.shares and not config.sizes_gb:
         raise ConfigError("shares=[]: allowed is at least one size, here or in sizes_gb")
+    if config.storage_times and not config.host_times:
+        raise ConfigError(f"storage_times={config.storage_times:g}: storage lies below the host; set host_times too")
     return config

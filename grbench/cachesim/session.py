@@ -45,6 +45,11 @@ class CacheSession(RowSession):
             f"{config.workload.name}, {config.model.name}: {facts['requests']:,} requests of {facts['users']:,} users, "
             f"whose last states take {facts['footprint_gb']:.3g} GB; seed {config.seed}"
         )
+        if config.replicas > 1:
+            title += (
+                f"; {config.replicas} replicas by {config.routing}, the busiest has {facts['busiest_replica']:.2f} of "
+                f"the mean, {100 * facts['spilled_share']:.2f}% of the requests spill"
+            )
         self.show(title)
         folder, rows = job.folder.absolute(), list[Row]()
         self._tables.append((title, rows))

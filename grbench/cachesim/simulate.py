@@ -3,47 +3,25 @@
 The cache behaves as `grengines.cache.states.UserStates` does with one request in flight. The cached prefix of a
 history is reused if the history's start has not moved, and dropped otherwise. A user's state grows at each visit.
 Whole states are evicted, except the one in flight, and a state that exceeds the whole cache is not kept.
+`grbench.cachesim.tiers` has what lies below.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from heapq import heappop, heappush
 
 import numpy as np
 
+from grbench.cachesim.costs import Costs
+from grbench.cachesim.tiers import Tier, TierOutcome
 from grbench.cachesim.trace import Columns, Floats
-from grbench.tools.sizing import flops
 from grengines.cache.policies import Policy
-from grengines.models.hstu.config import HSTUConfig
 
 CHUNK = 1 << 16  # requests turned into Python numbers at a time
 Progress = Callable[[int], None]  # called with the number of requests done
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Costs of histories of 0, 1, 2, ... events: pages of their state, and operations."""
-
-    page: int  # tokens
-    exact: bool  # with contextual tokens a state serves the same history only
-    pages: list[int]
-    saved: list[float]  # FLOPs of the rows that the cached state saves
-    total: list[float]  # FLOPs of the whole request
-
-    @classmethod
-    def of(cls, model: HSTUConfig, page: int, candidates: int, longest: int) -> Costs:
-        context = model.contextual_seq_len
-        lengths = range(longest + 1)
-        return cls(
-            page,
-            context > 0,
-            [-(-(context + n) // page) for n in lengths],
-            [flops(model, n, 0) - flops(model, n, 0, context + n) for n in lengths],
-            [flops(model, n, candidates) for n in lengths],
-        )
 
 
 @dataclass
@@ -57,17 +35,31 @@ class Outcome:
     evictions: int = 0
     refused: int = 0  # states that were not admitted
     seconds: float = 0.0  # of the simulator
+    lower: list[TierOutcome] = field(default_factory=list)  # of the tiers below; their hits are in `hits` too
+
+
+def total(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return the sums of what replicas counted."""
+    sums = {f.name: sum(getattr(out, f.name) for out in outcomes) for f in fields(Outcome) if f.name != "lower"}
+    tiers = zip(*(out.lower for out in outcomes), strict=True)
+    lower = [
+        TierOutcome(**{f.name: sum(getattr(out, f.name) for out in tier) for f in fields(TierOutcome)})
+        for tier in tiers
+    ]
+    return Outcome(**sums, lower=lower)
 
 
 class Simulation:
-    """A cache of `capacity` pages under a policy. `outcome` is complete after every chunk."""
+    """A cache of `capacity` pages under a policy, and the tiers below. `outcome` is complete after every chunk."""
 
-    def __init__(self, trace: Columns, costs: Costs, policy: Policy, capacity: int) -> None:
+    def __init__(self, trace: Columns, costs: Costs, policy: Policy, capacity: int, lower: Tier | None = None) -> None:
         self._trace, self._costs, self._policy, self._capacity = trace, costs, policy, capacity
         self._cached = [0] * trace.num_users  # events of each user's state
         self._starts = [0] * trace.num_users
+        self._visits = [0.0] * trace.num_users  # times
         self._free = capacity
-        self.outcome = Outcome()
+        self._lower = lower
+        self.outcome = Outcome(lower=lower.outcomes() if lower else [])
 
     def run(self, progress: Progress = lambda done: None) -> Outcome:
         """Replay the whole trace."""
@@ -83,6 +75,7 @@ class Simulation:
     def _replay(self, users: list[int], times: list[float], starts: list[int], lengths: list[int]) -> None:
         # A loop over Python numbers, because it takes nearly all of the time.
         policy, cached, cached_starts, capacity = self._policy, self._cached, self._starts, self._capacity
+        lower, visits = self._lower, self._visits
         pages, saved, exact, free = self._costs.pages, self._costs.saved, self._costs.exact, self._free
         admit, touch, victim, remove = policy.admit, policy.touch, policy.victim, policy.remove
         hits = tokens = evictions = refused = 0
@@ -96,6 +89,11 @@ class Simulation:
                     tokens += have
                     flops += saved[have]
                 free += pages[have]
+            if lower and (loaded := lower.visit(user, start, length, cost, now, bool(valid))):
+                valid = True
+                hits += 1
+                tokens += loaded
+                flops += saved[loaded]
             if need > capacity or not (valid or admit(user, need, cost, now)):
                 refused += 1
                 if have:
@@ -105,12 +103,15 @@ class Simulation:
             free -= need
             while free < 0:
                 other = victim(now, {user})
+                if lower:
+                    lower.offer(other, cached[other], cached_starts[other], visits[other], user)
                 free += pages[cached[other]]
                 cached[other] = 0
                 remove(other)
                 evictions += 1
             cached[user] = length
             cached_starts[user] = start
+            visits[user] = now
             touch(user, need, cost, now)
         self._free = free
         out = self.outcome

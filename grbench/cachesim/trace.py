@@ -44,6 +44,11 @@ class Columns:
         result[order[:-1][same]] = order[1:][same]
         return result
 
+    def part(self, chosen: npt.NDArray[np.bool_]) -> Columns:
+        """Return some of the requests, with users numbered anew."""
+        _, dense = np.unique(self.users[chosen], return_inverse=True)
+        return Columns(dense.astype(np.int32), self.times[chosen], self.starts[chosen], self.lengths[chosen])
+
     def last_lengths(self) -> Ints:
         """Return the number of events of each user's history at the user's last request."""
         lengths: Ints = self.lengths[self.next == len(self)].astype(np.int64)

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from grbench.cachesim.config import CacheSimConfig
+from grbench.cachesim.fleet import FleetConfig
 from grbench.config.arguments import Arguments
 from grbench.config.compose import CONFIG_DIR
 from grbench.config.schema import ConfigError, GateConfig, RetrievalConfig, RunConfig, RunnerConfig, schemas
@@ -41,6 +42,7 @@ ROOTS = {
     "tune": ("`grbench tune`", TuneConfig),
     "kernels": ("`grbench kernels`", KernelBenchConfig),
     "cachesim": ("`grbench cachesim`", CacheSimConfig),
+    "fleet": ("`fleet`: the plan of `grbench cachesim`", FleetConfig),
     "train": ("`grbench train`", TrainConfig),
     "training": ("`training`: the epochs of `grbench train`", TrainingConfig),
     "serve": ("`grbench serve`: `serve.KEY=VALUE`", ServeConfig),
@@ -73,7 +75,7 @@ def sections() -> dict[str, str]:
     """Return the page's sections by the name of the group or command."""
     parts = {name: "\n".join([f"## {title}\n", *_table(schema)]) + "\n" for name, (title, schema) in ROOTS.items()}
     groups = {name: "\n".join(_group(name)) + "\n" for name in schemas()}
-    commands = {name: parts.pop(name) for name in ("kernels", "cachesim", "train", "training", "serve")}
+    commands = {name: parts.pop(name) for name in ("kernels", "cachesim", "fleet", "train", "training", "serve")}
     return {**parts, **groups, **commands}
 
 

@@ -66,19 +66,23 @@ def _kernel_rows(results: Results) -> list[str]:
 
 
 def _policy_rows(results: Results) -> list[str]:
-    """A row for each policy at each cache size of one job."""
-    from grbench.cachesim.output import COLUMNS
+    """A row for each policy at each cache size of one job; its tiers and its plan are tables of their own."""
+    from grbench.cachesim.output import tables
 
-    heads = ["size, GB", "of all states, %", "policy", *(heading.replace("\n", " ") for heading in COLUMNS)]
-    cells = [
-        [f"{row['gb']:.3g}", f"{100 * row['share']:.3g}", row["policy"]]
-        + [
-            _scaled(row["metrics"].get(metric), factor, f"{{:{form}}}".format)
-            for metric, factor, form in COLUMNS.values()
+    rows, sections = results["rows"], []
+    for columns in tables([row["metrics"] for row in rows]):
+        heads = ["size, GB", "of all states, %", "policy", *(heading.replace("\n", " ") for heading in columns)]
+        cells = [
+            [f"{row['gb']:.3g}", f"{100 * row['share']:.3g}", row["policy"]]
+            + [
+                _scaled(row["metrics"].get(metric), factor, f"{{:{form}}}".format)
+                for metric, factor, form in columns.values()
+            ]
+            for row in rows
+            if any(metric in row["metrics"] for metric, *_ in columns.values())
         ]
-        for row in results["rows"]
-    ]
-    return [table(heads, cells)]
+        sections.append(table(heads, cells))
+    return sections
 
 
 def _jobs(jobs: Sequence[Results]) -> list[str]:

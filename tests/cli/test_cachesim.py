@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.checkout import ROOT
 from helpers.command import Grbench
 from helpers.forks import fork_command, printed_lines
 from helpers.mlflow_store import new_database
@@ -24,19 +26,27 @@ from hypothesis import strategies as st
 from grbench import workloads
 from grbench.cachesim import simulate
 from grbench.cachesim.config import CacheSimConfig
+from grbench.cachesim.costs import Costs
+from grbench.cachesim.fleet import Demand, FleetConfig, plan
 from grbench.cachesim.replay import BELADY, LIMIT, Replay
-from grbench.cachesim.simulate import Costs, Outcome, Simulation
+from grbench.cachesim.routing import FACTOR, ROUTINGS, route
+from grbench.cachesim.simulate import Outcome, Simulation
+from grbench.cachesim.tiers import Tier
 from grbench.cachesim.trace import Columns, Workload, load
 from grbench.cli import main
 from grbench.execution.results import load as load_results
 from grbench.report.results import results_sections
 from grbench.tools.sizing import flops
 from grbench.workloads.config import CsvConfig, Ml100kConfig, SyntheticConfig
-from grengines.api import Request
+from grengines.api import Request, Setup
 from grengines.cache import policies
+from grengines.cache.config import PagedCacheConfig
 from grengines.cache.pool import PagePool
 from grengines.cache.states import UserStates
+from grengines.hstu.config import HSTUEngineConfig
+from grengines.hstu.engine import HSTUEngine
 from grengines.models.hstu.config import HSTUConfig
+from grkernels.choice import requested
 
 MODEL = HSTUConfig(layers=1, heads=1, qk_dim=16, v_dim=16)  # a token takes 64 bytes in bf16
 SMALL = SyntheticConfig("synthetic", users=60, visits=600, history_median=40, max_history=100, delta_mean=6.0)
@@ -177,6 +187,171 @@ def test_the_engine_s_index_counts_the_same(name: str, workload: str, context: i
     assert counters.refused == simulated.refused
     if name != "none" and not context:
         assert simulated.hits > 0 and simulated.evictions > 0
+
+
+@pytest.mark.parametrize("host_admit_visit", [1, 2])
+@pytest.mark.parametrize("context", [0, 2])
+@pytest.mark.parametrize("name", ["lru", "lfu", "predictive"])
+def test_two_tiers_are_those_of_the_engine_request_by_request(
+    name: str, context: int, host_admit_visit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine loads all of a state that only the host has, as the simulator does."""
+    model = HSTUConfig(embedding_dim=16, layers=1, heads=1, qk_dim=8, v_dim=8, contextual_seq_len=context)
+    config = SyntheticConfig("synthetic", users=90, visits=260, history_median=30, max_history=90, num_candidates=2)
+    requests, trace = workloads.build(config, 3, 80.0).requests, load(config, 3)
+    costs = Costs.of(model, 16, 2, 90)
+    device, host = 40, 90  # pages
+    cache = PagedCacheConfig(
+        name, name, page=16, memory_gb=device * 1024 / 1e9, host_gb=host * 1024 / 1e9, onload_share=1.0,
+        host_admit_visit=host_admit_visit,
+    )  # fmt: skip
+    engine = HSTUEngine(
+        HSTUEngineConfig(device="cpu", precision="fp32"),
+        Setup(model, requested("torch"), workloads.catalogue(config), config.num_candidates, cache),
+    )
+    engine.prepare(requests, 1)
+    assert (engine.actual()["cache_pages"], engine.actual()["cache_host_pages"]) == (device, host)
+
+    measured = []
+    for request in requests:
+        details = engine.rank([request]).details
+        count = {key: int(details[f"cache_{key}"]) for key in ("evictions", "refused", "offloads", "host_refused")}
+        moved = [int(details.get(f"cache_{key}_bytes", 0)) // 1024 for key in ("host", "offloaded")]
+        measured.append([int(details["cache_hits"]), int(details["cache_host_hits"]), *count.values(), *moved])
+        assert not details["cache_faults"] and not details["cache_offloads_refused"]
+    engine.close()
+
+    monkeypatch.setattr(simulate, "CHUNK", 1)
+    lower = Tier(costs, policies.make(name, host_admit_visit), host)
+    simulation = Simulation(trace, costs, policies.make(name, 0), device, lower)
+    totals = [[0] * 8]
+
+    def note(_: int) -> None:
+        out, tier = simulation.outcome, lower.outcome
+        hits = [int(out.hits) - tier.hits, tier.hits, out.evictions, out.refused]
+        totals.append([*hits, tier.stored, tier.refused, tier.read, tier.written])
+
+    simulation.run(note)
+    assert np.diff(totals, axis=0).tolist() == measured
+    if not context:
+        assert all(sum(column) > 0 for column in np.transpose(measured)[:3]) and totals[-1][-1] > 0
+
+
+def test_what_the_host_evicts_is_found_in_storage() -> None:
+    """Each tier has one state of one page: a is evicted to the host, then to storage, and comes back from there."""
+    costs = Costs.of(MODEL, 16, 8, 16)
+    storage = Tier(costs, policies.make("lru"), 1)
+    lower = Tier(costs, policies.make("lru"), 1, storage)
+    trace = columns([(user, 8) for user in (0, 1, 2, 0, 0, 2)])
+    done = Simulation(trace, costs, policies.make("lru"), 1, lower).run()
+    host, below = done.lower
+    assert done.hits == 3 and (host.hits, below.hits) == (1, 1)  # storage: 0 at 3; device: 0 at 4; host: 2 at 5
+    assert (host.read, below.read) == (1, 1) and done.flops == 3 * costs.saved[8]
+    # The host takes 0, 1 and 2, and not 0 at the end, since the page is that of 2, which is in flight.
+    assert (host.stored, host.written, host.refused) == (3, 3, 1)
+    assert (below.stored, below.written, below.refused) == (1, 1, 1)  # 0, and not 1 while 0 is in flight
+
+
+@pytest.mark.parametrize("storage_times", [0.0, 20.0])
+def test_a_lower_tier_adds_hits_and_a_tier_for_everything_misses_first_visits_only(storage_times: float) -> None:
+    replay = Replay(
+        CacheSimConfig(
+            MODEL, SMALL, ["lru"], [0.1], host_times=3.0, storage_times=storage_times, host_admit_visit=1, page=16
+        )
+    )
+    alone = Simulation(replay.trace, replay.costs, policies.make("lru"), replay.sizes[0].pages).run()
+    [row] = [row for row in replay.run() if row.policy == "lru"]
+    tiers = [row.metrics[f"{tier}_hit_rate"] for tier in replay.tiers]
+    assert row.metrics["hit_rate"] == pytest.approx(row.metrics["device_hit_rate"] + sum(tiers))
+    assert row.metrics["device_hit_rate"] == alone.hits / 600 and min(tiers) > 0
+    assert (row.metrics["limit_share"] == 1.0) == bool(storage_times)
+
+
+FLOCK = SyntheticConfig("synthetic", users=3000, visits=12_000, history_median=40, max_history=400)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_one_replica_is_no_replicas(routing: str) -> None:
+    config = CacheSimConfig(MODEL, SMALL, ["lru", "gdsf"], [0.2], host_times=2.0, routing=routing)
+    replay = Replay(config)
+    assert replay.routes.replica.max() == replay.routes.spilled == 0
+    for row in replay.run():
+        if row.policy in config.policies:
+            lower = Tier(replay.costs, policies.make(row.policy, 2), 2 * row.size.pages)
+            alone = Simulation(replay.trace, replay.costs, policies.make(row.policy), row.size.pages, lower).run()
+            alone.seconds = row.outcome.seconds
+            assert row.outcome == alone
+
+
+def test_affinity_keeps_the_hit_rate_of_one_cache_and_random_routing_lowers_it() -> None:
+    rates = {}
+    for replicas, routing in ((1, "affinity"), (4, "affinity"), (4, "bounded"), (4, "random")):
+        config = CacheSimConfig(MODEL, FLOCK, ["lru"], [0.1], replicas=replicas, routing=routing, window_s=1.0)
+        replay = Replay(config)
+        [row] = [row for row in replay.run() if row.policy == "lru"]
+        rates[replicas, routing] = row.metrics["hit_rate"]
+        assert row.outcome.requests == FLOCK.visits
+        if replicas > 1:
+            assert 1 <= row.metrics["imbalance"] < 2
+        assert (replay.facts()["spilled_share"] > 0) == (routing == "bounded")
+    one = rates[1, "affinity"]
+    assert abs(rates[4, "affinity"] - one) < 0.02
+    assert rates[4, "random"] < one - 0.05
+    assert rates[4, "random"] < rates[4, "bounded"] < rates[4, "affinity"]
+
+
+@pytest.mark.parametrize("replicas", [2, 5])
+def test_bounded_routing_keeps_every_load_under_the_bound(replicas: int) -> None:
+    trace, window = load(SMALL, 0), 0.4
+    own, routes = route(trace, replicas, "affinity", window, 0).replica, route(trace, replicas, "bounded", window, 0)
+    assert routes.spilled == (routes.replica != own).sum() > 0
+    for i, now in enumerate(trace.times.tolist()):
+        earlier = np.flatnonzero(trace.times[:i] + window > now)
+        loads = np.bincount(routes.replica[earlier], minlength=replicas)
+        most = np.ceil(FACTOR * (len(earlier) + 1) / replicas)
+        assert loads[routes.replica[i]] < most
+        assert routes.replica[i] == own[i] or loads[own[i]] >= most
+
+
+def test_a_plan_is_arithmetic() -> None:
+    fleet = FleetConfig(
+        rate=1000.0, users=10_000, compute_us_a_token=1.0, copy_gb_s=10.0, launch_ms=2.0, batch=4.0, busy=0.5
+    )
+    none = plan(fleet, Demand(5000, 0.0, 0.0, [], [], [0.0], 100), [])
+    assert none["fleet_gpu_ms"] == pytest.approx(5.5) and none["fleet_gpus"] == 11  # 5 ms, and 2 ms for each 4
+    assert none["fleet_rps_a_gpu"] == pytest.approx(1000 / 11)
+    # A fifth is saved by the device. Loading all saves 2 of 4 ms and takes 1 ms, so all is loaded.
+    found = plan(fleet, Demand(5000, 0.2, 0.4, [1e7], [5e6], [1e9, 3e9], 100, 1.5), ["host"])
+    assert found["fleet_loaded_share"] == 1.0 and found["fleet_gpu_ms"] == pytest.approx(2.5)
+    assert found["fleet_gpus"] == 8  # 1000/s of 2.5 ms, at half load, 1.5 times the mean on the busiest: 7.5
+    assert found["fleet_device_gb"] == pytest.approx(100 / 8) and found["fleet_host_gb"] == pytest.approx(300 / 8)
+    assert found["fleet_from_host_gb_s"] == pytest.approx(1.25) and found["fleet_to_host_gb_s"] == pytest.approx(0.625)
+    # Copies as slow as computing: half of the states, so that both take 2 + 2 / 3 ms.
+    slow = plan(fleet, Demand(5000, 0.2, 0.4, [4e7], [0.0], [1e9, 3e9], 100), ["host"])
+    assert slow["fleet_loaded_share"] == pytest.approx(2 / 3) and slow["fleet_gpu_ms"] == pytest.approx(0.5 + 8 / 3)
+    # Copies to the host fill the link.
+    full = plan(fleet, Demand(5000, 0.2, 0.4, [1e7], [9e7], [1e9, 3e9], 100), ["host"])
+    assert full["fleet_gpu_ms"] == pytest.approx(9.5)
+
+
+@pytest.mark.parametrize("name", ["return_lru", "return_lru_often"])
+def test_the_simulator_predicts_a_kept_record(name: str) -> None:
+    """The cell had a GPU, batches and two tiers. Requests of a batch are looked up before any of them is stored."""
+    record = json.loads((ROOT / f"reports/reference/records/{name}/record.json").read_text())
+    spec, measured = record["spec"], record["metrics"]
+    known = {f.name for f in dataclasses.fields(SyntheticConfig)}
+    workload = SyntheticConfig(**{key: value for key, value in spec["workload"].items() if key in known})
+    model = HSTUConfig(**{key: value for key, value in spec["model"].items() if key in HSTUConfig.__annotations__})
+    cache = spec["cache"]
+    config = CacheSimConfig(
+        model, workload, ["lru"], sizes_gb=[cache["memory_gb"]], host_times=cache["host_gb"] / cache["memory_gb"],
+        admit_visit=cache["admit_visit"], host_admit_visit=cache["host_admit_visit"], seed=spec["seed"],
+    )  # fmt: skip
+    [row] = [row for row in Replay(config).run() if row.policy == "lru"]
+    assert row.size.pages == record["actual"]["cache_pages"]
+    assert row.metrics["device_hit_rate"] == pytest.approx(measured["cache/device_hit_rate"], abs=0.005)
+    written = measured["engine/cache_offloaded_bytes"] / measured["samples"] / 1e6
+    assert row.metrics["host_written_mb"] == pytest.approx(written, rel=0.02)
 
 
 def most(trace: Columns, costs: Costs, capacity: int, value: list[float]) -> float:
@@ -323,6 +498,25 @@ def test_a_run_leaves_table_results_plot_and_mlflow_runs(grbench_here: Grbench, 
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"results.json", "misses.png"}
 
 
+def test_tiers_and_a_plan_have_tables_of_their_own(grbench_here: Grbench, tmp_path: Path) -> None:
+    words = ["policies=[lru]", "host_times=2", "replicas=2", "fleet.rate=100000", "fleet.users=1000000000"]
+    done = grbench_here("cachesim", *RUN, *words, "tracking=none")
+    assert done.returncode == 0, done.stderr
+    [path] = tmp_path.glob("outputs/cachesim/*/results.json")
+    results = json.loads(path.read_text())
+    assert "2 replicas by affinity" in results["title"] and results["title"] in done.stdout
+    page = "\n\n".join(results_sections([("job", load_results(path))]))
+    for row in results["rows"]:
+        assert ("fleet_gpus" in row["metrics"]) == ("host_hit_rate" in row["metrics"]) == (row["policy"] == "lru")
+        if row["policy"] == "lru":
+            metrics = row["metrics"]
+            assert f" {metrics['fleet_gpus']:.0f} " in done.stdout and f"| {metrics['fleet_gpus']:.0f} |" in page
+            assert f"| {metrics['host_read_mb']:.3g} | {metrics['host_written_mb']:.3g} |" in page
+            size = 1e6 * row["gb"] / results["trace"]["users"] * 1000 / metrics["fleet_gpus"]
+            assert metrics["fleet_device_gb"] == pytest.approx(size)
+    assert "storage" not in done.stdout + page
+
+
 @pytest.mark.parametrize(
     "override, expected",
     [
@@ -338,6 +532,9 @@ def test_a_run_leaves_table_results_plot_and_mlflow_runs(grbench_here: Grbench, 
         ("workload=csv", "workload.path"),
         ("model=nope", "nope"),
         ("model=decoder_tiny", "model=hstu_tiny"),
+        ("storage_times=2", "set host_times too"),
+        ("routing=nearest", "affinity, random, bounded"),
+        ("fleet.busy=0", "fleet.busy=0.0: allowed is float >= 0.01 and <= 1"),
     ],
 )
 def test_wrong_options_are_one_line(
@@ -355,6 +552,7 @@ def test_wrong_options_are_one_line(
         (["workload.min_history=600"], "workload.min_history=600 is above max_history=512"),
         (["workload=csv", "workload.path=missing.csv"], "missing.csv: no such file"),
         (["workload.revisit_rate=0.1"], "set it to"),
+        (["replicas=1000", "shares=[0.001]"], "replicas=1000: a size of"),
     ],
 )
 def test_wrong_data_is_one_line(
