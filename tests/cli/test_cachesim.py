@@ -1,4 +1,4 @@
-"""The cache simulator against naive simulations, the real index of states, and brute force; the command end to end."""
+"""The cache simulator against naive ones, the engine, kept records and brute force; the command end to end."""
 
 from __future__ import annotations
 
