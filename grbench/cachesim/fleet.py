@@ -15,7 +15,7 @@ from grengines.options import option
 
 @dataclass
 class FleetConfig:
-    """What a fleet answers, and measured costs of one of its GPUs."""
+    """The load of a fleet, and measured costs of one of its GPUs."""
 
     rate: float = option(0.0, "requests/s to plan for; 0: no plan", ge=0, le=1e9)
     users: int = option(1_000_000_000, "users of the fleet, for which those of the trace stand", ge=1, le=10**12)
@@ -35,7 +35,7 @@ class FleetConfig:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a simulated policy leaves to do, as means over the requests, and what its tiers hold."""
+    """Work that a simulated policy leaves, as means over the requests, and sizes of its tiers."""
 
     tokens: float  # of the whole request
     device_saved: float  # share of FLOPs

@@ -1,4 +1,4 @@
-"""Which replica answers each request of a trace."""
+"""The choice of a replica for each request of a trace."""
 
 from __future__ import annotations
 
