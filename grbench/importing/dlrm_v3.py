@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -20,11 +21,43 @@ def load(source: Source, flags: Flags) -> Imported:
     """Map the layers, the encoder and the head; fold the MLPs of items, users and actions into tables."""
     drop_prefix(source, LAYER.format(0))
     vectors = tables(flags.tables, "sparse tables")
+    ours: dict[str, torch.Tensor] = {}
+    layers = _layers(source, flags, ours)
+    E = layers["embedding_dim"]
+    items, features, contextual, embedding_rows = _tokens(source, vectors, E, ours)
+    actions = _actions(source, E, ours)
+    places = source.take(ENCODER + "_position_embeddings_weight", -1, E, to="position_table")
+    ours["position_table"] = positions_after(places, contextual)
+    ours["time_table"] = source.take(ENCODER + "_timestamp_embeddings_weight", -1, E, to="time_table")
+    ours["tower_table"] = torch.zeros(len(ours["token_table"]), E, dtype=torch.float64)
+    ours["tower_table"][: len(items)] = swish_mlp(source, "_item_embedding_mlp", features.double(), "tower_table")
+    clock, width, tasks = _head(source, E, ours)
+    source.finish()
+    vectors.finish()
+    source.fates += vectors.fates
+    options = {
+        "variant": "stu",
+        "item_tower": "table",
+        "group_norm": layers.pop("group_norm"),
+        "clock": clock,
+        "scaling_seqlen": scaling(flags),
+        **layers,
+        "contextual_seq_len": contextual,
+        "head_dim": width,
+        "embedding_rows": embedding_rows,
+        "max_positions": len(places) - contextual,
+        "time_buckets": len(ours["time_table"]),
+        "tasks": ["rating"] if tasks == 1 else [f"task{i}" for i in range(tasks)],
+    }
+    return Imported(ours, options, notes=[f"the workload must have {len(items)} items and {actions} actions"])
+
+
+def _layers(source: Source, flags: Flags, ours: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Map the layers. Returns their options: group_norm, layers and sizes."""
     layers = count(source, LAYER.format("{}") + "_uvqk_weight")
     E, projected = source.look(LAYER.format(0) + "_uvqk_weight", -1, -1).shape
     values = source.look(LAYER.format(0) + "_output_weight", -1, E).shape[0] // 3
     heads, qk_dim, v_dim = head_sizes(source, projected, values, flags.heads)
-    ours: dict[str, torch.Tensor] = {}
     grouped = source.look(LAYER.format(0) + "_output_norm_weight", -1).shape[0] == heads != values
     for i in range(layers):
         theirs, to = LAYER.format(i), f"layers.{i}."
@@ -37,7 +70,17 @@ def load(source: Source, flags: Flags) -> Imported:
             name, width = f"{to}attention_norm.{leaf}", heads if grouped else values
             tensor = source.take(f"{theirs}_output_norm_{leaf}", width, to=name)
             ours[name] = tensor.repeat_interleave(v_dim) if grouped else tensor
+    sizes = {"layers": layers, "embedding_dim": E, "heads": heads, "qk_dim": qk_dim, "v_dim": v_dim}
+    return {"group_norm": grouped, **sizes}
 
+
+def _tokens(
+    source: Source, vectors: Source, E: int, ours: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Fold the MLPs of items and of users' contextual tokens into the token table.
+
+    Returns the items' vectors, the inputs of the item tower, the number of contextual tokens, and `embedding_rows`.
+    """
     items = vectors.take("items", -1, -1, to="token_table, tower_table", folded=True)
     scale, features = math.sqrt(E), items
     tokens = swish_mlp(source, INPUT + "_content_embedding_mlp", items.double(), "token_table")
@@ -62,7 +105,11 @@ def load(source: Source, flags: Flags) -> Imported:
         each = torch.einsum("ucd,cde->uce", users.double().unflatten(0, (-1, contextual)), weight) + bias.double()
         rows += [each.flatten(0, 1) * scale, bias.double() * scale]
     ours["token_table"] = torch.cat(rows)
+    return items, features, contextual, _most(items, rows)
 
+
+def _actions(source: Source, E: int, ours: dict[str, torch.Tensor]) -> int:
+    """Fold the MLP of actions into a vector for each combination of them. Returns the number of actions."""
     bits = source.take(INPUT + "_action_encoder._combined_action_weights", -1, to="action_table", folded=True)
     if bits.tolist() != [1 << i for i in range(len(bits))] or len(bits) > 5:
         raise ValueError(
@@ -78,15 +125,13 @@ def load(source: Source, flags: Flags) -> Imported:
     masks = torch.arange(1 << len(bits))[:, None]
     combinations = ((masks & bits.long()) > 0)[:, :, None] * table
     encoded = torch.cat([combinations.flatten(1), target]).double()
-    ours["action_table"] = swish_mlp(source, INPUT + "_action_embedding_mlp", encoded, "action_table") * scale
+    ours["action_table"] = swish_mlp(source, INPUT + "_action_embedding_mlp", encoded, "action_table") * math.sqrt(E)
     ours["weight_vector"] = torch.zeros(E)
+    return len(bits)
 
-    places = source.take(ENCODER + "_position_embeddings_weight", -1, E, to="position_table")
-    ours["position_table"] = positions_after(places, contextual)
-    ours["time_table"] = source.take(ENCODER + "_timestamp_embeddings_weight", -1, E, to="time_table")
 
-    ours["tower_table"] = torch.zeros(len(ours["token_table"]), E, dtype=torch.float64)
-    ours["tower_table"][: len(items)] = swish_mlp(source, "_item_embedding_mlp", features.double(), "tower_table")
+def _head(source: Source, E: int, ours: dict[str, torch.Tensor]) -> tuple[bool, int, int]:
+    """Map what comes after the layers. Returns whether there is a clock, the width of the head, and its outputs."""
     for leaf in ("weight", "bias"):
         ours[f"norm.{leaf}"] = source.take(f"{OUTPUT}_layer_norm.{leaf}", E, to=f"norm.{leaf}")
     clock = source.has(OUTPUT + "_time_feature_combiner.weight")
@@ -106,28 +151,7 @@ def load(source: Source, flags: Flags) -> Imported:
     ours["head_out.weight"] = source.take(f"{HEAD}.2.weight", -1, width, to="head_out.weight")
     tasks = ours["head_out.weight"].shape[0]
     ours["head_out.bias"] = source.take(f"{HEAD}.2.bias", tasks, to="head_out.bias")
-    source.finish()
-    vectors.finish()
-    source.fates += vectors.fates
-    options = {
-        "variant": "stu",
-        "item_tower": "table",
-        "group_norm": grouped,
-        "clock": clock,
-        "scaling_seqlen": scaling(flags),
-        "layers": layers,
-        "embedding_dim": E,
-        "heads": heads,
-        "qk_dim": qk_dim,
-        "v_dim": v_dim,
-        "contextual_seq_len": contextual,
-        "head_dim": width,
-        "embedding_rows": _most(items, rows),
-        "max_positions": len(places) - contextual,
-        "time_buckets": len(ours["time_table"]),
-        "tasks": ["rating"] if tasks == 1 else [f"task{i}" for i in range(tasks)],
-    }
-    return Imported(ours, options, notes=[f"the workload must have {len(items)} items and {len(bits)} actions"])
+    return clock, width, tasks
 
 
 def _categories(vectors: Source, items: int, categories: int) -> torch.Tensor:
