@@ -142,6 +142,11 @@ def test_markdown_has_one_sentence_a_line() -> None:
     assert not faults, "\n".join(faults)
 
 
+def test_readme_stays_short() -> None:
+    """Details belong to the pages of docs/."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
 def test_docstrings_begin_with_an_imperative_or_a_noun() -> None:
     faults = []
     for path in checked(".py"):
