@@ -9,6 +9,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 BEYOND_QUEUE = 256  # connections beyond `serve.max_queue`, so that refusals and health checks get through
 KEEP_ALIVE_S = 75  # between two requests
 HEADERS_S = 10.0  # from the connection, or from the first byte of a later request, to the end of its headers
+GOODBYE_S = 1.0  # for an idle client to answer the end of its TLS session
 
 
 class Connection(HttpToolsProtocol):
@@ -28,6 +29,16 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._timer.cancel()
         super().on_headers_complete()
+
+    def shutdown(self) -> None:
+        """Close an idle connection, and let another end after its answer.
+
+        TLS waits half a minute for the client's own goodbye, which a client that reads nothing meanwhile never sends.
+        """
+        if not self.transport.is_closing():
+            super().shutdown()
+        if self.transport.is_closing():
+            self.loop.call_later(GOODBYE_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()

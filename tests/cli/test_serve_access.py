@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,20 @@ def test_tls_needs_a_certificate_that_is_known(
         assert client.is_server_ready()
         with pytest.raises(tritongrpc.InferenceServerException, match="UNAUTHENTICATED"):
             client.get_server_metadata(headers={"authorization": "Bearer long-secret-3"})
+
+
+def test_an_idle_client_over_tls_does_not_delay_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cert, key = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+    words = ["serve.grpc_port=null", f"serve.tls_cert_file={cert}", f"serve.tls_key_file={key}"]
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(*TINY, "engine=hstu", *words))
+        client = Client(f"https://localhost:{server.port}")
+        client.status()
+        begun = time.monotonic()
+        stack.close()
+        assert time.monotonic() - begun < 15  # TLS alone would wait for its goodbye for 30 s
+    del client  # it kept its connection until here
 
 
 def test_a_traced_call_has_a_span_for_each_stage(clients: list[Client], request_: Any) -> None:
