@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from helpers import faulty_engine
 from helpers.command import Grbench
 
 from grbench.config.compose import compose_spec
@@ -15,6 +16,7 @@ from grbench.execution import records, worker
 from grbench.execution.environment import code_digest
 from grbench.execution.kept import engine_key
 from grbench.execution.workers import KeptWorker, Worker
+from grengines import registry
 
 SMALL = (
     *("engine=hstu", "kernel=torch", "engine.cpu_threads=1", "cache=lru", "cache.memory_gb=0.0012"),
@@ -22,7 +24,7 @@ SMALL = (
     *("workload.max_history=200", "workload.num_candidates=4", "warmup_batches=3", "gate.requests=2"),
     *("gate.measured=40", "tracking=none", "scenario=offline", "scenario.max_batch=4", "scenario.in_flight=1"),
 )
-DROPPED = ("scenario", "scenario.max_batch", "scenario.in_flight", "cache", "cache.memory_gb")  # at a hopeless rate
+DROPPED = ("engine", "scenario", "scenario.max_batch", "scenario.in_flight", "cache", "cache.memory_gb")  # if hopeless
 HITS = ("cache/hit_rate", "cache/token_hit_rate", "engine/cache_misses", "engine/cache_partial_hits")
 
 
@@ -113,12 +115,14 @@ def test_an_idle_worker_that_cannot_be_given_a_cell_is_stopped() -> None:
 
 
 def test_a_hopeless_rate_ends_early_without_a_latency(
-    grbench_here: Grbench, forked_workers: None, tmp_path: Path
+    grbench_here: Grbench, forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Requests come for 25 s: beside another test the answers come unevenly, and then it takes longer to be sure.
-    load = ["scenario=server", "scenario.target_qps=3000", "scenario.queries=75000", "scenario.max_batch=1"]
+    """An engine that mostly sleeps answers evenly beside other work, too: then it is soon sure that the queue grows."""
+    monkeypatch.setitem(registry.ENGINES, "faulty", faulty_engine.SPEC)
+    load = ["scenario=server", "scenario.target_qps=1500", "scenario.queries=15000", "scenario.max_batch=1"]
+    slow = ["engine=faulty", "engine.delay_ms=10", *load]
     words = [word for word in SMALL if word.partition("=")[0] not in DROPPED]
-    done = grbench_here(*words, *load, "latency_limit_ms=20", "scenario.stop_hopeless=true")
+    done = grbench_here(*words, *slow, "latency_limit_ms=20", "scenario.stop_hopeless=true")
     assert done.returncode == 1, done.stderr
     [(folder, record)] = list(records.find(tmp_path))
     assert record.status is records.Status.STOPPED and "the queue grew by" in (record.error or "")
