@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers.command import Grbench
+from helpers.forks import Fork, fork_command
 
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
@@ -33,7 +32,7 @@ QUICK = [
 ]
 
 
-def until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 150.0) -> None:
+def until(true: Callable[[], bool], process: Fork, seconds: float = 150.0) -> None:
     """Wait until something is true while a command runs."""
     end = time.monotonic() + seconds
     while not true():
@@ -49,13 +48,10 @@ def found(root: Path) -> dict[int, RunRecord]:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
 def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: Path) -> None:
-    """One of three cells ends well, one loses its place, one is stopped with the command."""
+    """One of three cells ends well, one loses its place, one is stopped with the command. All processes are forks."""
     words = ["-m", *QUICK, "scenario.queries=64,100000000,200000000", "runner.parallel=2"]
     errors = tmp_path / "err.txt"
-    with errors.open("w") as said:
-        command = subprocess.Popen(
-            [sys.executable, "-m", "grbench", *words], cwd=tmp_path, stdout=said, stderr=said, text=True
-        )
+    command = fork_command(tmp_path, *words, forked_places=True)
     try:
 
         def measures(cell: int) -> bool:
@@ -67,7 +63,7 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
         fine = found(tmp_path)[64]
         assert fine.status is Status.OK, fine.error
         children = psutil.Process(command.pid).children(recursive=True)
-        place = {child.cpu_affinity()[0]: child for child in children if "grbench.execution.place" in child.cmdline()}
+        place = {child.cpu_affinity()[0]: child for child in psutil.Process(command.pid).children()}
         assert len(place) == 2, "a core each"
         cores = [record.environment["cpu_cores"] for record in found(tmp_path).values()]
         assert cores == [1] * len(cores)
@@ -83,7 +79,7 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
         assert lost.error is not None
         assert f"on cores {other} to {other} ended by SIGKILL; run it again" in lost.error
 
-        command.send_signal(signal.SIGTERM)
+        os.kill(command.pid, signal.SIGTERM)
         assert command.wait(60) == 143, errors.read_text()
         assert found(tmp_path)[200000000].status is Status.INTERRUPTED
         printed = errors.read_text()
@@ -92,13 +88,13 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
         assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     finally:
         command.kill()
-        command.wait()
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
-def test_cells_of_one_engine_have_one_place_if_it_is_kept(grbench: Grbench, tmp_path: Path) -> None:
+def test_cells_of_one_engine_have_one_place_if_it_is_kept(grbench_forked: Grbench, tmp_path: Path) -> None:
+    """Its places and their workers are no forks."""
     sweep = ["scenario.max_batch=1,2", "scenario.queries=32,48"]
-    done = grbench("-m", *QUICK, *sweep, "runner.parallel=2", "runner.keep_engine=true")
+    done = grbench_forked("-m", *QUICK, *sweep, "runner.parallel=2", "runner.keep_engine=true")
     assert done.returncode == 0, done.stderr
     cells = [record for _, record in records.find(tmp_path)]
     places_of = {(r.spec["scenario"]["max_batch"], *r.environment["beside"]["cores"]) for r in cells}
@@ -106,7 +102,7 @@ def test_cells_of_one_engine_have_one_place_if_it_is_kept(grbench: Grbench, tmp_
     assert len(places_of) == 2, "each engine was built on one place"
     assert len({core for _, core in places_of}) == 2
     assert sum("was not built again" in note for r in cells for note in r.notes) == 2
-    again = grbench("-m", *QUICK, *sweep, "runner.parallel=2", "runner.keep_engine=true")
+    again = grbench_forked("-m", *QUICK, *sweep, "runner.parallel=2", "runner.keep_engine=true")
     assert again.stderr.count(", kept (rerun=true measures it again)") == 4, again.stderr
     assert len(list(records.find(tmp_path))) == 4
 

@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 
 from grbench.cli import main
-from grbench.execution import worker, workers
+from grbench.execution import environment, place, places, worker, workers
 from grbench.signals import ENDING
 from grbench.tune import legal
 
@@ -146,8 +146,11 @@ def printed_lines(file: Path, process: Fork) -> Iterator[str]:
                 time.sleep(0.02)
 
 
-def fork_command(folder: Path, *words: str, env: Mapping[str, str] = os.environ) -> Fork:
-    """Start `grbench WORDS` in a folder, with forked workers. It prints to out.txt and err.txt there."""
+def fork_command(folder: Path, *words: str, env: Mapping[str, str] = os.environ, forked_places: bool = False) -> Fork:
+    """Start `grbench WORDS` in a folder, with forked workers. It prints to out.txt and err.txt there.
+
+    forked_places: the places of cells side by side are forks too, and so are their workers.
+    """
     for name in (*USED, "grbench.execution.session", "grbench.tracking.store"):
         importlib.import_module(name)
 
@@ -155,11 +158,35 @@ def fork_command(folder: Path, *words: str, env: Mapping[str, str] = os.environ)
         os.chdir(folder)
         sys.argv = ["grbench"]
         fork_workers(pytest.MonkeyPatch())
+        if forked_places:
+            places.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _Place})  # type: ignore[assignment]
         sys.exit(main(words))
 
     for name in ("out.txt", "err.txt"):
         (folder / name).write_text("")
     return Fork(work, folder / "out.txt", env=env, errors=folder / "err.txt")
+
+
+class _Place(Fork):
+    """A fork that is a place, with the parts of `subprocess.Popen` that `Places` uses."""
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        reads, writes = os.pipe(), os.pipe()
+
+        def work() -> None:
+            os.dup2(reads[0], 0)
+            os.dup2(writes[1], 1)
+            sys.argv = command[-2:]
+            environment._machine_and_code.cache_clear()  # it has the cores of the command
+            place.main()
+
+        super().__init__(work, Path("places.txt"), (reads[0], writes[1]))
+        os.close(reads[0])
+        os.close(writes[1])
+        self.stdin, self.stdout = os.fdopen(reads[1], "wb"), os.fdopen(writes[0], "rb")
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
 
 def fork_workers(patch: pytest.MonkeyPatch) -> None:
