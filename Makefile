@@ -16,13 +16,14 @@ VLLM := 0.32.0
 STUDY := $(if $(filter 0,$(GPU)),first_run,first_run_gpu)
 ARGS ?=
 
-# mypy runs beside the tests; tests of wall-clock time run alone, after the others. Exit code 5: ARGS selects no test of that part.
+# mypy takes what the tests leave of the cores. Tests of wall-clock time run one at a time, after the others.
+# Exit code 5: ARGS selects no test of that part.
 WORKERS ?= 2
 PYTEST = $(PY) -m pytest --durations=10
-TESTS = $(PY) -m mypy & types=$$!; \
+TESTS = nice -n 19 $(PY) -m mypy & types=$$!; \
 	$(PYTEST) -m "not gpu and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS); beside=$$?; \
-	wait $$types; types=$$?; \
 	$(PYTEST) -m "serial and not gpu" $(ARGS); alone=$$?; \
+	wait $$types; types=$$?; \
 	case $$types$$beside$$alone in 000|005|050) ;; *) exit 1;; esac
 
 .PHONY: bench test test-all test-gpu fuzz cases lint typecheck regress serve ui notebook reports docs help clean setup

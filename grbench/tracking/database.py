@@ -24,7 +24,7 @@ def uri_of(path: Path) -> str:
     """Return the tracking URI of a database, with the characters escaped that a URI reserves."""
     from sqlalchemy import URL
 
-    address = URL.create("sqlite", database=str(path)).render_as_string()
+    address = str(URL.create("sqlite", database=str(path)))
     if address == f"sqlite:///{path}":
         return address
     # MLflow makes the folder that "sqlite:///" names, and knows nothing of escaped characters.
