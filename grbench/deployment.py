@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grbench.config.compose import compose_spec, explain
 from grbench.config.schema import ConfigError, RunSpec
+from grengines.api import Request
 from grengines.options import option, violations
 from grengines.runtime import atomic_io
 from grengines.spec import TASKS
@@ -60,6 +61,15 @@ class Serves:
     min_history: int = option(0, "fewest events of a history", ge=0)
     max_history: int | None = option(None, "most events of a history", ge=0)
     max_candidates: int | None = option(None, "most candidates of a request", ge=1)
+
+    def takes(self, request: Request) -> bool:
+        """Return whether a request has such a size."""
+        history, candidates = len(request.history_items), len(request.candidates)
+        return (
+            self.min_history <= history
+            and (self.max_history is None or history <= self.max_history)
+            and (self.max_candidates is None or candidates <= self.max_candidates)
+        )
 
 
 @dataclass

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 
 from grbench.deployment import Deployment, Step
 from grbench.serve.errors import RefusedError, wrong
+from grbench.serve.held import Done, FailedError
 from grbench.serve.metrics import Metrics
-from grbench.serve.strategy import Done, FailedError, State, Strategy
+from grbench.serve.strategy import State, Strategy
 from grengines.api import Request
 
 EXPLORE = 64  # one request of this number goes to the second choice, so that its costs stay known
@@ -152,13 +153,13 @@ class Controller:
         return sum(
             s.waiting_s + s.costs.fixed_s * math.ceil(s.pending / s.spec.scenario.max_batch)
             for s in self.strategies
-            if s.device == device and s.state is State.READY
+            if s.checked.device == device and s.state is State.READY
         )
 
     def predicted_s(self, strategy: Strategy, request: Request) -> float:
         """Return the time until an answer: what waits on the device, and the request's own batch."""
         own = strategy.costs.batch_s([strategy.kind_of(request)])
-        return MARGIN * (self.backlog_s(strategy.device) + own) + strategy.spec.scenario.max_wait_ms / 1e3
+        return MARGIN * (self.backlog_s(strategy.checked.device) + own) + strategy.spec.scenario.max_wait_ms / 1e3
 
     def _choose(self, request: Request, deadline: float) -> _Choice:
         """Return the choice for a request. Raises RefusedError."""
@@ -210,10 +211,10 @@ class Controller:
 
     @staticmethod
     def _can(strategy: Strategy, request: Request) -> bool:
-        return strategy.state is State.READY and strategy.takes(request)
+        return strategy.state is State.READY and strategy.serves.takes(request)
 
     def _nothing_serves(self, request: Request) -> RefusedError:
-        takers = [s for s in self.strategies if s.takes(request)]
+        takers = [s for s in self.strategies if s.serves.takes(request)]
         sizes = f"{len(request.history_items)} events and {len(request.candidates)} candidates"
         if not takers:
             return wrong(f"TOKEN_LENGTHS: no strategy takes {sizes}; see serves in the deployment")
@@ -222,7 +223,7 @@ class Controller:
         return RefusedError(503, f"{what}: {states}", 1.0)
 
     def _clears_s(self) -> float:
-        return max((self.backlog_s(s.device) for s in self.strategies), default=0.0)
+        return max((self.backlog_s(s.checked.device) for s in self.strategies), default=0.0)
 
 
 def _nothing_left(error: FailedError, failed: Sequence[str]) -> RefusedError:

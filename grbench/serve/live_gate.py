@@ -9,8 +9,9 @@ import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+from grbench.serve.held import Done
 from grbench.serve.metrics import Metrics
-from grbench.serve.strategy import Done, Strategy
+from grbench.serve.strategy import Strategy
 
 MOST_WAITING = 4
 
@@ -33,7 +34,7 @@ class LiveGate:
     async def _judge(self, strategy: Strategy, done: Done) -> None:
         loop = asyncio.get_running_loop()
         try:
-            [verdict] = await loop.run_in_executor(self._thread, strategy.gate.judge, [done.as_answer()])
+            [verdict] = await loop.run_in_executor(self._thread, strategy.checked.gate.judge, [done.as_answer()])
         except Exception:  # the reference has no answer to compare with, which is not the engine's fault
             self._metrics.gate_unjudged.labels(strategy.name).inc()
             return

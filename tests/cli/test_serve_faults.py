@@ -14,8 +14,7 @@ from helpers.faulty_engine import FAULTS, POISON
 from helpers.serving import TINY, Serving, serving, tensors_of, tiny_trace, wait_until
 
 from grbench.deployment import Deployment, Step, Strategy
-from grbench.serve import controller
-from grbench.serve import strategy as strategies
+from grbench.serve import controller, recovery
 from grengines import registry
 
 TASK = {"version": 1, "task": "rank"}
@@ -37,8 +36,8 @@ def pair() -> Iterator[Serving]:
         Strategy("second", [*words, "engine.label=second", "engine.delay_ms=100"]),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strategies, "FIRST_PAUSE_S", 0.05)
-        patch.setattr(strategies, "CALM_S", 0.0)
+        patch.setattr(recovery, "FIRST_PAUSE_S", 0.05)
+        patch.setattr(recovery, "CALM_S", 0.0)
         patch.setattr(controller, "EXPLORE", 10**9)
         with serving(
             "serve.time_limit_s=0.4", "serve.gate_share=1", deployment=Deployment(**TASK, strategies=two)

@@ -16,17 +16,19 @@ import pytest
 
 from grbench.deployment import Deployment, Serves, Step
 from grbench.gate.form import Form
+from grbench.serve import recovery
 from grbench.serve import strategy as strategies
 from grbench.serve.controller import Controller
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.errors import RefusedError
+from grbench.serve.held import FailedError
 from grbench.serve.live_gate import LiveGate
 from grbench.serve.logs import Log
 from grbench.serve.metrics import Metrics
 from grbench.serve.options import deployment_of, parse
 from grbench.serve.requests import Bounds
 from grbench.serve.service import Service
-from grbench.serve.strategy import FailedError, State, Strategy
+from grbench.serve.strategy import State, Strategy
 from grengines.api import Catalogue, Finished, RankResult, Request
 
 GOOD, POISON, UNFIT = 1, 7, 8  # items
@@ -103,9 +105,8 @@ def made(engine: Any, name: str = "one", serves: Serves | None = None, limit_s: 
     else:
         form = Form(tasks=1)
     check = lambda engine, max_batch: engine.before([])  # noqa: E731
-    one._engine, one._gate = engine, SimpleNamespace(form=form, check=check)  # type: ignore[assignment]
-    one.costs = Costs(0.001, {Kind(1): 0.001})
-    one._let_in()
+    one.checked.engine, one.checked._gate = engine, SimpleNamespace(form=form, check=check)  # type: ignore[assignment]
+    one._let_in(Costs(0.001, {Kind(1): 0.001}))
     return one
 
 
@@ -191,7 +192,7 @@ def test_a_request_that_is_not_admitted_is_to_blame_alone() -> None:
 def test_a_hanging_engine_is_not_touched_before_its_thread_has_ended(
     kind: type[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strategies, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(recovery, "FIRST_PAUSE_S", 0.01)
     free, asked = threading.Event(), []
 
     def before(requests: Sequence[Request]) -> None:
@@ -233,11 +234,12 @@ def test_a_strategy_that_fails_while_it_closes_gives_its_requests_back() -> None
         free.set()
         assert await asking == "raised"
         await closing
-        hanging = made(Engine(lambda requests: time.sleep(0.5)))
+        engine = Engine(lambda requests: time.sleep(0.5))
+        hanging = made(engine)
         asking = asyncio.create_task(outcome(hanging))
         await asyncio.sleep(0.05)
         await hanging.close(0.0)
-        assert await asking == "out" and hanging._engine.closed
+        assert await asking == "out" and engine.closed
 
     run(work)
 
@@ -379,7 +381,7 @@ def test_the_live_gate_blames_only_the_engine_that_answered() -> None:
                 raise verdict
             return [verdict]
 
-        one.gate.judge = judge  # type: ignore[method-assign]
+        one.checked.gate.judge = judge  # type: ignore[method-assign]
         count = lambda name: metrics.registry.get_sample_value(name, {"strategy": "one"})  # noqa: E731
         await gate._judge(one, done)
         assert count("grbench_gate_unjudged_total") == 1 and one.state is State.READY

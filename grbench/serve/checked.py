@@ -1,0 +1,96 @@
+"""The engine of a strategy: built, checked against the fp32 reference, warmed up, and its costs measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from grbench.config.schema import RunSpec
+from grbench.execution import engines
+from grbench.gate import gate_for
+from grbench.gate.base import Gate, sample
+from grbench.serve.costs import Costs
+from grbench.workloads.trace import Trace
+from grengines.api import Request, Retrieval
+
+WARM_UP = 512  # requests of the workload that costs are measured with
+
+
+class CheckedEngine:
+    """An engine behind its gate. Every method takes seconds, so a thread calls it."""
+
+    def __init__(self, spec: RunSpec, trace: Trace, retrieval: Retrieval | None) -> None:
+        self.spec = spec
+        self.engine: Any = None
+        self.actual: dict[str, Any] = {}
+        self.gate_figures: dict[str, Any] = {}
+        self._trace, self._retrieval = trace, retrieval
+        self._gate: Gate | None = None
+
+    @property
+    def device(self) -> str:
+        return str(self.actual.get("device", "cpu"))
+
+    @property
+    def gate(self) -> Gate:
+        assert self._gate is not None, "an engine that has answered was checked"
+        return self._gate
+
+    @cached_property
+    def known_good(self) -> Request:
+        """A request of the workload, which an engine that works can answer."""
+        return sample(self._trace.requests, 2, self.spec.seed)[0]
+
+    def build(self) -> Costs:
+        """Make the engine, check it, warm it up and measure its costs. Raises what fails."""
+        spec, trace = self.spec, self._trace
+        engine: Any = engines.build(spec, trace.catalogue, self._retrieval)
+        try:
+            engine.prepare(trace.requests.some(engines.MOST_PREPARED), spec.scenario.max_batch)
+            self.actual = engine.actual()
+            if self._gate is None:
+                self._gate = gate_for(spec, trace, self._retrieval, self.actual)
+            self.gate_figures = self._gate.check(engine, spec.scenario.max_batch).to_dict()
+            costs = self._measure(engine)
+        except BaseException:
+            engine.close()
+            raise
+        self.engine = engine
+        return costs
+
+    def _measure(self, engine: Any) -> Costs:
+        """Warm up and measure costs with requests of the workload."""
+        answer = getattr(engine, self.spec.task)
+
+        def seconds(requests: Sequence[Request]) -> float:
+            engine.reset_cache()
+            begun = time.perf_counter()
+            answer(requests)
+            return time.perf_counter() - begun
+
+        requests, size = self._trace.requests[:WARM_UP], self.spec.scenario.max_batch
+        for i in range(self.spec.warmup_batches):
+            first = i * size % len(requests)
+            answer(requests[first : first + max(size >> i % 3, 1)])
+        costs = Costs.measured(requests, size, seconds)
+        engine.reset_cache()
+        return costs
+
+    def check(self) -> None:
+        """Check the engine with an empty cache: what is in it may be what was wrong. Raises what fails."""
+        self.engine.reset_cache()
+        self.gate.check(self.engine, self.spec.scenario.max_batch)
+        self.engine.reset_cache()
+
+    def rebuild(self) -> Costs:
+        """Release the engine and build another. Raises what fails."""
+        self.close()
+        return self.build()
+
+    def close(self) -> None:
+        """Release the engine, if there is one."""
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine.close()
