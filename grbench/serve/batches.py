@@ -47,7 +47,7 @@ class Work:
 
 
 def start(checked: CheckedEngine, work: Work, wanted: Wanted, answered: Answered, refused: Refused) -> RequestLoop:
-    """Start and return the batcher. It works until it is told to fail.
+    """Start and return the batcher. It works until its `fail` is called.
 
     wanted: chooses the requests of a batch. answered: takes those that ended together. refused: takes one that an
     engine with continuous batching does not admit.

@@ -77,6 +77,10 @@ class Controller:
         """Requests in the server."""
         return sum(s.pending for s in self.strategies)
 
+    async def close(self, limit_s: float) -> None:
+        """Finish what the strategies hold within the limit, and release them."""
+        await asyncio.gather(*(s.close(limit_s) for s in self.strategies))
+
     async def answer(self, request: Request, deadline: float) -> Answer:
         """Answer a request. deadline: seconds, time.perf_counter; may be infinite. Raises RefusedError."""
         return await self.finish(self.begin(request, deadline))

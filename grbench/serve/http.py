@@ -22,10 +22,12 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from grbench import __version__
+from grbench.serve import describe
+from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
 from grbench.serve.errors import RefusedError
 from grbench.serve.keys import client_of
 from grbench.serve.protocol import HEADER_LENGTH, Call, parse_call, render, shown
-from grbench.serve.service import EXTENSIONS, PLATFORM, VERSION, Service
+from grbench.serve.service import Service
 
 INLINE = 100_000  # bytes of a body that the event loop reads itself; a larger one would hold other calls up
 LAST_REPLICA = "x-grbench-last"  # HAProxy's header: number of the replica that had the user's last call
@@ -109,25 +111,25 @@ class Api:
         return JSONResponse({"name": PLATFORM, "version": __version__, "extensions": EXTENSIONS})
 
     async def _model(self, request: Request) -> Response:
-        return JSONResponse(self._service.model_metadata(*_names(request)))
+        return JSONResponse(describe.model_metadata(self._service, *_names(request)))
 
     async def _model_ready(self, request: Request) -> Response:
         if self._service.ready:
-            self._service.model_metadata(*_names(request))
+            describe.model_metadata(self._service, *_names(request))
         return await self._ready(request)
 
     async def _config(self, request: Request) -> Response:
-        return JSONResponse(self._service.model_config(*_names(request)))
+        return JSONResponse(describe.model_config(self._service, *_names(request)))
 
     async def _stats(self, request: Request) -> Response:
-        return JSONResponse({"model_stats": [self._service.model_statistics(*_names(request))]})
+        return JSONResponse({"model_stats": [describe.model_statistics(self._service, *_names(request))]})
 
     async def _metrics(self, request: Request) -> Response:
         encode, kind = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(self._service.metrics.registry), headers={"content-type": kind})
 
     async def _status(self, request: Request) -> Response:
-        return JSONResponse(self._service.status())
+        return JSONResponse(describe.status(self._service))
 
     async def _show(self, request: Request) -> Response:
         return Response(self._page, media_type="text/html")

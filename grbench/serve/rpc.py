@@ -20,12 +20,14 @@ import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
 
 from grbench import __version__
+from grbench.serve import describe
 from grbench.serve.connections import BEYOND_QUEUE
+from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
 from grbench.serve.errors import RefusedError, wrong
 from grbench.serve.keys import client_of
 from grbench.serve.options import bound
 from grbench.serve.protocol import NAMES, Call, Tensor, check_output, dtype_of, listed, raw, shape_of
-from grbench.serve.service import EXTENSIONS, PLATFORM, VERSION, Service
+from grbench.serve.service import Service
 
 SERVICE = "inference.GRPCInferenceService"
 CODES = {
@@ -140,22 +142,24 @@ class Rpc:
 
     async def _model_ready(self, request: Any, context: Any) -> Any:
         if self._service.ready:
-            self._service.model_metadata(request.name, request.version)
+            describe.model_metadata(self._service, request.name, request.version)
         return self._classes["ModelReadyResponse"](ready=self._service.ready)
 
     async def _server(self, request: Any, context: Any) -> Any:
         return self._classes["ServerMetadataResponse"](name=PLATFORM, version=__version__, extensions=EXTENSIONS)
 
     async def _model(self, request: Any, context: Any) -> Any:
-        return self._filled("ModelMetadataResponse", self._service.model_metadata(request.name, request.version))
+        return self._filled(
+            "ModelMetadataResponse", describe.model_metadata(self._service, request.name, request.version)
+        )
 
     async def _config(self, request: Any, context: Any) -> Any:
         return self._filled(
-            "ModelConfigResponse", {"config": self._service.model_config(request.name, request.version)}
+            "ModelConfigResponse", {"config": describe.model_config(self._service, request.name, request.version)}
         )
 
     async def _stats(self, request: Any, context: Any) -> Any:
-        stats = self._service.model_statistics(request.name, request.version)
+        stats = describe.model_statistics(self._service, request.name, request.version)
         return self._filled("ModelStatisticsResponse", {"model_stats": [stats]})
 
     def _filled(self, name: str, content: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The work of the server for either protocol: infer, append, metadata, status, reload."""
+"""The work of the server for either protocol: infer, append, start, reload, close. `describe` says what it is."""
 
 from __future__ import annotations
 
@@ -7,38 +7,26 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from grbench import __version__, workloads
-from grbench.config.schema import RunSpec
 from grbench.deployment import Deployment
 from grbench.execution.heap import leave_out, settle
-from grbench.execution.retrieval import build_retrieval
 from grbench.serve.controller import Answer, Begun, Controller, watch_times
+from grbench.serve.describe import VERSION
 from grbench.serve.errors import RefusedError, wrong
 from grbench.serve.live_gate import LiveGate
 from grbench.serve.logs import Log
 from grbench.serve.metrics import Metrics
 from grbench.serve.options import ServeConfig
+from grbench.serve.present import Present, bring_up
 from grbench.serve.protocol import Call, Tensor, chosen, number_of, unknown_model
-from grbench.serve.requests import Bounds, decode, encode, events_of, metadata
-from grbench.serve.state import Histories
-from grbench.serve.strategy import State, Strategy
-from grbench.workloads.item_map import check_items
-from grbench.workloads.trace import Trace
-from grengines.api import Retrieval
-from grkernels import tuning
+from grbench.serve.requests import decode, encode, events_of
+from grbench.serve.strategy import State
 
 if TYPE_CHECKING:
     from grbench.serve.traces import Traces
 
-VERSION = "1"  # of the model, for clients that name one
-PLATFORM = "grbench"
-EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
 KEPT_LATENCIES = 2048  # of the newest calls, for the page
 
 
@@ -70,11 +58,8 @@ class Service:
         self.figures = Figures()
         self.draining = False
         self.begun = time.time()
-        self._controller: Controller | None = None
-        self._controllers: list[Controller] = []  # and those that finish what they hold
-        self._bounds: Bounds | None = None
-        self._states: Histories | None = None
-        self._spec: RunSpec | None = None
+        self.present: Present | None = None
+        self._controllers: list[Controller] = []  # the present one, and those that finish what they hold
         self._reloading = asyncio.Lock()
         self._gate = LiveGate(config.gate_share, self.metrics)
         self.traces: Traces | None = None
@@ -84,25 +69,25 @@ class Service:
             self.traces = traces.Traces(traces.sent_to(config.otlp_endpoint), config.trace_share)
         self._watch = asyncio.get_running_loop().create_task(watch_times(self._controllers))
         self.metrics.watch(
-            self._live, lambda: len(self._states) if self._states is not None else 0, lambda: (self.model, VERSION)
+            self._live, lambda: len(self.present.states) if self.present else 0, lambda: (self.model, VERSION)
         )
 
     @property
     def ready(self) -> bool:
-        return not self.draining and self._controller is not None and self._controller.ready
+        return not self.draining and self.present is not None and self.present.controller.ready
 
     @property
     def model(self) -> str:
         """The name of the model for clients."""
-        return self.config.name or (self._spec.model.name if self._spec else "starting")
+        return self.config.name or (self.present.spec.model.name if self.present else "starting")
 
     async def start(self) -> None:
         """Bring the first deployment up. Raises what each strategy of it raised, if none serves."""
         async with self._reloading:
-            if self._controller is None:  # else a reload came first
-                brought_up = await self._bring_up(self.deployment)
+            if self.present is None:  # else a reload came first
+                present = await self._bring_up(self.deployment)
                 leave_out()
-                self._controller, self._spec, self._bounds = brought_up
+                self.present = present
 
     async def reload(self) -> str:
         """Read the deployment again and replace the strategies; the old ones answer until then. Returns a line.
@@ -114,23 +99,23 @@ class Service:
             self._refuse_if_ending()
             try:
                 deployment = await asyncio.to_thread(self._load)
-                new, spec, bounds = await self._bring_up(deployment)
+                new = await self._bring_up(deployment)
             except Exception as e:
                 self.metrics.reloads.labels("failed").inc()
                 line = f"reload: {' '.join(str(e).split())}; the deployment before it goes on"
                 self.log.error("reload failed", error=line)
                 raise RefusedError(409, line) from None
             if self.draining:
-                await self._end(new, 0.0)
+                await self._end(new.controller, 0.0)
             self._refuse_if_ending()
-            old, self._controller, self.deployment = self._controller, new, deployment
-            self._spec, self._bounds = spec, bounds
+            old, self.present, self.deployment = self.present, new, deployment
+            strategies = new.controller.strategies
             self.metrics.reloads.labels("done").inc()
-            self.log.info("reloaded", strategies=[s.name for s in new.strategies])
+            self.log.info("reloaded", strategies=[s.name for s in strategies])
             if old is not None:
-                await self._end(old, self.config.drain_s)
+                await self._end(old.controller, self.config.drain_s)
                 settle()
-            return f"serving {', '.join(s.name for s in new.strategies if s.state is State.READY)}"
+            return f"serving {', '.join(s.name for s in strategies if s.state is State.READY)}"
 
     async def close(self, limit_s: float) -> None:
         """Finish what is in flight within the limit, and release everything."""
@@ -141,57 +126,29 @@ class Service:
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
 
+    async def _bring_up(self, deployment: Deployment) -> Present:
+        """Bring a deployment up, and look for its batches that take too long. Raises what `bring_up` raises."""
+        new = await bring_up(deployment, self._source, self.config, self.metrics, self.log, self.present)
+        self._controllers.append(new.controller)
+        return new
+
     async def _end(self, controller: Controller, limit_s: float) -> None:
-        await asyncio.gather(*(s.close(limit_s) for s in controller.strategies))
-        if controller in self._controllers:
+        await controller.close(limit_s)
+        if controller in self._controllers:  # the end of the server may meet that of a reload
             self._controllers.remove(controller)
 
     def _refuse_if_ending(self) -> None:
         if self.draining:
             raise RefusedError(503, "the server is ending", 1.0)
 
-    async def _bring_up(self, deployment: Deployment) -> tuple[Controller, RunSpec, Bounds]:
-        """Start every strategy, one after another. Raises RuntimeError if none serves, and then changes nothing."""
-        specs = await asyncio.to_thread(deployment.specs, self._source or "deployment")
-        spec = next(iter(specs.values()))
-        if self._spec is not None and spec.workload != self._spec.workload:
-            raise RuntimeError("the workload differs from that of the deployment before; start another server")
-        trace, retrievals = await asyncio.to_thread(_load_workload, list(specs.values()))
-        longest = self.config.max_history or spec.workload.max_history
-        bounds = Bounds(deployment.task, trace.catalogue, self.config.max_users, longest, self.config.max_candidates)
-        if self._states is None:
-            self._states = Histories(self.config.state_users, longest)
-        strategies = [
-            Strategy(s.name, specs[s.name], s.serves, trace, retrieval, self.config.time_limit_s, self._changed)
-            for s, retrieval in zip(deployment.strategies, retrievals, strict=True)
-        ]
-        controller = Controller(deployment, strategies, self.metrics, self.config.max_queue)
-        failures = []
-        for strategy in strategies:
-            self.log.info("starting", strategy=strategy.name)
-            try:
-                await strategy.start()
-            except Exception as e:
-                failures.append(f"strategy {strategy.name}: {type(e).__name__}: {' '.join(str(e).split())}")
-                strategy.state, strategy.why = State.CLOSED, failures[-1]
-                self.log.error("not started", strategy=strategy.name, error=failures[-1])
-        if not controller.ready:
-            await self._end(controller, 0.0)
-            raise RuntimeError("; ".join(failures or [f"strategy {s.name}: {s.why}" for s in strategies]))
-        self._controllers.append(controller)
-        return controller, spec, bounds
-
-    def _changed(self, strategy: Strategy, what: str) -> None:
-        say = self.log.info if strategy.state is State.READY else self.log.error
-        say(f"strategy {what}", strategy=strategy.name, state=str(strategy.state), why=strategy.why)
-
     async def infer(
         self, call: Call, model: str, version: str, begun: float
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Answer a call. Returns tensors and parameters. begun: time.perf_counter. Raises RefusedError."""
-        controller, bounds, states = self._serving(model, version)
+        present = self.serving(model, version)
+        controller = present.controller
         limit_s = min(self._limit_s(call.parameters), call.limit_s)
-        requests = decode(call.tensors, bounds, states, limit_s * 1e3, call.client)
+        requests = decode(call.tensors, present.bounds, present.states, limit_s * 1e3, call.client)
         deadline = begun + limit_s
         begun_all: list[Begun] = []  # before anything is awaited: a reload would put another controller in place
         try:
@@ -219,34 +176,32 @@ class Service:
         try:
             answer = await controller.finish(begun)
         except RefusedError as e:
-            if e.status != 503 or self._controller is None or self._controller is controller:
+            if e.status != 503 or self.present is None or self.present.controller is controller:
                 raise
-            controller = self._controller
+            controller = self.present.controller
             answer = await controller.answer(begun.request, begun.deadline)
         asyncio.get_running_loop().call_soon(self._count, controller, answer)  # once it is sent
         return answer
 
     def append(self, call: Call, model: str) -> dict[str, Any]:
         """Append events to a user's state. Raises RefusedError."""
-        _, bounds, states = self._serving(model, VERSION)
+        present = self.serving(model, VERSION)
         user, version = (_whole(call.parameters, name) for name in ("user_id", "version"))
-        events = events_of(call.tensors, bounds)
-        now, repeated = states.append(user, version, events, call.client)
+        events = events_of(call.tensors, present.bounds)
+        now, repeated = present.states.append(user, version, events, call.client)
         self.metrics.events.inc(0 if repeated else len(events))
         return {"user_id": user, "version": now, "repeated": repeated}
 
-    def _serving(self, model: str, version: str) -> tuple[Controller, Bounds, Histories]:
+    def serving(self, model: str, version: str) -> Present:
+        """Return what serves a call that names this model and version. Raises RefusedError."""
         self._refuse_if_ending()
-        if self._controller is None or self._bounds is None or self._states is None:
+        if self.present is None:
             raise RefusedError(503, "the server is starting; GET /v2/health/ready says when it serves", 1.0)
-        self._check_model(model, version)
-        return self._controller, self._bounds, self._states
-
-    def _check_model(self, model: str, version: str) -> None:
         if model != self.model:
             raise unknown_model(model, self.model)
         if version not in ("", VERSION):
             raise RefusedError(404, f"version {version} of model {model}: not served here; the version is {VERSION}")
+        return self.present
 
     def _limit_s(self, parameters: Mapping[str, Any]) -> float:
         """Return the time in which a call's answer is useful. Triton's parameter `timeout` is in microseconds."""
@@ -285,119 +240,10 @@ class Service:
             figures.shed += status == 429
 
     def _live(self) -> list[tuple[str, str, str, int, int]]:
-        controller = self._controller
         return [
             (s.name, str(s.state), s.spec.engine.name, s.pending, s.batches)
-            for s in (controller.strategies if controller else [])
+            for s in (self.present.controller.strategies if self.present else [])
         ]
-
-    def model_metadata(self, model: str, version: str) -> dict[str, Any]:
-        """Return the metadata of the model. Raises RefusedError."""
-        controller, bounds, _ = self._serving(model, version)
-        inputs, outputs = metadata(bounds.task, _tasks(controller))
-        return {"name": model, "versions": [VERSION], "platform": PLATFORM, "inputs": inputs, "outputs": outputs}
-
-    def model_config(self, model: str, version: str) -> dict[str, Any]:
-        """Return the configuration of the model in Triton's form. Raises RefusedError."""
-        facts = self.model_metadata(model, version)
-        return {
-            "name": model,
-            "platform": PLATFORM,
-            "backend": PLATFORM,
-            "max_batch_size": 0,
-            "input": [
-                {"name": i["name"], "data_type": f"TYPE_{i['datatype']}", "dims": i["shape"],
-                 "optional": i["name"] not in ("USER_IDS", "TOKEN_LENGTHS", "TOKENS", "NUM_CANDIDATES")}
-                for i in facts["inputs"]
-            ],
-            "output": [
-                {"name": o["name"], "data_type": f"TYPE_{o['datatype']}", "dims": o["shape"]}
-                for o in facts["outputs"]
-            ],
-        }  # fmt: skip
-
-    def model_statistics(self, model: str, version: str) -> dict[str, Any]:
-        """Return the statistics of the model in Triton's form. Raises RefusedError."""
-        controller, _, _ = self._serving(model, version)
-        figures = self.figures
-        duration = {
-            "success": {"count": figures.calls, "ns": figures.ns["total"]},
-            "fail": {"count": figures.failed, "ns": 0},
-            "queue": {"count": figures.requests, "ns": figures.ns["queue"]},
-            "compute_input": {"count": figures.requests, "ns": figures.ns["input"]},
-            "compute_infer": {"count": figures.requests, "ns": figures.ns["infer"]},
-            "compute_output": {"count": figures.requests, "ns": 0},
-        }
-        return {
-            "name": model,
-            "version": VERSION,
-            "last_inference": figures.last_ms,
-            "inference_count": figures.requests,
-            "execution_count": sum(s.batches for s in controller.strategies),
-            "inference_stats": duration,
-        }
-
-    def status(self) -> dict[str, Any]:
-        """Return what the page shows."""
-        controller, figures = self._controller, self.figures
-        newest = np.array(figures.newest_ms or [0.0])
-        return {
-            "version": __version__,
-            "model": self.model,
-            "task": self.deployment.task,
-            "limits": self.deployment.limits,
-            "items": self._bounds.catalogue.num_items if self._bounds else 0,
-            "state": "draining" if self.draining else "ready" if self.ready else "not ready",
-            "up_s": round(time.time() - self.begun, 1),
-            "calls": figures.calls,
-            "failed": figures.failed,
-            "shed": figures.shed,
-            "pending": controller.pending if controller else 0,
-            "latency_ms": {f"p{q:g}": round(float(np.percentile(newest, q)), 3) for q in (50, 90, 99)},
-            "latency_of": len(figures.newest_ms),
-            "hits": figures.hits,
-            "users": len(self._states) if self._states is not None else 0,
-            "strategies": [
-                {
-                    "name": s.name,
-                    "state": str(s.state),
-                    "why": s.why,
-                    "engine": s.spec.engine.name,
-                    "precision": s.checked.actual.get("precision", ""),
-                    "cache_precision": s.checked.actual.get("cache_precision", ""),
-                    "device": s.checked.actual.get("device", ""),
-                    "pending": s.pending,
-                    "batches": s.batches,
-                    "gate": {k: s.checked.gate_figures.get(k) for k in ("error", "tolerance")},
-                    "fixed_ms": round(s.costs.fixed_s * 1e3, 4),
-                    "costs": s.costs.table(),
-                }
-                for s in (controller.strategies if controller else [])
-            ],
-            "degrade": [asdict(step) for step in self.deployment.degrade],
-            "kernels_compiled": len(tuning.compiled()),
-        }
-
-
-def _load_workload(specs: list[RunSpec]) -> tuple[Trace, list[Retrieval | None]]:
-    """Return the workload that all strategies share, and the semantic IDs of each."""
-    first = specs[0]
-    trace = workloads.build(first.workload, first.seed, first.latency_limit_ms)
-    for owner in [part for spec in specs for part in (spec.model, spec.retrieval)]:
-        if weights := getattr(owner, "weights", None):
-            check_items(trace.events, Path(weights))
-    retrievals: list[Retrieval | None] = []
-    for i, spec in enumerate(specs):
-        same = next((r for s, r in zip(specs[:i], retrievals, strict=False) if s.retrieval == spec.retrieval), None)
-        if spec.retrieval is not None and same is None:
-            same = build_retrieval(spec.retrieval, spec.workload, trace.events, spec.seed)
-        retrievals.append(same)
-    return trace, retrievals
-
-
-def _tasks(controller: Controller) -> int | None:
-    spec = controller.strategies[0].spec
-    return None if spec.task == "generate" else len(spec.ranking_model.tasks)
 
 
 def _limit_s(deployment: Deployment) -> float | None:

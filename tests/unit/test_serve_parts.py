@@ -200,7 +200,8 @@ class _Ready:
         self.ready, self.file = True, io.StringIO()
         self.log = Log(self.file)
 
-    def status(self) -> dict[str, Any]:
+    @property
+    def present(self) -> Any:
         raise LookupError("two\nlines")
 
 

@@ -26,8 +26,10 @@ from grbench.serve.live_gate import LiveGate
 from grbench.serve.logs import Log
 from grbench.serve.metrics import Metrics
 from grbench.serve.options import deployment_of, parse
+from grbench.serve.present import Present
 from grbench.serve.requests import Bounds
 from grbench.serve.service import Service
+from grbench.serve.state import Histories
 from grbench.serve.strategy import State, Strategy
 from grengines.api import Catalogue, Finished, RankResult, Request
 
@@ -405,7 +407,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Service:
         raise RuntimeError("it does not start")
 
     monkeypatch.setattr(Strategy, "start", start)
-    monkeypatch.setattr("grbench.serve.service._load_workload", lambda specs: (SimpleNamespace(catalogue=None), [None]))
+    monkeypatch.setattr("grbench.serve.present.load_workload", lambda specs: (SimpleNamespace(catalogue=None), [None]))
     deployment = deployment_of(None, ["engine=hstu"])
     config = parse(["serve.gate_share=0"])[0]
     return Service(deployment, None, config, Log(io.StringIO()), lambda: deployment)
@@ -414,10 +416,13 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Service:
 def test_a_reload_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         served = service(monkeypatch)
-        served._bounds = bounds = Bounds("rank", Catalogue(1, 1, 1), 1, 1, 1)
+        [spec] = served.deployment.specs("deployment").values()
+        served.present = before = Present(
+            controller(), spec, Bounds("rank", Catalogue(1, 1, 1), 1, 1, 1), Histories(1, 1)
+        )
         with pytest.raises(RefusedError, match="it does not start; the deployment before it goes on"):
             await served.reload()
-        assert served._bounds is bounds and served._spec is None and served._controller is None
+        assert served.present is before
         async with served._reloading:  # as it starts
             waiting = asyncio.create_task(served.reload())
             await asyncio.sleep(0.01)
@@ -435,7 +440,8 @@ def test_a_request_that_a_replaced_strategy_gives_back_is_answered_by_the_new_on
 ) -> None:
     async def work() -> None:
         served, old, new = service(monkeypatch), made(Engine(lambda requests: time.sleep(0.3))), made(Engine(), "new")
-        before, served._controller = controller(old), controller(new)
+        before = controller(old)
+        served.present = SimpleNamespace(controller=controller(new))  # type: ignore[assignment]
         asking = asyncio.create_task(served._finish(before, before.begin(request(), math.inf)))
         await asyncio.sleep(0.05)
         await old.close(0.0)

@@ -1,0 +1,120 @@
+"""Self-description of a server: metadata, configuration and statistics of its model, and the status for the page."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grbench import __version__
+from grbench.serve.controller import Controller
+from grbench.serve.requests import metadata
+from grkernels import tuning
+
+if TYPE_CHECKING:
+    from grbench.serve.service import Service
+    from grbench.serve.strategy import Strategy
+
+VERSION = "1"  # of the model, for clients that name one
+PLATFORM = "grbench"
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
+
+
+def model_metadata(service: Service, model: str, version: str) -> dict[str, Any]:
+    """Return the metadata of the model. Raises RefusedError."""
+    present = service.serving(model, version)
+    inputs, outputs = metadata(present.bounds.task, _tasks(present.controller))
+    return {"name": model, "versions": [VERSION], "platform": PLATFORM, "inputs": inputs, "outputs": outputs}
+
+
+def model_config(service: Service, model: str, version: str) -> dict[str, Any]:
+    """Return the configuration of the model in Triton's form. Raises RefusedError."""
+    facts = model_metadata(service, model, version)
+    return {
+        "name": model,
+        "platform": PLATFORM,
+        "backend": PLATFORM,
+        "max_batch_size": 0,
+        "input": [
+            {"name": i["name"], "data_type": f"TYPE_{i['datatype']}", "dims": i["shape"],
+             "optional": i["name"] not in ("USER_IDS", "TOKEN_LENGTHS", "TOKENS", "NUM_CANDIDATES")}
+            for i in facts["inputs"]
+        ],
+        "output": [
+            {"name": o["name"], "data_type": f"TYPE_{o['datatype']}", "dims": o["shape"]}
+            for o in facts["outputs"]
+        ],
+    }  # fmt: skip
+
+
+def model_statistics(service: Service, model: str, version: str) -> dict[str, Any]:
+    """Return the statistics of the model in Triton's form. Raises RefusedError."""
+    controller, figures = service.serving(model, version).controller, service.figures
+    duration = {
+        "success": {"count": figures.calls, "ns": figures.ns["total"]},
+        "fail": {"count": figures.failed, "ns": 0},
+        "queue": {"count": figures.requests, "ns": figures.ns["queue"]},
+        "compute_input": {"count": figures.requests, "ns": figures.ns["input"]},
+        "compute_infer": {"count": figures.requests, "ns": figures.ns["infer"]},
+        "compute_output": {"count": figures.requests, "ns": 0},
+    }
+    return {
+        "name": model,
+        "version": VERSION,
+        "last_inference": figures.last_ms,
+        "inference_count": figures.requests,
+        "execution_count": sum(s.batches for s in controller.strategies),
+        "inference_stats": duration,
+    }
+
+
+def status(service: Service) -> dict[str, Any]:
+    """Return what the page shows."""
+    present, figures, deployment = service.present, service.figures, service.deployment
+    newest = np.array(figures.newest_ms or [0.0])
+    return {
+        "version": __version__,
+        "model": service.model,
+        "task": deployment.task,
+        "limits": deployment.limits,
+        "items": present.bounds.catalogue.num_items if present else 0,
+        "state": "draining" if service.draining else "ready" if service.ready else "not ready",
+        "up_s": round(time.time() - service.begun, 1),
+        "calls": figures.calls,
+        "failed": figures.failed,
+        "shed": figures.shed,
+        "pending": present.controller.pending if present else 0,
+        "latency_ms": {f"p{q:g}": round(float(np.percentile(newest, q)), 3) for q in (50, 90, 99)},
+        "latency_of": len(figures.newest_ms),
+        "hits": figures.hits,
+        "users": len(present.states) if present else 0,
+        "strategies": [_strategy(s) for s in present.controller.strategies] if present else [],
+        "degrade": [asdict(step) for step in deployment.degrade],
+        "kernels_compiled": len(tuning.compiled()),
+    }
+
+
+def _strategy(strategy: Strategy) -> dict[str, Any]:
+    """Return what the page shows of a strategy."""
+    actual, gate = strategy.checked.actual, strategy.checked.gate_figures
+    return {
+        "name": strategy.name,
+        "state": str(strategy.state),
+        "why": strategy.why,
+        "engine": strategy.spec.engine.name,
+        "precision": actual.get("precision", ""),
+        "cache_precision": actual.get("cache_precision", ""),
+        "device": actual.get("device", ""),
+        "pending": strategy.pending,
+        "batches": strategy.batches,
+        "gate": {k: gate.get(k) for k in ("error", "tolerance")},
+        "fixed_ms": round(strategy.costs.fixed_s * 1e3, 4),
+        "costs": strategy.costs.table(),
+    }
+
+
+def _tasks(controller: Controller) -> int | None:
+    spec = controller.strategies[0].spec
+    return None if spec.task == "generate" else len(spec.ranking_model.tasks)
