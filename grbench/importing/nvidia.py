@@ -53,15 +53,7 @@ def load(source: Source, flags: Flags) -> Imported:
             "without contextual rows, which grbench lacks; allowed is a model with use_time_encoding=False"
         )
     ours["time_table"] = torch.zeros(2, E)
-    hidden = source.take(f"{HEAD}.0.weight", -1, E, to="head_hidden.weight")
-    ours["head_hidden.weight"] = hidden
-    ours["head_out.weight"] = source.take(f"{HEAD}.2.weight", -1, len(hidden), to="head_out.weight")
-    for name, at in (("head_hidden", 0), ("head_out", 2)):
-        width = len(ours[f"{name}.weight"])
-        given = source.has(f"{HEAD}.{at}.bias")
-        ours[f"{name}.bias"] = (
-            source.take(f"{HEAD}.{at}.bias", width, to=f"{name}.bias") if given else torch.zeros(width)
-        )
+    _head(source, ours, E)
     source.finish()
     vectors.finish()
     source.fates += vectors.fates
@@ -76,7 +68,7 @@ def load(source: Source, flags: Flags) -> Imported:
         "heads": heads,
         "qk_dim": qk_dim,
         "v_dim": v_dim,
-        "head_dim": len(hidden),
+        "head_dim": len(ours["head_hidden.weight"]),
         "max_positions": len(places) - contextual,
         "time_buckets": 2,
         "embedding_rows": max(len(items), users_rows),
@@ -114,6 +106,18 @@ def _layer(source: Source, i: int, fused: bool, flags: Flags, ours: dict[str, Te
             target = f"{to}{name}.{leaf}"
             ours[target] = source.take(f"{theirs}{prefix}{leaf}", width, to=target) if known else missing(width)
     return heads, qk_dim, v_dim
+
+
+def _head(source: Source, ours: dict[str, Tensor], E: int) -> None:
+    """Map the head's two layers into `ours`."""
+    hidden = ours["head_hidden.weight"] = source.take(f"{HEAD}.0.weight", -1, E, to="head_hidden.weight")
+    ours["head_out.weight"] = source.take(f"{HEAD}.2.weight", -1, len(hidden), to="head_out.weight")
+    for name, at in (("head_hidden", 0), ("head_out", 2)):
+        width = len(ours[f"{name}.weight"])
+        given = source.has(f"{HEAD}.{at}.bias")
+        ours[f"{name}.bias"] = (
+            source.take(f"{HEAD}.{at}.bias", width, to=f"{name}.bias") if given else torch.zeros(width)
+        )
 
 
 def _mlp(source: Source, name: str, x: Tensor, to: str) -> Tensor:

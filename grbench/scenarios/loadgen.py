@@ -28,7 +28,7 @@ import numpy as np
 from grbench.execution.clock import ClockMovedError, WallClock
 from grbench.execution.stats import PERCENTILES, SAMPLES_NEEDED
 from grbench.scenarios.accuracy import AccuracyRun
-from grbench.scenarios.batcher import Driven, RequestAt, Start, Ticket
+from grbench.scenarios.batcher import Driven, RequestAt, RequestLoop, Start, Ticket
 from grbench.scenarios.config import (
     LoadGenConfig,
     MultiStreamConfig,
@@ -101,14 +101,7 @@ def run(
     clock = WallClock()
     loadgen.start()
     stops = isinstance(config, ServerConfig) and config.stop_hopeless
-    growth = Growth(latency_limit_ms, config.queries) if stops else None
-    while not batcher.stopped.wait(PERIOD_S if growth else CHECK_CLOCK_S):
-        try:
-            clock.check()
-            if growth:
-                growth.see(perf_counter(), batcher.submitted, batcher.answered)
-        except (ClockMovedError, HopelessError) as e:  # `close` raises it, once no thread is in the engine any more
-            batcher.fail(e)
+    _watch(batcher, clock, Growth(latency_limit_ms, config.queries) if stops else None)
     if batcher.failure is None:
         loadgen.join()
     batcher.close()
@@ -116,6 +109,17 @@ def run(
     if isinstance(config, ServerConfig):
         _check_schedule(folder / _DETAIL, settings.schedule_rng_seed, config.target_qps)
     return Driven(batcher, {}, []) if accuracy else Driven(batcher, *_figures(folder / _SUMMARY, _queries(config)))
+
+
+def _watch(loop: RequestLoop, clock: WallClock, growth: Growth | None) -> None:
+    """Wait until the test has ended. The loop fails if the clock moves, or if the queue grows without end."""
+    while not loop.stopped.wait(PERIOD_S if growth else CHECK_CLOCK_S):
+        try:
+            clock.check()
+            if growth:
+                growth.see(perf_counter(), loop.submitted, loop.answered)
+        except (ClockMovedError, HopelessError) as e:  # `close` raises it, once no thread is in the engine any more
+            loop.fail(e)
 
 
 def _without_data(tickets: Sequence[Ticket]) -> list[lg.QuerySampleResponse]:
