@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from grengines.models.hstu.variant import ATTENTION, DEFAULT, GATE, VARIANTS, Variant, differing
 from grengines.options import option
@@ -96,8 +98,7 @@ class HSTUConfig:
     @property
     def choices(self) -> Variant:
         """The variant with the options that replace its own."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Variant)}
-        return dataclasses.replace(VARIANTS[self.variant], **{k: v for k, v in own.items() if v is not None})
+        return _replaced(self.variant, *(getattr(self, name) for name in _OF_VARIANT))
 
     @property
     def score_scale(self) -> float:
@@ -125,6 +126,16 @@ class HSTUConfig:
     def attended_contextual(self) -> int:
         """Contextual tokens that see the whole history."""
         return self.contextual_seq_len if self.choices.contextual_mask == "history" else 0
+
+
+_OF_VARIANT = tuple(field.name for field in dataclasses.fields(Variant))
+
+
+@functools.lru_cache(maxsize=64, typed=True)  # asked for at each count of operations
+def _replaced(variant: str, *own: Any) -> Variant:
+    """Return a variant with options that replace its own, as _OF_VARIANT names them; None: not replaced."""
+    options = zip(_OF_VARIANT, own, strict=True)
+    return dataclasses.replace(VARIANTS[variant], **{name: value for name, value in options if value is not None})
 
 
 def contradiction(config: HSTUConfig) -> str | None:
