@@ -1,7 +1,7 @@
 """A plan: from what a simulation counts and what a GPU was measured to take, to GPUs, memory and traffic.
 
 A trace with fewer users stands for the fleet's users. A consistent hash samples users uniformly, so each replica sees
-such a trace, and hit rates depend on the cache's share of all states.
+such a trace, and hit rates depend on the cache's share of all states (docs/SCALING.md).
 """
 
 from __future__ import annotations
