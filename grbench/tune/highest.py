@@ -37,7 +37,7 @@ class HighestRate:
         if best is not None and best is not trial and best.low is not None:
             if not self._beats(trial, best.low):
                 return
-        elif trial.low is None and not self._descend(trial):
+        if not self._descend(trial):
             return
         self._climb(trial)
         self.narrow(trial, COARSE)
@@ -76,10 +76,14 @@ class HighestRate:
         return self._probes.at(trial, step, LONGER)
 
     def _descend(self, trial: Trial) -> bool:
-        """Lower the rate from the one expected until the limits are kept. Returns False if they are at none."""
+        """Lower the rate from the one expected until the limits are kept. Returns False if they are at none.
+
+        A rate that was known to keep them may be far below: that of an earlier run, or of the best so far.
+        """
         assert trial.top is not None
-        floor = trial.top - BOTTOM
-        step, jump = min(round(self._knowledge.expected(trial)), trial.top), COARSE
+        floor = trial.top - BOTTOM if trial.low is None else trial.low + 1
+        most = trial.top if trial.high is None else trial.high - 1
+        step, jump = min(round(self._knowledge.expected(trial)), most), COARSE
         while step >= floor and not self._probes.at(trial, step):
             step, jump = step - jump, 2 * jump
         if trial.low is None:

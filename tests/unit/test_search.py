@@ -278,6 +278,19 @@ def test_the_default_is_asked_for_even_if_others_are_known() -> None:
     assert first == ALL[0]
 
 
+def test_a_rate_of_an_earlier_run_that_is_far_below_costs_no_ladder() -> None:
+    best = ALL[-1]
+    low = Capacities({best: CAPACITY[best]})
+    low.earlier = {best: [(Probe(CAPACITY[best] / 20, 1000), low.outcome(best, Probe(CAPACITY[best] / 20, 1000)))]}
+    fresh = Capacities({best: CAPACITY[best]})
+    for evaluator in (fresh, low):
+        found = Knowledge(Goal("throughput", (P99,)), BATCHING)
+        Search(found, [best], evaluator, Listed([best])).run()
+        assert found.incumbent is not None and found.incumbent.low is not None
+        assert rates.rate_of(found.incumbent.low) == pytest.approx(CAPACITY[best], rel=0.03)
+    assert len(low.probes) <= len(fresh.probes)
+
+
 def test_another_limit_is_answered_from_earlier_outcomes_alone() -> None:
     first = Capacities(CAPACITY)
     searched(first)
