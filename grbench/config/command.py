@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from grbench.config.arguments import CommandError
 from grbench.config.compose import CONFIG_DIR, explain, help_text, plan_jobs
 from grbench.config.jobs import Invocation, Job, Session
 from grbench.config.schema import ConfigError
@@ -36,7 +37,7 @@ def run(
 
     prepare: registers its schemas. check: turns a composed configuration into a job's `config` or raises ConfigError.
     new_session: makes the session, given the first job. Returns the session's exit code. Raises ConfigError for a
-    configuration or data that cannot be used, and any KeyboardInterrupt after closing the session.
+    configuration or data that cannot be used, CommandError, and any KeyboardInterrupt after closing the session.
     """
     prepare()
     flags = _flags(program, words)
@@ -60,7 +61,7 @@ def run(
         for job in jobs:
             session.run(job)
         session.finish()
-    except ConfigError:
+    except CommandError:
         if session is not None:
             session.close(cut_short="stopped")
         raise

@@ -17,7 +17,15 @@ from grbench.cachesim.config import CacheSimConfig
 from grbench.cachesim.fleet import FleetConfig
 from grbench.config.arguments import Arguments
 from grbench.config.compose import CONFIG_DIR
-from grbench.config.schema import ConfigError, GateConfig, RetrievalConfig, RunConfig, RunnerConfig, schemas
+from grbench.config.schema import (
+    ConfigError,
+    GateConfig,
+    RetrievalConfig,
+    RunConfig,
+    RunnerConfig,
+    SlurmConfig,
+    schemas,
+)
 from grbench.kernelbench.config import KernelBenchConfig
 from grbench.serve.options import ServeConfig
 from grbench.training.config import TrainConfig, TrainingConfig
@@ -39,6 +47,7 @@ ROOTS = {
     "retrieval": ("`retrieval`: for the tasks that generate", RetrievalConfig),
     "gate": ("`gate`: the checks before and after measuring, and of measured answers", GateConfig),
     "runner": ("`runner`: worker processes, which are no part of the measurement", RunnerConfig),
+    "slurm": ("`slurm`: what a job asks for, with `runner.cluster=slurm`", SlurmConfig),
     "tune": ("`grbench tune`", TuneConfig),
     "kernels": ("`grbench kernels`", KernelBenchConfig),
     "cachesim": ("`grbench cachesim`", CacheSimConfig),

@@ -118,7 +118,29 @@ class RunnerConfig:
     parallel: str = option(
         "1", "cells of a sweep at a time, each with cores and, where there are GPUs, a GPU of its own; gpus: one a GPU"
     )
+    cluster: str = option(
+        "none", "where cells run; none: this machine; ray: the Ray cluster of $RAY_ADDRESS or of this machine; slurm: "
+        "jobs of Slurm, at most `parallel` at a time", choices=["none", "ray", "slurm"],
+    )  # fmt: skip
     print: str = option("table", "form of the cells on standard output at the end", choices=["table", "json", "csv"])
+
+
+@dataclass
+class SlurmConfig:
+    """Resources that a job asks of Slurm with `runner.cluster=slurm`."""
+
+    partition: str | None = option(None, "partition; null: that of the cluster's choice")
+    account: str | None = option(None, "account that is charged; null: the user's own")
+    qos: str | None = option(None, "quality of service")
+    constraint: str | None = option(None, "features of a node, such as h100")
+    gpus: int = option(0, "GPUs of a job; a cell uses one", ge=0, le=8)
+    cores: int = option(8, "cores of a job", ge=1, le=1024)
+    memory_gb: int | None = option(None, "host memory of a job; null: what the partition gives", ge=1, le=100_000)
+    exclusive: bool = option(False, "a job has its node alone; else other jobs may use its other cores and GPUs")
+    time_min: int | None = option(
+        None, "time limit of a job in minutes; null: `runner.timeout_s` and 5 minutes for each of its cells", ge=1
+    )
+    options: list[str] = option([], "further options of sbatch, each NAME=VALUE, such as reservation=night")
 
 
 def schemas() -> dict[str, dict[str, type]]:
@@ -167,6 +189,7 @@ class RunConfig:
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     latency_limit_ms: float = option(
         80.0, "goodput counts the answers within it; limit of p99 in the server scenario", gt=0
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ CONFIGURING = ("hydra-core", "mlflow")  # packages that read options and log res
 class EarlierRecords:
     """Records by measurement. Of each, the latest one that was made by this code on such a machine counts.
 
-    cores: that a cell has here; None: all of this process.
+    machines: where cells run, each as the fields of its environment that are not as in this process.
     """
 
-    def __init__(self, cores: int | None = None) -> None:
-        self._cores = {} if cores is None else {"cpu_cores": cores}
+    def __init__(self, machines: Sequence[dict[str, Any]] = ({},)) -> None:
+        self._machines = machines
         self._kept: dict[str, list[tuple[Path, RunRecord]]] = {}
 
     def read(self, root: Path, failed: bool) -> None:
@@ -40,17 +41,24 @@ class EarlierRecords:
         """
         why = ""
         for folder, record in reversed(self._kept.get(spec.hash, [])):
-            here = describe_environment(spec.packages) | self._cores
-            difference = environment_difference(record.environment, here)
-            if not difference:
+            here = describe_environment(spec.packages)
+            differences = [environment_difference(record.environment, here | machine) for machine in self._machines]
+            if not all(differences):
                 return (folder, record), ""
-            why = why or f"the record of {record.started_at} is from {difference}"
+            why = why or f"the record of {record.started_at} is from {differences[0]}"
         return None, why
 
 
 def environment_difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Return in words what sets the environment of a record apart from this one; "" if a figure would be the same."""
-    if (machine := machine_of(there)) != machine_of(here):
+    """Return in words what sets the environment of a record apart from this one; "" if a figure would be the same.
+
+    Which machine a job of Slurm gets is known only once it runs: what was asked for stands for it.
+    """
+    if "slurm" in here:
+        if there.get("slurm") != here["slurm"]:
+            return f"another request to Slurm ({there.get('slurm') or 'none'})"
+        here = here | {"gpus": there.get("gpus")}
+    elif (machine := machine_of(there)) != machine_of(here):
         return f"another machine ({machine})"
     if there.get("code") != here["code"]:
         commit = (there.get("git_sha") or "unknown")[:12]

@@ -2,27 +2,32 @@
 
     python -m grbench.execution.place CORE,CORE,...
 
-It reads one JSON object a line from standard input, the arguments of a cell. It writes the messages of the cell's
-worker to standard output, one a line, and at the end {"done": FOLDER, "signal": NUMBER}; 0: no signal ended the cell.
-It ends with the command that started it, however that ends, and keeps the record of a cell that is running then.
+It reads a JSON list a line from standard input, the arguments of cells. It writes the messages of a cell's worker to
+standard output, one a line, and at the end of the cell {"done": FOLDER, "signal": NUMBER}; 0: no signal ended it.
+{"failed": WHY}: the cell cannot be measured here. It ends with the command that started it, however that ends, and
+keeps the record of a cell that is running then.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import select
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from grbench.config.schema import RunnerConfig, spec_from_json
+from grbench.config.schema import RunnerConfig, RunSpec, spec_from_json
+from grbench.execution.gpu import visible_gpus
 from grbench.execution.runner import Interrupted, run_cell
-from grbench.execution.workers import KeptWorker
+from grbench.execution.workers import Event, KeptWorker
 from grbench.signals import raised
 
+Say = Callable[[Event], None]
 _running = threading.Event()  # a cell is measured
 
 
@@ -30,12 +35,18 @@ def main() -> None:
     """Measure the cells of standard input."""
     os.sched_setaffinity(0, [int(core) for core in sys.argv[1].split(",")])
     threading.Thread(target=_end_with_command, daemon=True).start()
+    measure(sys.stdin, lambda message: print(json.dumps(message), flush=True))
+
+
+def measure(lines: Iterable[str], say: Say) -> None:
+    """Measure the cells of each line until a signal comes. say: takes the messages."""
     kept = KeptWorker()
     try:
         with raised():
-            for line in sys.stdin:
+            for line in lines:
                 _running.set()
-                _measure(json.loads(line), kept)
+                for cell in json.loads(line):
+                    _measure(cell, kept, say)
                 _running.clear()
     except KeyboardInterrupt:
         pass
@@ -43,29 +54,41 @@ def main() -> None:
         kept.close()
 
 
-def _measure(cell: dict[str, Any], kept: KeptWorker) -> None:
+def _measure(cell: dict[str, Any], kept: KeptWorker, say: Say) -> None:
     """Measure one cell, and keep its worker if the options say so. Raises Interrupted after saying so."""
-    runner = RunnerConfig(**cell["runner"])
+    spec, runner = spec_from_json(cell["spec"]), RunnerConfig(**cell["runner"])
+    if cell["spec_hash"] and (why := _other_files(spec, cell["spec_hash"])):
+        say({"failed": why})
+        return
+    own = {"cores": sorted(os.sched_getaffinity(0)), "gpu": next(iter(visible_gpus()), None)}
     try:
         _, folder = run_cell(
-            spec_from_json(cell["spec"]),
+            spec,
             runner,
             Path(cell["folder"]),
             sweep_id=cell["sweep_id"],
             overrides=cell["overrides"],
             config_dir=Path(cell["config_dir"]) if cell["config_dir"] else None,
-            on_event=_say,
+            on_event=say,
             kept=kept if runner.keep_engine else None,
-            beside=cell["beside"],
+            beside={"cells": cell["beside"], **own},
+            facts=cell["facts"],
         )
     except Interrupted as interruption:
-        _say({"done": str(interruption.folder), "signal": interruption.number})
+        say({"done": str(interruption.folder), "signal": interruption.number})
         raise
-    _say({"done": str(folder), "signal": 0})
+    say({"done": str(folder), "signal": 0})
 
 
-def _say(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
+def _other_files(spec: RunSpec, spec_hash: str) -> str:
+    """Return in words why the files that options name are not here; "": they are those of the command."""
+    try:
+        if spec.hash == spec_hash:
+            return ""
+        why = f"the files that its options name ({', '.join(spec.file_contents()) or 'none'}) have other contents"
+    except OSError as e:
+        why = f"{e.filename}: {e.strerror}"
+    return f"on {platform.node()}, {why}; copy them to every machine, under the same names"
 
 
 def _end_with_command() -> None:

@@ -34,6 +34,7 @@ def run_cell(
     on_event: Callable[[Event], None] = lambda event: None,
     kept: KeptWorker | None = None,
     beside: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> tuple[RunRecord, Path]:
     """Measure one cell and keep its record. Returns the record and the folder that has it.
 
@@ -41,7 +42,8 @@ def run_cell(
     in a folder beside it.
     `on_event` receives the worker's {"stage": ...} and {"answered": n} messages. kept: keeps the worker for a later
     cell of the same engine, and may have one for this cell; None: a fresh worker that ends with the cell. beside: the
-    number of cells that may run beside this one, and its own `cores` and `gpu`; None: it runs alone.
+    number of cells that may run beside this one, and its own `cores` and `gpu`; None: it runs alone. facts: further
+    fields of the record's environment.
 
     Only Interrupted is raised, for any KeyboardInterrupt, after the worker has been stopped and its record kept.
     However the launcher ends, so does the worker.
@@ -60,6 +62,7 @@ def run_cell(
                         spec,
                         outcome,
                         beside,
+                        facts or {},
                         spec_hash=spec_hash,
                         started_at=started.isoformat(timespec="seconds"),
                         duration_s=round(time.monotonic() - begun, 3),
@@ -79,14 +82,18 @@ def run_cell(
 
 
 def lost(
-    spec: RunSpec, folder: Path, sweep_id: str | None, overrides: list[str], outcome: Outcome
+    spec: RunSpec, folder: Path, sweep_id: str | None, overrides: list[str], outcome: Outcome, facts: dict[str, Any]
 ) -> tuple[Path, RunRecord]:
-    """Keep the record of a cell whose process ended without one. Returns its folder and the record."""
+    """Keep the record of a cell whose process ended without one. Returns its folder and the record.
+
+    facts: fields of the environment of that process that are not as here.
+    """
     with folders.unused(folder) as folder, held():
         record = _record(
             spec,
             outcome,
             None,
+            facts,
             spec_hash=spec.hash,
             started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             duration_s=0.0,
@@ -97,9 +104,11 @@ def lost(
         return keep(record, folder), record
 
 
-def _record(spec: RunSpec, outcome: Outcome, beside: dict[str, Any] | None, **known: Any) -> RunRecord:
-    """Return the record of a cell with this outcome. known: further fields of it."""
-    environment, notes = _environment(spec, outcome, beside)
+def _record(
+    spec: RunSpec, outcome: Outcome, beside: dict[str, Any] | None, facts: dict[str, Any], **known: Any
+) -> RunRecord:
+    """Return the record of a cell with this outcome. facts: of its environment. known: further fields of the record."""
+    environment, notes = _environment(spec, outcome, beside, facts)
     return RunRecord(
         spec=spec.to_dict(),
         requested=_requested(spec),
@@ -110,12 +119,14 @@ def _record(spec: RunSpec, outcome: Outcome, beside: dict[str, Any] | None, **kn
     )
 
 
-def _environment(spec: RunSpec, outcome: Outcome, beside: dict[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+def _environment(
+    spec: RunSpec, outcome: Outcome, beside: dict[str, Any] | None, facts: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     """Return the environment and the notes of a record.
 
     Code that was edited since the command began is noted, and so are cells that may have run beside this one.
     """
-    environment, notes = describe_environment(spec.packages), list(outcome.notes)
+    environment, notes = describe_environment(spec.packages) | facts, list(outcome.notes)
     if beside is not None and beside["cells"]:
         environment = {**environment, "beside": beside}
         own = "cores and another GPU" if beside["gpu"] is not None else "cores"

@@ -23,7 +23,7 @@ from grbench.execution import records
 from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.execution.earlier import EarlierRecords
 from grbench.execution.kept import engine_key
-from grbench.execution.places import Cell, Places, shares
+from grbench.execution.places import Cell, Part, Places, local_parts
 from grbench.execution.records import RunRecord, Status
 from grbench.execution.runner import Interrupted, run_cell
 from grbench.execution.workers import Event, KeptWorker
@@ -47,18 +47,18 @@ class CellSession:
         self._root = Path(run.runner.output_root).absolute()
         self._screen = Console(stderr=True, quiet=quiet)
         self._sweep_id = invocation.sweep.name if invocation.sweep else None
+        parts = _parts(run, self._root)  # before anything is recorded, since a cluster may refuse them
+        self._places = Places(parts) if parts else None
         self._tracking = run.tracking
         self._tracker = CellTracker(run.tracking, self._root)
         if self._sweep_id:
             facts = {"overrides": " ".join(invocation.words), "cells": str(self._total)}
             self._tracker.start_sweep(self._sweep_id, facts)
         self._kept = KeptWorker() if run.runner.keep_engine else None
-        parts = shares(run.runner.parallel) if run.runner.parallel != "1" else []
-        self._places = Places(parts) if parts else None
         self._later: list[tuple[Path, RunRecord]] = []  # to draw and to track once no cell runs
         self._next: list[Cell] = []  # cells of one engine, for the next free place
         self._begun = 0  # cells, earlier records included
-        self._earlier = EarlierRecords(len(parts[0].cores) if parts else None)
+        self._earlier = EarlierRecords([part.machine for part in parts] or [{}])
         if self._sweep_id and not run.rerun:
             self._earlier.read(self._root, failed=not run.rerun_failed)
 
@@ -259,6 +259,22 @@ class CellSession:
             from grbench.report import rows
 
             sys.stdout.write(rows.as_json(self._cells) if self._form == "json" else rows.as_csv(self._cells))
+
+
+def _parts(run: RunConfig, root: Path) -> list[Part]:
+    """Return the parts of machines that measure cells beside each other; none: this process measures them.
+
+    Raises ConfigError.
+    """
+    if run.runner.cluster == "ray":
+        from grbench.execution.ray_places import ray_parts
+
+        return ray_parts(run.runner.parallel, root)
+    if run.runner.cluster == "slurm":
+        from grbench.execution.slurm_places import slurm_parts
+
+        return slurm_parts(run.runner, run.slurm, root)
+    return local_parts(run.runner.parallel) if run.runner.parallel != "1" else []
 
 
 def repeated(job: Job, repeat: int) -> Job:

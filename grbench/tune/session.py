@@ -44,6 +44,10 @@ class TuneSession:
                 f"runner.parallel={run.runner.parallel}: a search measures one cell at a time, since the next depends "
                 "on it; allowed is runner.parallel=1"
             )
+        if run.runner.cluster != "none":
+            raise ConfigError(
+                f"runner.cluster={run.runner.cluster}: a search measures on its own machine; allowed is none"
+            )
         root = Path(run.runner.output_root).absolute()
         self.folder = root / "tune" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from helpers.beside import QUICK, found, measures, until
 from helpers.command import Grbench
-from helpers.forks import Fork, fork_command
+from helpers.forks import fork_command
 
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
 from grbench.execution import gpu, places, records
 from grbench.execution.records import RunRecord, Status
-
-QUICK = [
-    "engine=hstu",
-    "model=hstu_tiny",
-    "workload=synthetic",
-    "workload.max_requests=64",
-    "workload.max_history=64",
-    "scenario=closed_loop",
-    "warmup_batches=1",
-    "gate.requests=2",
-    "tracking=none",
-]
-
-
-def until(true: Callable[[], bool], process: Fork, seconds: float = 150.0) -> None:
-    """Wait until something is true while a command runs."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert process.poll() is None, "the command ended"
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.05)
-
-
-def found(root: Path) -> dict[int, RunRecord]:
-    """The records under a folder, by the cell's number of queries."""
-    return {record.spec["scenario"]["queries"]: record for _, record in records.find(root)}
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
@@ -53,13 +26,7 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
     errors = tmp_path / "err.txt"
     command = fork_command(tmp_path, *words, forked_places=True)
     try:
-
-        def measures(cell: int) -> bool:
-            return f"{cell}/3" in errors.read_text() and any(
-                line.startswith(f"{cell}/3") and ": measuring" in line for line in errors.read_text().split("\n")
-            )
-
-        until(lambda: measures(2) and measures(3), command)
+        until(lambda: measures(errors.read_text(), 2) and measures(errors.read_text(), 3), command)
         fine = found(tmp_path)[64]
         assert fine.status is Status.OK, fine.error
         children = psutil.Process(command.pid).children(recursive=True)
@@ -111,7 +78,7 @@ def test_a_signal_while_a_place_starts_interrupts_its_cell(tmp_path: Path) -> No
     """A place that has said nothing yet has no handlers, and leaves no record of its own."""
     ended: list[RunRecord] = []
     spec, run = compose_spec(QUICK)
-    here = places.Places([places.Share(tuple(os.sched_getaffinity(0)))])
+    here = places.Places([places.LocalPart(places.Share(tuple(os.sched_getaffinity(0))))])
     options: dict[str, Any] = {"on_event": lambda event: None, "on_end": lambda folder, record: ended.append(record)}
     cell = places.Cell(spec, run.runner, tmp_path / "0", None, [], None, **options)
     here.give([cell, cell])
@@ -127,7 +94,7 @@ def test_a_signal_while_a_place_starts_interrupts_its_cell(tmp_path: Path) -> No
 
 def test_places_share_no_core_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sockets have two cores of two threads each: a place has both threads of a core, and cores of one socket."""
-    monkeypatch.setattr(places, "_cores", lambda: [0, 4, 1, 5, 2, 6, 3, 7])
+    monkeypatch.setattr(places, "cores_here", lambda: [0, 4, 1, 5, 2, 6, 3, 7])
     monkeypatch.setattr(places, "visible_gpus", list)
     assert [share.cores for share in places.shares("4")] == [(0, 4), (1, 5), (2, 6), (3, 7)]
     assert [share.cores for share in places.shares("3")] == [(0, 4), (1, 5), (2, 6)]

@@ -1,0 +1,290 @@
+"""Places on a cluster of Ray: each is an actor with a process of grbench.execution.place.
+
+A place has a GPU of its node, or in a cluster without GPUs a share of the processors, and cores that no other place of
+the command has. Nodes have this code and the same packages; their file systems may be others: then the folder of a
+cell that has ended is sent here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from grbench.config.schema import ConfigError
+from grbench.execution import folders
+from grbench.execution.environment import describe_environment
+from grbench.execution.places import Cell, Part, PartError, Place, cores_here, ended, one_line, pipe, place_command
+from grbench.signals import ENDING
+
+CONNECT_S = 10.0  # for the cluster to take a connection
+START_S = 300.0  # for Ray to place an actor and start its process
+PASSED_ON = ("GRBENCH_", "OMP_", "TRITON_")  # variables of the command that its places have too
+MACHINE = ("cpu", "cpu_cores", "memory_gib", "system", "gpus")  # what nodes may differ in
+FIX = "start one with `ray start --head`, add machines with `ray start --address=HOST:6379`, or set RAY_ADDRESS"
+
+
+class Remote:
+    """A process of grbench.execution.place on a node. Ray runs its methods there, several at a time.
+
+    number, of: which of the node's places it is, which decides on its cores. marker: a file of the command.
+    """
+
+    def __init__(self, number: int, of: int, marker: str, folder: str, variables: dict[str, str]) -> None:
+        cores = cores_here()
+        size = max(len(cores) // of, 1)
+        self._cores = sorted(cores[number * size : (number + 1) * size])
+        self._spare = None if Path(marker).exists() else tempfile.mkdtemp(prefix="grbench-")
+        own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # Ray has set it
+        paths = os.pathsep.join(filter(None, sys.path))  # Ray adds those of the command
+        self._process = subprocess.Popen(
+            place_command(self._cores),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            cwd=folder if Path(folder).is_dir() else None,
+            env={**own, **variables, "PYTHONPATH": paths},
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Return where it is: host, environment, cores, its own folder where the command's files are not."""
+        environment = describe_environment() | {"cpu_cores": len(self._cores)}
+        return {"host": platform.node(), "environment": environment, "cores": self._cores, "spare": self._spare}
+
+    def send(self, line: bytes) -> None:
+        """Write to its standard input."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and `read` says so
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+
+    def read(self) -> bytes:
+        """Wait for what it says; nothing: it has ended."""
+        assert self._process.stdout is not None
+        return os.read(self._process.stdout.fileno(), 65536)
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    def how(self) -> str:
+        """Return in words how it ended."""
+        return ended(self._process.wait())
+
+    def pack(self, folder: str) -> bytes:
+        """Return a folder as a tar file, and remove it."""
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            tar.add(folder, ".")
+        shutil.rmtree(folder)
+        return packed.getvalue()
+
+    def end(self) -> None:
+        """Wait until it has ended, since no cell comes any more."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        if self._spare:
+            shutil.rmtree(self._spare, ignore_errors=True)
+
+
+class RayPart(Part):
+    """A GPU of a node, or a share of its processors. Its first place starts at once."""
+
+    def __init__(self, ray: Any, node: dict[str, Any], number: int, of: int, marker: Path) -> None:
+        super().__init__({}, of - 1, {})
+        self.ray, self.host, self._marker = ray, node["NodeManagerHostname"], marker
+        resources = node["Resources"]
+        pin = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        self._actor = ray.remote(Remote).options(
+            num_cpus=int(resources.get("CPU", 0)) // of,
+            num_gpus=1 if resources.get("GPU") else 0,
+            scheduling_strategy=pin,
+            max_concurrency=4,  # a call waits for what the process says
+        )
+        variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+        self._arguments = (str(Path.cwd()), variables)
+        self._number, self._of = number, of
+        self._first: Any = self._new()
+
+    def _new(self) -> Any:
+        return self._actor.remote(self._number, self._of, str(self._marker), *self._arguments)
+
+    @cached_property
+    def known(self) -> dict[str, Any]:
+        """Answer of its first place: see Remote.facts. Raises PartError."""
+        return self._ask(self._first)
+
+    def check(self) -> None:
+        """Learn what machine it is. Raises ConfigError for a node that cannot measure what is asked for here."""
+        try:
+            there, here = self.known["environment"], describe_environment()
+        except PartError as e:
+            raise ConfigError(f"runner.cluster=ray: {e}") from None
+        for name in ("code", "python", "versions"):
+            if there[name] != here[name]:
+                raise ConfigError(
+                    f"runner.cluster=ray: {self.host} has {name} {there[name]}, and here it is {here[name]}; install "
+                    "the same code and packages there"
+                )
+        self.machine = {name: there[name] for name in MACHINE} | {"host": self.known["host"]}
+        self.facts = {"host": self.known["host"]}
+        if self.known["spare"] is None:
+            self._marker = Path("/")  # the marker is removed, and later places find this one
+
+    def _ask(self, actor: Any) -> dict[str, Any]:
+        errors = self.ray.exceptions
+        try:
+            found: dict[str, Any] = self.ray.get(actor.facts.remote(), timeout=START_S)
+        except errors.GetTimeoutError:
+            raise PartError(
+                f"no place has started on {self.host} within {START_S:g} s, which other work fills"
+            ) from None
+        except errors.RayError as e:
+            raise PartError(f"no place starts on {self.host}: {one_line(e)}") from None
+        return found
+
+    def start(self) -> Place:
+        actor, self._first = self._first or self._new(), None
+        return _RayPlace(self, actor, self._ask(actor))
+
+    def close(self) -> None:
+        self.ray.shutdown()
+
+
+def ray_parts(parallel: str, root: Path) -> list[Part]:
+    """Return the parts of a cluster for `runner.parallel`. root: output root. Raises ConfigError."""
+    if find_spec("ray") is None:
+        raise ConfigError("runner.cluster=ray: package ray is not installed; pip install 'grbench[ray]'")
+    ray = _joined()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=root, prefix=".grbench-") as marker:
+        parts = [
+            RayPart(ray, node, number, count, Path(marker.name))
+            for node, count in zip(nodes, _counts(parallel, [node["Resources"] for node in nodes]), strict=True)
+            for number in range(count)
+        ]
+        for part in parts:
+            part.check()
+    return list(parts)
+
+
+def _joined() -> Any:
+    """Return Ray, connected to a cluster that runs. Raises ConfigError."""
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    if answers := re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+?)\]?:(\d+)", address):  # Ray would try for minutes
+        try:
+            socket.create_connection((answers[1], int(answers[2])), CONNECT_S).close()
+        except OSError as e:
+            raise _nobody_at(address, e) from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray: Any = importlib.import_module("ray")
+    importlib.import_module("ray.util.scheduling_strategies")
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
+        raise _nobody_at(address, e) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # Ray has handlers of its own
+                signal.signal(number, handler)
+    return ray
+
+
+def _nobody_at(address: str, error: Exception) -> ConfigError:
+    return ConfigError(f"runner.cluster=ray: no cluster answers at RAY_ADDRESS={address} ({one_line(error)}); {FIX}")
+
+
+def _counts(parallel: str, nodes: Sequence[dict[str, float]]) -> list[int]:
+    """Return how many places each node has, given its resources: one after another in turn. Raises ConfigError."""
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    room = gpus if any(gpus) else [int(node.get("CPU", 0)) for node in nodes]
+    what = "GPUs" if any(gpus) else "processors"
+    if parallel == "gpus" and not any(gpus):
+        raise ConfigError(
+            "runner.parallel=gpus: the Ray cluster has no GPU; runner.parallel=2 measures two cells at a time"
+        )
+    wanted = sum(gpus) if parallel == "gpus" else int(parallel) if parallel.isdecimal() else 0
+    if not wanted:
+        raise ConfigError(f"runner.parallel={parallel}: allowed are gpus and a number of cells from 1")
+    if wanted > sum(room):
+        raise ConfigError(
+            f"runner.parallel={parallel}: the Ray cluster has {sum(room)} {what}, and cells never share one; allowed "
+            f"is at most {sum(room)}"
+        )
+    counts = [0] * len(nodes)
+    while sum(counts) < wanted:
+        fullest = max(range(len(nodes)), key=lambda i: (room[i] > counts[i], -counts[i]))
+        counts[fullest] += 1
+    return counts
+
+
+class _RayPlace(Place):
+    def __init__(self, part: RayPart, actor: Any, known: dict[str, Any]) -> None:
+        self._ray, self._actor, self._host, self._cores = part.ray, actor, known["host"], known["cores"]
+        self._spare = Path(known["spare"]) if known["spare"] else None
+        self._why = ""
+        super().__init__(part, pipe(self._said()))
+
+    def _said(self) -> Iterator[bytes]:
+        try:
+            while chunk := self._ray.get(self._actor.read.remote()):
+                yield chunk
+            self._why = self._ray.get(self._actor.how.remote())
+        except self._ray.exceptions.RayError as e:
+            self._why = f"was lost ({one_line(e)})"
+
+    def _send(self, line: bytes) -> None:
+        self._actor.send.remote(line)
+
+    def _signal(self, number: int) -> None:
+        if number == signal.SIGKILL:
+            self._ray.kill(self._actor)
+        else:
+            self._actor.signal.remote(number)
+
+    def _how(self) -> str:
+        return f"the process that measured it{self._where()} {self._why}"
+
+    def _where(self) -> str:
+        return f" on {self._host}, cores {self._cores[0]} to {self._cores[-1]},"
+
+    def _folder(self, cell: Cell) -> Path:
+        return self._spare / cell.folder.name if self._spare else super()._folder(cell)
+
+    def _bring(self, folder: Path) -> Path:
+        if self._spare is None:
+            return folder
+        try:
+            packed = self._ray.get(self._actor.pack.remote(str(folder)))
+        except self._ray.exceptions.RayError as e:
+            raise PartError(f"{self._host} was lost before it sent the record ({one_line(e)})") from None
+        with folders.unused(self.cells[0].folder) as here, tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+            tar.extractall(here, filter="data")
+            return here
+
+    def close(self) -> None:
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.get(self._actor.end.remote())
+        self._ray.kill(self._actor)
+        super().close()

@@ -1,0 +1,216 @@
+"""Sweeps on clusters: a real Ray of one node, and jobs of submitit under programs that stand for Slurm's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers.beside import QUICK, found, measures, until
+from helpers.checkout import ROOT
+from helpers.command import Grbench
+from helpers.ray_cluster import LOCAL_ONLY
+
+from grbench.config.schema import ConfigError
+from grbench.execution import ray_places, records, slurm_places
+from grbench.execution.records import Status
+
+RAY = ["runner.cluster=ray", "runner.parallel=2"]
+SLURM = ["runner.cluster=slurm", "runner.parallel=2"]
+two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
+
+
+@pytest.fixture(scope="module")
+def ray_address() -> Iterator[str]:
+    """A Ray cluster of one node with two processors."""
+    cluster = subprocess.Popen(
+        [sys.executable, "-m", "helpers.ray_cluster", "2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert cluster.stdin is not None and cluster.stdout is not None
+    address = cluster.stdout.readline().strip()
+    assert address, "its errors are above"
+    yield address
+    cluster.stdin.close()
+    cluster.wait(60)
+
+
+def sweep(folder: Path, *words: str, **env: str) -> subprocess.Popen[str]:
+    """Start a sweep, whose output goes to folder/said.txt."""
+    with (folder / "said.txt").open("w") as said:
+        command = [sys.executable, "-m", "grbench", "-m", *QUICK, *words]
+        return subprocess.Popen(command, cwd=folder, env=os.environ | env, stdout=said, stderr=said, text=True)
+
+
+@two_cores
+def test_a_sweep_on_ray_keeps_the_record_of_every_cell(ray_address: str, grbench: Grbench, tmp_path: Path) -> None:
+    """One of three cells ends well, one loses the process of Ray, one is stopped with the command.
+
+    The command's output root is the folder out of whichever process names it, so that Ray's node has another one.
+    """
+    env = {"RAY_ADDRESS": ray_address, **LOCAL_ONLY}
+    cells = "scenario.queries=64,100000000,200000000"
+    command = sweep(tmp_path, cells, *RAY, "runner.output_root=/proc/self/cwd/out", **env)
+    said = tmp_path / "said.txt"
+    try:
+        until(lambda: measures(said.read_text(), 2) and measures(said.read_text(), 3), command)
+        fine = found(tmp_path)[64]
+        assert fine.status is Status.OK, fine.error
+        assert fine.environment["host"] == os.uname().nodename
+        assert fine.environment["cpu_cores"] == 1
+        assert fine.environment["beside"]["cells"] == 1
+        [freed] = fine.environment["beside"]["cores"]  # the third cell runs there
+        places = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if "grbench.execution.place" in (process.info["cmdline"] or []) and freed not in process.cpu_affinity()
+        ]
+        [actor] = [process.parent() for process in places if process.parent().name().startswith("ray::Remote")]
+        actor.kill()
+        until(lambda: 100000000 in found(tmp_path), command)
+        lost = found(tmp_path)[100000000]
+        assert lost.status is Status.KILLED
+        assert lost.error is not None and "was lost" in lost.error and lost.error.endswith("; run it again")
+        assert lost.environment["cpu_cores"] == 1
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(60) == 143, said.read_text()
+        assert found(tmp_path)[200000000].status is Status.INTERRUPTED
+        assert "Traceback" not in said.read_text()
+        psutil.wait_procs(places, 30)
+        assert not [place for place in places if place.is_running()]
+    finally:
+        command.kill()
+        command.wait()
+
+    again = grbench("-m", *QUICK, "scenario.queries=64,100000000,32", *RAY, "runner.output_root=out", **env)
+    assert again.returncode == 1
+    assert "64: OK in a record of" in again.stderr
+    assert "100000000: KILLED in a record of" in again.stderr
+    assert "kept (rerun_failed=true measures it again)" in again.stderr
+    assert again.stderr.count(": measuring") == 1
+    assert found(tmp_path)[32].status is Status.OK, "written where both see it"
+
+
+def test_places_are_spread_over_the_nodes_of_ray() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}]
+    assert ray_places._counts("gpus", nodes) == [2, 0, 4]
+    assert ray_places._counts("3", nodes) == [2, 0, 1]
+    assert ray_places._counts("2", nodes) == [1, 0, 1]
+    with pytest.raises(ConfigError, match="has 6 GPUs, and cells never share one; allowed is at most 6"):
+        ray_places._counts("7", nodes)
+    processors = [{"CPU": 2.0}, {"CPU": 4.0}, {"memory": 1.0}]
+    assert ray_places._counts("4", processors) == [2, 2, 0]
+    for parallel, why in (("gpus", "has no GPU"), ("none", "allowed are gpus and a number"), ("7", "6 processors")):
+        with pytest.raises(ConfigError, match=why):
+            ray_places._counts(parallel, processors)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The state of programs that stand for Slurm's: a file for each job, named as its number."""
+    programs, state = tmp_path / "bin", tmp_path / "state"
+    programs.mkdir()
+    state.mkdir()
+    for program in ("sbatch", "srun", "sacct", "scancel"):
+        (programs / program).symlink_to(ROOT / "tests" / "helpers" / "fake_slurm.sh")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(state))
+    return state
+
+
+def test_a_sweep_on_slurm_keeps_the_record_of_every_cell(slurm: Path, tmp_path: Path) -> None:
+    """One of three cells ends well, the job of one is cancelled, and the node of one is lost."""
+    cells, options = "scenario.queries=64,100000000,200000000", ["slurm.partition=night", "slurm.cores=2"]
+    command = sweep(tmp_path, cells, *SLURM, *options)
+    said = tmp_path / "said.txt"
+    try:
+        until(lambda: measures(said.read_text(), 2) and measures(said.read_text(), 3), command)
+        fine = found(tmp_path)[64]
+        assert fine.status is Status.OK, fine.error
+        assert fine.environment["host"] == os.uname().nodename
+        assert fine.environment["slurm"] == {"partition": "night", "cores": 2}
+        assert fine.environment["beside"]["cells"] == 1
+        [script] = (tmp_path / "outputs" / "slurm").glob("*/1_submission.sh")
+        for line in ("--partition=night", "--cpus-per-task=2", "--no-requeue", "--time=35"):
+            assert f"#SBATCH {line}\n" in script.read_text()
+        subprocess.run(["scancel", "2"], check=True)
+        until(lambda: 100000000 in found(tmp_path), command)
+        os.killpg(int((slurm / "3").read_text()), signal.SIGKILL)
+        assert command.wait(120) == 1, said.read_text()
+        cancelled, lost = (found(tmp_path)[queries] for queries in (100000000, 200000000))
+        assert (cancelled.status, lost.status) == (Status.KILLED, Status.KILLED)
+        assert cancelled.error == "SIGTERM ended the process that measured it in job 2 of Slurm; run it again"
+        assert lost.error is not None and "job 3 of Slurm ended as NODE_FAIL (its log is " in lost.error
+        assert "Traceback" not in said.read_text()
+    finally:
+        command.kill()
+        command.wait()
+
+    command = sweep(tmp_path, f"{cells},32", *SLURM, *options, FAKE_SLURM_IS_FULL="1")
+    try:
+        until((slurm / "4").exists, command)
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(60) == 143, said.read_text()
+        assert (slurm / "4.state").read_text() == "CANCELLED by 0\n"
+        assert said.read_text().count(", kept (rerun") == 3
+        assert "interrupted with 1 of 4 cells to go; the same sweep goes on from here" in said.read_text()
+        assert found(tmp_path)[32].status is Status.INTERRUPTED
+    finally:
+        command.kill()
+        command.wait()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (
+            [*RAY],
+            "no cluster answers at RAY_ADDRESS=127.0.0.1:1 ([Errno 111] Connection refused); start one with ",
+        ),
+        (["runner.cluster=slurm"], "sbatch is not on the PATH; start this on a login node of the cluster"),
+        (["runner.cluster=kubernetes"], "allowed is one of none, ray, slurm"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_refused(
+    grbench_here: Grbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], why: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    done = grbench_here("-m", *QUICK, "seed=0,1", *words)
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert not list(records.find(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("module", "cluster", "fix"),
+    [(ray_places, "ray", "pip install 'grbench[ray]'"), (slurm_places, "slurm", "pip install 'grbench[slurm]'")],
+)
+def test_a_package_that_is_not_there_is_refused(
+    grbench_here: Grbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: object, cluster: str, fix: str
+) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    done = grbench_here("-m", *QUICK, "seed=0,1", f"runner.cluster={cluster}")
+    assert done.returncode == 2
+    assert done.stderr.rstrip().endswith(f"is not installed; {fix}")
+    assert not list(records.find(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["runner.parallel=gpus"], "it is the number of jobs at a time, from 1; slurm.gpus=1 gives each a GPU"),
+        (["slurm.options=[reservation]"], "slurm.options=reservation: each is NAME=VALUE"),
+        (["slurm.partition=closed"], "Slurm takes no job (sbatch: error: invalid partition specified: closed"),
+    ],
+)
+def test_what_slurm_cannot_do_is_refused(
+    slurm: Path, grbench_here: Grbench, tmp_path: Path, words: list[str], why: str
+) -> None:
+    done = grbench_here("-m", *QUICK, "seed=0,1", "runner.cluster=slurm", *words)
+    assert done.returncode in (1, 2)
+    assert why in done.stderr
+    assert not list(records.find(tmp_path))
