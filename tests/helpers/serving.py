@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvloop
 
 from grbench.config.compose import compose_spec
 from grbench.deployment import Deployment
@@ -117,7 +118,8 @@ def serving(*words: str, deployment: Deployment | None = None, port: int = 0) ->
 
     def target() -> None:
         try:
-            asyncio.run(run())
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as the command does
+                runner.run(run())
         except BaseException as e:
             failed.append(e)
 
