@@ -57,10 +57,14 @@ def run(
     """
     root = [] if output_root is None else [f"runner.output_root={_quoted(str(output_root))}"]
     prepare_hydra()
-    invocation, jobs = plan_jobs("config", to_spec, [*overrides, *root], sweep)
-    if progress:
-        for line in invocation.skipped:
-            print(f"grbench: left out: {line}", file=sys.stderr)
+
+    def say(line: str) -> None:
+        if progress:
+            print(f"grbench: {line}", file=sys.stderr)
+
+    invocation, jobs = plan_jobs("config", to_spec, [*overrides, *root], sweep, report=say)
+    for line in invocation.skipped:
+        say(f"left out: {line}")
     session = CellSession(jobs[0].config[1], invocation, quiet=not progress)
     try:
         for job in jobs:

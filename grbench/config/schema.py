@@ -335,7 +335,7 @@ def spec_of(run: RunConfig) -> RunSpec:
         raise ConfigError(problem)
     if task != "rank":
         _check_search(run)
-    if problem := refusal(run.workload):
+    if problem := refusal(run.workload, run.seed):
         raise ConfigError(problem)
     working = [getattr(run.engine, stage).name for stage in engine.stages] or [engine.name]
     problem = next(filter(None, map(engines.one_at_a_time, working)), None)

@@ -11,6 +11,7 @@ from grbench.workloads.config import (
     Ml100kConfig,
     RecBoleConfig,
     RecordedConfig,
+    SyntheticConfig,
     WorkloadOptions,
     contradiction,
 )
@@ -35,19 +36,21 @@ def build(
     return trace.build_trace(events, visits, config, seed, latency_limit_ms)
 
 
-def refusal(config: WorkloadOptions) -> str | None:
+def refusal(config: WorkloadOptions, seed: int) -> str | None:
     """Return None, or why a workload can't be: options that exclude each other, columns that its file does not have.
 
     Of a file it reads the first line only, so other faults of the data show when it is loaded.
     """
-    from grbench.workloads import events
+    from grbench.workloads import events, synthetic
 
-    if isinstance(config, FileConfig):
-        form = config.format if isinstance(config, CsvConfig) else "recbole"
-        try:
+    try:
+        if isinstance(config, FileConfig):
+            form = config.format if isinstance(config, CsvConfig) else "recbole"
             events.check_columns(Path(config.path), form, _columns(config))
-        except events.DataError as e:
-            return str(e)
+        if isinstance(config, SyntheticConfig):
+            synthetic.check_users(config, seed)
+    except events.DataError as e:
+        return str(e)
     return contradiction(config)
 
 

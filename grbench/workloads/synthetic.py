@@ -128,19 +128,31 @@ def _step_events(config: StepsConfig, steps: npt.NDArray[Any], rng: np.random.Ge
     return events
 
 
-def _revisits(rng: np.random.Generator, config: SyntheticConfig, rate: float) -> npt.NDArray[np.int64]:
-    """Return the user of each visit: with probability `rate` one seen before, otherwise a new one.
+def check_users(config: SyntheticConfig, seed: int) -> None:
+    """Raise DataError if `revisit_rate` needs more users than `users` with this seed."""
+    if config.revisit_rate is not None:
+        _first_visits(np.random.default_rng(seed), config, config.revisit_rate)
 
-    Of k users seen, the i-th returns with a probability that falls as i^-user_zipf (its continuous form).
-    """
+
+def _first_visits(rng: np.random.Generator, config: SyntheticConfig, rate: float) -> tuple[npt.NDArray[np.bool_], Ints]:
+    """Draw which visits are a user's first one. Returns that and how many users were seen until each visit."""
     new = rng.random(config.visits) >= rate
     new[0] = True
-    seen = np.cumsum(new)
+    seen: Ints = np.cumsum(new, dtype=np.int64)
     if seen[-1] > config.users:
         raise DataError(
             f"workload.revisit_rate={rate} needs {seen[-1]} users for {config.visits} visits; "
             f"workload.users={config.users}: set it to {seen[-1]} or more"
         )
+    return new, seen
+
+
+def _revisits(rng: np.random.Generator, config: SyntheticConfig, rate: float) -> npt.NDArray[np.int64]:
+    """Return the user of each visit: with probability `rate` one seen before, otherwise a new one.
+
+    Of k users seen, the i-th returns with a probability that falls as i^-user_zipf (its continuous form).
+    """
+    new, seen = _first_visits(rng, config, rate)
     draw, exponent = rng.random(config.visits), 1.0 - config.user_zipf
     most = seen + 1.0  # ranks lie in [1, k + 1)
     logarithmic = abs(exponent) < 1e-9

@@ -382,6 +382,7 @@ REFUSED = [  # what the worker refused before: overrides, and the refusal
     ),
     ("engine=hstu workload.min_history=9 workload.max_history=8", "workload.min_history=9 is above workload.max_hist"),
     ("engine=hstu workload=synthetic workload.items=9", "workload.num_candidates=32: workload.items=9; ask for fewer"),
+    ("engine=hstu workload=synthetic workload.revisit_rate=0", "workload.revisit_rate=0.0 needs 2000 users for 2000"),
     ("engine=hstu workload.max_requests=1", "workload.max_requests=1: the workload has one request, the gate needs"),
     ("engine=hstu workload=synthetic workload.visits=1", "workload.visits=1: the workload has one request, the gate"),
 ]
