@@ -32,6 +32,10 @@ from grbench.signals import ENDING
 from grbench.tune import legal
 
 USED = ("grbench.execution.cell", "grengines.hstu.engine", "pyarrow.parquet", "scipy.special")  # by every worker
+USED_BY_COMMANDS = (  # the last of them draw the picture of a cell
+    *("grbench.execution.session", "grbench.tracking.store", "hydra._internal.config_loader_impl", "pandas"),
+    *("grbench.report.latency_charts", "grbench.report.plots", "matplotlib.figure", "matplotlib.backends.backend_agg"),
+)
 
 
 class Fork:
@@ -151,7 +155,7 @@ def fork_command(folder: Path, *words: str, env: Mapping[str, str] = os.environ,
 
     forked_places: the places of cells side by side are forks too, and so are their workers.
     """
-    for name in (*USED, "grbench.execution.session", "grbench.tracking.store"):
+    for name in (*USED, *USED_BY_COMMANDS):
         importlib.import_module(name)
 
     def work() -> None:
