@@ -34,9 +34,8 @@ class HighestRate:
         if trial.failed or trial.top is None:
             return
         best = self._knowledge.incumbent if goal.objective == "throughput" and not alone else None
-        if best is not None and best is not trial and best.low is not None:
-            if not self._beats(trial, best.low):
-                return
+        if best is not None and best is not trial and best.low is not None and not self._beats(trial, best.low):
+            return
         if not self._descend(trial):
             return
         self._climb(trial)
