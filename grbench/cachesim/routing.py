@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from grbench.cachesim.trace import Columns, Ints
 
-POINTS = 16  # of a replica on the ring, as HAProxy gives a server of weight 1
+POINTS = 256  # of a replica on the ring: HAProxy has 16 for each unit of weight, and `grbench serve` sets 16
 FACTOR = 1.25  # most load of a replica over the mean, as `hash-balance-factor 125`
 ROUTINGS = ("affinity", "random", "bounded")
 

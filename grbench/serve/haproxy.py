@@ -22,6 +22,7 @@ from grbench.config.arguments import CommandError
 from grbench.serve.options import ServeConfig
 from grengines.remote.client import USER_HEADER
 
+WEIGHT = 16  # of each replica: with the 16 points on the ring of weight 1 some have far more users than others
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 INSTALL = "apt-get install haproxy, or conda install -c conda-forge haproxy"
 
@@ -44,12 +45,13 @@ def configuration(config: ServeConfig, replicas: Sequence[Address], certificate:
     """Return HAProxy's configuration. certificate: chain and key in one file; None: no TLS."""
     template = Template(files("grbench.serve").joinpath("haproxy.cfg").read_text(encoding="utf-8"))
     tls = f" ssl crt {certificate}" if certificate else ""
-    servers = [f"    server {r.name} {r.host}:{r.port} id {r.number} check" for r in replicas]
+    servers = [f"    server {r.name} {r.host}:{r.port} id {r.number} weight {WEIGHT} check" for r in replicas]
     grpc_bind, grpc_servers = "", []
     if config.grpc_port is not None:
         grpc_bind = f"    bind {config.host}:{config.grpc_port}{f'{tls} alpn h2' if tls else ' proto h2'}"
         grpc_servers = [
-            f"    server {r.name} {r.host}:{r.grpc_port} id {r.number} proto h2 check port {r.port} check-proto h1"
+            f"    server {r.name} {r.host}:{r.grpc_port} id {r.number} weight {WEIGHT} proto h2 check port {r.port} "
+            "check-proto h1"
             for r in replicas
         ]
     return template.substitute(
