@@ -394,10 +394,10 @@ def test_code_that_was_edited_after_the_command_began_is_noted() -> None:
     """The worker imports what is on disk as it starts, and reports its digest."""
     spec, _ = compose_spec(["engine=hstu"])
     began = runner.describe_environment(spec.packages)
-    same = runner._environment(spec, Outcome(Status.OK, code=began["code"], notes=["a note"]), None)
+    same = runner._environment(spec, Outcome(Status.OK, code=began["code"], notes=["a note"]), None, {})
     assert same == (began, ["a note"])
-    assert runner._environment(spec, Outcome(Status.KILLED), None) == (began, [])  # it could not say
-    environment, notes = runner._environment(spec, Outcome(Status.OK, code="0123456789ab", notes=["a note"]), None)
+    assert runner._environment(spec, Outcome(Status.KILLED), None, {}) == (began, [])  # it could not say
+    environment, notes = runner._environment(spec, Outcome(Status.OK, code="0123456789ab", notes=["a note"]), None, {})
     assert environment == {**began, "code": "0123456789ab"}
     assert notes == [
         "a note",

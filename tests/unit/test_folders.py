@@ -133,6 +133,8 @@ IN_PLACE = {  # modules that write files which no other process reads, or that r
     "grbench/execution/records.py", "grbench/tracking/database.py", "grbench/workloads/movielens.py",
     "grbench/execution/workers.py", "grbench/serve/haproxy.py", "grbench/streams.py",  # of a child process; none
     "grbench/execution/worker.py", "grbench/execution/measure.py",  # a pipe; samples, which are read after the record
+    "grbench/execution/places.py", "grbench/execution/ray_places.py",  # pipes; an archive in memory
+    "grbench/execution/slurm_places.py",  # messages that are read line by line as they come
 }  # fmt: skip
 _WRITES = re.compile(r"\.write_(text|bytes)\(|\bsave_file\(|write_table\(|open\([^)]*[\"'][wa]b?[\"']")
 
