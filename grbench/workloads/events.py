@@ -94,7 +94,7 @@ def load_csv(path: Path, format: str, sort: bool, columns: Columns = Columns()) 
     """
     if path.suffix == ".parquet":
         return _interactions(_Table(path), columns, sort)
-    first = _bytes(path)[:4096].split(b"\n")[0]
+    first = _first_line(_bytes(path))
     if format == "auto":
         format = _recognise(first)
     if format == "sequences":
@@ -102,7 +102,7 @@ def load_csv(path: Path, format: str, sort: bool, columns: Columns = Columns()) 
     if format == "ratings_dat":
         names = ["userId", "movieId", "rating", "timestamp"]  # the file has no header
         return _interactions(_Table(path, "::", names), columns, sort)
-    return _interactions(_Table(path, "\t" if b"\t" in first and b"," not in first else ","), columns, sort)
+    return _interactions(_Table(path, _delimiter(first)), columns, sort)
 
 
 def check_columns(path: Path, format: str, columns: Columns = Columns()) -> None:
@@ -113,13 +113,12 @@ def check_columns(path: Path, format: str, columns: Columns = Columns()) -> None
     if path.suffix == ".parquet":
         names = _parquet(path, rows=False).column_names
     else:
-        first = _bytes(path, first_line=True).strip(b"\r\n")
+        first = _first_line(_bytes(path, first_line=True))
         if format == "auto":
             format = _recognise(first)
         if format in ("sequences", "ratings_dat") or not first.strip() or _not_utf8(first):
             return
-        tabbed = format == "recbole" or (b"\t" in first and b"," not in first)
-        names = first.decode().split("\t") if tabbed else next(csv.reader([first.decode()]))
+        names = _header(path, first, "\t" if format == "recbole" else _delimiter(first))
         if format == "recbole":
             names = [name.split(":")[0] for name in names]
     for role in ("user", "item", "time", "rating"):
@@ -152,6 +151,29 @@ def _recognise(first: bytes) -> str:
     if b"::" in first:
         return "ratings_dat"
     return "sequences" if len(first.split()) > 2 and not set(b",\t") & set(first) else "table"
+
+
+def _first_line(data: bytes) -> bytes:
+    """Return what stands before the first end of a line: LF, CR LF, or CR alone."""
+    return data.split(b"\n", 1)[0].split(b"\r", 1)[0]
+
+
+def _delimiter(first: bytes) -> str:
+    return "\t" if b"\t" in first and b"," not in first else ","
+
+
+def _header(path: Path, first: bytes, delimiter: str, names: list[str] | None = None) -> list[str]:
+    """Return the names of the columns from the first line of a file, or `names`. Raises DataError."""
+    _check_quotes(path, first, delimiter)
+    try:
+        options = {"parse_options": _parse(delimiter), "read_options": _read(names)}
+        return list(pa_csv.read_csv(io.BytesIO(first + b"\n"), **options).column_names)
+    except pa.ArrowInvalid as e:
+        raise _refused(path, e) from None
+
+
+def _refused(path: Path, error: pa.ArrowInvalid) -> DataError:
+    return DataError(f"{path}: {' '.join(str(error).split())}")
 
 
 def _interactions(table: _Table, columns: Columns, sort: bool) -> Events:
@@ -187,7 +209,8 @@ def _sequences(path: Path) -> Events:
     """Read lines of `user item item ...` in order of time. The file has no times: event k of a user lies on day k."""
     users: list[str] = []
     items: list[list[str]] = []
-    for row, line in enumerate(_bytes(path).decode(errors="replace").rstrip().split("\n"), 1):
+    lines = io.TextIOWrapper(io.BytesIO(_bytes(path).rstrip()), "utf-8-sig", "replace")  # with line ends of any kind
+    for row, line in enumerate(lines, 1):
         user, *its = line.split() or [""]
         if not its:
             raise DataError(f"{path}: row {row} has no items ({line[:60]!r}); a row is: user item item ...; {FIX}")
@@ -266,13 +289,10 @@ class _Table:
         if len(delimiter) > 1:
             data = data.replace(delimiter.encode(), b"\x1f")
         self._first = 1 if names else 2  # the line of the first event, counted from 1
-        if delimiter == "," and (row := _open_quote(data)):
-            raise DataError(f'{path}: row {row} has a quote (") that is opened and not closed; {FIX}')
+        _check_quotes(path, data, delimiter)
         bad: list[Any] = []
+        header = _header(path, _first_line(data), delimiter, names)
         try:
-            header = pa_csv.read_csv(
-                io.BytesIO(data.split(b"\n", 1)[0] + b"\n"), parse_options=_parse(delimiter), read_options=_read(names)
-            ).column_names
             self._table = pa_csv.read_csv(
                 io.BytesIO(data),
                 read_options=_read(names, len(data)),
@@ -282,7 +302,7 @@ class _Table:
                 ),
             )
         except pa.ArrowInvalid as e:
-            raise DataError(f"{path}: {' '.join(str(e).split())}") from None
+            raise _refused(path, e) from None
         if twice := next((name for name in header if header.count(name) > 1), None):
             raise DataError(f"{path}: row 1 has column {twice!r} twice; rename or remove one")
         if bad:
@@ -429,17 +449,16 @@ def _bytes(path: Path, first_line: bool = False) -> bytes:
     return data
 
 
-def _open_quote(data: bytes) -> int:
-    """Return the number of the first row with a quote that is not closed in it, or 0: it would swallow rows."""
-    if b'"' not in data:
-        return 0
-    for number, line in enumerate(data.split(b"\n"), 1):
+def _check_quotes(path: Path, data: bytes, delimiter: str) -> None:
+    """Raise DataError for a row with a quote that is not closed in it: it would swallow rows."""
+    if delimiter != "," or b'"' not in data:
+        return
+    for number, line in enumerate(data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"), 1):
         if line.count(b'"') % 2:
             try:
                 list(csv.reader([line.decode(errors="replace")], strict=True))
             except csv.Error:
-                return number
-    return 0
+                raise DataError(f'{path}: row {number} has a quote (") that is opened and not closed; {FIX}') from None
 
 
 def _not_utf8(data: bytes) -> str:

@@ -28,6 +28,8 @@ from grbench.config import composition, malformed
 from grbench.config.compose import CONFIG_DIR, compose_cells, compose_spec, explain, plan_jobs, prepare_hydra
 from grbench.config.reference import ROOTS, reference
 from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json, to_spec
+from grbench.workloads import load_events
+from grbench.workloads.config import DrawnConfig
 
 GROUPS = ["model", "engine", "kernel", "cache", "workload", "scenario", "tracking"]
 OPTIONS = [
@@ -425,6 +427,35 @@ def test_the_columns_of_a_table_without_its_rows_are_read(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"e\.parquet: no column is known to be the time"):
         compose_spec(words)
     compose_spec([*words, "workload.time_column=none"])
+
+
+@pytest.mark.parametrize(
+    "name, text, more",
+    [
+        ("bom.csv", "\ufeffuserId,movieId,timestamp\n1,2,3\n2,2,4\n", []),
+        ("bom.csv", "\ufeffuserId,movieId,timestamp\n1,2,3\n2,2,4\n", ["workload.user_column=userId"]),
+        ("mac.csv", "userId,movieId,timestamp\r1,2,3\r2,2,4\r", []),
+        ("mac.csv.gz", '\ufeff"userId","movieId","timestamp"\r1,2,3\r2,2,4\r', []),
+        ("tabs.tsv", "\ufeffuserId\tmovieId\ttimestamp\r\n1\t2\t3\r\n2\t2\t4\r\n", []),
+        ("quotes.csv", '"userId","item, id",timestamp\n1,2,3\n2,2,4\n', ['workload.item_column="item, id"']),
+        ("mac.txt", "\ufeff1 2 3 4\r2 2 3\r", []),
+        ("mac.dat", "1::2::5::3\r2::2::4::4\r", []),
+        ("bom.inter", "\ufeffuser_id:token\titem_id:token\ttimestamp:float\r1\t2\t3\r2\t2\t4\r", []),
+    ],
+)  # fmt: skip
+def test_a_file_that_loads_is_not_refused_before(tmp_path: Path, name: str, text: str, more: list[str]) -> None:
+    path, data = tmp_path / name, text.encode()
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    workload = "recbole" if name.endswith("inter") else "csv"
+    spec = compose_spec(["engine=hstu", f"workload={workload}", f"workload.path={path}", *more])[0]
+    assert not isinstance(spec.workload, DrawnConfig)
+    assert load_events(spec.workload).num_users == 2
+
+
+def test_a_head_with_an_open_quote_is_refused_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_bytes(b'"userId,movieId\r1,2\r')
+    with pytest.raises(ConfigError, match=r'e\.csv: row 1 has a quote \("\) that is opened and not closed'):
+        compose_spec(["engine=hstu", "workload=csv", f"workload.path={tmp_path}/e.csv"])
 
 
 @pytest.mark.parametrize(
