@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import struct
+import termios
+from fcntl import ioctl
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -31,14 +34,25 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def shutdown(self) -> None:
-        """Close an idle connection, and let another end after its answer.
+        """Close an idle connection once its answers are sent, and let another end after its answer.
 
         TLS waits half a minute for the client's own goodbye, which a client that reads nothing meanwhile never sends.
         """
         if not self.transport.is_closing():
             super().shutdown()
-        if self.transport.is_closing():
-            self.loop.call_later(GOODBYE_S, self.transport.abort)
+        if self.transport.is_closing() and self.transport.get_extra_info("sslcontext"):
+            self.loop.call_later(GOODBYE_S, self._abort_when_sent)
+
+    def _abort_when_sent(self) -> None:
+        """Abort when the client has everything. Beside the buffer of TLS there is one of the socket below it."""
+        socket = self.transport.get_extra_info("socket")
+        if socket is None or socket.fileno() < 0:  # it has ended
+            return
+        (in_socket,) = struct.unpack("i", ioctl(socket.fileno(), termios.TIOCOUTQ, bytes(4)))
+        if self.transport.get_write_buffer_size() or in_socket:
+            self.loop.call_later(GOODBYE_S, self._abort_when_sent)
+        else:
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()

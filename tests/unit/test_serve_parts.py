@@ -7,6 +7,7 @@ import io
 import json
 import re
 import socket
+import ssl
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import uvicorn
 import yaml
 from helpers.checkout import ROOT
+from helpers.serving import certificate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
@@ -323,6 +325,47 @@ def test_a_connection_without_headers_is_closed(monkeypatch: pytest.MonkeyPatch,
         return found
 
     assert asyncio.run(left()) == b""
+
+
+@pytest.mark.parametrize("over_tls", [False, True])
+def test_a_client_that_reads_slowly_gets_its_whole_answer_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, over_tls: bool
+) -> None:
+    monkeypatch.setattr(connections, "GOODBYE_S", 0.02)
+    answer = bytes(32 << 20)  # more than the buffers of a socket and its client hold
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": answer})
+
+    async def read() -> bytes:
+        files, tls = {}, None
+        if over_tls:
+            cert, key = certificate(tmp_path)
+            files = {"ssl_certfile": str(cert), "ssl_keyfile": str(key)}
+            tls = ssl.create_default_context(cafile=str(cert))
+        config = uvicorn.Config(app, log_config=None, lifespan="off", **files)  # type: ignore[arg-type]
+        config.load()
+        state = ServerState()
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(
+            lambda: connections.Connection(config, state, {}), "127.0.0.1", 0, ssl=config.ssl
+        )
+        port = server.sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("localhost", port, family=socket.AF_INET, ssl=tls)
+        writer.write(b"GET / HTTP/1.1\r\nHost: local\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        while not (connection := next(iter(state.connections))).cycle.response_complete:
+            await asyncio.sleep(0)
+        connection.shutdown()
+        await asyncio.sleep(0.1)
+        found = await reader.read()
+        writer.close()
+        server.close()
+        return found
+
+    body = asyncio.run(asyncio.wait_for(read(), 20))
+    assert body.count(0) == len(answer)
 
 
 @pytest.mark.parametrize(
