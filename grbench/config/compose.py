@@ -43,7 +43,8 @@ from grkernels.nearest import nearest
 CONFIG_DIR = str(checkout_or_packaged("conf"))
 # Options of the whole command: a session has one value of each, so a sweep over them would use the first.
 ONE_VALUE = re.compile(
-    r"\+*((runner\.)?output_root|runner\.(repeats|print)|rerun|rerun_failed|skip_invalid|tracking.*)$"
+    r"\+*((runner\.)?output_root|runner\.(repeats|print|keep_engine|parallel|cluster)|slurm\..*"
+    r"|rerun|rerun_failed|skip_invalid|tracking.*)$"
 )
 Checked = TypeVar("Checked")
 

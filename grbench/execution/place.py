@@ -25,14 +25,16 @@ from grbench.config.schema import RunnerConfig, RunSpec, spec_from_json
 from grbench.execution.gpu import visible_gpus
 from grbench.execution.runner import Interrupted, run_cell
 from grbench.execution.workers import Event, KeptWorker
-from grbench.signals import raised
+from grbench.signals import ENDING, raised
 
 Say = Callable[[Event], None]
 _running = threading.Event()  # a cell is measured
+_gone = threading.Event()  # the command is
 
 
 def main() -> None:
     """Measure the cells of standard input."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # Ray blocks SIGINT in its processes, and this one inherits that
     os.sched_setaffinity(0, [int(core) for core in sys.argv[1].split(",")])
     threading.Thread(target=_end_with_command, daemon=True).start()
     measure(sys.stdin, lambda message: print(json.dumps(message), flush=True))
@@ -46,6 +48,8 @@ def measure(lines: Iterable[str], say: Say) -> None:
             for line in lines:
                 _running.set()
                 for cell in json.loads(line):
+                    if _gone.is_set():  # since before `_running` was set: no signal comes
+                        return
                     _measure(cell, kept, say)
                 _running.clear()
     except KeyboardInterrupt:
@@ -93,9 +97,10 @@ def _other_files(spec: RunSpec, spec_hash: str) -> str:
 
 def _end_with_command() -> None:
     """Wait until the command has gone, which shows as a closed pipe, then end a running cell as by a signal."""
-    gone = select.poll()
-    gone.register(sys.stdin.fileno(), 0)
-    gone.poll()
+    closed = select.poll()
+    closed.register(sys.stdin.fileno(), 0)
+    closed.poll()
+    _gone.set()
     if _running.is_set():
         os.kill(os.getpid(), signal.SIGTERM)
 

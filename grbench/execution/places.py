@@ -183,10 +183,10 @@ class Place(ABC):
 
 
 class Places:
-    """The places of a command. The parent of all of them, on one thread."""
+    """The places of a command. The parent of all of them, on one thread. say: takes a line on a part that is lost."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = list(parts)
+    def __init__(self, parts: Sequence[Part], say: Callable[[str], None]) -> None:
+        self._parts, self._say = list(parts), say
         self._free = list(parts)
         self._busy: list[Place] = []
         self._idle: list[Place] = []
@@ -221,6 +221,7 @@ class Places:
                 self._parts.remove(part)
                 if not self._parts:
                     raise CommandError(f"{e}, and no other place is left", 1) from None
+                self._say(f"{e}; places left: {len(self._parts)}")
 
     def wait(self) -> None:
         """Wait until every cell has ended. Places for which there is no cell are given back."""
@@ -234,8 +235,6 @@ class Places:
         self._stopping = True
         self._waiting.clear()
         for place in self._busy:
-            while len(place.cells) > 1:
-                place.cells.pop()
             place.signal(number)
         end = time.monotonic() + END_S
         while self._busy and time.monotonic() < end:

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from grbench.config.jobs import Invocation, Job
-from grbench.config.schema import RunConfig, RunSpec
+from grbench.config.schema import ConfigError, RunConfig, RunSpec, SlurmConfig
 from grbench.execution import records
 from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.execution.earlier import EarlierRecords
@@ -48,7 +48,7 @@ class CellSession:
         self._screen = Console(stderr=True, quiet=quiet)
         self._sweep_id = invocation.sweep.name if invocation.sweep else None
         parts = _parts(run, self._root)  # before anything is recorded, since a cluster may refuse them
-        self._places = Places(parts) if parts else None
+        self._places = Places(parts, self._say) if parts else None
         self._tracking = run.tracking
         self._tracker = CellTracker(run.tracking, self._root)
         if self._sweep_id:
@@ -266,6 +266,10 @@ def _parts(run: RunConfig, root: Path) -> list[Part]:
 
     Raises ConfigError.
     """
+    unasked = vars(SlurmConfig())
+    changed = [f"slurm.{name}={value}" for name, value in vars(run.slurm).items() if value != unasked[name]]
+    if changed and run.runner.cluster != "slurm":
+        raise ConfigError(f"{changed[0]}: only jobs of Slurm take it; add runner.cluster=slurm, or leave it out")
     if run.runner.cluster == "ray":
         from grbench.execution.ray_places import ray_parts
 

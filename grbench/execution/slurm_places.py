@@ -28,6 +28,10 @@ from grbench.execution.workers import Event
 LOOK_S = 1.0  # between two looks at what a job says
 ASK_S = 30  # between two questions to Slurm about the jobs, once they have run for a minute
 START_MIN = 5  # for a job's processes to start, beside its cells
+ENDED = (  # states of a job that runs no more: it is not queued again
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "TIMEOUT"),
+)
 FOLDER = "slurm"  # under the output root: what submitit writes for each job
 
 
@@ -59,7 +63,7 @@ class SlurmPart(Part):
     """One job at a time. asked: of Slurm, for each job."""
 
     def __init__(
-        self, submitit: Any, asked: dict[str, Any], parameters: dict[str, Any], others: int, root: Path
+        self, submitit: Any, asked: dict[str, Any], parameters: dict[str, Any], beside: int, root: Path
     ) -> None:
         unknown: dict[str, Any] = {
             "cpu": None,
@@ -67,7 +71,7 @@ class SlurmPart(Part):
             "memory_gib": None,
             "gpus": [],
         }  # before a job has a node
-        super().__init__({**unknown, "slurm": asked}, others, {"slurm": asked})
+        super().__init__({**unknown, "slurm": asked}, beside, {"slurm": asked})
         self.submitit, self.parameters, self._root = submitit, parameters, root
 
     def start(self) -> Place:
@@ -91,14 +95,17 @@ def slurm_parts(runner: RunnerConfig, slurm: SlurmConfig, root: Path) -> list[Pa
         )
     submitit: Any = importlib.import_module("submitit")
     logging.getLogger("submitit").setLevel(logging.ERROR)
-    submitit.SlurmJob.watcher = type(submitit.SlurmJob.watcher)(delay_s=ASK_S)
+    watcher = submitit.SlurmJob.watcher = type(submitit.SlurmJob.watcher)(delay_s=ASK_S)
+    # submitit's own takes a suspended job for one that has ended, and waits for one that was preempted.
+    watcher.is_done = lambda job, mode="standard": watcher.get_state(job, mode).partition(" ")[0] in ENDED
     parameters = _parameters(slurm)
     try:
         submitit.SlurmExecutor(root / FOLDER).update_parameters(**parameters)
     except (TypeError, ValueError) as e:
         raise ConfigError(f"slurm: submitit refuses these options ({one_line(e)})") from None
     asked = {name: value for name, value in vars(slurm).items() if value and name != "time_min"}
-    return [SlurmPart(submitit, asked, parameters, count - 1, root) for _ in range(count)]
+    beside = 0 if slurm.exclusive else count - 1
+    return [SlurmPart(submitit, asked, parameters, beside, root) for _ in range(count)]
 
 
 def _parameters(slurm: SlurmConfig) -> dict[str, Any]:

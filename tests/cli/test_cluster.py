@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from helpers.checkout import ROOT
 from helpers.command import Grbench
 from helpers.ray_cluster import LOCAL_ONLY
 
-from grbench.config.schema import ConfigError
+from grbench.config.schema import ConfigError, RunnerConfig, SlurmConfig
 from grbench.execution import ray_places, records, slurm_places
 from grbench.execution.records import Status
 
@@ -165,6 +166,32 @@ def test_a_sweep_on_slurm_keeps_the_record_of_every_cell(slurm: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("states", "ended"),
+    [(["PREEMPTED"], True), (["SUSPENDED"], False), (["SUSPENDED", "CANCELLED by 0"], True), (["RESIZING"], False)],
+)
+def test_a_job_has_ended_by_what_slurm_says(slurm: Path, tmp_path: Path, states: list[str], ended: bool) -> None:
+    """A suspended job goes on. A preempted one does not, since it is not queued again."""
+    slurm_places.slurm_parts(RunnerConfig(), SlurmConfig(), tmp_path)
+    watcher = importlib.import_module("submitit").SlurmJob.watcher
+    (slurm / "1").touch()
+    for state in states:
+        (slurm / "1.state").write_text(f"{state}\n")
+        watcher._last_status_check = 0.0
+        found = watcher.is_done("1", mode="force")
+    assert found == ended
+
+
+def test_a_job_that_has_its_node_alone_has_no_cell_beside_it(slurm: Path, tmp_path: Path) -> None:
+    runner = RunnerConfig(parallel="3")
+    beside = [
+        part.beside
+        for exclusive in (False, True)
+        for part in slurm_places.slurm_parts(runner, SlurmConfig(exclusive=exclusive), tmp_path)
+    ]
+    assert beside == [2, 2, 2, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
     ("words", "why"),
     [
         (
@@ -205,12 +232,18 @@ def test_a_package_that_is_not_there_is_refused(
         (["runner.parallel=gpus"], "it is the number of jobs at a time, from 1; slurm.gpus=1 gives each a GPU"),
         (["slurm.options=[reservation]"], "slurm.options=reservation: each is NAME=VALUE"),
         (["slurm.partition=closed"], "Slurm takes no job (sbatch: error: invalid partition specified: closed"),
+        (["slurm.partition=closed", "runner.parallel=2"], "); places left: 1\n"),
+        (
+            ["runner.cluster=none", "slurm.gpus=1"],
+            "slurm.gpus=1: only jobs of Slurm take it; add runner.cluster=slurm, or leave it out",
+        ),
     ],
 )
 def test_what_slurm_cannot_do_is_refused(
     slurm: Path, grbench_here: Grbench, tmp_path: Path, words: list[str], why: str
 ) -> None:
-    done = grbench_here("-m", *QUICK, "seed=0,1", "runner.cluster=slurm", *words)
+    cluster = [] if "runner.cluster=none" in words else ["runner.cluster=slurm"]
+    done = grbench_here("-m", *QUICK, "seed=0,1", *cluster, *words)
     assert done.returncode in (1, 2)
     assert why in done.stderr
     assert not list(records.find(tmp_path))

@@ -241,7 +241,13 @@ def test_a_sweep_takes_a_glob() -> None:
     assert [words[0] for words in jobs] == ["model=hstu_0p2b", "model=hstu_tiny"]
 
 
-@pytest.mark.parametrize("word", ["runner.repeats=1,5", "runner.output_root=a,b", "tracking=none,mlflow"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("runner.repeats=1,5", "runner.output_root=a,b", "runner.keep_engine=true,false", "runner.parallel=2,4"),
+        *("runner.cluster=none,slurm", "slurm.gpus=1,2", "tracking=none,mlflow"),
+    ],
+)
 def test_an_option_of_the_whole_sweep_is_not_swept_over(word: str) -> None:
     key = word.partition("=")[0]
     with pytest.raises(ConfigError, match=rf"^{key}=\w+: {key} is an option of the whole sweep"):

@@ -11,12 +11,12 @@ import psutil
 import pytest
 from helpers.beside import QUICK, found, measures, until
 from helpers.command import Grbench
-from helpers.forks import fork_command
+from helpers.forks import fork_command, fork_places, fork_workers
 
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
-from grbench.execution import gpu, places, records
-from grbench.execution.records import RunRecord, Status
+from grbench.execution import gpu, place, places, records
+from grbench.execution.records import LOG_FILE, RunRecord, Status
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
@@ -30,16 +30,16 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
         fine = found(tmp_path)[64]
         assert fine.status is Status.OK, fine.error
         children = psutil.Process(command.pid).children(recursive=True)
-        place = {child.cpu_affinity()[0]: child for child in psutil.Process(command.pid).children()}
-        assert len(place) == 2, "a core each"
+        on_core = {child.cpu_affinity()[0]: child for child in psutil.Process(command.pid).children()}
+        assert len(on_core) == 2, "a core each"
         cores = [record.environment["cpu_cores"] for record in found(tmp_path).values()]
         assert cores == [1] * len(cores)
         assert fine.environment["beside"]["cells"] == 1
         assert any("beside this one, on other cores" in note for note in fine.notes)
 
         [freed] = fine.environment["beside"]["cores"]  # the third cell runs there
-        [other] = set(place) - {freed}
-        place[other].kill()
+        [other] = set(on_core) - {freed}
+        on_core[other].kill()
         until(lambda: 100000000 in found(tmp_path), command)
         lost = found(tmp_path)[100000000]
         assert lost.status is Status.KILLED
@@ -74,13 +74,22 @@ def test_cells_of_one_engine_have_one_place_if_it_is_kept(grbench_forked: Grbenc
     assert len(list(records.find(tmp_path))) == 4
 
 
+def a_place() -> places.Places:
+    """One place, on all cores."""
+    return places.Places([places.LocalPart(places.Share(tuple(os.sched_getaffinity(0))))], print)
+
+
+def a_cell(folder: Path, ended: list[RunRecord], *words: str) -> places.Cell:
+    """A cell whose record goes to a list."""
+    spec, run = compose_spec([*QUICK, *words])
+    options: dict[str, Any] = {"on_event": lambda event: None, "on_end": lambda folder, record: ended.append(record)}
+    return places.Cell(spec, run.runner, folder, None, [], None, **options)
+
+
 def test_a_signal_while_a_place_starts_interrupts_its_cell(tmp_path: Path) -> None:
     """A place that has said nothing yet has no handlers, and leaves no record of its own."""
     ended: list[RunRecord] = []
-    spec, run = compose_spec(QUICK)
-    here = places.Places([places.LocalPart(places.Share(tuple(os.sched_getaffinity(0))))])
-    options: dict[str, Any] = {"on_event": lambda event: None, "on_end": lambda folder, record: ended.append(record)}
-    cell = places.Cell(spec, run.runner, tmp_path / "0", None, [], None, **options)
+    here, cell = a_place(), a_cell(tmp_path / "0", ended)
     here.give([cell, cell])
     assert here.busy
     here.interrupt(signal.SIGINT)
@@ -90,6 +99,42 @@ def test_a_signal_while_a_place_starts_interrupts_its_cell(tmp_path: Path) -> No
     assert ended[0].error == "a signal ended the command before the cell ran"
     [(folder, record)] = records.find(tmp_path)
     assert (folder, record.status) == (tmp_path / "0", Status.INTERRUPTED)
+
+
+def test_a_signal_meets_a_place_that_has_gone_on_to_its_next_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages of the place on both cells come at once."""
+    monkeypatch.chdir(tmp_path)
+    fork_workers(monkeypatch)
+    fork_places(monkeypatch)
+    ended: list[RunRecord] = []
+    words = [["scenario.queries=64"], ["scenario.queries=100000000"], ["scenario.queries=64", "seed=1"]]
+    cells = [a_cell(tmp_path / str(number), ended, *word) for number, word in enumerate(words)]
+    here = a_place()
+    here.give(cells)
+    [its] = here._busy
+    until(lambda: (tmp_path / "1" / LOG_FILE).exists(), its._process)
+    here.interrupt(signal.SIGTERM)
+    here.close()
+    assert [record.status for record in ended] == [Status.OK, Status.INTERRUPTED]
+    assert [folder.name for folder, _ in records.find(tmp_path)] == ["0", "1"]
+
+
+def test_a_place_whose_command_has_gone_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command gave it a cell, and ended while it started."""
+    monkeypatch.chdir(tmp_path)
+    fork_workers(monkeypatch)
+    fork_places(monkeypatch)
+    measure = place.measure
+    monkeypatch.setattr(place, "measure", lambda *given: place._gone.wait(60) and measure(*given))
+    here = a_place()
+    here.give([a_cell(tmp_path / "0", [])])
+    [its] = here._busy
+    its.output.close()
+    its._process.stdin.close()
+    assert its._process.wait() == 0, (tmp_path / "places.txt").read_text()
+    assert not list(records.find(tmp_path))
 
 
 def test_places_share_no_core_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,7 @@ def fork_command(folder: Path, *words: str, env: Mapping[str, str] = os.environ,
         sys.argv = ["grbench"]
         fork_workers(pytest.MonkeyPatch())
         if forked_places:
-            places.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _Place})  # type: ignore[assignment]
+            fork_places(pytest.MonkeyPatch())
         sys.exit(main(words))
 
     for name in ("out.txt", "err.txt"):
@@ -191,6 +191,11 @@ class _Place(Fork):
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
+
+
+def fork_places(patch: pytest.MonkeyPatch) -> None:
+    """Let the places of cells side by side be forks, which print to places.txt in the current folder."""
+    patch.setattr(places, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": _Place}))
 
 
 def fork_workers(patch: pytest.MonkeyPatch) -> None:
