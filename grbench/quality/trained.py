@@ -81,7 +81,10 @@ def with_trained(spec: RunSpec, wanted: Wanted, root: Path, overrides: Sequence[
 def _find(
     spec: RunSpec, part: str, wanted: Wanted, root: Path, typed_tasks: bool
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Return the folder and the results of the training whose weights a part takes; None if there is none."""
+    """Return the folder and the results of the training whose weights a part takes; None if there is none.
+
+    Raises ConfigError if there is none in `wanted.out`.
+    """
     found = []
     for folder, training in _trainings(Path(wanted.out) if wanted.out else root):
         config = training["config"]
@@ -92,6 +95,12 @@ def _find(
             same = config["workload"] == dataclasses.asdict(spec.workload)
             found.append((same, training["started_at"], folder, training))
     if not found:
+        if wanted.out:
+            task = TASKS[part]
+            raise ConfigError(
+                f"out={wanted.out}: no training with task={task} lies there; `grbench train task={task} "
+                f"out={wanted.out}` and the other words make one, or set {part}.weights=FILE"
+            )
         return None
     *_, folder, training = max(found, key=lambda one: one[:2])
     return folder, training

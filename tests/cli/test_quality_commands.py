@@ -79,6 +79,8 @@ def test_the_words_of_a_training_evaluate_what_it_trained(grbench_here: Grbench,
     for more, message in (
         (["seed=2"], "model.weights=null: random weights have no quality"),  # nothing was trained with it
         (["out=mine", "seed=1"], "out=mine: its training has seed=0; give its words, or name another folder"),
+        (["out=mien"], "out=mien: no training with task=rank lies there; `grbench train task=rank out=mien`"),
+        (["out=mine", "task=generate"], "out=mine: no training with task=generate lies there; `grbench train task=gen"),
         (["out=mine", "training.rate=0.5"], "out=mine: its training has training.rate=0.002; give its words"),
     ):
         refused = grbench_here("evaluate", *words, *more)
