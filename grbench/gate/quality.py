@@ -99,7 +99,7 @@ def measure(
     from grengines.models.hstu.reference import RankingReference
 
     expected = RankingReference(model, trace.catalogue, spec.seed, device).scores(rankings.requests)
-    found = rankings.ask(engine, spec.scenario.max_batch, spec.cache.name != "none")
+    found, _ = rankings.ask(engine, spec.scenario.max_batch, spec.cache.name != "none")
     losses = rankings.losses(found, expected)
     beside = {f"loss/{name}": loss for name, loss in losses.items()}
     figures = QualityFigures.of(rankings.estimates(found) | beside, rankings.baselines(), rankings.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -59,26 +60,28 @@ class Rankings:
     def requests(self) -> list[Request]:
         return [self.trace.requests[i] for i in self.indices]
 
-    def ask(self, engine: Ranker, max_batch: int, returning: bool = False) -> list[Float32Array]:
-        """Return the engine's logits [candidates, tasks] of each request.
+    def ask(self, engine: Ranker, max_batch: int, returning: bool = False) -> tuple[list[Float32Array], float]:
+        """Return the engine's logits [candidates, tasks] of each request, and the seconds that these answers took.
 
         returning: the engine has a KV cache, and each user comes first with the events of the previous visit, twice,
         since a policy may keep nothing of a first one. The scores are then of stored states, which a note counts.
         """
-        requests, found, stored, tokens = self.requests, list[Float32Array](), 0, 0
+        requests, found, stored, tokens, seconds = self.requests, list[Float32Array](), 0, 0, 0.0
         for begin in range(0, len(requests), max_batch):
             batch = requests[begin : begin + max_batch]
             earlier = [_before(r) for r in batch if r.num_seen] if returning else []
             for _ in range(2 if earlier else 0):
                 engine.rank(earlier)
+            begun = time.perf_counter()
             result = engine.rank(batch)
+            seconds += time.perf_counter() - begun
             found += result.scores
             stored += sum(cached.tokens for cached in result.cached)
             tokens += sum(cached.of for cached in result.cached)
         if returning:
             share = stored / max(tokens, 1)
             self.notes.append(f"{share:.0%} of the histories of ranked requests were read from the KV cache")
-        return found
+        return found, seconds
 
     def figures(self, logits: Sequence[Float32Array]) -> dict[str, float]:
         """Return auc, gauc, ne and accuracy of each task by name, such as rated/auc, without intervals."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from grbench.quality.rankings import Rankings
 from grbench.workloads.config import RecordedConfig
 from grbench.workloads.events import DataError, Events
 from grbench.workloads.trace import build_trace, find_visits
+from grengines.api import RankResult, Request
 
 
 def events_of(*histories: list[int], items: int = 10) -> Events:
@@ -196,6 +198,25 @@ def test_lists_with_and_without_the_past() -> None:
     # Without the past the first has 4 7 0 5 6 left, the third 4 7 0 3 6, and the last has lost his target.
     assert popular["hr5_new"].value == 0.5
     assert popular["mrr5_new"].value == pytest.approx((1 + 1 / 5) / 4)
+
+
+def test_the_seconds_of_answers_leave_out_what_fills_the_cache() -> None:
+    events = events_of(*[list(range(20)) for _ in range(4)], items=20)
+    workload = RecordedConfig("any", num_candidates=4)
+    rankings = Rankings.of(build_trace(events, find_visits(events, workload), workload, 0, 1.0), ["rated"], 8, seed=0)
+    assert rankings is not None and any(request.num_seen for request in rankings.requests)
+    filled = 0
+
+    def rank(requests: list[Request]) -> RankResult:
+        nonlocal filled
+        if not any(request.num_seen for request in requests):
+            filled += 1
+            time.sleep(0.05)
+        scores = [np.zeros((len(request.candidates), 1), np.float32) for request in requests]
+        return RankResult(scores=scores, batch_ms=0, transfer_ms=0, compute_ms=0, tokens=0, padded_tokens=0)
+
+    scores, seconds = rankings.ask(SimpleNamespace(rank=rank), 8, returning=True)  # type: ignore[arg-type]
+    assert len(scores) == 8 and filled == 2 and 0 < seconds < 0.05
 
 
 def test_baselines_of_scores() -> None:
