@@ -228,9 +228,7 @@ def contradiction(options: EngineOptions, asked: Asked) -> str | None:
             return f"engine.fallback={name}: {problem}"
     for stage, task in spec.stages.items():  # the last one has the cache
         cache = asked.cache if task == "rank" else CacheConfig()
-        if problem := contradiction(
-            stage_options(options, stage)[0], dataclasses.replace(asked, task=task, cache=cache)
-        ):
+        if problem := contradiction(getattr(options, stage), dataclasses.replace(asked, task=task, cache=cache)):
             return problem.replace("engine.", f"engine.{stage}.").replace("set engine=", f"set engine@engine.{stage}=")
     return None
 

@@ -30,6 +30,7 @@ from grbench.config.reference import ROOTS, reference
 from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json, to_spec
 from grbench.workloads import load_events
 from grbench.workloads.config import DrawnConfig
+from grengines import registry
 
 GROUPS = ["model", "engine", "kernel", "cache", "workload", "scenario", "tracking"]
 OPTIONS = [
@@ -401,6 +402,18 @@ def test_what_no_machine_can_run_is_refused_before_it_is_recorded(words: str, li
     with pytest.raises(ConfigError) as caught:
         compose_spec(words.split())
     assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize("missing", [None, "package vllm is not installed; pip install vllm"])
+def test_a_pipeline_is_judged_by_the_stages_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, missing: str | None
+) -> None:
+    """Refuse alike on every machine, whatever it has installed."""
+    monkeypatch.setattr(registry, "availability", lambda name: missing)
+    words = ["engine=pipeline", "model=dlrm_v3_stu"]
+    with pytest.raises(ConfigError, match=r"engine vllm lacks it, .*; set engine@engine\.retrieve=hstu for this model"):
+        compose_spec(words)
+    compose_spec([*words, "engine@engine.retrieve=hstu"])
 
 
 @pytest.mark.parametrize(
