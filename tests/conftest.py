@@ -118,10 +118,13 @@ def patch_language_once() -> None:
     """Let Triton's interpreter replace its language once a launch.
 
     It does so again at each call of a function within a kernel: a fifth of the time of the kernels of these tests.
+    A Triton that lacks these private names stays as it is.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "_LangPatchScope"):
+        return
     patch = interpreter._patch_lang
 
     def once(fn: Any) -> Any:
