@@ -22,6 +22,7 @@ from grbench.config.schema import ConfigError
 from grbench.execution import records
 from grbench.report.cells import flatten, shown
 from grbench.report.chart import Chart, Series
+from grbench.report.frame import ReportError
 from grbench.report.markdown import sections
 from grbench.report.page import Bullets, Figure
 from grbench.report.write import draw
@@ -74,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     rows = common.Rows(args, __file__, arguments)
-    grid = load(args.grid)
+    try:
+        grid = load(args.grid)
+    except ReportError as e:
+        parser.error(str(e))
     total = len(grid.cells)
     if total < 2:
         parser.error(f"--grid {args.grid}: no grid of offline cells; run python -m grbench study=tune_grid first")

@@ -7,7 +7,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,16 @@ class LiveEvaluator:
     """Measures cells through a session, and knows the records that lie under its output root."""
 
     def __init__(
-        self, session: CellSession, declared: Declared, specs: Mapping[Configuration, RunSpec], root: Path, sweep: Path
+        self,
+        session: CellSession,
+        declared: Declared,
+        specs: Mapping[Configuration, RunSpec],
+        root: Path,
+        sweep: Path,
+        say: Callable[[str], None],
     ) -> None:
-        """specs: of each configuration, a cell of the server scenario. sweep: folder of the cells."""
+        """specs: of each configuration, a cell of the server scenario. sweep: folder of the cells. say: a line."""
+        self._say = say
         self._session, self._declared, self._specs, self._sweep = session, declared, specs, sweep
         self._begun = time.monotonic()
         self._cells = 0
@@ -227,12 +234,21 @@ class LiveEvaluator:
             metrics={**rest, **quality} if record.ok else {},
             intervals=record.intervals,
             error=record.error or "",
-            batches=batches_of(folder) if record.ok and record.spec["scenario"]["name"] == "offline" else (),
+            batches=self._batches(folder) if record.ok and record.spec["scenario"]["name"] == "offline" else (),
             seconds=seconds,
             kept=kept,
-            notes=record.notes,
             folder=folder,
         )
+
+    def _batches(self, folder: Path) -> list[tuple[int, float]]:
+        """Return `batches_of` a cell; none where its samples are damaged, and a line that says so."""
+        from grbench.report.frame import ReportError
+
+        try:
+            return batches_of(folder)
+        except ReportError as e:
+            self._say(f"{e}; until then the search does without the times of its batches")
+            return []
 
     def _loss_unknown(self, configuration: Configuration) -> bool:
         """Return True if a limit asks for a loss against the default configuration, and that one has no quality."""
@@ -273,17 +289,16 @@ def losses(found: Mapping[str, float], base: Mapping[str, float]) -> dict[str, f
 
 
 def batches_of(folder: Path) -> list[tuple[int, float]]:
-    """Return the size and the seconds of each batch of a cell; none for an engine that batches by itself."""
-    from grbench.report.frame import ReportError, load_samples
+    """Return the size and the seconds of each batch of a cell; none for an engine that batches by itself.
+
+    Raises ReportError for samples that can't be read.
+    """
+    from grbench.report.frame import load_samples
 
     columns = ["batch_index", "batch_size", "batch_ms", "transfer_ms", "compute_ms"]
-    try:
-        table = load_samples(folder)
-    except ReportError:  # the search then does without, as for an engine that batches by itself
-        return []
     by_index: dict[int, tuple[int, float]] = {}
     packed = 0.0
-    for index, size, *parts in table[columns].itertuples(index=False):
+    for index, size, *parts in load_samples(folder)[columns].itertuples(index=False):
         by_index[int(index)] = (int(size), sum(parts) / 1e3)
         packed += parts[0]
     return list(by_index.values()) if packed else []

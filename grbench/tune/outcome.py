@@ -68,7 +68,6 @@ class Outcome:
     batches: Sequence[tuple[int, float]] = ()  # size and seconds of each batch, where the engine takes batches
     seconds: float = 0.0  # that the probe took
     kept: bool = False  # an earlier record answered it
-    notes: Sequence[str] = ()
     folder: Path | None = None  # of the record
 
     @property

@@ -53,7 +53,7 @@ class TuneSession:
         self.folder.mkdir(parents=True, exist_ok=True)
         invocation = Invocation(("tune", *words), 0, self.folder, config_dir=_path(declared.config_dir))
         self._cells = CellSession(run, invocation, quiet=True)
-        self._evaluator = LiveEvaluator(self._cells, declared, space.specs, root, self.folder)
+        self._evaluator = LiveEvaluator(self._cells, declared, space.specs, root, self.folder, self._say)
         batching = {
             configuration: Batching(spec.scenario.max_batch, spec.scenario.max_wait_ms / 1e3, spec.scenario.in_flight)
             for configuration, spec in space.specs.items()

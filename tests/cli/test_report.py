@@ -39,7 +39,7 @@ from grbench.report import (
 from grbench.report.cells import Code, Planned, command, figure, flatten, knobs, label, labels
 from grbench.report.chart import Chart
 from grbench.report.findings import work_names
-from grbench.report.frame import PARTS, read_cells
+from grbench.report.frame import PARTS, ReportError, read_cells
 from grbench.report.html import _inline
 from grbench.report.interactive import plotly_figure
 from grbench.report.latency_charts import front_of
@@ -689,7 +689,8 @@ def test_damaged_samples_cost_no_more_than_their_curves(
     with pytest.warns(UserWarning, match=r"1/samples\.parquet: "):
         parts = time_parts(load_frame(sweep))
     assert list(parts["latency_ms"].isna()) == [False, True, False] and message in parts.attrs["notes"][0]
-    assert batches_of(sweep / "1") == []  # the search does without
+    with pytest.raises(ReportError, match=r"1/samples\.parquet: "):
+        batches_of(sweep / "1")
 
 
 def test_texts_of_a_record_make_no_link_and_commands_are_as_typed() -> None:

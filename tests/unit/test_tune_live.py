@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -52,6 +53,7 @@ def evaluator(
     *words: str,
     quality: bool = False,
     configurations: Sequence[Configuration] = WINDOWS,
+    say: Callable[[str], None] = print,
 ) -> LiveEvaluator:
     bounds = [word for word in words if limits.is_limit(word.partition("=")[0])]
     fixed = ["task=rank", "engine=hstu", *(word for word in words if word not in bounds)]
@@ -64,7 +66,7 @@ def evaluator(
         c: compose_spec([*declared.fixed, *c.words, *([] if scenario in declared.fixed else [scenario])])[0]
         for c in configurations
     }
-    return LiveEvaluator(cast(CellSession, session), declared, specs, root, root / "sweep")
+    return LiveEvaluator(cast(CellSession, session), declared, specs, root, root / "sweep", say)
 
 
 def test_another_model_is_not_judged_by_its_own_reference_where_the_default_failed(tmp_path: Path) -> None:
@@ -77,6 +79,18 @@ def test_another_model_is_not_judged_by_its_own_reference_where_the_default_fail
     assert not unlimited.evaluate(DEFAULT, OFFLINE).ok
     figures = unlimited.evaluate(WINDOW, OFFLINE).metrics
     assert figures["quality/auc"] == 0.60 and not any(name.endswith("loss") for name in figures)
+
+
+def test_damaged_samples_cost_the_times_of_batches_and_a_line_says_so(tmp_path: Path) -> None:
+    folder, lines = tmp_path / "0", list[str]()
+    record = write_cell(folder, "scenario=offline")
+    session = SimpleNamespace(has=lambda spec: False, measure=lambda job: (folder, record, False))
+    assert evaluator(session, tmp_path / "none", say=lines.append).evaluate(DEFAULT, OFFLINE).batches and not lines
+    (folder / records.SAMPLES_FILE).write_bytes(b"")
+    outcome = evaluator(session, tmp_path / "none", say=lines.append).evaluate(DEFAULT, OFFLINE)
+    assert outcome.ok and not outcome.batches and outcome.metrics["throughput_rps"] > 0
+    [line] = lines
+    assert line.startswith(f"{folder}/samples.parquet: not readable as parquet") and "rerun=true" in line
 
 
 def test_the_loss_of_another_model_is_against_the_default(tmp_path: Path) -> None:
