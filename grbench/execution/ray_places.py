@@ -22,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -29,29 +30,34 @@ from pathlib import Path
 from typing import Any
 
 from grbench.config.schema import ConfigError
-from grbench.execution import folders
+from grbench.execution import folders, records
 from grbench.execution.environment import describe_environment
 from grbench.execution.places import Cell, Part, PartError, Place, cores_here, ended, one_line, pipe, place_command
+from grbench.execution.records import RECORD_FILE
 from grbench.signals import ENDING
 
 CONNECT_S = 10.0  # for the cluster to take a connection
 START_S = 300.0  # for Ray to place an actor and start its process
 PASSED_ON = ("GRBENCH_", "OMP_", "TRITON_")  # variables of the command that its places have too
 MACHINE = ("cpu", "cpu_cores", "memory_gib", "system", "gpus")  # what nodes may differ in
-FIX = "start one with `ray start --head`, add machines with `ray start --address=HOST:6379`, or set RAY_ADDRESS"
+FIX = (
+    "start one with `RAY_AUTH_MODE=token ray start --head`, add machines with `RAY_AUTH_MODE=token ray start "
+    "--address=HOST:6379`, or set RAY_ADDRESS"
+)
 
 
 class Remote:
     """A process of grbench.execution.place on a node. Ray runs its methods there, several at a time.
 
-    number, of: which of the node's places it is, which decides on its cores. marker: a file of the command.
+    number, of: which share of the node's cores it has. marker: a file of the command; where it is not seen, cells are
+    written into a temporary folder of the name `spare`.
     """
 
-    def __init__(self, number: int, of: int, marker: str, folder: str, variables: dict[str, str]) -> None:
+    def __init__(self, number: int, of: int, marker: str, spare: str, folder: str, variables: dict[str, str]) -> None:
         cores = cores_here()
         size = max(len(cores) // of, 1)
         self._cores = sorted(cores[number * size : (number + 1) * size])
-        self._spare = None if Path(marker).exists() else tempfile.mkdtemp(prefix="grbench-")
+        self._spare = None if Path(marker).exists() else str(Path(tempfile.gettempdir(), spare))
         own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # Ray has set it
         paths = os.pathsep.join(filter(None, sys.path))  # Ray adds those of the command
         self._process = subprocess.Popen(
@@ -90,16 +96,21 @@ class Remote:
         return ended(self._process.wait())
 
     def pack(self, folder: str) -> bytes:
-        """Return a folder as a tar file, and remove it."""
+        """Return a folder as a tar file."""
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w") as tar:
             tar.add(folder, ".")
-        shutil.rmtree(folder)
         return packed.getvalue()
 
-    def end(self) -> None:
-        """Wait until it has ended, since no cell comes any more."""
+    def remove(self, folder: str) -> None:
+        """Remove a folder."""
+        shutil.rmtree(folder)
+
+    def end(self, kill: bool) -> None:
+        """Wait until it has ended, since no cell comes any more. kill: end it at once."""
         assert self._process.stdin is not None
+        if kill:
+            self._process.kill()
         self._process.stdin.close()
         self._process.wait()
         if self._spare:
@@ -107,10 +118,13 @@ class Remote:
 
 
 class RayPart(Part):
-    """A GPU of a node, or a share of its processors. Its first place starts at once."""
+    """A GPU of a node, or a share of its processors. Its first place starts at once.
 
-    def __init__(self, ray: Any, node: dict[str, Any], number: int, of: int, marker: Path) -> None:
-        super().__init__({}, of - 1, {})
+    beside: other parts of the node. number, of, marker: see Remote.
+    """
+
+    def __init__(self, ray: Any, node: dict[str, Any], beside: int, number: int, of: int, marker: Path) -> None:
+        super().__init__({}, beside, {})
         self.ray, self.host, self._marker = ray, node["NodeManagerHostname"], marker
         resources = node["Resources"]
         pin = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -121,7 +135,7 @@ class RayPart(Part):
             max_concurrency=4,  # a call waits for what the process says
         )
         variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-        self._arguments = (str(Path.cwd()), variables)
+        self._arguments = (f"grbench-{uuid.uuid4().hex}", str(Path.cwd()), variables)
         self._number, self._of = number, of
         self._first: Any = self._new()
 
@@ -145,6 +159,11 @@ class RayPart(Part):
                     f"runner.cluster=ray: {self.host} has {name} {there[name]}, and here it is {here[name]}; install "
                     "the same code and packages there"
                 )
+        if not self.known["cores"]:
+            raise ConfigError(
+                f"runner.cluster=ray: {self.host} has fewer cores than places, because Ray counts more processors or "
+                "GPUs there; use a smaller runner.parallel, or start Ray there with --num-cpus=CORES"
+            )
         self.machine = {name: there[name] for name in MACHINE} | {"host": self.known["host"]}
         self.facts = {"host": self.known["host"]}
         if self.known["spare"] is None:
@@ -179,8 +198,8 @@ def ray_parts(parallel: str, root: Path) -> list[Part]:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=root, prefix=".grbench-") as marker:
         parts = [
-            RayPart(ray, node, number, count, Path(marker.name))
-            for node, count in zip(nodes, _counts(parallel, [node["Resources"] for node in nodes]), strict=True)
+            RayPart(ray, node, count - 1, number, of, Path(marker.name))
+            for node, (count, of) in zip(nodes, _counts(parallel, [n["Resources"] for n in nodes]), strict=True)
             for number in range(count)
         ]
         for part in parts:
@@ -191,6 +210,8 @@ def ray_parts(parallel: str, root: Path) -> list[Part]:
 def _joined() -> Any:
     """Return Ray, connected to a cluster that runs. Raises ConfigError."""
     address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "local":
+        raise ConfigError(f"RAY_ADDRESS=local: Ray would start here and listen on every network; {FIX}")
     if answers := re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+?)\]?:(\d+)", address):  # Ray would try for minutes
         try:
             socket.create_connection((answers[1], int(answers[2])), CONNECT_S).close()
@@ -215,8 +236,11 @@ def _nobody_at(address: str, error: Exception) -> ConfigError:
     return ConfigError(f"runner.cluster=ray: no cluster answers at RAY_ADDRESS={address} ({one_line(error)}); {FIX}")
 
 
-def _counts(parallel: str, nodes: Sequence[dict[str, float]]) -> list[int]:
-    """Return how many places each node has, given its resources: one after another in turn. Raises ConfigError."""
+def _counts(parallel: str, nodes: Sequence[dict[str, float]]) -> list[tuple[int, int]]:
+    """Return how many places each node has, given its resources, and the shares that its cores are divided into.
+
+    Places go to one node after another in turn. Nodes of as many processors have equal shares. Raises ConfigError.
+    """
     gpus = [int(node.get("GPU", 0)) for node in nodes]
     room = gpus if any(gpus) else [int(node.get("CPU", 0)) for node in nodes]
     what = "GPUs" if any(gpus) else "processors"
@@ -236,7 +260,10 @@ def _counts(parallel: str, nodes: Sequence[dict[str, float]]) -> list[int]:
     while sum(counts) < wanted:
         fullest = max(range(len(nodes)), key=lambda i: (room[i] > counts[i], -counts[i]))
         counts[fullest] += 1
-    return counts
+    most: dict[float, int] = {}
+    for node, count in zip(nodes, counts, strict=True):
+        most[node.get("CPU", 0)] = max(count, most.get(node.get("CPU", 0), 0))
+    return [(count, most[node.get("CPU", 0)]) for node, count in zip(nodes, counts, strict=True)]
 
 
 class _RayPlace(Place):
@@ -259,6 +286,8 @@ class _RayPlace(Place):
 
     def _signal(self, number: int) -> None:
         if number == signal.SIGKILL:
+            with contextlib.suppress(self._ray.exceptions.RayError):  # the node may be lost
+                self._ray.get(self._actor.end.remote(True), timeout=CONNECT_S)
             self._ray.kill(self._actor)
         else:
             self._actor.signal.remote(number)
@@ -279,12 +308,30 @@ class _RayPlace(Place):
             packed = self._ray.get(self._actor.pack.remote(str(folder)))
         except self._ray.exceptions.RayError as e:
             raise PartError(f"{self._host} was lost before it sent the record ({one_line(e)})") from None
-        with folders.unused(self.cells[0].folder) as here, tarfile.open(fileobj=io.BytesIO(packed)) as tar:
-            tar.extractall(here, filter="data")
-            return here
+        with folders.unused(self.cells[0].folder) as here:
+            here = unpacked(packed, here)
+        self._actor.remove.remote(str(folder))
+        return here
 
     def close(self) -> None:
         with contextlib.suppress(self._ray.exceptions.RayError):
-            self._ray.get(self._actor.end.remote())
+            self._ray.get(self._actor.end.remote(False))
         self._ray.kill(self._actor)
         super().close()
+
+
+def unpacked(packed: bytes, folder: Path) -> Path:
+    """Unpack the folder of a cell, into a temporary folder if the disk refuses. Returns the folder that has it."""
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        try:
+            tar.extractall(folder, filter="data")
+            return folder
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                (folder / RECORD_FILE).unlink()  # the other files may lack
+            spare, why = Path(tempfile.mkdtemp(prefix="grbench-")), e.strerror or e
+            tar.extractall(spare, filter="data")
+    record = records.load(spare / RECORD_FILE)
+    record.notes.append(f"{folder} could not be written ({why}): this record is kept in {spare}")
+    records.save(record, spare)
+    return spare

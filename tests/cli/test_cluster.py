@@ -4,59 +4,61 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from helpers.beside import QUICK, found, measures, until
+from helpers.beside import QUICK, found, measures, two_cores, until
+from helpers.cells import write_cell
 from helpers.checkout import ROOT
 from helpers.command import Grbench
+from helpers.forks import fork_command
 from helpers.ray_cluster import LOCAL_ONLY
 
 from grbench.config.schema import ConfigError, RunnerConfig, SlurmConfig
 from grbench.execution import ray_places, records, slurm_places
+from grbench.execution.environment import describe_environment
 from grbench.execution.records import Status
 
 RAY = ["runner.cluster=ray", "runner.parallel=2"]
 SLURM = ["runner.cluster=slurm", "runner.parallel=2"]
-two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
+on_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
 
 
-@pytest.fixture(scope="module")
-def ray_address() -> Iterator[str]:
-    """A Ray cluster of one node with two processors."""
-    cluster = subprocess.Popen(
-        [sys.executable, "-m", "helpers.ray_cluster", "2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+@pytest.fixture
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[psutil.Process]:
+    """A Ray cluster of one node with two cores, to which commands connect."""
+    start = [sys.executable, "-m", "helpers.ray_cluster", "2"]
+    with two_cores():
+        cluster = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert cluster.stdin is not None and cluster.stdout is not None
     address = cluster.stdout.readline().strip()
     assert address, "its errors are above"
-    yield address
+    for name, value in {"RAY_ADDRESS": address, **LOCAL_ONLY}.items():
+        monkeypatch.setenv(name, value)
+    yield psutil.Process(cluster.pid)
     cluster.stdin.close()
     cluster.wait(60)
 
 
-def sweep(folder: Path, *words: str, **env: str) -> subprocess.Popen[str]:
-    """Start a sweep, whose output goes to folder/said.txt."""
-    with (folder / "said.txt").open("w") as said:
-        command = [sys.executable, "-m", "grbench", "-m", *QUICK, *words]
-        return subprocess.Popen(command, cwd=folder, env=os.environ | env, stdout=said, stderr=said, text=True)
-
-
-@two_cores
-def test_a_sweep_on_ray_keeps_the_record_of_every_cell(ray_address: str, grbench: Grbench, tmp_path: Path) -> None:
+@on_two_cores
+def test_a_sweep_on_ray_keeps_the_record_of_every_cell(
+    ray_cluster: psutil.Process, grbench_forked: Grbench, tmp_path: Path
+) -> None:
     """One of three cells ends well, one loses the process of Ray, one is stopped with the command.
 
     The command's output root is the folder out of whichever process names it, so that Ray's node has another one.
     """
-    env = {"RAY_ADDRESS": ray_address, **LOCAL_ONLY}
     cells = "scenario.queries=64,100000000,200000000"
-    command = sweep(tmp_path, cells, *RAY, "runner.output_root=/proc/self/cwd/out", **env)
-    said = tmp_path / "said.txt"
+    command = fork_command(tmp_path, "-m", *QUICK, cells, *RAY, "runner.output_root=/proc/self/cwd/out")
+    said = tmp_path / "err.txt"
     try:
         until(lambda: measures(said.read_text(), 2) and measures(said.read_text(), 3), command)
         fine = found(tmp_path)[64]
@@ -65,30 +67,32 @@ def test_a_sweep_on_ray_keeps_the_record_of_every_cell(ray_address: str, grbench
         assert fine.environment["cpu_cores"] == 1
         assert fine.environment["beside"]["cells"] == 1
         [freed] = fine.environment["beside"]["cores"]  # the third cell runs there
-        places = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if "grbench.execution.place" in (process.info["cmdline"] or []) and freed not in process.cpu_affinity()
-        ]
-        [actor] = [process.parent() for process in places if process.parent().name().startswith("ray::Remote")]
+        places = {
+            process.cmdline()[-1]: process
+            for process in ray_cluster.children(recursive=True)
+            if "grbench.execution.place" in process.cmdline()
+        }
+        [actor] = [place.parent() for core, place in places.items() if core != str(freed)]
+        assert actor is not None and actor.name().startswith("ray::Remote")
         actor.kill()
         until(lambda: 100000000 in found(tmp_path), command)
         lost = found(tmp_path)[100000000]
         assert lost.status is Status.KILLED
         assert lost.error is not None and "was lost" in lost.error and lost.error.endswith("; run it again")
         assert lost.environment["cpu_cores"] == 1
-        command.send_signal(signal.SIGTERM)
-        assert command.wait(60) == 143, said.read_text()
-        assert found(tmp_path)[200000000].status is Status.INTERRUPTED
+        os.kill(command.pid, signal.SIGINT)
+        assert command.wait(60) == 130, said.read_text()
+        stopped = found(tmp_path)[200000000]
+        assert stopped.status is Status.INTERRUPTED
+        assert stopped.error == "SIGINT ended the command while the cell ran", "it came to the place"
         assert "Traceback" not in said.read_text()
-        psutil.wait_procs(places, 30)
-        assert not [place for place in places if place.is_running()]
+        _, alive = psutil.wait_procs(places.values(), 30)
+        assert not alive
     finally:
         command.kill()
-        command.wait()
 
-    again = grbench("-m", *QUICK, "scenario.queries=64,100000000,32", *RAY, "runner.output_root=out", **env)
-    assert again.returncode == 1
+    again = grbench_forked("-m", *QUICK, "scenario.queries=64,100000000,32", *RAY, "runner.output_root=out")
+    assert again.returncode == 1, again.stderr
     assert "64: OK in a record of" in again.stderr
     assert "100000000: KILLED in a record of" in again.stderr
     assert "kept (rerun_failed=true measures it again)" in again.stderr
@@ -98,16 +102,39 @@ def test_a_sweep_on_ray_keeps_the_record_of_every_cell(ray_address: str, grbench
 
 def test_places_are_spread_over_the_nodes_of_ray() -> None:
     nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}]
-    assert ray_places._counts("gpus", nodes) == [2, 0, 4]
-    assert ray_places._counts("3", nodes) == [2, 0, 1]
-    assert ray_places._counts("2", nodes) == [1, 0, 1]
+    assert ray_places._counts("gpus", nodes) == [(2, 4), (0, 0), (4, 4)], "equal cores, since both have 8"
+    assert ray_places._counts("3", nodes) == [(2, 2), (0, 0), (1, 2)]
+    assert ray_places._counts("2", nodes) == [(1, 1), (0, 0), (1, 1)]
     with pytest.raises(ConfigError, match="has 6 GPUs, and cells never share one; allowed is at most 6"):
         ray_places._counts("7", nodes)
     processors = [{"CPU": 2.0}, {"CPU": 4.0}, {"memory": 1.0}]
-    assert ray_places._counts("4", processors) == [2, 2, 0]
+    assert ray_places._counts("4", processors) == [(2, 2), (2, 2), (0, 0)]
     for parallel, why in (("gpus", "has no GPU"), ("none", "allowed are gpus and a number"), ("7", "6 processors")):
         with pytest.raises(ConfigError, match=why):
             ray_places._counts(parallel, processors)
+
+
+def test_a_node_of_ray_with_fewer_cores_than_places_is_refused() -> None:
+    part = object.__new__(ray_places.RayPart)
+    part.host = "node"
+    part.known = {"environment": describe_environment(), "host": "node", "cores": []}
+    with pytest.raises(ConfigError, match=r"^runner\.cluster=ray: node has fewer cores than places"):
+        part.check()
+
+
+def test_a_record_that_comes_onto_a_full_disk_is_kept_elsewhere(tmp_path: Path) -> None:
+    record = write_cell(tmp_path / "node")
+    with tarfile.open(tmp_path / "packed", "w") as tar:
+        tar.add(tmp_path / "node", ".")
+    (tmp_path / "out").touch()  # no folder can be made in it
+    folder = ray_places.unpacked((tmp_path / "packed").read_bytes(), tmp_path / "out" / "0")
+    try:
+        assert folder.parent == Path(tempfile.gettempdir())
+        [note] = set(records.load(folder).notes) - set(record.notes)
+        assert note.startswith(f"{tmp_path}/out/0 could not be written (")
+        assert note.endswith(f"): this record is kept in {folder}")
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -126,8 +153,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_sweep_on_slurm_keeps_the_record_of_every_cell(slurm: Path, tmp_path: Path) -> None:
     """One of three cells ends well, the job of one is cancelled, and the node of one is lost."""
     cells, options = "scenario.queries=64,100000000,200000000", ["slurm.partition=night", "slurm.cores=2"]
-    command = sweep(tmp_path, cells, *SLURM, *options)
-    said = tmp_path / "said.txt"
+    command = fork_command(tmp_path, "-m", *QUICK, cells, *SLURM, *options)
+    said = tmp_path / "err.txt"
     try:
         until(lambda: measures(said.read_text(), 2) and measures(said.read_text(), 3), command)
         fine = found(tmp_path)[64]
@@ -149,20 +176,19 @@ def test_a_sweep_on_slurm_keeps_the_record_of_every_cell(slurm: Path, tmp_path: 
         assert "Traceback" not in said.read_text()
     finally:
         command.kill()
-        command.wait()
 
-    command = sweep(tmp_path, f"{cells},32", *SLURM, *options, FAKE_SLURM_IS_FULL="1")
+    full = os.environ | {"FAKE_SLURM_IS_FULL": "1"}
+    command = fork_command(tmp_path, "-m", *QUICK, f"{cells},32", *SLURM, *options, env=full)
     try:
         until((slurm / "4").exists, command)
-        command.send_signal(signal.SIGTERM)
+        os.kill(command.pid, signal.SIGTERM)
         assert command.wait(60) == 143, said.read_text()
-        assert (slurm / "4.state").read_text() == "CANCELLED by 0\n"
+        assert (slurm / "4.cancelled").exists()
         assert said.read_text().count(", kept (rerun") == 3
         assert "interrupted with 1 of 4 cells to go; the same sweep goes on from here" in said.read_text()
         assert found(tmp_path)[32].status is Status.INTERRUPTED
     finally:
         command.kill()
-        command.wait()
 
 
 @pytest.mark.parametrize(
@@ -192,20 +218,22 @@ def test_a_job_that_has_its_node_alone_has_no_cell_beside_it(slurm: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("words", "why"),
+    ("address", "words", "why"),
     [
         (
-            [*RAY],
+            "127.0.0.1:1",
+            RAY,
             "no cluster answers at RAY_ADDRESS=127.0.0.1:1 ([Errno 111] Connection refused); start one with ",
         ),
-        (["runner.cluster=slurm"], "sbatch is not on the PATH; start this on a login node of the cluster"),
-        (["runner.cluster=kubernetes"], "allowed is one of none, ray, slurm"),
+        ("local", RAY, "RAY_ADDRESS=local: Ray would start here and listen on every network; start one with "),
+        ("", ["runner.cluster=slurm"], "sbatch is not on the PATH; start this on a login node of the cluster"),
+        ("", ["runner.cluster=kubernetes"], "allowed is one of none, ray, slurm"),
     ],
 )
 def test_a_cluster_that_is_not_there_is_refused(
-    grbench_here: Grbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], why: str
+    grbench_here: Grbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, words: list[str], why: str
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("RAY_ADDRESS", address)
     done = grbench_here("-m", *QUICK, "seed=0,1", *words)
     assert done.returncode == 2
     assert why in done.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers.beside import QUICK, found, measures, until
+from helpers.beside import QUICK, found, measures, two_cores, until
 from helpers.command import Grbench
 from helpers.forks import fork_command, fork_places, fork_workers
 
@@ -24,7 +24,8 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
     """One of three cells ends well, one loses its place, one is stopped with the command. All processes are forks."""
     words = ["-m", *QUICK, "scenario.queries=64,100000000,200000000", "runner.parallel=2"]
     errors = tmp_path / "err.txt"
-    command = fork_command(tmp_path, *words, forked_places=True)
+    with two_cores():
+        command = fork_command(tmp_path, *words, forked_places=True)
     try:
         until(lambda: measures(errors.read_text(), 2) and measures(errors.read_text(), 3), command)
         fine = found(tmp_path)[64]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from grbench.execution import records
@@ -22,6 +24,17 @@ QUICK = [
     "gate.requests=2",
     "tracking=none",
 ]
+
+
+@contextlib.contextmanager
+def two_cores() -> Iterator[None]:
+    """Give the processes that start meanwhile two of this one's cores."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(own)[:2])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def until(true: Callable[[], bool], process: subprocess.Popen[str] | Fork, seconds: float = 150.0) -> None:

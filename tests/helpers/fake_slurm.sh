@@ -28,19 +28,22 @@ srun)
     exec "$@" >"$output" 2>&1
     ;;
 scancel)
-    echo "CANCELLED by 0" >"$FAKE_SLURM/$1.state"
+    touch "$FAKE_SLURM/$1.cancelled"
     group=$(cat "$FAKE_SLURM/$1")
-    [ -z "$group" ] || kill -TERM -- "-$group"
+    if [ -n "$group" ]; then kill -TERM -- "-$group"; else rm "$FAKE_SLURM/$1.state"; fi
     ;;
 sacct)
     echo "JobID|State|NodeList"
     for file in "$FAKE_SLURM"/*; do
         job=$(basename "$file")
-        [ "$job" = "${job%.state}" ] || continue
+        [ "$job" = "${job%.*}" ] || continue
+        group=$(cat "$file")
         if [ -e "$file.state" ]; then
             state=$(cat "$file.state")
-        elif kill -0 -- "-$(cat "$file")" 2>/dev/null; then
+        elif [ -n "$group" ] && kill -0 -- "-$group" 2>/dev/null; then
             state=RUNNING
+        elif [ -e "$file.cancelled" ]; then
+            state="CANCELLED by 0"
         else
             state=NODE_FAIL
         fi
