@@ -318,25 +318,31 @@ def local_parts(parallel: str) -> list[Part]:
 def shares(parallel: str) -> list[Share]:
     """Return what each place of this machine has. Raises ConfigError if there is too little."""
     cores, gpus = cores_here(), visible_gpus()
-    if parallel == "gpus" and not gpus:
-        raise ConfigError(
-            "runner.parallel=gpus: no NVIDIA GPU here; runner.parallel=2 measures two cells at a time on the processor"
-        )
-    count = len(gpus) if parallel == "gpus" else int(parallel) if parallel.isdecimal() else 0
-    if not count:
-        raise ConfigError(f"runner.parallel={parallel}: allowed are gpus and a number of cells from 1")
-    if gpus and count > len(gpus):
-        raise ConfigError(
-            f"runner.parallel={parallel}: this machine has {len(gpus)} GPUs, and cells never share one; allowed is at "
-            f"most {len(gpus)}, or CUDA_VISIBLE_DEVICES= hides them from cells of the processor"
-        )
-    if count > len(cores):
-        raise ConfigError(
-            f"runner.parallel={parallel}: this machine has {len(cores)} cores, and cells never share one; allowed is "
-            f"at most {len(cores)}"
-        )
+    count = places_asked(parallel, "this machine", len(gpus), len(cores), "CUDA_VISIBLE_DEVICES=")
     size = len(cores) // count
     return [Share(tuple(sorted(cores[i * size : (i + 1) * size])), gpus[i] if gpus else None) for i in range(count)]
+
+
+def places_asked(parallel: str, where: str, gpus: int, cores: int | None, hides: str) -> int:
+    """Return the number of places that `runner.parallel` asks for. Raises ConfigError if there is too little.
+
+    where: the machine or cluster, in words. gpus, cores: what it has; None: they do not limit. hides: what hides GPUs.
+    """
+    if parallel == "gpus" and not gpus:
+        raise ConfigError(
+            f"runner.parallel=gpus: {where} has no GPU; runner.parallel=2 measures two cells at a time on the processor"
+        )
+    count = gpus if parallel == "gpus" else int(parallel) if parallel.isdecimal() else 0
+    if not count:
+        raise ConfigError(f"runner.parallel={parallel}: allowed are gpus and a number of cells from 1")
+    instead = f", or {hides} hides them from cells of the processor"
+    for has, what in ((gpus or None, "GPUs"), (cores, "cores")):
+        if has is not None and count > has:
+            raise ConfigError(
+                f"runner.parallel={parallel}: {where} has {has} {what}, and cells never share one; allowed is at most "
+                f"{has}{instead if what == 'GPUs' else ''}"
+            )
+    return count
 
 
 def cores_here() -> list[int]:

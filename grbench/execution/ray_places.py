@@ -32,7 +32,18 @@ from typing import Any
 from grbench.config.schema import ConfigError
 from grbench.execution import folders, records
 from grbench.execution.environment import describe_environment
-from grbench.execution.places import Cell, Part, PartError, Place, cores_here, ended, one_line, pipe, place_command
+from grbench.execution.places import (
+    Cell,
+    Part,
+    PartError,
+    Place,
+    cores_here,
+    ended,
+    one_line,
+    pipe,
+    place_command,
+    places_asked,
+)
 from grbench.execution.records import RECORD_FILE
 from grbench.signals import ENDING
 
@@ -243,19 +254,8 @@ def _counts(parallel: str, nodes: Sequence[dict[str, float]]) -> list[tuple[int,
     """
     gpus = [int(node.get("GPU", 0)) for node in nodes]
     room = gpus if any(gpus) else [int(node.get("CPU", 0)) for node in nodes]
-    what = "GPUs" if any(gpus) else "processors"
-    if parallel == "gpus" and not any(gpus):
-        raise ConfigError(
-            "runner.parallel=gpus: the Ray cluster has no GPU; runner.parallel=2 measures two cells at a time"
-        )
-    wanted = sum(gpus) if parallel == "gpus" else int(parallel) if parallel.isdecimal() else 0
-    if not wanted:
-        raise ConfigError(f"runner.parallel={parallel}: allowed are gpus and a number of cells from 1")
-    if wanted > sum(room):
-        raise ConfigError(
-            f"runner.parallel={parallel}: the Ray cluster has {sum(room)} {what}, and cells never share one; allowed "
-            f"is at most {sum(room)}"
-        )
+    cores = None if any(gpus) else sum(room)
+    wanted = places_asked(parallel, "the Ray cluster", sum(gpus), cores, "`ray start --num-gpus=0`")
     counts = [0] * len(nodes)
     while sum(counts) < wanted:
         fullest = max(range(len(nodes)), key=lambda i: (room[i] > counts[i], -counts[i]))

@@ -109,7 +109,7 @@ def test_places_are_spread_over_the_nodes_of_ray() -> None:
         ray_places._counts("7", nodes)
     processors = [{"CPU": 2.0}, {"CPU": 4.0}, {"memory": 1.0}]
     assert ray_places._counts("4", processors) == [(2, 2), (2, 2), (0, 0)]
-    for parallel, why in (("gpus", "has no GPU"), ("none", "allowed are gpus and a number"), ("7", "6 processors")):
+    for parallel, why in (("gpus", "has no GPU"), ("none", "allowed are gpus and a number"), ("7", "6 cores")):
         with pytest.raises(ConfigError, match=why):
             ray_places._counts(parallel, processors)
 
@@ -156,7 +156,9 @@ def test_a_sweep_on_slurm_keeps_the_record_of_every_cell(slurm: Path, tmp_path: 
     command = fork_command(tmp_path, "-m", *QUICK, cells, *SLURM, *options)
     said = tmp_path / "err.txt"
     try:
-        until(lambda: measures(said.read_text(), 2) and measures(said.read_text(), 3), command)
+        until(lambda: any((tmp_path / "outputs" / "slurm").glob("*/3_*.out")), command)  # it has begun
+        os.killpg(int((slurm / "3").read_text()), signal.SIGKILL)
+        until(lambda: measures(said.read_text(), 2), command)
         fine = found(tmp_path)[64]
         assert fine.status is Status.OK, fine.error
         assert fine.environment["host"] == os.uname().nodename
@@ -166,8 +168,6 @@ def test_a_sweep_on_slurm_keeps_the_record_of_every_cell(slurm: Path, tmp_path: 
         for line in ("--partition=night", "--cpus-per-task=2", "--no-requeue", "--time=35"):
             assert f"#SBATCH {line}\n" in script.read_text()
         subprocess.run(["scancel", "2"], check=True)
-        until(lambda: 100000000 in found(tmp_path), command)
-        os.killpg(int((slurm / "3").read_text()), signal.SIGKILL)
         assert command.wait(120) == 1, said.read_text()
         cancelled, lost = (found(tmp_path)[queries] for queries in (100000000, 200000000))
         assert (cancelled.status, lost.status) == (Status.KILLED, Status.KILLED)

@@ -179,7 +179,7 @@ def test_the_threads_of_a_core_stand_beside_each_other(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("parallel", "why"),
     [
-        ("gpus", "no NVIDIA GPU here; runner.parallel=2 measures two cells at a time"),
+        ("gpus", "this machine has no GPU; runner.parallel=2 measures two cells at a time"),
         ("0", "allowed are gpus and a number of cells from 1"),
         ("two", "allowed are gpus and a number of cells from 1"),
         ("9999", "cores, and cells never share one; allowed is at most"),
