@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.beside import QUICK, found, measures, two_cores, until
+from helpers.beside import QUICK, SLOW, found, measures, two_cores, until
 from helpers.cells import write_cell
 from helpers.checkout import ROOT
 from helpers.command import Grbench
@@ -56,12 +56,12 @@ def test_a_sweep_on_ray_keeps_the_record_of_every_cell(
 
     The command's output root is the folder out of whichever process names it, so that Ray's node has another one.
     """
-    cells = "scenario.queries=64,100000000,200000000"
-    command = fork_command(tmp_path, "-m", *QUICK, cells, *RAY, "runner.output_root=/proc/self/cwd/out")
+    cells = "scenario.queries=16,5000,6000"
+    command = fork_command(tmp_path, "-m", *SLOW, cells, *RAY, "runner.output_root=/proc/self/cwd/out")
     said = tmp_path / "err.txt"
     try:
         until(lambda: measures(said.read_text(), 2) and measures(said.read_text(), 3), command)
-        fine = found(tmp_path)[64]
+        fine = found(tmp_path)[16]
         assert fine.status is Status.OK, fine.error
         assert fine.environment["host"] == os.uname().nodename
         assert fine.environment["cpu_cores"] == 1
@@ -75,14 +75,14 @@ def test_a_sweep_on_ray_keeps_the_record_of_every_cell(
         [actor] = [place.parent() for core, place in places.items() if core != str(freed)]
         assert actor is not None and actor.name().startswith("ray::Remote")
         actor.kill()
-        until(lambda: 100000000 in found(tmp_path), command)
-        lost = found(tmp_path)[100000000]
+        until(lambda: 5000 in found(tmp_path), command)
+        lost = found(tmp_path)[5000]
         assert lost.status is Status.KILLED
         assert lost.error is not None and "was lost" in lost.error and lost.error.endswith("; run it again")
         assert lost.environment["cpu_cores"] == 1
         os.kill(command.pid, signal.SIGINT)
         assert command.wait(60) == 130, said.read_text()
-        stopped = found(tmp_path)[200000000]
+        stopped = found(tmp_path)[6000]
         assert stopped.status is Status.INTERRUPTED
         assert stopped.error == "SIGINT ended the command while the cell ran", "it came to the place"
         assert "Traceback" not in said.read_text()
@@ -91,10 +91,10 @@ def test_a_sweep_on_ray_keeps_the_record_of_every_cell(
     finally:
         command.kill()
 
-    again = grbench_forked("-m", *QUICK, "scenario.queries=64,100000000,32", *RAY, "runner.output_root=out")
+    again = grbench_forked("-m", *SLOW, "scenario.queries=16,5000,32", *RAY, "runner.output_root=out")
     assert again.returncode == 1, again.stderr
-    assert "64: OK in a record of" in again.stderr
-    assert "100000000: KILLED in a record of" in again.stderr
+    assert "16: OK in a record of" in again.stderr
+    assert "5000: KILLED in a record of" in again.stderr
     assert "kept (rerun_failed=true measures it again)" in again.stderr
     assert again.stderr.count(": measuring") == 1
     assert found(tmp_path)[32].status is Status.OK, "written where both see it"
@@ -152,14 +152,14 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_sweep_on_slurm_keeps_the_record_of_every_cell(slurm: Path, tmp_path: Path) -> None:
     """One of three cells ends well, the job of one is cancelled, and the node of one is lost."""
-    cells, options = "scenario.queries=64,100000000,200000000", ["slurm.partition=night", "slurm.cores=2"]
-    command = fork_command(tmp_path, "-m", *QUICK, cells, *SLURM, *options)
+    cells, options = "scenario.queries=16,5000,6000", ["slurm.partition=night", "slurm.cores=2"]
+    command = fork_command(tmp_path, "-m", *SLOW, cells, *SLURM, *options)
     said = tmp_path / "err.txt"
     try:
         until(lambda: any((tmp_path / "outputs" / "slurm").glob("*/3_*.out")), command)  # it has begun
         os.killpg(int((slurm / "3").read_text()), signal.SIGKILL)
         until(lambda: measures(said.read_text(), 2), command)
-        fine = found(tmp_path)[64]
+        fine = found(tmp_path)[16]
         assert fine.status is Status.OK, fine.error
         assert fine.environment["host"] == os.uname().nodename
         assert fine.environment["slurm"] == {"partition": "night", "cores": 2}
@@ -169,7 +169,7 @@ def test_a_sweep_on_slurm_keeps_the_record_of_every_cell(slurm: Path, tmp_path: 
             assert f"#SBATCH {line}\n" in script.read_text()
         subprocess.run(["scancel", "2"], check=True)
         assert command.wait(120) == 1, said.read_text()
-        cancelled, lost = (found(tmp_path)[queries] for queries in (100000000, 200000000))
+        cancelled, lost = (found(tmp_path)[queries] for queries in (5000, 6000))
         assert (cancelled.status, lost.status) == (Status.KILLED, Status.KILLED)
         assert cancelled.error == "SIGTERM ended the process that measured it in job 2 of Slurm; run it again"
         assert lost.error is not None and "job 3 of Slurm ended as NODE_FAIL (its log is " in lost.error
@@ -178,7 +178,7 @@ def test_a_sweep_on_slurm_keeps_the_record_of_every_cell(slurm: Path, tmp_path: 
         command.kill()
 
     full = os.environ | {"FAKE_SLURM_IS_FULL": "1"}
-    command = fork_command(tmp_path, "-m", *QUICK, f"{cells},32", *SLURM, *options, env=full)
+    command = fork_command(tmp_path, "-m", *SLOW, f"{cells},32", *SLURM, *options, env=full)
     try:
         until((slurm / "4").exists, command)
         os.kill(command.pid, signal.SIGTERM)

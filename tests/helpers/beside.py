@@ -24,6 +24,8 @@ QUICK = [
     "gate.requests=2",
     "tracking=none",
 ]
+# 20 requests a second, which leave the core to other processes.
+SLOW = [*(word.replace("closed_loop", "server") for word in QUICK), "scenario.target_qps=20"]
 
 
 @contextlib.contextmanager
