@@ -74,6 +74,8 @@ def test_a_sweep_on_ray_keeps_the_record_of_every_cell(
         }
         [actor] = [place.parent() for core, place in places.items() if core != str(freed)]
         assert actor is not None and actor.name().startswith("ray::Remote")
+        on_node = Path(actor.environ()["TMPDIR"])
+        assert list(on_node.glob("grbench-*/2")), "the node does not see the output root"
         actor.kill()
         until(lambda: 5000 in found(tmp_path), command)
         lost = found(tmp_path)[5000]
@@ -88,6 +90,7 @@ def test_a_sweep_on_ray_keeps_the_record_of_every_cell(
         assert "Traceback" not in said.read_text()
         _, alive = psutil.wait_procs(places.values(), 30)
         assert not alive
+        assert not list(on_node.glob("grbench-*/[02]")), "they are here now"
     finally:
         command.kill()
 
