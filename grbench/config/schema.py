@@ -456,10 +456,17 @@ def _spec_groups() -> list[tuple[str, dict[str, type]]]:
 
 
 def register_studies() -> None:
-    """Register the resolver that Hydra's search path finds the studies with. Safe to call twice."""
+    """Register the resolvers of Hydra's search path, and of files that studies name. Safe to call twice."""
     OmegaConf.register_new_resolver(
         "grbench_experiments", lambda: str(checkout_or_packaged("experiments")), replace=True
     )
+    OmegaConf.register_new_resolver("grbench_file", _shipped, replace=True)
+
+
+def _shipped(name: str) -> str:
+    """Return the path of a file under experiments/: in a checkout that is the working folder the same for everybody."""
+    path = checkout_or_packaged("experiments") / name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def checkout_or_packaged(name: str) -> Path:
