@@ -10,7 +10,7 @@ from pathlib import Path
 
 from grbench.config.arguments import Arguments, CommandError
 from grbench.execution.records import unreadable
-from grbench.report.frame import ReportError, read_cells
+from grbench.report.frame import ReportError, damaged_samples, read_cells
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,10 +48,13 @@ def main(words: Sequence[str]) -> int:
 
             damaged = unreadable(roots)
             written = write_report(cells, args.out, args.title, damaged)
+            undrawn = damaged_samples(cells)
     except (ReportError, OSError) as e:
         raise CommandError(e) from e
     for line in damaged:
         print(f"grbench report: left out: {line}", file=sys.stderr)
+    for line in undrawn:
+        print(f"grbench report: without its curves: {line}", file=sys.stderr)
     figures = f", {len(written) - 1} figures in {written[1].parent}" if len(written) > 1 else ""
     print(f"{written[0]}: {len(cells)} cells{figures}")
     return 0

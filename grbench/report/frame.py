@@ -116,6 +116,13 @@ def has_samples(folder: Path | str) -> bool:
     return (Path(folder) / records.SAMPLES_FILE).is_file()
 
 
+def damaged_samples(cells: Sequence[Cell]) -> list[str]:
+    """Return a line for each file of samples or resamples beside OK cells that is there and can't be read."""
+    folders = [folder for folder, record in cells if record.ok]
+    lines = [samples_problem(folder) for folder in folders if has_samples(folder)]
+    return [line for line in [*lines, *map(resamples_problem, folders)] if line]
+
+
 def samples_problem(folder: Path | str) -> str:
     """Return why the samples beside a record can't be read, or "" if they can."""
     try:

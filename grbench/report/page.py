@@ -11,7 +11,7 @@ from grbench.report.cells import MISSING, Cell, command, flatten, labels, shown
 from grbench.report.chart import Chart
 from grbench.report.charts import charts
 from grbench.report.findings import findings
-from grbench.report.frame import has_samples, resamples_problem, samples_problem
+from grbench.report.frame import damaged_samples, has_samples
 from grbench.report.groups import Group, Row, group_cells
 from grbench.report.provenance import origin_line
 from grbench.report.table import MOST_COLUMNS, columns_for, notes, without_least_needed
@@ -64,7 +64,7 @@ def blocks(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: bool = T
     """Return the content of a report: findings, a section for each group of comparable cells, how it was measured.
 
     remarks: lines for the reader, such as records that could not be read. Samples that can't be read cost only their
-    cell's curves, with a line that says why.
+    cell's curves, with a line for each file that says why.
     """
     records = [record for _, record in cells]
     groups = group_cells(cells)
@@ -76,7 +76,7 @@ def blocks(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: bool = T
     content: list[Block] = [Text(_summary(records))]
     if len(others) > 1:
         content += _bullets([finding.sentence for finding in findings(rest)])
-    content += _bullets(remarks)
+    content += _bullets([*remarks, *(damaged_samples(cells) if figures else [])])
     content += _tradeoff_blocks(traded, [row for row in rows if row.number in shown_there], figures)
     for number, group in enumerate(others, 1):
         content += _group_blocks(number, group, figures)
@@ -135,11 +135,9 @@ def _tradeoff_blocks(traded: Sequence[Tradeoff], rows: Sequence[Row], figures: b
 
 
 def _without_samples(group: Group) -> list[str]:
-    """Return lines about the rows whose samples or resamples can't be read."""
+    """Return a line about the rows without samples."""
     bare = [row.number for row in group.ok if not has_samples(row.folder)]
-    damaged = [samples_problem(row.folder) for row in group.ok if row.number not in bare]
-    damaged += [resamples_problem(row.folder) for row in group.ok]
-    return [*([NO_SAMPLES.format(spans(bare))] if bare else []), *filter(None, damaged)]
+    return [NO_SAMPLES.format(spans(bare))] if bare else []
 
 
 def _legend(records: Sequence[RunRecord]) -> list[str]:

@@ -679,10 +679,12 @@ def test_errors_are_one_line(sweep: Path, tmp_path: Path, capsys: Capture) -> No
     ],
 )
 def test_damaged_samples_cost_no_more_than_their_curves(
-    sweep: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+    sweep: Path, tmp_path: Path, capsys: Capture, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(sweep / "1" / records.SAMPLES_FILE)
     page = written(sweep, tmp_path)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"grbench report: without its curves: {sweep}/1/samples.parquet: ") and message in line
     [note] = [note for note in page.split("\n- ") if note.startswith(f"{sweep}/1/samples.parquet: ")]
     assert message in note and "rerun=true" in note.split("\n\n")[0]
     assert [series.name[0] for series in chart(sweep, "latency_cdf").series] == ["2", "3"]
@@ -691,6 +693,14 @@ def test_damaged_samples_cost_no_more_than_their_curves(
     assert list(parts["latency_ms"].isna()) == [False, True, False] and message in parts.attrs["notes"][0]
     with pytest.raises(ReportError, match=r"1/samples\.parquet: "):
         batches_of(sweep / "1")
+
+
+def test_damaged_samples_of_a_repeat_are_named(tmp_path: Path, capsys: Capture) -> None:
+    for seed in range(2):
+        write_cell(tmp_path / "runs" / f"{seed}", f"seed={seed}")
+    (tmp_path / "runs" / "1" / records.SAMPLES_FILE).write_bytes(b"PAR1 cut")
+    assert f"\n- {tmp_path}/runs/1/samples.parquet: not readable" in written(tmp_path / "runs", tmp_path)
+    assert capsys.readouterr().err.count("/runs/1/samples.parquet: not readable as parquet") == 1
 
 
 def test_texts_of_a_record_make_no_link_and_commands_are_as_typed() -> None:
