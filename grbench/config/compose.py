@@ -388,7 +388,7 @@ def explain(error: BaseException) -> str:
         return f"{group}={name}: no such option; {nearest(name, cause.options)}allowed: {', '.join(cause.options)}"
     if ambiguous := re.match(r"Ambiguous value for argument '([^=]+)=(.*?)' 1\.", text):
         key, values = ambiguous.groups()
-        return f"{key}={values}: several values; -m sweeps over them, {key}=[{values}] is a list"
+        return f"{key}={values}: several values; -m sweeps over them, '{key}=[{values}]' is a list"
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return text
     return _explain_key(cause, cause.full_key, text)
@@ -414,5 +414,5 @@ def _explain_key(cause: OmegaConfBaseException, key: str, text: str) -> str:
     if dataclasses.is_dataclass(fields[name].default_factory):
         return f"{key}={cause.value}: a group of options, not one value; {key}.KEY=... sets one of them"
     is_list = str(fields[name].type).startswith("list[") and isinstance(cause.value, str)
-    hint = f"; write {key}=[{cause.value}]" if is_list else ""
+    hint = f"; write '{key}=[{cause.value}]'" if is_list else ""
     return f"{key}={cause.value}: {allowed_instead(fields[name], cause.value)}{hint}"

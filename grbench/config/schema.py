@@ -341,6 +341,12 @@ def spec_of(run: RunConfig) -> RunSpec:
     problem = next(filter(None, map(engines.one_at_a_time, working)), None)
     if problem and run.scenario.in_flight > 1:
         raise ConfigError(f"scenario.in_flight={run.scenario.in_flight}: {problem}; set scenario.in_flight=1")
+    # For `grbench load`, it is the number of connections, whatever the scenario.
+    if isinstance(run.scenario, SingleStreamConfig) and run.scenario.in_flight > 1 and engine.name != "remote":
+        raise ConfigError(
+            f"scenario.in_flight={run.scenario.in_flight}: single_stream sends a request after the answer to the one "
+            "before; set scenario.in_flight=1"
+        )
     run.scenario.in_flight = run.scenario.in_flight or (1 if problem else 2)
     if run.scenario.order == "hit" and not isinstance(run.cache, PagedCacheConfig):
         raise ConfigError(

@@ -33,8 +33,8 @@ class DataSet:
             truth = rankings_of(spec, trace)
             if truth is None and not set(spec.ranking_model.tasks) <= set(trace.events.action_names):
                 raise ConfigError(
-                    f"model.tasks={spec.ranking_model.tasks}: scenario.mode=accuracy needs labels, and the workload "
-                    f"labels {','.join(trace.events.action_names)} only"
+                    f"model.tasks=[{','.join(spec.ranking_model.tasks)}]: scenario.mode=accuracy needs labels; set "
+                    f"'model.tasks=[{','.join(trace.events.action_names)}]', the workload's, or some of these"
                 )
             if truth is None:
                 raise ConfigError(f"model.weights={spec.ranking_model.weights}: {NONE_LATER}")

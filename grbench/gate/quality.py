@@ -77,7 +77,7 @@ class Quality:
             raise IncorrectError(
                 f"{self.precision} loses {figures.auc_loss:.2%} of AUC and {figures.ne_loss:.2%} of normalised entropy "
                 f"on task {task}, allowed is {MAX_LOSS:.1%}; use another precision or set "
-                f"gate.allow_loss=[{self.precision}]"
+                f"'gate.allow_loss=[{self.precision}]'"
             )
 
 

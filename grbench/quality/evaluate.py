@@ -125,7 +125,8 @@ def _of_scores(spec: RunSpec, report: Report) -> Evaluation:
     if not set(model.tasks) <= set(trace.events.action_names):
         known = ",".join(trace.events.action_names)
         raise ConfigError(
-            f"model.tasks={model.tasks}: the workload does not label them; set 'model.tasks=[{known}]' or some of these"
+            f"model.tasks=[{','.join(model.tasks)}]: the workload does not label them; "
+            f"set 'model.tasks=[{known}]' or some of these"
         )
     assert model.weights is not None, "checked before"
     seen_until = HeldOut.of(model.weights).seen_until

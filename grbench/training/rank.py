@@ -42,7 +42,8 @@ class RankTask:
         if labels[0] is None:
             known = ",".join(trace.events.action_names)
             raise ConfigError(
-                f"model.tasks={tasks}: the workload does not label them; set 'model.tasks=[{known}]' or some of these"
+                f"model.tasks=[{','.join(tasks)}]: the workload does not label them; "
+                f"set 'model.tasks=[{known}]' or some of these"
             )
         self._labels = [one for one in labels if one is not None]
         held = config.held_out

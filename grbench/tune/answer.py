@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from grbench.tune.certification import Certificate
 from grbench.tune.knowledge import ENDED_EARLY, Knowledge
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import Configuration, Outcome
+from grbench.tune.probes import FEWEST
 from grbench.tune.trial import Trial, cost
+
+FIRST_ANSWER = 8  # cells that a search takes for a first answer, about
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,23 @@ def nobody(knowledge: Knowledge) -> str:
     for trial in knowledge.trials:
         if trial.failed:
             return f"no configuration that was measured keeps the limits; {trial.configuration.name}: {trial.failed}"
-    return "nothing was measured at a rate: the budget is too small"
+    return _too_small(knowledge)
+
+
+def _too_small(knowledge: Knowledge) -> str:
+    """Return that no probe at a rate had room, what the offline probes took, and a budget that has it."""
+    none = "nothing was measured at a rate"
+    offline = [trial.offline for trial in knowledge.trials if trial.offline and not trial.offline.kept]
+    if not offline:
+        return f"{none}: the budget is too small; set budget=5min or budget=20cells"
+    took = sum(outcome.seconds for outcome in offline)
+    fastest = max(outcome.metrics["throughput_rps"] for outcome in offline)
+    cell_s = took / len(offline) + max(knowledge.goal.probe_s, FEWEST / fastest)
+    minutes = max(math.ceil(FIRST_ANSWER * cell_s / 60), 5)
+    return (
+        f"{none}: {len(offline)} offline probe{'s' * (len(offline) > 1)} took {took:.0f} s, and a first answer takes "
+        f"about {FIRST_ANSWER} cells; budget={minutes}min or budget=20cells would do"
+    )
 
 
 def correlations(knowledge: Knowledge) -> list[tuple[str, int, float]]:

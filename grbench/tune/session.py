@@ -132,8 +132,8 @@ class TuneSession:
             return answer.nobody(self._knowledge)
         budget = self._declared.budget
         if budget.cells is not None:
-            few = f"budget={budget.cells}cells: no record answers, and a first answer takes about 8 cells"
-            return f"{few}; nearest: budget=20cells"
+            few = f"no record answers, and a first answer takes about {answer.FIRST_ANSWER} cells"
+            return f"budget={budget.cells}cells: {few}; nearest: budget=20cells"
         cell_s = self._evaluator.cell_s + self._declared.goal.probe_s
         return f"budget={budget.seconds:g}s: too small for one cell of about {cell_s:.0f} s; nearest: budget=5min"
 

@@ -131,7 +131,8 @@ def _find(path: Path, names: Sequence[str], role: str, name: str | None) -> str:
     """Return the column of a role (of KNOWN): the named one, else the first known one. Raises DataError."""
     if name is not None:
         if name not in names:
-            raise _no_column(path, names, name)
+            near = nearest(name, names).removeprefix("nearest: ").removesuffix("; ")
+            raise _no_column(path, names, name, f"set workload.{role}_column={near or 'NAME'}")
         return name
     if found := next((known for known in KNOWN[role] if known in names), None):
         return found
@@ -142,9 +143,9 @@ def _find(path: Path, names: Sequence[str], role: str, name: str | None) -> str:
     )
 
 
-def _no_column(path: Path, names: Sequence[str], name: str) -> DataError:
+def _no_column(path: Path, names: Sequence[str], name: str, fix: str = "rename one") -> DataError:
     its = f"{nearest(name, names)}it has {', '.join(names)}"
-    return DataError(f"{path}: row 1 has no column {name!r}; {its}; rename one")
+    return DataError(f"{path}: row 1 has no column {name!r}; {its}; {fix}")
 
 
 def _recognise(first: bytes) -> str:

@@ -301,6 +301,8 @@ def test_every_bad_weights_file_is_named(tmp_path: Path) -> None:
     refused("not a readable safetensors file")
     save_weights(build(alpha=0.25), path)
     refused("written for alpha=0.25, the model has null; set model.alpha=0.25 or give other weights")
+    save_weights(build(tasks=["rated", "liked", "shared"]), path)
+    refused(r"written for tasks=\[rated,liked,shared\], .*; set 'model.tasks=\[rated,liked,shared\]' or give other")
     save_file(tensors, path, metadata={"model": "[1"})
     refused("its metadata 'model' is not a JSON object; save the weights again")
     save_file({**tensors, "norm.weight": torch.full((12,), float("nan"))}, path)

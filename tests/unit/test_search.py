@@ -270,6 +270,17 @@ def test_rates_that_were_all_stopped_are_named_instead_of_the_budget() -> None:
     assert words.endswith(" requests/s ended early, STOPPED: the queue grew by 40")
 
 
+def test_a_budget_without_a_probe_at_a_rate_is_answered_with_one_that_suffices() -> None:
+    slow, kept = (Outcome("OK", {"throughput_rps": 100.0}, seconds=s, kept=not s) for s in (30.0, 0.0))
+    knowledge = Knowledge(Goal("throughput", (P99,), probe_s=4.0), BATCHING)
+    knowledge.note(knowledge.begin(ALL[0]), Probe(None, 512), kept)
+    assert answer.nobody(knowledge).endswith("the budget is too small; set budget=5min or budget=20cells")
+    for configuration in ALL[1:3]:
+        knowledge.note(knowledge.begin(configuration), Probe(None, 512), slow)
+    words = answer.nobody(knowledge)  # 8 cells of 30 s beside the 10 s of 1000 requests
+    assert "2 offline probes took 60 s" in words and words.endswith("; budget=6min or budget=20cells would do")
+
+
 def test_the_default_is_asked_for_even_if_others_are_known() -> None:
     evaluator = Capacities(CAPACITY)
     evaluator.earlier = {c: [(Probe(None, 512), evaluator.outcome(c, Probe(None, 512)))] for c in ALL[3:6]}

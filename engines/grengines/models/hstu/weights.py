@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,7 +98,7 @@ def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) ->
         if key in saved and saved[key] != value and key not in model.not_used:
             raise ValueError(
                 f"{path}: written for {key}={_text(saved[key])}, the model has {_text(value)}; "
-                f"set model.{key}={_text(saved[key])} or give other weights"
+                f"set {shlex.quote(f'model.{key}={_text(saved[key])}')} or give other weights"
             )
     expected = dict(model.named_parameters())
     found = set(f.keys())
@@ -124,4 +125,4 @@ def _shape(config: HSTUConfig) -> dict[str, object]:
 
 
 def _text(value: object) -> str:
-    return json.dumps(value).replace('"', "")
+    return json.dumps(value, separators=(",", ":")).replace('"', "")
