@@ -49,7 +49,7 @@ def machine_of(environment: dict[str, Any]) -> str:
     gpus = [str(gpu.get("name")) for gpu in environment.get("gpus") or []]
     counted = [name if gpus.count(name) == 1 else f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
     cores = environment.get("cpu_cores")
-    processor = [environment.get("cpu") or "unknown CPU", *([f"{cores} cores"] if cores else [])]
+    processor = [environment.get("cpu") or "unknown CPU", *([f"{cores} core{'s' * (cores != 1)}"] if cores else [])]
     return ", ".join([*processor, *(counted or ["no GPU"])])
 
 

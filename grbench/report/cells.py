@@ -241,6 +241,11 @@ def command(record: RunRecord) -> Code:
     return Code(shlex.join(["python", "-m", "grbench", *own, *record.overrides]))
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun and the verb: "1 cell is", "2 cells are"."""
+    return f"1 {noun} is" if count == 1 else f"{count} {noun}s are"
+
+
 def figure(value: float | None) -> str:
     """Format a number for a table: at least three significant digits, two below 0.1; "-" for None and NaN."""
     if value is None or value != value:

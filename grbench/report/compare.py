@@ -2,7 +2,8 @@
 
 A cell of one side is matched with the cell of the other that has the same configuration. Two kinds of options may
 differ: the seed, whose values are repeats of one cell, and an option that has one value in all cells of one side and
-another in all cells of the other, such as `kernel=torch` and `kernel=triton`. The latter are what is compared.
+another in all cells of the other, such as `kernel=torch` and `kernel=triton`. The latter are what is compared. A note
+names those among them that say how much is measured and checked, such as `scenario.queries`.
 
 A change is the ratio of the new value to the old. Its interval depends on the runs behind it:
 
@@ -30,7 +31,7 @@ import numpy.typing as npt
 
 from grbench.execution import stats
 from grbench.execution.environment import machine_of
-from grbench.report.cells import Cell, figure, labels, shown
+from grbench.report.cells import Cell, counted, figure, labels, shown
 from grbench.report.frame import ReportError, load_samples
 from grbench.report.repeats import RERUNS
 from grbench.report.work import LOADS, options_of
@@ -41,6 +42,12 @@ METRICS = {"offline": ("throughput_rps",), "closed_loop": ("throughput_rps", "la
 LATENCIES = ("latency_ms/p50", "latency_ms/p99")  # of every other scenario
 IN_PLACE_OF = {"latency_ms/p99": "latency_ms/p90"}  # where there are too few samples
 HIGHER_IS_BETTER = ("throughput_rps",)
+EFFORT = ("scenario.queries", "warmup_batches")  # and those of the gate: how much is measured and checked
+NOTHING_IN_COMMON = (
+    "BASE and NEW have no configuration in common; what must be equal: all options but the seed and those that have "
+    "one value in all cells of BASE and another one in all of NEW"
+)
+PARALLEL = "cells of runner.parallel have fewer cores each: they belong in a folder of their own (runner.output_root)"
 ONE_RUN = "one run on each side: the interval leaves out differences between runs; runner.repeats=5 measures them"
 
 Floats = npt.NDArray[np.float64]
@@ -122,15 +129,15 @@ def compare(
     matched = [_by_configuration(side, result.differing) for side in sides]
     for name, side, own in zip(("BASE", "NEW"), sides, matched, strict=True):
         if replaced := len(side) - sum(map(len, own.values())):
-            result.notes.append(RERUNS.format(replaced, f"{name} "))
+            result.notes.append(RERUNS.format(counted(replaced, f"earlier {name} run")))
     common = [key for key in matched[0] if key in matched[1]]
     for name, side, own in (("BASE", base, matched[0]), ("NEW", new, matched[1])):
         if alone := len(own) - len(common):
-            result.notes.append(f"{alone} configurations are in {name} alone and are left out")
+            result.notes.append(f"{counted(alone, 'configuration')} in {name} alone and left out")
         if failed := sum(not record.ok for _, record in side):
-            result.notes.append(f"{failed} cells of {name} are not OK and are left out")
+            result.notes.append(f"{counted(failed, f'{name} cell')} not OK and left out")
     if not common:
-        raise ReportError("BASE and NEW have no configuration in common; what must be equal: all options but the seed")
+        raise ReportError(NOTHING_IN_COMMON)
     first = [matched[0][key][0][1] for key in common]
     names = (
         labels(first, ignore=["seed", *result.differing]) if len(first) > 1 else [str(first[0].spec["engine"]["name"])]
@@ -139,6 +146,8 @@ def compare(
         progress(done, len(common))
         result.changes += _changes(name, matched[0][key], matched[1][key], result.notes)
     result.notes = list(dict.fromkeys(result.notes))  # a file is named once, and not for each metric
+    if effort := [key for key in result.differing if key in EFFORT or key.startswith("gate.")]:
+        result.notes.append(f"the sides differ in how much is measured or checked: {', '.join(effort)}")
     if any(change.runs == (1, 1) for change in result.changes):
         result.notes.append(ONE_RUN)
     return result
@@ -150,14 +159,20 @@ def _of_one_machine(base: Sequence[Cell], new: Sequence[Cell]) -> list[Cell]:
     if not now:
         return list(base)
     if len(set(now)) > 1:
-        raise ReportError(f"NEW was measured on different machines: {'; '.join(dict.fromkeys(now))}")
+        raise ReportError(f"NEW was measured on different machines: {'; '.join(dict.fromkeys(now))}{_hint(new)}")
     kept = [cell for cell, machine in zip(base, before, strict=True) if machine in now]
     if not kept:
         raise ReportError(
             f"BASE was measured on {'; '.join(dict.fromkeys(before))} and NEW on {now[0]}: "
-            "times of different machines do not compare; measure BASE on this one"
+            f"times of different machines do not compare; measure BASE on this one{_hint([*base, *new])}"
         )
     return kept
+
+
+def _hint(cells: Sequence[Cell]) -> str:
+    """Return the likely reason why machines differ if they do so in nothing but their cores, else ""."""
+    others = {machine_of(record.environment | {"cpu_cores": None}) for _, record in cells}
+    return f"; {PARALLEL}" if len(others) == 1 else ""
 
 
 def _differing(base: Sequence[Cell], new: Sequence[Cell]) -> dict[str, tuple[str, str]]:

@@ -86,6 +86,10 @@ def main(words: Sequence[str]) -> int:
             yield [change.cell, metric, *side_text(change), change_text(change), verdict, runs]
 
     try:
+        sides = dict.fromkeys([*args.base, args.new])
+        if len(absent := [side for side in sides if ":" not in side and not Path(side).exists()]) > 1:
+            makers = ", ".join(f"runner.output_root={side}" for side in absent)
+            raise ReportError(f"{', '.join(absent)}: no such folders; `python -m grbench` makes them with {makers}")
         with contextlib.ExitStack() as stack:
             new = stack.enter_context(_cells(args.new))
             base = [cell for side in args.base for cell in stack.enter_context(_cells(side))]
@@ -142,17 +146,17 @@ def _cells(side: str) -> Iterator[list[Cell]]:
         except ValueError as e:
             raise ReportError(str(e)) from None
     elif path.is_dir() or ":" not in side:
-        yield _whole(path)
+        yield _readable(path)
     else:
         with tempfile.TemporaryDirectory(prefix="grbench-compare-") as folder:
-            yield _whole(_checkout(side, Path(folder)))
+            yield _readable(_checkout(side, Path(folder)))
 
 
-def _whole(folder: Path) -> list[Cell]:
-    """Read the cells of a folder. Raises ReportError for a damaged record: without it a verdict would be another."""
+def _readable(folder: Path) -> list[Cell]:
+    """Read the cells of a folder, and name damaged records. Raises ReportError if there is no other."""
     cells = read_cells([folder])
-    if damaged := records.unreadable([folder]):
-        raise ReportError(damaged[0])
+    for line in records.unreadable([folder]):
+        _say(f"left out: {line}")
     return cells
 
 

@@ -43,12 +43,12 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
     found: dict[tuple[str, str, float], Cell] = {}
     for root in roots:
         if not root.is_dir():
-            raise ReportError(f"{root}: no such folder; `python -m grbench` makes records under ./outputs")
+            raise ReportError(f"{root}: no such folder; `python -m grbench runner.output_root={root}` makes one")
         cells = list(records.find(root))
         if not cells:
             why = records.unreadable([root])
             raise ReportError(
-                why[0]
+                "; ".join(why)
                 if why
                 else f"no record found under {root}; `python -m grbench runner.output_root={root}` makes one"
             )

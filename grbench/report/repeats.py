@@ -16,6 +16,7 @@ from grbench.execution import stats
 from grbench.execution.energy import METRIC as JOULES
 from grbench.execution.environment import machine_of
 from grbench.execution.records import RunRecord
+from grbench.report.cells import counted
 from grbench.report.work import offered_load, strategy_of
 
 NUMBER = re.compile(r"(?<![\w.:/-])\d+(?:\.\d+)?(?![\w:/-]|\.\d)")  # not those in names, times and paths
@@ -26,7 +27,7 @@ PERCENTILES = ("p99", "p90", "p50")
 LEAST_OF_P99 = 1000  # independent samples
 
 
-RERUNS = "{} earlier {}runs are left out: a run with the same seed replaces the one before it"
+RERUNS = "{} left out: a run with the same seed replaces the one before it"
 
 
 def pooled(records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -73,7 +74,7 @@ def estimate(runs: Sequence[RunRecord], metric: str) -> tuple[float, tuple[float
 
 def _one(every: Sequence[RunRecord]) -> RunRecord:
     runs = latest_by_seed(every)
-    replaced = [RERUNS.format(len(every) - len(runs), "")] if len(runs) < len(every) else []
+    replaced = [RERUNS.format(counted(len(every) - len(runs), "earlier run"))] if len(runs) < len(every) else []
     if len(runs) == 1:
         return dataclasses.replace(runs[0], notes=[*runs[0].notes, *replaced])
     metrics, intervals = {"runs": float(len(runs))}, {}

@@ -212,20 +212,51 @@ def test_configurations_of_one_side_are_left_out_and_counted(tmp_path: Path) -> 
         runs(tmp_path / "new", f"scenario.max_batch={batch}")
     comparison = compare(*sides(tmp_path))
     assert [change.runs for change in comparison.changes] == [(5, 5)]
-    assert comparison.notes == [f"1 configurations are in {side} alone and are left out" for side in ("BASE", "NEW")]
+    assert comparison.notes == [f"1 configuration is in {side} alone and left out" for side in ("BASE", "NEW")]
     for path in (tmp_path / "new").glob("*=16*"):
         (path / "record.json").unlink()
-    with pytest.raises(ReportError, match="no configuration in common"):
+    allowed = (
+        "all options but the seed and those that have one value in all cells of BASE and another one in all of NEW"
+    )
+    with pytest.raises(ReportError, match=f"no configuration in common; what must be equal: {allowed}"):
         compare(read_cells([tmp_path / "base"]), read_cells([tmp_path / "new"]))
 
 
-def test_a_damaged_record_makes_no_verdict(tmp_path: Path, grbench_here: Grbench) -> None:
+def test_options_of_how_much_is_measured_are_noted(tmp_path: Path) -> None:
+    for side, queries in (("base", 1500), ("new", 1200)):
+        write_cell(tmp_path / side / "a", f"scenario.queries={queries}", f"gate.requests={queries}", queries=queries)
+    note = "the sides differ in how much is measured or checked: gate.requests, scenario.queries"
+    assert note in compare(*sides(tmp_path)).notes
+
+
+def test_a_refusal_of_machines_names_fewer_cores(tmp_path: Path) -> None:
+    for cores in (1, 2):
+        write_cell(tmp_path / "new" / f"{cores}", environment=MACHINE | {"cpu_cores": cores})
+    new = read_cells([tmp_path / "new"])
+    with pytest.raises(ReportError, match=r"1 core, no GPU; Some CPU, 2 cores, no GPU; cells of runner\.parallel have"):
+        compare(new, new)
+
+
+def test_all_absent_sides_are_named_with_what_makes_them(grbench_here: Grbench) -> None:
+    done = grbench_here("compare", "a/before", "a/after")
+    assert done.returncode == 2 and done.stderr == (
+        "grbench compare: a/before, a/after: no such folders; `python -m grbench` makes them with "
+        "runner.output_root=a/before, runner.output_root=a/after\n"
+    )
+
+
+def test_damaged_records_are_named_and_left_out(tmp_path: Path, grbench_here: Grbench) -> None:
     for side in ("base", "new"):
         runs(tmp_path / side)
-    next((tmp_path / "new").rglob("record.json")).write_text("{")
+    damaged = sorted((tmp_path / "new").rglob("record.json"))[:2]
+    for path in damaged:
+        path.write_text("{")
     done = grbench_here("compare", "base", "new")
-    assert done.returncode == 2 and "record.json: not JSON" in done.stderr
-    assert done.stderr.endswith("remove it or run its cell again\n")
+    assert done.returncode in (0, 3) and "5 + 3" in done.stdout
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and all(line.endswith("remove it or run its cell again") for line in lines)
+    for line, path in zip(lines, damaged, strict=True):
+        assert line.startswith(f"grbench compare: left out: {path.relative_to(tmp_path)}: not JSON")
     done = grbench_here("report", "new", "--out", "page.csv")
     assert done.returncode == 0 and "left out: new/" in done.stderr
     record = next((tmp_path / "base").rglob("record.json"))
@@ -233,6 +264,10 @@ def test_a_damaged_record_makes_no_verdict(tmp_path: Path, grbench_here: Grbench
     refused = grbench_here("report", "base", "--out", str(record))
     assert refused.returncode == 2 and "its folder holds the files of a cell" in refused.stderr
     assert record.read_text() == before
+    for path in (tmp_path / "new").rglob("record.json"):
+        path.write_text("{")
+    done = grbench_here("compare", "base", "new")
+    assert done.returncode == 2 and done.stderr.count("record.json: not JSON") == 5
 
 
 def test_a_rerun_replaces_the_run_with_its_seed(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_run_with_the_same_seed_replaces_the_one_before() -> None:
     again.started_at = "2026-01-01T00:01:00+00:00"
     (one,) = pooled([again, first])
     assert one.metrics[P99] == 6.0 and run_count(one) == 1
-    assert one.notes == ["1 earlier runs are left out: a run with the same seed replaces the one before it"]
+    assert one.notes == ["1 earlier run is left out: a run with the same seed replaces the one before it"]
     (both,) = pooled([first, again, other])
     assert run_count(both) == 2 and both.metrics[P99] == pytest.approx((6.0 * 5.0) ** 0.5)
     (found,) = findings([first, again])
