@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -68,8 +69,7 @@ def run(
     except OSError as e:  # a folder or a file of a session
         if session is not None:
             session.close(cut_short="stopped")
-        fix = "set output_root (of grbench itself: runner.output_root) to a folder with room that can be written"
-        raise ConfigError(f"{e.filename and os.path.relpath(e.filename)}: {e.strerror}; {fix}") from e
+        raise ConfigError(_unwritable(jobs[0].config, e)) from e
     except KeyboardInterrupt:
         if session is not None:
             session.close(cut_short="interrupted")
@@ -90,6 +90,21 @@ def _ask_hydra(words: Sequence[str], config_name: str) -> int:
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(explain(e)) from e
     return 0
+
+
+def _unwritable(config: Any, error: OSError) -> str:
+    """Return the error line for a folder of a session that cannot be written, with its option as it was typed.
+
+    config: of the first job; a run's is a pair, whose second half has the options that are no part of the RunSpec.
+    """
+    runner = config[1].runner if isinstance(config, tuple) else None
+    option, root = ("runner.output_root", runner.output_root) if runner else ("output_root", config.output_root)
+    full = Path(root).resolve()
+    failed = Path(error.filename).resolve() if error.filename else full
+    if failed.is_relative_to(full) or full.is_relative_to(failed):
+        return f"{option}={root}: {error.strerror}; set {option} to a folder with room that can be written"
+    where = f"hydra.run.dir, hydra.sweep.dir or {option}"  # who sets Hydra's folders may have them elsewhere
+    return f"{os.path.relpath(failed)}: {error.strerror}; set {where} to a folder with room that can be written"
 
 
 def _say(line: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,19 @@ def only_writer(folder: Path, option: str) -> Iterator[None]:
             where = os.path.relpath(folder)
             raise ConfigError(f"{where}: another command is writing there; wait for it, or set {option}=FOLDER")
         yield
+
+
+def require_writable(folder: Path, typed: str, fix: str) -> None:
+    """Make a folder, before the work whose results it is for. Raises ConfigError if nothing can be written there.
+
+    typed: the option or flag, with the path as the user typed it. fix: the words before "a folder".
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ConfigError(f"{typed}: {e.strerror or e}; {fix} a folder that can be written") from None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from grbench.config.arguments import Arguments, CommandError
 from grbench.config.compose import plan_jobs, prepare_hydra
 from grbench.config.schema import to_spec
 from grbench.execution import results
+from grbench.execution.folders import require_writable
 from grbench.quality.trained import as_run, with_trained
 from grbench.report.markdown import table
 
@@ -46,6 +47,8 @@ def main(words: Sequence[str]) -> int:
     args = parser().parse_intermixed_args(words)
     if args.users < 0:
         raise CommandError(f"--users {args.users}: allowed is >= 0")
+    if args.out:
+        require_writable(args.out, f"--out {args.out}", "give")
     prepare_hydra()
     run_words, wanted = as_run(args.overrides)
     _, jobs = plan_jobs("config", to_spec, run_words, args.multirun, args.config_dir, partial(_say, "grbench evaluate"))

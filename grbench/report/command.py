@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grbench.config.arguments import Arguments, CommandError
+from grbench.execution.folders import require_writable
 from grbench.execution.records import unreadable
 from grbench.report.frame import ReportError, damaged_samples, read_cells
 
@@ -37,6 +38,7 @@ def main(words: Sequence[str]) -> int:
     """Run the command. Exit codes: 0 the page is written, 2 a record or the page cannot be read or written."""
     args = parser().parse_args(words)
     roots = args.roots or ([] if args.mlflow else [Path("outputs")])
+    require_writable(args.out.parent, f"--out {args.out}", "give")
     try:
         with tempfile.TemporaryDirectory(prefix="grbench-report-") as downloads:
             cells = read_cells(roots)

@@ -11,6 +11,7 @@ from pathlib import Path
 from grbench import workloads
 from grbench.config.arguments import Arguments, CommandError
 from grbench.config.schema import RunSpec
+from grbench.execution.folders import require_writable
 from grbench.tools.ranking_model import OVERRIDES, add_catalogue_flags, compose_ranking
 from grengines.api import Catalogue, Request, UnavailableError
 from grengines.tensorrt.config import PRECISIONS
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str]) -> int:
     """Run the command. Exit codes: 0 built, 2 the input cannot be used, 3 the library is missing or refuses."""
     args = parser().parse_intermixed_args(words)
+    require_writable(args.out.parent, f"--out {args.out}", "give")
     try:
         build(args, *compose_ranking(args))
     except UnavailableError as e:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from grbench.config.schema import ConfigError
 from grbench.execution import results
 from grbench.execution.clock import pace
 from grbench.execution.environment import describe_environment
+from grbench.execution.folders import require_writable
 from grbench.execution.records import LoggedRow, Status, spec_hash
 from grbench.execution.row_session import RowSession
 from grbench.quality.protocol import LeaveOneOut
@@ -62,7 +62,7 @@ class TrainSession(RowSession):
         config: TrainConfig = job.config
         device, folder = _device(config), Path(config.out or job.folder).absolute()
         if folder != job.folder.absolute():  # the session holds that one
-            _require_writable(folder)
+            require_writable(folder, f"out={config.out}", "set out to")
             self.hold(folder, "out")
         begun, started = datetime.datetime.now(datetime.UTC), time.perf_counter()
         epochs: list[dict[str, Any]] = []
@@ -124,16 +124,6 @@ class TrainSession(RowSession):
         save_items(events, folder / WEIGHTS)
         if ids is not None and ids.levels > 1:
             ids.save(folder / IDS)
-
-
-def _require_writable(folder: Path) -> None:
-    """Make a folder. Raises ConfigError if nothing can be written there: a training would be lost."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        raise ConfigError(f"out={folder}: {e.strerror or e}; set out to a folder that can be written") from None
 
 
 def _device(config: TrainConfig) -> torch.device:

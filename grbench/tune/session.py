@@ -16,6 +16,7 @@ from grbench.config.compose import compose_spec
 from grbench.config.jobs import Invocation
 from grbench.config.schema import ConfigError
 from grbench.execution.clock import pace
+from grbench.execution.folders import require_writable
 from grbench.execution.session import CellSession
 from grbench.tune import answer, deploy, rates
 from grbench.tune.answer import Answer
@@ -50,7 +51,7 @@ class TuneSession:
             )
         root = Path(run.runner.output_root).absolute()
         self.folder = root / "tune" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        require_writable(self.folder, f"runner.output_root={run.runner.output_root}", "set runner.output_root to")
         invocation = Invocation(("tune", *words), 0, self.folder, config_dir=_path(declared.config_dir))
         self._cells = CellSession(run, invocation, quiet=True)
         self._evaluator = LiveEvaluator(self._cells, declared, space.specs, root, self.folder, self._say)

@@ -191,12 +191,22 @@ def test_a_wrong_flag_is_one_line(grbench_here: Grbench, program: str, arguments
     assert error.startswith(f"{program}: {line.format(program)}")
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(grbench_here: Grbench, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words, option",
+    [
+        (["engine=hstu", "workload=synthetic"], "runner.output_root"),
+        (["tune", "engine=hstu", "workload=synthetic"], "runner.output_root"),
+        (["cachesim"], "output_root"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_one_line(
+    grbench_here: Grbench, tmp_path: Path, words: list[str], option: str
+) -> None:
     (tmp_path / "taken").touch()
-    done = grbench_here("engine=hstu", "workload=synthetic", "runner.output_root=taken")
+    done = grbench_here(*words, f"{option}=taken")
     assert done.returncode == 2
     [error] = done.stderr.splitlines()
-    assert error.startswith("grbench: taken/runs/") and "runner.output_root" in error
+    assert f": {option}=taken: Not a directory; set {option} to a folder" in error
 
 
 def test_a_sweep_is_expanded_as_hydra_does() -> None:

@@ -649,6 +649,17 @@ def fails(capsys: Capture, *arguments: str) -> str:
     return error
 
 
+@pytest.mark.parametrize("command", ["report", "export", "build-plan"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, capsys: Capture, command: str
+) -> None:
+    (tmp_path / "taken").touch()
+    out = tmp_path / "taken" / "new" / "page.md"
+    assert main([command, "--out", str(out)]) == 2
+    wrong = f"grbench {command}: --out {out}: Not a directory; give a folder that can be written\n"
+    assert capsys.readouterr().err == wrong
+
+
 def test_errors_are_one_line(sweep: Path, tmp_path: Path, capsys: Capture) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
