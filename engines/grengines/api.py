@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -49,6 +49,16 @@ class Request:
     timestamp: int  # time of the visit, seconds on the clock of the history
     arrival_s: float  # arrival in the trace, seconds from the trace's start
     deadline_ms: float  # after its arrival; a later answer is useless
+
+    def with_events(self, part: slice) -> Request:
+        """Return the request with a part of the history."""
+        return replace(
+            self,
+            history_items=self.history_items[part],
+            history_actions=self.history_actions[part],
+            history_weights=self.history_weights[part],
+            history_timestamps=self.history_timestamps[part],
+        )
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,11 @@ class Rankings:
         requests, found, stored, tokens, seconds = self.requests, list[Float32Array](), 0, 0, 0.0
         for begin in range(0, len(requests), max_batch):
             batch = requests[begin : begin + max_batch]
-            earlier = [_before(r) for r in batch if r.num_seen] if returning else []
+            earlier = (
+                [replace(r.with_events(slice(r.num_seen)), num_seen=0) for r in batch if r.num_seen]
+                if returning
+                else []
+            )
             for _ in range(2 if earlier else 0):
                 engine.rank(earlier)
             begun = time.perf_counter()
@@ -158,16 +162,3 @@ class Rankings:
             (~np.isin(r.candidates, events.items[first : self.trace.own[i][0]])).astype(np.float32)
             for i, r, first in zip(self.indices, self.requests, firsts, strict=True)
         ]
-
-
-def _before(request: Request) -> Request:
-    """Return the request with the events that the user's previous request had."""
-    seen = slice(request.num_seen)
-    return replace(
-        request,
-        history_items=request.history_items[seen],
-        history_actions=request.history_actions[seen],
-        history_weights=request.history_weights[seen],
-        history_timestamps=request.history_timestamps[seen],
-        num_seen=0,
-    )

@@ -238,21 +238,11 @@ def _nothing_left(error: FailedError, failed: Sequence[str]) -> RefusedError:
 
 
 def _newest(request: Request, events: int) -> Request:
-    return request if len(request.history_items) <= events else _with_events(request, slice(-events, None))
+    return request if len(request.history_items) <= events else request.with_events(slice(-events, None))
 
 
 def _oldest(request: Request, events: int) -> Request:
-    return _with_events(request, slice(0, events))
-
-
-def _with_events(request: Request, part: slice) -> Request:
-    return replace(
-        request,
-        history_items=request.history_items[part],
-        history_actions=request.history_actions[part],
-        history_weights=request.history_weights[part],
-        history_timestamps=request.history_timestamps[part],
-    )
+    return request.with_events(slice(0, events))
 
 
 async def watch_times(controllers: Sequence[Controller], every_s: float = 0.1) -> None:
