@@ -191,15 +191,15 @@ def test_variants_that_read_their_own_dtype_only_refuse_and_auto_passes_them_ove
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     sizes = {"qk_dim": 128, "v_dim": 128, "page": 64, "stored": "int8"}
-    for name in ("cutlass", "compile"):
-        why = registry.refusal("hstu_attention", name, device="cuda", dtype="bf16", **sizes)
-        assert why is not None and "pages in int8" in why and "supported here: torch, triton" in why
+    why = registry.refusal("hstu_attention", "compile", device="cuda", dtype="bf16", **sizes)
+    assert why is not None and "pages in int8" in why and "supported here: torch, triton" in why
     for change in ({"dtype": "fp16"}, {"qk_dim": 96}):
         why = registry.refusal("hstu_attention", "cutlass", **{"device": "cuda", "dtype": "bf16", **sizes, **change})
         assert why is not None and "in heads of multiples of 64" in why
     asked = dict.fromkeys(("hstu_attention", "paged_write"), AUTO)
-    made = choice.choose(asked, device="cuda", dtype="bf16", sizes=Sizes(page=64, stored="int8", captured=True))
-    assert made.variants == {"hstu_attention": "triton", "paged_write": "triton"}
+    for dtype, chosen in (("bf16", "cutlass"), ("fp16", "triton")):
+        made = choice.choose(asked, device="cuda", dtype=dtype, sizes=Sizes(page=64, stored="int8", captured=True))
+        assert made.variants == {"hstu_attention": chosen, "paged_write": "triton"}
     assert any(line.startswith("cutlass passed over for hstu_attention: pages in int8") for line in made.passed_over)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     for family in asked:

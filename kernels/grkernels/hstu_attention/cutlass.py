@@ -163,8 +163,8 @@ def supports(
     """Return None for Hopper, half precision, head sizes 16 to 256 in steps of 16 and no extras, else the reason."""
     if missing := capabilities.lacking(extras):
         return missing
-    if stored and (missing := _unread(stored, dtype, qk_dim, v_dim)):
-        return missing
+    if stored and (dtype != "bf16" or qk_dim % 64 or v_dim % 64):
+        return f"pages in {stored}: they become bf16, in heads of multiples of 64 (others: torch, triton)"
     if dtype not in ("fp16", "bf16"):
         return f"dtype {dtype} is neither fp16 nor bf16 (variants that support it: torch, triton)"
     if any(d % 16 or not 16 <= d <= 256 for d in (qk_dim, v_dim)):
@@ -174,14 +174,6 @@ def supports(
     if device != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return "needs an NVIDIA GPU of compute capability 9.0 (elsewhere: torch, triton)"
     return None
-
-
-def _unread(stored: str, dtype: str, qk_dim: int, v_dim: int) -> str | None:
-    """Return why pages in int8 or fp8 (`stored`) are not read, or None."""
-    if dtype != "bf16" or qk_dim % 64 or v_dim % 64:
-        return f"pages in {stored}: they become bf16, in heads of multiples of 64 (others: torch, triton)"
-    # UNCHECKED: sm90/eight_bits.py is compiled in tests, and has not run. Once its test passes, this line goes.
-    return f"pages in {stored}: the loader has not passed test_the_loader_of_hopper on a GPU (others: torch, triton)"
 
 
 def _stored(pages: Tensor) -> str:
