@@ -115,6 +115,22 @@ def test_outputs_are_binary_where_the_call_asks_for_it(server: Serving, trace: A
     assert content["outputs"][1]["data"] == [8]
 
 
+def test_the_example_calls_of_perf_analyzer_are_answered(server: Serving) -> None:
+    """Its input is a list of calls, with the contents and the shape of each tensor."""
+    calls = json.loads(Path("examples/calls.json").read_text(encoding="utf-8"))["data"]
+    config = server.call("/v2/models/hstu_tiny/config")[1]
+    for call in calls:
+        assert set(call) == {tensor["name"] for tensor in config["input"]}
+        inputs = [
+            {"name": name, "shape": tensor["shape"], "datatype": "FP32" if name == "WEIGHTS" else "INT64",
+             "data": tensor["content"]}
+            for name, tensor in call.items()
+        ]  # fmt: skip
+        status, answer, _ = server.call("/v2/models/hstu_tiny/infer", {"inputs": inputs})
+        assert status == 200
+        assert answer["outputs"][-1]["data"] == call["NUM_CANDIDATES"]["content"]
+
+
 def base(**changes: Any) -> list[dict[str, Any]]:
     tensors = {"USER_IDS": [3], "TOKEN_LENGTHS": [5], "TOKENS": [1, 2, 3, 4, 5], "NUM_CANDIDATES": [2]} | changes
     return [{"name": n, "shape": [len(d)], "datatype": "FP32" if n == "WEIGHTS" else "INT64", "data": d}
