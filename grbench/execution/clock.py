@@ -5,6 +5,7 @@ LoadGen schedules by the wall clock; grbench's own times are monotonic.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import ParamSpec
@@ -54,13 +55,16 @@ def at_most_every(seconds: float, call: Callable[P, None]) -> Callable[P, None]:
     return limited
 
 
-def pace(seconds: float, done: float = 0.0, total: float = 0.0) -> str:
+def pace(seconds: float, done: float = 0.0, total: float = 0.0, most_s: float = math.inf) -> str:
     """Return how long work has taken, and how long the rest takes at the same pace: "35 s so far, about 2 min left".
 
-    done of total: what the seconds were for, in any unit; 0: it is not known, so nothing is said of the rest.
+    done of total: what the seconds were for, in any unit; 0: it is not known, so nothing is said of the rest. most_s:
+    the time of all the work, which ends then however much is done.
     """
     words = f"{_span(seconds)} so far"
-    return f"{words}, about {_span(seconds * (total - done) / done)} left" if 0 < done <= total else words
+    if not 0 < done <= total:
+        return words
+    return f"{words}, about {_span(max(min(seconds * (total - done) / done, most_s - seconds), 0.0))} left"
 
 
 def _span(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -75,8 +76,11 @@ class RowSession:
         self._screen.print(text, soft_wrap=True, markup=False, highlight=False)
 
     @contextlib.contextmanager
-    def watch(self, what: str) -> Iterator[Callable[[float, float], None]]:
-        """Show how far work is: a bar on a terminal, else a line now and then. Yields what takes (done, total)."""
+    def watch(self, what: str, most_s: float = math.inf) -> Iterator[Callable[[float, float], None]]:
+        """Show how far work is: a bar on a terminal, else a line now and then. Yields what takes (done, total).
+
+        most_s: of the work, which ends then.
+        """
         begun = time.monotonic()
         say = at_most_every(SILENCE_S, self.show)
         with Progress(
@@ -90,7 +94,7 @@ class RowSession:
             task = bar.add_task(escape(what), total=None, pace="")
 
             def show(done: float, total: float) -> None:
-                took = pace(time.monotonic() - begun, done, total)
+                took = pace(time.monotonic() - begun, done, total, most_s)
                 bar.update(task, completed=done, total=total, pace=took)
                 if not self._screen.is_terminal:
                     say(f"{what}: {done:,.0f} of {total:,.0f}, {took}")

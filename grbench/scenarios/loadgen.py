@@ -100,8 +100,10 @@ def run(
     loadgen = threading.Thread(target=test, name="loadgen", daemon=True)
     clock = WallClock()
     loadgen.start()
-    stops = isinstance(config, ServerConfig) and config.stop_hopeless
-    _watch(batcher, clock, Growth(latency_limit_ms, config.queries) if stops else None)
+    growth = None
+    if isinstance(config, ServerConfig) and config.stop_hopeless:
+        growth = Growth(latency_limit_ms, config.queries, config.target_qps)
+    _watch(batcher, clock, growth)
     if batcher.failure is None:
         loadgen.join()
     batcher.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,11 @@ class TrainingConfig:
         None, "weights file of retrieval.levels=1, whose item vectors make the semantic IDs; null: a truncated SVD of "
         "the training events", file=True,
     )  # fmt: skip
+
+    @property
+    def most_s(self) -> float:
+        """The seconds of `minutes`, infinite without a limit."""
+        return 60 * self.minutes or math.inf
 
 
 @dataclass

@@ -106,7 +106,7 @@ def train(
     state = _resume(folder / CHECKPOINT, identity, model, optimiser, schedule)
     began = saved = time.perf_counter()
     before = state.epochs
-    ends = began + 60 * options.minutes - _checks_s(task, options) if options.minutes else math.inf
+    ends = began + options.most_s - (_checks_s(task, options) if options.minutes else 0.0)
     while state.epochs < options.epochs and time.perf_counter() < ends and not _exhausted(state, options):
         number = state.epochs + 1
         torch.manual_seed(seed * 100_003 + number)  # of dropout; an epoch does not depend on those before it
@@ -139,7 +139,7 @@ def _checks_s(task: Task, options: TrainingConfig) -> float:
     with torch.no_grad():
         task.validate()
     check_s = time.perf_counter() - begun
-    if 3 * check_s >= 60 * options.minutes:  # this one, the last one, and the test
+    if 3 * check_s >= options.most_s:  # this one, the last one, and the test
         raise ConfigError(
             f"training.minutes={options.minutes:g}: a validation takes {check_s:.3g} s here, and three are needed; set "
             f"more than {3 * check_s / 60:.2g}, or 0 for no limit"

@@ -77,10 +77,10 @@ class TrainSession(RowSession):
             if (folder / loop.CHECKPOINT).is_file():
                 self.show(f"going on from {folder / loop.CHECKPOINT}")
             trains = time.perf_counter()
-            with self.watch("steps, at most") as show:
+            with self.watch("steps, at most", config.training.most_s) as show:
                 state = loop.train(
                     task, config.training, device, config.seed, folder, identity,
-                    report=lambda epoch: self.show(_line(epoch, config.training)), progress=show,
+                    report=lambda epoch: self.show(epoch_line(epoch, config.training)), progress=show,
                 )  # fmt: skip
             epochs = state.history
             with torch.no_grad():
@@ -139,13 +139,15 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     return values | {"files": {key: content(Path(path)) for key, path in files(config).items()}}
 
 
-def _line(epoch: loop.Epoch, options: TrainingConfig) -> str:
+def epoch_line(epoch: loop.Epoch, options: TrainingConfig) -> str:
     """Return the line of an epoch. `patience` may end the training earlier than the time that is said to be left."""
     figures = ", ".join(f"{name} {value:.4f}" for name, value in epoch.figures.items())
     validated = f"; validation: {figures}" if figures else ""
     cut = "" if epoch.steps == epoch.whole else f" ({epoch.steps} of {epoch.whole} steps: training.minutes ended it)"
-    took = pace(epoch.seconds, epoch.trained, options.epochs - epoch.number + epoch.trained)
-    left = f"{took} at most" if "left" in took and epoch.number < options.epochs else pace(epoch.seconds)
+    left = pace(epoch.seconds)
+    if epoch.number < options.epochs and not cut:
+        of = options.epochs - epoch.number + epoch.trained
+        left = f"{pace(epoch.seconds, epoch.trained, of, options.most_s)} at most"
     return f"epoch {epoch.number}{cut}: loss {epoch.loss:.4f}{validated}; {left}"
 
 

@@ -153,6 +153,8 @@ def test_a_pace_says_what_is_left() -> None:
     assert pace(9000, 500, 1000) == "2.5 h so far, about 2.5 h left"
     assert pace(5, 0, 1000) == "5 s so far"
     assert pace(5, 3, 2) == "5 s so far"  # more than was planned
+    assert pace(30, 1, 4, most_s=50) == "30 s so far, about 20 s left"
+    assert pace(55, 1, 4, most_s=50) == "55 s so far, about 0 s left"
 
 
 def test_progress_in_a_log_has_the_time_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

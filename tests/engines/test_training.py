@@ -23,6 +23,7 @@ from grbench.training import loop
 from grbench.training.config import TrainConfig, TrainingConfig
 from grbench.training.generate import GenerateTask, semantic_ids
 from grbench.training.rank import RankTask
+from grbench.training.session import epoch_line
 from grbench.workloads.config import RecordedConfig
 from grbench.workloads.events import Events
 from grbench.workloads.trace import build_trace, find_visits
@@ -232,6 +233,17 @@ def test_the_time_ends_a_training_within_an_epoch(tmp_path: Path) -> None:
     state = loop.train(task_of(of), of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None, progress=slow)
     assert state.epochs == state.best_epoch == 1  # it was validated
     assert len(steps) == 1 < steps[0] and state.history[0]["steps"] == 1
+
+
+def test_the_line_of_an_epoch_says_no_more_time_than_is_left() -> None:
+    options = TrainingConfig(epochs=10)
+    epoch = loop.Epoch(number=2, loss=0.5, figures={}, seconds=30.0, trained=2, steps=7, whole=7)
+    assert epoch_line(epoch, options) == "epoch 2: loss 0.5000; 30 s so far, about 2 min left at most"
+    options.minutes = 1.0
+    assert epoch_line(epoch, options).endswith("; 30 s so far, about 30 s left at most")
+    cut = dataclasses.replace(epoch, steps=3)
+    assert epoch_line(cut, options).endswith(" (3 of 7 steps: training.minutes ended it): loss 0.5000; 30 s so far")
+    assert epoch_line(dataclasses.replace(epoch, number=10), options).endswith("; 30 s so far")
 
 
 def test_the_time_has_room_for_the_validations_and_the_test(tmp_path: Path) -> None:
