@@ -14,7 +14,7 @@ from grengines.api import BatchResult, GenerateResult, RankResult, Request, Setu
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding
 from grengines.runtime.buckets import token_count
-from grengines.runtime.device import DTYPES, Placement
+from grengines.runtime.device import DTYPES, PRODUCTS, Placement
 from grengines.runtime.timing import Turn, Turns
 from grengines.semantic.search import check_width
 
@@ -113,7 +113,12 @@ class EngineBase(ABC):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return DTYPES[self._precision]
+        return DTYPES[self._base]
+
+    @property
+    def _base(self) -> str:
+        """The precision of everything but the products."""
+        return PRODUCTS.get(self._precision, self._precision)
 
     @staticmethod
     def _ready(part: Part | None) -> Part:

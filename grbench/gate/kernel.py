@@ -21,6 +21,7 @@ from grengines.numerics import (
     require_contrast,
     require_plausible,
 )
+from grkernels.fp8 import Scaled
 from grkernels.rounding import rounded
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -48,20 +49,23 @@ class KernelGate:
         dtype: torch.dtype,
         writes: tuple[str, ...] = (),
         layers: int = 1,
+        yardstick: Callable[..., Any] | None = None,
     ) -> None:
         """others: inputs of the same shape from another seed.
 
         writes: names of the inputs that the kernel writes, which are then its outputs; (): it returns its outputs.
-        layers: of the operator, if it is a stack of them. Raises IncorrectError if rounding alone costs too much.
+        layers: of the operator, if it is a stack of them. yardstick: the reference with the rounding of operands in
+        fp8, instead of its results rounded to the dtype. Raises IncorrectError if rounding alone costs too much.
         """
         self.inputs, self._writes, self._dtype, self._exact = inputs, writes, dtype, reference
         self._before = {name: inputs[name].clone() for name in writes}
         self._reference = self.expected(inputs)
-        yardstick = self._answer(rounded(reference, dtype), inputs)
-        answer = [x.to(dtype) if x.is_floating_point() else x for x in yardstick]
+        answer = self._answer(yardstick or rounded(reference, dtype), inputs)
+        answer = [x.to(dtype) if x.is_floating_point() else x for x in answer]
         self._like = [(x.shape, x.dtype) for x in answer]
         self._rounding = self._errors(answer)
-        require_plausible(max(self._rounding), PRECISIONS[dtype], layers)
+        eight_bits = yardstick is not None or inputs.get("to") == "fp8"
+        require_plausible(max(self._rounding), "fp8" if eight_bits else PRECISIONS[dtype], layers)
         self._wrong = {
             "zeros": self._errors([torch.zeros_like(x) for x in answer]),
             "stale outputs": self._errors(self.expected(others)),
@@ -162,7 +166,9 @@ class TimedOutputs:
 
 
 def outputs(result: Any) -> list[Tensor]:
-    """Return one tensor or several as a list."""
+    """Return one tensor or several as a list: of numbers in fp8 what they stand for, in bf16."""
+    if isinstance(result, Scaled):
+        return [result.numbers(torch.bfloat16)]
     return list(result) if isinstance(result, tuple | list) else [result]
 
 

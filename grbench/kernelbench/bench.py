@@ -24,9 +24,8 @@ from grbench.execution.records import Status, one_line
 from grbench.execution.stats import percentile
 from grbench.execution.worker import out_of_memory
 from grbench.gate.kernel import KernelGate, KernelGateResult, TimedOutputs
-from grbench.kernelbench import stack
-from grbench.kernelbench.config import Family, KernelBenchConfig, select
-from grbench.kernelbench.timing import Call, Ceilings, ceilings, interleaved, median_ms
+from grbench.kernelbench.config import Family, KernelBenchConfig, composed, select
+from grbench.kernelbench.timing import Call, Ceilings, ceilings, fp8_ceilings, interleaved, median_ms
 from grengines.numerics import IncorrectError
 from grkernels import registry, tuning
 from grkernels.variant import Cost, KernelVariant
@@ -82,6 +81,7 @@ class Contender:
     peer: bool = False
     same_operator: bool = True
     candidates: tuple[Mapping[str, int], ...] = ()  # launch configurations to tune over
+    yardstick: Callable[..., Any] | None = None  # the reference with the rounding of operands in fp8
 
 
 class DeviceLostError(Exception):
@@ -131,8 +131,8 @@ class Bench:
         """Return the contenders that can be imported, and a row for each other one."""
         contenders: list[Contender] = []
         unusable: list[Row] = []
-        if family.name == stack.FAMILY:
-            return [_stack(name) for name in family.variants], unusable
+        if family.name in composed():
+            return [_together(family.bench, name) for name in family.variants], unusable
 
         def attempt(name: str, load: Callable[[], Contender], peer: bool = False) -> None:
             try:
@@ -179,18 +179,20 @@ class Bench:
         timed = TimedOutputs(sets, family.writes)
         small = bench.check_shape(shape) if hasattr(bench, "check_shape") else shape
         fresh, others = (make(small, seed=seed + INPUT_SETS + i) for i in range(2))
-        gates: dict[Callable[..., Any], KernelGate] = {}
+        gates: dict[tuple[Callable[..., Any], Callable[..., Any] | None], KernelGate] = {}
         calls: dict[str, list[Call]] = {}
         checks: dict[str, Callable[[], KernelGateResult]] = {}
         for contender, row in able:
             with self._guard(row):
                 bound = [contender.bind(**inputs) for inputs in sets]
                 self._first_calls(bound[0], row)
-                if contender.reference not in gates:
-                    gates[contender.reference] = KernelGate(
-                        contender.reference, fresh, others, self._dtype, family.writes, getattr(shape, "layers", 1)
+                kind = contender.reference, contender.yardstick
+                if kind not in gates:
+                    layers = getattr(shape, "layers", 1)
+                    gates[kind] = KernelGate(
+                        contender.reference, fresh, others, self._dtype, family.writes, layers, contender.yardstick
                     )
-                check = partial(gates[contender.reference].check, contender.bind(**fresh), contender.max_error_ratio)
+                check = partial(gates[kind].check, contender.bind(**fresh), contender.max_error_ratio)
                 if self._config.tune and contender.candidates:
                     self._tune(contender, row, bound[0], check)
                 row.metrics |= check().metrics()
@@ -207,11 +209,13 @@ class Bench:
                         raise failure
                     checks[contender.name]()  # again: a result that is wrong under load must not count
                     turn, result = times.last[contender.name]
-                    gate, again = gates[contender.reference], calls[contender.name][turn]
+                    gate = gates[contender.reference, contender.yardstick]
+                    again = calls[contender.name][turn]
                     compared = timed.check(gate, turn, result, again, contender.max_error_ratio)
                     row.metrics["error_timed"] = compared.error
                     row.times_ms = times.ms[contender.name]
-                    row.metrics |= rates(row.times_ms, cost, self.ceilings)
+                    roofs = fp8_ceilings(self.ceilings, self._device) if contender.yardstick else self.ceilings
+                    row.metrics |= rates(row.times_ms, cost, roofs)
         _compare(able)
 
     def _first_calls(self, call: Call, row: Row) -> None:
@@ -307,6 +311,7 @@ def rates(times_ms: list[float], cost: Cost, roofs: Ceilings) -> dict[str, float
         "matmul_share": tflops / roofs.tflops,
         "copy_share": tbps / roofs.tbps,
         "roofline_share": 1e3 * roofs.floor_s(*cost) / p50,
+        "ceiling_tflops": roofs.tflops,
     }
 
 
@@ -334,13 +339,14 @@ def _variant(family: str, name: str) -> Contender:
     )
 
 
-def _stack(name: str) -> Contender:
+def _together(module: Any, name: str) -> Contender:
     return Contender(
         name,
-        partial(stack.bind, name),
-        stack.reference,
-        partial(stack.refusal, name),
+        partial(module.bind, name),
+        module.reference,
+        partial(module.refusal, name),
         KernelVariant.max_error_ratio,
+        yardstick=module.yardstick(name),
     )
 
 

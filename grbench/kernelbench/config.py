@@ -44,7 +44,7 @@ class Family:
     """An operator family with its chosen variants and shapes."""
 
     name: str
-    bench: Any  # module grkernels.<family>.bench, or stack
+    bench: Any  # module grkernels.<family>.bench, or one of `composed`
     variants: tuple[str, ...]
     shapes: tuple[str, ...]
     writes: tuple[str, ...] = ()  # as in grkernels.families.FamilySpec
@@ -68,13 +68,12 @@ def to_config(cfg: DictConfig) -> KernelBenchConfig:
 
 def select(config: KernelBenchConfig) -> list[Family]:
     """Return the families with their chosen variants and shapes. Raises ConfigError for an unknown name."""
-    from grbench.kernelbench import stack
-
-    every = [*registry.FAMILIES, stack.FAMILY]
+    together = composed()
+    every = [*registry.FAMILIES, *together]
     _check("families", config.families, every)
     families = []
     for name in config.families or every:
-        bench = stack if name == stack.FAMILY else registry.bench(name)
+        bench = together.get(name) or registry.bench(name)
         variants, shapes = variants_of(name), tuple(bench.SHAPES)
         families.append(
             Family(
@@ -82,7 +81,7 @@ def select(config: KernelBenchConfig) -> list[Family]:
                 bench,
                 tuple(v for v in variants if not config.variants or v in config.variants),
                 tuple(s for s in shapes if not config.shapes or any(fnmatchcase(s, p) for p in config.shapes)),
-                () if name == stack.FAMILY else registry.family(name).writes,
+                () if name in together else registry.family(name).writes,
             )
         )
     _check("variants", config.variants, [v for f in families for v in variants_of(f.name)])
@@ -91,10 +90,20 @@ def select(config: KernelBenchConfig) -> list[Family]:
 
 
 def variants_of(family: str) -> tuple[str, ...]:
-    """Return all variants of a family, or of the stack of layers."""
-    from grbench.kernelbench import stack
+    """Return all variants of a family, or of operators that are measured together."""
+    together = composed().get(family)
+    return together.VARIANTS if together else registry.variants(family)
 
-    return stack.VARIANTS if family == stack.FAMILY else registry.variants(family)
+
+def composed() -> dict[str, Any]:
+    """Return the modules of this folder that measure several operators together, by the name of their family.
+
+    Each has VARIANTS, SHAPES, inputs, cost, supports_args, reference, refusal and bind; `yardstick` gives the rounded
+    reference of a variant, or None for that of the dtype.
+    """
+    from grbench.kernelbench import products, stack
+
+    return {module.FAMILY: module for module in (products, stack)}
 
 
 def _check(key: str, asked: Iterable[str], known: Iterable[str]) -> None:

@@ -120,6 +120,10 @@ def refusal(variant: str, *, device: str, dtype: str, **sizes: Any) -> str | Non
     return None
 
 
+def yardstick(variant: str) -> None:
+    """Every variant rounds to its dtype."""
+
+
 def bind(variant: str, **given: Any) -> Callable[[], Tensor]:
     """Return the call that is timed: the layers, or one replay of their graph."""
     name, captured, _ = variant.partition("+")

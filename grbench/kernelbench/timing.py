@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+
+from grkernels import fp8
 
 Call = Callable[[], Any]
 
@@ -157,3 +159,18 @@ def ceilings(device: str, dtype: str, torch_dtype: torch.dtype) -> Ceilings:
         raise error
     seconds = {name: float(np.median(ms)) / 1e3 for name, ms in times.ms.items()}
     return Ceilings(2 * n**3 / seconds["matmul"] / 1e12, 2 * size / seconds["copy"] / 1e12, n, size, dtype)
+
+
+@cache
+def fp8_ceilings(roofs: Ceilings, device: str) -> Ceilings:
+    """Return ceilings with the rate of products of e4m3 numbers, measured once a process.
+
+    A CPU emulates them in the products that it has, so its own are the ceiling.
+    """
+    if device != "cuda":
+        return roofs
+    n = roofs.matmul_size
+    a, b = (fp8.Scaled.of(torch.randn(n, n, device=device)) for _ in range(2))
+    multiply = partial(fp8.product, a, b.values, b.scales.t().contiguous(), None, fast=True)
+    multiply()
+    return replace(roofs, tflops=2 * n**3 / median_ms(multiply, device, 20) / 1e9, dtype="fp8")

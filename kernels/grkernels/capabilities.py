@@ -32,9 +32,16 @@ def without_eight_bits(stored: str) -> str | None:
     return f"pages in {stored}: it reads pages in its own dtype only (torch and triton read 8 bits)" if stored else None
 
 
-def compiled(*, device: str, dtype: str, stored: str = "", extras: Sequence[str] = (), **dims: Any) -> str | None:
-    """Require a C++ compiler on a CPU, for torch.compile, grbench's own layer, and pages of its dtype."""
-    if missing := lacking(extras) or without_eight_bits(stored):
+def without_fp8(products: str) -> str | None:
+    """Refuse to write operands of products in e4m3. products: fp8 or ""."""
+    return f"operands in {products}: it writes its own dtype only (torch and triton write fp8)" if products else None
+
+
+def compiled(
+    *, device: str, dtype: str, stored: str = "", products: str = "", extras: Sequence[str] = (), **dims: Any
+) -> str | None:
+    """Require a C++ compiler on a CPU, for torch.compile, grbench's own layer, and results of its dtype."""
+    if missing := lacking(extras) or without_eight_bits(stored) or without_fp8(products):
         return missing
     if device.startswith("cpu") and (missing := compiler()):
         return missing

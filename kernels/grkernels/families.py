@@ -48,6 +48,7 @@ class Sizes:
     page: int = 0  # tokens of a page of the KV cache; 0: no pages
     stored: str = ""  # int8 or fp8: pages are in 8 bits with scales (grkernels.pages); "": in the dtype of the model
     captured: bool = False  # in a CUDA graph
+    products: str = ""  # fp8: operands of products are in e4m3 with scales (grkernels.fp8); "": in the dtype
     attention: tuple[str, ...] = ()  # options of other HSTU models that its attention has, as "key=value"
     gate: tuple[str, ...] = ()  # those that its norm_gate has
 
@@ -108,9 +109,14 @@ _ROWS = (
     FamilySpec(
         "norm_gate",
         "SiLU, LayerNorm, gate and concatenation between attention and the output projection",
-        dims=lambda s: {"width": s.heads * s.v_dim, "extras": s.gate},
+        dims=lambda s: {"width": s.heads * s.v_dim, "extras": s.gate, "products": s.products},
     ),
-    FamilySpec("layer_norm", "LayerNorm over the last dimension", dims=_embedding, fastest=TRITON_FIRST),
+    FamilySpec(
+        "layer_norm",
+        "LayerNorm over the last dimension",
+        dims=lambda s: {"width": s.embedding_dim, "products": s.products},
+        fastest=TRITON_FIRST,
+    ),
     FamilySpec(
         "interaction",
         "pairwise dot products of a candidate's feature vectors",
@@ -119,6 +125,13 @@ _ROWS = (
     FamilySpec("jagged_concat", "two jagged tensors into one, sequence by sequence", dims=_heads),
     FamilySpec("jagged_split", "a jagged tensor into two, sequence by sequence", dims=_heads),
     FamilySpec("token_embedding", "sum of a token's embeddings", dims=_embedding, fastest=TRITON_FIRST),
+    FamilySpec(
+        "quantise",
+        "rows in e4m3, each with a scale, where no norm writes them so",
+        {"torch": TORCH, "triton": TRITON},
+        dims=lambda s: {"products": s.products},
+        of_model=False,
+    ),
     _of_pages(
         "paged_write",
         "new keys and values into their pages",

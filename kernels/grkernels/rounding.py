@@ -7,7 +7,8 @@ variant that is wrong can't widen what is allowed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from contextlib import nullcontext
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -43,13 +44,17 @@ class Rounding(TorchFunctionMode):
 
 
 def rounded(reference: Callable[..., Result], dtype: torch.dtype) -> Callable[..., Result]:
-    """Return `reference` with every result rounded to `dtype`; itself for fp32."""
-    if dtype not in _BITS:
-        return reference
+    """Return `reference` with every result rounded to `dtype`; itself for fp32.
+
+    With the option `to` ("fp8" or "int8") of an operator that writes 8 bits, rows are rounded to those in the end.
+    """
 
     def yardstick(*args: Any, **options: Any) -> Result:
-        with Rounding(dtype):
-            return reference(*args, **options)
+        with Rounding(dtype) if dtype in _BITS else nullcontext():
+            result = reference(*args, **options)
+        if to := options.get("to"):
+            return cast(Result, through_pages(cast(Tensor, result), to))
+        return result
 
     return yardstick
 

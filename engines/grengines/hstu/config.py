@@ -8,12 +8,19 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.options import GraphOptions, option
 from grengines.refusals import Asked, graphs_on_cpu
 
+FP8_STEP = 16  # as grkernels.fp8.STEP
+
 
 @dataclass
 class HSTUEngineConfig(GraphOptions):
     """The native engine: HSTU in PyTorch with the kernel variants that the `kernel` group names."""
 
     name: str = option("hstu", "name of the engine")
+    precision: str = option(
+        "auto",
+        "auto: bf16 on cuda, fp32 on cpu; fp8: products in e4m3, all else in bf16; a cpu emulates it, slowly",
+        choices=["auto", "fp32", "fp16", "bf16", "fp8"],
+    )
     candidate_microbatch: int = option(
         0, "M-FALCON: prefill once, then rank this many candidates at a time; 0: all in one pass", ge=0
     )
@@ -24,6 +31,8 @@ def contradiction(options: HSTUEngineConfig, asked: Asked) -> str | None:
     size, cache, model = options.candidate_microbatch, asked.cache, asked.model
     assert isinstance(model, HSTUConfig), "the registry refuses other models"
     if problem := graphs_on_cpu(options):
+        return problem
+    if options.precision == "fp8" and (problem := _without_fp8(asked.task, model)):
         return problem
     if asked.task == "generate":
         return f"engine.candidate_microbatch={size} is for ranking; set it to 0" if size else None
@@ -47,5 +56,23 @@ def contradiction(options: HSTUEngineConfig, asked: Asked) -> str | None:
         return (
             f"cache.item_memory_gb={cache.item_memory_gb:g} and model.item_tower=table: both tables are on the device; "
             "set cache.item_memory_gb=0"
+        )
+    return None
+
+
+def _without_fp8(task: str, model: HSTUConfig) -> str | None:
+    """Return None, or why the engine can't have products in fp8."""
+    if task == "generate":
+        return "engine.precision=fp8 is for ranking; set engine.precision=bf16, or task=rank"
+    widths = {
+        "model.embedding_dim": model.embedding_dim,
+        "model.heads x model.v_dim": model.heads * model.v_dim,
+        "model.heads x model.qk_dim": model.heads * model.qk_dim,
+        "model.head_dim": model.head_dim,
+    }
+    if wrong := [f"{name}={width}" for name, width in widths.items() if width % FP8_STEP]:
+        return (
+            f"engine.precision=fp8 and {', '.join(wrong)}: allowed are multiples of {FP8_STEP}, which the products of "
+            "tensor cores take; set engine.precision=bf16"
         )
     return None

@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grengines.api import RankResult, Request, Setup, Tier
+from grengines.api import RankResult, Request, Setup, Tier, UnavailableError
 from grengines.base import RankingEngine
 from grengines.cache.config import PagedCacheConfig, stored
 from grengines.cache.items import HotRows
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import HSTUEngineConfig
+from grengines.models.hstu.fp8 import use_fp8
 from grengines.models.hstu.model import HSTURanker, build_model
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
 from grengines.runtime.buckets import first_batches, plan_buckets, token_count
-from grengines.runtime.device import Placement
+from grengines.runtime.device import PRODUCTS, Placement
 from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
-from grkernels import tuning
+from grkernels import fp8, tuning
 from grkernels.operators import Operators
 
 
@@ -41,15 +42,19 @@ class HSTUEngine(RankingEngine):
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
         self._options, self._cache = options, setup.cache
         self._asked = options.cuda_graphs if self._cuda and not options.candidate_microbatch else "false"
+        self._products = self._precision if self._precision in PRODUCTS else ""
+        if self._products and self._cuda and (why := fp8.refusal()):
+            raise UnavailableError(f"engine.precision=fp8: {why}; set engine.precision=bf16")
         page = self._cache.page if isinstance(self._cache, PagedCacheConfig) else 0
         self._kernels = kernel_choice.choose(
             setup.kernels,
             self._model_config,
             self._device.type,
-            self._precision,
+            self._base,
             page=page,
             stored=stored(self._cache),
             captured=self._asked != "false",
+            products=self._products,
         )
         self.operators = Operators.of(self._kernels.variants)
         self._ranker: HSTURanker | None = None
@@ -71,6 +76,8 @@ class HSTUEngine(RankingEngine):
             self.operators,
             host_table=in_host_memory,
         )
+        if self._products:
+            use_fp8(ranker)
         if in_host_memory:
             memory, table = int(self._cache.item_memory_gb * 1e9), ranker.token_table.data
             self._items = HotRows.within(memory, table, device=self._device, dtype=self._dtype)
@@ -183,6 +190,7 @@ class HSTUEngine(RankingEngine):
     def _describe(self) -> dict[str, Any]:
         return {
             **self._kernels.actual(),
+            **({"fp8_products": fp8.runs_as(self._device.type)} if self._products else {}),
             "kernel_configs": tuning.provenance(),
             **(self.user_cache.graphs if self.user_cache else self._graphs).actual(),
             "candidate_microbatch": self._options.candidate_microbatch,

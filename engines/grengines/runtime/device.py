@@ -11,6 +11,7 @@ from grengines.options import DeviceOptions
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRODUCTS = {"fp8": "bf16"}  # precisions of products only, each with that of everything else
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,20 @@ def choose(
     page: int = 0,
     stored: str = "",
     captured: bool = False,
+    products: str = "",
     allowed: Collection[str] | None = None,
 ) -> KernelChoice:
     """The variant of each family: the one that is named, or for auto the fastest that runs here.
 
     page: tokens of a page of the KV cache, 0 without one. stored: int8 or fp8 for its pages in 8 bits. captured: in a
-    CUDA graph. allowed: the only variants that auto may take. Raises UnavailableError, naming the variants that would
-    run, if a named one can't run.
+    CUDA graph. products: fp8 for their operands in e4m3. allowed: the only variants that auto may take. Raises
+    UnavailableError, naming the variants that would run, if a named one can't run.
     """
     qk_dim, v_dim = (model.qk_dim, model.v_dim) if isinstance(model, HSTUConfig) else (model.head_dim, model.head_dim)
     extras = (model.attention_extras, model.gate_extras) if isinstance(model, HSTUConfig) else ()
-    sizes = Sizes(model.embedding_dim, model.heads, qk_dim, v_dim, INTERACTING, page, stored, captured, *extras)
+    sizes = Sizes(
+        model.embedding_dim, model.heads, qk_dim, v_dim, INTERACTING, page, stored, captured, products, *extras
+    )
     try:
         return choice.choose(kernels, device=device, dtype=precision, sizes=sizes, allowed=allowed)
     except choice.RefusedError as e:

@@ -13,7 +13,7 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.memory import SmemAllocator
 from torch import Tensor
 
-from grkernels import cute_common, tuning
+from grkernels import capabilities, cute_common, tuning
 from grkernels.cute_common import ELEMENTS, WARP, ElementPointer, ahead, load_row, rounded, store_row, wide
 from grkernels.cute_launch import Launcher
 from grkernels.layer_norm.reference import layer_norm as reference
@@ -159,8 +159,10 @@ def _launcher(dtype: torch.dtype, width: int, warps: int, rows: int) -> Launcher
     return cute_common.launcher(LayerNorm(ELEMENTS[dtype], width, warps, rows))
 
 
-def supports(*, device: str, dtype: str, width: int) -> str | None:
+def supports(*, device: str, dtype: str, width: int, products: str = "") -> str | None:
     """Return None, or why these arguments are not supported."""
+    if missing := capabilities.without_fp8(products):
+        return missing
     if width > MAX_WIDTH:
         return f"width {width} is over {MAX_WIDTH} (others: torch, compile, triton)"
     return cute_common.supports(device=device, dtype=dtype, width=width)

@@ -98,9 +98,9 @@ def norm_gate(u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float)
     return out
 
 
-def supports(*, device: str, dtype: str, width: int, extras: Sequence[str] = ()) -> str | None:
+def supports(*, device: str, dtype: str, width: int, extras: Sequence[str] = (), products: str = "") -> str | None:
     """Return None, or why these arguments are not supported."""
-    return capabilities.lacking(extras) or supports_width(device=device, dtype=dtype, width=width)
+    return capabilities.lacking(extras) or supports_width(device=device, dtype=dtype, width=width, products=products)
 
 
 @cache

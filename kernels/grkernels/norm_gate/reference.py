@@ -7,7 +7,15 @@ from torch import Tensor
 
 
 def norm_gate(
-    u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float, groups: int = 1, concat: bool = True
+    u: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    groups: int = 1,
+    concat: bool = True,
+    to: str = "",
 ) -> Tensor:
     """Return [SiLU(u) | a | SiLU(u) * LayerNorm(a)]. The family's signature.
 
@@ -16,6 +24,7 @@ def norm_gate(
     computed in fp32. a is as small as 1e-5, so its variance must come from differences to the mean.
 
     groups: parts of a row, each normalised by its own mean and variance. concat: False returns the last third alone.
+    to: as of layer_norm, with one scale for all of a row.
     """
     u32, a32 = u.float(), a.flatten(1).float()
     gate = u32 * torch.sigmoid(u32)

@@ -7,13 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grkernels import capabilities
+from grkernels.fp8 import Scaled
 from grkernels.norm_gate.reference import norm_gate as reference
 from grkernels.variant import KernelVariant
 
 
 def norm_gate(
-    u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float, groups: int = 1, concat: bool = True
-) -> Tensor:
+    u: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    groups: int = 1,
+    concat: bool = True,
+    to: str = "",
+) -> Tensor | Scaled:
     """Compute what reference.py defines."""
     u, a = F.silu(u), a.flatten(1)
     if groups == 1:
@@ -21,7 +30,8 @@ def norm_gate(
     else:
         parts = a.unflatten(1, (groups, -1))
         normed = F.layer_norm(parts, parts.shape[2:], eps=eps).flatten(1) * weight + bias
-    return torch.cat([u, a, u * normed], dim=1) if concat else u * normed
+    gated = torch.cat([u, a, u * normed], dim=1) if concat else u * normed
+    return Scaled.of(gated) if to else gated
 
 
 VARIANT = KernelVariant("norm_gate", "torch", norm_gate, reference, capabilities.eager)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
 from grkernels import triton_common, tuning
+from grkernels.fp8 import Scaled
 from grkernels.norm_gate.reference import norm_gate as reference
-from grkernels.triton_common import rounded
+from grkernels.quantise.triton import quantise
+from grkernels.triton_common import E4M3, eight_bits, rounded
 from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
 
@@ -65,17 +69,75 @@ def _kernel(
     tl.store(place, rounded(gate * normed, out.dtype.element_ty), mask=mask)
 
 
+@launched(tensors=["u", "a", "weight", "bias", "out", "scales"], numbers=["L", "eps"])
+def _quantising_kernel(
+    u: tl.tensor,
+    a: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    scales: tl.tensor,
+    u_stride: tl.tensor,
+    a_stride: tl.tensor,
+    L: tl.tensor,
+    eps: tl.tensor,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    CONCAT: tl.constexpr,
+    LARGEST_NUMBER: tl.constexpr,
+    LEAST_SIZE: tl.constexpr,
+) -> None:
+    """Write the bytes of e4m3. All parts of a row are in registers, so its scale costs no second pass."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row, column = rows[:, None], tl.arange(0, BLOCK_W)[None, :]
+    mask = (row < L) & (column < W)
+    w = tl.load(weight + column, mask=column < W, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=column < W, other=0.0).to(tl.float32)
+    gate = tl.load(u + row * u_stride + column, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(a + row * a_stride + column, mask=mask, other=0.0).to(tl.float32)
+    centred = tl.where(column < W, x - tl.sum(x, axis=1, keep_dims=True) / W, 0.0)
+    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / W
+    normed = centred * tl.rsqrt(variance + tl.cast(eps, tl.float32)) * w + b
+    gate = gate / (1.0 + tl.exp(-gate))
+    gated = gate * normed
+    largest = tl.max(tl.abs(gated), axis=1)
+    place = out + row * W + column
+    if CONCAT:
+        largest = tl.maximum(largest, tl.maximum(tl.max(tl.abs(gate), axis=1), tl.max(tl.abs(x), axis=1)))
+        place = out + row * (3 * W) + column
+    scale = tl.maximum(largest, LEAST_SIZE) / LARGEST_NUMBER
+    if CONCAT:
+        tl.store(place, eight_bits(gate, scale, True), mask=mask)
+        tl.store(place + W, eight_bits(x, scale, True), mask=mask)
+        place += 2 * W
+    tl.store(place, eight_bits(gated, scale, True), mask=mask)
+    tl.store(scales + rows, scale, mask=rows < L)
+
+
 def tuning_key(width: int) -> str:
     """Return the key of a row's width. The number of rows is large in every use and does not matter."""
     return tuning.key(width=width)
 
 
 def norm_gate(
-    u: Tensor, a: Tensor, weight: Tensor, bias: Tensor, *, eps: float, groups: int = 1, concat: bool = True
-) -> Tensor:
+    u: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    groups: int = 1,
+    concat: bool = True,
+    to: str = "",
+) -> Tensor | Scaled:
     """Compute what reference.py defines."""
+    if to and groups > 1:  # a program has a group of a row, whose scale is that of all groups
+        wide = norm_gate(u, a, weight, bias, eps=eps, groups=groups, concat=concat)
+        return quantise(cast(Tensor, wide), to=to)
     (L, W), a = u.shape, a.flatten(1)
-    out = a.new_empty(L, 3 * W if concat else W)
+    width = 3 * W if concat else W
+    out = Scaled.empty(L, width, a.device) if to else a.new_empty(L, width)
     L, W = L * groups, W // groups
     if L:
         u, a = (x if x.stride(1) == 1 else x.contiguous() for x in (u, a))
@@ -85,15 +147,20 @@ def norm_gate(
         config = tuning.choose("norm_gate", "triton", tuning_key(W), default)
         rows = config["rows"]
         grid, strides = (-(-L // rows), 1, 1), (u.stride(0), a.stride(0))
-        _kernel(grid, (u, a, weight, bias, out), strides, (L, eps), (W, rows, block, groups, concat), config["warps"])
+        inputs, constants = (u, a, weight, bias), (W, rows, block)
+        if isinstance(out, Scaled):
+            tensors = *inputs, out.values.view(torch.int8), out.scales
+            _quantising_kernel(grid, tensors, strides, (L, eps), (*constants, concat, *E4M3), config["warps"])
+        else:
+            _kernel(grid, (*inputs, out), strides, (L, eps), (*constants, groups, concat), config["warps"])
     return out
 
 
-def supports(*, device: str, dtype: str, width: int, extras: Sequence[str] = ()) -> str | None:
+def supports(*, device: str, dtype: str, width: int, extras: Sequence[str] = (), products: str = "") -> str | None:
     """Return None if the variant can run this size, else the reason."""
     if width > MAX_WIDTH:
         return f"width {width} is over {MAX_WIDTH}"
-    return triton_common.supports(device=device, dtype=dtype)
+    return triton_common.supports(device=device, dtype=dtype, products=products)
 
 
 VARIANT = KernelVariant("norm_gate", "triton", norm_gate, reference, supports)

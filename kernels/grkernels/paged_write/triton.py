@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.paged_write.reference import paged_write as reference
 from grkernels.pages import LARGEST, LEAST, slotted
-from grkernels.triton_common import INTERPRET
+from grkernels.triton_common import quantised
 from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
 
@@ -102,38 +101,15 @@ def _quantising_kernel(
     dims = tl.arange(0, QK_BLOCK)[None, :]
     wanted = (slot >= 0)[:, None] & (dims < QK)
     x = tl.load(k + row[:, None] * k_stride + head * QK + dims, mask=wanted, other=0.0)
-    q, scale = _quantised(x, FP8, LARGEST_NUMBER, LEAST_SIZE)
+    q, scale = quantised(x, FP8, LARGEST_NUMBER, LEAST_SIZE)
     tl.store(k_pages + slot[:, None] * k_slot_stride + head * k_head_stride + dims, q, mask=wanted)
     tl.store(k_scales + scale_at, scale, mask=slot >= 0)
     dims = tl.arange(0, V_BLOCK)[None, :]
     wanted = (slot >= 0)[:, None] & (dims < V)
     x = tl.load(v + row[:, None] * v_stride + head * V + dims, mask=wanted, other=0.0)
-    q, scale = _quantised(x, FP8, LARGEST_NUMBER, LEAST_SIZE)
+    q, scale = quantised(x, FP8, LARGEST_NUMBER, LEAST_SIZE)
     tl.store(v_pages + slot[:, None] * v_slot_stride + head * v_head_stride + dims, q, mask=wanted)
     tl.store(v_scales + scale_at, scale, mask=slot >= 0)
-
-
-@triton.jit
-def _quantised(
-    x: tl.tensor, FP8: tl.constexpr, LARGEST_NUMBER: tl.constexpr, LEAST_SIZE: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """Return rows [R, D] in 8 bits, as the bytes of int8 or e4m3, and their scales [R]."""
-    x = x.to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), axis=1), LEAST_SIZE) / LARGEST_NUMBER
-    y = tl.div_rn(x, scale[:, None] + tl.zeros_like(x))
-    if FP8:
-        if INTERPRET:  # it would truncate
-            y = _to_e4m3_steps(y)
-        return y.to(tl.float8e4nv).to(tl.int8, bitcast=True), scale
-    return ((y + 12582912.0) - 12582912.0).to(tl.int8), scale  # 1.5 * 2^23: to the nearest whole number, ties to even
-
-
-@triton.jit
-def _to_e4m3_steps(y: tl.tensor) -> tl.tensor:
-    """Round to the numbers of e4m3, ties to even: adding 1.5 * 2^23 steps leaves whole steps."""
-    exponent = tl.maximum((y.to(tl.int32, bitcast=True) >> 23) & 0xFF, 121)  # below 2^-6 steps are 2^-9
-    magic = ((exponent + 20) << 23 | 0x400000).to(tl.float32, bitcast=True)
-    return (y + magic) - magic
 
 
 def tuning_key(width: int) -> str:

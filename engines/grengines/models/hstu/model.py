@@ -11,8 +11,9 @@ variant.py has what other owners' layers do otherwise, head.py what follows the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -57,11 +58,13 @@ class HSTULayer(nn.Module):
         self.out = nn.Linear((3 if gate["concat"] else 1) * H * config.v_dim, E, bias=choices.output_bias)
         self.position_bias = nn.Parameter(torch.empty(config.max_positions)) if choices.position_bias else None
         self.time_bias = nn.Parameter(torch.empty(choices.time_bias)) if choices.time_bias else None
+        # Of products in fp8, which fp8.py sets: options of what writes their operands, and the projections one by one.
+        self.operands: Mapping[str, str] = {}
+        self.parts: Sequence[Callable[[Any], Tensor]] = ()  # to u, v, q and k
 
     def project(self, x: Tensor, kernels: Operators) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Project x [L, E] to u [L, H * dv] before its SiLU, q and k [L, H, dqk], v [L, H, dv]: views of one tensor."""
-        y = kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=self.eps)
-        projected = self.uvqk(y)
+        projected = self.uvqk(self._normed(x, kernels))
         if self.silu_all:  # u's is part of norm_gate
             F.silu(projected[:, self.widths[0] :], inplace=True)
         u, v, q, k = projected.split(self.widths, dim=-1)
@@ -69,14 +72,24 @@ class HSTULayer(nn.Module):
 
     def project_rows(self, x: Tensor, rows: Tensor, kernels: Operators) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Project x [L, E] as `project` does, but u and q of `rows` (int64 [M]) alone: u [M, H * dv], q [M, H, dqk]."""
-        y = kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=self.eps)
+        y = self._normed(x, kernels)
         chosen = y[rows]
-        parts = zip(self.uvqk.weight.split(self.widths), self.uvqk.bias.split(self.widths), strict=True)
         inputs = (chosen, y, chosen, y)  # of u, v, q and k
-        u, v, q, k = (F.linear(i, weight, bias) for i, (weight, bias) in zip(inputs, parts, strict=True))
+        u, v, q, k = (part(i) for part, i in zip(self._parts(), inputs, strict=True))
         if self.silu_all:
             v, q, k = F.silu(v), F.silu(q), F.silu(k)
         return u, *self._by_head(q, k, v)
+
+    def _normed(self, x: Tensor, kernels: Operators) -> Any:
+        """Return the operand of the input projection: y [L, E], in fp8 with scales."""
+        return kernels.layer_norm(x, self.norm.weight, self.norm.bias, eps=self.eps, **self.operands)
+
+    def _parts(self) -> Sequence[Callable[[Any], Tensor]]:
+        """Return the projections to u, v, q and k."""
+        if self.parts:
+            return self.parts
+        parts = zip(self.uvqk.weight.split(self.widths), self.uvqk.bias.split(self.widths), strict=True)
+        return [partial(F.linear, weight=weight, bias=bias) for weight, bias in parts]
 
     def _by_head(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = (self.heads, -1)
@@ -85,7 +98,9 @@ class HSTULayer(nn.Module):
     def combine(self, x: Tensor, u: Tensor, a: Tensor, kernels: Operators) -> Tensor:
         """Combine x [L, E], u [L, H * dv] and a [L, H, dv] to the layer's output [L, E], which overwrites x."""
         norm = self.attention_norm
-        gated = kernels.norm_gate(u, a, norm.weight, norm.bias, eps=self.eps, **self.gate)
+        gated = kernels.norm_gate(u, a, norm.weight, norm.bias, eps=self.eps, **self.gate, **self.operands)
+        if self.operands:
+            return x.add_(self.out(gated))
         x = x.addmm_(gated, self.out.weight.T)
         return x if self.out.bias is None else x.add_(self.out.bias)
 
@@ -143,6 +158,7 @@ class HSTURanker(nn.Module):
     def __init__(self, config: HSTUConfig, catalogue: Catalogue, kernels: Operators) -> None:
         super().__init__()
         self.config, self.kernels = config, kernels
+        self.operands: Mapping[str, str] = {}  # as of HSTULayer, of the head
         self.encoding = encoding = Encoding.of(config, catalogue)
         self.alpha = config.score_scale
         self.masks = masks_of(config)
@@ -392,6 +408,8 @@ class HSTURanker(nn.Module):
             features = features * self.tower(batch.token_rows[rows], self.token_table, kernels)
         elif self.tower_table is not None:
             features = features * F.embedding(batch.token_rows[rows], self.tower_table)
+        if self.operands:
+            features = kernels.quantise(features, **self.operands)
         hidden = self.head_norm(self.head_hidden(features))
         return F.linear(hidden.float(), self.head_out.weight.float(), self.head_out.bias.float())
 
