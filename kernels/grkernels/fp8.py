@@ -18,7 +18,7 @@ from torch import Tensor
 from grkernels.pages import quantised
 
 DTYPE = torch.float8_e4m3fn
-STEP = 16  # the tensor cores' products take whole groups of so many numbers
+STEP = 16  # tensor cores take whole groups of 16 numbers
 CAPABILITY = (8, 9)  # the first one with e4m3
 SCALED_MM, EMULATED = "torch._scaled_mm", "emulated by PyTorch in fp32"
 # Tensor cores add e4m3 products with fewer bits than fp32. False: partial sums move to fp32 registers time and again.

@@ -113,7 +113,7 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
         (["runner.memory_limit_gb=1e12"], "runner.memory_limit_gb", "<= 1000000"),
         (["model.tasks=[]"], "model.tasks=[]", "at least one output"),
         (["model.tasks=liked"], "model.tasks=liked", "list of str; write 'model.tasks=[liked]'"),
-        (["engine=hstu", "engine.precision=fp8"], "engine.precision", "bf16"),
+        (["engine=hstu", "engine.precision=fp4"], "engine.precision", "bf16"),
         (["latency_limit_ms=-1"], "latency_limit_ms", "> 0"),
         (["latency_limit_ms=.inf"], "latency_limit_ms", "> 0"),
         (["latency_limit_ms=.nan"], "latency_limit_ms", "> 0"),
@@ -273,7 +273,7 @@ def test_an_option_of_the_whole_sweep_is_not_swept_over(word: str) -> None:
 
 def test_combinations_that_cannot_be_are_refused_by_name_or_left_out() -> None:
     sweep = ["engine=hstu,onnxruntime", "engine.precision=fp32,int8", "workload=synthetic"]
-    line = "engine=hstu engine.precision=int8: engine.precision=int8: allowed is one of auto, fp32, fp16, bf16"
+    line = "engine=hstu engine.precision=int8: engine.precision=int8: allowed is one of auto, fp32, fp16, bf16, fp8"
     with pytest.raises(ConfigError) as caught:
         plan(*sweep)
     assert str(caught.value) == f"{line}; 1 of 4 combinations can't be, and skip_invalid=true leaves them out"

@@ -1,0 +1,312 @@
+"""engine.precision=fp8: the native engine's products in fp8, its gate, and wrong weights and scales that must fail."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.hstu_oracle import make_requests
+
+from grbench import workloads
+from grbench.config.compose import compose_spec
+from grbench.config.schema import ConfigError, RunSpec
+from grbench.execution.cell import Cell
+from grbench.execution.records import Outcome
+from grbench.gate import gate_for
+from grengines import registry
+from grengines.api import Catalogue, Setup, UnavailableError
+from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.hstu.config import FP8_STEP, HSTUEngineConfig
+from grengines.hstu.engine import HSTUEngine
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.fp8 import Product
+from grengines.models.hstu.reference import RankingReference
+from grengines.numerics import IncorrectError, relative_error
+from grkernels import fp8
+from grkernels.choice import requested
+from grkernels.fp8 import Scaled
+
+BASE = [
+    "model=hstu_tiny",
+    "engine=hstu",
+    "engine.precision=fp8",
+    "workload=synthetic",
+    "workload.max_requests=96",
+    "workload.max_history=200",
+    "workload.history_median=100",
+    "workload.revisit_rate=0.8",
+    "workload.num_candidates=8",
+    "scenario=closed_loop",
+    "scenario.clients=1",
+    "scenario.max_batch=8",
+    "scenario.queries=96",
+    "gate.measured=32",
+    "warmup_batches=0",
+]
+ON_CPU = [*BASE, "engine.device=cpu", "engine.cpu_threads=1"]
+CATALOGUE = Catalogue(num_users=30, num_items=400, num_actions=4)
+MODEL = HSTUConfig(embedding_dim=32, layers=2, heads=2, qk_dim=16, v_dim=8, head_dim=16, scaling_seqlen=128)
+REQUESTS = [
+    dataclasses.replace(r, user_id=i)
+    for i, r in enumerate(make_requests(np.random.default_rng(0), CATALOGUE, [60, 3, 25], [6, 9, 2]))
+]
+
+
+@pytest.fixture
+def cell(tmp_path: Path) -> Callable[[list[str]], Outcome]:
+    def run(overrides: list[str]) -> Outcome:
+        outcome = Outcome()
+        Cell(compose_spec(overrides)[0], tmp_path, outcome, lambda message: None).run()
+        return outcome
+
+    return run
+
+
+def built(overrides: list[str]) -> tuple[RunSpec, Any, Any]:
+    """A cell's specification, its prepared engine and its gate."""
+    spec = compose_spec(overrides)[0]
+    trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
+    engine = registry.build(spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed, spec.cache)
+    engine.prepare(trace.requests, spec.scenario.max_batch)
+    return spec, engine, gate_for(spec, trace, None, engine.actual())
+
+
+CACHES = {"none": ["cache=none"], "lru": ["cache=lru"], "int8": ["cache=lru", "cache.precision=int8"]}
+
+
+def expect_right(outcome: Outcome, cache: str) -> None:
+    gate = outcome.gate
+    errors = [gate[name] for name in ("error", "error_after", "error_again", "error_from_host") if name in gate]
+    assert len(errors) == (2 if cache == "none" else 4) and 0 < max(errors) <= gate["tolerance"]
+    assert gate["tolerance"] <= 2 * gate["rounding_error"] and gate["measured"]["passed"]
+    assert min(gate["zero_attention_error"], gate["stale_error"]) > 2 * gate["tolerance"]
+    assert outcome.metrics.get("engine/cache_faults", 0) == 0
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cell_passes_its_gate(cell: Callable[[list[str]], Outcome], cache: str) -> None:
+    outcome = cell([*ON_CPU, *CACHES[cache]])
+    expect_right(outcome, cache)
+    actual = outcome.actual
+    assert (actual["precision"], actual["fp8_products"]) == ("fp8", "emulated by PyTorch in fp32")
+
+
+def engine_of(
+    model: HSTUConfig = MODEL, kernel: str = "torch", cache: Any = None, microbatch: int = 0, precision: str = "fp8"
+) -> HSTUEngine:
+    options = HSTUEngineConfig(device="cpu", precision=precision, candidate_microbatch=microbatch)
+    names = requested("torch", dict.fromkeys(("layer_norm", "norm_gate", "quantise"), kernel))
+    engine = HSTUEngine(options, Setup(model, names, CATALOGUE, 5, cache or CacheConfig()))
+    engine.prepare(REQUESTS, len(REQUESTS))
+    return engine
+
+
+MODELS = {
+    "grbench": {},
+    "interaction": {"interaction": True},  # 38 numbers for the head, which is no multiple of 16
+    "contextual": {"contextual_seq_len": 3, "max_attn_len": 20},
+    "nvidia": {"variant": "nvidia", "group_norm": True},
+    "research": {"variant": "research"},
+    "tower": {"variant": "stu", "interaction": False},
+}
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_error_is_at_most_twice_that_of_the_emulation(kind: str, kernel: str) -> None:
+    model = dataclasses.replace(MODEL, **MODELS[kind])
+    reference = RankingReference(model, CATALOGUE, 5, "cpu")
+    expected, emulated = (np.concatenate(reference.scores(REQUESTS, p)) for p in ("fp32", "fp8"))
+    rounding = relative_error(emulated, expected)
+    engine = engine_of(model, kernel)
+    error = relative_error(np.concatenate(engine.rank(REQUESTS).scores), expected)
+    assert 0 < error <= 2 * rounding
+    half = engine_of(model, kernel, precision="bf16")
+    assert relative_error(np.concatenate(half.rank(REQUESTS).scores), expected) < error / 2  # fp8 really ran
+    engine.close()
+    half.close()
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_caches_and_slices_give_the_same_answers(kernel: str) -> None:
+    """A row's operand depends on nothing but the row, so what is cached is what would be computed."""
+    whole = engine_of(kernel=kernel)
+    expected = np.concatenate(whole.rank(REQUESTS).scores)
+    reference = np.concatenate(RankingReference(MODEL, CATALOGUE, 5, "cpu").scores(REQUESTS))
+    pages = PagedCacheConfig("lru", "lru", page=16, memory_gb=0.001)
+    for cache, microbatch in ((None, 4), (pages, 0), (pages, 4)):
+        engine = engine_of(kernel=kernel, cache=cache, microbatch=microbatch)
+        for _ in range(2):  # the second time from pages
+            scores = np.concatenate(engine.rank(REQUESTS).scores)
+            # Only bf16 sums in another order differ: far less than fp8 loses.
+            assert relative_error(scores, expected) < relative_error(expected, reference) / 2
+        engine.close()
+    whole.close()
+
+
+def products_of(engine: HSTUEngine) -> list[Product]:
+    return [m for m in engine._ranker.modules() if isinstance(m, Product)]  # type: ignore[union-attr]
+
+
+def rolled(x: torch.Tensor, axis: int) -> torch.Tensor:
+    return x.view(torch.uint8).roll(1, axis).view(x.dtype) if x.itemsize == 1 else x.roll(1, axis)
+
+
+# Faults of weights. Those of the last layer's u, v, q and k are views of the same memory.
+WRONG_WEIGHTS: dict[str, Callable[[Product], Any]] = {
+    "zeros": lambda p: p.weight.view(torch.uint8).zero_(),
+    "another channel's": lambda p: p.weight.copy_(rolled(p.weight, 0)),
+    "twice the scale": lambda p: p.scales.mul_(2),
+    "another channel's scale": lambda p: p.scales.copy_(1 / p.scales * p.scales.square().mean()),
+    "no scale": lambda p: p.scales.fill_(1.0),
+}
+# Faults of operands.
+WRONG_ROWS: dict[str, Callable[[Scaled], Scaled]] = {
+    "zeros": lambda x: Scaled(x.values, torch.zeros_like(x.scales)),
+    "another row's": lambda x: Scaled(rolled(x.values, 0), x.scales.roll(1, 0)),
+    "another row's scale": lambda x: Scaled(x.values, 1 / x.scales * x.scales.square().mean()),
+    "no scale": lambda x: Scaled(x.values, torch.ones_like(x.scales)),
+}
+
+
+@pytest.mark.parametrize("cache", ["none", "lru"])
+def test_wrong_weights_and_scales_fail_the_gate(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, engine, gate = built([*ON_CPU, f"cache={cache}"])
+    gate.check(engine, 8)
+    made = products_of(engine)
+    assert len(made) == 2 * spec.model.layers + 1
+    for name, change in WRONG_WEIGHTS.items():
+        before = [(p.weight.clone(), p.scales.clone()) for p in made]
+        with torch.inference_mode():
+            for p in made:
+                change(p)
+        engine.reset_cache()
+        with pytest.raises(IncorrectError, match="differ from the fp32 reference"):
+            gate.check(engine, 8)
+            pytest.fail(name)
+        with torch.inference_mode():
+            for p, (weight, scales) in zip(made, before, strict=True):
+                p.weight.copy_(weight)
+                p.scales.copy_(scales)
+    engine.reset_cache()
+    gate.check(engine, 8)
+    right = fp8.product
+    for name, wrong in WRONG_ROWS.items():
+
+        def faulty(x: Scaled, *args: Any, wrong: Any = wrong, **options: Any) -> torch.Tensor:
+            return right(wrong(x), *args, **options)
+
+        monkeypatch.setattr(fp8, "product", faulty)
+        engine.reset_cache()
+        with pytest.raises(IncorrectError, match="differ from the fp32 reference"):
+            gate.check(engine, 8)
+            pytest.fail(name)
+    engine.close()
+
+
+def test_stale_operands_fail_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each product of a batch gets what the one before it of its size got."""
+    _, engine, gate = built([*ON_CPU, "cache=none"])
+    right, kept = fp8.product, {}
+
+    def stale(x: Scaled, *args: Any, **options: Any) -> torch.Tensor:
+        before = kept.get(x.values.shape, x)
+        kept[x.values.shape] = x
+        return right(before, *args, **options)
+
+    monkeypatch.setattr(fp8, "product", stale)
+    with pytest.raises(IncorrectError, match="differ from the fp32 reference"):
+        gate.check(engine, 8)
+    engine.close()
+
+
+def test_weights_take_half_of_the_bytes() -> None:
+    sizes = {}
+    for precision in ("bf16", "fp8"):
+        engine = engine_of(precision=precision)
+        ranker = engine._ranker
+        assert ranker is not None
+        projections = [p for layer in ranker.layers for p in (layer.uvqk.weight, layer.out.weight)]  # type: ignore[union-attr]
+        sizes[precision] = sum(p.nbytes for p in projections)
+        assert engine.actual()["parameters"] == sum(p.numel() for p in ranker.parameters())
+        assert ("fp8_products" in engine.actual()) is (precision == "fp8")
+        engine.close()
+    assert sizes["bf16"] == 2 * sizes["fp8"]
+
+
+# What can't be is refused before anything runs.
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["model.head_dim=40"], r"engine\.precision=fp8 and model\.head_dim=40: allowed are multiples of 16"),
+        (["model.v_dim=20", "model.heads=2"], r"fp8 and model\.heads x model\.v_dim=40: .*set engine\.precision=bf16"),
+        (["engine=aoti"], r"engine\.precision=fp8: allowed is one of auto, fp32, fp16, bf16"),
+    ],
+)
+def test_what_products_in_fp8_can_not_have_is_named(words: list[str], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        compose_spec([*ON_CPU, *words])
+
+
+def test_generation_refuses(grbench_here: Any) -> None:
+    done = grbench_here("engine=hstu", "task=generate", "engine.precision=fp8", "workload=synthetic")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "engine.precision=fp8 is for ranking; set engine.precision=bf16, or task=rank" in done.stderr
+
+
+def test_a_gpu_without_e4m3_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "refusal", lambda: "NVIDIA A100 has compute capability 8.0")
+    monkeypatch.setattr("grengines.runtime.device.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("grengines.runtime.device.torch.cuda.current_device", lambda: 0)
+    setup = Setup(MODEL, requested("torch"), CATALOGUE, 5, CacheConfig())
+    with pytest.raises(UnavailableError, match=r"fp8: NVIDIA A100 .*; set engine\.precision=bf16"):
+        HSTUEngine(HSTUEngineConfig(precision="fp8"), setup)
+
+
+def test_the_step_is_that_of_the_kernels() -> None:
+    assert FP8_STEP == fp8.STEP
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("kernel", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("graphs", ["true", "false"])
+def test_on_a_gpu(cell: Callable[[list[str]], Outcome], graphs: str, kernel: str, cache: str) -> None:
+    if kernel == "torch" and graphs == "true" and cache != "none":
+        pytest.skip("eager writes of pages wait for the device")
+    words = [*BASE, f"kernel={kernel}", f"engine.cuda_graphs={graphs}", "model.qk_dim=64", "model.v_dim=64"]
+    outcome = cell([*words, *CACHES[cache]])
+    expect_right(outcome, cache)
+    assert outcome.actual["fp8_products"] == "torch._scaled_mm"
+    assert outcome.actual["cuda_graphs"] == graphs
+
+
+@pytest.mark.gpu
+def test_wrong_weights_fail_on_a_gpu() -> None:
+    """In captured graphs, which read the weights that are there at the time."""
+    _, engine, gate = built([*BASE, "cache=none", "engine.cuda_graphs=true"])
+    gate.check(engine, 8)
+    for name, change in WRONG_WEIGHTS.items():
+        before = [(p.weight.clone(), p.scales.clone()) for p in products_of(engine)]
+        with torch.inference_mode():
+            for p in products_of(engine):
+                change(p)
+        with pytest.raises(IncorrectError, match="differ from the fp32 reference"):
+            gate.check(engine, 8)
+            pytest.fail(name)
+        with torch.inference_mode():
+            for p, (weight, scales) in zip(products_of(engine), before, strict=True):
+                p.weight.copy_(weight)
+                p.scales.copy_(scales)
+    gate.check(engine, 8)
+    engine.close()
