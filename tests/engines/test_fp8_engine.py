@@ -24,7 +24,8 @@ from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hstu.config import FP8_STEP, HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine
 from grengines.models.hstu.config import HSTUConfig
-from grengines.models.hstu.fp8 import Product
+from grengines.models.hstu.fp8 import Product, use_fp8
+from grengines.models.hstu.model import HSTURanker, build_model
 from grengines.models.hstu.reference import RankingReference
 from grengines.numerics import IncorrectError, relative_error
 from grkernels import fp8
@@ -149,8 +150,17 @@ def test_caches_and_slices_give_the_same_answers(kernel: str) -> None:
     whole.close()
 
 
-def products_of(engine: HSTUEngine) -> list[Product]:
-    return [m for m in engine._ranker.modules() if isinstance(m, Product)]  # type: ignore[union-attr]
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Product]:
+    """The products of every engine that is prepared in the test."""
+    found: list[Product] = []
+
+    def keep(model: HSTURanker) -> None:
+        use_fp8(model)
+        found.extend(m for m in model.modules() if isinstance(m, Product))
+
+    monkeypatch.setattr("grengines.hstu.engine.use_fp8", keep)
+    return found
 
 
 def rolled(x: torch.Tensor, axis: int) -> torch.Tensor:
@@ -174,12 +184,8 @@ WRONG_ROWS: dict[str, Callable[[Scaled], Scaled]] = {
 }
 
 
-@pytest.mark.parametrize("cache", ["none", "lru"])
-def test_wrong_weights_and_scales_fail_the_gate(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, engine, gate = built([*ON_CPU, f"cache={cache}"])
+def expect_wrong_weights_to_fail(made: list[Product], engine: Any, gate: Any) -> None:
     gate.check(engine, 8)
-    made = products_of(engine)
-    assert len(made) == 2 * spec.model.layers + 1
     for name, change in WRONG_WEIGHTS.items():
         before = [(p.weight.clone(), p.scales.clone()) for p in made]
         with torch.inference_mode():
@@ -195,6 +201,15 @@ def test_wrong_weights_and_scales_fail_the_gate(cache: str, monkeypatch: pytest.
                 p.scales.copy_(scales)
     engine.reset_cache()
     gate.check(engine, 8)
+
+
+@pytest.mark.parametrize("cache", ["none", "lru"])
+def test_wrong_weights_and_scales_fail_the_gate(
+    cache: str, made: list[Product], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, engine, gate = built([*ON_CPU, f"cache={cache}"])
+    assert len(made) == 2 * spec.model.layers + 1
+    expect_wrong_weights_to_fail(made, engine, gate)
     right = fp8.product
     for name, wrong in WRONG_ROWS.items():
 
@@ -225,18 +240,16 @@ def test_stale_operands_fail_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.close()
 
 
-def test_weights_take_half_of_the_bytes() -> None:
-    sizes = {}
-    for precision in ("bf16", "fp8"):
-        engine = engine_of(precision=precision)
-        ranker = engine._ranker
-        assert ranker is not None
-        projections = [p for layer in ranker.layers for p in (layer.uvqk.weight, layer.out.weight)]  # type: ignore[union-attr]
-        sizes[precision] = sum(p.nbytes for p in projections)
-        assert engine.actual()["parameters"] == sum(p.numel() for p in ranker.parameters())
-        assert ("fp8_products" in engine.actual()) is (precision == "fp8")
-        engine.close()
-    assert sizes["bf16"] == 2 * sizes["fp8"]
+def test_weights_take_half_of_the_bytes_and_count_as_parameters() -> None:
+    models = [build_model(MODEL, CATALOGUE, 5, "cpu", torch.bfloat16) for _ in range(2)]
+    use_fp8(models[1])
+    sizes, counts = (
+        [sum(f(p) for name, p in m.named_parameters() if ".norm" not in name and p.dim() == 2) for m in models]
+        for f in (lambda p: p.nbytes, lambda p: p.numel())
+    )
+    products = sum(m.weight.numel() for m in models[1].modules() if isinstance(m, Product))
+    assert sizes[0] - sizes[1] == products > 0 and counts[0] == counts[1]
+    assert "fp8_products" not in engine_of(precision="bf16").actual()
 
 
 # What can't be is refused before anything runs.
@@ -292,21 +305,8 @@ def test_on_a_gpu(cell: Callable[[list[str]], Outcome], graphs: str, kernel: str
 
 
 @pytest.mark.gpu
-def test_wrong_weights_fail_on_a_gpu() -> None:
+def test_wrong_weights_fail_on_a_gpu(made: list[Product]) -> None:
     """In captured graphs, which read the weights that are there at the time."""
     _, engine, gate = built([*BASE, "cache=none", "engine.cuda_graphs=true"])
-    gate.check(engine, 8)
-    for name, change in WRONG_WEIGHTS.items():
-        before = [(p.weight.clone(), p.scales.clone()) for p in products_of(engine)]
-        with torch.inference_mode():
-            for p in products_of(engine):
-                change(p)
-        with pytest.raises(IncorrectError, match="differ from the fp32 reference"):
-            gate.check(engine, 8)
-            pytest.fail(name)
-        with torch.inference_mode():
-            for p, (weight, scales) in zip(products_of(engine), before, strict=True):
-                p.weight.copy_(weight)
-                p.scales.copy_(scales)
-    gate.check(engine, 8)
+    expect_wrong_weights_to_fail(made, engine, gate)
     engine.close()
