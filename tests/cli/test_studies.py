@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import re
 import shlex
@@ -18,10 +19,12 @@ import torch
 import yaml
 from helpers.cells import write_cell
 from helpers.checkout import ROOT
+from helpers.forks import fork_places
 
 from grbench import cli, workloads
 from grbench.cachesim import config as cachesim
 from grbench.config.compose import compose_jobs, compose_spec
+from grbench.config.schema import RunnerConfig
 from grbench.execution import results
 from grbench.kernelbench import config as kernelbench
 from grengines.api import UnavailableError
@@ -247,18 +250,19 @@ def test_the_proof_of_compare_counts_its_claims(
 ) -> None:
     """Give it cells of which the first and the second side differ by turns, and the third is slower."""
     module = program("compare_proof")
+    more_layers = module.LAYERS["more"]
 
-    def run(overrides: list[str], output_root: Path, progress: bool) -> list[Any]:
-        options = dict(word.split("=", 1) for word in overrides)
-        seed = int(options["seed"])
-        by_turns = 1 + 0.002 * (-1) ** seed * (output_root.name != "base")
-        rate = (100 + seed) * by_turns / (more if options["model.layers"] == "21" else 1)
-        changed = [f"{key}={options[key]}" for key in ("model.layers", "seed")]
-        metrics = {"throughput_rps": rate}
-        return [write_cell(output_root / options["seed"], "scenario=offline", *changed, metrics=metrics)]
+    def measure(trials: Any, runner: RunnerConfig) -> None:
+        for trial, side, spec, folder in itertools.chain(*trials.waiting):
+            by_turns = 1 + 0.002 * (-1) ** spec.seed * (side != "base")
+            rate = (100 + spec.seed) * by_turns / (more if spec.model.layers == more_layers else 1)
+            changed = [f"model.layers={spec.model.layers}", f"seed={spec.seed}"]
+            metrics = {"throughput_rps": rate, "samples": 2000.0, "duration_s": 3.0}
+            record = write_cell(folder, "scenario=offline", *changed, metrics=metrics)
+            trials.measured[trial][side].append((folder, record))
 
-    monkeypatch.setattr(module.grbench, "run", run)
-    words = ["--trials", "4", "--runs", "5", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(module.Trials, "measure", measure)
+    words = ["--trials", "4", "--runs", "5", "--out", str(tmp_path / "out"), f"runner.output_root={tmp_path}"]
     if more > 1:
         module.main(words)
     else:
@@ -267,6 +271,36 @@ def test_the_proof_of_compare_counts_its_claims(
     said = capsys.readouterr().out
     assert "equal work: a difference is claimed in 0 of 4" in said
     assert f"5% more work: found in {4 if more > 1 else 0} of 4" in said
+    [change] = re.findall(r"the additional layer changed throughput_rps by (\S+)% \[", said)
+    assert float(change) / 100 == pytest.approx(1 / more - 1, abs=0.001)
+
+
+def test_the_proof_of_compare_measures_its_sides_in_turn_and_goes_on_from_its_records(
+    program: Any, forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """One trial of two runs. Then one of its cells is measured again."""
+    module = program("compare_proof")
+    monkeypatch.chdir(tmp_path)
+    fork_places(monkeypatch)
+    words = ["--trials", "1", "--runs", "2", "scenario.queries=32", "workload.visits=64", "gate.measured=2"]
+
+    def records_of_a_proof() -> dict[Path, int]:
+        with pytest.raises(SystemExit, match="1"):  # two runs cannot find 5%
+            module.main(words)
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs").rglob("record.json")}
+
+    first = records_of_a_proof()
+    order = [path.parent.relative_to(tmp_path / "outputs" / "compare_proof") for path in sorted(first, key=first.get)]
+    turned = [("base", "equal", "more"), ("equal", "more", "base")]
+    assert list(map(str, order)) == [f"{side}/{seed}" for seed, sides in enumerate(turned) for side in sides]
+    said = capsys.readouterr()
+    assert "6 cells; a run answers 32 requests in " in said.out
+    assert "have a record" not in said.err
+    lost = tmp_path / "outputs" / "compare_proof" / "equal" / "1" / "record.json"
+    lost.unlink()
+    again = records_of_a_proof()
+    assert "5 of 6 cells have a record" in capsys.readouterr().err
+    assert {path for path in again if again[path] != first[path]} == {lost}
 
 
 @pytest.mark.parametrize("name", ["front_end", "overload"])
