@@ -27,6 +27,7 @@ CASES = [
     "engine=hstu engine.precision=fp32",
     "engine=hstu engine.precision=fp16",
     "engine=hstu engine.precision=bf16",
+    "engine=hstu engine.precision=fp8",
     "engine=onnxruntime engine.precision=fp32",
     "engine=onnxruntime engine.precision=fp16",
     "engine=onnxruntime engine.precision=int8",

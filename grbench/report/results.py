@@ -53,6 +53,9 @@ def _kernel_rows(results: Results) -> list[str]:
         f"Ceilings of this process, {roofs['dtype']}: {figure(roofs['tflops'])} TFLOP/s "
         f"({roofs['matmul_size']}^3 product), {figure(roofs['tbps'])} TB/s (copy, read and written)."
     ]
+    others = {row["metrics"].get("ceiling_tflops", roofs["tflops"]) for row in rows if row["status"] == "OK"}
+    for peak in sorted(others - {roofs["tflops"]}):
+        sections.append(f"Shares of variants with fp8 in their name refer to {figure(peak)} TFLOP/s, its own product.")
     heads = ["shape", "dtype", "variant", *(heading.replace("\n", " ") for heading in COLUMNS)]
     for family in dict.fromkeys(row["family"] for row in rows):
         done = [row for row in rows if row["family"] == family and row["status"] == "OK"]

@@ -12,18 +12,26 @@ RULES = {"belady": "Belady's rule", "limit": "no policy is below"}  # bounds tha
 
 
 def roofline(family: str, rows: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> Chart | None:
-    """Achieved TFLOP/s over arithmetic intensity, under the two ceilings: a colour for each variant, a point a shape.
+    """Achieved TFLOP/s over arithmetic intensity, under the ceilings: a colour for each variant, a point a shape.
 
     rows, ceilings: of a results file of `grbench kernels`. None if no row of the family is OK or none has FLOPs.
     """
     drawn = [row for row in rows if row["family"] == family and row["status"] == "OK" and row["flops"] and row["bytes"]]
     if not drawn:
         return None
-    tflops, tbps = ceilings["tflops"], ceilings["tbps"]
-    intensities = [row["flops"] / row["bytes"] for row in drawn]
-    low, ridge, high = min(*intensities, tflops / tbps) / 3, tflops / tbps, max(*intensities, tflops / tbps) * 3
-    name = f"matmul {figure(tflops)} TFLOP/s, copy {figure(tbps)} TB/s"
-    series = [Series(name, [low, ridge, high], [low * tbps, tflops, tflops], mode="line")]
+    tbps = ceilings["tbps"]
+    peaks = sorted({ceilings["tflops"], *(row["metrics"].get("ceiling_tflops", ceilings["tflops"]) for row in drawn)})
+    bends = [*(row["flops"] / row["bytes"] for row in drawn), *(peak / tbps for peak in peaks)]
+    low, high = min(bends) / 3, max(bends) * 3
+    series = [
+        Series(
+            f"matmul {figure(peak)} TFLOP/s, copy {figure(tbps)} TB/s",
+            [low, peak / tbps, high],
+            [low * tbps, peak, peak],
+            mode="line",
+        )
+        for peak in peaks
+    ]
     for i, variant in enumerate(dict.fromkeys(row["variant"] for row in drawn)):
         points = [row for row in drawn if row["variant"] == variant]
         series.append(

@@ -29,7 +29,7 @@ from grkernels import registry as kernels
 class Finding:
     """One line of the list. `remedy` is empty if the part is ok."""
 
-    kind: str  # engine, kernel, cache, package, optional, device
+    kind: str  # engine, precision, kernel, cache, package, optional, device
     name: str
     ok: bool
     detail: str = ""  # version, or the reason why it cannot be used
@@ -83,6 +83,7 @@ def findings(run: bool = True) -> list[Finding]:
             found.append(_tried(name, _run(name)))
         else:
             found.append(Finding("engine", name, reason is None, *_split(reason)))
+    found.append(_fp8())
     kind = kernels.device_kind("cuda" if torch.cuda.is_available() else "cpu")
     for family, variant in kernels.names():
         name = f"{family}={variant}"
@@ -117,6 +118,19 @@ def _tried(engine: str, record: RunRecord) -> Finding:
     return Finding(
         "engine", engine, False, f"{record.status}: {why}", remedy or f"python -m grbench engine={engine} shows more"
     )
+
+
+def _fp8() -> Finding:
+    """Return what the products of engine.precision=fp8 are computed by."""
+    import torch
+
+    from grkernels import fp8
+
+    name = "hstu engine.precision=fp8"
+    if not torch.cuda.is_available():
+        return Finding("precision", name, True, f"{fp8.runs_as('cpu')}: it shows the quality, and no speed")
+    why = fp8.refusal()
+    return Finding("precision", name, why is None, why or fp8.runs_as("cuda"), "engine.precision=bf16" if why else "")
 
 
 def _package(kind: str, distribution: str, module: str, purpose: str, remedy: str) -> Finding:

@@ -15,6 +15,7 @@ from grbench.config.schema import ConfigError, RunSpec
 from grbench.workloads.events import DataError
 from grengines.api import Catalogue, Request
 from grengines.cache.config import EIGHT_BITS, stored
+from grengines.hstu.config import FP8_STEP
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grkernels.hstu_attention.spec import BYTES, visible_pairs
@@ -82,18 +83,44 @@ def flops(model: HSTUConfig, history: int, candidates: int, cached: int = 0) -> 
     return float((model.layers - 1) * whole + last + head)
 
 
+def fp8_flops(model: HSTUConfig, history: int, candidates: int) -> float:
+    """Operations of `flops` that engine.precision=fp8 does in e4m3: projections and the head's hidden product."""
+    tokens = model.contextual_seq_len + history + candidates
+    layers = (model.layers - 1) * _projection_flops(model, tokens, tokens) + _projection_flops(
+        model, tokens, candidates
+    )
+    return layers + 2.0 * candidates * model.head_dim * (model.embedding_dim + model.interactions)
+
+
+def weight_bytes(model: HSTUConfig, numbers: int, precision: str) -> int:
+    """Bytes of a ranking model with this many parameters. precision: fp32, fp16 or bf16.
+
+    fp8: of the products that `fp8_flops` counts, with an fp32 scale for each output channel; the rest: bf16.
+    """
+    if precision != "fp8":
+        return numbers * BYTES[precision]
+    E, keys, values = model.embedding_dim, model.heads * model.qk_dim, model.heads * model.v_dim
+    head_inputs = E + model.interactions
+    in_layers, channels = E * (2 * keys + (2 + _projected(model)) * values), 2 * (keys + values) + E
+    rounded = model.layers * in_layers + model.head_dim * head_inputs
+    padding = model.head_dim * (-head_inputs % FP8_STEP)
+    scales = model.layers * channels + model.head_dim
+    return (numbers - rounded) * BYTES["bf16"] + rounded + padding + scales * BYTES["fp32"]
+
+
 def _layer_flops(model: HSTUConfig, tokens: int, candidates: int, new: int, rows: int) -> float:
     """Operations of a layer that makes keys and values of the last `new` tokens and all else of the last `rows`."""
     pairs = visible_pairs(
         tokens, candidates, model.attended_contextual, model.max_attn_len, delta=rows,
         target_group_size=model.choices.target_group_size, min_full_attn_seq_len=model.choices.min_full_attn_seq_len,
     )  # fmt: skip
+    return _projection_flops(model, new, rows) + attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)
+
+
+def _projection_flops(model: HSTUConfig, new: int, rows: int) -> float:
+    """Operations of a layer's projections: keys and values of `new` tokens, u, q and the output of `rows`."""
     keys = model.heads * (model.qk_dim + model.v_dim)
-    others = (
-        model.heads * (model.qk_dim + model.v_dim) + _projected(model) * model.heads * model.v_dim
-    )  # u, q and the output
-    linear = 2 * model.embedding_dim * (new * keys + rows * others)
-    return linear + attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)
+    return 2.0 * model.embedding_dim * (new * keys + rows * (keys + _projected(model) * model.heads * model.v_dim))
 
 
 def _projected(model: HSTUConfig) -> int:
@@ -171,7 +198,10 @@ def parser() -> argparse.ArgumentParser:
     ]
     parser = Arguments("sizing", about, examples, "overrides as in `grbench`: the model, the workload and the search")
     parser.add_argument(
-        "--precision", choices=BYTES, default="bf16", help="precision of weights and KV cache (default: %(default)s)"
+        "--precision",
+        choices=[*BYTES, "fp8"],
+        default="bf16",
+        help="precision of weights and KV cache; fp8: of products, all else in bf16 (default: %(default)s)",
     )
     parser.add_argument("--memory-gib", type=float, default=80.0, help="memory of the GPU (default: %(default)s)")
     parser.add_argument("--items", type=int, help="items in the catalogue (default: those of the workload)")
@@ -187,6 +217,8 @@ def main(words: Sequence[str]) -> int:
     for flag, value in (("--items", args.items), ("--memory-gib", args.memory_gib)):
         if value is not None and not value > 0:
             raise ConfigError(f"{flag} {value}: allowed is > 0")
+    if args.precision == "fp8" and spec.task != "rank":
+        raise ConfigError(f"--precision fp8: only ranking has it, and the task is {spec.task}; set task=rank")
     catalogue = _catalogue(spec, args.items)
     console = Console()
     for task, size in (("generate", _generating), ("rank", _ranking)):
@@ -209,17 +241,28 @@ def _catalogue(spec: RunSpec, items: int | None) -> Catalogue:
 
 def _ranking(console: Console, spec: RunSpec, catalogue: Catalogue, precision: str, memory: float) -> None:
     model, candidates = spec.ranking_model, spec.workload.num_candidates
-    weights = _print_parameters(console, model.name, parameters(model, catalogue), precision, catalogue.num_items)
+    counts = parameters(model, catalogue)
+    weights = weight_bytes(model, sum(counts.values()), precision)
+    _print_parameters(console, model.name, counts, weights, precision, catalogue.num_items)
+    in_fp8, gains = precision == "fp8", []
     table = _table("history", "candidates", *COLUMNS)
     for history in _histories(spec.workload.max_history):
         total, cached = (flops(model, history, candidates, done) for done in (0, model.contextual_seq_len + history))
         tokens = model.contextual_seq_len + history + candidates
         pairs = visible_pairs(tokens, candidates, model.attended_contextual, model.max_attn_len)
         attention = model.layers * attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)
-        kv = kv_bytes(model, history, stored(spec.cache) or precision)
+        kv = kv_bytes(model, history, stored(spec.cache) or ("bf16" if in_fp8 else precision))
+        gains.append(1 / (1 - fp8_flops(model, history, candidates) / total / 2))
         _add_row(table, [history, candidates], total, attention, cached, kv, memory - weights)
     console.print(table)
     _print_units(console, "request", memory)
+    if in_fp8:
+        times = ", ".join(f"{gain:.2f}" for gain in gains)
+        console.print(
+            f"fp8: these requests, computed whole, are at most {times} times as fast as in bf16: products in e4m3 take "
+            "half of their time, and attention as long as before.",
+            soft_wrap=True,
+        )
 
 
 def _generating(console: Console, spec: RunSpec, catalogue: Catalogue, precision: str, memory: float) -> None:
@@ -229,7 +272,8 @@ def _generating(console: Console, spec: RunSpec, catalogue: Catalogue, precision
     model, levels, width = spec.model, spec.retrieval.levels, spec.retrieval.beam_width
     sizes = [spec.retrieval.codes or propose_codes(catalogue.num_items, levels)] * levels
     counts = generator_parameters(model, sizes)
-    weights = _print_parameters(console, model.name, counts, precision, catalogue.num_items)
+    weights = sum(counts.values()) * BYTES[precision]
+    _print_parameters(console, model.name, counts, weights, precision, catalogue.num_items)
     heads, dims = model.heads, _head_dims(model)
     table = _table("items", "tokens", "beams", *COLUMNS)
     for history in _histories(min(spec.workload.max_history, model.max_positions // levels)):
@@ -242,14 +286,14 @@ def _generating(console: Console, spec: RunSpec, catalogue: Catalogue, precision
     _print_units(console, "search", memory)
 
 
-def _print_parameters(console: Console, name: str, counts: dict[str, int], precision: str, items: int) -> int:
-    """Print the counts. Returns the bytes of the weights."""
+def _print_parameters(
+    console: Console, name: str, counts: dict[str, int], weights: int, precision: str, items: int
+) -> None:
+    """Print the counts, and the bytes of the weights."""
     total = sum(counts.values())
-    weights = total * BYTES[precision]
     parts = ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in counts.items())
     line = f"{name}: {total / 1e6:,.1f} M parameters ({parts}), {weights / 2**30:.2f} GiB in {precision}"
     console.print(f"{line}; {items:,} items", soft_wrap=True)
-    return weights
 
 
 def _table(*headings: str) -> Table:

@@ -12,10 +12,12 @@ from helpers.command import Grbench
 from grbench.config.compose import compose_spec
 from grbench.execution.records import RunRecord, Status
 from grbench.tools import doctor
-from grbench.tools.sizing import flops, kv_bytes, parameters
+from grbench.tools.sizing import flops, fp8_flops, kv_bytes, parameters, weight_bytes
 from grengines import registry as engines
 from grengines.api import Catalogue
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.fp8 import use_fp8
+from grengines.models.hstu.model import build_model
 
 
 def test_doctor_lists_everything_with_reason_and_remedy(grbench_here: Grbench) -> None:
@@ -24,6 +26,9 @@ def test_doctor_lists_everything_with_reason_and_remedy(grbench_here: Grbench) -
     found = {(f["kind"], f["name"]): f for f in json.loads(done.stdout)}
     assert found["engine", "hstu"]["ok"]
     assert found["kernel", "hstu_attention=torch"]["ok"]
+    in_fp8 = found["precision", "hstu engine.precision=fp8"]
+    if not torch.cuda.is_available():
+        assert in_fp8["ok"] and in_fp8["detail"].startswith("emulated by PyTorch in fp32")
     if not torch.cuda.is_available():  # a kernel that imports and can't run is not ok
         for name in ("hstu_attention=triton", "hstu_attention=cutlass", "paged_write=triton"):
             assert not found["kernel", name]["ok"] and "needs an NVIDIA GPU" in found["kernel", name]["detail"]
@@ -100,6 +105,34 @@ def test_sizing_prints_and_refuses(grbench_here: Grbench) -> None:
     assert "Traceback" not in refused.stderr
     refused = grbench_here("sizing", "--items", "0")
     assert "allowed is > 0" in refused.stderr
+
+
+def test_sizing_of_products_in_fp8(grbench_here: Grbench) -> None:
+    """The bytes are those of the model that the engine makes, and attention bounds what fp8 can gain."""
+    model, catalogue = compose_spec(["model=dlrm_v3", "model.embedding_rows=1000"])[0].model, Catalogue(3, 1000, 4)
+    made = build_model(model, catalogue, 0, "cpu", torch.bfloat16)
+    numbers = sum(p.numel() for p in made.parameters())
+    assert weight_bytes(model, numbers, "bf16") == sum(p.nbytes for p in made.parameters())
+    use_fp8(made)
+    in_memory = sum(p.nbytes for p in made.parameters()) + sum(b.nbytes for b in made.buffers())
+    assert weight_bytes(model, numbers, "fp8") == in_memory
+    # Without history there is next to no attention: twice as fast at most. It takes nearly all of a long one.
+    assert 1.9 < 1 / (1 - fp8_flops(model, 0, 2048) / flops(model, 0, 2048) / 2) < 2
+    done = grbench_here("sizing", "model=dlrm_v3", "workload=synthetic_long", "--precision", "fp8", "engine=hstu")
+    assert done.returncode == 0, done.stderr
+    [gains] = re.findall(r"at most ([\d., ]+) times as fast as in bf16", done.stdout)
+    assert [float(g) for g in gains.split(", ")] == sorted(map(float, gains.split(", ")), reverse=True)
+    share = fp8_flops(model, 16384, 2048) / flops(model, 16384, 2048)
+    assert gains.endswith(f"{1 / (1 - share / 2):.2f}")
+    refused = grbench_here("sizing", "task=generate", "engine=hstu", "--precision", "fp8")
+    assert refused.returncode == 2 and "--precision fp8: only ranking has it" in refused.stderr
+
+
+def test_fp8_operations_of_a_case_counted_by_hand() -> None:
+    model = HSTUConfig(layers=3, embedding_dim=8, heads=2, qk_dim=4, v_dim=6, head_dim=5, tasks=["a", "b"])
+    whole = 2 * 6 * 8 * (2 * 2 * (4 + 6)) + 2 * 6 * (3 * 2 * 6) * 8
+    last = 2 * 6 * 8 * (2 * (4 + 6)) + 2 * 2 * 8 * (2 * (4 + 6)) + 2 * 2 * (3 * 2 * 6) * 8
+    assert fp8_flops(model, 4, 2) == 2 * whole + last + 2 * 2 * 8 * 5
 
 
 def test_sizing_of_a_pipeline_lists_both_stages(grbench_here: Grbench) -> None:
