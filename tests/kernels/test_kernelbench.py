@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -30,8 +31,9 @@ from grbench.kernelbench.config import KernelBenchConfig, select
 from grbench.kernelbench.timing import Ceilings, interleaved
 from grbench.report.cells import figure
 from grbench.report.results import results_sections
+from grbench.report.row_charts import roofline
 from grengines.numerics import IncorrectError
-from grkernels import registry, tuning
+from grkernels import fp8, registry, tuning
 from grkernels.hstu_attention import bench, peers, spec
 from grkernels.hstu_attention.reference import hstu_attention as reference
 from grkernels.hstu_attention.torch import hstu_attention as eager
@@ -462,3 +464,37 @@ def test_the_stack_of_layers_is_a_family(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rows["torch"].ok and rows["torch"].metrics["error"] < 1e-5
     assert rows["torch+graph"].status is Status.UNAVAILABLE and "CUDA graphs" in (rows["torch+graph"].reason or "")
     assert "supported here: torch" in (rows["cutlass"].reason or "")
+
+
+def test_products_in_fp8_are_measured_beside_those_in_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the tolerance of its own rounding and the ceiling of its own products; a wrong one has no time."""
+    fp8_roofs = dataclasses.replace(ROOFS, tflops=2.0)
+    monkeypatch.setattr(kernelbench, "ceilings", lambda *_: ROOFS)
+    monkeypatch.setattr(kernelbench, "fp8_ceilings", lambda roofs, device: fp8_roofs)
+    config = KernelBenchConfig(
+        ["norm_product"], ["torch", "torch+fp8"], shapes=["tiny*"], device="cpu", repeats=3, min_time_s=0.001
+    )
+
+    def measured() -> list[Row]:
+        return [row for rows in Bench(config, "cpu", lambda _: None).run() for row in rows]
+
+    rows = measured()
+    assert [row.variant for row in rows] == ["torch", "torch+fp8"] * 3 and all(row.ok for row in rows)
+    for wide, narrow in zip(rows[::2], rows[1::2], strict=True):
+        assert wide.metrics["error_allowed"] < narrow.metrics["error"] <= narrow.metrics["error_allowed"]
+        assert narrow.metrics["error_allowed"] == 2 * narrow.metrics["error_rounding"]
+        assert (wide.metrics["ceiling_tflops"], narrow.metrics["ceiling_tflops"]) == (1.0, 2.0)
+        assert narrow.metrics["matmul_share"] == pytest.approx(narrow.metrics["tflops"] / 2)
+    chart = roofline("norm_product", [dataclasses.asdict(row) for row in rows], ROOFS.to_dict())
+    assert chart is not None and [max(s.y) for s in chart.series if s.mode == "line"] == [1.0, 2.0]
+    right = fp8.product
+    monkeypatch.setattr(fp8, "product", lambda x, weight, scales, **o: right(x, weight, scales.square(), **o))
+    wrong = {(row.shape, row.variant): row for row in measured()}
+    for (_, variant), row in wrong.items():
+        assert row.ok if variant == "torch" else row.status is Status.INCORRECT and not row.times_ms
+
+
+def test_products_in_fp8_need_bf16_results() -> None:
+    config = KernelBenchConfig(["norm_product"], ["torch+fp8"], shapes=["tiny"], dtype="fp32", device="cpu")
+    [row] = [row for rows in Bench(config, "cpu", lambda _: None).run() for row in rows]
+    assert row.status is Status.UNAVAILABLE and row.reason == "dtype=fp32: products in fp8 give bf16; set dtype=bf16"

@@ -103,7 +103,12 @@ def test_the_loss_of_another_model_is_against_the_default(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "option, asked",
-    [("cache.memory_gb=0.02", False), ("cache.precision=int8", True), ("workload.max_history=20", True)],
+    [
+        ("cache.memory_gb=0.02", False),
+        ("cache.precision=int8", True),
+        ("engine.precision=fp8", True),
+        ("workload.max_history=20", True),
+    ],
 )
 def test_quality_is_asked_again_only_where_the_answers_differ(tmp_path: Path, option: str, asked: bool) -> None:
     key, _, value = option.partition("=")
