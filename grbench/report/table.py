@@ -133,6 +133,7 @@ LEAST_NEEDED = [
     "retrieve + rank",
     P90,
 ]
+MOST_NAMES = 200  # characters of the names of cells behind a note
 UNSEEN = "latency_ms/p99.9 withheld"  # begins a note on a percentile that the table has no column for
 
 
@@ -208,24 +209,27 @@ def print_cells(console: Console, cells: list[Cell]) -> None:
 
 
 def notes(records: list[RunRecord], names: Sequence[str] = ()) -> list[str]:
-    """Return each note once, followed by the cells that have it, unless all have it, without those of `UNSEEN`.
+    """Return each note once, without those of `UNSEEN`. Of several cells, those that have it follow.
 
     Notes that differ only in their numbers are one note, with the range of each number that differs.
     names: of the cells, their labels by default.
     """
-
-    def of(who: list[str]) -> str:
-        if len(who) == len(records):
-            return ""
-        return f" ({'; '.join(who)})" if len(who) <= 3 else f" ({len(who)} of {len(records)} cells)"
-
     alike: dict[str, tuple[list[str], list[str]]] = {}  # by form: the notes and the cells that have one
     for record, label in zip(records, names or labels(records), strict=True):
         for note in dict.fromkeys(note for note in record.notes if not note.startswith(UNSEEN)):
             texts, cells = alike.setdefault(NUMBER.sub("#", note), ([], []))
             texts.append(note)
             cells.append(label)
-    return [_ranges(texts) + of(list(dict.fromkeys(cells))) for texts, cells in alike.values()]
+    return [_ranges(texts) + _which(list(dict.fromkeys(cells)), len(records)) for texts, cells in alike.values()]
+
+
+def _which(who: Sequence[str], every: int) -> str:
+    """Return in brackets which of `every` cells a note is about, as many by name as MOST_NAMES allows."""
+    if len(who) == every:
+        return ("", " (both cells)")[every - 1] if every < 3 else f" (all {every} cells)"
+    named = next(count for count in range(len(who), 0, -1) if count == 1 or len("; ".join(who[:count])) <= MOST_NAMES)
+    more = f"; and {len(who) - named} more of {every}" if named < len(who) else ""
+    return f" ({'; '.join(who[:named])}{more})"
 
 
 def _ranges(alike: Sequence[str]) -> str:

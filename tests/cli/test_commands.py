@@ -39,8 +39,10 @@ def test_doctor_lists_everything_with_reason_and_remedy(grbench_here: Grbench) -
             assert finding["remedy"] or kind == "device", (kind, name)
     table = grbench_here("doctor", "--quick")
     assert table.returncode == 0
-    for _, name in found:
-        assert name in table.stdout
+    lines = table.stdout.splitlines()
+    assert not any(line.endswith(" ") for line in lines)
+    for (_, name), finding in found.items():  # each in one line, with all that is to be said
+        assert any(all(text in line for text in (name, finding["detail"], finding["remedy"])) for line in lines), name
 
 
 def test_doctor_runs_engines(grbench_here: Grbench, monkeypatch: pytest.MonkeyPatch) -> None:

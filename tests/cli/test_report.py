@@ -615,7 +615,8 @@ def test_notes_are_said_once(tmp_path: Path) -> None:
             tmp_path / "o" / str(i), f"scenario.max_batch={i + 1}", notes=["shared", *(["of most"] if i else [])]
         )
     lines = screen(read_cells([tmp_path / "o"]), None)
-    assert lines[-3:-1] == ["note: shared", "note: of most (5 of 6 cells)"]
+    assert lines[-3] == "note: shared (all 6 cells)" and lines[-2].startswith("note: of most (")
+    assert sorted(re.findall(r"max_batch=(\d)", lines[-2])) == list("23456")  # in the order of the table
 
 
 def test_notes_that_differ_in_numbers_are_one_with_ranges(tmp_path: Path) -> None:
@@ -627,10 +628,12 @@ def test_notes_that_differ_in_numbers_are_one_with_ranges(tmp_path: Path) -> Non
     cells = [write_cell(tmp_path / str(i), f"seed={i}", notes=list(those)) for i, those in enumerate(said)]
     assert notes(cells, "abc") == [
         "others used 1.4 to 1.5 of 2 cores (a; b)",
-        "p99: these 1000 are worth 7 to 42; 5200 to 53000 are enough",
+        "p99: these 1000 are worth 7 to 42; 5200 to 53000 are enough (all 3 cells)",
         "at 12:31 in runs/7 (a)",
         "at 12:30 in runs/7 (b)",
     ]
+    [few] = notes(cells[:2] * 3, ["long" * 20 + str(i) for i in range(6)])[-1:]
+    assert few == f"at 12:30 in runs/7 ({'long' * 20}1; {'long' * 20}3; and 1 more of 6)"
 
 
 def test_a_record_reached_twice_counts_once(sweep: Path, tmp_path: Path) -> None:
