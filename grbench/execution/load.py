@@ -1,15 +1,20 @@
 """Load of the machine by other processes while a cell is measured.
 
+A server on this machine that is measured is none of them: its work is what the cell measures.
 The launcher reads the GPU before the worker starts, and the cores only when the worker reports: the worker's timing
 does not notice. Linux only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from grbench.execution.gpu import GpuUse, gpu_use
 
@@ -24,7 +29,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Reading:
-    """Processor seconds up to a moment, of the cores that the worker may use and of the worker's own processes."""
+    """Processor seconds up to a moment: of the cores that the worker may use, and of what is measured."""
 
     at_s: float
     busy_s: float
@@ -43,11 +48,15 @@ def gpu_in_use() -> GpuUse | None:
 class LoadWatch:
     """Watch over one worker, by its process id.
 
-    gpu: use of the GPU before the worker started; None: not known. proc: the process file system.
+    gpu: use of the GPU before the worker started; None: not known. url: the server that is measured. proc: the process
+    file system.
     """
 
-    def __init__(self, worker: int, gpu: GpuUse | None = None, proc: Path = Path("/proc")) -> None:
-        self._worker, self._proc = worker, proc
+    def __init__(
+        self, worker: int, gpu: GpuUse | None = None, url: str | None = None, proc: Path = Path("/proc")
+    ) -> None:
+        self._proc, self._url = proc, url if url and _is_here(url) else None
+        self._own = [worker, *(self._servers(self._url) if self._url else ())]
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         self._first: Reading | None = None
         self._last: Reading | None = None
@@ -82,9 +91,10 @@ class LoadWatch:
         found, notes = self.metrics(device), []
         mean, peak, cores = found.get("others/cores", 0.0), found.get("others/cores_peak", 0.0), len(self._cores)
         if mean > MOST_MEAN * cores or peak > MOST_PEAK * cores:
+            hidden = f", among them perhaps the server at {self._url}," if self._url and len(self._own) == 1 else ""
             notes.append(
-                f"other processes used {mean:.2g} of {cores} cores while this was measured, up to {peak:.2g} at a time "
-                f"(noted above {MOST_MEAN:.0%}, at a time {MOST_PEAK:.0%}): {DISTURBED} machine"
+                f"other processes{hidden} used {mean:.2g} of {cores} cores while this was measured, up to {peak:.2g} "
+                f"at a time (noted above {MOST_MEAN:.0%}, at a time {MOST_PEAK:.0%}): {DISTURBED} machine"
             )
         processes, percent = found.get("others/gpu_processes", 0.0), found.get("others/gpu_percent", 0.0)
         if processes or percent > MOST_GPU_PERCENT:
@@ -97,7 +107,7 @@ class LoadWatch:
     def _read(self) -> Reading | None:
         """Return a reading; None where the system has no such files or the worker has ended."""
         try:
-            return Reading(time.monotonic(), self._busy_s(), self._tree_s(self._worker) + sum(os.times()[:2]))
+            return Reading(time.monotonic(), self._busy_s(), self._trees_s() + sum(os.times()[:2]))
         except (OSError, ValueError, IndexError):
             return None
 
@@ -111,13 +121,54 @@ class LoadWatch:
                 total += user + nice + system + irq + soft_irq + steal
         return total / _TICKS_PER_S
 
-    def _tree_s(self, process: int) -> float:
-        """Return the seconds of a process, of its living descendants and of those that it has waited for."""
-        folder = self._proc / str(process)
-        after_name = (folder / "stat").read_text().rpartition(")")[2].split()  # a name may contain spaces
-        own = sum(map(int, after_name[11:15])) / _TICKS_PER_S  # utime, stime, cutime, cstime
-        children = (int(c) for task in (folder / "task").iterdir() for c in (task / "children").read_text().split())
-        return own + sum(map(self._tree_s, children))
+    def _trees_s(self) -> float:
+        """Return the seconds of what is measured, of its living descendants and of those that it has waited for."""
+        ticks, seen, left = 0, set(), list(self._own)
+        while left:
+            if (process := left.pop()) in seen:  # a server may have begun this command
+                continue
+            seen.add(process)
+            ticks += sum(map(int, self._stat(process)[11:15]))  # utime, stime, cutime, cstime
+            for task in (self._proc / str(process) / "task").iterdir():
+                left += map(int, (task / "children").read_text().split())
+        return ticks / _TICKS_PER_S
+
+    def _stat(self, process: int) -> list[str]:
+        """Return the fields of a process after its name, which may contain blanks."""
+        return (self._proc / str(process) / "stat").read_text().rpartition(")")[2].split()
+
+    def _servers(self, url: str) -> Iterator[int]:
+        """Yield the processes that listen at a URL, as far as this user may see them.
+
+        Of a proxy that `grbench serve` has started, that command is meant: the replicas are its children too.
+        """
+        port, sockets = f":{urlsplit(url).port:04X}", set()
+        for table in ("tcp", "tcp6"):
+            with contextlib.suppress(OSError):
+                for line in (self._proc / "net" / table).read_text().splitlines()[1:]:
+                    fields = line.split()  # the fourth: 0A is a socket that listens
+                    if fields[1].endswith(port) and fields[3] == "0A":
+                        sockets.add(f"socket:[{fields[9]}]")
+        for folder in self._proc.iterdir() if sockets else ():
+            with contextlib.suppress(OSError):
+                if folder.name.isdigit() and any(str(file.readlink()) in sockets for file in (folder / "fd").iterdir()):
+                    parent = int(self._stat(int(folder.name))[1])
+                    yield parent if self._serves(parent) else int(folder.name)
+
+    def _serves(self, process: int) -> bool:
+        """Return whether a process is a `grbench serve`."""
+        words = (self._proc / str(process) / "cmdline").read_text().split("\0")
+        return "serve" in words and any(Path(word).name == "grbench" for word in words)
+
+
+def _is_here(url: str) -> bool:
+    """Return whether a URL is of this machine: then a socket can have its address."""
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(urlsplit(url).hostname, 0, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind) as one:
+                one.bind(address)
+                return True
+    return False
 
 
 def _others(begin: Reading, end: Reading) -> float:

@@ -187,7 +187,7 @@ def _work(
     kills_before = oom.kills()
     worker = kept.give(spec, runner, folder) if kept is not None else None
     worker = worker or Worker(spec, runner, folder, keep=kept is not None)
-    watch = LoadWatch(worker.pid, worker.gpu)
+    watch = LoadWatch(worker.pid, worker.gpu, getattr(spec.engine, "url", None))
     outcome: Outcome | None = None
     again: str | None = None
     timed_out, grace_s = False, 0.0  # Ctrl-C and the time limit stop the worker at once

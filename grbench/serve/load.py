@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from grbench.config.arguments import Arguments
+from grbench.config.schema import ConfigError, RunConfig
 from grbench.execution import command
 
 CONNECTIONS = 64
@@ -21,9 +22,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command: a run with engine=remote. Exit codes: as of a run."""
+    """Run the command: a run with engine=remote. Exit codes: as of a run; 2 also where no server answers."""
     args, flags = parser().parse_known_args(words)
-    return command.main([*flags, *as_run(args.overrides)])
+    return command.main([*flags, *as_run(args.overrides)], _require_server)
+
+
+def _require_server(run: RunConfig) -> None:
+    """Raise ConfigError where no server answers, which may still be loading its models.
+
+    The machines of a cluster may reach one that this machine does not.
+    """
+    from grengines.remote.client import ServerError
+    from grengines.remote.engine import START, client_of
+
+    if run.runner.cluster == "none":
+        try:
+            client_of(run.engine).reach()
+        except ServerError as e:
+            raise ConfigError(f"engine.url: {e}; {START}") from None
 
 
 def as_run(words: Sequence[str]) -> list[str]:

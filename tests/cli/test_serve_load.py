@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -120,11 +121,16 @@ def load(grbench: Grbench, url: str, wait_s: float) -> Any:
     return grbench("load", *words, "model=hstu_tiny", "scenario.queries=8")
 
 
-def test_nothing_that_listens_is_said_at_once(grbench_forked: Grbench) -> None:
-    done = load(grbench_forked, "http://127.0.0.1:9", wait_s=600)
-    assert done.returncode == 1
-    line = "engine.url: http://127.0.0.1:9: nothing listens there (Connection refused); start one: grbench serve"
-    assert line in done.stdout and "waiting for the server" not in done.stderr
+def test_a_server_that_never_answers_is_refused_before_anything_is_recorded(
+    grbench_here: Grbench, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # it takes connections, and nothing else
+        for port, wait_s, why in ((9, 600, "nothing listens there (Connection refused)"), (0, 0.2, "TimeoutError: ")):
+            url = f"http://127.0.0.1:{port or deaf.getsockname()[1]}"
+            done = load(grbench_here, url, wait_s)
+            assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.rglob("record.json"))
+            assert f"engine.url: {url}: {why}" in done.stderr
+            assert done.stderr.endswith("; start one: grbench serve engine=hstu\n")
 
 
 def test_a_server_that_is_not_ready_is_waited_for_in_words(grbench_forked: Grbench) -> None:

@@ -95,10 +95,47 @@ def test_a_real_tree_counts_its_children() -> None:
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}]); input()"
     with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE) as process:
         watch, deadline = LoadWatch(process.pid), time.monotonic() + 60
-        while watch._tree_s(process.pid) < 0.4 and time.monotonic() < deadline:
+        while watch._trees_s() < 0.4 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert 0.4 <= watch._tree_s(process.pid) < 5
+        assert 0.4 <= watch._trees_s() < 5
         process.communicate(b"\n")
+
+
+SERVER = """
+import socket, sys, time
+with socket.create_server(("127.0.0.1", 0)) as one:
+    while time.process_time() < 0.4: pass
+    print(one.getsockname()[1], flush=True)
+    input()
+"""
+
+
+def test_a_server_of_this_machine_that_is_measured_is_no_other_process() -> None:
+    def seconds(worker: int, url: str) -> float:
+        return LoadWatch(worker, url=url)._trees_s()
+
+    idle = [sys.executable, "-c", "input()"]
+    with (
+        subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server,
+        subprocess.Popen(idle, stdin=subprocess.PIPE) as worker,
+    ):
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        elsewhere, here = "http://192.0.2.1:8000", f"http://localhost:{port}"
+        assert seconds(worker.pid, here) > seconds(worker.pid, elsewhere) + 0.3
+        assert seconds(server.pid, here) < seconds(server.pid, elsewhere) + 0.1  # a process counts once
+        server.communicate(b"\n")
+        worker.communicate(b"\n")
+
+
+def test_a_server_whose_process_is_not_seen_is_named_in_the_note(tmp_path: Path, at: Callable[..., None]) -> None:
+    watch = LoadWatch(7, url="http://127.0.0.1:8000", proc=tmp_path)
+    at(0.0, worker=0, child=0, cores=(0, 0))
+    watch.see(MEASURING)
+    at(1.0, worker=0, child=0, cores=(1, 0))
+    watch.see("writing")
+    [note] = watch.notes("cpu")
+    assert note.startswith("other processes, among them perhaps the server at http://127.0.0.1:8000, used 1 of 2 cores")
 
 
 def test_use_of_the_gpu_by_others_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

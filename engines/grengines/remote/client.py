@@ -28,12 +28,13 @@ Tensors = dict[str, npt.NDArray[Any]]
 HEADER_LENGTH = "inference-header-content-length"
 USER_HEADER = "x-user-id"  # of the first user of a call: a proxy sends the user to the replica with their state
 REPORT_S = 5.0
+NO_ANSWER = 0
 NOT_READY = 503  # HTTP's status of a server that loads its models
 DTYPES = {"INT64": np.int64, "FP32": np.float32}
 
 
 class ServerError(RuntimeError):
-    """The server has refused a call, or there is none. status: of HTTP; 0: no answer."""
+    """The server has refused a call, or there is none. status: of HTTP, or NO_ANSWER."""
 
     def __init__(self, status: int, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -90,6 +91,14 @@ class Client:
                 if left < 0:
                     raise ServerError(e.status, f"{self._url}: not ready within {timeout_s:g} s: {e}") from None
             time.sleep(0.1)
+
+    def reach(self) -> None:
+        """Return once the server has answered anything, also that it is not ready. Raises ServerError if it has not."""
+        try:
+            self._call("GET", "/v2/health/ready")
+        except ServerError as e:
+            if e.status == NO_ANSWER:
+                raise
 
     def status(self) -> dict[str, Any]:
         """Return the server's state: its model, task, strategies and figures."""
@@ -162,8 +171,10 @@ class Client:
                 self._of_thread.connection = None
                 if again or fresh or isinstance(e, TimeoutError):
                     if isinstance(e, ConnectionRefusedError | socket.gaierror):
-                        raise NobodyListensError(0, f"{self._url}: nothing listens there ({e.strerror})") from None
-                    raise ServerError(0, f"{self._url}: {type(e).__name__}: {e}") from None
+                        raise NobodyListensError(
+                            NO_ANSWER, f"{self._url}: nothing listens there ({e.strerror})"
+                        ) from None
+                    raise ServerError(NO_ANSWER, f"{self._url}: {type(e).__name__}: {e}") from None
         if answer.status != 200:
             after = answer.headers.get("retry-after-ms")
             raise ServerError(answer.status, _error_of(data), None if after is None else float(after) / 1e3)

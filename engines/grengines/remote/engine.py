@@ -12,6 +12,13 @@ from grengines.remote.client import Answers, Client, ServerError
 from grengines.remote.config import RemoteConfig
 
 COARSEST = ("fp8", "int8", "bf16", "fp16", "fp32")
+START = "start one: grbench serve engine=hstu"
+
+
+def client_of(options: RemoteConfig) -> Client:
+    """Return a client of the server that the options name. Raises ValueError for a URL that is none."""
+    key = Path(options.api_key_file).read_text().strip() if options.api_key_file else None
+    return Client(options.url, key, options.timeout_s)
 
 
 class RemoteEngine:
@@ -22,9 +29,8 @@ class RemoteEngine:
 
     def __init__(self, options: RemoteConfig, setup: Setup) -> None:
         """Raises ValueError for a URL that is none."""
-        key = Path(options.api_key_file).read_text().strip() if options.api_key_file else None
         self._options, self._setup = options, setup
-        self._client = Client(options.url, key, options.timeout_s)
+        self._client = client_of(options)
         self._max_batch = 0
         self._status: dict[str, Any] = {}
 
@@ -35,7 +41,7 @@ class RemoteEngine:
             self._client.wait_until_ready(self._options.timeout_s, self._setup.report)
             self._status = self._client.status()
         except ServerError as e:
-            raise UnavailableError(f"engine.url: {e}; start one: grbench serve engine=hstu") from None
+            raise UnavailableError(f"engine.url: {e}; {START}") from None
         served, own = self._status["items"], self._setup.catalogue.num_items
         if served != own:
             raise ValueError(
