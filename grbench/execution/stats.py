@@ -153,14 +153,14 @@ def across_runs(
     """
     if len(values) == 1:
         return values[0], (intervals[0][0], intervals[0][1]) if intervals[0] else None
-    from scipy.stats import t  # slow to import
+    from scipy.special import stdtrit  # scipy.stats, with its t, takes a second to import
 
     logs = min(values) > 0 and all(interval is None or interval[0] > 0 for interval in intervals)
     to, back = (math.log, math.exp) if logs else (float, float)
     runs = np.array([to(value) for value in values])
     own = [(to(high) - to(low)) / 2 for low, high in filter(None, intervals)]
     count, middle = len(runs), float(runs.mean())
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(runs.std(ddof=1)) / math.sqrt(count)
+    reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * float(runs.std(ddof=1)) / math.sqrt(count)
     if len(own) == count:
         reach = max(reach, math.hypot(*own) / count)
     return back(middle), (back(middle - reach), back(middle + reach))

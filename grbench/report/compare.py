@@ -258,7 +258,7 @@ def _change(
 
 def t_interval(base: Floats, new: Floats, paired: bool, confidence: float) -> tuple[float, float]:
     """Return the mean of new minus base ([runs], at least three in all) and half the width of its t interval."""
-    from scipy.stats import t  # slow to import
+    from scipy.special import stdtrit
 
     if paired:
         differences = new - base
@@ -267,7 +267,7 @@ def t_interval(base: Floats, new: Floats, paired: bool, confidence: float) -> tu
         free = len(base) + len(new) - 2
         squares = ((base - base.mean()) ** 2).sum() + ((new - new.mean()) ** 2).sum()
         error = math.sqrt(squares / free * (1 / len(base) + 1 / len(new)))
-    return float(new.mean() - base.mean()), float(t.ppf((1 + confidence) / 2, free) * error)
+    return float(new.mean() - base.mean()), float(stdtrit(free, (1 + confidence) / 2) * error)
 
 
 def _within_runs(metric: str, base: Path, new: Path, paired: bool, confidence: float) -> tuple[float, float]:
