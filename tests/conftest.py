@@ -1,4 +1,8 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share.
+
+PyTorch and grbench are imported by processes that run tests, not by the one that hands them to workers: they would
+start seconds later.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from helpers import compositions
 from helpers.checkout import ROOT
-from helpers.command import Grbench, run_forked, run_here, run_in
-from helpers.forks import fork_workers
 
-if not torch.cuda.is_available():  # before anything imports Triton, which reads it then
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if TYPE_CHECKING:
+    from helpers.command import Grbench
 
-torch.set_num_threads(1)  # the tensors are small
 gc.set_threshold(100_000, 50, 100)  # composing makes many objects: a fifth of its time went into looking for cycles
 # Processes that tests start share the cores with the other worker. Those that fork must have no threads of OpenMP.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,6 +32,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
 # Processes that tests start, in whatever folder, import this checkout and tests/helpers, as the tests do.
 _FOLDERS = [str(ROOT / name) for name in (".", "kernels", "engines", "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up PyTorch where tests run, before a test file imports it."""
+    if not _worker(config):
+        return
+    import torch
+
+    if not torch.cuda.is_available():  # before anything imports Triton, which reads it then
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    torch.set_num_threads(1)  # the tensors are small
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -102,12 +112,16 @@ def _worker(config: pytest.Config) -> str:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if _worker(session.config):
+        from helpers import compositions
+
         compositions.load()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Keep what Hydra composed, and how long tests took. The process that starts workers knows how long theirs took."""
     if worker := _worker(session.config):
+        from helpers import compositions
+
         compositions.save(worker)
     cache = getattr(session.config, "cache", None)
     if cache and worker in ("", "alone"):
@@ -163,30 +177,40 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture
 def grbench(tmp_path: Path) -> Grbench:
     """Run `python -m grbench ARGS` in an empty directory."""
+    from helpers.command import run_in
+
     return partial(run_in, tmp_path)
 
 
 @pytest.fixture
 def grbench_forked(tmp_path: Path) -> Grbench:
     """Run `grbench ARGS` in an empty directory and in a fork: a process of its own that need not import anything."""
+    from helpers.command import run_forked
+
     return partial(run_forked, tmp_path)
 
 
 @pytest.fixture
 def grbench_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Grbench:
     """Run `grbench ARGS` in an empty directory and in this process: for refusals, help and short tables."""
+    from helpers.command import run_here
+
     return partial(run_here, tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork workers from this process: for runs with `grbench_here` whose subject is not how a worker starts."""
+    from helpers.forks import fork_workers
+
     fork_workers(monkeypatch)
 
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Memory that a variant allocates is NaN until it writes it."""
+    import torch
+
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
