@@ -199,6 +199,7 @@ def test_a_wrong_flag_is_one_line(grbench_here: Grbench, program: str, arguments
         (["cachesim"], "output_root"),
     ],
 )
+@pytest.mark.usefixtures("forked_workers")
 def test_a_folder_that_cannot_be_made_is_one_line(
     grbench_here: Grbench, tmp_path: Path, words: list[str], option: str
 ) -> None:

@@ -59,10 +59,12 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
-def test_cells_of_one_engine_have_one_place_if_it_is_kept(grbench_forked: Grbench, tmp_path: Path) -> None:
-    """Its places and their workers are no forks."""
+def test_cells_of_one_engine_have_one_place_if_it_is_kept(
+    grbench_here: Grbench, forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_places(monkeypatch)
     sweep = ["scenario.max_batch=1,2", "scenario.queries=32,48"]
-    done = grbench_forked("-m", *QUICK, *sweep, "runner.parallel=2", "runner.keep_engine=true")
+    done = grbench_here("-m", *QUICK, *sweep, "runner.parallel=2", "runner.keep_engine=true")
     assert done.returncode == 0, done.stderr
     cells = [record for _, record in records.find(tmp_path)]
     places_of = {(r.spec["scenario"]["max_batch"], *r.environment["beside"]["cores"]) for r in cells}
@@ -70,7 +72,7 @@ def test_cells_of_one_engine_have_one_place_if_it_is_kept(grbench_forked: Grbenc
     assert len(places_of) == 2, "each engine was built on one place"
     assert len({core for _, core in places_of}) == 2
     assert sum("was not built again" in note for r in cells for note in r.notes) == 2
-    again = grbench_forked("-m", *QUICK, *sweep, "runner.parallel=2", "runner.keep_engine=true")
+    again = grbench_here("-m", *QUICK, *sweep, "runner.parallel=2", "runner.keep_engine=true")
     assert again.stderr.count(", kept (rerun=true measures it again)") == 4, again.stderr
     assert len(list(records.find(tmp_path))) == 4
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +22,10 @@ import psutil
 import pytest
 import torch
 from helpers.command import Grbench
-from helpers.forks import fork_command
+from helpers.forks import fork_command, fork_workers, in_fork
 from rich.console import Console
 
+from grbench.cli import main
 from grbench.config.compose import compose_spec
 from grbench.execution import measure, records, runner
 from grbench.execution.clock import pace
@@ -324,34 +328,26 @@ def test_a_signal_keeps_what_is_done(tmp_path: Path, running: list[Running]) -> 
     assert not worker.is_running()
 
 
-# A sweep on a disk that is full, and again with room. Both are in one process, whose workers are forks of it.
-TWICE = """
-import contextlib, pathlib, sys
-import pytest
-from grbench.cli import main
-from helpers.forks import fork_workers
-fork_workers(pytest.MonkeyPatch())
-words, sys.argv, codes = sys.argv[1:], ["grbench"], []
-for name in ("full", "room"):
-    with open(f"{name}.out", "w") as out, open(f"{name}.err", "w") as err:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            codes.append(main(words))
-    pathlib.Path("disk/filler").unlink(missing_ok=True)
-print(codes[0])
+FILL = """
+while [ ! -s disk/root/sweeps/s/0/worker.log ] && ! ls disk/root/sweeps/s/0/loadgen 2>/dev/null; do sleep 0.05; done
+exec dd if=/dev/zero of=disk/filler bs=64k 2>/dev/null
 """
+
+
+def mount_disk() -> None:
+    """Mount a file system of 4 MB at disk/, which this process and its children alone see."""
+    user, group = os.getuid(), os.getgid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x10000000 | 0x00020000):  # CLONE_NEWUSER, CLONE_NEWNS; os.unshare comes with Python 3.12
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        Path("/proc/self", name).write_text(text)
+    Path("disk").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", "disk"], check=True)
 
 
 def test_a_full_disk_is_a_record_and_the_sweep_goes_on(tmp_path: Path) -> None:
     """The output root is a small file system of its own, filled by the test while the first cell measures."""
-    inside = f"""
-set -e
-mkdir -p {tmp_path}/disk && mount -t tmpfs -o size=4m tmpfs {tmp_path}/disk
-cd {tmp_path}
-( while [ ! -s disk/root/sweeps/s/0/worker.log ] && ! ls disk/root/sweeps/s/0/loadgen 2>/dev/null; do sleep 0.05; done
-  dd if=/dev/zero of=disk/filler bs=64k 2>/dev/null; true ) &
-"$PYTHON" -c "$TWICE" "$@" > code
-cp -r disk/root kept
-"""
     args = [
         "-m",
         *[a for a in QUICK if not a.startswith("scenario")],
@@ -362,13 +358,28 @@ cp -r disk/root kept
         "runner.output_root=disk/root",
         "hydra.sweep.dir=disk/root/sweeps/s",
     ]
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", inside, "sh", *args],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHON": sys.executable, "TWICE": TWICE, "TMPDIR": str(tmp_path)},
-    )
+
+    def work() -> None:
+        """Sweep on the full disk, and again with room."""
+        os.chdir(tmp_path)
+        mount_disk()
+        sys.argv, tempfile.tempdir = ["grbench"], str(tmp_path)
+        fork_workers(pytest.MonkeyPatch())
+        codes = []
+        with subprocess.Popen(["sh", "-c", FILL]):
+            for name in ("full", "room"):
+                with (
+                    Path(f"{name}.out").open("w") as out,
+                    Path(f"{name}.err").open("w") as err,
+                    contextlib.redirect_stdout(out),
+                    contextlib.redirect_stderr(err),
+                ):
+                    codes.append(main(args))
+                Path("disk/filler").unlink(missing_ok=True)
+        shutil.copytree("disk/root", "kept")
+        Path("code").write_text(str(codes[0]))
+
+    done = in_fork(work, tmp_path, 120)
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip(f"no private mounts here: {done.stderr.strip()}")
     assert (tmp_path / "code").read_text().strip() == "1", done.stderr

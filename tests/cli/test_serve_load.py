@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -20,10 +21,11 @@ from grengines.remote.client import Client, ServerError
 
 WORDS = [*TINY, "engine=hstu", "cache=lru"]
 CALLERS = 2
+PAUSE_S = 0.01  # after each call: without it the callers take the core that the server reloads on
 
 
 class Load:
-    """Threads that call a server without a pause. It has what was answered and what was not."""
+    """Threads that call a server again and again. It has what was answered and what was not."""
 
     def __init__(self, server: Serving, requests: list[Any]) -> None:
         self._client, self._requests = Client(server.url), requests
@@ -40,6 +42,7 @@ class Load:
                 self.answers.append((position, scores))
             except ServerError as e:
                 self.errors.append(e)
+            time.sleep(PAUSE_S)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

@@ -81,6 +81,7 @@ def sqlite_uri(root: Path) -> str:
 
 
 def test_a_cell_is_logged_whole(tmp_path: Path) -> None:
+    new_database(tmp_path)
     record, folder = cell(tmp_path / "runs" / "a", overrides=["seed=0"])
     record.metrics["broken"] = float("nan")
     assert CellTracker(MlflowConfig(), tmp_path).log(record, folder)
@@ -183,6 +184,7 @@ def test_the_run_of_a_sweep_that_is_cut_short_is_closed(tmp_path: Path, monkeypa
     def stop(*args: Any) -> list[str]:
         raise KeyboardInterrupt
 
+    new_database(tmp_path)
     good, folder = cell(tmp_path / "0", sweep_id="s")
     for name, cut_short in (("stopped", True), ("stopped twice", False)):
         tracker = CellTracker(MlflowConfig(), tmp_path)
@@ -278,6 +280,7 @@ def test_a_locked_database_loses_nothing(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_root_that_moved_is_known_and_takes_its_artifacts_along(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "my%2F new?"
+    new_database(old)
     record, folder = cell(old / "0")
     assert CellTracker(MlflowConfig(), old).log(record, folder)
     (tmp_path / "link").symlink_to(old)
@@ -299,6 +302,7 @@ def test_a_root_that_moved_is_known_and_takes_its_artifacts_along(tmp_path: Path
 
 def test_kept_cells_reach_another_store(tmp_path: Path) -> None:
     record, folder = cell(tmp_path / "0")
+    new_database(tmp_path)
     for uri in (None, f"sqlite:///{tmp_path}/other.db", None):
         tracker = CellTracker(MlflowConfig(uri=uri), tmp_path)
         tracker.start_sweep("it's a sweep", {})
