@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from grbench.config.compose import plan_jobs, prepare_hydra
 from grbench.config.schema import to_spec
+from grbench.execution.command import require_files
 from grbench.execution.records import RunRecord
 from grbench.execution.session import CellSession
 
@@ -40,7 +41,8 @@ def run(
         A record for each cell. With `runner.repeats` above 1, the first run of every cell comes before the second ones.
 
     Raises:
-        grbench.ConfigError: An override is wrong. Nothing has run then, because all cells are checked first.
+        grbench.ConfigError: An override is wrong, or a row of a workload's file. Nothing has run then, because all
+            cells are checked first.
         KeyboardInterrupt: Ctrl-C, after the record of the running cell was kept.
 
     Example:
@@ -65,6 +67,7 @@ def run(
     invocation, jobs = plan_jobs("config", to_spec, [*overrides, *root], sweep, report=say)
     for line in invocation.skipped:
         say(f"left out: {line}")
+    require_files(job.config[0] for job in jobs)
     session = CellSession(jobs[0].config[1], invocation, quiet=not progress)
     try:
         for job in jobs:

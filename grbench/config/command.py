@@ -33,12 +33,14 @@ def run(
     prepare: Callable[[], None],
     check: Callable[[DictConfig], Any],
     new_session: Callable[[Job, Invocation], Session],
+    require: Callable[[Sequence[Job]], None] = lambda jobs: None,
 ) -> int:
     """Run the command `python -m <program> <words>`, whose configuration is conf/<config_name>.yaml.
 
     prepare: registers its schemas. check: turns a composed configuration into a job's `config` or raises ConfigError.
-    new_session: makes the session, given the first job. Returns the session's exit code. Raises ConfigError for a
-    configuration or data that cannot be used, CommandError, and any KeyboardInterrupt after closing the session.
+    new_session: makes the session, given the first job. require: raises ConfigError for jobs that cannot run, before
+    anything is written. Returns the session's exit code. Raises ConfigError for a configuration or data that cannot be
+    used, CommandError, and any KeyboardInterrupt after closing the session.
     """
     prepare()
     flags = _flags(program, words)
@@ -55,6 +57,7 @@ def run(
         return _ask_hydra(words, name)
     for line in invocation.skipped:
         _say(f"left out: {line}")
+    require(jobs)
     session: Session | None = None
     try:
         (invocation.sweep or jobs[0].folder).mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from grbench import workloads
 from grbench.config import command
 from grbench.config.compose import prepare_hydra
 from grbench.config.jobs import Invocation, Job, Session
-from grbench.config.schema import RunConfig, to_spec
+from grbench.config.schema import ConfigError, RunConfig, RunSpec, to_spec
+from grbench.workloads.config import FileConfig
 
 FORMS = {"--json": "runner.print=json", "--csv": "runner.print=csv"}  # flags for an option, as other programs have them
 
@@ -15,15 +17,31 @@ FORMS = {"--json": "runner.print=json", "--csv": "runner.print=csv"}  # flags fo
 def main(words: Sequence[str], require: Callable[[RunConfig], None] = lambda run: None) -> int:
     """Run the command. Exit codes: 0 every cell is OK, 1 a cell failed, 2 the configuration is wrong, 130 Ctrl-C.
 
-    require: takes the options of the first cell before anything is recorded, and raises ConfigError to refuse them.
+    require: takes the options of each cell before anything is recorded, and raises ConfigError to refuse them.
     """
 
-    def new_session(first: Job, invocation: Invocation) -> Session:
-        require(first.config[1])
-        return _session(first, invocation)
+    def require_all(jobs: Sequence[Job]) -> None:
+        for _, run in (job.config for job in jobs):
+            require(run)
+        require_files(job.config[0] for job in jobs)
 
     words = [FORMS.get(word, word) for word in words]
-    return command.run("grbench", words, "config", prepare_hydra, to_spec, new_session)
+    return command.run("grbench", words, "config", prepare_hydra, to_spec, _session, require_all)
+
+
+def require_files(specs: Iterable[RunSpec]) -> None:
+    """Raise ConfigError for a workload's file with a row that cannot be used, before a cell is recorded.
+
+    Each file is read once, and once more by each cell's worker.
+    """
+    checked: list[FileConfig] = []
+    for spec in specs:
+        if isinstance(spec.workload, FileConfig) and spec.workload not in checked:
+            checked.append(spec.workload)
+            try:
+                workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
+            except ValueError as e:
+                raise ConfigError(str(e)) from None
 
 
 def _session(first: Job, invocation: Invocation) -> Session:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from grbench.config.schema import ConfigError
-from grbench.execution.records import RECORD_FILE
+from grbench.execution import records
+from grbench.execution.records import JOB_FILE, RECORD_FILE
 
 
 @contextlib.contextmanager
@@ -33,6 +36,31 @@ def only_writer(folder: Path, option: str) -> Iterator[None]:
             where = os.path.relpath(folder)
             raise ConfigError(f"{where}: another command is writing there; wait for it, or set {option}=FOLDER")
         yield
+
+
+def left_out(roots: Sequence[Path]) -> list[str]:
+    """Return a line for each cell under `roots` that has no record that can be read: why, and what to do.
+
+    A cell whose command was killed has none, unless it was measured again.
+    """
+    lines = records.unreadable(roots)
+    begun = dict.fromkeys(folder for root in roots for folder in records.without_record(root))
+    measured = [record.spec for root in roots for _, record in records.find(root)] if begun else []
+    for folder in begun:
+        with _held(folder) as mine:
+            if not mine:
+                lines.append(f"{folder}: its cell is being measured")
+            elif _spec_of(folder) not in measured:
+                lines.append(f"{folder}: its command was killed and left no record; run it again, or remove the folder")
+    return lines
+
+
+def _spec_of(folder: Path) -> Any:
+    """Return what the worker was to measure in a folder; None where the command was killed before it said so."""
+    try:
+        return json.loads(json.loads((folder / JOB_FILE).read_text())["spec"])["values"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def require_writable(folder: Path, typed: str, fix: str) -> None:

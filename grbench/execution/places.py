@@ -323,6 +323,14 @@ def shares(parallel: str) -> list[Share]:
     return [Share(tuple(sorted(cores[i * size : (i + 1) * size])), gpus[i] if gpus else None) for i in range(count)]
 
 
+def number_asked(parallel: str, allowed: str, gpus: int = 0) -> int:
+    """Return the number in `runner.parallel`. gpus: what the word means; 0: it is refused. Raises ConfigError."""
+    count = gpus if parallel == "gpus" else int(parallel) if parallel.isdecimal() else 0
+    if not count:
+        raise ConfigError(f"runner.parallel={parallel}: {allowed}")
+    return count
+
+
 def places_asked(parallel: str, where: str, gpus: int, cores: int | None, hides: str) -> int:
     """Return the number of places that `runner.parallel` asks for. Raises ConfigError if there is too little.
 
@@ -332,9 +340,7 @@ def places_asked(parallel: str, where: str, gpus: int, cores: int | None, hides:
         raise ConfigError(
             f"runner.parallel=gpus: {where} has no GPU; runner.parallel=2 measures two cells at a time on the processor"
         )
-    count = gpus if parallel == "gpus" else int(parallel) if parallel.isdecimal() else 0
-    if not count:
-        raise ConfigError(f"runner.parallel={parallel}: allowed are gpus and a number of cells from 1")
+    count = number_asked(parallel, "allowed are gpus and a number of cells from 1", gpus)
     instead = f", or {hides} hides them from cells of the processor"
     for has, what in ((gpus or None, "GPUs"), (cores, "cores")):
         if has is not None and count > has:

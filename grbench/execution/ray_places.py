@@ -1,8 +1,9 @@
 """Places on a cluster of Ray: each is an actor with a process of grbench.execution.place.
 
 A place has a GPU of its node, or in a cluster without GPUs a share of the processors, and cores that no other place of
-the command has. Nodes have this code and the same packages; their file systems may be others: then the folder of a
-cell that has ended is sent here.
+the command has. All places have equally many, whatever their nodes have: their cells are
+compared. Nodes have this code and the same packages; their file systems may be others: then the folder of a cell that
+has ended is sent here.
 """
 
 from __future__ import annotations
@@ -60,14 +61,12 @@ FIX = (
 class Remote:
     """A process of grbench.execution.place on a node. Ray runs its methods there, several at a time.
 
-    number, of: which share of the node's cores it has. marker: a file of the command; where it is not seen, cells are
-    written into a temporary folder of the name `spare`.
+    number, size: which of the node's cores it has, and how many. marker: a file of the command; where it is not seen,
+    cells are written into a temporary folder of the name `spare`.
     """
 
-    def __init__(self, number: int, of: int, marker: str, spare: str, folder: str, variables: dict[str, str]) -> None:
-        cores = cores_here()
-        size = max(len(cores) // of, 1)
-        self._cores = sorted(cores[number * size : (number + 1) * size])
+    def __init__(self, number: int, size: int, marker: str, spare: str, folder: str, variables: dict[str, str]) -> None:
+        self._cores = sorted(cores_here()[number * size : (number + 1) * size])
         self._spare = None if Path(marker).exists() else str(Path(tempfile.gettempdir(), spare))
         own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # Ray has set it
         paths = os.pathsep.join(filter(None, sys.path))  # Ray adds those of the command
@@ -131,27 +130,27 @@ class Remote:
 class RayPart(Part):
     """A GPU of a node, or a share of its processors. Its first place starts at once.
 
-    beside: other parts of the node. number, of, marker: see Remote.
+    beside: other parts of the node. number, size, marker: see Remote.
     """
 
-    def __init__(self, ray: Any, node: dict[str, Any], beside: int, number: int, of: int, marker: Path) -> None:
+    def __init__(self, ray: Any, node: dict[str, Any], beside: int, number: int, size: int, marker: Path) -> None:
         super().__init__({}, beside, {})
         self.ray, self.host, self._marker = ray, node["NodeManagerHostname"], marker
         resources = node["Resources"]
         pin = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         self._actor = ray.remote(Remote).options(
-            num_cpus=int(resources.get("CPU", 0)) // of,
+            num_cpus=min(size, int(resources.get("CPU", 0))),
             num_gpus=1 if resources.get("GPU") else 0,
             scheduling_strategy=pin,
             max_concurrency=4,  # a call waits for what the process says
         )
         variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         self._arguments = (f"grbench-{uuid.uuid4().hex}", str(Path.cwd()), variables)
-        self._number, self._of = number, of
+        self._number, self._size = number, size
         self._first: Any = self._new()
 
     def _new(self) -> Any:
-        return self._actor.remote(self._number, self._of, str(self._marker), *self._arguments)
+        return self._actor.remote(self._number, self._size, str(self._marker), *self._arguments)
 
     @cached_property
     def known(self) -> dict[str, Any]:
@@ -170,10 +169,11 @@ class RayPart(Part):
                     f"runner.cluster=ray: {self.host} has {name} {there[name]}, and here it is {here[name]}; install "
                     "the same code and packages there"
                 )
-        if not self.known["cores"]:
+        if (found := len(self.known["cores"])) < self._size:
             raise ConfigError(
-                f"runner.cluster=ray: {self.host} has fewer cores than places, because Ray counts more processors or "
-                "GPUs there; use a smaller runner.parallel, or start Ray there with --num-cpus=CORES"
+                f"runner.cluster=ray: {self.host} has {found} cores for a cell that should have {self._size}, because "
+                "Ray counts more processors or GPUs there; use a smaller runner.parallel, or start Ray there with "
+                "--num-cpus=CORES"
             )
         self.machine = {name: there[name] for name in MACHINE} | {"host": self.known["host"]}
         self.facts = {"host": self.known["host"]}
@@ -208,9 +208,10 @@ def ray_parts(parallel: str, root: Path) -> list[Part]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=root, prefix=".grbench-") as marker:
+        counts, size = _counts(parallel, [n["Resources"] for n in nodes])
         parts = [
-            RayPart(ray, node, count - 1, number, of, Path(marker.name))
-            for node, (count, of) in zip(nodes, _counts(parallel, [n["Resources"] for n in nodes]), strict=True)
+            RayPart(ray, node, count - 1, number, size, Path(marker.name))
+            for node, count in zip(nodes, counts, strict=True)
             for number in range(count)
         ]
         for part in parts:
@@ -247,23 +248,21 @@ def _nobody_at(address: str, error: Exception) -> ConfigError:
     return ConfigError(f"runner.cluster=ray: no cluster answers at RAY_ADDRESS={address} ({one_line(error)}); {FIX}")
 
 
-def _counts(parallel: str, nodes: Sequence[dict[str, float]]) -> list[tuple[int, int]]:
-    """Return how many places each node has, given its resources, and the shares that its cores are divided into.
+def _counts(parallel: str, nodes: Sequence[dict[str, float]]) -> tuple[list[int], int]:
+    """Return how many places each node has, given its resources, and how many cores each of them has.
 
-    Places go to one node after another in turn. Nodes of as many processors have equal shares. Raises ConfigError.
+    A place goes where it has the most cores, so the fewest are as many as can be, and all have that many. Raises
+    ConfigError.
     """
-    gpus = [int(node.get("GPU", 0)) for node in nodes]
-    room = gpus if any(gpus) else [int(node.get("CPU", 0)) for node in nodes]
+    gpus, cpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("GPU", "CPU"))
+    room = gpus if any(gpus) else cpus
     cores = None if any(gpus) else sum(room)
     wanted = places_asked(parallel, "the Ray cluster", sum(gpus), cores, "`ray start --num-gpus=0`")
     counts = [0] * len(nodes)
     while sum(counts) < wanted:
-        fullest = max(range(len(nodes)), key=lambda i: (room[i] > counts[i], -counts[i]))
-        counts[fullest] += 1
-    most: dict[float, int] = {}
-    for node, count in zip(nodes, counts, strict=True):
-        most[node.get("CPU", 0)] = max(count, most.get(node.get("CPU", 0), 0))
-    return [(count, most[node.get("CPU", 0)]) for node, count in zip(nodes, counts, strict=True)]
+        widest = max(range(len(nodes)), key=lambda i: (room[i] > counts[i], cpus[i] // (counts[i] + 1)))
+        counts[widest] += 1
+    return counts, max(min(cpu // count for cpu, count in zip(cpus, counts, strict=True) if count), 1)
 
 
 class _RayPlace(Place):

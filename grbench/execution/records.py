@@ -26,6 +26,8 @@ RECORD_FILE = "record.json"
 SAMPLES_FILE = "samples.parquet"
 RESAMPLES_FILE = "quality.parquet"
 LOG_FILE = "worker.log"
+RESERVE_FILE = f".{RECORD_FILE}.reserve"  # is there from the beginning of a cell until its record is
+JOB_FILE = "job.json"  # what the worker was given
 CELLS_FILE = "cells.json"  # in a sweep's folder: the folders of its cells, also of those that it kept
 ARTIFACTS = "mlartifacts"  # folder of MLflow's copies under an output root
 SCHEMA_VERSION = 1
@@ -213,7 +215,7 @@ def save(record: RunRecord, folder: Path) -> Path:
 
     It takes the space that `reserve` set aside, so that a disk that has filled up since does not lose the record.
     """
-    path, spare = folder / RECORD_FILE, folder / f".{RECORD_FILE}.reserve"
+    path, spare = folder / RECORD_FILE, folder / RESERVE_FILE
     data = record.to_json().encode()
     with open(spare, "r+b" if spare.exists() else "wb") as f:  # noqa: PTH123  (r+b keeps the reserved blocks)
         f.write(data)
@@ -227,7 +229,7 @@ def save(record: RunRecord, folder: Path) -> Path:
 def reserve(folder: Path, size: int = 256 * 1024) -> None:
     """Set aside disk space for the record before the work starts. Raises OSError if there is none."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".{RECORD_FILE}.reserve").open("wb") as f:
+    with (folder / RESERVE_FILE).open("wb") as f:
         os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, "posix_fallocate") else f.write(b"\0" * size)
 
 
@@ -263,8 +265,13 @@ def unreadable(roots: Sequence[Path]) -> list[str]:
     return problems
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """Yield the record files under `root`, also behind links and of listed cells, without MLflow's copies.
+def without_record(root: Path) -> list[Path]:
+    """Return the folders under `root` in which a cell began and has no record, in order."""
+    return sorted(file.parent for file in _files(root, RESERVE_FILE) if not (file.parent / RECORD_FILE).exists())
+
+
+def _files(root: Path, name: str = RECORD_FILE) -> Iterator[Path]:
+    """Yield the files of a name under `root`, also behind links and of listed cells, without MLflow's copies.
 
     A folder is entered once.
     """
@@ -277,12 +284,12 @@ def _files(root: Path) -> Iterator[Path]:
         entered.add(place)
         if ARTIFACTS in below:
             below.remove(ARTIFACTS)
-        if RECORD_FILE in names:
-            yield Path(folder, RECORD_FILE)
+        if name in names:
+            yield Path(folder, name)
         for cell in _listed(Path(folder)) if CELLS_FILE in names else ():
-            if (place := os.path.realpath(cell)) not in entered and (cell / RECORD_FILE).is_file():
+            if (place := os.path.realpath(cell)) not in entered and (cell / name).is_file():
                 entered.add(place)
-                yield cell / RECORD_FILE
+                yield cell / name
 
 
 def list_cells(sweep: Path, cells: Iterable[Path]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from grbench.config.schema import ConfigError, RunnerConfig, SlurmConfig
 from grbench.execution.clock import SILENCE_S, at_most_every
 from grbench.execution.place import measure
-from grbench.execution.places import Part, PartError, Place, one_line, pipe
+from grbench.execution.places import Part, PartError, Place, number_asked, one_line, pipe
 from grbench.execution.workers import Event
 
 LOOK_S = 1.0  # between two looks at what a job says
@@ -87,12 +87,8 @@ def slurm_parts(runner: RunnerConfig, slurm: SlurmConfig, root: Path) -> list[Pa
             raise ConfigError(
                 f"runner.cluster=slurm: {program} is not on the PATH; start this on a login node of the cluster"
             )
-    count = int(runner.parallel) if runner.parallel.isdecimal() else 0
-    if not count:
-        raise ConfigError(
-            f"runner.parallel={runner.parallel}: with runner.cluster=slurm it is the number of jobs at a time, from 1; "
-            "slurm.gpus=1 gives each a GPU"
-        )
+    a_number = "with runner.cluster=slurm it is the number of jobs at a time, from 1; slurm.gpus=1 gives each a GPU"
+    count = number_asked(runner.parallel, a_number)
     submitit: Any = importlib.import_module("submitit")
     logging.getLogger("submitit").setLevel(logging.ERROR)
     watcher = submitit.SlurmJob.watcher = type(submitit.SlurmJob.watcher)(delay_s=ASK_S)

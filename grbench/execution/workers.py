@@ -22,9 +22,8 @@ from grbench.execution.environment import code_digest
 from grbench.execution.gpu import GpuUse
 from grbench.execution.kept import engine_key
 from grbench.execution.load import gpu_in_use
-from grbench.execution.records import LOG_FILE
+from grbench.execution.records import JOB_FILE, LOG_FILE
 
-JOB_FILE = "job.json"
 GRACE_S = 5.0  # for an engine to be closed
 Event = dict[str, Any]
 

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grbench.config.arguments import Arguments, CommandError
-from grbench.execution.folders import require_writable
-from grbench.execution.records import unreadable
+from grbench.execution.folders import left_out, require_writable
 from grbench.report.frame import ReportError, damaged_samples, read_cells
 
 
@@ -48,7 +47,7 @@ def main(words: Sequence[str]) -> int:
                 cells += download_cells(args.mlflow, args.experiment, Path(downloads))
             from grbench.report.write import write_report
 
-            damaged = unreadable(roots)
+            damaged = left_out(roots)
             written = write_report(cells, args.out, args.title, damaged)
             undrawn = damaged_samples(cells)
     except (ReportError, OSError) as e:

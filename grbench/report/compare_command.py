@@ -23,6 +23,7 @@ from rich.text import Text
 from grbench.config.arguments import Arguments, CommandError
 from grbench.execution import records
 from grbench.execution.clock import SILENCE_S, at_most_every, pace
+from grbench.execution.folders import left_out
 from grbench.report.cells import Cell
 from grbench.report.compare import MARGIN, Comparison, Verdict, change_text, compare, side_text
 from grbench.report.frame import ReportError, read_cells
@@ -91,8 +92,11 @@ def main(words: Sequence[str]) -> int:
             makers = ", ".join(f"runner.output_root={side}" for side in absent)
             raise ReportError(f"{', '.join(absent)}: no such folders; `python -m grbench` makes them with {makers}")
         with contextlib.ExitStack() as stack:
-            new = stack.enter_context(_cells(args.new))
-            base = [cell for side in args.base for cell in stack.enter_context(_cells(side))]
+            lacking: list[str] = []
+            new = stack.enter_context(_cells(args.new, lacking))
+            base = [cell for side in args.base for cell in stack.enter_context(_cells(side, lacking))]
+            for line in lacking:
+                _say(f"left out: {line}")
             begun, say = time.monotonic(), at_most_every(SILENCE_S, _say)
             comparison = compare(
                 base,
@@ -107,7 +111,8 @@ def main(words: Sequence[str]) -> int:
     if args.json:
         rows = [asdict(c) | {"verdict": c.verdict(*allowed)} for c in comparison.changes]
         shares = {"tolerance": args.tolerance, "margin": args.margin}
-        print(json.dumps(records.finite({**asdict(comparison), **shares, "changes": rows, "counts": counts}), indent=1))
+        found = {**asdict(comparison), **shares, "changes": rows, "counts": counts, "left_out": lacking}
+        print(json.dumps(records.finite(found), indent=1))
     else:
         _print(list(lines(comparison)), comparison.differing, comparison.notes)
         print("; ".join(f"{n} {verdict}" for verdict, n in counts.items() if n) or "no metric in common")
@@ -137,8 +142,11 @@ def _print(rows: Sequence[Sequence[str]], differing: dict[str, tuple[str, str]],
 
 
 @contextlib.contextmanager
-def _cells(side: str) -> Iterator[list[Cell]]:
-    """Read the cells of a side: a record file, a folder, or REVISION:FOLDER. Raises ReportError."""
+def _cells(side: str, lacking: list[str]) -> Iterator[list[Cell]]:
+    """Read the cells of a side: a record file, a folder, or REVISION:FOLDER. Raises ReportError.
+
+    lacking: takes a line for each cell whose record can't be read or is not there.
+    """
     path = Path(side)
     if path.is_file():
         try:
@@ -146,17 +154,19 @@ def _cells(side: str) -> Iterator[list[Cell]]:
         except ValueError as e:
             raise ReportError(str(e)) from None
     elif path.is_dir() or ":" not in side:
-        yield _readable(path)
+        yield _readable(path, lacking)
     else:
         with tempfile.TemporaryDirectory(prefix="grbench-compare-") as folder:
-            yield _readable(_checkout(side, Path(folder)))
+            inside = _checkout(side, Path(folder))
+            found: list[str] = []
+            cells = _readable(inside, found)
+            lacking += [line.replace(str(inside), side) for line in found]
+            yield cells
 
 
-def _readable(folder: Path) -> list[Cell]:
-    """Read the cells of a folder, and name damaged records. Raises ReportError if there is no other."""
+def _readable(folder: Path, lacking: list[str]) -> list[Cell]:
     cells = read_cells([folder])
-    for line in records.unreadable([folder]):
-        _say(f"left out: {line}")
+    lacking += left_out([folder])
     return cells
 
 

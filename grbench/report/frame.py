@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from grbench.execution import records
 from grbench.execution.energy import METRIC as JOULES
+from grbench.execution.folders import left_out
 from grbench.report.cells import MISSING, Cell, flatten, knobs, labels, shown
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
             raise ReportError(f"{root}: no such folder; `python -m grbench runner.output_root={root}` makes one")
         cells = list(records.find(root))
         if not cells:
-            why = records.unreadable([root])
+            why = left_out([root])
             raise ReportError(
                 "; ".join(why)
                 if why

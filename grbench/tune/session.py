@@ -16,6 +16,7 @@ from grbench.config.compose import compose_spec
 from grbench.config.jobs import Invocation
 from grbench.config.schema import ConfigError
 from grbench.execution.clock import pace
+from grbench.execution.command import require_files
 from grbench.execution.folders import require_writable
 from grbench.execution.session import CellSession
 from grbench.tune import answer, deploy, rates
@@ -49,6 +50,7 @@ class TuneSession:
             raise ConfigError(
                 f"runner.cluster={run.runner.cluster}: a search measures on its own machine; allowed is none"
             )
+        require_files(space.specs.values())
         root = Path(run.runner.output_root).absolute()
         self.folder = root / "tune" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         require_writable(self.folder, f"runner.output_root={run.runner.output_root}", "set runner.output_root to")

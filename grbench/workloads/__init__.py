@@ -39,7 +39,7 @@ def build(
 def refusal(config: WorkloadOptions, seed: int) -> str | None:
     """Return None, or why a workload can't be: options that exclude each other, columns that its file does not have.
 
-    Of a file it reads the first line only, so other faults of the data show when it is loaded.
+    Of a file it reads the first line only: other faults of the data show when `build` loads it.
     """
     from grbench.workloads import events, synthetic
 

@@ -105,13 +105,15 @@ def test_a_sweep_on_ray_keeps_the_record_of_every_cell(
 
 def test_places_are_spread_over_the_nodes_of_ray() -> None:
     nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}]
-    assert ray_places._counts("gpus", nodes) == [(2, 4), (0, 0), (4, 4)], "equal cores, since both have 8"
-    assert ray_places._counts("3", nodes) == [(2, 2), (0, 0), (1, 2)]
-    assert ray_places._counts("2", nodes) == [(1, 1), (0, 0), (1, 1)]
+    assert ray_places._counts("gpus", nodes) == ([2, 0, 4], 2)
+    assert ray_places._counts("3", nodes) == ([2, 0, 1], 4)
+    assert ray_places._counts("2", nodes) == ([1, 0, 1], 8)
     with pytest.raises(ConfigError, match="has 6 GPUs, and cells never share one; allowed is at most 6"):
         ray_places._counts("7", nodes)
     processors = [{"CPU": 2.0}, {"CPU": 4.0}, {"memory": 1.0}]
-    assert ray_places._counts("4", processors) == [(2, 2), (2, 2), (0, 0)]
+    assert ray_places._counts("4", processors) == ([2, 2, 0], 1)
+    assert ray_places._counts("3", processors) == ([1, 2, 0], 2), "nodes of different sizes give equal cores"
+    assert ray_places._counts("2", [{"CPU": 8.0}, {"CPU": 32.0}]) == ([0, 2], 16)
     for parallel, why in (("gpus", "has no GPU"), ("none", "allowed are gpus and a number"), ("7", "6 cores")):
         with pytest.raises(ConfigError, match=why):
             ray_places._counts(parallel, processors)
@@ -119,9 +121,9 @@ def test_places_are_spread_over_the_nodes_of_ray() -> None:
 
 def test_a_node_of_ray_with_fewer_cores_than_places_is_refused() -> None:
     part = object.__new__(ray_places.RayPart)
-    part.host = "node"
-    part.known = {"environment": describe_environment(), "host": "node", "cores": []}
-    with pytest.raises(ConfigError, match=r"^runner\.cluster=ray: node has fewer cores than places"):
+    part.host, part._size = "node", 2
+    part.known = {"environment": describe_environment(), "host": "node", "cores": [0]}
+    with pytest.raises(ConfigError, match=r"^runner\.cluster=ray: node has 1 cores for a cell that should have 2"):
         part.check()
 
 

@@ -286,6 +286,8 @@ def test_damaged_records_are_named_and_left_out(tmp_path: Path, grbench_here: Gr
     assert len(lines) == 2 and all(line.endswith("remove it or run its cell again") for line in lines)
     for line, path in zip(lines, damaged, strict=True):
         assert line.startswith(f"grbench compare: left out: {path.relative_to(tmp_path)}: not JSON")
+    as_json = json.loads(grbench_here("compare", "base", "new", "--json").stdout)
+    assert [f"grbench compare: left out: {line}" for line in as_json["left_out"]] == lines
     done = grbench_here("report", "new", "--out", "page.csv")
     assert done.returncode == 0 and "left out: new/" in done.stderr
     record = next((tmp_path / "base").rglob("record.json"))

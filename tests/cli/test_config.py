@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import grbench
 from grbench.cli import main
 from grbench.config import composition, malformed
 from grbench.config.compose import CONFIG_DIR, compose_cells, compose_spec, explain, plan_jobs, prepare_hydra
@@ -454,6 +456,17 @@ def test_wrong_columns_are_refused_before_anything_is_recorded(
         assert done.stderr.startswith(f"grbench: {name}: {line}"), done.stderr
     jobs, skipped = plan("engine=hstu,onnxruntime", "cache=none,lru", "skip_invalid=true")
     assert len(jobs) == 3 and skipped[0].startswith("engine=onnxruntime cache=lru: cache=lru: engine=onnxruntime")
+
+
+def test_a_wrong_row_is_refused_before_anything_is_recorded(grbench_here: Grbench, tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("userId,movieId,timestamp\n1,2,3\n1,x,soon\n")
+    words = ["engine=hstu", "workload=csv", "workload.path=e.csv", "tracking=none"]
+    line = "e.csv: row 3, column timestamp: 'soon' is not a number; correct or remove the row"
+    done = grbench_here("-m", *words, "seed=0,1")
+    assert done.returncode == 2 and done.stderr.endswith(f"grbench: {line}\n")
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        grbench.run(words, output_root=tmp_path / "o")
+    assert list(tmp_path.iterdir()) == [tmp_path / "e.csv"]
 
 
 def test_the_columns_of_a_table_without_its_rows_are_read(tmp_path: Path) -> None:

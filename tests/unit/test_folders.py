@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +19,11 @@ from helpers.command import Grbench
 
 from grbench.config.compose import compose_spec
 from grbench.execution import records, runner
-from grbench.execution.folders import only_writer, unused
+from grbench.execution.folders import left_out, only_writer, unused
 from grbench.execution.records import Outcome, Status
 from grbench.execution.results import save as save_results
+from grbench.execution.workers import Worker
+from grbench.report.frame import ReportError, read_cells
 from grbench.workloads.events import Events
 from grbench.workloads.item_map import save_items
 from grengines.api import Catalogue
@@ -40,6 +45,36 @@ def test_a_folder_in_use_is_left_to_its_user(tmp_path: Path) -> None:
         (again / records.RECORD_FILE).touch()
     with unused(wanted) as third:
         assert third == wanted.with_name("0.2")
+
+
+def test_a_cell_without_a_record_is_named_with_what_became_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, run = compose_spec(["engine=hstu", "tracking=none"])
+    begun, says = os.pipe()
+
+    def work(*args: Any) -> Outcome:
+        given = SimpleNamespace(_report_fd=0, _jobs_fd=0)
+        Worker._job(given, spec, run.runner, tmp_path / "0", keep=False)  # type: ignore[arg-type]
+        os.write(says, b"!")
+        signal.pause()
+        raise AssertionError
+
+    monkeypatch.setattr(runner, "_work", work)
+    if (command := os.fork()) == 0:
+        runner.run_cell(spec, run.runner, tmp_path / "0")
+        os._exit(1)
+    os.read(begun, 1)
+    assert left_out([tmp_path, tmp_path / "0"]) == [f"{tmp_path / '0'}: its cell is being measured"]
+    os.kill(command, signal.SIGKILL)
+    os.waitpid(command, 0)
+    why = "its command was killed and left no record; run it again, or remove the folder"
+    assert left_out([tmp_path]) == [f"{tmp_path / '0'}: {why}"]
+    with pytest.raises(ReportError, match=why):
+        read_cells([tmp_path])
+    monkeypatch.setattr(runner, "_work", lambda *args: Outcome(Status.ERROR, "nothing ran"))
+    runner.run_cell(spec, run.runner, tmp_path / "1")
+    assert left_out([tmp_path]) == []
 
 
 def test_two_cells_at_once_keep_two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
