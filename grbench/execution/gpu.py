@@ -90,8 +90,9 @@ def gpu_use() -> GpuUse | None:
     Containers may hide each other's processes.
     """
     with _nvml() as nvml:
+        if (handle := _used_by_engines(nvml)) is None:  # a library that is asked about no card ends the process
+            return None
         try:
-            handle = _used_by_engines(nvml)
             processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
             return GpuUse(len(processes), float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu))
         except Exception:  # no GPU, or one that reports neither (NVMLError is a class of pynvml, which may be absent)
