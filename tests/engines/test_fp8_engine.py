@@ -95,6 +95,16 @@ def test_a_cell_passes_its_gate(cell: Callable[[list[str]], Outcome], cache: str
     expect_right(outcome, cache)
     actual = outcome.actual
     assert (actual["precision"], actual["fp8_products"]) == ("fp8", "emulated by PyTorch in fp32")
+    assert any(note.startswith("engine.precision=fp8 is emulated") for note in outcome.notes)
+
+
+def test_a_pipeline_ranks_in_fp8_and_says_so(cell: Callable[[list[str]], Outcome]) -> None:
+    words = [word for word in ON_CPU if not word.startswith(("engine", "workload.num", "model"))]
+    stages = ["engine=pipeline", "engine@engine.retrieve=hstu", "engine.rank.precision=fp8", "retrieval.levels=2"]
+    sizes = ["retrieval.k=4", "retrieval.beam_width=8", "scenario.queries=8", "gate.measured=8"]
+    outcome = cell([*words, *stages, *sizes])
+    assert outcome.gate["passed"] and outcome.actual["rank"]["precision"] == "fp8"
+    assert any(note.startswith("engine.precision=fp8 is emulated") for note in outcome.notes)
 
 
 def engine_of(
@@ -300,7 +310,7 @@ def test_on_a_gpu(cell: Callable[[list[str]], Outcome], graphs: str, kernel: str
     words = [*BASE, f"kernel={kernel}", f"engine.cuda_graphs={graphs}", "model.qk_dim=64", "model.v_dim=64"]
     outcome = cell([*words, *CACHES[cache]])
     expect_right(outcome, cache)
-    assert outcome.actual["fp8_products"] == "torch._scaled_mm"
+    assert outcome.actual["fp8_products"] == "torch._scaled_mm" and not outcome.actual["notes"]
     assert outcome.actual["cuda_graphs"] == graphs
 
 

@@ -190,7 +190,7 @@ class HSTUEngine(RankingEngine):
     def _describe(self) -> dict[str, Any]:
         return {
             **self._kernels.actual(),
-            **({"fp8_products": fp8.runs_as(self._device.type)} if self._products else {}),
+            **self._describe_products(),
             "kernel_configs": tuning.provenance(),
             **(self.user_cache.graphs if self.user_cache else self._graphs).actual(),
             "candidate_microbatch": self._options.candidate_microbatch,
@@ -199,6 +199,14 @@ class HSTUEngine(RankingEngine):
             "parameters": self._parameters(),
             "item_slots": self._items.slots if self._items else 0,  # rows of the token table on the device; 0: all
         }
+
+    def _describe_products(self) -> dict[str, Any]:
+        """Return what computes products in fp8, with a note for one whose speed is that of no such product."""
+        if not self._products:
+            return {}
+        how = fp8.runs_as(self._device.type)
+        note = f"engine.precision=fp8 is {how} on a CPU: the quality is that of fp8, and the speed is not"
+        return {"fp8_products": how, "notes": [note] if how == fp8.EMULATED else []}
 
     def _unload(self) -> None:
         if self.user_cache is not None:

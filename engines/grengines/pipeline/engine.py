@@ -90,7 +90,7 @@ class Pipeline:
             "precision": "/".join(sorted(precisions)),
             "retrieve": retrieve,
             "rank": rank,
-            "notes": self._notes,
+            "notes": [*self._notes, *retrieve.get("notes", []), *rank.get("notes", [])],
         }
 
     def reset_cache(self, keep_host: bool = False) -> None:
