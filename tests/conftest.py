@@ -42,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not torch.cuda.is_available():  # before anything imports Triton, which reads it then
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")  # what CuTe compiles for, read when it is imported
     torch.set_num_threads(1)  # the tensors are small
 
 

@@ -13,13 +13,16 @@ import sysconfig
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from helpers.checkout import ROOT
+from helpers.forks import in_fork
 
 KEPT = ROOT / ".pytest_cache" / "kept"
 SOURCES = ("kernels/**/*.py", "tests/helpers/kernel_cases.py")
 OUTPUT = "printed.txt"
+IMPORTED_ANEW = ("triton", "grkernels", "grengines", "helpers")
 DAYS = 14  # that a file of the cache folder is kept
 
 
@@ -53,13 +56,27 @@ def folder_of(name: str, fill: Callable[[Path], object], sources: Sequence[str],
     return folder
 
 
-def output_of(name: str, program: str, sources: Sequence[str] = SOURCES, **env: str) -> Path:
-    """Return the folder that a Python program filled, and what it printed in OUTPUT. Its argument is the folder."""
+def output_of(name: str, program: str, sources: Sequence[str] = SOURCES, forked: bool = True, **env: str) -> Path:
+    """Return the folder that a Python program filled, and what it printed in OUTPUT. Its argument is the folder.
+
+    forked: it runs in a fork, which has this process's imports except those of Triton and the kernels, because another
+    TRITON_INTERPRET gives other ones. Else it runs in a new process.
+    """
+
+    def in_process(folder: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, str(folder)]
+        return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+
+    def work(folder: Path) -> None:
+        os.environ.update(env)
+        for module in [*sys.modules]:
+            if module.startswith(IMPORTED_ANEW) and not module.startswith("triton._C"):
+                del sys.modules[module]
+        sys.argv = ["-c", str(folder)]
+        exec(program, {"__name__": "__main__"})
 
     def fill(folder: Path) -> None:
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(folder)], env={**os.environ, **env}, capture_output=True, text=True
-        )
+        done = in_fork(partial(work, folder), folder, timeout=280) if forked else in_process(folder)
         assert done.returncode == 0, done.stderr[-2000:]
         (folder / OUTPUT).write_text(done.stdout)
 

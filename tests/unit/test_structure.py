@@ -153,7 +153,8 @@ for name in {every}:
     importlib.import_module(name)
     print(name, dict(os.environ) == before)
 """
-    folder = kept.output_of("imports", code, sources=("grbench/**/*.py", "engines/**/*.py", "kernels/**/*.py"))
+    sources = ("grbench/**/*.py", "engines/**/*.py", "kernels/**/*.py")
+    folder = kept.output_of("imports", code, sources, forked=False)
     printed = (folder / kept.OUTPUT).read_text().splitlines()
     assert [line for line in printed if line.endswith(" False")] == []
     assert {f"{name} True" for name in every} <= set(printed)

@@ -161,7 +161,11 @@ def build(module: ExportedRanker | PagedRanker, facts: Facts) -> Path:
     with atomic_io.scratch(path) as folder:
         scratch = folder / path.name  # AOTInductor names a folder in the package after the file
         with _one_line_errors(), toolchain(module.ranker.token_table.device, folder) as libraries:
-            configs = {"aot_inductor.metadata": metadata, "aot_inductor.custom_op_libs": libraries}
+            configs = {
+                "aot_inductor.metadata": metadata,
+                "aot_inductor.custom_op_libs": libraries,
+                "aot_inductor.precompile_headers": False,  # it takes ten seconds, and saves a package two
+            }
             torch._inductor.aoti_compile_and_package(program, package_path=str(scratch), inductor_configs=configs)
         scratch.replace(path)
     return path
