@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +48,7 @@ MODEL = HSTUConfig(
     layers=2, embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128, contextual_seq_len=2,
     max_attn_len=12, max_positions=20, interaction=True, head_dim=16,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def parsed_once() -> Iterator[None]:
-    """Let PyTorch's exporter parse its library of functions once: each export does it, and it takes a second."""
-    library = importlib.import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "get_torchlib_ops", functools.cache(library.get_torchlib_ops))
-        yield
+pytestmark = pytest.mark.usefixtures("parsed_once")
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +234,7 @@ def test_the_cache_folder_keeps_models_apart_and_repairs_itself(
 
 
 def test_of_two_processes_that_export_one_model_the_second_takes_the_firsts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exporter_for_forks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "cache"))
     code = f"""

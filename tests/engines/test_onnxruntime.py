@@ -45,6 +45,7 @@ MODEL = HSTUConfig(
     layers=2, embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128, contextual_seq_len=2,
     max_attn_len=20, interaction=True, head_dim=16,
 )  # fmt: skip
+pytestmark = pytest.mark.usefixtures("parsed_once")
 SAMPLE = make_requests(np.random.default_rng(0), CATALOGUE, [3, 37, 0, 200, 20], [6, 1, 9, 8, 0])
 
 

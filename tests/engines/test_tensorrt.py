@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from helpers import kept
-from helpers.plans import CATALOGUE, ENCODING, MODEL, REQUESTS, facts_of, feeds, made
+from helpers.plans import CATALOGUE, ENCODING, MODEL, REQUESTS, SMALL, facts_of, feeds, made
 from helpers.race import race
 
 from grbench.cli import main
@@ -35,6 +35,7 @@ from grengines.tensorrt.config import PRECISIONS, TensorRTConfig
 from grengines.tensorrt.quantise import quantise
 from grkernels.config import KernelConfig
 
+pytestmark = pytest.mark.usefixtures("parsed_once")
 needs_rtx = pytest.mark.skipif(
     libraries.missing("tensorrt_rtx") is not None,
     reason="tensorrt_rtx has wheels for Linux on x86-64 only" if sys.platform != "linux" else "make setup installs it",
@@ -228,20 +229,17 @@ def test_the_command_builds_and_refuses(tmp_path: Path, capsys: pytest.CaptureFi
 
 @needs_rtx
 def test_of_two_processes_that_build_one_plan_the_second_takes_the_firsts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exporter_for_forks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both processes export the model and compute scales from it, without disturbing each other.
-
-    It is behind the command's test: these forks need not import the exporter, which takes each five seconds.
-    """
+    """Both processes export the model and compute scales from it, without disturbing each other."""
     monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "cache"))
     code = """
 from helpers import kept
-from helpers.plans import CATALOGUE, MODEL, facts_of
+from helpers.plans import CATALOGUE, SMALL, facts_of
 from grengines.tensorrt import library, plan
 meet_after(plan, "_compile")
-facts, feeds = facts_of("int8", "8.9")
-found = plan.cached(library.find("tensorrt_rtx"), facts, MODEL, CATALOGUE, 0, feeds)
+facts, feeds = facts_of("int8", "8.9", SMALL)
+found = plan.cached(library.find("tensorrt_rtx"), facts, SMALL, CATALOGUE, 0, feeds)
 plan.load(found.folder, facts, "")
 print(published[-1], found.folder, (found.folder / "model.plan").stat().st_ino, found.manifest["sha256"])
 """
@@ -251,9 +249,9 @@ print(published[-1], found.folder, (found.folder / "model.plan").stat().st_ino, 
     assert len(list((tmp_path / "cache" / "plans").iterdir())) == 1
     folder = Path(first.split()[2])
     (folder / "model.plan").write_bytes(b"nonsense")
-    facts, calibration = facts_of("int8", "8.9")
+    facts, calibration = facts_of("int8", "8.9", SMALL)
     with pytest.raises(ValueError, match=rf"not as it was written .*; rm -r {folder}, and it is built again"):
-        plans.cached(libraries.find("tensorrt_rtx"), facts, MODEL, CATALOGUE, 0, calibration)
+        plans.cached(libraries.find("tensorrt_rtx"), facts, SMALL, CATALOGUE, 0, calibration)
 
 
 @needs_rtx

@@ -284,10 +284,9 @@ def test_the_model_serves_ordinary_generation() -> None:
 
 def test_close_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model, which vLLM froze, and its folder are gone, the process is as before, and another engine starts."""
-    monkeypatch.setattr(gc, "freeze", FREEZE)
-    monkeypatch.setattr(gc, "unfreeze", UNFREEZE)
     before = torch.set_num_threads, torch.get_num_threads(), dict(os.environ)
-    for _ in range(2):
+
+    def closed() -> VLLMEngine:
         engine = engine_of(REQUESTS[:3])
         model, folder = weakref.ref(engine.core.model), engine.folder.path
         assert (folder / "model.safetensors").is_file()
@@ -297,9 +296,16 @@ def test_close_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert model() is None
         assert not folder.exists()
         assert before == (torch.set_num_threads, torch.get_num_threads(), dict(os.environ))
+        return engine
+
+    monkeypatch.setattr(gc, "freeze", FREEZE)
+    monkeypatch.setattr(gc, "unfreeze", UNFREEZE)
+    closed()
+    monkeypatch.undo()
+    freeze_imports()
+    engine = closed()
     with pytest.raises(RuntimeError, match="not prepared, or closed"):
         engine.admit(0, REQUESTS[0])
-    freeze_imports()
 
 
 @pytest.fixture(scope="class")
@@ -348,7 +354,8 @@ class TestSmallEngine:
 @pytest.mark.usefixtures("forked_workers")
 def test_a_whole_run(grbench_here: Grbench, tmp_path: Path) -> None:
     """Measure a cell with continuous batching under load: the gate passes, and vLLM logs to the worker's log."""
-    small = ["workload=synthetic", "workload.max_requests=64", "scenario=closed_loop", "scenario.queries=64"]
+    small = ["workload=synthetic", "workload.max_requests=64", "workload.max_history=48"]
+    small += ["scenario=closed_loop", "scenario.queries=64"]
     done = grbench_here("engine=vllm", "engine.kv_cache_gb=0.1", *small, "tracking=none")
     assert done.returncode == 0, done.stdout + done.stderr
     (record,) = (json.loads(p.read_text()) for p in tmp_path.glob("outputs/runs/*/record.json"))

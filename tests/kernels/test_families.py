@@ -179,8 +179,8 @@ def test_a_package_brings_a_family_and_a_variant(toys: Path, tmp_path: Path) -> 
     """They are in the doctor's list, in the benchmark behind its gate, and in a run by name."""
     options = ["variants=[torch,toy]", "shapes=[8,1280x512]", "dtype=fp32", "device=cpu", "repeats=3", "min_time_s=0.1"]
     bench = ["kernels", "families=[layer_norm,twice]", *options, "tracking=none"]
-    cell = ["engine=hstu", "engine.device=cpu", "workload=synthetic", "workload.visits=60", "scenario=offline"]
-    cell += ["scenario.queries=8", "kernel.layer_norm=toy", "tracking=none", "warmup_batches=1"]
+    cell = ["engine=hstu", "engine.device=cpu", "workload=synthetic", "workload.visits=60", "workload.max_history=32"]
+    cell += ["scenario=offline", "scenario.queries=8", "kernel.layer_norm=toy", "tracking=none", "warmup_batches=1"]
     doctor, benched, ran = run_fresh(tmp_path, [["doctor", "--quick", "--json"], bench, cell])
     rows = {row["name"]: row["ok"] for row in json.loads(doctor.stdout) if row["kind"] == "kernel"}
     assert rows["layer_norm=toy"] and rows["twice=torch"]
