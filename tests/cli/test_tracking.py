@@ -24,6 +24,7 @@ from helpers.command import Grbench
 from helpers.forks import Fork
 from helpers.mlflow_store import new_database
 
+from grbench.cli import main
 from grbench.execution import records
 from grbench.execution.records import RunRecord, Status
 from grbench.tracking import CellTracker, import_records
@@ -205,26 +206,31 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
+    """The command `mlflow server` in a fork, which starts a server of its own."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "art")]
+    words = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    words += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "art")]
+
+    def work() -> None:
+        os.chdir(folder)
+        importlib.import_module("mlflow.cli").cli(words)
+
     env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes that runs never use
-    with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=env, start_new_session=True)
-        try:
-            uri = f"http://127.0.0.1:{port}"
-            for _ in range(900):  # three minutes: a machine with other work takes one
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=2) as answer:
-                    if answer.status == 200:
-                        break
-                assert server.poll() is None, (folder / "server.log").read_text()
-                time.sleep(0.2)
-            else:
-                raise AssertionError(f"MLflow's server does not answer: {(folder / 'server.log').read_text()}")
-            yield uri
-        finally:
-            os.killpg(server.pid, 9)
-            server.wait()
+    server = Fork(work, folder / "server.log", env=env)
+    try:
+        uri = f"http://127.0.0.1:{port}"
+        for _ in range(900):  # three minutes: a machine with other work takes one
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    break
+            assert server.poll() is None, (folder / "server.log").read_text()
+            time.sleep(0.2)
+        else:
+            raise AssertionError(f"MLflow's server does not answer: {(folder / 'server.log').read_text()}")
+        yield uri
+    finally:
+        os.killpg(server.pid, 9)
+        server.wait()
 
 
 def test_a_server_works_in_place_of_sqlite_and_what_it_missed_is_imported(
@@ -302,7 +308,8 @@ def test_a_root_that_moved_is_known_and_takes_its_artifacts_along(tmp_path: Path
 
 def test_kept_cells_reach_another_store(tmp_path: Path) -> None:
     record, folder = cell(tmp_path / "0")
-    new_database(tmp_path)
+    for name in ("mlruns.db", "other.db"):
+        new_database(tmp_path, name)
     for uri in (None, f"sqlite:///{tmp_path}/other.db", None):
         tracker = CellTracker(MlflowConfig(uri=uri), tmp_path)
         tracker.start_sweep("it's a sweep", {})
@@ -425,15 +432,18 @@ def test_the_ui_shows_the_runs_and_ends_quietly_on_ctrl_c(tmp_path: Path) -> Non
     new_database(tmp_path / "outputs")
     spec = {**SPEC, "engine": {**SPEC["engine"], "precision": "bf16"}}
     record, folder = cell(tmp_path / "outputs" / "a", spec=spec, overrides=["scenario=server", "engine.precision=bf16"])
-    assert CellTracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)
     port = free_port()
-    command = [sys.executable, "-m", "grbench", "ui", str(tmp_path / "outputs"), "--port", str(port)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as ui:
-        try:
-            assert ui.stdout is not None
-            address = next(line for line in ui.stdout if "http://" in line).split()[2]
+
+    def work() -> None:
+        assert CellTracker(MlflowConfig(), tmp_path / "outputs").log(record, folder)  # here: a fork has no connection
+        sys.exit(main(["ui", str(tmp_path / "outputs"), "--port", str(port)]))
+
+    reads, writes = os.pipe()
+    ui = Fork(work, Path(f"/dev/fd/{writes}"))
+    os.close(writes)
+    try:
+        with os.fdopen(reads) as printed:
+            address = next(line for line in printed if "http://" in line).split()[2]
             assert address.startswith("http://127.0.0.1:")
             assert address.endswith("/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=grbench")
             for _ in range(600):  # a busy machine takes its time
@@ -445,11 +455,12 @@ def test_the_ui_shows_the_runs_and_ends_quietly_on_ctrl_c(tmp_path: Path) -> Non
                 raise AssertionError("the page never came")
             page = in_browser(address, tmp_path) if BROWSER else ""
             os.killpg(ui.pid, signal.SIGINT)
-            output, _ = ui.communicate(timeout=60)  # the pipe closes with the last process that has it
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(ui.pid, signal.SIGKILL)
-    assert ui.returncode == 130
+            output = printed.read()  # until the last process that has the pipe ends
+        assert ui.wait(60) == 130
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(ui.pid, signal.SIGKILL)
+        ui.kill()
     assert "Traceback" not in output, output
     assert not listens(port)
     if BROWSER is None:
