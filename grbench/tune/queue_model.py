@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
@@ -32,18 +33,22 @@ def latencies_ms(at: Floats, service: Service, max_batch: int, max_wait_s: float
     after another, so `service` is the time between their ends.
     """
     times, count, first, free = at.tolist(), len(at), 0, 0.0
-    done = np.empty(count)
-    while first < count:
-        end = min(first + max_batch, count)
-        full = times[end - 1] if end == first + max_batch else np.inf
-        starts = max(free, min(times[first] + max_wait_s, full))
-        if in_flight > 1 and full < free:
-            starts = free  # it was packed while the device computed
-        last = bisect_right(times, starts, first, end)
+    ends: list[float] = []
+    sizes: list[int] = []
+    while first < count:  # min and max would take a third of the loop
+        end = first + max_batch
+        full = times[end - 1] if end <= count else math.inf
+        starts = times[first] + max_wait_s
+        if full < starts:
+            starts = full
+        if starts < free or (in_flight > 1 and full < free):  # it was packed while the device computed
+            starts = free
+        last = bisect_right(times, starts, first, min(end, count))
         free = starts + service(last - first)
-        done[first:last] = free
+        ends.append(free)
+        sizes.append(last - first)
         first = last
-    return (done - at) * 1e3
+    return (np.repeat(ends, sizes) - at) * 1e3
 
 
 class BatchTimes:
