@@ -45,6 +45,7 @@ def test_doctor_lists_everything_with_reason_and_remedy(grbench_here: Grbench) -
         assert any(all(text in line for text in (name, finding["detail"], finding["remedy"])) for line in lines), name
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_doctor_runs_engines(grbench_here: Grbench, monkeypatch: pytest.MonkeyPatch) -> None:
     run = doctor._run
     broken = RunRecord({}, "", Status.ERROR, "", 1.0, error="libfoo.so: cannot open; pip install foo")

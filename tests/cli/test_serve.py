@@ -312,6 +312,7 @@ def test_the_typed_client_gets_what_the_reference_finds(
         Client("ftp://x")
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_server_is_measured_like_an_engine(server: Serving, grbench_here: Grbench) -> None:
     """`grbench load` gates the server, drives a scenario through the network, and keeps a record."""
     words = ["scenario=server", "scenario.queries=64", "scenario.target_qps=200", "tracking=none", "gate.measured=8"]
@@ -322,6 +323,7 @@ def test_a_server_is_measured_like_an_engine(server: Serving, grbench_here: Grbe
     assert record.gate["measured"]["wrong"] == 0 and record.actual["server"]["strategies"][0]["engine"] == "hstu"
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_pipeline_is_measured_through_the_network(grbench_here: Grbench) -> None:
     words = ["scenario=server", "scenario.queries=32", "scenario.target_qps=50", "tracking=none", "gate.measured=4"]
     with serving(*TINY, "engine=pipeline", "engine@engine.retrieve=hstu") as server:
