@@ -83,13 +83,22 @@ def flops(model: HSTUConfig, history: int, candidates: int, cached: int = 0) -> 
     return float((model.layers - 1) * whole + last + head)
 
 
+def ranking_attention(model: HSTUConfig, history: int, candidates: int) -> float:
+    """Operations of `flops` that are attention's. The last layer computes it for candidates alone."""
+    tokens = model.contextual_seq_len + history + candidates
+    whole, last = (_attention_flops(model, tokens, candidates, rows) for rows in (tokens, candidates))
+    return float((model.layers - 1) * whole + last)
+
+
 def fp8_flops(model: HSTUConfig, history: int, candidates: int) -> float:
     """Operations of `flops` that engine.precision=fp8 does in e4m3: projections and the head's hidden product."""
     tokens = model.contextual_seq_len + history + candidates
-    layers = (model.layers - 1) * _projection_flops(model, tokens, tokens) + _projection_flops(
-        model, tokens, candidates
+    whole, last = (_projection_flops(model, tokens, rows) for rows in (tokens, candidates))
+    return (
+        (model.layers - 1) * whole
+        + last
+        + 2.0 * candidates * model.head_dim * (model.embedding_dim + model.interactions)
     )
-    return layers + 2.0 * candidates * model.head_dim * (model.embedding_dim + model.interactions)
 
 
 def weight_bytes(model: HSTUConfig, numbers: int, precision: str) -> int:
@@ -110,11 +119,16 @@ def weight_bytes(model: HSTUConfig, numbers: int, precision: str) -> int:
 
 def _layer_flops(model: HSTUConfig, tokens: int, candidates: int, new: int, rows: int) -> float:
     """Operations of a layer that makes keys and values of the last `new` tokens and all else of the last `rows`."""
+    return _projection_flops(model, new, rows) + _attention_flops(model, tokens, candidates, rows)
+
+
+def _attention_flops(model: HSTUConfig, tokens: int, candidates: int, rows: int) -> int:
+    """Operations of a layer's attention whose queries are the last `rows` tokens."""
     pairs = visible_pairs(
         tokens, candidates, model.attended_contextual, model.max_attn_len, delta=rows,
         target_group_size=model.choices.target_group_size, min_full_attn_seq_len=model.choices.min_full_attn_seq_len,
     )  # fmt: skip
-    return _projection_flops(model, new, rows) + attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)
+    return attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)
 
 
 def _projection_flops(model: HSTUConfig, new: int, rows: int) -> float:
@@ -248,9 +262,7 @@ def _ranking(console: Console, spec: RunSpec, catalogue: Catalogue, precision: s
     table = _table("history", "candidates", *COLUMNS)
     for history in _histories(spec.workload.max_history):
         total, cached = (flops(model, history, candidates, done) for done in (0, model.contextual_seq_len + history))
-        tokens = model.contextual_seq_len + history + candidates
-        pairs = visible_pairs(tokens, candidates, model.attended_contextual, model.max_attn_len)
-        attention = model.layers * attention_flops(pairs, model.heads, model.qk_dim, model.v_dim)
+        attention = ranking_attention(model, history, candidates)
         kv = kv_bytes(model, history, stored(spec.cache) or ("bf16" if in_fp8 else precision))
         gains.append(1 / (1 - fp8_flops(model, history, candidates) / total / 2))
         _add_row(table, [history, candidates], total, attention, cached, kv, memory - weights)

@@ -12,7 +12,7 @@ from helpers.command import Grbench
 from grbench.config.compose import compose_spec
 from grbench.execution.records import RunRecord, Status
 from grbench.tools import doctor
-from grbench.tools.sizing import flops, fp8_flops, kv_bytes, parameters, weight_bytes
+from grbench.tools.sizing import flops, fp8_flops, kv_bytes, parameters, ranking_attention, weight_bytes
 from grengines import registry as engines
 from grengines.api import Catalogue
 from grengines.models.hstu.config import HSTUConfig
@@ -136,6 +136,19 @@ def test_fp8_operations_of_a_case_counted_by_hand() -> None:
     whole = 2 * 6 * 8 * (2 * 2 * (4 + 6)) + 2 * 6 * (3 * 2 * 6) * 8
     last = 2 * 6 * 8 * (2 * (4 + 6)) + 2 * 2 * 8 * (2 * (4 + 6)) + 2 * 2 * (3 * 2 * 6) * 8
     assert fp8_flops(model, 4, 2) == 2 * whole + last + 2 * 2 * 8 * 5
+
+
+def test_the_share_of_attention_leaves_out_what_the_last_layer_does_not_compute(grbench_here: Grbench) -> None:
+    model = HSTUConfig(layers=3, embedding_dim=8, heads=2, qk_dim=4, v_dim=6, head_dim=5, tasks=["a", "b"])
+    pairs = 1 + 2 + 3 + 4 + 5 + 5
+    assert ranking_attention(model, 4, 2) == 2 * (2 * pairs * 2 * (4 + 6)) + 2 * (5 + 5) * 2 * (4 + 6)
+    done = grbench_here("sizing", "engine=hstu", "model=dlrm_v3", "workload=synthetic_long")
+    model = compose_spec(["model=dlrm_v3"])[0].model
+    share = ranking_attention(model, 16384, 2048) / flops(model, 16384, 2048)
+    assert re.search(rf"16384 +2048 +1,739\.581 +{share:.0%} ", done.stdout)
+    # The rest is products, but for the head's dot products and its last one.
+    rest = fp8_flops(model, 16384, 2048) / flops(model, 16384, 2048)
+    assert 0.999 < share + rest < 1
 
 
 def test_sizing_of_a_pipeline_lists_both_stages(grbench_here: Grbench) -> None:
