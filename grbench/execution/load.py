@@ -11,12 +11,13 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from grbench.execution.gpu import GpuUse, gpu_use
+from grbench.execution.stats import WAIT_ALIKE
 
 MEASURING = "measuring"  # a stage of the worker
 MOST_MEAN, MOST_PEAK = 0.05, 0.25  # shares of the cores that others may take before a note says so
@@ -159,6 +160,12 @@ class LoadWatch:
         """Return whether a process is a `grbench serve`."""
         words = (self._proc / str(process) / "cmdline").read_text().split("\0")
         return "serve" in words and any(Path(word).name == "grbench" for word in words)
+
+
+def with_load(notes: Sequence[str], disturbed: Sequence[str]) -> list[str]:
+    """Return the notes of a cell and those of others' load, which is also a reason why an interval lacks."""
+    more = f"{WAIT_ALIKE}, the more beside other work on the machine" if disturbed else WAIT_ALIKE
+    return [*(note.replace(WAIT_ALIKE, more) for note in notes), *disturbed]
 
 
 def _is_here(url: str) -> bool:

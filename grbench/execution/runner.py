@@ -15,7 +15,7 @@ from typing import Any
 from grbench.config.schema import RunnerConfig, RunSpec
 from grbench.execution import folders, oom, records
 from grbench.execution.environment import describe_environment
-from grbench.execution.load import LoadWatch
+from grbench.execution.load import LoadWatch, with_load
 from grbench.execution.records import LOG_FILE, Outcome, RunRecord, Status
 from grbench.execution.workers import Event, KeptWorker, Worker
 from grbench.signals import ENDING, Stopped, held
@@ -222,7 +222,7 @@ def _work(
         if outcome.status is Status.OK:
             device = outcome.actual["device"]
             outcome.metrics |= watch.metrics(device)
-            outcome.notes += watch.notes(device)
+            outcome.notes = with_load(outcome.notes, watch.notes(device))
         return outcome
     log_ends = f"its log ends: {last_line(folder / LOG_FILE)}"
     if timed_out:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 CONFIDENCE = 0.95
 SHORTEST_S = 1.0  # a rate or an energy over less time is mostly chance
 LEAST_BATCHES = 10  # for the interval of a rate
+WAIT_ALIKE = "because requests near each other in time wait alike"  # in each note of a lack of independent samples
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 # A tail percentile of a few samples is their maximum under another name. Ten independent samples must lie above it.
 SAMPLES_NEEDED = {99.0: 1000, 99.9: 10_000}
@@ -68,7 +69,7 @@ def latency_summary(
         else:
             needed, why = samples_for_interval(percent), present
             if together >= needed:
-                why = f"these {count} are worth about {worth}, because requests near each other in time wait alike"
+                why = f"these {count} are worth about {worth}, {WAIT_ALIKE}"
                 enough = math.ceil(count * needed / worth)
                 digits = 10 ** max(len(str(enough)) - 2, 0)
                 why += f"; about {-(-enough // digits) * digits} requests are enough"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from grbench.execution.records import RunRecord
 from grbench.execution.stats import SHORTEST_S
 from grbench.report.cells import figure, flatten, knobs, labels, short_paths, shown
-from grbench.report.repeats import LEAST_OF_P99, estimate, latest_by_seed, pooled, ranking_percentile
+from grbench.report.repeats import P99_NEEDS, estimate, latest_by_seed, pooled, ranking_percentile
 from grbench.report.work import LOADS, offered_load, scenario_of, strategy_of, unit_of, work_of
 
 
@@ -172,7 +172,7 @@ def _why_not_p99(group: Sequence[RunRecord]) -> str:
     cells = pooled(group)
     lack = sum("latency_ms/p99" not in cell.intervals for cell in cells)
     who = "this cell lacks" if len(cells) == 1 else f"{lack} of {len(cells)} cells lack"
-    return f"; p99 needs {LEAST_OF_P99} independent samples, which {who}"
+    return f"; a p99 with an interval needs {P99_NEEDS}, which {who}"
 
 
 def _highest_load(group: list[RunRecord]) -> Finding:

@@ -26,10 +26,10 @@ from grbench.report.chart import (
 )
 from grbench.report.frame import load_samples
 from grbench.report.groups import Group, Row
-from grbench.report.repeats import LEAST_OF_P99, ranking_percentile
+from grbench.report.repeats import P99_NEEDS, ranking_percentile
 from grbench.report.work import offered_load, scenario_of, strategy_of, unit_of
 
-RANKS_NOTE = "{} ranks these cells, because {} of {} have no p99 with an interval: it needs {} independent samples"
+RANKS_NOTE = "{} ranks these cells, because {} of {} have no p99 with an interval: it needs {}"
 
 
 def load_latency(group: Group) -> Chart | None:
@@ -142,7 +142,7 @@ def _ranking_latency(rows: Sequence[Row]) -> tuple[str, list[str]]:
     if chosen == "p99":
         return "latency_ms/p99", []
     without = sum("latency_ms/p99" not in row.record.intervals for row in rows)
-    return f"latency_ms/{chosen}", [RANKS_NOTE.format(chosen, without, len(rows), LEAST_OF_P99)]
+    return f"latency_ms/{chosen}", [RANKS_NOTE.format(chosen, without, len(rows), P99_NEEDS)]
 
 
 def latency_cdf(group: Group) -> Chart | None:

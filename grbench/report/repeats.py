@@ -24,7 +24,7 @@ NUMBER = re.compile(r"(?<![\w.:/-])\d+(?:\.\d+)?(?![\w:/-]|\.\d)")  # not those 
 # Names of the metrics whose spread becomes an interval.
 SPREADS = ("latency_ms/p", "throughput_rps", "goodput_rps", JOULES)
 PERCENTILES = ("p99", "p90", "p50")
-LEAST_OF_P99 = 1000  # independent samples
+P99_NEEDS = f"{stats.SAMPLES_NEEDED[99.0]} requests that are worth {stats.samples_for_interval(99.0)} independent ones"
 
 
 RERUNS = "{} left out: a run with the same seed replaces the one before it"

@@ -223,7 +223,8 @@ def test_hundreds_of_cells_give_pictures_of_bounded_size_and_short_names(tmp_pat
         assert all(len(name) <= 45 for name in one.rows)
     ranking = chart(tmp_path / "o", "ranking")
     assert ranking.notes == [
-        "p90 ranks these cells, because 23 of 23 have no p99 with an interval: it needs 1000 independent samples",
+        "p90 ranks these cells, because 23 of 23 have no p99 with an interval: it needs 1000 requests that are worth "
+        "368 independent ones",
     ]
     curves = chart(tmp_path / "o", "latency_cdf")
     assert len(curves.series) == 10 and curves.notes == ["10 of 23 cells are drawn: the best"]

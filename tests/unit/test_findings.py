@@ -11,7 +11,7 @@ from grbench.execution.records import RunRecord, Status
 from grbench.report.findings import findings, limit_verdict
 from grbench.report.groups import best_first, group_cells
 from grbench.report.latency_charts import ranking
-from grbench.report.repeats import pooled, run_count
+from grbench.report.repeats import P99_NEEDS, pooled, run_count
 from grbench.report.table import columns_for
 
 P99 = "latency_ms/p99"
@@ -84,14 +84,14 @@ def test_the_sentence_the_table_and_the_figure_rank_by_one_percentile() -> None:
     del first.intervals[P99]
     (found,) = findings([*others, first])
     assert found.sentence.startswith("At 40 requests/s, hstu has the lowest p90: 1.00")
-    assert found.sentence.endswith("; p99 needs 1000 independent samples, which 1 of 3 cells lack.")
+    assert found.sentence.endswith(f"; a p99 with an interval needs {P99_NEEDS}, which 1 of 3 cells lack.")
     shown = {column.heading: column.text for column in columns_for([first, *others])}
     assert [shown["p90 ms"](one).split()[0] for one in (first, *others)] == ["1.00", "2.00", "3.00"]
     assert "p90 ms" not in [column.heading for column in columns_for(others)]  # there p99 ranks
     [alone] = findings([first])
     assert alone.sentence == (
-        "At 40 requests/s, hstu has a p90 of 1.00 [0.900, 1.10] ms; p99 needs 1000 independent samples, which this "
-        "cell lacks."
+        "At 40 requests/s, hstu has a p90 of 1.00 [0.900, 1.10] ms; a p99 with an interval needs 1000 requests that "
+        "are worth 368 independent ones, which this cell lacks."
     )
     assert best_first([*others, first])[0] is found.best[0] is first
     [group] = group_cells([(Path("a"), first), (Path("b"), others[0]), (Path("c"), others[1])])

@@ -12,10 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from grbench.execution import gpu, load
-from grbench.execution.load import MEASURING, LoadWatch
+from grbench.execution.load import MEASURING, LoadWatch, with_load
+from grbench.execution.stats import latency_summary
 
 CORES = {1, 3}
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -65,6 +67,16 @@ def test_what_others_take_is_what_the_own_tree_does_not(tmp_path: Path, at: Call
         "other processes used 0.25 of 2 cores while this was measured, up to 1 at a time "
         "(noted above 5%, at a time 25%): measure again on an idle machine"
     ]
+
+
+def test_a_note_of_a_lacking_interval_names_the_load_beside_it() -> None:
+    latencies = np.repeat(np.arange(1.0, 21.0), 100)  # they wait alike
+    notes = latency_summary(latencies, arrivals_s=np.arange(len(latencies))).notes
+    lacks = [i for i, note in enumerate(notes) if "p99 has no 95% interval" in note]
+    assert lacks and with_load(notes, []) == notes
+    *beside, last = with_load(notes, ["other processes used the cores"])
+    assert last == "other processes used the cores" and len(beside) == len(notes)
+    assert all(", the more beside other work on the machine; about " in beside[i] for i in lacks)
 
 
 def test_an_idle_machine_has_no_note(tmp_path: Path, at: Callable[..., None]) -> None:
