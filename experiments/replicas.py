@@ -303,7 +303,7 @@ def affinity(
             is_in_time = row["p99_ms"] <= limit_ms and not row["refused"] + row["lost"]
             rows.add(part="affinity", load="random times", balance=balance, asked_rps=rate, in_time=is_in_time, **row)
             low, high = (rate, high) if is_in_time else (low, rate)
-            rate = low * 1.12 if high == np.inf else high * 0.75 if low == 0 else (low + high) / 2
+            rate = low * 1.12 if high == np.inf else high * 0.6 if low == 0 else (low + high) / 2
         best[balance] = low
         rows.add(part="affinity", load="highest in time", balance=balance, asked_rps=low)
     rows.add(part="affinity", load="user over in turn", ratio=best["user"] / (best["in turn"] or np.nan))
