@@ -29,9 +29,10 @@ from grbench.report.write import draw
 from grbench.tune import limits
 from grbench.tune.live import batches_of
 from grbench.tune.outcome import Configuration
-from grbench.tune.replay import STRATEGIES, Grid, Measured, Run, replay
+from grbench.tune.replay import OURS, STRATEGIES, Grid, Measured, Run, replay
 from grbench.tune.trial import Batching, Goal
 
+BOUND = 0.05  # of the mean regret
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 KINDS = ("engine", "kernel", "engine.precision", "engine.cuda_graphs")
 ORDER = ("engine", "kernel", "engine.precision", "engine.cpu_threads", "engine.cuda_graphs", "cache")
@@ -73,7 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--probe-s", type=float, default=4.0, help="seconds of a simulated probe (default: %(default)s)"
     )
+    parser.add_argument(
+        "--places", type=int, nargs="+", default=[1, 2, 4], help="probes at a time of our search (default: 1 2 4)"
+    )
     args = parser.parse_args(arguments)
+    if min(args.places) < 1:
+        parser.error(f"--places {min(args.places)}: allowed is at least 1")
     rows = common.Rows(args, __file__, arguments)
     try:
         grid = load(args.grid)
@@ -99,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     curves: dict[str, list[float]] = {}
     with ProcessPoolExecutor(initializer=_share, initargs=(grid, goal, truths, cells)) as processes:
         for name in STRATEGIES:
-            runs = list(processes.map(_replay, [(name, seed) for seed in range(args.seeds)]))
+            runs = list(processes.map(_replay, [(name, seed, 1) for seed in range(args.seeds)]))
             finals = [run.final for run in runs if run.final is not None]
             curves[name] = [mean([run.regret[i] for run in runs]) for i in range(cells)]
             means = {
@@ -112,6 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 final=mean(finals) if finals else None,
                 false_feasible=sum(run.false_feasible for run in runs),
             )
+        for places in args.places:
+            runs = list(processes.map(_replay, [(OURS, seed, places) for seed in range(args.seeds)]))
+            rows.note(f"{OURS}, {places} probes at a time: {in_rounds(runs)}")
     rows.close()
     if args.out:
         write_page(args.out, [regret_chart(curves), flip_chart(flips, args.limit)], best_batches(flips))
@@ -129,9 +138,19 @@ def _truth(configuration: Configuration) -> float:
     return _shared["grid"].truth(configuration, _shared["goal"].limits)  # type: ignore[no-any-return]
 
 
-def _replay(which: tuple[str, int]) -> Run:
-    strategy, seed = which
-    return replay(_shared["grid"], _shared["goal"], strategy, _shared["cells"], seed, _shared["truths"])
+def _replay(which: tuple[str, int, int]) -> Run:
+    strategy, seed, places = which
+    return replay(_shared["grid"], _shared["goal"], strategy, _shared["cells"], seed, _shared["truths"], places)
+
+
+def in_rounds(runs: Sequence[Run]) -> str:
+    """Return how many rounds of probes searches took, and after how many their mean regret stays below a bound."""
+    longest = max(len(run.by_round) for run in runs)
+    curves = [[*run.by_round, *(longest - len(run.by_round)) * run.by_round[-1:]] for run in runs]
+    above = [i for i, values in enumerate(zip(*curves, strict=True), 1) if mean(values) > BOUND]
+    after = f"at most {BOUND:.0%} after {max(above, default=0) + 1}" if longest not in above else f"above {BOUND:.0%}"
+    whole = mean(len(run.by_round) for run in runs)
+    return f"{whole:.1f} rounds, {mean(run.cells for run in runs):.1f} cells, a mean regret {after}"
 
 
 def best_by_batch(grid: Grid, truths: Mapping[Configuration, float]) -> dict[str, dict[int, float]]:

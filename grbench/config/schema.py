@@ -116,7 +116,9 @@ class RunnerConfig:
         "engine in one process; a record says so",
     )  # fmt: skip
     parallel: str = option(
-        "1", "cells of a sweep at a time, each with cores and, where there are GPUs, a GPU of its own; gpus: one a GPU"
+        "1",
+        "cells of a sweep, or probes of a search, at a time, each with cores and, where there are GPUs, a GPU of its "
+        "own; gpus: one a GPU",
     )
     cluster: str = option(
         "none", "where cells run; none: this machine; ray: the Ray cluster of $RAY_ADDRESS or of this machine; slurm: "

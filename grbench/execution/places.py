@@ -29,6 +29,7 @@ from grbench.config.arguments import CommandError
 from grbench.config.schema import ConfigError, RunnerConfig, RunSpec, spec_to_json
 from grbench.execution import records
 from grbench.execution.gpu import visible_gpus
+from grbench.execution.kept import engine_key
 from grbench.execution.records import RECORD_FILE, Outcome, RunRecord, Status
 from grbench.execution.runner import lost
 from grbench.execution.workers import Event
@@ -61,6 +62,8 @@ class Part(ABC):
     machine: the fields of a record's environment there that are not as in this process. beside: cells that may run
     beside its own on the same machine. facts: what its records say of it in their environment, besides what they find.
     """
+
+    engine = ""  # key of the engine that its place was given last
 
     def __init__(self, machine: dict[str, Any], beside: int, facts: dict[str, Any]) -> None:
         self.machine, self.beside, self.facts = machine, beside, facts
@@ -206,7 +209,8 @@ class Places:
     def _fill(self) -> None:
         """Let free parts measure the cells that wait."""
         while self._waiting and self._free:
-            part = self._free.pop(0)
+            part = self._part_for(self._waiting[0])
+            self._free.remove(part)
             try:
                 place = next((place for place in self._idle if place.part is part), None)
                 if place is not None:
@@ -223,12 +227,25 @@ class Places:
                     raise CommandError(f"{e}, and no other place is left", 1) from None
                 self._say(f"{e}; places left: {len(self._parts)}")
 
+    def _part_for(self, cells: Sequence[Cell]) -> Part:
+        """Return the free part for cells: one whose place may have kept their engine, else any."""
+        if not cells[0].runner.keep_engine:
+            return self._free[0]
+        key = engine_key(cells[0].spec)
+        part = next((part for part in self._free if part.engine == key), self._free[0])
+        part.engine = key
+        return part
+
+    def settle(self) -> None:
+        """Wait until every cell has ended. The places wait for others."""
+        while self._busy:
+            self._serve()
+
     def wait(self) -> None:
         """Wait until every cell has ended. Places for which there is no cell are given back."""
         self._ending = True
         self._close_idle()
-        while self._busy:
-            self._serve()
+        self.settle()
 
     def interrupt(self, number: int) -> None:
         """Send a signal to every cell that runs, and take their records. Places that do not end in time are killed."""

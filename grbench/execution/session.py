@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -32,6 +34,14 @@ from grbench.scenarios.config import is_accuracy
 from grbench.tracking import CellTracker, where_to_look
 
 
+class Measured(NamedTuple):
+    """A measured cell: the folder of its record, the record, and whether that is an earlier one."""
+
+    folder: Path
+    record: RunRecord
+    kept: bool
+
+
 class CellSession:
     """Runs cells and keeps their records. `end` ends it; `close` also prints the table.
 
@@ -47,8 +57,8 @@ class CellSession:
         self._root = Path(run.runner.output_root).absolute()
         self._screen = Console(stderr=True, quiet=quiet)
         self._sweep_id = invocation.sweep.name if invocation.sweep else None
-        parts = _parts(run, self._root)  # before anything is recorded, since a cluster may refuse them
-        self._places = Places(parts, self._say) if parts else None
+        self.parts = _parts(run, self._root)  # before anything is recorded, since a cluster may refuse them
+        self._places = Places(self.parts, self._say) if self.parts else None
         self._tracking = run.tracking
         self._tracker = CellTracker(run.tracking, self._root)
         if self._sweep_id:
@@ -58,7 +68,7 @@ class CellSession:
         self._later: list[tuple[Path, RunRecord]] = []  # to draw and to track once no cell runs
         self._next: list[Cell] = []  # cells of one engine, for the next free place
         self._begun = 0  # cells, earlier records included
-        self._earlier = EarlierRecords([part.machine for part in parts] or [{}])
+        self._earlier = EarlierRecords([part.machine for part in self.parts] or [{}])
         if self._sweep_id and not run.rerun:
             self._earlier.read(self._root, failed=not run.rerun_failed)
 
@@ -85,15 +95,27 @@ class CellSession:
         """Return True if an earlier record of this cell would be kept."""
         return self._earlier.of(spec)[0] is not None
 
-    def measure(self, job: Job) -> tuple[Path, RunRecord, bool]:
-        """Measure one cell as `run` does. Returns its folder, its record, and whether that is an earlier one."""
-        self._jobs.append(job)
-        measured = self._measure(job)
-        assert measured is not None, "cells that another cell's result decides run one at a time"
-        return measured
+    def measure(self, jobs: Sequence[Job]) -> list[Measured]:
+        """Measure cells, beside each other where there are places. Returns for each what was measured, in their order.
 
-    def _measure(self, job: Job) -> tuple[Path, RunRecord, bool] | None:
-        """Measure one cell. Returns as `measure`, or None where the cell runs beside others and has only begun."""
+        Raises KeyboardInterrupt after keeping the records.
+        """
+        self._jobs += jobs
+        found: dict[int, Measured] = {}
+        for i, job in enumerate(jobs):
+            measured = self._measure(job, functools.partial(found.__setitem__, i))
+            if measured is not None:
+                found[i] = measured
+            elif self._places is not None:
+                self._flush(self._places)  # also cells of one engine run beside each other
+        if self._places is not None:
+            with self._interrupting(self._places):
+                self._places.settle()
+            self._publish_later()
+        return [found[i] for i in range(len(jobs))]
+
+    def _measure(self, job: Job, ended: Callable[[Measured], None] = lambda measured: None) -> Measured | None:
+        """Measure one cell. Returns None where it runs beside others and has only begun; `ended` then takes it."""
         spec: RunSpec = job.config[0]
         run: RunConfig = job.config[1]
         name = label(Planned(spec.to_dict(), list(job.overrides)))
@@ -106,12 +128,12 @@ class CellSession:
             whose = f"{record.status} in a record of {record.started_at} in {os.path.relpath(folder)}"
             self._say(f"{title}: {whose}, kept ({again} measures it again)")
             self._finish(folder, record, kept=True)
-            return folder, record, True
+            return Measured(folder, record, True)
         if why_not:
             self._say(f"{title}: {why_not}, so it is measured again")
         total = spec.gate.quality_requests if is_accuracy(spec.scenario) else spec.scenario.queries
         if self._places is not None:
-            self._begin(self._places, job, title, total)
+            self._begin(self._places, job, title, total, ended)
             return None
         with CellProgress(self._screen, title, total) as progress:
             try:
@@ -129,15 +151,20 @@ class CellSession:
                 self._finish(interruption.folder, interruption.record)
                 raise
         self._finish(folder, record)
-        return folder, record, False
+        return Measured(folder, record, False)
 
-    def _begin(self, places: Places, job: Job, title: str, total: int) -> None:
+    def _begin(self, places: Places, job: Job, title: str, total: int, ended: Callable[[Measured], None]) -> None:
         """Take a cell that runs beside others, and start those before it once a place is free.
 
         Progress is printed in lines. With `runner.keep_engine` cells of one engine have one place.
         """
         spec, run = job.config
         progress = CellProgress(self._screen, title, total, redrawn=False)
+
+        def on_end(folder: Path, record: RunRecord) -> None:
+            self._ended(title, folder, record)
+            ended(Measured(folder, record, False))
+
         cell = Cell(
             spec,
             run.runner,
@@ -146,7 +173,7 @@ class CellSession:
             list(job.overrides),
             self._invocation.config_dir,
             on_event=progress.show,
-            on_end=lambda folder, record: self._ended(title, folder, record),
+            on_end=on_end,
         )
         if not (run.runner.keep_engine and self._next and engine_key(self._next[0].spec) == engine_key(spec)):
             self._flush(places)

@@ -39,17 +39,16 @@ class Certificate:
         return max(self.outcomes, key=lambda outcome: outcome.metrics.get("latency_ms/p99", math.inf))
 
 
-def reserve(knowledge: Knowledge, evaluator: Evaluator) -> list[Probe]:
-    """Return the probes that certify the best so far, twice if the budget is large: the first rate may fail.
+def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
+    """Return the share of the budget that certifies the best so far, twice if that is little: the first rate may fail.
 
-    None if they would leave too little of the budget for the search: the answer then says what is missing.
+    Returns 0 if it would leave too little of the budget for the search: the answer then says what is missing.
     """
     best = knowledge.incumbent
     if best is None or best.low is None or not knowledge.goal.runs or knowledge.concluded:
-        return []
-    once = _probes(knowledge.goal, rates.rate_of(best.low))
-    share = evaluator.share(once)
-    return 2 * once if 2 * share <= SHARE else once if share <= MOST else []
+        return 0.0
+    once = evaluator.share(_probes(knowledge.goal, rates.rate_of(best.low)))
+    return 2 * once if 2 * once <= SHARE else once if once <= MOST else 0.0
 
 
 def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = quiet) -> Certificate | None:
@@ -125,13 +124,15 @@ def _runs(goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, st
         return outcome, verdict, limit
 
     outcomes: list[Outcome] = []
-    for probe in _probes(goal, rates.rate_of(step)):
+    probes = _probes(goal, rates.rate_of(step))
+    evaluator.together([(trial.configuration, probe) for probe in probes])
+    for probe in probes:
         outcome, verdict, limit = run(probe)
         longer = dataclasses.replace(probe, requests=LONGER * probe.requests)
         # A figure within the limit needs more requests; one beyond it a lower rate, if there may be one.
         longer_may_do = verdict is Verdict.LIKELY or (verdict is Verdict.UNSURE and goal.rate is not None)
         rest = (goal.runs - len(outcomes)) * [longer]
-        if longer_may_do and evaluator.share(rest) <= evaluator.left():
+        if longer_may_do and sum(evaluator.share([one]) for one in rest) <= evaluator.left():
             outcome, verdict, limit = run(longer)
         outcomes.append(outcome)
         if verdict is not Verdict.KEPT:

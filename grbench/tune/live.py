@@ -48,6 +48,8 @@ class LiveEvaluator:
     ) -> None:
         """specs: of each configuration, a cell of the server scenario. sweep: folder of the cells. say: a line."""
         self._say = say
+        self.places = max(len(session.parts), 1)
+        self._machine = session.parts[0].machine if session.parts else {}
         self._session, self._declared, self._specs, self._sweep = session, declared, specs, sweep
         self._begun = time.monotonic()
         self._cells = 0
@@ -91,8 +93,12 @@ class LiveEvaluator:
         if self._declared.budget.cells is not None:
             cost = float(len(probes))
         else:
-            beside = sum(self._fresh_s if probe.seed or probe.rate is None else self.cell_s for probe in probes)
-            cost = beside + sum(probe.requests / probe.rate if probe.rate else 3.0 for probe in probes)
+            each = [
+                (self._fresh_s if probe.seed or probe.rate is None else self.cell_s)
+                + (probe.requests / probe.rate if probe.rate else 3.0)
+                for probe in probes
+            ]
+            cost = sum(max(each[i : i + self.places]) for i in range(0, len(each), self.places))
         return cost / self._total if self._total else float("inf")
 
     def left(self) -> float:
@@ -100,33 +106,45 @@ class LiveEvaluator:
 
     # Measuring
 
+    def together(self, wanted: Sequence[tuple[Configuration, Probe]]) -> None:
+        if self.places > 1:
+            self._measure(wanted)
+
     def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
-        key = (configuration, probe)
         if self._loss_unknown(configuration):
             return Outcome("UNJUDGED", error="its loss is unknown: the default configuration failed")
-        if key not in self._measured:
+        self._measure([(configuration, probe)])
+        return self._measured[configuration, probe]
+
+    def _measure(self, wanted: Sequence[tuple[Configuration, Probe]]) -> None:
+        """Measure the probes that were not yet measured, beside each other. Raises BudgetSpentError."""
+        new = [key for key in dict.fromkeys(wanted) if key not in self._measured and not self._loss_unknown(key[0])]
+        jobs = []
+        for number, (configuration, probe) in enumerate(new, len(self._measured)):
             spec, run, words = self._compose(configuration, probe)
-            begun = time.monotonic()
-            job = Job((spec, self._timed(run)), self._sweep / str(len(self._measured)), words)
             # A certification that has begun ends: the search has seen to it that there is room.
             if self.left() <= 0 and not probe.seed and not self._session.has(spec):
                 raise BudgetSpentError
-            folder, record, kept = self._session.measure(job)
-            self._measured[key] = self._outcome(configuration, folder, record, kept, time.monotonic() - begun)
+            jobs.append(Job((spec, self._timed(run)), self._sweep / str(number), words))
+        begun = time.monotonic()
+        found = self._session.measure(jobs)
+        longest = max((record.duration_s for _, record, kept in found if not kept), default=0.0)
+        after = time.monotonic() - begun - longest  # for figures and tracking, once no cell runs
+        for key, (folder, record, kept) in zip(new, found, strict=True):
+            seconds = 0.0 if kept else record.duration_s + after
+            self._measured[key] = self._outcome(key[0], folder, record, kept, seconds)
             if not kept:
                 self._cells += 1
                 if record.ok:
-                    measuring = record.metrics.get("duration_s", 0.0)
-                    self._overheads.append(max(time.monotonic() - begun - measuring, 0.0))
+                    self._overheads.append(max(seconds - record.metrics.get("duration_s", 0.0), 0.0))
                     if "step_s/start" in record.metrics:
                         self._fresh.append(self._overheads[-1])
-        return self._measured[key]
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         if self._loss_unknown(configuration):  # for now: the default configuration may still be measured
             return []
         spec = self._specs[configuration]
-        here = describe_environment(spec.packages)
+        here = describe_environment(spec.packages) | self._machine
         found: list[tuple[Probe, Outcome]] = []
         for folder, record in self._earlier.get(_strategy(spec.to_dict(), spec.file_contents()), []):
             scenario, seed = record.spec["scenario"], record.spec["seed"] - spec.seed

@@ -80,7 +80,15 @@ class BudgetSpentError(Exception):
 
 
 class Evaluator(Protocol):
-    """Measures probes. It alone knows the budget."""
+    """Measures probes. It alone knows the budget. places: probes that it measures at a time."""
+
+    places: int
+
+    def together(self, wanted: Sequence[tuple[Configuration, Probe]]) -> None:
+        """Measure probes beside each other, so that `evaluate` has their outcomes. On one place it does nothing.
+
+        Raises BudgetSpentError.
+        """
 
     def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
         """Return the outcome of a probe; the same probe twice gives the same outcome. Raises BudgetSpentError."""
@@ -92,7 +100,7 @@ class Evaluator(Protocol):
         """Return the quality of a configuration from another one that answers the same; {} if none was measured."""
 
     def share(self, probes: Sequence[Probe]) -> float:
-        """Return the share of the whole budget that probes take, as far as is known."""
+        """Return the share of the whole budget that probes take beside each other, as far as is known."""
 
     def left(self) -> float:
         """Return the share of the budget that is left."""

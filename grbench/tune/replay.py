@@ -95,10 +95,11 @@ class Grid:
 
 
 class Replay:
-    """An `Evaluator` that draws outcomes from a grid. The budget is a number of cells."""
+    """An `Evaluator` that draws outcomes from a grid. The budget is a number of cells. rounds: that they took."""
 
-    def __init__(self, grid: Grid, cells: int, seed: int) -> None:
-        self._grid, self._cells, self._seed = grid, cells, seed
+    def __init__(self, grid: Grid, cells: int, seed: int, places: int = 1) -> None:
+        self._grid, self._cells, self._seed, self.places = grid, cells, seed, places
+        self.rounds = 0
         self._done: dict[tuple[Configuration, Probe], Outcome] = {}
         self._order = {configuration: i for i, configuration in enumerate(grid.cells)}
 
@@ -111,15 +112,24 @@ class Replay:
         """Add cells to the budget, after the search."""
         self._cells = self.used + cells
 
+    def together(self, wanted: Sequence[tuple[Configuration, Probe]]) -> None:
+        if self.places > 1:
+            self._take(wanted)
+
     def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
-        key = (configuration, probe)
-        if key not in self._done:
-            if self.used >= self._cells:
-                raise BudgetSpentError
+        self._take([(configuration, probe)])
+        return self._done[configuration, probe]
+
+    def _take(self, wanted: Sequence[tuple[Configuration, Probe]]) -> None:
+        """Draw the outcomes that were not yet drawn, in as few rounds as there can be."""
+        new = [key for key in dict.fromkeys(wanted) if key not in self._done]
+        if self.used + len(new) > self._cells:
+            raise BudgetSpentError
+        self.rounds += math.ceil(len(new) / self.places)
+        for configuration, probe in new:
             step = rates.step_below(probe.rate * 1.001) if probe.rate else 0
             of = (self._seed, self._order[configuration], step + 1000, probe.requests, probe.seed)
-            self._done[key] = self._draw(configuration, probe, np.random.default_rng(of))
-        return self._done[key]
+            self._done[configuration, probe] = self._draw(configuration, probe, np.random.default_rng(of))
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         return ()
@@ -155,38 +165,50 @@ class Replay:
 
 @dataclass
 class Run:
-    """One replayed search: the regret of its best after each cell, and what it calls feasible and is not."""
+    """One replayed search: the regret of its best after each cell, and what it calls feasible and is not.
+
+    by_round: the regret after each round of cells beside each other.
+    """
 
     regret: list[float]
+    by_round: list[float]
     cells: int
     final: float | None  # regret of what was certified; None: nothing was
     false_feasible: bool
 
 
-def replay(grid: Grid, goal: Goal, strategy: str, cells: int, seed: int, truths: Mapping[Configuration, float]) -> Run:
-    """Replay one search with a budget of cells. truths: `Grid.truth` of every configuration.
+def replay(
+    grid: Grid,
+    goal: Goal,
+    strategy: str,
+    cells: int,
+    seed: int,
+    truths: Mapping[Configuration, float],
+    places: int = 1,
+) -> Run:
+    """Replay one search with a budget of cells. truths: `Grid.truth` of every configuration. places: cells at a time.
 
     The regret after a cell is that of the configuration that leads then, at its true best rate; 1 before any leads.
     """
     best = max(truths.values())
-    evaluator = Replay(grid, cells, seed)
-    regret = [1.0] * cells
+    evaluator = Replay(grid, cells, seed, places)
+    regret, by_round = [1.0] * cells, [1.0] * cells
     configurations = list(grid.cells)
 
     def progress(trial: object, probe: Probe, outcome: Outcome, verdict: object) -> None:
         leader = knowledge.incumbent
         now = 1.0 if leader is None else 1 - truths[leader.configuration] / best
-        for i in range(evaluator.used - 1, cells):
-            regret[i] = now
+        for curve, taken in ((regret, evaluator.used), (by_round, evaluator.rounds)):
+            curve[taken - 1 :] = [now] * (cells - taken + 1)
 
     proposer = STRATEGIES[strategy](configurations, grid.axes, seed)
     knowledge = Knowledge(goal, grid.batching)
     Search(knowledge, configurations, evaluator, proposer, progress, screen=strategy.startswith(OURS)).run()
-    spent = evaluator.used
+    spent, rounds = evaluator.used, evaluator.rounds
     evaluator.allow(CERTIFYING)
     certificate = certify(knowledge, evaluator, progress) if goal.runs else None
     claimed = 0.0 if certificate is None else rates.rate_of(certificate.step)
     true = 0.0 if certificate is None else truths[certificate.trial.configuration]
     # Two steps: the truth of a run that is slower than the mean by chance is a step or two lower.
     final = None if certificate is None else 1 - true / best
-    return Run(regret, spent, final, claimed > true * rates.RATIO**2)
+    return Run(regret, by_round[:rounds], spent, final, claimed > true * rates.RATIO**2)

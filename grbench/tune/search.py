@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from grbench.tune.highest import COARSE, HighestRate
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.outcome import BudgetSpentError, Configuration, Evaluator, Probe
-from grbench.tune.probes import OFFLINE, Probes
+from grbench.tune.probes import OFFLINE, Probes, Task
 from grbench.tune.proposers import Proposer
 from grbench.tune.trial import Progress, Trial, quiet
 
@@ -43,29 +43,46 @@ class Search:
         self._screen = screen and knowledge.goal.objective == "throughput"
         self._probes = Probes(knowledge, evaluator, progress)
         self._highest = HighestRate(knowledge, self._probes, self._screen)
+        self._since = 0  # offline probes since the last search for a rate began
+        self._finding: set[int] = set()  # trials whose rate is searched for
 
     def run(self) -> None:
         """Try configurations until the budget or the space ends, then narrow the bracket of the best."""
         with contextlib.suppress(BudgetSpentError):
+            first = self._first_probes()
             self._recall()
             if self._screen:
-                self._screened()
+                self._probes.run(lambda: self._next_screened(first))
             else:
-                while (configuration := self._proposer.ask()) is not None:
-                    self.try_one(configuration)
+                self.try_each(iter(self._proposer.ask, None))
         with contextlib.suppress(BudgetSpentError):
-            while (best := self._knowledge.incumbent) is not None and self._highest.narrow(best, 1):
+            while (best := self._knowledge.incumbent) is not None and self._highest.narrow(best):
                 pass  # a failed step may make another trial the best
             if self._screen:
                 self._runners_up()
 
-    def try_one(self, configuration: Configuration) -> None:
-        """Try a configuration that the proposer has picked. Raises BudgetSpentError."""
+    def try_each(self, configurations: Iterable[Configuration]) -> None:
+        """Try configurations, each once there is a place. Raises BudgetSpentError."""
+        self._run_each(self._try(configuration, self._highest.find) for configuration in configurations)
+
+    def _try(self, configuration: Configuration, measure: Callable[[Trial], Task[None]]) -> Task[None]:
+        """Measure a configuration that the proposer has picked, and tell it what was found."""
         trial = self._knowledge.begin(configuration)
         try:
-            self._highest.find(trial)
+            yield from measure(trial)
         finally:
             self._tell(trial)
+
+    def _run_each(self, tasks: Iterator[Task[None]]) -> None:
+        """Run tasks, each once there is a place."""
+        self._probes.run(lambda: None if self._waits_for_default() else next(tasks, None))
+
+    def _waits_for_default(self) -> bool:
+        """Return True while the default is measured under a limit on quality: losses of others are against it."""
+        if not any(limit.metric.startswith("quality/") for limit in self._knowledge.goal.limits):
+            return False
+        default = [trial for trial in self._knowledge.trials if trial.configuration == self._configurations[0]]
+        return any(not (trial.offline or trial.probes or trial.failed) for trial in default)
 
     def _recall(self) -> None:
         """Take the outcomes of earlier searches, then go on with the configurations that they leave open."""
@@ -78,33 +95,39 @@ class Search:
             for probe, outcome in known:
                 self._knowledge.note(trial, probe, outcome)
             self._tell(trial)
-        for trial in sorted(self._knowledge.trials, key=lambda trial: trial.estimate or 0.0, reverse=True):
-            if not trial.failed and self._may_win(trial):
-                self._highest.find(trial)
+        open_ = sorted(self._knowledge.trials, key=lambda trial: trial.estimate or 0.0, reverse=True)
+        self._run_each(self._highest.find(trial) for trial in open_ if not trial.failed and self._may_win(trial))
 
-    def _screened(self) -> None:
-        """Probe configurations offline, and now and then the one that promises most at a rate."""
-        offline = self._evaluator.share([Probe(None, OFFLINE)])
-        first = min(max(round(FIRST_SHARE / offline), FIRST_FEWEST), FIRST_MOST) if offline else FIRST_MOST
-        since = 0
-        while True:
-            explored = sum(trial.offline is not None or bool(trial.failed) for trial in self._knowledge.trials)
-            promising = self._promising()
-            if promising is not None and explored >= first and since >= BETWEEN:
-                self._highest.find(promising)
-                since = 0
-                continue
-            if (configuration := self._proposer.ask()) is None:
-                if promising is None:
-                    return
-                self._highest.find(promising)
-                continue
-            trial = self._knowledge.begin(configuration)
-            try:
-                self._probes.offline(trial)
-            finally:
-                self._tell(trial)
-            since += 1
+    def _next_screened(self, first: int) -> Task[None] | None:
+        """Return a task: an offline probe, or now and then the search for the rate of what promises most.
+
+        first: offline probes before the first rate.
+        """
+        if self._waits_for_default():
+            return None
+        explored = sum(trial.offline is not None or bool(trial.failed) for trial in self._knowledge.trials)
+        promising = self._promising()
+        if promising is not None and explored >= first and self._since >= BETWEEN:
+            self._since = 0
+            return self._find(promising)
+        if (configuration := self._proposer.ask()) is not None:
+            self._since += 1
+            return self._try(configuration, self._probes.offline)
+        return None if promising is None else self._find(promising)
+
+    def _first_probes(self) -> int:
+        """Return the offline probes before the first rate."""
+        places = self._probes.places
+        offline = self._evaluator.share(places * [Probe(None, OFFLINE)])
+        return min(max(places * round(FIRST_SHARE / offline), FIRST_FEWEST), FIRST_MOST) if offline else FIRST_MOST
+
+    def _find(self, trial: Trial) -> Task[None]:
+        """Find the rate of a trial, which no other task does meanwhile."""
+        self._finding.add(id(trial))
+        try:
+            yield from self._highest.find(trial)
+        finally:
+            self._finding.remove(id(trial))
 
     def _promising(self) -> Trial | None:
         """Return the trial that should beat the best so far by most, and was not yet shown not to."""
@@ -113,7 +136,11 @@ class Search:
         open_ = [
             t
             for t in self._knowledge.trials
-            if not t.failed and t is not best and expected(t) > level and self._may_win(t)
+            if not t.failed
+            and t is not best
+            and expected(t) > level
+            and self._may_win(t)
+            and id(t) not in self._finding
         ]
         return max(open_, key=expected, default=None)
 
@@ -133,11 +160,13 @@ class Search:
         if best is None:
             return
         mine = best.configuration.get("engine")
+        others = []
         for engine in dict.fromkeys(c.get("engine") for c in self._configurations):
             trials = [t for t in self._knowledge.trials if t.configuration.get("engine") == engine and not t.failed]
             trial = max(trials, key=self._knowledge.expected, default=None)
             if engine != mine and trial is not None and trial.low is None:
-                self._highest.find(trial, alone=True)
+                others.append(trial)
+        self._run_each(self._highest.find(trial, alone=True) for trial in others)
 
     def _tell(self, trial: Trial) -> None:
         """Tell the proposer what is known of a trial."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +27,7 @@ from grbench.tune.config import Declared
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Verdict
 from grbench.tune.live import LiveEvaluator
-from grbench.tune.outcome import BudgetSpentError, Outcome, Probe
+from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.search import Search
 from grbench.tune.space import Space
 from grbench.tune.surrogate import Surrogate
@@ -41,11 +42,6 @@ class TuneSession:
         self._screen, self._begun = Console(stderr=True), time.monotonic()
         kept = [] if declared.fixed_value("runner.keep_engine") else ["runner.keep_engine=true"]
         _, run = compose_spec([*declared.fixed, *space.configurations[0].words, *kept], declared.config_dir)
-        if run.runner.parallel != "1":
-            raise ConfigError(
-                f"runner.parallel={run.runner.parallel}: a search measures one cell at a time, since the next depends "
-                "on it; allowed is runner.parallel=1"
-            )
         if run.runner.cluster != "none":
             raise ConfigError(
                 f"runner.cluster={run.runner.cluster}: a search measures on its own machine; allowed is none"
@@ -97,12 +93,14 @@ class TuneSession:
         """Measure configurations one step from the winner while the budget lasts, so that each step has a cost."""
         tried = {trial.configuration for trial in self._knowledge.trials}
         left = [configuration for configuration in self._space.configurations if configuration not in tried]
-        try:
+
+        def steps() -> Iterator[Configuration]:
             for configuration in answer.unmeasured_steps(found, self._space.axes, left):
                 self._proposer.take(configuration)
-                self._search.try_one(configuration)
-        except BudgetSpentError:
-            pass
+                yield configuration
+
+        with contextlib.suppress(BudgetSpentError):
+            self._search.try_each(steps())
 
     def _conclude(self, found: Answer | None, cut_short: str) -> int:
         from grbench.tune import page

@@ -89,6 +89,25 @@ def a_cell(folder: Path, ended: list[RunRecord], *words: str) -> places.Cell:
     return places.Cell(spec, run.runner, folder, None, [], None, **options)
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
+def test_a_kept_engine_gets_its_next_cell_also_if_another_place_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fork_workers(monkeypatch)
+    fork_places(monkeypatch)
+    ended: list[RunRecord] = []
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    here = places.Places([places.LocalPart(places.Share((core,)), 1) for core in cores], print)
+    for queries in (32, 48):
+        here.give([a_cell(tmp_path / str(queries), ended, f"scenario.queries={queries}", "runner.keep_engine=true")])
+        here.settle()
+    here.close()
+    assert [record.status for record in ended] == [Status.OK, Status.OK]
+    assert ended[0].environment["beside"]["cores"] == ended[1].environment["beside"]["cores"]
+    assert any("was not built again" in note for note in ended[1].notes)
+
+
 def test_a_signal_while_a_place_starts_interrupts_its_cell(tmp_path: Path) -> None:
     """A place that has said nothing yet has no handlers, and leaves no record of its own."""
     ended: list[RunRecord] = []

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from helpers.beside import until
 from helpers.command import Grbench
+from helpers.forks import fork_command, fork_places
 
 from grbench import deployment
 from grbench.execution import records, session
+from grbench.execution.records import Status
 
 TINY = (
     *("model.layers=1", "workload=synthetic", "workload.users=20", "workload.items=100", "workload.visits=400"),
@@ -122,6 +128,45 @@ def test_an_interrupted_search_goes_on_without_measuring_again(
     assert len(measured(tmp_path)) == 2 and measured(tmp_path).count(first) == 1
     newest = max((tmp_path / "outputs" / "tune").glob("*/tune.json"))
     assert len(json.loads(newest.read_text())["trials"]) == 2  # the interrupted one's is among them
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
+def test_a_search_on_two_places_measures_beside_each_other_and_goes_on(
+    grbench_here: Grbench, forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_places(monkeypatch)
+    words = ["tune", *SEARCH, "objective=latency", "rate=400", "limits.latency_ms.p99=60000", "runner.parallel=2"]
+    done = grbench_here(*words, "budget=2cells")
+    assert done.returncode == 0, done.stderr
+    found = [record for _, record in records.find(tmp_path)]
+    beside = [record.environment["beside"] for record in found]
+    assert len(found) == 2 and all(record.ok for record in found)
+    assert [its["cells"] for its in beside] == [1, 1]
+    assert not set(beside[0]["cores"]) & set(beside[1]["cores"])
+    begun = [datetime.datetime.fromisoformat(record.started_at) for record in found]
+    assert abs((begun[1] - begun[0]).total_seconds()) < min(record.duration_s for record in found) + 1
+
+    again = grbench_here(*words, "budget=0cells")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[0] == done.stdout.splitlines()[0]
+    assert len(list(records.find(tmp_path))) == 2, "the records of the first search answer"
+    other = grbench_here(*words[:-1], "budget=0cells")
+    assert other.returncode == 1 and "no record answers" in other.stderr  # a place has fewer cores
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
+def test_a_search_on_two_places_that_is_interrupted_keeps_both_records(tmp_path: Path) -> None:
+    words = ["tune", *SEARCH, "objective=latency", "rate=20", "limits.latency_ms.p99=60000", "runner.parallel=2"]
+    command = fork_command(tmp_path, *words, "budget=2cells", forked_places=True)
+    try:
+        until(lambda: len(list(tmp_path.rglob("mlperf_log_detail.txt"))) == 2, command)
+        os.kill(command.pid, signal.SIGINT)
+        assert command.wait(60) == 130
+        said = (tmp_path / "err.txt").read_text()
+        assert "interrupted; the same command goes on from here" in said and "Traceback" not in said
+        assert [record.status for _, record in records.find(tmp_path)] == 2 * [Status.INTERRUPTED]
+    finally:
+        command.kill()
 
 
 def test_a_limit_that_nobody_keeps_is_one_line_with_the_nearest_point(

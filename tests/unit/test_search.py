@@ -37,9 +37,14 @@ class Capacities:
     """An evaluator whose configurations keep 80 ms up to a capacity; probes of some seeds are worse."""
 
     def __init__(
-        self, capacity: Mapping[Configuration, float], cells: int = 100, worse: Mapping[int, float] | None = None
+        self,
+        capacity: Mapping[Configuration, float],
+        cells: int = 100,
+        worse: Mapping[int, float] | None = None,
+        places: int = 1,
     ) -> None:
-        self.capacity, self.cells, self.worse = capacity, cells, worse or {}
+        self.capacity, self.cells, self.worse, self.places = capacity, cells, worse or {}, places
+        self.rounds: list[list[tuple[Configuration, Probe]]] = []  # that were asked for beside each other
         self.probes: list[tuple[Configuration, Probe]] = []
         self.earlier: dict[Configuration, list[tuple[Probe, Outcome]]] = {}
         self.failing: dict[Configuration, str] = {}
@@ -50,6 +55,9 @@ class Capacities:
             raise BudgetSpentError
         self.probes.append((configuration, probe))
         return self.outcome(configuration, probe)
+
+    def together(self, wanted: Sequence[tuple[Configuration, Probe]]) -> None:
+        self.rounds.append(list(wanted))
 
     def outcome(self, configuration: Configuration, probe: Probe) -> Outcome:
         if configuration in self.failing:
@@ -184,6 +192,62 @@ def test_a_branch_that_loses_too_much_quality_is_cut_without_a_cell() -> None:
     assert search.incumbent is not None and search.incumbent.configuration.get("engine") == "hstu"
 
 
+@pytest.mark.parametrize(
+    "goal", [Goal("throughput", (P99,)), Goal("pareto", (P99,)), Goal("cost", (P99,))], ids=lambda goal: goal.objective
+)
+def test_a_search_on_four_places_asks_for_four_probes_at_a_time_and_finds_the_same(goal: Goal) -> None:
+    alone, beside = (Capacities(CAPACITY, places=places) for places in (1, 4))
+    best = [found.incumbent for found in (searched(alone, goal), searched(beside, goal))]
+    assert best[0] is not None and best[1] is not None
+    assert (best[0].configuration, best[0].low) == (best[1].configuration, best[1].low)
+    assert best[0].high is not None and best[0].high == best[1].high
+    assert all(len(asked) == 1 for asked in alone.rounds)
+    assert max(len(asked) for asked in beside.rounds) == 4
+    assert all(len(set(asked)) == len(asked) for asked in beside.rounds)
+    assert len(beside.rounds) < 0.65 * len(alone.rounds)  # a space of eight soon ends
+    again = Capacities(CAPACITY, places=4)
+    searched(again, goal)
+    assert again.rounds == beside.rounds
+
+
+def test_a_round_has_only_the_probes_that_the_budget_has_room_for() -> None:
+    evaluator = Capacities(CAPACITY, cells=7, places=4)
+    searched(evaluator, Goal("throughput", (P99,), runs=0))
+    assert [len(asked) for asked in evaluator.rounds] == [4, 3]
+
+
+def test_certifying_runs_are_measured_beside_each_other() -> None:
+    evaluator = Capacities(CAPACITY, places=4)
+    search = searched(evaluator)
+    before = len(evaluator.rounds)
+    certificate = certify(search, evaluator)
+    assert certificate is not None
+    [asked] = evaluator.rounds[before:]
+    assert [probe.seed for _, probe in asked] == [101, 102]
+
+
+def test_a_configuration_that_is_overtaken_beside_another_challenges_it() -> None:
+    """Short probes of the best are unlucky above the rate of the second, which climbs beside it."""
+    evaluator = Capacities(CAPACITY, places=4)
+    best, usual = ALL[-1], evaluator.outcome
+    evaluator.capacity = dict.fromkeys(ALL, 50.0) | {best: 400.0, ALL[-2]: 350.0}
+
+    def unlucky(configuration: Configuration, probe: Probe) -> Outcome:
+        short = probe.rate is not None and probe.rate > 300 and probe.requests < 10_000
+        return outcome(81.0, 70.0, 90.0) if configuration == best and short else usual(configuration, probe)
+
+    evaluator.outcome = unlucky  # type: ignore[method-assign]
+    found = searched(evaluator).incumbent
+    assert found is not None and found.configuration == best
+
+
+def test_the_default_is_measured_alone_if_others_are_judged_by_its_quality() -> None:
+    evaluator = Capacities(CAPACITY, places=4)
+    searched(evaluator, Goal("throughput", (P99, limits.parse("quality.auc_loss", "0.1%"))))
+    assert [configuration for configuration, _ in evaluator.rounds[0]] == ALL[:1]
+    assert len(evaluator.rounds[1]) == 4
+
+
 def test_certification_takes_the_next_best_if_the_best_fails() -> None:
     evaluator = Capacities(CAPACITY)
     search = searched(evaluator)
@@ -241,7 +305,7 @@ def test_the_budget_of_a_certification_is_kept_from_the_search() -> None:
     search = searched(evaluator)
     assert 2 <= 60 - len(evaluator.probes) <= 50  # room for the first rate and for a lower one
     assert certify(search, evaluator) is not None
-    assert reserve(search, evaluator) == []  # what is left is free
+    assert reserve(search, evaluator) == 0  # what is left is free
 
 
 def test_a_probe_that_was_stopped_bounds_the_rate_and_is_never_feasible() -> None:
@@ -383,6 +447,17 @@ def test_a_replayed_search_comes_near_the_best_and_certifies_nothing_false() -> 
     finals = [run.final for run in runs if run.final is not None]
     assert len(finals) == 3 and sum(finals) / 3 <= 0.06  # two steps of the ladder
     assert not any(run.false_feasible for run in runs)
+
+
+def test_places_save_rounds_and_cost_no_regret() -> None:
+    grid, goal = made_up_grid(), Goal("throughput", (P99,), probe_s=6.0)
+    truths = {configuration: grid.truth(configuration, goal.limits) for configuration in grid.cells}
+    rounds = {}
+    for places in (1, 2, 4):
+        runs = [replay(grid, goal, "grbench", 60, seed, truths, places) for seed in range(2)]
+        rounds[places] = sum(len(run.by_round) for run in runs)
+        assert all(run.final is not None and run.final <= 0.06 and not run.false_feasible for run in runs)
+    assert rounds[2] <= 0.6 * rounds[1] and rounds[4] <= 0.35 * rounds[1]
 
 
 def test_the_space_leaves_out_what_cannot_be_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,10 @@ from grbench.config.compose import compose_spec
 from grbench.config.jobs import Job
 from grbench.execution import records
 from grbench.execution.environment import describe_environment
-from grbench.execution.records import RunRecord, Status
+from grbench.execution.places import LocalPart, Share
+from grbench.execution.records import Status
 from grbench.execution.session import CellSession
+from grbench.execution.session import Measured as Cell
 from grbench.tune import config, limits
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import Configuration, Probe
@@ -30,13 +32,18 @@ OFFLINE, SERVER = Probe(None, 512), Probe(100.0, 2000)
 class Measured:
     """A session whose cells have been measured: the status and the quality of each window."""
 
+    parts = ()
+
     def __init__(self, folder: Path, found: Mapping[int, tuple[Status, float, float]]) -> None:
         self._folder, self._found = folder, found
 
     def has(self, spec: object) -> bool:
         return False
 
-    def measure(self, job: Job) -> tuple[Path, RunRecord, bool]:
+    def measure(self, jobs: Sequence[Job]) -> list[Cell]:
+        return [self._cell(job) for job in jobs]
+
+    def _cell(self, job: Job) -> Cell:
         window = job.config[0].ranking_model.max_attn_len
         status, auc, loss = self._found[window]
         folder = self._folder / str(window)
@@ -44,7 +51,7 @@ class Measured:
         if record.ok:
             reference = {"auc_reference": auc, "auc_loss_interval": [loss, loss]}  # as `TaskQuality` has it
             record.gate["quality"] = {"tasks": {"liked": {"auc": auc, "auc_loss": loss, **reference}}}
-        return folder, record, False
+        return Cell(folder, record, False)
 
 
 def evaluator(
@@ -81,10 +88,19 @@ def test_another_model_is_not_judged_by_its_own_reference_where_the_default_fail
     assert figures["quality/auc"] == 0.60 and not any(name.endswith("loss") for name in figures)
 
 
+def test_probes_beside_each_other_take_the_time_of_the_longest(tmp_path: Path) -> None:
+    session = SimpleNamespace(parts=[LocalPart(Share((core,)), 1) for core in (0, 1)])
+    two, one = (evaluator(its, tmp_path, "budget=100s") for its in (session, Measured(tmp_path, {})))
+    short, long = Probe(100.0, 1000), Probe(100.0, 3000)
+    assert one.share([long, short]) == pytest.approx(one.share([long]) + one.share([short]))
+    assert two.share([long, short]) == two.share([long]) == one.share([long])
+    assert two.share([long, short, long]) == pytest.approx(2 * two.share([long]))
+
+
 def test_damaged_samples_cost_the_times_of_batches_and_a_line_says_so(tmp_path: Path) -> None:
     folder, lines = tmp_path / "0", list[str]()
     record = write_cell(folder, "scenario=offline")
-    session = SimpleNamespace(has=lambda spec: False, measure=lambda job: (folder, record, False))
+    session = SimpleNamespace(parts=(), has=lambda spec: False, measure=lambda jobs: [Cell(folder, record, False)])
     assert evaluator(session, tmp_path / "none", say=lines.append).evaluate(DEFAULT, OFFLINE).batches and not lines
     (folder / records.SAMPLES_FILE).write_bytes(b"")
     outcome = evaluator(session, tmp_path / "none", say=lines.append).evaluate(DEFAULT, OFFLINE)
@@ -135,7 +151,7 @@ def test_quality_is_asked_again_only_where_the_answers_differ(tmp_path: Path, op
 def test_a_probe_is_stopped_by_the_widest_limit_of_the_search(
     tmp_path: Path, words: list[str], probed: float, stops: bool, certified: float
 ) -> None:
-    measures = evaluator(None, tmp_path / "none", *words)
+    measures = evaluator(Measured(tmp_path, {}), tmp_path / "none", *words)
 
     def spec(probe: Probe) -> Any:
         return compose_spec(measures.words(DEFAULT, probe))[0]
@@ -147,13 +163,13 @@ def test_a_probe_is_stopped_by_the_widest_limit_of_the_search(
 
 
 def test_a_rate_that_was_stopped_under_a_tighter_limit_is_open(tmp_path: Path) -> None:
-    first = evaluator(None, tmp_path, "latency_ms.p99=20")
+    first = evaluator(Measured(tmp_path, {}), tmp_path, "latency_ms.p99=20")
     spec = compose_spec(first.words(DEFAULT, SERVER))[0]
     folder = tmp_path / "cell"
     record = write_cell(folder, status=Status.STOPPED)
     record.spec, record.files, record.spec_hash = spec.to_dict(), spec.file_contents(), spec.hash
     record.environment = describe_environment(spec.packages)
     records.save(record, folder)
-    same, wider = (evaluator(None, tmp_path, f"latency_ms.p99={bound}") for bound in (20, 300))
+    same, wider = (evaluator(Measured(tmp_path, {}), tmp_path, f"latency_ms.p99={bound}") for bound in (20, 300))
     assert [outcome.status for _, outcome in same.known(DEFAULT)] == ["STOPPED"]
     assert wider.known(DEFAULT) == []
