@@ -89,7 +89,8 @@ def frame(*roots: str | Path) -> pd.DataFrame:
     Returns:
         Columns: `cell` (a short label), the settings that differ between the cells, `status`, every metric by its name
         with its 95% interval in `<metric>/low` and `<metric>/high`, `gate_error`, `gate_tolerance`, `error`,
-        `spec_hash`, `started_at` and `folder`. Only OK cells have metrics.
+        `spec_hash`, `started_at` and `folder`. Only OK cells have metrics. `attrs["left_out"]` has a line for each cell
+        without a record that can be read, and a warning says it too.
 
     Raises:
         grbench.report.ReportError: A folder does not exist or holds no record.

@@ -132,10 +132,12 @@ class CellSession:
         if why_not:
             self._say(f"{title}: {why_not}, so it is measured again")
         total = spec.gate.quality_requests if is_accuracy(spec.scenario) else spec.scenario.queries
+        least_s = getattr(spec.scenario, "min_duration_s", 0.0)
         if self._places is not None:
-            self._begin(self._places, job, title, total, ended)
+            progress = CellProgress(self._screen, title, total, least_s, redrawn=False)
+            self._begin(self._places, job, progress, ended)
             return None
-        with CellProgress(self._screen, title, total) as progress:
+        with CellProgress(self._screen, title, total, least_s) as progress:
             try:
                 record, folder = run_cell(
                     spec,
@@ -153,16 +155,15 @@ class CellSession:
         self._finish(folder, record)
         return Measured(folder, record, False)
 
-    def _begin(self, places: Places, job: Job, title: str, total: int, ended: Callable[[Measured], None]) -> None:
+    def _begin(self, places: Places, job: Job, progress: CellProgress, ended: Callable[[Measured], None]) -> None:
         """Take a cell that runs beside others, and start those before it once a place is free.
 
         Progress is printed in lines. With `runner.keep_engine` cells of one engine have one place.
         """
         spec, run = job.config
-        progress = CellProgress(self._screen, title, total, redrawn=False)
 
         def on_end(folder: Path, record: RunRecord) -> None:
-            self._ended(title, folder, record)
+            self._ended(progress.title, folder, record)
             ended(Measured(folder, record, False))
 
         cell = Cell(
@@ -324,12 +325,14 @@ class CellProgress:
     """The state of a cell: one line on a terminal, else a line for each stage, and now and then for the answers.
 
     It is redrawn only when the worker reports, never by a timer: a busy launcher would disturb the measurement.
-    queries: answers of the scenario. redrawn: False for lines also on a terminal.
+    queries: the fewest answers of the scenario. least_s: its shortest duration. redrawn: False for lines also on a
+    terminal.
     """
 
-    def __init__(self, screen: Console, title: str, queries: int, redrawn: bool = True) -> None:
-        self._screen, self._title, self._redrawn = screen, title, redrawn and screen.is_terminal
-        self._queries, self._begun, self._stage_begun = queries, time.monotonic(), time.monotonic()
+    def __init__(self, screen: Console, title: str, queries: int, least_s: float = 0.0, redrawn: bool = True) -> None:
+        self._screen, self.title, self._redrawn = screen, title, redrawn and screen.is_terminal
+        self._queries, self._least_s = queries, least_s
+        self._begun, self._stage_begun = time.monotonic(), time.monotonic()
         self._say_answered = at_most_every(SILENCE_S, self._say)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -357,16 +360,19 @@ class CellProgress:
         if "stage" in event:
             self._stage_begun = now
             took = pace(now - self._begun)
-            self._bar.update(self._task, description=escape(f"{self._title}: {event['stage']}"), pace=took)
+            self._bar.update(self._task, description=escape(f"{self.title}: {event['stage']}"), pace=took)
             if not self._redrawn:
                 self._say(event["stage"] if now - self._begun < 1 else f"{event['stage']} ({took})")
         else:
-            took = pace(now - self._stage_begun, event["answered"], self._queries)
-            self._bar.update(self._task, completed=event["answered"], pace=took)
+            answered, seconds = event["answered"], now - self._stage_begun
+            in_time = round(answered * self._least_s / seconds) if seconds else 0  # at the same pace
+            total = max(self._queries, in_time)
+            took = pace(seconds, answered, total)
+            self._bar.update(self._task, completed=answered, total=total, pace=took)
             if not self._redrawn:
-                self._say_answered(f"{event['answered']} of {self._queries} answers, {took}")
+                self._say_answered(f"{answered} of {'about ' * (total == in_time)}{total} answers, {took}")
         if self._redrawn:
             self._bar.refresh()
 
     def _say(self, what: str) -> None:
-        self._screen.print(f"{self._title}: {what}", soft_wrap=True, markup=False, highlight=False)
+        self._screen.print(f"{self.title}: {what}", soft_wrap=True, markup=False, highlight=False)

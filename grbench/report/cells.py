@@ -23,6 +23,7 @@ Cell = tuple[Path, RunRecord]  # a cell's folder and its record
 GROUPS = ("model", "engine", "kernel", "cache", "workload", "scenario")
 BARE = ("engine", "scenario", "study", "case")  # parts of a name whose key is not shown
 MISSING = "-"
+MOST_NAMES = 200  # characters of the names of cells in a note
 _PATH = re.compile(r"(?!.*://)[^\s\[{]*(/[^\s\[{]*|\.[A-Za-z]\w{1,11})")  # of a file, with folders or a suffix
 
 
@@ -239,6 +240,12 @@ def command(record: RunRecord) -> Code:
     if any(o.startswith("study=") for o in record.overrides):
         own.append("hydra.mode=RUN")  # not the whole study
     return Code(shlex.join(["python", "-m", "grbench", *own, *record.overrides]))
+
+
+def named(names: Sequence[str]) -> str:
+    """Return names as one text, as many of them as MOST_NAMES allows, and how many more there are."""
+    fit = next(count for count in range(len(names), 0, -1) if count == 1 or len("; ".join(names[:count])) <= MOST_NAMES)
+    return "; ".join(names[:fit]) + (f"; and {len(names) - fit} more" if fit < len(names) else "")
 
 
 def counted(count: int, noun: str) -> str:

@@ -35,7 +35,8 @@ import numpy.typing as npt
 
 from grbench.execution import stats
 from grbench.execution.environment import machine_of
-from grbench.report.cells import Cell, counted, figure, labels, shown
+from grbench.execution.records import RunRecord
+from grbench.report.cells import Cell, counted, figure, labels, named, shown
 from grbench.report.frame import ReportError, load_samples
 from grbench.report.repeats import RERUNS
 from grbench.report.work import LOADS, options_of
@@ -140,10 +141,12 @@ def compare(
             result.notes.append(RERUNS.format(counted(replaced, f"earlier {name} run")))
     common = [key for key in matched[0] if key in matched[1]]
     for name, side, own in (("BASE", base, matched[0]), ("NEW", new, matched[1])):
-        if alone := len(own) - len(common):
-            result.notes.append(f"{counted(alone, 'configuration')} in {name} alone and left out")
-        if failed := sum(not record.ok for _, record in side):
-            result.notes.append(f"{counted(failed, f'{name} cell')} not OK and left out")
+        if alone := [runs[0][1] for key, runs in own.items() if key not in common]:
+            result.notes.append(
+                f"{counted(len(alone), 'configuration')} in {name} alone and left out{which(alone, 'seed')}"
+            )
+        if failed := [record for _, record in side if not record.ok]:
+            result.notes.append(f"{counted(len(failed), f'{name} cell')} not OK and left out{which(failed)}")
     if not common:
         raise ReportError(NOTHING_IN_COMMON)
     first = [matched[0][key][0][1] for key in common]
@@ -222,6 +225,15 @@ def _by_configuration(side: Sequence[Cell], differing: dict[str, tuple[str, str]
         spec = {k: shown(v) for k, v in options_of(cell[1]).items() if k != "seed" and k not in differing}
         groups.setdefault(str(sorted(spec.items())), {})[cell[1].spec.get("seed", 0)] = cell
     return {key: list(runs.values()) for key, runs in groups.items()}
+
+
+def which(records: Sequence[RunRecord], *ignore: str) -> str:
+    """Return the names of cells that a note counts, behind a colon, with their status if they are not OK.
+
+    ignore: options that are no part of a name.
+    """
+    names = labels(records, ignore)
+    return f": {named([n if r.ok else f'{n} ({r.status})' for n, r in zip(names, records, strict=True)])}"
 
 
 def _changes(name: str, base: Sequence[Cell], new: Sequence[Cell], notes: list[str]) -> list[Change]:

@@ -59,8 +59,16 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
 
 
 def load_frame(*roots: Path | str) -> pd.DataFrame:
-    """Return `cells_frame` of every record under `roots`. Raises ReportError if there is none."""
-    return cells_frame(read_cells([Path(root) for root in roots]))
+    """Return `cells_frame` of every record under `roots`. Raises ReportError if there is none.
+
+    A warning names each cell that has no record that can be read, and `attrs["left_out"]` has them too.
+    """
+    paths = [Path(root) for root in roots]
+    frame = cells_frame(read_cells(paths))
+    frame.attrs["left_out"] = left_out(paths)
+    for line in frame.attrs["left_out"]:
+        warnings.warn(f"left out: {line}", stacklevel=2)
+    return frame
 
 
 def cells_frame(cells: Sequence[Cell]) -> pd.DataFrame:

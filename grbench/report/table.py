@@ -13,7 +13,7 @@ from rich.text import Text
 
 from grbench.execution.energy import METRIC as JOULES
 from grbench.execution.records import RunRecord, Status
-from grbench.report.cells import MISSING, Cell, figure, labels
+from grbench.report.cells import MISSING, Cell, figure, labels, named
 from grbench.report.findings import comparable, findings, limit_verdict
 from grbench.report.groups import best_first
 from grbench.report.repeats import NUMBER, pooled, ranking_percentile, run_count
@@ -133,7 +133,6 @@ LEAST_NEEDED = [
     "retrieve + rank",
     P90,
 ]
-MOST_NAMES = 200  # characters of the names of cells behind a note
 UNSEEN = "latency_ms/p99.9 withheld"  # begins a note on a percentile that the table has no column for
 
 
@@ -227,9 +226,7 @@ def _which(who: Sequence[str], every: int) -> str:
     """Return in brackets which of `every` cells a note is about, as many by name as MOST_NAMES allows."""
     if len(who) == every:
         return ("", " (both cells)")[every - 1] if every < 3 else f" (all {every} cells)"
-    named = next(count for count in range(len(who), 0, -1) if count == 1 or len("; ".join(who[:count])) <= MOST_NAMES)
-    more = f"; and {len(who) - named} more of {every}" if named < len(who) else ""
-    return f" ({'; '.join(who[:named])}{more})"
+    return f" ({named(who)})"
 
 
 def _ranges(alike: Sequence[str]) -> str:

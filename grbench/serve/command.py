@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command. Exit codes: 0 a signal ended it, 1 nothing can serve, 2 the configuration is wrong."""
+    """Run the command. Exit codes: 0 a signal ended it, 1 nothing can serve, 2 what was given is wrong."""
     given = parser().parse_intermixed_args(words).overrides
     config, file, overrides = parse(given)
     deployment = deployment_of(file, overrides)
@@ -59,4 +59,6 @@ def main(words: Sequence[str]) -> int:
                 runner.run(serve(deployment, file, config, Log(), listener, load))
         except RuntimeError as e:
             raise CommandError(e, 1) from None
+        except ValueError as e:  # the workload's data, or a file that does not belong to it
+            raise CommandError(e) from None
     return 0

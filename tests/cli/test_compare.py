@@ -241,7 +241,10 @@ def test_configurations_of_one_side_are_left_out_and_counted(tmp_path: Path) -> 
         runs(tmp_path / "new", f"scenario.max_batch={batch}")
     comparison = compare(*sides(tmp_path))
     assert [change.runs for change in comparison.changes] == [(5, 5)]
-    assert comparison.notes == [f"1 configuration is in {side} alone and left out" for side in ("BASE", "NEW")]
+    assert comparison.notes == [
+        f"1 configuration is in {side} alone and left out: hstu offline max_batch={batch}"
+        for side, batch in (("BASE", 8), ("NEW", 32))
+    ]
     for path in (tmp_path / "new").glob("*=16*"):
         (path / "record.json").unlink()
     allowed = (

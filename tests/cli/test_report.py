@@ -634,7 +634,7 @@ def test_notes_that_differ_in_numbers_are_one_with_ranges(tmp_path: Path) -> Non
         "at 12:30 in runs/7 (b)",
     ]
     [few] = notes(cells[:2] * 3, ["long" * 20 + str(i) for i in range(6)])[-1:]
-    assert few == f"at 12:30 in runs/7 ({'long' * 20}1; {'long' * 20}3; and 1 more of 6)"
+    assert few == f"at 12:30 in runs/7 ({'long' * 20}1; {'long' * 20}3; and 1 more)"
 
 
 def test_a_record_reached_twice_counts_once(sweep: Path, tmp_path: Path) -> None:

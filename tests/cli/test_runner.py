@@ -179,6 +179,11 @@ def test_progress_in_a_log_has_the_time_and_what_is_left(monkeypatch: pytest.Mon
         "1/4 hstu server: measuring (8 s so far)",
         "1/4 hstu server: 440 of 1000 answers, 22 s so far, about 28 s left",
     ]
+    progress = CellProgress(Console(file=log, width=200), "2/4 hstu server", queries=1000, least_s=600)
+    progress.show({"stage": "measuring"})
+    now[0] += 50
+    progress.show({"answered": 900})
+    assert log.getvalue().endswith("\n2/4 hstu server: 900 of about 10800 answers, 50 s so far, about 9 min left\n")
 
 
 @pytest.mark.parametrize("moves", [1, 2])

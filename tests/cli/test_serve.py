@@ -359,6 +359,13 @@ def test_a_wrong_command_is_refused(grbench_here: Grbench, words: list[str], err
     assert error in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_wrong_row_of_the_workload_ends_it_with_one_line(grbench_here: Grbench, tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("userId,movieId,timestamp\n1,2,3\n1,x,soon\n")
+    done = grbench_here("serve", "engine=hstu", "workload=csv", "workload.path=e.csv", "serve.port=0")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("grbench serve: e.csv: row 3, column timestamp: 'soon' is not a")
+
+
 def test_a_port_that_is_taken_is_named(grbench_here: Grbench) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = grbench_here("serve", "engine=hstu", f"serve.port={taken.getsockname()[1]}")

@@ -11,7 +11,7 @@ from helpers.cells import write_cell
 
 from grbench.execution import records
 from grbench.execution.records import LoggedRow, RunRecord, Status, unreadable
-from grbench.report.frame import ReportError, read_cells
+from grbench.report.frame import ReportError, load_frame, read_cells
 
 PASSED = {"passed": True, "error": 1e-6, "tolerance": 2e-5}
 FAILED = {"passed": False, "error": 1.0, "tolerance": 2e-5}
@@ -116,6 +116,8 @@ def test_a_file_that_is_not_a_record_gives_one_line(tmp_path: Path, change: Any,
     assert [folder for folder, _ in read_cells([tmp_path])] == [good]
     [line] = unreadable([tmp_path])
     assert line.startswith(str(path)) and "\n" not in line
+    with pytest.warns(UserWarning, match="left out: "):
+        assert load_frame(tmp_path).attrs["left_out"] == [line]
     with pytest.raises(ReportError, match=why):
         read_cells([bad])
 
