@@ -9,7 +9,8 @@ equal work in two, and must find the additional layer in 18. The exit code is 1 
 
 The additional layer is 5% more work. Everything outside the layers takes as much processor time as one of them: 51 ms
 of 640 requests, and a layer 48, by models of 5 to 40 layers on two cores of a Xeon. So 19 layers cost 20 parts, and 20
-cost 21. A note says what the additional layer took in this proof.
+cost 21; 60 pairs of runs there gave 4.9% (standard error 0.8%), and the layer is 5.4% of the FLOPs. A note says what it
+took in this proof.
 
 With `runner.parallel` trials run beside each other. A trial stays on its cores, which should be whole physical ones of
 a quiet machine. A proof that was stopped goes on from its records, in compare_proof under `runner.output_root`.
@@ -148,11 +149,7 @@ def notes_of(trials: Sequence[Trial], more: Sequence[Change]) -> list[str]:
         np.median([record.metrics[name] for record in records]) for name in ("samples", "duration_s")
     )
     cell_s = np.median([record.duration_s for record in records])
-    where = (
-        f"{beside['cells'] + 1} trials beside each other, each on its own cores, {len(beside['cores'])} of them"
-        if beside
-        else "one trial"
-    )
+    where = f"{beside['cells'] + 1} trials, cores of each: {len(beside['cores'])}" if beside else "one trial"
     notes = [
         f"{len(records)} cells; a run answers {requests:.0f} requests in {measured_s:.1f} s, and its cell takes "
         f"{cell_s:.1f} s (medians); at a time: {where}",
