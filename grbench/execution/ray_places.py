@@ -249,19 +249,23 @@ def _nobody_at(address: str, error: Exception) -> ConfigError:
 
 
 def _counts(parallel: str, nodes: Sequence[dict[str, float]]) -> tuple[list[int], int]:
-    """Return how many places each node has, given its resources, and how many cores each of them has.
-
-    A place goes where it has the most cores, so the fewest are as many as can be, and all have that many. Raises
-    ConfigError.
-    """
+    """Return how many places each node has, given its resources, and how many cores each has. Raises ConfigError."""
     gpus, cpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("GPU", "CPU"))
     room = gpus if any(gpus) else cpus
     cores = None if any(gpus) else sum(room)
     wanted = places_asked(parallel, "the Ray cluster", sum(gpus), cores, "`ray start --num-gpus=0`")
-    counts = [0] * len(nodes)
-    while sum(counts) < wanted:
-        widest = max(range(len(nodes)), key=lambda i: (room[i] > counts[i], cpus[i] // (counts[i] + 1)))
-        counts[widest] += 1
+    return spread(wanted, room, cpus)
+
+
+def spread(wanted: int, room: Sequence[int], cpus: Sequence[int]) -> tuple[list[int], int]:
+    """Return how many of `wanted` processes each node has, and how many cores each of them has.
+
+    room: the most that each node can have. One goes where it has the most cores, so the fewest are as many as can be,
+    and all have that many.
+    """
+    counts = [0] * len(room)
+    for _ in range(wanted):
+        counts[max(range(len(room)), key=lambda i: (room[i] > counts[i], cpus[i] // (counts[i] + 1)))] += 1
     return counts, max(min(cpu // count for cpu, count in zip(cpus, counts, strict=True) if count), 1)
 
 

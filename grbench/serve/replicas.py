@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from grbench.config.arguments import CommandError
+from grbench.execution.ray_places import spread
 from grbench.serve.haproxy import Address, Proxy, certificate_of, configuration
 from grbench.serve.logs import Log
 from grbench.serve.options import SWITCH_S, ServeConfig, bound, deployment_of, parse
@@ -152,18 +153,18 @@ def _check_spread(config: ServeConfig, cluster: str) -> None:
 def _actor(ray: Any, count: int) -> Any:
     """Return the class of the replicas with what each takes of the cluster. Raises CommandError if that is too little.
 
-    A replica takes a GPU, or without GPUs its share of the processors.
+    A replica takes a GPU, or without GPUs its share of the processors: all have equally many, wherever they are.
     """
-    resources = ray.cluster_resources()
-    gpus, processors = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    there, what = (gpus, "GPUs") if gpus else (processors, "processors")
-    if there < count:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("GPU", "CPU"))
+    room, what = (gpus, "GPUs") if any(gpus) else (cpus, "processors")
+    if (there := sum(room)) < count:
         raise CommandError(
             f"serve.replicas={count}: each takes one of the {what}, and there are {there}; give fewer", 1
         )
-    share = max(processors // count, 1)
+    _, share = spread(count, room, cpus)
     return ray.remote(Replica).options(
-        num_cpus=0 if gpus else share, num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=-1,
+        num_cpus=0 if any(gpus) else share, num_gpus=1 if any(gpus) else 0, max_restarts=-1, max_task_retries=-1,
         scheduling_strategy="SPREAD", runtime_env={"env_vars": {"OMP_NUM_THREADS": str(share)}},
     )  # fmt: skip
 

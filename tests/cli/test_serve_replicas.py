@@ -223,9 +223,10 @@ class _Ray:
     """A stand-in for Ray. What an actor's method returns is a thing that `wait` finds done, unless it is None."""
 
     exceptions = SimpleNamespace(RayActorError=LookupError)
+    remote: Any
 
-    def __init__(self, **resources: float) -> None:
-        self.cluster_resources = lambda: resources
+    def __init__(self, *nodes: dict[str, float]) -> None:
+        self.nodes = lambda: [{"Alive": True, "Resources": resources} for resources in nodes]
         self.waits = 0
 
     def wait(self, asked: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
@@ -247,7 +248,14 @@ def actors(*answers: Any) -> list[Any]:
 @pytest.mark.parametrize("resources, what", [({"CPU": 2.0}, "processors"), ({"CPU": 8.0, "GPU": 2.0}, "GPUs")])
 def test_more_replicas_than_the_cluster_has_room_for_are_refused(resources: dict[str, float], what: str) -> None:
     with pytest.raises(CommandError, match=f"serve.replicas=3: each takes one of the {what}, and there are 2"):
-        replicas._actor(_Ray(**resources), 3)
+        replicas._actor(_Ray(resources, {"memory": 1.0}), 3)
+
+
+def test_replicas_on_nodes_of_different_sizes_have_room_and_equal_cores() -> None:
+    ray, asked = _Ray({"CPU": 8.0}, {"CPU": 4.0}), dict[str, Any]()
+    ray.remote = lambda replica: SimpleNamespace(options=lambda **options: asked.update(options))
+    replicas._actor(ray, 2)
+    assert (asked["num_cpus"], asked["num_gpus"]) == (4, 0)  # six would fit on one node only
 
 
 def test_a_replica_that_does_not_start_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
