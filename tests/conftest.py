@@ -129,31 +129,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         cache.set(SECONDS, {**cache.get(SECONDS, {}), **_took})
 
 
-def patch_language_once() -> None:
-    """Let Triton's interpreter replace its language once a launch.
-
-    It does so again at each call of a function within a kernel: a fifth of the time of the kernels of these tests.
-    A Triton that lacks these private names stays as it is.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "_LangPatchScope"):
-        return
-    patch = interpreter._patch_lang
-
-    def once(fn: Any) -> Any:
-        seen = [module for module in fn.__globals__.values() if module is tl or module is tl.core]
-        own = [tl.tensor.__add__, *(module.load for module in seen)]
-        return patch(fn) if any(map(tl.core.is_builtin, own)) else interpreter._LangPatchScope()
-
-    interpreter._patch_lang = once
-
-
 def pytest_collection_finish() -> None:
     """Leave what is imported out of later collections of garbage, also in forks, which would copy the memory."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        patch_language_once()
+        from helpers import interpreter
+
+        interpreter.hasten()
     gc.collect()
     gc.freeze()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections import Counter
@@ -70,6 +71,15 @@ def error(result: RankResult, expected: list[Any]) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
+@functools.cache
+def visits_with_answers(contextual: int) -> list[tuple[list[Request], list[Any]]]:
+    """Return visits of six users, one by one, and the reference's scores of each."""
+    rounds = [[r] for requests in traffic(6, 5) for r in requests]
+    rounds += [[r] for requests in traffic(6, 5)[-1:] for r in requests] * 2
+    reference = RankingReference(CONTEXT if contextual else MODEL, CATALOGUE, 5, "cpu")
+    return [(requests, reference.scores(requests)) for requests in rounds]
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "gdsf", "predictive"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("model", "microbatch"), [(MODEL, 0), (MODEL, 4), (CONTEXT, 0)], ids=["", "micro", "context"])
@@ -78,17 +88,16 @@ def test_answers_from_the_host_equal_the_reference(
 ) -> None:
     """With pages for two of six users and host memory for four, there are hits, host hits and misses."""
     monkeypatch.setattr(host, "STAGED_SHARE", 0.5)
-    rounds = [[r] for requests in traffic(6, 5) for r in requests]
-    rounds += [[r] for requests in traffic(6, 5)[-1:] for r in requests] * 2
-    reference = RankingReference(model, CATALOGUE, 5, "cpu")
+    visits = visits_with_answers(model.contextual_seq_len)
+    last, answers = visits[-1]
     cache = PagedCacheConfig(
         policy, policy, page=16, memory_gb=9 * PAGE_GB, host_gb=16 * PAGE_GB, onload_share=share, prefetch_s=3.0
     )
-    engine = started(cache, rounds, model, candidate_microbatch=microbatch)
+    engine = started(cache, [requests for requests, _ in visits], model, candidate_microbatch=microbatch)
     total: Counter[str] = Counter()
-    for requests in rounds:
+    for requests, expected in visits:
         result = engine.rank(requests)
-        assert error(result, reference.scores(requests)) < 1e-5
+        assert error(result, expected) < 1e-5
         total.update(result.details)
     assert total["cache_faults"] == total["cache_policy_errors"] == 0
     if total["cache_refused"] == 0:  # only `predictive` refuses states that it expects to be useless
@@ -101,10 +110,10 @@ def test_answers_from_the_host_equal_the_reference(
     assert engine.actual()["cache_host_pages"] == 16 and engine.actual()["cache_copy_gb_s"] > 0
     # States on the device move to the host on demand, and answers from there are equally correct.
     engine.reset_cache(keep_host=True)
-    result = engine.rank(rounds[-1])
-    assert result.details["cache_hits"] == 0 and error(result, reference.scores(rounds[-1])) < 1e-5
+    result = engine.rank(last)
+    assert result.details["cache_hits"] == 0 and error(result, answers) < 1e-5
     engine.reset_cache()
-    assert engine.rank(rounds[-1]).details["cache_host_hits"] == 0
+    assert engine.rank(last).details["cache_host_hits"] == 0
     engine.close()
 
 
