@@ -10,6 +10,7 @@ from rich.table import Table
 
 from grbench.cachesim.replay import Row
 from grbench.report.cells import figure
+from grbench.report.screen import unwrapped
 
 Columns = dict[str, tuple[str, float, str]]  # heading: (metric, factor, format)
 COLUMNS: Columns = {
@@ -65,8 +66,7 @@ def print_table(console: Console, title: str, rows: Sequence[Row]) -> None:
     """Print a row for each policy, size after size. Nothing is cut or wrapped in a pipe."""
     if not rows:
         return
-    if not console.is_terminal:
-        console = Console(file=console.file, width=1000, color_system=None)
+    console = unwrapped(console)
     console.print(title, soft_wrap=True, highlight=False)
     for columns in tables([row.metrics for row in rows]):
         shown = [row for row in rows if any(metric in row.metrics for metric, *_ in columns.values())]

@@ -12,6 +12,7 @@ from rich.text import Text
 from grbench.execution.records import Status
 from grbench.kernelbench.bench import ALL_SHAPES, Row
 from grbench.report.cells import MISSING, figure
+from grbench.report.screen import unwrapped
 from grbench.report.table import STYLES
 
 COLUMNS = {  # heading: (metric, factor)
@@ -45,8 +46,7 @@ def line(row: Row) -> str:
 
 def print_tables(console: Console, rows: Sequence[Row]) -> None:
     """Print one table per family, then the reasons of other rows. Piped output is neither cut nor wrapped."""
-    if not console.is_terminal:
-        console = Console(file=console.file, width=1000, color_system=None)
+    console = unwrapped(console)
     dtypes = {row.dtype for row in rows}
     for family in dict.fromkeys(row.family for row in rows):
         table = Table(

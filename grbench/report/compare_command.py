@@ -27,6 +27,7 @@ from grbench.execution.folders import left_out
 from grbench.report.cells import Cell
 from grbench.report.compare import MARGIN, Comparison, Verdict, change_text, compare, side_text
 from grbench.report.frame import ReportError, read_cells
+from grbench.report.screen import unwrapped
 
 HEADINGS = ("cell", "metric", "base", "new", "change", "verdict", "runs")
 STYLES = {"faster": "green", "slower": "red"}
@@ -125,9 +126,7 @@ def _say(line: str) -> None:
 
 
 def _print(rows: Sequence[Sequence[str]], differing: dict[str, tuple[str, str]], notes: Sequence[str]) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(width=1000, color_system=None, highlight=False)
+    console = unwrapped(Console(highlight=False))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading in HEADINGS[2:5] else "left")

@@ -17,6 +17,7 @@ from grbench.report.cells import MISSING, Cell, figure, labels, named
 from grbench.report.findings import comparable, findings, limit_verdict
 from grbench.report.groups import best_first
 from grbench.report.repeats import NUMBER, pooled, ranking_percentile, run_count
+from grbench.report.screen import unwrapped
 from grbench.report.work import scenario_of
 
 MOST_COLUMNS = 10
@@ -188,8 +189,7 @@ def print_cells(console: Console, cells: list[Cell]) -> None:
     """
     if not cells:
         return
-    if not console.is_terminal:
-        console = Console(file=console.file, width=1000, color_system=None)
+    console = unwrapped(console)
     every = [record for _, record in cells]
     records = [record for group in comparable(every) for record in best_first(pooled(group))]
     columns = fitting(columns_for(records), records, console.width)

@@ -20,6 +20,7 @@ from rich.text import Text
 from grbench.config.arguments import Arguments
 from grbench.execution.environment import describe_environment, installed_version
 from grbench.execution.records import RunRecord
+from grbench.report.screen import unwrapped
 from grengines import registry as engines
 from grengines.cache import policies
 from grkernels import registry as kernels
@@ -176,18 +177,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _print(table: Table) -> None:
-    """Print the table: in a pipe neither wrapped nor with the blanks that fill a column."""
-    console = Console()
-    if console.is_terminal:
-        console.print(table)
-        return
-    wide = Console(width=1000, color_system=None)
-    with wide.capture() as capture:
-        wide.print(table)
-    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
-
-
 def main(words: Sequence[str]) -> int:
     """Print the findings. Returns 0 if everything that the default run needs is there, else 1."""
     args = parser().parse_args(words)
@@ -201,5 +190,5 @@ def main(words: Sequence[str]) -> int:
         for f in found:
             status = Text("ok", "green") if f.ok else Text("missing", "yellow")
             table.add_row(f.kind, f.name, status, Text(f.detail), Text(f.remedy))  # Text: "[vllm]" is no markup
-        _print(table)
+        unwrapped(Console()).print(table)
     return 0 if all(f.ok for f in found if f.kind == "package") else 1

@@ -610,6 +610,16 @@ def test_columns_appear_where_cells_have_their_figures(tmp_path: Path) -> None:
     assert "25.0 + 2.00" in lines[2] and "0.8123" in lines[2] and " 40.0 " in lines[2]
 
 
+def test_a_table_in_a_pipe_has_no_blanks_at_the_ends_of_lines(tmp_path: Path) -> None:
+    write_cell(tmp_path / "o" / "0", status=Status.TIMEOUT, error="it took too long")
+    cells = read_cells([tmp_path / "o"])
+    assert not any(line.endswith(" ") for line in screen(cells, None))
+    pipe = io.TextIOWrapper(io.BytesIO(), "ascii")
+    print_cells(Console(file=pipe), cells)
+    pipe.seek(0)
+    assert set(pipe.readlines()[1]) <= set("-+ \n")
+
+
 def test_notes_are_said_once(tmp_path: Path) -> None:
     for i in range(6):
         write_cell(
