@@ -12,8 +12,9 @@ of 640 requests, and a layer 48, by models of 5 to 40 layers on two cores of a X
 cost 21; 60 pairs of runs there gave 4.9% (standard error 0.8%), and the layer is 5.4% of the FLOPs. A note says what it
 took in this proof.
 
-With `runner.parallel` trials run beside each other. A trial stays on its cores, which should be whole physical ones of
-a quiet machine. A proof that was stopped goes on from its records, in compare_proof under `runner.output_root`.
+With `runner.parallel` several seeds are measured at a time. The three sides of a seed stay on its cores, which should
+be whole physical ones of a quiet machine. A proof that was stopped goes on from its records, in compare_proof under
+`runner.output_root`.
 """
 
 from __future__ import annotations
@@ -66,16 +67,15 @@ class Trials:
         earlier = {side: EarlierRecords([part.machine for part in parts]) for side in sides}
         for side, records in earlier.items():
             records.read(root / side, failed=False)
-        for trial in range(trials):
+        for seed in range(trials * runs):
             self.waiting.append([])
-            for seed in range(trial * runs, (trial + 1) * runs):
-                for side in _turned(list(sides), seed):
-                    spec = replace(sides[side], seed=seed)
-                    found, _ = earlier[side].of(spec)
-                    if found is not None:
-                        self.measured[trial][side].append(found)
-                    else:
-                        self.waiting[trial].append((trial, side, spec, root / side / f"{seed}"))
+            for side in _turned(list(sides), seed):
+                spec, trial = replace(sides[side], seed=seed), seed // runs
+                found, _ = earlier[side].of(spec)
+                if found is not None:
+                    self.measured[trial][side].append(found)
+                else:
+                    self.waiting[seed].append((trial, side, spec, root / side / f"{seed}"))
 
     @property
     def done(self) -> int:
@@ -83,9 +83,10 @@ class Trials:
         return sum(len(side) for trial in self.measured for side in trial.values())
 
     def measure(self, runner: RunnerConfig) -> None:
-        """Measure the cells that wait, each trial on one place. Raises CommandError for a cell that is not OK.
+        """Measure the cells that wait, the sides of each seed on one place.
 
-        The program exits upon a signal, after the records of running cells were kept.
+        Raises CommandError for a cell that is not OK. The program exits upon a signal, after the records of running
+        cells were kept.
         """
         begun, before = time.monotonic(), self.done
         if before:
@@ -99,8 +100,8 @@ class Trials:
         places = Places(self._parts, lambda line: print(line, file=sys.stderr))
         try:
             with raised():
-                for trial in filter(None, self.waiting):
-                    places.give([self._cell(*waiting, runner, progress) for waiting in trial])
+                for sides in filter(None, self.waiting):
+                    places.give([self._cell(*waiting, runner, progress) for waiting in sides])
                 places.wait()
         except KeyboardInterrupt as interrupt:
             places.interrupt(getattr(interrupt, "number", signal.SIGINT))
@@ -149,7 +150,7 @@ def notes_of(trials: Sequence[Trial], more: Sequence[Change]) -> list[str]:
         np.median([record.metrics[name] for record in records]) for name in ("samples", "duration_s")
     )
     cell_s = np.median([record.duration_s for record in records])
-    where = f"{beside['cells'] + 1} trials, cores of each: {len(beside['cores'])}" if beside else "one trial"
+    where = f"{beside['cells'] + 1} seeds, cores of each: {len(beside['cores'])}" if beside else "one seed"
     notes = [
         f"{len(records)} cells; a run answers {requests:.0f} requests in {measured_s:.1f} s, and its cell takes "
         f"{cell_s:.1f} s (medians); at a time: {where}",
