@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from helpers.checkout import ROOT
 from helpers.forks import in_fork
 
@@ -60,7 +62,7 @@ def output_of(name: str, program: str, sources: Sequence[str] = SOURCES, forked:
     """Return the folder that a Python program filled, and what it printed in OUTPUT. Its argument is the folder.
 
     forked: it runs in a fork, which has this process's imports except those of Triton and the kernels, because another
-    TRITON_INTERPRET gives other ones. Else it runs in a new process.
+    TRITON_INTERPRET gives other ones. Else, and where there is a GPU, which forks can't use, it runs in a new process.
     """
 
     def in_process(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -76,7 +78,8 @@ def output_of(name: str, program: str, sources: Sequence[str] = SOURCES, forked:
         exec(program, {"__name__": "__main__"})
 
     def fill(folder: Path) -> None:
-        done = in_fork(partial(work, folder), folder, timeout=280) if forked else in_process(folder)
+        fork = forked and not torch.cuda.is_available()
+        done = in_fork(partial(work, folder), folder, timeout=280) if fork else in_process(folder)
         assert done.returncode == 0, done.stderr[-2000:]
         (folder / OUTPUT).write_text(done.stdout)
 
