@@ -5,7 +5,7 @@ It measures them together, because in fp8 the norm also rounds, and moves half o
     torch, triton          the norm in that variant, and PyTorch's product in the dtype
     torch+fp8, triton+fp8  the norm writes e4m3 with scales, and the product is of e4m3 numbers (grkernels.fp8)
     triton+fp8+apart       the norm writes its dtype, and a pass of its own rounds to e4m3
-    triton+fp8+fast        the sums of triton+fp8 in the tensor cores' own precision (use_fast_accum)
+    triton+fp8+promoted    partial sums move from the tensor cores to fp32 registers (use_fast_accum=False)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from grkernels.variant import Cost
 
 FAMILY = "norm_product"
 NORMS = ("layer_norm", "norm_gate", "quantise")
-VARIANTS = ("torch", "triton", "torch+fp8", "triton+fp8", "triton+fp8+apart", "triton+fp8+fast")
+VARIANTS = ("torch", "triton", "torch+fp8", "triton+fp8", "triton+fp8+apart", "triton+fp8+promoted")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def bind(variant: str, *, norm: str, **given: Any) -> Callable[[], Tensor]:
         weight=weight.values,
         scales=weight.scales.t().contiguous(),
         bias=bias,
-        fast=variant.endswith("+fast") or fp8.FAST_ACCUMULATION,
+        fast=not variant.endswith("+promoted"),
     )
     apart, ready = variant.endswith("+apart"), None
     if not norm and not apart:

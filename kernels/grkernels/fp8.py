@@ -1,8 +1,8 @@
 """Products of e4m3 numbers: rows with a scale each, weights with a scale for each output channel.
 
 A row x [K] of the left operand becomes q [K] and a scale s = max|x| / 448 in fp32, with x near s q (`grkernels.pages`
-has the rule). So does each row of the weight [N, K]. A product of two rows is the sum of q q' in fp32, times both
-scales: exact but for the rounding of the operands, the order of the sum, and the result in bf16.
+has the rule). So does each row of the weight [N, K]. A product of two rows is the sum of q q', times both
+scales: exact but for the rounding of the operands, the bits of the sum, and the result in bf16.
 
 What writes rows computes their scales in the same pass (`layer_norm`, `norm_gate` and `quantise` with to="fp8"):
 nothing is calibrated, nothing waits for the host, and a row's numbers never depend on the rows beside it.
@@ -21,8 +21,10 @@ DTYPE = torch.float8_e4m3fn
 STEP = 16  # tensor cores take whole groups of 16 numbers
 CAPABILITY = (8, 9)  # the first one with e4m3
 SCALED_MM, EMULATED = "torch._scaled_mm", "emulated by PyTorch in fp32"
-# Tensor cores add e4m3 products with fewer bits than fp32. False: partial sums move to fp32 registers time and again.
-FAST_ACCUMULATION = False
+# Hopper's tensor cores add e4m3 products with about 14 bits (DeepSeek-V3, section 3.3.2). False: partial sums move to
+# fp32 registers time and again. On an H200 a product alone is then 8 to 23% slower, with the same error to two digits
+# up to K = 3072, since nearly all of it is the operands'. tests/kernels/test_fp8.py emulates sums up to K = 4096.
+FAST_ACCUMULATION = True
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def refusal() -> str | None:
 def product(x: Scaled, weight: Tensor, scales: Tensor, bias: Tensor | None, fast: bool = FAST_ACCUMULATION) -> Tensor:
     """Multiply rows x [L, K] with a weight, e4m3 [N, K] with scales fp32 [1, N]: bf16 [L, N] with bias [N].
 
-    On a GPU by torch._scaled_mm, which a CUDA graph can hold. On a CPU the same sums in fp32, which is slow and exact.
+    On a GPU by torch._scaled_mm, which a CUDA graph can hold. On a CPU the sums are in fp32, which is slow and exact.
     fast: FAST_ACCUMULATION of this product, on a GPU.
     """
     if not x.values.shape[0]:

@@ -131,6 +131,36 @@ def test_the_emulation_is_what_the_operator_of_a_gpu_computes() -> None:
     assert relative_error(product(x, weight.values, scales, bias), theirs) < 2**-8
 
 
+def summed_in_steps(a: Tensor, b: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor:
+    """Multiply a [M, K] with b [N, K] as Hopper's tensor cores are known to (DeepSeek-V3, section 3.3.2).
+
+    In steps of 32 products: these and the sum so far are shifted to the exponent of the largest of them, and what lies
+    14 bits below it is cut off before they are added.
+    """
+    total = a.new_zeros(len(a), len(b), 1)
+    for k in range(0, a.shape[1], 32):
+        terms = torch.cat([a[:, None, k : k + 32] * b[None, :, k : k + 32], total], 2)
+        _, exponent = torch.frexp(terms.abs().amax(2, keepdim=True))
+        unit = torch.exp2((exponent - 14).double())
+        total = (cut(terms / unit) * unit).sum(2, keepdim=True)
+    return total[..., 0]
+
+
+@pytest.mark.parametrize("cut", [torch.trunc, torch.floor])
+@pytest.mark.parametrize("inner", [512, 1536, 4096])
+def test_sums_of_14_bits_stay_within_the_tolerance(inner: int, cut: Callable[[Tensor], Tensor]) -> None:
+    """They are what `FAST_ACCUMULATION` takes. Whether bits are cut off towards zero is not known."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(24, inner), torch.randn(24, inner)
+    a, b = Scaled.of(x), Scaled.of(weight)
+    exact = x.double() @ weight.double().T
+    rounding = relative_error(through_pages(x, "fp8").double() @ through_pages(weight, "fp8").double().T, exact)
+    sums = a.values.double() @ b.values.double().T
+    made = summed_in_steps(a.values.double(), b.values.double(), cut)
+    assert 1e-4 < relative_error(made, sums) < (0.004 if cut is torch.trunc else 0.05)
+    assert relative_error(made * a.scales.double() * b.scales.double().T, exact) <= 2 * rounding
+
+
 TINY = [name for name in products.SHAPES if name.startswith("tiny")]
 
 
