@@ -1,20 +1,21 @@
 """Proof of `grbench compare` on real cells: what it claims of equal work, and of 5% more.
 
-    CUDA_VISIBLE_DEVICES= python experiments/compare_proof.py runner.parallel=8
-    python experiments/compare_proof.py engine.device=cuda model=hstu_0p2b scenario.queries=20000
+    python experiments/compare_proof.py
+    python experiments/compare_proof.py runner.parallel=gpus
 
-A trial measures three sides in turn, run by run with equal seeds: a model of 19 layers, the same again, and one of 20
+A trial measures three sides in turn, run by run with equal seeds: a model of 20 layers, the same again, and one of 21
 layers. `compare` then judges the second and the third against the first. Of 20 trials it may claim a difference of
 equal work in two, and must find the additional layer in 18. The exit code is 1 if it does not.
 
-The additional layer is 5% more work. Everything outside the layers takes as much processor time as one of them: 51 ms
-of 640 requests, and a layer 48, by models of 5 to 40 layers on two cores of a Xeon. So 19 layers cost 20 parts, and 20
-cost 21; 60 pairs of runs there gave 4.9% (standard error 0.8%), and the layer is 5.4% of the FLOPs. A note says what it
-took in this proof.
+The additional layer is 5.2% of the FLOPs. A note says what it took in this proof.
 
-With `runner.parallel` several seeds are measured at a time. The three sides of a seed stay on its cores, which should
-be whole physical ones of a quiet machine. A proof that was stopped goes on from its records, in compare_proof under
-`runner.output_root`.
+All trials have the same four seeds. The cells of a seed follow each other, trial by trial, and a worker for each side
+keeps its engine meanwhile, as `runner.keep_engine` allows. So a cell costs little more than its measurement. What
+differs between two starts of one engine is then the same in all trials; a note says how large it is.
+
+A batch takes the GPU several times as long as the host, because a GPU is steady and the cores of a shared machine are
+not. With `runner.parallel=gpus` seeds run beside each other, each on a GPU of its own. A proof that was stopped goes on
+from its records, in compare_proof under `runner.output_root`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import common
 import numpy as np
@@ -43,39 +45,53 @@ from grbench.report.compare import Change, Verdict, compare, t_interval
 from grbench.signals import exit_code, raised
 
 DEFAULTS = [
-    *("engine=hstu", "engine.device=cpu", "engine.cpu_threads=1", "model=hstu_tiny"),
-    *("scenario=offline", "scenario.queries=2000", "warmup_batches=3"),
-    *("workload=synthetic", "workload.history_median=16", "workload.min_history=8", "workload.max_history=32"),
-    *("workload.num_candidates=8", "gate.requests=2", "gate.measured=16", "tracking=none"),
+    *("engine=hstu", "engine.device=cuda", "engine.cuda_graphs=true", "kernel=torch", "model=hstu_tiny"),
+    *("model.embedding_dim=512", "model.heads=4", "model.qk_dim=128", "model.v_dim=128"),
+    *("scenario=offline", "scenario.max_batch=16", "scenario.queries=960", "warmup_batches=3"),
+    *("workload=synthetic", "workload.visits=64", "workload.users=64", "workload.items=1000"),
+    *("workload.min_history=480", "workload.max_history=480"),  # with 32 candidates 512 tokens, a graph's length
+    *("gate.requests=2", "gate.measured=1", "tracking=none", "runner.keep_engine=true"),
 ]
 WORST_FIRST = (Verdict.SLOWER, Verdict.FASTER, Verdict.UNKNOWN, Verdict.UNDECIDED, Verdict.SAME)
-LAYERS = {"base": 19, "equal": 19, "more": 20}
+LAYERS = {"base": 20, "equal": 20, "more": 21}
 ALLOWED, NEEDED = 0.1, 0.9  # shares of the trials: of wrong claims, and of differences found
 PROGRESS_S = 10.0
 
 Trial = dict[str, list[Measured]]  # the measured cells of each side
 
 
+class Waiting(NamedTuple):
+    """A cell that is to be measured."""
+
+    trial: int
+    side: str
+    spec: RunSpec
+    folder: Path
+
+
 class Trials:
-    """The cells of all trials: those that have a record under `root`, and those that are to be measured."""
+    """The cells of all trials: those that have a record under `root`, and for each seed those that wait."""
 
     def __init__(self, sides: dict[str, RunSpec], trials: int, runs: int, root: Path, parts: Sequence[Part]) -> None:
         self.measured: list[Trial] = [{side: [] for side in sides} for _ in range(trials)]
+        self.waiting: list[list[Waiting]] = [[] for _ in range(runs)]
         self._parts, self._total = parts, trials * runs * len(sides)
-        self.waiting: list[list[tuple[int, str, RunSpec, Path]]] = []
         self._failed = False
-        earlier = {side: EarlierRecords([part.machine for part in parts]) for side in sides}
-        for side, records in earlier.items():
-            records.read(root / side, failed=False)
-        for seed in range(trials * runs):
-            self.waiting.append([])
-            for side in _turned(list(sides), seed):
-                spec, trial = replace(sides[side], seed=seed), seed // runs
-                found, _ = earlier[side].of(spec)
-                if found is not None:
-                    self.measured[trial][side].append(found)
-                else:
-                    self.waiting[seed].append((trial, side, spec, root / side / f"{seed}"))
+        for number, trial in enumerate(self.measured):
+            earlier = {side: EarlierRecords([part.machine for part in parts]) for side in sides}
+            for side, records in earlier.items():
+                records.read(root / f"{number}" / side, failed=False)
+            for seed, waiting in enumerate(self.waiting):
+                specs = {side: replace(spec, seed=seed) for side, spec in sides.items()}
+                found = [record for side, spec in specs.items() if (record := earlier[side].of(spec)[0])]
+                if len(found) == len(sides):
+                    for side, record in zip(sides, found, strict=True):
+                        trial[side].append(record)
+                else:  # all three: this time they may run on another GPU
+                    waiting += [
+                        Waiting(number, side, specs[side], root / f"{number}" / side / f"{seed}")
+                        for side in _turned(list(sides), number + seed)
+                    ]
 
     @property
     def done(self) -> int:
@@ -83,10 +99,9 @@ class Trials:
         return sum(len(side) for trial in self.measured for side in trial.values())
 
     def measure(self, runner: RunnerConfig) -> None:
-        """Measure the cells that wait, the sides of each seed on one place.
+        """Measure the cells that wait, those of a seed on one place. Raises CommandError for a cell that is not OK.
 
-        Raises CommandError for a cell that is not OK. The program exits upon a signal, after the records of running
-        cells were kept.
+        The program exits upon a signal, after the records of running cells were kept.
         """
         begun, before = time.monotonic(), self.done
         if before:
@@ -100,8 +115,8 @@ class Trials:
         places = Places(self._parts, lambda line: print(line, file=sys.stderr))
         try:
             with raised():
-                for sides in filter(None, self.waiting):
-                    places.give([self._cell(*waiting, runner, progress) for waiting in sides])
+                for cells in filter(None, self.waiting):
+                    places.give([self._cell(waiting, runner, progress) for waiting in cells])
                 places.wait()
         except KeyboardInterrupt as interrupt:
             places.interrupt(getattr(interrupt, "number", signal.SIGINT))
@@ -113,9 +128,9 @@ class Trials:
                 places.interrupt(signal.SIGINT)
             places.close()
 
-    def _cell(
-        self, trial: int, side: str, spec: RunSpec, folder: Path, runner: RunnerConfig, progress: Callable[[], None]
-    ) -> Cell:
+    def _cell(self, waiting: Waiting, runner: RunnerConfig, progress: Callable[[], None]) -> Cell:
+        trial, side, spec, folder = waiting
+
         def on_end(folder: Path, record: RunRecord) -> None:
             if record.ok:
                 self.measured[trial][side].append((folder, record))
@@ -124,12 +139,12 @@ class Trials:
                 self._failed = True
                 raise CommandError(f"{side}, seed {spec.seed}: {record.status}: {record.error}", 2)
 
-        return Cell(spec, runner, folder, None, [], None, on_event=lambda event: None, on_end=on_end)
+        return Cell(spec, runner, folder, None, [], None, on_event=lambda event: None, on_end=on_end, lane=side)
 
 
-def _turned(sides: list[str], seed: int) -> list[str]:
-    """Return the sides in another order for each of three seeds in turn."""
-    return sides[seed % 3 :] + sides[: seed % 3]
+def _turned(sides: list[str], number: int) -> list[str]:
+    """Return the sides in another order for each of three numbers in turn."""
+    return sides[number % 3 :] + sides[: number % 3]
 
 
 def judge(trial: Trial, side: str) -> tuple[Verdict, list[Change]]:
@@ -142,28 +157,33 @@ def judge(trial: Trial, side: str) -> tuple[Verdict, list[Change]]:
 def notes_of(trials: Sequence[Trial], more: Sequence[Change]) -> list[str]:
     """Return what was measured, and how steadily. more: the first change of the side with more work, of each trial."""
     records = [record for trial in trials for side in trial.values() for _, record in side]
-    metric, beside = more[0].metric, records[0].environment.get("beside")
-    of_runs = [{side: _by_seed(found, metric) for side, found in trial.items()} for trial in trials]
-    pairs = np.array([trial["equal"] - trial["base"] for trial in of_runs])  # [trials, runs]
-    spread = pairs.std(axis=1, ddof=1)
+    metric = more[0].metric
     requests, measured_s = (
         np.median([record.metrics[name] for record in records]) for name in ("samples", "duration_s")
     )
     cell_s = np.median([record.duration_s for record in records])
-    where = f"{beside['cells'] + 1} seeds, cores of each: {len(beside['cores'])}" if beside else "one seed"
+    beside = records[0].environment.get("beside")
+    of_runs = [{side: _by_seed(found, metric) for side, found in trial.items()} for trial in trials]
+    pairs = np.array([trial["equal"] - trial["base"] for trial in of_runs])  # [trials, runs]
     notes = [
-        f"{len(records)} cells; a run answers {requests:.0f} requests in {measured_s:.1f} s, and its cell takes "
-        f"{cell_s:.1f} s (medians); at a time: {where}",
-        f"standard deviation of a run, by equal runs of one seed: {math.sqrt((spread**2).mean() / 2):.2%} of {metric}",
+        f"{len(records)} cells; a run answers {requests:.0f} requests in {measured_s:.2g} s, and its cell takes "
+        f"{cell_s:.2g} s (medians); seeds beside each other: {beside['cells'] + 1 if beside else 1}",
+        f"standard deviation of a run, by equal runs of one seed: {_of_a_run(pairs.var(axis=1, ddof=1))} of {metric}",
     ]
     logs = np.log([change.ratio for change in more])
     if len(logs) > 1:
+        notes.append(f"of the same engines, from trial to trial: {_of_a_run(pairs.var(axis=0, ddof=1))}")
         middle, half = t_interval(np.zeros(len(logs)), logs, paired=True, confidence=0.95)
         low, high = (math.exp(middle + sign * half) - 1 for sign in (-1, 1))
         notes.append(f"the additional layer changed {metric} by {math.expm1(middle):+.2%} [{low:+.2%}, {high:+.2%}]")
     if disturbed := sum(any(DISTURBED in note for note in record.notes) for record in records):
         notes.append(f"{disturbed} of {len(records)} cells ran beside other work: repeat the proof on an idle machine")
     return notes
+
+
+def _of_a_run(variances: np.ndarray) -> str:
+    """Return the standard deviation of a run, from variances of the difference of two."""
+    return f"{math.sqrt(variances.mean() / 2):.2%}"
 
 
 def _by_seed(side: Sequence[Measured], metric: str) -> np.ndarray:
@@ -174,7 +194,7 @@ def _by_seed(side: Sequence[Measured], metric: str) -> np.ndarray:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__ or "")
     parser.add_argument("--trials", type=int, default=20, help="comparisons of each kind (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=6, help="runs of each side in a trial (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=4, help="runs of each side in a trial (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.trials < 1 or args.runs < 2:
         parser.error(f"--trials {args.trials} --runs {args.runs}: allowed are at least 1 and 2")

@@ -17,6 +17,7 @@ import select
 import signal
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def main() -> None:
 
 def measure(lines: Iterable[str], say: Say) -> None:
     """Measure the cells of each line until a signal comes. say: takes the messages."""
-    kept = KeptWorker()
+    kept: defaultdict[str, KeptWorker] = defaultdict(KeptWorker)
     try:
         with raised():
             for line in lines:
@@ -50,12 +51,13 @@ def measure(lines: Iterable[str], say: Say) -> None:
                 for cell in json.loads(line):
                     if _gone.is_set():  # since before `_running` was set: no signal comes
                         return
-                    _measure(cell, kept, say)
+                    _measure(cell, kept[cell["lane"]], say)
                 _running.clear()
     except KeyboardInterrupt:
         pass
     finally:
-        kept.close()
+        for lane in kept.values():
+            lane.close()
 
 
 def _measure(cell: dict[str, Any], kept: KeptWorker, say: Say) -> None:

@@ -43,7 +43,7 @@ TOPOLOGY = Path("/sys/devices/system/cpu")
 class Cell:
     """A cell that a place measures. Fields as the arguments of run_cell.
 
-    on_end: takes the record and its folder.
+    on_end: takes the record and its folder. lane: with `runner.keep_engine` a place keeps the last engine of each.
     """
 
     spec: RunSpec
@@ -54,6 +54,7 @@ class Cell:
     config_dir: Path | None
     on_event: Callable[[Event], None]
     on_end: Callable[[Path, RunRecord], None]
+    lane: str = ""
 
 
 class Part(ABC):
@@ -110,6 +111,7 @@ class Place(ABC):
             "sweep_id": cell.sweep_id,
             "overrides": cell.overrides,
             "config_dir": str(cell.config_dir) if cell.config_dir else None,
+            "lane": cell.lane,
             "beside": self.part.beside,
             "facts": self.part.facts,
         }

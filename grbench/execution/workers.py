@@ -26,14 +26,16 @@ from grbench.execution.records import JOB_FILE, LOG_FILE
 
 GRACE_S = 5.0  # for an engine to be closed
 Event = dict[str, Any]
+_living: list[Worker] = []  # of this process
 
 
 class Worker:
-    """A worker process. gpu: use of the GPU before it started."""
+    """A worker process. gpu: use of the GPU before it started, and before those that live beside it."""
 
     def __init__(self, spec: RunSpec, runner: RunnerConfig, folder: Path, keep: bool) -> None:
         """Start a process with its first cell. keep: it waits for another one afterwards. Raises OSError."""
-        self.gpu: GpuUse | None = gpu_in_use()  # the worker's own work would count as that of others
+        # Work of this process's workers, also of idle ones, would count as that of others.
+        self.gpu: GpuUse | None = _living[0].gpu if _living else gpu_in_use()
         read, self._report_fd = os.pipe()
         self._jobs_fd, self._jobs = os.pipe()
         self._channel = open(read, "rb", buffering=0)  # noqa: PTH123, SIM115  (a file descriptor)
@@ -57,6 +59,7 @@ class Worker:
         finally:
             os.close(self._report_fd)
             os.close(self._jobs_fd)
+        _living.append(self)
 
     @property
     def pid(self) -> int:
@@ -115,6 +118,7 @@ class Worker:
 
     def stop(self, grace_s: float = 0.0) -> None:
         """Give the worker time to leave, then end its whole process group, helpers included."""
+        _living.remove(self)
         os.close(self._jobs)  # one that waits for a cell ends
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -12,8 +12,9 @@ from helpers.command import Grbench
 
 from grbench.config.compose import compose_spec
 from grbench.config.schema import RunnerConfig
-from grbench.execution import records, worker
+from grbench.execution import records, worker, workers
 from grbench.execution.environment import code_digest
+from grbench.execution.gpu import GpuUse
 from grbench.execution.kept import engine_key
 from grbench.execution.workers import KeptWorker, Worker
 from grengines import registry
@@ -112,6 +113,29 @@ def test_an_idle_worker_that_cannot_be_given_a_cell_is_stopped() -> None:
     with pytest.raises(OSError, match="No space left"):
         offered(full, code_digest())
     assert full.stopped
+
+
+def test_what_idle_workers_do_on_the_gpu_is_not_work_of_others(
+    forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [GpuUse(processes, 0.0) for processes in range(3)]
+    monkeypatch.setattr(workers, "gpu_in_use", iter(others).__next__)
+    spec = compose_spec(list(SMALL))[0]
+
+    def started(name: str) -> Worker:
+        (tmp_path / name).mkdir()
+        return Worker(spec, RunnerConfig(), tmp_path / name, keep=True)
+
+    one, beside = started("one"), started("beside")
+    assert (one.gpu, beside.gpu) == (others[0], others[0])
+    one.stop()
+    third = started("third")
+    assert third.gpu == others[0]
+    for worker_left in (beside, third):
+        worker_left.stop()
+    alone = started("alone")
+    alone.stop()
+    assert alone.gpu == others[1]
 
 
 def test_a_hopeless_rate_ends_early_without_a_latency(

@@ -25,7 +25,7 @@ from grbench import cli, workloads
 from grbench.cachesim import config as cachesim
 from grbench.config.compose import compose_jobs, compose_spec
 from grbench.config.schema import RunnerConfig
-from grbench.execution import results
+from grbench.execution import records, results
 from grbench.kernelbench import config as kernelbench
 from grengines.api import UnavailableError
 from grengines.tensorrt import library
@@ -275,32 +275,42 @@ def test_the_proof_of_compare_counts_its_claims(
     assert float(change) / 100 == pytest.approx(1 / more - 1, abs=0.001)
 
 
-def test_the_proof_of_compare_measures_its_sides_in_turn_and_goes_on_from_its_records(
+def test_the_proof_of_compare_keeps_its_engines_and_goes_on_from_its_records(
     program: Any, forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """One trial of two runs. Then one of its cells is measured again."""
+    """Two trials of two runs. Then the three cells of one seed are measured again."""
     module = program("compare_proof")
     monkeypatch.chdir(tmp_path)
     fork_places(monkeypatch)
-    words = ["--trials", "1", "--runs", "2", "scenario.queries=32", "workload.visits=64", "gate.measured=2"]
+    model = ["embedding_dim=16", "heads=1", "qk_dim=16", "v_dim=16"]
+    load = ["scenario.queries=32", "scenario.max_batch=4", "workload.visits=8", "warmup_batches=1"]
+    history = ["workload.min_history=16", "workload.max_history=16", "workload.num_candidates=4"]
+    device = ["engine.device=cpu", "engine.cpu_threads=1", "engine.cuda_graphs=false"]
+    words = ["--trials", "2", "--runs", "2", *device, *(f"model.{word}" for word in model), *load, *history]
+    root = tmp_path / "outputs" / "compare_proof"
 
-    def records_of_a_proof() -> dict[Path, int]:
-        with pytest.raises(SystemExit, match="1"):  # two runs cannot find 5%
+    def measured() -> dict[str, Any]:
+        with contextlib.suppress(SystemExit):  # two runs prove nothing
             module.main(words)
-        return {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs").rglob("record.json")}
+        return {str(folder.relative_to(root)): record for folder, record in records.find(root)}
 
-    first = records_of_a_proof()
-    order = [path.parent.relative_to(tmp_path / "outputs" / "compare_proof") for path in sorted(first, key=first.get)]
-    turned = [("base", "equal", "more"), ("equal", "more", "base")]
-    assert list(map(str, order)) == [f"{side}/{seed}" for seed, sides in enumerate(turned) for side in sides]
+    def kept_from_before(record: Any) -> bool:
+        return any("had measured 1 other loads before" in note for note in record.notes)
+
+    first = measured()
+    orders = [("base", "equal", "more"), ("equal", "more", "base"), ("more", "base", "equal")]
+    cells = [f"{trial}/{side}/{seed}" for seed in (0, 1) for trial in (0, 1) for side in orders[trial + seed]]
+    written = sorted(cells, key=lambda cell: (root / cell / "record.json").stat().st_mtime_ns)
+    assert written == cells and first.keys() == set(cells)
+    assert {cell for cell, record in first.items() if kept_from_before(record)} == {*cells[3:6], *cells[9:]}
     said = capsys.readouterr()
-    assert "6 cells; a run answers 32 requests in " in said.out
+    assert "12 cells; a run answers 32 requests in " in said.out
+    assert "of the same engines, from trial to trial: " in said.out
     assert "have a record" not in said.err
-    lost = tmp_path / "outputs" / "compare_proof" / "equal" / "1" / "record.json"
-    lost.unlink()
-    again = records_of_a_proof()
-    assert "5 of 6 cells have a record" in capsys.readouterr().err
-    assert {path for path in again if again[path] != first[path]} == {lost}
+    (root / "1" / "equal" / "1" / "record.json").unlink()
+    again = measured()
+    assert "9 of 12 cells have a record" in capsys.readouterr().err
+    assert again.keys() == {*cells, "1/base/1.1", "1/more/1.1"}
 
 
 @pytest.mark.parametrize("name", ["front_end", "overload"])
