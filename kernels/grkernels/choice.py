@@ -17,7 +17,7 @@ class RefusedError(ValueError):
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The variant of each family, and a line for each faster one that can't run here."""
+    """The variant of each family, and a line for each one before it that auto did not take."""
 
     variants: dict[str, str]
     passed_over: list[str]
@@ -53,9 +53,9 @@ def choose(
 ) -> KernelChoice:
     """Choose the variant of each family for a model of these sizes. Nothing is timed.
 
-    Auto is the first variant in the family's order for the device (`FamilySpec.fastest`) that can run. device: cuda or
-    cpu. dtype: fp32, fp16 or bf16. allowed: the only variants that auto may take. Raises RefusedError if a named
-    variant can't run.
+    Auto is the first variant in the family's order for the device (`FamilySpec.fastest`) that can run and is not slow
+    at these sizes (`FamilySpec.slow`). device: cuda or cpu. dtype: fp32, fp16 or bf16. allowed: the only variants that
+    auto may take. Raises RefusedError if a named variant can't run.
     """
     chosen: dict[str, str] = {}
     passed_over: dict[tuple[str, str], list[str]] = {}
@@ -80,7 +80,7 @@ def choose(
 def _tried(
     spec: FamilySpec, device: str, dtype: str, sizes: Sizes, allowed: Collection[str] | None
 ) -> Iterator[tuple[str, str | None]]:
-    """Yield variants, the fastest on any device first, each with None if it can run here, else the reason."""
+    """Yield variants, the fastest on any device first, each with None to take it, else the reason against it."""
     kind = registry.device_kind(device)
     order = spec.fastest[kind]
     for variant in dict.fromkeys((*spec.fastest["sm90"], *order)):
@@ -93,4 +93,5 @@ def _tried(
         elif allowed is not None and variant not in allowed:
             yield variant, f"this engine takes {', '.join(allowed)} only"
         else:
-            yield variant, registry.unsupported(spec.name, variant, device=device, dtype=dtype, **spec.dims(sizes))
+            refused = registry.unsupported(spec.name, variant, device=device, dtype=dtype, **spec.dims(sizes))
+            yield variant, refused or spec.slow(sizes).get(variant)

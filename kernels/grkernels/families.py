@@ -34,6 +34,12 @@ FASTEST = {"sm90": ("cutlass", "triton", "torch"), "cuda": ("triton", "torch"), 
 # H200, bf16, commit 136674a: layer_norm 35.1 us in Triton and 35.6 us in CuTe at 34816x1024, token_embedding
 # 6.5 and 6.8 us at 1280x512; equal elsewhere.
 TRITON_FIRST = FASTEST | {"sm90": ("triton", "cutlass", "torch")}
+# H200, commit 9c484bf, 8 x (3968 cached + 384) of 4x256: int8 pages 0.280 ms in Triton and 0.227 in CuTe, fp8 pages
+# 0.243 and 0.245. An engine with CuTe's forms had not started after 60 s, and with Triton's ran through in 45 s.
+SLOW_BYTES = (
+    "over pages in 8 bits it is measured at most a fifth faster than triton and compiles for over a minute; "
+    "kernel.hstu_attention=cutlass takes it"
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class FamilySpec:
     variants: Mapping[str, Needs] = field(default_factory=lambda: EVERY)
     dims: Callable[[Sizes], dict[str, Any]] = lambda sizes: {}  # arguments of `supports` other than device and dtype
     fastest: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FASTEST)
+    slow: Callable[[Sizes], dict[str, str]] = lambda sizes: {}  # what auto passes over though it runs, with the reason
     of_model: bool = True  # kernel=NAME sets it; False: auto chooses, unless kernel.<family> names a variant
     writes: tuple[str, ...] = ()  # arguments that are the outputs, written in place; (): what is returned
     package: str = ""
@@ -105,6 +112,7 @@ _ROWS = (
             "stored": s.stored,
             "extras": s.attention,
         },
+        slow=lambda s: {"cutlass": SLOW_BYTES} if s.stored else {},
     ),
     FamilySpec(
         "norm_gate",

@@ -185,7 +185,7 @@ def test_wrong_pages_fail_the_check(kind: str, wrong: str) -> None:
         check(lambda **options: attention("torch")(**options | WRONG[wrong](options)), case)
 
 
-def test_variants_that_read_their_own_dtype_only_refuse_and_auto_passes_them_over(
+def test_variants_that_can_not_read_8_bits_or_are_slow_at_it_are_passed_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -196,11 +196,15 @@ def test_variants_that_read_their_own_dtype_only_refuse_and_auto_passes_them_ove
     for change in ({"dtype": "fp16"}, {"qk_dim": 96}):
         why = registry.refusal("hstu_attention", "cutlass", **{"device": "cuda", "dtype": "bf16", **sizes, **change})
         assert why is not None and "in heads of multiples of 64" in why
-    asked = dict.fromkeys(("hstu_attention", "paged_write"), AUTO)
-    for dtype, chosen in (("bf16", "cutlass"), ("fp16", "triton")):
-        made = choice.choose(asked, device="cuda", dtype=dtype, sizes=Sizes(page=64, stored="int8", captured=True))
-        assert made.variants == {"hstu_attention": chosen, "paged_write": "triton"}
-    assert any(line.startswith("cutlass passed over for hstu_attention: pages in int8") for line in made.passed_over)
+    asked, bytes_ = dict.fromkeys(("hstu_attention", "paged_write"), AUTO), Sizes(page=64, stored="int8", captured=True)
+    reasons = {"bf16": "over pages in 8 bits it is measured", "fp16": "pages in int8: they become bf16"}
+    for dtype, reason in reasons.items():
+        made = choice.choose(asked, device="cuda", dtype=dtype, sizes=bytes_)
+        assert made.variants == {"hstu_attention": "triton", "paged_write": "triton"}
+        assert any(line.startswith(f"cutlass passed over for hstu_attention: {reason}") for line in made.passed_over)
+    wide = choice.choose(asked, device="cuda", dtype="bf16", sizes=Sizes(page=64, captured=True))
+    named = choice.choose({"hstu_attention": "cutlass"}, device="cuda", dtype="bf16", sizes=bytes_)
+    assert wide.variants["hstu_attention"] == named.variants["hstu_attention"] == "cutlass" and not named.passed_over
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     for family in asked:
         supports = registry.get(family, "triton").supports
