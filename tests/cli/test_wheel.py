@@ -80,7 +80,8 @@ def test_the_wheel_composes_outside_the_checkout(venv: Path, tmp_path: Path) -> 
 def test_the_installed_command_measures_a_cell_in_an_empty_folder(venv: Path, tmp_path: Path) -> None:
     overrides = ["engine=hstu", "workload=synthetic", "workload.max_requests=64", "workload.max_history=64"]
     overrides += ["scenario=closed_loop", "scenario.queries=64", "gate.requests=2", "tracking=none"]
-    places = min(2, len(os.sched_getaffinity(0)))  # with two, the cell has a place, which is a process too
+    cores = len(os.sched_getaffinity(0))
+    places = min(2, cores)  # with two, the cell has a place, which is a process too
     overrides += [f"runner.parallel={places}"]
     done = subprocess.run(
         [str(venv / "bin" / "grbench"), *overrides],
@@ -94,3 +95,4 @@ def test_the_installed_command_measures_a_cell_in_an_empty_folder(venv: Path, tm
     [(_, record)] = list(records.find(tmp_path / "outputs"))
     assert record.status is Status.OK
     assert record.gate["passed"]
+    assert record.environment["cpu_cores"] == cores // places
