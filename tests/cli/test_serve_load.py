@@ -21,7 +21,7 @@ from grengines.remote.client import Client, ServerError
 
 WORDS = [*TINY, "engine=hstu", "cache=lru"]
 CALLERS = 2
-PAUSE_S = 0.01  # after each call: without it the callers take the core that the server reloads on
+PAUSE_S = 0.02  # after each call: without it the callers take the core that the server reloads on
 
 
 class Load:
