@@ -544,6 +544,17 @@ def test_a_kept_choice_of_groups_gives_what_hydra_gives(
         assert result(lambda: composition.compose("config", words)) == expected
 
 
+def test_a_default_that_refers_to_a_choice_follows_it(tmp_path: Path) -> None:
+    (tmp_path / "refers.yaml").write_text("defaults: [engine: a, kernel: '${engine}_fast', _self_]\n")
+    for name in ("engine/a", "engine/b", "kernel/a_fast", "kernel/b_fast"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(f"name: {name}\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        for choice in "ab":
+            cfg = composition.compose("refers", [f"engine={choice}"])
+            assert (cfg.engine.name, cfg.kernel.name) == (f"engine/{choice}", f"kernel/{choice}_fast")
+
+
 def test_a_kept_choice_of_groups_follows_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kept configuration is used once more, and not when a file has changed or when it was found elsewhere."""
     composed: list[list[str]] = []
