@@ -274,6 +274,7 @@ def register_schemas() -> None:
     for (group, name), node in found.items():
         if _registered.get((group, name)) is not node:  # Hydra takes milliseconds for each
             ConfigStore.instance().store(group=group or None, name=name, node=node)
+    _registered.clear()  # of an engine that is gone: what was composed without it can be used again
     _registered.update(found)
 
 
@@ -281,7 +282,7 @@ _registered: dict[tuple[str, str], type] = {}
 
 
 def registered() -> tuple[type, ...]:
-    """Return the schemas that were registered."""
+    """Return the schemas that the last registration had."""
     return tuple(_registered.values())
 
 
