@@ -14,7 +14,7 @@ from importlib import import_module
 from grbench.subcommands import SUBCOMMANDS, call
 
 HYDRA = ("run", "kernels", "cachesim", "train")  # with a configuration of their own
-WITH_OVERRIDES = ("sizing", "overhead", "export", "build-plan")  # take the overrides of `run` between their flags
+WITH_OVERRIDES = ("sizing", "overhead", "quantise", "export", "build-plan")  # take those of `run` between their flags
 
 
 def answer(words: Sequence[str]) -> int:

@@ -42,6 +42,7 @@ SUBCOMMANDS = {
     ),
     "train": Subcommand("grbench.training.command:main", "train a small model on a workload, for the engines to run"),
     "evaluate": Subcommand("grbench.quality.command:main", "compute hit rate, NDCG or AUC of trained models"),
+    "quantise": Subcommand("grbench.quality.quantise:main", "write a ranker's weights in e4m3, and say what is lost"),
     "export": Subcommand("grbench.tools.export:main", "export a ranking model to ONNX and torch.export"),
     "build-plan": Subcommand("grbench.tools.build_plan:main", "build a TensorRT plan, for this or another GPU"),
 }

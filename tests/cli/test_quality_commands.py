@@ -128,6 +128,46 @@ def test_a_ranker_learns_what_the_workload_labels_by_default(grbench_here: Grben
     share = int(re.search(r"(\d+)% of the histories of ranked requests were read from the KV cache", found.stdout)[1])
     assert share > 50
 
+    made = grbench_here("quantise", *typed, "gate.quality_requests=20", "--out", "small/e4m3.safetensors")
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "small" / "e4m3.items.csv").is_file()
+    assert all(
+        f"| {name}, {of} |" in made.stdout for name in ("layers.0.uvqk", "head_hidden") for of in ("weight", "operand")
+    )
+    auc = float(re.search(r"\| rated/auc \| (\S+) \| \S+% \(\S+% to \S+%\) \|", made.stdout)[1])
+    typed[-1] = "model.weights=small/e4m3.safetensors"
+    words = ["engine.precision=fp8", "gate.quality_requests=20", "--out", "again"]
+    again = grbench_here("evaluate", *typed, *words)
+    assert again.returncode == 0, again.stderr
+    [row] = json.loads((tmp_path / "again" / "results.json").read_text())["rows"]
+    assert row["precision"] == "fp8" and row["metrics"]["quality/rated/auc"] == pytest.approx(auc, abs=6e-5)
+    for out, message in (
+        ("small/e4m3.safetensors", "it is model.weights; give another file"),
+        ("other.safetensors", "is in e4m3 already; give the weights that it was made of"),
+        ("small/e4m3.bin", "allowed is a name that ends in .safetensors"),
+    ):
+        refused = grbench_here("quantise", *typed, "gate.quality_requests=20", "--out", out)
+        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["engine=hstu"], "model.weights=null: random weights have no quality; give a file, or run `grbench train`"),
+        (["engine=hstu", "task=generate"], "engine.precision=fp8 is for ranking; set engine.precision=bf16, or task="),
+        (["engine=aoti"], "engine.precision=fp8: allowed is one of auto, fp32, fp16, bf16"),
+        (
+            ["engine=hstu", "model.head_dim=40"],
+            "engine.precision=fp8 and model.head_dim=40: allowed are multiples of 16",
+        ),
+        (["engine=hstu", "--requests", "0"], "--requests 0: allowed is >= 1"),
+        (["engine=hstu", "model.weights=none.safetensors"], "model.weights=none.safetensors: no such file"),
+    ],
+)
+def test_what_can_not_be_quantised_is_named(grbench_here: Grbench, words: list[str], message: str) -> None:
+    done = grbench_here("quantise", *words, "workload=ml_100k", "--out", "e4m3.safetensors")
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
 
 @pytest.mark.parametrize(
     "words, message",

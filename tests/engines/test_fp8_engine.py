@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.hstu_oracle import make_requests
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from grbench import workloads
 from grbench.config.compose import compose_spec
@@ -24,6 +26,7 @@ from grengines.api import Catalogue, Setup, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hstu.config import FP8_STEP, HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine
+from grengines.models.hstu import calibration
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.fp8 import Product, use_fp8
 from grengines.models.hstu.model import HSTURanker, build_model
@@ -33,6 +36,7 @@ from grengines.numerics import IncorrectError, relative_error
 from grkernels import fp8
 from grkernels.choice import requested
 from grkernels.fp8 import Scaled
+from grkernels.rounding import through_pages
 
 BASE = [
     "model=hstu_tiny",
@@ -280,6 +284,102 @@ def test_weights_take_half_of_the_bytes_and_count_as_parameters() -> None:
     products = sum(m.weight.numel() for m in models[1].modules() if isinstance(m, Product))
     assert sizes[0] - sizes[1] == products > 0 and counts[0] == counts[1]
     assert "fp8_products" not in engine_of(precision="bf16").actual()
+
+
+# Weights in e4m3 in a file.
+
+
+def scores_of(weights: Path, precision: str) -> np.ndarray:
+    engine = engine_of(dataclasses.replace(MODEL, weights=str(weights)), precision=precision)
+    scores = np.concatenate(engine.rank(REQUESTS).scores)
+    engine.close()
+    return scores
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """A file of weights and the same in e4m3."""
+    model = build_model(MODEL, CATALOGUE, 5, "cpu", torch.float32)
+    model.layers[0].uvqk.weight[3] *= 50
+    paths = tmp_path / "wide.safetensors", tmp_path / "e4m3.safetensors"
+    save_weights(model, paths[0], facts={"kept": "yes"})
+    calibration.write(*paths)
+    return paths
+
+
+def test_a_file_in_e4m3_gives_the_answers_of_the_one_that_it_was_made_of(files: tuple[Path, Path]) -> None:
+    """Bit by bit: rounding what is rounded already changes nothing, though the loader's bf16 stands between."""
+    wide, small = files
+    assert np.array_equal(scores_of(small, "fp8"), scores_of(wide, "fp8"))
+    assert not np.array_equal(scores_of(small, "bf16"), scores_of(wide, "bf16"))
+    models = [
+        build_model(dataclasses.replace(MODEL, weights=str(p)), CATALOGUE, 5, "cpu", torch.bfloat16) for p in files
+    ]
+    for model in models:
+        use_fp8(model)
+    products = [[m for m in model.modules() if isinstance(m, Product)] for model in models]
+    for a, b in zip(*products, strict=True):
+        assert torch.equal(a.weight.view(torch.uint8), b.weight.view(torch.uint8)) and torch.equal(a.scales, b.scales)
+    with safe_open(str(small), framework="pt") as f:
+        assert f.metadata()["kept"] == "yes"
+        assert sum(f.get_tensor(name).dtype is fp8.DTYPE for name in f.keys()) == len(products[0])  # noqa: SIM118
+    with pytest.raises(ValueError, match=r"e4m3\.safetensors: tensor head_hidden\.weight is in e4m3 already"):
+        calibration.write(small, wide)
+
+
+SPOILED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "no scales": (
+        lambda t: t.pop("layers.1.out.weight_scales"),
+        r"layers\.1\.out\.weight is in e4m3 without .*_scales",
+    ),
+    "other scales": (
+        lambda t: t.update({"layers.1.out.weight_scales": torch.ones(1, 1)}),
+        r"layers\.1\.out\.weight_scales \[32, 1\]; run `grbench quantise`",
+    ),
+    "NaN": (
+        lambda t: t["layers.0.uvqk.weight_scales"].fill_(torch.nan),
+        r"layers\.0\.uvqk\.weight has NaN or infinity",
+    ),
+    "a table": (
+        lambda t: t.update({"token_table": t["token_table"].to(fp8.DTYPE)}),
+        r"token_table is F8_E4M3, expected floating point",
+    ),
+    "scales of nothing": (lambda t: t.update({"x_scales": torch.ones(1)}), "unexpected tensor x_scales"),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILED)
+def test_a_spoiled_file_in_e4m3_is_refused(fault: str, files: tuple[Path, Path]) -> None:
+    spoil, line = SPOILED[fault]
+    with safe_open(str(files[1]), framework="pt") as f:
+        metadata, tensors = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    spoil(tensors)
+    save_file(tensors, str(files[1]), metadata=metadata)
+    with pytest.raises(ValueError, match=line):
+        build_model(dataclasses.replace(MODEL, weights=str(files[1])), CATALOGUE, 5, "cpu", torch.bfloat16)
+
+
+def test_outliers_and_errors_are_those_of_the_numbers(files: tuple[Path, Path], tmp_path: Path) -> None:
+    losses = calibration.write(files[0], tmp_path / "again.safetensors")
+    with safe_open(str(files[0]), framework="pt") as f:
+        for name, loss in losses.items():
+            w = f.get_tensor(name)
+            assert loss.error == pytest.approx(relative_error(through_pages(w, "fp8"), w), rel=0.05)
+            one = relative_error(through_pages(w.view(1, -1), "fp8").view_as(w), w)
+            assert loss.error_of_one_scale == pytest.approx(one, rel=0.05)
+    assert losses["layers.0.uvqk.weight"].spread > 20 > 2 > losses["layers.1.uvqk.weight"].spread
+
+    model = build_model(dataclasses.replace(MODEL, weights=str(files[0])), CATALOGUE, 5, "cpu", torch.float32)
+    before = model.kernels, model.prunes_last_layer
+    usual = calibration.operands(model, REQUESTS)
+    assert usual.keys() == losses.keys() and (model.kernels, model.prunes_last_layer) == before
+    assert all(0.01 < loss.error < 0.04 and loss.spread >= 1 for loss in usual.values())
+    with torch.inference_mode():
+        model.layers[1].norm.weight[2] *= 300  # one number of each row
+    planted = calibration.operands(model, REQUESTS)
+    name = "layers.1.uvqk.weight"
+    assert planted[name].outlier > 1.3 * usual[name].outlier
+    assert planted["layers.0.uvqk.weight"] == usual["layers.0.uvqk.weight"]
 
 
 # What can't be is refused before anything runs.

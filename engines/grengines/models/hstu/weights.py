@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import atomic_io
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from grengines.semantic.ids import SemanticIds
 
 _FORMAT = "grbench-hstu-1"
+SCALES = "_scales"  # behind the name of a tensor in e4m3: a number in fp32 for each of its rows
+_E4M3 = "F8_E4M3"  # safetensors' name
 _NOT_SHAPE = ("name", "weights", "variant")  # every other option of HSTUConfig changes the meaning of the weights
 
 
@@ -52,6 +55,8 @@ def load_weights(model: HSTURanker | HSTUGenerator, path: str | Path, mapped: Co
 
     mapped: names of parameters that stay in the file, memory-mapped and in its dtype.
 
+    Matrices of products may be in e4m3 with a scale for each row, as `grbench quantise` writes them.
+
     Raises ValueError, one line with the file's name, for a file that is missing or not safetensors, that
     was written for another configuration, or whose tensors differ from the model's in name, shape or kind.
     """
@@ -64,13 +69,24 @@ def load_weights(model: HSTURanker | HSTUGenerator, path: str | Path, mapped: Co
                 if name in mapped:
                     p.data = f.get_tensor(name)
                 else:
-                    tensor = f.get_tensor(name)
+                    tensor = _numbers(f, name)
                     if not tensor.isfinite().all():
                         raise ValueError(f"{path}: tensor {name} has NaN or infinity; give other weights")
                     p.copy_(tensor)
     except (SafetensorError, OSError) as e:
         reason = " ".join(str(e).split())
         raise ValueError(f"{path}: not a readable safetensors file ({reason}); save it again") from None
+
+
+def is_product(name: str) -> bool:
+    """Return True for a parameter that engine.precision=fp8 multiplies in e4m3, and that a file may hold so."""
+    return name.endswith((".uvqk.weight", ".out.weight")) or name == "head_hidden.weight"
+
+
+def _numbers(f: safe_open, name: str) -> Tensor:
+    """Return a tensor of the file. Rows in e4m3 come times their scales."""
+    tensor: Tensor = f.get_tensor(name)
+    return tensor.float() * f.get_tensor(name + SCALES) if f.get_slice(name).get_dtype() == _E4M3 else tensor
 
 
 def check_ids(path: str | Path, ids: SemanticIds) -> None:
@@ -105,7 +121,12 @@ def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) ->
     for name, p in expected.items():
         if name not in found:
             raise ValueError(f"{path}: tensor {name} {list(p.shape)} is missing; give weights of this model")
-    if unexpected := sorted(found - expected.keys()):
+    in_e4m3 = {name for name in expected if is_product(name) and f.get_slice(name).get_dtype() == _E4M3}
+    for name in in_e4m3:
+        rows = [expected[name].shape[0], 1]
+        if name + SCALES not in found or f.get_slice(name + SCALES).get_shape() != rows:
+            raise ValueError(f"{path}: tensor {name} is in e4m3 without {name}{SCALES} {rows}; run `grbench quantise`")
+    if unexpected := sorted(found - expected.keys() - {name + SCALES for name in in_e4m3}):
         raise ValueError(f"{path}: unexpected tensor {unexpected[0]}; give weights of this model")
     for name, p in expected.items():
         tensor = f.get_slice(name)
@@ -115,7 +136,7 @@ def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) ->
                 f"{path}: tensor {name} is {tensor.get_shape()}, expected {list(p.shape)}; "
                 + (hint or "give weights of this model")
             )
-        if not tensor.get_dtype().startswith(("F", "BF")):
+        if name not in in_e4m3 and not tensor.get_dtype().startswith(("F16", "F32", "F64", "BF")):
             raise ValueError(f"{path}: tensor {name} is {tensor.get_dtype()}, expected floating point; save it in fp32")
 
 
