@@ -158,7 +158,10 @@ class LoadWatch:
 
     def _serves(self, process: int) -> bool:
         """Return whether a process is a `grbench serve`."""
-        words = (self._proc / str(process) / "cmdline").read_text().split("\0")
+        try:
+            words = (self._proc / str(process) / "cmdline").read_text().split("\0")
+        except OSError:  # 0 is the parent of a container's first process
+            return False
         return "serve" in words and any(Path(word).name == "grbench" for word in words)
 
 

@@ -43,7 +43,8 @@ TOPOLOGY = Path("/sys/devices/system/cpu")
 class Cell:
     """A cell that a place measures. Fields as the arguments of run_cell.
 
-    on_end: takes the record and its folder. lane: with `runner.keep_engine` a place keeps the last engine of each.
+    on_end: takes the record and its folder. lane: which of the engines that a place keeps with `runner.keep_engine` may
+    be that of the cell; a place keeps one for each name.
     """
 
     spec: RunSpec

@@ -1,9 +1,9 @@
 """Places on a cluster of Ray: each is an actor with a process of grbench.execution.place.
 
 A place has a GPU of its node, or in a cluster without GPUs a share of the processors, and cores that no other place of
-the command has. All places have equally many, whatever their nodes have: their cells are
-compared. Nodes have this code and the same packages; their file systems may be others: then the folder of a cell that
-has ended is sent here.
+the command has. All places have equally many, whatever their nodes have, because their cells are compared. Nodes have
+this code and the same packages. Their file systems may be others: then the folder of a cell that has ended is sent
+here.
 """
 
 from __future__ import annotations
@@ -171,9 +171,9 @@ class RayPart(Part):
                 )
         if (found := len(self.known["cores"])) < self._size:
             raise ConfigError(
-                f"runner.cluster=ray: {self.host} has {found} cores for a cell that should have {self._size}, because "
-                "Ray counts more processors or GPUs there; use a smaller runner.parallel, or start Ray there with "
-                "--num-cpus=CORES"
+                f"runner.cluster=ray: {self.host}: a cell needs {self._size} cores, and {found} are available, "
+                "because Ray counts more processors or GPUs there; use a smaller runner.parallel, or start Ray there "
+                "with --num-cpus=CORES"
             )
         self.machine = {name: there[name] for name in MACHINE} | {"host": self.known["host"]}
         self.facts = {"host": self.known["host"]}

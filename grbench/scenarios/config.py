@@ -53,7 +53,7 @@ class ServerConfig(LoadGenConfig):
     name: str = option("server", "name of the scenario in records")
     target_qps: float = option(100.0, "mean arrival rate", gt=0)
     stop_hopeless: bool = option(
-        False, "end the cell once it is sure that the queue grows without end: status STOPPED, and no latencies"
+        False, "end the cell once the engine was never as fast as the arrivals: status STOPPED, and no latencies"
     )
 
 

@@ -153,7 +153,7 @@ def _check_spread(config: ServeConfig, cluster: str) -> None:
 def _actor(ray: Any, count: int) -> Any:
     """Return the class of the replicas with what each takes of the cluster. Raises CommandError if that is too little.
 
-    A replica takes a GPU, or without GPUs its share of the processors: all have equally many, wherever they are.
+    A replica takes a GPU, or without GPUs its share of the processors. All have equally many threads.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus, cpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("GPU", "CPU"))
@@ -162,7 +162,10 @@ def _actor(ray: Any, count: int) -> Any:
         raise CommandError(
             f"serve.replicas={count}: each takes one of the {what}, and there are {there}; give fewer", 1
         )
-    _, share = spread(count, room, cpus)
+    if any(gpus):  # Ray may put as many on a node as it has GPUs
+        share = max(min(cpu // gpu for gpu, cpu in zip(gpus, cpus, strict=True) if gpu), 1)
+    else:
+        _, share = spread(count, room, cpus)
     return ray.remote(Replica).options(
         num_cpus=0 if any(gpus) else share, num_gpus=1 if any(gpus) else 0, max_restarts=-1, max_task_retries=-1,
         scheduling_strategy="SPREAD", runtime_env={"env_vars": {"OMP_NUM_THREADS": str(share)}},

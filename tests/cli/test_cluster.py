@@ -123,7 +123,7 @@ def test_a_node_of_ray_with_fewer_cores_than_places_is_refused() -> None:
     part = object.__new__(ray_places.RayPart)
     part.host, part._size = "node", 2
     part.known = {"environment": describe_environment(), "host": "node", "cores": [0]}
-    with pytest.raises(ConfigError, match=r"^runner\.cluster=ray: node has 1 cores for a cell that should have 2"):
+    with pytest.raises(ConfigError, match=r"^runner\.cluster=ray: node: a cell needs 2 cores, and 1 are available"):
         part.check()
 
 

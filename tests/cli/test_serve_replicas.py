@@ -257,6 +257,11 @@ def test_replicas_on_nodes_of_different_sizes_have_room_and_equal_cores() -> Non
     ray.remote = lambda replica: SimpleNamespace(options=lambda **options: asked.update(options))
     replicas._actor(ray, 2)
     assert (asked["num_cpus"], asked["num_gpus"]) == (4, 0)  # six would fit on one node only
+    with_gpus = _Ray({"CPU": 8.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 2.0})
+    with_gpus.remote = ray.remote
+    replicas._actor(with_gpus, 2)
+    assert (asked["num_cpus"], asked["num_gpus"]) == (0, 1)
+    assert asked["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"  # Ray may take any of the GPUs
 
 
 def test_a_replica_that_does_not_start_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,17 @@ def test_a_server_of_this_machine_that_is_measured_is_no_other_process() -> None
         worker.communicate(b"\n")
 
 
+def test_a_server_that_began_a_container_is_found(tmp_path: Path, at: Callable[..., None]) -> None:
+    """Its parent has number 0, which is no process."""
+    at(0.0, worker=0, child=0, cores=(0, 0))
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "tcp").write_text("head\n 0: 0100007F:1F40 00000000:0000 0A 0:0 0:0 0 0 0 4242 1\n")
+    (tmp_path / "1" / "fd").mkdir(parents=True)
+    (tmp_path / "1" / "fd" / "3").symlink_to("socket:[4242]")
+    (tmp_path / "1" / "stat").write_text("1 (grbench) S 0 " + "0 " * 40)
+    assert LoadWatch(7, url="http://127.0.0.1:8000", proc=tmp_path)._own == [7, 1]
+
+
 def test_a_server_whose_process_is_not_seen_is_named_in_the_note(tmp_path: Path, at: Callable[..., None]) -> None:
     watch = LoadWatch(7, url="http://127.0.0.1:8000", proc=tmp_path)
     at(0.0, worker=0, child=0, cores=(0, 0))
@@ -148,6 +159,27 @@ def test_a_server_whose_process_is_not_seen_is_named_in_the_note(tmp_path: Path,
     watch.see("writing")
     [note] = watch.notes("cpu")
     assert note.startswith("other processes, among them perhaps the server at http://127.0.0.1:8000, used 1 of 2 cores")
+
+
+def test_nvml_is_not_asked_for_the_use_of_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its library ends the process by a segmentation fault then."""
+    asked: list[Any] = []
+    card = SimpleNamespace(
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: asked.append(handle) or [],
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=3),
+    )
+
+    @contextmanager
+    def nvml() -> Iterator[Any]:
+        yield card
+
+    monkeypatch.setattr(gpu, "_nvml", nvml)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu.gpu_use() is None and asked == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert gpu.gpu_use() == gpu.GpuUse(0, 3.0) and asked == [0]
 
 
 def test_use_of_the_gpu_by_others_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
