@@ -12,7 +12,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ from grbench.execution.records import Status, one_line
 from grbench.execution.stats import percentile
 from grbench.execution.worker import out_of_memory
 from grbench.gate.kernel import KernelGate, KernelGateResult, TimedOutputs
-from grbench.kernelbench.config import Family, KernelBenchConfig, composed, select
+from grbench.kernelbench.config import Family, KernelBenchConfig, changes_of, composed, select
 from grbench.kernelbench.timing import Call, Ceilings, ceilings, fp8_ceilings, interleaved, median_ms
 from grengines.numerics import IncorrectError
 from grkernels import registry, tuning
@@ -144,6 +144,8 @@ class Bench:
 
         for name in family.variants:
             attempt(name, partial(_variant, family.name, name))
+            for change in changes_of(self._config):
+                attempt(_changed_name(name, change), partial(_changed, family.name, name, change))
         peers = f"{registry.family(family.name).folder()}.peers"
         if self._config.peers and find_spec(peers):
             for peer in import_module(peers).PEERS:
@@ -245,10 +247,8 @@ class Bench:
             if key[:2] == (row.family, row.variant) and key not in self._tuned:
                 best, ms = tuning.tune(*key, contender.candidates, measure)
                 self._tuned.add(key)
-                words = " ".join(f"{k}={v}" for k, v in best.items())
-                self._say(
-                    f"  {row.variant}: {words} is the fastest of {len(contender.candidates)} ({ms:.4g} ms) at {key[2]}"
-                )
+                of = f"of {len(contender.candidates)} ({ms:.4g} ms) at {key[2]}"
+                self._say(f"  {row.variant}: {tuning.words(best)} is the fastest {of}")
         row.tuning = _configurations(call)
 
     def _wait(self) -> None:
@@ -337,6 +337,32 @@ def _variant(family: str, name: str) -> Contender:
         variant.max_error_ratio,
         candidates=tuple(getattr(module, "CANDIDATES", ())),
     )
+
+
+def _changed_name(name: str, change: Mapping[str, int]) -> str:
+    return "+".join([name, *tuning.words(change).split()])
+
+
+def _changed(family: str, name: str, change: Mapping[str, int]) -> Contender:
+    """Return a variant with a change to its launch configuration."""
+    variant = _variant(family, name)
+    known = {number: None for config in variant.candidates for number in config}
+    unknown = [number for number in change if number not in known]
+    why = f"launches: {name} has no {', '.join(unknown)}; it has {', '.join(known) or 'no launch configuration'}"
+
+    def bind(**inputs: Any) -> Call:
+        call = variant.bind(**inputs)
+
+        def changed() -> Any:
+            with tuning.changed(family, name, change):
+                return call()
+
+        return changed
+
+    def supports(**dims: Any) -> str | None:
+        return why if unknown else variant.supports(**dims)
+
+    return replace(variant, name=_changed_name(name, change), bind=bind, supports=supports, candidates=())
 
 
 def _together(module: Any, name: str) -> Contender:

@@ -34,6 +34,10 @@ class KernelBenchConfig:
     repeats: int = option(30, "fewest repetitions of a variant and shape", ge=3, le=1000)
     min_time_s: float = option(1.0, "time that the repetitions of a shape take, about", gt=0)
     tune: bool = option(False, "first measure every launch configuration and write the table of this GPU")
+    launches: list[str] = option(
+        [],
+        "changes to a launch configuration, such as 'n=64 stages=3'; each is measured beside the variant itself",
+    )
     peers: bool = option(True, "also measure kernels of other projects that are installed")
     tracking: Any = field(default_factory=dict)
     output_root: str = option("outputs", "folder for results, plots and the MLflow database")
@@ -62,8 +66,20 @@ def register_schemas() -> None:
 def to_config(cfg: DictConfig) -> KernelBenchConfig:
     """Return a composed configuration, its names checked. Raises as `checked` and `select`."""
     config = checked(cfg, KernelBenchConfig)
+    changes_of(config)
     select(config)
     return config
+
+
+def changes_of(config: KernelBenchConfig) -> list[dict[str, int]]:
+    """Return the changes to launch configurations. Raises ConfigError for words that are not like n=64."""
+    changes = []
+    for launch in config.launches:
+        pairs = [word.partition("=") for word in launch.split()]
+        if not pairs or not all(name.isidentifier() and number.isdecimal() for name, _, number in pairs):
+            raise ConfigError(f"launches: {launch!r} is no list of numbers; write \"launches=['n=64 stages=3']\"")
+        changes.append({name: int(number) for name, _, number in pairs})
+    return changes
 
 
 def select(config: KernelBenchConfig) -> list[Family]:
@@ -73,6 +89,9 @@ def select(config: KernelBenchConfig) -> list[Family]:
     _check("families", config.families, every)
     families = []
     for name in config.families or every:
+        if config.launches and name in together:
+            allowed = ", ".join(registry.FAMILIES)
+            raise ConfigError(f"launches: {name} has no launch configuration; choose families among {allowed}")
         bench = together.get(name) or registry.bench(name)
         variants, shapes = variants_of(name), tuple(bench.SHAPES)
         families.append(

@@ -23,6 +23,7 @@ Config = Mapping[str, int]  # tile sizes, warps, stages of a launch
 
 _used: dict[tuple[str, str, str], dict[str, Any]] = {}
 _forced: dict[tuple[str, str], Config] = {}
+_changed: dict[tuple[str, str], Config] = {}
 _compiled: list[str] = []
 
 
@@ -50,11 +51,13 @@ def choose(family: str, variant: str, key: str, default: Config) -> Config:
     forced = _forced.get((family, variant))
     if forced is not None:
         return forced
-    entry = _used.get((family, variant, key))
+    change = _changed.get((family, variant))
+    used = (family, variant, f"{key}, changed: {words(change)}" if change else key)
+    entry = _used.get(used)
     if entry is None:
         tuned = _table(family, gpu()).get(variant, {}).get(key)
-        entry = {"config": dict(tuned or default), "source": "table" if tuned else "default"}
-        _used[family, variant, key] = entry
+        entry = {"config": {**(tuned or default), **(change or {})}, "source": "table" if tuned else "default"}
+        _used[used] = entry
     config: Config = entry["config"]
     return config
 
@@ -120,6 +123,21 @@ def forced(family: str, variant: str, config: Config) -> Iterator[None]:
         yield
     finally:
         del _forced[family, variant]
+
+
+@contextmanager
+def changed(family: str, variant: str, change: Config) -> Iterator[None]:
+    """Run the kernel inside the context with `change` to the configuration that it would have."""
+    _changed[family, variant] = change
+    try:
+        yield
+    finally:
+        del _changed[family, variant]
+
+
+def words(config: Config) -> str:
+    """Return a configuration as text, such as "m=128 n=64"."""
+    return " ".join(f"{name}={value}" for name, value in config.items())
 
 
 @cache

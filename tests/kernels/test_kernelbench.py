@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +51,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
     """Run a job in this process on a tiny shape with these variants in hstu_attention's place, beside `torch`."""
 
     def run(
-        shape: bench.Shape = TINY, peers: bool = False, dtype: str = "fp32", tune: bool = False, **fns: Any
+        shape: bench.Shape = TINY,
+        peers: bool = False,
+        dtype: str = "fp32",
+        tune: bool = False,
+        launches: Sequence[str] = (),
+        **fns: Any,
     ) -> dict[str, Row]:
         real = registry.get("hstu_attention", "torch")
 
@@ -69,6 +74,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Row]]:
         config = KernelBenchConfig(
             ["hstu_attention"], dtype=dtype, device="cpu", repeats=3, min_time_s=0.001, peers=peers, tune=tune
         )
+        config.launches = list(launches)
         return {row.variant: row for rows in Bench(config, "cpu", lambda _: None).run() for row in rows}
 
     return run
@@ -141,6 +147,8 @@ def test_a_run_leaves_results_plot_and_mlflow_runs(grbench_here: Grbench, tmp_pa
         ("shapes=['nope*']", f"{SMALL}"),
         ("dtype=fp8", "bf16"),
         ("+nonsense=1", "repeats"),
+        ("launches=['m=big']", "n=64 stages=3"),
+        ("launches=['m=64']", "norm_product has no launch configuration"),
     ],
 )
 def test_unknown_names_are_one_line(
@@ -408,6 +416,29 @@ def test_tuning_keeps_the_fastest_right_configuration(
     assert json.loads((tmp_path / "tuned.json").read_text())["tunable"]["key=1"] == {"sleep": 2, "wrong": 0}
     [used] = row.tuning
     assert (used["source"], used["config"]) == ("table", {"sleep": 2, "wrong": 0})
+
+
+def test_changed_launches_are_measured_beside_the_variant(
+    tiny: Callable[..., dict[str, Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[dict[str, int]] = []
+
+    def fn(*args: Any, **options: Any) -> Tensor:
+        config = tuning.choose("hstu_attention", "tunable", "key=1", {"m": 64, "wrong": 0})
+        ran.append(dict(config))
+        return eager(*args, **options) * (1 - config["wrong"])
+
+    monkeypatch.setattr(sys.modules[__name__], "CANDIDATES", [{"m": 64, "wrong": 0}], raising=False)
+    rows = tiny(launches=["m=32", "wrong=1", "steps=2"], tunable=fn)
+    assert rows["tunable"].ok and rows["tunable+m=32"].ok
+    assert rows["tunable+wrong=1"].status is Status.INCORRECT
+    unknown = rows["tunable+steps=2"]
+    assert unknown.status is Status.UNAVAILABLE and unknown.reason == "launches: tunable has no steps; it has m, wrong"
+    for name, m in (("tunable", 64), ("tunable+m=32", 32)):
+        [used] = rows[name].tuning
+        assert used["config"] == {"m": m, "wrong": 0}
+        assert len(rows[name].times_ms) >= 3
+        assert sum(config == used["config"] for config in ran) > 5  # first calls, gate and repetitions
 
 
 def test_ctrl_c_keeps_the_shapes_that_are_done(tmp_path: Path) -> None:
