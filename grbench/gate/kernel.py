@@ -57,7 +57,7 @@ class KernelGate:
         layers: of the operator, if it is a stack of them. yardstick: the reference with the rounding of operands in
         fp8, instead of its results rounded to the dtype. Raises IncorrectError if rounding alone costs too much.
         """
-        self.inputs, self._writes, self._dtype, self._exact = inputs, writes, dtype, reference
+        self.inputs, self._writes, self.dtype, self._exact = inputs, writes, dtype, reference
         self._before = {name: inputs[name].clone() for name in writes}
         self._reference = self.expected(inputs)
         answer = self._answer(yardstick or rounded(reference, dtype), inputs)
@@ -83,7 +83,7 @@ class KernelGate:
             self.inputs[name].copy_(x)
         self._poison()
         result = call()
-        out = [self.inputs[name] for name in self._writes] or outputs(result)
+        out = [self.inputs[name] for name in self._writes] or outputs(result, self.dtype)
         if [(x.shape, x.dtype) for x in out] != self._like:
             raise IncorrectError(f"outputs are {_described(out)}, expected {_words(self._like)}")
         return self._judge("", self._errors(out), max_error_ratio)
@@ -97,7 +97,7 @@ class KernelGate:
 
     def expected(self, inputs: Inputs) -> list[Tensor]:
         """Return the fp32 reference's outputs."""
-        exact = {k: x.float() if isinstance(x, Tensor) and x.dtype == self._dtype else x for k, x in inputs.items()}
+        exact = {k: x.float() if isinstance(x, Tensor) and x.dtype == self.dtype else x for k, x in inputs.items()}
         return self._answer(self._exact, exact)
 
     def _judge(self, subject: str, errors: list[float], max_error_ratio: float) -> KernelGateResult:
@@ -120,7 +120,7 @@ class KernelGate:
         """Return the outputs for inputs that stay as they are."""
         given = {**inputs, **{name: inputs[name].clone() for name in self._writes}}
         result = fn(**given)
-        return [given[name] for name in self._writes] or outputs(result)
+        return [given[name] for name in self._writes] or outputs(result, self.dtype)
 
     def _errors(self, out: list[Tensor]) -> list[float]:
         return _errors(out, self._reference)
@@ -161,14 +161,14 @@ class TimedOutputs:
             call()
         if (gate, turn) not in self._expected:
             self._expected[gate, turn] = gate.expected({**inputs, **before})
-        out = [inputs[name] for name in self._writes] or outputs(result)
+        out = [inputs[name] for name in self._writes] or outputs(result, gate.dtype)
         return gate.check_timed(out, self._expected[gate, turn], max_error_ratio)
 
 
-def outputs(result: Any) -> list[Tensor]:
-    """Return one tensor or several as a list: of numbers in fp8 what they stand for, in bf16."""
+def outputs(result: Any, dtype: torch.dtype) -> list[Tensor]:
+    """Return one tensor or several as a list: of numbers in fp8 what they stand for, in `dtype`."""
     if isinstance(result, Scaled):
-        return [result.numbers(torch.bfloat16)]
+        return [result.numbers(dtype)]
     return list(result) if isinstance(result, tuple | list) else [result]
 
 

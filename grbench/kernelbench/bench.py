@@ -82,6 +82,7 @@ class Contender:
     same_operator: bool = True
     candidates: tuple[Mapping[str, int], ...] = ()  # launch configurations to tune over
     yardstick: Callable[..., Any] | None = None  # the reference with the rounding of operands in fp8
+    cost: Callable[..., Cost] | None = None  # with the bytes of its own operands; None: the family's
 
 
 class DeviceLostError(Exception):
@@ -157,8 +158,9 @@ class Bench:
             torch.compiler.reset()  # otherwise it compiles later shapes for any size, and gives up after some of them
         bench, shape = family.bench, family.bench.SHAPES[name]
         cost: Cost = bench.cost(shape, self._config.dtype)
+        costs = {c.name: c.cost(shape, self._config.dtype) if c.cost else cost for c in contenders}
         for row in rows:
-            row.flops, row.bytes = cost
+            row.flops, row.bytes = costs[row.variant]
         too_much = any(c > limit for c, limit in zip(cost, CPU_LIMIT, strict=True))
         if self._device == "cpu" and too_much and name not in self._config.shapes:
             much = f"over {CPU_LIMIT.flops / 1e9:g} GFLOP or {CPU_LIMIT.bytes / 1e9:g} GB"
@@ -217,7 +219,7 @@ class Bench:
                     row.metrics["error_timed"] = compared.error
                     row.times_ms = times.ms[contender.name]
                     roofs = fp8_ceilings(self.ceilings, self._device) if contender.yardstick else self.ceilings
-                    row.metrics |= rates(row.times_ms, cost, roofs)
+                    row.metrics |= rates(row.times_ms, costs[contender.name], roofs)
         _compare(able)
 
     def _first_calls(self, call: Call, row: Row) -> None:
@@ -373,6 +375,7 @@ def _together(module: Any, name: str) -> Contender:
         partial(module.refusal, name),
         KernelVariant.max_error_ratio,
         yardstick=module.yardstick(name),
+        cost=partial(module.cost, variant=name),
     )
 
 

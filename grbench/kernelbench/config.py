@@ -117,8 +117,8 @@ def variants_of(family: str) -> tuple[str, ...]:
 def composed() -> dict[str, Any]:
     """Return the modules of this folder that measure several operators together, by the name of their family.
 
-    Each has VARIANTS, SHAPES, inputs, cost, supports_args, reference, refusal and bind; `yardstick` gives the rounded
-    reference of a variant, or None for that of the dtype.
+    Each has VARIANTS, SHAPES, inputs, cost, supports_args, reference, refusal and bind; `cost` also takes a variant,
+    and `yardstick` gives its rounded reference, or None for that of the dtype.
     """
     from grbench.kernelbench import products, stack
 

@@ -96,11 +96,18 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
     return given
 
 
-def cost(shape: Shape, dtype: str) -> Cost:
-    """Count the product, the operands of what comes first, and the results. dtype: fp32, fp16 or bf16."""
-    read = shape.width + (shape.norm == "norm_gate") * (shape.width + shape.outputs)
-    moved = shape.rows * (read + shape.outputs) + shape.inner * shape.outputs
-    return Cost(2 * shape.rows * shape.inner * shape.outputs, moved * BYTES[dtype])
+def cost(shape: Shape, dtype: str, variant: str = "") -> Cost:
+    """Count the product, the operands of what comes first, and the results. dtype: fp32, fp16 or bf16.
+
+    A variant in fp8 reads the weight in e4m3, with a scale for each channel, and so each row that is there in e4m3.
+    """
+    wide, scale, in_fp8 = BYTES[dtype], BYTES["fp32"], bool(_parts(variant)[1])
+    ready = in_fp8 and not shape.norm and not variant.endswith("+apart")
+    weight = shape.outputs * (shape.inner + scale if in_fp8 else shape.inner * wide)
+    row = (shape.width + scale if ready else shape.width * wide) + shape.outputs * wide
+    if shape.norm == "norm_gate":
+        row += (shape.width + shape.outputs) * wide
+    return Cost(2 * shape.rows * shape.inner * shape.outputs, shape.rows * row + weight)
 
 
 def supports_args(shape: Shape) -> dict[str, int]:

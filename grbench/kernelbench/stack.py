@@ -87,8 +87,11 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
     }
 
 
-def cost(shape: Shape, dtype: str) -> Cost:
-    """Count mask-exact FLOPs of products and attention. Bytes: x once in and out of each layer, and the weights."""
+def cost(shape: Shape, dtype: str, variant: str = "") -> Cost:
+    """Count mask-exact FLOPs of products and attention. Bytes: x once in and out of each layer, and the weights.
+
+    Those of every variant are in the dtype.
+    """
     tokens, E = shape.batch * shape.length, shape.embedding_dim
     values, keys = shape.heads * shape.v_dim, shape.heads * shape.qk_dim
     weights = E * (2 * values + 2 * keys) + 3 * values * E

@@ -26,6 +26,7 @@ from grbench.execution.records import Status
 from grbench.execution.results import load as load_results
 from grbench.gate.kernel import KernelGate, TimedOutputs
 from grbench.kernelbench import bench as kernelbench
+from grbench.kernelbench import products
 from grbench.kernelbench.bench import ALL_SHAPES, Bench, Row, status_of
 from grbench.kernelbench.config import KernelBenchConfig, select
 from grbench.kernelbench.timing import Ceilings, interleaved
@@ -37,6 +38,7 @@ from grkernels import fp8, registry, tuning
 from grkernels.hstu_attention import bench, peers, spec
 from grkernels.hstu_attention.reference import hstu_attention as reference
 from grkernels.hstu_attention.torch import hstu_attention as eager
+from grkernels.quantise import bench as quantise_bench
 from grkernels.variant import KernelVariant
 
 SMALL = "4x128_b1_1024+256"  # the smallest shape of hstu_attention
@@ -360,6 +362,16 @@ def test_a_peer_gets_the_arguments_that_its_release_knows(monkeypatch: pytest.Mo
         tma(**arguments)
 
 
+@pytest.mark.parametrize("dtype", kernelbench.DTYPES)
+def test_rows_in_fp8_are_right_in_every_dtype(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr(kernelbench, "ceilings", lambda *_: ROOFS)
+    monkeypatch.setattr(quantise_bench, "SHAPES", {"small": quantise_bench.Shape(9, 48)})
+    config = KernelBenchConfig(["quantise"], ["torch"], dtype=dtype, device="cpu", repeats=3, min_time_s=0.001)
+    [row] = [row for rows in Bench(config, "cpu", lambda _: None).run() for row in rows]
+    assert row.ok, row.reason
+    assert 0 < row.metrics["error"] <= row.metrics["error_allowed"]
+
+
 def test_large_shapes_run_on_a_cpu_only_if_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernelbench, "ceilings", lambda *_: ROOFS)
     config = KernelBenchConfig(families=["hstu_attention"], variants=["torch"], shapes=["4x256_b32*"], peers=False)
@@ -516,6 +528,7 @@ def test_products_in_fp8_are_measured_beside_those_in_the_dtype(monkeypatch: pyt
         assert narrow.metrics["error_allowed"] == 2 * narrow.metrics["error_rounding"]
         assert (wide.metrics["ceiling_tflops"], narrow.metrics["ceiling_tflops"]) == (1.0, 2.0)
         assert narrow.metrics["matmul_share"] == pytest.approx(narrow.metrics["tflops"] / 2)
+        assert (narrow.flops, narrow.bytes) == products.cost(products.SHAPES[narrow.shape], "bf16", "torch+fp8")
     chart = roofline("norm_product", [dataclasses.asdict(row) for row in rows], ROOFS.to_dict())
     assert chart is not None and [max(s.y) for s in chart.series if s.mode == "line"] == [1.0, 2.0]
     right = fp8.product
@@ -523,6 +536,24 @@ def test_products_in_fp8_are_measured_beside_those_in_the_dtype(monkeypatch: pyt
     wrong = {(row.shape, row.variant): row for row in measured()}
     for (_, variant), row in wrong.items():
         assert row.ok if variant == "torch" else row.status is Status.INCORRECT and not row.times_ms
+
+
+@pytest.mark.parametrize("variant", ["torch", "torch+fp8", "torch+fp8+apart"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_gate", "tiny_alone"])
+def test_the_bytes_of_a_product_are_those_of_its_inputs_and_result(name: str, variant: str) -> None:
+    shape = products.SHAPES[name]
+    given = products.inputs(shape, dtype=torch.bfloat16, device="cpu", seed=0)
+    moved = [given["x"], *(given[key] for key in ("u", "added") if key in given)]
+    weight = given["weight"]
+    if variant != "torch":
+        made = fp8.Scaled.of(weight)
+        weight = made.values
+        moved += [made.scales]
+    if variant == "torch+fp8" and not shape.norm:
+        ready = fp8.Scaled.of(moved.pop(0))
+        moved += [ready.values, ready.scales]
+    out = products.bind(variant, **given)()
+    assert products.cost(shape, "bf16", variant).bytes == sum(x.nbytes for x in (*moved, weight, out))
 
 
 def test_products_in_fp8_need_bf16_results() -> None:
