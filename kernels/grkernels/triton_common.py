@@ -55,15 +55,19 @@ def to_e4m3_steps(y: tl.tensor) -> tl.tensor:
     return (y + magic) - magic
 
 
-def supports(*, device: str, dtype: str, stored: str = "", products: str = "", **dims: Any) -> str | None:
+def supports(
+    *, device: str, dtype: str, stored: str = "", products: str = "", width: int = 0, **dims: Any
+) -> str | None:
     """Return None for any sizes on an NVIDIA GPU, or in Triton's interpreter, else the reason.
 
-    stored: int8 or fp8, of 8-bit pages. products: fp8, of operands in e4m3.
+    stored: int8 or fp8, of 8-bit pages. products: fp8, of operands in e4m3. width: of rows that have no padding.
     """
     if not device.startswith("cuda") and not INTERPRETED:
         return "Triton needs an NVIDIA GPU; TRITON_INTERPRET=1 runs it slowly on a CPU for tests"
     if stored == "fp8" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         return "pages in fp8: needs an NVIDIA GPU of compute capability 8.9 or higher (int8 runs on every one)"
+    if products and width % fp8.STEP:
+        return f"operands in {products}: width {width} is no multiple of {fp8.STEP} (torch pads rows)"
     if products == "fp8" and torch.cuda.is_available() and (why := fp8.refusal()):
         return f"operands in fp8: {why}"
     return capabilities.eager(device=device, dtype=dtype)

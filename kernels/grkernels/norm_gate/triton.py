@@ -160,7 +160,7 @@ def supports(*, device: str, dtype: str, width: int, extras: Sequence[str] = (),
     """Return None if the variant can run this size, else the reason."""
     if width > MAX_WIDTH:
         return f"width {width} is over {MAX_WIDTH}"
-    return triton_common.supports(device=device, dtype=dtype, products=products)
+    return triton_common.supports(device=device, dtype=dtype, products=products, width=width)
 
 
 VARIANT = KernelVariant("norm_gate", "triton", norm_gate, reference, supports)
