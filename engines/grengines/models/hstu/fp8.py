@@ -38,7 +38,12 @@ class Product(nn.Module):
         """Return a product for each group of output channels; they share this one's memory."""
         assert self.bias is not None, "the input projection has one"
         parts = zip(self.weight.split(widths), self.scales.split(widths, dim=1), self.bias.split(widths), strict=True)
-        return [partial(fp8.product, weight=weight, scales=scales, bias=bias) for weight, scales, bias in parts]
+        return [partial(_product, weight=weight, scales=scales, bias=bias) for weight, scales, bias in parts]
+
+
+def _product(x: Scaled, weight: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
+    """Return what `fp8.product` is at the time of the call."""
+    return fp8.product(x, weight, scales, bias)
 
 
 def use_fp8(model: HSTURanker) -> None:
