@@ -20,7 +20,7 @@ from grkernels.pages import quantised
 DTYPE = torch.float8_e4m3fn
 STEP = 16  # tensor cores take whole groups of 16 numbers
 CAPABILITY = (8, 9)  # the first one with e4m3
-SCALED_MM, EMULATED = "torch._scaled_mm", "emulated by PyTorch in fp32"
+EMULATED = "emulated by PyTorch in fp32"
 # Hopper's tensor cores add e4m3 products with about 14 bits (DeepSeek-V3, section 3.3.2). False: partial sums move to
 # fp32 registers time and again. On an H200 a product alone is then 8 to 23% slower, with the same error to two digits
 # up to K = 3072, since nearly all of it is the operands'. tests/kernels/test_fp8.py emulates sums up to K = 4096.
@@ -56,8 +56,10 @@ class Scaled:
 
 
 def runs_as(device: str) -> str:
-    """Return what computes products on this device, cuda or cpu."""
-    return SCALED_MM if device == "cuda" else EMULATED
+    """Return what computes products on this device, cuda or cpu, and how it sums."""
+    if device != "cuda":
+        return EMULATED
+    return "torch._scaled_mm, use_fast_accum" if FAST_ACCUMULATION else "torch._scaled_mm"
 
 
 def refusal() -> str | None:

@@ -5,6 +5,7 @@ Without a GPU, Triton's interpreter runs the Triton kernels, they are compiled f
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -159,6 +160,17 @@ def test_sums_of_14_bits_stay_within_the_tolerance(inner: int, cut: Callable[[Te
     made = summed_in_steps(a.values.double(), b.values.double(), cut)
     assert 1e-4 < relative_error(made, sums) < (0.004 if cut is torch.trunc else 0.05)
     assert relative_error(made * a.scales.double() * b.scales.double().T, exact) <= 2 * rounding
+
+
+def test_the_record_says_how_a_gpu_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the argument that the product gets."""
+    passed = inspect.signature(product).parameters["fast"].default
+    for fast in (True, False):
+        monkeypatch.setattr(fp8, "FAST_ACCUMULATION", fast)
+        assert fp8.runs_as("cuda").endswith(", use_fast_accum") is fast
+        assert fp8.runs_as("cpu") == fp8.EMULATED
+    monkeypatch.undo()
+    assert fp8.runs_as("cuda").endswith(", use_fast_accum") is passed
 
 
 TINY = [name for name in products.SHAPES if name.startswith("tiny")]
