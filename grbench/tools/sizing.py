@@ -15,7 +15,7 @@ from grbench.config.schema import ConfigError, RunSpec
 from grbench.workloads.events import DataError
 from grengines.api import Catalogue, Request
 from grengines.cache.config import EIGHT_BITS, stored
-from grengines.hstu.config import FP8_STEP
+from grengines.hstu.config import FP8_STEP, without_fp8
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grkernels.hstu_attention.spec import BYTES, visible_pairs
@@ -231,8 +231,11 @@ def main(words: Sequence[str]) -> int:
     for flag, value in (("--items", args.items), ("--memory-gib", args.memory_gib)):
         if value is not None and not value > 0:
             raise ConfigError(f"{flag} {value}: allowed is > 0")
-    if args.precision == "fp8" and spec.task != "rank":
-        raise ConfigError(f"--precision fp8: only ranking has it, and the task is {spec.task}; set task=rank")
+    if args.precision == "fp8":
+        if spec.task != "rank":
+            raise ConfigError(f"--precision fp8: only ranking has it, and the task is {spec.task}; set task=rank")
+        if problem := without_fp8(spec.task, spec.ranking_model, "--precision "):
+            raise ConfigError(problem)
     catalogue = _catalogue(spec, args.items)
     console = Console()
     for task, size in (("generate", _generating), ("rank", _ranking)):

@@ -129,6 +129,10 @@ def test_sizing_of_products_in_fp8(grbench_here: Grbench) -> None:
     assert gains.endswith(f"{1 / (1 - share / 2):.2f}")
     refused = grbench_here("sizing", "task=generate", "engine=hstu", "--precision", "fp8")
     assert refused.returncode == 2 and "--precision fp8: only ranking has it" in refused.stderr
+    refused = grbench_here("sizing", "model=dlrm_v3", "model.head_dim=40", "engine=hstu", "--precision", "fp8")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "--precision fp8 and model.head_dim=40: allowed are multiples of 16" in refused.stderr
+    assert "set --precision bf16" in refused.stderr
 
 
 def test_fp8_operations_of_a_case_counted_by_hand() -> None:

@@ -32,7 +32,7 @@ def contradiction(options: HSTUEngineConfig, asked: Asked) -> str | None:
     assert isinstance(model, HSTUConfig), "the registry refuses other models"
     if problem := graphs_on_cpu(options):
         return problem
-    if options.precision == "fp8" and (problem := _without_fp8(asked.task, model)):
+    if options.precision == "fp8" and (problem := without_fp8(asked.task, model)):
         return problem
     if asked.task == "generate":
         return f"engine.candidate_microbatch={size} is for ranking; set it to 0" if size else None
@@ -60,10 +60,10 @@ def contradiction(options: HSTUEngineConfig, asked: Asked) -> str | None:
     return None
 
 
-def _without_fp8(task: str, model: HSTUConfig) -> str | None:
-    """Return None, or why the engine can't have products in fp8."""
+def without_fp8(task: str, model: HSTUConfig, flag: str = "engine.precision=") -> str | None:
+    """Return None, or why the engine can't have products in fp8. flag: how the user writes a precision."""
     if task == "generate":
-        return "engine.precision=fp8 is for ranking; set engine.precision=bf16, or task=rank"
+        return f"{flag}fp8 is for ranking; set {flag}bf16, or task=rank"
     widths = {
         "model.embedding_dim": model.embedding_dim,
         "model.heads x model.v_dim": model.heads * model.v_dim,
@@ -72,7 +72,7 @@ def _without_fp8(task: str, model: HSTUConfig) -> str | None:
     }
     if wrong := [f"{name}={width}" for name, width in widths.items() if width % FP8_STEP]:
         return (
-            f"engine.precision=fp8 and {', '.join(wrong)}: allowed are multiples of {FP8_STEP}, which the products of "
-            "tensor cores take; set engine.precision=bf16"
+            f"{flag}fp8 and {', '.join(wrong)}: allowed are multiples of {FP8_STEP}, which the products of "
+            f"tensor cores take; set {flag}bf16"
         )
     return None
