@@ -36,9 +36,14 @@ class HighestRate:
         level = None if alone else self._level(trial)
         if level is not None and not (yield from self._beats(trial, level)):
             return
-        while (yield from self._descend(trial)):
+        while not trial.failed and (yield from self._descend(trial)):
             yield from self._climb(trial)
-            while trial.low is not None and trial.high is not None and trial.high - trial.low > COARSE:
+            while (
+                not trial.failed  # a failure leaves the bracket as it is
+                and trial.low is not None
+                and trial.high is not None
+                and trial.high - trial.low > COARSE
+            ):
                 yield from self._probes.at(trial, (trial.low + trial.high) // 2)
             yield from self._confirm(trial)
             before, level = level, None if alone else self._level(trial)
@@ -64,7 +69,7 @@ class HighestRate:
 
     def _between(self, trial: Trial) -> list[int]:
         """Return the steps that divide the bracket of a trial evenly, at most one for each place."""
-        if trial.low is None or trial.high is None:
+        if trial.failed or trial.low is None or trial.high is None:  # a failure leaves the bracket as it is
             return []
         width = trial.high - trial.low
         parts = min(self._probes.places, width - 1) + 1
@@ -98,9 +103,9 @@ class HighestRate:
         floor = trial.top - BOTTOM if trial.low is None else trial.low + 1
         most = trial.top if trial.high is None else trial.high - 1
         step, jump = min(round(self._knowledge.expected(trial)), most), COARSE
-        while step >= floor and not (yield from self._probes.at(trial, step)):
+        while step >= floor and not trial.failed and not (yield from self._probes.at(trial, step)):
             step, jump = step - jump, 2 * jump
-        if trial.low is None:
+        if trial.low is None and not trial.failed:
             trial.failed = f"keeps the limits at no rate down to {rates.rate_of(max(step, floor)):.3g} requests/s"
             trial.violation = trial.least_excess
         return trial.low is not None

@@ -182,6 +182,41 @@ def test_failures_are_data() -> None:
     assert failed == {ALL[-1]: "OOM: as planned", ALL[0]: "UNAVAILABLE: as planned"}
 
 
+class Remembering(Capacities):
+    """As LiveEvaluator: a probe that was measured costs nothing more. One probe at a rate ends with a status."""
+
+    def __init__(self, number: int, status: str, places: int) -> None:
+        super().__init__(CAPACITY, places=places)
+        self._number, self._status, self._asked = number, status, 0
+        self._known: dict[tuple[Configuration, Probe], Outcome] = {}
+        self.failed: Configuration | None = None
+
+    def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
+        self._asked += 1
+        assert self._asked < 1000, f"{configuration.name} is asked for {probe} for ever"
+        if (configuration, probe) not in self._known:
+            at_rates = sum(known.rate is not None for _, known in self._known)
+            found = super().evaluate(configuration, probe)
+            if probe.rate is not None and at_rates == self._number:
+                self.failed, found = configuration, Outcome(self._status, error="as planned")
+            self._known[configuration, probe] = found
+        return self._known[configuration, probe]
+
+
+@pytest.mark.parametrize("goal", [Goal("throughput", (P99,)), Goal("cost", (P99,))], ids=lambda goal: goal.objective)
+@pytest.mark.parametrize("places", [1, 4])
+def test_a_search_ends_whichever_of_its_probes_fails_at_a_rate(goal: Goal, places: int) -> None:
+    for number in itertools.count():
+        evaluator = Remembering(number, "KILLED", places)
+        search = searched(evaluator, goal)
+        if evaluator.failed is None:
+            break
+        [trial] = [trial for trial in search.trials if trial.configuration == evaluator.failed]
+        assert trial.failed == "KILLED: as planned"
+        assert search.incumbent is not None
+    assert number > 5, "probes at rates"
+
+
 def test_a_branch_that_loses_too_much_quality_is_cut_without_a_cell() -> None:
     evaluator = Capacities(CAPACITY)
     evaluator.qualities = {"aoti": {"quality/auc_loss": 0.014}}
