@@ -125,7 +125,7 @@ class LiveEvaluator:
             # A certification that has begun ends: the search has seen to it that there is room.
             if self.left() <= 0 and not probe.seed and not self._session.has(spec):
                 raise BudgetSpentError
-            jobs.append(Job((spec, self._timed(run)), self._sweep / str(number), words))
+            jobs.append(Job((spec, self._options(run)), self._sweep / str(number), words))
         begun = time.monotonic()
         found = self._session.measure(jobs)
         longest = max((record.duration_s for _, record, kept in found if not kept), default=0.0)
@@ -231,13 +231,15 @@ class LiveEvaluator:
         spec, run = compose_spec(words, self._declared.config_dir)
         return spec, run, tuple(words)
 
-    def _timed(self, run: RunConfig) -> RunConfig:
-        """Return the options with a time limit of a part of the budget, unless one is typed."""
-        seconds = self._declared.budget.seconds
-        if seconds is None or self._declared.fixed_value("runner.timeout_s") is not None:
-            return run
-        limit = max(min(CELL_SHARE * seconds, run.runner.timeout_s), SHORTEST_S)
-        return dataclasses.replace(run, runner=dataclasses.replace(run.runner, timeout_s=limit))
+    def _options(self, run: RunConfig) -> RunConfig:
+        """Return the options with a kept engine, and a time limit of a part of the budget, unless they are typed."""
+        runner, seconds = run.runner, self._declared.budget.seconds
+        if self._declared.fixed_value("runner.keep_engine") is None:
+            runner = dataclasses.replace(runner, keep_engine=True)
+        if seconds is not None and self._declared.fixed_value("runner.timeout_s") is None:
+            limit = max(min(CELL_SHARE * seconds, runner.timeout_s), SHORTEST_S)
+            runner = dataclasses.replace(runner, timeout_s=limit)
+        return dataclasses.replace(run, runner=runner)
 
     def _outcome(
         self, configuration: Configuration, folder: Path, record: RunRecord, kept: bool, seconds: float

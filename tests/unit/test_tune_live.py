@@ -97,6 +97,24 @@ def test_probes_beside_each_other_take_the_time_of_the_longest(tmp_path: Path) -
     assert two.share([long, short, long]) == pytest.approx(2 * two.share([long]))
 
 
+@pytest.mark.parametrize("typed, kept", [([], True), (["runner.keep_engine=false"], False)])
+def test_every_cell_keeps_its_engine_for_the_next_unless_told_otherwise(
+    tmp_path: Path, typed: list[str], kept: bool
+) -> None:
+    """Places go by the options of each cell: tests/cli/test_parallel.py has what they do with them."""
+    given: list[Job] = []
+
+    class Noting(Measured):
+        def measure(self, jobs: Sequence[Job]) -> list[Cell]:
+            given.extend(jobs)
+            return super().measure(jobs)
+
+    for budget in ("budget=20cells", "budget=100s"):
+        session = Noting(tmp_path / budget, {0: (Status.OK, 0.75, 0.0)})
+        evaluator(session, tmp_path / "none", budget, *typed).evaluate(DEFAULT, OFFLINE)
+    assert [job.config[1].runner.keep_engine for job in given] == [kept, kept]
+
+
 def test_damaged_samples_cost_the_times_of_batches_and_a_line_says_so(tmp_path: Path) -> None:
     folder, lines = tmp_path / "0", list[str]()
     record = write_cell(folder, "scenario=offline")
