@@ -102,7 +102,7 @@ def run(
     loadgen.start()
     growth = None
     if isinstance(config, ServerConfig) and config.stop_hopeless:
-        growth = Growth(latency_limit_ms, config.queries, config.target_qps)
+        growth = growth_of(config, latency_limit_ms)
     _watch(batcher, clock, growth)
     if batcher.failure is None:
         loadgen.join()
@@ -111,6 +111,12 @@ def run(
     if isinstance(config, ServerConfig):
         _check_schedule(folder / _DETAIL, settings.schedule_rng_seed, config.target_qps)
     return Driven(batcher, {}, []) if accuracy else Driven(batcher, *_figures(folder / _SUMMARY, _queries(config)))
+
+
+def growth_of(config: ServerConfig, latency_limit_ms: float) -> Growth:
+    """Return the test of whether the queue grows without end, for as many requests as the scenario will have."""
+    requests = max(config.queries, math.ceil(config.min_duration_s * config.target_qps))
+    return Growth(latency_limit_ms, requests, config.target_qps)
 
 
 def _watch(loop: RequestLoop, clock: WallClock, growth: Growth | None) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers.properties import PROFILE
 
+from grbench.scenarios.config import ServerConfig
 from grbench.scenarios.growth import ARRIVED, PERIOD_S, Growth, HopelessError
+from grbench.scenarios.loadgen import growth_of
 from grbench.tune.queue_model import Floats, arrivals, latencies_ms
 
 TRACES = 8000 if PROFILE == "long" else 120
@@ -143,6 +146,16 @@ def test_a_queue_that_all_have_joined_is_hopeless_while_it_takes_longer_than_all
     with pytest.raises(HopelessError, match="grew to 1"):
         for i in range(400):
             growth.see(PERIOD_S * i, min(2000, round(4000 * PERIOD_S * (i + 1))), step * i)
+
+
+@pytest.mark.parametrize("words", [{"queries": 30_000}, {"queries": 1024, "min_duration_s": 60.0}], ids=str)
+def test_an_engine_that_warms_up_in_a_fifth_of_the_time_goes_on(words: dict[str, Any]) -> None:
+    """It answers 330 requests/s for 12 s of 60 and then 700, while 500 arrive: a shortest duration counts too."""
+    growth = growth_of(ServerConfig(target_qps=500.0, **words), latency_limit_ms=80.0)
+    for i in range(round(60 / PERIOD_S)):
+        at_s = PERIOD_S * (i + 1)
+        arrived = round(500 * at_s)
+        growth.see(at_s, arrived, min(arrived, round(330 * at_s + 370 * max(at_s - 12, 0))))
 
 
 def test_a_growing_queue_within_the_limit_goes_on() -> None:
