@@ -30,12 +30,12 @@ _living: list[Worker] = []  # of this process
 
 
 class Worker:
-    """A worker process. gpu: use of the GPU before it started, and before those that live beside it."""
+    """A worker process. gpu: use of the GPU before its first cell; None: not known, as where other workers live."""
 
     def __init__(self, spec: RunSpec, runner: RunnerConfig, folder: Path, keep: bool) -> None:
         """Start a process with its first cell. keep: it waits for another one afterwards. Raises OSError."""
         # Work of this process's workers, also of idle ones, would count as that of others.
-        self.gpu: GpuUse | None = _living[0].gpu if _living else gpu_in_use()
+        self.gpu: GpuUse | None = None if _living else gpu_in_use()
         read, self._report_fd = os.pipe()
         self._jobs_fd, self._jobs = os.pipe()
         self._channel = open(read, "rb", buffering=0)  # noqa: PTH123, SIM115  (a file descriptor)
@@ -79,6 +79,7 @@ class Worker:
 
     def give(self, spec: RunSpec, runner: RunnerConfig, folder: Path) -> None:
         """Give an idle worker its next cell. Raises OSError, BrokenPipeError if the worker has ended."""
+        self.gpu = None  # the reading is that before the first cell
         job = self._job(spec, runner, folder, keep=True)
         os.write(self._jobs, f"{job}\n".encode())
 

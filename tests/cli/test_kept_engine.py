@@ -127,12 +127,11 @@ def test_what_idle_workers_do_on_the_gpu_is_not_work_of_others(
         return Worker(spec, RunnerConfig(), tmp_path / name, keep=True)
 
     one, beside = started("one"), started("beside")
-    assert (one.gpu, beside.gpu) == (others[0], others[0])
+    assert (one.gpu, beside.gpu) == (others[0], None)
+    one.give(spec, RunnerConfig(), tmp_path / "one")
+    assert one.gpu is None, "its reading is that before its first cell"
     one.stop()
-    third = started("third")
-    assert third.gpu == others[0]
-    for worker_left in (beside, third):
-        worker_left.stop()
+    beside.stop()
     alone = started("alone")
     alone.stop()
     assert alone.gpu == others[1]
