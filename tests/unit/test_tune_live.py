@@ -98,9 +98,7 @@ def test_probes_beside_each_other_take_the_time_of_the_longest(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("typed, kept", [([], True), (["runner.keep_engine=false"], False)])
-def test_every_cell_keeps_its_engine_for_the_next_one_by_default(
-    tmp_path: Path, typed: list[str], kept: bool
-) -> None:
+def test_every_cell_keeps_its_engine_for_the_next_one_by_default(tmp_path: Path, typed: list[str], kept: bool) -> None:
     """Places go by the options of each cell: tests/cli/test_parallel.py has what they do with them."""
     given: list[Job] = []
 
