@@ -183,7 +183,10 @@ def test_failures_are_data() -> None:
 
 
 class Remembering(Capacities):
-    """As LiveEvaluator: a probe that was measured costs nothing more. One probe at a rate ends with a status."""
+    """An evaluator that answers a probe again at no cost, as LiveEvaluator does. One probe at a rate fails.
+
+    number: of that probe. status: that it ends with.
+    """
 
     def __init__(self, number: int, status: str, places: int) -> None:
         super().__init__(CAPACITY, places=places)
