@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
+AGAIN_S = 0.01  # until a signal that was lost comes again
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler or container, a closed terminal
 
 
@@ -30,13 +33,15 @@ def raised() -> Iterator[None]:
 
     They are ignored after it too, because the process is about to end. A signal that the process ignores, as under
     nohup, stays ignored. Only the main thread can take signals: on another one this does nothing.
+
+    Python drops what is raised in a callback of its memory management (weakref, __del__). Such a signal comes again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in ENDING}
     taken = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    stopped = False
+    stopped, dropped = False, sys.unraisablehook
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopped
@@ -44,11 +49,21 @@ def raised() -> Iterator[None]:
             stopped = True
             raise Stopped(number)
 
+    def again(lost: sys.UnraisableHookArgs) -> None:
+        nonlocal stopped
+        if isinstance(lost.exc_value, Stopped):
+            stopped = False
+            threading.Timer(AGAIN_S, os.kill, (os.getpid(), lost.exc_value.number)).start()
+        else:
+            dropped(lost)
+
     for number in taken:
         signal.signal(number, stop)
+    sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = dropped
         for number in taken if not stopped else ():
             signal.signal(number, before[number])
 

@@ -116,6 +116,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         from helpers import compositions
 
         compositions.load()
+        compositions.quicken()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

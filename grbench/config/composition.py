@@ -5,19 +5,15 @@ Hydra reads and merges forty files for each configuration, which takes 0.2 s. Ce
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any
 
 from hydra import compose as hydra_compose
-from hydra._internal import defaults_list as lists
 
 # Hydra's own, which are not public: they are the exact rules by which Hydra sets values. hydra-core is pinned to 1.3.8.
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -39,16 +35,14 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     parsed = OverridesParser.create(loader).parse_overrides(overrides)
     chosen = [override for override in parsed if not _only_sets_a_value(override, loader)]
     if any(override.is_sweep_override() or isinstance(override.value(), dict) for override in chosen):
-        with _quicker():
-            return hydra_compose(config_name, overrides, return_hydra_config=True)
+        return hydra_compose(config_name, overrides, return_hydra_config=True)
     words = [str(override.input_line) for override in chosen]
     searched = any(override.key_or_group == "hydra.searchpath" for override in chosen)  # folders of the user's own
     key = (config_name, *words, registered(), loader if searched else _stamp())
     if key not in _kept:
         if len(_kept) == KEPT:
             _kept.clear()
-        with _quicker():
-            _kept[key] = pickle.dumps(hydra_compose(config_name, words, return_hydra_config=True))
+        _kept[key] = pickle.dumps(hydra_compose(config_name, words, return_hydra_config=True))
     cfg: DictConfig = pickle.loads(_kept[key])
     cfg.hydra.runtime.cwd = str(Path.cwd())  # of all that Hydra adds, only this depends on the folder
     try:
@@ -59,28 +53,6 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     cfg.hydra.overrides.task = [override.input_line for override in own]
     cfg.hydra.job.override_dirname = get_overrides_dirname(own, **cfg.hydra.job.config.override_dirname)
     return cfg
-
-
-@contextlib.contextmanager
-def _quicker() -> Iterator[None]:
-    """Let Hydra leave out a fifth of its work, which changes no result.
-
-    It copies the schemas of all groups for each composition, and for each file with defaults it lists what is chosen so
-    far, also where no default refers to that.
-    """
-    store, listed = ConfigStore.instance(), lists._create_interpolation_map
-
-    def where_needed(overrides: Any, defaults_list: list[Any], self_added: bool) -> DictConfig:
-        refers = any(not default.is_override() and default.is_interpolation() for default in defaults_list)
-        return listed(overrides, defaults_list, self_added) if refers else DictConfig({})
-
-    vars(store)["__deepcopy__"] = lambda memo: store
-    lists._create_interpolation_map = where_needed
-    try:
-        yield
-    finally:
-        lists._create_interpolation_map = listed
-        vars(store).pop("__deepcopy__", None)
 
 
 def _only_sets_a_value(override: Override, loader: ConfigLoaderImpl) -> bool:

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +97,21 @@ def test_a_signal_while_the_results_are_drawn_does_not_cost_the_table(tmp_path: 
     with pytest.raises(signals.Stopped):
         command.run("grbench", words, "config", prepare_hydra, to_spec, lambda first, invocation: Drawing())
     assert closed == ["", "interrupted"]
+
+
+def test_a_signal_that_python_drops_comes_again() -> None:
+    """An exception in a callback of weakref is dropped."""
+    thing = {0}
+    called: list[object] = []
+
+    def callback(reference: object) -> None:
+        called.append(reference)
+        signal.raise_signal(signal.SIGTERM)
+        called.append("not reached")
+
+    kept = weakref.ref(thing, callback)
+    with pytest.raises(signals.Stopped, match="SIGTERM"), signals.raised():
+        del thing
+        assert called == [kept], "the first signal was raised in the callback, and dropped"
+        time.sleep(10)
+        pytest.fail("the signal did not come again")
