@@ -12,9 +12,9 @@ A change is the ratio of the new value to the old. Its interval depends on the r
 - one run on each side: a bootstrap of blocks of requests (Künsch, "The jackknife and the bootstrap for general
   stationary observations", Annals of Statistics 1989). It leaves out the differences between runs, and a note says so.
 
-The sides must be measured in turn. Then a drift of the machine is common to a pair, and equal sides differ in one
-comparison of twenty. No interval contains a drift between two sides that were measured one after the other, and a note
-says so.
+The sides must be measured in turn, and each of them first in every other pair. Then a drift of the machine favours
+neither, and equal sides differ in at most about one comparison of twenty. No interval contains a drift between two
+sides that were measured one after the other, and a note says so.
 
 All intervals of one cell together hold with 95% confidence (Bonferroni).
 
@@ -55,7 +55,7 @@ NOTHING_IN_COMMON = (
 PARALLEL = "cells of runner.parallel have fewer cores each: they belong in a folder of their own (runner.output_root)"
 APART = (
     "all runs of {} were measured before those of {}: a drift of the machine in between counts as a change, and no "
-    "interval contains it; measure the sides in turn, both with seed=0, then both with seed=1"
+    "interval contains it; measure both with seed=0, then in the other order both with seed=1"
 )
 ONE_RUN = "one run on each side: the interval leaves out differences between runs; runner.repeats=5 measures them"
 
@@ -161,13 +161,20 @@ def compare(
         result.notes.append(f"the sides differ in how much is measured or checked: {', '.join(effort)}")
     if any(change.runs == (1, 1) for change in result.changes):
         result.notes.append(ONE_RUN)
-    elif order := _apart(*([cell for key in common for cell in own[key]] for own in matched)):
-        result.notes.append(APART.format(*order))
+    orders = {key: _apart(matched[0][key], matched[1][key]) for key in common}
+    for order in dict.fromkeys(filter(None, orders.values())):
+        cells = [name for key, name in zip(common, names, strict=True) if orders[key] == order]
+        result.notes.append(APART.format(*order) + (f": {named(cells)}" if len(common) > 1 else ""))
     return result
 
 
 def _apart(base: Sequence[Cell], new: Sequence[Cell]) -> tuple[str, str] | None:
-    """Return the names of the sides, the earlier one first, if one was measured before the other; None: in turn."""
+    """Return the names of the sides, the earlier one first, if one was measured before the other; None: in turn.
+
+    Of one run a side the order says nothing: another note says that its interval leaves out differences between runs.
+    """
+    if len(base) == len(new) == 1:
+        return None
     starts = [[record.started_at for _, record in side] for side in (base, new)]
     if max(starts[0]) < min(starts[1]):
         return "BASE", "NEW"

@@ -60,18 +60,22 @@ def test_equal_runs_are_called_different_one_time_in_twenty(shared: bool) -> Non
     assert found / 2000 > 0.9  # 5% in 1.5% of spread
 
 
-@pytest.mark.parametrize("in_turn", [True, False])
-def test_a_drift_of_the_machine_is_no_change_if_the_sides_are_measured_in_turn(in_turn: bool) -> None:
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("order", ["alternating", "same", "apart"])
+def test_a_drift_of_the_machine_is_no_change_if_each_side_comes_first_in_turn(order: str, linear: bool) -> None:
     """Runs have a noise of 1%, and the machine drifts by 5% in the time of all ten."""
     rng, count = np.random.default_rng(0), 4000
-    slots = rng.normal(0, 0.05 / np.sqrt(10), (count, 10)).cumsum(axis=1) + rng.normal(0, 0.01, (count, 10))
-    order = [0, 1, 1, 0, 0, 1, 1, 0, 0, 1] if in_turn else [0] * 5 + [1] * 5
-    first, second = (np.flatnonzero(np.array(order) == side) for side in (0, 1))
+    drift = np.full((count, 10), 0.05 / 10) if linear else rng.normal(0, 0.05 / np.sqrt(10), (count, 10))
+    slots = drift.cumsum(axis=1) + rng.normal(0, 0.01, (count, 10))
+    sides = {"alternating": [0, 1, 1, 0, 0, 1, 1, 0, 0, 1], "same": [0, 1] * 5, "apart": [0] * 5 + [1] * 5}[order]
+    first, second = (np.flatnonzero(np.array(sides) == side) for side in (0, 1))
     intervals = [t_interval(slot[first], slot[second], paired=True, confidence=0.95) for slot in slots]
     wrong = sum(abs(middle) > half for middle, half in intervals) / count
     found = sum(middle + np.log(1.05) > half for middle, half in intervals) / count
-    if in_turn:
-        assert 0.04 < wrong < 0.06 and found > 0.95
+    if order == "alternating":
+        assert 0.03 < wrong < 0.06 and found > 0.95
+    elif order == "same":  # what was measured second is later in each pair
+        assert wrong > 0.08 if linear else wrong < 0.06
     else:
         assert wrong > 0.3, "the note is needed"
 
@@ -86,7 +90,21 @@ def test_sides_that_were_not_measured_in_turn_are_noted(tmp_path: Path) -> None:
     [note] = compare(base, new).notes
     assert note.startswith("all runs of BASE were measured before those of NEW: a drift of the machine in between")
     [note] = compare(new, base).notes
-    assert note.startswith("all runs of NEW were measured before those of BASE")
+    assert note.startswith("all runs of NEW were measured before those of BASE") and note.endswith("with seed=1")
+
+
+def test_each_configuration_that_was_not_measured_in_turn_is_noted(tmp_path: Path) -> None:
+    for side in ("base", "new"):
+        runs(tmp_path / side, "engine=hstu")
+        runs(tmp_path / side, "engine=aoti")
+        runs(tmp_path / side, "engine=onnxruntime", seeds=1)
+    base, new = sides(tmp_path)
+    for _, record in new:
+        if record.spec["engine"]["name"] != "hstu":
+            record.started_at = record.started_at.replace("2026", "2027")
+    one_run, apart = compare(base, new).notes
+    assert one_run.startswith("one run on each side")
+    assert apart.startswith("all runs of BASE were measured before those of NEW") and apart.endswith("seed=1: aoti")
 
 
 def test_one_run_is_compared_with_the_spread_of_the_others() -> None:
