@@ -163,8 +163,8 @@ def compare(
         result.notes.append(ONE_RUN)
     orders = {key: _apart(matched[0][key], matched[1][key]) for key in common}
     for order in dict.fromkeys(filter(None, orders.values())):
-        cells = [name for key, name in zip(common, names, strict=True) if orders[key] == order]
-        result.notes.append(APART.format(*order) + (f": {named(cells)}" if len(common) > 1 else ""))
+        apart = [name for key, name in zip(common, names, strict=True) if orders[key] == order]
+        result.notes.append(APART.format(*order) + (f": {named(apart)}" if len(common) > 1 else ""))
     return result
 
 
