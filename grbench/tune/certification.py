@@ -126,7 +126,7 @@ def _runs(goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, st
     outcomes: list[Outcome] = []
     probes = _probes(goal, rates.rate_of(step))
     evaluator.together([(trial.configuration, probe) for probe in probes])
-    for probe in probes:
+    for number, probe in enumerate(probes):
         outcome, verdict, limit = run(probe)
         longer = dataclasses.replace(probe, requests=LONGER * probe.requests)
         # A figure within the limit needs more requests; one beyond it a lower rate, if there may be one.
@@ -137,5 +137,7 @@ def _runs(goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, st
         outcomes.append(outcome)
         if verdict is not Verdict.KEPT:
             why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
+            for beside in probes[number + 1 :] if evaluator.places > 1 else ():
+                run(beside)  # it was measured, and is shown
             return outcomes, f"in the run with seed +{probe.seed} {why}"
     return outcomes, ""

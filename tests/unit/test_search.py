@@ -264,6 +264,18 @@ def test_certifying_runs_are_measured_beside_each_other() -> None:
     assert [probe.seed for _, probe in asked] == [101, 102]
 
 
+@pytest.mark.parametrize("places, failed", [(1, [101]), (4, [101, 102])])
+def test_certifying_runs_beside_one_that_fails_are_shown(places: int, failed: list[int]) -> None:
+    evaluator = Capacities(CAPACITY, places=places)
+    search = searched(evaluator)
+    evaluator.worse = {101: 0.95}  # the first rates fail
+    shown: list[Probe] = []
+    certificate = certify(search, evaluator, lambda trial, probe, outcome, verdict: shown.append(probe))
+    assert certificate is not None
+    by_rate = [[probe.seed for probe in group] for _, group in itertools.groupby(shown, lambda probe: probe.rate)]
+    assert by_rate == [failed] * len(certificate.failures) + [[101, 102]] and certificate.failures
+
+
 def test_a_configuration_that_is_overtaken_beside_another_challenges_it() -> None:
     """Short probes of the best are unlucky above the rate of the second, which climbs beside it."""
     evaluator = Capacities(CAPACITY, places=4)
