@@ -36,12 +36,11 @@ from grkernels.config import KernelConfig
 from grkernels.hstu_attention import torch as eager_attention
 
 CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
-# Every option of the model that changes what is traced. The second layer of a package costs ten seconds.
+# Every option of the model that changes what is traced. One layer alone would never read what another wrote in place.
 MODEL = HSTUConfig(
-    layers=1, embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128, contextual_seq_len=2,
+    layers=2, embedding_dim=32, heads=2, qk_dim=16, v_dim=8, scaling_seqlen=128, contextual_seq_len=2,
     max_attn_len=20, interaction=True,
 )  # fmt: skip
-TWO_LAYERS = dataclasses.replace(MODEL, layers=2)
 pytestmark = pytest.mark.timeout(900)  # a package takes a minute of a core, which other processes may use as well
 NO_COMPILER = pytest.mark.skipif(capabilities.compiler() is not None, reason="AOTInductor needs a C++ compiler")
 
@@ -109,7 +108,7 @@ def ready(cache: Path) -> Iterator[AOTIEngine]:
     made.close()
 
 
-PAGED_MODEL = dataclasses.replace(TWO_LAYERS, contextual_seq_len=0)
+PAGED_MODEL = dataclasses.replace(MODEL, contextual_seq_len=0)
 PAGES = PagedCacheConfig(page=16, memory_gb=1e-3, host_gb=1e-3, admit_visit=1, host_admit_visit=1)
 
 
@@ -373,7 +372,7 @@ from grkernels.operators import Operators
 from grkernels.registry import FAMILIES
 
 kernels = Operators.of(dict.fromkeys(FAMILIES, "triton"))
-ranker = build_model({TWO_LAYERS!r}, {CATALOGUE!r}, 0, "cpu", torch.bfloat16, kernels)
+ranker = build_model({MODEL!r}, {CATALOGUE!r}, 0, "cpu", torch.bfloat16, kernels)
 sizes, families = Sizes(8, 512, 64, 64, 64), dict.fromkeys(FAMILIES, "triton")
 facts = package.Facts.here("0", "bf16", torch.device("cpu"), families, 2, sizes, sizes)
 program = package.trace(ExportedRanker(ranker, adapted(kernels.hstu_attention), kernels), facts)
@@ -387,7 +386,7 @@ def test_triton_kernels_are_traced_with_symbolic_lengths() -> None:
     sources = (*kept.SOURCES, "engines/**/*.py")
     printed = (kept.output_of("aoti_trace", TRACE_TRITON, sources, TRITON_INTERPRET="0") / kept.OUTPUT).read_text()
     # Embedding; norm, attention and gate of each layer; last norm; interaction.
-    assert printed.startswith(f"{1 + 3 * TWO_LAYERS.layers + 2} "), printed
+    assert printed.startswith(f"{1 + 3 * MODEL.layers + 2} "), printed
     for most in ("512", "64", "8"):
         assert f"VR[1, {most}]" in printed, printed
 
