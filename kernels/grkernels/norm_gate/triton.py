@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -56,13 +57,7 @@ def _kernel(
     if CONCAT:
         place = out + whole * (3 * GROUPS * W) + first + column
         tl.store(place + GROUPS * W, x, mask=mask)
-    x = x.to(tl.float32)
-    # The row is in registers, so the exact variance (of differences to the mean) costs no second read.
-    centred = tl.where(column < W, x - tl.sum(x, axis=1, keep_dims=True) / W, 0.0)
-    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / W
-    # AOTInductor passes eps in fp64.
-    normed = centred * tl.rsqrt(variance + tl.cast(eps, tl.float32)) * w + b
-    gate = gate / (1.0 + tl.exp(-gate))
+    gate, normed = _gate_and_norm(gate, x.to(tl.float32), w, b, eps, column, W)
     if CONCAT:
         tl.store(place, rounded(gate, out.dtype.element_ty), mask=mask)
         place += 2 * GROUPS * W
@@ -96,10 +91,7 @@ def _quantising_kernel(
     b = tl.load(bias + column, mask=column < W, other=0.0).to(tl.float32)
     gate = tl.load(u + row * u_stride + column, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(a + row * a_stride + column, mask=mask, other=0.0).to(tl.float32)
-    centred = tl.where(column < W, x - tl.sum(x, axis=1, keep_dims=True) / W, 0.0)
-    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / W
-    normed = centred * tl.rsqrt(variance + tl.cast(eps, tl.float32)) * w + b
-    gate = gate / (1.0 + tl.exp(-gate))
+    gate, normed = _gate_and_norm(gate, x, w, b, eps, column, W)
     gated = gate * normed
     largest = tl.max(tl.abs(gated), axis=1)
     place = out + row * W + column
@@ -113,6 +105,19 @@ def _quantising_kernel(
         place += 2 * W
     tl.store(place, eight_bits(gated, scale, True), mask=mask)
     tl.store(scales + rows, scale, mask=rows < L)
+
+
+@triton.jit
+def _gate_and_norm(
+    gate: tl.tensor, x: tl.tensor, w: tl.tensor, b: tl.tensor, eps: tl.tensor, column: tl.tensor, W: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return the SiLU of gate and LayerNorm of rows x, all in fp32."""
+    # The row is in registers, so the exact variance (of differences to the mean) costs no second read.
+    centred = tl.where(column < W, x - tl.sum(x, axis=1, keep_dims=True) / W, 0.0)
+    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / W
+    # AOTInductor passes eps in fp64.
+    normed = centred * tl.rsqrt(variance + tl.cast(eps, tl.float32)) * w + b
+    return gate / (1.0 + tl.exp(-gate)), normed
 
 
 def tuning_key(width: int) -> str:
