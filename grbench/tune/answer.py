@@ -49,7 +49,10 @@ def answer(knowledge: Knowledge, certificate: Certificate | None) -> Answer | No
 def sentence(found: Answer) -> str:
     """Return the answer in words."""
     rate, latency = found.outcome.metrics["throughput_rps"], _latency(found.outcome)
-    words = f"Take {found.trial.configuration.name}: {rate:.4g} requests/s at {latency}"
+    name, had = found.trial.configuration.name, f"{rate:.4g} requests/s at {latency}"
+    words = f"Take {name}: {had}"
+    if found.certificate is None and found.trial.refuted:
+        words = f"No rate of {name} is proven, since it failed at {found.trial.refuted}. The search's own run had {had}"
     if found.knowledge.goal.objective == "cost":
         words += f", {_cost(found.outcome)} for 1000 requests"
     words += f" ({proof(found)})"

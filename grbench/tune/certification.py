@@ -69,7 +69,8 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
         if not why:
             knowledge.concluded = True
             return Certificate(trial, step, outcomes, failures)
-        failures.append(f"{trial.configuration.name} at {rates.rate_of(step):.4g} requests/s: {why}")
+        trial.refuted = f"{rates.rate_of(step):.4g} requests/s {why}"
+        failures.append(f"{trial.configuration.name} at {trial.refuted}")
         falls[id(trial)] = 2 * falls.get(id(trial), STEPS / 2)
         lower = step - round(falls[id(trial)])
         goes_on = goal.rate is None and trial.top is not None and lower > trial.top - BOTTOM
@@ -139,5 +140,5 @@ def _runs(goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, st
             why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
             for beside in probes[number + 1 :] if evaluator.places > 1 else ():
                 run(beside)  # it was measured, and is shown
-            return outcomes, f"in the run with seed +{probe.seed} {why}"
+            return outcomes, f"in the run with seed +{probe.seed}: {why}"
     return outcomes, ""

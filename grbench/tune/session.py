@@ -170,7 +170,8 @@ class TuneSession:
         )
         left = max(self._evaluator.left(), 0.0)
         took = pace(time.monotonic() - self._begun, 1 - left, 1)
-        self._say(f"{time.strftime('%H:%M:%S')} {name}: {what}{kept}; best: {lead}; {left:.0%} of the budget, {took}")
+        rest = f"{left:.0%} of the budget left, {took}"
+        self._say(f"{time.strftime('%H:%M:%S')} {name}: {what}{kept}; best: {lead}; {rest}")
 
     def _say(self, line: str) -> None:
         self._screen.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -47,6 +47,7 @@ class Trial:
     verdicts: dict[int, tuple[Verdict, Limit | None]] = field(default_factory=dict)
     failed: str = ""  # why it is out at any load
     violation: float = 0.0  # by what share, 1 for a failure
+    refuted: str = ""  # at which rate its last certifying run failed, and why
 
     @property
     def low(self) -> int | None:

@@ -339,6 +339,18 @@ def test_certification_goes_on_with_the_next_best_of_the_objective(goal: Goal, o
     assert list(tried)[:3] == [ALL[i] for i in order]
 
 
+def test_an_answer_that_a_certifying_run_contradicts_says_so_first() -> None:
+    evaluator = Capacities(CAPACITY)
+    search = searched(evaluator)
+    evaluator.worse = {101: 0.01}  # no rate holds with another seed
+    assert certify(search, evaluator) is None
+    found = answer.answer(search, None)
+    assert found is not None
+    words = answer.sentence(found)
+    assert words.startswith(f"No rate of {found.trial.configuration.name} is proven, since it failed at ")
+    assert "requests/s in the run with seed +101: " in words and "The search's own run had " in words
+
+
 def test_a_budget_too_small_to_certify_says_by_how_much() -> None:
     evaluator = Capacities(CAPACITY, cells=14)
     evaluator.share = lambda probes: sum(1 + probe.requests / 2000 for probe in probes) / 14  # type: ignore[method-assign]
