@@ -11,7 +11,8 @@ The additional layer is 5.2% of the FLOPs. A note says what it took in this proo
 
 All trials have the same four seeds. The cells of a seed follow each other, trial by trial, and a worker for each side
 keeps its engine meanwhile, as `runner.keep_engine` allows. So a cell costs little more than its measurement. What
-differs between two starts of one engine is then the same in all trials; a note says how large it is.
+differs between two starts of one engine is then the same in all trials. So they are no independent experiments: the
+proof is of the noise within one start, and a note says how much starts differ.
 
 A batch takes the GPU several times as long as the host, because a GPU is steady and the cores of a shared machine are
 not. With `runner.parallel=gpus` seeds run beside each other, each on a GPU of its own. A proof that was stopped goes on
@@ -172,7 +173,13 @@ def notes_of(trials: Sequence[Trial], more: Sequence[Change]) -> list[str]:
     ]
     logs = np.log([change.ratio for change in more])
     if len(logs) > 1:
-        notes.append(f"of the same engines, from trial to trial: {_of_a_run(pairs.var(axis=0, ddof=1))}")
+        within = pairs.var(axis=0, ddof=1)
+        starts = pairs.mean(axis=0).var(ddof=1) - within.mean() / len(pairs)  # of means, less the noise of those
+        notes.append(
+            f"of the same engines, from trial to trial: {_of_a_run(within)}; between their starts: "
+            f"{_of_a_run(max(starts, 0.0))}; all trials share {pairs.shape[1]} starts of each side, so the claims "
+            "below are of the noise within one start only"
+        )
         middle, half = t_interval(np.zeros(len(logs)), logs, paired=True, confidence=0.95)
         low, high = (math.exp(middle + sign * half) - 1 for sign in (-1, 1))
         notes.append(f"the additional layer changed {metric} by {math.expm1(middle):+.2%} [{low:+.2%}, {high:+.2%}]")
@@ -181,9 +188,9 @@ def notes_of(trials: Sequence[Trial], more: Sequence[Change]) -> list[str]:
     return notes
 
 
-def _of_a_run(variances: np.ndarray) -> str:
+def _of_a_run(variances: np.ndarray | float) -> str:
     """Return the standard deviation of a run, from variances of the difference of two."""
-    return f"{math.sqrt(variances.mean() / 2):.2%}"
+    return f"{math.sqrt(np.mean(variances) / 2):.2%}"
 
 
 def _by_seed(side: Sequence[Measured], metric: str) -> np.ndarray:

@@ -7,8 +7,10 @@ import importlib
 import io
 import itertools
 import json
+import math
 import re
 import shlex
+import statistics
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -254,7 +256,7 @@ def test_the_proof_of_compare_counts_its_claims(
 
     def measure(trials: Any, runner: RunnerConfig) -> None:
         for trial, side, spec, folder in itertools.chain(*trials.waiting):
-            by_turns = 1 + 0.002 * (-1) ** spec.seed * (side != "base")
+            by_turns = 1 + 0.002 * (-1) ** spec.seed * (side != "base")  # of a start, in all trials
             rate = (100 + spec.seed) * by_turns / (more if spec.model.layers == more_layers else 1)
             changed = [f"model.layers={spec.model.layers}", f"seed={spec.seed}"]
             metrics = {"throughput_rps": rate, "samples": 2000.0, "duration_s": 3.0}
@@ -271,6 +273,8 @@ def test_the_proof_of_compare_counts_its_claims(
     said = capsys.readouterr().out
     assert "equal work: a difference is claimed in 0 of 4" in said
     assert f"5% more work: found in {4 if more > 1 else 0} of 4" in said
+    starts = statistics.stdev(math.log(1 + 0.002 * (-1) ** seed) for seed in range(5)) / math.sqrt(2)
+    assert f"of the same engines, from trial to trial: 0.00%; between their starts: {starts:.2%};" in said
     [change] = re.findall(r"the additional layer changed throughput_rps by (\S+)% \[", said)
     assert float(change) / 100 == pytest.approx(1 / more - 1, abs=0.001)
 
@@ -289,27 +293,33 @@ def test_the_proof_of_compare_keeps_its_engines_and_goes_on_from_its_records(
     words = ["--trials", "2", "--runs", "2", *device, *(f"model.{word}" for word in model), *load, *history]
     root = tmp_path / "outputs" / "compare_proof"
 
-    def measured() -> dict[str, Any]:
-        with contextlib.suppress(SystemExit):  # two runs prove nothing
+    def measured() -> tuple[dict[str, Any], Any]:
+        """Return the records and what was said. Two runs prove nothing: the exit code is that of the claims."""
+        code: Any = 0
+        try:
             module.main(words)
-        return {str(folder.relative_to(root)): record for folder, record in records.find(root)}
+        except SystemExit as e:
+            code = e.code
+        said = capsys.readouterr()
+        [(wrong, found)] = re.findall(r"claimed in (\d+) of 2; 5% more work: found in (\d+) of 2", said.out)
+        assert code == int(int(wrong) > 2 * module.ALLOWED or int(found) < 2 * module.NEEDED)
+        return {str(folder.relative_to(root)): record for folder, record in records.find(root)}, said
 
     def kept_from_before(record: Any) -> bool:
         return any("had measured 1 other loads before" in note for note in record.notes)
 
-    first = measured()
+    first, said = measured()
     orders = [("base", "equal", "more"), ("equal", "more", "base"), ("more", "base", "equal")]
     cells = [f"{trial}/{side}/{seed}" for seed in (0, 1) for trial in (0, 1) for side in orders[trial + seed]]
     written = sorted(cells, key=lambda cell: (root / cell / "record.json").stat().st_mtime_ns)
     assert written == cells and first.keys() == set(cells)
     assert {cell for cell, record in first.items() if kept_from_before(record)} == {*cells[3:6], *cells[9:]}
-    said = capsys.readouterr()
     assert "12 cells; a run answers 32 requests in " in said.out
-    assert "of the same engines, from trial to trial: " in said.out
+    assert "all trials share 2 starts of each side" in said.out
     assert "have a record" not in said.err
     (root / "1" / "equal" / "1" / "record.json").unlink()
-    again = measured()
-    assert "9 of 12 cells have a record" in capsys.readouterr().err
+    again, said = measured()
+    assert "9 of 12 cells have a record" in said.err
     assert again.keys() == {*cells, "1/base/1.1", "1/more/1.1"}
 
 
