@@ -388,7 +388,8 @@ def explain(error: BaseException) -> str:
         return f"{group}={name}: no such option; {nearest(name, cause.options)}allowed: {', '.join(cause.options)}"
     if ambiguous := re.match(r"Ambiguous value for argument '([^=]+)=(.*?)' 1\.", text):
         key, values = ambiguous.groups()
-        return f"{key}={values}: several values; -m sweeps over them, '{key}=[{values}]' is a list"
+        of_list = f", and a key that takes a list has '{key}=[{values}]'" if "." in key else ""
+        return f"{key}={values}: several values; -m sweeps over them{of_list}"
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return text
     return _explain_key(cause, cause.full_key, text)

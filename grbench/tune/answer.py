@@ -244,7 +244,8 @@ def _too_small(knowledge: Knowledge) -> str:
     minutes = max(math.ceil(FIRST_ANSWER * cell_s / 60), 5)
     return (
         f"{none}: {len(offline)} offline probe{'s' * (len(offline) > 1)} took {took:.0f} s, and a first answer takes "
-        f"about {FIRST_ANSWER} cells; budget={minutes}min or budget=20cells would do"
+        f"about {FIRST_ANSWER} cells; budget={minutes}min or budget=20cells would do, or "
+        "fewer configurations: space=typed searches only what is typed"
     )
 
 
