@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from grbench import workloads
+from grbench import signals, workloads
 from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import ConfigError
 from grbench.execution import results
@@ -25,6 +25,7 @@ from grbench.quality.protocol import LeaveOneOut
 from grbench.report.markdown import table
 from grbench.training import loop
 from grbench.training.config import IDS, WEIGHTS, TrainConfig, TrainingConfig
+from grbench.training.folder import NO_PART, kept_line, require_own
 from grbench.training.generate import GenerateTask, semantic_ids
 from grbench.training.rank import RankTask
 from grbench.workloads.events import Events
@@ -35,7 +36,6 @@ from grengines.runtime.cache_dir import content
 from grengines.semantic.ids import SemanticIds
 
 DIGITS = {"best_epoch": 0, "epochs": 0, "training_s": 1}  # behind the point, of figures that are no measure of quality
-NO_PART = ("out", "output_root", "tracking")  # options that change no figure
 
 
 class TrainSession(RowSession):
@@ -74,6 +74,7 @@ class TrainSession(RowSession):
             parameters = sum(p.numel() for p in task.model.parameters())
             self.show(f"{name}: {task.examples:,} examples, {parameters:,} parameters, on {device.type}")
             identity = spec_hash(_identity(config))
+            require_own(folder, dataclasses.asdict(config), identity)
             if (folder / loop.CHECKPOINT).is_file():
                 self.show(f"going on from {folder / loop.CHECKPOINT}")
             trains = time.perf_counter()
@@ -88,14 +89,19 @@ class TrainSession(RowSession):
             if config.training.minutes:
                 took = (time.perf_counter() - trains) / 60
                 self.show(f"trained and tested in {took:.2g} of training.minutes={config.training.minutes:g}")
+        except KeyboardInterrupt:
+            self.show(kept_line(folder, config.out))
+            raise
         except (ValueError, torch.OutOfMemoryError) as e:
             raise e if isinstance(e, ConfigError) else ConfigError(" ".join(str(e).split())) from e
         seconds = time.perf_counter() - started
         figures |= {"best_epoch": float(state.best_epoch), "epochs": float(state.epochs), "training_s": seconds}
-        self._save(folder, task, events, ids)
-        (folder / loop.CHECKPOINT).unlink(missing_ok=True)
-        file = results.save(folder, known | {"test": figures, "parameters": parameters}, epochs)
-        self.keep(file)
+        known |= {"identity": identity, "test": figures, "parameters": parameters}
+        with signals.held():  # weights without the record of their training would be refused the next time
+            self._save(folder, task, events, ids)
+            file = results.save(folder, known, epochs)
+            (folder / loop.CHECKPOINT).unlink(missing_ok=True)
+            self.keep(file)
         self._tracker.log([_record(config, name, identity, begun, seconds, device, figures)], file)
         self._finished.append((f"{name}; to run it: {_command(config, job, folder, ids)}", figures))
 

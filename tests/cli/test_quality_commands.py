@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.command import Grbench
 from helpers.mlflow_store import new_database
 from mlflow import MlflowClient
+
+from grbench.signals import Stopped
+from grbench.training import loop
+from grbench.training.rank import RankTask
 
 MODEL = ["model.layers=1", "model.embedding_dim=16", "model.heads=1", "model.qk_dim=16", "model.v_dim=16",
          "model.max_positions=48", "model.scaling_seqlen=48"]  # fmt: skip
@@ -85,6 +91,56 @@ def test_the_words_of_a_training_evaluate_what_it_trained(grbench_here: Grbench,
     ):
         refused = grbench_here("evaluate", *words, *more)
         assert refused.returncode == 2 and message in refused.stderr
+
+
+def test_a_training_does_not_overwrite_the_weights_of_another(grbench_here: Grbench, tmp_path: Path) -> None:
+    walks(tmp_path)
+    words = ["train", *MODEL, *WORKLOAD, "workload.num_candidates=6", "training.batch=8", "held_out=60", *QUIET]
+    first = grbench_here(*words, "training.epochs=1", "out=mine")
+    assert first.returncode == 0, first.stderr
+    file = tmp_path / "mine" / "weights.safetensors"
+    made = file.stat().st_mtime_ns
+    refused = grbench_here(*words, "training.epochs=2", "model.heads=2", "out=mine")
+    assert refused.returncode == 2 and file.stat().st_mtime_ns == made
+    assert refused.stderr.splitlines()[-1] == (
+        "grbench train: mine/weights.safetensors: of a training with model.heads=1 and not 2, training.epochs=1 and "
+        "not 2; set another out=FOLDER, or remove the file to train anew"
+    )
+    again = grbench_here(*words, "training.epochs=1", "out=mine")
+    assert again.returncode == 0 and file.stat().st_mtime_ns > made  # the same training makes the same weights
+    (tmp_path / "mine" / "results.json").unlink()
+    refused = grbench_here(*words, "training.epochs=1", "out=mine")
+    assert refused.returncode == 2 and "weights without the results.json of their training" in refused.stderr
+
+
+def test_a_training_that_is_stopped_says_what_is_kept(
+    grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks(tmp_path)
+    words = ["train", *MODEL, *WORKLOAD, "workload.num_candidates=6", "training.batch=8", "held_out=60", *QUIET]
+    words.append("training.epochs=3")
+    loss, stop_at, steps = RankTask.loss, [2], [0]
+
+    def stopped(task: RankTask, batch: list[int]) -> torch.Tensor:
+        steps[0] += 1
+        if steps[0] == stop_at[0]:
+            raise Stopped(signal.SIGINT)
+        return loss(task, batch)
+
+    monkeypatch.setattr(RankTask, "loss", stopped)
+    monkeypatch.setattr(loop, "SAVE_S", 0.0)
+    done = grbench_here(*words, "out=mine")
+    assert done.returncode == 130 and not list((tmp_path / "mine").glob("*.*"))
+    assert "nothing of this training is kept; the same command begins it again" in done.stderr
+    stop_at[0] = -(-int(re.search(r"(\d+) examples", done.stderr)[1]) // 8) + 1  # the first step of the second epoch
+    for out, how in ((["out=mine"], "the same command goes on"), ([], "the same command with out=outputs/")):
+        steps[0] = 0
+        done = grbench_here(*words, *out)
+        assert done.returncode == 130 and "checkpoint.pt keeps the finished epochs" in done.stderr
+        assert how in done.stderr
+    steps[0], stop_at[0] = 0, -1
+    done = grbench_here(*words, "out=mine")
+    assert done.returncode == 0 and "going on from" in done.stderr and "epoch 1:" not in done.stderr
 
 
 def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
