@@ -39,7 +39,7 @@ from grbench.execution.records import RunRecord
 from grbench.report.cells import Cell, counted, figure, labels, named, shown
 from grbench.report.frame import ReportError, load_samples
 from grbench.report.repeats import RERUNS
-from grbench.report.work import LOADS, options_of
+from grbench.report.work import EMULATED, LOADS, emulated, options_of
 
 RESAMPLES = 1000
 MARGIN = 0.05  # share within which a change is no difference
@@ -122,17 +122,18 @@ class Comparison:
 def compare(
     base: Sequence[Cell], new: Sequence[Cell], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Comparison:
-    """Compare the OK cells of two sides.
+    """Compare the OK cells of two sides, without those whose products are emulated.
 
     progress: called with the cells that are compared and all of them, since each may take seconds of resampling. Cells
     of BASE count only if they are of NEW's machine. Raises ReportError if there are none, if the sides did
     different work, or if they have no configuration in common.
     """
     base = _of_one_machine(base, new)
-    sides = [[cell for cell in side if cell[1].ok] for side in (base, new)]
+    sides = [[cell for cell in side if cell[1].ok and not emulated(cell[1])] for side in (base, new)]
     for side, cells, name in zip((base, new), sides, ("BASE", "NEW"), strict=True):
         if not cells:
-            raise ReportError(f"{name} has no OK cell, {len(side)} cells in all: nothing to compare")
+            why = f"; {EMULATED}" if any(record.ok for _, record in side) else ""
+            raise ReportError(f"{name} has no OK cell to compare by speed, {len(side)} cells in all{why}")
     result = Comparison(differing=_differing(*sides))
     _require_same_work(result.differing)
     matched = [_by_configuration(side, result.differing) for side in sides]
@@ -147,6 +148,8 @@ def compare(
             )
         if failed := [record for _, record in side if not record.ok]:
             result.notes.append(f"{counted(len(failed), f'{name} cell')} not OK and left out{which(failed)}")
+        if slow := [record for _, record in side if record.ok and emulated(record)]:
+            result.notes.append(f"{counted(len(slow), f'{name} cell')} left out, because {EMULATED}{which(slow)}")
     if not common:
         raise ReportError(NOTHING_IN_COMMON)
     first = [matched[0][key][0][1] for key in common]

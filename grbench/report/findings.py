@@ -8,7 +8,8 @@ latency limit. Among them
 - cells at several loads are ranked by the highest load at which the upper end of p99's 95% interval keeps the limit.
 
 Cells that differ only in their seed are repeats of one strategy, and its interval has the spread between them. A run
-with the same seed and options replaces the one before it. A single offline run of less than a second is not ranked.
+with the same seed and options replaces the one before it. A single offline run of less than a second is not ranked,
+and neither are cells whose products are emulated.
 A difference counts only if the intervals do not overlap.
 """
 
@@ -19,9 +20,9 @@ from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
 from grbench.execution.stats import SHORTEST_S
-from grbench.report.cells import figure, flatten, knobs, labels, short_paths, shown
+from grbench.report.cells import figure, flatten, knobs, labels, named, short_paths, shown
 from grbench.report.repeats import P99_NEEDS, estimate, latest_by_seed, pooled, ranking_percentile
-from grbench.report.work import LOADS, offered_load, scenario_of, strategy_of, unit_of, work_of
+from grbench.report.work import EMULATED, LOADS, emulated, offered_load, scenario_of, strategy_of, unit_of, work_of
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,18 @@ def limit_verdict(record: RunRecord) -> str:
 
 
 def _finding(group: list[RunRecord]) -> Finding:
+    slow = [label for label, runs in _strategies(group).items() if emulated(runs[0])]
+    if not slow:
+        return _by_speed(group)
+    why = f"{named(slow)} {'is' if len(slow) == 1 else 'are'} not ranked by speed, because {EMULATED}."
+    real = [record for record in group if not emulated(record)]
+    if not real:
+        return Finding((), why)
+    found = _by_speed(real)
+    return Finding(found.best, f"{found.sentence} {why}")
+
+
+def _by_speed(group: list[RunRecord]) -> Finding:
     if scenario_of(group[0]) == "offline":
         return _highest_throughput(group)
     return _lowest_latency(group) if len({offered_load(record) for record in group}) == 1 else _highest_load(group)

@@ -11,7 +11,7 @@ from grbench.execution.records import RunRecord
 from grbench.report.cells import Cell, labels
 from grbench.report.findings import comparable, findings, limit_verdict, work_names
 from grbench.report.repeats import pooled, ranking_percentile
-from grbench.report.work import offered_load, scenario_of, unit_of
+from grbench.report.work import emulated, offered_load, scenario_of, unit_of
 
 VERBS = {"rank": "Rank", "generate": "Retrieve", "recommend": "Retrieve and rank"}
 
@@ -46,7 +46,9 @@ class Group:
 
 
 def best_first(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return comparable records as `findings` ranks them; those without a result come last.
+    """Return comparable records as `findings` ranks them.
+
+    Those with emulated products follow, and those without a result come last.
 
     At several loads those that keep the latency limit come first, from the highest load down.
     """
@@ -56,13 +58,14 @@ def best_first(records: Sequence[RunRecord]) -> list[RunRecord]:
 
     def place(record: RunRecord) -> tuple[float, ...]:
         if not record.ok:
-            return (1,)
+            return (2,)
+        tier = int(emulated(record))
         if scenario_of(record) == "offline":
-            return 0, -record.metrics.get("throughput_rps", 0.0)
+            return tier, -record.metrics.get("throughput_rps", 0.0)
         latency = record.metrics.get(metric, float("inf"))
         if not several:
-            return 0, latency
-        return 0, limit_verdict(record) != "yes", -(offered_load(record) or 0.0), latency
+            return tier, latency
+        return tier, limit_verdict(record) != "yes", -(offered_load(record) or 0.0), latency
 
     return sorted(records, key=place)
 

@@ -18,6 +18,9 @@ LOADS = {  # scenario: the option of its offered load, and the unit
 }
 
 
+EMULATED = "products in fp8 are emulated there, and their speed is not that of fp8"
+
+
 def scenario_of(record: RunRecord) -> str:
     """Return the name of the record's scenario."""
     return str(record.spec["scenario"]["name"])
@@ -33,6 +36,11 @@ def offered_load(record: RunRecord) -> float | None:
     option, _ = LOADS.get(scenario_of(record), ("", ""))
     value = record.spec["scenario"].get(option) if option else None
     return float(value) if value is not None else None
+
+
+def emulated(record: RunRecord) -> bool:
+    """Return whether the products of a cell are emulated: then its speed is not that of its precision."""
+    return str(record.actual.get("fp8_products", "")).startswith("emulated")
 
 
 def options_of(record: RunRecord) -> dict[str, Any]:

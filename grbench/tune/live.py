@@ -19,6 +19,7 @@ from grbench.execution.earlier import environment_difference
 from grbench.execution.environment import describe_environment
 from grbench.execution.records import RunRecord, Status
 from grbench.execution.session import CellSession
+from grbench.report.work import EMULATED, emulated
 from grbench.tune.config import RATES, Declared
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.probes import OFFLINE
@@ -248,6 +249,8 @@ class LiveEvaluator:
         if found := quality_metrics(record):
             self._quality[alike] = found
         quality = self.quality(configuration)
+        if record.ok and emulated(record):
+            return Outcome(str(Status.UNAVAILABLE), error=EMULATED, seconds=seconds, kept=kept, folder=folder)
         rest = {name: value for name, value in record.metrics.items() if not name.startswith("quality/")}
         return Outcome(
             status=str(record.status),

@@ -16,6 +16,7 @@ from helpers.command import Grbench
 from grbench.execution.records import Status
 from grbench.report.compare import Change, Verdict, bootstrap_interval, compare, t_interval
 from grbench.report.frame import ReportError, read_cells
+from grkernels import fp8
 
 MACHINE = {"git_sha": "abc1234", "cpu": "Some CPU", "cpu_cores": 2, "gpus": []}
 
@@ -248,7 +249,7 @@ def test_what_does_not_compare_is_refused_with_the_reason(tmp_path: Path) -> Non
         compare(base, [*base, *other])
     assert [change.runs for change in compare([*other, *base], base).changes] == [(5, 5)]  # the other one is left out
     write_cell(tmp_path / "failed" / "a", status=Status.ERROR)
-    with pytest.raises(ReportError, match="NEW has no OK cell, 1 cells in all"):
+    with pytest.raises(ReportError, match="NEW has no OK cell to compare by speed, 1 cells in all"):
         compare(base, read_cells([tmp_path / "failed"]))
 
 
@@ -270,6 +271,21 @@ def test_configurations_of_one_side_are_left_out_and_counted(tmp_path: Path) -> 
     )
     with pytest.raises(ReportError, match=f"no configuration in common; what must be equal: {allowed}"):
         compare(read_cells([tmp_path / "base"]), read_cells([tmp_path / "new"]))
+
+
+def test_cells_with_emulated_products_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    for side in ("base", "new"):
+        runs(tmp_path / side)
+        emulated = {"device": "cpu", "fp8_products": fp8.runs_as("cpu")}
+        write_cell(tmp_path / side / "fp8", "engine.precision=fp8", "scenario=offline", actual=emulated)
+    base, new = sides(tmp_path)
+    comparison = compare(base, new)
+    assert [change.runs for change in comparison.changes] == [(5, 5)]
+    why = "products in fp8 are emulated there, and their speed is not that of fp8"
+    for side, note in zip(("BASE", "NEW"), comparison.notes, strict=True):
+        assert note.startswith(f"1 {side} cell is left out, because {why}: hstu offline fp8")
+    with pytest.raises(ReportError, match=why):
+        compare(base[-1:], new[-1:])
 
 
 def test_options_of_how_much_is_measured_are_noted(tmp_path: Path) -> None:

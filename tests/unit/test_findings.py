@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from grbench.execution.records import RunRecord, Status
-from grbench.report.findings import findings, limit_verdict
+from grbench.report.findings import Finding, findings, limit_verdict
 from grbench.report.groups import best_first, group_cells
 from grbench.report.latency_charts import ranking
 from grbench.report.repeats import P99_NEEDS, pooled, run_count
 from grbench.report.table import columns_for
+from grkernels import fp8
 
 P99 = "latency_ms/p99"
 
@@ -251,6 +252,22 @@ def test_short_offline_runs_are_not_ranked() -> None:
     for run in repeats:
         run.metrics["duration_s"] = 0.3
     assert sentences(*repeats, slow)[0].startswith("Offline, hstu is fastest: 301")
+
+
+@pytest.mark.parametrize("scenario", ["offline", "server"])
+def test_emulated_products_are_not_ranked_by_speed(scenario: str) -> None:
+    """The fastest of three cells is one whose products a CPU emulates."""
+    precisions = {"fp32": 9.0, "bf16": 7.0, "fp8": 5.0}
+    every = [cell(p99, scenario=scenario, rps=1000 / p99, engine=name) for name, p99 in precisions.items()]
+    every[2].actual = {"fp8_products": fp8.runs_as("cpu")}
+    why = " fp8 is not ranked by speed, because products in fp8 are emulated there, and their speed is not that of fp8."
+    (found,) = findings(every)
+    assert found.best == (every[1],) and found.sentence.endswith(why) and "fp8" not in found.sentence.removesuffix(why)
+    assert [record.spec["engine"]["name"] for record in best_first(every)] == ["bf16", "fp32", "fp8"]
+    assert findings(every[2:]) == [Finding((), why.strip())]
+    every[2].actual = {"fp8_products": fp8.runs_as("cuda")}
+    (found,) = findings(every)
+    assert found.best == (every[2],) and best_first(every)[0] is every[2]
 
 
 def test_without_an_interval_nothing_is_certain() -> None:

@@ -23,6 +23,7 @@ from grbench.execution.session import Measured as Cell
 from grbench.tune import config, limits
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import Configuration, Probe
+from grkernels import fp8
 
 WINDOWS = [Configuration((("model.max_attn_len", value),)) for value in ("0", "64")]
 DEFAULT, WINDOW = WINDOWS
@@ -123,6 +124,17 @@ def test_damaged_samples_cost_the_times_of_batches_and_a_line_says_so(tmp_path: 
     assert outcome.ok and not outcome.batches and outcome.metrics["throughput_rps"] > 0
     [line] = lines
     assert line.startswith(f"{folder}/samples.parquet: not readable as parquet") and "rerun=true" in line
+
+
+def test_a_cell_with_emulated_products_is_no_answer_of_a_search(tmp_path: Path) -> None:
+    for device, status in (("cuda", "OK"), ("cpu", "UNAVAILABLE")):
+        folder = tmp_path / device
+        record = write_cell(folder, "scenario=offline", actual={"fp8_products": fp8.runs_as(device)})
+        cells = [Cell(folder, record, False)]
+        session = SimpleNamespace(parts=(), has=lambda spec: False, measure=lambda jobs, cells=cells: cells)
+        outcome = evaluator(session, tmp_path / "none").evaluate(DEFAULT, OFFLINE)
+        assert (outcome.status, "emulated" in outcome.error) == (status, status != "OK")
+        assert ("throughput_rps" in outcome.metrics) is outcome.ok
 
 
 def test_the_loss_of_another_model_is_against_the_default(tmp_path: Path) -> None:
