@@ -55,16 +55,18 @@ def at_most_every(seconds: float, call: Callable[P, None]) -> Callable[P, None]:
     return limited
 
 
-def pace(seconds: float, done: float = 0.0, total: float = 0.0, most_s: float = math.inf) -> str:
+def pace(seconds: float, done: float = 0.0, total: float = 0.0, most_s: float = math.inf, after_s: float = 0.0) -> str:
     """Return how long work has taken, and how long the rest takes at the same pace: "35 s so far, about 2 min left".
 
     done of total: what the seconds were for, in any unit; 0: it is not known, so nothing is said of the rest. most_s:
-    the time of all the work, which ends then however much is done.
+    the time of all the work, which ends then however much is done. after_s: the time of what follows the total, which
+    most_s covers.
     """
     words = f"{_span(seconds)} so far"
     if not 0 < done <= total:
         return words
-    return f"{words}, about {_span(max(min(seconds * (total - done) / done, most_s - seconds), 0.0))} left"
+    rest_s = max(min(seconds * (total - done) / done, most_s - after_s - seconds), 0.0)
+    return f"{words}, about {_span(rest_s + after_s)} left"
 
 
 def _span(seconds: float) -> str:

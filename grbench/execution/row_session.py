@@ -76,10 +76,10 @@ class RowSession:
         self._screen.print(text, soft_wrap=True, markup=False, highlight=False)
 
     @contextlib.contextmanager
-    def watch(self, what: str, most_s: float = math.inf) -> Iterator[Callable[[float, float], None]]:
+    def watch(self, what: str, most_s: float = math.inf) -> Iterator[Callable[..., None]]:
         """Show how far work is: a bar on a terminal, else a line now and then. Yields what takes (done, total).
 
-        most_s: of the work, which ends then.
+        most_s: of the work, which ends then. A third number, if it is given, are the seconds of what follows the total.
         """
         begun = time.monotonic()
         say = at_most_every(SILENCE_S, self.show)
@@ -93,8 +93,8 @@ class RowSession:
         ) as bar:
             task = bar.add_task(escape(what), total=None, pace="")
 
-            def show(done: float, total: float) -> None:
-                took = pace(time.monotonic() - begun, done, total, most_s)
+            def show(done: float, total: float, after_s: float = 0.0) -> None:
+                took = pace(time.monotonic() - begun, done, total, most_s, after_s)
                 bar.update(task, completed=done, total=total, pace=took)
                 if not self._screen.is_terminal:
                     say(f"{what}: {done:,.0f} of {total:,.0f}, {took}")

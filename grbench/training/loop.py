@@ -21,7 +21,7 @@ CHECKPOINT = "checkpoint.pt"
 SAVE_S = 20.0  # between two checkpoints
 WARM_UP = 0.05  # share of the steps over which the learning rate rises
 CLIP = 1.0  # norm of the gradient
-Progress = Callable[[int, int], None]  # steps that are done, and all that there will be at most
+Progress = Callable[[int, int, float], None]  # steps done, all at most, seconds of the last validation and the test
 
 
 class Task(Protocol):
@@ -57,6 +57,7 @@ class Epoch:
     trained: int  # epochs in these seconds
     steps: int  # that were trained
     whole: int  # steps of a whole epoch
+    check_s: float  # of the latest validation, about as long as the test; 0: there was none
 
     def to_dict(self) -> dict[str, Any]:
         return {"epoch": self.number, "loss": self.loss, **self.figures, "seconds": self.seconds, "steps": self.steps}
@@ -84,7 +85,7 @@ def train(
     folder: Path,
     identity: str,
     report: Callable[[Epoch], None],
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done, total, after_s: None,
 ) -> State:
     """Train to the last epoch, the end of `minutes`, or until `patience` validations brought nothing.
 
@@ -106,21 +107,25 @@ def train(
     state = _resume(folder / CHECKPOINT, identity, model, optimiser, schedule)
     began = saved = time.perf_counter()
     before = state.epochs
-    ends = began + options.most_s - (_checks_s(task, options) if options.minutes else 0.0)
+    check_s = _check_s(task, options) if options.minutes else 0.0
+    ends = began + options.most_s - 2 * check_s  # the last validation and the test
     while state.epochs < options.epochs and time.perf_counter() < ends and not _exhausted(state, options):
         number = state.epochs + 1
         torch.manual_seed(seed * 100_003 + number)  # of dropout; an epoch does not depend on those before it
         at, left = (number - 1 - before) * steps_an_epoch, (options.epochs - before) * steps_an_epoch
-        step = partial(_of_all, progress, at, left)
+        step = partial(_of_all, progress, at, left, 2 * check_s)
         loss, steps = _epoch(task, number, device, optimiser, schedule, step, ends)
         figures: dict[str, float] = {}
         last = number == options.epochs or time.perf_counter() >= ends
         if last or number % options.validate_every == 0:
+            checked = time.perf_counter()
             with torch.no_grad():
                 figures = task.validate()
+            check_s = time.perf_counter() - checked
             if (figure := next(iter(figures.values()))) > state.best_figure:
                 state.best_figure, state.best_epoch, state.best = figure, number, _copy(model)
-        epoch = Epoch(number, loss, figures, time.perf_counter() - began, number - before, steps, steps_an_epoch)
+        seconds = time.perf_counter() - began
+        epoch = Epoch(number, loss, figures, seconds, number - before, steps, steps_an_epoch, check_s)
         state.history.append(epoch.to_dict())
         report(epoch)
         if time.perf_counter() - saved > SAVE_S:
@@ -130,8 +135,8 @@ def train(
     return state
 
 
-def _checks_s(task: Task, options: TrainingConfig) -> float:
-    """Return the seconds that the last validation and the test will take, by a validation before the first step.
+def _check_s(task: Task, options: TrainingConfig) -> float:
+    """Return the seconds that a validation and the test will take each, by a validation before the first step.
 
     Raises ConfigError if `minutes` leave no time beside them.
     """
@@ -144,7 +149,7 @@ def _checks_s(task: Task, options: TrainingConfig) -> float:
             f"training.minutes={options.minutes:g}: a validation takes {check_s:.3g} s here, and three are needed; set "
             f"more than {3 * check_s / 60:.2g}, or 0 for no limit"
         )
-    return 2 * check_s
+    return check_s
 
 
 def _epoch(
@@ -180,9 +185,9 @@ def _epoch(
     return mean, trained
 
 
-def _of_all(progress: Progress, before: int, total: int, done: int) -> None:
+def _of_all(progress: Progress, before: int, total: int, after_s: float, done: int) -> None:
     """Report `done` steps of an epoch, which `before` steps of this training came before."""
-    progress(before + done, total)
+    progress(before + done, total, after_s)
 
 
 def _rate(step: int, total: int) -> float:

@@ -150,10 +150,10 @@ def epoch_line(epoch: loop.Epoch, options: TrainingConfig) -> str:
     figures = ", ".join(f"{name} {value:.4f}" for name, value in epoch.figures.items())
     validated = f"; validation: {figures}" if figures else ""
     cut = "" if epoch.steps == epoch.whole else f" ({epoch.steps} of {epoch.whole} steps: training.minutes ended it)"
-    left = pace(epoch.seconds)
-    if epoch.number < options.epochs and not cut:
-        of = options.epochs - epoch.number + epoch.trained
-        left = f"{pace(epoch.seconds, epoch.trained, of, options.most_s)} at most"
+    last = bool(cut) or epoch.number == options.epochs
+    of = epoch.trained + (0 if last else options.epochs - epoch.number)
+    left = pace(epoch.seconds, epoch.trained, of, options.most_s, epoch.check_s)
+    left += " for the test" if last else " at most"
     return f"epoch {epoch.number}{cut}: loss {epoch.loss:.4f}{validated}; {left}"
 
 

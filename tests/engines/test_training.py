@@ -226,7 +226,7 @@ def test_the_time_ends_a_training_within_an_epoch(tmp_path: Path) -> None:
     of = config(training={"epochs": 50, "minutes": 0.002, "batch": 4, "validate_every": 10})
     steps: list[int] = []
 
-    def slow(done: int, total: int) -> None:
+    def slow(done: int, total: int, after_s: float) -> None:
         steps.append(total)
         time.sleep(0.15)
 
@@ -237,13 +237,18 @@ def test_the_time_ends_a_training_within_an_epoch(tmp_path: Path) -> None:
 
 def test_the_line_of_an_epoch_says_no_more_time_than_is_left() -> None:
     options = TrainingConfig(epochs=10)
-    epoch = loop.Epoch(number=2, loss=0.5, figures={}, seconds=30.0, trained=2, steps=7, whole=7)
+    epoch = loop.Epoch(number=2, loss=0.5, figures={}, seconds=30.0, trained=2, steps=7, whole=7, check_s=4.0)
     assert epoch_line(epoch, options) == "epoch 2: loss 0.5000; 30 s so far, about 2 min left at most"
     options.minutes = 1.0
     assert epoch_line(epoch, options).endswith("; 30 s so far, about 30 s left at most")
     cut = dataclasses.replace(epoch, steps=3)
-    assert epoch_line(cut, options).endswith(" (3 of 7 steps: training.minutes ended it): loss 0.5000; 30 s so far")
-    assert epoch_line(dataclasses.replace(epoch, number=10), options).endswith("; 30 s so far")
+    assert epoch_line(cut, options).endswith(
+        " (3 of 7 steps: training.minutes ended it): loss 0.5000; 30 s so far, about 4 s left for the test"
+    )
+    late = dataclasses.replace(cut, seconds=90.0)
+    assert epoch_line(late, options).endswith("; 90 s so far, about 4 s left for the test")
+    test = "; 30 s so far, about 4 s left for the test"
+    assert epoch_line(dataclasses.replace(epoch, number=10), options).endswith(test)
 
 
 def test_the_time_has_room_for_the_validations_and_the_test(tmp_path: Path) -> None:
@@ -256,9 +261,12 @@ def test_the_time_has_room_for_the_validations_and_the_test(tmp_path: Path) -> N
         return check()
 
     task.validate = lambda: slow(validate)  # type: ignore[method-assign]
-    begun = time.perf_counter()
-    state = loop.train(task, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
+    begun, after = time.perf_counter(), list[float]()
+    state = loop.train(
+        task, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None, progress=lambda *at: after.append(at[2])
+    )
     slow(test)
+    assert min(after) > 0.8  # a validation and the test, from the first step on
     assert 1.5 < time.perf_counter() - begun < 2.3 and state.best_epoch
     of.training.minutes = 1 / 60
     with pytest.raises(
