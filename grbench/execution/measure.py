@@ -63,8 +63,9 @@ def summarise(
         metrics["offered_rps"] = (count - 1) / last_s
     if isinstance(spec.scenario, OfflineConfig) and duration_s < stats.SHORTEST_S and not is_accuracy(spec.scenario):
         summary.notes.append(
-            f"the run took {duration_s:.2g} s: too short to rank; scenario.queries="
-            f"{math.ceil(2 * count * stats.SHORTEST_S / duration_s)} would take about {2 * stats.SHORTEST_S:g} s"
+            f"the run took {duration_s:.2g} s: too short to rank by one run; runner.repeats=5 gives an interval, and "
+            f"scenario.queries={math.ceil(2 * count * stats.SHORTEST_S / duration_s)} would take about "
+            f"{2 * stats.SHORTEST_S:g} s"
         )
     metrics |= measurement.metrics
     summary.notes += _beside_loadgen(samples, metrics)

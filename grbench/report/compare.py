@@ -38,7 +38,8 @@ from grbench.execution.environment import machine_of
 from grbench.execution.records import RunRecord
 from grbench.report.cells import Cell, counted, figure, labels, named, shown
 from grbench.report.frame import ReportError, load_samples
-from grbench.report.repeats import RERUNS
+from grbench.report.repeats import RERUNS, pooled
+from grbench.report.table import notes
 from grbench.report.work import EMULATED, LOADS, emulated, options_of
 
 RESAMPLES = 1000
@@ -57,6 +58,7 @@ APART = (
     "all runs of {} were measured before those of {}: a drift of the machine in between counts as a change, and no "
     "interval contains it; measure both with seed=0, then in the other order both with seed=1"
 )
+SHARED = "{} on both sides: a measurement that is compared with itself never changes; check the paths of BASE and NEW"
 ONE_RUN = "one run on each side: the interval leaves out differences between runs; runner.repeats=5 measures them"
 
 Floats = npt.NDArray[np.float64]
@@ -160,6 +162,12 @@ def compare(
         progress(done, len(common))
         result.changes += _changes(name, matched[0][key], matched[1][key], result.notes)
     result.notes = list(dict.fromkeys(result.notes))  # a file is named once, and not for each metric
+    result.notes += _notes_of_cells(
+        *([(name, own[key]) for key, name in zip(common, names, strict=True)] for own in matched)
+    )
+    runs = [[record for key in common for _, record in own[key]] for own in matched]
+    if shared := sum(record in runs[1] for record in runs[0]):
+        result.notes.append(SHARED.format(counted(shared, "record")))
     if effort := [key for key in result.differing if key in EFFORT or key.startswith("gate.")]:
         result.notes.append(f"the sides differ in how much is measured or checked: {', '.join(effort)}")
     if any(change.runs == (1, 1) for change in result.changes):
@@ -169,6 +177,17 @@ def compare(
         apart = [name for key, name in zip(common, names, strict=True) if orders[key] == order]
         result.notes.append(APART.format(*order) + (f": {named(apart)}" if len(common) > 1 else ""))
     return result
+
+
+def _notes_of_cells(*sides: Sequence[tuple[str, Sequence[Cell]]]) -> list[str]:
+    """Return the notes of the named cells of BASE and NEW, each once, with the cells that have it."""
+    records, names = [], []
+    for side, cells in zip(("BASE", "NEW"), sides, strict=True):
+        for name, runs in cells:
+            rows = pooled([record for _, record in runs])
+            records += rows
+            names += [f"{side} {name}"] * len(rows)
+    return notes(records, names)
 
 
 def _apart(base: Sequence[Cell], new: Sequence[Cell]) -> tuple[str, str] | None:

@@ -108,6 +108,31 @@ def test_each_configuration_that_was_not_measured_in_turn_is_noted(tmp_path: Pat
     assert apart.startswith("all runs of BASE were measured before those of NEW") and apart.endswith("seed=1: aoti")
 
 
+def test_notes_of_the_cells_are_carried_and_named_once(tmp_path: Path) -> None:
+    short, busy = (
+        "the run took {:.1f} s: too short to rank by one run",
+        "others took {} cores: measure again on an idle machine",
+    )
+    for side in ("base", "new"):
+        runs(tmp_path / side)
+    base, new = sides(tmp_path)
+    for i, (_, record) in enumerate([*base, *new]):
+        record.notes = [short.format(0.4 + i / 10)]
+    for _, record in new:
+        record.notes.append(busy.format(1))
+    notes = compare(base, new).notes
+    assert [note.count(short[-12:]) for note in notes] == [1, 0]
+    assert notes[1] == f"{busy.format(1)} (NEW hstu)"
+
+
+def test_a_side_that_is_compared_with_itself_is_noted(tmp_path: Path, grbench_here: Grbench) -> None:
+    runs(tmp_path / "base", seeds=3)
+    base = read_cells([tmp_path / "base"])
+    [note] = compare(base, base).notes
+    assert note.startswith("3 records are on both sides: ") and note.endswith("check the paths of BASE and NEW")
+    assert f"note: {note}" in grbench_here("compare", "base", "base").stdout
+
+
 def test_one_run_is_compared_with_the_spread_of_the_others() -> None:
     middle, half = t_interval(np.zeros(1), np.array([1.0, 1.5]), paired=False, confidence=0.95)
     assert middle == 1.25 and half == pytest.approx(12.706 * np.sqrt(0.125 * 1.5), rel=1e-4)  # t of one degree

@@ -287,9 +287,9 @@ def measured(details: dict[str, float]) -> dict[str, float]:
     return summarised(details).metrics
 
 
-def summarised(details: dict[str, float]) -> stats.Summary:
+def summarised(details: dict[str, float], *words: str) -> stats.Summary:
     """Summary of four requests with 10 history events each, one per batch."""
-    spec, _ = compose_spec(["engine=hstu"])
+    spec, _ = compose_spec(["engine=hstu", *words])
     events, request_ids = np.arange(10), np.arange(4)
     requests = [Request(i, 0, events, events, events, events, 0, events[:2], 10, 0.0, 80.0) for i in range(4)]
     times = dict.fromkeys((*measure.PARTS, "latency_ms"), np.full(4, 2.0))
@@ -334,6 +334,12 @@ def test_a_record_says_that_the_cache_failed() -> None:
     quiet, warned = (summarised(details | {"cache_faults": n}).notes for n in (0.0, 3.0))
     [note] = set(warned) - set(quiet)
     assert note == "the cache failed 3 times, and those batches were answered without it; see worker.log"
+
+
+def test_a_short_offline_run_names_both_cures() -> None:
+    """Findings rank repeats of a short run, and no single one."""
+    [note] = set(summarised({}, "scenario=offline").notes) - set(summarised({}).notes)
+    assert "too short to rank by one run; runner.repeats=5 gives an interval, and scenario.queries=" in note
 
 
 def test_item_cache_metrics_count_tokens_and_distinct_rows() -> None:
