@@ -149,6 +149,8 @@ def _record(text: str) -> RunRecord:
         raise ValueError("not a record (its JSON is nested too deeply)") from None
     if not isinstance(data, dict):
         raise ValueError("not a record (a JSON object is expected)")
+    if {"findings", "cells"} <= data.keys():
+        raise ValueError("the JSON of a report and not a record; give the folder of the cells that it is about")
     if data.get("schema_version") != SCHEMA_VERSION:
         version = data.get("schema_version")
         raise ValueError(f"schema_version is {version!r}, this grbench reads {SCHEMA_VERSION}; measure again")
@@ -177,6 +179,8 @@ def _check(value: Any, kind: Any, where: str) -> None:
             getattr(arg, "__name__", str(arg)) for arg in (args if origin is UnionType else [origin])
         )
         raise ValueError(f"{where} is a {type(value).__name__}, expected is a {expected}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}, expected is a finite number")
     if isinstance(value, dict):
         for key, each in value.items():
             if each is not None or args[1] is not float:  # null: a figure that is not finite
@@ -192,6 +196,8 @@ def _check_parts(data: dict[str, Any]) -> None:
         named = data["spec"].get(group)
         if not isinstance(named, dict) or not isinstance(named.get("name"), str):
             raise ValueError(f"spec.{group} has no name")
+    if data["status"] is Status.OK and data.get("metrics", {}).get("throughput_rps", 0.0) is None:
+        raise ValueError("metrics['throughput_rps'] is null, expected is a finite number in a record that is OK")
     for name, interval in data.get("intervals", {}).items():
         if len(interval) != 2:
             raise ValueError(f"intervals[{name!r}] has {len(interval)} ends, expected are 2")

@@ -133,6 +133,14 @@ def test_a_side_that_is_compared_with_itself_is_noted(tmp_path: Path, grbench_he
     assert f"note: {note}" in grbench_here("compare", "base", "base").stdout
 
 
+def test_the_json_of_a_report_is_named_as_such(tmp_path: Path, grbench_here: Grbench) -> None:
+    runs(tmp_path / "base", seeds=1)
+    assert grbench_here("report", "base", "--out", "page.json").returncode == 0
+    done = grbench_here("compare", "base", "page.json")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "page.json: the JSON of a report and not a record; give the folder of the cells" in done.stderr
+
+
 def test_one_run_is_compared_with_the_spread_of_the_others() -> None:
     middle, half = t_interval(np.zeros(1), np.array([1.0, 1.5]), paired=False, confidence=0.95)
     assert middle == 1.25 and half == pytest.approx(12.706 * np.sqrt(0.125 * 1.5), rel=1e-4)  # t of one degree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ def test_a_row_of_another_command_has_no_gate_block() -> None:
         ({"gate": {**PASSED, "error": "small"}}, "gate.error is a str"),
         ({"environment": {"gpus": [5]}}, r"environment.gpus\[0\] is a int"),
         ('{"a":' * 100_000, "nested too deeply"),
+        ({"metrics": {"throughput_rps": math.nan}}, r"metrics\['throughput_rps'\] is nan, expected is a finite number"),
+        ({"metrics": {"throughput_rps": None}}, r"metrics\['throughput_rps'\] is null, expected is a finite number"),
+        ({"intervals": {"latency_ms/p50": [1.0, math.inf]}}, r"intervals\['latency_ms/p50'\]\[1\] is inf, expected"),
         ({"gate": FAILED}, "'latency_ms/p50' needs a passed gate, gate.passed is False"),
         ({"gate": ...}, "gate.passed is None"),
     ],
