@@ -130,6 +130,14 @@ class GenerateTask:
         ranks = metrics.ranks_of(self._answers(self._requests, K), self._targets)
         return {"ndcg10": float(metrics.gain(ranks, K).mean()), "hr10": float(metrics.hit(ranks, K).mean())}
 
+    def baseline(self) -> tuple[str, float]:
+        """Return the NDCG@10 of the most popular items, by the events of the training split."""
+        events = self._split.events
+        counts = np.bincount(events.items[self._split.training], minlength=events.num_items)
+        most = np.argsort(-counts, kind="stable")[:K]
+        ranks = metrics.ranks_of([most] * len(self._targets), self._targets)
+        return "popularity", float(metrics.gain(ranks, K).mean())
+
     def test(self) -> dict[str, float]:
         """Return the figures of the last items of all users; `_new`: without the past, where enough items are left."""
         split, levels = self._split, self.ids.levels

@@ -42,6 +42,9 @@ class Task(Protocol):
     def validate(self) -> dict[str, float]:
         """Return figures of the model as it is. The first one chooses: the higher, the better."""
 
+    def baseline(self) -> tuple[str, float]:
+        """Return the first figure of `validate` without a model, after its name."""
+
     def test(self) -> dict[str, float]:
         """Return the figures of the data that was neither trained on nor chose the epoch."""
 
@@ -57,6 +60,7 @@ class Epoch:
     trained: int  # epochs in these seconds
     steps: int  # that were trained
     whole: int  # steps of a whole epoch
+    steps_s: float  # of the steps
     check_s: float  # of the latest validation, about as long as the test; 0: there was none
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,13 +113,14 @@ def train(
     before = state.epochs
     check_s = _check_s(task, options) if options.minutes else 0.0
     ends = began + options.most_s - 2 * check_s  # the last validation and the test
-    while state.epochs < options.epochs and time.perf_counter() < ends and not _exhausted(state, options):
+    while state.epochs < options.epochs and time.perf_counter() < ends and not exhausted(state, options):
         number = state.epochs + 1
         torch.manual_seed(seed * 100_003 + number)  # of dropout; an epoch does not depend on those before it
         at, left = (number - 1 - before) * steps_an_epoch, (options.epochs - before) * steps_an_epoch
         step = partial(_of_all, progress, at, left, 2 * check_s)
+        stepped = time.perf_counter()
         loss, steps = _epoch(task, number, device, optimiser, schedule, step, ends)
-        figures: dict[str, float] = {}
+        figures, steps_s = dict[str, float](), time.perf_counter() - stepped
         last = number == options.epochs or time.perf_counter() >= ends
         if last or number % options.validate_every == 0:
             checked = time.perf_counter()
@@ -125,7 +130,7 @@ def train(
             if (figure := next(iter(figures.values()))) > state.best_figure:
                 state.best_figure, state.best_epoch, state.best = figure, number, _copy(model)
         seconds = time.perf_counter() - began
-        epoch = Epoch(number, loss, figures, seconds, number - before, steps, steps_an_epoch, check_s)
+        epoch = Epoch(number, loss, figures, seconds, number - before, steps, steps_an_epoch, steps_s, check_s)
         state.history.append(epoch.to_dict())
         report(epoch)
         if time.perf_counter() - saved > SAVE_S:
@@ -196,7 +201,7 @@ def _rate(step: int, total: int) -> float:
     return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
 
 
-def _exhausted(state: State, options: TrainingConfig) -> bool:
+def exhausted(state: State, options: TrainingConfig) -> bool:
     """Return whether the validations stopped improving."""
     return state.epochs - state.best_epoch >= options.patience * options.validate_every
 

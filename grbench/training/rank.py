@@ -88,6 +88,10 @@ class RankTask:
         """Return the mean AUC of the tasks over the requests before those held out, and the AUC of each task."""
         return self._areas(self.validation)
 
+    def baseline(self) -> tuple[str, float]:
+        """Return the AUC of any order that knows nothing."""
+        return "chance", 0.5
+
     def test(self) -> dict[str, float]:
         """Return the same of the requests that are held out."""
         return self._areas(self._test)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import os
 import time
 from pathlib import Path
@@ -46,6 +47,7 @@ class TrainSession(RowSession):
         if self._sweep and first.config.out is not None:
             raise ConfigError("out: the trainings of a sweep would write the same files; leave it out")
         self._finished: list[tuple[str, dict[str, float]]] = []
+        self._doubts: list[str] = []
 
     @property
     def ok(self) -> bool:
@@ -57,6 +59,13 @@ class TrainSession(RowSession):
             rows = [[key, f"{value:.{DIGITS.get(key, 4)}f}"] for key, value in figures.items()]
             print(table(["held out", "figure"], rows))
 
+    def close(self, cut_short: str = "") -> int:
+        """Close the session as any, then say which weights are not useful."""
+        code = super().close(cut_short)
+        for doubt in self._doubts:
+            self.show(doubt)
+        return code
+
     def run(self, job: Job) -> None:
         """Train one model. Raises ConfigError for data or options that cannot be used."""
         config: TrainConfig = job.config
@@ -65,7 +74,7 @@ class TrainSession(RowSession):
             require_writable(folder, f"out={config.out}", "set out to")
             self.hold(folder, "out")
         begun, started = datetime.datetime.now(datetime.UTC), time.perf_counter()
-        epochs: list[dict[str, Any]] = []
+        here: list[loop.Epoch] = []  # epochs of this process, which may go on from a checkpoint
         try:
             typed = any(word.lstrip("+").startswith("model.tasks=") for word in job.overrides)
             task, events, ids = self._task(config, device, typed)
@@ -78,12 +87,16 @@ class TrainSession(RowSession):
             if (folder / loop.CHECKPOINT).is_file():
                 self.show(f"going on from {folder / loop.CHECKPOINT}")
             trains = time.perf_counter()
+
+            def report(epoch: loop.Epoch) -> None:
+                here.append(epoch)
+                self.show(epoch_line(epoch, config.training))
+
             with self.watch("steps, at most", config.training.most_s) as show:
                 state = loop.train(
                     task, config.training, device, config.seed, folder, identity,
-                    report=lambda epoch: self.show(epoch_line(epoch, config.training)), progress=show,
+                    report=report, progress=show,
                 )  # fmt: skip
-            epochs = state.history
             with torch.no_grad():
                 figures = task.test()
             if config.training.minutes:
@@ -99,9 +112,13 @@ class TrainSession(RowSession):
         known |= {"identity": identity, "test": figures, "parameters": parameters}
         with signals.held():  # weights without the record of their training would be refused the next time
             self._save(folder, task, events, ids)
-            file = results.save(folder, known, epochs)
+            file = results.save(folder, known, state.history)
             (folder / loop.CHECKPOINT).unlink(missing_ok=True)
             self.keep(file)
+        random = (config.model if config.task == "rank" else config.retrieval).weights is None
+        if doubt := doubt_of(state, here if random else [], task.baseline(), config.training):
+            more = " and another out=FOLDER" if config.out else ""
+            self._doubts.append(f"{os.path.relpath(folder / WEIGHTS)}: these weights are NOT useful: {doubt}{more}")
         self._tracker.log([_record(config, name, identity, begun, seconds, device, figures)], file)
         self._finished.append((f"{name}; to run it: {_command(config, job, folder, ids)}", figures))
 
@@ -155,6 +172,27 @@ def epoch_line(epoch: loop.Epoch, options: TrainingConfig) -> str:
     left = pace(epoch.seconds, epoch.trained, of, options.most_s, epoch.check_s)
     left += " for the test" if last else " at most"
     return f"epoch {epoch.number}{cut}: loss {epoch.loss:.4f}{validated}; {left}"
+
+
+def doubt_of(state: loop.State, here: list[loop.Epoch], baseline: tuple[str, float], options: TrainingConfig) -> str:
+    """Return why trained weights are not useful, and the option to set; "" if nothing speaks against them.
+
+    here: epochs of this process; none if they began from trained weights, for which less than an epoch may do.
+    baseline: name and figure of a ranking without a model.
+    """
+    steps, (name, figure) = sum(row["steps"] for row in state.history), baseline
+    if here and steps < here[-1].whole:
+        cut = here[-1]
+        least = (3 * cut.check_s + cut.steps_s * cut.whole / cut.steps) / 60
+        minutes = f"{max(math.ceil(10 * least) / 10, 2 * options.minutes):g}"
+        return f"only {steps} of the {cut.whole} steps of an epoch were trained; set training.minutes={minutes} or more"
+    if state.best_figure > figure:
+        return ""
+    cut_short = options.minutes and state.epochs < options.epochs and not loop.exhausted(state, options)
+    remedy = (
+        f"training.minutes={2 * options.minutes:g} or more" if cut_short else "another training.rate or more epochs"
+    )
+    return f"their validation, {state.best_figure:.4f}, is no better than {name}, {figure:.4f}; set {remedy}"
 
 
 def _command(config: TrainConfig, job: Job, folder: Path, ids: SemanticIds | None) -> str:

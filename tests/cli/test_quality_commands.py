@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,27 @@ def test_a_training_does_not_overwrite_the_weights_of_another(grbench_here: Grbe
     (tmp_path / "mine" / "results.json").unlink()
     refused = grbench_here(*words, "training.epochs=1", "out=mine")
     assert refused.returncode == 2 and "weights without the results.json of their training" in refused.stderr
+
+
+def test_a_training_cut_short_ends_with_the_minutes_that_it_needs(
+    grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks(tmp_path)
+    words = ["train", *MODEL, *WORKLOAD, "workload.num_candidates=6", "training.batch=8", "held_out=60", *QUIET]
+    loss = RankTask.loss
+
+    def slow(task: RankTask, batch: list[int]) -> torch.Tensor:
+        time.sleep(3.1)  # longer than the minutes
+        return loss(task, batch)
+
+    monkeypatch.setattr(RankTask, "loss", slow)
+    done = grbench_here(*words, "training.minutes=0.05", "out=mine")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"mine/weights\.safetensors: these weights are NOT useful: only 1 of the \d+ steps of an epoch were trained; "
+        r"set training\.minutes=[\d.]+ or more and another out=FOLDER",
+        done.stderr.splitlines()[-1],
+    )
 
 
 def test_a_training_that_is_stopped_says_what_is_kept(

@@ -23,7 +23,7 @@ from grbench.training import loop
 from grbench.training.config import TrainConfig, TrainingConfig
 from grbench.training.generate import GenerateTask, semantic_ids
 from grbench.training.rank import RankTask
-from grbench.training.session import epoch_line
+from grbench.training.session import doubt_of, epoch_line
 from grbench.workloads.config import RecordedConfig
 from grbench.workloads.events import Events
 from grbench.workloads.trace import build_trace, find_visits
@@ -235,9 +235,39 @@ def test_the_time_ends_a_training_within_an_epoch(tmp_path: Path) -> None:
     assert len(steps) == 1 < steps[0] and state.history[0]["steps"] == 1
 
 
+def test_weights_that_are_not_useful_are_said_to_be(tmp_path: Path) -> None:
+    of = config(training={"epochs": 12})
+    task, epochs = task_of(of), list[loop.Epoch]()
+    name, figure = task.baseline()
+    state = loop.train(task, of.training, CPU, 0, tmp_path, "x", report=epochs.append)
+    assert name == "popularity" and 0 < figure < 1 and doubt_of(state, epochs, (name, figure), of.training) == ""
+    poor = doubt_of(state, epochs, (name, 1.0), of.training)
+    assert poor.endswith(", is no better than popularity, 1.0000; set another training.rate or more epochs")
+    of.training.minutes = 0.5
+    cut = dataclasses.replace(epochs[0], steps=1, steps_s=9.0, whole=82, check_s=5.0)
+    one = dataclasses.replace(state, history=[cut.to_dict()])
+    needed = "only 1 of the 82 steps of an epoch were trained; set training.minutes=12.6 or more"
+    assert doubt_of(one, [cut], (name, figure), of.training) == needed  # 82 steps of 9 s and 3 checks of 5 s
+    cut.whole = 1
+    assert doubt_of(one, [cut], (name, figure), of.training) == ""
+    assert doubt_of(one, [cut], (name, 1.0), of.training).endswith("1.0000; set training.minutes=1 or more")
+
+
+def test_the_baseline_is_that_of_the_most_popular_items() -> None:
+    events = ring(items=40)
+    counts = np.bincount(events.items[LeaveOneOut(events).training], minlength=40)
+    first = sorted(range(40), key=lambda item: -counts[item])[:10]
+    targets = LeaveOneOut(events).targets(LeaveOneOut(events).users, 2)
+    gains = [1 / np.log2(2 + first.index(item)) if item in first else 0 for item in targets]
+    task = task_of(config(training={"validation_users": 0}), events)
+    assert task.baseline()[1] == pytest.approx(np.mean(gains))
+
+
 def test_the_line_of_an_epoch_says_no_more_time_than_is_left() -> None:
     options = TrainingConfig(epochs=10)
-    epoch = loop.Epoch(number=2, loss=0.5, figures={}, seconds=30.0, trained=2, steps=7, whole=7, check_s=4.0)
+    epoch = loop.Epoch(
+        number=2, loss=0.5, figures={}, seconds=30.0, trained=2, steps=7, whole=7, steps_s=26.0, check_s=4.0
+    )
     assert epoch_line(epoch, options) == "epoch 2: loss 0.5000; 30 s so far, about 2 min left at most"
     options.minutes = 1.0
     assert epoch_line(epoch, options).endswith("; 30 s so far, about 30 s left at most")
