@@ -22,14 +22,16 @@ from grbench.report.cells import MISSING, engine_name, figure, shown
 from grbench.report.chart import Chart, Series
 from grbench.report.cost_charts import precision_of
 from grbench.report.groups import VERBS, Row
-from grbench.report.work import offered_load, options_of, scenario_of, unit_of
+from grbench.report.work import emulated, offered_load, options_of, scenario_of, unit_of
 
 FIGURES = {  # those of a task, the headline first, and the name of each
     "rank": {"auc": "AUC", "ne": "NE"},
     "generate": {"hr10": "HR@10", "ndcg10": "NDCG@10"},
     "recommend": {"hr10": "HR@10", "ndcg10": "NDCG@10"},
 }
-NOT_ALONE = "speeds are not compared where other processes were at work or a run took less than a second"
+NOT_ALONE = (
+    "speeds are not compared where other processes were at work, a run took less than a second or products are emulated"
+)
 READING = (
     "HR@10, NDCG@10: each user's last item among the first ten of the answer; an answer of fewer items misses the rest",
     "AUC, NE: means of the tasks, over the last requests that the training did not see; a lower NE is better",
@@ -123,8 +125,10 @@ class Point:
 
     @property
     def alone(self) -> bool:
-        """True if the speed may be compared: no other process was at work, and the run was not too short."""
+        """True if the speed may be compared: no other process, no run that is too short, no emulated products."""
         record = self.row.record
+        if emulated(record):
+            return False
         long = record.metrics.get("duration_s", SHORTEST_S) >= SHORTEST_S
         return long and not record.environment.get("beside") and not any(DISTURBED in note for note in record.notes)
 

@@ -22,6 +22,7 @@ from grbench.report.interactive import plotly_figure
 from grbench.report.markdown import sections
 from grbench.report.page import blocks
 from grbench.report.tradeoffs import NOT_ALONE, Tradeoff, tradeoffs
+from grkernels import fp8
 
 USERS = 943
 
@@ -109,13 +110,21 @@ def test_a_sentence_says_what_is_lost_and_gained(root: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("change", [{"notes": [f"others were there: {DISTURBED} machine"]}, {"duration_s": 0.5}])
-def test_a_speed_beside_other_processes_is_not_compared(change: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"notes": [f"others were there: {DISTURBED} machine"]},
+        {"duration_s": 0.5},
+        {"actual": {"fp8_products": fp8.runs_as("cpu")}},
+    ],
+)
+def test_a_speed_that_says_nothing_is_not_compared(change: dict[str, Any], tmp_path: Path) -> None:
     study(tmp_path)
     path = tmp_path / "1" / "record.json"  # 4 beams
     record = json.loads(path.read_text())
     record["notes"] += change.get("notes", [])
-    record["metrics"] |= {k: v for k, v in change.items() if k != "notes"}
+    record["actual"] |= change.get("actual", {})
+    record["metrics"] |= {k: v for k, v in change.items() if k not in ("notes", "actual")}
     path.write_text(json.dumps(record))
     beams = found(tmp_path)[0]
     assert "4 loses 0.0636" in beams.sentence and " gains " not in beams.sentence and "it costs 50%" in beams.sentence
