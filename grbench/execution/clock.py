@@ -66,7 +66,8 @@ def pace(seconds: float, done: float = 0.0, total: float = 0.0, most_s: float = 
     if not 0 < done <= total:
         return words
     rest_s = max(min(seconds * (total - done) / done, most_s - after_s - seconds), 0.0)
-    return f"{words}, about {_span(rest_s + after_s)} left"
+    least_s = 1.0 if after_s else 0.0  # "about 0 s" would say that nothing follows
+    return f"{words}, about {_span(max(rest_s + after_s, least_s))} left"
 
 
 def _span(seconds: float) -> str:

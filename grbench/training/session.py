@@ -118,7 +118,7 @@ class TrainSession(RowSession):
         random = (config.model if config.task == "rank" else config.retrieval).weights is None
         if doubt := doubt_of(state, here if random else [], task.baseline(), config.training):
             more = " and another out=FOLDER" if config.out else ""
-            self._doubts.append(f"{os.path.relpath(folder / WEIGHTS)}: these weights are NOT useful: {doubt}{more}")
+            self._doubts.append(f"{os.path.relpath(folder / WEIGHTS)}: these weights are NOT useful yet: {doubt}{more}")
         self._tracker.log([_record(config, name, identity, begun, seconds, device, figures)], file)
         self._finished.append((f"{name}; to run it: {_command(config, job, folder, ids)}", figures))
 

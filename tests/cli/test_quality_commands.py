@@ -129,8 +129,8 @@ def test_a_training_cut_short_ends_with_the_minutes_that_it_needs(
     done = grbench_here(*words, "training.minutes=0.05", "out=mine")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(
-        r"mine/weights\.safetensors: these weights are NOT useful: only 1 of the \d+ steps of an epoch were trained; "
-        r"set training\.minutes=[\d.]+ or more and another out=FOLDER",
+        r"mine/weights\.safetensors: these weights are NOT useful yet: only 1 of the \d+ steps of an epoch "
+        r"were trained; set training\.minutes=[\d.]+ or more and another out=FOLDER",
         done.stderr.splitlines()[-1],
     )
 

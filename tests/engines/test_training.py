@@ -277,6 +277,8 @@ def test_the_line_of_an_epoch_says_no_more_time_than_is_left() -> None:
     )
     late = dataclasses.replace(cut, seconds=90.0)
     assert epoch_line(late, options).endswith("; 90 s so far, about 4 s left for the test")
+    brief = dataclasses.replace(cut, check_s=0.2)
+    assert epoch_line(brief, options).endswith(", about 1 s left for the test")
     test = "; 30 s so far, about 4 s left for the test"
     assert epoch_line(dataclasses.replace(epoch, number=10), options).endswith(test)
 
