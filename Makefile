@@ -18,7 +18,8 @@ ARGS ?=
 
 # mypy takes what the tests leave of the cores. Tests of wall-clock time run one at a time, after the others.
 # Exit code 5: ARGS selects no test of that part.
-WORKERS ?= 2
+# One more than the cores of a small machine: tests also wait.
+WORKERS ?= 3
 PYTEST = $(PY) -m pytest --durations=10
 TESTS = nice -n 19 $(PY) -m mypy & types=$$!; \
 	$(PYTEST) -m "not gpu and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS); beside=$$?; \
