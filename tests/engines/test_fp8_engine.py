@@ -5,23 +5,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.gated import built, run_cell
 from helpers.hstu_oracle import make_requests
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from grbench import workloads
 from grbench.config.compose import compose_spec
-from grbench.config.schema import ConfigError, RunSpec
-from grbench.execution.cell import Cell
+from grbench.config.schema import ConfigError
 from grbench.execution.records import Outcome
-from grbench.gate import gate_for
-from grengines import registry
 from grengines.api import Catalogue, Setup, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hstu.config import FP8_STEP, HSTUEngineConfig
@@ -66,21 +65,7 @@ REQUESTS = [
 
 @pytest.fixture
 def cell(tmp_path: Path) -> Callable[[list[str]], Outcome]:
-    def run(overrides: list[str]) -> Outcome:
-        outcome = Outcome()
-        Cell(compose_spec(overrides)[0], tmp_path, outcome, lambda message: None).run()
-        return outcome
-
-    return run
-
-
-def built(overrides: list[str]) -> tuple[RunSpec, Any, Any]:
-    """A cell's specification, its prepared engine and its gate."""
-    spec = compose_spec(overrides)[0]
-    trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
-    engine = registry.build(spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed, spec.cache)
-    engine.prepare(trace.requests, spec.scenario.max_batch)
-    return spec, engine, gate_for(spec, trace, None, engine.actual())
+    return partial(run_cell, tmp_path)
 
 
 CACHES = {"none": ["cache=none"], "lru": ["cache=lru"], "int8": ["cache=lru", "cache.precision=int8"]}

@@ -5,25 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.gated import built, run_cell
 from helpers.hstu_oracle import make_requests
 
-from grbench import workloads
 from grbench.cachesim.config import CacheSimConfig
 from grbench.cachesim.replay import Replay
 from grbench.config.compose import compose_spec
-from grbench.config.schema import ConfigError, RunSpec
-from grbench.execution.cell import Cell
+from grbench.config.schema import ConfigError
 from grbench.execution.records import Outcome
-from grbench.gate import gate_for
 from grbench.tools.sizing import kv_bytes
 from grbench.workloads.config import SyntheticConfig
-from grengines import registry
 from grengines.api import Catalogue, Request, Setup
 from grengines.cache import host
 from grengines.cache.config import EIGHT_BITS, PagedCacheConfig
@@ -70,21 +68,7 @@ def visit(user: int, events: int) -> Request:
 
 @pytest.fixture
 def cell(tmp_path: Path) -> Callable[[list[str]], Outcome]:
-    def run(overrides: list[str]) -> Outcome:
-        outcome = Outcome()
-        Cell(compose_spec(overrides)[0], tmp_path, outcome, lambda message: None).run()
-        return outcome
-
-    return run
-
-
-def built(overrides: list[str]) -> tuple[RunSpec, Any, Any]:
-    """A cell's specification, its prepared engine and its gate."""
-    spec = compose_spec(overrides)[0]
-    trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
-    engine = registry.build(spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed, spec.cache)
-    engine.prepare(trace.requests, spec.scenario.max_batch)
-    return spec, engine, gate_for(spec, trace, None, engine.actual())
+    return partial(run_cell, tmp_path)
 
 
 def small_tiers(overrides: list[str], kind: str) -> tuple[int, list[str]]:
