@@ -14,7 +14,7 @@ from grbench.report.findings import findings
 from grbench.report.frame import damaged_samples, has_samples
 from grbench.report.groups import Group, Row, group_cells
 from grbench.report.provenance import origin_line
-from grbench.report.table import MOST_COLUMNS, columns_for, notes, without_least_needed
+from grbench.report.table import MOST_COLUMNS, ROW, columns_for, notes, without_least_needed
 from grbench.report.tradeoffs import READING, Tradeoff, tradeoffs
 
 NO_SAMPLES = "no samples beside the record (row {}): its distribution and parts of the latency are not drawn"
@@ -115,7 +115,7 @@ def _group_blocks(number: int, group: Group, figures: bool) -> list[Block]:
     content: list[Block] = [Heading(group.title)]
     content += [Text(group.sentence)] if group.sentence else []
     content += [Table([*lead, *(column.heading for column in columns)], lines)]
-    content += _bullets(notes(records, [f"row {row.number}" for row in group.rows]))
+    content += _bullets(notes(records, [f"{ROW}{row.number}" for row in group.rows]))
     if figures:
         content += _bullets(_without_samples(group))
         content += [Figure(f"{number}_{chart.key}", chart) for chart in charts(group)]
@@ -130,7 +130,7 @@ def _tradeoff_blocks(traded: Sequence[Tradeoff], rows: Sequence[Row], figures: b
         content += [Figure(f"quality_{number}", one.chart(number))] if figures else []
     if traded:
         content += [Heading("How to read quality against speed"), *_bullets(READING)]
-        content += _bullets(notes([row.record for row in rows], [f"row {row.number}" for row in rows]))
+        content += _bullets(notes([row.record for row in rows], [f"{ROW}{row.number}" for row in rows]))
     return content
 
 

@@ -135,6 +135,7 @@ LEAST_NEEDED = [
     P90,
 ]
 UNSEEN = "latency_ms/p99.9 withheld"  # begins a note on a percentile that the table has no column for
+ROW = "row "  # begins the name of a row of a page
 
 
 def columns_for(records: list[RunRecord]) -> list[Column]:
@@ -226,6 +227,9 @@ def _which(who: Sequence[str], every: int) -> str:
     """Return in brackets which of `every` cells a note is about, as many by name as MOST_NAMES allows."""
     if len(who) == every:
         return ("", " (both cells)")[every - 1] if every < 3 else f" (all {every} cells)"
+    numbers = [name.removeprefix(ROW) for name in who if name.startswith(ROW)]
+    if 1 < len(numbers) == len(who):  # a page's rows: a line with the word before each number is hard to read
+        return f" (rows {', '.join(numbers[:-1])} and {numbers[-1]})"
     return f" ({named(who)})"
 
 

@@ -644,6 +644,8 @@ def test_notes_that_differ_in_numbers_are_one_with_ranges(tmp_path: Path) -> Non
         "at 12:30 in runs/7 (b)",
     ]
     assert notes(cells[:2], "ab")[0] == "others used 1.4 to 1.5 of 2 cores (both cells)"
+    rows = notes(cells, ["row 3", "row 4", "row 12"])
+    assert rows[0] == "others used 1.4 to 1.5 of 2 cores (rows 3 and 4)" and rows[2] == "at 12:31 in runs/7 (row 3)"
     [few] = notes(cells[:2] * 3, ["long" * 20 + str(i) for i in range(6)])[-1:]
     assert few == f"at 12:30 in runs/7 ({'long' * 20}1; {'long' * 20}3; and 1 more)"
 
