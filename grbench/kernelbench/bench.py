@@ -338,6 +338,7 @@ def _variant(family: str, name: str) -> Contender:
         variant.supports,
         variant.max_error_ratio,
         candidates=tuple(getattr(module, "CANDIDATES", ())),
+        yardstick=variant.yardstick,
     )
 
 

@@ -15,19 +15,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Result = TypeVar("Result")
-_BITS = {torch.bfloat16: 8, torch.float16: 11}  # of the significand
+_BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float8_e4m3fn: 4}  # of the significand
 
 
 class Rounding(TorchFunctionMode):
-    """A context in which PyTorch rounds every fp32 result to the significand of `dtype`.
+    """A context in which PyTorch rounds every fp32 result to the significand of `dtype`, that of SiLU to `silu`'s.
 
     The exponents stay those of fp32: implementations choose their scales so that nothing over- or underflows.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, silu: torch.dtype | None = None) -> None:
         super().__init__()
-        last = 24 - _BITS[dtype]  # the bit of an fp32 number that is rounded to
-        self._half, self._kept = 1 << (last - 1), -(1 << last)
+        self._dtype, self._silu = dtype, silu or dtype
 
     def __torch_function__(
         self,
@@ -37,10 +36,15 @@ class Rounding(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        return self._rounded(result) if isinstance(result, Tensor) and result.dtype == torch.float32 else result
+        if not isinstance(result, Tensor) or result.dtype != torch.float32:
+            return result
+        return _to_bits(result, _BITS[self._silu if func is torch.nn.functional.silu else self._dtype])
 
-    def _rounded(self, x: Tensor) -> Tensor:
-        return ((x.view(torch.int32) + self._half) & self._kept).view(torch.float32)
+
+def _to_bits(x: Tensor, bits: int) -> Tensor:
+    """Round fp32 numbers to `bits` of the significand."""
+    last = 24 - bits  # the bit of an fp32 number that is rounded to
+    return ((x.view(torch.int32) + (1 << (last - 1))) & -(1 << last)).view(torch.float32)
 
 
 def rounded(reference: Callable[..., Result], dtype: torch.dtype) -> Callable[..., Result]:
@@ -55,6 +59,17 @@ def rounded(reference: Callable[..., Result], dtype: torch.dtype) -> Callable[..
         if to := options.get("to"):
             return cast(Result, through_pages(cast(Tensor, result), to))
         return result
+
+    return yardstick
+
+
+def with_fp8_products(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `attention` with results rounded to q's dtype, and q, k, v and SiLU of the scores to e4m3's significand."""
+
+    def yardstick(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        q, k, v = (_to_bits(x.float(), _BITS[torch.float8_e4m3fn]).to(x.dtype) for x in (q, k, v))
+        with Rounding(q.dtype, silu=torch.float8_e4m3fn):
+            return attention(q, k, v, **options)
 
     return yardstick
 

@@ -23,7 +23,8 @@ class KernelVariant:
     run; engines raise with it and tests skip with it.
 
     Tolerance: ||fn - reference|| / ||reference|| may be at most `max_error_ratio` times what the reference's own maths
-    loses if every result is rounded to the dtype (`grkernels.rounding`).
+    loses if every result is rounded to the dtype (`grkernels.rounding.rounded`). A variant that rounds to fewer
+    bits has the reference with that rounding as its `yardstick`.
     """
 
     family: str
@@ -32,3 +33,4 @@ class KernelVariant:
     reference: Callable[..., Any]
     supports: Callable[..., str | None]
     max_error_ratio: float = 2.0
+    yardstick: Callable[..., Any] | None = None

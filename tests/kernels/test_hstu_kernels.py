@@ -169,12 +169,12 @@ def test_cute_launches_with_the_values_that_its_signature_names(monkeypatch: pyt
     monkeypatch.setattr(cute_common, "launcher", lambda kernel: lambda *values: launches.append(values))
     monkeypatch.setattr(cute_common, "processors", lambda device: 132)
     monkeypatch.setattr(cute_common, "stream", lambda device: 99)
-    cutlass._compiled.cache_clear()
+    cutlass.compiled.cache_clear()
     case = Case([900, 800, 300], [3, 2, 0], [20, 17, 1], page=32, contextual=4, window=100).build(torch.bfloat16)
     o = case.options
     with tuning.forced("hstu_attention", "cutlass", {**cutlass.CANDIDATES[0], "m": 64, "n": 64}):
         out = cutlass.hstu_attention(**o)
-    cutlass._compiled.cache_clear()
+    cutlass.compiled.cache_clear()
     *values, stream = launches[0]
     launched = dict(zip(names(Arguments), values, strict=True))
     assert stream == 99 and launched.pop("counter") + 16 == launched.pop("sharing.arrivals") > 16
@@ -223,10 +223,10 @@ def test_a_launch_of_stretches_has_room_for_two_parts_a_cta(monkeypatch: pytest.
     monkeypatch.setattr(cute_common, "stream", lambda device: 99)
     monkeypatch.setattr(torch, "empty", lambda *size, **o: made.append(*size) or empty(*size, **o))
     monkeypatch.setattr(torch, "zeros", lambda *size, **o: made.append(*size) or zeros(*size, **o))
-    cutlass._compiled.cache_clear()
+    cutlass.compiled.cache_clear()
     with tuning.forced("hstu_attention", "cutlass", {**cutlass.STREAMS[0], "m": 128, "n": 64}):
         cutlass.hstu_attention(**case.options)
-    cutlass._compiled.cache_clear()
+    cutlass.compiled.cache_clear()
     launched = dict(zip(names(Arguments), launches[0], strict=False))
     assert (launched["ctas"], launched["sharing.splits"]) == (132, 1)
     assert launched["sharing.partials"] and launched["sharing.arrivals"] == launched["counter"] + 16 > 16

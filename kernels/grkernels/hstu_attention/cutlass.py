@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from math import gcd
 
 import torch
@@ -20,6 +20,7 @@ from grkernels.pages import EIGHT_BITS
 from grkernels.variant import KernelVariant
 
 NO_PAGES: tuple[int, ...] = (0,) * 14  # values of the fields k_pages to page_table of sm90.kernel.Arguments
+NO_SCALES: tuple[int, ...] = (0,) * 3  # those of its field scales
 
 CANDIDATES = [
     {"m": m, "n": n, "stages": stages, "take_turns": turns, "dynamic": dynamic, "stream": 0}
@@ -102,8 +103,50 @@ def hstu_attention(
             max_attn_len=max_attn_len,
             k_pages=k_pages,
         ),
-        _default(q, v, batch, max_q_len, stored),
+        default_config(q, v, batch, max_q_len, stored),
     )
+    return attend(
+        partial(compiled, q.dtype, q.shape[2], v.shape[2], page, stored),
+        config,
+        (q, k, v),
+        out,
+        q_offsets=q_offsets,
+        kv_offsets=kv_offsets,
+        num_targets=num_targets,
+        max_q_len=max_q_len,
+        max_kv_len=max_kv_len,
+        scaling_seqlen=scaling_seqlen,
+        alpha=alpha,
+        contextual_seq_len=contextual_seq_len,
+        max_attn_len=max_attn_len,
+        pages=pages,
+    )
+
+
+def attend(
+    kernel: Callable[..., Launcher],
+    config: Mapping[str, int],
+    operands: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    *,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    num_targets: Tensor | None,
+    max_q_len: int,
+    max_kv_len: int,
+    scaling_seqlen: int,
+    alpha: float,
+    contextual_seq_len: int,
+    max_attn_len: int,
+    pages: tuple[int, ...] = NO_PAGES,
+    scales: tuple[int, ...] = NO_SCALES,
+) -> Tensor:
+    """Launch a kernel on Q, K and V, and return `out` [Lq, H, dv], which it writes.
+
+    kernel: makes it, of the launch configuration. pages, scales: values of sm90.kernel.Arguments.
+    """
+    q, k, v = operands
+    heads, batch, v_dim = q.shape[1], q_offsets.shape[0] - 1, out.shape[2]
     m = config["m"]
     items = heads * _tiles(q.shape[0], batch, max_q_len, m)
     processors = cute_common.processors(q.device.index)
@@ -113,11 +156,11 @@ def hstu_attention(
     parts, shared = (2 * processors, processors) if stream else (items * splits, items) if splits > 1 else (0, 0)
     counter, partials = None, None
     if parts:
-        partials = torch.empty(parts * m * v.shape[2], dtype=torch.float32, device=q.device)
+        partials = torch.empty(parts * m * v_dim, dtype=torch.float32, device=q.device)
     if parts or config["dynamic"]:
         # One allocation, cleared once: the counter of items, and after 16 bytes the arrivals of each item's warps.
         counter = torch.zeros(4 + shared * m // 16, dtype=torch.int32, device=q.device)
-    run = _compiled(q.dtype, q.shape[2], v.shape[2], page, stored, **config, split=splits > 1)
+    run = kernel(**config, split=splits > 1)
     run(  # the fields of sm90.kernel.Arguments, then the stream
         *(q.data_ptr(), *q.stride()[:2]),
         *(k.data_ptr(), *k.stride()[:2]),
@@ -138,6 +181,7 @@ def hstu_attention(
         splits,
         alpha / 2,
         processors if stream else min(processors, items * splits),
+        *scales,
         cute_common.stream(q.device),
     )
     return out
@@ -185,7 +229,7 @@ def _stored(pages: Tensor) -> str:
     return next((name for name, dtype in EIGHT_BITS.items() if dtype is pages.dtype), "")
 
 
-def _default(q: Tensor, v: Tensor, batch: int, max_q_len: int, stored: str) -> dict[str, int]:
+def default_config(q: Tensor, v: Tensor, batch: int, max_q_len: int, stored: str) -> dict[str, int]:
     """Return the tiles for sizes that are not in the table.
 
     Two stages of n keys fit. Tiles have 64 rows if no CTA then gets a second item. CTAs take items from a counter if
@@ -221,7 +265,7 @@ def _splits(items: int, tiles: int, processors: int) -> int:
 
 
 @cache
-def _compiled(
+def compiled(
     dtype: torch.dtype,
     qk_dim: int,
     v_dim: int,
@@ -234,10 +278,12 @@ def _compiled(
     dynamic: int,
     split: bool = False,
     stream: int = 0,
+    chunk: int = 0,
+    products: str = "",
 ) -> Launcher:
     """Compile, or raise ValueError for tiles that don't fit in shared memory or into pages."""
-    tiles = Tiles(m, n, stages, bool(take_turns), bool(dynamic), split, bool(stream))
-    return cute_common.launcher(Attention(ELEMENTS[dtype], qk_dim, v_dim, tiles, page, stored))
+    tiles = Tiles(m, n, stages, bool(take_turns), bool(dynamic), split, bool(stream), chunk)
+    return cute_common.launcher(Attention(ELEMENTS[dtype], qk_dim, v_dim, tiles, page, stored, products))
 
 
 VARIANT = KernelVariant("hstu_attention", "cutlass", hstu_attention, reference, supports)

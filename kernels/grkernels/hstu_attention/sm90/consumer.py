@@ -7,6 +7,7 @@ from cutlass import Float32, Int32, cute, pipeline
 
 from grkernels.hstu_attention.sm90 import mainloop
 from grkernels.hstu_attention.sm90.epilogue import Output, Sharing, add_parts, add_up, fill, store
+from grkernels.hstu_attention.sm90.fp8 import Scales
 from grkernels.hstu_attention.sm90.mainloop import Mmas
 from grkernels.hstu_attention.sm90.pipes import Handout, Stages
 from grkernels.hstu_attention.sm90.registers import consumer_thread
@@ -36,6 +37,7 @@ def consume(
     stretch: cute.Tensor,
     output: Output,
     half_alpha: Float32,
+    scales: Scales,
 ) -> None:
     """Compute 64 query rows of each work item, then write zeros after the last sequence."""
     t = sizes.tiles
@@ -49,7 +51,7 @@ def consume(
     place = read_stretch(stretch) if cutlass.const_expr(t.stream) else find(t.m, batch, splits, item, place)
     while place.sequence >= 0:
         work = work_at(sizes, batch, table, splits, place)
-        states = mainloop.accumulate(sizes, operands, stages, states, work, batch.limits, thread, half_alpha)
+        states = mainloop.accumulate(sizes, operands, stages, states, batch, work, thread, half_alpha, scales)
         if cutlass.const_expr(t.split):
             if add_up(sizes, operands.o, sharing, item, thread):
                 store(sizes, operands.o, output, batch.heads, work, thread)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -17,6 +17,7 @@ from grkernels.cute_common import WARP, ElementPointer, Float32Pointer, Int32Poi
 from grkernels.hstu_attention.sm90.consumer import consume
 from grkernels.hstu_attention.sm90.eight_bits import Bytes, produce_converted
 from grkernels.hstu_attention.sm90.epilogue import Output, Sharing
+from grkernels.hstu_attention.sm90.fp8 import Scales
 from grkernels.hstu_attention.sm90.mainloop import Mmas
 from grkernels.hstu_attention.sm90.pipes import Layouts, allocate
 from grkernels.hstu_attention.sm90.producer import Source, Sources, produce
@@ -25,9 +26,9 @@ from grkernels.hstu_attention.sm90.sizes import PRODUCER_THREADS, WARPGROUP, Siz
 
 
 class Rows(NamedTuple):
-    """Rows of all sequences and heads. Strides are in elements, multiples of 8."""
+    """Rows of all sequences and heads. Strides are in elements: multiples of 8, in e4m3 multiples of 16."""
 
-    data: ElementPointer
+    data: ElementPointer  # of e4m3 numbers the address of their bytes
     stride: Int64
     head_stride: Int64
 
@@ -59,6 +60,7 @@ class Arguments(NamedTuple):
     sharing: Sharing
     half_alpha: Float32
     ctas: Int32
+    scales: Scales
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,13 @@ class Attention(Sizes):
         """Launch `args.ctas` CTAs."""
         t, heads = self.tiles, args.batch.heads
         layouts = Layouts(
-            _shared_layout(self.dtype, t.m, self.qk_dim, 1),
-            _shared_layout(self.dtype, t.n, self.qk_dim, t.stages),
-            _shared_layout(self.dtype, t.n, self.v_dim, t.stages),
+            _shared_layout(self.operand, t.m, self.qk_dim, 1),
+            _shared_layout(self.operand, t.n, self.qk_dim, t.stages),
+            _shared_layout(self.operand, *self._v_tile(t.n), t.stages),
         )
-        q = _stream(args.q, args.batch.q_rows, self.qk_dim, heads)
-        k = _stream(args.k, args.kv_rows, self.qk_dim, heads)
-        v = _stream(args.v, args.kv_rows, self.v_dim, heads)
+        q = _stream(args.q, self.operand, args.batch.q_rows, self.qk_dim, heads)
+        k = _stream(args.k, self.operand, args.kv_rows, self.qk_dim, heads)
+        v = _stream(args.v, self.operand, *self._v_tile(args.kv_rows), heads)
         k_source, v_source = None, None
         if cutlass.const_expr(self.page > 0 and self.stored == ""):
             k_pages = _pages(args.k_pages, args.pages, self.page, self.qk_dim, heads)
@@ -140,7 +142,7 @@ class Attention(Sizes):
         sources = Sources(
             q=_source(q, layouts.q, t.m),
             k=_source(k, layouts.k, t.n),
-            v=_source(v, layouts.v, t.n),
+            v=_source(v, layouts.v, self._v_tile(t.n)[0]),
             k_pages=k_source,
             v_pages=v_source,
         )
@@ -156,6 +158,7 @@ class Attention(Sizes):
             args.counter,
             args.sharing,
             args.half_alpha,
+            args.scales,
         ).launch(
             grid=(args.ctas, 1, 1),
             block=(PRODUCER_THREADS + WARPGROUP * self.warpgroups, 1, 1),
@@ -163,14 +166,19 @@ class Attention(Sizes):
             stream=stream,
         )
 
+    def _v_tile(self, tokens: Any) -> tuple[Any, Any]:
+        """Return rows and columns of V with some tokens. Products in e4m3 read it transposed."""
+        return (self.v_dim, tokens) if self.products else (tokens, self.v_dim)
+
     def _mmas(self) -> Mmas:
         """Return both products, 64 rows of a work item for each warpgroup."""
         k_major, mn_major, groups = OperandMajorMode.K, OperandMajorMode.MN, (self.warpgroups, 1, 1)
-        make = partial(hopper_helpers.make_trivial_tiled_mma, self.dtype, self.dtype, k_major)
+        make = partial(hopper_helpers.make_trivial_tiled_mma, self.operand, self.operand, k_major)
         registers = warpgroup.OperandSource.RMEM
+        major, columns = (k_major, self.tiles.chunk) if self.products else (mn_major, self.v_dim)
         return Mmas(
             qk=make(k_major, Float32, groups, (64, self.tiles.n)),
-            pv=make(mn_major, Float32, groups, (64, self.v_dim), a_source=registers),
+            pv=make(major, Float32, groups, (64, columns), a_source=registers),
         )
 
     @cute.kernel
@@ -187,6 +195,7 @@ class Attention(Sizes):
         counter: cute.Pointer,
         sharing: Sharing,
         half_alpha: Float32,
+        scales: Scales,
     ) -> None:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -211,7 +220,7 @@ class Attention(Sizes):
                     produce(self, sources, stages, handout, batch, table, splits, stretch)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
-            consume(self, mmas, stages, handout, batch, table, sharing, splits, stretch, output, half_alpha)
+            consume(self, mmas, stages, handout, batch, table, sharing, splits, stretch, output, half_alpha, scales)
 
 
 def _shared_layout(dtype: type[cutlass.Numeric], rows: int, width: int, stages: int) -> cute.ComposedLayout:
@@ -220,10 +229,12 @@ def _shared_layout(dtype: type[cutlass.Numeric], rows: int, width: int, stages: 
     return cute.tile_to_shape(warpgroup.make_smem_layout_atom(kind, dtype), (rows, width, stages), order=(0, 1, 2))
 
 
-def _stream(x: Rows, rows: Int32, width: int, heads: Int32) -> cute.Tensor:
+def _stream(x: Rows, dtype: type[cutlass.Numeric], rows: Any, width: Any, heads: Int32) -> cute.Tensor:
     """Return [rows, width, heads] in global memory."""
-    strides = (cute.assume(x.stride, divby=8), 1, cute.assume(x.head_stride, divby=8))
-    return cute.make_tensor(x.data, cute.make_layout((rows, width, heads), stride=strides))
+    vector = 128 // dtype.width
+    strides = (cute.assume(x.stride, divby=vector), 1, cute.assume(x.head_stride, divby=vector))
+    data = x.data if x.data.dtype is dtype else cute.recast_ptr(x.data, dtype=dtype)
+    return cute.make_tensor(data, cute.make_layout((rows, width, heads), stride=strides))
 
 
 def _pages(x: PagedRows, pages: Int32, slots: int, width: int, heads: Int32) -> cute.Tensor:

@@ -8,11 +8,12 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
 
+from grkernels.hstu_attention.sm90 import fp8
 from grkernels.hstu_attention.sm90.pipes import Stages
 from grkernels.hstu_attention.sm90.registers import Thread, flat, round_pair
-from grkernels.hstu_attention.sm90.schedule import Work
+from grkernels.hstu_attention.sm90.schedule import Batch, Work
 from grkernels.hstu_attention.sm90.sizes import WARPGROUP, Sizes
-from grkernels.hstu_attention.sm90.visible import Limits, TileView, interval, reaches, view_of
+from grkernels.hstu_attention.sm90.visible import TileView, interval, reaches, view_of
 
 TURN_BARRIER = 2  # named barrier TURN_BARRIER + warpgroup: its turn at the tensor cores
 
@@ -30,9 +31,11 @@ class Operands(NamedTuple):
     mmas: Mmas
     q: cute.Tensor  # descriptors of shared memory, as of k and v
     k: cute.Tensor
-    v: cute.Tensor
+    v: tuple[cute.Tensor, ...]  # all columns of V, or in e4m3 those of each chunk
     p: cute.Tensor  # registers: SiLU(S), rounded
     o: cute.Tensor  # registers: fp32 sums
+    part: cute.Tensor | None  # registers, in e4m3: fp32 sums of one tile and one chunk
+    factors: fp8.Factors | None  # in e4m3
 
 
 class Mask(NamedTuple):
@@ -55,14 +58,26 @@ def operands_of(sizes: Sizes, mmas: Mmas, stages: Stages, thread: Thread) -> Ope
     t = sizes.tiles
     qk = mmas.qk.get_slice(thread.warpgroup * WARPGROUP)
     pv = mmas.pv.get_slice(thread.warpgroup * WARPGROUP)
-    transposed = cute.make_ordered_layout((sizes.v_dim, t.n, t.stages), order=(1, 0, 2))
+    part, factors = None, None
+    if sizes.products:
+        chunks = [
+            cute.local_tile(stages.v.tiles, (t.chunk, t.n), (i, 0, None)) for i in range(sizes.v_dim // t.chunk)
+        ]
+        o = cute.make_rmem_tensor(cute.make_layout(sizes.v_dim // 2), Float32)  # of 64 rows and 128 threads
+        part, factors = cute.make_rmem_tensor(pv.partition_shape_C((t.m, t.chunk)), Float32), fp8.no_factors()
+    else:
+        transposed = cute.make_ordered_layout((sizes.v_dim, t.n, t.stages), order=(1, 0, 2))
+        chunks = [cute.composition(stages.v.tiles, transposed)]
+        o = cute.make_rmem_tensor(pv.partition_shape_C((t.m, sizes.v_dim)), Float32)
     return Operands(
         mmas,
         q=qk.make_fragment_A(qk.partition_A(stages.q.tiles)),
         k=qk.make_fragment_B(qk.partition_B(stages.k.tiles)),
-        v=pv.make_fragment_B(pv.partition_B(cute.composition(stages.v.tiles, transposed))),
+        v=tuple(pv.make_fragment_B(pv.partition_B(chunk)) for chunk in chunks),
         p=pv.make_fragment_A(pv.partition_shape_A((t.m, t.n))),
-        o=cute.make_rmem_tensor(pv.partition_shape_C((t.m, sizes.v_dim)), Float32),
+        o=o,
+        part=part,
+        factors=factors,
     )
 
 
@@ -90,16 +105,17 @@ def accumulate(
     operands: Operands,
     stages: Stages,
     states: States,
+    batch: Batch,
     work: Work,
-    limits: Limits,
     thread: Thread,
     half_alpha: Float32,
+    scales: fp8.Scales,
 ) -> States:
     """Set `operands.o` to the sums over this CTA's tiles of a work item. Return the new positions in the pipes.
 
     S of a tile is computed while P of the tile before waits for its V: `pending` is 1 if there is such a P.
     """
-    n, paged = sizes.tiles.n, sizes.page > 0
+    n, paged, limits = sizes.tiles.n, sizes.page > 0, batch.limits
     ranges, begin, end, cached = work.ranges, work.begin, work.end, work.cached
     q_state, k_state, v_state = states
     unmasked = cutlass.min(ranges.unmasked(), end)
@@ -111,6 +127,8 @@ def accumulate(
     own_column = thread.lane % 4 * 2
     operands.o.fill(0.0)
     pending = Int32(0)
+    if cutlass.const_expr(sizes.products != ""):
+        fp8.read_rows(operands.factors, scales, batch, work, thread, half_alpha)
 
     # The first tile: no P waits for its V yet.
     if end > begin:
@@ -118,7 +136,8 @@ def accumulate(
         column = ranges.column(n, begin)
         if unmasked > begin or reaches(n, paged, first, last, last_row, column, cached):
             mask = Mask(view_of(n, paged, upper, lower, column, cached), own_column)
-            _begin(sizes, operands, stages.k.pipe, k_state, half_alpha, mask)
+            block = fp8.block_of(scales, work, column)
+            _begin(sizes, operands, stages.k.pipe, k_state, half_alpha, mask, block)
             pending = Int32(1)
         else:
             _skip(stages.k.pipe, k_state)
@@ -126,8 +145,9 @@ def accumulate(
             v_state.advance()
         k_state.advance()
     # Tiles that all rows see whole.
-    for _ in cutlass.range(begin + 1, unmasked, unroll=1):
-        _step(sizes, operands, stages, k_state, v_state, half_alpha, thread, None)
+    for i in cutlass.range(begin + 1, unmasked, unroll=1):
+        block = fp8.block_of(scales, work, ranges.column(n, i))
+        _step(sizes, operands, stages, k_state, v_state, half_alpha, thread, None, block)
         k_state.advance()
         v_state.advance()
     # Tiles that need the mask. This warpgroup skips those that none of its rows sees.
@@ -135,11 +155,12 @@ def accumulate(
         column = ranges.column(n, i)
         if reaches(n, paged, first, last, last_row, column, cached):
             mask = Mask(view_of(n, paged, upper, lower, column, cached), own_column)
+            block = fp8.block_of(scales, work, column)
             if pending != 0:
-                _step(sizes, operands, stages, k_state, v_state, half_alpha, thread, mask)
+                _step(sizes, operands, stages, k_state, v_state, half_alpha, thread, mask, block)
                 v_state.advance()
             else:
-                _begin(sizes, operands, stages.k.pipe, k_state, half_alpha, mask)
+                _begin(sizes, operands, stages.k.pipe, k_state, half_alpha, mask, block)
                 pending = Int32(1)
                 _pass_turn(sizes, thread)
         else:
@@ -158,6 +179,8 @@ def accumulate(
     if pending != 0:
         _finish(operands, stages.v.pipe, v_state)
         v_state.advance()
+    if cutlass.const_expr(sizes.products != ""):
+        fp8.scale_rows(operands.o, operands.factors)
     return States(q_state, k_state, v_state)
 
 
@@ -169,16 +192,22 @@ def _begin(
     k_state: pipeline.PipelineState,
     half_alpha: Float32,
     mask: Mask,
+    block: cute.Tensor,
 ) -> None:
-    """Compute P of a tile when no other P waits for its V."""
+    """Compute P of a tile when no other P waits for its V. block: factors of the tile, in e4m3."""
     s = _scores(sizes, operands)
     k_pipe.consumer_wait(k_state)
     _start_scores(operands, s, k_state)
     warpgroup.wait_group(0)
     k_pipe.consumer_release(k_state)
     _hide(s, mask)
-    _silu(s, half_alpha)
-    _convert(s, operands.p)
+    if cutlass.const_expr(sizes.products != ""):
+        fp8.silu(s, operands.factors, block[0], 0, 1)
+        operands.factors.waiting[0] = block[1]
+        fp8.convert(s, operands.p)
+    else:
+        _silu(s, half_alpha)
+        _convert(s, operands.p)
 
 
 @cute.jit
@@ -191,13 +220,17 @@ def _step(
     half_alpha: Float32,
     thread: Thread,
     mask: Mask | None,
+    block: cute.Tensor,
 ) -> None:
     """Start S = Q K^T of one tile, add P V of the tile before, then turn S into the next P.
 
-    `mask`: None if all rows see the tile whole.
+    `mask`: None if all rows see the tile whole. block: factors of the tile, in e4m3.
     """
     take_turns, k_pipe, v_pipe = sizes.tiles.take_turns, stages.k.pipe, stages.v.pipe
     s = _scores(sizes, operands)
+    b, next_waiting = Float32(0.0), Float32(0.0)
+    if cutlass.const_expr(sizes.products != ""):
+        b, next_waiting = block[0], block[1]
     k_pipe.consumer_wait(k_state)
     if cutlass.const_expr(take_turns):
         _await_turn(thread)
@@ -210,10 +243,29 @@ def _step(
     k_pipe.consumer_release(k_state)
     if cutlass.const_expr(mask is not None):
         _hide(s, mask)
-    _silu(s, half_alpha)
-    warpgroup.wait_group(0)
-    v_pipe.consumer_release(v_state)
-    _convert(s, operands.p)
+    if cutlass.const_expr(sizes.products != ""):
+        _add_chunks(operands, v_state, s, b)
+        v_pipe.consumer_release(v_state)
+        operands.factors.waiting[0] = next_waiting
+        fp8.convert(s, operands.p)
+    else:
+        _silu(s, half_alpha)
+        warpgroup.wait_group(0)
+        v_pipe.consumer_release(v_state)
+        _convert(s, operands.p)
+
+
+@cute.jit
+def _add_chunks(operands: Operands, v_state: pipeline.PipelineState, s: cute.Tensor | None, b: Float32) -> None:
+    """Add P V to O chunk by chunk, after `_start_sums` has started the first. Compute a part of SiLU(s) meanwhile."""
+    chunks = len(operands.v)
+    for chunk in cutlass.range_constexpr(chunks):
+        if cutlass.const_expr(s is not None):
+            fp8.silu(s, operands.factors, b, chunk, chunks)
+        warpgroup.wait_group(0)
+        fp8.add(operands.o, operands.part, operands.factors, chunk)
+        if cutlass.const_expr(chunk + 1 < chunks):
+            _start_sums(operands, v_state, chunk + 1)
 
 
 @cute.jit
@@ -221,6 +273,8 @@ def _finish(operands: Operands, v_pipe: pipeline.PipelineTmaAsync, v_state: pipe
     """Add P V of the last tile."""
     v_pipe.consumer_wait(v_state)
     _start_sums(operands, v_state)
+    if cutlass.const_expr(operands.part is not None):
+        _add_chunks(operands, v_state, None, Float32(0.0))
     warpgroup.wait_group(0)
     v_pipe.consumer_release(v_state)
 
@@ -262,9 +316,11 @@ def _start_scores(operands: Operands, s: cute.Tensor, k_state: pipeline.Pipeline
     _gemm(operands.mmas.qk, s, q, k, zero=True)
 
 
-def _start_sums(operands: Operands, v_state: pipeline.PipelineState) -> None:
-    """Start O += P V with the current tile of V."""
-    _gemm(operands.mmas.pv, operands.o, operands.p, operands.v[None, None, None, v_state.index], zero=False)
+def _start_sums(operands: Operands, v_state: pipeline.PipelineState, chunk: int = 0) -> None:
+    """Start O += P V with the current tile of V, or in e4m3 P V of one chunk."""
+    v = operands.v[chunk][None, None, None, v_state.index]
+    alone = operands.part is not None
+    _gemm(operands.mmas.pv, operands.part if alone else operands.o, operands.p, v, zero=alone)
 
 
 @cute.jit

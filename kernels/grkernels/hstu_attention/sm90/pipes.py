@@ -18,14 +18,14 @@ class Layouts(NamedTuple):
 
     q: cute.ComposedLayout
     k: cute.ComposedLayout
-    v: cute.ComposedLayout
+    v: cute.ComposedLayout  # of e4m3 products V is transposed: [width, rows, stages]
 
 
 class Stage(NamedTuple):
     """Tiles in shared memory and the pipe that guards them."""
 
     pipe: pipeline.PipelineTmaAsync
-    tiles: cute.Tensor  # [rows, width, stages]
+    tiles: cute.Tensor  # as in Layouts
 
 
 class Stages(NamedTuple):
@@ -57,7 +57,7 @@ def allocate(
     sizes: cutlass.Constexpr[Sizes], layouts: Layouts, counter: cute.Pointer, batch: Batch, table: PageTable
 ) -> tuple[Stages, Handout, Waiting, Waiting, cute.Tensor]:
     """Allocate shared memory, initialise the barriers, find the stretch, and wait for all threads of the CTA."""
-    t, dtype = sizes.tiles, sizes.dtype
+    t, dtype = sizes.tiles, sizes.operand
     streamed = len(Stretch._fields) if cutlass.const_expr(t.stream) else 0
     eight_bits = t.n if cutlass.const_expr(sizes.stored != "") else 0
 

@@ -68,8 +68,8 @@ def produce(
             item = _take(handout, item_state)
             item_state.advance()
         work = work_at(sizes, batch, table, splits, place)
-        keys = (sizes, sources.k, sources.k_pages, k, table, work)
-        values = (sizes, sources.v, sources.v_pages, v, table, work)
+        keys = (sizes, sources.k, sources.k_pages, k, table, work, False)
+        values = (sizes, sources.v, sources.v_pages, v, table, work, sizes.products != "")
         if work.end > work.begin:
             k.pipe.producer_acquire(k_state)
             _load_tile(*keys, work.begin, k_state)
@@ -112,17 +112,20 @@ def _load_tile(
     stage: Stage,
     table: PageTable,
     work: Work,
+    transposed: cutlass.Constexpr[bool],
     i: Int32,
     state: pipeline.PipelineState,
 ) -> None:
-    """Start to load the i-th tile of K or V.
+    """Start to load the i-th tile of K or V. transposed: of V in e4m3.
 
     A tile that begins before the end of the cached tokens comes from pages. Past the last page of the sequence, the
     last page is loaded again: what it holds there is masked.
     """
     n, width, cached = sizes.tiles.n, cute.size(stage.tiles, mode=[1]), work.cached
     column = work.ranges.column(n, i)
-    if cutlass.const_expr(sizes.page == 0):
+    if cutlass.const_expr(transposed):
+        load_rows(stream, stage, (sizes.v_dim, n), work.head, Int32(0), state, work.kv_row + column)
+    elif cutlass.const_expr(sizes.page == 0):
         load_rows(stream, stage, (n, width), work.head, work.kv_row + column, state)
     else:
         begin = (cached + n - 1) // n * n  # where the stream's columns begin
@@ -146,9 +149,10 @@ def load_rows(
     head: Int32,
     row: Int32,
     state: pipeline.PipelineState,
+    column: Int32 | int = 0,
 ) -> None:
-    """Start to load `tile` rows and columns of one head, from `row` on, into the pipe's current stage."""
-    there = cute.local_tile(cute.domain_offset((row, 0), source.tensor[None, None, head]), tile, (0, 0))
+    """Start to load `tile` rows and columns of one head, from `row` and `column` on, into the pipe's current stage."""
+    there = cute.local_tile(cute.domain_offset((row, column), source.tensor[None, None, head]), tile, (0, 0))
     _copy(source.atom, there, stage.tiles[None, None, state.index], stage.pipe, state)
 
 

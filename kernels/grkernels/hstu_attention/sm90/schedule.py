@@ -8,7 +8,7 @@ import cutlass
 from cutlass import Int32, Int64, cute
 
 from grkernels.cute_common import Int32Pointer, Int64Pointer
-from grkernels.hstu_attention.sm90.sizes import TILES_A_SPLIT, Sizes
+from grkernels.hstu_attention.sm90.sizes import SCALED_TOKENS, TILES_A_SPLIT, Sizes
 from grkernels.hstu_attention.sm90.visible import Limits, TileRanges, ranges_of
 
 
@@ -67,7 +67,7 @@ class Work(NamedTuple):
     sequence: Int32
     head: Int32
     q_row: Int32  # first row in the stream of queries
-    kv_row: Int32  # the sequence's first row in the stream of keys
+    kv_row: Int32  # the sequence's first row in the stream of keys; of e4m3 keys among their rows (fp8.py)
     row: Int32  # first row
     rows: Int32
     history: Int32  # tokens before the first candidate
@@ -159,7 +159,8 @@ def rows_at(
 ) -> tuple[Int32, Int32, TileRanges]:
     """Return the first row, the number of rows and the tiles of a work item, after `skipped` queries of a sequence."""
     row, rows = lengths.tokens - lengths.queries + skipped, cutlass.min(lengths.queries - skipped, sizes.tiles.m)
-    return row, rows, ranges_of(sizes.tiles.n, row, rows, lengths.history, batch.limits, lengths.cached)
+    aligned = sizes.products != ""
+    return row, rows, ranges_of(sizes.tiles.n, row, rows, lengths.history, batch.limits, lengths.cached, aligned)
 
 
 @cute.jit
@@ -177,6 +178,8 @@ def work_at(sizes: cutlass.Constexpr[Sizes], batch: Batch, table: PageTable, spl
     skipped = (items - 1 - position % items) * m
     q_row = Int32(cute.make_tensor(batch.q_offsets, cute.make_layout(sequence + 2))[sequence]) + skipped
     kv_row = Int32(cute.make_tensor(batch.kv_offsets, cute.make_layout(sequence + 2))[sequence])
+    if cutlass.const_expr(sizes.products != ""):
+        kv_row = (kv_row // SCALED_TOKENS + sequence) * SCALED_TOKENS
     row, rows, ranges = rows_at(sizes, batch, lengths, skipped)
     total = ranges.total()
     if cutlass.const_expr(sizes.tiles.stream):

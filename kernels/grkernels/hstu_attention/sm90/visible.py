@@ -87,9 +87,18 @@ def interval(row: Int32, history: Int32, limits: Limits) -> Interval:
 
 @cute.jit
 def ranges_of(
-    n: cutlass.Constexpr[int], row: Int32, rows: Int32, history: Int32, limits: Limits, cached: Int32 | int
+    n: cutlass.Constexpr[int],
+    row: Int32,
+    rows: Int32,
+    history: Int32,
+    limits: Limits,
+    cached: Int32 | int,
+    aligned: cutlass.Constexpr[bool] = False,
 ) -> TileRanges:
-    """Return the tiles of n columns that rows row..row + rows - 1 need. `cached`: tokens in pages."""
+    """Return the tiles of n columns that rows row..row + rows - 1 need. `cached`: tokens in pages.
+
+    aligned: every tile begins at a multiple of n.
+    """
     gap = (cached + n - 1) // n * n - cached
     end = row + rows
     low = interval(row, history, limits).low
@@ -103,7 +112,10 @@ def ranges_of(
     begin, stop = low // n, (high + n - 1) // n
     whole_begin = cutlass.min((low_last + n - 1) // n, stop)
     whole_stop = cutlass.max(cutlass.min(whole_high // n, stop), whole_begin)
-    diagonal = cutlass.max(row + gap, stop * n)
+    own = row + gap
+    if cutlass.const_expr(aligned):
+        own = own // n * n
+    diagonal = cutlass.max(own, stop * n)
     diagonals = (cutlass.max(end + gap - diagonal, 0) + n - 1) // n if end > history else Int32(0)
     ragged = cached // n  # the tile that only begins with cached tokens
     split = gap > 0 and ragged >= whole_begin and ragged < whole_stop

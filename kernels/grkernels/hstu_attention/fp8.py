@@ -1,0 +1,106 @@
+"""HSTU attention with products in e4m3, in CuTe DSL for Hopper (sm90/fp8.py). Q, K and V are rounded at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from grkernels import capabilities, fp8, tuning
+from grkernels.hstu_attention import cutlass
+from grkernels.hstu_attention.fp8_operands import quantised
+from grkernels.hstu_attention.keys import tuning_key
+from grkernels.hstu_attention.reference import hstu_attention as reference
+from grkernels.rounding import with_fp8_products
+from grkernels.variant import KernelVariant
+
+HEAD_SIZES = (64, 128, 256)
+CANDIDATES = [
+    {"m": m, "n": n, "stages": stages, "take_turns": turns, "dynamic": dynamic, "stream": 0, "chunk": chunk}
+    for m, n, stages, turns, chunk in (
+        (128, 128, 2, 0, 128),
+        (128, 128, 3, 0, 128),
+        (128, 128, 3, 1, 128),
+        (128, 128, 2, 0, 64),
+        (128, 128, 3, 0, 64),
+        (128, 64, 3, 0, 128),
+        (128, 64, 4, 0, 64),
+        (128, 64, 2, 0, 64),
+        (128, 64, 2, 1, 64),
+        (64, 128, 2, 0, 64),
+        (64, 64, 3, 0, 64),
+    )
+    for dynamic in ((0, 1) if m >= 128 else (0,))
+]
+
+
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    num_targets: Tensor | None,
+    max_q_len: int,
+    max_kv_len: int,
+    scaling_seqlen: int,
+    alpha: float,
+    contextual_seq_len: int = 0,
+    max_attn_len: int = 0,
+) -> Tensor:
+    """Compute what reference.py specifies, in fp16 or bf16 with e4m3 operands of both products and fp32 sums.
+
+    The call can be captured in a CUDA graph. It takes no pages.
+    """
+    heads, batch = q.shape[1], q_offsets.shape[0] - 1
+    if 0 in (q.shape[0], batch, max_q_len):
+        return v.new_zeros(q.shape[0], heads, v.shape[2])
+    lengths = {"q_offsets": q_offsets, "kv_offsets": kv_offsets, "max_q_len": max_q_len, "max_kv_len": max_kv_len}
+    masks = {"num_targets": num_targets, "contextual_seq_len": contextual_seq_len, "max_attn_len": max_attn_len}
+    key = tuning_key(q=q, v=v, **lengths, **masks)
+    config = tuning.choose("hstu_attention", "fp8", key, _default(q, v, batch, max_q_len))
+    made = quantised(q, k, v, **lengths)
+    out = v.new_empty(q.shape[0], heads, v.shape[2])
+    return cutlass.attend(
+        partial(cutlass.compiled, out.dtype, q.shape[2], v.shape[2], 0, "", products="fp8"),
+        config,
+        (made.q, made.k, made.v.transpose(0, 1)),
+        out,
+        **lengths,
+        **masks,
+        scaling_seqlen=scaling_seqlen,
+        alpha=alpha,
+        scales=(made.rows.data_ptr(), made.blocks.data_ptr(), made.blocks.shape[1]),
+    )
+
+
+def _default(q: Tensor, v: Tensor, batch: int, max_q_len: int) -> dict[str, int]:
+    """Return the tiles for sizes that are not in the table: a tile's sums leave registers for SiLU beside them."""
+    config = cutlass.default_config(q, v, batch, max_q_len, "")
+    return config | {"take_turns": 0, "chunk": 64}
+
+
+def supports(
+    *,
+    device: str,
+    dtype: str,
+    qk_dim: int,
+    v_dim: int,
+    page: int = 0,
+    stored: str = "",
+    extras: Sequence[str] = (),
+) -> str | None:
+    """Return None for what `cutlass` takes with head sizes of 64, 128 and 256 and no pages, else the reason."""
+    if page:
+        return f"pages of {page} tokens: it reads keys and values of one stream only (others: cutlass, triton, torch)"
+    if any(d not in HEAD_SIZES for d in (qk_dim, v_dim)):
+        return f"head sizes {qk_dim} and {v_dim}: allowed are 64, 128 and 256 (others: cutlass, triton, torch)"
+    return cutlass.supports(device=device, dtype=dtype, qk_dim=qk_dim, v_dim=v_dim, extras=extras)
+
+
+VARIANT = KernelVariant(
+    "hstu_attention", "fp8", hstu_attention, reference, supports, yardstick=with_fp8_products(reference)
+)

@@ -1,0 +1,157 @@
+"""Q, K and V in e4m3 as fp8 attention on Hopper reads them (sm90/fp8.py), in one pass of Triton.
+
+A sequence's keys lie in whole blocks of BLOCK tokens: sequence b begins at row (offset // BLOCK + b) * BLOCK, which
+leaves room for the tokens of all sequences before it. Behind its last token are zeros up to the end of the block.
+
+- Each row of Q has the scale a = |q| / LONGEST, by its Euclidean length.
+- Each block of K has b = max |k| / LONGEST, by its longest row. So no q k exceeds LONGEST^2.
+- Each block of V has c = max |v| / 448, by its largest number.
+- V is transposed, [H, dv, rows], since the tensor cores of Hopper read both operands of e4m3 along the sum. Of each 16
+  tokens, 8 b + 2 t + e (b, e of 2; t of 4) is in place 4 t + 2 b + e.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grkernels import fp8
+from grkernels.pages import LARGEST, LEAST
+from grkernels.triton_common import INTERPRET, to_e4m3_steps
+from grkernels.triton_launch import launched
+
+BLOCK = 128  # tokens that share a scale of K and one of V
+LONGEST = 14.0  # of a row of Q or K in e4m3: P is at most 2 * 14^2 = 392 of 448, which leaves room for rounding
+SHORTEST = 1e-18  # of a row that is not rounded to zeros: its square is a normal number of fp32
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Q, K and V of a call. Rows of K and columns of V that belong to no block are unwritten."""
+
+    q: Tensor  # float8_e4m3fn [Lq, H, dqk]
+    k: Tensor  # float8_e4m3fn [rows, H, dqk]
+    v: Tensor  # float8_e4m3fn [H, dv, rows]
+    rows: Tensor  # fp32 [Lq, H]: a
+    blocks: Tensor  # fp32 [H, rows / BLOCK, 2]: b and b c
+
+
+def quantised(
+    q: Tensor, k: Tensor, v: Tensor, *, q_offsets: Tensor, kv_offsets: Tensor, max_q_len: int, max_kv_len: int
+) -> Operands:
+    """Round the arguments of an attention call. Head sizes are powers of two. A CUDA graph can hold the launch."""
+    batch, heads, device = q_offsets.shape[0] - 1, q.shape[1], q.device
+    blocks = k.shape[0] // BLOCK + batch
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=fp8.DTYPE, device=device)
+
+    made = Operands(
+        empty(q.shape[0], heads, q.shape[2]),
+        empty(blocks * BLOCK, heads, k.shape[2]),
+        empty(heads, v.shape[2], blocks * BLOCK),
+        torch.empty(q.shape[0], heads, dtype=torch.float32, device=device),
+        torch.empty(heads, blocks, 2, dtype=torch.float32, device=device),
+    )
+    outputs = *(x.view(torch.int8) for x in (made.q, made.k, made.v)), made.rows, made.blocks
+    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
+    _kernel(
+        (-(-max(max_q_len, max_kv_len) // BLOCK), 2 * heads, batch),
+        (q, k, v, *outputs, q_offsets, kv_offsets),
+        (*strides, heads),
+        (blocks,),
+        (q.shape[2], v.shape[2], BLOCK, LONGEST, SHORTEST, LARGEST[fp8.DTYPE], LEAST),
+        max(q.shape[2], v.shape[2]) // 16,
+    )
+    return made
+
+
+@launched(
+    tensors=["q", "k", "v", "q_out", "k_out", "v_out", "rows_out", "blocks_out"],
+    indices=["q_offsets", "kv_offsets"],
+    numbers=["blocks"],
+)
+def _kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    q_out: tl.tensor,
+    k_out: tl.tensor,
+    v_out: tl.tensor,
+    rows_out: tl.tensor,
+    blocks_out: tl.tensor,
+    q_offsets: tl.tensor,
+    kv_offsets: tl.tensor,
+    q_stride: tl.int64,
+    q_head_stride: tl.int64,
+    k_stride: tl.int64,
+    k_head_stride: tl.int64,
+    v_stride: tl.int64,
+    v_head_stride: tl.int64,
+    heads: tl.tensor,
+    blocks: tl.tensor,
+    QK: tl.constexpr,
+    V: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LONGEST_ROW: tl.constexpr,
+    SHORTEST_ROW: tl.constexpr,
+    LARGEST_NUMBER: tl.constexpr,
+    LEAST_SIZE: tl.constexpr,
+) -> None:
+    """Write TOKENS rows of one head of one sequence: of Q in the first programs of each head, of K and V in others."""
+    sequence, head = tl.program_id(2), tl.program_id(1) // 2
+    first = tl.program_id(0) * TOKENS
+    token, dims = tl.arange(0, TOKENS), tl.arange(0, QK)[None, :]
+    if tl.program_id(1) % 2 == 0:
+        begin = tl.load(q_offsets + sequence)
+        row = begin + first + token
+        inside = row < tl.load(q_offsets + sequence + 1)
+        x = tl.load(q + row[:, None] * q_stride + head * q_head_stride + dims, mask=inside[:, None], other=0.0)
+        scale = _length(x, SHORTEST_ROW) / LONGEST_ROW
+        at = row * heads + head
+        tl.store(q_out + at[:, None] * QK + dims, _e4m3(x, scale[:, None]), mask=inside[:, None])
+        tl.store(rows_out + at, scale, mask=inside)
+    else:
+        begin = tl.load(kv_offsets + sequence)
+        length = (tl.load(kv_offsets + sequence + 1) - begin).to(tl.int32)
+        if first < length:
+            block = begin // TOKENS + sequence + tl.program_id(0)
+            inside = first + token < length
+            rows = (begin + first + token)[:, None]
+            x = tl.load(k + rows * k_stride + head * k_head_stride + dims, mask=inside[:, None], other=0.0)
+            scale = tl.max(_length(x, SHORTEST_ROW), axis=0) / LONGEST_ROW
+            at = (block * TOKENS + token)[:, None] * heads + head
+            tl.store(k_out + at * QK + dims, _e4m3(x, scale))
+
+            place = token % 16  # 4 t + 2 b + e
+            token = token // 16 * 16 + place // 2 % 2 * 8 + place // 4 * 2 + place % 2
+            inside = first + token < length
+            columns = (begin + first + token)[None, :]
+            v_dims = tl.arange(0, V)[:, None]
+            x = tl.load(v + columns * v_stride + head * v_head_stride + v_dims, mask=inside[None, :], other=0.0)
+            v_scale = tl.maximum(tl.max(tl.max(tl.abs(x.to(tl.float32)), axis=1), axis=0), LEAST_SIZE) / LARGEST_NUMBER
+            at = (head * V + v_dims).to(tl.int64) * (blocks * TOKENS) + block * TOKENS
+            tl.store(v_out + at + tl.arange(0, TOKENS)[None, :], _e4m3(x, v_scale))
+            pair = blocks_out + (head * blocks + block) * 2
+            tl.store(pair, scale)
+            tl.store(pair + 1, scale * v_scale)
+
+
+@triton.jit
+def _length(x: tl.tensor, SHORTEST_ROW: tl.constexpr) -> tl.tensor:
+    """Return the Euclidean lengths of rows [R, D], at least SHORTEST_ROW."""
+    x = x.to(tl.float32)
+    return tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), SHORTEST_ROW)
+
+
+@triton.jit
+def _e4m3(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """Return x over its scales as the bytes of e4m3."""
+    y = x.to(tl.float32) * (1.0 / scale)
+    if INTERPRET:  # it would truncate
+        y = to_e4m3_steps(y)
+    return y.to(tl.float8e4nv).to(tl.int8, bitcast=True)
