@@ -64,7 +64,7 @@ def rounded(reference: Callable[..., Result], dtype: torch.dtype) -> Callable[..
 
 
 def with_fp8_products(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `attention` with results rounded to q's dtype, and q, k, v and SiLU of the scores to e4m3's significand."""
+    """Return `attention` with results rounded to q's dtype, but q, k, v and SiLU of the scores to e4m3's bits."""
 
     def yardstick(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         q, k, v = (_to_bits(x.float(), _BITS[torch.float8_e4m3fn]).to(x.dtype) for x in (q, k, v))

@@ -91,7 +91,7 @@ def schedule(monkeypatch: pytest.MonkeyPatch) -> Any:
     stub = ModuleType("cutlass")
     numbers = dict.fromkeys(("Int32", "Int64", "Boolean"), int)
     names = {"cute": cute, "Constexpr": subscript, "range_constexpr": range, "min": min, "max": max}
-    others = {"const_expr": bool, "BFloat16": object, "Float16": object, "Float32": object}
+    others = {"const_expr": bool} | dict.fromkeys(("BFloat16", "Float16", "Float32", "Float8E4M3FN"), object)
     stub.__dict__.update(numbers | names | others, range=lambda *ends, unroll: range(*ends))
     pointers = ModuleType("grkernels.cute_common")
     pointers.__dict__.update(dict.fromkeys(("ElementPointer", "Float32Pointer", "Int32Pointer", "Int64Pointer"), list))
@@ -189,11 +189,11 @@ def expected_items(batch: Any, m: int) -> set[tuple[int, int]]:
     return {(i, position) for i, count in enumerate(blocks) for position in range(count * batch.heads)}
 
 
-@pytest.mark.parametrize("page", [0, 64])
+@pytest.mark.parametrize(("page", "products"), [(0, ""), (64, ""), (0, "fp8")])
 @pytest.mark.parametrize(("m", "n"), [(64, 64), (128, 64), (128, 128)])
-def test_every_tile_belongs_to_one_cta(schedule: Any, m: int, n: int, page: int) -> None:
+def test_every_tile_belongs_to_one_cta(schedule: Any, m: int, n: int, page: int, products: str) -> None:
     rng = np.random.default_rng(m + n + page)
-    sizes = SimpleNamespace(tiles=SimpleNamespace(m=m, n=n, stream=True), page=page)
+    sizes = SimpleNamespace(tiles=SimpleNamespace(m=m, n=n, stream=True), page=page, products=products)
     several = 0
     for sequences, longest, ctas in ((1, 3000, 7), (2, 900, 5), (5, 2000, 3), (9, 1000, 6), (40, 500, 4), (70, 300, 3)):
         batch, table = random_batch(schedule, rng, sequences, page, longest)
@@ -206,7 +206,7 @@ def test_every_tile_belongs_to_one_cta(schedule: Any, m: int, n: int, page: int)
 
 def test_the_batch_that_it_is_for(schedule: Any) -> None:
     """8 appends of 128 + 256 rows to 3968 tokens, 4 heads, on 132 CTAs: 96 items of 62 to 66 tiles."""
-    sizes = SimpleNamespace(tiles=SimpleNamespace(m=128, n=64, stream=True), page=64)
+    sizes = SimpleNamespace(tiles=SimpleNamespace(m=128, n=64, stream=True), page=64, products="")
     ends = [384 * i for i in range(9)]
     batch = schedule.Batch(ends, ends, [256] * 8, 3072, 4, 8, schedule.Limits(0, 0), 1)
     found = parts_by_item(schedule, sizes, batch, schedule.PageTable(None, 0, [3968] * 8), 132)
@@ -218,7 +218,7 @@ def test_the_batch_that_it_is_for(schedule: Any) -> None:
 
 
 def test_few_tiles_leave_ctas_without_any(schedule: Any) -> None:
-    sizes = SimpleNamespace(tiles=SimpleNamespace(m=64, n=64, stream=True), page=0)
+    sizes = SimpleNamespace(tiles=SimpleNamespace(m=64, n=64, stream=True), page=0, products="")
     batch = schedule.Batch([0, 1, 1, 70], [0, 300, 300, 370], None, 73, 1, 3, schedule.Limits(0, 0), 0)
     found = parts_by_item(schedule, sizes, batch, None, 9)
     assert found.keys() == expected_items(batch, 64)

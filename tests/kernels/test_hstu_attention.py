@@ -290,7 +290,8 @@ def test_unknown_names_list_the_known_ones() -> None:
     assert {field.name for field in dataclasses.fields(KernelConfig)} == {"name", *registry.FAMILIES}
     [problem_line] = violations(KernelConfig(hstu_attention="tortch"))
     assert (
-        problem_line == "hstu_attention=tortch: nearest: torch; allowed is one of auto, torch, compile, triton, cutlass"
+        problem_line
+        == "hstu_attention=tortch: nearest: torch; allowed is one of auto, torch, compile, triton, cutlass, fp8"
     )
 
 

@@ -205,6 +205,7 @@ def test_cute_launches_with_the_values_that_its_signature_names(monkeypatch: pyt
         "sharing.splits": 3,  # 15 tiles of 64 keys, at least 4 each
         "half_alpha": o["alpha"] / 2,
         "ctas": 18,  # 3 sequences, 2 heads, 3 shares
+        **{f"scales.{x}": 0 for x in ("rows", "blocks", "count")},
     }
 
 

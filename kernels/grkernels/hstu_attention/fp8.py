@@ -1,16 +1,16 @@
-"""HSTU attention with products in e4m3, in CuTe DSL for Hopper (sm90/fp8.py). Q, K and V are rounded at each call."""
+"""HSTU attention with products in e4m3, in CuTe DSL for Hopper (sm90/fp8.py), after a pass that rounds Q, K and V."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from grkernels import capabilities, fp8, tuning
+from grkernels import tuning
 from grkernels.hstu_attention import cutlass
-from grkernels.hstu_attention.fp8_operands import quantised
+from grkernels.hstu_attention.fp8_operands import Operands, quantised
 from grkernels.hstu_attention.keys import tuning_key
 from grkernels.hstu_attention.reference import hstu_attention as reference
 from grkernels.rounding import with_fp8_products
@@ -50,19 +50,30 @@ def hstu_attention(
     alpha: float,
     contextual_seq_len: int = 0,
     max_attn_len: int = 0,
+    operands: Operands | None = None,
 ) -> Tensor:
     """Compute what reference.py specifies, in fp16 or bf16 with e4m3 operands of both products and fp32 sums.
 
-    The call can be captured in a CUDA graph. It takes no pages.
+    The call can be captured in a CUDA graph. It takes no pages. operands: q, k and v as `quantised` returns them, if
+    they are there already.
     """
     heads, batch = q.shape[1], q_offsets.shape[0] - 1
     if 0 in (q.shape[0], batch, max_q_len):
         return v.new_zeros(q.shape[0], heads, v.shape[2])
-    lengths = {"q_offsets": q_offsets, "kv_offsets": kv_offsets, "max_q_len": max_q_len, "max_kv_len": max_kv_len}
-    masks = {"num_targets": num_targets, "contextual_seq_len": contextual_seq_len, "max_attn_len": max_attn_len}
+    lengths: dict[str, Any] = {
+        "q_offsets": q_offsets,
+        "kv_offsets": kv_offsets,
+        "max_q_len": max_q_len,
+        "max_kv_len": max_kv_len,
+    }
+    masks: dict[str, Any] = {
+        "num_targets": num_targets,
+        "contextual_seq_len": contextual_seq_len,
+        "max_attn_len": max_attn_len,
+    }
     key = tuning_key(q=q, v=v, **lengths, **masks)
     config = tuning.choose("hstu_attention", "fp8", key, _default(q, v, batch, max_q_len))
-    made = quantised(q, k, v, **lengths)
+    made = operands or quantised(q, k, v, **lengths)
     out = v.new_empty(q.shape[0], heads, v.shape[2])
     return cutlass.attend(
         partial(cutlass.compiled, out.dtype, q.shape[2], v.shape[2], 0, "", products="fp8"),

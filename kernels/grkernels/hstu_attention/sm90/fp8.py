@@ -11,8 +11,8 @@ twice that, 392 of the 448 that e4m3 has:
 So P is rounded without a largest score and without 1/N, and its scale follows the rows that it is of.
 
 Tensor cores keep about 14 bits of a sum of e4m3 products. P V of each tile is therefore a sum of its own, which is
-added to O in fp32. That also takes the tile's factor b c, at no cost. A tile's sums need registers beside those of O:
-with `Tiles.chunk` the product is made for so many columns of V at a time.
+added to O in fp32. That also takes the tile's factor b c, at no cost. A tile's sums need registers beside those of O,
+so the product is made for `Tiles.chunk` columns of V at a time.
 
 P comes from the scores in registers. Of 16 columns, a thread of a quad holds 2, 3 of the first eight and of the last
 eight, and WGMMA wants 4 neighbours there. So V has its tokens in the order in which P has its columns: fp8_operands.py
@@ -84,12 +84,17 @@ def silu(
 
 @cute.jit
 def convert(s: cute.Tensor, p: cute.Tensor) -> None:
-    """Round S into P. A word of P has two columns of one block of 8 and two of the next, of one row."""
+    """Round S into P."""
     scores = flat(s)
     words = cute.recast_tensor(flat(p), Int32)
     for i in cutlass.range_constexpr(cute.size(words)):
-        first = i // 2 * 8 + i % 2 * 2
-        words[i] = _round_four(scores[first], scores[first + 1], scores[first + 4], scores[first + 5])
+        words[i] = _round_four(*[scores[j] for j in scores_of(i)])
+
+
+def scores_of(word: int) -> tuple[int, int, int, int]:
+    """Return which of a thread's scores a word of P has: of a row, two columns of a block of 8 and two of the next."""
+    first = word // 2 * 8 + word % 2 * 2
+    return first, first + 1, first + 4, first + 5
 
 
 @cute.jit

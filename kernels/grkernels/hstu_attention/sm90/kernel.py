@@ -108,9 +108,14 @@ class Attention(Sizes):
     of V by cp.async while they convert this one into the stage that WGMMA reads, so that consumers see no difference.
     That takes n x (qk_dim + v_dim) bytes and n x 16 bytes of scales more. Tiles of the stream still come by TMA.
 
+    Products in e4m3 (fp8.py). Q, K and V come in e4m3 with scales, V transposed. P V of each tile is a sum of its own,
+    for `Tiles.chunk` columns of V at a time, which is then added to the sums of all tiles. Tiles begin at multiples of
+    n, so that a tile has one scale.
+
     Constraints:
 
     - Compute capability 9.0 (TMA, WGMMA, setmaxnreg). bf16 or fp16, with fp32 scores and sums.
+    - Products in e4m3 read no pages.
     - Head sizes are multiples of 16 from 16 to 256.
     - m is 64, 128 or 192. n is a multiple of 16, and it divides the page size or is a multiple of it.
     - Turns are for m = 128, since two warpgroups take them.

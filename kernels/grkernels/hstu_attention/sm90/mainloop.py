@@ -35,7 +35,7 @@ class Operands(NamedTuple):
     p: cute.Tensor  # registers: SiLU(S), rounded
     o: cute.Tensor  # registers: fp32 sums
     part: cute.Tensor | None  # registers, in e4m3: fp32 sums of one tile and one chunk
-    factors: fp8.Factors | None  # in e4m3
+    factors: fp8.Factors  # of e4m3 products
 
 
 class Mask(NamedTuple):
@@ -58,13 +58,11 @@ def operands_of(sizes: Sizes, mmas: Mmas, stages: Stages, thread: Thread) -> Ope
     t = sizes.tiles
     qk = mmas.qk.get_slice(thread.warpgroup * WARPGROUP)
     pv = mmas.pv.get_slice(thread.warpgroup * WARPGROUP)
-    part, factors = None, None
+    part = None
     if sizes.products:
-        chunks = [
-            cute.local_tile(stages.v.tiles, (t.chunk, t.n), (i, 0, None)) for i in range(sizes.v_dim // t.chunk)
-        ]
+        chunks = [cute.local_tile(stages.v.tiles, (t.chunk, t.n), (i, 0, None)) for i in range(sizes.v_dim // t.chunk)]
         o = cute.make_rmem_tensor(cute.make_layout(sizes.v_dim // 2), Float32)  # of 64 rows and 128 threads
-        part, factors = cute.make_rmem_tensor(pv.partition_shape_C((t.m, t.chunk)), Float32), fp8.no_factors()
+        part = cute.make_rmem_tensor(pv.partition_shape_C((t.m, t.chunk)), Float32)
     else:
         transposed = cute.make_ordered_layout((sizes.v_dim, t.n, t.stages), order=(1, 0, 2))
         chunks = [cute.composition(stages.v.tiles, transposed)]
@@ -77,7 +75,7 @@ def operands_of(sizes: Sizes, mmas: Mmas, stages: Stages, thread: Thread) -> Ope
         p=pv.make_fragment_A(pv.partition_shape_A((t.m, t.n))),
         o=o,
         part=part,
-        factors=factors,
+        factors=fp8.no_factors(),
     )
 
 
