@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from grbench.config.compose import plan_jobs, prepare_hydra
 from grbench.config.schema import to_spec
 from grbench.execution.command import require_files
+from grbench.execution.ranks import require_gpus
 from grbench.execution.records import RunRecord
 from grbench.execution.session import CellSession
 
@@ -68,7 +69,8 @@ def run(
     for line in invocation.skipped:
         say(f"left out: {line}")
     require_files(job.config[0] for job in jobs)
-    session = CellSession(jobs[0].config[1], invocation, quiet=not progress)
+    gpus = require_gpus((job.config[0] for job in jobs), jobs[0].config[1].runner.cluster)
+    session = CellSession(jobs[0].config[1], invocation, quiet=not progress, gpus=gpus)
     try:
         for job in jobs:
             session.run(job)

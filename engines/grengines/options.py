@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from grkernels.nearest import nearest
 
+TENSOR_PARALLEL = "processes that share the heads of each layer, each with a GPU of its own; a CPU only checks answers"
 URLS = "http://HOST:PORT or https://HOST:PORT, such as http://127.0.0.1:8000"
 
 

@@ -51,6 +51,17 @@ def own_kernels(asked: Asked, engine: str, hint: str = "") -> str | None:
     return None
 
 
+def heads_over_ranks(ranks: int, model: HSTUConfig | DecoderConfig) -> str | None:
+    """Return None, or why the heads of a model can't be shared by this number of processes."""
+    counts = {"model.heads": model.heads}
+    if isinstance(model, DecoderConfig):
+        counts["model.kv_heads"] = model.kv_heads
+    if wrong := [f"{name}={n}" for name, n in counts.items() if n % ranks]:
+        fit = [n for n in range(1, model.heads + 1) if not any(count % n for count in counts.values())]
+        return f"engine.tensor_parallel={ranks} and {', '.join(wrong)}: allowed are {', '.join(map(str, fit))}"
+    return None
+
+
 def graphs_on_cpu(options: DeviceOptions) -> str | None:
     """Return None, or why a CPU that is asked for can't have the CUDA graphs that are."""
     asked = getattr(options, "cuda_graphs", False)

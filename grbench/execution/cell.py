@@ -19,6 +19,7 @@ from grbench.execution.gpu import sample_gpu
 from grbench.execution.heap import leave_out
 from grbench.execution.kept import Built, KeptEngine
 from grbench.execution.load import MEASURING
+from grbench.execution.ranks import gpus_of
 from grbench.execution.records import RESAMPLES_FILE, SAMPLES_FILE, Outcome
 from grbench.execution.retrieval import build_retrieval
 from grbench.gate import gate_for, quality
@@ -198,7 +199,7 @@ class Cell:
         compiled = len(tuning.compiled())
         measure.gpu_allocated_mib(self.outcome.actual["device"])  # the peak of the gate is past
         leave_out()
-        with metered(self._device()) as energy:
+        with metered(self._device(), gpus=gpus_of(self.spec.engine)) as energy:
             measurement = scenarios.run_scenario(
                 self.spec.scenario,
                 engine,

@@ -9,6 +9,7 @@ from grbench.config import command
 from grbench.config.compose import prepare_hydra
 from grbench.config.jobs import Invocation, Job, Session
 from grbench.config.schema import ConfigError, RunConfig, RunSpec, to_spec
+from grbench.execution.ranks import require_gpus
 from grbench.workloads.config import FileConfig
 
 FORMS = {"--json": "runner.print=json", "--csv": "runner.print=csv"}  # flags for an option, as other programs have them
@@ -20,13 +21,22 @@ def main(words: Sequence[str], require: Callable[[RunConfig], None] = lambda run
     require: takes the options of each cell before anything is recorded, and raises ConfigError to refuse them.
     """
 
+    gpus = 1
+
     def require_all(jobs: Sequence[Job]) -> None:
+        nonlocal gpus
         for _, run in (job.config for job in jobs):
             require(run)
         require_files(job.config[0] for job in jobs)
+        gpus = require_gpus((job.config[0] for job in jobs), jobs[0].config[1].runner.cluster)
+
+    def session(first: Job, invocation: Invocation) -> Session:
+        from grbench.execution.session import CellSession  # imports rich and the runner: --help needs none of them
+
+        return CellSession(first.config[1], invocation, gpus=gpus)
 
     words = [FORMS.get(word, word) for word in words]
-    return command.run("grbench", words, "config", prepare_hydra, to_spec, _session, require_all)
+    return command.run("grbench", words, "config", prepare_hydra, to_spec, session, require_all)
 
 
 def require_files(specs: Iterable[RunSpec]) -> None:
@@ -42,9 +52,3 @@ def require_files(specs: Iterable[RunSpec]) -> None:
                 workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
             except ValueError as e:
                 raise ConfigError(str(e)) from None
-
-
-def _session(first: Job, invocation: Invocation) -> Session:
-    from grbench.execution.session import CellSession  # imports rich, the runner and records: --help needs none of them
-
-    return CellSession(first.config[1], invocation)

@@ -1,4 +1,4 @@
-"""Energy that a cell's device takes while a scenario runs, read before and after the timed region.
+"""Energy that a cell's devices take while a scenario runs, read before and after the timed region.
 
 On a GPU it is NVML's counter of the card; a card without one keeps samples of its power for some seconds. On a CPU it
 is RAPL's counter of each package, which Linux shows to root alone unless its files are opened to others. Both count
@@ -25,7 +25,7 @@ Joules = Callable[[], float | None]  # since an earlier moment; None: not known
 
 @dataclass
 class Energy:
-    """Energy of one device between the two ends of `metered`."""
+    """Energy of the devices between the two ends of `metered`."""
 
     joules: float | None = None
     seconds: float = 0.0
@@ -38,20 +38,23 @@ class Energy:
 
 
 @contextlib.contextmanager
-def metered(device: str | None, powercap: Path = POWERCAP) -> Iterator[Energy]:
-    """Yield an Energy that is filled at the end. device: cuda or cpu; None: of another machine, without a figure."""
+def metered(device: str | None, powercap: Path = POWERCAP, gpus: int = 1) -> Iterator[Energy]:
+    """Yield an Energy that is filled at the end.
+
+    device: cuda or cpu; None: of another machine, without a figure. gpus: how many of them the engine uses.
+    """
     energy = Energy()
-    with _counter(device, powercap) as since:
+    with _counter(device, powercap, gpus) as since:
         begun = time.monotonic()
         yield energy
         energy.seconds = time.monotonic() - begun
         energy.joules = since()
 
 
-def _counter(device: str | None, powercap: Path) -> contextlib.AbstractContextManager[Joules]:
+def _counter(device: str | None, powercap: Path, gpus: int) -> contextlib.AbstractContextManager[Joules]:
     if device is None:
         return contextlib.nullcontext(lambda: None)
-    return joule_counter() if device == "cuda" else _packages(powercap)
+    return joule_counter(gpus) if device == "cuda" else _packages(powercap)
 
 
 @contextlib.contextmanager

@@ -100,20 +100,25 @@ def gpu_use() -> GpuUse | None:
 
 
 @contextlib.contextmanager
-def joule_counter() -> Iterator[Callable[[], float | None]]:
-    """Yield a function that returns the joules of the GPU of engines from now on, or None where they are not known.
+def joule_counter(gpus: int = 1) -> Iterator[Callable[[], float | None]]:
+    """Yield a function that returns the joules of the GPUs of engines from now on, or None where they are not known.
 
     A card without a counter keeps its last samples of power. They count if they reach back to the beginning.
     """
     with _nvml() as nvml:
-        handle = _used_by_engines(nvml)
-        begun_us, before = time.time_ns() // 1000, _millijoules(nvml, handle)
+        handles = [_used_by_engines(nvml, place) for place in range(gpus)]
+        begun_us, before = time.time_ns() // 1000, [_millijoules(nvml, handle) for handle in handles]
+
+        def of(handle: Any, at_first: int | None) -> float | None:
+            after = _millijoules(nvml, handle)
+            if at_first is not None and after is not None:
+                return (after - at_first) / 1e3
+            return _of_samples(nvml, handle, begun_us)
 
         def since() -> float | None:
-            after = _millijoules(nvml, handle)
-            if before is not None and after is not None:
-                return (after - before) / 1e3
-            return _of_samples(nvml, handle, begun_us)
+            found = [of(handle, at_first) for handle, at_first in zip(handles, before, strict=True)]
+            known = [joules for joules in found if joules is not None]
+            return sum(known) if len(known) == len(found) else None
 
         yield since
 
@@ -145,8 +150,8 @@ def _of_samples(nvml: Any, handle: Any, begun_us: int) -> float | None:
     return float(sum(power * step for power, step in zip(watts, steps_s, strict=True)))
 
 
-def _used_by_engines(nvml: Any) -> Any:
-    """Return the handle of the GPU that engines use: the first of CUDA_VISIBLE_DEVICES.
+def _used_by_engines(nvml: Any, place: int = 0) -> Any:
+    """Return the handle of the GPU that engines use: of CUDA_VISIBLE_DEVICES the one at this place.
 
     None: that is none, or NVML is absent or does not find it, such as a part of a card that was made anew.
     NVML takes no notice of that variable. Its numbers are CUDA's on a machine with one kind of GPU; CUDA_DEVICE_ORDER=
@@ -154,15 +159,17 @@ def _used_by_engines(nvml: Any) -> Any:
     """
     if nvml is None:
         return None
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(place)] * (place + 1) if visible is None else visible.split(",")
+    name = names[place].strip() if place < len(names) else ""
     try:
-        if first.startswith("MIG-"):
-            return nvml.nvmlDeviceGetHandleByUUID(first)
+        if name.startswith("MIG-"):
+            return nvml.nvmlDeviceGetHandleByUUID(name)
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        if first.isdecimal():
-            return handles[int(first)] if int(first) < len(handles) else None
+        if name.isdecimal():
+            return handles[int(name)] if int(name) < len(handles) else None
         # CUDA takes the beginning of a UUID, too.
-        return next((h for h in handles if first and nvml.nvmlDeviceGetUUID(h).startswith(first)), None)
+        return next((h for h in handles if name and nvml.nvmlDeviceGetUUID(h).startswith(name)), None)
     except nvml.NVMLError:
         return None
 

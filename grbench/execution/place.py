@@ -24,6 +24,7 @@ from typing import Any
 
 from grbench.config.schema import RunnerConfig, RunSpec, spec_from_json
 from grbench.execution.gpu import visible_gpus
+from grbench.execution.ranks import gpus_of
 from grbench.execution.runner import Interrupted, run_cell
 from grbench.execution.workers import Event, KeptWorker
 from grbench.signals import ENDING, raised
@@ -66,7 +67,8 @@ def _measure(cell: dict[str, Any], kept: KeptWorker, say: Say) -> None:
     if cell["spec_hash"] and (why := _other_files(spec, cell["spec_hash"])):
         say({"failed": why})
         return
-    own = {"cores": sorted(os.sched_getaffinity(0)), "gpu": next(iter(visible_gpus()), None)}
+    gpu = ",".join(visible_gpus()[: gpus_of(spec.engine)]) or None
+    own = {"cores": sorted(os.sched_getaffinity(0)), "gpu": gpu}
     try:
         _, folder = run_cell(
             spec,

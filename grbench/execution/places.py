@@ -312,7 +312,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Share:
-    """Cores and GPU of a place of this machine. gpu: as in CUDA_VISIBLE_DEVICES; None: cells see none."""
+    """Cores and GPUs of a place of this machine. gpu: as in CUDA_VISIBLE_DEVICES; None: cells see none."""
 
     cores: tuple[int, ...]
     gpu: str | None = None
@@ -329,16 +329,17 @@ class LocalPart(Part):
         return _LocalPlace(self)
 
 
-def local_parts(parallel: str) -> list[Part]:
-    """Return the parts of this machine for `runner.parallel`. Raises ConfigError if there are too few."""
-    found = shares(parallel)
+def local_parts(parallel: str, each: int = 1) -> list[Part]:
+    """Return the parts of this machine for `runner.parallel`. each: GPUs. Raises ConfigError if there are too few."""
+    found = shares(parallel, each)
     return [LocalPart(share, len(found) - 1) for share in found]
 
 
-def shares(parallel: str) -> list[Share]:
-    """Return what each place of this machine has. Raises ConfigError if there is too little."""
-    cores, gpus = cores_here(), visible_gpus()
-    count = places_asked(parallel, "this machine", len(gpus), len(cores), "CUDA_VISIBLE_DEVICES=")
+def shares(parallel: str, each: int = 1) -> list[Share]:
+    """Return what each place of this machine has. each: GPUs of a place. Raises ConfigError if there is too little."""
+    cores, there = cores_here(), visible_gpus()
+    gpus = [",".join(there[i : i + each]) for i in range(0, len(there) - each + 1, each)]
+    count = places_asked(parallel, "this machine", len(gpus), len(cores), "CUDA_VISIBLE_DEVICES=", each)
     size = len(cores) // count
     return [Share(tuple(sorted(cores[i * size : (i + 1) * size])), gpus[i] if gpus else None) for i in range(count)]
 
@@ -351,10 +352,11 @@ def number_asked(parallel: str, allowed: str, gpus: int = 0) -> int:
     return count
 
 
-def places_asked(parallel: str, where: str, gpus: int, cores: int | None, hides: str) -> int:
+def places_asked(parallel: str, where: str, gpus: int, cores: int | None, hides: str, each: int = 1) -> int:
     """Return the number of places that `runner.parallel` asks for. Raises ConfigError if there is too little.
 
     where: the machine or cluster, in words. gpus, cores: what it has; None: they do not limit. hides: what hides GPUs.
+    each: GPUs that each of `gpus` stands for.
     """
     if parallel == "gpus" and not gpus:
         raise ConfigError(
@@ -362,11 +364,12 @@ def places_asked(parallel: str, where: str, gpus: int, cores: int | None, hides:
         )
     count = number_asked(parallel, "allowed are gpus and a number of cells from 1", gpus)
     instead = f", or {hides} hides them from cells of the processor"
-    for has, what in ((gpus or None, "GPUs"), (cores, "cores")):
+    units = "GPUs" if each == 1 else f"times {each} GPUs for engine.tensor_parallel={each}"
+    for has, what in ((gpus or None, units), (cores, "cores")):
         if has is not None and count > has:
             raise ConfigError(
                 f"runner.parallel={parallel}: {where} has {has} {what}, and cells never share one; allowed is at most "
-                f"{has}{instead if what == 'GPUs' else ''}"
+                f"{has}{instead if what == units else ''}"
             )
     return count
 

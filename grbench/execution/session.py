@@ -45,10 +45,10 @@ class Measured(NamedTuple):
 class CellSession:
     """Runs cells and keeps their records. `end` ends it; `close` also prints the table.
 
-    run: the options of the first cell. quiet: print no progress.
+    run: the options of the first cell. quiet: print no progress. gpus: the most that one of the cells takes.
     """
 
-    def __init__(self, run: RunConfig, invocation: Invocation, quiet: bool = False) -> None:
+    def __init__(self, run: RunConfig, invocation: Invocation, quiet: bool = False, gpus: int = 1) -> None:
         self._invocation, self._repeats = invocation, run.runner.repeats
         self._total = invocation.total * self._repeats
         self._form = run.runner.print
@@ -57,7 +57,7 @@ class CellSession:
         self._root = Path(run.runner.output_root).absolute()
         self._screen = Console(stderr=True, quiet=quiet)
         self._sweep_id = invocation.sweep.name if invocation.sweep else None
-        self.parts = _parts(run, self._root)  # before anything is recorded, since a cluster may refuse them
+        self.parts = _parts(run, self._root, gpus)  # before anything is recorded, since a cluster may refuse them
         self._places = Places(self.parts, self._say) if self.parts else None
         self._tracking = run.tracking
         self._tracker = CellTracker(run.tracking, self._root)
@@ -289,7 +289,7 @@ class CellSession:
             sys.stdout.write(rows.as_json(self._cells) if self._form == "json" else rows.as_csv(self._cells))
 
 
-def _parts(run: RunConfig, root: Path) -> list[Part]:
+def _parts(run: RunConfig, root: Path, gpus: int) -> list[Part]:
     """Return the parts of machines that measure cells beside each other; none: this process measures them.
 
     Raises ConfigError.
@@ -306,7 +306,7 @@ def _parts(run: RunConfig, root: Path) -> list[Part]:
         from grbench.execution.slurm_places import slurm_parts
 
         return slurm_parts(run.runner, run.slurm, root)
-    return local_parts(run.runner.parallel) if run.runner.parallel != "1" else []
+    return local_parts(run.runner.parallel, gpus) if run.runner.parallel != "1" else []
 
 
 def repeated(job: Job, repeat: int) -> Job:

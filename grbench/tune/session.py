@@ -19,6 +19,7 @@ from grbench.config.schema import ConfigError
 from grbench.execution.clock import pace
 from grbench.execution.command import require_files
 from grbench.execution.folders import require_writable
+from grbench.execution.ranks import require_gpus
 from grbench.execution.session import CellSession
 from grbench.tune import answer, deploy, rates
 from grbench.tune.answer import Answer
@@ -47,11 +48,12 @@ class TuneSession:
                 f"runner.cluster={run.runner.cluster}: a search measures on its own machine; allowed is none"
             )
         require_files(space.specs.values())
+        gpus = require_gpus(space.specs.values(), run.runner.cluster)
         root = Path(run.runner.output_root).absolute()
         self.folder = root / "tune" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         require_writable(self.folder, f"runner.output_root={run.runner.output_root}", "set runner.output_root to")
         invocation = Invocation(("tune", *words), 0, self.folder, config_dir=_path(declared.config_dir))
-        self._cells = CellSession(run, invocation, quiet=True)
+        self._cells = CellSession(run, invocation, quiet=True, gpus=gpus)
         self._evaluator = LiveEvaluator(self._cells, declared, space.specs, root, self.folder, self._say)
         batching = {
             configuration: Batching(spec.scenario.max_batch, spec.scenario.max_wait_ms / 1e3, spec.scenario.in_flight)

@@ -170,6 +170,10 @@ def test_places_share_no_core_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert places.shares("1") == [places.Share((0, 1, 2, 3, 4, 5, 6, 7), "2")]
     with pytest.raises(ConfigError, match="has 2 GPUs, and cells never share one; allowed is at most 2"):
         places.shares("3")
+    monkeypatch.setattr(places, "visible_gpus", lambda: list("56789"))
+    assert [share.gpu for share in places.shares("gpus", each=2)] == ["5,6", "7,8"]
+    with pytest.raises(ConfigError, match=r"has 2 times 2 GPUs for engine\.tensor_parallel=2, and cells never share"):
+        places.shares("3", each=2)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import torch
 import yaml
 from helpers.cells import write_cell
 from helpers.checkout import ROOT
-from helpers.forks import fork_places
+from helpers.forks import fork_places, fork_ranks
 
 from grbench import cli, workloads
 from grbench.cachesim import config as cachesim
@@ -158,6 +158,20 @@ def test_hits_are_timed_in_the_state_of_their_case(program: Any, tmp_path: Path,
     assert all(row["error"] <= row["allowed"] for row in rows)
     assert [bool(row["copied_ms"]) for row in rows][:4] == [False] * 4
     assert rows[4]["copied_ms"] > 0  # all loaded from the host
+
+
+def test_one_request_is_timed_on_one_and_two_ranks(
+    program: Any, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fork_ranks(monkeypatch)
+    sizes = ["--histories", "40", "--candidates", "8", "--rounds", "1"]
+    rows = rows_of(program("tensor_parallel"), tmp_path, capsys, "model=hstu_tiny", "kernel=torch", *sizes)
+    assert [row["case"] for row in rows] == [case.name for case in program("tensor_parallel").CASES]
+    assert all(row["error"] <= row["allowed"] and row["p50_ms"] > 0 for row in rows)
+    predicted = [row["predicted_device_ms"] for row in rows]
+    assert predicted[0] > predicted[3] > 0  # a hit has less to compute
+    assert min(predicted[2], predicted[5]) > 2 * 2 * 10e-3  # two layers of two collectives
 
 
 def test_visits_of_a_search_are_timed(program: Any, tmp_path: Path, capsys: Capture) -> None:

@@ -30,6 +30,7 @@ from grbench.cli import main
 from grbench.execution import environment, place, places, worker, workers
 from grbench.signals import ENDING
 from grbench.tune import legal
+from grengines.runtime import follower, team
 
 USED = ("grbench.execution.cell", "grengines.hstu.engine", "pyarrow.parquet", "scipy.special")  # by every worker
 USED_BY_COMMANDS = (  # the last of them draw the picture of a cell
@@ -196,6 +197,19 @@ class _Place(Fork):
 def fork_places(patch: pytest.MonkeyPatch) -> None:
     """Let the places of cells side by side be forks, which print to places.txt in the current folder."""
     patch.setattr(places, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": _Place}))
+
+
+def fork_ranks(patch: pytest.MonkeyPatch) -> None:
+    """Let the further ranks of an engine be forks, which print to ranks.txt in the current folder."""
+
+    def popen(command: list[str], *, pass_fds: list[int], env: dict[str, str], **_: Any) -> Fork:
+        def work() -> None:
+            sys.argv = command[-2:]
+            follower.main()
+
+        return Fork(work, Path("ranks.txt"), pass_fds, env)
+
+    patch.setattr(team, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
 
 
 def fork_workers(patch: pytest.MonkeyPatch) -> None:

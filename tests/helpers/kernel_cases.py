@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from grkernels import registry
+from grkernels.norm_gate.reference import moments_of
 from grkernels.rounding import rounded
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,6 +37,15 @@ def norm_gate(rows: int, heads: int, d: int, *, scale: float = 1e-3, mean: float
         "bias": 0.1 * torch.randn(W),
         "eps": 1e-6 if mean == 0.0 else scale**2 / 100,
     }
+
+
+def part_of_rows(rows: int, parts: int, width: int, *, scale: float = 1e-3, mean: float = 0.0) -> Arguments:
+    """The second of several parts of rows, with the moments of all of them."""
+    whole = norm_gate(rows, parts, width, scale=scale, mean=mean)
+    a = whole["a"].flatten(1) if parts > 1 else whole["a"]
+    whole["u"], whole["weight"], whole["bias"] = (whole[n][..., width : 2 * width] for n in ("u", "weight", "bias"))
+    moments = torch.stack([moments_of(part) for part in a.chunk(parts, dim=1)])
+    return whole | {"a": a[:, width : 2 * width], "moments": moments}
 
 
 def layer_norm(rows: int, width: int, *, scale: float = 1.0, mean: float = 0.0) -> Arguments:
@@ -106,6 +116,8 @@ CASES: dict[str, list[Callable[[], Arguments]]] = {
         lambda: norm_gate(1, 1, 1100),
         lambda: norm_gate(2, 4, 1024, scale=1e-5),
         lambda: norm_gate(0, 1, 16),
+        lambda: part_of_rows(5, 2, 20),
+        lambda: part_of_rows(3, 3, 48, scale=1e-5, mean=10.0),
     ],
     "layer_norm": [
         lambda: layer_norm(5, 40),
@@ -150,16 +162,19 @@ EACH_CASE = [pytest.param(family, case, id=f"{family}{i}") for family in CASES f
 
 
 def converted(arguments: Arguments, dtype: torch.dtype, device: str | None = None) -> Arguments:
-    """The same problem, its fp32, fp16 and bf16 tensors as `dtype`; strides stay. device None: where they are."""
+    """The same problem, its fp32, fp16 and bf16 tensors as `dtype`; strides stay. device None: where they are.
 
-    def convert(x: Any) -> Any:
+    Moments are fp32 in every dtype.
+    """
+
+    def convert(name: str, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         whole = x if x._base is None else x._base  # converting a view would make it contiguous
-        moved = whole.to(device, dtype if x.dtype in DTYPES.values() else x.dtype)
+        moved = whole.to(device, dtype if x.dtype in DTYPES.values() and name != "moments" else x.dtype)
         return moved.as_strided(x.shape, x.stride(), x.storage_offset())
 
-    return {name: convert(x) for name, x in arguments.items()}
+    return {name: convert(name, x) for name, x in arguments.items()}
 
 
 def exact_result(family: str, arguments: Arguments) -> Any:

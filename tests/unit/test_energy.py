@@ -76,6 +76,21 @@ def test_the_counter_of_a_gpu_is_read_at_both_ends(monkeypatch: pytest.MonkeyPat
     assert spent.metrics(300) == {"energy_joules_per_request": 2.0}
 
 
+def test_energy_of_several_gpus_adds_up(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
+    joules = {5: [100, 400], 7: [1000, 1050]}
+    two = card(nvmlDeviceGetTotalEnergyConsumption=lambda handle: 1e3 * joules[handle].pop(0))
+    two.nvmlDeviceGetCount = lambda: 8
+    use(monkeypatch, two)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    with metered("cuda", gpus=2) as spent:
+        clock.s += 2
+    assert spent.joules == 350
+    joules.update({5: [1, 2], 7: [1, 2]})
+    with metered("cuda", gpus=3) as spent:  # there is no third
+        clock.s += 2
+    assert spent.joules is None
+
+
 def test_a_card_without_a_counter_is_measured_by_its_samples_of_power(
     monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
 ) -> None:
@@ -183,7 +198,7 @@ def test_a_server_takes_energy_that_this_machine_can_not_read(
     actual: dict[str, Any], known: bool, tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zone(tmp_path / "rapl" / "intel-rapl:0", "package-0", 1)
-    monkeypatch.setattr(cell, "metered", lambda device: metered(device, tmp_path / "rapl"))
+    monkeypatch.setattr(cell, "metered", lambda device, gpus: metered(device, tmp_path / "rapl"))
 
     class Engine(SleepyEngine):
         def rank(self, requests: Sequence[Request]) -> RankResult:

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grengines.api import Cached, Float32Array, RankResult, Request
 from grengines.cache import policies
-from grengines.cache.config import PagedCacheConfig, stored
+from grengines.cache.config import PagedCacheConfig
 from grengines.cache.history import History
 from grengines.cache.host import HostTier, Onload
 from grengines.cache.index import Plan, no_pages
@@ -23,51 +23,26 @@ from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
 from grengines.cache.states import UserStates
 from grengines.hstu.load_costs import LoadCosts
-from grengines.models.hstu.config import HSTUConfig, stale_states
-from grengines.runtime.batch import Bucket, Encoding, HostBatch, JaggedBatch, append_size, pack_slices
+from grengines.hstu.passes import PagedModel, append, page_sizes
+from grengines.models.hstu.config import stale_states
+from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, append_size, pack_slices
 from grengines.runtime.device import DTYPES
 from grengines.runtime.graph_costs import Filling, Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
 from grengines.runtime.staging import Staging
+from grengines.runtime.team import Alone, Team
 from grkernels.pages import EIGHT_BITS
 
 PRECISIONS = {dtype: name for name, dtype in (DTYPES | EIGHT_BITS).items()}
 
 
-class PagedModel(Protocol):
-    """The part of HSTURanker that appends to pages."""
-
-    @property
-    def config(self) -> HSTUConfig: ...
-
-    @property
-    def encoding(self) -> Encoding: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def paged(
-        self,
-        batch: JaggedBatch,
-        pool: PagePool,
-        places: PagedBatch,
-        *,
-        write: bool = True,
-        read: bool = True,
-        onload: Onload | None = None,
-    ) -> Tensor:
-        """Append as HSTURanker.paged."""
-
-
 class CachedRanking:
     """Ranking over pages: the cached states, the host tier, and CUDA graphs of appends.
 
-    place: renumbers packed tokens for the cache of item vectors; returns its counts. Raises ValueError if the
-    longest history of the sample does not fit in the empty pool.
+    place: renumbers packed tokens for the cache of item vectors; returns its counts. team: the ranks that share the
+    heads; each has pages for those that it has, and this one decides for all. Raises ValueError if the longest history
+    of the sample does not fit in the empty pool.
     """
 
     def __init__(
@@ -77,15 +52,19 @@ class CachedRanking:
         cache: PagedCacheConfig,
         sample: Sequence[Request],
         place: Callable[[Sequence[HostBatch]], dict[str, float]],
+        team: Team | Alone | None = None,
     ) -> None:
         if problem := stale_states(ranker.config):
             raise ValueError(problem)
         self._ranker, self._microbatch, self._cache, self._place = ranker, microbatch, cache, place
         self._device = ranker.device
+        self._team = team or Alone(self._device)
         self._pin = self._device.type == "cuda"
         longest = ranker.encoding.contextual_seq_len + max(len(r.history_items) for r in sample)
         self.states = _make_states(ranker, cache, longest)
         self._pages = self.states.pool.pages_for(longest)
+        with self._team.call("pages", [], cache=cache, pages=self.states.pool.pages):
+            pass  # this rank's are made
         tier = self.states.tier
         self.costs = LoadCosts(tier.bytes_a_second() if tier else 0.0)
         self.graphs = Graphs()
@@ -234,15 +213,11 @@ class CachedRanking:
     ) -> Tensor:
         """Queue kernels one by one, while states are copied from the host. Return the logits.
 
-        cached: whether any request has cached tokens. The first batch writes to pages, and further ones read them.
+        cached: whether any request has cached tokens.
         """
-        batches = [host.to(self._device) for host in hosts]
-        there = places.to(self._device)
-        marks.add()
-        pool, paged = self.states.pool, self._ranker.paged
-        parts = [paged(batches[0], pool, there, write=True, read=cached, onload=onload)]
-        parts += [paged(batch, pool, there, write=False, read=True) for batch in batches[1:]]
-        return torch.cat(parts)
+        with self._team.call("append", [*hosts, places], cached=cached) as inputs:
+            marks.add()
+            return append(self._ranker, self.states.pool, inputs, cached=cached, onload=onload)
 
     def reset_cache(self, keep_host: bool = False) -> None:
         """Drop every state, and what the policies learned. keep_host: only move states from the device to the host."""
@@ -399,16 +374,7 @@ def _merged(results: Sequence[RankResult], passes: Sequence[Sequence[int]]) -> R
 def _make_states(ranker: PagedModel, cache: PagedCacheConfig, longest: int) -> UserStates:
     """Return an empty cache. Raises ValueError if the longest history does not fit."""
     model = ranker.config
-    pool = PagePool.within(
-        int(cache.memory_gb * 1e9),
-        device=ranker.device,
-        layers=model.layers,
-        page=cache.page,
-        heads=model.heads,
-        qk_dim=model.qk_dim,
-        v_dim=model.v_dim,
-        dtype=EIGHT_BITS.get(stored(cache), ranker.dtype),
-    )
+    pool = PagePool.within(int(cache.memory_gb * 1e9), **page_sizes(ranker, cache))
     if pool.pages_for(longest) > pool.pages:
         needed = pool.pages_for(longest) * pool.page_bytes / 1e9
         raise ValueError(

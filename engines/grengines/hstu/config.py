@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.models.hstu.config import HSTUConfig
-from grengines.options import GraphOptions, option
-from grengines.refusals import Asked, graphs_on_cpu
+from grengines.options import TENSOR_PARALLEL, GraphOptions, option
+from grengines.refusals import Asked, graphs_on_cpu, heads_over_ranks
 
 FP8_STEP = 16  # as grkernels.fp8.STEP
 
@@ -21,6 +22,7 @@ class HSTUEngineConfig(GraphOptions):
         "auto: bf16 on cuda, fp32 on cpu; fp8: products in e4m3, all else in bf16; a cpu emulates it, slowly",
         choices=["auto", "fp32", "fp16", "bf16", "fp8"],
     )
+    tensor_parallel: int = option(1, TENSOR_PARALLEL, ge=1, le=64)
     candidate_microbatch: int = option(
         0, "M-FALCON: prefill once, then rank this many candidates at a time; 0: all in one pass", ge=0
     )
@@ -33,6 +35,10 @@ def contradiction(options: HSTUEngineConfig, asked: Asked) -> str | None:
     if problem := graphs_on_cpu(options):
         return problem
     if options.precision == "fp8" and (problem := without_fp8(asked.task, model)):
+        return problem
+    if options.tensor_parallel > 1 and (
+        problem := heads_over_ranks(options.tensor_parallel, model) or _one_rank_only(options, cache)
+    ):
         return problem
     if asked.task == "generate":
         return f"engine.candidate_microbatch={size} is for ranking; set it to 0" if size else None
@@ -57,6 +63,20 @@ def contradiction(options: HSTUEngineConfig, asked: Asked) -> str | None:
             f"cache.item_memory_gb={cache.item_memory_gb:g} and model.item_tower=table: both tables are on the device; "
             "set cache.item_memory_gb=0"
         )
+    return None
+
+
+def _one_rank_only(options: HSTUEngineConfig, cache: CacheConfig | PagedCacheConfig) -> str | None:
+    """Return None, or which options an engine of several ranks lacks."""
+    asked = f"engine.tensor_parallel={options.tensor_parallel}"
+    if options.cuda_graphs == "true":
+        return f"engine.cuda_graphs=true and {asked}: ranks launch kernels one by one; set engine.cuda_graphs=false"
+    if options.precision == "fp8":
+        return f"engine.precision=fp8 and {asked}: norms over several ranks write no e4m3; set engine.precision=bf16"
+    if cache.item_memory_gb:
+        return f"cache.item_memory_gb={cache.item_memory_gb:g} and {asked}: each rank has all item vectors; set it to 0"
+    if isinstance(cache, PagedCacheConfig) and cache.host_gb:
+        return f"cache.host_gb={cache.host_gb:g} and {asked}: pages of several ranks have no host tier; set it to 0"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The native engine: ranking with HSTU in PyTorch, on a CPU or one GPU."""
+"""The native engine: ranking with HSTU in PyTorch, on a CPU, one GPU, or several by heads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from grengines.api import RankResult, Request, Setup, Tier, UnavailableError
 from grengines.base import RankingEngine
@@ -17,15 +16,18 @@ from grengines.cache.config import PagedCacheConfig, stored
 from grengines.cache.items import HotRows
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import HSTUEngineConfig
+from grengines.hstu.passes import follow_ranking, whole
 from grengines.models.hstu.fp8 import use_fp8
 from grengines.models.hstu.model import HSTURanker, build_model
+from grengines.models.hstu.shard import shard
 from grengines.runtime import kernels as kernel_choice
-from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack, pack_slices
+from grengines.runtime.batch import Bucket, HostBatch, pack, pack_slices
 from grengines.runtime.buckets import first_batches, plan_buckets, token_count
 from grengines.runtime.device import PRODUCTS, Placement
 from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
+from grengines.runtime.team import Alone, Team
 from grkernels import fp8, tuning
 from grkernels.operators import Operators
 
@@ -33,7 +35,8 @@ from grkernels.operators import Operators
 class HSTUEngine(RankingEngine):
     """Ranking with HSTU and the kernel variants of the configuration.
 
-    Raises UnavailableError for a device or a variant that this machine lacks.
+    With engine.tensor_parallel it is rank 0, and its team has the others. Raises UnavailableError for a device or a
+    variant that this machine lacks.
     """
 
     name = "hstu"
@@ -41,7 +44,9 @@ class HSTUEngine(RankingEngine):
     def __init__(self, options: HSTUEngineConfig, setup: Setup) -> None:
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
         self._options, self._cache = options, setup.cache
-        self._asked = options.cuda_graphs if self._cuda and not options.candidate_microbatch else "false"
+        self._ranks = options.tensor_parallel
+        one_launch = self._cuda and not options.candidate_microbatch and self._ranks == 1
+        self._asked = options.cuda_graphs if one_launch else "false"
         self._products = self._precision if self._precision in PRODUCTS else ""
         if self._products and self._cuda and (why := fp8.refusal()):
             raise UnavailableError(f"engine.precision=fp8: {why}; set engine.precision=bf16")
@@ -55,10 +60,13 @@ class HSTUEngine(RankingEngine):
             stored=stored(self._cache),
             captured=self._asked != "false",
             products=self._products,
+            ranks=self._ranks,
         )
         self.operators = Operators.of(self._kernels.variants)
         self._ranker: HSTURanker | None = None
         self._graphs = Graphs()
+        self.team: Team | Alone = Alone(self._device)
+        self._parameters = 0  # of the whole model
         self.user_cache: CachedRanking | None = None  # from `prepare` on, if the options ask for it
         self._items: HotRows | None = None
 
@@ -66,6 +74,8 @@ class HSTUEngine(RankingEngine):
     def _load(self, sample: Sequence[Request], max_batch: int) -> None:
         """Put the model on the device and capture the graphs."""
         setup = self._setup
+        if self._ranks > 1:
+            self.team = Team(self._ranks, self._device, follow_ranking, self._recipe())
         in_host_memory = self._cache.item_memory_gb > 0
         self._ranker = ranker = build_model(
             self._model_config,
@@ -76,15 +86,18 @@ class HSTUEngine(RankingEngine):
             self.operators,
             host_table=in_host_memory,
         )
+        self._parameters = sum(p.numel() for p in ranker.parameters())
         if self._products:
             use_fp8(ranker)
+        if isinstance(self.team, Team):
+            shard(ranker, self.team.group)
         if in_host_memory:
             memory, table = int(self._cache.item_memory_gb * 1e9), ranker.token_table.data
             self._items = HotRows.within(memory, table, device=self._device, dtype=self._dtype)
             ranker.use_table(self._items.table)
         if isinstance(self._cache, PagedCacheConfig):
             microbatch = self._options.candidate_microbatch
-            self.user_cache = CachedRanking(ranker, microbatch, self._cache, sample, self._place)
+            self.user_cache = CachedRanking(ranker, microbatch, self._cache, sample, self._place, self.team)
             self.user_cache.capture(self._asked, self._plan(sample, max_batch), self._longest(sample))
         else:
             self._graphs = capture(
@@ -93,6 +106,17 @@ class HSTUEngine(RankingEngine):
                 lambda buckets: GraphRunner(ranker, buckets, self._empty, self._device),
                 partial(self._probe, ranker, self._longest(sample)),
             )
+        self.team.ready()
+
+    def _recipe(self) -> dict[str, Any]:
+        """Return the arguments of `follow_ranking`."""
+        return {
+            "model": self._model_config,
+            "catalogue": self._setup.catalogue,
+            "seed": self._setup.seed,
+            "dtype": self._dtype,
+            "variants": self._kernels.variants,
+        }
 
     def _plan(self, sample: Sequence[Request], max_batch: int) -> list[Bucket]:
         """Return the buckets of which graphs may be captured. Attention in PyTorch pads sequences to one length."""
@@ -135,15 +159,17 @@ class HSTUEngine(RankingEngine):
 
         Threads take turns until a batch's work is queued, and wait for the device together. A batch that fails in the
         cache is counted, logged, and answered without it. Raises ValueError for more than max_batch requests,
-        RuntimeError before `prepare`.
+        RuntimeError before `prepare`, and with the reason after the end of a rank.
         """
         ranker, cached = self._ready(self._ranker), self.user_cache
         self._check_size(requests)
         begun = time.perf_counter()
         with self._turns as turn:
-            whole = partial(self._queue_whole, ranker)
-            queued = cached.queue_or(requests, whole) if cached is not None else whole(requests)
-        return self._ended(queued, begun, turn)
+            uncached = partial(self._queue_whole, ranker)
+            queued = cached.queue_or(requests, uncached) if cached is not None else uncached(requests)
+        result = self._ended(queued, begun, turn)
+        self.team.check()
+        return result
 
     def _queue_whole(self, ranker: HSTURanker, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue a batch of whole histories. The returned function waits for the device."""
@@ -167,9 +193,9 @@ class HSTUEngine(RankingEngine):
             marks.add()
             logits = runner.replay(bucket)
         else:
-            batches = [host.to(self._device) for host in hosts]
-            marks.add()
-            logits = self._forward(ranker, batches)
+            with self.team.call("whole", hosts) as batches:
+                marks.add()
+                logits = whole(ranker, batches)
         return collect(logits, hosts, marks, batch_ms, details | self._graphs.counts(bucket))
 
     def reset_cache(self, keep_host: bool = False) -> None:
@@ -196,7 +222,8 @@ class HSTUEngine(RankingEngine):
             "candidate_microbatch": self._options.candidate_microbatch,
             "cache": dataclasses.asdict(self._cache),
             **(self.user_cache.actual() if self.user_cache else {}),
-            "parameters": self._parameters(),
+            "parameters": self._parameters,
+            **self.team.actual(),
             "item_slots": self._items.slots if self._items else 0,  # rows of the token table on the device; 0: all
         }
 
@@ -209,6 +236,7 @@ class HSTUEngine(RankingEngine):
         return {"fp8_products": how, "notes": [note] if how == fp8.EMULATED else []}
 
     def _unload(self) -> None:
+        self.team.close()
         if self.user_cache is not None:
             self.user_cache.close()
         self._ranker, self._graphs, self.user_cache, self._items = None, Graphs(), None, None
@@ -224,19 +252,3 @@ class HSTUEngine(RankingEngine):
         before = dataclasses.asdict(self._items.counters)
         self._items.place([host.token_rows for host in hosts])
         return {f"items_{k}": float(v - before[k]) for k, v in dataclasses.asdict(self._items.counters).items()}
-
-    def _parameters(self) -> int:
-        """Count the parameters of the whole model, on the device and on the host."""
-        if self._ranker is None:
-            return 0
-        elsewhere = self._items.host.numel() - self._items.table.numel() if self._items else 0
-        return sum(p.numel() for p in self._ranker.parameters()) + elsewhere
-
-    @staticmethod
-    def _forward(ranker: HSTURanker, batches: list[JaggedBatch]) -> Tensor:
-        """Return the logits of the batches that `pack_slices` made, in its order."""
-        if len(batches) == 1:
-            logits: Tensor = ranker(batches[0])
-            return logits
-        state = ranker.prefill(batches[0])
-        return torch.cat([ranker.delta(batch, state, keep=False)[0] for batch in batches[1:]])

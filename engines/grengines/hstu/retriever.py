@@ -1,4 +1,4 @@
-"""The native engine for task generate: beam search over semantic IDs with HSTU, on a CPU or one GPU."""
+"""The native engine for task generate: beam search over semantic IDs, on a CPU, one GPU, or several by heads."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from grengines.api import GenerateResult, Request, Setup
 from grengines.base import GeneratingEngine
 from grengines.cache.pool import PagePool
 from grengines.hstu.config import HSTUEngineConfig
+from grengines.hstu.passes import follow_search, search
 from grengines.models.hstu import beam
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HostPrompts, HSTUGenerator, Prompts, pack_prompts
+from grengines.models.hstu.shard import shard
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket
 from grengines.runtime.buckets import even_buckets, first_batches, length_buckets
 from grengines.runtime.device import Placement
 from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture
 from grengines.runtime.graphs import GraphRunner
-from grengines.runtime.results import Marks, collect_items, one_tensor
+from grengines.runtime.results import Marks, collect_items
+from grengines.runtime.team import Alone, Team
 from grengines.semantic.trie import Trie
 from grkernels import tuning
 from grkernels.operators import Operators
@@ -35,7 +38,8 @@ class HSTURetriever(GeneratingEngine):
     The prompts of a batch are encoded into pages that last for the batch. Each level of the search reads these keys and
     values once for all beams. With CUDA graphs, one graph has all of that for a (batch, length) bucket.
 
-    Raises UnavailableError for a device or a variant that this machine lacks.
+    With engine.tensor_parallel it is rank 0, and its team has the others. Raises UnavailableError for a device or a
+    variant that this machine lacks.
     """
 
     name = "hstu"
@@ -44,7 +48,8 @@ class HSTURetriever(GeneratingEngine):
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
         assert isinstance(setup.model, HSTUConfig), "the registry refuses other models"
         self._options, self._hstu = options, setup.model
-        self._asked = options.cuda_graphs if self._cuda else "false"
+        self._ranks = options.tensor_parallel
+        self._asked = options.cuda_graphs if self._cuda and self._ranks == 1 else "false"
         self._kernels = kernel_choice.choose(
             setup.kernels,
             self._hstu,
@@ -52,16 +57,22 @@ class HSTURetriever(GeneratingEngine):
             self._precision,
             page=beam.PAGE,
             captured=self._asked != "false",
+            ranks=self._ranks,
         )
         self._operators = Operators.of(self._kernels.variants)
         self._model: HSTUGenerator | None = None
         self._pool: PagePool | None = None
         self._graphs = Graphs()
+        self.team: Team | Alone = Alone(self._device)
+        self._parameters = 0  # of the whole model
         self._most_tokens = 0  # of a prompt
 
     @torch.inference_mode()
     def _load(self, sample: Sequence[Request], max_batch: int) -> None:
         """Put the model on the device, make the pages and capture the graphs."""
+        trie = Trie.of(self._retrieval.ids)
+        if self._ranks > 1:
+            self.team = Team(self._ranks, self._device, follow_search, self._recipe(trie))
         self._model = HSTUGenerator.build(
             self._hstu,
             self._retrieval.ids.sizes,
@@ -71,16 +82,35 @@ class HSTURetriever(GeneratingEngine):
             dtype=self._dtype,
             weights=self._retrieval.weights,
         )
-        self._trie = Trie.of(self._retrieval.ids).on(self._device)
+        self._parameters = sum(p.numel() for p in self._model.parameters())
+        if isinstance(self.team, Team):
+            shard(self._model, self.team.group)
+        self._trie = trie.on(self._device)
         lengths = [len(self._model.prompt_of(self._retrieval, r)) for r in sample]
         self._most_tokens = max(lengths)
         self._pool = beam.pool_for(self._model, self._most_tokens, max_batch)
+        with self.team.call("pages", [], tokens=self._most_tokens, batch=max_batch):
+            pass  # this rank's are made
         self._graphs = capture(
             self._asked,
             even_buckets(self._options.graph_lengths or length_buckets(lengths), max_batch),
             lambda buckets: GraphRunner(self._search, buckets, self._empty, self._device),
             self._probe,
         )
+        self.team.ready()
+
+    def _recipe(self, trie: Trie) -> dict[str, Any]:
+        """Return the arguments of `follow_search`."""
+        return {
+            "model": self._hstu,
+            "trie": trie,
+            "seed": self._setup.seed,
+            "dtype": self._dtype,
+            "variants": self._kernels.variants,
+            "weights": self._retrieval.weights,
+            "width": self._retrieval.beam_width,
+            "k": self._retrieval.k,
+        }
 
     def _empty(self, bucket: Bucket) -> list[HostPrompts]:
         """Return the input of a bucket's graph, an empty batch."""
@@ -117,7 +147,9 @@ class HSTURetriever(GeneratingEngine):
         found_ms = (time.perf_counter() - begun) * 1e3
         with self._turns as turn:
             queued = self._queue(prompts, bucket, self._graphs.runner, found_ms)
-        return self._ended(queued, begun, turn)
+        result = self._ended(queued, begun, turn)
+        self.team.check()
+        return result
 
     def _queue(
         self, prompts: Sequence[np.ndarray], bucket: Bucket | None, runner: Runner | None, found_ms: float = 0.0
@@ -140,9 +172,9 @@ class HSTURetriever(GeneratingEngine):
                 marks.add()
                 found = runner.replay(bucket)
             else:
-                batch = host.to(self._device)
-                marks.add()
-                found = self._search(batch)
+                with self.team.call("search", [host]) as [batch]:
+                    marks.add()
+                    found = self._search(batch)
             return collect_items(
                 found,
                 len(prompts),
@@ -158,15 +190,16 @@ class HSTURetriever(GeneratingEngine):
             **self._kernels.actual(),
             "kernel_configs": tuning.provenance(),
             **self._graphs.actual(),
-            "parameters": sum(p.numel() for p in self._model.parameters()) if self._model else 0,
+            "parameters": self._parameters,
+            **self.team.actual(),
         }
 
     def _unload(self) -> None:
+        self.team.close()
         self._model, self._pool, self._graphs = None, None, Graphs()
 
     def _search(self, batch: Prompts) -> Tensor:
         """Return the items and scores that the search finds, as `one_tensor` packs them."""
         assert self._model is not None and self._pool is not None
         width, k = self._retrieval.beam_width, self._retrieval.k
-        items, scores, _ = beam.run(self._model, self._trie, batch, self._pool, width=width, k=k)
-        return one_tensor(items, scores)
+        return search(self._model, self._trie, self._pool, batch, width=width, k=k)

@@ -107,6 +107,49 @@ def _quantising_kernel(
     tl.store(scales + rows, scale, mask=rows < L)
 
 
+@launched(tensors=["u", "a", "weight", "bias", "moments", "out"], numbers=["L", "eps"])
+def _part_kernel(
+    u: tl.tensor,
+    a: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    moments: tl.tensor,
+    out: tl.tensor,
+    u_stride: tl.tensor,
+    a_stride: tl.tensor,
+    L: tl.tensor,
+    eps: tl.tensor,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    PARTS: tl.constexpr,
+    CONCAT: tl.constexpr,
+) -> None:
+    """Compute L rows of W values, each of which is one of PARTS parts of a wider row."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_W)[None, :]
+    mask = (row < L) & (column < W)
+    mean, variance = tl.zeros([ROWS, 1], tl.float32), tl.zeros([ROWS, 1], tl.float32)
+    for part in tl.static_range(PARTS):
+        mean += tl.load(moments + part * 2 * L + row, mask=row < L, other=0.0) / PARTS
+    for part in tl.static_range(PARTS):
+        away = tl.load(moments + part * 2 * L + row, mask=row < L, other=0.0) - mean
+        variance += (tl.load(moments + (part * 2 + 1) * L + row, mask=row < L, other=0.0) + away * away) / PARTS
+    w = tl.load(weight + column, mask=column < W, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=column < W, other=0.0).to(tl.float32)
+    gate = tl.load(u + row * u_stride + column, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(a + row * a_stride + column, mask=mask, other=0.0)
+    gate = gate / (1.0 + tl.exp(-gate))
+    normed = (x.to(tl.float32) - mean) * tl.rsqrt(variance + tl.cast(eps, tl.float32)) * w + b
+    place = out + row * W + column
+    if CONCAT:
+        place = out + row * (3 * W) + column
+        tl.store(place, rounded(gate, out.dtype.element_ty), mask=mask)
+        tl.store(place + W, x, mask=mask)
+        place += 2 * W
+    tl.store(place, rounded(gate * normed, out.dtype.element_ty), mask=mask)
+
+
 @triton.jit
 def _gate_and_norm(
     gate: tl.tensor, x: tl.tensor, w: tl.tensor, b: tl.tensor, eps: tl.tensor, column: tl.tensor, W: tl.constexpr
@@ -135,6 +178,7 @@ def norm_gate(
     groups: int = 1,
     concat: bool = True,
     to: str = "",
+    moments: Tensor | None = None,
 ) -> Tensor | Scaled:
     """Compute what reference.py defines."""
     if to and groups > 1:  # a program has a group of a row, whose scale is that of all groups
@@ -156,6 +200,9 @@ def norm_gate(
         if isinstance(out, Scaled):
             tensors = *inputs, out.values.view(torch.int8), out.scales
             _quantising_kernel(grid, tensors, strides, (L, eps), (*constants, concat, *E4M3), config["warps"])
+        elif moments is not None:
+            tensors = *inputs, moments, out
+            _part_kernel(grid, tensors, strides, (L, eps), (*constants, len(moments), concat), config["warps"])
         else:
             _kernel(grid, (*inputs, out), strides, (L, eps), (*constants, groups, concat), config["warps"])
     return out

@@ -27,6 +27,7 @@ from grengines.models.hstu.variant import differing
 from grengines.models.hstu.weights import load_weights
 from grengines.runtime import staging
 from grengines.runtime.batch import Bucket
+from grengines.runtime.group import Group
 from grengines.semantic.ids import prompt_of
 from grkernels.hstu_attention.extras import Extras
 from grkernels.operators import Operators
@@ -164,6 +165,7 @@ class HSTUGenerator(nn.Module):
         if problem := one_level_only(config, len(sizes)):
             raise ValueError(problem)
         self.config, self.sizes, self.kernels = config, tuple(sizes), kernels
+        self.group: Group | None = None  # as of HSTULayer
         self.offsets = [0, *accumulate(sizes)]
         self.alpha = config.score_scale
         E = config.embedding_dim
@@ -268,7 +270,8 @@ class HSTUGenerator(nn.Module):
         """Return fp32 logits [rows, codes of the level] of vectors [rows, E]."""
         y = self.norm(x, self.kernels)
         table = self.token_table[self.offsets[level] : self.offsets[level + 1]].float()
-        return F.linear(y.float(), F.normalize(table) if self.item_norm else table)
+        found = F.linear(y.float(), F.normalize(table) if self.item_norm else table)
+        return found if self.group is None else self.group.first_(found)  # one rank decides which beams go on
 
     def own_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the term of an earlier code in each beam's attention, SiLU(alpha q k) v / N, computed in fp32."""

@@ -28,7 +28,9 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.head import Clock, FinalNorm, ItemMLP, activation
 from grengines.models.hstu.weights import load_weights
 from grengines.runtime.batch import Encoding, JaggedBatch
+from grengines.runtime.group import Group
 from grkernels.hstu_attention.extras import Extras
+from grkernels.norm_gate.reference import moments_of
 from grkernels.operators import Operators
 
 
@@ -48,14 +50,16 @@ class HSTULayer(nn.Module):
         super().__init__()
         E, H, choices = config.embedding_dim, config.heads, config.choices
         self.eps, self.silu_all = choices.eps, choices.silu == "uvqk"
-        gate: dict[str, Any] = {"groups": H if choices.group_norm else 1, "concat": choices.output == "concat"}
+        self.concat, self.norm_by_head = choices.output == "concat", choices.group_norm
+        gate: dict[str, Any] = {"groups": H if self.norm_by_head else 1, "concat": self.concat}
         self.gate = gate if config.gate_extras else {}
+        self.group: Group | None = None  # of the ranks, each of which has some of the heads (shard.py)
         self.heads, self.qk_dim, self.v_dim = H, config.qk_dim, config.v_dim
         self.widths = [H * config.v_dim, H * config.v_dim, H * config.qk_dim, H * config.qk_dim]
         self.norm = nn.LayerNorm(E, self.eps)
         self.uvqk = nn.Linear(E, sum(self.widths))
         self.attention_norm = nn.LayerNorm(H * config.v_dim, self.eps)
-        self.out = nn.Linear((3 if gate["concat"] else 1) * H * config.v_dim, E, bias=choices.output_bias)
+        self.out = nn.Linear((3 if self.concat else 1) * H * config.v_dim, E, bias=choices.output_bias)
         self.position_bias = nn.Parameter(torch.empty(config.max_positions)) if choices.position_bias else None
         self.time_bias = nn.Parameter(torch.empty(choices.time_bias)) if choices.time_bias else None
         # Of products in fp8, which fp8.py sets: options of what writes their operands, and the projections one by one.
@@ -97,12 +101,19 @@ class HSTULayer(nn.Module):
 
     def combine(self, x: Tensor, u: Tensor, a: Tensor, kernels: Operators) -> Tensor:
         """Combine x [L, E], u [L, H * dv] and a [L, H, dv] to the layer's output [L, E], which overwrites x."""
-        norm = self.attention_norm
-        gated = kernels.norm_gate(u, a, norm.weight, norm.bias, eps=self.eps, **self.gate, **self.operands)
+        norm, moments = self.attention_norm, {}
+        group = None if self.group is None or not len(x) else self.group  # no rank needs the others for no rows
+        if group is not None and not self.norm_by_head:
+            moments = {"moments": group.gather(moments_of(a))}
+        options = {**self.gate, **self.operands, **moments}
+        gated = kernels.norm_gate(u, a, norm.weight, norm.bias, eps=self.eps, **options)
         if self.operands:
             return x.add_(self.out(gated))
+        if group is not None and group.rank:  # the residual and the bias are rank 0's
+            return group.sum_(torch.mm(gated, self.out.weight.T, out=x))
         x = x.addmm_(gated, self.out.weight.T)
-        return x if self.out.bias is None else x.add_(self.out.bias)
+        x = x if self.out.bias is None else x.add_(self.out.bias)
+        return x if group is None else group.sum_(x)
 
 
 def allocate(model: nn.Module) -> None:
@@ -158,6 +169,7 @@ class HSTURanker(nn.Module):
     def __init__(self, config: HSTUConfig, catalogue: Catalogue, kernels: Operators) -> None:
         super().__init__()
         self.config, self.kernels = config, kernels
+        self.group: Group | None = None  # as of HSTULayer
         self.operands: Mapping[str, str] = {}  # as of HSTULayer, of the head
         self.encoding = encoding = Encoding.of(config, catalogue)
         self.alpha = config.score_scale

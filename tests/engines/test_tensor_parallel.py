@@ -1,0 +1,239 @@
+"""Models over ranks: answers of two processes with half of the heads each equal those of one process and the reference.
+
+The ranks are processes with gloo on a CPU. Tests marked gpu run the same with NCCL, where there are two GPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import forks
+from helpers.hstu_oracle import make_requests
+from torch import Tensor
+
+from grbench import workloads
+from grbench.config.compose import compose_spec
+from grbench.config.schema import ConfigError
+from grbench.execution import engines
+from grbench.execution.records import Status
+from grbench.execution.retrieval import build_retrieval
+from grbench.execution.worker import classify
+from grbench.gate import gate_for
+from grengines.api import Catalogue, Request, Setup
+from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.hstu.config import HSTUEngineConfig
+from grengines.hstu.engine import HSTUEngine
+from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.model import HSTULayer
+from grengines.numerics import IncorrectError
+from grengines.runtime.group import Group
+from grkernels.choice import requested
+
+CATALOGUE = Catalogue(num_users=30, num_items=400, num_actions=4)
+MODEL = HSTUConfig(embedding_dim=32, layers=3, heads=4, qk_dim=16, v_dim=8, scaling_seqlen=128)
+MODELS = {
+    "own": MODEL,
+    "norm by head": dataclasses.replace(MODEL, heads=2, group_norm=True),  # each rank has one head
+    "nvidia": dataclasses.replace(MODEL, variant="nvidia"),
+    "research": dataclasses.replace(MODEL, variant="research", time_bias=0),
+}
+CACHES = {"none": CacheConfig(), "lru": PagedCacheConfig(page=16, memory_gb=0.01, admit_visit=1)}
+SMALL = [
+    *("model=hstu_tiny", "model.heads=2", "workload=synthetic", "workload.max_requests=40", "workload.max_history=48"),
+    *("workload.items=500", "workload.num_candidates=6", "retrieval.k=5", "retrieval.beam_width=12"),
+    *("engine=hstu", "engine.tensor_parallel=2", "gate.measured=8"),
+]
+CELLS = {"rank": [], "cache": ["cache=lru", "cache.memory_gb=0.02"], "generate": ["task=generate"]}
+TWO_GPUS = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")],
+)
+
+
+@pytest.fixture(autouse=True)
+def ranks_are_forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not torch.cuda.is_available():  # a process that used CUDA can't be forked
+        forks.fork_ranks(monkeypatch)
+
+
+def requests_of(count: int) -> list[Request]:
+    rng = np.random.default_rng(3)
+    made = make_requests(rng, CATALOGUE, list(rng.integers(20, 60, count)), [6] * count)
+    return [dataclasses.replace(r, user_id=i) for i, r in enumerate(made)]
+
+
+def started(ranks: int, model: HSTUConfig, cache: Any, sample: list[Request], **options: Any) -> HSTUEngine:
+    config = HSTUEngineConfig(**{"device": "cpu", "precision": "fp32", "tensor_parallel": ranks, **options})
+    engine = HSTUEngine(config, Setup(model, requested("torch"), CATALOGUE, 5, cache))
+    engine.prepare(sample, 4)
+    return engine
+
+
+def scores(engine: HSTUEngine, requests: list[Request]) -> np.ndarray:
+    return np.concatenate(engine.rank(requests).scores)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(("model", "microbatch"), [*((model, 0) for model in MODELS), ("own", 4)])
+def test_two_ranks_answer_as_one(model: str, cache: str, microbatch: int) -> None:
+    """Sums of halves are rounded otherwise. The last visits find their keys and values in the pages of both ranks."""
+    requests = requests_of(4)
+    earlier = [r.with_events(slice(0, 15)) for r in requests]
+    one, two = (
+        started(ranks, MODELS[model], CACHES[cache], requests, candidate_microbatch=microbatch) for ranks in (1, 2)
+    )
+    for visit in (earlier, requests, requests[1:3]):
+        expected = scores(one, visit)
+        assert np.linalg.norm(scores(two, visit) - expected) < 1e-5 * np.linalg.norm(expected)
+    if one.user_cache is not None and two.user_cache is not None:
+        assert two.rank(requests).details["cache_hits"] == 4
+        assert one.user_cache.states.pool.page_bytes == 2 * two.user_cache.states.pool.page_bytes
+    facts = two.actual()
+    assert (facts["tensor_parallel"], facts["parallel_backend"]) == (2, "gloo") and facts["rank_memory_mib"][0] > 0
+    assert facts["parameters"] == one.actual()["parameters"]
+    one.close()
+    two.close()
+
+
+def gated(overrides: list[str], device: str) -> tuple[Any, Any]:
+    """Return a prepared engine of two ranks and its gate."""
+    spec = compose_spec([*SMALL, f"engine.device={device}", *overrides])[0]
+    trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
+    retrieval = spec.retrieval and build_retrieval(spec.retrieval, spec.workload, trace.events, spec.seed)
+    engine = engines.build(spec, trace.catalogue, retrieval)
+    engine.prepare(trace.requests, 4)
+    return engine, gate_for(spec, trace, retrieval, engine.actual())
+
+
+@pytest.mark.parametrize("device", ["cpu", TWO_GPUS])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_gate_passes(cell: str, precision: str, device: str) -> None:
+    engine, gate = gated([*CELLS[cell], f"engine.precision={precision}"], device)
+    for _ in range(2):  # with a cache, the second time from pages
+        result = gate.check(engine, 4).to_dict()
+        assert result["passed"]
+    if cell == "generate" and precision == "fp32":
+        assert result["overlap"] == 1.0
+    engine.close()
+
+
+def zeros(x: Tensor, before: list[Tensor]) -> Tensor:
+    return x.zero_()
+
+
+def of_an_earlier_batch(x: Tensor, before: list[Tensor]) -> Tensor:
+    """Return what the rank sent for the same layer of the batch before; the model has two layers."""
+    before.append(x.clone())
+    if len(before) > 2:
+        rows = min(len(x), len(before[-3]))
+        x[:rows] = before[-3][:rows]
+    return x
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("fault", [zeros, of_an_earlier_batch])
+def test_a_wrong_rank_fails_the_gate(fault: Any, cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before: list[Tensor] = []
+    sum_ = Group.sum_
+    monkeypatch.setattr(Group, "sum_", lambda self, x: sum_(self, fault(x, before) if self.rank else x))
+    engine, gate = gated([*CELLS[cell], "engine.precision=fp32"], "cpu")
+    with pytest.raises(IncorrectError):
+        gate.check(engine, 4)
+    engine.close()
+
+
+def test_a_rank_with_the_heads_of_another_fails_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = Tensor.chunk
+    monkeypatch.setattr(
+        Tensor, "chunk", lambda self, n, dim=0: chunk(self, n, dim)[::-1] if dim else chunk(self, n, dim)
+    )
+    engine, gate = gated(["engine.precision=fp32"], "cpu")
+    with pytest.raises(IncorrectError):
+        gate.check(engine, 4)
+    engine.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", TWO_GPUS])
+@pytest.mark.parametrize("cell", ["rank", "cache"])
+def test_a_rank_that_is_killed_ends_the_cell_with_the_reason(cell: str, device: str) -> None:
+    engine, gate = gated(CELLS[cell], device)
+    [pid] = engine.team.pids
+    os.kill(pid, signal.SIGKILL)
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        gate.check(engine, 4)
+    assert time.monotonic() - begun < 8
+    status, reason = classify(caught.value)
+    assert status is Status.ERROR and "rank 1 of engine.tensor_parallel=2 ended by SIGKILL" in reason
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", [ValueError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("where", ["of a batch", "at the start"])
+def test_a_rank_that_fails_says_why(where: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    begins, project = HSTULayer.__init__, HSTULayer.project
+
+    def failing(self: HSTULayer, *arguments: Any) -> Any:
+        if self.group is not None and self.group.rank:
+            raise kind("the test says so")
+        return project(self, *arguments)
+
+    def without(self: HSTULayer, config: HSTUConfig) -> None:
+        if config.heads == 1 and os.getpid() != tests:
+            raise kind("the test says so")
+        begins(self, config)
+
+    tests = os.getpid()
+    owner = {"of a batch": ("project", failing), "at the start": ("__init__", without)}[where]
+    monkeypatch.setattr(HSTULayer, *owner)
+    with pytest.raises(torch.OutOfMemoryError if kind is torch.OutOfMemoryError else RuntimeError) as caught:
+        gated([], "cpu")
+    status, reason = classify(caught.value)
+    assert status is (Status.OOM if kind is torch.OutOfMemoryError else Status.ERROR) and "rank 1" in reason
+
+
+def test_an_error_of_rank_0_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait in a collective, so no later batch can be right."""
+    engine, gate = gated([], "cpu")
+    [pid] = engine.team.pids
+
+    def failing(*arguments: Any) -> Any:
+        raise ZeroDivisionError("the test says so")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HSTULayer, "combine", failing)
+        with pytest.raises(ZeroDivisionError):
+            gate.check(engine, 4)
+    with pytest.raises(RuntimeError, match="rank 0 failed: ZeroDivisionError: the test says so"):
+        gate.check(engine, 4)
+    engine.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["engine.tensor_parallel=3"], "engine.tensor_parallel=3 and model.heads=2: allowed are 1, 2"),
+        (["engine.cuda_graphs=true"], "ranks launch kernels one by one; set engine.cuda_graphs=false"),
+        (["engine.precision=fp8"], "set engine.precision=bf16"),
+        (["cache=lru", "cache.host_gb=1"], "cache.host_gb=1 and engine.tensor_parallel=2"),
+        (["cache.item_memory_gb=1"], "cache.item_memory_gb=1 and engine.tensor_parallel=2"),
+        (["engine=aoti"], "engine.tensor_parallel"),
+        (["engine=onnxruntime"], "engine.tensor_parallel"),
+        (["engine=tensorrt"], "engine.tensor_parallel"),
+    ],
+)
+def test_what_ranks_lack_is_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_spec([*SMALL, *overrides])
+    assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
