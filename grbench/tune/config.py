@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from grbench.config.compose import axes_of, plan_jobs
 from grbench.config.schema import ConfigError, checked
 from grbench.config.schema import register_schemas as register_groups
-from grbench.execution.environment import describe_environment
+from grbench.execution.gpu import visible_gpus
 from grbench.report.cells import shown
 from grbench.tune import limits
 from grbench.tune.limits import Limit
@@ -145,7 +145,7 @@ def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
         fixed.append("engine=pipeline")
     if not any(key == "space" for _, key, _ in pairs):
         device = typed.get("engine.device", "auto")
-        gpu = device == "cuda" or (device == "auto" and bool(describe_environment()["gpus"]))
+        gpu = device == "cuda" or (device == "auto" and bool(visible_gpus()))
         study = "study" in typed  # its sweep is the space
         own.append("space=typed" if study else f"space={task}_{'gpu' if gpu else 'cpu'}")
     [job] = plan_jobs("tune", to_config, own, config_dir=config_dir)[1]

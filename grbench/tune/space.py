@@ -2,7 +2,8 @@
 
 A combination is left out before anything runs, with the reason, if its configuration is refused, or if its engine
 refuses its device, precision, cache or kernels (legal.py). An option that an engine does not have, such as
-`engine.cuda_graphs` of onnxruntime, is left out of that engine's configurations.
+`engine.cuda_graphs` of onnxruntime, is left out of that engine's configurations, and so is a value that its option does
+not take, such as `engine.cuda_graphs=auto` of tensorrt.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
     combinations = [list(zip(groups, values, strict=True)) for values in itertools.product(*groups.values())]
     words = [[*fixed, *(f"{key}={value}" for key, value in combination)] for combination in combinations]
     left_out: Counter[str] = Counter()
+    taken: set[tuple[str, str]] = set()  # options with a value that some combination takes
+    refused: dict[tuple[str, str], str] = {}  # why a combination does not
     found: dict[Configuration, tuple[RunSpec, RunConfig]] = {}
     for combination, cfg in zip(combinations, compose_many(words, config_dir), strict=True):
         count = math.prod(len(values) for values in options.values())
@@ -72,7 +75,15 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
         except ConfigError as e:
             left_out[str(e)] += count
             continue
-        for configuration, changed in _with_options(combination, options, cfg, run):
+        mine = {}
+        for key, texts in options.items():
+            if (held := _typed(cfg, key, texts)) is None:
+                continue
+            mine[key], wrong = held
+            taken |= {(key, text) for text in mine[key]}
+            refused |= {(key, text): reason for text, reason in wrong.items()}
+            left_out.update(dict.fromkeys(wrong.values(), count // len(texts)))
+        for configuration, changed in _with_options(combination, mine, run):
             if problem := next(violations(changed), None):
                 left_out[problem] += 1
                 continue
@@ -80,6 +91,8 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
                 found.setdefault(configuration, (spec_of(changed), run))
             except ConfigError as e:
                 left_out[str(e)] += 1
+    if never := [reason for value, reason in refused.items() if value not in taken]:
+        raise ConfigError(never[0])
     reasons = _refused({configuration: spec for configuration, (spec, _) in found.items()})
     left_out.update(reason for reason in reasons.values())
     kept = [configuration for configuration in found if configuration not in reasons]
@@ -97,38 +110,39 @@ def _is_group(key: str) -> bool:
 
 
 def _with_options(
-    combination: Sequence[tuple[str, str]], options: Axes, cfg: DictConfig, run: RunConfig
+    combination: Sequence[tuple[str, str]], options: Mapping[str, Mapping[str, Any]], run: RunConfig
 ) -> list[tuple[Configuration, RunConfig]]:
-    """Return the configurations of one choice of groups, with every combination of the options that it has."""
-    typed = {key: _typed(cfg, key, values) for key, values in options.items()}
-    mine = {key: values for key, values in typed.items() if values is not None}
+    """Return the configurations of one choice of groups, with every combination of its options' typed values."""
     made = []
-    for values in itertools.product(*(pairs.items() for pairs in mine.values())):
+    for values in itertools.product(*(pairs.items() for pairs in options.values())):
         changed = copy.deepcopy(run)
-        for key, (_, value) in zip(mine, values, strict=True):
+        for key, (_, value) in zip(options, values, strict=True):
             owner, _, name = key.rpartition(".")
             setattr(_select(changed, owner), name, copy.copy(value))
-        texts = zip(mine, (text for text, _ in values), strict=True)
+        texts = zip(options, (text for text, _ in values), strict=True)
         made.append((Configuration((*combination, *texts)), changed))
     return made
 
 
-def _typed(cfg: DictConfig, key: str, values: Sequence[str]) -> dict[str, Any] | None:
-    """Return the values of an option as the configuration holds them; None if it has no such option."""
+def _typed(cfg: DictConfig, key: str, values: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """Return the values of an option as the configuration holds them, and why it does not take others.
+
+    None if it has no such option.
+    """
     owner, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, owner)
     schema = OmegaConf.get_type(node) if node is not None else None
     if not dataclasses.is_dataclass(schema) or name not in {f.name for f in dataclasses.fields(schema)}:
         return None
-    found = {}
+    found, wrong = {}, {}
     for text in values:
         changed = copy.deepcopy(node)
         try:
             OmegaConf.update(changed, name, OmegaConf.create(f"value: {text}").value)
             found[text] = getattr(OmegaConf.to_object(changed), name)
         except OmegaConfBaseException as e:
-            raise ConfigError(f"{key}={text}: {explain(e)}") from None
-    return found
+            wrong[text] = f"{explain(e)} with {owner}={OmegaConf.select(node, 'name')}"
+    return found, wrong
 
 
 def _select(run: Any, path: str) -> Any:

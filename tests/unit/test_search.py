@@ -532,6 +532,14 @@ def test_the_space_leaves_out_what_cannot_be_with_its_reason(monkeypatch: pytest
     assert len(names) == 8 + 2 and "onnxruntime in_flight=1 max_batch=4" in names
     assert any("task=rank: engine vllm can't" in reason for reason in built.left_out)
     assert any("onnxruntime ends a batch before" in reason for reason in built.left_out)
+    axes["engine"] = ["hstu", "tensorrt"]
+    built = space.build({**axes, "engine.cuda_graphs": ["auto", "false"]}, axes, ["task=rank", "scenario=server"])
+    found = {(c.get("engine"), c.get("engine.cuda_graphs")) for c in built.configurations}
+    assert found == {("hstu", "auto"), ("hstu", "false"), ("tensorrt", "false")}
+    assert built.left_out["engine.cuda_graphs=auto: allowed is bool with engine=tensorrt"] == 4
+    with pytest.raises(ConfigError, match="cuda_graphs=fals: "):
+        typed = {"engine": ["tensorrt"], "engine.cuda_graphs": ["true", "fals"]}
+        space.build(typed, typed, ["task=rank", "scenario=server"])
     with pytest.raises(ConfigError, match=r"engine\.no_such: no configuration of the space has this option"):
         space.build({**axes, "engine.no_such": ["1", "2"]}, {*axes, "engine.no_such"}, ["task=rank", "scenario=server"])
     with pytest.raises(ConfigError, match="the space is empty: none of 1 combinations"):
