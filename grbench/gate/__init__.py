@@ -17,10 +17,18 @@ from grengines.api import Retrieval
 def gate_for(spec: RunSpec, trace: Trace, retrieval: Retrieval | None, actual: dict[str, Any]) -> Gate:
     """Return the gate of a cell's task. actual: what the engine reports; its device and precision are used."""
     if retrieval is None:
-        from grbench.gate.rank import RankGate, fallback_precisions, stored_precision
+        from grbench.gate.rank import RankGate, fallback_precisions, has_fp8_attention, stored_precision
 
-        device, precision, stored = actual["device"], actual["precision"], stored_precision(actual)
-        return RankGate(spec, trace.catalogue, trace.requests, device, precision, fallback_precisions(actual), stored)
+        return RankGate(
+            spec,
+            trace.catalogue,
+            trace.requests,
+            actual["device"],
+            actual["precision"],
+            fallback_precisions(actual),
+            stored_precision(actual),
+            has_fp8_attention(actual),
+        )
     if spec.task == "generate":
         from grbench.gate.generate import GenerateGate
 

@@ -29,7 +29,8 @@ class RankGate:
     """The reference's scores of a sample.
 
     precision: the engine's. fallback: the precisions of the engines behind it, by name. stored: int8 or fp8, if the
-    engines keep the users' keys and values in 8 bits: rounding them is then part of what is allowed.
+    engines keep the users' keys and values in 8 bits: rounding them is then part of what is allowed. fp8_attention: so
+    is rounding the operands of attention to e4m3.
     """
 
     def __init__(
@@ -41,19 +42,21 @@ class RankGate:
         precision: str,
         fallback: Mapping[str, str] = NO_FALLBACK,
         stored: str = "",
+        fp8_attention: bool = False,
     ) -> None:
         from grengines.models.hstu.reference import RankingReference, zero_attention
 
         self._spec, self._requests = spec, requests
         self._known: dict[str | None, dict[tuple[int, bytes], Float32Array]] = {}  # by precision, then as `_right` says
         self._precisions, self._stored = {"": precision, **fallback}, stored
+        self._eight_bits = {"stored": stored, "fp8_attention": fp8_attention}
         self.form = Form(len(spec.ranking_model.tasks))
         self.sample = sample(requests, spec.gate.requests, spec.seed)
         self._model = RankingReference(spec.ranking_model, catalogue, spec.seed, device)
         self._reference = np.concatenate(self._model.scores(self.sample))
         blind = np.concatenate(self._model.scores(self.sample, attention=zero_attention))
         self._zero_error = relative_error(blind, self._reference)
-        rounded = np.concatenate(self._model.scores(self.sample, precision, stored=stored))
+        rounded = np.concatenate(self._model.scores(self.sample, precision, **self._eight_bits))
         self._rounding_error = relative_error(rounded, self._reference)
         require_plausible(self._rounding_error, self._coarsest(precision), spec.ranking_model.layers)
         self.tolerance = allowed_error(self._rounding_error, spec.gate.max_error_ratio)
@@ -122,7 +125,7 @@ class RankGate:
             if precision is None:
                 scores = self._model.scores(given)
             else:
-                scores = self._model.scores(given, precision, stored=self._stored)
+                scores = self._model.scores(given, precision, **self._eight_bits)
             known |= zip(new, scores, strict=True)
         return [known[key] for key in keys]
 
@@ -138,8 +141,9 @@ class RankGate:
         return min(allowed_error(rounding_error, self._spec.gate.max_error_ratio), self._zero_error / 2)
 
     def _coarsest(self, precision: str) -> str:
-        """Return the precision that costs most: of the engine or of its pages."""
-        return max(precision, self._stored or precision, key=UNIT.__getitem__)
+        """Return the precision that costs most: of the engine, of its pages or of its attention."""
+        attention = "fp8" if self._eight_bits["fp8_attention"] else precision
+        return max(precision, self._stored or precision, attention, key=UNIT.__getitem__)
 
 
 def fallback_precisions(actual: Mapping[str, Any]) -> dict[str, str]:
@@ -151,6 +155,11 @@ def stored_precision(actual: Mapping[str, Any]) -> str:
     """Return int8 or fp8 if an engine that reports this keeps users' keys and values in 8 bits, else ""."""
     precision: str = actual.get("cache_precision", "")
     return precision if precision in EIGHT_BITS else ""
+
+
+def has_fp8_attention(actual: Mapping[str, Any]) -> bool:
+    """Return True if an engine that reports this multiplies numbers in e4m3 in attention."""
+    return actual.get("attention_precision") == "fp8"
 
 
 def _error(scores: Float32Array, reference: Float32Array, typical: float) -> float:

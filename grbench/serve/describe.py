@@ -106,6 +106,7 @@ def _strategy(strategy: Strategy) -> dict[str, Any]:
         "engine": strategy.spec.engine.name,
         "precision": actual.get("precision", ""),
         "cache_precision": actual.get("cache_precision", ""),
+        "attention_precision": actual.get("attention_precision", ""),
         "device": actual.get("device", ""),
         "pending": strategy.pending,
         "batches": strategy.batches,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.fp8_attention import emulated, operands
 from helpers.gated import built, run_cell
 from helpers.hstu_oracle import make_requests
 from safetensors import safe_open
@@ -35,6 +36,7 @@ from grengines.numerics import IncorrectError, relative_error
 from grkernels import fp8
 from grkernels.choice import requested
 from grkernels.fp8 import Scaled
+from grkernels.hstu_attention.fp8_operands import Operands
 from grkernels.rounding import through_pages
 
 BASE = [
@@ -434,3 +436,56 @@ def test_wrong_weights_fail_on_a_gpu(uneven: str, made: list[Product]) -> None:
     _, engine, gate = built([*BASE, uneven, "cache=none", "engine.cuda_graphs=true"])
     expect_wrong_weights_to_fail(made, engine, gate)
     engine.close()
+
+
+# Attention in e4m3: kernel.hstu_attention=fp8.
+
+WIDE = dataclasses.replace(MODEL, qk_dim=64, v_dim=64)
+
+
+def attend(wrong: Callable[[Operands], Operands] = lambda made: made) -> Any:
+    """The kernel's formulas, with operands that `wrong` may spoil."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        given = {"q": q, "k": k, "v": v, **options}
+        return emulated(given, wrong(operands(given)))
+
+    return attention
+
+
+def test_the_gate_allows_what_attention_in_fp8_loses() -> None:
+    """And no zeros, nor scales that are not applied. Every layer runs, the last one for candidates alone."""
+    from grbench.gate.rank import RankGate
+
+    spec = dataclasses.replace(compose_spec(ON_CPU)[0], model=WIDE, seed=5)
+    half, fp8_attention = (
+        RankGate(spec, CATALOGUE, REQUESTS, "cpu", "bf16", fp8_attention=eight_bits) for eight_bits in (False, True)
+    )
+    assert fp8_attention.tolerance > 2 * half.tolerance
+    wrong: dict[str, Any] = {
+        "right": attend(),
+        "zeros": attend(lambda made: dataclasses.replace(made, rows=torch.zeros_like(made.rows))),
+        "no scales": attend(lambda made: dataclasses.replace(made, rows=torch.ones_like(made.rows))),
+    }
+    for name, attention in wrong.items():
+        engine = HSTUEngine(
+            HSTUEngineConfig(device="cpu", precision="bf16"),
+            Setup(WIDE, requested("torch"), CATALOGUE, 5, CacheConfig()),
+        )
+        engine.operators = engine.operators.replace(hstu_attention=attention)
+        engine.prepare(REQUESTS, len(REQUESTS))
+        if name == "right":
+            assert fp8_attention.check(engine, 8).error > half.tolerance / 2
+        else:
+            with pytest.raises(IncorrectError, match="differ from the fp32 reference"):
+                fp8_attention.check(engine, 8)
+        engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_cell_with_attention_in_fp8(cell: Callable[[list[str]], Outcome], precision: str) -> None:
+    sizes = ["model.qk_dim=64", "model.v_dim=64", f"engine.precision={precision}"]
+    outcome = cell([*BASE, *sizes, "engine.device=cuda", "kernel.hstu_attention=fp8"])
+    expect_right(outcome, "none")
+    assert outcome.actual["attention_precision"] == outcome.actual["kernels"]["hstu_attention"] == "fp8"

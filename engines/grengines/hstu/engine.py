@@ -125,7 +125,7 @@ class HSTUEngine(RankingEngine):
             self._encoding,
             max_batch,
             self._options.graph_lengths,
-            packed=self._kernels.variants["hstu_attention"] in ("triton", "cutlass"),
+            packed=self._kernels.variants["hstu_attention"] in ("triton", "cutlass", "fp8"),
             cached=isinstance(self._cache, PagedCacheConfig),
         )
 
@@ -217,6 +217,7 @@ class HSTUEngine(RankingEngine):
         return {
             **self._kernels.actual(),
             **self._describe_products(),
+            "attention_precision": "fp8" if self._kernels.variants["hstu_attention"] == "fp8" else self._base,
             "kernel_configs": tuning.provenance(),
             **(self.user_cache.graphs if self.user_cache else self._graphs).actual(),
             "candidate_microbatch": self._options.candidate_microbatch,

@@ -79,6 +79,8 @@ class RemoteEngine:
         coarsest = next((p for p in COARSEST if p in precisions), "fp32")
         states = {s.get("cache_precision", "") for s in strategies}
         stored = {"cache_precision": next((p for p in COARSEST if p in states), "")}
+        attention = {s.get("attention_precision", "") for s in strategies}
+        stored["attention_precision"] = next((p for p in COARSEST if p in attention), "")
         stage = {"device": "cpu", "precision": coarsest, **stored}
         return {
             "engine": "remote",

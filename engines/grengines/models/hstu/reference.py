@@ -64,12 +64,14 @@ class RankingReference:
         precision: str = "fp32",
         attention: Callable[..., Tensor] | None = None,
         stored: str = "",
+        fp8_attention: bool = False,
     ) -> list[Float32Array]:
         """Return the logits [candidates, tasks] of each request.
 
         precision: fp32 by the kernels' references, or fp16, bf16, int8 or fp8 by the references rounded to it, which
         give the tolerances (grengines/models/hstu/quantised.py defines 8 bits). attention: replaces the operator.
         stored: every row reads the history as pages in int8 or fp8 keep it, as in a state that grew event by event.
+        fp8_attention: q, k, v and SiLU of the scores are rounded to e4m3 as well, with a precision other than fp32.
         """
         dtype = DTYPES["fp32" if precision in quantised.KINDS else precision]
         here = precision == "fp32" and self._device.type == "cpu"
@@ -77,6 +79,9 @@ class RankingReference:
         model.kernels = Operators.rounded(dtype)
         if precision in quantised.KINDS:
             quantised.quantise(model, precision)
+        if fp8_attention and precision != "fp32":
+            products = rounding.with_fp8_products(Operators.reference().hstu_attention)
+            model.kernels = model.kernels.replace(hstu_attention=products)
         if stored:
             model.kernels = model.kernels.replace(hstu_attention=through_pages(model.kernels.hstu_attention, stored))
         if attention is not None:
