@@ -49,7 +49,7 @@ class RankGate:
         self._spec, self._requests = spec, requests
         self._known: dict[str | None, dict[tuple[int, bytes], Float32Array]] = {}  # by precision, then as `_right` says
         self._precisions, self._stored = {"": precision, **fallback}, stored
-        self._eight_bits = {"stored": stored, "fp8_attention": fp8_attention}
+        self._eight_bits: dict[str, Any] = {"stored": stored, "fp8_attention": fp8_attention}
         self.form = Form(len(spec.ranking_model.tasks))
         self.sample = sample(requests, spec.gate.requests, spec.seed)
         self._model = RankingReference(spec.ranking_model, catalogue, spec.seed, device)
