@@ -17,6 +17,11 @@ is made by users that were never seen.
   tenth (norm of the difference over norm). A call is lost if its client gets an error. `recovered_s` is the time until
   HAProxy finds all replicas healthy.
 
+Each row also has what the replicas' metrics say: the mean `batch`, a request's wait (`queue_ms`), of each batch the
+wait behind another one, the packing, the copies and the computing (`behind_ms`, `pack_ms`, `load_ms`, `compute_ms`),
+the mean number of batches `in_flight`, and the shares of the time in which the device computed (`busy`), the event loop
+ran (`loop`) and the live gate's reference had the device (`gate`). All are of one replica.
+
 `hit_rate` is the share of answers with cached events, `host_rate` the share of those from the host tier. `lag_ms` is
 the p99 of how late this program sends calls, and `client_cores` what it takes of the machine: if `lag_ms` nears the
 limit or `client_cores` the number of processes, the program is the limit.
@@ -48,6 +53,7 @@ import common
 import numpy as np
 import psutil
 from overload import NO_LIMIT_MS, together
+from prometheus_client.parser import text_string_to_metric_families
 
 from grbench import workloads
 from grbench.serve.options import ServeConfig, parse
@@ -59,6 +65,7 @@ START_S, RECOVER_S = 240.0, 120.0  # for the replicas to serve; for a killed one
 GRACE_S = 1.0  # for calls that are due to be sent after the end of a load
 FIRST_NEW = 1 << 40  # number of the first user that was never seen
 MOST_BYTES = 100_000  # of a call's history while a replica is killed: HAProxy sends a call again that fits its buffer
+PART_LABELS = ("stage", "part", "tier")
 EVENT_BYTES = 28  # item, actions, weight and time
 WRONG = 0.1
 FORK = multiprocessing.get_context("fork")
@@ -236,13 +243,35 @@ class Served:
         self.config, self.url = config, f"http://127.0.0.1:{config.port}"
         self.ports = [config.replica_port + 2 * n for n in range(config.replicas)]
 
-    def from_tiers(self) -> Counter[str]:
-        """Return the requests of all replicas by where the user's state was."""
+    def totals(self) -> Counter[str]:
+        """Return the sums of all replicas' metrics so far, by name and by the label of a part."""
         total: Counter[str] = Counter()
         for port in self.ports:
-            for tier, count in re.findall(r'^grbench_state_hits_total\{tier="(\w+)"\} (\S+)$', metrics(port), re.M):
-                total[tier] += int(float(count))
+            for family in text_string_to_metric_families(metrics(port)):
+                for sample in family.samples:
+                    part = next((sample.labels[label] for label in PART_LABELS if label in sample.labels), "")
+                    total[f"{sample.name} {part}".strip()] += sample.value  # type: ignore[assignment]
         return total
+
+
+def inside(before: Mapping[str, float], after: Mapping[str, float], took_s: float, servers: int) -> dict[str, float]:
+    """Return what happened within the servers between two totals of their metrics."""
+
+    def rose(name: str, *parts: str) -> float:
+        return sum(after.get(key, 0.0) - before.get(key, 0.0) for key in (f"{name} {part}".strip() for part in parts))
+
+    batches, spent = rose("grbench_batches_total", "") or np.nan, "grbench_batch_seconds_total"
+    stage, hits = "grbench_stage_duration_seconds", "grbench_state_hits_total"
+    return {
+        "batch": rose("nv_inference_count", "") / batches,
+        "queue_ms": rose(f"{stage}_sum", "queue") / (rose(f"{stage}_count", "queue") or np.nan) * 1e3,
+        **{f"{part}_ms": rose(spent, part) / batches * 1e3 for part in ("behind", "pack", "load", "compute")},
+        "in_flight": rose(spent, "flight") / took_s / servers,
+        "busy": rose(spent, "compute") / took_s / servers,
+        "loop": rose("grbench_front_end_cpu_seconds_total", "") / took_s / servers,
+        "gate": rose("grbench_gate_seconds_total", "") / took_s / servers,
+        "host_rate": rose(hits, "host") / (rose(hits, "host", "device", "miss") or np.nan),
+    }
 
 
 @contextmanager
@@ -276,11 +305,13 @@ def throughput(rows: common.Rows, server: Served, clients: Clients, seconds: flo
     rates: dict[str, list[float]] = {"all": []}
     for name, url in alone.items():
         for load, where, many in ((name, url, 1), ("all", server.url, len(alone))):
+            before = server.totals()
             row = clients.load(where, callers * many, seconds).row()
             rates.setdefault(load, []).append(float(row["rate_rps"]))
             one = np.mean([rate for known in alone for rate in rates.get(known, [])])
+            of_one = float(np.mean(rates["all"]) / one) if many > 1 else 1.0
             rows.add(
-                part="throughput", load=load, **row, of_one=float(np.mean(rates["all"]) / one) if many > 1 else 1.0
+                part="throughput", load=load, **row, of_one=of_one, **inside(before, server.totals(), seconds, many)
             )
 
 
@@ -292,11 +323,10 @@ def affinity(
     many = callers * len(server.ports)
     for balance, is_named in {"user": True, "in turn": False}.items():
         clients.load(server.url, many, min(seconds, 5.0), is_named=is_named)  # states settle
-        before = server.from_tiers()
+        before = server.totals()
         row = clients.load(server.url, many, seconds, is_named=is_named).row()
-        tiers = server.from_tiers() - before
-        host_rate = tiers["host"] / max(tiers.total(), 1)
-        rows.add(part="affinity", load="capacity", balance=balance, **row, host_rate=host_rate)
+        found = inside(before, server.totals(), seconds, len(server.ports))
+        rows.add(part="affinity", load="capacity", balance=balance, **row, **found)
         low, high, rate = 0.0, np.inf, 0.8 * float(row["rate_rps"])
         for _ in range(probes):
             row = clients.load(server.url, max(4 * many, 256), seconds, rate, is_named).row()

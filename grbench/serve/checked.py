@@ -11,6 +11,7 @@ from grbench.config.schema import RunSpec
 from grbench.execution import engines
 from grbench.gate import gate_for
 from grbench.gate.base import Gate, sample
+from grbench.gate.measured import Answer, Verdict
 from grbench.serve.costs import Costs
 from grbench.workloads.trace import Trace
 from grengines.api import Request, Retrieval
@@ -83,6 +84,21 @@ class CheckedEngine:
         self.engine.reset_cache()
         self.gate.check(self.engine, self.spec.scenario.max_batch)
         self.engine.reset_cache()
+
+    def judge(self, answer: Answer) -> Verdict:
+        """Compare an answer with the reference's. On a GPU batches go on beside it, on another stream."""
+        import torch  # takes seconds, and the server listens before that
+
+        with torch.cuda.stream(self._stream):
+            [verdict] = self.gate.judge([answer])
+        return verdict
+
+    @cached_property
+    def _stream(self) -> Any:
+        """The reference's stream of the GPU; None on a CPU. There is one, because each keeps memory of its own."""
+        import torch
+
+        return torch.cuda.Stream() if self.device == "cuda" else None
 
     def rebuild(self) -> Costs:
         """Release the engine and build another. Raises what fails."""

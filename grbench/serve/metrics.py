@@ -6,8 +6,8 @@ Triton's counters have no `_total` at their end, which the library would add, so
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -24,6 +24,17 @@ TRITON = {  # its counters, behind nv_inference_
     "compute_input_duration_us": "sum over requests",
     "compute_infer_duration_us": "sum over requests",
 }
+
+
+class Live(NamedTuple):
+    """The requests that a strategy holds, and the work that it has done."""
+
+    name: str
+    state: str
+    engine: str
+    pending: int  # requests that it holds
+    batches: int  # that it has answered
+    spent_s: Mapping[str, float]  # of all batches together, by part
 
 
 class Metrics:
@@ -63,6 +74,7 @@ class Metrics:
         self.gate_unjudged = Counter(
             "grbench_gate_unjudged", "Sampled answers that the reference could not judge", ["strategy"], **own
         )
+        self.gate_seconds = Counter("grbench_gate_seconds", "Time in which the reference answered samples again", **own)
         self.routes = Counter(
             "grbench_route", "Calls of a user by where the user's last call went: new, same or moved",
             ["replica", "reason"], **own,
@@ -76,14 +88,13 @@ class Metrics:
 
     def watch(
         self,
-        state: Callable[[], Iterable[tuple[str, str, str, int, int]]],
+        state: Callable[[], Iterable[Live]],
         users: Callable[[], int],
         model: Callable[[], tuple[str, str]],
     ) -> None:
         """Read what the controller holds when metrics are asked for.
 
-        state: name, state and engine of each strategy, requests that it holds, batches that it has answered.
-        model: its name and version.
+        state: of each strategy. model: its name and version.
         """
         self.registry.register(_Live(state, users))
         self.registry.register(_Triton(self._triton, state, model))
@@ -114,18 +125,25 @@ class Metrics:
 class _Live:
     """Figures that are read when Prometheus asks."""
 
-    def __init__(self, state: Callable[[], Iterable[tuple[str, str, str, int, int]]], users: Callable[[], int]) -> None:
+    def __init__(self, state: Callable[[], Iterable[Live]], users: Callable[[], int]) -> None:
         self._state, self._users = state, users
 
     def collect(self) -> Iterator[Metric]:
         depth = GaugeMetricFamily("grbench_queue_depth", "Requests that a strategy holds", labels=["strategy"])
         info = GaugeMetricFamily("grbench_strategy_info", "1 for the state it is in",
                                  labels=["strategy", "state", "engine"])  # fmt: skip
-        for name, state, engine, pending, _ in self._state():
-            depth.add_metric([name], pending)
-            info.add_metric([name, state, engine], 1)
-        yield depth
-        yield info
+        batches = CounterMetricFamily("grbench_batches", "Batches that were answered", labels=["strategy"])
+        spent = CounterMetricFamily(
+            "grbench_batch_seconds", "Time of all batches together: in flight, of that behind another batch, and parts",
+            labels=["strategy", "part"],
+        )  # fmt: skip
+        for one in self._state():
+            depth.add_metric([one.name], one.pending)
+            info.add_metric([one.name, one.state, one.engine], 1)
+            batches.add_metric([one.name], one.batches)
+            for part, seconds in one.spent_s.items():
+                spent.add_metric([one.name, part], seconds)
+        yield from (depth, info, batches, spent)
         yield CounterMetricFamily(
             "grbench_front_end_cpu_seconds", "Processor time of the event loop's thread, which this runs on",
             value=time.thread_time(),
@@ -139,7 +157,7 @@ class _Triton:
     def __init__(
         self,
         sums: dict[str, float],
-        state: Callable[[], Iterable[tuple[str, str, str, int, int]]],
+        state: Callable[[], Iterable[Live]],
         model: Callable[[], tuple[str, str]],
     ) -> None:
         self._sums, self._state, self._model = sums, state, model
@@ -148,8 +166,8 @@ class _Triton:
         labels = dict(zip(("model", "version"), self._model(), strict=True))
         live = list(self._state())
         counted = {name: (TRITON[name], value) for name, value in self._sums.items()}
-        counted["exec_count"] = ("batches", float(sum(executed for *_, executed in live)))
-        counted["pending_request_count"] = ("requests waiting", float(sum(pending for *_, pending, _ in live)))
+        counted["exec_count"] = ("batches", float(sum(one.batches for one in live)))
+        counted["pending_request_count"] = ("requests waiting", float(sum(one.pending for one in live)))
         for name, (meaning, value) in counted.items():
             metric = Metric(f"nv_inference_{name}", f"Triton's name: {meaning}", "unknown")
             metric.add_sample(metric.name, labels, value)

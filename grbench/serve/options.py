@@ -58,6 +58,9 @@ class ServeConfig:
     gate_share: float = option(
         0.01, "share of the answers that the fp32 reference answers again in the background", ge=0, le=1
     )
+    gate_load: float = option(
+        0.02, "largest part of the time that the reference takes for that; it leaves out what is beyond", gt=0, le=1
+    )
     state_users: int = option(100_000, "most users whose appended events are kept", ge=1, le=100_000_000)
     otlp_endpoint: str | None = option(
         None, "OpenTelemetry collector that gets traces, such as http://127.0.0.1:4318; null: none"

@@ -17,7 +17,7 @@ from grbench.serve.describe import VERSION
 from grbench.serve.errors import RefusedError, wrong
 from grbench.serve.live_gate import LiveGate
 from grbench.serve.logs import Log
-from grbench.serve.metrics import Metrics
+from grbench.serve.metrics import Live, Metrics
 from grbench.serve.options import ServeConfig
 from grbench.serve.present import Present, bring_up
 from grbench.serve.protocol import Call, Tensor, chosen, number_of, unknown_model
@@ -61,7 +61,7 @@ class Service:
         self.present: Present | None = None
         self._controllers: list[Controller] = []  # the present one, and those that finish what they hold
         self._reloading = asyncio.Lock()
-        self._gate = LiveGate(config.gate_share, self.metrics)
+        self._gate = LiveGate(config.gate_share, config.gate_load, self.metrics)
         self.traces: Traces | None = None
         if config.otlp_endpoint is not None:
             from grbench.serve import traces  # takes 0.1 s, and few servers have traces
@@ -239,9 +239,9 @@ class Service:
             figures.failed += 1
             figures.shed += status == 429
 
-    def _live(self) -> list[tuple[str, str, str, int, int]]:
+    def _live(self) -> list[Live]:
         return [
-            (s.name, str(s.state), s.spec.engine.name, s.pending, s.batches)
+            Live(s.name, str(s.state), s.spec.engine.name, s.pending, s.batches, s.spent_s)
             for s in (self.present.controller.strategies if self.present else [])
         ]
 

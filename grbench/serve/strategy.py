@@ -65,6 +65,7 @@ class Strategy:
         self.costs = Costs(0.0, {Kind(0): 0.0})
         self.waiting_s = 0.0  # what the requests that it holds add to batches
         self.batches = 0
+        self.spent_s = dict.fromkeys(("flight", "behind", "pack", "load", "compute"), 0.0)  # of all batches together
         self.measured = 0.0  # when costs were measured last, time.perf_counter
         self.generation = 0  # of the batcher; messages of an earlier one are late
         self._time_limit_s, self._on_change = time_limit_s, on_change
@@ -245,9 +246,13 @@ class Strategy:
                 )
             )  # fmt: skip
         if kinds and not isinstance(result, Mixed):
-            _, _, _, _, batch, transfer, compute, *_ = rows[0]
+            _, _, _, queued, batch, transfer, compute, latency, *_ = rows[0]
             self.measured = time.perf_counter()
             self.costs.observe(kinds, (batch + transfer + compute) / 1e3)
+            if result.compute_ms:  # else it is a step of continuous batching, whose rows are of requests
+                flight = latency - queued + result.wait_ms  # the row counts the wait behind another batch as queued
+                for part, ms in zip(self.spent_s, (flight, result.wait_ms, batch, transfer, compute), strict=True):
+                    self.spent_s[part] += ms / 1e3
 
     def _suspect(self, ticket: Ticket, one: Held, error: Exception) -> None:
         """Find out whether a request or the engine is to blame, by a request that is known to be good."""

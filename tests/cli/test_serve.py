@@ -278,8 +278,24 @@ def test_metrics_have_the_names_of_the_field(server: Serving, trace: Any) -> Non
                  "nv_inference_exec_count", "nv_inference_compute_infer_duration_us"):  # fmt: skip
         assert server.metric(name) > 0, name
     assert 'le="5.0"' in server.call("/metrics")[1]  # the limit
+    assert server.metric("grbench_batch_seconds_total", part="flight") >= server.metric(
+        "grbench_batch_seconds_total", part="compute"
+    )
+    answers_are_judged(server)
+
+
+def answers_are_judged(server: Serving) -> None:
     wait_until(lambda: server.metric("grbench_gate_error_count", strategy="hstu") > 0)
     assert server.metric("grbench_gate_wrong_total", strategy="hstu") == 0
+    assert server.metric("grbench_gate_unjudged_total", strategy="hstu") == 0
+
+
+@pytest.mark.gpu
+def test_answers_are_judged_on_a_stream_of_their_own(trace: Any) -> None:
+    with serving(*TINY, "engine=hstu", "engine.device=cuda", "serve.gate_share=1", "serve.gate_load=1") as server:
+        for _ in range(20):
+            assert server.infer(tensors_of(trace[1].requests[:2]))[0] == 200
+        answers_are_judged(server)
 
 
 def test_the_status_says_what_runs(server: Serving) -> None:

@@ -39,9 +39,8 @@ def pair() -> Iterator[Serving]:
         patch.setattr(recovery, "FIRST_PAUSE_S", 0.05)
         patch.setattr(recovery, "CALM_S", 0.0)
         patch.setattr(controller, "EXPLORE", 10**9)
-        with serving(
-            "serve.time_limit_s=0.4", "serve.gate_share=1", deployment=Deployment(**TASK, strategies=two)
-        ) as s:
+        often = ["serve.time_limit_s=0.4", "serve.gate_share=1", "serve.gate_load=1"]
+        with serving(*often, deployment=Deployment(**TASK, strategies=two)) as s:
             yield s
 
 

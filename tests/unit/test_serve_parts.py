@@ -30,7 +30,7 @@ from grbench.serve.costs import Costs, Kind
 from grbench.serve.errors import RefusedError
 from grbench.serve.http import Api
 from grbench.serve.logs import Log
-from grbench.serve.metrics import Metrics
+from grbench.serve.metrics import Live, Metrics
 from grbench.serve.options import parse
 from grbench.serve.protocol import DTYPES, listed, number_of, parse_call, raw, shape_of
 from grbench.serve.requests import INPUTS, Bounds, decode, events_of
@@ -179,7 +179,9 @@ def test_a_log_that_cannot_be_written_fails_nothing() -> None:
 
 def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
     metrics = Metrics(None)
-    metrics.watch(lambda: [("a", "ready", "hstu", 2, 5), ("b", "ready", "hstu", 1, 1)], lambda: 0, lambda: ("m", "1"))
+    spent = {"flight": 0.5, "compute": 0.25}
+    live = [Live("a", "ready", "hstu", 2, 5, spent), Live("b", "ready", "hstu", 1, 1, {})]
+    metrics.watch(lambda: live, lambda: 0, lambda: ("m", "1"))
     metrics.ended(200, "b,a,b", 0.5)
     metrics.ended(429, "", 0.001)
     metrics.observe(1.0, 2.0, 3.0, 4.0)
@@ -192,6 +194,8 @@ def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
     assert 'grbench_request_duration_seconds_sum{outcome="answered"} 0.5\n' in text
     assert 'grbench_request_duration_seconds_count{outcome="refused"} 1.0\n' in text
     assert 'grbench_requests_total{status="200",strategy="a,b"} 1.0\n' in text
+    assert 'grbench_batches_total{strategy="a"} 5.0\n' in text
+    assert 'grbench_batch_seconds_total{part="flight",strategy="a"} 0.5\n' in text
 
 
 class _Ready:
@@ -437,7 +441,7 @@ def test_costs_follow_what_batches_take() -> None:
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     metrics = Metrics(0.08)
-    metrics.watch(lambda: [("a", "ready", "hstu", 0, 0)], lambda: 0, lambda: ("m", "1"))
+    metrics.watch(lambda: [Live("a", "ready", "hstu", 0, 0, {})], lambda: 0, lambda: ("m", "1"))
     known = {family.name for family in metrics.registry.collect()}
     dashboard = json.loads((ROOT / "deployment" / "grafana" / "dashboard.json").read_text())
     asked = set(re.findall(r"grbench_\w+", str([t["expr"] for p in dashboard["panels"] for t in p["targets"]])))

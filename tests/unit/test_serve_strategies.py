@@ -374,7 +374,7 @@ def test_a_strategy_of_a_step_is_named_as_degraded() -> None:
 def test_the_live_gate_blames_only_the_engine_that_answered() -> None:
     async def work() -> None:
         one, metrics = made(Engine()), Metrics(None)
-        gate = LiveGate(1.0, metrics)
+        gate = LiveGate(1.0, 1.0, metrics)
         done = await one.submit(request(), Kind(1))
         verdicts: list[Any] = [ZeroDivisionError("reference"), SimpleNamespace(error=2.0, tolerance=1.0, problem="no")]
 
@@ -383,7 +383,7 @@ def test_the_live_gate_blames_only_the_engine_that_answered() -> None:
                 raise verdict
             return [verdict]
 
-        one.checked.gate.judge = judge  # type: ignore[method-assign]
+        one.checked.judge = lambda answer: judge([answer])[0]  # type: ignore[method-assign]
         count = lambda name: metrics.registry.get_sample_value(name, {"strategy": "one"})  # noqa: E731
         await gate._judge(one, done)
         assert count("grbench_gate_unjudged_total") == 1 and one.state is State.READY
@@ -394,6 +394,30 @@ def test_the_live_gate_blames_only_the_engine_that_answered() -> None:
         one.generation -= 1
         await gate._judge(one, done)
         assert one.state is State.OUT and one.why == "wrong: live gate: no"
+        gate.close()
+        await one.close(1.0)
+
+    run(work)
+
+
+def test_the_live_gate_leaves_the_device_to_the_engine() -> None:
+    """The reference takes 20 ms for an answer, of each of which it is asked. It may take a tenth of the time."""
+
+    async def work() -> None:
+        one, metrics = made(Engine()), Metrics(None)
+        gate, begun = LiveGate(1.0, 0.1, metrics), time.perf_counter()
+        done = await one.submit(request(), Kind(1))
+
+        def judge(answer: Any) -> Any:
+            time.sleep(0.02)
+            raise ZeroDivisionError("it rests after an answer that it cannot judge too")
+
+        one.checked.judge = judge  # type: ignore[method-assign]
+        while (took_s := time.perf_counter() - begun) < 0.5:
+            gate.take(one, done)
+            await asyncio.sleep(0.002)
+        judged_s = metrics.registry.get_sample_value("grbench_gate_seconds_total")
+        assert judged_s and 0.02 <= judged_s < took_s / 2  # the first four wait for each other, and it rests after them
         gate.close()
         await one.close(1.0)
 
