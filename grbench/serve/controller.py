@@ -174,7 +174,9 @@ class Controller:
             raise self._nothing_serves(request)
         left = deadline - time.perf_counter()
         predicted = {s: self.predicted_s(s, request) for s in able}
-        in_time = sorted((s for s in able if predicted[s] <= left), key=lambda s: s.costs.batch_s([s.kind_of(request)]))
+        in_time = [s for s in able if predicted[s] <= left]
+        if len(in_time) > 1:
+            in_time.sort(key=lambda s: s.costs.batch_s([s.kind_of(request)]))
         if in_time:
             return self._among(in_time, len(able), request)
         for step in self.deployment.degrade:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import math
+import random
 import time
 import traceback
-import uuid
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from importlib.resources import files
@@ -19,17 +19,17 @@ from prometheus_client.exposition import choose_encoder
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from grbench import __version__
 from grbench.serve import describe
 from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
 from grbench.serve.errors import RefusedError
 from grbench.serve.keys import client_of
-from grbench.serve.protocol import HEADER_LENGTH, Call, parse_call, render, shown
+from grbench.serve.protocol import HEADER_LENGTH, Call, json_length, parse_call, render, shown
 from grbench.serve.service import Service
 
-INLINE = 100_000  # bytes of a body that the event loop reads itself; a larger one would hold other calls up
+INLINE = 100_000  # bytes of JSON that the event loop reads itself; more would hold other calls up
 LAST_REPLICA = "x-grbench-last"  # HAProxy's header: number of the replica that had the user's last call
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -42,8 +42,8 @@ class Api:
         self._keys = service.config.api_keys
         self._page = files("grbench.serve").joinpath("page.html").read_text(encoding="utf-8")
 
-    def app(self) -> Router:
-        """Return the ASGI application. Calls are its first routes, because paths are compared in this order."""
+    def app(self) -> ASGIApp:
+        """Return the ASGI application. It takes calls without the router, which compares their paths with patterns."""
         model = "/v2/models/{model}"
         prefixes = (model, f"{model}/versions/{{version}}")
         routes = [
@@ -64,13 +64,26 @@ class Api:
                 self._route(f"{prefix}/stats", self._stats),
                 self._route(prefix, self._model),
             ]
-        return Router(routes)
+        router, infer = Router(routes), self._guarded(self._infer)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            parts = scope["path"].split("/")
+            if len(parts) == 5 and parts[1:3] == ["v2", "models"] and parts[4] == "infer" and scope["method"] == "POST":
+                scope["path_params"] = {"model": parts[3]}
+                await infer(scope, receive, send)
+            else:
+                await router(scope, receive, send)
+
+        return app
 
     def _route(self, path: str, endpoint: Endpoint, method: str = "GET", open_to_all: bool = False) -> Route:
-        """Return a route whose refusals are one line of JSON, and which needs the key unless it is open to all."""
+        return Route(path, self._guarded(endpoint, open_to_all), methods=[method])
+
+    def _guarded(self, endpoint: Endpoint, open_to_all: bool = False) -> _Asgi:
+        """Return an application whose refusals are one line of JSON, and which needs the key unless it is open."""
 
         async def guarded(request: Request) -> Response:
-            ident = (request.headers.get("x-request-id") or uuid.uuid4().hex)[:128]
+            ident = (request.headers.get("x-request-id") or f"{random.getrandbits(128):032x}")[:128]
             request.state.ident = ident
             try:
                 self._check_origin(request)
@@ -83,7 +96,7 @@ class Api:
                 self._service.log.error("defect", request_id=ident, error=line, where=traceback.format_exc())
                 return refusal(RefusedError(500, f"a defect of the server; its log has request {ident}"), ident)
 
-        return Route(path, _Asgi(guarded), methods=[method])
+        return _Asgi(guarded)
 
     def _check_origin(self, request: Request) -> None:
         """Refuse what a page of another site sends, directly or under a name that it points here.
@@ -155,7 +168,8 @@ class Api:
     async def _call(self, request: Request) -> Call:
         """Read the call of a request. Raises RefusedError."""
         body, length = await self._body(request), request.headers.get(HEADER_LENGTH)
-        call = parse_call(body, length) if len(body) <= INLINE else await asyncio.to_thread(parse_call, body, length)
+        text = len(body) if length is None else json_length(length)  # tensors behind it are only looked at
+        call = parse_call(body, length) if text <= INLINE else await asyncio.to_thread(parse_call, body, length)
         call.client = request.state.client
         return call
 
@@ -204,14 +218,20 @@ class Api:
         length = request.headers.get("content-length", "0")
         if not length.isdigit() or int(length) > most:
             raise too_large
-        parts, size = [], 0
+        parts: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(config.body_timeout_s):
-                async for part in request.stream():
-                    size += len(part)
+                more = True
+                while more:
+                    message = await request.receive()  # Starlette's stream would add a generator
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    parts.append(message["body"])
+                    size += len(parts[-1])
                     if size > most:
                         raise too_large
-                    parts.append(part)
+                    more = message["more_body"]
         except TimeoutError:
             raise RefusedError(
                 408, f"body: it did not come within {config.body_timeout_s:g} s (serve.body_timeout_s)"

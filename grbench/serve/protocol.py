@@ -53,7 +53,7 @@ class Call:
 
 def parse_call(body: bytes, header_length: str | None) -> Call:
     """Read the body of an HTTP request. header_length: the value of the header `HEADER_LENGTH`. Raises RefusedError."""
-    end = len(body) if header_length is None else _length(header_length)
+    end = len(body) if header_length is None else json_length(header_length)
     if not 0 < end <= len(body):
         raise wrong(f"{HEADER_LENGTH}={end}: the body has {len(body)} bytes; allowed is 1 to that")
     try:
@@ -149,7 +149,7 @@ def _flat(data: list[Any], name: str) -> tuple[list[Any], set[type]]:
 
 def check_output(parameters: Mapping[str, Any], key: str) -> None:
     """Raise RefusedError for a parameter of a tensor that would change where or what it is."""
-    if found := next((name for name in ELSEWHERE if name in parameters), None):
+    if found := parameters and next((name for name in ELSEWHERE if name in parameters), None):
         raise wrong(f"{key}.parameters.{found}: not supported here; leave it out")
 
 
@@ -162,6 +162,8 @@ def dtype_of(name: Any, tensor: str) -> type[np.generic]:
 
 def shape_of(shape: Any, tensor: str) -> list[int]:
     """Return the shape of a tensor. Raises RefusedError."""
+    if type(shape) is list and len(shape) == 1 and type(shape[0]) is int and 0 <= shape[0] <= MOST_NUMBERS:
+        return shape  # as nearly all are: checks of any shape take ten times as long
     sizes = _list(shape, f"{tensor}.shape")
     if len(sizes) > MOST_DIMENSIONS:
         raise wrong(f"{tensor}.shape: {len(sizes)} dimensions; allowed are at most {MOST_DIMENSIONS}")
@@ -231,7 +233,8 @@ def _text(value: Any, key: str) -> str:
     return value
 
 
-def _length(value: str) -> int:
+def json_length(value: str) -> int:
+    """Return the value of the header `HEADER_LENGTH`. Raises RefusedError."""
     if not (value.isascii() and value.isdigit() and len(value) < 16):
         raise wrong(f"{HEADER_LENGTH}={shown(value)}: allowed is an integer")
     return int(value)

@@ -32,6 +32,7 @@ INPUTS = {  # name: datatype and meaning
     "STATE_VERSIONS": ("INT64", "version of each user's state on the server; the events come behind it; -1: none"),
 }
 _ids = itertools.count(1)
+MOST_NUMBER = 1 << 62
 MOST_WEIGHT = 1e4  # beyond it 16-bit arithmetic overflows
 
 
@@ -64,22 +65,23 @@ def decode(
         )
     if missing := [name for name in REQUIRED if name not in tensors]:
         raise wrong(f"inputs: {missing[0]} is missing; needed are {', '.join(REQUIRED)}")
-    users = _column(tensors, "USER_IDS", None, 0, None)
+    users = _numbers(tensors, "USER_IDS", None, 0, None)
     count = len(users)
     if not 1 <= count <= bounds.max_users:
         raise wrong(f"USER_IDS: {count} users; allowed are 1 to {bounds.max_users} (serve.max_users)")
-    lengths = _column(tensors, "TOKEN_LENGTHS", count, 0, bounds.max_history + bounds.max_candidates)
+    lengths = _numbers(tensors, "TOKEN_LENGTHS", count, 0, bounds.max_history + bounds.max_candidates)
     candidates = _candidates(tensors, count, bounds)
-    if (events := lengths - candidates).min() < 0:
-        i = int(events.argmin())
+    events = [length - wanted for length, wanted in zip(lengths, candidates, strict=True)]
+    if (least := min(events)) < 0:
+        i = events.index(least)
         raise wrong(f"TOKEN_LENGTHS[{i}]={lengths[i]}: fewer than NUM_CANDIDATES[{i}]={candidates[i]}")
-    items = _column(tensors, "TOKENS", int(lengths.sum()), 0, bounds.catalogue.num_items - 1)
-    total = int(events.sum())
+    items = _column(tensors, "TOKENS", sum(lengths), 0, bounds.catalogue.num_items - 1)
+    total = sum(events)
     actions = _column(tensors, "ACTIONS", total, 0, (1 << bounds.catalogue.num_actions) - 1)
     weights = _weights(tensors, total)
     times = _column(tensors, "TIMESTAMPS", total, 0, None)
-    visits = _column(tensors, "REQUEST_TIMES", count, 0, None) if "REQUEST_TIMES" in tensors else None
-    versions = _column(tensors, "STATE_VERSIONS", count, -1, None) if "STATE_VERSIONS" in tensors else None
+    visits = _numbers(tensors, "REQUEST_TIMES", count, 0, None) if "REQUEST_TIMES" in tensors else None
+    versions = _numbers(tensors, "STATE_VERSIONS", count, -1, None) if "STATE_VERSIONS" in tensors else None
     requests = []
     token = event = 0
     for i in range(count):
@@ -90,16 +92,16 @@ def decode(
             times[event : event + events[i]],
         )
         wanted = items[token + events[i] : token + lengths[i]]
-        token, event = token + int(lengths[i]), event + int(events[i])
+        token, event = token + lengths[i], event + events[i]
         if versions is not None and versions[i] >= 0:
-            history = states.at(int(users[i]), int(versions[i]), client).joined(history).newest(bounds.max_history)
+            history = states.at(users[i], versions[i], client).joined(history).newest(bounds.max_history)
         if not 1 <= len(history) <= bounds.max_history:
             raise wrong(
                 f"TOKEN_LENGTHS[{i}]={lengths[i]}: {len(history)} events of a history; allowed are 1 to "
                 f"{bounds.max_history} (serve.max_history)"
             )
-        time = None if visits is None else int(visits[i])
-        requests.append(_request(int(users[i]), history, wanted, time, deadline_ms))
+        time = None if visits is None else visits[i]
+        requests.append(_request(users[i], history, wanted, time, deadline_ms))
     return requests
 
 
@@ -134,14 +136,25 @@ def _request(user: int, history: History, candidates: Int64Array, time: int | No
     )
 
 
-def _candidates(tensors: Mapping[str, Tensor], count: int, bounds: Bounds) -> Int64Array:
+def _candidates(tensors: Mapping[str, Tensor], count: int, bounds: Bounds) -> list[int]:
     if bounds.task != "rank":
-        if "NUM_CANDIDATES" in tensors and _column(tensors, "NUM_CANDIDATES", count, 0, None).any():
+        if "NUM_CANDIDATES" in tensors and any(_numbers(tensors, "NUM_CANDIDATES", count, 0, None)):
             raise wrong(f"NUM_CANDIDATES: task {bounds.task} takes no candidates; leave it out")
-        return np.zeros(count, np.int64)
+        return [0] * count
     if "NUM_CANDIDATES" not in tensors:
         raise wrong("inputs: NUM_CANDIDATES is missing: the number of candidates of each user")
-    return _column(tensors, "NUM_CANDIDATES", count, 1, bounds.max_candidates)
+    return _numbers(tensors, "NUM_CANDIDATES", count, 1, bounds.max_candidates)
+
+
+def _numbers(tensors: Mapping[str, Tensor], name: str, length: int | None, low: int, high: int | None) -> list[int]:
+    """Return a tensor with a number for each user. Few numbers are checked sooner in Python than in NumPy."""
+    values = _vector(tensors[name], name, length)
+    if values.dtype == np.int64 and len(values):
+        numbers: list[int] = values.tolist()
+        if low <= min(numbers) and max(numbers) <= (MOST_NUMBER if high is None else high):
+            return numbers
+    found: list[int] = _column(tensors, name, length, low, high).tolist()
+    return found
 
 
 def _column(tensors: Mapping[str, Tensor], name: str, length: int | None, low: int, high: int | None) -> Int64Array:
@@ -151,8 +164,8 @@ def _column(tensors: Mapping[str, Tensor], name: str, length: int | None, low: i
     values = _vector(tensors[name], name, length)
     if values.dtype.kind not in "iu":
         raise wrong(f"{name}.datatype: allowed is INT64")
-    most = high if high is not None else 1 << 62
-    if low == 0 and len(values) and values.dtype == np.int64 and int(values.view(np.uint64).max()) <= most:
+    most = high if high is not None else MOST_NUMBER
+    if low == 0 and len(values) and values.dtype == np.int64 and np.maximum.reduce(values.view(np.uint64)) <= most:
         return values  # as numbers without a sign, negative ones are the largest
     if len(values) and (int(values.min()) < low or int(values.max()) > most):
         i = int(values.argmin() if int(values.min()) < low else values.argmax())
@@ -165,8 +178,13 @@ def _weights(tensors: Mapping[str, Tensor], length: int) -> Float32Array:
     if "WEIGHTS" not in tensors:
         return np.zeros(length, np.float32)
     values = _vector(tensors["WEIGHTS"], "WEIGHTS", length)
-    with np.errstate(over="ignore"):
-        weights = values.astype(np.float32, copy=False)
+    if values.dtype == np.float32:
+        weights: Float32Array = values
+    else:
+        with np.errstate(over="ignore"):
+            weights = values.astype(np.float32)
+    if len(weights) and np.minimum.reduce(weights) >= -MOST_WEIGHT and np.maximum.reduce(weights) <= MOST_WEIGHT:
+        return weights
     if not (allowed := np.abs(weights) <= MOST_WEIGHT).all():  # False for NaN too
         i = int(allowed.argmin())
         raise wrong(f"WEIGHTS[{i}]={values[i]}: allowed is -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}")
