@@ -149,7 +149,9 @@ def _flat(data: list[Any], name: str) -> tuple[list[Any], set[type]]:
 
 def check_output(parameters: Mapping[str, Any], key: str) -> None:
     """Raise RefusedError for a parameter of a tensor that would change where or what it is."""
-    if found := parameters and next((name for name in ELSEWHERE if name in parameters), None):
+    if not parameters:
+        return
+    if found := next((name for name in ELSEWHERE if name in parameters), None):
         raise wrong(f"{key}.parameters.{found}: not supported here; leave it out")
 
 
