@@ -204,6 +204,30 @@ def test_every_tile_belongs_to_one_cta(schedule: Any, m: int, n: int, page: int,
     assert several > 2
 
 
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("n", [64, 128])
+def test_tiles_have_all_that_rows_see_once(schedule: Any, n: int, aligned: bool) -> None:
+    """Of appends and whole histories: the mask's pairs are in the tiles, and tiles without a mask have no others."""
+    rng = np.random.default_rng(n + aligned)
+    visible = sys.modules["grkernels.hstu_attention.sm90.visible"]
+    for _ in range(300):
+        tokens = int(rng.integers(1, 700))
+        history = tokens - int(rng.choice([0, 0, 1, tokens, rng.integers(0, tokens + 1)]))
+        queries = int(rng.integers(1, tokens + 1)) if rng.random() < 0.5 else tokens
+        row = tokens - queries + int(rng.integers(0, -(-queries // 128))) * 128
+        rows = min(128, tokens - row)
+        limits = visible.Limits(int(rng.choice([0, 0, 5, 70])), int(rng.choice([0, 0, 1, 300])))
+        ranges = visible.ranges_of(n, row, rows, history, limits, 0, aligned)
+        columns = [ranges.column(n, i) for i in range(ranges.total())]
+        assert len({*columns}) == len(columns) and not (aligned and any(column % n for column in columns))
+        seen = [(visible.interval(i, history, limits), i) for i in range(row, row + rows)]
+        needed = {j for (_, low, high), i in seen for j in (*range(low, high), i)}
+        tiles = [range(column, column + n) for column in columns]
+        assert all(sum(j in tile for tile in tiles) == 1 for j in needed)
+        for tile in tiles[: ranges.unmasked()]:
+            assert all((low <= tile[0] and tile[-1] < high) or {*tile} <= {i} for (_, low, high), i in seen)
+
+
 def test_the_batch_that_it_is_for(schedule: Any) -> None:
     """8 appends of 128 + 256 rows to 3968 tokens, 4 heads, on 132 CTAs: 96 items of 62 to 66 tiles."""
     sizes = SimpleNamespace(tiles=SimpleNamespace(m=128, n=64, stream=True), page=64, products="")

@@ -144,7 +144,7 @@ def accumulate(
         k_state.advance()
     # Tiles that all rows see whole.
     for i in cutlass.range(begin + 1, unmasked, unroll=1):
-        block = fp8.block_of(scales, work, ranges.column(n, i))
+        block = fp8.block_of(scales, work, ranges.whole.first + i * n)  # without pages all are in `whole`
         _step(sizes, operands, stages, k_state, v_state, half_alpha, thread, None, block)
         k_state.advance()
         v_state.advance()
