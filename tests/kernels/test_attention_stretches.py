@@ -207,7 +207,7 @@ def test_every_tile_belongs_to_one_cta(schedule: Any, m: int, n: int, page: int,
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("n", [64, 128])
 def test_tiles_have_all_that_rows_see_once(schedule: Any, n: int, aligned: bool) -> None:
-    """Of appends and whole histories: the mask's pairs are in the tiles, and tiles without a mask have no others."""
+    """Appends and whole histories: the mask's pairs are in the tiles, and tiles without a mask have no others."""
     rng = np.random.default_rng(n + aligned)
     visible = sys.modules["grkernels.hstu_attention.sm90.visible"]
     for _ in range(300):
