@@ -49,15 +49,17 @@ def gpu_in_use() -> GpuUse | None:
 class LoadWatch:
     """Watch over one worker, by its process id.
 
-    gpu: use of the GPU before the worker started; None: not known. url: the server that is measured. proc: the process
-    file system.
+    gpu: use of the GPU before the worker started; None: not known. urls: the servers that are measured. proc: the
+    process file system.
     """
 
     def __init__(
-        self, worker: int, gpu: GpuUse | None = None, url: str | None = None, proc: Path = Path("/proc")
+        self, worker: int, gpu: GpuUse | None = None, urls: Sequence[str] = (), proc: Path = Path("/proc")
     ) -> None:
-        self._proc, self._url = proc, url if url and _is_here(url) else None
-        self._own = [worker, *(self._servers(self._url) if self._url else ())]
+        self._proc, self._urls = proc, [url for url in urls if _is_here(url)]
+        found = {url: list(self._servers(url)) for url in self._urls}
+        self._own = [worker, *dict.fromkeys(process for those in found.values() for process in those)]
+        self._hidden = [url for url, those in found.items() if not those]
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         self._first: Reading | None = None
         self._last: Reading | None = None
@@ -92,7 +94,7 @@ class LoadWatch:
         found, notes = self.metrics(device), []
         mean, peak, cores = found.get("others/cores", 0.0), found.get("others/cores_peak", 0.0), len(self._cores)
         if mean > MOST_MEAN * cores or peak > MOST_PEAK * cores:
-            hidden = f", among them perhaps the server at {self._url}," if self._url and len(self._own) == 1 else ""
+            hidden = f", among them perhaps the server at {self._hidden[0]}," if self._hidden else ""
             notes.append(
                 f"other processes{hidden} used {mean:.2g} of {cores} cores while this was measured, up to {peak:.2g} "
                 f"at a time (noted above {MOST_MEAN:.0%}, at a time {MOST_PEAK:.0%}): {DISTURBED} machine"

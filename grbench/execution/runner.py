@@ -187,7 +187,7 @@ def _work(
     kills_before = oom.kills()
     worker = kept.give(spec, runner, folder) if kept is not None else None
     worker = worker or Worker(spec, runner, folder, keep=kept is not None)
-    watch = LoadWatch(worker.pid, worker.gpu, getattr(spec.engine, "url", None))
+    watch = LoadWatch(worker.pid, worker.gpu, _servers(spec))
     outcome: Outcome | None = None
     again: str | None = None
     timed_out, grace_s = False, 0.0  # Ctrl-C and the time limit stop the worker at once
@@ -251,3 +251,8 @@ def _requested(spec: RunSpec) -> dict[str, Any]:
     """Return the options of the engine and its kernels as asked for, beside those that ran (`actual`)."""
     asked = {f"engine.{k}": v for k, v in spec.to_dict()["engine"].items()}
     return asked | {f"kernel.{family}": name for family, name in spec.kernel.requested().items()}
+
+
+def _servers(spec: RunSpec) -> list[str]:
+    """Return the servers that a cell measures."""
+    return [*filter(None, [getattr(spec.engine, "url", None)]), *getattr(spec.engine, "more_urls", ())]

@@ -11,6 +11,9 @@ Cells that differ only in their seed are repeats of one strategy, and its interv
 with the same seed and options replaces the one before it. A single offline run of less than a second is not ranked,
 and neither are cells whose products are emulated.
 A difference counts only if the intervals do not overlap.
+
+Where a cell measured one server and another several of the same strategies, offline or with a fixed number of clients
+each, the sentence has the scaling efficiency: the rate of several over that of one, for each server.
 """
 
 from __future__ import annotations
@@ -22,7 +25,18 @@ from grbench.execution.records import RunRecord
 from grbench.execution.stats import SHORTEST_S
 from grbench.report.cells import figure, flatten, knobs, labels, named, short_paths, shown
 from grbench.report.repeats import P99_NEEDS, estimate, latest_by_seed, pooled, ranking_percentile
-from grbench.report.work import EMULATED, LOADS, emulated, offered_load, scenario_of, strategy_of, unit_of, work_of
+from grbench.report.work import (
+    EMULATED,
+    LOADS,
+    emulated,
+    offered_load,
+    scenario_of,
+    served_by,
+    servers_of,
+    strategy_of,
+    unit_of,
+    work_of,
+)
 
 
 @dataclass(frozen=True)
@@ -143,8 +157,30 @@ def _finding(group: list[RunRecord]) -> Finding:
 
 def _by_speed(group: list[RunRecord]) -> Finding:
     if scenario_of(group[0]) == "offline":
-        return _highest_throughput(group)
-    return _lowest_latency(group) if len({offered_load(record) for record in group}) == 1 else _highest_load(group)
+        found = _highest_throughput(group)
+    elif len({offered_load(record) for record in group}) == 1:
+        found = _lowest_latency(group)
+    else:
+        found = _highest_load(group)
+    return Finding(found.best, " ".join([found.sentence, *_scaling(group)]))
+
+
+def _scaling(group: Sequence[RunRecord]) -> Iterator[str]:
+    """Yield the scaling efficiency of each number of servers that was measured beside one server."""
+    if scenario_of(group[0]) not in ("offline", "closed_loop"):  # elsewhere the rate is what was asked for
+        return
+    measured: dict[str, dict[int, list[RunRecord]]] = {}  # by what is served, and by the number of servers
+    for record in group:
+        if servers := servers_of(record):
+            measured.setdefault(served_by(record), {}).setdefault(servers, []).append(record)
+    for runs in measured.values():
+        rates = {n: estimate(_latest(those), "throughput_rps")[0] for n, those in sorted(runs.items())}
+        for n, rate in rates.items():
+            if n > 1 and (one := rates.get(1)):
+                yield (
+                    f"{n} servers answer {figure(rate / one)} times as many requests/s as one: a scaling efficiency of "
+                    f"{rate / one / n:.0%}."
+                )
 
 
 def _highest_throughput(group: list[RunRecord]) -> Finding:

@@ -70,3 +70,26 @@ def strategy_of(record: RunRecord) -> str:
     leaves = {k: shown(v) for k, v in options_of(record).items() if k not in ("seed", f"scenario.{option}")}
     code = [record.environment.get(name) for name in ("git_sha", "code")]
     return json.dumps([leaves, code, record.actual.get("device")], sort_keys=True)
+
+
+def servers_of(record: RunRecord) -> int:
+    """Return the number of servers that a cell measured; 0 for an engine of its own."""
+    engine = record.spec.get("engine") or {}
+    return 1 + len(engine.get("more_urls", ())) if engine.get("name") == "remote" else 0
+
+
+def served_by(record: RunRecord) -> str:
+    """Return a key that is equal for cells that differ only in which servers they measured, and how many.
+
+    Several servers have as many more connections or clients as there are more of them.
+    """
+    servers = servers_of(record)
+    per_server = {"scenario.in_flight", "scenario.clients"}
+    options = {
+        key: value / servers if key in per_server and value else value
+        for key, value in flatten(record.spec).items()
+        if key not in ("seed", "engine.url", "scenario.queries") and not key.startswith("engine.more_urls")
+    }
+    strategies = (record.actual.get("server") or {}).get("strategies") or []
+    names = [(one.get("name"), one.get("engine"), one.get("precision")) for one in strategies]
+    return json.dumps([options, names], sort_keys=True, default=str)

@@ -9,15 +9,19 @@ from grbench.config.arguments import Arguments
 from grbench.config.schema import ConfigError, RunConfig
 from grbench.execution import command
 
-CONNECTIONS = 64
-USUAL = {"scenario.max_batch": "1", "scenario.in_flight": str(CONNECTIONS)}  # a call for each request
+CONNECTIONS, MOST = 64, 1024  # to a server, and to all
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the flags of the command."""
     about = "Measure a server of `grbench serve` through the network: the scenarios, records and reports of any run."
-    examples = ["load url=http://127.0.0.1:8000 scenario=server scenario.target_qps=100"]
-    overrides = "url=URL, and overrides as in `grbench`: the workload, the model and the seed are the server's"
+    examples = [
+        "load url=http://127.0.0.1:8000 scenario=server scenario.target_qps=100",
+        "load url=http://a:8000 url=http://b:8000 scenario=offline",
+    ]
+    overrides = (
+        "url=URL, for each server; and overrides as in `grbench`: the workload, the model and the seed are the server's"
+    )
     return Arguments("load", about, examples, overrides)
 
 
@@ -33,19 +37,30 @@ def _require_server(run: RunConfig) -> None:
     The machines of a cluster may reach one that this machine does not.
     """
     from grengines.remote.client import ServerError
-    from grengines.remote.engine import START, client_of
+    from grengines.remote.engine import START, clients_of
 
     if run.runner.cluster == "none":
         try:
-            client_of(run.engine).reach()
+            for client in clients_of(run.engine):
+                client.reach()
         except ServerError as e:
             raise ConfigError(f"engine.url: {e}; {START}") from None
 
 
 def as_run(words: Sequence[str]) -> list[str]:
-    """Return the overrides of the run that measures a server, from those of the command."""
-    url = [f"engine.{word}" for word in words if word.startswith("url=")]
+    """Return the overrides of the run that measures servers, from those of the command.
+
+    Several are words `url=URL`, or a list, `url=[URL,URL]`. Each gets CONNECTIONS.
+    """
+    given = [word.removeprefix("url=") for word in words if word.startswith("url=")]
+    urls = [url for text in given for url in (text[1:-1].split(",") if text.startswith("[") else [text])]
+    servers = [f"engine.url={url}" for url in urls[:1]]
+    if len(urls) > 1:
+        servers.append(f"engine.more_urls=[{','.join(urls[1:])}]")
     rest = [word for word in words if not word.startswith("url=")]
-    given = {word.partition("=")[0] for word in rest}
-    usual = [f"{key}={value}" for key, value in USUAL.items() if key not in given]
-    return ["engine=remote", *url, *usual, *rest]
+    known = {word.partition("=")[0] for word in rest}
+    usual = {
+        "scenario.max_batch": 1,
+        "scenario.in_flight": min(CONNECTIONS * max(len(urls), 1), MOST),
+    }  # a call for each request
+    return ["engine=remote", *servers, *(f"{key}={value}" for key, value in usual.items() if key not in known), *rest]

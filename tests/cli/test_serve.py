@@ -340,6 +340,23 @@ def test_a_server_is_measured_like_an_engine(server: Serving, grbench_here: Grbe
 
 
 @pytest.mark.usefixtures("forked_workers")
+def test_several_servers_are_measured_together(server: Serving, grbench_here: Grbench) -> None:
+    """A call goes to the server with the fewest requests, and the record counts the requests of each."""
+    words = [*TINY, "scenario=offline", "scenario.queries=64", "tracking=none", "gate.measured=8"]
+    with serving(*TINY, "engine=hstu", "serve.grpc_port=null") as other:
+        done = grbench_here("load", f"url=[{server.url},{other.url}]", *words)
+        assert done.returncode == 0, done.stderr
+    [(_, record)] = read_cells([Path("outputs")])
+    assert record.spec["scenario"]["in_flight"] == 2 * 64 and record.gate["measured"]["wrong"] == 0
+    answered = [record.metrics[f"engine/server_{n}"] for n in (1, 2)]
+    assert sum(answered) == record.metrics["samples"] and min(answered) >= 16
+    with serving(*TINY, "engine=hstu", "engine.precision=bf16", "serve.grpc_port=null") as another:
+        done = grbench_here("load", f"url={server.url}", f"url={another.url}", *words)
+    assert done.returncode == 1
+    assert f"{another.url} serves hstu (hstu, bf16) of hstu_tiny, and {server.url} serves hstu (hstu" in done.stdout
+
+
+@pytest.mark.usefixtures("forked_workers")
 def test_a_pipeline_is_measured_through_the_network(grbench_here: Grbench) -> None:
     words = ["scenario=server", "scenario.queries=32", "scenario.target_qps=50", "tracking=none", "gate.measured=4"]
     with serving(*TINY, "engine=pipeline", "engine@engine.retrieve=hstu") as server:

@@ -312,3 +312,24 @@ def test_a_withheld_p99_moves_the_ranking_to_p90() -> None:
     del short.metrics[P99], short.intervals[P99]
     (said,) = sentences(short, cell(20.0))
     assert said.startswith("At 40 requests/s, aoti has the lowest p90: 3.00 ms")
+
+
+def test_several_servers_are_compared_with_one() -> None:
+    def measured(rps: float, more: int, clients: int, scenario: str = "closed_loop", label: str = "hstu") -> RunRecord:
+        record = cell(9.0, rps=rps, scenario=scenario, load=clients)
+        urls = [f"http://h{n}:8000" for n in range(more)]
+        record.spec["engine"] = {"name": "remote", "url": "http://h:8000", "more_urls": urls}
+        record.actual = {"server": {"strategies": [{"name": label, "engine": label, "precision": "bf16"}]}}
+        return record
+
+    one, two = measured(100.0, 0, 16), measured(190.0, 1, 32)
+    [said] = sentences(one, two, measured(240.0, 2, 48), measured(900.0, 1, 32, label="aoti"))
+    assert "2 servers answer 1.90 times as many requests/s as one: a scaling efficiency of 95%." in said
+    assert said.endswith("3 servers answer 2.40 times as many requests/s as one: a scaling efficiency of 80%.")
+    for others in (
+        [two],
+        [one],
+        [measured(100.0, 0, 16, "server"), measured(190.0, 1, 32, "server")],
+        [one, measured(190.0, 1, 64)],
+    ):  # nothing to compare with, offered rates, other clients each
+        assert "efficiency" not in " ".join(sentences(*others))

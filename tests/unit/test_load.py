@@ -124,7 +124,7 @@ with socket.create_server(("127.0.0.1", 0)) as one:
 
 def test_a_server_of_this_machine_that_is_measured_is_no_other_process() -> None:
     def seconds(worker: int, url: str) -> float:
-        return LoadWatch(worker, url=url)._trees_s()
+        return LoadWatch(worker, urls=[url])._trees_s()
 
     idle = [sys.executable, "-c", "input()"]
     with (
@@ -148,11 +148,11 @@ def test_a_server_that_began_a_container_is_found(tmp_path: Path, at: Callable[.
     (tmp_path / "1" / "fd").mkdir(parents=True)
     (tmp_path / "1" / "fd" / "3").symlink_to("socket:[4242]")
     (tmp_path / "1" / "stat").write_text("1 (grbench) S 0 " + "0 " * 40)
-    assert LoadWatch(7, url="http://127.0.0.1:8000", proc=tmp_path)._own == [7, 1]
+    assert LoadWatch(7, urls=["http://127.0.0.1:8000"], proc=tmp_path)._own == [7, 1]
 
 
 def test_a_server_whose_process_is_not_seen_is_named_in_the_note(tmp_path: Path, at: Callable[..., None]) -> None:
-    watch = LoadWatch(7, url="http://127.0.0.1:8000", proc=tmp_path)
+    watch = LoadWatch(7, urls=["http://127.0.0.1:8000"], proc=tmp_path)
     at(0.0, worker=0, child=0, cores=(0, 0))
     watch.see(MEASURING)
     at(1.0, worker=0, child=0, cores=(1, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import re
@@ -37,6 +38,8 @@ from grbench.serve.requests import INPUTS, Bounds, decode, events_of
 from grbench.serve.rpc import Rpc, messages
 from grbench.serve.state import Histories, History
 from grengines.api import Catalogue
+from grengines.remote.client import Client
+from grengines.remote.engine import Servers
 
 BOUNDS = Bounds("rank", Catalogue(10, 50, 3), max_users=4, max_history=8, max_candidates=6)
 HUGE = st.sampled_from([2**31, 2**63, 2**64 - 1, 2**64, -(2**63) - 1, 10**400, 1e4, 7e4, 1e300, 1e308, -1e39])
@@ -456,3 +459,10 @@ def test_the_files_of_a_deployment_parse() -> None:
     compose = yaml.safe_load((ROOT / "deployment" / "compose.yaml").read_text())
     mounted = [v.split(":")[0] for s in compose["services"].values() for v in s.get("volumes", []) if v[0] == "."]
     assert mounted and all((ROOT / "deployment" / path).is_file() for path in mounted)
+
+
+def test_a_call_goes_to_the_server_with_the_fewest_requests() -> None:
+    servers = Servers([Client(f"http://127.0.0.1:{port}") for port in (1, 2, 3)])
+    with contextlib.ExitStack() as calls:
+        assert [calls.enter_context(servers.least_loaded(size)) for size in (4, 1, 2, 1, 3)] == [1, 2, 0, 2, 0]
+    assert [calls.enter_context(servers.least_loaded(1)) for _ in range(4)] == [1, 2, 0, 1]  # they end, and turns go on

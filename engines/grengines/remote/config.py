@@ -14,6 +14,9 @@ class RemoteConfig:
 
     name: str = option("remote", "name of the engine")
     url: str = option("http://127.0.0.1:8000", "the server", url=True)
+    more_urls: list[str] = option(
+        [], "further servers of the same strategies; a batch goes to the server that has the fewest requests", url=True
+    )
     api_key_file: str | None = option(None, "file with the server's API key", file=True)
     timeout_s: float = option(30.0, "longest wait for an answer, and for the server to be ready", gt=0, le=3600)
 

@@ -1,9 +1,11 @@
-"""The remote engine: a batch is one call to a server."""
+"""The remote engine: a batch is one call to a server, or to one of several."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,38 @@ COARSEST = ("fp8", "int8", "bf16", "fp16", "fp32")
 START = "start one: grbench serve engine=hstu"
 
 
-def client_of(options: RemoteConfig) -> Client:
-    """Return a client of the server that the options name. Raises ValueError for a URL that is none."""
+def clients_of(options: RemoteConfig) -> list[Client]:
+    """Return a client of each server that the options name. Raises ValueError for a URL that is none."""
     key = Path(options.api_key_file).read_text().strip() if options.api_key_file else None
-    return Client(options.url, key, options.timeout_s)
+    return [Client(url, key, options.timeout_s) for url in (options.url, *options.more_urls)]
+
+
+class Servers:
+    """Servers of the same strategies, and the requests that each has. A call goes to the one that has the fewest."""
+
+    def __init__(self, clients: Sequence[Client]) -> None:
+        self.clients = clients
+        self._has = [0] * len(clients)  # requests
+        self._last = 0  # the server of the call before: of equal ones the next is taken
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def least_loaded(self, requests: int) -> Iterator[int]:
+        """Give a call's requests to a server, and return its place."""
+        with self._lock:
+            count = len(self._has)
+            turn = [(self._last + 1 + i) % count for i in range(count)]
+            chosen = self._last = min(turn, key=self._has.__getitem__)
+            self._has[chosen] += requests
+        try:
+            yield chosen
+        finally:
+            with self._lock:
+                self._has[chosen] -= requests
 
 
 class RemoteEngine:
-    """A server of grbench. Satisfies grengines.api.Ranker and Generator, and recommends, by the server's task.
+    """A server of grbench, or several. Satisfies grengines.api.Ranker and Generator, and recommends, by their task.
 
     Its calls are due at the time limit, so the server refuses none for its own latency limit, and late answers count.
     """
@@ -30,45 +56,46 @@ class RemoteEngine:
     def __init__(self, options: RemoteConfig, setup: Setup) -> None:
         """Raises ValueError for a URL that is none."""
         self._options, self._setup = options, setup
-        self._client = client_of(options)
+        self._servers = Servers(clients_of(options))
         self._max_batch = 0
         self._status: dict[str, Any] = {}
 
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
-        """Wait until the server is ready. Raises UnavailableError if it is not, ValueError if it serves other items."""
+        """Wait until the servers are ready. Raises UnavailableError if one is not, ValueError if one serves others."""
         self._max_batch = max_batch
-        try:
-            self._client.wait_until_ready(self._options.timeout_s, self._setup.report)
-            self._status = self._client.status()
-        except ServerError as e:
-            raise UnavailableError(f"engine.url: {e}; {START}") from None
-        served, own = self._status["items"], self._setup.catalogue.num_items
-        if served != own:
-            raise ValueError(
-                f"workload: it has {own} items, and the server's has {served}; give the options of the server"
-            )
+        own = self._setup.catalogue.num_items
+        for place, client in enumerate(self._servers.clients):
+            try:
+                client.wait_until_ready(self._options.timeout_s, self._setup.report)
+                status = client.status()
+            except ServerError as e:
+                raise UnavailableError(f"engine.url: {e}; {START}") from None
+            if (served := status["items"]) != own:
+                raise ValueError(
+                    f"workload: it has {own} items, and the server's has {served}; give the options of the server"
+                )
+            self._status = self._status or status
+            if (there := _served(status)) != (first := _served(self._status)):
+                raise ValueError(
+                    f"engine.more_urls: {self._options.more_urls[place - 1]} serves {there}, and {self._options.url} "
+                    f"serves {first}; start both with the same words"
+                )
 
     def rank(self, requests: Sequence[Request]) -> RankResult:
         """Score every candidate of every request. Raises ServerError."""
-        begun = time.perf_counter()
-        answers = self._client.rank(requests, self._options.timeout_s * 1e3)
-        times = self._times(answers, begun)
+        answers, times = self._ask(requests, lambda client: client.rank(requests, self._options.timeout_s * 1e3))
         tokens = sum(len(r.history_items) + len(r.candidates) for r in requests)
         return RankResult(scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
 
     def generate(self, requests: Sequence[Request]) -> GenerateResult:
         """Find the most likely next items of every request. Raises ServerError."""
-        begun = time.perf_counter()
-        answers = self._client.generate(requests, self._options.timeout_s * 1e3)
-        times = self._times(answers, begun)
+        answers, times = self._ask(requests, lambda client: client.generate(requests, self._options.timeout_s * 1e3))
         tokens = sum(len(r.history_items) for r in requests)
         return GenerateResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
 
     def recommend(self, requests: Sequence[Request]) -> RecommendResult:
         """Find and rank items for every request. Raises ServerError."""
-        begun = time.perf_counter()
-        answers = self._client.recommend(requests, self._options.timeout_s * 1e3)
-        times = self._times(answers, begun)
+        answers, times = self._ask(requests, lambda client: client.recommend(requests, self._options.timeout_s * 1e3))
         tokens = sum(len(r.history_items) for r in requests)
         return RecommendResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
 
@@ -91,6 +118,7 @@ class RemoteEngine:
             **stored,
             **({"retrieve": stage, "rank": stage} if self._status["task"] == "recommend" else {}),
             "url": self._options.url,
+            "more_urls": self._options.more_urls,
             "kernels": {},
             "server": {key: self._status[key] for key in ("version", "model", "limits", "strategies")},
         }
@@ -101,10 +129,28 @@ class RemoteEngine:
     def close(self) -> None:
         """Do nothing: connections end with their threads."""
 
-    @staticmethod
-    def _times(answers: Answers, begun: float) -> dict[str, Any]:
-        """Return the server's wait and compute; the transfer is everything else."""
+    def _ask(self, requests: Sequence[Request], call: Callable[[Client], Answers]) -> tuple[Answers, dict[str, Any]]:
+        """Return the answers of a server, and its wait and compute; the transfer is everything else.
+
+        Of several servers `details` counts the requests of each.
+        """
+        begun = time.perf_counter()
+        with self._servers.least_loaded(len(requests)) as place:
+            answers = call(self._servers.clients[place])
         took_ms = (time.perf_counter() - begun) * 1e3
         wait_ms, compute_ms = answers.parameters["queue_ms"], answers.parameters["compute_ms"]
-        transfer_ms = max(took_ms - wait_ms - compute_ms, 0.0)
-        return {"batch_ms": 0.0, "wait_ms": wait_ms, "compute_ms": compute_ms, "transfer_ms": transfer_ms}
+        times = {
+            "batch_ms": 0.0,
+            "wait_ms": wait_ms,
+            "compute_ms": compute_ms,
+            "transfer_ms": max(took_ms - wait_ms - compute_ms, 0.0),
+        }
+        several = len(self._servers.clients) > 1
+        return answers, times | ({"details": {f"server_{place + 1}": float(len(requests))}} if several else {})
+
+
+def _served(status: dict[str, Any]) -> str:
+    """Return what a server serves, in words."""
+    return ", ".join(
+        f"{s['name']} ({s['engine']}, {s['precision']}) of {status['model']}" for s in status["strategies"]
+    )
