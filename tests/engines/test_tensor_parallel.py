@@ -34,6 +34,7 @@ from grengines.hstu.engine import HSTUEngine
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import HSTULayer
 from grengines.numerics import IncorrectError
+from grengines.runtime import team
 from grengines.runtime.group import Group
 from grkernels.choice import requested
 
@@ -52,6 +53,7 @@ SMALL = [
     *("engine=hstu", "engine.tensor_parallel=2", "gate.measured=8"),
 ]
 CELLS = {"rank": [], "cache": ["cache=lru", "cache.memory_gb=0.02"], "generate": ["task=generate"]}
+DECODER = ["engine=vllm", "model=decoder_tiny", "model.kv_heads=2"]
 TWO_GPUS = pytest.param(
     "cuda",
     marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")],
@@ -220,6 +222,27 @@ def test_an_error_of_rank_0_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> 
     assert not Path(f"/proc/{pid}").exists()
 
 
+def waiting(group: Group, device: torch.device) -> team.Calls:
+    return {"wait": lambda inputs: time.sleep(60)}
+
+
+def test_a_process_that_nothing_frees_ends_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is where a library has collectives of its own, which may wait for a killed rank for ever."""
+    forks.fork_ranks(monkeypatch)
+    monkeypatch.setattr(team, "END_S", 0.3)
+
+    def work() -> None:
+        ranks = team.Team(2, torch.device("cpu"), waiting, {}, collectives=False)
+        ranks.ready()
+        with ranks.call("wait", []):
+            os.kill(ranks.pids[0], signal.SIGKILL)
+            time.sleep(60)
+
+    done = forks.in_fork(work, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "grbench: rank 1 of engine.tensor_parallel=2 ended by SIGKILL"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -228,6 +251,10 @@ def test_an_error_of_rank_0_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> 
         (["engine.precision=fp8"], "set engine.precision=bf16"),
         (["cache=lru", "cache.host_gb=1"], "cache.host_gb=1 and engine.tensor_parallel=2"),
         (["cache.item_memory_gb=1"], "cache.item_memory_gb=1 and engine.tensor_parallel=2"),
+        (["engine=vllm", "task=generate"], "engine vllm shares decoders only; set engine=hstu for this model"),
+        ([*DECODER, "model.kv_heads=1"], "engine.tensor_parallel=2 and model.kv_heads=1: allowed are 1"),
+        ([*DECODER, "engine.cuda_graphs=true"], "ranks launch kernels one by one; set engine.cuda_graphs=false"),
+        (["engine=hf", "task=generate"], "engine.tensor_parallel"),
         (["engine=aoti"], "engine.tensor_parallel"),
         (["engine=onnxruntime"], "engine.tensor_parallel"),
         (["engine=tensorrt"], "engine.tensor_parallel"),

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import signal
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from helpers import vllm_checks
+from helpers import forks, vllm_checks
 from helpers.vllm_engines import (
+    CATALOGUE,
     GPU_MODEL,
     GPU_REQUESTS,
     IDS,
@@ -29,20 +35,31 @@ from helpers.vllm_engines import (
 )
 from torch import Tensor
 
+from grengines.api import Setup
+from grengines.cache.config import CacheConfig
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.reference import DecoderReference
+from grengines.models.decoder.weights import shapes
 from grengines.models.hstu import beam
 from grengines.models.hstu.generator import HSTUGenerator, PromptKeys, pack_prompts
+from grengines.runtime import team
 from grengines.runtime.kernels import choose
 from grengines.semantic.search import Beams
 from grengines.semantic.trie import TensorTrie, Trie
+from grengines.vllm import ranks as vllm_ranks
+from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.engine import VLLMEngine
+from grengines.vllm.folder import ModelFolder
 from grengines.vllm.levels import Levels
+from grengines.vllm.softmax_attention import SoftmaxAttention
 from grkernels.choice import requested
 from grkernels.operators import Operators
 
 # Every key serves two queries.
 DECODER = DecoderConfig(layers=2, embedding_dim=64, heads=4, kv_heads=2, head_dim=16, mlp_dim=64, max_positions=90)
+GPU_DECODER = DecoderConfig(
+    layers=3, embedding_dim=256, heads=4, kv_heads=2, head_dim=64, mlp_dim=512, max_positions=1500
+)
 
 # Agreement
 
@@ -178,6 +195,54 @@ def test_without_prefix_caching_nor_chunks(expected: Beams) -> None:
     )
 
 
+# Several ranks
+
+
+def test_arguments_of_ranks_are_vllms_own() -> None:
+    for ranks, theirs in (
+        (1, {}),
+        (2, {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}),
+    ):
+        setup = Setup(DECODER, requested("torch"), CATALOGUE, 3, CacheConfig(), RETRIEVAL)
+        engine = VLLMEngine(VLLMEngineConfig(tensor_parallel=ranks, device="cpu"), setup)
+        arguments = engine.core_arguments(cast(ModelFolder, SimpleNamespace(path="folder")), 90, 4)
+        assert {name: arguments[name] for name in arguments if name in vllm_ranks.arguments_of(2)} == theirs
+
+
+def test_two_ranks_find_what_the_reference_finds(
+    expected: Beams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank whose attention is zeros shows, and one that is killed ends the engine with the reason."""
+    monkeypatch.chdir(tmp_path)
+    forks.fork_ranks(monkeypatch)
+    attend, fault = SoftmaxAttention.attend, tmp_path / "fault"
+
+    def planted(self: SoftmaxAttention, out: Tensor, *given: Any) -> None:
+        attend(self, out, *given)
+        if fault.exists() and os.environ.get("RANK") == "1":
+            out.zero_()
+
+    monkeypatch.setattr(SoftmaxAttention, "attend", planted)
+
+    engine = decoder_engine(tensor_parallel=2)
+    try:
+        for hits in (0, 272):
+            found = engine.generate(REQUESTS)
+            expect_equal(found, expected)
+            assert found.details["prefix_hit_tokens"] == hits
+        facts = engine.actual()
+        assert (facts["tensor_parallel"], facts["parallel_backend"]) == (2, "gloo") and facts["rank_memory_mib"][0] > 0
+        assert facts["parameters"] == sum(math.prod(shape) for shape in shapes(DECODER, IDS.sizes).values())
+        fault.touch()
+        failing(engine, expected)
+        assert isinstance(engine.team, team.Team)
+        os.kill(engine.team.pids[0], signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"rank 1 of engine\.tensor_parallel=2 ended by SIGKILL"):
+            engine.generate(REQUESTS)
+    finally:
+        engine.close()
+
+
 # On a GPU
 
 
@@ -208,19 +273,34 @@ def test_captured_levels(kernel: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_two_gpus(precision: str) -> None:
+    retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
+    reference = DecoderReference(GPU_DECODER, 3, retrieval, "cuda")
+    expected, tolerance = reference.search(GPU_REQUESTS), allowed(reference, precision)
+    engine = gpu_engine("torch", GPU_DECODER, precision=precision, tensor_parallel=2, max_num_seqs=16)
+    try:
+        for _ in range(2):
+            expect_near(engine.generate(GPU_REQUESTS), expected, reference, tolerance)
+        assert engine.actual()["parallel_backend"] == "nccl"
+    finally:
+        engine.close()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "graphs"), [("bf16", False), ("bf16", True), ("fp32", False), ("fp32", True)])
 def test_on_a_gpu(precision: str, graphs: bool) -> None:
     """Answers are correct when cold, from the prefix cache, and when requests join between steps.
 
     FlashAttention reads prompts alone, except in fp32.
     """
-    model = DecoderConfig(
-        layers=3, embedding_dim=256, heads=4, kv_heads=2, head_dim=64, mlp_dim=512, max_positions=1500
-    )
-    reference = DecoderReference(model, 3, dataclasses.replace(RETRIEVAL, beam_width=64), "cuda")
+    reference = DecoderReference(GPU_DECODER, 3, dataclasses.replace(RETRIEVAL, beam_width=64), "cuda")
     expected = reference.search(GPU_REQUESTS)
     tokens = [16, 64, 128, 256, 512] if graphs else []
-    engine = gpu_engine("torch", model, precision=precision, cuda_graphs=graphs, graph_tokens=tokens, max_num_seqs=16)
+    engine = gpu_engine(
+        "torch", GPU_DECODER, precision=precision, cuda_graphs=graphs, graph_tokens=tokens, max_num_seqs=16
+    )
     try:
         actual = engine.actual()
         assert actual["cuda_graphs"] == ("FULL" if graphs else "NONE") and actual["compilation"] == "NONE"

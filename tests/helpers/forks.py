@@ -97,7 +97,8 @@ def _become(work: Callable[[], object], output: Path, errors: Path | None, fds: 
             with contextlib.suppress(OSError):  # the folder itself was open
                 os.fstat(fd)
                 os.dup2(nothing, fd)  # pyarrow aborts in the next fork if a file of its own is closed
-        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, 1) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
+        # A fork of a fork drops these files: that must not close what they stand for.
+        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, "w" if fd else "r", 1, closefd=False) for fd in range(3))
         faulthandler.enable(sys.stderr)
         for number in ENDING:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -30,6 +31,7 @@ def main() -> None:
         pass
     except BaseException as e:
         code = 1
+        traceback.print_exc()  # to the log of the cell
         line = " ".join(str(e).split())
         connection.send(("failed", (f"failed: {type(e).__name__}: {line}", isinstance(e, torch.OutOfMemoryError))))
     os._exit(code)  # a collective that waits for rank 0 must not hold the process
@@ -53,7 +55,6 @@ def follow(connection: Connection) -> None:
             continue
         there = []
         for one in inputs:
-            assert group is not None
             buffer = group.first_(torch.empty(one.buffer, dtype=torch.int64, device=device))
             there.append(replace(one, buffer=buffer).to(device))
         calls[name](there, **arguments)

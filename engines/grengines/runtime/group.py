@@ -17,7 +17,7 @@ TIMEOUT = timedelta(minutes=5)  # of a collective: a rank may compile kernels me
 
 
 class Group:
-    """This process as one of `size` ranks. store: a file that all ranks share.
+    """This process as one of `size` ranks. store: a file that all ranks share; "": a library has its own collectives.
 
     Every rank calls the same collectives in the same order, with tensors of equal shapes on its device. On a GPU they
     are queued on the current stream. Raises RuntimeError if another rank has gone, on a CPU.
@@ -26,6 +26,8 @@ class Group:
     def __init__(self, rank: int, size: int, device: torch.device, store: str) -> None:
         self.rank, self.size = rank, size
         self.backend = "nccl" if device.type == "cuda" else "gloo"
+        if not store:
+            return
         shared = dist.FileStore(store, size)
         self._made: Any
         if self.backend == "nccl":

@@ -33,7 +33,8 @@ from grengines.runtime.group import Group
 
 Calls = Mapping[str, Callable[..., object]]  # by name; each takes the inputs on its device, and further arguments
 START_S = 300.0  # for the ranks to load the model
-END_S = 10.0  # for a rank to end, or for its end to be noticed after a collective has failed
+END_S = 10.0  # for a rank to end
+PEER_S = 2.0  # for the end of a rank to be noticed after a collective has failed
 
 
 class Alone:
@@ -74,18 +75,18 @@ class Recipe:
     size: int
     device: torch.device
     threads: int  # PyTorch's
-    store: str | None  # of the group; None: the ranks have collectives of their own
+    store: str  # of the group
     make: Callable[..., Calls]
     arguments: dict[str, Any]
 
-    def group(self) -> Group | None:
-        return Group(self.rank, self.size, self.device, self.store) if self.store else None
+    def group(self) -> Group:
+        return Group(self.rank, self.size, self.device, self.store)
 
 
 class Team:
     """Rank 0's view of `size` ranks. Arguments: of Recipe.
 
-    collectives: whether the ranks share a `group`. Raises UnavailableError for fewer GPUs than ranks.
+    collectives: whether `group` has them, or a library its own. Raises UnavailableError for fewer GPUs than ranks.
     """
 
     def __init__(
@@ -105,7 +106,9 @@ class Team:
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._folder = tempfile.TemporaryDirectory(prefix="grbench-ranks-")
         self._ranks: dict[Connection, tuple[int, Any]] = {}  # rank and process
-        store = str(Path(self._folder.name) / "store") if collectives else None
+        self._waits = True  # rank 0 does, for others
+        self._collectives = collectives
+        store = str(Path(self._folder.name) / "store") if collectives else ""
         first = Recipe(0, size, device, torch.get_num_threads(), store, make, arguments)
         self._group: Group | None = None
         try:
@@ -120,7 +123,7 @@ class Team:
     @property
     def group(self) -> Group:
         """Rank 0's group."""
-        assert self._group is not None, "a team with collectives"
+        assert self._group is not None, "the team has started"
         return self._group
 
     @property
@@ -144,6 +147,7 @@ class Team:
     def ready(self) -> None:
         """Wait until every rank has its part of the model. Raises as `check`."""
         self._collect(START_S)
+        self._waits = False
 
     @contextmanager
     def call(self, name: str, inputs: Sequence[Any], **arguments: Any) -> Iterator[list[Any]]:
@@ -152,14 +156,17 @@ class Team:
         An error within leaves the others waiting in a collective, so it ends them. Raises as `check`.
         """
         self.check()
+        self._waits = True
         try:
             self._send((name, [replace(one, buffer=len(one.buffer)) for one in inputs], arguments))
             yield [replace(one, buffer=self._shared(one.buffer)).to(self._device) for one in inputs]
         except BaseException as e:
-            if self._gone.wait(0.0 if isinstance(e, KeyboardInterrupt) else END_S if _of_peer(e) else 0.1):
+            if self._gone.wait(PEER_S if _of_peer(e) else 0.0):
                 raise self._reason() from e
             self._lose(f"rank 0 failed: {type(e).__name__}: {e}")
             raise
+        finally:
+            self._waits = False
 
     def _shared(self, buffer: Tensor) -> Tensor:
         """Copy a buffer to this device and from there to those of the other ranks."""
@@ -175,7 +182,7 @@ class Team:
         with contextlib.suppress(RuntimeError):
             self._send(("memory", [], {}))
             memory = self._collect(END_S)
-            backend = self._group.backend if self._group else None
+            backend = self.group.backend
             return {"tensor_parallel": self.size, "parallel_backend": backend, "rank_memory_mib": memory}
         return {"tensor_parallel": self.size}
 
@@ -232,6 +239,7 @@ class Team:
                     value = _how(process.returncode), False
                 words, memory = value
                 self._lose(f"rank {rank} of engine.tensor_parallel={self.size} {words}", memory)
+                self._end_waiting()
                 return
 
     def _lose(self, reason: str, memory: bool = False) -> None:
@@ -240,8 +248,17 @@ class Team:
         self._gone.set()
         if not self._closing:
             self._kill()
-            if self._group is not None and self._group.backend == "nccl":  # gloo sees a closed connection
-                self._group.abort()
+            if self._collectives and self._group is not None and self._group.backend == "nccl":
+                self._group.abort()  # gloo sees a closed connection
+
+    def _end_waiting(self) -> None:
+        """End this process, with the reason as the last line of its log, if nothing frees it from a collective."""
+        end = time.monotonic() + END_S
+        while self._waits and not self._closing:
+            if time.monotonic() > end:
+                print(f"grbench: {self._reason()}", file=sys.stderr, flush=True)
+                os._exit(1)
+            time.sleep(0.05)
 
     def _reason(self) -> RuntimeError:
         assert self._lost is not None

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -25,7 +25,8 @@ with environment():  # some variables are read when vLLM is imported, and it set
     from vllm import EngineArgs, PoolingParams
     from vllm.compilation.breakable_cudagraph import eager_break_during_capture
     from vllm.config import CUDAGraphMode, VllmConfig
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory, get_tp_group
     from vllm.forward_context import get_forward_context, set_forward_context
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.pooler.abstract import Pooler
@@ -74,10 +75,12 @@ __all__ = [
     "engine_config",
     "flash_attention",
     "forward_context",
+    "from_first_rank",
     "has_cached",
     "layer_of",
     "metadata_of_step",
     "model_of",
+    "of_all_ranks",
     "pages_of",
     "release_memory",
     "reserve_tokens",
@@ -204,6 +207,39 @@ def forward_context(config: VllmConfig, metadata: Any, layers: Iterable[str]) ->
     return context
 
 
+# Ranks
+
+
+def of_all_ranks(rows: Tensor) -> Tensor:
+    """Return the rows [V, E] of a table that vLLM has shared out over its ranks, padding at the end included.
+
+    Versions: 0.25 to 0.32.
+    """
+    whole: Tensor = get_tp_group().all_gather(rows, dim=0)
+    return whole
+
+
+def from_first_rank(x: Tensor) -> Tensor:
+    """Return rank 0's x, in place. Versions: 0.25 to 0.32."""
+    first: Tensor = get_tp_group().broadcast(x)
+    return first
+
+
+@contextmanager
+def gloo_between_cpus() -> Iterator[None]:
+    """Within it, ranks that begin on CPUs have gloo for their collectives.
+
+    Versions: 0.32. vLLM's shared memory has one name for all external launchers of a machine, stays behind if a rank is
+    killed, and lets the others wait for it for ever.
+    """
+    original = CpuCommunicator._all_group_ranks_share_shm_group_name
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+    try:
+        yield
+    finally:
+        CpuCommunicator._all_group_ranks_share_shm_group_name = original
+
+
 # CUDA graphs
 
 
@@ -239,7 +275,9 @@ def client(config: VllmConfig) -> InprocClient:
     Versions: 0.25 to 0.32. The public LLM class copies pooled rows to the host. The core's own client does not, and
     gives access to its model.
     """
-    return InprocClient(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False)
+    several_cpus = config.parallel_config.world_size > 1 and current_platform.is_cpu()
+    with gloo_between_cpus() if several_cpus else nullcontext():
+        return InprocClient(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False)
 
 
 def model_of(core: InprocClient) -> Any:

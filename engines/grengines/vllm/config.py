@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grengines.models.hstu.config import HSTUConfig
-from grengines.options import DeviceOptions, option
-from grengines.refusals import Asked, graphs_on_cpu
+from grengines.options import TENSOR_PARALLEL, DeviceOptions, option
+from grengines.refusals import Asked, graphs_on_cpu, heads_over_ranks
 
 
 @dataclass
@@ -14,6 +14,7 @@ class VLLMEngineConfig(DeviceOptions):
     """vLLM's scheduler, paged cache and prefix caching over HSTU or a decoder; in the worker's own process."""
 
     name: str = option("vllm", "name of the engine")
+    tensor_parallel: int = option(1, TENSOR_PARALLEL, ge=1, le=64)
     gpu_memory_utilization: float = option(
         0.8, "share of the GPU for weights and pages; the reference and other engines need the rest", gt=0, le=1
     )
@@ -41,4 +42,14 @@ def contradiction(options: VLLMEngineConfig, asked: Asked) -> str | None:
             f"model.qk_dim={model.qk_dim}, model.v_dim={model.v_dim}: engine vllm needs them equal, "
             "because a page holds both in rows of one size; set both to one value"
         )
-    return graphs_on_cpu(options)
+    return graphs_on_cpu(options) or (_over_ranks(options, asked) if options.tensor_parallel > 1 else None)
+
+
+def _over_ranks(options: VLLMEngineConfig, asked: Asked) -> str | None:
+    """Return None, or why the model can't be on several ranks."""
+    over = f"engine.tensor_parallel={options.tensor_parallel}"
+    if isinstance(asked.model, HSTUConfig):
+        return f"{over} and model={asked.model.name}: engine vllm shares decoders only; set engine=hstu for this model"
+    if options.cuda_graphs:
+        return f"engine.cuda_graphs=true and {over}: ranks launch kernels one by one; set engine.cuda_graphs=false"
+    return heads_over_ranks(options.tensor_parallel, asked.model)

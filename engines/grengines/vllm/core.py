@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,14 +22,15 @@ _running = False
 class VLLMCore:
     """A running engine core, until `close`. The process has one at a time, since vLLM keeps its groups in globals.
 
-    arguments: of vLLM's EngineArgs. Raises RuntimeError while another core runs, and ValueError with vLLM's own words
-    for arguments that it refuses. What vLLM changes in the process is restored by `close`, and after a failed start.
+    arguments: of vLLM's EngineArgs. variables: of its environment. Raises RuntimeError while another core runs, and
+    ValueError with vLLM's own words for arguments that it refuses. What vLLM changes in the process is restored by
+    `close`, and after a failed start.
     """
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(self, arguments: dict[str, Any], variables: Mapping[str, str] = {}) -> None:
         with ExitStack() as opened:
             opened.enter_context(_one_a_process())
-            opened.enter_context(unchanged_process())
+            opened.enter_context(unchanged_process(variables))
             plugin.register()
             self._log = compat.LastLogLines()
             opened.callback(compat.release_memory)

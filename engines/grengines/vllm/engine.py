@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,17 @@ import torch
 
 from grengines.api import Finished, GenerateResult, Int64Array, Request, Setup
 from grengines.base import GeneratingEngine
+from grengines.models.decoder.config import DecoderConfig
+from grengines.models.decoder.weights import shapes
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import PromptKeys
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.buckets import first_batches
 from grengines.runtime.device import Placement
+from grengines.runtime.team import Alone, Team
 from grengines.semantic.ids import prompt_of
 from grengines.semantic.trie import Trie
+from grengines.vllm import ranks
 from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.folder import ModelFolder
 from grengines.vllm.levels import Levels
@@ -35,7 +40,8 @@ DECODER_FAMILIES = ("paged_write", "beam_attention")  # a decoder's other kernel
 class VLLMEngine(GeneratingEngine):
     """HSTU or a decoder in vLLM, in this process. Satisfies grengines.api.ContinuousEngine.
 
-    Raises UnavailableError for a device or a kernel that this machine lacks.
+    With engine.tensor_parallel it is rank 0 of a decoder, and its team has the others. Raises UnavailableError for a
+    device or a kernel that this machine lacks.
     """
 
     name = "vllm"
@@ -49,6 +55,7 @@ class VLLMEngine(GeneratingEngine):
             kernels, model, self._device.type, self._precision, page=options.block_size, captured=options.cuda_graphs
         )
         self._longest_prompt = 0
+        self.team: Team | Alone = Alone(self._device)
         self.core: VLLMCore | None = None
         self.folder: ModelFolder | None = None
         self.searches: Searches | None = None
@@ -63,10 +70,20 @@ class VLLMEngine(GeneratingEngine):
         limit = self._longest_prompt + beams
         self._check_options(limit)
         self.folder = ModelFolder(self._setup, self._kernels.variants, self._dtype, max_tokens=limit, beam_tokens=beams)
-        self.core = VLLMCore(self.core_arguments(self.folder, limit, max_batch))
+        arguments, count = self.core_arguments(self.folder, limit, max_batch), self._options.tensor_parallel
+        port = ranks.free_port() if count > 1 else 0
+        if count > 1:
+            self.team = Team(count, self._device, ranks.follow, self._recipe(arguments, port), collectives=False)
+        self.core = VLLMCore(arguments, ranks.variables(0, count, port) if count > 1 else {})
         self._check_pages(self.core.blocks, limit)
         self.core.model.pooler.levels = self._levels(self.core, limit)
         self.searches = Searches(self.core)
+        self.team.ready()
+
+    def _recipe(self, arguments: dict[str, Any], port: int) -> dict[str, Any]:
+        """Return the arguments of `ranks.follow`."""
+        search = {"width": self._retrieval.beam_width, "k": self._retrieval.k}
+        return {"arguments": arguments, "port": port, "trie": Trie.of(self._retrieval.ids), **search}
 
     def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
         longest = self._longest(sample, max_batch)
@@ -117,19 +134,24 @@ class VLLMEngine(GeneratingEngine):
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens; the engine was prepared for up to {self._longest_prompt}"
             )
-        searches.admit(key, prompt)
+        with self.team.call("admit", [], key=key, prompt=prompt):
+            searches.admit(key, prompt)
 
     def step(self) -> list[Finished]:
         """Run one step of vLLM's scheduler. Return the requests that it finished.
 
         Raises RuntimeError with vLLM's own error. The engine is then unusable.
         """
-        return self.searches.step() if self.searches is not None else []
+        if self.searches is None:
+            return []
+        with self.team.call("step", []):
+            return self.searches.step()
 
     def reset_cache(self, keep_host: bool = False) -> None:
         """Empty the prefix cache. Raises RuntimeError while requests are in flight."""
         if self.core is not None:
-            self.core.reset_prefix_cache()
+            with self.team.call("reset", []):
+                self.core.reset_prefix_cache()
 
     def core_arguments(self, folder: ModelFolder, limit: int, max_batch: int) -> dict[str, Any]:
         """Return the arguments of vLLM's EngineArgs. limit: most tokens of a search."""
@@ -151,6 +173,7 @@ class VLLMEngine(GeneratingEngine):
             "disable_log_stats": True,
             "gpu_memory_utilization": options.gpu_memory_utilization,
         }
+        arguments |= ranks.arguments_of(options.tensor_parallel)
         if options.kv_blocks:
             arguments["num_gpu_blocks_override"] = options.kv_blocks
         if not self._cuda:
@@ -168,10 +191,23 @@ class VLLMEngine(GeneratingEngine):
             "timer": "perf_counter; vLLM waits for the device every step",
             "kernel_choice": self._kernels.passed_over,
             **(self.core.describe() if self.core is not None else {}),
+            **self.team.actual(),
+            **self._whole_model(),
+        }
+
+    def _whole_model(self) -> dict[str, int]:
+        """Return the parameters of all ranks together, each counted once."""
+        if not isinstance(self._model_config, DecoderConfig) or self.team.size == 1:
+            return {}
+        return {
+            "parameters": sum(
+                math.prod(shape) for shape in shapes(self._model_config, self._retrieval.ids.sizes).values()
+            )
         }
 
     def _unload(self) -> None:
         """End vLLM and restore the process."""
+        self.team.close()
         core, folder = self.core, self.folder
         self.searches = self.core = self.folder = None
         if core is not None:

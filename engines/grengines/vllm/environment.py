@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -25,12 +25,12 @@ DEFAULTS = {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}
 
 
 @contextmanager
-def environment() -> Iterator[None]:
+def environment(more: Mapping[str, str] = {}) -> Iterator[None]:
     """Set the variables for vLLM. Afterwards restore all variables, also those that vLLM set itself."""
     before = dict(os.environ)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    os.environ.update(SETTINGS)
+    os.environ.update({**SETTINGS, **more})
     try:
         yield
     finally:
@@ -40,10 +40,13 @@ def environment() -> Iterator[None]:
 
 
 @contextmanager
-def unchanged_process() -> Iterator[None]:
-    """Enter `environment`, and restore torch.set_num_threads, which vLLM replaces on CPUs by one that does nothing."""
+def unchanged_process(more: Mapping[str, str]) -> Iterator[None]:
+    """Enter `environment` with further variables, and restore torch.set_num_threads.
+
+    vLLM replaces that on CPUs by a function that does nothing.
+    """
     set_num_threads = torch.set_num_threads
-    with environment():
+    with environment(more):
         try:
             yield
         finally:

@@ -188,6 +188,7 @@ class DecoderForRetrieval(compat.Qwen3ForCausalLM):
         alone = f"FlashAttention {self.flash.keywords['fa_version']}" if self.flash else ours["beam_attention"]
         self.kernels = ours | {"attention of prompts alone": alone, "others": "vLLM's"}  # for records
         self.pooler = SearchPooler(layers[0])
+        self._table: Tensor | None = None  # of all tokens, from the first search on
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
@@ -240,7 +241,10 @@ class DecoderForRetrieval(compat.Qwen3ForCausalLM):
         )
 
     def _logits(self, hidden: Tensor, level: int) -> Tensor:
-        return level_logits(hidden, self.model.embed_tokens.weight, self.sizes, level)
+        if self._table is None:
+            self._table = compat.of_all_ranks(self.model.embed_tokens.weight)
+        found = level_logits(hidden, self._table, self.sizes, level)
+        return compat.from_first_rank(found)  # one rank decides which beams go on
 
     @compat.break_capture
     def _find_keys(self, positions: Tensor) -> None:
