@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 
@@ -54,6 +54,8 @@ OPTIONAL = (
 )
 
 
+WIDTHS = (9, 28, 7)  # characters of a finding's kind, name and status
+
 # One cell that every engine can run, in seconds.
 TINY = (
     *(
@@ -69,39 +71,38 @@ TINY = (
 )
 
 
-def findings(run: bool = True) -> list[Finding]:
-    """Return every engine, kernel variant, cache policy, package and device, in the order of the table.
+def findings(run: bool = True) -> Iterator[Finding]:
+    """Yield every engine, kernel variant, cache policy, package and device, in order, each once it is known.
 
     run: run each engine once, in a worker process.
     """
     import torch
 
-    found = []
     for name in engines.names():
         reason = engines.availability(name)
         if reason is None and run and not engines.get(name).stages:  # its stages are engines of this list
             print(f"grbench doctor: running engine {name}", file=sys.stderr)
-            found.append(_tried(name, _run(name)))
+            yield _tried(name, _run(name))
         else:
-            found.append(Finding("engine", name, reason is None, *_split(reason)))
-    found.append(_fp8())
+            yield Finding("engine", name, reason is None, *_split(reason))
+    yield _fp8()
     kind = kernels.device_kind("cuda" if torch.cuda.is_available() else "cpu")
     for family, variant in kernels.names():
         name = f"{family}={variant}"
         if elsewhere := kernels.misplaced(family, variant, kind):
             why, _, remedy = elsewhere.partition("; ")
-            found.append(Finding("kernel", name, False, why, remedy or "kernel=auto takes one that runs here"))
+            yield Finding("kernel", name, False, why, remedy or "kernel=auto takes one that runs here")
         else:
             reason = kernels.availability(family, variant)
-            found.append(Finding("kernel", name, reason is None, *_split(reason)))
-    found += [Finding("cache", name, True) for name in policies.names()]
-    found += [_package("package", *entry) for entry in REQUIRED]
+            yield Finding("kernel", name, reason is None, *_split(reason))
+    yield from (Finding("cache", name, True) for name in policies.names())
+    yield from (_package("package", *entry) for entry in REQUIRED)
     for spec in engines.specs():
         for package in spec.packages:
             name = next(filter(installed_version, package.distributions), package.distributions[0])
-            found.append(_package("optional", name, package.module, f"engine {spec.name}", package.install))
-    found += [_package("optional", *entry) for entry in OPTIONAL]
-    return [*found, *_devices()]
+            yield _package("optional", name, package.module, f"engine {spec.name}", package.install)
+    yield from (_package("optional", *entry) for entry in OPTIONAL)
+    yield from _devices()
 
 
 def _run(engine: str) -> RunRecord:
@@ -178,17 +179,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Print the findings. Returns 0 if everything that the default run needs is there, else 1."""
+    """Print each finding once it is known. Returns 0 if everything that the default run needs is there, else 1."""
     args = parser().parse_args(words)
-    found = findings(run=not args.quick)
+    console, found = unwrapped(Console()), []
+    if not args.json:
+        console.print(_row("", "name", Text(""), "detail; what gets it", style="bold"))
+    for f in findings(run=not args.quick):
+        found.append(f)
+        if not args.json:
+            status = Text("ok", "green") if f.ok else Text("missing", "yellow")
+            console.print(_row(f.kind, f.name, status, "; ".join(filter(None, (f.detail, f.remedy)))))
     if args.json:
         print(json.dumps([asdict(f) for f in found], indent=1))
-    else:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in ("", "name", "", "detail", "to get it"):
-            table.add_column(column, overflow="fold")
-        for f in found:
-            status = Text("ok", "green") if f.ok else Text("missing", "yellow")
-            table.add_row(f.kind, f.name, status, Text(f.detail), Text(f.remedy))  # Text: "[vllm]" is no markup
-        unwrapped(Console()).print(table)
     return 0 if all(f.ok for f in found if f.kind == "package") else 1
+
+
+def _row(kind: str, name: str, status: Text, detail: str, style: str = "") -> Table:
+    """Return a line of the list. Its columns have fixed widths, so lines of different times are aligned."""
+    row = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+    for width in (*WIDTHS, None):
+        row.add_column(width=width, overflow="fold")
+    row.add_row(Text(kind), Text(name), status, Text(detail), style=style)  # Text: "[vllm]" is no markup
+    return row

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +60,27 @@ def test_doctor_runs_engines(grbench_here: Grbench, monkeypatch: pytest.MonkeyPa
         "engine", "onnxruntime", False, "ERROR: libfoo.so: cannot open", "pip install foo"
     )
     assert found["tensorrt"] == doctor.Finding("engine", "tensorrt", False, "no GPU", "get one")
+
+
+def test_doctor_shows_a_finding_before_it_looks_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output is a file, whose lines Python would keep until the end."""
+    seen: list[list[str]] = []
+    broken = RunRecord({}, "", Status.ERROR, "", 1.0, error="it broke")
+
+    def run(name: str) -> RunRecord:
+        seen.append((tmp_path / "out").read_text().splitlines())
+        return broken
+
+    monkeypatch.setattr(doctor, "_run", run)
+    monkeypatch.setattr(engines, "names", lambda: ["hstu", "onnxruntime", "hf"])
+    monkeypatch.setattr(engines, "availability", lambda name: None)
+    with (tmp_path / "out").open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        doctor.main([])
+    assert [len(lines) for lines in seen] == [1, 2, 3]  # the heading, and the engines before
+    assert [line.split()[:3] for line in seen[2][1:]] == [["engine", n, "missing"] for n in ("hstu", "onnxruntime")]
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert lines[:3] == seen[2] and len({line.index("ERROR: it broke") for line in lines[1:4]}) == 1
 
 
 @pytest.mark.parametrize("name", ["hstu_tiny", "hstu_0p2b", "dlrm_v3", "wide_heads"])
