@@ -123,9 +123,11 @@ def measure(rows: common.Rows, spec: RunSpec, parse: Callable[[list[str]], RunSp
             samples_ms=[call.ms for call in calls[name]],
         )
     facts = engines["part"].actual()
+    withheld = facts.get("cache_compute_withheld")
+    token = f"is not known: {withheld}" if withheld else f"takes {facts['cache_compute_us_a_token']:.3f} us to compute"
     rows.note(
         f"Batch {batch}: copies of page-locked memory reach {facts['cache_copy_gb_s']:.1f} GB/s. "
-        f"A token takes {facts['cache_compute_us_a_token']:.3f} us to compute. "
+        f"A token {token}. "
         f"A batch without a graph takes at least {facts['cache_launch_ms']:.2f} ms. "
         f"Attention over pages is {facts['kernels']['hstu_attention']}."
     )

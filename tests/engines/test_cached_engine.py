@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -146,6 +148,37 @@ def test_what_is_loaded_balances_copying_and_computing() -> None:
     engine.reset_cache(keep_host=True)
     cached.costs.compute_s = 1.0  # computing is slow: all is loaded
     assert engine.rank(rounds[-1]).details["cache_loaded_tokens"] == events
+
+
+@torch.inference_mode()
+def test_the_cost_of_a_token_is_that_of_an_undisturbed_batch_or_is_withheld(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is the tokens': 2 ms of fixed work and 10 us a token, and every other batch is disturbed."""
+    rounds = traffic(2, 2, longest=400)
+    engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB), rounds)
+    cached: CachedRanking = engine.user_cache
+    queue, calls = cached.queue, itertools.count()
+
+    def on_this_clock(requests: Sequence[Request]) -> Callable[[], RankResult]:
+        result = queue(requests)()
+        fixed_ms = 500.0 if next(calls) % 2 == 0 else 2.0
+        return lambda: dataclasses.replace(result, compute_ms=fixed_ms + 0.01 * result.tokens)
+
+    monkeypatch.setattr(cached, "queue", on_this_clock)
+    largest = sorted((r for requests in rounds for r in requests), key=lambda r: len(r.history_items))[-1:]
+    tokens = sum(len(r.history_items) + len(r.candidates) for r in largest)
+    assert tokens < 600  # the fixed work is a quarter of the time at 600 tokens
+    cached.measure(largest)
+    took_ms = 2.0 + 0.01 * tokens
+    assert cached.costs.compute_s == pytest.approx(took_ms / tokens / 1e3)  # what loading is weighed against
+    assert "cache_compute_us_a_token" not in cached.actual()
+    assert cached.actual()["cache_compute_withheld"] == (
+        f"the largest batch, {tokens} tokens, takes {took_ms:.3g} ms, of which 2 ms do not depend on the tokens"
+    )
+    users = [dataclasses.replace(largest[0], user_id=user) for user in range(2)]
+    monkeypatch.setattr("grengines.hstu.load_costs.MOST_FIXED", 2.0 / (2.0 + 0.01 * 2 * tokens) + 1e-6)
+    cached.measure(users)
+    assert cached.actual()["cache_compute_us_a_token"] == pytest.approx(1e3 / tokens + 10.0)
+    assert "cache_compute_withheld" not in cached.actual()
 
 
 @pytest.mark.parametrize("packed", [False, True])
