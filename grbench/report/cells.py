@@ -17,10 +17,12 @@ from typing import Any, NamedTuple, Protocol
 
 from grbench.execution.records import RunRecord
 from grengines.pipeline.config import STAGES
+from grengines.remote.config import usual
 
 Cell = tuple[Path, RunRecord]  # a cell's folder and its record
 
 GROUPS = ("model", "engine", "kernel", "cache", "workload", "scenario")
+REMOTE = "remote"  # the engine that is a server
 BARE = ("engine", "scenario", "study", "case")  # parts of a name whose key is not shown
 MISSING = "-"
 MOST_NAMES = 200  # characters of the names of cells in a note
@@ -162,8 +164,14 @@ def _with_commits(texts: Sequence[str], cells: Sequence[Named]) -> list[str]:
 
 
 def engine_name(spec: dict[str, Any]) -> str:
-    """Return the engine's name, of a pipeline the names of its stages' engines: "vllm+hstu"."""
+    """Return the engine's name, of a pipeline the names of its stages' engines, of a server where it is.
+
+    "hstu", "vllm+hstu", "remote 127.0.0.1:8000", "remote a:8000 and 3 more".
+    """
     engine = spec.get("engine") or {}
+    if engine.get("name") == REMOTE and engine.get("url"):
+        more = engine.get("more_urls")
+        return f"{REMOTE} {engine['url'].partition('://')[2].rstrip('/')}" + (f" and {len(more)} more" if more else "")
     return "+".join(engine[stage]["name"] for stage in STAGES if stage in engine) or str(engine.get("name"))
 
 
@@ -178,7 +186,10 @@ def _parts(cell: Named) -> dict[str, str]:
         parts |= {"case": case} | {key: value for key, value in chosen.items() if key in typed}
     else:
         parts = chosen | parts
+    ours = usual(1 + len(spec.get("engine.more_urls") or ())) if spec.get("engine") == REMOTE else {}
     for key in (key.rpartition("@")[2] for key in typed):
+        if ours and (key in ("engine.url", "engine.more_urls") or spec.get(key) == ours.get(key)):
+            continue  # in the engine's name, or what `grbench load` chose
         if key not in parts and (value := _value(spec, key)) is not None and not _is_stage(key):
             parts[key] = shown(value)
     return parts

@@ -14,7 +14,7 @@ from grbench.report.findings import findings
 from grbench.report.frame import damaged_samples, has_samples
 from grbench.report.groups import Group, Row, group_cells
 from grbench.report.provenance import origin_line
-from grbench.report.table import MOST_COLUMNS, ROW, columns_for, notes, without_least_needed
+from grbench.report.table import MOST_COLUMNS, ROW, columns_for, legend, notes, without_least_needed
 from grbench.report.tradeoffs import READING, Tradeoff, tradeoffs
 
 NO_SAMPLES = "no samples beside the record (row {}): its distribution and parts of the latency are not drawn"
@@ -142,12 +142,7 @@ def _without_samples(group: Group) -> list[str]:
 
 def _legend(records: Sequence[RunRecord]) -> list[str]:
     """Return the meaning of every column that some table has."""
-    shown_columns = [column.legend for column in columns_for(list(records))]
-    return [
-        *shown_columns,
-        "[ ]: 95% interval; percentiles are samples, not interpolated",
-        f"{MISSING}: does not apply",
-    ]
+    return [*legend(columns_for(list(records)), records), "percentiles are samples, not interpolated"]
 
 
 def _bullets(lines: Sequence[str]) -> list[Block]:

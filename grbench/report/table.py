@@ -22,7 +22,8 @@ from grbench.report.work import scenario_of
 
 MOST_COLUMNS = 10
 P90 = "p90 ms"  # the heading of the column that is there where p99 does not rank
-NARROWEST_CELL, GAP = 8, 2  # characters; of the gap one is the divider
+NARROWEST_CELL, LEGIBLE_CELL, GAP = 8, 14, 2  # characters; of the gap one is the divider
+INTERVAL = "[low, high]: 95% interval of the figure before it"
 STYLES = {Status.OK: "green", Status.UNAVAILABLE: "yellow", Status.INTERRUPTED: "yellow"}  # the others: red
 
 
@@ -96,11 +97,7 @@ def _gate(record: RunRecord) -> str:
 COLUMNS = [  # in the order of the table
     Column("requests/s", "requests/s: answers per second over the whole run", _throughput),
     Column("p50 ms", "p50: median latency from arrival to answer", _of_latency("latency_ms/p50")),
-    Column(
-        "p99 ms",
-        "p99: 99% of answers are faster; its 95% interval",
-        _of_latency("latency_ms/p99", True),
-    ),
+    Column("p99 ms", "p99: 99% of answers are faster", _of_latency("latency_ms/p99", True)),
     Column(
         P90,
         "p90: 90% of answers are faster; it ranks where cells have too few requests for a p99 with an interval",
@@ -151,11 +148,13 @@ def columns_for(records: list[RunRecord]) -> list[Column]:
 
 def fitting(columns: list[Column], records: list[RunRecord], width: int) -> list[Column]:
     """Drop the least needed of `columns` until they fit MOST_COLUMNS and `width` characters."""
-    status = max(len(record.status) for record in records)
+    status = max(len("status"), *(len(record.status) for record in records))
     widths = {c.heading: max(len(c.heading), *(len(c.text(record)) for record in records)) for c in columns}
     columns = without_least_needed(columns, MOST_COLUMNS - 2)
+    longest = max(map(len, labels(records)))
     for heading in LEAST_NEEDED:
-        if NARROWEST_CELL + GAP + status + sum(GAP + widths[c.heading] for c in columns) <= width:
+        name = min(NARROWEST_CELL if heading == P90 else LEGIBLE_CELL, longest)  # p90 is the figure that ranks
+        if name + GAP + status + sum(GAP + widths[c.heading] for c in columns) <= width:
             break
         columns = [column for column in columns if column.heading != heading]
     return columns
@@ -183,6 +182,15 @@ def cells_table(records: list[RunRecord], columns: list[Column]) -> Table:
     return table
 
 
+def legend(columns: Sequence[Column], records: Sequence[RunRecord]) -> list[str]:
+    """Return the meanings of the columns, and of what some of their figures have: intervals, and nothing."""
+    texts = {column.text(record) if record.ok else MISSING for column in columns for record in records}
+    beside = [INTERVAL] if any("[" in text for text in texts) else []
+    if MISSING in texts:
+        beside.append(f"{MISSING}: does not apply")
+    return [*(column.legend for column in columns), *beside]
+
+
 def print_cells(console: Console, cells: list[Cell]) -> None:
     """Print the table of `cells`, its legend, errors, notes and findings. Nothing is wrapped in a pipe.
 
@@ -196,8 +204,7 @@ def print_cells(console: Console, cells: list[Cell]) -> None:
     columns = fitting(columns_for(records), records, console.width)
     console.print(cells_table(records, columns))
     if any(record.ok for record in records):
-        legend = "; ".join(column.legend for column in columns if column.legend)
-        console.print(Text(f"{legend}; {MISSING}: does not apply", style="dim"), soft_wrap=True)
+        console.print(Text("; ".join(legend(columns, records)), style="dim"), soft_wrap=True)
     for record, label in zip(records, labels(records), strict=True):
         if not record.ok:
             line = f"{record.status} {label}: {record.error or 'no reason was recorded'}"

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from grbench.config.arguments import Arguments
 from grbench.config.schema import ConfigError, RunConfig
 from grbench.execution import command
-
-CONNECTIONS, MOST = 64, 1024  # to a server, and to all
+from grengines.remote.config import usual
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,7 +49,7 @@ def _require_server(run: RunConfig) -> None:
 def as_run(words: Sequence[str]) -> list[str]:
     """Return the overrides of the run that measures servers, from those of the command.
 
-    Several are words `url=URL`, or a list, `url=[URL,URL]`. Each gets CONNECTIONS.
+    Several are words `url=URL`, or a list, `url=[URL,URL]`. Each gets its connections (`usual`).
     """
     given = [word.removeprefix("url=") for word in words if word.startswith("url=")]
     urls = [url for text in given for url in (text[1:-1].split(",") if text.startswith("[") else [text])]
@@ -59,8 +58,5 @@ def as_run(words: Sequence[str]) -> list[str]:
         servers.append(f"engine.more_urls=[{','.join(urls[1:])}]")
     rest = [word for word in words if not word.startswith("url=")]
     known = {word.partition("=")[0] for word in rest}
-    usual = {
-        "scenario.max_batch": 1,
-        "scenario.in_flight": min(CONNECTIONS * max(len(urls), 1), MOST),
-    }  # a call for each request
-    return ["engine=remote", *servers, *(f"{key}={value}" for key, value in usual.items() if key not in known), *rest]
+    ours = [f"{key}={value}" for key, value in usual(max(len(urls), 1)).items() if key not in known]
+    return ["engine=remote", *servers, *ours, *rest]

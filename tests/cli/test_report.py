@@ -573,6 +573,41 @@ def test_terminal_table_fits_and_cuts_no_number(sweep: Path, width: int) -> None
     assert row.split()[row.split().index("OK") :] == [*expected, "0.0062"]
 
 
+@pytest.mark.parametrize("words", [[], ["runner.repeats"], ["scenario=offline"]])
+def test_the_legend_says_what_brackets_are_where_there_are_some(tmp_path: Path, words: list[str]) -> None:
+    """One run with an interval, runs with other seeds, and one whose figures have none."""
+    folders = [tmp_path / "o" / str(i) for i in range(2 if words == ["runner.repeats"] else 1)]
+    for seed, folder in enumerate(folders):
+        record = write_cell(folder, f"seed={seed}", *(word for word in words if "=" in word))
+        if words == ["scenario=offline"]:
+            record.intervals = {}
+            records.save(record, folder)
+    lines = screen(read_cells([tmp_path / "o"]), None)
+    legend = next(line for line in lines if line.startswith("requests/s: "))
+    said = "; [low, high]: 95% interval of the figure before it" in legend
+    assert said == ("[" in lines[2]) == (words != ["scenario=offline"])
+    assert ("runs: repeats with other seeds" in legend) == (len(folders) > 1)
+    assert ("-: does not apply" in legend) == (" - " in f"{lines[2]} ")
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_the_row_of_a_measured_server_fits_and_names_it(tmp_path: Path, width: int) -> None:
+    """`grbench load` measured it: what that sets itself is in no name, and what the user sets is."""
+    words = ["engine=remote", "scenario=server", "scenario.max_batch=1", "scenario.in_flight=64"]
+    record = write_cell(tmp_path / "0", *words, "scenario.target_qps=40")
+    record.spec["engine"]["url"] = "http://10.1.2.3:8000"
+    record.overrides.insert(1, "engine.url=http://10.1.2.3:8000")
+    assert labels([record]) == ["remote 10.1.2.3:8000 server target_qps=40"]
+    lines = screen([(tmp_path / "0", record)], width)
+    table = lines[: next(i for i, line in enumerate(lines) if line.startswith("requests/s: "))]
+    assert max(map(len, table)) <= width and len(table) <= 2 + 4  # the name takes few lines
+    name = " ".join(line[: table[0].index("status")] for line in table[2:])
+    assert name.split() == ["remote", "10.1.2.3:8000", "server", "target_qps=40"]
+    assert {"requests/s", "p99 ms", "gate"} <= set(re.split(r"  +", table[0].strip()))
+    record.spec["scenario"]["in_flight"] = 8
+    assert labels([record]) == ["remote 10.1.2.3:8000 server in_flight=8 target_qps=40"]
+
+
 def test_piped_table_keeps_one_line_a_cell_and_ends_with_what_was_found(sweep: Path) -> None:
     lines = screen(read_cells([sweep]), None)
     assert [line.split()[1:4] for line in lines[2:6]] == [

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from grengines.options import option
 from grengines.refusals import Asked
 
+CONNECTIONS, MOST = 64, 1024  # to a server, and to all
+
 
 @dataclass
 class RemoteConfig:
@@ -19,6 +21,11 @@ class RemoteConfig:
     )
     api_key_file: str | None = option(None, "file with the server's API key", file=True)
     timeout_s: float = option(30.0, "longest wait for an answer, and for the server to be ready", gt=0, le=3600)
+
+
+def usual(servers: int) -> dict[str, int]:
+    """Return what `grbench load` sets where the user does not: a call for each request, and connections."""
+    return {"scenario.max_batch": 1, "scenario.in_flight": min(CONNECTIONS * servers, MOST)}
 
 
 def contradiction(options: RemoteConfig, asked: Asked) -> str | None:
