@@ -25,11 +25,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import grbench
+from grbench import workloads
 from grbench.cli import main
 from grbench.config import composition, malformed
 from grbench.config.compose import CONFIG_DIR, compose_cells, compose_spec, explain, plan_jobs, prepare_hydra
 from grbench.config.reference import ROOTS, reference
 from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json, to_spec
+from grbench.execution.command import require_files
 from grbench.workloads import load_events
 from grbench.workloads.config import DrawnConfig
 from grengines import registry
@@ -467,6 +469,34 @@ def test_a_wrong_row_is_refused_before_anything_is_recorded(grbench_here: Grbenc
     with pytest.raises(ConfigError, match=re.escape(line)):
         grbench.run(words, output_root=tmp_path / "o")
     assert list(tmp_path.iterdir()) == [tmp_path / "e.csv"]
+
+
+def test_a_file_is_read_through_once_and_again_when_it_or_its_options_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path / "cache"))
+    read: list[str] = []
+    build = workloads.build
+    monkeypatch.setattr(workloads, "build", lambda config, *more: read.append(config.path) or build(config, *more))
+
+    def reads(path: str, *more: str) -> int:
+        words = ["engine=hstu", "workload=csv", f"workload.path={path}", "workload.num_candidates=1", *more]
+        read.clear()
+        require_files([compose_spec(words)[0]] * 2)
+        return len(read)
+
+    good = "userId,movieId,timestamp\n1,2,3\n1,3,4\n1,4,9005\n1,2,9009\n2,4,3\n2,3,9000\n"
+    (tmp_path / "a.csv").write_text(good)
+    (tmp_path / "b.csv").write_text(good)
+    assert [reads(f"{tmp_path}/{name}.csv") for name in "aab"] == [1, 0, 0]
+    assert reads(f"{tmp_path}/a.csv", "workload.visit_events=1") == 1
+    (tmp_path / "a.csv").write_text(good.replace("1,3,4", "1,3,x"))
+    for _ in range(2):  # what is wrong is never remembered
+        with pytest.raises(ConfigError, match=r"a\.csv: row 3, column timestamp"):
+            reads(f"{tmp_path}/a.csv")
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    (tmp_path / "cache").touch()  # a cache that can't be written: the file is read each time
+    assert [reads(f"{tmp_path}/b.csv") for _ in range(2)] == [1, 1]
 
 
 def test_the_columns_of_a_table_without_its_rows_are_read(tmp_path: Path) -> None:
