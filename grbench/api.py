@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from grbench.config.compose import plan_jobs, prepare_hydra
 from grbench.config.schema import to_spec
-from grbench.execution.command import require_files
+from grbench.execution.files import require_files
 from grbench.execution.ranks import require_gpus
 from grbench.execution.records import RunRecord
 from grbench.execution.session import CellSession

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grbench.config.compose import compose_spec, explain
 from grbench.config.schema import ConfigError, RunSpec
+from grbench.execution.files import require_weights
 from grengines.api import Request
 from grengines.options import option, violations
 from grengines.runtime import atomic_io
@@ -124,6 +125,7 @@ class Deployment:
             key = f"strategies[{number}].overrides"
             try:
                 spec, _ = compose_spec(_with_task(strategy.overrides, self.task))
+                require_weights(spec)
             except ConfigError as e:
                 raise ConfigError(f"{source}: {key}: {e}") from None
             if any(other.workload != spec.workload for other in specs.values()):

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from grengines.models.header import unreadable
+
 NESTED = ("dense_dict", "model_state_dict", "state_dict", "model")  # where checkpoints keep the model's own tensors
 
 
@@ -112,7 +114,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path}: not a readable safetensors file ({' '.join(str(e).split())})") from None
+        raise unreadable(path, e, "give the checkpoint") from None
 
 
 def drop_prefix(source: Source, known: str) -> None:

@@ -16,6 +16,7 @@ from grbench import deployment
 from grbench.config.compose import compose_spec, explain
 from grbench.config.schema import ConfigError, RunConfig
 from grbench.deployment import Deployment, Strategy
+from grbench.execution.files import require_weights
 from grengines.options import expand_home, option, violations
 
 PREFIX = "serve."
@@ -157,6 +158,7 @@ def deployment_of(file: str | None, overrides: Sequence[str]) -> Deployment:
     if file is not None:
         return deployment.load(file)
     spec, _ = compose_spec(overrides)
+    require_weights(spec)
     own = [word for word in overrides if not word.startswith("task=")]
     is_limited = spec.latency_limit_ms != RunConfig.latency_limit_ms or any(
         word.lstrip("+").startswith("latency_limit_ms=") for word in overrides

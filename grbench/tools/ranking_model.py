@@ -11,6 +11,7 @@ from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec
 from grengines.api import Catalogue
+from grengines.models import header
 
 OVERRIDES = "overrides as in `grbench`: the model and its weights, the seed, the workload"
 
@@ -66,14 +67,14 @@ def _catalogue(args: argparse.Namespace, spec: RunSpec, shapes: dict[str, list[i
 
 def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """Read the model's options and the shapes of its tables from a weights file. Raises ConfigError."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
-        with safe_open(str(path), framework="pt") as f:
+        if (found := header.read(path).holds()) != header.RANKER:
+            raise ValueError(f"{path}: it holds {found}, and {header.RANKER} are needed here; {header.MAKE_WEIGHTS}")
+        with safe_open(str(path), framework="np") as f:
             model = json.loads((f.metadata() or {}).get("model", "{}"))
             shapes = {name: f.get_slice(name).get_shape() for name in ("token_table", "action_table")}
-    except (OSError, SafetensorError, ValueError) as e:
-        raise ConfigError(
-            f"{path}: no weights of a ranking model ({' '.join(str(e).split())}); fix model.weights"
-        ) from None
+    except ValueError as e:
+        raise ConfigError(f"model.weights={e}") from None
     return dict(model), shapes

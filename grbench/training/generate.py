@@ -23,6 +23,7 @@ from grbench.quality.protocol import VALIDATION, LeaveOneOut, without
 from grbench.training.config import TrainConfig
 from grbench.training.networks import network
 from grengines.api import Request
+from grengines.models.header import unreadable
 from grengines.models.hstu import beam
 from grengines.models.hstu.generator import HSTUGenerator
 from grengines.semantic.ids import SemanticIds
@@ -222,7 +223,7 @@ def _item_vectors(path: Path, items: int) -> np.ndarray:
         with safe_open(str(path), framework="np") as f:
             table: np.ndarray = f.get_tensor("token_table").astype(np.float32)
     except (SafetensorError, OSError) as e:
-        raise ConfigError(f"training.item_vectors={path}: not a weights file ({' '.join(str(e).split())})") from None
+        raise ConfigError(f"training.item_vectors={unreadable(path, e)}") from None
     if len(table) != items + 1:
         raise ConfigError(
             f"training.item_vectors={path}: it has {len(table) - 1} tokens, the workload {items} items; "

@@ -17,7 +17,7 @@ from grbench.config.compose import compose_spec
 from grbench.config.jobs import Invocation
 from grbench.config.schema import ConfigError
 from grbench.execution.clock import pace
-from grbench.execution.command import require_files
+from grbench.execution.files import require_files
 from grbench.execution.folders import require_writable
 from grbench.execution.ranks import require_gpus
 from grbench.execution.session import CellSession

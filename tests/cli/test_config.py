@@ -31,7 +31,7 @@ from grbench.config import composition, malformed
 from grbench.config.compose import CONFIG_DIR, compose_cells, compose_spec, explain, plan_jobs, prepare_hydra
 from grbench.config.reference import ROOTS, reference
 from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json, to_spec
-from grbench.execution.command import require_files
+from grbench.execution.files import require_files
 from grbench.workloads import load_events
 from grbench.workloads.config import DrawnConfig
 from grengines import registry
@@ -497,6 +497,57 @@ def test_a_file_is_read_through_once_and_again_when_it_or_its_options_change(
     (tmp_path / "cache").rename(tmp_path / "gone")
     (tmp_path / "cache").touch()  # a cache that can't be written: the file is read each time
     assert [reads(f"{tmp_path}/b.csv") for _ in range(2)] == [1, 1]
+
+
+WEIGHTS = ROOT / "experiments" / "weights" / "ml_100k"
+RANKER, RETRIEVER = (f"{WEIGHTS}/{name}/weights.safetensors" for name in ("ranker", "retriever"))
+IDS = f"{WEIGHTS}/retriever/semantic_ids.safetensors"
+ALIEN = "not a readable safetensors file: it is "
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("model.weights=good.csv", f"model.weights=good.csv: {ALIEN}text that begins with 'user_id,item_id'; "),
+        ("model.weights=w.pt", f"model.weights=w.pt: {ALIEN}an archive, as torch.save writes; `grbench train` writes"),
+        ("model.weights=cut.st", "model.weights=cut.st: not a readable safetensors file (Error while deserializing"),
+        ("model.weights=empty", f"model.weights=empty: {ALIEN}empty; "),
+        ("model.weights=folder", f"model.weights=folder: {ALIEN}a folder; "),
+        ("task=generate retrieval.weights=good.csv", f"retrieval.weights=good.csv: {ALIEN}text"),
+        ("task=generate retrieval.semantic_ids=good.csv", f"retrieval.semantic_ids=good.csv: {ALIEN}text that begins"),
+        (f"model.weights={RETRIEVER}", f"model.weights={RETRIEVER}: it holds a generator's weights, and a ranker's"),
+        (f"task=generate retrieval.weights={RANKER}", f"retrieval.weights={RANKER}: it holds a ranker's weights, and"),
+        (f"task=generate retrieval.weights={IDS}", f"retrieval.weights={IDS}: it holds semantic IDs, and a gen"),
+        (f"task=generate retrieval.semantic_ids={RETRIEVER}", f"retrieval.semantic_ids={RETRIEVER}: it holds a gener"),
+        (f"model=decoder_tiny engine=hf retrieval.weights={RETRIEVER}", f"retrieval.weights={RETRIEVER}: it holds a g"),
+        (f"model.weights={RANKER}", f"model.weights={RANKER}: written for tasks=[rated,liked], the model has [engag"),
+        (f"task=generate retrieval.weights={RETRIEVER} model.eps=0.1", f"retrieval.weights={RETRIEVER}: written for e"),
+        (
+            f"engine=pipeline engine@engine.retrieve=hstu model.tasks=[rated,liked] model.weights={RANKER} "
+            "retrieval.weights=good.csv",
+            f"retrieval.weights=good.csv: {ALIEN}text",
+        ),
+    ],
+)  # fmt: skip
+def test_other_files_than_weights_are_refused_before_anything_is_recorded(
+    words: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("good.csv").write_text("user_id,item_id\n1,2\n")
+    Path("w.pt").write_bytes(b"PK\x03\x04" + bytes(60))
+    Path("cut.st").write_bytes(Path(RANKER).read_bytes()[:-9])
+    Path("empty").touch()
+    Path("folder").mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError) as caught:
+        grbench.run(["engine=hstu", "tracking=none", *words.split()], output_root=tmp_path / "o")
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_weights_that_fit_are_taken_by_their_headers() -> None:
+    words = ["engine=pipeline", "engine@engine.retrieve=hstu", "model.tasks=[rated,liked]", f"model.weights={RANKER}"]
+    require_files([compose_spec([*words, f"retrieval.weights={RETRIEVER}", f"retrieval.semantic_ids={IDS}"])[0]])
 
 
 def test_the_columns_of_a_table_without_its_rows_are_read(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def test_what_can_not_be_quantised_is_named(grbench_here: Grbench, words: list[s
         ),
         (
             ["task=generate", *WORKLOAD, "training.item_vectors=walks.txt"],
-            "training.item_vectors=walks.txt: not a weights file",
+            "training.item_vectors=walks.txt: not a readable safetensors file: it is text",
         ),
     ],
 )

@@ -22,8 +22,8 @@ from grengines import registry
 from grengines.api import Catalogue, Request, Retrieval, Setup
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hstu.config import HSTUEngineConfig
-from grengines.models.hstu.config import HSTUConfig, stale_states
-from grengines.models.hstu.generator import READ, HSTUGenerator, pack_prompts
+from grengines.models.hstu.config import READ, HSTUConfig, stale_states
+from grengines.models.hstu.generator import HSTUGenerator, pack_prompts
 from grengines.models.hstu.model import HSTURanker
 from grengines.models.hstu.reference import RankingReference, zero_attention
 from grengines.models.hstu.variant import VARIANTS, Variant, differing

@@ -18,7 +18,7 @@ class AOTIEngineConfig(GraphOptions):
 
     name: str = option("aoti", "name of the engine")
     package: str | None = option(
-        None, "a .pt2 of this engine, which contains machine code; null: from the cache, or built"
+        None, "a .pt2 of this engine, which contains machine code; null: from the cache, or built", file=True
     )
     fallback: list[str] = option([], "engines for requests that the package was not built for")
 

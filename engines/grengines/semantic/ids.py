@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grengines.api import Float32Array, Int32Array, Int64Array
+from grengines.models import header
 from grengines.runtime import atomic_io
 
 _FORMAT = "grbench-semantic-ids-1"
@@ -138,8 +139,7 @@ class SemanticIds:
                 raise ValueError(f"written for {len(codes)} items, the catalogue has {items}; build the ids again")
             return cls(codes, sizes)
         except (SafetensorError, OSError) as e:
-            reason = " ".join(str(e).split())
-            raise ValueError(f"{path}: not a readable safetensors file ({reason}); build the ids again") from None
+            raise header.unreadable(path, e, header.MAKE_IDS, "build the ids again") from None
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grengines.models import header
 from grengines.models.decoder.config import DecoderConfig, contradiction
 
 EPS = 1e-6
@@ -150,5 +151,4 @@ def _read(path: str, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
                     raise ValueError(f"{path}: tensor {name} is {found_kind}{hint}")
             return {name: f.get_tensor(name) for name in expected}
     except (SafetensorError, OSError) as e:
-        reason = " ".join(str(e).split())
-        raise ValueError(f"{path}: not a readable safetensors file ({reason}); save it again") from None
+        raise header.unreadable(path, e) from None

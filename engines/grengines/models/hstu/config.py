@@ -12,6 +12,9 @@ from grengines.models.hstu.variant import ATTENTION, DEFAULT, GATE, VARIANTS, Va
 from grengines.options import option
 
 BIASES = ("position_bias", "time_bias")  # of attention scores, which a search over levels of codes lacks
+# The options that a generator reads. The others are of what ranking has beside the layers.
+SIZES = ("layers", "embedding_dim", "heads", "qk_dim", "v_dim", "alpha", "scaling_seqlen", "max_positions")
+READ = (*SIZES, *BIASES, "silu", "output", "output_bias", "group_norm", "eps", "final_norm", "head_eps", "item_norm")
 INTERACTING = 4  # interacting vectors of a candidate: encoded, item, position, time
 
 
@@ -153,6 +156,14 @@ def contradiction(config: HSTUConfig) -> str | None:
             "set model.contextual_missing=blank or model.contextual_mask=history"
         )
     return None
+
+
+def not_read(task: str) -> tuple[str, ...]:
+    """Return the options that a model of the task does not read, those that name it and its variant aside."""
+    if task == "rank":
+        return ("item_norm",)
+    of_both = (*READ, "name", "variant")
+    return tuple(field.name for field in dataclasses.fields(HSTUConfig) if field.name not in of_both)
 
 
 def without_effect(config: HSTUConfig) -> str | None:

@@ -9,7 +9,7 @@ prompt's keys and values are therefore read once for all beams.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from grengines.api import Request, Retrieval
 from grengines.cache.pool import PagePool
-from grengines.models.hstu.config import BIASES, HSTUConfig, one_level_only
+from grengines.models.hstu.config import BIASES, HSTUConfig, not_read, one_level_only
 from grengines.models.hstu.head import FinalNorm
 from grengines.models.hstu.model import HSTULayer, allocate, initialise
 from grengines.models.hstu.variant import differing
@@ -31,10 +31,6 @@ from grengines.runtime.group import Group
 from grengines.semantic.ids import prompt_of
 from grkernels.hstu_attention.extras import Extras
 from grkernels.operators import Operators
-
-# The options that a generator reads. The others are of what ranking has beside the layers.
-SIZES = ("layers", "embedding_dim", "heads", "qk_dim", "v_dim", "alpha", "scaling_seqlen", "max_positions")
-READ = (*SIZES, *BIASES, "silu", "output", "output_bias", "group_norm", "eps", "final_norm", "head_eps", "item_norm")
 
 Codes = tuple[Tensor, Tensor]  # keys [rows, H, dqk] and values [rows, H, dv] of one level's codes in one layer
 
@@ -156,7 +152,7 @@ class HSTUGenerator(nn.Module):
     layer's weights are the token table. max_positions counts tokens.
     """
 
-    not_used: ClassVar[tuple[str, ...]] = tuple(f.name for f in fields(HSTUConfig) if f.name not in READ)
+    not_used: ClassVar[tuple[str, ...]] = not_read("generate")
 
     def __init__(self, config: HSTUConfig, sizes: Sequence[int], kernels: Operators) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ from grengines.api import Catalogue
 from grengines.cache.host import Onload
 from grengines.cache.places import PagedBatch
 from grengines.cache.pool import PagePool
-from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.config import HSTUConfig, not_read
 from grengines.models.hstu.head import Clock, FinalNorm, ItemMLP, activation
 from grengines.models.hstu.weights import load_weights
 from grengines.runtime.batch import Encoding, JaggedBatch
@@ -164,7 +164,7 @@ class HSTURanker(nn.Module):
 
     prunes_last_layer = True
 
-    not_used: ClassVar[tuple[str, ...]] = ("item_norm",)  # options of HSTUConfig that it does not read
+    not_used: ClassVar[tuple[str, ...]] = not_read("rank")
 
     def __init__(self, config: HSTUConfig, catalogue: Catalogue, kernels: Operators) -> None:
         super().__init__()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grengines.models import header
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import atomic_io
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 _FORMAT = "grbench-hstu-1"
 SCALES = "_scales"  # behind the name of a tensor in e4m3: a number in fp32 for each of its rows
 _E4M3 = "F8_E4M3"  # safetensors' name
-_NOT_SHAPE = ("name", "weights", "variant")  # every other option of HSTUConfig changes the meaning of the weights
 
 
 def save_weights(
@@ -47,7 +45,7 @@ def save_weights(
 
 def metadata_of(config: HSTUConfig) -> dict[str, str]:
     """Return what a weights file says of its model's options."""
-    return {"format": _FORMAT, "model": json.dumps(_shape(config))}
+    return {"format": _FORMAT, "model": json.dumps(header.shape_of(config))}
 
 
 def load_weights(model: HSTURanker | HSTUGenerator, path: str | Path, mapped: Collection[str] = ()) -> None:
@@ -74,8 +72,7 @@ def load_weights(model: HSTURanker | HSTUGenerator, path: str | Path, mapped: Co
                         raise ValueError(f"{path}: tensor {name} has NaN or infinity; give other weights")
                     p.copy_(tensor)
     except (SafetensorError, OSError) as e:
-        reason = " ".join(str(e).split())
-        raise ValueError(f"{path}: not a readable safetensors file ({reason}); save it again") from None
+        raise header.unreadable(path, e) from None
 
 
 def is_product(name: str) -> bool:
@@ -106,16 +103,7 @@ def check_ids(path: str | Path, ids: SemanticIds) -> None:
 
 
 def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) -> None:
-    try:
-        saved = dict(json.loads((f.metadata() or {}).get("model", "{}")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path}: its metadata 'model' is not a JSON object; save the weights again") from None
-    for key, value in _shape(model.config).items():
-        if key in saved and saved[key] != value and key not in model.not_used:
-            raise ValueError(
-                f"{path}: written for {key}={_text(saved[key])}, the model has {_text(value)}; "
-                f"set {shlex.quote(f'model.{key}={_text(saved[key])}')} or give other weights"
-            )
+    header.Header(str(path), frozenset(f.keys()), f.metadata() or {}).check_options(model.config, model.not_used)
     expected = dict(model.named_parameters())
     found = set(f.keys())
     for name, p in expected.items():
@@ -138,12 +126,3 @@ def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) ->
             )
         if name not in in_e4m3 and not tensor.get_dtype().startswith(("F16", "F32", "F64", "BF")):
             raise ValueError(f"{path}: tensor {name} is {tensor.get_dtype()}, expected floating point; save it in fp32")
-
-
-def _shape(config: HSTUConfig) -> dict[str, object]:
-    options = dataclasses.asdict(config) | dataclasses.asdict(config.choices)
-    return {key: value for key, value in options.items() if key not in _NOT_SHAPE}
-
-
-def _text(value: object) -> str:
-    return json.dumps(value, separators=(",", ":")).replace('"', "")
