@@ -1,6 +1,6 @@
 """Attention in bf16 and with products in e4m3, and the two parts of the latter: rounding Q, K and V, and attention.
 
-    python experiments/fp8_attention.py [--rounds 30] [--only SUBSTRING] [--launches "n=64 chunk=128" ...]
+    python experiments/fp8_attention.py [--rounds 30] [--only SUBSTRING ...] [--launches "n=64 chunk=128" ...]
 
 Calls are timed as `grbench kernels` times them: interleaved, on two sets of inputs, with the L2 cache full of other
 data. `grbench kernels families=[hstu_attention] variants=[cutlass,fp8]` also checks the results.
@@ -20,7 +20,7 @@ from grbench.kernelbench.timing import interleaved
 from grkernels import tuning
 from grkernels.hstu_attention import bench
 
-LENGTHS = ("q_offsets", "kv_offsets", "max_q_len", "max_kv_len")
+MASK = ("num_targets", "scaling_seqlen", "alpha")  # arguments of attention that rounding has no use for
 Calls = dict[str, Callable[[], Any]]
 
 
@@ -29,7 +29,7 @@ def calls_of(given: dict[str, Any], changes: Sequence[dict[str, int]]) -> Calls:
     from grkernels.hstu_attention import cutlass, fp8
     from grkernels.hstu_attention.fp8_operands import quantised
 
-    whole = {name: given[name] for name in ("q", "k", "v", *LENGTHS)}
+    whole = {name: x for name, x in given.items() if name not in MASK}
     ready = quantised(**whole)
 
     def attention(change: dict[str, int]) -> Any:
@@ -47,14 +47,14 @@ def calls_of(given: dict[str, Any], changes: Sequence[dict[str, int]]) -> Calls:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__ or "", rounds=30, overrides=False)
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="of the names of shapes")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="SUBSTRING", help="of the names of shapes")
     parser.add_argument("--launches", nargs="*", default=[], metavar="CHANGE", help="such as 'n=64 chunk=128'")
     args = parser.parse_args(arguments)
     common.need_gpu(parser)
     rows = common.Rows(args, __file__, arguments)
     changes = changes_of(KernelBenchConfig(launches=args.launches))
     for name, shape in bench.SHAPES.items():
-        if args.only not in name or shape.page:
+        if not any(part in name for part in args.only):
             continue
         made = [bench.inputs(shape, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in range(2)]
         sets = [calls_of(given, changes) for given in made]

@@ -51,6 +51,16 @@ def own_kernels(asked: Asked, engine: str, hint: str = "") -> str | None:
     return None
 
 
+def attention_of_ranking(asked: Asked) -> str | None:
+    """Return None, or why an engine that generates can't have the variant of attention."""
+    if asked.kernels.get("hstu_attention") == "fp8":
+        return (
+            "kernel.hstu_attention=fp8: the gate of generation has no tolerance for attention in fp8; set "
+            "kernel.hstu_attention=auto"
+        )
+    return None
+
+
 def heads_over_ranks(ranks: int, model: HSTUConfig | DecoderConfig) -> str | None:
     """Return None, or why the heads of a model can't be shared by this number of processes."""
     counts = {"model.heads": model.heads}

@@ -64,10 +64,19 @@ def rounded(reference: Callable[..., Result], dtype: torch.dtype) -> Callable[..
 
 
 def with_fp8_products(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `attention` with results rounded to q's dtype, but q, k, v and SiLU of the scores to e4m3's bits."""
+    """Return `attention` with results rounded to q's dtype, but q, k, v and SiLU of the scores to e4m3's bits.
+
+    So are keys and values in pages, after the rounding that pages in 8 bits have.
+    """
 
     def yardstick(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        q, k, v = (_to_bits(x.float(), _BITS[torch.float8_e4m3fn]).to(x.dtype) for x in (q, k, v))
+        bits = _BITS[torch.float8_e4m3fn]
+        q, k, v = (_to_bits(x.float(), bits).to(x.dtype) for x in (q, k, v))
+        for name in ("k", "v"):
+            if (pages := options.get(f"{name}_pages")) is not None:
+                scales = options.pop(f"{name}_scales", None)
+                numbers = pages.float() if scales is None else pages.float() * scales[..., None]
+                options[f"{name}_pages"] = _to_bits(numbers, bits)
         with Rounding(q.dtype, silu=torch.float8_e4m3fn):
             return attention(q, k, v, **options)
 

@@ -239,7 +239,7 @@ def test_a_precision_that_there_is_not_is_one_line(grbench_here: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernel", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("kernel", ["auto", "torch", "triton", "fp8"])
 @pytest.mark.parametrize("graphs", ["true", "false"])
 def test_on_a_gpu(cell: Callable[[list[str]], Outcome], kind: str, kernel: str, graphs: str) -> None:
     """bf16 with both tiers, in CUDA graphs and without."""

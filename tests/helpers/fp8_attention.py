@@ -20,10 +20,11 @@ from helpers.attention_cases import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = ("q_offsets", "kv_offsets", "max_q_len", "max_kv_len")
+PAGES = ("k_pages", "v_pages", "k_scales", "v_scales", "page_table", "paged_lengths")
 
 
 def operands(o: dict[str, Any]) -> Operands:
-    return fp8_operands.quantised(o["q"], o["k"], o["v"], **{name: o[name] for name in LENGTHS})
+    return fp8_operands.quantised(o["q"], o["k"], o["v"], **{x: o[x] for x in (*LENGTHS, *PAGES) if x in o})
 
 
 @cache
@@ -41,7 +42,7 @@ def emulated(o: dict[str, Any], made: Operands, scale_of_p: float = 1.0) -> Tens
     """Attention by the kernel's formulas (sm90/fp8.py), with exact sums. scale_of_p: of P as it is rounded."""
     tokens = order()
     out = torch.zeros(o["q"].shape[0], o["v"].shape[1], o["v"].shape[2])
-    for b, (begin, end) in enumerate(itertools.pairwise(o["kv_offsets"].tolist())):
+    for b, (begin, end) in enumerate(itertools.pairwise(made.offsets.tolist())):
         rows, n = slice(*o["q_offsets"][b : b + 2].tolist()), end - begin
         start = begin // BLOCK + b
         targets = 0 if o["num_targets"] is None else int(o["num_targets"][b])

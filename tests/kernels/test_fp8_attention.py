@@ -33,6 +33,9 @@ SMALL = [
     Case([300, 1, 0, 128], [20, 1, 0, 0], qk_dim=64, v_dim=128),
     Case([290, 140], [20, 4], [100, 7], qk_dim=128, v_dim=64, contextual=3, window=50),
     Case([70, 140], contextual=40, qk_dim=64, v_dim=64),
+    Case([290, 140, 3], [20, 4, 0], [100, 7, 3], qk_dim=128, v_dim=64, page=16),
+    Case([290, 1, 140], None, [1, 1, 7], qk_dim=64, v_dim=128, page=32, stored="fp8"),
+    Case([270], [9], [20], qk_dim=64, v_dim=64, page=16, stored="int8", window=100),
 ]
 
 
@@ -42,7 +45,7 @@ def from_operands(change: Callable[[Operands], Operands] = lambda made: made, **
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the kernel itself is tested below")
-@pytest.mark.parametrize("case", SMALL, ids=["targets", "append", "contextual"])
+@pytest.mark.parametrize("case", SMALL, ids=["targets", "append", "contextual", "pages", "fp8 pages", "int8 pages"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_kernels_formulas(case: Case, dtype: torch.dtype) -> None:
     check(from_operands(), case.build(dtype))
@@ -104,6 +107,16 @@ def uneven() -> Case:
         size[128:300] *= 4
         case.options[x] = case.options[x] * size[..., None].to(HALF)
     return case
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the kernel itself is tested below")
+@pytest.mark.parametrize("name", ["k_scales", "v_scales"])
+def test_pages_without_scales_fail(name: str) -> None:
+    case = Case([290, 1, 140], None, [1, 1, 7], qk_dim=64, v_dim=128, page=32, stored="int8").build(HALF)
+    fn = from_operands()
+    check(fn, case)
+    with pytest.raises(AssertionError, match="rounding"):
+        check(lambda **o: fn(**{**o, name: torch.ones_like(o[name])}), case)
 
 
 def outliers() -> Case:
@@ -169,9 +182,8 @@ def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     supports = registry.get("hstu_attention", "fp8").supports
     given: dict[str, Any] = {"device": "cuda", "dtype": "bf16", "qk_dim": 128, "v_dim": 256}
-    assert supports(**given) is None
+    assert supports(**given) is supports(**given, page=64, stored="int8") is None
     refusals = {
-        "pages of 64 tokens": {"page": 64},
         "allowed are 64, 128 and 256": {"qk_dim": 96},
         "neither fp16 nor bf16": {"dtype": "fp32"},
         "grbench's own layer only": {"extras": ["a=1"]},
@@ -284,16 +296,17 @@ here = {"get_current_target": GPUTarget("cuda", 90, 32), "get_current_device": 0
 triton.runtime.driver.set_active(SimpleNamespace(**{k: lambda *_, v=v: v for k, v in here.items()}))
 run = triton.JITFunction.run
 triton.JITFunction.run = lambda self, *args, **options: run(self, *args, **{**options, "warmup": True})
-o = inputs(Shape(2, 300, 20, qk_dim=256, v_dim=256), dtype=torch.bfloat16, device="cpu", seed=0)
-lengths = {x: o[x] for x in ("q_offsets", "kv_offsets", "max_q_len", "max_kv_len")}
-fp8_operands.quantised(o["q"], o["k"], o["v"], **lengths)
-print("compiled")
+for given in ({}, {"cached": 90, "page": 64}, {"cached": 90, "page": 64, "stored": "fp8"}):
+    o = inputs(Shape(2, 300, 20, qk_dim=256, v_dim=256, **given), dtype=torch.bfloat16, device="cpu", seed=0)
+    others = ("num_targets", "scaling_seqlen", "alpha")
+    fp8_operands.quantised(**{name: x for name, x in o.items() if name not in others})
+    print(len(given))
 """
 
 
 def test_the_operands_compile_for_hopper() -> None:
     folder = kept.output_of("triton_fp8_operands", COMPILE_TRITON, TRITON_INTERPRET="0")
-    assert (folder / kept.OUTPUT).read_text().split() == ["compiled"]
+    assert (folder / kept.OUTPUT).read_text().split() == ["0", "2", "3"]
 
 
 # On a GPU.
@@ -309,6 +322,9 @@ ON_GPU = [
     Case([100] * 300, [10] * 300, heads=1),
     Case([6000, 2100], None, [1, 70]),
     Case([3000], [40], [700], contextual=3, window=900, heads=1),
+    Case([900, 800, 300, 5], [100, 20, 0, 5], [350, 100, 300, 5], page=64),
+    Case([900, 801, 300], None, [1, 16, 1], page=128, stored="fp8"),
+    Case([900, 800, 300], [3, 2, 0], [20, 17, 1], page=32, contextual=4, window=100, stored="int8"),
 ]
 SIZES = [(128, 128), (256, 256), (64, 128), (256, 64)]
 

@@ -305,9 +305,9 @@ SIZES = [(128, 128), (256, 256), (32, 32), (64, 128), (192, 96), (80, 48)]
 
 
 def readers(kind: str, qk_dim: int, v_dim: int) -> list[str]:
-    """The variants that read such pages on this GPU."""
+    """The variants that read such pages on this GPU and then compute in the dtype."""
     sizes = {"qk_dim": qk_dim, "v_dim": v_dim, "page": 64, "stored": kind}
-    names = registry.variants("hstu_attention")
+    names = [n for n in registry.variants("hstu_attention") if not registry.get("hstu_attention", n).yardstick]
     return [n for n in names if not registry.unsupported("hstu_attention", n, device="cuda", dtype="bf16", **sizes)]
 
 

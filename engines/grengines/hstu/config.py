@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.options import TENSOR_PARALLEL, GraphOptions, option
-from grengines.refusals import Asked, graphs_on_cpu, heads_over_ranks
+from grengines.refusals import Asked, attention_of_ranking, graphs_on_cpu, heads_over_ranks
 
 FP8_STEP = 16  # as grkernels.fp8.STEP
 
@@ -41,7 +41,9 @@ def contradiction(options: HSTUEngineConfig, asked: Asked) -> str | None:
     ):
         return problem
     if asked.task == "generate":
-        return f"engine.candidate_microbatch={size} is for ranking; set it to 0" if size else None
+        if size:
+            return f"engine.candidate_microbatch={size} is for ranking; set it to 0"
+        return attention_of_ranking(asked)
     if options.cuda_graphs == "true" and size:
         return (
             f"engine.cuda_graphs=true and engine.candidate_microbatch={size}: graphs hold one pass over all "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from grengines.models.hstu.config import HSTUConfig
 from grengines.options import TENSOR_PARALLEL, DeviceOptions, option
-from grengines.refusals import Asked, graphs_on_cpu, heads_over_ranks
+from grengines.refusals import Asked, attention_of_ranking, graphs_on_cpu, heads_over_ranks
 
 
 @dataclass
@@ -42,7 +42,9 @@ def contradiction(options: VLLMEngineConfig, asked: Asked) -> str | None:
             f"model.qk_dim={model.qk_dim}, model.v_dim={model.v_dim}: engine vllm needs them equal, "
             "because a page holds both in rows of one size; set both to one value"
         )
-    return graphs_on_cpu(options) or (_over_ranks(options, asked) if options.tensor_parallel > 1 else None)
+    if problem := graphs_on_cpu(options) or attention_of_ranking(asked):
+        return problem
+    return _over_ranks(options, asked) if options.tensor_parallel > 1 else None
 
 
 def _over_ranks(options: VLLMEngineConfig, asked: Asked) -> str | None:

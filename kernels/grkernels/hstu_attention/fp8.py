@@ -50,36 +50,49 @@ def hstu_attention(
     alpha: float,
     contextual_seq_len: int = 0,
     max_attn_len: int = 0,
+    k_pages: Tensor | None = None,
+    v_pages: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    page_table: Tensor | None = None,
+    paged_lengths: Tensor | None = None,
     operands: Operands | None = None,
 ) -> Tensor:
     """Compute what reference.py specifies, in fp16 or bf16 with e4m3 operands of both products and fp32 sums.
 
-    The call can be captured in a CUDA graph. It takes no pages. operands: q, k and v as `quantised` returns them, if
-    they are there already.
+    The call can be captured in a CUDA graph. operands: what `quantised` returns, if it is there already.
     """
     heads, batch = q.shape[1], q_offsets.shape[0] - 1
     if 0 in (q.shape[0], batch, max_q_len):
         return v.new_zeros(q.shape[0], heads, v.shape[2])
-    lengths: dict[str, Any] = {
-        "q_offsets": q_offsets,
-        "kv_offsets": kv_offsets,
-        "max_q_len": max_q_len,
-        "max_kv_len": max_kv_len,
-    }
+    lengths: dict[str, Any] = {"q_offsets": q_offsets, "max_q_len": max_q_len, "max_kv_len": max_kv_len}
     masks: dict[str, Any] = {
         "num_targets": num_targets,
         "contextual_seq_len": contextual_seq_len,
         "max_attn_len": max_attn_len,
     }
-    key = tuning_key(q=q, v=v, **lengths, **masks)
+    key = tuning_key(q=q, v=v, kv_offsets=kv_offsets, k_pages=k_pages, **lengths, **masks)
     config = tuning.choose("hstu_attention", "fp8", key, _default(q, v, batch, max_q_len))
-    made = operands or quantised(q, k, v, **lengths)
+    made = operands or quantised(
+        q,
+        k,
+        v,
+        kv_offsets=kv_offsets,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        k_scales=k_scales,
+        v_scales=v_scales,
+        page_table=page_table,
+        paged_lengths=paged_lengths,
+        **lengths,
+    )
     out = v.new_empty(q.shape[0], heads, v.shape[2])
     return cutlass.attend(
         partial(cutlass.compiled, out.dtype, q.shape[2], v.shape[2], 0, "", products="fp8"),
         config,
         (made.q, made.k, made.v.transpose(0, 1)),
         out,
+        kv_offsets=made.offsets,
         **lengths,
         **masks,
         scaling_seqlen=scaling_seqlen,
@@ -104,9 +117,7 @@ def supports(
     stored: str = "",
     extras: Sequence[str] = (),
 ) -> str | None:
-    """Return None for what `cutlass` takes with head sizes of 64, 128 and 256 and no pages, else the reason."""
-    if page:
-        return f"pages of {page} tokens: it reads keys and values of one stream only (others: cutlass, triton, torch)"
+    """Return None for what `cutlass` takes with head sizes of 64, 128 and 256 and any pages, else the reason."""
     if any(d not in HEAD_SIZES for d in (qk_dim, v_dim)):
         return f"head sizes {qk_dim} and {v_dim}: allowed are 64, 128 and 256 (others: cutlass, triton, torch)"
     return cutlass.supports(device=device, dtype=dtype, qk_dim=qk_dim, v_dim=v_dim, extras=extras)

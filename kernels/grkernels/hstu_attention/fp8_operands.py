@@ -2,6 +2,7 @@
 
 A sequence's keys lie in whole blocks of BLOCK tokens: sequence b begins at row (offset // BLOCK + b) * BLOCK, which
 leaves room for the tokens of all sequences before it. Behind its last token are zeros up to the end of the block.
+Tokens in pages, which may be in 8 bits, are gathered from there, and lie before those of the stream.
 
 - Each row of Q has the scale a = |q| / LONGEST, by its Euclidean length.
 - Each block of K has b = max |k| / LONGEST, by its longest row. So no q k exceeds LONGEST^2.
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grkernels import fp8
+from grkernels.hstu_attention.eight_bits import dequantised, kind_of
 from grkernels.pages import LARGEST, LEAST
 from grkernels.triton_common import INTERPRET, to_e4m3_steps
 from grkernels.triton_launch import launched
@@ -38,14 +40,40 @@ class Operands:
     v: Tensor  # float8_e4m3fn [H, dv, rows]
     rows: Tensor  # fp32 [Lq, H]: a
     blocks: Tensor  # fp32 [H, rows / BLOCK, 2]: b and b c
+    offsets: Tensor  # int64 [B + 1], of the sequences' tokens, those in pages among them
 
 
 def quantised(
-    q: Tensor, k: Tensor, v: Tensor, *, q_offsets: Tensor, kv_offsets: Tensor, max_q_len: int, max_kv_len: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    max_q_len: int,
+    max_kv_len: int,
+    k_pages: Tensor | None = None,
+    v_pages: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    page_table: Tensor | None = None,
+    paged_lengths: Tensor | None = None,
 ) -> Operands:
-    """Round the arguments of an attention call. Head sizes are powers of two. A CUDA graph can hold the launch."""
+    """Round the arguments of an attention call. Head sizes are powers of two. A CUDA graph can hold the launches."""
     batch, heads, device = q_offsets.shape[0] - 1, q.shape[1], q.device
-    blocks = k.shape[0] // BLOCK + batch
+    offsets, blocks, page, table_stride, kind = kv_offsets, k.shape[0] // BLOCK + batch, 0, 0, 0
+    page_strides: tuple[int, ...] = (0,) * 6
+    if k_pages is None or v_pages is None or page_table is None or paged_lengths is None:
+        k_pages, v_pages, page_table, paged_lengths = k, v, q_offsets, q_offsets  # never read
+    else:
+        offsets = kv_offsets + torch.nn.functional.pad(paged_lengths.cumsum(0), (1, 0))
+        blocks = batch * (-(-max_kv_len // BLOCK) + 1)  # the lengths are on the device
+        page, table_stride = k_pages.shape[1], page_table.stride(0)
+        page_strides = *k_pages.stride()[:3], *v_pages.stride()[:3]
+    if k_scales is None or v_scales is None:
+        k_scales, v_scales = k, v  # never read
+    else:
+        kind, k_pages, v_pages = kind_of(k_pages), k_pages.view(torch.int8), v_pages.view(torch.int8)
 
     def empty(*size: int) -> Tensor:
         return torch.empty(size, dtype=fp8.DTYPE, device=device)
@@ -56,29 +84,37 @@ def quantised(
         empty(heads, v.shape[2], blocks * BLOCK),
         torch.empty(q.shape[0], heads, dtype=torch.float32, device=device),
         torch.empty(heads, blocks, 2, dtype=torch.float32, device=device),
+        offsets,
     )
+    inputs = q, k, v, k_pages, v_pages, k_scales, v_scales
     outputs = *(x.view(torch.int8) for x in (made.q, made.k, made.v)), made.rows, made.blocks
-    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
     _kernel(
         (-(-max(max_q_len, max_kv_len) // BLOCK), 2 * heads, batch),
-        (q, k, v, *outputs, q_offsets, kv_offsets),
-        (*strides, heads),
-        (blocks,),
-        (q.shape[2], v.shape[2], BLOCK, LONGEST, SHORTEST, LARGEST[fp8.DTYPE], LEAST),
+        (*inputs, *outputs, q_offsets, kv_offsets, offsets, page_table, paged_lengths),
+        (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *page_strides, heads),
+        (table_stride, blocks),
+        (page, kind, q.shape[2], v.shape[2], BLOCK, LONGEST, SHORTEST, LARGEST[fp8.DTYPE], LEAST),
         max(q.shape[2], v.shape[2]) // 16,
     )
     return made
 
 
 @launched(
-    tensors=["q", "k", "v", "q_out", "k_out", "v_out", "rows_out", "blocks_out"],
-    indices=["q_offsets", "kv_offsets"],
-    numbers=["blocks"],
+    tensors=[
+        *("q", "k", "v", "k_pages", "v_pages", "k_scales", "v_scales"),
+        *("q_out", "k_out", "v_out", "rows_out", "blocks_out"),
+    ],
+    indices=["q_offsets", "kv_offsets", "offsets", "page_table", "paged_lengths"],
+    numbers=["table_stride", "blocks"],
 )
 def _kernel(
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
+    k_pages: tl.tensor,
+    v_pages: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
     q_out: tl.tensor,
     k_out: tl.tensor,
     v_out: tl.tensor,
@@ -86,14 +122,26 @@ def _kernel(
     blocks_out: tl.tensor,
     q_offsets: tl.tensor,
     kv_offsets: tl.tensor,
+    offsets: tl.tensor,
+    page_table: tl.tensor,
+    paged_lengths: tl.tensor,
     q_stride: tl.int64,
     q_head_stride: tl.int64,
     k_stride: tl.int64,
     k_head_stride: tl.int64,
     v_stride: tl.int64,
     v_head_stride: tl.int64,
+    k_page_stride: tl.int64,
+    k_slot_stride: tl.int64,
+    k_pages_head_stride: tl.int64,
+    v_page_stride: tl.int64,
+    v_slot_stride: tl.int64,
+    v_pages_head_stride: tl.int64,
     heads: tl.tensor,
+    table_stride: tl.int64,
     blocks: tl.tensor,
+    PAGE: tl.constexpr,
+    STORED: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -107,8 +155,7 @@ def _kernel(
     first = tl.program_id(0) * TOKENS
     token, dims = tl.arange(0, TOKENS), tl.arange(0, QK)[None, :]
     if tl.program_id(1) % 2 == 0:
-        begin = tl.load(q_offsets + sequence)
-        row = begin + first + token
+        row = tl.load(q_offsets + sequence) + first + token
         inside = row < tl.load(q_offsets + sequence + 1)
         x = tl.load(q + row[:, None] * q_stride + head * q_head_stride + dims, mask=inside[:, None], other=0.0)
         scale = _length(x, SHORTEST_ROW) / LONGEST_ROW
@@ -116,29 +163,80 @@ def _kernel(
         tl.store(q_out + at[:, None] * QK + dims, _e4m3(x, scale[:, None]), mask=inside[:, None])
         tl.store(rows_out + at, scale, mask=inside)
     else:
-        begin = tl.load(kv_offsets + sequence)
-        length = (tl.load(kv_offsets + sequence + 1) - begin).to(tl.int32)
+        begin = tl.load(offsets + sequence)
+        length = (tl.load(offsets + sequence + 1) - begin).to(tl.int32)
         if first < length:
             block = begin // TOKENS + sequence + tl.program_id(0)
-            inside = first + token < length
-            rows = (begin + first + token)[:, None]
-            x = tl.load(k + rows * k_stride + head * k_head_stride + dims, mask=inside[:, None], other=0.0)
+            paged = 0
+            if PAGE:
+                paged = tl.load(paged_lengths + sequence).to(tl.int32)
+                k_pages += head * k_pages_head_stride
+                v_pages += head * v_pages_head_stride
+                page_table += sequence * table_stride
+            stream = tl.load(kv_offsets + sequence) - paged  # the row that the sequence's first token would have
+            k += stream * k_stride + head * k_head_stride
+            v += stream * v_stride + head * v_head_stride
+            x = _tokens(
+                k, k_pages, k_scales + head, page_table, (first + token)[:, None], length, paged, dims, k_stride,
+                k_page_stride, k_slot_stride, heads, PAGE, STORED, QK,
+            )  # fmt: skip
             scale = tl.max(_length(x, SHORTEST_ROW), axis=0) / LONGEST_ROW
             at = (block * TOKENS + token)[:, None] * heads + head
             tl.store(k_out + at * QK + dims, _e4m3(x, scale))
 
             place = token % 16  # 4 t + 2 b + e
             token = token // 16 * 16 + place // 2 % 2 * 8 + place // 4 * 2 + place % 2
-            inside = first + token < length
-            columns = (begin + first + token)[None, :]
             v_dims = tl.arange(0, V)[:, None]
-            x = tl.load(v + columns * v_stride + head * v_head_stride + v_dims, mask=inside[None, :], other=0.0)
-            v_scale = tl.maximum(tl.max(tl.max(tl.abs(x.to(tl.float32)), axis=1), axis=0), LEAST_SIZE) / LARGEST_NUMBER
+            x = _tokens(
+                v, v_pages, v_scales + head, page_table, (first + token)[None, :], length, paged, v_dims, v_stride,
+                v_page_stride, v_slot_stride, heads, PAGE, STORED, V,
+            )  # fmt: skip
+            v_scale = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), LEAST_SIZE) / LARGEST_NUMBER
             at = (head * V + v_dims).to(tl.int64) * (blocks * TOKENS) + block * TOKENS
             tl.store(v_out + at + tl.arange(0, TOKENS)[None, :], _e4m3(x, v_scale))
             pair = blocks_out + (head * blocks + block) * 2
             tl.store(pair, scale)
             tl.store(pair + 1, scale * v_scale)
+
+
+@triton.jit
+def _tokens(
+    x: tl.tensor,
+    pages: tl.tensor,
+    scales: tl.tensor,
+    page_table: tl.tensor,
+    token: tl.tensor,
+    length: tl.tensor,
+    paged: tl.tensor,
+    dims: tl.tensor,
+    stride: tl.tensor,
+    page_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    heads: tl.tensor,
+    PAGE: tl.constexpr,
+    STORED: tl.constexpr,
+    D: tl.constexpr,
+) -> tl.tensor:
+    """Return numbers of some tokens of a sequence in fp32, zeros past its end: [tokens, D], or [D, tokens] as `dims`.
+
+    Pages hold the first `paged` tokens. x: where the first would be in the stream. STORED: pages are in 8 bits.
+    """
+    inside, rows = token < length, x + token * stride
+    if PAGE:
+        cached = token < paged
+        number = tl.load(page_table + token // PAGE, mask=cached, other=0).to(tl.int64)
+        slot = token % PAGE
+        there = pages + number * page_stride + slot * slot_stride
+        if STORED:
+            at = (number * PAGE + slot) * heads
+            values = dequantised(there, scales + at, cached, dims, D, STORED, tl.float32)
+            values += tl.load(rows + dims, mask=inside & (token >= paged), other=0.0).to(tl.float32)
+        else:
+            rows = tl.where(cached, there, rows)
+            values = tl.load(rows + dims, mask=inside, other=0.0).to(tl.float32)
+    else:
+        values = tl.load(rows + dims, mask=inside, other=0.0).to(tl.float32)
+    return values
 
 
 @triton.jit
