@@ -15,15 +15,16 @@ from grkernels.cute_launch import Launcher
 from grkernels.hstu_attention.keys import tuning_key
 from grkernels.hstu_attention.reference import hstu_attention as reference
 from grkernels.hstu_attention.sm90.kernel import Attention
-from grkernels.hstu_attention.sm90.sizes import TILES_A_SPLIT, Tiles
+from grkernels.hstu_attention.sm90.sizes import Tiles
 from grkernels.pages import EIGHT_BITS
 from grkernels.variant import KernelVariant
 
+TILES_A_SPLIT = 4  # least tiles of a CTA that shares an item: adding up costs as much as about two tiles
 NO_PAGES: tuple[int, ...] = (0,) * 14  # values of the fields k_pages to page_table of sm90.kernel.Arguments
 NO_SCALES: tuple[int, ...] = (0,) * 3  # those of its field scales
 
 CANDIDATES = [
-    {"m": m, "n": n, "stages": stages, "take_turns": turns, "dynamic": dynamic, "stream": 0}
+    {"m": m, "n": n, "stages": stages, "take_turns": turns, "dynamic": dynamic}
     for m, n, stages, turns in (
         (128, 128, 2, 0),
         (128, 128, 2, 1),
@@ -40,9 +41,6 @@ CANDIDATES = [
     )
     for dynamic in ((0, 1) if m >= 128 else (0,))
 ]
-# Each CTA takes a stretch of the tiles of all items. Not among the candidates until its GPU test passes: only
-# `tuning.forced` and `tuning.changed` reach it.
-STREAMS = [{**config, "stream": 1} for config in CANDIDATES if config["m"] <= 128 and not config["dynamic"]]
 
 
 def hstu_attention(
@@ -150,16 +148,14 @@ def attend(
     m = config["m"]
     items = heads * _tiles(q.shape[0], batch, max_q_len, m)
     processors = cute_common.processors(q.device.index)
-    stream = bool(config.get("stream", 0))  # older tables lack it
-    splits = 1 if stream else _splits(items, -(-max_kv_len // config["n"]), processors)
-    # Parts of items that CTAs may write, and items that may have several.
-    parts, shared = (2 * processors, processors) if stream else (items * splits, items) if splits > 1 else (0, 0)
+    splits = _splits(items, -(-max_kv_len // config["n"]), processors)
     counter, partials = None, None
-    if parts:
-        partials = torch.empty(parts * m * v_dim, dtype=torch.float32, device=q.device)
-    if parts or config["dynamic"]:
+    if splits > 1:
+        partials = torch.empty(items * splits * m * v_dim, dtype=torch.float32, device=q.device)
+    if splits > 1 or config["dynamic"]:
         # One allocation, cleared once: the counter of items, and after 16 bytes the arrivals of each item's warps.
-        counter = torch.zeros(4 + shared * m // 16, dtype=torch.int32, device=q.device)
+        arrivals = items * m // 16 if splits > 1 else 0
+        counter = torch.zeros(4 + arrivals, dtype=torch.int32, device=q.device)
     run = kernel(**config, split=splits > 1)
     run(  # the fields of sm90.kernel.Arguments, then the stream
         *(q.data_ptr(), *q.stride()[:2]),
@@ -180,7 +176,7 @@ def attend(
         0 if counter is None else counter.data_ptr() + 16,
         splits,
         alpha / 2,
-        processors if stream else min(processors, items * splits),
+        min(processors, items * splits),
         *scales,
         cute_common.stream(q.device),
     )
@@ -244,7 +240,6 @@ def default_config(q: Tensor, v: Tensor, batch: int, max_q_len: int, stored: str
         "stages": 2,
         "take_turns": int(not small and widest <= 128),
         "dynamic": int(not stored and heads * _tiles(rows, batch, max_q_len, 128) > 4 * processors),
-        "stream": 0,
     }
 
 
@@ -277,12 +272,11 @@ def compiled(
     take_turns: int,
     dynamic: int,
     split: bool = False,
-    stream: int = 0,
     chunk: int = 0,
     products: str = "",
 ) -> Launcher:
     """Compile, or raise ValueError for tiles that don't fit in shared memory or into pages."""
-    tiles = Tiles(m, n, stages, bool(take_turns), bool(dynamic), split, bool(stream), chunk)
+    tiles = Tiles(m, n, stages, bool(take_turns), bool(dynamic), split, chunk)
     return cute_common.launcher(Attention(ELEMENTS[dtype], qk_dim, v_dim, tiles, page, stored, products))
 
 

@@ -18,7 +18,7 @@ from grkernels.variant import KernelVariant
 
 HEAD_SIZES = (64, 128, 256)
 CANDIDATES = [
-    {"m": m, "n": n, "stages": stages, "take_turns": turns, "dynamic": dynamic, "stream": 0, "chunk": chunk}
+    {"m": m, "n": n, "stages": stages, "take_turns": turns, "dynamic": dynamic, "chunk": chunk}
     for m, n, stages, turns, chunk in (
         (128, 128, 2, 0, 128),
         (128, 128, 3, 0, 128),

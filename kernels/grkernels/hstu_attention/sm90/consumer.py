@@ -6,21 +6,12 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 
 from grkernels.hstu_attention.sm90 import mainloop
-from grkernels.hstu_attention.sm90.epilogue import Output, Sharing, add_parts, add_up, fill, store
+from grkernels.hstu_attention.sm90.epilogue import Output, Sharing, add_up, fill, store
 from grkernels.hstu_attention.sm90.fp8 import Scales
 from grkernels.hstu_attention.sm90.mainloop import Mmas
 from grkernels.hstu_attention.sm90.pipes import Handout, Stages
 from grkernels.hstu_attention.sm90.registers import consumer_thread
-from grkernels.hstu_attention.sm90.schedule import (
-    Batch,
-    PageTable,
-    find,
-    first_item,
-    fixed_item,
-    next_place,
-    read_stretch,
-    work_at,
-)
+from grkernels.hstu_attention.sm90.schedule import Batch, PageTable, find, first_item, fixed_item, work_at
 from grkernels.hstu_attention.sm90.sizes import Sizes
 
 
@@ -34,7 +25,6 @@ def consume(
     table: PageTable,
     sharing: Sharing,
     splits: Int32 | int,
-    stretch: cute.Tensor,
     output: Output,
     half_alpha: Float32,
     scales: Scales,
@@ -48,15 +38,12 @@ def consume(
     item_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
     item, place = first_item()
     turn = Int32(0)
-    place = read_stretch(stretch) if cutlass.const_expr(t.stream) else find(t.m, batch, splits, item, place)
+    place = find(t.m, batch, splits, item, place)
     while place.sequence >= 0:
         work = work_at(sizes, batch, table, splits, place)
         states = mainloop.accumulate(sizes, operands, stages, states, batch, work, thread, half_alpha, scales)
         if cutlass.const_expr(t.split):
             if add_up(sizes, operands.o, sharing, item, thread):
-                store(sizes, operands.o, output, batch.heads, work, thread)
-        elif cutlass.const_expr(t.stream):
-            if add_parts(sizes, operands.o, sharing, place, work.ranges.total(), thread):
                 store(sizes, operands.o, output, batch.heads, work, thread)
         else:
             store(sizes, operands.o, output, batch.heads, work, thread)
@@ -67,5 +54,5 @@ def consume(
             item = handout.slot[0]
             handout.pipe.consumer_release(item_state)
             item_state.advance()
-        place = next_place(sizes, batch, splits, item, place, work)
+        place = find(t.m, batch, splits, item, place)
     fill(sizes, output, batch, thread)

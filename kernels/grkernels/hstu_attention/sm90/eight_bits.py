@@ -30,17 +30,7 @@ from grkernels.cute_common import WARP
 from grkernels.hstu_attention.sm90.pipes import Stage, Stages, Waiting
 from grkernels.hstu_attention.sm90.producer import Source, Sources, load_rows
 from grkernels.hstu_attention.sm90.registers import round_pair
-from grkernels.hstu_attention.sm90.schedule import (
-    Batch,
-    PageTable,
-    Work,
-    find,
-    first_item,
-    fixed_item,
-    next_place,
-    read_stretch,
-    work_at,
-)
+from grkernels.hstu_attention.sm90.schedule import Batch, PageTable, Work, find, first_item, fixed_item, work_at
 from grkernels.hstu_attention.sm90.sizes import PRODUCER_THREADS, SQUARE, Sizes
 
 BARRIER = 1  # named barrier of the producers; turns take 2 and 3
@@ -83,7 +73,6 @@ def produce_converted(
     batch: Batch,
     table: PageTable,
     splits: Int32 | int,
-    stretch: cute.Tensor,
 ) -> None:
     """Load Q of each work item, and K and V of each of its tiles, K one tile ahead of V. For all producer warps."""
     t = sizes.tiles
@@ -95,7 +84,7 @@ def produce_converted(
     values = Operand(sources.v, pages[1], stages.v, waiting[1])
     item, place = first_item()
     turn = Int32(0)
-    place = read_stretch(stretch) if cutlass.const_expr(t.stream) else find(t.m, batch, splits, item, place)
+    place = find(t.m, batch, splits, item, place)
     while place.sequence >= 0:
         turn += 1
         item = fixed_item(turn)
@@ -123,7 +112,7 @@ def produce_converted(
             _await_fetched(0)
             _pass(sizes, values, sizes.v_dim, work, work.end - 1, v_state, warp)
             v_state.advance()
-        place = next_place(sizes, batch, splits, item, place, work)
+        place = find(t.m, batch, splits, item, place)
 
 
 @cute.jit

@@ -9,7 +9,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute
 
 from grkernels.cute_common import ElementPointer, Float32Pointer, Int32Pointer
 from grkernels.hstu_attention.sm90.registers import Thread, flat, round_pair, transpose
-from grkernels.hstu_attention.sm90.schedule import Batch, Stretch, Work, parts_of, slot_of
+from grkernels.hstu_attention.sm90.schedule import Batch, Work
 from grkernels.hstu_attention.sm90.sizes import Sizes
 
 
@@ -21,11 +21,7 @@ class Output(NamedTuple):
 
 
 class Sharing(NamedTuple):
-    """Memory for the sums of work items that several CTAs share.
-
-    Only kernels with `Tiles.split` or `Tiles.stream` use it. With `stream`, `partials` is [CTAs, 2, m * v_dim] and
-    `arrivals` is [CTAs, m / 16], of the item whose first part the CTA has.
-    """
+    """Memory for the sums of work items that several CTAs share. Only kernels with `Tiles.split` use it."""
 
     partials: Float32Pointer  # [items, splits, m * v_dim], in the threads' order
     arrivals: Int32Pointer  # [items, m / 16], zero at first: for each warp, the CTAs that have written its rows
@@ -44,7 +40,12 @@ def add_up(sizes: cutlass.Constexpr[Sizes], o: cute.Tensor, sharing: Sharing, it
     word = cute.make_rmem_tensor(cute.make_layout(4), Float32)
     share = 2 * m * values  # elements of one CTA's part
     base = Int64(whole) * sharing.splits
-    _write(sums, word, sharing.partials + (base + item % sharing.splits) * share + thread.index * 4, 8 * m)
+    mine = sharing.partials + (base + item % sharing.splits) * share + thread.index * 4
+    for i in cutlass.range_constexpr(values // 4):
+        for j in cutlass.range_constexpr(4):
+            word[j] = sums[4 * i + j]
+        target = mine + cute.assume(Int64(i) * (8 * m), divby=4)
+        cute.autovec_copy(word, cute.make_tensor(target, cute.make_layout(4)))
     cute.arch.fence_acq_rel_gpu()
     cute.arch.sync_warp()
     before = Int32(0)
@@ -56,68 +57,13 @@ def add_up(sizes: cutlass.Constexpr[Sizes], o: cute.Tensor, sharing: Sharing, it
         cute.arch.fence_acq_rel_gpu()
         o.fill(0.0)
         for split in cutlass.range(sharing.splits, unroll=1):
-            _add(sums, word, sharing.partials + (base + split) * share + thread.index * 4, 8 * m)
+            theirs = sharing.partials + (base + split) * share + thread.index * 4
+            for i in cutlass.range_constexpr(values // 4):
+                source = theirs + cute.assume(Int64(i) * (8 * m), divby=4)
+                cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), word)
+                for j in cutlass.range_constexpr(4):
+                    sums[4 * i + j] = sums[4 * i + j] + word[j]
     return last
-
-
-@cute.jit
-def add_parts(
-    sizes: cutlass.Constexpr[Sizes], o: cute.Tensor, sharing: Sharing, stretch: Stretch, tiles: Int32, thread: Thread
-) -> Boolean:
-    """Return True in the warp that has the sums of these rows over all tiles of the stretch's next work item in `o`.
-
-    Of an item that several stretches share, that is the last of their warps. Parts are always added in the same order.
-    A warp that finds all others done keeps one of the first two parts in registers, since a + b = b + a. Other warps
-    write their part.
-    """
-    m = sizes.tiles.m
-    sums = flat(o)
-    word = cute.make_rmem_tensor(cute.make_layout(4), Float32)
-    cta = Int32(cute.arch.block_idx()[0])
-    own, later = parts_of(stretch, tiles)
-    parts = own + 1 + later
-    complete = parts == 1
-    if parts > 1:
-        first = cta - own
-        partials, share = sharing.partials + thread.index * 4, Int64(m * sizes.v_dim)
-        arrivals = sharing.arrivals + first * (m // 16) + thread.index // 32
-        others = Int32(0)
-        if thread.lane == 0:
-            others = cute.arch.atomic_add(arrivals, Int32(0), sem="acq_rel", scope="gpu")
-        others = cute.arch.shuffle_sync(others, offset=0)
-        keeps = own < 2 and others == parts - 1
-        if not keeps:
-            _write(sums, word, partials + slot_of(cta, own) * share, 8 * m)
-            cute.arch.fence_acq_rel_gpu()
-            cute.arch.sync_warp()
-            if thread.lane == 0:
-                others = cute.arch.atomic_add(arrivals, Int32(1), sem="acq_rel", scope="gpu")
-            others = cute.arch.shuffle_sync(others, offset=0)
-        complete = others == parts - 1
-        if complete:
-            cute.arch.fence_acq_rel_gpu()
-            if not keeps:
-                o.fill(0.0)
-            for part in cutlass.range(parts, unroll=1):
-                if not (keeps and part == own):
-                    _add(sums, word, partials + slot_of(first + part, part) * share, 8 * m)
-    return complete
-
-
-def _write(sums: cute.Tensor, word: cute.Tensor, target: cute.Pointer, stride: int) -> None:
-    """Write a thread's sums, each four of them `stride` elements after the last four. `word`: registers for four."""
-    for i in range(cute.size(sums) // 4):
-        for j in range(4):
-            word[j] = sums[4 * i + j]
-        cute.autovec_copy(word, cute.make_tensor(target + cute.assume(Int64(i) * stride, divby=4), cute.make_layout(4)))
-
-
-def _add(sums: cute.Tensor, word: cute.Tensor, source: cute.Pointer, stride: int) -> None:
-    """Add what `_write` wrote."""
-    for i in range(cute.size(sums) // 4):
-        cute.autovec_copy(cute.make_tensor(source + cute.assume(Int64(i) * stride, divby=4), cute.make_layout(4)), word)
-        for j in range(4):
-            sums[4 * i + j] = sums[4 * i + j] + word[j]
 
 
 @cute.jit

@@ -67,13 +67,11 @@ class Arguments(NamedTuple):
 class Attention(Sizes):
     """HSTU attention on Hopper: O = scale SiLU(alpha Q K^T) V under a mask, over the batch's ragged sequences.
 
-    Work. A work item is m query rows of one head of one sequence. CTAs are persistent, one on an SM, and each processes
-    several items. With fixed shares a CTA's rounds run forwards and backwards alternately (`fixed_item`). With
-    `Tiles.dynamic` a CTA takes its next item from a counter. With `Tiles.split` several CTAs share the tiles of an
-    item, and the last one adds up their sums (`add_up`). With `Tiles.stream` the tiles of all items stand in a row, and
-    each CTA takes an equal stretch of it: only items at the ends of stretches have several CTAs, and the last one of an
-    item adds up their sums (`add_parts`). The stretches follow from the lengths on the device. Only tiles that some row
-    of the item sees are loaded, and most of them need no mask (`ranges_of`).
+    Work. A work item is m query rows of one head of one sequence. CTAs are persistent, one on an SM, and each
+    processes several items. With fixed shares a CTA's rounds run forwards and backwards alternately (`fixed_item`).
+    With `Tiles.dynamic` a CTA takes its next item from a counter. With `Tiles.split` several CTAs share the tiles of
+    an item, and the last one adds up their sums (`add_up`). Only tiles that some row of the item sees are loaded, and
+    most of them need no mask (`ranges_of`).
 
     Warps. One producer warp loads by TMA. The three other warps of its warpgroup only give their registers away, for
     the consumers to take (REGISTERS). Each of the m / 64 consumer warpgroups owns 64 rows of the item and holds their
@@ -120,7 +118,7 @@ class Attention(Sizes):
     - m is 64, 128 or 192. n is a multiple of 16, and it divides the page size or is a multiple of it.
     - Turns are for m = 128, since two warpgroups take them.
     - Rows and heads of Q, K, V and pages begin at multiples of 16 bytes. The result is contiguous.
-    - Rows, pages, items times splits and tiles fit in 32 bits. Strides and addresses have 64 bits.
+    - Rows, pages and items times splits fit in 32 bits. Strides and addresses have 64 bits.
     - `Arguments.counter` and `Sharing.arrivals` are zero before each launch.
     """
 
@@ -207,7 +205,7 @@ class Attention(Sizes):
             cpasync.prefetch_descriptor(sources.q.atom)
             cpasync.prefetch_descriptor(sources.k.atom)
             cpasync.prefetch_descriptor(sources.v.atom)
-        stages, handout, k_waiting, v_waiting, stretch = allocate(self, layouts, counter, batch, table)
+        stages, handout, k_waiting, v_waiting = allocate(self, layouts, counter)
         splits = sharing.splits if cutlass.const_expr(self.tiles.split) else 1
         producer_registers, consumer_registers = self.registers
         if warp < PRODUCER_THREADS // WARP:
@@ -218,14 +216,14 @@ class Attention(Sizes):
                     for x in (k_pages, v_pages)
                 )
                 produce_converted(
-                    self, sources, stages, (k_bytes, v_bytes), (k_waiting, v_waiting), batch, table, splits, stretch
+                    self, sources, stages, (k_bytes, v_bytes), (k_waiting, v_waiting), batch, table, splits
                 )
             else:
                 if warp == 0:
-                    produce(self, sources, stages, handout, batch, table, splits, stretch)
+                    produce(self, sources, stages, handout, batch, table, splits)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
-            consume(self, mmas, stages, handout, batch, table, sharing, splits, stretch, output, half_alpha, scales)
+            consume(self, mmas, stages, handout, batch, table, sharing, splits, output, half_alpha, scales)
 
 
 def _shared_layout(dtype: type[cutlass.Numeric], rows: int, width: int, stages: int) -> cute.ComposedLayout:

@@ -9,7 +9,6 @@ from cutlass import Float32, Int32, Int64, cute, pipeline
 from cutlass.memory import SmemAllocator
 
 from grkernels.cute_common import WARP, Int32Pointer
-from grkernels.hstu_attention.sm90.schedule import Batch, PageTable, Stretch, write_stretch
 from grkernels.hstu_attention.sm90.sizes import PRODUCER_THREADS, WARPGROUP, Sizes
 
 
@@ -54,11 +53,10 @@ class Handout(NamedTuple):
 
 @cute.jit
 def allocate(
-    sizes: cutlass.Constexpr[Sizes], layouts: Layouts, counter: cute.Pointer, batch: Batch, table: PageTable
-) -> tuple[Stages, Handout, Waiting, Waiting, cute.Tensor]:
-    """Allocate shared memory, initialise the barriers, find the stretch, and wait for all threads of the CTA."""
+    sizes: cutlass.Constexpr[Sizes], layouts: Layouts, counter: cute.Pointer
+) -> tuple[Stages, Handout, Waiting, Waiting]:
+    """Allocate shared memory, initialise the barriers and wait for all threads of the CTA."""
     t, dtype = sizes.tiles, sizes.operand
-    streamed = len(Stretch._fields) if cutlass.const_expr(t.stream) else 0
     eight_bits = t.n if cutlass.const_expr(sizes.stored != "") else 0
 
     @cute.struct
@@ -68,7 +66,6 @@ def allocate(
         v_barriers: cute.struct.MemRange[Int64, 2 * t.stages]
         item_barriers: cute.struct.MemRange[Int64, 2]
         item: cute.struct.MemRange[Int32, 1]
-        stretch: cute.struct.MemRange[Int32, streamed]
         q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.q)], 1024]
         k: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.k)], 1024]
         v: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layouts.v)], 1024]
@@ -104,9 +101,6 @@ def allocate(
         consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, WARPGROUP * sizes.warpgroups),
         defer_sync=True,
     )
-    stretch = cute.make_tensor(shared.stretch.data_ptr(), cute.make_layout(len(Stretch._fields)))
-    if cutlass.const_expr(t.stream):
-        write_stretch(sizes, batch, table, stretch)
     cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
     q, k, v = (
@@ -122,4 +116,4 @@ def allocate(
         for parts in ((shared.k_numbers, shared.k_scales, shared.k), (shared.v_numbers, shared.v_scales, shared.v))
     )
     handout = Handout(counter, item_pipe, shared.item.get_tensor(cute.make_layout(1)))
-    return Stages(q, k, v), handout, k_waiting, v_waiting, stretch
+    return Stages(q, k, v), handout, k_waiting, v_waiting

@@ -9,17 +9,7 @@ from cutlass import Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from grkernels.hstu_attention.sm90.pipes import Handout, Stage, Stages
-from grkernels.hstu_attention.sm90.schedule import (
-    Batch,
-    PageTable,
-    Work,
-    find,
-    first_item,
-    fixed_item,
-    next_place,
-    read_stretch,
-    work_at,
-)
+from grkernels.hstu_attention.sm90.schedule import Batch, PageTable, Work, find, first_item, fixed_item, work_at
 from grkernels.hstu_attention.sm90.sizes import Sizes
 
 
@@ -49,7 +39,6 @@ def produce(
     batch: Batch,
     table: PageTable,
     splits: Int32 | int,
-    stretch: cute.Tensor,
 ) -> None:
     """Load Q of each work item, and K and V of each of its tiles, K one tile ahead of V."""
     t = sizes.tiles
@@ -60,7 +49,7 @@ def produce(
     q, k, v = stages
     item, place = first_item()
     turn = Int32(0)
-    place = read_stretch(stretch) if cutlass.const_expr(t.stream) else find(t.m, batch, splits, item, place)
+    place = find(t.m, batch, splits, item, place)
     while place.sequence >= 0:
         turn += 1
         item = fixed_item(turn)
@@ -87,7 +76,7 @@ def produce(
             v.pipe.producer_acquire(v_state)
             _load_tile(*values, work.end - 1, v_state)
             v_state.advance()
-        place = next_place(sizes, batch, splits, item, place, work)
+        place = find(t.m, batch, splits, item, place)
 
 
 @cute.jit

@@ -12,7 +12,6 @@ WARPGROUP = 128  # threads
 PRODUCER_THREADS = 128  # one warp loads, a whole warpgroup gives its registers away
 REGISTERS = {1: (56, 256), 2: (24, 240), 3: (32, 160)}  # consumer warpgroups -> a producer's, a consumer's
 REGISTERS_OF_BYTES = {1: (120, 256), 2: (72, 216), 3: (56, 152)}  # the same where producers read 8-bit pages
-TILES_A_SPLIT = 4  # least tiles of a CTA that shares an item: adding up costs as much as about two tiles
 SCALED_TOKENS = 128  # of a sequence that share a scale of K and one of V, in e4m3
 PERMUTED_TOKENS = 16  # neighbours in V among which e4m3 products take another order (fp8.py)
 SQUARE = (8, 64)  # rows and columns of the part of a tile that a warp converts at once, 1 KiB in half precision
@@ -28,7 +27,6 @@ class Tiles:
     take_turns: bool  # warpgroups take turns at the tensor cores
     dynamic: bool  # CTAs take work items from a counter when they are free, instead of fixed shares
     split: bool = False  # several CTAs share the tiles of an item, and the last one to finish adds up their sums
-    stream: bool = False  # each CTA takes a stretch of the tiles of all items in a row, as long as every other's
     chunk: int = 0  # of e4m3 products: columns of V whose product with one tile of P is summed at a time
 
 
@@ -36,8 +34,8 @@ class Tiles:
 class Sizes:
     """Element type, head sizes, tiles and page size.
 
-    Raises ValueError for tiles that don't fit in shared memory or into pages, for turns of other than two warpgroups,
-    and for two ways to share work at once.
+    Raises ValueError for tiles that don't fit in shared memory or into pages, and for turns of other than two
+    warpgroups.
     """
 
     dtype: type[BFloat16] | type[Float16]
@@ -52,8 +50,6 @@ class Sizes:
         t = self.tiles
         if t.take_turns and t.m != 128:
             raise ValueError(f"m={t.m} take_turns=1: turns are for two warpgroups, m=128")
-        if t.stream and (t.dynamic or t.split):
-            raise ValueError("stream=1: a CTA's stretch of tiles is fixed; allowed are dynamic=0 and no split")
         if self.page and t.n % self.page and self.page % t.n:
             raise ValueError(f"n={t.n}: tiles must be whole pages of {self.page} tokens, or whole parts of one")
         if self.products:
