@@ -58,6 +58,7 @@ def follow(connection: Connection) -> None:
             buffer = group.first_(torch.empty(one.buffer, dtype=torch.int64, device=device))
             there.append(replace(one, buffer=buffer).to(device))
         calls[name](there, **arguments)
+    calls.get("close", lambda: None)()
 
 
 def memory_mib(device: torch.device) -> float:

@@ -26,10 +26,10 @@ class Group:
     def __init__(self, rank: int, size: int, device: torch.device, store: str) -> None:
         self.rank, self.size = rank, size
         self.backend = "nccl" if device.type == "cuda" else "gloo"
+        self._made: Any = None
         if not store:
             return
         shared = dist.FileStore(store, size)
-        self._made: Any
         if self.backend == "nccl":
             nccl = dist.ProcessGroupNCCL.Options()
             nccl._timeout = TIMEOUT
@@ -42,25 +42,35 @@ class Group:
 
     def sum_(self, x: Tensor) -> Tensor:
         """Replace x by the sum over all ranks, in place. Return x."""
-        self._made.allreduce([x], _now(AllreduceOptions())).wait()
+        _wait(self._made.allreduce([x], _now(AllreduceOptions())))
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         """Return the x of every rank, [ranks, *shape]."""
         found = x.new_empty(self.size, *x.shape)
-        self._made._allgather_base(found.flatten(0, 1), x, _now(AllgatherOptions())).wait()
+        _wait(self._made._allgather_base(found.flatten(0, 1), x, _now(AllgatherOptions())))
         return found
 
     def first_(self, x: Tensor) -> Tensor:
         """Replace x by that of rank 0, in place. Return x."""
         options = _now(BroadcastOptions())
         options.rootRank = options.rootTensor = 0
-        self._made.broadcast([x], options).wait()
+        _wait(self._made.broadcast([x], options))
         return x
 
     def abort(self) -> None:
-        """End collectives that wait for a rank that has gone. What they return is worthless."""
-        self._made.abort()
+        """Give NCCL's memory back, and end collectives that wait for a rank that has gone: their results are worthless.
+
+        gloo needs none of it: it sees the end of another rank.
+        """
+        if self._made is not None and self.backend == "nccl":
+            self._made.abort()
+
+
+def _wait(work: Any) -> None:
+    """Wait for a collective. NCCL returns None for one that it has queued on the current stream."""
+    if work is not None:
+        work.wait()
 
 
 def _now(options: Any) -> Any:

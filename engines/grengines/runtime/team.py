@@ -31,7 +31,8 @@ from torch import Tensor
 from grengines.api import UnavailableError
 from grengines.runtime.group import Group
 
-Calls = Mapping[str, Callable[..., object]]  # by name; each takes the inputs on its device, and further arguments
+# By name: each takes the inputs on its device, and further arguments. "close" takes none, and ends the rank's part.
+Calls = Mapping[str, Callable[..., object]]
 START_S = 300.0  # for the ranks to load the model
 END_S = 10.0  # for a rank to end
 PEER_S = 2.0  # for the end of a rank to be noticed after a collective has failed
@@ -60,8 +61,9 @@ class Alone:
         """Return the entries of a record."""
         return {"tensor_parallel": 1}
 
-    def close(self) -> None:
-        """End the other ranks."""
+    def close(self, beside: Callable[[], None] = lambda: None) -> None:
+        """End the other ranks, and meanwhile what `beside` ends."""
+        beside()
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,6 @@ class Team:
         self._folder = tempfile.TemporaryDirectory(prefix="grbench-ranks-")
         self._ranks: dict[Connection, tuple[int, Any]] = {}  # rank and process
         self._waits = True  # rank 0 does, for others
-        self._collectives = collectives
         store = str(Path(self._folder.name) / "store") if collectives else ""
         first = Recipe(0, size, device, torch.get_num_threads(), store, make, arguments)
         self._group: Group | None = None
@@ -186,11 +187,20 @@ class Team:
             return {"tensor_parallel": self.size, "parallel_backend": backend, "rank_memory_mib": memory}
         return {"tensor_parallel": self.size}
 
-    def close(self) -> None:
-        """End the other ranks. A second call does nothing."""
+    def close(self, beside: Callable[[], None] = lambda: None) -> None:
+        """End the other ranks. A second call does nothing.
+
+        beside: ends this rank's part meanwhile, since libraries that have collectives end them together. If a rank is
+        lost, it may wait for ever, and then this process ends as in a call.
+        """
+        alone = threading.Timer(END_S, self._exit)
+        if self._gone.is_set() and not self._closing:
+            alone.start()
         self._closing = True
         with contextlib.suppress(OSError):
             self._send(None)
+        beside()
+        alone.cancel()
         end = time.monotonic() + END_S
         for _, process in self._ranks.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -200,6 +210,8 @@ class Team:
         for connection in self._ranks:
             connection.close()
         self._ranks.clear()
+        if self._group is not None:
+            self._group.abort()
         self._folder.cleanup()
 
     def _send(self, message: object) -> None:
@@ -248,17 +260,21 @@ class Team:
         self._gone.set()
         if not self._closing:
             self._kill()
-            if self._collectives and self._group is not None and self._group.backend == "nccl":
-                self._group.abort()  # gloo sees a closed connection
+            if self._group is not None:
+                self._group.abort()
 
     def _end_waiting(self) -> None:
         """End this process, with the reason as the last line of its log, if nothing frees it from a collective."""
         end = time.monotonic() + END_S
         while self._waits and not self._closing:
             if time.monotonic() > end:
-                print(f"grbench: {self._reason()}", file=sys.stderr, flush=True)
-                os._exit(1)
+                self._exit()
             time.sleep(0.05)
+
+    def _exit(self) -> None:
+        """End this process with the reason."""
+        print(f"grbench: {self._reason()}", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _reason(self) -> RuntimeError:
         assert self._lost is not None

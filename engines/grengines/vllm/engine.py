@@ -207,11 +207,9 @@ class VLLMEngine(GeneratingEngine):
 
     def _unload(self) -> None:
         """End vLLM and restore the process."""
-        self.team.close()
         core, folder = self.core, self.folder
         self.searches = self.core = self.folder = None
-        if core is not None:
-            core.close()
+        self.team.close(core.close if core is not None else lambda: None)
         if folder is not None:
             folder.close()
 

@@ -40,7 +40,7 @@ def environment(more: Mapping[str, str] = {}) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged_process(more: Mapping[str, str]) -> Iterator[None]:
+def unchanged_process(more: Mapping[str, str] = {}) -> Iterator[None]:
     """Enter `environment` with further variables, and restore torch.set_num_threads.
 
     vLLM replaces that on CPUs by a function that does nothing.

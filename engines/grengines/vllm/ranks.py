@@ -58,4 +58,5 @@ def follow(
         "admit": admit,
         "step": lambda inputs: searches.step(),
         "reset": lambda inputs: core.reset_prefix_cache(),
+        "close": core.close,
     }
