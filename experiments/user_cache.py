@@ -23,7 +23,7 @@ import torch
 from grbench.config.schema import RunSpec
 from grbench.gate.rank import RankGate, stored_precision
 from grbench.tools.sizing import kv_bytes
-from grengines.api import Request
+from grengines.api import Request, Tier
 from grengines.cache.config import stored
 
 DEFAULTS = ["workload=synthetic", "model=wide_heads", "engine=hstu"]
@@ -56,7 +56,7 @@ def cases_of(engines: dict[str, Any], users: Sequence[Request]) -> dict[str, Cas
 
     def on_host(engine: Any) -> None:
         engine.rank(users)
-        engine.reset_cache(keep_host=True)
+        engine.reset_cache(keep=Tier.HOST)
 
     def prefetched() -> None:
         on_host(whole)

@@ -93,7 +93,8 @@ class Tier(IntEnum):
 
     DEVICE = 0
     HOST = 1
-    NONE = 2
+    STORAGE = 2
+    NONE = 3
 
 
 class Cached(NamedTuple):
@@ -102,6 +103,7 @@ class Cached(NamedTuple):
     tokens: int = 0
     from_host: int = 0  # those of them that were loaded from the host tier
     of: int = 0  # tokens of the history
+    from_storage: int = 0  # those of `tokens` that were read from the storage tier
 
 
 @dataclass(kw_only=True)
@@ -175,10 +177,10 @@ class Engine(Protocol):
     def actual(self) -> dict[str, Any]:
         """Return what really runs: device, precision, kernel variants, graph buckets, library versions. JSON values."""
 
-    def reset_cache(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep: Tier = Tier.NONE) -> None:
         """Drop cached user states: a measurement begins with an empty cache.
 
-        keep_host: move the states on the device to the host tier, and keep that.
+        keep: move the states to this tier, HOST or STORAGE, and keep what is there.
         """
 
     def close(self) -> None:

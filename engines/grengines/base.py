@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from grengines.api import BatchResult, GenerateResult, RankResult, Request, Setup, UnavailableError
+from grengines.api import BatchResult, GenerateResult, RankResult, Request, Setup, Tier, UnavailableError
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding
 from grengines.runtime.buckets import token_count
@@ -77,7 +77,7 @@ class EngineBase(ABC):
         }
         return common | self._describe()
 
-    def reset_cache(self, keep_host: bool = False) -> None:  # noqa: B027
+    def reset_cache(self, keep: Tier = Tier.NONE) -> None:  # noqa: B027
         """Drop cached user states. This engine caches none."""
 
     def close(self) -> None:

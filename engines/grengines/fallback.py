@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from grengines.api import Tier
+
 if TYPE_CHECKING:
     from grengines.api import Ranker, RankResult, Request
 
@@ -58,9 +60,9 @@ class FallbackEngine:
         fallback = {name: engine.actual() | {"answered": n} for name, engine, n in others}
         return self._engines[0].actual() | {"fallback": fallback}
 
-    def reset_cache(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep: Tier = Tier.NONE) -> None:
         for engine in self._engines:
-            engine.reset_cache(keep_host)
+            engine.reset_cache(keep)
 
     def close(self) -> None:
         for engine in self._engines:

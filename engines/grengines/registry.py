@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from grengines.aoti import config as aoti_engine
 from grengines.aoti.config import AOTIEngineConfig
 from grengines.api import Catalogue, Engine, Ranker, Retrieval, Setup, UnavailableError
+from grengines.cache import config as caches
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.fallback import FallbackEngine, options_like
 from grengines.hf import config as hf_engine
@@ -216,6 +217,8 @@ def contradiction(options: EngineOptions, asked: Asked) -> str | None:
     if problem := mismatch(spec.name, asked.model) or spec.contradiction(options, asked):
         return problem
     if asked.task == "generate" and (problem := cache_of_ranking(asked)):
+        return problem
+    if problem := caches.contradiction(asked.cache):
         return problem
     stale = hstu.stale_states(asked.model) if isinstance(asked.model, HSTUConfig) else None
     if stale and isinstance(asked.cache, PagedCacheConfig):

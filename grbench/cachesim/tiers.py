@@ -1,8 +1,8 @@
 """Tiers below the device in a simulation: host memory, and storage below it. They count pages and move none.
 
 A tier behaves as `grengines.cache.offload` does with one request in flight and `cache.onload_share=1`: a state that the
-tier above evicts is stored, only pages that are new to the tier are written, and a state that is loaded stays. The
-engine has no storage tier yet: the same rules are assumed for it, and whatever the host evicts is offered to it.
+tier above evicts is stored, only pages that are new to the tier are written, and a state that is loaded stays. Whatever
+the host evicts is offered to storage (`grengines.cache.storage_offload`).
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ from grbench.scenarios import Measurement
 from grbench.scenarios.config import is_accuracy, issued
 from grbench.workloads.item_map import check_items
 from grbench.workloads.trace import Trace
-from grengines.api import Engine, Ranker, Request, Retrieval
+from grengines.api import Engine, Ranker, Request, Retrieval, Tier
+from grengines.cache.config import PagedCacheConfig
 from grengines.numerics import IncorrectError
 from grkernels import tuning
 
@@ -150,13 +151,16 @@ class Cell:
             raise
 
     def _check(self, engine: Engine, gate: Gate) -> None:
-        """Check the engine and, if there is a cache, what either tier of it serves."""
+        """Check the engine and, if there is a cache, what each tier of it serves."""
         max_batch = self.spec.scenario.max_batch
         self.outcome.gate = gate.check(engine, max_batch).to_dict()
         if self.spec.cache.name != "none":
             self.outcome.gate["error_again"] = gate.check(engine, max_batch).error
-            engine.reset_cache(keep_host=True)
+            engine.reset_cache(keep=Tier.HOST)
             self.outcome.gate["error_from_host"] = gate.check(engine, max_batch).error
+            if isinstance(self.spec.cache, PagedCacheConfig) and self.spec.cache.storage_gb:
+                engine.reset_cache(keep=Tier.STORAGE)
+                self.outcome.gate["error_from_storage"] = gate.check(engine, max_batch).error
 
     def _check_quality(self, engine: Engine, trace: Trace) -> None:
         """Compute the quality of trained weights. Of a ranker, a precision that loses too much ends the cell."""

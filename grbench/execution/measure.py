@@ -80,6 +80,14 @@ def summarise(
             summary.notes.append(
                 f"the cache failed {faults:.0f} times, and those batches were answered without it; see worker.log"
             )
+        if pages := details.get("cache_corrupt_pages"):
+            summary.notes.append(
+                f"{pages:.0f} pages of the storage tier were not as they were written, and were computed again"
+            )
+        if batches := details.get("cache_storage_off"):
+            summary.notes.append(
+                f"the storage tier was switched off for {batches:.0f} batches, since its disk failed; see worker.log"
+            )
     elif flops := _flops(spec, answered, sizes, details):
         metrics["model_tflops"] = flops / measurement.busy_s / 1e12
     return summary
@@ -136,18 +144,20 @@ def _flops(spec: RunSpec, answered: list[Request], sizes: Sequence[int], details
 
 
 def _cache_metrics(details: dict[str, float], events: int) -> dict[str, float]:
-    """Return hit rates of requests and tokens, and the cost of the host tier.
+    """Return hit rates of requests and tokens, and the cost of the tiers below the device.
 
     events: events of all histories. The token hit rate is the share of them that was not computed again.
     """
     on_device = details["cache_hits"] + details["cache_partial_hits"]
     # There are none where every lookup failed: such batches are answered without the cache.
     lookups = max(on_device + details["cache_misses"] + details["cache_bypassed"], 1)
+    below = {name: details[f"cache_{name}_hits"] for name in ("host", "storage") if f"cache_{name}_hits" in details}
+    tokens = sum(details.get(f"cache_{name}_tokens", 0.0) for name in ("cached", "loaded", "storage"))
     metrics = {
-        "cache/hit_rate": (on_device + details["cache_host_hits"]) / lookups,
+        "cache/hit_rate": (on_device + sum(below.values())) / lookups,
         "cache/device_hit_rate": on_device / lookups,
-        "cache/host_hit_rate": details["cache_host_hits"] / lookups,
-        "cache/token_hit_rate": (details["cache_cached_tokens"] + details["cache_loaded_tokens"]) / max(events, 1),
+        **{f"cache/{name}_hit_rate": hits / lookups for name, hits in below.items()},
+        "cache/token_hit_rate": tokens / max(events, 1),
     }
     if details.get("cache_host_copy_ms"):
         metrics["cache/host_wait_share"] = details["cache_host_wait_ms"] / details["cache_host_copy_ms"]

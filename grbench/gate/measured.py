@@ -46,12 +46,13 @@ class Answer:
     def __str__(self) -> str:
         request, cached = self.request, self.cached
         there = f"{cached.tokens} of {cached.of} tokens cached" if cached.tokens else "nothing cached"
-        host = f", {cached.from_host} of them from the host tier" if cached.from_host else ""
+        below = [(cached.from_host, "the host tier"), (cached.from_storage, "the storage tier")]
+        loaded = "".join(f", {tokens} of them from {tier}" for tokens, tier in below if tokens)
         engine = f", engine {self.fallback}" if self.fallback else ""
         return (
             f"answer {self.number} (request {request.request_id} of user {request.user_id}, "
             f"{len(request.history_items)} events, place {self.place + 1} in a batch of {self.batch_size}, "
-            f"{there}{host}{engine})"
+            f"{there}{loaded}{engine})"
         )
 
 
@@ -265,11 +266,18 @@ class _Batch:
         )
 
 
+def tier_of(cached: Cached) -> str:
+    """Return the lowest tier that a request's cached tokens came from, or "miss"."""
+    if not cached.tokens:
+        return "miss"
+    return "storage" if cached.from_storage else "host" if cached.from_host else "device"
+
+
 def _state(cached: Cached) -> str:
     """Return the class of a cache state."""
     if not cached.tokens:
         return "miss"
-    tier = "host" if cached.from_host else "device"
+    tier = tier_of(cached)
     return f"{tier} hit" if cached.tokens >= cached.of else f"{tier} hit, new events"
 
 

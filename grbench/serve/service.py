@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grbench.deployment import Deployment
 from grbench.execution.heap import leave_out, settle
+from grbench.gate.measured import tier_of
 from grbench.serve.controller import Answer, Begun, Controller, watch_times
 from grbench.serve.describe import VERSION
 from grbench.serve.errors import RefusedError, wrong
@@ -217,9 +218,9 @@ class Service:
         self.metrics.batch_size.labels(answer.strategy).observe(done.batch_size)
         strategy = next(s for s in controller.strategies if s.name == answer.strategy)
         if strategy.spec.cache.name != "none":
-            tier = "miss" if not done.cached.tokens else "host" if done.cached.from_host else "device"
+            tier = tier_of(done.cached)
             self.metrics.hits.labels(tier).inc()
-            figures.hits[tier] += 1
+            figures.hits[tier] = figures.hits.get(tier, 0) + 1
         figures.requests += 1
         parts = (done.queue_ms, done.pack_ms + done.load_ms, done.compute_ms)
         for name, ms in zip(("queue", "input", "infer"), parts, strict=True):

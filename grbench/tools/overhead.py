@@ -25,7 +25,7 @@ from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec
 from grbench.execution.records import one_line
 from grbench.scenarios.config import OfflineConfig, ScenarioConfig
-from grengines.api import Engine, RankResult, Request, UnavailableError
+from grengines.api import Engine, RankResult, Request, Tier, UnavailableError
 
 OFFLINE = OfflineConfig(max_batch=32, queries=32 * 512)
 
@@ -56,7 +56,7 @@ class NullEngine:
     def actual(self) -> dict[str, Any]:
         return {"engine": "null"}
 
-    def reset_cache(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep: Tier = Tier.NONE) -> None:
         pass
 
     def close(self) -> None:

@@ -43,6 +43,7 @@ from grengines.cache import policies
 from grengines.cache.config import PagedCacheConfig
 from grengines.cache.pool import PagePool
 from grengines.cache.states import UserStates
+from grengines.hstu import cached
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine
 from grengines.models.hstu.config import HSTUConfig
@@ -189,52 +190,66 @@ def test_the_engine_s_index_counts_the_same(name: str, workload: str, context: i
         assert simulated.hits > 0 and simulated.evictions > 0
 
 
+@pytest.mark.parametrize("storage", [0, 60], ids=["", "storage"])
 @pytest.mark.parametrize("host_admit_visit", [1, 2])
 @pytest.mark.parametrize("context", [0, 2])
 @pytest.mark.parametrize("name", ["lru", "lfu", "predictive"])
-def test_two_tiers_are_those_of_the_engine_request_by_request(
-    name: str, context: int, host_admit_visit: int, monkeypatch: pytest.MonkeyPatch
+def test_the_tiers_are_those_of_the_engine_request_by_request(
+    name: str, context: int, host_admit_visit: int, storage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine loads all of a state that only the host has, as the simulator does."""
+    """The engine loads all of a state that only a lower tier has, as the simulator does. storage: pages on disk."""
     model = HSTUConfig(embedding_dim=16, layers=1, heads=1, qk_dim=8, v_dim=8, contextual_seq_len=context)
     config = SyntheticConfig("synthetic", users=90, visits=260, history_median=30, max_history=90, num_candidates=2)
     requests, trace = workloads.build(config, 3, 80.0).requests, load(config, 3)
     costs = Costs.of(model, 16, 2, 90)
-    device, host = 40, 90  # pages
+    device, host = 40, 90 if not storage else 45  # pages
+    monkeypatch.setattr(cached, "RESERVE_SHARE", 1.0)  # room for all that one request sends to the disk
     cache = PagedCacheConfig(
         name, name, page=16, memory_gb=device * 1024 / 1e9, host_gb=host * 1024 / 1e9, onload_share=1.0,
-        host_admit_visit=host_admit_visit,
+        host_admit_visit=host_admit_visit, storage_gb=storage * 4097 / 1e9,
     )  # fmt: skip
     engine = HSTUEngine(
         HSTUEngineConfig(device="cpu", precision="fp32"),
         Setup(model, requested("torch"), workloads.catalogue(config), config.num_candidates, cache),
     )
     engine.prepare(requests, 1)
-    assert (engine.actual()["cache_pages"], engine.actual()["cache_host_pages"]) == (device, host)
+    actual = engine.actual()
+    assert (actual["cache_pages"], actual["cache_host_pages"]) == (device, host)
+    assert actual.get("cache_storage_pages", 0) == storage
 
     measured = []
     for request in requests:
         details = engine.rank([request]).details
-        count = {key: int(details[f"cache_{key}"]) for key in ("evictions", "refused", "offloads", "host_refused")}
-        moved = [int(details.get(f"cache_{key}_bytes", 0)) // 1024 for key in ("host", "offloaded")]
-        measured.append([int(details["cache_hits"]), int(details["cache_host_hits"]), *count.values(), *moved])
+        names = ["hits", "host_hits", "evictions", "refused", "offloads", "host_refused", "host_bytes"]
+        names += ["offloaded_bytes", "storage_hits", "storage_taken", "storage_refused", "storage_read_bytes"]
+        found = [int(details.get(f"cache_{key}", 0)) for key in [*names, "storage_written_bytes"]]
+        for place in (6, 7, 11, 12):
+            found[place] //= 1024
+        found[6] -= found[11]  # what came from either
+        measured.append(found)
+        if (disk_tier := engine.user_cache.states.storage) is not None:  # type: ignore[union-attr]
+            disk_tier.finish_writes()  # the simulator's disk is never too slow
         assert not details["cache_faults"] and not details["cache_offloads_refused"]
+        assert not details.get("cache_storage_busy")
     engine.close()
 
     monkeypatch.setattr(simulate, "CHUNK", 1)
-    lower = Tier(costs, policies.make(name, host_admit_visit), host)
+    disk = Tier(costs, policies.make(name, host_admit_visit), storage)
+    lower = Tier(costs, policies.make(name, host_admit_visit), host, disk if storage else None)
     simulation = Simulation(trace, costs, policies.make(name, 0), device, lower)
-    totals = [[0] * 8]
+    totals = [[0] * 13]
 
     def note(_: int) -> None:
-        out, tier = simulation.outcome, lower.outcome
-        hits = [int(out.hits) - tier.hits, tier.hits, out.evictions, out.refused]
-        totals.append([*hits, tier.stored, tier.refused, tier.read, tier.written])
+        out, tier, last = simulation.outcome, lower.outcome, disk.outcome
+        hits = [int(out.hits) - tier.hits - last.hits, tier.hits, out.evictions, out.refused]
+        moved = [tier.stored, tier.refused, tier.read, tier.written]
+        totals.append([*hits, *moved, last.hits, last.stored, last.refused, last.read, last.written])
 
     simulation.run(note)
     assert np.diff(totals, axis=0).tolist() == measured
     if not context:
-        assert all(sum(column) > 0 for column in np.transpose(measured)[:3]) and totals[-1][-1] > 0
+        assert all(sum(column) > 0 for column in np.transpose(measured)[:3]) and totals[-1][7] > 0
+        assert not storage or min(totals[-1][8], totals[-1][9], totals[-1][11], totals[-1][12]) > 0
 
 
 def test_what_the_host_evicts_is_found_in_storage() -> None:

@@ -78,7 +78,7 @@ def test_one_run_leaves_a_whole_record_and_samples(grbench: Grbench, tmp_path: P
 
 
 @pytest.mark.usefixtures("forked_workers")
-def test_a_cache_with_a_host_tier_is_gated_from_both_and_counted(grbench_here: Grbench, tmp_path: Path) -> None:
+def test_a_cache_with_three_tiers_is_gated_from_each_and_counted(grbench_here: Grbench, tmp_path: Path) -> None:
     # 4 pages of 65536 bytes on the device: fewer than users. One request at a time: none is answered without the cache.
     done = grbench_here(
         *QUICK,
@@ -89,13 +89,20 @@ def test_a_cache_with_a_host_tier_is_gated_from_both_and_counted(grbench_here: G
         "workload.history_median=16",  # below max_history: what is cached of a history that was cut is of no use
         "cache=lru",
         "cache.memory_gb=0.00027",
-        "cache.host_gb=0.01",
+        "cache.host_gb=0.0004",
+        "cache.storage_gb=0.01",
+        "cache.host_admit_visit=1",
+        "cache.onload_share=1",
     )
     assert done.returncode == 0, done.stderr + done.stdout
     [record] = found(tmp_path)
     assert record.status is Status.OK
-    for name in ("error", "error_again", "error_from_host", "error_after"):
+    for name in ("error", "error_again", "error_from_host", "error_from_storage", "error_after"):
         assert record.gate[name] <= record.gate["tolerance"], name
+    rates = [record.metrics[f"cache/{tier}_hit_rate"] for tier in ("device", "host", "storage")]
+    assert min(rates) > 0 and record.metrics["cache/hit_rate"] == pytest.approx(sum(rates))
+    assert record.metrics["engine/cache_storage_read_bytes"] > 0 == record.metrics["engine/cache_corrupt_pages"]
+    assert not Path(record.actual["cache_storage_path"]).exists()
     metrics = record.metrics
     assert metrics["cache/device_hit_rate"] > 0 and metrics["cache/host_hit_rate"] > 0
     assert metrics["engine/cache_offloads"] > 0 and metrics["engine/cache_faults"] == 0

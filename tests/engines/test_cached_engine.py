@@ -19,7 +19,7 @@ import torch
 from helpers.hstu_oracle import make_requests
 from helpers.replays import Replays
 
-from grengines.api import Catalogue, RankResult, Request, Setup
+from grengines.api import Catalogue, RankResult, Request, Setup, Tier
 from grengines.cache import host, policies
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.cache.extents import Extents, cut
@@ -111,7 +111,7 @@ def test_answers_from_the_host_equal_the_reference(
     assert total["cache_offloads"] == 0 or total["cache_offloaded_bytes"] > 0
     assert engine.actual()["cache_host_pages"] == 16 and engine.actual()["cache_copy_gb_s"] > 0
     # States on the device move to the host on demand, and answers from there are equally correct.
-    engine.reset_cache(keep_host=True)
+    engine.reset_cache(keep=Tier.HOST)
     result = engine.rank(last)
     assert result.details["cache_hits"] == 0 and error(result, answers) < 1e-5
     engine.reset_cache()
@@ -136,7 +136,7 @@ def test_what_is_loaded_balances_copying_and_computing() -> None:
     cached: CachedRanking = engine.user_cache
     pool = cached.states.pool
     engine.rank(rounds[-1])
-    engine.reset_cache(keep_host=True)
+    engine.reset_cache(keep=Tier.HOST)
     cached.costs.copy_bytes_s, cached.costs.compute_s = (
         pool.page_bytes / pool.page / 3e-6,
         1e-6,
@@ -145,7 +145,7 @@ def test_what_is_loaded_balances_copying_and_computing() -> None:
     events = sum(len(r.history_items) for r in rounds[-1])
     tokens = events + sum(len(r.candidates) for r in rounds[-1])
     assert 0.6 * tokens / 4 < details["cache_loaded_tokens"] <= tokens / 4  # whole pages, rounded down
-    engine.reset_cache(keep_host=True)
+    engine.reset_cache(keep=Tier.HOST)
     cached.costs.compute_s = 1.0  # computing is slow: all is loaded
     assert engine.rank(rounds[-1]).details["cache_loaded_tokens"] == events
 
@@ -206,7 +206,7 @@ def test_prefetched_states_are_loaded_whole_and_then_a_graph_is_replayed(
         engine.reset_cache()
         runner.count, cached.graphs.costs = 0, {}
         engine.rank(requests)
-        engine.reset_cache(keep_host=True)
+        engine.reset_cache(keep=Tier.HOST)
         if prefetched:
             engine.prefetch(r.user_id for r in requests)
             assert all(tier.prefetched(r.user_id) for r in requests)
@@ -388,7 +388,7 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
     assert total["cache_faults"] == total["cache_policy_errors"] == 0
     assert min(total[f"cache_{name}"] for name in ("hits", "misses", "host_hits", "offloads", "evictions")) > 0
     assert graphs == "false" or total["graph_batches"] > 0
-    engine.reset_cache(keep_host=True)
+    engine.reset_cache(keep=Tier.HOST)
     assert engine.rank(rounds[-1]).details["cache_hits"] == 0
     engine.close()
 

@@ -22,7 +22,7 @@ from grbench.config.schema import ConfigError
 from grbench.execution.records import Outcome
 from grbench.tools.sizing import kv_bytes
 from grbench.workloads.config import SyntheticConfig
-from grengines.api import Catalogue, Request, Setup
+from grengines.api import Catalogue, Request, Setup, Tier
 from grengines.cache import host
 from grengines.cache.config import EIGHT_BITS, PagedCacheConfig
 from grengines.cache.host import HostTier
@@ -171,7 +171,7 @@ def test_a_host_that_loses_scales_is_found(monkeypatch: pytest.MonkeyPatch) -> N
         ]
     )
     gate.check(engine, 8)
-    engine.reset_cache(keep_host=True)
+    engine.reset_cache(keep=Tier.HOST)
     gate.check(engine, 8)
     assert engine.user_cache.states.counters().host_hits > 0
     layer = host.Onload.layer
@@ -183,7 +183,7 @@ def test_a_host_that_loses_scales_is_found(monkeypatch: pytest.MonkeyPatch) -> N
                 scales[i] = 1.0
 
     monkeypatch.setattr(host.Onload, "layer", without_scales)
-    engine.reset_cache(keep_host=True)
+    engine.reset_cache(keep=Tier.HOST)
     with pytest.raises(IncorrectError, match="differ from the fp32 reference"):
         gate.check(engine, 8)
     engine.close()

@@ -13,7 +13,7 @@ from grbench.scenarios import Measurement, run_scenario
 from grbench.scenarios.config import (
     ScenarioConfig,
 )
-from grengines.api import RankResult, Request
+from grengines.api import RankResult, Request, Tier
 
 EMPTY = np.zeros(0, np.int64)
 
@@ -54,7 +54,7 @@ class SleepyEngine:
     def actual(self) -> dict[str, Any]:
         return {}
 
-    def reset_cache(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep: Tier = Tier.NONE) -> None:
         pass
 
     def close(self) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Set
+from mmap import mmap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -18,7 +21,7 @@ from helpers.hstu_oracle import error_of_order_one, make_requests
 from helpers.properties import examples
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from torch import Tensor
 
 from grengines.api import Catalogue, Request, Tier
@@ -31,6 +34,9 @@ from grengines.cache.places import HostPlaces
 from grengines.cache.policies import Doorkeeper
 from grengines.cache.pool import PagePool, PoolFullError, page_bytes
 from grengines.cache.states import UserStates
+from grengines.cache.storage import ReadError, StorageTier
+from grengines.cache.storage_file import BLOCK
+from grengines.hstu.cached import OF_STORAGE
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import HSTURanker
 from grengines.runtime.batch import pack
@@ -443,7 +449,7 @@ def test_visits_count_for_the_host_and_not_evictions() -> None:
     assert 1 in states.tier.states
     # On demand everyone's state is sent.
     visit(states, request_of(events_of(10, seed=3), user=3))
-    states.clear(keep_host=True)
+    states.clear(keep=Tier.HOST)
     assert 3 in states.tier.states
 
 
@@ -470,14 +476,21 @@ class PoolMachine(RuleBasedStateMachine):
 
     seen: ClassVar[Counters] = Counters()  # by all runs together
     host_pages: ClassVar[int] = 0
+    storage_pages: ClassVar[int] = 0
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = make_pool(pages=7, page=2, device="cpu", layers=2)
         self.policy = Recency()
-        self.tier = HostTier(self.pool, self.host_pages * self.pool.page_bytes) if self.host_pages else None
-        tier_policy = Doorkeeper(Recency(), 2)
-        self.states = UserStates(self.pool, self.policy, tier=self.tier, tier_policy=tier_policy)
+        self.tier = self.storage = None
+        if self.host_pages:
+            reserve = 60 if self.storage_pages else 0  # for all, so that no outcome depends on how fast the disk is
+            self.tier = HostTier(self.pool, self.host_pages * self.pool.page_bytes, reserve)
+            if self.storage_pages:
+                self.storage = StorageTier(self.tier, self.storage_pages * 2 * BLOCK, "", "")
+        tiers = {"tier": self.tier, "tier_policy": Doorkeeper(Recency(), 2)}
+        below = {"storage": self.storage, "storage_policy": Recency()}
+        self.states = UserStates(self.pool, self.policy, **tiers, **below)
         self.histories = {user: events_of(3 + user, seed=user) for user in range(4)}
         self.cached: dict[int, list[Event]] = {}  # what is in pages
         self.open: dict[int, tuple[Plan, list[Event]]] = {}
@@ -486,6 +499,8 @@ class PoolMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for name, n in dataclasses.asdict(self.states.counters()).items():
             setattr(self.seen, name, getattr(self.seen, name) + n)
+        if self.storage is not None:
+            self.storage.close()
 
     def content(self, events: list[Event], layer: int) -> Tensor:
         """Return a number for each token that depends on the events up to it, as keys and values do."""
@@ -529,6 +544,10 @@ class PoolMachine(RuleBasedStateMachine):
             for user in dict.fromkeys(users):
                 self.extend(user, 1.0)
 
+    def rotten(self, user: int) -> bool:
+        """Return whether the disk lost the user's state."""
+        return False
+
     @rule(user=USERS, share=st.sampled_from([0.3, 0.7, 1.0]))
     def extend(self, user: int, share: float) -> None:
         if user not in self.open:
@@ -547,9 +566,15 @@ class PoolMachine(RuleBasedStateMachine):
         onload = self.states.start_loading([plan])
         assert (onload is not None) == (plan.cached > plan.on_device)
         if onload is not None:
-            assert plan.on_device < plan.cached <= plan.on_host and (share < 1 or plan.cached == plan.on_host)
-            for layer in range(2):
-                onload.layer(layer)
+            assert plan.on_device < plan.cached <= plan.below and (share < 1 or plan.cached == plan.below)
+            try:
+                onload.all_layers()
+            except ReadError as error:
+                assert error.user == user and self.rotten(user)
+                self.states.abort(plan)
+                self.states.lost(error)
+                self.cached[user] = [] if plan.evicted else history[: plan.on_device]
+                del self.open[user]
         # Nothing may be served to users whose states were evicted.
         self.cached = {u: h for u, h in self.cached.items() if u in self.states or u in self.open}
 
@@ -594,11 +619,11 @@ class PoolMachine(RuleBasedStateMachine):
         else:
             assert self.states.evict(user) == bool(self.cached.pop(user, []))
 
-    @rule(rarely=st.integers(0, 9), keep_host=st.booleans())
-    def clear(self, rarely: int, keep_host: bool) -> None:
+    @rule(rarely=st.integers(0, 9), keep=st.sampled_from([Tier.NONE, Tier.HOST]))
+    def clear(self, rarely: int, keep: Tier) -> None:
         if not rarely:
-            self.states.clear(keep_host)
-            assert self.tier is None or keep_host or self.tier.states.keys() <= self.open.keys()
+            self.states.clear(keep)
+            assert self.tier is None or keep is Tier.HOST or self.tier.states.keys() <= self.open.keys()
             assert all(plan.evicted for plan, _ in self.open.values())
             self.cached = {u: h for u, h in self.cached.items() if u in self.open}
 
@@ -633,25 +658,75 @@ class TieredMachine(PoolMachine):
     @invariant()
     def host_pages_are_owned_once(self) -> None:
         assert self.tier is not None
-        runs = [run for state in self.tier.states.values() for run in state.extents] + self.tier.extents.free_runs
-        assert sorted(page for begin, n in runs for page in range(begin, begin + n)) == list(range(9))
+        pages = self.host_pages
+        runs = [run for state in self.tier.states.values() for run in state.extents]
+        assert self.tier.used == sum(n for _, n in runs) <= pages
+        if self.storage is not None:
+            self.storage.finish_writes()
+            runs += [run for reading in self.storage.reads for run in reading.held]
+            pages += self.tier.reserve
+        runs += self.tier.extents.free_runs
+        assert sorted(page for begin, n in runs for page in range(begin, begin + n)) == list(range(pages))
         assert self.tier.extents.available == sum(n for _, n in self.tier.extents.free_runs)
 
 
+class StoredMachine(TieredMachine):
+    """The same with a disk below a smaller host tier, which sometimes loses what was written."""
+
+    seen = Counters()
+    host_pages, storage_pages = 5, 6
+
+    def rotten(self, user: int) -> bool:
+        return user in self._rotten
+
+    @initialize()
+    def nothing_rots_yet(self) -> None:
+        self._rotten: set[int] = set()
+
+    @rule(user=USERS, rarely=st.integers(0, 3), page=st.integers(0, 8), byte=st.integers(0, 2 * 12 - 1))
+    def rot(self, user: int, rarely: int, page: int, byte: int) -> None:
+        """Change a bit of a page in one layer while the state is nowhere else, and visit the user."""
+        assert self.storage is not None
+        if rarely or user in self.open:
+            return
+        self.visits([user, user], new=0)
+        self.clear(0, Tier.STORAGE)
+        if user not in self.storage.states:
+            return
+        pages = [i for begin, n in self.storage.states[user].extents for i in range(begin, begin + n)]
+        row = byte // 12 * self.storage.pages + pages[page % len(pages)]
+        memory = torch.frombuffer(mmap(-1, BLOCK), dtype=torch.uint8).numpy().reshape(1, BLOCK)
+        self.storage.file.read(row, memory)
+        memory[0, byte % 12] ^= 1
+        self.storage.file.write(row, memory)
+        self._rotten.add(user)
+        self.visits([user], new=0)
+
+    @invariant()
+    def pages_of_the_file_are_owned_once(self) -> None:
+        assert self.storage is not None
+        runs = [run for state in self.storage.states.values() for run in state.extents] + self.storage.extents.free_runs
+        assert sorted(page for begin, n in runs for page in range(begin, begin + n)) == list(range(self.storage.pages))
+
+
+STORAGE_COUNTERS = OF_STORAGE - {"storage_busy"}
 HOST_COUNTERS = {"host_hits", "loaded_tokens", "offloads", "offloads_refused", "host_refused", "prefetches"}
 
 
-@pytest.mark.parametrize("machine", [PoolMachine, TieredMachine])
+@pytest.mark.parametrize("machine", [PoolMachine, TieredMachine, StoredMachine])
 def test_any_sequence_of_events_keeps_the_pool_exact(
     machine: type[PoolMachine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "STAGED_SHARE", 0.7)
+    if (memory := Path("/dev/shm")).is_dir():
+        monkeypatch.setattr(tempfile, "tempdir", str(memory))  # the disk of a small machine is slow
     machine.seen = Counters()
     run_state_machine_as_test(machine, settings=settings(examples(200, at_least=60), stateful_step_count=40))
     seen = dataclasses.asdict(machine.seen)
-    for never in ("refused", "policy_errors", "faults", *(() if machine.host_pages else HOST_COUNTERS)):
-        assert seen.pop(never) == 0
-    assert min(seen.values()) >= 5, seen  # it all happened, more than by one chance
+    never = {"refused", "policy_errors", "faults", "storage_busy"}
+    never |= (set() if machine.host_pages else HOST_COUNTERS) | (set() if machine.storage_pages else STORAGE_COUNTERS)
+    assert not any(seen.pop(name) for name in never)
+    assert min(seen.values()) >= 2, seen  # it all happened, more than by one chance
 
 
 def test_a_million_operations_leak_nothing() -> None:
@@ -830,5 +905,5 @@ def test_requests_that_the_cache_cannot_help_are_answered_all_the_same() -> None
         full = model(pack(requests, model.encoding).to(CPU))
         assert error_of_order_one(logits.numpy(), full.numpy()) < 1e-5
     count = dataclasses.asdict(states.counters())
-    assert not any(count.pop(never) for never in ("refused", "faults", *HOST_COUNTERS))
+    assert not any(count.pop(never) for never in ("refused", "faults", *HOST_COUNTERS, *OF_STORAGE))
     assert min(count.values()) > 0, count

@@ -320,6 +320,12 @@ def test_cache_metrics_are_shares_of_lookups_and_of_events() -> None:
     assert metrics["cache/host_wait_share"] == 0.25
     assert metrics["cache/host_copy_gb_s"] == 2.0
 
+    disk = {"cache_storage_hits": 2.0, "cache_storage_tokens": 4.0}
+    assert "cache/storage_hit_rate" not in metrics
+    metrics = measured(counted | disk)
+    assert (metrics["cache/storage_hit_rate"], metrics["cache/hit_rate"]) == (0.5, 1.0)
+    assert metrics["cache/token_hit_rate"] == 20 / 40
+
     metrics = measured(dict.fromkeys(counted, 0.0))  # every lookup failed
     assert metrics["cache/hit_rate"] == metrics["cache/token_hit_rate"] == 0
 
@@ -334,6 +340,11 @@ def test_a_record_says_that_the_cache_failed() -> None:
     quiet, warned = (summarised(details | {"cache_faults": n}).notes for n in (0.0, 3.0))
     [note] = set(warned) - set(quiet)
     assert note == "the cache failed 3 times, and those batches were answered without it; see worker.log"
+    lost = summarised(details | {"cache_corrupt_pages": 2.0, "cache_storage_off": 7.0}).notes
+    assert [note.split(",")[0] for note in lost if note not in quiet] == [
+        "2 pages of the storage tier were not as they were written",
+        "the storage tier was switched off for 7 batches",
+    ]
 
 
 def test_a_short_offline_run_names_both_cures() -> None:

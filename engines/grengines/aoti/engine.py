@@ -21,7 +21,7 @@ from grengines.api import RankResult, Request, Setup, Tier
 from grengines.base import RankingEngine
 from grengines.cache.config import PagedCacheConfig
 from grengines.export.attention import adapted
-from grengines.export.identity import model_hash
+from grengines.export.identity import kv_hash, model_hash
 from grengines.export.module import ExportedRanker
 from grengines.fallback import OutsideError
 from grengines.hstu.cached import CachedRanking
@@ -90,7 +90,11 @@ class AOTIEngine(RankingEngine):
             ranker = PackagedRanker(
                 package, self._model_config, self._encoding, self._device, self._dtype, self._operators.paged_write
             )
-            self.user_cache = CachedRanking(ranker, 0, self._cache, sample, lambda hosts: {})
+            setup = self._setup
+            identity = partial(
+                kv_hash, self._model_config, setup.catalogue, setup.seed, self._precision, self._device.type
+            )
+            self.user_cache = CachedRanking(ranker, 0, self._cache, sample, lambda hosts: {}, identity)
             self.user_cache.capture(self._asked, plan, longest)
             return
         self._inputs = Inputs(package.facts, self._device)
@@ -164,11 +168,11 @@ class AOTIEngine(RankingEngine):
             logits = self._run(batch)
         return collect(logits, [host], marks, batch_ms, self._graphs.counts(bucket))
 
-    def reset_cache(self, keep_host: bool = False) -> None:
-        """Drop every cached user state. keep_host: move those on the device to the host tier, if there is one."""
+    def reset_cache(self, keep: Tier = Tier.NONE) -> None:
+        """Drop every cached user state. keep: move those above this tier, HOST or STORAGE, to it."""
         if self.user_cache is not None:
             with self._lock:
-                self.user_cache.reset_cache(keep_host)
+                self.user_cache.reset_cache(keep)
 
     def tier_of(self, user: int) -> Tier:
         """Return where the user's state is at this moment."""

@@ -41,9 +41,14 @@ class PagedCacheConfig:
     host_admit_visit: int = option(
         2, "visit from which the host takes a user's evicted state; most one-time visitors never return", ge=1
     )
-    onload_share: float = option(
-        0.0, "share of a host state to load, the rest is computed meanwhile; 0: as much as computing hides", ge=0, le=1
+    storage_gb: float = option(0.0, "file on a disk for the states that the host evicts, 10^9 bytes; 0: none", ge=0)
+    storage_path: str = option(
+        "", "folder of that file, whose states stay for later runs of the same model; empty: a temporary one"
     )
+    onload_share: float = option(
+        0.0, "share of a state below the device to load, the rest is computed meanwhile; 0: as much as computing hides",
+        ge=0, le=1,
+    )  # fmt: skip
     prefetch_s: float = option(
         0.0, "load the states of users expected within this many seconds of the trace; 0: none", ge=0
     )
@@ -53,3 +58,14 @@ class PagedCacheConfig:
 def stored(cache: CacheConfig | PagedCacheConfig) -> str:
     """Return int8 or fp8 for pages in 8 bits, and "" for pages in the engine's precision or none."""
     return cache.precision if isinstance(cache, PagedCacheConfig) and cache.precision in EIGHT_BITS else ""
+
+
+def contradiction(cache: CacheConfig | PagedCacheConfig) -> str | None:
+    """Return None, or which options of a cache exclude each other."""
+    if not isinstance(cache, PagedCacheConfig):
+        return None
+    if cache.storage_gb and not cache.host_gb:
+        return f"cache.storage_gb={cache.storage_gb:g}: storage takes what the host evicts; set cache.host_gb too"
+    if cache.storage_path and not cache.storage_gb:
+        return f"cache.storage_path={cache.storage_path}: there is no storage tier; set cache.storage_gb too"
+    return None

@@ -24,7 +24,13 @@ class Counters:
     offloads: int = 0  # evicted states that the host took
     offloads_refused: int = 0  # evicted states that the host did not take: too many on their way, or no room
     host_refused: int = 0  # evicted states not offered to the host: its policy did not admit the user
-    prefetches: int = 0  # states copied to the device before they were asked for
+    storage_hits: int = 0  # misses for which tokens came from the disk
+    storage_tokens: int = 0  # tokens that came from the disk
+    storage_taken: int = 0  # states that left the host and that the disk took
+    storage_refused: int = 0  # states that left the host and that it did not: too many on their way, no room, failed
+    storage_busy: int = 0  # states that the disk has and that were computed: too many on their way, or failed
+    corrupt_pages: int = 0  # pages that the disk did not have as they were written, and that were computed again
+    prefetches: int = 0  # states copied to the device or read from the disk before they were asked for
     refused: int = 0  # new states that the policy did not admit
     unstored: int = 0  # requests whose new tokens found no room beside those in flight, or whose allocation failed
     policy_errors: int = 0  # a policy raised, or named a victim that cannot be evicted

@@ -40,14 +40,20 @@ class Plan:
     bypassed: bool = False  # another request of the user came first: this one never has pages
     on_device: int = 0  # the history's first tokens whose keys and values were in pages at the lookup
     on_host: int = 0  # its first tokens that the host has, if they are more
-    cached: int = 0  # its first tokens that need not be computed: `on_device`, and those loaded from the host
+    on_storage: int = 0  # its first tokens that the disk has, if they are more and the host has none of them
+    cached: int = 0  # its first tokens that need not be computed: `on_device`, and those loaded from below
     stored: int = 0  # its first tokens that are in pages once the batch is computed; at least `cached`
-    load: Load | None = None  # the part to load from the host before the batch is computed
+    load: Load | None = None  # the part to load from below before the batch is computed
     pages: array[int] = field(default_factory=no_pages)  # page i holds tokens i * page to (i + 1) * page - 1
     known: bool = False  # the policy has a record of the user
     host_admits: bool = False  # the host has some of the history already, or its policy admits the user at this visit
     evicted: bool = False  # while in flight: no state is kept after the plan
     cleared: bool = False  # while in flight: the host keeps no state after the plan either
+
+    @property
+    def below(self) -> int:
+        """Return the number of first tokens that a tier below the device has, if they are more than the device has."""
+        return self.on_host or self.on_storage
 
 
 class StateIndex:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from grengines.api import Request, Tier
@@ -17,6 +18,8 @@ from grengines.cache.index import Plan, State, StateIndex
 from grengines.cache.offload import Offloader
 from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool, PoolFullError
+from grengines.cache.storage import ReadError, StorageTier
+from grengines.cache.storage_offload import StorageOffloader
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ class Snapshot:
 
 
 class UserStates:
-    """The cached states of users: an index of pages, a policy that evicts, and a host tier below.
+    """The cached states of users: an index of pages, a policy that evicts, and tiers below: the host, then a disk.
 
     For each batch: `lookup`, `extend` every plan, lay out `HostPlaces`, compute and `paged_write`, then `commit` each
     plan, or `abort` those that are not committed. A plan stays true until then, whatever else happens.
@@ -58,17 +61,23 @@ class UserStates:
         cost: Callable[[int], float] = float,
         tier: HostTier | None = None,
         tier_policy: Policy | None = None,
+        storage: StorageTier | None = None,
+        storage_policy: Policy | None = None,
     ) -> None:
         def measure(tokens: int) -> tuple[int, float]:
             return pool.pages_for(tokens) * pool.page_bytes, cost(tokens)
 
-        self.pool, self.tier = pool, tier
+        self.pool, self.tier, self.storage = pool, tier, storage
         self._lock = threading.Lock()
         self._log = EventLog()
         self._index = StateIndex(pool, contextual_seq_len)
         self._policy = GuardedPolicy(policy, measure, self._log)
         self._tier_policy = GuardedPolicy(tier_policy or policies.LRU(), measure, self._log)
-        self._offloader = Offloader(tier, self._tier_policy, self._index, self._log) if tier is not None else None
+        guarded = GuardedPolicy(storage_policy or policies.LRU(), measure, self._log)
+        self._below = StorageOffloader(storage, guarded, self._index, self._log) if storage is not None else None
+        self._offloader = (
+            Offloader(tier, self._tier_policy, self._index, self._log, self._below) if tier is not None else None
+        )
         self._eviction = Eviction(self._index, self._policy, self._offloader, self._log)
 
     def __len__(self) -> int:
@@ -85,7 +94,9 @@ class UserStates:
         """
         if user in self._index.states or user in self._index.in_flight:
             return Tier.DEVICE
-        return Tier.HOST if self.tier is not None and user in self.tier.states else Tier.NONE
+        if self.tier is not None and user in self.tier.states:
+            return Tier.HOST
+        return Tier.STORAGE if self.storage is not None and user in self.storage.states else Tier.NONE
 
     def counters(self) -> Counters:
         """Return a copy of the counters."""
@@ -111,7 +122,7 @@ class UserStates:
     def extend(self, plan: Plan, share: float = 1.0) -> bool:
         """Make room for the rest of the plan's history, evicting if necessary.
 
-        share: the part of the tokens that only the host has which is loaded, in whole pages; the rest is computed again
+        share: the part of the tokens that only a lower tier has which is loaded, in whole pages; the rest is computed
         meanwhile. With contextual tokens, which cannot be split, all of it.
 
         Returns whether the history will be stored. It is not for a bypassed plan, for a user that the policy does
@@ -129,7 +140,7 @@ class UserStates:
             )
         with self._lock:
             self._index.check_in_flight(plan)
-            new_user = not plan.pages and needed and not plan.on_host
+            new_user = not plan.pages and needed and not plan.below
             if new_user and not self._policy.admit(plan.user, plan.tokens, plan.now):
                 self._log.counters.refused += 1
                 return False
@@ -147,12 +158,17 @@ class UserStates:
             return True
 
     def start_loading(self, plans: Sequence[Plan]) -> Onload | None:
-        """Start to load what these plans need from the host. Return None if that is nothing."""
+        """Start to load what these plans need from lower tiers. Return None if that is nothing."""
         loads = [plan.load for plan in plans if plan.load is not None]
         if self.tier is None or not loads:
             return None
         with self._lock:
             return self.tier.load(loads)
+
+    def read_ahead(self, plan: Plan) -> bool:
+        """Return whether the part of the plan's history that only the disk has was read ahead: it is on the host."""
+        with self._lock:
+            return plan.on_storage > 0 and self.storage is not None and plan.user in self.storage.ahead
 
     def prefetched(self, plan: Plan) -> bool:
         """Return whether the part of the plan's history that only the host has was prefetched: it loads fast."""
@@ -161,7 +177,7 @@ class UserStates:
             return more and self.tier is not None and self.tier.prefetched(plan.user)
 
     def prefetch(self, now: float, horizon: float) -> None:
-        """Start to copy from the host the states of users that the policy expects within `horizon` seconds."""
+        """Start to load from lower tiers the states of users that the policy expects within `horizon` seconds."""
         if self._offloader is None or horizon <= 0:
             return
         with self._lock:
@@ -169,7 +185,7 @@ class UserStates:
                 self._offloader.prefetch(user)
 
     def prefetch_users(self, users: Iterable[int]) -> None:
-        """Start to copy from the host the states of these users, as far as only the host has them and there is room."""
+        """Start to load the states of these users, as far as only a lower tier has them and there is room."""
         if self._offloader is None:
             return
         with self._lock:
@@ -180,6 +196,24 @@ class UserStates:
         """Count and log a failure after which work was done without the cache."""
         with self._lock:
             self._log.fault(what, error)
+
+    def lost(self, error: ReadError) -> None:
+        """Count pages that the disk does not have as they were written, and drop the state that they are part of."""
+        if self._below is not None:
+            with self._lock:
+                self._below.lost(error)
+
+    @contextlib.contextmanager
+    def without_storage(self) -> Iterator[None]:
+        """Find nothing in the storage tier and send nothing there."""
+        below = self._below
+        if below is not None:
+            below.paused = True
+        try:
+            yield
+        finally:
+            if below is not None:
+                below.paused = False
 
     def commit(self, plan: Plan) -> None:
         """Make the plan's `stored` tokens, which are in their pages, the user's state.
@@ -211,25 +245,31 @@ class UserStates:
                 return True
             return False
 
-    def clear(self, keep_host: bool = False) -> None:
+    def clear(self, keep: Tier = Tier.NONE) -> None:
         """Drop every state, those in flight when their plans end. Counters stay; nothing counts as evicted.
 
-        keep_host: states on the device are sent to the host tier, and those that are there stay.
+        keep: HOST: states on the device are sent to the host tier, and those that are there stay; STORAGE: all of these
+        are sent to the disk. States in a folder that is kept stay in any case.
         """
+        down = keep is not Tier.NONE
         with self._lock:
             for plan in self._index.in_flight.values():
-                plan.evicted, plan.cleared = True, plan.cleared or not keep_host
+                plan.evicted, plan.cleared = True, plan.cleared or not down
             for user in list(self._index.states):
-                if keep_host and self._offloader is not None:
+                if down and self._offloader is not None:
                     self._offloader.store(user)
                 self._eviction.drop(user)
-            if self._offloader is not None and not keep_host:
+            if self._offloader is not None and not down:
                 self._offloader.clear()
+            if self._offloader is not None and keep is Tier.STORAGE:
+                self._offloader.sink()
 
-    def restart(self, policy: Policy, tier_policy: Policy) -> None:
+    def restart(self, policy: Policy, tier_policy: Policy, storage_policy: Policy) -> None:
         """Drop every state, and continue with policies that have seen nobody."""
         self.clear()
         with self._lock:
+            if self._below is not None:
+                self._below.restart(storage_policy)
             self.pool.high_water = self.pool.used
             for plan in self._index.in_flight.values():
                 plan.known = False  # to the new policy
@@ -272,10 +312,12 @@ class UserStates:
 
     def _settle(self, plan: Plan, tokens: int) -> None:
         """End a plan: its first `tokens` tokens are the user's state, unless that was evicted meanwhile."""
+        if plan.load is not None and self._below is not None:
+            self._below.end(plan.load)
         tokens = 0 if plan.evicted else tokens
         if self._index.unpin(plan, tokens):
             self._policy.touch(plan.user, tokens, plan.now)
         elif plan.known:
             self._policy.remove(plan.user)
-        if plan.cleared and self._offloader is not None and plan.user in self._offloader.tier.states:
-            self._offloader.drop(plan.user)
+        if plan.cleared and self._offloader is not None:
+            self._offloader.forget(plan.user)

@@ -9,6 +9,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grengines.api import Catalogue
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding
@@ -23,6 +25,14 @@ def model_hash(model: HSTUConfig, catalogue: Catalogue, seed: int) -> str:
     options = {k: v for k, v in dataclasses.asdict(model).items() if k not in ("name", "weights")}
     encoding = dataclasses.asdict(Encoding.of(model, catalogue))
     return digest_of({"options": options, "encoding": encoding, "weights": weights_of(model, seed)})
+
+
+def kv_hash(model: HSTUConfig, catalogue: Catalogue, seed: int, precision: str, device: str) -> str:
+    """Return 16 hex digits over everything that decides the keys and values of a history. Raises as `model_hash`.
+
+    precision: of the engine. Random weights depend on the version of PyTorch too.
+    """
+    return digest_of([model_hash(model, catalogue, seed), precision, device, torch.__version__])
 
 
 def weights_of(model: HSTUConfig, seed: int) -> str:

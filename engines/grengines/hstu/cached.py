@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grengines.api import Cached, Float32Array, RankResult, Request
+from grengines.api import Cached, Float32Array, RankResult, Request, Tier
 from grengines.cache import policies
 from grengines.cache.config import PagedCacheConfig
+from grengines.cache.events import Counters
 from grengines.cache.history import History
 from grengines.cache.host import HostTier, Onload
 from grengines.cache.index import Plan, no_pages
@@ -23,6 +24,8 @@ from grengines.cache.places import HostPlaces, PagedBatch
 from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool
 from grengines.cache.states import UserStates
+from grengines.cache.storage import RESERVE_SHARE, ReadError, StorageTier
+from grengines.export.identity import digest_of
 from grengines.hstu.load_costs import LoadCosts
 from grengines.hstu.passes import PagedModel, append, page_sizes
 from grengines.models.hstu.config import stale_states
@@ -35,6 +38,13 @@ from grengines.runtime.staging import Staging
 from grengines.runtime.team import Alone, Team
 from grkernels.pages import EIGHT_BITS
 
+FORMAT = 1  # of what the storage tier writes
+# Counters of what lookups found and loads brought, and those that are of a storage tier.
+LOOKUPS = (
+    "hits", "partial_hits", "host_hits", "storage_hits", "misses", "bypassed", "cached_tokens", "loaded_tokens",
+    "storage_tokens",
+)  # fmt: skip
+OF_STORAGE = {name for name in vars(Counters()) if name.startswith("storage")} | {"corrupt_pages"}
 RUNS, MOST_S = 5, 1.0  # of the batches by which the cost of computing is measured; a slow one runs less often
 PRECISIONS = {dtype: name for name, dtype in (DTYPES | EIGHT_BITS).items()}
 
@@ -42,9 +52,10 @@ PRECISIONS = {dtype: name for name, dtype in (DTYPES | EIGHT_BITS).items()}
 class CachedRanking:
     """Ranking over pages: the cached states, the host tier, and CUDA graphs of appends.
 
-    place: renumbers packed tokens for the cache of item vectors; returns its counts. team: the ranks that share the
-    heads; each has pages for those that it has, and this one decides for all. Raises ValueError if the longest history
-    of the sample does not fit in the empty pool.
+    place: renumbers packed tokens for the cache of item vectors; returns its counts. identity: returns a digest of what
+    the keys and values of a history depend on, for the storage tier. team: the ranks that share the heads; each has
+    pages for those that it has, and this one decides for all. Raises ValueError if the longest history of the sample
+    does not fit in the empty pool, or if there can't be such a storage tier.
     """
 
     def __init__(
@@ -54,6 +65,7 @@ class CachedRanking:
         cache: PagedCacheConfig,
         sample: Sequence[Request],
         place: Callable[[Sequence[HostBatch]], dict[str, float]],
+        identity: Callable[[], str],
         team: Team | Alone | None = None,
     ) -> None:
         if problem := stale_states(ranker.config):
@@ -63,12 +75,13 @@ class CachedRanking:
         self._team = team or Alone(self._device)
         self._pin = self._device.type == "cuda"
         longest = ranker.encoding.contextual_seq_len + max(len(r.history_items) for r in sample)
-        self.states = _make_states(ranker, cache, longest)
+        self.states = _make_states(ranker, cache, longest, identity)
         self._pages = self.states.pool.pages_for(longest)
         with self._team.call("pages", [], cache=cache, pages=self.states.pool.pages):
             pass  # this rank's are made
-        tier = self.states.tier
-        self.costs = LoadCosts(tier.bytes_a_second() if tier else 0.0)
+        tier, storage = self.states.tier, self.states.storage
+        self._found = len(storage.states) if storage else 0
+        self.costs = LoadCosts(tier.bytes_a_second() if tier else 0.0, storage.bytes_a_second() if storage else 0.0)
         self.graphs = Graphs()
 
     @torch.inference_mode()
@@ -86,20 +99,31 @@ class CachedRanking:
     ) -> Callable[[], RankResult]:
         """Queue a batch as `queue` does, and count what the cache did for it.
 
-        A batch that fails is counted and logged. `whole` queues it then, without the cache.
+        A batch that fails is counted and logged. `whole` queues it then, without the cache. If the disk has not what
+        was written there, the batch is queued again, without that state.
         """
         before, failed = vars(self.states.counters()), False
-        try:
-            queued = self.queue(requests)
-        except Exception as error:
-            self.states.fault(f"{len(requests)} requests failed with the cache", error)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()  # queued work may still write to memory that was freed
-            queued, failed = whole(requests), True
-        changes = {name: count - before[name] for name, count in vars(self.states.counters()).items()}
+        lookups = before
+        while True:
+            try:
+                queued = self.queue(requests)
+                break
+            except ReadError as error:
+                self._drain()
+                lookups = vars(self.states.counters())
+                self.states.lost(error)
+            except Exception as error:
+                self.states.fault(f"{len(requests)} requests failed with the cache", error)
+                self._drain()
+                queued, failed = whole(requests), True
+                break
+        after = vars(self.states.counters())
+        # Of a batch that was queued more than once, the last lookups count.
+        changes = {name: n - (lookups if name in LOOKUPS else before)[name] for name, n in after.items()}
         if failed:  # the states that were found were not used
-            found = ("hits", "partial_hits", "host_hits", "bypassed", "cached_tokens", "loaded_tokens")
-            changes |= {**dict.fromkeys(found, 0), "misses": len(requests)}
+            changes |= {**dict.fromkeys(LOOKUPS, 0), "misses": len(requests)}
+        if self.states.storage is None:
+            changes = {name: n for name, n in changes.items() if name not in OF_STORAGE}
         counted = {f"cache_{name}": float(change) for name, change in changes.items()}
 
         def answer() -> RankResult:
@@ -108,6 +132,11 @@ class CachedRanking:
             return result
 
         return answer
+
+    def _drain(self) -> None:
+        """Wait for the device: work that is queued may still write to memory that was freed."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
     def queue_whole(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue whole histories: no page is read or written, and no state is looked up."""
@@ -134,8 +163,9 @@ class CachedRanking:
 
     def _queue(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue one pass over requests of different users."""
-        states, tier = self.states, self.states.tier
+        states, tier, storage = self.states, self.states.tier, self.states.storage
         sent_down = tier.bytes_down if tier else 0
+        disk = [storage.bytes_down, storage.bytes_up] if storage else []
         begun = time.perf_counter()
         now = max(r.arrival_s for r in requests)
         plans = states.lookup(requests, now)
@@ -161,7 +191,12 @@ class CachedRanking:
         states.prefetch(now, self._cache.prefetch_s)
         if tier is not None:
             details["cache_offloaded_bytes"] = float(tier.bytes_down - sent_down)
-        cached = [Cached(plan.cached, plan.cached - plan.on_device, plan.tokens) for plan in plans]
+        if storage is not None:
+            details["cache_storage_written_bytes"] = float(storage.bytes_down - disk[0])
+            details["cache_storage_read_bytes"] = float(storage.bytes_up - disk[1])
+            details["cache_storage_off"] = float(bool(storage.error))  # batches without the tier, whose disk failed
+            details["cache_storage_wait_ms"] = onload.read_wait_ms if onload else 0.0
+        cached = [_cached(plan) for plan in plans]
         if onload is not None:
             details["cache_host_bytes"] = float(onload.bytes)
         return partial(_with_cache, queued, cached, onload)
@@ -221,10 +256,10 @@ class CachedRanking:
             marks.add()
             return append(self._ranker, self.states.pool, inputs, cached=cached, onload=onload)
 
-    def reset_cache(self, keep_host: bool = False) -> None:
-        """Drop every state, and what the policies learned. keep_host: only move states from the device to the host."""
-        if keep_host:
-            self.states.clear(keep_host=True)
+    def reset_cache(self, keep: Tier = Tier.NONE) -> None:
+        """Drop every state, and what the policies learned. keep: only move states down to this tier."""
+        if keep is not Tier.NONE:
+            self.states.clear(keep)
         else:
             self.states.restart(*_policies(self._cache))
 
@@ -240,21 +275,37 @@ class CachedRanking:
             "cache_copy_gb_s": self.costs.copy_bytes_s / 1e9,
             **self.costs.actual(),
             "cache_launch_ms": self.costs.launch_s * 1e3,
+            **self._storage(),
+        }
+
+    def _storage(self) -> dict[str, Any]:
+        """Return the entries of `actual` for the storage tier, and a note if it was not empty at the start."""
+        if (storage := self.states.storage) is None:
+            return {}
+        note = f"the storage tier had the states of {self._found} users from earlier runs: {storage.folder}"
+        return {
+            **storage.actual(),
+            "cache_storage_found": self._found,
+            "cache_storage_gb_s": self.costs.read_bytes_s / 1e9,
+            **({"notes": [note]} if self._found else {}),
         }
 
     def close(self) -> None:
-        """Release the memory of the host tier."""
+        """Release the memory of the host tier, and close the storage tier."""
+        if self.states.storage is not None:
+            self.states.storage.close()
         if self.states.tier is not None:
             self.states.tier.close()
 
     def measure(self, requests: Sequence[Request]) -> None:
         """Rank the largest batch until all is compiled, and measure the cost of computing. Drops every state."""
-        result = self._fastest(requests)
-        shorter = self._fastest([_newest(r, -(-len(r.history_items) // 4)) for r in requests])
-        self.costs.measured(result, shorter)
-        graphs, self.graphs = self.graphs, Graphs()
-        self.costs.launch_s = min(self.queue(requests[:1])().compute_ms for _ in range(RUNS)) / 1e3
-        self.graphs = graphs
+        with self.states.without_storage():
+            result = self._fastest(requests)
+            shorter = self._fastest([_newest(r, -(-len(r.history_items) // 4)) for r in requests])
+            self.costs.measured(result, shorter)
+            graphs, self.graphs = self.graphs, Graphs()
+            self.costs.launch_s = min(self.queue(requests[:1])().compute_ms for _ in range(RUNS)) / 1e3
+            self.graphs = graphs
         self.reset_cache()
 
     def _fastest(self, requests: Sequence[Request]) -> RankResult:
@@ -270,16 +321,16 @@ class CachedRanking:
         return min(results[1:], key=lambda result: result.compute_ms)
 
     def _shares(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[float]:
-        """Return the share to load of the tokens that only the host has, for each request."""
-        only_on_host = any(plan.on_host > plan.on_device for plan in plans)
-        if self._cache.onload_share or not only_on_host or not self.costs.compute_s:
+        """Return the share to load of the tokens that only a lower tier has, for each request."""
+        more_below = any(plan.below > plan.on_device for plan in plans)
+        if self._cache.onload_share or not more_below or not self.costs.compute_s:
             return [self._cache.onload_share or 1.0] * len(plans)
         return self.costs.shares(requests, plans, self.states, captured=self.graphs.runner is not None)
 
     def _bucket(self, requests: Sequence[Request], plans: Sequence[Plan], onload: Onload | None) -> Bucket | None:
         """Return the sizes of the graph for a batch, or None to launch its kernels one by one.
 
-        They are launched if no graph holds the batch, and if kernels that overlap the copies from the host are done
+        They are launched if no graph holds the batch, and if kernels that overlap the copies from lower tiers are done
         sooner than a graph behind the copies.
         """
         candidates = [len(r.candidates) for r in requests]
@@ -288,7 +339,10 @@ class CachedRanking:
         bucket = self.graphs.choose(new, candidates, keys)
         if bucket is None or any(len(plan.pages) > self._pages for plan in plans):
             return None
-        copying_s = onload.host_bytes / self.costs.copy_bytes_s if onload else 0.0
+        copying_s = 0.0
+        if onload is not None:
+            reading_s = onload.storage_bytes / self.costs.read_bytes_s if onload.storage_bytes else 0.0
+            copying_s = max(onload.host_bytes / self.costs.copy_bytes_s, reading_s)
         return bucket if self.graphs.pays(bucket, copying_s) else None
 
     def forward(self, batch: JaggedBatch, places: PagedBatch) -> Tensor:
@@ -359,6 +413,13 @@ def _passes(users: Sequence[int]) -> list[list[int]]:
     return passes
 
 
+def _cached(plan: Plan) -> Cached:
+    """Return what a plan did not compute again."""
+    loaded = plan.cached - plan.on_device
+    from_storage = loaded if plan.on_storage else 0
+    return Cached(plan.cached, loaded - from_storage, plan.tokens, from_storage)
+
+
 def _with_cache(queued: Callable[[], RankResult], cached: list[Cached], onload: Onload | None) -> RankResult:
     """Wait for a result, and add what was cached and the times of the copies from the host."""
     result = queued()
@@ -389,7 +450,7 @@ def _merged(results: Sequence[RankResult], passes: Sequence[Sequence[int]]) -> R
     )
 
 
-def _make_states(ranker: PagedModel, cache: PagedCacheConfig, longest: int) -> UserStates:
+def _make_states(ranker: PagedModel, cache: PagedCacheConfig, longest: int, identity: Callable[[], str]) -> UserStates:
     """Return an empty cache. Raises ValueError if the longest history does not fit."""
     model = ranker.config
     pool = PagePool.within(int(cache.memory_gb * 1e9), **page_sizes(ranker, cache))
@@ -399,16 +460,32 @@ def _make_states(ranker: PagedModel, cache: PagedCacheConfig, longest: int) -> U
             f"cache.memory_gb={cache.memory_gb:g}: the longest history, {longest} tokens, alone takes {needed:.3g} "
             "GB; give the cache more, or keep shorter histories (workload.max_history)"
         )
-    policy, tier_policy = _policies(cache)
+    policy, tier_policy, storage_policy = _policies(cache)
+    tier = storage = None
+    if cache.host_gb:
+        host_bytes = int(cache.host_gb * 1e9)
+        most = max(int(RESERVE_SHARE * host_bytes) // pool.page_bytes, pool.pages_for(longest))
+        tier = HostTier(pool, host_bytes, most if cache.storage_gb else 0)
+    if tier is not None and cache.storage_gb:
+        key = digest_of([FORMAT, identity(), PRECISIONS[pool.k[0].dtype], cache.page])
+        try:
+            storage = StorageTier(tier, int(cache.storage_gb * 1e9), cache.storage_path, key)
+        except ValueError:
+            tier.close()
+            raise
     return UserStates(
         pool,
         policy,
         contextual_seq_len=model.contextual_seq_len,
-        tier=HostTier(pool, int(cache.host_gb * 1e9)) if cache.host_gb else None,
+        tier=tier,
         tier_policy=tier_policy,
+        storage=storage,
+        storage_policy=storage_policy,
     )
 
 
-def _policies(cache: PagedCacheConfig) -> tuple[Policy, Policy]:
-    """Return the policies of the device and of the host tier."""
-    return policies.make(cache.policy, cache.admit_visit), policies.make(cache.policy, cache.host_admit_visit)
+def _policies(cache: PagedCacheConfig) -> tuple[Policy, Policy, Policy]:
+    """Return the policies of the device, of the host tier and of the storage tier."""
+    visits = (cache.admit_visit, cache.host_admit_visit, cache.host_admit_visit)
+    device, host, storage = (policies.make(cache.policy, visit) for visit in visits)
+    return device, host, storage

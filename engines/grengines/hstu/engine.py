@@ -14,6 +14,7 @@ from grengines.api import RankResult, Request, Setup, Tier, UnavailableError
 from grengines.base import RankingEngine
 from grengines.cache.config import PagedCacheConfig, stored
 from grengines.cache.items import HotRows
+from grengines.export.identity import kv_hash
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.passes import follow_ranking, whole
@@ -97,7 +98,10 @@ class HSTUEngine(RankingEngine):
             ranker.use_table(self._items.table)
         if isinstance(self._cache, PagedCacheConfig):
             microbatch = self._options.candidate_microbatch
-            self.user_cache = CachedRanking(ranker, microbatch, self._cache, sample, self._place, self.team)
+            identity = partial(
+                kv_hash, self._model_config, setup.catalogue, setup.seed, self._precision, self._device.type
+            )
+            self.user_cache = CachedRanking(ranker, microbatch, self._cache, sample, self._place, identity, self.team)
             self.user_cache.capture(self._asked, self._plan(sample, max_batch), self._longest(sample))
         else:
             self._graphs = capture(
@@ -198,11 +202,11 @@ class HSTUEngine(RankingEngine):
                 logits = whole(ranker, batches)
         return collect(logits, hosts, marks, batch_ms, details | self._graphs.counts(bucket))
 
-    def reset_cache(self, keep_host: bool = False) -> None:
-        """Drop every cached user state. keep_host: move those on the device to the host tier, if there is one."""
+    def reset_cache(self, keep: Tier = Tier.NONE) -> None:
+        """Drop every cached user state. keep: move those above this tier, HOST or STORAGE, to it."""
         if self.user_cache is not None:
             with self._lock:
-                self.user_cache.reset_cache(keep_host)
+                self.user_cache.reset_cache(keep)
 
     def tier_of(self, user: int) -> Tier:
         """Return where the user's state is at this moment."""

@@ -11,6 +11,7 @@ from grengines.cache.index import Plan
 from grengines.cache.states import UserStates
 
 MOST_FIXED = 0.25  # share of a batch's time that no token adds, beyond which its time is no cost of tokens
+HOST, DISK, HERE = 0, 1, 2  # links: from the host, from the disk, none
 
 
 @dataclass
@@ -18,6 +19,7 @@ class LoadCosts:
     """Costs on this machine."""
 
     copy_bytes_s: float  # bandwidth from page-locked memory to the device
+    read_bytes_s: float = 0.0  # bandwidth from the storage tier's disk to that memory
     compute_s: float = 0.0  # of computing one token; 0: not measured yet
     launch_s: float = 0.0  # of the smallest batch, with its kernels launched one by one
     withheld: str = "nothing was computed"  # why `compute_s` is no cost of a token; "": it is
@@ -47,22 +49,48 @@ class LoadCosts:
     def shares(
         self, requests: Sequence[Request], plans: Sequence[Plan], states: UserStates, *, captured: bool
     ) -> list[float]:
-        """Return the share to load of the tokens that only the host has, for each request.
+        """Return the share to load of the tokens that only a lower tier has, for each request.
 
-        Prefetched states are loaded whole. For the others, loading takes t seconds per token and overlaps computing the
-        rest, c seconds per token. Both end together if c / (c + t) of the tokens to compute without the host
-        are loaded. With captured graphs, which can't wait for single copies, nothing is loaded if a graph computes
-        all of them sooner.
+        Prefetched states are loaded whole. For the others, loading overlaps computing the rest, c seconds per token.
+        The host's tokens take t seconds each, and the disk's, on their way there at the same time, u seconds each. All
+        end together after x seconds if x / t and x / u of them are loaded and x / c are computed, or all of a tier's if
+        it has no more. Without a disk that is a share c / (c + t) of the tokens. With captured graphs, which can't wait
+        for single copies, nothing is loaded if a graph computes all of them sooner.
         """
-        pool = states.pool
-        more = [max(plan.on_host - plan.on_device, 0) for plan in plans]
-        here = [states.prefetched(plan) for plan in plans]
-        there = sum(n for n, prefetched in zip(more, here, strict=True) if not prefetched)
-        free = sum(more) - there
-        copy_s = pool.page_bytes / pool.page / self.copy_bytes_s
+        pool, kinds = states.pool, [self._link(plan, states) for plan in plans]
+        more = [max(plan.below - plan.on_device, 0) for plan in plans]
+        there = [sum(n for n, kind in zip(more, kinds, strict=True) if kind == link) for link in (HOST, DISK)]
+        free = sum(n for n, kind in zip(more, kinds, strict=True) if kind == HERE)
+        token_bytes = pool.page_bytes / pool.page
         tokens = sum(p.tokens - p.on_device + len(r.candidates) for p, r in zip(plans, requests, strict=True)) - free
-        share = min(tokens * self.compute_s / (self.compute_s + copy_s) / there, 1.0) if there else 1.0
-        loading_s, computing_s = max(share * there * copy_s, self.launch_s), tokens * self.compute_s
-        if captured and computing_s < loading_s:
-            share = 0.0
-        return [1.0 if prefetched else share for prefetched in here]
+        rates = [self.copy_bytes_s / token_bytes, self.read_bytes_s / token_bytes]  # tokens/s
+        took = together(tokens, 1 / self.compute_s, there, rates)
+        longest_s = max((n / rate for n, rate in zip(there, rates, strict=True) if n), default=0.0)
+        loading_s = max(min(took, longest_s), self.launch_s)
+        if captured and tokens * self.compute_s < loading_s:
+            took = 0.0
+        shares = [min(took * rate / n, 1.0) if n else 1.0 for n, rate in zip(there, rates, strict=True)]
+        return [1.0 if kind == HERE else shares[kind] for kind in kinds]
+
+    @staticmethod
+    def _link(plan: Plan, states: UserStates) -> int:
+        """Return what the tokens of a plan that only a lower tier has must pass."""
+        if plan.on_storage:
+            return HOST if states.read_ahead(plan) else DISK
+        return HERE if states.prefetched(plan) else HOST
+
+
+def together(tokens: float, computed: float, there: Sequence[int], rates: Sequence[float]) -> float:
+    """Return the seconds after which loading and computing end together.
+
+    tokens: to compute if nothing is loaded, `computed` of them in a second. there: tokens that each link can load,
+    `rates` of them in a second.
+    """
+    full: set[int] = set()  # links that have loaded all they can by then
+    while True:
+        left = tokens - sum(there[i] for i in full)
+        took = left / (computed + sum(rate for i, rate in enumerate(rates) if i not in full and there[i]))
+        more = {i for i, rate in enumerate(rates) if i not in full and there[i] and took * rate >= there[i]}
+        if not more:
+            return took
+        full |= more

@@ -93,10 +93,10 @@ class Pipeline:
             "notes": [*self._notes, *retrieve.get("notes", []), *rank.get("notes", [])],
         }
 
-    def reset_cache(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep: Tier = Tier.NONE) -> None:
         """Reset both engines' caches."""
-        self.retriever.reset_cache(keep_host)
-        self.ranker.reset_cache(keep_host)
+        self.retriever.reset_cache(keep)
+        self.ranker.reset_cache(keep)
 
     def tier_of(self, user: int) -> Tier:
         """Return where the ranking engine has the user's state; nowhere if it has no cache."""

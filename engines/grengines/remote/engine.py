@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grengines.api import GenerateResult, RankResult, RecommendResult, Request, Setup, UnavailableError
+from grengines.api import GenerateResult, RankResult, RecommendResult, Request, Setup, Tier, UnavailableError
 from grengines.remote.client import Answers, Client, ServerError
 from grengines.remote.config import RemoteConfig
 
@@ -123,7 +123,7 @@ class RemoteEngine:
             "server": {key: self._status[key] for key in ("version", "model", "limits", "strategies")},
         }
 
-    def reset_cache(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep: Tier = Tier.NONE) -> None:
         """Do nothing: the cache is the server's, and other clients may use it."""
 
     def close(self) -> None:

@@ -59,6 +59,11 @@ class Mark:
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
 
+    def synchronize(self) -> None:
+        """Wait on the host until the work before this point is done."""
+        if self._event is not None:
+            self._event.synchronize()
+
     def reached(self) -> bool:
         """Return whether the work before this point is done."""
         return self._event is None or self._event.query()

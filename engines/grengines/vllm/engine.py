@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grengines.api import Finished, GenerateResult, Int64Array, Request, Setup
+from grengines.api import Finished, GenerateResult, Int64Array, Request, Setup, Tier
 from grengines.base import GeneratingEngine
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.weights import shapes
@@ -147,7 +147,7 @@ class VLLMEngine(GeneratingEngine):
         with self.team.call("step", []):
             return self.searches.step()
 
-    def reset_cache(self, keep_host: bool = False) -> None:
+    def reset_cache(self, keep: Tier = Tier.NONE) -> None:
         """Empty the prefix cache. Raises RuntimeError while requests are in flight."""
         if self.core is not None:
             with self.team.call("reset", []):
