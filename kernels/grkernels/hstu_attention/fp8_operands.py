@@ -87,7 +87,7 @@ def quantised(
         offsets,
     )
     inputs = q, k, v, k_pages, v_pages, k_scales, v_scales
-    outputs = *(x.view(torch.int8) for x in (made.q, made.k, made.v)), made.rows, made.blocks
+    outputs = made.q.view(torch.int8), made.k.view(torch.int8), made.v.view(torch.int32), made.rows, made.blocks
     _kernel(
         (-(-max(max_q_len, max_kv_len) // BLOCK), 2 * heads, batch),
         (*inputs, *outputs, q_offsets, kv_offsets, offsets, page_table, paged_lengths),
@@ -184,16 +184,33 @@ def _kernel(
             at = (block * TOKENS + token)[:, None] * heads + head
             tl.store(k_out + at * QK + dims, _e4m3(x, scale))
 
-            place = token % 16  # 4 t + 2 b + e
-            token = token // 16 * 16 + place // 2 % 2 * 8 + place // 4 * 2 + place % 2
+            # Place 4 w + i has token own + 8 (i // 2) + i % 2. A word of four places is transposed at once.
+            word = tl.arange(0, TOKENS // 4)[None, :]
+            own = first + word // 4 * 16 + word % 4 * 2
             v_dims = tl.arange(0, V)[:, None]
-            x = _tokens(
-                v, v_pages, v_scales + head, page_table, (first + token)[None, :], length, paged, v_dims, v_stride,
-                v_page_stride, v_slot_stride, heads, PAGE, STORED, V,
+            v_scales += head
+            x0 = _tokens(
+                v, v_pages, v_scales, page_table, own, length, paged, v_dims, v_stride, v_page_stride, v_slot_stride,
+                heads, PAGE, STORED, V,
             )  # fmt: skip
-            v_scale = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), LEAST_SIZE) / LARGEST_NUMBER
-            at = (head * V + v_dims).to(tl.int64) * (blocks * TOKENS) + block * TOKENS
-            tl.store(v_out + at + tl.arange(0, TOKENS)[None, :], _e4m3(x, v_scale))
+            x1 = _tokens(
+                v, v_pages, v_scales, page_table, own + 1, length, paged, v_dims, v_stride, v_page_stride,
+                v_slot_stride, heads, PAGE, STORED, V,
+            )  # fmt: skip
+            x2 = _tokens(
+                v, v_pages, v_scales, page_table, own + 8, length, paged, v_dims, v_stride, v_page_stride,
+                v_slot_stride, heads, PAGE, STORED, V,
+            )  # fmt: skip
+            x3 = _tokens(
+                v, v_pages, v_scales, page_table, own + 9, length, paged, v_dims, v_stride, v_page_stride,
+                v_slot_stride, heads, PAGE, STORED, V,
+            )  # fmt: skip
+            size = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
+            v_scale = tl.maximum(tl.max(tl.max(size, axis=1), axis=0), LEAST_SIZE) / LARGEST_NUMBER
+            words = _byte(x0, v_scale) | (_byte(x1, v_scale) << 8)
+            words |= (_byte(x2, v_scale) << 16) | (_byte(x3, v_scale) << 24)
+            at = ((head * V + v_dims).to(tl.int64) * blocks + block) * (TOKENS // 4)
+            tl.store(v_out + at + word, words)
             pair = blocks_out + (head * blocks + block) * 2
             tl.store(pair, scale)
             tl.store(pair + 1, scale * v_scale)
@@ -253,3 +270,9 @@ def _e4m3(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
     if INTERPRET:  # it would truncate
         y = to_e4m3_steps(y)
     return y.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _byte(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """Return `_e4m3` as int32 from 0 to 255."""
+    return _e4m3(x, scale).to(tl.int32) & 0xFF
