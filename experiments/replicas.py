@@ -1,8 +1,18 @@
 """Measure replicas of a server on one machine: throughput of all against one, affinity, and the loss of a replica.
 
-    python experiments/replicas.py --parts throughput model=dlrm_v3 workload=synthetic_long
-    python experiments/replicas.py --parts affinity,killed model=wide_heads cache=lru cache.memory_gb=20 \
-        workload=synthetic_long workload.users=400 workload.user_zipf=0 workload.num_candidates=256
+    python experiments/replicas.py --parts throughput --seconds 6 --processes 12 model=dlrm_v3 workload=synthetic_long
+    python experiments/replicas.py --parts affinity,killed --seconds 6 --processes 12 model=wide_heads cache=lru \
+        cache.memory_gb=20 workload=synthetic_long workload.users=400 workload.user_zipf=0 workload.num_candidates=256
+
+Both together take about four minutes on two GPUs. Predicted for two H200s of one host, before they ran since the live
+gate has a limit and a stream of its own (before: 586 to 625 requests/s, 55% of the engine's 1090 offline):
+
+- one replica of the first command carries 850 to 1050 requests/s, in full batches (`batch` 15 or more), two of them
+  `in_flight`, `gate` at most 0.02; the ratio stays at 1.9 or more. If `loop` is above 0.7 and `busy` below 0.9, the
+  event loop and the launching thread wait for each other, and the engine needs a process of its own.
+- of the second, both balances carry more than before (1018 and 848), and their p99 at 0.8 of it is below 80 ms, since
+  no batch waits for the reference any more.
+- a killed replica is back after 18 to 21 s, as before; the parts of its start, in the row, say where they go.
 
 The program starts `grbench serve` with these overrides and `--replicas`, and calls it with the visits of the workload,
 binary tensors, from several processes. A user's visits come from one process, in order. A share `--new` of the visits
@@ -15,7 +25,8 @@ is made by users that were never seen.
   with p99 within the limit. The latency counts from the time at which a call was due.
 - killed: `kill -9` of a replica under load. An answer is wrong if it differs from the one before the kill by over a
   tenth (norm of the difference over norm). A call is lost if its client gets an error. `recovered_s` is the time until
-  HAProxy finds all replicas healthy.
+  HAProxy finds all replicas healthy. `listening_s` and `ready_s` are the age of the new process then, and the other
+  seconds are the parts of its start.
 
 Each row also has what the replicas' metrics say: the mean `batch`, a request's wait (`queue_ms`), of each batch the
 wait behind another one, the packing, the copies and the computing (`behind_ms`, `pack_ms`, `load_ms`, `compute_ms`),
@@ -30,6 +41,7 @@ limit or `client_cores` the number of processes, the program is the limit.
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -231,16 +243,40 @@ def metrics(port: int) -> str:
 
 
 def healthy(config: ServeConfig) -> int:
-    """Return how many replicas HAProxy finds healthy."""
+    """Return how many replicas HAProxy finds healthy. It takes each for healthy before it has asked it once."""
     up = r'^haproxy_server_status\{proxy="replicas",.*state="UP".*\} 1$'
     return len(re.findall(up, metrics(config.stats_port), re.MULTILINE))
 
 
-class Served:
-    """A server with replicas that runs: its options, and where its replicas are."""
+def is_ready(port: int) -> bool:
+    """Return whether a replica says that it serves."""
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5).close()
+    except OSError:
+        return False
+    return True
 
-    def __init__(self, config: ServeConfig) -> None:
-        self.config, self.url = config, f"http://127.0.0.1:{config.port}"
+
+def last_start(log: Path) -> dict[str, float]:
+    """Return the seconds that the last start of a replica took, and its parts, from the log of the command."""
+    found: dict[str, float] = {}
+    text, decoder = log.read_text(), json.JSONDecoder()
+    for start in re.finditer(r'\{"time"', text):  # Ray may write the lines of two replicas into one
+        event, _ = decoder.raw_decode(text, start.start())
+        if event["event"] == "started":
+            found = {f"{part}_s": seconds for part, seconds in event["seconds"].items()}
+        elif event["event"] == "listening" and "since_start_s" in event:
+            found |= {"listening_s": event["since_start_s"]}
+        elif event["event"] == "ready":
+            found |= {"ready_s": event["since_start_s"]}
+    return found
+
+
+class Served:
+    """A server with replicas that runs: its options, its log, and where its replicas are."""
+
+    def __init__(self, config: ServeConfig, log: Path) -> None:
+        self.config, self.log, self.url = config, log, f"http://127.0.0.1:{config.port}"
         self.ports = [config.replica_port + 2 * n for n in range(config.replicas)]
 
     def totals(self) -> Counter[str]:
@@ -285,11 +321,12 @@ def served(words: Sequence[str], folder: Path) -> Iterator[Served]:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
         end = time.monotonic() + START_S
-        while healthy(config) < config.replicas:
+        started = Served(config, log)
+        while healthy(config) < config.replicas or not all(map(is_ready, started.ports)):
             if server.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"{config.replicas} replicas do not serve; {log}:\n{log.read_text()[-2000:]}")
             time.sleep(0.2)
-        yield Served(config)
+        yield started
     finally:
         server.send_signal(signal.SIGTERM)
         try:
@@ -363,7 +400,7 @@ def killed(rows: common.Rows, server: Served, requests: Sequence[Request], calle
     [tally] = gathered([load], [itertools.cycle(asked)], 0, kill)
     rows.add(
         part="killed", load="kill -9", **tally.row(), asked=tally.counts["asked"], wrong=tally.counts["wrong"],
-        slowest_ms=max(tally.latencies_ms), recovered_s=times["recovered"],
+        slowest_ms=max(tally.latencies_ms), recovered_s=times["recovered"], **last_start(server.log),
     )  # fmt: skip
 
 

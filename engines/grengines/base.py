@@ -41,6 +41,7 @@ class EngineBase(ABC):
         self._lock = threading.Lock()  # held while the engine is used, or until a batch's work is queued
         self._turns = Turns(self._lock)
         self._max_batch = 0
+        self.start_s: dict[str, float] = {}  # seconds of the parts of `prepare`
         self._threads_before: int | None = None  # PyTorch's, from `prepare` until `close`
 
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
@@ -57,8 +58,12 @@ class EngineBase(ABC):
             torch.set_num_threads(self._cpu_threads)
         torch.set_float32_matmul_precision("highest")  # no TF32
         self._max_batch = max_batch
+        begun = time.perf_counter()
         self._load(sample, max_batch)
+        loaded = time.perf_counter()
         self._warm_up(sample, max_batch)
+        own_s = loaded - begun - self.start_s.get("graphs", 0.0)
+        self.start_s |= {"load": own_s, "warm_up": time.perf_counter() - loaded}
 
     def actual(self) -> dict[str, Any]:
         """Return what really runs, as JSON values."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from operator import sub
 from typing import Any
 
 from grbench.config.schema import RunSpec
@@ -27,6 +28,7 @@ class CheckedEngine:
         self.engine: Any = None
         self.actual: dict[str, Any] = {}
         self.gate_figures: dict[str, Any] = {}
+        self.start_s: dict[str, float] = {}  # seconds of the parts of `build`
         self._trace, self._retrieval = trace, retrieval
         self._gate: Gate | None = None
 
@@ -46,19 +48,26 @@ class CheckedEngine:
 
     def build(self) -> Costs:
         """Make the engine, check it, warm it up and measure its costs. Raises what fails."""
-        spec, trace = self.spec, self._trace
+        spec, trace, times = self.spec, self._trace, [time.perf_counter()]
         engine: Any = engines.build(spec, trace.catalogue, self._retrieval)
+        times.append(time.perf_counter())
         try:
             engine.prepare(trace.requests.some(engines.MOST_PREPARED), spec.scenario.max_batch)
+            times.append(time.perf_counter())
             self.actual = engine.actual()
             if self._gate is None:
                 self._gate = gate_for(spec, trace, self._retrieval, self.actual)
+            times.append(time.perf_counter())
             self.gate_figures = self._gate.check(engine, spec.scenario.max_batch).to_dict()
+            times.append(time.perf_counter())
             costs = self._measure(engine)
+            times.append(time.perf_counter())
         except BaseException:
             engine.close()
             raise
         self.engine = engine
+        took = dict(zip(("import", "prepare", "reference", "check", "costs"), map(sub, times[1:], times), strict=True))
+        self.start_s = took | getattr(engine, "start_s", {})  # parts of `prepare`, where the engine reports them
         return costs
 
     def _measure(self, engine: Any) -> Costs:

@@ -71,6 +71,8 @@ async def _start(strategies: list[Strategy], log: Log) -> list[str]:
         log.info("starting", strategy=strategy.name)
         try:
             await strategy.start()
+            parts = {part: round(seconds, 3) for part, seconds in strategy.checked.start_s.items()}
+            log.info("started", strategy=strategy.name, seconds=parts)
         except Exception as e:
             failures.append(f"strategy {strategy.name}: {type(e).__name__}: {' '.join(str(e).split())}")
             strategy.state, strategy.why = State.CLOSED, failures[-1]

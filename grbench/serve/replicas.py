@@ -114,6 +114,7 @@ def serve_replicas(config: ServeConfig, words: Sequence[str], log: Log) -> None:
     if cluster == LOCAL:  # before the import of Ray, which reads it: Ray listens on every address of the machine
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # else Ray leaves out lines that two replicas log alike
     ray: Any = importlib.import_module("ray")
     try:
         ray.init(address=cluster, include_dashboard=False, logging_level=logging.ERROR)

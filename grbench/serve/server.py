@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import psutil
 import uvicorn
 
 from grbench.deployment import Deployment
@@ -68,7 +69,7 @@ async def serve(
         grpc_port = await rpc.start() if rpc else None
         listening = asyncio.create_task(http.serve([listener]))
         port = listener.getsockname()[1]
-        log.info("listening", host=config.host, port=port, grpc_port=grpc_port)
+        log.info("listening", host=config.host, port=port, grpc_port=grpc_port, since_start_s=_since_start_s())
         starting = asyncio.create_task(_start(service))
         reloads = asyncio.create_task(_reload_upon(again or asyncio.Event(), service))
         stop = asyncio.create_task(end.wait())
@@ -94,7 +95,12 @@ async def serve(
 
 async def _start(service: Service) -> None:
     await service.start()
-    service.log.info("ready", model=service.model, task=service.deployment.task)
+    service.log.info("ready", model=service.model, task=service.deployment.task, since_start_s=_since_start_s())
+
+
+def _since_start_s() -> float:
+    """Return the age of this process in seconds."""
+    return round(time.time() - float(psutil.Process().create_time()), 2)
 
 
 async def _reload(service: Service) -> None:

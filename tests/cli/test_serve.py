@@ -304,6 +304,10 @@ def test_the_status_says_what_runs(server: Serving) -> None:
     assert (status["state"], strategy["state"], strategy["engine"]) == ("ready", "ready", "hstu")
     assert strategy["gate"]["error"] <= strategy["gate"]["tolerance"]
     assert strategy["costs"] and all(row["ms"] > 0 for row in strategy["costs"])
+    said = {event["event"]: event for event in server.events()}
+    parts = ("import", "prepare", "load", "graphs", "warm_up", "reference", "check", "costs")
+    assert set(said["started"]["seconds"]) == set(parts) and min(said["started"]["seconds"].values()) >= 0
+    assert 0 < said["listening"]["since_start_s"] <= said["ready"]["since_start_s"]
 
 
 @pytest.mark.parametrize("engine", ["engine=hstu task=generate", "engine=pipeline engine@engine.retrieve=hstu"])

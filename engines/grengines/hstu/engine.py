@@ -96,6 +96,7 @@ class HSTUEngine(RankingEngine):
             memory, table = int(self._cache.item_memory_gb * 1e9), ranker.token_table.data
             self._items = HotRows.within(memory, table, device=self._device, dtype=self._dtype)
             ranker.use_table(self._items.table)
+        begun = time.perf_counter()
         if isinstance(self._cache, PagedCacheConfig):
             microbatch = self._options.candidate_microbatch
             identity = partial(
@@ -110,6 +111,7 @@ class HSTUEngine(RankingEngine):
                 lambda buckets: GraphRunner(ranker, buckets, self._empty, self._device),
                 partial(self._probe, ranker, self._longest(sample)),
             )
+        self.start_s["graphs"] = time.perf_counter() - begun
         self.team.ready()
 
     def _recipe(self) -> dict[str, Any]:
