@@ -4,8 +4,8 @@
     python experiments/tensor_parallel.py --predict              # what is expected, without a GPU
     python experiments/tensor_parallel.py model=hstu_tiny --histories 64 --candidates 8 --rounds 3
 
-Engines of one process are timed side by side, interleaved: one GPU with CUDA graphs where they pay, one GPU with
-kernels launched one by one, and two GPUs, which launch them so. Times are wall clock around `rank`. Every case passes
+Engines of one process are timed side by side, interleaved: one GPU and two, each with CUDA graphs and with kernels
+launched one by one. On one GPU there are graphs where they pay. Times are wall clock around `rank`. Every case passes
 the harness's gate first. A hit has all of the history in pages on the device.
 
 The prediction is printed beside each time. Its device time is the operations of the model over the GPUs at the rate
@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import common
+import torch
 
 from grbench.config.schema import RunSpec
 from grbench.gate.rank import RankGate
@@ -29,7 +30,7 @@ from grengines.models.hstu.config import HSTUConfig
 
 DEFAULTS = ["workload=synthetic", "engine=hstu"]
 LARGE = ["model.name=large", "model.layers=16", "model.heads=8", "model.qk_dim=128", "model.v_dim=128"]
-MODELS = (["model=dlrm_v3"], ["model=wide_heads"], ["model=wide_heads", *LARGE])
+MODELS = (["model=dlrm_v3"], ["model=wide_heads"], ["model=hstu_0p2b"], ["model=wide_heads", *LARGE])
 # What the predictions take. The first is what the engine reaches in requests of 8790 tokens on an H200, the last two
 # are what a batch with one short request takes on an H100, by layers (docs/SCALING.md has the records).
 FLOPS_S = 550e12
@@ -48,16 +49,17 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        where = "two GPUs" if self.gpus > 1 else "one GPU" if self.graphs else "one GPU, no graphs"
-        return f"{where}, {'hit' if self.hit else 'no cache'}"
+        where = "two GPUs" if self.gpus > 1 else "one GPU"
+        return f"{where}{'' if self.graphs else ', no graphs'}, {'hit' if self.hit else 'no cache'}"
 
     @property
     def overrides(self) -> list[str]:
-        graphs = "auto" if self.graphs else "false"
+        here = torch.cuda.is_available() and self.graphs
+        graphs = "false" if not here else "true" if self.gpus > 1 else "auto"
         return [f"engine.tensor_parallel={self.gpus}", f"engine.cuda_graphs={graphs}"]
 
 
-CASES = [Case(gpus, graphs, hit) for hit in (False, True) for gpus, graphs in ((1, True), (1, False), (2, False))]
+CASES = [Case(gpus, graphs, hit) for hit in (False, True) for gpus in (1, 2) for graphs in (True, False)]
 
 
 def predicted_ms(model: HSTUConfig, history: int, candidates: int, case: Case) -> tuple[float, float]:

@@ -148,7 +148,8 @@ class GraphOptions(DeviceOptions):
 
     cuda_graphs: str = option(
         "auto",
-        "graphs of batches, by sequences and total tokens; auto: those that are measured to pay, none on a CPU",
+        "graphs of batches, by sequences and total tokens; auto: those that are measured to pay, none on a CPU or with "
+        "tensor_parallel",
         choices=["auto", "true", "false"],
     )
     graph_lengths: list[int] = option(

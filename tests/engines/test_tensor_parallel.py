@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import forks
 from helpers.hstu_oracle import make_requests
+from helpers.replays import Replays
 from torch import Tensor
 
 from grbench import workloads
@@ -34,7 +35,7 @@ from grengines.hstu.engine import HSTUEngine
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import HSTULayer
 from grengines.numerics import IncorrectError
-from grengines.runtime import team
+from grengines.runtime import graph_costs, team
 from grengines.runtime.group import Group
 from grkernels.choice import requested
 
@@ -54,10 +55,12 @@ SMALL = [
 ]
 CELLS = {"rank": [], "cache": ["cache=lru", "cache.memory_gb=0.02"], "generate": ["task=generate"]}
 DECODER = ["engine=vllm", "model=decoder_tiny", "model.kv_heads=2"]
-TWO_GPUS = pytest.param(
-    "cuda",
-    marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")],
-)
+
+
+def on_two_gpus(*more: str) -> Any:
+    """Return the parameters of a test with NCCL."""
+    needed = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    return pytest.param("cuda", *more, marks=[pytest.mark.gpu, needed])
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +109,24 @@ def test_two_ranks_answer_as_one(model: str, cache: str, microbatch: int) -> Non
     two.close()
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_graphs_of_two_ranks_answer_as_one(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replay on the CPU batches that are padded as for graphs, on both ranks."""
+    for module in ("hstu.engine", "hstu.cached", "runtime.shared_graphs"):
+        monkeypatch.setattr(f"grengines.{module}.GraphRunner", Replays)
+    for module in ("engine", "cached"):
+        monkeypatch.setattr(f"grengines.hstu.{module}.capture", lambda asked, *rest: graph_costs.capture("true", *rest))
+    requests = requests_of(4)
+    one = started(1, MODEL, CACHES["none"], requests)
+    two = started(2, MODEL, CACHES[cache], requests)
+    for visit in ([r.with_events(slice(0, 15)) for r in requests], requests, requests[1:3]):
+        expected, found = scores(one, visit), two.rank(visit)
+        assert np.linalg.norm(np.concatenate(found.scores) - expected) < 1e-5 * np.linalg.norm(expected)
+        assert found.details["graph_batches"] == 1.0
+    one.close()
+    two.close()
+
+
 def gated(overrides: list[str], device: str) -> tuple[Any, Any]:
     """Return a prepared engine of two ranks and its gate."""
     spec = compose_spec([*SMALL, f"engine.device={device}", *overrides])[0]
@@ -116,11 +137,12 @@ def gated(overrides: list[str], device: str) -> tuple[Any, Any]:
     return engine, gate_for(spec, trace, retrieval, engine.actual())
 
 
-@pytest.mark.parametrize("device", ["cpu", TWO_GPUS])
+@pytest.mark.parametrize(("device", "graphs"), [("cpu", "auto"), on_two_gpus("false"), on_two_gpus("true")])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_the_gate_passes(cell: str, precision: str, device: str) -> None:
-    engine, gate = gated([*CELLS[cell], f"engine.precision={precision}"], device)
+def test_the_gate_passes(cell: str, precision: str, device: str, graphs: str) -> None:
+    engine, gate = gated([*CELLS[cell], f"engine.precision={precision}", f"engine.cuda_graphs={graphs}"], device)
+    assert engine.actual()["cuda_graphs"] == ("true" if graphs == "true" else "false")
     for _ in range(2):  # with a cache, the second time from pages
         result = gate.check(engine, 4).to_dict()
         assert result["passed"]
@@ -165,10 +187,10 @@ def test_a_rank_with_the_heads_of_another_fails_the_gate(monkeypatch: pytest.Mon
     engine.close()
 
 
-@pytest.mark.parametrize("device", ["cpu", TWO_GPUS])
+@pytest.mark.parametrize(("device", "graphs"), [("cpu", "auto"), on_two_gpus("false")])
 @pytest.mark.parametrize("cell", ["rank", "cache"])
-def test_a_rank_that_is_killed_ends_the_cell_with_the_reason(cell: str, device: str) -> None:
-    engine, gate = gated(CELLS[cell], device)
+def test_a_rank_that_is_killed_ends_the_cell_with_the_reason(cell: str, device: str, graphs: str) -> None:
+    engine, gate = gated([*CELLS[cell], f"engine.cuda_graphs={graphs}"], device)
     [pid] = engine.team.pids
     os.kill(pid, signal.SIGKILL)
     begun = time.monotonic()
@@ -247,7 +269,6 @@ def test_a_process_that_nothing_frees_ends_with_the_reason(tmp_path: Path, monke
     ("overrides", "words"),
     [
         (["engine.tensor_parallel=3"], "engine.tensor_parallel=3 and model.heads=2: allowed are 1, 2"),
-        (["engine.cuda_graphs=true"], "ranks launch kernels one by one; set engine.cuda_graphs=false"),
         (["engine.precision=fp8"], "set engine.precision=bf16"),
         (["cache=lru", "cache.host_gb=1"], "cache.host_gb=1 and engine.tensor_parallel=2"),
         (["cache.item_memory_gb=1"], "cache.item_memory_gb=1 and engine.tensor_parallel=2"),

@@ -34,6 +34,7 @@ from grengines.runtime.device import DTYPES
 from grengines.runtime.graph_costs import Filling, Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
+from grengines.runtime.shared_graphs import graph_runner
 from grengines.runtime.staging import Staging
 from grengines.runtime.team import Alone, Team
 from grkernels.pages import EIGHT_BITS
@@ -90,7 +91,7 @@ class CachedRanking:
         self.graphs = capture(
             asked,
             plan,
-            lambda buckets: GraphRunner(self.forward, buckets, self._empty, self._device),
+            lambda buckets: graph_runner(self._team, GraphRunner, self.forward, buckets, self._empty, self._device),
             partial(self._probe, longest),
         )
 

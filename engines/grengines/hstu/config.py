@@ -68,11 +68,15 @@ def contradiction(options: HSTUEngineConfig, asked: Asked) -> str | None:
     return None
 
 
+def graphs_asked(options: HSTUEngineConfig) -> str:
+    """Return true, false or auto for the CUDA graphs of a GPU: several ranks have none unless they are named."""
+    asked = options.cuda_graphs
+    return "false" if asked == "auto" and options.tensor_parallel > 1 else asked
+
+
 def _one_rank_only(options: HSTUEngineConfig, cache: CacheConfig | PagedCacheConfig) -> str | None:
     """Return None, or which options an engine of several ranks lacks."""
     asked = f"engine.tensor_parallel={options.tensor_parallel}"
-    if options.cuda_graphs == "true":
-        return f"engine.cuda_graphs=true and {asked}: ranks launch kernels one by one; set engine.cuda_graphs=false"
     if options.precision == "fp8":
         return f"engine.precision=fp8 and {asked}: norms over several ranks write no e4m3; set engine.precision=bf16"
     if cache.item_memory_gb:

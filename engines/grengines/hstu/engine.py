@@ -16,7 +16,7 @@ from grengines.cache.config import PagedCacheConfig, stored
 from grengines.cache.items import HotRows
 from grengines.export.identity import kv_hash
 from grengines.hstu.cached import CachedRanking
-from grengines.hstu.config import HSTUEngineConfig
+from grengines.hstu.config import HSTUEngineConfig, graphs_asked
 from grengines.hstu.passes import follow_ranking, whole
 from grengines.models.hstu.fp8 import use_fp8
 from grengines.models.hstu.model import HSTURanker, build_model
@@ -28,6 +28,7 @@ from grengines.runtime.device import PRODUCTS, Placement
 from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
+from grengines.runtime.shared_graphs import graph_runner
 from grengines.runtime.team import Alone, Team
 from grkernels import fp8, tuning
 from grkernels.operators import Operators
@@ -46,8 +47,8 @@ class HSTUEngine(RankingEngine):
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
         self._options, self._cache = options, setup.cache
         self._ranks = options.tensor_parallel
-        one_launch = self._cuda and not options.candidate_microbatch and self._ranks == 1
-        self._asked = options.cuda_graphs if one_launch else "false"
+        one_launch = self._cuda and not options.candidate_microbatch
+        self._asked = graphs_asked(options) if one_launch else "false"
         self._products = self._precision if self._precision in PRODUCTS else ""
         if self._products and self._cuda and (why := fp8.refusal()):
             raise UnavailableError(f"engine.precision=fp8: {why}; set engine.precision=bf16")
@@ -108,7 +109,7 @@ class HSTUEngine(RankingEngine):
             self._graphs = capture(
                 self._asked,
                 self._plan(sample, max_batch),
-                lambda buckets: GraphRunner(ranker, buckets, self._empty, self._device),
+                lambda buckets: graph_runner(self.team, GraphRunner, ranker, buckets, self._empty, self._device),
                 partial(self._probe, ranker, self._longest(sample)),
             )
         self.start_s["graphs"] = time.perf_counter() - begun
@@ -170,12 +171,11 @@ class HSTUEngine(RankingEngine):
         ranker, cached = self._ready(self._ranker), self.user_cache
         self._check_size(requests)
         begun = time.perf_counter()
-        with self._turns as turn:
-            uncached = partial(self._queue_whole, ranker)
-            queued = cached.queue_or(requests, uncached) if cached is not None else uncached(requests)
-        result = self._ended(queued, begun, turn)
-        self.team.check()
-        return result
+        with self.team.waiting():
+            with self._turns as turn:
+                uncached = partial(self._queue_whole, ranker)
+                queued = cached.queue_or(requests, uncached) if cached is not None else uncached(requests)
+            return self._ended(queued, begun, turn)
 
     def _queue_whole(self, ranker: HSTURanker, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue a batch of whole histories. The returned function waits for the device."""
@@ -243,10 +243,10 @@ class HSTUEngine(RankingEngine):
         return {"fp8_products": how, "notes": [note] if how == fp8.EMULATED else []}
 
     def _unload(self) -> None:
-        self.team.close()
         if self.user_cache is not None:
             self.user_cache.close()
         self._ranker, self._graphs, self.user_cache, self._items = None, Graphs(), None, None
+        self.team.close()  # after the graphs, which hold collectives
 
     def _place(self, hosts: Sequence[HostBatch]) -> dict[str, float]:
         """Copy the batches' rows of a token table on the host to the device, and replace row numbers by slots.

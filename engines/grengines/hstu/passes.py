@@ -21,6 +21,7 @@ from grengines.models.hstu.shard import shard
 from grengines.runtime.batch import Encoding, JaggedBatch
 from grengines.runtime.group import Group
 from grengines.runtime.results import one_tensor
+from grengines.runtime.shared_graphs import graph_calls
 from grengines.runtime.team import Calls
 from grengines.semantic.trie import TensorTrie, Trie
 from grkernels.operators import Operators
@@ -115,7 +116,12 @@ def follow_ranking(
     def make_pages(inputs: Sequence[Any], cache: PagedCacheConfig, pages: int) -> None:
         pools[:] = [PagePool(pages=pages, **page_sizes(ranker, cache))]
 
+    def captured(batch: JaggedBatch, *places: PagedBatch) -> Tensor:
+        logits: Tensor = ranker.paged(batch, pools[0], *places) if places else ranker(batch)
+        return logits
+
     return {
+        **graph_calls(captured, device),
         "pages": make_pages,
         "whole": lambda batches: whole(ranker, batches),
         "append": lambda inputs, cached: append(ranker, pools[0], inputs, cached=cached),
@@ -145,7 +151,7 @@ def follow_search(
     def make_pages(inputs: Sequence[Any], tokens: int, batch: int) -> None:
         pools[:] = [beam.pool_for(generator, tokens, batch)]
 
-    return {
-        "pages": make_pages,
-        "search": lambda inputs: search(generator, there, pools[0], inputs[0], width=width, k=k),
-    }
+    def run(prompts: Prompts) -> Tensor:
+        return search(generator, there, pools[0], prompts, width=width, k=k)
+
+    return {**graph_calls(run, device), "pages": make_pages, "search": lambda inputs: run(inputs[0])}

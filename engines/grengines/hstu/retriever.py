@@ -13,7 +13,7 @@ from torch import Tensor
 from grengines.api import GenerateResult, Request, Setup
 from grengines.base import GeneratingEngine
 from grengines.cache.pool import PagePool
-from grengines.hstu.config import HSTUEngineConfig
+from grengines.hstu.config import HSTUEngineConfig, graphs_asked
 from grengines.hstu.passes import follow_search, search
 from grengines.models.hstu import beam
 from grengines.models.hstu.config import HSTUConfig
@@ -26,6 +26,7 @@ from grengines.runtime.device import Placement
 from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect_items
+from grengines.runtime.shared_graphs import graph_runner
 from grengines.runtime.team import Alone, Team
 from grengines.semantic.trie import Trie
 from grkernels import tuning
@@ -49,7 +50,7 @@ class HSTURetriever(GeneratingEngine):
         assert isinstance(setup.model, HSTUConfig), "the registry refuses other models"
         self._options, self._hstu = options, setup.model
         self._ranks = options.tensor_parallel
-        self._asked = options.cuda_graphs if self._cuda and self._ranks == 1 else "false"
+        self._asked = graphs_asked(options) if self._cuda else "false"
         self._kernels = kernel_choice.choose(
             setup.kernels,
             self._hstu,
@@ -94,7 +95,7 @@ class HSTURetriever(GeneratingEngine):
         self._graphs = capture(
             self._asked,
             even_buckets(self._options.graph_lengths or length_buckets(lengths), max_batch),
-            lambda buckets: GraphRunner(self._search, buckets, self._empty, self._device),
+            lambda buckets: graph_runner(self.team, GraphRunner, self._search, buckets, self._empty, self._device),
             self._probe,
         )
         self.team.ready()
@@ -145,11 +146,10 @@ class HSTURetriever(GeneratingEngine):
             )
         bucket = self._graphs.choose(lengths)
         found_ms = (time.perf_counter() - begun) * 1e3
-        with self._turns as turn:
-            queued = self._queue(prompts, bucket, self._graphs.runner, found_ms)
-        result = self._ended(queued, begun, turn)
-        self.team.check()
-        return result
+        with self.team.waiting():
+            with self._turns as turn:
+                queued = self._queue(prompts, bucket, self._graphs.runner, found_ms)
+            return self._ended(queued, begun, turn)
 
     def _queue(
         self, prompts: Sequence[np.ndarray], bucket: Bucket | None, runner: Runner | None, found_ms: float = 0.0
@@ -195,8 +195,8 @@ class HSTURetriever(GeneratingEngine):
         }
 
     def _unload(self) -> None:
-        self.team.close()
         self._model, self._pool, self._graphs = None, None, Graphs()
+        self.team.close()  # after the graphs, which hold collectives
 
     def _search(self, batch: Prompts) -> Tensor:
         """Return the items and scores that the search finds, as `one_tensor` packs them."""

@@ -54,8 +54,10 @@ class Alone:
     def ready(self) -> None:
         """Wait for other ranks."""
 
-    def check(self) -> None:
-        """Raise the reason if a rank has gone."""
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for other ranks within it."""
+        yield
 
     def actual(self) -> dict[str, Any]:
         """Return the entries of a record."""
@@ -102,13 +104,13 @@ class Team:
         if lacking := fewer_gpus(size, device):
             raise UnavailableError(lacking)
         self.size, self._device = size, device
-        self._lock = threading.Lock()  # of what is sent
+        self._lock, self._counting = threading.Lock(), threading.Lock()  # of what is sent, and of `_waits`
         self._lost: tuple[type[RuntimeError], str] | None = None
         self._gone, self._closing = threading.Event(), False
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._folder = tempfile.TemporaryDirectory(prefix="grbench-ranks-")
         self._ranks: dict[Connection, tuple[int, Any]] = {}  # rank and process
-        self._waits = True  # rank 0 does, for others
+        self._waits = 1  # how often rank 0 waits for others at this moment; here until they are ready
         store = str(Path(self._folder.name) / "store") if collectives else ""
         first = Recipe(0, size, device, torch.get_num_threads(), store, make, arguments)
         self._group: Group | None = None
@@ -148,7 +150,7 @@ class Team:
     def ready(self) -> None:
         """Wait until every rank has its part of the model. Raises as `check`."""
         self._collect(START_S)
-        self._waits = False
+        self._waits -= 1
 
     @contextmanager
     def call(self, name: str, inputs: Sequence[Any], **arguments: Any) -> Iterator[list[Any]]:
@@ -156,18 +158,28 @@ class Team:
 
         An error within leaves the others waiting in a collective, so it ends them. Raises as `check`.
         """
-        self.check()
-        self._waits = True
         try:
-            self._send((name, [replace(one, buffer=len(one.buffer)) for one in inputs], arguments))
-            yield [replace(one, buffer=self._shared(one.buffer)).to(self._device) for one in inputs]
+            with self.waiting():
+                self._send((name, [replace(one, buffer=len(one.buffer)) for one in inputs], arguments))
+                yield [replace(one, buffer=self._shared(one.buffer)).to(self._device) for one in inputs]
         except BaseException as e:
             if self._gone.wait(PEER_S if _of_peer(e) else 0.0):
                 raise self._reason() from e
             self._lose(f"rank 0 failed: {type(e).__name__}: {e}")
             raise
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for other ranks within it. Raises as `check`, before and after."""
+        self.check()
+        with self._counting:
+            self._waits += 1
+        try:
+            yield
         finally:
-            self._waits = False
+            with self._counting:
+                self._waits -= 1
+        self.check()
 
     def _shared(self, buffer: Tensor) -> Tensor:
         """Copy a buffer to this device and from there to those of the other ranks."""
@@ -210,7 +222,7 @@ class Team:
         for connection in self._ranks:
             connection.close()
         self._ranks.clear()
-        if self._group is not None:
+        if self._group is not None and self._lost is None:
             self._group.abort()
         self._folder.cleanup()
 
@@ -260,8 +272,8 @@ class Team:
         self._gone.set()
         if not self._closing:
             self._kill()
-            if self._group is not None:
-                self._group.abort()
+            if self._group is not None:  # graphs that hold collectives may keep it from ending
+                threading.Thread(target=self._group.abort, daemon=True).start()
 
     def _end_waiting(self) -> None:
         """End this process, with the reason as the last line of its log, if nothing frees it from a collective."""
