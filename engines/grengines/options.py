@@ -7,9 +7,10 @@ express (ranges, choices) is declared here beside the field and checked by `viol
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,16 @@ def option(
     choices: Sequence[str] | None = None,
     file: bool = False,
     url: bool = False,
+    only_with: Mapping[str, Sequence[str]] = {},
 ) -> Any:
     """A dataclass field with a default, its meaning in words, and the values it allows (None: as its type says).
 
-    file: the value names a file or a folder, whose content counts. url: it is the URL of a server.
+    file: the value names a file or a folder, whose content counts. url: it is the URL of a server. only_with: the
+    option is read only if each of these others has one of the values; without values, one that is not 0, false or null.
     """
     allowed = {"ge": ge, "gt": gt, "le": le, "choices": tuple(choices) if choices else None, "url": url or None}
-    metadata = {"help": help, "file": file, "allowed": {k: v for k, v in allowed.items() if v is not None}}
+    allowed = {key: value for key, value in allowed.items() if value is not None}
+    metadata = {"help": help, "file": file, "only_with": only_with, "allowed": allowed}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -85,6 +89,19 @@ def _outside(config: Any, path: str = "") -> Iterator[str]:
         for item in value if isinstance(value, list) else [value]:
             if item is not None and not _allows(field.metadata.get("allowed", {}), item):
                 yield f"{key}={item}: {allowed_instead(field, item)}"
+
+
+def idle(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each option that is not read because of another one: its key, and the reason with what changes it."""
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(value := getattr(config, field.name)):
+            yield from idle(value, f"{path}{field.name}.")
+        for other, needed in field.metadata.get("only_with", {}).items():
+            has = getattr(config, other)
+            if has not in needed if needed else not has:
+                shown = has if isinstance(has, str) else json.dumps(has)
+                change = f"set it to {' or '.join(needed)}" if needed else f"set {path}{other} too"
+                yield f"{path}{field.name}", f"it is not read with {path}{other}={shown}; {change}, or leave it out"
 
 
 def files(config: Any) -> dict[str, str]:
@@ -153,8 +170,9 @@ class GraphOptions(DeviceOptions):
         choices=["auto", "true", "false"],
     )
     graph_lengths: list[int] = option(
-        [], "tokens of a sequence for which there are graphs; empty: those that the requests need", ge=16
-    )
+        [], "tokens of a sequence for which there are graphs; empty: those that the requests need", ge=16,
+        only_with={"cuda_graphs": ("auto", "true"), "device": ("auto", "cuda")},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         self.cuda_graphs = str(self.cuda_graphs).lower()  # true and false come as booleans

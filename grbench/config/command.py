@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,14 @@ def run(
     check: Callable[[DictConfig], Any],
     new_session: Callable[[Job, Invocation], Session],
     require: Callable[[Sequence[Job]], None] = lambda jobs: None,
+    unread: Callable[[Any], Mapping[str, str]] = lambda config: {},
 ) -> int:
     """Run the command `python -m <program> <words>`, whose configuration is conf/<config_name>.yaml.
 
     prepare: registers its schemas. check: turns a composed configuration into a job's `config` or raises ConfigError.
     new_session: makes the session, given the first job. require: raises ConfigError for jobs that cannot run, before
-    anything is written. Returns the session's exit code. Raises ConfigError for a configuration or data that cannot be
-    used, CommandError, and any KeyboardInterrupt after closing the session.
+    anything is written. unread: of `plan_jobs`. Returns the session's exit code. Raises ConfigError for a configuration
+    or data that cannot be used, CommandError, and any KeyboardInterrupt after closing the session.
     """
     prepare()
     flags = _flags(program, words)
@@ -52,7 +53,7 @@ def run(
     name = flags.config_name or config_name
     asks = bool(flags.cfg or flags.info)  # nothing runs then, and an answer has no other lines
     report = (lambda line: None) if asks else _say
-    invocation, jobs = plan_jobs(name, check, flags.overrides, flags.multirun, flags.config_dir, report)
+    invocation, jobs = plan_jobs(name, check, flags.overrides, flags.multirun, flags.config_dir, report, unread)
     if asks:
         return _ask_hydra(words, name)
     for line in invocation.skipped:

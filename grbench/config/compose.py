@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ from grbench.config.schema import (
     register_schemas,
     to_spec,
 )
+from grbench.config.unread import unread
 from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.subcommands import summaries
 from grengines.options import allowed_instead, describe
@@ -56,8 +57,12 @@ def prepare_hydra() -> None:
 
 
 def compose_spec(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunSpec, RunConfig]:
-    """Compose one cell from Hydra overrides. config_dir: folder of the user's own YAML files. Raises ConfigError."""
-    return compose_cells(overrides, config_dir=config_dir)[0]
+    """Compose one cell from Hydra overrides, which may set options that it does not read. Raises ConfigError.
+
+    config_dir: folder of the user's own YAML files.
+    """
+    prepare_hydra()
+    return compose_jobs("config", to_spec, overrides, config_dir=config_dir)[0]
 
 
 def compose_cells(
@@ -65,7 +70,7 @@ def compose_cells(
 ) -> list[tuple[RunSpec, RunConfig]]:
     """Compose and check every cell that a command line describes, without running any. Raises ConfigError."""
     prepare_hydra()
-    return compose_jobs("config", to_spec, overrides, multirun, config_dir)
+    return [job.config for job in plan_jobs("config", to_spec, overrides, multirun, config_dir, unread=unread)[1]]
 
 
 def compose_jobs(
@@ -138,6 +143,7 @@ def plan_jobs(
     multirun: bool = False,
     config_dir: str | None = None,
     report: Callable[[str], None] = lambda line: None,
+    unread: Callable[[Any], Mapping[str, str]] = lambda config: {},
 ) -> tuple[Invocation, list[Job]]:
     """Compose and check every job of a command line. Raises ConfigError if one of them cannot be.
 
@@ -153,9 +159,11 @@ def plan_jobs(
             base, combinations = _expand(config_name, list(overrides), extra, multirun)
             if combinations is None:
                 job = _job(base, check, Path(base.hydra.run.dir).absolute())
+                if lacks := _unread(job.overrides, unread(job.config)):
+                    raise ConfigError(next(iter(lacks.values())))
                 invocation, jobs = Invocation(tuple(overrides), 1, None), [job]
             else:
-                invocation, jobs = _plan_sweep(config_name, check, overrides, extra, base, combinations, report)
+                invocation, jobs = _plan_sweep(config_name, check, overrides, extra, base, combinations, report, unread)
             own = Path(config_dir).absolute() if config_dir else None
             return dataclasses.replace(invocation, config_dir=own), jobs
     except (HydraException, OmegaConfBaseException) as e:
@@ -206,6 +214,7 @@ def _plan_sweep(
     base: DictConfig,
     combinations: list[list[str]],
     report: Callable[[str], None],
+    unread: Callable[[Any], Mapping[str, str]],
 ) -> tuple[Invocation, list[Job]]:
     """Compose each combination and check it by itself."""
     common = set.intersection(*map(set, combinations))
@@ -222,12 +231,17 @@ def _plan_sweep(
         say(f"{number} of {total} configurations are checked, {took}; none runs before all are")
         lacks: dict[str, str] = {}
         try:
-            cfg = _compose_without(config_name, words, extra, lacks)
-            kept = tuple(word for word in words if word not in lacks)
+            while True:
+                cfg = _compose_without(config_name, words, extra, lacks)
+                kept = tuple(word for word in words if word not in lacks)
+                folder = folder or Path(cfg.hydra.sweep.dir).absolute()  # it carries the time, so it is read once
+                job = _job(cfg, check, folder / str(number))
+                if not (idle := _unread(kept, unread(job.config))):
+                    break
+                lacks.update(idle)
             had.update(map(_key, kept))
-            folder = folder or Path(cfg.hydra.sweep.dir).absolute()  # it carries the time, so it is read once
             if kept not in partial:  # else only an option that it lacks makes it another
-                planned.append((number, _job(cfg, check, folder / str(number)), lacks))
+                planned.append((number, job, lacks))
             if lacks:
                 partial.add(kept)
         except (ConfigError, HydraException, OmegaConfBaseException) as e:
@@ -245,7 +259,7 @@ def _plan_sweep(
         for word in lacks:
             without.setdefault(_key(word), {})[_chosen(word, combinations[number], common)] = None
     for key, choices in without.items():
-        report(f"{key}: {', '.join(choices)} has no such option and runs without it; the other combinations use it")
+        report(f"{key}: {', '.join(choices)} does not read it and runs without it; the other combinations use it")
     jobs = [job for _, job, _ in planned]
     return Invocation(tuple(overrides), len(jobs), folder, tuple(map(_named, named))), jobs
 
@@ -265,6 +279,12 @@ def _compose_without(config_name: str, words: list[str], extra: list[str], lacks
             if not its:
                 raise
             lacks.update(dict.fromkeys(its, explain(e)))
+
+
+def _unread(words: Sequence[str], idle: Mapping[str, str]) -> dict[str, str]:
+    """Return the overrides of options that are not read, each with the line that refuses it."""
+    found = ((word, key) for word in words for key in idle if f"{_key(word).lstrip('+')}.".startswith(f"{key}."))
+    return {word: f"{word}: {idle[key]}" for word, key in found}
 
 
 def _absent_key(error: BaseException) -> str:

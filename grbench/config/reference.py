@@ -110,7 +110,15 @@ def _table(schema: type) -> Iterator[str]:
     yield "|---|---|---|---|"
     for field in dataclasses.fields(schema):
         if "help" in field.metadata:
-            yield f"| `{field.name}` | {describe(field)} | {_default(field)} | {field.metadata['help']} |"
+            meaning = field.metadata["help"] + _only_with(field)
+            yield f"| `{field.name}` | {describe(field)} | {_default(field)} | {meaning} |"
+
+
+def _only_with(field: dataclasses.Field[Any]) -> str:
+    """The other options without which a key is not read."""
+    needed = field.metadata.get("only_with", {}).items()
+    others = [f"`{other}`" + (f" {' or '.join(values)}" if values else "") for other, values in needed]
+    return f"; only with {' and '.join(others)}" if others else ""
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -43,7 +43,9 @@ class OfflineConfig(LoadGenConfig):
     """MLPerf offline: every request arrives at the start. Throughput counts."""
 
     name: str = option("offline", "name of the scenario in records")
-    expected_qps: float = option(1000.0, "sizes the one query for `min_duration_s`", gt=0)
+    expected_qps: float = option(
+        1000.0, "sizes the one query for `min_duration_s`", gt=0, only_with={"min_duration_s": ()}
+    )
 
 
 @dataclass

@@ -31,7 +31,7 @@ from grbench.training.generate import GenerateTask, semantic_ids
 from grbench.training.rank import RankTask
 from grbench.workloads.events import Events
 from grbench.workloads.item_map import save_items
-from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.config import HSTUConfig, not_read
 from grengines.options import files
 from grengines.runtime.cache_dir import content
 from grengines.semantic.ids import SemanticIds
@@ -199,7 +199,14 @@ def _command(config: TrainConfig, job: Job, folder: Path, ids: SemanticIds | Non
     """Return the command that runs the trained model."""
     place = os.path.relpath(folder)
     groups, replaced = ("model", "workload", "retrieval.", "seed"), ("weights", "semantic_ids")
-    typed = [w for w in job.overrides if w.startswith(groups) and not w.partition("=")[0].endswith(replaced)]
+    idle = ["retrieval"] if ids is None else [f"model.{name}" for name in not_read("generate")]
+    typed = [
+        w
+        for w in job.overrides
+        if w.startswith(groups)
+        and not w.partition("=")[0].endswith(replaced)
+        and not any(f"{w.partition('=')[0]}.".startswith(f"{key}.") for key in idle)  # a run refuses those
+    ]
     engine = "hstu" if isinstance(config.model, HSTUConfig) else "hf"
     words = [f"engine={engine}", f"task={config.task}", *(f"'{w}'" if "[" in w else w for w in typed)]
     if ids is None:

@@ -31,6 +31,7 @@ from grbench.config import composition, malformed
 from grbench.config.compose import CONFIG_DIR, compose_cells, compose_spec, explain, plan_jobs, prepare_hydra
 from grbench.config.reference import ROOTS, reference
 from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json, to_spec
+from grbench.config.unread import unread
 from grbench.execution.files import require_files
 from grbench.workloads import load_events
 from grbench.workloads.config import DrawnConfig
@@ -299,23 +300,33 @@ def test_combinations_that_cannot_be_are_refused_by_name_or_left_out() -> None:
         (
             ["engine=hstu", "cache=none,lru", "cache.memory_gb=0.02"],
             [["cache=none"], ["cache=lru", "cache.memory_gb=0.02"]],
-            "cache.memory_gb: cache=none has no such option and runs without it; the other combinations use it",
+            "cache.memory_gb: cache=none does not read it and runs without it; the other combinations use it",
         ),
         (  # a swept option makes no second cell where it is lacking
             ["engine=hstu", "cache=none,lru", "cache.memory_gb=0.02,0.1"],
             [["cache=none"], ["cache=lru", "cache.memory_gb=0.02"], ["cache=lru", "cache.memory_gb=0.1"]],
-            "cache.memory_gb: cache=none has no such option and runs without it; the other combinations use it",
+            "cache.memory_gb: cache=none does not read it and runs without it; the other combinations use it",
         ),
         (
             ["engine=hstu", "scenario=offline,server,closed_loop", "scenario.target_qps=9"],
             [["scenario=offline"], ["scenario=server", "scenario.target_qps=9"], ["scenario=closed_loop"]],
-            "scenario.target_qps: scenario=offline, scenario=closed_loop has no such option and runs without it; the "
+            "scenario.target_qps: scenario=offline, scenario=closed_loop does not read it and runs without it; the "
             "other combinations use it",
+        ),
+        (  # an option that a task does not read, and one that another option makes idle
+            ["engine=hstu,hf", "retrieval.beam_width=16,32"],
+            [["engine=hstu"], ["engine=hf", "retrieval.beam_width=16"], ["engine=hf", "retrieval.beam_width=32"]],
+            "retrieval.beam_width: engine=hstu does not read it and runs without it; the other combinations use it",
+        ),
+        (
+            ["engine=hstu", "cache=lru", "cache.host_gb=0,1", "cache.prefetch_s=2"],
+            [["cache=lru", "cache.host_gb=0"], ["cache=lru", "cache.host_gb=1", "cache.prefetch_s=2"]],
+            "cache.prefetch_s: cache.host_gb=0 does not read it and runs without it; the other combinations use it",
         ),
         (
             ["engine=hstu,pipeline", "engine@engine.retrieve=hstu", "engine.retrieve.precision=fp32"],
             [["engine=hstu"], ["engine=pipeline", "engine@engine.retrieve=hstu", "engine.retrieve.precision=fp32"]],
-            "engine@engine.retrieve: engine=hstu has no such option and runs without it; the other combinations use it",
+            "engine@engine.retrieve: engine=hstu does not read it and runs without it; the other combinations use it",
         ),
     ],
 )
@@ -324,7 +335,7 @@ def test_a_combination_that_lacks_an_option_runs_without_it(
 ) -> None:
     said: list[str] = []
     prepare_hydra()
-    invocation, jobs = plan_jobs("config", to_spec, sweep, multirun=True, report=said.append)
+    invocation, jobs = plan_jobs("config", to_spec, sweep, multirun=True, report=said.append, unread=unread)
     assert [[w for w in job.overrides if w != "engine=hstu" or w in cells[0]] for job in jobs] == cells
     assert invocation.total == len(jobs) and said[0] == line
 
@@ -422,6 +433,57 @@ def test_what_no_machine_can_run_is_refused_before_it_is_recorded(words: str, li
     with pytest.raises(ConfigError) as caught:
         compose_spec(words.split())
     assert str(caught.value).startswith(line)
+
+
+UNREAD = [  # overrides of which the cell does not read the last, and why
+    ("engine=hstu retrieval.beam_width=8", "task=rank searches for no items; set task=generate, or leave it out"),
+    ("engine=hstu retrieval={k:3}", "task=rank searches for no items; set task=generate, or leave it out"),
+    ("engine=hstu model.item_norm=true", "task=rank does not read it; set task=generate, or leave it out"),
+    ("engine=hstu task=generate model.head_dim=3", "task=generate does not read it; set task=rank, or leave it out"),
+    ("engine=hstu task=generate model.weights=f", "task=generate has the weights of retrieval.weights; set that"),
+    ("engine=hf retrieval.levels=1 retrieval.codes=9", "with retrieval.levels=1 each item is a code; leave it out, or"),
+    ("engine=hstu cache=lru cache.onload_share=1", "it is not read with cache.host_gb=0.0; set cache.host_gb too, or"),
+    ("engine=hstu scenario=offline scenario.expected_qps=9", "it is not read with scenario.min_duration_s=0.0; set"),
+    ("engine=hstu engine.cuda_graphs=false engine.graph_lengths=[64]", "it is not read with engine.cuda_graphs=false"),
+    ("engine=pipeline engine.retrieve.graph_tokens=[64]", "it is not read with engine.retrieve.cuda_graphs=false; set"),
+    ("engine=tensorrt engine.calibration=2", "it is not read with engine.precision=auto; set it to int8 or fp8, or"),
+    ("engine=hstu gate.quality_requests=9", "random weights have no quality; set model.weights=FILE, or leave it"),
+    ("engine=hstu workload=synthetic gate.allow_loss=[int8]", "workload=synthetic has random events; set workload=ml"),
+]
+
+
+@pytest.mark.parametrize("words, why", UNREAD)
+def test_an_option_that_a_cell_does_not_read_is_refused_where_it_is_typed(
+    words: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("f").touch()
+    typed = words.split()
+    line = f"{typed[-1]}: {why}"
+    with pytest.raises(ConfigError) as caught:
+        compose_cells(typed)
+    assert str(caught.value).startswith(line)
+    with pytest.raises(ConfigError) as caught:  # no cell of a sweep reads it either
+        compose_cells([*typed, "seed=1,2"], multirun=True)
+    assert str(caught.value).replace("True", "true").startswith(line)
+    assert compose_cells(typed[:-1])
+
+
+def test_accuracy_issues_the_requests_that_have_a_truth() -> None:
+    words = ["engine=hstu", "scenario=offline", "scenario.mode=accuracy", "model.tasks=[rated,liked]"]
+    words.append(f"model.weights={RANKER}")
+    with pytest.raises(ConfigError, match=r"^scenario\.queries=9: .* issues gate\.quality_requests; set that$"):
+        compose_cells([*words, "scenario.queries=9"])
+    assert compose_cells([*words, "gate.quality_requests=9"])
+
+
+def test_files_may_set_what_a_cell_does_not_read(tmp_path: Path) -> None:
+    """One study serves several tasks; what it sets was not typed."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "study").mkdir()
+    study = tmp_path / "mine" / "study" / "both.yaml"
+    study.write_text("# @package _global_\nretrieval: {k: 3, beam_width: 3}\n")
+    assert compose_cells(["engine=hstu", "study=both"], config_dir=str(tmp_path / "mine"))
 
 
 @pytest.mark.parametrize("missing", [None, "package vllm is not installed; pip install vllm"])

@@ -39,19 +39,21 @@ class PagedCacheConfig:
     memory_gb: float = option(1.0, "device memory of all pages, 10^9 bytes", gt=0)
     host_gb: float = option(0.0, "page-locked host memory for evicted states, 10^9 bytes; 0: none", ge=0)
     host_admit_visit: int = option(
-        2, "visit from which the host takes a user's evicted state; most one-time visitors never return", ge=1
-    )
+        2, "visit from which the host takes a user's evicted state; most one-time visitors never return", ge=1,
+        only_with={"host_gb": ()},
+    )  # fmt: skip
     storage_gb: float = option(0.0, "file on a disk for the states that the host evicts, 10^9 bytes; 0: none", ge=0)
     storage_path: str = option(
         "", "folder of that file, whose states stay for later runs of the same model; empty: a temporary one"
     )
     onload_share: float = option(
         0.0, "share of a state below the device to load, the rest is computed meanwhile; 0: as much as computing hides",
-        ge=0, le=1,
+        ge=0, le=1, only_with={"host_gb": ()},
     )  # fmt: skip
     prefetch_s: float = option(
-        0.0, "load the states of users expected within this many seconds of the trace; 0: none", ge=0
-    )
+        0.0, "load the states of users expected within this many seconds of the trace; 0: none", ge=0,
+        only_with={"host_gb": ()},
+    )  # fmt: skip
     item_memory_gb: float = option(0.0, ITEM_MEMORY, ge=0)
 
 

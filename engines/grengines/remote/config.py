@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grengines.options import option
-from grengines.refusals import Asked
+from grengines.refusals import Asked, own_kernels
 
 CONNECTIONS, MOST = 64, 1024  # to a server, and to all
 
@@ -29,7 +29,7 @@ def usual(servers: int) -> dict[str, int]:
 
 
 def contradiction(options: RemoteConfig, asked: Asked) -> str | None:
-    """Return None, or why there can't be a cache, which is the server's."""
+    """Return None, or why there can't be a cache or a kernel, which are the server's."""
     if asked.cache.name != "none":
         return f"cache={asked.cache.name}: engine remote has none; give the cache to the server"
-    return None
+    return own_kernels(asked, "remote", ", and give the kernel to the server")

@@ -27,9 +27,14 @@ class TensorRTConfig:
     profiles: int = option(
         2, "optimisation profiles, for batches up to this many quantiles of the workload's lengths", ge=1, le=8
     )
-    calibration: int = option(16, "requests that the scales of int8 and fp8 come from", ge=0, le=4096)
+    calibration: int = option(
+        16, "requests that the scales of int8 and fp8 come from", ge=0, le=4096, only_with={"precision": SCALED}
+    )
     refit: bool = option(False, "one plan for any weights of this shape")
-    plugin: bool = option(True, "attention by the project's Triton kernel (tensorrt only); false: by the body in ONNX")
+    plugin: bool = option(
+        True, "attention by the project's Triton kernel (tensorrt only); false: by the body in ONNX",
+        only_with={"library": ("auto", "tensorrt")},
+    )  # fmt: skip
     cuda_graphs: bool = option(False, "capture a graph for each bucket of batch and length")
     plan: str | None = option(None, "a folder of `grbench build-plan`; null: from the cache, or built", file=True)
     fallback: list[str] = option([], "engines for requests that the plan was not built for")

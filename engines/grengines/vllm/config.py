@@ -16,9 +16,12 @@ class VLLMEngineConfig(DeviceOptions):
     name: str = option("vllm", "name of the engine")
     tensor_parallel: int = option(1, TENSOR_PARALLEL, ge=1, le=64)
     gpu_memory_utilization: float = option(
-        0.8, "share of the GPU for weights and pages; the reference and other engines need the rest", gt=0, le=1
+        0.8, "share of the GPU for weights and pages; the reference and other engines need the rest", gt=0, le=1,
+        only_with={"device": ("auto", "cuda")},
+    )  # fmt: skip
+    kv_cache_gb: float = option(
+        1.0, "memory for pages on a CPU, 10^9 bytes", gt=0, only_with={"device": ("auto", "cpu")}
     )
-    kv_cache_gb: float = option(1.0, "memory for pages on a CPU, 10^9 bytes", gt=0)
     kv_blocks: int = option(0, "pages; 0: as many as fit the memory", ge=0)
     block_size: int = option(64, "tokens of a page, a power of two; a prefix hits in whole pages", ge=16, le=256)
     max_num_seqs: int = option(0, "searches in flight, for which a captured step has room; 0: scenario.max_batch", ge=0)
@@ -29,7 +32,9 @@ class VLLMEngineConfig(DeviceOptions):
         False,
         "on cuda: capture steps of prompts, and all levels of a search; HSTU attention needs triton or cutlass for it",
     )
-    graph_tokens: list[int] = option([], "sizes of steps to capture, in tokens; empty: 16 to 2048", ge=1)
+    graph_tokens: list[int] = option(
+        [], "sizes of steps to capture, in tokens; empty: 16 to 2048", ge=1, only_with={"cuda_graphs": ()}
+    )
 
 
 def contradiction(options: VLLMEngineConfig, asked: Asked) -> str | None:
