@@ -462,10 +462,11 @@ def test_the_gate_allows_what_attention_in_fp8_loses() -> None:
     from grbench.gate.rank import RankGate
 
     spec = dataclasses.replace(compose_spec(ON_CPU)[0], model=WIDE, seed=5)
-    half, fp8_attention = (
-        RankGate(spec, CATALOGUE, REQUESTS, "cpu", "bf16", fp8_attention=eight_bits) for eight_bits in (False, True)
+    half, fp8_attention, all_in_fp8 = (
+        RankGate(spec, CATALOGUE, REQUESTS, "cpu", precision, fp8_attention=eight_bits)
+        for precision, eight_bits in (("bf16", False), ("bf16", True), ("fp8", True))
     )
-    assert fp8_attention.tolerance > 2 * half.tolerance
+    assert all_in_fp8.tolerance > fp8_attention.tolerance > 2 * half.tolerance
     wrong: dict[str, Any] = {
         "right": attend(),
         "zeros": attend(lambda made: dataclasses.replace(made, rows=torch.zeros_like(made.rows))),
