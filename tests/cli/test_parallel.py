@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from helpers.forks import fork_command, fork_places, fork_workers
 
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
-from grbench.execution import gpu, place, places, records
+from grbench.execution import gpu, place, places, ranks, records
 from grbench.execution.records import LOG_FILE, RunRecord, Status
 
 
@@ -174,6 +175,30 @@ def test_places_share_no_core_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [share.gpu for share in places.shares("gpus", each=2)] == ["5,6", "7,8"]
     with pytest.raises(ConfigError, match=r"has 2 times 2 GPUs for engine\.tensor_parallel=2, and cells never share"):
         places.shares("3", each=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "counted"),
+    [
+        (["engine=hstu"], "01", 1),
+        (["engine=hstu", "engine.tensor_parallel=2"], "01", 2),
+        (["engine=hstu", "engine.tensor_parallel=2"], "", 2),  # a CPU checks the answers
+        (["engine=hstu", "engine.tensor_parallel=2", "engine.device=cpu"], "0", 1),
+        (["engine=pipeline", "engine@engine.retrieve=hstu", "engine.rank.tensor_parallel=2"], "01", 2),
+        (["engine=hstu", "engine.tensor_parallel=2"], "0", "this machine has 1 of these GPUs; allowed is at most 1"),
+        (["engine=hstu", "engine.tensor_parallel=2", "runner.cluster=ray"], "01", "set runner.cluster=none"),
+    ],
+)
+def test_gpus_of_a_cell_are_counted(
+    overrides: list[str], gpus: str, counted: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "visible_gpus", lambda: list(gpus))
+    spec, run = compose_spec(["model=hstu_tiny", "workload=synthetic", *overrides])
+    if isinstance(counted, int):
+        assert ranks.require_gpus([spec], run.runner.cluster) == counted
+        return
+    with pytest.raises(ConfigError, match=re.escape(counted)):
+        ranks.require_gpus([spec], run.runner.cluster)
 
 
 @pytest.mark.parametrize(
