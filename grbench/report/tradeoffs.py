@@ -155,7 +155,7 @@ class Tradeoff:
 
     @property
     def title(self) -> str:
-        return f"{VERBS[self.task]}: {self.axis.title[0].lower()}{self.axis.title[1:]} against speed"
+        return f"{VERBS[self.task]}: {_lower(self.axis.title)} against speed"
 
     def text(self, point: Point) -> str:
         return self.axis.text(point.row.record)
@@ -217,7 +217,7 @@ class Tradeoff:
         """Return the heads and the lines of the table."""
         load = next((point.server.record for point in self.points if point.server), None)
         at = f"p99 at {offered_load(load):g} {unit_of(load)}, ms" if load else "p99, ms"
-        heads = ["#", self.axis.title.lower()]
+        heads = ["#", _lower(self.axis.title)]
         for text in self.figures.values():
             heads += [text, f"change of {text}"]
         heads += ["requests/s", "change of requests/s", at]
@@ -285,6 +285,11 @@ def tradeoffs(rows: Sequence[Row]) -> list[Tradeoff]:
                 ordered = sorted([base, *others], key=lambda point: axis.place(point.row.record))
                 found.append(Tradeoff(axis, base, ordered))
     return found
+
+
+def _lower(title: str) -> str:
+    """Return a title for the middle of a sentence: `beam width`, and `KV cache` as it is."""
+    return title if title[:2].isupper() else title[0].lower() + title[1:]
 
 
 def _points(rows: Sequence[Row]) -> list[Point]:

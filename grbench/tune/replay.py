@@ -28,6 +28,7 @@ from grbench.tune.trial import Batching, Goal
 CERTIFYING = 30  # cells for certification, beside those of the search
 SPREAD = 0.02  # of run to run, as measured on an idle GPU
 LONG = 12_000  # requests of the simulation that is the truth
+EXACT = 1.002  # ratio to which it is bracketed: a step of the ladder would hide regrets below 3%
 
 OURS = "grbench"
 STRATEGIES: dict[str, Callable[[Sequence[Configuration], Axes, int], Proposer]] = {
@@ -82,16 +83,22 @@ class Grid:
             return 0.0
         mine, times = self.batching[configuration], self.times(configuration)
         bounds = [(float(p[2]), x.bound) for x in limits if (p := PERCENTILE.match(x.metric))]
-        top = rates.step_below(cell.throughput * rates.RATIO)
-        low, high = top - 2 * BOTTOM, top
-        while low < high:
-            step = (low + high + 1) // 2
+        high = cell.throughput  # a higher rate is kept only by runs that end before their queue is long
+
+        def kept(rate: float) -> bool:
             rng = np.random.default_rng(1)
-            at = arrivals(rates.rate_of(step), LONG, rng)
-            found = latencies_ms(at, times.draw(rng), mine.max_batch, mine.max_wait_s, mine.in_flight)
-            kept = all(np.percentile(found, percent) <= bound for percent, bound in bounds)
-            low, high = (step, high) if kept else (low, step - 1)
-        return rates.rate_of(low) if low > top - 2 * BOTTOM else 0.0
+            found = latencies_ms(
+                arrivals(rate, LONG, rng), times.draw(rng), mine.max_batch, mine.max_wait_s, mine.in_flight
+            )
+            return all(np.percentile(found, percent) <= bound for percent, bound in bounds)
+
+        low = high * rates.RATIO ** (-2 * BOTTOM)
+        if not kept(low):
+            return 0.0
+        while high > low * EXACT:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if kept(middle) else (low, middle)
+        return low
 
 
 class Replay:

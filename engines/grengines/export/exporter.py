@@ -91,9 +91,14 @@ def quantise(whole: Path, path: Path, large: bool) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError:
         raise UnavailableError("int8 needs package onnxruntime; pip install 'grbench[onnx]'") from None
+    model = onnx.load(whole, load_external_data=False)
+    # The quantiser transposes weights of Gemms. Where the file also states their old shapes, as PyTorch 2.11's does,
+    # ONNX Runtime 1.30 finds a contradiction. It infers shapes by itself.
+    del model.graph.value_info[:]
+    onnx.save(model, whole)
     kept = [
         node.name
-        for node in onnx.load(whole, load_external_data=False).graph.node
+        for node in model.graph.node
         if any(name.endswith(("action_table", "head_out.weight")) for name in node.input)
     ]
     logging.disable(logging.WARNING)  # it advises preprocessing, which the exporter did
