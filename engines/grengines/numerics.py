@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Array = Tensor | npt.NDArray[np.floating[Any]]
 
 # fp32 sums in another order differ by some tens of ulp (6e-8) over a dozen layers. A wrong mask or a
 # stale row differs by 1e-3 and more.
@@ -19,8 +22,6 @@ SUMMATION_FLOOR = 2e-5
 # The last bit of 1.0, by precision. A layer rounds several times: its error is a few of these.
 UNIT = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 2.0**-6, "fp8": 2.0**-3}
 PLAUSIBLE = 6.0
-
-Array = Tensor | npt.NDArray[np.floating[Any]]
 
 
 @dataclass(kw_only=True)
@@ -49,6 +50,8 @@ def relative_error(out: Array, reference: Array) -> float:
     It is 0 for equal zeros and empty arrays, and infinite for NaN, for different shapes, and if only the reference
     is zero.
     """
+    import torch  # takes seconds, and a server that imports this module listens before that
+
     a, b = torch.as_tensor(out), torch.as_tensor(reference)
     if a.shape != b.shape:
         return float("inf")

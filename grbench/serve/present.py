@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from grbench import workloads
 from grbench.config.schema import RunSpec
 from grbench.deployment import Deployment
-from grbench.execution.retrieval import build_retrieval
 from grbench.serve.controller import Controller
 from grbench.serve.logs import Log
 from grbench.serve.metrics import Metrics
@@ -43,7 +43,10 @@ async def bring_up(
     spec = next(iter(specs.values()))
     if before is not None and spec.workload != before.spec.workload:
         raise RuntimeError("the workload differs from that of the deployment before; start another server")
-    trace, retrievals = await asyncio.to_thread(load_workload, list(specs.values()))
+    (trace, retrievals), _ = await asyncio.gather(
+        asyncio.to_thread(load_workload, list(specs.values())),
+        asyncio.to_thread(importlib.import_module, "torch"),  # seconds, in which the workload is made
+    )
     longest = config.max_history or spec.workload.max_history
     bounds = Bounds(deployment.task, trace.catalogue, config.max_users, longest, config.max_candidates)
 
@@ -91,6 +94,8 @@ def load_workload(specs: list[RunSpec]) -> tuple[Trace, list[Retrieval | None]]:
     for i, spec in enumerate(specs):
         same = next((r for s, r in zip(specs[:i], retrievals, strict=False) if s.retrieval == spec.retrieval), None)
         if spec.retrieval is not None and same is None:
+            from grbench.execution.retrieval import build_retrieval  # imports PyTorch
+
             same = build_retrieval(spec.retrieval, spec.workload, trace.events, spec.seed)
         retrievals.append(same)
     return trace, retrievals
