@@ -160,6 +160,7 @@ def test_hits_are_timed_in_the_state_of_their_case(program: Any, tmp_path: Path,
     assert rows[4]["copied_ms"] > 0  # all loaded from the host
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its ranks are forks, which can't use CUDA after this process")
 def test_one_request_is_timed_on_one_and_two_ranks(
     program: Any, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

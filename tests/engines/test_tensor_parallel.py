@@ -64,9 +64,9 @@ def on_two_gpus(*more: str) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def ranks_are_forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def ranks_are_forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.chdir(tmp_path)
-    if not torch.cuda.is_available():  # a process that used CUDA can't be forked
+    if request.node.get_closest_marker("gpu") is None:  # a fork of a process that used CUDA can't use it
         forks.fork_ranks(monkeypatch)
 
 
