@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,13 @@ MOST_DIMENSIONS = 8
 MOST_NUMBERS = 1 << 40  # of a tensor
 MOST_TIME = 1e12  # of a deadline, in its unit
 ELSEWHERE = ("shared_memory_region", "classification")  # Triton's, of inputs and outputs
+FIELDS = ("id", "parameters", "inputs", "outputs", "model_name", "model_version")  # KServe's clients send the last two
+OF_INPUT = ("name", "shape", "datatype", "parameters", "data")
+OF_OUTPUT = ("name", "parameters", "shape", "datatype")
+OF_CALL = ("deadline_ms", "timeout", "binary_data_output")  # the parameters that a call has here
+OF_TENSOR = ("binary_data", "binary_data_size")
+OF_APPEND = ("user_id", "version")
+LIKE = 0.75  # likeness from which a parameter is a misspelling of one of ours
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
@@ -69,12 +77,14 @@ def _parsed(body: bytes, end: int) -> Call:
         raise wrong(f"body: not JSON: {e}") from None
     if not isinstance(content, dict):
         raise wrong("body: allowed is an object with the key inputs")
+    _check_fields(content, FIELDS, "body")
     parameters = _object(content.get("parameters", {}), "parameters")
     binary = _flag(parameters, "binary_data_output", False, "parameters")
     outputs = {}
     for number, output in enumerate(_list(content.get("outputs", []), "outputs")):
         key = f"outputs[{number}]"
-        wanted = _object(_object(output, key).get("parameters", {}), f"{key}.parameters")
+        _check_fields(_object(output, key), OF_OUTPUT, key)
+        wanted = _object(output.get("parameters", {}), f"{key}.parameters")
         check_output(wanted, key)
         form = _flag(wanted, "binary_data", binary, f"{key}.parameters")
         outputs[_text(output.get("name"), f"{key}.name")] = form
@@ -89,6 +99,7 @@ def _tensors(inputs: list[Any], rest: memoryview) -> dict[str, Tensor]:
         name = _text(_object(one, f"inputs[{number}]").get("name"), f"inputs[{number}].name")
         if name in tensors:
             raise wrong(f"inputs[{number}].name={name}: it is there twice")
+        _check_fields(one, OF_INPUT, name)
         shape = shape_of(one.get("shape"), name)
         dtype = dtype_of(one.get("datatype"), name)
         parameters = _object(one.get("parameters", {}), f"{name}.parameters")
@@ -147,12 +158,32 @@ def _flat(data: list[Any], name: str) -> tuple[list[Any], set[type]]:
     raise wrong(f"{name}.data: allowed are lists in at most {MOST_DIMENSIONS} levels")
 
 
+def _check_fields(content: Mapping[str, Any], known: Sequence[str], key: str) -> None:
+    """Raise RefusedError for a field that the protocol does not have: what is a client's own goes into parameters."""
+    for name in content:
+        if name not in known:
+            near = nearest(name, known)
+            raise wrong(f"{key}.{shown(name)}: no such field; {near}allowed are {', '.join(known)}")
+
+
+def check_parameters(parameters: Mapping[str, Any], known: Sequence[str], key: str = "") -> None:
+    """Raise RefusedError for a parameter whose name is like one of `known`, and is none. key: of its tensor.
+
+    The protocol lets clients send parameters of their own, so any other is ignored.
+    """
+    for name in parameters:
+        if name not in known and (like := difflib.get_close_matches(name.lower(), known, n=1, cutoff=LIKE)):
+            where = f"{key}.parameters" if key else "parameters"
+            raise wrong(f"{where}.{shown(name)}: no such parameter; nearest: {like[0]}; there are {', '.join(known)}")
+
+
 def check_output(parameters: Mapping[str, Any], key: str) -> None:
-    """Raise RefusedError for a parameter of a tensor that would change where or what it is."""
+    """Raise RefusedError for a parameter of a tensor that would change where or what it is, or is misspelled."""
     if not parameters:
         return
     if found := next((name for name in ELSEWHERE if name in parameters), None):
         raise wrong(f"{key}.parameters.{found}: not supported here; leave it out")
+    check_parameters(parameters, OF_TENSOR, key)
 
 
 def dtype_of(name: Any, tensor: str) -> type[np.generic]:

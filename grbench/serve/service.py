@@ -21,7 +21,16 @@ from grbench.serve.logs import Log
 from grbench.serve.metrics import Live, Metrics
 from grbench.serve.options import ServeConfig
 from grbench.serve.present import Present, bring_up
-from grbench.serve.protocol import Call, Tensor, chosen, number_of, unknown_model
+from grbench.serve.protocol import (
+    OF_APPEND,
+    OF_CALL,
+    Call,
+    Tensor,
+    check_parameters,
+    chosen,
+    number_of,
+    unknown_model,
+)
 from grbench.serve.requests import decode, encode, events_of
 from grbench.serve.strategy import State
 
@@ -148,6 +157,7 @@ class Service:
         """Answer a call. Returns tensors and parameters. begun: time.perf_counter. Raises RefusedError."""
         present = self.serving(model, version)
         controller = present.controller
+        check_parameters(call.parameters, OF_CALL)
         limit_s = min(self._limit_s(call.parameters), call.limit_s)
         requests = decode(call.tensors, present.bounds, present.states, limit_s * 1e3, call.client)
         deadline = begun + limit_s
@@ -187,7 +197,8 @@ class Service:
     def append(self, call: Call, model: str) -> dict[str, Any]:
         """Append events to a user's state. Raises RefusedError."""
         present = self.serving(model, VERSION)
-        user, version = (_whole(call.parameters, name) for name in ("user_id", "version"))
+        check_parameters(call.parameters, OF_APPEND)
+        user, version = (_whole(call.parameters, name) for name in OF_APPEND)
         events = events_of(call.tensors, present.bounds)
         now, repeated = present.states.append(user, version, events, call.client)
         self.metrics.events.inc(0 if repeated else len(events))

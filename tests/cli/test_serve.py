@@ -18,6 +18,7 @@ import pytest
 from helpers.command import Grbench
 from helpers.forks import fork_command, printed_lines
 from helpers.serving import (
+    RANKING,
     TINY,
     Serving,
     as_json,
@@ -172,6 +173,16 @@ WRONG = [
     ({"inputs": base(), "outputs": [{"name": "SCORES"}]}, 400, "outputs: SCORES: no such output; allowed are OUTPUT"),
     ({"inputs": base(), "parameters": {"deadline_ms": -1}}, 400, "parameters.deadline_ms=-1: allowed is a number > 0"),
     ({"inputs": base(), "parameters": {"timeout": "x"}}, 400, "parameters.timeout=x: allowed is a number > 0"),
+    ({"input": base()}, 400, "body.input: no such field; nearest: inputs; allowed are id, parameters, inputs, outputs"),
+    ({"inputs": [{"name": "TOKENS", "shape": [1], "dtype": "INT64"}]}, 400, "TOKENS.dtype: no such field; nearest: da"),
+    ({"inputs": base(), "outputs": [{"nam": "OUTPUT"}]}, 400, "outputs[0].nam: no such field; nearest: name; allowed"),
+    ({"inputs": base(), "parameters": {"dedline_ms": 5}}, 400, "parameters.dedline_ms: no such parameter; nearest: d"),
+    ({"inputs": base(), "parameters": {"timeoutMs": 5}}, 400, "parameters.timeoutMs: no such parameter; nearest: tim"),
+    (
+        {"inputs": base(), "outputs": [{"name": "OUTPUT", "parameters": {"binary_dat": True}}]},
+        400,
+        "outputs[0].parameters.binary_dat: no such parameter; nearest: binary_data",
+    ),
     (b" " * 100_001, 413, "body: more than 0.1 MB (serve.max_body_mb)"),
 ]  # fmt: skip
 
@@ -182,6 +193,23 @@ def test_a_wrong_call_is_refused_in_one_line(server: Serving, body: Any, status:
     assert found == status and words in answer["error"] and "\n" not in answer["error"]
     assert headers["x-request-id"]
     assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[0] == 200  # the server goes on
+
+
+def test_parameters_of_a_clients_own_are_ignored_and_misspelled_ones_are_not(server: Serving) -> None:
+    """The protocol lets clients send their own: those of Triton, and some that we have never heard of."""
+    own = {"sequence_id": 3, "sequence_start": True, "priority": 1, "headers": "x", "tenant": "a", "user_id": 2}
+    assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base(), "parameters": own})[0] == 200
+    status, answer, _ = server.call(
+        "/v2/models/hstu_tiny/append", {"inputs": [], "parameters": {"user_ids": 3, "version": 0}}
+    )
+    assert status == 400 and "parameters.user_ids: no such parameter; nearest: user_id;" in answer["error"]
+    inputs = [tritongrpc.InferInput(one["name"], one["shape"], "INT64") for one in base()]
+    for tensor, one in zip(inputs, base(), strict=True):
+        tensor.set_data_from_numpy(np.array(one["data"]))
+    with tritongrpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as client:
+        assert client.infer("hstu_tiny", inputs, parameters={"tenant": "a"}).as_numpy("OUTPUT") is not None
+        with pytest.raises(Exception, match=r"parameters\.deadlinems: no such parameter; nearest: deadline_ms"):
+            client.infer("hstu_tiny", inputs, parameters={"deadlinems": 5})
 
 
 @pytest.mark.parametrize(
@@ -336,7 +364,7 @@ def test_the_typed_client_gets_what_the_reference_finds(
 def test_a_server_is_measured_like_an_engine(server: Serving, grbench_here: Grbench) -> None:
     """`grbench load` gates the server, drives a scenario through the network, and keeps a record."""
     words = ["scenario=server", "scenario.queries=64", "scenario.target_qps=200", "tracking=none", "gate.measured=8"]
-    done = grbench_here("load", f"url={server.url}", *TINY, *words)
+    done = grbench_here("load", f"url={server.url}", *RANKING, *words)
     assert done.returncode == 0, done.stderr
     [(_, record)] = read_cells([Path("outputs")])
     assert record.status is Status.OK and record.metrics["samples"] >= 64
@@ -346,7 +374,7 @@ def test_a_server_is_measured_like_an_engine(server: Serving, grbench_here: Grbe
 @pytest.mark.usefixtures("forked_workers")
 def test_several_servers_are_measured_together(server: Serving, grbench_here: Grbench) -> None:
     """A call goes to the server with the fewest requests, and the record counts the requests of each."""
-    words = [*TINY, "scenario=offline", "scenario.queries=64", "tracking=none", "gate.measured=8"]
+    words = [*RANKING, "scenario=offline", "scenario.queries=64", "tracking=none", "gate.measured=8"]
     with serving(*TINY, "engine=hstu", "serve.grpc_port=null") as other:
         done = grbench_here("load", f"url=[{server.url},{other.url}]", *words)
         assert done.returncode == 0, done.stderr

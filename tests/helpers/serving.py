@@ -32,6 +32,7 @@ TINY = [
     "scenario.max_batch=4", "gate.requests=2", "retrieval.k=4", "retrieval.beam_width=8", "latency_limit_ms=5000",
 ]  # fmt: skip
 START_S = 120.0
+RANKING = [word for word in TINY if not word.startswith("retrieval.")]
 
 
 @dataclass
