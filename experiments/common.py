@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from grbench.config.arguments import CommandError
-from grbench.config.compose import compose_cells
-from grbench.config.schema import ConfigError, RunSpec
+from grbench.config.compose import compose_jobs, prepare_hydra
+from grbench.config.schema import ConfigError, RunSpec, to_spec
 from grbench.execution import results
 from grbench.execution.records import one_line
 from grbench.execution.worker import classify
@@ -73,7 +73,8 @@ def specs_of(
 ) -> list[RunSpec]:
     """The cells that the overrides describe, which may sweep. Exits with 2 and one line for a wrong override."""
     try:
-        return [spec for spec, _ in compose_cells([*defaults, *overrides], multirun)]
+        prepare_hydra()
+        return [spec for spec, _ in compose_jobs("config", to_spec, [*defaults, *overrides], multirun)]
     except ConfigError as e:
         arguments.error(str(e))
 
