@@ -162,6 +162,10 @@ def _cache_metrics(details: dict[str, float], events: int) -> dict[str, float]:
     if details.get("cache_host_copy_ms"):
         metrics["cache/host_wait_share"] = details["cache_host_wait_ms"] / details["cache_host_copy_ms"]
         metrics["cache/host_copy_gb_s"] = details["cache_host_bytes"] / details["cache_host_copy_ms"] / 1e6
+    if details.get("cache_storage_read_ms"):
+        metrics["cache/storage_read_gb_s"] = (
+            details["cache_storage_read_bytes"] / details["cache_storage_read_ms"] / 1e6
+        )
     return metrics
 
 

@@ -160,6 +160,20 @@ def test_hits_are_timed_in_the_state_of_their_case(program: Any, tmp_path: Path,
     assert rows[4]["copied_ms"] > 0  # all loaded from the host
 
 
+def test_hits_are_timed_in_each_tier(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    sizes = ["--histories", "64", "--candidates", "8", "--rounds", "1"]
+    rows = rows_of(program("storage_tier"), tmp_path, capsys, "model=hstu_tiny", "kernel=torch", *sizes)
+    assert [(row["state"], row["cached_tokens"], row["from_disk"]) for row in rows] == [
+        ("computed again", 0, 0),
+        ("on the device", 64, 0),
+        ("on the host", 64, 0),
+        ("on the disk", 64, 64),
+    ]
+    assert all(row["error"] <= row["allowed"] for row in rows)
+    assert rows[2]["loaded_ms"] > 0 < rows[3]["loaded_ms"] and rows[3]["predicted_ms"] > 0
+    assert rows[3]["states_mb"] == pytest.approx(64 * 2**10 / 1e6)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its ranks are forks, which can't use CUDA after this process")
 def test_one_request_is_timed_on_one_and_two_ranks(
     program: Any, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch

@@ -321,9 +321,11 @@ def test_cache_metrics_are_shares_of_lookups_and_of_events() -> None:
     assert metrics["cache/host_copy_gb_s"] == 2.0
 
     disk = {"cache_storage_hits": 2.0, "cache_storage_tokens": 4.0}
+    disk |= {"cache_storage_read_bytes": 6e6, "cache_storage_read_ms": 3.0}
     assert "cache/storage_hit_rate" not in metrics
     metrics = measured(counted | disk)
     assert (metrics["cache/storage_hit_rate"], metrics["cache/hit_rate"]) == (0.5, 1.0)
+    assert metrics["cache/storage_read_gb_s"] == 2.0
     assert metrics["cache/token_hit_rate"] == 20 / 40
 
     metrics = measured(dict.fromkeys(counted, 0.0))  # every lookup failed

@@ -67,6 +67,7 @@ class Reading(Protocol):
     """Pages of one user on their way from the disk to pages of the host, layer by layer."""
 
     extents: list[Extent]
+    times: list[float]  # when it began, and when each layer was there (seconds, time.perf_counter)
 
     def ready(self, layer: int) -> bool:
         """Return whether a layer is there as it was written, so that `wait` returns at once."""
@@ -359,6 +360,11 @@ class Onload:
         """Return (time that the computation waited, time of the copies); waits until all is done."""
         waits, copies = (sum(a.ms_until(b) for a, b in spans) for spans in (self._waits, self._sent))
         return waits, copies
+
+    def read_ms(self) -> float:
+        """Return the time from the begin of the first read from the disk to the end of the last; 0 without any."""
+        times = [time for s in self._sources if s.load.reading is not None for time in s.load.reading.times]
+        return (max(times) - min(times)) * 1e3 if times else 0.0
 
     def _send_ahead(self, stop: int) -> None:
         """Queue the copies of the layers before `stop`, as far as they are on the host."""

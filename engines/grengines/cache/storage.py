@@ -32,7 +32,7 @@ from grengines.runtime.timing import Mark
 
 RESERVE_SHARE = 0.125  # pages of the host on their way to the disk and back, as a share of the host tier
 AHEAD_SHARE = 0.5  # most of them for states that are read before they are asked for
-THREADS = min(max(len(os.sched_getaffinity(0)), 2), 8)  # that read
+THREADS = min(max(2 * len(os.sched_getaffinity(0)), 4), 16)  # that read: half wait for the disk, half compute checksums
 PROBE_BYTES = 64 << 20  # read to measure the disk
 
 
@@ -88,6 +88,7 @@ class StoredReading:
     first: int  # page of the state
     held: list[Extent]  # of the host: all pages that are read
     layers: list[Future[list[int]]]  # the pages of each layer that are not as they were written
+    times: list[float]  # when the read began, and when each layer was there (seconds, time.perf_counter)
     extents: list[Extent] = field(default_factory=list)  # of the host: the pages that are asked for
     last_copy: Mark | None = None  # end of the copies from these pages of the host to the device
     ended: bool = False  # nobody will ask for further copies
@@ -284,7 +285,7 @@ class StorageTier:
         self.states.clear()
 
     def bytes_a_second(self) -> float:
-        """Measure the bandwidth of reads: of at most 64 MiB, the best of three."""
+        """Measure the bandwidth of reads and their checksums: of at most 64 MiB, the best of three."""
         each = max(PROBE_BYTES // (len(self.rows) * self.rows[0].shape[1]), 1)
         n = min(each, self.pages, self.host.reserve)
         places = self.host.extents.allocate(n)
@@ -297,7 +298,7 @@ class StorageTier:
         spans = []
         for _ in range(3):
             begin = time.perf_counter()
-            list(self._readers.map(partial(self._move, self.file.read, pieces=pieces), range(len(self.rows))))
+            list(self._readers.map(partial(self._probe, pieces=pieces), range(len(self.rows))))
             spans.append(time.perf_counter() - begin)
         self.host.extents.free(places)
         self.extents.free(free)
@@ -325,8 +326,11 @@ class StorageTier:
             return None
         stored, places = self.states[user], self.host.extents.allocate(pages)
         pieces = list(_pieces(list(cut(stored.extents, first, first + pages)), places, first))
-        layers = [self._readers.submit(self._read_layer, stored, layer, pieces) for layer in range(len(self.rows))]
-        reading = StoredReading(user, first, places, layers)
+        times = [time.perf_counter()]
+        layers = [
+            self._readers.submit(self._read_layer, stored, layer, pieces, times) for layer in range(len(self.rows))
+        ]
+        reading = StoredReading(user, first, places, layers, times)
         self.reads.append(reading)
         self.bytes_up += pages * self.host.pool.page_bytes
         return reading
@@ -338,13 +342,19 @@ class StorageTier:
         for piece in pieces:
             call(layer * self.pages + piece.row, self.rows[layer][piece.host : piece.host + piece.pages])
 
-    def _read_layer(self, stored: StoredState, layer: int, pieces: Sequence[_Piece]) -> list[int]:
+    def _probe(self, layer: int, pieces: Sequence[_Piece]) -> None:
+        self._move(self.file.read, layer, pieces)
+        self._sums(layer, pieces)
+
+    def _read_layer(self, stored: StoredState, layer: int, pieces: Sequence[_Piece], times: list[float]) -> list[int]:
         """Read the rows of one layer, and return those pages that are not as they were written. Raises OSError."""
         if stored.written is not None:
             stored.written.result()
         self.host.finish_copies()  # earlier contents of the host's pages may still be read or written
         self._move(self.file.read, layer, pieces)
-        return [page for page, sum_ in self._sums(layer, pieces) if sum_ != stored.sums[layer, page]]
+        wrong = [page for page, sum_ in self._sums(layer, pieces) if sum_ != stored.sums[layer, page]]
+        times.append(time.perf_counter())
+        return wrong
 
     def _write_all(self) -> None:
         """Write the states that wait, with one synchronisation for all of them. Sets their futures."""

@@ -427,6 +427,8 @@ def _with_cache(queued: Callable[[], RankResult], cached: list[Cached], onload: 
     result.cached = cached
     if onload is not None:
         result.details["cache_host_wait_ms"], result.details["cache_host_copy_ms"] = onload.times_ms()
+        if onload.storage_bytes:
+            result.details["cache_storage_read_ms"] = onload.read_ms()
     return result
 
 
