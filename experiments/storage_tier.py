@@ -37,7 +37,7 @@ def measure(rows: common.Rows, parse: Callable[[list[str]], RunSpec], history: i
     none = common.engine_of(parse(["cache=none"]), pool, len(pool))
     precision, device = none.actual()["precision"], none.actual()["device"]
     none.close()
-    spec = parse([])
+    spec = parse(["cache.host_gb=1"])
     states_gb = len(pool) * kv_bytes(spec.model, history, stored(spec.cache) or precision) / 1e9
     sizes = {"memory_gb": 3 * states_gb, "host_gb": 2 * states_gb, "storage_gb": 3 * states_gb}
     spec = parse([f"cache.{name}={size}" for name, size in sizes.items()])

@@ -42,10 +42,13 @@ class PagedCacheConfig:
         2, "visit from which the host takes a user's evicted state; most one-time visitors never return", ge=1,
         only_with={"host_gb": ()},
     )  # fmt: skip
-    storage_gb: float = option(0.0, "file on a disk for the states that the host evicts, 10^9 bytes; 0: none", ge=0)
-    storage_path: str = option(
-        "", "folder of that file, whose states stay for later runs of the same model; empty: a temporary one"
+    storage_gb: float = option(
+        0.0, "file on a disk for the states that the host evicts, 10^9 bytes; 0: none", ge=0, only_with={"host_gb": ()}
     )
+    storage_path: str = option(
+        "", "folder of that file, whose states stay for later runs of the same model; empty: a temporary one",
+        only_with={"storage_gb": ()},
+    )  # fmt: skip
     onload_share: float = option(
         0.0, "share of a state below the device to load, the rest is computed meanwhile; 0: as much as computing hides",
         ge=0, le=1, only_with={"host_gb": ()},
@@ -64,10 +67,6 @@ def stored(cache: CacheConfig | PagedCacheConfig) -> str:
 
 def contradiction(cache: CacheConfig | PagedCacheConfig) -> str | None:
     """Return None, or which options of a cache exclude each other."""
-    if not isinstance(cache, PagedCacheConfig):
-        return None
-    if cache.storage_gb and not cache.host_gb:
+    if isinstance(cache, PagedCacheConfig) and cache.storage_gb and not cache.host_gb:
         return f"cache.storage_gb={cache.storage_gb:g}: storage takes what the host evicts; set cache.host_gb too"
-    if cache.storage_path and not cache.storage_gb:
-        return f"cache.storage_path={cache.storage_path}: there is no storage tier; set cache.storage_gb too"
     return None
