@@ -67,11 +67,10 @@ def predicted_ms(model: HSTUConfig, history: int, candidates: int, case: Case) -
     cached = history if case.hit else 0
     rows = history + candidates - cached
     device_s = flops(model, history, candidates, cached) / case.gpus / FLOPS_S
-    host_s = 0.0 if case.graphs else model.layers * LAUNCHES_S
+    host_s = 0.0 if case.graphs else model.layers * (LAUNCHES_S + MORE_LAUNCHES_S * (case.gpus > 1))
     if case.gpus > 1:
         summed = ((model.layers - 1) * rows + candidates) * model.embedding_dim * 2
         device_s += summed / LINK_BYTES_S + model.layers * COLLECTIVES * COLLECTIVE_S
-        host_s += model.layers * MORE_LAUNCHES_S
     return device_s * 1e3, host_s * 1e3
 
 
