@@ -263,10 +263,10 @@ def last_start(log: Path) -> dict[str, float]:
     text, decoder = log.read_text(), json.JSONDecoder()
     for start in re.finditer(r'\{"time"', text):  # Ray may write the lines of two replicas into one
         event, _ = decoder.raw_decode(text, start.start())
-        if event["event"] == "started":
-            found = {f"{part}_s": seconds for part, seconds in event["seconds"].items()}
-        elif event["event"] == "listening" and "since_start_s" in event:
-            found |= {"listening_s": event["since_start_s"]}
+        if event["event"] == "listening" and "since_start_s" in event:
+            found = {"listening_s": event["since_start_s"]}
+        elif event["event"] == "started":
+            found |= {f"{part}_s": seconds for part, seconds in event["seconds"].items()}
         elif event["event"] == "ready":
             found |= {"ready_s": event["since_start_s"]}
     return found
@@ -348,7 +348,11 @@ def throughput(rows: common.Rows, server: Served, clients: Clients, seconds: flo
             one = np.mean([rate for known in alone for rate in rates.get(known, [])])
             of_one = float(np.mean(rates["all"]) / one) if many > 1 else 1.0
             rows.add(
-                part="throughput", load=load, **row, of_one=of_one, **inside(before, server.totals(), seconds, many)
+                part="throughput",
+                load=load,
+                **row,
+                of_one=of_one,
+                **inside(before, server.totals(), row["answers"] / row["rate_rps"], many),
             )
 
 
@@ -362,7 +366,7 @@ def affinity(
         clients.load(server.url, many, min(seconds, 5.0), is_named=is_named)  # states settle
         before = server.totals()
         row = clients.load(server.url, many, seconds, is_named=is_named).row()
-        found = inside(before, server.totals(), seconds, len(server.ports))
+        found = inside(before, server.totals(), row["answers"] / row["rate_rps"], len(server.ports))
         rows.add(part="affinity", load="capacity", balance=balance, **row, **found)
         low, high, rate = 0.0, np.inf, 0.8 * float(row["rate_rps"])
         for _ in range(probes):
