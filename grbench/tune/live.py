@@ -27,8 +27,9 @@ from grengines.cache.config import stored
 
 BATCHING = ("max_batch", "max_wait_ms", "in_flight", "order")  # options that every scenario has
 FIRST_S = 12.0  # of a cell beside its measurement, before one was measured
-CELL_SHARE = 0.5  # of the time budget, after which a cell is stopped
-SHORTEST_S = 120.0  # time limit of a cell, at least
+CELL_SHARE, SHORTEST_S = 0.5, 120.0  # time limit of a cell: a share of the time budget, and at least this
+# The same of an offline probe, which is most of all the start of an engine. A certification needs two further starts.
+FIRST_SHARE, FIRST_SHORTEST_S = 0.2, 45.0
 KNOWN_FAILURES = (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE, Status.STOPPED)  # as good as a measurement
 PROBED_ANSWERS = 32  # of a probe that are compared with the reference; a run that certifies compares gate.measured
 LARGER = re.compile(r"(auc|accuracy|hr|ndcg|recall|mrr)\d*")  # figures of quality of which more is better
@@ -126,7 +127,7 @@ class LiveEvaluator:
             # A certification that has begun ends: the search has seen to it that there is room.
             if self.left() <= 0 and not probe.seed and not self._session.has(spec):
                 raise BudgetSpentError
-            jobs.append(Job((spec, self._options(run)), self._sweep / str(number), words))
+            jobs.append(Job((spec, self._options(run, probe)), self._sweep / str(number), words))
         begun = time.monotonic()
         found = self._session.measure(jobs)
         longest = max((record.duration_s for _, record, kept in found if not kept), default=0.0)
@@ -232,13 +233,14 @@ class LiveEvaluator:
         spec, run = compose_spec(words, self._declared.config_dir)
         return spec, run, tuple(words)
 
-    def _options(self, run: RunConfig) -> RunConfig:
+    def _options(self, run: RunConfig, probe: Probe) -> RunConfig:
         """Return the options with a kept engine, and a time limit of a part of the budget, unless they are typed."""
         runner, seconds = run.runner, self._declared.budget.seconds
         if self._declared.fixed_value("runner.keep_engine") is None:
             runner = dataclasses.replace(runner, keep_engine=True)
         if seconds is not None and self._declared.fixed_value("runner.timeout_s") is None:
-            limit = max(min(CELL_SHARE * seconds, runner.timeout_s), SHORTEST_S)
+            share, least = (FIRST_SHARE, FIRST_SHORTEST_S) if probe.rate is None else (CELL_SHARE, SHORTEST_S)
+            limit = max(min(share * seconds, runner.timeout_s), least)
             runner = dataclasses.replace(runner, timeout_s=limit)
         return dataclasses.replace(run, runner=runner)
 

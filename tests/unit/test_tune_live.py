@@ -98,8 +98,16 @@ def test_probes_beside_each_other_take_the_time_of_the_longest(tmp_path: Path) -
     assert two.share([long, short, long]) == pytest.approx(2 * two.share([long]))
 
 
-@pytest.mark.parametrize("typed, kept", [([], True), (["runner.keep_engine=false"], False)])
-def test_every_cell_keeps_its_engine_for_the_next_one_by_default(tmp_path: Path, typed: list[str], kept: bool) -> None:
+@pytest.mark.parametrize(
+    "typed, kept, longest_s",
+    [
+        ([], True, [1800.0, 1800.0, 60.0, 150.0]),
+        (["runner.keep_engine=false", "runner.timeout_s=70"], False, 4 * [70.0]),
+    ],
+)
+def test_every_cell_keeps_its_engine_and_has_a_part_of_the_budget(
+    tmp_path: Path, typed: list[str], kept: bool, longest_s: list[float]
+) -> None:
     """Places go by the options of each cell: tests/cli/test_parallel.py has what they do with them."""
     given: list[Job] = []
 
@@ -108,10 +116,14 @@ def test_every_cell_keeps_its_engine_for_the_next_one_by_default(tmp_path: Path,
             given.extend(jobs)
             return super().measure(jobs)
 
-    for budget in ("budget=20cells", "budget=100s"):
+    for budget in ("budget=20cells", "budget=300s"):
         session = Noting(tmp_path / budget, {0: (Status.OK, 0.75, 0.0)})
-        evaluator(session, tmp_path / "none", budget, *typed).evaluate(DEFAULT, OFFLINE)
-    assert [job.config[1].runner.keep_engine for job in given] == [kept, kept]
+        measures = evaluator(session, tmp_path / "none", budget, *typed)
+        measures.evaluate(DEFAULT, OFFLINE)
+        measures.evaluate(DEFAULT, SERVER)
+    runners = [job.config[1].runner for job in given]
+    assert [runner.keep_engine for runner in runners] == 4 * [kept]
+    assert [runner.timeout_s for runner in runners] == longest_s
 
 
 def test_damaged_samples_cost_the_times_of_batches_and_a_line_says_so(tmp_path: Path) -> None:
