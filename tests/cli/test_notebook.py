@@ -151,10 +151,10 @@ def test_cache_compares_policies_with_the_optimum(execute: Any) -> None:
     """The data are the records that the project keeps."""
     notebook = execute("cache", ROOT / "reports", "[len(jobs), of_belady['mean'].to_dict(), len(drawn)]")
     jobs, of_belady, drawn = probed(notebook)
-    assert jobs == 16 and drawn == 1
+    assert jobs == 16 and drawn >= 1
     assert {"lru", "lfu", "gdsf", "predictive"} <= of_belady.keys()
     assert all(50 < share <= 100 for share in of_belady.values())
-    assert pictures(notebook) == 2
+    assert pictures(notebook) == 1 + drawn
 
 
 def test_kernels_names_the_fastest_variant(execute: Any, tmp_path: Path) -> None:
