@@ -122,7 +122,8 @@ class Tally:
         late = [*(self.latencies_ms or [np.inf]), *[np.inf] * counts["unsent"]]
         p50, p99 = np.percentile(late, [50, 99], method="higher")
         return {
-            "rate_rps": answers / self.took_s, "p50_ms": float(p50), "p99_ms": float(p99), "answers": answers,
+            "rate_rps": answers / self.took_s, "took_s": self.took_s, "p50_ms": float(p50), "p99_ms": float(p99),
+            "answers": answers,
             "hit_rate": counts["hits"] / max(answers, 1), "refused": counts["refused"], "lost": counts["lost"],
             "unsent": counts["unsent"], "lag_ms": float(np.percentile(self.lags_ms or [0.0], 99)),
             "client_cores": self.processor_s / self.took_s,
@@ -352,7 +353,7 @@ def throughput(rows: common.Rows, server: Served, clients: Clients, seconds: flo
                 load=load,
                 **row,
                 of_one=of_one,
-                **inside(before, server.totals(), row["answers"] / row["rate_rps"], many),
+                **inside(before, server.totals(), row["took_s"], many),
             )
 
 
@@ -366,7 +367,7 @@ def affinity(
         clients.load(server.url, many, min(seconds, 5.0), is_named=is_named)  # states settle
         before = server.totals()
         row = clients.load(server.url, many, seconds, is_named=is_named).row()
-        found = inside(before, server.totals(), row["answers"] / row["rate_rps"], len(server.ports))
+        found = inside(before, server.totals(), row["took_s"], len(server.ports))
         rows.add(part="affinity", load="capacity", balance=balance, **row, **found)
         low, high, rate = 0.0, np.inf, 0.8 * float(row["rate_rps"])
         for _ in range(probes):
