@@ -114,6 +114,7 @@ def test_every_cell_keeps_its_engine_and_has_a_part_of_the_budget(
     class Noting(Measured):
         def measure(self, jobs: Sequence[Job]) -> list[Cell]:
             given.extend(jobs)
+            self._folder /= "next"
             return super().measure(jobs)
 
     for budget in ("budget=20cells", "budget=300s"):
