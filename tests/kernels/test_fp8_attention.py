@@ -194,6 +194,27 @@ def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
+@pytest.mark.parametrize("widths", [*itertools.product((64, 128, 256), repeat=2)], ids=str)
+def test_default_launches_fit_and_are_among_those_that_a_gpu_checks(
+    widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cutlass import BFloat16
+
+    from grkernels import cute_common
+    from grkernels.hstu_attention import fp8
+    from grkernels.hstu_attention.sm90.sizes import Sizes, Tiles
+
+    monkeypatch.setattr(cute_common, "processors", lambda device: 132)
+    for batch, rows in ((1, 100), (8, 3000), (32, 100_000)):  # tiles of 64 rows, of 128, and of 128 from a counter
+        q, v = (torch.empty(rows, 4, width, device="meta") for width in widths)
+        config = fp8._default(q, v, batch, rows // batch)
+        assert config in fp8.CANDIDATES
+        assert (config["take_turns"], config["stages"]) == ((0, 3) if 256 in widths else (int(batch > 1), 2))
+        for split in (False, True):
+            Sizes(BFloat16, *widths, Tiles(**config, split=split), products="fp8")  # raises if it doesn't fit
+
+
+@pytest.mark.skipif(find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
 def test_launch_values_are_those_of_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     from grkernels import cute_common
     from grkernels.hstu_attention import cutlass, fp8
@@ -242,7 +263,7 @@ from grkernels.hstu_attention.sm90 import fp8
 from grkernels.hstu_attention.sm90.kernel import Attention
 from grkernels.hstu_attention.sm90.sizes import Tiles
 for number, (dtype, dim, tiles) in enumerate((
-    (torch.bfloat16, 128, Tiles(128, 128, 2, False, True, chunk=64)),
+    (torch.bfloat16, 128, Tiles(128, 128, 2, True, True, chunk=64)),
     (torch.float16, 256, Tiles(128, 64, 3, False, False, True, chunk=64)),
 )):
     kernel = Attention(ELEMENTS[dtype], dim, dim, tiles, products="fp8")
