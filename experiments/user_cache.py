@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from grbench.config.schema import RunSpec
-from grbench.gate.rank import RankGate, stored_precision
+from grbench.gate.rank import RankGate, has_fp8_attention, stored_precision
 from grbench.tools.sizing import kv_bytes
 from grengines.api import Request, Tier
 from grengines.cache.config import stored
@@ -83,7 +83,9 @@ def measure(rows: common.Rows, spec: RunSpec, parse: Callable[[list[str]], RunSp
     for stored_as in {stored_precision(engine.actual()) for engine in engines.values()}:
         actual = engines["none"].actual()
         gates[stored_as] = RankGate(
-            spec, common.CATALOGUE, pool, actual["device"], actual["precision"], stored=stored_as
+            *(spec, common.CATALOGUE, pool, actual["device"], actual["precision"]),
+            stored=stored_as,
+            fp8_attention=has_fp8_attention(actual),
         )
     gate_of = {name: gates[stored_precision(engine.actual())] for name, engine in engines.items()}
     cases, users = cases_of(engines, pool), pool[:batch]
