@@ -217,6 +217,9 @@ def test_a_rank_that_fails_says_why(where: str, kind: type[Exception], monkeypat
             raise kind("the test says so")
         begins(self, config)
 
+    exits: list[str] = []
+    monkeypatch.setattr(team, "END_S", 0.3)
+    monkeypatch.setattr(team.Team, "end_process", lambda self: exits.append("the whole process would have ended"))
     tests = os.getpid()
     owner = {"of a batch": ("project", failing), "at the start": ("__init__", without)}[where]
     monkeypatch.setattr(HSTULayer, *owner)
@@ -224,6 +227,8 @@ def test_a_rank_that_fails_says_why(where: str, kind: type[Exception], monkeypat
         gated([], "cpu")
     status, reason = classify(caught.value)
     assert status is (Status.OOM if kind is torch.OutOfMemoryError else Status.ERROR) and "rank 1" in reason
+    time.sleep(0.5)  # nothing waits for the rank any more
+    assert not exits
 
 
 def test_an_error_of_rank_0_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,8 +149,11 @@ class Team:
 
     def ready(self) -> None:
         """Wait until every rank has its part of the model. Raises as `check`."""
-        self._collect(START_S)
-        self._waits -= 1
+        try:
+            self._collect(START_S)
+        finally:
+            with self._counting:
+                self._waits -= 1
 
     @contextmanager
     def call(self, name: str, inputs: Sequence[Any], **arguments: Any) -> Iterator[list[Any]]:
@@ -205,14 +208,16 @@ class Team:
         beside: ends this rank's part meanwhile, since libraries that have collectives end them together. If a rank is
         lost, it may wait for ever, and then this process ends as in a call.
         """
-        alone = threading.Timer(END_S, self._exit)
+        alone = threading.Timer(END_S, self.end_process)
         if self._gone.is_set() and not self._closing:
             alone.start()
         self._closing = True
         with contextlib.suppress(OSError):
             self._send(None)
-        beside()
-        alone.cancel()
+        try:
+            beside()
+        finally:
+            alone.cancel()
         end = time.monotonic() + END_S
         for _, process in self._ranks.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -280,10 +285,10 @@ class Team:
         end = time.monotonic() + END_S
         while self._waits and not self._closing:
             if time.monotonic() > end:
-                self._exit()
+                self.end_process()
             time.sleep(0.05)
 
-    def _exit(self) -> None:
+    def end_process(self) -> None:
         """End this process with the reason."""
         print(f"grbench: {self._reason()}", file=sys.stderr, flush=True)
         os._exit(1)
