@@ -53,7 +53,7 @@ def events(tmp_path: Path) -> str:
 @pytest.mark.parametrize("group, name", OPTIONS)
 def test_every_option_of_every_group_composes(group: str, name: str, events: str) -> None:
     needs = [f"workload.path={events}"] if name in ("csv", "recbole") else []
-    needs += ["engine=hf"] if name.startswith("decoder_") else ["engine=hstu"] if name == "dlrm_v3_stu" else []
+    needs += ["engine=hf"] if name.startswith("decoder_") else ["engine=hstu"] if name in ("dlrm_v3_stu", "fp8") else []
     spec, run = compose_spec([f"{group}={name}", *needs])
     chosen = getattr(run, group)
     assert chosen.name == name
