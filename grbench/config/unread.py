@@ -37,7 +37,7 @@ def _of_quality(spec: RunSpec) -> Iterator[tuple[str, str]]:
     if is_accuracy(spec.scenario):
         yield "scenario.queries", "scenario.mode=accuracy issues gate.quality_requests; set that"
         return
-    if isinstance(spec.workload, DrawnConfig):
+    if isinstance(spec.workload, DrawnConfig) and spec.task != "rank":  # a ranker is compared with its reference
         why = f"workload={spec.workload.name} has random events; set workload=ml_100k, csv or recbole, or leave it out"
     elif part := next((part for part, file in weights_of(spec).items() if file is None), None):
         why = f"random weights have no quality; set {part}.weights=FILE, or leave it out"

@@ -448,7 +448,7 @@ UNREAD = [  # overrides of which the cell does not read the last, and why
     ("engine=pipeline engine.retrieve.graph_tokens=[64]", "it is not read with engine.retrieve.cuda_graphs=false; set"),
     ("engine=tensorrt engine.calibration=2", "it is not read with engine.precision=auto; set it to int8 or fp8, or"),
     ("engine=hstu gate.quality_requests=9", "random weights have no quality; set model.weights=FILE, or leave it"),
-    ("engine=hstu workload=synthetic gate.allow_loss=[int8]", "workload=synthetic has random events; set workload=ml"),
+    ("task=recommend workload=synthetic gate.allow_loss=[int8]", "workload=synthetic has random events; set"),
 ]
 
 

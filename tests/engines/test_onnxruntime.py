@@ -291,7 +291,7 @@ def test_a_whole_run_with_labels(grbench_forked: Grbench, tmp_path: Path, cache_
         "workload.users=30", "workload.items=200", "workload.visits=60", "workload.max_history=40",
         "scenario=closed_loop", "scenario.queries=40", "tracking=none", "model.layers=1", "model.embedding_dim=16",
         "model.heads=1", "model.qk_dim=8", "model.v_dim=8", "model.max_positions=64",
-        f"model.tasks=[{','.join(actions)}]", "model.weights=weights.safetensors",
+        f"model.tasks=[{','.join(actions)}]", "model.weights=weights.safetensors", "gate.allow_loss=[int8]",
         GRBENCH_CACHE=str(cache_folder),
     )  # fmt: skip
     record = json.loads(next((tmp_path / "outputs").rglob("record.json")).read_text())
