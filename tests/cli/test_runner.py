@@ -32,6 +32,7 @@ from grbench.execution.clock import pace
 from grbench.execution.records import Outcome, RunRecord, Status
 from grbench.execution.session import CellProgress
 from grbench.signals import Stopped
+from grengines.cache.storage import StorageTier
 
 # Small and quick: what matters here is how cells end, not how fast they are.
 QUICK = [
@@ -78,7 +79,16 @@ def test_one_run_leaves_a_whole_record_and_samples(grbench: Grbench, tmp_path: P
 
 
 @pytest.mark.usefixtures("forked_workers")
-def test_a_cache_with_three_tiers_is_gated_from_each_and_counted(grbench_here: Grbench, tmp_path: Path) -> None:
+def test_a_cache_with_three_tiers_is_gated_from_each_and_counted(
+    grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def store(tier: StorageTier, *args: Any) -> bool:
+        taken = write(tier, *args)
+        tier.finish_writes()  # a state that is being written would have the next one refused, on a slow disk
+        return taken
+
+    write = StorageTier.store
+    monkeypatch.setattr(StorageTier, "store", store)  # also in the worker, a fork of this process
     # 4 pages of 65536 bytes on the device: fewer than users. One request at a time: none is answered without the cache.
     done = grbench_here(
         *QUICK,
@@ -104,6 +114,7 @@ def test_a_cache_with_three_tiers_is_gated_from_each_and_counted(grbench_here: G
     assert record.metrics["engine/cache_storage_read_bytes"] > 0 == record.metrics["engine/cache_corrupt_pages"]
     assert not Path(record.actual["cache_storage_path"]).exists()
     metrics = record.metrics
+    assert metrics["engine/cache_storage_refused"] == metrics["engine/cache_storage_busy"] == 0
     assert metrics["cache/device_hit_rate"] > 0 and metrics["cache/host_hit_rate"] > 0
     assert metrics["engine/cache_offloads"] > 0 and metrics["engine/cache_faults"] == 0
     assert 0 < metrics["cache/token_hit_rate"] < 1
