@@ -8,6 +8,7 @@ import random
 import resource
 import time
 from functools import partial
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from grengines.hstu.engine import HSTUEngine
 from grengines.hstu.load_costs import together
 from grengines.models.hstu.config import HSTUConfig
 from grkernels.choice import requested
+from grkernels.hstu_attention import fp8
 
 CATALOGUE = Catalogue(num_users=30, num_items=400, num_actions=4)
 MODEL = HSTUConfig(embedding_dim=32, layers=3, heads=2, qk_dim=16, v_dim=16, scaling_seqlen=128)
@@ -45,12 +47,18 @@ def returning() -> list[Request]:
 
 
 def started(
-    device: str = "cpu", *, seed: int = 0, precision: str = "fp32", pages: str = "engine", **cache: Any
+    device: str = "cpu",
+    *,
+    seed: int = 0,
+    precision: str = "fp32",
+    pages: str = "engine",
+    attention: str = "torch",
+    **cache: Any,
 ) -> HSTUEngine:
-    """An engine whose pages are stored as `pages` says."""
+    """An engine whose pages are stored as `pages` says. attention: the kernel variant."""
     options: dict[str, Any] = {"page": 16, "memory_gb": 0.01, "host_gb": 0.01, "storage_gb": 0.01, "onload_share": 1.0}
     config = PagedCacheConfig(**(options | {"host_admit_visit": 1, "precision": pages} | cache))
-    setup = Setup(MODEL, requested("torch"), CATALOGUE, seed, config)
+    setup = Setup(MODEL, requested("torch", {"hstu_attention": attention}), CATALOGUE, seed, config)
     engine = HSTUEngine(HSTUEngineConfig(device=device, precision=precision), setup)
     engine.prepare(returning(), USERS)
     return engine
@@ -148,27 +156,39 @@ def test_a_disk_that_fails_switches_the_tier_off_and_answers_are_right(fails: st
     engine.close()
 
 
-def test_states_that_are_kept_serve_the_same_model_and_no_other(tmp_path: Path) -> None:
-    first, requests = started(storage_path=str(tmp_path)), returning()
-    expected = first.rank(requests)
+def test_states_that_are_kept_serve_the_same_model_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    variant = fp8.VARIANT  # a CPU has no such kernel, but the same rounding
+    assert variant.yardstick is not None
+    emulated = dataclasses.replace(variant, fn=variant.yardstick, supports=lambda **_: None)
+    monkeypatch.setattr(fp8, "VARIANT", emulated)
+    bf16 = partial(started, precision="bf16", storage_path=str(tmp_path))
+    first, requests = bf16(), returning()
+    first.rank(requests)
+    expected = first.rank(requests)  # from the device
     with pytest.raises(ValueError, match=r"another run uses .*; give each a folder of its own"):
-        started(storage_path=str(tmp_path))
+        bf16()
     first.reset_cache(keep=Tier.STORAGE)
     first.close()
 
-    again = started(storage_path=str(tmp_path))
+    again = bf16()
     assert again.actual()["cache_storage_found"] == USERS and again.actual()["notes"]
     again.reset_cache()  # as before a measurement
     found = again.rank(requests)
     assert found.details["cache_storage_hits"] == USERS and error(found, expected) < 1e-6
     again.close()
-    for other in ({"seed": 1}, {"page": 32}, {"precision": "bf16"}, {"pages": "int8"}):
-        engine = started(storage_path=str(tmp_path), **other)
+    for other in (
+        *({"seed": 1}, {"page": 32}, {"pages": "int8"}),
+        *({"precision": "fp32"}, {"precision": "fp8"}),
+        *([{"attention": "fp8"}] if find_spec("cutlass") else []),
+    ):
+        engine = bf16(**other)
         assert engine.actual()["cache_storage_found"] == 0
         assert engine.rank(requests).details["cache_storage_hits"] == 0
         engine.close()
     with pytest.raises(ValueError, match=r"was made for \d+ pages, and this run asks for \d+; set"):
-        started(storage_path=str(tmp_path), storage_gb=0.02)
+        bf16(storage_gb=0.02)
 
 
 def test_folders_and_sizes_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -92,7 +92,13 @@ class AOTIEngine(RankingEngine):
             )
             setup = self._setup
             identity = partial(
-                kv_hash, self._model_config, setup.catalogue, setup.seed, self._precision, self._device.type
+                kv_hash,
+                self._model_config,
+                setup.catalogue,
+                setup.seed,
+                self._precision,
+                self._base,
+                self._device.type,
             )
             self.user_cache = CachedRanking(ranker, 0, self._cache, sample, lambda hosts: {}, identity)
             self.user_cache.capture(self._asked, plan, longest)

@@ -27,12 +27,13 @@ def model_hash(model: HSTUConfig, catalogue: Catalogue, seed: int) -> str:
     return digest_of({"options": options, "encoding": encoding, "weights": weights_of(model, seed)})
 
 
-def kv_hash(model: HSTUConfig, catalogue: Catalogue, seed: int, precision: str, device: str) -> str:
+def kv_hash(model: HSTUConfig, catalogue: Catalogue, seed: int, precision: str, attention: str, device: str) -> str:
     """Return 16 hex digits over everything that decides the keys and values of a history. Raises as `model_hash`.
 
-    precision: of the engine. Random weights depend on the version of PyTorch too.
+    precision: of the engine. attention: its precision, which decides the keys and values of every layer but the first.
+    Random weights depend on the version of PyTorch too.
     """
-    return digest_of([model_hash(model, catalogue, seed), precision, device, torch.__version__])
+    return digest_of([model_hash(model, catalogue, seed), precision, attention, device, torch.__version__])
 
 
 def weights_of(model: HSTUConfig, seed: int) -> str:

@@ -101,7 +101,13 @@ class HSTUEngine(RankingEngine):
         if isinstance(self._cache, PagedCacheConfig):
             microbatch = self._options.candidate_microbatch
             identity = partial(
-                kv_hash, self._model_config, setup.catalogue, setup.seed, self._precision, self._device.type
+                kv_hash,
+                self._model_config,
+                setup.catalogue,
+                setup.seed,
+                self._precision,
+                self._attention,
+                self._device.type,
             )
             self.user_cache = CachedRanking(ranker, microbatch, self._cache, sample, self._place, identity, self.team)
             self.user_cache.capture(self._asked, self._plan(sample, max_batch), self._longest(sample))
@@ -114,6 +120,11 @@ class HSTUEngine(RankingEngine):
             )
         self.start_s["graphs"] = time.perf_counter() - begun
         self.team.ready()
+
+    @property
+    def _attention(self) -> str:
+        """The precision of attention's products."""
+        return "fp8" if self._kernels.variants["hstu_attention"] == "fp8" else self._base
 
     def _recipe(self) -> dict[str, Any]:
         """Return the arguments of `follow_ranking`."""
@@ -223,7 +234,7 @@ class HSTUEngine(RankingEngine):
         return {
             **self._kernels.actual(),
             **self._describe_products(),
-            "attention_precision": "fp8" if self._kernels.variants["hstu_attention"] == "fp8" else self._base,
+            "attention_precision": self._attention,
             "kernel_configs": tuning.provenance(),
             **(self.user_cache.graphs if self.user_cache else self._graphs).actual(),
             "candidate_microbatch": self._options.candidate_microbatch,
