@@ -180,7 +180,7 @@ class Engine(Protocol):
     def reset_cache(self, keep: Tier = Tier.NONE) -> None:
         """Drop cached user states: a measurement begins with an empty cache.
 
-        keep: move the states to this tier, HOST or STORAGE, and keep what is there.
+        keep: move the states to this tier, HOST or STORAGE, and keep what is there. Without a disk STORAGE is as HOST.
         """
 
     def close(self) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 import os
 import random
 import resource
+import shutil
+import threading
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -22,11 +24,16 @@ from helpers.hstu_oracle import make_requests
 from grengines.api import Catalogue, RankResult, Request, Setup, Tier
 from grengines.cache import storage
 from grengines.cache.config import PagedCacheConfig
+from grengines.cache.events import EventLog
+from grengines.cache.guarded_policy import GuardedPolicy
 from grengines.cache.history import History
 from grengines.cache.host import HostState, HostTier
+from grengines.cache.index import StateIndex
+from grengines.cache.policies import LRU
 from grengines.cache.pool import PagePool
 from grengines.cache.storage import ReadError, StorageTier
 from grengines.cache.storage_file import BLOCK, Folder, RowFile, Rows, disk_of
+from grengines.cache.storage_offload import StorageOffloader
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine
 from grengines.hstu.load_costs import together
@@ -201,12 +208,24 @@ def test_folders_and_sizes_that_cannot_be_are_refused_in_one_line(tmp_path: Path
         with pytest.raises(ValueError, match=words) as refused:
             started(**cache)
         assert "\n" not in str(refused.value)
-    broken = tmp_path / "broken"
-    started(storage_path=str(broken)).close()
-    [index] = broken.glob("*/index.sqlite")
-    index.write_bytes(b"not a database" * 1000)
-    with pytest.raises(ValueError, match="has no readable index"):
-        started(storage_path=str(broken))
+    with pytest.raises(ValueError, match="lower it"):
+        started(storage_path=str(tmp_path), storage_gb=1e9)
+    started(storage_path=str(tmp_path)).close()  # lowered, in the same folder
+
+
+@pytest.mark.parametrize("from_byte", [0, 2 * 4096])  # all of it, or what is behind the tables' names and the size
+def test_a_damaged_index_is_refused_and_its_folder_is_free(from_byte: int, tmp_path: Path) -> None:
+    tier = disk(tmp_path)
+    put(tier, 0, 0, 3)
+    tier.close()
+    index = tier.folder / "index.sqlite"
+    damaged = index.read_bytes()
+    index.write_bytes(damaged[:from_byte] + b"?" * (len(damaged) - from_byte))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"has no readable index \(.*\); remove it"):
+            disk(tmp_path)
+    shutil.rmtree(tier.folder)
+    disk(tmp_path).close()
 
 
 def test_a_temporary_folder_is_removed() -> None:
@@ -217,11 +236,14 @@ def test_a_temporary_folder_is_removed() -> None:
     assert not folder.exists()
 
 
+def small_pool() -> PagePool:
+    """A pool of one page, which takes 4096 bytes in each layer."""
+    return PagePool(layers=2, pages=1, page=4, heads=1, qk_dim=128, v_dim=128, dtype=torch.float32, device="cpu")
+
+
 def disk(path: Path) -> StorageTier:
     """A storage tier of 40 pages, whose pages are one block in each of two layers."""
-    pool = PagePool(
-        layers=2, pages=1, page=4, heads=1, qk_dim=128, v_dim=128, dtype=torch.float32, device="cpu"
-    )  # 4096 bytes a layer
+    pool = small_pool()
     return StorageTier(HostTier(pool, 20 * pool.page_bytes, 20), 40 * 2 * BLOCK, str(path), "key")
 
 
@@ -235,16 +257,21 @@ def put(tier: StorageTier, user: int, birth: int, pages: int) -> bool:
     same = min(old.tokens, 4 * pages) if old is not None and old.history.items[0] == birth else 0
     while tier.lacking(user, pages):
         tier.drop(next(other for other in tier.states if other != user))
+    state = on_host(tier, user, birth, pages)
+    if tier.store(user, state, same):
+        return True
+    tier.host.extents.free(state.extents)
+    return False
+
+
+def on_host(tier: StorageTier, user: int, birth: int, pages: int) -> HostState:
+    """A state in the host's memory."""
     places = tier.host.extents.allocate(pages)
     for page, place in enumerate(i for begin, n in places for i in range(begin, begin + n)):
         for layer, rows in enumerate(tier.rows):
             rows[place] = content(user, birth, page, layer)
     events = np.full(4 * pages, birth)
-    state = HostState(4 * pages, History(events, events, events, events), places, None, 0.0)
-    if tier.store(user, state, same):
-        return True
-    tier.host.extents.free(places)
-    return False
+    return HostState(4 * pages, History(events, events, events, events), places, None, 0.0)
 
 
 def write_for_ever(folder: Path, says: int) -> None:
@@ -292,19 +319,64 @@ def test_the_disk_takes_no_more_than_its_memory_holds(monkeypatch: pytest.Monkey
     assert put(tier, 0, 0, 8) and put(tier, 1, 0, 8)
     tier.finish_writes()
     assert tier.read_ahead(0) and not tier.read_ahead(1)  # half of the 20 pages at most
-    write = RowFile.write
-    monkeypatch.setattr(RowFile, "write", lambda *args: (time.sleep(0.05), write(*args)))
+    write, may_go_on = RowFile.write, threading.Event()
+    monkeypatch.setattr(RowFile, "write", lambda *args: (may_go_on.wait(30), write(*args)))
     assert put(tier, 2, 0, 12)
     reading = tier.reads[0]
     [layer.result() for layer in reading.layers]
     assert not put(tier, 3, 0, 1) and 3 not in tier.states
     again = tier.read(1, 0, 8)  # in the memory of user 0, which nobody asked for
     assert again is not None and not tier.ahead and reading.ended
-    again.wait(0)
+    [again.wait(layer) for layer in range(2)]
     tier.end(again)
+    may_go_on.set()
     tier.finish_writes()
     assert tier.room() == tier.host.reserve and tier.host.extents.available == 40
     tier.close()
+
+
+def test_a_state_that_is_refused_drops_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tier, log, index = disk(tmp_path), EventLog(), StateIndex(small_pool(), 0)
+    below = StorageOffloader(tier, GuardedPolicy(LRU(), lambda tokens: (tokens, 1.0), log), index, log)
+    for user in range(3):
+        below.take(user, on_host(tier, user, 0, 13))  # 39 of the 40 pages
+        tier.finish_writes()
+    write, may_go_on = RowFile.write, threading.Event()
+    monkeypatch.setattr(RowFile, "write", lambda *args: (may_go_on.wait(30), write(*args)))
+    below.take(3, on_host(tier, 3, 0, 13))
+    assert list(tier.states) == [1, 2, 3]
+    below.take(4, on_host(tier, 4, 0, 13))  # its 13 pages and those on their way are more than 20
+    assert list(tier.states) == [1, 2, 3] and tier.host.extents.available == 40 - 13
+    below.take(2, on_host(tier, 2, 0, 13))  # which the disk has
+    may_go_on.set()
+    tier.finish_writes()
+    below.take(4, on_host(tier, 4, 0, 13))
+    assert list(tier.states) == [2, 3, 4]
+    assert (log.counters.storage_taken, log.counters.storage_refused, log.counters.policy_errors) == (6, 1, 0)
+    tier.close()
+
+
+def test_a_file_that_is_kept_outlives_a_failure_and_only_a_full_disk_is_called_full(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path), "key")
+    pages, too_large = folder.path / "pages", 10**12
+    with pytest.raises(ValueError, match=r"GB free; lower it"):
+        RowFile(folder, too_large, BLOCK)
+    assert not pages.exists()
+    RowFile(folder, 2, BLOCK).close()
+    with pytest.raises(ValueError, match=r"GB free; lower it"):
+        RowFile(folder, too_large, BLOCK)
+    assert pages.stat().st_size == 2 * BLOCK
+    pages.unlink()
+    for make, remove, words in (
+        (pages.mkdir, pages.rmdir, "Is a directory"),
+        (partial(os.mkfifo, pages), pages.unlink, "Illegal seek"),
+    ):
+        make()
+        with pytest.raises(ValueError, match=rf"pages can't be used \({words}\); remove it, or name another folder"):
+            RowFile(folder, 2, BLOCK)
+        assert pages.exists()
+        remove()
+    folder.close()
 
 
 def test_a_lost_page_of_a_state_that_is_read_ahead_is_noticed(tmp_path: Path) -> None:

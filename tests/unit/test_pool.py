@@ -449,8 +449,11 @@ def test_visits_count_for_the_host_and_not_evictions() -> None:
     assert 1 in states.tier.states
     # On demand everyone's state is sent.
     visit(states, request_of(events_of(10, seed=3), user=3))
-    states.clear(keep=Tier.HOST)
-    assert 3 in states.tier.states
+    for keep in (Tier.HOST, Tier.STORAGE):  # there is no disk: they stay on the host
+        states.clear(keep)
+        assert 3 in states.tier.states
+    with pytest.raises(ValueError, match="keep=DEVICE"):
+        states.clear(Tier.DEVICE)
 
 
 # Everything at once

@@ -121,11 +121,12 @@ class Offloader:
             self.forget(user)
 
     def sink(self) -> None:
-        """Evict all states but those of users in flight, and wait until the storage tier has them."""
+        """If there is a storage tier, evict all states but those of users in flight, and wait until it has them."""
+        if self.below is None:
+            return
         for user in self.tier.states.keys() - self._index.in_flight.keys():
             self._evict(user)
-            if self.below is not None:
-                self.below.tier.finish_writes()
+            self.below.tier.finish_writes()
 
     def _evict(self, user: int) -> None:
         """Drop the copy of a user who has one on the host, after offering it to the storage tier."""

@@ -249,8 +249,11 @@ class UserStates:
         """Drop every state, those in flight when their plans end. Counters stay; nothing counts as evicted.
 
         keep: HOST: states on the device are sent to the host tier, and those that are there stay; STORAGE: all of these
-        are sent to the disk. States in a folder that is kept stay in any case.
+        are sent to the disk, if there is one. States in a folder that is kept stay in any case. Raises ValueError for
+        DEVICE.
         """
+        if keep is Tier.DEVICE:
+            raise ValueError("keep=DEVICE would drop no state; allowed are HOST, STORAGE and NONE")
         down = keep is not Tier.NONE
         with self._lock:
             for plan in self._index.in_flight.values():

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
@@ -147,15 +148,17 @@ class StorageTier:
                 f"cache.storage_gb: a page takes {row_bytes * len(rows)} bytes, the budget has {self.budget_bytes}; "
                 "raise it"
             )
-        self._folder = Folder(self.path, self.key)
-        try:
+        with ExitStack() as opened:
+            self._folder = Folder(self.path, self.key)
+            opened.callback(self._folder.close)
             self._index = DiskIndex(self._folder.path, self.pages)
+            opened.callback(self._index.close)
             self.file = RowFile(self._folder, self.pages * len(rows), row_bytes)
-        except ValueError:
-            self._folder.close()
-            raise
-        self.extents = Extents(self.pages)
-        self._load()
+            opened.callback(self.file.close)
+            self._index.keep_size()
+            self.extents = Extents(self.pages)
+            self._load()
+            opened.pop_all()  # all is there: nothing is closed
         self._readers = ThreadPoolExecutor(THREADS, "storage-read")
         self._writer = ThreadPoolExecutor(1, "storage-write")  # in order: a page is written after its record is removed
 
@@ -200,6 +203,11 @@ class StorageTier:
         self._dropped.add(user)
         self.forget_ahead(user)
 
+    def ready(self, state: HostState, same: int) -> bool:
+        """Return whether there is memory for what `store` would write of a state: it refuses the state otherwise."""
+        pages, page = sum(n for _, n in state.extents), self.host.pool.page
+        return same == state.tokens or pages - same // page <= self.room()
+
     def store(self, user: int, state: HostState, same: int) -> bool:
         """Take over a state that left the host, and write it in the background. The disk has its first `same` tokens.
 
@@ -211,7 +219,7 @@ class StorageTier:
             old.now = state.now
             self.host.extents.free(state.extents)
             return True
-        if pages - keep > self.room():
+        if not self.ready(state, same):
             return False
         kept = list(cut(old.extents, 0, keep)) if old is not None else []
         if old is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 4096  # bytes: direct I/O takes multiples of the disk's block, at addresses that are multiples too
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}  # of a disk or a limit with too little room
 Rows = npt.NDArray[np.uint8]  # [rows, bytes of one], contiguous
 
 
@@ -52,31 +54,37 @@ class RowFile:
     """`rows` rows of `row_bytes` bytes, a multiple of BLOCK, with their room on the disk reserved.
 
     direct: the kernel keeps no copy of what is read or written, where the file system can do that. Thread-safe.
-    Raises ValueError if the disk has too little room.
+    Raises ValueError if the disk has too little room or the file can't be used. A file that was there before stays.
     """
 
     def __init__(self, folder: Folder, rows: int, row_bytes: int) -> None:
         self._row_bytes, size = row_bytes, rows * row_bytes
-        path = folder.path / "pages"
-        flags = os.O_RDWR | os.O_CREAT
+        path, flags = folder.path / "pages", os.O_RDWR | os.O_CREAT
+        kept, free = path.exists(), shutil.disk_usage(folder.path).free
         try:
-            self._fd = os.open(path, flags | os.O_DIRECT, 0o644)
-            self.direct = True
-        except OSError:
-            self._fd = os.open(path, flags, 0o644)
-            self.direct = False
-        there, disk = os.fstat(self._fd).st_blocks * 512, os.statvfs(folder.path)
-        free = disk.f_bavail * disk.f_frsize
-        try:
-            if size - there > free:
-                raise OSError(errno.ENOSPC, "")
-            os.posix_fallocate(self._fd, 0, size)
-        except OSError:
-            os.close(self._fd)
-            path.unlink()
+            try:
+                self._fd = os.open(path, flags | os.O_DIRECT, 0o644)
+                self.direct = True
+            except OSError:
+                self._fd = os.open(path, flags, 0o644)
+                self.direct = False
+            try:
+                if size - os.fstat(self._fd).st_blocks * 512 > free:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.posix_fallocate(self._fd, 0, size)
+            except OSError:
+                os.close(self._fd)
+                if not kept:
+                    path.unlink()
+                raise
+        except OSError as error:
+            if error.errno in FULL:
+                raise ValueError(
+                    f"cache.storage_gb={size / 1e9:.3g}: {folder.path} has {free / 1e9:.3g} GB free; lower it, or name "
+                    "a folder on another disk in cache.storage_path"
+                ) from None
             raise ValueError(
-                f"cache.storage_gb={size / 1e9:.3g}: {folder.path} has {free / 1e9:.3g} GB free; lower it, or name a "
-                "folder on another disk in cache.storage_path"
+                f"cache.storage_path: {path} can't be used ({error.strerror}); remove it, or name another folder"
             ) from None
         if folder.temporary is not None:
             path.unlink()  # its room is free once the process ends, however it ends

@@ -5,10 +5,11 @@ SQLite with a write-ahead log: a record is there whole or not at all, also after
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sqlite3
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +36,14 @@ class Record:
 class DiskIndex:
     """Records of states, on disk when a call returns. One thread at a time.
 
-    pages: of the data file, for which the records are. Raises ValueError for an index that can't be read or that is of
-    another number of pages; further calls raise OSError.
+    pages: of the data file, for which the records are; `keep_size` writes it once that file is there. Raises
+    ValueError, as `keep_size` and `load` do, for an index that can't be read, and for one of another number of pages;
+    further calls raise OSError.
     """
 
     def __init__(self, folder: Path, pages: int) -> None:
-        self._pages = pages
-        try:
+        self._folder, self._pages = folder, pages
+        with self._readable():
             self._base = sqlite3.connect(folder / "index.sqlite", check_same_thread=False)
             self._base.execute("pragma journal_mode=wal")
             self._base.execute("pragma synchronous=full")
@@ -51,10 +53,6 @@ class DiskIndex:
                     "create table if not exists states (user integer unique, tokens integer, arrays blob)"
                 )
                 found = self._base.execute("select pages from size").fetchone()
-                if found is None:
-                    self._base.execute("insert into size values (?)", (pages,))
-        except sqlite3.Error as error:
-            raise ValueError(f"cache.storage_path: {folder} has no readable index ({error}); remove it") from None
         if found is not None and found[0] != pages:
             self._base.close()
             raise ValueError(
@@ -62,20 +60,29 @@ class DiskIndex:
                 "cache.storage_gb as then, or remove the folder"
             )
 
+    def keep_size(self) -> None:
+        """Write the number of pages, if it is not there. Raises ValueError."""
+        with self._readable(), self._base:
+            self._base.execute("insert into size select ? where not exists (select 1 from size)", (self._pages,))
+
     def load(self) -> dict[int, Record]:
-        """Return the records by user, the oldest first. Those that can't be read or overlap others are left out."""
+        """Return the records by user, the oldest first. Those that can't be read or overlap others are left out.
+
+        Raises ValueError if the index itself can't be read.
+        """
         taken, records = np.zeros(self._pages, bool), dict[int, Record]()
-        for user, tokens, arrays in self._base.execute("select user, tokens, arrays from states order by rowid"):
-            try:
-                found = np.load(io.BytesIO(arrays), allow_pickle=False)
-                extents = [(int(begin), int(n)) for begin, n in found["extents"]]
-                record = Record(tokens, History(*(found[name] for name in _COLUMNS)), extents, found["sums"])
-            except (ValueError, KeyError, OSError, zipfile.BadZipFile):
-                continue
-            places = [place for begin, n in extents for place in range(begin, begin + n)]
-            if places and min(places) >= 0 and max(places) < self._pages and not taken[places].any():
-                taken[places] = True
-                records[user] = record
+        with self._readable():
+            for user, tokens, arrays in self._base.execute("select user, tokens, arrays from states order by rowid"):
+                try:
+                    found = np.load(io.BytesIO(arrays), allow_pickle=False)
+                    extents = [(int(begin), int(n)) for begin, n in found["extents"]]
+                    record = Record(tokens, History(*(found[name] for name in _COLUMNS)), extents, found["sums"])
+                except (ValueError, KeyError, OSError, zipfile.BadZipFile):
+                    continue
+                places = [place for begin, n in extents for place in range(begin, begin + n)]
+                if places and min(places) >= 0 and max(places) < self._pages and not taken[places].any():
+                    taken[places] = True
+                    records[user] = record
         return records
 
     def drop(self, users: Collection[int]) -> None:
@@ -97,6 +104,13 @@ class DiskIndex:
 
     def close(self) -> None:
         self._base.close()
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise ValueError(f"cache.storage_path: {self._folder} has no readable index ({error}); remove it") from None
 
 
 def _arrays(record: Record) -> bytes:

@@ -13,8 +13,9 @@ from grengines.cache.storage import ReadError, StorageTier, StoredReading
 class StorageOffloader:
     """The storage tier with a policy of its own, which chooses the states that leave it.
 
-    It is offered every state that the host evicts. A lookup that finds a state neither on the device nor on the host
-    has it read. The copy on the disk stays, so only new pages are written when the host evicts the state again.
+    It is offered every state that the host evicts, and the policy admits all of them. A lookup that finds a state
+    neither on the device nor on the host has it read. The copy on the disk stays, so only new pages are written when
+    the host evicts the state again.
 
     A disk that fails switches the tier off: no state is found in it or sent to it from then on.
 
@@ -53,7 +54,8 @@ class StorageOffloader:
             same = state.tokens
         elif self._index.contextual:
             same = 0
-        taken = not self._off() and self._make_room(user, pages, state.now) and self.tier.store(user, state, same)
+        taken = not self._off() and self.tier.ready(state, same)  # asked first: a refusal drops no other state
+        taken = taken and self._make_room(user, pages, state.now) and self.tier.store(user, state, same)
         if taken:
             self._log.counters.storage_taken += 1
             self._policy.touch(user, state.tokens, state.now)

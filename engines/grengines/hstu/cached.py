@@ -489,6 +489,6 @@ def _make_states(ranker: PagedModel, cache: PagedCacheConfig, longest: int, iden
 
 def _policies(cache: PagedCacheConfig) -> tuple[Policy, Policy, Policy]:
     """Return the policies of the device, of the host tier and of the storage tier."""
-    visits = (cache.admit_visit, cache.host_admit_visit, cache.host_admit_visit)
+    visits = (cache.admit_visit, cache.host_admit_visit, 1)  # storage takes all that the host admitted
     device, host, storage = (policies.make(cache.policy, visit) for visit in visits)
     return device, host, storage
