@@ -133,8 +133,12 @@ def gated(overrides: list[str], device: str) -> tuple[Any, Any]:
     trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
     retrieval = spec.retrieval and build_retrieval(spec.retrieval, spec.workload, trace.events, spec.seed)
     engine = engines.build(spec, trace.catalogue, retrieval)
-    engine.prepare(trace.requests, 4)
-    return engine, gate_for(spec, trace, retrieval, engine.actual())
+    try:
+        engine.prepare(trace.requests, 4)
+        return engine, gate_for(spec, trace, retrieval, engine.actual())
+    except BaseException:
+        engine.close()
+        raise
 
 
 @pytest.mark.parametrize(("device", "graphs"), [("cpu", "auto"), on_two_gpus("false"), on_two_gpus("true")])
@@ -202,9 +206,20 @@ def test_a_rank_that_is_killed_ends_the_cell_with_the_reason(cell: str, device: 
     engine.close()
 
 
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ends of the whole process that were to be, 0.3 s after the loss of a rank that something waits for."""
+    found: list[str] = []
+    monkeypatch.setattr(team, "END_S", 0.3)
+    monkeypatch.setattr(team.Team, "end_process", lambda self: found.append("the whole process would have ended"))
+    return found
+
+
 @pytest.mark.parametrize("kind", [ValueError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("where", ["of a batch", "at the start"])
-def test_a_rank_that_fails_says_why(where: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_fails_says_why(
+    where: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch, exits: list[str]
+) -> None:
     begins, project = HSTULayer.__init__, HSTULayer.project
 
     def failing(self: HSTULayer, *arguments: Any) -> Any:
@@ -217,9 +232,6 @@ def test_a_rank_that_fails_says_why(where: str, kind: type[Exception], monkeypat
             raise kind("the test says so")
         begins(self, config)
 
-    exits: list[str] = []
-    monkeypatch.setattr(team, "END_S", 0.3)
-    monkeypatch.setattr(team.Team, "end_process", lambda self: exits.append("the whole process would have ended"))
     tests = os.getpid()
     owner = {"of a batch": ("project", failing), "at the start": ("__init__", without)}[where]
     monkeypatch.setattr(HSTULayer, *owner)
@@ -253,13 +265,61 @@ def waiting(group: Group, device: torch.device) -> team.Calls:
     return {"wait": lambda inputs: time.sleep(60)}
 
 
+def two_ranks() -> team.Team:
+    return team.Team(2, torch.device("cpu"), waiting, {}, collectives=False)
+
+
+def test_a_rank_may_go_while_rank_0_waits_for_none(exits: list[str]) -> None:
+    """Rank 0 may load its part, or fail to, and learns of it when it waits."""
+    ranks = two_ranks()
+    os.kill(ranks.pids[0], signal.SIGKILL)
+    time.sleep(0.6)
+    assert not exits
+    with pytest.raises(RuntimeError, match=r"rank 1 of engine\.tensor_parallel=2 ended by SIGKILL"):
+        ranks.ready()
+    ranks.close()
+
+
+def test_a_busy_a_lost_and_a_closed_rank_have_no_memory_to_report(exits: list[str]) -> None:
+    known = {"tensor_parallel": 2, "parallel_backend": "gloo"}
+    ranks = two_ranks()
+    ranks.ready()
+    with ranks.call("wait", []):
+        pass
+    assert ranks.actual() == known
+    ranks.check()  # a rank that computes is not lost
+    os.kill(ranks.pids[0], signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="SIGKILL"):
+        for _ in range(500):
+            ranks.check()
+            time.sleep(0.01)
+    assert ranks.actual() == known
+    ranks.close()
+    assert ranks.actual() == known
+
+
+def test_a_rank_outlives_signals_and_ends_with_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal or systemd sends signals to all processes. The end of rank 0 gives NCCL's memory back, once."""
+    aborted: list[int] = []
+    monkeypatch.setattr(Group, "abort", lambda self: aborted.append(self.rank))
+    ranks = two_ranks()
+    ranks.ready()
+    [pid] = ranks.pids
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(pid, number)
+    assert ranks.actual()["rank_memory_mib"][0] > 0
+    ranks.close()
+    ranks.close()
+    assert aborted == [0] and not Path(f"/proc/{pid}").exists()
+
+
 def test_a_process_that_nothing_frees_ends_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So it is where a library has collectives of its own, which may wait for a killed rank for ever."""
     forks.fork_ranks(monkeypatch)
     monkeypatch.setattr(team, "END_S", 0.3)
 
     def work() -> None:
-        ranks = team.Team(2, torch.device("cpu"), waiting, {}, collectives=False)
+        ranks = two_ranks()
         ranks.ready()
         with ranks.call("wait", []):
             os.kill(ranks.pids[0], signal.SIGKILL)

@@ -225,23 +225,32 @@ def test_two_ranks_find_what_the_reference_finds(
 
     monkeypatch.setattr(SoftmaxAttention, "attend", planted)
 
-    engine = decoder_engine(tensor_parallel=2)
-    try:
-        for hits in (0, 272):
-            found = engine.generate(REQUESTS)
-            expect_equal(found, expected)
-            assert found.details["prefix_hit_tokens"] == hits
-        facts = engine.actual()
-        assert (facts["tensor_parallel"], facts["parallel_backend"]) == (2, "gloo") and facts["rank_memory_mib"][0] > 0
-        assert facts["parameters"] == sum(math.prod(shape) for shape in shapes(DECODER, IDS.sizes).values())
-        fault.touch()
-        failing(engine, expected)
-        assert isinstance(engine.team, team.Team)
-        os.kill(engine.team.pids[0], signal.SIGKILL)
-        with pytest.raises(RuntimeError, match=r"rank 1 of engine\.tensor_parallel=2 ended by SIGKILL"):
+    def work() -> None:
+        engine = decoder_engine(tensor_parallel=2)
+        try:
+            for hits in (0, 272):
+                found = engine.generate(REQUESTS)
+                expect_equal(found, expected)
+                assert found.details["prefix_hit_tokens"] == hits
+            facts = engine.actual()
+            assert (facts["tensor_parallel"], facts["parallel_backend"]) == (2, "gloo")
+            assert facts["rank_memory_mib"][0] > 0
+            assert facts["parameters"] == sum(math.prod(shape) for shape in shapes(DECODER, IDS.sizes).values())
+            engine.admit(0, REQUESTS[0])
+            with pytest.raises(RuntimeError, match="requests are in flight"):
+                engine.reset_cache()
+            assert [done.key for done in engine.step()] == [0]  # both ranks go on
+            fault.touch()
+            failing(engine, expected)
+            assert isinstance(engine.team, team.Team)
+            os.kill(engine.team.pids[0], signal.SIGKILL)
             engine.generate(REQUESTS)
-    finally:
-        engine.close()
+        finally:
+            engine.close()
+
+    done = forks.in_fork(work, tmp_path, timeout=240)  # the loss of a rank may end the whole process
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("rank 1 of engine.tensor_parallel=2 ended by SIGKILL"), done.stderr
 
 
 # On a GPU

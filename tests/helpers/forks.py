@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -55,6 +56,7 @@ class Fork:
         errors: Path | None = None,
     ) -> None:
         self.returncode: int | None = None
+        self._polling = threading.Lock()  # only one call finds how a process ended
         self.pid = os.fork()
         if self.pid == 0:
             _become(work, output, errors, sorted(fds), dict(env))
@@ -77,10 +79,11 @@ class Fork:
 
     def poll(self) -> int | None:
         """Return the exit code, or None while it runs."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
+        with self._polling:
+            if self.returncode is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+            return self.returncode
 
 
 def _become(work: Callable[[], object], output: Path, errors: Path | None, fds: list[int], env: dict[str, str]) -> None:

@@ -23,7 +23,8 @@ from grengines.runtime.team import Recipe
 
 def main() -> None:
     """Follow rank 0."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 may finish what is in flight, and then ends the pipe
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a terminal or systemd sends them to all processes
+        signal.signal(number, signal.SIG_IGN)  # rank 0 may finish what is in flight, and then ends the pipe
     connection, code = Connection(int(sys.argv[1])), 0
     try:
         follow(connection)

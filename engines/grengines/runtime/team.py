@@ -110,7 +110,7 @@ class Team:
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._folder = tempfile.TemporaryDirectory(prefix="grbench-ranks-")
         self._ranks: dict[Connection, tuple[int, Any]] = {}  # rank and process
-        self._waits = 1  # how often rank 0 waits for others at this moment; here until they are ready
+        self._waits = 0  # how often rank 0 waits for others at this moment
         store = str(Path(self._folder.name) / "store") if collectives else ""
         first = Recipe(0, size, device, torch.get_num_threads(), store, make, arguments)
         self._group: Group | None = None
@@ -118,7 +118,8 @@ class Team:
             for rank in range(1, size):
                 self._start(replace(first, rank=rank, device=_device(device, rank)))
             threading.Thread(target=self._watch, daemon=True).start()
-            self._group = first.group()
+            with self.waiting():
+                self._group = first.group()
         except BaseException:
             self.close()
             raise
@@ -149,11 +150,9 @@ class Team:
 
     def ready(self) -> None:
         """Wait until every rank has its part of the model. Raises as `check`."""
-        try:
-            self._collect(START_S)
-        finally:
-            with self._counting:
-                self._waits -= 1
+        with self.waiting():
+            if self._collect(START_S) is None:
+                self._lose(f"a rank of engine.tensor_parallel={self.size} said nothing for {START_S:g} s")
 
     @contextmanager
     def call(self, name: str, inputs: Sequence[Any], **arguments: Any) -> Iterator[list[Any]]:
@@ -174,10 +173,10 @@ class Team:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Wait for other ranks within it. Raises as `check`, before and after."""
-        self.check()
         with self._counting:
             self._waits += 1
         try:
+            self.check()  # counted before, so that no end of a rank comes in between and goes unseen
             yield
         finally:
             with self._counting:
@@ -194,13 +193,19 @@ class Team:
             raise self._reason()
 
     def actual(self) -> dict[str, Any]:
-        """Return the entries of a record. rank_memory_mib: the most memory of each rank but the first so far."""
-        with contextlib.suppress(RuntimeError):
+        """Return the entries of a record. rank_memory_mib: the most memory of each rank but the first so far.
+
+        It is left out if a rank has gone, or computes for END_S.
+        """
+        facts: dict[str, Any] = {"tensor_parallel": self.size, "parallel_backend": self.group.backend}
+        with contextlib.suppress(RuntimeError, OSError):
+            self.check()
+            while not self._answers.empty():  # too late for an earlier call
+                self._answers.get()
             self._send(("memory", [], {}))
-            memory = self._collect(END_S)
-            backend = self.group.backend
-            return {"tensor_parallel": self.size, "parallel_backend": backend, "rank_memory_mib": memory}
-        return {"tensor_parallel": self.size}
+            if (memory := self._collect(END_S)) is not None:
+                facts["rank_memory_mib"] = memory
+        return facts
 
     def close(self, beside: Callable[[], None] = lambda: None) -> None:
         """End the other ranks. A second call does nothing.
@@ -208,8 +213,8 @@ class Team:
         beside: ends this rank's part meanwhile, since libraries that have collectives end them together. If a rank is
         lost, it may wait for ever, and then this process ends as in a call.
         """
-        alone = threading.Timer(END_S, self.end_process)
-        if self._gone.is_set() and not self._closing:
+        alone, healthy = threading.Timer(END_S, self.end_process), not self._gone.is_set()
+        if not healthy and not self._closing:
             alone.start()
         self._closing = True
         with contextlib.suppress(OSError):
@@ -227,8 +232,10 @@ class Team:
         for connection in self._ranks:
             connection.close()
         self._ranks.clear()
-        if self._group is not None and self._lost is None:
-            self._group.abort()
+        if self._group is not None and healthy:
+            abort = threading.Thread(target=self._group.abort, daemon=True)
+            abort.start()
+            abort.join(END_S)  # as in `_lose`, something may keep it from ending
         self._folder.cleanup()
 
     def _send(self, message: object) -> None:
@@ -236,8 +243,8 @@ class Team:
             for connection in self._ranks:
                 connection.send(message)
 
-    def _collect(self, seconds: float) -> list[Any]:
-        """Return what each rank says next. Raises as `check`."""
+    def _collect(self, seconds: float) -> list[Any] | None:
+        """Return what each rank says next, or None if one says nothing for so long. Raises as `check`."""
         end = time.monotonic() + seconds
         said: list[Any] = []
         while len(said) < self.size - 1:
@@ -246,7 +253,7 @@ class Team:
                 said.append(self._answers.get(timeout=0.1))
             except queue.Empty:
                 if time.monotonic() > end:
-                    self._lose(f"a rank of engine.tensor_parallel={self.size} said nothing for {seconds:g} s")
+                    return None
         return said
 
     def _watch(self) -> None:
@@ -299,7 +306,7 @@ class Team:
         return kind(reason)
 
     def _kill(self) -> None:
-        for _, process in self._ranks.values():
+        for _, process in list(self._ranks.values()):  # another thread may close the team
             process.kill()
 
 

@@ -74,7 +74,8 @@ class VLLMEngine(GeneratingEngine):
         port = ranks.free_port() if count > 1 else 0
         if count > 1:
             self.team = Team(count, self._device, ranks.follow, self._recipe(arguments, port), collectives=False)
-        self.core = VLLMCore(arguments, ranks.variables(0, count, port) if count > 1 else {})
+        with self.team.waiting():
+            self.core = VLLMCore(arguments, ranks.variables(0, count, port) if count > 1 else {})
         self._check_pages(self.core.blocks, limit)
         self.core.model.pooler.levels = self._levels(self.core, limit)
         self.searches = Searches(self.core)
@@ -149,6 +150,8 @@ class VLLMEngine(GeneratingEngine):
 
     def reset_cache(self, keep: Tier = Tier.NONE) -> None:
         """Empty the prefix cache. Raises RuntimeError while requests are in flight."""
+        if self.unfinished:  # an error within a call would end the other ranks
+            raise RuntimeError("the prefix cache can't be emptied: requests are in flight")
         if self.core is not None:
             with self.team.call("reset", []):
                 self.core.reset_prefix_cache()
