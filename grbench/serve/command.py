@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from grbench.config.arguments import Arguments, CommandError
+from grbench.config.schema import ConfigError
 from grbench.deployment import Deployment
+from grbench.execution.ranks import gpus_of
 from grbench.serve.logs import Log
 from grbench.serve.options import SWITCH_S, bound, deployment_of, parse
 
@@ -37,7 +39,12 @@ def main(words: Sequence[str]) -> int:
     given = parser().parse_intermixed_args(words).overrides
     config, file, overrides = parse(given)
     deployment = deployment_of(file, overrides)
-    deployment.specs(file or "grbench serve")
+    specs = deployment.specs(file or "grbench serve")
+    if config.replicas > 1 and (ranks := max(gpus_of(spec.engine) for spec in specs.values())) > 1:
+        raise ConfigError(
+            f"serve.replicas={config.replicas} and engine.tensor_parallel={ranks}: a replica has one GPU; set one of "
+            "them to 1"
+        )
     if missing := [name for name in MODULES if not find_spec(name)]:
         raise CommandError(f"package {missing[0]} is not installed; pip install 'grbench[serve]'", 1)
     if config.replicas > 1:

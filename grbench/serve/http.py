@@ -68,7 +68,8 @@ class Api:
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             parts = scope["path"].split("/")
-            if len(parts) == 5 and parts[1:3] == ["v2", "models"] and parts[4] == "infer" and scope["method"] == "POST":
+            is_post = scope["type"] == "http" and scope["method"] == "POST"  # a WebSocket has no method
+            if is_post and len(parts) == 5 and parts[1:3] == ["v2", "models"] and parts[4] == "infer":
                 scope["path_params"] = {"model": parts[3]}
                 await infer(scope, receive, send)
             else:

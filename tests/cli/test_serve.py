@@ -18,7 +18,7 @@ import pytest
 from helpers.command import Grbench
 from helpers.forks import fork_command, printed_lines
 from helpers.serving import (
-    RANKING,
+    SEARCH,
     TINY,
     Serving,
     as_json,
@@ -364,7 +364,7 @@ def test_the_typed_client_gets_what_the_reference_finds(
 def test_a_server_is_measured_like_an_engine(server: Serving, grbench_here: Grbench) -> None:
     """`grbench load` gates the server, drives a scenario through the network, and keeps a record."""
     words = ["scenario=server", "scenario.queries=64", "scenario.target_qps=200", "tracking=none", "gate.measured=8"]
-    done = grbench_here("load", f"url={server.url}", *RANKING, *words)
+    done = grbench_here("load", f"url={server.url}", *TINY, *words)
     assert done.returncode == 0, done.stderr
     [(_, record)] = read_cells([Path("outputs")])
     assert record.status is Status.OK and record.metrics["samples"] >= 64
@@ -374,7 +374,7 @@ def test_a_server_is_measured_like_an_engine(server: Serving, grbench_here: Grbe
 @pytest.mark.usefixtures("forked_workers")
 def test_several_servers_are_measured_together(server: Serving, grbench_here: Grbench) -> None:
     """A call goes to the server with the fewest requests, and the record counts the requests of each."""
-    words = [*RANKING, "scenario=offline", "scenario.queries=64", "tracking=none", "gate.measured=8"]
+    words = [*TINY, "scenario=offline", "scenario.queries=64", "tracking=none", "gate.measured=8"]
     with serving(*TINY, "engine=hstu", "serve.grpc_port=null") as other:
         done = grbench_here("load", f"url=[{server.url},{other.url}]", *words)
         assert done.returncode == 0, done.stderr
@@ -391,12 +391,21 @@ def test_several_servers_are_measured_together(server: Serving, grbench_here: Gr
 @pytest.mark.usefixtures("forked_workers")
 def test_a_pipeline_is_measured_through_the_network(grbench_here: Grbench) -> None:
     words = ["scenario=server", "scenario.queries=32", "scenario.target_qps=50", "tracking=none", "gate.measured=4"]
-    with serving(*TINY, "engine=pipeline", "engine@engine.retrieve=hstu") as server:
-        done = grbench_here("load", f"url={server.url}", "task=recommend", *TINY, *words)
+    with serving(*TINY, *SEARCH, "engine=pipeline", "engine@engine.retrieve=hstu") as server:
+        done = grbench_here("load", f"url={server.url}", "task=recommend", *TINY, *SEARCH, *words)
     assert done.returncode == 0, done.stderr
     [(_, record)] = read_cells([Path("outputs")])
     assert record.status is Status.OK and record.gate["error"] <= record.gate["tolerance"] == 1
     assert record.gate["measured"]["wrong"] == 0
+
+
+def test_a_websocket_is_refused(server: Serving) -> None:
+    """With 403 where uvicorn finds a package for WebSockets, and else with 405 as a GET."""
+    lines = ["GET /v2/models/hstu_tiny/infer HTTP/1.1", "host: localhost", "connection: upgrade", "upgrade: websocket",
+             "sec-websocket-version: 13", "sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA=="]  # fmt: skip
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        assert connection.recv(100).split()[1] in (b"403", b"405")
 
 
 def test_a_server_of_other_items_is_refused(server: Serving) -> None:
@@ -412,6 +421,11 @@ def test_a_server_of_other_items_is_refused(server: Serving) -> None:
         (["engine=hstu", "serve.ports=1"], "serve.ports: no such key; nearest: port"),
         (["engine=hstu", "serve.port=-1"], "serve.port=-1: allowed is int >= 0 and <= 65535"),
         (["engine=hstuu"], "engine=hstuu: no such option"),
+        (["engine=hstu", "retrieval.k=4"], "retrieval.k=4: task=rank searches for no items; set task=generate, or"),
+        (
+            ["engine=hstu", "engine.tensor_parallel=2", "serve.replicas=2"],
+            "serve.replicas=2 and engine.tensor_parallel=2: a replica has one GPU; set one of them to 1",
+        ),
         (["engine=hstu", "serve.host=0.0.0.0"], "serve.host=0.0.0.0: others could connect; give serve.api_key_file"),
         (["engine=hstu", "serve.tls_key_file=/dev/null"], "serve.tls_cert_file and serve.tls_key_file: give both"),
         (["deployment=none.yaml"], "none.yaml: No such file or directory; give a deployment file"),

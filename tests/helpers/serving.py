@@ -29,10 +29,10 @@ from grbench.serve.server import serve
 TINY = [
     "model=hstu_tiny", "workload=synthetic", "workload.users=20", "workload.visits=40", "workload.items=500",
     "workload.history_median=12", "workload.max_history=48", "workload.num_candidates=8", "warmup_batches=1",
-    "scenario.max_batch=4", "gate.requests=2", "retrieval.k=4", "retrieval.beam_width=8", "latency_limit_ms=5000",
+    "scenario.max_batch=4", "gate.requests=2", "latency_limit_ms=5000",
 ]  # fmt: skip
+SEARCH = ["retrieval.k=4", "retrieval.beam_width=8"]  # of a task that searches
 START_S = 120.0
-RANKING = [word for word in TINY if not word.startswith("retrieval.")]
 
 
 @dataclass
@@ -159,7 +159,7 @@ def items_come_with_their_scores(*engine: str) -> None:
     """Serve a retriever or a pipeline, ask for two users' items, and check the form of the answer."""
     spec, trace = tiny_trace()
     task = "generate" if "task=generate" in engine else "recommend"
-    with serving(*TINY, *engine, "serve.grpc_port=null") as server:
+    with serving(*TINY, *SEARCH, *engine, "serve.grpc_port=null") as server:
         status, answer, _ = server.infer(tensors_of(trace.requests[:2], task))
         assert status == 200
         outputs = {o["name"]: np.array(o["data"]).reshape(o["shape"]) for o in answer["outputs"]}
