@@ -55,7 +55,7 @@ def attention_of_ranking(asked: Asked) -> str | None:
     """Return None, or why an engine that generates can't have the variant of attention."""
     if asked.kernels.get("hstu_attention") == "fp8":
         return (
-            "kernel.hstu_attention=fp8: the gate of generation has no tolerance for attention in fp8; set "
+            "kernel.hstu_attention=fp8: engines that search can't have it; use engine=hstu with task=rank, or set "
             "kernel.hstu_attention=auto"
         )
     return None

@@ -13,7 +13,7 @@ from grbench.gate.base import GateResult
 from grbench.gate.form import Form
 from grbench.gate.generate import GenerateGate, GenerateGateResult
 from grbench.gate.measured import Answer, Verdict
-from grbench.gate.rank import RankGate, fallback_precisions, has_fp8_attention, stored_precision
+from grbench.gate.rank import RankGate, fallback_precisions, stored_precision
 from grbench.workloads.trace import Trace
 from grengines.api import Cached, Request, Retrieval
 from grengines.numerics import Comparison, IncorrectError
@@ -49,7 +49,6 @@ class PipelineGate:
             second["precision"],
             fallback_precisions(second),
             stored_precision(second),
-            has_fp8_attention(second),
         )
 
     def check(self, engine: Any, max_batch: int) -> PipelineGateResult:
