@@ -129,6 +129,8 @@ def test_sizing_prints_and_refuses(grbench_here: Grbench) -> None:
     assert refused.returncode == 2
     assert refused.stderr.startswith("grbench sizing: model=nope: no such option; allowed: decoder_0p2b, ")
     assert "Traceback" not in refused.stderr
+    refused = grbench_here("sizing", "engine=hstu", "retrieval.k=4")
+    assert refused.stderr.startswith("grbench sizing: retrieval.k=4: task=rank searches for no items")
     refused = grbench_here("sizing", "--items", "0")
     assert "allowed is > 0" in refused.stderr
 
@@ -196,6 +198,7 @@ def test_sizing_of_a_pipeline_lists_both_stages(grbench_here: Grbench) -> None:
     [
         ("--repeats 0", 2, "--repeats 0: allowed is >= 1"),
         ("engine=hf", 2, "task=generate: "),
+        ("retrieval.k=4", 2, "retrieval.k=4: task=rank searches for no items"),
         ("workload=csv workload.path=missing.csv", 2, "workload.path=missing.csv: no such file; set workload.path"),
     ],
 )
