@@ -20,6 +20,7 @@ import common
 
 from grbench.config.schema import ConfigError
 from grbench.execution import records
+from grbench.execution.records import Status
 from grbench.report.cells import flatten, shown
 from grbench.report.chart import Chart, Series
 from grbench.report.frame import ReportError
@@ -39,8 +40,15 @@ ORDER = ("engine", "kernel", "engine.precision", "engine.cpu_threads", "engine.c
 
 
 def load(folder: Path) -> Grid:
-    """Return the grid of the offline cells in a folder. Its options are those in which the cells differ."""
-    cells = [(path, record) for path, record in records.find(folder) if record.spec["scenario"]["name"] == "offline"]
+    """Return the grid of the offline cells in a folder. Its options are those in which the cells differ.
+
+    What an engine refused is not in it: a search leaves that out before anything runs.
+    """
+    cells = [
+        (path, record)
+        for path, record in records.find(folder)
+        if record.spec["scenario"]["name"] == "offline" and record.status is not Status.UNAVAILABLE
+    ]
     specs = [flatten(record.spec) for _, record in cells]
     typed = {word.partition("=")[0] for _, record in cells for word in record.overrides}
     keys = [key for key in specs[0] if key in typed and len({shown(spec.get(key)) for spec in specs}) > 1]
