@@ -16,6 +16,7 @@ from grbench.report.groups import Group, Row, group_cells
 from grbench.report.provenance import origin_line
 from grbench.report.table import MOST_COLUMNS, ROW, columns_for, legend, notes, without_least_needed
 from grbench.report.tradeoffs import READING, Tradeoff, tradeoffs
+from grbench.report.work import servers_of
 
 NO_SAMPLES = "no samples beside the record (row {}): its distribution and parts of the latency are not drawn"
 
@@ -71,7 +72,12 @@ def blocks(cells: Sequence[Cell], remarks: Sequence[str] = (), figures: bool = T
     rows = [row for group in groups for row in group.rows]
     traded = tradeoffs(rows)
     shown_there = {row.number for one in traded for row in one.rows}
-    others = [group for group in groups if not shown_there.issuperset(row.number for row in group.rows)]
+    others = [
+        group
+        for group in groups
+        if not shown_there.issuperset(row.number for row in group.rows)
+        or len({max(1, servers_of(row.record)) for row in group.rows}) > 1  # its finding is how they scale
+    ]
     rest = [row.record for group in others for row in group.rows]
     content: list[Block] = [Text(_summary(records))]
     if len(others) > 1:

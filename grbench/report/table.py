@@ -114,7 +114,8 @@ COLUMNS = [  # in the order of the table
     Column("compared", "compared: answers of the measurement that were compared with the reference", _compared),
     Column(
         "runs",
-        "runs: repeats with other seeds; figures are their means, and intervals have the spread between them",
+        "runs: repeats with other seeds; figures are their geometric means (arithmetic where a run has 0), "
+        "and intervals have the spread between them",
         lambda record: str(run_count(record)) if run_count(record) > 1 else MISSING,
     ),
     Column("gate", "gate: error against the fp32 reference, as a share of the tolerance", _gate),

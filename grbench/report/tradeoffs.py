@@ -22,7 +22,7 @@ from grbench.report.cells import MISSING, engine_name, figure, shown
 from grbench.report.chart import Chart, Series
 from grbench.report.cost_charts import precision_of
 from grbench.report.groups import VERBS, Row
-from grbench.report.work import emulated, offered_load, options_of, scenario_of, unit_of
+from grbench.report.work import emulated, offered_load, options_of, scenario_of, servers_of, unit_of
 
 FIGURES = {  # those of a task, the headline first, and the name of each
     "rank": {"auc": "AUC", "ne": "NE"},
@@ -329,7 +329,9 @@ def _key(record: RunRecord, axes: bool = True) -> str:
     }
     asked = {} if axes else record.spec["gate"]["quality_requests"]
     code = [record.environment.get(name) for name in ("git_sha", "code")]
-    return json.dumps([left, asked, machine_of(record.environment), code, record.actual.get("device")], sort_keys=True)
+    servers = max(1, servers_of(record))  # several share the requests: their speed is not that of an engine
+    where = [machine_of(record.environment), code, record.actual.get("device"), servers]
+    return json.dumps([left, asked, *where], sort_keys=True)
 
 
 def _axis(base: Point, other: Point) -> Axis | None:

@@ -586,7 +586,7 @@ def test_the_legend_says_what_brackets_are_where_there_are_some(tmp_path: Path, 
     legend = next(line for line in lines if line.startswith("requests/s: "))
     said = "; [low, high]: 95% interval of the figure before it" in legend
     assert said == ("[" in lines[2]) == (words != ["scenario=offline"])
-    assert ("runs: repeats with other seeds" in legend) == (len(folders) > 1)
+    assert ("runs: repeats with other seeds; figures are their geometric means" in legend) == (len(folders) > 1)
     assert ("-: does not apply" in legend) == (" - " in f"{lines[2]} ")
 
 

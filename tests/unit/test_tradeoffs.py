@@ -48,6 +48,7 @@ def cell(root: Path, hits: Any, rate: float, width: int = 64, k: int = 10, stale
     ends = {"throughput_rps/in_run": [0.99 * rate, 1.01 * rate]}
     record = write_cell(folder, f"scenario={changes.pop('scenario', 'offline')}", f"workload.stale_events={stale}")
     record.spec |= {"task": "generate", "retrieval": {"beam_width": width, "k": k}}
+    record.spec["engine"] = changes.get("engine", record.spec["engine"])
     record.spec["gate"]["quality_requests"] = 1000 if estimate else 0
     if estimate:
         record.metrics |= {"throughput_rps": rate, "quality/hr10": estimate.value}
@@ -177,3 +178,15 @@ def test_of_two_cells_the_first_is_the_base(tmp_path: Path) -> None:
     cell(tmp_path, np.ones(USERS), 200.0, width=4, k=4)  # the faster one has the first row of its table
     [beams] = found(tmp_path)
     assert beams.text(beams.base) == "64"
+
+
+@pytest.mark.parametrize("widths", [[64], [64, 4]])
+def test_several_servers_are_no_other_engine_and_keep_their_efficiency(widths: list[int], tmp_path: Path) -> None:
+    for width in widths:  # with two, each cell is also on the axis of beams
+        for more in ([], ["http://b:8000"]):
+            server = {"name": "remote", "url": "http://a:8000", "more_urls": more}
+            cell(tmp_path, np.ones(USERS), 190.0 if more else 100.0, width=width, engine=server)
+    assert [one.title for one in found(tmp_path)] == ["Retrieve: beam width against speed"] * 2 * (len(widths) - 1)
+    page = "\n\n".join(sections(blocks(read_cells([tmp_path]))))
+    assert page.count("## Retrieve offline") == 1
+    assert page.count("2 servers answer 1.90 times as many requests/s as one: a scaling efficiency of 95%.") >= 1
