@@ -104,10 +104,7 @@ def _missing(goal: Goal, evaluator: Evaluator, rate: float) -> str:
     if need <= left:
         return ""
     runs = f"{goal.runs} runs of {CERTIFIED:,} requests" if goal.runs > 1 else f"{CERTIFIED:,} requests"
-    return (
-        f"{runs} at {rate:.4g} requests/s take {need:.0%} of the budget, and {left:.0%} was left: a budget "
-        f"{1 + need - left:.2g} times as large would do"
-    )
+    return f"{runs} at {rate:.4g} requests/s take {evaluator.budget_for(_probes(goal, rate))}"
 
 
 def _probes(goal: Goal, rate: float) -> list[Probe]:

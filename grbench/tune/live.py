@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import statistics
 import time
@@ -20,6 +21,7 @@ from grbench.execution.environment import describe_environment
 from grbench.execution.records import RunRecord, Status
 from grbench.execution.session import CellSession
 from grbench.report.work import EMULATED, emulated
+from grbench.tune.certification import MOST
 from grbench.tune.config import RATES, Declared
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.probes import OFFLINE
@@ -92,16 +94,25 @@ class LiveEvaluator:
     def share(self, probes: Sequence[Probe]) -> float:
         if not probes:
             return 0.0
-        if self._declared.budget.cells is not None:
-            cost = float(len(probes))
-        else:
-            each = [
-                (self._fresh_s if probe.seed or probe.rate is None else self.cell_s)
-                + (probe.requests / probe.rate if probe.rate else 3.0)
-                for probe in probes
-            ]
-            cost = sum(max(each[i : i + self.places]) for i in range(0, len(each), self.places))
+        cost = float(len(probes)) if self._declared.budget.cells is not None else self._seconds(probes)
         return cost / self._total if self._total else float("inf")
+
+    def _seconds(self, probes: Sequence[Probe]) -> float:
+        """Return the seconds that probes take beside each other."""
+        each = [
+            (self._fresh_s if probe.seed or probe.rate is None else self.cell_s)
+            + (probe.requests / probe.rate if probe.rate else 3.0)
+            for probe in probes
+        ]
+        return sum(max(each[i : i + self.places]) for i in range(0, len(each), self.places))
+
+    def budget_for(self, probes: Sequence[Probe]) -> str:
+        if self._declared.budget.cells:  # 0cells may become either
+            count = len(probes)
+            return f"{count} cells: set budget={max(self._cells + count, math.ceil(count / MOST))}cells"
+        seconds, used = self._seconds(probes), self.used if self._declared.budget.cells is None else 0.0
+        minutes = math.ceil(max(used + seconds, seconds / MOST) / 60)
+        return f"about {seconds:.0f} s: set budget={minutes}min"
 
     def left(self) -> float:
         return 1 - self.used / self._total if self._total else 0.0

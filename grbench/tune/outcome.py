@@ -102,5 +102,8 @@ class Evaluator(Protocol):
     def share(self, probes: Sequence[Probe]) -> float:
         """Return the share of the whole budget that probes take beside each other, as far as is known."""
 
+    def budget_for(self, probes: Sequence[Probe]) -> str:
+        """Return what probes take, and a budget with room for them: "about 53 s: set budget=2min"."""
+
     def left(self) -> float:
         """Return the share of the budget that is left."""

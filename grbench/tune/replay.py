@@ -147,6 +147,9 @@ class Replay:
     def share(self, probes: Sequence[Probe]) -> float:
         return len(probes) / self._cells
 
+    def budget_for(self, probes: Sequence[Probe]) -> str:
+        return f"{len(probes)} cells: set budget={self.used + len(probes)}cells"
+
     def left(self) -> float:
         return 1 - self.used / self._cells
 

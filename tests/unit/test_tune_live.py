@@ -21,6 +21,7 @@ from grbench.execution.records import Status
 from grbench.execution.session import CellSession
 from grbench.execution.session import Measured as Cell
 from grbench.tune import config, limits
+from grbench.tune.certification import MOST
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import Configuration, Probe
 from grkernels import fp8
@@ -96,6 +97,22 @@ def test_probes_beside_each_other_take_the_time_of_the_longest(tmp_path: Path) -
     assert one.share([long, short]) == pytest.approx(one.share([long]) + one.share([short]))
     assert two.share([long, short]) == two.share([long]) == one.share([long])
     assert two.share([long, short, long]) == pytest.approx(2 * two.share([long]))
+
+
+@pytest.mark.parametrize(
+    "budget, words",
+    [
+        ("0cells", "about 44 s: set budget=1min"),
+        ("1s", "about 44 s: set budget=1min"),
+        ("1cells", "2 cells: set budget=3cells"),
+    ],
+)
+def test_a_budget_without_room_is_answered_with_one_to_type(tmp_path: Path, budget: str, words: str) -> None:
+    measures = evaluator(Measured(tmp_path, {}), tmp_path / "none", f"budget={budget}")
+    probes = [Probe(1000.0, 10_000, seed) for seed in (101, 102)]  # 12 s of a cell beside 10 s of requests
+    assert measures.budget_for(probes) == words and measures.share(probes) > 1
+    enough = evaluator(Measured(tmp_path, {}), tmp_path / "none", words.rpartition(" ")[2])
+    assert enough.share(probes) <= MOST
 
 
 @pytest.mark.parametrize(
