@@ -33,6 +33,7 @@ from grbench.config.schema import (
     checkout_or_packaged,
     no_such_key,
     register_schemas,
+    schemas,
     to_spec,
 )
 from grbench.config.unread import unread
@@ -422,6 +423,21 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+def _of_another_option(cause: OmegaConfBaseException, key: str) -> str:
+    """Return the error line for a key that other options of its group have, such as cache.memory_gb; else ""."""
+    group, _, name = key.partition(".")
+    classes = schemas().get(group, {})
+    having = [schema for schema, options in classes.items() if name in {f.name for f in dataclasses.fields(options)}]
+    based = re.compile(rf"/schema/{group}/({'|'.join(having)})@_here_")
+    files = sorted(Path(CONFIG_DIR, group).glob("*.yaml")) if having else []
+    others = [file.stem for file in files if based.search(file.read_text())]
+    chosen = cause.parent_node.get("name") if isinstance(cause.parent_node, DictConfig) else None
+    if not others or not chosen:
+        return ""
+    either = " or ".join(filter(None, [", ".join(others[:-1]), others[-1]]))
+    return f"{key}: {group}={chosen} has no {name}; set {group}={either}, or leave it out"
+
+
 def _explain_key(cause: OmegaConfBaseException, key: str, text: str) -> str:
     """Return the error line for a key of a node, from the dataclass of the node."""
     if not dataclasses.is_dataclass(cause.object_type):
@@ -429,7 +445,7 @@ def _explain_key(cause: OmegaConfBaseException, key: str, text: str) -> str:
     fields = {f.name: f for f in dataclasses.fields(cause.object_type)}
     name = key.rpartition(".")[2]
     if name not in fields:
-        return no_such_key(key, fields)
+        return _of_another_option(cause, key) or no_such_key(key, fields)
     if isinstance(cause, MissingMandatoryValue):
         return f"{key}: a value is needed, {key}=...; allowed is {describe(fields[name])}"
     if dataclasses.is_dataclass(fields[name].default_factory):

@@ -112,6 +112,12 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
     [
         (["scenario.max_bach=3"], "max_bach", "max_batch"),  # a typo lists the known keys
         (["engine=hstu", "+engine.turbo=true"], "turbo", "precision"),
+        (
+            ["engine=hstu", "cache.memory_gb=1"],
+            "cache.memory_gb: cache=none has no memory_gb",
+            "set cache=gdsf, lfu, lru or predictive, or leave it out",
+        ),
+        (["scenario.clients=2"], "scenario=server has no clients", "set scenario=closed_loop, or leave it out"),
         (["scenario.max_batch=many"], "scenario.max_batch", "int"),
         (["scenario.max_batch=0"], "scenario.max_batch", ">= 1"),
         (["runner.timeout_s=1e10"], "runner.timeout_s", "<= 31536000"),
