@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from grbench.config.compose import axes_of, plan_jobs
-from grbench.config.schema import ConfigError, checked
+from grbench.config.schema import ConfigError, RunConfig, checked
 from grbench.config.schema import register_schemas as register_groups
 from grbench.execution.gpu import visible_gpus
 from grbench.report.cells import shown
@@ -129,6 +129,8 @@ def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
             others = [other for other in words if other is not word]
             instead = shlex.join(["python", "-m", "grbench", "tune", *others, *OWN[key].format(value).split()])
             raise ConfigError(f"{word}: the search sets {key} for each probe; give instead: {instead}")
+    for word in rest:
+        limits.refuse_misspelt(word, [*names, *(f.name for f in fields(RunConfig)), "study"])
     axes, fixed = axes_of(rest, config_dir)
     typed = {**{word.lstrip("+").partition("=")[0]: word.partition("=")[2] for word in fixed}}
     scenario = typed.get("scenario", "server")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -11,11 +11,16 @@ from typing import Any
 from grbench.config.schema import ConfigError, no_such_key
 from grbench.execution.stats import PERCENTILES
 from grbench.tune.outcome import Outcome
+from grkernels.nearest import nearest
 
 # Groups of a record's metrics: KEY.NAME=VALUE is a limit if KEY is one of them. `limits.METRIC=VALUE` takes any other.
 LATENCIES = ("latency_ms", "queue_ms", "batch_ms", "transfer_ms", "compute_ms")
 GROUPS = (*LATENCIES, "quality", "gpu", "gpu_memory_mib", "host_memory_mib")
 SINGLE = ("throughput_rps", "goodput_rps", "engine_start_s", "energy_joules_per_request")
+KEYS = {  # of limits that are typed most
+    *(f"{group}.p{percent:g}" for group in LATENCIES for percent in PERCENTILES),
+    *("quality.auc_loss", "gpu_memory_mib.reserved", "host_memory_mib.peak", *SINGLE),
+}
 # Metrics whose limit is the least allowed value. Of all others it is the largest.
 FLOORS = re.compile(r"throughput|goodput|cache/.*hit_rate|quality/(.*/)?(auc|hr|ndcg|recall|mrr)\d*$")
 # Metrics that do not depend on the load: an offline probe answers for them.
@@ -128,6 +133,15 @@ def judge(limits: Sequence[Limit], outcome: Outcome) -> tuple[Verdict, Limit | N
 def is_limit(key: str) -> bool:
     """Return True for a key of the command line that names a metric."""
     return (key.partition(".")[0] in (*GROUPS, "limits") and "." in key) or key in SINGLE
+
+
+def refuse_misspelt(word: str, known: Iterable[str]) -> None:
+    """Raise ConfigError for an override whose key is most like that of a limit. known: options of a run."""
+    key = word.lstrip("+").partition("=")[0]
+    options = set(known)
+    near = nearest(key, {*KEYS, *options}).removeprefix("nearest: ").rstrip("; ")
+    if near in KEYS and re.split("[.@/]", key)[0] not in options:
+        raise ConfigError(f"{word}: no such limit; nearest: {near}")
 
 
 def parse(key: str, value: str) -> Limit:

@@ -28,6 +28,7 @@ from grbench.tune.outcome import Configuration
 from grengines.options import violations
 
 MOST = 20_000  # combinations that are checked one by one
+NO_KEY = ": no such key; "
 Axes = Mapping[str, Sequence[str]]
 
 
@@ -60,16 +61,20 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
     combinations = [list(zip(groups, values, strict=True)) for values in itertools.product(*groups.values())]
     words = [[*fixed, *(f"{key}={value}" for key, value in combination)] for combination in combinations]
     left_out: Counter[str] = Counter()
+    composed: list[str] = []  # overrides of a combination that can be composed
+    known: set[str] = set()  # options that some combination has
     taken: set[tuple[str, str]] = set()  # options with a value that some combination takes
     refused: dict[tuple[str, str], str] = {}  # why a combination does not
     found: dict[Configuration, tuple[RunSpec, RunConfig]] = {}
-    for combination, cfg in zip(combinations, compose_many(words, config_dir), strict=True):
+    for combination, its, cfg in zip(combinations, words, compose_many(words, config_dir), strict=True):
         count = math.prod(len(values) for values in options.values())
         if isinstance(cfg, str):
             if "no such option" in cfg:  # a misspelt name
                 raise ConfigError(cfg)
             left_out[cfg] += count
             continue
+        composed = composed or its
+        known |= {key for key in options if _has(cfg, key)}
         try:
             run = checked(cfg, RunConfig)
         except ConfigError as e:
@@ -91,6 +96,12 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
                 found.setdefault(configuration, (spec_of(changed), run))
             except ConfigError as e:
                 left_out[str(e)] += 1
+    if not composed:
+        _fixed_exist(list(left_out))
+    elif misspelt := [key for key in options if key in typed and key not in known]:
+        [refusal] = compose_many([[*composed, f"{misspelt[0]}={options[misspelt[0]][0]}"]], config_dir)
+        if isinstance(refusal, str):  # the line that a run has for it
+            raise ConfigError(refusal)
     if never := [reason for value, reason in refused.items() if value not in taken]:
         raise ConfigError(never[0])
     reasons = _refused({configuration: spec for configuration, (spec, _) in found.items()})
@@ -129,11 +140,10 @@ def _typed(cfg: DictConfig, key: str, values: Sequence[str]) -> tuple[dict[str, 
 
     None if it has no such option.
     """
+    if not _has(cfg, key):
+        return None
     owner, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, owner)
-    schema = OmegaConf.get_type(node) if node is not None else None
-    if not dataclasses.is_dataclass(schema) or name not in {f.name for f in dataclasses.fields(schema)}:
-        return None
     found, wrong = {}, {}
     for text in values:
         changed = copy.deepcopy(node)
@@ -143,6 +153,14 @@ def _typed(cfg: DictConfig, key: str, values: Sequence[str]) -> tuple[dict[str, 
         except OmegaConfBaseException as e:
             wrong[text] = f"{explain(e)} with {owner}={OmegaConf.select(node, 'name')}"
     return found, wrong
+
+
+def _has(cfg: DictConfig, key: str) -> bool:
+    """Return True if a configuration has an option."""
+    owner, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, owner)
+    schema = OmegaConf.get_type(node) if node is not None else None
+    return dataclasses.is_dataclass(schema) and name in {f.name for f in dataclasses.fields(schema)}
 
 
 def _select(run: Any, path: str) -> Any:
@@ -161,6 +179,13 @@ def _refused(specs: Mapping[Configuration, RunSpec]) -> dict[Configuration, str]
     reasons = legal.refusals([specs[some[0]] for some in alike.values()])
     pairs = zip(alike.values(), reasons, strict=True)
     return {configuration: reason for some, reason in pairs if reason for configuration in some}
+
+
+def _fixed_exist(reasons: Sequence[str]) -> None:
+    """Raise ConfigError if every combination is refused because it lacks the same option: a fixed one is misspelt."""
+    absent = {reason.partition(NO_KEY)[0] for reason in reasons if NO_KEY in reason}
+    if len(absent) == 1 and all(NO_KEY in reason for reason in reasons):
+        raise ConfigError(reasons[0])
 
 
 def _all_used(axes: Sequence[str], kept: Sequence[Configuration], left_out: Mapping[str, int]) -> None:

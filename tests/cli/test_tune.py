@@ -56,6 +56,20 @@ TINY = (
         (["scenario.mode=accuracy"], "scenario.mode=accuracy: the search measures performance; leave it out"),
         (["space=rank_tpu"], "space=rank_tpu: no such option; nearest: rank_gpu; allowed:"),
         (["engine=hstu,foo", "space=typed"], "engine=foo: no such option; allowed: "),
+        *(
+            (
+                [f"scenario.max_bach={values}"],
+                "tune: scenario.max_bach: no such key; nearest: scenario.max_batch; known",
+            )
+            for values in ("4", "4,8")
+        ),
+        (
+            ["space=typed", "engine=onnxruntime", "engine.cuda_graphs=true"],
+            "tune: engine.cuda_graphs: no such key; known",
+        ),
+        (["latency.p99=3"], "latency.p99=3: no such limit; nearest: latency_ms.p99"),
+        (["gpu_memory.reserved=3,4"], "gpu_memory.reserved=3,4: no such limit; nearest: gpu_memory_mib.reserved"),
+        (["latency_limit=3"], "tune: latency_limit: no such key; nearest: latency_limit_ms; known"),
         (["space=typed", "engine=vllm,hf", "task=rank"], "the space is empty: none of 2 combinations can run here"),
     ],
 )

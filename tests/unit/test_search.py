@@ -543,7 +543,7 @@ def test_the_space_leaves_out_what_cannot_be_with_its_reason(monkeypatch: pytest
     with pytest.raises(ConfigError, match="cuda_graphs=fals: "):
         typed = {"engine": ["tensorrt"], "engine.cuda_graphs": ["true", "fals"]}
         space.build(typed, typed, ["task=rank", "scenario=server"])
-    with pytest.raises(ConfigError, match=r"engine\.no_such: no configuration of the space has this option"):
+    with pytest.raises(ConfigError, match=r"^engine\.no_such: no such key; known keys: "):
         space.build({**axes, "engine.no_such": ["1", "2"]}, {*axes, "engine.no_such"}, ["task=rank", "scenario=server"])
     with pytest.raises(ConfigError, match="the space is empty: none of 1 combinations"):
         space.build({"engine": ["vllm"]}, ["engine"], ["task=rank", "scenario=server"])
