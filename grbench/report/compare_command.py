@@ -91,7 +91,10 @@ def main(words: Sequence[str]) -> int:
         sides = dict.fromkeys([*args.base, args.new])
         if len(absent := [side for side in sides if ":" not in side and not Path(side).exists()]) > 1:
             makers = ", ".join(f"runner.output_root={side}" for side in absent)
-            raise ReportError(f"{', '.join(absent)}: no such folders; `python -m grbench` makes them with {makers}")
+            raise ReportError(
+                f"{', '.join(absent)}: no such folders; check the paths, or make them: `python -m grbench` with "
+                f"{makers}"
+            )
         with contextlib.ExitStack() as stack:
             lacking: list[str] = []
             new = stack.enter_context(_cells(args.new, lacking))

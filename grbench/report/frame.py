@@ -44,7 +44,9 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
     found: dict[tuple[str, str, float], Cell] = {}
     for root in roots:
         if not root.is_dir():
-            raise ReportError(f"{root}: no such folder; `python -m grbench runner.output_root={root}` makes one")
+            raise ReportError(
+                f"{root}: no such folder; check the path, or make one: `python -m grbench runner.output_root={root}`"
+            )
         cells = list(records.find(root))
         if not cells:
             why = left_out([root])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,13 +20,15 @@ SUFFIXES = (".md", ".html", ".csv", ".json")
 def write_report(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence[str] = ()) -> list[Path]:
     """Write `out` and, for Markdown, figures under `<out's stem>_files/`. Returns all written paths, the report first.
 
-    `remarks` are lines for the reader, such as records that could not be read. Raises ReportError for another suffix.
+    `remarks` are lines for the reader, such as records that could not be read. Raises ReportError for another suffix,
+    and where nothing can be written.
     """
     if out.suffix not in SUFFIXES:
         raise ReportError(f"{out}: the suffix says the form; allowed: {', '.join(SUFFIXES)}")
     if (out.parent / RECORD_FILE).exists():
         raise ReportError(f"{out}: its folder holds the files of a cell; write the report to another one")
-    figures: list[Path] = []
+    figures: list[Figure] = []
+    folder = out.parent / f"{out.stem}_files"
     if out.suffix == ".csv":
         text = rows.as_csv(cells)
     elif out.suffix == ".json":
@@ -37,11 +40,21 @@ def write_report(cells: Sequence[Cell], out: Path, title: str, remarks: Sequence
 
             text = html.page(title, content)
         else:
-            folder = out.parent / f"{out.stem}_files"
-            figures = draw([block for block in content if isinstance(block, Figure)], folder)
+            figures = [block for block in content if isinstance(block, Figure)]
             text = "\n\n".join([f"# {title}", *sections(content, folder, out)]) + "\n"
-    atomic_io.write(out, text.encode())
-    return [out, *figures]
+    try:
+        with atomic_io.scratch(folder) as made:  # on a full disk, a page and figures of before stay as they are
+            drawn, page = draw(figures, made), made / out.name
+            atomic_io.write(page, text.encode())
+            if drawn:
+                folder.mkdir(exist_ok=True)
+            page.replace(out)
+            return [out, *(path.replace(folder / path.name) for path in drawn)]
+    except OSError as e:
+        with contextlib.suppress(OSError):  # it is not empty, or not there
+            folder.rmdir()
+        why = e.strerror or e
+        raise ReportError(f"{out}: {why}; free space there, or give a folder that can be written") from None
 
 
 def draw(figures: Sequence[Figure], folder: Path) -> list[Path]:

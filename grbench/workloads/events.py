@@ -131,16 +131,27 @@ def _find(path: Path, names: Sequence[str], role: str, name: str | None) -> str:
     """Return the column of a role (of KNOWN): the named one, else the first known one. Raises DataError."""
     if name is not None:
         if name not in names:
+            _require_columns(path, names)
             near = nearest(name, names).removeprefix("nearest: ").removesuffix("; ")
             raise _no_column(path, names, name, f"set workload.{role}_column={near or 'NAME'}")
         return name
     if found := next((known for known in KNOWN[role] if known in names), None):
         return found
+    _require_columns(path, names)
     none = f", or workload.time_column={NO_TIMES} to take the file's order" if role == "time" else ""
     raise DataError(
         f"{path}: no column is known to be the {role} ({', '.join(KNOWN[role])}); the file has "
         f"{', '.join(names)}; set workload.{role}_column=NAME{none}"
     )
+
+
+def _require_columns(path: Path, names: Sequence[str]) -> None:
+    """Raise DataError where a text has one column only: no name of a column helps there."""
+    if len(names) == 1 and path.suffix != ".parquet":
+        raise DataError(
+            f"{path}: row 1 has one column only, {names[0]!r}; columns are separated by commas or tabs: write the file "
+            "with one of these"
+        )
 
 
 def _no_column(path: Path, names: Sequence[str], name: str, fix: str = "rename one") -> DataError:
@@ -437,6 +448,8 @@ def _parquet(path: Path, rows: bool = True) -> Any:
 
 def _bytes(path: Path, first_line: bool = False) -> bytes:
     """Return the content of a file, or its first line, unpacked if its name ends in .gz. Raises DataError."""
+    if path.is_dir():
+        raise DataError(f"{path}: it is a folder; set workload.path to a file")
     if not path.is_file():
         raise DataError(f"{path}: no such file; set workload.path")
     try:

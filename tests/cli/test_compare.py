@@ -339,7 +339,7 @@ def test_a_refusal_of_machines_names_fewer_cores(tmp_path: Path) -> None:
 def test_all_absent_sides_are_named_with_what_makes_them(grbench_here: Grbench) -> None:
     done = grbench_here("compare", "a/before", "a/after")
     assert done.returncode == 2 and done.stderr == (
-        "grbench compare: a/before, a/after: no such folders; `python -m grbench` makes them with "
+        "grbench compare: a/before, a/after: no such folders; check the paths, or make them: `python -m grbench` with "
         "runner.output_root=a/before, runner.output_root=a/after\n"
     )
 

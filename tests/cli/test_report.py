@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -712,6 +713,32 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     assert capsys.readouterr().err == wrong
 
 
+@pytest.mark.parametrize(
+    "name, before, space", [("r.md", None, 8192), ("r.html", b"old", 8192), ("r.md", "folder", -1)]
+)
+def test_a_disk_without_space_keeps_what_was_there(
+    sweep: Path, tmp_path: Path, capsys: Capture, name: str, before: bytes | str | None, space: int | None
+) -> None:
+    """A limit of a file's size stands for a full disk. In the last case the page can't replace a folder."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    out = folder / name
+    if isinstance(before, bytes):
+        out.write_bytes(before)
+    elif before:
+        out.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (space or limits[0], limits[1]))
+    try:
+        error = fails(capsys, str(sweep), "--out", str(out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    why = "Is a directory" if before == "folder" else "File too large"
+    assert error == f"grbench report: {out}: {why}; free space there, or give a folder that can be written\n"
+    assert [path.name for path in folder.iterdir()] == ([name] if before else [])
+    assert not isinstance(before, bytes) or out.read_bytes() == before
+
+
 def test_errors_are_one_line(sweep: Path, tmp_path: Path, capsys: Capture) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -719,7 +746,9 @@ def test_errors_are_one_line(sweep: Path, tmp_path: Path, capsys: Capture) -> No
     assert f"no record found under {empty}; `python -m grbench runner.output_root={empty}` makes one" in fails(
         capsys, str(empty), *out
     )
-    assert "nowhere: no such folder" in fails(capsys, str(tmp_path / "nowhere"), *out)
+    assert "nowhere: no such folder; check the path, or make one: `python -m grbench runner" in fails(
+        capsys, str(tmp_path / "nowhere"), *out
+    )
     (empty / records.RECORD_FILE).write_text("{")
     assert f"{empty}/record.json: not JSON" in fails(capsys, str(empty), *out)
     assert "cannot be read" in fails(capsys, "--mlflow", "nosuchscheme://x", *out)

@@ -107,9 +107,18 @@ def test_a_bad_file_is_named_with_row_column_and_value(tmp_path: Path, text: str
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("named", [None, "user"])
+def test_another_separator_is_named_before_its_columns(tmp_path: Path, named: str | None) -> None:
+    path = write(tmp_path, rows_at(SECONDS, "user,item,rating,timestamp\n").replace(",", ";"))
+    with pytest.raises(DataError, match="one column only, 'user;item;rating;timestamp'; columns are separated by com"):
+        build(CsvConfig("csv", path=path, user_column=named))
+
+
 def test_a_missing_file_and_the_fix_of_an_unsorted_one(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such file; set workload\.path"):
         build(RecBoleConfig("recbole", path=str(tmp_path / "none.inter")))
+    with pytest.raises(DataError, match=r"it is a folder; set workload\.path to a file"):
+        build(CsvConfig("csv", path=str(tmp_path)))
     path = write(tmp_path, INTER + "u\ta\t4\t200\nu\tb\t5\t100\nu\tc\t3\t90000\n")
     with pytest.raises(DataError, match=r"row 3, column timestamp: '100' .*workload\.sort=true"):
         build(RecBoleConfig("recbole", path=path, num_candidates=2))
