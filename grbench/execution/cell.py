@@ -19,7 +19,7 @@ from grbench.execution.gpu import sample_gpu
 from grbench.execution.heap import leave_out
 from grbench.execution.kept import Built, KeptEngine
 from grbench.execution.load import MEASURING
-from grbench.execution.ranks import gpus_of
+from grbench.execution.ranks import gpus_of, notes_of
 from grbench.execution.records import RESAMPLES_FILE, SAMPLES_FILE, Outcome
 from grbench.execution.retrieval import build_retrieval
 from grbench.gate import gate_for, quality
@@ -256,7 +256,12 @@ class Cell:
         summary = measure.summarise(measurement, self.spec, requests, sizes)
         outcome.metrics |= summary.metrics
         outcome.intervals = summary.intervals
-        outcome.notes = outcome.actual.get("notes", []) + measurement.notes + summary.notes
+        outcome.notes = [
+            *outcome.actual.get("notes", []),
+            *notes_of(outcome.actual),
+            *measurement.notes,
+            *summary.notes,
+        ]
         for figures in (self._quality, data.figures(measurement.logged) if data else None):
             if figures is not None:
                 outcome.metrics |= figures.metrics

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -356,6 +357,15 @@ def test_the_typed_client_gets_what_the_reference_finds(
     with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:9: nothing listens there \(Connection") as refused:
         Client("http://127.0.0.1:9").wait_until_ready(60)  # it does not wait
     assert refused.value.status == 0
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as ending:
+        threading.Thread(target=lambda: ending.accept()[0].close(), daemon=True).start()
+        here = f"http://127.0.0.1:{ending.getsockname()[1]}"
+        for url, why in ((here, "the server went away"), ("http://127.0.0.1:9", "nothing listens there")):
+            engine = registry.build(RemoteConfig(url=url), trace[0].model, trace[0].kernel, trace[1].catalogue, 0)
+            with pytest.raises(
+                ServerError, match=rf"{url}: {why} \(.*\); look into the server's log, start it if it has"
+            ):
+                engine.rank(trace[1].requests[:1])
     with pytest.raises(ValueError, match="url=ftp://x: allowed is http://HOST:PORT"):
         Client("ftp://x")
 

@@ -24,6 +24,7 @@ from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
 from grbench.execution import engines
+from grbench.execution.ranks import notes_of
 from grbench.execution.records import Status
 from grbench.execution.retrieval import build_retrieval
 from grbench.execution.worker import classify
@@ -105,6 +106,8 @@ def test_two_ranks_answer_as_one(model: str, cache: str, microbatch: int) -> Non
     facts = two.actual()
     assert (facts["tensor_parallel"], facts["parallel_backend"]) == (2, "gloo") and facts["rank_memory_mib"][0] > 0
     assert facts["parameters"] == one.actual()["parameters"]
+    assert notes_of(one.actual()) == [] and "tensor_parallel=2 on a CPU only checks answers" in notes_of(facts)[0]
+    assert notes_of({"retrieve": facts, "rank": one.actual()}) == notes_of(facts)
     one.close()
     two.close()
 

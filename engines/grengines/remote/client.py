@@ -174,7 +174,11 @@ class Client:
                         raise NobodyListensError(
                             NO_ANSWER, f"{self._url}: nothing listens there ({e.strerror})"
                         ) from None
-                    raise ServerError(NO_ANSWER, f"{self._url}: {type(e).__name__}: {e}") from None
+                    if isinstance(e, ConnectionError):
+                        why = f"the server went away ({e.strerror or e})"
+                    else:
+                        why = f"{type(e).__name__}: {e}"
+                    raise ServerError(NO_ANSWER, f"{self._url}: {why}") from None
         if answer.status != 200:
             after = answer.headers.get("retry-after-ms")
             raise ServerError(answer.status, _error_of(data), None if after is None else float(after) / 1e3)

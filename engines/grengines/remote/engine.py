@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from grengines.api import GenerateResult, RankResult, RecommendResult, Request, Setup, Tier, UnavailableError
-from grengines.remote.client import Answers, Client, ServerError
+from grengines.remote.client import NO_ANSWER, Answers, Client, ServerError
 from grengines.remote.config import RemoteConfig
 
 COARSEST = ("fp8", "int8", "bf16", "fp16", "fp32")
 START = "start one: grbench serve engine=hstu"
+RESTART = "look into the server's log, start it if it has ended, and type the command again"
 
 
 def clients_of(options: RemoteConfig) -> list[Client]:
@@ -136,7 +137,10 @@ class RemoteEngine:
         """
         begun = time.perf_counter()
         with self._servers.least_loaded(len(requests)) as place:
-            answers = call(self._servers.clients[place])
+            try:
+                answers = call(self._servers.clients[place])
+            except ServerError as e:
+                raise e if e.status != NO_ANSWER else ServerError(NO_ANSWER, f"{e}; {RESTART}") from None
         took_ms = (time.perf_counter() - begun) * 1e3
         wait_ms, compute_ms = answers.parameters["queue_ms"], answers.parameters["compute_ms"]
         times = {
