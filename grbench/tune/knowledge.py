@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from grbench.tune import rates
 from grbench.tune.limits import PERCENTILE, Verdict, judge
-from grbench.tune.outcome import Configuration, Outcome, Probe
+from grbench.tune.outcome import UNJUDGED, Configuration, Outcome, Probe
 from grbench.tune.queue_model import BatchTimes, percentile_ms
 from grbench.tune.trial import Batching, Goal, Trial, cost
 
@@ -60,6 +60,7 @@ class Knowledge:
 
     def note(self, trial: Trial, probe: Probe, outcome: Outcome) -> Verdict | None:
         """Take an outcome into a trial. Returns the verdict on a server probe."""
+        trial.measured = trial.measured or outcome.status != UNJUDGED
         if not outcome.ok:
             if probe.rate is not None and outcome.status in ENDED_EARLY:
                 trial.enter(probe.rate, outcome, (Verdict.BROKEN, None))

@@ -23,7 +23,7 @@ from grbench.execution.session import CellSession
 from grbench.report.work import EMULATED, emulated
 from grbench.tune.certification import MOST
 from grbench.tune.config import RATES, Declared
-from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
+from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.probes import OFFLINE
 from grengines.cache.config import stored
 
@@ -125,7 +125,7 @@ class LiveEvaluator:
 
     def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
         if self._loss_unknown(configuration):
-            return Outcome("UNJUDGED", error="its loss is unknown: the default configuration failed")
+            return Outcome(UNJUDGED, error="its loss is unknown: the default configuration failed")
         self._measure([(configuration, probe)])
         return self._measured[configuration, probe]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+UNJUDGED = "UNJUDGED"  # status of an outcome that was not measured, because nothing could judge it
 BARE = ("engine", "kernel", "engine.precision")  # options whose value names itself
 
 

@@ -49,7 +49,8 @@ def blocks(knowledge: Knowledge, found: Answer | None, declared: Declared, space
     content: list[Block] = [Text(answer.sentence(found) if found else f"No answer: {answer.nobody(knowledge)}.")]
     if found:
         content.append(Text(answer.binding(found)))
-    count = f"{len(knowledge.trials)} of {len(space.configurations)} configurations were measured"
+    measured = sum(trial.measured for trial in knowledge.trials)
+    count = f"{measured} of {len(space.configurations)} configurations were measured"
     content.append(Text(f"Objective {declared.goal.objective}, limits: {limits}, budget {declared.budget}; {count}."))
     if chart := front_chart(knowledge, found):
         content += [Heading("Pareto front"), Figure("pareto", chart)]
@@ -86,7 +87,7 @@ def summary(knowledge: Knowledge, found: Answer | None) -> str:
 
 
 def _steps(rows: list[tuple[str, str, str, str]]) -> Table:
-    return Table(["option", "change", "requests/s", "against the winner"], rows)
+    return Table(["option", "change", "requests/s offered", "against the winner"], rows)
 
 
 def trade_offs(knowledge: Knowledge) -> list[Chart]:
@@ -105,7 +106,7 @@ def trade_offs(knowledge: Knowledge) -> list[Chart]:
             colour=0,
         )
         key = re.sub(r"\W+", "_", name.lower()).strip("_")
-        charts.append(Chart(key, f"Rate and {name} within the limits", "requests/s", name, [series]))
+        charts.append(Chart(key, f"Rate and {name} within the limits", "requests/s answered", name, [series]))
     return charts
 
 
@@ -131,7 +132,8 @@ def front_table(knowledge: Knowledge) -> Table:
         [numbers[t.configuration], t.configuration.name, *(figure(row.get(name)) for name in names)]
         for t, row in zip(trials, rows, strict=True)
     ]
-    return Table(["#", "configuration", *names], shown)
+    heads = ["requests/s answered" if name == "requests/s" else name for name in names]
+    return Table(["#", "configuration", *heads], shown)
 
 
 def front_chart(knowledge: Knowledge, found: Answer | None = None) -> Chart | None:
@@ -168,7 +170,7 @@ def front_chart(knowledge: Knowledge, found: Answer | None = None) -> Chart | No
         name = found.trial.configuration.name
         series.append(Series(f"the answer, {how}", *place, *both, hover=[name], colour=2))
     bounds = [("y", x.bound, str(x)) for x in knowledge.goal.limits if x.metric == "latency_ms/p99"]
-    return Chart("pareto", "Rate and p99 within the limits", "requests/s", "p99, ms", series, limits=bounds)
+    return Chart("pareto", "Rate and p99 within the limits", "requests/s answered", "p99, ms", series, limits=bounds)
 
 
 def _ranked(knowledge: Knowledge) -> list[Trial]:
@@ -199,18 +201,31 @@ def _all(knowledge: Knowledge) -> Table:
                 figure(best),
                 figure(offline),
                 str(len(trial.probes)),
-                trial.failed or _limit(trial),
+                trial.failed or _limit(knowledge, trial),
             ]
         )
-    heads = ["#", "configuration", "requests/s within limits", "p99 ms", "offline", "probes", "why not more"]
+    heads = ["#", "configuration", "requests/s offered", "p99 ms", "offline", "probes", "why not more"]
     return Table(heads, rows)
 
 
-def _limit(trial: Trial) -> str:
+def _limit(knowledge: Knowledge, trial: Trial) -> str:
+    """Return what keeps a trial from a higher rate."""
+    if not trial.measured:
+        return "budget ended before its first probe"
+    high, best = trial.high, knowledge.incumbent
     limit, outcome = trial.binding
-    if limit is not None and outcome is not None and trial.high is not None:
-        return f"{limit.shown(outcome)} at {rates.rate_of(trial.high):.4g}/s ({trial.verdicts[trial.high][0]})"
-    return "offline rate" if trial.top is not None else "-"
+    if high is not None and outcome is not None:
+        how = f" ({trial.verdicts[high][0]})" if limit is not None else ""
+        return f"{limit.shown(outcome) if limit else outcome.status} at {rates.rate_of(high):.4g}/s{how}"
+    if knowledge.goal.rate is not None:
+        return "the rate is fixed"
+    if trial.low is None:
+        return "no load was tried"
+    if trial.top is not None and trial.low >= trial.top:
+        return "offline rate"
+    level = best.low if best is not None and knowledge.goal.objective == "throughput" else None
+    beaten = trial.top is not None and level is not None and trial.top <= level
+    return "offline rate below the best" if beaten else "budget ended"
 
 
 def coordinates(knowledge: Knowledge, space: Space) -> str:

@@ -45,6 +45,7 @@ class Trial:
     predicted: int | None = None  # step that the simulated queue allows
     probes: dict[int, Outcome] = field(default_factory=dict)  # the last outcome at each step
     verdicts: dict[int, tuple[Verdict, Limit | None]] = field(default_factory=dict)
+    measured: bool = False  # a probe of it has ended, however
     failed: str = ""  # why it is out at any load
     violation: float = 0.0  # by what share, 1 for a failure
     refuted: str = ""  # at which rate its last certifying run failed, and why

@@ -11,11 +11,12 @@ import pytest
 
 from grbench.config.schema import ConfigError
 from grbench.execution import energy
+from grbench.report.page import Text
 from grbench.tune import answer, config, legal, limits, page, rates, space
 from grbench.tune.certification import certify, reserve
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Limit, Verdict
-from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
+from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.proposers import Listed, Neighbours, OneAtATime, OptunaProposer
 from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
 from grbench.tune.replay import Grid, Measured, replay
@@ -581,6 +582,49 @@ def test_a_bound_of_a_neighbour_is_no_change() -> None:
         assert change.startswith(("slower, by ", "not known: this rate is a bound")) and "+" not in change
     below = answer.Answer(search, found.trial, 10_000, found.outcome, None)  # a winner that is faster than all bounds
     assert all(change.startswith("slower, by ") for *_, rate, change in answer.neighbours(below) if "offline" in rate)
+
+
+def test_a_row_says_why_it_has_no_more_and_is_counted_if_it_was_probed() -> None:
+    declared = config.declare(["space=typed", "engine=hstu,aoti", "latency_ms.p99=80"])
+    search = Knowledge(declared.goal, BATCHING)
+    step = rates.step_below(100.0)
+    rate = rates.rate_of(step)
+    kept, stopped = outcome(40, 39, 41), Outcome("STOPPED", error="the queue grew")
+
+    def trial(configuration: Configuration, offline: float, *loads: tuple[float, Outcome]) -> None:
+        its = search.begin(configuration)
+        search.note(its, Probe(None, 512), Outcome("OK", {"throughput_rps": offline}))
+        for at, found in loads:
+            search.note(its, Probe(at, 1000), found)
+
+    trial(ALL[0], 200.0, (rate, kept))
+    trial(ALL[1], rate * 0.99, (rate, kept))
+    trial(ALL[2], 60.0, (rates.rate_of(step - 30), kept))
+    trial(ALL[3], 200.0, (rate, stopped))
+    trial(ALL[4], 200.0, (rate, outcome(90, 85, 95)))
+    trial(ALL[5], 50.0)
+    search.note(search.begin(ALL[6]), Probe(None, 512), Outcome(UNJUDGED, error="no loss"))
+    search.begin(ALL[7])
+    table = page._all(search)
+    reasons = {str(row[1]): row[-1] for row in table.rows}
+    assert [reasons[configuration.name] for configuration in ALL] == [
+        "budget ended",
+        "offline rate",
+        "offline rate below the best",
+        f"STOPPED at {rate:.4g}/s",
+        f"latency_ms.p99 90 [85, 95] at {rate:.4g}/s (broken)",
+        "no load was tried",
+        "UNJUDGED: no loss",
+        "budget ended before its first probe",
+    ]
+    found = answer.answer(search, None)
+    assert found is not None and found.trial.configuration == ALL[0]
+    assert answer.binding(found).endswith("no higher rate was probed before the budget ended.")
+    lines = [
+        block.text for block in page.blocks(search, found, declared, space.Space(AXES, ALL)) if isinstance(block, Text)
+    ]
+    assert any(line.endswith("; 6 of 8 configurations were measured.") for line in lines)
+    assert "requests/s offered" in table.heads and "requests/s answered" in page.front_table(search).heads
 
 
 def test_a_configuration_has_one_number_in_all_tables_and_figures() -> None:
