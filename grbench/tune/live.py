@@ -143,9 +143,11 @@ class LiveEvaluator:
         found = self._session.measure(jobs)
         longest = max((record.duration_s for _, record, kept in found if not kept), default=0.0)
         after = time.monotonic() - begun - longest  # for figures and tracking, once no cell runs
-        for key, (folder, record, kept) in zip(new, found, strict=True):
+        for key, job, (folder, record, kept) in zip(new, jobs, found, strict=True):
             seconds = 0.0 if kept else record.duration_s + after
-            self._measured[key] = self._outcome(key[0], folder, record, kept, seconds)
+            self._measured[key] = outcome = self._outcome(key[0], folder, record, kept, seconds)
+            if record.status is Status.TIMEOUT:
+                outcome.error += self._time_limit(key[1], job.config[1].runner.timeout_s)
             if not kept:
                 self._cells += 1
                 if record.ok:
@@ -249,11 +251,23 @@ class LiveEvaluator:
         runner, seconds = run.runner, self._declared.budget.seconds
         if self._declared.fixed_value("runner.keep_engine") is None:
             runner = dataclasses.replace(runner, keep_engine=True)
-        if seconds is not None and self._declared.fixed_value("runner.timeout_s") is None:
+        if seconds is not None and not self._timeout_typed:
             share, least = (FIRST_SHARE, FIRST_SHORTEST_S) if probe.rate is None else (CELL_SHARE, SHORTEST_S)
             limit = max(min(share * seconds, runner.timeout_s), least)
             runner = dataclasses.replace(runner, timeout_s=limit)
         return dataclasses.replace(run, runner=runner)
+
+    @property
+    def _timeout_typed(self) -> bool:
+        return self._declared.fixed_value("runner.timeout_s") is not None
+
+    def _time_limit(self, probe: Probe, limit_s: float) -> str:
+        """Return which part of the budget the time limit of a probe is, for the message of a TIMEOUT; "": none."""
+        offline, seconds = probe.rate is None, self._declared.budget.seconds
+        if seconds is None or self._timeout_typed or limit_s < (FIRST_SHARE if offline else CELL_SHARE) * seconds:
+            return ""
+        part, least = ("a fifth", FIRST_SHORTEST_S) if offline else ("half", SHORTEST_S)
+        return f" ({part} of the budget, but at least {least:g} s; runner.timeout_s=SECONDS gives it more)"
 
     def _outcome(
         self, configuration: Configuration, folder: Path, record: RunRecord, kept: bool, seconds: float

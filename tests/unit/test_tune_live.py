@@ -144,6 +144,28 @@ def test_every_cell_keeps_its_engine_and_has_a_part_of_the_budget(
     assert [runner.timeout_s for runner in runners] == longest_s
 
 
+@pytest.mark.parametrize(
+    "words, probe, added",
+    [
+        (
+            ["budget=300s"],
+            OFFLINE,
+            " (a fifth of the budget, but at least 45 s; runner.timeout_s=SECONDS gives it more)",
+        ),
+        (["budget=300s"], SERVER, " (half of the budget, but at least 120 s; runner.timeout_s=SECONDS gives it more)"),
+        (["budget=300s", "runner.timeout_s=70"], OFFLINE, ""),
+        (["budget=20cells"], OFFLINE, ""),
+        (["budget=3h"], OFFLINE, ""),  # the default limit is shorter
+    ],
+)
+def test_a_time_limit_that_nobody_typed_says_where_it_comes_from(
+    tmp_path: Path, words: list[str], probe: Probe, added: str
+) -> None:
+    measured = Measured(tmp_path, {0: (Status.TIMEOUT, 0.0, 0.0)})
+    outcome = evaluator(measured, tmp_path / "none", *words).evaluate(DEFAULT, probe)
+    assert outcome.status == "TIMEOUT" and outcome.error == f"what TIMEOUT means here{added}"
+
+
 def test_damaged_samples_cost_the_times_of_batches_and_a_line_says_so(tmp_path: Path) -> None:
     folder, lines = tmp_path / "0", list[str]()
     record = write_cell(folder, "scenario=offline")
