@@ -64,8 +64,8 @@ TINY = (
             for values in ("4", "4,8")
         ),
         (
-            ["space=typed", "engine=onnxruntime", "engine.cuda_graphs=true"],
-            "tune: engine.cuda_graphs: no such key; known",
+            ["space=typed", "engine=onnxruntime", "engine.cuda_graphs=true,false"],
+            "tune: engine.cuda_graphs: engine=onnxruntime has no cuda_graphs; set engine=",
         ),
         (["latency.p99=3"], "latency.p99=3: no such limit; nearest: latency_ms.p99"),
         (["gpu_memory.reserved=3,4"], "gpu_memory.reserved=3,4: no such limit; nearest: gpu_memory_mib.reserved"),
