@@ -196,7 +196,7 @@ class Tradeoff:
         if even:
             most = max(0.0, *(-self.change(point, name).low for point in even))
             names = _and([self.text(point) for point in even])
-            parts.append(f"{names} {'lose' if len(even) > 1 else 'loses'} no {text} for certain (at most {most:.4f})")
+            parts.append(f"{names} {'lose' if len(even) > 1 else 'loses'} at most {most:.4f} of {text}, perhaps none")
         if timed := [point for point in even if self.comparable(point)]:
             fastest = max(timed, key=lambda point: point.speed[0])
             which = f"the fastest of them, {self.text(fastest)}," if len(even) > 1 else "it"
