@@ -46,6 +46,19 @@ class GuardedPolicy:
             self._failed("victim", error)
             return next(iter(candidates))
 
+    def make_room(
+        self, now: float, stay: Set[int], states: Set[int], lacks: Callable[[], bool], evict: Callable[[int], object]
+    ) -> bool:
+        """Evict victims among `states`, none of those that `stay`, while room lacks. Return whether it is there."""
+        leaving = set(states) - stay
+        while lacks():
+            if not leaving:
+                return False
+            victim = self.victim(now, stay, leaving)
+            evict(victim)
+            leaving.discard(victim)
+        return True
+
     def remove(self, user: int) -> None:
         """Report that a user's state is gone."""
         try:

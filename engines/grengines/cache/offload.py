@@ -139,14 +139,9 @@ class Offloader:
 
     def _make_room(self, user: int, pages: int, now: float) -> bool:
         """Drop states, none of them in flight, until a user's state of `pages` pages fits. Return whether it does."""
-        stay = self._index.in_flight.keys() | {user}
-        leaving = self.tier.states.keys() - stay
         if pages > self.tier.pages:
             return False
-        while self.tier.lacking(user, pages):
-            if not leaving:
-                return False
-            victim = self.policy.victim(now, stay, leaving)
-            self._evict(victim)
-            leaving.discard(victim)
-        return True
+        stay = self._index.in_flight.keys() | {user}
+        return self.policy.make_room(
+            now, stay, self.tier.states.keys(), lambda: bool(self.tier.lacking(user, pages)), self._evict
+        )

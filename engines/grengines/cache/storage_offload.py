@@ -105,14 +105,9 @@ class StorageOffloader:
 
     def _make_room(self, user: int, pages: int, now: float) -> bool:
         """Drop states, none of them in flight or on its way, until a user's state of `pages` pages fits."""
-        stay = self._index.in_flight.keys() | self.tier.ahead.keys() | {user}
-        leaving = self.tier.states.keys() - stay
         if pages > self.tier.pages:
             return False
-        while self.tier.lacking(user, pages):
-            if not leaving:
-                return False
-            victim = self._policy.victim(now, stay, leaving)
-            self._drop(victim)
-            leaving.discard(victim)
-        return True
+        stay = self._index.in_flight.keys() | self.tier.ahead.keys() | {user}
+        return self._policy.make_room(
+            now, stay, self.tier.states.keys(), lambda: bool(self.tier.lacking(user, pages)), self._drop
+        )
