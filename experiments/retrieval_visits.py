@@ -2,6 +2,7 @@
 
     python experiments/retrieval_visits.py model=hstu_0p2b --history 1024 4096 --new 0 16 64 --batches 1
     python experiments/retrieval_visits.py model=decoder_1p7b kernel=torch retrieval.beam_width=256 --history 333
+    python experiments/retrieval_visits.py model=decoder_1p7b model.vocabulary=null,151936 kernel=torch --history 333
     python experiments/retrieval_visits.py engine=hstu model=hstu_tiny --items 500 --codes 16 --history 16 --rounds 2
 
 Random weights, random semantic IDs of three codes, histories of this very length, all different. A returning user is
@@ -20,6 +21,7 @@ import numpy as np
 from grbench.config.schema import RunSpec
 from grbench.gate.generate import GenerateGate
 from grengines.api import Catalogue, Request, Retrieval
+from grengines.models.decoder.config import DecoderConfig
 from grengines.semantic.ids import SemanticIds
 
 LEVELS = 3
@@ -42,6 +44,8 @@ def measure(rows: common.Rows, spec: RunSpec, ids: SemanticIds, history: int, ar
     users = common.requests_of((args.rounds + 1) * count, history + most, 0, catalogue=catalogue)
     row = {"model": spec.model.name, "engine": spec.engine.name, "history_tokens": LEVELS * history}
     row |= {"beam": retrieval.beam_width}
+    if isinstance(spec.model, DecoderConfig):
+        row["softmax over"] = spec.model.vocabulary or "codes"
     sample = users[: max(count, 2)]
     try:
         engine = common.engine_of(spec, sample, count, catalogue, task="generate", retrieval=retrieval)

@@ -41,6 +41,7 @@ from grbench.workloads.config import (
 )
 from grengines import registry as engines
 from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.models.decoder.config import DecoderConfig, too_few_rows
 from grengines.models.hstu.config import HSTUConfig, one_level_only, without_effect
 from grengines.options import expand_home, files, option, violations
 from grengines.refusals import Asked
@@ -399,6 +400,9 @@ def _check_search(run: RunConfig) -> None:
     items = run.workload.items if isinstance(run.workload, DrawnConfig) else 1
     if retrieval.codes and (problem := wrong_codes(retrieval.levels, retrieval.codes, items)):
         raise ConfigError(f"retrieval.levels={retrieval.levels} retrieval.codes={retrieval.codes}: {problem}")
+    codes = retrieval.levels * retrieval.codes
+    if codes and isinstance(run.model, DecoderConfig) and (problem := too_few_rows(run.model, codes)):
+        raise ConfigError(problem)
 
 
 def _check_accuracy(spec: RunSpec) -> None:

@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--first-token", type=int, help="qwen3: the token of the first level's first code")
     parser.add_argument("--begin-token", type=int, help="qwen3: token of an empty prompt (default: bos_token_id)")
+    parser.add_argument(
+        "--whole-vocabulary", action="store_true", help="qwen3: keep every token, for a softmax over all of them"
+    )
     return parser
 
 
@@ -90,8 +93,9 @@ def _weights(args: argparse.Namespace) -> int:
     from grbench.importing.source import read
 
     flags = Flags(
-        args.tables, args.heads, args.scaling_seqlen, args.temperature, args.sizes, args.first_token, args.begin_token
-    )
+        args.tables, args.heads, args.scaling_seqlen, args.temperature, args.sizes, args.first_token, args.begin_token,
+        args.whole_vocabulary,
+    )  # fmt: skip
     load = {"dlrm_v3": dlrm_v3.load, "research": research.load, "nvidia": nvidia.load, "qwen3": qwen3.load}
     source = qwen3.read(args.file) if args.layout == "qwen3" else read(args.file)
     imported = load[args.layout](source, flags)

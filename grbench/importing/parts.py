@@ -24,6 +24,7 @@ class Flags:
     sizes: tuple[int, ...] = ()
     first_token: int | None = None
     begin_token: int | None = None
+    whole_vocabulary: bool = False
 
 
 @dataclass

@@ -44,7 +44,7 @@ def read(folder: Path) -> Source:
 
 
 def load(source: Source, flags: Flags) -> Imported:
-    """Take the layers as they are, and the rows of the codes from the vocabulary."""
+    """Take the layers as they are, and from the vocabulary the rows of the codes, or all rows with the codes first."""
     described = _described(source.path)
     if not flags.sizes or flags.first_token is None:
         raise ValueError(
@@ -72,8 +72,14 @@ def load(source: Source, flags: Flags) -> Imported:
             f"{source.path}: tensor {EMBEDDING} has {len(table)} rows; --first-token {first} with {codes} codes and "
             f"--begin-token {begin} are outside"
         )
-    ours = torch.zeros(needed[EMBEDDING])
-    ours[:codes], ours[codes] = table[first : first + codes], table[begin]
+    if flags.whole_vocabulary:
+        ours = _codes_first(table, first, codes, begin)
+        options["vocabulary"] = len(ours)
+        notes = ["scores are the softmax over the whole vocabulary"]
+    else:
+        ours = torch.zeros(needed[EMBEDDING])
+        ours[:codes], ours[codes] = table[first : first + codes], table[begin]
+        notes = ["scores are the softmax over a level's codes, not over the whole vocabulary; see --whole-vocabulary"]
     if source.has("lm_head.weight"):
         if not torch.equal(source.tensors["lm_head.weight"].float(), table):
             raise ValueError(
@@ -82,10 +88,24 @@ def load(source: Source, flags: Flags) -> Imported:
             )
         source.leave("lm_head.weight", f"equal to {EMBEDDING}")
     source.finish()
-    notes = ["scores are the softmax over a level's codes, not over the whole vocabulary"]
     return Imported(
         tensors | {EMBEDDING: ours}, options, "task=generate", "decoder", weights_key="retrieval.weights", notes=notes
     )
+
+
+def _codes_first(table: torch.Tensor, first: int, codes: int, begin: int) -> torch.Tensor:
+    """Return all rows of the table [V, E]: those of the codes, that of an empty prompt, and the others in their order.
+
+    Raises ValueError if an empty prompt begins with a code: its row can't be in two places.
+    """
+    if first <= begin < first + codes:
+        raise ValueError(
+            f"--begin-token {begin}: with --whole-vocabulary allowed is a token that is no code; codes are {first} to "
+            f"{first + codes - 1}"
+        )
+    other = torch.ones(len(table), dtype=torch.bool)
+    other[first : first + codes] = other[begin] = False
+    return torch.cat([table[first : first + codes], table[begin : begin + 1], table[other]])
 
 
 def _described(folder: Path) -> dict[str, Any]:

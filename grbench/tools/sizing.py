@@ -16,7 +16,7 @@ from grbench.workloads.events import DataError
 from grengines.api import Catalogue, Request
 from grengines.cache.config import EIGHT_BITS, stored
 from grengines.hstu.config import FP8_STEP, without_fp8
-from grengines.models.decoder.config import DecoderConfig
+from grengines.models.decoder.config import DecoderConfig, too_few_rows
 from grengines.models.hstu.config import HSTUConfig
 from grkernels.hstu_attention.spec import BYTES, visible_pairs
 from grkernels.hstu_attention.spec import flops as attention_flops
@@ -150,7 +150,7 @@ def search_flops(
     history: items. sizes: codes of each level. width: beams. cached: first tokens of the prompt in the KV cache. The
     other tokens of the prompt are encoded once, then the codes of every beam except the last one. A code sees the
     prompt, the codes of its beam and itself. Counts the layers' matrices, attention over the visible pairs, and the
-    logits of every beam.
+    logits of every beam: of a level's codes, or of a decoder's whole vocabulary if it has one.
     """
     prompt, beams = prompt_tokens(model, history, len(sizes)), _beams(sizes, width)
     if isinstance(model, DecoderConfig):
@@ -159,7 +159,8 @@ def search_flops(
         widths = model.heads * (2 * model.qk_dim + (2 + _projected(model)) * model.v_dim)
     linear = 2 * (prompt - cached + sum(beams[1:])) * model.embedding_dim * widths
     attention = attention_flops(_search_pairs(prompt, beams, cached), model.heads, *_head_dims(model))
-    logits = sum(2 * rows * model.embedding_dim * size for rows, size in zip(beams, sizes, strict=True))
+    tokens = [(isinstance(model, DecoderConfig) and model.vocabulary) or size for size in sizes]
+    logits = sum(2 * rows * model.embedding_dim * count for rows, count in zip(beams, tokens, strict=True))
     return float(model.layers * (linear + attention) + logits)
 
 
@@ -286,6 +287,8 @@ def _generating(console: Console, spec: RunSpec, catalogue: Catalogue, precision
     assert spec.retrieval is not None
     model, levels, width = spec.model, spec.retrieval.levels, spec.retrieval.beam_width
     sizes = [spec.retrieval.codes or propose_codes(catalogue.num_items, levels)] * levels
+    if isinstance(model, DecoderConfig) and (problem := too_few_rows(model, sum(sizes))):
+        raise ConfigError(problem)
     counts = generator_parameters(model, sizes)
     weights = sum(counts.values()) * BYTES[precision]
     _print_parameters(console, model.name, counts, weights, precision, catalogue.num_items)

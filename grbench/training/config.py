@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from grbench.config.schema import ConfigError, RetrievalConfig, checked
 from grbench.config.schema import register_schemas as register_groups
 from grbench.workloads.config import DrawnConfig
+from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig, without_effect
 from grengines.models.hstu.variant import DEFAULT, differing
 from grengines.options import option
@@ -81,6 +82,11 @@ def to_config(cfg: DictConfig) -> TrainConfig:
         raise ConfigError(
             f"model={config.model.name}: a decoder learns task=generate retrieval.levels=1 only; set these, or use an "
             "HSTU model, such as model=hstu_tiny"
+        )
+    if isinstance(config.model, DecoderConfig) and config.model.vocabulary is not None:
+        raise ConfigError(
+            f"model.vocabulary={config.model.vocabulary}: training has a softmax over the codes of a level; allowed "
+            "here is null"
         )
     if isinstance(config.model, HSTUConfig) and (others := differing(config.model.choices)):
         raise ConfigError(f"{', '.join(others)}: training has grbench's own HSTU only; set model.variant={DEFAULT}")

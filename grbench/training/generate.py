@@ -178,8 +178,8 @@ class GenerateTask:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             hidden = self.network.hidden(tokens.to(self._device))
         last = hidden[torch.arange(len(prompts), device=self._device), (lengths - 1).to(self._device)]
-        logits = self.logits(last, 0)
-        items: np.ndarray = explore(lambda *_: logits, self._trie, len(prompts), width=k, k=k)[0].cpu().numpy()
+        logs = torch.log_softmax(self.logits(last, 0), dim=-1)
+        items: np.ndarray = explore(lambda *_: logs, self._trie, len(prompts), width=k, k=k)[0].cpu().numpy()
         return items
 
 

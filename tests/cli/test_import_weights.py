@@ -17,6 +17,7 @@ from helpers.hstu_oracle import error_of_order_one, make_requests
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grbench.config.arguments import CommandError
 from grbench.config.compose import compose_spec
 from grbench.importing.command import main
 from grbench.importing.qwen3 import OPTIONS
@@ -232,7 +233,8 @@ def test_nvidias_layers_run_as_their_own_formulas(fused: bool, tmp_path: Path) -
     check(answers(spec, requests, 0), expected)
 
 
-def test_a_qwen3_folder_gives_the_logits_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_qwen3_folder_gives_the_logits_of_transformers(whole: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     from grengines.hf.config import HFEngineConfig
 
@@ -248,8 +250,9 @@ def test_a_qwen3_folder_gives_the_logits_of_transformers(tmp_path: Path) -> None
     theirs.save_pretrained(tmp_path / "qwen")
     file = str(tmp_path / "theirs.safetensors")
     words = [str(tmp_path / "qwen"), "--from", "qwen3", "--sizes", str(ITEMS), "--first-token", "7", "--out", file]
-    assert main(words) == 0
+    assert main([*words, "--whole-vocabulary"] if whole else words) == 0
     spec, _ = compose_spec(["model=theirs", "engine=hf", "task=generate"], str(tmp_path))
+    assert isinstance(spec.model, DecoderConfig) and spec.model.vocabulary == (90 if whole else None)
     ids = SemanticIds(np.arange(ITEMS, dtype=np.int32)[:, None], (ITEMS,))
     retrieval = Retrieval(ids, k=ITEMS, beam_width=ITEMS, weights=file)
     setup = Setup(spec.model, KernelConfig().requested(), Catalogue(USERS, ITEMS, 3), 0, CacheConfig(), retrieval)
@@ -264,10 +267,16 @@ def test_a_qwen3_folder_gives_the_logits_of_transformers(tmp_path: Path) -> None
     for r, items, scores in zip(requests, result.items, result.scores, strict=True):
         tokens = torch.tensor([[7 + int(i) for i in r.history_items] or [3]])
         with torch.no_grad():
-            logits = theirs(tokens).logits[0, -1, 7 : 7 + ITEMS].double()
-        expected.append(torch.log_softmax(logits, 0).numpy())
+            logits = theirs(tokens).logits[0, -1].double()
+        over = logits if whole else logits[7 : 7 + ITEMS]
+        expected.append((logits[7 : 7 + ITEMS] - torch.logsumexp(over, 0)).numpy())
         assert error_of_order_one(scores[np.argsort(items)], expected[-1]) < 1e-4
     assert error_of_order_one(expected[0], expected[1]) > 1e-2
+    if whole:
+        with pytest.raises(
+            CommandError, match=r"--begin-token 8: .* allowed is a token that is no code; codes are 7 to"
+        ):
+            main([*words, "--whole-vocabulary", "--begin-token", "8"])
 
 
 def broken(change: Callable[[State], Any]) -> State:

@@ -197,6 +197,14 @@ def test_visits_of_a_search_are_timed(program: Any, tmp_path: Path, capsys: Capt
     assert all(row["error"] <= row["allowed"] for row in rows)
 
 
+def test_searches_of_a_decoder_are_timed_over_each_vocabulary(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    engine = ["engine=hf", "model=decoder_tiny", "model.vocabulary=null,500", "retrieval.beam_width=10"]
+    sizes = ["--items", "200", "--codes", "8", "--history", "8", "--batches", "1", "2", "--rounds", "1"]
+    rows = rows_of(program("retrieval_visits"), tmp_path, capsys, *engine, *sizes)
+    assert [row["softmax over"] for row in rows] == ["codes"] * 4 + [500] * 4
+    assert all(row["error"] <= row["allowed"] for row in rows)
+
+
 def test_precisions_are_compared_with_a_trained_model(program: Any, tmp_path: Path, capsys: Capture) -> None:
     small = ["workload.max_requests=96", "gate.quality_requests=32"]
     workload = ["workload.max_requests=96", "workload.max_history=128", "model.tasks=[rated,liked]"]

@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grbench.config.compose import compose_spec
+from grbench.config.schema import ConfigError
 from grbench.tools import sizing
 from grengines.api import Request, Retrieval, UnavailableError
+from grengines.models.decoder import model as decoder_model
 from grengines.models.decoder import reference as reference_module
 from grengines.models.decoder import weights
 from grengines.models.decoder.config import DecoderConfig
-from grengines.models.decoder.model import Decoder, level_logits
+from grengines.models.decoder.model import Decoder, level_logits, log_normaliser
 from grengines.models.decoder.reference import DecoderReference, search
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator
@@ -51,6 +53,9 @@ def request_of(items: list[int] | np.ndarray, number: int = 0) -> Request:
     return Request(number, number, history, none, none.astype(np.float32), none, 0, none[:0], 0, 0.0, 1000.0)
 
 
+REQUEST, PROMPT = request_of([1, 5, 69]), np.array([0, 5, 10])
+
+
 def anew(decoder: Decoder, trie: Any, prompt: np.ndarray, width: int, k: int) -> Beams:
     """Search by encoding every beam alone, from its whole sequence."""
     beams = [prompt]
@@ -61,7 +66,7 @@ def anew(decoder: Decoder, trie: Any, prompt: np.ndarray, width: int, k: int) ->
             chosen = zip(parents[0].tolist(), codes[0].tolist(), strict=True)
             beams = [np.append(beams[parent], decoder.offsets[level - 1] + code) for parent, code in chosen]
         last = [decoder.layers(input_ids=torch.from_numpy(b)[None]).last_hidden_state[0, -1] for b in beams]
-        return decoder.logits(torch.stack(last), level)
+        return decoder.log_probabilities(torch.stack(last), level)
 
     return Beams(*(x.numpy() for x in explore(advance, trie, 1, width=width, k=k)))
 
@@ -84,17 +89,21 @@ def test_a_tree_in_the_mask_is_every_beam_anew(width: int, items: int, monkeypat
 
 
 @torch.inference_mode()
-def test_the_reference_scores_every_item() -> None:
-    ids = catalogue(70)
+@pytest.mark.parametrize("vocabulary", [None, 16, 90])
+def test_the_reference_scores_every_item(vocabulary: int | None) -> None:
+    """A vocabulary of 16 tokens has the codes and the begin token alone."""
+    ids, config = catalogue(70), dataclasses.replace(CONFIG, vocabulary=vocabulary)
     retrieval = Retrieval(ids, k=70, beam_width=120)
-    reference, decoder = DecoderReference(CONFIG, 2, retrieval, "cpu"), decoder_of(seed=2)
+    reference, decoder = DecoderReference(config, 2, retrieval, "cpu"), decoder_of(seed=2, vocabulary=vocabulary)
     request = request_of([1, 5, 69])
     prompt, scores = ids.tokens(request.history_items).reshape(-1), np.zeros((70, 3))
     for item, tokens in enumerate(ids.tokens(np.arange(70))):
         for level in range(3):
             whole = torch.from_numpy(np.concatenate([prompt, tokens[:level]]))[None]
-            logits = decoder.logits(decoder.layers(input_ids=whole).last_hidden_state[0, -1:], level)
-            scores[item, level] = torch.log_softmax(logits, -1)[0, ids.codes[item, level]].item()
+            hidden = decoder.layers(input_ids=whole).last_hidden_state[0, -1:]
+            first, end = (0, vocabulary) if vocabulary else decoder.offsets[level : level + 2]
+            logits = hidden.double() @ decoder.token_table[first:end].double().T
+            scores[item, level] = torch.log_softmax(logits, -1)[0, tokens[level] - first].item()
     found, prefixes = reference.search([request]), reference.prefix_scores(request, np.arange(70))
     np.testing.assert_allclose(prefixes, scores.cumsum(1), atol=1e-5)
     assert found.items[0].tolist() == np.argsort(-scores.sum(1)).tolist()
@@ -134,6 +143,71 @@ def test_the_folder_is_a_model_for_transformers(tmp_path: Path) -> None:
         np.testing.assert_allclose(logits[:, begin:end], decoder.logits(hidden, level), atol=1e-5)
         torch.testing.assert_close(level_logits(hidden, table, SIZES, level), decoder.logits(hidden, level))
     assert (loaded.config.rope_parameters["rope_theta"], loaded.config.rms_norm_eps) == (1e6, 1e-6)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_normaliser_is_the_sum_of_all_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 64 tokens, the last one shorter, and one part, are log-sum-exp over all logits in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    x, table = (torch.randn(n, 32, generator=generator).to(dtype) for n in (7, 1000))
+    expected = torch.logsumexp(x.double() @ table.double().T, dim=1)
+    whole = log_normaliser(x, table)
+    monkeypatch.setattr(decoder_model, "TOGETHER", 7 * 100)
+    for found in (whole, log_normaliser(x, table)):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 8, 300])
+def test_a_normaliser_on_a_gpu(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 16 bits are summed in fp32, and none is rounded."""
+    monkeypatch.setattr(decoder_model, "TOGETHER", 1 << 16)
+    generator = torch.Generator().manual_seed(0)
+    x, table = (torch.randn(n, 256, generator=generator).to("cuda", dtype) for n in (rows, 5000))
+    expected = torch.logsumexp(x.double() @ table.double().T, dim=1)
+    torch.testing.assert_close(log_normaliser(x, table).double(), expected, atol=2e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_a_vocabulary_changes_scores_and_not_which_codes_may_follow(tmp_path: Path) -> None:
+    """Other tokens take a part of the probability. The items are those that exist, also where a level has one child."""
+    ids = catalogue(70)
+    config = dataclasses.replace(CONFIG, vocabulary=90)
+    weights.write(config, SIZES, tmp_path, seed=2, dtype=torch.float32)
+    path = tmp_path / "model.safetensors"
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 90
+    named = load_file(path)
+    named[weights.EMBEDDING] = named[weights.EMBEDDING][:64].contiguous()
+    save_file(named, tmp_path / "codes.safetensors")
+    found = [
+        DecoderReference(c, 0, Retrieval(ids, k=70, beam_width=120, weights=str(file)), "cpu").search([REQUEST])
+        for c, file in ((config, path), (CONFIG, tmp_path / "codes.safetensors"))
+    ]
+    assert all(sorted(beams.items[0].tolist()) == list(range(70)) for beams in found)
+    whole, codes = (dict(zip(b.items[0].tolist(), b.scores[0].tolist(), strict=True)) for b in found)
+    assert all(whole[item] < codes[item] - 0.1 for item in range(70))
+    narrow = [
+        search(decoder_of(vocabulary=v), Trie.of(catalogue(3)).on("cpu"), PROMPT, width=20, k=5) for v in (None, 90)
+    ]
+    assert [sorted(beams.items[0].tolist()) for beams in narrow] == [[-1, -1, 0, 1, 2]] * 2
+
+
+def test_a_vocabulary_that_is_too_small() -> None:
+    words = r"model.vocabulary=15: 15 codes and the token of an empty prompt need at least 16; set model.vocabulary"
+    for refuses in (weights.shape, weights.shapes):
+        with pytest.raises(ValueError, match=words):
+            refuses(dataclasses.replace(CONFIG, vocabulary=15), SIZES)
+    small = ["model=decoder_tiny", "engine=hf", "retrieval.levels=3", "retrieval.codes=64"]
+    with pytest.raises(ConfigError, match=r"model.vocabulary=192: 192 codes .* at least 193"):
+        compose_spec([*small, "workload=synthetic", "workload.items=500", "model.vocabulary=192"])
+    with pytest.raises(ConfigError, match=r"model.vocabulary=16: .* need at least"):
+        sizing.main(["model=decoder_tiny", "engine=hf", "model.vocabulary=16", "workload=synthetic"])
+    with pytest.raises(ConfigError, match=r"model.vocabulary=1: allowed is int or null >= 2"):
+        compose_spec(["model=decoder_tiny", "engine=hf", "model.vocabulary=1"])
 
 
 def test_a_seed_is_a_model(tmp_path: Path) -> None:
@@ -196,11 +270,18 @@ def test_the_shapes_that_are_compared() -> None:
     models = [compose_spec([f"model={name}", "engine=hf"])[0].model for name in names]
     hstu, same, large = (sizing.generator_parameters(m, (256,) * 3)["layers"] for m in models)
     assert (hstu, same, large) == (88_178_688, 88_108_032, 1_409_408_000)  # as their YAML files say
+    whole = sizing.generator_parameters(dataclasses.replace(models[2], vocabulary=151_936), (256,) * 3)
+    assert whole == {"tables": 151_936 * 2048, "layers": large, "head": 2048}
     assert sizing.kv_bytes(models[0], 1000, "bf16") == sizing.kv_bytes(models[1], 1000, "bf16")
 
 
 @pytest.mark.parametrize(
-    "model", [CONFIG, HSTUConfig(layers=2, embedding_dim=24, qk_dim=8, v_dim=12, max_positions=30)]
+    "model",
+    [
+        CONFIG,
+        dataclasses.replace(CONFIG, vocabulary=90),
+        HSTUConfig(layers=2, embedding_dim=24, qk_dim=8, v_dim=12, max_positions=30),
+    ],
 )
 def test_flops_of_a_search_are_counted_one_by_one(model: DecoderConfig | HSTUConfig) -> None:
     """Count FLOPs from the model's matrices and from the keys that each token sees."""
@@ -217,5 +298,6 @@ def test_flops_of_a_search_are_counted_one_by_one(model: DecoderConfig | HSTUCon
         first, second = min(width, 4), min(width, min(width, 4) * 5)
         rows += [prompt + 1] * first + [prompt + 2] * second
         expected = len(rows) * sum(2 * m * n for m, n in matrices) + model.layers * each * sum(rows)
-        expected += 2 * model.embedding_dim * (1 * 4 + first * 5 + second * 6)
+        scored = (4, 5, 6) if isinstance(model, HSTUConfig) or model.vocabulary is None else (90, 90, 90)
+        expected += 2 * model.embedding_dim * sum(n * m for n, m in zip((1, first, second), scored, strict=True))
         assert sizing.search_flops(model, history, SIZES, width, cached) == expected

@@ -21,6 +21,7 @@ from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hf.config import HFEngineConfig
 from grengines.hf.engine import HFEngine
 from grengines.hf.models import PaddedDecoder, PaddedHSTU
+from grengines.models.decoder import model as decoder_model
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.numerics import IncorrectError
@@ -32,6 +33,7 @@ MODELS = {
     "hstu": HSTUConfig(embedding_dim=24, qk_dim=8, v_dim=12, scaling_seqlen=16, max_positions=30, alpha=0.2),
     "decoder": DecoderConfig(embedding_dim=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48, max_positions=30),
 }
+MODELS["vocabulary"] = replace(MODELS["decoder"], vocabulary=90)
 SIZES = (4, 5, 6)
 LENGTHS = [5, 0, 9, 1, 25]  # numbers of items: one history is empty, and one is truncated
 KERNELS = requested("torch")
@@ -112,7 +114,7 @@ def test_the_gate_fails_a_loop_that_is_wrong(model: str, wrong: str, monkeypatch
 
     spec, trace, retrieval = cell(model, "fp32")
     engine = build(spec, trace, retrieval)
-    padded: Any = {"hstu": PaddedHSTU, "decoder": PaddedDecoder}[model]
+    padded: Any = PaddedHSTU if model == "hstu" else PaddedDecoder
     encode = padded.encode
     if wrong == "padding is seen":
         monkeypatch.setattr(padded, "encode", lambda m, t, real, cache: encode(m, t, torch.ones_like(real), cache))
@@ -124,6 +126,18 @@ def test_the_gate_fails_a_loop_that_is_wrong(model: str, wrong: str, monkeypatch
         monkeypatch.setattr(padded, "encode", lambda m, t, real, cache: encode(m, t, hide(real, t.shape[1]), cache))
     with pytest.raises(IncorrectError, match=r"differ from the fp32 reference|out of order|fp32 reference's is"):
         gate_for(spec, trace, retrieval, engine.actual()).check(engine, 4)
+
+
+def test_the_gate_fails_a_softmax_over_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The softmax is over the codes of a level, or misses the last 50 of 200 tokens."""
+    spec, trace, retrieval = cell("vocabulary", "fp32")
+    log_probabilities = decoder_model.log_probabilities
+    for vocabulary in (None, 150):
+        monkeypatch.setattr(decoder_model, "log_probabilities", lambda *a, v=vocabulary: log_probabilities(*a[:4], v))
+        engine = build(spec, trace, retrieval)
+        with pytest.raises(IncorrectError, match=r"differ from the fp32 reference|fp32 reference's is"):
+            gate_for(spec, trace, retrieval, engine.actual()).check(engine, 4)
+        engine.close()
 
 
 def _only_last(real: torch.Tensor, new: int) -> torch.Tensor:
@@ -196,7 +210,8 @@ def test_without_transformers_it_is_unavailable(monkeypatch: pytest.MonkeyPatch)
 def cell(model: str, precision: str) -> tuple[Any, Any, Retrieval]:
     small = ["workload=synthetic", "workload.max_requests=40", "workload.max_history=48", "workload.items=500"]
     small += ["retrieval.k=5", "retrieval.beam_width=12", "engine=hf", "engine.device=cpu"]
-    spec = compose_spec([*small, f"model={model}_tiny", f"engine.precision={precision}"])[0]
+    named = ["model=decoder_tiny", "model.vocabulary=200"] if model == "vocabulary" else [f"model={model}_tiny"]
+    spec = compose_spec([*small, *named, f"engine.precision={precision}"])[0]
     trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
     assert spec.retrieval is not None
     return spec, trace, build_retrieval(spec.retrieval, spec.workload, trace.events, spec.seed)

@@ -195,6 +195,21 @@ def test_without_prefix_caching_nor_chunks(expected: Beams) -> None:
     )
 
 
+def test_a_vocabulary_of_more_than_the_codes() -> None:
+    """The softmax is over 75 tokens: not a multiple of 64, the rows to which vLLM fills a table up."""
+    model = dataclasses.replace(DECODER, vocabulary=75)
+    expected = DecoderReference(model, 3, RETRIEVAL, "cpu").search(REQUESTS)
+    engine = engine_of(model=model)
+    try:
+        expect_equal(engine.generate(REQUESTS), expected)
+        engine.core.model.vocabulary = 76
+        failing(engine, expected)
+        engine.core.model.vocabulary = None
+        failing(engine, expected)
+    finally:
+        engine.close()
+
+
 # Several ranks
 
 
@@ -299,18 +314,27 @@ def test_two_gpus(precision: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "graphs"), [("bf16", False), ("bf16", True), ("fp32", False), ("fp32", True)])
-def test_on_a_gpu(precision: str, graphs: bool) -> None:
+@pytest.mark.parametrize(
+    ("precision", "graphs", "vocabulary"),
+    [
+        ("bf16", False, None),
+        ("bf16", True, None),
+        ("fp32", False, None),
+        ("fp32", True, None),
+        ("bf16", True, 30_000),
+        ("fp32", True, 30_000),
+    ],
+)
+def test_on_a_gpu(precision: str, graphs: bool, vocabulary: int | None) -> None:
     """Answers are correct when cold, from the prefix cache, and when requests join between steps.
 
     FlashAttention reads prompts alone, except in fp32.
     """
-    reference = DecoderReference(GPU_DECODER, 3, dataclasses.replace(RETRIEVAL, beam_width=64), "cuda")
+    model = dataclasses.replace(GPU_DECODER, vocabulary=vocabulary)
+    reference = DecoderReference(model, 3, dataclasses.replace(RETRIEVAL, beam_width=64), "cuda")
     expected = reference.search(GPU_REQUESTS)
     tokens = [16, 64, 128, 256, 512] if graphs else []
-    engine = gpu_engine(
-        "torch", GPU_DECODER, precision=precision, cuda_graphs=graphs, graph_tokens=tokens, max_num_seqs=16
-    )
+    engine = gpu_engine("torch", model, precision=precision, cuda_graphs=graphs, graph_tokens=tokens, max_num_seqs=16)
     try:
         actual = engine.actual()
         assert actual["cuda_graphs"] == ("FULL" if graphs else "NONE") and actual["compilation"] == "NONE"

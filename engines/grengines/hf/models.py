@@ -21,7 +21,7 @@ class PaddedModel(ABC):
     """A model as the generate loop uses it."""
 
     def __init__(self, model: Decoder | HSTUGenerator) -> None:
-        self.offsets, self.prompt, self.logits = model.offsets, model.prompt, model.logits
+        self.offsets, self.prompt, self.log_probabilities = model.offsets, model.prompt, model.log_probabilities
 
     @abstractmethod
     def encode(self, tokens: Tensor, real: Tensor, cache: Cache) -> Tensor:

@@ -46,6 +46,6 @@ def search(
             cache.reorder_cache(rows)
             real, beams = F.pad(real[rows], (0, 1), value=True), parents.shape[1]
             hidden = model.encode(codes.reshape(-1, 1) + model.offsets[level - 1], real, cache)
-        return model.logits(hidden, level)
+        return model.log_probabilities(hidden, level)
 
     return explore(advance, trie, batch, width=width, k=k)

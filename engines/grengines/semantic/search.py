@@ -1,4 +1,4 @@
-"""Beam search over semantic IDs, given any model's logits. It finds only items that exist."""
+"""Beam search over semantic IDs, given any model's probabilities. It finds only items that exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Beams:
     cuts: np.ndarray  # float32 [B, levels]: the best score that each level dropped; -inf for none
 
 
-# Takes a level and each beam's parent and code of the level before, both int64 [B, W]. Returns fp32 logits
+# Takes a level and each beam's parent and code of the level before, both int64 [B, W]. Returns fp32 log-probabilities
 # [B * W, codes of the level]. At level 0 a request has one beam, its prompt, and parents and codes are None.
 Advance = Callable[[int, Tensor | None, Tensor | None], Tensor]
 
@@ -36,8 +36,8 @@ def check_width(width: int, k: int) -> None:
 def explore(advance: Advance, trie: TensorTrie, batch: int, *, width: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the k most likely items of each request: the fields of Beams, on the trie's device.
 
-    A code's probability is the softmax over all codes of its level. Codes that lead to no item are then dropped. The
-    result is exact if the width is at least the number of prefixes of every level. Nothing waits for the device.
+    A code's probability is the model's, whatever may follow the prefix. Codes that lead to no item are then dropped.
+    The result is exact if the width is at least the number of prefixes of every level. Nothing waits for the device.
     """
     device = trie.leaf_items.device
     nodes = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # the root
@@ -59,17 +59,18 @@ def explore(advance: Advance, trie: TensorTrie, batch: int, *, width: int, k: in
 
 
 def best(
-    logits: Tensor, trie: TensorTrie, level: int, nodes: Tensor, scores: Tensor, width: int
+    logs: Tensor, trie: TensorTrie, level: int, nodes: Tensor, scores: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the best continuations of each request's beams [B, W]: parent, code, node and score.
 
-    W: width, or the number of continuations if it is smaller. logits: fp32 [B * beams, codes of the level]. nodes,
-    scores: int64 and fp32 [B, beams]; a beam without continuation has node -1 and score -inf.
+    W: width, or the number of continuations if it is smaller. logs: fp32 log-probabilities
+    [B * beams, codes of the level]. nodes, scores: int64 and fp32 [B, beams]; a beam without continuation has node -1
+    and score -inf.
     """
     B, beams = nodes.shape
     first, codes, there = trie.children(level, nodes.reshape(-1))
     children = trie.widths[level]
-    total = scores.reshape(-1, 1) + torch.log_softmax(logits, dim=-1).gather(1, codes)
+    total = scores.reshape(-1, 1) + logs.gather(1, codes)
     total = total.masked_fill_(~there, float("-inf")).view(B, beams * children)
     scores, chosen = total.topk(min(width, beams * children), dim=1)
     parents, child = chosen // children, chosen % children

@@ -62,7 +62,7 @@ def _write_decoder(
     """Write a decoder's weights. Return its config.json."""
     decoder_weights.write(model, retrieval.ids.sizes, folder, seed=seed, dtype=dtype, weights=retrieval.weights)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config | {"architectures": ["DecoderForRetrieval"]}
+    return config | {"architectures": ["DecoderForRetrieval"], "vocabulary": model.vocabulary}
 
 
 def _write_hstu(folder: Path, model: HSTUConfig, retrieval: Retrieval, seed: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grengines.models.decoder.model import level_logits
+from grengines.models.decoder.model import log_probabilities
 from grengines.models.hstu import beam
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator, PromptKeys
@@ -168,9 +168,9 @@ class HSTUForRetrieval(nn.Module):
 class DecoderForRetrieval(compat.Qwen3ForCausalLM):
     """vLLM's Qwen3 over semantic IDs.
 
-    The folder's config.json is transformers' for Qwen3, with the codes of each level (`sizes`), the variant of each
-    operator family that serves beams (`kernels`), and the places for their keys and values that every request has
-    behind its prompt (`beam_tokens`).
+    The folder's config.json is transformers' for Qwen3, with the codes of each level (`sizes`), DecoderConfig's
+    `vocabulary`, the variant of each operator family that serves beams (`kernels`), and the places for their keys and
+    values that every request has behind its prompt (`beam_tokens`).
     """
 
     is_pooling_model: ClassVar[Literal[True]] = True
@@ -181,6 +181,7 @@ class DecoderForRetrieval(compat.Qwen3ForCausalLM):
         with compat.Qwen3Attention(SoftmaxAttentionBackend, kernels=operators):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.operators, self.beam_tokens, self.sizes = operators, described.beam_tokens, tuple(described.sizes)
+        self.vocabulary: int | None = described.vocabulary
         layers = [m for m in self.modules() if isinstance(m, compat.Attention)]
         self._vllm_config, self._layers = vllm_config, [str(layer.layer_name) for layer in layers]
         self.flash = layers[0].impl.flash
@@ -209,7 +210,7 @@ class DecoderForRetrieval(compat.Qwen3ForCausalLM):
         def advance(level: int, parents: Tensor | None, codes: Tensor | None) -> Tensor:
             nonlocal slots, stored
             if parents is None or codes is None:
-                return self._logits(last, level)
+                return self._log_probabilities(last, level)
             place = prompts.lengths[:, None] + stored + torch.arange(codes.shape[1], device=last.device)
             new = table.gather(1, place // page) * page + place % page
             new = new.masked_fill(prompts.lengths[:, None] == 0, -1)  # room for a search, in a graph
@@ -219,7 +220,7 @@ class DecoderForRetrieval(compat.Qwen3ForCausalLM):
             step = self._step(prompts, slots)
             with compat.forward_context(self._vllm_config, step, self._layers):
                 hidden = self.model((codes + offsets[level - 1]).reshape(-1), position)
-            return self._logits(hidden, level)
+            return self._log_probabilities(hidden, level)
 
         return explore(advance, trie, B, width=width, k=k)
 
@@ -240,10 +241,10 @@ class DecoderForRetrieval(compat.Qwen3ForCausalLM):
             beams=BeamKeys(limits, own),
         )
 
-    def _logits(self, hidden: Tensor, level: int) -> Tensor:
+    def _log_probabilities(self, hidden: Tensor, level: int) -> Tensor:
         if self._table is None:
             self._table = compat.of_all_ranks(self.model.embed_tokens.weight)
-        found = level_logits(hidden, self._table, self.sizes, level)
+        found = log_probabilities(hidden, self._table, self.sizes, level, self.vocabulary)
         return compat.from_first_rank(found)  # one rank decides which beams go on
 
     @compat.break_capture

@@ -9,7 +9,7 @@ from grengines.options import option
 
 @dataclass
 class DecoderConfig:
-    """Shape of a decoder-only Transformer with Qwen3's layers. Its vocabulary is a catalogue's semantic IDs.
+    """Shape of a decoder-only Transformer with Qwen3's layers. Its tokens are a catalogue's semantic IDs.
 
     A layer has RMSNorm, grouped-query attention with normalised queries and keys and rotary positions, and SwiGLU.
 
@@ -25,6 +25,23 @@ class DecoderConfig:
     mlp_dim: int = option(128, "hidden width of the MLP", ge=8, le=65536)
     rope_theta: float = option(1e6, "base of the rotary positions", gt=1)
     max_positions: int = option(4096, "most tokens of a prompt; the last whole items are kept", ge=8)
+    vocabulary: int | None = option(
+        None,
+        "rows of the token table, over all of which a code's probability is a softmax, such as Qwen3's 151936; null: "
+        "the softmax is over the codes of a level, and the table has no other rows",
+        ge=2,
+        le=2**24,
+    )
+
+
+def too_few_rows(config: DecoderConfig, codes: int) -> str | None:
+    """Return None, or why the vocabulary can't have the tokens of this number of codes, of all levels together."""
+    if config.vocabulary is None or config.vocabulary > codes:
+        return None
+    return (
+        f"model.vocabulary={config.vocabulary}: {codes} codes and the token of an empty prompt need at least "
+        f"{codes + 1}; set model.vocabulary to that or more, or to null for the codes alone"
+    )
 
 
 def contradiction(config: DecoderConfig) -> str | None:

@@ -1,4 +1,4 @@
-"""A decoder over semantic IDs: transformers' Qwen3Model, its tokens, and logits of the next code."""
+"""A decoder over semantic IDs: transformers' Qwen3Model, its tokens, and probabilities of the next code."""
 
 from __future__ import annotations
 
@@ -21,14 +21,20 @@ if TYPE_CHECKING:
     from transformers import Qwen3Model
 
 
+# Logits that are computed at once, of all rows together. In fp32 they take 34 MB, less than the L2 cache of an H100.
+TOGETHER = 1 << 23
+
+
 class Decoder:
     """A decoder with HSTUGenerator's tokens: level offset + code, and a last one that begins an empty prompt.
 
     `layers`, called with tokens, returns vectors after the final norm. The output layer's weights are the token table.
     """
 
-    def __init__(self, layers: Qwen3Model, sizes: Sequence[int], max_positions: int) -> None:
-        self.layers, self.sizes, self.max_positions = layers, tuple(sizes), max_positions
+    def __init__(
+        self, layers: Qwen3Model, sizes: Sequence[int], max_positions: int, vocabulary: int | None = None
+    ) -> None:
+        self.layers, self.sizes, self.max_positions, self.vocabulary = layers, tuple(sizes), max_positions, vocabulary
         self.offsets = [0, *accumulate(sizes)]
 
     @classmethod
@@ -55,18 +61,18 @@ class Decoder:
         named = tensors(config, sizes, seed=seed, dtype=dtype, weights=weights)
         layers = _assembled(Qwen3Model, described, {n.removeprefix("model."): t.to(device) for n, t in named.items()})
         layers.rotary_emb = type(layers.rotary_emb)(described).to(device)
-        return cls(layers, sizes, config.max_positions)
+        return cls(layers, sizes, config.max_positions, config.vocabulary)
 
     def to(self, dtype: torch.dtype) -> Decoder:
         """Return a copy in this precision."""
         named = {name: tensor.to(dtype) for name, tensor in self.layers.state_dict().items()}
         layers = _assembled(type(self.layers), self.layers.config, named)
         layers.rotary_emb = self.layers.rotary_emb
-        return Decoder(layers, self.sizes, self.max_positions)
+        return Decoder(layers, self.sizes, self.max_positions, self.vocabulary)
 
     @property
     def token_table(self) -> Tensor:
-        """Vectors of all tokens [vocabulary, E]."""
+        """Vectors of all tokens [rows, E]."""
         table: Tensor = self.layers.embed_tokens.weight
         return table
 
@@ -77,6 +83,10 @@ class Decoder:
     def logits(self, x: Tensor, level: int) -> Tensor:
         """Return fp32 logits [rows, codes of the level] of vectors [rows, E] after the final norm."""
         return level_logits(x, self.token_table, self.sizes, level)
+
+    def log_probabilities(self, x: Tensor, level: int) -> Tensor:
+        """Return fp32 log-probabilities [rows, codes of the level] of vectors [rows, E], as the function does."""
+        return log_probabilities(x, self.token_table, self.sizes, level, self.vocabulary)
 
 
 def _assembled(kind: Any, described: Any, named: dict[str, Tensor]) -> Qwen3Model:
@@ -90,7 +100,42 @@ def _assembled(kind: Any, described: Any, named: dict[str, Tensor]) -> Qwen3Mode
 def level_logits(x: Tensor, token_table: Tensor, sizes: Sequence[int], level: int) -> Tensor:
     """Return fp32 logits [rows, codes of the level].
 
-    x: [rows, E], after the final norm. token_table: [vocabulary, E].
+    x: [rows, E], after the final norm. token_table: [at least the codes of all levels, E].
     """
     first = sum(sizes[:level])
     return F.linear(x.float(), token_table[first : first + sizes[level]].float())
+
+
+def log_probabilities(
+    x: Tensor, token_table: Tensor, sizes: Sequence[int], level: int, vocabulary: int | None
+) -> Tensor:
+    """Return fp32 log-probabilities [rows, codes of the level] of the next token.
+
+    x, token_table: as of `level_logits`. vocabulary: the softmax is over this number of first rows of the table; None:
+    over the codes of the level.
+    """
+    logits = level_logits(x, token_table, sizes, level)
+    if vocabulary is None:
+        return torch.log_softmax(logits, dim=-1)
+    return logits - log_normaliser(x, token_table[:vocabulary])[:, None]
+
+
+def log_normaliser(x: Tensor, table: Tensor) -> Tensor:
+    """Return log sum exp(table x) of each row of x, fp32 [rows]. x: [rows, E]. table: [V, E].
+
+    The logits [rows, V] are computed in parts of TOGETHER. Nothing waits for the device, so a CUDA graph can hold it.
+    """
+    tokens = max(TOGETHER // len(x) // 64 * 64, 64)  # 64: tiles of a matrix product
+    parts = []
+    for some in table.split(tokens):
+        logits = _products(x, some)
+        # log_softmax is one pass; logsumexp writes the exponentials and reads them again.
+        parts.append(logits[:, 0] - torch.log_softmax(logits, dim=-1)[:, 0])
+    return torch.logsumexp(torch.stack(parts), dim=0)
+
+
+def _products(x: Tensor, table: Tensor) -> Tensor:
+    """Return x table^T [rows, V] in fp32. On a GPU the tensor cores take 16 bits as they are and sum in fp32."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, table.T, out_dtype=torch.float32)
+    return F.linear(x.float(), table.float())

@@ -71,7 +71,7 @@ class DecoderReference(GenerationReference[Decoder]):
         parents = torch.zeros(len(items), dtype=torch.int64, device=self._device)
         columns = []
         for level in range(ids.levels):
-            logs = torch.log_softmax(decoder.logits(tree.hidden, level), dim=-1)[parents]
+            logs = _log_probabilities(decoder, tree.hidden, level)[parents]
             columns.append(logs.gather(1, codes[:, level, None])[:, 0])
             if level + 1 < ids.levels:
                 tree.grow(parents, codes[:, level], level)
@@ -109,6 +109,14 @@ def search(decoder: Decoder, trie: TensorTrie, tokens: np.ndarray, *, width: int
     def advance(level: int, parents: Tensor | None, codes: Tensor | None) -> Tensor:
         if parents is not None and codes is not None:
             tree.grow(parents[0], codes[0], level - 1)
-        return decoder.logits(tree.hidden, level)
+        return _log_probabilities(decoder, tree.hidden, level)
 
     return Beams(*(x.cpu().numpy() for x in explore(advance, trie, 1, width=width, k=k)))
+
+
+def _log_probabilities(decoder: Decoder, x: Tensor, level: int) -> Tensor:
+    """Return what Decoder.log_probabilities returns, by one softmax over all logits in fp32."""
+    if decoder.vocabulary is None:
+        return torch.log_softmax(decoder.logits(x, level), dim=-1)
+    logits = torch.nn.functional.linear(x.float(), decoder.token_table[: decoder.vocabulary].float())
+    return torch.log_softmax(logits, dim=-1)[:, decoder.offsets[level] : decoder.offsets[level + 1]]

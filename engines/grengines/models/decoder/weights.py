@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grengines.models import header
-from grengines.models.decoder.config import DecoderConfig, contradiction
+from grengines.models.decoder.config import DecoderConfig, contradiction, too_few_rows
 
 EPS = 1e-6
 EMBEDDING = "model.embed_tokens.weight"
-_PAD = 64  # the vocabulary has a multiple of it as rows
+_PAD = 64  # a vocabulary of codes alone has a multiple of it as rows
 _LOGITS = 4.0  # standard deviation of logits with random weights
 _SCORES = 2.0  # standard deviation of attention's scores
 
@@ -50,12 +50,12 @@ def write(
 
 def shape(config: DecoderConfig, sizes: Sequence[int]) -> dict[str, Any]:
     """Return the content of config.json, in transformers' names. Raises ValueError for sizes that don't fit."""
-    if problem := contradiction(config):
+    if problem := contradiction(config) or too_few_rows(config, sum(sizes)):
         raise ValueError(problem)
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": -(-(sum(sizes) + 1) // _PAD) * _PAD,
+        "vocab_size": config.vocabulary or -(-(sum(sizes) + 1) // _PAD) * _PAD,
         "hidden_size": config.embedding_dim,
         "intermediate_size": config.mlp_dim,
         "num_hidden_layers": config.layers,
@@ -147,7 +147,7 @@ def _read(path: str, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
                 tensor = f.get_slice(name)
                 if tuple(tensor.get_shape()) != size or not tensor.get_dtype().startswith(("F", "BF")):
                     found_kind = f"{tensor.get_dtype()} {tensor.get_shape()}, expected floating point {list(size)}"
-                    hint = "; rows follow the semantic IDs" if name == EMBEDDING else ""
+                    hint = "; rows follow the semantic IDs and model.vocabulary" if name == EMBEDDING else ""
                     raise ValueError(f"{path}: tensor {name} is {found_kind}{hint}")
             return {name: f.get_tensor(name) for name in expected}
     except (SafetensorError, OSError) as e:

@@ -79,13 +79,13 @@ def levels(
     def advance(level: int, parents: Tensor | None, codes: Tensor | None) -> Tensor:
         nonlocal before, beams
         if parents is None or codes is None:
-            return model.logits(last, level)
+            return model.log_probabilities(last, level)
         rows = (torch.arange(B, device=parents.device)[:, None] * beams + parents).reshape(-1)
         before = [[(keys[rows], values[rows]) for keys, values in layers] for layers in before]
         hidden, own = model.step(prompts, pages, level - 1, codes, before)
         before.append(own)
         beams = codes.shape[1]
-        return model.logits(hidden, level)
+        return model.log_probabilities(hidden, level)
 
     return explore(advance, trie, B, width=width, k=k)
 
@@ -104,7 +104,7 @@ def prefix_scores(model: HSTUGenerator, prompt: np.ndarray, codes: np.ndarray, p
         before: list[list[Codes]] = []
         columns = []
         for level in range(codes.shape[1]):
-            logs = torch.log_softmax(model.logits(hidden, level), dim=-1)
+            logs = model.log_probabilities(hidden, level)
             columns.append(logs.gather(1, chosen[:, level, None])[:, 0])
             if level + 1 < codes.shape[1]:
                 hidden, own = model.step(prompts, pool, level, chosen[None, :, level], before)
@@ -126,7 +126,7 @@ def reference(model: HSTUGenerator, trie: TensorTrie, prompts: Sequence[np.ndarr
                 beams = [np.append(beams[parent], model.offsets[level - 1] + code) for parent, code in chosen]
             device = model.token_table.device
             last = torch.stack([model.full(pack_prompts([beam], timed=model.timed).to(device))[-1] for beam in beams])
-            return model.logits(last, level)
+            return model.log_probabilities(last, level)
 
         return explore(advance, trie, 1, width=width, k=k)
 

@@ -269,6 +269,10 @@ class HSTUGenerator(nn.Module):
         found = F.linear(y.float(), F.normalize(table) if self.item_norm else table)
         return found if self.group is None else self.group.first_(found)  # one rank decides which beams go on
 
+    def log_probabilities(self, x: Tensor, level: int) -> Tensor:
+        """Return fp32 log-probabilities [rows, codes of the level] of vectors [rows, E]."""
+        return torch.log_softmax(self.logits(x, level), dim=-1)
+
     def own_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the term of an earlier code in each beam's attention, SiLU(alpha q k) v / N, computed in fp32."""
         score = (q.float() * k.float()).sum(-1, keepdim=True) * self.alpha
