@@ -255,6 +255,10 @@ def test_what_can_not_be_quantised_is_named(grbench_here: Grbench, words: list[s
             ["model=decoder_tiny"],
             "model=decoder_tiny: a decoder learns task=generate retrieval.levels=1 only",
         ),
+        (
+            ["model=decoder_tiny", "task=generate", "retrieval.levels=1", "model.vocabulary=5000"],
+            "model.vocabulary=5000: training has a softmax over the codes of a level; allowed here is null",
+        ),
         (["training.negatives=4"], "training.negatives: it is for task=generate retrieval.levels=1"),
         (
             ["task=generate", "retrieval.levels=1", "training.item_vectors=walks.txt"],
