@@ -13,7 +13,7 @@ from grbench.config.schema import ConfigError, RetrievalConfig, checked
 from grbench.config.schema import register_schemas as register_groups
 from grbench.workloads.config import DrawnConfig
 from grengines.models.decoder.config import DecoderConfig
-from grengines.models.hstu.config import HSTUConfig, without_effect
+from grengines.models.hstu.config import HSTUConfig, one_level_only, without_effect
 from grengines.models.hstu.variant import DEFAULT, differing
 from grengines.options import option
 
@@ -36,6 +36,19 @@ class TrainingConfig:
     rate: float = option(2e-3, "highest learning rate; it rises over the first twentieth and falls as a cosine", gt=0)
     weight_decay: float = option(0.05, "of AdamW", ge=0)
     dropout: float = option(0.2, "of the embeddings and of each layer's output", ge=0, le=0.95)
+    smoothing: float = option(0.0, "share of a target that all codes of its level get, to generate", ge=0, le=0.9999)
+    temperature: float = option(1.0, "divides the logits of the loss, to generate; 0.05 suits model.item_norm", gt=0)
+    average: float = option(
+        0.0, "share that a moving average of the weights keeps at a step; 0: no average", ge=0, le=0.9999
+    )
+    crop: float = option(0.0, "share of an epoch's histories that begin at a random event, to generate", ge=0, le=1)
+    blanks: float = option(0.0, "share of a history's items that are not read, to generate", ge=0, le=0.9999)
+    teacher: str | None = option(
+        None, "weights file of retrieval.levels=1, an HSTU, whose probabilities of items semantic IDs learn as well; "
+        "null: none", file=True,
+    )  # fmt: skip
+    teacher_temperature: float = option(1.0, "divides the teacher's logits", gt=0)
+    teacher_share: float = option(0.5, "share of the loss that follows the teacher", gt=0, le=1)
     negatives: int = option(
         0, "items drawn for the softmax of a step, to generate by item vectors; 0: the whole catalogue", ge=0
     )
@@ -88,10 +101,18 @@ def to_config(cfg: DictConfig) -> TrainConfig:
             f"model.vocabulary={config.model.vocabulary}: training has a softmax over the codes of a level; allowed "
             "here is null"
         )
-    if isinstance(config.model, HSTUConfig) and (others := differing(config.model.choices)):
-        raise ConfigError(f"{', '.join(others)}: training has grbench's own HSTU only; set model.variant={DEFAULT}")
+    if isinstance(config.model, HSTUConfig) and config.task == "rank" and (others := differing(config.model.choices)):
+        raise ConfigError(
+            f"{', '.join(others)}: rankers are trained as grbench's own HSTU only; set model.variant={DEFAULT}"
+        )
     if isinstance(config.model, HSTUConfig) and config.task == "generate" and (idle := without_effect(config.model)):
         raise ConfigError(idle)
+    if (
+        isinstance(config.model, HSTUConfig)
+        and config.task == "generate"
+        and (problem := one_level_only(config.model, config.retrieval.levels))
+    ):
+        raise ConfigError(problem)
     if isinstance(config.workload, DrawnConfig):
         raise ConfigError(
             "workload=synthetic: its events are random, so there is nothing to learn; use ml_100k, csv or recbole"
@@ -105,4 +126,6 @@ def to_config(cfg: DictConfig) -> TrainConfig:
         raise ConfigError("training.negatives: it is for task=generate retrieval.levels=1; allowed here: 0")
     if config.training.item_vectors and (config.task != "generate" or config.retrieval.levels == 1):
         raise ConfigError("training.item_vectors: it is for task=generate with retrieval.levels above 1; leave it out")
+    if config.training.teacher and (config.task != "generate" or config.retrieval.levels == 1):
+        raise ConfigError("training.teacher: it is for task=generate with retrieval.levels above 1; leave it out")
     return config

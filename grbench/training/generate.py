@@ -21,7 +21,8 @@ from grbench.quality import metrics
 from grbench.quality.lists import NEW, shortest
 from grbench.quality.protocol import VALIDATION, LeaveOneOut, without
 from grbench.training.config import TrainConfig
-from grbench.training.networks import network
+from grbench.training.networks import network, product
+from grbench.training.teacher import Teacher
 from grengines.api import Request
 from grengines.models.header import unreadable
 from grengines.models.hstu import beam
@@ -42,6 +43,7 @@ class Batch:
     items: Tensor  # int64 [B, n], 0 past each end
     later: Tensor  # int64 [M]: flat places of the items after each user's first
     every: Tensor  # int64 [N]: flat places of all items
+    times: Tensor | None  # int64 [B, n], seconds, of the items; None for a network that reads none
 
 
 class GenerateTask:
@@ -57,11 +59,12 @@ class GenerateTask:
         self.network = network(config, ids, device)
         self.model = self.network.module
         most = min(config.workload.max_history, config.model.max_positions // ids.levels)
-        self.items, self.lengths = _histories(split, most + 1)
+        self.items, self._times, self.lengths = _histories(split, most + 1)
         self.examples = len(self.lengths)
         if not self.examples:
             raise ConfigError("no user has two events to train on; use a workload with longer histories")
-        self._items_on = torch.from_numpy(self.items).to(device)
+        self._items_on, self._times_on = (torch.from_numpy(x).to(device) for x in (self.items, self._times))
+        self._teacher = _teacher(config, ids, device)
         self._tokens = torch.from_numpy(ids.tokens(np.arange(len(ids.codes)))).to(device)  # [items, levels]
         self._trie = Trie.of(ids).on(device)
         users = split.some_users(config.training.validation_users, config.seed)
@@ -82,49 +85,70 @@ class GenerateTask:
             pool = pool[np.argsort(self.lengths[pool], kind="stable")]
             parts += [pool[i : i + size] for i in range(0, len(pool), size)]
         for i in rng.permutation(len(parts)):
-            yield self._batch(parts[i])
+            yield self._batch(parts[i], rng)
 
-    def _batch(self, rows: np.ndarray) -> Batch:
-        lengths = self.lengths[rows]
-        real = np.arange(lengths.max()) < lengths[:, None]
-        every, later = np.flatnonzero(real), np.flatnonzero(real & (np.arange(lengths.max()) > 0))
-        at = [torch.from_numpy(x).to(self._device, non_blocking=True) for x in (rows, later, every)]
-        return Batch(self._items_on[at[0], : lengths.max()], at[1], at[2])
+    def _batch(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
+        first = np.zeros(len(rows), np.int64)  # event that a history begins at; two are left
+        if crop := self._config.training.crop:
+            first = rng.integers(self.lengths[rows] - 1) * (rng.random(len(rows)) < crop)
+        lengths = self.lengths[rows] - first
+        columns = np.arange(lengths.max())
+        real = columns < lengths[:, None]
+        every, later = np.flatnonzero(real), np.flatnonzero(real & (columns > 0))
+        places = np.minimum(first[:, None] + columns, self.items.shape[1] - 1)
+        at = [torch.from_numpy(x).to(self._device, non_blocking=True) for x in (rows, places, later, every)]
+        timed = self.network.timed or (self._teacher is not None and self._teacher.timed)
+        times = self._times_on[at[0][:, None], at[1]] if timed else None
+        return Batch(self._items_on[at[0][:, None], at[1]], at[2], at[3], times)
 
     def loss(self, batch: Batch) -> Tensor:
         levels, offsets = self.ids.levels, self.ids.offsets.tolist()
         tokens = self._tokens[batch.items]  # [B, n, levels]
         B, n = batch.items.shape
-        hidden = self.network.hidden(tokens.view(B, -1)[:, :-1], self._config.training.dropout)
+        options, kept = self._config.training, None
+        if options.blanks:  # the first item is read
+            kept = torch.rand(B, n, device=tokens.device) >= options.blanks
+            kept[:, 0] = True
+            kept = kept.repeat_interleave(levels, dim=1)[:, :-1]
+        hidden = self.network.hidden(tokens.view(B, -1)[:, :-1], options.dropout, batch.times, kept)
         total = hidden.new_zeros((), dtype=torch.float32)
+        soft = None if self._teacher is None else self._teacher.targets(batch.items, batch.later, batch.times)
         for level in range(levels):
             # A code is predicted by the row of the code before it: of the same item, or the last of the item before.
             before = hidden[:, (level or levels) - 1 :: levels]
             truth = tokens[:, :, level] - offsets[level]
             if level == 0:  # row j predicts item j + 1, and no row the first item
-                flat = batch.later - 1 - torch.div(batch.later, n, rounding_mode="floor")  # rows have n - 1 places
-                total = total + self.cross_entropy(
-                    before.reshape(-1, before.shape[2])[flat], truth.view(-1)[batch.later]
-                )
+                later = batch.later - 1 - torch.div(batch.later, n, rounding_mode="floor")  # rows have n - 1 places
+                rows = before.reshape(-1, before.shape[2])[later]
+                loss = self.cross_entropy(rows, truth.view(-1)[batch.later])
             else:
-                rows = before.reshape(-1, before.shape[2])[batch.every]
-                total = total + F.cross_entropy(self.logits(rows, level), truth.reshape(-1)[batch.every])
+                later, rows = batch.later, before.reshape(-1, before.shape[2])[batch.every]
+                loss = self._cross_entropy(self.logits(rows, level), truth.reshape(-1)[batch.every])
+            if soft is not None:
+                logits = self.logits(before.reshape(-1, before.shape[2])[later], level)
+                taught = -(soft[level] * logits.log_softmax(1)).sum(1).mean()
+                loss = (1 - options.teacher_share) * loss + options.teacher_share * taught
+            total = total + loss
         return total / levels
+
+    def _cross_entropy(self, logits: Tensor, truth: Tensor) -> Tensor:
+        options = self._config.training
+        return F.cross_entropy(logits / options.temperature, truth, label_smoothing=options.smoothing)
 
     def cross_entropy(self, rows: Tensor, truth: Tensor) -> Tensor:
         """Return the loss of the first level, over all its codes or over the negatives of this step."""
         count, size = self._config.training.negatives, self.ids.sizes[0]
         if not 0 < count < size:
-            return F.cross_entropy(self.logits(rows, 0), truth)
+            return self._cross_entropy(self.logits(rows, 0), truth)
         drawn = torch.randint(size, (count,), device=rows.device)
         y, table = self.network.features(rows), self.network.table(0)
-        others = _product(y, F.embedding(drawn, table)).masked_fill(drawn == truth[:, None], float("-inf"))
+        others = product(y, F.embedding(drawn, table)).masked_fill(drawn == truth[:, None], float("-inf"))
         own = (y * F.embedding(truth, table)).sum(1, keepdim=True)
-        return F.cross_entropy(torch.cat([own, others], dim=1), torch.zeros_like(truth))
+        return self._cross_entropy(torch.cat([own, others], dim=1), torch.zeros_like(truth))
 
     def logits(self, rows: Tensor, level: int) -> Tensor:
         """Return fp32 logits [rows, codes of the level] of hidden rows [rows, E]."""
-        return _product(self.network.features(rows), self.network.table(level))
+        return product(self.network.features(rows), self.network.table(level))
 
     def validate(self) -> dict[str, float]:
         """Return NDCG@10 and HR@10 of the second-last items, with the past among the answers."""
@@ -160,11 +184,12 @@ class GenerateTask:
         for begin in range(0, len(order), BATCH):
             chosen = order[begin : begin + BATCH].tolist()
             prompts = [self.network.prompt(self.ids.tokens(requests[i].history_items).reshape(-1)) for i in chosen]
-            for i, items in zip(chosen, self._answer(prompts, k), strict=True):
+            times = _times([requests[i] for i in chosen]).to(self._device) if self.network.timed else None
+            for i, items in zip(chosen, self._answer(prompts, k, times), strict=True):
                 answers[i] = items[items >= 0]
         return answers
 
-    def _answer(self, prompts: list[np.ndarray], k: int) -> np.ndarray:
+    def _answer(self, prompts: list[np.ndarray], k: int, times: Tensor | None) -> np.ndarray:
         """Return the k best items of each prompt, int64 [B, k]; -1 where there are fewer."""
         if self.ids.levels > 1:
             width = max(self._config.retrieval.beam_width, k)
@@ -176,17 +201,16 @@ class GenerateTask:
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = torch.from_numpy(prompt)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            hidden = self.network.hidden(tokens.to(self._device))
+            hidden = self.network.hidden(tokens.to(self._device), times=times)
         last = hidden[torch.arange(len(prompts), device=self._device), (lengths - 1).to(self._device)]
         logs = torch.log_softmax(self.logits(last, 0), dim=-1)
         items: np.ndarray = explore(lambda *_: logs, self._trie, len(prompts), width=k, k=k)[0].cpu().numpy()
         return items
 
 
-def _product(y: Tensor, table: Tensor) -> Tensor:
-    """Return y [rows, E] times the vectors of a table [n, E], in fp32 also where the layers compute in bf16."""
-    with torch.autocast(y.device.type, enabled=False):
-        return F.linear(y.float(), table.float())
+def _teacher(config: TrainConfig, ids: SemanticIds, device: torch.device) -> Teacher | None:
+    options = config.training
+    return Teacher(Path(options.teacher), ids, device, options.teacher_temperature) if options.teacher else None
 
 
 def semantic_ids(config: TrainConfig, split: LeaveOneOut) -> SemanticIds:
@@ -233,17 +257,26 @@ def _item_vectors(path: Path, items: int) -> np.ndarray:
     return vectors
 
 
-def _histories(split: LeaveOneOut, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the items to train on in windows of at most `most`, int64 [windows, n], and the windows' lengths.
+def _times(requests: Sequence[Request]) -> Tensor:
+    """Return the times of each history and of its request behind them, int64 [B, longest + 1]."""
+    times = [np.append(r.history_timestamps, r.timestamp) for r in requests]
+    found = torch.zeros(len(times), max(map(len, times)), dtype=torch.int64)
+    for row, its in zip(found, times, strict=True):
+        row[: len(its)] = torch.from_numpy(its)
+    return found
+
+
+def _histories(split: LeaveOneOut, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the items to train on in windows of at most `most`, int64 [windows, n], their times, and their lengths.
 
     Windows of a user begin at the end of his events and share one item, so each item but the first is predicted once.
     """
     events, kept, windows = split.events, split.training, []
     for a, b in pairwise(split.bounds):
-        own = events.items[a:b][kept[a:b]]
+        own = np.arange(a, b)[kept[a:b]]
         windows += [own[max(end - most, 0) : end] for end in range(len(own), 1, 1 - most)]
     lengths = np.array([len(window) for window in windows], np.int64)
-    padded = np.zeros((len(windows), int(lengths.max(initial=1))), np.int64)
-    for row, window in zip(padded, windows, strict=True):
-        row[: len(window)] = window
-    return padded, lengths
+    items, times = (np.zeros((len(windows), int(lengths.max(initial=1))), np.int64) for _ in range(2))
+    for i, window in enumerate(windows):
+        items[i, : len(window)], times[i, : len(window)] = events.items[window], events.timestamps[window]
+    return items, times, lengths

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,9 @@ def train(
     optimiser = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.98), fused=device.type == "cuda")
     total = options.epochs * steps_an_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
-    state = _resume(folder / CHECKPOINT, identity, model, optimiser, schedule)
+    averaged = Average(model, options.average)
+    parts = (optimiser, schedule, averaged)
+    state = _resume(folder / CHECKPOINT, identity, model, *parts)
     began = saved = time.perf_counter()
     before = state.epochs
     check_s = _check_s(task, options) if options.minutes else 0.0
@@ -119,25 +122,69 @@ def train(
         at, left = (number - 1 - before) * steps_an_epoch, (options.epochs - before) * steps_an_epoch
         step = partial(_of_all, progress, at, left, 2 * check_s)
         stepped = time.perf_counter()
-        loss, steps = _epoch(task, number, device, optimiser, schedule, step, ends)
+        loss, steps = _epoch(task, number, device, optimiser, schedule, averaged, step, ends)
         figures, steps_s = dict[str, float](), time.perf_counter() - stepped
         last = number == options.epochs or time.perf_counter() >= ends
         if last or number % options.validate_every == 0:
             checked = time.perf_counter()
-            with torch.no_grad():
+            with torch.no_grad(), averaged.in_place():
                 figures = task.validate()
+                if (figure := next(iter(figures.values()))) > state.best_figure:
+                    state.best_figure, state.best_epoch, state.best = figure, number, _copy(model)
             check_s = time.perf_counter() - checked
-            if (figure := next(iter(figures.values()))) > state.best_figure:
-                state.best_figure, state.best_epoch, state.best = figure, number, _copy(model)
         seconds = time.perf_counter() - began
         epoch = Epoch(number, loss, figures, seconds, number - before, steps, steps_an_epoch, steps_s, check_s)
         state.history.append(epoch.to_dict())
         report(epoch)
         if time.perf_counter() - saved > SAVE_S:
-            _save(folder / CHECKPOINT, identity, state, model, optimiser, schedule)
+            _save(folder / CHECKPOINT, identity, state, model, *parts)
             saved = time.perf_counter()
     model.load_state_dict(state.best)
     return state
+
+
+class Average:
+    """A moving average of a model's weights, which keeps a share of itself at each step.
+
+    The share grows with the steps up to `share`, so that the first weights do not weigh. 0: the weights themselves.
+    """
+
+    def __init__(self, model: nn.Module, share: float) -> None:
+        self._own: list[Tensor] = list(model.parameters())
+        self._share, self._steps = share, 0
+        self._mean = [p.detach().clone() for p in self._own] if share else []
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take in the weights of a step."""
+        self._steps += 1
+        if self._share:
+            kept = min(self._share, self._steps / (self._steps + 9))
+            torch._foreach_lerp_(self._mean, self._own, 1 - kept)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Give the model the average, and its own weights again at the end."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for own, mean in zip(self._own, self._mean, strict=bool(self._share)):
+            kept = own.clone()
+            own.copy_(mean)
+            mean.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self._mean, "steps": self._steps}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        self._steps = values["steps"]
+        for mean, its in zip(self._mean, values["mean"], strict=True):
+            mean.copy_(its)
 
 
 def _check_s(task: Task, options: TrainingConfig) -> float:
@@ -163,6 +210,7 @@ def _epoch(
     device: torch.device,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
+    averaged: Average,
     progress: Callable[[int], None],
     ends: float,
 ) -> tuple[float, int]:
@@ -182,6 +230,7 @@ def _epoch(
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), CLIP)
         optimiser.step()
         schedule.step()
+        averaged.step()
         total += loss.detach()
         trained += 1
     mean = float(total) / max(trained, 1)

@@ -32,8 +32,17 @@ class Network(Protocol):
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         """Return the part of a history's tokens that the model reads."""
 
-    def hidden(self, tokens: Tensor, dropout: float = 0.0) -> Tensor:
-        """Return the row of each token, [B, n, E], of prompts padded on the right (int64 [B, n])."""
+    @property
+    def timed(self) -> bool:
+        """True if `hidden` needs times."""
+
+    def hidden(
+        self, tokens: Tensor, dropout: float = 0.0, times: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """Return the row of each token, [B, n, E], of prompts padded on the right (int64 [B, n]).
+
+        times and kept: as of `autograd.generator_hidden`.
+        """
 
     def features(self, hidden: Tensor) -> Tensor:
         """Return the fp32 vectors [rows, E] whose products with token vectors are logits."""
@@ -43,6 +52,12 @@ class Network(Protocol):
 
     def save(self, path: Path, ids: SemanticIds) -> None:
         """Write the weights file that engines load. Raises OSError."""
+
+
+def product(y: Tensor, table: Tensor) -> Tensor:
+    """Return y [rows, E] times the vectors of a table [n, E], in fp32 also where the layers compute in bf16."""
+    with torch.autocast(y.device.type, enabled=False):
+        return F.linear(y.float(), table.float())
 
 
 def network(config: TrainConfig, ids: SemanticIds, device: torch.device) -> Network:
@@ -67,14 +82,20 @@ class HSTUNetwork:
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         return self.module.prompt(tokens)
 
-    def hidden(self, tokens: Tensor, dropout: float = 0.0) -> Tensor:
-        return autograd.generator_hidden(self.module, tokens, dropout)
+    @property
+    def timed(self) -> bool:
+        return self.module.timed
+
+    def hidden(
+        self, tokens: Tensor, dropout: float = 0.0, times: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        return autograd.generator_hidden(self.module, tokens, dropout, times, kept)
 
     def features(self, hidden: Tensor) -> Tensor:
         return autograd.generator_features(self.module, hidden)
 
     def table(self, level: int) -> Tensor:
-        return self.module.token_table[self.module.offsets[level] : self.module.offsets[level + 1]]
+        return autograd.generator_table(self.module, level)
 
     def save(self, path: Path, ids: SemanticIds) -> None:
         save_weights(self.module, path, ids)
@@ -96,8 +117,13 @@ class TransformerNetwork:
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         return self._decoder.prompt(tokens)
 
-    def hidden(self, tokens: Tensor, dropout: float = 0.0) -> Tensor:
-        x = F.dropout(F.embedding(tokens, self._decoder.token_table), dropout)
+    timed = False
+
+    def hidden(
+        self, tokens: Tensor, dropout: float = 0.0, times: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        x = F.embedding(tokens, self._decoder.token_table)
+        x = F.dropout(x if kept is None else x * kept[:, :, None], dropout)
         self.module.train(dropout > 0)
         for layer in self.module.layers:
             layer.self_attn.attention_dropout = dropout

@@ -24,6 +24,7 @@ from grbench.training.config import TrainConfig, TrainingConfig
 from grbench.training.generate import GenerateTask, semantic_ids
 from grbench.training.rank import RankTask
 from grbench.training.session import doubt_of, epoch_line
+from grbench.training.teacher import Teacher
 from grbench.workloads.config import RecordedConfig
 from grbench.workloads.events import Events
 from grbench.workloads.trace import build_trace, find_visits
@@ -80,6 +81,34 @@ def test_the_forward_of_a_generator_is_that_of_the_model(layers: int) -> None:
     assert torch.allclose(found[real], expected, atol=1e-5)
     logits = autograd.generator_features(model, found[0]) @ model.token_table[4:8].T
     assert torch.allclose(logits, model.logits(found[0], 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"variant": "research", "time_bias": 20},
+        {"variant": "nvidia"},
+        {"position_bias": True, "group_norm": True, "item_norm": True, "final_norm": "l2"},
+        {"time_bias": 8, "silu": "uvqk"},
+    ],
+)
+def test_the_forward_of_a_variant_is_that_of_the_model(choices: dict[str, Any]) -> None:
+    model = HSTUGenerator.build(
+        dataclasses.replace(TINY, **choices), (9,), Operators.reference(), seed=0, device=CPU, dtype=torch.float32
+    )
+    lengths, rng = [4, 2, 6], np.random.default_rng(0)
+    times = [np.cumsum(rng.integers(1, 200, n + 1)) for n in lengths]
+    prompts = [np.stack([rng.integers(0, 9, n), t[:-1], t[1:]], axis=1) for n, t in zip(lengths, times, strict=True)]
+    tokens, padded = torch.zeros(3, 6, dtype=torch.int64), torch.zeros(3, 7, dtype=torch.int64)
+    for i, n in enumerate(lengths):
+        tokens[i, :n], padded[i, : n + 1] = torch.from_numpy(prompts[i][:, 0]), torch.from_numpy(times[i])
+    found = autograd.generator_hidden(model, tokens, times=padded)
+    expected = model.full(pack_prompts(prompts, timed=True).to(CPU))
+    real = torch.arange(6) < torch.tensor(lengths)[:, None]
+    assert found[real].std() > 1e-3
+    assert torch.allclose(found[real], expected, atol=1e-5)
+    logits = autograd.generator_features(model, found[0]) @ autograd.generator_table(model, 0).T
+    assert torch.allclose(logits, model.logits(found[0], 0), atol=1e-5)
 
 
 @pytest.mark.parametrize("contextual, window, interaction", [(0, 0, False), (2, 0, True), (0, 3, False), (1, 4, True)])
@@ -197,8 +226,96 @@ def test_negatives_are_a_part_of_the_catalogue(tmp_path: Path) -> None:
     assert torch.allclose(sampled, expected, atol=1e-5)
 
 
+def test_a_teacher_has_the_chances_of_codes(tmp_path: Path) -> None:
+    of = config(training={"epochs": 2}, model=dataclasses.replace(TINY, position_bias=True, time_bias=8))
+    items = task_of(of)
+    loop.train(items, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
+    items.save(tmp_path / "weights.safetensors")
+    teaching = {"teacher": str(tmp_path / "weights.safetensors"), "teacher_share": 0.25}
+    task = task_of(config(training=teaching, retrieval={"levels": 2, "codes": 5}))
+    batch = next(task.batches(1))
+    assert batch.times is not None
+    with torch.no_grad():
+        found = Teacher(tmp_path / "weights.safetensors", task.ids, CPU).targets(batch.items, batch.later, batch.times)
+        hidden = items.network.hidden(batch.items[:, :-1], times=batch.times)
+        codes, n = task.ids.codes, batch.items.shape[1]
+        for row, place in enumerate(batch.later.tolist()):
+            chances = items.logits(hidden[place // n, place % n - 1][None], 0).softmax(1)[0].numpy()
+            own = codes[batch.items.view(-1)[place]]
+            first = [chances[codes[:, 0] == code].sum() for code in range(5)]
+            below = np.where(codes[:, 0] == own[0], chances, 0)
+            second = np.array([below[codes[:, 1] == code].sum() for code in range(5)]) / below.sum()
+            assert np.allclose(found[0][row], first, atol=1e-5)
+            assert np.allclose(found[1][row], second, atol=1e-5)
+        alone = task_of(config(retrieval={"levels": 2, "codes": 5}))
+        alone.model.load_state_dict(task.model.state_dict())
+        taught = 4 * (task.loss(batch) - 0.75 * alone.loss(batch))
+        codes_hidden = task.network.hidden(torch.from_numpy(task.ids.tokens(batch.items)).view(len(batch.items), -1))
+        expected = torch.zeros(())
+        for level in range(2):
+            rows = [codes_hidden[place // n, 2 * (place % n) + level - 1] for place in batch.later.tolist()]
+            expected = expected - (found[level] * task.logits(torch.stack(rows), level).log_softmax(1)).sum(1).mean()
+        assert torch.allclose(taught, expected / 2, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"training\.teacher: .*expected \[25, 16\]"):
+        task_of(config(training=teaching, retrieval={"levels": 2, "codes": 5}), ring(items=24))
+
+
+def test_histories_begin_anywhere_and_items_are_left_out() -> None:
+    whole, cut = task_of(config()), task_of(config(training={"crop": 1.0}))
+    ends = {tuple(row[:length].tolist()) for row, length in zip(whole.items, whole.lengths, strict=True)}
+    batches = list(cut.batches(1))
+    shorter = 0
+    for batch in batches:
+        n = batch.items.shape[1]
+        for row in range(len(batch.items)):
+            kept = batch.items[row, : int((batch.every // n == row).sum())].tolist()
+            assert len(kept) >= 2
+            full = next(end for end in ends if list(end[-len(kept) :]) == kept)
+            shorter += len(kept) < len(full)
+    assert shorter > cut.examples / 2
+    task = task_of(config(training={"blanks": 0.9}))
+    batch = next(task.batches(1))
+    torch.manual_seed(0)
+    some = task.loss(batch)
+    torch.manual_seed(0)
+    assert torch.equal(task.loss(batch), some) and not torch.allclose(task.loss(batch), some)
+    items, unread = batch.items[:, :-1], torch.zeros_like(batch.items[:, :-1], dtype=torch.bool)
+    assert torch.equal(task.network.hidden(items, kept=unread), task.network.hidden(items.flip(1), kept=unread))
+
+
+def test_the_loss_is_smooth_and_has_a_temperature() -> None:
+    task = task_of(config(training={"smoothing": 0.2, "temperature": 0.5}))
+    rows, truth = torch.randn(5, TINY.embedding_dim), torch.arange(5)
+    logs = (task.logits(rows, 0) / 0.5).log_softmax(1)
+    expected = -(0.8 * logs[torch.arange(5), truth] + 0.2 * logs.mean(1)).mean()
+    assert torch.allclose(task.cross_entropy(rows, truth), expected, atol=1e-5)
+
+
+def test_averaged_weights_are_validated_and_kept() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    mean = float(model.weight.detach())
+    average = loop.Average(model, 0.5)
+    with torch.no_grad():
+        for step in range(1, 30):
+            model.weight.fill_(step)
+            average.step()
+            kept = min(0.5, step / (step + 9))
+            mean = kept * mean + (1 - kept) * step
+        with average.in_place():
+            assert float(model.weight) == pytest.approx(mean, rel=1e-5)
+        assert float(model.weight) == 29
+        again = loop.Average(model, 0.5)
+        again.load_state_dict(average.state_dict())
+        with again.in_place():
+            assert float(model.weight) == pytest.approx(mean, rel=1e-5)
+    off = loop.Average(model, 0.0)
+    off.step()
+    with off.in_place():
+        assert float(model.weight.detach()) == 29
+
+
 def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    of = config(training={"epochs": 4, "dropout": 0.2})
+    of = config(training={"epochs": 4, "dropout": 0.2, "average": 0.9, "crop": 0.5, "blanks": 0.1})
     whole = task_of(of)
     loop.train(whole, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
     monkeypatch.setattr(loop, "SAVE_S", 0.0)

@@ -6,7 +6,7 @@ Training runs it, and no engine does. A test holds it to the models' own forward
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator
 from grengines.models.hstu.model import HSTULayer, HSTURanker
 from grengines.runtime.batch import JaggedBatch
+from grkernels.hstu_attention.extras import Extras
+from grkernels.hstu_attention.reference import score_bias
 
 START = 0.05  # standard deviation of the tables at the start of training
 
@@ -38,19 +40,48 @@ def start(model: HSTURanker | HSTUGenerator, seed: int) -> None:
                 p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
 
 
-def generator_hidden(model: HSTUGenerator, tokens: Tensor, dropout: float = 0.0) -> Tensor:
-    """Return the row of each token after the last layer, [B, n, E], of prompts padded on the right (int64 [B, n])."""
+def generator_hidden(
+    model: HSTUGenerator,
+    tokens: Tensor,
+    dropout: float = 0.0,
+    times: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """Return the row of each token after the last layer, [B, n, E], of prompts padded on the right (int64 [B, n]).
+
+    times: int64 [B, n + 1], seconds, of each token and of what follows the last one: for a time bias. kept: bool
+    [B, n], False for tokens of which only the position is read.
+    """
     n = tokens.shape[1]
-    x = F.embedding(tokens, model.token_table) + model.position_table[:n]
+    x = F.embedding(tokens, model.token_table)
+    x = (x if kept is None else x * kept[:, :, None]) + model.position_table[:n]
     mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril_()
-    return _layers(model.layers, x, mask, model.config, model.alpha, dropout)
+    place = torch.arange(n, device=x.device)
+
+    def bias(layer: HSTULayer) -> Tensor | float:
+        tables = Extras(position_bias=layer.position_bias, time_bias=layer.time_bias)
+        if times is None:
+            return score_bias(place, place, None, None, tables)
+        found = score_bias(place, place, times[:, 1:], times[:, :-1], tables)
+        return found[:, None] if isinstance(found, Tensor) and found.dim() == 3 else found  # for all heads
+
+    return _layers(model.layers, x, mask, model.config, model.alpha, dropout, bias)
 
 
 def generator_features(model: HSTUGenerator, hidden: Tensor) -> Tensor:
     """Return the fp32 vectors [rows, E] of hidden rows, whose products with token vectors are the model's logits."""
-    return F.layer_norm(
-        hidden.float(), model.norm.weight.shape, model.norm.weight, model.norm.bias, model.norm.eps
-    ).float()
+    norm, wide = model.norm, hidden.float()
+    if norm.kind == "none":
+        return wide
+    if norm.kind == "l2":
+        return F.normalize(wide, eps=norm.eps) * norm.weight + norm.bias
+    return F.layer_norm(wide, norm.weight.shape, norm.weight, norm.bias, norm.eps).float()
+
+
+def generator_table(model: HSTUGenerator, level: int) -> Tensor:
+    """Return the vectors [codes, E] of a level's tokens, by which the features are multiplied."""
+    table = model.token_table[model.offsets[level] : model.offsets[level + 1]]
+    return F.normalize(table) if model.item_norm else table
 
 
 def ranker_logits(model: HSTURanker, batch: JaggedBatch, dropout: float = 0.0) -> Tensor:
@@ -79,19 +110,42 @@ def _mask(lengths: Tensor, targets: Tensor, columns: Tensor, contextual: int, wi
     return mask & (columns < lengths)[:, None, :]
 
 
+def _no_bias(layer: HSTULayer) -> float:
+    return 0.0
+
+
 def _layers(
-    layers: Iterable[nn.Module], x: Tensor, mask: Tensor, config: HSTUConfig, alpha: float, dropout: float
+    layers: Iterable[nn.Module],
+    x: Tensor,
+    mask: Tensor,
+    config: HSTUConfig,
+    alpha: float,
+    dropout: float,
+    bias: Callable[[HSTULayer], Tensor | float] = _no_bias,
 ) -> Tensor:
-    """Run the layers over x [B, n, E]. mask: bool, [n, n] or [B, 1, n, n]. dropout: of the input and each output."""
+    """Run the layers over x [B, n, E].
+
+    mask: bool, [n, n] or [B, 1, n, n]. dropout: of the input and each output. bias: of a layer's scores.
+    """
     x = F.dropout(x, dropout)
     for layer in layers:
         assert isinstance(layer, HSTULayer)
         y = F.layer_norm(x, layer.norm.weight.shape, layer.norm.weight, layer.norm.bias, layer.eps)
-        u, v, q, k = layer.uvqk(y).split(layer.widths, dim=-1)
+        projected = layer.uvqk(y)
+        u, v, q, k = (F.silu(projected) if layer.silu_all else projected).split(layer.widths, dim=-1)
         v, q, k = (t.unflatten(2, (layer.heads, -1)).transpose(1, 2) for t in (v, q, k))  # [B, H, n, d]
-        weights = F.silu(alpha * q @ k.transpose(2, 3)) * mask / config.scaling_seqlen
-        a = (weights @ v).transpose(1, 2).flatten(2)
-        u, norm = F.silu(u), layer.attention_norm
-        gated = torch.cat([u, a, u * F.layer_norm(a, norm.weight.shape, norm.weight, norm.bias, layer.eps)], dim=-1)
-        x = x + F.dropout(F.linear(gated, layer.out.weight), dropout)
+        weights = F.silu(alpha * q @ k.transpose(2, 3) + bias(layer)) * mask / config.scaling_seqlen
+        a = (weights @ v).transpose(1, 2)
+        u, normed = u if layer.silu_all else F.silu(u), _normed(layer, a)
+        gated = torch.cat([u, a.flatten(2), u * normed], dim=-1) if layer.concat else u * normed
+        x = x + F.dropout(layer.out(gated), dropout)
     return x
+
+
+def _normed(layer: HSTULayer, a: Tensor) -> Tensor:
+    """Return attention [B, n, H, d] normalised as a whole or head by head, [B, n, H * d]."""
+    norm, shape = layer.attention_norm, (layer.heads, -1)
+    if not layer.norm_by_head:
+        return F.layer_norm(a.flatten(2), norm.weight.shape, norm.weight, norm.bias, layer.eps)
+    y = F.layer_norm(a, a.shape[-1:], eps=layer.eps)
+    return (y * norm.weight.view(shape) + norm.bias.view(shape)).flatten(2)
