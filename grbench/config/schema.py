@@ -119,7 +119,7 @@ class RunnerConfig:
     parallel: str = option(
         "1",
         "cells of a sweep, or probes of a search, at a time, each with cores and, where there are GPUs, a GPU of its "
-        "own, or as many as engine.tensor_parallel; gpus: as many cells as there are GPUs for",
+        "own, or as many as engine.tensor_parallel or engine.item_shards; gpus: as many cells as there are GPUs for",
     )
     cluster: str = option(
         "none", "where cells run; none: this machine; ray: the Ray cluster of $RAY_ADDRESS or of this machine; slurm: "

@@ -364,7 +364,7 @@ def places_asked(parallel: str, where: str, gpus: int, cores: int | None, hides:
         )
     count = number_asked(parallel, "allowed are gpus and a number of cells from 1", gpus)
     instead = f", or {hides} hides them from cells of the processor"
-    units = "GPUs" if each == 1 else f"times {each} GPUs for engine.tensor_parallel={each}"
+    units = "GPUs" if each == 1 else f"times the {each} GPUs of a cell"
     for has, what in ((gpus or None, units), (cores, "cores")):
         if has is not None and count > has:
             raise ConfigError(

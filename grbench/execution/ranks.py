@@ -1,4 +1,4 @@
-"""GPUs that a cell takes: one, or one for each process that shares the heads of its model."""
+"""GPUs that a cell takes: one, one for each process that shares the heads, or one for each part of the item table."""
 
 from __future__ import annotations
 
@@ -9,23 +9,36 @@ from grbench.config.schema import ConfigError, RunSpec
 from grbench.execution.gpu import visible_gpus
 from grengines import registry
 
+WHY = {
+    "tensor_parallel": "the processes share its cores, and their times say nothing of GPUs",
+    "item_shards": "all parts of the table are in its memory, and times say nothing of GPUs",
+}
+
 
 def gpus_of(options: Any) -> int:
     """Return the most GPUs that an engine of these options takes, where there are GPUs."""
-    own = getattr(options, "tensor_parallel", 1) if getattr(options, "device", "auto") != "cpu" else 1
-    return max([own, *(gpus_of(getattr(options, stage)) for stage in registry.get(options.name).stages)])
+    return _most(options)[0]
+
+
+def asked_by(options: Iterable[Any]) -> str:
+    """Return the option, with its value, by which one of the engines takes the most GPUs."""
+    most, name = max(map(_most, options))
+    return f"engine.{name}={most}"
+
+
+def _most(options: Any) -> tuple[int, str]:
+    """Return the most GPUs of an engine and its stages, and the option that asks for them."""
+    own = [(getattr(options, name, 1), name) for name in WHY] if getattr(options, "device", "auto") != "cpu" else []
+    stages = [_most(getattr(options, stage)) for stage in registry.get(options.name).stages]
+    return max([*own, *stages], default=(1, ""))
 
 
 def notes_of(actual: Mapping[str, Any]) -> list[str]:
-    """Return a note where processes shared a model on a CPU. actual: what an engine says of itself and its stages."""
+    """Return notes where a CPU stood for several GPUs. actual: what an engine says of itself and its stages."""
     stages = [actual, actual.get("retrieve", {}), actual.get("rank", {})]
-    ranks = max((stage.get("tensor_parallel", 1) for stage in stages if stage.get("device") == "cpu"), default=1)
-    if ranks == 1:
-        return []
-    return [
-        f"engine.tensor_parallel={ranks} on a CPU only checks answers: the processes share its cores, and their times "
-        "say nothing of GPUs"
-    ]
+    there = [stage for stage in stages if stage.get("device") == "cpu"]
+    most = {name: max((stage.get(name, 1) for stage in there), default=1) for name in WHY}
+    return [f"engine.{name}={n} on a CPU only checks answers: {WHY[name]}" for name, n in most.items() if n > 1]
 
 
 def require_gpus(specs: Iterable[RunSpec], cluster: str) -> int:
@@ -33,17 +46,18 @@ def require_gpus(specs: Iterable[RunSpec], cluster: str) -> int:
 
     Raises ConfigError if a machine with GPUs has fewer, or if `runner.cluster` gives each cell one.
     """
-    asked = max((gpus_of(spec.engine) for spec in specs), default=1)
+    engines = [spec.engine for spec in specs]
+    asked = max(map(gpus_of, engines), default=1)
     if asked == 1:
         return 1
+    option = asked_by(engines)
     if cluster != "none":
         raise ConfigError(
-            f"engine.tensor_parallel={asked} and runner.cluster={cluster}: a cell of a cluster has one GPU; set "
-            "runner.cluster=none"
+            f"{option} and runner.cluster={cluster}: a cell of a cluster has one GPU; set runner.cluster=none"
         )
     if 0 < (there := len(visible_gpus())) < asked:
         raise ConfigError(
-            f"engine.tensor_parallel={asked}: this machine has {there} of these GPUs; allowed is at most {there}, and "
+            f"{option}: this machine has {there} of these GPUs; allowed is at most {there}, and "
             "engine.device=cpu checks the answers without"
         )
     return asked

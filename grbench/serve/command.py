@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from grbench.config.arguments import Arguments, CommandError
 from grbench.config.schema import ConfigError
 from grbench.deployment import Deployment
-from grbench.execution.ranks import gpus_of
+from grbench.execution.ranks import asked_by, gpus_of
 from grbench.serve.logs import Log
 from grbench.serve.options import SWITCH_S, bound, deployment_of, parse
 
@@ -40,10 +40,10 @@ def main(words: Sequence[str]) -> int:
     config, file, overrides = parse(given)
     deployment = deployment_of(file, overrides)
     specs = deployment.specs(file or "grbench serve")
-    if config.replicas > 1 and (ranks := max(gpus_of(spec.engine) for spec in specs.values())) > 1:
+    engines = [spec.engine for spec in specs.values()]
+    if config.replicas > 1 and max(map(gpus_of, engines)) > 1:
         raise ConfigError(
-            f"serve.replicas={config.replicas} and engine.tensor_parallel={ranks}: a replica has one GPU; set one of "
-            "them to 1"
+            f"serve.replicas={config.replicas} and {asked_by(engines)}: a replica has one GPU; set one of them to 1"
         )
     if missing := [name for name in MODULES if not find_spec(name)]:
         raise CommandError(f"package {missing[0]} is not installed; pip install 'grbench[serve]'", 1)

@@ -173,7 +173,7 @@ def test_places_share_no_core_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
         places.shares("3")
     monkeypatch.setattr(places, "visible_gpus", lambda: list("56789"))
     assert [share.gpu for share in places.shares("gpus", each=2)] == ["5,6", "7,8"]
-    with pytest.raises(ConfigError, match=r"has 2 times 2 GPUs for engine\.tensor_parallel=2, and cells never share"):
+    with pytest.raises(ConfigError, match=r"has 2 times the 2 GPUs of a cell, and cells never share"):
         places.shares("3", each=2)
 
 
@@ -182,6 +182,8 @@ def test_places_share_no_core_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (["engine=hstu"], "01", 1),
         (["engine=hstu", "engine.tensor_parallel=2"], "01", 2),
+        (["engine=hstu", "engine.item_shards=2"], "01", 2),
+        (["engine=hstu", "engine.item_shards=2"], "0", "engine.item_shards=2: this machine has 1 of these GPUs"),
         (["engine=hstu", "engine.tensor_parallel=2"], "", 2),  # a CPU checks the answers
         (["engine=hstu", "engine.tensor_parallel=2", "engine.device=cpu"], "0", 1),
         (["engine=pipeline", "engine@engine.retrieve=hstu", "engine.rank.tensor_parallel=2"], "01", 2),

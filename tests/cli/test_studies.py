@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -227,6 +228,33 @@ def test_rows_of_items_are_looked_up(program: Any, tmp_path: Path, capsys: Captu
     assert [row["budget_%"] for row in rows] == [5, 25]
     assert rows[0]["token_hits_%"] < rows[1]["token_hits_%"]
     assert rows[0]["moved_mb"] > rows[1]["moved_mb"] > 0
+
+
+def test_a_table_over_devices_is_looked_up(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    module = program("sharded_table")
+    sizes = ["--rows", "999", "--width", "8", "--tokens", "40", "60", "--warmup", "2", "--lookups", "2"]
+    rows = rows_of(module, tmp_path / "run", capsys, *sizes, "--zipf", "0", "1")
+    done = [row for row in rows if "status" not in row]
+    expected = {
+        case.name for case in module.CASES if importlib.util.find_spec("fbgemm_gpu") or "FBGEMM" not in case.name
+    }
+    assert {row["case"] for row in done} == expected and len(done) == 4 * len(expected)
+    assert all(row["us"] > 0 and row["predicted_us"] > 0 for row in done)
+    assert all(row["status"] == "UNAVAILABLE" and "fbgemm_gpu" in row["reason"] for row in rows if "status" in row)
+    planned = rows_of(module, tmp_path / "plan", capsys, *sizes, "--predict", "--zipf", "0", "1")
+    assert len(planned) == 4 * len(module.CASES)
+    assert min(row["distinct"] for row in planned if row["zipf"] == 0) > max(
+        row["distinct"] for row in planned if row["zipf"] == 1 and row["tokens"] == 40
+    )
+
+
+def test_a_lookup_of_other_rows_is_no_result(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = program("sharded_table")
+    monkeypatch.setattr(module.Parts, "gather", lambda self, rows: self.parts[0][rows % self.length])
+    sizes = ["--rows", "999", "--width", "8", "--tokens", "40", "--warmup", "0", "--lookups", "1", "--zipf", "0"]
+    module.main([*sizes, "--cases", "two GPUs, loads", "--out", str(tmp_path)])
+    [row] = results.load(tmp_path / results.RESULTS_FILE)["rows"]
+    assert row["status"] == "INCORRECT" and "rows of the lookup differ from the table" in row["reason"]
 
 
 def test_launches_are_timed(program: Any, tmp_path: Path, capsys: Capture) -> None:

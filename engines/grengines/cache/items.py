@@ -92,11 +92,12 @@ class HotRows:
             raise ValueError(f"cache.item_memory_gb: a row takes {one} bytes, the budget has {budget_bytes}; raise it")
         return cls(host, slots=min(budget_bytes // one, len(host)), device=device, dtype=dtype)
 
-    def lookup(self, rows: Int64Array) -> Int64Array:
+    def lookup(self, rows: Int64Array, readers: torch.cuda.Event | None = None) -> Int64Array:
         """Return slots int64 [n] of table rows int64 [n], repeats allowed.
 
         The rows are in `table` for all work that is queued on the device's current stream from now on, until the next
-        lookup. Waits for the device only if both staging buffers are still being copied.
+        lookup. Waits for the device only if both staging buffers are still being copied. readers: rows are replaced
+        after this event, where those who read `table` are on other streams.
 
         Raises IndexError for a row that the table lacks, and RuntimeError for more distinct rows than slots. Neither
         changes anything. If fetching fails, the missing rows stay absent, and the error is passed on.
@@ -115,7 +116,7 @@ class HotRows:
         self._count[hits] = IN_USE
         try:
             if len(missing):
-                self._fetch(missing)
+                self._fetch(missing, readers)
         finally:
             self._count[hits] = counts
         repeats = np.diff(first, append=len(rows))
@@ -150,7 +151,7 @@ class HotRows:
                 f"cache.item_memory_gb holds {self.slots}; give it more, or run smaller batches"
             )
 
-    def _fetch(self, rows: Int64Array) -> None:
+    def _fetch(self, rows: Int64Array, readers: torch.cuda.Event | None) -> None:
         """Put distinct missing rows into slots. They count as present once their copies are queued."""
         slots = self._take(len(rows))
         gone = self._row_of[slots]
@@ -162,7 +163,7 @@ class HotRows:
         most = self._staging[0].rows
         for begin in range(0, len(rows), most):
             part = slice(begin, begin + most)
-            self._staging[self._next_staging].write(self.host, rows[part], slots[part], self.table)
+            self._staging[self._next_staging].write(self.host, rows[part], slots[part], self.table, readers)
             self._next_staging ^= 1
 
         self._slot_of[rows], self._row_of[slots] = slots, rows
@@ -205,8 +206,10 @@ class _Staging:
         self._buffer = torch.empty(self.rows * (8 + self._row_bytes), dtype=torch.uint8, pin_memory=cuda)
         self._copied = torch.cuda.Event() if cuda else None
 
-    def write(self, host: Tensor, rows: Int64Array, slots: Int64Array, table: Tensor) -> None:
-        """Queue table[slots] = host[rows] on the current stream."""
+    def write(
+        self, host: Tensor, rows: Int64Array, slots: Int64Array, table: Tensor, readers: torch.cuda.Event | None
+    ) -> None:
+        """Queue table[slots] = host[rows] on the current stream. The copy to the device doesn't wait for readers."""
         if self._copied is not None:
             self._copied.synchronize()  # the earlier copy from this buffer
         n = len(rows)
@@ -216,6 +219,8 @@ class _Staging:
         moved = part.to(table.device, non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(table.device))
+        if readers is not None:
+            torch.cuda.current_stream(table.device).wait_event(readers)
         table.index_copy_(0, *self._views(moved, n, table))
 
     @staticmethod

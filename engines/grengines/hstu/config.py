@@ -10,6 +10,7 @@ from grengines.options import TENSOR_PARALLEL, GraphOptions, option
 from grengines.refusals import Asked, attention_of_ranking, graphs_on_cpu, heads_over_ranks
 
 FP8_STEP = 16  # as grkernels.fp8.STEP
+ROW_STEP = 8  # numbers of half precision in a piece of grkernels.parts
 
 
 @dataclass
@@ -23,6 +24,10 @@ class HSTUEngineConfig(GraphOptions):
         choices=["auto", "fp32", "fp16", "bf16", "fp8"],
     )
     tensor_parallel: int = option(1, TENSOR_PARALLEL, ge=1, le=64)
+    item_shards: int = option(
+        1, "GPUs, from the engine's on, that share the rows of the token table; all but the first only hold them; a "
+        "CPU only checks answers", ge=1, le=64,
+    )  # fmt: skip
     candidate_microbatch: int = option(
         0, "M-FALCON: prefill once, then rank this many candidates at a time; 0: all in one pass", ge=0
     )
@@ -39,6 +44,8 @@ def contradiction(options: HSTUEngineConfig, asked: Asked) -> str | None:
     if options.tensor_parallel > 1 and (
         problem := heads_over_ranks(options.tensor_parallel, model) or _one_rank_only(options, cache)
     ):
+        return problem
+    if options.item_shards > 1 and (problem := _whole_table(options, asked.task, model)):
         return problem
     if asked.task == "generate":
         if size:
@@ -83,6 +90,26 @@ def _one_rank_only(options: HSTUEngineConfig, cache: CacheConfig | PagedCacheCon
         return f"cache.item_memory_gb={cache.item_memory_gb:g} and {asked}: each rank has all item vectors; set it to 0"
     if isinstance(cache, PagedCacheConfig) and cache.host_gb:
         return f"cache.host_gb={cache.host_gb:g} and {asked}: pages of several ranks have no host tier; set it to 0"
+    return None
+
+
+def _whole_table(options: HSTUEngineConfig, task: str, model: HSTUConfig) -> str | None:
+    """Return None, or which options need the whole token table on the engine's GPU."""
+    asked = f"engine.item_shards={options.item_shards}"
+    if task == "generate":
+        return f"{asked} is for ranking: a search reads its token table as a matrix; set it to 1"
+    if options.tensor_parallel > 1:
+        return (
+            f"{asked} and engine.tensor_parallel={options.tensor_parallel}: each rank has all item vectors; set one of "
+            "them to 1"
+        )
+    if model.choices.item_tower == "table":
+        return f"{asked} and model.item_tower=table: only the token table is shared; set engine.item_shards=1"
+    if model.embedding_dim % ROW_STEP:
+        return (
+            f"{asked} and model.embedding_dim={model.embedding_dim}: allowed are multiples of {ROW_STEP}; set "
+            "engine.item_shards=1"
+        )
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from grengines.api import RankResult, Request, Setup, Tier, UnavailableError
 from grengines.base import RankingEngine
 from grengines.cache.config import PagedCacheConfig, stored
+from grengines.cache.item_shards import ItemShards
 from grengines.cache.items import HotRows
 from grengines.export.identity import kv_hash
 from grengines.hstu.cached import CachedRanking
@@ -29,7 +31,7 @@ from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, fillin
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import Marks, collect
 from grengines.runtime.shared_graphs import graph_runner
-from grengines.runtime.team import Alone, Team
+from grengines.runtime.team import Alone, Team, device_of, fewer_gpus
 from grkernels import fp8, tuning
 from grkernels.operators import Operators
 
@@ -70,7 +72,7 @@ class HSTUEngine(RankingEngine):
         self.team: Team | Alone = Alone(self._device)
         self._parameters = 0  # of the whole model
         self.user_cache: CachedRanking | None = None  # from `prepare` on, if the options ask for it
-        self._items: HotRows | None = None
+        self._items: HotRows | ItemShards | None = None
 
     @torch.inference_mode()
     def _load(self, sample: Sequence[Request], max_batch: int) -> None:
@@ -78,7 +80,9 @@ class HSTUEngine(RankingEngine):
         setup = self._setup
         if self._ranks > 1:
             self.team = Team(self._ranks, self._device, follow_ranking, self._recipe())
-        in_host_memory = self._cache.item_memory_gb > 0
+        memory, shards = math.ceil(self._cache.item_memory_gb * 1e9), self._options.item_shards
+        if lacking := fewer_gpus(shards, self._device, "engine.item_shards"):
+            raise UnavailableError(lacking)
         self._ranker = ranker = build_model(
             self._model_config,
             setup.catalogue,
@@ -86,15 +90,19 @@ class HSTUEngine(RankingEngine):
             self._device,
             self._dtype,
             self.operators,
-            host_table=in_host_memory,
+            host_table=memory > 0 or shards > 1,
         )
         self._parameters = sum(p.numel() for p in ranker.parameters())
         if self._products:
             use_fp8(ranker)
         if isinstance(self.team, Team):
             shard(ranker, self.team.group)
-        if in_host_memory:
-            memory, table = int(self._cache.item_memory_gb * 1e9), ranker.token_table.data
+        table = ranker.token_table.data
+        if shards > 1:
+            devices = [device_of(self._device, i) for i in range(shards)]
+            self._items = ItemShards(table, devices, self._dtype, memory)
+            ranker.use_parts(self._items.table)
+        elif memory:
             self._items = HotRows.within(memory, table, device=self._device, dtype=self._dtype)
             ranker.use_table(self._items.table)
         begun = time.perf_counter()
@@ -242,7 +250,8 @@ class HSTUEngine(RankingEngine):
             **(self.user_cache.actual() if self.user_cache else {}),
             "parameters": self._parameters,
             **self.team.actual(),
-            "item_slots": self._items.slots if self._items else 0,  # rows of the token table on the device; 0: all
+            "item_slots": self._items.slots if self._items else 0,  # rows of the token table on the devices; 0: all
+            **(self._items.actual() if isinstance(self._items, ItemShards) else {}),
         }
 
     def _describe_products(self) -> dict[str, Any]:
@@ -265,7 +274,7 @@ class HSTUEngine(RankingEngine):
         All parts of a batch share one lookup, since a lookup may evict the rows of the one before. Returns the item
         cache's counts. Raises RuntimeError, and changes nothing, if they need more rows than the device holds.
         """
-        if self._items is None:
+        if self._items is None or not self._items.slots:
             return {}
         before = dataclasses.asdict(self._items.counters)
         self._items.place([host.token_rows for host in hosts])

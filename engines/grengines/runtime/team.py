@@ -116,7 +116,7 @@ class Team:
         self._group: Group | None = None
         try:
             for rank in range(1, size):
-                self._start(replace(first, rank=rank, device=_device(device, rank)))
+                self._start(replace(first, rank=rank, device=device_of(device, rank)))
             threading.Thread(target=self._watch, daemon=True).start()
             with self.waiting():
                 self._group = first.group()
@@ -310,17 +310,17 @@ class Team:
             process.kill()
 
 
-def _device(first: torch.device, rank: int) -> torch.device:
+def device_of(first: torch.device, rank: int) -> torch.device:
     """Return the device of a rank: the GPU that many after the first."""
     return torch.device("cuda", (first.index or 0) + rank) if first.type == "cuda" else first
 
 
-def fewer_gpus(size: int, device: torch.device) -> str | None:
-    """Return None, or that there are fewer GPUs than ranks from the engine's on."""
+def fewer_gpus(size: int, device: torch.device, asked: str = "engine.tensor_parallel") -> str | None:
+    """Return None, or that there are fewer GPUs from the engine's on than an option asks for."""
     there = torch.cuda.device_count() - (device.index or 0) if device.type == "cuda" else size
     if there >= size:
         return None
-    return f"engine.tensor_parallel={size}: PyTorch sees {there} of these GPUs; set it to at most {there}"
+    return f"{asked}={size}: PyTorch sees {there} of these GPUs; set it to at most {there}"
 
 
 def _of_peer(error: BaseException) -> bool:

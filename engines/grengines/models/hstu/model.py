@@ -32,6 +32,7 @@ from grengines.runtime.group import Group
 from grkernels.hstu_attention.extras import Extras
 from grkernels.norm_gate.reference import moments_of
 from grkernels.operators import Operators
+from grkernels.parts import Parts
 
 
 @dataclass
@@ -178,6 +179,7 @@ class HSTURanker(nn.Module):
         E = config.embedding_dim
         rows = encoding.item_rows + encoding.user_rows + encoding.blank_rows
         self.token_table = nn.Parameter(torch.empty(rows, E))
+        self.token_parts: Parts | None = None  # instead of `token_table`, from `use_parts` on
         self.action_table = nn.Parameter(torch.empty(encoding.action_rows, E))
         self.weight_vector = nn.Parameter(torch.empty(E))
         self.position_table = nn.Parameter(torch.empty(config.max_positions + config.contextual_seq_len, E))
@@ -241,6 +243,17 @@ class HSTURanker(nn.Module):
         self.token_table = nn.Parameter(table, requires_grad=False)
         if tower is not None:
             self.tower_table = nn.Parameter(tower, requires_grad=False)
+
+    def use_parts(self, parts: Parts) -> None:
+        """Take token vectors from a table in parts, and drop `token_table`."""
+        self.use_table(torch.empty(0, device=self.device, dtype=self.dtype))
+        self.token_parts = parts
+
+    def _vectors(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a table on the device, and where the token rows int64 [n] are in it."""
+        if self.token_parts is None:
+            return self.token_table, rows
+        return self.token_parts.gather(rows), torch.arange(len(rows), device=rows.device)
 
     def forward(self, batch: JaggedBatch) -> Tensor:
         """Encode whole histories: returns logits fp32 [M, tasks] of the batch's candidates."""
@@ -368,13 +381,14 @@ class HSTURanker(nn.Module):
 
     def embed(self, batch: JaggedBatch) -> Tensor:
         """Embed tokens to x [L, E]. Encoding defines each index."""
+        table, rows = self._vectors(batch.token_rows)
         embedded: Tensor = self.kernels.token_embedding(
-            batch.token_rows,
+            rows,
             batch.actions,
             batch.weights,
             batch.positions,
             batch.time_buckets,
-            token_table=self.token_table,
+            token_table=table,
             action_table=self.action_table,
             weight_vector=self.weight_vector,
             position_table=self.position_table,
@@ -412,12 +426,14 @@ class HSTURanker(nn.Module):
             candidates = self.clock(candidates, batch.times[rows])
         features = self.norm(candidates, kernels)
         if self.config.interaction:
-            item = F.embedding(batch.token_rows[rows], self.token_table)
+            table, own = self._vectors(batch.token_rows[rows])
+            item = F.embedding(own, table)
             position = F.embedding(batch.positions[rows], self.position_table)
             gap = F.embedding(batch.time_buckets[rows], self.time_table)
             features = kernels.interaction(torch.stack([features, item, position, gap], dim=1))
         if self.tower is not None:
-            features = features * self.tower(batch.token_rows[rows], self.token_table, kernels)
+            table, own = self._vectors(batch.token_rows[rows])
+            features = features * self.tower(own, table, kernels)
         elif self.tower_table is not None:
             features = features * F.embedding(batch.token_rows[rows], self.tower_table)
         if self.operands:
