@@ -5,10 +5,13 @@
 
 Batches of whole histories, and of users who are in the KV cache, are ranked one after another. Each row has the least
 microseconds of each part: look-up and commit of cached states, packing, places in the pages, copies, launches, the
-result's copy. `outside_us` is the wall clock around `rank` without the time between the copies on the device. It is
-what the host adds to a batch, if no other batch is computed meanwhile.
+result's copy. `before_us` is the time from the call of `rank` until all is launched, and `after_us` from the end of the
+wait for the device until `rank` returns. The host does the rest while the device computes. `outside_us` is the wall
+clock around `rank` without the time between the copies on the device. It is what the host adds to a batch, if no other
+batch is computed meanwhile.
 
-On a CPU nothing is computed: the model is small and returns zeros. So the rows have the host's own work alone.
+On a CPU nothing is computed: the model is small and returns zeros, and so do graphs, whose inputs are copied. So the
+rows have the host's own work alone.
 """
 
 from __future__ import annotations
@@ -30,25 +33,52 @@ from grengines.cache.places import HostPlaces
 from grengines.cache.states import UserStates
 from grengines.hstu import cached, engine
 from grengines.models.hstu.model import HSTURanker
-from grengines.runtime.batch import HostBatch
+from grengines.runtime.batch import Bucket, HostBatch
+from grengines.runtime.buckets import plan_buckets
 from grengines.runtime.graphs import GraphRunner
+from grengines.runtime.results import Marks
 
 SMALL = [f"model.{key}" for key in ("layers=1", "embedding_dim=16", "heads=1", "qk_dim=16", "v_dim=16")]
+
+
+class CopyRunner:
+    """CUDA graphs on a machine without them: inputs are copied, and nothing is computed. Satisfies graph_costs.Runner.
+
+    Arguments: as of GraphRunner.
+    """
+
+    def __init__(self, forward: Any, buckets: Sequence[Bucket], inputs: Callable[[Bucket], Any], device: Any) -> None:
+        self._buffers = {b: torch.cat([host.buffer for host in inputs(b)]) for b in buckets}
+        self._logits = {b: torch.zeros(b.candidates, 1) for b in buckets}
+
+    def keep(self, buckets: Sequence[Bucket]) -> None:
+        """Drop nothing: all graphs are asked for."""
+
+    def upload(self, bucket: Bucket, inputs: torch.Tensor) -> None:
+        self._buffers[bucket].copy_(inputs)
+
+    def replay(self, bucket: Bucket) -> torch.Tensor:
+        return self._logits[bucket]
+
+
+RUNNER = GraphRunner if torch.cuda.is_available() else CopyRunner
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "states": [(UserStates, name) for name in ("lookup", "extend", "start_loading", "commit", "abort", "counters")],
+    "states": [(UserStates, name) for name in ("lookup", "extend", "start_loading", "commit", "abort", "counts")],
     "pack": [(cached, "pack_slices"), (engine, "pack_slices")],
     "places": [(HostPlaces, "of")],
-    "copy": [(GraphRunner, "upload"), (HostBatch, "to"), (HostPlaces, "to")],
-    "launch": [(GraphRunner, "replay"), (HSTURanker, "forward"), (HSTURanker, "paged")],
+    "copy": [(RUNNER, "upload"), (HostBatch, "to"), (HostPlaces, "to")],
+    "launch": [(RUNNER, "replay"), (HSTURanker, "forward"), (HSTURanker, "paged")],
     "result": [(cached, "collect"), (engine, "collect")],
+    "wait": [(Marks, "wait")],
 }
 
 
 class Clock:
-    """Seconds that are spent in functions, by part."""
+    """Seconds that are spent in functions, by part, and the time at the end of the last one of each part."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = defaultdict(float)
+        self.ended: dict[str, float] = {}
 
     def watching(self, owner: Any, name: str, part: str) -> AbstractContextManager[object]:
         """Add up the time in a function of a class or a module inside the context."""
@@ -60,7 +90,8 @@ class Clock:
             try:
                 return found(*args, **options)
             finally:
-                self.spent[part] += time.perf_counter() - begun
+                self.ended[part] = time.perf_counter()
+                self.spent[part] += self.ended[part] - begun
 
         return mock.patch.object(owner, name, staticmethod(timed) if bound else timed)
 
@@ -87,9 +118,12 @@ def measure(rows: common.Rows, clock: Clock, rounds: int, made: Any, case: Case)
         clock.spent.clear()
         begun = time.perf_counter()
         result = made.rank(batch)
-        wall.append(time.perf_counter() - begun - (result.compute_ms / 1e3 if torch.cuda.is_available() else 0.0))
+        ended = time.perf_counter()
+        wall.append(ended - begun - (result.compute_ms / 1e3 if torch.cuda.is_available() else 0.0))
         for part in PARTS:
             parts[part].append(clock.spent[part])
+        parts["before"].append(clock.ended["launch"] - begun)
+        parts["after"].append(ended - clock.ended["wait"])
     assert result is not None
     least = {f"{part}_us": 1e6 * min(times) for part, times in parts.items()}
     rows.add(
@@ -111,6 +145,10 @@ def returning(parser: Any, args: Any, rows: common.Rows, clock: Clock) -> None:
     spec = common.specs_of(parser, [*defaults, "cache.memory_gb=4", *more], args.overrides, multirun=False)[0]
     users, known = common.requests_of(8, args.history, 256), args.history - args.history // 32
     made = common.engine_of(spec, users, len(users))
+    if not torch.cuda.is_available():
+        plan = plan_buckets(users, made.user_cache.encoding, len(users), packed=True, cached=True)
+        with mock.patch.object(cached, "GraphRunner", CopyRunner), torch.inference_mode():
+            made.user_cache.capture("true", plan, users[0])
     for count in (8, 1):
         batch = users[:count]
         earlier = [common.first_events(user, known) for user in batch]

@@ -15,6 +15,7 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding
 from grengines.runtime.buckets import token_count
 from grengines.runtime.device import DTYPES, PRODUCTS, Placement
+from grengines.runtime.native import native
 from grengines.runtime.timing import Turn, Turns
 from grengines.semantic.search import check_width
 
@@ -169,6 +170,10 @@ class RankingEngine(EngineBase):
     @abstractmethod
     def rank(self, requests: Sequence[Request]) -> RankResult:
         """Score every candidate of every request."""
+
+    def actual(self) -> dict[str, Any]:
+        """Return what really runs, as JSON values."""
+        return super().actual() | native().actual()
 
     def _largest(self, sample: Sequence[Request], max_batch: int) -> list[Request]:
         """Return the `max_batch` requests of most tokens, the largest last."""

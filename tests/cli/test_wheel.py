@@ -56,6 +56,7 @@ def test_the_wheel_has_configs_types_and_licence(wheel: Path) -> None:
         "grbench/py.typed",
         "grkernels/py.typed",
         "grengines/py.typed",
+        "grengines/runtime/native.c",
         "grbench/conf/config.yaml",
         "grbench/experiments/study/batching.yaml",
     } <= names

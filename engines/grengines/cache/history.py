@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grengines.api import Request
+from grengines.runtime.native import native
 
 Column = npt.NDArray[Any]
 
@@ -41,6 +42,8 @@ class History:
 
     def common(self, other: History) -> int:
         """Return the number of first events that are the same. In two copies a NaN weight equals none."""
+        if (functions := native().functions) is not None and (same := functions.common(self, other)) is not None:
+            return int(same)
         n = min(len(self), len(other))
         # Timestamps first: they differ soonest, and bound the comparison of the others.
         for a, b in (

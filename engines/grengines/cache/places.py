@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grengines.api import Int64Array
 from grengines.cache.index import Plan
 from grengines.cache.pool import PagePool
 from grengines.runtime import staging
+from grengines.runtime.native import native
 from grengines.runtime.staging import Staging
 
 
@@ -56,17 +58,11 @@ class HostPlaces:
         B = max(len(plans), sequences)
         width = max([1, pages, *(len(plan.pages) for plan in plans)])
         sizes = cls._sizes(B, rows, width)
-        buffer = staged.take(sum(sizes)) if staged else staging.zeros(sum(sizes), pin)
-        ends = list(accumulate(sizes))
-        cached, stored, slots, packed = (buffer.numpy()[end - n : end] for n, end in zip(sizes, ends, strict=True))
-        slots[:] = -1
-        table = packed.view(np.int32)[: B * width].reshape(B, width)
-        for b, plan in enumerate(plans):
-            table[b, : len(plan.pages)] = plan.pages
-            cached[b], stored[b] = plan.cached, plan.stored
-            if new := plan.stored - plan.cached:
-                first = first_rows[b]
-                slots[first : first + new] = pool.slots(plan.pages, plan.cached, plan.stored)
+        buffer = staged.take(sum(sizes)) if staged else staging.empty(sum(sizes), pin)
+        if (functions := native().functions) is not None:
+            functions.write_places(buffer.numpy(), list(plans), list(first_rows), rows, B, width, pool.page)
+        else:
+            _write_places(buffer.numpy(), sizes, width, pool, plans, first_rows)
         return cls(buffer, sizes, width)
 
     @classmethod
@@ -84,3 +80,25 @@ class HostPlaces:
         cached, stored, slots, table = buffer.split(self.sizes)
         B = len(cached)
         return PagedBatch(table.view(torch.int32)[: B * self.pages].view(B, self.pages), cached, stored, slots)
+
+
+def _write_places(
+    packed: Int64Array,
+    sizes: Sequence[int],
+    width: int,
+    pool: PagePool,
+    plans: Sequence[Plan],
+    first_rows: Sequence[int],
+) -> None:
+    """Write the arrays of HostPlaces, as write_places of native.c."""
+    ends = list(accumulate(sizes))
+    packed.fill(0)
+    cached, stored, slots, pairs = (packed[end - n : end] for n, end in zip(sizes, ends, strict=True))
+    slots.fill(-1)
+    table = pairs.view(np.int32)[: len(cached) * width].reshape(len(cached), width)
+    for b, plan in enumerate(plans):
+        table[b, : len(plan.pages)] = plan.pages
+        cached[b], stored[b] = plan.cached, plan.stored
+        if new := plan.stored - plan.cached:
+            first = first_rows[b]
+            slots[first : first + new] = pool.slots(plan.pages, plan.cached, plan.stored)

@@ -75,6 +75,7 @@ class CachedRanking:
         self._device = ranker.device
         self._team = team or Alone(self._device)
         self._pin = self._device.type == "cuda"
+        self.encoding = ranker.encoding
         longest = ranker.encoding.contextual_seq_len + max(len(r.history_items) for r in sample)
         self.states = _make_states(ranker, cache, longest, identity)
         self._pages = self.states.pool.pages_for(longest)
@@ -103,7 +104,7 @@ class CachedRanking:
         A batch that fails is counted and logged. `whole` queues it then, without the cache. If the disk has not what
         was written there, the batch is queued again, without that state.
         """
-        before, failed = vars(self.states.counters()), False
+        before, failed = self.states.counts(), False
         lookups = before
         while True:
             try:
@@ -111,14 +112,14 @@ class CachedRanking:
                 break
             except ReadError as error:
                 self._drain()
-                lookups = vars(self.states.counters())
+                lookups = self.states.counts()
                 self.states.lost(error)
             except Exception as error:
                 self.states.fault(f"{len(requests)} requests failed with the cache", error)
                 self._drain()
                 queued, failed = whole(requests), True
                 break
-        after = vars(self.states.counters())
+        after = self.states.counts()
         # Of a batch that was queued more than once, the last lookups count.
         changes = {name: n - (lookups if name in LOOKUPS else before)[name] for name, n in after.items()}
         if failed:  # the states that were found were not used
@@ -158,9 +159,12 @@ class CachedRanking:
         A user's second request in a batch is in a later pass than the first, whose state it finds. An error loses no
         page, and leaves the index as before.
         """
-        passes = _passes([r.user_id for r in requests])
+        users = [r.user_id for r in requests]
+        if len(set(users)) == len(users):
+            return self._queue(requests)
+        passes = _passes(users)
         queued = [self._queue([requests[i] for i in places]) for places in passes]
-        return queued[0] if len(queued) == 1 else lambda: _merged([answer() for answer in queued], passes)
+        return lambda: _merged([answer() for answer in queued], passes)
 
     def _queue(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue one pass over requests of different users."""
@@ -323,7 +327,7 @@ class CachedRanking:
 
     def _shares(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[float]:
         """Return the share to load of the tokens that only a lower tier has, for each request."""
-        more_below = any(plan.below > plan.on_device for plan in plans)
+        more_below = self.states.tier is not None and any(plan.below > plan.on_device for plan in plans)
         if self._cache.onload_share or not more_below or not self.costs.compute_s:
             return [self._cache.onload_share or 1.0] * len(plans)
         return self.costs.shares(requests, plans, self.states, captured=self.graphs.runner is not None)
@@ -334,6 +338,8 @@ class CachedRanking:
         They are launched if no graph holds the batch, and if kernels that overlap the copies from lower tiers are done
         sooner than a graph behind the copies.
         """
+        if self.graphs.runner is None:
+            return None
         candidates = [len(r.candidates) for r in requests]
         new = [plan.tokens - plan.cached + c for plan, c in zip(plans, candidates, strict=True)]
         keys = [plan.tokens + c for plan, c in zip(plans, candidates, strict=True)]
@@ -402,8 +408,6 @@ def _newest(request: Request, events: int) -> Request:
 
 def _passes(users: Sequence[int]) -> list[list[int]]:
     """Return places in the batch: each user's first request, then each user's second, and so on."""
-    if len(set(users)) == len(users):
-        return [list(range(len(users)))]
     passes: list[list[int]] = []
     seen: Counter[int] = Counter()
     for i, user in enumerate(users):

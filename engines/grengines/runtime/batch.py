@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from operator import add, le
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from torch import Tensor
 from grengines.api import Catalogue, Request
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import staging
+from grengines.runtime.native import native
 from grengines.runtime.staging import Staging
 
 Int64Array = npt.NDArray[np.int64]
@@ -91,6 +92,16 @@ class Encoding:
     def action_rows(self) -> int:
         """Rows of the action table."""
         return (1 << self.num_actions if self.combinations else self.num_actions) + self.target_action
+
+    @property
+    def action_mask(self) -> int:
+        """Bits of an event's actions that are used; -1: all."""
+        return (1 << self.num_actions) - 1 if self.target_action or self.combinations else -1
+
+    @property
+    def candidate_action(self) -> int:
+        """Action bits of a candidate."""
+        return 1 << (self.action_rows - 1) if self.target_action else 0
 
     def contextual(self, events: int) -> int:
         """Return the contextual tokens of a user with this many events."""
@@ -207,16 +218,23 @@ def pack(
     padded = layout.padded(bucket)
     appends = cached is not None
     total, sizes, places = _places(padded.tokens, padded.batch, padded.candidates, appends, encoding.arrays)
-    buffer = staged.take(total) if staged else staging.zeros(total, pin)
+    buffer = staged.take(total) if staged else staging.empty(total, pin)
     packed = buffer.numpy()
-    arrays = {name: packed[place] for name, place in places.items()}
-    _write_tokens(arrays, requests, layout, encoding)
+    functions = native().functions
+    more = encoding.contextual_seq_len or encoding.from_end or encoding.arrays
+    arrays = {name: packed[place] for name, place in places.items()} if more or functions is None else {}
+    if functions is not None:
+        _write_tokens_in_c(functions, packed, padded, requests, layout, encoding, places["q_offsets"].start, appends)
+    else:
+        _write_tokens(arrays, requests, layout, encoding)
+        offsets = layout.offsets(padded.batch, appends)
+        packed[total - len(offsets) :] = offsets
+    if encoding.contextual_seq_len:
+        _write_contextual(arrays, requests, layout, encoding)
     if encoding.from_end:
         _encode_from_end(arrays, requests, layout, encoding)
     if encoding.arrays:
-        _write_more(arrays, requests, layout)
-    offsets = layout.offsets(padded.batch, appends)
-    packed[total - len(offsets) :] = offsets
+        _write_more(arrays, requests, layout, encoding)
     return HostBatch(
         buffer,
         sizes,
@@ -242,12 +260,19 @@ class _Layout:
     cached: list[int]  # first tokens of each history that are not packed
     new: list[int]  # tokens of each that are packed
     q_offsets: list[int]  # of these
+    needed: Bucket
 
     @classmethod
     def of(
         cls, requests: Sequence[Request], encoding: Encoding, cached: Sequence[int] | None, candidates: slice
     ) -> _Layout:
         chosen = [r.candidates[candidates] for r in requests]
+        if (functions := native().functions) is not None:
+            C, least = encoding.contextual_seq_len, 0 if encoding.blank_rows else encoding.contextual_from
+            done = list(cached) if cached is not None else None
+            if (found := functions.layout(list(requests), chosen, done, C, least)) is not None:
+                fields = [chosen, *found[:-1], Bucket(*found[-1])]
+                return cls(*fields)
         targets = [len(c) for c in chosen]
         events = [len(r.history_items) for r in requests]
         contextual = [encoding.contextual(n) for n in events]
@@ -259,7 +284,15 @@ class _Layout:
                 allowed = f"0 or {n}, since contextual tokens see the whole history" if C else f"0 to {n}"
                 raise ValueError(f"request {r.request_id}: {d} tokens are cached; allowed is {allowed}")
         new = [n - d + t for n, d, t in zip(histories, done, targets, strict=True)]
-        return cls(chosen, targets, events, contextual, histories, done, new, [0, *accumulate(new)])
+        needed = Bucket(
+            batch=len(targets),
+            tokens=sum(new),
+            candidates=sum(targets),
+            length=max(new, default=0),
+            targets=max(targets, default=0),
+            keys=max(map(add, histories, targets), default=0),
+        )
+        return cls(chosen, targets, events, contextual, histories, done, new, [0, *accumulate(new)], needed)
 
     def offsets(self, sequences: int, appends: bool) -> list[int]:
         """Return the offsets that a batch has, in the order of OFFSETS, and num_targets. More sequences are empty."""
@@ -272,17 +305,9 @@ class _Layout:
 
     def padded(self, bucket: Bucket | None) -> Bucket:
         """Return the sizes in a bucket. Raises ValueError if it is too small."""
-        needed = Bucket(
-            batch=len(self.targets),
-            tokens=self.q_offsets[-1],
-            candidates=sum(self.targets),
-            length=max(self.new, default=0),
-            targets=max(self.targets, default=0),
-            keys=max(map(add, self.histories, self.targets), default=0),
-        )
-        if bucket is not None and not needed.fits(bucket):
-            raise ValueError(f"a batch of {needed} doesn't fit {bucket}; pack it without it")
-        return bucket or needed
+        if bucket is not None and not self.needed.fits(bucket):
+            raise ValueError(f"a batch of {self.needed} doesn't fit {bucket}; pack it without it")
+        return bucket or self.needed
 
 
 def append_size(bucket: Bucket, encoding: Encoding) -> int:
@@ -317,18 +342,50 @@ def _count(n: int, most: int) -> Int64Array:
     return counted
 
 
+def _write_tokens_in_c(
+    functions: Any,
+    packed: Int64Array,
+    padded: Bucket,
+    requests: Sequence[Request],
+    layout: _Layout,
+    encoding: Encoding,
+    offsets_at: int,
+    appends: bool,
+) -> None:
+    """Write what `_write_tokens` writes, and the offsets."""
+    functions.write_tokens(
+        packed,
+        list(requests),
+        layout.candidates,
+        layout.cached,
+        layout.contextual,
+        padded.tokens,
+        padded.candidates,
+        padded.batch,
+        offsets_at,
+        appends,
+        encoding.item_rows,
+        encoding.action_mask,
+        encoding.combinations,
+        encoding.candidate_action,
+        encoding.max_positions - 1,
+        encoding.time_buckets,
+    )
+
+
 def _write_tokens(arrays: Arrays, requests: Sequence[Request], layout: _Layout, encoding: Encoding) -> None:
     """Write each token's row, actions, weight, position and time bucket, and candidate_rows.
 
     NumPy's calls are what takes time, so each request makes few, and the rest is done for all of them at once.
     """
-    C, last_position = encoding.contextual_seq_len, encoding.max_positions - 1
+    last_position, candidate_action = encoding.max_positions - 1, encoding.candidate_action
     rows, actions, positions, gaps = (arrays[n] for n in ("token_rows", "actions", "positions", "time_buckets"))
     weights, candidate_rows = arrays["weights"].view(np.float64), arrays["candidate_rows"]
+    for array in (rows, actions, weights, positions, gaps, candidate_rows):
+        array.fill(0)
     most = 1 << max(len(rows), *layout.events, 0).bit_length()  # a power of two: few counts are made
     count, position = _count(most, most), _count(most, last_position)
     placed, new = 0, False
-    candidate_action = 1 << (encoding.action_rows - 1) if encoding.target_action else 0
     for r, candidates, events, c, cached, last in zip(
         requests,
         layout.candidates,
@@ -345,8 +402,8 @@ def _write_tokens(arrays: Arrays, requests: Sequence[Request], layout: _Layout, 
             at, after_first = end - (events - first), max(first, 1)
             rows[at:end] = r.history_items[first:]
             actions[at:end] = r.history_actions[first:]
-            if encoding.target_action or encoding.combinations:
-                actions[at:end] &= (1 << encoding.num_actions) - 1
+            if encoding.action_mask != -1:
+                actions[at:end] &= encoding.action_mask
             if encoding.combinations:
                 np.left_shift(1, actions[at:end], out=actions[at:end])
             weights[at:end] = r.history_weights[first:]
@@ -365,15 +422,20 @@ def _write_tokens(arrays: Arrays, requests: Sequence[Request], layout: _Layout, 
         gaps[last - targets : last] = min((1 + gap).bit_length(), encoding.time_buckets) - 1
     if rows.view(np.uint64).max(initial=0) >= encoding.item_rows:  # dividing takes ten times as long as looking
         np.remainder(rows, encoding.item_rows, out=rows)
-    for at, cached, c, events, r in (
-        zip(layout.q_offsets[:-1], layout.cached, layout.contextual, layout.events, requests, strict=True) if C else ()
+
+
+def _write_contextual(arrays: Arrays, requests: Sequence[Request], layout: _Layout, encoding: Encoding) -> None:
+    """Write the rows and positions of contextual tokens."""
+    C, count = encoding.contextual_seq_len, np.arange(encoding.contextual_seq_len)
+    rows, positions = arrays["token_rows"], arrays["positions"]
+    for at, cached, c, events, r in zip(
+        layout.q_offsets[:-1], layout.cached, layout.contextual, layout.events, requests, strict=True
     ):
         if c and not cached:
-            own = (r.user_id * C + count[:C]) % encoding.user_rows
-            rows[at : at + C] = encoding.item_rows + own
+            rows[at : at + C] = encoding.item_rows + (r.user_id * C + count) % encoding.user_rows
             if events + len(r.candidates) < encoding.contextual_from:
-                rows[at : at + C] = encoding.item_rows + encoding.user_rows + count[:C]
-            positions[at : at + C] = encoding.max_positions + count[:C]
+                rows[at : at + C] = encoding.item_rows + encoding.user_rows + count
+            positions[at : at + C] = encoding.max_positions + count
 
 
 def _encode_from_end(arrays: Arrays, requests: Sequence[Request], layout: _Layout, encoding: Encoding) -> None:
@@ -391,8 +453,10 @@ def _encode_from_end(arrays: Arrays, requests: Sequence[Request], layout: _Layou
             buckets[slice(*places)] = np.minimum(np.sqrt(minutes).astype(np.int64), encoding.time_buckets - 1)
 
 
-def _write_more(arrays: Arrays, requests: Sequence[Request], layout: _Layout) -> None:
+def _write_more(arrays: Arrays, requests: Sequence[Request], layout: _Layout, encoding: Encoding) -> None:
     """Write the arrays of `Encoding.arrays`. Contextual tokens have time 0, candidates the request's."""
+    for name in encoding.arrays:
+        arrays[name].fill(0)
     if "num_contextuals" in arrays:
         arrays["num_contextuals"][: len(requests)] = layout.contextual
     for i, r in enumerate(requests) if "times" in arrays else ():
@@ -429,8 +493,8 @@ def pack_slices(
     Then the first batch has the uncached tokens of the histories. Each further one has up to `microbatch` candidates of
     each request, over the whole history, which is cached by then.
     """
-    most = max((len(r.candidates) for r in requests), default=0)
-    if not microbatch or not most:
+    most = max((len(r.candidates) for r in requests), default=0) if microbatch else 0
+    if not most:
         return [pack(requests, encoding, cached=cached, bucket=bucket, pin=pin, staged=staged)]
     whole = [encoding.contextual(len(r.history_items)) + len(r.history_items) for r in requests]
     slices = [slice(begin, begin + microbatch) for begin in range(0, most, microbatch)]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grengines.api import Float32Array, GenerateResult, RankResult
+from grengines.api import GenerateResult, RankResult
 from grengines.runtime.batch import HostBatch
 from grengines.runtime.timing import Mark
 
@@ -26,8 +26,13 @@ class Marks:
         """Mark this point."""
         self._marks.append(Mark(self._device, self._stream))
 
+    def wait(self) -> None:
+        """Wait until the last mark is reached."""
+        self._marks[-1].synchronize()
+
     def spans_ms(self) -> list[float]:
         """Return the milliseconds between marks, once the last one is reached."""
+        self.wait()
         return [a.ms_until(b) for a, b in pairwise(self._marks)]
 
 
@@ -40,15 +45,19 @@ def collect(
     """
     on_host = _fetch(logits, marks)
 
+    tokens, padded_tokens = sum(host.tokens for host in hosts), sum(host.padded_tokens for host in hosts)
+    rows = _rows(hosts)
+
     def answer() -> RankResult:
         up_ms, compute_ms, down_ms = marks.spans_ms()
+        logits = on_host.numpy().copy()  # frees the page-locked buffer
         return RankResult(
-            scores=_by_request(on_host.numpy(), hosts),
+            scores=[logits[some[0]] if len(some) == 1 else np.concatenate([logits[s] for s in some]) for some in rows],
             batch_ms=batch_ms,
             transfer_ms=up_ms + down_ms,
             compute_ms=compute_ms,
-            tokens=sum(host.tokens for host in hosts),
-            padded_tokens=sum(host.padded_tokens for host in hosts),
+            tokens=tokens,
+            padded_tokens=padded_tokens,
             details=details,
         )
 
@@ -100,13 +109,12 @@ def _fetch(found: Tensor, marks: Marks) -> Tensor:
     return on_host
 
 
-def _by_request(logits: Float32Array, hosts: list[HostBatch]) -> list[Float32Array]:
-    """Cut the batches' logits into each request's [candidates, tasks]; padding at the end is dropped."""
-    logits = logits.copy()  # frees the page-locked buffer
-    parts: list[list[Float32Array]] = [[] for _ in hosts[0].candidate_counts]
+def _rows(hosts: list[HostBatch]) -> list[list[slice]]:
+    """Return the rows of each request's candidates, in the logits of all batches; padding at the end has no owner."""
+    parts: list[list[slice]] = [[] for _ in hosts[0].candidate_counts]
     at = 0
     for host in hosts:
         for part, count in zip(parts, host.candidate_counts, strict=True):
-            part.append(logits[at : at + count])
+            part.append(slice(at, at + count))
             at += count
-    return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
+    return parts

@@ -11,12 +11,17 @@ class Staging:
     """A host buffer of which the inputs of a batch are parts, one after another: one copy moves all of them."""
 
     def __init__(self, n: int, pin: bool) -> None:
-        self.buffer, self._taken = zeros(n, pin), 0
+        self.buffer, self._taken = empty(n, pin), 0
 
     def take(self, n: int) -> Tensor:
-        """Return the next n numbers of the buffer, zeros."""
+        """Return the next n numbers of the buffer, which have any values."""
         self._taken += n
         return self.buffer[self._taken - n : self._taken]
+
+
+def empty(n: int, pin: bool) -> Tensor:
+    """Return int64 [n] of any values. pin: page-locked, for copies to a GPU."""
+    return torch.empty(n, dtype=torch.int64, pin_memory=pin)
 
 
 def zeros(n: int, pin: bool) -> Tensor:
@@ -26,6 +31,6 @@ def zeros(n: int, pin: bool) -> Tensor:
     """
     if not pin:
         return torch.from_numpy(np.zeros(n, np.int64))  # calloc: the system zeroes the pages
-    buffer = torch.empty(n, dtype=torch.int64, pin_memory=True)
+    buffer = empty(n, pin)
     buffer.numpy().fill(0)
     return buffer

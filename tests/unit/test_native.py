@@ -1,0 +1,200 @@
+"""The loops in C against their forms in NumPy, and a machine without a compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.properties import examples
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grengines.api import Request
+from grengines.cache.history import History
+from grengines.cache.index import Plan
+from grengines.cache.places import HostPlaces
+from grengines.cache.pool import PagePool
+from grengines.runtime import native as module
+from grengines.runtime.batch import Bucket, Encoding, HostBatch, append_size, pack, pack_slices
+from grengines.runtime.native import Native, native
+from grengines.runtime.staging import Staging
+
+HAVE_COMPILER = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+HISTORY = [name for name in Request.__dataclass_fields__ if name.startswith("history_")]
+SEEDS = st.integers(0, 2**32 - 1)
+PAGE = 16
+
+
+def a_request(rng: np.random.Generator, user: int, events: int, candidates: int) -> Request:
+    """A request with items outside the table, times that run backwards, and arrays with gaps."""
+    step = int(rng.integers(1, 3))
+    times = np.cumsum(rng.choice([-50, 0, 1, 2, 1000, 10**9, 2**53], 2 * events + 1)).astype(np.int64)
+    return Request(
+        request_id=user,
+        user_id=user,
+        history_items=rng.integers(-5, 90, events * step)[::step],
+        history_actions=rng.integers(0, 2**6, events * step)[::step],
+        history_weights=rng.random(events * step, dtype=np.float32)[::step],
+        history_timestamps=times[: events * step : step],
+        num_seen=0,
+        candidates=rng.integers(0, 90, candidates),
+        timestamp=int(times[rng.integers(len(times))]) + int(rng.choice([0, 1, 10**6, 2**40])),
+        arrival_s=0.0,
+        deadline_ms=80.0,
+    )
+
+
+def requests_of(rng: np.random.Generator, most: int = 60) -> list[Request]:
+    count = int(rng.integers(1, 6))
+    return [a_request(rng, user, int(rng.integers(0, most)), int(rng.integers(0, 9))) for user in range(count)]
+
+
+def an_encoding(rng: np.random.Generator) -> Encoding:
+    C = int(rng.choice([0, 0, 3]))
+    missing = int(rng.choice([0, 20])) if C else 0
+    return Encoding(
+        item_rows=50,
+        user_rows=7 * max(C, 1),
+        num_actions=4,
+        contextual_seq_len=C,
+        max_positions=int(rng.integers(1, 80)),
+        time_buckets=int(rng.choice([1, 8, 64])),
+        from_end=bool(rng.integers(2)),
+        combinations=bool(rng.integers(2)),
+        target_action=bool(rng.integers(2)),
+        contextual_from=missing,
+        blank_rows=C if missing and rng.integers(2) else 0,
+        arrays=(("times", "until") if rng.integers(2) else ()) + (("num_contextuals",) if C else ()),
+    )
+
+
+def dirty(n: int) -> Staging:
+    """A buffer that an earlier batch has used."""
+    staged = Staging(n, pin=False)
+    staged.buffer.fill_(-7)
+    return staged
+
+
+def in_numpy(monkeypatch: pytest.MonkeyPatch, call: Any) -> Any:
+    with monkeypatch.context() as change:
+        change.setattr(native(), "functions", None)
+        return call()
+
+
+def facts(host: HostBatch) -> dict[str, Any]:
+    return {k: v for k, v in vars(host).items() if k != "buffer"}
+
+
+@HAVE_COMPILER
+@given(seed=SEEDS)
+@examples(400)
+def test_batches_are_packed_alike(seed: int) -> None:
+    monkeypatch, rng = pytest.MonkeyPatch(), np.random.default_rng(seed)
+    encoding, requests = an_encoding(rng), requests_of(rng)
+    whole = [encoding.contextual(len(r.history_items)) + len(r.history_items) for r in requests]
+    share = rng.choice([0, 1], len(requests)) if encoding.contextual_seq_len else rng.random(len(requests))
+    cached = [int(n * part) for n, part in zip(whole, share, strict=True)]
+    bucket = Bucket(8, 800, 60, 100, 9, 100)
+    staged = [dirty(append_size(bucket, encoding)) for _ in range(2)]
+    size = int(rng.integers(1, 5))
+
+    def both(call: Any) -> list[list[HostBatch]]:
+        return [call(staged[0]), in_numpy(monkeypatch, lambda: call(staged[1]))]
+
+    for call in (
+        lambda staged: [pack(requests, encoding, cached=cached, bucket=bucket, staged=staged)],
+        lambda _: [pack(requests, encoding)],
+        lambda _: pack_slices(requests, encoding, size, cached=cached),
+    ):
+        in_c, as_before = both(call)
+        assert len(in_c) == len(as_before)
+        for a, b in zip(in_c, as_before, strict=True):
+            assert torch.equal(a.buffer, b.buffer)
+            assert facts(a) == facts(b)
+
+
+@HAVE_COMPILER
+@given(seed=SEEDS)
+@examples(200)
+def test_places_are_written_alike(seed: int) -> None:
+    monkeypatch, rng = pytest.MonkeyPatch(), np.random.default_rng(seed)
+    pool = PagePool(layers=1, pages=40, page=PAGE, heads=1, qk_dim=1, v_dim=1, dtype=torch.float32, device="meta")
+    plans, first_rows, rows, ids = [], [], 0, rng.permutation(40).tolist()
+    for user in range(int(rng.integers(0, 4))):
+        stored = int(rng.integers(0, 8 * PAGE + 1))
+        plan = Plan(user, user, History(*[np.zeros(0)] * 4), stored, 0.0, stored=stored)
+        plan.cached = int(rng.integers(0, stored + 1))
+        plan.pages = array("i", [ids.pop() for _ in range(pool.pages_for(stored))])
+        plans.append(plan)
+        first_rows.append(rows)
+        rows += stored - plan.cached + int(rng.integers(0, 5))
+    sequences, pages = (5, 9) if rng.integers(2) else (len(plans), 1 + max([0, *(len(p.pages) for p in plans)]))
+
+    def places() -> HostPlaces:
+        staged = dirty(HostPlaces.length(sequences, rows + 3, pages))
+        return HostPlaces.of(pool, plans, first_rows, rows + 3, sequences=sequences, pages=pages, staged=staged)
+
+    assert torch.equal(places().buffer, in_numpy(monkeypatch, places).buffer)
+
+
+@HAVE_COMPILER
+@given(seed=SEEDS)
+@examples(200)
+def test_histories_are_compared_alike(seed: int) -> None:
+    monkeypatch, rng = pytest.MonkeyPatch(), np.random.default_rng(seed)
+    before = a_request(rng, 0, int(rng.integers(1, 60)), 1)
+    kept = int(rng.integers(0, len(before.history_items) + 1))
+    columns = {name: getattr(before, name)[:kept] for name in HISTORY}
+    for name in HISTORY:
+        if rng.integers(2):
+            columns[name] = columns[name].copy()
+            if kept and rng.integers(2):
+                columns[name][rng.integers(kept)] = 3 if name != "history_weights" else np.nan
+    now = dataclasses.replace(before, **columns)
+    a, b = History.of(before), History.of(now)
+    assert a.common(b) == b.common(a) == in_numpy(monkeypatch, lambda: a.common(b))
+
+
+@HAVE_COMPILER
+def test_arrays_of_another_type_are_refused() -> None:
+    r = a_request(np.random.default_rng(0), 0, 5, 3)
+    encoding = Encoding(50, 0, 4, 0, 9, 8)
+    with pytest.raises(TypeError, match="candidates must be int64"):
+        pack([dataclasses.replace(r, candidates=r.candidates.astype(np.int32))], encoding)
+    with pytest.raises(TypeError, match="history_weights must be float32"):
+        pack([dataclasses.replace(r, history_weights=r.history_weights.astype(np.float64))], encoding)
+    with pytest.raises(ValueError, match="other lengths"):
+        pack([dataclasses.replace(r, history_actions=r.history_actions[1:])], encoding)
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    lacking = Native()
+    assert lacking.functions is None
+    assert "no-such-compiler" in lacking.actual()["host_loops"]
+    assert "apt-get install gcc python3-dev" in lacking.actual()["host_loops"]
+    assert not list((tmp_path / "native").iterdir())
+
+
+@HAVE_COMPILER
+def test_an_error_of_the_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path))
+    source = tmp_path / "native.c"
+    source.write_text("#error unknown machine\n")
+    monkeypatch.setattr(module, "SOURCE", source)
+    assert "unknown machine" in Native().problem
+
+
+@HAVE_COMPILER
+def test_the_functions_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path))
+    assert Native().actual() == {"host_loops": "C"}
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert Native().actual() == {"host_loops": "C"}
