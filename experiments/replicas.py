@@ -20,7 +20,7 @@ is made by users that were never seen.
 
 - throughput: callers without a pause, at one replica's own port and at HAProxy, in turn. The callers of one replica
   wait on each replica. `of_one` is the rate over the mean rate of one replica, which has no HAProxy before it.
-- affinity: HAProxy sends each user to one replica (`user`), or calls to the replicas in turn (`in turn`: calls without
+- affinity: HAProxy sends each user to one replica (`user`), or a call to the replica with the fewest (`fewest`: without
   the header `x-user-id`). Callers without a pause find the capacity, and then calls at random times the highest rate
   with p99 within the limit. The latency counts from the time at which a call was due.
 - killed: `kill -9` of a replica under load. An answer is wrong if it differs from the one before the kill by over a
@@ -84,7 +84,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Unnamed(Client):
-    """A client that does not tell HAProxy the user, so that calls go to the replicas in turn."""
+    """A client that does not tell HAProxy the user, so that a call goes to the replica with the fewest."""
 
     def _call(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
@@ -360,10 +360,10 @@ def throughput(rows: common.Rows, server: Served, clients: Clients, seconds: flo
 def affinity(
     rows: common.Rows, server: Served, clients: Clients, seconds: float, callers: int, limit_ms: float, probes: int
 ) -> None:
-    """Find the highest rate within the limit with users that stay at a replica, and with calls in turn."""
+    """Find the highest rate within the limit with users that stay at a replica, and without it."""
     best: dict[str, float] = {}
     many = callers * len(server.ports)
-    for balance, is_named in {"user": True, "in turn": False}.items():
+    for balance, is_named in {"user": True, "fewest": False}.items():
         clients.load(server.url, many, min(seconds, 5.0), is_named=is_named)  # states settle
         before = server.totals()
         row = clients.load(server.url, many, seconds, is_named=is_named).row()
@@ -378,7 +378,7 @@ def affinity(
             rate = low * 1.12 if high == np.inf else high * 0.6 if low == 0 else (low + high) / 2
         best[balance] = low
         rows.add(part="affinity", load="highest in time", balance=balance, asked_rps=low)
-    rows.add(part="affinity", load="user over in turn", ratio=best["user"] / (best["in turn"] or np.nan))
+    rows.add(part="affinity", load="user over fewest", ratio=best["user"] / (best["fewest"] or np.nan))
 
 
 def killed(rows: common.Rows, server: Served, requests: Sequence[Request], callers: int) -> None:

@@ -46,13 +46,17 @@ def configuration(config: ServeConfig, replicas: Sequence[Address], certificate:
     template = Template(files("grbench.serve").joinpath("haproxy.cfg").read_text(encoding="utf-8"))
     tls = f" ssl crt {certificate}" if certificate else ""
     servers = [f"    server {r.name} {r.host}:{r.port} id {r.number} weight {WEIGHT} check" for r in replicas]
-    grpc_bind, grpc_servers = "", []
+    any_servers = [f"    server {r.name} {r.host}:{r.port} track replicas/{r.name}" for r in replicas]
+    grpc_bind, grpc_servers, any_grpc_servers = "", [], []
     if config.grpc_port is not None:
         grpc_bind = f"    bind {config.host}:{config.grpc_port}{f'{tls} alpn h2' if tls else ' proto h2'}"
         grpc_servers = [
             f"    server {r.name} {r.host}:{r.grpc_port} id {r.number} weight {WEIGHT} proto h2 check port {r.port} "
             "check-proto h1"
             for r in replicas
+        ]
+        any_grpc_servers = [
+            f"    server {r.name} {r.host}:{r.grpc_port} proto h2 track grpc_replicas/{r.name}" for r in replicas
         ]
     return template.substitute(
         bind=f"{config.host}:{config.port}{tls}",
@@ -61,8 +65,10 @@ def configuration(config: ServeConfig, replicas: Sequence[Address], certificate:
         connections=config.max_queue + 256,
         drain_s=max(int(config.drain_s), 1),
         servers="\n".join(servers),
+        any_servers="\n".join(any_servers),
         grpc_bind=grpc_bind,
         grpc_servers="\n".join(grpc_servers),
+        any_grpc_servers="\n".join(any_grpc_servers),
     )
 
 

@@ -59,6 +59,8 @@ class _Named(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
+        if self.path == "/held":
+            self.server.released.wait(20)  # type: ignore[attr-defined]
         self._answer(f"{self.server.server_address[1]} {self.headers['x-grbench-last']}".encode())
 
     def _answer(self, body: bytes) -> None:
@@ -82,9 +84,11 @@ def named() -> Iterator[list[Address]]:
     servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Named) for _ in range(3)]
     for server in servers:
         server.daemon_threads = True
+        server.released = threading.Event()  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, daemon=True).start()
     yield [Address(i, "127.0.0.1", s.server_address[1], None) for i, s in enumerate(servers, 1)]
     for server in servers:
+        server.released.set()  # type: ignore[attr-defined]
         server.shutdown()
         server.server_close()
 
@@ -139,6 +143,21 @@ def test_a_user_stays_and_few_move_when_a_replica_joins(tmp_path: Path, named: l
         moved = [user for user in range(USERS) if later[user][0] != first[user][0]]
         assert USERS / 6 < len(moved) < USERS / 2  # a third of them, within chance
         assert {numbers[later[user][0]] for user in moved} == {"3"}
+
+
+@needs_haproxy
+def test_a_call_without_a_user_goes_to_the_replica_with_the_fewest_calls(tmp_path: Path, named: list[Address]) -> None:
+    with proxied(tmp_path, named[:2]) as (_, config), contextlib.ExitStack() as stack:
+
+        def post(path: str) -> http.client.HTTPConnection:
+            connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=20)
+            connection.request("POST", path, b"x")
+            return stack.enter_context(contextlib.closing(connection))
+
+        post("/held")  # keeps one replica busy
+        time.sleep(0.2)
+        servers = {post("/").getresponse().read().split()[0] for _ in range(6)}
+        assert len(servers) == 1
 
 
 @needs_haproxy
