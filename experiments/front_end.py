@@ -11,9 +11,10 @@ for a time:
 - json, binary: calls whose bytes are made beforehand, so that little of the time is the client's.
 - client: the typed client with binary tensors, which makes and reads each call.
 
-Of each the program takes the round trip, less the server's own report of waiting and of the engine. What is left is the
-network on this machine, the parsing, the choice, the event loop, and the client. `loop_ms` is the processor time of the
-server's event loop for each call, and `client_ms` that of this program.
+Of each the program takes the round trip, less the server's own report of waiting and of the engine's call. What is left
+is the network on this machine, the parsing, the choice, the event loop, the check of the answer, and the client.
+`loop_ms` is the processor time of the server's event loop for each call, and `client_ms` that of this program.
+`unnamed_ms` is the median of what the engine's call takes beside its parts `pack_ms` and `compute_ms`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import numpy as np
 from grengines.api import Request
 from grengines.remote.client import Tensors, body_of, tensors_of
 
-PARTS = ("queue_ms", "pack_ms", "compute_ms")
+PARTS, NAMED = ("queue_ms", "engine_ms"), ("pack_ms", "compute_ms")
 DEADLINE = {"deadline_ms": 30_000}
 Call = Callable[[], dict[str, float]]  # returns the parameters of the answer
 
@@ -112,21 +113,26 @@ def loop_s(url: str) -> float:
     return float(re.search(r"^grbench_front_end_cpu_seconds_total (\S+)", text, re.MULTILINE)[1])  # type: ignore[index]
 
 
-def sent(calls: Sequence[Call], rate: float, number: int) -> list[float]:
-    """Send this many calls at a rate, with a thread for each of the sequence. Returns what was added, milliseconds."""
+def sent(calls: Sequence[Call], rate: float, number: int) -> tuple[list[float], list[float]]:
+    """Send this many calls at a rate, with a thread for each of the sequence.
+
+    Returns what was added to the engine's calls, and what is in no part of these, milliseconds.
+    """
     begun = time.perf_counter()
 
-    def of_thread(first: int) -> list[float]:
-        added = []
+    def of_thread(first: int) -> list[tuple[float, float]]:
+        found = []
         for i in range(first, number, len(calls)):
             time.sleep(max(begun + i / rate - time.perf_counter(), 0.0))
             sent = time.perf_counter()
             reported = calls[first]()
-            added.append((time.perf_counter() - sent) * 1e3 - sum(reported[part] for part in PARTS))
-        return added
+            added = (time.perf_counter() - sent) * 1e3 - sum(reported[part] for part in PARTS)
+            found.append((added, reported["engine_ms"] - sum(reported.get(part, 0.0) for part in NAMED)))
+        return found
 
     with ThreadPoolExecutor(len(calls)) as pool:
-        return [ms for added in pool.map(of_thread, range(len(calls))) for ms in added]
+        both = [pair for found in pool.map(of_thread, range(len(calls))) for pair in found]
+    return [added for added, _ in both], [unnamed for _, unnamed in both]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -166,13 +172,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         calls[0]()
         number = int(args.rate * args.seconds / len(forms))
         begun, own_s, servers_s = time.perf_counter(), time.process_time(), loop_s(args.url)
-        added = sent(calls, args.rate, number)
+        added, unnamed = sent(calls, args.rate, number)
         took_s = time.perf_counter() - begun
         own_s, servers_s = time.process_time() - own_s, loop_s(args.url) - servers_s
         p50, p99 = np.percentile(added, [50, 99])
         rows.add(
             form=name, calls=number, rate_rps=number / took_s, p50_ms=float(p50), p99_ms=float(p99),
             loop_ms=0.0 if name == "echo" else servers_s / number * 1e3, client_ms=own_s / number * 1e3,
+            unnamed_ms=float(np.median(unnamed)),
         )  # fmt: skip
     for process in echoing:
         process.terminate()

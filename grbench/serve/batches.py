@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,7 +16,16 @@ from grengines.api import BatchResult, ContinuousEngine, Request
 from grengines.numerics import IncorrectError
 
 Rows = list[tuple[float, ...]]  # of the batcher, one for each request
-Answered = Callable[[list[Ticket], BatchResult, Rows], None]
+Answered = Callable[[list[Ticket], BatchResult, Rows, float], None]  # the last: of `Called`
+
+
+class Called(threading.local):
+    """Milliseconds of the engine's last call on a thread, without its wait for other batches; 0: it is not known.
+
+    A thread that runs a batch also hands it out.
+    """
+
+    ms = 0.0
 
 
 class Work:
@@ -56,29 +66,32 @@ def start(checked: CheckedEngine, work: Work, wanted: Wanted, answered: Answered
     is_continuous = isinstance(engine, ContinuousEngine)
     key = order_key(scenario.order, engine)
     last: list[BatchResult] = []
+    called = Called()
     batcher: RequestLoop
 
     def watch(requests: Sequence[Request], result: BatchResult, size: int) -> None:
         last[:] = [judged_alone(form, requests, result) if is_continuous else result]
 
     def ended(tickets: list[Ticket]) -> None:
-        answered(tickets, last[0], batcher.take_rows()[-len(tickets) :])
+        answered(tickets, last[0], batcher.take_rows()[-len(tickets) :], called.ms)
 
     if is_continuous:
         guarded = Guarded(engine, work.watched)
         batcher = ContinuousBatcher(guarded, scenario.max_batch, ended, watch, key, wanted, refused)
     else:
-        answer, max_wait_s = _answerer(checked, work), scenario.max_wait_ms / 1e3
+        answer, max_wait_s = _answerer(checked, work, called), scenario.max_wait_ms / 1e3
         batcher = Batcher(answer, scenario.max_batch, max_wait_s, ended, scenario.in_flight, watch, key, wanted)
     return batcher
 
 
-def _answerer(checked: CheckedEngine, work: Work) -> Callable[[Sequence[Request]], BatchResult]:
+def _answerer(checked: CheckedEngine, work: Work, called: Called) -> Callable[[Sequence[Request]], BatchResult]:
     """Return the function that answers a batch. If it fails, the engine is asked about each request alone."""
     ask, form, known_good = getattr(checked.engine, checked.spec.task), checked.gate.form, checked.known_good
 
     def answer(requests: Sequence[Request]) -> BatchResult:
+        begun = time.perf_counter()
         result: BatchResult = ask(requests)
+        called.ms = (time.perf_counter() - begun) * 1e3 - result.wait_ms
         if problem := form.problem(requests, result):
             raise IncorrectError(problem)
         return result
@@ -91,6 +104,8 @@ def _answerer(checked: CheckedEngine, work: Work) -> Callable[[Sequence[Request]
                 if device_is_lost(e):
                     raise
             answer([known_good])  # raises if the engine is to blame
-            return one_by_one(answer, requests)
+            mixed = one_by_one(answer, requests)
+            called.ms = 0.0  # there were several
+            return mixed
 
     return guarded

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 import termios
 from fcntl import ioctl
+from urllib.parse import unquote
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from grbench.serve.exchange import Exchange, Target
 
 BEYOND_QUEUE = 256  # connections beyond `serve.max_queue`, so that refusals and health checks get through
 KEEP_ALIVE_S = 75  # between two requests
@@ -16,22 +21,64 @@ GOODBYE_S = 1.0  # for an idle client to answer the end of its TLS session
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that ends if a request's headers don't come in time. Uvicorn would wait for ever."""
+    """A connection that ends if a request's headers don't come in time. Uvicorn would wait for ever.
+
+    A call whose path the application has a target for (`target`) goes to it without ASGI.
+    It has one timer: to set and cancel some for each request took longer than to parse it.
+    """
 
     _timer: asyncio.TimerHandle
+    _ends: float  # the loop's time at which it is closed, unless something comes before
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._timer = self.loop.call_later(HEADERS_S, self.timeout_keep_alive_handler)
+        self._ends = self.loop.time() + HEADERS_S
+        self._look()
+
+    def _look(self) -> None:
+        """Close it if it is time to, or look again later."""
+        if self.loop.time() >= self._ends:
+            self.timeout_keep_alive_handler()
+        else:
+            self._timer = self.loop.call_later(HEADERS_S / 4, self._look)
 
     def on_message_begin(self) -> None:
-        self._timer.cancel()
-        self._timer = self.loop.call_later(HEADERS_S, self.timeout_keep_alive_handler)
+        self._ends = self.loop.time() + HEADERS_S
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._timer.cancel()
-        super().on_headers_complete()
+        self._ends = math.inf
+        if (target := self._target()) is None:
+            super().on_headers_complete()
+            return
+        before = self.cycle
+        is_kept = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        self.cycle = Exchange(self, target, is_kept)
+        if before is None or before.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:  # the client has not waited for the answer before
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
+
+    def _target(self) -> Target | None:
+        """Return what answers a call; None: the application does, or nothing, because it wants to be a WebSocket."""
+        if self.parser.get_method() != b"POST" or (self.parser.should_upgrade() and self._should_upgrade()):
+            return None
+        if (most := self.limit_concurrency) is not None and max(len(self.connections), len(self.tasks)) >= most:
+            return None  # uvicorn refuses it
+        path = httptools.parse_url(self.url).path.decode("ascii")
+        found: Target | None = self.app.target(unquote(path) if "%" in path else path)
+        return found
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._ends = self.loop.time() + KEEP_ALIVE_S
 
     def shutdown(self) -> None:
         """Close an idle connection once its answers are sent, and let another end after its answer.

@@ -25,7 +25,7 @@ MARGIN = 1.1  # on predictions
 FRESH_S = 1.0  # an idle strategy whose costs are older answers a request that seems too late, which measures them anew
 
 
-@dataclass
+@dataclass(slots=True)
 class Answer:
     """An answer and how it came about."""
 
@@ -37,7 +37,7 @@ class Answer:
     failed: list[str] = field(default_factory=list)  # strategies that were tried before, and why they failed
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Choice:
     strategy: Strategy
     request: Request
@@ -45,7 +45,7 @@ class _Choice:
     step: Step | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Begun:
     """A request in the queue of the strategy that was chosen for it. Cancel the future to give it up."""
 
@@ -111,10 +111,7 @@ class Controller:
                 self._metrics.fallbacks.labels(choice.strategy.name, following.name, e.reason).inc()
                 choice = _Choice(following, request, "fallback")
                 future = self._submit(choice, deadline)
-        self._metrics.choices.labels(choice.strategy.name, choice.reason).inc()
         step = choice.step or self._step_of(choice.strategy)
-        if step is not None:
-            self._metrics.degraded.labels(step.name).inc()
         return Answer(
             done, choice.strategy.name, choice.reason, step.name if step else "", step.loss if step else {}, failed
         )

@@ -28,7 +28,7 @@ def outside(error: Exception) -> FailedError:
     return FailedError("outside", f"{type(error).__name__}: {error}")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Done:
     """An answer of a strategy, with the times of its stages in milliseconds."""
 
@@ -41,6 +41,7 @@ class Done:
     pack_ms: float
     load_ms: float
     compute_ms: float
+    engine_ms: float  # the engine's call: the parts above, and what is in none of them
     generation: int  # of the strategy
 
     def as_answer(self) -> Answer:
@@ -50,7 +51,7 @@ class Done:
         )
 
 
-@dataclass
+@dataclass(slots=True)
 class Held:
     """A request in the queue or in a batch. cost_s: what it adds to its batch."""
 

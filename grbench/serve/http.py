@@ -8,7 +8,7 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -16,38 +16,36 @@ from urllib.parse import urlsplit
 
 import orjson
 from prometheus_client.exposition import choose_encoder
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from grbench import __version__
 from grbench.serve import describe
 from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
 from grbench.serve.errors import RefusedError
+from grbench.serve.exchange import Answer, Asked, ClientLeftError, Endpoint, Target
 from grbench.serve.keys import client_of
 from grbench.serve.protocol import HEADER_LENGTH, Call, json_length, parse_call, render, shown
 from grbench.serve.service import Service
 
 INLINE = 100_000  # bytes of JSON that the event loop reads itself; more would hold other calls up
 LAST_REPLICA = "x-grbench-last"  # HAProxy's header: number of the replica that had the user's last call
-Endpoint = Callable[[Request], Awaitable[Response]]
+LEFT = 499  # status in the metrics of a call whose client has left
+JSON = {"content-type": "application/json"}
 
 
 class Api:
-    """The routes of one server."""
+    """The endpoints of one server. Calls come from `Connection`, and requests without a body by ASGI."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._keys = service.config.api_keys
-        self._page = files("grbench.serve").joinpath("page.html").read_text(encoding="utf-8")
-
-    def app(self) -> ASGIApp:
-        """Return the ASGI application. It takes calls without the router, which compares their paths with patterns."""
+        self._page = files("grbench.serve").joinpath("page.html").read_bytes()
+        self._calls = {"infer": self._guarded(self._infer), "append": self._guarded(self._append)}
         model = "/v2/models/{model}"
-        prefixes = (model, f"{model}/versions/{{version}}")
         routes = [
-            *(self._route(f"{prefix}/infer", self._infer, "POST") for prefix in prefixes),
             self._route("/v2/health/live", self._live, open_to_all=True),
             self._route("/v2/health/ready", self._ready, open_to_all=True),
             self._route("/v2", self._server),
@@ -55,41 +53,42 @@ class Api:
             self._route("/status", self._status),
             self._route("/", self._show, open_to_all=True),
             self._route("/reload", self._reload, "POST"),
-            self._route(f"{model}/append", self._append, "POST"),
         ]
-        for prefix in prefixes:
+        for prefix in (model, f"{model}/versions/{{version}}"):
             routes += [
                 self._route(f"{prefix}/ready", self._model_ready),
                 self._route(f"{prefix}/config", self._config),
                 self._route(f"{prefix}/stats", self._stats),
                 self._route(prefix, self._model),
             ]
-        router, infer = Router(routes), self._guarded(self._infer)
+        self._router = Router(routes)
 
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            parts = scope["path"].split("/")
-            is_post = scope["type"] == "http" and scope["method"] == "POST"  # a WebSocket has no method
-            if is_post and len(parts) == 5 and parts[1:3] == ["v2", "models"] and parts[4] == "infer":
-                scope["path_params"] = {"model": parts[3]}
-                await infer(scope, receive, send)
-            else:
-                await router(scope, receive, send)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that has no body, by ASGI."""
+        await self._router(scope, receive, send)
 
-        return app
+    def target(self, path: str) -> Target | None:
+        """Return what answers a call at this path; None: it is no call."""
+        parts = path.split("/")
+        if len(parts) not in (5, 7) or parts[:3] != ["", "v2", "models"]:
+            return None
+        endpoint = self._calls.get(parts[-1])
+        if endpoint is None or (len(parts) == 7 and parts[4] != "versions"):
+            return None
+        return Target(endpoint, {"model": parts[3], "version": parts[5] if len(parts) == 7 else VERSION})
 
     def _route(self, path: str, endpoint: Endpoint, method: str = "GET", open_to_all: bool = False) -> Route:
-        return Route(path, self._guarded(endpoint, open_to_all), methods=[method])
+        return Route(path, _Asgi(self._guarded(endpoint, open_to_all)), methods=[method])
 
-    def _guarded(self, endpoint: Endpoint, open_to_all: bool = False) -> _Asgi:
-        """Return an application whose refusals are one line of JSON, and which needs the key unless it is open."""
+    def _guarded(self, endpoint: Endpoint, open_to_all: bool = False) -> Endpoint:
+        """Return an endpoint whose refusals are one line of JSON, and which needs the key unless it is open."""
 
-        async def guarded(request: Request) -> Response:
-            ident = (request.headers.get("x-request-id") or f"{random.getrandbits(128):032x}")[:128]
-            request.state.ident = ident
+        async def guarded(asked: Asked) -> Answer:
+            asked.ident = ident = (asked.headers.get("x-request-id") or f"{random.getrandbits(128):032x}")[:128]
             try:
-                self._check_origin(request)
-                request.state.client = "" if open_to_all else self._client_of(request)
-                return await endpoint(request)
+                self._check_origin(asked)
+                asked.client = "" if open_to_all else client_of(asked.headers.get("authorization", ""), self._keys)
+                return await endpoint(asked)
             except RefusedError as e:
                 return refusal(e, ident)
             except Exception as e:
@@ -97,162 +96,154 @@ class Api:
                 self._service.log.error("defect", request_id=ident, error=line, where=traceback.format_exc())
                 return refusal(RefusedError(500, f"a defect of the server; its log has request {ident}"), ident)
 
-        return _Asgi(guarded)
+        return guarded
 
-    def _check_origin(self, request: Request) -> None:
+    def _check_origin(self, asked: Asked) -> None:
         """Refuse what a page of another site sends, directly or under a name that it points here.
 
         Where a key is needed, such a page lacks the key.
         """
         if self._keys is not None:
             return
-        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        host, origin = asked.headers.get("host", ""), asked.headers.get("origin")
         if not _is_local(host):
             raise RefusedError(403, f"host: {shown(host)}: allowed are localhost and 127.0.0.1, or set an API key")
         if origin is not None and origin.partition("://")[2] != host:
             raise RefusedError(403, f"origin: {shown(origin)}: pages of other sites may not call; set an API key")
 
-    def _client_of(self, request: Request) -> str:
-        return client_of(request.headers.get("authorization", ""), self._keys)
+    async def _live(self, asked: Asked) -> Answer:
+        return _json({"live": True})
 
-    async def _live(self, request: Request) -> Response:
-        return JSONResponse({"live": True})
+    async def _ready(self, asked: Asked) -> Answer:
+        return _json({"ready": self._service.ready}, 200 if self._service.ready else 503)
 
-    async def _ready(self, request: Request) -> Response:
-        return JSONResponse({"ready": self._service.ready}, 200 if self._service.ready else 503)
+    async def _server(self, asked: Asked) -> Answer:
+        return _json({"name": PLATFORM, "version": __version__, "extensions": EXTENSIONS})
 
-    async def _server(self, request: Request) -> Response:
-        return JSONResponse({"name": PLATFORM, "version": __version__, "extensions": EXTENSIONS})
+    async def _model(self, asked: Asked) -> Answer:
+        return _json(describe.model_metadata(self._service, *_names(asked)))
 
-    async def _model(self, request: Request) -> Response:
-        return JSONResponse(describe.model_metadata(self._service, *_names(request)))
-
-    async def _model_ready(self, request: Request) -> Response:
+    async def _model_ready(self, asked: Asked) -> Answer:
         if self._service.ready:
-            describe.model_metadata(self._service, *_names(request))
-        return await self._ready(request)
+            describe.model_metadata(self._service, *_names(asked))
+        return await self._ready(asked)
 
-    async def _config(self, request: Request) -> Response:
-        return JSONResponse(describe.model_config(self._service, *_names(request)))
+    async def _config(self, asked: Asked) -> Answer:
+        return _json(describe.model_config(self._service, *_names(asked)))
 
-    async def _stats(self, request: Request) -> Response:
-        return JSONResponse({"model_stats": [describe.model_statistics(self._service, *_names(request))]})
+    async def _stats(self, asked: Asked) -> Answer:
+        return _json({"model_stats": [describe.model_statistics(self._service, *_names(asked))]})
 
-    async def _metrics(self, request: Request) -> Response:
-        encode, kind = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(self._service.metrics.registry), headers={"content-type": kind})
+    async def _metrics(self, asked: Asked) -> Answer:
+        encode, kind = choose_encoder(asked.headers.get("accept", ""))
+        return Answer(200, encode(self._service.metrics.registry), {"content-type": kind})
 
-    async def _status(self, request: Request) -> Response:
-        return JSONResponse(describe.status(self._service))
+    async def _status(self, asked: Asked) -> Answer:
+        return _json(describe.status(self._service))
 
-    async def _show(self, request: Request) -> Response:
-        return Response(self._page, media_type="text/html")
+    async def _show(self, asked: Asked) -> Answer:
+        return Answer(200, self._page, {"content-type": "text/html; charset=utf-8"})
 
-    async def _reload(self, request: Request) -> Response:
-        return JSONResponse({"reload": await self._service.reload()})
+    async def _reload(self, asked: Asked) -> Answer:
+        return _json({"reload": await self._service.reload()})
 
-    async def _append(self, request: Request) -> Response:
+    async def _append(self, asked: Asked) -> Answer:
         status = 500
         try:
-            answer = self._service.append(await self._call(request), request.path_params["model"])
-            status = 200
-            return JSONResponse(answer)
+            answer = _json(self._service.append(await self._call(asked), *_names(asked)))
+            status = answer.status
+            return answer
         except RefusedError as e:
             status = e.status
             raise
-        except ClientDisconnect:
-            status = 499
-            return Response(status_code=499)
+        except ClientLeftError:
+            status = LEFT
+            return Answer(LEFT)
         finally:
             self._service.metrics.appends.labels(str(status)).inc()
 
-    async def _call(self, request: Request) -> Call:
-        """Read the call of a request. Raises RefusedError."""
-        body, length = await self._body(request), request.headers.get(HEADER_LENGTH)
+    async def _call(self, asked: Asked) -> Call:
+        """Read the call of a request. Raises RefusedError and ClientLeftError."""
+        body, length = await self._body(asked), asked.headers.get(HEADER_LENGTH)
         text = len(body) if length is None else json_length(length)  # tensors behind it are only looked at
         call = parse_call(body, length) if text <= INLINE else await asyncio.to_thread(parse_call, body, length)
-        call.client = request.state.client
+        call.client = asked.client
         return call
 
-    async def _infer(self, request: Request) -> Response:
+    async def _infer(self, asked: Asked) -> Answer:
         begun, service = time.perf_counter(), self._service
         computed = begun
         parameters: dict[str, Any] = {}
-        ident, status, strategy, error = request.state.ident, 500, "", ""
+        status, strategy, error = 500, "", ""
         service.metrics.in_flight.inc()
-        if last := request.headers.get(LAST_REPLICA):
+        if last := asked.headers.get(LAST_REPLICA):
             service.metrics.route(service.config.replica, last)
         try:
-            call = await self._call(request)
-            model, version = _names(request)
+            call = await self._call(asked)
+            model, version = _names(asked)
             tensors, parameters = await service.infer(call, model, version, begun)
             computed = time.perf_counter()
             body, headers = render(call, model, VERSION, tensors, parameters)
-            service.metrics.stages.labels("post").observe(time.perf_counter() - computed)
+            headers["x-request-id"] = asked.ident
             status, strategy = 200, parameters["strategy"]
-            return Response(body, headers=headers | {"x-request-id": ident})
+            return Answer(200, body, headers)
         except RefusedError as e:
             status, error = e.status, str(e)
-            return refusal(e, ident)
-        except ClientDisconnect:
-            status, error = 499, "the client has left"
-            return Response(status_code=499)
+            return refusal(e, asked.ident)
+        except ClientLeftError:
+            status, error = LEFT, "the client has left"
+            return Answer(LEFT)
         finally:
             service.metrics.in_flight.dec()
-            took_s = time.perf_counter() - begun
+            ended = time.perf_counter()
+            took_s, post_s = ended - begun, ended - computed
             loop = asyncio.get_running_loop()
-            loop.call_soon(service.finished, status, strategy, took_s)  # once it is sent
+            loop.call_soon(service.finished, status, strategy, took_s, post_s)  # once it is sent
             if service.traces is not None:
-                post_s, facts = time.perf_counter() - computed, {**parameters, "request_id": ident}
-                loop.call_soon(service.traces.add, request.headers, took_s, post_s, status, facts)
+                facts = {**parameters, "request_id": asked.ident}
+                loop.call_soon(service.traces.add, asked.headers, took_s, post_s, status, facts)
             if error or service.config.log_requests:
                 say = service.log.error if error else service.log.info
-                say("call", request_id=ident, status=status, strategy=strategy, ms=round(took_s * 1e3, 3), error=error)
+                say("call", request_id=asked.ident, status=status, strategy=strategy, ms=round(took_s * 1e3, 3),
+                    error=error)  # fmt: skip
 
-    async def _body(self, request: Request) -> bytes:
-        """Return the body. Raises RefusedError for one that is too large, too slow, or compressed."""
+    async def _body(self, asked: Asked) -> bytes:
+        """Return the body. Raises ClientLeftError, or RefusedError for one that is too large, slow, or compressed."""
         config = self._service.config
         most = int(config.max_body_mb * 1e6)
-        if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+        if (encoding := asked.headers.get("content-encoding", "identity")) != "identity":
             raise RefusedError(415, f"content-encoding={encoding}: bodies are taken as they are; leave it out")
-        too_large = RefusedError(413, f"body: more than {config.max_body_mb:g} MB (serve.max_body_mb)")
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > most:
-            raise too_large
-        parts: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(config.body_timeout_s):
-                more = True
-                while more:
-                    message = await request.receive()  # Starlette's stream would add a generator
-                    if message["type"] == "http.disconnect":
-                        raise ClientDisconnect
-                    parts.append(message["body"])
-                    size += len(parts[-1])
-                    if size > most:
-                        raise too_large
-                    more = message["more_body"]
-        except TimeoutError:
-            raise RefusedError(
-                408, f"body: it did not come within {config.body_timeout_s:g} s (serve.body_timeout_s)"
-            ) from None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        length, body = asked.headers.get("content-length", "0"), b""
+        is_large = not length.isdigit() or int(length) > most
+        if not is_large:
+            try:
+                body = await asked.body(most, config.body_timeout_s)
+            except TimeoutError:
+                raise RefusedError(
+                    408, f"body: it did not come within {config.body_timeout_s:g} s (serve.body_timeout_s)"
+                ) from None
+        if is_large or len(body) > most:
+            raise RefusedError(413, f"body: more than {config.max_body_mb:g} MB (serve.max_body_mb)")
+        return body
 
 
 class _Asgi:
-    """An endpoint without the layers that Starlette puts around functions: they took a fifth of a call's time."""
+    """An endpoint as an application of ASGI."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self._endpoint(Request(scope, receive))
-        await response(scope, receive, send)
+        answer = await self._endpoint(Asked(Headers(scope=scope), scope["path_params"]))
+        await Response(answer.body, answer.status, answer.headers)(scope, receive, send)
 
 
-def _names(request: Request) -> tuple[str, str]:
-    return request.path_params["model"], request.path_params.get("version", VERSION)
+def _names(asked: Asked) -> tuple[str, str]:
+    return asked.names["model"], asked.names.get("version", VERSION)
+
+
+def _json(content: Mapping[str, Any], status: int = 200) -> Answer:
+    return Answer(status, orjson.dumps(content), JSON)
 
 
 @lru_cache(maxsize=64)
@@ -265,9 +256,9 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def refusal(error: RefusedError, ident: str | None = None) -> Response:
+def refusal(error: RefusedError, ident: str) -> Answer:
     """Return the answer for a refused request."""
-    headers = {"x-request-id": ident} if ident else {}
+    headers = {**JSON, "x-request-id": ident}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(math.ceil(error.retry_after_s), 1))
         headers["retry-after-ms"] = f"{error.retry_after_s * 1e3:.0f}"
@@ -275,5 +266,4 @@ def refusal(error: RefusedError, ident: str | None = None) -> Response:
         headers["connection"] = "close"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    body = orjson.dumps({"error": str(error)})
-    return Response(body, error.status, headers | {"content-type": "application/json"})
+    return Answer(error.status, orjson.dumps({"error": str(error)}), headers)

@@ -100,13 +100,17 @@ class Metrics:
         self.registry.register(_Live(state, users))
         self.registry.register(_Triton(self._triton, state, model))
 
-    def ended(self, status: int, strategy: str, took_s: float) -> None:
-        """Count a call that has ended. strategy: of each of its users, with commas between; each counts once."""
+    def ended(self, status: int, strategy: str, took_s: float, post_s: float) -> None:
+        """Count a call that has ended. strategy: of each of its users, with commas between; each counts once.
+
+        post_s: what it took after the engine's answer.
+        """
         outcome = "answered" if status == 200 else "refused" if status < 500 else "failed"
         self.requests.labels(str(status), ",".join(sorted(set(strategy.split(","))))).inc()
         self.duration.labels(outcome).observe(took_s)
         self._triton["request_success" if status == 200 else "request_failure"] += 1
         if status == 200:
+            self._stages[-1].observe(post_s)
             self._triton["request_duration_us"] += took_s * 1e6
 
     def route(self, replica: int, last: str) -> None:

@@ -47,7 +47,7 @@ class Bounds:
     max_candidates: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Reply:
     """The answer to one request."""
 

@@ -189,11 +189,11 @@ class Rpc:
             raise
         finally:
             service.metrics.in_flight.dec()
-            took_s = time.perf_counter() - begun
+            ended = time.perf_counter()
+            took_s, post_s = ended - begun, ended - computed
             loop = asyncio.get_running_loop()
-            loop.call_soon(service.finished, status, strategy, took_s)  # once it is sent
+            loop.call_soon(service.finished, status, strategy, took_s, post_s)  # once it is sent
             if service.traces is not None:
-                post_s = time.perf_counter() - computed
                 facts = {**facts, "request_id": request.id}
                 loop.call_soon(service.traces.add, _metadata(context), took_s, post_s, status, facts)
 

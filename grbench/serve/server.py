@@ -14,7 +14,7 @@ import psutil
 import uvicorn
 
 from grbench.deployment import Deployment
-from grbench.serve.connections import BEYOND_QUEUE, KEEP_ALIVE_S, Connection
+from grbench.serve.connections import BEYOND_QUEUE, Connection
 from grbench.serve.errors import RefusedError
 from grbench.serve.http import Api
 from grbench.serve.logs import Log
@@ -49,7 +49,7 @@ async def serve(
     end = ended or asyncio.Event()
     http = _Http(
         uvicorn.Config(
-            Api(service).app(),
+            Api(service),
             log_config=None,
             access_log=False,
             proxy_headers=False,
@@ -57,7 +57,6 @@ async def serve(
             http=Connection,
             limit_concurrency=config.max_queue + BEYOND_QUEUE,
             server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(int(config.drain_s), 1),
             ssl_certfile=config.tls_cert_file,
             ssl_keyfile=config.tls_key_file,

@@ -194,13 +194,13 @@ class Service:
         asyncio.get_running_loop().call_soon(self._count, controller, answer)  # once it is sent
         return answer
 
-    def append(self, call: Call, model: str) -> dict[str, Any]:
+    def append(self, call: Call, model: str, version: str) -> dict[str, Any]:
         """Append events to a user's state. Raises RefusedError."""
-        present = self.serving(model, VERSION)
+        present = self.serving(model, version)
         check_parameters(call.parameters, OF_APPEND)
-        user, version = (_whole(call.parameters, name) for name in OF_APPEND)
+        user, known = (_whole(call.parameters, name) for name in OF_APPEND)
         events = events_of(call.tensors, present.bounds)
-        now, repeated = present.states.append(user, version, events, call.client)
+        now, repeated = present.states.append(user, known, events, call.client)
         self.metrics.events.inc(0 if repeated else len(events))
         return {"user_id": user, "version": now, "repeated": repeated}
 
@@ -225,6 +225,9 @@ class Service:
 
     def _count(self, controller: Controller, answer: Answer) -> None:
         done, figures = answer.done, self.figures
+        self.metrics.choices.labels(answer.strategy, answer.reason).inc()
+        if answer.degraded:
+            self.metrics.degraded.labels(answer.degraded).inc()
         self.metrics.observe(done.queue_ms, done.pack_ms, done.load_ms, done.compute_ms)
         self.metrics.batch_size.labels(answer.strategy).observe(done.batch_size)
         strategy = next(s for s in controller.strategies if s.name == answer.strategy)
@@ -238,9 +241,9 @@ class Service:
             figures.ns[name] += int(ms * 1e6)
         self._gate.take(strategy, done)
 
-    def finished(self, status: int, strategy: str, took_s: float) -> None:
-        """Count a call that has ended, with what it took."""
-        self.metrics.ended(status, strategy, took_s)
+    def finished(self, status: int, strategy: str, took_s: float, post_s: float) -> None:
+        """Count a call that has ended, with what it took, and of that after the engine's answer."""
+        self.metrics.ended(status, strategy, took_s, post_s)
         figures = self.figures
         figures.last_ms = int(time.time() * 1e3)
         if status == 200:
@@ -287,6 +290,7 @@ def _parameters(answers: list[Answer]) -> dict[str, Any]:
         "queue_ms": round(max(d.queue_ms for d in done), 3),
         "pack_ms": round(max(d.pack_ms + d.load_ms for d in done), 3),
         "compute_ms": round(max(d.compute_ms for d in done), 3),
+        "engine_ms": round(max(d.engine_ms for d in done), 3),
         "cached_tokens": sum(d.cached.tokens for d in done),
     }
     if any(a.degraded for a in answers):

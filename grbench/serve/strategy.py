@@ -210,18 +210,20 @@ class Strategy:
         if (one := self._release(ticket)) is not None:
             one.fail(outside(error))
 
-    def _deliver(self, tickets: list[Ticket], result: Any, rows: batches.Rows) -> None:
+    def _deliver(self, tickets: list[Ticket], result: Any, rows: batches.Rows, engine_ms: float) -> None:
         self.batches += 1
         ended = [self._release(ticket) for ticket in tickets]
         try:
-            self._hand_out(tickets, ended, result, rows)
+            self._hand_out(tickets, ended, result, rows, engine_ms)
         except Exception as e:  # the result is not as it should be
             for one in ended:
                 if one is not None:
                     one.fail(FailedError("raised", f"{type(e).__name__}: {e}"))
             self._failed(e)
 
-    def _hand_out(self, tickets: list[Ticket], ended: list[Held | None], result: Any, rows: batches.Rows) -> None:
+    def _hand_out(
+        self, tickets: list[Ticket], ended: list[Held | None], result: Any, rows: batches.Rows, engine_ms: float
+    ) -> None:
         kinds = []
         for i, (ticket, one, row) in enumerate(zip(tickets, ended, rows, strict=True)):
             if one is None:
@@ -242,17 +244,21 @@ class Strategy:
             one.future.set_result(
                 Done(
                     Reply(result.scores[i], items), ticket.request, cached, result.fallback, int(size),
-                    queued, batch, transfer, compute, self.generation,
+                    queued, batch, transfer, compute, engine_ms or batch + transfer + compute, self.generation,
                 )
             )  # fmt: skip
         if kinds and not isinstance(result, Mixed):
-            _, _, _, queued, batch, transfer, compute, latency, *_ = rows[0]
-            self.measured = time.perf_counter()
-            self.costs.observe(kinds, (batch + transfer + compute) / 1e3)
-            if result.compute_ms:  # else it is a step of continuous batching, whose rows are of requests
-                flight = latency - queued + result.wait_ms  # the row counts the wait behind another batch as queued
-                for part, ms in zip(self.spent_s, (flight, result.wait_ms, batch, transfer, compute), strict=True):
-                    self.spent_s[part] += ms / 1e3
+            self._loop.call_soon(self._learn, kinds, result, rows[0])  # once the answers are sent
+
+    def _learn(self, kinds: list[Kind], result: Any, row: tuple[float, ...]) -> None:
+        """Follow the costs of a batch, and add its times up. row: of its first request."""
+        _, _, _, queued, batch, transfer, compute, latency, *_ = row
+        self.measured = time.perf_counter()
+        self.costs.observe(kinds, (batch + transfer + compute) / 1e3)
+        if result.compute_ms:  # else it is a step of continuous batching, whose rows are of requests
+            flight = latency - queued + result.wait_ms  # the row counts the wait behind another batch as queued
+            for part, ms in zip(self.spent_s, (flight, result.wait_ms, batch, transfer, compute), strict=True):
+                self.spent_s[part] += ms / 1e3
 
     def _suspect(self, ticket: Ticket, one: Held, error: Exception) -> None:
         """Find out whether a request or the engine is to blame, by a request that is known to be good."""

@@ -29,6 +29,7 @@ from grbench.config.schema import ConfigError
 from grbench.serve import connections
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.errors import RefusedError
+from grbench.serve.exchange import Answer, Asked, Target
 from grbench.serve.http import Api
 from grbench.serve.logs import Log
 from grbench.serve.metrics import Live, Metrics
@@ -185,8 +186,8 @@ def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
     spent = {"flight": 0.5, "compute": 0.25}
     live = [Live("a", "ready", "hstu", 2, 5, spent), Live("b", "ready", "hstu", 1, 1, {})]
     metrics.watch(lambda: live, lambda: 0, lambda: ("m", "1"))
-    metrics.ended(200, "b,a,b", 0.5)
-    metrics.ended(429, "", 0.001)
+    metrics.ended(200, "b,a,b", 0.5, 0.25)
+    metrics.ended(429, "", 0.001, 0.0)
     metrics.observe(1.0, 2.0, 3.0, 4.0)
     text = generate_latest(metrics.registry).decode()
     labels = 'model="m",version="1"'
@@ -195,6 +196,7 @@ def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
                         "compute_input_duration_us": 5000}.items():  # fmt: skip
         assert f"nv_inference_{name}{{{labels}}} {value}.0\n" in text
     assert 'grbench_request_duration_seconds_sum{outcome="answered"} 0.5\n' in text
+    assert 'grbench_stage_duration_seconds_sum{stage="post"} 0.25\n' in text
     assert 'grbench_request_duration_seconds_count{outcome="refused"} 1.0\n' in text
     assert 'grbench_requests_total{status="200",strategy="a,b"} 1.0\n' in text
     assert 'grbench_batches_total{strategy="a"} 5.0\n' in text
@@ -226,7 +228,7 @@ def get(service: _Ready, path: str, **headers: str) -> tuple[int, Any]:
 
     scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "root_path": "",
              "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}  # fmt: skip
-    asyncio.run(Api(service).app()(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(Api(service)(scope, receive, send))  # type: ignore[arg-type]
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 
@@ -314,12 +316,83 @@ def test_a_grpc_port_that_is_taken_is_one_line(capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().err == ""
 
 
+class _Calls:
+    """An application that answers a call with its body and the names in its path."""
+
+    def target(self, path: str) -> Target | None:
+        return Target(self._answer, {"path": path}) if path.startswith("/v2") else None
+
+    async def _answer(self, asked: Asked) -> Answer:
+        try:
+            body = await asked.body(20, 0.1)
+        except TimeoutError:
+            return Answer(408, b"late", {"connection": "close"})
+        return Answer(200, asked.names["path"].encode() + b":" + body, {"x-request-id": asked.headers["x-request-id"]})
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def exchanged(*pieces: bytes) -> bytes:
+    """Send bytes in pieces to `_Calls`, and return what comes back until it closes the connection or is idle."""
+    config = uvicorn.Config(_Calls(), log_config=None, lifespan="off", proxy_headers=False, date_header=False)
+    config.load()
+    state = ServerState()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: connections.Connection(config, state, {}), "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    for piece in pieces:
+        writer.write(piece)
+        await asyncio.sleep(0.01)
+    with contextlib.suppress(OSError):  # the server has closed it
+        writer.write_eof()
+    found = await asyncio.wait_for(reader.read(), 20)
+    writer.close()
+    server.close()
+    return found
+
+
+def posted(path: str, body: bytes, *lines: str, length: bool = True) -> bytes:
+    """A call as bytes."""
+    given = [f"POST {path} HTTP/1.1", "Host: local", "X-Request-Id: r1", *lines]
+    if length:
+        given.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*given, "", ""]).encode() + body
+
+
+def answered(body: bytes, *, last: bool = False) -> bytes:
+    close = b"connection: close\r\n" if last else b""
+    return b"HTTP/1.1 200 OK\r\nx-request-id: r1\r\n" + close + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+def test_calls_get_their_own_answers_however_their_bytes_come() -> None:
+    one, other = posted("/v2/a", b"one"), posted("/v2/b%20c?d=e", b"other")
+    both = answered(b"/v2/a:one") + answered(b"/v2/b c:other")
+    assert asyncio.run(exchanged(one, other)) == both
+    assert asyncio.run(exchanged(one + other)) == both  # the second does not wait for the answer to the first
+    assert asyncio.run(exchanged(*(one[i : i + 7] for i in range(0, len(one), 7)))) == answered(b"/v2/a:one")
+    chunked = posted("/v2/a", b"3\r\none\r\n2\r\nxy\r\n0\r\n\r\n", "Transfer-Encoding: chunked", length=False)
+    assert asyncio.run(exchanged(chunked[:-9], chunked[-9:])) == answered(b"/v2/a:onexy")
+    assert asyncio.run(exchanged(posted("/v2/a", b"x", "Connection: close"))) == answered(b"/v2/a:x", last=True)
+    no_call = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
+    assert asyncio.run(exchanged(posted("/other", b"x"), one)) == no_call + answered(b"/v2/a:one")
+
+
+def test_a_client_may_wait_for_leave_to_send_its_body_and_no_longer_than_the_limit() -> None:
+    asked = posted("/v2/a", b"body", "Expect: 100-continue")
+    go_on = b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert asyncio.run(exchanged(asked[:-4], asked[-4:])) == go_on + answered(b"/v2/a:body")
+    late = asyncio.run(exchanged(asked[:-4], b"", *[b""] * 20))
+    assert late == go_on + b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 4\r\n\r\nlate"
+
+
 @pytest.mark.parametrize("first", [b"", b"GET / HTTP/1.1\r\nHost: local"])
 def test_a_connection_without_headers_is_closed(monkeypatch: pytest.MonkeyPatch, first: bytes) -> None:
     monkeypatch.setattr(connections, "HEADERS_S", 0.05)
 
     async def left() -> bytes:
-        config = uvicorn.Config(Api(_Ready(None)).app(), log_config=None, lifespan="off")  # type: ignore[arg-type]
+        config = uvicorn.Config(Api(_Ready(None)), log_config=None, lifespan="off")  # type: ignore[arg-type]
         config.load()
         state = ServerState()
         loop = asyncio.get_running_loop()

@@ -1,0 +1,128 @@
+"""Calls with a body, which go from their connection straight to the API and back.
+
+Uvicorn and Starlette would make a scope, messages, an event and a response of each, which takes as long as its tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+
+if TYPE_CHECKING:
+    from grbench.serve.connections import Connection
+
+
+class Answer(NamedTuple):
+    """An answer to a client: status, body and headers."""
+
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = {}
+
+
+class ClientLeftError(Exception):
+    """The client has closed its connection before its body was there."""
+
+
+async def no_body(most: int, limit_s: float) -> bytes:
+    """Return the body of a request that has none."""
+    return b""
+
+
+@dataclass(slots=True)
+class Asked:
+    """A request: its headers, in lower case, and the names in its path. ident and client: set by the API."""
+
+    headers: Mapping[str, str]
+    names: Mapping[str, str]
+    body: Callable[[int, float], Awaitable[bytes]] = no_body  # most bytes, and seconds to wait for them
+    ident: str = ""
+    client: str = ""
+
+
+Endpoint = Callable[[Asked], Awaitable[Answer]]
+
+
+class Target(NamedTuple):
+    """The endpoint of a call, and the names in its path."""
+
+    endpoint: Endpoint
+    names: Mapping[str, str]
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+class Exchange(RequestResponseCycle):
+    """One call of a connection, instead of uvicorn's own."""
+
+    def __init__(self, connection: Connection, target: Target, keep_alive: bool) -> None:
+        super().__init__(
+            scope=connection.scope,
+            transport=connection.transport,
+            flow=connection.flow,
+            logger=connection.logger,
+            access_logger=connection.access_logger,
+            access_log=False,
+            default_headers=connection.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=connection.expect_100_continue,
+            keep_alive=keep_alive,
+            on_response=connection.on_response_complete,
+        )
+        self._target, self._given = target, connection.headers
+
+    async def run_asgi(self, app: Any) -> None:
+        """Answer. Uvicorn calls it once the headers are there; the body may come later."""
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(self._given)}
+        try:
+            answer = await self._target.endpoint(Asked(headers, self._target.names, self.read))
+            if self.flow.write_paused and not self.disconnected:
+                await self.flow.drain()
+            if not self.disconnected:
+                self._write(answer)
+        finally:
+            if not self.response_complete:  # it is cancelled, or its client has left
+                self.transport.close()
+            self.on_response = _nothing  # else the last call of a connection would keep it until a full collection
+
+    def _write(self, answer: Answer) -> None:
+        lines = [STATUS_LINE[answer.status]]
+        for name, value in self.default_headers:
+            lines += (name, b": ", value, b"\r\n")
+        given = "".join([f"{name}: {value}\r\n" for name, value in answer.headers.items()])
+        if answer.headers.get("connection") == "close":
+            self.keep_alive = False
+        elif not self.keep_alive:
+            given += "connection: close\r\n"
+        lines += (given.encode("latin-1"), b"content-length: %d\r\n\r\n" % len(answer.body), answer.body)
+        self.transport.write(b"".join(lines))
+        self.response_complete = True
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
+
+    async def read(self, most: int, limit_s: float) -> bytes:
+        """Return the body, or as much as has come once that is more than `most` bytes.
+
+        Raises TimeoutError after the limit, and ClientLeftError.
+        """
+        if not self.more_body:
+            return bytes(self.body)
+        parts: list[bytes] = []
+        size = 0
+        async with asyncio.timeout(limit_s):
+            while True:
+                message: Any = await self.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeftError
+                parts.append(message["body"])
+                size += len(parts[-1])
+                if size > most or not message["more_body"]:
+                    return b"".join(parts)
