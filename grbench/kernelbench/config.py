@@ -120,9 +120,9 @@ def composed() -> dict[str, Any]:
     Each has VARIANTS, SHAPES, inputs, cost, supports_args, reference, refusal and bind; `cost` also takes a variant,
     and `yardstick` gives its rounded reference, or None for that of the dtype.
     """
-    from grbench.kernelbench import products, stack
+    from grbench.kernelbench import products, projected, stack
 
-    return {module.FAMILY: module for module in (products, stack)}
+    return {module.FAMILY: module for module in (products, projected, stack)}
 
 
 def _check(key: str, asked: Iterable[str], known: Iterable[str]) -> None:

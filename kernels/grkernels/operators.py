@@ -9,10 +9,16 @@ import torch
 
 from grkernels import registry
 from grkernels.rounding import rounded
+from grkernels.variant import Projected
 
 
 class Operators:
-    """Functions as attributes named after their family. A family's reference.py documents the signature."""
+    """Functions as attributes named after their family. A family's reference.py documents the signature.
+
+    projected_attention: of the variant of hstu_attention whose operands the projection can write, else None.
+    """
+
+    projected_attention: Projected | None = None
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         vars(self).update(functions)
@@ -21,13 +27,20 @@ class Operators:
         raise AttributeError(f"no function for {family}; known: {', '.join(vars(self))}")
 
     def replace(self, **functions: Callable[..., Any]) -> Operators:
-        """Return a copy with other functions for some families."""
-        return Operators(vars(self) | functions)
+        """Return a copy with other functions for some families.
+
+        With another attention it has no `projected_attention`, which would be that of the variant replaced.
+        """
+        none = {"projected_attention": None} if "hstu_attention" in functions else {}
+        return Operators(vars(self) | none | functions)
 
     @classmethod
     def of(cls, variants: Mapping[str, str]) -> Operators:
         """Return the variant that is named for each family. Raises ValueError for an unknown name."""
-        return cls({family: registry.get(family, name).fn for family, name in variants.items()})
+        named = {family: registry.get(family, name) for family, name in variants.items()}
+        made = cls({family: variant.fn for family, variant in named.items()})
+        made.projected_attention = named["hstu_attention"].projected if "hstu_attention" in named else None
+        return made
 
     @classmethod
     def eager(cls) -> Operators:

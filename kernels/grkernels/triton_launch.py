@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grkernels import tuning
 
@@ -38,13 +39,14 @@ class Launcher:
         constants: tuple[Any, ...],
         num_warps: int,
         num_stages: int | None = None,
+        descriptors: Sequence[TensorDescriptor] = (),
     ) -> None:
         """Launch on the current stream.
 
-        The arguments are the kernel's parameters in order: tensors, numbers that it is compiled for (strides, sizes of
-        the model), other numbers, constants.
+        The arguments are the kernel's parameters in order: descriptors, tensors, numbers that it is compiled for
+        (strides, sizes of the model), other numbers, constants.
         """
-        arguments = (*tensors, *fixed, *numbers, *constants)
+        arguments = (*descriptors, *tensors, *fixed, *numbers, *constants)
         if INTERPRETED or torch.compiler.is_exporting():
             self._launch(grid, arguments, num_warps, num_stages)
             return
@@ -55,6 +57,7 @@ class Launcher:
             self._launch(grid, arguments, num_warps, num_stages)
             return
         key = (tensors[0].get_device(), fixed, constants, num_warps, num_stages, *[t.dtype for t in tensors])
+        key += tuple((d.base.dtype, *d.block_shape) for d in descriptors)
         found = self._found.get(key)
         if found is None:
             self._found[key] = self._launch(grid, arguments, num_warps, num_stages)
@@ -70,12 +73,17 @@ class Launcher:
 
 
 def launched(
-    *, tensors: Sequence[str], indices: Sequence[str] = (), numbers: Sequence[str] = ()
+    *,
+    tensors: Sequence[str],
+    indices: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+    descriptors: Sequence[str] = (),
 ) -> Callable[[Any], Launcher]:
     """Decorate a kernel that the host launches, instead of triton.jit.
 
-    Its parameters come in this order: tensors, compiled for addresses that are multiples of 16 bytes; indices, tensors
-    that may begin anywhere in a packed buffer; fixed numbers; numbers that it isn't compiled for (lengths); constants.
+    Its parameters come in this order: descriptors, of what TMA loads; tensors, compiled for addresses of whole
+    16 bytes; indices, tensors that may begin anywhere in a packed buffer; fixed numbers; numbers that it isn't
+    compiled for (lengths); constants.
     """
 
     def decorate(function: Any) -> Launcher:
@@ -83,7 +91,8 @@ def launched(
             function, do_not_specialize=list(numbers), do_not_specialize_on_alignment=[*indices, *numbers]
         )
         names = list(function.__annotations__)
-        assert names[: len(tensors) + len(indices)] == [*tensors, *indices], names
+        first = [*descriptors, *tensors, *indices]
+        assert names[: len(first)] == first, names
         return Launcher(kernel, len(tensors))
 
     return decorate

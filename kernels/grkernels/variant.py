@@ -14,6 +14,14 @@ class Cost(NamedTuple):
     bytes: int  # each input read once, each output written once
 
 
+class Projected(NamedTuple):
+    """Attention of operands that the input projection of a layer writes (hstu_attention/fp8_projection.py)."""
+
+    blocks_of: Callable[..., Any]
+    project: Callable[..., Any]
+    attend: Callable[..., Any]
+
+
 @dataclass(frozen=True)
 class KernelVariant:
     """One implementation of an operator family, and the fp32 reference that it must agree with.
@@ -34,3 +42,4 @@ class KernelVariant:
     supports: Callable[..., str | None]
     max_error_ratio: float = 2.0
     yardstick: Callable[..., Any] | None = None
+    projected: Projected | None = None  # of attention that has its operands from the projection, where no cache is

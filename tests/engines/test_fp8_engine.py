@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.fp8_attention import emulated, operands
+from helpers.fp8_attention import attended, emulated, operands
 from helpers.gated import built, run_cell
 from helpers.hstu_oracle import make_requests
 from safetensors import safe_open
@@ -37,7 +37,9 @@ from grkernels import fp8
 from grkernels.choice import requested
 from grkernels.fp8 import Scaled
 from grkernels.hstu_attention.fp8_operands import Operands
+from grkernels.hstu_attention.fp8_projection import blocks_of, project
 from grkernels.rounding import through_pages
+from grkernels.variant import Projected
 
 BASE = [
     "model=hstu_tiny",
@@ -487,6 +489,60 @@ def test_the_gate_allows_what_attention_in_fp8_loses() -> None:
         engine.close()
 
 
+def projected(spoil: Callable[[Operands], Operands] = lambda made: made) -> Projected:
+    """The projection in Triton's interpreter, with the kernel's formulas behind it."""
+
+    def projected_operands(*args: Any, **options: Any) -> tuple[torch.Tensor, Operands]:
+        u, made = project(*args, **options)
+        return u, spoil(made)
+
+    return Projected(blocks_of, projected_operands, attended)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_the_projection_writes_the_operands_of_attention(precision: str) -> None:
+    """It passes the gate of attention in fp8. Operands without scales, or of other tokens, don't."""
+    from grbench.gate.rank import RankGate
+
+    spec = dataclasses.replace(compose_spec(ON_CPU)[0], model=WIDE, seed=5)
+    gate = RankGate(spec, CATALOGUE, REQUESTS, "cpu", precision, fp8_attention=True)
+    half = RankGate(spec, CATALOGUE, REQUESTS, "cpu", precision, fp8_attention=False)
+    wrong: dict[str, Callable[[Operands], Operands]] = {
+        "right": lambda made: made,
+        "no scales": lambda made: dataclasses.replace(made, rows=torch.ones_like(made.rows)),
+        "zeros": lambda made: dataclasses.replace(made, blocks=torch.zeros_like(made.blocks)),
+    }
+    for name, spoil in wrong.items():
+        options = HSTUEngineConfig(device="cpu", precision=precision)
+        engine = HSTUEngine(options, Setup(WIDE, requested("torch"), CATALOGUE, 5, CacheConfig()))
+        engine.operators.projected_attention = projected(spoil)
+        engine.prepare(REQUESTS, len(REQUESTS))
+        if name == "right":
+            assert gate.check(engine, 8).error > half.tolerance / 4
+        else:
+            with pytest.raises(IncorrectError, match="differ from the fp32 reference"):
+                gate.check(engine, 8)
+        engine.close()
+
+
+def test_kept_keys_have_no_operands_of_the_projection() -> None:
+    """A cache's pages and the parts of a split batch need keys and values in the model's dtype."""
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the projection wrote operands")
+
+    engine = HSTUEngine(
+        HSTUEngineConfig(device="cpu", precision="bf16", candidate_microbatch=4),
+        Setup(WIDE, requested("torch"), CATALOGUE, 5, CacheConfig()),
+    )
+    engine.operators.projected_attention = Projected(never, never, never)
+    engine.prepare(REQUESTS, len(REQUESTS))
+    assert len(engine.rank(REQUESTS).scores) == len(REQUESTS)
+    engine.close()
+    # An attention that replaces the variant's has its operands from nobody.
+    assert engine.operators.replace(hstu_attention=attend()).projected_attention is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_cell_with_attention_in_fp8(cell: Callable[[list[str]], Outcome], precision: str) -> None:
@@ -494,3 +550,4 @@ def test_a_cell_with_attention_in_fp8(cell: Callable[[list[str]], Outcome], prec
     outcome = cell([*BASE, *sizes, "engine.device=cuda", "kernel.hstu_attention=fp8"])
     expect_right(outcome, "none")
     assert outcome.actual["attention_precision"] == outcome.actual["kernels"]["hstu_attention"] == "fp8"
+    assert outcome.actual["attention_operands"] == "projection"

@@ -20,6 +20,7 @@ from helpers.attention_cases import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = ("q_offsets", "kv_offsets", "max_q_len", "max_kv_len")
+MASKS = ("q_offsets", "num_targets", "contextual_seq_len", "max_attn_len", "alpha", "scaling_seqlen")
 PAGES = ("k_pages", "v_pages", "k_scales", "v_scales", "page_table", "paged_lengths")
 
 
@@ -40,8 +41,13 @@ def order() -> list[int]:
 
 def emulated(o: dict[str, Any], made: Operands, scale_of_p: float = 1.0) -> Tensor:
     """Attention by the kernel's formulas (sm90/fp8.py), with exact sums. scale_of_p: of P as it is rounded."""
+    return attended(made, o["v"].dtype, scale_of_p=scale_of_p, **{name: o[name] for name in MASKS})
+
+
+def attended(made: Operands, dtype: torch.dtype, *, scale_of_p: float = 1.0, **o: Any) -> Tensor:
+    """The same with the arguments of `fp8.attend`."""
     tokens = order()
-    out = torch.zeros(o["q"].shape[0], o["v"].shape[1], o["v"].shape[2])
+    out = torch.zeros(made.q.shape[0], *made.v.shape[:2])
     for b, (begin, end) in enumerate(itertools.pairwise(made.offsets.tolist())):
         rows, n = slice(*o["q_offsets"][b : b + 2].tolist()), end - begin
         start = begin // BLOCK + b
@@ -50,13 +56,13 @@ def emulated(o: dict[str, Any], made: Operands, scale_of_p: float = 1.0) -> Tens
         seen = torch.nn.functional.pad(mask, (0, -n % BLOCK))
         for head, i in itertools.product(range(out.shape[1]), range(-(-n // BLOCK))):
             there = slice((start + i) * BLOCK, (start + i + 1) * BLOCK)
-            b_scale, both = made.blocks[head, start + i].tolist()
+            b_scale, c_scale = made.blocks[head, start + i].tolist()
             r = o["alpha"] / 2 * made.rows[rows, head, None]
             s = made.q[rows, head].float() @ made.k[there, head].float().T * seen[:, i * BLOCK : (i + 1) * BLOCK]
             p = ((s * torch.tanh(r * b_scale * s) + s) * scale_of_p).clamp(-448, 448).to(torch.float8_e4m3fn).float()
             product = p[:, tokens] @ made.v[head, :, there].float().T / scale_of_p
-            out[rows, head] += r * both * product / o["scaling_seqlen"]
-    return out.to(o["v"].dtype)
+            out[rows, head] += r * b_scale * c_scale * product / o["scaling_seqlen"]
+    return out.to(dtype)
 
 
 def check(fn: Callable[..., Tensor], case: Case) -> float:

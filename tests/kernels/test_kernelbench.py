@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers.command import Grbench
 from helpers.forks import Fork
+from helpers.fp8_attention import attended
 from helpers.mlflow_store import new_database
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from grbench.execution.records import Status
 from grbench.execution.results import load as load_results
 from grbench.gate.kernel import KernelGate, TimedOutputs
 from grbench.kernelbench import bench as kernelbench
-from grbench.kernelbench import products
+from grbench.kernelbench import products, projected
 from grbench.kernelbench.bench import ALL_SHAPES, Bench, Row, status_of
 from grbench.kernelbench.config import KernelBenchConfig, select
 from grbench.kernelbench.timing import Ceilings, interleaved
@@ -36,10 +37,11 @@ from grbench.report.row_charts import roofline
 from grengines.numerics import IncorrectError
 from grkernels import fp8, registry, tuning
 from grkernels.hstu_attention import bench, peers, spec
+from grkernels.hstu_attention.fp8_projection import blocks_of, project
 from grkernels.hstu_attention.reference import hstu_attention as reference
 from grkernels.hstu_attention.torch import hstu_attention as eager
 from grkernels.quantise import bench as quantise_bench
-from grkernels.variant import KernelVariant
+from grkernels.variant import KernelVariant, Projected
 
 SMALL = "4x128_b1_1024+256"  # the smallest shape of hstu_attention
 FAST = ["device=cpu", "repeats=3", "min_time_s=0.01"]
@@ -536,6 +538,45 @@ def test_products_in_fp8_are_measured_beside_those_in_the_dtype(monkeypatch: pyt
     wrong = {(row.shape, row.variant): row for row in measured()}
     for (_, variant), row in wrong.items():
         assert row.ok if variant == "torch" else row.status is Status.INCORRECT and not row.times_ms
+
+
+def test_the_projection_and_attention_are_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of rounding has its tolerance, and the operands that the projection writes pass theirs."""
+    monkeypatch.setattr(kernelbench, "ceilings", lambda *_: ROOFS)
+    monkeypatch.setattr(kernelbench, "fp8_ceilings", lambda roofs, device: roofs)
+    variant = dataclasses.replace(
+        registry.get("hstu_attention", "torch"), name="fp8", projected=Projected(blocks_of, project, attended)
+    )
+    get, refusal = registry.get, registry.refusal
+    monkeypatch.setattr(registry, "get", lambda family, name: variant if name == "fp8" else get(family, name))
+    monkeypatch.setattr(
+        registry, "refusal", lambda family, name, **o: refusal(family, "torch" if name == "fp8" else name, **o)
+    )
+    chosen = ["torch", "fp8", "torch+product", "fp8+product"]
+    config = KernelBenchConfig(
+        ["projected_attention"], chosen, shapes=["tiny"], device="cpu", repeats=2, min_time_s=0.001
+    )
+
+    def measured() -> dict[str, Row]:
+        return {row.variant: row for rows in Bench(config, "cpu", lambda _: None).run() for row in rows}
+
+    rows = measured()
+    assert all(row.ok for row in rows.values()), [row.reason for row in rows.values()]
+    assert rows["torch"].metrics["error_allowed"] < rows["torch+product"].metrics["error"] / 2
+    given = projected.inputs(projected.SHAPES["tiny"], dtype=torch.bfloat16, device="cpu", seed=0)
+    out = projected.bind("fp8", **given)()
+    read = [given["x"], given["weight"]]
+    assert projected.cost(projected.SHAPES["tiny"], "bf16", "fp8").bytes == sum(x.nbytes for x in (*read, *out))
+    unscaled = variant.projected
+    assert unscaled is not None
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        u, made = unscaled.project(*args, **options)
+        return u, dataclasses.replace(made, blocks=torch.ones_like(made.blocks))
+
+    variant = dataclasses.replace(variant, projected=unscaled._replace(project=wrong))
+    statuses = {name: row.status for name, row in measured().items()}
+    assert statuses["fp8"] is statuses["fp8+product"] is Status.INCORRECT and statuses["torch"] is Status.OK
 
 
 @pytest.mark.parametrize("variant", ["torch", "torch+fp8", "torch+fp8+apart"])

@@ -243,6 +243,7 @@ class HSTUEngine(RankingEngine):
             **self._kernels.actual(),
             **self._describe_products(),
             "attention_precision": self._attention,
+            **self._describe_operands(),
             "kernel_configs": tuning.provenance(),
             **(self.user_cache.graphs if self.user_cache else self._graphs).actual(),
             "candidate_microbatch": self._options.candidate_microbatch,
@@ -253,6 +254,14 @@ class HSTUEngine(RankingEngine):
             "item_slots": self._items.slots if self._items else 0,  # rows of the token table on the devices; 0: all
             **(self._items.actual() if isinstance(self._items, ItemShards) else {}),
         }
+
+    def _describe_operands(self) -> dict[str, Any]:
+        """Return what writes q, k and v in e4m3: the projection, or a pass after it where keys and values are kept."""
+        if self._attention != "fp8":
+            return {}
+        kept = isinstance(self._cache, PagedCacheConfig) or self._options.candidate_microbatch
+        projected = self._ranker is not None and self._ranker.projected_attention is not None and not kept
+        return {"attention_operands": "projection" if projected else "pass"}
 
     def _describe_products(self) -> dict[str, Any]:
         """Return what computes products in fp8, with a note for one whose speed is that of no such product."""

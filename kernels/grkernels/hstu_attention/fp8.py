@@ -1,4 +1,7 @@
-"""HSTU attention with products in e4m3, in CuTe DSL for Hopper (sm90/fp8.py), after a pass that rounds Q, K and V."""
+"""HSTU attention with products in e4m3, in CuTe DSL for Hopper (sm90/fp8.py).
+
+A pass rounds Q, K and V (fp8_operands.py), or the projection before it writes them in e4m3 (fp8_projection.py).
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,17 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grkernels import tuning
 from grkernels.hstu_attention import cutlass
 from grkernels.hstu_attention.fp8_operands import Operands, quantised
+from grkernels.hstu_attention.fp8_projection import blocks_of, project
 from grkernels.hstu_attention.keys import tuning_key
 from grkernels.hstu_attention.reference import hstu_attention as reference
 from grkernels.rounding import with_fp8_products
-from grkernels.variant import KernelVariant
+from grkernels.variant import KernelVariant, Projected
 
 HEAD_SIZES = (64, 128, 256)
 CANDIDATES = [
@@ -56,24 +61,15 @@ def hstu_attention(
     v_scales: Tensor | None = None,
     page_table: Tensor | None = None,
     paged_lengths: Tensor | None = None,
-    operands: Operands | None = None,
 ) -> Tensor:
     """Compute what reference.py specifies, in fp16 or bf16 with e4m3 operands of both products and fp32 sums.
 
-    The call can be captured in a CUDA graph. operands: what `quantised` returns, if it is there already.
+    The call can be captured in a CUDA graph.
     """
-    heads, batch = q.shape[1], q_offsets.shape[0] - 1
-    if 0 in (q.shape[0], batch, max_q_len):
-        return v.new_zeros(q.shape[0], heads, v.shape[2])
+    if 0 in (q.shape[0], q_offsets.shape[0] - 1, max_q_len):
+        return v.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lengths: dict[str, Any] = {"q_offsets": q_offsets, "max_q_len": max_q_len, "max_kv_len": max_kv_len}
-    masks: dict[str, Any] = {
-        "num_targets": num_targets,
-        "contextual_seq_len": contextual_seq_len,
-        "max_attn_len": max_attn_len,
-    }
-    key = tuning_key(q=q, v=v, kv_offsets=kv_offsets, k_pages=k_pages, **lengths, **masks)
-    config = tuning.choose("hstu_attention", "fp8", key, _default(q, v, batch, max_q_len))
-    made = operands or quantised(
+    made = quantised(
         q,
         k,
         v,
@@ -86,11 +82,49 @@ def hstu_attention(
         paged_lengths=paged_lengths,
         **lengths,
     )
-    out = v.new_empty(q.shape[0], heads, v.shape[2])
+    return attend(
+        made,
+        v.dtype,
+        **lengths,
+        num_targets=num_targets,
+        scaling_seqlen=scaling_seqlen,
+        alpha=alpha,
+        contextual_seq_len=contextual_seq_len,
+        max_attn_len=max_attn_len,
+    )
+
+
+def attend(
+    made: Operands,
+    dtype: torch.dtype,
+    *,
+    q_offsets: Tensor,
+    num_targets: Tensor | None,
+    max_q_len: int,
+    max_kv_len: int,
+    scaling_seqlen: int,
+    alpha: float,
+    contextual_seq_len: int = 0,
+    max_attn_len: int = 0,
+) -> Tensor:
+    """Compute what reference.py specifies of operands that are in e4m3 already. dtype: of the result, fp16 or bf16."""
+    q, v, batch = made.q, made.v.transpose(0, 1), q_offsets.shape[0] - 1
+    size = q.shape[0], q.shape[1], v.shape[0]
+    if 0 in (q.shape[0], batch, max_q_len):
+        return q.new_zeros(size, dtype=dtype)
+    out = torch.empty(size, dtype=dtype, device=q.device)
+    lengths: dict[str, Any] = {"q_offsets": q_offsets, "max_q_len": max_q_len, "max_kv_len": max_kv_len}
+    masks: dict[str, Any] = {
+        "num_targets": num_targets,
+        "contextual_seq_len": contextual_seq_len,
+        "max_attn_len": max_attn_len,
+    }
+    key = tuning_key(q=q, v=out, **lengths, **masks)
+    config = tuning.choose("hstu_attention", "fp8", key, _default(q, out, batch, max_q_len))
     return cutlass.attend(
-        partial(cutlass.compiled, out.dtype, q.shape[2], v.shape[2], 0, "", products="fp8"),
+        partial(cutlass.compiled, dtype, q.shape[2], out.shape[2], 0, "", products="fp8"),
         config,
-        (made.q, made.k, made.v.transpose(0, 1)),
+        (q, made.k, v),
         out,
         kv_offsets=made.offsets,
         **lengths,
@@ -132,5 +166,11 @@ def supports(
 
 
 VARIANT = KernelVariant(
-    "hstu_attention", "fp8", hstu_attention, reference, supports, yardstick=with_fp8_products(reference)
+    "hstu_attention",
+    "fp8",
+    hstu_attention,
+    reference,
+    supports,
+    yardstick=with_fp8_products(reference),
+    projected=Projected(blocks_of, project, attend),
 )

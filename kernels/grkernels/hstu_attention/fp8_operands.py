@@ -39,7 +39,7 @@ class Operands:
     k: Tensor  # float8_e4m3fn [rows, H, dqk]
     v: Tensor  # float8_e4m3fn [H, dv, rows]
     rows: Tensor  # fp32 [Lq, H]: a
-    blocks: Tensor  # fp32 [H, rows / BLOCK, 2]: b and b c
+    blocks: Tensor  # fp32 [H, rows / BLOCK, 2]: b and c
     offsets: Tensor  # int64 [B + 1], of the sequences' tokens, those in pages among them
 
 
@@ -89,7 +89,7 @@ def quantised(
     inputs = q, k, v, k_pages, v_pages, k_scales, v_scales
     outputs = made.q.view(torch.int8), made.k.view(torch.int8), made.v.view(torch.int32), made.rows, made.blocks
     _kernel(
-        (-(-max(max_q_len, max_kv_len) // BLOCK), 2 * heads, batch),
+        (-(-max(max_q_len, max_kv_len) // BLOCK), 3 * heads, batch),
         (*inputs, *outputs, q_offsets, kv_offsets, offsets, page_table, paged_lengths),
         (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *page_strides, heads),
         (table_stride, blocks),
@@ -150,70 +150,74 @@ def _kernel(
     LARGEST_NUMBER: tl.constexpr,
     LEAST_SIZE: tl.constexpr,
 ) -> None:
-    """Write TOKENS rows of one head of one sequence: of Q in the first programs of each head, of K and V in others."""
-    sequence, head = tl.program_id(2), tl.program_id(1) // 2
+    """Write TOKENS rows of one head of one sequence: of Q, of K or of V, as the program's second number says."""
+    sequence, head, part = tl.program_id(2), tl.program_id(1) // 3, tl.program_id(1) % 3
     first = tl.program_id(0) * TOKENS
     token, dims = tl.arange(0, TOKENS), tl.arange(0, QK)[None, :]
-    if tl.program_id(1) % 2 == 0:
+    if part == 0:
         row = tl.load(q_offsets + sequence) + first + token
         inside = row < tl.load(q_offsets + sequence + 1)
         x = tl.load(q + row[:, None] * q_stride + head * q_head_stride + dims, mask=inside[:, None], other=0.0)
-        scale = _length(x, SHORTEST_ROW) / LONGEST_ROW
+        scale = lengths(x, SHORTEST_ROW) / LONGEST_ROW
         at = row * heads + head
-        tl.store(q_out + at[:, None] * QK + dims, _e4m3(x, scale[:, None]), mask=inside[:, None])
+        tl.store(q_out + at[:, None] * QK + dims, e4m3(x, scale[:, None]), mask=inside[:, None])
         tl.store(rows_out + at, scale, mask=inside)
+        return
+    begin = tl.load(offsets + sequence)
+    length = (tl.load(offsets + sequence + 1) - begin).to(tl.int32)
+    if first >= length:
+        return
+    block = begin // TOKENS + sequence + tl.program_id(0)
+    scales = blocks_out + (head * blocks + block) * 2
+    paged = 0
+    if PAGE:
+        paged = tl.load(paged_lengths + sequence).to(tl.int32)
+        page_table += sequence * table_stride
+    stream = tl.load(kv_offsets + sequence) - paged  # the row that the sequence's first token would have
+    if part == 1:
+        if PAGE:
+            k_pages += head * k_pages_head_stride
+        k += stream * k_stride + head * k_head_stride
+        x = _tokens(
+            k, k_pages, k_scales + head, page_table, (first + token)[:, None], length, paged, dims, k_stride,
+            k_page_stride, k_slot_stride, heads, PAGE, STORED, QK,
+        )  # fmt: skip
+        scale = tl.max(lengths(x, SHORTEST_ROW), axis=0) / LONGEST_ROW
+        k_out += (block * TOKENS * heads + head) * QK
+        tl.store(k_out + token[:, None] * heads * QK + dims, e4m3(x, scale))
+        tl.store(scales, scale)
     else:
-        begin = tl.load(offsets + sequence)
-        length = (tl.load(offsets + sequence + 1) - begin).to(tl.int32)
-        if first < length:
-            block = begin // TOKENS + sequence + tl.program_id(0)
-            paged = 0
-            if PAGE:
-                paged = tl.load(paged_lengths + sequence).to(tl.int32)
-                k_pages += head * k_pages_head_stride
-                v_pages += head * v_pages_head_stride
-                page_table += sequence * table_stride
-            stream = tl.load(kv_offsets + sequence) - paged  # the row that the sequence's first token would have
-            k += stream * k_stride + head * k_head_stride
-            v += stream * v_stride + head * v_head_stride
-            x = _tokens(
-                k, k_pages, k_scales + head, page_table, (first + token)[:, None], length, paged, dims, k_stride,
-                k_page_stride, k_slot_stride, heads, PAGE, STORED, QK,
-            )  # fmt: skip
-            scale = tl.max(_length(x, SHORTEST_ROW), axis=0) / LONGEST_ROW
-            at = (block * TOKENS + token)[:, None] * heads + head
-            tl.store(k_out + at * QK + dims, _e4m3(x, scale))
-
-            # Place 4 w + i has token own + 8 (i // 2) + i % 2. A word of four places is transposed at once.
-            word = tl.arange(0, TOKENS // 4)[None, :]
-            own = first + word // 4 * 16 + word % 4 * 2
-            v_dims = tl.arange(0, V)[:, None]
-            v_scales += head
-            x0 = _tokens(
-                v, v_pages, v_scales, page_table, own, length, paged, v_dims, v_stride, v_page_stride, v_slot_stride,
-                heads, PAGE, STORED, V,
-            )  # fmt: skip
-            x1 = _tokens(
-                v, v_pages, v_scales, page_table, own + 1, length, paged, v_dims, v_stride, v_page_stride,
-                v_slot_stride, heads, PAGE, STORED, V,
-            )  # fmt: skip
-            x2 = _tokens(
-                v, v_pages, v_scales, page_table, own + 8, length, paged, v_dims, v_stride, v_page_stride,
-                v_slot_stride, heads, PAGE, STORED, V,
-            )  # fmt: skip
-            x3 = _tokens(
-                v, v_pages, v_scales, page_table, own + 9, length, paged, v_dims, v_stride, v_page_stride,
-                v_slot_stride, heads, PAGE, STORED, V,
-            )  # fmt: skip
-            size = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
-            v_scale = tl.maximum(tl.max(tl.max(size, axis=1), axis=0), LEAST_SIZE) / LARGEST_NUMBER
-            words = _byte(x0, v_scale) | (_byte(x1, v_scale) << 8)
-            words |= (_byte(x2, v_scale) << 16) | (_byte(x3, v_scale) << 24)
-            at = ((head * V + v_dims).to(tl.int64) * blocks + block) * (TOKENS // 4)
-            tl.store(v_out + at + word, words)
-            pair = blocks_out + (head * blocks + block) * 2
-            tl.store(pair, scale)
-            tl.store(pair + 1, scale * v_scale)
+        if PAGE:
+            v_pages += head * v_pages_head_stride
+        v += stream * v_stride + head * v_head_stride
+        # Place 4 w + i has token own + 8 (i // 2) + i % 2. A word of four places is transposed at once.
+        word = tl.arange(0, TOKENS // 4)[None, :]
+        own = first + word // 4 * 16 + word % 4 * 2
+        v_dims = tl.arange(0, V)[:, None]
+        v_scales += head
+        x0 = _tokens(
+            v, v_pages, v_scales, page_table, own, length, paged, v_dims, v_stride, v_page_stride, v_slot_stride,
+            heads, PAGE, STORED, V,
+        )  # fmt: skip
+        x1 = _tokens(
+            v, v_pages, v_scales, page_table, own + 1, length, paged, v_dims, v_stride, v_page_stride, v_slot_stride,
+            heads, PAGE, STORED, V,
+        )  # fmt: skip
+        x2 = _tokens(
+            v, v_pages, v_scales, page_table, own + 8, length, paged, v_dims, v_stride, v_page_stride, v_slot_stride,
+            heads, PAGE, STORED, V,
+        )  # fmt: skip
+        x3 = _tokens(
+            v, v_pages, v_scales, page_table, own + 9, length, paged, v_dims, v_stride, v_page_stride, v_slot_stride,
+            heads, PAGE, STORED, V,
+        )  # fmt: skip
+        size = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
+        v_scale = tl.maximum(tl.max(tl.max(size, axis=1), axis=0), LEAST_SIZE) / LARGEST_NUMBER
+        words = _byte(x0, v_scale) | (_byte(x1, v_scale) << 8)
+        words |= (_byte(x2, v_scale) << 16) | (_byte(x3, v_scale) << 24)
+        places = ((head * V + v_dims).to(tl.int64) * blocks + block) * (TOKENS // 4)
+        tl.store(v_out + places + word, words)
+        tl.store(scales + 1, v_scale)
 
 
 @triton.jit
@@ -257,14 +261,14 @@ def _tokens(
 
 
 @triton.jit
-def _length(x: tl.tensor, SHORTEST_ROW: tl.constexpr) -> tl.tensor:
+def lengths(x: tl.tensor, SHORTEST_ROW: tl.constexpr) -> tl.tensor:
     """Return the Euclidean lengths of rows [R, D], at least SHORTEST_ROW."""
     x = x.to(tl.float32)
     return tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), SHORTEST_ROW)
 
 
 @triton.jit
-def _e4m3(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
+def e4m3(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """Return x over its scales as the bytes of e4m3."""
     y = x.to(tl.float32) * (1.0 / scale)
     if INTERPRET:  # it would truncate
@@ -274,5 +278,5 @@ def _e4m3(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _byte(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """Return `_e4m3` as int32 from 0 to 255."""
-    return _e4m3(x, scale).to(tl.int32) & 0xFF
+    """Return `e4m3` as int32 from 0 to 255."""
+    return e4m3(x, scale).to(tl.int32) & 0xFF

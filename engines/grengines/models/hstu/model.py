@@ -29,10 +29,12 @@ from grengines.models.hstu.head import Clock, FinalNorm, ItemMLP, activation
 from grengines.models.hstu.weights import load_weights
 from grengines.runtime.batch import Encoding, JaggedBatch
 from grengines.runtime.group import Group
+from grkernels.fp8 import STEP
 from grkernels.hstu_attention.extras import Extras
 from grkernels.norm_gate.reference import moments_of
 from grkernels.operators import Operators
 from grkernels.parts import Parts
+from grkernels.variant import Projected
 
 
 @dataclass
@@ -84,6 +86,20 @@ class HSTULayer(nn.Module):
         if self.silu_all:
             v, q, k = F.silu(v), F.silu(q), F.silu(k)
         return u, *self._by_head(q, k, v)
+
+    def project_operands(
+        self, x: Tensor, rows: Tensor | None, blocks: Any, kernels: Operators, projected: Projected
+    ) -> tuple[Tensor, Any]:
+        """Project x [L, E] as `project` does, or as `project_rows` with `rows`, to u and what `projected` attends to.
+
+        blocks: of the batch's sequences, from `projected`.
+        """
+        y = self._normed(x, kernels)
+        chosen = y if rows is None else y[rows]
+        weight, scales, bias = self.uvqk.weight, getattr(self.uvqk, "scales", None), self.uvqk.bias
+        sizes = {"heads": self.heads, "qk_dim": self.qk_dim, "v_dim": self.v_dim}
+        u, operands = projected.project(chosen, y, weight, scales, bias, **sizes, blocks=blocks)
+        return u, operands
 
     def _normed(self, x: Tensor, kernels: Operators) -> Any:
         """Return the operand of the input projection: y [L, E], in fp8 with scales."""
@@ -310,6 +326,12 @@ class HSTURanker(nn.Module):
             x = layer.combine(x[batch.candidate_rows] if i == pruned else x, u, a, self.kernels)
         return self.score(x if pruned >= 0 else x[batch.candidate_rows], batch)
 
+    @property
+    def projected_attention(self) -> Projected | None:
+        """Attention whose operands the projection writes, where nobody else needs q, k and v, or None."""
+        own = self.masks is None and self.config.choices.silu == "u" and self.config.embedding_dim % STEP == 0
+        return self.kernels.projected_attention if own else None
+
     def _pruned_layer(self, batch: JaggedBatch) -> int:
         """Return the layer that computes candidates alone: the last, or -1 where nearly all rows are candidates.
 
@@ -327,6 +349,8 @@ class HSTURanker(nn.Module):
         x = self.embed(batch)
         kept = UserState([], [], batch.kept_offsets) if keep else None
         pruned = self._pruned_layer(batch)
+        if state is None and not keep and (projected := self.projected_attention) is not None:
+            return self._encode_projected(x, batch, pruned, projected), None
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
             u, q, k, v = self._project(layer, x, batch, i == pruned)
@@ -341,6 +365,19 @@ class HSTURanker(nn.Module):
             x = layer.combine(x[batch.candidate_rows] if i == pruned else x, u, a, kernels)
         return x if pruned >= 0 else x[batch.candidate_rows], kept
 
+    def _encode_projected(self, x: Tensor, batch: JaggedBatch, pruned: int, projected: Projected) -> Tensor:
+        """Return the candidates' rows [M, E] after the last layer, without a q, k or v in the model's dtype."""
+        blocks = projected.blocks_of(batch.q_offsets, x.shape[0])
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, HSTULayer)
+            if i == pruned and not batch.max_candidates:
+                return x[:0]
+            rows = batch.candidate_rows if i == pruned else None
+            u, operands = layer.project_operands(x, rows, blocks, self.kernels, projected)
+            a = projected.attend(operands, x.dtype, **self._attended(batch, i == pruned))
+            x = layer.combine(x if rows is None else x[rows], u, a, self.kernels)
+        return x if pruned >= 0 else x[batch.candidate_rows]
+
     def _attend(
         self, layer: HSTULayer, q: Tensor, k: Tensor, v: Tensor, batch: JaggedBatch, pruned: bool, **keys: Any
     ) -> Tensor:
@@ -351,21 +388,21 @@ class HSTURanker(nn.Module):
         """
         if self.masks is not None:
             keys["extras"] = self._extras(layer, self.masks, batch, pruned)
-        attended: Tensor = self.kernels.hstu_attention(
-            q,
-            k,
-            v,
-            q_offsets=batch.candidate_offsets if pruned else batch.q_offsets,
-            num_targets=batch.num_targets,
-            max_q_len=batch.max_candidates if pruned else batch.max_q_len,
-            max_kv_len=batch.max_kv_len,
-            scaling_seqlen=self.config.scaling_seqlen,
-            alpha=self.alpha,
-            contextual_seq_len=self.attended_contextual,
-            max_attn_len=self.config.max_attn_len,
-            **keys,
-        )
+        attended: Tensor = self.kernels.hstu_attention(q, k, v, **self._attended(batch, pruned), **keys)
         return attended
+
+    def _attended(self, batch: JaggedBatch, pruned: bool) -> dict[str, Any]:
+        """Return the arguments of attention that say which rows see which keys, except where the keys are."""
+        return {
+            "q_offsets": batch.candidate_offsets if pruned else batch.q_offsets,
+            "num_targets": batch.num_targets,
+            "max_q_len": batch.max_candidates if pruned else batch.max_q_len,
+            "max_kv_len": batch.max_kv_len,
+            "scaling_seqlen": self.config.scaling_seqlen,
+            "alpha": self.alpha,
+            "contextual_seq_len": self.attended_contextual,
+            "max_attn_len": self.config.max_attn_len,
+        }
 
     @staticmethod
     def _extras(layer: HSTULayer, masks: Mapping[str, Any], batch: JaggedBatch, pruned: bool) -> Extras:

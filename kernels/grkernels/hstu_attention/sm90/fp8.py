@@ -38,7 +38,7 @@ class Scales(NamedTuple):
     """Scales of Q, K and V in e4m3. Only kernels with `Sizes.products` read them."""
 
     rows: Float32Pointer  # [rows of Q, heads]: a
-    blocks: Float32Pointer  # [heads, blocks, 2]: b and b c
+    blocks: Float32Pointer  # [heads, blocks, 2]: b and c
     count: Int32  # of blocks
 
 
@@ -65,7 +65,7 @@ def read_rows(factors: Factors, scales: Scales, batch: Batch, work: Work, thread
 
 @cute.jit
 def block_of(scales: Scales, work: Work, column: Int32) -> cute.Tensor:
-    """Return where the factors b and b c of the tile at `column` are."""
+    """Return where the scales b and c of the tile at `column` are."""
     block = work.head * scales.count + (work.kv_row + column) // SCALED_TOKENS
     return cute.make_tensor(scales.blocks + Int64(block) * 2, cute.make_layout(2))
 

@@ -192,7 +192,7 @@ def _begin(
     mask: Mask,
     block: cute.Tensor,
 ) -> None:
-    """Compute P of a tile when no other P waits for its V. block: factors of the tile, in e4m3."""
+    """Compute P of a tile when no other P waits for its V. block: scales b and c of the tile, in e4m3."""
     s = _scores(sizes, operands)
     k_pipe.consumer_wait(k_state)
     _start_scores(operands, s, k_state)
@@ -201,7 +201,7 @@ def _begin(
     _hide(s, mask)
     if cutlass.const_expr(sizes.products != ""):
         fp8.silu(s, operands.factors, block[0], 0, 1)
-        operands.factors.waiting[0] = block[1]
+        operands.factors.waiting[0] = block[0] * block[1]
         fp8.convert(s, operands.p)
     else:
         _silu(s, half_alpha)
@@ -222,13 +222,13 @@ def _step(
 ) -> None:
     """Start S = Q K^T of one tile, add P V of the tile before, then turn S into the next P.
 
-    `mask`: None if all rows see the tile whole. block: factors of the tile, in e4m3.
+    `mask`: None if all rows see the tile whole. block: scales b and c of the tile, in e4m3.
     """
     take_turns, k_pipe, v_pipe = sizes.tiles.take_turns, stages.k.pipe, stages.v.pipe
     s = _scores(sizes, operands)
     b, next_waiting = Float32(0.0), Float32(0.0)
     if cutlass.const_expr(sizes.products != ""):
-        b, next_waiting = block[0], block[1]
+        b, next_waiting = block[0], block[0] * block[1]
     k_pipe.consumer_wait(k_state)
     if cutlass.const_expr(take_turns):
         _await_turn(thread)
