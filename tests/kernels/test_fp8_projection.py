@@ -159,7 +159,7 @@ def test_operands_are_those_of_the_pass(columns: int) -> None:
     """Same places, scales and zeros as `quantised` writes of the exact product, at every width of tiles."""
     case = SMALL["jagged"]
     built = build(case)
-    with tuning.forced("hstu_attention", "fp8_projection", {"columns": columns, "warps": 8, "stages": 3}):
+    with tuning.forced("hstu_attention", "fp8_projection", {**CANDIDATES[0], "columns": columns}):
         _, made = project(**built.given)
     ends = built.given["blocks"].offsets
     q, k, v = (built.exact[name] for name in "qkv")

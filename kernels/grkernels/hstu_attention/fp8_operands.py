@@ -27,6 +27,7 @@ from grkernels.triton_common import INTERPRET, to_e4m3_steps
 from grkernels.triton_launch import launched
 
 BLOCK = 128  # tokens that share a scale of K and one of V
+PART = 32  # tokens of a block that are in registers at once
 LONGEST = 14.0  # of a row of Q or K in e4m3: P is at most 2 * 14^2 = 392 of 448, which leaves room for rounding
 SHORTEST = 1e-18  # of a row that is not rounded to zeros: its square is a normal number of fp32
 
@@ -87,14 +88,14 @@ def quantised(
         offsets,
     )
     inputs = q, k, v, k_pages, v_pages, k_scales, v_scales
-    outputs = made.q.view(torch.int8), made.k.view(torch.int8), made.v.view(torch.int32), made.rows, made.blocks
+    outputs = made.q.view(torch.int8), made.k.view(torch.int8), made.v.view(torch.int8), made.rows, made.blocks
     _kernel(
         (-(-max(max_q_len, max_kv_len) // BLOCK), 3 * heads, batch),
         (*inputs, *outputs, q_offsets, kv_offsets, offsets, page_table, paged_lengths),
         (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *page_strides, heads),
         (table_stride, blocks),
-        (page, kind, q.shape[2], v.shape[2], BLOCK, LONGEST, SHORTEST, LARGEST[fp8.DTYPE], LEAST),
-        max(q.shape[2], v.shape[2]) // 16,
+        (page, kind, q.shape[2], v.shape[2], BLOCK, PART, LONGEST, SHORTEST, LARGEST[fp8.DTYPE], LEAST),
+        max(q.shape[2], v.shape[2]) // 32,
     )
     return made
 
@@ -145,23 +146,30 @@ def _kernel(
     QK: tl.constexpr,
     V: tl.constexpr,
     TOKENS: tl.constexpr,
+    PART: tl.constexpr,
     LONGEST_ROW: tl.constexpr,
     SHORTEST_ROW: tl.constexpr,
     LARGEST_NUMBER: tl.constexpr,
     LEAST_SIZE: tl.constexpr,
 ) -> None:
-    """Write TOKENS rows of one head of one sequence: of Q, of K or of V, as the program's second number says."""
+    """Write TOKENS rows of one head of one sequence: of Q, of K or of V, as the program's second number says.
+
+    PART tokens at a time are in registers, so that several programs fit on a processor and one loads while another one
+    computes. K and V are read twice, first for the scale: the second time they come from a cache of the GPU.
+    """
     sequence, head, part = tl.program_id(2), tl.program_id(1) // 3, tl.program_id(1) % 3
     first = tl.program_id(0) * TOKENS
-    token, dims = tl.arange(0, TOKENS), tl.arange(0, QK)[None, :]
+    token, dims = tl.arange(0, PART)[:, None], tl.arange(0, QK)[None, :]
     if part == 0:
-        row = tl.load(q_offsets + sequence) + first + token
-        inside = row < tl.load(q_offsets + sequence + 1)
-        x = tl.load(q + row[:, None] * q_stride + head * q_head_stride + dims, mask=inside[:, None], other=0.0)
-        scale = lengths(x, SHORTEST_ROW) / LONGEST_ROW
-        at = row * heads + head
-        tl.store(q_out + at[:, None] * QK + dims, e4m3(x, scale[:, None]), mask=inside[:, None])
-        tl.store(rows_out + at, scale, mask=inside)
+        begin, end = tl.load(q_offsets + sequence) + first, tl.load(q_offsets + sequence + 1)
+        there = q + head * q_head_stride + dims
+        for i in range(0, TOKENS, PART):
+            row = begin + i + token
+            x = tl.load(there + row * q_stride, mask=row < end, other=0.0)
+            scale = lengths(x, SHORTEST_ROW)[:, None] / LONGEST_ROW
+            at = row * heads + head
+            tl.store(q_out + at * QK + dims, e4m3(x, scale), mask=row < end)
+            tl.store(rows_out + at, scale, mask=row < end)
         return
     begin = tl.load(offsets + sequence)
     length = (tl.load(offsets + sequence + 1) - begin).to(tl.int32)
@@ -173,51 +181,55 @@ def _kernel(
     if PAGE:
         paged = tl.load(paged_lengths + sequence).to(tl.int32)
         page_table += sequence * table_stride
+        k_pages += head * k_pages_head_stride
+        v_pages += head * v_pages_head_stride
     stream = tl.load(kv_offsets + sequence) - paged  # the row that the sequence's first token would have
+    k += stream * k_stride + head * k_head_stride
+    v += stream * v_stride + head * v_head_stride
+    k_scales += head
+    v_scales += head
     if part == 1:
-        if PAGE:
-            k_pages += head * k_pages_head_stride
-        k += stream * k_stride + head * k_head_stride
-        x = _tokens(
-            k, k_pages, k_scales + head, page_table, (first + token)[:, None], length, paged, dims, k_stride,
-            k_page_stride, k_slot_stride, heads, PAGE, STORED, QK,
-        )  # fmt: skip
-        scale = tl.max(lengths(x, SHORTEST_ROW), axis=0) / LONGEST_ROW
-        k_out += (block * TOKENS * heads + head) * QK
-        tl.store(k_out + token[:, None] * heads * QK + dims, e4m3(x, scale))
-        tl.store(scales, scale)
+        longest = 0.0
+        for i in range(first, first + TOKENS, PART):
+            x = _tokens(
+                k, k_pages, k_scales, page_table, i + token, length, paged, dims, k_stride, k_page_stride,
+                k_slot_stride, heads, PAGE, STORED, QK,
+            )  # fmt: skip
+            longest = tl.maximum(longest, tl.max(lengths(x, SHORTEST_ROW), axis=0))
+        k_scale = longest / LONGEST_ROW
+        k_out += ((block * TOKENS - first) * heads + head) * QK
+        for i in range(first, first + TOKENS, PART):
+            x = _tokens(
+                k, k_pages, k_scales, page_table, i + token, length, paged, dims, k_stride, k_page_stride,
+                k_slot_stride, heads, PAGE, STORED, QK,
+            )  # fmt: skip
+            tl.store(k_out + (i + token) * heads * QK + dims, e4m3(x, k_scale))
+        tl.store(scales, k_scale)
     else:
-        if PAGE:
-            v_pages += head * v_pages_head_stride
-        v += stream * v_stride + head * v_head_stride
-        # Place 4 w + i has token own + 8 (i // 2) + i % 2. A word of four places is transposed at once.
-        word = tl.arange(0, TOKENS // 4)[None, :]
-        own = first + word // 4 * 16 + word % 4 * 2
-        v_dims = tl.arange(0, V)[:, None]
-        v_scales += head
-        x0 = _tokens(
-            v, v_pages, v_scales, page_table, own, length, paged, v_dims, v_stride, v_page_stride, v_slot_stride,
-            heads, PAGE, STORED, V,
-        )  # fmt: skip
-        x1 = _tokens(
-            v, v_pages, v_scales, page_table, own + 1, length, paged, v_dims, v_stride, v_page_stride, v_slot_stride,
-            heads, PAGE, STORED, V,
-        )  # fmt: skip
-        x2 = _tokens(
-            v, v_pages, v_scales, page_table, own + 8, length, paged, v_dims, v_stride, v_page_stride, v_slot_stride,
-            heads, PAGE, STORED, V,
-        )  # fmt: skip
-        x3 = _tokens(
-            v, v_pages, v_scales, page_table, own + 9, length, paged, v_dims, v_stride, v_page_stride, v_slot_stride,
-            heads, PAGE, STORED, V,
-        )  # fmt: skip
-        size = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
-        v_scale = tl.maximum(tl.max(tl.max(size, axis=1), axis=0), LEAST_SIZE) / LARGEST_NUMBER
-        words = _byte(x0, v_scale) | (_byte(x1, v_scale) << 8)
-        words |= (_byte(x2, v_scale) << 16) | (_byte(x3, v_scale) << 24)
-        places = ((head * V + v_dims).to(tl.int64) * blocks + block) * (TOKENS // 4)
-        tl.store(v_out + places + word, words)
+        v_dims, largest = tl.arange(0, V), LEAST_SIZE
+        for i in range(first, first + TOKENS, PART):
+            y = _tokens(
+                v, v_pages, v_scales, page_table, i + token, length, paged, v_dims[None, :], v_stride, v_page_stride,
+                v_slot_stride, heads, PAGE, STORED, V,
+            )  # fmt: skip
+            largest = tl.maximum(largest, tl.max(tl.max(tl.abs(y), axis=1), axis=0))
+        v_scale = largest / LARGEST_NUMBER
+        columns = v_out + (head * V + v_dims[:, None]).to(tl.int64) * (blocks * TOKENS) + (block * TOKENS - first)
+        for i in range(first, first + TOKENS, PART):
+            y = _tokens(
+                v, v_pages, v_scales, page_table, i + token, length, paged, v_dims[None, :], v_stride, v_page_stride,
+                v_slot_stride, heads, PAGE, STORED, V,
+            )  # fmt: skip
+            places = i + tl.arange(0, PART)[None, :]
+            tl.store(columns + places, transposed(e4m3(y, v_scale), PART, V))
         tl.store(scales + 1, v_scale)
+
+
+@triton.jit
+def transposed(numbers: tl.tensor, TOKENS: tl.constexpr, D: tl.constexpr) -> tl.tensor:
+    """Return V [TOKENS, D] as [D, TOKENS], with token 8 b + 2 t + e of each 16 in place 4 t + 2 b + e."""
+    split = tl.reshape(numbers, [TOKENS // 16, 2, 4, 2, D])
+    return tl.reshape(tl.permute(split, [4, 0, 2, 1, 3]), [D, TOKENS])
 
 
 @triton.jit
@@ -238,7 +250,7 @@ def _tokens(
     STORED: tl.constexpr,
     D: tl.constexpr,
 ) -> tl.tensor:
-    """Return numbers of some tokens of a sequence in fp32, zeros past its end: [tokens, D], or [D, tokens] as `dims`.
+    """Return numbers of some tokens of a sequence in fp32, zeros past its end: [tokens, D].
 
     Pages hold the first `paged` tokens. x: where the first would be in the stream. STORED: pages are in 8 bits.
     """
@@ -274,9 +286,3 @@ def e4m3(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
     if INTERPRET:  # it would truncate
         y = to_e4m3_steps(y)
     return y.to(tl.float8e4nv).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def _byte(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """Return `e4m3` as int32 from 0 to 255."""
-    return e4m3(x, scale).to(tl.int32) & 0xFF

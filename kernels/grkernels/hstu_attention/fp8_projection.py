@@ -18,16 +18,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grkernels import fp8, tuning
 from grkernels.fp8 import Scaled
-from grkernels.hstu_attention.fp8_operands import BLOCK, LONGEST, SHORTEST, Operands, e4m3, lengths
+from grkernels.hstu_attention.fp8_operands import BLOCK, LONGEST, SHORTEST, Operands, e4m3, lengths, transposed
 from grkernels.pages import LARGEST, LEAST
 from grkernels.triton_common import INTERPRET, rounded
 from grkernels.triton_launch import INTERPRETED, launched
 
 ROW = 128  # bytes of a row of a tile of x or of the weight in shared memory: the longest that TMA swizzles
+# Launch configurations. columns: channels of a tile. programs: on each processor, as many as its memory has room for.
 CANDIDATES = [
-    {"columns": columns, "warps": warps, "stages": stages}
-    for columns, warps, stages in ((256, 8, 3), (256, 8, 4), (128, 4, 3), (128, 8, 3), (128, 4, 2))
+    {"columns": columns, "warps": warps, "stages": stages, "programs": programs}
+    for columns, warps, stages, programs in ((256, 8, 3, 1), (256, 8, 4, 1), (128, 8, 4, 1), (128, 4, 2, 2))
 ]
+DEFAULT = CANDIDATES[0]  # wide tiles: each number that a processor loads is in 128 or 256 products
 
 
 @dataclass(frozen=True)
@@ -269,13 +271,10 @@ def _write_v(
     sizes = tl.reshape(tl.max(tl.abs(x), axis=1), [TOKENS, OWN])
     scale = tl.maximum(tl.max(sizes, axis=0, keep_dims=True), LEAST_SIZE) / LARGEST_NUMBER
     each = tl.reshape(tl.broadcast_to(scale, [TOKENS, OWN]), [TOKENS * OWN])
-    numbers = e4m3(x, each[:, None])
-    # Token 8 b + 2 t + e of each 16 goes to place 4 t + 2 b + e.
-    split = tl.reshape(numbers, [TOKENS // 16, 2, 4, 2, COLUMNS])
-    places = tl.reshape(tl.permute(split, [4, 0, 2, 1, 3]), [COLUMNS, TOKENS])
+    numbers = tl.reshape(e4m3(x, each[:, None]), [TOKENS, COLUMNS])
     channel = first + tl.arange(0, COLUMNS)
     at = (channel.to(tl.int64) * blocks + number)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    tl.store(out + at, places, mask=(channel < HEADS * D)[:, None])
+    tl.store(out + at, transposed(numbers, TOKENS, COLUMNS), mask=(channel < HEADS * D)[:, None])
     own = first // D + tl.arange(0, OWN)
     tl.store(scales + (own * blocks + number) * 2 + 1, tl.reshape(scale, [OWN]), mask=own < HEADS)
 
@@ -313,7 +312,7 @@ def project(
         blocks.offsets,
     )
     widest = max(qk_dim, v_dim)
-    config = tuning.choose("hstu_attention", "fp8_projection", _key(values, heads, qk_dim, v_dim), _default(widest))
+    config = tuning.choose("hstu_attention", "fp8_projection", _key(values, heads, qk_dim, v_dim), DEFAULT)
     columns, step = max(config["columns"], widest), ROW // values.element_size()
     outputs = u, made.v.view(torch.int8), made.q.view(torch.int8), made.k.view(torch.int8), made.rows, made.blocks
     right = TensorDescriptor.from_tensor(weight, [columns, step])
@@ -323,7 +322,7 @@ def project(
             continue
         tiles = (left.shape[0] // BLOCK + 1 + len(blocks.table)) * (-(-weight.shape[0] // columns) + 2)
         _kernel(
-            (min(_processors(device), tiles), 1, 1),
+            (min(config["programs"] * _processors(device), tiles), 1, 1),
             (
                 source.scales if isinstance(source, Scaled) else bias,
                 bias if scales is None else scales,
@@ -347,11 +346,7 @@ def _key(values: Tensor, heads: int, qk_dim: int, v_dim: int) -> str:
     return tuning.key(bits=8 * values.element_size(), width=values.shape[1], heads=heads, qk=qk_dim, v=v_dim)
 
 
-def _default(widest: int) -> dict[str, int]:
-    return {"columns": 256, "warps": 8, "stages": 3}
-
-
 @cache
 def _processors(device: torch.device) -> int:
-    """Return how many programs run at once, each with a processor of its own; two in the interpreter."""
+    """Return the number of streaming multiprocessors; two in the interpreter."""
     return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
