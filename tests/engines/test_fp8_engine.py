@@ -532,7 +532,7 @@ def test_kept_keys_have_no_operands_of_the_projection() -> None:
         raise AssertionError("the projection wrote operands")
 
     engine = HSTUEngine(
-        HSTUEngineConfig(device="cpu", precision="bf16", candidate_microbatch=4),
+        HSTUEngineConfig(device="cpu", precision="bf16", candidate_microbatch=1),
         Setup(WIDE, requested("torch"), CATALOGUE, 5, CacheConfig()),
     )
     engine.operators.projected_attention = Projected(never, never, never)
