@@ -501,7 +501,7 @@ def projected(spoil: Callable[[Operands], Operands] = lambda made: made) -> Proj
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_the_projection_writes_the_operands_of_attention(precision: str) -> None:
-    """It passes the gate of attention in fp8. Operands without scales, or of other tokens, don't."""
+    """It passes the gate of attention in fp8. Operands without scales of blocks, or zeros, don't."""
     from grbench.gate.rank import RankGate
 
     spec = dataclasses.replace(compose_spec(ON_CPU)[0], model=WIDE, seed=5)
@@ -509,7 +509,7 @@ def test_the_projection_writes_the_operands_of_attention(precision: str) -> None
     half = RankGate(spec, CATALOGUE, REQUESTS, "cpu", precision, fp8_attention=False)
     wrong: dict[str, Callable[[Operands], Operands]] = {
         "right": lambda made: made,
-        "no scales": lambda made: dataclasses.replace(made, rows=torch.ones_like(made.rows)),
+        "no scales": lambda made: dataclasses.replace(made, blocks=torch.ones_like(made.blocks)),
         "zeros": lambda made: dataclasses.replace(made, blocks=torch.zeros_like(made.blocks)),
     }
     for name, spoil in wrong.items():

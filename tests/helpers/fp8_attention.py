@@ -52,7 +52,9 @@ def attended(made: Operands, dtype: torch.dtype, *, scale_of_p: float = 1.0, **o
         rows, n = slice(*o["q_offsets"][b : b + 2].tolist()), end - begin
         start = begin // BLOCK + b
         targets = 0 if o["num_targets"] is None else int(o["num_targets"][b])
-        mask = hstu_mask(n, targets, o["contextual_seq_len"], o["max_attn_len"])[n - (rows.stop - rows.start) :]
+        mask = hstu_mask(n, targets, o.get("contextual_seq_len", 0), o.get("max_attn_len", 0))[
+            n - (rows.stop - rows.start) :
+        ]
         seen = torch.nn.functional.pad(mask, (0, -n % BLOCK))
         for head, i in itertools.product(range(out.shape[1]), range(-(-n // BLOCK))):
             there = slice((start + i) * BLOCK, (start + i + 1) * BLOCK)
