@@ -185,7 +185,7 @@ def used(case: Case) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether numbers in e4m3 agree, but for one in a thousand that another order of sums rounds to its neighbour."""
+    """Say if numbers in e4m3 agree, but for one in a thousand that another order of sums rounds to its neighbour."""
     a, b = a.float(), b.float()
     return a.shape == b.shape and bool((a != b).float().mean() < 1e-3) and bool(((a - b).abs() <= b.abs() / 7).all())
 
