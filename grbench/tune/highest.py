@@ -13,6 +13,7 @@ from grbench.tune.trial import LONGER, Trial
 
 COARSE = rates.steps(1.09)  # width of a bracket while configurations are compared
 OPEN = 1.0  # excess of an unsure figure over its limit, as a share, up to which a challenger is measured longer
+UNKNOWN = (None, None)  # verdict and limit of a step without a probe
 
 
 class HighestRate:
@@ -20,6 +21,7 @@ class HighestRate:
 
     def __init__(self, knowledge: Knowledge, probes: Probes, screen: bool) -> None:
         self._knowledge, self._probes, self._screen = knowledge, probes, screen
+        self._confirmed: set[tuple[int, int | None]] = set()  # trials with the step of a longer probe
 
     def find(self, trial: Trial, *, alone: bool = False) -> Task[None]:
         """Find out whether a configuration is better than the best so far, and then its rate.
@@ -36,22 +38,53 @@ class HighestRate:
         level = None if alone else self._level(trial)
         if level is not None and not (yield from self._beats(trial, level)):
             return
-        while not trial.failed and (yield from self._descend(trial)):
-            yield from self._climb(trial)
-            while (
-                not trial.failed  # a failure leaves the bracket as it is
-                and trial.low is not None
-                and trial.high is not None
-                and trial.high - trial.low > COARSE
-            ):
-                yield from self._probes.at(trial, (trial.low + trial.high) // 2)
-            yield from self._confirm(trial)
-            before, level = level, None if alone else self._level(trial)
-            if level is None or level >= trial.top or (before is not None and level <= before):
-                return
-            # A trial that was probed beside this one has overtaken it: a short probe may have been unlucky.
-            if not (yield from self._challenge(trial, level + 1)):
-                return
+        if (yield from self._descend(trial)):
+            while (step := self._next_step(trial)) is not None:
+                yield from self._probes.at(trial, step)
+
+    def approach(self, trial: Trial) -> Task[None]:
+        """Find out whether a trial is better than the best so far, with as few probes; of the best, find the rate."""
+        best = self._knowledge.incumbent
+        if trial.top is None:  # an earlier search left only rates
+            yield from self._probes.offline(trial)
+        elif best is None or best.low is None:
+            yield from self._descend(trial)
+        elif best is not trial:
+            yield from self._beats(trial, best.low)
+        while trial is best is self._knowledge.incumbent and not trial.failed and not self.settled(trial):
+            if self._far_below(trial):
+                yield from self._descend(trial)
+            elif (step := self._next_step(trial)) is not None:
+                yield from self._probes.at(trial, step)
+            else:
+                yield from self._confirm(trial)
+
+    def _confirm(self, trial: Trial) -> Task[None]:
+        """Probe the rate of the best with more requests: near the most that it carries, a short run is lucky."""
+        assert trial.low is not None
+        self._confirmed.add((id(trial), trial.low))
+        yield from self._probes.at(trial, trial.low, LONGER)
+        if trial.low is None and not trial.failed:
+            yield from self._descend(trial)
+
+    def settled(self, trial: Trial) -> bool:
+        """Return True if the rate of the best is bracketed and confirmed."""
+        return trial.top is not None and (id(trial), trial.low) in self._confirmed and self._next_step(trial) is None
+
+    def _far_below(self, trial: Trial) -> bool:
+        """Return True if nothing above the best rate of a trial was probed, and much more is expected."""
+        low = trial.low
+        return low is not None and max(trial.verdicts) == low < round(self._knowledge.expected(trial)) - COARSE
+
+    def _next_step(self, trial: Trial) -> int | None:
+        """Return the step that narrows the bracket of a trial; None: it is as narrow as `COARSE`, or can't be."""
+        low, high, top = trial.low, trial.high, trial.top
+        if trial.failed or low is None or high is None or top is None:  # a failure leaves the bracket as it is
+            return None
+        if any(step > low for step in trial.verdicts):
+            return (low + high) // 2 if high - low > COARSE else None
+        expected = round(self._knowledge.expected(trial))
+        return None if low >= top else min(expected if expected > low else low + COARSE, top)
 
     def _level(self, trial: Trial) -> int | None:
         """Return the step that another trial leads with, which this one has to beat; None: there is none."""
@@ -80,60 +113,39 @@ class HighestRate:
         start = level + 1
         if trial.top is None or start > trial.top:
             return False
-        if start not in trial.verdicts and not (yield from self._challenge(trial, start)):
-            return False
+        if trial.verdicts.get(start, UNKNOWN)[0] is not Verdict.BROKEN:
+            yield from self._challenge(trial, start)
         return trial.low is not None and trial.low >= start
 
-    def _challenge(self, trial: Trial, step: int) -> Task[bool]:
-        """Probe a rate just above the best so far, and longer if that leaves it open. Returns True if it is kept."""
-        if (yield from self._probes.at(trial, step)):
-            return True
-        verdict, limit = trial.verdicts.get(step, (Verdict.BROKEN, None))
+    def _challenge(self, trial: Trial, step: int) -> Task[None]:
+        """Probe a rate just above the best so far, and longer if that leaves it open."""
+        kept = yield from self._probes.at(trial, step)
+        if not kept and self._screen and self._unsure(trial, step):
+            yield from self._probes.at(trial, step, LONGER)
+
+    def left_open(self, trial: Trial) -> bool:
+        """Return True if only an unsure figure rules out that a trial carries more."""
+        return trial.high is not None and self._unsure(trial, trial.high)
+
+    def _unsure(self, trial: Trial, step: int) -> bool:
+        """Return True if the figure at a step is unsure, and not far above its limit."""
+        verdict, limit = trial.verdicts.get(step, UNKNOWN)
         excess = limit.excess(trial.probes[step]) if limit is not None else None
-        if not self._screen or verdict is not Verdict.UNSURE or excess is None or excess > OPEN:
-            return False
-        return (yield from self._probes.at(trial, step, LONGER))
+        return verdict is Verdict.UNSURE and excess is not None and excess <= OPEN
 
     def _descend(self, trial: Trial) -> Task[bool]:
         """Lower the rate from the one expected until the limits are kept. Returns False if they are at none.
 
-        A rate that was known to keep them may be far below: that of an earlier run, or of the best so far.
+        The first is below it by the width of a bracket, because the highest of several estimates was lucky. A rate that
+        was known to keep the limits may be far below: that of an earlier run, or of the best so far.
         """
         assert trial.top is not None
         floor = trial.top - BOTTOM if trial.low is None else trial.low + 1
         most = trial.top if trial.high is None else trial.high - 1
-        step, jump = min(round(self._knowledge.expected(trial)), most), COARSE
+        step, jump = min(round(self._knowledge.expected(trial)) - COARSE, most), COARSE
         while step >= floor and not trial.failed and not (yield from self._probes.at(trial, step)):
             step, jump = step - jump, 2 * jump
         if trial.low is None and not trial.failed:
             trial.failed = f"keeps the limits at no rate down to {rates.rate_of(max(step, floor)):.3g} requests/s"
             trial.violation = trial.least_excess
         return trial.low is not None
-
-    def _climb(self, trial: Trial) -> Task[None]:
-        """Raise the rate of a trial that keeps the limits until one does not, or its offline rate is reached."""
-        assert trial.low is not None and trial.top is not None
-        jump = COARSE
-        while (
-            (high := trial.high) is not None
-            and trial.low < trial.top
-            and not any(s > trial.low for s in trial.verdicts)
-        ):
-            step = min(trial.low + jump, trial.top)
-            yield from self._probes.at(trial, step)
-            jump *= 2
-            if high == trial.high and step not in trial.verdicts:
-                return
-
-    def _confirm(self, trial: Trial) -> Task[None]:
-        """Probe the rate of a new leader with more requests: near the most that it carries, a short run is lucky."""
-        confirmed: set[int] = set()
-        while (
-            self._screen
-            and trial is self._knowledge.incumbent
-            and (step := trial.low) is not None
-            and step not in confirmed
-        ):
-            confirmed.add(step)
-            if not (yield from self._probes.at(trial, step, LONGER)) and trial.low is None:
-                yield from self._probes.at(trial, step - COARSE)

@@ -57,8 +57,12 @@ class Probes:
 
         longer: times the requests of a first probe.
         """
+        return (yield trial, self.probe(step, longer)) in HELD
+
+    def probe(self, step: int, longer: int = 1) -> Probe:
+        """Return the probe at a step."""
         rate = rates.rate_of(step)
-        return (yield trial, Probe(rate, longer * self._requests(rate))) in HELD
+        return Probe(rate, longer * self._requests(rate))
 
     def run(self, next_task: Callable[[], Task[object] | None]) -> None:
         """Run tasks in rounds until none is left. Raises BudgetSpentError.

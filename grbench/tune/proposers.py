@@ -26,7 +26,8 @@ class Proposer(Protocol):
     def tell(self, configuration: Configuration, score: float | None, violation: float) -> None:
         """Take the result of a configuration.
 
-        score: larger is better; None: it failed. violation: above 0 if a limit is broken at any load, by that share.
+        score: in steps of the ladder of rates, larger is better; None: it failed. violation: above 0 if a limit is
+        broken at any load, by that share.
         """
 
 

@@ -11,6 +11,8 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from grbench.tune import rates
+from grbench.tune.certification import reserve
 from grbench.tune.highest import COARSE, HighestRate
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.outcome import BudgetSpentError, Configuration, Evaluator, Probe
@@ -20,6 +22,7 @@ from grbench.tune.trial import Progress, Trial, quiet
 
 FIRST_SHARE, FIRST_FEWEST, FIRST_MOST = 0.2, 3, 12  # of the budget, for offline probes before the first rate
 BETWEEN = 2  # offline probes between two configurations that are probed at rates
+SETTLING = 5  # probes that bracket the rate of the best; it waits for as many that may find a better one
 
 
 class Search:
@@ -43,8 +46,9 @@ class Search:
         self._screen = screen and knowledge.goal.objective == "throughput"
         self._probes = Probes(knowledge, evaluator, progress)
         self._highest = HighestRate(knowledge, self._probes, self._screen)
-        self._since = 0  # offline probes since the last search for a rate began
+        self._since = SETTLING  # offline probes since the last probe at a rate
         self._finding: set[int] = set()  # trials whose rate is searched for
+        self._again: set[int] = set()  # former leaders that got another chance
 
     def run(self) -> None:
         """Try configurations until the budget or the space ends, then narrow the bracket of the best."""
@@ -95,6 +99,8 @@ class Search:
             for probe, outcome in known:
                 self._knowledge.note(trial, probe, outcome)
             self._tell(trial)
+        if self._screen:
+            return
         open_ = sorted(self._knowledge.trials, key=lambda trial: trial.estimate or 0.0, reverse=True)
         self._run_each(self._highest.find(trial) for trial in open_ if not trial.failed and self._may_win(trial))
 
@@ -107,10 +113,11 @@ class Search:
             return None
         explored = sum(trial.offline is not None or bool(trial.failed) for trial in self._knowledge.trials)
         promising = self._promising()
-        if promising is not None and explored >= first and self._since >= BETWEEN:
+        between = BETWEEN if self._knowledge.incumbent is not promising else SETTLING
+        if promising is not None and explored >= first and self._since >= between:
             self._since = 0
             return self._find(promising)
-        if (configuration := self._proposer.ask()) is not None:
+        if self._may_explore() and (configuration := self._proposer.ask()) is not None:
             self._since += 1
             return self._try(configuration, self._probes.offline)
         return None if promising is None else self._find(promising)
@@ -121,11 +128,19 @@ class Search:
         offline = self._evaluator.share(places * [Probe(None, OFFLINE)])
         return min(max(places * round(FIRST_SHARE / offline), FIRST_FEWEST), FIRST_MOST) if offline else FIRST_MOST
 
+    def _may_explore(self) -> bool:
+        """Return True unless the budget has room only for the bracket of the best."""
+        best = self._knowledge.incumbent
+        if best is None or best.low is None:
+            return True
+        left = self._evaluator.left() - reserve(self._knowledge, self._evaluator)
+        return left > self._evaluator.share(SETTLING * [self._probes.probe(best.low)])
+
     def _find(self, trial: Trial) -> Task[None]:
         """Find the rate of a trial, which no other task does meanwhile."""
         self._finding.add(id(trial))
         try:
-            yield from self._highest.find(trial)
+            yield from self._highest.approach(trial)
         finally:
             self._finding.remove(id(trial))
 
@@ -137,12 +152,19 @@ class Search:
             t
             for t in self._knowledge.trials
             if not t.failed
-            and t is not best
-            and expected(t) > level
-            and self._may_win(t)
+            and (not self._highest.settled(t) if t is best else expected(t) > level and self._may_win(t))
             and id(t) not in self._finding
         ]
-        return max(open_, key=expected, default=None)
+        return max(open_, key=expected, default=None) or self._overtaken(level)
+
+    def _overtaken(self, level: float) -> Trial | None:
+        """Return a former leader that a short probe may have ruled out by bad luck, each once."""
+        for trial in self._knowledge.ranking()[1:]:
+            seen = id(trial) in self._again | self._finding
+            if not seen and not trial.failed and self._highest.left_open(trial) and (trial.top or 0) > level:
+                self._again.add(id(trial))
+                return trial
+        return None
 
     def _may_win(self, trial: Trial) -> bool:
         """Return True unless it is known that a trial is not the best, or that it is and at which rate."""
@@ -172,7 +194,7 @@ class Search:
         """Tell the proposer what is known of a trial."""
         if self._knowledge.goal.objective in ("latency", "cost"):
             score = self._knowledge.score(trial) if trial.low is not None else None
-            score = None if score is None else math.copysign(math.log(abs(score) + 1e-9), score)
+            score = None if score is None else -math.log(max(-score, 1e-9)) / math.log(rates.RATIO)
         else:
             score = trial.estimate
         self._proposer.tell(trial.configuration, score, trial.violation)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from scipy.linalg import cho_factor, cho_solve
 from scipy.special import ndtr
 
+from grbench.tune import rates
 from grbench.tune.outcome import Configuration
 from grbench.tune.proposers import Axes, is_number, number_first
 
@@ -23,6 +24,7 @@ Floats = npt.NDArray[np.float64]
 SHARES = (0.1, 0.4, 0.7, 0.9, 0.98)  # that values of one option may have in common
 WIDTH = 0.35  # of the nearness of numbers, as a share of their list
 NOISE = 1.0  # steps of the ladder
+FAR = rates.steps(2)  # below the best, from which scores count as equal: else the process explains the worst ones
 STARTUP = 6  # configurations before the process is asked; 8 at random had a higher regret on measured grids
 PRIOR_SHARE = 0.7  # of each option, until the first likelihood
 
@@ -87,6 +89,7 @@ class Surrogate:
         open_ = np.array([self._place[configuration] for configuration in self._open])
         seen = np.array(list(self._scores))
         values = np.array(list(self._scores.values()))
+        values = np.maximum(values, values.max() - FAR)
         middle, spread = float(values.mean()), max(float(values.std()), NOISE)
         y, noise = (values - middle) / spread, (NOISE / spread) ** 2
         self._fit(seen, y, noise)
