@@ -45,9 +45,7 @@ class HighestRate:
     def approach(self, trial: Trial) -> Task[None]:
         """Find out whether a trial is better than the best so far, with as few probes; of the best, find the rate."""
         best = self._knowledge.incumbent
-        if trial.top is None:  # an earlier search left only rates
-            yield from self._probes.offline(trial)
-        elif best is None or best.low is None:
+        if best is None or best.low is None:
             yield from self._descend(trial)
         elif best is not trial:
             yield from self._beats(trial, best.low)
@@ -69,7 +67,7 @@ class HighestRate:
 
     def settled(self, trial: Trial) -> bool:
         """Return True if the rate of the best is bracketed and confirmed."""
-        return trial.top is not None and (id(trial), trial.low) in self._confirmed and self._next_step(trial) is None
+        return (id(trial), trial.low) in self._confirmed and self._next_step(trial) is None
 
     def _far_below(self, trial: Trial) -> bool:
         """Return True if nothing above the best rate of a trial was probed, and much more is expected."""

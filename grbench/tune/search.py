@@ -99,10 +99,9 @@ class Search:
             for probe, outcome in known:
                 self._knowledge.note(trial, probe, outcome)
             self._tell(trial)
-        if self._screen:
-            return
         open_ = sorted(self._knowledge.trials, key=lambda trial: trial.estimate or 0.0, reverse=True)
-        self._run_each(self._highest.find(trial) for trial in open_ if not trial.failed and self._may_win(trial))
+        measure = self._probes.offline if self._screen else self._highest.find
+        self._run_each(measure(trial) for trial in open_ if not trial.failed and self._may_win(trial))
 
     def _next_screened(self, first: int) -> Task[None] | None:
         """Return a task: an offline probe, or now and then the search for the rate of what promises most.
