@@ -36,7 +36,7 @@ from grbench.config.schema import (
     schemas,
     to_spec,
 )
-from grbench.config.unread import unread
+from grbench.config.unread import idle_words, unread
 from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.subcommands import summaries
 from grengines.options import allowed_instead, describe
@@ -160,7 +160,7 @@ def plan_jobs(
             base, combinations = _expand(config_name, list(overrides), extra, multirun)
             if combinations is None:
                 job = _job(base, check, Path(base.hydra.run.dir).absolute())
-                if lacks := _unread(job.overrides, unread(job.config)):
+                if lacks := idle_words(job.overrides, unread(job.config)):
                     raise ConfigError(next(iter(lacks.values())))
                 invocation, jobs = Invocation(tuple(overrides), 1, None), [job]
             else:
@@ -237,7 +237,7 @@ def _plan_sweep(
                 kept = tuple(word for word in words if word not in lacks)
                 folder = folder or Path(cfg.hydra.sweep.dir).absolute()  # it carries the time, so it is read once
                 job = _job(cfg, check, folder / str(number))
-                if not (idle := _unread(kept, unread(job.config))):
+                if not (idle := idle_words(kept, unread(job.config))):
                     break
                 lacks.update(idle)
             had.update(map(_key, kept))
@@ -280,12 +280,6 @@ def _compose_without(config_name: str, words: list[str], extra: list[str], lacks
             if not its:
                 raise
             lacks.update(dict.fromkeys(its, explain(e)))
-
-
-def _unread(words: Sequence[str], idle: Mapping[str, str]) -> dict[str, str]:
-    """Return the overrides of options that are not read, each with the line that refuses it."""
-    found = ((word, key) for word in words for key in idle if f"{_key(word).lstrip('+')}.".startswith(f"{key}."))
-    return {word: f"{word}: {idle[key]}" for word, key in found}
 
 
 def _absent_key(error: BaseException) -> str:

@@ -5,7 +5,7 @@ Values that come from files of conf/ and of studies may be idle: one file serves
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from grbench.config.schema import RunConfig, RunSpec, weights_of
 from grbench.scenarios.config import is_accuracy
@@ -18,6 +18,13 @@ def unread(cell: tuple[RunSpec, RunConfig]) -> dict[str, str]:
     """Return the options and groups of options that a cell does not read, each with the reason and what changes it."""
     spec, run = cell
     return dict([*idle(run), *_of_task(spec), *_of_quality(spec)])
+
+
+def idle_words(words: Sequence[str], idle: Mapping[str, str]) -> dict[str, str]:
+    """Return the overrides of options that are not read, each with the line that refuses it. idle: of `unread`."""
+    pairs = [(word, word.partition("=")[0].lstrip("+")) for word in words]
+    found = ((word, key) for word, typed in pairs for key in idle if f"{typed}.".startswith(f"{key}."))
+    return {word: f"{word}: {idle[key]}" for word, key in found}
 
 
 def _of_task(spec: RunSpec) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -35,6 +36,29 @@ def only_writer(folder: Path, option: str) -> Iterator[None]:
         if not mine:
             where = os.path.relpath(folder)
             raise ConfigError(f"{where}: another command is writing there; wait for it, or set {option}=FOLDER")
+        yield
+
+
+@contextlib.contextmanager
+def only_command(root: Path, words: Sequence[str]) -> Iterator[None]:
+    """Hold a command line under the output root `root`: a second one would measure the same cells beside it.
+
+    The system lets go of what a process held that has ended, however. Raises ConfigError, with its number, if another
+    process holds the command line; OSError.
+    """
+    name = hashlib.sha256("\0".join(sorted(words)).encode()).hexdigest()[:16]
+    path = root / ".running" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as holder:
+        if not _locked(holder.fileno()):
+            holder.seek(0)
+            raise ConfigError(
+                f"process {holder.read()} runs the same command in {os.path.relpath(root)}; wait for it, "
+                "or set runner.output_root=FOLDER"
+            )
+        holder.truncate(0)
+        holder.write(str(os.getpid()))
+        holder.flush()
         yield
 
 

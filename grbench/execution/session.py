@@ -24,6 +24,7 @@ from grbench.config.schema import ConfigError, RunConfig, RunSpec, SlurmConfig
 from grbench.execution import records
 from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.execution.earlier import EarlierRecords
+from grbench.execution.folders import only_command
 from grbench.execution.kept import engine_key
 from grbench.execution.places import Cell, Part, Places, local_parts
 from grbench.execution.records import RunRecord, Status
@@ -57,6 +58,9 @@ class CellSession:
         self._root = Path(run.runner.output_root).absolute()
         self._screen = Console(stderr=True, quiet=quiet)
         self._sweep_id = invocation.sweep.name if invocation.sweep else None
+        self._holds = contextlib.ExitStack()
+        if self._sweep_id:
+            self._holds.enter_context(only_command(self._root, invocation.words))
         self.parts = _parts(run, self._root, gpus)  # before anything is recorded, since a cluster may refuse them
         self._places = Places(self.parts, self._say) if self.parts else None
         self._tracking = run.tracking
@@ -259,6 +263,7 @@ class CellSession:
             self._publish_later()
         if self._sweep_id:
             self._tracker.end_sweep(self._cells, cut_short, answer, files)
+        self._holds.close()
 
     def close(self, cut_short: str = "") -> int:
         """End the session and print the table of all cells. Returns 0 if every cell is OK, else 1.

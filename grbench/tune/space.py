@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grbench.config.compose import compose_many, explain
 from grbench.config.schema import ConfigError, RunConfig, RunSpec, checked, spec_of
+from grbench.config.unread import idle_words, unread
 from grbench.tune import legal
 from grbench.tune.outcome import Configuration
 from grengines.options import violations
@@ -65,6 +66,8 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
     known: set[str] = set()  # options that some combination has
     taken: set[tuple[str, str]] = set()  # options with a value that some combination takes
     refused: dict[tuple[str, str], str] = {}  # why a combination does not
+    read: set[str] = set()  # fixed overrides and options that some configuration reads
+    idle: dict[str, str] = {}  # those that one does not read, with the line that refuses them
     found: dict[Configuration, tuple[RunSpec, RunConfig]] = {}
     for combination, its, cfg in zip(combinations, words, compose_many(words, config_dir), strict=True):
         count = math.prod(len(values) for values in options.values())
@@ -93,9 +96,14 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
                 left_out[problem] += 1
                 continue
             try:
-                found.setdefault(configuration, (spec_of(changed), run))
+                lines = idle_words([*fixed, *configuration.words], unread((spec_of(changed), changed)))
+                reads, spec = _without_idle(configuration, changed, run)
             except ConfigError as e:
                 left_out[str(e)] += 1
+                continue
+            read |= {word for word in fixed if word not in lines} | {key for key, _ in reads.values}
+            idle = {word if word in fixed else _key(word): line for word, line in lines.items()} | idle
+            found.setdefault(reads, (spec, run))
     if not composed:
         _fixed_exist(list(left_out))
     elif misspelt := [key for key in options if key in typed and key not in known]:
@@ -104,6 +112,8 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
             raise ConfigError(refusal)
     if never := [reason for value, reason in refused.items() if value not in taken]:
         raise ConfigError(never[0])
+    if unused := [line for what, line in idle.items() if what not in read and (what in typed or what in fixed)]:
+        raise ConfigError(unused[0])
     reasons = _refused({configuration: spec for configuration, (spec, _) in found.items()})
     left_out.update(reason for reason in reasons.values())
     kept = [configuration for configuration in found if configuration not in reasons]
@@ -133,6 +143,25 @@ def _with_options(
         texts = zip(options, (text for text, _ in values), strict=True)
         made.append((Configuration((*combination, *texts)), changed))
     return made
+
+
+def _without_idle(configuration: Configuration, changed: RunConfig, run: RunConfig) -> tuple[Configuration, RunSpec]:
+    """Return a configuration without the options that it does not read, and its cell, where they are as in `run`."""
+    values = dict(configuration.values)
+    while True:
+        spec = spec_of(changed)
+        words = [f"{key}={value}" for key, value in values.items() if not _is_group(key)]
+        idle = [_key(word) for word in idle_words(words, unread((spec, changed)))]
+        if not idle:
+            return Configuration(tuple(values.items())), spec
+        for key in idle:
+            del values[key]
+            owner, _, name = key.rpartition(".")
+            setattr(_select(changed, owner), name, copy.copy(getattr(_select(run, owner), name)))
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0]
 
 
 def _typed(cfg: DictConfig, key: str, values: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]] | None:

@@ -70,6 +70,14 @@ TINY = (
         (["latency.p99=3"], "latency.p99=3: no such limit; nearest: latency_ms.p99"),
         (["gpu_memory.reserved=3,4"], "gpu_memory.reserved=3,4: no such limit; nearest: gpu_memory_mib.reserved"),
         (["latency_limit=3"], "tune: latency_limit: no such key; nearest: latency_limit_ms; known"),
+        (
+            ["retrieval.beam_width=3"],
+            "tune: retrieval.beam_width=3: task=rank searches for no items; set task=generate",
+        ),
+        (
+            ["engine=hstu", "cache=none,lru", "cache.onload_share=0.5,0.6"],
+            "tune: cache.onload_share=0.5: it is not read with cache.host_gb=0.0; set cache.host_gb too, or leave it",
+        ),
         (["space=typed", "engine=vllm,hf", "task=rank"], "the space is empty: none of 2 combinations can run here"),
     ],
 )

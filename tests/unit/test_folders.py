@@ -18,8 +18,9 @@ from helpers.checkout import ROOT, files
 from helpers.command import Grbench
 
 from grbench.config.compose import compose_spec
+from grbench.config.schema import ConfigError
 from grbench.execution import records, runner
-from grbench.execution.folders import left_out, only_writer, unused
+from grbench.execution.folders import left_out, only_command, only_writer, unused
 from grbench.execution.records import Outcome, Status
 from grbench.execution.results import save as save_results
 from grbench.execution.workers import Worker
@@ -45,6 +46,38 @@ def test_a_folder_in_use_is_left_to_its_user(tmp_path: Path) -> None:
         (again / records.RECORD_FILE).touch()
     with unused(wanted) as third:
         assert third == wanted.with_name("0.2")
+
+
+def test_a_command_is_refused_while_an_equal_one_runs_and_not_once_that_was_killed(tmp_path: Path) -> None:
+    begun, says = os.pipe()
+    if (command := os.fork()) == 0:
+        with only_command(tmp_path, ["-m", "seed=0,1"]):
+            os.write(says, b"!")
+            signal.pause()
+        os._exit(1)
+    os.read(begun, 1)
+    try:
+        refusal = f"^process {command} runs the same command in .*output_root=FOLDER$"
+        with pytest.raises(ConfigError, match=refusal), only_command(tmp_path, ["seed=0,1", "-m"]):
+            raise AssertionError
+        with only_command(tmp_path, ["-m", "seed=0,2"]):
+            pass
+    finally:
+        os.kill(command, signal.SIGKILL)
+        os.waitpid(command, 0)
+    with only_command(tmp_path, ["-m", "seed=0,1"]):
+        pass
+
+
+@pytest.mark.parametrize("words", [["-m", "seed=0,1"], ["tune", "engine=hstu", "budget=1cells"]])
+def test_a_sweep_and_a_search_are_refused_while_an_equal_one_runs(
+    grbench_here: Grbench, tmp_path: Path, words: list[str]
+) -> None:
+    typed = [*words, f"runner.output_root={tmp_path}", "tracking=none"]
+    with only_command(tmp_path, typed):
+        refused = grbench_here(*typed)
+    assert refused.returncode == 2 and f"process {os.getpid()} runs the same command in " in refused.stderr
+    assert not list(records.find(tmp_path))
 
 
 def test_a_cell_without_a_record_is_named_with_what_became_of_it(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pytest
 
+from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
 from grbench.execution import energy
 from grbench.report.page import Text
@@ -548,6 +549,17 @@ def test_the_space_leaves_out_what_cannot_be_with_its_reason(monkeypatch: pytest
         space.build({**axes, "engine.no_such": ["1", "2"]}, {*axes, "engine.no_such"}, ["task=rank", "scenario=server"])
     with pytest.raises(ConfigError, match="the space is empty: none of 1 combinations"):
         space.build({"engine": ["vllm"]}, ["engine"], ["task=rank", "scenario=server"])
+
+
+def test_an_option_is_left_out_of_configurations_that_do_not_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legal, "refusals", lambda specs: [None] * len(specs))
+    axes = {"cache.host_gb": ["0", "1"], "cache.onload_share": ["0.5", "0.6"]}
+    fixed = ["engine=hstu", "cache=lru", "scenario=server"]
+    built = space.build(axes, axes, fixed)
+    found = {(c.get("cache.host_gb"), c.get("cache.onload_share")) for c in built.configurations}
+    assert found == {("0", None), ("1", "0.5"), ("1", "0.6")}
+    for configuration, spec in built.specs.items():  # a probe's cell is composed from the words
+        assert compose_spec([*fixed, *configuration.words])[0] == spec
 
 
 @pytest.mark.parametrize(
