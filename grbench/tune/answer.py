@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from grbench.execution import energy
@@ -250,25 +250,28 @@ def _too_small(knowledge: Knowledge) -> str:
 
 
 def correlations(knowledge: Knowledge) -> list[tuple[str, int, float]]:
-    """Return Spearman's rank correlation of each lower fidelity with the rate that server probes found.
+    """Return the rank correlation of each lower fidelity with what probes at rates found: name, pairs, coefficient.
 
-    Each with the number of configurations whose rate is bracketed. Fewer than four say nothing.
+    It is Goodman and Kruskal's gamma over the pairs of configurations whose order probes at rates decide: one kept the
+    limits where the other did not. 1: all pairs are in the same order; -1: all in the opposite one.
     """
-    known = [t for t in knowledge.trials if t.low is not None and t.offline is not None and t.predicted is not None]
-    if len(known) < 4:
-        return []
-    from scipy.stats import spearmanr
-
-    found = [float(t.low or 0) for t in known]
-    pairs = {
-        "offline throughput": [t.offline.metrics["throughput_rps"] for t in known if t.offline is not None],
-        "simulated queue": [float(t.predicted or 0) for t in known],
+    known = [t for t in knowledge.trials if t.offline is not None and t.predicted is not None]
+    pairs = [(one, other) for one, other in itertools.permutations(known, 2) if _above(one, other)]
+    fidelities: dict[str, Callable[[Trial], float]] = {
+        "offline throughput": lambda t: t.offline.metrics["throughput_rps"] if t.offline else 0.0,
+        "simulated queue": lambda t: float(t.predicted or 0),
     }
-    return [
-        (name, len(known), float(spearmanr(values, found).statistic))
-        for name, values in pairs.items()
-        if len(set(values)) > 1 and len(set(found)) > 1
-    ]
+    found = []
+    for name, of in fidelities.items():
+        signs = [1 if of(one) > of(other) else -1 for one, other in pairs if of(one) != of(other)]
+        if signs:
+            found.append((name, len(signs), sum(signs) / len(signs)))
+    return found
+
+
+def _above(one: Trial, other: Trial) -> bool:
+    """Return True if one kept the limits at a rate at which the other did not, or at a higher one."""
+    return one.low is not None and other.high in other.verdicts and one.low >= (other.high or 0)
 
 
 def _word(key: str) -> str:

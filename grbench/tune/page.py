@@ -63,8 +63,8 @@ def blocks(knowledge: Knowledge, found: Answer | None, declared: Declared, space
         ]
     content += [Heading("Configurations"), _all(knowledge)]
     if pairs := answer.correlations(knowledge):
-        words = [f"{name}: {value:.2f} over {number} configurations" for name, number, value in pairs]
-        content += [Heading("Rank correlation with the rate that server probes found"), Bullets(words)]
+        words = [f"{name}: {value:.2f} over {number} pairs of configurations" for name, number, value in pairs]
+        content += [Heading("Rank correlation with what probes at rates found"), Bullets(words)]
     if found and found.certificate and found.certificate.failures:
         content += [Heading("Did not pass certification"), Bullets(found.certificate.failures)]
     if space.left_out:
@@ -271,7 +271,7 @@ def facts(knowledge: Knowledge, found: Answer | None, declared: Declared, space:
             "records": folders,
         }
 
-    correlated = [{"fidelity": n, "configurations": c, "spearman": v} for n, c, v in answer.correlations(knowledge)]
+    correlated = [{"fidelity": n, "pairs": c, "gamma": v} for n, c, v in answer.correlations(knowledge)]
     return {
         "objective": declared.goal.objective,
         "limits": {limit.metric: limit.bound for limit in declared.goal.limits},

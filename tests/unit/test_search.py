@@ -577,6 +577,19 @@ def test_public_setups_are_spaces(monkeypatch: pytest.MonkeyPatch, words: list[s
     assert {c.get("engine") for c in built.configurations} == {"hstu", "aoti"}
 
 
+def test_rank_correlations_count_only_pairs_that_probes_at_rates_decide() -> None:
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    rate = rates.rate_of(rates.step_below(100.0))
+    for configuration, offline, p99 in zip(ALL[:4], (300.0, 200.0, 250.0, 50.0), (70, 90, 70, None), strict=True):
+        trial = search.begin(configuration)
+        search.note(trial, Probe(None, 512), Outcome("OK", {"throughput_rps": offline}))
+        if p99:  # the first and the third keep the limit where the second does not
+            search.note(trial, Probe(rate, 1000), outcome(p99, p99 - 1, p99 + 1))
+    assert answer.correlations(search) == [("offline throughput", 2, 1.0), ("simulated queue", 2, 1.0)]
+    search.trials[1].offline = Outcome("OK", {"throughput_rps": 280.0})
+    assert answer.correlations(search)[0] == ("offline throughput", 2, 0.0)
+
+
 def test_a_bound_of_a_neighbour_is_no_change() -> None:
     """Each neighbour of the winner that was timed offline only says so, and has no percentage of its own."""
     search = searched(Capacities(CAPACITY, cells=24))
