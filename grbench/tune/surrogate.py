@@ -30,7 +30,7 @@ PRIOR_SHARE = 0.7  # of each option, until the first likelihood
 
 
 class Surrogate:
-    """A `Proposer`. It takes the default first, then a few that are as unlike those before as can be."""
+    """A `Proposer`. It takes the default first, then some that are unlike those before and those that failed."""
 
     def __init__(
         self, configurations: Sequence[Configuration], axes: Axes, seed: int = 0, startup: int = STARTUP
@@ -79,11 +79,11 @@ class Surrogate:
             self._scores[place] = score
 
     def _most_unlike(self) -> Configuration:
-        """Return an open configuration of which the ones before say least: that of the greatest variance."""
+        """Return an open configuration of which the ones before say least: of great variance, and likely to run."""
         open_ = np.array([self._place[configuration] for configuration in self._open])
         taken = np.setdiff1d(np.arange(len(self._all)), open_)
-        deviation = self._predict(taken, np.zeros(len(taken)), 1e-6, open_)[1]
-        return self._all[int(self._random.choice(list(open_[deviation > deviation.max() - 1e-6])))]
+        worth = self._predict(taken, np.zeros(len(taken)), 1e-6, open_)[1] * self._running(open_)
+        return self._all[int(self._random.choice(list(open_[worth > worth.max() - 1e-6])))]
 
     def _most_promising(self) -> Configuration:
         open_ = np.array([self._place[configuration] for configuration in self._open])
@@ -97,11 +97,15 @@ class Surrogate:
         best = float(y.max())
         z = (mean - best) / deviation
         improvement = deviation * (z * ndtr(z) + np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi))
-        if self._failed:
-            both = np.array([*seen, *self._failed])
-            failure = np.array([0.0] * len(seen) + [1.0] * len(self._failed))
-            improvement = improvement * (1 - np.clip(self._predict(both, failure, 0.1, open_)[0], 0, 1))
-        return self._all[int(open_[int(np.argmax(improvement))])]
+        return self._all[int(open_[int(np.argmax(improvement * self._running(open_)))])]
+
+    def _running(self, at: npt.NDArray[np.int64]) -> Floats:
+        """Return the probability that configurations run, by what has failed."""
+        if not self._failed:
+            return np.ones(len(at))
+        both = np.array([*self._scores, *self._failed])
+        failure = np.array([0.0] * len(self._scores) + [1.0] * len(self._failed))
+        return 1 - np.clip(self._predict(both, failure, 0.1, at)[0], 0, 1)
 
     def _fit(self, seen: npt.NDArray[np.int64], y: Floats, noise: float) -> None:
         """Choose the share of each option in turn by the likelihood of what is known."""

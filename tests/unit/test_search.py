@@ -490,6 +490,21 @@ def test_every_configuration_is_proposed_once(make: Callable[[], Listed]) -> Non
     assert sorted(c.name for c in seen) == sorted(c.name for c in ALL)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_fails_first_is_not_tried_again_at_once(seed: int) -> None:
+    """One of two kernels can't start, and each try may cost a fifth of a budget of time."""
+    axes = {"kernel": ["auto", "compile"], "cache": ["none", "lru"], "scenario.max_batch": ["1", "4", "16", "64"]}
+    every = [Configuration(tuple(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    proposer = Surrogate(every, axes, seed)
+    asked: list[Configuration] = []
+    while sum(c.get("kernel") == "compile" for c in asked) < 1:
+        asked.append(proposer.ask() or every[0])
+        starts = asked[-1].get("kernel") == "auto"
+        proposer.tell(asked[-1], 100.0 if starts else None, 0.0 if starts else 1.0)
+    following = proposer.ask()
+    assert following is not None and following.get("kernel") == "auto"
+
+
 def made_up_grid() -> Grid:
     """36 configurations in which the best batch depends on the kernel, and the first one is the worst."""
     axes = {"kernel": ["torch", "triton", "cutlass"], "engine.cuda_graphs": ["false", "true"]}
