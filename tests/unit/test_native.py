@@ -32,18 +32,24 @@ PAGE = 16
 
 
 def a_request(rng: np.random.Generator, user: int, events: int, candidates: int) -> Request:
-    """A request with items outside the table, times that run backwards, and arrays with gaps."""
+    """A request with items outside the table, times that run backwards, and arrays with gaps or at odd addresses."""
     step = int(rng.integers(1, 3))
+    shift = int(rng.integers(0, 4))
+
+    def moved(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The values as a call's body has them: after `shift` bytes."""
+        return np.frombuffer(bytes(shift) + values.tobytes(), values.dtype, offset=shift)
+
     times = np.cumsum(rng.choice([-50, 0, 1, 2, 1000, 10**9, 2**53], 2 * events + 1)).astype(np.int64)
     return Request(
         request_id=user,
         user_id=user,
-        history_items=rng.integers(-5, 90, events * step)[::step],
-        history_actions=rng.integers(0, 2**6, events * step)[::step],
-        history_weights=rng.random(events * step, dtype=np.float32)[::step],
-        history_timestamps=times[: events * step : step],
+        history_items=moved(rng.integers(-5, 90, events * step))[::step],
+        history_actions=moved(rng.integers(0, 2**6, events * step))[::step],
+        history_weights=moved(rng.random(events * step, dtype=np.float32))[::step],
+        history_timestamps=moved(times)[: events * step : step],
         num_seen=0,
-        candidates=rng.integers(0, 90, candidates),
+        candidates=moved(rng.integers(0, 90, candidates)),
         timestamp=int(times[rng.integers(len(times))]) + int(rng.choice([0, 1, 10**6, 2**40])),
         arrival_s=0.0,
         deadline_ms=80.0,

@@ -15,7 +15,18 @@ typedef struct {
     npy_intp n, stride;
 } Column;
 
-#define AT(column, type, i) (*(const type *)((column).data + (i) * (column).stride))
+/* Columns of a served request point into the body of its call, at any address. */
+static inline npy_int64 int_at(Column column, npy_intp i) {
+    npy_int64 value;
+    memcpy(&value, column.data + i * column.stride, sizeof value);
+    return value;
+}
+
+static inline npy_float32 float_at(Column column, npy_intp i) {
+    npy_float32 value;
+    memcpy(&value, column.data + i * column.stride, sizeof value);
+    return value;
+}
 
 static PyObject *s_items, *s_actions, *s_weights, *s_timestamps, *s_timestamp; /* of Request */
 static PyObject *s_pages, *s_cached, *s_stored;                                /* of Plan */
@@ -40,7 +51,7 @@ static int is_column(PyObject *array, char kind, int size) {
     if (!PyArray_Check(array)) return 0;
     PyArrayObject *a = (PyArrayObject *)array;
     return PyArray_NDIM(a) == 1 && PyArray_DESCR(a)->kind == kind && PyArray_ITEMSIZE(a) == size &&
-           PyArray_ISBEHAVED_RO(a);
+           PyArray_ISNOTSWAPPED(a);
 }
 
 static Column as_column(PyObject *array) {
@@ -167,21 +178,21 @@ static PyObject *write_tokens(PyObject *self, PyObject *args) {
             first > events || placed + targets > wanted)
             return PyErr_Format(PyExc_ValueError, "request %zd of the batch: its arrays have other lengths", b);
         for (int a = 0; a < 5; a++) fill(arrays[a], at, begin, 0); /* contextual tokens are written later */
-        for (npy_int64 i = first, to = begin; i < events; i++, to++) rows[to] = row_of(AT(items, npy_int64, i), item_rows);
+        for (npy_int64 i = first, to = begin; i < events; i++, to++) rows[to] = row_of(int_at(items, i), item_rows);
         for (npy_int64 i = first, to = begin; i < events; i++, to++) {
-            npy_int64 action = AT(masks, npy_int64, i) & mask;
+            npy_int64 action = int_at(masks, i) & mask;
             actions[to] = combinations ? (npy_int64)((npy_uint64)1 << action) : action;
         }
-        for (npy_int64 i = first, to = begin; i < events; i++, to++) weights[to] = AT(weighed, npy_float32, i);
+        for (npy_int64 i = first, to = begin; i < events; i++, to++) weights[to] = float_at(weighed, i);
         for (npy_int64 i = first, to = begin; i < events; i++, to++) positions[to] = i < last_position ? i : last_position;
         for (npy_int64 i = first, to = begin; i < events; i++, to++) {
-            npy_uint64 before = i ? AT(times, npy_uint64, i - 1) : AT(times, npy_uint64, i);
-            buckets[to] = time_bucket((npy_int64)(AT(times, npy_uint64, i) - before), most);
+            npy_uint64 before = i ? (npy_uint64)int_at(times, i - 1) : (npy_uint64)int_at(times, i);
+            buckets[to] = time_bucket((npy_int64)((npy_uint64)int_at(times, i) - before), most);
         }
-        npy_int64 newest = events ? AT(times, npy_int64, events - 1) : now, left = 0;
+        npy_int64 newest = events ? int_at(times, events - 1) : now, left = 0;
         npy_uint64 gap = now > newest ? (npy_uint64)now - (npy_uint64)newest : 0;
         for (npy_uint64 n = gap + 1; n > 1; n >>= 1) left++; /* bits of 1 + gap, less one */
-        for (npy_int64 i = 0; i < targets; i++) rows[end + i] = row_of(AT(chosen, npy_int64, i), item_rows);
+        for (npy_int64 i = 0; i < targets; i++) rows[end + i] = row_of(int_at(chosen, i), item_rows);
         fill(actions, end, last, candidate_action);
         fill(arrays[2], end, last, 0);
         fill(positions, end, last, events < last_position ? events : last_position);
@@ -248,10 +259,10 @@ static PyObject *write_places(PyObject *self, PyObject *args) {
 static npy_intp first_difference(Column a, Column b, int is_float, npy_intp n) {
     npy_intp i = 0;
     if (is_float) {
-        while (i < n && AT(a, npy_float32, i) == AT(b, npy_float32, i)) i++;
+        while (i < n && float_at(a, i) == float_at(b, i)) i++;
     } else {
         if (a.stride == 8 && b.stride == 8 && !memcmp(a.data, b.data, n * 8)) return n;
-        while (i < n && AT(a, npy_int64, i) == AT(b, npy_int64, i)) i++;
+        while (i < n && int_at(a, i) == int_at(b, i)) i++;
     }
     return i;
 }
