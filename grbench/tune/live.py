@@ -31,6 +31,7 @@ BATCHING = ("max_batch", "max_wait_ms", "in_flight", "order")  # options that ev
 FIRST_S = 12.0  # of a cell beside its measurement, before one was measured
 CELL_SHARE, SHORTEST_S = 0.5, 120.0  # time limit of a cell: a share of the time budget, and at least this
 # The same of an offline probe, which is most of all the start of an engine. A certification needs two further starts.
+# The default has the time of a cell: it is the likeliest to run, and on a fresh machine it compiles what others share.
 FIRST_SHARE, FIRST_SHORTEST_S = 0.2, 45.0
 KNOWN_FAILURES = (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE, Status.STOPPED)  # as good as a measurement
 PROBED_ANSWERS = 32  # of a probe that are compared with the reference; a run that certifies compares gate.measured
@@ -138,7 +139,7 @@ class LiveEvaluator:
             # A certification that has begun ends: the search has seen to it that there is room.
             if self.left() <= 0 and not probe.seed and not self._session.has(spec):
                 raise BudgetSpentError
-            jobs.append(Job((spec, self._options(run, probe)), self._sweep / str(number), words))
+            jobs.append(Job((spec, self._options(run, configuration, probe)), self._sweep / str(number), words))
         begun = time.monotonic()
         found = self._session.measure(jobs)
         longest = max((record.duration_s for _, record, kept in found if not kept), default=0.0)
@@ -147,7 +148,7 @@ class LiveEvaluator:
             seconds = 0.0 if kept else record.duration_s + after
             self._measured[key] = outcome = self._outcome(key[0], folder, record, kept, seconds)
             if record.status is Status.TIMEOUT:
-                outcome.error += self._time_limit(key[1], job.config[1].runner.timeout_s)
+                outcome.error += self._time_limit(*key, job.config[1].runner.timeout_s)
             if not kept:
                 self._cells += 1
                 if record.ok:
@@ -246,13 +247,18 @@ class LiveEvaluator:
         spec, run = compose_spec(words, self._declared.config_dir)
         return spec, run, tuple(words)
 
-    def _options(self, run: RunConfig, probe: Probe) -> RunConfig:
+    def _is_first(self, configuration: Configuration, probe: Probe) -> bool:
+        """Return True for an offline probe of another configuration than the default."""
+        return probe.rate is None and configuration != next(iter(self._specs))
+
+    def _options(self, run: RunConfig, configuration: Configuration, probe: Probe) -> RunConfig:
         """Return the options with a kept engine, and a time limit of a part of the budget, unless they are typed."""
         runner, seconds = run.runner, self._declared.budget.seconds
         if self._declared.fixed_value("runner.keep_engine") is None:
             runner = dataclasses.replace(runner, keep_engine=True)
         if seconds is not None and not self._timeout_typed:
-            share, least = (FIRST_SHARE, FIRST_SHORTEST_S) if probe.rate is None else (CELL_SHARE, SHORTEST_S)
+            first = self._is_first(configuration, probe)
+            share, least = (FIRST_SHARE, FIRST_SHORTEST_S) if first else (CELL_SHARE, SHORTEST_S)
             limit = max(min(share * seconds, runner.timeout_s), least)
             runner = dataclasses.replace(runner, timeout_s=limit)
         return dataclasses.replace(run, runner=runner)
@@ -261,12 +267,12 @@ class LiveEvaluator:
     def _timeout_typed(self) -> bool:
         return self._declared.fixed_value("runner.timeout_s") is not None
 
-    def _time_limit(self, probe: Probe, limit_s: float) -> str:
+    def _time_limit(self, configuration: Configuration, probe: Probe, limit_s: float) -> str:
         """Return which part of the budget the time limit of a probe is, for the message of a TIMEOUT; "": none."""
-        offline, seconds = probe.rate is None, self._declared.budget.seconds
-        if seconds is None or self._timeout_typed or limit_s < (FIRST_SHARE if offline else CELL_SHARE) * seconds:
+        first, seconds = self._is_first(configuration, probe), self._declared.budget.seconds
+        if seconds is None or self._timeout_typed or limit_s < (FIRST_SHARE if first else CELL_SHARE) * seconds:
             return ""
-        part, least = ("a fifth", FIRST_SHORTEST_S) if offline else ("half", SHORTEST_S)
+        part, least = ("a fifth", FIRST_SHORTEST_S) if first else ("half", SHORTEST_S)
         return f" ({part} of the budget, but at least {least:g} s; runner.timeout_s=SECONDS gives it more)"
 
     def _outcome(

@@ -28,6 +28,8 @@ from grkernels import fp8
 
 WINDOWS = [Configuration((("model.max_attn_len", value),)) for value in ("0", "64")]
 DEFAULT, WINDOW = WINDOWS
+FIFTH = " (a fifth of the budget, but at least 45 s; runner.timeout_s=SECONDS gives it more)"
+HALF = " (half of the budget, but at least 120 s; runner.timeout_s=SECONDS gives it more)"
 OFFLINE, SERVER = Probe(None, 512), Probe(100.0, 2000)
 
 
@@ -118,8 +120,8 @@ def test_a_budget_without_room_is_answered_with_one_to_type(tmp_path: Path, budg
 @pytest.mark.parametrize(
     "typed, kept, longest_s",
     [
-        ([], True, [1800.0, 1800.0, 60.0, 150.0]),
-        (["runner.keep_engine=false", "runner.timeout_s=70"], False, 4 * [70.0]),
+        ([], True, [1800.0, 1800.0, 1800.0, 150.0, 60.0, 150.0]),
+        (["runner.keep_engine=false", "runner.timeout_s=70"], False, 6 * [70.0]),
     ],
 )
 def test_every_cell_keeps_its_engine_and_has_a_part_of_the_budget(
@@ -135,34 +137,31 @@ def test_every_cell_keeps_its_engine_and_has_a_part_of_the_budget(
             return super().measure(jobs)
 
     for budget in ("budget=20cells", "budget=300s"):
-        session = Noting(tmp_path / budget, {0: (Status.OK, 0.75, 0.0)})
+        session = Noting(tmp_path / budget, dict.fromkeys((0, 64), (Status.OK, 0.75, 0.0)))
         measures = evaluator(session, tmp_path / "none", budget, *typed)
-        measures.evaluate(DEFAULT, OFFLINE)
-        measures.evaluate(DEFAULT, SERVER)
+        for configuration, probe in ((DEFAULT, OFFLINE), (WINDOW, OFFLINE), (WINDOW, SERVER)):
+            measures.evaluate(configuration, probe)
     runners = [job.config[1].runner for job in given]
-    assert [runner.keep_engine for runner in runners] == 4 * [kept]
+    assert [runner.keep_engine for runner in runners] == 6 * [kept]
     assert [runner.timeout_s for runner in runners] == longest_s
 
 
 @pytest.mark.parametrize(
-    "words, probe, added",
+    "words, configuration, probe, added",
     [
-        (
-            ["budget=300s"],
-            OFFLINE,
-            " (a fifth of the budget, but at least 45 s; runner.timeout_s=SECONDS gives it more)",
-        ),
-        (["budget=300s"], SERVER, " (half of the budget, but at least 120 s; runner.timeout_s=SECONDS gives it more)"),
-        (["budget=300s", "runner.timeout_s=70"], OFFLINE, ""),
-        (["budget=20cells"], OFFLINE, ""),
-        (["budget=3h"], OFFLINE, ""),  # the default limit is shorter
+        (["budget=300s"], WINDOW, OFFLINE, FIFTH),
+        (["budget=300s"], WINDOW, SERVER, HALF),
+        (["budget=300s"], DEFAULT, OFFLINE, HALF),
+        (["budget=300s", "runner.timeout_s=70"], WINDOW, OFFLINE, ""),
+        (["budget=20cells"], WINDOW, OFFLINE, ""),
+        (["budget=3h"], WINDOW, OFFLINE, ""),  # the default limit is shorter
     ],
 )
 def test_a_time_limit_that_nobody_typed_says_where_it_comes_from(
-    tmp_path: Path, words: list[str], probe: Probe, added: str
+    tmp_path: Path, words: list[str], configuration: Configuration, probe: Probe, added: str
 ) -> None:
-    measured = Measured(tmp_path, {0: (Status.TIMEOUT, 0.0, 0.0)})
-    outcome = evaluator(measured, tmp_path / "none", *words).evaluate(DEFAULT, probe)
+    measured = Measured(tmp_path, dict.fromkeys((0, 64), (Status.TIMEOUT, 0.0, 0.0)))
+    outcome = evaluator(measured, tmp_path / "none", *words).evaluate(configuration, probe)
     assert outcome.status == "TIMEOUT" and outcome.error == f"what TIMEOUT means here{added}"
 
 
