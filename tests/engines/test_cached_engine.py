@@ -82,6 +82,17 @@ def visits_with_answers(contextual: int) -> list[tuple[list[Request], list[Any]]
     return [(requests, reference.scores(requests)) for requests in rounds]
 
 
+def test_the_start_moves_states_to_the_host_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First copies take memory and kernels that no request should wait for."""
+    loads: list[int] = []
+    load = HostTier.load
+    monkeypatch.setattr(HostTier, "load", lambda tier, asked: (loads.append(len(asked)), load(tier, asked))[1])
+    rounds = traffic(4, 1)
+    engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)
+    assert loads and engine.user_cache.states.tier.bytes_down > 0
+    assert {engine.tier_of(r.user_id) for r in rounds[0]} == {Tier.NONE}
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "gdsf", "predictive"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("model", "microbatch"), [(MODEL, 0), (MODEL, 4), (CONTEXT, 0)], ids=["", "micro", "context"])
