@@ -232,14 +232,14 @@ def test_rows_of_items_are_looked_up(program: Any, tmp_path: Path, capsys: Captu
 
 def test_a_table_over_devices_is_looked_up(program: Any, tmp_path: Path, capsys: Capture) -> None:
     module = program("sharded_table")
-    sizes = ["--rows", "999", "--width", "8", "--tokens", "40", "60", "--warmup", "2", "--lookups", "2"]
+    sizes = ["--rows", "999", "--width", "8", "--tokens", "40", "60", "--warmup", "1", "--rounds", "2", "--burst", "2"]
     rows = rows_of(module, tmp_path / "run", capsys, *sizes, "--zipf", "0", "1")
     done = [row for row in rows if "status" not in row]
     expected = {
         case.name for case in module.CASES if importlib.util.find_spec("fbgemm_gpu") or "FBGEMM" not in case.name
     }
     assert {row["case"] for row in done} == expected and len(done) == 4 * len(expected)
-    assert all(row["us"] > 0 and row["predicted_us"] > 0 for row in done)
+    assert all(row["us_high"] >= row["us"] >= row["us_low"] > 0 and row["predicted_us"] > 0 for row in done)
     assert all(row["status"] == "UNAVAILABLE" and "fbgemm_gpu" in row["reason"] for row in rows if "status" in row)
     planned = rows_of(module, tmp_path / "plan", capsys, *sizes, "--predict", "--zipf", "0", "1")
     assert len(planned) == 4 * len(module.CASES)
@@ -251,10 +251,29 @@ def test_a_table_over_devices_is_looked_up(program: Any, tmp_path: Path, capsys:
 def test_a_lookup_of_other_rows_is_no_result(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = program("sharded_table")
     monkeypatch.setattr(module.Parts, "gather", lambda self, rows: self.parts[0][rows % self.length])
-    sizes = ["--rows", "999", "--width", "8", "--tokens", "40", "--warmup", "0", "--lookups", "1", "--zipf", "0"]
+    sizes = ["--rows", "999", "--width", "8", "--tokens", "40", "--warmup", "1", "--rounds", "1", "--zipf", "0"]
     module.main([*sizes, "--cases", "two GPUs, loads", "--out", str(tmp_path)])
     [row] = results.load(tmp_path / results.RESULTS_FILE)["rows"]
     assert row["status"] == "INCORRECT" and "rows of the lookup differ from the table" in row["reason"]
+
+
+def test_the_share_that_is_hidden_has_an_interval_or_no_figure(program: Any) -> None:
+    module, even = program("sharded_table"), [10.0] * 30
+    for both, share in ((20.0, 0.0), (11.0, 100.0), (15.5, 50.0)):  # of 10 lookups, the first has nothing before it
+        row = module.hidden([even, even, [both] * 30], 10)
+        assert [row[name] for name in ("hidden_%", "hidden_low", "hidden_high")] == pytest.approx([share] * 3)
+    row = module.hidden([even, even, [11.0, 20.0] * 15], 10)
+    assert (
+        row["hidden_%"] is None and row["hidden_low"] == pytest.approx(0) and row["hidden_high"] == pytest.approx(100)
+    )
+
+
+def test_numbers_of_rows_outlive_fp32(program: Any) -> None:
+    module = program("sharded_table")
+    for first in (0, 31_000, (1 << 28) - (1 << 16)):  # fp16 with the bits of 31745 is no number
+        table = module.numbered(torch.empty(1 << 16, 4, dtype=torch.float16), first)
+        assert torch.equal(table.float().half().view(torch.int16), table.view(torch.int16))
+        assert len(table.view(torch.int32)[:, 0].unique()) == len(table)
 
 
 def test_launches_are_timed(program: Any, tmp_path: Path, capsys: Capture) -> None:

@@ -96,7 +96,9 @@ def test_gpus_and_locked_memory_are_read(device: str) -> None:
             assert torch.equal(split.gather(there).cpu(), whole[rows])
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(
+                graph, stream=torch.cuda.Stream(gpu)
+            ):  # its own stream is of the first GPU that captured
                 found = split.gather(there)
             there.copy_(rows.flip(0))
             graph.replay()
