@@ -34,16 +34,20 @@ class EarlierRecords:
         """Take a record that was made since."""
         self._kept.setdefault(record.spec_hash, []).append((folder, record))
 
-    def of(self, spec: RunSpec) -> tuple[tuple[Path, RunRecord] | None, str]:
+    def of(self, spec: RunSpec, timeout_s: float = 0.0) -> tuple[tuple[Path, RunRecord] | None, str]:
         """Return the record of a cell and its folder, or None, and then why its latest record is not kept ("": none).
 
+        timeout_s: time limit of the cell. A TIMEOUT after less time does not tell whether it would end within it.
         Raises OSError for a file of the cell that can't be read.
         """
         why = ""
         for folder, record in reversed(self._kept.get(spec.hash, [])):
             here = describe_environment(spec.packages)
             differences = [environment_difference(record.environment, here | machine) for machine in self._machines]
-            if not all(differences):
+            if record.status is Status.TIMEOUT and record.duration_s < timeout_s:
+                ended = f"the TIMEOUT of {record.started_at} came after {record.duration_s:.0f} s"
+                why = why or f"{ended}, and runner.timeout_s={timeout_s:g} is more"
+            elif not all(differences):
                 return (folder, record), ""
             why = why or f"the record of {record.started_at} is from {differences[0]}"
         return None, why

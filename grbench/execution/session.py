@@ -95,9 +95,10 @@ class CellSession:
                 self._places.wait()
             self._publish_later()
 
-    def has(self, spec: RunSpec) -> bool:
+    def has(self, job: Job) -> bool:
         """Return True if an earlier record of this cell would be kept."""
-        return self._earlier.of(spec)[0] is not None
+        spec, run = job.config
+        return self._earlier.of(spec, run.runner.timeout_s)[0] is not None
 
     def measure(self, jobs: Sequence[Job]) -> list[Measured]:
         """Measure cells, beside each other where there are places. Returns for each what was measured, in their order.
@@ -125,7 +126,7 @@ class CellSession:
         name = label(Planned(spec.to_dict(), list(job.overrides)))
         self._begun += 1
         title = f"{self._begun}{f'/{self._total}' if self._total else ''} {name}"
-        earlier, why_not = self._earlier.of(spec)
+        earlier, why_not = self._earlier.of(spec, run.runner.timeout_s)
         if earlier is not None:
             folder, record = earlier
             again = "rerun=true" if record.ok else "rerun_failed=true"

@@ -24,6 +24,7 @@ class Knowledge:
         """batching: of every configuration."""
         self.goal, self.batching = goal, batching
         self.trials: list[Trial] = []
+        self.left_out: dict[str, list[Configuration]] = {}  # while it ran, by the reason
         self.concluded = False  # something is certified: its budget is free
         self.uncertified = ""  # why nothing is
 
@@ -66,6 +67,7 @@ class Knowledge:
                 trial.enter(probe.rate, outcome, (Verdict.BROKEN, None))
                 return Verdict.BROKEN
             trial.failed, trial.violation = f"{outcome.status}: {outcome.error}", 1.0
+            trial.slow = outcome.within
             return Verdict.BROKEN
         if probe.rate is None:
             trial.offline = outcome

@@ -136,10 +136,11 @@ class LiveEvaluator:
         jobs = []
         for number, (configuration, probe) in enumerate(new, len(self._measured)):
             spec, run, words = self._compose(configuration, probe)
+            job = Job((spec, self._options(run, configuration, probe)), self._sweep / str(number), words)
             # A certification that has begun ends: the search has seen to it that there is room.
-            if self.left() <= 0 and not probe.seed and not self._session.has(spec):
+            if self.left() <= 0 and not probe.seed and not self._session.has(job):
                 raise BudgetSpentError
-            jobs.append(Job((spec, self._options(run, configuration, probe)), self._sweep / str(number), words))
+            jobs.append(job)
         begun = time.monotonic()
         found = self._session.measure(jobs)
         longest = max((record.duration_s for _, record, kept in found if not kept), default=0.0)
@@ -148,7 +149,10 @@ class LiveEvaluator:
             seconds = 0.0 if kept else record.duration_s + after
             self._measured[key] = outcome = self._outcome(key[0], folder, record, kept, seconds)
             if record.status is Status.TIMEOUT:
-                outcome.error += self._time_limit(*key, job.config[1].runner.timeout_s)
+                limit_s = job.config[1].runner.timeout_s
+                part, more = self._part_of_budget(*key, limit_s), "runner.timeout_s=SECONDS gives it more"
+                outcome.error += f" ({part}; {more})" if part else ""
+                outcome.within = f"{limit_s:g} s" + (f" ({part}); a longer budget or {more}" if part else f"; {more}")
             if not kept:
                 self._cells += 1
                 if record.ok:
@@ -267,13 +271,13 @@ class LiveEvaluator:
     def _timeout_typed(self) -> bool:
         return self._declared.fixed_value("runner.timeout_s") is not None
 
-    def _time_limit(self, configuration: Configuration, probe: Probe, limit_s: float) -> str:
-        """Return which part of the budget the time limit of a probe is, for the message of a TIMEOUT; "": none."""
+    def _part_of_budget(self, configuration: Configuration, probe: Probe, limit_s: float) -> str:
+        """Return which part of the budget the time limit of a probe is, in words; "": none."""
         first, seconds = self._is_first(configuration, probe), self._declared.budget.seconds
         if seconds is None or self._timeout_typed or limit_s < (FIRST_SHARE if first else CELL_SHARE) * seconds:
             return ""
         part, least = ("a fifth", FIRST_SHORTEST_S) if first else ("half", SHORTEST_S)
-        return f" ({part} of the budget, but at least {least:g} s; runner.timeout_s=SECONDS gives it more)"
+        return f"{part} of the budget, but at least {least:g} s"
 
     def _outcome(
         self, configuration: Configuration, folder: Path, record: RunRecord, kept: bool, seconds: float

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 UNJUDGED = "UNJUDGED"  # status of an outcome that was not measured, because nothing could judge it
+ENGINES = ("engine", "kernel")  # groups of options that choose them, of a stage too: engine@engine.rank
 BARE = ("engine", "kernel", "engine.precision")  # options whose value names itself
 
 
@@ -24,6 +25,12 @@ class Configuration:
     def get(self, key: str) -> str | None:
         """Return the value of an option, or None if it does not apply."""
         return dict(self.values).get(key)
+
+    @property
+    def engines(self) -> tuple[tuple[str, str], ...]:
+        """The options that choose engines and kernels, with their values."""
+        chosen = [(key, value) for key, value in self.values if key.partition("@")[0] in ENGINES]
+        return (*chosen, *((key, value) for key, value in self.values if key.startswith("kernel.")))
 
     @property
     def words(self) -> list[str]:
@@ -66,6 +73,7 @@ class Outcome:
     metrics: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
     error: str = ""
+    within: str = ""  # of a TIMEOUT: its time limit in words, and what gives more
     batches: Sequence[tuple[int, float]] = ()  # size and seconds of each batch, where the engine takes batches
     seconds: float = 0.0  # that the probe took
     kept: bool = False  # an earlier record answered it

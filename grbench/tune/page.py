@@ -67,6 +67,9 @@ def blocks(knowledge: Knowledge, found: Answer | None, declared: Declared, space
         content += [Heading("Rank correlation with what probes at rates found"), Bullets(words)]
     if found and found.certificate and found.certificate.failures:
         content += [Heading("Did not pass certification"), Bullets(found.certificate.failures)]
+    if knowledge.left_out:
+        slow = [[str(len(some)), reason] for reason, some in knowledge.left_out.items()]
+        content += [Heading("Left out during the search"), Table(["configurations", "reason"], slow)]
     if space.left_out:
         content += [
             Heading("Left out before anything ran"),
@@ -285,4 +288,5 @@ def facts(knowledge: Knowledge, found: Answer | None, declared: Declared, space:
         "trials": [of(trial) for trial in knowledge.trials],
         "rank_correlation": correlated,
         "left_out": space.left_out,
+        "left_out_during": {reason: len(some) for reason, some in knowledge.left_out.items()},
     }

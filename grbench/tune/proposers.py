@@ -23,6 +23,9 @@ class Proposer(Protocol):
     def take(self, configuration: Configuration) -> None:
         """Pick this configuration."""
 
+    def leave_out(self, configuration: Configuration) -> None:
+        """Never pick this configuration. It was not measured."""
+
     def tell(self, configuration: Configuration, score: float | None, violation: float) -> None:
         """Take the result of a configuration.
 
@@ -44,6 +47,9 @@ class Listed:
 
     def take(self, configuration: Configuration) -> None:
         self._open.remove(configuration)
+
+    def leave_out(self, configuration: Configuration) -> None:
+        self.take(configuration)
 
     def tell(self, configuration: Configuration, score: float | None, violation: float) -> None:
         pass
@@ -170,6 +176,10 @@ class OptunaProposer:
         del self._open[configuration]
         self._study.enqueue_trial(self._params(configuration), skip_if_exists=False)
         self._trials[configuration] = self._study.ask(self._distributions())
+
+    def leave_out(self, configuration: Configuration) -> None:
+        self.take(configuration)
+        self.tell(configuration, None, 1.0)
 
     def tell(self, configuration: Configuration, score: float | None, violation: float) -> None:
         if score is not None:

@@ -36,11 +36,13 @@ class Search:
         proposer: Proposer,
         progress: Progress = quiet,
         screen: bool = True,
+        say: Callable[[str], object] = lambda line: None,
     ) -> None:
         """configurations: of the space, the default first. proposer: picks among them.
 
-        screen: probe many offline and only the most promising at a rate; False: each in turn.
+        screen: probe many offline and only the most promising at a rate; False: each in turn. say: takes a line.
         """
+        self._say = say
         self._knowledge, self._configurations = knowledge, configurations
         self._evaluator, self._proposer = evaluator, proposer
         self._screen = screen and knowledge.goal.objective == "throughput"
@@ -197,3 +199,21 @@ class Search:
         else:
             score = trial.estimate
         self._proposer.tell(trial.configuration, score, trial.violation)
+        if trial.slow and trial.configuration != self._configurations[0]:
+            self._leave_out_alike(trial)
+
+    def _leave_out_alike(self, trial: Trial) -> None:
+        """Leave out all that has the engines and kernels of a trial that started too slowly, unless one of them ran."""
+        engines, trials = trial.configuration.engines, self._knowledge.trials
+        if any(other.offline is not None and other.configuration.engines == engines for other in trials):
+            return
+        closed = {other.configuration for other in trials}.union(*self._knowledge.left_out.values())
+        alike = [c for c in self._configurations if c.engines == engines and c not in closed]
+        if not alike:
+            return
+        for configuration in alike:
+            self._proposer.leave_out(configuration)
+        name = " ".join(f"{key}={value}" for key, value in engines) or "the only engines and kernels"
+        reason = f"{name}: the first probe of one did not end within {trial.slow}"
+        self._knowledge.left_out[reason] = alike
+        self._say(f"left out {len(alike)} of {reason}")

@@ -62,7 +62,9 @@ class TuneSession:
         proposer = Surrogate(space.configurations, space.axes, declared.seed)
         self._proposer = proposer
         self._knowledge = Knowledge(declared.goal, batching)
-        self._search = Search(self._knowledge, space.configurations, self._evaluator, proposer, self._show)
+        self._search = Search(
+            self._knowledge, space.configurations, self._evaluator, proposer, self._show, say=self._say
+        )
         self._root = root
 
     def run(self) -> int:
@@ -93,8 +95,8 @@ class TuneSession:
 
     def _measure_steps(self, found: Answer) -> None:
         """Measure configurations one step from the winner while the budget lasts, so that each step has a cost."""
-        tried = {trial.configuration for trial in self._knowledge.trials}
-        left = [configuration for configuration in self._space.configurations if configuration not in tried]
+        closed = {trial.configuration for trial in self._knowledge.trials}.union(*self._knowledge.left_out.values())
+        left = [configuration for configuration in self._space.configurations if configuration not in closed]
 
         def steps() -> Iterator[Configuration]:
             for configuration in answer.unmeasured_steps(found, self._space.axes, left):

@@ -39,6 +39,7 @@ class Surrogate:
         self._all, self._random, self._startup = list(configurations), random.Random(seed), startup
         self._place = {configuration: i for i, configuration in enumerate(self._all)}
         self._open = dict.fromkeys(configurations)
+        self._taken: set[int] = set()
         self._scores: dict[int, float] = {}
         self._failed: set[int] = set()
         orders = {key: sorted(values, key=number_first) for key, values in axes.items() if len(values) > 1}
@@ -69,6 +70,10 @@ class Surrogate:
         return chosen
 
     def take(self, configuration: Configuration) -> None:
+        self.leave_out(configuration)
+        self._taken.add(self._place[configuration])
+
+    def leave_out(self, configuration: Configuration) -> None:
         del self._open[configuration]
 
     def tell(self, configuration: Configuration, score: float | None, violation: float) -> None:
@@ -80,8 +85,7 @@ class Surrogate:
 
     def _most_unlike(self) -> Configuration:
         """Return an open configuration of which the ones before say least: of great variance, and likely to run."""
-        open_ = np.array([self._place[configuration] for configuration in self._open])
-        taken = np.setdiff1d(np.arange(len(self._all)), open_)
+        open_, taken = np.array([self._place[c] for c in self._open]), np.array(sorted(self._taken))
         worth = self._predict(taken, np.zeros(len(taken)), 1e-6, open_)[1] * self._running(open_)
         return self._all[int(self._random.choice(list(open_[worth > worth.max() - 1e-6])))]
 

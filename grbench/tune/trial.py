@@ -47,6 +47,7 @@ class Trial:
     verdicts: dict[int, tuple[Verdict, Limit | None]] = field(default_factory=dict)
     measured: bool = False  # a probe of it has ended, however
     failed: str = ""  # why it is out at any load
+    slow: str = ""  # the time limit, in words, that its offline probe ran past
     violation: float = 0.0  # by what share, 1 for a failure
     refuted: str = ""  # at which rate its last certifying run failed, and why
 

@@ -117,6 +117,19 @@ def test_packages_that_no_measurement_depends_on_may_change(tmp_path: Path) -> N
     assert earlier.of(cell(tmp_path / "a.csv", "seed=1")) == (None, "")
 
 
+def test_a_timeout_after_less_time_is_measured_again(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("u 1 2")
+    spec, earlier = cell(tmp_path / "a.csv"), EarlierRecords()
+    record = record_of(spec, Status.TIMEOUT)
+    record.duration_s = 60.3
+    earlier.add(tmp_path, record)
+    assert earlier.of(spec, 60.0) == ((tmp_path, record), "")
+    found, why = earlier.of(spec, 108.0)
+    assert found is None and why.endswith(" came after 60 s, and runner.timeout_s=108 is more")
+    earlier.add(tmp_path / "oom", record_of(spec, Status.OOM))
+    assert earlier.of(spec, 108.0)[0] is not None
+
+
 def test_what_is_read_depends_on_the_status(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("u 1 2")
     specs = {status: cell(tmp_path / "a.csv", f"seed={i}") for i, status in enumerate(Status)}

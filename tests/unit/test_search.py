@@ -505,6 +505,70 @@ def test_what_fails_first_is_not_tried_again_at_once(seed: int) -> None:
     assert following is not None and following.get("kernel") == "auto"
 
 
+SLOW_AXES = {"engine": ["hstu", "aoti"], "kernel": ["triton", "torch"], "scenario.max_batch": ["1", "4", "16", "64"]}
+SLOW_ALL = [
+    Configuration(tuple(zip(SLOW_AXES, values, strict=True))) for values in itertools.product(*SLOW_AXES.values())
+]
+
+
+class SlowStarts(Capacities):
+    """An evaluator over SLOW_ALL in which some configurations do not start within their time limit."""
+
+    def __init__(self, slow: Callable[[Configuration], bool], cells: int = 100, places: int = 1) -> None:
+        super().__init__({c: 100.0 + 10 * i for i, c in enumerate(SLOW_ALL)}, cells, places=places)
+        self._slow = slow
+
+    def outcome(self, configuration: Configuration, probe: Probe) -> Outcome:
+        if self._slow(configuration):
+            return Outcome("TIMEOUT", error="as planned", within="108 s; more time")
+        return super().outcome(configuration, probe)
+
+
+def searched_slow(evaluator: SlowStarts, seed: int = 0) -> tuple[Knowledge, list[str]]:
+    """Return what a search over SLOW_ALL found, and the lines that it said."""
+    lines: list[str] = []
+    batching = {c: Batching(int(c.get("scenario.max_batch") or 1)) for c in SLOW_ALL}
+    found = Knowledge(Goal("throughput", (P99,)), batching)
+    Search(found, SLOW_ALL, evaluator, Surrogate(SLOW_ALL, SLOW_AXES, seed), say=lines.append).run()
+    return found, lines
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_engine_that_starts_too_slowly_is_tried_once(seed: int) -> None:
+    evaluator = SlowStarts(lambda configuration: configuration.get("engine") == "aoti")
+    search, lines = searched_slow(evaluator, seed)
+    engines = [configuration.engines for configuration, _ in evaluator.probes]
+    reason = "engine=aoti kernel={}: the first probe of one did not end within 108 s; more time"
+    for kernel in ("triton", "torch"):
+        assert engines.count((("engine", "aoti"), ("kernel", kernel))) == 1
+        assert len(search.left_out[reason.format(kernel)]) == 3
+        assert f"left out 3 of {reason.format(kernel)}" in lines
+    assert len(lines) == 2
+    assert search.incumbent is not None and search.incumbent.configuration.get("engine") == "hstu"
+    assert sum(trial.configuration.get("engine") == "hstu" for trial in search.trials) == 8
+
+
+def test_a_slow_start_leaves_out_nothing_of_engines_that_have_run() -> None:
+    evaluator = SlowStarts(lambda configuration: configuration.get("scenario.max_batch") == "64")
+    known = [c for c in SLOW_ALL if c.get("scenario.max_batch") == "1"]  # one of each engine and kernel
+    evaluator.earlier = {c: [(Probe(None, 512), evaluator.outcome(c, Probe(None, 512)))] for c in known}
+    search, lines = searched_slow(evaluator)
+    assert not lines and len(search.trials) == len(SLOW_ALL)
+    assert sum(bool(trial.slow) for trial in search.trials) == 4
+
+
+def test_a_slow_start_of_the_default_leaves_out_nothing() -> None:
+    search, lines = searched_slow(SlowStarts(lambda configuration: configuration == SLOW_ALL[0]))
+    assert search.trials[0].slow and not lines and len(search.trials) == len(SLOW_ALL)
+
+
+def test_what_runs_in_the_round_of_a_slow_start_counts() -> None:
+    """On as many places as there are configurations all of a kind are open at once."""
+    slow = [c for c in SLOW_ALL if c.get("scenario.max_batch") == "64"]
+    search, lines = searched_slow(SlowStarts(lambda configuration: configuration in slow, places=16))
+    assert not lines and not search.left_out and len(search.trials) == len(SLOW_ALL)
+
+
 def made_up_grid() -> Grid:
     """36 configurations in which the best batch depends on the kernel, and the first one is the worst."""
     axes = {"kernel": ["torch", "triton", "cutlass"], "engine.cuda_graphs": ["false", "true"]}

@@ -163,6 +163,8 @@ def test_a_time_limit_that_nobody_typed_says_where_it_comes_from(
     measured = Measured(tmp_path, dict.fromkeys((0, 64), (Status.TIMEOUT, 0.0, 0.0)))
     outcome = evaluator(measured, tmp_path / "none", *words).evaluate(configuration, probe)
     assert outcome.status == "TIMEOUT" and outcome.error == f"what TIMEOUT means here{added}"
+    more = "; a longer budget or runner.timeout_s=SECONDS" if added else "; runner.timeout_s=SECONDS"
+    assert f" s{added.partition(';')[0]}{')' * bool(added)}{more} gives it more" in outcome.within
 
 
 def test_damaged_samples_cost_the_times_of_batches_and_a_line_says_so(tmp_path: Path) -> None:
