@@ -129,6 +129,7 @@ def _kernel(
     K_END: tl.constexpr = KEYS * (V_TILES + QK_TILES)
     U_END: tl.constexpr = K_END + ROWS * V_TILES
     TILES: tl.constexpr = U_END + ROWS * QK_TILES
+    STEPS: tl.constexpr = max((E + STEP - 1) // STEP, 2)  # Triton 3.6 can't compile the loop with one step a tile
     listed = 0
     if KEYS:
         listed = tl.load(count)
@@ -136,62 +137,69 @@ def _kernel(
     if ROWS:
         groups = tl.maximum(listed, (L + (TOKENS - 1)) // TOKENS)
     token, column = tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
-    for tile in tl.range(tl.program_id(0), groups * TILES, tl.num_programs(0), flatten=True):
-        group, part = tile // TILES, tile % TILES
-        row, rows = group * TOKENS, tl.minimum(L - group * TOKENS, TOKENS)
-        number = 0
-        if part < K_END:
-            entry = table + group * 3
-            row = tl.load(entry, mask=group < listed, other=0)
-            rows = tl.load(entry + 1, mask=group < listed, other=0)
-            number = tl.load(entry + 2, mask=group < listed, other=0)
-        if part < V_END:
-            own, start = part, HEADS * V
-        elif part < K_END:
-            own, start = part - V_END, HEADS * (2 * V + QK)
-        elif part < U_END:
-            own, start = part - K_END, 0
-        else:
-            own, start = part - U_END, HEADS * 2 * V
-        first = own * COLUMNS  # channel of u, v, q or k
-        sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
-        for e in range(0, E, STEP):
-            left, right = x.load([row, e]), weight.load([start + first, e])
-            if INTERPRET:  # it has no bf16 arithmetic
-                left, right = left.to(tl.float32), right.to(tl.float32)
-            sums = tl.dot(left, right.T, sums, input_precision="ieee")
-
-        inside = token < rows
-        channel = first + column
-        width = HEADS * V
-        if (part >= V_END and part < K_END) or part >= U_END:
-            width = HEADS * QK
-        if SCALED:
-            row_scale = tl.load(x_scales + row + token, mask=inside, other=0.0)
-            channel_scale = tl.load(weight_scales + start + channel, mask=channel < width, other=0.0)
-            sums = sums * row_scale[:, None] * channel_scale[None, :]
-        sums += tl.load(bias + start + channel, mask=channel < width, other=0.0).to(tl.float32)[None, :]
-        if part < K_END:
-            if rows < TOKENS:
-                sums = tl.where(inside[:, None], sums, 0.0)
-            if rows > 0:
-                if part < V_END:
-                    _write_v(
-                        sums, v_out, blocks_out, number, first, blocks, HEADS, V, TOKENS, COLUMNS, LARGEST_NUMBER,
-                        LEAST_SIZE,
-                    )  # fmt: skip
-                else:
-                    _write_k(
-                        sums, k_out, blocks_out, number, first, blocks, HEADS, QK, TOKENS, COLUMNS, LONGEST_ROW,
-                        SHORTEST_ROW,
-                    )  # fmt: skip
-        elif part < U_END:
-            at = u + (row + token).to(tl.int64)[:, None] * width + channel[None, :]
-            tl.store(at, rounded(sums, u.dtype.element_ty), mask=inside[:, None] & (channel < width)[None, :])
-        else:
-            _write_q(
-                sums, q_out, rows_out, row, rows, first, HEADS, QK, TOKENS, COLUMNS, LONGEST_ROW, SHORTEST_ROW
-            )  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    part, row, rows, number, start, first = 0, 0, 0, 0, 0, 0
+    sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    # One loop over the steps of all tiles, so that a tile's loads run while the one before it is rounded. Nested loops
+    # with flatten=True would do the same, but Triton 3.6 fails to fuse them.
+    for i in range(tl.cdiv(groups * TILES - program, programs) * STEPS):
+        step = i % STEPS
+        if step == 0:
+            tile = program + i // STEPS * programs
+            group, part = tile // TILES, tile % TILES
+            row, rows = group * TOKENS, tl.minimum(L - group * TOKENS, TOKENS)
+            number = 0
+            if part < K_END:
+                entry = table + group * 3
+                row = tl.load(entry, mask=group < listed, other=0)
+                rows = tl.load(entry + 1, mask=group < listed, other=0)
+                number = tl.load(entry + 2, mask=group < listed, other=0)
+            if part < V_END:
+                own, start = part, HEADS * V
+            elif part < K_END:
+                own, start = part - V_END, HEADS * (2 * V + QK)
+            elif part < U_END:
+                own, start = part - K_END, 0
+            else:
+                own, start = part - U_END, HEADS * 2 * V
+            first = own * COLUMNS  # channel of u, v, q or k
+        left, right = x.load([row, step * STEP]), weight.load([start + first, step * STEP])
+        if INTERPRET:  # it has no bf16 arithmetic
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        sums = tl.dot(left, right.T, sums, input_precision="ieee")
+        if step == STEPS - 1:
+            inside = token < rows
+            channel = first + column
+            width = HEADS * V
+            if (part >= V_END and part < K_END) or part >= U_END:
+                width = HEADS * QK
+            if SCALED:
+                row_scale = tl.load(x_scales + row + token, mask=inside, other=0.0)
+                channel_scale = tl.load(weight_scales + start + channel, mask=channel < width, other=0.0)
+                sums = sums * row_scale[:, None] * channel_scale[None, :]
+            sums += tl.load(bias + start + channel, mask=channel < width, other=0.0).to(tl.float32)[None, :]
+            if part < K_END:
+                if rows < TOKENS:
+                    sums = tl.where(inside[:, None], sums, 0.0)
+                if rows > 0:
+                    if part < V_END:
+                        _write_v(
+                            sums, v_out, blocks_out, number, first, blocks, HEADS, V, TOKENS, COLUMNS, LARGEST_NUMBER,
+                            LEAST_SIZE,
+                        )  # fmt: skip
+                    else:
+                        _write_k(
+                            sums, k_out, blocks_out, number, first, blocks, HEADS, QK, TOKENS, COLUMNS, LONGEST_ROW,
+                            SHORTEST_ROW,
+                        )  # fmt: skip
+            elif part < U_END:
+                at = u + (row + token).to(tl.int64)[:, None] * width + channel[None, :]
+                tl.store(at, rounded(sums, u.dtype.element_ty), mask=inside[:, None] & (channel < width)[None, :])
+            else:
+                _write_q(
+                    sums, q_out, rows_out, row, rows, first, HEADS, QK, TOKENS, COLUMNS, LONGEST_ROW, SHORTEST_ROW
+                )  # fmt: skip
+            sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
 
 
 @triton.jit
