@@ -16,7 +16,9 @@ CERTIFIED = 10_000  # requests of a run that certifies
 SHARE = 0.6  # of the budget, at most, if it is reserved twice
 MOST = 0.75  # of the budget that is reserved, at most
 STEPS = 2  # by which a rate that fails is lowered first, then twice as many each time
+LAST = 8  # by which the last try that the budget has room for is lowered further, once a try has failed
 SEED = 101
+ROUNDING = 1e-9  # of shares of the budget
 
 
 @dataclass
@@ -62,6 +64,7 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
     steps = {id(trial): _first_step(goal, trial) for trial in knowledge.ranking()}
     while open_ := [(trial, step) for trial in knowledge.ranking() if (step := steps[id(trial)]) is not None]:
         trial, step = max(open_, key=lambda pair: _score_at(knowledge, *pair))
+        step = _lower_if_last(goal, evaluator, step, LAST if failures else STEPS)
         if missing := _missing(goal, evaluator, rates.rate_of(step)):
             knowledge.uncertified = "; ".join([*failures[-1:], missing])
             return None
@@ -87,6 +90,17 @@ def _first_step(goal: Goal, trial: Trial) -> int | None:
     return step - STEPS
 
 
+def _lower_if_last(goal: Goal, evaluator: Evaluator, step: int, most: int) -> int:
+    """Return a lower step, if the budget has no room for another try after one at this step fails; else the step.
+
+    It is lower by `most` steps, or by fewer if the budget lacks room: 10,000 requests take longer at a lower rate.
+    """
+    first, following = _probes(goal, rates.rate_of(step))[:1], _probes(goal, rates.rate_of(step - STEPS))
+    if goal.rate is not None or evaluator.share(first) + evaluator.share(following) <= evaluator.left() + ROUNDING:
+        return step
+    return next((s for s in range(step - most, step) if not _missing(goal, evaluator, rates.rate_of(s))), step)
+
+
 def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
     """Return the score of a trial at a step to certify; larger is better.
 
@@ -100,8 +114,7 @@ def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
 
 def _missing(goal: Goal, evaluator: Evaluator, rate: float) -> str:
     """Return in words what the budget lacks to certify a rate; "": nothing."""
-    need, left = evaluator.share(_probes(goal, rate)), max(evaluator.left(), 0.0)
-    if need <= left:
+    if evaluator.share(_probes(goal, rate)) <= max(evaluator.left(), 0.0) + ROUNDING:
         return ""
     runs = f"{goal.runs} runs of {CERTIFIED:,} requests" if goal.runs > 1 else f"{CERTIFIED:,} requests"
     return f"{runs} at {rate:.4g} requests/s take {evaluator.budget_for(_probes(goal, rate))}"

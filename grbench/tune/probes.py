@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 from grbench.tune import rates
-from grbench.tune.certification import reserve
+from grbench.tune.certification import ROUNDING, reserve
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Verdict, judge
 from grbench.tune.outcome import BudgetSpentError, Evaluator, Outcome, Probe
@@ -21,7 +21,6 @@ from grbench.tune.trial import HELD, Progress, Trial
 
 OFFLINE = 512  # requests of an offline probe
 FEWEST, MOST = 1000, 20_000  # requests of a server probe; p99 needs 1000
-ROUNDING = 1e-9  # of shares of the budget
 
 T = TypeVar("T")
 Wanted = tuple[Trial, Probe]

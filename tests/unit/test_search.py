@@ -303,6 +303,31 @@ def test_the_default_is_measured_alone_if_others_are_judged_by_its_quality() -> 
     assert len(evaluator.rounds[1]) == 4
 
 
+@pytest.mark.parametrize(
+    "cells, worse, lower",
+    [
+        (3, 0.77, [0, 10]),  # the second try is the last: eight steps below the next one
+        (4, 0.77, [0, 2, 14]),
+        (2, 0.94, [2]),  # the first try is the last
+        (100, 0.77, [0, 2, 6, 14]),
+    ],
+)
+def test_the_last_try_that_the_budget_has_room_for_is_at_a_lower_rate(
+    cells: int, worse: float, lower: list[int]
+) -> None:
+    """Runs with other seeds carry less: other work takes a part of the machine."""
+    [best] = ALL[:1]
+    evaluator = Capacities({best: 100.0}, worse={101: worse, 102: worse})
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    Search(search, [best], evaluator, Listed([best])).run()
+    low, measured = search.trials[0].low, len(evaluator.probes)
+    assert low is not None
+    evaluator.cells = measured + cells
+    certificate = certify(search, evaluator)
+    tried = dict.fromkeys(low - rates.step_below(1.001 * (probe.rate or 0)) for _, probe in evaluator.probes[measured:])
+    assert list(tried) == lower and certificate is not None and certificate.step == low - lower[-1]
+
+
 def test_certification_takes_the_next_best_if_the_best_fails() -> None:
     evaluator = Capacities(CAPACITY)
     search = searched(evaluator)
