@@ -46,6 +46,7 @@ ITEMS = [
     "training.batch=256", "training.rate=1e-3", "training.dropout=0.5", "training.epochs=80", "training.patience=8",
     "training.validate_every=2",
 ]  # fmt: skip
+CHOSEN = ["training.validation_users=0", "training.patience=10", "model.position_bias=true"]  # by quality_search.py
 IDS = [
     "retrieval.levels=3", "retrieval.codes=256", "retrieval.beam_width=64", "workload.max_history=20",
     "model.max_positions=60", "model.scaling_seqlen=60", "model.embedding_dim=128", "model.layers=4", "model.heads=4",
@@ -79,7 +80,7 @@ def chains(data: Path, seeds: int) -> Iterator[list[Training]]:
     """Yield the trainings of each data set and seed: item vectors, then semantic IDs from them."""
     for name in AMAZON:
         source = ["workload=csv", f"workload.path={data / f'amazon_{name}.txt'}", *COMMON]
-        yield [Training(name, "items", 0, [*source, *ITEMS]), Training(name, "ids", 0, [*source, *IDS])]
+        yield [Training(name, "items", 0, [*source, *ITEMS, *CHOSEN]), Training(name, "ids", 0, [*source, *IDS])]
         if name == "beauty":
             yield [Training(name, "sasrec", 0, [*source, *SASREC])]
     file = data / "ml-100k.inter"
