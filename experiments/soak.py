@@ -109,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if (rows_asked := args.minutes * 60 / args.every) * (1 - WARM) < PARTS:
         parser.error(f"--every {args.every:g}: {rows_asked:.0f} rows; allowed is at least {PARTS / (1 - WARM):g}")
+    rows, calls = common.Rows(args, __file__, arguments), Calls(args.url, 30_000.0)
     common.server_at(parser, args.url)
     server = psutil.Process(listener(urlsplit(args.url).port or 80))
-    rows, calls = common.Rows(args, __file__, arguments), Calls(args.url, 30_000.0)
     times: list[float] = []
     memory: list[float] = []
     latencies: list[float] = []
@@ -135,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 outcomes = Counter(pool.map(one, range(number, end)))
                 counts, number = counts + outcomes, end
                 window = np.array(latencies[seen:])
+                if not window.size:
+                    raise SystemExit(f"soak: of {outcomes.total()} calls none was answered; see the server's log")
                 p50, p99 = np.percentile(window, [50, 99])
                 times.append(time.perf_counter() - begun)
                 memory.append(server.memory_info().rss / MB)
