@@ -37,15 +37,17 @@ class TrainingConfig:
     weight_decay: float = option(0.05, "of AdamW", ge=0)
     dropout: float = option(0.2, "of the embeddings and of each layer's output", ge=0, le=0.95)
     smoothing: float = option(0.0, "share of a target that all codes of its level get, to generate", ge=0, le=0.9999)
-    temperature: float = option(1.0, "divides the logits of the loss, to generate; 0.05 suits model.item_norm", gt=0)
+    temperature: float = option(
+        1.0, "divides the logits of the loss, to generate by item vectors; 0.05 suits model.item_norm", gt=0
+    )
     average: float = option(
         0.0, "share that a moving average of the weights keeps at a step; 0: no average", ge=0, le=0.9999
     )
     crop: float = option(0.0, "share of an epoch's histories that begin at a random event, to generate", ge=0, le=1)
     blanks: float = option(0.0, "share of a history's items that are not read, to generate", ge=0, le=0.9999)
     teacher: str | None = option(
-        None, "weights file of retrieval.levels=1, an HSTU, whose probabilities of items semantic IDs learn as well; "
-        "null: none", file=True,
+        None, "weights file of an HSTU of retrieval.levels=1; semantic IDs learn its probabilities of items beside the "
+        "next item; null: none", file=True,
     )  # fmt: skip
     teacher_temperature: float = option(1.0, "divides the teacher's logits", gt=0)
     teacher_share: float = option(0.5, "share of the loss that follows the teacher", gt=0, le=1)
@@ -122,10 +124,24 @@ def to_config(cfg: DictConfig) -> TrainConfig:
             f"workload.stale_events={config.workload.stale_events}: training has every event before the one that it "
             "predicts; allowed here: 0"
         )
-    if config.training.negatives and (config.task != "generate" or config.retrieval.levels != 1):
-        raise ConfigError("training.negatives: it is for task=generate retrieval.levels=1; allowed here: 0")
-    if config.training.item_vectors and (config.task != "generate" or config.retrieval.levels == 1):
-        raise ConfigError("training.item_vectors: it is for task=generate with retrieval.levels above 1; leave it out")
-    if config.training.teacher and (config.task != "generate" or config.retrieval.levels == 1):
-        raise ConfigError("training.teacher: it is for task=generate with retrieval.levels above 1; leave it out")
+    _refuse_unread(config)
+    if config.training.negatives and config.training.smoothing:
+        raise ConfigError(
+            f"training.negatives={config.training.negatives} and training.smoothing={config.training.smoothing}: a "
+            "smooth target has a share of all items, not of drawn ones; set one of the two to 0"
+        )
     return config
+
+
+def _refuse_unread(config: TrainConfig) -> None:
+    """Raise ConfigError for an option of the training that was set and that nothing would read."""
+    options, generates, levels = config.training, config.task == "generate", config.retrieval.levels
+    for names, read, where in (
+        (("smoothing", "crop", "blanks"), generates, "task=generate"),
+        (("negatives", "temperature"), generates and levels == 1, "task=generate retrieval.levels=1"),
+        (("item_vectors", "teacher"), generates and levels > 1, "task=generate with retrieval.levels above 1"),
+        (("teacher_temperature", "teacher_share"), options.teacher is not None, "training.teacher=FILE"),
+    ):
+        for name in names:
+            if not read and getattr(options, name) != getattr(TrainingConfig, name):
+                raise ConfigError(f"training.{name}: it is for {where}; leave it out")

@@ -126,7 +126,7 @@ class GenerateTask:
                 loss = self._cross_entropy(self.logits(rows, level), truth.reshape(-1)[batch.every])
             if soft is not None:
                 logits = self.logits(before.reshape(-1, before.shape[2])[later], level)
-                taught = -(soft[level] * logits.log_softmax(1)).sum(1).mean()
+                taught = -(soft[level] * (logits / options.temperature).log_softmax(1)).sum(1).mean()
                 loss = (1 - options.teacher_share) * loss + options.teacher_share * taught
             total = total + loss
         return total / levels

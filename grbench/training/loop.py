@@ -146,7 +146,8 @@ def train(
 class Average:
     """A moving average of a model's weights, which keeps a share of itself at each step.
 
-    The share grows with the steps up to `share`, so that the first weights do not weigh. 0: the weights themselves.
+    The share grows with the steps up to `share`, so that the average soon forgets the first weights.
+    0: the weights themselves.
     """
 
     def __init__(self, model: nn.Module, share: float) -> None:

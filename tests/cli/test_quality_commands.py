@@ -259,6 +259,22 @@ def test_what_can_not_be_quantised_is_named(grbench_here: Grbench, words: list[s
             ["model=decoder_tiny", "task=generate", "retrieval.levels=1", "model.vocabulary=5000"],
             "model.vocabulary=5000: training has a softmax over the codes of a level; allowed here is null",
         ),
+        *(
+            ([f"training.{option}=0.4", *words], f"training.{option}: it is for {where}; leave it out")
+            for option, words, where in (
+                ("smoothing", [], "task=generate"),
+                ("crop", [], "task=generate"),
+                ("blanks", [], "task=generate"),
+                ("temperature", [], "task=generate retrieval.levels=1"),
+                ("temperature", ["task=generate"], "task=generate retrieval.levels=1"),
+                ("teacher_temperature", ["task=generate"], "training.teacher=FILE"),
+                ("teacher_share", ["task=generate"], "training.teacher=FILE"),
+            )
+        ),
+        (
+            ["task=generate", "retrieval.levels=1", "training.negatives=4", "training.smoothing=0.1"],
+            "training.negatives=4 and training.smoothing=0.1: a smooth target has a share of all items",
+        ),
         (["training.negatives=4"], "training.negatives: it is for task=generate retrieval.levels=1"),
         (
             ["task=generate", "retrieval.levels=1", "training.item_vectors=walks.txt"],

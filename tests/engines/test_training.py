@@ -226,12 +226,14 @@ def test_negatives_are_a_part_of_the_catalogue(tmp_path: Path) -> None:
     assert torch.allclose(sampled, expected, atol=1e-5)
 
 
-def test_a_teacher_has_the_chances_of_codes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_teacher_has_the_chances_of_codes(temperature: float, tmp_path: Path) -> None:
     of = config(training={"epochs": 2}, model=dataclasses.replace(TINY, position_bias=True, time_bias=8))
     items = task_of(of)
     loop.train(items, of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
     items.save(tmp_path / "weights.safetensors")
-    teaching = {"teacher": str(tmp_path / "weights.safetensors"), "teacher_share": 0.25}
+    apart = {"temperature": temperature}
+    teaching = {"teacher": str(tmp_path / "weights.safetensors"), "teacher_share": 0.25, **apart}
     task = task_of(config(training=teaching, retrieval={"levels": 2, "codes": 5}))
     batch = next(task.batches(1))
     assert batch.times is not None
@@ -247,14 +249,15 @@ def test_a_teacher_has_the_chances_of_codes(tmp_path: Path) -> None:
             second = np.array([below[codes[:, 1] == code].sum() for code in range(5)]) / below.sum()
             assert np.allclose(found[0][row], first, atol=1e-5)
             assert np.allclose(found[1][row], second, atol=1e-5)
-        alone = task_of(config(retrieval={"levels": 2, "codes": 5}))
+        alone = task_of(config(training=apart, retrieval={"levels": 2, "codes": 5}))
         alone.model.load_state_dict(task.model.state_dict())
         taught = 4 * (task.loss(batch) - 0.75 * alone.loss(batch))
         codes_hidden = task.network.hidden(torch.from_numpy(task.ids.tokens(batch.items)).view(len(batch.items), -1))
         expected = torch.zeros(())
         for level in range(2):
             rows = [codes_hidden[place // n, 2 * (place % n) + level - 1] for place in batch.later.tolist()]
-            expected = expected - (found[level] * task.logits(torch.stack(rows), level).log_softmax(1)).sum(1).mean()
+            logs = (task.logits(torch.stack(rows), level) / temperature).log_softmax(1)
+            expected = expected - (found[level] * logs).sum(1).mean()
         assert torch.allclose(taught, expected / 2, atol=1e-4)
     with pytest.raises(ConfigError, match=r"training\.teacher: .*expected \[25, 16\]"):
         task_of(config(training=teaching, retrieval={"levels": 2, "codes": 5}), ring(items=24))
