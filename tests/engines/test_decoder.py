@@ -159,6 +159,10 @@ def test_a_normaliser_is_the_sum_of_all_parts(dtype: torch.dtype, monkeypatch: p
         torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
 
 
+def test_a_normaliser_of_no_rows_is_empty() -> None:
+    assert log_normaliser(torch.empty(0, 32), torch.ones(1000, 32)).shape == (0,)
+
+
 @pytest.mark.gpu
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,6 +5,7 @@ A CPU stands for all devices. Tests marked gpu run the same on two GPUs.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,11 @@ def on_two_gpus(*more: Any) -> Any:
 
 def table(rows: int, width: int = 8) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
+
+
+def threads() -> set[threading.Thread]:
+    """Return the threads of lookups."""
+    return {t for t in threading.enumerate() if t.name.startswith("item-shard")}
 
 
 def gathered(shards: ItemShards, rows: np.ndarray[Any, Any]) -> Tensor:
@@ -159,6 +165,16 @@ def test_a_part_without_rows_of_its_own_and_an_error_change_no_batch() -> None:
     assert torch.equal(gathered(shards, np.arange(5)), whole[:5])
 
 
+def test_threads_are_there_for_hot_rows_and_end_with_the_table() -> None:
+    before, rows = threads(), np.arange(5)
+    whole, hot = (ItemShards(table(40), [CPU] * 2, torch.float32, memory) for memory in (0, 8 * 32))
+    assert torch.equal(gathered(whole, rows), table(40)[:5]) and not threads() - before
+    assert torch.equal(gathered(hot, rows), table(40)[:5]) and threads() - before
+    for shards in (whole, hot):
+        shards.close()
+    assert not threads() - before
+
+
 def test_few_rows_have_fewer_parts() -> None:
     shards = ItemShards(table(5), [CPU] * 4, torch.float32, 0)
     assert shards.actual() == {"item_shards": 3, "item_shard_bytes": [64, 64, 32]} and shards.slots == 0
@@ -189,7 +205,7 @@ def gated(overrides: list[str], device: str) -> tuple[Any, Any]:
 def test_answers_are_those_of_the_whole_table(cell: str, more: list[str], device: str, graphs: str) -> None:
     if graphs == "true" and cell == "micro":
         pytest.skip("graphs have one pass")
-    words = [*CELLS[cell], f"engine.cuda_graphs={graphs}"]
+    words, before = [*CELLS[cell], f"engine.cuda_graphs={graphs}"], threads()
     one, gate = gated(words, device)
     two, _ = gated([*words, *more, "engine.item_shards=2"], device)
     requests = gate.sample
@@ -204,8 +220,10 @@ def test_answers_are_those_of_the_whole_table(cell: str, more: list[str], device
         assert "engine.item_shards=2 on a CPU only checks answers" in notes_of(facts)[0]
     if more:
         assert facts["item_slots"] and two.rank(requests[:4]).details["items_tokens"] > 0
+    items = two._items  # alive, so that only `close` ends its threads
     one.close()
     two.close()
+    assert items is not None and not threads() - before
 
 
 @pytest.mark.parametrize("more", [[], [HOT]], ids=["whole", "hot"])

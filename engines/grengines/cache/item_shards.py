@@ -46,7 +46,7 @@ class ItemShards:
         self.table = Parts(held, len(held[0]), devices[0])
         self.slots = sum(hot.slots for hot in self._hot)
         self._fetches = [torch.cuda.Stream(hot.table.device) for hot in self._hot if devices[0].type == "cuda"]
-        self._pool = ThreadPoolExecutor(len(held), "item-shard")
+        self._pool = ThreadPoolExecutor(len(self._hot), "item-shard") if self._hot else None
 
     @property
     def counters(self) -> RowCounters:
@@ -60,7 +60,7 @@ class ItemShards:
         Work that is queued on the first device's current stream from now on can gather them. The devices' lookups run
         side by side. After an error of one, `parts` are as they were.
         """
-        if not self._hot:
+        if self._pool is None:
             return
         rows = np.concatenate(parts)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self._rows:
@@ -84,6 +84,11 @@ class ItemShards:
                 stream.wait_event(copied)
         for part, its in zip(parts, np.split(placed, np.cumsum([len(part) for part in parts])[:-1]), strict=True):
             part[:] = its
+
+    def close(self) -> None:
+        """End the threads of the lookups. The table stays."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def _stream(self, i: int) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._fetches[i]) if self._fetches else nullcontext()

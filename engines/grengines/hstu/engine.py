@@ -274,6 +274,8 @@ class HSTUEngine(RankingEngine):
     def _unload(self) -> None:
         if self.user_cache is not None:
             self.user_cache.close()
+        if isinstance(self._items, ItemShards):
+            self._items.close()
         self._ranker, self._graphs, self.user_cache, self._items = None, Graphs(), None, None
         self.team.close()  # after the graphs, which hold collectives
 

@@ -125,7 +125,7 @@ def log_normaliser(x: Tensor, table: Tensor) -> Tensor:
 
     The logits [rows, V] are computed in parts of TOGETHER. Nothing waits for the device, so a CUDA graph can hold it.
     """
-    tokens = max(TOGETHER // len(x) // 64 * 64, 64)  # 64: tiles of a matrix product
+    tokens = max(TOGETHER // max(len(x), 1) // 64 * 64, 64)  # 64: tiles of a matrix product
     parts = []
     for some in table.split(tokens):
         logits = _products(x, some)
