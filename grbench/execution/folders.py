@@ -43,23 +43,32 @@ def only_writer(folder: Path, option: str) -> Iterator[None]:
 def only_command(root: Path, words: Sequence[str]) -> Iterator[None]:
     """Hold a command line under the output root `root`: a second one would measure the same cells beside it.
 
-    The system lets go of what a process held that has ended, however. Raises ConfigError, with its number, if another
-    process holds the command line; OSError.
+    The system lets go of what a process held when it ends, even if it is killed. There are two limits. A forked child
+    shares the hold, so a child that outlives a killed parent keeps it. A file system without locks refuses nobody.
+    Raises ConfigError, with the number of the process, if another one holds the command line; OSError.
     """
     name = hashlib.sha256("\0".join(sorted(words)).encode()).hexdigest()[:16]
     path = root / ".running" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as holder:
-        if not _locked(holder.fileno()):
-            holder.seek(0)
-            raise ConfigError(
-                f"process {holder.read()} runs the same command in {os.path.relpath(root)}; wait for it, "
-                "or set runner.output_root=FOLDER"
-            )
-        holder.truncate(0)
-        holder.write(str(os.getpid()))
-        holder.flush()
-        yield
+    while True:
+        with path.open("a+", encoding="utf-8") as holder:
+            if not _locked(holder.fileno()):
+                holder.seek(0)
+                number = holder.read()  # empty if it has just begun
+                raise ConfigError(
+                    f"{f'process {number}' if number else 'another process'} runs the same command in "
+                    f"{os.path.relpath(root)}; wait for it, or set runner.output_root=FOLDER"
+                )
+            if not _is_at(path, holder.fileno()):  # the one before removed it after it was opened here
+                continue
+            holder.truncate(0)
+            holder.write(str(os.getpid()))
+            holder.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)  # while it is held, so that it is no other's
+            return
 
 
 def left_out(roots: Sequence[Path]) -> list[str]:
@@ -113,6 +122,14 @@ def _held(folder: Path) -> Iterator[bool]:
         yield _locked(handle)
     finally:
         os.close(handle)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Return whether an open file is the one at `path`, and was neither removed nor replaced."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def _locked(handle: int) -> bool:

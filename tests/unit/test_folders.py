@@ -19,7 +19,7 @@ from helpers.command import Grbench
 
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
-from grbench.execution import records, runner
+from grbench.execution import folders, records, runner
 from grbench.execution.folders import left_out, only_command, only_writer, unused
 from grbench.execution.records import Outcome, Status
 from grbench.execution.results import save as save_results
@@ -67,6 +67,28 @@ def test_a_command_is_refused_while_an_equal_one_runs_and_not_once_that_was_kill
         os.waitpid(command, 0)
     with only_command(tmp_path, ["-m", "seed=0,1"]):
         pass
+    assert not list((tmp_path / ".running").iterdir())
+
+
+def test_a_command_that_opened_the_file_of_one_that_ended_holds_the_next_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked, opened = folders._locked, list[int]()
+
+    def late(handle: int) -> bool:
+        if not opened:
+            next((tmp_path / ".running").iterdir()).unlink()  # as the command before does at its end
+        opened.append(handle)
+        return locked(handle)
+
+    monkeypatch.setattr(folders, "_locked", late)
+    with only_command(tmp_path, ["seed=0"]):
+        with pytest.raises(ConfigError, match=f"^process {os.getpid()} "), only_command(tmp_path, ["seed=0"]):
+            raise AssertionError
+        (name,) = (tmp_path / ".running").iterdir()
+        name.write_text("")  # as before the other one writes its number
+        with pytest.raises(ConfigError, match=r"^another process runs "), only_command(tmp_path, ["seed=0"]):
+            raise AssertionError
 
 
 @pytest.mark.parametrize("words", [["-m", "seed=0,1"], ["tune", "engine=hstu", "budget=1cells"]])
