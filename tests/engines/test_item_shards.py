@@ -51,11 +51,6 @@ def table(rows: int, width: int = 8) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
 
 
-def threads() -> set[threading.Thread]:
-    """Return the threads of lookups."""
-    return {t for t in threading.enumerate() if t.name.startswith("item-shard")}
-
-
 def gathered(shards: ItemShards, rows: np.ndarray[Any, Any]) -> Tensor:
     """Return what a batch of two parts with these rows gathers."""
     halves = [rows[: len(rows) // 2].copy(), rows[len(rows) // 2 :].copy()]
@@ -166,6 +161,9 @@ def test_a_part_without_rows_of_its_own_and_an_error_change_no_batch() -> None:
 
 
 def test_threads_are_there_for_hot_rows_and_end_with_the_table() -> None:
+    def threads() -> set[threading.Thread]:
+        return {t for t in threading.enumerate() if t.name.startswith("item-shard")}
+
     before, rows = threads(), np.arange(5)
     whole, hot = (ItemShards(table(40), [CPU] * 2, torch.float32, memory) for memory in (0, 8 * 32))
     assert torch.equal(gathered(whole, rows), table(40)[:5]) and not threads() - before
@@ -205,7 +203,7 @@ def gated(overrides: list[str], device: str) -> tuple[Any, Any]:
 def test_answers_are_those_of_the_whole_table(cell: str, more: list[str], device: str, graphs: str) -> None:
     if graphs == "true" and cell == "micro":
         pytest.skip("graphs have one pass")
-    words, before = [*CELLS[cell], f"engine.cuda_graphs={graphs}"], threads()
+    words = [*CELLS[cell], f"engine.cuda_graphs={graphs}"]
     one, gate = gated(words, device)
     two, _ = gated([*words, *more, "engine.item_shards=2"], device)
     requests = gate.sample
@@ -220,10 +218,16 @@ def test_answers_are_those_of_the_whole_table(cell: str, more: list[str], device
         assert "engine.item_shards=2 on a CPU only checks answers" in notes_of(facts)[0]
     if more:
         assert facts["item_slots"] and two.rank(requests[:4]).details["items_tokens"] > 0
-    items = two._items  # alive, so that only `close` ends its threads
     one.close()
     two.close()
-    assert items is not None and not threads() - before
+
+
+def test_an_engine_closes_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = list[ItemShards]()
+    monkeypatch.setattr(ItemShards, "close", lambda self: closed.append(self))
+    engine, _ = gated([HOT, "engine.item_shards=2"], "cpu")
+    engine.close()
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize("more", [[], [HOT]], ids=["whole", "hot"])
