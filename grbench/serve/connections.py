@@ -16,7 +16,7 @@ from grbench.serve.exchange import Exchange, Target
 
 BEYOND_QUEUE = 256  # connections beyond `serve.max_queue`, so that refusals and health checks get through
 KEEP_ALIVE_S = 75  # between two requests
-HEADERS_S = 10.0  # from the connection, or from the first byte of a later request, to the end of its headers
+HEADERS_S = 10.0  # to the end of a request's headers: from the connection, its first byte, or the answer before it
 GOODBYE_S = 1.0  # for an idle client to answer the end of its TLS session
 
 
@@ -27,6 +27,7 @@ class Connection(HttpToolsProtocol):
     It has one timer: to set and cancel some for each request took longer than to parse it.
     """
 
+    _in_headers = False  # a request has begun, and its headers are not complete
     _timer: asyncio.TimerHandle
     _ends: float  # the loop's time at which it is closed, unless something comes before
 
@@ -43,11 +44,17 @@ class Connection(HttpToolsProtocol):
             self._timer = self.loop.call_later(HEADERS_S / 4, self._look)
 
     def on_message_begin(self) -> None:
-        self._ends = self.loop.time() + HEADERS_S
+        self._in_headers = True
+        if self.cycle is None or self.cycle.response_complete:
+            self._ends = self.loop.time() + HEADERS_S
+        else:  # the client has not waited for the answer before, whose end sets the limit
+            self.flow.pause_reading()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        self._in_headers = False
         self._ends = math.inf
+        self.headers = self.headers.copy()  # takes the trailers of a chunked body, which are no headers of the request
         if (target := self._target()) is None:
             super().on_headers_complete()
             return
@@ -61,11 +68,14 @@ class Connection(HttpToolsProtocol):
             self.pipeline.appendleft((self.cycle, self.app))
 
     def _target(self) -> Target | None:
-        """Return what answers a call; None: the application does, or nothing, because it wants to be a WebSocket."""
+        """Return the target of a request; None: uvicorn handles the request.
+
+        It passes the request to the application, opens a WebSocket, or refuses a connection too many.
+        """
         if self.parser.get_method() != b"POST" or (self.parser.should_upgrade() and self._should_upgrade()):
             return None
         if (most := self.limit_concurrency) is not None and max(len(self.connections), len(self.tasks)) >= most:
-            return None  # uvicorn refuses it
+            return None
         path = httptools.parse_url(self.url).path.decode("ascii")
         found: Target | None = self.app.target(unquote(path) if "%" in path else path)
         return found
@@ -78,7 +88,7 @@ class Connection(HttpToolsProtocol):
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         else:
-            self._ends = self.loop.time() + KEEP_ALIVE_S
+            self._ends = self.loop.time() + (HEADERS_S if self._in_headers else KEEP_ALIVE_S)
 
     def shutdown(self) -> None:
         """Close an idle connection once its answers are sent, and let another end after its answer.

@@ -1,6 +1,6 @@
-"""Calls with a body, which go from their connection straight to the API and back.
+"""The exchange of a call and its answer between a connection and the API.
 
-Uvicorn and Starlette would make a scope, messages, an event and a response of each, which takes as long as its tensors.
+A call with a body does not pass through ASGI. Uvicorn's and Starlette's objects for it took as long as its tensors.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Exchange(RequestResponseCycle):
             keep_alive=keep_alive,
             on_response=connection.on_response_complete,
         )
-        self._target, self._given = target, connection.headers
+        self._target, self._given = target, list(connection.scope["headers"])
 
     async def run_asgi(self, app: Any) -> None:
         """Answer. Uvicorn calls it once the headers are there; the body may come later."""

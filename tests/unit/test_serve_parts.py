@@ -9,6 +9,7 @@ import json
 import re
 import socket
 import ssl
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -327,30 +328,41 @@ class _Calls:
             body = await asked.body(20, 0.1)
         except TimeoutError:
             return Answer(408, b"late", {"connection": "close"})
-        return Answer(200, asked.names["path"].encode() + b":" + body, {"x-request-id": asked.headers["x-request-id"]})
+        given = asked.headers.get("authorization", "") + asked.headers.get("x-grbench-last", "")
+        found = asked.names["path"].encode() + b":" + body + given.encode()
+        return Answer(200, found, {"x-request-id": asked.headers["x-request-id"]})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
 
 
-async def exchanged(*pieces: bytes) -> bytes:
-    """Send bytes in pieces to `_Calls`, and return what comes back until it closes the connection or is idle."""
-    config = uvicorn.Config(_Calls(), log_config=None, lifespan="off", proxy_headers=False, date_header=False)
+@contextlib.asynccontextmanager
+async def connected(app: Any) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Serve an application, and connect to it."""
+    config = uvicorn.Config(app, log_config=None, lifespan="off", proxy_headers=False, date_header=False)
     config.load()
     state = ServerState()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: connections.Connection(config, state, {}), "127.0.0.1", 0)
     reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-    for piece in pieces:
-        writer.write(piece)
-        await asyncio.sleep(0.01)
-    with contextlib.suppress(OSError):  # the server has closed it
-        writer.write_eof()
-    found = await asyncio.wait_for(reader.read(), 20)
+    yield reader, writer
     writer.close()
     server.close()
-    return found
+
+
+async def exchanged(*pieces: bytes, app: Any = None) -> bytes:
+    """Send bytes in pieces to `_Calls` or an application, and return what comes back until the connection ends.
+
+    The client ends it after the last piece, unless the server has done so.
+    """
+    async with connected(app or _Calls()) as (reader, writer):
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0.01)
+        with contextlib.suppress(OSError):  # the server has closed it
+            writer.write_eof()
+        return await asyncio.wait_for(reader.read(), 20)
 
 
 def posted(path: str, body: bytes, *lines: str, length: bool = True) -> bytes:
@@ -374,6 +386,10 @@ def test_calls_get_their_own_answers_however_their_bytes_come() -> None:
     assert asyncio.run(exchanged(*(one[i : i + 7] for i in range(0, len(one), 7)))) == answered(b"/v2/a:one")
     chunked = posted("/v2/a", b"3\r\none\r\n2\r\nxy\r\n0\r\n\r\n", "Transfer-Encoding: chunked", length=False)
     assert asyncio.run(exchanged(chunked[:-9], chunked[-9:])) == answered(b"/v2/a:onexy")
+    trailers = b"Authorization: Bearer key\r\nX-Grbench-Last: 2\r\n"
+    assert asyncio.run(exchanged(chunked[:-2] + trailers + b"\r\n")) == answered(b"/v2/a:onexy")
+    given = posted("/v2/a", b"x", "Authorization: Bearer key", "X-Grbench-Last: 2")
+    assert asyncio.run(exchanged(given)) == answered(b"/v2/a:xBearer key2")
     assert asyncio.run(exchanged(posted("/v2/a", b"x", "Connection: close"))) == answered(b"/v2/a:x", last=True)
     no_call = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
     assert asyncio.run(exchanged(posted("/other", b"x"), one)) == no_call + answered(b"/v2/a:one")
@@ -392,19 +408,40 @@ def test_a_connection_without_headers_is_closed(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(connections, "HEADERS_S", 0.05)
 
     async def left() -> bytes:
-        config = uvicorn.Config(Api(_Ready(None)), log_config=None, lifespan="off")  # type: ignore[arg-type]
-        config.load()
-        state = ServerState()
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: connections.Connection(config, state, {}), "127.0.0.1", 0)
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        writer.write(first)
-        found = await asyncio.wait_for(reader.read(), 20)
-        writer.close()
-        server.close()
-        return found
+        async with connected(Api(_Ready(None))) as (reader, writer):  # type: ignore[arg-type]
+            writer.write(first)
+            return await asyncio.wait_for(reader.read(), 20)
 
     assert asyncio.run(left()) == b""
+
+
+class _Slow(_Calls):
+    """Answers later than headers may take in these tests."""
+
+    async def _answer(self, asked: Asked) -> Answer:
+        await asyncio.sleep(0.2)
+        return await super()._answer(asked)
+
+
+def test_headers_of_the_next_call_may_begin_before_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do not end the answer. Their time begins after it, and is no longer than that of other headers."""
+    monkeypatch.setattr(connections, "HEADERS_S", 0.1)
+    one, other = posted("/v2/a", b"one"), posted("/v2/b", b"other")
+    first, second = answered(b"/v2/a:one"), answered(b"/v2/b:other")
+
+    async def found(rest: bytes, expected: bytes) -> bytes:
+        async with connected(_Slow()) as (reader, writer), asyncio.timeout(20):
+            for piece in (one, other[:20]):
+                writer.write(piece)
+                await asyncio.sleep(0.01)
+            answer = await reader.readexactly(len(first))
+            writer.write(rest)
+            if rest:
+                return answer + await reader.readexactly(len(expected))
+            return answer + await reader.read()
+
+    assert asyncio.run(found(other[20:], second)) == first + second
+    assert asyncio.run(found(b"", b"")) == first  # then the server closes the connection
 
 
 @pytest.mark.parametrize("over_tls", [False, True])
