@@ -24,6 +24,7 @@ from grengines.models.hstu.model import build_model
 from grengines.models.hstu.reference import RankingReference, zero_attention
 from grengines.numerics import relative_error
 from grengines.runtime.graph_costs import Graphs, capture
+from grengines.runtime.native import native
 from grkernels.choice import requested
 from grkernels.config import KernelConfig
 
@@ -119,6 +120,7 @@ def test_actual_says_what_runs_and_close_gives_it_back() -> None:
         assert ran["kernels"] == dict.fromkeys(KERNELS, "torch")
         assert ran["fp32_products"] == "highest" and ran["weights"] == "random, seed 5"
         assert ran["parameters"] > 300 * 32
+        assert ran["host_loops"] == native().actual()["host_loops"]
     assert torch.get_num_threads() == threads
     with pytest.raises(RuntimeError, match="not prepared, or closed"):
         e.rank(requests)

@@ -167,16 +167,109 @@ def test_histories_are_compared_alike(seed: int) -> None:
     assert a.common(b) == b.common(a) == in_numpy(monkeypatch, lambda: a.common(b))
 
 
-@HAVE_COMPILER
+@pytest.fixture(params=[pytest.param("C", marks=HAVE_COMPILER), "NumPy"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each form of the loops in turn."""
+    if request.param == "NumPy":
+        monkeypatch.setattr(native(), "functions", None)
+    else:
+        assert native().functions is not None, native().problem
+
+
+ENCODING = Encoding(50, 0, 4, 0, 9, 80)
+
+
+@pytest.mark.usefixtures("form")
 def test_arrays_of_another_type_are_refused() -> None:
     r = a_request(np.random.default_rng(0), 0, 5, 3)
-    encoding = Encoding(50, 0, 4, 0, 9, 8)
-    with pytest.raises(TypeError, match="candidates must be int64"):
-        pack([dataclasses.replace(r, candidates=r.candidates.astype(np.int32))], encoding)
-    with pytest.raises(TypeError, match="history_weights must be float32"):
-        pack([dataclasses.replace(r, history_weights=r.history_weights.astype(np.float64))], encoding)
-    with pytest.raises(ValueError, match="other lengths"):
-        pack([dataclasses.replace(r, history_actions=r.history_actions[1:])], encoding)
+    for name in (*HISTORY, "candidates"):
+        other = getattr(r, name).astype(np.int32 if name == "candidates" else np.float64)
+        asked = "float32" if name == "history_weights" else "int64"
+        with pytest.raises(TypeError, match=f"{name} must be {asked}"):
+            pack([r, dataclasses.replace(r, **{name: other})], ENCODING)
+    with pytest.raises(TypeError, match="candidates must be int64 with one dimension"):
+        pack([dataclasses.replace(r, candidates=r.candidates[:, None])], ENCODING)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("name", HISTORY)
+def test_arrays_of_other_lengths_are_refused(name: str) -> None:
+    r = a_request(np.random.default_rng(0), 0, 5, 3)
+    for part in (slice(1), slice(1, None)):
+        with pytest.raises(ValueError, match="request 1 of the batch: its arrays have other lengths"):
+            pack([r, dataclasses.replace(r, **{name: getattr(r, name)[part]})], ENCODING)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("gap", [0, 1, 2, 2**31 - 1, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1])
+def test_the_gap_to_a_candidate_does_not_wrap(gap: int) -> None:
+    r = a_request(np.random.default_rng(0), 0, 1, 3)
+    r = dataclasses.replace(r, history_timestamps=np.array([-(2**63)]), timestamp=gap - 2**63)
+    batch = pack([r], ENCODING).to(torch.device("cpu"))
+    assert batch.time_buckets.tolist() == [0, *[(1 + gap).bit_length() - 1] * 3]
+
+
+class Owning(Request):
+    """A request whose arrays nobody else holds: each look at them makes a new one."""
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        return found.copy() if name in HISTORY else found
+
+
+@HAVE_COMPILER
+def test_arrays_are_held_while_they_are_read() -> None:
+    rng = np.random.default_rng(0)
+    r = a_request(rng, 0, 5000, 3)
+    other = Owning(**{name: getattr(r, name) for name in Request.__dataclass_fields__})
+    assert torch.equal(pack([other], ENCODING).buffer, pack([r], ENCODING).buffer)
+
+
+@HAVE_COMPILER
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"item_rows": 0}, "item_rows=0"),
+        ({"time_buckets": 0}, "time_buckets=0"),
+        ({"combinations": True, "num_actions": 7}, "got 127"),
+    ],
+)
+def test_sizes_that_would_stop_the_process_are_refused(changed: dict[str, Any], message: str) -> None:
+    r = a_request(np.random.default_rng(0), 0, 5, 3)
+    with pytest.raises(ValueError, match=message):
+        pack([r], dataclasses.replace(ENCODING, **changed))
+
+
+@HAVE_COMPILER
+@pytest.mark.parametrize(
+    ("changed", "row", "error"),
+    [
+        ({}, -1, ValueError),
+        ({}, 64, ValueError),
+        ({}, 2**63 - 1, ValueError),
+        ({}, "0", TypeError),
+        ({}, 2**70, OverflowError),
+        ({"cached": -1}, 0, ValueError),
+        ({"cached": -1}, 1, ValueError),
+        ({"stored": -1}, 0, ValueError),
+        ({"stored": 2 * PAGE + 1}, 0, ValueError),
+        ({"cached": None}, 0, TypeError),
+        ({"pages": array("q", [1, 2])}, 0, TypeError),
+        ({"pages": array("h", [1, 2, 3, 4])}, 0, TypeError),
+        ({"pages": [1, 2]}, 0, TypeError),
+    ],
+)
+def test_places_outside_the_arrays_are_refused(changed: dict[str, Any], row: Any, error: type[Exception]) -> None:
+    """Only the memory of the batch is written, and slots only if everything fits."""
+    plan = Plan(0, 0, History(*[np.zeros(0)] * 4), 20, 0.0, stored=20, pages=array("i", [1, 2]))
+    for name, value in changed.items():
+        setattr(plan, name, value)
+    rows, width = 64, 8
+    memory = np.full(16 + HostPlaces.length(1, rows, width), -7)
+    with pytest.raises(error):
+        native().functions.write_places(memory[8:-8], [plan], [row], rows, 1, width, PAGE)
+    assert set(memory[:8]) == set(memory[-8:]) == {-7}
+    assert set(memory[10:][:rows]) == {-1}
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -189,11 +282,32 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, t
     assert not list((tmp_path / "native").iterdir())
 
 
+def test_a_compiler_that_says_nothing_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    lacking = Native()
+    assert lacking.problem == f"native.c can't be used: false ended with 1; {module.NEEDS}"
+    assert [r.getMessage() for r in caplog.records] == [f"NumPy does the host's loops, more slowly: {lacking.problem}"]
+
+
+@HAVE_COMPILER
+def test_a_compiled_file_that_does_not_load_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path))
+    path = module._built()
+    path.write_bytes(b"another machine's")
+    problem = Native().problem
+    assert str(path) in problem
+    assert "GRBENCH_CACHE" in problem
+    assert "compiler" not in problem
+
+
 @HAVE_COMPILER
 def test_an_error_of_the_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GRBENCH_CACHE", str(tmp_path))
     source = tmp_path / "native.c"
-    source.write_text("#error unknown machine\n")
+    source.write_text("#warning look out\n#error unknown machine\n")
     monkeypatch.setattr(module, "SOURCE", source)
     assert "unknown machine" in Native().problem
 

@@ -21,6 +21,7 @@ from grengines.runtime.native import native
 from grengines.runtime.staging import Staging
 
 Int64Array = npt.NDArray[np.int64]
+COLUMNS = ("history_items", "history_actions", "history_weights", "history_timestamps")
 TIMES = ("times", "until")  # arrays that some encodings have
 OFFSETS = ("q_offsets", "candidate_offsets", "kv_offsets", "kept_offsets")  # the last two in append batches only
 
@@ -273,6 +274,7 @@ class _Layout:
             if (found := functions.layout(list(requests), chosen, done, C, least)) is not None:
                 fields = [chosen, *found[:-1], Bucket(*found[-1])]
                 return cls(*fields)
+        _check(requests, chosen)
         targets = [len(c) for c in chosen]
         events = [len(r.history_items) for r in requests]
         contextual = [encoding.contextual(n) for n in events]
@@ -308,6 +310,20 @@ class _Layout:
         if bucket is not None and not self.needed.fits(bucket):
             raise ValueError(f"a batch of {self.needed} doesn't fit {bucket}; pack it without it")
         return bucket or self.needed
+
+
+def _check(requests: Sequence[Request], candidates: Sequence[Int64Array]) -> None:
+    """Raise TypeError or ValueError for arrays that native.c refuses, which NumPy would cast or repeat."""
+    for b, (r, chosen) in enumerate(zip(requests, candidates, strict=True)):
+        columns = {name: getattr(r, name) for name in COLUMNS}
+        for name, array in (*columns.items(), ("candidates", chosen)):
+            dtype = np.dtype(np.float32 if name == "history_weights" else np.int64)
+            if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
+                raise TypeError(
+                    f"{name} must be {dtype} with one dimension, as grengines.api.Request says; got {array!r}"
+                )
+        if len({len(array) for array in columns.values()}) > 1:
+            raise ValueError(f"request {b} of the batch: its arrays have other lengths")
 
 
 def append_size(bucket: Bucket, encoding: Encoding) -> int:
