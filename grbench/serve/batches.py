@@ -16,16 +16,16 @@ from grengines.api import BatchResult, ContinuousEngine, Request
 from grengines.numerics import IncorrectError
 
 Rows = list[tuple[float, ...]]  # of the batcher, one for each request
-Answered = Callable[[list[Ticket], BatchResult, Rows, float], None]  # the last: of `Called`
+Answered = Callable[[list[Ticket], BatchResult, Rows, float | None], None]  # the last: of `Called`
 
 
 class Called(threading.local):
-    """Milliseconds of the engine's last call on a thread, without its wait for other batches; 0: it is not known.
+    """Milliseconds of the engine's last call on a thread, without its wait for other batches; None: unknown.
 
     A thread that runs a batch also hands it out.
     """
 
-    ms = 0.0
+    ms: float | None = None
 
 
 class Work:
@@ -105,7 +105,7 @@ def _answerer(checked: CheckedEngine, work: Work, called: Called) -> Callable[[S
                     raise
             answer([known_good])  # raises if the engine is to blame
             mixed = one_by_one(answer, requests)
-            called.ms = 0.0  # there were several
+            called.ms = None  # there were several
             return mixed
 
     return guarded

@@ -25,7 +25,7 @@ class Answer(NamedTuple):
 
 
 class ClientLeftError(Exception):
-    """The client has closed its connection before its body was there."""
+    """The client has closed its connection before its body was read."""
 
 
 async def no_body(most: int, limit_s: float) -> bytes:
@@ -98,7 +98,8 @@ class Exchange(RequestResponseCycle):
         given = "".join([f"{name}: {value}\r\n" for name, value in answer.headers.items()])
         if answer.headers.get("connection") == "close":
             self.keep_alive = False
-        elif not self.keep_alive:
+        elif not self.keep_alive or (self.waiting_for_100_continue and self.more_body):
+            self.keep_alive = False  # else the parser would take the next request for the body
             given += "connection: close\r\n"
         lines += (given.encode("latin-1"), b"content-length: %d\r\n\r\n" % len(answer.body), answer.body)
         self.transport.write(b"".join(lines))
@@ -111,8 +112,10 @@ class Exchange(RequestResponseCycle):
     async def read(self, most: int, limit_s: float) -> bytes:
         """Return the body, or as much as has come once that is more than `most` bytes.
 
-        Raises TimeoutError after the limit, and ClientLeftError.
+        Raises TimeoutError after the limit, and ClientLeftError, also if the body was there before the client left.
         """
+        if self.disconnected:
+            raise ClientLeftError
         if not self.more_body:
             return bytes(self.body)
         parts: list[bytes] = []

@@ -41,7 +41,7 @@ class Done:
     pack_ms: float
     load_ms: float
     compute_ms: float
-    engine_ms: float  # the engine's call: the parts above, and what is in none of them
+    engine_ms: float | None  # the engine's call: the parts above, and what is in none of them; None: unknown
     generation: int  # of the strategy
 
     def as_answer(self) -> Answer:

@@ -56,6 +56,9 @@ class Api:
         ]
         for prefix in (model, f"{model}/versions/{{version}}"):
             routes += [
+                # `target` finds these for POST. The routes answer 405 to other methods.
+                self._route(f"{prefix}/infer", self._infer, "POST"),
+                self._route(f"{prefix}/append", self._append, "POST"),
                 self._route(f"{prefix}/ready", self._model_ready),
                 self._route(f"{prefix}/config", self._config),
                 self._route(f"{prefix}/stats", self._stats),

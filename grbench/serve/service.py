@@ -290,9 +290,11 @@ def _parameters(answers: list[Answer]) -> dict[str, Any]:
         "queue_ms": round(max(d.queue_ms for d in done), 3),
         "pack_ms": round(max(d.pack_ms + d.load_ms for d in done), 3),
         "compute_ms": round(max(d.compute_ms for d in done), 3),
-        "engine_ms": round(max(d.engine_ms for d in done), 3),
         "cached_tokens": sum(d.cached.tokens for d in done),
     }
+    engine_ms = [d.engine_ms for d in done if d.engine_ms is not None]
+    if len(engine_ms) == len(done):
+        parameters["engine_ms"] = round(max(engine_ms), 3)
     if any(a.degraded for a in answers):
         parameters["degraded"] = joined([a.degraded for a in answers])
         worst = max(answers, key=lambda a: max(a.loss.values(), default=0.0))

@@ -210,7 +210,7 @@ class Strategy:
         if (one := self._release(ticket)) is not None:
             one.fail(outside(error))
 
-    def _deliver(self, tickets: list[Ticket], result: Any, rows: batches.Rows, engine_ms: float) -> None:
+    def _deliver(self, tickets: list[Ticket], result: Any, rows: batches.Rows, engine_ms: float | None) -> None:
         self.batches += 1
         ended = [self._release(ticket) for ticket in tickets]
         try:
@@ -222,7 +222,7 @@ class Strategy:
             self._failed(e)
 
     def _hand_out(
-        self, tickets: list[Ticket], ended: list[Held | None], result: Any, rows: batches.Rows, engine_ms: float
+        self, tickets: list[Ticket], ended: list[Held | None], result: Any, rows: batches.Rows, engine_ms: float | None
     ) -> None:
         kinds = []
         for i, (ticket, one, row) in enumerate(zip(tickets, ended, rows, strict=True)):
@@ -244,7 +244,7 @@ class Strategy:
             one.future.set_result(
                 Done(
                     Reply(result.scores[i], items), ticket.request, cached, result.fallback, int(size),
-                    queued, batch, transfer, compute, engine_ms or batch + transfer + compute, self.generation,
+                    queued, batch, transfer, compute, engine_ms, self.generation,
                 )
             )  # fmt: skip
         if kinds and not isinstance(result, Mixed):

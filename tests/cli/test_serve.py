@@ -410,12 +410,18 @@ def test_a_pipeline_is_measured_through_the_network(grbench_here: Grbench) -> No
 
 
 def test_a_websocket_is_refused(server: Serving) -> None:
-    """With 403 where uvicorn finds a package for WebSockets, and else with 405 as a GET."""
+    """With 403 where uvicorn finds a package for WebSockets, and else with 405 as another GET."""
     lines = ["GET /v2/models/hstu_tiny/infer HTTP/1.1", "host: localhost", "connection: upgrade", "upgrade: websocket",
              "sec-websocket-version: 13", "sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA=="]  # fmt: skip
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode())
         assert connection.recv(100).split()[1] in (b"403", b"405")
+
+
+def test_a_call_is_a_post(server: Serving) -> None:
+    for path in ("hstu_tiny/infer", "hstu_tiny/append", "hstu_tiny/versions/1/infer", "hstu_tiny/versions/1/append"):
+        status, _, headers = server.call(f"/v2/models/{path}")
+        assert (status, headers["allow"]) == (405, "POST")
 
 
 def test_a_server_of_other_items_is_refused(server: Serving) -> None:

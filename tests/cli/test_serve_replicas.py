@@ -7,6 +7,7 @@ import http.client
 import http.server
 import json
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -53,6 +54,7 @@ class _Named(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its headers
+    held: queue.SimpleQueue[int] = queue.SimpleQueue()  # ports of the servers that a call at /held keeps busy
 
     def do_GET(self) -> None:
         self._answer(b"")
@@ -60,6 +62,7 @@ class _Named(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
         if self.path == "/held":
+            self.held.put(self.server.server_address[1])
             self.server.released.wait(20)  # type: ignore[attr-defined]
         self._answer(f"{self.server.server_address[1]} {self.headers['x-grbench-last']}".encode())
 
@@ -154,10 +157,10 @@ def test_a_call_without_a_user_goes_to_the_replica_with_the_fewest_calls(tmp_pat
             connection.request("POST", path, b"x")
             return stack.enter_context(contextlib.closing(connection))
 
-        post("/held")  # keeps one replica busy
-        time.sleep(0.2)
-        servers = {post("/").getresponse().read().split()[0] for _ in range(6)}
-        assert len(servers) == 1
+        post("/held")
+        busy = _Named.held.get(timeout=20)
+        servers = {int(post("/").getresponse().read().split()[0]) for _ in range(6)}
+        assert servers == {address.port for address in named[:2]} - {busy}
 
 
 @needs_haproxy

@@ -30,7 +30,7 @@ from grbench.config.schema import ConfigError
 from grbench.serve import connections
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.errors import RefusedError
-from grbench.serve.exchange import Answer, Asked, Target
+from grbench.serve.exchange import Answer, Asked, ClientLeftError, Target
 from grbench.serve.http import Api
 from grbench.serve.logs import Log
 from grbench.serve.metrics import Live, Metrics
@@ -413,6 +413,45 @@ def test_a_connection_without_headers_is_closed(monkeypatch: pytest.MonkeyPatch,
             return await asyncio.wait_for(reader.read(), 20)
 
     assert asyncio.run(left()) == b""
+
+
+@pytest.mark.parametrize("key, status", [(b"key", b"401"), (None, b"403")])
+def test_a_refusal_before_the_body_is_the_last_answer_if_the_client_waits_for_leave(
+    key: bytes | None, status: bytes
+) -> None:
+    """Its body may never come. A body that has come with its headers is no reason to close."""
+    asked, body = posted("/v2/models/m/infer", b"", "Expect: 100-continue", "Content-Length: 4", length=False), b"body"
+    api: Any = Api(_Ready(key))  # type: ignore[arg-type]
+    found = asyncio.run(exchanged(asked, asked + body, app=api))
+    assert found.startswith(b"HTTP/1.1 " + status) and found.count(b"HTTP/1.1") == 1
+    assert b"\r\nconnection: close\r\n" in found
+    kept = asyncio.run(exchanged(asked + body, asked + body, app=api))
+    assert kept.count(b"HTTP/1.1 " + status) == 2 and b"connection: close" not in kept
+
+
+class _Left(_Calls):
+    """Reads the body once the client has left."""
+
+    def __init__(self) -> None:
+        self.read: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def _answer(self, asked: Asked) -> Answer:
+        await asyncio.sleep(0.1)
+        try:
+            self.read.set_result(await asked.body(20, 0.1))
+        except ClientLeftError as e:
+            self.read.set_exception(e)
+        return Answer(499)
+
+
+def test_a_call_of_a_client_that_has_left_is_not_read() -> None:
+    async def read() -> bytes:
+        app = _Left()
+        assert await exchanged(posted("/v2/a", b"one"), app=app) == b""
+        return await asyncio.wait_for(app.read, 20)
+
+    with pytest.raises(ClientLeftError):
+        asyncio.run(read())
 
 
 class _Slow(_Calls):

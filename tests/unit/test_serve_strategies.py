@@ -17,6 +17,7 @@ import pytest
 from grbench.deployment import Deployment, Serves, Step
 from grbench.gate.form import Form
 from grbench.serve import recovery
+from grbench.serve import service as services
 from grbench.serve import strategy as strategies
 from grbench.serve.controller import Controller
 from grbench.serve.costs import Costs, Kind
@@ -176,6 +177,25 @@ def test_an_engine_without_finite_scores_is_to_blame_itself(
         one = made(kind())
         assert await outcome(one) == "wrong" and one.state is State.OUT
         await one.close(1.0)
+
+    run(work)
+
+
+def test_the_time_of_an_engines_call_is_reported_only_where_it_is_known() -> None:
+    async def work() -> None:
+        one, steps = made(Engine()), made(Continuous())
+        known, unknown = [await controller(member).answer(request(), math.inf) for member in (one, steps)]
+        assert services._parameters([known, known])["engine_ms"] > 0
+        assert "engine_ms" not in services._parameters([unknown])
+        assert "engine_ms" not in services._parameters([known, unknown])
+        await asyncio.gather(one.close(1.0), steps.close(1.0))
+        engine, slow, first = await held()
+        waiting = [slow.submit(request(item), Kind(1)) for item in (GOOD, POISON)]
+        engine.free.set()
+        good, _ = await asyncio.gather(*waiting, return_exceptions=True)
+        assert not isinstance(good, BaseException) and good.engine_ms is None  # it was asked again, alone
+        await first
+        await slow.close(1.0)
 
     run(work)
 
