@@ -87,9 +87,14 @@ def http_call(path: str, host: str, body: bytes, headers: dict[str, str]) -> byt
 
 
 def parameters_of(answer: bytes) -> dict[str, float]:
-    """Return the parameters of an answer of the server."""
+    """Return the parameters of an answer of the server. Ends the program if it refused, or does not say `engine_ms`."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if b" 200 " not in head[:16]:
+        raise SystemExit(f"front_end: the server answered {head.splitlines()[0].decode()}: {body[:300].decode()}")
     start = answer.index(b'"parameters":') + len(b'"parameters":')
     found: dict[str, float] = json.loads(answer[start : answer.index(b"}", start) + 1])
+    if "engine_ms" not in found:
+        raise SystemExit("front_end: the answer has no engine_ms, as with continuous batching; use another engine")
     return found
 
 

@@ -407,6 +407,18 @@ def test_the_proof_of_compare_keeps_its_engines_and_goes_on_from_its_records(
     assert again.keys() == {*cells, "1/base/1.1", "1/more/1.1"}
 
 
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        (b"HTTP/1.1 400 Bad Request\r\ncontent-length: 4\r\n\r\nwhy?", "answered HTTP/1.1 400 Bad Request: why?"),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"parameters":{"queue_ms":1.0}}', "no engine_ms, as with continuous batching"),
+    ],
+)
+def test_an_answer_without_the_times_of_the_engine_ends_the_front_end(program: Any, answer: bytes, said: str) -> None:
+    with pytest.raises(SystemExit, match=said):
+        program("front_end").parameters_of(answer)
+
+
 @pytest.mark.parametrize("name", ["front_end", "overload"])
 def test_a_program_without_its_server_is_one_line(program: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(program("common"), "WAIT_S", 0.0)
