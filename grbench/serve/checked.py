@@ -37,6 +37,11 @@ class CheckedEngine:
         return str(self.actual.get("device", "cpu"))
 
     @property
+    def host_loops(self) -> str:
+        """What runs the host's loops, as in a record; in a pipeline, the ranker's. Empty if the engine packs nothing."""
+        return str(self.actual.get("rank", self.actual).get("host_loops", ""))
+
+    @property
     def gate(self) -> Gate:
         assert self._gate is not None, "an engine that has answered was checked"
         return self._gate

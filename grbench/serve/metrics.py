@@ -35,6 +35,7 @@ class Live(NamedTuple):
     pending: int  # requests that it holds
     batches: int  # that it has answered
     spent_s: Mapping[str, float]  # of all batches together, by part
+    host_loops: str = ""  # as in a record: "C", or "NumPy: " and why; "": it packs no batches
 
 
 class Metrics:
@@ -137,6 +138,10 @@ class _Live:
         depth = GaugeMetricFamily("grbench_queue_depth", "Requests that a strategy holds", labels=["strategy"])
         info = GaugeMetricFamily("grbench_strategy_info", "1 for the state it is in",
                                  labels=["strategy", "state", "engine"])  # fmt: skip
+        loops = GaugeMetricFamily(
+            "grbench_host_loops_info", "1 for what runs the host's loops over a batch: C, or NumPy and why",
+            labels=["strategy", "loops", "reason"],
+        )  # fmt: skip
         batches = CounterMetricFamily("grbench_batches", "Batches that were answered", labels=["strategy"])
         spent = CounterMetricFamily(
             "grbench_batch_seconds", "Time of all batches together: in flight, of that behind another batch, and parts",
@@ -145,10 +150,13 @@ class _Live:
         for one in self._state():
             depth.add_metric([one.name], one.pending)
             info.add_metric([one.name, one.state, one.engine], 1)
+            if one.host_loops:
+                form, _, reason = one.host_loops.partition(": ")
+                loops.add_metric([one.name, form, reason], 1)
             batches.add_metric([one.name], one.batches)
             for part, seconds in one.spent_s.items():
                 spent.add_metric([one.name, part], seconds)
-        yield from (depth, info, batches, spent)
+        yield from (depth, info, loops, batches, spent)
         yield CounterMetricFamily(
             "grbench_front_end_cpu_seconds", "Processor time of the event loop's thread, which this runs on",
             value=time.thread_time(),

@@ -256,7 +256,7 @@ class Service:
 
     def _live(self) -> list[Live]:
         return [
-            Live(s.name, str(s.state), s.spec.engine.name, s.pending, s.batches, s.spent_s)
+            Live(s.name, str(s.state), s.spec.engine.name, s.pending, s.batches, s.spent_s, s.checked.host_loops)
             for s in (self.present.controller.strategies if self.present else [])
         ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -35,6 +36,7 @@ from grbench.report.frame import read_cells
 from grengines import registry
 from grengines.remote.client import Client, ServerError
 from grengines.remote.config import RemoteConfig
+from grengines.runtime.native import native
 
 tritonhttp = pytest.importorskip("tritonclient.http")
 tritongrpc = pytest.importorskip("tritonclient.grpc")
@@ -306,7 +308,10 @@ def test_metrics_have_the_names_of_the_field(server: Serving, trace: Any) -> Non
                  "grbench_batch_size_count", "nv_inference_request_success", "nv_inference_count",
                  "nv_inference_exec_count", "nv_inference_compute_infer_duration_us"):  # fmt: skip
         assert server.metric(name) > 0, name
-    assert 'le="5.0"' in server.call("/metrics")[1]  # the limit
+    _, metrics, _ = server.call("/metrics")
+    assert 'le="5.0"' in metrics  # the limit
+    loops = native().actual()["host_loops"].partition(":")[0]
+    assert re.search(rf'grbench_host_loops_info{{loops="{loops}",reason=".*",strategy=".+"}} 1.0', metrics)
     assert server.metric("grbench_batch_seconds_total", part="flight") >= server.metric(
         "grbench_batch_seconds_total", part="compute"
     )

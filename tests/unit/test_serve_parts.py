@@ -185,7 +185,8 @@ def test_a_log_that_cannot_be_written_fails_nothing() -> None:
 def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
     metrics = Metrics(None)
     spent = {"flight": 0.5, "compute": 0.25}
-    live = [Live("a", "ready", "hstu", 2, 5, spent), Live("b", "ready", "hstu", 1, 1, {})]
+    live = [Live("a", "ready", "hstu", 2, 5, spent, "C"), Live("b", "ready", "hstu", 1, 1, {}, "NumPy: a: b")]
+    live.append(Live("c", "ready", "vllm", 0, 0, {}))
     metrics.watch(lambda: live, lambda: 0, lambda: ("m", "1"))
     metrics.ended(200, "b,a,b", 0.5, 0.25)
     metrics.ended(429, "", 0.001, 0.0)
@@ -202,6 +203,9 @@ def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
     assert 'grbench_requests_total{status="200",strategy="a,b"} 1.0\n' in text
     assert 'grbench_batches_total{strategy="a"} 5.0\n' in text
     assert 'grbench_batch_seconds_total{part="flight",strategy="a"} 0.5\n' in text
+    assert re.findall(r"grbench_host_loops_info{(.*)} 1.0", text) == [
+        'loops="C",reason="",strategy="a"', 'loops="NumPy",reason="a: b",strategy="b"'
+    ]  # fmt: skip
 
 
 class _Ready:
