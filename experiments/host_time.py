@@ -33,10 +33,10 @@ from grengines.cache.places import HostPlaces
 from grengines.cache.states import UserStates
 from grengines.hstu import cached, engine
 from grengines.models.hstu.model import HSTURanker
-from grengines.runtime.batch import Bucket, HostBatch
+from grengines.runtime.batch import Bucket, HostBatch, Layout
 from grengines.runtime.buckets import plan_buckets
 from grengines.runtime.graphs import GraphRunner
-from grengines.runtime.results import Marks
+from grengines.runtime.timing import Marks
 
 SMALL = [f"model.{key}" for key in ("layers=1", "embedding_dim=16", "heads=1", "qk_dim=16", "v_dim=16")]
 
@@ -64,7 +64,7 @@ class CopyRunner:
 RUNNER = GraphRunner if torch.cuda.is_available() else CopyRunner
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "states": [(UserStates, name) for name in ("lookup", "extend", "start_loading", "commit", "abort", "counts")],
-    "pack": [(cached, "pack_slices"), (engine, "pack_slices")],
+    "pack": [(Layout, "of"), (Layout, "pack")],
     "places": [(HostPlaces, "of")],
     "copy": [(RUNNER, "upload"), (HostBatch, "to"), (HostPlaces, "to")],
     "launch": [(RUNNER, "replay"), (HSTURanker, "forward"), (HSTURanker, "paged")],

@@ -38,7 +38,7 @@ class CheckedEngine:
 
     @property
     def host_loops(self) -> str:
-        """What runs the host's loops, as in a record; in a pipeline, the ranker's. Empty if the engine packs nothing."""
+        """Name and reason of the host's loops, as in a record; in a pipeline, the ranker's. Empty: it packs nothing."""
         return str(self.actual.get("rank", self.actual).get("host_loops", ""))
 
     @property

@@ -30,9 +30,10 @@ from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.reference import RankingReference
-from grengines.runtime.batch import Encoding
+from grengines.runtime.batch import Bucket, Encoding
 from grengines.runtime.buckets import plan_buckets
 from grengines.runtime.graph_costs import BucketCosts
+from grengines.runtime.slots import Slots
 from grkernels.choice import requested
 
 CATALOGUE = Catalogue(num_users=30, num_items=400, num_actions=4)
@@ -251,6 +252,49 @@ def test_measuring_graphs_changes_no_state(packed: bool, model: HSTUConfig, monk
         result = engine.rank(requests)
         assert error(result, reference.scores(requests)) < 1e-5
         assert result.details["graph_batches"] == 1.0
+    engine.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("early", [False, True])
+def test_memory_of_a_batch_is_used_again_once_its_answer_was_taken(
+    early: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queue two batches before an answer is taken. early: plant the fault that the second has the memory of the first.
+
+    On a GPU, which is kept busy meanwhile, both the inputs and the result of the first are overwritten then.
+    """
+    if device == "cpu":
+        monkeypatch.setattr("grengines.hstu.cached.GraphRunner", Replays)
+    first, second, third = traffic(3, 3, longest=400)
+    engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB), [third], device=device)
+    cached: CachedRanking = engine.user_cache
+    plan = plan_buckets(third, cached.encoding, 3, packed=False, cached=True)
+    cached.capture("true", plan, max(third, key=lambda r: len(r.history_items)))
+    runner: Any = cached.graphs.runner
+    upload, uploaded = runner.upload, list[int]()
+
+    def noted(bucket: Bucket, inputs: torch.Tensor) -> None:
+        uploaded.append(inputs.data_ptr())
+        upload(bucket, inputs)
+
+    monkeypatch.setattr(runner, "upload", noted)
+    if early:
+        one = Slots(torch.device(device)).take()
+        monkeypatch.setattr(Slots, "take", lambda slots: one)
+    reference = RankingReference(MODEL, CATALOGUE, 5, "cpu")
+    with torch.inference_mode():
+        if device == "cuda":
+            square = torch.ones(8192, 8192, device=device)
+            for _ in range(8):  # about 0.1 s: until then nothing that is queued below begins
+                torch.mm(square, square)
+        queued = [cached.queue(requests) for requests in (first, second)]
+        wrong = [error(answer(), reference.scores(requests)) > 1e-4 for answer, requests in zip(
+            queued, (first, second), strict=True
+        )]  # fmt: skip
+        assert wrong == [early, False]
+        assert (uploaded[0] == uploaded[1]) == early
+        assert error(cached.queue(third)(), reference.scores(third)) < 1e-4 and uploaded[2] in uploaded[:2]
     engine.close()
 
 

@@ -53,7 +53,8 @@ from grengines.base import RankingEngine
 from grengines.models.hstu.model import build_model
 from grengines.runtime.batch import pack
 from grengines.runtime.device import Placement
-from grengines.runtime.results import Marks, collect
+from grengines.runtime.results import collect
+from grengines.runtime.timing import Marks
 from grkernels.operators import Operators
 
 

@@ -29,7 +29,7 @@ from grengines.models.hstu.reference import RankingReference, zero_attention
 from grengines.models.hstu.variant import VARIANTS, Variant, differing
 from grengines.models.hstu.weights import save_weights
 from grengines.numerics import relative_error
-from grengines.runtime.batch import Bucket, Encoding, pack, pack_slices
+from grengines.runtime.batch import Bucket, Encoding, Layout, pack, pack_slices
 from grengines.semantic.ids import SemanticIds
 from grkernels import registry as kernel_registry
 from grkernels.config import KernelConfig
@@ -203,7 +203,7 @@ def test_the_engine_answers_as_the_reference(variant: str, options: dict[str, st
 def test_candidates_in_microbatches_score_the_same(options: dict[str, Any]) -> None:
     model = build(HSTUConfig(contextual_seq_len=2, **SIZES, **options))
     requests = requests_of([(11, 4), (8, 2)])
-    first, *rest = (host.to(DEVICE) for host in pack_slices(requests, model.encoding, 2))
+    first, *rest = (host.to(DEVICE) for host in pack_slices(Layout.of(requests, model.encoding), 2))
     state = model.prefill(first)
     parts = [model.delta(batch, state, keep=False)[0].cpu().numpy() for batch in rest]
     expected = answers(model, requests)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from grengines.api import Catalogue, RankResult, Request
 from grengines.models.hstu.config import HSTUConfig
-from grengines.runtime.batch import Bucket, Encoding, pack
+from grengines.runtime.batch import Bucket, Encoding, Layout, pack
 from grengines.runtime.buckets import (
     STEP,
     TILE,
@@ -22,7 +22,6 @@ from grengines.runtime.buckets import (
     batch_buckets,
     length_buckets,
     plan_buckets,
-    token_count,
     total_buckets,
 )
 from grengines.runtime.graph_costs import BucketCosts, Costs, Graphs, capture, filling, timed, worth_capturing
@@ -35,8 +34,8 @@ def requests_of(events: Sequence[int], candidates: Sequence[int]) -> list[Reques
     return make_requests(np.random.default_rng(0), CATALOGUE, list(events), list(candidates))
 
 
-def sizes(requests: Sequence[Request]) -> tuple[list[int], list[int]]:
-    return [token_count(r, ENCODING) for r in requests], [len(r.candidates) for r in requests]
+def sizes(requests: Sequence[Request]) -> Bucket:
+    return Layout.of(requests, ENCODING).needed
 
 
 def test_steps() -> None:
@@ -53,16 +52,16 @@ def test_even_buckets_pad_each_sequence() -> None:
     plan = plan_buckets(requests, ENCODING, 4, packed=False)
     assert set(plan) == {Bucket.even(b, n, 6) for b in (1, 2, 4) for n in (16, 48)}
     buckets = Buckets(plan)
-    assert buckets.choose(*sizes(requests)) == Bucket.even(2, 48, 6)
-    assert buckets.choose(*sizes(requests[:1])) == Bucket.even(1, 16, 6)
-    assert buckets.choose(*sizes([requests[0]] * 3)) == Bucket.even(4, 16, 6)
+    assert buckets.choose(sizes(requests)) == Bucket.even(2, 48, 6)
+    assert buckets.choose(sizes(requests[:1])) == Bucket.even(1, 16, 6)
+    assert buckets.choose(sizes([requests[0]] * 3)) == Bucket.even(4, 16, 6)
     for too_much in ([requests[0]] * 5, requests_of([43], [6]), requests_of([1], [7])):
-        assert buckets.choose(*sizes(too_much)) is None
+        assert buckets.choose(sizes(too_much)) is None
     assert {b.length for b in plan_buckets(requests, ENCODING, 1, [64, 32, 64], packed=False)} == {32, 64}
     with_cache = plan_buckets(requests, ENCODING, 1, packed=False, cached=True)
     assert set(with_cache) == {Bucket.even(1, n, 6, 46) for n in (16, 24, 48)}
-    assert Buckets(with_cache).choose([9], [6], [46]) == Bucket.even(1, 16, 6, 46)
-    assert Buckets(with_cache).choose([9], [6], [49]) is None
+    assert Buckets(with_cache).choose(Bucket.of([9], [6], [46])) == Bucket.even(1, 16, 6, 46)
+    assert Buckets(with_cache).choose(Bucket.of([9], [6], [49])) is None
 
 
 @settings(deadline=None, max_examples=50)
@@ -79,7 +78,7 @@ def test_a_packed_bucket_holds_any_batch_of_the_sample_with_little_padding(
     requests = requests_of(events, [candidates] * len(events))
     buckets = Buckets(plan_buckets(requests, ENCODING, 16, packed=True))
     batch = [chosen.choice(requests) for _ in range(count)]
-    bucket = buckets.choose(*sizes(batch))
+    bucket = buckets.choose(sizes(batch))
     assert bucket is not None
     host = pack(batch, ENCODING, bucket=bucket)
     assert bucket.batch < 2 * count or bucket.batch == 16
@@ -93,7 +92,7 @@ def test_packed_buckets_hold_batches_with_cached_tokens(new: list[int]) -> None:
     """Cache all but some new events of histories of 500 events."""
     requests = requests_of([500] * len(new), [20] * len(new))
     buckets = Buckets(plan_buckets(requests, ENCODING, 8, packed=True, cached=True))
-    bucket = buckets.choose([n + 20 for n in new], [20] * len(new), [520] * len(new))
+    bucket = buckets.choose(Bucket.of([n + 20 for n in new], [20] * len(new), [520] * len(new)))
     assert bucket is not None
     host = pack(requests, ENCODING, cached=[500 - n for n in new], bucket=bucket)
     assert host.max_kv_len == 520 and host.max_q_len == min(bucket.tokens, 520)
@@ -182,7 +181,7 @@ def test_auto_keeps_the_graphs_that_pay() -> None:
     graphs = capture("auto", buckets, Graphed, probe)
     assert isinstance(graphs.runner, Graphed)
     assert list(graphs.buckets) == graphs.runner.buckets == buckets[:2]
-    assert graphs.choose([70]) == buckets[1] and graphs.choose([81]) is None
+    assert graphs.choose(Bucket.of([70])) == buckets[1] and graphs.choose(Bucket.of([81])) is None
     assert graphs.counts(buckets[0]) == {"graph_batches": 1.0, "eager_batches": 0.0}
     assert graphs.counts(None) == {"graph_batches": 0.0, "eager_batches": 1.0}
     assert graphs.pays(buckets[0], before_s=49.0) and not graphs.pays(buckets[0], before_s=51.0)
@@ -198,7 +197,7 @@ def test_all_graphs_or_none_where_that_is_asked_for() -> None:
     everything = capture("true", buckets, Graphed, probe)
     assert list(everything.buckets) == buckets and everything.pays(buckets[1], before_s=1e9)
     for nothing in (capture("false", buckets, Graphed, probe), capture("auto", plan(200), Graphed, probe), Graphs()):
-        assert nothing.runner is None and nothing.choose([1]) is None
+        assert nothing.runner is None and nothing.choose(Bucket.of([1])) is None
         assert nothing.counts(None) == {} and nothing.actual()["cuda_graphs"] == "false"
 
 

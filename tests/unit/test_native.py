@@ -21,9 +21,9 @@ from grengines.cache.index import Plan
 from grengines.cache.places import HostPlaces
 from grengines.cache.pool import PagePool
 from grengines.runtime import native as module
-from grengines.runtime.batch import Bucket, Encoding, HostBatch, append_size, pack, pack_slices
+from grengines.runtime.batch import Bucket, Encoding, HostBatch, Layout, pack, pack_slices
 from grengines.runtime.native import Native, native
-from grengines.runtime.staging import Staging
+from grengines.runtime.slots import Slot, Slots
 
 HAVE_COMPILER = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 HISTORY = [name for name in Request.__dataclass_fields__ if name.startswith("history_")]
@@ -80,11 +80,12 @@ def an_encoding(rng: np.random.Generator) -> Encoding:
     )
 
 
-def dirty(n: int) -> Staging:
-    """A buffer that an earlier batch has used."""
-    staged = Staging(n, pin=False)
-    staged.buffer.fill_(-7)
-    return staged
+def dirty(n: int) -> Slot:
+    """A slot that an earlier batch has used."""
+    slot = Slots(torch.device("cpu")).take()
+    slot.reserve(n)
+    slot.inputs.fill_(-7)
+    return slot
 
 
 def in_numpy(monkeypatch: pytest.MonkeyPatch, call: Any) -> Any:
@@ -107,16 +108,16 @@ def test_batches_are_packed_alike(seed: int) -> None:
     share = rng.choice([0, 1], len(requests)) if encoding.contextual_seq_len else rng.random(len(requests))
     cached = [int(n * part) for n, part in zip(whole, share, strict=True)]
     bucket = Bucket(8, 800, 60, 100, 9, 100)
-    staged = [dirty(append_size(bucket, encoding)) for _ in range(2)]
+    slots = [dirty(Layout.of([], encoding, []).length(bucket)) for _ in range(2)]
     size = int(rng.integers(1, 5))
 
     def both(call: Any) -> list[list[HostBatch]]:
-        return [call(staged[0]), in_numpy(monkeypatch, lambda: call(staged[1]))]
+        return [call(slots[0]), in_numpy(monkeypatch, lambda: call(slots[1]))]
 
     for call in (
-        lambda staged: [pack(requests, encoding, cached=cached, bucket=bucket, staged=staged)],
+        lambda slot: [Layout.of(requests, encoding, cached).pack(bucket, slot=slot)],
         lambda _: [pack(requests, encoding)],
-        lambda _: pack_slices(requests, encoding, size, cached=cached),
+        lambda _: pack_slices(Layout.of(requests, encoding, cached), size),
     ):
         in_c, as_before = both(call)
         assert len(in_c) == len(as_before)
@@ -143,8 +144,8 @@ def test_places_are_written_alike(seed: int) -> None:
     sequences, pages = (5, 9) if rng.integers(2) else (len(plans), 1 + max([0, *(len(p.pages) for p in plans)]))
 
     def places() -> HostPlaces:
-        staged = dirty(HostPlaces.length(sequences, rows + 3, pages))
-        return HostPlaces.of(pool, plans, first_rows, rows + 3, sequences=sequences, pages=pages, staged=staged)
+        slot = dirty(HostPlaces.length(sequences, rows + 3, pages))
+        return HostPlaces.of(pool, plans, first_rows, rows + 3, sequences=sequences, pages=pages, slot=slot)
 
     assert torch.equal(places().buffer, in_numpy(monkeypatch, places).buffer)
 

@@ -27,13 +27,14 @@ from grengines.fallback import OutsideError
 from grengines.hstu.cached import CachedRanking
 from grengines.models.hstu.model import build_model
 from grengines.runtime import kernels as kernel_choice
-from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, pack
-from grengines.runtime.buckets import plan_buckets, token_count
+from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, Layout, pack
+from grengines.runtime.buckets import plan_buckets
 from grengines.runtime.device import Placement
 from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.profile import Sizes, check, profiles
-from grengines.runtime.results import Marks, collect
+from grengines.runtime.results import collect
+from grengines.runtime.timing import Marks
 from grkernels import registry as kernel_registry
 from grkernels.operators import Operators
 
@@ -151,9 +152,9 @@ class AOTIEngine(RankingEngine):
             with self._turns as turn:
                 queued = cached.queue_or(requests, cached.queue_whole)
             return self._ended(queued, begun, turn)
-        counts = [token_count(r, self._encoding) for r in requests]
-        bucket = self._graphs.choose(counts, [len(r.candidates) for r in requests])
-        host = pack(requests, self._encoding, bucket=bucket, pin=self._cuda)
+        layout = Layout.of(requests, self._encoding)
+        bucket = self._graphs.choose(layout.needed)
+        host = layout.pack(bucket, pin=self._cuda)
         batch_ms = (time.perf_counter() - begun) * 1e3
         with self._turns as turn:
             queued = self._queue(host, bucket, self._graphs.runner, batch_ms)

@@ -121,6 +121,7 @@ class StateIndex:
     def _cut(self, pages: array[int], tokens: int) -> array[int]:
         """Return a user's pages that `tokens` tokens take, and free the others."""
         kept = self.pool.pages_for(tokens)
-        if kept < len(pages):
-            self.pool.free(pages[kept:])
+        if kept == len(pages):
+            return pages
+        self.pool.free(pages[kept:])
         return pages[:kept]

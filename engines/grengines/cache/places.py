@@ -15,7 +15,7 @@ from grengines.cache.index import Plan
 from grengines.cache.pool import PagePool
 from grengines.runtime import staging
 from grengines.runtime.native import native
-from grengines.runtime.staging import Staging
+from grengines.runtime.slots import Slot
 
 
 @dataclass
@@ -46,19 +46,18 @@ class HostPlaces:
         *,
         sequences: int = 0,
         pages: int = 0,
+        slot: Slot | None = None,
         pin: bool = False,
-        staged: Staging | None = None,
     ) -> HostPlaces:
         """Lay out the places of a batch of `rows` tokens.
 
         first_rows: for each plan, the row of the batch's keys that holds its first token that is not cached; its
-        further ones follow. sequences, pages: least sizes of the page table (a CUDA graph's are fixed). pin:
-        page-locked memory, for GPUs. staged: the buffer to take a part of.
+        further ones follow. sequences: least rows of the page table. pages: its columns, which a CUDA graph has fixed;
+        0: as many as are needed. slot: to take the buffer from; without it, `pin` asks for page-locked memory.
         """
-        B = max(len(plans), sequences)
-        width = max([1, pages, *(len(plan.pages) for plan in plans)])
+        B, width = max(len(plans), sequences), pages or max([1, *(len(plan.pages) for plan in plans)])
         sizes = cls._sizes(B, rows, width)
-        buffer = staged.take(sum(sizes)) if staged else staging.empty(sum(sizes), pin)
+        buffer = slot.take(sum(sizes)) if slot else staging.empty(sum(sizes), pin)
         if (functions := native().functions) is not None:
             functions.write_places(buffer.numpy(), list(plans), list(first_rows), rows, B, width, pool.page)
         else:

@@ -14,7 +14,7 @@ from grengines.cache.events import Counters, EventLog
 from grengines.cache.eviction import Eviction
 from grengines.cache.guarded_policy import GuardedPolicy
 from grengines.cache.host import HostTier, Onload
-from grengines.cache.index import Plan, State, StateIndex
+from grengines.cache.index import Plan, State, StateIndex, no_pages
 from grengines.cache.offload import Offloader
 from grengines.cache.policies import Policy
 from grengines.cache.pool import PagePool, PoolFullError
@@ -151,7 +151,7 @@ class UserStates:
             try:
                 if growth := needed - len(plan.pages):
                     self._eviction.make_room(growth, plan.now)
-                    plan.pages.extend(self.pool.allocate(growth))
+                    plan.pages = plan.pages + no_pages(self.pool.allocate(growth))
             except PoolFullError as error:
                 self._log.counters.unstored += 1
                 self._log.report("unstored", f"request {plan.request_id}: its new tokens are not cached: {error}")

@@ -18,7 +18,8 @@ from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.model import Decoder
 from grengines.models.hstu.generator import HSTUGenerator
 from grengines.runtime.device import Placement
-from grengines.runtime.results import Marks, collect_items, one_tensor
+from grengines.runtime.results import collect_items, one_tensor
+from grengines.runtime.timing import Marks
 from grengines.semantic.trie import TensorTrie, Trie
 from grkernels.operators import Operators
 

@@ -29,13 +29,13 @@ from grengines.export.identity import digest_of
 from grengines.hstu.load_costs import LoadCosts
 from grengines.hstu.passes import PagedModel, append, page_sizes
 from grengines.models.hstu.config import stale_states
-from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, append_size, pack_slices
+from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, Layout, pack, pack_slices
 from grengines.runtime.device import DTYPES
 from grengines.runtime.graph_costs import Filling, Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
-from grengines.runtime.results import Marks, collect
+from grengines.runtime.results import collect
 from grengines.runtime.shared_graphs import graph_runner
-from grengines.runtime.staging import Staging
+from grengines.runtime.slots import Slot, Slots
 from grengines.runtime.team import Alone, Team
 from grkernels.pages import EIGHT_BITS
 
@@ -74,7 +74,7 @@ class CachedRanking:
         self._ranker, self._microbatch, self._cache, self._place = ranker, microbatch, cache, place
         self._device = ranker.device
         self._team = team or Alone(self._device)
-        self._pin = self._device.type == "cuda"
+        self._pin, self._slots = self._device.type == "cuda", Slots(self._device)
         self.encoding = ranker.encoding
         longest = ranker.encoding.contextual_seq_len + max(len(r.history_items) for r in sample)
         self.states = _make_states(ranker, cache, longest, identity)
@@ -143,15 +143,15 @@ class CachedRanking:
     def queue_whole(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue whole histories: no page is read or written, and no state is looked up."""
         begun = time.perf_counter()
-        [host] = pack_slices(requests, self._ranker.encoding, 0, cached=[0] * len(requests), pin=self._pin)
+        host = pack(requests, self._ranker.encoding, cached=[0] * len(requests), pin=self._pin)
         rows, sequences = host.padded_tokens, len(requests)
         places = HostPlaces.of(self.states.pool, [], [], rows, sequences=sequences, pin=self._pin)
-        batch_ms = (time.perf_counter() - begun) * 1e3
-        marks = Marks(self._device)
+        batch_ms, slot = (time.perf_counter() - begun) * 1e3, self._slots.take()
+        slot.marks.begin()
         batch, there = host.to(self._device), places.to(self._device)
-        marks.add()
+        slot.marks.add()
         logits = self._ranker.paged(batch, self.states.pool, there, write=False)
-        return collect(logits, [host], marks, batch_ms, {})
+        return collect(logits, [host], slot.marks, batch_ms, {}, slot)
 
     def queue(self, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue a batch as grengines.api.Ranker.rank. The returned function waits for the device.
@@ -172,27 +172,30 @@ class CachedRanking:
         sent_down = tier.bytes_down if tier else 0
         disk = [storage.bytes_down, storage.bytes_up] if storage else []
         begun = time.perf_counter()
-        now = max(r.arrival_s for r in requests)
+        now = max([r.arrival_s for r in requests])
         plans = states.lookup(requests, now)
         try:
             whole = self._extend(requests, plans)
             onload = states.start_loading(plans)  # as early as possible
-            bucket = self._bucket(requests, plans, onload)
-            hosts, places, staged = self._pack(requests, plans, bucket, whole)
+            layout = Layout.of(requests, self._ranker.encoding, [plan.cached for plan in plans])
+            slot, bucket = self._slots.take(), self._bucket(layout, onload)
+            hosts, places = self._pack(layout, plans, bucket, slot, whole)
             batch_ms = (time.perf_counter() - begun) * 1e3
-            marks = Marks(self._device)
-            details = self._place(hosts) | self.graphs.counts(bucket)
-            if self.graphs.runner is not None and bucket is not None and staged is not None:
-                logits = self._replay(self.graphs.runner, bucket, staged, onload, marks)
+            slot.marks.begin()
+            details = self._place(hosts)
+            if self.graphs.runner is not None and bucket is not None:
+                logits = self._replay(self.graphs.runner, bucket, onload, slot)
             else:
-                logits = self._launch(hosts, places, any(plan.cached for plan in plans), onload, marks)
-            queued = collect(logits, hosts, marks, batch_ms, details)
-            # All is queued, so the device is busy while the host does the rest.
+                logits = self._launch(hosts, places, any(plan.cached for plan in plans), onload, slot)
+            # All is queued but the result's copy, so the device is busy while the host does the rest.
+            details |= self.graphs.counts(bucket)
+            queued = collect(logits, hosts, slot.marks, batch_ms, details, slot)
             for plan in plans:
                 states.commit(plan)
-        finally:
+        except BaseException:
             for plan in plans:
                 states.abort(plan)  # does nothing for those that are committed
+            raise
         states.prefetch(now, self._cache.prefetch_s)
         if tier is not None:
             details["cache_offloaded_bytes"] = float(tier.bytes_down - sent_down)
@@ -208,57 +211,45 @@ class CachedRanking:
 
     def _extend(self, requests: Sequence[Request], plans: Sequence[Plan]) -> bool:
         """Make room for what is new. Return whether every request's whole history will be in pages."""
-        shares = self._shares(requests, plans)
-        stored = [self.states.extend(plan, share) for plan, share in zip(plans, shares, strict=True)]
+        shares, extend = self._shares(requests, plans), self.states.extend
+        stored = [plan.stored == plan.tokens or extend(plan, share) for plan, share in zip(plans, shares, strict=True)]
         return all(stored)
 
     def _pack(
-        self, requests: Sequence[Request], plans: Sequence[Plan], bucket: Bucket | None, whole: bool
-    ) -> tuple[list[HostBatch], HostPlaces, Tensor | None]:
+        self, layout: Layout, plans: Sequence[Plan], bucket: Bucket | None, slot: Slot, whole: bool
+    ) -> tuple[list[HostBatch], HostPlaces]:
         """Lay out the uncached tokens, in slices of candidates if `whole`, and their places in the pool.
 
-        Candidates on their own need the whole history in pages. Where it is not stored, all go in one pass. Returns the
-        buffer of both as well, which a bucket's graph is given.
+        Candidates on their own need the whole history in pages. Where it is not stored, all go in one pass. In a bucket
+        both are the inputs of the slot, which the bucket's graph is given.
         """
-        size, cached = self._microbatch if whole else 0, [plan.cached for plan in plans]
-        staged = None
-        if bucket is not None:
-            length = append_size(bucket, self._ranker.encoding) + HostPlaces.length(
-                bucket.batch, bucket.tokens, self._pages
-            )
-            staged = Staging(length, self._pin)
-        hosts = pack_slices(
-            requests, self._ranker.encoding, size, cached=cached, bucket=bucket, pin=self._pin, staged=staged
-        )
-        places = HostPlaces.of(
-            self.states.pool,
-            plans,
-            hosts[0].first_rows,
-            hosts[0].padded_tokens,
-            sequences=bucket.batch if bucket else 0,
-            pages=self._pages if bucket else 0,
-            pin=self._pin,
-            staged=staged,
-        )
-        return hosts, places, staged.buffer if staged else None
+        pool = self.states.pool
+        if bucket is None:
+            hosts = pack_slices(layout, self._microbatch if whole else 0, pin=self._pin)
+            return hosts, HostPlaces.of(pool, plans, hosts[0].first_rows, hosts[0].padded_tokens, pin=self._pin)
+        rows, sequences = bucket.tokens, bucket.batch
+        slot.reserve(layout.length(bucket) + HostPlaces.length(sequences, rows, self._pages))
+        host = layout.pack(bucket, slot=slot)
+        places = HostPlaces.of(pool, plans, host.first_rows, rows, sequences=sequences, pages=self._pages, slot=slot)
+        return [host], places
 
-    def _replay(self, runner: Runner, bucket: Bucket, staged: Tensor, onload: Onload | None, marks: Marks) -> Tensor:
+    def _replay(self, runner: Runner, bucket: Bucket, onload: Onload | None, slot: Slot) -> Tensor:
         """Queue a graph, behind all copies from the host. Return the logits."""
-        runner.upload(bucket, staged)
-        marks.add()
+        runner.upload(bucket, slot.inputs)
+        slot.marks.add()
         if onload is not None:
             onload.all_layers()
         return runner.replay(bucket)
 
     def _launch(
-        self, hosts: Sequence[HostBatch], places: HostPlaces, cached: bool, onload: Onload | None, marks: Marks
+        self, hosts: Sequence[HostBatch], places: HostPlaces, cached: bool, onload: Onload | None, slot: Slot
     ) -> Tensor:
         """Queue kernels one by one, while states are copied from the host. Return the logits.
 
         cached: whether any request has cached tokens.
         """
         with self._team.call("append", [*hosts, places], cached=cached) as inputs:
-            marks.add()
+            slot.marks.add()
             return append(self._ranker, self.states.pool, inputs, cached=cached, onload=onload)
 
     def reset_cache(self, keep: Tier = Tier.NONE) -> None:
@@ -340,7 +331,7 @@ class CachedRanking:
             return [self._cache.onload_share or 1.0] * len(plans)
         return self.costs.shares(requests, plans, self.states, captured=self.graphs.runner is not None)
 
-    def _bucket(self, requests: Sequence[Request], plans: Sequence[Plan], onload: Onload | None) -> Bucket | None:
+    def _bucket(self, layout: Layout, onload: Onload | None) -> Bucket | None:
         """Return the sizes of the graph for a batch, or None to launch its kernels one by one.
 
         They are launched if no graph holds the batch, and if kernels that overlap the copies from lower tiers are done
@@ -348,11 +339,8 @@ class CachedRanking:
         """
         if self.graphs.runner is None:
             return None
-        candidates = [len(r.candidates) for r in requests]
-        new = [plan.tokens - plan.cached + c for plan, c in zip(plans, candidates, strict=True)]
-        keys = [plan.tokens + c for plan, c in zip(plans, candidates, strict=True)]
-        bucket = self.graphs.choose(new, candidates, keys)
-        if bucket is None or any(len(plan.pages) > self._pages for plan in plans):
+        bucket = self.graphs.choose(layout.needed)
+        if bucket is None or self.states.pool.pages_for(max(layout.histories)) > self._pages:
             return None
         copying_s = 0.0
         if onload is not None:
@@ -366,7 +354,8 @@ class CachedRanking:
 
     def _empty(self, bucket: Bucket) -> list[Any]:
         """Return the inputs of a graph for an empty batch."""
-        hosts, places, _ = self._pack([], [], bucket, whole=False)
+        layout = Layout.of([], self._ranker.encoding, [])
+        hosts, places = self._pack(layout, [], bucket, Slots(self._device).take(), whole=False)
         return [*hosts, places]
 
     def _probe(self, longest: Request, bucket: Bucket, runner: Runner | None) -> Queue:
@@ -378,14 +367,18 @@ class CachedRanking:
 
         def queue() -> Callable[[], RankResult]:
             requests, plans = next(batches)
-            hosts, places, staged = self._pack(requests, plans, bucket if runner else None, whole=False)
-            marks = Marks(self._device)
+            layout, slot = (
+                Layout.of(requests, self._ranker.encoding, [plan.cached for plan in plans]),
+                self._slots.take(),
+            )
+            hosts, places = self._pack(layout, plans, bucket if runner else None, slot, whole=False)
+            slot.marks.begin()
             self._place(hosts)
-            if runner is not None and staged is not None:
-                logits = self._replay(runner, bucket, staged, None, marks)
+            if runner is not None:
+                logits = self._replay(runner, bucket, None, slot)
             else:
-                logits = self._launch(hosts, places, any(plan.cached for plan in plans), None, marks)
-            return collect(logits, hosts, marks, 0.0, {})
+                logits = self._launch(hosts, places, any(plan.cached for plan in plans), None, slot)
+            return collect(logits, hosts, slot.marks, 0.0, {}, slot)
 
         return queue
 

@@ -24,13 +24,14 @@ from grengines.models.hstu.fp8 import use_fp8
 from grengines.models.hstu.model import HSTURanker, build_model
 from grengines.models.hstu.shard import shard
 from grengines.runtime import kernels as kernel_choice
-from grengines.runtime.batch import Bucket, HostBatch, pack, pack_slices
-from grengines.runtime.buckets import first_batches, plan_buckets, token_count
+from grengines.runtime.batch import Bucket, HostBatch, Layout, pack, pack_slices
+from grengines.runtime.buckets import first_batches, plan_buckets
 from grengines.runtime.device import PRODUCTS, Placement
 from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
-from grengines.runtime.results import Marks, collect
+from grengines.runtime.results import collect
 from grengines.runtime.shared_graphs import graph_runner
+from grengines.runtime.slots import Slots
 from grengines.runtime.team import Alone, Team, device_of, fewer_gpus
 from grkernels import fp8, tuning
 from grkernels.operators import Operators
@@ -68,7 +69,7 @@ class HSTUEngine(RankingEngine):
         )
         self.operators = Operators.of(self._kernels.variants)
         self._ranker: HSTURanker | None = None
-        self._graphs = Graphs()
+        self._graphs, self._slots = Graphs(), Slots(self._device)
         self.team: Team | Alone = Alone(self._device)
         self._parameters = 0  # of the whole model
         self.user_cache: CachedRanking | None = None  # from `prepare` on, if the options ask for it
@@ -162,7 +163,12 @@ class HSTUEngine(RankingEngine):
     def _probe(self, ranker: HSTURanker, longest: Request, bucket: Bucket, runner: Runner | None) -> Queue:
         """Return what queues a batch that fills a bucket, in its graph if there is a runner."""
         batches = fillings(bucket, longest, self._encoding)
-        return lambda: self._queue_packed(ranker, next(batches).requests, bucket if runner else None, runner)
+
+        def queue() -> Callable[[], RankResult]:
+            begun, layout = time.perf_counter(), Layout.of(next(batches).requests, ranker.encoding)
+            return self._queue_packed(ranker, layout, bucket if runner else None, runner, begun)
+
+        return queue
 
     def _longest(self, sample: Sequence[Request]) -> Request:
         return max(sample, key=lambda r: len(r.history_items))
@@ -198,30 +204,31 @@ class HSTUEngine(RankingEngine):
 
     def _queue_whole(self, ranker: HSTURanker, requests: Sequence[Request]) -> Callable[[], RankResult]:
         """Queue a batch of whole histories. The returned function waits for the device."""
-        counts = [token_count(r, ranker.encoding) for r in requests]
-        bucket = self._graphs.choose(counts, [len(r.candidates) for r in requests])
-        return self._queue_packed(ranker, requests, bucket, self._graphs.runner)
+        begun, layout = time.perf_counter(), Layout.of(requests, ranker.encoding)
+        return self._queue_packed(ranker, layout, self._graphs.choose(layout.needed), self._graphs.runner, begun)
 
     def _queue_packed(
-        self, ranker: HSTURanker, requests: Sequence[Request], bucket: Bucket | None, runner: Runner | None
+        self, ranker: HSTURanker, layout: Layout, bucket: Bucket | None, runner: Runner | None, begun: float
     ) -> Callable[[], RankResult]:
-        """Queue a batch in a bucket's graph, or without a bucket kernel by kernel."""
-        begun = time.perf_counter()
-        size = self._options.candidate_microbatch
-        hosts = pack_slices(requests, ranker.encoding, size, bucket=bucket, pin=self._cuda)
+        """Queue a batch in a bucket's graph, or without a bucket kernel by kernel. begun: when its packing began."""
+        slot = self._slots.take()
+        if runner is not None and bucket is not None:
+            slot.reserve(layout.length(bucket))
+            hosts = [layout.pack(bucket, slot=slot)]
+        else:
+            hosts = pack_slices(layout, self._options.candidate_microbatch, pin=self._cuda)
         batch_ms = (time.perf_counter() - begun) * 1e3
-
-        marks = Marks(self._device)
+        slot.marks.begin()
         details = self._place(hosts)
         if runner is not None and bucket is not None:
-            runner.upload(bucket, hosts[0].buffer)
-            marks.add()
+            runner.upload(bucket, slot.inputs)
+            slot.marks.add()
             logits = runner.replay(bucket)
         else:
             with self.team.call("whole", hosts) as batches:
-                marks.add()
+                slot.marks.add()
                 logits = whole(ranker, batches)
-        return collect(logits, hosts, marks, batch_ms, details | self._graphs.counts(bucket))
+        return collect(logits, hosts, slot.marks, batch_ms, details | self._graphs.counts(bucket), slot)
 
     def reset_cache(self, keep: Tier = Tier.NONE) -> None:
         """Drop every cached user state. keep: move those above this tier, HOST or STORAGE, to it."""
@@ -276,7 +283,8 @@ class HSTUEngine(RankingEngine):
             self.user_cache.close()
         if isinstance(self._items, ItemShards):
             self._items.close()
-        self._ranker, self._graphs, self.user_cache, self._items = None, Graphs(), None, None
+        self._ranker, self._graphs, self._slots = None, Graphs(), Slots(self._device)
+        self.user_cache, self._items = None, None
         self.team.close()  # after the graphs, which hold collectives
 
     def _place(self, hosts: Sequence[HostBatch]) -> dict[str, float]:

@@ -25,9 +25,10 @@ from grengines.runtime.buckets import even_buckets, first_batches, length_bucket
 from grengines.runtime.device import Placement
 from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture
 from grengines.runtime.graphs import GraphRunner
-from grengines.runtime.results import Marks, collect_items
+from grengines.runtime.results import collect_items
 from grengines.runtime.shared_graphs import graph_runner
 from grengines.runtime.team import Alone, Team
+from grengines.runtime.timing import Marks
 from grengines.semantic.trie import Trie
 from grkernels import tuning
 from grkernels.operators import Operators
@@ -144,7 +145,7 @@ class HSTURetriever(GeneratingEngine):
             raise ValueError(
                 f"a prompt of {max(lengths)} tokens; the engine was prepared for up to {self._most_tokens}"
             )
-        bucket = self._graphs.choose(lengths)
+        bucket = self._graphs.choose(Bucket.of(lengths))
         found_ms = (time.perf_counter() - begun) * 1e3
         with self.team.waiting():
             with self._turns as turn:

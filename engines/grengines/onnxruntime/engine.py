@@ -20,7 +20,8 @@ from grengines.export.module import OUTPUT, gpu_tile_rows, inputs_of, longest_hi
 from grengines.onnxruntime.config import OnnxRuntimeConfig
 from grengines.onnxruntime.session import PROVIDERS, open_session, placement_of
 from grengines.runtime.batch import pack
-from grengines.runtime.results import Marks, collect
+from grengines.runtime.results import collect
+from grengines.runtime.timing import Marks
 
 if TYPE_CHECKING:
     from grengines.export.exporter import Export

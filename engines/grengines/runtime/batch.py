@@ -18,7 +18,7 @@ from grengines.api import Catalogue, Request
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import staging
 from grengines.runtime.native import native
-from grengines.runtime.staging import Staging
+from grengines.runtime.slots import Slot
 
 Int64Array = npt.NDArray[np.int64]
 COLUMNS = ("history_items", "history_actions", "history_weights", "history_timestamps")
@@ -124,6 +124,12 @@ class Bucket(NamedTuple):
         """Return the bucket with room for `length` tokens and `candidates` candidates of each sequence."""
         return cls(batch, batch * length, batch * candidates, length, candidates, max(keys, length))
 
+    @classmethod
+    def of(cls, new: Sequence[int], candidates: Sequence[int] = (), keys: Sequence[int] = ()) -> Bucket:
+        """Return the sizes of a batch. Each sequence has tokens to encode, candidates and, if some are cached, keys."""
+        longest, most = max(new, default=0), max(candidates, default=0)
+        return cls(len(new), sum(new), sum(candidates), longest, most, max(keys, default=longest))
+
     def fits(self, other: Bucket) -> bool:
         """Return whether no size exceeds the other's."""
         return all(map(le, self, other))
@@ -199,60 +205,21 @@ def pack(
     encoding: Encoding,
     *,
     cached: Sequence[int] | None = None,
-    candidates: slice = slice(None),
+    candidates: slice | None = None,
     bucket: Bucket | None = None,
     pin: bool = False,
-    staged: Staging | None = None,
 ) -> HostBatch:
-    """Number the tokens of `requests` and lay them out.
-
-    cached: makes an append batch; the number of each request's first tokens (contextual ones and events) whose keys and
-    values are cached, so that only the rest is packed. candidates: the slice of each request's candidates; slice(0) for
-    a prefill. bucket: pad to these sizes. pin: page-locked memory, for GPUs.
-    staged: the buffer to take a part of.
-
-    Raises ValueError for requests that don't fit the bucket, for more cached tokens than there are, and for new events
-    after cached ones in a model with contextual tokens: those see the whole history, so each new event changes them and
-    nothing of them can be kept.
-    """
-    layout = _Layout.of(requests, encoding, cached, candidates)
-    padded = layout.padded(bucket)
-    appends = cached is not None
-    total, sizes, places = _places(padded.tokens, padded.batch, padded.candidates, appends, encoding.arrays)
-    buffer = staged.take(total) if staged else staging.empty(total, pin)
-    packed = buffer.numpy()
-    functions = native().functions
-    more = encoding.contextual_seq_len or encoding.from_end or encoding.arrays
-    arrays = {name: packed[place] for name, place in places.items()} if more or functions is None else {}
-    if functions is not None:
-        _write_tokens_in_c(functions, packed, padded, requests, layout, encoding, places["q_offsets"].start, appends)
-    else:
-        _write_tokens(arrays, requests, layout, encoding)
-        offsets = layout.offsets(padded.batch, appends)
-        packed[total - len(offsets) :] = offsets
-    if encoding.contextual_seq_len:
-        _write_contextual(arrays, requests, layout, encoding)
-    if encoding.from_end:
-        _encode_from_end(arrays, requests, layout, encoding)
-    if encoding.arrays:
-        _write_more(arrays, requests, layout, encoding)
-    return HostBatch(
-        buffer,
-        sizes,
-        appends=appends,
-        max_q_len=padded.length,
-        max_kv_len=padded.keys,
-        max_candidates=padded.targets,
-        candidate_counts=layout.targets,
-        tokens=layout.q_offsets[-1],
-        first_rows=layout.q_offsets[:-1],
-    )
+    """Number the tokens of `requests` and lay them out. Arguments and errors: of Layout."""
+    return Layout.of(requests, encoding, cached, candidates).pack(bucket, pin=pin)
 
 
 @dataclass(slots=True)
-class _Layout:
-    """Tokens of each request. A history is the contextual tokens and the events."""
+class Layout:
+    """Tokens of each request of a batch that is to be packed. A history is the contextual tokens and the events."""
 
+    requests: list[Request]
+    encoding: Encoding
+    appends: bool  # cached tokens precede those of the batch
     candidates: list[Int64Array]
     targets: list[int]  # candidates of each
     events: list[int]
@@ -261,55 +228,101 @@ class _Layout:
     cached: list[int]  # first tokens of each history that are not packed
     new: list[int]  # tokens of each that are packed
     q_offsets: list[int]  # of these
-    needed: Bucket
+    needed: Bucket  # the sizes of the batch
 
     @classmethod
     def of(
-        cls, requests: Sequence[Request], encoding: Encoding, cached: Sequence[int] | None, candidates: slice
-    ) -> _Layout:
-        chosen = [r.candidates[candidates] for r in requests]
+        cls,
+        requests: Sequence[Request],
+        encoding: Encoding,
+        cached: Sequence[int] | None = None,
+        candidates: slice | None = None,
+    ) -> Layout:
+        """Count the tokens of `requests`.
+
+        cached: makes an append batch; the number of each request's first tokens (contextual ones and events) whose keys
+        and values are cached, so that only the rest is packed. candidates: the slice of each request's candidates;
+        None: all; slice(0) for a prefill.
+
+        Raises ValueError for more cached tokens than there are, and for new events after cached ones in a model with
+        contextual tokens: those see the whole history, so each new event changes them and nothing of them can be kept.
+        """
+        requests, appends, C = list(requests), cached is not None, encoding.contextual_seq_len
+        chosen = [r.candidates if candidates is None else r.candidates[candidates] for r in requests]
+        done = list(cached) if cached is not None else [0] * len(requests)
         if (functions := native().functions) is not None:
-            C, least = encoding.contextual_seq_len, 0 if encoding.blank_rows else encoding.contextual_from
-            done = list(cached) if cached is not None else None
-            if (found := functions.layout(list(requests), chosen, done, C, least)) is not None:
-                fields = [chosen, *found[:-1], Bucket(*found[-1])]
+            least = 0 if encoding.blank_rows else encoding.contextual_from
+            if (found := functions.layout(requests, chosen, done, C, least)) is not None:
+                fields = [requests, encoding, appends, chosen, *found[:-1], Bucket(*found[-1])]
                 return cls(*fields)
         _check(requests, chosen)
         targets = [len(c) for c in chosen]
         events = [len(r.history_items) for r in requests]
         contextual = [encoding.contextual(n) for n in events]
         histories = [c + n for c, n in zip(contextual, events, strict=True)]
-        C = encoding.contextual_seq_len
-        done = [0] * len(requests) if cached is None else list(cached)
         for r, n, d in zip(requests, histories, done, strict=True):
             if not 0 <= d <= n or (C and d not in (0, n)):
                 allowed = f"0 or {n}, since contextual tokens see the whole history" if C else f"0 to {n}"
                 raise ValueError(f"request {r.request_id}: {d} tokens are cached; allowed is {allowed}")
         new = [n - d + t for n, d, t in zip(histories, done, targets, strict=True)]
-        needed = Bucket(
-            batch=len(targets),
-            tokens=sum(new),
-            candidates=sum(targets),
-            length=max(new, default=0),
-            targets=max(targets, default=0),
-            keys=max(map(add, histories, targets), default=0),
-        )
-        return cls(chosen, targets, events, contextual, histories, done, new, [0, *accumulate(new)], needed)
+        needed = Bucket.of(new, targets, list(map(add, histories, targets)))
+        counts = targets, events, contextual, histories, done, new, [0, *accumulate(new)]
+        return cls(requests, encoding, appends, chosen, *counts, needed=needed)
 
-    def offsets(self, sequences: int, appends: bool) -> list[int]:
+    def length(self, bucket: Bucket | None = None) -> int:
+        """Return the length of the buffer for the batch in a bucket."""
+        return self._places(bucket or self.needed)[0]
+
+    def pack(self, bucket: Bucket | None = None, *, slot: Slot | None = None, pin: bool = False) -> HostBatch:
+        """Number the tokens and lay them out.
+
+        bucket: pad to these sizes. slot: to take the buffer from; without it, `pin` asks for page-locked memory. Raises
+        ValueError for a batch that doesn't fit the bucket.
+        """
+        encoding, padded = self.encoding, bucket or self.needed
+        if not self.needed.fits(padded):
+            raise ValueError(f"a batch of {self.needed} doesn't fit {bucket}; pack it without it")
+        total, sizes, places = self._places(padded)
+        buffer = slot.take(total) if slot else staging.empty(total, pin)
+        packed = buffer.numpy()
+        functions = native().functions
+        more = encoding.contextual_seq_len or encoding.from_end or encoding.arrays
+        arrays = {name: packed[place] for name, place in places.items()} if more or functions is None else {}
+        if functions is not None:
+            _write_tokens_in_c(functions, packed, padded, self, places["q_offsets"].start)
+        else:
+            _write_tokens(arrays, self)
+            offsets = self.offsets(padded.batch)
+            packed[total - len(offsets) :] = offsets
+        if encoding.contextual_seq_len:
+            _write_contextual(arrays, self)
+        if encoding.from_end:
+            _encode_from_end(arrays, self)
+        if encoding.arrays:
+            _write_more(arrays, self)
+        return HostBatch(
+            buffer,
+            sizes,
+            appends=self.appends,
+            max_q_len=padded.length,
+            max_kv_len=padded.keys,
+            max_candidates=padded.targets,
+            candidate_counts=self.targets,
+            tokens=self.needed.tokens,
+            first_rows=self.q_offsets[:-1],
+        )
+
+    def offsets(self, sequences: int) -> list[int]:
         """Return the offsets that a batch has, in the order of OFFSETS, and num_targets. More sequences are empty."""
         made = [self.q_offsets, [0, *accumulate(self.targets)]]
-        if appends:
+        if self.appends:
             made.append([0, *accumulate(map(add, self.histories, self.targets))])
             made.append([0, *accumulate(self.histories)])
         more = sequences - len(self.targets)
         return [n for offsets in made for n in (*offsets, *[offsets[-1]] * more)] + self.targets + [0] * more
 
-    def padded(self, bucket: Bucket | None) -> Bucket:
-        """Return the sizes in a bucket. Raises ValueError if it is too small."""
-        if bucket is not None and not self.needed.fits(bucket):
-            raise ValueError(f"a batch of {self.needed} doesn't fit {bucket}; pack it without it")
-        return bucket or self.needed
+    def _places(self, padded: Bucket) -> tuple[int, dict[str, int], dict[str, slice]]:
+        return _places(padded.tokens, padded.batch, padded.candidates, self.appends, self.encoding.arrays)
 
 
 def _check(requests: Sequence[Request], candidates: Sequence[Int64Array]) -> None:
@@ -324,11 +337,6 @@ def _check(requests: Sequence[Request], candidates: Sequence[Int64Array]) -> Non
                 )
         if len({len(array) for array in columns.values()}) > 1:
             raise ValueError(f"request {b} of the batch: its arrays have other lengths")
-
-
-def append_size(bucket: Bucket, encoding: Encoding) -> int:
-    """Return the length of the buffer of an append batch in a bucket."""
-    return _places(bucket.tokens, bucket.batch, bucket.candidates, True, encoding.arrays)[0]
 
 
 @lru_cache(maxsize=256)
@@ -358,20 +366,12 @@ def _count(n: int, most: int) -> Int64Array:
     return counted
 
 
-def _write_tokens_in_c(
-    functions: Any,
-    packed: Int64Array,
-    padded: Bucket,
-    requests: Sequence[Request],
-    layout: _Layout,
-    encoding: Encoding,
-    offsets_at: int,
-    appends: bool,
-) -> None:
+def _write_tokens_in_c(functions: Any, packed: Int64Array, padded: Bucket, layout: Layout, offsets_at: int) -> None:
     """Write what `_write_tokens` writes, and the offsets."""
+    encoding = layout.encoding
     functions.write_tokens(
         packed,
-        list(requests),
+        layout.requests,
         layout.candidates,
         layout.cached,
         layout.contextual,
@@ -379,7 +379,7 @@ def _write_tokens_in_c(
         padded.candidates,
         padded.batch,
         offsets_at,
-        appends,
+        layout.appends,
         encoding.item_rows,
         encoding.action_mask,
         encoding.combinations,
@@ -389,11 +389,12 @@ def _write_tokens_in_c(
     )
 
 
-def _write_tokens(arrays: Arrays, requests: Sequence[Request], layout: _Layout, encoding: Encoding) -> None:
+def _write_tokens(arrays: Arrays, layout: Layout) -> None:
     """Write each token's row, actions, weight, position and time bucket, and candidate_rows.
 
     NumPy's calls are what takes time, so each request makes few, and the rest is done for all of them at once.
     """
+    requests, encoding = layout.requests, layout.encoding
     last_position, candidate_action = encoding.max_positions - 1, encoding.candidate_action
     rows, actions, positions, gaps = (arrays[n] for n in ("token_rows", "actions", "positions", "time_buckets"))
     weights, candidate_rows = arrays["weights"].view(np.float64), arrays["candidate_rows"]
@@ -440,8 +441,9 @@ def _write_tokens(arrays: Arrays, requests: Sequence[Request], layout: _Layout, 
         np.remainder(rows, encoding.item_rows, out=rows)
 
 
-def _write_contextual(arrays: Arrays, requests: Sequence[Request], layout: _Layout, encoding: Encoding) -> None:
+def _write_contextual(arrays: Arrays, layout: Layout) -> None:
     """Write the rows and positions of contextual tokens."""
+    requests, encoding = layout.requests, layout.encoding
     C, count = encoding.contextual_seq_len, np.arange(encoding.contextual_seq_len)
     rows, positions = arrays["token_rows"], arrays["positions"]
     for at, cached, c, events, r in zip(
@@ -454,10 +456,10 @@ def _write_contextual(arrays: Arrays, requests: Sequence[Request], layout: _Layo
             positions[at : at + C] = encoding.max_positions + count
 
 
-def _encode_from_end(arrays: Arrays, requests: Sequence[Request], layout: _Layout, encoding: Encoding) -> None:
+def _encode_from_end(arrays: Arrays, layout: Layout) -> None:
     """Write the positions and time buckets of `Encoding.from_end` over those from the start."""
-    positions, buckets = arrays["positions"], arrays["time_buckets"]
-    for i, r in enumerate(requests):
+    positions, buckets, encoding = arrays["positions"], arrays["time_buckets"], layout.encoding
+    for i, r in enumerate(layout.requests):
         events, end = layout.events[i], layout.q_offsets[i + 1] - layout.targets[i]
         first = max(layout.cached[i] - layout.contextual[i], 0)
         at, begin = end - (events - first), layout.q_offsets[i]
@@ -469,9 +471,10 @@ def _encode_from_end(arrays: Arrays, requests: Sequence[Request], layout: _Layou
             buckets[slice(*places)] = np.minimum(np.sqrt(minutes).astype(np.int64), encoding.time_buckets - 1)
 
 
-def _write_more(arrays: Arrays, requests: Sequence[Request], layout: _Layout, encoding: Encoding) -> None:
+def _write_more(arrays: Arrays, layout: Layout) -> None:
     """Write the arrays of `Encoding.arrays`. Contextual tokens have time 0, candidates the request's."""
-    for name in encoding.arrays:
+    requests = layout.requests
+    for name in layout.encoding.arrays:
         arrays[name].fill(0)
     if "num_contextuals" in arrays:
         arrays["num_contextuals"][: len(requests)] = layout.contextual
@@ -494,27 +497,18 @@ def _to_time_buckets(gaps: Int64Array, buckets: int) -> None:
     np.minimum(exponents, buckets - 1, out=gaps)
 
 
-def pack_slices(
-    requests: Sequence[Request],
-    encoding: Encoding,
-    microbatch: int,
-    *,
-    cached: Sequence[int] | None = None,
-    bucket: Bucket | None = None,
-    pin: bool = False,
-    staged: Staging | None = None,
-) -> list[HostBatch]:
+def pack_slices(layout: Layout, microbatch: int, *, pin: bool = False) -> list[HostBatch]:
     """Pack all uncached tokens in one batch, or with `microbatch` > 0 in several.
 
     Then the first batch has the uncached tokens of the histories. Each further one has up to `microbatch` candidates of
     each request, over the whole history, which is cached by then.
     """
-    most = max((len(r.candidates) for r in requests), default=0) if microbatch else 0
+    most = layout.needed.targets if microbatch else 0
     if not most:
-        return [pack(requests, encoding, cached=cached, bucket=bucket, pin=pin, staged=staged)]
-    whole = [encoding.contextual(len(r.history_items)) + len(r.history_items) for r in requests]
+        return [layout.pack(pin=pin)]
+    requests, encoding, cached = layout.requests, layout.encoding, layout.cached if layout.appends else None
     slices = [slice(begin, begin + microbatch) for begin in range(0, most, microbatch)]
     return [
         pack(requests, encoding, cached=cached, candidates=slice(0), pin=pin),
-        *(pack(requests, encoding, cached=whole, candidates=s, pin=pin) for s in slices),
+        *(pack(requests, encoding, cached=layout.histories, candidates=s, pin=pin) for s in slices),
     ]

@@ -29,16 +29,10 @@ class Buckets:
         for group, _ in self._groups:
             yield from group
 
-    def choose(self, new: Sequence[int], candidates: Sequence[int] = (), keys: Sequence[int] = ()) -> Bucket | None:
-        """Return the bucket of the fewest sequences, and then tokens, that holds a batch; None if none does.
-
-        Sizes of each sequence: its tokens to encode, its candidates and, with a cache, all its tokens.
-        """
-        tokens, length = sum(new), max(new)
-        targets = max(candidates, default=0)
-        needed = Bucket(len(new), tokens, sum(candidates), length, targets, max(keys, default=length))
-        for group, totals in self._groups[bisect_left(self._batches, len(new)) :]:
-            for bucket in group[bisect_left(totals, tokens) :]:
+    def choose(self, needed: Bucket) -> Bucket | None:
+        """Return the bucket of the fewest sequences, and then tokens, that holds these sizes; None if none does."""
+        for group, totals in self._groups[bisect_left(self._batches, needed.batch) :]:
+            for bucket in group[bisect_left(totals, needed.tokens) :]:
                 if needed.fits(bucket):
                     return bucket
         return None

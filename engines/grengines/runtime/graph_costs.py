@@ -69,9 +69,9 @@ class Graphs:
     buckets: Buckets = field(default_factory=Buckets)
     costs: dict[Bucket, BucketCosts] = field(default_factory=dict)  # empty: not measured, a graph always pays
 
-    def choose(self, new: Sequence[int], candidates: Sequence[int] = (), keys: Sequence[int] = ()) -> Bucket | None:
+    def choose(self, needed: Bucket) -> Bucket | None:
         """Return the bucket of the graph for a batch of these sizes, as Buckets.choose; None to launch its kernels."""
-        return self.buckets.choose(new, candidates, keys)
+        return self.buckets.choose(needed)
 
     def pays(self, bucket: Bucket, before_s: float) -> bool:
         """Return whether the bucket's graph ends first, or nearly, though it begins `before_s` later than launches."""

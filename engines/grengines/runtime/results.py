@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,46 +10,32 @@ from torch import Tensor
 
 from grengines.api import GenerateResult, RankResult
 from grengines.runtime.batch import HostBatch
-from grengines.runtime.timing import Mark
-
-
-class Marks:
-    """Points in time between pieces of work, on the stream that was current at the first."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.current_stream(device.index) if device.type == "cuda" else None
-        self._marks = [Mark(device, self._stream)]
-
-    def add(self) -> None:
-        """Mark this point."""
-        self._marks.append(Mark(self._device, self._stream))
-
-    def wait(self) -> None:
-        """Wait until the last mark is reached."""
-        self._marks[-1].synchronize()
-
-    def spans_ms(self) -> list[float]:
-        """Return the milliseconds between marks, once the last one is reached."""
-        self.wait()
-        return [a.ms_until(b) for a, b in pairwise(self._marks)]
+from grengines.runtime.slots import Slot
+from grengines.runtime.timing import Marks
 
 
 def collect(
-    logits: Tensor, hosts: list[HostBatch], marks: Marks, batch_ms: float, details: dict[str, float]
+    logits: Tensor,
+    hosts: Sequence[HostBatch],
+    marks: Marks,
+    batch_ms: float,
+    details: dict[str, float],
+    slot: Slot | None = None,
 ) -> Callable[[], RankResult]:
     """Queue the copy of these batches' logits to the host. The returned function waits for it and makes the result.
 
-    Other batches may be queued before that. marks: set before the copies to the device and after.
+    Other batches may be queued before that. marks: set before the copies to the device and after. slot: has them and
+    the memory for the copy, and is given back.
     """
-    on_host = _fetch(logits, marks)
-
+    on_host = _fetch(logits, marks, slot)
     tokens, padded_tokens = sum(host.tokens for host in hosts), sum(host.padded_tokens for host in hosts)
     rows = _rows(hosts)
 
     def answer() -> RankResult:
         up_ms, compute_ms, down_ms = marks.spans_ms()
         logits = on_host.numpy().copy()  # frees the page-locked buffer
+        if slot is not None:
+            slot.give_back()
         return RankResult(
             scores=[logits[some[0]] if len(some) == 1 else np.concatenate([logits[s] for s in some]) for some in rows],
             batch_ms=batch_ms,
@@ -100,16 +85,16 @@ def collect_items(
     return answer
 
 
-def _fetch(found: Tensor, marks: Marks) -> Tensor:
+def _fetch(found: Tensor, marks: Marks, slot: Slot | None = None) -> Tensor:
     """Queue the copy to the host, and set the last marks."""
     marks.add()
-    on_host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
+    on_host = slot.result(found) if slot else torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
     on_host.copy_(found, non_blocking=True)
     marks.add()
     return on_host
 
 
-def _rows(hosts: list[HostBatch]) -> list[list[slice]]:
+def _rows(hosts: Sequence[HostBatch]) -> list[list[slice]]:
     """Return the rows of each request's candidates, in the logits of all batches; padding at the end has no owner."""
     parts: list[list[slice]] = [[] for _ in hosts[0].candidate_counts]
     at = 0

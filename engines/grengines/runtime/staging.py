@@ -7,18 +7,6 @@ import torch
 from torch import Tensor
 
 
-class Staging:
-    """A host buffer of which the inputs of a batch are parts, one after another: one copy moves all of them."""
-
-    def __init__(self, n: int, pin: bool) -> None:
-        self.buffer, self._taken = empty(n, pin), 0
-
-    def take(self, n: int) -> Tensor:
-        """Return the next n numbers of the buffer, which have any values."""
-        self._taken += n
-        return self.buffer[self._taken - n : self._taken]
-
-
 def empty(n: int, pin: bool) -> Tensor:
     """Return int64 [n] of any values. pin: page-locked, for copies to a GPU."""
     return torch.empty(n, dtype=torch.int64, pin_memory=pin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import pairwise
 from types import TracebackType
 from typing import NamedTuple
 
@@ -50,6 +51,10 @@ class Mark:
         """Mark this point. stream: the current stream, if the caller has it: the look-up takes most of the time."""
         self._device = device.index  # a number, for the same reason
         self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self.move(stream)
+
+    def move(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Mark this point instead of the one before."""
         self._time = time.perf_counter()
         if self._event is not None:
             self._event.record(stream or torch.cuda.current_stream(self._device))
@@ -70,7 +75,43 @@ class Mark:
 
     def ms_until(self, other: Mark) -> float:
         """Return the milliseconds to a later mark, and wait for it."""
+        other.synchronize()
+        return self.ms_to(other)
+
+    def ms_to(self, other: Mark) -> float:
+        """Return the milliseconds to a later mark, which is reached."""
         if self._event is None or other._event is None:
             return (other._time - self._time) * 1e3
-        other._event.synchronize()
         return float(self._event.elapsed_time(other._event))
+
+
+class Marks:
+    """Points in time between pieces of work, on the stream that was current at the first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Mark] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Set the first mark. Those that were set before are moved: an event is made once."""
+        self._stream = torch.cuda.current_stream(self._device.index) if self._device.type == "cuda" else None
+        self._count = 0
+        self.add()
+
+    def add(self) -> None:
+        """Mark this point."""
+        if self._count == len(self._marks):
+            self._marks.append(Mark(self._device, self._stream))
+        else:
+            self._marks[self._count].move(self._stream)
+        self._count += 1
+
+    def wait(self) -> None:
+        """Wait until the last mark is reached."""
+        self._marks[self._count - 1].synchronize()
+
+    def spans_ms(self) -> list[float]:
+        """Return the milliseconds between marks, once the last one is reached."""
+        self.wait()
+        return [a.ms_to(b) for a, b in pairwise(self._marks[: self._count])]

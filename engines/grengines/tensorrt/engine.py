@@ -18,11 +18,12 @@ from grengines.api import RankResult, Request, Setup, UnavailableError
 from grengines.base import RankingEngine
 from grengines.export import exporter
 from grengines.fallback import OutsideError
-from grengines.runtime.batch import Bucket, pack
-from grengines.runtime.buckets import Buckets, plan_buckets, token_count
+from grengines.runtime.batch import Bucket, Layout, pack
+from grengines.runtime.buckets import Buckets, plan_buckets
 from grengines.runtime.device import Placement
 from grengines.runtime.profile import Sizes, check, profiles
-from grengines.runtime.results import Marks, collect
+from grengines.runtime.results import collect
+from grengines.runtime.timing import Marks
 from grengines.tensorrt import plan as plans
 from grengines.tensorrt import sample as samples
 from grengines.tensorrt.config import TensorRTConfig
@@ -102,9 +103,9 @@ class TensorRTEngine(RankingEngine):
         with self._lock, torch.cuda.stream(execution.stream):
             begun = time.perf_counter()
             needed = check(requests, self._encoding, execution.facts.profiles[-1], _hint(self._options))
-            counts = [token_count(r, self._encoding) for r in requests]
-            bucket = Buckets(self._graphs).choose(counts, [len(r.candidates) for r in requests])
-            host = pack(requests, self._encoding, bucket=bucket)
+            layout = Layout.of(requests, self._encoding)
+            bucket = Buckets(self._graphs).choose(layout.needed)
+            host = layout.pack(bucket)
             staged.fill(host, needed.history if bucket is None else self._columns(bucket), execution.facts.tile_rows)
             batch_ms = (time.perf_counter() - begun) * 1e3
             marks = Marks(self._device)
