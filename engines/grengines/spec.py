@@ -52,6 +52,9 @@ class EngineSpec:
     # Returns None, or why the engine can't have these options (Asked) beside its own (the first), whatever the machine.
     contradiction: Callable[[Any, Asked], str | None] = lambda options, asked: None
     variants: bool = False  # it runs the HSTU of any owner (`model.variant`), or leaves that to others
+    # Time of its first start, as a multiple of that of `hstu`; about 4 if it exports or compiles the whole model. A
+    # search assumes it until it has started the engine.
+    start_cost: float = 1.0
     can_stand_in: bool = False  # other engines may name it in engine.fallback
     stages: Mapping[str, str] = field(default_factory=dict)  # its options that are another engine's: the task of each
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from grbench.tune import rates
 from grbench.tune.knowledge import BOTTOM, Knowledge
 from grbench.tune.limits import Limit, Verdict, judge
-from grbench.tune.outcome import Evaluator, Outcome, Probe
+from grbench.tune.outcome import Configuration, Evaluator, Outcome, Probe, Wanted
 from grbench.tune.trial import LONGER, Goal, Progress, Trial, quiet
 
 CERTIFIED = 10_000  # requests of a run that certifies
-SHARE = 0.6  # of the budget, at most, if it is reserved twice
+SHARE = 0.6  # of the budget, at most, if there is room for a run that fails, too
 MOST = 0.75  # of the budget that is reserved, at most
 STEPS = 2  # by which a rate that fails is lowered first, then twice as many each time
-LAST = 8  # by which the last try that the budget has room for is lowered further, once a try has failed
+LAST = 8  # by which the last try that the budget has room for is lowered further, once a figure was beyond its limit
 SEED = 101
 ROUNDING = 1e-9  # of shares of the budget
 
@@ -42,43 +42,52 @@ class Certificate:
 
 
 def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
-    """Return the share of the budget that certifies the best so far, twice if that is little: the first rate may fail.
+    """Return the share of the budget that certifies the best so far, after a run that fails if that is little.
 
+    The second may become the best again, so that there is room for it, too.
     Returns 0 if it would leave too little of the budget for the search: the answer then says what is missing.
     """
-    best = knowledge.incumbent
-    if best is None or best.low is None or not knowledge.goal.runs or knowledge.concluded:
+    best = [(trial.configuration, trial.low) for trial in knowledge.ranking()[:2] if trial.low is not None]
+    if not best or not knowledge.goal.runs or knowledge.concluded:
         return 0.0
-    once = evaluator.share(_probes(knowledge.goal, rates.rate_of(best.low)))
-    return 2 * once if 2 * once <= SHARE else once if once <= MOST else 0.0
+    runs = [certifying(knowledge.goal, configuration, rates.rate_of(step)) for configuration, step in best]
+    once, failed = (max(evaluator.share(its[:count]) for its in runs) for count in (len(runs[0]), 1))
+    if failed + once <= min(SHARE, evaluator.left() + ROUNDING):
+        return failed + once
+    return once if once <= MOST else 0.0
 
 
 def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = quiet) -> Certificate | None:
     """Measure the best again with other seeds and 10,000 requests; then the next best until one passes.
 
-    Returns None if nothing keeps the limits, or if the budget has no room; `knowledge.uncertified` then says why.
+    One that the budget has no room for is passed over. Returns None if nothing keeps the limits, or if the budget has
+    room for none; `knowledge.uncertified` then says why.
     """
     goal = knowledge.goal
     failures: list[str] = []
+    missing = ""  # what the budget lacks, of the first that it has no room for
     falls: dict[int, float] = {}  # steps by which each trial was lowered last
+    last = STEPS  # by which the last try is lowered further
     steps = {id(trial): _first_step(goal, trial) for trial in knowledge.ranking()}
     while open_ := [(trial, step) for trial in knowledge.ranking() if (step := steps[id(trial)]) is not None]:
         trial, step = max(open_, key=lambda pair: _score_at(knowledge, *pair))
-        step = _lower_if_last(goal, evaluator, step, LAST if failures else STEPS)
-        if missing := _missing(goal, evaluator, rates.rate_of(step)):
-            knowledge.uncertified = "; ".join([*failures[-1:], missing])
-            return None
+        step = _lower_if_last(goal, evaluator, trial.configuration, step, last)
+        if without := _missing(goal, evaluator, trial.configuration, step):
+            missing, steps[id(trial)] = missing or without, None
+            continue
         outcomes, why = _runs(goal, evaluator, progress, trial, step)
         if not why:
             knowledge.concluded = True
             return Certificate(trial, step, outcomes, failures)
         trial.refuted = f"{rates.rate_of(step):.4g} requests/s {why}"
         failures.append(f"{trial.configuration.name} at {trial.refuted}")
+        if not outcomes[-1].ok or judge(goal.limits, outcomes[-1])[0] is not Verdict.LIKELY:
+            last = LAST
         falls[id(trial)] = 2 * falls.get(id(trial), STEPS / 2)
         lower = step - round(falls[id(trial)])
         goes_on = goal.rate is None and trial.top is not None and lower > trial.top - BOTTOM
         steps[id(trial)] = lower if goes_on else None
-    knowledge.uncertified = failures[-1] if failures else ""
+    knowledge.uncertified = "; ".join([*failures[-1:], *([missing] if missing else [])])
     return None
 
 
@@ -90,15 +99,16 @@ def _first_step(goal: Goal, trial: Trial) -> int | None:
     return step - STEPS
 
 
-def _lower_if_last(goal: Goal, evaluator: Evaluator, step: int, most: int) -> int:
+def _lower_if_last(goal: Goal, evaluator: Evaluator, configuration: Configuration, step: int, most: int) -> int:
     """Return a lower step, if the budget has no room for another try after one at this step fails; else the step.
 
     It is lower by `most` steps, or by fewer if the budget lacks room: 10,000 requests take longer at a lower rate.
     """
-    first, following = _probes(goal, rates.rate_of(step))[:1], _probes(goal, rates.rate_of(step - STEPS))
+    first = certifying(goal, configuration, rates.rate_of(step))[:1]
+    following = certifying(goal, configuration, rates.rate_of(step - STEPS))
     if goal.rate is not None or evaluator.share(first) + evaluator.share(following) <= evaluator.left() + ROUNDING:
         return step
-    return next((s for s in range(step - most, step) if not _missing(goal, evaluator, rates.rate_of(s))), step)
+    return next((s for s in range(step - most, step) if not _missing(goal, evaluator, configuration, s)), step)
 
 
 def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
@@ -112,17 +122,19 @@ def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
     return knowledge.score(trial) if knowledge.goal.rate is not None else float(step)
 
 
-def _missing(goal: Goal, evaluator: Evaluator, rate: float) -> str:
-    """Return in words what the budget lacks to certify a rate; "": nothing."""
-    if evaluator.share(_probes(goal, rate)) <= max(evaluator.left(), 0.0) + ROUNDING:
+def _missing(goal: Goal, evaluator: Evaluator, configuration: Configuration, step: int) -> str:
+    """Return in words what the budget lacks to certify the rate of a step; "": nothing."""
+    rate = rates.rate_of(step)
+    wanted = certifying(goal, configuration, rate)
+    if evaluator.share(wanted) <= max(evaluator.left(), 0.0) + evaluator.grace + ROUNDING:
         return ""
     runs = f"{goal.runs} runs of {CERTIFIED:,} requests" if goal.runs > 1 else f"{CERTIFIED:,} requests"
-    return f"{runs} at {rate:.4g} requests/s take {evaluator.budget_for(_probes(goal, rate))}"
+    return f"{runs} at {rate:.4g} requests/s take {evaluator.budget_for(wanted)}"
 
 
-def _probes(goal: Goal, rate: float) -> list[Probe]:
-    """Return the probes that certify a rate."""
-    return [Probe(rate, CERTIFIED, SEED + run) for run in range(goal.runs)]
+def certifying(goal: Goal, configuration: Configuration, rate: float) -> list[Wanted]:
+    """Return the runs that certify a rate."""
+    return [(configuration, Probe(rate, CERTIFIED, SEED + run)) for run in range(goal.runs)]
 
 
 def _runs(goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, step: int) -> tuple[list[Outcome], str]:
@@ -135,20 +147,20 @@ def _runs(goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, st
         return outcome, verdict, limit
 
     outcomes: list[Outcome] = []
-    probes = _probes(goal, rates.rate_of(step))
-    evaluator.together([(trial.configuration, probe) for probe in probes])
-    for number, probe in enumerate(probes):
+    wanted = certifying(goal, trial.configuration, rates.rate_of(step))
+    evaluator.together(wanted)
+    for number, (_, probe) in enumerate(wanted):
         outcome, verdict, limit = run(probe)
         longer = dataclasses.replace(probe, requests=LONGER * probe.requests)
         # A figure within the limit needs more requests; one beyond it a lower rate, if there may be one.
         longer_may_do = verdict is Verdict.LIKELY or (verdict is Verdict.UNSURE and goal.rate is not None)
-        rest = (goal.runs - len(outcomes)) * [longer]
+        rest = (goal.runs - len(outcomes)) * [(trial.configuration, longer)]
         if longer_may_do and sum(evaluator.share([one]) for one in rest) <= evaluator.left():
             outcome, verdict, limit = run(longer)
         outcomes.append(outcome)
         if verdict is not Verdict.KEPT:
             why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
-            for beside in probes[number + 1 :] if evaluator.places > 1 else ():
+            for _, beside in wanted[number + 1 :] if evaluator.places > 1 else ():
                 run(beside)  # it was measured, and is shown
             return outcomes, f"in the run with seed +{probe.seed}: {why}"
     return outcomes, ""

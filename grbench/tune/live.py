@@ -23,20 +23,25 @@ from grbench.execution.session import CellSession
 from grbench.report.work import EMULATED, emulated
 from grbench.tune.certification import MOST
 from grbench.tune.config import RATES, Declared
-from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe
+from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.probes import OFFLINE
+from grbench.tune.starts import FIRST_S, Starts
 from grengines.cache.config import stored
 
 BATCHING = ("max_batch", "max_wait_ms", "in_flight", "order")  # options that every scenario has
-FIRST_S = 12.0  # of a cell beside its measurement, before one was measured
+AGAIN_S, OFFLINE_S = 3.0, 3.0  # of a cell beside its measurement with a kept engine, until measured; of an offline one
 CELL_SHARE, SHORTEST_S = 0.5, 120.0  # time limit of a cell: a share of the time budget, and at least this
 # The same of an offline probe, which is most of all the start of an engine. A certification needs two further starts.
 # The default has the time of a cell: it is the likeliest to run, and on a fresh machine it compiles what others share.
 FIRST_SHARE, FIRST_SHORTEST_S = 0.2, 45.0
+GRACE = (
+    0.05  # of a time budget: a start may take longer than those before, and what is nearly certified is not given up
+)
 KNOWN_FAILURES = (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE, Status.STOPPED)  # as good as a measurement
 PROBED_ANSWERS = 32  # of a probe that are compared with the reference; a run that certifies compares gate.measured
 LARGER = re.compile(r"(auc|accuracy|hr|ndcg|recall|mrr)\d*")  # figures of quality of which more is better
 LOSSY = "[fp16,bf16,int8,fp8]"
+STARTED = "step_s/start"  # metric of a cell that built its engine
 
 
 class LiveEvaluator:
@@ -55,11 +60,14 @@ class LiveEvaluator:
         self._say = say
         self.places = max(len(session.parts), 1)
         self._machine = session.parts[0].machine if session.parts else {}
+        self.grace = 0.0 if declared.budget.cells is not None else GRACE
         self._session, self._declared, self._specs, self._sweep = session, declared, specs, sweep
         self._begun = time.monotonic()
         self._cells = 0
         self._overheads: list[float] = []
-        self._fresh: list[float] = []  # those of new engines
+        self._again: list[float] = []  # those of kept engines
+        self._starts = Starts(specs)
+        self._warm: set[Configuration] = set()  # those whose engines are kept
         self._quality: dict[str, dict[str, float]] = {}
         self._measured: dict[tuple[Configuration, Probe], Outcome] = {}
         self._earlier = _by_strategy(root)
@@ -88,30 +96,46 @@ class LiveEvaluator:
         return statistics.median(self._overheads) if self._overheads else FIRST_S
 
     @property
-    def _fresh_s(self) -> float:
-        """Seconds of a cell with a new engine beside its measurement."""
-        return statistics.median(self._fresh) if self._fresh else FIRST_S
+    def _again_s(self) -> float:
+        """Seconds of a cell with a kept engine beside its measurement."""
+        return statistics.median(self._again) if self._again else AGAIN_S
 
-    def share(self, probes: Sequence[Probe]) -> float:
-        if not probes:
+    def share(self, wanted: Sequence[Wanted]) -> float:
+        if not wanted:
             return 0.0
-        cost = float(len(probes)) if self._declared.budget.cells is not None else self._seconds(probes)
+        cost = float(len(wanted)) if self._declared.budget.cells is not None else self._seconds(wanted)
         return cost / self._total if self._total else float("inf")
 
-    def _seconds(self, probes: Sequence[Probe]) -> float:
-        """Return the seconds that probes take beside each other."""
-        each = [
-            (self._fresh_s if probe.seed or probe.rate is None else self.cell_s)
-            + (probe.requests / probe.rate if probe.rate else 3.0)
-            for probe in probes
-        ]
-        return sum(max(each[i : i + self.places]) for i in range(0, len(each), self.places))
+    def saving(self, configuration: Configuration) -> float:
+        if self._declared.budget.cells is not None or configuration not in self._warm:
+            return 0.0
+        return max(self._starts.expected_s(configuration) - self._again_s, 0.0) / self._total
 
-    def budget_for(self, probes: Sequence[Probe]) -> str:
+    def _seconds(self, wanted: Sequence[Wanted]) -> float:
+        """Return the seconds that probes take beside each other, one after another with the engines that are kept."""
+        warm, total = self._warm, 0.0
+        for i in range(0, len(wanted), self.places):
+            beside = wanted[i : i + self.places]
+            total += max(
+                (self._again_s if self._shares(probe) and configuration in warm else self._start_s(configuration))
+                + (probe.requests / probe.rate if probe.rate else OFFLINE_S)
+                for configuration, probe in beside
+            )
+            warm = {configuration for configuration, probe in beside if self._shares(probe)}
+        return total
+
+    def _start_s(self, configuration: Configuration) -> float:
+        return max(self._starts.expected_s(configuration), self._again_s)
+
+    def _shares(self, probe: Probe) -> bool:
+        """Return True if a probe takes the engine of the one before: another seed is another engine."""
+        return not probe.seed and self._declared.fixed_value("runner.keep_engine") != "false"
+
+    def budget_for(self, wanted: Sequence[Wanted]) -> str:
         if self._declared.budget.cells:  # 0cells may become either
-            count = len(probes)
+            count = len(wanted)
             return f"{count} cells: set budget={max(self._cells + count, math.ceil(count / MOST))}cells"
-        seconds, used = self._seconds(probes), self.used if self._declared.budget.cells is None else 0.0
+        seconds, used = self._seconds(wanted), self.used if self._declared.budget.cells is None else 0.0
         minutes = math.ceil(max(used + seconds, seconds / MOST) / 60)
         return f"about {seconds:.0f} s: set budget={minutes}min"
 
@@ -120,7 +144,7 @@ class LiveEvaluator:
 
     # Measuring
 
-    def together(self, wanted: Sequence[tuple[Configuration, Probe]]) -> None:
+    def together(self, wanted: Sequence[Wanted]) -> None:
         if self.places > 1:
             self._measure(wanted)
 
@@ -130,7 +154,7 @@ class LiveEvaluator:
         self._measure([(configuration, probe)])
         return self._measured[configuration, probe]
 
-    def _measure(self, wanted: Sequence[tuple[Configuration, Probe]]) -> None:
+    def _measure(self, wanted: Sequence[Wanted]) -> None:
         """Measure the probes that were not yet measured, beside each other. Raises BudgetSpentError."""
         new = [key for key in dict.fromkeys(wanted) if key not in self._measured and not self._loss_unknown(key[0])]
         jobs = []
@@ -153,12 +177,18 @@ class LiveEvaluator:
                 part, more = self._part_of_budget(*key, limit_s), "runner.timeout_s=SECONDS gives it more"
                 outcome.error += f" ({part}; {more})" if part else ""
                 outcome.within = f"{limit_s:g} s" + (f" ({part}); a longer budget or {more}" if part else f"; {more}")
+                self._starts.add(key[0], record.duration_s)
             if not kept:
                 self._cells += 1
                 if record.ok:
                     self._overheads.append(max(seconds - record.metrics.get("duration_s", 0.0), 0.0))
-                    if "step_s/start" in record.metrics:
-                        self._fresh.append(self._overheads[-1])
+                    if STARTED in record.metrics:
+                        self._starts.add(key[0], self._overheads[-1])
+                    else:
+                        self._again.append(self._overheads[-1])
+        if any(not kept for *_, kept in found):
+            warm = zip(new, found, strict=True)
+            self._warm = {key[0] for key, (_, record, kept) in warm if record.ok and not kept and self._shares(key[1])}
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         if self._loss_unknown(configuration):  # for now: the default configuration may still be measured
@@ -184,6 +214,8 @@ class LiveEvaluator:
                 continue  # it counts answers within this limit
             if record.status is Status.STOPPED and limit_ms < self._widest_ms:
                 continue
+            if record.ok and STARTED in record.metrics:
+                self._starts.add(configuration, max(record.duration_s - record.metrics.get("duration_s", 0.0), 0.0))
             outcome = self._outcome(configuration, folder, record, True, 0.0)
             if self._limited and record.ok and not any(name.startswith("quality/") for name in outcome.metrics):
                 continue

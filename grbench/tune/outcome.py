@@ -84,16 +84,23 @@ class Outcome:
         return self.status == "OK"
 
 
+Wanted = tuple[Configuration, Probe]
+
+
 class BudgetSpentError(Exception):
     """The budget has no room for another probe."""
 
 
 class Evaluator(Protocol):
-    """Measures probes. It alone knows the budget. places: probes that it measures at a time."""
+    """Measures probes. It alone knows the budget.
+
+    places: probes that it measures at a time. grace: share of the budget by which a certification may pass it.
+    """
 
     places: int
+    grace: float
 
-    def together(self, wanted: Sequence[tuple[Configuration, Probe]]) -> None:
+    def together(self, wanted: Sequence[Wanted]) -> None:
         """Measure probes beside each other, so that `evaluate` has their outcomes. On one place it does nothing.
 
         Raises BudgetSpentError.
@@ -108,10 +115,13 @@ class Evaluator(Protocol):
     def quality(self, configuration: Configuration) -> Mapping[str, float]:
         """Return the quality of a configuration from another one that answers the same; {} if none was measured."""
 
-    def share(self, probes: Sequence[Probe]) -> float:
+    def share(self, wanted: Sequence[Wanted]) -> float:
         """Return the share of the whole budget that probes take beside each other, as far as is known."""
 
-    def budget_for(self, probes: Sequence[Probe]) -> str:
+    def saving(self, configuration: Configuration) -> float:
+        """Return the share of the budget that the next probe of a configuration saves, because its engine is kept."""
+
+    def budget_for(self, wanted: Sequence[Wanted]) -> str:
         """Return what probes take, and a budget with room for them: "about 53 s: set budget=2min"."""
 
     def left(self) -> float:

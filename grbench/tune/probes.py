@@ -93,7 +93,7 @@ class Probes:
     def _affordable(self, wanted: Sequence[Wanted]) -> int:
         """Return how many of the probes the budget has room for. Raises BudgetSpentError if for none."""
         left = self._evaluator.left() - reserve(self._knowledge, self._evaluator) + ROUNDING
-        probes = [probe for _, probe in wanted]
+        probes = [(trial.configuration, probe) for trial, probe in wanted]
         fitting = [count for count in range(1, len(probes) + 1) if self._evaluator.share(probes[:count]) <= left]
         if not fitting:
             raise BudgetSpentError

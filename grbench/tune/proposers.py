@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from grbench.tune.outcome import Configuration
 
 Axes = Mapping[str, Sequence[str]]
+Cost = Callable[[Configuration], float]  # of the first probe of a configuration, in any unit; inf: it has no room
 STARTUP = 8
 TRIES = 60  # of Optuna's proposals that are no open configuration, before the first open one is taken
+
+
+def equal(configuration: Configuration) -> float:
+    """Return the same cost for every configuration."""
+    return 1.0
 
 
 class Proposer(Protocol):
     """A rule that picks configurations. Each is picked once."""
 
-    def ask(self) -> Configuration | None:
-        """Return the next configuration, or None when every one was picked."""
+    def ask(self, cost: Cost = equal, most_unlike: int = STARTUP) -> Configuration | None:
+        """Return the next configuration, or None when every one was picked or has no room.
+
+        most_unlike: as many configurations at most are chosen because they are unlike those before.
+        """
 
     def take(self, configuration: Configuration) -> None:
         """Pick this configuration."""
@@ -42,7 +51,7 @@ class Listed:
         if seed is not None:
             random.Random(seed).shuffle(self._open)
 
-    def ask(self) -> Configuration | None:
+    def ask(self, cost: Cost = equal, most_unlike: int = STARTUP) -> Configuration | None:
         return self._open.pop(0) if self._open else None
 
     def take(self, configuration: Configuration) -> None:
@@ -63,7 +72,7 @@ class Neighbours(Listed):
         self._axes, self._radius = axes, radius
         self._best: tuple[float, Configuration] | None = None
 
-    def ask(self) -> Configuration | None:
+    def ask(self, cost: Cost = equal, most_unlike: int = STARTUP) -> Configuration | None:
         if not self._open:
             return None
         if self._best is None:
@@ -96,7 +105,7 @@ class OneAtATime(Listed):
         self._axes, self._keys = axes, list(axes)
         self._best: tuple[float, Configuration] | None = None
 
-    def ask(self) -> Configuration | None:
+    def ask(self, cost: Cost = equal, most_unlike: int = STARTUP) -> Configuration | None:
         if not self._open:
             return None
         if self._best is None:
@@ -151,7 +160,7 @@ class OptunaProposer:
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._default = configurations[0]
 
-    def ask(self) -> Configuration | None:
+    def ask(self, cost: Cost = equal, most_unlike: int = STARTUP) -> Configuration | None:
         if not self._open:
             return None
         if not self._reported and self._default in self._open:

@@ -18,7 +18,7 @@ from grbench.tune import rates
 from grbench.tune.certification import certify
 from grbench.tune.knowledge import BOTTOM, SIZES, Knowledge
 from grbench.tune.limits import PERCENTILE, Limit
-from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
+from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.proposers import Axes, Listed, Neighbours, OneAtATime, OptunaProposer, Proposer
 from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
 from grbench.tune.search import Search
@@ -104,6 +104,8 @@ class Grid:
 class Replay:
     """An `Evaluator` that draws outcomes from a grid. The budget is a number of cells. rounds: that they took."""
 
+    grace = 0.0
+
     def __init__(self, grid: Grid, cells: int, seed: int, places: int = 1) -> None:
         self._grid, self._cells, self._seed, self.places = grid, cells, seed, places
         self.rounds = 0
@@ -119,7 +121,7 @@ class Replay:
         """Add cells to the budget, after the search."""
         self._cells = self.used + cells
 
-    def together(self, wanted: Sequence[tuple[Configuration, Probe]]) -> None:
+    def together(self, wanted: Sequence[Wanted]) -> None:
         if self.places > 1:
             self._take(wanted)
 
@@ -127,7 +129,7 @@ class Replay:
         self._take([(configuration, probe)])
         return self._done[configuration, probe]
 
-    def _take(self, wanted: Sequence[tuple[Configuration, Probe]]) -> None:
+    def _take(self, wanted: Sequence[Wanted]) -> None:
         """Draw the outcomes that were not yet drawn, in as few rounds as there can be."""
         new = [key for key in dict.fromkeys(wanted) if key not in self._done]
         if self.used + len(new) > self._cells:
@@ -144,11 +146,14 @@ class Replay:
     def quality(self, configuration: Configuration) -> Mapping[str, float]:
         return {}
 
-    def share(self, probes: Sequence[Probe]) -> float:
-        return len(probes) / self._cells
+    def share(self, wanted: Sequence[Wanted]) -> float:
+        return len(wanted) / self._cells
 
-    def budget_for(self, probes: Sequence[Probe]) -> str:
-        return f"{len(probes)} cells: set budget={self.used + len(probes)}cells"
+    def saving(self, configuration: Configuration) -> float:
+        return 0.0
+
+    def budget_for(self, wanted: Sequence[Wanted]) -> str:
+        return f"{len(wanted)} cells: set budget={self.used + len(wanted)}cells"
 
     def left(self) -> float:
         return 1 - self.used / self._cells

@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from grbench.tune import rates
-from grbench.tune.certification import reserve
+from grbench.tune.certification import ROUNDING, certifying, reserve
 from grbench.tune.highest import COARSE, HighestRate
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.outcome import BudgetSpentError, Configuration, Evaluator, Probe
 from grbench.tune.probes import OFFLINE, Probes, Task
-from grbench.tune.proposers import Proposer
+from grbench.tune.proposers import Cost, Proposer
 from grbench.tune.trial import Progress, Trial, quiet
 
 FIRST_SHARE, FIRST_FEWEST, FIRST_MOST = 0.2, 3, 12  # of the budget, for offline probes before the first rate
@@ -55,12 +55,12 @@ class Search:
     def run(self) -> None:
         """Try configurations until the budget or the space ends, then narrow the bracket of the best."""
         with contextlib.suppress(BudgetSpentError):
-            first = self._first_probes()
             self._recall()
             if self._screen:
-                self._probes.run(lambda: self._next_screened(first))
+                self._probes.run(self._next_screened)
             else:
-                self.try_each(iter(self._proposer.ask, None))
+                self.try_each(iter(self._ask, None))
+        self._name_without_room()
         with contextlib.suppress(BudgetSpentError):
             while (best := self._knowledge.incumbent) is not None and self._highest.narrow(best):
                 pass  # a failed step may make another trial the best
@@ -105,20 +105,21 @@ class Search:
         measure = self._probes.offline if self._screen else self._highest.find
         self._run_each(measure(trial) for trial in open_ if not trial.failed and self._may_win(trial))
 
-    def _next_screened(self, first: int) -> Task[None] | None:
-        """Return a task: an offline probe, or now and then the search for the rate of what promises most.
+    def _ask(self) -> Configuration | None:
+        return self._proposer.ask(self._cost(), self._first_probes())
 
-        first: offline probes before the first rate.
-        """
+    def _next_screened(self) -> Task[None] | None:
+        """Return a task: an offline probe, or now and then the search for the rate of what promises most."""
         if self._waits_for_default():
             return None
         explored = sum(trial.offline is not None or bool(trial.failed) for trial in self._knowledge.trials)
         promising = self._promising()
         between = BETWEEN if self._knowledge.incumbent is not promising else SETTLING
-        if promising is not None and explored >= first and self._since >= between:
+        due = explored >= self._first_probes() and self._since >= between
+        if promising is not None and (due or self._at_once(promising)):
             self._since = 0
             return self._find(promising)
-        if self._may_explore() and (configuration := self._proposer.ask()) is not None:
+        if self._may_explore() and (configuration := self._ask()) is not None:
             self._since += 1
             return self._try(configuration, self._probes.offline)
         return None if promising is None else self._find(promising)
@@ -126,7 +127,7 @@ class Search:
     def _first_probes(self) -> int:
         """Return the offline probes before the first rate."""
         places = self._probes.places
-        offline = self._evaluator.share(places * [Probe(None, OFFLINE)])
+        offline = self._evaluator.share(places * [(self._configurations[0], Probe(None, OFFLINE))])
         return min(max(places * round(FIRST_SHARE / offline), FIRST_FEWEST), FIRST_MOST) if offline else FIRST_MOST
 
     def _may_explore(self) -> bool:
@@ -135,7 +136,55 @@ class Search:
         if best is None or best.low is None:
             return True
         left = self._evaluator.left() - reserve(self._knowledge, self._evaluator)
-        return left > self._evaluator.share(SETTLING * [self._probes.probe(best.low)])
+        return left > self._settling()
+
+    def _settling(self) -> float:
+        """Return the share of the budget that brackets the best."""
+        best = self._knowledge.incumbent
+        if best is None or best.low is None or not self._screen:
+            return 0.0
+        return self._evaluator.share(SETTLING * [(best.configuration, self._probes.probe(best.low))])
+
+    def _cost(self) -> Cost:
+        """Return what gives the share of the budget that the first probe of a configuration takes.
+
+        inf: what is left has no room for it beside the bracket and the certification, of the best or of itself.
+        """
+        goal, best, evaluator = self._knowledge.goal, self._knowledge.incumbent, self._evaluator
+        left, reserved = evaluator.left() - self._settling() + ROUNDING, reserve(self._knowledge, evaluator)
+
+        def cost(configuration: Configuration) -> float:
+            first, kept = evaluator.share([(configuration, Probe(None, OFFLINE))]), reserved
+            if kept and best is not None and best.low is not None:
+                kept = max(kept, evaluator.share(certifying(goal, configuration, rates.rate_of(best.low))))
+            return first if first + kept <= left else math.inf
+
+        return cost
+
+    def _at_once(self, trial: Trial) -> bool:
+        """Return True if a trial is probed at a rate while its engine is kept: a probe costs less than a start."""
+        if trial is self._knowledge.incumbent or self._finding:
+            return False
+        probe = self._probes.probe(max(round(self._knowledge.expected(trial)), 0))
+        return self._evaluator.saving(trial.configuration) > self._evaluator.share([(trial.configuration, probe)])
+
+    def _name_without_room(self) -> None:
+        """Name the engines and kernels of which none was tried, because the budget had no room for their start."""
+        tried = {trial.configuration.engines for trial in self._knowledge.trials}
+        closed = {trial.configuration for trial in self._knowledge.trials}.union(*self._knowledge.left_out.values())
+        cost, left = self._cost(), max(self._evaluator.left(), 0.0)
+        none: dict[tuple[tuple[str, str], ...], list[Configuration]] = {}
+        for configuration in self._configurations:
+            if configuration.engines not in tried and configuration not in closed and cost(configuration) == math.inf:
+                none.setdefault(configuration.engines, []).append(configuration)
+        for engines, some in none.items():
+            share = self._evaluator.share([(some[0], Probe(None, OFFLINE))])
+            reason = (
+                f"{_named(engines)}: a first probe takes about {share:.0%} of the budget, and {left:.0%} was left, "
+            )
+            reason += "for the bracket and the certification of the best too"
+            self._knowledge.left_out[reason] = some
+            self._say(f"left out {len(some)} of {reason}")
 
     def _find(self, trial: Trial) -> Task[None]:
         """Find the rate of a trial, which no other task does meanwhile."""
@@ -213,7 +262,12 @@ class Search:
             return
         for configuration in alike:
             self._proposer.leave_out(configuration)
-        name = " ".join(f"{key}={value}" for key, value in engines) or "the only engines and kernels"
+        name = _named(engines)
         reason = f"{name}: the first probe of one did not end within {trial.slow}"
         self._knowledge.left_out[reason] = alike
         self._say(f"left out {len(alike)} of {reason}")
+
+
+def _named(engines: tuple[tuple[str, str], ...]) -> str:
+    """Return engines and kernels as they are typed."""
+    return " ".join(f"{key}={value}" for key, value in engines) or "the only engines and kernels"

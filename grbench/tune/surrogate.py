@@ -1,4 +1,7 @@
-"""The proposer of the search: a Gaussian process over the options, asked for the most expected improvement.
+"""The proposer of the search: a Gaussian process over the options, asked for the most expected improvement a second.
+
+The expected improvement is divided by the expected cost of the first probe (Snoek, Larochelle and Adams, "Practical
+Bayesian Optimization of Machine Learning Algorithms", 2012, section 3.2).
 
 A space has thousands of configurations at most, so all open ones are weighed each time, and none is proposed twice. The
 covariance of two configurations is a product over the options. Equal values count as 1, different ones as the option's
@@ -18,7 +21,7 @@ from scipy.special import ndtr
 
 from grbench.tune import rates
 from grbench.tune.outcome import Configuration
-from grbench.tune.proposers import Axes, is_number, number_first
+from grbench.tune.proposers import Axes, Cost, equal, is_number, number_first
 
 Floats = npt.NDArray[np.float64]
 SHARES = (0.1, 0.4, 0.7, 0.9, 0.98)  # that values of one option may have in common
@@ -56,16 +59,21 @@ class Surrogate:
         ).reshape(len(self._all), len(orders))
         self._shares = [PRIOR_SHARE] * len(orders)
 
-    def ask(self) -> Configuration | None:
+    def ask(self, cost: Cost = equal, most_unlike: int = STARTUP) -> Configuration | None:
         if not self._open:
             return None
-        known = len(self._scores) + len(self._failed)
-        if self._all[0] in self._open:  # the losses of other models are measured against it
-            chosen = self._all[0]
-        elif known < self._startup or len(self._scores) < 3:
-            chosen = self._most_unlike()
-        else:
-            chosen = self._most_promising()
+        chosen = self._all[0]  # the losses of other models are measured against it
+        if chosen not in self._open:
+            costs = {self._place[c]: its for c in self._open if np.isfinite(its := cost(c))}
+            if not costs:
+                return None
+            open_, least = np.array(list(costs)), min(costs.values())
+            known = len(self._scores) + len(self._failed)
+            early = known < min(self._startup, most_unlike) or len(self._scores) < 3
+            choose = self._unlike if early else self._improvement
+            worth = choose(open_) * self._running(open_) / (np.array(list(costs.values())) / least)
+            alike = open_[worth > worth.max() - 1e-6] if choose == self._unlike else open_[[int(np.argmax(worth))]]
+            chosen = self._all[int(self._random.choice(list(alike)))]
         self.take(chosen)
         return chosen
 
@@ -83,14 +91,13 @@ class Surrogate:
         else:
             self._scores[place] = score
 
-    def _most_unlike(self) -> Configuration:
-        """Return an open configuration of which the ones before say least: of great variance, and likely to run."""
-        open_, taken = np.array([self._place[c] for c in self._open]), np.array(sorted(self._taken))
-        worth = self._predict(taken, np.zeros(len(taken)), 1e-6, open_)[1] * self._running(open_)
-        return self._all[int(self._random.choice(list(open_[worth > worth.max() - 1e-6])))]
+    def _unlike(self, open_: npt.NDArray[np.int64]) -> Floats:
+        """Return how little the ones before say of open configurations: the deviation that they leave."""
+        taken = np.array(sorted(self._taken))
+        return self._predict(taken, np.zeros(len(taken)), 1e-6, open_)[1]
 
-    def _most_promising(self) -> Configuration:
-        open_ = np.array([self._place[configuration] for configuration in self._open])
+    def _improvement(self, open_: npt.NDArray[np.int64]) -> Floats:
+        """Return the expected improvement of open configurations."""
         seen = np.array(list(self._scores))
         values = np.array(list(self._scores.values()))
         values = np.maximum(values, values.max() - FAR)
@@ -100,8 +107,8 @@ class Surrogate:
         mean, deviation = self._predict(seen, y, noise, open_)
         best = float(y.max())
         z = (mean - best) / deviation
-        improvement = deviation * (z * ndtr(z) + np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi))
-        return self._all[int(open_[int(np.argmax(improvement * self._running(open_)))])]
+        improvement: Floats = deviation * (z * ndtr(z) + np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi))
+        return improvement
 
     def _running(self, at: npt.NDArray[np.int64]) -> Floats:
         """Return the probability that configurations run, by what has failed."""

@@ -17,7 +17,7 @@ from grbench.tune import answer, config, legal, limits, page, rates, space
 from grbench.tune.certification import certify, reserve
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Limit, Verdict
-from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe
+from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.proposers import Listed, Neighbours, OneAtATime, OptunaProposer
 from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
 from grbench.tune.replay import Grid, Measured, replay
@@ -37,6 +37,8 @@ def outcome(p99: float, low: float | None = None, high: float | None = None, **m
 
 class Capacities:
     """An evaluator whose configurations keep 80 ms up to a capacity; probes of some seeds are worse."""
+
+    grace = 0.0
 
     def __init__(
         self,
@@ -76,11 +78,14 @@ class Capacities:
     def quality(self, configuration: Configuration) -> Mapping[str, float]:
         return self.qualities.get(configuration.get("engine") or "", {})
 
-    def share(self, probes: Sequence[Probe]) -> float:
-        return len(probes) / self.cells if self.cells else float(bool(probes)) * float("inf")
+    def share(self, wanted: Sequence[Wanted]) -> float:
+        return len(wanted) / self.cells if self.cells else float(bool(wanted)) * float("inf")
 
-    def budget_for(self, probes: Sequence[Probe]) -> str:
-        return f"{len(probes)} cells: set budget={len(self.probes) + len(probes)}cells"
+    def saving(self, configuration: Configuration) -> float:
+        return 0.0
+
+    def budget_for(self, wanted: Sequence[Wanted]) -> str:
+        return f"{len(wanted)} cells: set budget={len(self.probes) + len(wanted)}cells"
 
     def left(self) -> float:
         return 1 - len(self.probes) / self.cells if self.cells else 0.0
@@ -383,7 +388,7 @@ def test_an_answer_that_a_certifying_run_contradicts_says_so_first() -> None:
 
 def test_a_budget_too_small_to_certify_says_which_one_would_do() -> None:
     evaluator = Capacities(CAPACITY, cells=14)
-    evaluator.share = lambda probes: sum(1 + probe.requests / 2000 for probe in probes) / 14  # type: ignore[method-assign]
+    evaluator.share = lambda wanted: sum(1 + probe.requests / 2000 for _, probe in wanted) / 14  # type: ignore[method-assign]
     search = searched(evaluator)
     assert search.incumbent is not None
     assert certify(search, evaluator) is None

@@ -95,7 +95,7 @@ def test_another_model_is_not_judged_by_its_own_reference_where_the_default_fail
 def test_probes_beside_each_other_take_the_time_of_the_longest(tmp_path: Path) -> None:
     session = SimpleNamespace(parts=[LocalPart(Share((core,)), 1) for core in (0, 1)])
     two, one = (evaluator(its, tmp_path, "budget=100s") for its in (session, Measured(tmp_path, {})))
-    short, long = Probe(100.0, 1000), Probe(100.0, 3000)
+    short, long = ((WINDOW, Probe(100.0, requests, 101)) for requests in (1000, 3000))
     assert one.share([long, short]) == pytest.approx(one.share([long]) + one.share([short]))
     assert two.share([long, short]) == two.share([long]) == one.share([long])
     assert two.share([long, short, long]) == pytest.approx(2 * two.share([long]))
@@ -111,7 +111,7 @@ def test_probes_beside_each_other_take_the_time_of_the_longest(tmp_path: Path) -
 )
 def test_a_budget_without_room_is_answered_with_one_to_type(tmp_path: Path, budget: str, words: str) -> None:
     measures = evaluator(Measured(tmp_path, {}), tmp_path / "none", f"budget={budget}")
-    probes = [Probe(1000.0, 10_000, seed) for seed in (101, 102)]  # 12 s of a cell beside 10 s of requests
+    probes = [(WINDOW, Probe(1000.0, 10_000, seed)) for seed in (101, 102)]  # 12 s of a cell beside 10 s of requests
     assert measures.budget_for(probes) == words and measures.share(probes) > 1
     enough = evaluator(Measured(tmp_path, {}), tmp_path / "none", words.rpartition(" ")[2])
     assert enough.share(probes) <= MOST

@@ -1,0 +1,166 @@
+"""The seconds of a search's budget: live searches on a simulated clock, with starts as long as those of engines."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+
+from grbench.config.compose import compose_spec
+from grbench.config.jobs import Job
+from grbench.config.schema import RunSpec
+from grbench.execution.kept import engine_key
+from grbench.execution.records import RunRecord, Status
+from grbench.execution.session import CellSession, Measured
+from grbench.tune import config, legal, live, rates, space
+from grbench.tune.certification import certify
+from grbench.tune.knowledge import Knowledge
+from grbench.tune.live import LiveEvaluator
+from grbench.tune.outcome import Configuration
+from grbench.tune.search import Search
+from grbench.tune.space import Space
+from grbench.tune.starts import FIRST_S, Starts, start_cost
+from grbench.tune.surrogate import Surrogate
+from grbench.tune.trial import Batching
+
+SERVER_S, WRITE_S = 1.5, 1.5  # of a cell beside its start and its measurement
+RANKING = ["model=dlrm_v3", "workload=synthetic_long", "engine.device=cuda", "space=rank_gpu", "cache=none"]
+PIPELINE = ["engine=pipeline", "model=hstu_0p2b", "space=recommend_gpu"]
+SECONDS = {"hstu": 15.0, "aoti": 90.0, "onnxruntime": 60.0, "tensorrt": 90.0, "vllm": 15.0}
+
+
+class Machine:
+    """A session whose cells take simulated seconds. An engine starts anew unless the cell before had it."""
+
+    parts = ()
+
+    def __init__(self, start_s: Callable[[RunSpec], float], capacity: Callable[[RunSpec], float], seed: int) -> None:
+        self.now, self._kept, self._seed = 0.0, "", seed
+        self._start_s, self._capacity = start_s, capacity
+        self.stopped = 0  # cells that ran past their time limit
+
+    def has(self, job: Job) -> bool:
+        return False
+
+    def measure(self, jobs: Sequence[Job]) -> list[Measured]:
+        return [self._cell(job) for job in jobs]
+
+    def _cell(self, job: Job) -> Measured:
+        spec, run = job.config
+        start = 0.0 if engine_key(spec) == self._kept else self._start_s(spec)
+        record = RunRecord(spec.to_dict(), spec.hash, Status.OK, "", 0.0, [])
+        if start > run.runner.timeout_s:
+            record.status, record.error, record.duration_s = Status.TIMEOUT, "stopped", run.runner.timeout_s
+            self._kept, self.stopped = "", self.stopped + 1
+        else:
+            rng = np.random.default_rng((zlib.crc32(spec.hash.encode()), self._seed))
+            capacity = self._capacity(spec) * rng.normal(1.0, 0.01)
+            scenario = spec.scenario
+            rate = getattr(scenario, "target_qps", None) or 1.25 * capacity
+            seconds = scenario.queries / rate
+            record.metrics = {"throughput_rps": min(rate, 1.25 * capacity), "duration_s": seconds}
+            if scenario.name == "server":
+                p99 = 80.0 * (rate / capacity) ** 6
+                spread = 0.1 * p99 * (1000 / scenario.queries) ** 0.5
+                record.metrics |= {"latency_ms/p99": p99, "offered_rps": rate, "samples": float(scenario.queries)}
+                record.intervals = {"latency_ms/p99": [p99 - spread, p99 + spread]}
+            if start:
+                record.metrics["step_s/start"] = start
+            record.duration_s = start + seconds + SERVER_S + WRITE_S
+            self._kept = engine_key(spec)
+        self.now += record.duration_s
+        return Measured(job.folder, record, False)
+
+
+def start_s(spec: RunSpec) -> float:
+    engine = spec.engine
+    if engine.name != "pipeline":
+        return SECONDS[engine.name]
+    return 30.0 + sum(SECONDS[part.name] - 15.0 for part in (engine.retrieve, engine.rank))
+
+
+def capacity(most: float) -> Callable[[RunSpec], float]:
+    """Return the rates of configurations: `most` of the best, by their engine, kernel and batch."""
+
+    def of(spec: RunSpec) -> float:
+        engine = getattr(spec.engine, "rank", spec.engine)
+        share = {"hstu": 1.0, "aoti": 0.97, "onnxruntime": 0.6, "tensorrt": 0.8}[engine.name]
+        share *= {"cutlass": 1.0, "auto": 1.0, "triton": 0.8}.get(spec.kernel.name, 0.35)
+        share *= 1 - 0.07 * abs(np.log2(spec.scenario.max_batch / 8))
+        share *= 0.95 if getattr(engine, "cuda_graphs", True) is False else 1.0
+        return most * share * (1.0 if spec.cache.name == "none" else 0.9)
+
+    return of
+
+
+@pytest.fixture(scope="module", params=[(RANKING, 900.0), (PIPELINE, 200.0)], ids=["900/s", "200/s"])
+def setup(request: pytest.FixtureRequest) -> tuple[list[str], float, Space]:
+    words, most = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(legal, "refusals", lambda specs: [None] * len(specs))
+        declared = config.declare(words)
+        return words, most, space.build(declared.axes, declared.typed, declared.fixed)
+
+
+@pytest.mark.parametrize("minutes", [8, 10, 18])
+def test_a_search_certifies_within_its_minutes(
+    setup: tuple[list[str], float, Space], minutes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, most, built = setup
+    machine = Machine(start_s, capacity(most), minutes)
+    monkeypatch.setattr(live.time, "monotonic", lambda: machine.now)
+    monkeypatch.setattr(LiveEvaluator, "_batches", lambda self, folder: [])
+    declared = config.declare([*words, f"budget={minutes}min"])
+    lines: list[str] = []
+    session = cast(CellSession, machine)
+    evaluator = LiveEvaluator(session, declared, built.specs, tmp_path, tmp_path / "sweep", lines.append)
+    knowledge = Knowledge(declared.goal, {c: Batching(spec.scenario.max_batch) for c, spec in built.specs.items()})
+    proposer = Surrogate(built.configurations, built.axes)
+    Search(knowledge, built.configurations, evaluator, proposer, say=lines.append).run()
+    certificate = certify(knowledge, evaluator)
+    assert certificate is not None, knowledge.uncertified
+    best = max(capacity(most)(spec) for spec in built.specs.values())
+    assert 0.85 * best <= rates.rate_of(certificate.step) <= 1.05 * best
+    assert machine.now <= 60 * minutes * (1 + live.GRACE)
+    assert machine.stopped == 0  # no first probe ran past its time limit
+    if minutes == 8:
+        assert any("=aoti" in line and "a first probe takes about" in line for line in lines)
+
+
+def test_a_start_is_expected_to_take_as_long_as_those_of_the_most_alike() -> None:
+    values = [("hstu", "triton"), ("hstu", "cutlass"), ("hstu", "torch"), ("aoti", "triton")]
+    hstu, other, third, aoti = (Configuration((("engine", engine), ("kernel", kernel))) for engine, kernel in values)
+    specs = {c: compose_spec(["task=rank", *c.words])[0] for c in (hstu, other, third, aoti)}
+    starts = Starts(specs)
+    assert starts.expected_s(aoti) == 4 * starts.expected_s(hstu) == 4 * FIRST_S
+    starts.add(hstu, 2 * FIRST_S)
+    assert starts.expected_s(other) == 2 * FIRST_S and starts.expected_s(aoti) == 8 * FIRST_S
+    starts.add(other, 60.0)
+    assert (starts.expected_s(hstu), starts.expected_s(other)) == (2 * FIRST_S, 60.0)
+    assert starts.expected_s(third) == FIRST_S + 30.0  # the median of the engine
+    assert start_cost(compose_spec(["task=rank", "engine=hstu", "kernel=compile"])[0]) > 1
+
+
+def test_improvement_is_weighed_by_its_cost_and_what_has_no_room_is_not_asked_for() -> None:
+    axes = {"engine": ["hstu", "aoti"], "scenario.max_batch": ["1", "4", "16", "64"]}
+    every = [Configuration(tuple(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+    def asked(cost: Callable[[Configuration], float]) -> Configuration | None:
+        proposer = Surrogate(every, axes)
+        for configuration in every[:3]:
+            proposer.take(configuration)
+            proposer.tell(configuration, 100.0 if configuration == every[1] else 90.0, 0.0)
+        return proposer.ask(cost, 3)
+
+    best = asked(lambda configuration: 7.0)
+    assert best is not None and best == asked(lambda configuration: 1.0)
+    dear = asked(lambda configuration: 50.0 if configuration == best else 1.0)
+    assert dear not in (best, None)
+    assert asked(lambda configuration: 50.0 if configuration == best else math.inf) == best
+    assert asked(lambda configuration: math.inf) is None
