@@ -23,15 +23,16 @@ from grengines.api import Catalogue, RankResult, Request, Setup, Tier
 from grengines.cache import host, policies
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.cache.extents import Extents, cut
-from grengines.cache.host import HostTier
+from grengines.cache.host import HostTier, Load, Onload
 from grengines.cache.pool import PagePool, PoolFullError
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine
+from grengines.hstu.load_costs import LoadCosts
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.reference import RankingReference
 from grengines.runtime.batch import Bucket, Encoding
-from grengines.runtime.buckets import plan_buckets
+from grengines.runtime.buckets import batch_buckets, plan_buckets
 from grengines.runtime.graph_costs import BucketCosts
 from grengines.runtime.slots import Slots
 from grkernels.choice import requested
@@ -84,14 +85,51 @@ def visits_with_answers(contextual: int) -> list[tuple[list[Request], list[Any]]
 
 
 def test_the_start_moves_states_to_the_host_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First copies take memory and kernels that no request should wait for."""
-    loads: list[int] = []
+    """First copies take memory and kernels that no request should wait for, whole states as well as single pages."""
+    loaded: list[int] = []
     load = HostTier.load
-    monkeypatch.setattr(HostTier, "load", lambda tier, asked: (loads.append(len(asked)), load(tier, asked))[1])
-    rounds = traffic(4, 1)
+
+    def counted(tier: HostTier, asked: Sequence[Load]) -> Onload:
+        loaded.append(sum(len(one.pages) for one in asked))
+        return load(tier, asked)
+
+    monkeypatch.setattr(HostTier, "load", counted)
+    monkeypatch.setattr("grengines.hstu.cached.LoadCosts.shares", nothing_loaded)
+    rounds = traffic(4, 1, longest=100)
     engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)
-    assert loads and engine.user_cache.states.tier.bytes_down > 0
+    largest = sum(-(-len(r.history_items) // 16) for r in rounds[0])
+    assert largest > 16 and {largest, 1, 2, 3, 4} <= set(loaded)
+    assert engine.user_cache.states.tier.bytes_down > 0
     assert {engine.tier_of(r.user_id) for r in rounds[0]} == {Tier.NONE}
+    assert engine.user_cache.costs.copy_bytes_s and engine.user_cache.costs.compute_s
+
+
+def nothing_loaded(costs: LoadCosts, requests: Sequence[Request], *_: Any, **__: Any) -> list[float]:
+    """Stand for a machine that computes any state sooner than it copies one."""
+    return [0.0] * len(requests)
+
+
+@torch.inference_mode()
+def test_the_start_on_a_gpu_ranks_few_new_events_and_many_in_batches_of_each_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel is compiled for few rows and for many, so each kind has to come before the first request."""
+    rounds = traffic(4, 1, longest=200)
+    engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB), rounds)
+    cached: CachedRanking = engine.user_cache
+    seen: dict[int, set[int]] = {}  # of each size of a batch: the new events of a request, where others are cached
+    queue = cached.queue
+
+    def noted(requests: Sequence[Request]) -> Callable[[], RankResult]:
+        result = queue(requests)()
+        new = {c.of - c.tokens for c in result.cached if c.tokens}
+        seen.setdefault(len(requests), set()).update(new)
+        return lambda: result
+
+    monkeypatch.setattr(cached, "queue", noted)
+    monkeypatch.setattr("grengines.hstu.cached.first_batches", lambda largest, device: batch_buckets(largest))
+    cached.rank_sizes(rounds[0])
+    assert seen.keys() == {1, 2, 4} and all({1, 4, 16, 64} <= new for new in seen.values())
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "gdsf", "predictive"])

@@ -208,7 +208,8 @@ def test_answers_are_those_of_the_whole_table(cell: str, more: list[str], device
     two, _ = gated([*words, *more, "engine.item_shards=2"], device)
     requests = gate.sample
     for _ in range(2):  # with a cache, the second time from pages
-        assert gate.check(two, 4).to_dict()["passed"]
+        # Both, because what is cached is computed in another order than what is not.
+        assert all(gate.check(engine, 4).to_dict()["passed"] for engine in (one, two))
         answers = [np.concatenate(engine.rank(requests[:4]).scores) for engine in (one, two)]
         assert np.array_equal(*answers)
     facts = two.actual()

@@ -30,8 +30,9 @@ from grengines.hstu.load_costs import LoadCosts
 from grengines.hstu.passes import PagedModel, append, page_sizes
 from grengines.models.hstu.config import stale_states
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, Layout, pack, pack_slices
+from grengines.runtime.buckets import first_batches
 from grengines.runtime.device import DTYPES
-from grengines.runtime.graph_costs import Filling, Graphs, Queue, Runner, capture, fillings
+from grengines.runtime.graph_costs import HISTORY, Filling, Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import collect
 from grengines.runtime.shared_graphs import graph_runner
@@ -296,10 +297,12 @@ class CachedRanking:
     def measure(self, requests: Sequence[Request]) -> None:
         """Rank the largest batch until all is compiled, and measure the cost of computing. Drops every state.
 
-        Then its states go to the host and come back once, so that no request waits for what first copies take:
-        memory on the device, kernels that no other batch uses, and streams.
+        Then a GPU ranks batches of other sizes, and states go to the host and come back. So no request waits for what
+        the first of a kind takes: to compile and to load kernels, memory on the device, and streams.
         """
         with self.states.without_storage():
+            if self._device.type == "cuda":
+                self.rank_sizes(requests)
             result = self._fastest(requests)
             shorter = self._fastest([_newest(r, -(-len(r.history_items) // 4)) for r in requests])
             self.costs.measured(result, shorter)
@@ -307,10 +310,36 @@ class CachedRanking:
             self.costs.launch_s = min(self.queue(requests[:1])().compute_ms for _ in range(RUNS)) / 1e3
             self.graphs = graphs
             if self.states.tier is not None:
-                self.queue(requests)()
-                self.reset_cache(keep=Tier.HOST)
-                self.queue(requests)()
+                self.move_states(requests)
         self.reset_cache()
+
+    def rank_sizes(self, requests: Sequence[Request]) -> None:
+        """Rank N events, and N new ones behind a cached history, for N of 1, 4, 16 and so on, in batches of each size.
+
+        Few rows have other kernels than many, and one sequence has others than several. Batches that fit in a graph are
+        replayed; the kernels of graphs were compiled when they were captured.
+        """
+        for n in first_batches(len(requests), self._device):
+            batch = [dataclasses.replace(r, user_id=i) for i, r in enumerate(requests[-n:])]
+            longest = max(len(r.history_items) for r in batch)
+            for new in (4**i for i in range(longest.bit_length() // 2 + 1)):
+                for known in ([_newest(r, new) for r in batch], [_oldest(r, new) for r in batch]):
+                    self.states.clear()
+                    self.queue(known)()
+                self.queue(batch)()
+
+    def move_states(self, requests: Sequence[Request]) -> None:
+        """Send the states of a batch to the host and load all of them, then do so with one page and with two more.
+
+        Few pages have other kernels than many.
+        """
+        costs, self.costs = self.costs, LoadCosts(self.costs.copy_bytes_s, self.costs.read_bytes_s)  # so all is loaded
+        page, one = self._cache.page, requests[-1]
+        for batch in (requests, *([_first(one, pages * page)] for pages in (1, 3, 4))):
+            self.queue(batch)()
+            self.reset_cache(keep=Tier.HOST)
+            self.queue(batch)()
+        self.costs = costs
 
     def _fastest(self, requests: Sequence[Request]) -> RankResult:
         """Rank a batch of which nothing is cached: once until all is compiled, then several times.
@@ -403,8 +432,21 @@ class CachedRanking:
 
 def _newest(request: Request, events: int) -> Request:
     """Return a request with only the newest events of its history."""
-    names = [field.name for field in dataclasses.fields(Request) if field.name.startswith("history_")]
-    return dataclasses.replace(request, **{name: getattr(request, name)[-events:] for name in names})
+    return _part(request, slice(-events, None))
+
+
+def _oldest(request: Request, without: int) -> Request:
+    """Return a request without the newest events of its history, but at least with one event."""
+    return _first(request, max(len(request.history_items) - without, 1))
+
+
+def _first(request: Request, events: int) -> Request:
+    """Return a request with only the oldest events of its history."""
+    return _part(request, slice(events))
+
+
+def _part(request: Request, events: slice) -> Request:
+    return dataclasses.replace(request, **{name: getattr(request, name)[events] for name in HISTORY})
 
 
 def _passes(users: Sequence[int]) -> list[list[int]]:
