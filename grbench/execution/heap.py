@@ -1,13 +1,26 @@
-"""Pauses of Python's garbage collector, kept out of latencies.
+"""The memory of a process that runs for long: pauses of Python's garbage collector, and the arenas of glibc.
 
 A full collection looks at every object that is alive. In a process that has imported PyTorch it takes 130 to 250 ms, in
 which no request is answered, and it comes once in some thousand requests. What lives before the first request will
 live after the last one: looking at it again finds nothing.
+
+glibc gives threads arenas of their own, up to eight for each core. What a thread frees goes back to the arena that it
+came from, where other threads do not find it. A reload runs on other threads than the start, so it fills further arenas
+while the bytes in use stay level.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
+
+M_ARENA_MAX = -8  # of malloc.h
+
+
+def share_arena() -> None:
+    """Have all threads allocate from one arena. Call it before others start. Without glibc it does nothing."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_ARENA_MAX, 1)
 
 
 def leave_out() -> None:

@@ -14,8 +14,14 @@ from grbench.workloads.trace import Trace
 from grengines.api import Retrieval
 
 
-def gate_for(spec: RunSpec, trace: Trace, retrieval: Retrieval | None, actual: dict[str, Any]) -> Gate:
-    """Return the gate of a cell's task. actual: what the engine reports; its device and precision are used."""
+def gate_for(
+    spec: RunSpec, trace: Trace, retrieval: Retrieval | None, actual: dict[str, Any], keeps: bool = True
+) -> Gate:
+    """Return the gate of a cell's task.
+
+    actual: what the engine reports; its device and precision are used. keeps: whether the reference's answers are kept
+    for another measurement of the same requests.
+    """
     if retrieval is None:
         from grbench.gate.rank import RankGate, fallback_precisions, has_fp8_attention, stored_precision
 
@@ -28,6 +34,7 @@ def gate_for(spec: RunSpec, trace: Trace, retrieval: Retrieval | None, actual: d
             fallback_precisions(actual),
             stored_precision(actual),
             has_fp8_attention(actual),
+            keeps,
         )
     if spec.task == "generate":
         from grbench.gate.generate import GenerateGate
@@ -35,4 +42,4 @@ def gate_for(spec: RunSpec, trace: Trace, retrieval: Retrieval | None, actual: d
         return GenerateGate(spec, trace.catalogue, trace.requests, retrieval, actual["device"], actual["precision"])
     from grbench.gate.pipeline import PipelineGate
 
-    return PipelineGate(spec, trace, retrieval, actual)
+    return PipelineGate(spec, trace, retrieval, actual, keeps)

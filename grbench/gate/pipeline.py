@@ -34,7 +34,10 @@ class PipelineGateResult(Comparison):
 class PipelineGate:
     """The gates of both stages. Then the whole: the retrieved items are recommended, in the order of their scores."""
 
-    def __init__(self, spec: RunSpec, trace: Trace, retrieval: Retrieval, actual: dict[str, Any]) -> None:
+    def __init__(
+        self, spec: RunSpec, trace: Trace, retrieval: Retrieval, actual: dict[str, Any], keeps: bool = True
+    ) -> None:
+        """keeps: as in RankGate."""
         first, second = actual["retrieve"], actual["rank"]
         self.form = Form(len(spec.ranking_model.tasks), retrieval.k, trace.catalogue.num_items)
         self._retrieve = GenerateGate(
@@ -49,6 +52,7 @@ class PipelineGate:
             second["precision"],
             fallback_precisions(second),
             stored_precision(second),
+            keeps=keeps,
         )
 
     def check(self, engine: Any, max_batch: int) -> PipelineGateResult:

@@ -22,7 +22,7 @@ from grengines.numerics import UNIT, allowed_error, relative_error, require_plau
 NO_FALLBACK: Mapping[str, str] = {}
 
 ROUNDED = 16  # answers whose error of rounding is measured, if an answer is beyond what the check allowed
-KEPT = 4096  # scores of requests that are kept; a server is asked for new ones for ever
+KEPT = 4096  # scores of requests that are kept for the next cells of an engine
 
 
 class RankGate:
@@ -30,7 +30,7 @@ class RankGate:
 
     precision: the engine's. fallback: the precisions of the engines behind it, by name. stored: int8 or fp8, if the
     engines keep the users' keys and values in 8 bits: rounding them is then part of what is allowed. fp8_attention: so
-    is rounding the operands of attention to e4m3.
+    is rounding the operands of attention to e4m3. keeps: False for a server, to which no request comes twice.
     """
 
     def __init__(
@@ -43,10 +43,11 @@ class RankGate:
         fallback: Mapping[str, str] = NO_FALLBACK,
         stored: str = "",
         fp8_attention: bool = False,
+        keeps: bool = True,
     ) -> None:
         from grengines.models.hstu.reference import RankingReference, zero_attention
 
-        self._spec, self._requests = spec, requests
+        self._spec, self._requests, self._keeps = spec, requests, keeps
         self._known: dict[str | None, dict[tuple[int, bytes], Float32Array]] = {}  # by precision, then as `_right` says
         self._precisions, self._stored = {"": precision, **fallback}, stored
         self._eight_bits: dict[str, Any] = {"stored": stored, "fp8_attention": fp8_attention}
@@ -115,7 +116,7 @@ class RankGate:
 
         They are kept by request and candidates: a pipeline may retrieve others for the same request.
         """
-        known = self._known.setdefault(precision, {})
+        known = self._known.setdefault(precision, {}) if self._keeps else {}
         if len(known) > KEPT:
             known.clear()
         keys = [(r.request_id, r.candidates.tobytes()) for r in requests]

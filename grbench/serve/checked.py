@@ -61,7 +61,7 @@ class CheckedEngine:
             times.append(time.perf_counter())
             self.actual = engine.actual()
             if self._gate is None:
-                self._gate = gate_for(spec, trace, self._retrieval, self.actual)
+                self._gate = gate_for(spec, trace, self._retrieval, self.actual, keeps=False)
             times.append(time.perf_counter())
             self.gate_figures = self._gate.check(engine, spec.scenario.max_batch).to_dict()
             times.append(time.perf_counter())

@@ -33,6 +33,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.scheme == "http":  # TLS has a buffer of its own below
+            transport.set_write_buffer_limits(high=0)  # else uvloop sends after everything else that is due
         self._ends = self.loop.time() + HEADERS_S
         self._look()
 
@@ -55,10 +57,12 @@ class Connection(HttpToolsProtocol):
         self._in_headers = False
         self._ends = math.inf
         self.headers = self.headers.copy()  # takes the trailers of a chunked body, which are no headers of the request
+        before = self.cycle
         if (target := self._target()) is None:
             super().on_headers_complete()
+            if self.expect_100_continue and self.cycle is not before:
+                self.cycle.keep_alive = False  # nothing reads the body: the next request might be taken for it
             return
-        before = self.cycle
         is_kept = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         self.cycle = Exchange(self, target, is_kept)
         if before is None or before.response_complete:

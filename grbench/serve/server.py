@@ -14,6 +14,7 @@ import psutil
 import uvicorn
 
 from grbench.deployment import Deployment
+from grbench.execution.heap import share_arena
 from grbench.serve.connections import BEYOND_QUEUE, Connection
 from grbench.serve.errors import RefusedError
 from grbench.serve.http import Api
@@ -45,6 +46,7 @@ async def serve(
 
     Clients can connect at once; the server is ready when a strategy is checked and warm. SIGHUP or `again` reloads.
     """
+    share_arena()  # before there are threads
     service = Service(deployment, source, config, log, load)
     end = ended or asyncio.Event()
     http = _Http(
@@ -63,14 +65,14 @@ async def serve(
         )
     )
     rpc = Rpc(service) if config.grpc_port is not None else None
-    tasks: set[asyncio.Task[None]] = set()
-    with _signals(end, lambda: tasks.add(asyncio.get_running_loop().create_task(_reload(service)))):
+    again = again or asyncio.Event()
+    with _signals(end, again.set):
         grpc_port = await rpc.start() if rpc else None
         listening = asyncio.create_task(http.serve([listener]))
         port = listener.getsockname()[1]
         log.info("listening", host=config.host, port=port, grpc_port=grpc_port, since_start_s=_since_start_s())
         starting = asyncio.create_task(_start(service))
-        reloads = asyncio.create_task(_reload_upon(again or asyncio.Event(), service))
+        reloads = asyncio.create_task(_reload_upon(again, service))
         stop = asyncio.create_task(end.wait())
         try:
             await asyncio.wait({starting, stop, listening}, return_when=asyncio.FIRST_COMPLETED)

@@ -124,6 +124,7 @@ class Service:
             self.log.info("reloaded", strategies=[s.name for s in strategies])
             if old is not None:
                 await self._end(old.controller, self.config.drain_s)
+                del old  # else it would be left out of collections with what lives
                 settle()
             return f"serving {', '.join(s.name for s in strategies if s.state is State.READY)}"
 

@@ -137,7 +137,7 @@ def _refuse_unread(config: TrainConfig) -> None:
     """Raise ConfigError for an option of the training that was set and that nothing would read."""
     options, generates, levels = config.training, config.task == "generate", config.retrieval.levels
     for names, read, where in (
-        (("smoothing", "crop", "blanks"), generates, "task=generate"),
+        (("smoothing", "crop", "blanks", "validation_users"), generates, "task=generate"),
         (("negatives", "temperature"), generates and levels == 1, "task=generate retrieval.levels=1"),
         (("item_vectors", "teacher"), generates and levels > 1, "task=generate with retrieval.levels above 1"),
         (("teacher_temperature", "teacher_share"), options.teacher is not None, "training.teacher=FILE"),

@@ -276,6 +276,7 @@ def test_what_can_not_be_quantised_is_named(grbench_here: Grbench, words: list[s
             "training.negatives=4 and training.smoothing=0.1: a smooth target has a share of all items",
         ),
         (["training.negatives=4"], "training.negatives: it is for task=generate retrieval.levels=1"),
+        (["training.validation_users=4"], "training.validation_users: it is for task=generate; leave it out"),
         (
             ["task=generate", "retrieval.levels=1", "training.item_vectors=walks.txt"],
             "training.item_vectors: it is for",

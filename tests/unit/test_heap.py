@@ -1,8 +1,11 @@
-"""Pauses of the garbage collector: they fall outside of what is measured, and a server leaves its start out of them."""
+"""Pauses of the garbage collector fall outside of what is measured, and threads of a server share an arena of glibc."""
 
 from __future__ import annotations
 
 import gc
+import platform
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ from helpers.serving import TINY, serving
 from grbench import scenarios
 from grbench.execution import records
 from grbench.execution.heap import leave_out, settle
+from grbench.serve import server
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +75,38 @@ def test_a_measurement_has_no_pause_for_what_was_alive_before(
     assert record.metrics["frozen"] > 100_000, "PyTorch's objects alone are more"
 
 
-def test_a_server_settles_before_it_is_ready() -> None:
+def test_a_server_settles_before_it_is_ready_and_shares_its_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[int] = []
+    monkeypatch.setattr(server, "share_arena", lambda: shared.append(1))
     gc.unfreeze()
     with serving("engine=hstu", *TINY):
-        assert gc.get_freeze_count() > 100_000
+        assert gc.get_freeze_count() > 100_000 and len(shared) == 1
+
+
+ARENAS = """
+import ctypes, sys, threading
+from grbench.execution.heap import share_arena
+if sys.argv[1] == "share":
+    share_arena()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+together = threading.Barrier(4)
+def allocate():
+    libc.malloc(ctypes.c_size_t(5000))
+    together.wait()
+threads = [threading.Thread(target=allocate) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+file = ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w"))
+libc.malloc_info(0, file)
+libc.fflush(file)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="arenas are glibc's")
+def test_threads_share_an_arena() -> None:
+    def arenas(word: str) -> int:
+        done = subprocess.run([sys.executable, "-c", ARENAS, word], capture_output=True, text=True, check=True)
+        return done.stdout.count("<heap nr=")
+
+    assert arenas("share") == 1 < arenas("as it is")

@@ -419,16 +419,22 @@ def test_a_connection_without_headers_is_closed(monkeypatch: pytest.MonkeyPatch,
     assert asyncio.run(left()) == b""
 
 
-@pytest.mark.parametrize("key, status", [(b"key", b"401"), (None, b"403")])
-def test_a_refusal_before_the_body_is_the_last_answer_if_the_client_waits_for_leave(
-    key: bytes | None, status: bytes
-) -> None:
-    """Its body may never come. A body that has come with its headers is no reason to close."""
-    asked, body = posted("/v2/models/m/infer", b"", "Expect: 100-continue", "Content-Length: 4", length=False), b"body"
+@pytest.mark.parametrize("path", ["/v2/models/m/infer", "/reload", "/metrics", "/other"])
+@pytest.mark.parametrize("key", [b"key", None])
+def test_an_answer_without_the_body_is_the_last_one_if_the_client_waits_for_leave(key: bytes | None, path: str) -> None:
+    """Its body may never come."""
+    asked = posted(path, b"", "Expect: 100-continue", "Content-Length: 4", length=False)
     api: Any = Api(_Ready(key))  # type: ignore[arg-type]
-    found = asyncio.run(exchanged(asked, asked + body, app=api))
+    found = asyncio.run(exchanged(asked, asked + b"body", app=api))
+    status = {"/metrics": b"405", "/other": b"404"}.get(path, b"401" if key else b"403")
     assert found.startswith(b"HTTP/1.1 " + status) and found.count(b"HTTP/1.1") == 1
     assert b"\r\nconnection: close\r\n" in found
+
+
+@pytest.mark.parametrize("key, status", [(b"key", b"401"), (None, b"403")])
+def test_a_refusal_of_a_call_whose_body_has_come_keeps_the_connection(key: bytes | None, status: bytes) -> None:
+    asked, body = posted("/v2/models/m/infer", b"", "Expect: 100-continue", "Content-Length: 4", length=False), b"body"
+    api: Any = Api(_Ready(key))  # type: ignore[arg-type]
     kept = asyncio.run(exchanged(asked + body, asked + body, app=api))
     assert kept.count(b"HTTP/1.1 " + status) == 2 and b"connection: close" not in kept
 
