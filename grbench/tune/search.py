@@ -173,12 +173,15 @@ class Search:
         tried = {trial.configuration.engines for trial in self._knowledge.trials}
         closed = {trial.configuration for trial in self._knowledge.trials}.union(*self._knowledge.left_out.values())
         cost, left = self._cost(), max(self._evaluator.left(), 0.0)
+        usual = self._evaluator.share([(self._configurations[0], Probe(None, OFFLINE))])
         none: dict[tuple[tuple[str, str], ...], list[Configuration]] = {}
         for configuration in self._configurations:
             if configuration.engines not in tried and configuration not in closed and cost(configuration) == math.inf:
                 none.setdefault(configuration.engines, []).append(configuration)
         for engines, some in none.items():
             share = self._evaluator.share([(some[0], Probe(None, OFFLINE))])
+            if share <= usual:  # its start is no reason
+                continue
             reason = (
                 f"{_named(engines)}: a first probe takes about {share:.0%} of the budget, and {left:.0%} was left, "
             )

@@ -22,7 +22,7 @@ class Starts:
 
     def __init__(self, specs: Mapping[Configuration, RunSpec]) -> None:
         self._priors = {configuration: FIRST_S * start_cost(spec) for configuration, spec in specs.items()}
-        self._measured: dict[object, list[float]] = {}  # by the most to the least alike, see `_kinds`
+        self._measured: dict[object, list[float]] = {}  # by `_kinds`
         self._ratios: list[float] = []  # measured seconds, as shares of the prior
 
     def add(self, configuration: Configuration, seconds: float) -> None:
@@ -32,20 +32,22 @@ class Starts:
         self._ratios.append(seconds / self._priors[configuration])
 
     def expected_s(self, configuration: Configuration) -> float:
-        """Return the seconds of a start: the median of the same engines and kernels, else of the same engines.
+        """Return the seconds of a start: of itself, else of the same engines and kernels, else of the same engines.
 
-        Else it is the prior, times the median by which measured starts were off.
+        The lower median of these: a first start may have compiled what later ones find. If none was measured, it is the
+        prior, times the median by which measured starts were off.
         """
         for kind in _kinds(configuration):
             if kind in self._measured:
-                return statistics.median(self._measured[kind])
+                return statistics.median_low(self._measured[kind])
         return self._priors[configuration] * (statistics.median(self._ratios) if self._ratios else 1.0)
 
 
-def _kinds(configuration: Configuration) -> tuple[object, object]:
-    """Return what is equal for configurations that start alike: engines and kernels, then engines alone."""
+def _kinds(configuration: Configuration) -> tuple[object, ...]:
+    """Return what is equal for configurations that start alike: all, engines and kernels, then engines alone."""
     chosen = configuration.engines
-    return ("engines and kernels", chosen), ("engines", tuple(p for p in chosen if p[0].partition("@")[0] == "engine"))
+    engines = tuple(pair for pair in chosen if pair[0].partition("@")[0] == "engine")
+    return configuration, ("engines and kernels", chosen), ("engines", engines)
 
 
 def start_cost(spec: RunSpec) -> float:
