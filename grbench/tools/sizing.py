@@ -21,6 +21,7 @@ from grengines.models.hstu.config import HSTUConfig
 from grkernels.hstu_attention.spec import BYTES, visible_pairs
 from grkernels.hstu_attention.spec import flops as attention_flops
 
+CODES = 256
 COLUMNS = ("GFLOP", "attention share", "all cached", "KV MiB per user", "users per card")
 
 
@@ -81,6 +82,26 @@ def flops(model: HSTUConfig, history: int, candidates: int, cached: int = 0) -> 
     E = model.embedding_dim
     head += 2 * candidates * E * (2 * model.head_dim * (choices.item_tower == "mlp") + (E + 4) * choices.clock)
     return float((model.layers - 1) * whole + last + head)
+
+
+def operations(spec: RunSpec) -> float:
+    """Operations of the longest request of a cell in its precision: one in e4m3 counts as half of one.
+
+    Of a search the codes of a level are unknown before semantic IDs are made, and count as CODES.
+    """
+    history, total = spec.workload.max_history, 0.0
+    if spec.task in ("rank", "recommend"):
+        model, candidates = spec.ranking_model, spec.workload.num_candidates
+        engine = getattr(spec.engine, "rank", spec.engine)
+        total = flops(model, history, candidates)
+        if getattr(engine, "precision", None) == "fp8":
+            total -= fp8_flops(model, history, candidates) / 2
+    if spec.retrieval is not None:
+        sizes = [spec.retrieval.codes or CODES] * spec.retrieval.levels
+        total += search_flops(
+            spec.model, min(history, spec.model.max_positions // len(sizes)), sizes, spec.retrieval.beam_width
+        )
+    return total
 
 
 def ranking_attention(model: HSTUConfig, history: int, candidates: int) -> float:

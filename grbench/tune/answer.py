@@ -252,6 +252,8 @@ def _too_small(knowledge: Knowledge) -> str:
 def correlations(knowledge: Knowledge) -> list[tuple[str, int, float]]:
     """Return the rank correlation of each lower fidelity with what probes at rates found: name, pairs, coefficient.
 
+    pairs: those that the fidelity puts in an order.
+
     It is Goodman and Kruskal's gamma over the pairs of configurations whose order probes at rates decide: one kept the
     limits where the other did not. 1: all pairs are in the same order; -1: all in the opposite one.
     """
@@ -261,11 +263,12 @@ def correlations(knowledge: Knowledge) -> list[tuple[str, int, float]]:
         "offline throughput": lambda t: t.offline.metrics["throughput_rps"] if t.offline else 0.0,
         "simulated queue": lambda t: float(t.predicted or 0),
     }
+    if knowledge.operations:
+        fidelities = {"sizing": lambda t: -knowledge.operations[t.configuration], **fidelities}
     found = []
-    for name, of in fidelities.items():
+    for name, of in fidelities.items() if pairs else ():
         signs = [1 if of(one) > of(other) else -1 for one, other in pairs if of(one) != of(other)]
-        if signs:
-            found.append((name, len(signs), sum(signs) / len(signs)))
+        found.append((name, len(signs), sum(signs) / len(signs) if signs else 0.0))
     return found
 
 

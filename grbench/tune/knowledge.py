@@ -20,9 +20,14 @@ ENDED_EARLY = ("TIMEOUT", "STOPPED")  # statuses of a rate that is too high
 class Knowledge:
     """The trials of a search and what follows from them. It measures nothing."""
 
-    def __init__(self, goal: Goal, batching: Mapping[Configuration, Batching]) -> None:
-        """batching: of every configuration."""
-        self.goal, self.batching = goal, batching
+    def __init__(
+        self,
+        goal: Goal,
+        batching: Mapping[Configuration, Batching],
+        operations: Mapping[Configuration, float] | None = None,
+    ) -> None:
+        """batching: of every configuration. operations: of a request of each, by its sizes alone."""
+        self.goal, self.batching, self.operations = goal, batching, operations or {}
         self.trials: list[Trial] = []
         self.left_out: dict[str, list[Configuration]] = {}  # while it ran, by the reason
         self.concluded = False  # something is certified: its budget is free

@@ -63,7 +63,12 @@ def blocks(knowledge: Knowledge, found: Answer | None, declared: Declared, space
         ]
     content += [Heading("Configurations"), _all(knowledge)]
     if pairs := answer.correlations(knowledge):
-        words = [f"{name}: {value:.2f} over {number} pairs of configurations" for name, number, value in pairs]
+        words = [
+            f"{name}: {value:.2f} over {number} pairs of configurations"
+            if number
+            else f"{name}: no pair is in an order"
+            for name, number, value in pairs
+        ]
         content += [Heading("Rank correlation with what probes at rates found"), Bullets(words)]
     if found and found.certificate and found.certificate.failures:
         content += [Heading("Did not pass certification"), Bullets(found.certificate.failures)]

@@ -21,6 +21,7 @@ from grbench.execution.files import require_files
 from grbench.execution.folders import require_writable
 from grbench.execution.ranks import require_gpus
 from grbench.execution.session import CellSession
+from grbench.tools import sizing
 from grbench.tune import answer, deploy, rates
 from grbench.tune.answer import Answer
 from grbench.tune.certification import certify
@@ -61,7 +62,8 @@ class TuneSession:
         }
         proposer = Surrogate(space.configurations, space.axes, declared.seed)
         self._proposer = proposer
-        self._knowledge = Knowledge(declared.goal, batching)
+        operations = {configuration: sizing.operations(spec) for configuration, spec in space.specs.items()}
+        self._knowledge = Knowledge(declared.goal, batching, operations)
         self._search = Search(
             self._knowledge, space.configurations, self._evaluator, proposer, self._show, say=self._say
         )

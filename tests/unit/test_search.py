@@ -697,6 +697,10 @@ def test_rank_correlations_count_only_pairs_that_probes_at_rates_decide() -> Non
     assert answer.correlations(search) == [("offline throughput", 2, 1.0), ("simulated queue", 2, 1.0)]
     search.trials[1].offline = Outcome("OK", {"throughput_rps": 280.0})
     assert answer.correlations(search)[0] == ("offline throughput", 2, 0.0)
+    search.operations = dict.fromkeys(ALL, 5.0)
+    assert answer.correlations(search)[0] == ("sizing", 0, 0.0)
+    search.operations[ALL[1]] = 6.0
+    assert answer.correlations(search)[0] == ("sizing", 2, 1.0)
 
 
 def test_a_bound_of_a_neighbour_is_no_change() -> None:
