@@ -10,6 +10,10 @@ wait for the device until `rank` returns. The host does the rest while the devic
 clock around `rank` without the time between the copies on the device. It is what the host adds to a batch, if no other
 batch is computed meanwhile.
 
+`in_row_us` is the same with two batches in flight, as with `scenario.in_flight=2`: two threads rank batches of other
+users, and each queues its next one while the device computes the other's. The time of all batches, less that between
+the copies of each, is what a batch costs in a row with the device: the copies, and what the host is late.
+
 On a CPU nothing is computed: the model is small and returns zeros, and so do graphs, whose inputs are copied. So the
 rows have the host's own work alone.
 """
@@ -19,8 +23,9 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -102,19 +107,21 @@ def zeros(ranker: HSTURanker, batch: Any, *_: Any, **__: Any) -> torch.Tensor:
 
 
 class Case(NamedTuple):
-    """A batch, and what brings the engine into the state that it finds."""
+    """A batch, the batch that brings the engine into the state that it finds, and batches of others like these two."""
 
     name: str
     batch: Sequence[Request]
-    before: Callable[[], object] = lambda: None
+    earlier: Sequence[Request] = ()
+    others: tuple[Sequence[Request], Sequence[Request]] | None = None  # earlier, then
 
 
 def measure(rows: common.Rows, clock: Clock, rounds: int, made: Any, case: Case) -> None:
     """Time the case's batch."""
-    name, batch, before = case
+    name, batch, earlier, others = case
     wall, parts, result = [], defaultdict(list), None
     for _ in range(rounds):
-        before()
+        if earlier:
+            made.rank(earlier)
         clock.spent.clear()
         begun = time.perf_counter()
         result = made.rank(batch)
@@ -126,6 +133,7 @@ def measure(rows: common.Rows, clock: Clock, rounds: int, made: Any, case: Case)
         parts["after"].append(ended - clock.ended["wait"])
     assert result is not None
     least = {f"{part}_us": 1e6 * min(times) for part, times in parts.items()}
+    mine = [some for some in (earlier, batch) if some]
     rows.add(
         case=name,
         batch=len(batch),
@@ -134,8 +142,21 @@ def measure(rows: common.Rows, clock: Clock, rounds: int, made: Any, case: Case)
         **least,
         outside_us=1e6 * min(wall),
         outside_p50_us=1e6 * float(np.median(wall)),
+        in_row_us=in_row_us(made, [mine, others or mine], rounds),
         compute_us=1e3 * result.compute_ms,
     )
+
+
+def in_row_us(made: Any, threads: Sequence[Sequence[Sequence[Request]]], rounds: int) -> float:
+    """Rank each thread's batches in turn, beside the other threads'. Return what a batch takes but for its compute."""
+
+    def run(batches: Sequence[Sequence[Request]]) -> list[float]:
+        return [made.rank(batch).compute_ms for _ in range(rounds) for batch in batches]
+
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(len(threads)) as pool:
+        computed_ms = [ms for some in pool.map(run, threads) for ms in some]
+    return 1e6 * (time.perf_counter() - begun) / len(computed_ms) - 1e3 * float(np.mean(computed_ms))
 
 
 def returning(parser: Any, args: Any, rows: common.Rows, clock: Clock) -> None:
@@ -143,18 +164,19 @@ def returning(parser: Any, args: Any, rows: common.Rows, clock: Clock) -> None:
     defaults = ["workload=synthetic", "model=wide_heads", "engine=hstu", "cache=lru"]
     more = [] if torch.cuda.is_available() else [*SMALL, "cache.memory_gb=0.1"]
     spec = common.specs_of(parser, [*defaults, "cache.memory_gb=4", *more], args.overrides, multirun=False)[0]
-    users, known = common.requests_of(8, args.history, 256), args.history - args.history // 32
-    made = common.engine_of(spec, users, len(users))
+    users, known = common.requests_of(16, args.history, 256), args.history - args.history // 32
+    made = common.engine_of(spec, users[:8], 8)
     if not torch.cuda.is_available():
-        plan = plan_buckets(users, made.user_cache.encoding, len(users), packed=True, cached=True)
+        plan = plan_buckets(users, made.user_cache.encoding, 8, packed=True, cached=True)
         with mock.patch.object(cached, "GraphRunner", CopyRunner), torch.inference_mode():
             made.user_cache.capture("true", plan, users[0])
+    earlier = [common.first_events(user, known) for user in users]
     for count in (8, 1):
-        batch = users[:count]
-        earlier = [common.first_events(user, known) for user in batch]
-        for tokens, visit in (args.history, batch), (known, earlier):
+        mine, others = slice(count), slice(8, 8 + count)
+        for tokens, visits in (args.history, users), (known, earlier):
             name = f"{tokens} of {args.history} cached"
-            measure(rows, clock, args.rounds, made, Case(name, batch, partial(made.rank, visit)))
+            case = Case(name, users[mine], visits[mine], (visits[others], users[others]))
+            measure(rows, clock, args.rounds, made, case)
     made.close()
 
 

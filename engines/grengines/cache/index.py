@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -73,10 +74,10 @@ class StateIndex:
         self.states: dict[int, State] = {}  # by user, least recently used first; none of them in flight
         self.in_flight: dict[int, Plan] = {}  # by user
 
-    def plan(self, request: Request, now: float) -> Plan:
-        """Return a plan that is not in flight yet. Needs no lock."""
-        history = History.of(request)
-        return Plan(request.request_id, request.user_id, history, self.contextual + len(history), now)
+    def plans(self, requests: Sequence[Request], now: float) -> list[Plan]:
+        """Return plans that are not in flight yet. Needs no lock."""
+        context, of = self.contextual, History.of
+        return [Plan(r.request_id, r.user_id, of(r), context + len(r.history_items), now) for r in requests]
 
     def pin(self, plan: Plan) -> State | None:
         """Hand the valid part of the user's state to the plan, and free the rest. Return the state that there was."""
@@ -84,8 +85,9 @@ class StateIndex:
         state = self.states.pop(plan.user, None)
         if state is not None:
             plan.known = True
-            plan.on_device = plan.cached = plan.stored = self.valid(state.tokens, state.history, plan.history)
-            plan.pages = self._cut(state.pages, plan.cached)
+            valid = self.valid(state.tokens, state.history, plan.history)
+            plan.on_device = plan.cached = plan.stored = valid
+            plan.pages = state.pages if valid == state.tokens else self._cut(state.pages, valid)
         return state
 
     def unpin(self, plan: Plan, tokens: int) -> bool:

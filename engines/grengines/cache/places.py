@@ -16,6 +16,7 @@ from grengines.cache.pool import PagePool
 from grengines.runtime import staging
 from grengines.runtime.native import native
 from grengines.runtime.slots import Slot
+from grengines.runtime.staging import Buffer
 
 
 @dataclass
@@ -57,11 +58,12 @@ class HostPlaces:
         """
         B, width = max(len(plans), sequences), pages or max([1, *(len(plan.pages) for plan in plans)])
         sizes = cls._sizes(B, rows, width)
-        buffer = slot.take(sum(sizes)) if slot else staging.empty(sum(sizes), pin)
+        total = sum(sizes)
+        buffer, packed = slot.take(total) if slot else Buffer.of(staging.empty(total, pin))
         if (functions := native().functions) is not None:
-            functions.write_places(buffer.numpy(), list(plans), list(first_rows), rows, B, width, pool.page)
+            functions.write_places(packed, list(plans), list(first_rows), rows, B, width, pool.page)
         else:
-            _write_places(buffer.numpy(), sizes, width, pool, plans, first_rows)
+            _write_places(packed, sizes, width, pool, plans, first_rows)
         return cls(buffer, sizes, width)
 
     @classmethod

@@ -117,7 +117,7 @@ class UserStates:
 
         Each plan must be committed or aborted.
         """
-        plans = [self._index.plan(r, now) for r in requests]
+        plans = self._index.plans(requests, now)
         with self._lock:
             for plan in plans:
                 self._find(plan)

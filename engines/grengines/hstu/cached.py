@@ -212,8 +212,10 @@ class CachedRanking:
 
     def _extend(self, requests: Sequence[Request], plans: Sequence[Plan]) -> bool:
         """Make room for what is new. Return whether every request's whole history will be in pages."""
-        shares, extend = self._shares(requests, plans), self.states.extend
-        stored = [plan.stored == plan.tokens or extend(plan, share) for plan, share in zip(plans, shares, strict=True)]
+        if all(plan.stored == plan.tokens for plan in plans):
+            return True
+        shares = self._shares(requests, plans)
+        stored = [self.states.extend(plan, share) for plan, share in zip(plans, shares, strict=True)]
         return all(stored)
 
     def _pack(

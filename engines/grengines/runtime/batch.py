@@ -19,6 +19,7 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import staging
 from grengines.runtime.native import native
 from grengines.runtime.slots import Slot
+from grengines.runtime.staging import Buffer
 
 Int64Array = npt.NDArray[np.int64]
 COLUMNS = ("history_items", "history_actions", "history_weights", "history_timestamps")
@@ -253,7 +254,7 @@ class Layout:
         if (functions := native().functions) is not None:
             least = 0 if encoding.blank_rows else encoding.contextual_from
             if (found := functions.layout(requests, chosen, done, C, least)) is not None:
-                fields = [requests, encoding, appends, chosen, *found[:-1], Bucket(*found[-1])]
+                fields = [requests, encoding, appends, chosen, *found[:-1], Bucket._make(found[-1])]
                 return cls(*fields)
         _check(requests, chosen)
         targets = [len(c) for c in chosen]
@@ -283,8 +284,7 @@ class Layout:
         if not self.needed.fits(padded):
             raise ValueError(f"a batch of {self.needed} doesn't fit {bucket}; pack it without it")
         total, sizes, places = self._places(padded)
-        buffer = slot.take(total) if slot else staging.empty(total, pin)
-        packed = buffer.numpy()
+        buffer, packed = slot.take(total) if slot else Buffer.of(staging.empty(total, pin))
         functions = native().functions
         more = encoding.contextual_seq_len or encoding.from_end or encoding.arrays
         arrays = {name: packed[place] for name, place in places.items()} if more or functions is None else {}

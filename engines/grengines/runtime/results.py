@@ -27,17 +27,18 @@ def collect(
     Other batches may be queued before that. marks: set before the copies to the device and after. slot: has them and
     the memory for the copy, and is given back.
     """
-    on_host = _fetch(logits, marks, slot)
+    on_host = _fetch(logits, marks, slot).numpy()
+    copied = np.empty_like(on_host)
     tokens, padded_tokens = sum(host.tokens for host in hosts), sum(host.padded_tokens for host in hosts)
-    rows = _rows(hosts)
+    parts = [[copied[rows] for rows in some] for some in _rows(hosts)]
 
     def answer() -> RankResult:
         up_ms, compute_ms, down_ms = marks.spans_ms()
-        logits = on_host.numpy().copy()  # frees the page-locked buffer
+        np.copyto(copied, on_host)
         if slot is not None:
             slot.give_back()
         return RankResult(
-            scores=[logits[some[0]] if len(some) == 1 else np.concatenate([logits[s] for s in some]) for some in rows],
+            scores=[some[0] if len(some) == 1 else np.concatenate(some) for some in parts],
             batch_ms=batch_ms,
             transfer_ms=up_ms + down_ms,
             compute_ms=compute_ms,

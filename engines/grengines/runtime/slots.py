@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grengines.runtime import staging
+from grengines.runtime.staging import Buffer
 from grengines.runtime.timing import Marks
 
 
@@ -21,7 +22,7 @@ class Slot:
         self._free = free
         self._pin = device.type == "cuda"
         self._memory, self._result = staging.empty(0, False), torch.empty(0)
-        self._parts: dict[tuple[int, int], Tensor] = {}  # of the memory, for the sizes that were asked for
+        self._parts: dict[tuple[int, int], Buffer] = {}  # of the memory, for the sizes that were asked for
         self._length = self._taken = 0
 
     def reserve(self, n: int) -> None:
@@ -31,7 +32,7 @@ class Slot:
             self._parts.clear()
         self._length, self._taken = n, 0
 
-    def take(self, n: int) -> Tensor:
+    def take(self, n: int) -> Buffer:
         """Return the next n of the reserved numbers, int64 of any values."""
         begin, self._taken = self._taken, self._taken + n
         return self._part(begin, self._taken)
@@ -39,7 +40,7 @@ class Slot:
     @property
     def inputs(self) -> Tensor:
         """All that is reserved."""
-        return self._part(0, self._length)
+        return self._part(0, self._length).tensor
 
     def result(self, like: Tensor) -> Tensor:
         """Return memory for a copy of this tensor."""
@@ -52,9 +53,9 @@ class Slot:
         """Let other batches take the slot. The last mark must be reached, and the result copied from its memory."""
         self._free.append(self)
 
-    def _part(self, begin: int, end: int) -> Tensor:
-        if (part := self._parts.get((begin, end))) is None:  # a slice takes PyTorch a microsecond
-            part = self._parts[begin, end] = self._memory[begin:end]
+    def _part(self, begin: int, end: int) -> Buffer:
+        if (part := self._parts.get((begin, end))) is None:  # a slice and its view take PyTorch two microseconds
+            part = self._parts[begin, end] = Buffer.of(self._memory[begin:end])
         return part
 
 

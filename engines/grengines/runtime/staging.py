@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from grengines.api import Int64Array
+
+
+class Buffer(NamedTuple):
+    """Memory on the host, int64 [n], as PyTorch and NumPy see it."""
+
+    tensor: Tensor
+    array: Int64Array
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Buffer:
+        return cls(tensor, tensor.numpy())
 
 
 def empty(n: int, pin: bool) -> Tensor:
