@@ -15,6 +15,7 @@ from grbench.tune.trial import LONGER, Goal, Progress, Trial, quiet
 CERTIFIED = 10_000  # requests of a run that certifies
 SHARE = 0.6  # of the budget, at most, if there is room for a run that fails, too
 MOST = 0.75  # of the budget that is reserved, at most
+NEAR = rates.steps(1.2)  # below the best, within which the second may become the best again
 STEPS = 2  # by which a rate that fails is lowered first, then twice as many each time
 LAST = 8  # by which the last try that the budget has room for is lowered further, once a figure was beyond its limit
 SEED = 101
@@ -44,13 +45,14 @@ class Certificate:
 def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
     """Return the share of the budget that certifies the best so far, after a run that fails if that is little.
 
-    The second may become the best again, so that there is room for it, too.
+    The second may become the best again, so that there is room for it, too, if it is near.
     Returns 0 if it would leave too little of the budget for the search: the answer then says what is missing.
     """
     best = [(trial.configuration, trial.low) for trial in knowledge.ranking()[:2] if trial.low is not None]
     if not best or not knowledge.goal.runs or knowledge.concluded:
         return 0.0
-    runs = [certifying(knowledge.goal, configuration, rates.rate_of(step)) for configuration, step in best]
+    near = [(configuration, step) for configuration, step in best if step > best[0][1] - NEAR]
+    runs = [certifying(knowledge.goal, configuration, rates.rate_of(step)) for configuration, step in near]
     once, failed = (max(evaluator.share(its[:count]) for its in runs) for count in (len(runs[0]), 1))
     if failed + once <= min(SHARE, evaluator.left() + ROUNDING):
         return failed + once

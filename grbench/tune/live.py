@@ -182,7 +182,9 @@ class LiveEvaluator:
             if not kept:
                 self._cells += 1
                 if record.ok:
-                    self._overheads.append(max(seconds - record.metrics.get("duration_s", 0.0), 0.0))
+                    tracked = after if self._cells > 1 else 0.0  # the first cell also imports what draws figures
+                    overhead = record.duration_s + tracked - record.metrics.get("duration_s", 0.0)
+                    self._overheads.append(max(overhead, 0.0))
                     if STARTED in record.metrics:
                         self._starts.add(key[0], self._overheads[-1])
                     else:

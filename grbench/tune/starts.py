@@ -22,32 +22,28 @@ class Starts:
 
     def __init__(self, specs: Mapping[Configuration, RunSpec]) -> None:
         self._priors = {configuration: FIRST_S * start_cost(spec) for configuration, spec in specs.items()}
-        self._measured: dict[object, list[float]] = {}  # by `_kinds`
-        self._ratios: list[float] = []  # measured seconds, as shares of the prior
+        self._ratios: dict[object, list[float]] = {}  # measured seconds, as shares of the prior, by `_kinds`
 
     def add(self, configuration: Configuration, seconds: float) -> None:
         """Learn from a start: its seconds, or those after which it was stopped."""
         for kind in _kinds(configuration):
-            self._measured.setdefault(kind, []).append(seconds)
-        self._ratios.append(seconds / self._priors[configuration])
+            self._ratios.setdefault(kind, []).append(seconds / self._priors[configuration])
 
     def expected_s(self, configuration: Configuration) -> float:
-        """Return the seconds of a start: of itself, else of the same engines and kernels, else of the same engines.
+        """Return the seconds of a start: the prior, times the lower median by which the most alike starts were off.
 
-        The lower median of these: a first start may have compiled what later ones find. If none was measured, it is the
-        prior, times the median by which measured starts were off.
+        Of equal engines and kernels these are the measured seconds. The lower one, because a first start may have
+        compiled what later ones find.
         """
-        for kind in _kinds(configuration):
-            if kind in self._measured:
-                return statistics.median_low(self._measured[kind])
-        return self._priors[configuration] * (statistics.median(self._ratios) if self._ratios else 1.0)
+        ratios = next((self._ratios[kind] for kind in _kinds(configuration) if kind in self._ratios), [1.0])
+        return self._priors[configuration] * statistics.median_low(ratios)
 
 
 def _kinds(configuration: Configuration) -> tuple[object, ...]:
-    """Return what is equal for configurations that start alike: all, engines and kernels, then engines alone."""
+    """Return what configurations that start alike have in common: all, engines and kernels, engines, nothing."""
     chosen = configuration.engines
     engines = tuple(pair for pair in chosen if pair[0].partition("@")[0] == "engine")
-    return configuration, ("engines and kernels", chosen), ("engines", engines)
+    return configuration, ("engines and kernels", chosen), ("engines", engines), "every start"
 
 
 def start_cost(spec: RunSpec) -> float:

@@ -26,7 +26,7 @@ from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import Configuration
 from grbench.tune.search import Search
 from grbench.tune.space import Space
-from grbench.tune.starts import FIRST_S, Starts, start_cost
+from grbench.tune.starts import FIRST_S, Starts
 from grbench.tune.surrogate import Surrogate
 from grbench.tune.trial import Batching
 
@@ -166,7 +166,15 @@ def test_a_start_is_expected_to_take_as_long_as_those_of_the_most_alike() -> Non
     starts.add(other, 60.0)
     starts.add(other, 50.0)
     assert (starts.expected_s(hstu), starts.expected_s(other), starts.expected_s(third)) == (2 * FIRST_S, 50.0, 50.0)
-    assert start_cost(compose_spec(["task=rank", "engine=hstu", "kernel=compile"])[0]) > 1
+
+
+def test_a_kernel_that_compiles_is_expected_to_start_more_slowly_than_others_of_its_engine() -> None:
+    eager, compiled = (Configuration((("engine", "hstu"), ("kernel", name))) for name in ("torch", "compile"))
+    starts = Starts({c: compose_spec(["task=rank", *c.words])[0] for c in (eager, compiled)})
+    starts.add(eager, 5.0)
+    assert starts.expected_s(compiled) == 4 * starts.expected_s(eager) == 20.0
+    starts.add(compiled, 70.0)
+    assert (starts.expected_s(compiled), starts.expected_s(eager)) == (70.0, 5.0)
 
 
 def test_improvement_is_weighed_by_its_cost_and_what_has_no_room_is_not_asked_for() -> None:
