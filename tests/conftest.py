@@ -26,8 +26,11 @@ gc.set_threshold(100_000, 50, 100)  # composing makes many objects: a fifth of i
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it prints a line at each fork; no fork calls gRPC
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and processes would inherit it
+# As in a shell's background and under nohup, and processes would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Processes that tests start, in whatever folder, import this checkout and tests/helpers, as the tests do.
 _FOLDERS = [str(ROOT / name) for name in (".", "kernels", "engines", "tests")]

@@ -51,7 +51,6 @@ from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.engine import VLLMEngine
 from grengines.vllm.folder import ModelFolder
 from grengines.vllm.levels import Levels
-from grengines.vllm.softmax_attention import SoftmaxAttention
 from grkernels.choice import requested
 from grkernels.operators import Operators
 
@@ -229,6 +228,8 @@ def test_two_ranks_find_what_the_reference_finds(
     expected: Beams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank whose attention is zeros shows, and one that is killed ends the engine with the reason."""
+    from grengines.vllm.softmax_attention import SoftmaxAttention  # imports vLLM, which one worker alone needs
+
     monkeypatch.chdir(tmp_path)
     forks.fork_ranks(monkeypatch)
     attend, fault = SoftmaxAttention.attend, tmp_path / "fault"

@@ -616,21 +616,30 @@ def made_up_grid() -> Grid:
     return Grid(axes, cells, batching)
 
 
-def test_a_replayed_search_comes_near_the_best_and_certifies_nothing_false() -> None:
-    grid, goal = made_up_grid(), Goal("throughput", (P99,), probe_s=6.0)
-    truths = {configuration: grid.truth(configuration, goal.limits) for configuration in grid.cells}
-    runs = [replay(grid, goal, "grbench", 40, seed, truths) for seed in range(3)]
+Truths = dict[Configuration, float]
+REPLAYED = Goal("throughput", (P99,), probe_s=6.0)
+
+
+@pytest.fixture(scope="module")
+def replayed() -> tuple[Grid, Truths]:
+    """Return a grid and what each of its configurations can do, which takes longer than a search of them."""
+    grid = made_up_grid()
+    return grid, {configuration: grid.truth(configuration, REPLAYED.limits) for configuration in grid.cells}
+
+
+def test_a_replayed_search_comes_near_the_best_and_certifies_nothing_false(replayed: tuple[Grid, Truths]) -> None:
+    grid, truths = replayed
+    runs = [replay(grid, REPLAYED, "grbench", 40, seed, truths) for seed in range(3)]
     finals = [run.final for run in runs if run.final is not None]
     assert len(finals) == 3 and sum(finals) / 3 <= 0.06  # two steps of the ladder
     assert not any(run.false_feasible for run in runs)
 
 
-def test_places_save_rounds_and_cost_no_regret() -> None:
-    grid, goal = made_up_grid(), Goal("throughput", (P99,), probe_s=6.0)
-    truths = {configuration: grid.truth(configuration, goal.limits) for configuration in grid.cells}
+def test_places_save_rounds_and_cost_no_regret(replayed: tuple[Grid, Truths]) -> None:
+    grid, truths = replayed
     rounds = {}
     for places in (1, 2, 4):
-        runs = [replay(grid, goal, "grbench", 60, seed, truths, places) for seed in range(2)]
+        runs = [replay(grid, REPLAYED, "grbench", 60, seed, truths, places) for seed in range(2)]
         rounds[places] = sum(len(run.by_round) for run in runs)
         assert all(run.final is not None and run.final <= 0.06 and not run.false_feasible for run in runs)
     assert rounds[2] <= 0.6 * rounds[1] and rounds[4] <= 0.35 * rounds[1]
