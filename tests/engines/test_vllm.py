@@ -9,6 +9,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -188,6 +189,18 @@ class TestOneEngine:
         engine.reset_cache()
         assert engine.generate([first]).details["prefix_hit_tokens"] == 0
 
+    def test_a_step_is_prepared_before_the_last_one_is_waited_for(self, engine: VLLMEngine, expected: Beams) -> None:
+        engine.reset_cache()
+        pooler, keys, steps = engine.core.model.pooler, [], []
+        before = pooler.steps
+        for key in (4, 2):
+            engine.admit(key, REQUESTS[key])
+            keys.append([f.key for f in engine.step()])
+            steps.append(pooler.steps - before)
+        assert (keys, steps) == ([[], [4]], [1, 2])
+        (last,) = engine.step()
+        assert last.items.tolist() == expected.items[2].tolist()
+
     def test_a_search_is_one_vllm_request_and_step(self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         client, added = engine.core.client, []
         add = client.add_request
@@ -205,6 +218,20 @@ def test_token_ids_are_a_list_that_numpy_takes_as_an_array() -> None:
     there = np.zeros((2, 6), np.int32)
     there[1, :4] = ids
     assert there.tolist() == [[0] * 6, [105, 106, 107, 108, 0, 0]]
+
+
+def test_a_page_is_hashed_with_all_before_it() -> None:
+    from grengines.vllm import compat
+
+    def hashes(ids: np.ndarray) -> list[bytes]:
+        return compat.hashes_of_prefixes(SimpleNamespace(prompt_token_ids=compat.TokenIds(ids.tolist(), ids)), page=16)
+
+    ids = np.arange(40) % 8
+    first, other = hashes(ids), ids.copy()
+    other[3] += 1
+    assert len(set(first)) == 2  # full pages of the same ids in other places
+    assert hashes(ids[:39]) == first and hashes(ids[:16]) == first[:1] and hashes(ids[:15]) == []
+    assert not set(hashes(other)) & set(first)
 
 
 def test_chunks_of_any_size_change_nothing(expected: Beams) -> None:

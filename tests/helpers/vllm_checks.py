@@ -52,13 +52,14 @@ def preemption_changes_nothing(
 
 
 def prefix_caching_and_chunks_can_be_off(engine_of: Callable[..., Any], requests: Any, expect: Found) -> None:
-    engine = engine_of(prefix_caching=False, chunked_prefill=False, max_num_batched_tokens=256, max_num_seqs=0)
+    off = {"prefix_caching": False, "chunked_prefill": False, "async_scheduling": False}
+    engine = engine_of(**off, max_num_batched_tokens=256, max_num_seqs=0)
     try:
         found = engine.generate(requests)
         expect(found)
         assert found.details["prefix_hit_tokens"] == 0
         actual = engine.actual()
-        assert not actual["prefix_caching"] and not actual["chunked_prefill"]
+        assert not any(actual[name] for name in off)
         assert actual["max_num_seqs"] == 4  # as prepared for
     finally:
         engine.close()

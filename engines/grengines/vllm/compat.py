@@ -7,6 +7,7 @@ vLLM, and restores the environment afterwards.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections import deque
@@ -77,6 +78,8 @@ __all__ = [
     "forward_context",
     "from_first_rank",
     "has_cached",
+    "hash_prefixes",
+    "hashes_of_prefixes",
     "layer_of",
     "metadata_of_step",
     "model_of",
@@ -258,11 +261,13 @@ def engine_config(arguments: dict[str, Any]) -> VllmConfig:
     """Return the configuration of an engine. arguments: of EngineArgs.
 
     Versions: 0.25 to 0.32. For pooling models vLLM turns the mode FULL into PIECEWISE ("Pooling models do not support
-    full cudagraphs"). The attention here can be captured, so FULL is set again.
+    full cudagraphs"). The attention here can be captured, so FULL is set again. On CPUs vLLM never schedules a step
+    before the end of the last one. It works there too, and is set again, so that both devices take the same path.
     """
     config = EngineArgs(**arguments).create_engine_config()
     if arguments.get("compilation_config", {}).get("cudagraph_mode") == "FULL":
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+    config.scheduler_config.async_scheduling = arguments["async_scheduling"]
     return config
 
 
@@ -291,6 +296,25 @@ def reserve_tokens(core: InprocClient, tokens: int) -> None:
     Versions: 0.25 to 0.32. The scheduler does this for speculative decoding, and sets its number when it is made.
     """
     core.engine_core.scheduler.num_lookahead_tokens = tokens
+
+
+def hash_prefixes(core: InprocClient, page: int) -> None:
+    """Make the core hash the prefixes of a prompt, by pages of this number of tokens, from its array.
+
+    Versions: 0.25 to 0.32. vLLM pickles a tuple of the tokens of each page. This takes three times as long.
+    """
+    if core.engine_core.request_block_hasher is not None:
+        core.engine_core.request_block_hasher = partial(hashes_of_prefixes, page=page)
+
+
+def hashes_of_prefixes(request: Any, page: int) -> list[bytes]:
+    """Return the SHA-256 of the ids up to the end of each full page. A pooling request asks once."""
+    ids = np.ascontiguousarray(request.prompt_token_ids, dtype=np.int64).data.cast("B")
+    running, size, found = hashlib.sha256(), page * 8, []
+    for end in range(size, len(ids) + 1, size):
+        running.update(ids[end - size : end])
+        found.append(running.copy().digest())
+    return found
 
 
 def shut_down(core: InprocClient) -> None:

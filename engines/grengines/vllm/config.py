@@ -25,7 +25,15 @@ class VLLMEngineConfig(DeviceOptions):
     kv_blocks: int = option(0, "pages; 0: as many as fit the memory", ge=0)
     block_size: int = option(64, "tokens of a page, a power of two; a prefix hits in whole pages", ge=16, le=256)
     max_num_seqs: int = option(0, "searches in flight, for which a captured step has room; 0: scenario.max_batch", ge=0)
-    max_num_batched_tokens: int = option(8192, "most tokens of a step; longer prompts are read in chunks", ge=1)
+    max_num_batched_tokens: int = option(
+        0,
+        "most tokens of a step; longer prompts are read in chunks; 0: 8192, and on cuda up to 32768 for half a batch "
+        "of the longest prompts",
+        ge=0,
+    )
+    async_scheduling: bool = option(
+        True, "prepare a step while the device computes the one before; tensor_parallel above 1 never does"
+    )
     prefix_caching: bool = option(True, "find the pages of a prompt that earlier requests began with")
     chunked_prefill: bool = option(True, "read a prompt in several steps if one has no room for it")
     cuda_graphs: bool = option(

@@ -43,6 +43,7 @@ class VLLMCore:
             opened.callback(self._shut_down)
             self.model = compat.model_of(self.client)
             compat.reserve_tokens(self.client, self.model.beam_tokens)
+            compat.hash_prefixes(self.client, self.config.cache_config.block_size)
             self._opened = opened.pop_all()
 
     @property
@@ -60,8 +61,9 @@ class VLLMCore:
         self.client.add_request(compat.core_request(name, tokens, self.prefix_caching))
 
     def step(self) -> list[Any]:
-        """Run one step of the scheduler. Return the outputs of the requests that it finished.
+        """Schedule one step. Return the outputs of the requests that have finished since the last call.
 
+        With asynchronous scheduling these are requests of an earlier step: the device may still compute the latest.
         Raises RuntimeError with vLLM's own error, and torch.OutOfMemoryError unchanged. The core is then unusable.
         """
         try:
@@ -89,6 +91,7 @@ class VLLMCore:
             "kernels": self.model.kernels,
             "prefix_caching": self.prefix_caching,
             "chunked_prefill": bool(config.scheduler_config.enable_chunked_prefill),
+            "async_scheduling": bool(config.scheduler_config.async_scheduling),
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
             "max_model_len": config.model_config.max_model_len,

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # Default sizes of captured steps, in tokens of prompts. No longer ones: while it measures memory, vLLM 0.25 takes as
 # many pages as the largest of these has tokens.
 GRAPH_TOKENS = [16, 32, 64, 128, 192, 256, 320, 384, 512, 576, 768, 1024, 1280, 1536, 2048]
+STEP_TOKENS = 8192  # most tokens of a step by default, at least
+LONGEST_STEP = 32768  # most tokens of a step by default, at most
 CAPTURED = ("triton", "cutlass")  # variants of hstu_attention whose launches do not depend on the lengths of a step
 DECODER_FAMILIES = ("paged_write", "beam_attention")  # a decoder's other kernels are vLLM's
 
@@ -158,7 +160,7 @@ class VLLMEngine(GeneratingEngine):
 
     def core_arguments(self, folder: ModelFolder, limit: int, max_batch: int) -> dict[str, Any]:
         """Return the arguments of vLLM's EngineArgs. limit: most tokens of a search."""
-        options = self._options
+        options, tokens = self._options, self._step_tokens(limit, max_batch)
         arguments: dict[str, Any] = {
             "model": str(folder.path),
             "runner": "pooling",
@@ -166,13 +168,13 @@ class VLLMEngine(GeneratingEngine):
             "dtype": str(self._dtype).removeprefix("torch."),
             "seed": self._setup.seed,
             "max_model_len": limit + 1,
-            "max_num_seqs": min(options.max_num_seqs or max_batch, options.max_num_batched_tokens),
-            "max_num_batched_tokens": options.max_num_batched_tokens,
+            "max_num_seqs": min(options.max_num_seqs or max_batch, tokens),
+            "max_num_batched_tokens": tokens,
             "block_size": options.block_size,
             "enable_prefix_caching": options.prefix_caching,
             "enable_chunked_prefill": options.chunked_prefill,
             "enforce_eager": not options.cuda_graphs,
-            "async_scheduling": False,
+            "async_scheduling": options.async_scheduling and options.tensor_parallel == 1,
             "disable_log_stats": True,
             "gpu_memory_utilization": options.gpu_memory_utilization,
         }
@@ -224,7 +226,7 @@ class VLLMEngine(GeneratingEngine):
     def _check_options(self, limit: int) -> None:
         """Raise ValueError for options with which a search of `limit` tokens can't run."""
         options = self._options
-        if not options.chunked_prefill and options.max_num_batched_tokens <= limit:
+        if not options.chunked_prefill and 0 < options.max_num_batched_tokens <= limit:
             raise ValueError(
                 f"engine.chunked_prefill=false: a search of {limit} tokens needs "
                 f"engine.max_num_batched_tokens={limit + 1} or more"
@@ -234,6 +236,18 @@ class VLLMEngine(GeneratingEngine):
                 f"engine.kv_blocks={options.kv_blocks}: a search of {limit} tokens needs "
                 f"{self._pages_for(limit)} or more"
             )
+
+    def _step_tokens(self, limit: int, max_batch: int) -> int:
+        """Return the most tokens of a step. limit: of a search.
+
+        On a GPU half a batch of the longest prompts fits: the host prepares one half while the device computes the
+        other.
+        """
+        if self._options.max_num_batched_tokens:
+            return self._options.max_num_batched_tokens
+        half = -(-max_batch // 2) * self._longest_prompt if self._cuda else 0
+        whole = 0 if self._options.chunked_prefill else limit + 1
+        return max(STEP_TOKENS, min(half, LONGEST_STEP), whole)
 
     def _check_pages(self, pages: int, limit: int) -> None:
         """Raise ValueError for too few pages."""

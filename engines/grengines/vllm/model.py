@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from grengines.models.hstu import beam
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator, PromptKeys
 from grengines.models.hstu.model import HSTULayer
+from grengines.runtime.timing import Mark
 from grengines.semantic.search import explore
 from grengines.semantic.trie import TensorTrie
 from grengines.vllm import compat
@@ -24,6 +25,13 @@ from grengines.vllm.hstu_attention import HSTUAttentionBackend
 from grengines.vllm.levels import Levels
 from grengines.vllm.softmax_attention import SoftmaxAttentionBackend
 from grkernels.operators import Operators
+
+
+class _Found(NamedTuple):
+    """Items and scores of one search, on the host once `copied` is reached."""
+
+    rows: Tensor  # float64 [k, 2]
+    copied: Mark
 
 
 class SearchPooler(compat.Pooler):
@@ -36,7 +44,8 @@ class SearchPooler(compat.Pooler):
         super().__init__()
         self._attention: PagedAttention = first_layer.impl
         self.levels: Levels | None = None  # from the engine's start on
-        self._found: list[tuple[list[str], Tensor]] = []
+        self.steps = 0  # of vLLM's scheduler with tokens, since then
+        self._found: dict[str, _Found] = {}  # by request
 
     def get_supported_tasks(self) -> Set[Any]:
         return {"plugin"}
@@ -47,7 +56,10 @@ class SearchPooler(compat.Pooler):
         nothing = [hidden_states.new_empty(0)] * len(requests)
         cursor, step = pooling_metadata.get_pooling_cursor(), self._attention.step
         ended = (cursor.prompt_lens_cpu == cursor.seq_lens_cpu).nonzero()[:, 0]
-        if self.levels is None or step is None or not len(ended):
+        if self.levels is None or step is None:
+            return nothing
+        self.steps += 1
+        if not len(ended):
             return nothing
         last, lengths = hidden_states[cursor.last_token_indices_gpu.long()], step.lengths[: len(requests)].long()
         table = step.block_table[: len(requests)]
@@ -55,14 +67,20 @@ class SearchPooler(compat.Pooler):
             some = ended.to(last.device, non_blocking=True)
             last, lengths, table = last[some], lengths[some], table[some]
         prompts = PromptKeys(lengths, table, int(cursor.seq_lens_cpu.max()))
-        self._found.append(([requests[i]["name"] for i in ended.tolist()], self.levels(last, prompts)))
+        found = self.levels(last, prompts)
+        on_host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
+        on_host.copy_(found, non_blocking=True)
+        copied = Mark(found.device)
+        for row, i in zip(on_host, ended.tolist(), strict=True):
+            self._found[requests[i]["name"]] = _Found(row, copied)
         return nothing
 
-    def take(self) -> dict[str, np.ndarray]:
-        """Return what was found since the last call, float64 [k, 2] by request: items and scores."""
-        found = {name: row for names, rows in self._found for name, row in zip(names, rows.cpu().numpy(), strict=True)}
-        self._found.clear()
-        return found
+    def take(self, name: str) -> np.ndarray:
+        """Return what a request that finished found, float64 [k, 2]: items and scores. Waits for its step alone."""
+        found = self._found.pop(name)
+        found.copied.synchronize()
+        rows: np.ndarray = found.rows.numpy()
+        return rows
 
 
 @dataclass

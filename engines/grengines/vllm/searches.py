@@ -30,13 +30,17 @@ class Searches:
     def __init__(self, core: VLLMCore) -> None:
         self._core = core
         self._in_flight: dict[str, Search] = {}  # by vLLM request
-        self.steps = 0  # of vLLM's scheduler so far
         self._number = 0  # of the next vLLM request
 
     @property
     def unfinished(self) -> int:
         """Return the number of searches in flight."""
         return len(self._in_flight)
+
+    @property
+    def steps(self) -> int:
+        """Return the number of vLLM's steps so far that had tokens to compute."""
+        return int(self._core.model.pooler.steps)
 
     def admit(self, key: int, prompt: Int64Array) -> None:
         """Begin one search. prompt: int64 [tokens]."""
@@ -47,13 +51,13 @@ class Searches:
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:
-        """Run one step of vLLM. Return the searches that it finished. Raises the errors of VLLMCore.step."""
+        """Schedule a step of vLLM. Return the searches that finished since. Raises the errors of VLLMCore.step."""
         if not self.unfinished:
             return []
-        outputs = self._core.step()
-        self.steps += 1
-        found = self._core.model.pooler.take()
-        return [_finished(self._in_flight.pop(done.request_id), done, found[done.request_id]) for done in outputs]
+        take = self._core.model.pooler.take
+        return [
+            _finished(self._in_flight.pop(done.request_id), done, take(done.request_id)) for done in self._core.step()
+        ]
 
 
 def _finished(search: Search, output: Any, found: np.ndarray) -> Finished:
