@@ -9,6 +9,8 @@ from grengines.runtime import staging
 from grengines.runtime.staging import Buffer
 from grengines.runtime.timing import Marks
 
+MOST_SHAPES = 256  # of results for which a slot keeps a view: without graphs each batch may have another
+
 
 class Slot:
     """Memory of one batch under way on the host, page-locked for a GPU: inputs and a copy of the result; and marks.
@@ -23,6 +25,7 @@ class Slot:
         self._pin = device.type == "cuda"
         self._memory, self._result = staging.empty(0, False), torch.empty(0)
         self._parts: dict[tuple[int, int], Buffer] = {}  # of the memory, for the sizes that were asked for
+        self._copies: dict[torch.Size, Tensor] = {}  # of the result, for its shapes so far
         self._length = self._taken = 0
 
     def reserve(self, n: int) -> None:
@@ -44,10 +47,16 @@ class Slot:
 
     def result(self, like: Tensor) -> Tensor:
         """Return memory for a copy of this tensor."""
+        if (copy := self._copies.get(like.shape)) is not None and copy.dtype == like.dtype:
+            return copy
         n = like.numel()
         if n > len(self._result) or like.dtype != self._result.dtype:
             self._result = torch.empty(n, dtype=like.dtype, pin_memory=self._pin)
-        return self._result[:n].view(like.shape)
+            self._copies.clear()
+        elif len(self._copies) == MOST_SHAPES:
+            self._copies.clear()
+        copy = self._copies[like.shape] = self._result[:n].view(like.shape)
+        return copy
 
     def give_back(self) -> None:
         """Let other batches take the slot. The last mark must be reached, and the result copied from its memory."""
