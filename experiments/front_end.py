@@ -15,6 +15,9 @@ Of each the program takes the round trip, less the server's own report of waitin
 is the network on this machine, the parsing, the choice, the event loop, the check of the answer, and the client.
 `loop_ms` is the processor time of the server's event loop for each call, and `client_ms` that of this program.
 `unnamed_ms` is the median of what the engine's call takes beside its parts `pack_ms` and `compute_ms`.
+
+With `--beside URL` binary calls go to that server and to that of `--url` in turn, such as to those of two commits. So
+both have the same neighbours on a shared machine. The last row is the ratio of the medians with its 95% interval.
 """
 
 from __future__ import annotations
@@ -140,10 +143,47 @@ def sent(calls: Sequence[Call], rate: float, number: int) -> tuple[list[float], 
     return [added for added, _ in both], [unnamed for _, unnamed in both]
 
 
+def in_turn(pair: Sequence[Call], rate: float, number: int) -> list[list[float]]:
+    """Send this many calls to each of two servers, changing which is first. Returns what each added, milliseconds."""
+    found: list[list[float]] = [[], []]
+    begun = time.perf_counter()
+    for i in range(2 * number):
+        which = (i + i // 2) % 2
+        time.sleep(max(begun + i / rate - time.perf_counter(), 0.0))
+        sent = time.perf_counter()
+        reported = pair[which]()
+        found[which].append((time.perf_counter() - sent) * 1e3 - sum(reported[part] for part in PARTS))
+    return found
+
+
+def ratio(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median of the second over that of the first, and its 95% interval by resampling."""
+    rng = np.random.default_rng(0)
+    a, b = np.array(first), np.array(second)
+    drawn = [np.median(rng.choice(b, len(b))) / np.median(rng.choice(a, len(a))) for _ in range(1000)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(np.median(b) / np.median(a)), float(low), float(high)
+
+
+def compare(rows: common.Rows, urls: Sequence[str], call: bytes, rate: float, seconds: float) -> None:
+    """Add a row for each of two servers, and one for their ratio."""
+    sockets = [Socket(urlsplit(url).hostname or "", urlsplit(url).port or 80) for url in urls]
+    pair: list[Call] = [lambda server=server: parameters_of(server.ask(call)) for server in sockets]  # type: ignore[misc]
+    in_turn(pair, rate, 20)
+    added = in_turn(pair, rate, int(rate * seconds / 2))
+    for url, values in zip(urls, added, strict=True):
+        p50, p99 = np.percentile(values, [50, 99])
+        rows.add(server=url, calls=len(values), p50_ms=float(p50), p99_ms=float(p99))
+    middle, low, high = ratio(*added)
+    rows.add(server="ratio", calls=len(added[0]), p50_ratio=middle, low=low, high=high)
+    rows.close()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Send every form, and print the percentiles of what the front end adds."""
     parser = common.parser(__doc__ or "", overrides=False)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    parser.add_argument("--beside", metavar="URL", help="of another server, which gets every other call")
     parser.add_argument("--rate", type=float, default=100, help="calls per second (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20, help="how long to call (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=32, help="candidates of a call (default: %(default)s)")
@@ -159,6 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     json_call = http_call(path, host, as_json, {})
     binary = http_call(path, host, *body_of(tensors, {"binary_data_output": True, **DEADLINE}))
 
+    if args.beside:
+        common.server_at(parser, args.beside)
+        compare(rows, [args.url, args.beside], binary, args.rate, args.seconds)
+        return
     nothing = dict.fromkeys(PARTS, 0.0)
     forms: dict[str, list[Call]] = {"echo": [], "json": [], "binary": [], "client": []}
     echoing = []

@@ -23,7 +23,7 @@ from front_end import DEADLINE, http_call, inputs_of, request
 from uvicorn.server import ServerState
 
 from grbench.serve.connections import Connection
-from grbench.serve.exchange import Answer, Asked, Target
+from grbench.serve.exchange import HttpRequest, HttpResponse, Target
 from grbench.serve.http import Api
 from grbench.serve.metrics import Metrics
 from grbench.serve.protocol import parse_call, render
@@ -62,8 +62,8 @@ class _Nothing:
     def target(self, path: str) -> Target:
         return Target(self._answer, {})
 
-    async def _answer(self, asked: Asked) -> Answer:
-        return Answer(200, b"{}")
+    async def _answer(self, asked: HttpRequest) -> HttpResponse:
+        return HttpResponse(200, b"{}")
 
 
 def took_us(call: Callable[[], object]) -> float:

@@ -6,7 +6,7 @@ live after the last one: looking at it again finds nothing.
 
 glibc gives threads arenas of their own, up to eight for each core. What a thread frees goes back to the arena that it
 came from, where other threads do not find it. A reload runs on other threads than the start, so it fills further arenas
-while the bytes in use stay level.
+while the bytes in use stay level. Within an arena, free pages stay with the process up to the largest batch so far.
 """
 
 from __future__ import annotations
@@ -33,3 +33,10 @@ def settle() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+    give_back()
+
+
+def give_back() -> None:
+    """Give free pages back to the system. It takes some milliseconds, in which nothing can be allocated."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from grbench.deployment import Deployment, Step
-from grbench.serve.errors import RefusedError, wrong
+from grbench.serve.errors import RefusedError, invalid
 from grbench.serve.held import Done, FailedError
 from grbench.serve.metrics import Metrics
 from grbench.serve.strategy import State, Strategy
@@ -46,7 +46,7 @@ class _Choice:
 
 
 @dataclass(slots=True)
-class Begun:
+class Queued:
     """A request in the queue of the strategy that was chosen for it. Cancel the future to give it up."""
 
     request: Request
@@ -85,15 +85,15 @@ class Controller:
         """Answer a request. deadline: seconds, time.perf_counter; may be infinite. Raises RefusedError."""
         return await self.finish(self.begin(request, deadline))
 
-    def begin(self, request: Request, deadline: float) -> Begun:
+    def begin(self, request: Request, deadline: float) -> Queued:
         """Choose a strategy for a request and queue it there. Raises RefusedError."""
         if self.pending >= self._max_queue:
             self._metrics.shed.labels("queue").inc()
             raise RefusedError(429, f"{self._max_queue} requests wait already (serve.max_queue)", self._clears_s())
         choice = self._choose(request, deadline)
-        return Begun(request, deadline, choice, self._submit(choice, deadline))
+        return Queued(request, deadline, choice, self._submit(choice, deadline))
 
-    async def finish(self, begun: Begun) -> Answer:
+    async def finish(self, begun: Queued) -> Answer:
         """Wait for the answer to a request, from other strategies if the first one fails. Raises RefusedError."""
         request, deadline, choice, future = begun.request, begun.deadline, begun.choice, begun.future
         failed: list[str] = []
@@ -220,7 +220,7 @@ class Controller:
         takers = [s for s in self.strategies if s.serves.takes(request)]
         sizes = f"{len(request.history_items)} events and {len(request.candidates)} candidates"
         if not takers:
-            return wrong(f"TOKEN_LENGTHS: no strategy takes {sizes}; see serves in the deployment")
+            return invalid(f"TOKEN_LENGTHS: no strategy takes {sizes}; see serves in the deployment")
         states = ", ".join(f"{s.name} is {s.state}" for s in takers)
         what = f"no strategy in service takes {sizes}" if self.ready else "no strategy serves"
         return RefusedError(503, f"{what}: {states}", 1.0)
@@ -232,7 +232,7 @@ class Controller:
 def _nothing_left(error: FailedError, failed: Sequence[str]) -> RefusedError:
     """Return the error for a request that every strategy has failed to answer."""
     if error.reason == "outside":
-        return wrong(f"no strategy can answer this request: {error}")
+        return invalid(f"no strategy can answer this request: {error}")
     return RefusedError(503, f"no strategy answered: {'; '.join(failed)}", 1.0)
 
 

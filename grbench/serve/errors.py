@@ -11,6 +11,6 @@ class RefusedError(Exception):
         self.status, self.retry_after_s = status, retry_after_s
 
 
-def wrong(message: str) -> RefusedError:
+def invalid(message: str) -> RefusedError:
     """Return the error for input that is not as documented."""
     return RefusedError(400, message)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from grbench.serve.connections import Connection
 
 
-class Answer(NamedTuple):
+class HttpResponse(NamedTuple):
     """An answer to a client: status, body and headers."""
 
     status: int
@@ -34,7 +34,7 @@ async def no_body(most: int, limit_s: float) -> bytes:
 
 
 @dataclass(slots=True)
-class Asked:
+class HttpRequest:
     """A request: its headers, in lower case, and the names in its path. ident and client: set by the API."""
 
     headers: Mapping[str, str]
@@ -44,7 +44,7 @@ class Asked:
     client: str = ""
 
 
-Endpoint = Callable[[Asked], Awaitable[Answer]]
+Endpoint = Callable[[HttpRequest], Awaitable[HttpResponse]]
 
 
 class Target(NamedTuple):
@@ -78,10 +78,10 @@ class Exchange(RequestResponseCycle):
         self._target, self._given = target, list(connection.scope["headers"])
 
     async def run_asgi(self, app: Any) -> None:
-        """Answer. Uvicorn calls it once the headers are there; the body may come later."""
+        """HttpResponse. Uvicorn calls it once the headers are there; the body may come later."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(self._given)}
         try:
-            answer = await self._target.endpoint(Asked(headers, self._target.names, self.read))
+            answer = await self._target.endpoint(HttpRequest(headers, self._target.names, self.read))
             if self.flow.write_paused and not self.disconnected:
                 await self.flow.drain()
             if not self.disconnected:
@@ -91,7 +91,7 @@ class Exchange(RequestResponseCycle):
                 self.transport.close()
             self.on_response = _nothing  # else the last call of a connection would keep it until a full collection
 
-    def _write(self, answer: Answer) -> None:
+    def _write(self, answer: HttpResponse) -> None:
         lines = [STATUS_LINE[answer.status]]
         for name, value in self.default_headers:
             lines += (name, b": ", value, b"\r\n")

@@ -25,7 +25,7 @@ from grbench import __version__
 from grbench.serve import describe
 from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
 from grbench.serve.errors import RefusedError
-from grbench.serve.exchange import Answer, Asked, ClientLeftError, Endpoint, Target
+from grbench.serve.exchange import ClientLeftError, Endpoint, HttpRequest, HttpResponse, Target
 from grbench.serve.keys import client_of
 from grbench.serve.protocol import HEADER_LENGTH, Call, json_length, parse_call, render, shown
 from grbench.serve.service import Service
@@ -67,7 +67,7 @@ class Api:
         self._router = Router(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request that has no body, by ASGI."""
+        """HttpResponse a request that has no body, by ASGI."""
         await self._router(scope, receive, send)
 
     def target(self, path: str) -> Target | None:
@@ -86,7 +86,7 @@ class Api:
     def _guarded(self, endpoint: Endpoint, open_to_all: bool = False) -> Endpoint:
         """Return an endpoint whose refusals are one line of JSON, and which needs the key unless it is open."""
 
-        async def guarded(asked: Asked) -> Answer:
+        async def guarded(asked: HttpRequest) -> HttpResponse:
             asked.ident = ident = (asked.headers.get("x-request-id") or f"{random.getrandbits(128):032x}")[:128]
             try:
                 self._check_origin(asked)
@@ -101,7 +101,7 @@ class Api:
 
         return guarded
 
-    def _check_origin(self, asked: Asked) -> None:
+    def _check_origin(self, asked: HttpRequest) -> None:
         """Refuse what a page of another site sends, directly or under a name that it points here.
 
         Where a key is needed, such a page lacks the key.
@@ -114,43 +114,43 @@ class Api:
         if origin is not None and origin.partition("://")[2] != host:
             raise RefusedError(403, f"origin: {shown(origin)}: pages of other sites may not call; set an API key")
 
-    async def _live(self, asked: Asked) -> Answer:
+    async def _live(self, asked: HttpRequest) -> HttpResponse:
         return _json({"live": True})
 
-    async def _ready(self, asked: Asked) -> Answer:
+    async def _ready(self, asked: HttpRequest) -> HttpResponse:
         return _json({"ready": self._service.ready}, 200 if self._service.ready else 503)
 
-    async def _server(self, asked: Asked) -> Answer:
+    async def _server(self, asked: HttpRequest) -> HttpResponse:
         return _json({"name": PLATFORM, "version": __version__, "extensions": EXTENSIONS})
 
-    async def _model(self, asked: Asked) -> Answer:
+    async def _model(self, asked: HttpRequest) -> HttpResponse:
         return _json(describe.model_metadata(self._service, *_names(asked)))
 
-    async def _model_ready(self, asked: Asked) -> Answer:
+    async def _model_ready(self, asked: HttpRequest) -> HttpResponse:
         if self._service.ready:
             describe.model_metadata(self._service, *_names(asked))
         return await self._ready(asked)
 
-    async def _config(self, asked: Asked) -> Answer:
+    async def _config(self, asked: HttpRequest) -> HttpResponse:
         return _json(describe.model_config(self._service, *_names(asked)))
 
-    async def _stats(self, asked: Asked) -> Answer:
+    async def _stats(self, asked: HttpRequest) -> HttpResponse:
         return _json({"model_stats": [describe.model_statistics(self._service, *_names(asked))]})
 
-    async def _metrics(self, asked: Asked) -> Answer:
+    async def _metrics(self, asked: HttpRequest) -> HttpResponse:
         encode, kind = choose_encoder(asked.headers.get("accept", ""))
-        return Answer(200, encode(self._service.metrics.registry), {"content-type": kind})
+        return HttpResponse(200, encode(self._service.metrics.registry), {"content-type": kind})
 
-    async def _status(self, asked: Asked) -> Answer:
+    async def _status(self, asked: HttpRequest) -> HttpResponse:
         return _json(describe.status(self._service))
 
-    async def _show(self, asked: Asked) -> Answer:
-        return Answer(200, self._page, {"content-type": "text/html; charset=utf-8"})
+    async def _show(self, asked: HttpRequest) -> HttpResponse:
+        return HttpResponse(200, self._page, {"content-type": "text/html; charset=utf-8"})
 
-    async def _reload(self, asked: Asked) -> Answer:
+    async def _reload(self, asked: HttpRequest) -> HttpResponse:
         return _json({"reload": await self._service.reload()})
 
-    async def _append(self, asked: Asked) -> Answer:
+    async def _append(self, asked: HttpRequest) -> HttpResponse:
         status = 500
         try:
             answer = _json(self._service.append(await self._call(asked), *_names(asked)))
@@ -161,11 +161,11 @@ class Api:
             raise
         except ClientLeftError:
             status = LEFT
-            return Answer(LEFT)
+            return HttpResponse(LEFT)
         finally:
             self._service.metrics.appends.labels(str(status)).inc()
 
-    async def _call(self, asked: Asked) -> Call:
+    async def _call(self, asked: HttpRequest) -> Call:
         """Read the call of a request. Raises RefusedError and ClientLeftError."""
         body, length = await self._body(asked), asked.headers.get(HEADER_LENGTH)
         text = len(body) if length is None else json_length(length)  # tensors behind it are only looked at
@@ -173,7 +173,7 @@ class Api:
         call.client = asked.client
         return call
 
-    async def _infer(self, asked: Asked) -> Answer:
+    async def _infer(self, asked: HttpRequest) -> HttpResponse:
         begun, service = time.perf_counter(), self._service
         computed = begun
         parameters: dict[str, Any] = {}
@@ -189,13 +189,13 @@ class Api:
             body, headers = render(call, model, VERSION, tensors, parameters)
             headers["x-request-id"] = asked.ident
             status, strategy = 200, parameters["strategy"]
-            return Answer(200, body, headers)
+            return HttpResponse(200, body, headers)
         except RefusedError as e:
             status, error = e.status, str(e)
             return refusal(e, asked.ident)
         except ClientLeftError:
             status, error = LEFT, "the client has left"
-            return Answer(LEFT)
+            return HttpResponse(LEFT)
         finally:
             service.metrics.in_flight.dec()
             ended = time.perf_counter()
@@ -210,7 +210,7 @@ class Api:
                 say("call", request_id=asked.ident, status=status, strategy=strategy, ms=round(took_s * 1e3, 3),
                     error=error)  # fmt: skip
 
-    async def _body(self, asked: Asked) -> bytes:
+    async def _body(self, asked: HttpRequest) -> bytes:
         """Return the body. Raises ClientLeftError, or RefusedError for one that is too large, slow, or compressed."""
         config = self._service.config
         most = int(config.max_body_mb * 1e6)
@@ -237,16 +237,16 @@ class _Asgi:
         self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = await self._endpoint(Asked(Headers(scope=scope), scope["path_params"]))
+        answer = await self._endpoint(HttpRequest(Headers(scope=scope), scope["path_params"]))
         await Response(answer.body, answer.status, answer.headers)(scope, receive, send)
 
 
-def _names(asked: Asked) -> tuple[str, str]:
+def _names(asked: HttpRequest) -> tuple[str, str]:
     return asked.names["model"], asked.names.get("version", VERSION)
 
 
-def _json(content: Mapping[str, Any], status: int = 200) -> Answer:
-    return Answer(status, orjson.dumps(content), JSON)
+def _json(content: Mapping[str, Any], status: int = 200) -> HttpResponse:
+    return HttpResponse(status, orjson.dumps(content), JSON)
 
 
 @lru_cache(maxsize=64)
@@ -259,7 +259,7 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def refusal(error: RefusedError, ident: str) -> Answer:
+def refusal(error: RefusedError, ident: str) -> HttpResponse:
     """Return the answer for a refused request."""
     headers = {**JSON, "x-request-id": ident}
     if error.retry_after_s is not None:
@@ -269,4 +269,4 @@ def refusal(error: RefusedError, ident: str) -> Answer:
         headers["connection"] = "close"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Answer(error.status, orjson.dumps({"error": str(error)}), headers)
+    return HttpResponse(error.status, orjson.dumps({"error": str(error)}), headers)

@@ -26,7 +26,7 @@ TRITON = {  # its counters, behind nv_inference_
 }
 
 
-class Live(NamedTuple):
+class StrategyFigures(NamedTuple):
     """The requests that a strategy holds, and the work that it has done."""
 
     name: str
@@ -90,7 +90,7 @@ class Metrics:
 
     def watch(
         self,
-        state: Callable[[], Iterable[Live]],
+        state: Callable[[], Iterable[StrategyFigures]],
         users: Callable[[], int],
         model: Callable[[], tuple[str, str]],
     ) -> None:
@@ -131,7 +131,7 @@ class Metrics:
 class _Live:
     """Figures that are read when Prometheus asks."""
 
-    def __init__(self, state: Callable[[], Iterable[Live]], users: Callable[[], int]) -> None:
+    def __init__(self, state: Callable[[], Iterable[StrategyFigures]], users: Callable[[], int]) -> None:
         self._state, self._users = state, users
 
     def collect(self) -> Iterator[Metric]:
@@ -170,7 +170,7 @@ class _Triton:
     def __init__(
         self,
         sums: dict[str, float],
-        state: Callable[[], Iterable[Live]],
+        state: Callable[[], Iterable[StrategyFigures]],
         model: Callable[[], tuple[str, str]],
     ) -> None:
         self._sums, self._state, self._model = sums, state, model

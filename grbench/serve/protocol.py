@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from grbench.serve.errors import RefusedError, wrong
+from grbench.serve.errors import RefusedError, invalid
 from grkernels.nearest import nearest
 
 Tensor = npt.NDArray[Any]
@@ -36,15 +36,15 @@ MOST_DIMENSIONS = 8
 MOST_NAME = 1024  # characters
 MOST_NUMBERS = 1 << 40  # of a tensor
 MOST_TIME = 1e12  # of a deadline, in its unit
-ELSEWHERE = ("shared_memory_region", "classification")  # Triton's, of inputs and outputs
+UNSUPPORTED = ("shared_memory_region", "classification")  # Triton's, of inputs and outputs
 # Keys of dictionaries are sets in this order. KServe's clients send the last two fields.
-FIELDS = dict.fromkeys(("id", "parameters", "inputs", "outputs", "model_name", "model_version")).keys()
-OF_INPUT = dict.fromkeys(("name", "shape", "datatype", "parameters", "data")).keys()
-OF_OUTPUT = dict.fromkeys(("name", "parameters", "shape", "datatype")).keys()
-OF_CALL = ("deadline_ms", "timeout", "binary_data_output")  # the parameters that a call has here
-OF_TENSOR = ("binary_data", "binary_data_size")
-OF_APPEND = ("user_id", "version")
-LIKE = 0.75  # likeness from which a parameter is a misspelling of one of ours
+CALL_FIELDS = dict.fromkeys(("id", "parameters", "inputs", "outputs", "model_name", "model_version")).keys()
+INPUT_FIELDS = dict.fromkeys(("name", "shape", "datatype", "parameters", "data")).keys()
+OUTPUT_FIELDS = dict.fromkeys(("name", "parameters", "shape", "datatype")).keys()
+CALL_PARAMETERS = ("deadline_ms", "timeout", "binary_data_output")  # the parameters that a call has here
+TENSOR_PARAMETERS = ("binary_data", "binary_data_size")
+APPEND_PARAMETERS = ("user_id", "version")
+SIMILAR = 0.75  # likeness from which a parameter is a misspelling of one of ours
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 SIZES = {dtype: np.dtype(dtype).itemsize for dtype in DTYPES.values()}  # bytes of a number
 
@@ -66,7 +66,7 @@ def parse_call(body: bytes, header_length: str | None) -> Call:
     """Read the body of an HTTP request. header_length: the value of the header `HEADER_LENGTH`. Raises RefusedError."""
     end = len(body) if header_length is None else json_length(header_length)
     if not 0 < end <= len(body):
-        raise wrong(f"{HEADER_LENGTH}={end}: the body has {len(body)} bytes; allowed is 1 to that")
+        raise invalid(f"{HEADER_LENGTH}={end}: the body has {len(body)} bytes; allowed is 1 to that")
     try:
         return _parsed(body, end)
     except MemoryError:
@@ -77,16 +77,16 @@ def _parsed(body: bytes, end: int) -> Call:
     try:
         content = orjson.loads(memoryview(body)[:end])
     except ValueError as e:
-        raise wrong(f"body: not JSON: {e}") from None
+        raise invalid(f"body: not JSON: {e}") from None
     if not isinstance(content, dict):
-        raise wrong("body: allowed is an object with the key inputs")
-    _check_fields(content, FIELDS, "body")
+        raise invalid("body: allowed is an object with the key inputs")
+    _check_fields(content, CALL_FIELDS, "body")
     parameters = _object(content.get("parameters", {}), "parameters")
     binary = _flag(parameters, "binary_data_output", False, "parameters")
     outputs = {}
     for number, output in enumerate(_list(content.get("outputs", []), "outputs")):
         key = f"outputs[{number}]"
-        _check_fields(_object(output, key), OF_OUTPUT, key)
+        _check_fields(_object(output, key), OUTPUT_FIELDS, key)
         wanted = _object(output.get("parameters", {}), f"{key}.parameters")
         check_output(wanted, key)
         form = _flag(wanted, "binary_data", binary, f"{key}.parameters")
@@ -104,22 +104,22 @@ def _tensors(inputs: list[Any], rest: memoryview) -> dict[str, Tensor]:
             continue
         name = _text(_object(one, f"inputs[{number}]").get("name"), f"inputs[{number}].name")
         if name in tensors:
-            raise wrong(f"inputs[{number}].name={name}: it is there twice")
-        _check_fields(one, OF_INPUT, name)
+            raise invalid(f"inputs[{number}].name={name}: it is there twice")
+        _check_fields(one, INPUT_FIELDS, name)
         shape = shape_of(one.get("shape"), name)
         dtype = dtype_of(one.get("datatype"), name)
         parameters = _object(one.get("parameters", {}), f"{name}.parameters")
         check_output(parameters, name)
         if (size := parameters.get("binary_data_size")) is None:
-            tensors[name] = listed(one.get("data"), dtype, shape, name)
+            tensors[name] = tensor_of_list(one.get("data"), dtype, shape, name)
             continue
         if type(size) is not int:
-            raise wrong(f"{name}.parameters.binary_data_size={shown(size)}: allowed is an integer")
+            raise invalid(f"{name}.parameters.binary_data_size={shown(size)}: allowed is an integer")
         if not 0 <= size <= len(rest):
-            raise wrong(f"{name}.parameters.binary_data_size={shown(size)}: {len(rest)} bytes are left in the body")
-        tensors[name], rest = raw(rest[:size], dtype, shape, name), rest[size:]
+            raise invalid(f"{name}.parameters.binary_data_size={shown(size)}: {len(rest)} bytes are left in the body")
+        tensors[name], rest = tensor_of_bytes(rest[:size], dtype, shape, name), rest[size:]
     if len(rest):
-        raise wrong(f"body: {len(rest)} bytes are left behind the last input; check the sizes of the binary tensors")
+        raise invalid(f"body: {len(rest)} bytes are left behind the last input; check the sizes of the binary tensors")
     return tensors
 
 
@@ -138,22 +138,22 @@ def _usual_size(one: Any, left: int) -> int:
     return size if is_usual and type(length) is type(size) is int and 0 < size == needed <= left else 0
 
 
-def raw(data: bytes | memoryview, dtype: type[np.generic], shape: Sequence[int], name: str) -> Tensor:
+def tensor_of_bytes(data: bytes | memoryview, dtype: type[np.generic], shape: Sequence[int], name: str) -> Tensor:
     """Return a tensor of little-endian bytes. Raises RefusedError."""
     needed = math.prod(shape) * SIZES[dtype]
     if len(data) != needed:
-        raise wrong(f"{name}: {len(data)} bytes; shape {list(shape)} of {NAMES[np.dtype(dtype)]} needs {needed}")
+        raise invalid(f"{name}: {len(data)} bytes; shape {list(shape)} of {NAMES[np.dtype(dtype)]} needs {needed}")
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def listed(data: Any, dtype: type[np.generic], shape: Sequence[int], name: str) -> Tensor:
+def tensor_of_list(data: Any, dtype: type[np.generic], shape: Sequence[int], name: str) -> Tensor:
     """Return a tensor of numbers in a list, nested or flat. Raises RefusedError."""
     values, kinds = _flat(_list(data, f"{name}.data"), name)
     kind = NAMES[np.dtype(dtype)]
     if not kinds <= ({bool} if kind == "BOOL" else {int} if "INT" in kind else {int, float}):
-        raise wrong(f"{name}.data: allowed are numbers of {kind}")
+        raise invalid(f"{name}.data: allowed are numbers of {kind}")
     if len(values) != math.prod(shape):
-        raise wrong(f"{name}.data: {len(values)} numbers; shape {list(shape)} needs {math.prod(shape)}")
+        raise invalid(f"{name}.data: {len(values)} numbers; shape {list(shape)} needs {math.prod(shape)}")
     try:
         if "FP" in kind:
             with np.errstate(over="ignore"):
@@ -161,9 +161,9 @@ def listed(data: Any, dtype: type[np.generic], shape: Sequence[int], name: str) 
         else:
             tensor = np.array(values, dtype)
     except OverflowError:
-        raise wrong(f"{name}.data: a number is outside {kind}") from None
+        raise invalid(f"{name}.data: a number is outside {kind}") from None
     if "FP" in kind and (infinite := int(np.isinf(tensor).sum())) and infinite > sum(map(math.isinf, values)):
-        raise wrong(f"{name}.data: a number is outside {kind}")
+        raise invalid(f"{name}.data: a number is outside {kind}")
     return tensor.reshape(shape)
 
 
@@ -174,9 +174,9 @@ def _flat(data: list[Any], name: str) -> tuple[list[Any], set[type]]:
         if list not in kinds:
             return data, kinds
         if len(kinds) > 1 or len(set(map(len, data))) > 1:
-            raise wrong(f"{name}.data: the rows have different lengths")
+            raise invalid(f"{name}.data: the rows have different lengths")
         data = list(itertools.chain.from_iterable(data))
-    raise wrong(f"{name}.data: allowed are lists in at most {MOST_DIMENSIONS} levels")
+    raise invalid(f"{name}.data: allowed are lists in at most {MOST_DIMENSIONS} levels")
 
 
 def _check_fields(content: Mapping[str, Any], known: KeysView[str], key: str) -> None:
@@ -184,7 +184,7 @@ def _check_fields(content: Mapping[str, Any], known: KeysView[str], key: str) ->
     if content.keys() <= known:
         return
     name = next(name for name in content if name not in known)
-    raise wrong(f"{key}.{shown(name)}: no such field; {nearest(name, known)}allowed are {', '.join(known)}")
+    raise invalid(f"{key}.{shown(name)}: no such field; {nearest(name, known)}allowed are {', '.join(known)}")
 
 
 def check_parameters(parameters: Mapping[str, Any], known: Sequence[str], key: str = "") -> None:
@@ -193,24 +193,24 @@ def check_parameters(parameters: Mapping[str, Any], known: Sequence[str], key: s
     The protocol lets clients send parameters of their own, so any other is ignored.
     """
     for name in parameters:
-        if name not in known and (like := difflib.get_close_matches(name.lower(), known, n=1, cutoff=LIKE)):
+        if name not in known and (like := difflib.get_close_matches(name.lower(), known, n=1, cutoff=SIMILAR)):
             where = f"{key}.parameters" if key else "parameters"
-            raise wrong(f"{where}.{shown(name)}: no such parameter; nearest: {like[0]}; there are {', '.join(known)}")
+            raise invalid(f"{where}.{shown(name)}: no such parameter; nearest: {like[0]}; there are {', '.join(known)}")
 
 
 def check_output(parameters: Mapping[str, Any], key: str) -> None:
     """Raise RefusedError for a parameter of a tensor that would change where or what it is, or is misspelled."""
     if not parameters:
         return
-    if found := next((name for name in ELSEWHERE if name in parameters), None):
-        raise wrong(f"{key}.parameters.{found}: not supported here; leave it out")
-    check_parameters(parameters, OF_TENSOR, key)
+    if found := next((name for name in UNSUPPORTED if name in parameters), None):
+        raise invalid(f"{key}.parameters.{found}: not supported here; leave it out")
+    check_parameters(parameters, TENSOR_PARAMETERS, key)
 
 
 def dtype_of(name: Any, tensor: str) -> type[np.generic]:
     """Return the type of a tensor. Raises RefusedError."""
     if not isinstance(name, str) or name not in DTYPES:
-        raise wrong(f"{tensor}.datatype={shown(name)}: allowed are {', '.join(DTYPES)}")
+        raise invalid(f"{tensor}.datatype={shown(name)}: allowed are {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -220,11 +220,11 @@ def shape_of(shape: Any, tensor: str) -> list[int]:
         return shape  # as nearly all are: checks of any shape take ten times as long
     sizes = _list(shape, f"{tensor}.shape")
     if len(sizes) > MOST_DIMENSIONS:
-        raise wrong(f"{tensor}.shape: {len(sizes)} dimensions; allowed are at most {MOST_DIMENSIONS}")
+        raise invalid(f"{tensor}.shape: {len(sizes)} dimensions; allowed are at most {MOST_DIMENSIONS}")
     if not all(type(n) is int and 0 <= n <= MOST_NUMBERS for n in sizes):
-        raise wrong(f"{tensor}.shape=[{', '.join(map(shown, sizes))}]: allowed are integers from 0 to {MOST_NUMBERS}")
+        raise invalid(f"{tensor}.shape=[{', '.join(map(shown, sizes))}]: allowed are integers from 0 to {MOST_NUMBERS}")
     if math.prod(max(n, 1) for n in sizes) > MOST_NUMBERS:
-        raise wrong(f"{tensor}.shape={sizes}: allowed are at most {MOST_NUMBERS} numbers")
+        raise invalid(f"{tensor}.shape={sizes}: allowed are at most {MOST_NUMBERS} numbers")
     return sizes
 
 
@@ -232,7 +232,7 @@ def chosen(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the outputs that a call asks for. Raises RefusedError for one that there is not."""
     if unknown := [name for name in call.outputs if name not in tensors]:
         near = nearest(shown(unknown[0]), tensors)
-        raise wrong(f"outputs: {shown(unknown[0])}: no such output; {near}allowed are {', '.join(tensors)}")
+        raise invalid(f"outputs: {shown(unknown[0])}: no such output; {near}allowed are {', '.join(tensors)}")
     return {name: tensors[name] for name in call.outputs or tensors}
 
 
@@ -265,40 +265,40 @@ def number_of(parameters: Mapping[str, Any], name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST_TIME:
-        raise wrong(f"parameters.{name}={shown(value)}: allowed is a number > 0 and <= {MOST_TIME:g}")
+        raise invalid(f"parameters.{name}={shown(value)}: allowed is a number > 0 and <= {MOST_TIME:g}")
     return float(value)
 
 
 def _object(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise wrong(f"{key}: allowed is an object")
+        raise invalid(f"{key}: allowed is an object")
     return value
 
 
 def _list(value: Any, key: str) -> list[Any]:
     if not isinstance(value, list):
-        raise wrong(f"{key}: {'missing' if value is None else 'wrong'}; allowed is a list")
+        raise invalid(f"{key}: {'missing' if value is None else 'wrong'}; allowed is a list")
     return value
 
 
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str) or len(value) > MOST_NAME:
         allowed = f"a string of at most {MOST_NAME} characters"
-        raise wrong(f"{key}: {'missing' if value is None else 'wrong'}; allowed is {allowed}")
+        raise invalid(f"{key}: {'missing' if value is None else 'wrong'}; allowed is {allowed}")
     return value
 
 
 def json_length(value: str) -> int:
     """Return the value of the header `HEADER_LENGTH`. Raises RefusedError."""
     if not (value.isascii() and value.isdigit() and len(value) < 16):
-        raise wrong(f"{HEADER_LENGTH}={shown(value)}: allowed is an integer")
+        raise invalid(f"{HEADER_LENGTH}={shown(value)}: allowed is an integer")
     return int(value)
 
 
 def _flag(parameters: Mapping[str, Any], name: str, default: bool, key: str) -> bool:
     value = parameters.get(name, default)
     if type(value) is not bool:
-        raise wrong(f"{key}.{name}={shown(value)}: allowed are true and false")
+        raise invalid(f"{key}.{name}={shown(value)}: allowed are true and false")
     return value
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grbench.serve.errors import wrong
+from grbench.serve.errors import invalid
 from grbench.serve.protocol import Tensor
 from grbench.serve.state import Histories, History
 from grengines.api import Catalogue, Float32Array, Int64Array, Request
@@ -60,21 +60,21 @@ def decode(
 ) -> list[Request]:
     """Return a request for each user of a call. Raises RefusedError, which names the tensor and what is allowed."""
     if unknown := [name for name in tensors if name not in INPUTS]:
-        raise wrong(
+        raise invalid(
             f"inputs: {unknown[0]}: no such tensor; {nearest(unknown[0], INPUTS)}allowed are {', '.join(INPUTS)}"
         )
     if missing := [name for name in REQUIRED if name not in tensors]:
-        raise wrong(f"inputs: {missing[0]} is missing; needed are {', '.join(REQUIRED)}")
+        raise invalid(f"inputs: {missing[0]} is missing; needed are {', '.join(REQUIRED)}")
     users = _numbers(tensors, "USER_IDS", None, 0, None)
     count = len(users)
     if not 1 <= count <= bounds.max_users:
-        raise wrong(f"USER_IDS: {count} users; allowed are 1 to {bounds.max_users} (serve.max_users)")
+        raise invalid(f"USER_IDS: {count} users; allowed are 1 to {bounds.max_users} (serve.max_users)")
     lengths = _numbers(tensors, "TOKEN_LENGTHS", count, 0, bounds.max_history + bounds.max_candidates)
     candidates = _candidates(tensors, count, bounds)
     events = [length - wanted for length, wanted in zip(lengths, candidates, strict=True)]
     if (least := min(events)) < 0:
         i = events.index(least)
-        raise wrong(f"TOKEN_LENGTHS[{i}]={lengths[i]}: fewer than NUM_CANDIDATES[{i}]={candidates[i]}")
+        raise invalid(f"TOKEN_LENGTHS[{i}]={lengths[i]}: fewer than NUM_CANDIDATES[{i}]={candidates[i]}")
     items = _column(tensors, "TOKENS", sum(lengths), 0, bounds.catalogue.num_items - 1)
     total = sum(events)
     actions = _column(tensors, "ACTIONS", total, 0, (1 << bounds.catalogue.num_actions) - 1)
@@ -96,7 +96,7 @@ def decode(
         if versions is not None and versions[i] >= 0:
             history = states.at(users[i], versions[i], client).joined(history).newest(bounds.max_history)
         if not 1 <= len(history) <= bounds.max_history:
-            raise wrong(
+            raise invalid(
                 f"TOKEN_LENGTHS[{i}]={lengths[i]}: {len(history)} events of a history; allowed are 1 to "
                 f"{bounds.max_history} (serve.max_history)"
             )
@@ -109,13 +109,13 @@ def events_of(tensors: Mapping[str, Tensor], bounds: Bounds) -> History:
     """Return the events that a call appends: TOKENS, ACTIONS, WEIGHTS and TIMESTAMPS. Raises RefusedError."""
     allowed = ("TOKENS", "ACTIONS", "WEIGHTS", "TIMESTAMPS")
     if unknown := [name for name in tensors if name not in allowed]:
-        raise wrong(f"inputs: {unknown[0]}: not taken here; allowed are {', '.join(allowed)}")
+        raise invalid(f"inputs: {unknown[0]}: not taken here; allowed are {', '.join(allowed)}")
     if "TOKENS" not in tensors:
-        raise wrong("inputs: TOKENS is missing: the items of the new events")
+        raise invalid("inputs: TOKENS is missing: the items of the new events")
     items = _column(tensors, "TOKENS", None, 0, bounds.catalogue.num_items - 1)
     total = len(items)
     if total > bounds.max_history:
-        raise wrong(f"TOKENS: {total} events; allowed are at most {bounds.max_history} in a call (serve.max_history)")
+        raise invalid(f"TOKENS: {total} events; allowed are at most {bounds.max_history} in a call (serve.max_history)")
     actions = _column(tensors, "ACTIONS", total, 0, (1 << bounds.catalogue.num_actions) - 1)
     return History(items, actions, _weights(tensors, total), _column(tensors, "TIMESTAMPS", total, 0, None))
 
@@ -139,10 +139,10 @@ def _request(user: int, history: History, candidates: Int64Array, time: int | No
 def _candidates(tensors: Mapping[str, Tensor], count: int, bounds: Bounds) -> list[int]:
     if bounds.task != "rank":
         if "NUM_CANDIDATES" in tensors and any(_numbers(tensors, "NUM_CANDIDATES", count, 0, None)):
-            raise wrong(f"NUM_CANDIDATES: task {bounds.task} takes no candidates; leave it out")
+            raise invalid(f"NUM_CANDIDATES: task {bounds.task} takes no candidates; leave it out")
         return [0] * count
     if "NUM_CANDIDATES" not in tensors:
-        raise wrong("inputs: NUM_CANDIDATES is missing: the number of candidates of each user")
+        raise invalid("inputs: NUM_CANDIDATES is missing: the number of candidates of each user")
     return _numbers(tensors, "NUM_CANDIDATES", count, 1, bounds.max_candidates)
 
 
@@ -163,14 +163,14 @@ def _column(tensors: Mapping[str, Tensor], name: str, length: int | None, low: i
         return np.zeros(length or 0, np.int64)
     values = _vector(tensors[name], name, length)
     if values.dtype.kind not in "iu":
-        raise wrong(f"{name}.datatype: allowed is INT64")
+        raise invalid(f"{name}.datatype: allowed is INT64")
     most = high if high is not None else MOST_NUMBER
     if low == 0 and len(values) and values.dtype == np.int64 and np.maximum.reduce(values.view(np.uint64)) <= most:
         return values  # as numbers without a sign, negative ones are the largest
     if len(values) and (int(values.min()) < low or int(values.max()) > most):
         i = int(values.argmin() if int(values.min()) < low else values.argmax())
         allowed = f">= {low}" if high is None else f"{low} to {high}"
-        raise wrong(f"{name}[{i}]={values[i]}: allowed is {allowed}")
+        raise invalid(f"{name}[{i}]={values[i]}: allowed is {allowed}")
     return values.astype(np.int64, copy=False)
 
 
@@ -187,14 +187,14 @@ def _weights(tensors: Mapping[str, Tensor], length: int) -> Float32Array:
         return weights
     if not (allowed := np.abs(weights) <= MOST_WEIGHT).all():  # False for NaN too
         i = int(allowed.argmin())
-        raise wrong(f"WEIGHTS[{i}]={values[i]}: allowed is -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}")
+        raise invalid(f"WEIGHTS[{i}]={values[i]}: allowed is -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}")
     return weights
 
 
 def _vector(values: Tensor, name: str, length: int | None) -> Tensor:
     if values.ndim != 1 or (length is not None and len(values) != length):
         allowed = "one dimension" if length is None else f"[{length}]"
-        raise wrong(f"{name}.shape={list(values.shape)}: allowed is {allowed}")
+        raise invalid(f"{name}.shape={list(values.shape)}: allowed is {allowed}")
     return values
 
 

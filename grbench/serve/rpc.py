@@ -23,10 +23,19 @@ from grbench import __version__
 from grbench.serve import describe
 from grbench.serve.connections import BEYOND_QUEUE
 from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
-from grbench.serve.errors import RefusedError, wrong
+from grbench.serve.errors import RefusedError, invalid
 from grbench.serve.keys import client_of
 from grbench.serve.options import bound
-from grbench.serve.protocol import NAMES, Call, Tensor, check_output, dtype_of, listed, raw, shape_of
+from grbench.serve.protocol import (
+    NAMES,
+    Call,
+    Tensor,
+    check_output,
+    dtype_of,
+    shape_of,
+    tensor_of_bytes,
+    tensor_of_list,
+)
 from grbench.serve.service import Service
 
 SERVICE = "inference.GRPCInferenceService"
@@ -217,19 +226,19 @@ def _tensors(request: Any) -> dict[str, Tensor]:
     """Return the inputs of a call, raw or as numbers. Raises RefusedError."""
     raws = list(request.raw_input_contents)
     if raws and len(raws) != len(request.inputs):
-        raise wrong(f"raw_input_contents: {len(raws)} for {len(request.inputs)} inputs; allowed is one for each")
+        raise invalid(f"raw_input_contents: {len(raws)} for {len(request.inputs)} inputs; allowed is one for each")
     tensors: dict[str, Tensor] = {}
     for i, one in enumerate(request.inputs):
         if one.name in tensors:
-            raise wrong(f"inputs[{i}].name={one.name}: it is there twice")
+            raise invalid(f"inputs[{i}].name={one.name}: it is there twice")
         dtype = dtype_of(one.datatype, one.name)
         shape = shape_of(list(one.shape), one.name)
         if raws:
-            tensors[one.name] = raw(raws[i], dtype, shape, one.name)
+            tensors[one.name] = tensor_of_bytes(raws[i], dtype, shape, one.name)
         elif (field := CONTENTS.get(one.datatype)) is None:
-            raise wrong(f"{one.name}.contents: {one.datatype} goes in raw_input_contents")
+            raise invalid(f"{one.name}.contents: {one.datatype} goes in raw_input_contents")
         else:
-            tensors[one.name] = listed(list(getattr(one.contents, field)), dtype, shape, one.name)
+            tensors[one.name] = tensor_of_list(list(getattr(one.contents, field)), dtype, shape, one.name)
     return tensors
 
 

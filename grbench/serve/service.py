@@ -11,19 +11,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from grbench.deployment import Deployment
-from grbench.execution.heap import leave_out, settle
+from grbench.execution.heap import give_back, leave_out, settle
 from grbench.gate.measured import tier_of
-from grbench.serve.controller import Answer, Begun, Controller, watch_times
+from grbench.serve.controller import Answer, Controller, Queued, watch_times
 from grbench.serve.describe import VERSION
-from grbench.serve.errors import RefusedError, wrong
+from grbench.serve.errors import RefusedError, invalid
 from grbench.serve.live_gate import LiveGate
 from grbench.serve.logs import Log
-from grbench.serve.metrics import Live, Metrics
+from grbench.serve.metrics import Metrics, StrategyFigures
 from grbench.serve.options import ServeConfig
-from grbench.serve.present import Present, bring_up
 from grbench.serve.protocol import (
-    OF_APPEND,
-    OF_CALL,
+    APPEND_PARAMETERS,
+    CALL_PARAMETERS,
     Call,
     Tensor,
     check_parameters,
@@ -32,12 +31,14 @@ from grbench.serve.protocol import (
     unknown_model,
 )
 from grbench.serve.requests import decode, encode, events_of
+from grbench.serve.serving_deployment import ServingDeployment, bring_up
 from grbench.serve.strategy import State
 
 if TYPE_CHECKING:
     from grbench.serve.traces import Traces
 
 KEPT_LATENCIES = 2048  # of the newest calls, for the page
+GIVE_BACK_S = 60.0  # between two times at which free memory is given back: each holds the threads up for milliseconds
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Service:
         self.figures = Figures()
         self.draining = False
         self.begun = time.time()
-        self.present: Present | None = None
+        self.present: ServingDeployment | None = None
         self._controllers: list[Controller] = []  # the present one, and those that finish what they hold
         self._reloading = asyncio.Lock()
         self._gate = LiveGate(config.gate_share, config.gate_load, self.metrics)
@@ -77,7 +78,8 @@ class Service:
             from grbench.serve import traces  # takes 0.1 s, and few servers have traces
 
             self.traces = traces.Traces(traces.sent_to(config.otlp_endpoint), config.trace_share)
-        self._watch = asyncio.get_running_loop().create_task(watch_times(self._controllers))
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(watch_times(self._controllers)), loop.create_task(_give_back_often())]
         self.metrics.watch(
             self._live, lambda: len(self.present.states) if self.present else 0, lambda: (self.model, VERSION)
         )
@@ -132,12 +134,13 @@ class Service:
         """Finish what is in flight within the limit, and release everything."""
         self.draining = True
         await asyncio.gather(*(self._end(controller, limit_s) for controller in list(self._controllers)))
-        self._watch.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._gate.close()
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
 
-    async def _bring_up(self, deployment: Deployment) -> Present:
+    async def _bring_up(self, deployment: Deployment) -> ServingDeployment:
         """Bring a deployment up, and look for its batches that take too long. Raises what `bring_up` raises."""
         new = await bring_up(deployment, self._source, self.config, self.metrics, self.log, self.present)
         self._controllers.append(new.controller)
@@ -158,11 +161,11 @@ class Service:
         """Answer a call. Returns tensors and parameters. begun: time.perf_counter. Raises RefusedError."""
         present = self.serving(model, version)
         controller = present.controller
-        check_parameters(call.parameters, OF_CALL)
+        check_parameters(call.parameters, CALL_PARAMETERS)
         limit_s = min(self._limit_s(call.parameters), call.limit_s)
         requests = decode(call.tensors, present.bounds, present.states, limit_s * 1e3, call.client)
         deadline = begun + limit_s
-        begun_all: list[Begun] = []  # before anything is awaited: a reload would put another controller in place
+        begun_all: list[Queued] = []  # before anything is awaited: a reload would put another controller in place
         try:
             for request in requests:
                 begun_all.append(controller.begin(request, deadline))
@@ -180,7 +183,7 @@ class Service:
             del parameters["cached_tokens"]
         return tensors, parameters
 
-    async def _finish(self, controller: Controller, begun: Begun) -> Answer:
+    async def _finish(self, controller: Controller, begun: Queued) -> Answer:
         """Return an answer, and count it. A request that replaced strategies gave back goes to the present ones once.
 
         Raises RefusedError.
@@ -198,14 +201,14 @@ class Service:
     def append(self, call: Call, model: str, version: str) -> dict[str, Any]:
         """Append events to a user's state. Raises RefusedError."""
         present = self.serving(model, version)
-        check_parameters(call.parameters, OF_APPEND)
-        user, known = (_whole(call.parameters, name) for name in OF_APPEND)
+        check_parameters(call.parameters, APPEND_PARAMETERS)
+        user, known = (_whole(call.parameters, name) for name in APPEND_PARAMETERS)
         events = events_of(call.tensors, present.bounds)
         now, repeated = present.states.append(user, known, events, call.client)
         self.metrics.events.inc(0 if repeated else len(events))
         return {"user_id": user, "version": now, "repeated": repeated}
 
-    def serving(self, model: str, version: str) -> Present:
+    def serving(self, model: str, version: str) -> ServingDeployment:
         """Return what serves a call that names this model and version. Raises RefusedError."""
         self._refuse_if_ending()
         if self.present is None:
@@ -255,11 +258,19 @@ class Service:
             figures.failed += 1
             figures.shed += status == 429
 
-    def _live(self) -> list[Live]:
+    def _live(self) -> list[StrategyFigures]:
         return [
-            Live(s.name, str(s.state), s.spec.engine.name, s.pending, s.batches, s.spent_s, s.checked.host_loops)
+            StrategyFigures(
+                s.name, str(s.state), s.spec.engine.name, s.pending, s.batches, s.spent_s, s.checked.host_loops
+            )
             for s in (self.present.controller.strategies if self.present else [])
         ]
+
+
+async def _give_back_often() -> None:
+    while True:
+        await asyncio.sleep(GIVE_BACK_S)
+        await asyncio.to_thread(give_back)
 
 
 def _limit_s(deployment: Deployment) -> float | None:
@@ -308,5 +319,5 @@ def _parameters(answers: list[Answer]) -> dict[str, Any]:
 def _whole(parameters: Mapping[str, Any], name: str) -> int:
     value = parameters.get(name)
     if type(value) is not int or not 0 <= value < 1 << 62:
-        raise wrong(f"parameters.{name}={value}: allowed is an integer >= 0")
+        raise invalid(f"parameters.{name}={value}: allowed is an integer >= 0")
     return value

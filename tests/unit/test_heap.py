@@ -6,6 +6,7 @@ import gc
 import platform
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from helpers.serving import TINY, serving
 from grbench import scenarios
 from grbench.execution import records
 from grbench.execution.heap import leave_out, settle
-from grbench.serve import server
+from grbench.serve import server, service
 
 
 @pytest.fixture(autouse=True)
@@ -75,12 +76,18 @@ def test_a_measurement_has_no_pause_for_what_was_alive_before(
     assert record.metrics["frozen"] > 100_000, "PyTorch's objects alone are more"
 
 
-def test_a_server_settles_before_it_is_ready_and_shares_its_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_settles_before_it_is_ready_shares_its_arena_and_gives_free_memory_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shared: list[int] = []
+    given_back = threading.Event()
     monkeypatch.setattr(server, "share_arena", lambda: shared.append(1))
+    monkeypatch.setattr(service, "give_back", given_back.set)
+    monkeypatch.setattr(service, "GIVE_BACK_S", 0.01)
     gc.unfreeze()
     with serving("engine=hstu", *TINY):
         assert gc.get_freeze_count() > 100_000 and len(shared) == 1
+        assert given_back.wait(20)
 
 
 ARENAS = """
@@ -110,3 +117,26 @@ def test_threads_share_an_arena() -> None:
         return done.stdout.count("<heap nr=")
 
     assert arenas("share") == 1 < arenas("as it is")
+
+
+FREED = """
+import ctypes, psutil
+from grbench.execution.heap import give_back
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+blocks = [libc.malloc(ctypes.c_size_t(50_000)) for _ in range(2000)]  # 100 MB, each below the size of a mapping
+for block in blocks:
+    ctypes.memset(block, 1, 50_000)
+for number, block in enumerate(blocks):
+    if number % 10:
+        libc.free(ctypes.c_void_p(block))
+before = psutil.Process().memory_info().rss
+give_back()
+print((before - psutil.Process().memory_info().rss) / 1e6)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that keeps them")
+def test_free_pages_between_used_ones_are_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 60, "of 90 MB"

@@ -30,12 +30,12 @@ from grbench.config.schema import ConfigError
 from grbench.serve import connections
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.errors import RefusedError
-from grbench.serve.exchange import Answer, Asked, ClientLeftError, Target
+from grbench.serve.exchange import ClientLeftError, HttpRequest, HttpResponse, Target
 from grbench.serve.http import Api
 from grbench.serve.logs import Log
-from grbench.serve.metrics import Live, Metrics
+from grbench.serve.metrics import Metrics, StrategyFigures
 from grbench.serve.options import parse
-from grbench.serve.protocol import DTYPES, listed, number_of, parse_call, raw, shape_of
+from grbench.serve.protocol import DTYPES, number_of, parse_call, shape_of, tensor_of_bytes, tensor_of_list
 from grbench.serve.requests import INPUTS, Bounds, decode, events_of
 from grbench.serve.rpc import Rpc, messages
 from grbench.serve.state import Histories, History
@@ -93,13 +93,13 @@ def test_random_calls_are_refused_in_one_line(call: Any, rest: bytes, binary: bo
 @settings(max_examples=300, deadline=None)
 def test_random_tensors_are_taken_as_they_are_or_refused(data: list[Any], kind: str, shape: Any, rest: bytes) -> None:
     for read in (
-        lambda sizes: listed(data, DTYPES[kind], sizes, "T"),
-        lambda sizes: raw(rest, DTYPES[kind], sizes, "T"),
+        lambda sizes: tensor_of_list(data, DTYPES[kind], sizes, "T"),
+        lambda sizes: tensor_of_bytes(rest, DTYPES[kind], sizes, "T"),
     ):
         try:
             sizes = shape_of(shape, "T")
             assert list(read(sizes).shape) == sizes
-            values = listed(data, DTYPES[kind], [len(data)], "T").tolist()
+            values = tensor_of_list(data, DTYPES[kind], [len(data)], "T").tolist()
         except RefusedError as e:
             assert "\n" not in str(e) and len(str(e)) < 1000
         else:
@@ -123,9 +123,9 @@ def test_random_tensors_are_taken_as_they_are_or_refused(data: list[Any], kind: 
 def test_numbers_keep_their_values_or_are_refused(kind: str, data: list[Any], found: Any) -> None:
     if isinstance(found, str):
         with pytest.raises(RefusedError, match=re.escape(found)):
-            listed(data, DTYPES[kind], [len(data)], "T")
+            tensor_of_list(data, DTYPES[kind], [len(data)], "T")
     else:
-        assert listed(data, DTYPES[kind], [len(data)], "T").tolist() == found
+        assert tensor_of_list(data, DTYPES[kind], [len(data)], "T").tolist() == found
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,11 @@ def test_a_log_that_cannot_be_written_fails_nothing() -> None:
 def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
     metrics = Metrics(None)
     spent = {"flight": 0.5, "compute": 0.25}
-    live = [Live("a", "ready", "hstu", 2, 5, spent, "C"), Live("b", "ready", "hstu", 1, 1, {}, "NumPy: a: b")]
-    live.append(Live("c", "ready", "vllm", 0, 0, {}))
+    live = [
+        StrategyFigures("a", "ready", "hstu", 2, 5, spent, "C"),
+        StrategyFigures("b", "ready", "hstu", 1, 1, {}, "NumPy: a: b"),
+    ]
+    live.append(StrategyFigures("c", "ready", "vllm", 0, 0, {}))
     metrics.watch(lambda: live, lambda: 0, lambda: ("m", "1"))
     metrics.ended(200, "b,a,b", 0.5, 0.25)
     metrics.ended(429, "", 0.001, 0.0)
@@ -327,14 +330,14 @@ class _Calls:
     def target(self, path: str) -> Target | None:
         return Target(self._answer, {"path": path}) if path.startswith("/v2") else None
 
-    async def _answer(self, asked: Asked) -> Answer:
+    async def _answer(self, asked: HttpRequest) -> HttpResponse:
         try:
             body = await asked.body(20, 0.1)
         except TimeoutError:
-            return Answer(408, b"late", {"connection": "close"})
+            return HttpResponse(408, b"late", {"connection": "close"})
         given = asked.headers.get("authorization", "") + asked.headers.get("x-grbench-last", "")
         found = asked.names["path"].encode() + b":" + body + given.encode()
-        return Answer(200, found, {"x-request-id": asked.headers["x-request-id"]})
+        return HttpResponse(200, found, {"x-request-id": asked.headers["x-request-id"]})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
@@ -445,13 +448,13 @@ class _Left(_Calls):
     def __init__(self) -> None:
         self.read: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
-    async def _answer(self, asked: Asked) -> Answer:
+    async def _answer(self, asked: HttpRequest) -> HttpResponse:
         await asyncio.sleep(0.1)
         try:
             self.read.set_result(await asked.body(20, 0.1))
         except ClientLeftError as e:
             self.read.set_exception(e)
-        return Answer(499)
+        return HttpResponse(499)
 
 
 def test_a_call_of_a_client_that_has_left_is_not_read() -> None:
@@ -467,7 +470,7 @@ def test_a_call_of_a_client_that_has_left_is_not_read() -> None:
 class _Slow(_Calls):
     """Answers later than headers may take in these tests."""
 
-    async def _answer(self, asked: Asked) -> Answer:
+    async def _answer(self, asked: HttpRequest) -> HttpResponse:
         await asyncio.sleep(0.2)
         return await super()._answer(asked)
 
@@ -603,7 +606,7 @@ def test_costs_follow_what_batches_take() -> None:
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     metrics = Metrics(0.08)
-    metrics.watch(lambda: [Live("a", "ready", "hstu", 0, 0, {})], lambda: 0, lambda: ("m", "1"))
+    metrics.watch(lambda: [StrategyFigures("a", "ready", "hstu", 0, 0, {})], lambda: 0, lambda: ("m", "1"))
     known = {family.name for family in metrics.registry.collect()}
     dashboard = json.loads((ROOT / "deployment" / "grafana" / "dashboard.json").read_text())
     asked = set(re.findall(r"grbench_\w+", str([t["expr"] for p in dashboard["panels"] for t in p["targets"]])))

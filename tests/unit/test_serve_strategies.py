@@ -27,9 +27,9 @@ from grbench.serve.live_gate import LiveGate
 from grbench.serve.logs import Log
 from grbench.serve.metrics import Metrics
 from grbench.serve.options import deployment_of, parse
-from grbench.serve.present import Present
 from grbench.serve.requests import Bounds
 from grbench.serve.service import Service
+from grbench.serve.serving_deployment import ServingDeployment
 from grbench.serve.state import Histories
 from grbench.serve.strategy import State, Strategy
 from grengines.api import Catalogue, Finished, RankResult, Request
@@ -451,7 +451,9 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Service:
         raise RuntimeError("it does not start")
 
     monkeypatch.setattr(Strategy, "start", start)
-    monkeypatch.setattr("grbench.serve.present.load_workload", lambda specs: (SimpleNamespace(catalogue=None), [None]))
+    monkeypatch.setattr(
+        "grbench.serve.serving_deployment.load_workload", lambda specs: (SimpleNamespace(catalogue=None), [None])
+    )
     deployment = deployment_of(None, ["engine=hstu"])
     config = parse(["serve.gate_share=0"])[0]
     return Service(deployment, None, config, Log(io.StringIO()), lambda: deployment)
@@ -461,7 +463,7 @@ def test_a_reload_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     async def work() -> None:
         served = service(monkeypatch)
         [spec] = served.deployment.specs("deployment").values()
-        served.present = before = Present(
+        served.present = before = ServingDeployment(
             controller(), spec, Bounds("rank", Catalogue(1, 1, 1), 1, 1, 1), Histories(1, 1)
         )
         with pytest.raises(RefusedError, match="it does not start; the deployment before it goes on"):

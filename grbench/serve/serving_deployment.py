@@ -23,7 +23,7 @@ from grengines.api import Retrieval
 
 
 @dataclass(frozen=True)
-class Present:
+class ServingDeployment:
     """A deployment that serves. spec: of its first strategy. states: they outlive a reload."""
 
     controller: Controller
@@ -33,8 +33,13 @@ class Present:
 
 
 async def bring_up(
-    deployment: Deployment, source: str | None, config: ServeConfig, metrics: Metrics, log: Log, before: Present | None
-) -> Present:
+    deployment: Deployment,
+    source: str | None,
+    config: ServeConfig,
+    metrics: Metrics,
+    log: Log,
+    before: ServingDeployment | None,
+) -> ServingDeployment:
     """Start every strategy, one after another. Raises RuntimeError if none serves, and then changes nothing.
 
     source: of the deployment, for messages. before: what served until now.
@@ -64,7 +69,7 @@ async def bring_up(
         await controller.close(0.0)
         raise RuntimeError("; ".join(failures or [f"strategy {s.name}: {s.why}" for s in strategies]))
     states = before.states if before is not None else Histories(config.state_users, longest)
-    return Present(controller, spec, bounds, states)
+    return ServingDeployment(controller, spec, bounds, states)
 
 
 async def _start(strategies: list[Strategy], log: Log) -> list[str]:
