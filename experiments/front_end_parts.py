@@ -43,9 +43,6 @@ class _Silent(asyncio.Transport):
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return ("127.0.0.1", 8000) if name in ("peername", "sockname") else default
 
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        pass
-
     def write(self, data: Any) -> None:
         pass
 

@@ -11,13 +11,15 @@ connection, every 20th appends events, and every 100th is refused, because its s
 With `--reload-every` the server also reads its deployment again so often, which should lose no call.
 
 A row for each `--every` seconds has the server's memory (`rss_mb`, of the process that listens), its threads, file
-descriptors and sockets, and the latencies of the window from the time at which a call was due. The last row has the
-growth of the memory: the slope of a line through the means of ten equal parts of the time, without the first fifth, in
+descriptors and sockets, and the latencies of the window from the time at which a call was due. `heap_mb` is what the
+server has allocated from the C library: the rest of `rss_mb` is code, Python's objects and free pages. The last row has
+the growth of both: the slope of a line through the means of ten equal parts of the time, without the first fifth, in
 which caches fill and allocators keep what they need. Its 95% interval is Student's, for ten values.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import urllib.request
@@ -88,6 +90,14 @@ def reload(url: str, every_s: float | None, ended: threading.Event) -> int:
     return count
 
 
+def heap_mb(url: str) -> float:
+    """Return what the server has allocated from the C library. Ends the program if it does not say so."""
+    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    if (found := re.search(r"^grbench_heap_bytes (\S+)", text, re.MULTILINE)) is None:
+        raise SystemExit("soak: the server has no grbench_heap_bytes, as where the C library is not glibc")
+    return float(found[1]) / MB
+
+
 def growth(seconds: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
     """Return the slope of values over time, in an hour, and half of its 95% interval. The first part is left out."""
     first = int(len(seconds) * WARM)
@@ -109,11 +119,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if (rows_asked := args.minutes * 60 / args.every) * (1 - WARM) < PARTS:
         parser.error(f"--every {args.every:g}: {rows_asked:.0f} rows; allowed is at least {PARTS / (1 - WARM):g}")
-    rows, calls = common.Rows(args, __file__, arguments), Calls(args.url, 30_000.0)
-    common.server_at(parser, args.url)
+    rows = common.Rows(args, __file__, arguments)
+    common.server_at(parser, args.url)  # before its model is asked for: one that starts has another name
+    calls = Calls(args.url, 30_000.0)
     server = psutil.Process(listener(urlsplit(args.url).port or 80))
     times: list[float] = []
     memory: list[float] = []
+    heap: list[float] = []
     latencies: list[float] = []
     counts: Counter[str] = Counter()
     ended = threading.Event()
@@ -140,20 +152,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 p50, p99 = np.percentile(window, [50, 99])
                 times.append(time.perf_counter() - begun)
                 memory.append(server.memory_info().rss / MB)
+                heap.append(heap_mb(args.url))
                 rows.add(
                     minute=times[-1] / 60, calls=number, lost=outcomes["lost"], refused=outcomes["refused"],
                     late=int((window > args.limit_ms).sum()), p50_ms=float(p50), p99_ms=float(p99), rss_mb=memory[-1],
+                    heap_mb=heap[-1],
                     threads=server.num_threads(), files=server.num_fds(), sockets=len(server.net_connections()),
                 )  # fmt: skip
         finally:
             ended.set()
-    slope, half = growth(times, memory)
+    (slope, half), (heap_slope, heap_half) = growth(times, memory), growth(times, heap)
     all_ms = np.array(latencies)
     rows.add(
         minute=times[-1] / 60, calls=number, lost=counts["lost"], refused=counts["refused"],
         late=int((all_ms > args.limit_ms).sum()), p50_ms=float(np.percentile(all_ms, 50)),
         p99_ms=float(np.percentile(all_ms, 99)), appended=counts["appended"], wrong=counts["wrong"],
         reloads=reloading.result(), growth_mb_per_h=slope, growth_half_interval=half,
+        heap_growth_mb_per_h=heap_slope, heap_growth_half_interval=heap_half,
     )  # fmt: skip
     rows.close()
 

@@ -17,6 +17,13 @@ import gc
 M_ARENA_MAX = -8  # of malloc.h
 
 
+class _Mallinfo2(ctypes.Structure):
+    """glibc's struct of this name: bytes and counts."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
 def share_arena() -> None:
     """Have all threads allocate from one arena. Call it before others start. Without glibc it does nothing."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
@@ -40,3 +47,12 @@ def give_back() -> None:
     """Give free pages back to the system. It takes some milliseconds, in which nothing can be allocated."""
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
+
+
+def in_use() -> int | None:
+    """Return the bytes that are allocated from glibc: the process's memory without free pages. None: not glibc."""
+    if (mallinfo := getattr(ctypes.CDLL(None), "mallinfo2", None)) is None:
+        return None
+    mallinfo.restype = _Mallinfo2
+    found = mallinfo()
+    return int(found.uordblks + found.hblkhd)

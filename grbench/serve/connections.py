@@ -33,8 +33,6 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if self.scheme == "http":  # TLS has a buffer of its own below
-            transport.set_write_buffer_limits(high=0)  # else uvloop sends after everything else that is due
         self._ends = self.loop.time() + HEADERS_S
         self._look()
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from grbench.execution.heap import in_use
+
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 STAGES = ("queue", "pack", "load", "compute", "post")
 
@@ -161,6 +163,10 @@ class _Live:
             "grbench_front_end_cpu_seconds", "Processor time of the event loop's thread, which this runs on",
             value=time.thread_time(),
         )  # fmt: skip
+        if (heap := in_use()) is not None:
+            yield GaugeMetricFamily(
+                "grbench_heap_bytes", "Allocated bytes of the C heap, without free pages", value=heap
+            )
         yield GaugeMetricFamily("grbench_state_users", "Users whose appended events are kept", value=self._users())
 
 

@@ -18,7 +18,7 @@ from helpers.serving import TINY, serving
 
 from grbench import scenarios
 from grbench.execution import records
-from grbench.execution.heap import leave_out, settle
+from grbench.execution.heap import in_use, leave_out, settle
 from grbench.serve import server, service
 
 
@@ -140,3 +140,12 @@ print((before - psutil.Process().memory_info().rss) / 1e6)
 def test_free_pages_between_used_ones_are_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
     assert float(done.stdout) > 60, "of 90 MB"
+
+
+@pytest.mark.skipif(in_use() is None, reason="it is glibc that counts them")
+def test_what_is_allocated_is_counted_and_what_is_freed_is_not() -> None:
+    before = in_use() or 0
+    block = bytearray(50_000_000)
+    assert 45e6 < (in_use() or 0) - before < 55e6
+    del block
+    assert abs((in_use() or 0) - before) < 5e6
