@@ -199,6 +199,17 @@ def test_visits_of_a_search_are_timed(program: Any, tmp_path: Path, capsys: Capt
     assert all(row["error"] <= row["allowed"] for row in rows)
 
 
+def test_the_hosts_part_of_searches_in_vllm_is_timed(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("vllm")
+    sizes = ["--history", "40", "--batch", "2", "--batches", "3", "--rounds", "1"]
+    rows = rows_of(program("host_time_vllm"), tmp_path, capsys, *sizes)
+    assert [row["case"] for row in rows] == ["new users", "the same users"]
+    for row in rows:
+        parts = [row[f"{part}_ms"] for part in ("prompt", "admit", "schedule", "launch", "update")]
+        assert min(parts) > 0 and sum(parts) < row["wall_ms"]
+        assert row["per_s"] == pytest.approx(2e3 / row["wall_ms"])
+
+
 def test_searches_of_a_decoder_are_timed_over_each_vocabulary(program: Any, tmp_path: Path, capsys: Capture) -> None:
     engine = ["engine=hf", "model=decoder_tiny", "model.vocabulary=null,500", "retrieval.beam_width=10"]
     sizes = ["--items", "200", "--codes", "8", "--history", "8", "--batches", "1", "2", "--rounds", "1"]
