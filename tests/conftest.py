@@ -25,6 +25,9 @@ gc.set_threshold(100_000, 50, 100)  # composing makes many objects: a fifth of i
 # Processes that tests start share the cores with the other worker. Those that fork must have no threads of OpenMP.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it prints a line at each fork; no fork calls gRPC
+# Inductor tries each kind of vector instructions in a program of its own, for seven seconds; /proc/cpuinfo has them.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")  # of the code that calls kernels
 
 # As in a shell's background and under nohup, and processes would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -60,31 +63,42 @@ SECONDS = "grbench/seconds"  # in pytest's cache folder: how long each test took
 # The files that take longest when nothing is kept of an earlier run.
 LONGEST = (
     "aoti",
-    "hstu_kernels",
     "tensorrt",
     "studies",
+    "hstu_kernels",
     "operators",
-    "runner",
     "vllm",
     "vllm_decoder",
-    "kv8_engine",
-    "tracking",
-    "planted_faults",
-    "export",
-    "cached_engine",
-    "onnxruntime",
-    "pages_and_beams",
-    "kv8",
-    "config",
-    "report",
+    "cluster",
     "tune",
     "cachesim",
-    "serve",
-    "notebook",
-    "kernelbench",
-    "parallel",
+    "config",
+    "fp8_projection",
+    "fp8_engine",
+    "report",
+    "runner",
     "structure",
+    "tracking",
+    "kv8",
+    "onnxruntime",
+    "cached_engine",
+    "export",
+    "kernelbench",
+    "fp8_attention",
+    "planted_faults",
     "wheel",
+    "compare",
+    "quality_commands",
+    "kv8_engine",
+    "pages_and_beams",
+    "tensor_parallel",
+    "serve",
+    "hf",
+    "notebook",
+    "cases",
+    "families",
+    "search",
+    "parallel",
     "serve_load",
 )
 
@@ -158,6 +172,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "vllm" if "/test_vllm" in nodeid else super()._split_scope(nodeid)
 
     return Files(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_once() -> Iterator[None]:
+    """Let engines with a cache measure the cost of computing with one batch, not with five: no test needs its mean."""
+    from grengines.hstu import cached
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cached, "RUNS", 1)
+        yield
 
 
 @pytest.fixture

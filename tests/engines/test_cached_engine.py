@@ -203,6 +203,7 @@ def test_what_is_loaded_balances_copying_and_computing() -> None:
 @torch.inference_mode()
 def test_the_cost_of_a_token_is_that_of_an_undisturbed_batch_or_is_withheld(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock is the tokens': 2 ms of fixed work and 10 us a token, and every other batch is disturbed."""
+    monkeypatch.setattr("grengines.hstu.cached.RUNS", 5)
     rounds = traffic(2, 2, longest=400)
     engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB), rounds)
     cached: CachedRanking = engine.user_cache

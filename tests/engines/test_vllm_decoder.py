@@ -264,7 +264,7 @@ def test_two_ranks_find_what_the_reference_finds(
         finally:
             engine.close()
 
-    done = forks.in_fork(work, tmp_path, timeout=240)  # the loss of a rank may end the whole process
+    done = forks.in_fork(work, tmp_path, timeout=60)  # the loss of a rank may end the whole process
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("rank 1 of engine.tensor_parallel=2 ended by SIGKILL"), done.stderr
 

@@ -7,11 +7,15 @@ import functools
 import os
 import pickle
 import shutil
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 from hydra._internal import defaults_list as lists
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig
 
 from grbench.config import composition
@@ -30,18 +34,34 @@ def load() -> None:
 
 
 def quicken() -> None:
-    """Let Hydra leave out a fifth of its work in this process, which changes no result.
+    """Let Hydra leave out a third of its work in this process, which changes no result.
 
-    It copies the schemas of all groups for each composition, and for each file with defaults it lists what is chosen so
-    far, also where no default refers to that.
+    It parses every file and copies the schemas of all groups for each composition, and for each file with defaults it
+    lists what is chosen so far, also where no default refers to that.
     """
     store, listed = ConfigStore.instance(), lists._create_interpolation_map
+    Plugins.instance()  # registers the sources
+    files: Any = SourcesRegistry.instance().resolve("file")
+    read = files.load_config
+    parsed: dict[Hashable, bytes] = {}
 
     def where_needed(overrides: Any, defaults_list: list[Any], self_added: bool) -> DictConfig:
         refers = any(not default.is_override() and default.is_interpolation() for default in defaults_list)
         return listed(overrides, defaults_list, self_added) if refers else DictConfig({})
 
+    def parsed_once(source: ConfigSource, config_path: str) -> ConfigResult:
+        file = Path(source.path, source._normalize_file_name(config_path))
+        try:
+            facts = file.stat()
+        except OSError:  # Hydra says what is wrong
+            return read(source, config_path)
+        key = (source.provider, source.path, file, facts.st_ino, facts.st_mtime_ns, facts.st_size)
+        if key not in parsed:
+            parsed[key] = pickle.dumps(read(source, config_path))
+        return pickle.loads(parsed[key])
+
     vars(store)["__deepcopy__"] = lambda memo: store
+    files.load_config = parsed_once
     lists._create_interpolation_map = where_needed
 
 

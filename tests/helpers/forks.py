@@ -131,6 +131,11 @@ def in_fork(work: Callable[[], object], folder: Path, timeout: float = 60) -> su
     process = Fork(work, out, errors=err)
     try:
         code = process.wait(timeout)
+    except subprocess.TimeoutExpired as e:
+        os.kill(process.pid, signal.SIGABRT)  # it prints where its threads are
+        process.wait(10)
+        e.add_note(err.read_text()[-4000:])
+        raise
     finally:
         process.kill()
     return subprocess.CompletedProcess(["fork"], code, out.read_text(), err.read_text())

@@ -33,11 +33,23 @@ CLOSE = 1e-4  # fp32 in another order of summation; a wrong key shows at 1e-2
 
 @contextlib.contextmanager
 def frozen_imports() -> Iterator[None]:
-    """Let vLLM neither freeze nor unfreeze objects.
+    """Let vLLM neither freeze nor unfreeze objects, and look for its kernels once.
 
-    It unfreezes all of them, and collects garbage eight times an engine: through what it imported, that takes 5 s.
+    It unfreezes all of them, and collects garbage eight times an engine: through what it imported, that takes 5 s. On a
+    CPU each engine looks through all that is imported for kernels to replace: the first has replaced them.
     """
     with pytest.MonkeyPatch.context() as patch:
+        with contextlib.suppress(ImportError):  # older ones replace nothing
+            from vllm.triton_utils import dispatcher
+
+            register, replaced = dispatcher.register_kernels, list[Any]()
+
+            def once(kernels: Any) -> None:
+                if kernels not in replaced:
+                    register(kernels)
+                    replaced.append(kernels)
+
+            patch.setattr(dispatcher, "register_kernels", once)
         patch.setattr(gc, "freeze", lambda: None)
         patch.setattr(gc, "unfreeze", lambda: None)
         yield

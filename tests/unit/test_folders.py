@@ -93,7 +93,7 @@ def test_a_command_that_opened_the_file_of_one_that_ended_holds_the_next_file(
 
 @pytest.mark.parametrize("words", [["-m", "seed=0,1"], ["tune", "engine=hstu", "budget=1cells"]])
 def test_a_sweep_and_a_search_are_refused_while_an_equal_one_runs(
-    grbench_here: Grbench, tmp_path: Path, words: list[str]
+    grbench_here: Grbench, forked_workers: None, tmp_path: Path, words: list[str]
 ) -> None:
     typed = [*words, f"runner.output_root={tmp_path}", "tracking=none"]
     with only_command(tmp_path, typed):
