@@ -200,8 +200,9 @@ class Cell:
 
     def _measure(self, engine: Engine, requests: Sequence[Request], answers: MeasuredAnswers) -> Measurement:
         self._begin("measure", MEASURING)
-        compiled = len(tuning.compiled())
-        measure.gpu_allocated_mib(self.outcome.actual["device"])  # the peak of the gate is past
+        compiled, device = len(tuning.compiled()), self.outcome.actual["device"]
+        measure.gpu_allocated_mib(device)  # the peak of the gate is past
+        allocations = measure.gpu_allocations(device)
         leave_out()
         with metered(self._device(), gpus=gpus_of(self.spec.engine)) as energy:
             measurement = scenarios.run_scenario(
@@ -216,8 +217,13 @@ class Cell:
                 watch=answers.watch,
             )
         measurement.metrics |= energy.metrics(len(measurement.samples["request_id"]))
-        if self.outcome.actual["device"] == "cuda":
+        if device == "cuda":
             measurement.metrics |= sample_gpu()
+        if more := measure.gpu_allocations(device) - allocations:
+            measurement.notes.append(
+                f"PyTorch asked the GPU {more} times for memory while latencies were taken, which made some longer; "
+                f"raise warmup_batches={self.spec.warmup_batches}"
+            )
         if late := tuning.compiled()[compiled:]:
             measurement.notes.append(
                 f"{len(late)} kernels were compiled while latencies were taken, which made some longer "

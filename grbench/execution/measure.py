@@ -179,6 +179,15 @@ def gpu_allocated_mib(device: str) -> float:
     return torch.cuda.memory_allocated() / 2**20
 
 
+def gpu_allocations(device: str) -> int:
+    """Return how often PyTorch asked the GPU for memory so far, because it had no free block that fits."""
+    if device != "cuda":
+        return 0
+    import torch
+
+    return int(torch.cuda.memory_stats().get("num_device_alloc", 0))
+
+
 def memory(device: str, gate_mib: float) -> dict[str, float]:
     """Return peak memory of this process in MiB: of the host since it began, of the GPU since `gpu_allocated_mib`.
 

@@ -469,6 +469,21 @@ def test_kernels_compiled_while_measuring_are_noted(tmp_path: Path, monkeypatch:
     assert note.startswith("1 kernels were compiled while latencies were taken") and "(layer_norm.triton)" in note
 
 
+@pytest.mark.parametrize("more", [0, 2])
+def test_memory_asked_of_the_gpu_while_measuring_is_noted(
+    more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grbench.config.compose import compose_spec
+    from grbench.execution import measure
+    from grbench.execution.cell import Cell
+
+    spec, outcome, asked = compose_spec(QUICK)[0], records.Outcome(), iter([3, 3 + more])
+    monkeypatch.setattr(measure, "gpu_allocations", lambda device: next(asked))
+    Cell(spec, tmp_path, outcome, lambda message: None).run()
+    found = [n for n in outcome.notes if n.startswith(f"PyTorch asked the GPU {more} times for memory")]
+    assert len(found) == bool(more) and not list(asked)
+
+
 def test_the_peak_of_the_gpu_leaves_the_gate_out(monkeypatch: pytest.MonkeyPatch) -> None:
     mib = 2**20
     peak = [900 * mib]  # of the gate's checks
