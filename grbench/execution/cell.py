@@ -28,6 +28,7 @@ from grbench.gate.base import Gate
 from grbench.gate.measured import MeasuredAnswers
 from grbench.scenarios import Measurement
 from grbench.scenarios.config import is_accuracy, issued
+from grbench.scenarios.growth import HopelessError
 from grbench.workloads.item_map import check_items
 from grbench.workloads.trace import Trace
 from grengines.api import Engine, Ranker, Request, Retrieval, Tier
@@ -74,7 +75,15 @@ class Cell:
                 self._make(requests)
                 self._warm_up(engine, requests)
                 answers = MeasuredAnswers(gate.form, self.spec.gate.measured, self.spec.seed)
-                measurement = self._measure(engine, requests, answers)
+                try:
+                    measurement = self._measure(engine, requests, answers)
+                except HopelessError as e:
+                    # The rest of the load generator's schedule, unanswered, is shorter than another start.
+                    if kept is not None and e.left_s < built.start_s:
+                        e.finish()
+                        kept.keep(self.spec, built)
+                        unless_kept.pop_all()
+                    raise
                 measurement.metrics |= measure.memory(self.outcome.actual["device"], built.gate_mib)
                 self._check_measured(gate, answers)
                 self._check_again(engine, gate)

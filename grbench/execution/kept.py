@@ -36,22 +36,24 @@ class Built:
 
 
 class KeptEngine:
-    """The engine of the cell before, if the worker waits for another cell."""
+    """The engine of the cell before, if the worker waits for another cell. fit: it is idle, and may be used again."""
 
     def __init__(self) -> None:
         self._key = ""
         self._built: Built | None = None
+        self.fit = False
 
     def of(self, spec: RunSpec, build: Callable[[], Built]) -> Built:
         """Return the kept engine if it is that of the cell, or a new one."""
+        self.fit = False
         if self._built is not None and self._key == engine_key(spec):
             return self._built
         self.close()
         return build()
 
     def keep(self, spec: RunSpec, built: Built) -> None:
-        """Keep the engine of a cell that has ended well."""
-        self._key, self._built = engine_key(spec), replace(built, cells=built.cells + 1)
+        """Keep the engine of a cell that has ended, and which is idle."""
+        self._key, self._built, self.fit = engine_key(spec), replace(built, cells=built.cells + 1), True
 
     def close(self) -> None:
         """Close the engine that is kept."""

@@ -66,6 +66,7 @@ class Outcome:
     intervals: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     code: str | None = None  # digest of the code that ran
+    waits: bool = False  # the worker has kept the engine, and waits for another cell
 
 
 @dataclass

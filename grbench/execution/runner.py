@@ -113,7 +113,7 @@ def _record(
         spec=spec.to_dict(),
         requested=_requested(spec),
         environment=environment,
-        **{name: value for name, value in vars(outcome).items() if name not in ("code", "notes")},
+        **{name: value for name, value in vars(outcome).items() if name not in ("code", "notes", "waits")},
         notes=notes,
         **known,
     )
@@ -202,7 +202,7 @@ def _work(
                 watch.see(event.get("stage"))
                 on_event(event)
         grace_s = 5.0
-        waits = kept is not None and outcome is not None and outcome.status is Status.OK
+        waits = outcome is not None and outcome.waits
     except TimeoutError:
         timed_out = True
     finally:

@@ -44,7 +44,7 @@ def main() -> None:
     threading.Thread(target=_end_with_launcher, args=[job["report_fd"]], daemon=True).start()
     if limit := job["memory_limit_bytes"]:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    kept, fine = KeptEngine() if job["keep"] else None, True
+    kept = KeptEngine() if job["keep"] else None
 
     def report(message: dict[str, Any]) -> None:
         channel.write(json.dumps(message) + "\n")
@@ -52,17 +52,17 @@ def main() -> None:
     with os.fdopen(job["jobs_fd"]) as jobs:
         while job is not None:
             faulthandler.dump_traceback_later(job["timeout_s"] + GRACE_S, exit=True)
-            fine = _measure(job, code, report, kept)
+            _measure(job, code, report, kept)
             faulthandler.cancel_dump_traceback_later()
-            job = _next_job(jobs) if kept is not None and fine else None
-    if kept is not None and fine:
+            job = _next_job(jobs) if kept is not None and kept.fit else None
+    if kept is not None and kept.fit:
         kept.close()
     channel.close()
     os._exit(0)  # a load generator's thread may be waiting for answers that will not come
 
 
-def _measure(job: dict[str, Any], code: str, report: Callable[[dict[str, Any]], None], kept: KeptEngine | None) -> bool:
-    """Measure one cell and report its outcome. Returns True if it is OK. code: the digest of this process's code."""
+def _measure(job: dict[str, Any], code: str, report: Callable[[dict[str, Any]], None], kept: KeptEngine | None) -> None:
+    """Measure one cell and report its outcome. code: the digest of this process's code."""
     outcome = Outcome(code=code)
     try:
         from grbench.execution.cell import Cell  # imports torch, which may take more memory than the limit
@@ -75,8 +75,8 @@ def _measure(job: dict[str, Any], code: str, report: Callable[[dict[str, Any]], 
             report({"again": str(e)})
         with contextlib.suppress(OSError):  # the log's disk may be full: the outcome is still reported
             traceback.print_exc()
+    outcome.waits = kept is not None and kept.fit
     report({"outcome": asdict(outcome)})
-    return outcome.status is Status.OK
 
 
 def _next_job(jobs: TextIO) -> dict[str, Any] | None:

@@ -114,6 +114,10 @@ class RequestLoop:
             thread.join(max(end - time.perf_counter(), 0.0))
         return not any(thread.is_alive() for thread in self._threads)
 
+    def waiting(self) -> list[Ticket]:
+        """Return the requests that wait after a failed loop has closed. None waits any more."""
+        return self._waiting.take(len(self._waiting), time.perf_counter())
+
     @property
     def most_passed(self) -> int:
         """Most younger requests that were taken before a request."""

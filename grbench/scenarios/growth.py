@@ -13,6 +13,7 @@ of them. What the test finds and misses in simulated queues is in tests/unit/tes
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -30,7 +31,15 @@ _ERROR = math.sqrt(PARTS * (PARTS - 1) * (2 * PARTS + 5) / 18)
 
 
 class HopelessError(Exception):
-    """The queue of a scenario grows without end."""
+    """The queue of a scenario grows without end.
+
+    left_s: seconds for which the load generator would go on. finish: waits for its end, without an answer of the
+    engine. Only then can the process measure another load.
+    """
+
+    def __init__(self, message: str, left_s: float, finish: Callable[[], object] = lambda: None) -> None:
+        super().__init__(message)
+        self.left_s, self.finish = left_s, finish
 
 
 class Growth:
@@ -69,5 +78,6 @@ class Growth:
             raise HopelessError(
                 f"the queue grew to {waiting} requests in {took_s:.1f} s, while answers came at {best:.3g} requests/s "
                 f"at best and {self._rate:.3g} arrived: the rate can't be kept, and latencies of a growing queue mean "
-                "nothing"
+                "nothing",
+                left_s,
             )

@@ -28,7 +28,7 @@ import numpy as np
 from grbench.execution.clock import ClockMovedError, WallClock
 from grbench.execution.stats import PERCENTILES, SAMPLES_NEEDED
 from grbench.scenarios.accuracy import AccuracyRun
-from grbench.scenarios.batcher import Driven, RequestAt, RequestLoop, Start, Ticket
+from grbench.scenarios.batcher import Batcher, Driven, RequestAt, RequestLoop, Start, Ticket
 from grbench.scenarios.config import (
     LoadGenConfig,
     MultiStreamConfig,
@@ -63,6 +63,7 @@ def run(
     settings = _settings(config, latency_limit_ms, seed)
     due = scheduled_s(settings.schedule_rng_seed, config.target_qps) if isinstance(config, ServerConfig) else None
     issued, origin = 0, math.inf
+    issuing, given_up = threading.Lock(), False
 
     def submit(samples: list[lg.QuerySample]) -> None:
         nonlocal issued, origin
@@ -79,7 +80,11 @@ def run(
 
     def issue(samples: list[lg.QuerySample]) -> None:
         try:
-            submit(samples)
+            with issuing:
+                if not given_up:
+                    submit(samples)
+                    return
+            lg.QuerySamplesComplete([lg.QuerySampleResponse(sample.id, 0, 0) for sample in samples])
         except BaseException as e:  # LoadGen calls this from C++, where it would end the process
             batcher.fail(e)
 
@@ -106,7 +111,23 @@ def run(
     _watch(batcher, clock, growth)
     if batcher.failure is None:
         loadgen.join()
-    batcher.close()
+
+    def finish() -> None:
+        nonlocal given_up
+        with issuing:
+            given_up = True
+            waiting = batcher.waiting()
+        lg.QuerySamplesComplete(_without_data(waiting))
+        loadgen.join()
+
+    try:
+        batcher.close()
+    except HopelessError as e:
+        if isinstance(batcher, Batcher):  # another one leaves requests in the engine
+            e.finish = finish
+        else:
+            e.left_s = math.inf
+        raise
     clock.check()
     if isinstance(config, ServerConfig):
         _check_schedule(folder / _DETAIL, settings.schedule_rng_seed, config.target_qps)

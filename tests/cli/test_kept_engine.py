@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +14,7 @@ from helpers.command import Grbench
 from grbench.config.compose import compose_spec
 from grbench.config.schema import RunnerConfig
 from grbench.execution import records, worker, workers
+from grbench.execution.cell import Cell
 from grbench.execution.environment import code_digest
 from grbench.execution.gpu import GpuUse
 from grbench.execution.kept import engine_key
@@ -150,3 +152,22 @@ def test_a_hopeless_rate_ends_early_without_a_latency(
     assert record.status is records.Status.STOPPED and "the queue grew to" in (record.error or "")
     assert not any(name.startswith(("latency", "throughput", "goodput")) for name in record.metrics)
     assert not record.intervals and not (folder / records.SAMPLES_FILE).exists()
+
+
+@pytest.mark.parametrize("start_s", [60.0, 0.0])
+def test_the_engine_of_a_stopped_probe_is_kept_if_its_start_takes_longer_than_the_rest_of_the_probe(
+    start_s: float, grbench_here: Grbench, forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Cell._build
+    monkeypatch.setattr(Cell, "_build", lambda *arguments: replace(build(*arguments), start_s=start_s))
+    monkeypatch.setitem(registry.ENGINES, "faulty", faulty_engine.SPEC)
+    words = [word for word in SMALL if word.partition("=")[0] not in DROPPED]
+    words += ["engine=faulty", "engine.delay_ms=10", "scenario=server", "scenario.max_batch=1", "latency_limit_ms=20"]
+    words += ["scenario.queries=3000", "scenario.stop_hopeless=true", "runner.keep_engine=true"]
+    done = grbench_here("-m", *words, "scenario.target_qps=1200,1300")
+    assert done.returncode == 1, done.stderr
+    found = {r.spec["scenario"]["target_qps"]: r for _, r in records.find(tmp_path)}
+    assert [r.status for r in found.values()] == 2 * [records.Status.STOPPED], done.stderr
+    assert found[1300].gate["passed"]  # of the same engine, once nothing of the first probe was left
+    assert ("step_s/start" in found[1300].metrics) is not bool(start_s)
+    assert "step_s/start" in found[1200].metrics
