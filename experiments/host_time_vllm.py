@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, default=12, help="of different users (default: %(default)s)")
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
-    more = ["kernel=cutlass", "engine.cuda_graphs=true", "engine.gpu_memory_utilization=0.6"]
+    more = ["kernel=cutlass", "engine.gpu_memory_utilization=0.6"]
     more = more if gpu else [*SMALL, "kernel=torch", "engine.kv_cache_gb=0.2"]
     search = ["retrieval.beam_width=1", "retrieval.k=1", f"model.max_positions={LEVELS * args.history}"]
     spec = common.specs_of(parser, [*DEFAULTS, *search, *more], args.overrides, multirun=False)[0]

@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 from grkernels.nearest import nearest
 
 TENSOR_PARALLEL = "processes that share the heads of each layer, each with a GPU of its own; a CPU only checks answers"
+GRAPHS = ("auto", "true", "false")  # engine.cuda_graphs
+WITH_GRAPHS = {"cuda_graphs": ("auto", "true"), "device": ("auto", "cuda")}  # where graphs are possible
 URLS = "http://HOST:PORT or https://HOST:PORT, such as http://127.0.0.1:8000"
 
 
@@ -163,16 +165,23 @@ class DeviceOptions:
 class GraphOptions(DeviceOptions):
     """Options of an engine that captures CUDA graphs."""
 
+    cuda_graphs: str = option("auto", "whether steps are captured", choices=GRAPHS)
+
+    def __post_init__(self) -> None:
+        self.cuda_graphs = str(self.cuda_graphs).lower()  # true and false come as booleans
+
+
+@dataclass
+class BucketOptions(GraphOptions):
+    """Options of an engine whose CUDA graphs have buckets of batches."""
+
     cuda_graphs: str = option(
         "auto",
         "graphs of batches, by sequences and total tokens; auto: those that are measured to pay, none on a CPU or with "
         "tensor_parallel",
-        choices=["auto", "true", "false"],
+        choices=GRAPHS,
     )
     graph_lengths: list[int] = option(
         [], "tokens of a sequence for which there are graphs; empty: those that the requests need", ge=16,
-        only_with={"cuda_graphs": ("auto", "true"), "device": ("auto", "cuda")},
+        only_with=WITH_GRAPHS,
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        self.cuda_graphs = str(self.cuda_graphs).lower()  # true and false come as booleans

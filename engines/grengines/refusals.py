@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
-from grengines.options import DeviceOptions, GraphOptions
+from grengines.options import GraphOptions
 from grkernels.families import AUTO
 
 
@@ -72,10 +72,9 @@ def heads_over_ranks(ranks: int, model: HSTUConfig | DecoderConfig) -> str | Non
     return None
 
 
-def graphs_on_cpu(options: DeviceOptions) -> str | None:
+def graphs_on_cpu(options: GraphOptions) -> str | None:
     """Return None, or why a CPU that is asked for can't have the CUDA graphs that are."""
-    asked = getattr(options, "cuda_graphs", False)
-    if options.device == "cpu" and asked == ("true" if isinstance(options, GraphOptions) else True):
+    if options.device == "cpu" and options.cuda_graphs == "true":
         return (
             "engine.cuda_graphs=true and engine.device=cpu: a CPU has no CUDA graphs; set engine.cuda_graphs=false, or "
             "engine.device=cuda"

@@ -476,6 +476,26 @@ def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
 
 
 @pytest.mark.gpu
+def test_a_gpu_has_graphs_by_default() -> None:
+    """A batch of prompts of median length finds a captured step, and pages and graphs stay within vLLM's share."""
+    before = torch.cuda.mem_get_info()[0]
+    engine = gpu_engine("auto", precision="bf16")
+    try:
+        actual, (free, total) = engine.actual(), torch.cuda.mem_get_info()
+        assert actual["cuda_graphs"] == "FULL" and "graph_choice" not in actual
+        median = float(np.median([3 * len(r.history_items) for r in GPU_REQUESTS]))
+        assert actual["graph_tokens"][-1] >= min(4 * median, actual["max_num_batched_tokens"])
+        assert before - free <= 0.35 * total  # 0.3 and the graphs of the levels
+        retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
+        reference = HSTUReference(GPU_MODEL, 3, retrieval, "cuda")
+        expect_near(
+            engine.generate(GPU_REQUESTS), reference.search(GPU_REQUESTS), reference, allowed(reference, "bf16")
+        )
+    finally:
+        engine.close()
+
+
+@pytest.mark.gpu
 def test_close_gives_gpu_memory_back() -> None:
     """The first engine leaves a CUDA context, kernels and workspaces; a second leaves little, and a third nothing."""
     free = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grengines.cache.config import stored
-from grengines.options import GraphOptions, option
+from grengines.options import BucketOptions, option
 from grengines.refusals import Asked, graphs_on_cpu
 from grkernels.families import AUTO
 
@@ -13,7 +13,7 @@ VARIANTS = ("torch", "triton")  # kernel variants that can be part of a package
 
 
 @dataclass
-class AOTIEngineConfig(GraphOptions):
+class AOTIEngineConfig(BucketOptions):
     """HSTU compiled ahead of time, with the kernel variants `torch` and `triton` of the `kernel` group."""
 
     name: str = option("aoti", "name of the engine")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.models.hstu.config import HSTUConfig
-from grengines.options import TENSOR_PARALLEL, GraphOptions, option
+from grengines.options import TENSOR_PARALLEL, BucketOptions, option
 from grengines.refusals import Asked, attention_of_ranking, graphs_on_cpu, heads_over_ranks
 
 FP8_STEP = 16  # as grkernels.fp8.STEP
@@ -14,7 +14,7 @@ ROW_STEP = 8  # numbers of half precision in a piece of grkernels.parts
 
 
 @dataclass
-class HSTUEngineConfig(GraphOptions):
+class HSTUEngineConfig(BucketOptions):
     """The native engine: HSTU in PyTorch with the kernel variants that the `kernel` group names."""
 
     name: str = option("hstu", "name of the engine")

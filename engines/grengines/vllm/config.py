@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grengines.models.hstu.config import HSTUConfig
-from grengines.options import TENSOR_PARALLEL, DeviceOptions, option
+from grengines.options import GRAPHS, TENSOR_PARALLEL, WITH_GRAPHS, GraphOptions, option
 from grengines.refusals import Asked, attention_of_ranking, graphs_on_cpu, heads_over_ranks
 
 
 @dataclass
-class VLLMEngineConfig(DeviceOptions):
+class VLLMEngineConfig(GraphOptions):
     """vLLM's scheduler, paged cache and prefix caching over HSTU or a decoder; in the worker's own process."""
 
     name: str = option("vllm", "name of the engine")
@@ -36,13 +36,16 @@ class VLLMEngineConfig(DeviceOptions):
     )
     prefix_caching: bool = option(True, "find the pages of a prompt that earlier requests began with")
     chunked_prefill: bool = option(True, "read a prompt in several steps if one has no room for it")
-    cuda_graphs: bool = option(
-        False,
-        "on cuda: capture steps of prompts, and all levels of a search; HSTU attention needs triton or cutlass for it",
+    cuda_graphs: str = option(
+        "auto",
+        "graphs of steps of prompts, and of all levels of a search; auto: on cuda with one rank, where the kernels can "
+        "be captured (hstu_attention: triton or cutlass)",
+        choices=GRAPHS,
     )
     graph_tokens: list[int] = option(
-        [], "sizes of steps to capture, in tokens; empty: 16 to 2048", ge=1, only_with={"cuda_graphs": ()}
-    )
+        [], "sizes of steps to capture, in tokens; empty: 16 to 2048, and with HSTU up to 8192 for a batch of prompts "
+        "of median length, as the memory allows", ge=1, only_with=WITH_GRAPHS,
+    )  # fmt: skip
 
 
 def contradiction(options: VLLMEngineConfig, asked: Asked) -> str | None:
@@ -65,6 +68,6 @@ def _over_ranks(options: VLLMEngineConfig, asked: Asked) -> str | None:
     over = f"engine.tensor_parallel={options.tensor_parallel}"
     if isinstance(asked.model, HSTUConfig):
         return f"{over} and model={asked.model.name}: engine vllm shares decoders only; set engine=hstu for this model"
-    if options.cuda_graphs:
+    if options.cuda_graphs == "true":
         return f"engine.cuda_graphs=true and {over}: ranks launch kernels one by one; set engine.cuda_graphs=false"
     return heads_over_ranks(options.tensor_parallel, asked.model)

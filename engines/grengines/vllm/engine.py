@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from grengines.runtime.device import Placement
 from grengines.runtime.team import Alone, Team
 from grengines.semantic.ids import prompt_of
 from grengines.semantic.trie import Trie
-from grengines.vllm import ranks
+from grengines.vllm import graphs, ranks
 from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.folder import ModelFolder
 from grengines.vllm.levels import Levels
@@ -30,12 +31,8 @@ if TYPE_CHECKING:
     from grengines.vllm.core import VLLMCore
     from grengines.vllm.searches import Searches
 
-# Default sizes of captured steps, in tokens of prompts. No longer ones: while it measures memory, vLLM 0.25 takes as
-# many pages as the largest of these has tokens.
-GRAPH_TOKENS = [16, 32, 64, 128, 192, 256, 320, 384, 512, 576, 768, 1024, 1280, 1536, 2048]
 STEP_TOKENS = 8192  # most tokens of a step by default, at least
 LONGEST_STEP = 32768  # most tokens of a step by default, at most
-CAPTURED = ("triton", "cutlass")  # variants of hstu_attention whose launches do not depend on the lengths of a step
 DECODER_FAMILIES = ("paged_write", "beam_attention")  # a decoder's other kernels are vLLM's
 
 
@@ -49,14 +46,19 @@ class VLLMEngine(GeneratingEngine):
     name = "vllm"
 
     def __init__(self, options: VLLMEngineConfig, setup: Setup) -> None:
-        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs)
+        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
         self._options, model, kernels = options, setup.model, setup.kernels
         if not isinstance(model, HSTUConfig):
             kernels = {family: kernels[family] for family in DECODER_FAMILIES}
-        self._kernels = kernel_choice.choose(
-            kernels, model, self._device.type, self._precision, page=options.block_size, captured=options.cuda_graphs
+        self._graphs = graphs.choose(
+            options,
+            self._device.type,
+            lambda captured: kernel_choice.choose(
+                kernels, model, self._device.type, self._precision, page=options.block_size, captured=captured
+            ),
         )
-        self._longest_prompt = 0
+        self._kernels = self._graphs.kernels
+        self._longest_prompt = self._median_prompt = 0  # tokens
         self.team: Team | Alone = Alone(self._device)
         self.core: VLLMCore | None = None
         self.folder: ModelFolder | None = None
@@ -67,7 +69,8 @@ class VLLMEngine(GeneratingEngine):
         from grengines.vllm.core import VLLMCore
         from grengines.vllm.searches import Searches
 
-        self._longest_prompt = max(len(self._prompt(r)) for r in sample)
+        lengths = [len(self._prompt(r)) for r in sample]
+        self._longest_prompt, self._median_prompt = max(lengths), int(median(lengths))
         beams = 0 if isinstance(self._model_config, HSTUConfig) else self._beam_tokens()
         limit = self._longest_prompt + beams
         self._check_options(limit)
@@ -173,7 +176,7 @@ class VLLMEngine(GeneratingEngine):
             "block_size": options.block_size,
             "enable_prefix_caching": options.prefix_caching,
             "enable_chunked_prefill": options.chunked_prefill,
-            "enforce_eager": not options.cuda_graphs,
+            "enforce_eager": not self._graphs.captured,
             "async_scheduling": options.async_scheduling and options.tensor_parallel == 1,
             "disable_log_stats": True,
             "gpu_memory_utilization": options.gpu_memory_utilization,
@@ -183,10 +186,10 @@ class VLLMEngine(GeneratingEngine):
             arguments["num_gpu_blocks_override"] = options.kv_blocks
         if not self._cuda:
             arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gb * 1e9)
-        if options.cuda_graphs:
+        if self._graphs.captured:
             arguments["compilation_config"] = {
-                "cudagraph_mode": "FULL" if self._captured() else "PIECEWISE",
-                "cudagraph_capture_sizes": sorted(options.graph_tokens) or GRAPH_TOKENS,
+                "cudagraph_mode": "FULL" if self._graphs.whole else "PIECEWISE",
+                "cudagraph_capture_sizes": sorted(options.graph_tokens) or self._step_sizes(tokens, max_batch),
             }
         return arguments
 
@@ -195,6 +198,7 @@ class VLLMEngine(GeneratingEngine):
             "beams": "in the step that ends the prompt",
             "timer": "perf_counter; vLLM waits for the device every step",
             "kernel_choice": self._kernels.passed_over,
+            **({"graph_choice": self._graphs.why_not} if self._graphs.why_not else {}),
             **(self.core.describe() if self.core is not None else {}),
             **self.team.actual(),
             **self._whole_model(),
@@ -261,9 +265,17 @@ class VLLMEngine(GeneratingEngine):
         """Return the pages that a search needs. vLLM keeps one for itself."""
         return -(-tokens // self._options.block_size) + 1
 
-    def _captured(self) -> bool:
-        """Return whether attention can be captured. A decoder's always can."""
-        return self._kernels.variants.get("hstu_attention", CAPTURED[0]) in CAPTURED
+    def _step_sizes(self, tokens: int, max_batch: int) -> list[int]:
+        """Return the sizes of steps to capture. tokens: most of a step.
+
+        A decoder's long prompts are not captured: outside graphs FlashAttention reads them.
+        """
+        model = self._model_config
+        heads, dim = (model.heads, model.qk_dim) if isinstance(model, HSTUConfig) else (model.kv_heads, model.head_dim)
+        page = self._options.block_size * model.layers * heads * 2 * dim * self._dtype.itemsize
+        memory = self._options.gpu_memory_utilization * torch.cuda.get_device_properties(self._device).total_memory
+        batch = max_batch * self._median_prompt if isinstance(model, HSTUConfig) else 0
+        return graphs.step_sizes(batch, min(tokens, graphs.profiled_pages(page, memory)))
 
     def _beam_tokens(self) -> int:
         """Return the most codes that a search encodes: of all levels but the last."""
@@ -274,7 +286,7 @@ class VLLMEngine(GeneratingEngine):
         """Return what runs the levels after a prompt, with CUDA graphs for as many searches as end in a step."""
         trie = Trie.of(self._retrieval.ids).on(self._device)
         levels = Levels(core.model, trie, width=self._retrieval.beam_width, k=self._retrieval.k)
-        if self._options.cuda_graphs and self._captured():
+        if self._graphs.captured and self._graphs.whole:
             last = torch.zeros(1, self._model_config.embedding_dim, dtype=self._dtype, device=self._device)
             table = torch.zeros(1, -(-limit // self._options.block_size), dtype=torch.int32, device=self._device)
             lengths = torch.zeros(1, dtype=torch.int64, device=self._device)
