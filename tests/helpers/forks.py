@@ -103,6 +103,7 @@ def _become(work: Callable[[], object], output: Path, errors: Path | None, fds: 
         # A fork of a fork drops these files: that must not close what they stand for.
         sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, "w" if fd else "r", 1, closefd=False) for fd in range(3))
         faulthandler.enable(sys.stderr)
+        faulthandler.register(signal.SIGUSR1, sys.stderr)  # the stacks of all threads
         for number in ENDING:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         for logger in (logging.root, *logging.root.manager.loggerDict.values()):
@@ -132,9 +133,9 @@ def in_fork(work: Callable[[], object], folder: Path, timeout: float = 60) -> su
     try:
         code = process.wait(timeout)
     except subprocess.TimeoutExpired as e:
-        os.kill(process.pid, signal.SIGABRT)  # it prints where its threads are
-        process.wait(10)
-        e.add_note(err.read_text()[-4000:])
+        os.killpg(process.pid, signal.SIGUSR1)  # it and its forks print where their threads are
+        time.sleep(1.0)
+        e.add_note(err.read_text()[-8000:])
         raise
     finally:
         process.kill()
