@@ -79,8 +79,7 @@ class Cell:
                     measurement = self._measure(engine, requests, answers)
                 except HopelessError as e:
                     # The rest of the load generator's schedule, unanswered, is shorter than another start.
-                    if kept is not None and e.left_s < built.start_s:
-                        e.finish()
+                    if kept is not None and e.left_s < built.start_s and e.finish(e.left_s + built.start_s):
                         kept.keep(self.spec, built)
                         unless_kept.pop_all()
                     raise

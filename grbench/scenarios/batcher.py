@@ -49,7 +49,8 @@ class RequestLoop:
 
     `watch` and then `answered` are called on one of the threads at a time, with requests that ended together: a client
     that sends its next request upon an answer does not wait for the check within that request. If the engine or one of
-    them raises, `failure` holds the exception, `stopped` is set and no further batch begins. key: which requests go
+    them raises, `failure` holds the exception, `stopped` is set and no further batch begins. `later` holds one that a
+    batch under way raises after that. key: which requests go
     together (grbench.scenarios.waiting); None: they go in order of arrival. wanted: is asked about the requests that
     are taken next, on one of the threads; those that it leaves out of both its lists are not answered.
     """
@@ -64,6 +65,7 @@ class RequestLoop:
         wanted: Wanted = all_wanted,
     ) -> None:
         self.failure: BaseException | None = None
+        self.later: BaseException | None = None
         self.stopped = threading.Event()
         self.tokens = 0
         self.padded_tokens = 0
@@ -93,7 +95,10 @@ class RequestLoop:
     def fail(self, error: BaseException) -> None:
         """Begin no further batch, because a thread of the scenario has raised."""
         with self._changed:
-            self.failure = self.failure or error
+            if self.failure is None:
+                self.failure = error
+            else:
+                self.later = self.later or error
             self._changed.notify_all()
         self.stopped.set()
 

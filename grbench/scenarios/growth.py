@@ -33,11 +33,11 @@ _ERROR = math.sqrt(PARTS * (PARTS - 1) * (2 * PARTS + 5) / 18)
 class HopelessError(Exception):
     """The queue of a scenario grows without end.
 
-    left_s: seconds for which the load generator would go on. finish: waits for its end, without an answer of the
-    engine. Only then can the process measure another load.
+    left_s: seconds for which the load generator goes on. finish: waits for its end, at most `limit_s` seconds, without an
+    answer of the engine. Returns whether it has ended, so that the process can measure another load.
     """
 
-    def __init__(self, message: str, left_s: float, finish: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, message: str, left_s: float, finish: Callable[[float], bool] = lambda limit_s: False) -> None:
         super().__init__(message)
         self.left_s, self.finish = left_s, finish
 

@@ -112,21 +112,22 @@ def run(
     if batcher.failure is None:
         loadgen.join()
 
-    def finish() -> None:
+    def finish(limit_s: float) -> bool:
         nonlocal given_up
         with issuing:
             given_up = True
             waiting = batcher.waiting()
         lg.QuerySamplesComplete(_without_data(waiting))
-        loadgen.join()
+        loadgen.join(limit_s)
+        return not loadgen.is_alive()
 
     try:
         batcher.close()
     except HopelessError as e:
+        if batcher.later is not None:  # the engine's own error says more
+            raise batcher.later from e
         if isinstance(batcher, Batcher):  # another one leaves requests in the engine
             e.finish = finish
-        else:
-            e.left_s = math.inf
         raise
     clock.check()
     if isinstance(config, ServerConfig):

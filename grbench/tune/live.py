@@ -191,8 +191,7 @@ class LiveEvaluator:
                         self._again.append(self._overheads[-1])
         if any(not kept for *_, kept in found):
             warm = zip(new, found, strict=True)
-            idle = (Status.OK, Status.STOPPED)  # what a probe leaves behind that was stopped early is short
-            self._warm = {k[0] for k, (_, r, kept) in warm if r.status in idle and not kept and self._shares(k[1])}
+            self._warm = {key[0] for key, (_, record, kept) in warm if record.ok and not kept and self._shares(key[1])}
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         if self._loss_unknown(configuration):  # for now: the default configuration may still be measured

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
-from helpers import faulty_engine
+from helpers import faulty_engine, forks
 from helpers.command import Grbench
 
+from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.config.schema import RunnerConfig
 from grbench.execution import records, worker, workers
@@ -19,7 +23,12 @@ from grbench.execution.environment import code_digest
 from grbench.execution.gpu import GpuUse
 from grbench.execution.kept import engine_key
 from grbench.execution.workers import KeptWorker, Worker
+from grbench.scenarios import loadgen
+from grbench.scenarios.batcher import Answered, Batcher
+from grbench.scenarios.config import ServerConfig
+from grbench.scenarios.growth import HopelessError
 from grengines import registry
+from grengines.api import RankResult, Request
 
 SMALL = (
     *("engine=hstu", "kernel=torch", "engine.cpu_threads=1", "cache=lru", "cache.memory_gb=0.0012"),
@@ -152,6 +161,36 @@ def test_a_hopeless_rate_ends_early_without_a_latency(
     assert record.status is records.Status.STOPPED and "the queue grew to" in (record.error or "")
     assert not any(name.startswith(("latency", "throughput", "goodput")) for name in record.metrics)
     assert not record.intervals and not (folder / records.SAMPLES_FILE).exists()
+
+
+def test_an_engine_that_fails_while_a_probe_is_stopped_is_not_kept_and_its_error_is_reported(tmp_path: Path) -> None:
+    words = ["scenario=server", "scenario.target_qps=1000", "scenario.queries=3000", "scenario.stop_hopeless=true"]
+    spec, _ = compose_spec([*(w for w in SMALL if w.partition("=")[0] not in DROPPED), "engine=hstu", *words])
+    requests, loops = workloads.build(spec.workload, 0, 20.0).requests, list[Batcher]()
+
+    def answer(requests: Sequence[Request]) -> RankResult:
+        time.sleep(0.01)
+        if loops[0].failure is not None:
+            raise RuntimeError("the device is lost")
+        return RankResult(
+            scores=len(requests) * [np.zeros((1, 1), np.float32)],
+            **dict.fromkeys(("batch_ms", "transfer_ms", "compute_ms"), 0.0),
+            **dict.fromkeys(("tokens", "padded_tokens"), 1),
+        )
+
+    def start(answered: Answered) -> Batcher:
+        loops.append(Batcher(answer, 1, 0.0, answered))
+        return loops[0]
+
+    assert isinstance(spec.scenario, ServerConfig)
+
+    def work() -> None:
+        with pytest.raises(RuntimeError, match="the device is lost") as caught:
+            loadgen.run(spec.scenario, start, lambda k: requests[k % len(requests)], 20.0, 0, tmp_path)
+        assert isinstance(caught.value.__cause__, HopelessError)
+
+    done = forks.in_fork(work, tmp_path)  # LoadGen goes on in its process
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("start_s", [60.0, 0.0])
