@@ -21,6 +21,7 @@ CONFIDENCE = 0.95
 SHORTEST_S = 1.0  # a rate or an energy over less time is mostly chance
 LEAST_BATCHES = 10  # for the interval of a rate
 WAIT_ALIKE = "because requests near each other in time wait alike"  # in each note of a lack of independent samples
+WORTH = "_worth"  # ends the name of a metric: how many independent samples a percentile is worth
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 # A tail percentile of a few samples is their maximum under another name. Ten independent samples must lie above it.
 SAMPLES_NEEDED = {99.0: 1000, 99.9: 10_000}
@@ -41,7 +42,8 @@ def latency_summary(
     """Return the mean and percentiles of `latencies_ms` ([samples], milliseconds): `<prefix>/mean`, `<prefix>/p50`, ...
 
     arrivals_s: [samples] arrival times in seconds. Requests that arrive together count as one sample, and intervals go
-    by `independent_samples`. None: the samples are independent.
+    by `independent_samples`, which is a metric of each percentile: `<prefix>/p99_worth`. None: the samples are
+    independent.
 
     p99 needs 1000 samples and p99.9 needs 10000. With fewer the percentile is left out, and a note says so.
     Each percentile has the interval of `percentile_interval`. The mean has none, because none holds for every
@@ -63,6 +65,8 @@ def latency_summary(
             continue
         summary.metrics[name] = float(values[_rank(count, percent)])
         worth = count if arrivals_s is None else independent_samples(latencies, groups, percent)
+        if arrivals_s is not None:
+            summary.metrics[f"{name}{WORTH}"] = float(worth)
         if ranks := _interval_ranks(count, percent, worth):
             low, high = ranks
             summary.intervals[name] = [float(values[low]), float(values[high])]

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from grbench.tune import rates
 from grbench.tune.knowledge import BOTTOM, Knowledge
 from grbench.tune.limits import Limit, Verdict, judge
-from grbench.tune.outcome import Configuration, Evaluator, Outcome, Probe, Wanted
+from grbench.tune.outcome import Evaluator, Outcome, Probe, Wanted
 from grbench.tune.trial import LONGER, Goal, Progress, Trial, quiet
+from grbench.tune.worth import requests_needed
 
-CERTIFIED = 10_000  # requests of a run that certifies
+CERTIFIED = 10_000  # requests of a run that certifies, at least
+MARGIN = 2  # times the requests that are needed: what a short probe is worth is much by chance
 SHARE = 0.6  # of the budget, at most, if there is room for a run that fails, too
 MOST = 0.75  # of the budget that is reserved, at most
 NEAR = rates.steps(1.2)  # below the best, within which the second may become the best again
@@ -29,7 +31,7 @@ class Certificate:
     trial: Trial
     step: int
     outcomes: list[Outcome]
-    failures: list[str]  # better ones that did not
+    failures: list[str]  # better ones that did not, or that the budget had no room for
 
     @property
     def requests(self) -> int:
@@ -48,47 +50,59 @@ def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
     The second may become the best again, so that there is room for it, too, if it is near.
     Returns 0 if it would leave too little of the budget for the search: the answer then says what is missing.
     """
-    best = [(trial.configuration, trial.low) for trial in knowledge.ranking()[:2] if trial.low is not None]
-    if not best or not knowledge.goal.runs or knowledge.concluded:
+    best = [(trial, trial.low) for trial in knowledge.ranking()[:2] if trial.low is not None]
+    goal = knowledge.goal
+    if not best or not goal.runs or knowledge.concluded:
         return 0.0
-    near = [(configuration, step) for configuration, step in best if step > best[0][1] - NEAR]
-    runs = [certifying(knowledge.goal, configuration, rates.rate_of(step)) for configuration, step in near]
-    once, failed = (max(evaluator.share(its[:count]) for its in runs) for count in (len(runs[0]), 1))
-    if failed + once <= min(SHARE, evaluator.left() + ROUNDING):
-        return failed + once
-    return once if once <= MOST else 0.0
+    plans = [plan(goal, evaluator, trial) for trial, step in best if step > best[0][1] - NEAR]
+    if not (runs := [its for its in plans if its]):
+        return 0.0
+    once, failed = (max(evaluator.share(its[:count]) for its in runs) for count in (goal.runs, 1))
+    return failed + once if failed + once <= min(SHARE, evaluator.left() + ROUNDING) else once
+
+
+def plan(goal: Goal, evaluator: Evaluator, trial: Trial) -> list[Wanted]:
+    """Return the runs that will certify the best rate of a trial, or a lower one of which they are `SHARE` at most.
+
+    Returns none if even those of the lowest rates would be more than `MOST`.
+    """
+    if (first := _first_step(goal, trial)) is None:
+        return []
+    found = (_with_room(goal, evaluator, trial, first, share) for share in (SHARE, MOST))
+    step = next((step for step in found if step is not None), None)
+    return [] if step is None else certifying(goal, trial, step)
 
 
 def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = quiet) -> Certificate | None:
-    """Measure the best again with other seeds and 10,000 requests; then the next best until one passes.
+    """Measure the best again with other seeds and as many requests as prove it; then the next best until one passes.
 
-    One that the budget has no room for is passed over. Returns None if nothing keeps the limits, or if the budget has
-    room for none; `knowledge.uncertified` then says why.
+    Where the budget has no room for that, the highest lower rate for which it has is next. Returns None if nothing
+    keeps the limits, or if the budget has room for none; `knowledge.uncertified` then says why.
     """
     goal = knowledge.goal
     failures: list[str] = []
     missing = ""  # what the budget lacks, of the first that it has no room for
-    falls: dict[int, float] = {}  # steps by which each trial was lowered last
-    last = STEPS  # by which the last try is lowered further
+    falls: dict[int, int] = {}  # steps by which each trial was lowered last
+    beyond = False  # a figure was beyond its limit
     steps = {id(trial): _first_step(goal, trial) for trial in knowledge.ranking()}
     while open_ := [(trial, step) for trial in knowledge.ranking() if (step := steps[id(trial)]) is not None]:
         trial, step = max(open_, key=lambda pair: _score_at(knowledge, *pair))
-        step = _lower_if_last(goal, evaluator, trial.configuration, step, last)
-        if without := _missing(goal, evaluator, trial.configuration, step):
-            missing, steps[id(trial)] = missing or without, None
+        if without := _missing(goal, evaluator, trial, step):
+            missing = missing or without
+            steps[id(trial)] = _with_room(goal, evaluator, trial, step, evaluator.left())
             continue
+        step = _lower_if_last(goal, evaluator, trial, step, beyond)
         outcomes, why = _runs(goal, evaluator, progress, trial, step)
         if not why:
             knowledge.concluded = True
-            return Certificate(trial, step, outcomes, failures)
+            return Certificate(trial, step, outcomes, [*failures, *([missing] if missing else [])])
         trial.refuted = f"{rates.rate_of(step):.4g} requests/s {why}"
         failures.append(f"{trial.configuration.name} at {trial.refuted}")
+        fall = STEPS
         if not outcomes[-1].ok or judge(goal.limits, outcomes[-1])[0] is not Verdict.LIKELY:
-            last = LAST
-        falls[id(trial)] = 2 * falls.get(id(trial), STEPS / 2)
-        lower = step - round(falls[id(trial)])
-        goes_on = goal.rate is None and trial.top is not None and lower > trial.top - BOTTOM
-        steps[id(trial)] = lower if goes_on else None
+            beyond = True
+            falls[id(trial)] = fall = 2 * falls.get(id(trial), STEPS // 2)
+        steps[id(trial)] = step - fall if step - fall > _lowest(goal, trial, step) else None
     knowledge.uncertified = "; ".join([*failures[-1:], *([missing] if missing else [])])
     return None
 
@@ -101,16 +115,28 @@ def _first_step(goal: Goal, trial: Trial) -> int | None:
     return step - STEPS
 
 
-def _lower_if_last(goal: Goal, evaluator: Evaluator, configuration: Configuration, step: int, most: int) -> int:
+def _lowest(goal: Goal, trial: Trial, step: int) -> int:
+    """Return the step below all that are certified instead of one."""
+    return step - 1 if goal.rate is not None or trial.top is None else trial.top - BOTTOM
+
+
+def _with_room(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, room: float) -> int | None:
+    """Return the highest step, this one or a lower one, whose runs take at most this share of the budget."""
+    lower = range(step, min(_lowest(goal, trial, step), step - 1), -1)
+    return next((s for s in lower if evaluator.share(certifying(goal, trial, s)) <= room + ROUNDING), None)
+
+
+def _lower_if_last(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, beyond: bool) -> int:
     """Return a lower step, if the budget has no room for another try after one at this step fails; else the step.
 
-    It is lower by `most` steps, or by fewer if the budget lacks room: 10,000 requests take longer at a lower rate.
+    It is lower by `LAST` steps, or by fewer if the budget lacks room: 10,000 requests take longer at a lower rate.
+    Until a figure was beyond its limit it is `STEPS` below the first.
     """
-    first = certifying(goal, configuration, rates.rate_of(step))[:1]
-    following = certifying(goal, configuration, rates.rate_of(step - STEPS))
+    most = LAST if beyond else max(step - (_first_step(goal, trial) or step) + STEPS, 0)
+    first, following = certifying(goal, trial, step)[:1], certifying(goal, trial, step - STEPS)
     if goal.rate is not None or evaluator.share(first) + evaluator.share(following) <= evaluator.left() + ROUNDING:
         return step
-    return next((s for s in range(step - most, step) if not _missing(goal, evaluator, configuration, s)), step)
+    return next((s for s in range(step - most, step) if not _missing(goal, evaluator, trial, s)), step)
 
 
 def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
@@ -124,41 +150,49 @@ def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
     return knowledge.score(trial) if knowledge.goal.rate is not None else float(step)
 
 
-def _missing(goal: Goal, evaluator: Evaluator, configuration: Configuration, step: int) -> str:
+def _missing(goal: Goal, evaluator: Evaluator, trial: Trial, step: int) -> str:
     """Return in words what the budget lacks to certify the rate of a step; "": nothing."""
-    rate = rates.rate_of(step)
-    wanted = certifying(goal, configuration, rate)
+    wanted = certifying(goal, trial, step)
     if evaluator.share(wanted) <= max(evaluator.left(), 0.0) + evaluator.grace + ROUNDING:
         return ""
-    runs = f"{goal.runs} runs of {CERTIFIED:,} requests" if goal.runs > 1 else f"{CERTIFIED:,} requests"
-    return f"{runs} at {rate:.4g} requests/s take {evaluator.budget_for(wanted)}"
+    requests = f"{wanted[0][1].requests:,} requests"
+    runs = f"{goal.runs} runs of {requests}" if goal.runs > 1 else requests
+    return f"{runs} at {rates.rate_of(step):.4g} requests/s take {evaluator.budget_for(wanted)}"
 
 
-def certifying(goal: Goal, configuration: Configuration, rate: float) -> list[Wanted]:
-    """Return the runs that certify a rate."""
-    return [(configuration, Probe(rate, CERTIFIED, SEED + run)) for run in range(goal.runs)]
+def certifying(goal: Goal, trial: Trial, step: int) -> list[Wanted]:
+    """Return the runs that certify a rate, with as many requests as prove it."""
+    requests = max(CERTIFIED, math.ceil(MARGIN * requests_needed(goal.limits, trial, step) / 1000) * 1000)
+    return [(trial.configuration, Probe(rates.rate_of(step), requests, SEED + run)) for run in range(goal.runs)]
 
 
 def _runs(goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, step: int) -> tuple[list[Outcome], str]:
     """Return the outcomes of the certifying runs, and why they fail ("": they do not)."""
 
     def run(probe: Probe) -> tuple[Outcome, Verdict, Limit | None]:
-        outcome = evaluator.evaluate(trial.configuration, probe)
+        outcome = trial.certifying[step] = evaluator.evaluate(trial.configuration, probe)
         verdict, limit = judge(goal.limits, outcome) if outcome.ok else (Verdict.BROKEN, None)
         progress(trial, probe, outcome, verdict)
         return outcome, verdict, limit
 
     outcomes: list[Outcome] = []
-    wanted = certifying(goal, trial.configuration, rates.rate_of(step))
+    wanted = certifying(goal, trial, step)
     evaluator.together(wanted)
-    for number, (_, probe) in enumerate(wanted):
+    for number in range(goal.runs):
+        probe = wanted[number][1]
         outcome, verdict, limit = run(probe)
-        longer = dataclasses.replace(probe, requests=LONGER * probe.requests)
         # A figure within the limit needs more requests; one beyond it a lower rate, if there may be one.
         longer_may_do = verdict is Verdict.LIKELY or (verdict is Verdict.UNSURE and goal.rate is not None)
+        requests = LONGER * probe.requests  # for a narrower interval
+        if limit is not None and limit.metric not in outcome.intervals:
+            again = certifying(goal, trial, step)[0][1].requests  # by its own worth
+            requests = again if again > probe.requests else requests
+        longer = dataclasses.replace(probe, requests=requests)
         rest = (goal.runs - len(outcomes)) * [(trial.configuration, longer)]
         if longer_may_do and sum(evaluator.share([one]) for one in rest) <= evaluator.left():
             outcome, verdict, limit = run(longer)
+            if evaluator.places == 1:  # the others would need as many
+                wanted = [(its, dataclasses.replace(other, requests=requests)) for its, other in wanted]
         outcomes.append(outcome)
         if verdict is not Verdict.KEPT:
             why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"

@@ -10,6 +10,7 @@ from grbench.tune.knowledge import BOTTOM, Knowledge
 from grbench.tune.limits import Verdict
 from grbench.tune.probes import Probes, Task
 from grbench.tune.trial import LONGER, Trial
+from grbench.tune.worth import requests_needed
 
 COARSE = rates.steps(1.09)  # width of a bracket while configurations are compared
 OPEN = 1.0  # excess of an unsure figure over its limit, as a share, up to which a challenger is measured longer
@@ -66,8 +67,16 @@ class HighestRate:
             yield from self._descend(trial)
 
     def settled(self, trial: Trial) -> bool:
-        """Return True if the rate of the best is bracketed and confirmed."""
-        return (id(trial), trial.low) in self._confirmed and self._next_step(trial) is None
+        """Return True if the rate of the best is bracketed and confirmed, or no longer probe would confirm it."""
+        confirmed = (id(trial), trial.low) in self._confirmed or not self._confirmable(trial)
+        return confirmed and self._next_step(trial) is None
+
+    def _confirmable(self, trial: Trial) -> bool:
+        """Return True unless even a longer probe at the best rate is worth too little for an interval."""
+        if trial.low is None:
+            return True
+        needed = requests_needed(self._knowledge.goal.limits, trial, trial.low)
+        return needed <= self._probes.probe(trial.low, LONGER).requests
 
     def _far_below(self, trial: Trial) -> bool:
         """Return True if nothing above the best rate of a trial was probed, and much more is expected."""

@@ -298,6 +298,8 @@ class LiveEvaluator:
         if seconds is not None and not self._timeout_typed:
             first = self._is_first(configuration, probe)
             share, least = (FIRST_SHARE, FIRST_SHORTEST_S) if first else (CELL_SHARE, SHORTEST_S)
+            if probe.seed:  # a run that certifies is as long as it has to be
+                least = max(least, 2 * self._seconds([(configuration, probe)]))
             limit = max(min(share * seconds, runner.timeout_s), least)
             runner = dataclasses.replace(runner, timeout_s=limit)
         return dataclasses.replace(run, runner=runner)

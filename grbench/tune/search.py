@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from grbench.tune import rates
-from grbench.tune.certification import ROUNDING, certifying, reserve
+from grbench.tune.certification import ROUNDING, plan, reserve
 from grbench.tune.highest import COARSE, HighestRate
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.outcome import BudgetSpentError, Configuration, Evaluator, Probe
@@ -150,13 +150,13 @@ class Search:
 
         inf: what is left has no room for it beside the bracket and the certification, of the best or of itself.
         """
-        goal, best, evaluator = self._knowledge.goal, self._knowledge.incumbent, self._evaluator
+        best, evaluator = self._knowledge.incumbent, self._evaluator
         left, reserved = evaluator.left() - self._settling() + ROUNDING, reserve(self._knowledge, evaluator)
+        runs = plan(self._knowledge.goal, evaluator, best) if best is not None and reserved else []
 
         def cost(configuration: Configuration) -> float:
             first, kept = evaluator.share([(configuration, Probe(None, OFFLINE))]), reserved
-            if kept and best is not None and best.low is not None:
-                kept = max(kept, evaluator.share(certifying(goal, configuration, rates.rate_of(best.low))))
+            kept = max(kept, evaluator.share([(configuration, probe) for _, probe in runs]))
             return first if first + kept <= left else math.inf
 
         return cost

@@ -14,7 +14,7 @@ from grbench.config.schema import ConfigError
 from grbench.execution import energy
 from grbench.report.page import Text
 from grbench.tune import answer, config, legal, limits, page, rates, space
-from grbench.tune.certification import certify, reserve
+from grbench.tune.certification import Certificate, certify, reserve
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe, Wanted
@@ -331,6 +331,68 @@ def test_the_last_try_that_the_budget_has_room_for_is_at_a_lower_rate(
     certificate = certify(search, evaluator)
     tried = dict.fromkeys(low - rates.step_below(1.001 * (probe.rate or 0)) for _, probe in evaluator.probes[measured:])
     assert list(tried) == lower and certificate is not None and certificate.step == low - lower[-1]
+
+
+class Alike(Capacities):
+    """An evaluator of one configuration whose latencies are alike: p99 has an interval if its requests are worth 368.
+
+    requests: of the budget. less: what a run with this seed is worth, as a share. Offline it answers 120 a second.
+    """
+
+    def __init__(self, requests: int, less: Mapping[int, float] | None = None) -> None:
+        super().__init__({ALL[0]: 100.0}, cells=1000)
+        self._requests, self._less = requests, less or {}
+
+    def outcome(self, configuration: Configuration, probe: Probe) -> Outcome:
+        found = super().outcome(configuration, probe)
+        if probe.rate is None:
+            return found
+        worth = 0.2 * (1 - probe.rate / 120) ** 2 * probe.requests * self._less.get(probe.seed, 1.0)
+        metrics = found.metrics | {"samples": float(probe.requests), "latency_ms/p99_worth": worth}  # type: ignore[operator]
+        return dataclasses.replace(found, metrics=metrics, intervals=found.intervals if worth >= 368 else {})
+
+    def share(self, wanted: Sequence[Wanted]) -> float:
+        return sum(probe.requests for _, probe in wanted) / self._requests
+
+    def left(self) -> float:
+        return 1 - self.share(self.probes)
+
+
+def certified(evaluator: Alike) -> tuple[Knowledge, Certificate, list[Probe]]:
+    """Return what is certified of the only configuration, and the certifying runs."""
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    Search(search, [ALL[0]], evaluator, Listed([ALL[0]])).run()
+    assert search.trials[0].low == rates.step_below(100.0)
+    certificate = certify(search, evaluator)
+    assert certificate is not None
+    assert all(outcome.metrics["latency_ms/p99_worth"] >= 368 for outcome in certificate.outcomes)
+    return search, certificate, [probe for _, probe in evaluator.probes if probe.seed]
+
+
+def test_a_certifying_run_has_the_requests_that_an_interval_needs() -> None:
+    search, certificate, runs = certified(Alike(10_000_000))
+    assert search.trials[0].low == certificate.step + 2 and not certificate.failures
+    per_request = 0.2 * (1 - rates.rate_of(certificate.step) / 120) ** 2
+    assert {probe.requests for probe in runs} == {certificate.requests}
+    assert 2 * 368 / per_request <= certificate.requests <= 2 * 368 / per_request + 1000 and len(runs) == 2
+    found = answer.answer(search, certificate)
+    assert found is not None and f"2 runs with other seeds of {certificate.requests:,} requests" in answer.proof(found)
+
+
+def test_a_run_that_is_worth_less_than_planned_is_measured_with_what_it_needs_at_the_same_rate() -> None:
+    _, certificate, runs = certified(Alike(10_000_000, {101: 0.4, 102: 0.4}))
+    assert [probe.seed for probe in runs] == [101, 101, 102] and len({probe.rate for probe in runs}) == 1
+    assert runs[1].requests == runs[2].requests == pytest.approx(2.5 * runs[0].requests, rel=0.05)
+    assert certificate.requests == runs[1].requests and not certificate.failures
+
+
+def test_a_budget_without_room_for_these_requests_certifies_the_highest_rate_for_which_it_has() -> None:
+    evaluator = Alike(120_000)
+    search, certificate, runs = certified(evaluator)
+    first = search.trials[0].low
+    assert first is not None and certificate.step < first - 2 and len(runs) == 2
+    assert 0 <= evaluator.left() < 0.2
+    assert certificate.failures[-1].startswith("2 runs of ") and "set budget=" in certificate.failures[-1]
 
 
 def test_certification_takes_the_next_best_if_the_best_fails() -> None:

@@ -173,6 +173,8 @@ def test_a_backlog_is_one_event_however_many_requests_it_delays() -> None:
     assert "it needs 368 samples, these 2000 are worth about " in note
     worth, enough = (int(re.findall(text, note)[0]) for text in (r"worth about (\d+)", r"about (\d+) requests are"))
     assert 2000 * 368 / worth <= enough <= 1.1 * 2000 * 368 / worth
+    assert summary.metrics["latency_ms/p99_worth"] == worth
+    assert "latency_ms/p99_worth" not in stats.latency_summary(latencies).metrics  # taken as independent
 
 
 @examples(50)
