@@ -110,26 +110,44 @@ def nothing_loaded(costs: LoadCosts, requests: Sequence[Request], *_: Any, **__:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("model", [MODEL, CONTEXT], ids=["", "context"])
 def test_the_start_on_a_gpu_ranks_few_new_events_and_many_in_batches_of_each_size(
-    monkeypatch: pytest.MonkeyPatch,
+    model: HSTUConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel is compiled for few rows and for many, so each kind has to come before the first request."""
+    """A kernel is compiled for few rows and for many, so each kind has to come before the first request.
+
+    Few rows behind a long history have a kernel of their own. Each history is computed once for each size of a batch.
+    """
     rounds = traffic(4, 1, longest=200)
-    engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB), rounds)
+    engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB), rounds, model)
     cached: CachedRanking = engine.user_cache
-    seen: dict[int, set[int]] = {}  # of each size of a batch: the new events of a request, where others are cached
+    context = model.contextual_seq_len
+    seen: dict[int, set[int]] = {}  # of each size of a batch: the new events of a request, where most are cached
+    whole: dict[int, set[int]] = {}  # and the events where none is
+    computed: Counter[int] = Counter()  # events
     queue = cached.queue
 
     def noted(requests: Sequence[Request]) -> Callable[[], RankResult]:
         result = queue(requests)()
-        new = {c.of - c.tokens for c in result.cached if c.tokens}
-        seen.setdefault(len(requests), set()).update(new)
+        size, new = len(requests), [c.of - c.tokens for c in result.cached]
+        seen.setdefault(size, set()).update(n for n, c in zip(new, result.cached, strict=True) if c.tokens > 32)
+        whole.setdefault(size, set()).update(n for n, c in zip(new, result.cached, strict=True) if not c.tokens)
+        computed[size] += sum(new)
         return lambda: result
 
     monkeypatch.setattr(cached, "queue", noted)
     monkeypatch.setattr("grengines.hstu.cached.first_batches", lambda largest, device: batch_buckets(largest))
     cached.rank_sizes(rounds[0])
-    assert seen.keys() == {1, 2, 4} and all({1, 4, 16, 64} <= new for new in seen.values())
+    assert seen.keys() == whole.keys() == {1, 2, 4}
+    for size in seen:
+        events = [len(r.history_items) + context for r in rounds[0][-size:]]
+        new = {n + context for n in (1, 4, 16, 64)}
+        assert seen[size] == ({0} if context else {0, *new}) and whole[size] == {*new, *events}
+        assert computed[size] == sum(events) + (1 if context else 2) * size * sum(new)
+    computed.clear()
+    monkeypatch.setattr("grengines.hstu.cached.MOST_SIZES_S", 0.0)
+    cached.rank_sizes(rounds[0])
+    assert computed == {1: 1 + context}  # the first batch alone
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "gdsf", "predictive"])

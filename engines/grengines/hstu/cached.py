@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -48,6 +48,9 @@ LOOKUPS = (
 )  # fmt: skip
 OF_STORAGE = {name for name in vars(Counters()) if name.startswith("storage")} | {"corrupt_pages"}
 RUNS, MOST_S = 5, 1.0  # of the batches by which the cost of computing is measured; a slow one runs less often
+# For batches of other sizes. A form of attention takes CUTLASS 4 s to compile, so several fit. What does not fit is
+# compiled at its first use.
+MOST_SIZES_S = 30.0
 PRECISIONS = {dtype: name for name, dtype in (DTYPES | EIGHT_BITS).items()}
 
 
@@ -299,8 +302,9 @@ class CachedRanking:
     def measure(self, requests: Sequence[Request]) -> None:
         """Rank the largest batch until all is compiled, and measure the cost of computing. Drops every state.
 
-        Then a GPU ranks batches of other sizes, and states go to the host and come back. So no request waits for what
-        the first of a kind takes: to compile and to load kernels, memory on the device, and streams.
+        Before, a GPU ranks batches of other sizes (`rank_sizes`), and at the end states go to the host and come back.
+        So no request waits for what the first of these takes: to compile and to load kernels, memory on the device,
+        and streams.
         """
         with self.states.without_storage():
             if self._device.type == "cuda":
@@ -316,19 +320,38 @@ class CachedRanking:
         self.reset_cache()
 
     def rank_sizes(self, requests: Sequence[Request]) -> None:
-        """Rank N events, and N new ones behind a cached history, for N of 1, 4, 16 and so on, in batches of each size.
+        """Rank the batches of `_sizes` until MOST_SIZES_S have passed.
 
-        Few rows have other kernels than many, and one sequence has others than several. Batches that fit in a graph are
-        replayed; the kernels of graphs were compiled when they were captured.
+        Batches that fit in a graph are replayed; the kernels of graphs were compiled when they were captured.
+        """
+        begun = time.perf_counter()
+        for batch in self._sizes(requests):
+            self.queue(batch)()
+            if time.perf_counter() - begun > MOST_SIZES_S:
+                break
+
+    def _sizes(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """Yield N events, whole histories, and N new events behind a cached history, for N of 1, 4, 16 and so on.
+
+        They come in batches of each size. Few rows have other kernels than many, one sequence has others than several,
+        and few rows behind a long history have others than behind a short one. A whole history is computed once for
+        each size: the request without its newest events finds the others in the state, which it cuts.
         """
         for n in first_batches(len(requests), self._device):
             batch = [dataclasses.replace(r, user_id=i) for i, r in enumerate(requests[-n:])]
             longest = max(len(r.history_items) for r in batch)
-            for new in (4**i for i in range(longest.bit_length() // 2 + 1)):
-                for known in ([_newest(r, new) for r in batch], [_oldest(r, new) for r in batch]):
-                    self.states.clear()
-                    self.queue(known)()
-                self.queue(batch)()
+            sizes = [4**i for i in range(longest.bit_length() // 2 + 1) if 4**i < longest]
+            for new in sizes:
+                self.states.clear()
+                yield [_newest(r, new) for r in batch]
+            self.states.clear()
+            yield batch
+            if self.encoding.contextual_seq_len:  # a state serves the same history only
+                yield batch
+                continue
+            for new in sizes:
+                yield [_oldest(r, new) for r in batch]
+                yield batch
 
     def move_states(self, requests: Sequence[Request]) -> None:
         """Send the states of a batch to the host and load all of them, then do so with one page and with two more.
@@ -398,10 +421,8 @@ class CachedRanking:
 
         def queue() -> Callable[[], RankResult]:
             requests, plans = next(batches)
-            layout, slot = (
-                Layout.of(requests, self._ranker.encoding, [plan.cached for plan in plans]),
-                self._slots.take(),
-            )
+            layout = Layout.of(requests, self._ranker.encoding, [plan.cached for plan in plans])
+            slot = self._slots.take()
             hosts, places = self._pack(layout, plans, bucket if runner else None, slot, whole=False)
             slot.marks.begin()
             self._place(hosts)
