@@ -12,7 +12,9 @@ batch is computed meanwhile.
 
 `in_row_us` is the same with two batches in flight, as with `scenario.in_flight=2`: two threads rank batches of other
 users, and each queues its next one while the device computes the other's. The time of all batches, less that between
-the copies of each, is what a batch costs in a row with the device: the copies, and what the host is late.
+the copies of each, is what a batch costs in a row with the device: the copies, and what the host is late. Where most of
+a history is cached, each thread ranks the cached part alone, a whole hit, and then the batch, so that it appends each
+time: `in_row_us` is the mean of both.
 
 On a CPU nothing is computed: the model is small and returns zeros, and so do graphs, whose inputs are copied. So the
 rows have the host's own work alone.

@@ -221,4 +221,4 @@ class ContinuousEngine(Engine, Protocol):
         """Begin one request. Raises ValueError for a request that can never fit."""
 
     def step(self) -> list[Finished]:
-        """Advance all requests by one step. Returns the answers that are complete."""
+        """Advance all requests by one step. Returns the answers that are complete, which may be of an earlier step."""

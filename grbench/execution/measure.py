@@ -185,7 +185,7 @@ def gpu_allocations(device: str) -> int:
         return 0
     import torch
 
-    return int(torch.cuda.memory_stats().get("num_device_alloc", 0))
+    return int(torch.cuda.memory_stats()["num_device_alloc"])
 
 
 def memory(device: str, gate_mib: float) -> dict[str, float]:

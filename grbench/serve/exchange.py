@@ -78,7 +78,7 @@ class Exchange(RequestResponseCycle):
         self._target, self._given = target, list(connection.scope["headers"])
 
     async def run_asgi(self, app: Any) -> None:
-        """HttpResponse. Uvicorn calls it once the headers are there; the body may come later."""
+        """Answer. Uvicorn calls it once the headers are there; the body may come later."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(self._given)}
         try:
             answer = await self._target.endpoint(HttpRequest(headers, self._target.names, self.read))

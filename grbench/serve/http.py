@@ -67,7 +67,7 @@ class Api:
         self._router = Router(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """HttpResponse a request that has no body, by ASGI."""
+        """Answer a request that has no body, by ASGI."""
         await self._router(scope, receive, send)
 
     def target(self, path: str) -> Target | None:

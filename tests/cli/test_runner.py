@@ -484,6 +484,18 @@ def test_memory_asked_of_the_gpu_while_measuring_is_noted(
     assert len(found) == bool(more) and not list(asked)
 
 
+@pytest.mark.gpu
+def test_memory_that_is_asked_of_the_gpu_is_counted() -> None:
+    torch.cuda.empty_cache()  # else PyTorch may keep a free block of this size
+    before = measure.gpu_allocations("cuda")
+    block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    asked = measure.gpu_allocations("cuda")
+    assert asked > before
+    del block
+    torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    assert measure.gpu_allocations("cuda") == asked  # PyTorch kept the block
+
+
 def test_the_peak_of_the_gpu_leaves_the_gate_out(monkeypatch: pytest.MonkeyPatch) -> None:
     mib = 2**20
     peak = [900 * mib]  # of the gate's checks

@@ -27,8 +27,8 @@ class VLLMEngineConfig(GraphOptions):
     max_num_seqs: int = option(0, "searches in flight, for which a captured step has room; 0: scenario.max_batch", ge=0)
     max_num_batched_tokens: int = option(
         0,
-        "most tokens of a step; longer prompts are read in chunks; 0: 8192, and on cuda up to 32768 for half a batch "
-        "of the longest prompts",
+        "most tokens of a step; longer prompts are read in chunks; 0: 8192, and on cuda room for half a batch of the "
+        "longest prompts, at least 8192 and at most 32768",
         ge=0,
     )
     async_scheduling: bool = option(

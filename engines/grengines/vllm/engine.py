@@ -144,9 +144,10 @@ class VLLMEngine(GeneratingEngine):
             searches.admit(key, prompt)
 
     def step(self) -> list[Finished]:
-        """Run one step of vLLM's scheduler. Return the requests that it finished.
+        """Run one step of vLLM's scheduler. Return the requests that have finished since the last call.
 
-        Raises RuntimeError with vLLM's own error. The engine is then unusable.
+        With asynchronous scheduling they are of an earlier step: the device may still compute the latest. Raises
+        RuntimeError with vLLM's own error. The engine is then unusable.
         """
         if self.searches is None:
             return []
@@ -244,8 +245,8 @@ class VLLMEngine(GeneratingEngine):
     def _step_tokens(self, limit: int, max_batch: int) -> int:
         """Return the most tokens of a step. limit: of a search.
 
-        On a GPU half a batch of the longest prompts fits: the host prepares one half while the device computes the
-        other.
+        On a GPU it has room for half a batch of the longest prompts, within STEP_TOKENS and LONGEST_STEP: the host
+        prepares one half while the device computes the other.
         """
         if self._options.max_num_batched_tokens:
             return self._options.max_num_batched_tokens
