@@ -268,8 +268,8 @@ class Batcher(RequestLoop):
 class ContinuousBatcher(RequestLoop):
     """A loop that admits at most `max_batch` requests to an engine that batches by itself, between the engine's steps.
 
-    A row's compute is the time from its admission to its end. Its batch is the step in which it ended, and its batch
-    size the number of requests in that step. `busy_s` is the time in steps.
+    A row's compute is the time from its admission to its end. Its batch is the call of `step` that returned it, which
+    may be a step later, and its batch size the number of requests under way then. `busy_s` is the time in these calls.
     """
 
     def __init__(

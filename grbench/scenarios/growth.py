@@ -33,8 +33,8 @@ _ERROR = math.sqrt(PARTS * (PARTS - 1) * (2 * PARTS + 5) / 18)
 class HopelessError(Exception):
     """The queue of a scenario grows without end.
 
-    left_s: seconds for which the load generator goes on. finish: waits for its end, at most `limit_s` seconds, without an
-    answer of the engine. Returns whether it has ended, so that the process can measure another load.
+    left_s: seconds for which the load generator goes on. finish: waits for its end, at most `limit_s` seconds, without
+    an answer of the engine. Returns whether it has ended, so that the process can measure another load.
     """
 
     def __init__(self, message: str, left_s: float, finish: Callable[[float], bool] = lambda limit_s: False) -> None:

@@ -34,9 +34,8 @@ CELL_SHARE, SHORTEST_S = 0.5, 120.0  # time limit of a cell: a share of the time
 # The same of an offline probe, which is most of all the start of an engine. A certification needs two further starts.
 # The default has the time of a cell: it is the likeliest to run, and on a fresh machine it compiles what others share.
 FIRST_SHARE, FIRST_SHORTEST_S = 0.2, 45.0
-GRACE = (
-    0.05  # of a time budget: a start may take longer than those before, and what is nearly certified is not given up
-)
+# Of a time budget: a start may take longer than those before, and what is nearly certified is not given up.
+GRACE = 0.05
 KNOWN_FAILURES = (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE, Status.STOPPED)  # as good as a measurement
 PROBED_ANSWERS = 32  # of a probe that are compared with the reference; a run that certifies compares gate.measured
 LARGER = re.compile(r"(auc|accuracy|hr|ndcg|recall|mrr)\d*")  # figures of quality of which more is better

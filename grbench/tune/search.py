@@ -126,8 +126,8 @@ class Search:
 
     def _first_probes(self) -> int:
         """Return the offline probes before the first rate."""
-        places = self._probes.places
-        offline = self._evaluator.share(places * [(self._configurations[0], Probe(None, OFFLINE))])
+        places, default = self._probes.places, self._configurations[0]
+        offline = self._evaluator.share(places * [(default, Probe(None, OFFLINE))]) + self._evaluator.saving(default)
         return min(max(places * round(FIRST_SHARE / offline), FIRST_FEWEST), FIRST_MOST) if offline else FIRST_MOST
 
     def _may_explore(self) -> bool:
@@ -173,7 +173,8 @@ class Search:
         tried = {trial.configuration.engines for trial in self._knowledge.trials}
         closed = {trial.configuration for trial in self._knowledge.trials}.union(*self._knowledge.left_out.values())
         cost, left = self._cost(), max(self._evaluator.left(), 0.0)
-        usual = self._evaluator.share([(self._configurations[0], Probe(None, OFFLINE))])
+        default = self._configurations[0]
+        usual = self._evaluator.share([(default, Probe(None, OFFLINE))]) + self._evaluator.saving(default)
         none: dict[tuple[tuple[str, str], ...], list[Configuration]] = {}
         for configuration in self._configurations:
             if configuration.engines not in tried and configuration not in closed and cost(configuration) == math.inf:
@@ -182,10 +183,8 @@ class Search:
             share = self._evaluator.share([(some[0], Probe(None, OFFLINE))])
             if share <= usual:  # its start is no reason
                 continue
-            reason = (
-                f"{_named(engines)}: a first probe takes about {share:.0%} of the budget, and {left:.0%} was left, "
-            )
-            reason += "for the bracket and the certification of the best too"
+            reason = f"{_named(engines)}: a first probe takes about {share:.0%} of the budget; {left:.0%} was left, "
+            reason += "and the bracket and the certification of the best need it too"
             self._knowledge.left_out[reason] = some
             self._say(f"left out {len(some)} of {reason}")
 
