@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def make(folder: Path, compared: int = 0) -> tuple[int, str, list[list[str]]]:
     program.chmod(0o755)
     commands.write_text("")
     words = ["make", "-f", str(ROOT / "Makefile"), "regress", "VENV=venv", f"PY={program}", "GPU=0"]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    # `make test ARGS=...` passes its ARGS on to each make below it.
+    env = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES")}
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, env=env)
     return done.returncode, done.stdout + done.stderr, [line.split() for line in commands.read_text().splitlines()]
 
 
