@@ -28,6 +28,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it prints a line at ea
 # Inductor tries each kind of vector instructions in a program of its own, for seven seconds; /proc/cpuinfo has them.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")  # of the code that calls kernels
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a fork waits for ever for the pool of its parent
 
 # As in a shell's background and under nohup, and processes would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -223,7 +223,6 @@ def test_arguments_of_ranks_are_vllms_own() -> None:
         assert {name: arguments[name] for name in arguments if name in vllm_ranks.arguments_of(2)} == theirs
 
 
-@pytest.mark.serial  # beside other tests its ranks waited for each other in two whole runs of three; why is not known
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its ranks are forks; test_two_gpus has real ones")
 def test_two_ranks_find_what_the_reference_finds(
     expected: Beams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -133,7 +133,7 @@ def in_fork(work: Callable[[], object], folder: Path, timeout: float = 60) -> su
     try:
         code = process.wait(timeout)
     except subprocess.TimeoutExpired as e:
-        os.killpg(process.pid, signal.SIGUSR1)  # it and its forks print where their threads are
+        os.kill(process.pid, signal.SIGUSR1)  # it prints where its threads are
         time.sleep(1.0)
         e.add_note(err.read_text()[-8000:])
         raise
