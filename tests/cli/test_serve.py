@@ -13,7 +13,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -34,8 +35,10 @@ from helpers.serving import (
 from grbench.execution.records import Status
 from grbench.report.frame import read_cells
 from grengines import registry
+from grengines.api import Catalogue, Setup, UnavailableError
 from grengines.remote.client import Client, ServerError
 from grengines.remote.config import RemoteConfig
+from grengines.remote.engine import RemoteEngine
 from grengines.runtime.native import native
 
 tritonhttp = pytest.importorskip("tritonclient.http")
@@ -533,6 +536,13 @@ def test_a_call_needs_the_key(locked: Serving, key: Path) -> None:
         with pytest.raises(tritongrpc.InferenceServerException, match="UNAUTHENTICATED"):
             client.get_server_metadata()
         assert client.get_server_metadata(headers=right).name == "grbench"
+
+
+def test_the_error_of_a_load_without_the_key_says_where_it_goes(locked: Serving) -> None:
+    setup = cast(Setup, SimpleNamespace(catalogue=Catalogue(20, 500, 8), report=print))
+    engine = RemoteEngine(RemoteConfig(url=f"http://127.0.0.1:{locked.port}"), setup)
+    with pytest.raises(UnavailableError, match=r"set engine\.api_key_file=FILE, with one of its keys$"):
+        engine.prepare([], 1)
 
 
 def test_the_page_shows_strategies_and_latency(server: Serving) -> None:

@@ -15,6 +15,7 @@ from grengines.remote.config import RemoteConfig
 
 COARSEST = ("fp8", "int8", "bf16", "fp16", "fp32")
 START = "start one: grbench serve engine=hstu"
+KEY = "set engine.api_key_file=FILE, with one of its keys"
 RESTART = "look into the server's log, start it if it has ended, and type the command again"
 
 
@@ -70,7 +71,7 @@ class RemoteEngine:
                 client.wait_until_ready(self._options.timeout_s, self._setup.report)
                 status = client.status()
             except ServerError as e:
-                raise UnavailableError(f"engine.url: {e}; {START}") from None
+                raise UnavailableError(f"engine.url: {e}; {KEY if e.status == 401 else START}") from None
             if (served := status["items"]) != own:
                 raise ValueError(
                     f"workload: it has {own} items, and the server's has {served}; give the options of the server"
