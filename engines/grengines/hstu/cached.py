@@ -32,7 +32,7 @@ from grengines.models.hstu.config import stale_states
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, Layout, pack, pack_slices
 from grengines.runtime.buckets import first_batches
 from grengines.runtime.device import DTYPES
-from grengines.runtime.graph_costs import HISTORY, Filling, Graphs, Queue, Runner, capture, fillings
+from grengines.runtime.graph_costs import Filling, Graphs, Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import collect
 from grengines.runtime.shared_graphs import graph_runner
@@ -360,7 +360,7 @@ class CachedRanking:
         """
         costs, self.costs = self.costs, LoadCosts(self.costs.copy_bytes_s, self.costs.read_bytes_s)  # so all is loaded
         page, one = self._cache.page, requests[-1]
-        for batch in (requests, *([_first(one, pages * page)] for pages in (1, 3, 4))):
+        for batch in (requests, *([one.with_events(slice(pages * page))] for pages in (1, 3, 4))):
             self.queue(batch)()
             self.reset_cache(keep=Tier.HOST)
             self.queue(batch)()
@@ -455,21 +455,12 @@ class CachedRanking:
 
 def _newest(request: Request, events: int) -> Request:
     """Return a request with only the newest events of its history."""
-    return _part(request, slice(-events, None))
+    return request.with_events(slice(-events, None))
 
 
 def _oldest(request: Request, without: int) -> Request:
     """Return a request without the newest events of its history, but at least with one event."""
-    return _first(request, max(len(request.history_items) - without, 1))
-
-
-def _first(request: Request, events: int) -> Request:
-    """Return a request with only the oldest events of its history."""
-    return _part(request, slice(events))
-
-
-def _part(request: Request, events: slice) -> Request:
-    return dataclasses.replace(request, **{name: getattr(request, name)[events] for name in HISTORY})
+    return request.with_events(slice(max(len(request.history_items) - without, 1)))
 
 
 def _passes(users: Sequence[int]) -> list[list[int]]:

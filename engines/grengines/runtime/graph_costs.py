@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, groupby
 from statistics import median
 from typing import Any, NamedTuple, Protocol
@@ -169,14 +169,9 @@ def filling(bucket: Bucket, like: Request, encoding: Encoding, *, cached: bool =
     targets = min(targets, len(like.candidates), each)
     events = max(min(each - targets - context, len(like.history_items)) - fewer, 0)
     whole = cached and not context  # contextual tokens see the whole history: none of it is cached with new events
-    kept = slice(0, len(like.history_items) if whole else events)
-    history = {name: getattr(like, name)[kept] for name in HISTORY}
-    fields = {name: getattr(like, name) for name in Request.__dataclass_fields__} | history
-    requests = [Request(**fields | {"user_id": i, "candidates": like.candidates[:targets]}) for i in range(count)]
+    kept = like.with_events(slice(0, len(like.history_items) if whole else events))
+    requests = [replace(kept, user_id=i, candidates=like.candidates[:targets]) for i in range(count)]
     return Filling(requests, [len(r.history_items) - events if whole else 0 for r in requests])
-
-
-HISTORY = [name for name in Request.__dataclass_fields__ if name.startswith("history_")]
 
 
 def _ms(seconds: float) -> float:
