@@ -41,6 +41,7 @@ PROBED_ANSWERS = 32  # of a probe that are compared with the reference; a run th
 LARGER = re.compile(r"(auc|accuracy|hr|ndcg|recall|mrr)\d*")  # figures of quality of which more is better
 LOSSY = "[fp16,bf16,int8,fp8]"
 STARTED = "step_s/start"  # metric of a cell that built its engine
+Engine = tuple[Configuration, int]  # what probes of one engine have in common: configuration and seed
 
 
 class LiveEvaluator:
@@ -66,7 +67,7 @@ class LiveEvaluator:
         self._overheads: list[float] = []
         self._again: list[float] = []  # those of kept engines
         self._starts = Starts(specs)
-        self._warm: set[Configuration] = set()  # those whose engines are kept
+        self._warm: set[Engine] = set()  # engines that are kept
         self._quality: dict[str, dict[str, float]] = {}
         self._measured: dict[tuple[Configuration, Probe], Outcome] = {}
         self._earlier = _by_strategy(root)
@@ -106,7 +107,7 @@ class LiveEvaluator:
         return cost / self._total if self._total else float("inf")
 
     def saving(self, configuration: Configuration) -> float:
-        if self._declared.budget.cells is not None or configuration not in self._warm:
+        if self._declared.budget.cells is not None or (configuration, 0) not in self._warm:
             return 0.0
         return max(self._starts.expected_s(configuration) - self._again_s, 0.0) / self._total
 
@@ -116,19 +117,20 @@ class LiveEvaluator:
         for i in range(0, len(wanted), self.places):
             beside = wanted[i : i + self.places]
             total += max(
-                (self._again_s if self._shares(probe) and configuration in warm else self._start_s(configuration))
+                (self._again_s if (configuration, probe.seed) in warm else self._start_s(configuration))
                 + (probe.requests / probe.rate if probe.rate else OFFLINE_S)
                 for configuration, probe in beside
             )
-            warm = {configuration for configuration, probe in beside if self._shares(probe)}
+            warm = self._kept(beside)
         return total
 
     def _start_s(self, configuration: Configuration) -> float:
         return max(self._starts.expected_s(configuration), self._again_s)
 
-    def _shares(self, probe: Probe) -> bool:
-        """Return True if a probe takes the engine of the one before: another seed is another engine."""
-        return not probe.seed and self._declared.fixed_value("runner.keep_engine") != "false"
+    def _kept(self, wanted: Sequence[Wanted]) -> set[Engine]:
+        """Return the engines that probes leave to the next ones: another seed is another engine (`kept.engine_key`)."""
+        keep = self._declared.fixed_value("runner.keep_engine") != "false"
+        return {(configuration, probe.seed) for configuration, probe in wanted if keep}
 
     def budget_for(self, wanted: Sequence[Wanted]) -> str:
         if self._declared.budget.cells:  # 0cells may become either
@@ -189,8 +191,8 @@ class LiveEvaluator:
                     else:
                         self._again.append(self._overheads[-1])
         if any(not kept for *_, kept in found):
-            warm = zip(new, found, strict=True)
-            self._warm = {key[0] for key, (_, record, kept) in warm if record.ok and not kept and self._shares(key[1])}
+            ended = zip(new, found, strict=True)
+            self._warm = self._kept([key for key, (_, record, kept) in ended if record.ok and not kept])
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         if self._loss_unknown(configuration):  # for now: the default configuration may still be measured

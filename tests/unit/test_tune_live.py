@@ -16,6 +16,7 @@ from grbench.config.compose import compose_spec
 from grbench.config.jobs import Job
 from grbench.execution import records
 from grbench.execution.environment import describe_environment
+from grbench.execution.kept import engine_key
 from grbench.execution.places import LocalPart, Share
 from grbench.execution.records import Status
 from grbench.execution.session import CellSession
@@ -30,6 +31,7 @@ WINDOWS = [Configuration((("model.max_attn_len", value),)) for value in ("0", "6
 DEFAULT, WINDOW = WINDOWS
 FIFTH = " (a fifth of the budget, but at least 45 s; runner.timeout_s=SECONDS gives it more)"
 HALF = " (half of the budget, but at least 120 s; runner.timeout_s=SECONDS gives it more)"
+RUNS = [(1000, 101), (3000, 102), (3000, 103)]  # requests and seeds of runs that certify
 OFFLINE, SERVER = Probe(None, 512), Probe(100.0, 2000)
 
 
@@ -95,10 +97,26 @@ def test_another_model_is_not_judged_by_its_own_reference_where_the_default_fail
 def test_probes_beside_each_other_take_the_time_of_the_longest(tmp_path: Path) -> None:
     session = SimpleNamespace(parts=[LocalPart(Share((core,)), 1) for core in (0, 1)])
     two, one = (evaluator(its, tmp_path, "budget=100s") for its in (session, Measured(tmp_path, {})))
-    short, long = ((WINDOW, Probe(100.0, requests, 101)) for requests in (1000, 3000))
+    short, long, third = ((WINDOW, Probe(100.0, requests, seed)) for requests, seed in RUNS)
     assert one.share([long, short]) == pytest.approx(one.share([long]) + one.share([short]))
     assert two.share([long, short]) == two.share([long]) == one.share([long])
-    assert two.share([long, short, long]) == pytest.approx(2 * two.share([long]))
+    assert two.share([long, short, third]) == pytest.approx(2 * two.share([long]))
+
+
+@pytest.mark.parametrize("typed, kept", [([], True), (["runner.keep_engine=false"], False)])
+def test_a_certifying_run_with_more_requests_takes_the_engine_of_its_seed(
+    tmp_path: Path, typed: list[str], kept: bool
+) -> None:
+    session = Measured(tmp_path, {64: (Status.OK, 0.75, 0.0)})
+    measures = evaluator(session, tmp_path / "none", "budget=1000s", *typed)
+    sure = Probe(100.0, 10_000, 101)
+    longer, other = dataclasses.replace(sure, requests=30_000), dataclasses.replace(sure, requests=30_000, seed=102)
+    keys = [engine_key(compose_spec(measures.words(WINDOW, probe))[0]) for probe in (sure, longer, other, SERVER)]
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+    assert measures.share([(WINDOW, longer)]) == measures.share([(WINDOW, other)])
+    measures.evaluate(WINDOW, sure)
+    start_s = 1000 * (measures.share([(WINDOW, other)]) - measures.share([(WINDOW, longer)]))
+    assert start_s == pytest.approx(9.0 if kept else 0.0)  # 12 s of a cell with a start, and 3 s of one without
 
 
 @pytest.mark.parametrize(
