@@ -126,8 +126,7 @@ class Search:
 
     def _first_probes(self) -> int:
         """Return the offline probes before the first rate."""
-        places, default = self._probes.places, self._configurations[0]
-        offline = self._evaluator.share(places * [(default, Probe(None, OFFLINE))]) + self._evaluator.saving(default)
+        offline, places = self._cold_start(), self._probes.places
         return min(max(places * round(FIRST_SHARE / offline), FIRST_FEWEST), FIRST_MOST) if offline else FIRST_MOST
 
     def _may_explore(self) -> bool:
@@ -137,6 +136,12 @@ class Search:
             return True
         left = self._evaluator.left() - reserve(self._knowledge, self._evaluator)
         return left > self._settling()
+
+    def _cold_start(self) -> float:
+        """Return the share of the budget of a round of first probes like the default's, of engines that all start."""
+        default = self._configurations[0]
+        first = self._probes.places * [(default, Probe(None, OFFLINE))]
+        return self._evaluator.share(first) + self._evaluator.saving(default)
 
     def _settling(self) -> float:
         """Return the share of the budget that brackets the best."""
@@ -172,9 +177,7 @@ class Search:
         """Name the engines and kernels of which none was tried, because the budget had no room for their start."""
         tried = {trial.configuration.engines for trial in self._knowledge.trials}
         closed = {trial.configuration for trial in self._knowledge.trials}.union(*self._knowledge.left_out.values())
-        cost, left = self._cost(), max(self._evaluator.left(), 0.0)
-        default = self._configurations[0]
-        usual = self._evaluator.share([(default, Probe(None, OFFLINE))]) + self._evaluator.saving(default)
+        cost, left, usual = self._cost(), max(self._evaluator.left(), 0.0), self._cold_start()
         none: dict[tuple[tuple[str, str], ...], list[Configuration]] = {}
         for configuration in self._configurations:
             if configuration.engines not in tried and configuration not in closed and cost(configuration) == math.inf:
