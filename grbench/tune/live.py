@@ -52,11 +52,14 @@ class LiveEvaluator:
         session: CellSession,
         declared: Declared,
         specs: Mapping[Configuration, RunSpec],
-        root: Path,
+        root: Path | None,
         sweep: Path,
         say: Callable[[str], None],
     ) -> None:
-        """specs: of each configuration, a cell of the server scenario. sweep: folder of the cells. say: a line."""
+        """specs: of each configuration, a cell of the server scenario. root: of earlier records; None: take none.
+
+        sweep: folder of the cells. say: a line.
+        """
         self._say = say
         self.places = max(len(session.parts), 1)
         self._machine = session.parts[0].machine if session.parts else {}
@@ -440,9 +443,9 @@ def _strategy(spec: dict[str, Any], files: Mapping[str, str]) -> str:
     return json.dumps([values, batching, dict(files)], sort_keys=True)
 
 
-def _by_strategy(root: Path) -> dict[str, list[tuple[Path, RunRecord]]]:
+def _by_strategy(root: Path | None) -> dict[str, list[tuple[Path, RunRecord]]]:
     found: dict[str, list[tuple[Path, RunRecord]]] = {}
-    for folder, record in records.find(root) if root.is_dir() else ():
+    for folder, record in records.find(root) if root is not None and root.is_dir() else ():
         if record.status is not Status.INTERRUPTED:
             try:
                 key = _strategy(record.spec, record.files)

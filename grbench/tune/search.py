@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from grbench.tune import rates
 from grbench.tune.certification import ROUNDING, plan, reserve
 from grbench.tune.highest import COARSE, HighestRate
 from grbench.tune.knowledge import Knowledge
-from grbench.tune.outcome import BudgetSpentError, Configuration, Evaluator, Probe
+from grbench.tune.outcome import BudgetSpentError, Configuration, Evaluator, Outcome, Probe
 from grbench.tune.probes import OFFLINE, Probes, Task
 from grbench.tune.proposers import Cost, Proposer
 from grbench.tune.trial import Progress, Trial, quiet
 
 FIRST_SHARE, FIRST_FEWEST, FIRST_MOST = 0.2, 3, 12  # of the budget, for offline probes before the first rate
 BETWEEN = 2  # offline probes between two configurations that are probed at rates
+NAMED = 3  # folders of earlier records that a line names
 SETTLING = 5  # probes that bracket the rate of the best; it waits for as many that may find a better one
 
 
@@ -92,6 +94,7 @@ class Search:
 
     def _recall(self) -> None:
         """Take the outcomes of earlier searches, then go on with the configurations that they leave open."""
+        taken: list[Outcome] = []
         for configuration in self._configurations:
             known = self._evaluator.known(configuration)
             if not known:
@@ -100,7 +103,12 @@ class Search:
             self._proposer.take(configuration)
             for probe, outcome in known:
                 self._knowledge.note(trial, probe, outcome)
+                taken.append(outcome)
             self._tell(trial)
+        if taken:
+            count = _count(len(self._knowledge.trials), "configuration")
+            probes = _count(len(taken), "probe")
+            self._say(f"takes over {probes} of {count} from {_sources(taken)} (rerun=true measures again)")
         open_ = sorted(self._knowledge.trials, key=lambda trial: trial.estimate or 0.0, reverse=True)
         measure = self._probes.offline if self._screen else self._highest.find
         self._run_each(measure(trial) for trial in open_ if not trial.failed and self._may_win(trial))
@@ -129,6 +137,12 @@ class Search:
         offline, places = self._cold_start(), self._probes.places
         return min(max(places * round(FIRST_SHARE / offline), FIRST_FEWEST), FIRST_MOST) if offline else FIRST_MOST
 
+    def _cold_start(self) -> float:
+        """Return the share of the budget of a round of first probes like the default's, of engines that all start."""
+        default = self._configurations[0]
+        first = self._probes.places * [(default, Probe(None, OFFLINE))]
+        return self._evaluator.share(first) + self._evaluator.saving(default)
+
     def _may_explore(self) -> bool:
         """Return True unless the budget has room only for the bracket of the best."""
         best = self._knowledge.incumbent
@@ -136,12 +150,6 @@ class Search:
             return True
         left = self._evaluator.left() - reserve(self._knowledge, self._evaluator)
         return left > self._settling()
-
-    def _cold_start(self) -> float:
-        """Return the share of the budget of a round of first probes like the default's, of engines that all start."""
-        default = self._configurations[0]
-        first = self._probes.places * [(default, Probe(None, OFFLINE))]
-        return self._evaluator.share(first) + self._evaluator.saving(default)
 
     def _settling(self) -> float:
         """Return the share of the budget that brackets the best."""
@@ -271,6 +279,18 @@ class Search:
         reason = f"{name}: the first probe of one did not end within {trial.slow}"
         self._knowledge.left_out[reason] = alike
         self._say(f"left out {len(alike)} of {reason}")
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'s' * (number != 1)}"
+
+
+def _sources(outcomes: Iterable[Outcome]) -> str:
+    """Return the folders of the searches and runs that measured outcomes: the newest three, and how many more."""
+    folders = {outcome.folder.parent for outcome in outcomes if outcome.folder is not None}
+    newest = sorted(map(os.path.relpath, folders), reverse=True)
+    more = f" and {_count(len(newest) - NAMED, 'more folder')}" if len(newest) > NAMED else ""
+    return ", ".join(newest[:NAMED]) + more or "earlier records"
 
 
 def _named(engines: tuple[tuple[str, str], ...]) -> str:

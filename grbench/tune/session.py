@@ -55,7 +55,8 @@ class TuneSession:
         require_writable(self.folder, f"runner.output_root={run.runner.output_root}", "set runner.output_root to")
         invocation = Invocation(("tune", *words), 0, self.folder, config_dir=_path(declared.config_dir))
         self._cells = CellSession(run, invocation, quiet=True, gpus=gpus)
-        self._evaluator = LiveEvaluator(self._cells, declared, space.specs, root, self.folder, self._say)
+        earlier = None if run.rerun else root
+        self._evaluator = LiveEvaluator(self._cells, declared, space.specs, earlier, self.folder, self._say)
         batching = {
             configuration: Batching(spec.scenario.max_batch, spec.scenario.max_wait_ms / 1e3, spec.scenario.in_flight)
             for configuration, spec in space.specs.items()

@@ -113,6 +113,10 @@ def test_a_small_search_writes_its_cells_its_page_and_a_deployment(grbench_here:
     assert again.stdout.startswith("Take cpu_threads=")
     [new] = [path for path in (tmp_path / "outputs" / "tune").iterdir() if path != folder]
     assert not (new / "cells.json").exists()  # the records of the first search answer
+    taken = f"takes over 2 probes of 2 configurations from {folder.relative_to(tmp_path)} (rerun=true measures again)"
+    assert taken in again.stderr and "takes over" not in done.stderr
+    fresh = grbench_here(*words, "limits.latency_ms.p99=50000", "budget=0cells", "rerun=true")
+    assert fresh.returncode == 1 and "no record answers" in fresh.stderr and "takes over" not in fresh.stderr
 
 
 SEARCH = (*TINY, "scenario.max_batch=4", "engine.cpu_threads=1,2", "probe_s=1", "certify_runs=0")
