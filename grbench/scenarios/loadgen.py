@@ -17,7 +17,7 @@ import math
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -58,7 +58,7 @@ def run(
     after one ahead it issues all at once), and HopelessError with `stop_hopeless`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    respond = accuracy.responses if accuracy else _without_data
+    respond = accuracy.responses if accuracy else lambda tickets: _empty(ticket.key for ticket in tickets)
     batcher = start(lambda tickets: lg.QuerySamplesComplete(respond(tickets)))
     settings = _settings(config, latency_limit_ms, seed)
     due = scheduled_s(settings.schedule_rng_seed, config.target_qps) if isinstance(config, ServerConfig) else None
@@ -84,7 +84,7 @@ def run(
                 if not given_up:
                     submit(samples)
                     return
-            lg.QuerySamplesComplete([lg.QuerySampleResponse(sample.id, 0, 0) for sample in samples])
+            lg.QuerySamplesComplete(_empty(sample.id for sample in samples))
         except BaseException as e:  # LoadGen calls this from C++, where it would end the process
             batcher.fail(e)
 
@@ -117,7 +117,7 @@ def run(
         with issuing:
             given_up = True
             waiting = batcher.waiting()
-        lg.QuerySamplesComplete(_without_data(waiting))
+        lg.QuerySamplesComplete(_empty(ticket.key for ticket in waiting))
         loadgen.join(limit_s)
         return not loadgen.is_alive()
 
@@ -152,8 +152,8 @@ def _watch(loop: RequestLoop, clock: WallClock, growth: Growth | None) -> None:
             loop.fail(e)
 
 
-def _without_data(tickets: Sequence[Ticket]) -> list[lg.QuerySampleResponse]:
-    return [lg.QuerySampleResponse(ticket.key, 0, 0) for ticket in tickets]
+def _empty(keys: Iterable[int]) -> list[lg.QuerySampleResponse]:
+    return [lg.QuerySampleResponse(key, 0, 0) for key in keys]
 
 
 def scheduled_s(seed: int, rate: float) -> Iterator[float]:
