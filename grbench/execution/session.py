@@ -31,7 +31,7 @@ from grbench.execution.records import RunRecord, Status
 from grbench.execution.runner import Interrupted, run_cell
 from grbench.execution.workers import Event, KeptWorker
 from grbench.report.cells import Planned, label
-from grbench.scenarios.config import is_accuracy
+from grbench.scenarios.config import is_accuracy, issued
 from grbench.tracking import CellTracker, where_to_look
 
 
@@ -136,13 +136,10 @@ class CellSession:
             return Measured(folder, record, True)
         if why_not:
             self._say(f"{title}: {why_not}, so it is measured again")
-        total = spec.gate.quality_requests if is_accuracy(spec.scenario) else spec.scenario.queries
-        least_s = getattr(spec.scenario, "min_duration_s", 0.0)
         if self._places is not None:
-            progress = CellProgress(self._screen, title, total, least_s, redrawn=False)
-            self._begin(self._places, job, progress, ended)
+            self._begin(self._places, job, progress_of(spec, self._screen, title, redrawn=False), ended)
             return None
-        with CellProgress(self._screen, title, total, least_s) as progress:
+        with progress_of(spec, self._screen, title) as progress:
             try:
                 record, folder = run_cell(
                     spec,
@@ -327,6 +324,14 @@ def repeated(job: Job, repeat: int) -> Job:
     )
 
 
+def progress_of(spec: RunSpec, screen: Console, title: str, redrawn: bool = True) -> CellProgress:
+    """Return the progress of a cell, with the number of answers or the duration that its scenario has."""
+    if count := spec.gate.quality_requests if is_accuracy(spec.scenario) else issued(spec.scenario):
+        return CellProgress(screen, title, count, redrawn=redrawn)
+    least_s: float = getattr(spec.scenario, "min_duration_s", 0.0)
+    return CellProgress(screen, title, spec.scenario.queries, least_s, redrawn)
+
+
 class CellProgress:
     """The state of a cell: one line on a terminal, else a line for each stage, and now and then for the answers.
 
@@ -372,11 +377,11 @@ class CellProgress:
         else:
             answered, seconds = event["answered"], now - self._stage_begun
             in_time = round(answered * self._least_s / seconds) if seconds else 0  # at the same pace
-            total = max(self._queries, in_time)
+            total = max(self._queries, in_time, answered)  # some end after the duration
             took = pace(seconds, answered, total)
             self._bar.update(self._task, completed=answered, total=total, pace=took)
             if not self._redrawn:
-                self._say_answered(f"{answered} of {'about ' * (total == in_time)}{total} answers, {took}")
+                self._say_answered(f"{answered} of {'about ' * (total > self._queries)}{total} answers, {took}")
         if self._redrawn:
             self._bar.refresh()
 

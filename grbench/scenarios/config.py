@@ -100,7 +100,12 @@ def is_accuracy(config: ScenarioConfig) -> bool:
 
 def issued(config: ScenarioConfig) -> int | None:
     """Return the number of requests that a scenario issues; None for all, or where its shortest duration decides."""
-    if is_accuracy(config) or (isinstance(config, LoadGenConfig) and config.min_duration_s):
+    if is_accuracy(config):
+        return None
+    if isinstance(config, OfflineConfig):  # LoadGen issues one query, of a size that it computes so
+        seconds = int(config.min_duration_s * 1000) / 1000
+        return max(config.queries, int(1.1 * seconds * config.expected_qps))
+    if isinstance(config, LoadGenConfig) and config.min_duration_s:
         return None
     query = config.samples_per_query if isinstance(config, MultiStreamConfig) else 1
     return -(-config.queries // query) * query

@@ -30,7 +30,7 @@ from grbench.config.compose import compose_spec
 from grbench.execution import measure, records, runner
 from grbench.execution.clock import pace
 from grbench.execution.records import Outcome, RunRecord, Status
-from grbench.execution.session import CellProgress
+from grbench.execution.session import CellProgress, progress_of
 from grbench.signals import Stopped
 from grengines.cache.storage import StorageTier
 
@@ -202,6 +202,26 @@ def test_progress_in_a_log_has_the_time_and_what_is_left(monkeypatch: pytest.Mon
     now[0] += 50
     progress.show({"answered": 900})
     assert log.getvalue().endswith("\n2/4 hstu server: 900 of about 10800 answers, 50 s so far, about 9 min left\n")
+
+
+@pytest.mark.parametrize(
+    "scenario, said",
+    [
+        (["scenario=offline", "scenario.expected_qps=50"], "395 of 550 answers, 20 s so far, about 8 s left"),
+        (["scenario=server"], "395 of about 395 answers, 20 s so far, about 0 s left"),
+        (["scenario=multi_stream", "scenario.queries=395", "scenario.min_duration_s=0"], "395 of 400 answers, 20 s"),
+    ],
+)
+def test_progress_never_counts_past_its_total(scenario: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [word for word in QUICK if not word.startswith("scenario")]
+    spec, _ = compose_spec([*words, "scenario.queries=32", "scenario.min_duration_s=10", *scenario])
+    now, log = [100.0], io.StringIO()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = progress_of(spec, Console(file=log, width=200), "cell")
+    progress.show({"stage": "measuring"})
+    now[0] += 20
+    progress.show({"answered": 395})
+    assert log.getvalue().splitlines()[-1].startswith(f"cell: {said}")
 
 
 @pytest.mark.parametrize("moves", [1, 2])
