@@ -224,7 +224,7 @@ class _Ready:
         raise LookupError("two\nlines")
 
 
-def get(service: _Ready, path: str, **headers: str) -> tuple[int, Any]:
+def get(service: _Ready, path: str, method: str = "GET", **headers: str) -> tuple[int, Any]:
     """Ask the routes, without a socket."""
     sent: list[Any] = []
 
@@ -234,7 +234,7 @@ def get(service: _Ready, path: str, **headers: str) -> tuple[int, Any]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "root_path": "",
+    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "root_path": "",
              "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}  # fmt: skip
     asyncio.run(Api(service)(scope, receive, send))  # type: ignore[arg-type]
     return sent[0]["status"], json.loads(sent[1]["body"])
@@ -253,7 +253,9 @@ def test_this_machine_may_call_without_a_key(host: str) -> None:
 def test_pages_of_other_sites_are_refused(headers: dict[str, str]) -> None:
     status, answer = get(_Ready(None), "/v2/health/ready", **headers)
     assert status == 403 and "set an API key" in answer["error"] and "\n" not in answer["error"]
+    assert get(_Ready(None), "/reload", "POST", **headers)[0] == 403
     assert get(_Ready(b"key"), "/v2/health/ready", **headers)[0] == 200  # they would lack the key elsewhere
+    assert get(_Ready(b"key"), "/reload", "POST", **headers)[0] == 401
 
 
 def test_a_defect_is_one_line_for_the_client_and_a_traceback_in_the_log() -> None:
