@@ -74,7 +74,10 @@ def _measure(job: dict[str, Any], code: str, report: Callable[[dict[str, Any]], 
         if isinstance(e, ClockMovedError):
             report({"again": str(e)})
         with contextlib.suppress(OSError):  # the log's disk may be full: the outcome is still reported
-            traceback.print_exc()
+            if outcome.status is Status.STOPPED:  # as asked, and nothing is wrong
+                print(outcome.error, file=sys.stderr)
+            else:
+                traceback.print_exc()
     outcome.waits = kept is not None and kept.fit
     report({"outcome": asdict(outcome)})
 

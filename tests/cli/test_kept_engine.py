@@ -159,6 +159,8 @@ def test_a_hopeless_rate_ends_early_without_a_latency(
     assert done.returncode == 1, done.stderr
     [(folder, record)] = list(records.find(tmp_path))
     assert record.status is records.Status.STOPPED and "the queue grew to" in (record.error or "")
+    said = (folder / records.LOG_FILE).read_text()
+    assert "Traceback" not in said and said.splitlines()[-1] == record.error
     assert not any(name.startswith(("latency", "throughput", "goodput")) for name in record.metrics)
     assert not record.intervals and not (folder / records.SAMPLES_FILE).exists()
 
