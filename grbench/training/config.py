@@ -124,7 +124,6 @@ def to_config(cfg: DictConfig) -> TrainConfig:
             f"workload.stale_events={config.workload.stale_events}: training has every event before the one that it "
             "predicts; allowed here: 0"
         )
-    _refuse_unread(config)
     if config.training.negatives and config.training.smoothing:
         raise ConfigError(
             f"training.negatives={config.training.negatives} and training.smoothing={config.training.smoothing}: a "
@@ -133,15 +132,17 @@ def to_config(cfg: DictConfig) -> TrainConfig:
     return config
 
 
-def _refuse_unread(config: TrainConfig) -> None:
-    """Raise ConfigError for an option of the training that was set and that nothing would read."""
-    options, generates, levels = config.training, config.task == "generate", config.retrieval.levels
-    for names, read, where in (
-        (("smoothing", "crop", "blanks", "validation_users"), generates, "task=generate"),
-        (("negatives", "temperature"), generates and levels == 1, "task=generate retrieval.levels=1"),
-        (("item_vectors", "teacher"), generates and levels > 1, "task=generate with retrieval.levels above 1"),
-        (("teacher_temperature", "teacher_share"), options.teacher is not None, "training.teacher=FILE"),
-    ):
-        for name in names:
-            if not read and getattr(options, name) != getattr(TrainingConfig, name):
-                raise ConfigError(f"training.{name}: it is for {where}; leave it out")
+def unread(config: TrainConfig) -> dict[str, str]:
+    """Return the options of the training that nothing reads, each with the reason and what changes it."""
+    generates, levels = config.task == "generate", config.retrieval.levels
+    return {
+        f"training.{name}": f"it is for {where}; leave it out"
+        for names, read, where in (
+            (("smoothing", "crop", "blanks", "validation_users"), generates, "task=generate"),
+            (("negatives", "temperature"), generates and levels == 1, "task=generate retrieval.levels=1"),
+            (("item_vectors", "teacher"), generates and levels > 1, "task=generate with retrieval.levels above 1"),
+            (("teacher_temperature", "teacher_share"), config.training.teacher is not None, "training.teacher=FILE"),
+        )
+        for name in names
+        if not read
+    }

@@ -260,7 +260,7 @@ def test_what_can_not_be_quantised_is_named(grbench_here: Grbench, words: list[s
             "model.vocabulary=5000: training has a softmax over the codes of a level; allowed here is null",
         ),
         *(
-            ([f"training.{option}=0.4", *words], f"training.{option}: it is for {where}; leave it out")
+            ([f"training.{option}=0.4", *words], f"training.{option}=0.4: it is for {where}; leave it out")
             for option, words, where in (
                 ("smoothing", [], "task=generate"),
                 ("crop", [], "task=generate"),
@@ -275,11 +275,14 @@ def test_what_can_not_be_quantised_is_named(grbench_here: Grbench, words: list[s
             ["task=generate", "retrieval.levels=1", "training.negatives=4", "training.smoothing=0.1"],
             "training.negatives=4 and training.smoothing=0.1: a smooth target has a share of all items",
         ),
-        (["training.negatives=4"], "training.negatives: it is for task=generate retrieval.levels=1"),
-        (["training.validation_users=4"], "training.validation_users: it is for task=generate; leave it out"),
+        (["training.negatives=4"], "training.negatives=4: it is for task=generate retrieval.levels=1"),
+        *(
+            ([f"training.{typed}"], f"training.{typed}: it is for task=generate; leave it out")
+            for typed in ("validation_users=4", "validation_users=5000", "crop=0")  # two are the defaults
+        ),
         (
             ["task=generate", "retrieval.levels=1", "training.item_vectors=walks.txt"],
-            "training.item_vectors: it is for",
+            "training.item_vectors=walks.txt: it is for",
         ),
         (
             ["task=generate", *WORKLOAD, *MODEL, "out=/proc/model"],
