@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grbench.config.compose import plan_jobs, prepare_hydra
-from grbench.config.schema import to_spec
 from grbench.config.unread import unread
 from grbench.execution.files import require_files
-from grbench.execution.ranks import require_gpus
+from grbench.execution.ranks import require_gpus, to_spec_here
 from grbench.execution.records import RunRecord
 from grbench.execution.session import CellSession
 
@@ -66,7 +65,7 @@ def run(
         if progress:
             print(f"grbench: {line}", file=sys.stderr)
 
-    invocation, jobs = plan_jobs("config", to_spec, [*overrides, *root], sweep, report=say, unread=unread)
+    invocation, jobs = plan_jobs("config", to_spec_here, [*overrides, *root], sweep, report=say, unread=unread)
     for line in invocation.skipped:
         say(f"left out: {line}")
     require_files(job.config[0] for job in jobs)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from grbench.config import command
 from grbench.config.compose import prepare_hydra
 from grbench.config.jobs import Invocation, Job, Session
-from grbench.config.schema import RunConfig, to_spec
+from grbench.config.schema import RunConfig
 from grbench.config.unread import unread
 from grbench.execution.files import require_files
-from grbench.execution.ranks import require_gpus
+from grbench.execution.ranks import require_gpus, to_spec_here
 
 FORMS = {"--json": "runner.print=json", "--csv": "runner.print=csv"}  # flags for an option, as other programs have them
 
@@ -36,4 +36,4 @@ def main(words: Sequence[str], require: Callable[[RunConfig], None] = lambda run
         return CellSession(first.config[1], invocation, gpus=gpus)
 
     words = [FORMS.get(word, word) for word in words]
-    return command.run("grbench", words, "config", prepare_hydra, to_spec, session, require_all, unread)
+    return command.run("grbench", words, "config", prepare_hydra, to_spec_here, session, require_all, unread)

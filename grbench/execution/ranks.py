@@ -1,13 +1,19 @@
-"""GPUs that a cell takes: one, one for each process that shares the heads, or one for each part of the item table."""
+"""GPUs that a cell takes: one, one for each process that shares the heads, or one for each part of the item table.
+
+CUDA graphs take one where a cell asks for them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from grbench.config.schema import ConfigError, RunSpec
+from omegaconf import DictConfig
+
+from grbench.config.schema import ConfigError, RunConfig, RunSpec, to_spec
 from grbench.execution.gpu import visible_gpus
 from grengines import registry
+from grengines.options import GraphOptions
 
 WHY = {
     "tensor_parallel": "the processes share its cores, and their times say nothing of GPUs",
@@ -61,3 +67,22 @@ def require_gpus(specs: Iterable[RunSpec], cluster: str) -> int:
             "engine.device=cpu checks the answers without"
         )
     return asked
+
+
+def to_spec_here(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
+    """Return `to_spec` of a cell that is measured by this command.
+
+    Raises as it does, and ConfigError for CUDA graphs that are asked of this machine where it has no GPU.
+    """
+    spec, run = to_spec(cfg)
+    if run.runner.cluster == "none" and (asking := list(_with_graphs(spec.engine))) and not visible_gpus():
+        raise ConfigError(f"{asking[0]}=true: this machine has no GPU, and a CPU has no CUDA graphs; set it to false")
+    return spec, run
+
+
+def _with_graphs(options: Any, path: str = "engine") -> Iterator[str]:
+    """Yield the option by which an engine asks for CUDA graphs on a device of its choice, and those of its stages."""
+    if isinstance(options, GraphOptions) and (options.cuda_graphs, options.device) == ("true", "auto"):
+        yield f"{path}.cuda_graphs"
+    for stage in registry.get(options.name).stages:
+        yield from _with_graphs(getattr(options, stage), f"{path}.{stage}")

@@ -14,7 +14,7 @@ from helpers.beside import QUICK, found, measures, two_cores, until
 from helpers.command import Grbench
 from helpers.forks import fork_command, fork_places, fork_workers
 
-from grbench.config.compose import compose_spec
+from grbench.config.compose import compose_spec, plan_jobs, prepare_hydra
 from grbench.config.schema import ConfigError
 from grbench.execution import gpu, place, places, ranks, records
 from grbench.execution.records import LOG_FILE, RunRecord, Status
@@ -201,6 +201,30 @@ def test_gpus_of_a_cell_are_counted(
         return
     with pytest.raises(ConfigError, match=re.escape(counted)):
         ranks.require_gpus([spec], run.runner.cluster)
+
+
+@pytest.mark.parametrize(
+    ("engine", "key"),
+    [
+        (["engine=vllm", "engine.cuda_graphs=true"], "engine.cuda_graphs"),
+        (["engine=pipeline", "engine.retrieve.cuda_graphs=true"], "engine.retrieve.cuda_graphs"),
+    ],
+)
+def test_cuda_graphs_without_a_gpu_are_refused_before_a_worker_starts(
+    engine: list[str], key: str, grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = grbench_here(*engine)
+    assert done.returncode == 2 and not list(tmp_path.rglob(records.LOG_FILE))
+    why = f"{key}=true: this machine has no GPU, and a CPU has no CUDA graphs; set it to false"
+    assert done.stderr == f"grbench: {why}\n"
+    sweep = [*engine[:1], f"{key}=true,false", "skip_invalid=true"]
+    prepare_hydra()
+    invocation, jobs = plan_jobs("config", ranks.to_spec_here, sweep, multirun=True)
+    assert len(jobs) == 1 and invocation.skipped == (f"{key}=True: {why}",)
+    device = key.replace("cuda_graphs", "device")
+    for words in ([*engine, "runner.cluster=slurm"], [*engine, f"{device}=cuda"], [*engine[:1], f"{key}=auto"]):
+        assert len(plan_jobs("config", ranks.to_spec_here, words)[1]) == 1
 
 
 @pytest.mark.parametrize(
