@@ -23,6 +23,7 @@ class Asked:
     model: HSTUConfig | DecoderConfig
     kernels: Mapping[str, str]  # the variant of each operator family
     cache: CacheConfig | PagedCacheConfig
+    beam_tokens: int = 0  # codes that a search encodes behind its prompt, as far as the options say it
 
 
 def cache_of_ranking(asked: Asked) -> str | None:

@@ -333,7 +333,10 @@ def spec_of(run: RunConfig) -> RunSpec:
         raise ConfigError(f"task={task}: engine {engine.name} can't; allowed: auto, {', '.join(able)}")
     if problem := engines.model_spec(run.model).contradiction(run.model):
         raise ConfigError(problem)
-    if problem := engines.contradiction(run.engine, Asked(task, run.model, run.kernel.requested(), run.cache)):
+    # A file has levels of its own.
+    beam_tokens = 0 if run.retrieval.semantic_ids else run.retrieval.beam_width * (run.retrieval.levels - 1)
+    asked = Asked(task, run.model, run.kernel.requested(), run.cache, beam_tokens)
+    if problem := engines.contradiction(run.engine, asked):
         raise ConfigError(problem)
     if task == "generate" and isinstance(run.model, HSTUConfig) and (problem := without_effect(run.model)):
         raise ConfigError(problem)

@@ -418,6 +418,20 @@ REFUSED = [  # what the worker refused before: overrides, and the refusal
     ("engine=hf kernel=triton", "kernel."),
     ("engine=vllm engine.device=cpu engine.cuda_graphs=true", "engine.cuda_graphs=true and engine.device=cpu: a CPU"),
     ("engine=vllm engine.block_size=48", "engine.block_size=48: must be a power of two"),
+    (
+        "engine=vllm engine.max_num_batched_tokens=1 engine.chunked_prefill=false",
+        "engine.max_num_batched_tokens=1 and engine.chunked_prefill=false: a step holds a whole search, so "
+        "the least value is 2, and more for longer prompts; set it to 0, or engine.chunked_prefill=true",
+    ),
+    (
+        "engine=vllm model=decoder_tiny engine.max_num_batched_tokens=65 engine.chunked_prefill=false",
+        "engine.max_num_batched_tokens=65 and engine.chunked_prefill=false: a step holds a whole search, so "
+        "the least value is 66, and more for longer prompts; set it to 0, or engine.chunked_prefill=true",
+    ),
+    (
+        "engine=pipeline engine.retrieve.max_num_batched_tokens=1 engine.retrieve.chunked_prefill=false",
+        "engine.retrieve.max_num_batched_tokens=1 and engine.retrieve.chunked_prefill=false: a step",
+    ),
     ("engine=vllm model.qk_dim=8 model.v_dim=12", "model.qk_dim=8, model.v_dim=12: engine vllm needs them equal"),
     ("engine=remote cache=lru", "cache=lru: engine remote has none; give the cache to the server"),
     ("engine=pipeline engine@engine.rank=onnxruntime cache=lru", "cache=lru: engine=onnxruntime computes whole"),
@@ -440,6 +454,19 @@ def test_what_no_machine_can_run_is_refused_before_it_is_recorded(words: str, li
     with pytest.raises(ConfigError) as caught:
         compose_spec(words.split())
     assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "engine.max_num_batched_tokens=1",  # a prompt is read token by token
+        "engine.max_num_batched_tokens=2 engine.chunked_prefill=false",
+        "model=decoder_tiny engine.max_num_batched_tokens=66 engine.chunked_prefill=false",
+        "model=decoder_tiny engine.max_num_batched_tokens=2 engine.chunked_prefill=false retrieval.levels=1",
+    ],
+)
+def test_a_step_that_may_hold_a_search_is_accepted(words: str) -> None:
+    compose_spec(["engine=vllm", *words.split()])
 
 
 UNREAD = [  # overrides of which the cell does not read the last, and why

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.options import GRAPHS, TENSOR_PARALLEL, WITH_GRAPHS, GraphOptions, option
 from grengines.refusals import Asked, attention_of_ranking, graphs_on_cpu, heads_over_ranks
@@ -58,9 +59,23 @@ def contradiction(options: VLLMEngineConfig, asked: Asked) -> str | None:
             f"model.qk_dim={model.qk_dim}, model.v_dim={model.v_dim}: engine vllm needs them equal, "
             "because a page holds both in rows of one size; set both to one value"
         )
-    if problem := graphs_on_cpu(options) or attention_of_ranking(asked):
+    if problem := graphs_on_cpu(options) or attention_of_ranking(asked) or _short_steps(options, asked):
         return problem
     return _over_ranks(options, asked) if options.tensor_parallel > 1 else None
+
+
+def _short_steps(options: VLLMEngineConfig, asked: Asked) -> str | None:
+    """Return None, or why a step can't have a search whole, whose prompt has at least one token.
+
+    The engine knows the longest prompt of the workload, and asks for more.
+    """
+    tokens, beams = options.max_num_batched_tokens, asked.beam_tokens if isinstance(asked.model, DecoderConfig) else 0
+    if options.chunked_prefill or not 0 < tokens < beams + 2:
+        return None
+    return (
+        f"engine.max_num_batched_tokens={tokens} and engine.chunked_prefill=false: a step holds a whole search, so "
+        f"the least value is {beams + 2}, and more for longer prompts; set it to 0, or engine.chunked_prefill=true"
+    )
 
 
 def _over_ranks(options: VLLMEngineConfig, asked: Asked) -> str | None:
