@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,12 +161,17 @@ def load(path: str | Path) -> Deployment:
     return deployment
 
 
-def save(deployment: Deployment, path: str | Path) -> None:
-    """Write a deployment file, replacing an existing one. Raises ConfigError for one that `load` would refuse."""
+def save(deployment: Deployment, path: str | Path, remark: str = "") -> None:
+    """Write a deployment file, replacing an existing one. Raises ConfigError for one that `load` would refuse.
+
+    remark: for people, in comments at its top.
+    """
     if problem := next(_problems(deployment), None):
         raise ConfigError(f"{path}: {problem}")
     text = yaml.safe_dump(_filled(dataclasses.asdict(deployment)), sort_keys=False, allow_unicode=True, width=120)
-    atomic_io.write(Path(path), (HEADER + text).encode())
+    lines = textwrap.wrap(remark, 118, break_long_words=False, break_on_hyphens=False)
+    comment = HEADER + "".join(f"# {line}\n" for line in lines)
+    atomic_io.write(Path(path), (comment + text).encode())
 
 
 def _problems(deployment: Deployment) -> Iterator[str]:

@@ -15,7 +15,7 @@ from grbench.tune.knowledge import ENDED_EARLY, Knowledge
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import Configuration, Outcome
 from grbench.tune.probes import FEWEST
-from grbench.tune.trial import Trial, cost
+from grbench.tune.trial import Trial, carried, cost
 
 FIRST_ANSWER = 8  # cells that a search takes for a first answer, about
 
@@ -29,6 +29,11 @@ class Answer:
     step: int
     outcome: Outcome
     certificate: Certificate | None
+
+    @property
+    def rate(self) -> float:
+        """The requests a second that it may claim: no more than were offered."""
+        return carried(self.step, self.outcome)
 
     @property
     def certified(self) -> bool:
@@ -48,13 +53,12 @@ def answer(knowledge: Knowledge, certificate: Certificate | None) -> Answer | No
 
 def sentence(found: Answer) -> str:
     """Return the answer in words."""
-    rate, latency = found.outcome.metrics["throughput_rps"], _latency(found.outcome)
-    name, had = found.trial.configuration.name, f"{rate:.4g} requests/s at {latency}"
+    name, had = found.trial.configuration.name, f"{found.rate:.4g} requests/s at {_latency(found.outcome)}"
     words = f"Take {name}: {had}"
     if found.certificate is None and found.trial.refuted:
         words = f"No rate of {name} is proven, since it failed at {found.trial.refuted}. The search's own run had {had}"
     if found.knowledge.goal.objective == "cost":
-        words += f", {_cost(found.outcome)} for 1000 requests"
+        words += f", {_cost(found.step, found.outcome)} for 1000 requests"
     words += f" ({proof(found)})"
     return ". ".join([words, *_others(found)]) + "."
 
@@ -80,8 +84,8 @@ def _latency(outcome: Outcome) -> str:
     return "unknown latency"
 
 
-def _cost(outcome: Outcome) -> str:
-    return f"{cost(outcome):.3g} {'J' if energy.METRIC in outcome.metrics else 's of the machine'}"
+def _cost(step: int, outcome: Outcome) -> str:
+    return f"{cost(step, outcome):.3g} {'J' if energy.METRIC in outcome.metrics else 's of the machine'}"
 
 
 def _others(found: Answer) -> Iterator[str]:
@@ -281,14 +285,19 @@ def _word(key: str) -> str:
     return "engine" if key == "engine" else key.rpartition(".")[2] + " engine"
 
 
-def figures(outcome: Outcome) -> dict[str, float]:
-    """Return the figures by which strategies are compared: rate, p99, quality loss, memory, energy."""
-    metrics = outcome.metrics
-    found = {"requests/s": metrics.get("throughput_rps")}
+def figures(trial: Trial) -> dict[str, float]:
+    """Return the best figures of a trial, by which strategies are compared: rate, p99, quality loss, memory, energy.
+
+    None of one that keeps the limits at no rate.
+    """
+    if trial.low is None or trial.best is None:
+        return {}
+    metrics = trial.best.metrics
+    found = {"requests/s": trial.carried}
     found["p99 ms"] = metrics.get("latency_ms/p99")
     losses = [value for name, value in metrics.items() if re.fullmatch(r"quality/[^/]+_loss", name)]
     found["quality loss %"] = 100 * max(losses) if losses else None
     memory = metrics.get("gpu_memory_mib/reserved", metrics.get("host_memory_mib/peak"))
     found["memory MiB"] = memory
-    found["J/1000 requests"] = cost(outcome) if energy.METRIC in metrics else None
+    found["J/1000 requests"] = cost(trial.low, trial.best) if energy.METRIC in metrics else None
     return {name: value for name, value in found.items() if value is not None}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from grbench import deployment
 from grbench.deployment import Certified, Deployment, Figure, Strategy
+from grbench.tune import answer
 from grbench.tune.answer import Answer
 from grbench.tune.config import Declared
 
@@ -16,7 +17,10 @@ NOT_STRATEGY = ("task", "runner.", "tracking", "rerun", "skip_invalid", "hydra."
 
 
 def write(found: Answer, declared: Declared, folder: Path) -> Path:
-    """Write the winner into a folder. It has certified figures only if it was certified. Returns the path."""
+    """Write the winner into a folder. Returns the path.
+
+    It has certified figures only if it was certified, else a comment that says why it was not.
+    """
     fixed = [word for word in declared.fixed if not _besides(word)]
     batching = [word for word in declared.fixed if word.startswith("scenario.")]
     strategy = Strategy(
@@ -33,7 +37,8 @@ def write(found: Answer, declared: Declared, folder: Path) -> Path:
         elif limit.metric.startswith("gpu_memory_mib/"):
             limits["memory_gb"] = limit.bound * 2**20 / 1e9
     path = folder / FILE
-    deployment.save(Deployment(deployment.VERSION, declared.task, limits, [strategy]), path)
+    remark = "" if found.certified else f"The strategy is {answer.proof(found)}."
+    deployment.save(Deployment(deployment.VERSION, declared.task, limits, [strategy]), path, remark)
     return path
 
 
@@ -57,7 +62,7 @@ def _figures(found: Answer, folder: Path) -> Certified:
     reserved = metrics.get("gpu_memory_mib/reserved")
     record = found.outcome.folder
     return Certified(
-        throughput_rps=metrics["throughput_rps"],
+        throughput_rps=found.rate,
         latency_ms=latency,
         quality=quality,
         memory_gb=None if reserved is None else reserved * 2**20 / 1e9,

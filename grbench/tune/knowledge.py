@@ -53,7 +53,7 @@ class Knowledge:
         assert best is not None and trial.low is not None
         if self.goal.objective == "latency":
             return -best.metrics["latency_ms/p99"]
-        return -cost(best) if self.goal.objective == "cost" else float(trial.low)
+        return -cost(trial.low, best) if self.goal.objective == "cost" else float(trial.low)
 
     def expected(self, trial: Trial) -> float:
         """Return the step that a trial should reach: what is known of it, corrected by how far others were off."""

@@ -100,7 +100,7 @@ def _steps(rows: list[tuple[str, str, str, str]]) -> Table:
 
 def trade_offs(knowledge: Knowledge) -> list[Chart]:
     """Return a chart for each further figure in which configurations within the limits differ: it and the rate."""
-    points = [(trial, answer.figures(trial.best)) for trial in knowledge.trials if trial.best is not None]
+    points = [(trial, answer.figures(trial)) for trial in knowledge.trials if trial.best is not None]
     charts = []
     for name in SMALLER[1:]:
         have = [(trial, row) for trial, row in points if name in row]
@@ -120,7 +120,7 @@ def trade_offs(knowledge: Knowledge) -> list[Chart]:
 
 def front(knowledge: Knowledge) -> list[Trial]:
     """Return the trials that no other beats in every figure that both have, the highest rate first."""
-    points = [(trial, answer.figures(trial.best)) for trial in knowledge.trials if trial.best is not None]
+    points = [(trial, answer.figures(trial)) for trial in knowledge.trials if trial.best is not None]
 
     def beats(one: dict[str, float], other: dict[str, float]) -> bool:
         names = [name for name in one if name in other]
@@ -134,7 +134,7 @@ def front(knowledge: Knowledge) -> list[Trial]:
 def front_table(knowledge: Knowledge) -> Table:
     """Return the Pareto front with every figure."""
     trials, numbers = front(knowledge), _numbers(knowledge)
-    rows = [answer.figures(trial.best) for trial in trials if trial.best is not None]
+    rows = [answer.figures(trial) for trial in trials]
     names = list(dict.fromkeys(name for row in rows for name in row))
     shown = [
         [numbers[t.configuration], t.configuration.name, *(figure(row.get(name)) for name in names)]
@@ -146,7 +146,11 @@ def front_table(knowledge: Knowledge) -> Table:
 
 def front_chart(knowledge: Knowledge, found: Answer | None = None) -> Chart | None:
     """Return rate and p99 of the configurations that keep the limits, the front of these two, and the answer."""
-    kept = [(t, t.best) for t in knowledge.trials if t.best is not None and "latency_ms/p99" in t.best.metrics]
+    kept = [
+        (trial, rate, best)
+        for trial in knowledge.trials
+        if (rate := trial.carried) and (best := trial.best) and "latency_ms/p99" in best.metrics
+    ]
     if not kept:
         return None
     numbers = _numbers(knowledge)
@@ -155,25 +159,24 @@ def front_chart(knowledge: Knowledge, found: Answer | None = None) -> Chart | No
         value = outcome.metrics["latency_ms/p99"]
         return outcome.intervals.get("latency_ms/p99", [value, value])[end]
 
-    best = sorted(kept, key=lambda pair: pair[1].metrics["throughput_rps"], reverse=True)
     line: list[tuple[float, float]] = []
-    for _, outcome in best:
+    for _, rate, outcome in sorted(kept, key=lambda point: point[1], reverse=True):
         if not line or outcome.metrics["latency_ms/p99"] < line[-1][1]:
-            line.append((outcome.metrics["throughput_rps"], outcome.metrics["latency_ms/p99"]))
+            line.append((rate, outcome.metrics["latency_ms/p99"]))
     points = Series(
         "configurations",
-        [outcome.metrics["throughput_rps"] for _, outcome in kept],
-        [outcome.metrics["latency_ms/p99"] for _, outcome in kept],
-        [ends(outcome, 0) for _, outcome in kept],
-        [ends(outcome, 1) for _, outcome in kept],
-        [numbers[trial.configuration] for trial, _ in kept],
-        [trial.configuration.name for trial, _ in kept],
+        [rate for _, rate, _ in kept],
+        [outcome.metrics["latency_ms/p99"] for _, _, outcome in kept],
+        [ends(outcome, 0) for _, _, outcome in kept],
+        [ends(outcome, 1) for _, _, outcome in kept],
+        [numbers[trial.configuration] for trial, _, _ in kept],
+        [trial.configuration.name for trial, _, _ in kept],
         0,
     )
     series = [points, Series("Pareto front", [x for x, _ in line], [y for _, y in line], colour=1, mode="line")]
     if found is not None and "latency_ms/p99" in found.outcome.metrics:
         how = "certified" if found.certified else "not certified"
-        place = ([found.outcome.metrics["throughput_rps"]], [found.outcome.metrics["latency_ms/p99"]])
+        place = ([found.rate], [found.outcome.metrics["latency_ms/p99"]])
         both = ([ends(found.outcome, 0)], [ends(found.outcome, 1)])
         name = found.trial.configuration.name
         series.append(Series(f"the answer, {how}", *place, *both, hover=[name], colour=2))
@@ -275,7 +278,7 @@ def facts(knowledge: Knowledge, found: Answer | None, declared: Declared, space:
             "rate_high": None if trial.high is None else rates.rate_of(trial.high),
             "offline_rps": trial.offline.metrics["throughput_rps"] if trial.offline else None,
             "failed": trial.failed,
-            "figures": answer.figures(trial.best) if trial.best else {},
+            "figures": answer.figures(trial),
             "records": folders,
         }
 

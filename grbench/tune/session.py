@@ -81,12 +81,16 @@ class TuneSession:
         try:
             self._announce()
             self._search.run()
-            certificate = certify(self._knowledge, self._evaluator, self._show) if self._declared.goal.runs else None
+            if self._declared.goal.runs:
+                certificate = certify(self._knowledge, self._evaluator, self._show)
+            else:
+                self._knowledge.uncertified = "certify_runs=0 asks for no others"
             found = answer.answer(self._knowledge, certificate)
             if found is not None:
                 self._measure_steps(found)
         except KeyboardInterrupt as e:
             cut_short, interrupt = "interrupted", e
+            self._knowledge.uncertified = "the search was interrupted"
             found = answer.answer(self._knowledge, certificate)
         except ConfigError:
             self._cells.end(cut_short=True)

@@ -71,6 +71,11 @@ class Trial:
         return None if self.low is None else self.probes[self.low]
 
     @property
+    def carried(self) -> float | None:
+        """The highest rate that keeps the limits, as `carried` has it."""
+        return None if self.low is None else carried(self.low, self.probes[self.low])
+
+    @property
     def binding(self) -> tuple[Limit | None, Outcome | None]:
         """The limit that keeps the rate from being higher, with the outcome that shows it."""
         high = self.high
@@ -110,9 +115,17 @@ class Trial:
         self.failed, self.violation = f"breaks {limit}: {limit.shown(outcome)}", limit.excess(outcome) or 1.0
 
 
-def cost(outcome: Outcome) -> float:
+def carried(step: int, outcome: Outcome) -> float:
+    """Return the requests a second that an outcome at a step of the ladder proves: offered, and answered.
+
+    Random arrivals come a little faster or more slowly than the rate that was asked for.
+    """
+    return min(rates.rate_of(step), outcome.metrics["throughput_rps"])
+
+
+def cost(step: int, outcome: Outcome) -> float:
     """Return the cost of 1000 requests: joules where the energy is known, else seconds of the machine."""
-    return 1000 * outcome.metrics.get(energy.METRIC, 1.0 / outcome.metrics["throughput_rps"])
+    return 1000 * outcome.metrics.get(energy.METRIC, 1.0 / carried(step, outcome))
 
 
 Progress = Callable[[Trial, Probe, Outcome, Verdict | None], None]  # what is called after each probe

@@ -106,7 +106,10 @@ def test_a_small_search_writes_its_cells_its_page_and_a_deployment(grbench_here:
     assert keys <= facts.keys()
     assert len(json.loads((folder / "cells.json").read_text())) == 2
     assert "plotly" in (folder / "tune.html").read_text() and "Pareto front" in (folder / "tune.md").read_text()
-    assert yaml.safe_load((folder / "best.yaml").read_text())["version"] == 1
+    text = (folder / "best.yaml").read_text()
+    assert yaml.safe_load(text)["version"] == 1
+    comment = "# The strategy is not certified, one run with the search's own seed: certify_runs=0 asks for no others."
+    assert text.splitlines()[1] == comment
 
     again = grbench_here(*words, "limits.latency_ms.p99=50000", "budget=0cells")
     assert again.returncode == 0, again.stderr

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from grbench import deployment
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
 from grbench.execution import energy
 from grbench.report.page import Text
-from grbench.tune import answer, config, legal, limits, page, rates, space
+from grbench.tune import answer, config, deploy, legal, limits, page, rates, space
 from grbench.tune.certification import Certificate, certify, reserve
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Limit, Verdict
@@ -446,6 +448,39 @@ def test_an_answer_that_a_certifying_run_contradicts_says_so_first() -> None:
     words = answer.sentence(found)
     assert words.startswith(f"No rate of {found.trial.configuration.name} is proven, since it failed at ")
     assert "requests/s in the run with seed +101: " in words and "The search's own run had " in words
+
+
+@pytest.mark.parametrize("certified", [True, False])
+def test_no_place_claims_more_than_the_rate_that_was_offered(certified: bool, tmp_path: Path) -> None:
+    """Random arrivals came 2% faster than they were asked for."""
+    evaluator = Capacities(CAPACITY)
+    usual = evaluator.outcome
+
+    def faster(configuration: Configuration, probe: Probe) -> Outcome:
+        found = usual(configuration, probe)
+        more = {"throughput_rps": 1.02 * probe.rate} if probe.rate else {}
+        return dataclasses.replace(found, metrics={**found.metrics, **more})
+
+    evaluator.outcome = faster  # type: ignore[method-assign]
+    search = searched(evaluator)
+    certificate = certify(search, evaluator) if certified else None
+    search.uncertified = "the search was interrupted"
+    found = answer.answer(search, certificate)
+    assert found is not None and found.outcome.metrics["throughput_rps"] > found.rate == rates.rate_of(found.step)
+    words = f"{found.rate:.4g} requests/s at p99 "
+    assert f": {words}" in answer.sentence(found) and words in page.summary(search, found)
+    declared = config.declare(["engine=hstu", "space=typed", "engine.cpu_threads=1,2"])
+    file = deploy.write(found, declared, tmp_path)
+    [strategy] = deployment.load(file).strategies
+    assert (strategy.certified.throughput_rps if strategy.certified else None) == (found.rate if certified else None)
+    comment = "# The strategy is not certified, one run with the search's own seed: the search was interrupted."
+    assert (comment in file.read_text().splitlines()) is not certified
+    lows = {trial.low for trial in search.trials if trial.low is not None}
+    offered = {rates.rate_of(step) for step in lows}
+    chart = page.front_chart(search, found)
+    assert chart is not None
+    assert {x for series in chart.series for x in series.x} <= offered | {found.rate}
+    assert {answer.figures(trial).get("requests/s") for trial in search.trials} - {None} == offered
 
 
 def test_a_budget_too_small_to_certify_says_which_one_would_do() -> None:
