@@ -44,6 +44,9 @@ async def bring_up(
 
     source: of the deployment, for messages. before: what served until now.
     """
+    uncertified = [strategy.name for strategy in deployment.strategies if strategy.certified is None]
+    if source is not None and uncertified:
+        log.info("not certified", strategies=uncertified, file=source)
     specs = await asyncio.to_thread(deployment.specs, source or "deployment")
     spec = next(iter(specs.values()))
     if before is not None and spec.workload != before.spec.workload:

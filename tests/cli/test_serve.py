@@ -493,6 +493,7 @@ def test_signals_reload_and_end_it(tmp_path: Path) -> None:
             raise AssertionError(f"it ended without {event}")
 
         server = Serving(until("listening")["port"], 0, None)  # type: ignore[arg-type]
+        assert until("not certified")["strategies"] == ["old"]
         until("ready")
         assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[1]["parameters"]["strategy"] == "old"
         file.write_text(text.replace("NAME", "new"))
