@@ -29,6 +29,7 @@ from grbench.report.work import (
     EMULATED,
     LOADS,
     emulated,
+    model_of,
     offered_load,
     scenario_of,
     served_by,
@@ -109,7 +110,7 @@ def work_names(records: Sequence[RunRecord]) -> list[str]:
 
     Where two records differ in options of the workload, in k or in the limit, these options follow.
     """
-    names = [f"{record.spec['model']['name']} on {record.spec['workload']['name']}" for record in records]
+    names = [f"{model_of(record)} on {record.spec['workload']['name']}" for record in records]
     for name in set(names):
         alike = [i for i, other in enumerate(names) if other == name]
         those = [records[i] for i in alike]

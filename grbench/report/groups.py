@@ -11,7 +11,7 @@ from grbench.execution.records import RunRecord
 from grbench.report.cells import Cell, labels
 from grbench.report.findings import comparable, findings, limit_verdict, work_names
 from grbench.report.repeats import pooled, ranking_percentile
-from grbench.report.work import emulated, offered_load, scenario_of, unit_of
+from grbench.report.work import LIKE, emulated, model_of, offered_load, scenario_of, unit_of
 
 VERBS = {"rank": "Rank", "generate": "Retrieve", "recommend": "Retrieve and rank"}
 
@@ -86,12 +86,11 @@ def group_cells(cells: Sequence[Cell]) -> list[Group]:
             number += 1
             folder = folders[record.spec_hash, record.started_at, record.duration_s]
             rows.append(Row(number, name, record, folder))
+        names = [work[i] for i in differing]
+        if 0 not in differing and all(LIKE in model_of(record) for record in records):
+            names.insert(0, model_of(records[0]))
         sentence = " ".join(finding.sentence for finding in findings(behind))
-        groups.append(
-            Group(
-                _title(records) + (f" ({', '.join(work[i] for i in differing)})" if differing else ""), sentence, rows
-            )
-        )
+        groups.append(Group(_title(records) + (f" ({', '.join(names)})" if names else ""), sentence, rows))
     return groups
 
 

@@ -18,7 +18,7 @@ from grbench.report.findings import comparable, findings, limit_verdict
 from grbench.report.groups import best_first
 from grbench.report.repeats import NUMBER, pooled, ranking_percentile, run_count
 from grbench.report.screen import unwrapped
-from grbench.report.work import scenario_of
+from grbench.report.work import LIKE, UNLIKE, model_of, scenario_of
 
 MOST_COLUMNS = 10
 P90 = "p90 ms"  # the heading of the column that is there where p99 does not rank
@@ -184,12 +184,13 @@ def cells_table(records: list[RunRecord], columns: list[Column]) -> Table:
 
 
 def legend(columns: Sequence[Column], records: Sequence[RunRecord]) -> list[str]:
-    """Return the meanings of the columns, and of what some of their figures have: intervals, and nothing."""
+    """Return the meanings of a name of the model and of the columns, and of intervals and "does not apply"."""
     texts = {column.text(record) if record.ok else MISSING for column in columns for record in records}
     beside = [INTERVAL] if any("[" in text for text in texts) else []
     if MISSING in texts:
         beside.append(f"{MISSING}: does not apply")
-    return [*(column.legend for column in columns), *beside]
+    like = [UNLIKE] if any(LIKE in model_of(record) for record in records) else []
+    return [*like, *(column.legend for column in columns), *beside]
 
 
 def print_cells(console: Console, cells: list[Cell]) -> None:

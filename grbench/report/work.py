@@ -18,12 +18,22 @@ LOADS = {  # scenario: the option of its offered load, and the unit
 }
 
 
+MLPERF, LIKE = "dlrm_v3", "DLRM-v3-like"
+UNLIKE = (
+    f"{LIKE}: the model has the layers of MLPerf's DLRM-v3 and leaves out much else (docs/PERFORMANCE.md), so its "
+    "figures are not those of MLPerf's"
+)
 EMULATED = "products in fp8 are emulated there, and their speed is not that of fp8"
 
 
 def scenario_of(record: RunRecord) -> str:
     """Return the name of the record's scenario."""
     return str(record.spec["scenario"]["name"])
+
+
+def model_of(record: RunRecord) -> str:
+    """Return the model's name as pages have it: one with layers of MLPerf's DLRM-v3 is only like it."""
+    return str(record.spec["model"]["name"]).replace(MLPERF, LIKE)
 
 
 def unit_of(record: RunRecord) -> str:

@@ -147,6 +147,17 @@ def test_readme_stays_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
 
+def test_rows_of_tables_name_the_model_with_mlperfs_layers_as_like_it() -> None:
+    faults = [
+        f"{path}:{number}: say DLRM-v3-like where a row begins with dlrm_v3"
+        for path in checked(".md")
+        if path not in ("docs/WEIGHTS.md", "docs/CONFIG.md")  # a layout of MLPerf's own weights; every group's files
+        for number, line in enumerate((ROOT / path).read_text().splitlines(), 1)
+        if re.match(r"\| (?!`python)[^|]*dlrm_v3", line) and "DLRM-v3-like" not in line
+    ]
+    assert not faults, "\n".join(faults)
+
+
 def test_docstrings_begin_with_an_imperative_or_a_noun() -> None:
     faults = []
     for path in checked(".py"):
