@@ -85,20 +85,31 @@ def visits_with_answers(contextual: int) -> list[tuple[list[Request], list[Any]]
 
 
 def test_the_start_moves_states_to_the_host_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First copies take memory and kernels that no request should wait for, whole states as well as single pages."""
+    """First copies take memory and kernels that no request should wait for, whole states as well as single pages.
+
+    They go there too: of a state that the host has, only new pages are sent.
+    """
     loaded: list[int] = []
-    load = HostTier.load
+    sent: set[tuple[int, bool]] = set()  # pages, and whether the host has some
+    load, store = HostTier.load, HostTier.store
 
     def counted(tier: HostTier, asked: Sequence[Load]) -> Onload:
         loaded.append(sum(len(one.pages) for one in asked))
         return load(tier, asked)
 
+    def noted(tier: HostTier, user: int, tokens: int, history: Any, pages: Any, same: int, now: float) -> bool:
+        before, taken = tier.bytes_down, store(tier, user, tokens, history, pages, same, now)
+        sent.add(((tier.bytes_down - before) // tier.pool.page_bytes, same >= tier.pool.page))
+        return taken
+
     monkeypatch.setattr(HostTier, "load", counted)
+    monkeypatch.setattr(HostTier, "store", noted)
     monkeypatch.setattr("grengines.hstu.cached.LoadCosts.shares", nothing_loaded)
     rounds = traffic(4, 1, longest=100)
     engine = started(PagedCacheConfig(page=16, memory_gb=1000 * PAGE_GB, host_gb=1000 * PAGE_GB), rounds)
     largest = sum(-(-len(r.history_items) // 16) for r in rounds[0])
     assert largest > 16 and {largest, 1, 2, 3, 4} <= set(loaded)
+    assert {(1, False), (2, False), (3, False), (1, True)} <= sent and max(sent)[0] > 4
     assert engine.user_cache.states.tier.bytes_down > 0
     assert {engine.tier_of(r.user_id) for r in rounds[0]} == {Tier.NONE}
     assert engine.user_cache.costs.copy_bytes_s and engine.user_cache.costs.compute_s
@@ -520,4 +531,26 @@ def test_batches_queued_behind_each_other_on_a_gpu(cached: bool, graphs: bool) -
             for result, scores in zip(threads.map(engine.rank, rounds), expected, strict=True):
                 assert error(result, scores) < 2e-5
                 assert result.compute_ms > 0
+    engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_evictions_and_host_hits_after_the_start_take_no_memory_of_the_gpu(graphs: bool) -> None:
+    """Six users take turns on pages for two. All have histories of the length that the start ranked and moved."""
+    last = make_requests(np.random.default_rng(0), CATALOGUE, [150] * 6, [6] * 6)
+    rounds = [[dataclasses.replace(r, user_id=user, arrival_s=float(user))] for user, r in enumerate(last)]
+    memory = {"memory_gb": 25 * PAGE_GB, "host_gb": 100 * PAGE_GB, "onload_share": 1.0}
+    cache = PagedCacheConfig(page=16, admit_visit=1, host_admit_visit=1, **memory)
+    engine = started(cache, rounds, device="cuda", cuda_graphs=graphs)
+    reference = RankingReference(MODEL, CATALOGUE, 5, "cuda")
+    expected = [reference.scores(requests) for requests in rounds]
+    names = ("num_device_alloc", "segment.all.allocated")
+    before = [torch.cuda.memory_stats()[name] for name in names]
+    results = [engine.rank(requests) for requests in rounds * 3]
+    assert [torch.cuda.memory_stats()[name] for name in names] == before
+    assert all(error(result, scores) < 2e-5 for result, scores in zip(results, expected * 3, strict=True))
+    total = sum((Counter(result.details) for result in results), Counter[str]())
+    assert (total["cache_misses"], total["cache_host_hits"], total["cache_evictions"]) == (18, 12, 16)
+    assert total["cache_offloads"] == 16 and not total["cache_faults"]
     engine.close()

@@ -37,7 +37,10 @@ class PagedCacheConfig:
         "each token and head; int8 is the more exact of the two", choices=["engine", *EIGHT_BITS],
     )  # fmt: skip
     memory_gb: float = option(1.0, "device memory of all pages, 10^9 bytes", gt=0)
-    host_gb: float = option(0.0, "page-locked host memory for evicted states, 10^9 bytes; 0: none", ge=0)
+    host_gb: float = option(
+        0.0, "page-locked host memory for evicted states, 10^9 bytes; copies take up to 2.5 GiB of the device; 0: none",
+        ge=0,
+    )  # fmt: skip
     host_admit_visit: int = option(
         2, "visit from which the host takes a user's evicted state; most one-time visitors never return", ge=1,
         only_with={"host_gb": ()},

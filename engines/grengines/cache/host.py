@@ -5,19 +5,23 @@ once, and the copy to the host overlaps later work. A state is loaded one layer 
 for each layer just before it reads it. Pages that the host already has are not sent again. On a CPU the same code runs
 without streams: copies are done at once.
 
+All memory that copies take is made with the tier, and every kernel of theirs runs once then: asking a GPU for memory
+or loading a kernel may wait for all that is queued, and requests would wait too.
+
 With a storage tier below, `reserve` further pages are the memory of states on their way to the disk and back.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +29,14 @@ from grengines.cache.extents import Extent, Extents, cut
 from grengines.cache.history import History
 from grengines.cache.pool import PagePool
 from grengines.cache.storage_file import BLOCK
+from grengines.cache.transfer import PageIds
 from grengines.runtime.timing import Mark
 
 AHEAD = 2  # layers in flight to the device at once
-DOWN_BYTES = 2 << 30  # most gathered memory that waits for its copy to the host; further states are dropped
+DOWN_BYTES = 2 << 30  # most memory for gathered states that wait for their copy to the host; others are dropped
+UP_BYTES = 512 << 20  # most memory for layers in flight to the device
+UP_LOADS = 4  # times the pool's pages whose numbers may be on their way to the device
+WARM_PAGES = 32  # most pages of the copies that load all kernels: those for few rows and those for many
 STAGED_SHARE = 0.125  # most bytes of prefetched states, as a share of the device's pool
 
 
@@ -45,11 +53,6 @@ class SideStream:
 
     def __exit__(self, *exception: Any) -> None:
         self._context.__exit__(*exception)
-
-    def keep(self, x: Tensor) -> None:
-        """Keep the memory of `x`, made on another stream, until this stream is done with it."""
-        if self._stream is not None:
-            x.record_stream(self._stream)
 
 
 @dataclass(eq=False)
@@ -91,17 +94,16 @@ class _Source:
     """The places of the pages of a load."""
 
     load: Load
-    extents: list[Extent]  # of the host
+    memory: Sequence[Tensor]  # of each layer: of the host, or of prefetched states
+    extents: list[Extent]  # of this memory
     there: list[Mark]  # until then they are on their way
-    staged: list[Tensor] | None  # they are on the device: each layer's pages
 
 
 @dataclass
 class _Staged:
     """A prefetched state: on the device, beside the pages."""
 
-    state: HostState
-    layers: list[Tensor]  # [pages, words of one]
+    extents: list[Extent]  # of the memory of prefetched states
     there: Mark
 
 
@@ -111,12 +113,18 @@ class HostTier:
 
     A page holds the keys of one layer, then its values and then the scales of 8-bit ones, as whole words. So a state's
     layer is one copy for each run of pages.
-    Raises ValueError if not one page fits, RuntimeError if the memory can't be page-locked.
+
+    On the device the tier has memory for as many gathered pages as the pool has, at most DOWN_BYTES, for AHEAD layers
+    of as many pages, at most UP_BYTES, and for the prefetched states.
+
+    Raises ValueError if not one page fits, RuntimeError if the memory can't be page-locked, torch.OutOfMemoryError if
+    the device has no room.
     """
 
     pool: PagePool
     budget_bytes: int
     reserve: int = 0  # pages beside the budget, for a storage tier
+    prefetches: bool = False  # states will be prefetched: their memory is made now, and not for the first of them
     bytes_down: int = 0  # sent to the host so far
     used: int = 0  # pages of all states
     states: dict[int, HostState] = field(default_factory=dict)
@@ -141,6 +149,7 @@ class HostTier:
         shape = (self.pages + self.reserve, sum(self._widths))
         with torch.inference_mode(False):  # made in that mode, it could be written to in that mode only
             self.layers = [_aligned(shape, word) for _ in pool.k]
+            self._make_transfers()
         self._locked: list[int] = []
         if self.device.type == "cuda":
             for x in self.layers:
@@ -151,8 +160,50 @@ class HostTier:
                         f"cache.host_gb: {x.nbytes} bytes can't be page-locked (CUDA error {code}); lower it"
                     )
                 self._locked.append(x.data_ptr())
+        self._warm_up()
+
+    def _make_transfers(self) -> None:
+        """Make the memory and the streams of all copies."""
+        pool, (_, words), word = self.pool, self.layers[0].shape, self.layers[0].dtype
+        gathered = min(max(DOWN_BYTES // pool.page_bytes, 1), pool.pages)
+        loaded = min(max(UP_BYTES // (AHEAD * words * word.itemsize), 1), pool.pages)
+        self._down_ids = PageIds(len(self.layers) * gathered, self.device)
+        self._up_ids = PageIds(UP_LOADS * pool.pages, self.device)
+        self._gathered = torch.empty(self._down_ids.rows, words, dtype=word, device=self.device)
+        if len(self._widths) > len(self._parts):  # what a disk takes beyond a page stays zero
+            self._gathered[:, -self._widths[-1] :] = 0
+        self._staging = [torch.empty(loaded, words, dtype=word, device=self.device) for _ in range(AHEAD)]
+        self._first_rows = np.arange(len(self.layers))[:, None] * pool.pages  # of each layer in `_flat`
+        self._flat = [x.flatten(0, 1) for x in self._parts]
         self._down, self._up = SideStream(self.device), SideStream(self.device)
-        self._going_down: list[tuple[Mark, int]] = []
+        self._placed = [Mark(self.device)] * AHEAD  # from here on the staging memory is free
+        self._ahead: list[Tensor] = []  # memory of prefetched states, of each layer
+        self._ahead_pages = Extents(int(STAGED_SHARE * pool.pages))
+        self._leaving: list[Extent] = []  # of it: what the last load reads
+        self._last_load: Onload | None = None
+        if self.prefetches:
+            self._make_ahead()
+
+    def _make_ahead(self) -> None:
+        shape, word = (self._ahead_pages.available, self.layers[0].shape[1]), self.layers[0].dtype
+        with torch.inference_mode(False):
+            self._ahead = [torch.empty(shape, dtype=word, device=self.device) for _ in self.layers]
+        made = Mark(self.device)
+        with self._up:
+            made.wait()
+
+    def _warm_up(self) -> None:
+        """Copy first pages to the host and back, few and many of them, so that all kernels are loaded."""
+        n = 1
+        while n <= min(WARM_PAGES, self.pages, self.pool.pages):
+            there = self._copy_down(range(n), [(0, n)])
+            Onload(self, [_Source(Load(0, 0, range(n)), self.layers, [(0, n)], [there])]).all_layers()
+            n *= 2
+
+    @property
+    def device_bytes(self) -> int:
+        """Return the bytes of the memory on the device that copies take."""
+        return sum(x.nbytes for x in (self._gathered, *self._staging, *self._ahead))
 
     def close(self) -> None:
         """Unlock the memory; the tier can't be used any more."""
@@ -163,6 +214,7 @@ class HostTier:
         self._locked.clear()
         self.states.clear()
         self._staged.clear()
+        self._last_load = None
 
     def drop(self, user: int) -> None:
         """Drop the state of a user who has one. Its pages are free at once: later writes to them wait for readers."""
@@ -172,7 +224,8 @@ class HostTier:
         """Return the state of a user who has one, which is no longer in the tier. Its pages stay taken."""
         state = self.states.pop(user)
         self.used -= sum(n for _, n in state.extents)
-        self._staged.pop(user, None)
+        if (staged := self._staged.pop(user, None)) is not None:
+            self._ahead_pages.free(staged.extents)
         return state
 
     def store(
@@ -189,9 +242,7 @@ class HostTier:
         if same == tokens:
             return True
         keep = same // self.pool.page  # pages that need not be sent again
-        moving = (len(pages) - keep) * self.pool.page_bytes
-        self._going_down = [(mark, n) for mark, n in self._going_down if not mark.reached()]
-        if self._going_down and sum(n for _, n in self._going_down) + moving > DOWN_BYTES:
+        if self._down_ids.room(min(len(self.layers) * (len(pages) - keep), self._down_ids.rows)) is None:
             return False
         kept: list[Extent] = []
         if old is not None:
@@ -205,8 +256,7 @@ class HostTier:
         except BaseException:
             self.extents.free([*kept, *new])
             raise
-        self._going_down.append((written, moving))
-        self.bytes_down += moving
+        self.bytes_down += (len(pages) - keep) * self.pool.page_bytes
         self.states[user] = HostState(tokens, history, [*kept, *new], written, now)
         self.used += len(pages)
         return True
@@ -217,26 +267,36 @@ class HostTier:
         return max(pages - own - (self.pages - self.used), 0)
 
     def _copy_down(self, pages: Sequence[int], extents: Sequence[Extent]) -> Mark:
-        """Gather pages of all layers at once, and queue their copy to these runs."""
-        first = range(0, len(self.layers) * self.pool.pages, self.pool.pages)  # page of each layer
-        ids = self._ids([layer + page for layer in first for page in pages])
-        if self._last_read is not None:  # earlier contents of these pages may still be read
-            with self._down:
-                self._last_read.wait()
-        parts = [x.flatten(0, 1).index_select(0, ids) for x in self._parts]
-        parts += [x.new_zeros(len(ids), n) for x in parts[:1] for n in self._widths[len(parts) :]]
-        block = torch.cat(parts, dim=1).unflatten(0, (-1, len(pages)))  # [layers, pages, words of one]
-        gathered = Mark(self.device)
+        """Gather pages of all layers at once, and queue their copy to these runs.
+
+        What is more than all the memory for gathered pages goes in pieces, each after the one before.
+        """
+        piece = self._down_ids.rows // len(self.layers)
+        for at in range(0, len(pages), piece):
+            part = pages[at : at + piece]
+            written = self._copy_piece(part, list(cut(extents, at, at + len(part))))
+        return written
+
+    def _copy_piece(self, pages: Sequence[int], extents: Sequence[Extent]) -> Mark:
+        n = len(self.layers) * len(pages)
+        begin = self._down_ids.take(n)
+        ids = self._down_ids.put(begin, (self._first_rows + np.array(pages)).reshape(-1))
+        rows = self._gathered[begin : begin + n]
+        for part, gathered in zip(self._flat, rows.split(self._widths, dim=1), strict=False):
+            torch.index_select(part, 0, ids, out=gathered)
+        ready = Mark(self.device)
         with self._down:
-            gathered.wait()
-            for host, layer in zip(self.layers, block, strict=True):
+            if self._last_read is not None:  # earlier contents of these pages may still be read
+                self._last_read.wait()
+            ready.wait()
+            for host, layer in zip(self.layers, rows.unflatten(0, (-1, len(pages))), strict=True):
                 at = 0
-                for begin, n in extents:
-                    host[begin : begin + n].copy_(layer[at : at + n], non_blocking=True)
-                    at += n
-            self._down.keep(block)
+                for first, length in extents:
+                    host[first : first + length].copy_(layer[at : at + length], non_blocking=True)
+                    at += length
             self._last_write = Mark(self.device)
-            return self._last_write
+        self._down_ids.hold(begin, n, self._last_write)
+        return self._last_write
 
     def finish_copies(self) -> None:
         """Wait for all copies to and from the device that are queued by now. Needs no lock."""
@@ -245,38 +305,51 @@ class HostTier:
                 mark.synchronize()
 
     def load(self, loads: Sequence[Load]) -> Onload:
-        """Start to load states into pages of the device."""
-        return Onload(self, [self._source(load) for load in loads])
+        """Start to load states into pages of the device.
+
+        The load before has queued all its layers or was given up: loads share the memory on the way.
+        """
+        self._free_left(given_up=True)
+        self._last_load = Onload(self, [self._source(load) for load in loads])
+        return self._last_load
 
     def _source(self, load: Load) -> _Source:
         if load.reading is not None:
-            return _Source(load, load.reading.extents, [], None)
-        state, staged = self.states[load.user], self._staged.pop(load.user, None)
-        stop = load.first + len(load.pages)
-        there = [mark for mark in (state.written, staged and staged.there) if mark]
-        layers = [layer[load.first : stop] for layer in staged.layers] if staged else None
-        return _Source(load, list(cut(state.extents, load.first, stop)), there, layers)
+            return _Source(load, self.layers, load.reading.extents, [])
+        state, staged, stop = self.states[load.user], self._staged.pop(load.user, None), load.first + len(load.pages)
+        if staged is not None:
+            self._leaving += staged.extents
+            return _Source(load, self._ahead, list(cut(staged.extents, load.first, stop)), [staged.there])
+        there = [state.written] if state.written is not None else []
+        return _Source(load, self.layers, list(cut(state.extents, load.first, stop)), there)
+
+    def _free_left(self, given_up: bool) -> None:
+        """Free the prefetched states that the last load read, if it has queued all its copies or was given up."""
+        if given_up or self._last_load is None or self._last_load.queued:
+            self._ahead_pages.free(self._leaving)
+            self._leaving = []
 
     def prefetch(self, user: int) -> bool:
         """Start to load a user's state beside the pages. Return whether there is room for it."""
+        self._free_left(given_up=False)
         state = self.states[user]
         pages = sum(n for _, n in state.extents)
-        staged = sum(len(s.layers[0]) for s in self._staged.values())
-        if user in self._staged or staged + pages > STAGED_SHARE * self.pool.pages:
+        if user in self._staged or pages > self._ahead_pages.available:
             return False
-        layers = []
+        if not self._ahead:
+            self._make_ahead()
+        extents = self._ahead_pages.allocate(pages)
         with self._up:
             if state.written is not None:
                 state.written.wait()
-            for host in self.layers:
-                block = torch.empty((pages, sum(self._widths)), dtype=host.dtype, device=self.device)
+            for ahead, host in zip(self._ahead, self.layers, strict=True):
                 at = 0
-                for begin, n in state.extents:
-                    block[at : at + n].copy_(host[begin : begin + n], non_blocking=True)
-                    at += n
-                layers.append(block)
+                for to, length in extents:
+                    for begin, n in cut(state.extents, at, at + length):
+                        ahead[to : to + n].copy_(host[begin : begin + n], non_blocking=True)
+                        to, at = to + n, at + n
             self._last_read = Mark(self.device)
-        self._staged[user] = _Staged(state, layers, self._last_read)
+        self._staged[user] = _Staged(extents, self._last_read)
         return True
 
     def prefetched(self, user: int) -> bool:
@@ -285,18 +358,15 @@ class HostTier:
 
     def bytes_a_second(self) -> float:
         """Measure the bandwidth of copies from page-locked memory to the device: at most 64 MiB, the best of three."""
-        host = self.layers[0][: max((64 << 20) // self.layers[0][0].nbytes, 1)]
-        there = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        most = min(max((64 << 20) // self.layers[0][0].nbytes, 1), len(self._staging[0]))
+        host = self.layers[0][:most]
+        there = self._staging[0][: len(host)]
         spans = []
         for _ in range(4):  # the first one warms up
             begin = Mark(self.device)
             there.copy_(host, non_blocking=True)
             spans.append(begin.ms_until(Mark(self.device)))
         return 1e3 * host.nbytes / max(min(spans[1:]), 1e-6)
-
-    def _ids(self, pages: Sequence[int]) -> Tensor:
-        ids = torch.tensor(pages, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        return ids.to(self.device, non_blocking=True)
 
 
 def as_words(parts: Sequence[Tensor]) -> list[Tensor]:
@@ -314,42 +384,51 @@ class Onload:
     """States of one batch that are being loaded.
 
     Call `layer(i)` before layer i writes or reads its pages, or `all_layers` before any does; both raise ReadError for
-    pages of the storage tier that are not as they were written. bytes: of all states; host_bytes: of those that have to
-    be copied from the host, storage_bytes: of those that have to be read from the disk first.
+    pages of the storage tier that are not as they were written. A layer of more pages than the tier's memory on the way
+    goes in steps. bytes: of all states; host_bytes: of those that have to be copied from the host, storage_bytes: of
+    those that have to be read from the disk first.
     """
 
     def __init__(self, tier: HostTier, sources: Sequence[_Source]) -> None:
         self._tier, self._device, self._up, self._sources = tier, tier.device, tier._up, sources
-        one = tier.pool.page_bytes
-        self._ids = tier._ids([page for source in sources for page in source.load.pages])
-        self.bytes = len(self._ids) * one
-        self.host_bytes = one * sum(len(s.load.pages) for s in sources if s.staged is None)
+        one, pages = tier.pool.page_bytes, np.concatenate([np.array(s.load.pages, np.int64) for s in sources])
+        self.bytes = len(pages) * one
+        self.host_bytes = one * sum(len(s.load.pages) for s in sources if s.memory is tier.layers)
         self.storage_bytes = one * sum(len(s.load.pages) for s in sources if s.load.reading is not None)
         self.read_wait_ms = 0.0  # that the host waited for the disk
-        shape = (len(self._ids), tier.layers[0].shape[1])
-        self._staging = [torch.empty(shape, dtype=tier.layers[0].dtype, device=self._device) for _ in range(AHEAD)]
-        self._sent: list[tuple[Mark, Mark]] = []
+        begin = tier._up_ids.take(len(pages))
+        ids = tier._up_ids.put(begin, pages)
+        tier._up_ids.hold(begin, len(pages), Mark(self._device))
+        self._ids = ids.split(len(tier._staging[0]))  # of each step of a layer
+        self._runs = [list(_runs(sources, i * len(tier._staging[0]), len(ids))) for i, ids in enumerate(self._ids)]
+        self._sent: list[tuple[Mark, Mark]] = []  # of each step
         self._waits: list[tuple[Mark, Mark]] = []
-        self._placed = [Mark(self._device)]  # entry i: from here on the staging memory of layer i - 1 is free
         with self._up:
             for source in sources:
                 for there in source.there:
                     there.wait()
         self._send_ahead(AHEAD)
 
+    @property
+    def queued(self) -> bool:
+        """Return whether the copies of all layers are queued."""
+        return len(self._sent) == len(self._tier.layers) * len(self._ids)
+
     def layer(self, i: int) -> None:
         """Make the current stream wait for layer i, and put the layer into its pages."""
-        tier, staging = self._tier, self._staging[i % AHEAD]
-        if i == len(self._sent):
-            self._send(i)
-        begin = Mark(self._device)
-        self._sent[i][1].wait()
-        # On a CPU the copy itself is the wait.
-        self._waits.append((begin, Mark(self._device)) if self._device.type == "cuda" else self._sent[i])
-        for pages, part in zip(tier._parts, staging.split(tier._widths, dim=1), strict=False):
-            pages[i].index_copy_(0, self._ids, part)
-        self._placed.append(Mark(self._device))
-        self._send_ahead(i + 1 + AHEAD)
+        tier = self._tier
+        for step, ids in enumerate(self._ids, i * len(self._ids)):
+            if step == len(self._sent):
+                self._send(step)
+            begin = Mark(self._device)
+            self._sent[step][1].wait()
+            # On a CPU the copy itself is the wait.
+            self._waits.append((begin, Mark(self._device)) if self._device.type == "cuda" else self._sent[step])
+            staging = tier._staging[step % AHEAD][: len(ids)]
+            for pages, part in zip(tier._parts, staging.split(tier._widths, dim=1), strict=False):
+                pages[i].index_copy_(0, ids, part)
+            tier._placed[step % AHEAD] = Mark(self._device)
+            self._send_ahead(step + 1 + AHEAD)
 
     def all_layers(self) -> None:
         """Put every layer into its pages before anything is computed, as a CUDA graph needs."""
@@ -367,31 +446,37 @@ class Onload:
         return (max(times) - min(times)) * 1e3 if times else 0.0
 
     def _send_ahead(self, stop: int) -> None:
-        """Queue the copies of the layers before `stop`, as far as they are on the host."""
+        """Queue the copies of the steps before `stop`, as far as they are on the host."""
         readings = [source.load.reading for source in self._sources if source.load.reading is not None]
-        while (i := len(self._sent)) < min(stop, len(self._tier.layers)):
-            if not all(reading.ready(i) for reading in readings):
+        while (step := len(self._sent)) < stop and not self.queued:
+            if not all(reading.ready(step // len(self._ids)) for reading in readings):
                 return
-            self._send(i)
+            self._send(step)
 
-    def _send(self, i: int) -> None:
+    def _send(self, step: int) -> None:
+        (i, part), at, tier = divmod(step, len(self._ids)), 0, self._tier
         begun = time.perf_counter()
         for source in self._sources:
             if source.load.reading is not None:
                 source.load.reading.wait(i)
         self.read_wait_ms += (time.perf_counter() - begun) * 1e3
-        staging, host = self._staging[i % AHEAD], self._tier.layers[i]
+        staging = tier._staging[step % AHEAD]
         with self._up:
-            self._placed[max(i - AHEAD + 1, 0)].wait()
-            begin, at = Mark(self._device), 0
-            for source in self._sources:
-                parts = [host[b : b + n] for b, n in source.extents] if source.staged is None else [source.staged[i]]
-                for part in parts:
-                    staging[at : at + len(part)].copy_(part, non_blocking=True)
-                    at += len(part)
-            self._tier._last_read = Mark(self._device)
-            self._sent.append((begin, self._tier._last_read))
-            self._up.keep(staging)
+            tier._placed[step % AHEAD].wait()
+            begin = Mark(self._device)
+            for memory, (first, n) in self._runs[part]:
+                staging[at : at + n].copy_(memory[i][first : first + n], non_blocking=True)
+                at += n
+            tier._last_read = Mark(self._device)
+            self._sent.append((begin, tier._last_read))
+
+
+def _runs(sources: Sequence[_Source], first: int, n: int) -> Iterator[tuple[Sequence[Tensor], Extent]]:
+    """Yield the memory and the runs of n pages of all sources, one after another, from page `first` on."""
+    for source in sources:
+        for extent in cut(source.extents, first, first + n):
+            yield source.memory, extent
+        first -= len(source.load.pages)
 
 
 def _aligned(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -274,6 +274,7 @@ class CachedRanking:
             "cache_pages": self.states.pool.pages,
             "cache_pages_most_used": self.states.pool.high_water,
             "cache_host_pages": tier.pages if tier else 0,
+            "cache_copy_memory_bytes": tier.device_bytes if tier else 0,
             "cache_copy_gb_s": self.costs.copy_bytes_s / 1e9,
             **self.costs.actual(),
             "cache_launch_ms": self.costs.launch_s * 1e3,
@@ -354,16 +355,17 @@ class CachedRanking:
                 yield batch
 
     def move_states(self, requests: Sequence[Request]) -> None:
-        """Send the states of a batch to the host and load all of them, then do so with one page and with two more.
+        """Send the states of a batch to the host in two parts and load them, then do so with one page and two more.
 
-        Few pages have other kernels than many.
+        The second part is the newest page of events: of a state that the host has, only new pages are sent.
         """
         costs, self.costs = self.costs, LoadCosts(self.costs.copy_bytes_s, self.costs.read_bytes_s)  # so all is loaded
         page, one = self._cache.page, requests[-1]
         for batch in (requests, *([one.with_events(slice(pages * page))] for pages in (1, 3, 4))):
-            self.queue(batch)()
-            self.reset_cache(keep=Tier.HOST)
-            self.queue(batch)()
+            self.states.clear()  # else the host would have the few pages already
+            for part in ([_oldest(r, page) for r in batch], batch, batch):
+                self.queue(part)()
+                self.reset_cache(keep=Tier.HOST)
         self.costs = costs
 
     def _fastest(self, requests: Sequence[Request]) -> RankResult:
@@ -529,7 +531,7 @@ def _make_states(ranker: PagedModel, cache: PagedCacheConfig, longest: int, iden
     if cache.host_gb:
         host_bytes = int(cache.host_gb * 1e9)
         most = max(int(RESERVE_SHARE * host_bytes) // pool.page_bytes, pool.pages_for(longest))
-        tier = HostTier(pool, host_bytes, most if cache.storage_gb else 0)
+        tier = HostTier(pool, host_bytes, most if cache.storage_gb else 0, prefetches=cache.prefetch_s > 0)
     if tier is not None and cache.storage_gb:
         key = digest_of([FORMAT, identity(), PRECISIONS[pool.k[0].dtype], cache.page])
         try:
