@@ -84,20 +84,27 @@ class Cell:
                         unless_kept.pop_all()
                     raise
                 measurement.metrics |= measure.memory(self.outcome.actual["device"], built.gate_mib)
+                if built.cells:
+                    measurement.notes.append(
+                        f"the engine and its process had measured {built.cells} other loads before, and was not built "
+                        "again: host memory is the peak of all of them"
+                    )
+                self._summarise(measurement, requests, built.retrieval, data)
                 self._check_measured(gate, answers)
                 self._check_again(engine, gate)
-            if built.cells:
-                measurement.notes.append(
-                    f"the engine and its process had measured {built.cells} other loads before, and was not built "
-                    "again: host memory is the peak of all of them"
-                )
-            self._write(measurement, requests, built.retrieval, data)
+            self._write(measurement)
             if kept is not None:
                 kept.keep(self.spec, built)
                 unless_kept.pop_all()
+            else:
+                self._begin("", "closing the engine")
 
     def _begin(self, step: str, text: str = "") -> None:
-        """Begin a step, and note the seconds of the one before. text: what the progress line says."""
+        """Begin a step, and note the seconds of the one before.
+
+        text: what the progress line says. The parent then has the outcome so far, should this process end within the
+        step.
+        """
         before, begun = self._step
         now = time.perf_counter()
         if before:
@@ -105,6 +112,7 @@ class Cell:
             self.outcome.metrics[name] = self.outcome.metrics.get(name, 0.0) + now - begun
         self._step = step, now
         if text:
+            self.report({"so_far": dataclasses.asdict(self.outcome)})
             self._say(text)
 
     def _say(self, text: str) -> None:
@@ -149,13 +157,17 @@ class Cell:
 
     @contextlib.contextmanager
     def _figures_of_failure(self) -> Iterator[None]:
-        """Keep the figures of a check that fails: they replace those of the check that passed before."""
+        """Keep the figures of a check that fails: they replace those of the check that passed before.
+
+        Those of the measurement go: a wrong engine gets no number.
+        """
         try:
             yield
         except IncorrectError as e:
             if e.result is not None:
                 self.outcome.gate = e.result.to_dict()
             self.outcome.gate["passed"] = False
+            self.outcome.ungated = {}
             raise
 
     def _check(self, engine: Engine, gate: Gate) -> None:
@@ -247,6 +259,7 @@ class Cell:
 
     def _check_again(self, engine: Engine, gate: Gate) -> None:
         """Check once more: after all that load a stale buffer or a corrupted state shows."""
+        self._begin("compare", "checking against the fp32 reference again")
         self.outcome.gate["error_after"] = gate.check(engine, self.spec.scenario.max_batch).error
         self.outcome.actual = engine.actual()  # by now it has used every launch configuration that it needs
 
@@ -258,29 +271,32 @@ class Cell:
         if not result.passed:
             raise IncorrectError(result.words)
 
-    def _write(
+    def _summarise(
         self,
         measurement: Measurement,
         requests: Sequence[Request],
         retrieval: Retrieval | None,
         data: DataSet | None,
     ) -> None:
-        self._begin("write", "writing")
-        outcome, sizes = self.outcome, retrieval.ids.sizes if retrieval else ()
-        summary = measure.summarise(measurement, self.spec, requests, sizes)
-        outcome.metrics |= summary.metrics
-        outcome.intervals = summary.intervals
-        outcome.notes = [
-            *outcome.actual.get("notes", []),
-            *notes_of(outcome.actual),
-            *measurement.notes,
-            *summary.notes,
-        ]
+        """Compute the figures. They count once all checks have passed."""
+        self._begin("figures", "computing the figures")
+        summary = measure.summarise(measurement, self.spec, requests, retrieval.ids.sizes if retrieval else ())
+        summary.notes = [*measurement.notes, *summary.notes]
         for figures in (self._quality, data.figures(measurement.logged) if data else None):
             if figures is not None:
-                outcome.metrics |= figures.metrics
-                outcome.intervals |= figures.intervals
-                outcome.notes += figures.notes
+                summary.metrics |= figures.metrics
+                summary.intervals |= figures.intervals
+                summary.notes += figures.notes
+        self.outcome.ungated = dataclasses.asdict(summary)
+
+    def _write(self, measurement: Measurement) -> None:
+        """Add the figures to those that count, and write the files."""
+        outcome, figures = self.outcome, self.outcome.ungated
+        outcome.metrics |= figures["metrics"]
+        outcome.intervals = figures["intervals"]
+        outcome.notes = [*outcome.actual.get("notes", []), *notes_of(outcome.actual), *figures["notes"]]
+        outcome.ungated = {}
+        self._begin("write", "writing")
         measure.write_samples(measurement.samples, self.folder / SAMPLES_FILE)
         if self._quality is not None and self._quality.resamples:
             measure.write_samples(self._quality.resamples, self.folder / RESAMPLES_FILE)

@@ -65,6 +65,7 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    ungated: dict[str, Any] = field(default_factory=dict)  # of RunRecord
     code: str | None = None  # digest of the code that ran
     waits: bool = False  # the worker has kept the engine, and waits for another cell
 
@@ -100,12 +101,14 @@ class RunRecord(LoggedRow):
     """One cell.
 
     There is no record with latencies or rates and without a passed gate: the constructor and `to_json` raise
-    ValueError.
+    ValueError. Figures of a cell that ended before all of its answers were checked are in `ungated`, which no reader
+    takes for a result.
     """
 
     requested: dict[str, Any] = field(default_factory=dict)  # what was asked of the machine, e.g. device: auto
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file that an option of the spec names
     notes: list[str] = field(default_factory=list)  # for the reader, e.g. why p99 is absent
+    ungated: dict[str, Any] = field(default_factory=dict)  # metrics, intervals and notes of a whole measurement
     config_dir: str | None = None  # --config-dir, which the overrides need
     tracking: dict[str, str] = field(default_factory=dict)  # run_id and uri once logged
     schema_version: int = SCHEMA_VERSION
@@ -120,6 +123,8 @@ class RunRecord(LoggedRow):
                 f"metrics: {measured[0]!r} needs a passed gate, gate.passed is {passed!r}; "
                 f"without one only {' and '.join(BEFORE_GATE)} are allowed"
             )
+        if self.ungated and self.status in (Status.OK, Status.INCORRECT):
+            raise ValueError(f"ungated: a record that is {self.status} has no figures that were not checked")
         # A record from before gate.measured was an option has no such answers.
         if measured and "measured" in self.spec.get("gate", {}):
             sample = self.gate.get("measured")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import errno
 import shutil
@@ -9,6 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from grbench.execution.records import LOG_FILE, Outcome, RunRecord, Status
 from grbench.execution.workers import Event, KeptWorker, Worker
 from grbench.signals import ENDING, Stopped, held
 
+STARTING = "it started"  # before a worker has reported a step
 MOST_LEFT = 4096  # bytes: a disk with less left is full
 
 
@@ -53,10 +56,11 @@ def run_cell(
         interrupted: KeyboardInterrupt | None = None
         spec_hash, files = spec.hash, spec.file_contents()  # as it begins: a file may be replaced meanwhile
         outcome: Outcome | None = None
+        reached = Reached()
         record: RunRecord | None = None
         while record is None:  # again after a signal, which may come at any moment
             try:
-                outcome = outcome or _outcome(spec, runner, folder, on_event, kept)
+                outcome = outcome or _outcome(spec, runner, folder, on_event, kept, reached)
                 with held():
                     record = _record(
                         spec,
@@ -75,10 +79,22 @@ def run_cell(
             except KeyboardInterrupt as e:
                 interrupted = e
                 ended = f"{e or 'SIGINT'} ended the command while the cell ran"
-                outcome = outcome or Outcome(Status.INTERRUPTED, ended)
+                outcome = outcome or reached.ended(Status.INTERRUPTED, ended)
         if interrupted is not None:
             raise Interrupted(record, folder, getattr(interrupted, "number", signal.SIGINT)) from interrupted
         return record, folder
+
+
+@dataclass
+class Reached:
+    """The last report of a worker: the step in which it is, in words, and its outcome before that step."""
+
+    step: str = STARTING
+    so_far: Outcome = field(default_factory=Outcome)
+
+    def ended(self, status: Status, error: str) -> Outcome:
+        """Return the outcome of a cell that ended here."""
+        return dataclasses.replace(self.so_far, status=status, error=error)
 
 
 def lost(
@@ -131,6 +147,11 @@ def _environment(
         environment = {**environment, "beside": beside}
         own = "cores and another GPU" if beside["gpu"] is not None else "cores"
         notes.append(f"up to {beside['cells']} other cells of the sweep ran beside this one, on other {own}")
+    if outcome.ungated:
+        notes.append(
+            "the measurement had ended, but not all of its answers were checked: its figures are in the record's "
+            "`ungated`, and are no result"
+        )
     if outcome.code not in (None, environment["code"]):
         environment = {**environment, "code": outcome.code}
         notes.append(
@@ -160,15 +181,20 @@ def keep(record: RunRecord, folder: Path) -> Path:
 
 
 def _outcome(
-    spec: RunSpec, runner: RunnerConfig, folder: Path, on_event: Callable[[Event], None], kept: KeptWorker | None
+    spec: RunSpec,
+    runner: RunnerConfig,
+    folder: Path,
+    on_event: Callable[[Event], None],
+    kept: KeptWorker | None,
+    reached: Reached,
 ) -> Outcome:
     """Reserve the space for the record and run the cell. Returns an outcome also if the disk refuses."""
     try:
         records.reserve(folder)
-        return _work(spec, runner, folder, on_event, kept)
+        return _work(spec, runner, folder, on_event, kept, reached)
     except OSError as e:
         status = Status.DISK_FULL if e.errno in (errno.ENOSPC, errno.EDQUOT) else Status.ERROR
-        return Outcome(status, f"{folder}: {e.strerror or e}; free some space or set runner.output_root")
+        return reached.ended(status, f"{folder}: {e.strerror or e}; free some space or set runner.output_root")
 
 
 def _work(
@@ -177,13 +203,15 @@ def _work(
     folder: Path,
     on_event: Callable[[Event], None],
     kept: KeptWorker | None,
+    reached: Reached,
     tries: int = 2,
 ) -> Outcome:
     """Run the cell in a worker and pass its messages on. Returns the worker's outcome, or how the worker ended.
 
-    kept: may have a worker with the cell's engine, and takes that of a cell that ends well. tries: the most workers,
-    where one asks for the cell to be measured again.
+    kept: may have a worker with the cell's engine, and takes that of a cell that ends well. reached: takes what the
+    worker reports. tries: the most workers, where one asks for the cell to be measured again.
     """
+    reached.step, reached.so_far = STARTING, Outcome()
     kills_before = oom.kills()
     worker = kept.give(spec, runner, folder) if kept is not None else None
     worker = worker or Worker(spec, runner, folder, keep=kept is not None)
@@ -195,10 +223,13 @@ def _work(
     try:
         for event in worker.messages(time.monotonic() + runner.timeout_s):
             if "outcome" in event:
-                outcome = Outcome(**{**event["outcome"], "status": Status(event["outcome"]["status"])})
+                outcome = _outcome_of(event["outcome"])
+            elif "so_far" in event:
+                reached.so_far = _outcome_of(event["so_far"])
             elif "again" in event:
                 again = event["again"]
             else:
+                reached.step = event.get("stage", reached.step)
                 watch.see(event.get("stage"))
                 on_event(event)
         grace_s = 5.0
@@ -215,7 +246,7 @@ def _work(
         time.sleep(1.0)
     if again is not None and tries > 1:
         on_event({"stage": f"measuring again, because {again}"})
-        outcome = _work(spec, runner, folder, on_event, kept, tries - 1)
+        outcome = _work(spec, runner, folder, on_event, kept, reached, tries - 1)
         outcome.notes.append(f"measured a second time, because {again}")
         return outcome
     if outcome is not None:
@@ -224,18 +255,22 @@ def _work(
             outcome.metrics |= watch.metrics(device)
             outcome.notes = with_load(outcome.notes, watch.notes(device))
         return outcome
-    log_ends = f"its log ends: {last_line(folder / LOG_FILE)}"
+    where = f"while {reached.step}; its log ends: {last_line(folder / LOG_FILE)}"
     if timed_out:
-        return Outcome(Status.TIMEOUT, f"stopped after runner.timeout_s={runner.timeout_s:g} s; {log_ends}")
+        return reached.ended(Status.TIMEOUT, f"stopped after runner.timeout_s={runner.timeout_s:g} s, {where}")
     if worker.returncode == -signal.SIGKILL and oom.kills() > kills_before:
         why = "SIGKILL ended the worker while the kernel's out-of-memory killer ended a process"
-        return Outcome(Status.OOM, f"{why}; use a smaller cell")
+        return reached.ended(Status.OOM, f"{why}; use a smaller cell")
     if worker.returncode > 0 and shutil.disk_usage(folder).free < MOST_LEFT:
         why = f"the worker exited with {worker.returncode} and no result, with no space left in {folder}"
-        return Outcome(Status.DISK_FULL, f"{why}; free some and run it again")
+        return reached.ended(Status.DISK_FULL, f"{why}; free some and run it again")
     if worker.returncode < 0:
-        return Outcome(Status.KILLED, f"{signal.Signals(-worker.returncode).name} ended the worker; {log_ends}")
-    return Outcome(Status.ERROR, f"the worker exited with {worker.returncode} and no result; {log_ends}")
+        return reached.ended(Status.KILLED, f"{signal.Signals(-worker.returncode).name} ended the worker, {where}")
+    return reached.ended(Status.ERROR, f"the worker exited with {worker.returncode} and no result, {where}")
+
+
+def _outcome_of(message: dict[str, Any]) -> Outcome:
+    return Outcome(**{**message, "status": Status(message["status"])})
 
 
 def last_line(log: Path) -> str:

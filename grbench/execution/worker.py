@@ -3,9 +3,9 @@
     python -m grbench.execution.worker JOB.json
 
 It reads the cell from the job file and reports on file descriptor `report_fd`, one JSON object a line: {"stage": ...},
-{"answered": n}, {"again": why} for a cell to be measured again, and at the end {"outcome": {...}}. Its standard output
-and errors are the cell's log. If `keep` is true in the job file, it keeps its engine after a cell that is OK and reads
-the path of the next job file from `jobs_fd`.
+{"answered": n}, {"so_far": {...}} with the outcome so far, {"again": why} for a cell to be measured again, and at the
+end {"outcome": {...}}. Its standard output and errors are the cell's log. If `keep` is true in the job file, it keeps
+its engine after a cell that is OK and reads the path of the next job file from `jobs_fd`.
 """
 
 from __future__ import annotations

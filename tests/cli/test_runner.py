@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import json
 import os
 import re
 import shutil
@@ -31,8 +32,12 @@ from grbench.execution import measure, records, runner
 from grbench.execution.clock import pace
 from grbench.execution.records import Outcome, RunRecord, Status
 from grbench.execution.session import CellProgress, progress_of
+from grbench.execution.workers import Event, Worker
+from grbench.gate.measured import MeasuredAnswers
+from grbench.report import rows
 from grbench.signals import Stopped
 from grengines.cache.storage import StorageTier
+from grengines.hstu.engine import HSTUEngine
 
 # Small and quick: what matters here is how cells end, not how fast they are.
 QUICK = [
@@ -72,7 +77,7 @@ def test_one_run_leaves_a_whole_record_and_samples(grbench: Grbench, tmp_path: P
     assert record.metrics["throughput_rps"] == pytest.approx(64 / record.metrics["duration_s"])
     steps = {name: seconds for name, seconds in record.metrics.items() if name.startswith("step_s/")}
     names = {name.removeprefix("step_s/") for name in steps}
-    assert names == {"load", "start", "check", "warm_up", "measure", "compare", "write"}
+    assert names == {"load", "start", "check", "warm_up", "measure", "figures", "compare", "write"}
     assert steps["step_s/measure"] >= record.metrics["duration_s"] and min(steps.values()) >= 0
     assert "OK" in done.stdout
     assert "closed_loop" in done.stdout
@@ -280,6 +285,61 @@ def test_a_signal_between_the_work_and_its_record_loses_neither(
     assert interrupted.value.number == signal.SIGTERM
     [(folder, record)] = list(records.find(tmp_path))
     assert folder == interrupted.value.folder and record.status is interrupted.value.record.status is Status.OK
+
+
+STARTING, SUMMARISING, WRITING = "building the engine", "computing the figures", "writing"
+COMPARING = "comparing measured answers with the fp32 reference"
+CLOSING = "closing the engine"
+HANGS = {  # the part that hangs in each step
+    STARTING: (HSTUEngine, "prepare"),
+    SUMMARISING: (measure, "summarise"),
+    COMPARING: (MeasuredAnswers, "compare"),
+    WRITING: (measure, "write_samples"),
+    CLOSING: (HSTUEngine, "close"),
+}
+
+
+@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.parametrize(
+    ("step", "status"),
+    [*((step, Status.TIMEOUT) for step in HANGS), (COMPARING, Status.KILLED), (COMPARING, Status.INTERRUPTED)],
+)
+def test_a_cell_that_is_ended_keeps_what_it_measured_and_names_its_step(
+    step: str, status: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit is not waited for: it passes when the worker has said that it begins the step, and hangs there."""
+    spec, run = compose_spec(QUICK)
+    messages = Worker.messages
+
+    def until_the_step(self: Worker, deadline: float) -> Iterator[Event]:
+        for event in messages(self, deadline):
+            yield event
+            if event.get("stage") == step and status is Status.KILLED:
+                os.kill(self.pid, signal.SIGKILL)
+            elif event.get("stage") == step:
+                raise TimeoutError if status is Status.TIMEOUT else KeyboardInterrupt
+
+    monkeypatch.setattr(Worker, "messages", until_the_step)
+    monkeypatch.setattr(*HANGS[step], lambda *given, **named: time.sleep(600))
+    with contextlib.suppress(runner.Interrupted):
+        runner.run_cell(spec, run.runner, tmp_path / "cell")
+    [(folder, record)] = list(records.find(tmp_path))
+    assert record.status is status and record.error is not None
+    if status is Status.TIMEOUT:
+        assert record.error.startswith(f"stopped after runner.timeout_s=1800 s, while {step}; its log ends: ")
+    elif status is Status.KILLED:
+        assert record.error.startswith(f"SIGKILL ended the worker, while {step}; its log ends: ")
+    assert record.metrics["workload/requests"] == 64
+    ungated = record.ungated.get("metrics", {})
+    assert ("throughput_rps" in record.metrics) is (step in (WRITING, CLOSING))
+    assert ("throughput_rps" in ungated) is (step == COMPARING)
+    if step == COMPARING:
+        assert ungated["samples"] == 64 and any("p99" in note for note in record.ungated["notes"])
+        assert "not all of its answers were checked" in record.notes[-1]
+        assert record.gate["passed"] and "measured" not in record.gate
+    assert (folder / records.SAMPLES_FILE).exists() is (step == CLOSING)
+    [row] = json.loads(rows.as_json([(folder, record)]))["cells"]
+    assert row["metrics"] == row["intervals"] == {}  # no result
 
 
 class Running:

@@ -65,6 +65,14 @@ def test_no_speed_without_measured_answers_that_are_right(measured: dict[str, An
         RunRecord(**{**asked, "gate": {**PASSED, **measured}})
 
 
+def test_figures_that_were_not_checked_are_in_no_record_that_was_judged() -> None:
+    early = {**WHOLE, "metrics": EARLY, "intervals": {}, "ungated": {"metrics": {"throughput_rps": 5.0}}}
+    RunRecord(**{**early, "status": Status.TIMEOUT})
+    for status in (Status.OK, Status.INCORRECT):
+        with pytest.raises(ValueError, match=f"^ungated: a record that is {status} has no figures that were not check"):
+            RunRecord(**{**early, "status": status})
+
+
 def test_a_row_of_another_command_has_no_gate_block() -> None:
     row = LoggedRow(**{**WHOLE, "gate": {}})
     assert row.ok and row.metrics["latency_ms/p50"] == 1.0
