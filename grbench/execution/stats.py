@@ -138,6 +138,22 @@ def percentile_interval(samples: npt.ArrayLike, percent: float) -> tuple[float, 
     return (float(values[ranks[0]]), float(values[ranks[1]])) if ranks else None
 
 
+def percentile_of_runs(
+    runs: Sequence[npt.NDArray[np.float64]], worths: Sequence[float], percent: float
+) -> tuple[float, int, tuple[float, float] | None]:
+    """Return a percentile of the samples of independent runs, what they are worth, and its 95% interval, None for few.
+
+    runs: [samples] of each. worths: its `independent_samples`. The variance of a share of all samples is the sum of the
+    runs' own, each times the square of its part of the samples (stratified sampling: Cochran, section 5.3).
+    """
+    values = np.sort(np.concatenate(runs))
+    count = len(values)
+    worth = max(int(count**2 / sum(len(run) ** 2 / its for run, its in zip(runs, worths, strict=True))), 1)
+    ranks = _interval_ranks(count, percent, worth)
+    ends = (float(values[ranks[0]]), float(values[ranks[1]])) if ranks else None
+    return float(values[_rank(count, percent)]), worth, ends
+
+
 def samples_for_interval(percent: float) -> int:
     """Return the fewest samples that `percentile_interval` needs: each tail must hold one 97.5% of the time."""
     q, tail = percent / 100, (1 - CONFIDENCE) / 2

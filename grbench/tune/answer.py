@@ -44,7 +44,7 @@ class Answer:
 def answer(knowledge: Knowledge, certificate: Certificate | None) -> Answer | None:
     """Return the answer of a search; None if nothing keeps the limits."""
     if certificate is not None:
-        return Answer(knowledge, certificate.trial, certificate.step, certificate.worst, certificate)
+        return Answer(knowledge, certificate.trial, certificate.step, certificate.together, certificate)
     best = knowledge.incumbent
     if best is None or best.low is None or best.best is None:
         return None
@@ -69,18 +69,22 @@ def proof(found: Answer) -> str:
     if certificate is None:
         why = found.knowledge.uncertified
         return f"not certified, one run with the search's own seed{f': {why}' if why else ''}"
-    runs = f"{len(certificate.outcomes)} runs with other seeds of {certificate.requests:,} requests, the worst is shown"
+    count, requests = len(certificate.outcomes), f"of at least {certificate.requests:,} requests"
+    runs = f"{count} runs with other seeds, each {requests}, and their latencies together"
+    if (latency := _latency(certificate.worst, ends=False)) and count > 1:
+        runs += f"; the worst has {latency}"
     valid = [outcome.metrics.get("loadgen_valid") for outcome in certificate.outcomes]
     loadgen = "" if None in valid else f"; LoadGen: {'VALID' if all(valid) else 'INVALID in one of them'}"
     return f"certified: {runs}{loadgen}"
 
 
-def _latency(outcome: Outcome) -> str:
+def _latency(outcome: Outcome, ends: bool = True) -> str:
     for percent in (99.0, 90.0, 50.0):
         name = f"latency_ms/p{percent:g}"
         if name in outcome.metrics:
-            ends = outcome.intervals.get(name)
-            return f"p{percent:g} {outcome.metrics[name]:.3g}{f' [{ends[0]:.3g}, {ends[1]:.3g}]' if ends else ''} ms"
+            interval = outcome.intervals.get(name) if ends else None
+            shown = f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else ""
+            return f"p{percent:g} {outcome.metrics[name]:.3g}{shown} ms"
     return "unknown latency"
 
 

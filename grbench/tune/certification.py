@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
 from grbench.tune import rates
 from grbench.tune.knowledge import BOTTOM, Knowledge
-from grbench.tune.limits import Limit, Verdict, judge
+from grbench.tune.limits import Verdict, judge
 from grbench.tune.outcome import Evaluator, Outcome, Probe, Wanted
-from grbench.tune.trial import LONGER, Goal, Progress, Trial, quiet
-from grbench.tune.worth import requests_needed
+from grbench.tune.trial import HELD, Goal, Progress, Trial, quiet
+from grbench.tune.worth import requests_needed, worst
 
 CERTIFIED = 10_000  # requests of a run that certifies, at least
-MARGIN = 2  # times the requests that are needed: what a short probe is worth is much by chance
+MARGIN = 2  # times the requests that all runs need: what a short probe is worth is much by chance
+AGAIN = 1.25  # the same once certifying runs have shown what they are worth
 SHARE = 0.6  # of the budget, at most, if there is room for a run that fails, too
 MOST = 0.75  # of the budget that is reserved, at most
 NEAR = rates.steps(1.2)  # below the best, within which the second may become the best again
@@ -26,11 +26,15 @@ ROUNDING = 1e-9  # of shares of the budget
 
 @dataclass
 class Certificate:
-    """A configuration that kept the limits in every run with other seeds, of at least CERTIFIED requests."""
+    """A configuration that kept the limits in all runs with other seeds, of at least CERTIFIED requests.
+
+    together: what the runs show as one. The figure of each is within the limits, and the interval of all proves it.
+    """
 
     trial: Trial
     step: int
     outcomes: list[Outcome]
+    together: Outcome
     failures: list[str]  # better ones that did not, or that the budget had no room for
 
     @property
@@ -41,7 +45,7 @@ class Certificate:
     @property
     def worst(self) -> Outcome:
         """The run with the largest p99."""
-        return max(self.outcomes, key=lambda outcome: outcome.metrics.get("latency_ms/p99", math.inf))
+        return worst(self.outcomes)
 
 
 def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
@@ -92,14 +96,14 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
             steps[id(trial)] = _with_room(goal, evaluator, trial, step, evaluator.left())
             continue
         step = _lower_if_last(goal, evaluator, trial, step, beyond)
-        outcomes, why = _runs(goal, evaluator, progress, trial, step)
+        outcomes, found, why = _runs(goal, evaluator, progress, trial, step)
         if not why:
             knowledge.concluded = True
-            return Certificate(trial, step, outcomes, [*failures, *([missing] if missing else [])])
+            return Certificate(trial, step, outcomes, found, [*failures, *([missing] if missing else [])])
         trial.refuted = f"{rates.rate_of(step):.4g} requests/s {why}"
         failures.append(f"{trial.configuration.name} at {trial.refuted}")
         fall = STEPS
-        if not outcomes[-1].ok or judge(goal.limits, outcomes[-1])[0] is not Verdict.LIKELY:
+        if not found.ok or judge(goal.limits, found)[0] is not Verdict.LIKELY:
             beyond = True
             falls[id(trial)] = fall = 2 * falls.get(id(trial), STEPS // 2)
         steps[id(trial)] = step - fall if step - fall > _lowest(goal, trial, step) else None
@@ -161,42 +165,58 @@ def _missing(goal: Goal, evaluator: Evaluator, trial: Trial, step: int) -> str:
 
 
 def certifying(goal: Goal, trial: Trial, step: int) -> list[Wanted]:
-    """Return the runs that certify a rate, with as many requests as prove it."""
-    requests = max(CERTIFIED, math.ceil(MARGIN * requests_needed(goal.limits, trial, step) / 1000) * 1000)
+    """Return the runs that certify a rate, with as many requests as prove it together."""
+    together = MARGIN * requests_needed(goal.limits, trial, step)
+    requests = max(CERTIFIED, math.ceil(together / goal.runs / 1000) * 1000)
     return [(trial.configuration, Probe(rates.rate_of(step), requests, SEED + run)) for run in range(goal.runs)]
 
 
-def _runs(goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, step: int) -> tuple[list[Outcome], str]:
-    """Return the outcomes of the certifying runs, and why they fail ("": they do not)."""
+def _runs(
+    goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, step: int
+) -> tuple[list[Outcome], Outcome, str]:
+    """Return the outcomes of the certifying runs, what they show together, and why they fail ("": they do not).
 
-    def run(probe: Probe) -> tuple[Outcome, Verdict, Limit | None]:
-        outcome = trial.certifying[step] = evaluator.evaluate(trial.configuration, probe)
+    The first run with a figure beyond a limit ends them, because no rate is certified that a seed contradicts.
+    """
+
+    def run(probe: Probe) -> tuple[Outcome, str]:
+        outcome = evaluator.evaluate(trial.configuration, probe)
         verdict, limit = judge(goal.limits, outcome) if outcome.ok else (Verdict.BROKEN, None)
         progress(trial, probe, outcome, verdict)
-        return outcome, verdict, limit
+        if _open(goal, verdict):
+            return outcome, ""
+        why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
+        return outcome, f"in the run with seed +{probe.seed}: {why}"
 
     outcomes: list[Outcome] = []
     wanted = certifying(goal, trial, step)
-    evaluator.together(wanted)
-    for number in range(goal.runs):
-        probe = wanted[number][1]
-        outcome, verdict, limit = run(probe)
-        # A figure within the limit needs more requests; one beyond it a lower rate, if there may be one.
-        longer_may_do = verdict is Verdict.LIKELY or (verdict is Verdict.UNSURE and goal.rate is not None)
-        requests = LONGER * probe.requests  # for a narrower interval
-        if limit is not None and limit.metric not in outcome.intervals:
-            again = certifying(goal, trial, step)[0][1].requests  # by its own worth
-            requests = again if again > probe.requests else requests
-        longer = dataclasses.replace(probe, requests=requests)
-        rest = (goal.runs - len(outcomes)) * [(trial.configuration, longer)]
-        if longer_may_do and sum(evaluator.share([one]) for one in rest) <= evaluator.left():
-            outcome, verdict, limit = run(longer)
-            if evaluator.places == 1:  # the others would need as many
-                wanted = [(its, dataclasses.replace(other, requests=requests)) for its, other in wanted]
-        outcomes.append(outcome)
-        if verdict is not Verdict.KEPT:
-            why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
-            for _, beside in wanted[number + 1 :] if evaluator.places > 1 else ():
-                run(beside)  # it was measured, and is shown
-            return outcomes, f"in the run with seed +{probe.seed}: {why}"
-    return outcomes, ""
+    while True:
+        evaluator.together(wanted)
+        for number, (_, probe) in enumerate(wanted):
+            outcome, why = run(probe)
+            outcomes.append(outcome)
+            if why:
+                for _, beside in wanted[number + 1 :] if evaluator.places > 1 else ():
+                    run(beside)  # it was measured, and is shown
+                return outcomes, outcome, why
+        found = trial.certifying[step] = evaluator.pool(outcomes)
+        verdict, limit = judge(goal.limits, found)
+        if limit is None:
+            return outcomes, found, ""
+        more = _further(goal, trial, step, outcomes)
+        if not _open(goal, verdict) or evaluator.share([more]) > evaluator.left() + ROUNDING:
+            return outcomes, found, f"in {len(outcomes)} runs together: {limit.shown(found)} is {verdict}"
+        wanted = [more]
+
+
+def _open(goal: Goal, verdict: Verdict) -> bool:
+    """Return True if more requests may prove that a limit is kept; at a rate that is given, of an unsure figure too."""
+    return verdict in HELD or (verdict is Verdict.UNSURE and goal.rate is not None)
+
+
+def _further(goal: Goal, trial: Trial, step: int, outcomes: list[Outcome]) -> Wanted:
+    """Return one more run: with the requests that an interval of all runs still needs, or with as many as they had."""
+    had = sum(round(outcome.metrics["samples"]) for outcome in outcomes)
+    lacking = AGAIN * requests_needed(goal.limits, trial, step) - had
+    requests = max(CERTIFIED, math.ceil((lacking if lacking > 0 else had) / 1000) * 1000)
+    return trial.configuration, Probe(rates.rate_of(step), requests, SEED + len(outcomes))

@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from grbench.config.compose import compose_spec
 from grbench.config.jobs import Job
 from grbench.config.schema import RunConfig, RunSpec
@@ -26,6 +29,7 @@ from grbench.tune.config import RATES, Declared
 from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.probes import OFFLINE
 from grbench.tune.starts import FIRST_S, Starts
+from grbench.tune.worth import pooled, worst
 from grengines.cache.config import stored
 
 BATCHING = ("max_batch", "max_wait_ms", "in_flight", "order")  # options that every scenario has
@@ -157,6 +161,16 @@ class LiveEvaluator:
             return Outcome(UNJUDGED, error="its loss is unknown: the default configuration failed")
         self._measure([(configuration, probe)])
         return self._measured[configuration, probe]
+
+    def pool(self, outcomes: Sequence[Outcome]) -> Outcome:
+        """Return what runs show together; the worst, and a line that says why, where the samples of one are damaged."""
+        from grbench.report.frame import ReportError
+
+        try:
+            return pooled(outcomes, [latencies_of(outcome.folder) for outcome in outcomes if outcome.folder])
+        except ReportError as e:
+            self._say(f"{e}; until then the worst run stands for all")
+            return worst(outcomes)
 
     def _measure(self, wanted: Sequence[Wanted]) -> None:
         """Measure the probes that were not yet measured, beside each other. Raises BudgetSpentError."""
@@ -403,6 +417,13 @@ def batches_of(folder: Path) -> list[tuple[int, float]]:
         by_index[int(index)] = (int(size), sum(parts) / 1e3)
         packed += parts[0]
     return list(by_index.values()) if packed else []
+
+
+def latencies_of(folder: Path) -> npt.NDArray[np.float64]:
+    """Return the milliseconds of each request of a cell. Raises ReportError for samples that can't be read."""
+    from grbench.report.frame import load_samples
+
+    return load_samples(folder)["latency_ms"].to_numpy(np.float64)
 
 
 def _quality_class(spec: RunSpec) -> str:

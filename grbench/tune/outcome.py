@@ -109,6 +109,9 @@ class Evaluator(Protocol):
     def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
         """Return the outcome of a probe; the same probe twice gives the same outcome. Raises BudgetSpentError."""
 
+    def pool(self, outcomes: Sequence[Outcome]) -> Outcome:
+        """Return what runs with several seeds show together: percentiles of all latencies, and figures of the worst."""
+
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         """Return the outcomes that earlier searches measured of a configuration; they cost nothing."""
 

@@ -20,10 +20,11 @@ from grbench.tune.knowledge import BOTTOM, SIZES, Knowledge
 from grbench.tune.limits import PERCENTILE, Limit
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.proposers import Axes, Listed, Neighbours, OneAtATime, OptunaProposer, Proposer
-from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
+from grbench.tune.queue_model import BatchTimes, Floats, arrivals, latencies_ms
 from grbench.tune.search import Search
 from grbench.tune.surrogate import Surrogate
 from grbench.tune.trial import Batching, Goal
+from grbench.tune.worth import pooled
 
 CERTIFYING = 30  # cells for certification, beside those of the search
 SPREAD = 0.02  # of run to run, as measured on an idle GPU
@@ -110,6 +111,7 @@ class Replay:
         self._grid, self._cells, self._seed, self.places = grid, cells, seed, places
         self.rounds = 0
         self._done: dict[tuple[Configuration, Probe], Outcome] = {}
+        self._latencies: dict[int, Floats] = {}  # of the runs that certify, by the identity of their outcomes
         self._order = {configuration: i for i, configuration in enumerate(grid.cells)}
 
     @property
@@ -139,6 +141,9 @@ class Replay:
             step = rates.step_below(probe.rate * 1.001) if probe.rate else 0
             of = (self._seed, self._order[configuration], step + 1000, probe.requests, probe.seed)
             self._done[configuration, probe] = self._draw(configuration, probe, np.random.default_rng(of))
+
+    def pool(self, outcomes: Sequence[Outcome]) -> Outcome:
+        return pooled(outcomes, [self._latencies[id(outcome)] for outcome in outcomes])
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         return ()
@@ -175,7 +180,10 @@ class Replay:
             "offered_rps": (probe.requests - 1) / float(at[-1] - at[0]),
             "samples": float(probe.requests),
         }
-        return Outcome("OK", {**cell.metrics, **summary.metrics, **rate}, summary.intervals)
+        outcome = Outcome("OK", {**cell.metrics, **summary.metrics, **rate}, summary.intervals)
+        if probe.seed:
+            self._latencies[id(outcome)] = found
+        return outcome
 
 
 @dataclass

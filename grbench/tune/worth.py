@@ -5,12 +5,17 @@ Records say how many independent samples each percentile is worth (`<metric>_wor
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
-from grbench.execution.stats import WORTH, samples_for_interval
+import numpy as np
+import numpy.typing as npt
+
+from grbench.execution.stats import PERCENTILES, WORTH, percentile_of_runs, samples_for_interval
 from grbench.tune import rates
 from grbench.tune.limits import PERCENTILE, Limit
+from grbench.tune.outcome import Outcome
 from grbench.tune.trial import Trial
 
 BUSIEST = 0.9  # share of the capacity, at most: of less that is free the offline rate is no measure
@@ -43,3 +48,27 @@ def _gain(trial: Trial, step: int, above: int) -> float:
     rate, higher = rates.rate_of(step), rates.rate_of(above)
     most = max(trial.offline.metrics["throughput_rps"], higher / BUSIEST)
     return ((most - rate) / (most - higher)) ** 2
+
+
+def worst(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return the run with the largest p99."""
+    return max(outcomes, key=lambda outcome: outcome.metrics.get("latency_ms/p99", math.inf))
+
+
+def pooled(outcomes: Sequence[Outcome], latencies_ms: Sequence[npt.NDArray[np.float64]]) -> Outcome:
+    """Return what independent runs show together: percentiles of all latencies; of other figures those of the worst.
+
+    latencies_ms: [samples] of each run.
+    """
+    found = worst(outcomes)
+    metrics, intervals = dict(found.metrics), dict(found.intervals)
+    metrics["samples"] = float(sum(map(len, latencies_ms)))
+    for percent in PERCENTILES:
+        name = f"latency_ms/p{percent:g}"
+        if all(name in outcome.metrics for outcome in outcomes):
+            worths = [outcome.metrics.get(f"{name}{WORTH}", outcome.metrics["samples"]) for outcome in outcomes]
+            metrics[name], worth, interval = percentile_of_runs(latencies_ms, worths, percent)
+            metrics[f"{name}{WORTH}"] = float(worth)
+            intervals.pop(name, None)
+            intervals |= {name: interval} if interval else {}
+    return dataclasses.replace(found, metrics=metrics, intervals=intervals)
