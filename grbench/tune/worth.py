@@ -66,7 +66,7 @@ def pooled(outcomes: Sequence[Outcome], latencies_ms: Sequence[npt.NDArray[np.fl
     for percent in PERCENTILES:
         name = f"latency_ms/p{percent:g}"
         if all(name in outcome.metrics for outcome in outcomes):
-            worths = [outcome.metrics.get(f"{name}{WORTH}", outcome.metrics["samples"]) for outcome in outcomes]
+            worths = [outcome.metrics[f"{name}{WORTH}"] for outcome in outcomes]
             metrics[name], worth, interval = percentile_of_runs(latencies_ms, worths, percent)
             metrics[f"{name}{WORTH}"] = float(worth)
             intervals.pop(name, None)

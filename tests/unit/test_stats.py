@@ -151,6 +151,32 @@ def test_interval_of_dependent_samples_covers_the_truth(draw, percent: int) -> N
     assert covered / known >= 0.92
 
 
+@pytest.mark.parametrize("counts", [(600, 600), (1200, 300)])
+def test_interval_of_independent_runs_covers_the_truth(counts: tuple[int, int]) -> None:
+    """Runs of a queue, of unequal lengths too, whose latencies are alike within each."""
+    rng = np.random.default_rng(12)
+    truth = np.quantile(_queue(rng, 200_000)[0], 0.9)
+    covered = known = 0
+    for _ in range(200):
+        runs = [_queue(rng, count) for count in counts]
+        summaries = [stats.latency_summary(latencies, arrivals_s=arrivals) for latencies, arrivals in runs]
+        worths = [summary.metrics["latency_ms/p90_worth"] for summary in summaries]
+        both = [latencies for latencies, _ in runs]
+        value, worth, interval = stats.percentile_of_runs(both, worths, 90.0)
+        assert value == stats.percentile(np.concatenate(both), 90.0) and worth <= sum(worths)
+        if interval:
+            known += 1
+            covered += interval[0] <= truth <= interval[1]
+    assert known > 150
+    assert 0.92 <= covered / known < 1
+
+
+def test_one_run_alone_has_its_own_interval() -> None:
+    samples = np.arange(1000.0)
+    assert stats.percentile_of_runs([samples], [1000], 90.0)[2] == stats.percentile_interval(samples, 90.0)
+    assert stats.percentile_of_runs([samples, samples + 0.5], [20, 20], 99.0)[1:] == (40, None)
+
+
 def test_requests_that_arrive_together_count_once() -> None:
     latencies, arrivals = _queries_of_eight(np.random.default_rng(0), 8 * 999)
     summary = stats.latency_summary(latencies, arrivals_s=arrivals)

@@ -89,6 +89,7 @@ class Machine:
                 p99 = 80.0 * (rate / capacity) ** 6
                 spread = 0.1 * p99 * (1000 / scenario.queries) ** 0.5
                 record.metrics |= {"latency_ms/p99": p99, "offered_rps": rate, "samples": float(scenario.queries)}
+                record.metrics["latency_ms/p99_worth"] = record.metrics["samples"]
                 record.intervals = {"latency_ms/p99": [p99 - spread, p99 + spread]}
                 if self._alike:
                     self._make_alike(record, rate / capacity, rng)

@@ -8,23 +8,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from helpers.cells import write_cell
 from helpers.checkout import ROOT
 
 from grbench.config.compose import compose_spec
 from grbench.config.jobs import Job
-from grbench.execution import records
+from grbench.execution import records, stats
 from grbench.execution.environment import describe_environment
 from grbench.execution.kept import engine_key
 from grbench.execution.places import LocalPart, Share
 from grbench.execution.records import Status
 from grbench.execution.session import CellSession
 from grbench.execution.session import Measured as Cell
+from grbench.report.frame import load_samples
 from grbench.tune import config, limits
 from grbench.tune.certification import MOST
 from grbench.tune.live import LiveEvaluator
-from grbench.tune.outcome import Configuration, Probe
+from grbench.tune.outcome import Configuration, Outcome, Probe
 from grbench.tune.starts import FIRST_S
 from grkernels import fp8
 
@@ -103,6 +105,28 @@ def test_probes_beside_each_other_take_the_time_of_the_longest(tmp_path: Path) -
     assert one.share([long, short]) == pytest.approx(one.share([long]) + one.share([short]))
     assert two.share([long, short]) == two.share([long]) == one.share([long])
     assert two.share([long, short, third]) == pytest.approx(2 * two.share([long]))
+
+
+def test_runs_are_judged_by_the_latencies_in_their_files(tmp_path: Path) -> None:
+    for scale in (1, 2):
+        write_cell(tmp_path / str(scale), scale=float(scale))
+    lines: list[str] = []
+    measures = evaluator(Measured(tmp_path, {}), tmp_path / "none", say=lines.append)
+    worth = {"latency_ms/p50_worth": 1500.0, "latency_ms/p90_worth": 1500.0, "latency_ms/p99_worth": 1500.0}
+    found = [
+        Outcome("OK", record.metrics | worth, record.intervals, folder=folder)
+        for folder, record in records.find(tmp_path)
+    ]
+    both = measures.pool(found)
+    latencies = np.concatenate([load_samples(outcome.folder)["latency_ms"] for outcome in found])
+    assert both.metrics["latency_ms/p99"] == stats.percentile(latencies, 99.0) and both.metrics["samples"] == 3000
+    low, high = both.intervals["latency_ms/p99"]
+    assert low < both.metrics["latency_ms/p99"] < high
+    own = [outcome.metrics["latency_ms/p99"] for outcome in found]
+    assert min(own) < both.metrics["latency_ms/p99"] < max(own)
+    (tmp_path / "1" / records.SAMPLES_FILE).write_bytes(b"cut")
+    assert measures.pool(found).metrics["latency_ms/p99"] == max(own)
+    assert "not readable as parquet" in lines[0] and lines[0].endswith("until then the worst run stands for all")
 
 
 @pytest.mark.parametrize("typed, kept", [([], True), (["runner.keep_engine=false"], False)])
