@@ -158,7 +158,7 @@ def test_repeats_go_round_by_round_with_fresh_seeds(grbench_here: Grbench, tmp_p
     assert done.returncode == 0, done.stderr + done.stdout
     ran = [(r.spec["scenario"]["clients"], r.spec["seed"]) for r in found(tmp_path)]
     assert sorted(ran) == [(2, 5), (2, 6), (4, 5), (4, 6)]
-    began = [line.partition(":")[0] for line in done.stderr.splitlines() if line.endswith("loading the workload")]
+    began = [line.partition(":")[0] for line in done.stderr.splitlines() if ": loading the workload" in line]
     assert [title.split()[0] for title in began] == ["1/4", "2/4", "3/4", "4/4"]
     assert [title.partition("clients=")[2] for title in began] == [
         f"{clients} seed={seed}" for seed in (5, 6) for clients in (2, 4)
