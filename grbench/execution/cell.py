@@ -69,7 +69,7 @@ class Cell:
                 assert gate is not None
             with self._figures_of_failure():
                 self._check(engine, gate)
-                self._check_quality(engine, trace)
+                self._check_quality(engine, trace, built.retrieval)
                 data = DataSet.of(self.spec, trace) if is_accuracy(self.spec.scenario) else None
                 requests = data.requests if data else trace.requests
                 self._make(requests)
@@ -182,11 +182,11 @@ class Cell:
                 engine.reset_cache(keep=Tier.STORAGE)
                 self.outcome.gate["error_from_storage"] = gate.check(engine, max_batch).error
 
-    def _check_quality(self, engine: Engine, trace: Trace) -> None:
+    def _check_quality(self, engine: Engine, trace: Trace, retrieval: Retrieval | None) -> None:
         """Compute the quality of trained weights. Of a ranker, a precision that loses too much ends the cell."""
         actual = self.outcome.actual
         if self.spec.task != "rank":
-            self._quality = quality.measure_lists(self.spec, trace, engine)
+            self._quality = quality.measure_lists(self.spec, trace, engine, retrieval, actual)
         elif found := quality.measure(self.spec, trace, cast(Ranker, engine), actual["precision"], actual["device"]):
             beside, self._quality = found
             if beside is not None:

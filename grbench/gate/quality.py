@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grbench.config.schema import RunSpec
+from grbench.quality.exact import in_fp32, is_exact, prepared
 from grbench.quality.held_out import HeldOut, doubt_of_lists
 from grbench.quality.lists import Lists
 from grbench.quality.metrics import Estimate, Floats, estimate_of
@@ -24,7 +25,7 @@ from grbench.quality.protocol import LeaveOneOut
 from grbench.quality.rankings import NONE_LATER, Rankings
 from grbench.workloads.config import DrawnConfig
 from grbench.workloads.trace import Trace
-from grengines.api import Engine, Float32Array, Ranker
+from grengines.api import Engine, Float32Array, Ranker, Retrieval
 from grengines.cache.config import stored
 from grengines.numerics import IncorrectError
 
@@ -187,23 +188,31 @@ class QualityFigures:
         )
 
 
-def measure_lists(spec: RunSpec, trace: Trace, engine: Engine) -> QualityFigures | None:
+def measure_lists(
+    spec: RunSpec, trace: Trace, engine: Engine, retrieval: Retrieval | None, actual: dict[str, Any]
+) -> QualityFigures | None:
     """Return the quality of an engine's lists of items, leave one out over `gate.quality_requests` users.
 
-    The result is None without a ground truth: for random weights or synthetic events. `grbench evaluate` has further
-    figures: all users, longer lists, the past removed, and the loss against fp32.
+    The lists are those of the run: of `retrieval.k` items, with the user's past and without it. The loss is against the
+    same model in fp32; a decoder has none. actual: what ran. The result is None without a ground truth: for random
+    weights or synthetic events. `grbench evaluate` asks about all users, for longer lists.
     """
-    retrieval = spec.retrieval
-    trained = retrieval is not None and retrieval.weights is not None
+    trained = spec.retrieval is not None and spec.retrieval.weights is not None
     if spec.task == "recommend":
         trained = trained and spec.ranking_model.weights is not None
-    if retrieval is None or not trained or not spec.gate.quality_requests or isinstance(spec.workload, DrawnConfig):
+    if not trained or not spec.gate.quality_requests or isinstance(spec.workload, DrawnConfig):
         return None
     if spec.task == "recommend" and (why := doubt_of_lists(spec.ranking_model.weights)):
         return QualityFigures({}, {}, [f"no quality: {why}"])
     lists = lists_of(spec, trace)
     answers = lists.ask(engine, spec.task, spec.scenario.max_batch)
-    return QualityFigures.of(lists.estimates(answers), lists.baselines())
+    expected = answers if is_exact(actual) else None
+    if exact := in_fp32(spec, actual):
+        with prepared(exact, trace.catalogue, retrieval, lists.requests) as reference:
+            expected = lists.ask(reference, exact.task, exact.scenario.max_batch)
+    losses = {} if expected is None else lists.losses(answers, expected)
+    beside = {f"loss/{name}": loss for name, loss in losses.items()}
+    return QualityFigures.of(lists.estimates(answers) | beside, lists.baselines(), lists.notes(answers))
 
 
 def lists_of(spec: RunSpec, trace: Trace) -> Lists:
@@ -218,6 +227,5 @@ def lists_of(spec: RunSpec, trace: Trace) -> Lists:
         min(longest, spec.workload.max_history),
         spec.retrieval.k,
         spec.seed,
-        removal=False,
         stale_events=spec.workload.stale_events,
     )

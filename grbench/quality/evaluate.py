@@ -7,16 +7,15 @@ of the last requests of the trace (rankings.py). Nothing is timed; `grbench` its
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from grbench import workloads
 from grbench.config.schema import ConfigError, RunSpec, check_truth, weights_of
-from grbench.execution import engines
 from grbench.execution.retrieval import build_retrieval
+from grbench.quality.exact import in_fp32, prepared
 from grbench.quality.held_out import HeldOut, doubt_of_lists
 from grbench.quality.lists import Lists
 from grbench.quality.metrics import CUTOFFS, Estimate
@@ -25,12 +24,7 @@ from grbench.quality.rankings import NONE_LATER, Rankings
 from grbench.workloads.config import DrawnConfig
 from grbench.workloads.events import Events
 from grbench.workloads.item_map import check_items
-from grengines import registry
-from grengines.api import Catalogue, Engine, Request, Retrieval
-from grengines.cache.config import CacheConfig
-from grengines.hstu.config import HSTUEngineConfig
-from grengines.models.hstu.config import HSTUConfig
-from grkernels.config import KernelConfig
+from grengines.api import Catalogue
 
 MAX_LOSS = 1e-3  # the loss that a precision may have without a word
 Report = Callable[[str], None]
@@ -101,17 +95,16 @@ def _of_lists(spec: RunSpec, users: int, report: Report) -> Evaluation:
     catalogue = Catalogue(events.num_users, events.num_items, len(events.action_names))
 
     def ask(its: RunSpec) -> tuple[Any, dict[str, Any], float]:
-        with _engine(its, catalogue, retrieval, lists.requests) as engine:
+        with prepared(its, catalogue, retrieval, lists.requests) as engine:
             begun = time.perf_counter()
             answers = lists.ask(engine, its.task, its.scenario.max_batch)
             return answers, engine.actual(), time.perf_counter() - begun
 
     report(f"{len(chosen):,} users are asked about, {k} items each")
     answers, actual, seconds = ask(spec)
-    exact = in_fp32(spec)
-    if exact is not None and not is_exact(actual):
+    if exact := in_fp32(spec, actual):
         report("the same model in fp32")
-    losses = lists.losses(answers, ask(exact)[0]) if exact is not None and not is_exact(actual) else {}
+    losses = lists.losses(answers, ask(exact)[0]) if exact else {}
     figures, notes = lists.estimates(answers), lists.notes(answers)
     return Evaluation(len(chosen), len(chosen), figures, lists.baselines(), losses, actual, seconds, notes)
 
@@ -135,44 +128,19 @@ def _of_scores(spec: RunSpec, report: Report) -> Evaluation:
         raise ConfigError(f"model.weights={model.weights}: {NONE_LATER}")
 
     def ask(its: RunSpec) -> tuple[Any, dict[str, Any], float]:
-        with _engine(its, trace.catalogue, None, rankings.requests) as engine:
+        with prepared(its, trace.catalogue, None, rankings.requests) as engine:
             ranker: Any = engine  # it has the task rank
             scores, seconds = rankings.ask(ranker, its.scenario.max_batch, its.cache.name != "none")
             return scores, engine.actual(), seconds
 
     report(f"the last {len(rankings.requests):,} requests are ranked")
     scores, actual, seconds = ask(spec)
-    exact = in_fp32(spec)
-    losses = rankings.losses(scores, ask(exact)[0]) if exact is not None and not is_exact(actual) else {}
+    exact = in_fp32(spec, actual)
+    losses = rankings.losses(scores, ask(exact)[0]) if exact else {}
     users = len({r.user_id for r in rankings.requests})
     baselines = rankings.baselines()
     figures = rankings.estimates(scores)
     return Evaluation(users, len(scores), figures, baselines, losses, actual, seconds, rankings.notes)
-
-
-def in_fp32(spec: RunSpec) -> RunSpec | None:
-    """Return the same model in fp32, by eager kernels of the native engine; None for a spec that is that already.
-
-    None also for a decoder, which that engine does not have.
-    """
-    if not isinstance(spec.model, HSTUConfig):
-        return None
-    native = HSTUEngineConfig(precision="fp32", device=getattr(spec.engine, "device", "auto"))
-    stages = registry.get(spec.engine.name).stages
-    pipeline: Any = spec.engine
-    engine = replace(pipeline, **dict.fromkeys(stages, native)) if stages else native
-    exact = replace(spec, engine=engine, kernel=KernelConfig(name="torch"), cache=CacheConfig())
-    return None if exact == spec else exact
-
-
-def is_exact(actual: dict[str, Any]) -> bool:
-    """Return True if what ran is the native engine in fp32 with eager kernels: it would be compared with itself."""
-    stages = [actual[stage] for stage in ("retrieve", "rank") if stage in actual] or [actual]
-    return all(
-        (stage.get("engine"), stage.get("precision"), stage.get("cache_precision", "fp32")) == ("hstu", "fp32", "fp32")
-        and set(stage.get("kernels", {"": ""}).values()) == {"torch"}
-        for stage in stages
-    )
 
 
 def _items(spec: RunSpec, split: LeaveOneOut) -> int:
@@ -194,16 +162,3 @@ def _check_items(spec: RunSpec, events: Events) -> None:
     for weights in weights_of(spec).values():
         if weights is not None:
             check_items(events, Path(weights))
-
-
-@contextmanager
-def _engine(
-    spec: RunSpec, catalogue: Catalogue, retrieval: Retrieval | None, requests: list[Request]
-) -> Iterator[Engine]:
-    """Give a prepared engine, which is closed at the end."""
-    engine = engines.build(spec, catalogue, retrieval)
-    try:
-        engine.prepare(requests, spec.scenario.max_batch)
-        yield engine
-    finally:
-        engine.close()

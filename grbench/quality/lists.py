@@ -21,8 +21,8 @@ class Lists:
     """The users whose last item is to be found, and the figures of answers to them.
 
     k: items of an answer. Figures beyond it, such as hr50 of ten items, are left out, except up to 10: what an
-    answer of fewer items lacks is missed. stale_events: newest events that the histories lack. With `removal` there are
-    also figures of the answers without the user's past, up to the cutoff for which every user has enough items left.
+    answer of fewer items lacks is missed. stale_events: newest events that the histories lack. Figures of the answers
+    without the user's past go up to the cutoff for which every user has enough items left.
     """
 
     split: LeaveOneOut
@@ -30,7 +30,6 @@ class Lists:
     max_history: int
     k: int
     seed: int
-    removal: bool = True
     stale_events: int = 0
 
     @property
@@ -47,12 +46,10 @@ class Lists:
     def figures(self, answers: Sequence[Ints]) -> dict[str, Floats]:
         """Return hr10, ndcg10 and so on of each user, and the same with `NEW`."""
         found = self._figures(metrics.ranks_of(answers, self._targets))
-        if self.removal:
-            left = without(answers, self.split.pasts(self.users))
-            most = shortest(answers, left, self.split.events.num_items)
-            its = self._figures(metrics.ranks_of(left, self._targets), most)
-            found |= {f"{name}{NEW}": figure for name, figure in its.items()}
-        return found
+        left = without(answers, self.split.pasts(self.users))
+        most = shortest(answers, left, self.split.events.num_items)
+        its = self._figures(metrics.ranks_of(left, self._targets), most)
+        return found | {f"{name}{NEW}": figure for name, figure in its.items()}
 
     def estimates(self, answers: Sequence[Ints]) -> dict[str, Estimate]:
         """Return the mean of each figure over users, with its interval."""
@@ -68,11 +65,11 @@ class Lists:
         """Return a line that names the figures without the past that are left out."""
         found = self.figures(answers)
         gone = [f"{name}{NEW}" for name in found if not name.endswith(NEW) and f"{name}{NEW}" not in found]
-        if not self.removal or not gone:
+        if not gone:
             return []
         return [
             f"no {', '.join(gone)}: without the past, the {self.k} items of an answer leave some users too few; "
-            "raise retrieval.beam_width or retrieval.k"
+            "raise retrieval.k and retrieval.beam_width"
         ]
 
     def baselines(self) -> dict[str, dict[str, Estimate]]:
@@ -82,13 +79,11 @@ class Lists:
         place = np.empty(events.num_items, np.int64)
         place[np.argsort(-counts, kind="stable")] = np.arange(events.num_items)
         ranks = place[self._targets]
-        figures = self._figures(ranks)
-        if self.removal:
-            own = [np.unique(past) for past in pasts]
-            fewer = [int((place[past] < rank).sum()) for past, rank in zip(own, ranks, strict=True)]
-            gone = [target in past for past, target in zip(own, self._targets, strict=True)]
-            left = np.where(gone, metrics.NOT_FOUND, ranks - np.array(fewer))
-            figures |= {f"{name}{NEW}": its for name, its in self._figures(left).items()}
+        own = [np.unique(past) for past in pasts]
+        fewer = [int((place[past] < rank).sum()) for past, rank in zip(own, ranks, strict=True)]
+        gone = [target in past for past, target in zip(own, self._targets, strict=True)]
+        left = np.where(gone, metrics.NOT_FOUND, ranks - np.array(fewer))
+        figures = self._figures(ranks) | {f"{name}{NEW}": its for name, its in self._figures(left).items()}
         return {"popularity": metrics.means(figures, self.seed)}
 
     @property

@@ -109,7 +109,9 @@ COLUMNS = [  # in the order of the table
     Column("J/request", "J/request: joules of the GPU, else of the processor, for each answer", _metric(JOULES)),
     Column("retrieve + rank", "retrieve + rank: median milliseconds of the pipeline's stages", _stages),
     Column("hits %", "hits: requests that found cached state", _metric("cache/hit_rate", percent=True)),
-    Column("HR@10", "HR@10: users whose last item is among the first ten of the answer", _hit_rate),
+    Column(
+        "HR@10", "HR@10: users whose last item is among the first ten of the answer, past items included", _hit_rate
+    ),
     Column("AUC", "AUC: by the engine's scores, one a task", _auc),
     Column("compared", "compared: answers of the measurement that were compared with the reference", _compared),
     Column(

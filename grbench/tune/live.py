@@ -373,7 +373,7 @@ class LiveEvaluator:
 
 def is_loss(name: str) -> bool:
     """Return True for a figure of quality that is a loss against a reference."""
-    return name.startswith("quality/loss/") or name.endswith("_loss")
+    return name.startswith("quality/") and name.endswith("_loss")
 
 
 def quality_metrics(record: RunRecord) -> dict[str, float]:
@@ -387,7 +387,11 @@ def quality_metrics(record: RunRecord) -> dict[str, float]:
     for name in dict.fromkeys(name for values in tasks.values() for name in values):
         values = [task[name] for task in tasks.values() if name in task]
         found[f"quality/{name}"] = max(values) if name.endswith("loss") else sum(values) / len(values)
-    figures = {name: value for name, value in record.metrics.items() if name.startswith("quality/")}
+    figures = {
+        re.sub("^quality/loss/(.*)", r"quality/\1_loss", name): value
+        for name, value in record.metrics.items()
+        if name.startswith("quality/")
+    }
     return figures | {name: float(value) for name, value in found.items()}
 
 

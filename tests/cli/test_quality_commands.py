@@ -168,24 +168,35 @@ def test_a_training_that_is_stopped_says_what_is_kept(
 def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
     grbench_here: Grbench, grbench_forked: Grbench, tmp_path: Path
 ) -> None:
-    walks(tmp_path)
+    walks(tmp_path, items=60)
     small = [*MODEL, *WORKLOAD, "workload.num_candidates=6", "model.tasks=[rated]", "retrieval.levels=1"]
     for task in ("generate", "rank"):
         words = [f"task={task}", "training.epochs=6", "training.batch=8", "training.rate=0.01", "held_out=60"]
         done = grbench_here("train", *small, *words, *QUIET, f"out={task}")
         assert done.returncode == 0, done.stderr
     trained = ["retrieval.weights=generate/weights.safetensors", "model.weights=rank/weights.safetensors"]
-    run = ["engine=pipeline", "engine@engine.retrieve=hstu", *small, *trained, "gate.quality_requests=40"]
+    half = ["engine=pipeline", "engine@engine.retrieve=hstu", "engine.retrieve.precision=bf16", "kernel=torch"]
+    run = [*half, *small, *trained, "gate.quality_requests=40", "retrieval.beam_width=60"]
     found = grbench_here("evaluate", *run)
     assert found.returncode == 0, found.stderr
     assert "| engine=pipeline" in found.stdout or "| pipeline |" in found.stdout
-    done = grbench_forked(*run, *QUIET, "scenario=closed_loop", "scenario.queries=20")
+    done = grbench_forked("-m", *run, *QUIET, "scenario=closed_loop", "scenario.queries=20", "retrieval.k=10,60")
     assert done.returncode == 0, done.stderr
-    record = json.loads(next((tmp_path / "outputs").rglob("record.json")).read_text())
-    metrics, intervals = record["metrics"], record["intervals"]
-    assert metrics["quality/hr10"] > 0.7 > metrics["quality/popularity/hr10"]
-    assert intervals["quality/hr10"][0] <= metrics["quality/hr10"] <= intervals["quality/hr10"][1]
-    assert 0 < metrics["quality/ndcg10"] <= metrics["quality/hr10"]
+    found = [json.loads(file.read_text()) for file in (tmp_path / "outputs").rglob("record.json")]
+    short, whole = sorted(found, key=lambda record: record["spec"]["retrieval"]["k"])
+    for record, cutoffs in ((short, {5, 10}), (whole, {5, 10, 50})):  # ten items have no HR@50
+        metrics, intervals = record["metrics"], record["intervals"]
+        names = {f"{kind}{cutoff}" for kind in ("hr", "ndcg", "mrr") for cutoff in cutoffs}
+        for group in ("", "loss/", "popularity/"):
+            of = [name.removeprefix(f"quality/{group}") for name in metrics if name.startswith(f"quality/{group}")]
+            assert {name for name in of if "/" not in name and not name.endswith("_new")} == names
+        assert 0 < metrics["quality/ndcg10"] <= metrics["quality/hr10"]
+        for name in ("quality/hr10", "quality/loss/ndcg10"):
+            assert intervals[name][0] <= metrics[name] <= intervals[name][1]
+        assert abs(metrics["quality/loss/ndcg10"]) < 0.1
+    assert short["metrics"]["quality/hr10"] > 0.7 > short["metrics"]["quality/popularity/hr10"]
+    assert {f"quality/{name}_new" for name in names} <= whole["metrics"].keys()
+    assert any("hr10_new" in note and "raise retrieval.k" in note for note in short["notes"])
 
 
 def test_a_ranker_learns_what_the_workload_labels_by_default(grbench_here: Grbench, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from sklearn.metrics import accuracy_score, log_loss, ndcg_score, roc_auc_score
 from grbench.gate import quality
 from grbench.quality import metrics
 from grbench.quality.command import _page
-from grbench.quality.evaluate import Evaluation, is_exact
+from grbench.quality.evaluate import Evaluation
+from grbench.quality.exact import is_exact
 from grbench.quality.lists import Lists
 from grbench.quality.metrics import Estimate, Scored
 from grbench.quality.protocol import TEST, VALIDATION, LeaveOneOut, without
@@ -188,8 +189,9 @@ def test_lists_with_and_without_the_past() -> None:
     assert not any(name.endswith("_new") for name in lists.figures(short)) and "hr5" in lists.figures(short)
     assert lists.notes(short)[0].startswith("no hr5_new, hr10_new, ndcg5_new, ndcg10_new, mrr5_new")
     assert "hr50" not in found  # an answer has five items
-    single = Lists(split, split.users, max_history=8, k=1, seed=0, removal=False)
+    single = Lists(split, split.users, max_history=8, k=1, seed=0)
     hits = single.figures([answer[:1] for answer in answers])
+    assert not any(name.endswith("_new") for name in hits)
     assert (list(hits), hits["hr10"].tolist()) == (["hr5", "hr10", "ndcg5", "ndcg10", "mrr5", "mrr10"], [0, 1, 1, 1])
     assert [a.tolist() for a in without(answers, split.pasts(split.users))][:2] == [[0, 5, 4, 6, 7], [9, 0, 1, 2, 3]]
     popular = lists.baselines()["popularity"]
@@ -267,7 +269,7 @@ def test_a_ranker_that_may_know_the_last_events_has_no_quality_of_lists() -> Non
         ranking_model=SimpleNamespace(weights="none.st"),
     )
     trace: Any = None  # nothing is looked up in it, and no engine is asked
-    found = quality.measure_lists(spec, trace, trace)
+    found = quality.measure_lists(spec, trace, trace, None, {})
     assert found is not None and not found.metrics and not found.intervals
     assert found.notes[0].startswith("no quality: model.weights=none.st: the file does not say")
 

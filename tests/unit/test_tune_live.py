@@ -242,6 +242,20 @@ def test_the_loss_of_another_model_is_against_the_default(tmp_path: Path) -> Non
     assert outcome.ok and outcome.metrics["quality/auc_loss"] == pytest.approx(0.2)
 
 
+def test_the_loss_of_lists_is_a_limit_by_the_name_of_the_figure(tmp_path: Path) -> None:
+    """`quality/loss/hr10` has the end of a figure of which more is better: as a limit it would be a floor."""
+    folder = tmp_path / "0"
+    write_cell(folder, "scenario=offline")
+    record = records.load(folder)
+    record.metrics |= {"quality/hr10": 0.1, "quality/loss/hr10": 0.02}
+    session = SimpleNamespace(parts=(), has=lambda spec: False, measure=lambda jobs: [Cell(folder, record, False)])
+    outcome = evaluator(session, tmp_path / "none").evaluate(DEFAULT, OFFLINE)
+    assert outcome.metrics["quality/hr10_loss"] == 0.02
+    assert not any(name.startswith("quality/loss/") for name in outcome.metrics)
+    for bound, verdict in (("1%", "broken"), ("3%", "kept")):
+        assert limits.parse("quality.hr10_loss", bound).judge(outcome) == verdict
+
+
 @pytest.mark.parametrize(
     "option, asked",
     [
