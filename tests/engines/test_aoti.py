@@ -17,23 +17,31 @@ import torch
 from helpers import kept
 from helpers.checkout import ROOT
 from helpers.hstu_oracle import make_requests
+from torch.utils.flop_counter import FlopCounterMode
 
 from grengines import registry
 from grengines.aoti import package
 from grengines.aoti.config import AOTIEngineConfig
 from grengines.aoti.engine import AOTIEngine
-from grengines.aoti.package import Facts
+from grengines.aoti.package import Facts, Inputs
+from grengines.aoti.paged import PagedRanker
 from grengines.api import Catalogue, RankResult, Request, Setup, Tier, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.cache.places import PagedBatch
+from grengines.cache.pool import PagePool
+from grengines.export.attention import adapted
+from grengines.export.module import ExportedRanker
 from grengines.fallback import OutsideError
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.model import build_model
 from grengines.models.hstu.reference import RankingReference, zero_attention
 from grengines.numerics import relative_error
-from grengines.runtime.batch import Encoding
+from grengines.runtime.batch import Encoding, pack
 from grengines.runtime.profile import Sizes, check, profiles
 from grkernels import capabilities
 from grkernels.config import KernelConfig
 from grkernels.hstu_attention import torch as eager_attention
+from grkernels.operators import Operators
 
 CATALOGUE = Catalogue(num_users=20, num_items=300, num_actions=4)
 # Every option of the model that changes what is traced. One layer alone would never read what another wrote in place.
@@ -357,6 +365,47 @@ def test_profiles_follow_the_lengths_and_hold_every_request() -> None:
         check(requests[30:31], encoding, small, "fix it")
     with pytest.raises(ValueError, match="0 sample requests"):
         profiles([], encoding, 8)
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_the_last_layer_of_what_is_compiled_computes_candidates_alone(page: int) -> None:
+    """Attention by its queries and keys, projections by their operations."""
+    calls: list[tuple[int, int]] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        calls.append((q.shape[0], k.shape[0]))
+        return eager_attention.hstu_attention(q, k, v, **options)
+
+    model = dataclasses.replace(PAGED_MODEL, interaction=False)
+    kernels = Operators.eager().replace(hstu_attention=attend)
+    ranker = build_model(model, CATALOGUE, 5, "cpu", torch.float32, kernels)
+    requests, cpu = requests_of([0, 45, 12], [2, 1, 6], seed=3), torch.device("cpu")
+    tokens, candidates = 57 + 9, 9
+    sizes = Sizes.of(requests, ranker.encoding)
+    facts = Facts.here("0", "fp32", cpu, {"hstu_attention": "torch"}, model.heads, sizes, sizes, page)
+    batch = pack(requests, ranker.encoding, cached=[0] * 3 if page else None).to(cpu)
+    module: ExportedRanker | PagedRanker
+    if page:
+        places, nothing = torch.zeros(3, 1, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
+        made = {"layers": model.layers, "heads": model.heads, "qk_dim": model.qk_dim, "v_dim": model.v_dim}
+        pool = PagePool(**made, pages=1, page=page, dtype=torch.float32, device=cpu)
+        inputs = Inputs(facts, cpu).of(batch, PagedBatch(places, nothing, nothing, nothing), pool)
+        module = PagedRanker(ranker, kernels)
+    else:
+        inputs = Inputs(facts, cpu).of(batch)
+        module = ExportedRanker(ranker, adapted(attend), kernels)
+    with FlopCounterMode(display=False) as counted, torch.inference_mode():
+        found = module(*inputs)
+    logits, made_keys = (found[0], found[1 : 1 + model.layers]) if page else (found, [])
+    assert calls == [(tokens, tokens), (candidates, tokens)]
+    assert [len(k) for k in made_keys] == [tokens] * len(made_keys)
+    E, keys, values = model.embedding_dim, model.heads * model.qk_dim, model.heads * model.v_dim
+    every = tokens * E * 2 * (keys + values)  # without the output's product, which is in place and not counted
+    last = (tokens + candidates) * E * (keys + values)
+    head = candidates * model.head_dim * (E + len(model.tasks))
+    assert counted.get_flop_counts()["Global"][torch.ops.aten.addmm] == 2 * (every + last + head)
+    expected = RankingReference(model, CATALOGUE, 5, "cpu").scores(requests)
+    assert relative_error(logits.numpy(), np.concatenate(expected)) < 1e-5
 
 
 TRACE_TRITON = f"""

@@ -64,35 +64,44 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> exporter.Export:
     tile=st.integers(1, 20),
     spare=st.integers(0, 3),
     skip_hidden=st.booleans(),
+    of_candidates=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_the_onnx_attention_equals_the_reference(
-    sizes: list[tuple[int, int]], context: int, window: int, tile: int, spare: int, skip_hidden: bool, seed: int
+    sizes: list[tuple[int, int]],
+    context: int,
+    window: int,
+    tile: int,
+    spare: int,
+    skip_hidden: bool,
+    of_candidates: bool,
+    seed: int,
 ) -> None:
     lengths = [context + history + targets for history, targets in sizes]
-    if not sum(lengths):
+    queries = [targets for _, targets in sizes] if of_candidates else lengths
+    if not sum(queries):
         return
     rng, H, dqk, dv, N = np.random.default_rng(seed), 2, 3, 4, 16
-    q, k, v = (rng.standard_normal((sum(lengths) + spare, H, d)).astype(np.float32) for d in (dqk, dqk, dv))
-    offsets, targets = np.cumsum([0, *lengths]), np.array([t for _, t in sizes])
-    tiles = -(-max(lengths) // tile)
+    counts = ((queries, dqk), (lengths, dqk), (lengths, dv))
+    q, k, v = (rng.standard_normal((sum(n) + spare, H, d)).astype(np.float32) for n, d in counts)
+    q_offsets, offsets, targets = np.cumsum([0, *queries]), np.cumsum([0, *lengths]), np.array([t for _, t in sizes])
+    tiles = -(-max(queries) // tile)
     session = attention_session(H, dqk, dv, N, context, window, 0.4, skip_hidden)
     out = session.run(
         None,
         {
-            "q": q, "k": k, "v": v, "offsets": offsets, "num_targets": targets,
+            "q": q, "k": k, "v": v, "q_offsets": q_offsets, "offsets": offsets, "num_targets": targets,
             "tiles": np.arange(tiles * tile).reshape(tiles, tile),
             "columns": np.arange(max(context + max(h for h, _ in sizes), 1) + spare),
         },
     )[0]  # fmt: skip
-    bounds = torch.from_numpy(offsets)
     expected = reference_attention(
-        *(torch.from_numpy(x) for x in (q, k, v)), q_offsets=bounds, kv_offsets=bounds,
-        num_targets=torch.from_numpy(targets), max_q_len=max(lengths), max_kv_len=max(lengths), scaling_seqlen=N,
-        alpha=0.4, contextual_seq_len=context, max_attn_len=window,
+        *(torch.from_numpy(x) for x in (q, k, v)), q_offsets=torch.from_numpy(q_offsets),
+        kv_offsets=torch.from_numpy(offsets), num_targets=torch.from_numpy(targets), max_q_len=max(queries),
+        max_kv_len=max(lengths), scaling_seqlen=N, alpha=0.4, contextual_seq_len=context, max_attn_len=window,
     ).numpy()  # fmt: skip
     assert np.isfinite(out).all()  # rows past the sequences may hold any finite values
-    np.testing.assert_allclose(out[: offsets[-1]], expected[: offsets[-1]], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out[: q_offsets[-1]], expected[: q_offsets[-1]], rtol=1e-5, atol=1e-6)
 
 
 def test_memory_does_not_grow_with_the_square_of_the_history() -> None:
@@ -103,7 +112,8 @@ from helpers.onnx_attention import attention_session
 session = attention_session(1, 4, 4, 64, 0, 0, 0.5, True)
 def peak(length, tile):
     x = np.ones((length, 1, 4), np.float32)
-    session.run(None, dict(q=x, k=x, v=x, offsets=np.array([0, length]), num_targets=np.array([0]),
+    offsets = np.array([0, length])
+    session.run(None, dict(q=x, k=x, v=x, q_offsets=offsets, offsets=offsets, num_targets=np.array([0]),
                            tiles=np.arange(length).reshape(-1, tile), columns=np.arange(length)))
     with open("/proc/self/status") as status:  # getrusage would include the parent's peak
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) // 1024
@@ -123,6 +133,12 @@ def test_the_files_say_what_they_are(made: exporter.Export) -> None:
     assert [f.name for f in model.functions] == [NAME] and {f.domain for f in model.functions} == {DOMAIN}
     calls = [n for n in model.graph.node if n.domain == DOMAIN]
     assert len(calls) == MODEL.layers and all(n.op_type == NAME for n in calls)
+    # The last layer attends for candidates alone, and makes keys and values of every token.
+    tensors = [i for i in (*model.graph.input, *model.graph.value_info) if i.type.tensor_type.shape.dim]
+    rows = {i.name: i.type.tensor_type.shape.dim[0].dim_param for i in tensors}
+    L, M = rows["token_rows"], rows["candidate_rows"]
+    assert L != M and [[rows[name] for name in call.input[:3]] for call in calls] == [[L] * 3, [M, L, L]]
+    assert [call.input[3] for call in calls] == ["offsets", "candidate_offsets"]
     attributes = {a.name: helper.get_attribute_value(a) for a in calls[0].attribute}
     assert attributes == pytest.approx(
         {"alpha": 0.25, "scaling_seqlen": 128, "contextual_seq_len": 2, "max_attn_len": 12}
@@ -184,7 +200,8 @@ def test_int8_and_large_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     eight_bits = (TensorProto.INT8, TensorProto.UINT8)
     tensors = [t for t in onnx.load(made.onnx).graph.initializer if t.data_type in eight_bits and len(t.dims) > 1]
     weights = [t.name for t in tensors]
-    assert len(weights) == 2 * MODEL.layers + 1, weights  # each layer's two projections, the head's hidden one
+    # Each layer's two projections, but four to u, v, q and k in the last; the head's hidden one.
+    assert len(weights) == 2 * (MODEL.layers - 1) + 5 + 1, weights
     assert not any("table" in name or "head_out" in name for name in weights)
 
 

@@ -168,8 +168,9 @@ def test_eight_bits_cost_what_eight_bits_cost(kind: str, most: float, tmp_path: 
     error = relative_error(logits(tmp_path / "model.onnx"), expected)
     assert 5 * relative_error(logits(half), expected) < error < most
     nodes = onnx.load(str(tmp_path / "model.onnx")).graph.node
-    assert sum(n.op_type == "QuantizeLinear" for n in nodes) == 2 * MODEL.layers
-    assert sum(n.op_type == "DequantizeLinear" for n in nodes) == 4 * MODEL.layers
+    products = 2 * (MODEL.layers - 1) + 5  # of the last layer: to u, v, q and k one by one, and the output's
+    assert sum(n.op_type == "QuantizeLinear" for n in nodes) == products
+    assert sum(n.op_type == "DequantizeLinear" for n in nodes) == 2 * products
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
@@ -305,6 +306,7 @@ def test_shapes_of_profiles_hold_what_they_are_for() -> None:
     small, large = (facts.shapes(s) for s in sizes)
     assert large["token_rows"] == ((1,), (256,), (256,)) and large["offsets"] == ((2,), (5,), (5,))
     assert large["tiles"] == ((1, 1), (3, 24), (3, 24)) and large["columns"][2] == (48,)
+    assert large["candidate_tiles"] == ((1, 1), (3, 24), (3, 24)) and large["candidate_offsets"] == large["offsets"]
     assert small["token_rows"][2] < large["token_rows"][2]
 
 
@@ -327,7 +329,7 @@ def test_a_batch_is_laid_out_aligned() -> None:
         tensor = expected[name].numpy()
         assert offset % ALIGNMENT == 0 and shape == tensor.shape
         assert raw[offset : offset + tensor.nbytes] == tensor.tobytes(), name
-    assert staged.rulers == {name: tuple(expected[name].shape) for name in ("tiles", "columns")}
+    assert staged.rulers == {name: tuple(expected[name].shape) for name in ("tiles", "candidate_tiles", "columns")}
 
 
 def test_where_nothing_can_be_executed_the_cell_is_unavailable_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +385,7 @@ def test_the_plugins_kernel_compiles_with_the_parameters_that_tensorrt_passes() 
     lines = (kept.output_of("plugin", PLUGIN, SOURCES, TRITON_INTERPRET="0") / kept.OUTPUT).read_text().splitlines()
     assert len(lines) == 3
     for line in lines:
-        assert line.split()[2:11] == [".u64"] * 7 + [".u32", ".u64"] and line.endswith("0 True")
+        assert line.split()[2:12] == [".u64"] * 8 + [".u32", ".u64"] and line.endswith("0 True")
 
 
 def test_the_plugins_node_stands_in_for_the_function(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ def attention_session(
     H: int, dqk: int, dv: int, N: int, C: int, W: int, alpha: float, skip_hidden: bool
 ) -> onnxruntime.InferenceSession:
     """A model that is the attention function alone."""
-    kinds = {"q": ["L", H, dqk], "k": ["L", H, dqk], "v": ["L", H, dv]}
-    shapes: dict[str, list[str]] = {"offsets": ["P"], "num_targets": ["B"], "tiles": ["T", "R"], "columns": ["N"]}
+    kinds = {"q": ["Q", H, dqk], "k": ["L", H, dqk], "v": ["L", H, dv]}
+    shapes = {"q_offsets": ["P"], "offsets": ["P"], "num_targets": ["B"], "tiles": ["T", "R"], "columns": ["N"]}
     register_schema()
     graph = helper.make_graph(
         [
@@ -25,7 +25,7 @@ def attention_session(
         "attention",
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in kinds.items()]
         + [helper.make_tensor_value_info(n, TensorProto.INT64, s) for n, s in shapes.items()],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["L", H, dv])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["Q", H, dv])],
     )  # fmt: skip
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(graph, opset_imports=opsets, functions=[onnx_function(N, C, W, skip_hidden)])

@@ -33,7 +33,7 @@ from grkernels import tuning
 from grkernels.cache_folder import cache_folder
 from grkernels.hstu_attention.torch import tiles_needed
 
-FORMAT = "grbench-aoti-1"
+FORMAT = "grbench-aoti-2"
 MOST_PAGES = 1 << 31
 # Further inputs of a package that appends: names in the order of PagedRanker.forward, element types (None: the model's)
 # and dimensions, P pages of the longest history, S pages of the pool. N columns are those of the longest sequence.
@@ -130,7 +130,7 @@ class Inputs:
 
         places, pool: those of a package that appends, and then its inputs in the order of PAGED_INPUTS.
         """
-        rows = -(-batch.max_q_len // self._tiles)
+        rows, candidates = (-(-n // self._tiles) for n in (batch.max_q_len, batch.max_candidates))
         inputs = [
             batch.token_rows,
             batch.actions,
@@ -140,7 +140,9 @@ class Inputs:
             batch.q_offsets,
             batch.num_targets,
             batch.candidate_rows,
+            batch.candidate_offsets,
             self._ruler[: self._tiles * rows].view(self._tiles, rows),
+            self._ruler[: self._tiles * candidates].view(self._tiles, candidates),
             self._ruler[:1],
         ]
         if places is not None and pool is not None:
@@ -191,15 +193,23 @@ def load(path: Path, wanted: Facts, device: torch.device) -> Package:
 def trace(module: ExportedRanker | PagedRanker, facts: Facts) -> torch.export.ExportedProgram:
     """Export the module with symbolic lengths up to `most`, from an example of the typical sizes."""
     most, typical, tiles = facts.most, facts.typical, facts.tiles
-    limits = {"L": most.tokens, "B": most.batch, "M": most.candidates, "R": -(-most.longest // tiles)}
-    sizes = {"L": typical.tokens, "B": typical.batch, "M": typical.candidates, "R": -(-typical.longest // tiles)}
-    static = {"T": tiles, "N": 1}
+    limits, sizes = (
+        {
+            "L": some.tokens,
+            "B": some.batch,
+            "M": some.candidates,
+            "R": -(-some.longest // tiles),
+            "RC": -(-min(some.candidates, some.longest) // tiles),
+        }
+        for some in (most, typical)
+    )
+    static = {"T": tiles, "TC": tiles, "N": 1}
     inputs = {**INPUTS, "weights": (torch.float64, ("L",))}
     if facts.page:
         config, table = module.ranker.config, module.ranker.token_table
         limits |= {"N": most.longest, "P": -(-most.history // facts.page), "S": MOST_PAGES}
         sizes |= {"N": typical.longest, "P": -(-typical.history // facts.page), "S": 3}
-        static = {"T": tiles, "layers": config.layers, "page": facts.page, "H": config.heads}
+        static = {"T": tiles, "TC": tiles, "layers": config.layers, "page": facts.page, "H": config.heads}
         static |= {"dqk": config.qk_dim, "dv": config.v_dim}
         inputs |= {name: (dtype or table.dtype, shape) for name, (dtype, shape) in PAGED_INPUTS.items()}
     dims: dict[str, Any] = {d: Dim(d, min=1, max=n) if n > 1 else Dim.STATIC for d, n in limits.items()}

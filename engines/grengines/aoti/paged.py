@@ -12,7 +12,8 @@ from grkernels.operators import Operators
 class PagedRanker(nn.Module):
     """A built HSTURanker as a function of tensors, with keys and values before the batch in pages.
 
-    It returns the new keys and values, and writes nothing: a package whose inputs change would copy the whole pool.
+    It computes what ExportedRanker does. It returns the new keys and values, and writes nothing: a package whose inputs
+    change would copy the whole pool.
     tiles: as in grkernels/hstu_attention/torch.py, for eager attention; 0 for variants without tiles.
     """
 
@@ -31,7 +32,9 @@ class PagedRanker(nn.Module):
         offsets: Tensor,
         num_targets: Tensor,
         candidate_rows: Tensor,
+        candidate_offsets: Tensor,
         tiles: Tensor,
+        candidate_tiles: Tensor,
         columns: Tensor,
         page_table: Tensor,
         paged_lengths: Tensor,
@@ -40,8 +43,8 @@ class PagedRanker(nn.Module):
     ) -> list[Tensor]:
         """Return logits fp32 [M, tasks], then each layer's new keys [L, H, dqk], then each layer's new values.
 
-        The first ten arguments: as in ExportedRanker.forward, but columns int64 [N] has one for each key of the longest
-        sequence, those in pages included. page_table int32 [B, P], paged_lengths int64 [B]: as in PagedBatch.
+        The first twelve arguments: as in ExportedRanker.forward, but columns int64 [N] has one for each key of the
+        longest sequence, those in pages included. page_table int32 [B, P], paged_lengths int64 [B]: as in PagedBatch.
         k_pages [layers, pages, page, H, dqk], v_pages [layers, pages, page, H, dv].
         """
         ranker, config = self.ranker, self.ranker.config
@@ -55,27 +58,32 @@ class PagedRanker(nn.Module):
             kv_offsets=offsets,
             num_targets=num_targets,
             candidate_rows=candidate_rows,
-            candidate_offsets=offsets,  # nothing reads these two, nor the lengths
+            candidate_offsets=candidate_offsets,
             kept_offsets=offsets,
             max_q_len=tiles.numel(),
             max_kv_len=columns.numel(),
-            max_candidates=tiles.numel(),
+            max_candidates=candidate_tiles.numel(),
         )
         x = ranker.embed(batch)
         keys, values = [], []
         for i, layer in enumerate(ranker.layers):
             assert isinstance(layer, HSTULayer)
-            u, q, k, v = layer.project(x, ranker.kernels)
+            last = i == len(ranker.layers) - 1
+            if last:
+                u, q, k, v = layer.project_rows(x, candidate_rows, ranker.kernels)
+                x = x[candidate_rows]
+            else:
+                u, q, k, v = layer.project(x, ranker.kernels)
             keys.append(k)
             values.append(v)
             a = ranker.kernels.hstu_attention(
                 q,
                 k,
                 v,
-                q_offsets=offsets,
+                q_offsets=candidate_offsets if last else offsets,
                 kv_offsets=offsets,
                 num_targets=num_targets,
-                max_q_len=tiles.numel(),
+                max_q_len=(candidate_tiles if last else tiles).numel(),
                 max_kv_len=columns.numel(),
                 scaling_seqlen=config.scaling_seqlen,
                 alpha=ranker.alpha,
@@ -87,7 +95,5 @@ class PagedRanker(nn.Module):
                 paged_lengths=paged_lengths,
                 **self._options,
             )
-            if i == len(ranker.layers) - 1:  # the head reads candidates alone; attention takes whole sequences
-                x, u, a = x[candidate_rows], u[candidate_rows], a[candidate_rows]
             x = layer.combine(x, u, a, ranker.kernels)
         return [ranker.score(x, batch), *keys, *values]

@@ -17,24 +17,25 @@ def adapted(kernel: Callable[..., Tensor], **options: int) -> Callable[..., Tens
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        q_offsets: Tensor,
         offsets: Tensor,
         num_targets: Tensor,
         tiles: Tensor,
         columns: Tensor,
+        longest: int,
         alpha: float,
         scaling_seqlen: int,
         contextual_seq_len: int,
         max_attn_len: int,
     ) -> Tensor:
-        longest = tiles.numel()
         return kernel(
             q,
             k,
             v,
-            q_offsets=offsets,
+            q_offsets=q_offsets,
             kv_offsets=offsets,
             num_targets=num_targets,
-            max_q_len=longest,
+            max_q_len=tiles.numel(),
             max_kv_len=longest,
             scaling_seqlen=scaling_seqlen,
             alpha=alpha,
@@ -54,29 +55,32 @@ def hstu_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    q_offsets: Tensor,
     offsets: Tensor,
     num_targets: Tensor,
     tiles: Tensor,
     columns: Tensor,
+    longest: int,
     alpha: float,
     scaling_seqlen: int,
     contextual_seq_len: int,
     max_attn_len: int,
 ) -> Tensor:
-    """Compute the attention of whole sequences. The operator itself runs eager PyTorch.
+    """Compute the attention of the last tokens of each sequence to the whole sequence, in eager PyTorch.
 
-    q and k [L, H, dqk], v [L, H, dv]: tokens of all sequences one after another. offsets int64 [B + 1]: where each
-    sequence begins. num_targets int64 [B]: the candidates at its end.
+    k [L, H, dqk], v [L, H, dv]: tokens of all sequences one after another. q [Q, H, dqk]: the last tokens of each, or
+    all. q_offsets, offsets int64 [B + 1]: where each sequence begins in q, and in k and v. num_targets int64 [B]: the
+    candidates at its end.
 
     Only the shapes of two inputs matter, so that no shape in the graph depends on a value. tiles int64 [T, R], which is
-    0 .. T * R - 1, has a place for each row of the longest sequence: attention processes T tiles of R query rows, one
-    after another. columns int64 [N], 0 .. N - 1, has one for each contextual token and event of the longest history, at
-    least one. Either may be larger than needed.
+    0 .. T * R - 1, has a place for each query of the sequence with most: attention processes T tiles of R query rows,
+    one after another. columns int64 [N], 0 .. N - 1, has one for each contextual token and event of the longest
+    history, at least one. longest: tokens of the longest sequence. Each may be larger than needed.
 
-    Returns [L, H, dv] in v's dtype. Rows past offsets[B] hold any finite value.
+    Returns [Q, H, dv] in v's dtype. Rows past q_offsets[B] hold any finite value.
     """
     shapes = scaling_seqlen, contextual_seq_len, max_attn_len
-    return _eager(q, k, v, offsets, num_targets, tiles, columns, alpha, *shapes)
+    return _eager(q, k, v, q_offsets, offsets, num_targets, tiles, columns, longest, alpha, *shapes)
 
 
 @hstu_attention.register_fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from grengines.runtime.batch import Encoding, JaggedBatch
 from grkernels.operators import Operators
 
 # Names in the order of `forward`, element types and dimensions: L tokens, B sequences, M candidates, T tiles of R rows,
-# N columns.
+# TC tiles of RC candidates, N columns.
 INPUTS = {
     "token_rows": (torch.int64, ("L",)),
     "actions": (torch.int64, ("L",)),
@@ -26,7 +27,9 @@ INPUTS = {
     "offsets": (torch.int64, ("B + 1",)),
     "num_targets": (torch.int64, ("B",)),
     "candidate_rows": (torch.int64, ("M",)),
+    "candidate_offsets": (torch.int64, ("B + 1",)),
     "tiles": (torch.int64, ("T", "R")),
+    "candidate_tiles": (torch.int64, ("TC", "RC")),
     "columns": (torch.int64, ("N",)),
 }
 OUTPUT = "logits"
@@ -36,11 +39,11 @@ def inputs_of(batch: JaggedBatch, longest_history: int, tile_rows: int) -> dict[
     """Return the exported model's inputs, by name and in the order of INPUTS, on the batch's device.
 
     batch: packed without cached tokens. longest_history: at least the contextual tokens and events of any sequence.
-    tile_rows: most query rows that attention processes at a time. Tiles are about equal.
+    tile_rows: most query rows that attention processes at a time.
     """
     device = batch.token_rows.device
-    tiles = max(-(-batch.max_q_len // tile_rows), 1)
-    rows = max(-(-batch.max_q_len // tiles), 1)
+    shapes = [tiled(n, tile_rows) for n in (batch.max_q_len, batch.max_candidates)]
+    tiles, candidate_tiles = (torch.arange(math.prod(shape), device=device).view(shape) for shape in shapes)
     return {
         "token_rows": batch.token_rows,
         "actions": batch.actions,
@@ -50,9 +53,17 @@ def inputs_of(batch: JaggedBatch, longest_history: int, tile_rows: int) -> dict[
         "offsets": batch.q_offsets,
         "num_targets": batch.num_targets,
         "candidate_rows": batch.candidate_rows,
-        "tiles": torch.arange(tiles * rows, device=device).view(tiles, rows),
+        "candidate_offsets": batch.candidate_offsets,
+        "tiles": tiles,
+        "candidate_tiles": candidate_tiles,
         "columns": torch.arange(max(longest_history, 1), device=device),
     }
+
+
+def tiled(rows: int, most: int) -> tuple[int, int]:
+    """Return the number of tiles, and the rows of each: at most `most`, about equal."""
+    tiles = max(-(-rows // most), 1)
+    return tiles, max(-(-rows // tiles), 1)
 
 
 def gpu_tile_rows(batch: int, heads: int, columns: int) -> int:
@@ -91,8 +102,20 @@ def token_embedding(
     return x + F.embedding(time_buckets, time_table)
 
 
+def separated(layer: HSTULayer) -> nn.ModuleList:
+    """Return a layer's projections to u, v, q and k with weights of their own: quantisers skip a part of a weight."""
+    parts = nn.ModuleList()
+    for weight, bias in zip(layer.uvqk.weight.split(layer.widths), layer.uvqk.bias.split(layer.widths), strict=True):
+        part = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        part.weight, part.bias = (nn.Parameter(x.clone(), requires_grad=False) for x in (weight, bias))
+        parts.append(part)
+    return parts
+
+
 class ExportedRanker(nn.Module):
     """A built HSTURanker without a cache, as a function of the tensors of INPUTS. Weights and maths are the same.
+
+    The last layer makes keys and values of every token, and all else of candidates alone: the head reads no other rows.
 
     attention: by default `grbench::hstu_attention`; another operator must have its signature. kernels: the other
     operators, by default eager PyTorch that every exporter can translate.
@@ -107,6 +130,11 @@ class ExportedRanker(nn.Module):
         super().__init__()
         self.ranker, self.attention = ranker, attention
         ranker.kernels = kernels or Operators.eager().replace(token_embedding=token_embedding)
+        last = ranker.layers[-1]
+        assert isinstance(last, HSTULayer)
+        self.last_parts = separated(last)
+        last.parts = list(self.last_parts)
+        del last.uvqk
 
     def forward(
         self,
@@ -118,13 +146,16 @@ class ExportedRanker(nn.Module):
         offsets: Tensor,
         num_targets: Tensor,
         candidate_rows: Tensor,
+        candidate_offsets: Tensor,
         tiles: Tensor,
+        candidate_tiles: Tensor,
         columns: Tensor,
     ) -> Tensor:
         """Return logits fp32 [M, tasks], for L tokens, B sequences and M candidates.
 
-        token_rows, actions, positions, time_buckets int64 [L], weights fp32 [L], candidate_rows int64 [M]: as in
-        JaggedBatch. offsets int64 [B + 1], num_targets int64 [B], tiles and columns: as in `hstu_attention`.
+        token_rows, actions, positions, time_buckets int64 [L], weights fp32 [L], candidate_rows int64 [M],
+        candidate_offsets int64 [B + 1]: as in JaggedBatch. offsets int64 [B + 1], num_targets int64 [B], tiles and
+        columns: as in `hstu_attention`. candidate_tiles int64 [TC, RC]: as tiles, for the candidates of a sequence.
         """
         ranker, config = self.ranker, self.ranker.config
         longest = tiles.numel()
@@ -138,40 +169,46 @@ class ExportedRanker(nn.Module):
             kv_offsets=offsets,
             num_targets=num_targets,
             candidate_rows=candidate_rows,
-            candidate_offsets=offsets,  # nothing reads these two, nor the lengths
+            candidate_offsets=candidate_offsets,
             kept_offsets=offsets,
             max_q_len=longest,
             max_kv_len=longest,
-            max_candidates=longest,
+            max_candidates=candidate_tiles.numel(),
         )
         x = ranker.embed(batch)
         for i, layer in enumerate(ranker.layers):
             assert isinstance(layer, HSTULayer)
-            u, q, k, v = layer.project(x, ranker.kernels)
+            last = i == len(ranker.layers) - 1
+            if last:
+                u, q, k, v = layer.project_rows(x, candidate_rows, ranker.kernels)
+                x = x[candidate_rows]
+            else:
+                u, q, k, v = layer.project(x, ranker.kernels)
             a = self.attention(
                 q,
                 k,
                 v,
+                candidate_offsets if last else offsets,
                 offsets,
                 num_targets,
-                tiles,
+                candidate_tiles if last else tiles,
                 columns,
+                longest,
                 ranker.alpha,
                 config.scaling_seqlen,
                 config.contextual_seq_len,
                 config.max_attn_len,
             )
-            if i == len(ranker.layers) - 1:  # the head reads candidates alone; attention takes whole sequences
-                x, u, a = x[candidate_rows], u[candidate_rows], a[candidate_rows]
             x = layer.combine(x, u, a, ranker.kernels)
         return ranker.score(x, batch)
 
 
 def trace(module: ExportedRanker) -> ExportedProgram:
     """Export the module as a torch.export program of dynamic lengths. Its inputs are INPUTS, by name."""
-    L, B, M, T, R, N = (Dim(name, min=1) for name in ("L", "B", "M", "T", "R", "N"))
-    dims = {"L": L, "B": B, "B + 1": B + 1, "M": M, "T": T, "R": R, "N": N}
-    sizes = {"L": 7, "B": 3, "B + 1": 4, "M": 5, "T": 2, "R": 6, "N": 9}  # any different sizes above 1
+    sizes = {"L": 7, "B": 3, "M": 5, "T": 2, "R": 6, "TC": 8, "RC": 10, "N": 9}  # any different sizes above 1
+    dims = {name: Dim(name, min=1) for name in sizes}
+    dims |= {"B + 1": dims["B"] + 1}
+    sizes |= {"B + 1": sizes["B"] + 1}
     device = module.ranker.token_table.device
     inputs = {n: torch.zeros([sizes[d] for d in shape], dtype=t, device=device) for n, (t, shape) in INPUTS.items()}
     shapes = {n: {i: dims[d] for i, d in enumerate(shape)} for n, (_, shape) in INPUTS.items()}

@@ -21,8 +21,8 @@ from onnx.defs import OpSchema
 
 DOMAIN = "grbench"
 NAME = "hstu_attention"
-VERSION = 1  # of the domain; it changes with the operator's meaning
-INDICES = ("offsets", "num_targets", "tiles", "columns")
+VERSION = 2  # of the domain; it changes with the operator's meaning
+INDICES = ("q_offsets", "offsets", "num_targets", "tiles", "columns")
 OPTIONS = ("scaling_seqlen", "contextual_seq_len", "max_attn_len")
 OPSET = 18  # the oldest with every operator of the exported model
 
@@ -37,7 +37,7 @@ def register_schema() -> None:
             NAME,
             DOMAIN,
             VERSION,
-            "HSTU attention of whole sequences.",
+            "HSTU attention of the last tokens of each sequence, or of all, to the whole sequence.",
             inputs=[
                 *(OpSchema.FormalParameter(name, "T") for name in "qkv"),
                 *(OpSchema.FormalParameter(name, "tensor(int64)") for name in INDICES),
@@ -53,12 +53,22 @@ def register_schema() -> None:
 
 
 def onnx_node(
-    q: Any, k: Any, v: Any, offsets: Any, num_targets: Any, tiles: Any, columns: Any, alpha: float, *options: int
+    q: Any,
+    k: Any,
+    v: Any,
+    q_offsets: Any,
+    offsets: Any,
+    num_targets: Any,
+    tiles: Any,
+    columns: Any,
+    longest: Any,
+    alpha: float,
+    *options: int,
 ) -> Any:
-    """Translate a call of the torch operator to a node of grbench's domain, for torch.onnx."""
+    """Translate a call of the torch operator to a node of grbench's domain, for torch.onnx. Nothing needs `longest`."""
     op = onnxscript.values.Opset(DOMAIN, VERSION)
     attributes = dict(zip(OPTIONS, options, strict=True))
-    return op.hstu_attention(q, k, v, offsets, num_targets, tiles, columns, alpha=alpha, **attributes)
+    return op.hstu_attention(q, k, v, q_offsets, offsets, num_targets, tiles, columns, alpha=alpha, **attributes)
 
 
 def onnx_function(
@@ -66,9 +76,9 @@ def onnx_function(
 ) -> onnx.FunctionProto:
     """Return the function of one model. Its body has only the parts of the mask that the model uses.
 
-    Inputs and output are those of the torch operator. Attributes are alpha and OPTIONS. skip_hidden: a tile's products
-    end at the last key that its last row sees. This saves half of a long history's work, but shapes then differ between
-    tiles, which not every runtime allows.
+    Inputs, but for `longest`, and output are those of the torch operator. Attributes are alpha and OPTIONS.
+    skip_hidden: a tile's products end at the last key that its last row sees. This saves half of a long history's work,
+    but shapes then differ between tiles, which not every runtime allows.
 
     In half precision scores, SiLU and the row's own part are in fp32. The division by N is split as in
     grkernels/hstu_attention/torch.py: half of N's bits go into the weights, so that sums can't overflow fp16.
@@ -92,7 +102,7 @@ def onnx_function(
     )
     own = """
         stream_m = Gather(m, sequence)
-        stream_position = Sub(row, shift)
+        stream_position = Sub(own_row, shift)
         not_in_context = Greater(stream_position, zero)
         no_history = LessOrEqual(stream_m, zero)
         counts = Or(not_in_context, no_history)
@@ -104,13 +114,19 @@ def onnx_function(
             seen_keys = Identity(keys)
             seen_values = Identity(values)
             seen_position = Identity(column_position)"""
+    bounds = ""
     if skip_hidden:
+        bounds = """
+        latest_first = ReduceMax<keepdims = 1>(first_rows)
+        earliest_first = ReduceMin<keepdims = 0>(first_rows)"""
         seen = f"""
-            last_row = Slice(tile, last, end, first)
+            last_of_tile = Slice(tile, last, end, first)
+            last_row = Add(last_of_tile, latest_first)
             beyond_row = Add(last_row, one)
             contextual = Constant<value_int = {C}>()
             whole = Size(columns)
-            first_row = Gather(tile, zero)
+            first_of_tile = Gather(tile, zero)
+            first_row = Add(first_of_tile, earliest_first)
             is_contextual = Less(first_row, contextual)
             stop = Where(is_contextual, whole, beyond_row)
             seen_keys = Slice(keys, first, stop, last)
@@ -119,7 +135,7 @@ def onnx_function(
     text = f"""
     <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
     {NAME} <alpha, scaling_seqlen, contextual_seq_len, max_attn_len>
-        (q, k, v, offsets, num_targets, tiles, columns) => (out)
+        (q, k, v, q_offsets, offsets, num_targets, tiles, columns) => (out)
     {{
         zero = Constant<value_int = 0>()
         one = Constant<value_int = 1>()
@@ -139,10 +155,19 @@ def onnx_function(
         begins = Slice(offsets, first, last, first)
         stops = Slice(offsets, second, end, first)
         lengths = Sub(stops, begins)
-        tokens_1 = Shape<start = 0, end = 1>(q)
+        q_begins = Slice(q_offsets, first, last, first)
+        q_stops = Slice(q_offsets, second, end, first)
+        q_lengths = Sub(q_stops, q_begins)
+        first_rows = Sub(lengths, q_lengths){bounds}
+        tokens_1 = Shape<start = 0, end = 1>(k)
         tokens = Squeeze(tokens_1)
         last_token = Sub(tokens, one)
+        queries_1 = Shape<start = 0, end = 1>(q)
+        queries = Squeeze(queries_1)
+        last_query = Sub(queries, one)
         begins_2 = Unsqueeze(begins, last)
+        q_begins_2 = Unsqueeze(q_begins, last)
+        first_rows_2 = Unsqueeze(first_rows, last)
         stop_minus = Sub(lengths, shift)
         m = Sub(stop_minus, num_targets)
         m_2 = Unsqueeze(m, last)
@@ -165,17 +190,18 @@ def onnx_function(
         tiled = Loop<body = attend_tile (int64 i, bool go_on) => (bool goes_on, attended) {{
             goes_on = Identity(go_on)
             tile = Gather(tiles, i){seen}
-            any_row = Add(begins_2, tile)
-            row_of_stream = Min(any_row, last_token)
+            any_row = Add(q_begins_2, tile)
+            row_of_stream = Min(any_row, last_query)
             q_rows = Gather(q, row_of_stream)
-            queries = Transpose<perm = [0, 2, 1, 3]>(q_rows)
-            row_shifted = Sub(tile, shift)
+            q_heads = Transpose<perm = [0, 2, 1, 3]>(q_rows)
+            row = Add(first_rows_2, tile)
+            row_shifted = Sub(row, shift)
             row_positive = Max(row_shifted, zero)
             row_capped = Min(row_positive, m_2)
             row_position = Unsqueeze(row_capped, last)
             earlier = Greater(row_position, seen_position){mask}
             visible_4 = Unsqueeze(visible, second)
-            products = MatMul(queries, seen_keys)
+            products = MatMul(q_heads, seen_keys)
             products_32 = Cast<to = 1>(products)
             scores = Mul(products_32, alpha)
             gates = Sigmoid(scores)
@@ -191,29 +217,36 @@ def onnx_function(
         flat_shape = Shape<start = 1>(v)
         all_rows = Concat<axis = 0>(last, flat_shape)
         padded = Reshape(by_sequence, all_rows)
-        stream = Range(zero, tokens, one)
+        stream = Range(zero, queries, one)
         stream_2 = Unsqueeze(stream, last)
-        over = LessOrEqual(stops, stream_2)
+        over = LessOrEqual(q_stops, stream_2)
         over_int = Cast<to = 7>(over)
         past = ReduceSum<keepdims = 0>(over_int, second)
         batch_1 = Shape<start = 0, end = 1>(num_targets)
         batch = Squeeze(batch_1)
         last_sequence = Sub(batch, one)
         sequence = Min(past, last_sequence)
-        begin = Gather(begins, sequence)
-        row = Sub(stream, begin)
-        longest_1 = Size(tiles)
-        longest_row = Sub(longest_1, one)
-        row_inside = Min(row, longest_row)
-        sequence_start = Mul(sequence, longest_1)
-        place = Add(sequence_start, row_inside)
+        q_begin = Gather(q_begins, sequence)
+        place_of_query = Sub(stream, q_begin)
+        most_1 = Size(tiles)
+        last_place = Sub(most_1, one)
+        place_inside = Min(place_of_query, last_place)
+        sequence_start = Mul(sequence, most_1)
+        place = Add(sequence_start, place_inside)
         of_others = Gather(padded, place)
         of_others_32 = Cast<to = 1>(of_others)
         of_others_scaled = Mul(of_others_32, post_scale)
 
+        first_of_own = Gather(first_rows, sequence)
+        own_row = Add(first_of_own, place_of_query)
+        begin = Gather(begins, sequence)
+        any_own = Add(begin, own_row)
+        own_token = Min(any_own, last_token)
+        own_k = Gather(k, own_token)
+        own_v = Gather(v, own_token)
         q_32 = Cast<to = 1>(q)
-        k_32 = Cast<to = 1>(k)
-        v_32 = Cast<to = 1>(v)
+        k_32 = Cast<to = 1>(own_k)
+        v_32 = Cast<to = 1>(own_v)
         elementwise = Mul(q_32, k_32)
         own_dot = ReduceSum<keepdims = 1>(elementwise, last)
         own_score = Mul(own_dot, alpha)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grengines.api import UnavailableError
-from grengines.export.module import INPUTS, OUTPUT
+from grengines.export.module import INPUTS, OUTPUT, tiled
 from grengines.runtime import atomic_io, staging
 from grengines.runtime.batch import HostBatch
 from grengines.runtime.profile import Sizes
@@ -191,7 +191,7 @@ class Staged:
         values, at = self.buffer.numpy(), 0
         self.places.clear()
         for name, (dtype, _) in INPUTS.items():
-            if name in ("tiles", "columns"):
+            if name not in arrays:  # those that only count
                 continue
             array = arrays[name].numpy()
             n = len(array)
@@ -201,8 +201,8 @@ class Staged:
                 values[at : at + n] = array
             self.places[name] = at * 8, (n,)
             at += _padded(n)
-        tiles = max(-(-host.max_q_len // tile_rows), 1)
-        self.rulers = {"tiles": (tiles, max(-(-host.max_q_len // tiles), 1)), "columns": (history,)}
+        rows = {"tiles": host.max_q_len, "candidate_tiles": host.max_candidates}
+        self.rulers = {**{name: tiled(n, tile_rows) for name, n in rows.items()}, "columns": (history,)}
         self.words, self.candidates = at, host.sizes["candidate_rows"]
 
 

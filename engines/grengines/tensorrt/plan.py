@@ -21,7 +21,7 @@ from grengines.runtime.profile import Sizes
 from grengines.tensorrt.library import Library, logger
 from grkernels.cache_folder import cache_folder
 
-FORMAT = "grbench-tensorrt-2"
+FORMAT = "grbench-tensorrt-3"
 PLAN_FILE, MANIFEST_FILE = "model.plan", "manifest.json"
 BASE = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}  # precision of the export
 Progress = Callable[[str, float], None]  # phase, and its finished share: 0 to 1
@@ -86,7 +86,8 @@ class Facts:
 
     def shapes(self, profile: Sizes) -> dict[str, tuple[tuple[int, ...], ...]]:
         """Return the smallest, best and largest shape of each input. A profile is tuned for its largest batch."""
-        rows = min(self.tile_rows, profile.longest)
+        targets = min(profile.candidates, profile.longest)
+        rows, candidates = (min(self.tile_rows, n) for n in (profile.longest, targets))
         most = {
             "L": profile.tokens,
             "B": profile.batch,
@@ -94,6 +95,8 @@ class Facts:
             "M": profile.candidates,
             "T": -(-profile.longest // rows),
             "R": rows,
+            "TC": -(-targets // candidates),
+            "RC": candidates,
             "N": profile.history,
         }
         shapes: dict[str, tuple[tuple[int, ...], ...]] = {}

@@ -30,7 +30,7 @@ from grkernels.hstu_attention.keys import tuning_key
 from grkernels.hstu_attention.triton import attention_kernel, default_config
 
 _attention = attention_kernel.kernel
-POINTERS = ("q", "k", "v", "offsets", "num_targets", "tiles", "columns")
+POINTERS = ("q", "k", "v", "q_offsets", "offsets", "num_targets", "tiles", "columns")
 
 
 class Compiled(NamedTuple):
@@ -59,6 +59,7 @@ def hstu_attention_plugin(
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
+    q_offsets: tl.tensor,
     offsets: tl.tensor,
     num_targets: tl.tensor,
     tiles: tl.tensor,
@@ -79,7 +80,7 @@ def hstu_attention_plugin(
 ) -> None:
     """The kernel with its parameters in TensorRT's order. TensorRT's tensors are contiguous."""
     _attention(
-        q, k, v, out, k, v, k, v, offsets, offsets, num_targets, offsets, offsets,
+        q, k, v, out, k, v, k, v, q_offsets, offsets, num_targets, offsets, offsets,
         HEADS * QK, QK, HEADS * QK, QK, HEADS * V, V, 0, 0, 0, 0, 0, 0, HEADS, CONTEXT, WINDOW,
         0, total_rows, HALF_ALPHA, SCALE,
         True, CONTEXT > 0, WINDOW > 0, 0, 0, QK, V, QK_BLOCK, V_BLOCK, M, N,
@@ -110,7 +111,7 @@ def compile_kernel(model: HSTUConfig, dtype: str, target: str, most: Sizes) -> C
     capability = int(target.replace(".", ""))
     options = {"num_warps": config["warps"], "num_stages": config["stages"]}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = _without_unused(made.asm["ptx"], made.metadata.name, 9)
+    ptx = _without_unused(made.asm["ptx"], made.metadata.name, len(POINTERS) + 2)
     return Compiled(made.metadata.name, ptx, made.metadata.num_warps * 32, made.metadata.shared, config["m"])
 
 
@@ -171,18 +172,22 @@ def _register_once() -> None:
         q: trtp.TensorDesc,
         k: trtp.TensorDesc,
         v: trtp.TensorDesc,
+        q_offsets: trtp.TensorDesc,
         offsets: trtp.TensorDesc,
         num_targets: trtp.TensorDesc,
         tiles: trtp.TensorDesc,
         columns: trtp.TensorDesc,
     ) -> trtp.TensorDesc:
-        return v.like()
+        shape = q.shape_expr[0], v.shape_expr[1], v.shape_expr[2]
+        described: trtp.TensorDesc = trtp.from_shape_expr(shape, dtype=v.dtype)
+        return described
 
     @trtp.autotune(f"{DOMAIN}::{NAME}")
     def formats(
         q: trtp.TensorDesc,
         k: trtp.TensorDesc,
         v: trtp.TensorDesc,
+        q_offsets: trtp.TensorDesc,
         offsets: trtp.TensorDesc,
         num_targets: trtp.TensorDesc,
         tiles: trtp.TensorDesc,
@@ -190,7 +195,7 @@ def _register_once() -> None:
         outputs: tuple[trtp.TensorDesc],
     ) -> list[trtp.AutoTuneCombination]:
         return [
-            trtp.AutoTuneCombination(", ".join([t, t, t, "INT64", "INT64", "INT64", "INT64", t]), "LINEAR")
+            trtp.AutoTuneCombination(", ".join([t, t, t, *["INT64"] * 5, t]), "LINEAR")
             for t in ("FP32", "FP16", "BF16")
         ]
 
@@ -199,6 +204,7 @@ def _register_once() -> None:
         q: trtp.TensorDesc,
         k: trtp.TensorDesc,
         v: trtp.TensorDesc,
+        q_offsets: trtp.TensorDesc,
         offsets: trtp.TensorDesc,
         num_targets: trtp.TensorDesc,
         tiles: trtp.TensorDesc,
