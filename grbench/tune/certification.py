@@ -204,7 +204,7 @@ def _runs(
         if limit is None:
             return outcomes, found, ""
         more = _further(goal, trial, step, outcomes)
-        if not _open(goal, verdict) or evaluator.share([more]) > evaluator.left() + ROUNDING:
+        if more is None or not _open(goal, verdict) or evaluator.share([more]) > evaluator.left() + ROUNDING:
             return outcomes, found, f"in {len(outcomes)} runs together: {limit.shown(found)} is {verdict}"
         wanted = [more]
 
@@ -214,9 +214,15 @@ def _open(goal: Goal, verdict: Verdict) -> bool:
     return verdict in HELD or (verdict is Verdict.UNSURE and goal.rate is not None)
 
 
-def _further(goal: Goal, trial: Trial, step: int, outcomes: list[Outcome]) -> Wanted:
-    """Return one more run: with the requests that an interval of all runs still needs, or with as many as they had."""
+def _further(goal: Goal, trial: Trial, step: int, outcomes: list[Outcome]) -> Wanted | None:
+    """Return one more run, with the requests that an interval of all runs still needs.
+
+    If there is an interval, it is too wide. Then a lower rate is better than more requests, of which a further run may
+    be beyond the limit by chance. A rate that is given can't be lower, so as many requests as until then follow.
+    """
     had = sum(round(outcome.metrics["samples"]) for outcome in outcomes)
     lacking = AGAIN * requests_needed(goal.limits, trial, step) - had
+    if lacking <= 0 and goal.rate is None:
+        return None
     requests = max(CERTIFIED, math.ceil((lacking if lacking > 0 else had) / 1000) * 1000)
     return trial.configuration, Probe(rates.rate_of(step), requests, SEED + len(outcomes))
