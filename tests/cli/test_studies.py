@@ -22,6 +22,7 @@ import torch
 import yaml
 from helpers.cells import write_cell
 from helpers.checkout import ROOT
+from helpers.command import Grbench
 from helpers.forks import fork_places, fork_ranks
 
 from grbench import cli, workloads
@@ -101,6 +102,25 @@ def test_every_program_knows_the_arguments_of_its_command(
         monkeypatch.setattr(target, name, begin)
     with pytest.raises(BeganError):
         module.main(words)
+
+
+def test_the_table_of_make_bench_has_the_hit_rate_beside_the_latency(grbench_forked: Grbench, tmp_path: Path) -> None:
+    """A small run of what it runs, with the native engine instead of vLLM, which takes half a minute to start."""
+    small = ["workload.max_requests=200", "scenario.queries=20", "warmup_batches=1", "gate.requests=2",
+             "gate.measured=1", "gate.quality_requests=64", "engine@engine.retrieve=hstu", "tracking=none"]  # fmt: skip
+    made = subprocess.run(["make", "-n", "bench", "GPU=0"], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = made.stdout.splitlines()[-1].partition(" -m grbench ")[2].split()
+    assert command == ["study=first_run"]
+    done = grbench_forked(*command, *small)
+    assert done.returncode == 0, done.stderr
+    heads, _, *rows = done.stdout.splitlines()
+    cells = dict(zip(("offline", "server"), rows[:2], strict=True))
+    assert all(row.split()[:2] == [name, "OK"] for name, row in cells.items())
+    column = slice(heads.index("HR@10") - 1, heads.index("HR@10") + len("HR@10"))  # figures end below their heading
+    found = [float(row[column]) for row in rows[:2]]
+    assert found[0] == found[1] > 0
+    latency = heads.index("p50 ms") + len("p50 ms")
+    assert float(cells["server"][:latency].split()[-1]) > 0
 
 
 def test_every_study_and_program_has_a_command() -> None:

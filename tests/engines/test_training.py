@@ -490,9 +490,10 @@ def test_one_level_is_the_item_itself() -> None:
     assert ids.items([[3], [5]]).tolist() == [3, -1]
 
 
-def test_the_weights_of_the_first_run_are_of_its_models() -> None:
+@pytest.mark.parametrize("study", ["first_run", "first_run_gpu"])
+def test_the_weights_of_the_first_run_are_of_its_models(study: str) -> None:
     """The study composes, and both models load: tensors, options and semantic IDs are those of MovieLens-100K."""
-    [run, _] = compose_spec(["study=first_run"])
+    [run, _] = compose_spec([f"study={study}"])
     ids = SemanticIds.load(run.retrieval.semantic_ids, items=1682)
     check_ids(run.retrieval.weights, ids)
     built = {"seed": 0, "device": "cpu", "dtype": torch.float32}
