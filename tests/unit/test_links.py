@@ -68,6 +68,24 @@ def test_relative_links_resolve() -> None:
     assert not faults, "\n".join(faults)
 
 
+def called_not_measured(text: str) -> list[str]:
+    """Return the links "not measured" of a page to its own sections that have measured figures."""
+    sections = {min(anchors(part)): part for part in re.split(r"^(?=#+ )", text, flags=re.M) if anchors(part)}
+    links = re.findall(r"\[not measured\]\(#([^)]+)\)", text)
+    return [link for link in links if "*Measured" in sections.get(link, "")]
+
+
+def test_what_is_measured_is_not_called_not_measured() -> None:
+    faults = [
+        f"{path}: #{link} has measured figures"
+        for path in files("*.md")
+        for link in called_not_measured((ROOT / path).read_text())
+    ]
+    assert not faults, "\n".join(faults)
+    page = "# A\n\n[not measured](#b), [not measured](#c)\n\n## B\n\n*Measured.*\n\n### C\n\nNothing.\n"
+    assert called_not_measured(page) == ["b"]
+
+
 def test_the_check_finds_broken_links(tmp_path: Path) -> None:
     (tmp_path / "other.md").write_text("# A title, with `code`\n\n## Twice\n\n## Twice\n")
     page = tmp_path / "page.md"
