@@ -1,14 +1,16 @@
-"""Choice of a variant for each family: the one that is named, or for auto the fastest that can run."""
+"""Choice of a variant for each family: the one that is named, or for auto the fastest that can run, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from grkernels import registry
 from grkernels.families import AUTO, FamilySpec, Sizes
 from grkernels.nearest import nearest
+
+NEAR = 1.05  # times the least: of times so near each other the order decides, so that starts agree
 
 
 class RefusedError(ValueError):
@@ -17,14 +19,14 @@ class RefusedError(ValueError):
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The variant of each family, and a line for each one before it that auto did not take."""
+    """The variant of each family, and a line for each: why it is that one, and why not those before it."""
 
     variants: dict[str, str]
-    passed_over: list[str]
+    reasons: dict[str, str]
 
     def actual(self) -> dict[str, Any]:
         """Return the entries of a record."""
-        return {"kernels": self.variants, "kernel_choice": self.passed_over}
+        return {"kernels": self.variants, "kernel_choice": self.reasons}
 
 
 def requested(name: str, named: Mapping[str, str | None] | None = None) -> dict[str, str]:
@@ -51,47 +53,79 @@ def choose(
     sizes: Sizes,
     allowed: Collection[str] | None = None,
 ) -> KernelChoice:
-    """Choose the variant of each family for a model of these sizes. Nothing is timed.
+    """Choose the variant of each family for a model of these sizes.
 
     Auto is the first variant in the family's order for the device (`FamilySpec.fastest`) that can run and is not slow
-    at these sizes (`FamilySpec.slow`). device: cuda or cpu. dtype: fp32, fp16 or bf16. allowed: the only variants that
-    auto may take. Raises RefusedError if a named variant can't run.
+    (`FamilySpec.slow`). Where the order is not measured for this device, or its first variant refuses these sizes, the
+    variants that can run are timed. device: cuda or cpu. dtype: fp32, fp16 or bf16. allowed: the only variants that
+    auto may take. Raises RefusedError if a named variant can't run, or none of a family.
     """
-    chosen: dict[str, str] = {}
-    passed_over: dict[tuple[str, str], list[str]] = {}
+    variants, reasons = {}, {}
     for name, asked in requested.items():
         spec = registry.family(name)
-        if asked != AUTO:
-            if why := registry.refusal(name, asked, device=device, dtype=dtype, **spec.dims(sizes)):
-                raise RefusedError(why)
-            chosen[name] = asked
-            continue
-        for variant, reason in _tried(spec, device, dtype, sizes, allowed):
-            if reason is None:
-                chosen[name] = variant
-                break
-            passed_over.setdefault((variant, reason), []).append(name)
+        if asked == AUTO:
+            variants[name], why = _fastest(spec, device, dtype, sizes, allowed)
+        elif refused := registry.refusal(name, asked, device=device, dtype=dtype, **spec.dims(sizes)):
+            raise RefusedError(refused)
         else:
-            raise RefusedError(f"kernel.{name}=auto: no variant can run here; known: {', '.join(spec.variants)}")
-    lines = [f"{variant} passed over for {', '.join(names)}: {why}" for (variant, why), names in passed_over.items()]
-    return KernelChoice(chosen, lines)
+            variants[name], why = asked, "named in the configuration"
+        reasons[name] = f"{variants[name]}: {why}"
+    return KernelChoice(variants, reasons)
 
 
-def _tried(
+def _fastest(
     spec: FamilySpec, device: str, dtype: str, sizes: Sizes, allowed: Collection[str] | None
-) -> Iterator[tuple[str, str | None]]:
-    """Yield variants, the fastest on any device first, each with None to take it, else the reason against it."""
+) -> tuple[str, str]:
+    """Return the variant that auto takes, and why."""
     kind = registry.device_kind(device)
-    order = spec.fastest[kind]
-    for variant in dict.fromkeys((*spec.fastest["sm90"], *order)):
+    unmeasured = "" if kind in spec.measured else f"no order is measured for {kind}"
+    able: list[str] = []
+    against: list[str] = []
+    elsewhere = [variant for variant in spec.fastest["sm90"] if variant not in spec.fastest[kind]]
+    for variant in (*elsewhere, *spec.fastest[kind]):
         if variant not in spec.variants:
             continue
-        if reason := registry.misplaced(spec.name, variant, kind):
-            yield variant, reason
-        elif variant not in order:
-            yield variant, f"not in the order for {kind}"
-        elif allowed is not None and variant not in allowed:
-            yield variant, f"this engine takes {', '.join(allowed)} only"
+        if why := _passed_over(spec, variant, kind, sizes, allowed):
+            against.append(f"{variant}: {why}")
+        elif why := registry.unsupported(spec.name, variant, device=device, dtype=dtype, **spec.dims(sizes)):
+            against.append(f"{variant}: {why}")
+            unmeasured = unmeasured or f"no order is measured for what {variant} refuses"
         else:
-            refused = registry.unsupported(spec.name, variant, device=device, dtype=dtype, **spec.dims(sizes))
-            yield variant, refused or spec.slow(sizes).get(variant)
+            able.append(variant)
+            if not unmeasured:
+                break
+    if not able:
+        raise RefusedError(f"kernel.{spec.name}=auto: no variant can run here; {'; '.join(against)}")
+    if len(able) > 1:
+        taken, why = _timed(spec, able, device, dtype, sizes)
+        why = f"{why}, because {unmeasured}"
+    else:
+        taken, order = able[0], f"the order measured for {kind} (grkernels/families.py)"
+        why = "the only one that can run" if unmeasured else f"the first that can run in {order}"
+    return taken, "; ".join([why, *against])
+
+
+def _passed_over(
+    spec: FamilySpec, variant: str, kind: str, sizes: Sizes, allowed: Collection[str] | None
+) -> str | None:
+    """Return None to try the variant, else the reason against it, which leaves the order of the others as it is."""
+    if why := registry.misplaced(spec.name, variant, kind):
+        return why
+    if variant not in spec.fastest[kind]:
+        return f"not in the order for {kind}"
+    if allowed is not None and variant not in allowed:
+        return f"this engine takes {', '.join(allowed)} only"
+    return registry.availability(spec.name, variant) or spec.slow(sizes).get(variant)
+
+
+def _timed(spec: FamilySpec, able: list[str], device: str, dtype: str, sizes: Sizes) -> tuple[str, str]:
+    """Time these variants, and return the fastest and what was measured."""
+    from grkernels import timing  # imports torch, and configurations compose without it
+
+    times = timing.times(spec.name, tuple(able), device, dtype, sizes)
+    ms = {name: value for name, value in times.items() if isinstance(value, float)}
+    words = [f"{name} {value:.3g} ms" if name in ms else f"{name} failed ({value})" for name, value in times.items()]
+    shown = f"by a timing of {len(able)} variants: {', '.join(words)}"
+    if not ms:
+        raise RefusedError(f"kernel.{spec.name}=auto: {shown}")
+    return next(name for name in able if name in ms and ms[name] <= NEAR * min(ms.values())), shown

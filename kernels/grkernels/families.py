@@ -30,7 +30,8 @@ CUTLASS = Needs("cutlass", "pip install 'nvidia-cutlass-dsl[cu13]>=4.8'", ("sm90
 EVERY = {"torch": TORCH, "compile": TORCH, "triton": TRITON, "cutlass": CUTLASS}
 
 # The order in which `auto` tries variants, by kind of device. A variant that is in no order is used by name only.
-FASTEST = {"sm90": ("cutlass", "triton", "torch"), "cuda": ("triton", "torch"), "cpu": ("torch",)}
+FASTEST = {"sm90": ("cutlass", "triton", "torch"), "cuda": ("triton", "torch"), "cpu": ("compile", "torch")}
+MEASURED = ("sm90", "cpu")  # kinds whose order is measured, the fastest first; on the others `auto` times them
 # H200, bf16, commit 136674a: layer_norm 35.1 us in Triton and 35.6 us in CuTe at 34816x1024, token_embedding
 # 6.5 and 6.8 us at 1280x512; equal elsewhere.
 TRITON_FIRST = FASTEST | {"sm90": ("triton", "cutlass", "torch")}
@@ -40,11 +41,16 @@ SLOW_BYTES = (
     "over pages in 8 bits it is measured 1.23 times as fast as triton with int8 and no faster with fp8, and an engine "
     "with it had not started after 60 s; kernel.hstu_attention=cutlass takes it"
 )
+# Two CPU cores, commit 112d669, `engine=hstu engine.device=cpu scenario=offline scenario.queries=2000`.
+SLOW_START = {
+    "compile": "measured on two cores, an engine with it is 1.9 times as fast as one with torch, but first starts in "
+    "84 s instead of 2; kernel=compile takes it"
+}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model by which variants say whether they can run it."""
+    """The sizes of a model, by which variants say whether they can run it, and of the batch at which they are timed."""
 
     embedding_dim: int = 512
     heads: int = 4
@@ -57,6 +63,14 @@ class Sizes:
     products: str = ""  # fp8: operands of products are in e4m3 with scales (grkernels.fp8); "": in the dtype
     attention: tuple[str, ...] = ()  # options of other HSTU models that its attention has, as "key=value"
     gate: tuple[str, ...] = ()  # those that its norm_gate has
+    users: int = 8  # of the batch
+    events: int = 1024  # of each user, as are candidates
+    candidates: int = 64
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the batch."""
+        return self.users * (self.events + self.candidates)
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class FamilySpec:
     """One operator family.
 
     The folder `package` (by default grkernels.<name>) holds reference.py with the fp32 reference, bench.py with the
-    shapes it is measured at, and a module for each variant with its KernelVariant as VARIANT.
+    shapes it is measured at and the inputs of a model, and a module for each variant with its KernelVariant as VARIANT.
     """
 
     name: str
@@ -72,7 +86,8 @@ class FamilySpec:
     variants: Mapping[str, Needs] = field(default_factory=lambda: EVERY)
     dims: Callable[[Sizes], dict[str, Any]] = lambda sizes: {}  # arguments of `supports` other than device and dtype
     fastest: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FASTEST)
-    slow: Callable[[Sizes], dict[str, str]] = lambda sizes: {}  # what auto passes over though it runs, with the reason
+    measured: tuple[str, ...] = MEASURED  # kinds of device
+    slow: Callable[[Sizes], dict[str, str]] = lambda sizes: SLOW_START  # what auto passes over, with the reason
     of_model: bool = True  # kernel=NAME sets it; False: auto chooses, unless kernel.<family> names a variant
     writes: tuple[str, ...] = ()  # arguments that are the outputs, written in place; (): what is returned
     package: str = ""
@@ -113,7 +128,7 @@ _ROWS = (
             "stored": s.stored,
             "extras": s.attention,
         },
-        slow=lambda s: {"cutlass": SLOW_BYTES} if s.stored else {},
+        slow=lambda s: SLOW_START | ({"cutlass": SLOW_BYTES} if s.stored else {}),
     ),
     FamilySpec(
         "norm_gate",

@@ -116,6 +116,17 @@ def reset() -> None:
 
 
 @contextmanager
+def unlisted() -> Iterator[None]:
+    """Leave what runs inside the context out of `provenance`."""
+    before = dict(_used)
+    try:
+        yield
+    finally:
+        _used.clear()
+        _used.update(before)
+
+
+@contextmanager
 def forced(family: str, variant: str, config: Config) -> Iterator[None]:
     """Run the kernel with `config` inside the context, whatever the tables say."""
     _forced[family, variant] = config

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -12,11 +14,14 @@ import torch
 from helpers.command import run_fresh
 
 from grbench.config.compose import CONFIG_DIR
-from grkernels import families, registry
+from grengines.models.hstu.config import HSTUConfig
+from grengines.runtime import kernels
+from grkernels import choice, families, registry, timing, tuning
 from grkernels.choice import RefusedError, choose, requested
 from grkernels.config import KernelConfig
 from grkernels.families import Sizes
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = {"dtype": "bf16", "sizes": Sizes()}
 
 
@@ -31,6 +36,7 @@ def test_every_row_has_its_modules() -> None:
             assert order[-1] == "torch"
         shape = next(iter(registry.bench(name).SHAPES.values()))
         assert registry.bench(name).supports_args(shape).keys() <= spec.dims(Sizes()).keys()
+        assert callable(registry.bench(name).of_model)
 
 
 def test_each_variant_is_one_line_of_yaml() -> None:
@@ -58,18 +64,90 @@ def test_the_group_names_every_family_that_does_not_name_itself() -> None:
 
 def test_a_cpu_gets_torch_even_where_triton_is_interpreted() -> None:
     made = choose(requested("auto"), device="cpu", **BF16)
-    assert made.variants == dict.fromkeys(registry.FAMILIES, "torch")
-    cutlass, triton = sorted(made.passed_over, key=lambda line: "triton" in line)
-    assert cutlass.startswith("cutlass passed over for hstu_attention, norm_gate, layer_norm,")
-    assert cutlass.endswith(": needs an NVIDIA GPU of compute capability 9.0") and triton.endswith("an NVIDIA GPU")
+    assert made.variants == dict.fromkeys(registry.FAMILIES, "torch") and made.reasons.keys() == made.variants.keys()
+    first, *others = made.reasons["norm_gate"].split("; ", 3)
+    assert first == "torch: the first that can run in the order measured for cpu (grkernels/families.py)"
+    assert others[0] == "cutlass: needs an NVIDIA GPU of compute capability 9.0"
+    assert others[1] == "triton: needs an NVIDIA GPU"
+    assert others[2].startswith("compile: measured on two cores, an engine with it is")
 
 
-def test_any_nvidia_gpu_gets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+SMALL = Sizes(32, 2, 16, 16, page=16, products="fp8", users=2, events=24, candidates=4)
+ALONE = ("paged_write", "beam_attention")  # those with a variant that a captured graph can't hold
+
+
+def test_a_device_without_a_measured_order_times_the_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time kernels on inputs of a model: in Triton's interpreter, where no GPU is."""
     monkeypatch.setattr(registry, "device_kind", lambda device: "cuda")
-    made = choose(requested("auto"), device="cuda", **BF16)
-    assert made.variants == dict.fromkeys(registry.FAMILIES, "triton")
-    [line] = made.passed_over
-    assert line.startswith("cutlass passed over for hstu_attention,")
+    before = tuning.provenance()
+    made = choose(requested("auto"), device=DEVICE, dtype="bf16", sizes=SMALL)
+    assert tuning.provenance() == before  # a record's launch configurations are those of the model
+    for family, why in made.reasons.items():
+        found = re.match(
+            r"\w+: by a timing of 2 variants: triton (\S+) ms, torch (\S+) ms, because no order .* cuda", why
+        )
+        assert found, (family, why)
+        triton, torch_ms = map(float, found.groups())
+        taken, other = (triton, torch_ms) if made.variants[family] == "triton" else (torch_ms, triton)
+        assert taken <= other * choice.NEAR * 1.01, (family, why)  # the figures are rounded
+    assert made.reasons["norm_gate"].endswith("; cutlass: needs an NVIDIA GPU of compute capability 9.0")
+    assert choose(requested("auto"), device=DEVICE, dtype="bf16", sizes=SMALL) == made  # a process times once
+    captured = choose(requested("auto"), device=DEVICE, dtype="bf16", sizes=dataclasses.replace(SMALL, captured=True))
+    for family in ALONE:
+        assert captured.variants[family] == "triton"
+        assert captured.reasons[family].startswith("triton: the only one that can run; torch: waits for the device")
+
+
+BIASES = ("model.position_bias=true", "model.time_bias=8", "model.target_group_size=2")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "arguments"),
+    [
+        ("hstu_attention", {"stored": "int8"}, ("k_pages", "k_scales", "page_table")),
+        ("hstu_attention", {"attention": BIASES, "page": 0}, ("extras",)),
+        ("hstu_attention", {"attention": BIASES}, ("extras", "page_table")),
+        ("paged_write", {"stored": "int8"}, ("k_scales", "v_scales")),
+        ("norm_gate", {"gate": ("model.output=gate", "model.group_norm=true")}, ("concat", "groups", "to")),
+        ("norm_gate", {"gate": ("engine.tensor_parallel=2",), "products": ""}, ("moments",)),
+    ],
+)
+def test_the_timed_inputs_have_the_options_of_the_model(family: str, options: dict, arguments: tuple[str, ...]) -> None:
+    sizes = dataclasses.replace(SMALL, **options)
+    inputs = registry.bench(family).of_model(sizes, dtype=torch.float32, device=DEVICE)
+    assert set(arguments) <= inputs.keys()
+    found = timing.times(family, ("triton", "torch"), DEVICE, "fp32", sizes)
+    assert all(isinstance(ms, float) for ms in found.values()), found
+
+
+def test_an_engine_times_histories_that_its_model_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "device_kind", lambda device: "cuda")
+    seen = []
+    monkeypatch.setattr(timing, "times", lambda *asked: seen.append(asked[-1].events) or {"triton": 1.0, "torch": 2.0})
+    for most in (40, 16385):
+        made = kernels.choose({"layer_norm": "auto"}, HSTUConfig(max_positions=most), DEVICE, "fp32")
+        assert made.variants == {"layer_norm": "triton"}
+    assert seen == [40, 2048]
+
+
+def test_a_variant_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("no memory\nat all")
+
+    monkeypatch.setattr(registry, "device_kind", lambda device: "cuda")
+    auto, sizes = {"layer_norm": "auto"}, dataclasses.replace(SMALL, embedding_dim=48)
+    with monkeypatch.context() as patched:
+        broken = dataclasses.replace(registry.get("layer_norm", "torch"), fn=fails)
+        patched.setattr("grkernels.layer_norm.torch.VARIANT", broken)
+        made = choose(auto, device=DEVICE, dtype="fp32", sizes=sizes)
+    assert made.variants == {"layer_norm": "triton"}
+    assert "torch failed (OutOfMemoryError: no memory), because" in made.reasons["layer_norm"]
+    with monkeypatch.context() as patched:
+        for variant in ("torch", "triton"):
+            broken = dataclasses.replace(registry.get("layer_norm", variant), fn=fails)
+            patched.setattr(f"grkernels.layer_norm.{variant}.VARIANT", broken)
+        with pytest.raises(RefusedError, match=r"kernel\.layer_norm=auto: by a timing of 2 .* triton failed \(OutOf"):
+            choose(auto, device=DEVICE, dtype="fp32", sizes=dataclasses.replace(sizes, events=25))
 
 
 @pytest.fixture
@@ -86,21 +164,25 @@ def test_hopper_gets_the_fastest_of_each_family(hopper: None) -> None:
     only_triton = [name for name, spec in registry.FAMILIES.items() if "cutlass" not in spec.variants]
     assert triton == ["layer_norm", "token_embedding", *only_triton]  # as measured
     assert {made.variants[f] for f in made.variants if f not in triton} == {"cutlass"}
-    assert made.passed_over == []
+    order = "the first that can run in the order measured for sm90 (grkernels/families.py)"
+    assert made.reasons == {family: f"{variant}: {order}" for family, variant in made.variants.items()}
 
 
-def test_what_does_not_support_the_model_is_passed_over(hopper: None) -> None:
-    made = choose(requested("auto"), device="cuda", dtype="bf16", sizes=Sizes(features=65, page=10))
-    assert made.variants["interaction"] == "triton" and made.variants["norm_gate"] == "cutlass"
-    assert any(line.startswith("cutlass passed over for interaction: 65 features") for line in made.passed_over)
-    exact = choose(requested("auto"), device="cuda", dtype="fp32", sizes=Sizes())
-    assert exact.variants["hstu_attention"] == "triton"
+def test_the_others_are_timed_where_the_first_refuses_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "device_kind", lambda device: "sm90")
+    made = choose({"interaction": "auto"}, device=DEVICE, dtype="bf16", sizes=dataclasses.replace(SMALL, features=65))
+    assert made.variants["interaction"] in ("torch", "triton")
+    timed, cutlass = made.reasons["interaction"].split("; ", 1)
+    assert timed.partition(": ")[2].startswith("by a timing of 2 variants: triton ")
+    assert timed.endswith(" ms, because no order is measured for what cutlass refuses")
+    assert cutlass.startswith("cutlass: 65 features are over 64")
 
 
 def test_an_engine_may_allow_fewer(hopper: None) -> None:
     made = choose(requested("auto"), device="cuda", allowed=("torch", "triton"), **BF16)
     assert set(made.variants.values()) == {"triton"}
-    assert all(line.endswith("this engine takes torch, triton only") for line in made.passed_over)
+    passed_over = {why.partition("; ")[2] for why in made.reasons.values()}
+    assert passed_over == {"", "cutlass: this engine takes torch, triton only"}
 
 
 def test_what_is_named_is_refused_and_not_replaced() -> None:
@@ -112,7 +194,7 @@ def test_a_missing_package_is_passed_over(hopper: None, monkeypatch: pytest.Monk
     monkeypatch.setattr(registry, "find_spec", lambda name: None if name == "cutlass" else name)
     made = choose(requested("auto"), device="cuda", **BF16)
     assert set(made.variants.values()) == {"triton"}
-    assert any("package cutlass is not installed; pip install" in line for line in made.passed_over)
+    assert "cutlass: package cutlass is not installed; pip install" in made.reasons["norm_gate"]
 
 
 # Adding one
@@ -194,7 +276,9 @@ def test_a_package_brings_a_family_and_a_variant(toys: Path, tmp_path: Path) -> 
     assert record["spec"]["kernel"]["name"] == "auto" and record["spec"]["kernel"]["layer_norm"] == "toy"
     assert record["requested"]["kernel.layer_norm"] == "toy" and record["requested"]["kernel.norm_gate"] == "auto"
     assert record["actual"]["kernels"]["layer_norm"] == "toy" and record["actual"]["kernels"]["twice"] == "torch"
-    assert any("cutlass passed over" in line for line in record["actual"]["kernel_choice"])
+    why = record["actual"]["kernel_choice"]
+    assert why.keys() == record["actual"]["kernels"].keys() and why["layer_norm"] == "toy: named in the configuration"
+    assert why["norm_gate"].startswith("torch: the first that can run in the order measured for cpu")
 
 
 def point(name: str, value: str) -> EntryPoint:

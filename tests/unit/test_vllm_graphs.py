@@ -20,7 +20,7 @@ def choose(attention: str | None = "triton", device: str = "cuda", waits: str = 
         asked.append(captured)
         if captured and waits:
             raise UnavailableError(waits)
-        return KernelChoice({"paged_write": "triton"} | ({"hstu_attention": attention} if attention else {}), [])
+        return KernelChoice({"paged_write": "triton"} | ({"hstu_attention": attention} if attention else {}), {})
 
     made = graphs.choose(VLLMEngineConfig(**options), device, kernels)  # type: ignore[arg-type]
     assert asked[-1] == made.captured

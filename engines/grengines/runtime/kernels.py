@@ -11,6 +11,8 @@ from grkernels import choice
 from grkernels.choice import KernelChoice
 from grkernels.families import Sizes
 
+MOST_TIMED = 2048  # events of a user, where variants are timed
+
 
 def choose(
     kernels: Mapping[str, str],
@@ -38,7 +40,18 @@ def choose(
         gate = (*gate, f"engine.tensor_parallel={ranks}")
     heads = model.heads // ranks
     sizes = Sizes(
-        model.embedding_dim, heads, qk_dim, v_dim, INTERACTING, page, stored, captured, products, attention, gate
+        model.embedding_dim,
+        heads,
+        qk_dim,
+        v_dim,
+        INTERACTING,
+        page,
+        stored,
+        captured,
+        products,
+        attention,
+        gate,
+        events=min(model.max_positions, MOST_TIMED),
     )
     try:
         return choice.choose(kernels, device=device, dtype=precision, sizes=sizes, allowed=allowed)

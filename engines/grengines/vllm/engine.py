@@ -198,7 +198,7 @@ class VLLMEngine(GeneratingEngine):
         return {
             "beams": "in the step that ends the prompt",
             "timer": "perf_counter; vLLM waits for the device every step",
-            "kernel_choice": self._kernels.passed_over,
+            "kernel_choice": self._kernels.reasons,
             **({"graph_choice": self._graphs.why_not} if self._graphs.why_not else {}),
             **(self.core.describe() if self.core is not None else {}),
             **self.team.actual(),

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from grkernels.families import Sizes
 from grkernels.hstu_attention.spec import BYTES
 from grkernels.variant import Cost
+
+BEAMS = 8  # of a model's requests
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,14 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
         "own_slots": own.reshape(shape.rows, shape.terms),
         "scale": shape.dim**-0.5,
     }
+
+
+def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return `inputs` of a batch of a model."""
+    shape = Shape(
+        sizes.users, sizes.events, BEAMS, sizes.heads, sizes.heads, sizes.qk_dim, page=sizes.page or Shape.page
+    )
+    return inputs(shape, dtype=dtype, device=device, seed=0)
 
 
 def cost(shape: Shape, dtype: str) -> Cost:

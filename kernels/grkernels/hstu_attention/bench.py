@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from grkernels.families import Sizes
 from grkernels.hstu_attention import spec
+from grkernels.hstu_attention.extras import Extras
 from grkernels.pages import EIGHT_BITS, quantised
 from grkernels.variant import Cost
 
@@ -101,6 +103,29 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
         arguments["k"], arguments["v"] = random(B * shape.length, H, dqk), random(B * shape.length, H, dv)
         arguments["kv_offsets"] = offsets(shape.length)
     return arguments
+
+
+def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return `inputs` of a batch of a model: whole histories, or with pages new events behind those that are cached."""
+    new = max(sizes.events // 8, 1) if sizes.page else sizes.events
+    heads = sizes.heads, sizes.qk_dim, sizes.v_dim
+    shape = Shape(sizes.users, new, sizes.candidates, sizes.events - new, *heads, sizes.page, sizes.stored)
+    arguments = inputs(shape, dtype=dtype, device=device, seed=0)
+    return arguments | ({"extras": _extras(sizes, len(arguments["q"]), dtype, device)} if sizes.attention else {})
+
+
+def _extras(sizes: Sizes, rows: int, dtype: torch.dtype, device: str) -> Extras:
+    """Return the options of other HSTU models. rows: tokens of the batch. Over pages no token has a time."""
+    options = dict(option.removeprefix("model.").split("=") for option in sizes.attention)
+    buckets = 0 if sizes.page else int(options.get("time_bias", 0))
+    times = torch.arange(rows, device=device) if buckets else None
+    return Extras(
+        target_group_size=int(options.get("target_group_size", 1)),
+        position_bias=torch.zeros(sizes.events, dtype=dtype, device=device) if "position_bias" in options else None,
+        time_bias=torch.zeros(buckets, dtype=dtype, device=device) if buckets else None,
+        row_times=times,
+        column_times=times,
+    )
 
 
 def cost(shape: Shape, dtype: str) -> Cost:

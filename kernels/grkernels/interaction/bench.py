@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from grkernels.families import Sizes
 from grkernels.hstu_attention.spec import BYTES
 from grkernels.variant import Cost
 
@@ -32,6 +33,12 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
     generator = torch.Generator(device).manual_seed(seed)
     size = (shape.batch, shape.features, shape.dim)
     return {"x": torch.randn(*size, generator=generator, device=device, dtype=dtype)}
+
+
+def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return `inputs` of a batch of a model."""
+    shape = Shape(sizes.users * sizes.candidates, sizes.features, sizes.embedding_dim)
+    return inputs(shape, dtype=dtype, device=device, seed=0)
 
 
 def cost(shape: Shape, dtype: str) -> Cost:

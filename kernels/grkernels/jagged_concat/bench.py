@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from grkernels.families import Sizes
 from grkernels.hstu_attention.spec import BYTES
 from grkernels.variant import Cost
 
@@ -48,6 +49,12 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
         "second_offsets": offsets(B, shape.second, device),
         "rows": B * (shape.first + shape.second),
     }
+
+
+def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return `inputs` of a batch of a model."""
+    shape = Shape(sizes.users, sizes.events, sizes.candidates, sizes.heads * max(sizes.qk_dim, sizes.v_dim))
+    return inputs(shape, dtype=dtype, device=device, seed=0)
 
 
 def cost(shape: Shape, dtype: str) -> Cost:

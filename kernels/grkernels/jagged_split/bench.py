@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from grkernels.families import Sizes
 from grkernels.jagged_concat.bench import SHAPES as SHAPES
 from grkernels.jagged_concat.bench import Shape, offsets
 from grkernels.jagged_concat.bench import cost as cost
@@ -23,3 +24,9 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
         "first_rows": B * shape.first,
         "second_rows": B * shape.second,
     }
+
+
+def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return `inputs` of a batch of a model."""
+    shape = Shape(sizes.users, sizes.events, sizes.candidates, sizes.heads * max(sizes.qk_dim, sizes.v_dim))
+    return inputs(shape, dtype=dtype, device=device, seed=0)

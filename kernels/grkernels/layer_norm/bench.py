@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from grkernels.families import Sizes
 from grkernels.hstu_attention.spec import BYTES
 from grkernels.variant import Cost
 
@@ -39,6 +40,12 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
         "bias": 0.1 * random(shape.width),
         "eps": 1e-6,
     }
+
+
+def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return `inputs` of a batch of a model."""
+    arguments = inputs(Shape(sizes.tokens, sizes.embedding_dim), dtype=dtype, device=device, seed=0)
+    return arguments | ({"to": sizes.products} if sizes.products else {})
 
 
 def cost(shape: Shape, dtype: str) -> Cost:

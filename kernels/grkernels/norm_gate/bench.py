@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from grkernels.families import Sizes
 from grkernels.hstu_attention.spec import BYTES
 from grkernels.variant import Cost
 
@@ -44,6 +45,19 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
         "bias": 0.1 * random(W),
         "eps": 1e-6,
     }
+
+
+def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return `inputs` of a batch of a model."""
+    arguments = inputs(Shape(sizes.tokens, sizes.heads * sizes.v_dim), dtype=dtype, device=device, seed=0)
+    options = dict(option.split("=") for option in sizes.gate)
+    if "model.output" in options:
+        arguments["concat"] = False
+    if "model.group_norm" in options:
+        arguments["groups"] = sizes.heads
+    if ranks := int(options.get("engine.tensor_parallel", 0)):
+        arguments["moments"] = torch.ones(ranks, 2, sizes.tokens, device=device)
+    return arguments | ({"to": sizes.products} if sizes.products else {})
 
 
 def cost(shape: Shape, dtype: str) -> Cost:

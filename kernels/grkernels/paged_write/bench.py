@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from grkernels.families import Sizes
 from grkernels.hstu_attention.spec import BYTES
+from grkernels.pages import EIGHT_BITS, quantised
 from grkernels.variant import Cost
 
 
@@ -57,6 +59,18 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
         "k_pages": cached(),
         "v_pages": cached(),
     }
+
+
+def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return `inputs` of a batch of a model."""
+    page = sizes.page or Shape.page
+    shape = Shape(sizes.tokens, sizes.heads, max(sizes.qk_dim, sizes.v_dim), page)
+    arguments = inputs(shape, dtype=dtype, device=device, seed=0)
+    if sizes.stored:
+        for x in "kv":
+            numbers, scales = quantised(arguments[f"{x}_pages"], EIGHT_BITS[sizes.stored])
+            arguments |= {f"{x}_pages": numbers, f"{x}_scales": scales}
+    return arguments
 
 
 def cost(shape: Shape, dtype: str) -> Cost:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from grkernels.families import Sizes
 from grkernels.hstu_attention.spec import BYTES
 from grkernels.variant import Cost
 
@@ -26,6 +27,11 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
     """Return keyword arguments of the family's functions; x of unit scale."""
     generator = torch.Generator(device).manual_seed(seed)
     return {"x": torch.randn(shape.rows, shape.width, generator=generator, device=device, dtype=dtype), "to": "fp8"}
+
+
+def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return `inputs` of a batch of a model."""
+    return inputs(Shape(sizes.tokens, sizes.embedding_dim), dtype=dtype, device=device, seed=0)
 
 
 def cost(shape: Shape, dtype: str) -> Cost:

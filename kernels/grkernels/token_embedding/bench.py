@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from grkernels.families import Sizes
 from grkernels.hstu_attention.spec import BYTES
 from grkernels.variant import Cost
 
@@ -53,6 +54,12 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
         "position_table": random(shape.positions, E),
         "time_table": random(shape.time_buckets, E),
     }
+
+
+def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return `inputs` of a batch of a model."""
+    shape = Shape(sizes.tokens, sizes.embedding_dim, tokens=sizes.tokens)
+    return inputs(shape, dtype=dtype, device=device, seed=0)
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
