@@ -344,8 +344,7 @@ def spec_of(run: RunConfig) -> RunSpec:
         _check_search(run)
     if problem := refusal(run.workload, run.seed):
         raise ConfigError(problem)
-    working = [getattr(run.engine, stage).name for stage in engine.stages] or [engine.name]
-    problem = next(filter(None, map(engines.one_at_a_time, working)), None)
+    problem = _one_at_a_time(run.engine)
     if problem and run.scenario.in_flight > 1:
         raise ConfigError(f"scenario.in_flight={run.scenario.in_flight}: {problem}; set scenario.in_flight=1")
     # For `grbench load`, it is the number of connections, whatever the scenario.
@@ -354,7 +353,7 @@ def spec_of(run: RunConfig) -> RunSpec:
             f"scenario.in_flight={run.scenario.in_flight}: single_stream sends a request after the answer to the one "
             "before; set scenario.in_flight=1"
         )
-    run.scenario.in_flight = run.scenario.in_flight or (1 if problem else 2)
+    run.scenario.in_flight = run.scenario.in_flight or (1 if problem else 2)  # `batching` says why
     if run.scenario.order == "hit" and not isinstance(run.cache, PagedCacheConfig):
         raise ConfigError(
             f"scenario.order=hit: cache={run.cache.name} keeps no user states; set cache=lru, or scenario.order=length"
@@ -364,6 +363,28 @@ def spec_of(run: RunConfig) -> RunSpec:
     if is_accuracy(spec.scenario):
         _check_accuracy(spec)
     return spec
+
+
+def _one_at_a_time(options: EngineOptions) -> str | None:
+    """Return None if every working engine takes a batch while another is under way, else the reason."""
+    stages = engines.get(options.name).stages
+    working = [getattr(options, stage).name for stage in stages] or [options.name]
+    return next(filter(None, map(engines.one_at_a_time, working)), None)
+
+
+def batching(spec: RunSpec) -> dict[str, str]:
+    """Return the size of a batch and the batches in flight, each with where it comes from."""
+    problem = _one_at_a_time(spec.engine)
+    overlaps = f"engine {spec.engine.name} takes a batch while another is under way"
+    usual = {
+        "max_batch": (ScenarioConfig.max_batch, "docs/PERFORMANCE.md, Size of a batch"),
+        "in_flight": (1, problem) if problem else (2, overlaps),
+    }
+    set_to = {name: getattr(spec.scenario, name) for name in usual}
+    return {
+        name: f"{set_to[name]}, " + (f"the default: {why}" if set_to[name] == default else f"set instead of {default}")
+        for name, (default, why) in usual.items()
+    }
 
 
 def check_truth(spec: RunSpec) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grbench.config.schema import RunnerConfig, RunSpec
+from grbench.config.schema import RunnerConfig, RunSpec, batching
 from grbench.execution import folders, oom, records
 from grbench.execution.environment import describe_environment
 from grbench.execution.load import LoadWatch, with_load
@@ -125,11 +125,14 @@ def _record(
 ) -> RunRecord:
     """Return the record of a cell with this outcome. facts: of its environment. known: further fields of the record."""
     environment, notes = _environment(spec, outcome, beside, facts)
+    ran = {name: value for name, value in vars(outcome).items() if name not in ("code", "notes", "waits")}
+    if outcome.actual:
+        ran["actual"] = outcome.actual | {"batching": batching(spec)}
     return RunRecord(
         spec=spec.to_dict(),
         requested=_requested(spec),
         environment=environment,
-        **{name: value for name, value in vars(outcome).items() if name not in ("code", "notes", "waits")},
+        **ran,
         notes=notes,
         **known,
     )

@@ -12,7 +12,9 @@ class ScenarioConfig:
     """Dynamic batching: a batch closes when it is full or its oldest request has waited long enough."""
 
     name: str = option("???", "name of the scenario in records")
-    max_batch: int = option(16, "most requests of a batch", ge=1, le=65536)
+    max_batch: int = option(
+        16, "most requests of a batch; why 16: docs/PERFORMANCE.md, Size of a batch", ge=1, le=65536
+    )
     max_wait_ms: float = option(0.0, "longest wait for more requests; 0: take those that are there", ge=0, le=60_000)
     queries: int = option(1024, "fewest requests to answer", ge=1)
     order: str = option(

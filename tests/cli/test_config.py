@@ -30,7 +30,7 @@ from grbench.cli import main
 from grbench.config import composition, malformed
 from grbench.config.compose import CONFIG_DIR, compose_cells, compose_spec, explain, plan_jobs, prepare_hydra
 from grbench.config.reference import ROOTS, reference
-from grbench.config.schema import ConfigError, schemas, spec_from_json, spec_to_json, to_spec
+from grbench.config.schema import ConfigError, batching, schemas, spec_from_json, spec_to_json, to_spec
 from grbench.config.unread import unread
 from grbench.execution.files import require_files
 from grbench.workloads import load_events
@@ -170,6 +170,27 @@ def test_a_wrong_value_is_one_line_with_key_and_what_is_allowed(overrides: list[
     assert key in message
     assert allowed in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "batch", "flight"),
+    [
+        (["engine=hstu"], "16, the default", "2, the default: engine hstu takes a batch while another is under way"),
+        (
+            ["engine=aoti", "scenario.in_flight=1", "scenario.max_batch=8"],
+            "8, set instead of 16",
+            "1, set instead of 2",
+        ),
+        (["engine=hf", "task=generate"], "16, the default", "1, the default: engine hf ends a batch before"),
+        (["engine=pipeline"], "16, the default", "1, the default: engine vllm batches by itself"),
+        (["engine=hstu", "scenario=single_stream"], "1, set instead of 16", "2, the default"),
+    ],
+)
+def test_the_defaults_of_batches_follow_the_engine(overrides: list[str], batch: str, flight: str) -> None:
+    spec, _ = compose_spec(overrides)
+    why = batching(spec)
+    assert why["max_batch"].startswith(batch) and why["in_flight"].startswith(flight)
+    assert f"{spec.scenario.max_batch}, {spec.scenario.in_flight}" == f"{batch.split(',')[0]}, {flight.split(',')[0]}"
 
 
 def test_every_cell_of_a_sweep_is_checked_before_the_first_runs(grbench_here: Grbench) -> None:

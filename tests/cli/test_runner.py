@@ -65,6 +65,8 @@ def test_one_run_leaves_a_whole_record_and_samples(grbench: Grbench, tmp_path: P
     assert record.status is Status.OK
     assert record.requested["engine.device"] == "auto"
     assert record.actual["device"] in ("cpu", "cuda")
+    assert record.actual["batching"]["max_batch"] == "16, the default: docs/PERFORMANCE.md, Size of a batch"
+    assert record.actual["kernel_choice"].keys() == record.actual["kernels"].keys()
     assert record.gate["passed"] and 0 <= record.gate["error"] <= record.gate["tolerance"]
     assert min(record.gate["zero_attention_error"], record.gate["stale_error"]) > 2 * record.gate["tolerance"]
     assert record.environment["versions"]["torch"]
