@@ -105,7 +105,9 @@ def test_a_small_search_writes_its_cells_its_page_and_a_deployment(grbench_here:
     keys = {"answer", "binding", "limits", "trials", "steps", "rank_correlation"}  # that notebooks/tune.ipynb reads
     assert keys <= facts.keys()
     assert len(json.loads((folder / "cells.json").read_text())) == 2
-    assert "plotly" in (folder / "tune.html").read_text() and "Pareto front" in (folder / "tune.md").read_text()
+    page = (folder / "tune.html").read_text()
+    assert "plotly" in page and "Pareto front" in (folder / "tune.md").read_text()
+    assert "figure_coordinates" in page and '"parcoords"' in page and '"label":"cpu_threads"' in page
     text = (folder / "best.yaml").read_text()
     assert yaml.safe_load(text)["version"] == 1
     comment = "# The strategy is not certified, one run with the search's own seed: certify_runs=0 asks for no others."
