@@ -3,6 +3,7 @@
     python experiments/user_cache.py
     python experiments/user_cache.py model=hstu_tiny --history 256 --candidates 32
     python experiments/user_cache.py cache.precision=int8     # states in 8 bits
+    python experiments/user_cache.py --kernels 8              # also where the device's time goes, by kernel
 
 Requests of returning users are ranked by engines side by side in one process, interleaved: without a cache, with all or
 most of the history in pages on the device, with all of it on the host, and with an empty cache (the cost of storing).
@@ -124,6 +125,9 @@ def measure(rows: common.Rows, spec: RunSpec, parse: Callable[[list[str]], RunSp
             allowed=gate_of[cases[name][0]].tolerance,
             samples_ms=[call.ms for call in calls[name]],
         )
+    for name, (engine, before) in cases.items() if args.kernels else ():
+        before()
+        rows.note(f"Batch {batch}, {name}: {kernels_of(partial(engines[engine].rank, users), args.kernels)}.")
     facts = engines["part"].actual()
     withheld = facts.get("cache_compute_withheld")
     token = f"is not known: {withheld}" if withheld else f"takes {facts['cache_compute_us_a_token']:.3f} us to compute"
@@ -137,12 +141,26 @@ def measure(rows: common.Rows, spec: RunSpec, parse: Callable[[list[str]], RunSp
         engine.close()
 
 
+def kernels_of(call: Callable[[], object], most: int) -> str:
+    """Return the device's time of one call in words: in all, and of the kernels and copies that take most of it."""
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        call()
+    found = [event for event in profile.key_averages() if event.device_type.name == "CUDA"]
+    found.sort(key=lambda event: event.self_device_time_total, reverse=True)
+    total, count = sum(event.self_device_time_total for event in found), sum(event.count for event in found)
+    largest = (f"{event.self_device_time_total:.0f} us {event.count}x {event.key[:48]}" for event in found[:most])
+    return f"{total:.0f} us in {count} kernels and copies: {', '.join(largest)}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__ or "", rounds=40)
     parser.add_argument("--history", type=int, default=4096, help="events (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--kernels", type=int, default=0, metavar="N", help="name the N longest kernels of each case")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 1])
     args = parser.parse_args(arguments)
+    if args.kernels:
+        common.need_gpu(parser)
 
     def parse(more: list[str]) -> RunSpec:
         own = [word for word in args.overrides if "cache=none" not in more or not word.startswith("cache.")]
