@@ -13,6 +13,8 @@ import pytest
 from helpers.beside import QUICK, found, measures, two_cores, until
 from helpers.command import Grbench
 from helpers.forks import fork_command, fork_places, fork_workers
+from helpers.mlflow_store import new_database
+from mlflow import MlflowClient
 
 from grbench.config.compose import compose_spec, plan_jobs, prepare_hydra
 from grbench.config.schema import ConfigError
@@ -63,9 +65,12 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
 def test_cells_of_one_engine_have_one_place_if_it_is_kept(
     grbench_here: Grbench, forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The parent alone writes to MLflow: one run for the sweep, and one for each cell with its figures."""
     fork_places(monkeypatch)
+    uri = new_database(tmp_path / "tracked")
     sweep = ["scenario.max_batch=1,2", "scenario.queries=32,48"]
-    done = grbench_here("-m", *QUICK, *sweep, "runner.parallel=2", "runner.keep_engine=true")
+    tracked = [*QUICK[:-1], "tracking=mlflow", f"tracking.uri={uri}"]
+    done = grbench_here("-m", *tracked, *sweep, "runner.parallel=2", "runner.keep_engine=true")
     assert done.returncode == 0, done.stderr
     cells = [record for _, record in records.find(tmp_path)]
     places_of = {(r.spec["scenario"]["max_batch"], *r.environment["beside"]["cores"]) for r in cells}
@@ -73,7 +78,13 @@ def test_cells_of_one_engine_have_one_place_if_it_is_kept(
     assert len(places_of) == 2, "each engine was built on one place"
     assert len({core for _, core in places_of}) == 2
     assert sum("was not built again" in note for r in cells for note in r.notes) == 2
-    again = grbench_here("-m", *QUICK, *sweep, "runner.parallel=2", "runner.keep_engine=true")
+    logged = MlflowClient(uri).search_runs(["1"])
+    [parent] = [run for run in logged if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in logged if run is not parent]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    rates = sorted(run.data.metrics["throughput_rps"] for run in children)
+    assert rates == pytest.approx(sorted(r.metrics["throughput_rps"] for r in cells))
+    again = grbench_here("-m", *tracked, *sweep, "runner.parallel=2", "runner.keep_engine=true")
     assert again.stderr.count(", kept (rerun=true measures it again)") == 4, again.stderr
     assert len(list(records.find(tmp_path))) == 4
 
