@@ -14,7 +14,7 @@ for a time:
 Of each the program takes the round trip, less the server's own report of waiting and of the engine's call. What is left
 is the network on this machine, the parsing, the choice, the event loop, the check of the answer, and the client.
 `loop_ms` is the processor time of the server's event loop for each call, and `client_ms` that of this program.
-`unnamed_ms` is the median of what the engine's call takes beside its parts `pack_ms` and `compute_ms`.
+`unnamed_ms` is the median of what the engine's call takes beside its parts `pack_ms`, `load_ms` and `compute_ms`.
 
 With `--beside URL` binary calls go to that server and to that of `--url` in turn, such as to those of two commits. So
 both have the same neighbours on a shared machine. The last row is the ratio of the medians with its 95% interval.
@@ -40,7 +40,7 @@ import numpy as np
 from grengines.api import Request
 from grengines.remote.client import Tensors, body_of, tensors_of
 
-PARTS, NAMED = ("queue_ms", "engine_ms"), ("pack_ms", "compute_ms")
+PARTS, NAMED = ("queue_ms", "engine_ms"), ("pack_ms", "load_ms", "compute_ms")
 DEADLINE = {"deadline_ms": 30_000}
 Call = Callable[[], dict[str, float]]  # returns the parameters of the answer
 

@@ -33,7 +33,7 @@ from grengines.api import Catalogue
 from grengines.remote.client import HEADER_LENGTH, body_of, tensors_of
 
 CALLS = 1000
-TIMES = {"queue_ms": 0.03, "pack_ms": 0.1, "compute_ms": 2.9, "engine_ms": 3.1}
+TIMES = {"queue_ms": 0.03, "pack_ms": 0.1, "load_ms": 0.02, "compute_ms": 2.9, "engine_ms": 3.1}
 FACTS = {"strategy": "hstu", "reason": "only", **TIMES, "cached_tokens": 0}
 
 

@@ -194,6 +194,9 @@ class CachingEngine(Engine, Protocol):
     def tier_of(self, user: int) -> Tier:
         """Return where the user's state is at this moment. Cheap, and never waits for a batch."""
 
+    def state_bytes(self) -> dict[Tier, int]:
+        """Return the bytes that users' states take at this moment, by tier; empty without a cache. As cheap."""
+
 
 class Ranker(Engine, Protocol):
     """An engine with the task rank."""

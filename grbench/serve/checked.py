@@ -15,7 +15,7 @@ from grbench.gate.base import Gate, sample
 from grbench.gate.measured import Answer, Verdict
 from grbench.serve.costs import Costs
 from grbench.workloads.trace import Trace
-from grengines.api import Request, Retrieval
+from grengines.api import CachingEngine, Request, Retrieval
 
 WARM_UP = 512  # requests of the workload that costs are measured with
 
@@ -40,6 +40,13 @@ class CheckedEngine:
     def host_loops(self) -> str:
         """Name and reason of the host's loops, as in a record; in a pipeline, the ranker's. Empty: it packs nothing."""
         return str(self.actual.get("rank", self.actual).get("host_loops", ""))
+
+    @property
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of users' states by the name of their tier; empty without a cache or an engine."""
+        engine = self.engine
+        found = engine.state_bytes() if isinstance(engine, CachingEngine) else {}
+        return {tier.name.lower(): taken for tier, taken in found.items()}
 
     @property
     def gate(self) -> Gate:

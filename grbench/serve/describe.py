@@ -58,7 +58,7 @@ def model_statistics(service: Service, model: str, version: str) -> dict[str, An
         "queue": {"count": figures.requests, "ns": figures.ns["queue"]},
         "compute_input": {"count": figures.requests, "ns": figures.ns["input"]},
         "compute_infer": {"count": figures.requests, "ns": figures.ns["infer"]},
-        "compute_output": {"count": figures.requests, "ns": 0},
+        "compute_output": {"count": figures.calls, "ns": figures.ns["output"]},
     }
     return {
         "name": model,

@@ -22,6 +22,7 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from grbench import __version__
+from grbench.execution.gpu import sample_gpu
 from grbench.serve import describe
 from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
 from grbench.serve.errors import RefusedError
@@ -139,7 +140,9 @@ class Api:
 
     async def _metrics(self, asked: HttpRequest) -> HttpResponse:
         encode, kind = choose_encoder(asked.headers.get("accept", ""))
-        return HttpResponse(200, encode(self._service.metrics.registry), {"content-type": kind})
+        metrics = self._service.metrics
+        metrics.gpu = await asyncio.to_thread(sample_gpu)  # NVML may take milliseconds
+        return HttpResponse(200, encode(metrics.registry), {"content-type": kind})
 
     async def _status(self, asked: HttpRequest) -> HttpResponse:
         return _json(describe.status(self._service))

@@ -17,14 +17,22 @@ from grbench.execution.heap import in_use
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 STAGES = ("queue", "pack", "load", "compute", "post")
 
-TRITON = {  # its counters, behind nv_inference_
-    "request_success": "calls that were answered",
-    "request_failure": "calls that were not",
-    "count": "requests that were answered",
-    "request_duration_us": "sum over calls",
-    "queue_duration_us": "sum over requests",
-    "compute_input_duration_us": "sum over requests",
-    "compute_infer_duration_us": "sum over requests",
+TRITON = {  # its counters, behind nv_
+    "inference_request_success": "calls that were answered",
+    "inference_request_failure": "calls that were not",
+    "inference_count": "requests that were answered",
+    "inference_request_duration_us": "sum over calls",
+    "inference_queue_duration_us": "sum over requests",
+    "inference_compute_input_duration_us": "sum over requests",
+    "inference_compute_infer_duration_us": "sum over requests",
+    "inference_compute_output_duration_us": "sum over calls, after the engine's answer",
+    "cache_num_hits_per_model": "requests whose user's state was cached",
+    "cache_num_misses_per_model": "requests whose user's state was not, with a cache",
+}
+TRITON_GPU = {  # its gauges, behind nv_gpu_: what NVML reads for a record, and the size of its unit
+    "utilization": ("gpu/utilisation_percent", 0.01, "share of the last moment in which it was busy"),
+    "memory_used_bytes": ("gpu/memory_mib", 2.0**20, "memory in use"),
+    "power_usage": ("gpu/power_w", 1.0, "watts"),
 }
 
 
@@ -38,6 +46,7 @@ class StrategyFigures(NamedTuple):
     batches: int  # that it has answered
     spent_s: Mapping[str, float]  # of all batches together, by part
     host_loops: str = ""  # as in a record: "C", or "NumPy: " and why; "": it packs no batches
+    state_bytes: Mapping[str, int] = {}  # of users, by tier
 
 
 class Metrics:
@@ -88,6 +97,7 @@ class Metrics:
         self._stages = [self.stages.labels(stage) for stage in STAGES]  # the look-up takes most of an observation
         ProcessCollector(registry=self.registry)
         self._triton = dict.fromkeys(TRITON, 0.0)
+        self.gpu: Mapping[str, float] = {}  # what NVML has read for this answer, by names of a record
         self.in_flight = Gauge("grbench_inflight", "Calls in the server", **own)
 
     def watch(
@@ -102,6 +112,7 @@ class Metrics:
         """
         self.registry.register(_Live(state, users))
         self.registry.register(_Triton(self._triton, state, model))
+        self.registry.register(_TritonGpu(lambda: self.gpu))
 
     def ended(self, status: int, strategy: str, took_s: float, post_s: float) -> None:
         """Count a call that has ended. strategy: of each of its users, with commas between; each counts once.
@@ -111,23 +122,29 @@ class Metrics:
         outcome = "answered" if status == 200 else "refused" if status < 500 else "failed"
         self.requests.labels(str(status), ",".join(sorted(set(strategy.split(","))))).inc()
         self.duration.labels(outcome).observe(took_s)
-        self._triton["request_success" if status == 200 else "request_failure"] += 1
+        self._triton["inference_request_success" if status == 200 else "inference_request_failure"] += 1
         if status == 200:
             self._stages[-1].observe(post_s)
-            self._triton["request_duration_us"] += took_s * 1e6
+            self._triton["inference_request_duration_us"] += took_s * 1e6
+            self._triton["inference_compute_output_duration_us"] += post_s * 1e6
 
     def route(self, replica: int, last: str) -> None:
         """Count a call of a user. last: number of the replica that had the user's last call; 0: there was none."""
         reason = "new" if last == "0" else "same" if last == str(replica) else "moved"
         self.routes.labels(str(replica), reason).inc()
 
+    def hit(self, tier: str) -> None:
+        """Count where the user's state of an answered request was. tier: device, host, storage or miss."""
+        self.hits.labels(tier).inc()
+        self._triton[f"cache_num_{'misses' if tier == 'miss' else 'hits'}_per_model"] += 1
+
     def observe(self, queue_ms: float, pack_ms: float, load_ms: float, compute_ms: float) -> None:
         """Take the stages of one answered request."""
         for stage, ms in zip(self._stages, (queue_ms, pack_ms, load_ms, compute_ms), strict=False):
             stage.observe(max(ms, 0.0) / 1e3)
-        self._triton["count"] += 1
+        self._triton["inference_count"] += 1
         for name, ms in (("queue", queue_ms), ("compute_input", pack_ms + load_ms), ("compute_infer", compute_ms)):
-            self._triton[f"{name}_duration_us"] += max(ms, 0.0) * 1e3
+            self._triton[f"inference_{name}_duration_us"] += max(ms, 0.0) * 1e3
 
 
 class _Live:
@@ -149,6 +166,9 @@ class _Live:
             "grbench_batch_seconds", "Time of all batches together: in flight, of that behind another batch, and parts",
             labels=["strategy", "part"],
         )  # fmt: skip
+        held = GaugeMetricFamily(
+            "grbench_state_bytes", "Bytes of users' states in a strategy's cache", labels=["strategy", "tier"]
+        )
         for one in self._state():
             depth.add_metric([one.name], one.pending)
             info.add_metric([one.name, one.state, one.engine], 1)
@@ -158,7 +178,9 @@ class _Live:
             batches.add_metric([one.name], one.batches)
             for part, seconds in one.spent_s.items():
                 spent.add_metric([one.name, part], seconds)
-        yield from (depth, info, loops, batches, spent)
+            for tier, taken in one.state_bytes.items():
+                held.add_metric([one.name, tier], taken)
+        yield from (depth, info, loops, batches, spent, held)
         yield CounterMetricFamily(
             "grbench_front_end_cpu_seconds", "Processor time of the event loop's thread, which this runs on",
             value=time.thread_time(),
@@ -185,9 +207,22 @@ class _Triton:
         labels = dict(zip(("model", "version"), self._model(), strict=True))
         live = list(self._state())
         counted = {name: (TRITON[name], value) for name, value in self._sums.items()}
-        counted["exec_count"] = ("batches", float(sum(one.batches for one in live)))
-        counted["pending_request_count"] = ("requests waiting", float(sum(one.pending for one in live)))
+        counted["inference_exec_count"] = ("batches", float(sum(one.batches for one in live)))
+        counted["inference_pending_request_count"] = ("requests waiting", float(sum(one.pending for one in live)))
         for name, (meaning, value) in counted.items():
-            metric = Metric(f"nv_inference_{name}", f"Triton's name: {meaning}", "unknown")
+            metric = Metric(f"nv_{name}", f"Triton's name: {meaning}", "unknown")
             metric.add_sample(metric.name, labels, value)
             yield metric
+
+
+class _TritonGpu:
+    """Triton's gauges of the GPU that engines use; none where NVML does not find one."""
+
+    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        read = self._read()
+        for name, (key, unit, meaning) in TRITON_GPU.items():
+            if key in read:
+                yield GaugeMetricFamily(f"nv_gpu_{name}", f"Triton's name: {meaning}", value=read[key] * unit)

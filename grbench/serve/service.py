@@ -48,7 +48,7 @@ class Figures:
     calls: int = 0
     failed: int = 0
     requests: int = 0
-    ns: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("total", "queue", "input", "infer"), 0))
+    ns: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("total", "queue", "input", "infer", "output"), 0))
     last_ms: int = 0
     newest_ms: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_LATENCIES))
     hits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("device", "host", "miss"), 0))
@@ -237,7 +237,7 @@ class Service:
         strategy = next(s for s in controller.strategies if s.name == answer.strategy)
         if strategy.spec.cache.name != "none":
             tier = tier_of(done.cached)
-            self.metrics.hits.labels(tier).inc()
+            self.metrics.hit(tier)
             figures.hits[tier] = figures.hits.get(tier, 0) + 1
         figures.requests += 1
         parts = (done.queue_ms, done.pack_ms + done.load_ms, done.compute_ms)
@@ -253,6 +253,7 @@ class Service:
         if status == 200:
             figures.calls += 1
             figures.ns["total"] += int(took_s * 1e9)
+            figures.ns["output"] += int(post_s * 1e9)
             figures.newest_ms.append(took_s * 1e3)
         else:
             figures.failed += 1
@@ -261,7 +262,14 @@ class Service:
     def _live(self) -> list[StrategyFigures]:
         return [
             StrategyFigures(
-                s.name, str(s.state), s.spec.engine.name, s.pending, s.batches, s.spent_s, s.checked.host_loops
+                s.name,
+                str(s.state),
+                s.spec.engine.name,
+                s.pending,
+                s.batches,
+                s.spent_s,
+                s.checked.host_loops,
+                s.checked.state_bytes,
             )
             for s in (self.present.controller.strategies if self.present else [])
         ]
@@ -300,7 +308,8 @@ def _parameters(answers: list[Answer]) -> dict[str, Any]:
         "strategy": joined([a.strategy for a in answers]),
         "reason": joined([a.reason for a in answers]),
         "queue_ms": round(max(d.queue_ms for d in done), 3),
-        "pack_ms": round(max(d.pack_ms + d.load_ms for d in done), 3),
+        "pack_ms": round(max(d.pack_ms for d in done), 3),
+        "load_ms": round(max(d.load_ms for d in done), 3),
         "compute_ms": round(max(d.compute_ms for d in done), 3),
         "cached_tokens": sum(d.cached.tokens for d in done),
     }

@@ -17,8 +17,9 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from grbench import __version__
+from grbench.serve.metrics import STAGES
 
-STAGES = ("queue", "pack", "compute")
+OF_ANSWER = STAGES[:-1]  # whose times the answer has; post is what follows them
 
 
 class Traces:
@@ -49,9 +50,9 @@ class Traces:
             call.set_status(trace.StatusCode.ERROR)
         if "compute_ms" in facts:
             inside = trace.set_span_in_context(call)
-            at = end - int(post_s * 1e9) - int(sum(facts[f"{stage}_ms"] for stage in STAGES) * 1e6)
+            at = end - int(post_s * 1e9) - int(sum(facts[f"{stage}_ms"] for stage in OF_ANSWER) * 1e6)
             self._stage("parse", inside, start, max(at, start))
-            for stage in STAGES:
+            for stage in OF_ANSWER:
                 at = self._stage(stage, inside, at, at + int(facts[f"{stage}_ms"] * 1e6))
             self._stage("post", inside, at, end)
         call.end(end)

@@ -309,7 +309,8 @@ def test_metrics_have_the_names_of_the_field(server: Serving, trace: Any) -> Non
     assert server.metric("grbench_requests_total", status="200", strategy="hstu") == before + 1
     for name in ("grbench_request_duration_seconds_count", "grbench_stage_duration_seconds_count",
                  "grbench_batch_size_count", "nv_inference_request_success", "nv_inference_count",
-                 "nv_inference_exec_count", "nv_inference_compute_infer_duration_us"):  # fmt: skip
+                 "nv_inference_exec_count", "nv_inference_compute_infer_duration_us",
+                 "nv_inference_compute_output_duration_us"):  # fmt: skip
         assert server.metric(name) > 0, name
     _, metrics, _ = server.call("/metrics")
     assert 'le="5.0"' in metrics  # the limit
@@ -319,6 +320,19 @@ def test_metrics_have_the_names_of_the_field(server: Serving, trace: Any) -> Non
         "grbench_batch_seconds_total", part="compute"
     )
     answers_are_judged(server)
+
+
+def test_cached_states_have_their_bytes_and_hits(trace: Any) -> None:
+    with serving(*TINY, "engine=hstu", "cache=lru", "cache.memory_gb=0.001", "serve.grpc_port=null") as server:
+        assert server.metric("grbench_state_bytes", strategy="hstu", tier="device") == 0
+        cached = [server.infer(tensors_of(trace[1].requests[:1]))[1]["parameters"]["cached_tokens"] for _ in range(2)]
+        assert cached[0] == 0 < cached[1]
+        wait_until(lambda: server.metric("nv_cache_num_hits_per_model") == 1)
+        assert server.metric("nv_cache_num_misses_per_model") == 1
+        assert server.metric("grbench_state_hits_total", tier="device") == 1
+        assert 0 < server.metric("grbench_state_bytes", strategy="hstu", tier="device") <= 1e6
+        output = server.call("/v2/models/hstu_tiny/stats")[1]["model_stats"][0]["inference_stats"]["compute_output"]
+        assert output["count"] == 2 and output["ns"] > 0
 
 
 def answers_are_judged(server: Serving) -> None:
@@ -333,6 +347,7 @@ def test_answers_are_judged_on_a_stream_of_their_own(trace: Any) -> None:
         for _ in range(20):
             assert server.infer(tensors_of(trace[1].requests[:2]))[0] == 200
         answers_are_judged(server)
+        assert server.metric("nv_gpu_power_usage") > 0 and server.metric("nv_gpu_memory_used_bytes") > 1e6
 
 
 def test_the_status_says_what_runs(server: Serving) -> None:

@@ -101,17 +101,18 @@ def test_a_traced_call_has_a_span_for_each_stage(clients: list[Client], request_
     parameters = client.rank([request_]).parameters
     client._headers["traceparent"] = f"00-{trace_id}-b7ad6b7169203331-00"
     client.rank([request_])  # its client does not want a trace
-    wait_until(lambda: len(SPANS.get_finished_spans()) >= 6)
+    wait_until(lambda: len(SPANS.get_finished_spans()) >= 7)
     spans = {span.name: span for span in SPANS.get_finished_spans()}
-    assert list(spans) == ["parse", "queue", "pack", "compute", "post", "infer"]
+    assert list(spans) == ["parse", "queue", "pack", "load", "compute", "post", "infer"]
     call = spans.pop("infer")
     assert f"{call.context.trace_id:032x}" == trace_id and f"{call.parent.span_id:016x}" == "b7ad6b7169203331"
     assert call.attributes["grbench.strategy"] == "hstu" and call.attributes["http.response.status_code"] == 200
     assert all(span.parent.span_id == call.context.span_id for span in spans.values())
     ends = [span.end_time for span in spans.values()]
     assert [span.start_time for span in spans.values()] == [call.start_time, *ends[:-1]] and ends[-1] == call.end_time
-    took_ms = (spans["compute"].end_time - spans["compute"].start_time) / 1e6
-    assert took_ms == pytest.approx(parameters["compute_ms"], abs=0.001)
+    for stage in ("pack", "load", "compute"):
+        took_ms = (spans[stage].end_time - spans[stage].start_time) / 1e6
+        assert took_ms == pytest.approx(parameters[f"{stage}_ms"], abs=0.001)
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,7 @@ def test_a_returning_user_is_answered_from_pages(paged: AOTIEngine) -> None:
     assert paged.actual()["attention_tiles"] == 2
     assert error(paged.rank(alone), reference.scores(alone)) < 1e-5
     assert [paged.tier_of(user) for user in (1, 4, 6)] == [Tier.DEVICE, Tier.DEVICE, Tier.NONE]
+    assert paged.state_bytes()[Tier.DEVICE] > paged.state_bytes()[Tier.HOST] == 0
     paged.reset_cache(keep=Tier.HOST)
     result = paged.rank(visits(EVENTS, [1, 2]))
     assert error(result, reference.scores(visits(EVENTS, [1, 2]))) < 1e-5

@@ -420,16 +420,20 @@ def test_the_host_takes_nobody_who_came_once_and_everyone_who_came_back() -> Non
     assert count.offloads + count.host_refused == count.evictions and count.policy_errors == 0
 
 
-def test_reports_the_tier_of_a_user() -> None:
+def test_reports_the_tier_of_a_user_and_the_bytes_of_each_tier() -> None:
     states = tiered(1)
     for user in (1, 2, 3):
         visit(states, request_of(events_of(10, seed=user), user=user))
     assert [states.tier_of(user) for user in range(5)] == [Tier.NONE, Tier.HOST, Tier.DEVICE, Tier.DEVICE, Tier.NONE]
+    one = 3 * states.pool.page_bytes  # of ten tokens
+    assert states.state_bytes() == {Tier.DEVICE: 2 * one, Tier.HOST: one}
     [plan] = states.lookup([request_of(events_of(10, seed=2), user=2)], 4.0)
     assert states.tier_of(2) is Tier.DEVICE  # in flight
+    assert states.state_bytes()[Tier.DEVICE] == 2 * one
     states.abort(plan)
     states.clear()
     assert {states.tier_of(user) for user in range(5)} == {Tier.NONE}
+    assert states.state_bytes() == {Tier.DEVICE: 0, Tier.HOST: 0}
 
 
 def test_visits_count_for_the_host_and_not_evictions() -> None:

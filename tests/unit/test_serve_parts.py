@@ -194,12 +194,19 @@ def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
     metrics.ended(200, "b,a,b", 0.5, 0.25)
     metrics.ended(429, "", 0.001, 0.0)
     metrics.observe(1.0, 2.0, 3.0, 4.0)
+    for tier in ("device", "host", "miss"):
+        metrics.hit(tier)
+    metrics.gpu = {"gpu/utilisation_percent": 75.0, "gpu/memory_mib": 2.0, "gpu/power_w": 300.0, "gpu/clock": 1.0}
     text = generate_latest(metrics.registry).decode()
     labels = 'model="m",version="1"'
-    for name, value in {"request_success": 1, "request_failure": 1, "count": 1, "exec_count": 6,
-                        "pending_request_count": 3, "request_duration_us": 500000,
-                        "compute_input_duration_us": 5000}.items():  # fmt: skip
-        assert f"nv_inference_{name}{{{labels}}} {value}.0\n" in text
+    for name, value in {"inference_request_success": 1, "inference_request_failure": 1, "inference_count": 1,
+                        "inference_exec_count": 6, "inference_pending_request_count": 3,
+                        "inference_request_duration_us": 500000, "inference_compute_input_duration_us": 5000,
+                        "inference_compute_output_duration_us": 250000, "cache_num_hits_per_model": 2,
+                        "cache_num_misses_per_model": 1}.items():  # fmt: skip
+        assert f"nv_{name}{{{labels}}} {value}.0\n" in text
+    gpu = re.findall(r"^nv_gpu_(\w+) (.*)$", text, re.MULTILINE)
+    assert gpu == [("utilization", "0.75"), ("memory_used_bytes", "2.097152e+06"), ("power_usage", "300.0")]
     assert 'grbench_request_duration_seconds_sum{outcome="answered"} 0.5\n' in text
     assert 'grbench_stage_duration_seconds_sum{stage="post"} 0.25\n' in text
     assert 'grbench_request_duration_seconds_count{outcome="refused"} 1.0\n' in text

@@ -132,6 +132,9 @@ class Tiers:
     def tier_of(self, user: int) -> Tier:
         return Tier.DEVICE if user % 2 == 0 else Tier.HOST if user == 1 else Tier.NONE
 
+    def state_bytes(self) -> dict[Tier, int]:
+        return {}
+
     def actual(self) -> dict[str, str]:
         return {"engine": "tiers"}
 

@@ -98,6 +98,18 @@ class UserStates:
             return Tier.HOST
         return Tier.STORAGE if self.storage is not None and user in self.storage.states else Tier.NONE
 
+    def state_bytes(self) -> dict[Tier, int]:
+        """Return the bytes of the pages that states take in each tier that there is, those in flight included.
+
+        Takes no lock: it only reads numbers.
+        """
+        pages = {Tier.DEVICE: self.pool.used}
+        if self.tier is not None:
+            pages[Tier.HOST] = self.tier.used
+        if self.storage is not None:
+            pages[Tier.STORAGE] = self.storage.pages - self.storage.extents.available
+        return {tier: taken * self.pool.page_bytes for tier, taken in pages.items()}
+
     def counters(self) -> Counters:
         """Return a copy of the counters."""
         return Counters(**self.counts())

@@ -240,6 +240,11 @@ class HSTUEngine(RankingEngine):
         """Return where the user's state is at this moment."""
         return self.user_cache.states.tier_of(user) if self.user_cache is not None else Tier.NONE
 
+    def state_bytes(self) -> dict[Tier, int]:
+        """Return the bytes that users' states take at this moment, by tier."""
+        cache = self.user_cache  # another thread may close the engine
+        return cache.states.state_bytes() if cache is not None else {}
+
     def prefetch(self, users: Iterable[int]) -> None:
         """Start to copy the states of users from the host tier to the device, ahead of their requests."""
         if self.user_cache is not None:

@@ -102,6 +102,10 @@ class Pipeline:
         """Return where the ranking engine has the user's state; nowhere if it has no cache."""
         return self.ranker.tier_of(user) if isinstance(self.ranker, CachingEngine) else Tier.NONE
 
+    def state_bytes(self) -> dict[Tier, int]:
+        """Return the bytes that users' states take in the ranking engine, by tier."""
+        return self.ranker.state_bytes() if isinstance(self.ranker, CachingEngine) else {}
+
     def close(self) -> None:
         """Close both, whatever the first one raises."""
         try:
