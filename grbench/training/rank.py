@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from grbench.quality.metrics import area_under_curve
 from grbench.quality.protocol import TEST, VALIDATION, last_events
 from grbench.training.config import TrainConfig
 from grbench.workloads.trace import Trace
+from grengines.api import Float32Array
 from grengines.models.hstu import autograd
 from grengines.models.hstu.model import HSTURanker
 from grengines.models.hstu.weights import save_weights
@@ -33,10 +35,10 @@ Ints = npt.NDArray[np.int64]
 
 
 class RankTask:
-    """Training of HSTURanker on the requests of a trace."""
+    """Training of HSTURanker on the requests of a trace. A subclass may have another model: `build` and `logits`."""
 
     def __init__(self, config: TrainConfig, trace: Trace, device: torch.device) -> None:
-        self._config, self._requests, self._device = config, trace.requests, device
+        self._config, self._requests, self.device = config, trace.requests, device
         tasks = config.model.tasks
         labels = [labels_of(trace, i, tasks) for i in range(len(trace.requests))]
         if labels[0] is None:
@@ -59,17 +61,27 @@ class RankTask:
                 f"held_out={held}: every request before has one of its user's last events, which are not trained on; "
                 "use a workload with longer histories, or another held_out"
             )
-        self.model = HSTURanker.build(
-            config.model, trace.catalogue, Operators.eager(), seed=config.seed, device=device, dtype=torch.float32
+        self.model = self.build(trace)
+        self.model.requires_grad_()
+
+    def build(self, trace: Trace) -> Any:
+        """Return the model, with weights to train from."""
+        config = self._config
+        model = HSTURanker.build(
+            config.model, trace.catalogue, Operators.eager(), seed=config.seed, device=self.device, dtype=torch.float32
         )
         if config.model.weights is None:
-            autograd.start(self.model, config.seed)
-        self.model.requires_grad_()
+            autograd.start(model, config.seed)
+        return model
+
+    @property
+    def seen_until(self) -> int:
+        """Time of the last request that is not held out, in seconds."""
+        return int(self._requests.times[self._test[0] - 1])
 
     def save(self, path: Path) -> None:
         """Write the weights file. Raises OSError."""
-        until = int(self._requests.times[self._test[0] - 1])
-        save_weights(self.model, path, facts=HeldOut(last_events=True, seen_until=until).metadata())
+        save_weights(self.model, path, facts=HeldOut(last_events=True, seen_until=self.seen_until).metadata())
 
     def batches(self, epoch: int) -> Iterator[list[int]]:
         order = np.random.default_rng([self._config.seed, epoch]).permutation(self._training)
@@ -77,12 +89,13 @@ class RankTask:
             yield order[begin : begin + self._config.training.batch].tolist()
 
     def loss(self, batch: list[int]) -> Tensor:
-        truth = torch.from_numpy(np.concatenate([self._labels[i] for i in batch])).float().to(self._device)
-        return F.binary_cross_entropy_with_logits(self._logits(batch, self._config.training.dropout), truth)
+        truth = torch.from_numpy(np.concatenate([self._labels[i] for i in batch])).float().to(self.device)
+        return F.binary_cross_entropy_with_logits(self.logits(batch, self._config.training.dropout), truth)
 
-    def _logits(self, indices: list[int], dropout: float = 0.0) -> Tensor:
-        batch = pack([self._requests[i] for i in indices], self.model.encoding, pin=self._device.type == "cuda")
-        return autograd.ranker_logits(self.model, batch.to(self._device), dropout)
+    def logits(self, indices: list[int], dropout: float = 0.0) -> Tensor:
+        """Return the logits [all candidates, tasks] of these requests."""
+        batch = pack([self._requests[i] for i in indices], self.model.encoding, pin=self.device.type == "cuda")
+        return autograd.ranker_logits(self.model, batch.to(self.device), dropout)
 
     def validate(self) -> dict[str, float]:
         """Return the mean AUC of the tasks over the requests before those held out, and the AUC of each task."""
@@ -96,12 +109,17 @@ class RankTask:
         """Return the same of the requests that are held out."""
         return self._areas(self._test)
 
-    def _areas(self, indices: Ints) -> dict[str, float]:
+    def scores(self, indices: Ints) -> list[Float32Array]:
+        """Return the logits [candidates, tasks] of each request."""
         size = self._config.training.batch
         found = [
-            self._logits(indices[i : i + size].tolist()).float().cpu().numpy() for i in range(0, len(indices), size)
+            self.logits(indices[i : i + size].tolist()).float().cpu().numpy() for i in range(0, len(indices), size)
         ]
-        logits, truth = np.concatenate(found), np.concatenate([self._labels[i] for i in indices])
+        ends = np.cumsum([len(self._requests[i].candidates) for i in indices])
+        return np.split(np.concatenate(found), ends[:-1])
+
+    def _areas(self, indices: Ints) -> dict[str, float]:
+        logits, truth = np.concatenate(self.scores(indices)), np.concatenate([self._labels[i] for i in indices])
         tasks = enumerate(self._config.model.tasks)
         areas = {f"auc/{task}": area_under_curve(logits[:, t], truth[:, t]) for t, task in tasks}
         return {"auc": float(np.mean(list(areas.values()))), **areas}

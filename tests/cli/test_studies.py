@@ -254,6 +254,43 @@ def test_precisions_are_compared_with_a_trained_model(program: Any, tmp_path: Pa
     assert "model.weights=FILE is needed" in capsys.readouterr().err
 
 
+def test_a_ranker_is_compared_with_one_like_sasrec(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    """Few requests and two epochs: which is better says nothing, but each learns, and the figures fit each other."""
+    small = ["workload.max_requests=240", "held_out=40", "training.epochs=2", "training.batch=8"]
+    rows = rows_of(program("rankers"), tmp_path, capsys, *small, "--seeds", "2")
+    rankers = ["HSTU", "like SASRec", "popularity", "item_mean", "not_yet"]
+    assert [(row["task"], row["ranker"]) for row in rows] == [(t, r) for t in ("rated", "liked") for r in rankers]
+    for row in rows:
+        assert row["low"] <= row["AUC"] <= row["high"] and row["lowest_seed"] <= row["AUC"] <= row["highest_seed"]
+    for own, *others in (rows[:5], rows[5:]):
+        assert all(row["difference"] == pytest.approx(own["AUC"] - row["AUC"]) for row in others)
+        assert all(row["difference_low"] <= row["difference"] <= row["difference_high"] for row in others)
+        assert own["parameters"] / others[0]["parameters"] == pytest.approx(1, abs=0.3)
+        assert own["lowest_seed"] < own["highest_seed"] and others[0]["lowest_seed"] < others[0]["highest_seed"]
+
+
+def test_the_score_of_one_like_sasrec_is_a_product_with_the_last_row(program: Any) -> None:
+    """Padding and the other requests of a batch do not change it."""
+    module = program("rankers")
+    module.training.register_schemas()
+    config = compose_jobs(
+        "train", module.training.to_config, [*module.RECIPE, "workload.max_requests=150", "held_out=20"]
+    )[0]
+    decoder = compose_jobs("train", module.training.to_config, module.SASREC)[0]
+    trace = workloads.build(config.workload, 0, latency_limit_ms=1.0)
+    task = module.SasRecTask(config, decoder, trace, torch.device("cpu"))
+    with torch.no_grad():
+        task.model.maps[1] *= 2  # the second task differs
+        alone, beside = task.logits([140]), task.logits([3, 140, 77])
+        first, count = len(trace.requests[3].candidates), len(trace.requests[140].candidates)
+        torch.testing.assert_close(alone, beside[first : first + count])
+        request = trace.requests[140]
+        tokens = torch.from_numpy(request.history_items[-decoder.model.max_positions :])[None]
+        row = task.model.network.hidden(tokens)[0, -1]
+        vectors = task.model.network.table(0)[torch.from_numpy(request.candidates)]
+    torch.testing.assert_close(alone, torch.stack([vectors @ row, vectors @ (2 * row)], 1), rtol=1e-4, atol=1e-5)
+
+
 def test_rows_of_items_are_looked_up(program: Any, tmp_path: Path, capsys: Capture) -> None:
     sizes = ["--rows", "2000", "--width", "8", "--tokens", "100", "--warmup", "20", "--lookups", "5"]
     rows = rows_of(program("item_cache"), tmp_path, capsys, *sizes, "--zipf", "1", "--budget", "5", "25")
