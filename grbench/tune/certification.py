@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grbench.tune import rates
@@ -13,7 +16,9 @@ from grbench.tune.trial import HELD, Goal, Progress, Trial, quiet
 from grbench.tune.worth import requests_needed, worst
 
 CERTIFIED = 10_000  # requests of a run that certifies, at least
-MARGIN = 2  # times the requests that all runs need: what a short probe is worth is much by chance
+# Times the requests that all runs need: what a short probe is worth is much by chance. The second is for a budget that
+# has room for the first at no rate.
+MARGIN, LEAST_MARGIN = 2, 1
 AGAIN = 1.25  # the same once certifying runs have shown what they are worth
 SHARE = 0.6  # of the budget, at most, if there is room for a run that fails, too
 MOST = 0.75  # of the budget that is reserved, at most
@@ -22,6 +27,14 @@ STEPS = 2  # by which a rate that fails is lowered first, then twice as many eac
 LAST = 8  # by which the last try that the budget has room for is lowered further, once a figure was beyond its limit
 SEED = 101
 ROUNDING = 1e-9  # of shares of the budget
+
+
+@dataclass(frozen=True)
+class Try:
+    """A rate to certify. margin: times the requests that are needed."""
+
+    step: int
+    margin: int = MARGIN
 
 
 @dataclass
@@ -68,13 +81,12 @@ def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
 def plan(goal: Goal, evaluator: Evaluator, trial: Trial) -> list[Wanted]:
     """Return the runs that will certify the best rate of a trial, or a lower one of which they are `SHARE` at most.
 
-    Returns none if even those of the lowest rates would be more than `MOST`.
+    Returns none if even those of the lowest rates and the least margin would be more than `MOST`.
     """
     if (first := _first_step(goal, trial)) is None:
         return []
-    found = (_with_room(goal, evaluator, trial, first, share) for share in (SHARE, MOST))
-    step = next((step for step in found if step is not None), None)
-    return [] if step is None else certifying(goal, trial, step)
+    planned = _with_room(goal, evaluator, trial, first, [SHARE, MOST])
+    return [] if planned is None else certifying(goal, trial, planned)
 
 
 def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = quiet) -> Certificate | None:
@@ -88,15 +100,17 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
     missing = ""  # what the budget lacks, of the first that it has no room for
     falls: dict[int, int] = {}  # steps by which each trial was lowered last
     beyond = False  # a figure was beyond its limit
-    steps = {id(trial): _first_step(goal, trial) for trial in knowledge.ranking()}
-    while open_ := [(trial, step) for trial in knowledge.ranking() if (step := steps[id(trial)]) is not None]:
-        trial, step = max(open_, key=lambda pair: _score_at(knowledge, *pair))
-        if without := _missing(goal, evaluator, trial, step):
+    firsts = ((trial, _first_step(goal, trial)) for trial in knowledge.ranking())
+    tries = {id(trial): None if step is None else Try(step) for trial, step in firsts}
+    while open_ := [(trial, its) for trial in knowledge.ranking() if (its := tries[id(trial)]) is not None]:
+        trial, its = max(open_, key=lambda pair: _score_at(knowledge, pair[0], pair[1].step))
+        if without := _missing(goal, evaluator, trial, its):
             missing = missing or without
-            steps[id(trial)] = _with_room(goal, evaluator, trial, step, evaluator.left())
+            tries[id(trial)] = _with_room(goal, evaluator, trial, its.step, [evaluator.left()])
             continue
-        step = _lower_if_last(goal, evaluator, trial, step, beyond)
-        outcomes, found, why = _runs(goal, evaluator, progress, trial, step)
+        its = _lower_if_last(goal, evaluator, trial, its, beyond)
+        outcomes, found, why = _runs(goal, evaluator, progress, trial, its)
+        step = its.step
         if not why:
             knowledge.concluded = True
             return Certificate(trial, step, outcomes, found, [*failures, *([missing] if missing else [])])
@@ -106,7 +120,7 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
         if not found.ok or judge(goal.limits, found)[0] is not Verdict.LIKELY:
             beyond = True
             falls[id(trial)] = fall = 2 * falls.get(id(trial), STEPS // 2)
-        steps[id(trial)] = step - fall if step - fall > _lowest(goal, trial, step) else None
+        tries[id(trial)] = Try(step - fall) if step - fall > _lowest(goal, trial, step) else None
     knowledge.uncertified = "; ".join([*failures[-1:], *([missing] if missing else [])])
     return None
 
@@ -124,23 +138,32 @@ def _lowest(goal: Goal, trial: Trial, step: int) -> int:
     return step - 1 if goal.rate is not None or trial.top is None else trial.top - BOTTOM
 
 
-def _with_room(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, room: float) -> int | None:
-    """Return the highest step, this one or a lower one, whose runs take at most this share of the budget."""
+def _with_room(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, shares: Sequence[float]) -> Try | None:
+    """Return the try at the highest step, this one or a lower one, whose runs take at most a share of the budget.
+
+    shares: in order of preference. The least margin is for what has room at no rate otherwise.
+    """
     lower = range(step, min(_lowest(goal, trial, step), step - 1), -1)
-    return next((s for s in lower if evaluator.share(certifying(goal, trial, s)) <= room + ROUNDING), None)
+    for margin, share in itertools.product((MARGIN, LEAST_MARGIN), shares):
+        for tried in (Try(s, margin) for s in lower):
+            if evaluator.share(certifying(goal, trial, tried)) <= share + ROUNDING:
+                return tried
+    return None
 
 
-def _lower_if_last(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, beyond: bool) -> int:
-    """Return a lower step, if the budget has no room for another try after one at this step fails; else the step.
+def _lower_if_last(goal: Goal, evaluator: Evaluator, trial: Trial, its: Try, beyond: bool) -> Try:
+    """Return a try at a lower step, if the budget has no room for another one after this one fails; else this one.
 
     It is lower by `LAST` steps, or by fewer if the budget lacks room: 10,000 requests take longer at a lower rate.
     Until a figure was beyond its limit it is `STEPS` below the first.
     """
-    most = LAST if beyond else max(step - (_first_step(goal, trial) or step) + STEPS, 0)
-    first, following = certifying(goal, trial, step)[:1], certifying(goal, trial, step - STEPS)
+    most = LAST if beyond else max(its.step - (_first_step(goal, trial) or its.step) + STEPS, 0)
+    first = certifying(goal, trial, its)[:1]
+    following = certifying(goal, trial, dataclasses.replace(its, step=its.step - STEPS))
     if goal.rate is not None or evaluator.share(first) + evaluator.share(following) <= evaluator.left() + ROUNDING:
-        return step
-    return next((s for s in range(step - most, step) if not _missing(goal, evaluator, trial, s)), step)
+        return its
+    lower = (dataclasses.replace(its, step=step) for step in range(its.step - most, its.step))
+    return next((other for other in lower if not _missing(goal, evaluator, trial, other)), its)
 
 
 def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
@@ -154,25 +177,25 @@ def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
     return knowledge.score(trial) if knowledge.goal.rate is not None else float(step)
 
 
-def _missing(goal: Goal, evaluator: Evaluator, trial: Trial, step: int) -> str:
-    """Return in words what the budget lacks to certify the rate of a step; "": nothing."""
-    wanted = certifying(goal, trial, step)
+def _missing(goal: Goal, evaluator: Evaluator, trial: Trial, its: Try) -> str:
+    """Return in words what the budget lacks for a try; "": nothing."""
+    wanted = certifying(goal, trial, its)
     if evaluator.share(wanted) <= max(evaluator.left(), 0.0) + evaluator.grace + ROUNDING:
         return ""
     requests = f"{wanted[0][1].requests:,} requests"
     runs = f"{goal.runs} runs of {requests}" if goal.runs > 1 else requests
-    return f"{runs} at {rates.rate_of(step):.4g} requests/s take {evaluator.budget_for(wanted)}"
+    return f"{runs} at {rates.rate_of(its.step):.4g} requests/s take {evaluator.budget_for(wanted)}"
 
 
-def certifying(goal: Goal, trial: Trial, step: int) -> list[Wanted]:
+def certifying(goal: Goal, trial: Trial, its: Try) -> list[Wanted]:
     """Return the runs that certify a rate, with as many requests as prove it together."""
-    together = MARGIN * requests_needed(goal.limits, trial, step)
+    together = its.margin * requests_needed(goal.limits, trial, its.step)
     requests = max(CERTIFIED, math.ceil(together / goal.runs / 1000) * 1000)
-    return [(trial.configuration, Probe(rates.rate_of(step), requests, SEED + run)) for run in range(goal.runs)]
+    return [(trial.configuration, Probe(rates.rate_of(its.step), requests, SEED + run)) for run in range(goal.runs)]
 
 
 def _runs(
-    goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, step: int
+    goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, its: Try
 ) -> tuple[list[Outcome], Outcome, str]:
     """Return the outcomes of the certifying runs, what they show together, and why they fail ("": they do not).
 
@@ -189,7 +212,7 @@ def _runs(
         return outcome, f"in the run with seed +{probe.seed}: {why}"
 
     outcomes: list[Outcome] = []
-    wanted = certifying(goal, trial, step)
+    wanted = certifying(goal, trial, its)
     while True:
         evaluator.together(wanted)
         for number, (_, probe) in enumerate(wanted):
@@ -199,11 +222,11 @@ def _runs(
                 for _, beside in wanted[number + 1 :] if evaluator.places > 1 else ():
                     run(beside)  # it was measured, and is shown
                 return outcomes, outcome, why
-        found = trial.certifying[step] = evaluator.pool(outcomes)
+        found = trial.certifying[its.step] = evaluator.pool(outcomes)
         verdict, limit = judge(goal.limits, found)
         if limit is None:
             return outcomes, found, ""
-        more = _further(goal, trial, step, outcomes)
+        more = _further(goal, trial, its.step, outcomes)
         if more is None or not _open(goal, verdict) or evaluator.share([more]) > evaluator.left() + ROUNDING:
             return outcomes, found, f"in {len(outcomes)} runs together: {limit.shown(found)} is {verdict}"
         wanted = [more]

@@ -26,7 +26,7 @@ from grbench.tune.replay import Grid, Measured, replay
 from grbench.tune.search import Search
 from grbench.tune.surrogate import Surrogate
 from grbench.tune.trial import Batching, Goal
-from grbench.tune.worth import worst
+from grbench.tune.worth import requests_needed, worst
 
 P99 = Limit("latency_ms/p99", 80.0)
 
@@ -427,6 +427,29 @@ def test_a_budget_without_room_for_these_requests_certifies_the_highest_rate_for
     assert first is not None and certificate.step < first - 2 and len(runs) == 2
     assert 0 <= evaluator.left() < 0.2
     assert certificate.failures[-1].startswith("2 runs of ") and "set budget=" in certificate.failures[-1]
+
+
+class Timed(Alike):
+    """An evaluator whose budget is seconds: at a lower rate requests take longer."""
+
+    def share(self, wanted: Sequence[Wanted]) -> float:
+        return sum(probe.requests / (probe.rate or 120.0) for _, probe in wanted) / self._requests
+
+
+def test_a_budget_without_room_for_the_usual_margin_certifies_with_the_requests_that_are_needed() -> None:
+    evaluator = Timed(1_000_000)
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    Search(search, [ALL[0]], evaluator, Listed([ALL[0]])).run()
+    used_s = 1_000_000 * (1 - evaluator.left())
+    evaluator = Timed(round(used_s) + 270)  # twice the requests that are needed take 300 s or more, at any rate
+    evaluator.probes = [(ALL[0], Probe(100.0, round(100 * used_s)))]
+    assert reserve(search, evaluator) > 0
+    certificate = certify(search, evaluator)
+    assert certificate is not None and certificate.together.metrics["latency_ms/p99_worth"] >= 368
+    assert certificate.requests * len(certificate.outcomes) < 2 * requests_needed(
+        search.goal.limits, search.trials[0], certificate.step
+    )
+    assert evaluator.left() >= 0
 
 
 def test_certification_takes_the_next_best_if_the_best_fails() -> None:
