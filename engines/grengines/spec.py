@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.last_layer import LastLayer
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.refusals import Asked
@@ -51,6 +52,8 @@ class EngineSpec:
     one_at_a_time: str | None = "ends a batch before it takes the next"
     # Returns None, or why the engine can't have these options (Asked) beside its own (the first), whatever the machine.
     contradiction: Callable[[Any, Asked], str | None] = lambda options, asked: None
+    # Returns the rows that its last layer computes for a task with these options (the first); None: not known here.
+    last_layer: Callable[[Any, str], LastLayer | None] = lambda options, task: None
     variants: bool = False  # it runs the HSTU of any owner (`model.variant`), or leaves that to others
     # Time of its first start, as a multiple of that of `hstu`; about 4 if it exports or compiles the whole model. A
     # search assumes it until it has started the engine.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from grbench.config.schema import RunSpec
 from grbench.execution import stats
@@ -17,6 +18,7 @@ from grbench.scenarios import Measurement
 from grbench.scenarios.config import OfflineConfig, ServerConfig, TraceReplayConfig, is_accuracy
 from grbench.tools import sizing
 from grengines.api import Request
+from grengines.last_layer import LastLayer
 from grengines.pipeline.config import STAGES
 
 MOST_UNKNOWN = 0.05  # share of the latency that no part has before a note says so
@@ -88,8 +90,10 @@ def summarise(
             summary.notes.append(
                 f"the storage tier was switched off for {batches:.0f} batches, since its disk failed; see worker.log"
             )
-    elif flops := _flops(spec, answered, sizes, details):
-        metrics["model_tflops"] = flops / measurement.busy_s / 1e12
+    else:
+        whole = np.isin(samples["batch_index"], measurement.whole)
+        for name, flops in _flops(spec, answered, whole, sizes, details).items():
+            metrics[name] = flops / measurement.busy_s / 1e12
     return summary
 
 
@@ -132,15 +136,36 @@ def _beside_loadgen(samples: dict[str, np.ndarray], metrics: dict[str, float]) -
     return notes
 
 
-def _flops(spec: RunSpec, answered: list[Request], sizes: Sequence[int], details: dict[str, float]) -> float:
-    """Return the FLOPs of all answers, or 0 if a cache saved part of the work: a rate would be meaningless."""
+def _flops(
+    spec: RunSpec,
+    answered: Sequence[Request],
+    whole: npt.NDArray[np.bool_],
+    sizes: Sequence[int],
+    details: dict[str, float],
+) -> dict[str, float]:
+    """Return the FLOPs of all answers by metric: those that the engine did, and those of a full model.
+
+    whole: whether a request's batch computed every row of the last layer, in an engine that decides by batch. Empty if
+    a cache saved part of the work, because a rate would be meaningless. What was done is left out if it is not known.
+    """
     if spec.task == "rank":
         model = spec.ranking_model
-        return sum(sizing.request_flops(model, r) for r in answered)
-    if spec.task != "generate" or spec.retrieval is None or details.get("prefix_hit_tokens"):
-        return 0.0
-    width = spec.retrieval.beam_width
-    return sum(sizing.search_flops(spec.model, len(r.history_items), sizes, width) for r in answered)
+
+        def count(request: Request, rows: LastLayer) -> float:
+            return sizing.flops(model, len(request.history_items), len(request.candidates), rows=rows)
+    elif spec.task == "generate" and spec.retrieval is not None and not details.get("prefix_hit_tokens"):
+        width = spec.retrieval.beam_width
+
+        def count(request: Request, rows: LastLayer) -> float:
+            return sizing.search_flops(spec.model, len(request.history_items), sizes, width, rows=rows)
+    else:
+        return {}
+    found = {"full_model_tflops": sum(count(r, LastLayer.EVERY) for r in answered)}
+    if (rows := sizing.last_layer(spec, spec.task)) is not None:
+        usual = LastLayer.READ if rows is LastLayer.HALF else rows
+        each = (LastLayer.EVERY if every else usual for every in whole)
+        found["model_tflops"] = sum(map(count, answered, each))
+    return found
 
 
 def _cache_metrics(details: dict[str, float], events: int) -> dict[str, float]:

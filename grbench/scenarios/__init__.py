@@ -37,6 +37,7 @@ class Measurement:
     notes: list[str] = field(default_factory=list)
     busy_s: float = 0.0  # seconds in which the engine computed
     batch_mean: float = 0.0  # requests of a batch; with continuous batching, requests in a step
+    whole: list[int] = field(default_factory=list)  # batches whose last layer computed rows that nothing reads
     logged: list[np.ndarray[Any, Any]] = field(default_factory=list)  # each request's answer by LoadGen's accuracy log
 
 
@@ -128,4 +129,5 @@ def _measurement(driven: Driven, trace_length: int) -> Measurement:
         notes,
         busy_s=loop.busy_s,
         batch_mean=loop.batched / loop.batches,
+        whole=sorted(loop.whole),
     )

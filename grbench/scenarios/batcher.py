@@ -17,6 +17,7 @@ import numpy as np
 from grbench.execution.records import SAMPLE_COLUMNS
 from grbench.scenarios.waiting import Key, Waiting
 from grengines.api import BatchResult, ContinuousEngine, Finished, GenerateResult, Request
+from grengines.last_layer import WHOLE
 
 
 @dataclass(slots=True)
@@ -70,6 +71,7 @@ class RequestLoop:
         self.tokens = 0
         self.padded_tokens = 0
         self.details: dict[str, float] = {}
+        self.whole: set[int] = set()  # batches whose details have WHOLE
         self.busy_s = 0.0  # seconds in which the engine computed
         self.batches = 0
         self.batched = 0  # requests of all batches
@@ -150,6 +152,7 @@ class RequestLoop:
     def take_rows(self) -> list[tuple[float, ...]]:
         """Return the rows since the last call and forget them, for a server that runs on. `answered` may call it."""
         rows, self._rows, self._stages = self._rows, [], []
+        self.whole.clear()
         return rows
 
     def _loop(self) -> None:
@@ -257,6 +260,8 @@ class Batcher(RequestLoop):
                 self._note(ticket, begun, parts, done, len(batch))
                 if result.stages:
                     self._stages.append(result.stages)
+            if WHOLE in result.details:
+                self.whole.add(self.batches)
             self._count(result.compute_ms / 1e3, len(batch))
             self.tokens += result.tokens
             self.padded_tokens += result.padded_tokens

@@ -13,16 +13,18 @@ from grbench import workloads
 from grbench.config.arguments import Arguments
 from grbench.config.schema import ConfigError, RunSpec
 from grbench.workloads.events import DataError
-from grengines.api import Catalogue, Request
+from grengines import registry
+from grengines.api import Catalogue
 from grengines.cache.config import EIGHT_BITS, stored
 from grengines.hstu.config import FP8_STEP, without_fp8
+from grengines.last_layer import LastLayer
 from grengines.models.decoder.config import DecoderConfig, too_few_rows
 from grengines.models.hstu.config import HSTUConfig
 from grkernels.hstu_attention.spec import BYTES, visible_pairs
 from grkernels.hstu_attention.spec import flops as attention_flops
 
 CODES = 256
-COLUMNS = ("GFLOP", "attention share", "all cached", "KV MiB per user", "users per card")
+COLUMNS = ("GFLOP", "attention\nshare", "all\nrows", "all\ncached", "KV MiB\nper user", "users\nper card")
 
 
 def parameters(model: HSTUConfig, catalogue: Catalogue) -> dict[str, int]:
@@ -61,22 +63,24 @@ def _by_part(counts: Mapping[str, int]) -> dict[str, int]:
     return parts
 
 
-def request_flops(model: HSTUConfig, request: Request) -> float:
-    """Floating-point operations of ranking one request; see `flops`."""
-    return flops(model, len(request.history_items), len(request.candidates))
+def last_layer(spec: RunSpec, task: str) -> LastLayer | None:
+    """Return the rows that the last layer of a cell's engine computes for rank or generate; None: not known here."""
+    stages = {stage_task: stage for stage, stage_task in registry.get(spec.engine.name).stages.items()}
+    engine = getattr(spec.engine, stages[task]) if task in stages else spec.engine
+    return registry.get(engine.name).last_layer(engine, task)
 
 
-def flops(model: HSTUConfig, history: int, candidates: int, cached: int = 0) -> float:
-    """Operations that one request needs, with the exact mask and no padding; a multiply-add is 2.
+def flops(model: HSTUConfig, history: int, candidates: int, cached: int = 0, rows: LastLayer = LastLayer.HALF) -> float:
+    """Operations of one request, with the exact mask and no padding; a multiply-add is 2.
 
     Counts the layers' two projections, attention over the visible (row, column) pairs, and the head. Leaves out
-    look-ups, norms and activations, which are under 1%. The last layer makes keys and values of every token, and the
-    rest for candidates alone. cached: first tokens whose keys and values are in the cache.
+    look-ups, norms and activations, which are under 1%. cached: first tokens whose keys and values are in the cache.
+    rows: those that the last layer computes beside keys and values, by default as engine=hstu; EVERY: a full model.
     """
     tokens, choices = model.contextual_seq_len + history + candidates, model.choices
     new = tokens - cached
     whole = _layer_flops(model, tokens, candidates, new, new)
-    last = _layer_flops(model, tokens, candidates, new, candidates)
+    last = _layer_flops(model, tokens, candidates, new, rows.rows(new, candidates))
     inputs = model.embedding_dim + model.interactions
     head = 2 * candidates * (model.head_dim * (inputs + len(model.tasks)) + model.interactions * model.embedding_dim)
     E = model.embedding_dim
@@ -93,28 +97,33 @@ def operations(spec: RunSpec) -> float:
     if spec.task in ("rank", "recommend"):
         model, candidates = spec.ranking_model, spec.workload.num_candidates
         engine = getattr(spec.engine, "rank", spec.engine)
-        total = flops(model, history, candidates)
+        rows = last_layer(spec, "rank") or LastLayer.EVERY
+        total = flops(model, history, candidates, rows=rows)
         if getattr(engine, "precision", None) == "fp8":
-            total -= fp8_flops(model, history, candidates) / 2
+            total -= fp8_flops(model, history, candidates, rows) / 2
     if spec.retrieval is not None:
         sizes = [spec.retrieval.codes or CODES] * spec.retrieval.levels
         total += search_flops(
-            spec.model, min(history, spec.model.max_positions // len(sizes)), sizes, spec.retrieval.beam_width
+            spec.model,
+            min(history, spec.model.max_positions // len(sizes)),
+            sizes,
+            spec.retrieval.beam_width,
+            rows=last_layer(spec, "generate") or LastLayer.EVERY,
         )
     return total
 
 
-def ranking_attention(model: HSTUConfig, history: int, candidates: int) -> float:
-    """Operations of `flops` that are attention's. The last layer computes it for candidates alone."""
+def ranking_attention(model: HSTUConfig, history: int, candidates: int, rows: LastLayer = LastLayer.HALF) -> float:
+    """Operations of `flops` that are attention's."""
     tokens = model.contextual_seq_len + history + candidates
-    whole, last = (_attention_flops(model, tokens, candidates, rows) for rows in (tokens, candidates))
+    whole, last = (_attention_flops(model, tokens, candidates, n) for n in (tokens, rows.rows(tokens, candidates)))
     return float((model.layers - 1) * whole + last)
 
 
-def fp8_flops(model: HSTUConfig, history: int, candidates: int) -> float:
+def fp8_flops(model: HSTUConfig, history: int, candidates: int, rows: LastLayer = LastLayer.HALF) -> float:
     """Operations of `flops` that engine.precision=fp8 does in e4m3: projections and the head's hidden product."""
     tokens = model.contextual_seq_len + history + candidates
-    whole, last = (_projection_flops(model, tokens, rows) for rows in (tokens, candidates))
+    whole, last = (_projection_flops(model, tokens, n) for n in (tokens, rows.rows(tokens, candidates)))
     return (
         (model.layers - 1) * whole
         + last
@@ -164,14 +173,20 @@ def _projected(model: HSTUConfig) -> int:
 
 
 def search_flops(
-    model: HSTUConfig | DecoderConfig, history: int, sizes: Sequence[int], width: int, cached: int = 0
+    model: HSTUConfig | DecoderConfig,
+    history: int,
+    sizes: Sequence[int],
+    width: int,
+    cached: int = 0,
+    rows: LastLayer = LastLayer.EVERY,
 ) -> float:
     """Operations of one beam search with the exact mask and no padding; a multiply-add is 2.
 
     history: items. sizes: codes of each level. width: beams. cached: first tokens of the prompt in the KV cache. The
     other tokens of the prompt are encoded once, then the codes of every beam except the last one. A code sees the
     prompt, the codes of its beam and itself. Counts the layers' matrices, attention over the visible pairs, and the
-    logits of every beam: of a level's codes, or of a decoder's whole vocabulary if it has one.
+    logits of every beam: of a level's codes, or of a decoder's whole vocabulary if it has one. rows: those of the
+    prompt that HSTU's last layer computes beside keys and values; that of a decoder computes every row.
     """
     prompt, beams = prompt_tokens(model, history, len(sizes)), _beams(sizes, width)
     if isinstance(model, DecoderConfig):
@@ -181,8 +196,19 @@ def search_flops(
     linear = 2 * (prompt - cached + sum(beams[1:])) * model.embedding_dim * widths
     attention = attention_flops(_search_pairs(prompt, beams, cached), model.heads, *_head_dims(model))
     tokens = [(isinstance(model, DecoderConfig) and model.vocabulary) or size for size in sizes]
-    logits = sum(2 * rows * model.embedding_dim * count for rows, count in zip(beams, tokens, strict=True))
-    return float(model.layers * (linear + attention) + logits)
+    logits = sum(2 * n * model.embedding_dim * count for n, count in zip(beams, tokens, strict=True))
+    return float(model.layers * (linear + attention) + logits - sum(_left_out(model, prompt, cached, rows)))
+
+
+def _left_out(model: HSTUConfig | DecoderConfig, prompt: int, cached: int, rows: LastLayer) -> tuple[float, int]:
+    """Operations of projections, and of attention, that the last layer leaves out of a prompt."""
+    if isinstance(model, DecoderConfig):
+        return 0.0, 0
+    new = prompt - cached
+    some = rows.rows(new, 1)
+    pairs = visible_pairs(prompt, delta=new) - visible_pairs(prompt, delta=some)
+    attention = attention_flops(pairs, model.heads, *_head_dims(model))
+    return _projection_flops(model, new, new) - _projection_flops(model, new, some), attention
 
 
 def _beams(sizes: Sequence[int], width: int) -> list[int]:
@@ -191,6 +217,16 @@ def _beams(sizes: Sequence[int], width: int) -> list[int]:
     for size in sizes[:-1]:
         beams.append(min(width, beams[-1] * size))
     return beams
+
+
+def search_attention(
+    model: HSTUConfig | DecoderConfig, history: int, sizes: Sequence[int], width: int, rows: LastLayer = LastLayer.EVERY
+) -> float:
+    """Operations of `search_flops` that are attention's."""
+    prompt = prompt_tokens(model, history, len(sizes))
+    pairs = _search_pairs(prompt, _beams(sizes, width))
+    total = model.layers * attention_flops(pairs, model.heads, *_head_dims(model))
+    return float(total - _left_out(model, prompt, 0, rows)[1])
 
 
 def _search_pairs(prompt: int, beams: Sequence[int], cached: int = 0) -> int:
@@ -284,13 +320,17 @@ def _ranking(console: Console, spec: RunSpec, catalogue: Catalogue, precision: s
     weights = weight_bytes(model, sum(counts.values()), precision)
     _print_parameters(console, model.name, counts, weights, precision, catalogue.num_items)
     in_fp8, gains = precision == "fp8", []
+    rows = last_layer(spec, "rank") or LastLayer.EVERY
     table = _table("history", "candidates", *COLUMNS)
     for history in _histories(spec.workload.max_history):
-        total, cached = (flops(model, history, candidates, done) for done in (0, model.contextual_seq_len + history))
-        attention = ranking_attention(model, history, candidates)
+        total, cached = (
+            flops(model, history, candidates, done, rows) for done in (0, model.contextual_seq_len + history)
+        )
+        every = flops(model, history, candidates, rows=LastLayer.EVERY)
+        attention = ranking_attention(model, history, candidates, rows)
         kv = kv_bytes(model, history, stored(spec.cache) or ("bf16" if in_fp8 else precision))
-        gains.append(1 / (1 - fp8_flops(model, history, candidates) / total / 2))
-        _add_row(table, [history, candidates], total, attention, cached, kv, memory - weights)
+        gains.append(1 / (1 - fp8_flops(model, history, candidates, rows) / total / 2))
+        _add_row(table, [history, candidates], total, attention, every, cached, kv, memory - weights)
     console.print(table)
     _print_units(console, "request", memory)
     if in_fp8:
@@ -313,14 +353,15 @@ def _generating(console: Console, spec: RunSpec, catalogue: Catalogue, precision
     counts = generator_parameters(model, sizes)
     weights = sum(counts.values()) * BYTES[precision]
     _print_parameters(console, model.name, counts, weights, precision, catalogue.num_items)
-    heads, dims = model.heads, _head_dims(model)
+    rows = last_layer(spec, "generate") or LastLayer.EVERY
     table = _table("items", "tokens", "beams", *COLUMNS)
     for history in _histories(min(spec.workload.max_history, model.max_positions // levels)):
         tokens = prompt_tokens(model, history, levels)
-        total, cached = (search_flops(model, history, sizes, width, done) for done in (0, tokens))
-        attention = model.layers * attention_flops(_search_pairs(tokens, _beams(sizes, width)), heads, *dims)
+        total, cached = (search_flops(model, history, sizes, width, done, rows) for done in (0, tokens))
+        every = search_flops(model, history, sizes, width)
+        attention = search_attention(model, history, sizes, width, rows)
         kv = kv_bytes(model, tokens, precision)
-        _add_row(table, [history, tokens, width], total, attention, cached, kv, memory - weights)
+        _add_row(table, [history, tokens, width], total, attention, every, cached, kv, memory - weights)
     console.print(table)
     _print_units(console, "search", memory)
 
@@ -336,19 +377,27 @@ def _print_parameters(
 
 
 def _table(*headings: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
 def _add_row(
-    table: Table, sizes: Sequence[int], total: float, attention: float, cached: float, kv: int, free: float
+    table: Table,
+    sizes: Sequence[int],
+    total: float,
+    attention: float,
+    every: float,
+    cached: float,
+    kv: int,
+    free: float,
 ) -> None:
     table.add_row(
         *map(str, sizes),
         f"{total / 1e9:,.3f}",
         f"{attention / total:.0%}",
+        f"{every / 1e9:,.3f}",
         f"{cached / 1e9:,.3f}",
         f"{kv / 2**20:,.2f}",
         f"{max(int(free // kv), 0):,}",
@@ -357,7 +406,8 @@ def _add_row(
 
 def _print_units(console: Console, unit: str, memory: float) -> None:
     console.print(
-        f"GFLOP: operations of one {unit}, exact mask, no padding. all cached: with the whole history in the KV cache. "
+        f"GFLOP: operations of one {unit} in this engine, exact mask, no padding. all rows: those of a full model, "
+        "which computes every row of the last layer. all cached: with the whole history in the KV cache. "
         f"users per card: whole KV caches and the weights in {memory / 2**30:g} GiB.",
         style="dim",
         soft_wrap=True,

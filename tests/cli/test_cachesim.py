@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 
@@ -46,6 +46,7 @@ from grengines.cache.states import UserStates
 from grengines.hstu import cached
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine
+from grengines.last_layer import LastLayer
 from grengines.models.hstu.config import HSTUConfig
 from grkernels.choice import requested
 
@@ -114,6 +115,7 @@ def test_a_simulation_is_the_naive_one(
     name: str, context: int, requests: list[tuple[int, int, int]], capacity: int
 ) -> None:
     model = HSTUConfig(contextual_seq_len=context)
+    work = partial(flops, model, rows=LastLayer.READ)
     trace = columns([(user, length) for user, length, _ in requests], [start for *_, start in requests])
     costs = Costs.of(model, 16, 8, 40)
     policy = policies.make(name)
@@ -130,8 +132,8 @@ def test_a_simulation_is_the_naive_one(
         if valid:
             naive.hits += 1
             naive.tokens += before[1]
-            naive.flops += flops(model, before[1], 8) - flops(model, before[1], 8, context + before[1])
-        cost = flops(model, length, 0) - flops(model, length, 0, context + length)
+            naive.flops += work(before[1], 8) - work(before[1], 8, context + before[1])
+        cost = work(length, 0) - work(length, 0, context + length)
         if pages(length) > capacity or not (valid or policy.admit(user, pages(length), cost, now)):
             naive.refused += 1
             policy.remove(user)

@@ -14,9 +14,10 @@ from helpers.command import Grbench
 from grbench.config.compose import compose_spec
 from grbench.execution.records import RunRecord, Status
 from grbench.tools import doctor
-from grbench.tools.sizing import flops, fp8_flops, kv_bytes, parameters, ranking_attention, weight_bytes
+from grbench.tools.sizing import flops, fp8_flops, kv_bytes, last_layer, parameters, ranking_attention, weight_bytes
 from grengines import registry as engines
 from grengines.api import Catalogue
+from grengines.last_layer import LastLayer
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.fp8 import use_fp8
 from grengines.models.hstu.model import build_model
@@ -118,6 +119,48 @@ def test_flops_of_a_case_counted_by_hand() -> None:
     model.interaction = True  # of each candidate 6 products of 8 numbers, and 6 more inputs of 5 hidden units
     assert flops(model, 4, 2, cached=4) == 3 * layer + head + 2 * 2 * (6 * 8 + 6 * 5)
     assert kv_bytes(model, 4, "bf16") == 3 * 4 * 2 * (4 + 6) * 2
+
+
+def test_flops_follow_the_rows_that_an_engine_computes_in_the_last_layer() -> None:
+    model = HSTUConfig(layers=3, embedding_dim=8, heads=2, qk_dim=4, v_dim=6, head_dim=5, tasks=["a", "b"])
+    head, width, output = 2 * 8 * 5 + 2 * 5 * 2, 2 * (4 + 6), 3 * 2 * 6  # head: of one candidate
+
+    def layer(tokens: int, rows: int, pairs: int) -> int:
+        return 2 * 8 * (tokens * width + rows * (width + output)) + 2 * pairs * width
+
+    # 4 events and 2 candidates: rows see 1, 2, 3, 4 and twice 5 columns.
+    every, some = layer(6, 6, 20), layer(6, 2, 10)
+    assert flops(model, 4, 2, rows=LastLayer.EVERY) == 3 * every + 2 * head
+    for rows in (LastLayer.READ, LastLayer.HALF):
+        assert flops(model, 4, 2, rows=rows) == 2 * every + some + 2 * head
+        assert ranking_attention(model, 4, 2, rows) == (2 * 20 + 10) * 2 * width
+    # 1 event and 2 candidates: engine=hstu saves no launches for a third of the rows.
+    every, some = layer(3, 3, 5), layer(3, 2, 4)
+    assert flops(model, 1, 2, rows=LastLayer.READ) == 2 * every + some + 2 * head
+    assert flops(model, 1, 2) == flops(model, 1, 2, rows=LastLayer.EVERY) == 3 * every + 2 * head
+    # Cached, a visit with few new events is mostly candidates.
+    assert flops(model, 4, 2, cached=3) == flops(model, 4, 2, cached=3, rows=LastLayer.EVERY)
+    assert flops(model, 4, 2, cached=3, rows=LastLayer.READ) < flops(model, 4, 2, cached=3)
+    assert fp8_flops(model, 4, 2, LastLayer.EVERY) == 3 * layer(6, 6, 0) + 2 * 2 * 8 * 5
+
+
+@pytest.mark.parametrize(
+    ("words", "task", "rows"),
+    [
+        ("engine=hstu", "rank", LastLayer.HALF),
+        ("engine=hstu engine.candidate_microbatch=8", "rank", LastLayer.READ),
+        ("engine=hstu task=generate", "generate", LastLayer.EVERY),
+        ("engine=aoti", "rank", LastLayer.READ),
+        ("engine=onnxruntime", "rank", LastLayer.READ),
+        ("engine=vllm", "generate", LastLayer.EVERY),
+        ("engine=hf", "generate", LastLayer.EVERY),
+        ("engine=remote", "rank", None),
+        ("engine=pipeline engine@engine.rank=aoti", "rank", LastLayer.READ),
+        ("engine=pipeline engine@engine.rank=aoti", "generate", LastLayer.EVERY),
+    ],
+)
+def test_every_engine_says_what_its_last_layer_computes(words: str, task: str, rows: LastLayer | None) -> None:
+    assert last_layer(compose_spec(words.split())[0], task) is rows
 
 
 def test_sizing_prints_and_refuses(grbench_here: Grbench) -> None:

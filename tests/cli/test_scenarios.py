@@ -37,6 +37,7 @@ from grbench.scenarios.direct import schedule
 from grbench.workloads.trace import Requests
 from grengines import registry
 from grengines.api import Engine, Finished, RankResult, Request
+from grengines.last_layer import WHOLE
 
 SCENARIOS = [
     OfflineConfig("offline", max_batch=16, queries=300),
@@ -461,6 +462,20 @@ def test_a_batch_behind_another_begins_only_when_it_is_full() -> None:
     batcher.close()
     assert sizes[:3] == [1, 4, 1]
     assert sum(sizes) == 10
+
+
+def test_batches_that_computed_every_row_of_the_last_layer_are_known() -> None:
+    def answer(requests: Sequence[Request]) -> RankResult:
+        result = SleepyEngine(0.0).rank(requests)
+        result.details = {WHOLE: 1.0} if len(requests) == 1 else {}
+        return result
+
+    batcher = Batcher(answer, 2, 0.0, lambda tickets: None)
+    batcher.submit(Ticket(request, time.perf_counter()) for request in make_requests(5))
+    batcher.close()
+    assert batcher.whole == {2} and batcher.details == {WHOLE: 1.0}  # batches of 2, 2 and 1
+    batcher.take_rows()
+    assert not batcher.whole  # a server goes on for long
 
 
 def test_one_of_two_batches_fails() -> None:

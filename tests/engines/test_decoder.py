@@ -18,6 +18,7 @@ from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
 from grbench.tools import sizing
 from grengines.api import Request, Retrieval, UnavailableError
+from grengines.last_layer import LastLayer
 from grengines.models.decoder import model as decoder_model
 from grengines.models.decoder import reference as reference_module
 from grengines.models.decoder import weights
@@ -305,3 +306,7 @@ def test_flops_of_a_search_are_counted_one_by_one(model: DecoderConfig | HSTUCon
         scored = (4, 5, 6) if isinstance(model, HSTUConfig) or model.vocabulary is None else (90, 90, 90)
         expected += 2 * model.embedding_dim * sum(n * m for n, m in zip((1, first, second), scored, strict=True))
         assert sizing.search_flops(model, history, SIZES, width, cached) == expected
+        if isinstance(model, HSTUConfig) and cached < prompt:  # keys and values of all tokens; else the last one's
+            unread, keys = rows[: prompt - cached - 1], 24 * model.heads * (model.qk_dim + model.v_dim)
+            expected -= sum(each * n + sum(2 * a * b for a, b in matrices) // 2 - 2 * keys for n in unread)
+        assert sizing.search_flops(model, history, SIZES, width, cached, LastLayer.READ) == expected

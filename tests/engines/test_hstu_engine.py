@@ -19,6 +19,7 @@ from grengines.api import Catalogue, Engine, RankResult, Request, Setup, Unavail
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.hstu.config import HSTUEngineConfig
 from grengines.hstu.engine import HSTUEngine
+from grengines.last_layer import WHOLE
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import build_model
 from grengines.models.hstu.reference import RankingReference, zero_attention
@@ -77,6 +78,15 @@ def test_answers_equal_the_second_implementation_and_the_reference() -> None:
     assert result.tokens == result.padded_tokens == sum(len(r.history_items) + 6 for r in requests)
     assert min(result.batch_ms, result.compute_ms) > 0 and result.transfer_ms >= 0
     assert result.details == {}
+
+
+def test_a_batch_of_candidates_says_that_its_last_layer_computed_every_row() -> None:
+    long, short = (make_requests(np.random.default_rng(0), CATALOGUE, [n, n], [6, 6]) for n in (6, 5))
+    with engine(long) as e:
+        assert e.rank(long).details == {} and e.rank(short).details == {WHOLE: 1.0}
+        assert e.rank([long[0], short[0]]).details == {WHOLE: 1.0}  # 12 of 23 rows
+    with engine(long, candidate_microbatch=4) as e:  # the history comes first, and nothing of its last layer is read
+        assert e.rank(short).details == {}
 
 
 @pytest.mark.parametrize("microbatch", [1, 4, 100])

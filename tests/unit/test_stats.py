@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -16,7 +17,9 @@ from scipy.stats import binom
 from grbench.config.compose import compose_spec
 from grbench.execution import measure, stats
 from grbench.scenarios import Measurement
+from grbench.tools import sizing
 from grengines.api import Request
+from grengines.last_layer import LastLayer
 
 latencies = st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=60)
 
@@ -315,14 +318,15 @@ def measured(details: dict[str, float]) -> dict[str, float]:
     return summarised(details).metrics
 
 
-def summarised(details: dict[str, float], *words: str) -> stats.Summary:
-    """Summary of four requests with 10 history events each, one per batch."""
+def summarised(details: dict[str, float], *words: str, whole: Sequence[int] = ()) -> stats.Summary:
+    """Summary of four requests with 10 history events each, one per batch. whole: as of Measurement."""
     spec, _ = compose_spec(["engine=hstu", *words])
     events, request_ids = np.arange(10), np.arange(4)
     requests = [Request(i, 0, events, events, events, events, 0, events[:2], 10, 0.0, 80.0) for i in range(4)]
     times = dict.fromkeys((*measure.PARTS, "latency_ms"), np.full(4, 2.0))
     samples = {"request_id": request_ids, "arrival_s": request_ids / 1e3, "batch_index": request_ids, **times}
-    return measure.summarise(Measurement(samples, 40, 40, details, busy_s=0.008, batch_mean=1.0), spec, requests)
+    raw = Measurement(samples, 40, 40, details, busy_s=0.008, batch_mean=1.0, whole=list(whole))
+    return measure.summarise(raw, spec, requests)
 
 
 def test_cache_metrics_are_shares_of_lookups_and_of_events() -> None:
@@ -362,6 +366,23 @@ def test_cache_metrics_are_shares_of_lookups_and_of_events() -> None:
     metrics = measured({})
     assert metrics["model_tflops"] > 0
     assert not any(name.startswith("cache/") for name in metrics)
+
+
+def test_the_rate_counts_what_the_engine_did_and_what_a_full_model_does() -> None:
+    """Four requests of 10 events and 2 candidates in 8 ms, each in a batch of its own."""
+    model, busy = compose_spec(["engine=hstu"])[0].ranking_model, 0.008 * 1e12
+    cut, every = (sizing.flops(model, 10, 2, rows=rows) / busy for rows in (LastLayer.READ, LastLayer.EVERY))
+    assert cut < every
+    for whole, done in (([], 4 * cut), ([1, 3], 2 * cut + 2 * every), ([0, 1, 2, 3], 4 * every)):
+        metrics = summarised({}, whole=whole).metrics
+        assert metrics["model_tflops"] == pytest.approx(done)
+        assert metrics["full_model_tflops"] == pytest.approx(4 * every)
+    compiled = summarised({}, "engine=onnxruntime").metrics
+    assert compiled["model_tflops"] == pytest.approx(4 * cut)
+    stand_in = summarised({}, "engine=aoti", "engine.fallback=[hstu]", whole=[2]).metrics  # it answered one
+    assert stand_in["model_tflops"] == pytest.approx(3 * cut + every)
+    distant = summarised({}, "engine=remote", "task=rank").metrics  # only the server knows what it computes
+    assert "model_tflops" not in distant and distant["full_model_tflops"] == pytest.approx(4 * every)
 
 
 def test_a_record_says_that_the_cache_failed() -> None:

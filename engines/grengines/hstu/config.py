@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.last_layer import LastLayer
 from grengines.models.hstu.config import HSTUConfig
 from grengines.options import TENSOR_PARALLEL, BucketOptions, option
 from grengines.refusals import Asked, attention_of_ranking, graphs_on_cpu, heads_over_ranks
@@ -73,6 +74,13 @@ def contradiction(options: HSTUEngineConfig, asked: Asked) -> str | None:
             "set cache.item_memory_gb=0"
         )
     return None
+
+
+def last_layer(options: HSTUEngineConfig, task: str) -> LastLayer:
+    """Return the rows that the last layer computes. In slices the history has none, and all other rows are read."""
+    if task == "generate":
+        return LastLayer.EVERY
+    return LastLayer.READ if options.candidate_microbatch else LastLayer.HALF
 
 
 def graphs_asked(options: HSTUEngineConfig) -> str:

@@ -20,6 +20,7 @@ from grengines.export.identity import kv_hash
 from grengines.hstu.cached import CachedRanking
 from grengines.hstu.config import HSTUEngineConfig, graphs_asked
 from grengines.hstu.passes import follow_ranking, whole
+from grengines.last_layer import WHOLE, LastLayer
 from grengines.models.hstu.fp8 import use_fp8
 from grengines.models.hstu.model import HSTURanker, build_model
 from grengines.models.hstu.shard import shard
@@ -228,6 +229,9 @@ class HSTUEngine(RankingEngine):
             with self.team.call("whole", hosts) as batches:
                 slot.marks.add()
                 logits = whole(ranker, batches)
+        first = hosts[0]  # all further ones have candidates alone
+        if not LastLayer.HALF.skips(first.padded_tokens, first.sizes["candidate_rows"]):
+            details[WHOLE] = 1.0
         return collect(logits, hosts, slot.marks, batch_ms, details | self._graphs.counts(bucket), slot)
 
     def reset_cache(self, keep: Tier = Tier.NONE) -> None:

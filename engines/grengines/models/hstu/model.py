@@ -24,6 +24,7 @@ from grengines.api import Catalogue
 from grengines.cache.host import Onload
 from grengines.cache.places import PagedBatch
 from grengines.cache.pool import PagePool
+from grengines.last_layer import LastLayer
 from grengines.models.hstu.config import HSTUConfig, not_read
 from grengines.models.hstu.head import Clock, FinalNorm, ItemMLP, activation
 from grengines.models.hstu.weights import load_weights
@@ -337,7 +338,7 @@ class HSTURanker(nn.Module):
 
         There the gathers and the separate products would cost more than the few rows that they save.
         """
-        worthwhile = 2 * batch.candidate_rows.shape[0] <= batch.token_rows.shape[0]
+        worthwhile = LastLayer.HALF.skips(batch.token_rows.shape[0], batch.candidate_rows.shape[0])
         return len(self.layers) - 1 if self.prunes_last_layer and worthwhile else -1
 
     def _project(self, layer: HSTULayer, x: Tensor, batch: JaggedBatch, pruned: bool) -> tuple[Tensor, ...]:
