@@ -22,6 +22,7 @@ from grbench.config.arguments import CommandError
 from grbench.serve.options import ServeConfig
 from grengines.remote.client import USER_HEADER
 
+OWNER_HEADER = "x-grbench-owner"  # says whose the user of a call is, see `_routes`
 WEIGHT = 16  # of each replica: with the 16 points on the ring of weight 1 some have far more users than others
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 INSTALL = "apt-get install haproxy, or conda install -c conda-forge haproxy"
@@ -62,14 +63,46 @@ def configuration(config: ServeConfig, replicas: Sequence[Address], certificate:
         bind=f"{config.host}:{config.port}{tls}",
         stats=f"127.0.0.1:{config.stats_port}",
         header=USER_HEADER,
+        owner=OWNER_HEADER,
         connections=config.max_queue + 256,
         drain_s=max(int(config.drain_s), 1),
+        routes=_routes("replicas", replicas),
         servers="\n".join(servers),
         any_servers="\n".join(any_servers),
         grpc_bind=grpc_bind,
+        grpc_routes=_routes("grpc_replicas", replicas) if grpc_servers else "",
         grpc_servers="\n".join(grpc_servers),
         any_grpc_servers="\n".join(any_grpc_servers),
     )
+
+
+def _routes(backend: str, replicas: Sequence[Address]) -> str:
+    """Return the rules by which a backend says to a replica whose the user of a call is.
+
+    OWNER_HEADER has the number of the replica that the user's calls go to, 0 if it is not known, and then " full" if
+    that replica is up and has all the calls that `hash-balance-factor` leaves it. HAProxy does not say that it passed a
+    call on, so this is computed as it does (rounded down: it gives some replicas one call more). A replica that
+    answers becomes the user's, unless the user's own was full: then the call was passed on, and the next may go back.
+    """
+    calls = {r.number: f"srv_conn({backend}/{r.name})" for r in replicas}
+    full = [
+        f"set-var(txn.full) bool(true) if {{ sc0_get_gpt0 eq {r.number} }} {{ srv_is_up({backend}/{r.name}) }} "
+        f"{{ {calls[r.number]} ge 1 }} {{ {calls[r.number]},sub(txn.most) ge 0 }}"
+        for r in replicas
+    ]
+    rules = [
+        f"track-sc0 req.hdr({USER_HEADER}) table replicas",
+        f"set-var(txn.up) nbsrv({backend})",
+        "set-var(txn.calls) int(1)",  # this one
+        *(f"set-var(txn.calls) {of_one},add(txn.calls)" for of_one in calls.values()),
+        "set-var(txn.most) var(txn.calls),mul(125),add(99),div(100),div(txn.up)",
+        *full,
+        f"set-header {OWNER_HEADER} %[sc0_get_gpt0]",
+        f'set-header {OWNER_HEADER} "%[sc0_get_gpt0] full" if {{ var(txn.full) -m bool }}',
+    ]
+    lines = [*(f"http-request {rule}" for rule in rules),
+             "http-response sc-set-gpt0(0) srv_id unless { var(txn.full) -m bool }"]  # fmt: skip
+    return "\n".join(f"    {line}" for line in lines)
 
 
 class Proxy:

@@ -27,12 +27,12 @@ from grbench.serve import describe
 from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
 from grbench.serve.errors import RefusedError
 from grbench.serve.exchange import ClientLeftError, Endpoint, HttpRequest, HttpResponse, Target
+from grbench.serve.haproxy import OWNER_HEADER
 from grbench.serve.keys import client_of
 from grbench.serve.protocol import HEADER_LENGTH, Call, json_length, parse_call, render, shown
 from grbench.serve.service import Service
 
 INLINE = 100_000  # bytes of JSON that the event loop reads itself; more would hold other calls up
-LAST_REPLICA = "x-grbench-last"  # HAProxy's header: number of the replica that had the user's last call
 LEFT = 499  # status in the metrics of a call whose client has left
 JSON = {"content-type": "application/json"}
 
@@ -182,8 +182,8 @@ class Api:
         parameters: dict[str, Any] = {}
         status, strategy, error = 500, "", ""
         service.metrics.in_flight.inc()
-        if last := asked.headers.get(LAST_REPLICA):
-            service.metrics.route(service.config.replica, last)
+        if owner := asked.headers.get(OWNER_HEADER):
+            service.metrics.route(service.config.replica, owner)
         try:
             call = await self._call(asked)
             model, version = _names(asked)

@@ -88,7 +88,7 @@ class Metrics:
         )
         self.gate_seconds = Counter("grbench_gate_seconds", "Time in which the reference answered samples again", **own)
         self.routes = Counter(
-            "grbench_route", "Calls of a user by where the user's last call went: new, same or moved",
+            "grbench_route", "Calls of a user by why they are here: new, owner, spill or moved",
             ["replica", "reason"], **own,
         )  # fmt: skip
         self.appends = Counter("grbench_appends", "Calls that append events, by status", ["status"], **own)
@@ -128,9 +128,10 @@ class Metrics:
             self._triton["inference_request_duration_us"] += took_s * 1e6
             self._triton["inference_compute_output_duration_us"] += post_s * 1e6
 
-    def route(self, replica: int, last: str) -> None:
-        """Count a call of a user. last: number of the replica that had the user's last call; 0: there was none."""
-        reason = "new" if last == "0" else "same" if last == str(replica) else "moved"
+    def route(self, replica: int, owner: str) -> None:
+        """Count a call of a user. owner: the header of `grbench.serve.haproxy` about the user's replica."""
+        number, _, full = owner.partition(" ")
+        reason = "new" if number == "0" else "owner" if number == str(replica) else "spill" if full else "moved"
         self.routes.labels(str(replica), reason).inc()
 
     def hit(self, tier: str) -> None:

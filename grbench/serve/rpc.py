@@ -24,6 +24,7 @@ from grbench.serve import describe
 from grbench.serve.connections import BEYOND_QUEUE
 from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
 from grbench.serve.errors import RefusedError, invalid
+from grbench.serve.haproxy import OWNER_HEADER
 from grbench.serve.keys import client_of
 from grbench.serve.options import bound
 from grbench.serve.protocol import (
@@ -179,6 +180,8 @@ class Rpc:
         status, strategy, computed = 500, "", begun
         facts: dict[str, Any] = {}
         service.metrics.in_flight.inc()
+        if owner := _metadata(context).get(OWNER_HEADER):
+            service.metrics.route(service.config.replica, owner)
         try:
             parameters = {name: _value(value) for name, value in request.parameters.items()}
             for part in (*request.inputs, *request.outputs):

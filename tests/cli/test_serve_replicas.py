@@ -27,12 +27,12 @@ import tritonclient.grpc as triton
 import yaml
 from helpers.command import Grbench
 from helpers.properties import PROFILE
-from helpers.serving import TINY, certificate, serving, tiny_trace, wait_until
+from helpers.serving import TINY, Serving, certificate, serving, tensors_of, tiny_trace, wait_until
 from tritonclient.utils import InferenceServerException
 
 from grbench.config.arguments import CommandError
 from grbench.serve import replicas
-from grbench.serve.haproxy import Address, Proxy, configuration
+from grbench.serve.haproxy import OWNER_HEADER, Address, Proxy, configuration
 from grbench.serve.options import ServeConfig, parse
 from grbench.serve.replicas import Replica, words_of
 from grengines.remote.client import Client
@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[2]
 needs_haproxy = pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
 WORDS = [*TINY, "engine=hstu"]
 USERS = 200
+BUFFER = 131072  # bytes of a call that HAProxy takes before it chooses a replica
 
 
 def free_ports(count: int) -> list[int]:
@@ -50,7 +51,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class _Named(http.server.BaseHTTPRequestHandler):
-    """Answers with its port and the replica that had the user before."""
+    """Answers with its port and what HAProxy says about the user's replica."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its headers
@@ -64,7 +65,7 @@ class _Named(http.server.BaseHTTPRequestHandler):
         if self.path == "/held":
             self.held.put(self.server.server_address[1])
             self.server.released.wait(20)  # type: ignore[attr-defined]
-        self._answer(f"{self.server.server_address[1]} {self.headers['x-grbench-last']}".encode())
+        self._answer(f"{self.server.server_address[1]} {self.headers[OWNER_HEADER]}".encode())
 
     def _answer(self, body: bytes) -> None:
         with contextlib.suppress(ConnectionError):  # a health check does not wait for it
@@ -121,8 +122,21 @@ def up(config: ServeConfig) -> int:
     )
 
 
+def in_flight(config: ServeConfig, backend: str) -> int:
+    """Return the calls that the servers of a backend have, by HAProxy's metrics."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{config.stats_port}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    name = f'haproxy_server_current_sessions{{proxy="{backend}",'
+    return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))
+
+
+def routed(reason: str, *servers: Serving) -> int:
+    """Return the calls that servers count for this reason."""
+    return int(sum(server.metric("grbench_route_total", reason=reason) for server in servers))
+
+
 def placed(port: int) -> dict[int, tuple[str, str]]:
-    """Return for each user the server that answers, and the number of the one before."""
+    """Return for each user the server that answers, and the number of the user's replica."""
     connection, found = http.client.HTTPConnection("127.0.0.1", port, timeout=20), {}
     for user in range(USERS):
         connection.request("POST", "/", b"x", {"x-user-id": str(user)})
@@ -159,8 +173,10 @@ def test_a_call_without_a_user_goes_to_the_replica_with_the_fewest_calls(tmp_pat
 
         post("/held")
         busy = _Named.held.get(timeout=20)
-        servers = {int(post("/").getresponse().read().split()[0]) for _ in range(6)}
-        assert servers == {address.port for address in named[:2]} - {busy}
+        for _ in range(6):
+            found = int(post("/").getresponse().read().split()[0])
+            assert found in {address.port for address in named[:2]} - {busy}
+            wait_until(lambda: in_flight(config, "any_replica") == 1)  # HAProxy has ended the call too
 
 
 @needs_haproxy
@@ -182,26 +198,56 @@ def test_users_of_a_lost_replica_are_answered_and_come_back(tmp_path: Path) -> N
         over_grpc = triton.InferenceServerClient(f"127.0.0.1:{config.grpc_port}")
         wait_until(lambda: _is_ready(over_grpc))
         users = {r.user_id for r in requests}
-        assert first.metric("grbench_route_total", replica="1", reason="new") + second.metric(
-            "grbench_route_total", replica="2", reason="new"
-        ) == len(users)
+        assert routed("new", first, second) == len(users)
         answers()
-        assert (
-            first.metric("grbench_route_total", reason="moved")
-            == second.metric("grbench_route_total", reason="moved")
-            == 0
-        )
-        assert first.metric("grbench_route_total", reason="same") and second.metric(
-            "grbench_route_total", reason="same"
-        )
+        assert routed("moved", first, second) == routed("spill", first, second) == 0
+        assert routed("owner", first) and routed("owner", second)
+        before = routed("owner", first, second)
+        _rank_by_grpc(over_grpc, requests[0])
+        assert routed("owner", first, second) == before + 1  # a user's replica is the same by HTTP and gRPC
+        over_grpc.close()
         lost.close()  # while HAProxy still holds connections to it
         for found, known in zip(answers(), expected, strict=True):
             np.testing.assert_allclose(found, known, rtol=1e-5, atol=1e-6)
-        assert first.metric("grbench_route_total", reason="moved") > 0
+        assert routed("moved", first) > 0
         second = stack.enter_context(serving(*WORDS, "serve.replica=2", port=second.port))
         wait_until(lambda: up(config) == 2)
         answers()
-        assert second.metric("grbench_route_total", reason="moved") > 0  # its users are back
+        assert routed("moved", second) > 0  # its users are back
+
+
+@needs_haproxy
+def test_a_replica_with_its_share_of_the_calls_passes_the_rest_on(tmp_path: Path) -> None:
+    """Calls of one user whose bodies do not end keep the user's replica busy."""
+    _, trace = tiny_trace()
+    request = trace.requests[0]
+    with contextlib.ExitStack() as stack:
+        words = [*WORDS, "serve.grpc_port=null", "serve.body_timeout_s=60"]
+        servers = [stack.enter_context(serving(*words, f"serve.replica={i}")) for i in (1, 2)]
+        addresses = [Address(i, "127.0.0.1", s.port, None) for i, s in enumerate(servers, 1)]
+        _, config = stack.enter_context(proxied(tmp_path, addresses))
+        client = Client(f"http://127.0.0.1:{config.port}")
+        client.rank([request])
+        [own] = [s for s in servers if routed("new", s)]
+        [other] = [s for s in servers if s is not own]
+        held = contextlib.ExitStack()
+        for count in (1, 2, 3):  # of three calls at least two go to the user's replica
+            connection = socket.create_connection(("127.0.0.1", config.port))
+            held.callback(connection.close)
+            size = 2 * BUFFER
+            head = f"POST /v2/models/hstu_tiny/infer HTTP/1.1\r\nhost: localhost\r\nx-user-id: {request.user_id}\r\n"
+            connection.sendall(f"{head}content-length: {size}\r\n\r\n".encode() + b" " * (size - 1))
+            wait_until(lambda count=count: in_flight(config, "replicas") == count)
+        counted = {reason: routed(reason, *servers) for reason in ("owner", "spill", "moved")}
+        expected = client.rank([request]).scores[0]
+        changed = {reason: routed(reason, *servers) - before for reason, before in counted.items()}
+        assert routed("spill", other) >= 1 and not routed("spill", own) and changed["moved"] == 0
+        assert changed["owner"] + changed["spill"] == 1
+        held.close()
+        wait_until(lambda: in_flight(config, "replicas") == 0)
+        before = routed("owner", own)
+        np.testing.assert_allclose(client.rank([request]).scores[0], expected, rtol=1e-5, atol=1e-6)
+        assert routed("owner", own) == before + 1 and routed("moved", *servers) == 0  # the user has stayed its own
 
 
 def test_a_replica_has_ports_of_its_own() -> None:
@@ -434,6 +480,14 @@ def _is_ready(client: triton.InferenceServerClient) -> bool:
         return bool(client.is_server_ready())
     except InferenceServerException:  # HAProxy does not know a healthy replica yet
         return False
+
+
+def _rank_by_grpc(client: triton.InferenceServerClient, request: Any) -> None:
+    inputs = []
+    for name, tensor in tensors_of([request]).items():
+        inputs.append(triton.InferInput(name, list(tensor.shape), "FP32" if tensor.dtype == np.float32 else "INT64"))
+        inputs[-1].set_data_from_numpy(tensor)
+    client.infer("hstu_tiny", inputs, headers={"x-user-id": str(request.user_id)})
 
 
 def _listens_at(port: int) -> int:
