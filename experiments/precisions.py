@@ -18,6 +18,7 @@ import common
 
 from grbench import workloads
 from grbench.gate import quality
+from grbench.gate.rank import coarsest
 from grengines.export import exporter
 from grengines.runtime.batch import Encoding
 from grengines.tensorrt import sample as samples
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows.fail(e, case=case)
                 continue
             actual = engine.actual()
-            found = quality.measure(spec, trace, engine, actual["precision"], actual["device"])
+            found = quality.measure(spec, trace, engine, coarsest(actual), actual["device"])
             engine.close()
             assert found is not None  # the model has weights and the workload has labels
             beside, _ = found

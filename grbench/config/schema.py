@@ -79,7 +79,8 @@ class GateConfig:
     )  # fmt: skip
     allow_loss: list[str] = option(
         [],
-        "precisions, of the engine or of the KV cache's pages, that may lose more than 0.1% of either",
+        "precisions, of the engine, its attention or the KV cache's pages, that may lose more than 0.1% of AUC or "
+        "normalised entropy, and whose HR@10 may be outside the 95% interval of fp32's",
         choices=["fp16", "bf16", "int8", "fp8"],
     )
 

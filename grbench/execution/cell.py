@@ -26,6 +26,7 @@ from grbench.gate import gate_for, quality
 from grbench.gate.accuracy import DataSet
 from grbench.gate.base import Gate
 from grbench.gate.measured import MeasuredAnswers
+from grbench.gate.rank import coarsest
 from grbench.scenarios import Measurement
 from grbench.scenarios.config import is_accuracy, issued
 from grbench.scenarios.growth import HopelessError
@@ -183,15 +184,19 @@ class Cell:
                 self.outcome.gate["error_from_storage"] = gate.check(engine, max_batch).error
 
     def _check_quality(self, engine: Engine, trace: Trace, retrieval: Retrieval | None) -> None:
-        """Compute the quality of trained weights. Of a ranker, a precision that loses too much ends the cell."""
+        """Compute the quality of trained weights. A precision that loses too much ends the cell."""
         actual = self.outcome.actual
-        if self.spec.task != "rank":
-            self._quality = quality.measure_lists(self.spec, trace, engine, retrieval, actual)
-        elif found := quality.measure(self.spec, trace, cast(Ranker, engine), actual["precision"], actual["device"]):
-            beside, self._quality = found
-            if beside is not None:
-                self.outcome.gate["quality"] = beside.to_dict()
-                beside.check(self.spec.gate.allow_loss)
+        found: tuple[quality.Quality | quality.ListQuality | None, quality.QualityFigures] | None
+        if self.spec.task == "rank":
+            found = quality.measure(self.spec, trace, cast(Ranker, engine), coarsest(actual), actual["device"])
+        else:
+            found = quality.measure_lists(self.spec, trace, engine, retrieval, actual)
+        if found is None:
+            return
+        beside, self._quality = found
+        if beside is not None:
+            self.outcome.gate["quality" if self.spec.task == "rank" else "lists"] = beside.to_dict()
+            beside.check(self.spec.gate.allow_loss)
 
     def _make(self, requests: Sequence[Request]) -> None:
         """Make the requests that will be issued, so that none is made while latencies are taken."""

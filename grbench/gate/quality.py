@@ -1,8 +1,9 @@
-"""The gate of ranking quality: a precision may cost little AUC and normalised entropy on labelled requests.
+"""The gate of quality: a precision may cost little of what trained weights are worth.
 
 A small error of the scores may still change the order that users see. The engine and the fp32 reference rank the last
 requests of the trace that were held out, if the workload labels the model's tasks and the weights are trained. Neither
-figure of any task may be worse by more than 0.1%, unless `gate.allow_loss` has the precision.
+AUC nor normalised entropy of any task may be worse by more than 0.1%. Of lists of items, HR@10 must be within the 95%
+interval of the reference's. `gate.allow_loss` names precisions that may lose more.
 
 grbench/quality/ has the labels, the metrics and their intervals.
 """
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grbench.config.schema import RunSpec
+from grbench.gate.rank import coarsest
 from grbench.quality.exact import in_fp32, is_exact, prepared
 from grbench.quality.held_out import HeldOut, doubt_of_lists
 from grbench.quality.lists import Lists
@@ -26,7 +28,6 @@ from grbench.quality.rankings import NONE_LATER, Rankings
 from grbench.workloads.config import DrawnConfig
 from grbench.workloads.trace import Trace
 from grengines.api import Engine, Float32Array, Ranker, Retrieval
-from grengines.cache.config import stored
 from grengines.numerics import IncorrectError
 
 MAX_LOSS = 1e-3  # share of the reference's AUC or normalised entropy
@@ -77,9 +78,48 @@ class Quality:
             task, figures = max(self.tasks.items(), key=lambda item: max(item[1].auc_loss, item[1].ne_loss))
             raise IncorrectError(
                 f"{self.precision} loses {figures.auc_loss:.2%} of AUC and {figures.ne_loss:.2%} of normalised entropy "
-                f"on task {task}, allowed is {MAX_LOSS:.1%}; use another precision or set "
-                f"'gate.allow_loss=[{self.precision}]'"
+                f"on task {task}, allowed is {MAX_LOSS:.1%}; {_advice(self.precision)}"
             )
+
+
+@dataclass
+class ListQuality:
+    """HR@10 of an engine's lists, and of the reference's with its 95% interval over users."""
+
+    precision: str
+    users: int
+    hr10: float
+    hr10_reference: float
+    hr10_interval: list[float]
+
+    @classmethod
+    def of(cls, found: Estimate, expected: Estimate, users: int, precision: str) -> ListQuality:
+        low, high = expected.interval
+        # Resamples of hits alone, or of none, are all alike. By the rule of three, 3 of n users may still differ.
+        spread = 3 / users if low == high else 0.0
+        return cls(precision, users, found.value, expected.value, [max(low - spread, 0.0), min(high + spread, 1.0)])
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check(self, allow_loss: Sequence[str]) -> None:
+        """Raise IncorrectError for an HR@10 outside the interval, unless `allow_loss` has the precision.
+
+        One above it is wrong as well: where the retriever orders items better than the ranker, a ranker whose scores
+        are all equal leaves its order.
+        """
+        low, high = self.hr10_interval
+        if not low <= self.hr10 <= high and self.precision not in allow_loss:
+            raise IncorrectError(
+                f"{self.precision} has an HR@10 of {self.hr10:.4f} over {self.users} users, allowed is {low:.4f} to "
+                f"{high:.4f}, the 95% interval of fp32's {self.hr10_reference:.4f}; {_advice(self.precision)}"
+            )
+
+
+def _advice(precision: str) -> str:
+    if precision == "fp32":  # which gate.allow_loss can't name
+        return "use other kernels or another engine"
+    return f"use another precision or set 'gate.allow_loss=[{precision}]'"
 
 
 def measure(
@@ -87,8 +127,9 @@ def measure(
 ) -> tuple[Quality | None, QualityFigures] | None:
     """Return the quality of the engine's scores beside the reference's, and the figures of the record.
 
-    The result is None without a ground truth: for random weights, without labels, or with gate.quality_requests=0.
-    If no request is later than the training, there is only a note that says so.
+    precision: the coarsest of the engine. The result is None without a ground truth: for random weights, without
+    labels, or with gate.quality_requests=0. If no request is later than the training, there is only a note that says
+    so.
     """
     model = spec.ranking_model
     if model.weights is None or not spec.gate.quality_requests:
@@ -104,7 +145,7 @@ def measure(
     losses = rankings.losses(found, expected)
     beside = {f"loss/{name}": loss for name, loss in losses.items()}
     figures = QualityFigures.of(rankings.estimates(found) | beside, rankings.baselines(), rankings.notes)
-    return compare(found, expected, rankings, stored(spec.cache) or precision, losses), figures
+    return compare(found, expected, rankings, precision, losses), figures
 
 
 def rankings_of(spec: RunSpec, trace: Trace) -> Rankings | None:
@@ -190,12 +231,13 @@ class QualityFigures:
 
 def measure_lists(
     spec: RunSpec, trace: Trace, engine: Engine, retrieval: Retrieval | None, actual: dict[str, Any]
-) -> QualityFigures | None:
-    """Return the quality of an engine's lists of items, leave one out over `gate.quality_requests` users.
+) -> tuple[ListQuality | None, QualityFigures] | None:
+    """Return HR@10 beside the reference's, and the figures of the record, leave one out over some users.
 
-    The lists are those of the run: of `retrieval.k` items, with the user's past and without it. The loss is against the
-    same model in fp32; a decoder has none. actual: what ran. The result is None without a ground truth: for random
-    weights or synthetic events. `grbench evaluate` asks about all users, for longer lists.
+    The lists are those of the run: of `retrieval.k` items, with the user's past and without it. The reference is the
+    same model in fp32; a decoder has none, and the reference itself is not compared. actual: what ran. The result is
+    None without a ground truth: for random weights or synthetic events. `grbench evaluate` asks about all users, for
+    longer lists.
     """
     trained = spec.retrieval is not None and spec.retrieval.weights is not None
     if spec.task == "recommend":
@@ -203,16 +245,19 @@ def measure_lists(
     if not trained or not spec.gate.quality_requests or isinstance(spec.workload, DrawnConfig):
         return None
     if spec.task == "recommend" and (why := doubt_of_lists(spec.ranking_model.weights)):
-        return QualityFigures({}, {}, [f"no quality: {why}"])
+        return None, QualityFigures({}, {}, [f"no quality: {why}"])
     lists = lists_of(spec, trace)
     answers = lists.ask(engine, spec.task, spec.scenario.max_batch)
+    found, beside = lists.estimates(answers), None
     expected = answers if is_exact(actual) else None
     if exact := in_fp32(spec, actual):
         with prepared(exact, trace.catalogue, retrieval, lists.requests) as reference:
             expected = lists.ask(reference, exact.task, exact.scenario.max_batch)
+        theirs = lists.estimates(expected)
+        beside = ListQuality.of(found["hr10"], theirs["hr10"], len(lists.users), coarsest(actual))
     losses = {} if expected is None else lists.losses(answers, expected)
-    beside = {f"loss/{name}": loss for name, loss in losses.items()}
-    return QualityFigures.of(lists.estimates(answers) | beside, lists.baselines(), lists.notes(answers))
+    found |= {f"loss/{name}": loss for name, loss in losses.items()}
+    return beside, QualityFigures.of(found, lists.baselines(), lists.notes(answers))
 
 
 def lists_of(spec: RunSpec, trace: Trace) -> Lists:

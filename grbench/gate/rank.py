@@ -163,6 +163,16 @@ def has_fp8_attention(actual: Mapping[str, Any]) -> bool:
     return actual.get("attention_precision") == "fp8"
 
 
+def coarsest(actual: Mapping[str, Any]) -> str:
+    """Return the precision that costs most: of the stages of an engine, its fallbacks, its pages and its attention."""
+    stages = [actual[name] for name in ("retrieve", "rank") if name in actual] or [actual]
+    found: list[str] = [stage["precision"] for stage in stages]
+    for stage in stages:
+        found += [*fallback_precisions(stage).values(), stored_precision(stage) or "fp32"]
+        found.append("fp8" if has_fp8_attention(stage) else "fp32")
+    return max(found, key=UNIT.__getitem__)
+
+
 def _error(scores: Float32Array, reference: Float32Array, typical: float) -> float:
     """Return the relative error of one answer. Scores near zero are measured by the typical size of a score."""
     size = max(float(np.linalg.norm(reference)), typical * reference.size**0.5)

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ from helpers.command import Grbench
 from helpers.mlflow_store import new_database
 from mlflow import MlflowClient
 
+from grbench.gate import quality
 from grbench.signals import Stopped
 from grbench.training import loop
 from grbench.training.rank import RankTask
+from grengines.hstu.engine import HSTUEngine
+from grkernels import fp8
 
 MODEL = ["model.layers=1", "model.embedding_dim=16", "model.heads=1", "model.qk_dim=16", "model.v_dim=16",
          "model.max_positions=48", "model.scaling_seqlen=48"]  # fmt: skip
@@ -165,18 +169,67 @@ def test_a_training_that_is_stopped_says_what_is_kept(
     assert done.returncode == 0 and "going on from" in done.stderr and "epoch 1:" not in done.stderr
 
 
-def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
-    grbench_here: Grbench, grbench_forked: Grbench, tmp_path: Path
-) -> None:
-    walks(tmp_path, items=60)
+def pipeline_of(grbench_here: Grbench, folder: Path) -> list[str]:
+    """Train both models of a pipeline in the folder. Return the words that run it."""
+    walks(folder, items=60)
     small = [*MODEL, *WORKLOAD, "workload.num_candidates=6", "model.tasks=[rated]", "retrieval.levels=1"]
     for task in ("generate", "rank"):
         words = [f"task={task}", "training.epochs=6", "training.batch=8", "training.rate=0.01", "held_out=60"]
         done = grbench_here("train", *small, *words, *QUIET, f"out={task}")
         assert done.returncode == 0, done.stderr
     trained = ["retrieval.weights=generate/weights.safetensors", "model.weights=rank/weights.safetensors"]
-    half = ["engine=pipeline", "engine@engine.retrieve=hstu", "engine.retrieve.precision=bf16", "kernel=torch"]
-    run = [*half, *small, *trained, "gate.quality_requests=40", "retrieval.beam_width=60"]
+    engines = ["engine=pipeline", "engine@engine.retrieve=hstu", "kernel=torch"]
+    return [*engines, *small, *trained, "gate.quality_requests=40", "retrieval.beam_width=60"]
+
+
+@pytest.mark.parametrize("wrong", ["", "zeros", "scales"])
+def test_lists_in_eight_bits_have_the_hit_rate_of_fp32(
+    grbench_here: Grbench, grbench_forked: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """A fault that begins behind the check of the scores is found by HR@10: the cell has no speed.
+
+    Scores that are all equal leave the order of the retriever, whose HR@10 is far above the ranker's here.
+    """
+    begun: list[bool] = []
+    measure, rank, product = quality.measure_lists, HSTUEngine.rank, fp8.product
+
+    def measured(*args: Any) -> Any:
+        begun.append(True)
+        return measure(*args)
+
+    def ranked(engine: HSTUEngine, requests: Any) -> Any:
+        result = rank(engine, requests)
+        if begun and wrong == "zeros" and engine._precision == "fp8":  # the reference is such an engine, too
+            result.scores[:] = [np.zeros_like(scores) for scores in result.scores]
+        return result
+
+    def multiplied(x: Any, weight: torch.Tensor, scales: torch.Tensor, bias: Any) -> torch.Tensor:
+        return product(x, weight, scales**3 if begun and wrong == "scales" else scales, bias)
+
+    monkeypatch.setattr(quality, "measure_lists", measured)
+    monkeypatch.setattr(HSTUEngine, "rank", ranked)
+    monkeypatch.setattr(fp8, "product", multiplied)
+    words = [*pipeline_of(grbench_here, tmp_path), "engine.rank.precision=fp8", "retrieval.k=60"]
+    done = grbench_forked(*words, *QUIET, "scenario=closed_loop", "scenario.queries=20")
+    [record] = [json.loads(file.read_text()) for file in (tmp_path / "outputs").rglob("record.json")]
+    lists = record["gate"]["lists"]
+    assert lists["precision"] == "fp8" and lists["users"] == 40
+    low, high = lists["hr10_interval"]
+    assert low < lists["hr10_reference"] <= high
+    assert (low <= lists["hr10"] <= high) is (not wrong), lists
+    if not wrong:
+        assert done.returncode == 0 and record["status"] == "OK", record["error"]
+        assert lists["hr10"] == record["metrics"]["quality/hr10"]
+        return
+    assert done.returncode == 1 and record["status"] == "INCORRECT"
+    assert "fp8 has an HR@10 of" in record["error"] and "gate.allow_loss=[fp8]" in record["error"]
+    assert "throughput_rps" not in record["metrics"]
+
+
+def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
+    grbench_here: Grbench, grbench_forked: Grbench, tmp_path: Path
+) -> None:
+    run = [*pipeline_of(grbench_here, tmp_path), "engine.retrieve.precision=bf16"]
     found = grbench_here("evaluate", *run)
     assert found.returncode == 0, found.stderr
     assert "| engine=pipeline" in found.stdout or "| pipeline |" in found.stdout

@@ -11,6 +11,7 @@ import pytest
 from sklearn.metrics import accuracy_score, log_loss, ndcg_score, roc_auc_score
 
 from grbench.gate import quality
+from grbench.gate.rank import coarsest
 from grbench.quality import metrics
 from grbench.quality.command import _page
 from grbench.quality.evaluate import Evaluation
@@ -23,6 +24,7 @@ from grbench.workloads.config import RecordedConfig
 from grbench.workloads.events import DataError, Events
 from grbench.workloads.trace import build_trace, find_visits
 from grengines.api import RankResult, Request
+from grengines.numerics import IncorrectError
 
 
 def events_of(*histories: list[int], items: int = 10) -> Events:
@@ -269,9 +271,46 @@ def test_a_ranker_that_may_know_the_last_events_has_no_quality_of_lists() -> Non
         ranking_model=SimpleNamespace(weights="none.st"),
     )
     trace: Any = None  # nothing is looked up in it, and no engine is asked
-    found = quality.measure_lists(spec, trace, trace, None, {})
-    assert found is not None and not found.metrics and not found.intervals
+    measured = quality.measure_lists(spec, trace, trace, None, {})
+    assert measured is not None and measured[0] is None
+    found = measured[1]
+    assert not found.metrics and not found.intervals
     assert found.notes[0].startswith("no quality: model.weights=none.st: the file does not say")
+
+
+def test_the_hit_rate_of_a_precision_must_be_within_the_interval_of_the_references() -> None:
+    rng = np.random.default_rng(8)
+
+    def beside(ours: np.ndarray, theirs: np.ndarray, precision: str = "int8") -> quality.ListQuality:
+        found, expected = (metrics.means({"hr10": its.astype(np.float64)})["hr10"] for its in (ours, theirs))
+        return quality.ListQuality.of(found, expected, len(ours), precision)
+
+    hits = rng.random(943) < 0.09
+    few = hits.copy()
+    few[np.flatnonzero(hits)[:3]] = False
+    beside(hits, hits).check([])
+    beside(few, hits).check([])
+    for wrong in (np.zeros(943), rng.random(943) < 0.04, rng.random(943) < 0.2):  # one above it is no gain either
+        with pytest.raises(IncorrectError, match=r"int8 has an HR@10 of .*interval.*allow_loss=\[int8\]"):
+            beside(wrong, hits).check(["fp8"])
+        beside(wrong, hits).check(["int8"])
+    with pytest.raises(IncorrectError, match="use other kernels or another engine"):
+        beside(np.zeros(943), hits, "fp32").check([])
+    one, none = np.arange(60) == 7, np.zeros(60)
+    beside(one, none).check([])  # resamples of no hits are all alike
+    beside(~one, 1 - none).check([])
+    for ours, theirs in ((np.arange(60) < 4, none), (np.arange(60) > 3, 1 - none)):
+        with pytest.raises(IncorrectError):
+            beside(ours, theirs).check([])
+
+
+def test_a_cell_is_judged_by_its_coarsest_precision() -> None:
+    stage = {"precision": "bf16", "cache_precision": "bf16"}
+    assert coarsest(stage) == "bf16"
+    assert coarsest(stage | {"cache_precision": "int8"}) == "int8"
+    assert coarsest(stage | {"cache_precision": "int8", "attention_precision": "fp8"}) == "fp8"
+    assert coarsest({"precision": "fp32", "fallback": {"hstu": {"precision": "fp16"}}}) == "fp16"
+    assert coarsest({"precision": "bf16/fp8", "retrieve": stage, "rank": {"precision": "fp8"}}) == "fp8"
 
 
 def test_a_model_that_a_baseline_equals_is_named() -> None:
