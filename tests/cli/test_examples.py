@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.checkout import ROOT
 from helpers.forks import fork_workers, in_fork
+from helpers.serving import TINY, serving
 
 
 def example(name: str, *arguments: str, folder: Path) -> str:
@@ -39,3 +40,13 @@ def test_the_examples_measure_and_read_what_they_measured(tmp_path: Path) -> Non
 
     read = example("03_read_records.py", folder=tmp_path)
     assert sorted(re.findall(r"^ *(hstu|onnxruntime)\b", read, re.MULTILINE)) == ["hstu", "hstu", "onnxruntime"]
+
+
+def test_the_example_client_ranks_and_appends(tmp_path: Path) -> None:
+    with serving(*TINY, "engine=hstu", "serve.grpc_port=null") as server:
+        said = example("client.py", server.url, folder=tmp_path)
+    found = re.fullmatch(
+        r"best first: \[(.*)\]\nanswered by hstu in [\d.]+ ms\nthe server has 4 events of user 7\n", said
+    )
+    assert found is not None, said
+    assert sorted(map(int, found[1].split(", "))) == [50, 51, 52, 53]

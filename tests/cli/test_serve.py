@@ -26,6 +26,7 @@ from helpers.serving import (
     Serving,
     as_json,
     items_come_with_their_scores,
+    misfit,
     serving,
     tensors_of,
     tiny_trace,
@@ -117,9 +118,25 @@ def test_outputs_are_binary_where_the_call_asks_for_it(server: Serving, trace: A
     }
     status, text, headers = server.call("/v2/models/hstu_tiny/versions/1/infer", body)
     content = json.loads(text[: int(headers["inference-header-content-length"])])
-    assert status == 200
+    assert status == 200 and not misfit("call", body) and not misfit("answer", content)
     assert [o.get("parameters") for o in content["outputs"]] == [{"binary_data_size": 96}, None]
     assert content["outputs"][1]["data"] == [8]
+
+
+def test_the_schema_has_the_names_of_the_model_and_refuses_what_the_server_refuses(server: Serving) -> None:
+    _, facts, _ = server.call("/v2/models/hstu_tiny")
+    for tensor in facts["inputs"]:
+        assert not misfit("call", {"inputs": [{**tensor, "shape": [1], "data": [1]}]})
+    for wrong, where in [
+        ({"input": base()}, "'inputs' is a required property"),
+        ({"inputs": base(USERS=[1])}, "$.inputs[4].name: 'USERS' is not one of"),
+        ({"inputs": base(TOKENS=[1, 2, 3, 4, "a"])}, "$.inputs[2].data[4]: 'a' is not of type 'number'"),
+        ({"inputs": base(), "outputs": [{"name": "SCORES"}]}, "$.outputs[0].name: 'SCORES' is not one of"),
+        ({"inputs": base(), "parameters": {"deadline_ms": 0}}, "$.parameters.deadline_ms: 0 is less than or equal"),
+        ({"inputs": base(), "id": 5}, "$.id: 5 is not of type 'string'"),
+    ]:
+        assert where in misfit("call", wrong)
+        assert server.call("/v2/models/hstu_tiny/infer", wrong)[0] == 400
 
 
 def test_the_example_calls_of_perf_analyzer_are_answered(server: Serving) -> None:

@@ -14,17 +14,21 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import uvloop
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 
 from grbench.config.compose import compose_spec
 from grbench.deployment import Deployment
 from grbench.serve.logs import Log
 from grbench.serve.options import deployment_of, parse
 from grbench.serve.server import serve
+from helpers.checkout import ROOT
 
 TINY = [
     "model=hstu_tiny", "workload=synthetic", "workload.users=20", "workload.visits=40", "workload.items=500",
@@ -33,6 +37,17 @@ TINY = [
 ]  # fmt: skip
 SEARCH = ["retrieval.k=4", "retrieval.beam_width=8"]  # of a task that searches
 START_S = 120.0
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return dict(json.loads((ROOT / "docs" / "serving.schema.json").read_text(encoding="utf-8")))
+
+
+def misfit(name: str, content: Any) -> str:
+    """Say where a call, answer or refusal is not as docs/serving.schema.json has it; nothing if it is."""
+    error = best_match(Draft202012Validator(_schema() | {"$ref": f"#/$defs/{name}"}).iter_errors(content))
+    return f"{error.json_path}: {error.message}" if error else ""
 
 
 @dataclass
@@ -59,8 +74,14 @@ class Serving:
                 status, text, found = answer.status, answer.read(), answer.headers
         except urllib.error.HTTPError as e:
             status, text, found = e.code, e.read(), e.headers
-        is_json = found.get("content-type") == "application/json"
-        return status, json.loads(text) if is_json else text.decode(errors="replace"), found
+        if found.get("content-type") != "application/json":
+            return status, text.decode(errors="replace"), found
+        answer = json.loads(text)
+        if path.endswith("/infer"):  # every call of a test, and its answer, are as the schema for clients says
+            if status == 200 and isinstance(body, dict):
+                assert not misfit("call", body)
+            assert not misfit("answer" if status == 200 else "refusal", answer)
+        return status, answer, found
 
     def infer(self, tensors: Mapping[str, np.ndarray], **parameters: Any) -> tuple[int, Any, Mapping[str, str]]:
         return self.call(f"/v2/models/{self.model}/infer", {"inputs": as_json(tensors), "parameters": parameters})
