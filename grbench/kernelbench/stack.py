@@ -1,7 +1,12 @@
 """A stack of HSTU layers as one more family of the benchmark, which measures the operators together.
 
-Its variants are those that every operator of a layer has, each eager and as a CUDA graph. Only the layers are timed,
-from embedded tokens to the last layer's output. Weights and inputs are random.
+Its variants are those that every operator of a layer has, and fp8, each eager and as a CUDA graph. Only the layers are
+timed, from embedded tokens to the last layer's output. Weights and inputs are random.
+
+fp8 is what the engine runs with engine.precision=fp8 and kernel.hstu_attention=fp8: norms in Triton write rows in e4m3,
+both projections multiply them, and the first one writes the operands of attention in e4m3. Its tolerance is that of the
+engine's gate: twice what the fp32 reference loses with these operands in e4m3, since all else of it is in bf16, whose
+rounding is a sixteenth of that.
 """
 
 from __future__ import annotations
@@ -14,22 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grengines.models.hstu import fp8 as fp8_layers
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import HSTULayer
-from grkernels import registry
+from grengines.models.hstu.quantised import quantise_layers
+from grkernels import fp8, registry
 from grkernels.families import Sizes
 from grkernels.hstu_attention import spec
 from grkernels.operators import Operators
+from grkernels.rounding import with_fp8_products
 from grkernels.variant import Cost
 
 FAMILY = "hstu_stack"
 LAYER = ("hstu_attention", "norm_gate", "layer_norm")  # the families that a layer calls
-VARIANTS = tuple(
-    name + graph
-    for name in registry.variant_names()
-    if all(name in registry.variants(family) for family in LAYER)
-    for graph in ("", "+graph")
-)
+FP8 = "fp8"
+WHOLE = [name for name in registry.variant_names() if all(name in registry.variants(family) for family in LAYER)]
+VARIANTS = tuple(name + graph for name in (*WHOLE, FP8) for graph in ("", "+graph"))
 
 
 @dataclass(frozen=True)
@@ -90,14 +95,16 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 def cost(shape: Shape, dtype: str, variant: str = "") -> Cost:
     """Count mask-exact FLOPs of products and attention. Bytes: x once in and out of each layer, and the weights.
 
-    Those of every variant are in the dtype.
+    They are in the dtype, but for the weights of fp8, which are in e4m3 with a scale for each output channel.
     """
     tokens, E = shape.batch * shape.length, shape.embedding_dim
     values, keys = shape.heads * shape.v_dim, shape.heads * shape.qk_dim
-    weights = E * (2 * values + 2 * keys) + 3 * values * E
+    outputs, wide = 2 * values + 2 * keys, spec.BYTES[dtype]
+    weights = E * outputs + 3 * values * E
+    read = weights + (outputs + E) * spec.BYTES["fp32"] if _in_fp8(variant) else weights * wide
     pairs = shape.batch * spec.visible_pairs(shape.length, shape.targets)
     flops = 2 * tokens * weights + spec.flops(pairs, shape.heads, shape.qk_dim, shape.v_dim)
-    return Cost(shape.layers * flops, shape.layers * (weights + 2 * tokens * E) * spec.BYTES[dtype])
+    return Cost(shape.layers * flops, shape.layers * (read + 2 * tokens * E * wide))
 
 
 def supports_args(shape: Shape) -> dict[str, int]:
@@ -116,21 +123,44 @@ def refusal(variant: str, *, device: str, dtype: str, **sizes: Any) -> str | Non
     name, graph, _ = variant.partition("+")
     if graph and device != "cuda":
         return "CUDA graphs need an NVIDIA GPU"
-    for family in LAYER:
-        dims = registry.family(family).dims(Sizes(**sizes))
-        if why := registry.refusal(family, name, device=device, dtype=dtype, **dims):
+    products = FP8 if _in_fp8(variant) else ""
+    if products and dtype != "bf16":
+        return f"dtype={dtype}: products in fp8 give bf16; set dtype=bf16"
+    for family, kernel in _kernels(name).items():
+        dims = registry.family(family).dims(Sizes(**sizes, products=products))
+        if why := registry.refusal(family, kernel, device=device, dtype=dtype, **dims):
             return why
-    return None
+    return fp8.refusal() if products and device == "cuda" else None
 
 
-def yardstick(variant: str) -> None:
-    """Every variant rounds to its dtype."""
+def _in_fp8(variant: str) -> bool:
+    return variant.partition("+")[0] == FP8
+
+
+def _kernels(name: str) -> dict[str, str]:
+    """Return the variant of each operator. The norms that write e4m3 are Triton's, which kernel=auto takes as well."""
+    norms = "triton" if name == FP8 else name
+    return {"hstu_attention": name, "norm_gate": norms, "layer_norm": norms}
+
+
+def yardstick(variant: str) -> Callable[..., Tensor] | None:
+    """Return the reference with the operands of fp8 in e4m3; None for a variant that rounds to its dtype only."""
+    return _rounded if _in_fp8(variant) else None
+
+
+def _rounded(*, x: Tensor, layers: nn.ModuleList, **lengths: Any) -> Tensor:
+    layers, kernels = copy.deepcopy(layers).float(), Operators.reference()
+    kernels = kernels.replace(hstu_attention=with_fp8_products(kernels.hstu_attention))
+    return _run(quantise_layers(layers, kernels, FP8), x.float(), layers, **lengths)
 
 
 def bind(variant: str, **given: Any) -> Callable[[], Tensor]:
     """Return the call that is timed: the layers, or one replay of their graph."""
     name, captured, _ = variant.partition("+")
-    kernels = Operators.of(dict.fromkeys(LAYER, name))
+    kernels = Operators.of(_kernels(name))
+    if _in_fp8(variant):
+        given["layers"] = copy.deepcopy(given["layers"])
+        fp8_layers.round_layers(given["layers"])
 
     def call() -> Tensor:
         return _run(kernels, **given)
@@ -156,20 +186,17 @@ def bind(variant: str, **given: Any) -> Callable[[], Tensor]:
 @torch.inference_mode()
 def _run(kernels: Operators, x: Tensor, layers: nn.Module, offsets: Tensor, num_targets: Tensor, length: int) -> Tensor:
     x = x.clone()  # the layers work in place
+    lengths = {"q_offsets": offsets, "num_targets": num_targets, "max_q_len": length, "max_kv_len": length}
+    projected = kernels.projected_attention
+    blocks = projected.blocks_of(offsets, x.shape[0]) if projected else None
     for layer in layers.children():
         assert isinstance(layer, HSTULayer)
-        u, q, k, v = layer.project(x, kernels)
-        a = kernels.hstu_attention(
-            q,
-            k,
-            v,
-            q_offsets=offsets,
-            kv_offsets=offsets,
-            num_targets=num_targets,
-            max_q_len=length,
-            max_kv_len=length,
-            scaling_seqlen=1024,
-            alpha=layer.qk_dim**-0.5,
-        )
+        masks: dict[str, Any] = {**lengths, "scaling_seqlen": 1024, "alpha": layer.qk_dim**-0.5}
+        if projected is not None:  # it writes the operands of attention, as HSTURanker has it without a cache
+            u, operands = layer.project_operands(x, None, blocks, kernels, projected)
+            a = projected.attend(operands, x.dtype, **masks)
+        else:
+            u, q, k, v = layer.project(x, kernels)
+            a = kernels.hstu_attention(q, k, v, kv_offsets=offsets, **masks)
         x = layer.combine(x, u, a, kernels)
     return x

@@ -27,7 +27,7 @@ from grbench.execution.records import Status
 from grbench.execution.results import load as load_results
 from grbench.gate.kernel import KernelGate, TimedOutputs
 from grbench.kernelbench import bench as kernelbench
-from grbench.kernelbench import products, projected
+from grbench.kernelbench import products, projected, stack
 from grbench.kernelbench.bench import ALL_SHAPES, Bench, Row, status_of
 from grbench.kernelbench.config import KernelBenchConfig, select
 from grbench.kernelbench.timing import Ceilings, interleaved
@@ -509,6 +509,64 @@ def test_the_stack_of_layers_is_a_family(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rows["torch"].ok and rows["torch"].metrics["error"] < 1e-5
     assert rows["torch+graph"].status is Status.UNAVAILABLE and "CUDA graphs" in (rows["torch+graph"].reason or "")
     assert "supported here: torch" in (rows["cutlass"].reason or "")
+
+
+def test_a_stack_in_fp8_is_measured_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter runs norms and projection, and the formulas of the kernel for Hopper attention.
+
+    A CPU refuses it otherwise. Wrong scales and zeros of attention have no time.
+    """
+    monkeypatch.setattr(kernelbench, "ceilings", lambda *_: ROOFS)
+    monkeypatch.setattr(kernelbench, "fp8_ceilings", lambda roofs, device: dataclasses.replace(roofs, tflops=2.0))
+    get, refusal, right = registry.get, registry.refusal, fp8.product
+
+    def measured(dtype: str = "bf16") -> dict[str, Row]:
+        config = KernelBenchConfig(
+            ["hstu_stack"], ["torch", "fp8", "fp8+graph"], ["tiny"], dtype, "cpu", repeats=3, min_time_s=0.001
+        )
+        return {row.variant: row for rows in Bench(config, "cpu", lambda _: None).run() for row in rows}
+
+    refused = measured()
+    assert refused["torch"].ok and {refused[name].status for name in ("fp8", "fp8+graph")} == {Status.UNAVAILABLE}
+    assert (refused["fp8"].reason or "").startswith("kernel.hstu_attention=fp8: ")
+    assert measured("fp32")["fp8"].reason == "dtype=fp32: products in fp8 give bf16; set dtype=bf16"
+
+    emulated = dataclasses.replace(
+        get("hstu_attention", "torch"), name="fp8", projected=Projected(blocks_of, project, attended)
+    )
+    monkeypatch.setattr(registry, "get", lambda family, name: emulated if name == "fp8" else get(family, name))
+    monkeypatch.setattr(
+        registry,
+        "refusal",
+        lambda family, name, **o: refusal(family, "torch" if name in ("fp8", "triton") else name, **o),
+    )
+    rows = measured()
+    assert rows["fp8"].ok, rows["fp8"].reason
+    wide, narrow = rows["torch"], rows["fp8"]
+    assert wide.metrics["error_allowed"] < narrow.metrics["error"] <= narrow.metrics["error_allowed"]
+    assert narrow.metrics["error_allowed"] == 2 * narrow.metrics["error_rounding"]
+    assert narrow.metrics["ceiling_tflops"] == 2.0
+    given = stack.inputs(stack.SHAPES["tiny"], dtype=torch.bfloat16, device="cpu", seed=0)
+    weights = [layer.uvqk.weight for layer in given["layers"]] + [layer.out.weight for layer in given["layers"]]
+    saved = sum(w.nbytes // 2 - 4 * len(w) for w in weights)
+    assert wide.bytes - narrow.bytes == saved and wide.flops == narrow.flops
+
+    monkeypatch.setattr(fp8, "product", lambda x, weight, scales, bias: right(x, weight, scales.square(), bias))
+    assert measured()["fp8"].status is Status.INCORRECT
+    monkeypatch.setattr(fp8, "product", right)
+    blind = Projected(blocks_of, project, lambda made, dtype, **o: attended(made, dtype, **o).zero_())
+    emulated = dataclasses.replace(emulated, projected=blind)
+    wrong = measured()["fp8"]
+    assert wrong.status is Status.INCORRECT and not wrong.times_ms
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other processes use the GPU at the same time")
+def test_a_stack_in_fp8_runs_on_a_gpu() -> None:
+    config = KernelBenchConfig(["hstu_stack"], ["cutlass", "fp8", "fp8+graph"], ["5x512_b1_*"], min_time_s=0.1)
+    rows = {row.variant: row for rows in Bench(config, "cuda", lambda _: None).run() for row in rows}
+    assert all(row.ok for row in rows.values()), [row.reason for row in rows.values()]
+    assert rows["cutlass"].metrics["error_allowed"] < rows["fp8"].metrics["error"] < 0.2
 
 
 def test_products_in_fp8_are_measured_beside_those_in_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,15 +46,20 @@ def _product(x: Scaled, weight: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
     return fp8.product(x, weight, scales, bias)
 
 
+def round_layers(layers: nn.ModuleList) -> None:
+    """Round the weights of the layers' products, and their operands from now on."""
+    for layer in layers:
+        assert isinstance(layer, HSTULayer)
+        uvqk = Product(layer.uvqk)
+        layer.operands, layer.parts = OPERANDS, uvqk.split(layer.widths)
+        layer.uvqk, layer.out = uvqk, Product(layer.out)  # type: ignore[assignment]
+
+
 def use_fp8(model: HSTURanker) -> None:
     """Round the weights of the model's products, and its operands from now on.
 
     The model's other numbers are in bf16, and its `kernels` write e4m3 where they are asked for it.
     """
-    for layer in model.layers:
-        assert isinstance(layer, HSTULayer)
-        uvqk = Product(layer.uvqk)
-        layer.operands, layer.parts = OPERANDS, uvqk.split(layer.widths)
-        layer.uvqk, layer.out = uvqk, Product(layer.out)  # type: ignore[assignment]
+    round_layers(model.layers)
     model.head_hidden = Product(model.head_hidden)  # type: ignore[assignment]
     model.operands = OPERANDS

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grengines.models.hstu.model import HSTULayer, HSTURanker
+from grkernels.operators import Operators
 from grkernels.rounding import through_pages
 
 KINDS = ("int8", "fp8")
@@ -24,14 +25,24 @@ KINDS = ("int8", "fp8")
 
 def quantise(model: HSTURanker, kind: str) -> None:
     """Round the model's weights in place, and its inputs from now on. kind: one of KINDS."""
-    of_weight, of_input = (round_weight, round_input) if kind == "int8" else (round_fp8, round_fp8)
-    layers = [layer for layer in model.layers if isinstance(layer, HSTULayer)]
-    for linear in [model.head_hidden, *(layer.uvqk for layer in layers)]:
-        linear.register_forward_pre_hook(partial(_round_inputs, of_input))
-    norm_gate = model.kernels.norm_gate
-    model.kernels = model.kernels.replace(norm_gate=lambda *args, **options: of_input(norm_gate(*args, **options)))
-    for linear in [model.head_hidden, *(layer.uvqk for layer in layers), *(layer.out for layer in layers)]:
-        linear.weight.data = of_weight(linear.weight.data)
+    model.kernels = quantise_layers(model.layers, model.kernels, kind)
+    _quantise(model.head_hidden, kind)
+
+
+def quantise_layers(layers: nn.ModuleList, kernels: Operators, kind: str) -> Operators:
+    """Round the layers' weights in place. Return kernels with which the layers round the inputs of their products."""
+    for layer in layers:
+        assert isinstance(layer, HSTULayer)
+        _quantise(layer.uvqk, kind)
+        layer.out.weight.data = _ROUNDING[kind][0](layer.out.weight.data)  # norm_gate writes its inputs
+    norm_gate, of_input = kernels.norm_gate, _ROUNDING[kind][1]
+    return kernels.replace(norm_gate=lambda *args, **options: of_input(norm_gate(*args, **options)))
+
+
+def _quantise(linear: nn.Linear, kind: str) -> None:
+    of_weight, of_input = _ROUNDING[kind]
+    linear.weight.data = of_weight(linear.weight.data)
+    linear.register_forward_pre_hook(partial(_round_inputs, of_input))
 
 
 def round_weight(weight: Tensor) -> Tensor:
@@ -53,6 +64,9 @@ def round_input(x: Tensor) -> Tensor:
 def round_fp8(x: Tensor) -> Tensor:
     """Round each row to e4m3, scaled to its largest value."""
     return through_pages(x, "fp8")
+
+
+_ROUNDING = {"int8": (round_weight, round_input), "fp8": (round_fp8, round_fp8)}  # of weights and of inputs
 
 
 def _round_inputs(of_input: Callable[[Tensor], Tensor], _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
