@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
+import json
 import math
-from collections.abc import KeysView, Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +79,7 @@ def _parsed(body: bytes, end: int) -> Call:
     try:
         content = orjson.loads(memoryview(body)[:end])
     except ValueError as e:
-        raise invalid(f"body: not JSON: {e}") from None
+        raise invalid(_not_json(body[:end], e)) from None
     if not isinstance(content, dict):
         raise invalid("body: allowed is an object with the key inputs")
     _check_fields(content, CALL_FIELDS, "body")
@@ -93,6 +95,39 @@ def _parsed(body: bytes, end: int) -> Call:
         outputs[_text(output.get("name"), f"{key}.name")] = form
     tensors = _tensors(_list(content.get("inputs"), "inputs"), memoryview(body)[end:])
     return Call(tensors, _text(content.get("id", ""), "id"), parameters, outputs, binary)
+
+
+class _Constant(str):
+    """NaN, Infinity or -Infinity: Python's json and others write them, and JSON has none of them."""
+
+
+def _not_json(text: bytes, error: ValueError) -> str:
+    """Return what is wrong with text that is not JSON, with the field if that is a number which JSON cannot hold."""
+    if b"NaN" in text or b"Infinity" in text:
+        with contextlib.suppress(ValueError, RecursionError):
+            for where, value in _leaves(json.loads(text, parse_constant=_Constant)):
+                if isinstance(value, _Constant):
+                    return f"{where or 'body'}={value}: not JSON; allowed are finite numbers"
+    return f"body: not JSON: {error}"
+
+
+def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what is in nested objects and lists, in order, with its place. A tensor's place is its name."""
+    left = [("", content)]
+    while left:
+        where, value = left.pop()
+        if isinstance(value, dict):
+            name = value.get("name")
+            where = shown(name) if type(name) is str else where
+            inside = [
+                (where if key == "data" else f"{where}.{shown(key)}".lstrip("."), one) for key, one in value.items()
+            ]
+        elif isinstance(value, list):
+            inside = [(f"{where}[{i}]", one) for i, one in enumerate(value)]
+        else:
+            yield where, value
+            continue
+        left += reversed(inside)
 
 
 def _tensors(inputs: list[Any], rest: memoryview) -> dict[str, Tensor]:
