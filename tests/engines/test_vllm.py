@@ -156,6 +156,24 @@ class TestOneEngine:
             done |= {f.key: f for f in engine.step()}
         assert [done[key].items.tolist() for key in range(len(REQUESTS))] == expected.items.tolist()
 
+    def test_the_last_layer_attends_for_last_tokens_alone(
+        self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Prompts of 60 and 36 tokens in one step: their last layer has two queries, and keys of every token."""
+        operators, queries = engine.core.model.operators, list[int]()
+        attend, first, second = operators.hstu_attention, *requests_of([20, 12], seed=8)
+
+        def watched(q: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
+            queries.append(len(q))
+            return attend(q, *given, **options)
+
+        monkeypatch.setattr(operators, "hstu_attention", watched)
+        engine.reset_cache()
+        engine.generate([first, second])
+        step = [60, 36] * (MODEL.layers - 1)  # on a CPU one prompt after another
+        assert queries[: len(step)] == step and queries[len(step)] == 2
+        assert max(queries[len(step) + 1 :]) <= 2 * RETRIEVAL.beam_width
+
     def test_arrival_order_changes_nothing(self, engine: VLLMEngine, expected: Beams) -> None:
         """Requests join between steps."""
         rng = np.random.default_rng(2)

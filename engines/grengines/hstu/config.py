@@ -78,9 +78,7 @@ def contradiction(options: HSTUEngineConfig, asked: Asked) -> str | None:
 
 def last_layer(options: HSTUEngineConfig, task: str) -> LastLayer:
     """Return the rows that the last layer computes. In slices the history has none, and all other rows are read."""
-    if task == "generate":
-        return LastLayer.EVERY
-    return LastLayer.READ if options.candidate_microbatch else LastLayer.HALF
+    return LastLayer.READ if task == "generate" or options.candidate_microbatch else LastLayer.HALF
 
 
 def graphs_asked(options: HSTUEngineConfig) -> str:

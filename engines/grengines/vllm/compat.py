@@ -85,6 +85,7 @@ __all__ = [
     "model_of",
     "of_all_ranks",
     "pages_of",
+    "pools",
     "release_memory",
     "reserve_tokens",
     "shut_down",
@@ -196,6 +197,11 @@ def layer_of(config: VllmConfig, name: str) -> Any:
     https://github.com/vllm-project/vllm/pull/10558.
     """
     return config.compilation_config.static_forward_context[name]
+
+
+def pools(config: VllmConfig) -> bool:
+    """Return whether a pooler reads the model's rows, and no sampler. Versions: 0.25 to 0.32."""
+    return str(config.model_config.runner_type) == "pooling"
 
 
 def pages_of(layer: Any) -> Tensor:

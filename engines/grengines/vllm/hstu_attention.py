@@ -12,16 +12,18 @@ from grengines.vllm.attention import MISSING, HSTUKeys, PagedAttention, StepMeta
 
 
 class HSTUAttention(PagedAttention):
-    """SiLU attention of one layer. scaling_seqlen: the model's."""
+    """SiLU attention of one layer. scaling_seqlen: the model's. attends: False only writes keys and values."""
 
-    def __init__(self, *args: Any, scaling_seqlen: int, **options: Any) -> None:
+    def __init__(self, *args: Any, scaling_seqlen: int, attends: bool = True, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._scaling_seqlen = scaling_seqlen
+        self._scaling_seqlen, self._attends = scaling_seqlen, attends
 
     def attend(
         self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepMetadata
     ) -> None:
         """Attend to the tokens before each row and to itself."""
+        if not self._attends:
+            return
         if step.hstu is None:
             raise RuntimeError(MISSING)
         attend = self.one_by_one if q.device.type == "cpu" else self.together

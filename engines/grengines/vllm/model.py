@@ -99,6 +99,9 @@ class LayerPages:
 class HSTUForRetrieval(nn.Module):
     """The model of grengines.models.hstu.generator, with vLLM's paged attention in its layers.
 
+    A search reads the last token of each prompt alone. So for a pooler the last layer only writes keys and values
+    within vLLM's step, whose sizes CUDA graphs fix, and the search begins with the rest of it, for the last tokens.
+
     The folder's config.json holds HSTUConfig (`hstu`), the codes of each level (`sizes`) and the variant of each
     operator family (`kernels`); its safetensors are HSTUGenerator's. Serves ordinary generation too.
     """
@@ -114,6 +117,7 @@ class HSTUForRetrieval(nn.Module):
         self.operators = Operators.of(described.kernels)
         self.kernels = dict(described.kernels)  # for records
         self.generator = HSTUGenerator(config, sizes, self.operators).requires_grad_(False)
+        self.finishes_later = compat.pools(vllm_config)
         self.attention = nn.ModuleList(
             compat.Attention(
                 config.heads,
@@ -124,6 +128,7 @@ class HSTUForRetrieval(nn.Module):
                 attn_backend=HSTUAttentionBackend,
                 kernels=self.operators,
                 scaling_seqlen=config.scaling_seqlen,
+                attends=not (self.finishes_later and i == config.layers - 1),
             )
             for i in range(config.layers)
         )
@@ -137,14 +142,18 @@ class HSTUForRetrieval(nn.Module):
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
     ) -> Tensor:
-        """Encode every token from those before it. Return [n, E]."""
+        """Encode every token from those before it. Return [n, E], for a pooler what the last layer takes."""
         self._find_keys()
         generator = self.generator
         # While vLLM measures memory positions go up to its own limit.
         place = positions.clamp(max=generator.position_table.shape[0] - 1)
         x = self.embed_input_ids(input_ids) + generator.position_table[place]
-        for layer, attention in zip(generator.layers, self.attention, strict=True):
+        for i, (layer, attention) in enumerate(zip(generator.layers, self.attention, strict=True)):
             assert isinstance(layer, HSTULayer)
+            if self.finishes_later and i == len(generator.layers) - 1:
+                _, _, k, v = layer.project_rows(x, x.new_empty(0, dtype=torch.int64), generator.kernels)
+                attention(k, k, v)
+                return x
             u, q, k, v = layer.project(x, generator.kernels)
             a = attention(q, k, v).unflatten(1, (layer.heads, -1))
             x = layer.combine(x, u, a, generator.kernels)
@@ -161,6 +170,7 @@ class HSTUForRetrieval(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Search as the native engine. The prompts' keys are in vLLM's pages, and those of beams are not."""
         pages = LayerPages.of(self.attention, self.generator.config.qk_dim)
+        last = self.generator.last_layer(last.clone(), prompts, pages)  # combine overwrites its argument
         return beam.levels(self.generator, trie, last, prompts, pages, width=width, k=k)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -65,7 +65,7 @@ def run(
     model: HSTUGenerator, trie: TensorTrie, prompts: Prompts, pool: PagePool, *, width: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Search on the device: returns the fields of Beams. Nothing waits for the device, so a CUDA graph can hold it."""
-    last = model.full(prompts, pool)[prompts.last_rows]
+    last = model.prefill(prompts, pool)
     return levels(model, trie, last, prompts, pool, width=width, k=k)
 
 
@@ -100,7 +100,7 @@ def prefix_scores(model: HSTUGenerator, prompt: np.ndarray, codes: np.ndarray, p
     chosen = torch.from_numpy(codes.astype(np.int64)).to(device)
     with borrowed(pool, [len(kept)]) as pages:
         prompts = pack_prompts([kept], pages, pool, timed=model.timed).to(device)
-        hidden = model.full(prompts, pool)[prompts.last_rows].expand(len(codes), -1)
+        hidden = model.prefill(prompts, pool).expand(len(codes), -1)
         before: list[list[Codes]] = []
         columns = []
         for level in range(codes.shape[1]):

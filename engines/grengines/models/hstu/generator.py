@@ -62,7 +62,8 @@ class Prompts(PromptKeys):
     positions: Tensor  # int64 [L]
     slots: Tensor  # int64 [L]: slots of the pool; -1 for padding
     offsets: Tensor  # int64 [B + 1]
-    last_rows: Tensor  # int64 [B]: row of each prompt's last token
+    last_rows: Tensor  # int64 [B]: row of each prompt's last token; padding: 0
+    last_offsets: Tensor  # int64 [B + 1]: of last_rows
     times: Tensor | None = None  # int64 [L], seconds: if the prompts have them, as the next
     until: Tensor | None = None  # int64 [L]
 
@@ -115,6 +116,7 @@ def pack_prompts(
         B, L, longest = bucket.batch, bucket.batch * bucket.length, bucket.length
     width = pool.pages_for(longest) if pool is not None else 0
     sizes = {"tokens": L, "positions": L, "slots": L, "offsets": B + 1, "lengths": B, "last_rows": B}
+    sizes["last_offsets"] = B + 1
     sizes |= {"times": L, "until": L} if timed else {}
     sizes["page_table"] = -(-B * width // 2)
     buffer = staging.zeros(sum(sizes.values()), pin)
@@ -123,6 +125,7 @@ def pack_prompts(
     arrays["slots"][:] = -1
     arrays["lengths"][: len(lengths)] = lengths
     np.cumsum(arrays["lengths"], out=arrays["offsets"][1:])
+    arrays["last_offsets"][:] = np.minimum(np.arange(B + 1), len(lengths))
     table = arrays["page_table"].view(np.int32)[: B * width].reshape(B, width)
     for b, prompt in enumerate(prompts):
         begin, end = arrays["offsets"][b : b + 2]
@@ -150,7 +153,13 @@ class HSTUGenerator(nn.Module):
 
     sizes: codes of each level. Tokens are level offset + code, and a last one begins an empty prompt. The output
     layer's weights are the token table. max_positions counts tokens.
+
+    A search reads the last token of each prompt alone. So the last layer computes u, q, attention and its output for
+    these only; it still makes keys and values of every token. With `prunes_last_layer` False it computes every row, as
+    the reference does.
     """
+
+    prunes_last_layer = True
 
     not_used: ClassVar[tuple[str, ...]] = not_read("generate")
 
@@ -209,22 +218,63 @@ class HSTUGenerator(nn.Module):
         return self.prompt(timed_prompt(retrieval, request) if self.timed else retrieval.prompt(request))
 
     def full(self, prompts: Prompts, pool: PagePool | None = None) -> Tensor:
-        """Prefill: encode every token from those before it, [L, E]. pool: also store keys and values there."""
+        """Encode every token from those before it, [L, E]. pool: also store keys and values there."""
+        return self._encode(prompts, pool, pruned=-1)
+
+    def prefill(self, prompts: Prompts, pool: PagePool | None = None) -> Tensor:
+        """Encode the prompts as `full`, but return the last token of each, [B, E]."""
+        if not self.prunes_last_layer:
+            return self.full(prompts, pool)[prompts.last_rows]
+        return self._encode(prompts, pool, pruned=len(self.layers) - 1)
+
+    def _encode(self, prompts: Prompts, pool: PagePool | None, pruned: int) -> Tensor:
+        """Encode the prompts. pruned: the layer that computes their last tokens alone, or -1."""
         x = self._embed(prompts.tokens, prompts.positions)
+        offsets, longest, until = prompts.offsets, prompts.longest, prompts.until
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
-            u, q, k, v = layer.project(x, self.kernels)
+            if i == pruned:
+                rows, offsets, longest = prompts.last_rows, prompts.last_offsets, 1
+                u, q, k, v = layer.project_rows(x, rows, self.kernels)
+                x, until = x[rows], None if until is None else until[rows]
+            else:
+                u, q, k, v = layer.project(x, self.kernels)
             if pool is not None:
                 self.kernels.paged_write(k, v, prompts.slots, pool.k[i], pool.v[i])
             more: dict[str, Any] = {}
             if self.biases:
-                bias, times = (layer.position_bias, layer.time_bias), (prompts.until, prompts.times)
+                bias = layer.position_bias, layer.time_bias
                 more["extras"] = Extras(
-                    position_bias=bias[0], time_bias=bias[1], row_times=times[0], column_times=times[1]
+                    position_bias=bias[0], time_bias=bias[1], row_times=until, column_times=prompts.times
                 )
-            a = self._attend(q, k, v, prompts.offsets, None, prompts.longest, prompts.longest, **more)
+            a = self._attend(q, k, v, offsets, None, longest, prompts.longest, kv_offsets=prompts.offsets, **more)
             x = layer.combine(x, u, a, self.kernels)
         return x
+
+    def last_layer(self, x: Tensor, prompts: PromptKeys, pages: Pages) -> Tensor:
+        """Finish a prefill: return the output [B, E] of the last layer for each prompt's last token, its input x.
+
+        The layer's keys and values of the tokens before are in pages. A prompt of no tokens is room in a CUDA graph.
+        """
+        layer = self.layers[-1]
+        assert isinstance(layer, HSTULayer)
+        u, q, k, v = layer.project(x, self.kernels)
+        offsets = torch.arange(len(x) + 1, device=x.device)
+        a = self._attend(
+            q,
+            k,
+            v,
+            offsets,
+            None,
+            1,
+            prompts.longest,
+            kv_offsets=offsets,
+            k_pages=pages.k[-1],
+            v_pages=pages.v[-1],
+            page_table=prompts.page_table,
+            paged_lengths=(prompts.lengths - 1).clamp(min=0),
+        )
+        return layer.combine(x, u, a, self.kernels)
 
     def step(
         self, prompts: PromptKeys, pages: Pages, level: int, codes: Tensor, before: Sequence[Sequence[Codes]]
@@ -251,6 +301,7 @@ class HSTUGenerator(nn.Module):
                 targets,
                 W,
                 prompts.longest + W,
+                kv_offsets=offsets,
                 k_pages=pages.k[i],
                 v_pages=pages.v[i],
                 page_table=prompts.page_table,
@@ -290,14 +341,14 @@ class HSTUGenerator(nn.Module):
         targets: Tensor | None,
         max_q_len: int,
         max_kv_len: int,
-        **more: Any,
+        **keys: Any,
     ) -> Tensor:
+        """Compute attention. keys: kv_offsets, and what is about the keys of this call alone."""
         attended: Tensor = self.kernels.hstu_attention(
             q,
             k,
             v,
             q_offsets=offsets,
-            kv_offsets=offsets,
             num_targets=targets,
             max_q_len=max_q_len,
             max_kv_len=max_kv_len,
@@ -305,6 +356,6 @@ class HSTUGenerator(nn.Module):
             alpha=self.alpha,
             contextual_seq_len=0,
             max_attn_len=0,
-            **more,
+            **keys,
         )
         return attended

@@ -111,6 +111,7 @@ class HSTUReference(GenerationReference[HSTUGenerator]):
             dtype=torch.float32,
             weights=retrieval.weights,
         )
+        self._exact.prunes_last_layer = False
 
     def _prompt(self, request: Request) -> np.ndarray:
         return self._exact.prompt_of(self._retrieval, request)
