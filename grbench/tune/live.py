@@ -215,9 +215,11 @@ class LiveEvaluator:
         if self._loss_unknown(configuration):  # for now: the default configuration may still be measured
             return []
         spec = self._specs[configuration]
-        here = describe_environment(spec.packages) | self._machine
         found: list[tuple[Probe, Outcome]] = []
-        for folder, record in self._earlier.get(_strategy(spec.to_dict(), spec.file_contents()), []):
+        if not (earlier := self._earlier.get(_strategy(spec.to_dict(), spec.file_contents()))):
+            return found
+        here = describe_environment(spec.packages) | self._machine  # milliseconds, and there are hundreds to ask for
+        for folder, record in earlier:
             scenario, seed = record.spec["scenario"], record.spec["seed"] - spec.seed
             usable = record.ok or record.status in KNOWN_FAILURES
             usable = usable and scenario.get("mode") != "accuracy"  # its arrivals are LoadGen's for another purpose
