@@ -71,6 +71,12 @@ def test_every_value_of_a_study_composes_into_another_job(command: str) -> None:
     assert all(one not in found[i + 1 :] for i, one in enumerate(found))
 
 
+def test_the_study_of_quality_has_every_choice_that_its_folder_names() -> None:
+    study = yaml.safe_load((EXPERIMENTS / "study" / "quality.yaml").read_text())
+    points = study["hydra"]["sweeper"]["params"]["study/quality@_global_"].replace(" ", "").split(",")
+    assert sorted(points) == sorted(path.stem for path in (EXPERIMENTS / "study" / "quality").glob("*.yaml"))
+
+
 class BeganError(Exception):
     """A program began to work."""
 
