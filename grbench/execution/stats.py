@@ -20,6 +20,7 @@ import numpy.typing as npt
 CONFIDENCE = 0.95
 SHORTEST_S = 1.0  # a rate or an energy over less time is mostly chance
 LEAST_BATCHES = 10  # for the interval of a rate
+LEAST_SPREAD = 0.02  # of a percentile from run to run, as a share: equal runs on an idle GPU differ by as much
 WAIT_ALIKE = "because requests near each other in time wait alike"  # in each note of a lack of independent samples
 WORTH = "_worth"  # ends the name of a metric: how many independent samples a percentile is worth
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
@@ -144,14 +145,24 @@ def percentile_of_runs(
     """Return a percentile of the samples of independent runs, what they are worth, and its 95% interval, None for few.
 
     runs: [samples] of each. worths: its `independent_samples`. The variance of a share of all samples is the sum of the
-    runs' own, each times the square of its part of the samples (stratified sampling: Cochran, section 5.3).
+    runs' own, each times the square of its part of the samples (stratified sampling: Cochran, section 5.3). Runs differ
+    by more than that, in the state of the machine. So the interval is widened, on a scale of logarithms, by the
+    standard deviation of the runs' own percentiles, which is taken to be at least LEAST_SPREAD. That of a few runs is
+    itself uncertain, so the interval holds for machines that differ as these runs do.
     """
     values = np.sort(np.concatenate(runs))
-    count = len(values)
+    count, found = len(values), float(values[_rank(len(values), percent)])
     worth = max(int(count**2 / sum(len(run) ** 2 / its for run, its in zip(runs, worths, strict=True))), 1)
-    ranks = _interval_ranks(count, percent, worth)
-    ends = (float(values[ranks[0]]), float(values[ranks[1]])) if ranks else None
-    return float(values[_rank(count, percent)]), worth, ends
+    if (ranks := _interval_ranks(count, percent, worth)) is None:
+        return found, worth, None
+    low, high = (float(values[rank]) for rank in ranks)
+    own = [percentile(run, percent) for run in runs]
+    if len(runs) > 1 and min(*own, low) > 0:
+        spread = max(float(np.log(own).std(ddof=1)), LEAST_SPREAD)
+        reach = 1.96 * spread / math.sqrt(len(runs))
+        low *= math.exp(math.log(found / low) - math.hypot(math.log(found / low), reach))
+        high *= math.exp(math.hypot(math.log(high / found), reach) - math.log(high / found))
+    return found, worth, (low, high)
 
 
 def samples_for_interval(percent: float) -> int:

@@ -14,7 +14,7 @@ from grbench.tune.knowledge import BOTTOM, Knowledge
 from grbench.tune.limits import Verdict, judge
 from grbench.tune.outcome import Evaluator, Outcome, Probe, Wanted
 from grbench.tune.trial import HELD, Goal, Progress, Trial, quiet
-from grbench.tune.worth import requests_needed, worst
+from grbench.tune.worth import POOLED, requests_needed, worst
 
 CERTIFIED = 10_000  # requests of a run that certifies, at least
 # Times the requests that all runs need: what a short probe is worth is much by chance. The second is for a budget that
@@ -229,20 +229,23 @@ def _runs(
 ) -> tuple[list[Outcome], Outcome, str]:
     """Return the outcomes of the certifying runs, what they show together, and why they fail ("": they do not).
 
-    The first run with a figure beyond a limit ends them, because no rate is certified that a seed contradicts.
+    The first run with a figure beyond a limit ends them, because no rate is certified that a seed contradicts. One more
+    run may follow, and only one: who looks until it passes finds what is not there.
     """
 
     def run(probe: Probe) -> tuple[Outcome, str]:
         outcome = evaluator.evaluate(trial.configuration, probe)
         verdict, limit = judge(goal.limits, outcome) if outcome.ok else (Verdict.BROKEN, None)
         progress(trial, probe, outcome, verdict)
-        if _open(goal, verdict):
+        if outcome.ok:
+            trial.certifying[its.step] = outcome
+        if verdict in HELD:
             return outcome, ""
         why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
         return outcome, f"in the run with seed +{probe.seed}: {why}"
 
     outcomes: list[Outcome] = []
-    wanted = certifying(goal, trial, its)
+    wanted: list[Wanted] = certifying(goal, trial, its)
     while True:
         evaluator.together(wanted)
         for number, (_, probe) in enumerate(wanted):
@@ -253,29 +256,27 @@ def _runs(
                     run(beside)  # it was measured, and is shown
                 return outcomes, outcome, why
         found = trial.certifying[its.step] = evaluator.pool(outcomes)
-        verdict, limit = judge(goal.limits, found)
-        if limit is None:
+        alone = [limit for limit in goal.limits if not limit.metric.startswith(POOLED)]
+        verdicts = [judge(goal.limits, found), *(judge(alone, outcome) for outcome in outcomes)]
+        unproven = next(((verdict, limit) for verdict, limit in verdicts if limit is not None), None)
+        if unproven is None:
             return outcomes, found, ""
-        more = _further(goal, trial, its.step, outcomes)
-        if more is None or not _open(goal, verdict) or evaluator.share([more]) > evaluator.left() + ROUNDING:
+        wanted = _further(goal, trial, its.step, outcomes, found)
+        if not wanted or evaluator.share(wanted) > evaluator.left() + ROUNDING:
+            verdict, limit = unproven
             return outcomes, found, f"in {len(outcomes)} runs together: {limit.shown(found)} is {verdict}"
-        wanted = [more]
 
 
-def _open(goal: Goal, verdict: Verdict) -> bool:
-    """Return True if more requests may prove that a limit is kept; at a rate that is given, of an unsure figure too."""
-    return verdict in HELD or (verdict is Verdict.UNSURE and goal.rate is not None)
+def _further(goal: Goal, trial: Trial, step: int, outcomes: list[Outcome], found: Outcome) -> list[Wanted]:
+    """Return one more run, with the requests that an interval of all runs still needs; none after such a one.
 
-
-def _further(goal: Goal, trial: Trial, step: int, outcomes: list[Outcome]) -> Wanted | None:
-    """Return one more run, with the requests that an interval of all runs still needs.
-
-    If there is an interval, it is too wide. Then a lower rate is better than more requests, of which a further run may
-    be beyond the limit by chance. A rate that is given can't be lower, so as many requests as until then follow.
+    An interval that is too wide asks for a lower rate. A rate that is given can't be lower, so as many requests as
+    until then follow.
     """
     had = sum(round(outcome.metrics["samples"]) for outcome in outcomes)
-    lacking = AGAIN * requests_needed(goal.limits, trial, step) - had
-    if lacking <= 0 and goal.rate is None:
-        return None
-    requests = max(CERTIFIED, math.ceil((lacking if lacking > 0 else had) / 1000) * 1000)
-    return trial.configuration, Probe(rates.rate_of(step), requests, SEED + len(outcomes))
+    lacks = any(limit.metric.startswith(POOLED) and limit.metric not in found.intervals for limit in goal.limits)
+    more = AGAIN * requests_needed(goal.limits, trial, step) - had if lacks else had if goal.rate is not None else 0
+    if more <= 0 or len(outcomes) > goal.runs:
+        return []
+    requests = max(CERTIFIED, math.ceil(more / 1000) * 1000)
+    return [(trial.configuration, Probe(rates.rate_of(step), requests, SEED + len(outcomes)))]

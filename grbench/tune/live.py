@@ -167,7 +167,7 @@ class LiveEvaluator:
         from grbench.report.frame import ReportError
 
         try:
-            return pooled(outcomes, [latencies_of(outcome.folder) for outcome in outcomes if outcome.folder])
+            return pooled(outcomes, [latencies_of(outcome.folder) for outcome in outcomes])
         except ReportError as e:
             self._say(f"{e}; until then the worst run stands for all")
             return worst(outcomes)
@@ -425,7 +425,7 @@ def batches_of(folder: Path) -> list[tuple[int, float]]:
     return list(by_index.values()) if packed else []
 
 
-def latencies_of(folder: Path) -> npt.NDArray[np.float64]:
+def latencies_of(folder: Path | None) -> npt.NDArray[np.float64]:
     """Return the milliseconds of each request of a cell. Raises ReportError for samples that can't be read."""
     from grbench.report.frame import load_samples
 

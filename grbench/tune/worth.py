@@ -18,6 +18,7 @@ from grbench.tune.limits import PERCENTILE, Limit
 from grbench.tune.outcome import Outcome
 from grbench.tune.trial import Trial
 
+POOLED = "latency_ms/"  # begins the names of figures that are judged over the latencies of all runs
 BUSIEST = 0.9  # share of the capacity, at most: of less that is free the offline rate is no measure
 
 
@@ -56,7 +57,7 @@ def worst(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def pooled(outcomes: Sequence[Outcome], latencies_ms: Sequence[npt.NDArray[np.float64]]) -> Outcome:
-    """Return what independent runs show together: percentiles of all latencies; of other figures those of the worst.
+    """Return what independent runs show together: percentiles of all latencies, and other figures of the run `worst`.
 
     latencies_ms: [samples] of each run.
     """
@@ -64,7 +65,7 @@ def pooled(outcomes: Sequence[Outcome], latencies_ms: Sequence[npt.NDArray[np.fl
     metrics, intervals = dict(found.metrics), dict(found.intervals)
     metrics["samples"] = float(sum(map(len, latencies_ms)))
     for percent in PERCENTILES:
-        name = f"latency_ms/p{percent:g}"
+        name = f"{POOLED}p{percent:g}"
         if all(name in outcome.metrics for outcome in outcomes):
             worths = [outcome.metrics[f"{name}{WORTH}"] for outcome in outcomes]
             metrics[name], worth, interval = percentile_of_runs(latencies_ms, worths, percent)

@@ -409,7 +409,41 @@ def test_a_run_that_proves_nothing_alone_is_followed_by_those_with_which_it_does
     assert not certificate.outcomes[0].intervals and certificate.together.intervals
 
 
-def test_a_run_beyond_the_limit_is_not_outweighed_by_others() -> None:
+@pytest.mark.parametrize("goal", [Goal("throughput", (P99,)), Goal("latency", (P99,), rate=90.0)])
+def test_a_figure_beyond_the_limit_is_not_outweighed_by_other_runs(goal: Goal) -> None:
+    """Its interval has the limit in it, and that of all runs is within."""
+    evaluator = Capacities(CAPACITY)
+    usual = evaluator.outcome
+
+    def unlucky(configuration: Configuration, probe: Probe) -> Outcome:
+        return outcome(81.0, 75.0, 88.0) if probe.seed == 102 else usual(configuration, probe)
+
+    evaluator.outcome = unlucky  # type: ignore[method-assign]
+    evaluator.pool = lambda outcomes: outcomes[0]  # type: ignore[method-assign]
+    assert certify(searched(evaluator, goal), evaluator) is None
+
+
+def test_a_limit_that_runs_do_not_share_is_proven_by_each() -> None:
+    """The run with the smaller p99 has no interval of its queue within the limit."""
+    limit = limits.parse("queue_ms.p90", "40")
+    evaluator = Capacities(CAPACITY)
+    usual = evaluator.outcome
+
+    def queued(configuration: Configuration, probe: Probe) -> Outcome:
+        found = usual(configuration, probe)
+        ends = {} if probe.seed == 102 else {"queue_ms/p90": [9.0, 11.0]}
+        metrics = {**found.metrics, "queue_ms/p90": 10.0}
+        return dataclasses.replace(found, metrics=metrics, intervals={**found.intervals, **ends})
+
+    evaluator.outcome = queued  # type: ignore[method-assign]
+    search = searched(evaluator, Goal("throughput", (P99, limit)))
+    before = len(evaluator.probes)
+    assert certify(search, evaluator) is None
+    assert {probe.seed for _, probe in evaluator.probes[before:]} == {101, 102}  # and none until the budget is spent
+    assert "runs together: queue_ms.p90 10" in search.uncertified
+
+
+def test_a_run_beyond_the_limit_fails_the_rate() -> None:
     evaluator = Capacities(CAPACITY)
     search = searched(evaluator)
     best = search.ranking()[0]

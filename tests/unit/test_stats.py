@@ -154,24 +154,36 @@ def test_interval_of_dependent_samples_covers_the_truth(draw, percent: int) -> N
     assert covered / known >= 0.92
 
 
-@pytest.mark.parametrize("counts", [(600, 600), (1200, 300)])
-def test_interval_of_independent_runs_covers_the_truth(counts: tuple[int, int]) -> None:
-    """Runs of a queue, of unequal lengths too, whose latencies are alike within each."""
+@pytest.mark.parametrize("counts, between", [((600, 600), 0.0), ((1200, 300), 0.0), ((600, 600, 600, 600), 0.1)])
+def test_interval_of_independent_runs_covers_the_truth(counts: tuple[int, ...], between: float) -> None:
+    """Runs of a queue, of unequal lengths too, whose latencies are alike within each. between: spread of the runs."""
     rng = np.random.default_rng(12)
     truth = np.quantile(_queue(rng, 200_000)[0], 0.9)
     covered = known = 0
     for _ in range(200):
         runs = [_queue(rng, count) for count in counts]
+        runs = [(latencies * np.exp(rng.normal(0.0, between)), arrivals) for latencies, arrivals in runs]
         summaries = [stats.latency_summary(latencies, arrivals_s=arrivals) for latencies, arrivals in runs]
         worths = [summary.metrics["latency_ms/p90_worth"] for summary in summaries]
-        both = [latencies for latencies, _ in runs]
-        value, worth, interval = stats.percentile_of_runs(both, worths, 90.0)
-        assert value == stats.percentile(np.concatenate(both), 90.0) and worth <= sum(worths)
+        all_runs = [latencies for latencies, _ in runs]
+        value, worth, interval = stats.percentile_of_runs(all_runs, worths, 90.0)
+        assert value == stats.percentile(np.concatenate(all_runs), 90.0) and worth <= sum(worths)
         if interval:
             known += 1
             covered += interval[0] <= truth <= interval[1]
     assert known > 150
     assert 0.92 <= covered / known < 1
+
+
+def test_interval_of_runs_that_differ_is_wider_than_their_own() -> None:
+    rng = np.random.default_rng(13)
+    samples = rng.lognormal(0, 0.5, 4000)
+    runs = [samples, 1.2 * rng.permutation(samples)]
+    value, _, interval = stats.percentile_of_runs(runs, [4000, 4000], 99.0)
+    alike = stats.percentile_of_runs([samples, samples], [4000, 4000], 99.0)
+    assert interval is not None and alike[2] is not None
+    assert interval[1] / value > alike[2][1] / alike[0] > 1.02
+    assert interval[1] / value > np.exp(1.96 * np.log(1.2) / 2)  # sd of two is their difference over the root of 2
 
 
 def test_one_run_alone_has_its_own_interval() -> None:
