@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grbench.tune import rates
@@ -25,7 +24,6 @@ SHARE = 0.6  # of the budget, at most, if there is room for a run that fails, to
 MOST = 0.75  # of the budget that is reserved, at most
 NEAR = rates.steps(1.2)  # below the best, within which the second may become the best again
 STEPS = 2  # by which a rate that fails is lowered first, then twice as many each time
-SLOWED = 2.0  # times a full batch's seconds offline, from which on other work slows the machine
 LAST = 8  # by which the last try that the budget has room for is lowered further, once a figure was beyond its limit
 SEED = 101
 ROUNDING = 1e-9  # of shares of the budget
@@ -120,39 +118,11 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
         failures.append(f"{trial.configuration.name} at {trial.refuted}")
         fall = STEPS
         if not found.ok or judge(goal.limits, found)[0] is not Verdict.LIKELY:
-            if goal.rate is None and (slower := _slower(trial, found)) >= SLOWED:
-                safe = _as_slow(knowledge, tries | {id(trial): Try(step - STEPS)}, slower)
-                if (lower := safe[id(trial)]) is not None and not _missing(goal, evaluator, trial, lower):
-                    tries = safe
-                    continue
             beyond = True
             falls[id(trial)] = fall = 2 * falls.get(id(trial), STEPS // 2)
         tries[id(trial)] = Try(step - fall) if step - fall > _lowest(goal, trial, step) else None
     knowledge.uncertified = "; ".join([*failures[-1:], *([missing] if missing else [])])
     return None
-
-
-def _slower(trial: Trial, outcome: Outcome) -> float:
-    """Return how many times as long as full batches offline the slowest 1% of an outcome's took; 0: not known."""
-    slow_ms = outcome.metrics.get("compute_ms/p99")
-    if slow_ms is None or trial.offline is None or not trial.offline.batches:
-        return 0.0
-    largest = max(size for size, _ in trial.offline.batches)
-    full_s = statistics.median(seconds for size, seconds in trial.offline.batches if size == largest)
-    return slow_ms / 1e3 / full_s
-
-
-def _as_slow(knowledge: Knowledge, tries: Mapping[int, Try | None], slower: float) -> dict[int, Try | None]:
-    """Return the tries at rates that the simulated queue bears with batches that are slower by this all the time.
-
-    Where no times of batches are known there is none.
-    """
-    known = [trial for trial in knowledge.ranking() if trial.offline is not None and trial.offline.batches]
-    found: dict[int, Try | None] = dict.fromkeys(tries)
-    for trial in known:
-        its, step = tries[id(trial)], knowledge.predict(trial, slower)
-        found[id(trial)] = None if its is None or step is None else Try(min(step, its.step))
-    return found
 
 
 def _first_step(goal: Goal, trial: Trial) -> int | None:

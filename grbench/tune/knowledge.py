@@ -77,7 +77,7 @@ class Knowledge:
         if probe.rate is None:
             trial.offline = outcome
             trial.top = rates.step_below(outcome.metrics["throughput_rps"] * rates.RATIO)
-            trial.predicted = self.predict(trial)
+            trial.predicted = self._predict(trial)
             verdict, limit = judge([limit for limit in self.goal.limits if limit.static], outcome)
         else:
             verdict, limit = judge(self.goal.limits, outcome)
@@ -88,16 +88,12 @@ class Knowledge:
             trial.violation = max(limit.excess(outcome) or 0.0, 1e-3)
         return None if probe.rate is None else verdict
 
-    def predict(self, trial: Trial, slower: float = 1.0) -> int | None:
-        """Return the highest step at which the simulated queue keeps the latency limits, at most `trial.top`.
-
-        slower: times the seconds of each batch. None without an offline probe.
-        """
-        if trial.offline is None or trial.top is None:
-            return None
+    def _predict(self, trial: Trial) -> int | None:
+        """Return the highest step at which the simulated queue keeps the latency limits, at most `trial.top`."""
+        assert trial.offline is not None and trial.top is not None
         mine = self.batching[trial.configuration]
         batches = [batch for other in self._alike(trial) for batch in other.offline.batches if other.offline]  # type: ignore[union-attr]
-        batches = [(size, slower * seconds) for size, seconds in batches if size <= mine.max_batch]
+        batches = [(size, seconds) for size, seconds in batches if size <= mine.max_batch]
         bounds = [
             (float(p[2]), x.bound)
             for x in self.goal.limits
@@ -105,7 +101,7 @@ class Knowledge:
         ]
         if not batches or not bounds:
             return trial.top
-        times = BatchTimes(batches, trial.offline.metrics["throughput_rps"] / slower)
+        times = BatchTimes(batches, trial.offline.metrics["throughput_rps"])
         low, high = trial.top - BOTTOM, trial.top
         while low < high:
             step = (low + high + 1) // 2

@@ -463,29 +463,6 @@ def test_a_budget_without_room_for_these_requests_certifies_the_highest_rate_for
     assert certificate.failures[-1].startswith("2 runs of ") and "set budget=" in certificate.failures[-1]
 
 
-@pytest.mark.parametrize("slower", [5.0, 1.0])
-def test_a_run_that_other_work_slows_is_followed_by_one_at_a_rate_that_bears_such_work(slower: float) -> None:
-    evaluator = Capacities({ALL[0]: 100.0})
-    usual, batch_s = evaluator.outcome, 1 / 120
-
-    def burst(configuration: Configuration, probe: Probe) -> Outcome:
-        if probe.rate is None:
-            return dataclasses.replace(usual(configuration, probe), batches=16 * [(1, batch_s)])
-        slow = {"compute_ms/p99": slower * 1e3 * batch_s}
-        return outcome(360.0, 350.0, 370.0, **slow) if probe.seed and probe.rate > 60 else usual(configuration, probe)
-
-    evaluator.outcome = burst  # type: ignore[method-assign]
-    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
-    Search(search, [ALL[0]], evaluator, Listed([ALL[0]])).run()
-    certificate = certify(search, evaluator)
-    assert certificate is not None
-    tried = dict.fromkeys(probe.rate or 0.0 for _, probe in evaluator.probes if probe.seed)
-    if slower == 1.0:  # nothing shows that it was other work
-        assert len(tried) > 2 and rates.rate_of(certificate.step) > 40
-    else:
-        assert len(tried) == 2 and 2 < rates.rate_of(certificate.step) < 120 / slower
-
-
 class Timed(Alike):
     """An evaluator whose budget is seconds: at a lower rate requests take longer."""
 
