@@ -429,6 +429,7 @@ def latencies_of(folder: Path | None) -> npt.NDArray[np.float64]:
     """Return the milliseconds of each request of a cell. Raises ReportError for samples that can't be read."""
     from grbench.report.frame import load_samples
 
+    assert folder is not None  # every outcome of a cell has one
     return load_samples(folder)["latency_ms"].to_numpy(np.float64)
 
 
