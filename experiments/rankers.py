@@ -5,9 +5,9 @@
 Each seed draws the candidates of MovieLens-100K's visits, and trains two rankers on them. HSTU has the recipe of
 experiments/weights/README.md. The other one is a Transformer of its width and layers over item vectors, whose score of
 a candidate is the product of its last row with the candidate's vector, as in SASRec. Both have the same requests,
-labels, loss and choice of the epoch, which also chooses one of two dropouts for the Transformer. Both rank the last 512
-requests, as do baselines that know the requests before them. Figures are means over the seeds. Intervals are over
-users, and those of a difference are of pairs.
+labels, loss, options of training and choice of the epoch. Both rank the last 512 requests, as do baselines that know
+the requests before them. Figures are means over the seeds. Intervals are over users, and those of a difference are of
+pairs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,10 @@ from grengines.semantic.ids import one_level
 
 RECIPE = [
     "workload=ml_100k", "workload.max_history=50", "task=rank", "model.tasks=[rated,liked]", "training.batch=64",
-    "training.epochs=20", "training.patience=5", "training.validate_every=2",
+    "training.epochs=20", "training.patience=5", "training.validate_every=2", "training.dropout=0.5",
 ]  # fmt: skip
 SASREC = ["task=generate", "retrieval.levels=1", "model=decoder_tiny", "model.heads=2", "model.kv_heads=2"]
 HSTU, LIKE_SASREC = "HSTU", "like SASRec"
-DROPOUTS = (0.2, 0.5)  # of the Transformer
 
 
 class SasRec(nn.Module):
@@ -87,29 +87,17 @@ class SasRecTask(RankTask):
         return found
 
 
-def train(task: RankTask, config: Any, name: str) -> float:
-    """Train a ranker to its best epoch, with a line for each. Returns that epoch's validation, a mean AUC."""
+def train(task: RankTask, config: Any, name: str) -> None:
+    """Train a ranker to its best epoch, with a line for each."""
 
     def report(epoch: loop.Epoch) -> None:
         print(f"{name}: {epoch_line(epoch, config.training)}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        state = loop.train(task, config.training, task.device, config.seed, Path(folder), name, report)
-    return state.best_figure
+        loop.train(task, config.training, task.device, config.seed, Path(folder), name, report)
 
 
-def best_sasrec(config: Any, trace: Trace, device: torch.device) -> RankTask:
-    """Return the Transformer that is best by its validation, of DROPOUTS."""
-    decoder = compose_jobs("train", training.to_config, [*SASREC, f"seed={config.seed}"])[0]
-    found = []
-    for dropout in DROPOUTS:
-        its = replace(config, training=replace(config.training, dropout=dropout))
-        task = SasRecTask(its, decoder, trace, device)
-        found.append((train(task, its, f"{LIKE_SASREC} seed {config.seed} dropout {dropout:g}"), task))
-    return max(found, key=lambda pair: pair[0])[1]
-
-
-def ranked(config: Any) -> tuple[dict[str, dict[str, Estimate]], dict[str, int], int]:
+def ranked(config: Any, decoder: Any) -> tuple[dict[str, dict[str, Estimate]], dict[str, int], int]:
     """Train both rankers for one seed. Returns figures by ranker and name, parameters, and the number of requests."""
     trace = workloads.build(config.workload, config.seed, latency_limit_ms=1.0)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
@@ -117,12 +105,27 @@ def ranked(config: Any) -> tuple[dict[str, dict[str, Estimate]], dict[str, int],
     rankings = Rankings.of(trace, config.model.tasks, config.held_out, 0, task.seen_until)
     if rankings is None:
         raise ConfigError(f"held_out={config.held_out}: no request is later than the training; give another one")
-    train(task, config, f"{HSTU} seed {config.seed}")
-    best = {HSTU: task, LIKE_SASREC: best_sasrec(config, trace, device)}
+    both = {HSTU: task, LIKE_SASREC: SasRecTask(config, decoder, trace, device)}
+    for name, its in both.items():
+        train(its, config, f"{name} seed {config.seed}")
     with torch.no_grad():
-        figures = {name: rankings.estimates(its.scores(np.array(rankings.indices))) for name, its in best.items()}
-    sizes = {name: sum(p.numel() for p in its.model.parameters()) for name, its in best.items()}
+        figures = {name: rankings.estimates(its.scores(np.array(rankings.indices))) for name, its in both.items()}
+    sizes = {name: sum(p.numel() for p in its.model.parameters()) for name, its in both.items()}
     return figures | rankings.baselines(), sizes, len(rankings.indices)
+
+
+def every_seed(seeds: int, overrides: Sequence[str], parallel: int) -> list[Any]:
+    """Return `ranked` of each seed."""
+    prepare_hydra()
+    training.register_schemas()
+    words = [[*RECIPE, *overrides], SASREC]
+    configs = [
+        [compose_jobs("train", training.to_config, [*of, f"seed={seed}"])[0] for seed in range(seeds)] for of in words
+    ]
+    if parallel == 1:
+        return [ranked(*pair) for pair in zip(*configs, strict=True)]
+    with ProcessPoolExecutor(parallel, get_context("spawn")) as pool:
+        return list(pool.map(ranked, *configs))
 
 
 def mean(estimates: Sequence[Estimate]) -> Estimate:
@@ -133,21 +136,20 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__ or "")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each model (default: %(default)s)")
+    parser.add_argument("--parallel", type=int, default=1, help="seeds beside each other (default: %(default)s)")
     args = parser.parse_args(arguments)
     rows = common.Rows(args, __file__, arguments)
     found: dict[str, dict[str, list[Estimate]]] = {}
-    for seed in range(args.seeds):
-        try:
-            prepare_hydra()
-            training.register_schemas()
-            config = compose_jobs("train", training.to_config, [*RECIPE, *args.overrides, f"seed={seed}"])[0]
-            figures, sizes, requests = ranked(config)
-        except ConfigError as e:
-            parser.error(str(e))
+    try:
+        results = every_seed(args.seeds, args.overrides, args.parallel)
+    except ConfigError as e:
+        parser.error(str(e))
+    _, sizes, requests = results[0]
+    for figures, *_ in results:
         for name, its in figures.items():
             for figure, estimate in its.items():
                 found.setdefault(name, {}).setdefault(figure, []).append(estimate)
-    for label in config.model.tasks:
+    for label in dict.fromkeys(name.partition("/")[0] for name in found[HSTU]):
         own = mean(found[HSTU][f"{label}/auc"])
         for name, by_figure in found.items():
             each = by_figure[f"{label}/auc"]
