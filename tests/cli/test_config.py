@@ -428,7 +428,6 @@ REFUSED = [  # what the worker refused before: overrides, and the refusal
     ("engine=tensorrt engine.fallback=[hstuu]", "engine.fallback=hstuu: nearest: hstu; allowed are hstu, aoti"),
     ("engine=aoti engine.fallback=[onnxruntime] cache=lru", "engine.fallback=onnxruntime: cache=lru: engine=onnx"),
     ("engine=aoti cache.item_memory_gb=1", "cache.item_memory_gb=1: a package has the whole table on the device"),
-    ("engine=aoti cache=lru cache.precision=int8", "cache.precision=int8: a package reads pages in its own precision"),
     ("engine=aoti kernel.hstu_attention=cutlass", "kernel.hstu_attention=cutlass can't be part of a package; those"),
     ("engine=aoti engine.device=cpu engine.cuda_graphs=true", "engine.cuda_graphs=true and engine.device=cpu: a CPU"),
     ("engine=hstu engine.device=cpu engine.cuda_graphs=true", "engine.cuda_graphs=true and engine.device=cpu: a CPU"),

@@ -180,6 +180,45 @@ def test_a_returning_user_is_answered_from_pages(paged: AOTIEngine) -> None:
 
 
 @NO_COMPILER
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_package_reads_pages_in_eight_bits(cache: Path, kind: str) -> None:
+    """Twice the error of the reference whose history went through such pages; wrong scales and stale pages fail."""
+    pages = dataclasses.replace(PAGES, precision=kind)
+    made = engine(PAGED_MODEL, cache=pages)
+    made.prepare(visits(EVENTS, [1, 2, 3, 4]), 4)
+    keep(made, f"paged_{kind}")
+    reference = RankingReference(PAGED_MODEL, CATALOGUE, 5, "cpu")
+    made.reset_cache()
+    made.rank(visits(30, [1, 2]))
+    for events, users in ((45, [1, 2]), (45, [1, 2]), (EVENTS, [1, 2, 3])):  # new events, candidates alone, a new user
+        requests = visits(events, users)
+        expected = reference.scores(requests)
+        rounding = relative_error(np.concatenate(reference.scores(requests, stored=kind)), np.concatenate(expected))
+        result = made.rank(requests)
+        assert result.cached[0].tokens and 1e-5 < error(result, expected) < 2 * rounding < 0.1, (events, rounding)
+    made.reset_cache(keep=Tier.HOST)
+    again = made.rank(requests)
+    assert again.details["cache_host_hits"] == 3 and error(again, expected) < 2 * rounding
+    assert made.user_cache is not None and made.actual()["cache_precision"] == kind
+    pool = made.user_cache.states.pool
+    assert pool.all_k.dtype.itemsize == pool.all_v.dtype.itemsize == 1
+    with torch.inference_mode():
+        for wrong in (lambda its: its.roll(1, 3), torch.ones_like, torch.zeros_like):
+            for scales in pool.all_scales:
+                right = scales.clone()
+                scales.copy_(wrong(scales))
+                assert error(made.rank(requests), expected) > 2 * rounding
+                scales.copy_(right)
+    assert error(made.rank(requests), expected) < 2 * rounding
+    path = made.actual()["package"]
+    made.close()
+    other = engine(PAGED_MODEL, cache=PAGES, package=path)
+    with pytest.raises(ValueError, match=f"made for stored {kind}, this run has "):
+        other.prepare(visits(EVENTS, [1, 2, 3, 4]), 4)
+    other.close()
+
+
+@NO_COMPILER
 def test_a_batch_that_fails_in_the_cache_is_answered_without_it(
     paged: AOTIEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,6 +493,31 @@ def test_triton_kernels_in_a_package_on_a_gpu(cache: Path, precision: str, graph
         assert error(made.rank(requests), expected) < max(2 * rounding, 2e-5)
     actual = made.actual()
     assert {c["family"] for c in actual["kernel_configs"]} >= {"hstu_attention", "norm_gate", "layer_norm"}
+    made.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("graphs", ["false", "true"])
+def test_a_package_reads_pages_in_eight_bits_on_a_gpu(cache: Path, kind: str, graphs: str) -> None:
+    options: dict[str, Any] = {"device": "cuda", "precision": "bf16", "cuda_graphs": graphs, "cpu_threads": 0}
+    made = engine(PAGED_MODEL, kernel="triton", cache=dataclasses.replace(PAGES, precision=kind), **options)
+    made.prepare(visits(EVENTS, [1, 2, 3, 4]), 4)
+    reference = RankingReference(PAGED_MODEL, CATALOGUE, 5, "cuda")
+    made.reset_cache()
+    made.rank(visits(30, [1, 2]))
+    for events, users in ((45, [1, 2]), (45, [1, 2]), (EVENTS, [1, 2, 3])):
+        requests = visits(events, users)
+        expected = reference.scores(requests)
+        rounded = reference.scores(requests, "bf16", stored=kind)
+        allowed = 2 * relative_error(np.concatenate(rounded), np.concatenate(expected))
+        result = made.rank(requests)
+        assert result.cached[0].tokens and error(result, expected) < allowed
+    assert made.user_cache is not None
+    with torch.inference_mode():
+        for scales in made.user_cache.states.pool.all_scales:
+            scales.zero_()
+    assert error(made.rank(requests), expected) > allowed
     made.close()
 
 

@@ -18,7 +18,6 @@ from helpers.hstu_oracle import make_requests
 from grbench.cachesim.config import CacheSimConfig
 from grbench.cachesim.replay import Replay
 from grbench.config.compose import compose_spec
-from grbench.config.schema import ConfigError
 from grbench.execution.records import Outcome
 from grbench.tools.sizing import kv_bytes
 from grbench.workloads.config import SyntheticConfig
@@ -221,11 +220,6 @@ def test_sizing_counts_users_by_their_states(grbench_here: Any) -> None:
         assert done.returncode == 0, done.stderr
         users[kind] = int(done.stdout.split("4096 ")[1].splitlines()[0].split()[-1].replace(",", ""))
     assert users["fp8"] / users["engine"] == pytest.approx(1024 / 520, rel=0.01)
-
-
-def test_engines_that_read_their_own_precision_refuse() -> None:
-    with pytest.raises(ConfigError, match=r"cache\.precision=int8: a package .* set cache\.precision=engine"):
-        compose_spec([*ON_CPU[1:], "engine=aoti", "cache.precision=int8"])
 
 
 def test_a_precision_that_there_is_not_is_one_line(grbench_here: Any) -> None:

@@ -50,5 +50,5 @@ class PackagedRanker:
         if write:
             layers = len(pool.k)
             for i, (k, v) in enumerate(zip(made[:layers], made[layers:], strict=True)):
-                self._paged_write(k, v, places.slots, pool.k[i], pool.v[i])
+                self._paged_write(k, v, places.slots, **pool.layer(i))
         return logits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grengines.cache.config import stored
 from grengines.options import BucketOptions, option
 from grengines.refusals import Asked, graphs_on_cpu
 from grkernels.families import AUTO
@@ -29,11 +28,6 @@ def contradiction(options: AOTIEngineConfig, asked: Asked) -> str | None:
         return (
             f"cache.item_memory_gb={asked.cache.item_memory_gb:g}: a package has the whole table on the device; "
             "set cache.item_memory_gb=0"
-        )
-    if eight_bits := stored(asked.cache):
-        return (
-            f"cache.precision={eight_bits}: a package reads pages in its own precision only; set "
-            "cache.precision=engine, or engine=hstu"
         )
     for family, variant in asked.kernels.items():
         if variant not in (AUTO, *VARIANTS):

@@ -19,7 +19,7 @@ from grengines.aoti.package import Facts, Inputs, Package
 from grengines.aoti.paged import PagedRanker
 from grengines.api import RankResult, Request, Setup, Tier
 from grengines.base import RankingEngine
-from grengines.cache.config import PagedCacheConfig
+from grengines.cache.config import PagedCacheConfig, stored
 from grengines.export.attention import adapted
 from grengines.export.identity import kv_hash, model_hash
 from grengines.export.module import ExportedRanker
@@ -63,6 +63,7 @@ class AOTIEngine(RankingEngine):
             self._device.type,
             self._precision,
             page=self._page,
+            stored=stored(self._cache),
             captured=self._asked != "false",
             allowed=VARIANTS,
         )
@@ -216,7 +217,15 @@ class AOTIEngine(RankingEngine):
         sizes = profiles(sample, self._encoding, max_batch, 2)
         digest = model_hash(model, self._setup.catalogue, self._setup.seed)
         facts = Facts.here(
-            digest, self._precision, self._device, self._kernels, model.heads, sizes[-1], sizes[0], self._page
+            digest,
+            self._precision,
+            self._device,
+            self._kernels,
+            model.heads,
+            sizes[-1],
+            sizes[0],
+            self._page,
+            stored(self._cache),
         )
         path = Path(self._options.package) if self._options.package is not None else facts.path()
         if self._options.package is None and not path.exists():

@@ -32,6 +32,7 @@ from grengines.runtime.profile import Sizes
 from grkernels import tuning
 from grkernels.cache_folder import cache_folder
 from grkernels.hstu_attention.torch import tiles_needed
+from grkernels.pages import EIGHT_BITS
 
 FORMAT = "grbench-aoti-2"
 MOST_PAGES = 1 << 31
@@ -43,6 +44,7 @@ PAGED_INPUTS: dict[str, tuple[torch.dtype | None, tuple[str, ...]]] = {
     "k_pages": (None, ("layers", "S", "page", "H", "dqk")),
     "v_pages": (None, ("layers", "S", "page", "H", "dv")),
 }
+SCALES = (torch.float32, ("layers", "S", "page", "H"))  # of pages in 8 bits, further inputs: of keys, of values
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Facts:
     typical: Sizes  # the batch that its kernels' launch configurations are chosen for
     tiles: int  # that eager attention processes one after another
     page: int = 0  # tokens of a page of the KV cache that it appends to; 0: it computes whole histories
+    stored: str = ""  # int8 or fp8: the pages are in 8 bits
     format: str = FORMAT
 
     @classmethod
@@ -73,6 +76,7 @@ class Facts:
         most: Sizes,
         typical: Sizes,
         page: int = 0,
+        stored: str = "",
     ) -> Facts:
         """Describe a package for this machine, with the current number of threads."""
         cuda = device.type == "cuda"
@@ -89,6 +93,7 @@ class Facts:
             typical=typical,
             tiles=tiles_needed(most.batch, heads, most.longest, most.longest) if eager else 1,
             page=page,
+            stored=stored,
         )
 
     @classmethod
@@ -147,7 +152,7 @@ class Inputs:
         ]
         if places is not None and pool is not None:
             inputs[-1] = self._ruler[: min(batch.max_kv_len, self._longest)]
-            inputs += [places.page_table, places.paged_lengths, pool.all_k, pool.all_v]
+            inputs += [places.page_table, places.paged_lengths, pool.all_k, pool.all_v, *pool.all_scales]
         return inputs
 
 
@@ -180,7 +185,7 @@ def load(path: Path, wanted: Facts, device: torch.device) -> Package:
     model, precision, device, version or kernels.
     """
     facts, configs = _read(path)
-    for name in ("model_hash", "precision", "device", "threads", "page", "kernels", "versions"):
+    for name in ("model_hash", "precision", "device", "threads", "page", "stored", "kernels", "versions"):
         found, expected = getattr(facts, name), getattr(wanted, name)
         if found != expected:
             raise ValueError(f"{path}: made for {name} {found}, this run has {expected}; {_hint(path)}")
@@ -211,7 +216,9 @@ def trace(module: ExportedRanker | PagedRanker, facts: Facts) -> torch.export.Ex
         sizes |= {"N": typical.longest, "P": -(-typical.history // facts.page), "S": 3}
         static = {"T": tiles, "TC": tiles, "layers": config.layers, "page": facts.page, "H": config.heads}
         static |= {"dqk": config.qk_dim, "dv": config.v_dim}
-        inputs |= {name: (dtype or table.dtype, shape) for name, (dtype, shape) in PAGED_INPUTS.items()}
+        pages = EIGHT_BITS.get(facts.stored, table.dtype)
+        inputs |= {name: (dtype or pages, shape) for name, (dtype, shape) in PAGED_INPUTS.items()}
+        inputs |= {"k_scales": SCALES, "v_scales": SCALES} if facts.stored else {}
     dims: dict[str, Any] = {d: Dim(d, min=1, max=n) if n > 1 else Dim.STATIC for d, n in limits.items()}
     dims |= {"B + 1": dims["B"] + 1 if most.batch > 1 else Dim.STATIC, **dict.fromkeys(static, Dim.STATIC)}
     sizes = {d: max(n, min(2, limits[d])) for d, n in sizes.items()}  # export takes 1 for a constant

@@ -40,12 +40,15 @@ class PagedRanker(nn.Module):
         paged_lengths: Tensor,
         k_pages: Tensor,
         v_pages: Tensor,
+        k_scales: Tensor | None = None,
+        v_scales: Tensor | None = None,
     ) -> list[Tensor]:
         """Return logits fp32 [M, tasks], then each layer's new keys [L, H, dqk], then each layer's new values.
 
         The first twelve arguments: as in ExportedRanker.forward, but columns int64 [N] has one for each key of the
         longest sequence, those in pages included. page_table int32 [B, P], paged_lengths int64 [B]: as in PagedBatch.
-        k_pages [layers, pages, page, H, dqk], v_pages [layers, pages, page, H, dv].
+        k_pages [layers, pages, page, H, dqk], v_pages [layers, pages, page, H, dv]. k_scales, v_scales fp32 [layers,
+        pages, page, H]: of pages in 8 bits.
         """
         ranker, config = self.ranker, self.ranker.config
         batch = JaggedBatch(
@@ -93,6 +96,8 @@ class PagedRanker(nn.Module):
                 v_pages=v_pages[i],
                 page_table=page_table,
                 paged_lengths=paged_lengths,
+                k_scales=None if k_scales is None else k_scales[i],
+                v_scales=None if v_scales is None else v_scales[i],
                 **self._options,
             )
             x = layer.combine(x, u, a, ranker.kernels)
