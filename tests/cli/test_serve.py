@@ -585,9 +585,9 @@ def test_the_error_of_a_load_without_the_key_says_where_it_goes(locked: Serving)
 
 def test_the_page_shows_strategies_and_latency(server: Serving) -> None:
     webdriver = pytest.importorskip("selenium.webdriver")
-    driver, browser = shutil.which("chromedriver"), shutil.which("chromium")
+    driver, browser = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
     if driver is None or browser is None:
-        pytest.skip("chromium and chromedriver are not installed")
+        pytest.skip("chromium or google-chrome, and chromedriver, are not installed")
     server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})
     options = webdriver.ChromeOptions()
     options.binary_location = browser
