@@ -447,6 +447,8 @@ def test_a_killed_replica_is_started_again(tmp_path: Path) -> None:
         wait_until(lambda: up(config) == 2 or process.poll() is not None, 240)
         assert process.poll() is None, (tmp_path / "log").read_text()
         client = Client(f"http://127.0.0.1:{port}")
+        client.wait_until_ready(120)
+        wait_until(lambda: up(config) == 2, 120)  # HAProxy takes a replica for healthy until its first check has failed
         requests = list(trace.requests[:20])
         expected = [client.rank([r]).scores[0] for r in requests]
         killed = _listens_at(replica_port)
