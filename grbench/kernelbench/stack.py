@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grengines.models.hstu import fp8 as fp8_layers
 from grengines.models.hstu.config import HSTUConfig
+from grengines.models.hstu.fp8 import round_layers
 from grengines.models.hstu.model import HSTULayer
 from grengines.models.hstu.quantised import quantise_layers
-from grkernels import fp8, registry
+from grkernels import registry
 from grkernels.families import Sizes
 from grkernels.hstu_attention import spec
 from grkernels.operators import Operators
@@ -130,7 +130,7 @@ def refusal(variant: str, *, device: str, dtype: str, **sizes: Any) -> str | Non
         dims = registry.family(family).dims(Sizes(**sizes, products=products))
         if why := registry.refusal(family, kernel, device=device, dtype=dtype, **dims):
             return why
-    return fp8.refusal() if products and device == "cuda" else None
+    return None
 
 
 def _in_fp8(variant: str) -> bool:
@@ -160,7 +160,7 @@ def bind(variant: str, **given: Any) -> Callable[[], Tensor]:
     kernels = Operators.of(_kernels(name))
     if _in_fp8(variant):
         given["layers"] = copy.deepcopy(given["layers"])
-        fp8_layers.round_layers(given["layers"])
+        round_layers(given["layers"])
 
     def call() -> Tensor:
         return _run(kernels, **given)
