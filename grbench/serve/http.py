@@ -29,10 +29,9 @@ from grbench.serve.errors import RefusedError
 from grbench.serve.exchange import ClientLeftError, Endpoint, HttpRequest, HttpResponse, Target
 from grbench.serve.haproxy import OWNER_HEADER
 from grbench.serve.keys import client_of
-from grbench.serve.protocol import HEADER_LENGTH, Call, json_length, parse_call, render, shown
+from grbench.serve.protocol import HEADER_LENGTH, INLINE, Call, json_length, parse_call, render, shown
 from grbench.serve.service import Service
 
-INLINE = 100_000  # bytes of JSON that the event loop reads itself; more would hold other calls up
 LEFT = 499  # status in the metrics of a call whose client has left
 JSON = {"content-type": "application/json"}
 

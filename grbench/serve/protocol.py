@@ -20,6 +20,7 @@ from grkernels.nearest import nearest
 
 Tensor = npt.NDArray[Any]
 HEADER_LENGTH = "inference-header-content-length"  # of the JSON before the binary tensors
+INLINE = 100_000  # bytes of a call that the event loop reads itself; more would hold other calls up
 DTYPES: dict[str, type[np.generic]] = {
     "BOOL": np.bool_,
     "UINT8": np.uint8,
@@ -102,8 +103,11 @@ class _Constant(str):
 
 
 def _not_json(text: bytes, error: ValueError) -> str:
-    """Return what is wrong with text that is not JSON, with the field if that is a number which JSON cannot hold."""
-    if b"NaN" in text or b"Infinity" in text:
+    """Return what is wrong with text that is not JSON, with the field if that is a number which JSON cannot hold.
+
+    Python reads a long text for seconds, and holds up all other calls: it keeps orjson's line and column.
+    """
+    if len(text) <= INLINE and (b"NaN" in text or b"Infinity" in text):
         with contextlib.suppress(ValueError, RecursionError):
             for where, value in _leaves(json.loads(text, parse_constant=_Constant)):
                 if isinstance(value, _Constant):

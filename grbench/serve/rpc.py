@@ -28,6 +28,7 @@ from grbench.serve.haproxy import OWNER_HEADER
 from grbench.serve.keys import client_of
 from grbench.serve.options import bound
 from grbench.serve.protocol import (
+    INLINE,
     NAMES,
     Call,
     Tensor,
@@ -53,7 +54,6 @@ CODES = {
 CONTENTS = {"BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
             "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
             "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents"}  # fmt: skip
-INLINE = 100_000  # bytes of a call that the event loop reads itself
 Handler = Callable[[Any, Any], Awaitable[Any]]
 
 

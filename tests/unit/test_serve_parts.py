@@ -39,7 +39,7 @@ from grbench.serve.http import Api
 from grbench.serve.logs import Log
 from grbench.serve.metrics import Metrics, StrategyFigures
 from grbench.serve.options import parse
-from grbench.serve.protocol import DTYPES, number_of, parse_call, shape_of, tensor_of_bytes, tensor_of_list
+from grbench.serve.protocol import DTYPES, INLINE, number_of, parse_call, shape_of, tensor_of_bytes, tensor_of_list
 from grbench.serve.requests import INPUTS, Bounds, decode, events_of
 from grbench.serve.rpc import Rpc, messages
 from grbench.serve.state import Histories, History
@@ -156,6 +156,14 @@ def test_numbers_keep_their_values_or_are_refused(kind: str, data: list[Any], fo
 def test_a_call_is_refused_for_what_is_not_supported(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(RefusedError, match=re.escape(words)):
         parse_call(json.dumps({"inputs": []} | changes).encode(), None)
+
+
+def test_a_long_text_that_is_not_json_is_not_read_a_second_time() -> None:
+    """Python would look for the field of the NaN for seconds, and hold up all other calls."""
+    for numbers, words in ((1, r"T\[1\]=NaN: not JSON"), (INLINE // 2, "body: not JSON: .*line 1 column 1000")):
+        body = b'{"inputs": [{"name": "T", "data": [' + b"1," * numbers + b"NaN]}]}"
+        with pytest.raises(RefusedError, match=words):
+            parse_call(body, None)
 
 
 @pytest.mark.parametrize("weight", [1.1e4, -2e4, float("nan"), float("inf")])
