@@ -53,7 +53,9 @@ class Certified:
     latency_ms: dict[str, Figure] = field(default_factory=dict)  # by percentile: p50, p99
     quality: dict[str, float] = field(default_factory=dict)  # by metric: auc, auc_loss_pct
     memory_gb: float | None = option(None, "device memory in use, 10^9 bytes", ge=0)
-    record: str | None = option(None, "path of the record that the figures are from")
+    record: str | None = option(
+        None, "path of the record of the figures; of several runs, of that with the largest p99"
+    )
 
 
 @dataclass

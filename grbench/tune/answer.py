@@ -16,6 +16,7 @@ from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import Configuration, Outcome
 from grbench.tune.probes import FEWEST
 from grbench.tune.trial import Trial, carried, cost
+from grbench.tune.worth import worst
 
 FIRST_ANSWER = 8  # cells that a search takes for a first answer, about
 
@@ -69,10 +70,12 @@ def proof(found: Answer) -> str:
     if certificate is None:
         why = found.knowledge.uncertified
         return f"not certified, one run with the search's own seed{f': {why}' if why else ''}"
-    count, requests = len(certificate.outcomes), f"of at least {certificate.requests:,} requests"
-    runs = f"{count} runs with other seeds, each {requests}, and their latencies together"
-    if (latency := _latency(certificate.worst, ends=False)) and count > 1:
-        runs += f"; the worst has {latency}"
+    count = len(certificate.outcomes)
+    runs = f"{count} run{'s' * (count > 1)} with other seeds of at least {certificate.requests:,} requests"
+    if count > 1:
+        runs += (
+            f"; p99 is of all their latencies, and the worst has {_latency(worst(certificate.outcomes), ends=False)}"
+        )
     valid = [outcome.metrics.get("loadgen_valid") for outcome in certificate.outcomes]
     loadgen = "" if None in valid else f"; LoadGen: {'VALID' if all(valid) else 'INVALID in one of them'}"
     return f"certified: {runs}{loadgen}"

@@ -13,7 +13,7 @@ from grbench.tune.knowledge import BOTTOM, Knowledge
 from grbench.tune.limits import Verdict, judge
 from grbench.tune.outcome import Evaluator, Outcome, Probe, Wanted
 from grbench.tune.trial import HELD, Goal, Progress, Trial, quiet
-from grbench.tune.worth import POOLED, requests_needed, worst
+from grbench.tune.worth import POOLED, requests_needed
 
 CERTIFIED = 10_000  # requests of a run that certifies, at least
 # Times the requests that all runs need: what a short probe is worth is much by chance. The second is for a budget that
@@ -55,11 +55,6 @@ class Certificate:
         """The requests of the shortest run."""
         return min(round(outcome.metrics["samples"]) for outcome in self.outcomes)
 
-    @property
-    def worst(self) -> Outcome:
-        """The run with the largest p99."""
-        return worst(self.outcomes)
-
 
 def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
     """Return the share of the budget that certifies the best so far, after a run that fails if that is little.
@@ -72,9 +67,9 @@ def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
     if not best or not goal.runs or knowledge.concluded:
         return 0.0
     plans = [plan(goal, evaluator, trial) for trial, step in best if step > best[0][1] - NEAR]
-    if not (runs := [its for its in plans if its]):
+    if not (runs := [planned for planned in plans if planned]):
         return 0.0
-    once, failed = (max(evaluator.share(its[:count]) for its in runs) for count in (goal.runs, 1))
+    once, failed = (max(evaluator.share(run[:count]) for run in runs) for count in (goal.runs, 1))
     return failed + once if failed + once <= min(SHARE, evaluator.left() + ROUNDING) else once
 
 
@@ -99,18 +94,18 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
     failures: list[str] = []
     missing = ""  # what the budget lacks, of the first that it has no room for
     falls: dict[int, int] = {}  # steps by which each trial was lowered last
-    beyond = False  # a figure was beyond its limit
+    beyond = False  # a figure was beyond attempt limit
     firsts = ((trial, _first_step(goal, trial)) for trial in knowledge.ranking())
     tries = {id(trial): None if step is None else Try(step) for trial, step in firsts}
-    while open_ := [(trial, its) for trial in knowledge.ranking() if (its := tries[id(trial)]) is not None]:
-        trial, its = max(open_, key=lambda pair: _score_at(knowledge, pair[0], pair[1].step))
-        if without := _missing(goal, evaluator, trial, its):
+    while open_ := [(trial, attempt) for trial in knowledge.ranking() if (attempt := tries[id(trial)]) is not None]:
+        trial, attempt = max(open_, key=lambda pair: _score_at(knowledge, pair[0], pair[1].step))
+        if without := _missing(goal, evaluator, trial, attempt):
             missing = missing or without
-            tries[id(trial)] = _with_room(goal, evaluator, trial, its.step, [evaluator.left()])
+            tries[id(trial)] = _with_room(goal, evaluator, trial, attempt.step, [evaluator.left()])
             continue
-        its = _lower_if_last(goal, evaluator, trial, its, beyond)
-        outcomes, found, why = _runs(goal, evaluator, progress, trial, its)
-        step = its.step
+        attempt = _lower_if_last(goal, evaluator, trial, attempt, beyond)
+        outcomes, found, why = _runs(goal, evaluator, progress, trial, attempt)
+        step = attempt.step
         if not why:
             knowledge.concluded = True
             return Certificate(trial, step, outcomes, found, [*failures, *([missing] if missing else [])])
@@ -151,19 +146,19 @@ def _with_room(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, shares
     return None
 
 
-def _lower_if_last(goal: Goal, evaluator: Evaluator, trial: Trial, its: Try, beyond: bool) -> Try:
+def _lower_if_last(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try, beyond: bool) -> Try:
     """Return a try at a lower step, if the budget has no room for another one after this one fails; else this one.
 
     It is lower by `LAST` steps, or by fewer if the budget lacks room: 10,000 requests take longer at a lower rate.
     Until a figure was beyond its limit it is `STEPS` below the first.
     """
-    most = LAST if beyond else max(its.step - (_first_step(goal, trial) or its.step) + STEPS, 0)
-    first = certifying(goal, trial, its)[:1]
-    following = certifying(goal, trial, dataclasses.replace(its, step=its.step - STEPS))
+    most = LAST if beyond else max(attempt.step - (_first_step(goal, trial) or attempt.step) + STEPS, 0)
+    first = certifying(goal, trial, attempt)[:1]
+    following = certifying(goal, trial, dataclasses.replace(attempt, step=attempt.step - STEPS))
     if goal.rate is not None or evaluator.share(first) + evaluator.share(following) <= evaluator.left() + ROUNDING:
-        return its
-    lower = (dataclasses.replace(its, step=step) for step in range(its.step - most, its.step))
-    return next((other for other in lower if not _missing(goal, evaluator, trial, other)), its)
+        return attempt
+    lower = (dataclasses.replace(attempt, step=step) for step in range(attempt.step - most, attempt.step))
+    return next((other for other in lower if not _missing(goal, evaluator, trial, other)), attempt)
 
 
 def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
@@ -177,25 +172,25 @@ def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
     return knowledge.score(trial) if knowledge.goal.rate is not None else float(step)
 
 
-def _missing(goal: Goal, evaluator: Evaluator, trial: Trial, its: Try) -> str:
+def _missing(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try) -> str:
     """Return in words what the budget lacks for a try; "": nothing."""
-    wanted = certifying(goal, trial, its)
+    wanted = certifying(goal, trial, attempt)
     if evaluator.share(wanted) <= max(evaluator.left(), 0.0) + evaluator.grace + ROUNDING:
         return ""
     requests = f"{wanted[0][1].requests:,} requests"
     runs = f"{goal.runs} runs of {requests}" if goal.runs > 1 else requests
-    return f"{runs} at {rates.rate_of(its.step):.4g} requests/s take {evaluator.budget_for(wanted)}"
+    return f"{runs} at {rates.rate_of(attempt.step):.4g} requests/s take {evaluator.budget_for(wanted)}"
 
 
-def certifying(goal: Goal, trial: Trial, its: Try) -> list[Wanted]:
+def certifying(goal: Goal, trial: Trial, attempt: Try) -> list[Wanted]:
     """Return the runs that certify a rate, with as many requests as prove it together."""
-    together = its.margin * requests_needed(goal.limits, trial, its.step)
+    together = attempt.margin * requests_needed(goal.limits, trial, attempt.step)
     requests = max(CERTIFIED, math.ceil(together / goal.runs / 1000) * 1000)
-    return [(trial.configuration, Probe(rates.rate_of(its.step), requests, SEED + run)) for run in range(goal.runs)]
+    return [(trial.configuration, Probe(rates.rate_of(attempt.step), requests, SEED + run)) for run in range(goal.runs)]
 
 
 def _runs(
-    goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, its: Try
+    goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, attempt: Try
 ) -> tuple[list[Outcome], Outcome, str]:
     """Return the outcomes of the certifying runs, what they show together, and why they fail ("": they do not).
 
@@ -208,14 +203,14 @@ def _runs(
         verdict, limit = judge(goal.limits, outcome) if outcome.ok else (Verdict.BROKEN, None)
         progress(trial, probe, outcome, verdict)
         if outcome.ok:
-            trial.certifying[its.step] = outcome
+            trial.certifying[attempt.step] = outcome
         if verdict in HELD:
             return outcome, ""
         why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
         return outcome, f"in the run with seed +{probe.seed}: {why}"
 
     outcomes: list[Outcome] = []
-    wanted: list[Wanted] = certifying(goal, trial, its)
+    wanted: list[Wanted] = certifying(goal, trial, attempt)
     while True:
         evaluator.together(wanted)
         for number, (_, probe) in enumerate(wanted):
@@ -225,13 +220,13 @@ def _runs(
                 for _, beside in wanted[number + 1 :] if evaluator.places > 1 else ():
                     run(beside)  # it was measured, and is shown
                 return outcomes, outcome, why
-        found = trial.certifying[its.step] = evaluator.pool(outcomes)
+        found = trial.certifying[attempt.step] = evaluator.pool(outcomes)
         alone = [limit for limit in goal.limits if not limit.metric.startswith(POOLED)]
         verdicts = [judge(goal.limits, found), *(judge(alone, outcome) for outcome in outcomes)]
         unproven = next(((verdict, limit) for verdict, limit in verdicts if limit is not None), None)
         if unproven is None:
             return outcomes, found, ""
-        wanted = _further(goal, trial, its.step, outcomes, found)
+        wanted = _further(goal, trial, attempt.step, outcomes, found)
         if not wanted or evaluator.share(wanted) > evaluator.left() + ROUNDING:
             verdict, limit = unproven
             return outcomes, found, f"in {len(outcomes)} runs together: {limit.shown(found)} is {verdict}"

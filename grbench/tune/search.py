@@ -288,7 +288,7 @@ def _count(number: int, name: str) -> str:
 def _sources(outcomes: Iterable[Outcome]) -> str:
     """Return the folders of the searches and runs that measured outcomes: the newest three, and how many more."""
     folders = {outcome.folder.parent for outcome in outcomes if outcome.folder is not None}
-    newest = sorted(map(os.path.relpath, folders), reverse=True)
+    newest = [os.path.relpath(f) for f in sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True)]
     more = f" and {_count(len(newest) - NAMED, 'more folder')}" if len(newest) > NAMED else ""
     return ", ".join(newest[:NAMED]) + more or "earlier records"
 

@@ -25,9 +25,11 @@ BUSIEST = 0.9  # share of the capacity, at most: of less that is free the offlin
 def requests_needed(limits: Sequence[Limit], trial: Trial, step: int) -> int:
     """Return the fewest requests at a step of which every limited percentile has an interval; 0: not known.
 
-    They go by the worth of the trial's nearest run at this step or above.
+    They go by the worth of the trial's nearest run at this step or above: of those that certify, if there is one. A
+    short probe can't show what is alike over many seconds, so its requests seem to be worth more.
     """
-    known, needed = trial.probes | trial.certifying, 0
+    longest = {s: outcome for s, outcome in trial.certifying.items() if s >= step}
+    known, needed = longest or trial.probes, 0
     for limit in limits:
         percentile, name = PERCENTILE.match(limit.metric), f"{limit.metric}{WORTH}"
         above = min((s for s, outcome in known.items() if s >= step and name in outcome.metrics), default=None)

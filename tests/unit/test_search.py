@@ -25,7 +25,7 @@ from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
 from grbench.tune.replay import Grid, Measured, replay
 from grbench.tune.search import Search
 from grbench.tune.surrogate import Surrogate
-from grbench.tune.trial import Batching, Goal
+from grbench.tune.trial import Batching, Goal, Trial
 from grbench.tune.worth import requests_needed, worst
 
 P99 = Limit("latency_ms/p99", 80.0)
@@ -378,7 +378,7 @@ def certified(evaluator: Alike) -> tuple[Knowledge, Certificate, list[Probe]]:
     certificate = certify(search, evaluator)
     assert certificate is not None
     assert certificate.together.metrics["latency_ms/p99_worth"] >= 368
-    assert len(certificate.outcomes) == 1 or certificate.worst.metrics["latency_ms/p99_worth"] < 2 * 368
+    assert len(certificate.outcomes) == 1 or worst(certificate.outcomes).metrics["latency_ms/p99_worth"] < 2 * 368
     return search, certificate, [probe for _, probe in evaluator.probes if probe.seed]
 
 
@@ -391,7 +391,7 @@ def test_a_certifying_run_has_the_requests_that_an_interval_needs() -> None:
     found = answer.answer(search, certificate)
     assert (
         found is not None
-        and f"2 runs with other seeds, each of at least {certificate.requests:,} requests" in answer.proof(found)
+        and f"2 runs with other seeds of at least {certificate.requests:,} requests" in answer.proof(found)
     )
 
 
@@ -400,6 +400,16 @@ def test_runs_that_are_worth_less_than_planned_are_followed_by_one_more_at_the_s
     assert [probe.seed for probe in runs] == [101, 102, 103] and len({probe.rate for probe in runs}) == 1
     assert sum(probe.requests for probe in runs) == pytest.approx(1.25 * 2.5 * runs[0].requests, rel=0.05)
     assert not certificate.failures and len(certificate.outcomes) == 3
+
+
+def test_runs_that_certify_tell_better_than_probes_what_a_request_is_worth() -> None:
+    """A short probe at a lower rate shows a worth of 0.1 a request, and the long run above it 0.01."""
+    trial, low, high = Trial(ALL[0]), rates.step_below(50.0), rates.step_below(60.0)
+    for runs, step, samples, worth in ((trial.probes, low, 1000.0, 100.0), (trial.certifying, high, 50_000.0, 500.0)):
+        runs[step] = Outcome("OK", {"samples": samples, "latency_ms/p99_worth": worth})
+    assert requests_needed([P99], trial, low) == pytest.approx(368 / 0.01, abs=1)
+    trial.certifying.clear()
+    assert requests_needed([P99], trial, low) == pytest.approx(368 / 0.1, abs=1)
 
 
 def test_a_run_that_proves_nothing_alone_is_followed_by_those_with_which_it_does() -> None:
